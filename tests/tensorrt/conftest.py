@@ -1,4 +1,4 @@
-"""A simulated GPU and TensorRT of each release."""
+"""A simulated GPU, and TensorRT of each release."""
 
 import sys
 from collections.abc import Callable
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
+from tests.gpu_graphs import ABSENT, real_tensorrt
 from tests.tensorrt.fake_cuda import FakeCuda
-from tests.tensorrt.fake_tensorrt import VERSIONS, FakeTensorRT
+from tests.tensorrt.fake_tensorrt import RELEASES, FakeTensorRT
 from tests.tensorrt.networks import write
 
 Install = Callable[..., FakeTensorRT]
@@ -18,6 +19,17 @@ Install = Callable[..., FakeTensorRT]
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     return write(tmp_path)
+
+
+def simulate(monkeypatch: pytest.MonkeyPatch, version: str, *faults: str) -> FakeTensorRT:
+    """Install TensorRT *version* until the end of *monkeypatch*."""
+    if real_tensorrt() is None:
+        pytest.skip(ABSENT)
+    fake = FakeTensorRT(version)
+    fake._faults.update(faults)
+    fake.__spec__ = ModuleSpec("tensorrt", None)  # torch asks for it
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    return fake
 
 
 @pytest.fixture
@@ -29,19 +41,11 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda) -> Install:
-    """`install("10.16")` simulates an installed TensorRT 10.16."""
-
-    def put(version: str = "10.16", *faults: str) -> FakeTensorRT:
-        fake = FakeTensorRT(version)
-        fake._faults.update(faults)
-        fake.__spec__ = ModuleSpec("tensorrt", None)  # torch asks for it
-        monkeypatch.setitem(sys.modules, "tensorrt", fake)
-        return fake
-
-    return put
+    """`install("11.1")` simulates an installed TensorRT 11.1."""
+    return lambda version="10.16", *faults: simulate(monkeypatch, version, *faults)
 
 
-@pytest.fixture(params=VERSIONS)
+@pytest.fixture(params=RELEASES)
 def trt(request: pytest.FixtureRequest, install: Install) -> FakeTensorRT:
-    """Every TensorRT release in turn."""
+    """Every release in turn."""
     return install(request.param)

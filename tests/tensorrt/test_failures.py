@@ -10,7 +10,6 @@ import pytest
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.tensorrt.cuda import Cuda, CudaResources
-from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
 from sopdeploy_service.runtime.base import (
     MEMORY_ERROR,
     STICKY_ERRORS,
@@ -20,10 +19,6 @@ from sopdeploy_service.runtime.base import (
     translate_errors,
 )
 from sopdeploy_service.runtime.onnxruntime import CPU, OnnxRuntime
-from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
-from sopdeploy_service.settings import Settings
-from tests.tensorrt.fake_cuda import FakeCuda
-from tests.tensorrt.fake_tensorrt import FakeTensorRT
 from tests.tensorrt.networks import some_images
 
 ORT = "Non-zero status code returned while running Conv node. Name:'node_3' Status Message: "
@@ -124,32 +119,3 @@ def test_onnxruntime_errors_are_translated_with_their_cause(
     with pytest.raises(DeviceLostError, match=r"^CUDA 700, cudaErrorIllegalAddress") as caught:
         runtime.run(some_images(1))
     assert isinstance(caught.value.__cause__, RuntimeError)
-
-
-@pytest.mark.parametrize("wrong", ["execute fails", "only the stream fails"])
-@pytest.mark.parametrize(
-    ("status", "kind"),
-    [
-        ((2, "cudaErrorMemoryAllocation"), OutOfMemoryError),
-        ((719, "cudaErrorLaunchFailure"), DeviceLostError),
-    ],
-)
-def test_an_engine_on_a_failing_gpu_reports_the_cuda_error(
-    install: Callable[..., FakeTensorRT],
-    bundle: Bundle,
-    cuda: FakeCuda,
-    monkeypatch: pytest.MonkeyPatch,
-    status: tuple[int, str],
-    kind: type[Exception],
-    wrong: str,
-) -> None:
-    trt = install()
-    get_engine(bundle, EngineOptions(profiles="1,4"))
-    runtime = TensorRTRuntime(bundle, Settings(runtime="tensorrt"))
-    if wrong == "execute fails":
-        trt._faults.add("fails")
-    failed = type("Status", (int,), {"name": status[1]})(status[0])
-    for function in ("cudaStreamSynchronize", "cudaEventSynchronize"):
-        monkeypatch.setattr(cuda, function, lambda _: (failed,))
-    with pytest.raises(kind, match=rf"^CUDA {status[0]}, {status[1]}"):
-        runtime.run(some_images(1))

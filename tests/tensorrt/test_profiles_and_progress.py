@@ -1,21 +1,27 @@
-"""Batch profiles, memory estimates, build progress, and Python 3.10 for TensorRT 8.6."""
+"""Batch profiles, memory estimates, the dry run, build progress, and Python 3.10 for TensorRT 8.6."""
 
 import ast
 import importlib.util
+import json
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError, EngineError
 from sopdeploy.tensorrt.binding import parse_version
 from sopdeploy.tensorrt.profiles import index_for, parse_profiles
 from sopdeploy_export.tensorrt.plan import estimate
 from sopdeploy_export.tensorrt.progress import Phases, heartbeat, progress_line
-from tests.tensorrt.networks import CHANNELS, CLASSES, SIDE, network
+from tests.tensorrt.networks import CHANNELS, CLASSES, SIDE, network, write
 
 RANGE = BatchRange(minimum=1, optimum=8, maximum=64)
 
@@ -101,6 +107,40 @@ def test_a_version_is_parsed_to_two_numbers() -> None:
     for text in ("", "ten", "10"):
         with pytest.raises(EngineError, match="not a TensorRT version"):
             parse_version(text)
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, ["engine", *map(str, arguments)])
+
+
+def refused(found: Result) -> str:
+    assert (found.exit_code, found.stdout, found.stderr.count("\n")) == (2, "", 1)
+    return found.stderr
+
+
+def test_the_dry_run_needs_no_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    bundle = write(tmp_path)
+    found = run(bundle.path, "--dry-run", "--profiles", "1,8")
+    assert found.exit_code == 0, found.stderr
+    for text in (
+        "batches 1, 2-8",
+        "MiB without workspace",
+        "rewritten from opset 18 to 17",
+        "key       not known: TensorRT is not installed",
+    ):
+        assert text in found.stdout
+    planned = json.loads(run(bundle.path, "--dry-run", "--json").stdout)
+    releases = ["8.6.1", "10.0.1", "10.16.0", "11.0.0", "11.1.0"]
+    assert [lint["tensorrt"] for lint in planned["lint"]] == releases
+    assert (planned["key"], planned["precision"]) == (None, "fp32")
+    assert [p["maximum"] for p in planned["profiles"]] == [1, 4, 16]
+    assert planned["memory"]["weights"] > 0
+    message = "fp16 was requested but the graph is fp32"
+    assert message in refused(run(bundle.path, "--dry-run", "--precision", "fp16"))
+    assert "--profiles 1,99" in refused(run(bundle.path, "--dry-run", "--profiles", "1,99"))
+    fixed = write(tmp_path / "fixed", network(batch=1), probes=1)
+    assert "fixes the batch of images to 1" in refused(run(fixed.path, "--dry-run"))
 
 
 STARTS = [

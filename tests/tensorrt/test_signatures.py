@@ -16,7 +16,7 @@ from typing import NamedTuple
 import onnxruntime
 import pytest
 
-from tests.tensorrt.fake_tensorrt import SURFACE, members
+from tests.tensorrt.surface import SURFACE, members
 
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((Path(__file__).parent / "signatures.json").read_text())

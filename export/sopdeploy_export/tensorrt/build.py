@@ -63,11 +63,9 @@ def build(trt: Any, request: BuildRequest, report: Report) -> BuiltPlan:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default in every release
     if version_of(trt)[0] < STRONGLY_TYPED_SINCE:
-        _set_layer_precisions(trt, network, config, request.precision)
+        set_layer_precisions(trt, network, config, request.precision)
     _add_profiles(builder, config, network, request.profiles)
-    timings = config.create_timing_cache(request.timing_cache)
-    if timings is None or not config.set_timing_cache(timings, False):  # damaged, or from another machine
-        config.set_timing_cache(config.create_timing_cache(b""), False)
+    set_timing_cache(config, request.timing_cache)
     memory = _serialize(trt, builder, network, config, request, report)
     if memory is None:
         raise EngineError(f"TensorRT {trt.__version__} cannot build the engine: {last_error(logger)}")
@@ -83,6 +81,13 @@ def network_flags(trt: Any) -> int:
     if version_of(trt)[0] < STRONGLY_TYPED_SINCE:
         return 1 << int(flags.EXPLICIT_BATCH)
     return 1 << int(flags.STRONGLY_TYPED)
+
+
+def set_timing_cache(config: Any, content: bytes) -> None:
+    """Start with the timings in *content*; without any if TensorRT rejects them."""
+    timings = config.create_timing_cache(content)
+    if timings is None or not config.set_timing_cache(timings, False):  # damaged, or from another machine
+        config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def _parse(trt: Any, network: Any, graph: bytes, logger: Any) -> None:
@@ -101,7 +106,7 @@ def _parse(trt: Any, network: Any, graph: bytes, logger: Any) -> None:
     raise EngineError(f"TensorRT {trt.__version__} cannot read the graph: {reason}")
 
 
-def _set_layer_precisions(trt: Any, network: Any, config: Any, precision: str) -> None:
+def set_layer_precisions(trt: Any, network: Any, config: Any, precision: str) -> None:
     """Make the weakly typed TensorRT 8.6 keep the types of the graph, whose casts it may fuse away."""
     flags = trt.BuilderFlag
     if precision == "fp32":

@@ -3,8 +3,12 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
+from sopdeploy.bundle.probes import Probes
+from sopdeploy.errors import ParityError
+from sopdeploy_service.inference.loader import replay_overlapping
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 from sopdeploy_service.runtime.fake import FakeOverlappingRuntime
 
@@ -113,3 +117,24 @@ def test_the_busy_spans_of_a_device_do_not_overlap(serve_with, jpeg, pool):
     spans = client.app.state.service.metrics.of("tiny").runs
     assert all(reply.status_code == 200 for reply in replies)
     assert all(before[1] <= after[0] for before, after in zip(spans, list(spans)[1:], strict=False))
+
+
+class Leaking(FakeOverlappingRuntime):
+    """Gives an overlapping batch the outputs of the batch before it."""
+
+    def __init__(self) -> None:
+        super().__init__(classes=7)
+        self.begun = []
+
+    def begin(self, images):
+        self.begun.append(super().begin(images))
+        return self.begun[-2] if len(self.begun) % 2 == 0 else self.begun[-1]
+
+
+def test_a_runtime_that_mixes_up_batches_is_rejected_by_the_probes():
+    images = np.full((2, 32, 32, 3), np.arange(2, dtype=np.uint8)[:, None, None, None])
+    runtime = FakeOverlappingRuntime(classes=7)
+    probes = Probes(images=images, expected=runtime.run(images), tolerance={"logits": 1e-3})
+    replay_overlapping(probes, runtime, 2)
+    with pytest.raises(ParityError, match="deviates by"):
+        replay_overlapping(probes, Leaking(), 2)

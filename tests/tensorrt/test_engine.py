@@ -1,0 +1,304 @@
+"""Engines of every release: built by the real builder, verified on a simulated GPU, cached, served."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.cli.app import app
+from sopdeploy.errors import EngineError, LoweringError, ParityError, RuntimeUnavailableError
+from sopdeploy.tensorrt.cache import NoEngine, StoredEngine, best_for
+from sopdeploy.tensorrt.record import EngineRecord
+from sopdeploy_export.tensorrt import engine as engine_module
+from sopdeploy_export.tensorrt.build import BuildRequest
+from sopdeploy_export.tensorrt.engine import Engine, EngineOptions, get_engine
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.runtime.selection import open_runtime
+from sopdeploy_service.settings import Settings
+from tests.tensorrt.conftest import Install
+from tests.tensorrt.fake_cuda import FakeCuda
+from tests.tensorrt.fake_tensorrt import FakeTensorRT
+from tests.tensorrt.networks import network, write
+
+OPTIONS = EngineOptions(profiles="1,4,16")
+
+
+@pytest.fixture
+def built(bundle: Bundle, install: Install) -> Engine:
+    install()
+    return get_engine(bundle, OPTIONS)
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, ["engine", *map(str, arguments)])
+
+
+def one_line(found: Result) -> str:
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert found.stderr.count("\n") == 1
+    return found.stderr
+
+
+def test_every_release_builds_an_engine_that_reproduces_the_probes(
+    trt: FakeTensorRT, bundle: Bundle, cuda: FakeCuda, tmp_path: Path
+) -> None:
+    before = sorted(path.name for path in bundle.path.iterdir())
+    told: list[str] = []
+    built = get_engine(bundle, OPTIONS, told.append)
+    assert built.reason == "no engine of this bundle was built here yet"
+    assert [str(profile) for profile in built.record.key.profiles] == ["1", "2-4", "5-16"]
+    assert [replay.batch for replay in built.record.replays] == [1, 2, 4, 5, 16]
+    assert all(r.deviation["logits"] <= r.tolerance["logits"] for r in built.record.replays)
+    assert any("%" in text for text in told) == (trt._version != "8.6.1")
+    assert not trt._config.get_flag(trt.BuilderFlag.TF32)
+    assert (cuda.held, cuda.streams, cuda.events) == ({}, {}, {})
+    cached = get_engine(bundle, OPTIONS)
+    assert (trt._builds, cached.reason, cached.record) == (1, None, built.record)
+    assert built.path.parent == tmp_path / "engines" / bundle.name
+    assert sorted(path.name for path in bundle.path.iterdir()) == before
+    assert not list(tmp_path.rglob("*.partial"))
+    written = built.path.with_suffix(".json").read_bytes()
+    assert written == built.record.to_bytes() == EngineRecord.from_bytes(written).to_bytes()
+    assert str(tmp_path) not in written.decode()
+
+
+def test_another_cache_folder_can_be_given_and_must_be_writable(
+    bundle: Bundle, install: Install, tmp_path: Path
+) -> None:
+    install()
+    built = get_engine(bundle, EngineOptions(cache=tmp_path / "mine"))
+    assert built.path.parent == tmp_path / "mine" / bundle.name
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EngineError, match=r"cannot be written .*; choose another --cache"):
+        get_engine(bundle, EngineOptions(cache=tmp_path / "file"))
+
+
+def test_an_engine_that_computes_something_else_is_not_kept(install: Install, tmp_path: Path) -> None:
+    install("8.6.1")
+    with pytest.raises(ParityError, match="deviates by"):
+        get_engine(write(tmp_path, wrong_by=0.01), OPTIONS)
+    assert not list((tmp_path / "engines").rglob("*.plan"))
+
+
+def test_a_doubtful_precision_is_recorded_and_with_strict_an_error(install: Install, tmp_path: Path) -> None:
+    trt = install("11.1")
+    fp16, strict = EngineOptions(precision="fp16"), EngineOptions(strict=True)
+    good = get_engine(write(tmp_path / "good", network(half=True)), fp16).record.receipt
+    assert good.parts["layer1"].realised["fp16"] > 0
+    assert (good.parts["second order"].realised, good.warnings) == ({"fp32": 3}, ())
+    trt._faults.add("silent fp32")
+    bundle = write(tmp_path, network(half=True), precision="fp16")
+    message = "^layer1: .*computes with fp32, the graph asks for fp16.*without --strict the probes decide"
+    with pytest.raises(EngineError, match=message):
+        get_engine(bundle, strict)
+    assert not list((tmp_path / "engines").rglob("*.plan"))
+    built = get_engine(bundle, EngineOptions())
+    assert "computes with fp32, the graph asks for fp16" in built.record.receipt.warnings[0]
+    assert json.loads(built.path.with_suffix(".json").read_text())["receipt"]["warnings"]
+    with pytest.raises(EngineError, match=message):
+        get_engine(bundle, strict)  # from the cache
+
+
+def test_a_graph_that_cannot_be_built_is_rejected_before_the_build(install: Install, tmp_path: Path) -> None:
+    trt, bundle = install(), write(tmp_path)
+    with pytest.raises(EngineError, match=r"fp16 was requested but the graph is fp32.*--precision fp16"):
+        get_engine(bundle, EngineOptions(precision="fp16"))
+    (bundle.path / "model.onnx").write_bytes(network(batch=1).SerializeToString())
+    with pytest.raises(LoweringError, match="fixes the batch of images to 1"):
+        get_engine(bundle, OPTIONS)
+    assert trt._builds == 0
+
+
+def test_the_message_of_tensorrt_reaches_the_user(install: Install, built: Engine, bundle: Bundle) -> None:
+    trt = install("10.16", "cannot start")  # pybind11 raises TypeError, it does not return None
+    message = (
+        r"^TensorRT 10\.16\.0 cannot start here: CUDA initialization failure with error: 35; `sopdeploy env`"
+    )
+    for rebuild in (True, False):
+        with pytest.raises(RuntimeUnavailableError, match=message):
+            get_engine(bundle, OPTIONS.model_copy(update={"rebuild": rebuild}))
+    trt._faults = {"refuse"}
+    with pytest.raises(EngineError, match=r"10\.16\.0 cannot build the engine: Could not find any impl"):
+        get_engine(bundle, OPTIONS.model_copy(update={"rebuild": True}))
+
+
+def test_the_timings_of_one_build_are_used_by_the_next(
+    install: Install, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+    requests: list[BuildRequest] = []
+    build = engine_module.build
+    monkeypatch.setattr(
+        engine_module, "build", lambda trt, asked, report: requests.append(asked) or build(trt, asked, report)
+    )
+    (timings,) = get_engine(bundle, OPTIONS).path.parent.glob("timing-*.cache")
+    get_engine(bundle, EngineOptions(profiles="1,8"))
+    assert [asked.timing_cache for asked in requests] == [b"", timings.read_bytes()]
+    assert [asked.last_build is None for asked in requests] == [True, False]
+
+
+MISSING: dict[str, tuple[dict[str, Any], str]] = {
+    "no TensorRT": ({"tensorrt": None}, r'is not installed; run: pip install "sopdeploy\[tensorrt\]"'),
+    "TensorRT 8.5": ({"tensorrt": SimpleNamespace(__version__="8.5.3")}, "8.5.3 is too old"),
+    "no cuda-python": (
+        {"cuda.bindings.runtime": None, "cuda.cudart": None}, "cuda-python is not installed",
+    ),
+    "no driver": ({"gpus": None}, r"no NVIDIA GPU can be used here \(CUDA: cudaGetDeviceCount failed"),
+    "no GPU": ({"gpus": 0}, "no NVIDIA GPU can be used here"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISSING)
+def test_without_tensorrt_or_a_gpu_the_error_is_one_line(
+    case: str, bundle: Bundle, install: Install, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = install("8.6.1")
+    changes, message = MISSING[case]
+    for name, value in changes.items():
+        if name == "gpus":
+            cuda.gpus = value
+        else:
+            monkeypatch.setitem(sys.modules, name, value)
+    with pytest.raises(RuntimeUnavailableError, match=message):
+        get_engine(bundle, OPTIONS)
+    assert "error: " in one_line(run(bundle.path))
+    assert trt._builds == 0
+
+
+def damage(built: Engine, folder: Path) -> None:
+    content = bytearray(built.path.read_bytes())
+    content[-1] ^= 1
+    built.path.write_bytes(content)
+
+
+def link(built: Engine, folder: Path) -> None:
+    built.path.rename(folder / "elsewhere")
+    built.path.symlink_to(folder / "elsewhere")
+
+
+def change_key(built: Engine, folder: Path) -> None:
+    file = built.path.with_suffix(".json")
+    key = {**built.record.key.model_dump(mode="json"), "precision": "fp16"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "key": key}))
+
+
+def use_engine_of_another_bundle(built: Engine, folder: Path) -> None:
+    other = get_engine(write(folder / "other", config={"width": 5}), OPTIONS)
+    assert other.record.key.name != built.record.key.name
+    for suffix in (".plan", ".json"):
+        shutil.copy(other.path.with_suffix(suffix), built.path.with_suffix(suffix))
+
+
+def write_record(content: bytes) -> Callable[[Engine, Path], None]:
+    return lambda built, _: built.path.with_suffix(".json").write_bytes(content) and None
+
+
+CHANGES: dict[str, tuple[Callable[[Engine, Path], None], str]] = {
+    "damaged": (damage, "does not have the sha256 of its record"),
+    "a link": (link, "is missing or a link"),
+    "with another key": (change_key, "precision fp16, not fp32"),
+    "of another bundle": (use_engine_of_another_bundle, "is an engine of another key: bundle tiny-"),
+    "with a record without fields": (write_record(b"{}"), "is not an engine record"),
+    "with a deeply nested record": (write_record(b"[" * 100_000), "is not an engine record"),
+    "with a record that is not text": (write_record(b"\xff\xfe"), "is not an engine record"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_plan_that_was_changed_is_not_loaded(
+    case: str, built: Engine, bundle: Bundle, tmp_path: Path
+) -> None:
+    change, reason = CHANGES[case]
+    change(built, tmp_path)
+    again = get_engine(bundle, OPTIONS)
+    assert reason in str(again.reason)
+    assert get_engine(bundle, OPTIONS).reason is None
+
+
+MACHINES: dict[str, tuple[Callable[[Install, FakeCuda], object], str, str]] = {
+    "another TensorRT": (lambda install, _: install("11.1"), "1,4,16", "TensorRT 10.16.0, not 11.1.0"),
+    "another GPU": (
+        lambda _, cuda: vars(cuda).update(gpu_name="Fake B200", sm=(10, 0)),
+        "1,4,16",
+        "GPU Fake H200, not Fake B200; GPU architecture sm_90, not sm_100",
+    ),
+    "other profiles": (lambda *_: None, "1,8", "profiles 1,2-4,5-16, not 1,2-8"),
+}
+
+
+@pytest.mark.parametrize("case", MACHINES)
+def test_another_machine_or_other_profiles_get_their_own_engine(
+    case: str, built: Engine, bundle: Bundle, install: Install, cuda: FakeCuda
+) -> None:
+    change, profiles, difference = MACHINES[case]
+    change(install, cuda)
+    again = get_engine(bundle, EngineOptions(profiles=profiles))
+    assert again.reason == f"the nearest engine here was built for {difference}"
+    assert built.path.is_file()
+
+
+def test_the_server_uses_the_engine_with_the_largest_batch_or_gets_a_reason(
+    built: Engine, bundle: Bundle
+) -> None:
+    get_engine(bundle, EngineOptions(profiles="1,8"))
+    here = {"gpu": "Fake H200", "architecture": "sm_90"}
+    found = best_for(built.path.parent, bundle, tensorrt="10.16.0", **here)
+    assert isinstance(found, StoredEngine)
+    assert found.record == built.record
+    missed = best_for(built.path.parent, bundle, tensorrt="8.6.1", **here)
+    assert missed == NoEngine("the nearest engine here was built for TensorRT 10.16.0, not 8.6.1")
+
+
+def test_the_command_builds_what_the_dry_run_planned_and_then_uses_the_cache(
+    install: Install, bundle: Bundle
+) -> None:
+    trt = install()
+    planned = json.loads(run(bundle.path, "--dry-run", "--json").stdout)
+    assert (trt._builds, [lint["tensorrt"] for lint in planned["lint"]]) == (0, ["10.16.0"])
+    first = run(bundle.path)
+    assert (first.exit_code, first.stderr[:34]) == (0, "building: no engine of this bundle")
+    assert "built     no engine of this bundle was built here yet" in first.stdout
+    assert "precision second order: asked fp32; layers: fp32 in 3" in first.stdout
+    assert "probes    batch 16: logits deviates by" in first.stdout
+    assert Path(json.loads(run(bundle.path, "--json").stdout)["plan"]).stem == planned["key"]
+    assert "built     no, it was in the cache" in run(bundle.path).stdout
+    assert "--rebuild was given" in run(bundle.path, "--rebuild").stdout
+    assert trt._builds == 2
+
+
+MISSES: dict[str, tuple[Callable[[Engine, Install], object], str]] = {  # of the server
+    "no engine": (lambda built, _: shutil.rmtree(built.path.parent), "no engine of this bundle.*"),
+    "another TensorRT": (lambda _, install: install("11.1"), r"TensorRT 10\.16\.0, not 11\.1\.0"),
+    "a replaced plan": (lambda built, _: built.path.write_bytes(b"x"), "not have the sha256 of its record.*"),
+}
+
+
+@pytest.mark.parametrize("case", MISSES)
+def test_only_a_matching_engine_is_loaded(case: str, built: Engine, bundle: Bundle, install: Install) -> None:
+    change, message = MISSES[case]
+    change(built, install)
+    with pytest.raises(RuntimeUnavailableError, match=f"{message}; run: sopdeploy engine"):
+        open_runtime(bundle, Settings(runtime="tensorrt"))
+
+
+def test_auto_uses_an_existing_engine_and_never_falls_back_to_the_cpu(
+    install: Install, bundle: Bundle, cuda: FakeCuda
+) -> None:
+    install()
+    assert open_runtime(bundle, Settings()).name.startswith("onnxruntime")
+    get_engine(bundle, OPTIONS)
+    found = load_model(bundle.path, Settings())
+    assert (found.runtime.name, sorted(found.replays)) == ("tensorrt 10.16.0", [1, 3])
+    cuda.gpus = 0
+    message = "tensorrt is set up here but does not work: no NVIDIA GPU"
+    with pytest.raises(RuntimeUnavailableError, match=message):
+        open_runtime(bundle, Settings())
+    assert open_runtime(bundle, Settings(runtime="onnxruntime-cpu")).device == "cpu"

@@ -1,0 +1,147 @@
+"""ONNX Runtime on CUDA, up to the device: what is missing is named in one line, and the CPU is never used."""
+
+import ctypes
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnxruntime
+import pytest
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.errors import ConfigError, RuntimeUnavailableError
+from sopdeploy_service.runtime import onnxruntime as with_onnxruntime
+from sopdeploy_service.runtime.cuda_libraries import CUDNN, DRIVER, PROVIDER, SHARED, load_cuda_libraries
+from sopdeploy_service.runtime.onnxruntime import CPU, CUDA
+from sopdeploy_service.runtime.selection import open_runtime
+from sopdeploy_service.settings import Settings, load_settings
+
+ON_CUDA = Settings(runtime="onnxruntime-cuda")
+MISSING = "cannot open shared object file: No such file or directory"
+ADVICE = r'; run: pip install "sopdeploy\[gpu\]"'
+# What is missing, the file that is opened then, and the message; texts as of onnxruntime-gpu 1.31.1.
+CASES = {
+    "the driver": (DRIVER, DRIVER, "no NVIDIA driver is usable here .*`--gpus all`"),
+    "cuBLAS": ("libcublasLt.so.13", PROVIDER, rf"needs libcublasLt.so.13 for CUDA \({MISSING}\){ADVICE}"),
+    "cuDNN": (CUDNN, CUDNN, rf"needs libcudnn.so.9 for CUDA \({MISSING}\){ADVICE}"),
+    "the provider": (f"/somewhere/capi/{PROVIDER}", PROVIDER, rf"needs {PROVIDER} for CUDA .*{ADVICE}"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_missing_library_is_named(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing, opened, message = CASES[case]
+    loaded: list[str] = []
+
+    def load(path: str, mode: int = 0) -> None:
+        loaded.append(Path(path).name)
+        if loaded[-1] == opened:
+            raise OSError(f"{missing}: {MISSING}")
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    module = SimpleNamespace(
+        __file__="/somewhere/__init__.py", __version__="1.31.1", preload_dlls=lambda: sys.stdout.write("x")
+    )
+    with pytest.raises(RuntimeUnavailableError, match=f"{message}$|{message}") as caught:
+        load_cuda_libraries(module)
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().out == ""
+    order = [DRIVER, SHARED, PROVIDER, CUDNN]
+    assert loaded == order[: order.index(opened) + 1]
+
+
+def test_without_a_driver_a_server_gets_one_line_and_the_way_to_use_the_cpu(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        ctypes.CDLL(DRIVER)
+    except OSError:
+        opened: list[Any] = []
+        claim_cuda(monkeypatch, lambda *given, **_: opened.append(given))
+        monkeypatch.setattr(with_onnxruntime, "load_cuda_libraries", load_cuda_libraries)
+        message = (
+            r"^onnxruntime-cuda is set up here but does not work: no NVIDIA driver .*onnxruntime-cpu would"
+        )
+        with pytest.raises(RuntimeUnavailableError, match=message):
+            open_runtime(bundle, Settings())
+        assert opened == []
+    else:
+        pytest.skip("this machine has an NVIDIA driver")
+
+
+def claim_cuda(monkeypatch: pytest.MonkeyPatch, session: Callable[..., Any]) -> None:
+    """Let the real onnxruntime claim CUDA, and open *session* instead of one on CUDA."""
+    changes = {"get_available_providers": lambda: [CUDA, CPU], "InferenceSession": session}
+    changed = SimpleNamespace(**vars(onnxruntime) | changes)
+    monkeypatch.setattr(with_onnxruntime, "_import_onnxruntime", lambda: changed)
+    monkeypatch.setattr(with_onnxruntime, "load_cuda_libraries", lambda module: None)
+
+
+def test_onnxruntime_uses_cuda_without_tf32_and_without_cpu_fallback(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def session(path: str, options: Any, providers: Any, enable_fallback: int) -> Any:
+        asked.append((providers, options.get_session_config_entry("session.disable_cpu_ep_fallback")))
+        assert not enable_fallback, "otherwise it continues on the CPU after an error, also of a later run"
+        made = onnxruntime.InferenceSession(path, providers=[CPU])
+        made.get_providers = lambda: [CUDA, CPU]
+        return made
+
+    claim_cuda(monkeypatch, session)
+    assert open_runtime(bundle, Settings()).device == "cuda:0"
+    assert asked == [([(CUDA, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"})], "1")]
+
+
+@pytest.mark.parametrize("runtime", ["auto", "onnxruntime-cuda"])
+def test_another_provider_than_requested_is_rejected(
+    runtime: Any, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim_cuda(monkeypatch, lambda path, *_, **__: onnxruntime.InferenceSession(path, providers=[CPU]))
+    with pytest.raises(RuntimeUnavailableError, match=f"asked for {CUDA}, onnxruntime chose"):
+        open_runtime(bundle, Settings(runtime=runtime))
+
+
+# From onnxruntime-gpu 1.31.1 with CUDA 13.5 and a driver that is too old.
+OLD_DRIVER = """
+/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:154 [with ERRTYPE = cudaError; bool THRW = true]
+CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version ; GPU=-1 ; hostname=h ;
+file=/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_execution_provider.cc ; line=355 ;
+"""
+
+
+def test_a_failure_of_cuda_is_shown_without_the_library_s_source(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(OLD_DRIVER)
+
+    claim_cuda(monkeypatch, fails)
+    message = r"cannot load the graph: CUDA failure 35: CUDA driver version is insufficient .* version$"
+    with pytest.raises(RuntimeUnavailableError, match=message):
+        open_runtime(bundle, ON_CUDA)
+
+
+def test_a_graph_with_operators_that_only_a_cpu_can_run_says_what_to_do(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    azure = "AzureExecutionProvider"  # a provider of every wheel, which has none of our operators
+    monkeypatch.setitem(with_onnxruntime.DEVICES, azure, "azure")
+    with pytest.raises(RuntimeUnavailableError, match=f"all operators of the graph on {azure}; export the"):
+        with_onnxruntime._open_session(onnxruntime, bundle, 1, azure, {})
+
+
+def test_cuda_without_a_cuda_onnxruntime_says_what_to_install(bundle: Bundle) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=r"has no CUDAExecutionProvider here; run: pip install"):
+        open_runtime(bundle, ON_CUDA)
+
+
+@pytest.mark.parametrize("unknown", ["openvino", "onnxruntime-tensorrt"])
+def test_an_unknown_runtime_is_rejected(unknown: str) -> None:
+    with pytest.raises(ConfigError, match="settings: runtime"):
+        load_settings(runtime=unknown)
