@@ -75,3 +75,11 @@ def test_a_failure_is_one_line_and_writes_no_page(
     assert run(monkeypatch, bundle, tmp_path / "out", *(["cuda"] if function else [])) == 1
     assert re.search(f"^gpu-check: .*{message}.*$", capsys.readouterr().err, re.MULTILINE)
     assert not (tmp_path / "out").exists()
+
+
+def test_without_tensorrt_the_other_steps_can_be_run(
+    cuda: FakeCuda, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert run(monkeypatch, bundle, tmp_path / "out", *gpu_check.STEPS) == 0
+    assert "gpu: Fake H200" in (tmp_path / "out" / "gpu.md").read_text()
