@@ -8,6 +8,7 @@ ONNX Runtime on CUDA: every operator has a CUDA kernel for its type, because our
 import functools
 import importlib.util
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,7 +22,11 @@ from sopdeploy_export.tensorrt.build import BuildRequest, build
 from sopdeploy_export.tensorrt.lint import check_precision, lint
 from sopdeploy_export.tensorrt.rewrites import value_types
 
-PROPERTY = "gpu graph"
+PROPERTY, PLANNED = "gpu graph", "planned gpu graph"
+RUNTIMES = ("TensorRT", "ONNX Runtime CUDA")
+SLOW = "`make test-models` builds it, not this run"
+UNPLANNED = "no test that was selected builds it"
+MARKS = {"ok": "ok", SLOW: "slow", UNPLANNED: "-"}
 PRECISIONS = ("fp32", "fp16", "bf16-backbone", "int8")
 KERNELS = json.loads((Path(__file__).parent / "tensorrt" / "cuda_kernels.json").read_text())
 ABSENT = "tensorrt-rtx-cu13 is not installed (it exists for Linux on x86-64)"
@@ -58,12 +63,12 @@ def real_tensorrt() -> RealTensorRT | None:
     return RealTensorRT() if importlib.util.find_spec("tensorrt_rtx") else None
 
 
-def accepted(record: Record, family: str, precision: str, model: onnx.ModelProto) -> None:
+def accepted(record: Record, name: str, precision: str, model: onnx.ModelProto) -> None:
     """Assert that every GPU runtime accepts *model*, and record it with the fixture `record_property`."""
-    record(PROPERTY, [family, precision, "TensorRT", built(model, precision)])
+    record(PROPERTY, [name, precision, RUNTIMES[0], built(model, precision)])
     missing = without_kernel(model)
     outcome = f"no kernel: {', '.join(missing)}" if missing else "ok"
-    record(PROPERTY, [family, precision, "ONNX Runtime CUDA", outcome])
+    record(PROPERTY, [name, precision, RUNTIMES[1], outcome])
     assert not missing or precision == "bf16-backbone"
 
 
@@ -97,23 +102,46 @@ def without_kernel(model: onnx.ModelProto) -> list[str]:
     return sorted(missing)
 
 
+def family(name: str) -> str:
+    """Name what decides the operators in the graph of network *name*: its method, else its backbone.
+
+    Branches are detached, so DSoP has the graph of its backbone. "resnet8 with cbp" is of the family "cbp".
+    """
+    plain, _, pooling = name.removeprefix("dsop-").replace("wrn", "preact-resnet").partition(" with ")
+    method = re.match(r"(.+?)(-[\d-]+)?-(preact-)?(resnet|vgg|efficientnet)", plain)
+    if pooling not in {"", "gap"}:
+        return pooling
+    return method[1] if method and method[1] != "preact" else re.sub(r"[\d-]+(x\d+d)?$", "", plain)
+
+
 def matrix(properties: Iterable[tuple[str, Any]]) -> list[str]:
-    """Lay out what was recorded as one line for each family and runtime, with a footnote for each remark."""
-    cells: defaultdict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    """Lay out what was recorded as one line for each family, and explain every mark that is not "ok".
+
+    A cell without a result is slow if a test that was not run has planned it with the marker `gpu_graph`.
+    """
+    outcomes: defaultdict[str, dict[tuple[str, str], str]] = defaultdict(dict)
+    planned = set()
     for name, value in properties:
-        if name == PROPERTY:
-            family, precision, runtime, outcome = value
-            cells[family, runtime][precision] = outcome
-    not_built = "not built in this run; `make test-models` builds the slow ones"
-    notes = {not_built: "-"}
-    width = max((len(family) for family, _ in cells), default=0)
-    lines = []
-    for (family, runtime), found in sorted(cells.items()):
-        shown = []
-        for precision in PRECISIONS:
-            outcome = found.get(precision, not_built)
-            mark = "ok" if outcome == "ok" else notes.setdefault(outcome, f"[{len(notes)}]")
-            shown.append(f"{precision} {mark:4}")
-        lines.append(f"{family:{width}}  {runtime:17}  {'  '.join(shown)}".rstrip())
-    explained = [f"{mark}: {note}" for note, mark in notes.items() if any(mark in line for line in lines)]
-    return [*lines, *explained]
+        row, precision = family(value[0]), value[1]
+        if name == PLANNED:
+            planned.add((row, precision))
+            outcomes.setdefault(row, {})
+        elif name == PROPERTY and outcomes[row].get((value[2], precision), "ok") == "ok":
+            outcomes[row][value[2], precision] = value[3]
+    notes: dict[str, str] = {}
+    width = max((len(row) for row in outcomes), default=0)
+    columns = "  ".join(f"{precision:{len(precision) + 1}}" for precision in PRECISIONS)
+    lines = [f"{'':{width}}  " + "    ".join(f"{runtime}: {columns}" for runtime in RUNTIMES)]
+    for row, found in sorted(outcomes.items()):
+        texts = []
+        for runtime in RUNTIMES:
+            marks = []
+            for precision in PRECISIONS:
+                outcome = found.get((runtime, precision), SLOW if (row, precision) in planned else UNPLANNED)
+                mark = MARKS.get(outcome) or notes.setdefault(outcome, f"[{len(notes) + 1}]")
+                marks.append(f"{mark:{len(precision) + 1}}")
+            texts.append(" " * (len(runtime) + 2) + "  ".join(marks))
+        lines.append(f"{row:{width}}  {'    '.join(texts)}".rstrip())
+    used = {word for line in lines[1:] for word in line.split()}
+    marks = [(mark, text) for text, mark in (MARKS | notes).items() if mark in used and text != "ok"]
+    return [*lines, *(f"{mark}: {text}" for mark, text in marks)]

@@ -37,6 +37,7 @@ def outputs_of(model: str) -> set[str]:
     return OUTPUTS.get(model.partition("-")[0], {"logits"})
 
 
+@pytest.mark.gpu_graph(lambda small: [(small.name, "fp32"), (small.name, "int8")])
 @pytest.mark.parametrize(
     "small", [pytest.param(s, marks=[pytest.mark.slow] * (s.name in SLOW)) for s in LOWERED], ids=name
 )
@@ -47,7 +48,12 @@ def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     report = agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx")
     assert report.passed
     assert set(report.outputs) == outputs_of(small.name)
-    accepted(record_property, small.name, "fp32", onnx.load(tmp_path / "model.onnx"))
+    model = onnx.load(tmp_path / "model.onnx")
+    accepted(record_property, small.name, "fp32", model)
+    network = small.build()
+    images = probe_images(Preprocess(resize=small.side, crop=small.side))[:4]
+    kept = float32_parts(detach(network) if network.training_only else network)
+    accepted(record_property, small.name, "int8", quantize(model, images, kept, "minmax", "tensorrt"))
 
 
 @pytest.mark.parametrize("small", DETACHED, ids=name)
@@ -99,6 +105,7 @@ def test_the_smallest_is_certified(small: Small, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.gpu_graph(lambda small, precision: [(small.name, precision)])
 @pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
 @pytest.mark.parametrize("small", [*WALKED, *LOWERED], ids=name)
 def test_the_smallest_agrees_in_half_precision(
@@ -111,23 +118,34 @@ def test_the_smallest_agrees_in_half_precision(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("small", [*WALKED, *LOWERED], ids=name)
+@pytest.mark.gpu_graph(lambda small: [(small.name, "fp32"), (small.name, "int8")])
+@pytest.mark.parametrize("small", WALKED, ids=name)
 def test_tensorrt_accepts_the_smallest_in_int8(small: Small, record_property: Record) -> None:
     network = small.build().eval()
     lean = detach(network) if network.training_only else network
     preprocess = Preprocess(resize=small.side, crop=small.side)
     model = lower(capture_any_batch(lean, preprocess, FEW), lean.outputs)
     images = probe_images(preprocess)[:4]
+    accepted(record_property, small.name, "fp32", model)
     quantized = quantize(model, images, float32_parts(lean), "minmax", "tensorrt")
     accepted(record_property, small.name, "int8", quantized)
 
 
 @pytest.mark.slow
+@pytest.mark.gpu_graph(lambda pooling, precision: [(f"resnet8 with {pooling}", precision)])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16-backbone", "int8"])
 @pytest.mark.parametrize("pooling", ["gap", "isqrt", "bcnn", "cbp", "low-rank-bilinear", "netvlad", "netfv"])
-def test_every_other_pooling_agrees(pooling: str, tmp_path: Path, record_property: Record) -> None:
+def test_every_other_pooling_agrees(
+    pooling: str, precision: Precision, tmp_path: Path, record_property: Record
+) -> None:
     small = Small("resnet8", 16, {"pooling": pooling})
-    assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx").passed
-    accepted(record_property, f"resnet8 with {pooling}", "fp32", onnx.load(tmp_path / "model.onnx"))
+    wanted: Precision = "fp32" if precision == "int8" else precision
+    assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", wanted).passed
+    model = onnx.load(tmp_path / "model.onnx")
+    if precision == "int8":
+        images = probe_images(Preprocess(resize=small.side, crop=small.side))[:4]
+        model = quantize(model, images, float32_parts(small.build()), "minmax", "tensorrt")
+    accepted(record_property, f"resnet8 with {pooling}", precision, model)
 
 
 def full_width(model: str) -> Small:

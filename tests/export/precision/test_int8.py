@@ -217,10 +217,13 @@ def test_only_convolutions_and_operators_between_them_read_quantized_values(
     assert made <= {"Conv", "Relu", "Add"}
 
 
+@pytest.mark.gpu_graph(lambda graphs: [(graphs, "fp32"), (graphs, "int8")])
 def test_gpu_runtimes_accept_the_form_for_tensorrt_and_the_lint_rejects_the_cpu_form_with_advice(
-    graphs: Graph, request: pytest.FixtureRequest, record_property: Record
+    graphs: Graph, preprocess: Preprocess, request: pytest.FixtureRequest, record_property: Record
 ) -> None:
-    accepted(record_property, request.node.callspec.params["graphs"], "int8", graphs[0]["tensorrt"])
+    name = request.node.callspec.params["graphs"]
+    accepted(record_property, name, "fp32", graph_of(name, preprocess, **NETWORKS[name]).model)
+    accepted(record_property, name, "int8", graphs[0]["tensorrt"])
     assert "DequantizeLinear(int32)" in without_kernel(graphs[0]["cpu"])
     profiles = [Profile(minimum=1, optimum=2, maximum=4)]
     for version in ((8, 6), (10, 0), (10, 16), (11, 0)):

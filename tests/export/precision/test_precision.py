@@ -122,6 +122,13 @@ CASTS: dict[str, tuple[str, dict[str, Any], Precision, dict[str, set[str]]]] = {
 }
 
 
+def cells(case: str) -> list[tuple[str, Precision]]:
+    name, config, precision, _ = CASTS[case]
+    kind = config.get("pooling", {}).get("kind")
+    return [(f"{name} with {kind}" if kind else name, precision)]
+
+
+@pytest.mark.gpu_graph(cells)
 @pytest.mark.parametrize("case", CASTS)
 def test_second_order_parts_keep_float32_in_a_copy(
     make: Make, preprocess: Preprocess, case: str, record_property: Record
@@ -131,8 +138,7 @@ def test_second_order_parts_keep_float32_in_a_copy(
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     model, types = cast_graph(network, preprocess, precision)
     assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
-    kind = config.get("pooling", {}).get("kind")
-    accepted(record_property, f"{name} with {kind}" if kind else name, precision, model)
+    accepted(record_property, *cells(case)[0], model)
     assert {part: types[part] for part in expected} == expected
     assert {value.type.tensor_type.elem_type for value in model.graph.output} == {onnx.TensorProto.FLOAT}
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
