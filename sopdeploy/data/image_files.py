@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,9 @@ FileStore = FolderStore | TarStore
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 CHUNK = 64  # images per task; decoding releases the GIL
 MAX_LISTED = 200  # files named in an error message; `sopdeploy data check` names all
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow rejects larger images
+# Pillow warns above half of that, but a phone makes photos of 108 megapixels.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Result = TypeVar("Result")
 
 
@@ -101,6 +105,8 @@ def open_image(data: bytes, path: Path) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
         raise DataError(f"{path}: not an image; delete or replace it") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels; make it smaller") from error
     except DECODE_ERRORS as error:
         raise DataError(f"{path}: cannot be read ({error}); repair or delete it") from error
     match_transparency(image)

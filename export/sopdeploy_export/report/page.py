@@ -12,6 +12,7 @@ from markupsafe import Markup
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.html.charts import Axis, Bar, Curve, bars, heat, interval, plot
 from sopdeploy.html.templates import dimensions, percent, reduction, render, short_number
+from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy_export.parity.report import Flip, ParityReport
 from sopdeploy_export.precision.convert import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
@@ -244,11 +245,7 @@ def render_model_card(
         f"`{output.name}`: {output.dtype}, (batch, {', '.join(str(size) for size in output.shape[1:])})"
         for output in fields["outputs"]
     )
-    training = "\n".join(
-        f"- {key}: {value}"
-        for key, value in sorted(subject.training.items())
-        if isinstance(value, int | float | str) and not isinstance(value, bool)
-    )
+    training = "\n".join(f"- {key}: {value}" for key, value in _training_rows(subject.training))
     resizing = {
         "crop": f"Resize the\nshorter side of an image to {preprocess.resize} pixels "
         f"({preprocess.interpolation}), then crop the center;",
@@ -290,6 +287,21 @@ the graph subtracts the mean and divides by the standard deviation. Batches of {
 
 {_precision_lines(precision)}
 """
+
+
+def _training_rows(training: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """List the scalars of a training; with few images, those images and the estimate instead."""
+    if "few_shot" in training:
+        found = FewShotResult.model_validate(training["few_shot"])
+        rows: list[tuple[str, object]] = []
+        if start := training.get("start"):
+            rows.append(("start weights", f"{start['network']}, {start['file']}, sha256 {start['sha256']}"))
+        return [*rows, ("images", found.describe_images()), ("accuracy", found.describe_score())]
+    return [
+        (key, value)
+        for key, value in sorted(training.items())
+        if isinstance(value, int | float | str) and not isinstance(value, bool)
+    ]
 
 
 def _decision_lines(subject: ExportSubject) -> str:

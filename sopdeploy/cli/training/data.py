@@ -66,18 +66,19 @@ def _print_report(found: "DataReport") -> None:
         ", ".join(f"{name} {count}" for name, count in counts.items())
         for counts in (found.formats, found.modes)
     )
-    lines.append(f"formats: {formats}; color modes: {modes}")
-    for name, sides in (("shorter", found.shorter_side), ("longer", found.longer_side)):
-        low, median, high = sides
-        lines.append(f"{name} side: {low} to {high} pixels, median {median}")
-    lines += _duplicate_lines(found)
+    if found.formats:
+        lines.append(f"formats: {formats}; color modes: {modes}")
+        for name, (low, median, high) in (("shorter", found.shorter_side), ("longer", found.longer_side)):
+            lines.append(f"{name} side: {low} to {high} pixels, median {median}")
+        lines += _duplicate_lines(found)
     for reason, files in found.strange.items():
         lines.append(f"{len(files)} image{'s' * (len(files) > 1)}: {reason}: {shorten(files)}")
     if found.passed_over:
         lines.append(f"ignored, no image suffix: {describe_ignored_files(found.passed_over)}")
     lines += found.classes
     unreadable = len(found.unreadable)
-    lines.append(f"{unreadable} cannot be read" if unreadable else "every image can be read")
+    if found.formats or unreadable:
+        lines.append(f"{unreadable} cannot be read" if unreadable else "every image can be read")
     for line in lines:
         out.print(plain_text(line), highlight=False)
 
@@ -85,9 +86,12 @@ def _print_report(found: "DataReport") -> None:
 def _duplicate_lines(found: "DataReport") -> list[str]:
     """Summarize the groups of equal images and list them, the most harmful ones first."""
     groups = found.duplicates
+    if not groups:
+        return ["duplicates: none"]
     across, differ = sum(group.across for group in groups), sum(group.labels_differ for group in groups)
+    equal = sum(group.same_bytes for group in groups)
     summary = (
-        f"duplicates: {len(groups)} groups with equal pixels, {sum(group.same_bytes for group in groups)} of "
+        f"duplicates: {len(groups)} group{'s' * (len(groups) > 1)} with equal pixels, {equal} of "
         f"them equal files; {across} in both training and held-out data, {differ} in different classes"
     )
     worst_first = sorted(groups, key=lambda group: (not group.across, not group.labels_differ))

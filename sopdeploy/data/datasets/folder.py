@@ -140,7 +140,11 @@ def class_names(store: FileStore) -> tuple[str, ...]:
     if len(names) > 1:
         return tuple(names)
     if names:
-        raise DataError(f"{store.root}: holds only one class ({names[0]}); a classifier needs at least two")
+        inner = store.open_folder(names[0]).folders()
+        hint = f"; to use the folders in it as classes, give {store.root / names[0]}" if inner[1:] else ""
+        raise DataError(
+            f"{store.root}: holds only one class ({names[0]}); a classifier needs at least two{hint}"
+        )
     raise DataError(f"{store.root}: holds no class folders; sort the images into one subfolder per class")
 
 

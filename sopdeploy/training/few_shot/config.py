@@ -168,16 +168,28 @@ class FewShotResult(StrictModel):
 
     def lines(self) -> tuple[str, ...]:
         """Describe the result for people: images, candidates, and the score last."""
-        score, name = self.score, "top-1" if self.map is None else "mAP"
-        origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
+        seconds = sum(self.seconds.values())
         return (
-            f"images: {self._images()}",
+            f"images: {self.describe_images()}",
             *(candidate.line() for candidate in self.candidates),
-            f"{name} {100 * score.share:.1f} % ({origin}, 95 % interval {100 * score.low:.0f} to "
-            f"{100 * score.high:.0f} %) of {score.count} images, {sum(self.seconds.values()):.0f} s",
+            f"{self.describe_score()}, {seconds:.0f} s",
         )
 
-    def _images(self) -> str:
+    def describe_score(self) -> str:
+        """Describe the score and, if guessing may be as good, what the most frequent class would reach."""
+        score, name = self.score, "top-1" if self.map is None else "mAP"
+        origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
+        label = max(self.class_counts, key=self.class_counts.__getitem__)
+        share = self.class_counts[label] / max(1, sum(self.class_counts.values()))
+        guess = ""
+        if self.map is None and score.low <= share:
+            guess = f'; always answering "{label}" gives {100 * share:.0f} %'
+        return (
+            f"{name} {100 * score.share:.1f} % ({origin}, 95 % interval {100 * score.low:.0f} to "
+            f"{100 * score.high:.0f} %{guess}) of {score.count} images"
+        )
+
+    def describe_images(self) -> str:
         """Describe the training images: their classes, imbalance, and duplicates."""
         counts = self.class_counts
         text = ", ".join(f"{label} {count}" for label, count in counts.items())
@@ -187,4 +199,6 @@ class FewShotResult(StrictModel):
         few = [label for label, count in counts.items() if count < FEW_IMAGES]
         if few:
             text += f"; fewer than {FEW_IMAGES} images of {', '.join(few)}: add more"
-        return text + (f"; {self.duplicates} duplicates" if self.duplicates else "")
+        if self.duplicates:
+            text += f"; {self.duplicates} duplicate{'s' * (self.duplicates > 1)}"
+        return text

@@ -54,7 +54,7 @@ def test_parts_formats_sizes_duplicates_and_unusual_images_are_reported(photos, 
     assert len(archive.duplicates) == 2
 
 
-def test_every_unreadable_file_and_every_class_of_one_image_is_named(photos, tmp_path) -> None:
+def test_every_unreadable_file_and_every_class_of_one_image_is_named(photos, tmp_path, monkeypatch) -> None:
     (photos / "train" / "cat" / "2.jpg").write_bytes(b"text")
     (photos / "val" / "dog" / "1.jpg").write_bytes(jpeg(3)[:-200])
     found = check(photos)
@@ -63,6 +63,9 @@ def test_every_unreadable_file_and_every_class_of_one_image_is_named(photos, tmp
         found.must_be_usable()
     with pytest.raises(DataError, match=r"a: only one image; add another.*b: only one image"):
         check(write_classes(tmp_path / "single", ("a", "b"), 1)).must_be_usable()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"b/0\.jpg: more than 178 megapixels; make it smaller"):
+        check(tmp_path / "single").must_be_usable()
 
 
 def test_empty_and_mismatched_class_folders_are_listed_with_all_other_findings(photos) -> None:
@@ -93,6 +96,9 @@ def test_folders_that_are_all_empty_are_findings(tmp_path) -> None:
     assert (found.parts[0].count, found.formats) == (0, {})
     with pytest.raises(DataError, match=r"a: no images in this class folder \(also in b\)"):
         found.must_be_usable()
+    shown = CliRunner().invoke(app, ["data", "check", str(tmp_path)]).stdout
+    assert "a 0, b 0" in shown
+    assert not [text for text in ("formats:", "0 pixels", "every image can be read") if text in shown]
 
 
 def test_the_command_prints_tables_or_json_and_exits_with_2_if_unusable(photos, tmp_path) -> None:

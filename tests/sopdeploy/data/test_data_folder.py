@@ -100,6 +100,10 @@ def test_train_and_held_out_folders_are_mapped_by_name(tmp_path, counts, labels,
 BAD_FOLDERS = [
     ({}, "holds no class folders; sort the images into one subfolder per class"),
     ({"a": 3}, "holds only one class (a); a classifier needs at least two"),
+    (
+        {"in__a": 1, "in__b": 1},
+        "(in); a classifier needs at least two; to use the folders in it as classes, give ",
+    ),
     ({"a": 3, "b": 0}, "b: no images in this class folder; add some"),
     ({"a": 3, "b": 1}, "b: only one image; add another"),
     ({"train": 0}, "train: holds no class folders"),

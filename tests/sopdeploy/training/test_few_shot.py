@@ -378,11 +378,12 @@ def test_records_from_before_there_were_several_candidates_are_read():
     record["heads"] = [{"pooling": "gap", "features": 8, "top1": 0.5, "loss": 1.0, "l2": 0.1}]
     assert FewShotResult.model_validate(record).lines() == (
         "images: a 2, b 8; classes have equal weights, the largest has 4.0 times the smallest; "
-        "fewer than 5 images of a: add more; 1 duplicates",
+        "fewer than 5 images of a: add more; 1 duplicate",
         "gap head: kept, smallest loss (top-1 50.0 %, 24 to 76 %; loss 1.000; 8 features, l2 0.1)",
         "fine-tuning: kept, better (top-1 50.0 %, 24 to 76 %; loss 1.250; before 40.0 %, loss 1.500; "
         "3 epochs)",
-        "top-1 50.0 % (cross-validated, 95 % interval 20 to 80 %) of 10 images, 1 s",
+        "top-1 50.0 % (cross-validated, 95 % interval 20 to 80 %; "
+        'always answering "b" gives 80 %) of 10 images, 1 s',
     )
 
 
