@@ -60,6 +60,7 @@ class BackgroundServer:
                 "private": private.fileno(),
                 "lifeline": reading,
                 "siblings": {},
+                "group": None,
             }
             self._process = start_process(order, {}, stderr=subprocess.STDOUT)
         self._reader = threading.Thread(target=self._read, name="server log", daemon=True)

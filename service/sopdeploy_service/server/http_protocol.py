@@ -19,9 +19,10 @@ from sopdeploy_service.http.middleware import request_id
 from sopdeploy_service.http.problems import problem_response
 from sopdeploy_service.inference.results import Rejection
 from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.server.balancing import Balancer
+from sopdeploy_service.server.sockets import SPARE
 from sopdeploy_service.settings import Settings
 
-SPARE = 64  # connections over the limit that get a 503 response; further ones are aborted
 LINGER_SECONDS = (
     2.0  # a connection closed with unread input is reset, and the client cannot read the response
 )
@@ -42,12 +43,15 @@ class Connections:
     """The open and idle connections of one server; used on its event loop only.
 
     With `short_lived`, the oldest connection is aborted at the limit, idle or not, so that a client cannot
-    block the port by holding connections open; else the longest idle one is closed.
+    block the port by holding connections open; else the longest idle one is closed. *balancer* is that of
+    the connections to *port*, which all processes share.
     """
 
     settings: Settings
     metrics: Metrics
     short_lived: bool = False
+    balancer: Balancer | None = None
+    port: int = 0
     open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by arrival
     idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by start of idle time
 
@@ -62,7 +66,7 @@ class Connections:
             self.idle.pop(oldest, None)
             oldest.abort()
         self.open[connection] = None
-        self.metrics.connections.set(len(self.open))
+        self.count(received=connection.received)
         excess = len(self.open) - self.settings.max_connections
         if excess <= 0:
             return None
@@ -73,6 +77,24 @@ class Connections:
             connection.abort()
         return FULL
 
+    def remove(self, connection: "LimitedHttpProtocol") -> None:
+        """Remove *connection*, which is closed."""
+        self.open.pop(connection, None)
+        self.idle.pop(connection, None)
+        self.count()
+
+    def count(self, *, received: bool = False) -> None:
+        """Publish the number of open connections; *received*: the newest came from another process."""
+        self.metrics.connections.set(len(self.open))
+        if self.balancer is not None:
+            self.balancer.set_open(len(self.open), received=received)
+
+    def hand_over(self, transport: asyncio.Transport) -> bool:
+        """Pass the connection of *transport* to a process with fewer, if there is one."""
+        if self.balancer is None or transport.get_extra_info("sockname")[1] != self.port:
+            return False
+        return self.balancer.hand_over(transport.get_extra_info("socket").fileno())
+
     def close_longest_idle(self) -> None:
         """Close the connection that has been idle for the longest time."""
         connection = next(iter(self.idle))
@@ -81,10 +103,14 @@ class Connections:
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """One HTTP/1.1 connection; all connections of a server share one `Connections` and its settings."""
+    """One HTTP/1.1 connection; all connections of a server share one `Connections` and its settings.
 
-    def __init__(self, shared: Connections, **uvicorn: Any) -> None:
+    A connection *received* from another process stays in this one.
+    """
+
+    def __init__(self, shared: Connections, *, received: bool = False, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
+        self.received = received
         self.url = b""  # uvicorn sets it with the first byte of a request
         self._shared = shared
         self._limits = shared.settings
@@ -101,9 +127,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Accept or reject the connection and start the header timeout."""
+        """Accept, reject or hand over the connection and start the header timeout."""
         super().connection_made(cast(asyncio.Transport, transport))
         self.is_closing = self.transport.is_closing
+        if not self.received and self._shared.hand_over(self.transport):
+            self.transport.abort()  # closes this process's descriptor only
+            return
         rejection = self._shared.add(self)
         if rejection is not None:
             self._reject(rejection)
@@ -112,9 +141,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop all timers and drop queued requests."""
-        self._shared.open.pop(self, None)
-        self._shared.idle.pop(self, None)
-        self._shared.metrics.connections.set(len(self._shared.open))
+        self._shared.remove(self)
         self._unset_keepalive_if_required()
         self._restart_timer(None)
         self.resume_writing()

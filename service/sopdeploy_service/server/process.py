@@ -36,10 +36,11 @@ from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.logs import Timeline
 from sopdeploy_service.observability.request_context import open_tracing
+from sopdeploy_service.server.balancing import Balancer, join_group, receive
 from sopdeploy_service.server.health_port import LoopWatch, health_app, run_in_thread
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
 from sopdeploy_service.server.memory import IdleTrigger, limit_heaps
-from sopdeploy_service.server.sockets import accept_pending, allow_files, bind, url
+from sopdeploy_service.server.sockets import accept_pending, allow_files, bind, bind_group, url
 from sopdeploy_service.server.workers import USER_ERROR, Supervisor
 from sopdeploy_service.settings import WORKER_VARIABLE, Settings
 
@@ -54,10 +55,16 @@ log = logging.getLogger("sopdeploy.server")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inherited:
-    """Listening sockets of a process, and the metrics URLs of all workers by device."""
+    """What a process gets from its supervisor: sockets to listen on and its place among other processes.
+
+    The first socket is that of the port. *siblings* are the metrics URLs of all processes by device, *inbox*
+    receives connections from them.
+    """
 
     sockets: tuple[socket.socket, ...]
     siblings: dict[str, str]
+    balancer: Balancer | None = None
+    inbox: socket.socket | None = None
 
 
 def serve(sources: Sequence[str | Path], settings: Settings) -> int:
@@ -68,10 +75,14 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     runtime died. Raises `ConfigError` if it cannot listen, for invalid keys or `SOPDEPLOY_FAULTS`, and if
     tracing is not installed; further what `BundleStore` and `load_model` raise.
     """
+    if settings.devices:
+        with ExitStack() as stack:
+            listeners = bind_group(settings.host, settings.port, len(settings.devices))
+            for listener in listeners:
+                stack.enter_context(listener)
+            stack.enter_context(logs.configured(settings))
+            return Supervisor(sources, settings, listeners).run()
     with bind(settings.host, settings.port) as listener:
-        if settings.devices:
-            with logs.configured(settings):
-                return Supervisor(sources, settings, listener).run()
         return serve_on(sources, settings, Inherited(sockets=(listener,), siblings={}))
 
 
@@ -99,7 +110,7 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, inherited: Inher
         app.state.siblings = inherited.siblings
         service: Service = app.state.service
         ready = f"ready: {url(inherited.sockets[0])}  {names}"
-        server = DrainingServer(http_config(app, settings), service, ready, timeline)
+        server = DrainingServer(http_config(app, settings, inherited), service, ready, timeline, inherited)
         if health is not None:
             sys.stdout.write(f"health: {url(health)}\n")
             render = functools.partial(generate_latest, service.metrics.registry)
@@ -121,9 +132,16 @@ def prepare_process() -> None:
     warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata, which is not used
 
 
-def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """Create the uvicorn configuration of *app* with the connection limits of *settings*."""
-    protocol = functools.partial(LimitedHttpProtocol, Connections(settings, app.state.service.metrics))
+def http_config(app: FastAPI, settings: Settings, inherited: Inherited | None = None) -> uvicorn.Config:
+    """Create the uvicorn configuration of *app* with the connection limits of *settings*.
+
+    Connections to the first of the *inherited* sockets are distributed over several processes.
+    """
+    connections = Connections(settings, app.state.service.metrics)
+    if inherited is not None:
+        connections.balancer = inherited.balancer
+        connections.port = inherited.sockets[0].getsockname()[1]
+    protocol = functools.partial(LimitedHttpProtocol, connections)
     return uvicorn.Config(
         app,
         http=cast(type[asyncio.Protocol], protocol),
@@ -146,13 +164,22 @@ class DrainingServer(uvicorn.Server):
     which gets 503. A second signal ends the drain: unfinished requests get 503.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, ready: str, timeline: Timeline) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        ready: str,
+        timeline: Timeline,
+        inherited: Inherited,
+    ) -> None:
         super().__init__(config)
+        self._balancer, self._inbox = inherited.balancer, inherited.inbox
         self._service = service
         self._ready = ready
         self._timeline = timeline
         self._drain_until: float | None = None
         self._drain_logged = False
+        self._receiving: set[asyncio.Task[None]] = set()
         self._idle = IdleTrigger()
         self.watch = LoopWatch()
         service.metrics.loop_lag.set_function(self.watch.worst)
@@ -163,10 +190,35 @@ class DrainingServer(uvicorn.Server):
             await super().startup(sockets)
         except OSError as problem:
             raise ConfigError(f"cannot listen ({problem.strerror}); choose another port") from problem
+        if self._balancer is not None and self._inbox is not None:
+            await self._serve_connections(receive(self._inbox))  # left by a process that has ended
+            self._balancer.join()
+            asyncio.get_running_loop().add_reader(self._inbox, self._receive, self._inbox)
         sys.stdout.write(self._ready + "\n")
         sys.stdout.flush()
         self._timeline.mark("listen")
         self._timeline.log()
+
+    def _receive(self, inbox: socket.socket) -> None:
+        serving = asyncio.get_running_loop().create_task(
+            self._serve_connections(receive(inbox), received=True)
+        )
+        self._receiving.add(serving)
+        serving.add_done_callback(self._receiving.discard)
+
+    async def _serve_connections(
+        self, connections: Sequence[socket.socket], *, received: bool = False
+    ) -> None:
+        """Serve accepted *connections*; those *received* from other processes stay here."""
+        create_protocol = functools.partial(
+            cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class),
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+            received=received,
+        )
+        for connection in connections:
+            await asyncio.get_running_loop().connect_accepted_socket(create_protocol, connection)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Start to drain, or end the drain; uvicorn would exit with the code of the signal."""
@@ -183,6 +235,8 @@ class DrainingServer(uvicorn.Server):
         if self._drain_until is not None:
             if not self._drain_logged:  # a signal handler must not log: it may interrupt another log line
                 self._drain_logged = True
+                if self._balancer is not None:
+                    self._balancer.leave()
                 seconds = self._service.settings.drain_seconds
                 log.info("draining", extra={"requests": self._service.active_requests, "seconds": seconds})
             expired = time.monotonic() >= self._drain_until
@@ -195,20 +249,18 @@ class DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port and respond to the connections that were pending.
 
-        After the death of a runtime, pending connections are left to other processes on the same port.
+        After the death of a runtime, the supervisor passes pending connections to other processes.
         """
+        if self._balancer is not None and self._inbox is not None:
+            self._balancer.leave()
+            asyncio.get_running_loop().remove_reader(self._inbox)
         if self._drain_until is not None:
             pending = [connection for listener in sockets or [] for connection in accept_pending(listener)]
             for server in self.servers:
                 server.close()
-            create_protocol = functools.partial(
-                cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class),
-                config=self.config,
-                server_state=self.server_state,
-                app_state=self.lifespan.state,
-            )
-            for connection in pending:
-                await asyncio.get_running_loop().connect_accepted_socket(create_protocol, connection)
+            await self._serve_connections(pending)
+            if self._inbox is not None:
+                await self._serve_connections(receive(self._inbox), received=True)
             end = time.monotonic() + LAST_SECONDS
             busy = True
             while busy and time.monotonic() < end:
@@ -230,9 +282,12 @@ def main() -> int:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_with_parent, name="lifeline", daemon=True).start()
+    balancer, inbox = join_group(order["group"]) if order["group"] else (None, None)
     inherited = Inherited(
         sockets=(socket.socket(fileno=order["listener"]), socket.socket(fileno=order["private"])),
         siblings=order["siblings"],
+        balancer=balancer,
+        inbox=inbox,
     )
     try:
         return serve_on(order["sources"], Settings(**{**order["settings"], "devices": ()}), inherited)

@@ -5,8 +5,8 @@ import resource
 import socket
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.server.http_protocol import SPARE
 
+SPARE = 64  # connections over the limit that get a 503 response; further ones are aborted
 MAX_PENDING = 4096  # connections that are not accepted yet; the Linux default
 OTHER_FILES = 192  # bundles, libraries, the health port
 
@@ -46,6 +46,24 @@ def bind(host: str, port: int) -> socket.socket:
             f"{host}:{port}: cannot listen ({problem.strerror}); choose another host or port"
         ) from problem
     return listener
+
+
+def bind_group(host: str, port: int, count: int) -> list[socket.socket]:
+    """Bind *count* sockets to the same address, so that each process can listen on its own.
+
+    The first is bound alone: two servers cannot share a port by accident. Raises `ConfigError` as `bind`.
+    """
+    listeners = [bind(host, port)]
+    first = listeners[0]
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    for _ in range(count - 1):
+        listener = socket.socket(first.family, first.type)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(first.getsockname())
+        listeners.append(listener)
+    for listener in listeners:
+        listener.setblocking(False)
+    return listeners
 
 
 def accept_pending(listener: socket.socket) -> list[socket.socket]:

@@ -1,7 +1,8 @@
 """`serve --devices 0,1`: one process per device behind one port, restarted when it dies.
 
-A runtime belongs to one process, so several GPUs need several processes. All accept connections from the same
-listening socket. Each also listens on a private loopback socket, from which the others collect its metrics.
+A runtime belongs to one process, so several GPUs need several processes. `balancing` distributes the
+connections. Each process also listens on a private loopback socket, from which the others collect its
+metrics.
 """
 
 import itertools
@@ -22,12 +23,14 @@ from types import FrameType
 from typing import Any, TextIO, cast
 
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.server.balancing import Group, inherited_files
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import WORKER_VARIABLE, Settings
 
 USER_ERROR = 2
 STABLE_SECONDS = 60.0  # a worker that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 30.0
+RELAY_SECONDS = 0.05  # how long a connection to a process that is not running waits at most
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 log = logging.getLogger("sopdeploy.supervisor")
@@ -41,8 +44,10 @@ class Worker:
     """
 
     name: str
+    place: int
     variables: Mapping[str, str]
     settings: Mapping[str, str]
+    listener: socket.socket
     private: socket.socket
     child: subprocess.Popen[str] | None = None
     bundles: str | None = None  # printed by the process when it is ready
@@ -53,11 +58,16 @@ class Worker:
 class Supervisor:
     """Runs one worker process per device until a signal arrives."""
 
-    def __init__(self, sources: Sequence[str | Path], settings: Settings, listener: socket.socket) -> None:
+    def __init__(
+        self, sources: Sequence[str | Path], settings: Settings, listeners: Sequence[socket.socket]
+    ) -> None:
+        """Prepare one process per device, which listens on its own one of *listeners*."""
         self._sources = [str(source) for source in sources]
         self._settings = settings
-        self._listener = listener
-        self._url = url(listener)
+        self._listeners = listeners
+        self._url = url(listeners[0])
+        self._group = Group(len(listeners))
+        self._balancer = self._group.member(len(listeners))
         self._stopping = threading.Event()
         self._starting = threading.RLock()  # a signal sees every process, or prevents its start
         self._changed = threading.Condition()
@@ -71,12 +81,15 @@ class Supervisor:
         Raises `ConfigError` for a device that this process cannot use.
         """
         with ExitStack() as stack:
+            stack.callback(self._group.close)
             devices = self._settings.devices
             for place, device in enumerate(devices):
                 name = device if devices.count(device) == 1 else f"{device}-{place}"
                 private = stack.enter_context(bind("127.0.0.1", 0))
                 settings = {"runtime": "onnxruntime-cpu"} if device == "cpu" else {}
-                self._workers.append(Worker(name, visible_devices(device), settings, private))
+                self._workers.append(
+                    Worker(name, place, visible_devices(device), settings, self._listeners[place], private)
+                )
             for number in (signal.SIGTERM, signal.SIGINT):
                 stack.callback(signal.signal, number, signal.signal(number, self._stop))
             reading, writing = os.pipe()  # closed when this process ends, however it ends
@@ -84,19 +97,35 @@ class Supervisor:
             for worker in self._workers:
                 worker.thread = threading.Thread(target=self._supervise, args=(worker, reading), daemon=True)
                 worker.thread.start()
+            relay = threading.Thread(target=self._relay, daemon=True)
+            relay.start()
             for worker in self._workers:
                 while worker.thread is not None and worker.thread.is_alive():
                     worker.thread.join(0.2)  # wake up often enough to handle signals
+            self._stopping.set()
+            relay.join()
             os.close(reading)
         return self._code
 
     def _stop(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._stopping.set()
         with self._starting:
-            self._listener.close()  # the last worker closes the port, after accepting pending connections
+            for listener in self._listeners:
+                listener.close()  # each worker closes its own, after accepting pending connections
             for worker in self._workers:
                 if worker.child is not None and worker.child.poll() is None:
                     worker.child.send_signal(signal.SIGTERM)
+
+    def _relay(self) -> None:
+        """Pass on the connections to processes that have ended or are about to."""
+        while not self._stopping.wait(RELAY_SECONDS):
+            with self._starting:
+                if self._stopping.is_set():
+                    return
+                for worker in self._workers:
+                    if worker.bundles is not None and not self._balancer.accepts(worker.place):
+                        inbox = self._group.inboxes[worker.place].reads
+                        self._balancer.relay(worker.place, worker.listener, inbox)
 
     def _supervise(self, worker: Worker, lifeline: int) -> None:
         while True:
@@ -110,6 +139,7 @@ class Supervisor:
                     if line.startswith("ready: "):
                         self._ready(worker, line.split(maxsplit=2)[2].strip())
             code = child.wait()
+            self._balancer.leave(worker.place)
             if self._stopping.is_set():
                 return
             if code == USER_ERROR and not self._announced:
@@ -127,10 +157,11 @@ class Supervisor:
             "sources": self._sources,
             "settings": {**self._settings.model_dump(mode="json"), **worker.settings},
             "name": worker.name,
-            "listener": self._listener.fileno(),
+            "listener": worker.listener.fileno(),
             "private": worker.private.fileno(),
             "lifeline": lifeline,
             "siblings": {other.name: url(other.private) for other in self._workers},
+            "group": self._group.order(worker.place),
         }
         return start_process(order, worker.variables)
 
@@ -171,12 +202,13 @@ def start_process(
     order: Mapping[str, Any], variables: Mapping[str, str], *, stderr: int | None = None
 ) -> subprocess.Popen[str]:
     """Start a process that serves what *order* says and stops when `lifeline` closes; see `process.main`."""
+    shared = inherited_files(order["group"]) if order["group"] else ()
     return subprocess.Popen(
         [sys.executable, "-m", "sopdeploy_service.server.process"],
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
         start_new_session=True,  # Ctrl-C reaches this process only, which forwards it
-        pass_fds=(order["listener"], order["private"], order["lifeline"]),
+        pass_fds=(order["listener"], order["private"], order["lifeline"], *shared),
         env={**os.environ, **variables, WORKER_VARIABLE: json.dumps(order)},
     )

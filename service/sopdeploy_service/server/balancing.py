@@ -1,0 +1,159 @@
+"""Distribute connections over the processes behind one port.
+
+Every process accepts from a socket of its own (SO_REUSEPORT), and the kernel chooses the socket by a hash of
+the addresses: of 8 connections, one of two processes may get 7. A process that has accepted a connection
+therefore passes it to the process with the fewest, before it reads a byte. A process that drains passes on
+all of them. The supervisor does so for a process that is not running, whose socket stays open.
+
+The numbers of open connections are in shared memory. Each number has one writer, so no locks are needed.
+"""
+
+import contextlib
+import mmap
+import os
+import socket
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+
+from sopdeploy_service.server.sockets import accept_pending
+
+OPEN, TAKEN, SENT = 0, 1, 2  # columns of a process's row; the number sent to process i is in SENT + i
+CLOSED = -1  # the process accepts no connections
+
+
+class Balancer:
+    """The process at *place* among those that read an inbox, or the supervisor after the last of them.
+
+    *counters* is a file descriptor of the shared numbers, *outboxes* are the ends of the inboxes to write to.
+    """
+
+    def __init__(self, place: int, counters: int, outboxes: Sequence[socket.socket]) -> None:
+        self._place = place
+        self._outboxes = outboxes
+        shape = (len(outboxes) + 1, SENT + len(outboxes))
+        memory = mmap.mmap(counters, 8 * shape[0] * shape[1])
+        self._counts = np.frombuffer(memory, np.int64).reshape(shape)
+
+    def join(self) -> None:
+        """Accept connections; what was in the inbox has been read."""
+        self._counts[self._place, TAKEN] = self._counts[:, SENT + self._place].sum()
+        self._counts[self._place, OPEN] = 0
+
+    def leave(self, place: int | None = None) -> None:
+        """Get no more connections; the supervisor calls it for the process at *place* that has ended."""
+        self._counts[self._place if place is None else place, OPEN] = CLOSED
+
+    def set_open(self, connections: int, *, received: bool = False) -> None:
+        """Publish the number of open *connections*; *received*: the last one came from the inbox."""
+        if self.accepts(self._place):
+            self._counts[self._place, OPEN] = connections
+        self._counts[self._place, TAKEN] += received
+
+    def accepts(self, place: int) -> bool:
+        """Tell whether the process at *place* accepts connections."""
+        return bool(self._counts[place, OPEN] != CLOSED)
+
+    def hand_over(self, connection: int) -> bool:
+        """Pass the file descriptor *connection* to the process with the fewest, unless that is this process.
+
+        False if it stays here, also if no other process accepts connections or the inbox is full.
+        """
+        count = len(self._outboxes)
+        opened = self._counts[:count, OPEN].copy()
+        loads = opened + self._counts[:, SENT:].sum(axis=0) - self._counts[:count, TAKEN]
+        loads[opened == CLOSED] = np.iinfo(np.int64).max
+        target = int(loads.argmin())
+        if opened[target] == CLOSED or (self._place < count and loads[target] >= loads[self._place]):
+            return False
+        self._counts[self._place, SENT + target] += 1  # before it can be received
+        try:
+            socket.send_fds(self._outboxes[target], [b"\0"], [connection])
+        except OSError:
+            self._counts[self._place, SENT + target] -= 1
+            return False
+        return True
+
+    def relay(self, place: int, listener: socket.socket, inbox: socket.socket) -> None:
+        """Pass on what waits at *listener* and *inbox* of the ended process at *place*, if others accept."""
+        if not any(self.accepts(other) for other in range(len(self._outboxes))):
+            return
+        received = receive(inbox)
+        self._counts[self._place, SENT + place] -= len(received)
+        for connection in (*received, *accept_pending(listener)):
+            with connection:
+                self.hand_over(connection.fileno())
+
+
+def receive(inbox: socket.socket) -> list[socket.socket]:
+    """Receive the connections that wait in the non-blocking *inbox*."""
+    found: list[socket.socket] = []
+    with contextlib.suppress(OSError):  # none is left
+        while True:
+            for number in socket.recv_fds(inbox, 1, 1)[1]:
+                found.append(socket.socket(fileno=number))
+                found[-1].setblocking(False)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Inbox:
+    """Two ends of a pair of sockets: one process reads connections, the others write them."""
+
+    reads: socket.socket
+    writes: socket.socket
+
+
+class Group:
+    """The shared numbers and the inboxes of *count* processes; they survive the end of any process."""
+
+    def __init__(self, count: int) -> None:
+        self.counters: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
+        rows = np.zeros((count + 1, SENT + count), np.int64)
+        rows[:, OPEN] = CLOSED
+        self.counters.write(rows.tobytes())
+        self.counters.flush()
+        self.inboxes = [Inbox(*socket.socketpair()) for _ in range(count)]
+        for inbox in self.inboxes:
+            inbox.reads.setblocking(False)
+            inbox.writes.setblocking(False)
+
+    def member(self, place: int) -> Balancer:
+        """Create the balancer of the process at *place*, or of the supervisor after the last place."""
+        return Balancer(place, self.counters.fileno(), [inbox.writes for inbox in self.inboxes])
+
+    def order(self, place: int) -> dict[str, Any]:
+        """List what the process at *place* inherits; `join_group` reads it."""
+        return {
+            "place": place,
+            "counters": self.counters.fileno(),
+            "inbox": self.inboxes[place].reads.fileno(),
+            "outboxes": [inbox.writes.fileno() for inbox in self.inboxes],
+        }
+
+    def close(self) -> None:
+        """Close all files; running processes have their own."""
+        self.counters.close()
+        for inbox in self.inboxes:
+            inbox.reads.close()
+            inbox.writes.close()
+
+
+def inherited_files(order: dict[str, Any]) -> tuple[int, ...]:
+    """List the file descriptors in *order* of `Group.order`."""
+    return (order["counters"], order["inbox"], *order["outboxes"])
+
+
+def join_group(order: dict[str, Any]) -> tuple[Balancer, socket.socket]:
+    """Create the balancer and the inbox of a process from *order*."""
+    outboxes = [socket.socket(fileno=number) for number in order["outboxes"]]
+    for outbox in outboxes:
+        outbox.setblocking(False)
+    inbox = socket.socket(fileno=order["inbox"])
+    inbox.setblocking(False)
+    balancer = Balancer(order["place"], order["counters"], outboxes)
+    os.close(order["counters"])
+    return balancer, inbox
