@@ -17,6 +17,7 @@ import sopdeploy
 from sopdeploy.bundle import folder as bundle
 from sopdeploy.bundle.class_maps import FILE as CLASS_MAPS
 from sopdeploy.bundle.class_maps import write_class_maps
+from sopdeploy.bundle.golden import write_golden
 from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
@@ -34,6 +35,7 @@ from sopdeploy_export.parity.compare import (
     compute_reference,
     spectral_records,
 )
+from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.precision.accuracy_gate import check_accuracy
 from sopdeploy_export.precision.convert import (
@@ -262,7 +264,9 @@ def _write_bundle(
     for name, report in reports.items():
         (folder / f"{name}.json").write_bytes(to_json(report.model_dump(mode="json")))
     (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
-    write_probes(folder / "probes.npz", as_probes(job.images, expected, parity))
+    probes = as_probes(job.images, expected, parity)
+    write_probes(folder / "probes.npz", probes)
+    write_golden_examples(folder, subject.preprocess, job.options.batch, probes)
     fields = _manifest_fields(job, folder, converted, checks)
     card = render_model_card(subject, certificate, parity, precision, fields)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -308,6 +312,22 @@ def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityRepo
         expected={name: values[kept].astype(np.float32) for name, values in expected.outputs.items()},
         tolerance=tolerance,
     )
+
+
+def write_golden_examples(folder: Path, preprocess: Preprocess, batch: BatchRange, probes: Probes) -> None:
+    """Write golden examples with the logits of the file in *folder*.
+
+    These are within the tolerance of *probes*, and so are those of another runtime: the examples allow both.
+    """
+    session = open_session(folder / ONNX_FILE)
+    source, output = session.get_inputs()[0].name, session.get_outputs()[0].name
+
+    def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        images = np.repeat(pixels[None], batch.minimum, axis=0)
+        logits: NDArray[np.float32] = session.run([output], {source: images})[0][0]
+        return logits
+
+    write_golden(folder, preprocess, run, 2 * probes.tolerance[output])
 
 
 def _manifest_fields(job: _Job, folder: Path, converted: ConvertedGraph, checks: _Checks) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle.golden import read_golden
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import DataError, DetachError, LoweringError, ParityError, SopdeployError
@@ -18,6 +19,8 @@ from sopdeploy_export import pipeline
 from sopdeploy_export.graph import Deployed, probe_images
 from sopdeploy_export.pipeline import Exported, ExportOptions, export, fold_temperature
 from sopdeploy_export.proof.hashes import onnx_root
+from sopdeploy_service.commands.verify import verify
+from sopdeploy_service.settings import Settings
 from tests.export.conftest import LABELS, save, trained
 from tests.export.once import ALONE, proving_once
 
@@ -48,6 +51,7 @@ def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
     )
     assert bundle.manifest.lineage.program_root == exported.certificate.roots.any_batch
     assert {path.name for path in exported.path.iterdir()} == {*bundle.manifest.files, "manifest.json"}
+    assert len(read_golden(bundle)) == verify(exported.path, Settings(threads=1)).golden == 3
     names = [tensor.name for tensor in onnx.load(bundle.onnx).graph.initializer]
     assert not [name for name in names if "branch" in name]
     assert {entry.name.split(".")[0] for entry in exported.certificate.removed} == {"branches"}

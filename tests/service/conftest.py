@@ -22,6 +22,7 @@ from PIL import Image
 
 from sopdeploy.bundle.class_maps import read_class_maps
 from sopdeploy.bundle.folder import Bundle, open_bundle, publish, seal, staging
+from sopdeploy.bundle.golden import write_golden
 from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.bundle.probes import Probes, write_probes
@@ -71,8 +72,13 @@ def write_bundle(
     output: str = "logits",
     seed: int = 0,
     decision: Decision | None = None,
+    preprocess: Preprocess = RULES,
+    golden: bool = False,
 ) -> Path:
-    """Write the tiny bundle into *folder*, with so many probes of *output*, *wrong_by* so much."""
+    """Write the tiny bundle into *folder*, with so many probes of *output*, *wrong_by* so much.
+
+    With *golden* it has golden examples.
+    """
     graph = tiny_graph(seed)
     weights = numpy_helper.to_array(graph.graph.initializer[1])
     images = np.random.default_rng(1).integers(0, 256, (probes, 32, 32, 3), dtype=np.uint8)
@@ -86,6 +92,13 @@ def write_bundle(
         write_probes(
             stage / "probes.npz", Probes(images=images, expected={output: logits}, tolerance={output: 1e-4})
         )
+        if golden:
+            write_golden(
+                stage,
+                preprocess,
+                lambda pixels: pixels.mean(axis=(0, 1), dtype=np.float32) @ weights + np.float32(wrong_by),
+                tolerance=1e-3,
+            )
         manifest = seal(
             stage,
             {
@@ -93,7 +106,7 @@ def write_bundle(
                 "config": {},
                 "inputs": (TensorRecord(name="images", dtype="uint8", shape=(None, 32, 32, 3)),),
                 "outputs": (TensorRecord(name="logits", dtype="float32", shape=(None, 7)),),
-                "preprocess": RULES,
+                "preprocess": preprocess,
                 "batch": BatchRange(),
                 "opset": 18,
                 "detached": (),

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from sopdeploy.bundle.golden import check_golden, read_golden
 from sopdeploy.config import StrictModel
+from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.settings import Settings, load_settings
+from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
 
 
 class ReplayRecord(StrictModel):
@@ -17,7 +19,7 @@ class ReplayRecord(StrictModel):
 
 
 class Verification(StrictModel):
-    """The facts of a bundle that passed every check."""
+    """The facts of a bundle that passed every check; `golden` counts its golden examples."""
 
     bundle: str
     id: str
@@ -28,16 +30,23 @@ class Verification(StrictModel):
     runtime: str
     device: str
     replays: tuple[ReplayRecord, ...]
+    golden: int
 
 
 def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
-    """Check every file and the root of the graph, then replay every probe alone and in batches.
+    """Check every file and the root of the graph, replay the probes, and reproduce the golden examples.
 
     Raises `BundleError` for the files and the root, `ParityError` for the numbers, and
     `RuntimeUnavailableError` if no runtime here can run the bundle.
     """
     loaded = load_model(bundle_path, settings or load_settings(), thorough=True)
-    bundle = loaded.bundle
+    bundle, examples = loaded.bundle, read_golden(loaded.bundle)
+    output = bundle.manifest.outputs[0].name
+    for example in examples:
+        image = EncodedImage(example.jpeg)
+        rules, size = bundle.manifest.preprocess, len(example.jpeg)
+        decoded = decode(image, rules, max_bytes=size, max_pixels=PILLOW_PIXELS)
+        check_golden(example, decoded.pixels, lambda image: loaded.runtime.run(image[None])[output][0])
     return Verification(
         bundle=bundle.name,
         id=bundle.manifest.id,
@@ -53,4 +62,5 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
             )
             for batch, found in loaded.replays.items()
         ),
+        golden=len(examples),
     )

@@ -61,7 +61,7 @@ def predict(
 
 
 def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
-    """Check every file of a bundle and replay its probes on this machine, offline.
+    """Check every file of a bundle, its probes and its golden examples on this machine, offline.
 
     Example: [bold]sopdeploy verify bundles/dsop-resnet20-3f6c01d2a4b7[/bold]
     """
@@ -81,4 +81,6 @@ def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
                 f"batch {replay.batch}: {name} of {replay.images} images deviate by {deviation:.2g} "
                 f"(allowed {replay.tolerance[name]:.2g}) on {result.runtime}",
             )
+    if result.golden:
+        print_field("golden", f"{result.golden} JPEG files give the exporter's pixels and logits")
     print_field("verified", str(result.bundle), style="bold green")

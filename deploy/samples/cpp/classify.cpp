@@ -1,0 +1,233 @@
+// Classifies JPEG files with a sopdeploy bundle, without Python: ONNX Runtime, libjpeg-turbo and nlohmann/json.
+//
+//   classify BUNDLE IMAGE...   prints the best class of each image
+//   classify BUNDLE --golden   reproduces the golden examples of the bundle; exit code 1 if one differs
+//
+// EXIF rotation is not applied. README.md beside this file has the compiler command.
+
+#include <algorithm>
+#include <cmath>
+#include <csetjmp>
+#include <cstdint>
+#include <cstdio>
+#include <fstream>
+#include <functional>
+#include <iostream>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <jpeglib.h>
+#include <nlohmann/json.hpp>
+#include <onnxruntime_cxx_api.h>
+
+using nlohmann::json;
+
+struct Image {  // RGB, rows from top to bottom
+  int width, height;
+  std::vector<uint8_t> pixels;
+};
+
+std::vector<uint8_t> read_file(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error(path + ": cannot be read");
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+struct JpegError {
+  jpeg_error_mgr base;
+  std::jmp_buf jump;
+};
+
+Image decode(const std::vector<uint8_t>& body) {
+  jpeg_decompress_struct jpeg;
+  JpegError error;
+  jpeg.err = jpeg_std_error(&error.base);
+  error.base.error_exit = [](j_common_ptr info) {
+    std::longjmp(reinterpret_cast<JpegError*>(info->err)->jump, 1);
+  };
+  Image image;
+  if (setjmp(error.jump)) {
+    jpeg_destroy_decompress(&jpeg);
+    throw std::runtime_error("not a readable JPEG");
+  }
+  jpeg_create_decompress(&jpeg);
+  jpeg_mem_src(&jpeg, body.data(), body.size());
+  jpeg_read_header(&jpeg, TRUE);
+  jpeg.out_color_space = JCS_RGB;  // also of gray files
+  jpeg_start_decompress(&jpeg);
+  image.width = jpeg.output_width;
+  image.height = jpeg.output_height;
+  image.pixels.resize(3 * size_t(image.width) * image.height);
+  while (jpeg.output_scanline < jpeg.output_height) {
+    JSAMPROW row = image.pixels.data() + 3 * size_t(image.width) * jpeg.output_scanline;
+    jpeg_read_scanlines(&jpeg, &row, 1);
+  }
+  jpeg_finish_decompress(&jpeg);
+  jpeg_destroy_decompress(&jpeg);
+  return image;
+}
+
+struct Taps {  // the source positions and weights of one target position
+  int first;
+  std::vector<double> weights;
+};
+
+// Pillow's resampling: a reduced image averages over a filter that grows with the factor.
+std::vector<Taps> taps(int from, int to, const std::string& interpolation) {
+  const bool cubic = interpolation == "bicubic";
+  const double scale = double(from) / to, stretch = std::max(1.0, scale);
+  const double reach = (cubic ? 2.0 : 1.0) * stretch;
+  std::function<double(double)> filter = [](double x) { return std::max(0.0, 1.0 - std::abs(x)); };
+  if (cubic) {
+    filter = [](double x) {
+      x = std::abs(x);
+      if (x < 1) return (1.5 * x - 2.5) * x * x + 1;
+      return x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0.0;
+    };
+  }
+  std::vector<Taps> found;
+  for (int target = 0; target < to; target++) {
+    const double center = (target + 0.5) * scale;
+    const int first = std::max(0, int(center - reach + 0.5));
+    const int end = std::min(from, int(center + reach + 0.5));
+    Taps one{first, {}};
+    double sum = 0;
+    for (int source = first; source < end; source++) {
+      one.weights.push_back(filter((source - center + 0.5) / stretch));
+      sum += one.weights.back();
+    }
+    for (double& weight : one.weights) weight /= sum;
+    found.push_back(one);
+  }
+  return found;
+}
+
+uint8_t rounded(double value) { return uint8_t(std::clamp(std::floor(value + 0.5), 0.0, 255.0)); }
+
+Image resize(const Image& image, int width, int height, const std::string& interpolation) {
+  Image wide{width, image.height, std::vector<uint8_t>(3 * size_t(width) * image.height)};
+  const auto columns = taps(image.width, width, interpolation);
+  for (int y = 0; y < image.height; y++)
+    for (int x = 0; x < width; x++)
+      for (int channel = 0; channel < 3; channel++) {
+        double sum = 0;
+        for (size_t i = 0; i < columns[x].weights.size(); i++)
+          sum += columns[x].weights[i] *
+                 image.pixels[3 * (size_t(y) * image.width + columns[x].first + i) + channel];
+        wide.pixels[3 * (size_t(y) * width + x) + channel] = rounded(sum);
+      }
+  Image result{width, height, std::vector<uint8_t>(3 * size_t(width) * height)};
+  const auto rows = taps(image.height, height, interpolation);
+  for (int y = 0; y < height; y++)
+    for (int x = 0; x < 3 * width; x++) {
+      double sum = 0;
+      for (size_t i = 0; i < rows[y].weights.size(); i++)
+        sum += rows[y].weights[i] * wide.pixels[3 * size_t(width) * (rows[y].first + i) + x];
+      result.pixels[3 * size_t(width) * y + x] = rounded(sum);
+    }
+  return result;
+}
+
+// The network's input (crop, crop, 3) by the rules `preprocess` of the manifest.
+std::vector<uint8_t> preprocess(const Image& image, const json& rules) {
+  const int crop = rules["crop"];
+  const std::string fit = rules.value("fit", "crop");
+  const int shorter = std::min(image.width, image.height), longer = std::max(image.width, image.height);
+  int small = crop, large = crop;
+  if (fit == "crop") {
+    small = rules["resize"];
+    large = std::max(1, int(double(small) * longer / shorter));
+  } else if (fit == "pad") {
+    small = std::max(1, int(std::nearbyint(double(crop) * shorter / longer)));
+  }
+  const bool tall = image.width <= image.height;
+  const Image resized =
+      resize(image, tall ? small : large, tall ? large : small, rules["interpolation"].get<std::string>());
+  const int left = int(std::nearbyint((resized.width - crop) / 2.0));
+  const int top = int(std::nearbyint((resized.height - crop) / 2.0));
+  std::vector<uint8_t> input;
+  for (int y = top; y < top + crop; y++)
+    for (int x = left; x < left + crop; x++)
+      for (int channel = 0; channel < 3; channel++) {
+        const bool inside = x >= 0 && x < resized.width && y >= 0 && y < resized.height;
+        input.push_back(inside ? resized.pixels[3 * (size_t(y) * resized.width + x) + channel]
+                               : rules["background"][channel].get<uint8_t>());
+      }
+  return input;
+}
+
+struct Network {
+  Ort::Env env{ORT_LOGGING_LEVEL_ERROR};
+  Ort::Session session;
+  int64_t side;
+  std::string input, output;
+
+  Network(const std::string& bundle, const json& manifest)
+      : session(env, (bundle + "/model.onnx").c_str(), Ort::SessionOptions()),
+        side(manifest["preprocess"]["crop"]),
+        input(manifest["inputs"][0]["name"]),
+        output(manifest["outputs"][0]["name"]) {}
+
+  std::vector<float> logits(std::vector<uint8_t> pixels) {
+    const int64_t shape[] = {1, side, side, 3};
+    auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+    auto tensor = Ort::Value::CreateTensor<uint8_t>(memory, pixels.data(), pixels.size(), shape, 4);
+    const char *inputs[] = {input.c_str()}, *outputs[] = {output.c_str()};
+    auto values = session.Run(Ort::RunOptions(), inputs, &tensor, 1, outputs, 1);
+    const float* first = values[0].GetTensorData<float>();
+    return {first, first + values[0].GetTensorTypeAndShapeInfo().GetElementCount()};
+  }
+};
+
+size_t best(const std::vector<float>& logits) {
+  return std::max_element(logits.begin(), logits.end()) - logits.begin();
+}
+
+// Compare decoded pixels, logits of the stored pixels and the class of the decoded ones.
+bool reproduces(const std::string& bundle, const json& rules, const json& example, double tolerance,
+                Network& network) {
+  const std::string name = example["jpeg"];
+  const auto found = preprocess(decode(read_file(bundle + "/" + name)), rules);
+  const auto stored = read_file(bundle + "/" + example["pixels"].get<std::string>());
+  if (found.size() != stored.size()) throw std::runtime_error(name + ": stored pixels of another size");
+  int levels = 0;
+  for (size_t i = 0; i < found.size(); i++) levels = std::max(levels, std::abs(found[i] - stored[i]));
+  const auto expected = example["logits"].get<std::vector<float>>();
+  const auto logits = network.logits(stored);
+  double difference = 0;
+  for (size_t i = 0; i < logits.size(); i++)
+    difference = std::max(difference, double(std::abs(logits[i] - expected[i])));
+  const bool same = best(network.logits(found)) == best(expected);
+  std::cout << name << ": pixels within " << levels << ", logits within " << difference << " of "
+            << tolerance << ", " << (same ? "same class" : "another class") << "\n";
+  return levels <= 1 && difference <= tolerance && same;
+}
+
+int main(int count, char** words) try {
+  if (count < 3) {
+    std::cerr << "usage: classify BUNDLE IMAGE... or classify BUNDLE --golden\n";
+    return 2;
+  }
+  const std::string bundle = words[1];
+  const json manifest = json::parse(read_file(bundle + "/manifest.json"));
+  const json labels = json::parse(read_file(bundle + "/labels.json"));
+  Network network(bundle, manifest);
+  if (std::string(words[2]) == "--golden") {
+    const json golden = json::parse(read_file(bundle + "/golden.json"));
+    bool all = true;
+    for (const json& example : golden["examples"])
+      all = reproduces(bundle, manifest["preprocess"], example, golden["tolerance"], network) && all;
+    return all ? 0 : 1;
+  }
+  for (int number = 2; number < count; number++) {
+    const Image image = decode(read_file(words[number]));
+    const auto logits = network.logits(preprocess(image, manifest["preprocess"]));
+    std::cout << words[number] << ": " << labels[best(logits)].get<std::string>() << "\n";
+  }
+  return 0;
+} catch (const std::exception& error) {
+  std::cerr << "error: " << error.what() << "\n";
+  return 2;
+}

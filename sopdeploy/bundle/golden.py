@@ -1,0 +1,138 @@
+"""Golden examples: JPEG files with the pixels and logits that they give, for programs in other languages.
+
+`golden.json` lists the examples; `golden-0.jpg` is a file as a client sends it, and `golden-0.rgb` has its
+pixels after preprocessing, (crop, crop, 3) uint8 in row-major order. A program that decodes and resizes as
+`Preprocess` does gets these pixels within one gray level, and from these pixels the logits within
+`tolerance`. The folder deploy/samples has such programs. Bundles of older versions have no examples.
+"""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+from PIL import Image
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.manifest import to_json
+from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.errors import BundleError, ParityError
+from sopdeploy.images.preprocess import Preprocess
+
+GOLDEN = "golden.json"
+MAX_DIFFERENCE = 1  # gray levels between decoders
+SEED = 11
+CELL = 8  # pixels per random color
+
+RunOne = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # (H, W, 3) to logits (C,)
+
+
+class GoldenExample(StrictModel):
+    """The names of the files of one example, and its logits (C,)."""
+
+    jpeg: str
+    pixels: str
+    logits: Annotated[tuple[float, ...], pydantic.Field(min_length=1)]
+
+
+class GoldenIndex(StrictModel):
+    """Content of `golden.json`; *tolerance* is the largest absolute difference of a logit."""
+
+    tolerance: float
+    examples: tuple[GoldenExample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """One example: the JPEG file, its pixels (H, W, 3) uint8, logits (C,) and their tolerance."""
+
+    name: str
+    jpeg: bytes
+    pixels: NDArray[np.uint8]
+    logits: NDArray[np.float32]
+    tolerance: float
+
+
+def golden_jpegs(preprocess: Preprocess) -> list[bytes]:
+    """Draw three JPEGs from a fixed seed: a wide one, a tall one that is enlarged, and a gray one.
+
+    The first has the chroma subsampling of cameras (4:2:0), the second none.
+    """
+    random = np.random.default_rng(SEED)
+    side, files = preprocess.resize, []
+    for size, mode, subsampling in (
+        ((side * 3 // 2, side + 7), "RGB", 2),
+        ((max(1, side * 3 // 4), side), "RGB", 0),
+        ((side, side * 5 // 4), "L", 0),
+    ):
+        cells = tuple(length // CELL + 2 for length in reversed(size))
+        coarse = random.integers(0, 256, (*cells, 3) if mode == "RGB" else cells, dtype=np.uint8)
+        image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=90, subsampling=subsampling)
+        files.append(file.getvalue())
+    return files
+
+
+def write_golden(folder: Path, preprocess: Preprocess, run: RunOne, tolerance: float) -> None:
+    """Write the examples into *folder*; *run* computes the logits of the exported file."""
+    examples = []
+    for number, body in enumerate(golden_jpegs(preprocess)):
+        with Image.open(io.BytesIO(body)) as image:
+            pixels = preprocess(image)
+        jpeg, raw = f"golden-{number}.jpg", f"golden-{number}.rgb"
+        (folder / jpeg).write_bytes(body)
+        (folder / raw).write_bytes(pixels.tobytes())
+        logits = tuple(float(value) for value in run(pixels))
+        examples.append(GoldenExample(jpeg=jpeg, pixels=raw, logits=logits))
+    index = GoldenIndex(tolerance=tolerance, examples=tuple(examples))
+    (folder / GOLDEN).write_bytes(to_json(index.model_dump(mode="json")))
+
+
+def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
+    """Read the examples of *bundle*, none if it has no `golden.json`; raises `BundleError`."""
+    if GOLDEN not in bundle.manifest.files:
+        return ()
+    path, shape = bundle.path, bundle.manifest.image_shape
+    try:
+        index = GoldenIndex.model_validate(json.loads((path / GOLDEN).read_bytes()))
+    except pydantic.ValidationError as problem:
+        raise BundleError(f"{path / GOLDEN}: {first_problem(problem)}; export the bundle again") from problem
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path / GOLDEN}: not JSON ({error}); export the bundle again") from error
+    found = []
+    for example in index.examples:
+        names, records = (example.jpeg, example.pixels), bundle.manifest.files
+        wrong_length = len(example.logits) != len(bundle.labels)
+        if wrong_length or not set(names) <= set(records) or records[example.pixels].bytes != np.prod(shape):
+            raise BundleError(f"{path / GOLDEN}: {example.jpeg} does not fit the bundle; export it again")
+        jpeg, raw = ((path / name).read_bytes() for name in names)
+        pixels = np.frombuffer(raw, np.uint8).reshape(shape)
+        logits = np.array(example.logits, np.float32)
+        found.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
+    return tuple(found)
+
+
+def check_golden(example: Golden, pixels: NDArray[np.uint8], run: RunOne) -> None:
+    """Compare *pixels* that were decoded here, and the logits of *run*, with *example*.
+
+    Raises `ParityError` for pixels more than `MAX_DIFFERENCE` gray levels off or logits outside of the
+    tolerance.
+    """
+    levels = int(np.abs(pixels.astype(np.int16) - example.pixels).max())
+    if levels > MAX_DIFFERENCE:
+        raise ParityError(
+            f"{example.name}: its pixels differ by {levels} gray levels; this machine decodes or resizes "
+            "images in another way, install Pillow from its wheel"
+        )
+    difference = float(np.abs(run(example.pixels) - example.logits).max())
+    if not difference <= example.tolerance:
+        raise ParityError(
+            f"{example.name}: a logit deviates by {difference:.3g}, the bound is {example.tolerance:.3g}; "
+            "this runtime does not compute the exported network"
+        )

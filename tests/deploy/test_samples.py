@@ -1,0 +1,136 @@
+"""Golden examples, and the programs in other languages that reproduce them."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle.golden import GOLDEN, check_golden, read_golden
+from sopdeploy.errors import BundleError, ParityError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.commands.verify import verify
+from sopdeploy_service.settings import Settings
+from tests.forged import forge
+from tests.service.conftest import picture_bytes, write_bundle
+
+SAMPLES = Path(__file__).parents[2] / "deploy" / "samples"
+NODE_MODULES = SAMPLES / "javascript" / "node_modules"
+HEADERS = ("cstdio", "jpeglib.h", "nlohmann/json.hpp", "onnxruntime_cxx_api.h")
+INCLUDE = "-I/usr/include/onnxruntime"
+RULES = {
+    "crop": Preprocess(resize=36, crop=32),
+    "crop-bicubic": Preprocess(resize=61, crop=32, interpolation="bicubic"),
+    "pad": Preprocess(resize=36, crop=32, fit="pad", background=(10, 20, 30)),
+    "squash": Preprocess(resize=70, crop=32, fit="squash", interpolation="bicubic"),
+}
+
+
+@pytest.fixture(params=RULES)
+def bundle(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write_bundle(tmp_path, golden=True, preprocess=RULES[request.param])
+
+
+def test_verify_reproduces_golden_examples_and_accepts_bundles_without(bundle: Path, tmp_path: Path) -> None:
+    assert verify(bundle, Settings(threads=1)).golden == 3
+    assert verify(write_bundle(tmp_path / "old"), Settings(threads=1)).golden == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index.update(tolerance=None), "golden.json: tolerance"),
+        (lambda index: index["examples"][0].update(jpeg="../x"), "does not fit"),
+        (lambda index: index["examples"][0].update(pixels="golden-0.jpg"), "does not fit"),
+        (lambda index: index["examples"][0]["logits"].pop(), "does not fit"),
+        (
+            lambda index: index["examples"][0]["logits"].insert(0, index["examples"][0]["logits"].pop()),
+            "bound",
+        ),
+        (lambda index: index["examples"][0].update(jpeg="golden-1.jpg"), "gray levels"),
+    ],
+)
+def test_golden_examples_of_another_network_fail(
+    change: Callable[[dict], None], message: str, tmp_path: Path
+) -> None:
+    path = write_bundle(tmp_path, golden=True)
+    index = json.loads((path / GOLDEN).read_bytes())
+    change(index)
+    (path / GOLDEN).write_text(json.dumps(index))
+    with pytest.raises((BundleError, ParityError), match=message):
+        verify(forge(path), Settings(threads=1))
+
+
+def test_pixels_may_differ_by_one_gray_level(tmp_path: Path) -> None:
+    example = read_golden(open_bundle(write_bundle(tmp_path, golden=True)))[0]
+    nudged = np.where(example.pixels < 255, example.pixels + 1, 254).astype(np.uint8)
+    check_golden(example, nudged, lambda _: example.logits)
+
+
+def run_sample(command: list[str | Path], bundle: Path, photo: Path) -> None:
+    """Reproduce the golden examples of *bundle*, classify *photo*, and reject what is no JPEG."""
+    done = subprocess.run([*command, bundle, "--golden"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("same class") == 3
+    photo.write_bytes(picture_bytes())
+    named = subprocess.run([*command, bundle, photo], capture_output=True, text=True, check=True)
+    assert named.stdout.split(": ")[1].strip() in open_bundle(bundle).labels
+    photo.write_bytes(b"no image")
+    bad = subprocess.run([*command, bundle, photo], capture_output=True, text=True, check=False)
+    assert (bad.returncode, "error: " in bad.stderr) == (2, True)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.skipif(not NODE_MODULES.is_dir(), reason="run `npm install` in deploy/samples/javascript")
+def test_the_javascript_sample_reproduces_the_golden_examples(bundle: Path, tmp_path: Path) -> None:
+    run_sample(["node", SAMPLES / "javascript" / "classify.mjs"], bundle, tmp_path / "photo.jpg")
+
+
+def no_headers() -> bool:
+    """Whether the compiler or the headers of the C++ sample are missing."""
+    if shutil.which("g++") is None:
+        return True
+    command = ["g++", INCLUDE, "-E", "-x", "c++", "-o", os.devnull, "-"]
+    included = "".join(f"#include <{name}>\n" for name in HEADERS)
+    return (
+        subprocess.run(command, input=included, text=True, capture_output=True, check=False).returncode != 0
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Compile the sample with the library of the Python package."""
+    if no_headers():
+        pytest.skip("g++ or the headers of ONNX Runtime, libjpeg and nlohmann/json are not installed")
+    [library] = Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.1*")
+    folder = tmp_path_factory.mktemp("sample")
+    (folder / "libonnxruntime.so.1").symlink_to(library)
+    source, program = SAMPLES / "cpp" / "classify.cpp", folder / "classify"
+    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-isystem", INCLUDE[2:]]
+    libraries = ["-ljpeg", library, f"-Wl,-rpath,{folder}"]
+    subprocess.run(["g++", *options, source, "-o", program, *libraries], check=True)
+    return program
+
+
+@pytest.mark.slow
+def test_the_cpp_sample_reproduces_the_golden_examples(compiled: Path, bundle: Path, tmp_path: Path) -> None:
+    run_sample([compiled], bundle, tmp_path / "photo.jpg")
+
+
+def test_the_golden_jpegs_are_the_kinds_that_decoders_treat_differently(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path, golden=True)
+    with Image.open(path / "golden-0.jpg") as wide, Image.open(path / "golden-1.jpg") as tall:
+        assert [[part[1:3] for part in image.layer] for image in (wide, tall)] == [
+            [(2, 2), (1, 1), (1, 1)],
+            [(1, 1)] * 3,
+        ]
+        assert wide.width > wide.height > RULES["crop"].resize > tall.width
+    with Image.open(path / "golden-2.jpg") as gray:
+        assert gray.mode == "L"
