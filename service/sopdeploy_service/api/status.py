@@ -36,7 +36,7 @@ from sopdeploy_service.inference.registry import NOT_CONTROLLED
 from sopdeploy_service.inference.results import GATES, Prediction, Rejection
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.inference.shadow import Shadow
-from sopdeploy_service.observability.metrics import collect
+from sopdeploy_service.observability.metrics import Connect, collect
 from sopdeploy_service.observability.request_context import RequestContext
 
 router = APIRouter()
@@ -65,7 +65,7 @@ async def readyz(request: Request) -> Response:
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)
 async def metrics(request: Request, *, own: bool = False) -> Response:
     """Metrics of this server; with several worker processes, those of all workers unless *own*."""
-    siblings: dict[str, str] = request.app.state.siblings
+    siblings: dict[str, Connect] = request.app.state.siblings
     if own or not siblings:
         return Response(generate_latest(service_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
     known = {name: request.headers[name] for name in CREDENTIALS if name in request.headers}

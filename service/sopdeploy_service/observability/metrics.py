@@ -1,22 +1,24 @@
 """The Prometheus metrics of one server, in a registry of their own, and the merger of several workers."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections import Counter as Counts
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import cast
 
-import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy_service.runtime.base import Runtime
+
+Connect = Callable[[], socket.socket]  # opens a connection to a worker process
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -175,18 +177,26 @@ class ShadowMetrics:
         self._shadow.observe(shadow)
 
 
-async def collect(workers: Mapping[str, str], headers: Mapping[str, str]) -> bytes:
-    """Scrape *workers* (base URLs by device) with *headers* and merge their pages."""
+async def collect(workers: Mapping[str, Connect], headers: Mapping[str, str]) -> bytes:
+    """Scrape *workers* (by device) with *headers* and merge their pages."""
+    lines = [
+        f"{name}: {value}" for name, value in {"Host": "worker", "Connection": "close", **headers}.items()
+    ]
+    request = "\r\n".join(["GET /metrics?own=true HTTP/1.1", *lines, "", ""]).encode("latin-1")
 
-    async def scrape(client: httpx.AsyncClient, url: str) -> str | None:
+    async def scrape(connect: Connect) -> str | None:
         try:
-            response = await client.get(f"{url}/metrics", params={"own": "true"}, headers=dict(headers))
-        except httpx.HTTPError:
+            async with asyncio.timeout(SCRAPE_SECONDS):
+                reader, writer = await asyncio.open_connection(sock=connect())
+                writer.write(request)
+                response = await reader.read()
+                writer.close()
+        except (OSError, TimeoutError):
             return None
-        return response.text if response.status_code == httpx.codes.OK else None
+        head, _, page = response.partition(b"\r\n\r\n")
+        return page.decode() if head.startswith(b"HTTP/1.1 200 ") else None
 
-    async with httpx.AsyncClient(timeout=SCRAPE_SECONDS, trust_env=False) as client:
-        pages = await asyncio.gather(*(scrape(client, url) for url in workers.values()))
+    pages = await asyncio.gather(*map(scrape, workers.values()))
     return merge(dict(zip(workers, pages, strict=True)))
 
 

@@ -48,7 +48,6 @@ class BackgroundServer:
         self._drain_seconds = settings.drain_seconds
         with ExitStack() as stack:
             listener = stack.enter_context(bind(settings.host, settings.port))
-            private = stack.enter_context(bind("127.0.0.1", 0))
             reading, self._lifeline = os.pipe()  # closed when this process ends, however it ends
             stack.callback(os.close, reading)
             self.url = url(listener)
@@ -57,7 +56,6 @@ class BackgroundServer:
                 "settings": settings.model_dump(mode="json"),
                 "name": "background",
                 "listener": listener.fileno(),
-                "private": private.fileno(),
                 "lifeline": reading,
                 "siblings": {},
                 "group": None,

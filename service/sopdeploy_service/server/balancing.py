@@ -23,6 +23,7 @@ from sopdeploy_service.server.sockets import accept_pending
 
 OPEN, TAKEN, SENT = 0, 1, 2  # columns of a process's row; the number sent to process i is in SENT + i
 CLOSED = -1  # the process accepts no connections
+FROM_CLIENT, FROM_PROCESS = b"c", b"p"
 
 
 class Balancer:
@@ -47,11 +48,14 @@ class Balancer:
         """Get no more connections; the supervisor calls it for the process at *place* that has ended."""
         self._counts[self._place if place is None else place, OPEN] = CLOSED
 
-    def set_open(self, connections: int, *, received: bool = False) -> None:
-        """Publish the number of open *connections*; *received*: the last one came from the inbox."""
+    def set_open(self, connections: int) -> None:
+        """Publish the number of open *connections*."""
         if self.accepts(self._place):
             self._counts[self._place, OPEN] = connections
-        self._counts[self._place, TAKEN] += received
+
+    def set_taken(self) -> None:
+        """Record that a connection from the inbox is among the open ones now."""
+        self._counts[self._place, TAKEN] += 1
 
     def accepts(self, place: int) -> bool:
         """Tell whether the process at *place* accepts connections."""
@@ -71,32 +75,52 @@ class Balancer:
             return False
         self._counts[self._place, SENT + target] += 1  # before it can be received
         try:
-            socket.send_fds(self._outboxes[target], [b"\0"], [connection])
+            socket.send_fds(self._outboxes[target], [FROM_CLIENT], [connection])
         except OSError:
             self._counts[self._place, SENT + target] -= 1
             return False
         return True
 
+    def connect(self, place: int) -> socket.socket:
+        """Open a connection to the process at *place*, which does not count.
+
+        Raises `OSError` if the inbox is full.
+        """
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs:
+            try:
+                socket.send_fds(self._outboxes[place], [FROM_PROCESS], [theirs.fileno()])
+            except OSError:
+                ours.close()
+                raise
+        return ours
+
     def relay(self, place: int, listener: socket.socket, inbox: socket.socket) -> None:
         """Pass on what waits at *listener* and *inbox* of the ended process at *place*, if others accept."""
         if not any(self.accepts(other) for other in range(len(self._outboxes))):
             return
-        received = receive(inbox)
-        self._counts[self._place, SENT + place] -= len(received)
-        for connection in (*received, *accept_pending(listener)):
+        clients, processes = receive(inbox)
+        for connection in processes:
+            connection.close()
+        self._counts[self._place, SENT + place] -= len(clients)
+        for connection in (*clients, *accept_pending(listener)):
             with connection:
                 self.hand_over(connection.fileno())
 
 
-def receive(inbox: socket.socket) -> list[socket.socket]:
-    """Receive the connections that wait in the non-blocking *inbox*."""
-    found: list[socket.socket] = []
+def receive(inbox: socket.socket) -> tuple[list[socket.socket], list[socket.socket]]:
+    """Receive the connections of clients and of other processes that wait in the non-blocking *inbox*."""
+    clients: list[socket.socket] = []
+    processes: list[socket.socket] = []
     with contextlib.suppress(OSError):  # none is left
         while True:
-            for number in socket.recv_fds(inbox, 1, 1)[1]:
-                found.append(socket.socket(fileno=number))
-                found[-1].setblocking(False)
-    return found
+            sender, numbers, _, _ = socket.recv_fds(inbox, 1, 1)
+            for number in numbers:
+                connection = socket.socket(fileno=number)
+                connection.setblocking(False)
+                (clients if sender == FROM_CLIENT else processes).append(connection)
+    return clients, processes
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,15 +43,14 @@ class Connections:
     """The open and idle connections of one server; used on its event loop only.
 
     With `short_lived`, the oldest connection is aborted at the limit, idle or not, so that a client cannot
-    block the port by holding connections open; else the longest idle one is closed. *balancer* is that of
-    the connections to *port*, which all processes share.
+    block the port by holding connections open; else the longest idle one is closed. *balancer*
+    distributes connections over several processes.
     """
 
     settings: Settings
     metrics: Metrics
     short_lived: bool = False
     balancer: Balancer | None = None
-    port: int = 0
     open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by arrival
     idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by start of idle time
 
@@ -66,7 +65,7 @@ class Connections:
             self.idle.pop(oldest, None)
             oldest.abort()
         self.open[connection] = None
-        self.count(received=connection.received)
+        self.count()
         excess = len(self.open) - self.settings.max_connections
         if excess <= 0:
             return None
@@ -83,15 +82,15 @@ class Connections:
         self.idle.pop(connection, None)
         self.count()
 
-    def count(self, *, received: bool = False) -> None:
-        """Publish the number of open connections; *received*: the newest came from another process."""
+    def count(self) -> None:
+        """Publish the number of open connections."""
         self.metrics.connections.set(len(self.open))
         if self.balancer is not None:
-            self.balancer.set_open(len(self.open), received=received)
+            self.balancer.set_open(len(self.open))
 
     def hand_over(self, transport: asyncio.Transport) -> bool:
         """Pass the connection of *transport* to a process with fewer, if there is one."""
-        if self.balancer is None or transport.get_extra_info("sockname")[1] != self.port:
+        if self.balancer is None:
             return False
         return self.balancer.hand_over(transport.get_extra_info("socket").fileno())
 
@@ -110,7 +109,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def __init__(self, shared: Connections, *, received: bool = False, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
-        self.received = received
+        self._received = received
         self.url = b""  # uvicorn sets it with the first byte of a request
         self._shared = shared
         self._limits = shared.settings
@@ -130,7 +129,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Accept, reject or hand over the connection and start the header timeout."""
         super().connection_made(cast(asyncio.Transport, transport))
         self.is_closing = self.transport.is_closing
-        if not self.received and self._shared.hand_over(self.transport):
+        if not self._received and self._shared.hand_over(self.transport):
             self.transport.abort()  # closes this process's descriptor only
             return
         rejection = self._shared.add(self)

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -55,14 +55,13 @@ log = logging.getLogger("sopdeploy.server")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inherited:
-    """What a process gets from its supervisor: sockets to listen on and its place among other processes.
+    """What a process gets from its supervisor: the socket to listen on and its place among other processes.
 
-    The first socket is that of the port. *siblings* are the metrics URLs of all processes by device, *inbox*
-    receives connections from them.
+    *siblings* are the places of all processes by device, *inbox* receives connections from them.
     """
 
-    sockets: tuple[socket.socket, ...]
-    siblings: dict[str, str]
+    listener: socket.socket
+    siblings: dict[str, int] = field(default_factory=dict)
     balancer: Balancer | None = None
     inbox: socket.socket | None = None
 
@@ -83,11 +82,11 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
             stack.enter_context(logs.configured(settings))
             return Supervisor(sources, settings, listeners).run()
     with bind(settings.host, settings.port) as listener:
-        return serve_on(sources, settings, Inherited(sockets=(listener,), siblings={}))
+        return serve_on(sources, settings, Inherited(listener=listener))
 
 
 def serve_on(sources: Sequence[str | Path], settings: Settings, inherited: Inherited) -> int:
-    """Serve the bundles at *sources* in this process on the *inherited* sockets; see `serve`."""
+    """Serve the bundles at *sources* in this process on the *inherited* listener; see `serve`."""
     timeline = Timeline()
     timeline.mark("imports")
     prepare_process()
@@ -107,16 +106,20 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, inherited: Inher
             models, settings, store if settings.model_control else None, faults=faults, open_trace=open_trace
         )
         del models  # a model that is replaced later must be freed
-        app.state.siblings = inherited.siblings
+        if inherited.balancer is not None:
+            app.state.siblings = {
+                name: functools.partial(inherited.balancer.connect, place)
+                for name, place in inherited.siblings.items()
+            }
         service: Service = app.state.service
-        ready = f"ready: {url(inherited.sockets[0])}  {names}"
+        ready = f"ready: {url(inherited.listener)}  {names}"
         server = DrainingServer(http_config(app, settings, inherited), service, ready, timeline, inherited)
         if health is not None:
             sys.stdout.write(f"health: {url(health)}\n")
             render = functools.partial(generate_latest, service.metrics.registry)
             probes = health_app(lambda: service.state, render, server.watch, settings.max_loop_lag_seconds)
             stack.enter_context(run_in_thread(probes, health))
-        server.run(sockets=list(inherited.sockets))
+        server.run(sockets=[inherited.listener])
         state = service.state
         log.info("stopped", extra={"state": state})
     return ENGINE_DEAD_EXIT if state == "engine_dead" else 0
@@ -135,12 +138,11 @@ def prepare_process() -> None:
 def http_config(app: FastAPI, settings: Settings, inherited: Inherited | None = None) -> uvicorn.Config:
     """Create the uvicorn configuration of *app* with the connection limits of *settings*.
 
-    Connections to the first of the *inherited* sockets are distributed over several processes.
+    Connections to the *inherited* listener are distributed over several processes.
     """
     connections = Connections(settings, app.state.service.metrics)
     if inherited is not None:
         connections.balancer = inherited.balancer
-        connections.port = inherited.sockets[0].getsockname()[1]
     protocol = functools.partial(LimitedHttpProtocol, connections)
     return uvicorn.Config(
         app,
@@ -191,7 +193,8 @@ class DrainingServer(uvicorn.Server):
         except OSError as problem:
             raise ConfigError(f"cannot listen ({problem.strerror}); choose another port") from problem
         if self._balancer is not None and self._inbox is not None:
-            await self._serve_connections(receive(self._inbox))  # left by a process that has ended
+            waiting, _ = receive(self._inbox)  # left by a process that has ended
+            await self._serve_connections(waiting)
             self._balancer.join()
             asyncio.get_running_loop().add_reader(self._inbox, self._receive, self._inbox)
         sys.stdout.write(self._ready + "\n")
@@ -200,11 +203,19 @@ class DrainingServer(uvicorn.Server):
         self._timeline.log()
 
     def _receive(self, inbox: socket.socket) -> None:
-        serving = asyncio.get_running_loop().create_task(
-            self._serve_connections(receive(inbox), received=True)
-        )
+        serving = asyncio.get_running_loop().create_task(self._serve_received(*receive(inbox)))
         self._receiving.add(serving)
         serving.add_done_callback(self._receiving.discard)
+
+    async def _serve_received(
+        self, clients: Sequence[socket.socket], processes: Sequence[socket.socket]
+    ) -> None:
+        """Serve the connections of *clients* and of other *processes* that came through the inbox."""
+        for connection in clients:
+            await self._serve_connections([connection], received=True)
+            if self._balancer is not None:
+                self._balancer.set_taken()
+        await self._serve_connections(processes, received=True)
 
     async def _serve_connections(
         self, connections: Sequence[socket.socket], *, received: bool = False
@@ -260,7 +271,7 @@ class DrainingServer(uvicorn.Server):
                 server.close()
             await self._serve_connections(pending)
             if self._inbox is not None:
-                await self._serve_connections(receive(self._inbox), received=True)
+                await self._serve_received(*receive(self._inbox))
             end = time.monotonic() + LAST_SECONDS
             busy = True
             while busy and time.monotonic() < end:
@@ -284,7 +295,7 @@ def main() -> int:
     threading.Thread(target=stop_with_parent, name="lifeline", daemon=True).start()
     balancer, inbox = join_group(order["group"]) if order["group"] else (None, None)
     inherited = Inherited(
-        sockets=(socket.socket(fileno=order["listener"]), socket.socket(fileno=order["private"])),
+        listener=socket.socket(fileno=order["listener"]),
         siblings=order["siblings"],
         balancer=balancer,
         inbox=inbox,

@@ -1,8 +1,7 @@
 """`serve --devices 0,1`: one process per device behind one port, restarted when it dies.
 
 A runtime belongs to one process, so several GPUs need several processes. `balancing` distributes the
-connections. Each process also listens on a private loopback socket, from which the others collect its
-metrics.
+connections and opens those over which the processes collect each other's metrics.
 """
 
 import itertools
@@ -24,7 +23,7 @@ from typing import Any, TextIO, cast
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.server.balancing import Group, inherited_files
-from sopdeploy_service.server.sockets import bind, url
+from sopdeploy_service.server.sockets import url
 from sopdeploy_service.settings import WORKER_VARIABLE, Settings
 
 USER_ERROR = 2
@@ -48,7 +47,6 @@ class Worker:
     variables: Mapping[str, str]
     settings: Mapping[str, str]
     listener: socket.socket
-    private: socket.socket
     child: subprocess.Popen[str] | None = None
     bundles: str | None = None  # printed by the process when it is ready
     early_deaths: int = 0
@@ -85,10 +83,9 @@ class Supervisor:
             devices = self._settings.devices
             for place, device in enumerate(devices):
                 name = device if devices.count(device) == 1 else f"{device}-{place}"
-                private = stack.enter_context(bind("127.0.0.1", 0))
                 settings = {"runtime": "onnxruntime-cpu"} if device == "cpu" else {}
                 self._workers.append(
-                    Worker(name, place, visible_devices(device), settings, self._listeners[place], private)
+                    Worker(name, place, visible_devices(device), settings, self._listeners[place])
                 )
             for number in (signal.SIGTERM, signal.SIGINT):
                 stack.callback(signal.signal, number, signal.signal(number, self._stop))
@@ -158,9 +155,8 @@ class Supervisor:
             "settings": {**self._settings.model_dump(mode="json"), **worker.settings},
             "name": worker.name,
             "listener": worker.listener.fileno(),
-            "private": worker.private.fileno(),
             "lifeline": lifeline,
-            "siblings": {other.name: url(other.private) for other in self._workers},
+            "siblings": {other.name: other.place for other in self._workers},
             "group": self._group.order(worker.place),
         }
         return start_process(order, worker.variables)
@@ -209,6 +205,6 @@ def start_process(
         stderr=stderr,
         text=True,
         start_new_session=True,  # Ctrl-C reaches this process only, which forwards it
-        pass_fds=(order["listener"], order["private"], order["lifeline"], *shared),
+        pass_fds=(order["listener"], order["lifeline"], *shared),
         env={**os.environ, **variables, WORKER_VARIABLE: json.dumps(order)},
     )

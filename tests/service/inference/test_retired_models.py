@@ -135,7 +135,7 @@ def test_a_server_does_not_keep_its_first_runtime(
     monkeypatch.setattr(server, "load_model", opened)
     monkeypatch.setattr(DrainingServer, "run", run)
     with bind("127.0.0.1", 0) as listener:
-        assert serve_on([f"tiny={versions[0]}"], SETTINGS, Inherited(sockets=(listener,), siblings={})) == 0
+        assert serve_on([f"tiny={versions[0]}"], SETTINGS, Inherited(listener=listener)) == 0
     assert gone == [True]
 
 

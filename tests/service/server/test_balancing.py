@@ -41,11 +41,12 @@ def test_every_process_gets_the_same_number_of_connections(case: str) -> None:
             for end in socket.socketpair():
                 stack.enter_context(end)
             if members[place].hand_over(end.fileno()):
-                waiting = [receive(inbox.reads) for inbox in group.inboxes]
+                waiting = [receive(inbox.reads)[0] for inbox in group.inboxes]
                 place = [len(found) for found in waiting].index(1)
                 stack.enter_context(waiting[place][0])
                 opened[place] += 1
-                members[place].set_open(opened[place], received=True)
+                members[place].set_open(opened[place])
+                members[place].set_taken()
             else:
                 opened[place] += 1
                 members[place].set_open(opened[place])
@@ -65,7 +66,7 @@ def test_connections_on_their_way_count_and_a_full_inbox_keeps_them_here(group: 
         sent = 3
         while members[0].hand_over(wire.fileno()):
             sent += 1
-        assert len([stack.enter_context(found) for found in receive(group.inboxes[1].reads)]) == sent
+        assert len([stack.enter_context(found) for found in receive(group.inboxes[1].reads)[0]]) == sent
 
 
 def test_a_draining_or_ended_process_passes_on_every_connection(group: Group) -> None:
@@ -84,7 +85,7 @@ def test_a_draining_or_ended_process_passes_on_every_connection(group: Group) ->
         supervisor.relay(1, listener, group.inboxes[1].reads)  # no process is left: both wait
         members[2].join()
         supervisor.relay(1, listener, group.inboxes[1].reads)
-        found = [stack.enter_context(one) for one in receive(group.inboxes[2].reads)]
+        found = [stack.enter_context(one) for one in receive(group.inboxes[2].reads)[0]]
         assert [one.getsockname() for one in found] == [wire.getsockname(), client.getpeername()]
         assert members[2].accepts(2)
 
