@@ -18,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
+from tests.export.once import proving_once
 
 COLOURS = {"blue": (40, 60, 210), "green": (30, 190, 60), "red": (215, 40, 50)}
 PHOTOS = 12
@@ -78,7 +79,8 @@ def trained(home: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def exported(home: Path, trained: dict[str, Any]) -> dict[str, Any]:
-    return answer("export", trained["best"], "--detach", home=home)
+    with proving_once():  # `test_previous_version` and `test_new_system` prove without a cache
+        return answer("export", trained["best"], "--detach", home=home)
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def adds_a_copied_weight(found: Any, images: Tensor) -> Tensor:
 LEAKS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "a branch times zero": (
         lambda n, x: plain_logits(n, x) + 0 * branch_logits(n, x),
-        "training-only weights",
+        r"training-only weights.*branches\.layer\d_0\.\S+ and \d+ more",
     ),
     "a branch added and subtracted": (
         lambda n, x: plain_logits(n, x) + branch_logits(n, x) - branch_logits(n, x),
@@ -178,12 +178,6 @@ def test_network_whose_output_depends_on_its_branches_is_rejected(leak: str) -> 
     answer, message = LEAKS[leak]
     with pytest.raises(CertificateError, match=message):
         prove(with_forward(answer), batch=None if "batch" in leak else ALONE)
-
-
-def test_leak_names_the_weights_that_the_output_depends_on() -> None:
-    answer, _ = LEAKS["a branch times zero"]
-    with pytest.raises(CertificateError, match=r"branches\.layer\d_0\.\S+ and \d+ more"):
-        prove(with_forward(answer))
 
 
 def one_ulp(lean: Any) -> None:
@@ -304,12 +298,9 @@ def test_hook_on_all_modules_is_rejected() -> None:
         handle.remove()
 
 
-def test_unmodified_network_is_certified() -> None:
-    prove(network(), batch=None)
-
-
 def stored_otherwise(found: Any) -> None:
-    """Transpose a linear weight, expand a buffer, and store a kept and a removed weight side by side."""
+    """Transpose weights, expand a buffer, and store a kept and a removed weight side by side."""
+    found.to(memory_format=torch.channels_last)
     found.fc.weight = nn.Parameter(found.fc.weight.detach().t().contiguous().t())
     found.bn1.running_mean = found.bn1.running_mean.new_zeros(1).expand(len(found.bn1.running_mean))
     kept, removed = found.conv1.weight, next(found.branches.parameters())
@@ -317,19 +308,15 @@ def stored_otherwise(found: Any) -> None:
     kept.data, removed.data = both[: kept.numel()].view_as(kept), both[kept.numel() :].view_as(removed)
 
 
-def test_memory_layout_does_not_change_the_root() -> None:
+def test_unmodified_network_is_certified_and_memory_layout_does_not_change_the_root() -> None:
     probes, certified = torch.from_numpy(probe_images(PREPROCESS)), []
-    for change in (
-        lambda _: None,
-        lambda found: found.to(memory_format=torch.channels_last),
-        stored_otherwise,
-    ):
+    for change in (lambda _: None, stored_otherwise):
         trained = network()
         trained.get_buffer("bn1.running_mean").zero_()
         change(trained)
         certified.append(certify(trained, detach(trained), PREPROCESS, probes, batch=ALONE).certificate)
-    assert certified[0].roots == certified[1].roots == certified[2].roots
-    assert certified[0].kept == certified[1].kept == certified[2].kept
+    assert certified[0].roots == certified[1].roots
+    assert certified[0].kept == certified[1].kept
 
 
 def negated(found: Any) -> None:

@@ -11,8 +11,14 @@ from sopdeploy.training.loop import train
 
 @pytest.mark.parametrize(
     ("settings", "used", "imbalance"),
-    [([], range(10, 17), (0.0, 1.5)), (["model.config.balance_weight=0"], range(4, 7), (4.0, 12.0))],
-    ids=["recipe", "alpha = 0"],
+    [
+        pytest.param([], range(10, 17), (0.0, 1.5), id="recipe"),
+        pytest.param(
+            *(["model.config.balance_weight=0"], range(4, 7), (4.0, 12.0)),
+            marks=pytest.mark.slow,
+            id="alpha = 0",
+        ),
+    ],
 )
 def test_the_balance_loss_spreads_images_over_components(
     tmp_path: Path, settings: list[str], used: range, imbalance: tuple[float, float]

@@ -1,5 +1,7 @@
 """Generated textures have the documented properties: classes differ in second moments only."""
 
+import functools
+
 import torch
 from gain.textures import TextureConfig, add_nuisances, class_filters, gaussian_fields, textures
 from torch import Tensor
@@ -8,6 +10,7 @@ CLEAN = TextureConfig(classes=4)
 COUNT = 600  # fields per class
 
 
+@functools.cache
 def clean_fields(seed: int = 0) -> list[Tensor]:
     """Generate the fields of each class without nuisances."""
     filters = class_filters(CLEAN, seed)

@@ -1,4 +1,4 @@
-"""Cache graphs and proofs of small networks within a test process; tests modify copies.
+"""Cache the graphs of small networks within a test process; tests modify copies.
 
 A certificate captures a network six times and converts it three times. Tests of later steps use this cache.
 Other tests check that another capture gives the same bytes.
@@ -14,20 +14,18 @@ from typing import Any, NamedTuple
 
 import onnx
 import pytest
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
-from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy_export import pipeline
-from sopdeploy_export.graph import capture_any_batch, lower
+from sopdeploy_export.graph import Captured, capture, capture_any_batch, lower
 from sopdeploy_export.proof import certificate
-from sopdeploy_export.proof.certificate import Certificate, Proof
+from sopdeploy_export.proof.hashes import program_root
 
-PROOFS: dict[str, Proof] = {}
-LOWERED: dict[str, tuple[onnx.ModelProto, Certificate]] = {}
+CAPTURED: dict[str, Captured] = {}
+LOWERED: dict[tuple[str, tuple[str, ...]], onnx.ModelProto] = {}
 BATCH = BatchRange(optimum=4, maximum=9)  # one range for all, because each range needs a capture
 ALONE = BatchRange(optimum=1, maximum=1)  # captured once instead of twice
 
@@ -63,37 +61,30 @@ def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @contextmanager
 def proving_once(*, changes_program: bool = False) -> Iterator[None]:
-    """Make exports reuse the proof of a network with the same weights and images.
+    """Capture networks with equal tensors once, and convert equal graphs once, while the block runs.
 
-    An export that *changes_program*, such as that of `network.pt2`, gets a copy.
+    The detached network then gets the programs of the plain one. Every export compares its file with its own
+    network, so a program of another network would be found. An export that *changes_program*, such as that of
+    `network.pt2`, gets a copy.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "certify", partial(certify, copied=changes_program))
-        patch.setattr(pipeline, "lower_with_proof", _lower_with_proof)
+        patch.setattr(certificate, "capture", partial(_capture_once, copied=changes_program))
+        patch.setattr(certificate, "lower", _lower_once)
         yield
 
 
-def certify(
-    trained: Classifier,
-    lean: Backbone,
-    preprocess: Preprocess,
-    probes: Tensor,
-    *,
-    copied: bool = False,
-    **options: Any,
-) -> Proof:
-    """Prove as `certificate.certify` does, once for each set of arguments."""
-    arguments = (
-        trained.config,
-        trained.outputs,
-        preprocess,
-        sorted((name, value) for name, value in options.items() if name != "detachment"),
-        probes.numpy().tobytes(),
-    )
-    key = digest(repr(arguments), trained, lean)
-    if key not in PROOFS:
-        PROOFS[key] = certificate.certify(trained, lean, preprocess, probes, **options)
-    return copy.deepcopy(PROOFS[key]) if copied else PROOFS[key]
+def _capture_once(network: nn.Module, preprocess: Preprocess, batch: BatchRange, *, copied: bool) -> Captured:
+    key = digest(repr((preprocess, batch, type(network) if copied else None)), network)
+    if key not in CAPTURED:
+        CAPTURED[key] = capture(network, preprocess, batch)
+    return copy.deepcopy(CAPTURED[key]) if copied else CAPTURED[key]
+
+
+def _lower_once(program: ExportedProgram, outputs: tuple[str, ...]) -> onnx.ModelProto:
+    key = program_root(program).sha256, outputs
+    if key not in LOWERED:
+        LOWERED[key] = lower(program, outputs)
+    return _copy(LOWERED[key])
 
 
 def digest(text: str, *networks: nn.Module) -> str:
@@ -103,11 +94,3 @@ def digest(text: str, *networks: nn.Module) -> str:
         for name, tensor in network.state_dict().items():
             key.update(name.encode() + tensor.detach().numpy().tobytes())
     return key.hexdigest()
-
-
-def _lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:
-    key = proof.certificate.model_dump_json()
-    if key not in LOWERED:
-        LOWERED[key] = certificate.lower_with_proof(proof, outputs)
-    model, certified = LOWERED[key]
-    return _copy(model), certified

@@ -22,7 +22,7 @@ from sopdeploy_export.proof.hashes import onnx_root
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
 from tests.export.conftest import LABELS, save, trained
-from tests.export.once import ALONE, proving_once
+from tests.export.once import proving_once
 
 SMALL = BatchRange(optimum=2, maximum=4)
 DETACH = ExportOptions(detach=True, batch=SMALL)
@@ -83,7 +83,7 @@ def test_probes_hold_the_networks_outputs(exported: Exported) -> None:
 def test_photographs_are_added_to_the_probes_and_steps_are_reported(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (30, 20), (10, 200, 30)).save(tmp_path / "photos" / "one.jpg")
-    options = DETACH.model_copy(update={"probes": tmp_path / "photos", "batch": ALONE})
+    options = DETACH.model_copy(update={"probes": tmp_path / "photos"})
     steps: list[str] = []
     with proving_once():
         found = export(checkpoint, tmp_path / "out", options, steps.append)

@@ -44,8 +44,11 @@ LOWERED = (  # lowered to ONNX and compared: one for each other inference class,
     Small("netvlad-64-resnet18", 8, {**ONE_EACH, "words": 3}),
     Small("dsop-timm:test_resnet", 32, {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2}),
 )
-# Their layers are also exported by `test_pooling_export`, `test_gsop_blocks` and the recipe tests.
+# Their layers are also exported by `test_pooling_export`, `test_gsop_blocks` and the recipe tests, or are the
+# layers of another network here with a dilation or a scaling.
 SLOW = {
+    "drn-a-50",
+    "se-preact-resnet164",
     "resnext29-8x64d",
     "cbp-vgg16",
     "gsop-net1-resnet26",

@@ -1,6 +1,6 @@
 """Every model trains a step, is saved, loaded, detached, certified and exported.
 
-The default run lowers the smallest model of each family and detaches one of every class of network; the
+The default run lowers the models whose graphs differ most and detaches one of every class of network; the
 recipe tests do the whole export. `make test-models` exports every class, and every name at its full width.
 """
 
@@ -57,7 +57,10 @@ def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
 
 
 @pytest.mark.parametrize("small", DETACHED, ids=name)
-def test_the_smallest_equals_the_plain_network_after_a_step(small: Small, tmp_path: Path) -> None:
+def test_the_smallest_equals_the_plain_network_after_a_step(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_blocks(monkeypatch)
     assert detached(small.trained(tmp_path / "ckpt.pt")).network.outputs
 
 

@@ -25,6 +25,7 @@ from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
 from tests.export.conftest import LABELS, save, trained
+from tests.export.once import proving_once
 from tests.service.conftest import picture_bytes, running
 
 RULES = Preprocess(resize=20, crop=16, fit="pad")
@@ -43,8 +44,8 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory):
-    options = ExportOptions(batch=BATCH, with_cam=True)
-    return export(checkpoint, tmp_path_factory.mktemp("maps"), options)
+    with proving_once():
+        return export(checkpoint, tmp_path_factory.mktemp("maps"), ExportOptions(batch=BATCH, with_cam=True))
 
 
 def test_the_mean_of_a_map_plus_bias_is_the_logit_and_the_export_records_it(exported):

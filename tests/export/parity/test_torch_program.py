@@ -20,10 +20,10 @@ from sopdeploy_export.graph import capture_any_batch
 from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.parity.torch_program import FILE, check_program, serialize_program
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
-from sopdeploy_export.proof.certificate import Proof
+from sopdeploy_export.proof.certificate import Proof, certify
 from sopdeploy_export.proof.detach import detach
 from tests.export.conftest import save, trained
-from tests.export.once import certify, proving_once
+from tests.export.once import proving_once
 
 BATCH = BatchRange(optimum=2, maximum=4)
 WITH_FILE = ExportOptions(detach=True, batch=BATCH, pt2=True)
@@ -43,7 +43,8 @@ def exported(checkpoint: Path) -> Exported:
 @pytest.fixture(scope="module")
 def proof(preprocess: Preprocess, probes: torch.Tensor) -> Proof:
     network = trained()
-    return certify(network, detach(network), preprocess, probes, model="dsop-resnet8", batch=BATCH)
+    with proving_once():
+        return certify(network, detach(network), preprocess, probes, model="dsop-resnet8", batch=BATCH)
 
 
 def test_the_file_is_part_of_the_bundle_and_gives_its_logits(exported: Exported) -> None:

@@ -1,5 +1,6 @@
 """Detaching removes exactly the training-only parts; graph hashes tell different computations apart."""
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def test_unknown_training_only_name_is_rejected(
 
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
-DEPTH = 200
+DEPTH = 120
 
 
 class Function(nn.Module):
@@ -86,6 +87,7 @@ def program_of(function: Forward, seed: int = 0) -> ExportedProgram:
     return program.run_decompositions({})
 
 
+@functools.cache
 def root_of(function: Forward, seed: int = 0) -> ProgramRoot:
     return program_root(program_of(function, seed))
 

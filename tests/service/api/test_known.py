@@ -26,6 +26,7 @@ from sopdeploy_export.pipeline import ExportOptions, export
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
+from tests.export.once import ALONE, proving_once
 from tests.sopdeploy.training.runs import short_recipe
 
 RunServer = Callable[..., AbstractContextManager[httpx.Client]]
@@ -77,7 +78,8 @@ def bundle_of_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     """Train and export a network whose label smoothing makes it underconfident; return checkpoint, bundle."""
     folder = tmp_path_factory.mktemp("known")
     best = train(short_recipe("loss.label_smoothing=0.3"), folder / "run").best
-    return best, export(best, folder / "bundles", ExportOptions(detach=True)).path
+    with proving_once():
+        return best, export(best, folder / "bundles", ExportOptions(detach=True, batch=ALONE)).path
 
 
 def test_training_export_and_predict_share_one_decision(
@@ -116,6 +118,7 @@ def test_the_bundle_returns_the_logits_of_the_checkpoint_divided_by_the_temperat
     pixels = Normalize(checkpoint.preprocess).double()(torch.from_numpy(probes.images))
     with torch.no_grad():
         scaled = network(pixels).numpy() / checkpoint.decision.temperature
-    found = load_model(path, Settings(threads=1)).runtime.run(probes.images)["logits"]
+    runtime = load_model(path, Settings(threads=1)).runtime
+    found = np.concatenate([runtime.run(image[None])["logits"] for image in probes.images])
     tolerance = json.loads((path / "parity.json").read_bytes())["outputs"]["logits"]["tolerance"]
     assert float(np.abs(found - scaled).max()) <= tolerance

@@ -15,6 +15,13 @@ from tests.service.raw import GET, connect, read
 TIMES = 30
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_what_other_tests_left() -> None:
+    """Exclude the objects of other tests from the many collections here."""
+    gc.collect()
+    gc.freeze()
+
+
 def post(body: bytes, *more: bytes, kind: bytes = b"image/jpeg", query: bytes = b"") -> bytes:
     head = [b"POST /v1/classify" + query + b" HTTP/1.1", b"Host: x", b"Content-Type: " + kind]
     return b"\r\n".join([*head, b"Content-Length: %d" % len(body), *more, b"", body])

@@ -34,6 +34,7 @@ from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.few_shot.config import CandidateResult, FewShotResult
 from sopdeploy_export.pipeline import Exported
+from tests.export.once import proving_once
 from tests.pages import ALLOWED, Reader
 from tests.service.conftest import wait_for
 from tests.sopdeploy.training.runs import same_run
@@ -83,7 +84,8 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
 
 @pytest.fixture(scope="module")
 def exported(run: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return sopdeploy.export(run.best, tmp_path_factory.mktemp("bundles"), detach=True, max_batch=1)
+    with proving_once():
+        return sopdeploy.export(run.best, tmp_path_factory.mktemp("bundles"), detach=True, max_batch=1)
 
 
 @pytest.fixture(scope="module")

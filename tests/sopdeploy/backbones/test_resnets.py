@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig, ResNet, ResNetConfig
 
+SLOW = [pytest.param(depth, marks=pytest.mark.slow) for depth in (34, 101)]  # the same blocks, more of them
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 101])
+
+@pytest.mark.parametrize("depth", [18, 50, *SLOW])
 def test_resnet_has_torchvisions_keys_and_gives_its_logits(depth: int) -> None:
     torch.manual_seed(depth)
     theirs = getattr(torchvision.models, f"resnet{depth}")(num_classes=7).eval()

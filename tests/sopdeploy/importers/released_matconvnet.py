@@ -210,8 +210,8 @@ def tree(net: Net, dtype: str) -> dict[str, Any]:
     }
 
 
-def save_v7(path: Path, net: Net, dtype: str = "f8") -> Path:
-    scipy.io.savemat(path, as_scipy(tree(net, dtype)), do_compression=True)
+def save_v7(path: Path, net: Net, dtype: str = "f8", *, compressed: bool = False) -> Path:
+    scipy.io.savemat(path, as_scipy(tree(net, dtype)), do_compression=compressed)
     return path
 
 

@@ -268,7 +268,7 @@ def random_images(side: int) -> Tensor:
 
 @torch.no_grad()
 def assert_same_logits(ours: nn.Module, original: nn.Module, images: Tensor) -> None:
-    """Compare the logits in float64, and in float32 within the noise of *original*."""
+    """Compare the logits in float64, and in float32 within the noise of *original*, which ends in float32."""
     exact = original.double()(images.double())
     noise = (original.float()(images.float()).double() - exact).abs().max()
     ours32 = ours.float()(images.float()).double()

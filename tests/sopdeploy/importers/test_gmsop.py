@@ -1,6 +1,7 @@
 """Imports of GM-SOP's MatConvNet files, in both MATLAB formats, against reference networks."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tests.sopdeploy.importers.released_matconvnet import (
 )
 from tests.sopdeploy.importers.released_torch import NOISE, imported
 
-SAVERS = {"v7": save_v7, "v7.3": save_v73}
+SAVERS = {"v7": partial(save_v7, compressed=True), "v7.3": save_v73}
 WRN = {"blocks": 4, "widen": 2, "wrn": True}
 RELEASED: dict[str, dict[str, Any]] = {
     "resnet18-64px": {"order": 1, "gated": False},

@@ -15,6 +15,7 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.importers.import_weights import ImportOptions, import_weights
 from sopdeploy.layers.normalize import Normalize
+from tests.export.once import proving_once
 from tests.sopdeploy.importers.released_torch import CifarResNet, prefixed, settled
 
 SHARED = Path(os.environ.get("SOPDEPLOY_SHARED", Path(__file__).parents[4] / "shared"))
@@ -76,7 +77,8 @@ def test_an_imported_network_is_exported_and_predicts_the_same(tmp_path: Path, m
     image.save(file)
     run("import", str(source), "--as", model, "--out", str(checkpoint))
     options = ["--out", str(tmp_path / "bundles"), "--max-batch", "1", "--json"]
-    bundle = json.loads(run("export", str(checkpoint), *options).stdout)["bundle"]
+    with proving_once():
+        bundle = json.loads(run("export", str(checkpoint), *options).stdout)["bundle"]
     prediction = json.loads(run("predict", bundle, str(file), "--json").stdout)[0]
     stored = read_checkpoint(checkpoint)
     pixels = torch.from_numpy(stored.preprocess(image).copy())[None]

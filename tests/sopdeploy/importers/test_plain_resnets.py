@@ -1,5 +1,7 @@
 """ResNets of torchvision, timm and for CIFAR, as `.pth` and as safetensors."""
 
+import copy
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HUB = {"crop_pct": 0.9, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
 
 
+@functools.cache
 def torchvision_resnet18(classes: int = 5) -> torch.nn.Module:
     torch.manual_seed(0)
     return settled(torchvision.models.resnet18(num_classes=classes))
@@ -64,7 +67,7 @@ SAVE_FILE = safetensors.torch.save_file
 def test_torchvision_weights_give_the_same_logits(
     tmp_path: Path, save: Callable[..., None], dtype: torch.dtype
 ) -> None:
-    network, file = torchvision_resnet18().to(dtype), tmp_path / "weights"
+    network, file = copy.deepcopy(torchvision_resnet18()).to(dtype), tmp_path / "weights"
     save(network.state_dict(), file)
     ours, report = imported(file, "resnet18")
     assert_same_logits(ours, network, random_images(64))

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from sopdeploy import create_model, describe, list_models
+from sopdeploy import create_model, describe
 from sopdeploy.errors import ConfigError
-from sopdeploy.models import pooled
 
 
 @pytest.mark.parametrize(
@@ -51,14 +50,6 @@ def test_counts_are_the_published_ones(name: str, parameters: int, macs: int | N
 def test_dimensions_on_vgg_are_the_published_ones(pooling: object, dimensions: int) -> None:
     described = describe("isqrt-vgg16", classifier="linear", pooling=pooling)
     assert described.representation == dimensions
-
-
-@pytest.mark.parametrize("name", pooled.ENTRIES)
-def test_every_entry_is_in_the_catalog_and_can_be_described(name: str) -> None:
-    assert name in list_models()
-    described = describe(name)
-    assert described.training == described.shipped
-    assert described.training_only == ()
 
 
 def test_names_of_weights_are_fast_mpn_covs_under_one_prefix() -> None:
@@ -117,12 +108,6 @@ def test_drn_a_dilates_what_follows_a_removed_stride(stride_on: str) -> None:
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(dilated(images), expected(images), rtol=1e-4, atol=1e-5)
-
-
-def test_the_default_pooling_adds_no_weights_and_no_names() -> None:
-    with torch.device("meta"):
-        keys = set(create_model("resnet18").state_dict())
-    assert not [key for key in keys if key.startswith("pooling")]
 
 
 def test_pooling_options_reach_the_layer() -> None:

@@ -61,12 +61,6 @@ def test_train_forward_gives_logits_of_every_head() -> None:
     assert network.loss_weights() == {"main": 2.0, **dict.fromkeys(out.branches, 0.5)}
 
 
-def test_heads_can_be_deleted() -> None:
-    network = create_model("psdr-resnet50", num_classes=5, **SMALL)
-    del network.auxiliary
-    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 5)
-
-
 def test_a_target_width_without_reduction_is_rejected() -> None:
     with pytest.raises(ConfigError, match="width: 512 is not smaller than 512 channels"):
         create_model("psdr-resnet50", depth=18, width=512)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
+from sopdeploy.backbones import resnet
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.comparison.runs import compare
 from sopdeploy.data.image_files import ImageFiles
@@ -275,7 +276,8 @@ def test_a_reduction_to_principal_components_keeps_the_covariance():
     assert torch.allclose(*grams, atol=1e-3)
 
 
-def test_tails_train_the_branches_of_the_last_stage_and_a_gsop_block_that_starts_neutral():
+def test_tails_train_the_branches_of_the_last_stage_and_a_gsop_block_that_starts_neutral(monkeypatch):
+    monkeypatch.setitem(resnet.BLOCKS, 18, (2, 1, 1, 2))
     torch.manual_seed(0)
     config = {"aux_widths": [8] * 4, "aux_blocks": [1] * 4, "iterations": 2, "conv5_stride": 1}
     model = create_model("dsop-resnet18", num_classes=2, **config).eval()

@@ -61,13 +61,15 @@ def test_a_dry_run_lists_the_learning_rates_of_the_schedule() -> None:
         assert [pytest.approx(pair, abs=1e-12) for pair in rates] == list(found)
 
 
-def test_the_commands_print_and_write_nothing(tmp_path, command) -> None:
+def test_the_commands_print_and_write_nothing(tmp_path, monkeypatch, command) -> None:
     result = CliRunner().invoke(app, [*command, "--dry-run"])
     assert result.exit_code == 0
     text = " ".join(result.stdout.split())
     lines = ("optimizer.kind = sgd", "learning rate: 0.004 at epoch 0", "memory: about", "one step on cpu")
     assert all(line in text for line in lines)
     assert json.loads(CliRunner().invoke(app, [*command, "--dry-run", "--json"]).stdout)["steps"] == 6
+    steps = partial(find_learning_rate, steps=40)
+    monkeypatch.setattr("sopdeploy.training.lr_finder.find_learning_rate", steps)
     found = json.loads(CliRunner().invoke(app, [*command, "--find-lr", "--json"]).stdout)
     assert found["rates"][0] == pytest.approx(MIN_RATE)
     assert found["rates"] == sorted(found["rates"])
