@@ -10,7 +10,7 @@ from sopdeploy import __version__
 from sopdeploy.cli import demo, env
 from sopdeploy.cli.console import out
 from sopdeploy.cli.deployment import engine, export, inspect, keys, transfer
-from sopdeploy.cli.serving import bench, doctor, health, predict, serve
+from sopdeploy.cli.serving import bench, classify, doctor, health, predict, serve
 from sopdeploy.cli.training import compare, data, evaluate, import_weights, models, reproduce, train
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ app.command("sign", rich_help_panel="Distribute")(keys.sign)
 app.command("push", rich_help_panel="Distribute")(transfer.push)
 app.command("pull", rich_help_panel="Distribute")(transfer.pull)
 app.command("predict", rich_help_panel="Serve")(predict.predict)
+app.command("classify", rich_help_panel="Serve")(classify.classify)
 app.command("serve", rich_help_panel="Serve")(serve.serve)
 app.command("ray", rich_help_panel="Serve")(serve.ray)
 app.command("health", rich_help_panel="Serve")(health.health)
@@ -63,6 +64,7 @@ OTHER_COMMANDS = {
     "before training": ("data", "recipes", "models", "describe", "import"),
     "training results": ("eval", "report", "calibrate", "compare", "reproduce"),
     "bundles": ("inspect", "bench", "engine", "triton", "sign", "push", "pull"),
+    "many images": ("classify",),
     "servers": ("key", "health", "ray"),
     "this machine": ("env",),
 }

@@ -123,7 +123,7 @@ def read_index(path: Path, archive_size: int) -> Index | None:
 def _build_index(path: Path) -> Index:
     try:
         with path.open("rb") as file:
-            entries = list(_scan(file, path.stat().st_size))
+            entries = list(scan(file, path.stat().st_size))
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
@@ -136,7 +136,7 @@ def _build_index(path: Path) -> Index:
     )
 
 
-def _scan(file: IO[bytes], end: int, prefix: str = "") -> Iterator[tuple[bytes, int, int]]:
+def scan(file: IO[bytes], end: int, prefix: str = "") -> Iterator[tuple[bytes, int, int]]:
     """Yield (name, offset, size) of the images and tables of the archive at the position of *file*.
 
     A later member replaces an earlier one of the same name. An archive inside the archive is treated as a
@@ -155,7 +155,7 @@ def _scan(file: IO[bytes], end: int, prefix: str = "") -> Iterator[tuple[bytes, 
                 continue
             if name.endswith(TAR) and member.isreg() and not prefix:
                 file.seek(member.offset_data)
-                yield from _scan(file, member.offset_data + member.size, name.removesuffix(TAR) + "/")
+                yield from scan(file, member.offset_data + member.size, name.removesuffix(TAR) + "/")
             elif is_image(base := name.rpartition("/")[2]) or base == LABELS_FILE:
                 if member.islnk():
                     place = found.get(_visible_name(prefix + member.linkname) or "")
@@ -287,7 +287,7 @@ def open_tars(root: Path, paths: Sequence[Path], parts: Sequence[str], options: 
     else is skipped. Raises `DataError`, also if two archives hold the same name.
     """
     cache = cache_folder(options.cache) if options.cache else None
-    archives = tuple(_decompress(path, options) for path in paths)
+    archives = tuple(decompress(path, options) for path in paths)
     found = [
         _split_tables(load_index(archive, cache), path, archive)
         for path, archive in zip(paths, archives, strict=True)
@@ -337,7 +337,7 @@ def _split_tables(index: Index, path: Path, archive: Path) -> tuple[Index, list[
     return images, tables
 
 
-def _decompress(path: Path, options: OpenOptions) -> Path:
+def decompress(path: Path, options: OpenOptions) -> Path:
     """Decompress *path* into the cache folder, once; plain tar files are used in place."""
     suffix = archive_suffix(path)
     if suffix == TAR:

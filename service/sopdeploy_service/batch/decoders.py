@@ -1,0 +1,256 @@
+"""Decode images in worker processes, which write the pixels into memory shared with this process.
+
+Blocks are assigned to the workers in turn, and each worker has up to `DEPTH` of them, so results arrive in
+order and memory is bounded. A worker ends when its parent does, whatever killed it: its socket is closed
+then. If a worker dies, for example in a decoder that crashes on an image, another one repeats the block image
+by image, and the image that kills it again gets an error.
+
+Workers are plain subprocesses: `multiprocessing` would import the main module of the parent again, which may
+be a script or a notebook.
+"""
+
+import hashlib
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sopdeploy.errors import ImageError, RuntimeUnavailableError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.batch.reader import Entry, Reader
+from sopdeploy_service.images.decode import EncodedImage
+from sopdeploy_service.images.loaders import make_decoder
+from sopdeploy_service.inference.results import DECODER_FAILED
+from sopdeploy_service.settings import Settings
+
+DEPTH = 3  # blocks of one worker: one that it decodes, one that waits, one that is used
+DECODER_SETTINGS = ("decode", "max_body_bytes", "max_pixels")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory
+PROGRAM = "from sopdeploy_service.batch.decoders import work; work()"
+
+
+class Read(NamedTuple):
+    """What decoding found out about one image.
+
+    *sha256* is empty if the image was not read to its end, *error* (a code) and *message* if it has none.
+    """
+
+    sha256: str
+    warnings: tuple[str, ...] = ()
+    error: str = ""
+    message: str = ""
+
+
+class Block(NamedTuple):
+    """Decoded neighbors of a part: *pixels* (n, H, W, 3) uint8, zeros for an image with an error.
+
+    The pixels are overwritten when the block after the next one is requested.
+    """
+
+    reads: list[Read]
+    pixels: NDArray[np.uint8]
+
+
+class DecoderProcesses:
+    """*workers* processes that decode blocks of at most *block* images as the server does with *settings*.
+
+    Use it as a context manager. Raises `RuntimeUnavailableError` if a worker does not start.
+    """
+
+    def __init__(self, rules: Preprocess, settings: Settings, *, workers: int, block: int) -> None:
+        self.block = block
+        shape = (workers, DEPTH, block, rules.crop, rules.crop, 3)
+        self._memory = _shared_file(int(np.prod(shape)))
+        self._pixels = np.ndarray(shape, np.uint8, buffer=mmap.mmap(self._memory.fileno(), 0))
+        self._start = {
+            "shape": shape,
+            "rules": rules.model_dump_json(),
+            "settings": settings.model_dump(mode="json", include=set(DECODER_SETTINGS)),
+        }
+        self._workers: list[Worker] = []
+        self._count = workers
+
+    def __enter__(self) -> "DecoderProcesses":
+        self._workers = [self._start_worker(number) for number in range(self._count)]
+        for worker in self._workers:
+            worker.wait_until_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.stop()
+        self._memory.close()
+
+    def decode(self, tasks: Iterable[Sequence[Entry]]) -> Iterator[Block]:
+        """Decode *tasks* of at most `block` images, ahead of what is requested; yield them in order."""
+        waiting: deque[tuple[int, int, Sequence[Entry]]] = deque()  # (worker, slot, task)
+        upcoming = enumerate(tasks)
+
+        def send_next() -> None:
+            for number, task in upcoming:
+                turn, index = divmod(number, self._count)
+                waiting.append((index, turn % DEPTH, task))
+                self._workers[index].send(turn % DEPTH, task)
+                return
+
+        for _ in range(self._count * DEPTH):
+            send_next()
+        for done in count():
+            if done >= 2:
+                send_next()
+            if not waiting:
+                return
+            index, slot, task = waiting.popleft()
+            reads = self._workers[index].receive()
+            if reads is None:
+                later = [(slot, task) for other, slot, task in waiting if other == index]
+                reads = self._repeat(index, slot, task)
+                for later_slot, later_task in later:
+                    self._workers[index].send(later_slot, later_task)
+            yield Block(reads, self._pixels[index, slot, : len(reads)])
+
+    def _start_worker(self, number: int) -> "Worker":
+        return Worker({**self._start, "number": number}, self._memory.fileno())
+
+    def _repeat(self, index: int, slot: int, task: Sequence[Entry]) -> list[Read]:
+        """Decode the images of *task* one by one after worker *index* died; start another one as needed."""
+        found: list[Read] = []
+        pixels = np.zeros_like(self._pixels[index, slot])
+        alive = False
+        for position, entry in enumerate(task):
+            if not alive:
+                self._workers[index].stop()
+                self._workers[index] = self._start_worker(index)
+                self._workers[index].wait_until_ready()
+            self._workers[index].send(slot, [entry])
+            reads = self._workers[index].receive()
+            alive = reads is not None
+            if reads is None:
+                reads = [Read("", error=DECODER_FAILED.code, message=DECODER_FAILED.message)]
+            else:
+                pixels[position] = self._pixels[index, slot, 0]
+            found += reads
+        if not alive:
+            self._workers[index].stop()
+            self._workers[index] = self._start_worker(index)
+            self._workers[index].wait_until_ready()
+        self._pixels[index, slot] = pixels
+        return found
+
+
+class Worker:
+    """One process, which reads tasks from a socket until it is closed."""
+
+    def __init__(self, start: dict[str, Any], memory: int) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+            descriptors = (theirs.fileno(), memory)
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", PROGRAM, *map(str, descriptors)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                pass_fds=descriptors,
+            )
+        self._connection: Connection[Any, Any] = Connection(ours.detach())
+        self._send(start)
+
+    def wait_until_ready(self) -> None:
+        """Wait until the process has imported the decoder; raise `RuntimeUnavailableError` if it ends."""
+        if self.receive() is None:
+            self.stop()
+            raise RuntimeUnavailableError("a decoder process did not start; its message is above")
+
+    def send(self, slot: int, entries: Sequence[Entry]) -> None:
+        """Let the process decode *entries* into *slot*."""
+        self._send((slot, [tuple(entry) for entry in entries]))
+
+    def receive(self) -> list[Read] | None:
+        """Wait for the result of the oldest task; None if the process has died."""
+        try:
+            return [Read(*one) for one in self._connection.recv()]
+        except (EOFError, OSError):
+            return None
+
+    def stop(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _send(self, message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except OSError:  # it has died, which `receive` reports
+            return
+
+
+def _shared_file(size: int) -> Any:
+    """Create a file of *size* bytes without a name, in memory if there is space; it ends with its users."""
+    folder = None
+    if SHARED_MEMORY.is_dir():
+        status = os.statvfs(SHARED_MEMORY)
+        folder = SHARED_MEMORY if status.f_bavail * status.f_frsize > 2 * size else None
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the context manager is the caller
+    file.truncate(size)
+    return file
+
+
+def work() -> None:
+    """Run a worker: `python -c PROGRAM SOCKET MEMORY`, both as file descriptors."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
+    connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    try:
+        start = connection.recv()
+        shape = start["shape"]
+        memory = mmap.mmap(int(sys.argv[2]), 0)
+        pixels: NDArray[np.uint8] = np.ndarray(shape, np.uint8, buffer=memory)[start["number"]]
+        rules = Preprocess.model_validate_json(start["rules"])
+        settings = Settings(**start["settings"])
+        Image.core.set_blocks_max(2)  # type: ignore[attr-defined]
+        decode = EntryDecoder(rules, settings)
+        connection.send([])
+        while True:
+            slot, entries = connection.recv()
+            found = [decode(Entry(*entry), pixels[slot, n]) for n, entry in enumerate(entries)]
+            connection.send([tuple(one) for one in found])
+    except (EOFError, ConnectionError):
+        return
+
+
+class EntryDecoder:
+    """Reads, hashes and decodes one image as the server does with *settings*."""
+
+    def __init__(self, rules: Preprocess, settings: Settings) -> None:
+        self._rules, self._max_bytes = rules, settings.max_body_bytes
+        self._reader, self._decode = Reader(settings.max_body_bytes), make_decoder(settings)
+
+    def __call__(self, entry: Entry, pixels: NDArray[np.uint8]) -> Read:
+        """Write the network's input of *entry* to *pixels* (H, W, 3), zeros if it has an error."""
+        digest = ""
+        try:
+            body = self._reader.read(entry)
+            if len(body) <= self._max_bytes:
+                digest = hashlib.sha256(body).hexdigest()
+            decoded = self._decode(EncodedImage(body), self._rules)
+        except ImageError as error:
+            pixels[:] = 0
+            return Read(digest, error=error.code, message=str(error))
+        except Exception:  # a bug of the decoder fails its own image only
+            pixels[:] = 0
+            return Read(digest, error=DECODER_FAILED.code, message=DECODER_FAILED.message)
+        pixels[:] = decoded.pixels
+        return Read(digest, decoded.warnings)

@@ -1,0 +1,140 @@
+"""The output folder of `sopdeploy classify`: a parquet file per part, and what a resumed run needs.
+
+    OUT/rows/part-00000.parquet   the rows of the first part; a file with its final name is complete
+    OUT/run.json                  what the rows depend on
+    OUT/list.parquet              all images, in the order of the rows
+    OUT/report.html, report.json  written in the end
+
+A run that differs in anything that its rows depend on is rejected: its parts would not fit together.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from sopdeploy.config import Count, StrictModel
+from sopdeploy.errors import ConfigError
+from sopdeploy.files import PARTIAL, atomic_write
+from sopdeploy_service.batch.reader import import_pyarrow
+
+ROWS, STATE = "rows", "run.json"
+IDENTITY_ADVICE = "continue with the same options, or choose another --out"
+
+
+class RunState(StrictModel):
+    """What the rows of a run depend on.
+
+    *runtime* includes its version and device; *settings* are those of the decoder.
+    """
+
+    format: Literal["sopdeploy-classify"] = "sopdeploy-classify"
+    version: Literal[1] = 1
+    bundle: str
+    runtime: str
+    source: str
+    images: Count
+    part_images: Count
+    batch: Count
+    top_k: Count | None
+    logits: bool
+    features: bool
+    settings: dict[str, str | int]
+
+
+class OutputFolder:
+    """The folder *out* of one run."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out
+        self._parquet = import_pyarrow("pyarrow.parquet")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder and reserve it for this process; raise `ConfigError` if another one uses it."""
+        try:
+            (self.path / ROWS).mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror}); choose another folder"
+            raise ConfigError(f"--out {self.path}: {reason}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(f"--out {self.path}: another run is writing to it; wait for it") from error
+            for partial in (*self.path.glob(f"*{PARTIAL}"), *(self.path / ROWS).glob(f"*{PARTIAL}")):
+                partial.unlink()  # of a run that was killed
+            yield
+
+    def read_state(self) -> RunState | None:
+        """Read what the previous run left; None for a new folder. Raises `ConfigError` for other content."""
+        file = self.path / STATE
+        if not file.exists():
+            if next((self.path / ROWS).iterdir(), None) is not None:
+                raise ConfigError(f"--out {self.path}: has rows, but no {STATE}; choose another folder")
+            return None
+        try:
+            return RunState.model_validate_json(file.read_bytes())
+        except pydantic.ValidationError as error:
+            raise ConfigError(f"{file}: not written by this version; choose another --out") from error
+
+    def begin(self, state: RunState) -> None:
+        """Write *state*, or compare it with that of the run to continue; raises `ConfigError`."""
+        before = self.read_state()
+        if before is None:
+            with atomic_write(self.path / STATE) as partial:
+                partial.write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                _flush(partial)
+            return
+        for name, value in state.model_dump().items():
+            old = before.model_dump()[name]
+            if name == "source" and old != value:
+                raise ConfigError(
+                    f"--out {self.path}: was begun with other images ({before.images:,}, now "
+                    f"{state.images:,}, or of other sizes); choose another --out"
+                )
+            if old != value:
+                raise ConfigError(
+                    f"--out {self.path}: was begun with {name} {old}, not {value}; {IDENTITY_ADVICE}"
+                )
+
+    def part(self, number: int) -> Path:
+        """Return the file of part *number*."""
+        return self.path / ROWS / f"part-{number:05d}.parquet"
+
+    def errors_in(self, number: int, images: int) -> int | None:
+        """Count the images of a finished part that have an error; None unless it is complete."""
+        try:
+            schema = self._parquet.read_metadata(self.part(number))
+            errors = int(schema.metadata[b"errors"])
+        except (OSError, ValueError, KeyError, TypeError):  # pyarrow's own error is a ValueError
+            return None
+        return errors if schema.num_rows == images else None
+
+    def write_part(self, number: int, table: Any) -> None:
+        """Write the file of part *number*; it has its final name only when it is complete."""
+        with atomic_write(self.part(number)) as partial:
+            self._parquet.write_table(table, partial, compression="zstd", row_group_size=len(table))
+            _flush(partial)
+
+    def read_columns(self, number: int, columns: list[str]) -> dict[str, list[Any]]:
+        """Read *columns* of part *number*."""
+        table = self._parquet.read_table(self.part(number), columns=columns, use_threads=False)
+        return dict(table.to_pydict())
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write *text* to the file *name* and return its path."""
+        with atomic_write(self.path / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+        return self.path / name
+
+
+def _flush(path: Path) -> None:
+    """Make sure that the content of *path* is on the disk before it is renamed."""
+    with path.open("rb") as file, suppress(OSError):
+        os.fsync(file.fileno())

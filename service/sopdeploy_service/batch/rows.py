@@ -1,0 +1,112 @@
+"""The output of a part as an Arrow table, one row per image."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.class_maps import FEATURES
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.decision import known_score
+from sopdeploy_service.batch.listing import printable
+from sopdeploy_service.batch.pipeline import PartOutputs
+from sopdeploy_service.batch.reader import import_pyarrow
+from sopdeploy_service.inference.results import RankedClasses, Ranking, Rejection, present_classes
+
+
+class RowFormat:
+    """Converts outputs of *bundle* to tables.
+
+    *top_k* limits the classes of an image; without it, a multi-label network gives all of its classes above
+    their thresholds. *logits* and *features* add these columns; features are averaged over positions.
+    """
+
+    def __init__(self, bundle: Bundle, top_k: int | None, *, logits: bool, features: bool) -> None:
+        self._arrow = import_pyarrow("pyarrow")
+        self._bundle, self._top_k = bundle, top_k
+        self._with_logits, self._with_features = logits, features
+        self._logits = bundle.manifest.outputs[0].name
+
+    @property
+    def schema(self) -> Any:
+        """The columns, documented in docs/batch.md."""
+        arrow, text = self._arrow, self._arrow.string()
+        fields = {
+            "path": text,
+            "sha256": text,
+            "classes": arrow.list_(text),
+            "probabilities": arrow.list_(arrow.float64()),
+            "known": arrow.bool_(),
+            "score": arrow.float64(),
+            "warnings": arrow.list_(text),
+            "error": text,
+            "error_message": text,
+            "bundle": text,
+        }
+        if self._with_logits:
+            fields["logits"] = arrow.list_(arrow.float32())
+        if self._with_features:
+            fields["features"] = arrow.list_(arrow.float32())
+        return arrow.schema(list(fields.items()))
+
+    def table(self, part: PartOutputs) -> Any:
+        """Build the table of *part*; its metadata have the number of `errors`."""
+        errors: list[tuple[str, str] | None] = []
+        outputs = []
+        for read, row in zip(part.reads, part.rows, strict=True):
+            if read.error:
+                errors.append((read.error, read.message))
+            elif isinstance(row, Rejection):
+                errors.append((row.code, row.message))
+            else:
+                errors.append(None)
+                outputs.append(row)
+        columns: dict[str, Any] = {
+            "path": [printable(entry.path) for entry in part.entries],
+            "sha256": [read.sha256 or None for read in part.reads],
+            "warnings": [read.warnings for read in part.reads],
+            "error": [None if error is None else error[0] for error in errors],
+            "error_message": [None if error is None else error[1] for error in errors],
+            "bundle": [self._bundle.manifest.id] * len(errors),
+        }
+        good = [error is None for error in errors]
+        for name, values in self._predictions(outputs).items():
+            columns[name] = _spread(values, good)
+        failed = str(len(good) - len(outputs))
+        schema = self.schema.with_metadata({"errors": failed})
+        return self._arrow.table(columns, schema=schema)
+
+    def _predictions(self, outputs: Sequence[dict[str, NDArray[np.float32]]]) -> dict[str, Sequence[Any]]:
+        """Compute the columns of the images that have *outputs*."""
+        logits = [row[self._logits] for row in outputs]
+        ranked = self._rank(logits)
+        labels, rule = self._bundle.labels, self._bundle.manifest.rejection
+        found: dict[str, Sequence[Any]] = {
+            "classes": [[labels[index] for index, _ in one] for one in ranked],
+            "probabilities": [[probability for _, probability in one] for one in ranked],
+            "known": [None] * len(logits),
+            "score": [None] * len(logits),
+        }
+        if rule is not None and logits:
+            scores = known_score(np.stack(logits), rule.score)
+            found["known"] = (scores >= rule.threshold).tolist()
+            found["score"] = scores.tolist()
+        if self._with_logits:
+            found["logits"] = logits
+        if self._with_features:
+            found["features"] = [row[FEATURES].mean(axis=(1, 2), dtype=np.float32) for row in outputs]
+        return found
+
+    def _rank(self, logits: Sequence[NDArray[np.float32]]) -> list[RankedClasses]:
+        decision = self._bundle.manifest.decision
+        if decision is not None and decision.thresholds is not None:
+            return [present_classes(one, decision.thresholds, self._top_k) for one in logits]
+        ranking = Ranking(logits)
+        return [ranking.top_k(image, self._top_k or len(self._bundle.labels)) for image in range(len(logits))]
+
+
+def _spread(values: Sequence[Any], good: Sequence[bool]) -> list[Any]:
+    """Give *values* to the images that are *good*, and None to the others."""
+    remaining = iter(values)
+    return [next(remaining) if one else None for one in good]

@@ -1,0 +1,246 @@
+"""List the images of the sources of `sopdeploy classify`, in an order that does not change between runs.
+
+A source is a folder, a pattern such as `photos/**/*.jpg`, an image, a tar archive, a list of paths (`.txt`),
+a parquet file, or the URL of any of them in an object store. Folders are walked one by one, so that a list of
+any length needs little memory. Order: sources as given, names sorted within a folder, members of an archive
+and rows as stored.
+"""
+
+import glob
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sopdeploy.data.folder_store import OpenOptions, is_image
+from sopdeploy.data.tar import TAR, archive_suffix, decompress, scan
+from sopdeploy.errors import DataError
+from sopdeploy_service.batch.reader import (
+    PARQUET,
+    UNKNOWN,
+    Entry,
+    image_column,
+    import_pyarrow,
+    is_url,
+    open_place,
+    open_store,
+)
+
+LIST = ".txt"
+PATTERN = "*?["
+PATHS_PER_READ = 4096
+
+
+def list_entries(sources: Sequence[str], options: OpenOptions) -> Iterator[Entry]:
+    """Yield the images of *sources*; *options* say where compressed archives are unpacked.
+
+    Raises `DataError` for a source that does not exist, is given twice, is damaged or has no images.
+    """
+    twice = [source for source, count in Counter(sources).items() if count > 1]
+    if twice:
+        raise DataError(f"{twice[0]}: is given twice; name every source once")
+    for source in sources:
+        empty = True
+        for entry in _list_source(source, options):
+            empty = False
+            yield entry
+        if empty:
+            raise DataError(f"{source}: has no images; {_hint(source)}")
+
+
+def _list_source(source: str, options: OpenOptions) -> Iterator[Entry]:
+    if is_url(source):
+        yield from _list_url(source)
+        return
+    path = Path(source).expanduser()
+    if path.is_dir():
+        yield from _walk(path)
+    elif path.exists():
+        yield from _list_file(path, options)
+    elif any(sign in source for sign in PATTERN):
+        names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - pathlib takes no absolute patterns
+        for name in sorted(names):
+            if not Path(name).is_dir():
+                yield from _list_file(Path(name), options)
+    else:
+        raise DataError(f"{source}: not found; name a folder, a pattern, images, archives or lists of paths")
+
+
+def _hint(source: str) -> str:
+    if not is_url(source) and Path(source).is_dir():
+        suffixes = Counter(path.suffix.lower() for path in Path(source).iterdir() if path.is_file())
+        for suffix in (TAR, ".gz", ".tgz", ".xz", PARQUET):
+            if suffixes[suffix]:
+                return f"name its files: '{source}/*{suffix}'"
+    return "images end with .jpg, .jpeg, .png, .webp, .bmp or .gif"
+
+
+def _walk(folder: Path) -> Iterator[Entry]:
+    """Yield the images below *folder*, without hidden files, in the order of their paths."""
+    try:
+        with os.scandir(folder) as found:
+            inside = sorted(found, key=lambda one: os.fsencode(one.name))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
+    for one in inside:
+        if one.name.startswith("."):
+            continue
+        if one.is_dir(follow_symlinks=False):  # a link to a folder may lead back to this one
+            yield from _walk(folder / one.name)
+        elif is_image(one.name):
+            yield _whole(folder / one.name)
+
+
+def _whole(path: Path, shown: str | None = None) -> Entry:
+    """Describe an image file; *shown* is its name in the output. A missing file gets an error later."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        size = UNKNOWN
+    return Entry(shown or str(path), str(path.absolute()), size=size)
+
+
+def _list_file(path: Path, options: OpenOptions) -> Iterator[Entry]:
+    """Yield the images in the file *path*, which its name says is an archive, a list, or an image."""
+    name = path.name.lower()
+    if archive_suffix(path):
+        archive = decompress(path, options).absolute()
+        yield from _list_tar(str(path), str(archive))
+    elif name.endswith(LIST):
+        yield from _list_lines(str(path))
+    elif name.endswith(PARQUET):
+        yield from _list_rows(str(path), str(path.absolute()))
+    else:
+        yield _whole(path)
+
+
+def _list_url(url: str) -> Iterator[Entry]:
+    """Yield the images at *url*: below a folder, of a pattern, or in one object."""
+    store, path = open_store(url)
+    try:
+        if any(sign in path for sign in PATTERN):
+            for name, facts in sorted(store.glob(path, detail=True).items()):
+                if facts["type"] == "file":
+                    yield from _list_object(store.unstrip_protocol(name), facts)
+        elif store.isfile(path):
+            yield from _list_object(url, store.info(path))
+        else:
+            yield from _walk_url(store, path)
+    except FileNotFoundError as error:
+        raise DataError(f"{url}: not found; check the name and the credentials") from error
+    except DataError:
+        raise
+    except Exception as error:  # every store raises types of its own
+        reason = " ".join(str(error).split())
+        raise DataError(f"{url}: cannot be listed ({type(error).__name__}: {reason})") from error
+
+
+def _walk_url(store: Any, folder: str) -> Iterator[Entry]:
+    """Yield the images below *folder* of *store*, without hidden ones, the files of a folder first."""
+    for _, folders, files in store.walk(folder, detail=True, on_error="raise"):
+        for name in sorted(folders):  # `walk` visits them in the order of this dict
+            facts = folders.pop(name)
+            if not name.startswith("."):
+                folders[name] = facts
+        for name in sorted(filter(is_image, files)):
+            place = store.unstrip_protocol(files[name]["name"])
+            yield Entry(place, place, size=_size(files[name]))
+
+
+def _list_object(url: str, facts: Any) -> Iterator[Entry]:
+    name = url.lower()
+    suffix = archive_suffix(Path(PurePosixPath(url).name))
+    if suffix == TAR:
+        yield from _list_tar(url, url)
+    elif suffix:
+        raise DataError(f"{url}: is compressed; store the archive as .tar, so that images can be read alone")
+    elif name.endswith(LIST):
+        yield from _list_lines(url)
+    elif name.endswith(PARQUET):
+        yield from _list_rows(url, url)
+    else:
+        yield Entry(url, url, size=_size(facts))
+
+
+def _size(facts: Any) -> int:
+    size = facts.get("size")
+    return UNKNOWN if size is None else int(size)
+
+
+def _list_tar(shown: str, place: str) -> Iterator[Entry]:
+    """Yield the images of the tar archive *place* as if it were a folder named *shown*."""
+    try:
+        with open_place(place) as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            for name, offset, size in scan(file, end):
+                inside = os.fsdecode(name)
+                if is_image(inside.rpartition("/")[2]):
+                    yield Entry(f"{shown}/{inside}", place, offset, size)
+    except DataError as error:
+        raise DataError(f"{shown}: {error}") from error
+    except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
+        reason = f"damaged or not a tar file ({error}); copy or unpack it again"
+        raise DataError(f"{shown}: {reason}") from error
+
+
+def _list_lines(place: str) -> Iterator[Entry]:
+    """Yield the images that the text file *place* lists, one path or URL per line.
+
+    Paths are relative to the folder of the list.
+    """
+    with open_place(place) as file:
+        folder = place.rpartition("/")[0] if is_url(place) else Path(place).parent
+        for raw in _lines(file):
+            line = os.fsdecode(raw).strip()
+            if line:
+                yield _listed(folder, line)
+
+
+def _lines(file: Any) -> Iterator[bytes]:
+    """Yield the lines of a binary *file*, whatever buffering it has."""
+    rest = b""
+    while block := file.read(1 << 20):
+        *lines, rest = (rest + block).split(b"\n")
+        yield from lines
+    yield rest
+
+
+def _listed(folder: str | Path, name: str) -> Entry:
+    """Describe the image *name* of a list or a parquet file in *folder*."""
+    if is_url(name):
+        return Entry(name, name)
+    if isinstance(folder, str):
+        place = f"{folder}/{name}"
+        return Entry(place, place)
+    return _whole(folder / name, str(folder / name))
+
+
+def _list_rows(shown: str, place: str) -> Iterator[Entry]:
+    """Yield the images of the parquet file *place*: its bytes, or the files that its column `path` names."""
+    parquet = import_pyarrow("pyarrow.parquet")
+    with open_place(place) as opened:
+        try:
+            file = parquet.ParquetFile(opened, buffer_size=1 << 20)
+        except Exception as error:  # pyarrow raises types of its own
+            raise DataError(f"{shown}: damaged or not a parquet file; write or copy it again") from error
+        bytes_column, has_names = image_column(file.schema_arrow), "path" in file.schema_arrow.names
+        if bytes_column is None and not has_names:
+            columns = ", ".join(file.schema_arrow.names)
+            raise DataError(
+                f"{shown}: has no column `bytes`, `image` or `path` (columns: {columns}); rename one"
+            )
+        if not has_names:
+            for row in range(file.metadata.num_rows):
+                yield Entry(f"{shown}/{row}", place, row)
+            return
+        row, folder = 0, place.rpartition("/")[0] if is_url(place) else Path(shown).parent
+        for batch in file.iter_batches(PATHS_PER_READ, columns=["path"], use_threads=False):
+            for name in batch.column(0).to_pylist():
+                if bytes_column is not None:
+                    yield Entry(f"{shown}/{row}" if name is None else str(name), place, row)
+                else:
+                    yield _listed(folder, str(name))
+                row += 1

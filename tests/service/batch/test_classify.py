@@ -1,0 +1,250 @@
+"""A run: its rows, its errors, and how it continues after an interruption."""
+
+import hashlib
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sopdeploy.bundle.class_maps import FEATURES
+from sopdeploy.decision import Decision, Rejection
+from sopdeploy.errors import ConfigError, DataError
+from sopdeploy_service.batch import decoders
+from sopdeploy_service.batch.decoders import DecoderProcesses, Read
+from sopdeploy_service.batch.output import OutputFolder
+from sopdeploy_service.batch.pipeline import PartOutputs, Pipeline
+from sopdeploy_service.batch.reader import Entry
+from sopdeploy_service.batch.rows import RowFormat
+from sopdeploy_service.batch.run import ClassifyOptions, classify
+from sopdeploy_service.commands.predict import predict
+from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.inference.results import NONFINITE
+from sopdeploy_service.runtime.fake import FakeOverlappingRuntime, FakeRuntime
+from sopdeploy_service.settings import Settings
+from tests.service.batch.conftest import (
+    BAD,
+    COUNT,
+    OPTIONS,
+    SETTINGS,
+    StopError,
+    part_bytes,
+    rows_of,
+    stop_at,
+)
+from tests.service.conftest import RULES
+
+
+def test_every_image_gets_one_row_that_equals_its_prediction(complete, photos, bundle_path):
+    rows, paths = rows_of(complete), sorted(photos.glob("*.jpg"))
+    assert [row["path"] for row in rows] == [str(path) for path in paths]
+    assert len(part_bytes(complete)) == 4
+    for row, path, one in zip(rows, paths, predict(bundle_path, paths, SETTINGS), strict=True):
+        assert row["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert row["bundle"] == bundle_path.name.rpartition("-")[2]
+        assert row["error"] == (one.error.code if one.error else None)
+        assert row["error_message"] == (one.error.detail if one.error else None)
+        if one.error is None:
+            assert row["classes"] == [entry.label for entry in one.classes]
+            expected = [entry.probability for entry in one.classes]
+            assert row["probabilities"] == pytest.approx(expected, abs=1e-6)
+            assert row["warnings"] == list(one.warnings)
+    assert {position for position, row in enumerate(rows) if row["error"]} == BAD.keys()
+
+
+@pytest.mark.parametrize("stops", [(1,), (36, 64), (33, 97, 100)])
+def test_an_interrupted_run_continues_with_the_same_bytes(stops, complete, bundle_path, photos, tmp_path):
+    for done in stops:
+        with pytest.raises(StopError):
+            classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, stop_at(done))
+    shown: list[tuple[int, int, int]] = []
+    found = classify(
+        bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, lambda *numbers: shown.append(numbers)
+    )
+    assert part_bytes(tmp_path) == part_bytes(complete)
+    assert shown[-1] == (COUNT, len(BAD), COUNT)
+    assert (found.images, found.errors, found.parts) == (COUNT, len(BAD), 4)
+    assert found.classified == COUNT - 32 * (max(stops) // 32 - (max(stops) % 32 == 0))
+
+
+def test_a_finished_run_is_not_repeated_and_a_damaged_part_is(complete, bundle_path, photos, tmp_path):
+    out = shutil.copytree(complete, tmp_path / "out")
+    part = out / "rows" / "part-00001.parquet"
+    for damage, classified in ((part.read_bytes(), 0), (part.read_bytes()[:-9], 32)):
+        part.write_bytes(damage)
+        found = classify(bundle_path, [str(photos)], out, SETTINGS, OPTIONS)
+        assert found.classified == classified
+    assert part_bytes(out) == part_bytes(complete)
+
+
+OTHER_RUNS = {
+    "top_k": (Settings(threads=1, top_k=2), OPTIONS, r"was begun with top_k 5, not 2; continue with"),
+    "batch": (Settings(threads=1, max_batch=2), OPTIONS, r"was begun with batch 4, not 2"),
+    "logits": (SETTINGS, OPTIONS.model_copy(update={"logits": True}), r"was begun with logits False"),
+    "decoder": (Settings(threads=1, max_pixels=99), OPTIONS, r"was begun with settings \{.*'max_pixels': "),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_RUNS)
+def test_a_folder_of_a_run_with_other_options_is_rejected(case, complete, bundle_path, photos):
+    settings, options, message = OTHER_RUNS[case]
+    with pytest.raises(ConfigError, match=message):
+        classify(bundle_path, [str(photos)], complete, settings, options)
+
+
+def test_a_folder_of_another_bundle_or_of_other_images_is_rejected(
+    complete, bundle_path, make_bundle, photos, tmp_path
+):
+    other = make_bundle(tmp_path, seed=1)
+    with pytest.raises(ConfigError, match=r"was begun with bundle \w+, not \w+; continue"):
+        classify(other, [str(photos)], complete, SETTINGS, OPTIONS)
+    with pytest.raises(ConfigError, match=r"was begun with other images \(100, now 1, or of other sizes\)"):
+        classify(bundle_path, [str(photos / "001.jpg")], complete, SETTINGS, OPTIONS)
+    with pytest.raises(ConfigError, match="another run is writing"), OutputFolder(complete).locked():
+        classify(bundle_path, [str(photos)], complete, SETTINGS, OPTIONS)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "x.parquet").touch()
+    with pytest.raises(ConfigError, match=r"has rows, but no run\.json; choose another folder"):
+        classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
+
+
+def test_too_many_errors_stop_the_run_and_a_higher_limit_continues_it(
+    complete, bundle_path, photos, tmp_path
+):
+    limited = OPTIONS.model_copy(update={"max_errors": 2})
+    with pytest.raises(DataError, match=r"3 of 44 images have an error, more than --max-errors 2; run again"):
+        classify(bundle_path, [str(photos)], tmp_path, SETTINGS, limited)
+    found = classify(
+        bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS.model_copy(update={"max_errors": 3})
+    )
+    assert found.classified == COUNT - 32
+    assert part_bytes(tmp_path) == part_bytes(complete)
+
+
+def test_features_need_a_bundle_that_has_them(bundle_path, photos, tmp_path):
+    with pytest.raises(ConfigError, match=r"--features: .* has no output `features`; export it with"):
+        classify(bundle_path, [str(photos)], tmp_path, SETTINGS, ClassifyOptions(features=True, workers=1))
+    assert not list((tmp_path / "rows").iterdir())
+
+
+CRASH = """
+import os
+from sopdeploy_service.batch import decoders
+decode = decoders.EntryDecoder.__call__
+def crash(self, entry, pixels):
+    return os._exit(1) if entry.path.endswith("017.jpg") else decode(self, entry, pixels)
+decoders.EntryDecoder.__call__ = crash
+decoders.work()
+"""
+
+
+def test_an_image_that_crashes_the_decoder_gets_an_error_and_no_other(photos, monkeypatch):
+    monkeypatch.setattr(decoders, "PROGRAM", CRASH)
+    paths = [photos / f"{number:03d}.jpg" for number in range(14, 22)]
+    entries = [Entry(str(path), str(path)) for path in paths]
+    with DecoderProcesses(RULES, SETTINGS, workers=1, block=6) as processes:
+        found = [
+            (read, block.pixels[number].any())
+            for block in processes.decode([entries[:6], entries[6:]])
+            for number, read in enumerate(block.reads)
+        ]
+    assert [read.error for read, _ in found] == ["", "", "", "decoder_failed", "", "", "", ""]
+    assert [bool(has_pixels) for _, has_pixels in found] == [True] * 3 + [False] + [True] * 4
+
+
+def test_a_killed_decoder_process_is_replaced(photos):
+    entries = [Entry(str(path), str(path)) for path in sorted(photos.glob("00*.jpg"))]
+    with DecoderProcesses(RULES, SETTINGS, workers=1, block=5) as processes:
+        os.kill(processes._workers[0]._process.pid, signal.SIGKILL)
+        blocks = [
+            (block.reads, block.pixels.copy()) for block in processes.decode([entries[:5], entries[5:]])
+        ]
+    assert [len(reads) for reads, _ in blocks] == [5, 5]
+    assert all(pixels.any(axis=(1, 2, 3)).all() for _, pixels in blocks)
+
+
+class ThreePhotos:
+    """Decodes three blocks of generated pixels without processes."""
+
+    block = 4
+
+    def decode(self, tasks):
+        for number, entries in enumerate(tasks):
+            pixels = np.full((len(entries), 32, 32, 3), 10 * number, np.uint8)
+            yield decoders.Block([Read("0") for _ in entries], pixels)
+
+
+def test_batches_of_an_overlapping_runtime_give_the_same_outputs(bundle):
+    found = []
+    for kind in (FakeRuntime, FakeOverlappingRuntime):
+        runtime = kind(classes=7)
+        parts = [(0, [Entry("x", "x")] * 6), (1, [Entry("x", "x")] * 3)]
+        pipeline = Pipeline(LoadedModel(bundle=bundle, runtime=runtime, replays={}), 2)
+        found.append(list(pipeline.run(iter(parts), ThreePhotos())))
+        assert runtime.batches == [2, 2, 2, 2, 1]
+    ours, other = found
+    assert [part.number for part in ours] == [0, 1]
+    for one, two in zip(ours, other, strict=True):
+        for row, same in zip(one.rows, two.rows, strict=True):
+            np.testing.assert_array_equal(row["logits"], same["logits"])
+
+
+def test_rows_have_logits_features_and_the_decision_of_the_bundle(bundle):
+    logits = np.array([[0, 1, 5, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1.0]], np.float32)
+    maps = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 2, 2)
+    outputs = [{"logits": one, FEATURES: two} for one, two in zip(logits, maps, strict=True)]
+    entries = [Entry(name, name) for name in "abc"]
+    reads = [Read("1"), Read("2", ("exif_rotated",)), Read("3")]
+    part = PartOutputs(0, entries, reads, [outputs[0], outputs[1], NONFINITE])
+
+    rule = Rejection(score="max_probability", threshold=0.5)
+    thresholds = (0.6,) * 7
+    for decision, top_k, classes, known in (
+        (None, 2, (["cat", "dog"], ["ant", "bee"]), [None, None]),
+        (Decision(rejection=rule), 1, (["cat"], ["ant"]), [True, False]),
+        (
+            Decision(activation="sigmoid", thresholds=thresholds),
+            None,
+            (["cat", "dog", "bee"], list(bundle.labels)),
+            [None, None],
+        ),
+    ):
+        manifest = bundle.manifest.model_copy(update={"decision": decision})
+        changed = type(bundle)(path=bundle.path, manifest=manifest, labels=bundle.labels)
+        table = RowFormat(changed, top_k, logits=True, features=True).table(part)
+        first, second, bad = table.to_pylist()
+        assert (first["classes"], second["classes"]) == classes
+        assert [first["known"], second["known"]] == known
+        assert second["warnings"] == ["exif_rotated"]
+        assert first["logits"] == logits[0].tolist()
+        assert second["features"] == maps[1].mean(axis=(1, 2)).tolist()
+        assert (bad["error"], bad["classes"], bad["logits"]) == ("nonfinite_output", None, None)
+        assert table.schema.metadata == {b"errors": b"1"}
+
+
+def test_nothing_is_left_of_a_run_that_could_not_list_its_images(bundle_path, tmp_path):
+    with pytest.raises(DataError, match=r"nowhere: not found; name a folder"):
+        classify(bundle_path, ["nowhere"], tmp_path / "out", SETTINGS)
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] == [".lock"]
+
+
+@pytest.mark.slow
+def test_after_ten_kills_the_rows_are_those_of_an_uninterrupted_run(
+    complete, bundle_path, photos, tmp_path: Path
+):
+    """Kill after a growing number of images, so that every run makes progress."""
+    for kill in range(1, 11):
+        pid = os.fork()
+        if not pid:
+
+            def die(done: int, _errors: int, _total: int, limit: int = 10 * kill) -> None:
+                if done >= limit:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, die)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
+    assert part_bytes(tmp_path) == part_bytes(complete)

@@ -1,0 +1,150 @@
+"""Lists of images: kinds of sources, their order, and their errors."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sopdeploy.data.folder_store import OpenOptions
+from sopdeploy.errors import DataError, ImageError
+from sopdeploy_service.batch.listing import Hasher, Listing
+from sopdeploy_service.batch.reader import Entry, Reader
+from sopdeploy_service.batch.sources import list_entries
+
+BODIES = {"b/2.jpg": b"two", "a.png": b"one", "b/c/3.JPEG": b"three", "z.gif": b"four"}
+MEMORY = "memory://sources"
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """The same four images as a folder, archives, lists, parquet files, and in an object store."""
+    folder = tmp_path / "folder"
+    store = fsspec.filesystem("memory")
+    for name, body in BODIES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(body)
+        store.pipe(f"/sources/{name}", body)
+    for name in (".hidden.jpg", "notes.md", ".b/4.jpg"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"no")
+    (folder / "loop").symlink_to(folder)
+    for name in ("x.tar", "x.tar.gz"):
+        with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w") as archive:
+            for inside, body in {**BODIES, "notes.md": b"no"}.items():
+                member = tarfile.TarInfo(inside)
+                member.size = len(body)
+                archive.addfile(member, io.BytesIO(body))
+    (tmp_path / "list.txt").write_text("".join(f"folder/{name}\n\n" for name in BODIES))
+    (tmp_path / "urls.txt").write_text("\n".join(f"{MEMORY}/{name}" for name in BODIES))
+    bodies, names = list(BODIES.values()), [f"folder/{name}" for name in BODIES]
+    pq.write_table(pa.table({"bytes": bodies, "n": [1, 2, 3, 4]}), tmp_path / "b.parquet", row_group_size=3)
+    images = [{"bytes": body, "path": name} for name, body in BODIES.items()]
+    pq.write_table(pa.table({"image": images}), tmp_path / "i.parquet")
+    pq.write_table(pa.table({"path": names}), tmp_path / "p.parquet")
+    for name in ("x.tar", "b.parquet"):
+        store.pipe(f"/sources/shards/{name}", (tmp_path / name).read_bytes())
+    yield tmp_path
+    store.rm("/sources", recursive=True)
+
+
+SORTED, STORED = ["a.png", "b/2.jpg", "b/c/3.JPEG", "z.gif"], list(BODIES)
+LISTS = {  # source: (prefix of the names, names)
+    "folder": ("folder/", SORTED),
+    "folder/b/**/*.jp*g": ("folder/b/", ["2.jpg"]),
+    "folder/b/2.jpg": ("folder/b/", ["2.jpg"]),
+    "x.tar": ("x.tar/", STORED),
+    "*.tar.gz": ("x.tar.gz/", STORED),
+    "list.txt": ("folder/", STORED),
+    "urls.txt": (f"{MEMORY}/", STORED),
+    "b.parquet": ("b.parquet/", ["0", "1", "2", "3"]),
+    "i.parquet": ("i.parquet/", ["0", "1", "2", "3"]),
+    "p.parquet": ("folder/", STORED),
+    f"{MEMORY}/b": ("memory:///sources/b/", ["2.jpg", "c/3.JPEG"]),
+    f"{MEMORY}/*.*": ("memory:///sources/", ["a.png", "z.gif"]),
+    f"{MEMORY}/shards/x.tar": (f"{MEMORY}/shards/x.tar/", STORED),
+    f"{MEMORY}/shards/b.parquet": (f"{MEMORY}/shards/b.parquet/", ["0", "1", "2", "3"]),
+}
+
+
+def body_of(prefix: str, name: str) -> bytes:
+    """Return the body of an image by its name below one of `sources`, or by its row."""
+    if name.isdigit():
+        return list(BODIES.values())[int(name)]
+    return next(body for path, body in BODIES.items() if f"{prefix}{name}".endswith(path))
+
+
+@pytest.mark.parametrize("source", LISTS)
+def test_a_source_lists_its_images_in_order_and_they_can_be_read(source, sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(sources)
+    prefix, names = LISTS[source]
+    entries = list(list_entries([source], OpenOptions(cache=tmp_path / "cache")))
+    assert [entry.path for entry in entries] == [prefix + name for name in names]
+    reader, short = Reader(max_bytes=100), Reader(max_bytes=2)
+    expected = [body_of(prefix, name) for name in names]
+    assert [reader.read(entry) for entry in entries] == expected
+    assert [reader.read(entry) for entry in reversed(entries)] == expected[::-1]
+    assert [short.read(entry) for entry in entries] == [body[:3] for body in expected]
+    reader.close()
+    short.close()
+
+
+BAD_SOURCES = {
+    "nowhere": "nowhere: not found; name a folder",
+    "none-*.jpg": r"none-\*.jpg: has no images",
+    "shards": r"shards: has no images; name its files: 'shards/\*.tar'",
+    "damaged.tar": "damaged.tar: damaged or not a tar file",
+    "damaged.parquet": "damaged.parquet: damaged or not a parquet file",
+    "other.parquet": r"other.parquet: has no column `bytes`, `image` or `path` \(columns: n\); rename one",
+    "memory://absent": "memory://absent: not found",
+}
+
+
+@pytest.mark.parametrize("source", BAD_SOURCES)
+def test_a_source_without_images_is_a_one_line_error(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    for name in ("shards/x.tar", "damaged.tar", "damaged.parquet"):
+        (tmp_path / name).write_bytes(b"nothing" * 100)
+    pq.write_table(pa.table({"n": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=BAD_SOURCES[source]):
+        list(list_entries([source], OpenOptions()))
+
+
+def test_a_source_that_is_given_twice_is_rejected():
+    with pytest.raises(DataError, match="x: is given twice"):
+        list(list_entries(["x", "x"], OpenOptions()))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (Entry("x", "/nowhere/x.jpg"), r"cannot be read \(No such file or directory\)"),
+        (Entry("x", "memory://sources/none.jpg"), r"cannot be read \("),
+        (Entry("x", "b.parquet", 9), r"cannot be read \(has no row 9\)"),
+    ],
+)
+def test_an_image_that_cannot_be_read_has_the_code_of_unusable_data(entry, message, sources, monkeypatch):
+    monkeypatch.chdir(sources)
+    with pytest.raises(ImageError, match=message) as raised:
+        Reader(max_bytes=9).read(entry)
+    assert raised.value.code == "unusable_data"
+
+
+def test_the_list_is_read_in_parts_and_its_fingerprint_changes_with_names_and_sizes(tmp_path):
+    latin = os.fsdecode(b"/caf\xe9.jpg")
+    entries = [Entry(latin, latin, size=3), Entry("b", "/b", 512, 7), Entry("c", "s3://x/c")]
+    listing = Listing(tmp_path)
+    fingerprint = listing.write(iter(entries), 2)
+    assert (fingerprint.images, listing.parts()) == (3, 2)
+    assert [listing.images_of(part) for part in range(2)] == [2, 1]
+    first, second = listing.read(0)
+    assert (first.path, first.place) == ("/caf�.jpg", latin)
+    assert [second, *listing.read(1)] == entries[1:]
+    assert Hasher.fingerprint_of(entries) == fingerprint
+    changes = [entries[:2], entries[::-1], [*entries[:2], Entry("c", "s3://x/c", size=1)]]
+    assert fingerprint not in [Hasher.fingerprint_of(changed) for changed in changes]
