@@ -96,6 +96,12 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "ops",
         [(f"sum by (model) (rate(sopdeploy_unknown_images_total{RATE}))", "{{model}}")],
     ),
+    (
+        "Drift: distance of predictions to those of held-out images",
+        "percentunit",
+        [("sopdeploy_drift_distance", "{{model}} {{of}}")],
+    ),
+    ("Drift: p-values; below 0.005 is an alarm", "none", [("sopdeploy_drift_p_value", "{{model}} {{of}}")]),
     ("Maximum event loop lag", "s", [("sopdeploy_event_loop_lag_seconds", "{{instance}}")]),
     ("Open connections", "none", [("sopdeploy_connections", "{{instance}}")]),
     ("Request bodies in memory", "bytes", [("sopdeploy_upload_bytes", "{{instance}}")]),

@@ -56,10 +56,10 @@ class Header(StrictModel):
         return labels
 
     @pydantic.model_validator(mode="after")
-    def _check_thresholds(self) -> "Header":
-        thresholds = self.decision.thresholds if self.decision is not None else None
-        if thresholds is not None and len(thresholds) != len(self.labels):
-            raise ValueError(f"{len(thresholds)} thresholds for {len(self.labels)} classes")
+    def _check_decision(self) -> "Header":
+        problem = None if self.decision is None else self.decision.problem_with(len(self.labels))
+        if problem is not None:
+            raise ValueError(f"{problem} classes")
         return self
 
 

@@ -16,6 +16,26 @@ from sopdeploy.config import Count, Fraction, Positive, StrictModel
 Activation = Literal["softmax", "sigmoid"]
 Score = Literal["max_probability", "energy"]
 Estimate = Literal["held-out", "cross-validation"]
+Occurrences = Annotated[int, pydantic.Field(ge=0)]
+# Most confidences are close to 1, where small differences matter.
+CONFIDENCE_BOUNDS = (
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    0.95,
+    0.98,
+    0.99,
+    0.995,
+    0.998,
+    0.999,
+    0.9999,
+)
 MAX_LISTED = 20  # classes whose thresholds a report names
 
 
@@ -65,6 +85,21 @@ class Rejection(StrictModel):
         return score >= self.threshold, score
 
 
+class Reference(StrictModel):
+    """Predictions for the images of `Calibration`, with which `evaluation.drift` compares later ones.
+
+    Attributes:
+        classes: For each class, the number of images for which it is the most probable one.
+        confidences: Number of images by their largest probability, in intervals between `CONFIDENCE_BOUNDS`.
+    """
+
+    classes: tuple[Occurrences, ...]
+    confidences: Annotated[
+        tuple[Occurrences, ...],
+        pydantic.Field(min_length=len(CONFIDENCE_BOUNDS) + 1, max_length=len(CONFIDENCE_BOUNDS) + 1),
+    ]
+
+
 class Decision(StrictModel):
     """What turns logits into classes.
 
@@ -73,12 +108,18 @@ class Decision(StrictModel):
         calibration: How the temperature was fitted; `None` if it was not.
         rejection: How images of unknown classes are recognized; `None` accepts every image.
         thresholds: Smallest probability at which a class is present, one per class; only with "sigmoid".
+        reference: Predictions with which later ones are compared; `None` in files of older versions.
     """
 
     activation: Activation = "softmax"
     calibration: Calibration | None = None
     rejection: Rejection | None = None
     thresholds: tuple[Fraction, ...] | None = None
+    reference: Reference | None = None
+
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key != "reference" or value is not None}
 
     @pydantic.model_validator(mode="after")
     def _check_activation(self) -> "Decision":
@@ -92,6 +133,14 @@ class Decision(StrictModel):
     def temperature(self) -> float:
         """Divisor of the network's logits; 1 if none was fitted."""
         return 1.0 if self.calibration is None else self.calibration.temperature
+
+    def problem_with(self, classes: int) -> str | None:
+        """Describe what does not fit to a network with *classes* classes."""
+        if self.thresholds is not None and len(self.thresholds) != classes:
+            return f"{len(self.thresholds)} thresholds for {classes}"
+        if self.reference is not None and len(self.reference.classes) != classes:
+            return f"predictions of {len(self.reference.classes)} classes for {classes}"
+        return None
 
     def review(self, logits: NDArray[np.floating]) -> dict[str, Any]:
         """Compute `uncalibrated` and `known` of a `Score` from *logits* (C,) of the bundle."""

@@ -174,9 +174,7 @@ def _read_labels(file: Path, manifest: Manifest) -> tuple[str, ...]:
         raise BundleError(f"{file}: not a list of class names")
     if len(labels) != classes:
         raise BundleError(f"{file}: {len(labels)} class names for {classes} outputs")
-    thresholds = manifest.decision.thresholds if manifest.decision is not None else None
-    if thresholds is not None and len(thresholds) != classes:
-        raise BundleError(
-            f"{file.parent}: {len(thresholds)} thresholds for {classes} outputs; export it again"
-        )
+    problem = None if manifest.decision is None else manifest.decision.problem_with(len(labels))
+    if problem is not None:
+        raise BundleError(f"{file.parent}: {problem} outputs; export it again")
     return tuple(labels)

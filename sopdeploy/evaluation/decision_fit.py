@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
+from sopdeploy.evaluation.drift import PredictionCounts
 from sopdeploy.evaluation.metrics import calibration_error
 from sopdeploy.evaluation.statistics import auroc
 
@@ -45,11 +46,11 @@ def fit_decision(
 ) -> Decision:
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
-    With fewer than `MIN_IMAGES` images nothing is fitted. The temperature is 1 if the classifier cannot be
-    scaled (*scalable* is False) or if `fit_temperature` finds no evidence for another one. *accepts* is the
-    fraction of known images to accept; with 1, or if N is too small for the quantile, no image is rejected.
-    *refitted* are the AUROCs of heads that were fitted without one class, if there are any: otherwise the
-    logit of the class is masked.
+    Their predictions become the reference for drift. With fewer than `MIN_IMAGES` images nothing is fitted.
+    The temperature is 1 if the classifier cannot be scaled (*scalable* is False) or if `fit_temperature`
+    finds no evidence for another one. *accepts* is the fraction of known images to accept; with 1, or if N is
+    too small for the quantile, no image is rejected. *refitted* are the AUROCs of heads that were fitted
+    without one class, if there are any: otherwise the logit of the class is masked.
     """
     if len(logits) < MIN_IMAGES or logits.shape[1] < 2:
         return Decision()
@@ -62,9 +63,12 @@ def fit_decision(
         images=len(logits),
         estimated_on=estimated_on,
     )
+    predictions = PredictionCounts(logits.shape[1])
+    predictions.add_logits(scaled)
+    reference = predictions.reference()
     rejected = math.floor((len(logits) + 1) * (1 - accepts) + 1e-9)
     if rejected == 0:
-        return Decision(calibration=calibration)
+        return Decision(calibration=calibration, reference=reference)
     areas = refitted or leave_one_class_out(scaled, targets)
     score = max(SCORES, key=lambda name: areas.get(name, 0.0))
     threshold = float(np.sort(known_score(scaled, score))[rejected - 1])
@@ -75,7 +79,7 @@ def fit_decision(
         auroc=areas.get(score),
         left_out="refitted" if refitted else None,
     )
-    return Decision(calibration=calibration, rejection=rejection)
+    return Decision(calibration=calibration, rejection=rejection, reference=reference)
 
 
 def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:

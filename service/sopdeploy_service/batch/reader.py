@@ -45,7 +45,7 @@ class Reader:
         try:
             if entry.offset == WHOLE:
                 with open_place(entry.place) as file:
-                    return file.read(self._limit)
+                    return bytes(file.read(self._limit))
             if self._file is None or entry.place != self._open_place:
                 self._file = self._open(entry.place)
             if self._rows is not None:
@@ -83,7 +83,8 @@ class ParquetRows:
         self._sizes = [self._file.metadata.row_group(group).num_rows for group in groups]
         self._column = image_column(self._file.schema_arrow)
         self._batches: Iterator[Any] = iter(())
-        self._group, self._first, self._values = -1, 0, None  # `_first` is the row of the first value
+        self._values: Any = None
+        self._group, self._first = -1, 0  # `_first` is the row of the first value
 
     def read(self, row: int) -> bytes:
         """Read the image of *row*; raises `OSError` if the value is null or the row is missing."""

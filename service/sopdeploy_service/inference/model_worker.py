@@ -35,6 +35,7 @@ from sopdeploy_service.inference.results import (
     Ranking,
     Rejection,
 )
+from sopdeploy_service.observability.drift import DriftWindow
 from sopdeploy_service.observability.metrics import ModelMetrics
 from sopdeploy_service.runtime.base import (
     DeviceLostError,
@@ -167,7 +168,8 @@ class _Batch:
 class ModelWorker:
     """Runs batches of at most *max_batch* images until *queue* is closed.
 
-    Calls *record_latency* with the images and seconds of each batch, on the event loop.
+    Calls *record_latency* with the images and seconds of each batch, on the event loop. Counts predictions in
+    *drift*.
     """
 
     def __init__(
@@ -179,8 +181,10 @@ class ModelWorker:
         *,
         outputs: Sequence[str],
         max_batch: int,
+        drift: DriftWindow | None = None,
     ) -> None:
         self._runtime = runtime
+        self._drift = drift
         self._overlapping = runtime if isinstance(runtime, OverlappingRuntime) else None
         self._queue = queue
         self._record_latency = record_latency
@@ -285,6 +289,9 @@ class ModelWorker:
             outcomes.append(Prediction(row, waited, seconds, *details))
             logits.append(row[self._outputs[0]])
         settle(items, outcomes)
+        if self._drift is not None:
+            self._drift.add(logits)
+            self._metrics.drift = self._drift.latest
         self._record_latency(len(items), ended - started)
         self._metrics.batch([started - item.arrived for item in items], self._max_batch, started, ended)
         self._metrics.nonfinite.inc(sum(row is NONFINITE for row in rows))

@@ -219,6 +219,9 @@ class ModelRegistry:
         if loaded.fast_decode is not None:
             self._metrics.fast_drift.labels(name).set(loaded.fast_decode.drift)
             self._metrics.fast_agreement.labels(name).set(loaded.fast_decode.agreement)
+        decision = loaded.bundle.manifest.decision
+        if decision is not None and decision.reference is not None:
+            self._metrics.show_drift(name)
         return Model(name, loaded, self._settings, self._metrics, is_shadow=is_shadow)
 
     def _serve(self, name: str, loaded: LoadedModel) -> Model:

@@ -1,6 +1,7 @@
 """The Prometheus metrics of one server, in a registry of their own, and the merger of several workers."""
 
 import asyncio
+import math
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.evaluation.drift import Drift
 from sopdeploy_service.runtime.base import Runtime
 
 Connect = Callable[[], socket.socket]  # opens a connection to a worker process
@@ -79,6 +81,16 @@ class Metrics:
             "Fraction of images whose best class stays, measured at the start",
             ("model",),
         )
+        self._drift_distance = gauge(
+            "drift_distance",
+            "Distance (0 to 1) of 1,000 predictions to those of the held-out images",
+            ("model", "of"),
+        )
+        self._drift_p_value = gauge(
+            "drift_p_value",
+            "Probability of at least this distance without drift; below 0.005 in at most 1 of 200 windows",
+            ("model", "of"),
+        )
         # `labels` validates and looks up its values on every call.
         self._requests_of = cache(self._requests.labels)
         self._request_seconds_of = cache(self._request_seconds.labels)
@@ -96,6 +108,13 @@ class Metrics:
             created = self._models[model] = ModelMetrics(self, model, stages=stages)
             self._busy.labels(model).set_function(created.busy_ratio)
         return self._models[model]
+
+    def show_drift(self, model: str) -> None:
+        """Show the drift of *model*, NaN before its first full window."""
+        found = self.of(model)
+        for of in ("classes", "confidences"):
+            for number, gauge in enumerate((self._drift_distance, self._drift_p_value)):
+                gauge.labels(model, of).set_function(partial(found.drift_value, of, number))
 
     def count_bundle(self, name: str, bundle: Bundle, runtime: Runtime, change: int) -> None:
         """Count *bundle* as loaded under *name* on *runtime* (*change* 1) or as unloaded (-1).
@@ -131,6 +150,7 @@ class ModelMetrics:
         self.nonfinite = metrics.nonfinite_outputs.labels(model)
         self._close, self._model = metrics.batch_close, model
         self._created = time.monotonic()
+        self.drift: Drift | None = None  # of the version that ran the last batch
         self._lock = threading.Lock()
         self.runs: deque[tuple[float, float]] = deque()  # (started, ended) of the last batches
 
@@ -146,6 +166,10 @@ class ModelMetrics:
             self._stage("infer", ended - started)
             for seconds in waited:
                 self._stage("queue", seconds)
+
+    def drift_value(self, of: str, number: int) -> float:
+        """Return distance (*number* 0) or p-value (1) of `classes` or `confidences`."""
+        return math.nan if self.drift is None else float(getattr(self.drift, of)[number])
 
     def busy_ratio(self) -> float:
         """Compute the fraction of the last `WINDOW_SECONDS` in which a batch ran. Thread-safe."""

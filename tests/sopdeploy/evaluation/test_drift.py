@@ -1,0 +1,78 @@
+"""The drift test: its false-alarm rate, what it detects, and its tail probabilities."""
+
+import numpy as np
+import pytest
+from scipy.stats import chi2
+
+from sopdeploy.decision import Decision, Reference
+from sopdeploy.evaluation.drift import FALSE_ALARMS, PredictionCounts, chi_square_tail, compare
+
+SAMPLES = 1000
+
+
+def alarm_rate(shares, reference, images, drifted=None) -> float:
+    """Fraction of alarms over random references and predictions with *shares*, then *drifted*."""
+    rng = np.random.default_rng(0)
+    first = rng.multinomial(reference, shares, SAMPLES)
+    second = rng.multinomial(images, shares if drifted is None else drifted, SAMPLES)
+    return float(np.mean([compare(one, two).alarm for one, two in zip(first, second, strict=True)]))
+
+
+def zipf(classes: int) -> np.ndarray:
+    weights = 1 / np.arange(1, classes + 1)
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize(
+    ("shares", "reference", "images"),
+    [
+        (zipf(2), 50, 100_000),
+        (np.full(10, 0.1), 50, 1000),
+        (zipf(10), 5000, 1000),
+        (zipf(100), 100, 20_000),
+        (zipf(100), 2000, 100_000),
+        (np.full(1000, 0.001), 500, 1000),
+        (zipf(1000), 50_000, 1000),
+    ],
+    ids=lambda value: str(len(value)) if isinstance(value, np.ndarray) else str(value),
+)
+def test_without_drift_each_test_raises_at_most_its_share_of_false_alarms(shares, reference, images):
+    # 0.005 + 3 standard deviations of 1,000 samples
+    assert alarm_rate(shares, reference, images) <= FALSE_ALARMS / 2 + 0.0067
+
+
+def test_a_class_that_becomes_twice_as_frequent_is_detected():
+    drifted = np.full(10, 0.8 / 9)
+    drifted[0] = 0.2
+    assert alarm_rate(np.full(10, 0.1), 2000, 1000, drifted) > 0.99
+
+
+def test_logits_are_counted_by_their_best_class_and_its_probability():
+    counts = PredictionCounts(3)
+    counts.add_logits(np.log([[0.25, 0.5, 0.25], [0.15, 0.25, 0.6], [1e-9, 1.0, 1e-9]]))
+    assert counts.classes.tolist() == [0, 2, 1]
+    assert np.flatnonzero(counts.confidences).tolist() == [5, 6, 16]
+    drift = counts.compare(counts.reference())
+    assert (drift.images, drift.classes.distance, drift.classes.p_value, drift.alarm) == (3, 0.0, 1.0, False)
+    assert PredictionCounts(3).compare(counts.reference()).alarm is False
+    far = PredictionCounts(3)
+    far.add_logits(np.eye(3)[[0] * 60] * 9)
+    near = PredictionCounts(3)
+    near.add_logits(np.eye(3)[[1] * 60] * 9)
+    assert far.compare(near.reference()).classes.distance == 1.0
+    assert far.compare(near.reference()).alarm
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 9, 100, 999])
+def test_the_approximated_tail_is_close_to_the_exact_one(degrees):
+    for level in (0.3, 0.01, 0.005):
+        assert chi_square_tail(chi2.isf(level, degrees), degrees) == pytest.approx(level, rel=0.07)
+    assert chi_square_tail(3.0, 0) == 1.0
+
+
+def test_a_decision_without_reference_is_written_as_in_older_versions():
+    assert "reference" not in Decision().model_dump()
+    counts = PredictionCounts(2).reference()
+    stored = Decision(reference=counts).model_dump_json()
+    assert Decision.model_validate_json(stored).reference == counts
+    assert isinstance(counts, Reference)
