@@ -64,14 +64,23 @@ class Listing:
 
     def read(self, part: int) -> list[Entry]:
         """Read the entries of *part*."""
-        columns = self._opened().read_row_group(part, use_threads=False).to_pydict()
-        places = map(os.fsdecode, columns["place"])
-        return list(map(Entry, columns["path"], places, columns["offset"], columns["size"]))
+        return entries_of(self.read_table(part))
+
+    def read_table(self, part: int) -> Any:
+        """Read *part* as a table; `entries_of` converts it."""
+        return self._opened().read_row_group(part, use_threads=False)
 
     def _opened(self) -> Any:
         if self._file is None:
             self._file = self._parquet.ParquetFile(self._path)
         return self._file
+
+
+def entries_of(table: Any) -> list[Entry]:
+    """Convert a *table* of the list."""
+    columns = table.to_pydict()
+    places = map(os.fsdecode, columns["place"])
+    return list(map(Entry, columns["path"], places, columns["offset"], columns["size"]))
 
 
 def _columns(part: Iterable[Entry]) -> list[tuple[Any, ...]]:

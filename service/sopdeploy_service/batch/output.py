@@ -10,17 +10,20 @@ A run that differs in anything that its rows depend on is rejected: its parts wo
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 
 from sopdeploy.config import Count, StrictModel
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import PARTIAL, atomic_write
 from sopdeploy_service.batch.reader import import_pyarrow
+
+OnProgress = Callable[[int, int, int], None]  # images done, with an error, and in total
 
 ROWS, STATE = "rows", "run.json"
 IDENTITY_ADVICE = "continue with the same options, or choose another --out"
@@ -122,16 +125,38 @@ class OutputFolder:
             self._parquet.write_table(table, partial, compression="zstd", row_group_size=len(table))
             _flush(partial)
 
-    def read_columns(self, number: int, columns: list[str]) -> dict[str, list[Any]]:
-        """Read *columns* of part *number*."""
-        table = self._parquet.read_table(self.part(number), columns=columns, use_threads=False)
-        return dict(table.to_pydict())
+    def read_columns(self, number: int, columns: list[str]) -> Any:
+        """Read *columns* of part *number* as a table."""
+        with self._parquet.ParquetFile(self.part(number)) as file:
+            return file.read(columns=columns, use_threads=False)
 
     def write_text(self, name: str, text: str) -> Path:
         """Write *text* to the file *name* and return its path."""
         with atomic_write(self.path / name) as partial:
             partial.write_text(text, encoding="utf-8")
         return self.path / name
+
+
+@dataclass(slots=True)
+class Progress:
+    """How many images are done and have an error; calls *show* with both and the number of all images."""
+
+    total: int
+    max_errors: int | None
+    show: OnProgress
+    done: int = 0
+    errors: int = 0
+
+    def add(self, images: int, errors: int) -> None:
+        """Count *images*, of which *errors* have an error; raise `DataError` for more than `max_errors`."""
+        self.done += images
+        self.errors += errors
+        self.show(self.done, self.errors, self.total)
+        if self.max_errors is not None and self.errors > self.max_errors:
+            raise DataError(
+                f"{self.errors} of {self.done} images have an error, more than --max-errors "
+                f"{self.max_errors}; run again with a higher limit to continue"
+            )
 
 
 def _flush(path: Path) -> None:

@@ -51,6 +51,15 @@ def classify(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting of `serve` as name=value; repeatable.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Classify on a Ray cluster; `auto` joins or starts one here."),
+    ] = None,
+    actors: Annotated[int, typer.Option(min=1, help="With --ray: processes that hold the network.")] = 1,
+    cpus_per_actor: Annotated[int, typer.Option(min=1, help="With --ray: cores of an actor.")] = 1,
+    gpus_per_actor: Annotated[
+        float, typer.Option(min=0, help="With --ray: 0.5 lets two actors share a GPU; 0 uses the CPU.")
+    ] = 0.0,
     as_json: JsonOption = False,
 ) -> None:
     """Classify any number of images into parquet files, one row per image, and continue after any stop.
@@ -62,7 +71,8 @@ def classify(
     Example: [bold]sopdeploy classify bundles/dsop-resnet20-3f6c01d2a4b7 'shards/*.tar' --out results[/bold]
     """
     with one_line_errors(as_json):
-        from sopdeploy_service.batch.run import ClassifyOptions
+        from sopdeploy_service.batch.on_ray import RayOptions
+        from sopdeploy_service.batch.part_classifier import ClassifyOptions
         from sopdeploy_service.batch.run import classify as run
         from sopdeploy_service.settings import load_settings, parse_assignments
 
@@ -72,14 +82,22 @@ def classify(
         options = ClassifyOptions(
             logits=logits, features=features, max_errors=max_errors, workers=workers, part_images=part_images
         )
+        cluster = None
+        if ray is not None:
+            cluster = RayOptions(address=ray, actors=actors, cpus=cpus_per_actor, gpus=gpus_per_actor)
         with _progress(quiet=as_json) as on_progress:
-            found = run(bundle, sources, out, settings, options, on_progress)
+            found = run(bundle, sources, out, settings, options, on_progress, cluster)
     if as_json:
         print_json(found.model_dump(mode="json"))
         return
     new = "" if found.classified == found.images else f", {found.classified:,} of them now"
     print_field("images", f"{found.images:,}{new}; {found.errors:,} with an error")
+    if found.drift is not None:
+        print_field(
+            "drift", "the predictions differ from the held-out ones" if found.drift else "not detectable"
+        )
     print_field("rows", f"{found.out / 'rows'}: {found.parts} parquet files", style="bold green")
+    print_field("report", str(found.out / "report.html"))
 
 
 @contextmanager

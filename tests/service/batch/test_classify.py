@@ -15,10 +15,11 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy_service.batch import decoders
 from sopdeploy_service.batch.decoders import DecoderProcesses, Read
 from sopdeploy_service.batch.output import OutputFolder
+from sopdeploy_service.batch.part_classifier import ClassifyOptions
 from sopdeploy_service.batch.pipeline import PartOutputs, Pipeline
 from sopdeploy_service.batch.reader import Entry
 from sopdeploy_service.batch.rows import RowFormat
-from sopdeploy_service.batch.run import ClassifyOptions, classify
+from sopdeploy_service.batch.run import classify
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.results import NONFINITE

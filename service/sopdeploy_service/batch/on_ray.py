@@ -1,0 +1,170 @@
+"""`sopdeploy classify --ray`: classify parts on a Ray cluster with Ray Data.
+
+Each actor holds the runtime and its decoder processes. It gets the list of one part and returns the rows of
+that part, which this process writes. So only the bundle and the images have to be readable on all machines,
+the output is that of a run on one machine, and a part is lost only as a whole: Ray repeats the part of an
+actor or a machine that dies, and a stopped run continues with the parts that are not written yet.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+
+from sopdeploy.config import Count, StrictModel
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import ConfigError, SopdeployError
+from sopdeploy_service.batch.listing import Listing, entries_of
+from sopdeploy_service.batch.output import OutputFolder, Progress, RunState
+from sopdeploy_service.batch.part_classifier import ClassifyOptions, PartClassifier
+from sopdeploy_service.batch.reader import import_pyarrow
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.settings import Settings, load_settings
+
+AUTO = "auto"  # the cluster of this machine or of RAY_ADDRESS; without one, Ray starts here
+USAGE_VARIABLE = "RAY_USAGE_STATS_ENABLED"
+PATHS = ("verify_key", "fast_decode_samples", "engine_cache")  # settings
+
+
+class RayOptions(StrictModel):
+    """A cluster, the number of actors, and the resources that Ray reserves for each of them."""
+
+    address: str = AUTO
+    actors: Count = 1
+    cpus: Count = 1
+    gpus: Annotated[float, pydantic.Field(ge=0, le=64)] = 0.0  # 0.5: two actors share a GPU
+
+
+class RayClassifier:
+    """Runs in an actor: classifies one part per call."""
+
+    def __init__(self, bundle: str, given: dict[str, Any], options: dict[str, Any]) -> None:
+        settings = load_settings(**given)
+        loaded = load_model(Path(bundle), settings)
+        self.classifier = PartClassifier(loaded, settings, ClassifyOptions(**options))
+        self._decoders = self.classifier.decoders().__enter__()  # end with this process
+        self._format = self.classifier.row_format()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Convert the `part` and its `entries` to its `rows`."""
+        part = (int(row["part"]), entries_of(unpack(row["entries"])))
+        (outputs,) = self.classifier.run(iter([part]), self._decoders)
+        return {"part": outputs.number, "rows": pack(self._format.table(outputs))}
+
+
+@contextmanager
+def on_ray(
+    bundle: Path, settings: Settings, options: ClassifyOptions, chosen: RayOptions
+) -> Iterator["RayEngine"]:
+    """Join the cluster that is *chosen*, and leave it at the end.
+
+    Raises `ConfigError` if Ray is not installed or the cluster cannot be reached.
+    """
+    ray = import_optional("ray", "Ray", "sopdeploy[batch,ray]", ConfigError, "--ray")
+    os.environ.setdefault(USAGE_VARIABLE, "0")  # no usage statistics
+    address = {} if chosen.address == AUTO else {"address": chosen.address}
+    joined = not ray.is_initialized()
+    if joined:
+        try:
+            ray.init(**address, log_to_driver=False, logging_level="error")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"--ray {chosen.address}: no Ray cluster can be joined ({reason})") from error
+    try:
+        yield RayEngine(bundle, settings, options, chosen)
+    finally:
+        if joined:
+            ray.shutdown()
+
+
+class RayEngine:
+    """Classifies on the cluster that this process has joined."""
+
+    def __init__(
+        self, bundle: Path, settings: Settings, options: ClassifyOptions, chosen: RayOptions
+    ) -> None:
+        given = settings.model_dump(mode="json", exclude_unset=True)
+        for name in PATHS:
+            if given.get(name):
+                given[name] = str(Path(given[name]).resolve())
+        given["threads"] = settings.threads or chosen.cpus
+        workers = options.workers or max(1, chosen.cpus)
+        self._arguments = (
+            str(bundle.resolve()),
+            given,
+            options.model_copy(update={"workers": workers}).model_dump(),
+        )
+        self._chosen = chosen
+
+    def state(self) -> RunState:
+        """Ask one process on the cluster what the rows depend on: its machine may have another runtime."""
+        ray = import_optional("ray", "Ray", "sopdeploy[batch,ray]", ConfigError)
+        task = ray.remote(num_cpus=self._chosen.cpus, num_gpus=self._chosen.gpus)(describe)
+        with _our_errors():
+            found: RunState = ray.get(task.remote(*self._arguments))
+        return found
+
+    def write_parts(
+        self, folder: OutputFolder, listing: Listing, pending: Sequence[int], progress: Progress
+    ) -> None:
+        """Classify the parts *pending* in actors on all machines; write them as they arrive."""
+        data = import_optional("ray.data", "Ray Data", "sopdeploy[batch,ray]", ConfigError)
+        context = data.DataContext.get_current()
+        context.enable_progress_bars = False
+        rows = [{"part": number, "entries": pack(listing.read_table(number))} for number in pending]
+        with _our_errors():
+            found = data.from_items(rows, override_num_blocks=len(rows)).map(
+                RayClassifier,
+                fn_constructor_args=self._arguments,
+                concurrency=self._chosen.actors,
+                num_cpus=self._chosen.cpus,
+                num_gpus=self._chosen.gpus,
+                scheduling_strategy="SPREAD",
+            )
+            for row in found.iter_rows():
+                table = unpack(row["rows"])
+                folder.write_part(int(row["part"]), table)
+                progress.add(len(table), int(table.schema.metadata[b"errors"]))
+
+
+def describe(bundle: str, given: dict[str, Any], options: dict[str, Any]) -> RunState:
+    """Load *bundle* and return the state of a run."""
+    settings = load_settings(**given)
+    loaded = load_model(Path(bundle), settings)
+    try:
+        return PartClassifier(loaded, settings, ClassifyOptions(**options)).state()
+    finally:
+        loaded.runtime.close()
+
+
+@contextmanager
+def _our_errors() -> Iterator[None]:
+    """Raise the `SopdeployError` that an error of Ray has as its cause, without Ray's traceback."""
+    try:
+        yield
+    except SopdeployError:
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, SopdeployError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+def pack(table: Any) -> bytes:
+    """Serialize an Arrow *table*."""
+    arrow = import_pyarrow("pyarrow")
+    sink = arrow.BufferOutputStream()
+    with arrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def unpack(content: bytes) -> Any:
+    """Read what `pack` wrote."""
+    return import_pyarrow("pyarrow").ipc.open_stream(content).read_all()

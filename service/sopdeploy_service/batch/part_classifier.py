@@ -1,0 +1,111 @@
+"""Classify parts in one process: a runtime, decoder processes, and the options that change rows."""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from sopdeploy.config import Count, StrictModel
+from sopdeploy_service.batch.decoders import DECODER_SETTINGS, DecoderProcesses, Read
+from sopdeploy_service.batch.output import RunState
+from sopdeploy_service.batch.pipeline import Part, PartOutputs, Pipeline
+from sopdeploy_service.batch.rows import RowFormat
+from sopdeploy_service.inference.loader import LoadedModel, largest_batch
+from sopdeploy_service.inference.model_worker import Row
+from sopdeploy_service.inference.results import Rejection
+from sopdeploy_service.settings import Settings
+
+PART_IMAGES = 4096
+MAX_WORKERS = 16  # unless more are requested: their blocks need memory
+
+
+class ClassifyOptions(StrictModel):
+    """Options of a run.
+
+    Attributes:
+        logits: Add a column with the logits.
+        features: Add a column with the last feature map, averaged over positions.
+        max_errors: Stop when more images than this have an error; `None` never stops.
+        workers: Decoder processes; `None` is one per core, at most `MAX_WORKERS`.
+        part_images: Images of one parquet file, rounded up to full batches.
+    """
+
+    logits: bool = False
+    features: bool = False
+    max_errors: int | None = None
+    workers: Count | None = None
+    part_images: Count = PART_IMAGES
+
+
+@dataclass(frozen=True, slots=True)
+class PartClassifier:
+    """Classifies parts with a loaded bundle in this process and its decoder processes."""
+
+    loaded: LoadedModel
+    settings: Settings
+    options: ClassifyOptions
+
+    @property
+    def batch(self) -> int:
+        """Images of a batch."""
+        return largest_batch(self.loaded.runtime, self.settings)
+
+    @property
+    def part_images(self) -> int:
+        """Images of a part: full blocks."""
+        block = Pipeline.block_images(self.batch)
+        return block * math.ceil(self.options.part_images / block)
+
+    @property
+    def top_k(self) -> int | None:
+        """Classes of an image; None for all classes above the thresholds of a multi-label network."""
+        decision = self.loaded.bundle.manifest.decision
+        several = decision is not None and decision.thresholds is not None
+        return None if several and "top_k" not in self.settings.model_fields_set else self.settings.top_k
+
+    def row_format(self) -> RowFormat:
+        """Create the converter from outputs to tables."""
+        options = self.options
+        return RowFormat(self.loaded.bundle, self.top_k, logits=options.logits, features=options.features)
+
+    def state(self) -> RunState:
+        """Describe what the rows depend on, without their images."""
+        runtime, options = self.loaded.runtime, self.options
+        return RunState(
+            bundle=self.loaded.bundle.manifest.id,
+            runtime=f"{runtime.name} on {runtime.device}",
+            source="",
+            images=1,
+            part_images=self.part_images,
+            batch=self.batch,
+            top_k=self.top_k,
+            logits=options.logits,
+            features=options.features,
+            settings=self.settings.model_dump(mode="json", include=set(DECODER_SETTINGS)),
+        )
+
+    def decoders(self) -> DecoderProcesses:
+        """Create the decoder processes, which start with the context."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return DecoderProcesses(
+            self.loaded.bundle.manifest.preprocess,
+            self.settings,
+            workers=self.options.workers or min(cores, MAX_WORKERS),
+            block=Pipeline.block_images(self.batch),
+        )
+
+    def run(
+        self,
+        parts: Iterable[Part],
+        decoders: DecoderProcesses,
+        on_batch: Callable[[int, int], None] = lambda _images, _errors: None,
+    ) -> Iterator[PartOutputs]:
+        """Classify *parts* in order; calls *on_batch* with the images and errors of each batch."""
+
+        def count(reads: Sequence[Read], rows: Sequence[Row]) -> None:
+            pairs = zip(reads, rows, strict=True)
+            errors = sum(bool(read.error) or isinstance(row, Rejection) for read, row in pairs)
+            on_batch(len(rows), errors)
+
+        pipeline = Pipeline(self.loaded, self.batch, features=self.options.features)
+        return pipeline.run(parts, decoders, count)

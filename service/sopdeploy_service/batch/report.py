@@ -1,0 +1,228 @@
+"""The report of a run, `report.html` and `report.json`: counts per class, errors, uncertain images, drift.
+
+It reads the rows part by part, so it also covers the parts of interrupted runs and needs little memory.
+"""
+
+import base64
+import heapq
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.config import StrictModel
+from sopdeploy.decision import CONFIDENCE_BOUNDS, Reference
+from sopdeploy.errors import ImageError
+from sopdeploy.evaluation.drift import FALSE_ALARMS, LEVEL, Comparison, Drift, PredictionCounts
+from sopdeploy.html.charts import Bar, bars
+from sopdeploy.html.templates import percent, render
+from sopdeploy_service.batch.listing import Listing
+from sopdeploy_service.batch.output import OutputFolder
+from sopdeploy_service.batch.reader import Reader, import_pyarrow
+from sopdeploy_service.images.decode import EncodedImage
+from sopdeploy_service.images.loaders import make_decoder
+from sopdeploy_service.settings import Settings
+
+PAGE, DATA = "report.html", "report.json"
+LEAST_CERTAIN = 24
+THUMBNAIL = 96  # pixels
+MAX_BARS = 50  # classes in the chart; the others are in `DATA`
+MAX_EXAMPLES = 5  # paths per kind of error
+COLUMNS = ["path", "classes", "probabilities", "known", "error"]
+
+
+class Uncertain(StrictModel):
+    """An image with a low probability of its best class."""
+
+    path: str
+    label: str
+    probability: float
+
+
+class ErrorKind(StrictModel):
+    """How many images have the error *code*, and the first of them."""
+
+    code: str
+    images: int
+    examples: tuple[str, ...]
+
+
+class DriftTest(StrictModel):
+    """One comparison with the held-out images; see `sopdeploy.evaluation.drift.Comparison`."""
+
+    distance: float
+    p_value: float
+    alarm: bool
+
+
+class BatchReport(StrictModel):
+    """What `report.json` contains.
+
+    *counts* has the images of each class: its most probable one, or every class present. *unknown* counts the
+    images below the rejection threshold. *drift* is None if the bundle has no held-out predictions.
+    """
+
+    bundle: str
+    images: int
+    errors: tuple[ErrorKind, ...]
+    unknown: int
+    counts: dict[str, int]
+    least_certain: tuple[Uncertain, ...]
+    drift: dict[str, DriftTest] | None
+    false_alarm_rate: float = FALSE_ALARMS
+
+
+@dataclass(slots=True)
+class _Summary:
+    """Sums over parts; the least certain images with their part and row."""
+
+    labels: tuple[str, ...]
+    counts: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    images: int = 0
+    unknown: int = 0
+    least: list[tuple[float, int, int, str, str]] = field(default_factory=list)  # a heap, most certain first
+
+    def add(self, part: int, table: Any, predictions: PredictionCounts | None) -> None:
+        """Add the rows of *part*; also count its *predictions*."""
+        compute = import_pyarrow("pyarrow.compute")
+        self.images += len(table)
+        failed = table.filter(compute.is_valid(table["error"])).select(["path", "error"]).to_pydict()
+        for path, code in zip(failed["path"], failed["error"], strict=True):
+            self.errors[code] += 1
+            examples = self.examples.setdefault(code, [])
+            if len(examples) < MAX_EXAMPLES:
+                examples.append(path)
+        self.unknown += compute.sum(compute.equal(table["known"], False)).as_py() or 0
+        some = compute.greater(compute.list_value_length(table["classes"]), 0)
+        found = np.flatnonzero(compute.fill_null(some, False).to_numpy())
+        chosen = table.take(found)
+        best = compute.list_element(chosen["classes"], 0)
+        probabilities = compute.list_element(chosen["probabilities"], 0).to_numpy()
+        if predictions is None:
+            best_only = compute.list_flatten(chosen["classes"])
+        else:
+            best_only = best
+            indices = compute.index_in(best, value_set=import_pyarrow("pyarrow").array(self.labels))
+            predictions.add(indices.to_numpy(), probabilities)
+        for entry in best_only.value_counts().to_pylist():
+            self.counts[entry["values"]] += entry["counts"]
+        self._keep_least(part, found, probabilities, chosen, best)
+
+    def _keep_least(
+        self, part: int, rows: NDArray[Any], probabilities: NDArray[Any], chosen: Any, best: Any
+    ) -> None:
+        for index in np.argsort(probabilities, kind="stable")[:LEAST_CERTAIN].tolist():
+            path, label = chosen["path"][index].as_py(), best[index].as_py()
+            item = (-float(probabilities[index]), -part, -int(rows[index]), path, label)
+            if len(self.least) < LEAST_CERTAIN:
+                heapq.heappush(self.least, item)
+            else:
+                heapq.heappushpop(self.least, item)
+
+
+def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, settings: Settings) -> BatchReport:
+    """Write `report.html` and `report.json` of the finished run in *folder* with the images of *listing*."""
+    decision = bundle.manifest.decision
+    several = decision is not None and decision.thresholds is not None
+    predictions = None if several else PredictionCounts(len(bundle.labels))
+    summary = _Summary(bundle.labels)
+    for part in range(listing.parts()):
+        summary.add(part, folder.read_columns(part, COLUMNS), predictions)
+    reference = decision.reference if decision is not None else None
+    drift = predictions.compare(reference) if predictions is not None and reference is not None else None
+    least = sorted(summary.least, reverse=True)
+    report = BatchReport(
+        bundle=bundle.name,
+        images=summary.images,
+        errors=tuple(
+            ErrorKind(code=code, images=count, examples=tuple(summary.examples[code]))
+            for code, count in summary.errors.most_common()
+        ),
+        unknown=summary.unknown,
+        counts={label: summary.counts[label] for label in bundle.labels},
+        least_certain=tuple(
+            Uncertain(path=path, label=label, probability=-negative) for negative, _, _, path, label in least
+        ),
+        drift=None if drift is None else _drift_tests(drift),
+    )
+    pictures = [_thumbnail(listing, -part, -row, bundle, settings) for _, part, row, _, _ in least]
+    page = render(
+        "sopdeploy_service.batch",
+        "batch.html",
+        report=report,
+        rejects=bundle.manifest.rejection is not None,
+        several=several,
+        failed=sum(kind.images for kind in report.errors),
+        classes=_class_bars(report),
+        hidden=max(0, len(report.counts) - MAX_BARS),
+        least=list(zip(pictures, report.least_certain, strict=True)),
+        level=LEVEL,
+        confidences=_confidence_bars(predictions, reference),
+    )
+    folder.write_text(DATA, report.model_dump_json(indent=2) + "\n")
+    folder.write_text(PAGE, page)
+    return report
+
+
+def _drift_tests(drift: Drift) -> dict[str, DriftTest]:
+    def test(one: Comparison) -> DriftTest:
+        return DriftTest(distance=one.distance, p_value=one.p_value, alarm=one.alarm)
+
+    return {"classes": test(drift.classes), "confidences": test(drift.confidences)}
+
+
+def _class_bars(report: BatchReport) -> Markup:
+    largest = sorted(report.counts.items(), key=lambda item: -item[1])[:MAX_BARS]
+    rows = [Bar(label=label, value=float(count), text=f"{count:,}") for label, count in largest]
+    return bars("classes-chart", "Images per class", rows, max(1.0, rows[0].value if rows else 1.0))
+
+
+def _confidence_bars(predictions: PredictionCounts | None, reference: Reference | None) -> Markup | None:
+    """Draw the shares of the confidences, with those of the held-out images in the text of each bar."""
+    if predictions is None or not predictions.images:
+        return None
+    bounds = (0.0, *CONFIDENCE_BOUNDS, 1.0)
+    shares = predictions.confidences / predictions.images
+    held_out: Sequence[float | None] = [None] * len(shares)
+    if reference is not None and sum(reference.confidences):
+        total = sum(reference.confidences)
+        held_out = [count / total for count in reference.confidences]
+    rows = [
+        Bar(
+            label=f"{low:g} to {high:g}",
+            value=float(share),
+            text=percent(share) if before is None else f"{percent(share)} ({percent(before)})",
+        )
+        for (low, high), share, before in zip(pairwise(bounds), shares, held_out, strict=True)
+    ]
+    return bars("confidence-chart", "Probability of the best class", rows, max(one.value for one in rows))
+
+
+def _thumbnail(listing: Listing, part: int, row: int, bundle: Bundle, settings: Settings) -> Markup | None:
+    """Build a small picture of what the network saw; None if the image is not there any more."""
+    entry = listing.read(part)[row]
+    reader = Reader(settings.max_body_bytes)
+    try:
+        body = reader.read(entry)
+        pixels = make_decoder(settings)(EncodedImage(body), bundle.manifest.preprocess).pixels
+    except ImageError:
+        return None
+    finally:
+        reader.close()
+    image = Image.fromarray(pixels)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return Markup('<img src="{}" alt="{}" width="{}">').format(source, Path(entry.path).name, THUMBNAIL)
