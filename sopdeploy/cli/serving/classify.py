@@ -71,9 +71,9 @@ def classify(
     Example: [bold]sopdeploy classify bundles/dsop-resnet20-3f6c01d2a4b7 'shards/*.tar' --out results[/bold]
     """
     with one_line_errors(as_json):
-        from sopdeploy_service.batch.on_ray import RayOptions
-        from sopdeploy_service.batch.part_classifier import ClassifyOptions
-        from sopdeploy_service.batch.run import classify as run
+        from sopdeploy_service.commands.batch.on_ray import RayOptions
+        from sopdeploy_service.commands.batch.part_classifier import ClassifyOptions
+        from sopdeploy_service.commands.batch.run import classify as run
         from sopdeploy_service.settings import load_settings, parse_assignments
 
         settings = load_settings(

@@ -17,7 +17,7 @@ from typing import Any
 from sopdeploy.data.folder_store import OpenOptions, is_image
 from sopdeploy.data.tar import TAR, archive_suffix, decompress, scan
 from sopdeploy.errors import DataError
-from sopdeploy_service.batch.reader import (
+from sopdeploy_service.commands.batch.reader import (
     PARQUET,
     UNKNOWN,
     Entry,

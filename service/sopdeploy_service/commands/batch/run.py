@@ -11,16 +11,16 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.batch.listing import Hasher, Listing
-from sopdeploy_service.batch.on_ray import RayOptions, on_ray
-from sopdeploy_service.batch.output import OnProgress, OutputFolder, Progress, RunState
-from sopdeploy_service.batch.part_classifier import ClassifyOptions, PartClassifier
-from sopdeploy_service.batch.pipeline import PartOutputs
-from sopdeploy_service.batch.sources import list_entries
+from sopdeploy_service.commands.batch.listing import Hasher, Listing
+from sopdeploy_service.commands.batch.on_ray import RayOptions, on_ray
+from sopdeploy_service.commands.batch.output import OnProgress, OutputFolder, Progress, RunState
+from sopdeploy_service.commands.batch.part_classifier import ClassifyOptions, PartClassifier
+from sopdeploy_service.commands.batch.pipeline import PartOutputs
+from sopdeploy_service.commands.batch.sources import list_entries
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
 
-REPORT = "sopdeploy_service.batch.report"  # needs jinja2
+REPORT = "sopdeploy_service.commands.batch.report"  # needs jinja2
 
 
 class Classified(StrictModel):

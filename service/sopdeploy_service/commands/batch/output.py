@@ -21,7 +21,7 @@ import pydantic
 from sopdeploy.config import Count, StrictModel
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import PARTIAL, atomic_write
-from sopdeploy_service.batch.reader import import_pyarrow
+from sopdeploy_service.commands.batch.reader import import_pyarrow
 
 OnProgress = Callable[[int, int, int], None]  # images done, with an error, and in total
 

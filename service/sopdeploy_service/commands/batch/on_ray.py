@@ -17,10 +17,10 @@ import pydantic
 from sopdeploy.config import Count, StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, SopdeployError
-from sopdeploy_service.batch.listing import Listing, entries_of
-from sopdeploy_service.batch.output import OutputFolder, Progress, RunState
-from sopdeploy_service.batch.part_classifier import ClassifyOptions, PartClassifier
-from sopdeploy_service.batch.reader import import_pyarrow
+from sopdeploy_service.commands.batch.listing import Listing, entries_of
+from sopdeploy_service.commands.batch.output import OutputFolder, Progress, RunState
+from sopdeploy_service.commands.batch.part_classifier import ClassifyOptions, PartClassifier
+from sopdeploy_service.commands.batch.reader import import_pyarrow
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -119,15 +119,20 @@ class RayEngine:
             found = data.from_items(rows, override_num_blocks=len(rows)).map(
                 RayClassifier,
                 fn_constructor_args=self._arguments,
-                concurrency=self._chosen.actors,
+                compute=data.ActorPoolStrategy(size=self._chosen.actors, max_tasks_in_flight_per_actor=1),
                 num_cpus=self._chosen.cpus,
                 num_gpus=self._chosen.gpus,
-                scheduling_strategy="SPREAD",
+                ray_remote_args_fn=_spread,
             )
             for row in found.iter_rows():
                 table = unpack(row["rows"])
                 folder.write_part(int(row["part"]), table)
                 progress.add(len(table), int(table.schema.metadata[b"errors"]))
+
+
+def _spread() -> dict[str, Any]:
+    """Place actors on different machines."""
+    return {"scheduling_strategy": "SPREAD"}
 
 
 def describe(bundle: str, given: dict[str, Any], options: dict[str, Any]) -> RunState:

@@ -30,7 +30,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.batch.reader import Entry, Reader
+from sopdeploy_service.commands.batch.reader import Entry, Reader
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.results import DECODER_FAILED
@@ -39,7 +39,7 @@ from sopdeploy_service.settings import Settings
 DEPTH = 3  # blocks of one worker: one that it decodes, one that waits, one that is used
 DECODER_SETTINGS = ("decode", "max_body_bytes", "max_pixels")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory
-PROGRAM = "from sopdeploy_service.batch.decoders import work; work()"
+PROGRAM = "from sopdeploy_service.commands.batch.decoders import work; work()"
 
 
 class Read(NamedTuple):

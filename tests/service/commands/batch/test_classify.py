@@ -12,20 +12,20 @@ import pytest
 from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy_service.batch import decoders
-from sopdeploy_service.batch.decoders import DecoderProcesses, Read
-from sopdeploy_service.batch.output import OutputFolder
-from sopdeploy_service.batch.part_classifier import ClassifyOptions
-from sopdeploy_service.batch.pipeline import PartOutputs, Pipeline
-from sopdeploy_service.batch.reader import Entry
-from sopdeploy_service.batch.rows import RowFormat
-from sopdeploy_service.batch.run import classify
+from sopdeploy_service.commands.batch import decoders
+from sopdeploy_service.commands.batch.decoders import DecoderProcesses, Read
+from sopdeploy_service.commands.batch.output import OutputFolder
+from sopdeploy_service.commands.batch.part_classifier import ClassifyOptions
+from sopdeploy_service.commands.batch.pipeline import PartOutputs, Pipeline
+from sopdeploy_service.commands.batch.reader import Entry
+from sopdeploy_service.commands.batch.rows import RowFormat
+from sopdeploy_service.commands.batch.run import classify
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.results import NONFINITE
 from sopdeploy_service.runtime.fake import FakeOverlappingRuntime, FakeRuntime
 from sopdeploy_service.settings import Settings
-from tests.service.batch.conftest import (
+from tests.service.commands.batch.conftest import (
     BAD,
     COUNT,
     OPTIONS,
@@ -132,7 +132,7 @@ def test_features_need_a_bundle_that_has_them(bundle_path, photos, tmp_path):
 
 CRASH = """
 import os
-from sopdeploy_service.batch import decoders
+from sopdeploy_service.commands.batch import decoders
 decode = decoders.EntryDecoder.__call__
 def crash(self, entry, pixels):
     return os._exit(1) if entry.path.endswith("017.jpg") else decode(self, entry, pixels)

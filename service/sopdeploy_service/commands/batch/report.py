@@ -25,9 +25,9 @@ from sopdeploy.errors import ImageError
 from sopdeploy.evaluation.drift import FALSE_ALARMS, LEVEL, Comparison, Drift, PredictionCounts
 from sopdeploy.html.charts import Bar, bars
 from sopdeploy.html.templates import percent, render
-from sopdeploy_service.batch.listing import Listing
-from sopdeploy_service.batch.output import OutputFolder
-from sopdeploy_service.batch.reader import Reader, import_pyarrow
+from sopdeploy_service.commands.batch.listing import Listing, entries_of
+from sopdeploy_service.commands.batch.output import OutputFolder
+from sopdeploy_service.commands.batch.reader import Reader, import_pyarrow
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.settings import Settings
@@ -158,7 +158,7 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
     )
     pictures = [_thumbnail(listing, -part, -row, bundle, settings) for _, part, row, _, _ in least]
     page = render(
-        "sopdeploy_service.batch",
+        "sopdeploy_service.commands.batch",
         "batch.html",
         report=report,
         rejects=bundle.manifest.rejection is not None,
@@ -195,8 +195,8 @@ def _confidence_bars(predictions: PredictionCounts | None, reference: Reference 
     bounds = (0.0, *CONFIDENCE_BOUNDS, 1.0)
     shares = predictions.confidences / predictions.images
     held_out: Sequence[float | None] = [None] * len(shares)
-    if reference is not None and sum(reference.confidences):
-        total = sum(reference.confidences)
+    total = 0 if reference is None else sum(reference.confidences)
+    if reference is not None and total:
         held_out = [count / total for count in reference.confidences]
     rows = [
         Bar(
@@ -211,7 +211,7 @@ def _confidence_bars(predictions: PredictionCounts | None, reference: Reference 
 
 def _thumbnail(listing: Listing, part: int, row: int, bundle: Bundle, settings: Settings) -> Markup | None:
     """Build a small picture of what the network saw; None if the image is not there any more."""
-    entry = listing.read(part)[row]
+    (entry,) = entries_of(listing.read_table(part).slice(row, 1))
     reader = Reader(settings.max_body_bytes)
     try:
         body = reader.read(entry)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sopdeploy.config import Count, StrictModel
-from sopdeploy_service.batch.decoders import DECODER_SETTINGS, DecoderProcesses, Read
-from sopdeploy_service.batch.output import RunState
-from sopdeploy_service.batch.pipeline import Part, PartOutputs, Pipeline
-from sopdeploy_service.batch.rows import RowFormat
+from sopdeploy_service.commands.batch.decoders import DECODER_SETTINGS, DecoderProcesses, Read
+from sopdeploy_service.commands.batch.output import RunState
+from sopdeploy_service.commands.batch.pipeline import Part, PartOutputs, Pipeline
+from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model_worker import Row
 from sopdeploy_service.inference.results import Rejection

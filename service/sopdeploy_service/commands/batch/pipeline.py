@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.bundle.probes import Outputs
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
-from sopdeploy_service.batch.decoders import Block, DecoderProcesses, Read
-from sopdeploy_service.batch.reader import Entry
+from sopdeploy_service.commands.batch.decoders import Block, DecoderProcesses, Read
+from sopdeploy_service.commands.batch.reader import Entry
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model_worker import Images, Row, run_bisected
 from sopdeploy_service.inference.results import ENGINE_FAILED, OUT_OF_MEMORY

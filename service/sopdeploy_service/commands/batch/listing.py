@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sopdeploy.files import atomic_write
-from sopdeploy_service.batch.reader import Entry, import_pyarrow
+from sopdeploy_service.commands.batch.reader import Entry, import_pyarrow
 
 FILE = "list.parquet"
 

@@ -12,9 +12,9 @@ import pytest
 
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.errors import DataError, ImageError
-from sopdeploy_service.batch.listing import Hasher, Listing
-from sopdeploy_service.batch.reader import Entry, Reader
-from sopdeploy_service.batch.sources import list_entries
+from sopdeploy_service.commands.batch.listing import Hasher, Listing
+from sopdeploy_service.commands.batch.reader import Entry, Reader
+from sopdeploy_service.commands.batch.sources import list_entries
 
 BODIES = {"b/2.jpg": b"two", "a.png": b"one", "b/c/3.JPEG": b"three", "z.gif": b"four"}
 MEMORY = "memory://sources"

@@ -1,0 +1,274 @@
+"""`sopdeploy classify` compared with the bare engine; memory, interruptions and damaged files.
+
+    python benchmarks/classify.py --quick
+    python benchmarks/classify.py --images cifar10/train --bundle BUNDLE --json
+
+Throughput: images per second between the first and the last batch, from files and from a tar archive, against
+the runtime alone on full batches, measured before and after. Under other load, `time in the engine`, the
+share of the time in which the runtime runs, is more exact. `simulated` sleeps 20 + 2 n ms for n images, as
+an accelerator would; `real` (with --bundle) is onnxruntime on one core, while one process decodes. `command`
+is the same including listing, start of the decoder and report. Memory: largest sum over the processes of the
+command, for a tenth of the images and for all. Kills: SIGKILL at ten random moments. Damaged: every hundredth
+file is cut. Both count the rows that differ from those of an uninterrupted run on good files.
+Without --images, it generates 32-pixel JPEGs.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow.parquet as pq
+from measure import Result, report
+from numpy.typing import NDArray
+from PIL import Image
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy_service.commands.batch import run
+from sopdeploy_service.commands.batch.part_classifier import ClassifyOptions
+from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.runtime.fake import FakeRuntime
+from sopdeploy_service.settings import Settings
+
+BATCH = {"simulated": 32, "real": 16}
+BARE_SECONDS = 4.0
+KILLS = 10
+CUT = 100  # every such file is damaged
+PART = ("--part-images", "1024")
+
+
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=Path, help="folder of images, such as CIFAR-10 as JPEGs")
+    parser.add_argument("--bundle", type=Path, required=True, help="bundle of the real engine")
+    parser.add_argument("--count", type=int, help="images; default 20,000, 2,000 with --quick")
+    parser.add_argument("--only", choices=("throughput", "memory", "kills", "damaged"))
+    parser.add_argument("--quick", action="store_true", help="fewer images")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser.parse_args()
+
+
+def collect_images(source: Path | None, folder: Path, count: int) -> Path:
+    """Link or generate *count* images in *folder*, in ten subfolders."""
+    files = (
+        sorted(source.rglob("*.jp*g"))[:: max(1, len(sorted(source.rglob("*.jp*g"))) // count)]
+        if source
+        else []
+    )
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / f"{number % 10}" / f"{number:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if source:
+            shutil.copyfile(files[number], path)
+        else:
+            coarse = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8))
+            coarse.resize((32, 32), Image.Resampling.BICUBIC).save(path, quality=90)
+    return folder
+
+
+def bare(runtime: Runtime, batch: int, side: int) -> float:
+    """Measure the images per second of *runtime* on full batches."""
+    images = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
+    runtime.run(images)
+    started, done = time.perf_counter(), 0
+    while time.perf_counter() - started < BARE_SECONDS:
+        runtime.run(images)
+        done += batch
+    return done / (time.perf_counter() - started)
+
+
+def throughput(name: str, loaded: LoadedModel, source: Path, scratch: Path, kind: str) -> list[Result]:
+    """Compare a run on *source* with the runtime alone, before and after."""
+    batch, side = BATCH[name], loaded.bundle.manifest.preprocess.crop
+    shutil.rmtree(scratch, ignore_errors=True)
+    times: list[tuple[float, int, float]] = []  # clock, images, seconds in the runtime
+    alone = [bare(loaded.runtime, batch, side)]
+    started = time.perf_counter()
+    with patch.object(run, "load_model", return_value=loaded):
+        found = run.classify(
+            loaded.bundle.path,
+            [str(source)],
+            scratch,
+            Settings(threads=1, max_batch=batch),
+            ClassifyOptions(workers=1),
+            lambda done, _errors, _total: times.append((time.perf_counter(), done, loaded.runtime.seconds)),
+        )
+    whole = found.images / (time.perf_counter() - started)
+    alone.append(bare(loaded.runtime, batch, side))
+    (first, before, idle), (last, after, busy) = times[0], times[-1]
+    other = statistics.mean(alone)
+    facts = {"against": "bare engine", "other": other, "unit": "images/s", "runs": 1}
+    return [
+        Result(case=f"{name} engine, {kind}", ours=(after - before) / (last - first), **facts),
+        Result(case=f"{name} engine, {kind}, command", ours=whole, **facts),
+        Result(
+            case=f"{name} engine, {kind}, time in the engine",
+            against="whole time",
+            ours=busy - idle,
+            other=last - first,
+            unit="s",
+            runs=1,
+        ),
+    ]
+
+
+class Timed:
+    """A *runtime* that counts the seconds in which it runs, and stays open when a run closes it."""
+
+    def __init__(self, runtime: Any) -> None:
+        self.name, self.device, self.largest_batch = runtime.name, runtime.device, runtime.largest_batch
+        self._run, self.seconds = runtime.run, 0.0
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """Run a batch."""
+        started = time.perf_counter()
+        outputs: dict[str, NDArray[np.float32]] = self._run(images)
+        self.seconds += time.perf_counter() - started
+        return outputs
+
+    def close(self) -> None:
+        """Stay open."""
+
+
+def measure_throughput(bundle: Path, images: Path, scratch: Path) -> list[Result]:
+    """Measure both engines on files and on a tar archive."""
+    archive = images.with_suffix(".tar")
+    with tarfile.open(archive, "w") as tar:
+        tar.add(images, "images")
+    opened = open_bundle(bundle)
+    fake = FakeRuntime(classes=len(opened.labels), fixed_ms=20, per_image_ms=2, largest_batch=32)
+    real = load_model(bundle, Settings(threads=1, max_batch=BATCH["real"])).runtime
+    results = []
+    for name, runtime in (("simulated", fake), ("real", real)):
+        loaded = LoadedModel(bundle=opened, runtime=Timed(runtime), replays={})
+        for source, kind in ((images, "files"), (archive, "tar")):
+            results += throughput(name, loaded, source, scratch / "throughput", kind)
+    return results
+
+
+def command(bundle: Path, source: Path, out: Path) -> subprocess.Popen[bytes]:
+    """Start `sopdeploy classify` with one thread and one decoder process."""
+    options = ["--workers", "1", "--batch", str(BATCH["real"]), "--set", "threads=1", "--json", *PART]
+    words = [sys.executable, "-m", "sopdeploy", "classify", str(bundle), str(source), "--out", str(out)]
+    return subprocess.Popen([*words, *options], stdout=subprocess.DEVNULL)
+
+
+def finish(child: subprocess.Popen[bytes]) -> None:
+    """Wait for *child*, which must succeed."""
+    if child.wait():
+        raise RuntimeError(f"{child.args}: exit code {child.returncode}")
+
+
+def family(process: int) -> list[int]:
+    """List *process* and its children."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [process, *map(int, children)]
+
+
+def peak_mib(child: subprocess.Popen[bytes]) -> float:
+    """Wait for *child*; return the largest sum of the resident memory of its processes in MiB."""
+    page, peak = os.sysconf("SC_PAGE_SIZE"), 0
+    while child.poll() is None:
+        try:
+            sizes = [int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in family(child.pid)]
+            peak = max(peak, sum(sizes) * page)
+        except (OSError, ValueError):
+            pass  # a process has just ended
+        time.sleep(0.02)
+    finish(child)
+    return peak / 2**20
+
+
+def rows(out: Path) -> dict[str, dict[str, Any]]:
+    """Read the rows of a run by the name of the image."""
+    files = sorted((out / "rows").glob("*.parquet"))
+    found = [row for file in files for row in pq.read_table(file).to_pylist()]
+    by_name = {Path(row.pop("path")).name: row for row in found}
+    if len(by_name) < len(found):
+        raise RuntimeError(f"{out}: an image has two rows")
+    return by_name
+
+
+def measure_memory(bundle: Path, images: Path, scratch: Path, count: int) -> list[Result]:
+    """Compare the memory for all images with that for a tenth."""
+    few = collect_images(images, scratch / "few", count // 10)
+    peaks = [peak_mib(command(bundle, source, scratch / f"m-{source.name}")) for source in (few, images)]
+    case, against = f"memory, {count} images", f"{count // 10} images"
+    return [Result(case=case, against=against, ours=peaks[1], other=peaks[0], unit="MiB", runs=1)]
+
+
+def measure_kills(bundle: Path, images: Path, scratch: Path) -> list[Result]:
+    """Count the rows that differ after `KILLS` kills."""
+    started = time.perf_counter()
+    finish(command(bundle, images, scratch / "whole"))
+    seconds, rng = time.perf_counter() - started, random.Random(0)  # noqa: S311 - moments of kills
+    for _ in range(KILLS):
+        child = command(bundle, images, scratch / "killed")
+        time.sleep(rng.uniform(0.1, 0.5) * seconds)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    finish(command(bundle, images, scratch / "killed"))
+    expected, found = rows(scratch / "whole"), rows(scratch / "killed")
+    wrong = sum(found.get(name) != row for name, row in expected.items()) + len(
+        found.keys() - expected.keys()
+    )
+    return [Result(case=f"rows that differ after {KILLS} kills", ours=wrong, unit="rows", runs=len(expected))]
+
+
+def measure_damaged(bundle: Path, images: Path, scratch: Path, count: int) -> list[Result]:
+    """Count wrong rows with every `CUT`th file cut: without an error if damaged, or different if not."""
+    damaged = collect_images(images, scratch / "damaged", count)
+    names = set()
+    for file in sorted(damaged.rglob("*.jpg"))[::CUT]:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 3])
+        names.add(file.name)
+    good = scratch / "good"
+    finish(command(bundle, collect_images(images, scratch / "copied", count), good))
+    finish(command(bundle, damaged, scratch / "bad"))
+    expected, found = rows(good), rows(scratch / "bad")
+    wrong = sum(
+        (row["error"] is None or row["classes"] is not None) if name in names else row != expected[name]
+        for name, row in found.items()
+    )
+    return [Result(case=f"wrong rows with {len(names)} damaged files", ours=wrong, unit="rows", runs=count)]
+
+
+def main() -> None:
+    """Run from the command line."""
+    given = arguments()
+    count = given.count or (2000 if given.quick else 20_000)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        images = collect_images(given.images, scratch / "images", count)
+        parts: dict[str, Callable[[], list[Result]]] = {
+            "throughput": lambda: measure_throughput(given.bundle, images, scratch),
+            "memory": lambda: measure_memory(given.bundle, images, scratch, count),
+            "kills": lambda: measure_kills(given.bundle, images, scratch),
+            "damaged": lambda: measure_damaged(given.bundle, images, scratch, count),
+        }
+        results = []
+        for name, measure in parts.items():
+            if given.only in (None, name):
+                results += measure()
+        report(results, as_json=given.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The report of a run: `report.json`, and what `report.html` shows."""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from sopdeploy.decision import Decision
+from sopdeploy.evaluation.drift import PredictionCounts
+from sopdeploy_service.commands.batch.listing import Listing
+from sopdeploy_service.commands.batch.output import OutputFolder
+from sopdeploy_service.commands.batch.report import write_report
+from tests.service.commands.batch.conftest import BAD, COUNT, SETTINGS, rows_of
+
+
+def report(out, bundle, decision=None):
+    manifest = bundle.manifest.model_copy(update={"decision": decision})
+    changed = replace(bundle, manifest=manifest)
+    return write_report(OutputFolder(out), Listing(out), changed, SETTINGS)
+
+
+def test_the_report_counts_classes_and_errors_and_shows_the_least_certain_images(complete, bundle, tmp_path):
+    out = shutil.copytree(complete, tmp_path / "out")
+    found, rows = report(out, bundle), rows_of(out)
+    good = [row for row in rows if row["error"] is None]
+    assert json.loads((out / "report.json").read_text()) == found.model_dump(mode="json")
+    assert found.images == COUNT
+    assert {label: count for label, count in found.counts.items() if count} == Counter(
+        row["classes"][0] for row in good
+    )
+    assert {kind.code: kind.images for kind in found.errors} == Counter(row["error"] for row in rows) - (
+        Counter({None: len(good)})
+    )
+    assert found.errors[0].examples == (rows[min(BAD)]["path"],)
+    least = sorted(good, key=lambda row: row["probabilities"][0])[:24]
+    assert [one.path for one in found.least_certain] == [row["path"] for row in least]
+    page = (out / "report.html").read_text()
+    assert page.count('<img src="data:image/jpeg;base64,') == len(least)
+    assert "the bundle has no predictions for held-out images" in page
+    assert found.drift is None
+
+
+def test_drift_compares_with_the_held_out_predictions(complete, bundle, tmp_path):
+    out = shutil.copytree(complete, tmp_path / "out")
+    rows = [row for row in rows_of(out) if row["error"] is None]
+    same = PredictionCounts(7)
+    same.add(
+        np.array([bundle.labels.index(row["classes"][0]) for row in rows]),
+        np.array([row["probabilities"][0] for row in rows]),
+    )
+    other = PredictionCounts(7)
+    other.add(np.full(200, 5), np.full(200, 0.15))
+    for predictions, alarm, text in (
+        (same, False, "No drift is detectable."),
+        (other, True, "The predictions differ from those for the held-out images."),
+    ):
+        found = report(out, bundle, Decision(reference=predictions.reference()))
+        assert {name: test.alarm for name, test in found.drift.items()} == {
+            "classes": alarm,
+            "confidences": alarm,
+        }
+        assert text in (out / "report.html").read_text()
+
+
+def test_the_report_of_a_multi_label_network_counts_every_class(complete, bundle, tmp_path):
+    out = shutil.copytree(complete, tmp_path / "out")
+    found = report(out, bundle, Decision(activation="sigmoid", thresholds=(0.5,) * 7))
+    assert found.counts == Counter(label for row in rows_of(out) for label in row["classes"] or ())
+    assert "the network gives any number of classes per image" in (out / "report.html").read_text()
