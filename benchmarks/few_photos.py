@@ -51,7 +51,7 @@ from sopdeploy.training.recipe import read_recipe
 NETWORK, SIDE = "resnet20", 32
 PER_CLASS, TEST_PER_CLASS = 10, 200
 PRETRAINING = {"images": 2000, "epochs": 4}  # images of each class
-QUICK = {"images": 300, "epochs": 2}
+QUICK = {"images": 800, "epochs": 2}
 QUICK_SEEDS = 2
 PHOTOS = 60  # for the time
 ONE_HEAD = ("new gap", "new isqrt")

@@ -15,14 +15,14 @@ from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CATALOG, create_model, entry
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy_export.graph import capture_any_batch, lower, probe_images
+from sopdeploy_export.graph import probe_images
 from sopdeploy_export.pipeline import ExportOptions, detach, export
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import quantize
 from tests.gpu_graphs import Record, accepted
 from tests.sopdeploy.training.small_recipes import SMALL, few_blocks
 from tests.sweep.smallest import ALL, DETACHED, LOWERED, SLOW, TOO_LONG, WALKED
-from tests.sweep.steps import FEW, Small, agreed, detached, exported
+from tests.sweep.steps import Small, agreed, detached, exported
 
 OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
 BY_EIGENVALUES = ("mpncov-", "deepo2p-", "improved-bcnn-", "g2denet-")
@@ -39,7 +39,12 @@ def outputs_of(model: str) -> set[str]:
 
 @pytest.mark.gpu_graph(lambda small: [(small.name, "fp32"), (small.name, "int8")])
 @pytest.mark.parametrize(
-    "small", [pytest.param(s, marks=[pytest.mark.slow] * (s.name in SLOW)) for s in LOWERED], ids=name
+    "small",
+    [
+        pytest.param(s, marks=[pytest.mark.slow] * (s.name in SLOW or s in WALKED))
+        for s in (*LOWERED, *WALKED)
+    ],
+    ids=name,
 )
 def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
@@ -118,20 +123,6 @@ def test_the_smallest_agrees_in_half_precision(
     assert report.passed
     assert report.precision == precision
     accepted(record_property, small.name, precision, onnx.load(tmp_path / "model.onnx"))
-
-
-@pytest.mark.slow
-@pytest.mark.gpu_graph(lambda small: [(small.name, "fp32"), (small.name, "int8")])
-@pytest.mark.parametrize("small", WALKED, ids=name)
-def test_tensorrt_accepts_the_smallest_in_int8(small: Small, record_property: Record) -> None:
-    network = small.build().eval()
-    lean = detach(network) if network.training_only else network
-    preprocess = Preprocess(resize=small.side, crop=small.side)
-    model = lower(capture_any_batch(lean, preprocess, FEW), lean.outputs)
-    images = probe_images(preprocess)[:4]
-    accepted(record_property, small.name, "fp32", model)
-    quantized = quantize(model, images, float32_parts(lean), "minmax", "tensorrt")
-    accepted(record_property, small.name, "int8", quantized)
 
 
 @pytest.mark.slow

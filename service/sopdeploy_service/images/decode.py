@@ -154,14 +154,16 @@ def _image_format(body: bytes) -> str:
             return kind
     if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
         return "WEBP"
-    hint = ""
-    known = next((name for magic, name in REJECTED_SIGNATURES.items() if body.startswith(magic)), None)
     if body[4:8] == b"ftyp" and body[8:12] in HEIF_BRANDS:
-        known, hint = "HEIC and AVIF", " (phones take JPEG with the camera setting `most compatible`)"
-    if known is not None:
+        camera = "phones take JPEG with the camera setting `most compatible`"
         raise ImageError(
-            f"{known} files are not accepted; {ACCEPTED}{hint}", code="unsupported_format", status=415
+            f"HEIC and AVIF files are not accepted; {ACCEPTED} ({camera})",
+            code="unsupported_format",
+            status=415,
         )
+    known = next((name for magic, name in REJECTED_SIGNATURES.items() if body.startswith(magic)), None)
+    if known is not None:
+        raise ImageError(f"{known} files are not accepted; {ACCEPTED}", code="unsupported_format", status=415)
     raise ImageError(f"this is not an image; {ACCEPTED}", code="not_an_image", status=415)
 
 
