@@ -130,7 +130,7 @@ def cells(case: str) -> list[tuple[str, Precision]]:
     return [(f"{name} with {kind}" if kind else name, precision)]
 
 
-@pytest.mark.gpu_graph(cells)
+@pytest.mark.gpu_graph.with_args(cells)
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in CASTS])
 def test_second_order_parts_keep_float32_in_a_copy(
     make: Make, preprocess: Preprocess, case: str, record_property: Record, monkeypatch: pytest.MonkeyPatch
