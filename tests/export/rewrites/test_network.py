@@ -43,6 +43,16 @@ NAMES = {
         "gmgap-16-8-resnet18",
         {**MIXTURE, "component_bias": True, "component_norm": True, "evaluation": "dense"},
     ),
+    "averaged": (
+        "avesop-16-resnet18",
+        {
+            "components": 3,
+            "component_widths": (6,),
+            "iterations": 2,
+            "blocks_per_stage": 1,
+            "conv5_stride": 1,
+        },
+    ),
     "isqrt": ("isqrt-resnet8", {"pooling": {"kind": "isqrt", "width": 8}}),
     "plain": ("resnet8", {}),
 }
@@ -55,6 +65,7 @@ EXPECTED = {
         (linear.FUSION_NORM, "head"),
     },
     "gmgap": {(mixture.NAME, "mixture"), (linear.FUSION_NORM, "head")},
+    "averaged": {(newton_schulz.NAME, "mixture.after")},
     "isqrt": {(newton_schulz.NAME, "pooling.root"), (newton_schulz.CENTERING, "pooling.root")},
     "plain": set(),
 }
