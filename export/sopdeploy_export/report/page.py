@@ -245,7 +245,7 @@ def render_model_card(
         f"`{output.name}`: {output.dtype}, (batch, {', '.join(str(size) for size in output.shape[1:])})"
         for output in fields["outputs"]
     )
-    training = "\n".join(f"- {key}: {value}" for key, value in _training_rows(subject.training))
+    training = "\n".join(f"- {key}: {value}" for key, value in training_rows(subject.training))
     resizing = {
         "crop": f"Resize the\nshorter side of an image to {preprocess.resize} pixels "
         f"({preprocess.interpolation}), then crop the center;",
@@ -289,7 +289,7 @@ the graph subtracts the mean and divides by the standard deviation. Batches of {
 """
 
 
-def _training_rows(training: Mapping[str, Any]) -> list[tuple[str, object]]:
+def training_rows(training: Mapping[str, Any]) -> list[tuple[str, object]]:
     """List the scalars of a training; with few images, those images and the estimate instead."""
     if "few_shot" in training:
         found = FewShotResult.model_validate(training["few_shot"])

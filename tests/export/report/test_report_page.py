@@ -16,7 +16,7 @@ from sopdeploy_export.parity.report import Flip
 from sopdeploy_export.pipeline import Exported
 from sopdeploy_export.precision.convert import Accuracy, Quantization
 from sopdeploy_export.precision.int8 import Cost
-from sopdeploy_export.report.page import CAUSES, flip_matrix, flip_row, render_report
+from sopdeploy_export.report.page import CAUSES, flip_matrix, flip_row, render_report, training_rows
 from sopdeploy_export.report.results import ExportResults
 from tests.export.conftest import HOSTILE
 from tests.pages import ALLOWED, Reader
@@ -109,6 +109,25 @@ def test_the_page_is_a_file_of_the_manifest_and_lists_the_others(branched: Expor
     assert "report.html" in files
     page = page_of(branched)
     assert all(record.sha256 in page for name, record in files.items() if name != "report.html")
+
+
+def test_the_model_card_states_the_estimate_of_a_training_on_few_images() -> None:
+    few_shot = {
+        "top1": {"share": 0.5, "right": 4, "count": 8, "low": 0.2, "high": 0.8},
+        "estimated_on": "cross-validation", "class_counts": {"cat": 6, "dog": 2},
+        "balanced": False, "duplicates": 0, "candidates": [], "seconds": {"head": 1.0},
+    }  # fmt: skip
+    start = {"file": "resnet18.pth", "sha256": "f37072fd", "network": "ResNet-18 of torchvision"}
+    assert training_rows({"epoch": 1, "start": start, "few_shot": few_shot}) == [
+        ("start weights", "ResNet-18 of torchvision, resnet18.pth, sha256 f37072fd"),
+        ("images", "cat 6, dog 2; fewer than 5 images of dog: add more"),
+        (
+            "accuracy",
+            'top-1 50.0 % (cross-validated, 95 % interval 20 to 80 %; always answering "cat" gives 75 %) '
+            "of 8 images",
+        ),
+    ]
+    assert training_rows({"step": 7, "epoch": 1, "machine": {}}) == [("epoch", 1), ("step", 7)]
 
 
 def test_a_flip_is_described_with_class_names_and_cause() -> None:
