@@ -125,7 +125,7 @@ lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions with the
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python deploy/install.py --editable '.[cpu,train,import,otel,sign,s3,oci,ray,docs,dev]'
+	$(BIN)/python deploy/install.py --editable '.[cpu,train,import,otel,sign,s3,oci,ray,batch,docs,dev]'
 	touch $(STAMP)
 
 clean:  ## remove everything that the targets above create

@@ -147,6 +147,10 @@ class Settings(BaseSettings):
         """List the sources of settings in order of precedence: arguments, environment, TOML file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
+    def classes_per_image(self, *, several: bool) -> int | None:
+        """Return `top_k`; None, for all classes, if an image may have *several* and `top_k` was not set."""
+        return None if several and "top_k" not in self.model_fields_set else self.top_k
+
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Settings":
         if "cpu" in self.devices and self.runtime not in {"auto", "onnxruntime-cpu"}:

@@ -43,7 +43,7 @@ class Drift(NamedTuple):
 
     @property
     def alarm(self) -> bool:
-        """Whether one of both tests raises an alarm; without drift with probability `FALSE_ALARMS`."""
+        """Whether one of both tests raises an alarm; without drift with a probability of `FALSE_ALARMS`."""
         return self.classes.alarm or self.confidences.alarm
 
 

@@ -16,6 +16,7 @@ NOT_RUN = {  # pattern of a step: the reason why it is not run
     r"(git|make) ": "needs a checkout; CI runs it",
     r"docker ": "needs Docker; `make container-test` builds and runs the image",
     r"helm ": "needs a cluster; `tests/deploy` renders the chart with such values",
+    r"sopdeploy classify .*--ray": "needs a Ray cluster; see `tests/service/commands/batch`",
     r".* s3://": "needs an object store; `tests/sopdeploy/bundle` uses one in memory",
     r"sopdeploy ray .*--replicas": "needs a Ray cluster; see `tests/service/server/on_ray`",
     r".*(--profiles|--runtime tensorrt)": "needs TensorRT and a GPU; `tests/tensorrt` uses fakes",

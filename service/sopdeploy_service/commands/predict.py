@@ -22,10 +22,9 @@ from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import (
     NONFINITE,
-    Ranking,
     Rejection,
     format_prediction,
-    present_classes,
+    rank_images,
 )
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -85,12 +84,10 @@ def _predict_image(
     outputs = loaded.runtime.run(decoded.pixels[None])
     if not all(np.isfinite(values).all() for values in outputs.values()):
         return FilePrediction(image=name, error=Problem.of(NONFINITE))
-    logits, decision = outputs[manifest.outputs[0].name][0], manifest.decision
-    if decision is None or decision.thresholds is None:
-        ranked = Ranking([logits]).top_k(0, settings.top_k)
-    else:
-        limit = settings.top_k if "top_k" in settings.model_fields_set else None
-        ranked = present_classes(logits, decision.thresholds, limit)
+    logits = outputs[manifest.outputs[0].name][0]
+    thresholds = None if manifest.decision is None else manifest.decision.thresholds
+    limit = settings.classes_per_image(several=thresholds is not None)
+    (ranked,) = rank_images([logits], thresholds, limit)
     recognized = None if manifest.rejection is None else manifest.rejection.recognize(logits)
     found = Classes(**format_prediction(ranked, loaded.bundle.labels, recognized=recognized))
     return FilePrediction(

@@ -65,6 +65,19 @@ def present_classes(
     ]
 
 
+def rank_images(
+    logits: Sequence[NDArray[np.float32]], thresholds: Sequence[float] | None, top_k: int | None
+) -> list[RankedClasses]:
+    """Rank the classes of images with *logits* (C,), at most *top_k* of them.
+
+    With *thresholds*, only the classes that reach theirs.
+    """
+    if thresholds is not None:
+        return [present_classes(one, thresholds, top_k) for one in logits]
+    ranking = Ranking(logits)
+    return [ranking.top_k(image, top_k or len(one)) for image, one in enumerate(logits)]
+
+
 def top_indices(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
     """Return the indices of the *k* largest of finite *values* (C,), largest first.
 

@@ -88,7 +88,7 @@ class Metrics:
         )
         self._drift_p_value = gauge(
             "drift_p_value",
-            "Probability of at least this distance without drift; below 0.005 in at most 1 of 200 windows",
+            "Probability of at least this difference without drift; below 0.005 is an alarm",
             ("model", "of"),
         )
         # `labels` validates and looks up its values on every call.

@@ -61,7 +61,7 @@ class PartClassifier:
         """Classes of an image; None for all classes above the thresholds of a multi-label network."""
         decision = self.loaded.bundle.manifest.decision
         several = decision is not None and decision.thresholds is not None
-        return None if several and "top_k" not in self.settings.model_fields_set else self.settings.top_k
+        return self.settings.classes_per_image(several=several)
 
     def row_format(self) -> RowFormat:
         """Create the converter from outputs to tables."""

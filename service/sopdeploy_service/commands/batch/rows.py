@@ -12,7 +12,7 @@ from sopdeploy.decision import known_score
 from sopdeploy_service.commands.batch.listing import printable
 from sopdeploy_service.commands.batch.pipeline import PartOutputs
 from sopdeploy_service.commands.batch.reader import import_pyarrow
-from sopdeploy_service.inference.results import RankedClasses, Ranking, Rejection, present_classes
+from sopdeploy_service.inference.results import Rejection, rank_images
 
 
 class RowFormat:
@@ -80,7 +80,9 @@ class RowFormat:
     def _predictions(self, outputs: Sequence[dict[str, NDArray[np.float32]]]) -> dict[str, Sequence[Any]]:
         """Compute the columns of the images that have *outputs*."""
         logits = [row[self._logits] for row in outputs]
-        ranked = self._rank(logits)
+        decision = self._bundle.manifest.decision
+        thresholds = None if decision is None else decision.thresholds
+        ranked = rank_images(logits, thresholds, self._top_k)
         labels, rule = self._bundle.labels, self._bundle.manifest.rejection
         found: dict[str, Sequence[Any]] = {
             "classes": [[labels[index] for index, _ in one] for one in ranked],
@@ -97,13 +99,6 @@ class RowFormat:
         if self._with_features:
             found["features"] = [row[FEATURES].mean(axis=(1, 2), dtype=np.float32) for row in outputs]
         return found
-
-    def _rank(self, logits: Sequence[NDArray[np.float32]]) -> list[RankedClasses]:
-        decision = self._bundle.manifest.decision
-        if decision is not None and decision.thresholds is not None:
-            return [present_classes(one, decision.thresholds, self._top_k) for one in logits]
-        ranking = Ranking(logits)
-        return [ranking.top_k(image, self._top_k or len(self._bundle.labels)) for image in range(len(logits))]
 
 
 def _spread(values: Sequence[Any], good: Sequence[bool]) -> list[Any]:

@@ -55,7 +55,7 @@ def test_every_image_gets_one_row_that_equals_its_prediction(complete, photos, b
     assert {position for position, row in enumerate(rows) if row["error"]} == BAD.keys()
 
 
-@pytest.mark.parametrize("stops", [(1,), (36, 64), (33, 97, 100)])
+@pytest.mark.parametrize("stops", [(1,), (33, 97, 100)])
 def test_an_interrupted_run_continues_with_the_same_bytes(stops, complete, bundle_path, photos, tmp_path):
     for done in stops:
         with pytest.raises(StopError):
