@@ -21,7 +21,7 @@ from sopdeploy_service.commands.batch.decoders import Block, DecoderProcesses, R
 from sopdeploy_service.commands.batch.reader import Entry
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model_worker import Images, Row, run_bisected
-from sopdeploy_service.inference.results import ENGINE_FAILED, OUT_OF_MEMORY
+from sopdeploy_service.inference.results import ENGINE_FAILED, OUT_OF_MEMORY, Rejection
 from sopdeploy_service.runtime.base import DeviceLostError, OverlappingRuntime, SelectiveRuntime
 
 BLOCK_IMAGES = 32  # at least, so that messages between processes cost little
@@ -50,7 +50,8 @@ class _Batch(NamedTuple):
 class Pipeline:
     """Classifies parts with the runtime of *loaded* in batches of *batch* images.
 
-    *features* requests the output of class activation maps; raises `ConfigError` if the bundle has none.
+    *features* requests the output of class activation maps, averaged over positions; raises `ConfigError` if
+    the bundle has none.
     """
 
     def __init__(self, loaded: LoadedModel, batch: int, *, features: bool = False) -> None:
@@ -149,4 +150,9 @@ class Pipeline:
                 f"{self._runtime.name} failed on a batch of {len(rows)}; run again to continue, or give a "
                 "smaller --batch with another --out"
             )
+        for row in rows:
+            if not isinstance(row, Rejection) and FEATURES in row:
+                row[FEATURES] = row[FEATURES].mean(
+                    axis=(1, 2), dtype=np.float32
+                )  # maps would fill the memory
         return batch, rows

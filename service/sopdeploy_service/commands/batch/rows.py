@@ -19,7 +19,7 @@ class RowFormat:
     """Converts outputs of *bundle* to tables.
 
     *top_k* limits the classes of an image; without it, a multi-label network gives all of its classes above
-    their thresholds. *logits* and *features* add these columns; features are averaged over positions.
+    their thresholds. *logits* and *features* add these columns.
     """
 
     def __init__(self, bundle: Bundle, top_k: int | None, *, logits: bool, features: bool) -> None:
@@ -97,7 +97,7 @@ class RowFormat:
         if self._with_logits:
             found["logits"] = logits
         if self._with_features:
-            found["features"] = [row[FEATURES].mean(axis=(1, 2), dtype=np.float32) for row in outputs]
+            found["features"] = [row[FEATURES] for row in outputs]
         return found
 
 

@@ -192,10 +192,31 @@ def test_batches_of_an_overlapping_runtime_give_the_same_outputs(bundle):
             np.testing.assert_array_equal(row["logits"], same["logits"])
 
 
+class MapRuntime(FakeRuntime):
+    """Also returns feature maps (n, 3, 2, 2), whose mean is the number of the image in its batch."""
+
+    def run(self, images):
+        maps = np.arange(len(images), dtype=np.float32)[:, None, None, None] + np.array([[-1, 1], [1, -1]])
+        return {**super().run(images), FEATURES: np.broadcast_to(maps, (len(images), 3, 2, 2))}
+
+
+def test_features_are_averaged_over_positions(bundle):
+    record = bundle.manifest.outputs[0].model_copy(update={"name": FEATURES, "shape": (None, 3, 2, 2)})
+    outputs = (*bundle.manifest.outputs, record)
+    manifest = bundle.manifest.model_copy(update={"outputs": outputs})
+    loaded = LoadedModel(
+        bundle=type(bundle)(path=bundle.path, manifest=manifest, labels=bundle.labels),
+        runtime=MapRuntime(classes=7),
+        replays={},
+    )
+    (part,) = Pipeline(loaded, 4, features=True).run(iter([(0, [Entry("x", "x")] * 4)]), ThreePhotos())
+    assert [row[FEATURES].tolist() for row in part.rows] == [[float(n)] * 3 for n in range(4)]
+
+
 def test_rows_have_logits_features_and_the_decision_of_the_bundle(bundle):
     logits = np.array([[0, 1, 5, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1.0]], np.float32)
-    maps = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 2, 2)
-    outputs = [{"logits": one, FEATURES: two} for one, two in zip(logits, maps, strict=True)]
+    means = np.arange(6, dtype=np.float32).reshape(2, 3)
+    outputs = [{"logits": one, FEATURES: two} for one, two in zip(logits, means, strict=True)]
     entries = [Entry(name, name) for name in "abc"]
     reads = [Read("1"), Read("2", ("exif_rotated",)), Read("3")]
     part = PartOutputs(0, entries, reads, [outputs[0], outputs[1], NONFINITE])
@@ -220,7 +241,7 @@ def test_rows_have_logits_features_and_the_decision_of_the_bundle(bundle):
         assert [first["known"], second["known"]] == known
         assert second["warnings"] == ["exif_rotated"]
         assert first["logits"] == logits[0].tolist()
-        assert second["features"] == maps[1].mean(axis=(1, 2)).tolist()
+        assert second["features"] == means[1].tolist()
         assert (bad["error"], bad["classes"], bad["logits"]) == ("nonfinite_output", None, None)
         assert table.schema.metadata == {b"errors": b"1"}
 
