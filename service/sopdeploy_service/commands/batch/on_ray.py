@@ -122,17 +122,11 @@ class RayEngine:
                 compute=data.ActorPoolStrategy(size=self._chosen.actors, max_tasks_in_flight_per_actor=1),
                 num_cpus=self._chosen.cpus,
                 num_gpus=self._chosen.gpus,
-                ray_remote_args_fn=_spread,
             )
             for row in found.iter_rows():
                 table = unpack(row["rows"])
                 folder.write_part(int(row["part"]), table)
                 progress.add(len(table), int(table.schema.metadata[b"errors"]))
-
-
-def _spread() -> dict[str, Any]:
-    """Place actors on different machines."""
-    return {"scheduling_strategy": "SPREAD"}
 
 
 def describe(bundle: str, given: dict[str, Any], options: dict[str, Any]) -> RunState:

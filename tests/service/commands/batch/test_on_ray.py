@@ -18,7 +18,11 @@ from tests.service.children import START_SECONDS
 from tests.service.commands.batch.conftest import OPTIONS, SETTINGS, part_bytes
 from tests.service.server.on_ray.clusters import below
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 
 ATTEMPTS = 3
 HELD = ("005.jpg", "037.jpg")  # of the first and of the second part
