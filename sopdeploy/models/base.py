@@ -21,11 +21,13 @@ class TrainingOutput(NamedTuple):
 
     `logits` (B, classes) come from the part that is exported; `branches` maps each training-only head to its
     (B, classes) logits; `penalties` maps names to scalars that are added to the loss without a weight.
+    `received` (N,) counts the images that each of N components receives, if the network has a gate.
     """
 
     logits: Tensor
     branches: dict[str, Tensor]
     penalties: dict[str, Tensor]
+    received: Tensor | None = None
 
 
 class Classifier(Backbone):

@@ -157,7 +157,7 @@ class GMSOP(Classifier, GatedResNet):
             mixed = self.mixture(features, weights_BN)
         logits: Tensor = self.head(mixed)
         balance = balance_loss(weights_BN, self.config.balance_weight, self.step_load)
-        return TrainingOutput(logits, {}, {"balance": balance})
+        return TrainingOutput(logits, {}, {"balance": balance}, (weights_BN > 0).sum(dim=0))
 
     def noisy_gate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the last feature map (B, C, H, W) and the gate's weights (B, N) with noise."""

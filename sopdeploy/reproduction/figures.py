@@ -93,7 +93,7 @@ def _usage_charts(rows: list[RowResult]) -> Iterator[Chart]:
             for number, count in enumerate(usage, 1)
         ]
         title = f"Images per component, {row.printed.name}"
-        caption = f"{title}: training images of the last epoch, with its final weights."
+        caption = f"{title}: training images received in the last epoch."
         yield bars(f"usage-{row.printed.id}", title, counts, float(max(usage))), caption
 
 

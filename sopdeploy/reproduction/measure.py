@@ -1,4 +1,4 @@
-"""Measure a finished run: errors of all heads, use of the components of a gate, condition numbers."""
+"""Measure a finished run: errors of all heads, condition numbers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,13 +6,11 @@ from pathlib import Path
 import torch
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier
-from sopdeploy.data.augment import AugmentedDataset
-from sopdeploy.data.base import PreprocessedDataset, derive_seed
+from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.evaluation.heads import HeadCounter, loss_shares
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.reproduction.results import HeadError
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed.strategy import select_device
@@ -44,32 +42,6 @@ def measure_heads(
         head.name: HeadError(top1=1 - head.top1.share, top5=1 - head.top5.share, share=shares[head.name])
         for head in counter.accuracies()
     }
-
-
-@torch.no_grad()
-def count_usage(checkpoint: Checkpoint, recipe: Recipe, source: Path) -> tuple[int, ...]:
-    """Count the training images of the last epoch that each component of a gated network receives.
-
-    The images are those of the last epoch and the gate has its noise, as in training; the weights are those
-    after the epoch. Other networks have no components.
-    """
-    device = select_device(recipe.device)
-    model = build_classifier(checkpoint, source).to(device)
-    if not isinstance(model, GMSOP):
-        return ()
-    images = open_data(recipe.data).train
-    batches = sequential_batches(len(images), recipe.batch_size)
-    dataset = AugmentedDataset(
-        images, recipe.augment, recipe.preprocess, recipe.seed, recipe.epochs - 1, recipe.distort
-    )
-    normalize = Normalize(recipe.preprocess).to(device)
-    used = torch.zeros(model.config.components, dtype=torch.int64)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(recipe.seed, "usage"))
-        for batch, _ in load_batches(dataset, batches, recipe.workers, device):
-            _, weights_BN = model.noisy_gate(normalize(batch))
-            used += (weights_BN > 0).sum(dim=0).cpu()
-    return tuple(used.tolist())
 
 
 def condition_numbers(history: Sequence[EpochRow]) -> dict[str, tuple[float, float]]:

@@ -25,9 +25,8 @@ class SeedResult(StrictModel):
 
     `recipe` is the complete recipe and `network` the complete config of its network; `training` and
     `deployed` count this network. `heads` holds the errors of all heads if there are several. `usage` counts,
-    for a gated network, the training images of the last epoch that each component receives, with noise and
-    the weights after that epoch. `condition` holds the ratios of the largest to the smallest recorded
-    eigenvalue before and after each matrix function.
+    for a gated network, the training images that each component received in the last epoch. `condition` holds
+    the ratios of the largest to the smallest recorded eigenvalue before and after each matrix function.
     """
 
     seed: int

@@ -12,7 +12,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write
 from sopdeploy.models.describe import describe
 from sopdeploy.report.run_data import read_history
-from sopdeploy.reproduction.measure import condition_numbers, count_usage, measure_heads
+from sopdeploy.reproduction.measure import condition_numbers, measure_heads
 from sopdeploy.reproduction.page import render_page
 from sopdeploy.reproduction.plan import Job, Options, plan_rows, run_path
 from sopdeploy.reproduction.results import Reproduction, RowResult, SeedResult, measure_errors
@@ -111,7 +111,7 @@ def _measure(recipe: Recipe, trained: TrainingResult) -> SeedResult:
         training=counts.training,
         deployed=counts.shipped,
         heads=measure_heads(checkpoint, recipe, trained.last, history[-1].losses),
-        usage=count_usage(checkpoint, recipe, trained.last),
+        usage=history[-1].received,
         condition=condition_numbers(history),
         machine=checkpoint.training.get("machine", {}),
     )

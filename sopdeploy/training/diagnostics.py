@@ -101,7 +101,8 @@ class EpochRow(StrictModel):
 
     `losses` are means over the training images. `figures` are the held-out metrics of the exported weights;
     with EMA, `raw` and `average` are those of both sets of weights. `gradient` is the mean gradient norm
-    before clipping, with 0 for skipped float16 steps. `sight` holds the diagnostics of the raw weights.
+    before clipping, with 0 for skipped float16 steps. `received` counts, for a gated network, the training
+    images that each component received, noise included. `sight` holds the diagnostics of the raw weights.
     """
 
     epoch: int
@@ -109,6 +110,7 @@ class EpochRow(StrictModel):
     losses: dict[str, float]
     figures: HeldOutMetrics
     gradient: float | None = None
+    received: tuple[int, ...] = ()
     speed: Throughput | None = None
     sight: Diagnostics | None = None
     raw: HeldOutMetrics | None = None

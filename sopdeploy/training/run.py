@@ -57,7 +57,8 @@ class StepResult(NamedTuple):
 class Position(StrictModel):
     """The progress of a run, as checkpoints contain it.
 
-    `sums` (parts of the loss) and `gradient` (norms) are sums over the `seen` images of the current epoch.
+    `sums` (parts of the loss) and `gradient` (norms) are sums over the `seen` images of the current epoch,
+    `received` the number of them that each component of a gated network received.
     `learning` is the time of its steps in seconds, `waiting` the part of it spent waiting for data.
     """
 
@@ -66,6 +67,7 @@ class Position(StrictModel):
     seen: int = 0
     sums: dict[str, float] = pydantic.Field(default_factory=dict)
     gradient: float = 0.0
+    received: tuple[int, ...] = ()
     learning: float = 0.0
     waiting: float = 0.0
     seconds: float = 0.0
@@ -113,12 +115,14 @@ class Run:
         at = self.position
         parts = {"loss": result.loss.total, **result.loss.parts}
         sums = {name: at.sums.get(name, 0.0) + float(part) * count for name, part in parts.items()}
+        received = [] if result.loss.received is None else result.loss.received.tolist()
         self.position = at.model_copy(
             update={
                 "step": at.step + 1,
                 "seen": at.seen + count,
                 "sums": sums,
                 "gradient": at.gradient + result.gradient * count,
+                "received": tuple(map(sum, zip(at.received or [0] * len(received), received, strict=True))),
                 "learning": at.learning + seconds,
                 "waiting": at.waiting + waited,
                 "seconds": at.seconds + seconds,
@@ -137,6 +141,7 @@ class Run:
             losses={name: total / at.seen for name, total in at.sums.items()},
             figures=average if average is not None and self.exported_weights == "average" else raw,
             gradient=at.gradient / at.seen,
+            received=at.received,
             speed=Throughput(pictures_per_second=at.seen / time, waiting=min(1.0, at.waiting / time)),
             sight=diagnostics,
             raw=raw if average is not None else None,

@@ -12,10 +12,11 @@ from sopdeploy.models.base import TrainingOutput
 
 
 class Loss(NamedTuple):
-    """The minimized `total`, and the unweighted, detached `parts`."""
+    """The minimized `total`, and the unweighted, detached `parts`; `received` is that of `TrainingOutput`."""
 
     total: Tensor
     parts: dict[str, Tensor]
+    received: Tensor | None = None
 
 
 def training_loss(
@@ -40,4 +41,5 @@ def training_loss(
     }
     weighted = [weights[name] * loss for name, loss in losses.items()]
     total = torch.stack([*weighted, *output.penalties.values()]).sum()
-    return Loss(total, {name: part.detach() for name, part in (losses | output.penalties).items()})
+    parts = {name: part.detach() for name, part in (losses | output.penalties).items()}
+    return Loss(total, parts, output.received)

@@ -79,7 +79,7 @@ def test_recipes_weight_the_balance_loss_as_the_paper(name: str, pieces: int) ->
 
 
 def gradients(pieces: int, strategy: Strategy | None = None) -> dict[str, Tensor]:
-    """Compute the losses and gradients of a step of 22 images whose gate selects different components.
+    """Compute losses, gradients and received images of 22 images whose gate selects different components.
 
     Batch norm is frozen and there is neither dropout nor noise, which differ between pieces.
     """
@@ -97,7 +97,8 @@ def gradients(pieces: int, strategy: Strategy | None = None) -> dict[str, Tensor
         loss = compute_gradient(run, batch, shard.micro_batches)
     found = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
     assert {"conv1.weight", "gate.weight"} <= found.keys()
-    return {**found, "total": loss.total, "balance": loss.parts["balance"]}
+    assert loss.received is not None
+    return {**found, "total": loss.total, "balance": loss.parts["balance"], "received": loss.received}
 
 
 def in_two_processes(_folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -115,6 +116,7 @@ def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> flo
 def test_pieces_and_processes_give_the_gradient_of_the_whole_step(tmp_path) -> None:
     whole = gradients(1)
     assert float(whole["balance"]) > 0.1
+    assert len(set(whole["received"].tolist())) > 1
     assert largest_difference(gradients(4), whole) < 1e-10
     first, second = run_in_processes(f"{__name__}:in_two_processes", tmp_path, world=2)
     for pieces in PIECES:
