@@ -13,25 +13,19 @@ positions): Newton-Schulz, eigenvalues (EIG) and singular values (SVD), forward 
 alone (BP), and peak memory. CPU time of one thread.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from time import process_time
 from typing import Any
-from unittest.mock import patch
 
-import pydantic
 import torch
 import torch.nn.functional as F
 from measure import Result, compare, parse, report
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sopdeploy import create_model
 from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import TrainingOutput
+from sopdeploy.reproduction.layer_times import MetaLayer, peak_mebibytes
 
 POOLINGS = (
     (256, 196),
@@ -42,16 +36,14 @@ POOLINGS = (
     (128, 196),
     (16, 1024),
 )  # channels, positions
-MEBIBYTE = 2**20
-ALEXNET_MAP = (256, 13)  # channels, side
 BASELINE = "iSQRT-COV (N=5)"
 META_LAYERS: dict[str, dict[str, Any]] = {  # the slides' table
     "iSQRT-COV (N=3)": {"kind": "isqrt", "iterations": 3},
     BASELINE: {"kind": "isqrt", "iterations": 5},
     "MPN-COV, EIG": {"kind": "mpncov"},
-    "Impro. B-CNN, SVD": {"kind": "improved-bcnn"},
+    "Impro. B-CNN, SVD": {"kind": "improved-bcnn", "svd": True},
     "Impro. B-CNN, Newton-Schulz (N=5)": {"kind": "improved-bcnn", "root": "newton-schulz"},
-    "G2DeNet, SVD": {"kind": "g2denet"},
+    "G2DeNet, SVD": {"kind": "g2denet", "svd": True},
 }
 
 
@@ -80,34 +72,6 @@ def forward_backward(layer: nn.Module, features: Tensor, grad: Tensor) -> Callab
     return lambda: torch.autograd.grad(layer(features), features, grad)[0]
 
 
-class HeldMemory(TorchDispatchMode):
-    """Tracks the results of all operations; `peak` is the maximum of their total bytes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: dict[StorageWeakRef, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                self.held[StorageWeakRef(storage)] = storage.nbytes()
-        self.held = {storage: size for storage, size in self.held.items() if not storage.expired()}
-        self.peak = max(self.peak, sum(self.held.values()))
-        return result
-
-
-def peak_mebibytes(call: Callable[[], object]) -> float:
-    """Measure the peak memory of the results of all operations in *call*."""
-    with HeldMemory() as memory:
-        call()
-    return memory.peak / MEBIBYTE
-
-
 def pooling_results(channels: int, positions: int, batch: int, runs: int) -> list[Result]:
     """Measure time and peak memory of a forward and backward pass of one pooling."""
     torch.manual_seed(0)
@@ -129,51 +93,11 @@ def pooling_results(channels: int, positions: int, batch: int, runs: int) -> lis
     return [compare(case, "paper's loop", ours, other, runs=runs, warmups=2, clock=process_time), memory]
 
 
-@contextmanager
-def singular_values() -> Iterator[None]:
-    """Let layers decompose symmetric positive semi-definite matrices by SVD instead of EIG."""
-
-    def by_svd(matrices: Tensor) -> tuple[Tensor, Tensor]:
-        left, values, _ = torch.linalg.svd(matrices)
-        return values.flip(-1), left.flip(-1)
-
-    with patch("torch.linalg.eigh", by_svd):
-        yield
-
-
-class MetaLayer:
-    """One layer of the slides' table on AlexNet's last map, with everything that is timed."""
-
-    def __init__(self, name: str, batch: int) -> None:
-        torch.manual_seed(0)
-        channels, side = ALEXNET_MAP
-        self.svd = name.endswith("SVD")
-        self.layer = pydantic.TypeAdapter(Pooling).validate_python(META_LAYERS[name]).build(channels)
-        self.features = torch.randn(batch, channels, side, side).relu().requires_grad_()
-        self.grad = torch.randn(batch, self.layer.out_features)
-        self.output = self.forward()
-
-    def forward(self) -> Tensor:
-        """Compute the vectors."""
-        if not self.svd:
-            return self.layer(self.features)
-        with singular_values():
-            return self.layer(self.features)
-
-    def both(self) -> Tensor:
-        """Run one forward and backward pass."""
-        return torch.autograd.grad(self.forward(), self.features, self.grad)[0]
-
-    def backward(self) -> Tensor:
-        """Run the backward pass of the first forward pass again."""
-        return torch.autograd.grad(self.output, self.features, self.grad, retain_graph=True)[0]
-
-
 def meta_layer_results(names: list[str], batch: int, runs: int) -> list[Result]:
     """Measure FP+BP, BP and peak memory of the layers *names* for *batch* images of AlexNet."""
-    baseline, results = MetaLayer(BASELINE, batch), []
+    baseline, results = MetaLayer(META_LAYERS[BASELINE], batch), []
     for name in names:
-        layer = MetaLayer(name, batch)
+        layer = MetaLayer(META_LAYERS[name], batch)
         case = f"{name}, batch {batch}"
         for part in ("both", "backward"):
             pair = getattr(layer, part), getattr(baseline, part)

@@ -1,7 +1,9 @@
 """The page of a reproduced table: printed figures beside measured ones, curves, commands."""
 
+from sopdeploy.environment import machine
 from sopdeploy.html.templates import render
 from sopdeploy.reproduction.figures import curve_charts, figure_charts
+from sopdeploy.reproduction.layer_times import BATCH, CHANNELS, SIDE
 from sopdeploy.reproduction.results import Measured, Reproduction, RowResult
 from sopdeploy.reproduction.tables import PrintedTable
 
@@ -23,8 +25,28 @@ COUNT_HEADS = (
     "counted",
     "in training, printed",
     "counted",
+    "vector, printed",
+    "counted",
 )
-RUN_HEADS = ("row", "network", "parameters", "in training", "multiply-adds", "images/s", "seconds", "seeds")
+ABOUT = {
+    "counts": "The networks are built and counted, not trained.",
+    "times": (
+        f"Measured: one thread of this machine's CPU, maps of {CHANNELS} channels at {SIDE} x {SIDE} "
+        f"positions, per image of a batch of {BATCH}; memory is the peak of the results of all operations. "
+        "Printed times are those of GPUs and of implementations in C++ and Matlab: compare their ratios."
+    ),
+}
+RUN_HEADS = (
+    "row",
+    "network",
+    "parameters",
+    "in training",
+    "multiply-adds",
+    "images/s, printed",
+    "measured",
+    "seconds",
+    "seeds",
+)
 
 
 def render_page(found: Reproduction, table: PrintedTable) -> str:
@@ -46,10 +68,12 @@ def render_page(found: Reproduction, table: PrintedTable) -> str:
         found=found,
         row_notes=[(row.printed.name, row.printed.note) for row in found.rows if row.printed.note],
         table_note=table.note,
+        facts=[figures for row in found.rows for figures in fact_figures(row)],
         interval=interval,
         train_count=first.train_count if first else 0,
         held_out_count=first.held_out_count if first else 0,
-        machine=list(first.machine.items()) if first else [],
+        machine=list((first.machine if first else machine() if found.measures == "times" else {}).items()),
+        about=ABOUT.get(found.measures),
         head_names=HEADS,
         errors=[_error_figures(row) for row in found.rows if not row.printed.teacher],
         head_errors=heads,
@@ -100,12 +124,27 @@ def _head_figures(row: RowResult, name: str) -> tuple[str, ...]:
 
 def _count_figures(row: RowResult) -> tuple[str, ...]:
     printed, counted = row.printed, row.counted
+    if counted is None:
+        return (printed.name,)
     unit = " x ResNet-50" if printed.times else ""
     figures = [printed.name]
     for key in ("params", "train_params", "gflops", "train_gflops"):
         value = getattr(printed, key)
         figures += ["" if value is None else f"{value:g}{unit}", f"{getattr(counted, key):.4g}"]
-    return tuple(figures)
+    return (*figures, "" if printed.dim is None else f"{printed.dim:,}", f"{counted.dim:,}")
+
+
+def number(value: float) -> str:
+    """Format *value* with four digits, and whole thousands with all of them."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def fact_figures(row: RowResult) -> list[tuple[str, str, str, str]]:
+    """Format the facts of *row*: its name, that of the fact, printed and measured value."""
+    printed, measured = row.printed.facts, row.facts
+    names = (*printed, *(name for name in measured if name not in printed))
+    shown = [{name: number(value) for name, value in one.items()} for one in (printed, measured)]
+    return [(row.printed.name, name, shown[0].get(name, ""), shown[1].get(name, "")) for name in names]
 
 
 def _run_figures(row: RowResult) -> tuple[str, ...]:
@@ -116,6 +155,7 @@ def _run_figures(row: RowResult) -> tuple[str, ...]:
         f"{run.deployed.parameters:,}",
         f"{run.training.parameters:,}",
         f"{run.deployed.macs:,}",
+        "" if row.printed.images_per_second is None else f"{row.printed.images_per_second:g}",
         f"{run.images_per_second:.0f}",
         f"{sum(one.history[-1].seconds for one in row.runs):.0f}",
         str(len(row.runs)),

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
+import torch
 
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import Description, describe
+from sopdeploy.models.registry import create_model
+from sopdeploy.reproduction.facts import count_facts
 from sopdeploy.reproduction.small import SMALL_DATA, small_data, small_overrides
 from sopdeploy.reproduction.tables import DATA_SETS, DataSet, PrintedRow, PrintedTable
 from sopdeploy.training.recipe import Recipe, parse_override, read_recipe
@@ -22,6 +25,7 @@ ASSUMPTION = (
     "estimate: a step costs three forward passes, and a GPU sustains 20e12 operations per second; reading "
     "images and evaluation are not counted"
 )
+NOT_TRAINED = {"counts": "counted, not trained", "times": "timed, not trained"}  # by what a table measures
 SHOWN_QUANTITIES = {
     "params": "parameters",
     "gflops": "operations",
@@ -34,7 +38,7 @@ class Counts(StrictModel):
     """The paper's network of a row, counted by `describe`.
 
     The keys are those of `PrintedRow`. Where a paper counts differently, as `published.toml` records, the
-    values follow its convention. `dim` is the length of the classified vector.
+    values follow its convention. `dim` is the length of the classified vector, `facts` the printed ones.
     """
 
     params: float
@@ -42,10 +46,11 @@ class Counts(StrictModel):
     train_params: float
     train_gflops: float
     dim: int
+    facts: dict[str, float] = pydantic.Field(default_factory=dict)
 
 
 class Job(StrictModel):
-    """A row and how it is trained; `recipe` is None if it cannot be, for the stated `reason`.
+    """A row and how it is trained; `recipe` is None if it is not, for the stated `reason`.
 
     `overrides` are the changes to the recipe `source`, without seed and start weights. `gpu_hours` is the
     estimated time of one run.
@@ -100,6 +105,8 @@ def plan_rows(table: PrintedTable, options: Options) -> tuple[Job, ...]:
 
 
 def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
+    if row.layer is not None:
+        return Job(row=row, reason=NOT_TRAINED["times"])
     trained = table.recipe_of(row)
     if trained is None:
         return Job(row=row, reason="cited: no network of the catalog")
@@ -107,6 +114,8 @@ def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
     try:
         full = read_recipe(source, overrides)
         counts = _count(table, row, full)
+        if table.measures == "counts":
+            return Job(row=row, source=source, reason=NOT_TRAINED["counts"], counts=counts)
         recipe = full
         if options.scale == "small":
             own = [*table.small, *row.small]
@@ -151,12 +160,18 @@ def _count(table: PrintedTable, row: PrintedRow, recipe: Recipe) -> Counts:
         num_classes=DATA_SETS[table.data].classes,
         **config,
     )
+    facts: dict[str, float] = {}
+    if row.facts:
+        with torch.device("meta"):
+            network = create_model(recipe.model.name, num_classes=found.num_classes, **config)
+        facts = count_facts(network, recipe.preprocess.crop, row.facts)
     return Counts(
         params=_as_printed(row, "params", found, found.shipped.parameters / 1e6),
         gflops=_as_printed(row, "gflops", found, found.shipped.macs / 1e9),
         train_params=_as_printed(row, "train_params", found, found.training.parameters / 1e6),
         train_gflops=_as_printed(row, "train_gflops", found, found.training.macs / 1e9),
         dim=found.representation,
+        facts=facts,
     )
 
 

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.evaluation.statistics import Interval, mean_and_sd, paired, wilson
 from sopdeploy.models.stats import Counts as NetworkCounts
 from sopdeploy.reproduction.plan import Counts, Scale
-from sopdeploy.reproduction.tables import PrintedRow
+from sopdeploy.reproduction.tables import Measures, PrintedRow
 from sopdeploy.training.diagnostics import EpochRow
 
 
@@ -61,13 +63,15 @@ class RowResult(StrictModel):
     """The printed figures of a row beside the measured ones; errors are percentages.
 
     `status` is "measured", "not run" or the reason for which the row cannot be run. `command` trains the row
-    alone with the first seed. `network` is what was trained.
+    alone with the first seed. `network` is what was trained. `facts` are the counted or timed figures, by the
+    names of `PrintedRow.facts`.
     """
 
     printed: PrintedRow
     status: str
     command: str = ""
     counted: Counts | None = None
+    facts: dict[str, float] = pydantic.Field(default_factory=dict)
     network: str = ""
     top1: Measured | None = None
     top5: Measured | None = None
@@ -81,6 +85,7 @@ class Reproduction(StrictModel):
     source: str
     title: str
     scale: Scale
+    measures: Measures = "errors"
     statement: str
     seeds: int
     data: str | None

@@ -12,11 +12,12 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write
 from sopdeploy.models.describe import describe
 from sopdeploy.report.run_data import read_history
+from sopdeploy.reproduction.layer_times import time_layer
 from sopdeploy.reproduction.measure import condition_numbers, measure_heads
 from sopdeploy.reproduction.page import render_page
 from sopdeploy.reproduction.plan import Job, Options, plan_rows, run_path
 from sopdeploy.reproduction.results import Reproduction, RowResult, SeedResult, measure_errors
-from sopdeploy.reproduction.small import STATEMENT, small_data, write_small_images
+from sopdeploy.reproduction.small import small_data, statement, write_small_images
 from sopdeploy.reproduction.tables import PrintedTable
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.loop import TrainingResult, train
@@ -41,18 +42,24 @@ def reproduce(
     folder = options.folder(table)
     jobs = plan_rows(table, options)
     for job in jobs:
-        if job.recipe is None and options.rows is not None:
+        if job.recipe is None and options.rows is not None and table.measures == "errors":
             raise ConfigError(f"--rows {job.row.id}: cannot be run ({job.reason}); leave it out")
-    if options.scale == "small":
+    if options.scale == "small" and table.measures == "errors":
         write_small_images(options.data, small_data(options.out, options.data))
     runs: dict[str, list[SeedResult]] = {job.row.id: [] for job in jobs}
+    times: dict[str, dict[str, float]] = {}
     for job in jobs:
-        if job.recipe is None:
+        if job.row.layer is not None:
+            times[job.row.id] = time_layer(job.row.layer)
+        elif job.recipe is not None:
+            for seed in range(options.seeds):
+                runs[job.row.id].append(_run(job, folder, seed, callback, on_run))
+        else:
             continue
-        for seed in range(options.seeds):
-            runs[job.row.id].append(_run(job, folder, seed, callback, on_run))
-        _write(_summarize(table, options, jobs, runs), table)
-    return _summarize(table, options, jobs, runs)
+        _write(_summarize(table, options, jobs, runs, times), table)
+    found = _summarize(table, options, jobs, runs, times)
+    _write(found, table)
+    return found
 
 
 def _run(
@@ -118,18 +125,24 @@ def _measure(recipe: Recipe, trained: TrainingResult) -> SeedResult:
 
 
 def _summarize(
-    table: PrintedTable, options: Options, jobs: tuple[Job, ...], runs: dict[str, list[SeedResult]]
+    table: PrintedTable,
+    options: Options,
+    jobs: tuple[Job, ...],
+    runs: dict[str, list[SeedResult]],
+    times: dict[str, dict[str, float]],
 ) -> Reproduction:
     """Put the results so far beside the printed figures."""
     rows = []
     for job in jobs:
         done = tuple(runs[job.row.id])
+        counted = job.counts.facts if job.counts is not None else {}
         rows.append(
             RowResult(
                 printed=job.row,
                 status="measured" if done else job.reason or "not run",
                 command=job.command(options.folder(table), 0) if job.recipe is not None else "",
                 counted=job.counts,
+                facts=times.get(job.row.id, counted),
                 network=job.recipe.model.name if job.recipe is not None else "",
                 top1=measure_errors(done, "top1"),
                 top5=measure_errors(done, "top5"),
@@ -141,7 +154,8 @@ def _summarize(
         source=table.source,
         title=table.title,
         scale=options.scale,
-        statement=STATEMENT if options.scale == "small" else "",
+        statement=statement(table, options.scale),
+        measures=table.measures,
         seeds=options.seeds,
         data=None if options.data is None else str(options.data),
         page=options.folder(table) / PAGE,
@@ -152,6 +166,7 @@ def _summarize(
 def _write(found: Reproduction, table: PrintedTable) -> None:
     """Write the page and the summary."""
     summary = json.dumps(found.summary(), indent=2) + "\n"
+    found.page.parent.mkdir(parents=True, exist_ok=True)
     for path, text in ((found.page, render_page(found, table)), (found.page.parent / RESULT, summary)):
         with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8")

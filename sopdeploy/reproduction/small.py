@@ -6,7 +6,7 @@ The result is not the experiment of the paper. It shows that a row runs from its
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
 from sopdeploy.files import PARTIAL
 from sopdeploy.models.registry import entry, make_config
-from sopdeploy.reproduction.tables import DataSet
+from sopdeploy.reproduction.tables import DataSet, PrintedTable
 from sopdeploy.training.recipe import Recipe
 
 EPOCHS, BATCH_SIZE = 4, 32
@@ -94,6 +94,11 @@ def small_overrides(recipe: Recipe, images: Path) -> list[str]:
     if recipe.ema is not None:
         overrides.append("ema.decay=0.9")
     return overrides
+
+
+def statement(table: PrintedTable, scale: Literal["paper", "small"]) -> str:
+    """Say what the results of *table* are not at the small scale; nothing where nothing is trained."""
+    return STATEMENT if scale == "small" and table.measures == "errors" else ""
 
 
 def small_data(out: Path, data: Path | None) -> Path:

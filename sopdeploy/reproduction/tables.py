@@ -16,6 +16,7 @@ from sopdeploy.errors import ConfigError
 
 Percent = Annotated[float, pydantic.Field(ge=0, le=100)]
 Figure = Literal["heads", "usage", "alpha", "grid", "spectra", "mapping"]
+Measures = Literal["errors", "counts", "times"]
 
 
 class DataSet(NamedTuple):
@@ -44,7 +45,8 @@ class PrintedRow(StrictModel):
     Errors (`top1`, `top5`) are percentages; `heads` has those of the branch of each stage. `params` and
     `gflops` are those of the deployed network in millions and billions, `train_params` and `train_gflops`
     those in training; with `times` they are multiples of ResNet-50's. `dim` is the length of the vector that
-    is classified. None stands for a figure that is not printed.
+    is classified. `facts` are other printed figures by name; those of a network are in `facts.py`, those of a
+    timed `layer` in `layer_times.py`. None stands for a figure that is not printed.
 
     `set` are changes to the table's recipe, as for `sopdeploy train --set`; `counted` changes the network for
     the comparison of counts only; `small` are further changes at the small scale. `needs` maps a key of the
@@ -70,6 +72,8 @@ class PrintedRow(StrictModel):
     train_gflops: Positive | None = None
     times: bool = False
     dim: Annotated[int, pydantic.Field(ge=1)] | None = None
+    facts: dict[str, float] = pydantic.Field(default_factory=dict)
+    layer: dict[str, Any] | None = None
     images_per_second: Positive | None = None
     note: str = ""
 
@@ -77,13 +81,16 @@ class PrintedRow(StrictModel):
 class PrintedTable(StrictModel):
     """A table or figure of a paper; `source` is its name in `published.toml`, too.
 
-    `recipe`, `set` and `small` apply to all rows. `data` is a key of `DATA_SETS`. `figures` are further
-    charts of the page. With `accuracy`, the paper prints accuracies; `top1` and `top5` are then converted.
+    `measures` says what its rows give: "errors" are those of trained networks, "counts" those of networks
+    that are only built, "times" those of single layers on the CPU. `recipe`, `set` and `small` apply to all
+    rows. `data` is a key of `DATA_SETS`. `figures` are further charts of the page. With `accuracy`, the paper
+    prints accuracies; `top1` and `top5` are then converted.
     """
 
     id: str
     source: str
     title: str
+    measures: Measures = "errors"
     data: str
     recipe: str
     set: tuple[str, ...] = ()
@@ -117,8 +124,8 @@ class PrintedTable(StrictModel):
         return self
 
     def recipe_of(self, row: PrintedRow) -> tuple[str, tuple[str, ...]] | None:
-        """Return the recipe of *row* and its changes; None for a row that is only cited."""
-        if row.cited and row.recipe is None and not row.set:
+        """Return the recipe of *row* and its changes; None for a row that is only cited or a layer."""
+        if row.layer is not None or (row.cited and row.recipe is None and not row.set):
             return None
         return row.recipe or self.recipe, (*self.set, *row.set)
 

@@ -7,7 +7,7 @@ from training_step import BASELINE, META_LAYERS, MetaLayer, meta_layer_results
 
 @pytest.mark.parametrize("name", [name for name in META_LAYERS if name.endswith("SVD")])
 def test_singular_values_give_the_vectors_of_eigenvalues(name: str) -> None:
-    layer = MetaLayer(name, batch=1)
+    layer = MetaLayer(META_LAYERS[name], batch=1)
     torch.testing.assert_close(layer.forward(), layer.layer(layer.features), rtol=1e-2, atol=1e-3)
 
 

@@ -90,7 +90,8 @@ def _print_tables(tables: "list[PrintedTable]", *, as_json: bool) -> None:
         lines = Table("row", "printed as", "top-1", "top-5", "", box=None, pad_edge=False)
         for row in table.rows:
             errors = ("" if error is None else f"{error:.2f}" for error in (row.top1, row.top5))
-            trained = "" if table.recipe_of(row) else "not run"
+            measured = {"counts": "counted", "times": "timed"}.get(table.measures)
+            trained = measured or ("" if table.recipe_of(row) else "not run")
             kind = ", ".join(filter(None, ("cited" if row.cited else "", trained)))
             lines.add_row(row.id, plain_text(row.name), *errors, "teacher" if row.teacher else kind)
         out.print(lines)
@@ -100,7 +101,7 @@ def _print_tables(tables: "list[PrintedTable]", *, as_json: bool) -> None:
 
 def _print_plan(table: "PrintedTable", options: "Options", *, as_json: bool) -> None:
     from sopdeploy.reproduction.plan import ASSUMPTION, plan_rows
-    from sopdeploy.reproduction.small import STATEMENT
+    from sopdeploy.reproduction.small import statement
 
     folder, seeds = options.folder(table), options.seeds
     jobs = plan_rows(table, options)
@@ -116,12 +117,12 @@ def _print_plan(table: "PrintedTable", options: "Options", *, as_json: bool) -> 
             }
             for job in jobs
         ]
-        statement = STATEMENT if options.scale == "small" else ""
-        print_json({"table": table.id, "statement": statement, "gpu_hours": hours, "rows": lines})
+        said = statement(table, options.scale)
+        print_json({"table": table.id, "statement": said, "gpu_hours": hours, "rows": lines})
         return
     out.print(plain_text(f"{table.source}: {table.title}"), style="bold")
-    if options.scale == "small":
-        out.print(plain_text(STATEMENT))
+    if said := statement(table, options.scale):
+        out.print(plain_text(said))
     for job in jobs:
         out.print()
         if job.recipe is None:
@@ -135,6 +136,9 @@ def _print_plan(table: "PrintedTable", options: "Options", *, as_json: bool) -> 
 
 
 def _print_results(found: "Reproduction") -> None:
+    if found.measures != "errors":
+        _print_facts(found)
+        return
     table = Table("row", "top-1 printed", "measured", "top-5 printed", "measured", box=None, pad_edge=False)
     for row in found.rows:
         cells = []
@@ -149,3 +153,22 @@ def _print_results(found: "Reproduction") -> None:
     if found.statement:
         out.print(plain_text(found.statement))
     out.print(plain_text(f"errors in percent with 95 % intervals; page: {found.page}"))
+
+
+def _print_facts(found: "Reproduction") -> None:
+    """Print what a table of counts or times prints and what was measured."""
+    from sopdeploy.reproduction.page import fact_figures, number
+
+    names = {"params": "parameters (M)", "gflops": "GFLOPs", "dim": "classified vector"}
+    table = Table("row", "figure", "printed", "measured", box=None, pad_edge=False)
+    for row in found.rows:
+        counted = dict(row.counted or ())
+        figures = [
+            (row.printed.name, name, number(printed), number(counted[key]))
+            for key, name in names.items()
+            if key in counted and (printed := getattr(row.printed, key)) is not None
+        ]
+        for cells in (*figures, *fact_figures(row)):
+            table.add_row(*map(plain_text, cells))
+    out.print(table)
+    out.print(plain_text(f"page: {found.page}"))

@@ -1,0 +1,71 @@
+"""Facts of a network that a table prints beside its errors: blocks, branches, convolutions, sizes of maps."""
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from operator import attrgetter
+
+import torch
+from torch import nn
+
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.dsop import DSoP
+
+CONVOLUTION = re.compile(r"conv\d$")  # of a block: neither a projection nor a reduction of channels
+SIDES = {  # what a paper calls a layer, and the module with its output; of a stage, its last block
+    "side after conv1": "conv1",
+    "side after pool1": "maxpool",
+    "side after conv2_x": "layer1",
+    "side after conv3_x": "layer2",
+    "side after conv4_x": "layer3",
+    "side after conv5_x": "layer4",
+}
+
+
+def count_facts(network: Classifier, side: int, names: Collection[str]) -> dict[str, float]:
+    """Count the facts *names* of *network*, on the `meta` device, for images of *side* pixels.
+
+    "per stage" is that of the first stage; the networks of these tables have equal stages. Facts that cannot
+    be counted, such as hours on other GPUs, are left out.
+    """
+    counted: dict[str, float] = {name: count(network) for name, count in COUNTED.items() if name in names}
+    if any(name in SIDES for name in names):
+        counted |= _sides(network, side)
+    return {name: counted[name] for name in names if name in counted}
+
+
+def _sides(network: Classifier, side: int) -> dict[str, float]:
+    """Return the side of the output of each module of `SIDES` that *network* has."""
+    found: dict[str, float] = {}
+    for name, attribute in SIDES.items():
+        module = getattr(network, attribute, None)
+        if module is not None:
+            last = module[-1] if isinstance(module, nn.Sequential) else module
+            last.register_forward_hook(
+                lambda _module, _inputs, output, name=name: found.update({name: output.shape[-1]})
+            )
+    with torch.no_grad():
+        network.eval()(torch.empty(1, 3, side, side, device="meta"))
+    return found
+
+
+def _convolutions(modules: Iterable[nn.Module]) -> int:
+    return sum(
+        isinstance(module, nn.Conv2d) and CONVOLUTION.search(name) is not None
+        for one in modules
+        for name, module in one.named_modules()
+    )
+
+
+def _branches(network: Classifier, stage: str = "") -> list[nn.Module]:
+    """Return the branches of *network*, only those of *stage* if it is given."""
+    branches = network.branches.named_children() if isinstance(network, DSoP) else ()
+    return [branch for name, branch in branches if name.startswith(stage)]
+
+
+COUNTED: dict[str, Callable[[Classifier], int]] = {
+    "blocks per stage": lambda network: len(attrgetter("layer1")(network)),
+    "branches per stage": lambda network: len(_branches(network, "layer1")),
+    "branches": lambda network: len(_branches(network)),
+    "convolutions per stage": lambda network: _convolutions([attrgetter("layer1")(network)]),
+    "convolutions of branches per stage": lambda network: _convolutions(_branches(network, "layer1")),
+}

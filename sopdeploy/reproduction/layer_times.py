@@ -1,0 +1,137 @@
+"""Time and memory of second-order layers, forward and backward, and of the decompositions they need.
+
+The slides on iSQRT-COV print them for AlexNet's last map: 256 channels at 13 x 13 positions.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from statistics import median
+from time import process_time
+from timeit import repeat
+from typing import Any
+from unittest.mock import patch
+
+import pydantic
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sopdeploy.layers.pooling.registry import Pooling
+
+CHANNELS, SIDE, BATCH = 256, 13, 8
+MEBIBYTE = 2**20
+RUNS = 9  # per time, after one that is not counted
+DECOMPOSITIONS: dict[str, Callable[[Tensor], object]] = {
+    "eig": torch.linalg.eigh,
+    "svd": torch.linalg.svd,
+}
+
+
+class HeldMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tracks the results of all operations; `peak` is the maximum of their total bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held: dict[StorageWeakRef, int] = {}
+        self.peak: int = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run *func* and add its results to what is held."""
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                self.held[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
+        self.held = {
+            storage: size
+            for storage, size in self.held.items()
+            if not storage.expired()  # type: ignore[no-untyped-call]
+        }
+        self.peak = max(self.peak, sum(self.held.values()))
+        return result
+
+
+def peak_mebibytes(call: Callable[[], object]) -> float:
+    """Measure the peak memory of the results of all operations in *call*."""
+    with HeldMemory() as memory:
+        call()
+    peak: int = memory.peak
+    return peak / MEBIBYTE
+
+
+@contextmanager
+def singular_values() -> Iterator[None]:
+    """Let layers decompose symmetric positive semi-definite matrices by SVD instead of EIG."""
+
+    def by_svd(matrices: Tensor) -> tuple[Tensor, Tensor]:
+        left, values, _ = torch.linalg.svd(matrices)
+        return values.flip(-1), left.flip(-1)
+
+    with patch("torch.linalg.eigh", by_svd):
+        yield
+
+
+class MetaLayer:
+    """A layer on *batch* of AlexNet's last maps, with everything that is timed.
+
+    *pooling* holds the options of a pooling of the registry; with `svd` true, its eigenvalues are found by
+    SVD.
+    """
+
+    def __init__(self, pooling: dict[str, Any], batch: int = BATCH) -> None:
+        torch.manual_seed(0)
+        options = {key: value for key, value in pooling.items() if key != "svd"}
+        self.svd = bool(pooling.get("svd"))
+        self.layer = pydantic.TypeAdapter(Pooling).validate_python(options).build(CHANNELS)
+        self.features = torch.randn(batch, CHANNELS, SIDE, SIDE).relu().requires_grad_()
+        self.grad = torch.randn(batch, self.layer.out_features)
+        self.output = self.forward()
+
+    def forward(self) -> Tensor:
+        """Compute the vectors."""
+        with singular_values() if self.svd else nullcontext():
+            vectors: Tensor = self.layer(self.features)
+        return vectors
+
+    def both(self) -> Tensor:
+        """Run one forward and backward pass."""
+        return torch.autograd.grad(self.forward(), self.features, self.grad)[0]
+
+    def backward(self) -> Tensor:
+        """Run the backward pass of the first forward pass again."""
+        return torch.autograd.grad(self.output, self.features, self.grad, retain_graph=True)[0]
+
+
+def time_layer(layer: dict[str, Any]) -> dict[str, float]:
+    """Time *layer*, a pooling or a decomposition `{kind = "eig"}`, on one thread of the CPU.
+
+    A pooling has, per image, the times of a forward and backward pass and of the backward pass alone in ms,
+    and the memory in MiB; a decomposition the time of one 256 x 256 covariance.
+    """
+    if layer["kind"] in DECOMPOSITIONS:
+        torch.manual_seed(0)
+        features = torch.randn(CHANNELS, SIDE * SIDE).relu()
+        covariance = features.cov(correction=0)
+        decompose = DECOMPOSITIONS[layer["kind"]]
+        return {"this CPU, ms": _milliseconds(lambda: decompose(covariance))}
+    measured = MetaLayer(layer)
+    return {
+        "FP+BP, ms": _milliseconds(measured.both) / BATCH,
+        "BP alone, ms": _milliseconds(measured.backward) / BATCH,
+        "memory, MiB": peak_mebibytes(measured.both) / BATCH,
+    }
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    """Time *call* in milliseconds of CPU time: the median of `RUNS` calls on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        call()
+        return 1000 * median(repeat(call, timer=process_time, repeat=RUNS, number=1))
+    finally:
+        torch.set_num_threads(threads)
