@@ -45,13 +45,15 @@ DIGITS = [
     "threads=1",
     "device=cpu",
 ]
-FULL = "model.config.component_widths=[512]"
+FULL = "model.config.component_widths=[512]"  # as in the paper
+LITERAL = "model.config.gate_widths=[512]"  # section 2.3: the architecture of a component
 CASES = {  # settings, and the number of seeds
     "alpha = 100": ([], 5),
     "alpha = 0": (["model.config.balance_weight=0"], 5),
     "alpha = 100, noise per image": (["model.config.noise_per=image"], 1),
     "alpha = 100, 512 channels": ([FULL], 5),
-    "alpha = 100, 512 channels, gate without batch norm": ([FULL, "model.config.gate_norm=false"], 1),
+    "alpha = 100, 512 channels, gate of 512 with batch norm": ([FULL, LITERAL], 5),
+    "alpha = 100, 512 channels, literal gate": ([FULL, LITERAL, "model.config.gate_norm=false"], 5),
 }
 SELECTED = 0.01  # of the held-out images
 WEIGHT = 0.05  # of all weights

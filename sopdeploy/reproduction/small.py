@@ -29,8 +29,8 @@ STATEMENT = (
     "measured errors say nothing about the printed ones."
 )
 IMAGES = "small-images"  # folder of the images
-IMAGES_PER_CLASS = {"train": 60, "val": 30}
-SMALL_DATA = DataSet(600, 10)
+IMAGES_PER_CLASS = {"train": 40, "val": 20}
+SMALL_DATA = DataSet(400, 10)
 POOLING_SIZES = {"width": 32, "dim": 256, "words": 8, "rank": 4}
 CHANNELS = 16  # of a covariance, at most
 
