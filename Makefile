@@ -14,6 +14,9 @@ GPU_INSTALL = $(GPU_VENV)/bin/python -m pip install --quiet $(if $(WHEELS),--no-
 WORKERS = $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade \
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
+# The same bytes for the same commit: its time, and locked build tools.
+BUILD = SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/uv build --build-constraints deploy/lock/build.txt --require-hashes
+ALONE = env -u PYTHONPATH $(CURDIR)/$(BIN)/uv run --no-project --isolated --python $(CURDIR)/$(BIN)/python --with "$$(ls *.whl)
 # Unit tests that start no other process; `make quick` runs them.
 UNIT := $(addprefix tests/sopdeploy/,layers backbones images data bundle evaluation doctor) \
 	$(addprefix tests/service/,http images) tests/sweep/test_goldens.py
@@ -25,7 +28,7 @@ export NO_MKDOCS_2_WARNING := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo quick test fuzz check lint types contracts unit tests ray-test test-models goldens format docs \
-	pictures site gpu-check soak dist wheel-test container-test container-base audit sbom release lock clean
+	pictures site gpu-check soak dist wheel-test samples-test extras-test container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
 	$(BIN)/sopdeploy demo
@@ -37,7 +40,6 @@ quick: $(STAMP)  ## format, lint, types, import contracts and unit tests, in und
 test: $(STAMP)  ## format, lint, types, import contracts, the wheel, all tests: what CI runs
 	$(MAKE) --jobs=2 ray-test check wheel-test
 	$(MAKE) tests
-	@if git diff --quiet HEAD 2>/dev/null; then git rev-parse HEAD >$(VENV)/.tested; fi
 
 fuzz: $(STAMP)  ## the property tests with new random examples; a failure prints how to reproduce it
 	$(BIN)/pytest -n $(WORKERS) --hypothesis-profile=fuzz -m "hypothesis and not ray"
@@ -96,10 +98,23 @@ soak: $(STAMP)  ## five minutes of valid, invalid, slow and disconnecting client
 	$(BIN)/python benchmarks/soak.py $(SOAK)
 
 dist: $(STAMP)  ## sdist and wheel in dist/, reproducible for the same commit
-	$(BIN)/python deploy/distributions.py
+	$(BUILD) --out-dir dist
 
-wheel-test: $(STAMP)  ## build the wheel twice, install it into empty environments, train with [train], serve with [cpu]
-	nice $(BIN)/python deploy/wheel_test.py
+# Each environment contains the wheel and its extra only; the second one has no torch.
+wheel-test: $(STAMP)  ## build the wheel, install it into empty environments, train with [train], verify with [cpu]
+	rm -rf build/wheel
+	nice $(BUILD) --wheel --out-dir build/wheel
+	cd build/wheel && nice $(ALONE)[train,cpu]" sh -e -c '\
+		sopdeploy train --recipe digits-dsop --set epochs=1 --out run && \
+		sopdeploy export run/best.pt --detach --max-batch 1 --out bundles'
+	cd build/wheel && nice $(ALONE)[cpu]" sh -e -c '\
+		python $(CURDIR)/deploy/no_torch.py && sopdeploy verify bundles/*'
+
+samples-test: $(STAMP)  ## compile and run the programs in deploy/samples; needs g++ with headers, and `npm install` there
+	$(BIN)/pytest --slow tests/deploy/test_samples.py
+
+extras-test: $(STAMP)  ## resolve the wheel from a folder with every extra, Python and platform; needs a package index
+	$(BIN)/pytest --slow tests/deploy/test_extras.py
 
 container-test:  ## build the image with Docker, or buildah and debootstrap, then run and inspect it; TARGET=cpu or gpu
 	$(MAKE) --jobs=2 $(STAMP) container-base
@@ -108,20 +123,25 @@ container-test:  ## build the image with Docker, or buildah and debootstrap, the
 container-base:
 	$(PYTHON) deploy/builders.py
 
-audit: $(STAMP)  ## check deploy/lock/ for known vulnerabilities; reports when the database is not reachable
-	$(BIN)/python deploy/audit.py
+audit: $(STAMP)  ## check deploy/lock/ for known vulnerabilities
+	for lock in cpu gpu build; do \
+		$(BIN)/pip-audit --require-hashes --disable-pip --progress-spinner off -r deploy/lock/$$lock.txt || exit 1; \
+	done
 
 sbom: $(STAMP)  ## software bill of materials of the images (CycloneDX): dist/sbom-cpu.json and dist/sbom-gpu.json
-	$(BIN)/python deploy/sbom.py
+	mkdir -p dist
+	for lock in cpu gpu; do \
+		$(BIN)/uv tool run --from 'cyclonedx-bom>=7,<8' cyclonedx-py requirements --output-reproducible \
+			--spec-version 1.6 --pyproject pyproject.toml --output-file dist/sbom-$$lock.json deploy/lock/$$lock.txt || exit 1; \
+	done
 
-release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS=--dry-run]: docs/releasing.md
-	$(BIN)/python deploy/release.py $(VERSION) $(OPTIONS)
+release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS="--dry-run --verbose"]: commit and tag; docs/releasing.md
+	$(BIN)/uv tool run --from 'bump-my-version>=1,<2' bump-my-version bump --new-version $(VERSION) $(OPTIONS)
 
 lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions with the hashes of their files
 	$(COMPILE) pyproject.toml --extra cpu --extra sign --extra oci --output-file deploy/lock/cpu.txt
 	$(COMPILE) pyproject.toml --extra gpu --extra sign --extra oci --output-file deploy/lock/gpu.txt
 	printf 'build>=1.2\nhatchling>=1.27\n' | $(COMPILE) - --output-file deploy/lock/build.txt
-	$(BIN)/python deploy/licences.py
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

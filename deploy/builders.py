@@ -47,10 +47,6 @@ class Builder(ABC):
         """Build *target* of the Dockerfile from the checkout at *source*."""
 
     @abstractmethod
-    def save(self, path: Path) -> None:
-        """Write the image to *path* in the format of `docker load` and `podman load`."""
-
-    @abstractmethod
     def config(self) -> dict[str, Any]:
         """Read the image's configuration, with Docker's keys."""
 
@@ -102,9 +98,6 @@ class Docker(Builder):
 
     def build(self, source: Path, target: str) -> None:  # noqa: D102
         run("docker", "build", *secret_options(), f"--target={target}", f"--tag={self.image}", source)
-
-    def save(self, path: Path) -> None:  # noqa: D102
-        run("docker", "save", f"--output={path}", self.image)
 
     def config(self) -> dict[str, Any]:  # noqa: D102
         return dict(json.loads(run("docker", "image", "inspect", self.image))[0]["Config"])
@@ -175,9 +168,6 @@ class Buildah(Builder):
         base = f"--build-arg=PYTHON_IMAGE={self.base}"
         options = ["--format=docker", f"--target={target}", base, f"--tag={self.image}"]
         run(*self._buildah, "bud", *secret_options(), *options, source)
-
-    def save(self, path: Path) -> None:  # noqa: D102
-        run(*self._buildah, "push", "--quiet", self.image, f"docker-archive:{path}:{self.image}")
 
     def config(self) -> dict[str, Any]:  # noqa: D102
         inspected = json.loads(run(*self._buildah, "inspect", "--type=image", self.image))

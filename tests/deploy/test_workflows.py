@@ -1,0 +1,77 @@
+"""The workflows call targets and files that exist, and the version is equal everywhere."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import sopdeploy
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+TARGETS = set(re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE))
+WORKFLOWS = {path.name: path for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+
+
+def jobs(name: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(WORKFLOWS[name].read_text(encoding="utf-8"))["jobs"])
+
+
+@pytest.mark.parametrize("name", ["ci.yml", "release.yml"])
+def test_steps_call_existing_targets_and_files_and_pinned_actions(name: str) -> None:
+    found = jobs(name)
+    assert all(need in found for job in found.values() for need in [job.get("needs", next(iter(found)))])
+    steps = [step for job in found.values() for step in job["steps"]]
+    made = [
+        target
+        for step in steps
+        for targets in re.findall(r"^make ([\w -]+)$", step.get("run", ""), re.M)
+        for target in targets.split()
+    ]
+    assert made
+    assert set(made) <= TARGETS
+    for step in steps:
+        assert ("run" in step) != ("uses" in step)
+        assert "uses" not in step or re.fullmatch(r"[\w.-]+/[\w.-]+@(v\d+|release/v1)", step["uses"])
+        named = re.findall(r"\b(?:sopdeploy|deploy)/[\w./-]+\w", step.get("run", ""))
+        assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_all_platforms_and_python_versions_are_tested() -> None:
+    matrix = jobs("ci.yml")["tests"]["strategy"]["matrix"]
+    declared = [line.rpartition(" ")[2] for line in PROJECT["project"]["classifiers"] if " 3." in line]
+    assert matrix["python"] == declared
+    assert [system.rstrip("0123456789.-") for system in matrix["os"]] == [
+        "ubuntu",
+        "ubuntu-24.04-arm",
+        "macos",
+    ]
+
+
+def test_only_the_job_that_publishes_may_request_an_identity_for_the_index() -> None:
+    found = jobs("release.yml")
+    assert {name for name, job in found.items() if job.get("environment") == "pypi"} == {"publish"}
+    assert found["publish"]["permissions"] == {"id-token": "write"}
+    assert not re.search(r"secrets\.", WORKFLOWS["release.yml"].read_text(encoding="utf-8"))
+
+
+def test_a_release_changes_every_file_with_the_version_and_they_agree() -> None:
+    bump = PROJECT["tool"]["bumpversion"]
+    version = bump["current_version"]
+    assert version == sopdeploy.__version__
+    files = {entry["filename"]: entry["search"].format(current_version=version) for entry in bump["files"]}
+    for name, text in files.items():
+        assert text in (ROOT / name).read_text(encoding="utf-8"), name
+    command = ["git", "grep", "--name-only", "--fixed-strings", f"sopdeploy:{version}"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    assert {name for name in listed if not name.startswith("tests/")} <= set(files)
+
+
+def test_targets_run_programs_and_tests_that_exist() -> None:
+    named = re.findall(r"\b(?:deploy|docs|benchmarks|tests)/[\w/.-]+\.py", MAKEFILE)
+    assert [path for path in named if not (ROOT / path).exists()] == []
