@@ -33,7 +33,8 @@ from torch.export import Dim, ExportedProgram
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import DataError, LoweringError
-from sopdeploy.images.preprocess import Preprocess, match_transparency
+from sopdeploy.images.pixels import match_transparency
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.normalize import Normalize
 

@@ -21,16 +21,8 @@ from torchvision.transforms import v2
 from sopdeploy.config import Fraction, NonNegative, Positive, StrictModel
 from sopdeploy.data.base import ImagesDataset, LabeledImages, PreprocessedDataset, Target, derive_seed
 from sopdeploy.data.image_files import ImageFiles, load_pixels
-from sopdeploy.images.preprocess import (
-    RESAMPLING,
-    TTA_PAD,
-    Box,
-    Preprocess,
-    Side,
-    resize_box,
-    to_rgb,
-    tta_views,
-)
+from sopdeploy.images.pixels import RESAMPLING, resize_box, to_rgb
+from sopdeploy.images.preprocess import TTA_PAD, Box, Preprocess, Side, tta_views
 
 # Principal components of the colors (0 to 1) of ImageNet's training images: columns, and standard deviations
 COLOR_COMPONENTS = np.array(

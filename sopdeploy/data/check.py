@@ -31,7 +31,8 @@ from sopdeploy.data.datasets.layouts import open_official
 from sopdeploy.data.folder_store import LABELS_FILE, OpenOptions
 from sopdeploy.data.image_files import ImageFiles, count_ignored_files, load_pixels, map_threaded, open_image
 from sopdeploy.errors import DataError
-from sopdeploy.images.preprocess import ROTATED, SIXTEEN_BIT, Preprocess, exif_orientation, to_rgb
+from sopdeploy.images.pixels import ROTATED, SIXTEEN_BIT, exif_orientation, to_rgb
+from sopdeploy.images.preprocess import Preprocess
 
 MIN_SIDE = 32  # pixels; smaller images are reported
 MAX_ASPECT_RATIO = 4.0  # the center crop shows little of longer images

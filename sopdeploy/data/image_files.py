@@ -19,7 +19,7 @@ from sopdeploy.data.base import LabeledImages, Target
 from sopdeploy.data.folder_store import FolderStore
 from sopdeploy.data.tar import TarStore
 from sopdeploy.errors import DataError
-from sopdeploy.images.preprocess import match_transparency
+from sopdeploy.images.pixels import match_transparency
 
 FileStore = FolderStore | TarStore
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)

@@ -23,7 +23,8 @@ from sopdeploy.evaluation.metrics import ClassificationReport, Score, classifica
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.prediction import predict_images, score_images
 from sopdeploy.html.templates import percent
-from sopdeploy.images.preprocess import Preprocess, to_rgb
+from sopdeploy.images.pixels import to_rgb
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.few_shot.procedure import select_split
 from sopdeploy.training.recipe import Recipe, validate_recipe

@@ -131,7 +131,7 @@ def blank(depth: int, color: int, channels: int) -> bytes:
 PEAK = """
 import sys
 from pathlib import Path
-from sopdeploy.images.preprocess import (Preprocess)
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import (EncodedImage, decode)
 
 def peak():

@@ -14,7 +14,8 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, DataError, ImageError
 from sopdeploy.files import atomic_write
 from sopdeploy.images.overlay import draw_overlay
-from sopdeploy.images.preprocess import Preprocess, match_transparency, to_rgb
+from sopdeploy.images.pixels import match_transparency, to_rgb
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.api.schema import Classes, ClassProbability
 from sopdeploy_service.http.problems import Problem
 from sopdeploy_service.images.decode import Decoded, EncodedImage

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from sopdeploy.errors import ImageError
-from sopdeploy.images.preprocess import Preprocess, match_transparency
+from sopdeploy.images.pixels import match_transparency
+from sopdeploy.images.preprocess import Preprocess
 
 ACCEPTED = "send a JPEG, PNG, WebP, BMP or GIF file"
 SIGNATURES = {

@@ -18,8 +18,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
 from sopdeploy.data.image_files import open_image
-from sopdeploy.images import preprocess
-from sopdeploy.images.preprocess import SIXTEEN_BIT, Preprocess, match_transparency, tile_boxes, to_rgb
+from sopdeploy.images import pixels
+from sopdeploy.images.pixels import SIXTEEN_BIT, match_transparency, tile_boxes, to_rgb
+from sopdeploy.images.preprocess import Preprocess
 
 FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 PILLOW_MAY_WARN = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -260,7 +261,7 @@ def test_tiled_conversion_equals_conversion_of_the_whole_image(
 ) -> None:
     rules, image = Preprocess(background=background), few_values(kind, size, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preprocess, "TILE", tile)
+        patch.setattr(pixels, "TILE", tile)
         found, changes = to_rgb(few_values(kind, size, seed), rules), rules.changes(image)
     assert (found.mode, found.size) == ("RGB", size)
     assert found.tobytes() == whole_in_rgb(few_values(kind, size, seed), background).tobytes()
@@ -276,7 +277,7 @@ LONG = st.integers(1, 300_000)
 def test_tile_boxes_cover_an_image_once_within_the_tile_size(size: tuple[int, int]) -> None:
     areas = [(right - left) * (bottom - top) for left, top, right, bottom in tile_boxes(size)]
     assert sum(areas) == size[0] * size[1]
-    assert max(areas) <= preprocess.TILE
+    assert max(areas) <= pixels.TILE
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

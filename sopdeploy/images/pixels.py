@@ -1,0 +1,167 @@
+"""Pixels of a decoded image for a network: rotate, convert to RGB, resize and crop, by rules of `Preprocess`.
+
+Color conversions with intermediate results run in tiles. On the whole image they would need six times the
+memory of the RGB image, and a PNG of 100 kB can have 50 megapixels.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from sopdeploy.images.preprocess import Box, Pixels, Preprocess
+
+MAX_ASPECT_RATIO = 16  # longer strips are not resized as a whole
+EXIF_ORIENTATION, UPRIGHT = 0x0112, 1
+ROTATED = range(2, 9)  # EXIF orientations that are valid and not upright
+SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
+TILE = 2**16  # pixels
+GRAY_STEPS = {"L;2": 85, "L;4": 17}  # distance of two gray values of such a PNG, in 8-bit levels
+
+
+def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
+    """Rotate *image* upright, convert it to RGB and composite it onto the background.
+
+    The EXIF orientation is ignored where its data is unreadable. 16-bit gray is scaled to 8 bits; Pillow
+    itself would clip it to white.
+    """
+    if rules.exif_orientation and exif_orientation(image) in ROTATED:  # Pillow copies upright images, too
+        with contextlib.suppress(Exception):  # Pillow rewrites the tags; damaged ones fail in many ways
+            image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.mode not in SIXTEEN_BIT and not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    for box in tile_boxes(image.size):
+        tile = _to_rgba(image.crop(box))
+        canvas = Image.new("RGBA", tile.size, (*rules.background, 255))
+        rgb.paste(Image.alpha_composite(canvas, tile).convert("RGB"), box)
+    return rgb
+
+
+def exif_orientation(image: Image.Image) -> Any:
+    """Read the EXIF orientation of *image*; upright (1) if it is absent or unreadable."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, UPRIGHT)
+    except Exception:  # damaged tags fail in many ways
+        return UPRIGHT
+
+
+def tile_boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (left, top, right, bottom) boxes of at most `TILE` pixels that cover an image of *size*."""
+    width, height = size
+    columns = min(width, TILE)
+    rows = TILE // columns
+    for top in range(0, height, rows):
+        for left in range(0, width, columns):
+            yield left, top, min(left + columns, width), min(top + rows, height)
+
+
+def _to_rgba(tile: Image.Image) -> Image.Image:
+    if tile.mode not in SIXTEEN_BIT:
+        return tile if tile.mode == "RGBA" else tile.convert("RGBA")
+    values = np.asarray(tile)
+    clipped: NDArray[np.uint32] = np.clip(values, 0, 65535).astype(np.uint32)
+    scaled = ((clipped + np.uint32(128)) // np.uint32(257)).astype(np.uint8)  # nearest; 65535 becomes 255
+    gray = Image.fromarray(scaled).convert("RGBA")
+    transparent = tile.info.get("transparency")
+    if isinstance(transparent, int):  # one of 65536 gray levels: compare before scaling
+        gray.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def match_transparency(image: Image.Image) -> None:
+    """Convert the transparent color of an opened PNG to 8 bits, as its decoded pixels will be.
+
+    Pillow keeps that color at the file's bit depth, which matches no pixel or a wrong one after decoding. Of
+    48-bit colors Pillow keeps the upper bytes of the pixels, so these are compared. Decodes nothing.
+    """
+    tiles = getattr(image, "tile", None)
+    if image.format != "PNG" or not tiles:
+        return
+    coding, color = tiles[0][3], image.info.get("transparency")
+    if coding in GRAY_STEPS and isinstance(color, int):
+        image.info["transparency"] = color * GRAY_STEPS[coding]
+    elif coding == "RGB;16B" and isinstance(color, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in color)
+
+
+def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
+    """Resize the shorter side of an RGB *image* and crop its center; returns (crop, crop, 3) uint8.
+
+    Equals torchvision's `Resize(resize)` and `CenterCrop(crop)` on a PIL image pixel for pixel. For strips
+    with an aspect ratio above `MAX_ASPECT_RATIO` only the cropped part is computed (a few gray levels off):
+    1 x 20000 pixels cost no more than a photograph.
+    """
+    size = rules.resized(image.size)
+    left = round((size[0] - rules.crop) / 2.0)
+    top = round((size[1] - rules.crop) / 2.0)
+    resampling = RESAMPLING[rules.interpolation]
+    if max(size) <= MAX_ASPECT_RATIO * rules.resize:
+        window = (left, top, left + rules.crop, top + rules.crop)
+        return np.asarray(image.resize(size, resampling).crop(window))
+    left_edge, top_edge, right, bottom = rules.box(image.size)
+    box = (left_edge, top_edge, min(image.width, right), min(image.height, bottom))
+    return np.asarray(image.resize((rules.crop, rules.crop), resampling, box=box))
+
+
+def pad_to_square(image: Image.Image, rules: Preprocess) -> Pixels:
+    """Resize the longer side of an RGB *image* and center it on the background; returns (crop, crop, 3)."""
+    width, height = rules.resized(image.size)
+    left, top = -round((width - rules.crop) / 2.0), -round((height - rules.crop) / 2.0)
+    return _resize_onto_background(image, (0, 0, *image.size), (left, top, width, height), rules)
+
+
+def squash(image: Image.Image, rules: Preprocess) -> Pixels:
+    """Resize both sides of an RGB *image*, whatever its aspect ratio; returns (crop, crop, 3) uint8."""
+    return np.asarray(image.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation]))
+
+
+def resize_box(image: Image.Image, box: Box, rules: Preprocess) -> Pixels:
+    """Resize *box* of an RGB *image* to (crop, crop, 3) uint8; outside of the image it has the background.
+
+    The part of the box inside the image becomes a whole number of pixels, at least one per side.
+    """
+    ends, starts, lengths = [], [], []
+    for low, high, limit in zip(box[:2], box[2:], image.size, strict=True):
+        first, last = max(0.0, low), min(float(limit), high)
+        scale = rules.crop / (high - low)
+        length = min(rules.crop, max(1, round((last - first) * scale)))
+        start = round(((first + last) / 2 - low) * scale - length / 2)
+        ends.append((first, last))
+        starts.append(min(max(0, start), rules.crop - length))
+        lengths.append(length)
+    (left, right), (top, bottom) = ends
+    return _resize_onto_background(image, (left, top, right, bottom), (*starts, *lengths), rules)
+
+
+def _resize_onto_background(
+    image: Image.Image, source: Box, target: tuple[int, ...], rules: Preprocess
+) -> Pixels:
+    """Resize the box *source* of *image* to *target* (left, top, width, height) of the network's input."""
+    left, top, width, height = target
+    part = image.resize((width, height), RESAMPLING[rules.interpolation], box=source)
+    if (width, height) == (rules.crop, rules.crop):
+        return np.asarray(part)
+    canvas = Image.new("RGB", (rules.crop, rules.crop), rules.background)
+    canvas.paste(part, (left, top))
+    return np.asarray(canvas)
+
+
+def changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
+    """List the conversions of a loaded *image* that its owner may not expect; see `Preprocess.changes`."""
+    transparent = False
+    if image.has_transparency_data:
+        tiles = (_to_rgba(image.crop(box)) for box in tile_boxes(image.size))
+        transparent = any(tile.getchannel("A").histogram()[255] < tile.width * tile.height for tile in tiles)
+    conversions = {
+        "alpha_flattened": transparent,
+        "exif_rotated": rules.exif_orientation and exif_orientation(image) in ROTATED,
+        "sixteen_bit_scaled": image.mode in SIXTEEN_BIT,
+    }
+    return tuple(name for name, applies in conversions.items() if applies)
