@@ -10,6 +10,7 @@ from typing import Any
 
 from sopdeploy.errors import SopdeployError
 
+FAULTS_VARIABLE = "SOPDEPLOY_FAULTS"  # see `sopdeploy_service.inference.fault_injection`
 # Products of uint8 and int8 are added in pairs in 16 bits on x86 without VNNI and saturate there. With this
 # session option ONNX Runtime stores such weights as uint8, which is exact; elsewhere it has no effect.
 EXACT_INT8 = ("session.x64quantprecision", "1")

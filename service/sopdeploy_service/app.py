@@ -6,13 +6,17 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
+from sopdeploy.errors import ConfigError
 from sopdeploy_service.api import status, v1, web
 from sopdeploy_service.api.v2 import routes as v2
 from sopdeploy_service.http import problems
 from sopdeploy_service.http.api_keys import load_keys
 from sopdeploy_service.http.body_limits import BodyLimitsMiddleware
 from sopdeploy_service.http.middleware import METRICS, OPEN, ApiKeyMiddleware, RequestContextMiddleware
+from sopdeploy_service.http.shared_spending import KEYS as MAX_SHARED_KEYS
+from sopdeploy_service.http.shared_spending import SharedSpending
 from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.inference.engine_process.client import EngineClient
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import Service
@@ -27,14 +31,21 @@ def create_app(
     *,
     faults: Faults = NO_FAULTS,
     open_trace: OpenTrace | None = None,
+    engine: EngineClient | None = None,
+    spending: SharedSpending | None = None,
 ) -> FastAPI:
-    """Create the app that serves *models* by name, each loaded by `load_model`.
+    """Create the app that serves *models* by name, each loaded by `load_model`, or those of *engine*.
 
     *store* has the bundles that clients may load later, *faults* are injected for tests, *open_trace* starts
-    the trace of a request. `app.state.service` is the `Service` of the app; it runs once, from startup to
-    shutdown. Raises `ConfigError` if the key file of *settings* cannot be used.
+    the trace of a request, *spending* is shared by the front ends of a server. `app.state.service` is the
+    `Service` of the app; it runs once, from startup to shutdown. Raises `ConfigError` if the key file of
+    *settings* cannot be used.
     """
-    service = Service(models, settings, store, faults)
+    keys = None if settings.keys is None else load_keys(settings.keys)
+    if keys is not None and spending is not None and len(keys.keys) > MAX_SHARED_KEYS:
+        raise ConfigError(f"{settings.keys}: at most {MAX_SHARED_KEYS} keys with front_ends; remove some")
+    service = Service(models, settings, store, faults, engine)
+    names = sorted({model.name for model in service.registry.models()})
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -45,7 +56,7 @@ def create_app(
     app = FastAPI(
         title="sopdeploy",
         version=version("sopdeploy"),
-        summary=" with ".join(filter(None, ("Image classification", ", ".join(sorted(models))))),
+        summary=" with ".join(filter(None, ("Image classification", ", ".join(names)))),
         lifespan=lifespan,
         redirect_slashes=False,  # a redirect would lose the image
         docs_url=None,  # FastAPI's pages load scripts from other hosts
@@ -57,10 +68,10 @@ def create_app(
     for router in (v1.router, status.router, v2.router, web.router):
         app.router.routes += router.routes  # `include_router` would add a second matching step per request
     problems.install(app)
-    if settings.keys is not None:  # the middleware that is added last runs first
+    if keys is not None:  # the middleware that is added last runs first
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS}
         app.add_middleware(
-            ApiKeyMiddleware, keys=load_keys(settings.keys), metrics=service.metrics, open_paths=open_paths
+            ApiKeyMiddleware, keys=keys, metrics=service.metrics, open_paths=open_paths, shared=spending
         )
     app.add_middleware(BodyLimitsMiddleware, settings=settings, metrics=service.metrics)
     app.add_middleware(RequestContextMiddleware, service=service, open_trace=open_trace)

@@ -24,6 +24,7 @@ from pydantic_settings import (
 )
 
 from sopdeploy.config import Count, first_problem
+from sopdeploy.environment import FAULTS_VARIABLE
 from sopdeploy.errors import ConfigError
 
 
@@ -46,11 +47,11 @@ Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 Hosts = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(_split_hosts)]
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80})$")]
 Shadow = Annotated[str, pydantic.Field(pattern=r"^[\w.-]+=(0?\.\d*[1-9]\d*|1(\.0*)?)$")]
+FrontEnds = Annotated[int, pydantic.Field(ge=1, le=64)] | Literal["auto"]
 Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(_split_commas)]
 
 PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
-FAULTS_VARIABLE = "SOPDEPLOY_FAULTS"
 WORKER_VARIABLE = "SOPDEPLOY_WORKER"  # passed by `Supervisor` to its worker processes
 PILLOW_PIXELS = 178_956_970  # Pillow rejects larger images itself
 RENAMED = {  # old name -> new name; the old names are accepted for one release
@@ -116,6 +117,9 @@ class Settings(BaseSettings):
     fast_decode_samples: Path | None = None  # directory of JPEGs for an additional check of that decoder
     parsers: Count = 2  # JSON parsing threads
     devices: Devices = ()  # one process per device: `cpu`, GPU number, UUID, MIG id; empty: this process
+    front_ends: FrontEnds = (
+        1  # per device, processes for HTTP and decoding; auto: cores / 4, at most 8 in all
+    )
     verify_key: Path | None = None  # serve only bundles signed by this public key; see `sopdeploy sign`
     runtime: RuntimeName = "auto"  # auto: the first installed one
     engine_cache: Path | None = None  # TensorRT engine cache; not set: next to the bundle
@@ -155,12 +159,17 @@ class Settings(BaseSettings):
     def _check_combinations(self) -> "Settings":
         if "cpu" in self.devices and self.runtime not in {"auto", "onnxruntime-cpu"}:
             raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
-        if self.devices and self.model_control:
+        if self.model_control and (len(self.devices) > 1 or (self.devices and self.front_ends == 1)):
             raise ValueError(
-                "model_control needs a single process; restart the server with other bundles instead"
+                "model_control needs a single device; restart the server with other bundles instead"
             )
-        if self.devices and self.health_port is not None:
-            raise ValueError("health_port needs a single process; with devices, probe the server's own port")
+        several = self.devices or self.front_ends != 1
+        if several and self.health_port is not None:
+            raise ValueError(
+                "health_port needs a single process; with devices or front_ends, probe the server's own port"
+            )
+        if self.front_ends != 1 and self.shadow is not None:
+            raise ValueError("shadow needs a single process; remove front_ends")
         if self.fast_decode_samples is not None and self.decode == "exact":
             raise ValueError(
                 "fast_decode_samples needs decode=fast or decode=nvimagecodec; exact has no check"

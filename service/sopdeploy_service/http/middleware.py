@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import ApiKeys
 from sopdeploy_service.http.problems import INTERNAL, RejectedError, reject
+from sopdeploy_service.http.shared_spending import SharedSpending
 from sopdeploy_service.inference.results import Rejection
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.metrics import Metrics
@@ -137,13 +138,20 @@ def request_id(headers: Headers) -> str:
 
 
 class TokenBucket:
-    """Holds up to *burst* tokens and gains *rate* per second; an image takes one. For one event loop."""
+    """Holds up to *burst* tokens and gains *rate* per second; an image takes one. For one event loop.
 
-    def __init__(self, rate: float, burst: int) -> None:
+    With *shared*, the other front ends take tokens of the key with this *number*, too.
+    """
+
+    def __init__(
+        self, rate: float, burst: int, shared: SharedSpending | None = None, number: int = 0
+    ) -> None:
         self._rate = rate
         self._burst = burst
         self._tokens = float(burst)
         self._filled = time.monotonic()
+        self._shared, self._number = shared, number
+        self._seen = 0.0 if shared is None else shared.others(number)
 
     def spend(self, images: int, *, check_only: bool = False) -> None:
         """Take the tokens of *images*, unless *check_only*.
@@ -160,13 +168,15 @@ class TokenBucket:
             raise RejectedError(Rejection("rate_limited", 429, message, wait))
         if not check_only:
             self._tokens -= images
+            if self._shared is not None:
+                self._shared.add(self._number, images)
 
     def headers(self) -> dict[str, str]:
         """Format the response headers; `Reset` is the time in seconds until the bucket is full."""
         self._fill()
         return {
             "RateLimit-Limit": str(self._burst),
-            "RateLimit-Remaining": str(int(self._tokens)),
+            "RateLimit-Remaining": str(max(0, int(self._tokens))),
             "RateLimit-Reset": str(math.ceil((self._burst - self._tokens) / self._rate)),
         }
 
@@ -174,6 +184,10 @@ class TokenBucket:
         now = time.monotonic()
         self._tokens = min(float(self._burst), self._tokens + (now - self._filled) * self._rate)
         self._filled = now
+        if self._shared is not None:
+            seen, self._seen = self._seen, self._shared.others(self._number)
+            if self._seen > seen:  # a front end that wrote nonsense costs at most one burst at a time
+                self._tokens -= min(self._seen - seen, float(self._burst))
 
 
 class ApiKeyMiddleware:
@@ -182,13 +196,22 @@ class ApiKeyMiddleware:
     It runs before the body of a request is read.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, metrics: Metrics, open_paths: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: ApiKeys,
+        metrics: Metrics,
+        open_paths: Collection[str],
+        shared: SharedSpending | None = None,
+    ) -> None:
         self._app = app
         self._keys = keys
         self._metrics = metrics
         self._open_paths = frozenset(open_paths)
         self._buckets = {
-            key.name: TokenBucket(key.rate, key.burst) for key in keys.keys if key.rate is not None
+            key.name: TokenBucket(key.rate, key.burst, shared, number)
+            for number, key in enumerate(keys.keys)
+            if key.rate is not None
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -19,9 +19,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.environment import FAULTS_VARIABLE
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.runtime.base import OutOfMemoryError, Runtime
-from sopdeploy_service.settings import FAULTS_VARIABLE
 
 ENTRY = re.compile(r"(engine=hang|engine=nan|engine=raise|engine=oom|decoder=die)@([1-9][0-9]{0,8})")
 SLOW = re.compile(r"engine=slow\*([1-9][0-9]{0,5})")

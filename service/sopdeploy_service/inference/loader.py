@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +22,12 @@ from sopdeploy.bundle.onnx_root import check_roots
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
 from sopdeploy.bundle.signing import check_signed, signature_path
 from sopdeploy.errors import BundleError, RuntimeUnavailableError
-from sopdeploy_service.images.loaders import FastDecode, check_fast_decode
 from sopdeploy_service.runtime.base import OutOfMemoryError, OverlappingRuntime, Runtime, padded_sizes
 from sopdeploy_service.runtime.selection import open_runtime
-from sopdeploy_service.settings import Settings
+
+if TYPE_CHECKING:  # an engine process imports no asyncio and no image library
+    from sopdeploy_service.images.loaders import FastDecode
+    from sopdeploy_service.settings import Settings
 
 SINGLE_PROBES = 2  # probes replayed alone at a start: a CUDA graph captures the first and runs the second
 LARGEST_ON_CPU = 4  # larger batches gain nothing on a CPU and delay the first image of the batch
@@ -45,12 +48,12 @@ class LoadedModel:
     runtime: Runtime
     replays: dict[int, Replay]
     timings: tuple[tuple[int, float], ...] = ()
-    fast_decode: FastDecode | None = None
+    fast_decode: "FastDecode | None" = None
     class_maps: ClassMapLayer | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> LoadedModel:
+def load_model(path: Path, settings: "Settings", *, thorough: bool = False) -> LoadedModel:
     """Load the bundle at *path* and replay its probes.
 
     Every probe runs in a batch of the largest size. `SINGLE_PROBES` of them also run alone; with *thorough*
@@ -81,7 +84,11 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
         timings = warm_up(probes, runtime, max_batch)
         replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
         moments.append(time.monotonic())
-        fast_decode = check_fast_decode(bundle, runtime, settings)
+        fast_decode = None
+        if settings.decode != "exact":
+            from sopdeploy_service.images.loaders import check_fast_decode  # noqa: PLC0415
+
+            fast_decode = check_fast_decode(bundle, runtime, settings)
         moments.append(time.monotonic())
         class_maps = read_class_maps(bundle.path, bundle.manifest)
         stack.pop_all()
@@ -172,7 +179,7 @@ def replay_overlapping(probes: Probes, runtime: OverlappingRuntime, max_batch: i
         replay(probes, run, batch=max_batch)
 
 
-def largest_batch(runtime: Runtime, settings: Settings) -> int:
+def largest_batch(runtime: Runtime, settings: "Settings") -> int:
     """Return how many images the server may put into one batch of *runtime*."""
     limit = settings.max_batch
     if limit is None:

@@ -10,9 +10,10 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sopdeploy_service.inference.latency import LatencyTable
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model_worker import ModelWorker, RequestQueue, settle
 from sopdeploy_service.inference.results import DRAINING, ENGINE_DEAD, Outcome, Prediction, Rejection
@@ -22,10 +23,6 @@ from sopdeploy_service.settings import Settings
 
 JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue was closed
 WATCH_SECONDS = 1.0  # longest time between two checks of the worker
-MIN_HANG_SECONDS = 4.0  # a clock that jumps or a machine that stalls is no hung worker
-HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
-NEW_SIZE_SECONDS = 60.0  # for the first batch of a size on a GPU, where libraries may choose kernels for it
-SMOOTHING = 0.2  # weight of the newest batch in the moving average
 
 log = logging.getLogger("sopdeploy.engine")
 
@@ -68,43 +65,6 @@ class ModelStatistics:
         for total, more in spent:
             total.count += 1
             total.seconds += more
-
-
-class LatencyTable:
-    """Moving average of the seconds of a batch, by its size."""
-
-    def __init__(self, measured: Iterable[tuple[int, float]] = ()) -> None:
-        """Start with *measured* pairs (images, seconds); the fastest of each size counts."""
-        self._seconds: dict[int, float] = {}
-        for images, seconds in measured:
-            self._seconds[images] = min(seconds, self._seconds.get(images, seconds))
-
-    def record(self, images: int, seconds: float) -> None:
-        """Include a batch of *images* that took *seconds*."""
-        old = self._seconds.get(images, seconds)
-        self._seconds[images] = old + SMOOTHING * (seconds - old)
-
-    def batch_seconds(self, images: int) -> float:
-        """Estimate the seconds of one batch of *images*; 0 before the first measurement.
-
-        A size without measurement takes the value of the next larger size, or scales the largest one.
-        """
-        known = self._seconds
-        if images in known or not known:
-            return known.get(images, 0.0)
-        largest = max(known)
-        if images > largest:
-            return known[largest] * images / largest
-        return known[min(size for size in known if size > images)]
-
-    def has_measured(self, images: int) -> bool:
-        """Tell whether a batch of exactly *images* was measured."""
-        return images in self._seconds
-
-    def total_seconds(self, images: int, max_batch: int) -> float:
-        """Estimate the seconds of *images* in batches of at most *max_batch*."""
-        full, rest = divmod(images, max_batch)
-        return full * self.batch_seconds(max_batch) + (self.batch_seconds(rest) if rest else 0.0)
 
 
 class Model:
@@ -209,11 +169,7 @@ class Model:
 
     def hang_seconds(self, images: int) -> float:
         """Compute after how many seconds a batch of *images* counts as hung."""
-        if self._timeout is not None:
-            return self._timeout
-        limit = max(MIN_HANG_SECONDS, HANG_FACTOR * self.latency.batch_seconds(images))
-        is_new = images > 0 and self._on_gpu and not self.latency.has_measured(images)
-        return max(limit, NEW_SIZE_SECONDS) if is_new else limit
+        return self._timeout or self.latency.hang_seconds(images, on_gpu=self._on_gpu)
 
     async def _watch(self) -> None:
         while not self.dead:

@@ -12,14 +12,13 @@ A batch that raises is halved until the image that causes it fails alone. An out
 only the image it belongs to.
 """
 
-import asyncio
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +34,6 @@ from sopdeploy_service.inference.results import (
     Ranking,
     Rejection,
 )
-from sopdeploy_service.observability.drift import DriftWindow
-from sopdeploy_service.observability.metrics import ModelMetrics
 from sopdeploy_service.runtime.base import (
     DeviceLostError,
     OutOfMemoryError,
@@ -45,7 +42,11 @@ from sopdeploy_service.runtime.base import (
     SelectiveRuntime,
 )
 
-if TYPE_CHECKING:  # OpenTelemetry is optional
+if TYPE_CHECKING:  # an engine process imports no HTTP or metrics library; OpenTelemetry is optional
+    import asyncio
+
+    from sopdeploy_service.observability.drift import DriftWindow
+    from sopdeploy_service.observability.metrics import ModelMetrics
     from sopdeploy_service.observability.tracing import RequestTrace
 
 MAX_FAILED_BATCHES = 5  # in a row; then a blank image tells whether the device still works
@@ -53,6 +54,15 @@ SMALLER_SECONDS = 60.0  # how long batches stay halved after the device ran out 
 
 Images = Sequence[NDArray[np.uint8]]
 Row = dict[str, NDArray[np.float32]] | Rejection
+
+
+class EventLoop(Protocol):
+    """What the worker thread uses of an event loop."""
+
+    def call_soon_threadsafe(self, callback: Callable[..., None], /, *values: Any) -> object:
+        """Run *callback* with *values* in the thread of the loop."""
+        ...
+
 
 log = logging.getLogger("sopdeploy.engine")
 
@@ -65,7 +75,7 @@ class QueuedImage:
     of class activation maps; *size* is the (width, height) of the upright image in its file.
     """
 
-    outcome: asyncio.Future[Outcome]
+    outcome: "asyncio.Future[Outcome]"
     deadline: float
     image: NDArray[np.uint8] = field(init=False, repr=False)
     warnings: tuple[str, ...] = ()
@@ -74,17 +84,29 @@ class QueuedImage:
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
     trace: "RequestTrace | None" = None
+    slot: Any = None  # shared memory for the image, if an engine process runs it
+
+    def is_over(self, now: float) -> bool:
+        """Tell whether the request has ended or its deadline has passed at *now*."""
+        return self.outcome.done() or self.deadline <= now
+
+    def settle(self, outcome: Outcome) -> None:
+        """Set the outcome unless there is one. Call it on the event loop."""
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
 
 
 @dataclass(eq=False)
 class RequestQueue:
     """Images in order of arrival. Thread-safe.
 
-    Admission counts images before they are decoded and bounds the length of the queue.
+    Admission counts images before they are decoded and bounds the length of the queue. *on_drop* gets the
+    images that leave the queue because their request is over.
     """
 
     max_delay: float = 0.0
     closed_with: Rejection | None = None
+    on_drop: Callable[[list[QueuedImage]], None] | None = None
     _items: deque[QueuedImage] = field(default_factory=deque)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -92,6 +114,18 @@ class RequestQueue:
     def is_empty(self) -> bool:
         """Whether no image is queued."""
         return not self._items
+
+    @property
+    def images_elsewhere(self) -> int:
+        """Images of other processes that run on the same device."""
+        return 0
+
+    def reserve(self, items: Sequence[QueuedImage]) -> Rejection | None:  # noqa: ARG002
+        """Reserve memory for *items* before they are decoded; return why there is none, not even for one."""
+        return None
+
+    def release(self, items: Sequence[QueuedImage]) -> None:
+        """Free what `reserve` has reserved and is not used any more."""
 
     def put(self, item: QueuedImage) -> Rejection | None:
         """Add *item*; return the rejection of a closed queue instead."""
@@ -120,9 +154,10 @@ class RequestQueue:
         with self._changed:
             while True:
                 now = time.monotonic()
-                if any(item.outcome.done() or item.deadline <= now for item in self._items):
-                    waiting = (item for item in self._items if not item.outcome.done())
-                    self._items = deque(item for item in waiting if item.deadline > now)
+                if over := [item for item in self._items if item.is_over(now)]:
+                    self._items = deque(item for item in self._items if item not in over)
+                    if self.on_drop is not None:
+                        self.on_drop(over)
                 full = len(self._items) >= max_size
                 wait = self._items[0].arrived + self.max_delay - now if self._items else None
                 closed_or_due = self.closed_with is not None if wait is None else wait <= 0
@@ -144,11 +179,10 @@ class RequestQueue:
 def settle(items: Sequence[QueuedImage], outcomes: Sequence[Outcome]) -> None:
     """Set the outcome of each of *items* that has none yet. Call it on the event loop."""
     for item, outcome in zip(items, outcomes, strict=True):
-        if not item.outcome.done():
-            item.outcome.set_result(outcome)
+        item.settle(outcome)
 
 
-def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *values: object) -> None:
+def call_soon(loop: EventLoop, function: Callable[..., None], *values: object) -> None:
     """Run *function* on *loop* from another thread; do nothing if the loop is closed."""
     try:
         loop.call_soon_threadsafe(function, *values)
@@ -169,7 +203,7 @@ class ModelWorker:
     """Runs batches of at most *max_batch* images until *queue* is closed.
 
     Calls *record_latency* with the images and seconds of each batch, on the event loop. Counts predictions in
-    *drift*.
+    *drift*. In an engine process, the front ends record metrics and drift.
     """
 
     def __init__(
@@ -177,11 +211,11 @@ class ModelWorker:
         runtime: Runtime,
         queue: RequestQueue,
         record_latency: Callable[[int, float], None],
-        metrics: ModelMetrics,
+        metrics: "ModelMetrics | None",
         *,
         outputs: Sequence[str],
         max_batch: int,
-        drift: DriftWindow | None = None,
+        drift: "DriftWindow | None" = None,
     ) -> None:
         self._runtime = runtime
         self._drift = drift
@@ -199,7 +233,7 @@ class ModelWorker:
         self.in_flight: list[_Batch] = []  # oldest first
         self.started: float | None = None  # when the oldest batch got the device to itself
 
-    def run(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) -> None:
+    def run(self, loop: EventLoop, on_end: Callable[[], None]) -> None:
         """Run batches; call *on_end* on *loop* at the end, for whatever reason. Call it in a thread."""
         try:
             while True:
@@ -232,7 +266,7 @@ class ModelWorker:
                     batch.error = error
         return bool(items)
 
-    def _complete_oldest(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _complete_oldest(self, loop: EventLoop) -> None:
         """Wait for the outputs of the oldest batch and hand them to the event loop."""
         batch = self.in_flight[0]
         images = [item.image for item in batch.items]
@@ -289,12 +323,13 @@ class ModelWorker:
             outcomes.append(Prediction(row, waited, seconds, *details))
             logits.append(row[self._outputs[0]])
         settle(items, outcomes)
-        if self._drift is not None:
+        if self._drift is not None and self._metrics is not None:
             self._drift.add(logits)
             self._metrics.drift = self._drift.latest
         self._record_latency(len(items), ended - started)
-        self._metrics.batch([started - item.arrived for item in items], self._max_batch, started, ended)
-        self._metrics.nonfinite.inc(sum(row is NONFINITE for row in rows))
+        if self._metrics is not None:
+            self._metrics.batch([started - item.arrived for item in items], self._max_batch, started, ended)
+            self._metrics.nonfinite.inc(sum(row is NONFINITE for row in rows))
         traces = [item.trace for item in items if item.trace is not None]
         if traces:
             traces[0].record_batch(traces, started, ended)

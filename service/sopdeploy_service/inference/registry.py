@@ -213,6 +213,11 @@ class ModelRegistry:
 
     def _make_model(self, name: str, loaded: LoadedModel, *, is_shadow: bool = False) -> Model:
         loaded = replace(loaded, runtime=self._faults.wrap_runtime(loaded.runtime))
+        self._count(name, loaded)
+        return Model(name, loaded, self._settings, self._metrics, is_shadow=is_shadow)
+
+    def _count(self, name: str, loaded: LoadedModel) -> None:
+        """Show *loaded* in the metrics."""
         self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, 1)
         if loaded.bundle.manifest.rejection is not None:
             self._metrics.unknown_images.labels(name)  # shows 0 before the first unknown image
@@ -222,7 +227,6 @@ class ModelRegistry:
         decision = loaded.bundle.manifest.decision
         if decision is not None and decision.reference is not None:
             self._metrics.show_drift(name)
-        return Model(name, loaded, self._settings, self._metrics, is_shadow=is_shadow)
 
     def _serve(self, name: str, loaded: LoadedModel) -> Model:
         model = self._make_model(name, loaded)
@@ -230,7 +234,7 @@ class ModelRegistry:
         before = self._by_name.get(name)
         self._by_name[name] = Versions(model, before.current if before else None)
         if before is not None and before.previous is not None:
-            self._retiring[before.previous] = asyncio.create_task(self._stop_unused(before.previous))
+            self._retire(before.previous)
         log.info("%s: now serving %s", name, model.bundle.name)
         return model
 
@@ -245,8 +249,11 @@ class ModelRegistry:
         versions = self._by_name.pop(name)
         for model in (versions.current, versions.previous):
             if model is not None:
-                self._retiring[model] = asyncio.create_task(self._stop_unused(model))
+                self._retire(model)
         log.info("%s: unloaded", name)
+
+    def _retire(self, model: Model) -> None:
+        self._retiring[model] = asyncio.create_task(self._stop_unused(model))
 
     async def _stop_unused(self, model: Model) -> None:
         """Stop *model* after the last request that uses it has its response."""

@@ -19,6 +19,8 @@ from sopdeploy.errors import ImageError
 from sopdeploy_service.images.decode import Decoded, DecodePool, EncodedImage, PoolClosedError
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.inference.engine_process.client import EngineClient
+from sopdeploy_service.inference.engine_process.remote import RemoteRegistry
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
@@ -41,7 +43,7 @@ from sopdeploy_service.settings import Settings
 
 MAX_RETRY_SECONDS = 60
 
-State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead", "loop_blocked"]
+State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead", "engine_restarting", "loop_blocked"]
 
 
 class Service:
@@ -53,11 +55,18 @@ class Service:
         settings: Settings,
         store: BundleStore | None = None,
         faults: Faults = NO_FAULTS,
+        engine: EngineClient | None = None,
     ) -> None:
+        """Serve *loaded* in this process, or the models of *engine* in its process."""
         self.settings = settings
         self.metrics = Metrics()
         self.active_requests = 0  # counted by the middleware
-        self.registry = ModelRegistry(loaded, settings, self.metrics, store, faults, self._submit)
+        self.engine = engine
+        self.registry = (
+            ModelRegistry(loaded, settings, self.metrics, store, faults, self._submit)
+            if engine is None
+            else RemoteRegistry(engine, settings, self.metrics)
+        )
         self.fetches = asyncio.Semaphore(settings.url_fetches)
         # Few threads: a JSON parser holds the interpreter lock.
         self.parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
@@ -69,10 +78,13 @@ class Service:
 
     @property
     def state(self) -> State:
-        """The health: `ok`, `draining` (also before `start`), `no_model` or `engine_dead`."""
+        """The health: `ok`, `draining` (also before `start`), `no_model` or `engine_dead`.
+
+        If an engine process is dead, another one replaces it: `engine_restarting`.
+        """
         models = self.registry.models()
         if any(model.dead for model in models):
-            return "engine_dead"
+            return "engine_dead" if self.engine is None else "engine_restarting"
         if self._draining:
             return "draining"
         return "ok" if models else "no_model"
@@ -80,6 +92,8 @@ class Service:
     def start(self) -> None:
         """Start the threads and accept requests."""
         self.registry.start()
+        if self.engine is not None:
+            self.engine.start()
         self._decoders.start()
         self._draining = False
 
@@ -98,6 +112,8 @@ class Service:
         self._decoders.stop()
         self.parsers.shutdown(wait=False, cancel_futures=True)
         await self.registry.stop()
+        if self.engine is not None:
+            self.engine.stop()
 
     def check_admission(self, model: Model, deadline: float) -> Rejection | None:
         """Check, before its body is read, whether a request can meet its *deadline*."""
@@ -105,10 +121,11 @@ class Service:
             return ENGINE_DEAD
         if self._draining:
             return DRAINING
-        rejection = self.check_queue(model)
+        rejection = self.check_queue(model) or model.queue.reserve(())
         # An idle worker is always tried: an estimate that rejects everything could never be corrected.
-        if rejection is None and self.admitted:
-            end = time.monotonic() + model.latency.total_seconds(self.admitted + 1, model.largest_batch)
+        images = self.admitted + model.queue.images_elsewhere
+        if rejection is None and images:
+            end = time.monotonic() + model.latency.total_seconds(images + 1, model.largest_batch)
             return TOO_LATE if end > deadline else None
         return rejection
 
@@ -116,7 +133,8 @@ class Service:
         """Return why *images* more cannot be admitted now, or None."""
         if self.admitted + images <= self.settings.queue_size:
             return None
-        seconds = math.ceil(model.latency.total_seconds(self.admitted, model.largest_batch))
+        waiting = self.admitted + model.queue.images_elsewhere
+        seconds = math.ceil(model.latency.total_seconds(waiting, model.largest_batch))
         retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
         return Rejection("queue_full", 429, "the queue is full; retry later", retry_after)
 
@@ -141,7 +159,7 @@ class Service:
             return rejection
         context.images += len(images)
         if context.rate_limit is not None:
-            context.rate_limit.spend(len(images))
+            context.rate_limit.spend(len(images), check_only=True)
         loop = asyncio.get_running_loop()
         items = [
             QueuedImage(
@@ -149,6 +167,11 @@ class Service:
             )
             for _ in images
         ]
+        rejection = model.queue.reserve(items)
+        if rejection is not None:
+            return rejection
+        if context.rate_limit is not None:
+            context.rate_limit.spend(len(images))
         timer = loop.call_later(deadline - started, model.queue.reject, items, DEADLINE)
         self.admitted += len(items)
         try:
@@ -160,6 +183,7 @@ class Service:
             raise
         finally:
             self.admitted -= len(items)
+            model.queue.release(items)
             timer.cancel()
         stages = _record_stages(context, items, outcomes)
         result = DEADLINE if any(outcome is DEADLINE for outcome in outcomes) else outcomes

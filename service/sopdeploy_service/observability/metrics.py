@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
-from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
 from sopdeploy.bundle.folder import Bundle
@@ -154,10 +153,22 @@ class ModelMetrics:
         self._lock = threading.Lock()
         self.runs: deque[tuple[float, float]] = deque()  # (started, ended) of the last batches
 
-    def batch(self, waited: Sequence[float], max_batch: int, started: float, ended: float) -> None:
-        """Count a batch that ran from *started* to *ended*; its images *waited* so many seconds."""
-        self._size.observe(len(waited))
-        self._close.labels(self._model, "full" if len(waited) == max_batch else "idle").inc()
+    def batch(
+        self,
+        waited: Sequence[float],
+        max_batch: int,
+        started: float,
+        ended: float,
+        *,
+        images: int | None = None,
+    ) -> None:
+        """Count a batch that ran from *started* to *ended*; its images *waited* so many seconds.
+
+        *images* is the size of a batch with images of other processes, which count their own waiting.
+        """
+        images = len(waited) if images is None else images
+        self._size.observe(images)
+        self._close.labels(self._model, "full" if images == max_batch else "idle").inc()
         with self._lock:
             self.runs.append((started, ended))
             while self.runs[0][1] < ended - WINDOW_SECONDS:
@@ -225,17 +236,21 @@ async def collect(workers: Mapping[str, Connect], headers: Mapping[str, str]) ->
 
 
 def merge(pages: Mapping[str, str | None]) -> bytes:
-    """Merge *pages* of metrics by device (None: worker down); add `device` and `sopdeploy_worker_up`."""
-    up = GaugeMetricFamily(
-        "sopdeploy_worker_up", "Whether the process of a device answers", labels=("device",)
-    )
+    """Merge *pages* of metrics by process (None: it is down); add labels and `sopdeploy_worker_up`.
+
+    The process of a device has the label `device`. A front end is called `DEVICE:NUMBER`; its label `process`
+    has the number, and without devices there is no label `device`.
+    """
+    up = Metric("sopdeploy_worker_up", "Whether the process of a device, or a front end, answers", "gauge")
     families: dict[str, Metric] = {}
-    for device, page in pages.items():
-        up.add_metric((device,), float(page is not None))
+    for name, page in pages.items():
+        device, _, process = name.partition(":")
+        added = {key: value for key, value in (("device", device), ("process", process)) if value}
+        up.add_sample(up.name, added, float(page is not None))
         for family in text_string_to_metric_families(page or ""):
             merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             merged.samples += [
-                sample._replace(labels={**sample.labels, "device": device}) for sample in family.samples
+                sample._replace(labels={**sample.labels, **added}) for sample in family.samples
             ]
     pages_merged = SimpleNamespace(collect=lambda: [up, *families.values()])
     return generate_latest(cast(CollectorRegistry, pages_merged))  # which calls only `collect`

@@ -4,6 +4,8 @@
 the server ends with an error instead of silently using the CPU.
 """
 
+from typing import TYPE_CHECKING
+
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.base import Runtime
@@ -15,10 +17,12 @@ from sopdeploy_service.runtime.onnxruntime import (
     has_cuda,
 )
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime, is_set_up
-from sopdeploy_service.settings import Settings
+
+if TYPE_CHECKING:  # its library imports asyncio, which an engine process does not need
+    from sopdeploy_service.settings import Settings
 
 
-def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
+def open_runtime(bundle: Bundle, settings: "Settings") -> Runtime:
     """Open the runtime that *settings* name, or for `auto` the first one that is set up here.
 
     Raises `RuntimeUnavailableError` if the runtime cannot run *bundle*.

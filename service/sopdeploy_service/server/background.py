@@ -38,8 +38,9 @@ class BackgroundServer:
         Raises `ConfigError` if it cannot listen, and what `BundleStore`, `open_bundle` and `load_model`
         raise.
         """
-        if settings.devices:
-            raise ConfigError("devices: not in the background; start `sopdeploy serve` with these devices")
+        if settings.devices or settings.front_ends != 1:
+            name = "devices" if settings.devices else "front_ends"
+            raise ConfigError(f"{name}: not in the background; start `sopdeploy serve` with it")
         for path in BundleStore(sources).bundles.values():
             open_bundle(path)  # errors of bundles are raised here with their own type
         self.bundles: tuple[str, ...] = ()

@@ -29,14 +29,17 @@ from prometheus_client import generate_latest
 
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.app import create_app
+from sopdeploy_service.http.shared_spending import SharedSpending
 from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.inference.engine_process.client import EngineClient
 from sopdeploy_service.inference.fault_injection import faults_from_environment
-from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.logs import Timeline
 from sopdeploy_service.observability.request_context import open_tracing
 from sopdeploy_service.server.balancing import Balancer, join_group, receive
+from sopdeploy_service.server.front_ends import count_front_ends
 from sopdeploy_service.server.health_port import LoopWatch, health_app, run_in_thread
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
 from sopdeploy_service.server.memory import IdleTrigger, limit_heaps
@@ -57,13 +60,16 @@ log = logging.getLogger("sopdeploy.server")
 class Inherited:
     """What a process gets from its supervisor: the socket to listen on and its place among other processes.
 
-    *siblings* are the places of all processes by device, *inbox* receives connections from them.
+    *siblings* are the places of all processes by name, *inbox* receives connections from them. A front end
+    has a *broker*; all processes share *spending*.
     """
 
     listener: socket.socket
     siblings: dict[str, int] = field(default_factory=dict)
     balancer: Balancer | None = None
     inbox: socket.socket | None = None
+    broker: socket.socket | None = None  # brings the channel to an engine process
+    spending: SharedSpending | None = None
 
 
 def serve(sources: Sequence[str | Path], settings: Settings) -> int:
@@ -74,9 +80,10 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     runtime died. Raises `ConfigError` if it cannot listen, for invalid keys or `SOPDEPLOY_FAULTS`, and if
     tracing is not installed; further what `BundleStore` and `load_model` raise.
     """
-    if settings.devices:
+    count = count_front_ends(settings) * max(1, len(settings.devices))
+    if settings.devices or count > 1:
         with ExitStack() as stack:
-            listeners = bind_group(settings.host, settings.port, len(settings.devices))
+            listeners = bind_group(settings.host, settings.port, count)
             for listener in listeners:
                 stack.enter_context(listener)
             stack.enter_context(logs.configured(settings))
@@ -98,20 +105,33 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, inherited: Inher
         health = None
         if settings.health_port is not None:
             health = stack.enter_context(bind(settings.host, settings.health_port))
-        store = BundleStore(sources)
-        models = {name: load_model(path, settings) for name, path in store.bundles.items()}
-        timeline.add(model.seconds for model in models.values())
-        names = " ".join(model.bundle.name for model in models.values())
+        models: dict[str, LoadedModel] = {}
+        store, engine = None, None
+        if inherited.broker is not None:
+            engine = EngineClient(inherited.broker)
+            engine.connect()
+            timeline.mark("engine")
+        else:
+            store = BundleStore(sources)
+            models = {name: load_model(path, settings) for name, path in store.bundles.items()}
+            timeline.add(model.seconds for model in models.values())
         app = create_app(
-            models, settings, store if settings.model_control else None, faults=faults, open_trace=open_trace
+            models,
+            settings,
+            store if settings.model_control else None,
+            faults=faults,
+            open_trace=open_trace,
+            engine=engine,
+            spending=inherited.spending,
         )
-        del models  # a model that is replaced later must be freed
         if inherited.balancer is not None:
             app.state.siblings = {
                 name: functools.partial(inherited.balancer.connect, place)
                 for name, place in inherited.siblings.items()
             }
         service: Service = app.state.service
+        names = " ".join(model.bundle.name for model in models.values() or service.registry.models())
+        del models  # a model that is replaced later must be freed
         ready = f"ready: {url(inherited.listener)}  {names}"
         server = DrainingServer(http_config(app, settings, inherited), service, ready, timeline, inherited)
         if health is not None:
@@ -299,11 +319,15 @@ def main() -> int:
         siblings=order["siblings"],
         balancer=balancer,
         inbox=inbox,
+        broker=socket.socket(fileno=order["broker"]) if "broker" in order else None,
+        spending=SharedSpending(*order["spending"]) if "spending" in order else None,
     )
     try:
         return serve_on(order["sources"], Settings(**{**order["settings"], "devices": ()}), inherited)
+    except ConnectionError:  # the supervisor has ended, or cannot start an engine
+        return 1
     except SopdeployError as problem:
-        sys.stderr.write(f"error: device {order['name']}: {problem} [{problem.code}]\n")
+        sys.stderr.write(f"error: device {order['name'] or 'default'}: {problem} [{problem.code}]\n")
         return USER_ERROR
 
 

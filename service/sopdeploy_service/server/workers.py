@@ -1,7 +1,8 @@
-"""`serve --devices 0,1`: one process per device behind one port, restarted when it dies.
+"""`serve --devices 0,1 --front-ends 4`: processes behind one port, restarted when they die.
 
-A runtime belongs to one process, so several GPUs need several processes. `balancing` distributes the
-connections and opens those over which the processes collect each other's metrics.
+A runtime belongs to one process, so several GPUs need several processes: one per device, or an engine process
+and several front ends per device (`front_ends`). `balancing` distributes the connections over the processes
+that serve HTTP and opens those over which they collect each other's metrics.
 """
 
 import itertools
@@ -22,7 +23,10 @@ from types import FrameType
 from typing import Any, TextIO, cast
 
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.http.shared_spending import SharedSpending
+from sopdeploy_service.inference.engine_process.main import LOG
 from sopdeploy_service.server.balancing import Group, inherited_files
+from sopdeploy_service.server.front_ends import EngineGroup, Peer, share_limits
 from sopdeploy_service.server.sockets import url
 from sopdeploy_service.settings import WORKER_VARIABLE, Settings
 
@@ -30,6 +34,8 @@ USER_ERROR = 2
 STABLE_SECONDS = 60.0  # a worker that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 30.0
 RELAY_SECONDS = 0.05  # how long a connection to a process that is not running waits at most
+SERVER = "sopdeploy_service.server.process"
+ENGINE = "sopdeploy_service.inference.engine_process.main"
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 log = logging.getLogger("sopdeploy.supervisor")
@@ -37,29 +43,45 @@ log = logging.getLogger("sopdeploy.supervisor")
 
 @dataclass(slots=True)
 class Worker:
-    """One device and its process; *name* is unique even if several workers share a device.
+    """A process for one device; *name* is unique even if several workers share a device.
 
-    *variables* are the environment and *settings* the settings in which it differs from the others.
+    *variables* are the environment and *settings* the settings in which it differs from the others. *place*
+    counts the processes that have a *listener*; an engine process has none.
     """
 
     name: str
-    place: int
     variables: Mapping[str, str]
     settings: Mapping[str, str]
-    listener: socket.socket
+    place: int = -1
+    listener: socket.socket | None = None
+    engine: EngineGroup | None = None
+    peer: Peer | None = None  # this process in the group of its engine
     child: subprocess.Popen[str] | None = None
     bundles: str | None = None  # printed by the process when it is ready
     early_deaths: int = 0
     thread: threading.Thread | None = field(default=None, repr=False)
 
+    @property
+    def is_engine(self) -> bool:
+        """Whether this is an engine process, which serves front ends only."""
+        return self.listener is None
+
+    @property
+    def title(self) -> str:
+        """What log lines call this process."""
+        device, _, front_end = self.name.partition(":")
+        parts = [f"device {device}"] if device else []
+        parts += [f"front end {front_end}"] if front_end else ["engine"] if self.is_engine else []
+        return ", ".join(parts)
+
 
 class Supervisor:
-    """Runs one worker process per device until a signal arrives."""
+    """Runs the processes of all devices until a signal arrives."""
 
     def __init__(
         self, sources: Sequence[str | Path], settings: Settings, listeners: Sequence[socket.socket]
     ) -> None:
-        """Prepare one process per device, which listens on its own one of *listeners*."""
+        """Prepare one process for each of *listeners*, and engine processes if these are front ends."""
         self._sources = [str(source) for source in sources]
         self._settings = settings
         self._listeners = listeners
@@ -72,6 +94,8 @@ class Supervisor:
         self._announced = False
         self._code = 0
         self._workers: list[Worker] = []
+        self._engines: list[EngineGroup] = []
+        self._spending = -1  # memory of the front ends' rate limits
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; 0 after a drain, 2 if a worker cannot start at all.
@@ -80,13 +104,13 @@ class Supervisor:
         """
         with ExitStack() as stack:
             stack.callback(self._group.close)
-            devices = self._settings.devices
-            for place, device in enumerate(devices):
-                name = device if devices.count(device) == 1 else f"{device}-{place}"
-                settings = {"runtime": "onnxruntime-cpu"} if device == "cpu" else {}
-                self._workers.append(
-                    Worker(name, place, visible_devices(device), settings, self._listeners[place])
-                )
+            devices = self._settings.devices or ("",)
+            for position, device in enumerate(devices):
+                name = device if devices.count(device) == 1 else f"{device}-{position}"
+                self._add_device(name, device, len(self._listeners) // len(devices))
+            if len(self._listeners) > 1:
+                self._spending = SharedSpending.create(len(self._listeners))
+                stack.callback(os.close, self._spending)
             for number in (signal.SIGTERM, signal.SIGINT):
                 stack.callback(signal.signal, number, signal.signal(number, self._stop))
             reading, writing = os.pipe()  # closed when this process ends, however it ends
@@ -96,7 +120,9 @@ class Supervisor:
                 worker.thread.start()
             relay = threading.Thread(target=self._relay, daemon=True)
             relay.start()
-            for worker in self._workers:
+            for worker in sorted(self._workers, key=lambda worker: worker.is_engine):
+                if worker.is_engine and worker.engine is not None:  # all front ends have ended
+                    worker.engine.close()
                 while worker.thread is not None and worker.thread.is_alive():
                     worker.thread.join(0.2)  # wake up often enough to handle signals
             self._stopping.set()
@@ -104,12 +130,31 @@ class Supervisor:
             os.close(reading)
         return self._code
 
+    def _add_device(self, name: str, device: str, processes: int) -> None:
+        """Add the process of *device*, or its engine process and so many front ends."""
+        variables = visible_devices(device) if device else {}
+        settings = {"runtime": "onnxruntime-cpu"} if device == "cpu" else {}
+        peers: list[Peer | None] = [None]
+        group = None
+        if processes > 1:
+            front_ends = [Peer(f"{name}:{number}") for number in range(processes)]
+            group, peers = EngineGroup(Peer(name), front_ends), [*front_ends]
+            self._engines.append(group)
+            self._workers.append(Worker(name, variables, settings, engine=group, peer=group.engine))
+            settings = {**settings, **share_limits(self._settings, len(self._listeners))}
+        for peer in peers:
+            place = sum(not worker.is_engine for worker in self._workers)
+            title, listener = name if peer is None else peer.name, self._listeners[place]
+            self._workers.append(Worker(title, variables, settings, place, listener, group, peer))
+
     def _stop(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._stopping.set()
         with self._starting:
             for listener in self._listeners:
                 listener.close()  # each worker closes its own, after accepting pending connections
             for worker in self._workers:
+                if worker.is_engine:  # ends after the front ends
+                    continue
                 if worker.child is not None and worker.child.poll() is None:
                     worker.child.send_signal(signal.SIGTERM)
 
@@ -120,7 +165,9 @@ class Supervisor:
                 if self._stopping.is_set():
                     return
                 for worker in self._workers:
-                    if worker.bundles is not None and not self._balancer.accepts(worker.place):
+                    if worker.bundles is None or worker.listener is None:
+                        continue
+                    if not self._balancer.accepts(worker.place):
                         inbox = self._group.inboxes[worker.place].reads
                         self._balancer.relay(worker.place, worker.listener, inbox)
 
@@ -135,8 +182,12 @@ class Supervisor:
                 for line in output:
                     if line.startswith("ready: "):
                         self._ready(worker, line.split(maxsplit=2)[2].strip())
+                    elif line.startswith(LOG):
+                        name, level, text = json.loads(line.removeprefix(LOG))
+                        logging.getLogger(name).log(level, text)
             code = child.wait()
-            self._balancer.leave(worker.place)
+            if not worker.is_engine:
+                self._balancer.leave(worker.place)
             if self._stopping.is_set():
                 return
             if code == USER_ERROR and not self._announced:
@@ -145,27 +196,37 @@ class Supervisor:
                 return
             early = time.monotonic() - started < STABLE_SECONDS
             worker.early_deaths = worker.early_deaths + 1 if early else 0
-            delay = min(MAX_RESTART_DELAY_SECONDS, 2.0**worker.early_deaths - 1)
-            log.error("device %s: process exited with code %d; restart in %.0f s", worker.name, code, delay)
+            delay = min(MAX_RESTART_DELAY_SECONDS, 2.0 ** max(0, worker.early_deaths - 1) - 1)
+            log.error("%s: process exited with code %d; restart in %.0f s", worker.title, code, delay)
             self._stopping.wait(delay)
 
     def _spawn(self, worker: Worker, lifeline: int) -> subprocess.Popen[str]:
-        order = {
+        order: dict[str, Any] = {
             "sources": self._sources,
             "settings": {**self._settings.model_dump(mode="json"), **worker.settings},
             "name": worker.name,
-            "listener": worker.listener.fileno(),
-            "lifeline": lifeline,
-            "siblings": {other.name: other.place for other in self._workers},
-            "group": self._group.order(worker.place),
         }
-        return start_process(order, worker.variables)
+        if worker.listener is not None:
+            order |= {"listener": worker.listener.fileno(), "lifeline": lifeline}
+            order["siblings"] = {other.name: other.place for other in self._workers if not other.is_engine}
+            order["group"] = self._group.order(worker.place)
+            if len(self._listeners) > 1:
+                order["spending"] = (self._spending, worker.place, len(self._listeners))
+        if worker.engine is None or worker.peer is None:
+            return start_process(order, worker.variables)
+        with worker.engine.open_broker(worker.peer) as broker:
+            order["broker"] = broker.fileno()
+            child = start_process(order, worker.variables)
+        worker.engine.started(worker.peer, child)
+        return child
 
     def _ready(self, worker: Worker, bundles: str) -> None:
+        if worker.is_engine and worker.engine is not None:
+            worker.engine.engine_ready()
         with self._changed:
             worker.bundles = bundles
             if self._announced or any(other.bundles is None for other in self._workers):
-                log.info("device %s: ready", worker.name)
+                log.info("%s: ready", worker.title)
                 return
             self._announced = True
             sys.stdout.write(f"ready: {self._url}  {bundles}\n")
@@ -197,14 +258,19 @@ def visible_devices(device: str, environment: Mapping[str, str] = os.environ) ->
 def start_process(
     order: Mapping[str, Any], variables: Mapping[str, str], *, stderr: int | None = None
 ) -> subprocess.Popen[str]:
-    """Start a process that serves what *order* says and stops when `lifeline` closes; see `process.main`."""
-    shared = inherited_files(order["group"]) if order["group"] else ()
+    """Start a process that serves what *order* says and stops when `lifeline` closes; see `process.main`.
+
+    An order without a listening socket is one for an engine process.
+    """
+    files = [order[name] for name in ("listener", "lifeline", "broker") if name in order]
+    files += inherited_files(order["group"]) if order.get("group") else ()
+    files += order["spending"][:1] if "spending" in order else ()
     return subprocess.Popen(
-        [sys.executable, "-m", "sopdeploy_service.server.process"],
+        [sys.executable, "-m", SERVER if "listener" in order else ENGINE],
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
         start_new_session=True,  # Ctrl-C reaches this process only, which forwards it
-        pass_fds=(order["listener"], order["lifeline"], *shared),
+        pass_fds=files,
         env={**os.environ, **variables, WORKER_VARIABLE: json.dumps(order)},
     )

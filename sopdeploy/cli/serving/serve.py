@@ -35,6 +35,12 @@ def serve(
             help="One process per device: `0,1`, UUIDs, MIG ids or `cpu`. [dim]default: one process[/dim]"
         ),
     ] = None,
+    front_ends: Annotated[
+        str | None,
+        typer.Option(
+            help="Processes per device for HTTP and decoding, or `auto`. [dim]default: one for all[/dim]"
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the runtime.")] = None,
     max_batch: Annotated[int | None, typer.Option(min=1, help="Largest batch.")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(min=1, help="Largest request body.")] = None,
@@ -87,6 +93,7 @@ def serve(
                 port=port,
                 runtime=runtime,
                 devices=devices,
+                front_ends=front_ends,
                 threads=threads,
                 max_batch=max_batch,
                 max_body_bytes=max_body_bytes,

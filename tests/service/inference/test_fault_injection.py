@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.inference import fault_injection, model
+from sopdeploy_service.inference import fault_injection, latency, model
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, InjectedError, parse_faults
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.observability.metrics import Metrics
@@ -151,7 +151,7 @@ def test_a_hung_model_is_detected_and_every_request_gets_a_response(serve, jpeg,
     )
     with serve("engine=hang@2", max_batch=1) as client, ThreadPoolExecutor(6) as pool:
         assert client.post("/v1/classify", content=jpeg).status_code == 200
-        monkeypatch.setattr(model, "MIN_HANG_SECONDS", 0.2)  # only now: the first batch may be slow
+        monkeypatch.setattr(latency, "MIN_HANG_SECONDS", 0.2)  # only now: the first batch may be slow
         replies = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(6)]
         until(lambda: client.get("/readyz").status_code != 200, 60)
         assert {reply.result().json()["code"] for reply in replies} == {"engine_dead"}

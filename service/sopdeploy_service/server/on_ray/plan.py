@@ -144,6 +144,8 @@ def check(settings: Settings) -> None:
         raise ConfigError(
             "devices: Ray assigns a device to each replica; use --gpus-per-replica and --replicas"
         )
+    if settings.front_ends != 1:
+        raise ConfigError("front_ends: a replica is one process; use --replicas")
     if settings.health_port is not None:
         raise ConfigError(
             "health_port: replicas of one machine would conflict; Ray checks their health itself"

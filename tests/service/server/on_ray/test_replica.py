@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from sopdeploy.environment import FAULTS_VARIABLE
 from sopdeploy.errors import ConfigError, ParityError, RuntimeUnavailableError, SopdeployError
 from sopdeploy_service.server.on_ray.replica import Replica
-from sopdeploy_service.settings import FAULTS_VARIABLE
 
 MakeBundle = Callable[..., Path]
 

@@ -1,0 +1,122 @@
+"""`front_ends` above 1: an engine process per device and several front ends, connected by the supervisor.
+
+Both kinds of processes keep a socket to the supervisor, the broker. Whenever a front end or an engine has
+started, the supervisor creates a channel and sends one end to each. So a front end needs no right to open
+sockets, and either side can be replaced while the other runs.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sopdeploy_service.inference.engine_process.channel import open_pair
+from sopdeploy_service.settings import Settings
+
+ENGINE_SECONDS = 5.0  # without a heartbeat, before an engine process is killed
+MAX_AUTO, CORES_PER_FRONT_END = 8, 4
+
+log = logging.getLogger("sopdeploy.supervisor")
+
+
+def count_front_ends(settings: Settings) -> int:
+    """Return the number of front ends per device; `auto` is a quarter of the cores, at most 8, over all."""
+    if settings.front_ends != "auto":
+        return settings.front_ends
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    devices = max(1, len(settings.devices))
+    return max(1, min(MAX_AUTO, cores // CORES_PER_FRONT_END) // devices)
+
+
+def share_limits(settings: Settings, front_ends: int) -> dict[str, str]:
+    """Divide the limits of the whole server among its *front_ends*."""
+    return {
+        "queue_size": str(max(1, settings.queue_size // front_ends)),
+        "max_upload_bytes": str(settings.max_upload_bytes // front_ends),
+    }
+
+
+@dataclass(eq=False)
+class Peer:
+    """A process of a group; *broker* is the supervisor's end of its socket."""
+
+    name: str
+    broker: socket.socket | None = None
+    child: "subprocess.Popen[str] | None" = None
+
+
+@dataclass
+class EngineGroup:
+    """The engine process of one device and its front ends. Thread-safe."""
+
+    engine: Peer
+    front_ends: Sequence[Peer]
+    _engine_ready: bool = False
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def open_broker(self, peer: Peer) -> socket.socket:
+        """Create the broker of a process that is about to start; return the end of that process."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with self._lock:
+            if peer.broker is not None:
+                peer.broker.close()
+            peer.broker = ours
+            if peer is self.engine:
+                self._engine_ready = False
+        return theirs
+
+    def started(self, peer: Peer, child: "subprocess.Popen[str]") -> None:
+        """Connect a front end that has started, unless its engine has not."""
+        with self._lock:
+            peer.child = child
+            if peer is not self.engine and self._engine_ready:
+                self._connect(peer)
+
+    def engine_ready(self) -> None:
+        """Connect all front ends to the engine and watch its heartbeat from now on."""
+        with self._lock:
+            self._engine_ready = True
+            for peer in self.front_ends:
+                self._connect(peer)
+            watched = self.engine.broker, self.engine.child
+        threading.Thread(target=self._watch, args=watched, name="engine watch", daemon=True).start()
+
+    def close(self) -> None:
+        """Close the brokers, which ends the engine."""
+        with self._lock:
+            for peer in (self.engine, *self.front_ends):
+                if peer.broker is not None:
+                    peer.broker.close()
+                    peer.broker = None
+
+    def _connect(self, peer: Peer) -> None:
+        if peer.broker is None or self.engine.broker is None:
+            return
+        with contextlib.ExitStack() as stack:
+            ends = [stack.enter_context(end) for end in open_pair()]
+            with contextlib.suppress(OSError):  # one of them has just died; it will be started again
+                socket.send_fds(peer.broker, [b"engine"], [ends[0].fileno()])
+                socket.send_fds(self.engine.broker, [peer.name.encode()], [ends[1].fileno()])
+
+    def _watch(self, broker: socket.socket, child: "subprocess.Popen[str]") -> None:
+        """Kill an engine without heartbeats, and front ends that it reports."""
+        broker.settimeout(ENGINE_SECONDS)
+        while True:
+            try:
+                message = broker.recv(1000).decode()
+            except TimeoutError:
+                log.error("the engine process %d hangs; it is killed", child.pid)
+                child.kill()
+                return
+            except OSError:
+                return
+            if not message:
+                return
+            if message.startswith("replace "):
+                for peer in self.front_ends:
+                    if peer.name == message.removeprefix("replace ") and peer.child is not None:
+                        peer.child.kill()

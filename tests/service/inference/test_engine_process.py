@@ -1,0 +1,418 @@
+"""Front ends and an engine in threads of this process, connected as real processes are."""
+
+import contextlib
+import gc
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+
+from sopdeploy.bundle.class_maps import read_class_maps
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy_service.http.middleware import TokenBucket
+from sopdeploy_service.http.problems import RejectedError
+from sopdeploy_service.http.shared_spending import SharedSpending
+from sopdeploy_service.inference.engine_process import client as client_module
+from sopdeploy_service.inference.engine_process.channel import RECORD, Kind, open_pair
+from sopdeploy_service.inference.engine_process.client import EngineClient
+from sopdeploy_service.inference.engine_process.engine import Engine
+from sopdeploy_service.inference.engine_process.models import EngineModel, ModelTable
+from sopdeploy_service.inference.engine_process.slots import PAGE, Request, Slots, slot_bytes
+from sopdeploy_service.inference.fault_injection import NO_FAULTS
+from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.runtime.fake import FakeRuntime
+from sopdeploy_service.settings import Settings
+from tests.service.conftest import Client, GatedRuntime, running
+from tests.service.held import Held
+
+
+@dataclass
+class Group:
+    """An engine and what connects front ends to it, as the supervisor does."""
+
+    table: ModelTable
+    settings: Settings
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def start(self) -> None:
+        self.broker, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.engine = Engine(self.table, theirs)
+        self.thread = threading.Thread(target=self.engine.run, daemon=True)
+        self.thread.start()
+
+    def connect(self, name: str = "0") -> EngineClient:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.stack.enter_context(ours)
+        client = EngineClient(theirs)
+        self.reconnect(ours, name)
+        client.connect()
+        self.fronts = ours
+        return client
+
+    def reconnect(self, broker: socket.socket, name: str = "0") -> None:
+        ends = open_pair()
+        socket.send_fds(self.broker, [name.encode()], [ends[0].fileno()])
+        socket.send_fds(broker, [b"engine"], [ends[1].fileno()])
+        for end in ends:
+            end.close()
+
+    def stop(self) -> None:
+        self.engine.stop()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        self.broker.close()
+
+
+def fake_table(models: dict[str, LoadedModel], settings: Settings) -> SimpleNamespace:
+    numbered = {
+        name: [EngineModel(name, number, loaded, settings)]
+        for number, (name, loaded) in enumerate(models.items(), 1)
+    }
+    return SimpleNamespace(models=lambda: numbered, change=lambda *_: None)
+
+
+@pytest.fixture
+def group(bundle: Bundle) -> Iterator[Callable[..., Group]]:
+    with ExitStack() as stack:
+
+        def make(runtime: Runtime | None = None, used: Bundle = bundle, **settings: object) -> Group:
+            chosen = Settings(max_queue_delay_ms=0, **settings)
+            if runtime is None:
+                table = ModelTable([bundle.path], chosen, NO_FAULTS)
+            else:
+                maps = read_class_maps(used.path, used.manifest)
+                loaded = LoadedModel(bundle=used, runtime=runtime, replays={}, class_maps=maps)
+                table = fake_table({"tiny": loaded}, chosen)
+            made = Group(table, chosen)
+            made.start()
+            stack.callback(made.stack.close)
+            stack.callback(made.stop)
+            return made
+
+        yield make
+
+
+@contextmanager
+def front_end(group: Group, bundle: Bundle, **changes: object) -> Iterator[Client]:
+    """A server without a runtime of its own."""
+    engine = group.connect()
+    settings = group.settings.model_copy(update=changes)
+    with running(FakeRuntime(classes=7), bundle, settings, names=(), engine=engine) as client:
+        client.engine = engine
+        yield client
+
+
+def test_a_front_end_answers_as_a_single_process_does(
+    group, bundle, onnx_runtime, jpeg, make_picture
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    tensor = {"name": "images", "datatype": "UINT8", "shape": pixels.shape, "data": pixels.ravel().tolist()}
+    requests = [
+        ("POST", "/v1/classify", {"content": jpeg}),
+        (
+            "POST",
+            "/v1/classify",
+            {"files": [("image", jpeg), ("image", b"no"), ("image", make_picture(kind="PNG"))]},
+        ),
+        ("POST", "/v2/models/tiny/infer", {"json": {"inputs": [tensor]}}),
+        ("GET", "/info", {}),
+        ("GET", "/v1/card", {}),
+        ("GET", "/v2/models/tiny", {}),
+        ("GET", "/v2/models/tiny/config", {}),
+        ("GET", "/readyz", {}),
+        ("POST", "/v1/models/tiny/rollback", {}),
+    ]
+    shared = group()
+    with front_end(shared, bundle) as remote, running(onnx_runtime, bundle, Settings()) as local:
+        for method, path, body in requests:
+            found, expected = (client.request(method, path, **body) for client in (remote, local))
+            assert (found.status_code, found.json()) == (expected.status_code, expected.json()), path
+        assert remote.get("/selftest").json()["deviation"] == {"logits": 0.0}
+        page = remote.get("/metrics").text
+        assert 'sopdeploy_batch_size_sum{model="tiny"} 9.0' in page  # of five requests with nine images
+        assert remote.engine.num_free == 256
+        assert remote.engine.waiting() == ()
+
+
+def test_feature_maps_and_gates_return_through_the_slot(group, gated_bundle, jpeg) -> None:
+    shared = group(GatedRuntime(classes=7), gated_bundle)
+    with front_end(shared, gated_bundle) as client:
+        answer = client.post("/v1/classify?gates=true", content=jpeg)
+        assert sum(gate["weight"] > 0 for gate in answer.json()["gates"]) >= 1
+        assert client.get("/v1/card").json()["text"].startswith("# tiny")
+
+
+def test_a_load_and_a_rollback_reach_every_front_end_before_the_answer(
+    bundle, make_bundle, tmp_path, jpeg
+) -> None:
+    first = make_bundle(tmp_path)
+    settings = Settings(model_control=True)
+    shared = Group(ModelTable([first], settings, NO_FAULTS), settings)
+    shared.start()
+    with shared.stack, ExitStack() as stack:
+        stack.callback(shared.stop)
+        clients = [stack.enter_context(front_end(shared, bundle)) for _ in range(2)]
+        second = make_bundle(tmp_path, seed=2)
+        digests = {path.name.rpartition("-")[2] for path in (first, second)}
+        before = clients[0].post("/v1/classify", content=jpeg).headers["x-model-digest"]
+        assert clients[0].post("/v2/repository/models/tiny/load").status_code == 200
+        after = [client.post("/v1/classify", content=jpeg).headers["x-model-digest"] for client in clients]
+        assert {before, *after} == digests
+        assert after[0] == after[1]
+        assert clients[1].post("/v1/models/tiny/rollback").json()["id"] == before
+        assert [client.get("/info").json()["models"][0]["id"] for client in clients] == [before] * 2
+        assert (
+            clients[0].post("/v2/repository/models/none/load").json()["error"].startswith("none: no bundle")
+        )
+        assert clients[0].post("/v2/repository/models/tiny/unload").status_code == 200
+        assert clients[1].get("/readyz").json() == {"status": "no_model"}
+        wait_for_models(shared.engine, 0)
+
+
+def wait_for_models(engine: Engine, count: int) -> None:
+    end = time.monotonic() + 20
+    while len(engine._models) != count:
+        assert time.monotonic() < end, engine._models
+        time.sleep(0.01)
+
+
+def test_without_a_free_slot_a_request_is_rejected_before_its_body_is_decoded(
+    group, bundle, jpeg, until, monkeypatch
+) -> None:
+    monkeypatch.setattr("sopdeploy_service.inference.engine_process.slots.MAX_SLOTS", 2)
+    runtime = Held(largest_batch=1)
+    shared = group(runtime)
+    with front_end(shared, bundle) as client, ThreadPoolExecutor(2) as pool:
+        held = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(2)]
+        until(lambda: client.engine.num_free == 0)
+        full = client.post("/v1/classify", content=jpeg)
+        assert (full.status_code, full.json()["code"], full.headers["retry-after"]) == (
+            503,
+            "slots_full",
+            "1",
+        )
+        runtime.gate.set()
+        assert [reply.result().status_code for reply in held] == [200, 200]
+        until(lambda: client.engine.num_free == 2)
+
+
+def test_slots_return_after_deadlines_and_disconnects(group, bundle, jpeg, until) -> None:
+    runtime = Held(largest_batch=1)
+    shared = group(runtime)
+    with front_end(shared, bundle) as client:
+        late = {"x-request-timeout-ms": "150"}
+        codes = [client.post("/v1/classify", content=jpeg, headers=late).status_code for _ in range(3)]
+        assert codes[0] == 504
+        assert set(codes) <= {503, 504}  # the estimate may already know
+        with contextlib.suppress(httpx.ReadTimeout):
+            client.post("/v1/classify", content=jpeg, timeout=0.2)
+        runtime.gate.set()
+        until(lambda: client.engine.num_free == 256)
+        assert len(runtime.batches) <= 2  # the others left the queue
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
+
+
+@pytest.mark.parametrize("failure", ["dead", "hung"])
+def test_without_an_engine_requests_get_503_at_once_until_it_is_back(
+    group, bundle, jpeg, until, monkeypatch, failure
+) -> None:
+    runtime = Held()
+    shared = group(runtime)
+    with front_end(shared, bundle) as client, ThreadPoolExecutor(1) as pool:
+        held = pool.submit(client.post, "/v1/classify", content=jpeg)
+        assert runtime.entered.wait(20)
+        if failure == "dead":
+            threading.Timer(0.2, runtime.gate.set).start()  # otherwise the thread of this test would stay
+            shared.stop()
+        else:
+            monkeypatch.setattr(client_module, "HUNG_SECONDS", -1.0)
+        assert held.result().json()["code"] == "engine_dead"
+        answer = client.post("/v1/classify", content=jpeg)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert client.get("/readyz").json() == {"status": "engine_restarting"}
+        assert client.get("/livez").status_code == 200
+        runtime.gate.set()
+        if failure == "dead":
+            shared.table = fake_table(
+                {"tiny": LoadedModel(bundle=bundle, runtime=runtime, replays={})}, Settings()
+            )
+            shared.start()
+            shared.reconnect(shared.fronts)
+        else:
+            monkeypatch.setattr(client_module, "HUNG_SECONDS", 20.0)
+        until(lambda: client.get("/readyz").status_code == 200)
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
+        until(lambda: client.engine.num_free == 256)
+
+
+def test_a_larger_input_gets_larger_slots_and_the_old_ones_are_given_up(group, bundle, jpeg, until) -> None:
+    shared = group(FakeRuntime(classes=7))
+    with front_end(shared, bundle) as client:
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
+        images = bundle.manifest.inputs[0].model_copy(update={"shape": (None, 96, 96, 3)})
+        rules = bundle.manifest.preprocess.model_copy(update={"crop": 96, "resize": 96})
+        manifest = bundle.manifest.model_copy(update={"inputs": (images,), "preprocess": rules})
+        larger = LoadedModel(
+            bundle=replace(bundle, manifest=manifest), runtime=FakeRuntime(classes=7), replays={}
+        )
+        new = EngineModel("tiny", 2, larger, Settings())
+        shared.table.models = lambda: {"tiny": [new]}
+        shared.engine.call_soon_threadsafe(shared.engine._adopt_models)
+        shared.engine.call_soon_threadsafe(
+            lambda: shared.engine._announce(list(shared.engine.fronts.values()))
+        )
+        until(lambda: client.get("/v2/models/tiny").json()["inputs"][0]["shape"] == [-1, 96, 96, 3])
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
+        (front,) = shared.engine.fronts.values()
+        until(lambda: list(front.memories) == [1])
+        wait_for_models(shared.engine, 1)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_bytes_of_a_front_end_disturb_the_engine_or_another_front_end(
+    group, bundle, jpeg, until, seed
+) -> None:
+    random = Random(seed)
+    shared = group(FakeRuntime(classes=7))
+    with front_end(shared, bundle) as client:
+        for _ in range(8):
+            evil = shared.connect("evil")
+            memory, channel = evil._memory, evil._channel
+            channel.setblocking(False)
+            for _ in range(random.choice([1, 20])):
+                slot = random.randrange(memory.slots.count)
+                if random.random() < 0.7:
+                    start = random.randrange(PAGE + 128 * memory.slots.count)
+                    length = random.randrange(1, 200)
+                    memory.slots._memory[start : start + length] = random.randbytes(length)
+                if random.random() < 0.5:
+                    request = Request(random.choice([0, 1, 2]), random.randrange(4), 9, 0.0, float("nan"), 1)
+                    memory.slots.write_request(slot, request)
+                kind = random.choice([Kind.SUBMIT, Kind.SUBMIT, *Kind, 77])
+                record = RECORD.pack(
+                    kind, random.choice([0, 0, 9]), random.choice([slot, 65535]), random.choice([1, 2])
+                )
+                with contextlib.suppress(OSError):
+                    channel.send(random.choice([record, record, random.randbytes(random.randrange(1, 64))]))
+            evil.stop()
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
+        until(lambda: len(shared.engine.fronts) == 1)
+        assert client.engine.num_free == 256
+
+
+ATTACKS = {
+    "a slot that does not exist": (Kind.SUBMIT, 0, 60_000, 1),
+    "memory that does not exist": (Kind.SUBMIT, 5, 0, 1),
+    "another generation": (Kind.SUBMIT, 0, 0, 7),
+    "a model that does not exist": (Kind.SUBMIT, 0, 1, 1),
+    "memory in use": (Kind.UNMAPPED, 0, 0, 0),
+    "an unknown record": (99, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_front_end_that_breaks_the_protocol_is_cut_off_and_reported(group, bundle, attack) -> None:
+    shared = group(FakeRuntime(classes=7))
+    evil = shared.connect("evil")
+    evil._memory.slots.write_request(1, Request(99, 0, 0, 0.0, 0.0, 1))
+    evil._channel.send(RECORD.pack(*ATTACKS[attack]))
+    evil._channel.settimeout(20)
+    while evil._channel.recv(1000):
+        pass
+    shared.broker.settimeout(20)
+    while (message := shared.broker.recv(100)) == b"beat":
+        pass
+    assert message == b"replace evil"
+    evil.stop()
+
+
+def test_fifty_front_ends_and_engines_leave_nothing_behind(group, bundle, jpeg, until) -> None:
+    def open_files() -> int:
+        gc.collect()
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    shared = group(FakeRuntime(classes=7))
+    with front_end(shared, bundle) as client:
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
+        shared.connect().stop()
+        until(lambda: len(shared.engine.fronts) == 1)
+        before = open_files()
+        for _ in range(50):
+            other = shared.connect()
+            (slot,) = other.take(1)
+            now = time.monotonic()
+            other.submit(slot, SimpleNamespace(on_reply=lambda *_: None), Request(1, 0, 0, now, now + 9, 0))
+            other.stop()
+            del slot, other  # they keep the memory mapped
+        until(lambda: len(shared.engine.fronts) == 1)
+        until(lambda: open_files() <= before + 50)  # brokers of the test
+        shared.stack.close()
+        until(lambda: open_files() <= before)
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
+
+
+def test_slots_are_sealed_page_aligned_and_at_most_39_mb() -> None:
+    size = slot_bytes((224, 224, 3), [(None, 1000)])
+    slots = Slots.create(size)
+    total = os.fstat(slots.file).st_size
+    assert (slots.count, size % PAGE, total <= 39_000_000) == (250, 0, True) or slots.count > 250
+    for change in (total + PAGE, total - PAGE):
+        with pytest.raises(PermissionError):
+            os.ftruncate(slots.file, change)
+    assert slots.pixels(3, (224, 224, 3)).ctypes.data % PAGE == 0
+    assert slot_bytes((32, 32, 3), [(None, 10), (None, 512, 7, 7)]) == -(-4 * (10 + 512 * 49) // PAGE) * PAGE
+    slots.close()
+
+
+def test_front_ends_share_the_rate_limit_of_a_key() -> None:
+    file = SharedSpending.create(2)
+    buckets = [TokenBucket(1e-6, 10, SharedSpending(file, row, 2), 3) for row in range(2)]
+    os.close(file)
+    buckets[0].spend(6)
+    buckets[1].spend(4)
+    for bucket in buckets:
+        with pytest.raises(RejectedError):
+            bucket.spend(1)
+        assert bucket.headers()["RateLimit-Remaining"] == "0"
+
+
+def test_an_engine_process_imports_no_server_no_event_loop_and_no_image_library() -> None:
+    banned = (
+        "asyncio",
+        "PIL",
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "httpx",
+        "http",
+        "prometheus_client",
+        "torch",
+    )
+    code = (
+        "import sys, sopdeploy_service.inference.engine_process.main as main\n"
+        f"print([name for name in {banned} if name in sys.modules])"
+    )
+    root = Path(__file__).parents[3]
+    path = os.pathsep.join([str(root), str(root / "service")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=True,
+    )
+    assert done.stdout == "[]\n"
