@@ -117,9 +117,7 @@ class Settings(BaseSettings):
     fast_decode_samples: Path | None = None  # directory of JPEGs for an additional check of that decoder
     parsers: Count = 2  # JSON parsing threads
     devices: Devices = ()  # one process per device: `cpu`, GPU number, UUID, MIG id; empty: this process
-    front_ends: FrontEnds = (
-        1  # per device, processes for HTTP and decoding; auto: cores / 4, at most 8 in all
-    )
+    front_ends: FrontEnds = 1  # processes for HTTP and decoding, per device; auto: cores / 4, at most 8
     verify_key: Path | None = None  # serve only bundles signed by this public key; see `sopdeploy sign`
     runtime: RuntimeName = "auto"  # auto: the first installed one
     engine_cache: Path | None = None  # TensorRT engine cache; not set: next to the bundle
@@ -161,7 +159,7 @@ class Settings(BaseSettings):
             raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
         if self.model_control and (len(self.devices) > 1 or (self.devices and self.front_ends == 1)):
             raise ValueError(
-                "model_control needs a single device; restart the server with other bundles instead"
+                "model_control needs a single process or device; restart the server with other bundles"
             )
         several = self.devices or self.front_ends != 1
         if several and self.health_port is not None:

@@ -22,7 +22,7 @@ from sopdeploy_service.inference.engine_process.channel import (
     Kind,
     split_records,
 )
-from sopdeploy_service.inference.engine_process.engine import IS_COMMAND
+from sopdeploy_service.inference.engine_process.fronts import IS_COMMAND
 from sopdeploy_service.inference.engine_process.slots import Reply, Request, Slots
 from sopdeploy_service.inference.results import ENGINE_DEAD, Rejection
 

@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -31,6 +30,15 @@ from sopdeploy_service.inference.engine_process.channel import (
     Outbox,
     split_records,
 )
+from sopdeploy_service.inference.engine_process.fronts import (
+    CODES,
+    IS_COMMAND,
+    WANTS_FEATURES,
+    Front,
+    Memory,
+    SlotImage,
+    parse_command,
+)
 from sopdeploy_service.inference.engine_process.models import EngineModel, ModelTable
 from sopdeploy_service.inference.engine_process.slots import Reply, Slots
 from sopdeploy_service.inference.model_worker import QueuedImage
@@ -38,10 +46,7 @@ from sopdeploy_service.inference.results import (
     CLIENT_GONE,
     DEADLINE,
     DRAINING,
-    ENGINE_DEAD,
     ENGINE_FAILED,
-    NONFINITE,
-    OUT_OF_MEMORY,
     Outcome,
     Rejection,
 )
@@ -50,56 +55,8 @@ BEAT_SECONDS = 0.1
 APPLY_SECONDS = 2.0  # how long a change of models waits for slow front ends
 MAX_DEADLINE_SECONDS = 100_000.0
 MAX_COMMAND_BYTES = 4096
-WANTS_FEATURES, IS_COMMAND = 1, 2  # flags of a request
-REJECTIONS = (CLIENT_GONE, DEADLINE, DRAINING, ENGINE_DEAD, ENGINE_FAILED, NONFINITE, OUT_OF_MEMORY)
-CODES = {rejection.code: position for position, rejection in enumerate(REJECTIONS, 1)}  # 0: outputs
 
 log = logging.getLogger("sopdeploy.engine")
-
-
-@dataclass(eq=False, slots=True)
-class Memory:
-    """The slots of a front end as the engine sees them: which it owns and their last generations."""
-
-    slots: Slots
-    owned: bytearray
-    generations: list[int]
-
-
-@dataclass(eq=False, slots=True)
-class Front:
-    """A front end: its channel, its shared memory by number and the models that it may use."""
-
-    name: str
-    channel: socket.socket
-    outbox: Outbox
-    memories: dict[int, Memory] = field(default_factory=dict)
-    newest: int = -1  # number of its memory
-    pending: bytearray = field(default_factory=bytearray)  # part of a record
-    uses: set[int] = field(default_factory=set)
-    applied: int = 0  # number of the last change of models that it knows
-    blocked: bool = False  # its channel accepts nothing more now
-    closed: bool = False
-
-
-@dataclass(eq=False, kw_only=True, slots=True)
-class SlotImage(QueuedImage):
-    """An image, or a command, in a slot that the engine owns until `settle` was called."""
-
-    front: Front
-    memory: Memory
-    number: int  # of the memory
-    slot: int
-    generation: int
-    answer: Callable[["SlotImage", Outcome], None]
-
-    def is_over(self, now: float) -> bool:
-        """Tell whether the front end or its client has gone, or the deadline has passed."""
-        return self.deadline <= now or self.front.closed or self.memory.slots.is_cancelled(self.slot)
-
-    def settle(self, outcome: Outcome) -> None:
-        """Write *outcome* to the slot and return it; on the engine's loop."""
-        self.answer(self, outcome)
 
 
 class Engine:
@@ -348,15 +305,7 @@ class Engine:
 
     def _command(self, item: SlotImage, text: bytes) -> None:
         """Change the models as a front end asks, in a thread; the answer is JSON in the slot."""
-        try:
-            command = json.loads(text)
-            operation, name, folder = command["operation"], command["name"], command["folder"]
-            valid = operation in {"load", "unload", "roll_back"}
-            valid &= isinstance(name, str) and (folder is None or isinstance(folder, str))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            valid = False
-        if not valid:
-            raise ChannelError("not a command")
+        operation, name, folder = parse_command(text)
 
         def change() -> None:
             try:

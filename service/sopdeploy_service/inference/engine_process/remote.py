@@ -21,7 +21,7 @@ from sopdeploy.bundle.folder import MANIFEST, Bundle
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy_service.images.loaders import FastDecode
 from sopdeploy_service.inference.engine_process.client import NO_SLOT, EngineClient, Slot
-from sopdeploy_service.inference.engine_process.engine import REJECTIONS, WANTS_FEATURES
+from sopdeploy_service.inference.engine_process.fronts import REJECTIONS, WANTS_FEATURES
 from sopdeploy_service.inference.engine_process.models import FACTS, LABELS
 from sopdeploy_service.inference.engine_process.slots import Reply, Request
 from sopdeploy_service.inference.loader import LoadedModel
