@@ -58,6 +58,10 @@ class Owner(Protocol):
         """Handle *reply*, or None if the engine is dead; *shared* lives for all replies of one read."""
         ...
 
+    def after_read(self, found: Any) -> None:
+        """Handle what `on_reply` has stored under this owner in *shared*."""
+        ...
+
 
 @dataclass(eq=False, slots=True)
 class Memory:
@@ -310,6 +314,9 @@ class EngineClient:
             self.lose()
             return
         self._pending += data
+        self._handle_records()
+
+    def _handle_records(self) -> None:
         shared: dict[Any, Any] = {}
         for kind, memory, slot, number in split_records(self._pending):
             file = self._files.pop(0) if kind in CARRIES_FILE else -1
@@ -326,6 +333,8 @@ class EngineClient:
                 self._report_models()
                 self._send(Kind.APPLIED, number)
                 self._set_alive(alive=True)
+        for owner, found in shared.items():
+            owner.after_read(found)
 
     def _on_reply(self, memory: int, number: int, generation: int, shared: dict[Any, Any]) -> None:
         slot = self._used.get((memory, number))
@@ -376,3 +385,6 @@ class _Command:
             return
         found = json.loads(slot.memory.slots.read_bytes(slot.number, reply.length))["rejection"]
         self.result.set_result(None if found is None else Rejection(**found))
+
+    def after_read(self, found: Any) -> None:
+        """Do nothing: a command has one reply."""

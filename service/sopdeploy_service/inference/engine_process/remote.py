@@ -36,6 +36,7 @@ from sopdeploy_service.inference.results import (
     Ranking,
     Rejection,
 )
+from sopdeploy_service.observability.drift import DriftWindow
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
@@ -64,6 +65,8 @@ class RemoteQueue(RequestQueue):
         self._model, self._client, self._metrics = model, client, metrics
         self._sending = threading.Lock()
         manifest = model.bundle.manifest
+        reference = None if manifest.decision is None else manifest.decision.reference
+        self._drift = None if reference is None else DriftWindow(reference)
         self._shape = tuple(manifest.image_shape)
         self._outputs = [
             (output.name, tuple(side or 1 for side in output.shape[1:])) for output in manifest.outputs
@@ -137,6 +140,12 @@ class RemoteQueue(RequestQueue):
         elif reply is not None:
             outcome = self._predict(slot, item, reply, shared)
         item.settle(outcome)
+
+    def after_read(self, found: tuple[Ranking, list[NDArray[np.float32]]]) -> None:
+        """Count the predictions of one read; every front end tests windows of its own images for drift."""
+        if self._drift is not None:
+            self._drift.add(found[1])
+            self._model.counts.drift = self._drift.latest
 
     def _predict(self, slot: Slot, item: QueuedImage, reply: Reply, shared: dict[Any, Any]) -> Prediction:
         """Copy the outputs out of *slot* and count the image, and its batch if it is the first of it."""
