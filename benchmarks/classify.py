@@ -14,7 +14,6 @@ Without --images, it generates 32-pixel JPEGs.
 """
 
 import argparse
-import os
 import random
 import shutil
 import signal
@@ -180,17 +179,17 @@ def family(process: int) -> list[int]:
 
 
 def peak_mib(child: subprocess.Popen[bytes]) -> float:
-    """Wait for *child*; return the largest sum of the resident memory of its processes in MiB."""
-    page, peak = os.sysconf("SC_PAGE_SIZE"), 0
+    """Wait for *child*; return the largest memory of its processes in MiB, shared pages counted once."""
+    peak = 0
     while child.poll() is None:
         try:
-            sizes = [int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in family(child.pid)]
-            peak = max(peak, sum(sizes) * page)
-        except (OSError, ValueError):
+            pages = [Path(f"/proc/{one}/smaps_rollup").read_text() for one in family(child.pid)]
+            peak = max(peak, sum(int(page.partition("\nPss:")[2].split()[0]) for page in pages))
+        except (OSError, IndexError):
             pass  # a process has just ended
-        time.sleep(0.02)
+        time.sleep(0.1)
     finish(child)
-    return peak / 2**20
+    return peak / 2**10
 
 
 def rows(out: Path) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from tests.service.server.on_ray.clusters import below
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore"),
 ]
 
 ATTEMPTS = 3
