@@ -1,5 +1,7 @@
 """Several worker processes behind one port: restarts, shutdown and joint metrics."""
 
+import contextlib
+import http.client
 import os
 import re
 import signal
@@ -85,6 +87,47 @@ def test_a_dead_process_is_restarted_while_the_other_serves(start: Start, jpeg, 
     until(lambda: client.get("/metrics").text.count("sopdeploy_worker_up{") == 2)
     child.send_signal(signal.SIGTERM)
     assert child.wait(30) == 0
+
+
+def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, jpeg, until) -> None:
+    with spawn(str(bundle_path), "--front-ends", "2", "--threads", "1") as child, ExitStack() as stack:
+        stack.callback(child.kill)
+        found = re.fullmatch(r"ready: http://(\S+)  (\S+)\n", line_of(child))
+        assert found, child.communicate(timeout=20)
+
+        def connect() -> http.client.HTTPConnection:
+            return stack.enter_context(contextlib.closing(http.client.HTTPConnection(found[1], timeout=20)))
+
+        def classify(connection: http.client.HTTPConnection) -> tuple[int, str | None]:
+            connection.request("POST", "/v1/classify", jpeg)
+            response = connection.getresponse()
+            response.read()
+            return response.status, response.headers["retry-after"]
+
+        connections = [connect() for _ in range(8)]
+        assert {classify(connection) for connection in connections} == {(200, None)}
+        first = workers(child.pid)
+        fronts = [pid for pid in first if program(pid).endswith("server.process")]
+        (engine,) = set(first) - set(fronts)
+        os.kill(fronts[0], signal.SIGKILL)
+        until(lambda: not alive(fronts[0]))
+        kept = []
+        for connection in connections:
+            with contextlib.suppress(ConnectionError):
+                assert classify(connection) == (200, None)
+                kept.append(connection)
+        assert len(kept) == 4  # the others were connected to the killed process
+        os.kill(engine, signal.SIGKILL)
+        until(lambda: classify(kept[0]) == (503, "5"))
+        until(lambda: classify(kept[0]) == (200, None))
+        until(lambda: len(set(workers(child.pid)) - set(first)) == 2)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0
+
+
+def program(process: int) -> str:
+    """The module that *process* runs."""
+    return Path(f"/proc/{process}/cmdline").read_text().rstrip("\0").rpartition("\0")[2]
 
 
 def test_workers_exit_when_their_parent_is_killed(start: Start, until) -> None:
