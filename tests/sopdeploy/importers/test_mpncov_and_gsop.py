@@ -59,7 +59,7 @@ def test_a_published_resnet50_gives_the_same_logits(tmp_path: Path) -> None:
     network = settled(ResNet(R50, kind=Bottleneck, d=16))
     torch.save(network.state_dict(), tmp_path / "mpncovresnet50.pth")
     ours, report = imported(tmp_path / "mpncovresnet50.pth", "isqrt-resnet50")
-    assert_same_logits(ours, network, random_images(64))
+    assert_same_logits(ours, network, random_images(48))
     assert report.config["conv5_stride"] == 1
     assert {"width": 16, "iterations": 5}.items() <= report.config["pooling"].items()
     assert (report.preprocess.resize, report.preprocess.crop) == (256, 224)
@@ -88,7 +88,7 @@ def test_training_checkpoints_give_the_same_logits(
     network = resnet(stride, d)
     file = training_file(tmp_path / "a.pth.tar", network, arch, fine_tuned=fine_tuned)
     ours, report = imported(file, model)
-    assert_same_logits(ours, network, random_images(64))
+    assert_same_logits(ours, network, random_images(48))
     assert report.config["conv5_stride"] == stride
     assert set(report.beside) == {"epoch", "best_prec1", "optimizer"} | ({"arch"} if arch else set())
 
@@ -101,7 +101,7 @@ def test_what_the_file_does_not_tell_must_be_set(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--set pooling.width=64: .* holds 12; leave the setting out"):
         imported(file, "isqrt-resnet18", settings={"conv5_stride": 2, "pooling.width": 64})
     ours, _ = imported(file, "isqrt-resnet18", settings={"conv5_stride": 2, "pooling.iterations": 3})
-    assert_same_logits(ours, network, random_images(64))
+    assert_same_logits(ours, network, random_images(48))
 
 
 @pytest.mark.parametrize("arch", ["resnet50", "se_resnet18", "mpncovresnet50", "alexnet"])
@@ -127,7 +127,7 @@ def test_batch_norm_counters_can_be_absent(tmp_path: Path) -> None:
     old = {name: value for name, value in network.state_dict().items() if "tracked" not in name}
     torch.save(old, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     ours, report = imported(tmp_path / "a.pth", "isqrt-resnet18")
-    assert_same_logits(ours, network, random_images(64))
+    assert_same_logits(ours, network, random_images(48))
     assert [row.how for row in report.rows if not row.of] == ["absent, set to 0"] * 21
 
 
