@@ -44,12 +44,14 @@ _MODULES = {
     "unused_modules": "sopdeploy_export.user_network.export_network",
 }
 
+NAMING_OPTIONS = ("sopdeploy.api.", "sopdeploy_export.user_network.")  # functions behind commands
+
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'sopdeploy' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)
-    if _MODULES[name].startswith("sopdeploy.api."):
+    if _MODULES[name].startswith(NAMING_OPTIONS):
         value = importlib.import_module("sopdeploy.api.arguments").name_arguments(value)
     globals()[name] = value
     return value

@@ -84,7 +84,7 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """
     if isinstance(network, Backbone):
         return network.outputs_tuple(pixels)
-    output, key = network(pixels), getattr(network, EXPORT_LOGITS, None)
+    output, key = network(pixels), vars(network).get(EXPORT_LOGITS)
     if isinstance(key, str) and not isinstance(output, Mapping):
         output, key = getattr(output, key, output), None
     if key is not None and not isinstance(output, Tensor):
@@ -93,9 +93,7 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
         except (LookupError, TypeError) as error:
             raise LoweringError(f"the network returns {describe(output)}, without logits {key!r}") from error
     if not isinstance(output, Tensor):
-        raise LoweringError(
-            f"the network returns {describe(output)}; name its logits with --logits (Python: logits=)"
-        )
+        raise LoweringError(f"the network returns {describe(output)}; choose one with --logits")
     return (output,)
 
 

@@ -24,6 +24,7 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import INPUT, Deployed, operator_counts, output_names, probe_images, write
 from sopdeploy_export.parity import torch_program
@@ -367,7 +368,7 @@ def _manifest_fields(job: _Job, folder: Path, converted: ConvertedGraph, checks:
 def check_exportable(network: nn.Module, training_only: tuple[str, ...] = ()) -> None:
     """Raise `LoweringError` if a layer of *network* that is exported is declared `not_exportable`."""
     for name, module in network.named_modules():
-        reason = getattr(module, "not_exportable", None)
+        reason = export_hints(module).not_exportable
         if reason is not None and not is_in(name, *training_only):
             raise LoweringError(f"{type(module).__name__} cannot be exported: {reason}")
 

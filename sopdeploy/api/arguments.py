@@ -21,10 +21,11 @@ SWITCHES = {
 }  # fmt: skip
 OPTIONS = {
     "accepts", "api_key", "calibrate", "calibration", "config", "data", "evaluate", "explain", "int8_for",
-    "keep_float", "log", "max_batch", "max_drop", "model", "newton_schulz", "out", "pooling", "precision",
-    "probes", "recipe", "runtime", "top_k", "tta", "weights", "workers",
+    "keep_float", "labels", "log", "logits", "max_batch", "max_drop", "model", "name", "newton_schulz",
+    "out", "plain", "pooling", "precision", "preprocess", "probes", "recipe", "runtime", "top_k",
+    "training_only", "tta", "weights", "workers",
 }  # fmt: skip
-LISTS = {"keep_float", "log"}
+LISTS = {"keep_float", "log", "training_only"}
 OTHERS = {"set": "", "resume": 'resume="always"'}  # `--set key=value` is a keyword `key=value`
 WORDS = {  # values that could also be words of the sentence
     "bf16-backbone", "cpu", "entropy", "fp16", "fp32", "flip", "imagenet", "int8", "minmax", "none",

@@ -3,11 +3,12 @@
 import importlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pydantic
+from torch import nn
 
 from sopdeploy.config import first_problem
 from sopdeploy.environment import import_optional
@@ -37,13 +38,11 @@ class NetworkSource:
     labels: Path | None = None
     logits: str | None = None
     name: str | None = None
-    loaded: list[LoadedWeights] = field(default_factory=list)
 
-    def load(self) -> Any:
+    def load(self) -> tuple[nn.Module, LoadedWeights]:
         """Build the network and load its weights."""
         network = network_builder("--network", self.network, self.settings)()
-        self.loaded.append(load_weights(network, self.weights, self.table))
-        return network
+        return network, load_weights(network, self.weights, self.table)
 
 
 def export_weights(
@@ -59,8 +58,7 @@ def export_weights(
     if source.plain is not None:
         plain = network_builder("--plain", source.plain, source.plain_settings)
     on_step("building the network")
-    network = source.load()
-    (loaded,) = source.loaded
+    network, loaded = source.load()
     return export_network(
         network,
         plain=plain,
@@ -88,8 +86,7 @@ def export_weights(
 
 def inspect(source: NetworkSource) -> dict[str, Any]:
     """List the parts of the network of *source* that its output does not depend on; writes nothing."""
-    network = source.load()
-    (loaded,) = source.loaded
+    network, loaded = source.load()
     unused = unused_modules(network, read_preprocess(source.preprocess), logits=_index_or_name(source.logits))
     return {
         "network": source.network,

@@ -4,10 +4,14 @@ No code of a file is run: `.pth` files go through the restricted reader of check
 a JSON header and numbers.
 """
 
-from collections.abc import Mapping
+import argparse
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from sopdeploy.checkpoint import FORMAT, is_state_dict, load_plain
@@ -30,28 +34,13 @@ class OwnCheckpointError(WeightsError):
 
 def open_weights(path: Path) -> WeightFile:
     """Read the weight file at *path*, whose format is detected; raises `WeightsError`."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; give a weight file to import")
-    try:
-        with path.open("rb") as file:
-            start = file.read(USER_BLOCK + len(HDF5_MAGIC))
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from error
+    with _opened(path) as file:
+        start = file.read(USER_BLOCK + len(HDF5_MAGIC))
     if HDF5_MAGIC in (start[: len(HDF5_MAGIC)], start[USER_BLOCK:]):
         return read_dagnn(path, read_hdf5(path))
     if start.startswith(MATLAB_MAGIC):
         return read_dagnn(path, read_v5(path))
-    if start[8:9] == b"{":
-        return read_safetensors(path)
-    return read_torch(path)
-
-
-def read_torch(path: Path) -> WeightFile:
-    """Read a `.pth`, `.pth.tar`, `.th` or `.pt` file; raises `WeightsError`."""
-    try:
-        content = load_plain(path, advice=ADVICE)
-    except CheckpointError as error:
-        raise WeightsError(str(error)) from error
+    content, _ = read_pytorch(path)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         raise OwnCheckpointError(f"{path}: already a sopdeploy checkpoint; use it without importing it")
     state, other_keys = _find_state_dict(path, content)
@@ -64,16 +53,39 @@ def read_torch(path: Path) -> WeightFile:
     )
 
 
-def read_safetensors(path: Path) -> WeightFile:
-    """Read a `.safetensors` file; raises `WeightsError`."""
-    safetensors = import_optional(
-        "safetensors.torch", "safetensors", "sopdeploy[import]", WeightsError, str(path)
-    )
+def read_pytorch(path: Path) -> tuple[Any, str]:
+    """Read a `.pth`, `.pth.tar`, `.th`, `.pt` or `.safetensors` file once; returns content and sha256.
+
+    A safetensors file is one table of tensors. Raises `WeightsError`.
+    """
+    with _opened(path) as file:
+        raw = file.read()
+    digest = hashlib.sha256(raw).hexdigest()
+    if raw[8:9] == b"{":
+        safetensors = import_optional(
+            "safetensors.torch", "safetensors", "sopdeploy[import]", WeightsError, str(path)
+        )
+        try:
+            return safetensors.load(raw), digest
+        except Exception as error:  # SafetensorError
+            raise WeightsError(f"{path}: damaged safetensors file ({error}); copy it again") from error
     try:
-        state: dict[str, Tensor] = safetensors.load_file(path, device="cpu")
-    except Exception as error:  # SafetensorError or an error of the system
-        raise WeightsError(f"{path}: damaged safetensors file ({error}); copy it again") from error
-    return WeightFile(path=path, tensors=check_tensors(path, _strip_data_parallel(path, state)))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, in many checkpoints
+            return load_plain(path, ADVICE, raw=raw), digest
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open the file at *path*; raises `WeightsError` if it cannot be opened or read."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; give a weight file")
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _find_state_dict(path: Path, content: Any) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:

@@ -115,11 +115,13 @@ class Detachment:
         training_only: Dotted names of the removed parts.
         plain: Builds the plain network, with any weights; `None` if there is none to compare with.
         rename: Maps the name of a tensor of the trained network to its name in the plain network.
+        captured: The programs of the trained network, if it was captured already, with contiguous tensors.
     """
 
     training_only: tuple[str, ...] = ()
     plain: Callable[[], nn.Module] | None = None
     rename: Callable[[str], str] = str
+    captured: Captured | None = None
 
     @classmethod
     def of(cls, network: Classifier) -> "Detachment":
@@ -175,7 +177,10 @@ def certify(
     if detachment.plain is not None:
         plain = build_plain_network(detachment.plain, lean, detachment.rename)
         networks = {"plain": plain, **networks}  # the first one is the one to compare with
-    captured, roots = _assert_equal_graphs(networks, preprocess, batch, {entry.name for entry in removed})
+    known = {} if detachment.captured is None else {"trained": detachment.captured}
+    captured, roots = _assert_equal_graphs(
+        networks, preprocess, batch, {entry.name for entry in removed}, known
+    )
     deployed: dict[str, nn.Module] = {
         role: Deployed(network, preprocess) for role, network in networks.items()
     }
@@ -246,33 +251,38 @@ def build_plain_network(
                     f"{name} differs from the plain network's; checkpoints do not store this buffer, "
                     "so its values must follow from the config"
                 )
-    return plain.eval()
+    plain.eval()
+    return plain
 
 
 def _assert_equal_graphs(
-    networks: dict[str, nn.Module], preprocess: Preprocess, batch: BatchRange, removed: set[str]
+    networks: dict[str, nn.Module],
+    preprocess: Preprocess,
+    batch: BatchRange,
+    removed: set[str],
+    known: dict[str, Captured],
 ) -> tuple[dict[str, Captured], Roots]:
-    """Capture *networks* and compare their Merkle roots with that of the first one.
+    """Capture *networks*, unless their programs are *known*, and compare the Merkle roots with the first.
 
     Raises `CertificateError` with the removed weights that an output depends on, or with the first
     operation that differs from the first network.
     """
     reference = next(iter(networks))
     captured: dict[str, Captured] = {}
-    plain: dict[str, ProgramRoot] = {}
+    expected: dict[str, ProgramRoot] = {}
     for role, network in networks.items():
         if role == "detached" and network is networks["trained"]:
             captured[role] = captured["trained"]
             continue
         try:
-            programs = captured[role] = capture(network, preprocess, batch)
+            programs = captured[role] = known.get(role) or capture(network, preprocess, batch)
         except LoweringError as error:
             raise CertificateError(f"the {role} network {error}") from error
         roots = {
             "any batch size": program_root(programs.any_batch),
             "a batch of one": program_root(programs.batch_of_one),
         }
-        plain = plain or roots
+        expected = expected or roots
         for size, root in roots.items():
             reached = sorted({name.removeprefix(PREFIX) for name in root.state} & removed)
             if reached:
@@ -281,22 +291,22 @@ def _assert_equal_graphs(
                     f"the output still depends on training-only weights, for {size}: "
                     f"{', '.join(reached[:3])}{more}; a branch affects the main output"
                 )
-            if root.sha256 != plain[size].sha256:
-                difference = _first_difference(root, plain[size], reference)
+            if root.sha256 != expected[size].sha256:
+                difference = _first_difference(root, expected[size], reference)
                 raise CertificateError(
                     f"the {role} network is not the {reference} one, for {size}: {difference}"
                 )
     shared = Roots(
-        any_batch=plain["any batch size"].sha256,
-        batch_of_one=plain["a batch of one"].sha256,
-        operations=len(plain["any batch size"].nodes),
+        any_batch=expected["any batch size"].sha256,
+        batch_of_one=expected["a batch of one"].sha256,
+        operations=len(expected["any batch size"].nodes),
     )
     return captured, shared
 
 
-def _first_difference(found: ProgramRoot, plain: ProgramRoot, reference: str) -> str:
-    extra = [place for sha256, place in found.nodes.items() if sha256 not in plain.nodes]
-    missing = [place for sha256, place in plain.nodes.items() if sha256 not in found.nodes]
+def _first_difference(found: ProgramRoot, expected: ProgramRoot, reference: str) -> str:
+    extra = [place for sha256, place in found.nodes.items() if sha256 not in expected.nodes]
+    missing = [place for sha256, place in expected.nodes.items() if sha256 not in found.nodes]
     if extra:
         return f"it computes {extra[0]}" + (f", the {reference} one {missing[0]}" if missing else "")
     return f"it lacks {missing[0]}" if missing else "its inputs or outputs differ"
@@ -332,7 +342,7 @@ def build_inventory(
     """List the removed and the kept tensors of *trained*.
 
     Raises `CertificateError` if *detached* has a new tensor, lacks one that *training_only* does not cover,
-    holds a changed one, or keeps under another name the memory of a removed one.
+    has one that it covers, holds a changed one, or keeps under another name the memory of a removed one.
     """
     before, after = tensors(trained), tensors(detached)
     new = sorted(after.keys() - before.keys())
@@ -342,6 +352,9 @@ def build_inventory(
     for name in removed:
         if not is_in(name, *training_only):
             raise CertificateError(f"{name} was removed, but is not in {list(training_only)}")
+    left = [name for name in after if is_in(name, *training_only)]
+    if left:
+        raise CertificateError(f"{left[0]} is training-only, but the detached network still has it")
     check_removed_memory(removed, {name: before[name] for name in after})
     kept = []
     for name, tensor in after.items():

@@ -52,7 +52,8 @@ def detach(
         owner, attribute = _find(detached, name)
         if isinstance(network, Classifier) or isinstance(owner, CONTAINERS):
             delattr(owner, attribute)
-    return detached.eval()
+    detached.eval()
+    return detached
 
 
 def _find(network: nn.Module, name: str) -> tuple[nn.Module, str]:

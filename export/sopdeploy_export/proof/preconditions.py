@@ -5,6 +5,7 @@ so that the comparisons of the certificate could not show it.
 """
 
 import copy
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
@@ -19,10 +20,32 @@ AUTOCAST_DEVICES = ("cpu", "cuda")
 Network = TypeVar("Network", bound=nn.Module)
 
 
+def modules(
+    network: nn.Module, name: str = "", outside: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield *network* and every module in it, each under all of its dotted names.
+
+    This reads torch's own tables, because a class can override `named_modules`. Raises `CertificateError` if
+    a module contains itself.
+    """
+    if any(network is outer for outer in outside):
+        raise CertificateError(f"{name} contains itself; a network must be a tree of modules")
+    yield name, network
+    for child, module in network._modules.items():
+        if module is not None:
+            yield from modules(module, f"{name}.{child}" if name else child, (*outside, network))
+
+
 def tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Map every name of every parameter and buffer of *network* to its tensor."""
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    return parameters | dict(network.named_buffers(remove_duplicate=False))
+    """Map every name of every parameter and buffer of *network* to its tensor, parameters first."""
+    owners = list(modules(network))
+    return {
+        f"{owner}.{name}" if owner else name: tensor
+        for table in ("_parameters", "_buffers")
+        for owner, module in owners
+        for name, tensor in vars(module)[table].items()
+        if tensor is not None
+    }
 
 
 def check_torch_state() -> None:
@@ -45,21 +68,26 @@ def check_torch_state() -> None:
         raise CertificateError("a forward hook is registered on all modules; remove it before the export")
 
 
+def check_hooks(network: nn.Module, role: str) -> None:
+    """Raise `CertificateError` if a module of *network* has a forward hook."""
+    for name, module in modules(network):
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise CertificateError(
+                f"the {role} network has a forward hook on {name or 'the whole network'}; remove it first"
+            )
+
+
 def check_network_state(network: nn.Module, role: str) -> None:
     """Reject train mode, forward hooks, and tensors whose memory does not hold their values.
 
     Raises `CertificateError` that names *role* and the module or tensor.
     """
-    for name, module in network.named_modules():
+    for name, module in modules(network):
         if module.training:
             raise CertificateError(
                 f"the {role} network is in train mode ({name or 'the whole network'}); call .eval() first"
             )
-    for name, module in network.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise CertificateError(
-                f"the {role} network has a forward hook on {name or 'the whole network'}; remove it first"
-            )
+    check_hooks(network, role)
     for name, tensor in tensors(network).items():
         where = f"the {role} network's {name}"
         if tensor.is_meta:

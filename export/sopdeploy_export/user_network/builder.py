@@ -33,7 +33,7 @@ def network_builder(flag: str, place: str, settings: Sequence[str]) -> Callable[
         found: Any = importlib.import_module(module_name)
         for attribute in path.split("."):
             found = getattr(found, attribute)
-    except Exception as error:  # importing runs the user's code
+    except (Exception, SystemExit) as error:  # importing runs the user's code
         raise ConfigError(f"{flag} {place}: cannot be imported ({first_line(error)})") from error
     if not callable(found):
         raise ConfigError(f"{flag} {place}: is a {type(found).__name__}, not a function or a class")
@@ -42,7 +42,7 @@ def network_builder(flag: str, place: str, settings: Sequence[str]) -> Callable[
     def build() -> nn.Module:
         try:
             network = found(**options)
-        except Exception as error:  # the user's code
+        except (Exception, SystemExit) as error:  # the user's code
             raise ConfigError(f"{flag} {place}: cannot be built ({first_line(error)})") from error
         if not isinstance(network, nn.Module):
             raise ConfigError(f"{flag} {place}: returned a {type(network).__name__}, not a torch.nn.Module")

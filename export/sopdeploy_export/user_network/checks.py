@@ -4,33 +4,34 @@ The certificate would reject most of these networks too, but with a message abou
 """
 
 import copy
-import types
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch._dynamo import OptimizedModule  # what torch.compile returns
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import CertificateError, ConfigError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph import PREFIX, Deployed, capture_any_batch, probe_images
+from sopdeploy_export.graph import EXPORT_LOGITS, PREFIX, Captured, Deployed, probe_images
 from sopdeploy_export.proof.hashes import program_root
-from sopdeploy_export.proof.preconditions import tensors
+from sopdeploy_export.proof.preconditions import check_hooks, modules, tensors
 
-WRAPPERS = {"DataParallel": "module", "DistributedDataParallel": "module", "AveragedModel": "module"}
-COMPILED = "_orig_mod"  # the attribute of torch.compile's wrapper
+WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
+QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 IMAGES = 4  # probes that are computed eagerly
 TENSOR_TABLES = ("_parameters", "_buffers", "_modules")
 SHOWN = 3
 SUM_TOLERANCE = 1e-3
+ALONE_TOLERANCE = 1e-2  # of the largest logit, between an image alone and in a batch
+DEPTH = 4  # of lists and dicts in attributes whose changes are found
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Which tensors of a network its output depends on."""
 
     used: frozenset[str]
@@ -39,42 +40,78 @@ class Usage:
 
 def unwrap(network: nn.Module) -> nn.Module:
     """Take *network* out of DataParallel, DistributedDataParallel, AveragedModel and torch.compile."""
-    while True:
-        attribute = WRAPPERS.get(type(network).__name__)
-        attribute = COMPILED if hasattr(network, COMPILED) else attribute
-        if attribute is None:
-            return network
-        network = getattr(network, attribute)
+    while isinstance(network, (OptimizedModule, *WRAPPERS)):
+        network = network._orig_mod if isinstance(network, OptimizedModule) else network.module
+    return network
 
 
-def copy_for_export(network: nn.Module, role: str) -> nn.Module:
-    """Copy *network*, unwrapped, to the CPU in eval mode.
+def copy_for_export(network: nn.Module, role: str, logits: str | int | None = None) -> nn.Module:
+    """Copy *network*, unwrapped, to the CPU in eval mode; *logits* says which of its outputs to export.
 
     Raises `LoweringError` if it is not a module, cannot be copied, or holds weights that the exporter does
-    not accept: ScriptModules, lazy or meta tensors, types other than float32, NaN.
+    not accept: ScriptModules, quantized modules, lazy or meta tensors, types other than float32, NaN. Raises
+    `CertificateError` for hooks and replaced methods.
     """
     if not isinstance(network, nn.Module):
         raise LoweringError(f"the {role} network is a {type(network).__name__}, not a torch.nn.Module")
     network = unwrap(network)
-    if isinstance(network, torch.jit.ScriptModule):
-        raise LoweringError(
-            f"the {role} network is a ScriptModule, which cannot be captured again; export the module that "
-            "it was scripted or traced from"
-        )
+    for name, module in modules(network):
+        _check_module(name, module, role)
+    check_hooks(network, role)
     for name, tensor in tensors(network).items():
         check_tensor(name, tensor)
     try:
-        return copy.deepcopy(network).cpu().eval()
-    except Exception as error:  # `__deepcopy__` of the user's modules can raise anything
+        copied = copy.deepcopy(network)
+        copied.cpu()
+        copied.eval()
+    except Exception as error:  # methods of the user's modules can raise anything
         raise LoweringError(f"the {role} network cannot be copied: {first_line(error)}") from error
+    own = {id(module) for _, module in modules(copied)}
+    for name, module in modules(network):
+        if id(module) in own:
+            raise LoweringError(
+                f"{name or 'the whole network'} of the {role} network is not copied by copy.deepcopy; remove "
+                "its __deepcopy__"
+            )
+    if logits is not None:
+        vars(copied)[EXPORT_LOGITS] = logits
+    return copied
+
+
+def _check_module(name: str, module: nn.Module, role: str) -> None:
+    """Raise for a module that cannot be captured, or with a method that was replaced on the instance."""
+    kind, where = type(module), f"{name or 'the whole'} of the {role} network"
+    if isinstance(module, torch.jit.ScriptModule):
+        raise LoweringError(
+            f"{where} is a ScriptModule, which cannot be captured again; export the module that it was "
+            "scripted or traced from"
+        )
+    if isinstance(module, LazyModuleMixin):
+        raise LoweringError(f"{where} is not initialized; run the network once before the export")
+    if kind.__module__.startswith(QUANTIZED):
+        raise LoweringError(f"{where} is quantized; export the float32 network with --precision int8")
+    if kind.__name__.startswith(("FullyShardedDataParallel", "FSDP")):
+        raise LoweringError(f"{where} is sharded by FSDP; load its full state dict into a network without")
+    if isinstance(module, OptimizedModule):
+        raise LoweringError(f"{where} is compiled; put its _orig_mod in its place")
+    for attribute, value in vars(module).items():
+        if callable(value) and callable(getattr(kind, attribute, None)):
+            raise CertificateError(
+                f"{name}{'.' if name else ''}{attribute} of the {role} network was replaced on the instance; "
+                "a proof covers the code of the class, so put the change into a class"
+            )
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Raise `LoweringError` unless *tensor* has finite values in float32, or integers."""
-    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-        raise LoweringError(f"{name} is not initialized; run the network once before the export")
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested or tensor.is_quantized:
+        kind = "quantized tensor" if tensor.is_quantized else type(tensor).__name__
+        raise LoweringError(f"{name} is a {kind}, not a plain tensor; load its values into a plain network")
     if tensor.is_meta:
         raise LoweringError(f"{name} is on the meta device and has no values; load the weights first")
+    if tensor.layout != torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        raise LoweringError(f"{name} has the layout {layout}; replace it by its .to_dense()")
     if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype != torch.float32):
         kind = str(tensor.dtype).removeprefix("torch.")
         raise LoweringError(f"{name} is {kind}; call .float() first and choose --precision for the export")
@@ -82,27 +119,14 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         raise LoweringError(f"{name} holds NaN or infinite values; train again or use an earlier checkpoint")
 
 
-def check_methods(network: nn.Module, role: str) -> None:
-    """Raise `CertificateError` if a method of a module was replaced on the instance."""
-    for name, module in network.named_modules():
-        for attribute, value in vars(module).items():
-            replaced = isinstance(value, types.FunctionType | types.MethodType)
-            if replaced and callable(getattr(type(module), attribute, None)):
-                where = f"{name}.{attribute}" if name else attribute
-                raise CertificateError(
-                    f"{where} of the {role} network was replaced on the instance; a proof covers the code of "
-                    "the class, so put the change into a class"
-                )
-
-
 def check_outputs(deployed: Deployed, preprocess: Preprocess, classes: int, role: str) -> tuple[str, ...]:
     """Run the network on probe images, alone and together, and check shape, finiteness and state.
 
-    Returns warnings. Raises `LoweringError` if the network cannot run, returns no (B, classes) logits, or
-    changes itself.
+    Returns warnings. Raises `LoweringError` if the network cannot run, returns no (B, classes) logits,
+    changes itself, or if the logits of an image depend on anything else.
     """
     images = torch.from_numpy(probe_images(preprocess)[-IMAGES:])
-    logits = torch.empty(0)
+    runs: list[Tensor] = []
     for size in (IMAGES, 1, IMAGES):  # a cache may fill in the first run, and must not change afterwards
         before = _python_state(deployed.network)
         try:
@@ -116,13 +140,25 @@ def check_outputs(deployed: Deployed, preprocess: Preprocess, classes: int, role
                 f"{first_line(error)}"
             ) from error
         _check_shape(logits, size, classes, role)
+        runs.append(logits)
     changed = _first_change(before, _python_state(deployed.network))
     if changed is not None:
         raise LoweringError(
             f"{changed} changes while the {role} network runs; an exported network must be stateless"
         )
+    first, alone, logits = runs
     if not bool(torch.isfinite(logits).all()):
         raise LoweringError(f"the {role} network returns NaN or infinite logits for probe images")
+    if not torch.equal(first, logits):
+        raise LoweringError(
+            f"the {role} network returns other logits when it runs again; it must not use random numbers or "
+            "count its calls"
+        )
+    if bool(((alone - first[:1]).abs() > ALONE_TOLERANCE * first.abs().max()).any()):
+        raise LoweringError(
+            f"the {role} network returns other logits for an image alone than in a batch; no image may "
+            "depend on the others"
+        )
     if bool((logits >= 0).all()) and bool(((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()):
         return (
             f"the {role} network ends in a softmax, and the service applies another one: export the network "
@@ -144,15 +180,13 @@ def _check_shape(logits: Tensor, size: int, classes: int, role: str) -> None:
         raise LoweringError(f"the {role} network returns {shape[1]} logits, but there are {classes} labels")
 
 
-def find_usage(network: nn.Module, preprocess: Preprocess, batch: BatchRange | None = None) -> Usage:
-    """Capture *network*, in eval mode, and find the tensors that its output depends on.
+def find_usage(network: nn.Module, captured: Captured) -> Usage:
+    """Find the tensors that the output of *network* depends on in the programs *captured* of it.
 
-    Raises `LoweringError` if it cannot be captured, `CertificateError` if it is not deterministic or writes
-    to its buffers.
+    Raises `CertificateError` if they are not deterministic or write to buffers.
     """
-    network = copy.deepcopy(network)  # capturing may leave traces in caches
-    root = program_root(capture_any_batch(network, preprocess, batch or BatchRange()))
-    used = frozenset(name.removeprefix(PREFIX) for name in root.state)
+    programs = (captured.any_batch, captured.batch_of_one)
+    used = frozenset(name.removeprefix(PREFIX) for each in programs for name in program_root(each).state)
     # Counters such as `num_batches_tracked` belong to modules that are used.
     owners = {name.rpartition(".")[0] for name in used}
     unused = {
@@ -163,14 +197,14 @@ def find_usage(network: nn.Module, preprocess: Preprocess, batch: BatchRange | N
     return Usage(used, frozenset(unused))
 
 
-def unused_parts(network: nn.Module, usage: Usage) -> tuple[str, ...]:
-    """Name the outermost modules and tensors of *network* that its output does not depend on."""
+def outermost(network: nn.Module, unused: frozenset[str]) -> tuple[str, ...]:
+    """Name the outermost modules of *network* with only *unused* tensors, then the other unused tensors."""
     found: list[str] = []
-    for name, module in network.named_modules():
+    for name, module in modules(network):
         inside = {f"{name}.{inner}" if name else inner for inner in tensors(module)}
-        if inside and inside <= usage.unused and not any(is_in(name, part) for part in found):
+        if inside and inside <= unused and not is_in(name, *found):
             found.append(name)
-    return (*found, *sorted(name for name in usage.unused if not is_in(name, *found)))
+    return (*found, *sorted(name for name in unused if not is_in(name, *found)))
 
 
 def check_training_only(usage: Usage, training_only: Sequence[str]) -> None:
@@ -188,14 +222,14 @@ def check_training_only(usage: Usage, training_only: Sequence[str]) -> None:
 def check_builder(build: Callable[[], nn.Module], trained: nn.Module) -> None:
     """Raise if *build* fails, or if two results of it, or one and *trained*, share a module or memory."""
     first, second = _build(build), _build(build)
-    owners = {id(part) for network in (first, trained) for part in network.modules()}
+    owners = {id(part) for network in (first, trained) for _, part in modules(network)}
     memory = {
         tensor.data_ptr()
         for network in (first, trained)
         for tensor in tensors(network).values()
         if tensor.numel()
     }
-    for name, part in second.named_modules():
+    for name, part in modules(second):
         if id(part) in owners:
             raise CertificateError(
                 f"the builder of the plain network returns the same module {name or 'object'} twice; it must "
@@ -233,20 +267,28 @@ def _python_state(network: nn.Module) -> dict[str, Any]:
 
 
 def _attributes(network: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in network.named_modules():
+    for name, module in modules(network):
         for attribute, value in vars(module).items():
             if attribute not in TENSOR_TABLES:
-                where = f"{name}.{attribute}" if name else attribute
-                yield where, (value, len(value) if isinstance(value, list | dict | set) else None)
+                yield f"{name}.{attribute}" if name else attribute, _freeze(value, DEPTH)
+
+
+def _freeze(value: Any, depth: int) -> Any:
+    """Describe *value* so that a change of it, or inside of it, gives another description."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if depth and isinstance(value, Mapping):
+        return [(repr(key), _freeze(item, depth - 1)) for key, item in value.items()]
+    if depth and isinstance(value, list | tuple):
+        return [_freeze(item, depth - 1) for item in value]
+    return id(value), len(value) if isinstance(value, set) else 0
 
 
 def _first_change(before: dict[str, Any], after: dict[str, Any]) -> str | None:
-    """Name the first attribute that was added, removed, replaced or grew."""
+    """Name the first attribute that was added, removed or changed."""
     for name in (*before, *(name for name in after if name not in before)):
-        old, new = before.get(name), after.get(name)
-        if old is None or new is None or old[1] != new[1]:
-            return name
-        simple = isinstance(old[0], bool | int | float | str | tuple)
-        if old[0] is not new[0] and not (simple and old[0] == new[0]):
+        if name not in before or name not in after or before[name] != after[name]:
             return name
     return None

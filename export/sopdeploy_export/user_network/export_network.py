@@ -1,5 +1,6 @@
 """Export any PyTorch classifier, with the same proof, checks and bundle as a network of the catalog."""
 
+import copy
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,25 +10,32 @@ from typing import Any
 
 from torch import nn
 
+from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import ConfigError, DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph import EXPORT_LOGITS, Deployed
+from sopdeploy_export.graph import Captured, Deployed, capture
 from sopdeploy_export.pipeline import Exported, ExportOptions, export_subject
 from sopdeploy_export.proof.certificate import Detachment
 from sopdeploy_export.proof.detach import detach
 from sopdeploy_export.proof.hashes import tensor_hash
-from sopdeploy_export.proof.preconditions import check_network_state, check_removed_memory, tensors
+from sopdeploy_export.proof.preconditions import (
+    check_network_state,
+    check_removed_memory,
+    check_torch_state,
+    contiguous,
+    modules,
+    tensors,
+)
 from sopdeploy_export.proof.subject import ExportSubject
 from sopdeploy_export.report.network_summary import NetworkSummary, summarize
 from sopdeploy_export.user_network.checks import (
     check_builder,
-    check_methods,
     check_outputs,
     check_training_only,
     copy_for_export,
     find_usage,
-    unused_parts,
+    outermost,
     unwrap,
 )
 
@@ -80,17 +88,12 @@ def export_network(
         CertificateError: A statement of the proof does not hold.
         SopdeployError: Another step failed; nothing is left in *destination* then.
     """
-    if not NAME.fullmatch(name):
-        raise ConfigError(f"name {name!r}: use letters, digits, `.`, `_` and `-` only")
-    if len(set(labels)) != len(labels) or not labels:
-        raise ConfigError("labels: give one name per class, each once")
     options = options or ExportOptions()
+    _check_arguments(name, labels, preprocess)
+    check_torch_state()
     on_step("checking the network")
-    network = copy_for_export(trained, "trained")
-    check_methods(unwrap(trained), "trained")
+    network = contiguous(copy_for_export(trained, "trained", logits))
     check_network_state(network, "trained")
-    if logits is not None:
-        vars(network)[EXPORT_LOGITS] = logits
     parts = match_parts(network, training_only)
     original = tensors(unwrap(trained))  # a copy no longer shares memory
     removed = {name for name in original if is_in(name, *parts)}
@@ -98,13 +101,18 @@ def export_network(
         {name: original[name] for name in removed},
         {name: tensor for name, tensor in original.items() if name not in removed},
     )
-    warnings = _check(network, parts, preprocess, len(labels), options)
+    captured, warnings = _check(network, parts, preprocess, len(labels), options)
     build = None if plain is None else _checked_builder(plain, network, logits)
     recorded = {"network": _class_name(network), "logits": logits, "training_only": list(training_only)}
     subject = ExportSubject(
         name=name,
         network=network,
-        detachment=Detachment(training_only=parts, plain=build, rename=rename or str),
+        detachment=Detachment(
+            training_only=parts,
+            plain=build,
+            rename=rename or str,
+            captured=None if options.with_cam else captured,  # with the maps there is another output
+        ),
         labels=tuple(labels),
         preprocess=preprocess,
         config=recorded if config is None else config,
@@ -116,6 +124,16 @@ def export_network(
     return export_subject(subject, Path(destination), options, on_step)
 
 
+def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -> None:
+    """Raise `ConfigError` for an argument of the wrong kind."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"--name {name}: use letters, digits, `.`, `_` and `-` only")
+    if not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels) or not labels:
+        raise ConfigError("--labels: give one name per class, each once")
+    if not isinstance(preprocess, Preprocess):
+        raise ConfigError(f"--preprocess: is a {type(preprocess).__name__}, not a sopdeploy.Preprocess")
+
+
 def unused_modules(
     network: nn.Module, preprocess: Preprocess, logits: str | int | None = None
 ) -> tuple[str, ...]:
@@ -124,10 +142,9 @@ def unused_modules(
     They are candidates for `training_only`. *logits* is the attribute, key or index of the logits, if the
     network returns more than one tensor. Raises `LoweringError` if the network cannot be captured.
     """
-    copied = copy_for_export(network, "given")
-    if logits is not None:
-        vars(copied)[EXPORT_LOGITS] = logits
-    return unused_parts(copied, find_usage(copied, preprocess))
+    check_torch_state()
+    copied = contiguous(copy_for_export(network, "given", logits))
+    return outermost(copied, find_usage(copied, capture(copied, preprocess, BatchRange())).unused)
 
 
 def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
@@ -135,9 +152,9 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
 
     Raises `DetachError` for a pattern without a match.
     """
-    names = [name for name, _ in network.named_modules() if name] + list(tensors(network))
+    names = [name for name, _ in modules(network) if name] + list(tensors(network))
     found: list[str] = []
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
             close = ", ".join(name for name, _ in network.named_children())
@@ -145,24 +162,26 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
         for match in matches:  # outer modules come before inner ones
             if not is_in(match, *found):
                 found.append(match)
+    for part in found:
+        if not any(is_in(name, part) for name in tensors(network)):
+            raise DetachError(f"--training-only: {part} holds no tensors, so there is nothing to detach")
     return tuple(found)
 
 
 def _check(
     network: nn.Module, parts: tuple[str, ...], preprocess: Preprocess, classes: int, options: ExportOptions
-) -> tuple[str, ...]:
-    """Run all checks before the proof; returns warnings."""
-    trial = copy_for_export(network, "trained")
-    warnings = check_outputs(Deployed(trial, preprocess).eval(), preprocess, classes, "trained")
-    usage = find_usage(network, preprocess, options.batch)
+) -> tuple[Captured, tuple[str, ...]]:
+    """Run all checks before the proof; returns the programs of *network* and warnings."""
+    trial = Deployed(copy.deepcopy(network), preprocess).eval()
+    warnings = check_outputs(trial, preprocess, classes, "trained")
+    # Capturing may leave traces in caches of the network.
+    captured = capture(copy.deepcopy(network), preprocess, options.batch)
+    usage = find_usage(network, captured)
     check_training_only(usage, parts)
     if parts:
         detached = Deployed(detach(network, parts), preprocess).eval()
         check_outputs(detached, preprocess, classes, "detached")
-    undeclared = [part for part in unused_parts(network, usage) if not is_in(part, *parts)]
-    undeclared = [
-        part for part in undeclared if not all(is_in(name, *parts) for name in _inside(network, part))
-    ]
+    undeclared = outermost(network, frozenset(name for name in usage.unused if not is_in(name, *parts)))
     if undeclared and options.pt2:
         raise LoweringError(
             f"the output does not depend on {', '.join(undeclared)}; network.pt2 would contain its weights: "
@@ -171,13 +190,9 @@ def _check(
     if undeclared:
         unused = ", ".join(undeclared)
         warnings += (
-            f"the output does not depend on {unused}; add it to --training-only to prove its removal",
+            f"the output does not depend on {unused}; name it as training-only to prove its removal",
         )
-    return warnings
-
-
-def _inside(network: nn.Module, part: str) -> list[str]:
-    return [name for name in tensors(network) if is_in(name, part)]
+    return captured, warnings
 
 
 def _checked_builder(
@@ -185,15 +200,7 @@ def _checked_builder(
 ) -> Callable[[], nn.Module]:
     """Check the builder of the plain network, and let it return unwrapped networks in eval mode."""
     check_builder(plain, trained)
-
-    def build() -> nn.Module:
-        network = copy_for_export(plain(), "plain")
-        check_methods(network, "plain")
-        if logits is not None:
-            vars(network)[EXPORT_LOGITS] = logits
-        return network
-
-    return build
+    return lambda: copy_for_export(plain(), "plain", logits)
 
 
 def _class_name(network: nn.Module) -> str:

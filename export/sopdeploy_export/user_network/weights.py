@@ -1,21 +1,19 @@
 """Read the weights of a user's network: state dicts and training checkpoints, without running code."""
 
-import argparse
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from sopdeploy.checkpoint import is_state_dict, load_plain
-from sopdeploy.environment import import_optional
-from sopdeploy.errors import CheckpointError, WeightsError
+from sopdeploy.checkpoint import is_state_dict
+from sopdeploy.errors import WeightsError
+from sopdeploy.importers.source import check_tensors
+from sopdeploy.importers.weight_files import ADVICE, read_pytorch
+from sopdeploy_export.user_network.checks import first_line
 
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning
 AVERAGING_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
-ADVICE = "save network.state_dict() with torch.save, or as safetensors"
 
 
 class LoadedWeights(NamedTuple):
@@ -33,8 +31,9 @@ def load_weights(network: nn.Module, path: Path, table: str | None = None) -> Lo
     (`module.`, `_orig_mod.`, `model.`) are removed unless the network has them too. Raises `WeightsError`
     for a file that cannot be read or does not fit.
     """
-    content, digest = _read(path)
+    content, digest = read_pytorch(path)
     name, tensors = _choose_table(path, content, table)
+    check_tensors(path, tensors)
     expected = network.state_dict()
     removed: list[str] = []
     if AVERAGING_COUNTER in tensors and AVERAGING_COUNTER not in expected:
@@ -51,35 +50,17 @@ def load_weights(network: nn.Module, path: Path, table: str | None = None) -> Lo
             raise WeightsError(
                 f"{path}: {key} is {found} in the file and {wanted} in the network; set options with --set"
             )
+        if tensors[key].is_floating_point() != expected[key].is_floating_point():
+            types = f"{tensors[key].dtype} in the file and {expected[key].dtype} in the network"
+            raise WeightsError(f"{path}: {key} is {types}")
     unknown = next((key for key in tensors if key not in expected), None)
     if unknown is not None:
         raise WeightsError(f"{path}: the network has no {unknown}; {_other_settings(tensors, expected)}")
-    network.load_state_dict(tensors)
+    try:
+        network.load_state_dict(tensors)
+    except Exception as error:  # classes can have rules of their own
+        raise WeightsError(f"{path}: the network does not load it ({first_line(error)})") from error
     return LoadedWeights(digest, name, tuple(removed))
-
-
-def _read(path: Path) -> tuple[Any, str]:
-    """Read *path* once; returns its content and the sha256 of its bytes."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; give a weight file")
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from error
-    digest = hashlib.sha256(raw).hexdigest()
-    if raw[8:9] == b"{":
-        safetensors = import_optional(
-            "safetensors.torch", "safetensors", "sopdeploy[import]", WeightsError, str(path)
-        )
-        try:
-            return safetensors.load(raw), digest
-        except Exception as error:  # SafetensorError
-            raise WeightsError(f"{path}: damaged safetensors file ({error}); copy it again") from error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, in many checkpoints
-            return load_plain(path, ADVICE, raw=raw), digest
-    except CheckpointError as error:
-        raise WeightsError(str(error)) from error
 
 
 def _choose_table(path: Path, content: Any, wanted: str | None) -> tuple[str, Mapping[str, Tensor]]:

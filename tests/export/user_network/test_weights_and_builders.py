@@ -58,7 +58,7 @@ def without(name: str) -> dict[str, torch.Tensor]:
 
 
 WRONG: dict[str, tuple[Any, str | None, str]] = {
-    "a pickled module": (Small(), None, r"could run code; save network\.state_dict\(\)"),
+    "a pickled module": (Small(), None, r"could run code; save the network's state_dict\(\) alone"),
     "two tables": (
         {"model": STATE, "model_ema": STATE},
         None,

@@ -113,17 +113,23 @@ def test_every_option_of_a_command_is_a_parameter_with_the_same_default(name: st
 
 
 def test_errors_know_every_parameter_and_which_ones_are_switches() -> None:
-    functions = [getattr(sopdeploy, name) for name, module in sopdeploy._MODULES.items() if ".api." in module]
+    named = [
+        name for name, module in sopdeploy._MODULES.items() if module.startswith(sopdeploy.NAMING_OPTIONS)
+    ]
+    functions = [getattr(sopdeploy, name) for name in named]
     optional = {
         name: parameter.default
         for function in functions
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
-    in_python_only = {"background", "progress", "callback", "on_image", "on_step", "user_network"}
-    named = {name: default for name, default in optional.items() if name not in in_python_only}
-    assert {name for name, default in named.items() if isinstance(default, bool)} == SWITCHES
-    assert named.keys() - SWITCHES - {"resume", "assignments"} | {"data", "out", "recipe"} == OPTIONS
+    in_python_only = {
+        "background", "callback", "destination", "on_image", "on_step", "options", "progress", "rename",
+        "sha256", "user_network",
+    }  # fmt: skip
+    options = {name: default for name, default in optional.items() if name not in in_python_only}
+    assert {name for name, default in options.items() if isinstance(default, bool)} == SWITCHES
+    assert options.keys() - SWITCHES - {"resume", "assignments"} | {"data", "out", "recipe"} == OPTIONS
 
 
 ERRORS = {
@@ -136,6 +142,8 @@ ERRORS = {
     'calibration="minmax"',
     "with --resume or choose another --out": 'with resume="always" or choose another out',
     "--set epoch=3: write key=value": "epoch=3: write key=value",
+    "cannot be detached; remove it from --training-only": "cannot be detached; remove it from training_only",
+    "--training-only aux*: no such part": 'training_only=["aux*"]: no such part',
     "--tta x: not one of none, flip": 'tta="x": not one of none, flip',
     "a checkpoint; run: sopdeploy export a.pt --detach": "a checkpoint; run: sopdeploy export a.pt --detach",
     "larger; `--max-bytes` allows more": "larger; `--max-bytes` allows more",

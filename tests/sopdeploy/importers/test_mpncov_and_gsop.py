@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.importers.weight_files import read_torch
+from sopdeploy.importers.weight_files import open_weights
 from tests.sopdeploy.importers.released_torch import (
     Basic,
     Bottleneck,
@@ -118,7 +118,7 @@ def test_data_parallel_prefixes_are_removed_anywhere(tmp_path: Path, prefix: str
     torch.save(
         {name.replace("features.module.", prefix): value for name, value in state.items()}, tmp_path / "a.pth"
     )
-    names = read_torch(tmp_path / "a.pth").tensors.keys()
+    names = open_weights(tmp_path / "a.pth").tensors.keys()
     assert names == {name.replace("features.module.", "features.") for name in state}
 
 
