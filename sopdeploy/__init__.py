@@ -2,7 +2,8 @@
 
 `train`, `evaluate`, `calibrate`, `export`, `predict` and `serve` do what the commands of the same names do,
 with the same defaults. `export_network` exports any PyTorch classifier, `unused_modules` lists the parts that
-its output does not need. `create_model(name, num_classes=..., **config)` builds a network of the catalog,
+its output does not need, `dsop` attaches branches to a network of yours, and `register_model` makes it known
+to `train`. `create_model(name, num_classes=..., **config)` builds a network of the catalog,
 `list_models()` lists the names, and `describe(name, **config)` counts parameters and multiply-adds. Importing
 sopdeploy does not import torch; `predict` and `serve` do not need it.
 """
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
     from sopdeploy.images.preprocess import Preprocess
     from sopdeploy.models.describe import describe
     from sopdeploy.models.registry import create_model, list_models
+    from sopdeploy.models.user_network import dsop, register_model
     from sopdeploy_export.pipeline import ExportOptions
     from sopdeploy_export.user_network.export_network import export_network, unused_modules
 
 __version__ = "0.1.0"
 __all__ = [
-    "ExportOptions", "Preprocess", "__version__", "calibrate", "create_model", "describe", "evaluate",
-    "export", "export_network", "list_models", "predict", "serve", "train", "unused_modules",
+    "ExportOptions", "Preprocess", "__version__", "calibrate", "create_model", "describe", "dsop", "evaluate",
+    "export", "export_network", "list_models", "predict", "register_model", "serve", "train",
+    "unused_modules",
 ]  # fmt: skip
 
 _MODULES = {
@@ -34,11 +37,13 @@ _MODULES = {
     "Preprocess": "sopdeploy.images.preprocess",
     "create_model": "sopdeploy.models.registry",
     "describe": "sopdeploy.models.describe",
+    "dsop": "sopdeploy.models.user_network",
     "evaluate": "sopdeploy.api.evaluation",
     "export": "sopdeploy.api.deployment",
     "export_network": "sopdeploy_export.user_network.export_network",
     "list_models": "sopdeploy.models.registry",
     "predict": "sopdeploy.api.serving",
+    "register_model": "sopdeploy.models.user_network",
     "serve": "sopdeploy.api.serving",
     "train": "sopdeploy.api.training",
     "unused_modules": "sopdeploy_export.user_network.export_network",

@@ -10,8 +10,8 @@ from typing import Any
 import pydantic
 from torch import nn
 
+from sopdeploy.backbones.timm_backbone import import_timm
 from sopdeploy.config import first_problem
-from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.import_weights import read_class_names
@@ -106,10 +106,9 @@ def read_preprocess(text: str) -> Preprocess:
     if not text:
         raise ConfigError(f"--preprocess: missing; give {EXAMPLE}")
     if kind == "timm":
-        timm = import_optional("timm", "timm", "sopdeploy[train]", ConfigError, "--preprocess")
-        config = timm.get_pretrained_cfg(name)
+        config = import_timm(name).get_pretrained_cfg(name)
         if config is None:
-            raise ConfigError(f"--preprocess {text}: timm has no model {name}")
+            raise ConfigError(f"--preprocess {text}: timm publishes no rules for it; give FILE.json")
         return Preprocess.from_timm(config.to_dict())
     if kind == "torchvision":
         try:

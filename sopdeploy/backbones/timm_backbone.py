@@ -1,12 +1,12 @@
-"""Any convolutional network of timm as a backbone, under timm's own key names.
+"""Any network of timm as a backbone, under timm's own key names.
 
 The network is built by `timm.create_model(pretrained=False)`. This is the only module that imports timm, and
 only when such a network is requested. Taps are the stages in timm's `feature_info` from stride 4 on: what the
-papers call conv2_x to conv5_x.
+papers call conv2_x to conv5_x. A network without feature maps, such as a ViT, has no taps.
 """
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import Annotated, Any
 
@@ -24,17 +24,24 @@ FIRST_STRIDE = 4  # stages of smaller stride belong to the stem
 
 
 class TimmConfig(StrictModel):
-    """`backbone` is the network's name in timm, such as `convnext_tiny`."""
+    """`backbone` is the network's name in timm, such as `convnext_tiny` or `resnet18.a1_in1k`."""
 
     backbone: Annotated[str, pydantic.Field(min_length=1)]
 
 
 def import_timm(name: str) -> Any:
-    """Import `timm`; raise `ConfigError` if it is not installed or has no network *name*."""
+    """Import `timm`; raise `ConfigError` if it is not installed or has no network *name*, with its tag."""
     timm = import_optional("timm", "timm", "sopdeploy[train]", ConfigError, f"timm:{name}")
-    if not timm.is_model(name) or "." in name:
-        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=3))
-        near = near or "one of its list_models()"
+    architecture, dot, tag = name.partition(".")
+    names = timm.list_models()
+    known = timm.is_model(architecture) and bool(tag) == bool(dot)
+    if known and tag:
+        try:
+            timm.get_pretrained_cfg(name)
+        except RuntimeError:  # an unknown tag
+            known, names = False, timm.list_pretrained(f"{architecture}.*")
+    if not known:
+        near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "one of its list_models()"
         raise ConfigError(f"timm:{name}: timm {timm.__version__} has no such network; did you mean {near}?")
     return timm
 
@@ -54,12 +61,14 @@ def tappable(name: str) -> dict[str, int]:
     timm, side = import_timm(name), timm_image_size(name)
     with torch.device("meta"):
         network = timm.create_model(name).eval()
-        stages = [stage for stage in network.feature_info if stage["reduction"] >= FIRST_STRIDE]
+        stages = [
+            stage for stage in getattr(network, "feature_info", []) if stage["reduction"] >= FIRST_STRIDE
+        ]
         channels = {stage["module"]: int(stage["num_chs"]) for stage in stages}
         absent = channels.keys() - dict(network.named_modules()).keys()
         if absent or not channels:
             raise ConfigError(f"timm:{name} does not name its stages; choose another network")
-        _, outputs = run_tapped(network, torch.empty(1, 3, side, side), channels)
+        _, outputs = run_tapped(network, network.forward_features, torch.empty(1, 3, side, side), channels)
     for tap, output in outputs.items():
         if output.dim() != 4 or output.shape[1] != channels[tap]:
             raise ConfigError(
@@ -69,20 +78,32 @@ def tappable(name: str) -> dict[str, int]:
     return {tap: channels[tap] for tap in outputs}
 
 
-def run_tapped(network: Any, images: Tensor, taps: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the last feature map of timm's *network*, and the outputs of the modules named in *taps*."""
-    outputs: dict[str, Tensor] = {}
+@cache
+def has_feature_maps(name: str) -> bool:
+    """Check whether branches can read the stages of timm's network *name*; those of a ViT are tokens."""
+    import_timm(name)
+    try:
+        return bool(tappable(name))
+    except ConfigError:
+        return False
 
+
+def run_tapped(
+    network: nn.Module, run: Callable[[Tensor], Any], images: Tensor, taps: Collection[str]
+) -> tuple[Any, dict[str, Any]]:
+    """Compute `run(images)`, and the outputs of the modules of *network* named in *taps*, as computed."""
+    outputs: dict[str, Any] = {}
     handles = [
         network.get_submodule(tap).register_forward_hook(
             lambda _module, _inputs, output, tap=tap: outputs.update({tap: output})
         )
         for tap in taps
     ]
-    features: Tensor = network.forward_features(images)
-    for handle in handles:
-        handle.remove()
-    return features, outputs
+    try:
+        return run(images), outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def nearest_block(network: nn.Module, taps: Collection[str]) -> type[MBConv | Bottleneck | BasicBlock]:
@@ -101,7 +122,7 @@ def nearest_block(network: nn.Module, taps: Collection[str]) -> type[MBConv | Bo
 
 
 class TimmBackbone(Backbone):
-    """A network of timm that can be tapped; keys are timm's, without a prefix.
+    """A network of timm, with taps if it has feature maps; keys are timm's, without a prefix.
 
     It shares its tables of modules, parameters and buffers with timm's own module, which is not a child:
     moving, loading or saving this module does the same to timm's.
@@ -119,8 +140,10 @@ class TimmBackbone(Backbone):
         self._buffers = network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
         self.outside = (network,)  # a tuple keeps it from becoming a child
-        self.tap_channels = dict(tappable(config.backbone))
-        self.head_channels: int = network.head_hidden_size
+        self.tap_channels = dict(tappable(config.backbone)) if has_feature_maps(config.backbone) else {}
+        self.head_channels: int = getattr(network, "head_hidden_size", network.num_features)
+        published = network.pretrained_cfg
+        self.fixed_size: int | None = published["input_size"][-1] if published["fixed_input_size"] else None
 
     def train(self, mode: bool = True) -> "TimmBackbone":
         """Set training or eval mode, also of timm's own module."""
@@ -133,8 +156,17 @@ class TimmBackbone(Backbone):
         return kind(in_channels, out_channels, stride=stride)
 
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the output of timm's `forward_features` and of every tapped stage."""
-        last, outputs = run_tapped(self.outside[0], images, taps)
+        """Compute the output of timm's `forward_features` and of every tapped stage.
+
+        Raises `ConfigError` for images of another size than a network with position embeddings takes.
+        """
+        if self.fixed_size not in {None, images.shape[-1]}:
+            raise ConfigError(
+                f"timm:{self.config.backbone}: takes images of {self.fixed_size} pixels, not of "
+                f"{images.shape[-1]}; set preprocess.crop"
+            )
+        network = self.outside[0]
+        last, outputs = run_tapped(network, network.forward_features, images, taps)
         return last, list(outputs.values())
 
     def classify(self, features: Tensor) -> Tensor:

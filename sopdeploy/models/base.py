@@ -109,7 +109,11 @@ class Classifier(Backbone):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the catalog; `image_size` is the side in pixels of the images in its paper."""
+    """One line of the catalog.
+
+    `image_size` is the side in pixels of the images in its paper. Without `feature_maps`, `features` computes
+    no map (B, C, h, w).
+    """
 
     network: type[Classifier]
     config: type[StrictModel]
@@ -117,3 +121,4 @@ class Entry:
     summary: str
     image_size: int = 224
     num_classes: int = 1000
+    feature_maps: bool = True

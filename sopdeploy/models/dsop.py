@@ -172,6 +172,10 @@ class DSoP(Classifier):
 
     def __init__(self, config: DSoPConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
+        self.attach_branches()
+
+    def attach_branches(self) -> None:
+        """Build the branches, once the taps are known."""
         self.tap_stages: dict[str, list[str]] = {}
         for tap in self.tap_channels:
             stage = tap if self.taps_are_stages else tap.rpartition(".")[0]

@@ -36,17 +36,22 @@ FAMILIES: tuple[ModuleType, ...] = (  # in display order; each has its ENTRIES
 )
 CATALOG: dict[str, Entry] = {name: line for family in FAMILIES for name, line in family.ENTRIES.items()}
 
+REGISTERED: dict[str, Entry] = {}  # networks of the user, see `user_network.register_model`
+
 
 def entry(name: str) -> Entry:
     """Look up *name* in the catalog; raise `ConfigError` with the nearest names if it is unknown.
 
-    `timm:NAME` and `dsop-timm:NAME` are entries for every NAME of timm that has feature maps.
+    `timm:NAME` is an entry for every NAME of timm, `dsop-timm:NAME` for those that have feature maps.
     """
     family, colon, rest = name.partition(":")
     if colon and family in {"timm", "dsop-timm"}:
         return timm_networks.timm_entry(family, rest)
+    if name in REGISTERED:
+        return REGISTERED[name]
     if name not in CATALOG:
         near = difflib.get_close_matches(name, CATALOG, n=3)
+        near = [f"timm:{name}"] if "." in name else near
         hint = f"did you mean {', '.join(near)}?" if near else "`sopdeploy models` lists them all"
         raise ConfigError(f"model {name!r} is not in the catalog; {hint}")
     return CATALOG[name]

@@ -1,9 +1,16 @@
 """Networks of timm, plain (`timm:NAME`) and with DSoP's branches (`dsop-timm:NAME`).
 
-NAME is timm's own. The inference model is timm's network with timm's key names, so timm's weight files fit.
+NAME is timm's own, with or without a tag (`resnet18.a1_in1k`). The inference model is timm's network with
+timm's key names, so timm's weight files fit.
 """
 
-from sopdeploy.backbones.timm_backbone import TimmBackbone, TimmConfig, timm_image_size
+from sopdeploy.backbones.timm_backbone import (
+    TimmBackbone,
+    TimmConfig,
+    has_feature_maps,
+    tappable,
+    timm_image_size,
+)
 from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
 
@@ -36,7 +43,7 @@ class DSoPTimm(DSoP, TimmBackbone):
 
     def paper_branches(self) -> PaperBranches:
         """Return two blocks and at most 256 channels for every stage."""
-        stages = len(self.tap_channels)
+        stages = len(tappable(self.config.backbone))  # raises the error for networks without feature maps
         return PaperBranches(
             blocks=(2,) * stages, widths=(256,) * stages, weights=(1.0,) * stages, strides=(1,) * stages
         )
@@ -49,5 +56,6 @@ def timm_entry(family: str, name: str) -> Entry:
     """
     side = timm_image_size(name)
     if family == "timm":
-        return Entry(PlainTimm, TimmConfig, {"backbone": name}, f"timm's {name}", side)
+        maps = has_feature_maps(name)
+        return Entry(PlainTimm, TimmConfig, {"backbone": name}, f"timm's {name}", side, feature_maps=maps)
     return Entry(DSoPTimm, DSoPTimmConfig, {"backbone": name}, f"DSoP on timm's {name}", side)

@@ -24,6 +24,7 @@ from sopdeploy.data.base import LabeledImages, Split
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.models.base import Classifier
+from sopdeploy.models.registry import entry
 from sopdeploy.training.few_shot.config import FEATURES_FILE, FewShotConfig, FewShotResult
 from sopdeploy.training.few_shot.estimates import Targets
 from sopdeploy.training.few_shot.features import compute_features
@@ -71,11 +72,12 @@ class Timer:
 def select_split(recipe: Recipe, data: Split) -> tuple[Split, bool]:
     """Return the images to train on, and whether the few-shot procedure applies to them.
 
+    It needs feature maps, so networks without them are trained as usual.
     A held-out set that was selected from the training images and is smaller than `min_held_out` becomes
     empty: cross-validation on all images is more precise.
     """
     config = recipe.few_shot
-    if config is None or len(data.train) > config.max_images:
+    if config is None or len(data.train) > config.max_images or not entry(recipe.model.name).feature_maps:
         return data, False
     train, held_out = data.train, data.held_out
     if not (isinstance(train, ImageFiles) and isinstance(held_out, ImageFiles)):
