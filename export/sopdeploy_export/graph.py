@@ -156,18 +156,25 @@ def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRa
 
 
 def export(module: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any) -> ExportedProgram:
-    """Run torch.export on *module* and make the program functional.
+    """Run torch.export on *module* and make the program functional; *module* is unchanged afterwards.
 
     Raises `LoweringError` with the first line of torch's message.
     """
+    attributes = {part: set(vars(part)) for part in module.modules()}
     try:
         with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints part of the graph on failure
-            program = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that a cache of forward is not kept
+                program = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)
             functional: ExportedProgram = program.run_decompositions({})
     except Exception as error:  # tracing runs the network's own code, which can raise anything
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise LoweringError(f"cannot be captured as one graph: {reason}") from error
+    finally:
+        for part, before in attributes.items():  # torch resets old ones, and keeps new ones without values
+            for name in vars(part).keys() - before:
+                del vars(part)[name]
     return functional
 
 
@@ -241,7 +248,11 @@ def check(proto: onnx.ModelProto, opset: int = OPSET) -> None:
     The graph must be valid, use only *opset* of the standard domain, and hold no control flow and no fixed
     batch size other than 1.
     """
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise LoweringError(f"no ONNX form in opset {opset}: {reason}") from error
     opsets = {imported.domain: imported.version for imported in proto.opset_import}
     if opsets != {"": opset}:
         raise LoweringError(f"the graph needs operator sets {opsets}, but only ONNX opset {opset} is allowed")

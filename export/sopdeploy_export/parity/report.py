@@ -13,6 +13,7 @@ component does not contribute, so only components whose weight stays positive un
 as missing.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ class OutputParity(StrictModel):
     @property
     def drift_in_floors(self) -> float:
         """The maximum drift in multiples of the noise floor."""
+        if self.noise_floor == 0:  # the logits are zero for every image
+            return math.inf if self.largest_drift else 0.0
         return self.largest_drift / self.noise_floor
 
 

@@ -56,16 +56,20 @@ def copy_for_export(network: nn.Module, role: str, logits: str | int | None = No
         raise LoweringError(f"the {role} network is a {type(network).__name__}, not a torch.nn.Module")
     network = unwrap(network)
     for name, module in modules(network):
-        _check_module(name, module, role)
+        check_module(name, module, role)
     check_hooks(network, role)
-    for name, tensor in tensors(network).items():
+    named = tensors(network)
+    for name, tensor in named.items():
         check_tensor(name, tensor)
+    check_containers(network, role, {id(tensor) for tensor in named.values()})
     try:
         copied = copy.deepcopy(network)
         copied.cpu()
-        copied.eval()
+        returned = copied.eval(), copied.train(False)
     except Exception as error:  # methods of the user's modules can raise anything
         raise LoweringError(f"the {role} network cannot be copied: {first_line(error)}") from error
+    if any(result is not copied for result in returned):
+        raise LoweringError(f"train() or eval() of the {role} network does not return self")
     own = {id(module) for _, module in modules(copied)}
     for name, module in modules(network):
         if id(module) in own:
@@ -78,7 +82,7 @@ def copy_for_export(network: nn.Module, role: str, logits: str | int | None = No
     return copied
 
 
-def _check_module(name: str, module: nn.Module, role: str) -> None:
+def check_module(name: str, module: nn.Module, role: str) -> None:
     """Raise for a module that cannot be captured, or with a method that was replaced on the instance."""
     kind, where = type(module), f"{name or 'the whole'} of the {role} network"
     if isinstance(module, torch.jit.ScriptModule):
@@ -100,6 +104,22 @@ def _check_module(name: str, module: nn.Module, role: str) -> None:
                 f"{name}{'.' if name else ''}{attribute} of the {role} network was replaced on the instance; "
                 "a proof covers the code of the class, so put the change into a class"
             )
+
+
+def check_containers(network: nn.Module, role: str, registered: set[int]) -> None:
+    """Raise `LoweringError` if an attribute holds modules whose tensors are not *registered* in *network*."""
+    for name, module in modules(network):
+        for attribute, value in vars(module).items():
+            if attribute in TENSOR_TABLES or not isinstance(value, list | tuple | set | Mapping):
+                continue
+            items = value.values() if isinstance(value, Mapping) else value
+            inside = [part for part in items if isinstance(part, nn.Module)]
+            if any(id(tensor) not in registered for part in inside for tensor in tensors(part).values()):
+                where = f"{name}.{attribute}" if name else attribute
+                raise LoweringError(
+                    f"{where} of the {role} network is a {type(value).__name__} of modules, in which torch "
+                    "does not find their weights; use ModuleList or ModuleDict"
+                )
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -134,7 +154,7 @@ def check_outputs(deployed: Deployed, preprocess: Preprocess, classes: int, role
                 logits = deployed(images[:size])[0]
         except LoweringError:
             raise
-        except Exception as error:  # the user's code
+        except (Exception, SystemExit) as error:  # the user's code
             raise LoweringError(
                 f"the {role} network fails for {size} images of 3 x {preprocess.crop} x {preprocess.crop}: "
                 f"{first_line(error)}"
@@ -159,12 +179,18 @@ def check_outputs(deployed: Deployed, preprocess: Preprocess, classes: int, role
             f"the {role} network returns other logits for an image alone than in a batch; no image may "
             "depend on the others"
         )
-    if bool((logits >= 0).all()) and bool(((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()):
-        return (
-            f"the {role} network ends in a softmax, and the service applies another one: export the network "
-            "without it",
+    warnings = []
+    if torch.equal(logits, logits[:1].expand_as(logits)):
+        warnings.append(
+            f"the {role} network returns the same logits for every probe image, so comparing numbers shows "
+            "nothing; is it trained?"
         )
-    return ()
+    if bool((logits >= 0).all()) and bool(((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()):
+        warnings.append(
+            f"the {role} network ends in a softmax, and the service applies another one: export the network "
+            "without it"
+        )
+    return tuple(warnings)
 
 
 def _check_shape(logits: Tensor, size: int, classes: int, role: str) -> None:
@@ -186,12 +212,15 @@ def find_usage(network: nn.Module, captured: Captured) -> Usage:
     Raises `CertificateError` if they are not deterministic or write to buffers.
     """
     programs = (captured.any_batch, captured.batch_of_one)
-    used = frozenset(name.removeprefix(PREFIX) for each in programs for name in program_root(each).state)
+    reached = {name.removeprefix(PREFIX) for each in programs for name in program_root(each).state}
+    named = tensors(network)
+    tied = {id(named[name]) for name in reached if name in named}
+    used = frozenset(name for name, tensor in named.items() if id(tensor) in tied)
     # Counters such as `num_batches_tracked` belong to modules that are used.
     owners = {name.rpartition(".")[0] for name in used}
     unused = {
         name
-        for name, tensor in tensors(network).items()
+        for name, tensor in named.items()
         if name not in used and (tensor.is_floating_point() or name.rpartition(".")[0] not in owners)
     }
     return Usage(used, frozenset(unused))
@@ -246,7 +275,7 @@ def check_builder(build: Callable[[], nn.Module], trained: nn.Module) -> None:
 def _build(build: Callable[[], nn.Module]) -> nn.Module:
     try:
         network = build()
-    except Exception as error:  # the user's code
+    except (Exception, SystemExit) as error:  # the user's code
         raise ConfigError(f"the builder of the plain network fails: {first_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(

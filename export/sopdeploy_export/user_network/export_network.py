@@ -35,6 +35,7 @@ from sopdeploy_export.user_network.checks import (
     check_training_only,
     copy_for_export,
     find_usage,
+    first_line,
     outermost,
     unwrap,
 )
@@ -110,7 +111,7 @@ def export_network(
         detachment=Detachment(
             training_only=parts,
             plain=build,
-            rename=rename or str,
+            rename=_checked(rename or str),
             captured=None if options.with_cam else captured,  # with the maps there is another output
         ),
         labels=tuple(labels),
@@ -174,8 +175,7 @@ def _check(
     """Run all checks before the proof; returns the programs of *network* and warnings."""
     trial = Deployed(copy.deepcopy(network), preprocess).eval()
     warnings = check_outputs(trial, preprocess, classes, "trained")
-    # Capturing may leave traces in caches of the network.
-    captured = capture(copy.deepcopy(network), preprocess, options.batch)
+    captured = capture(network, preprocess, options.batch)
     usage = find_usage(network, captured)
     check_training_only(usage, parts)
     if parts:
@@ -201,6 +201,18 @@ def _checked_builder(
     """Check the builder of the plain network, and let it return unwrapped networks in eval mode."""
     check_builder(plain, trained)
     return lambda: copy_for_export(plain(), "plain", logits)
+
+
+def _checked(rename: Callable[[str], str]) -> Callable[[str], str]:
+    """Let *rename* raise `ConfigError` for whatever the user's code raises."""
+
+    def call(name: str) -> str:
+        try:
+            return rename(name)
+        except Exception as error:
+            raise ConfigError(f"rename fails for {name}: {first_line(error)}") from error
+
+    return call
 
 
 def _class_name(network: nn.Module) -> str:

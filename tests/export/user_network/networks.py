@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.ao.nn.quantized.dynamic import Linear as Quantized
 from torch.nn.utils import parametrizations
+from torchvision.ops import DeformConv2d
 
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 
 CLASSES = 4
+GENERATOR = np.random.default_rng(0)
 Outputs = namedtuple("Outputs", ["scores", "aux"])
 
 
@@ -116,6 +119,81 @@ class SecondOrder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.pooling(self.stem(images)))
+
+
+class DeformableConvolution(nn.Module):
+    """Its operator has no form in opset 18."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset, self.conv = nn.Conv2d(3, 18, 3, padding=1), DeformConv2d(3, 8, 3, padding=1)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.conv(images, self.offset(images)).mean((2, 3)))
+
+
+class SharedBuffer(Small):
+    """The branch and the stem share a buffer."""
+
+    def __init__(self, *, aux: bool = True) -> None:
+        super().__init__(aux=aux)
+        scale = torch.ones(8)
+        for part in (self.stem, self.aux):
+            if part is not None:
+                part.register_buffer("scale", scale)
+
+
+class HiddenBranch(Small):
+    """Lists no tensors of the branch, but depends on it."""
+
+    def named_modules(self, *arguments: Any, **options: Any) -> Any:
+        return (item for item in super().named_modules(*arguments, **options) if item[0] != "aux")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return leaks(self, images)
+
+
+class CopiedByReference(Small):
+    """A copy of it is the same object."""
+
+    def __deepcopy__(self, memo: Any) -> "CopiedByReference":
+        return self
+
+
+class ListOfModules(Small):
+    """Its layers are in a list, where torch does not find them."""
+
+    def __init__(self, *, aux: bool = True) -> None:
+        super().__init__(aux=aux)
+        self.layers = [nn.Linear(8, 8)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.layers[0](self.features(images)))
+
+
+class CountsInList(Small):
+    """Counts its calls inside of an attribute."""
+
+    def __init__(self, *, aux: bool = True) -> None:
+        super().__init__(aux=aux)
+        self.calls = {"forward": [0]}
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.calls["forward"][0] += 1
+        return super().forward(images)
+
+
+class Clamp(torch.autograd.Function):
+    """A function with a gradient of its own."""
+
+    @staticmethod
+    def forward(_context: Any, features: Tensor) -> Tensor:
+        return features.clamp(min=0)
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 class StuckInTraining(nn.Dropout):
@@ -235,3 +313,68 @@ def weight_norm(network: Small) -> Small:
     """Parametrize the classifier by weight norm."""
     parametrizations.weight_norm(network.fc)
     return network
+
+
+def is_unusual(self: Any, images: Tensor) -> Tensor:
+    """Write to its input, fill a cache, and use a function with a gradient of its own."""
+    if not hasattr(self, "scale"):
+        self.scale = torch.ones(8)
+    return self.fc(Clamp.apply(self.features(images.sub_(0.5))) * self.scale)
+
+
+def centers_batch(self: Any, images: Tensor) -> Tensor:
+    """Subtract the mean of the batch."""
+    features = self.features(images)
+    return self.fc(features - features.mean(0))
+
+
+def exits_python(_self: Any, _images: Tensor) -> Tensor:
+    """End the process, as a script that reads its command line does."""
+    raise SystemExit(2)
+
+
+def random_number(self: Any, images: Tensor) -> Tensor:
+    """Draw from NumPy's generator, which no graph shows."""
+    return self.fc(self.features(images)) + float(GENERATOR.random())
+
+
+def with_tensor(name: str, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Build a network with another kind of weight."""
+    network = Small(aux=False)
+    owner, _, attribute = name.rpartition(".")
+    part = network.get_submodule(owner)
+    del part._parameters[attribute]
+    part.register_buffer(attribute, change(torch.rand(CLASSES, 8)))
+    return network.eval()
+
+
+def tied() -> nn.Module:
+    """Build a network with one layer under two names."""
+    network = Small(aux=False)
+    network.head = network.fc
+    return network
+
+
+def contains_itself() -> nn.Module:
+    """Build a network that is its own part."""
+    network = Small(aux=False).eval()
+    network._modules["inner"] = network
+    return network
+
+
+class Tagged(Tensor):
+    """A tensor of another type, as quantization libraries use."""
+
+
+def quantized() -> nn.Module:
+    """Quantize the classifier with torch's modules."""
+    layer = Quantized(8, CLASSES)
+    network = Small(aux=False)
+    network.fc = layer
+    return network.eval()
+
+
+def weight_norm_by_hook(network: Small) -> Small:
+    """Use torch's former weight norm, which computes the weight in a hook."""
+    nn.utils.weight_norm(network.fc)
+    return network.eval()

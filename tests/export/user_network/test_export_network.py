@@ -1,20 +1,31 @@
 """Networks outside of the catalog are exported with a proof, or rejected with one line on the cause."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
+from PIL import Image
 from torch import nn
 
+import sopdeploy
+from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.pipeline import ExportOptions
 from sopdeploy_export.user_network.checks import check_builder
 from sopdeploy_export.user_network.export_network import export_network, unused_modules
+from sopdeploy_service.app import create_app
 from sopdeploy_service.commands.verify import verify
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.settings import Settings
+from tests.export.once import ALONE
 from tests.export.user_network import networks as n
+from tests.export.user_network.architectures import FULL, SMALL, Case
 
 SIDE = 12
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
@@ -23,9 +34,21 @@ Build = Callable[[], nn.Module]
 
 
 def run(trained: nn.Module, destination: Path, **options: Any) -> Any:
-    options.setdefault("plain", None)
-    options.setdefault("labels", LABELS)
-    return export_network(trained, preprocess=PREPROCESS, destination=destination, name="small", **options)
+    defaults = {"plain": None, "labels": LABELS, "preprocess": PREPROCESS, "name": "small"}
+    return export_network(trained, destination=destination, **defaults | options)
+
+
+def classify_over_http(bundle: Path) -> None:
+    """Send one probe image to a server of *bundle* in this process and compare the answer."""
+    probes, settings, body = read_probes(bundle / "probes.npz"), Settings(), io.BytesIO()
+    Image.fromarray(probes.images[-1]).save(body, "PNG")
+    logits = probes.expected["logits"][-1].astype(np.float64)
+    expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    with TestClient(create_app({"small": load_model(bundle, settings)}, settings)) as client:
+        response = client.post("/v1/classify", content=body.getvalue())
+    assert response.status_code == 200, response.text
+    found = {row["label"]: row["probability"] for row in response.json()["classes"]}
+    assert found == pytest.approx(dict(zip(LABELS, expected, strict=True)), abs=1e-4)
 
 
 def plain() -> nn.Module:
@@ -52,7 +75,7 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a dict": (lambda: n.variant(n.as_dict, aux=False), {"logits": "out"}, "trained-only"),
     "a named tuple": (lambda: n.variant(n.as_named_tuple, aux=False), {"logits": "scores"}, "trained-only"),
     "averaged weights": (lambda: torch.optim.swa_utils.AveragedModel(n.Small()), AUX, "three-way"),
-    "data parallel": (lambda: nn.DataParallel(n.Small()), AUX, "three-way"),
+    "data parallel and compiled": (lambda: nn.DataParallel(torch.compile(n.Small())), AUX, "three-way"),
     "synchronized batch norm": (
         lambda: nn.SyncBatchNorm.convert_sync_batchnorm(n.Small()),
         {"training_only": ["aux"]},
@@ -64,6 +87,17 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         {"plain": lambda: n.weight_norm(n.Small(aux=False)), "training_only": ["aux"]},
         "three-way",
     ),
+    "branches of DSoP": (
+        lambda: sopdeploy.dsop(plain(), ["stem"], image_size=SIDE, aux_blocks=(1,), aux_widths=(3,)),
+        {"plain": plain, "training_only": ["branches"], "rename": lambda name: name.removeprefix("network.")},
+        "three-way",
+    ),
+    "a cache, a written input and a custom function": (
+        lambda: n.variant(n.is_unusual),
+        {"training_only": ["aux"]},
+        "trained-detached",
+    ),
+    "a layer under two names": (n.tied, {"plain": n.tied}, "trained-plain"),
     "second-order pooling": (n.SecondOrder, {"plain": n.SecondOrder}, "trained-plain"),
     "renamed": (
         lambda: nn.Sequential(plain()),
@@ -71,15 +105,15 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         "trained-plain",
     ),
 }
-IN_THE_DEFAULT_RUN = ("an auxiliary head", "renamed")
+# Captured for one batch size, in a third of the time; the first case and full sizes use the whole range.
+QUICK = ExportOptions(batch=ALONE)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [name if name in IN_THE_DEFAULT_RUN else pytest.param(name, marks=pytest.mark.slow) for name in ACCEPTED],
-)
-def test_it_is_exported_and_verified_with_the_strength_of_its_proof(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_it_is_exported_verified_and_served_with_the_strength_of_its_proof(case: str, tmp_path: Path) -> None:
     build, options, proof = ACCEPTED[case]
+    if case != "an auxiliary head":
+        options = {"options": QUICK, **options}
     network = n.trained(build()).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     attributes = set(vars(network))
@@ -87,11 +121,44 @@ def test_it_is_exported_and_verified_with_the_strength_of_its_proof(case: str, t
     assert exported.certificate.proof == exported.summary()["proof"] == proof
     assert exported.warnings == ()
     verify(exported.path)
+    classify_over_http(exported.path)
     assert network.training, "the user's network is not changed"
     assert set(vars(network)) == attributes
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     if case == "second-order pooling":
         assert exported.lowering.rules
+
+
+@pytest.mark.parametrize("architecture", SMALL)
+def test_a_small_version_is_exported_verified_and_served(architecture: str, tmp_path: Path) -> None:
+    check_architecture(SMALL[architecture], tmp_path, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", FULL)
+def test_the_full_size_is_exported_verified_and_served(architecture: str, tmp_path: Path) -> None:
+    check_architecture(FULL[architecture], tmp_path, ExportOptions())
+
+
+def check_architecture(case: Case, destination: Path, options: ExportOptions) -> None:
+    torch.manual_seed(0)
+    network = case.trained()
+    for part in network.modules():
+        if isinstance(part, nn.Linear) and not part.weight.any():  # torchvision's ViT starts with zeros
+            nn.init.normal_(part.weight, std=0.02)
+    exported = run(
+        network,
+        destination,
+        plain=case.plain,
+        training_only=case.training_only,
+        preprocess=Preprocess(resize=case.side, crop=case.side),
+        options=options,
+    )
+    assert exported.certificate.proof == ("three-way" if case.training_only else "trained-plain")
+    assert bool(exported.certificate.removed) == bool(case.training_only)
+    assert exported.warnings == ()
+    verify(exported.path)
+    classify_over_http(exported.path)
 
 
 def other_network() -> nn.Module:
@@ -176,22 +243,63 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         {"options": ExportOptions(pt2=True)},
         r"does not depend on aux;",
     ),
+    "an operator without ONNX form": (n.DeformableConvolution, {}, r"no ONNX form in opset 18: .*DeformConv"),
+    "a buffer shared with the branch": (n.SharedBuffer, AUX, r"aux\.scale was removed but shares its memory"),
+    "a branch that is not listed": (n.HiddenBranch, {"training_only": ["aux"]}, r"output .* depends on aux"),
+    "a copy by reference": (n.CopiedByReference, AUX, r"is not copied by copy\.deepcopy"),
+    "modules in a list": (n.ListOfModules, AUX, r"^layers of the trained network is a list of modules"),
+    "a counter in a list": (n.CountsInList, AUX, r"^calls changes while the trained network runs"),
+    "random numbers of NumPy": (lambda: n.variant(n.random_number), {}, r"other logits when it runs again"),
+    "a mean over the batch": (lambda: n.variant(n.centers_batch), {}, r"for an image alone than in a batch"),
+    "an exit of Python": (lambda: n.variant(n.exits_python), {}, r"fails for 4 images .*SystemExit: 2"),
+    "a network inside itself": (n.contains_itself, {}, r"^inner contains itself"),
+    "complex weights": (
+        lambda: n.with_tensor("fc.weight", lambda value: value.to(torch.complex64)),
+        {},
+        r"^fc\.weight is complex64",
+    ),
+    "sparse weights": (
+        lambda: n.with_tensor("fc.weight", torch.Tensor.to_sparse),
+        {},
+        r"^fc\.weight has the layout sparse_coo",
+    ),
+    "weights without values": (lambda: plain().to("meta"), {}, r"^stem\.0\.weight is on the meta device"),
+    "a subclass of tensors": (
+        lambda: n.with_tensor("fc.weight", lambda value: value.as_subclass(n.Tagged)),
+        {},
+        r"^fc\.weight is a Tagged, not a plain tensor",
+    ),
+    "a quantized layer": (n.quantized, {}, r"^fc of the trained network is quantized; export the float32"),
+    "weight norm by a hook": (lambda: n.weight_norm_by_hook(plain()), {}, r"forward hook on fc"),
+    "a part without tensors": (
+        lambda: nn.Sequential(plain(), nn.Dropout()),
+        {"training_only": ["1"]},
+        r"1 holds no tensors, so there is nothing to detach",
+    ),
+    "a rename that fails": (n.Small, AUX | {"rename": lambda name: {}[name]}, r"^rename fails for stem"),
     "a name with a slash": (n.Small, {"name": "a/b"}, r"name a/b: use letters"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+AS_BUILT = (
+    "NaN", "half precision", "a ScriptModule", "lazy modules", "a network inside itself", "complex weights",
+    "sparse weights", "weights without values", "a subclass of tensors", "a quantized layer",
+    "weight norm by a hook",
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*torch.quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "case", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in REJECTED]
 )
 def test_it_is_rejected_with_the_cause_and_nothing_is_written(case: str, tmp_path: Path) -> None:
     build, options, message = REJECTED[case]
     network = build()
-    if case not in ("NaN", "half precision", "a ScriptModule", "lazy modules"):
+    if case not in AS_BUILT:
         n.trained(network)
-    options = {"name": "small", "plain": None, "labels": LABELS} | options
     with pytest.raises(SopdeployError, match=message) as error:
-        export_network(network, preprocess=PREPROCESS, destination=tmp_path, **options)
+        run(network, tmp_path, **options)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sopdeploy import create_model, describe
+from sopdeploy.api.user_network import read_preprocess
 from sopdeploy.backbones.timm_backbone import nearest_block, tappable
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.residual import BasicBlock, Bottleneck, MBConv
@@ -62,14 +63,31 @@ def test_nearest_block_of_plain_convolutions_is_the_basic_block() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s16_224"])
-@pytest.mark.parametrize("family", ["timm", "dsop-timm"])
-def test_networks_without_feature_maps_are_rejected(family: str, name: str) -> None:
+def test_networks_without_feature_maps_are_plain_and_have_no_branches(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"timm:{name} has no feature maps to pool: .* gives \(1, "):
-        create_model(f"{family}:{name}")
+        create_model(f"dsop-timm:{name}")
+    assert not entry(f"timm:{name}").feature_maps
+    with torch.device("meta"):
+        network = create_model(f"timm:{name}", num_classes=3)
+        assert network(torch.empty(2, 3, 224, 224)).shape == (2, 3)
+
+
+def test_a_network_of_fixed_size_says_which() -> None:
+    network = create_model("timm:test_vit", num_classes=3)
+    with pytest.raises(ConfigError, match=r"timm:test_vit: takes images of 160 pixels, not of 32"):
+        network(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_tag_selects_the_same_network_with_other_weights() -> None:
+    tagged, plain = (create_model(f"timm:{name}", num_classes=3) for name in ("resnet18.a1_in1k", "resnet18"))
+    assert list(tagged.state_dict()) == list(plain.state_dict())
+    assert read_preprocess("timm:resnet18.tv_in1k") != read_preprocess("timm:resnet18.a1_in1k")
+    with pytest.raises(ConfigError, match=r"did you mean timm:resnet18\.a1_in1k\?"):
+        create_model("resnet18.a1_in1k")
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet181", "", "hf-hub:timm/resnet18.a1_in1k", "local-dir:/tmp", "resnet18.a1_in1k"]
+    "name", ["resnet181", "", "hf-hub:timm/resnet18.a1_in1k", "local-dir:/tmp", "resnet18.a1", "resnet18."]
 )
 def test_names_that_timm_does_not_build_are_rejected(name: str) -> None:
     with pytest.raises(ConfigError, match=f"timm:{name}: timm .* has no such network"):
@@ -83,9 +101,9 @@ def test_networks_whose_parts_conflict_with_backbone_are_rejected(name: str) -> 
         create_model(f"timm:{name}")
 
 
-def test_a_network_that_does_not_name_its_stages_is_rejected() -> None:
+def test_a_network_that_does_not_name_its_stages_has_no_branches() -> None:
     with pytest.raises(ConfigError, match="timm:hrnet_w18_small does not name its stages"):
-        create_model("timm:hrnet_w18_small")
+        create_model("dsop-timm:hrnet_w18_small")
 
 
 def test_another_family_than_timm_is_unknown() -> None:
