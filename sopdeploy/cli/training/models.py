@@ -27,7 +27,7 @@ def models(as_json: JsonOption = False) -> None:
         out.print(Text(title(family), "bold"))
         out.print(table)
         out.print()
-    out.print("[bold]Networks of timm[/], 'timm:NAME' and 'dsop-timm:NAME' for every NAME with feature maps")
+    out.print("[bold]Networks of timm[/], 'timm:NAME'; 'dsop-timm:NAME' for every NAME with feature maps")
 
 
 def describe(
