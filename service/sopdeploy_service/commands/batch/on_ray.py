@@ -7,7 +7,7 @@ actor or a machine that dies, and a stopped run continues with the parts that ar
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,10 +74,22 @@ def on_ray(
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"--ray {chosen.address}: no Ray cluster can be joined ({reason})") from error
     try:
+        if chosen.address == AUTO and len(ray.nodes()) == 1:  # a larger cluster may grow
+            _check_resources(ray.cluster_resources(), chosen)
         yield RayEngine(bundle, settings, options, chosen)
     finally:
         if joined:
             ray.shutdown()
+
+
+def _check_resources(found: Mapping[str, float], chosen: RayOptions) -> None:
+    """Raise `ConfigError` if no actor fits on this machine: Ray would wait for another one forever."""
+    for kind, wanted in (("CPU", chosen.cpus), ("GPU", chosen.gpus)):
+        if wanted > found.get(kind, 0.0):
+            raise ConfigError(
+                f"--{kind.lower()}s-per-actor {wanted:g}: Ray has {found.get(kind, 0.0):g} {kind}s here; "
+                "give a smaller number, or the address of a larger cluster"
+            )
 
 
 class RayEngine:

@@ -14,6 +14,7 @@ from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy_service.commands.batch import decoders
 from sopdeploy_service.commands.batch.decoders import DecoderProcesses, Read
+from sopdeploy_service.commands.batch.on_ray import RayOptions, _check_resources
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.part_classifier import ClassifyOptions
 from sopdeploy_service.commands.batch.pipeline import PartOutputs, Pipeline
@@ -250,6 +251,12 @@ def test_nothing_is_left_of_a_run_that_could_not_list_its_images(bundle_path, tm
     with pytest.raises(DataError, match=r"nowhere: not found; name a folder"):
         classify(bundle_path, ["nowhere"], tmp_path / "out", SETTINGS)
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] == [".lock"]
+
+
+def test_an_actor_that_does_not_fit_on_this_machine_is_rejected():
+    _check_resources({"CPU": 2.0}, RayOptions(cpus=2))
+    with pytest.raises(ConfigError, match=r"--gpus-per-actor 0\.5: Ray has 0 GPUs here; give a smaller"):
+        _check_resources({"CPU": 2.0}, RayOptions(gpus=0.5))
 
 
 @pytest.mark.slow
