@@ -9,6 +9,7 @@ import difflib
 import ipaddress
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,6 +39,12 @@ def _split_hosts(value: Any) -> Any:
     return _split_commas(value.lower()) if isinstance(value, str) else value
 
 
+def _check_shadow(value: str) -> str:
+    if re.fullmatch(r"[\w.-]+=(0?\.\d*[1-9]\d*|1(\.0*)?)", value) is None:
+        raise ValueError("write NAME=SHARE with a share above 0 and at most 1, such as new=0.05")
+    return value
+
+
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
 DecodeWay = Literal["exact", "fast", "nvimagecodec"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
@@ -46,7 +53,7 @@ LogForm = Literal["json", "console"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 Hosts = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(_split_hosts)]
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80})$")]
-Shadow = Annotated[str, pydantic.Field(pattern=r"^[\w.-]+=(0?\.\d*[1-9]\d*|1(\.0*)?)$")]
+Shadow = Annotated[str, pydantic.AfterValidator(_check_shadow)]
 FrontEnds = Annotated[int, pydantic.Field(ge=1, le=64)] | Literal["auto"]
 Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(_split_commas)]
 

@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.inference import shadow as shadows
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.results import Prediction, Ranking
 from sopdeploy_service.inference.shadow import plan_shadow
+from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.on_ray.plan import check
 from sopdeploy_service.settings import Settings, load_settings
 from tests.service.held import Held
@@ -143,6 +147,19 @@ def test_the_shadow_waits_while_the_live_model_works(models, run_server, jpeg, u
         until(new.entered.is_set)
 
 
+def test_several_classes_per_image_agree_if_all_of_them_are_equal(models) -> None:
+    decision = Decision(activation="sigmoid", thresholds=(0.5,) * 7)
+    bundle = models["live"].bundle
+    manifest = bundle.manifest.model_copy(update={"decision": decision})
+    loaded = replace(models["live"], bundle=replace(bundle, manifest=manifest))
+    model = Model("live", loaded, Settings(), Metrics())
+    for present, expected in (((), set()), ((0, 6), {"ant", "gnu"})):
+        logits = np.full(7, -1, np.float32)
+        logits[list(present)] = 1
+        outcome = Prediction({"logits": logits}, 0, 0, 1, Ranking([logits]), 0)
+        assert shadows._predicted(model, outcome) == expected
+
+
 def test_a_failing_shadow_is_counted_and_cannot_be_promoted_once_it_is_dead(
     serve, models, jpeg, until
 ) -> None:
@@ -217,7 +234,7 @@ def test_a_shadow_needs_two_bundles_with_the_same_classes(models, other_labels) 
         with pytest.raises(ConfigError, match=message):
             plan_shadow("new=0.5", found)
     for text in ("new", "new=0", "new=1.5", "new=-1", "=0.1", "new=0.0", "new=nan"):
-        with pytest.raises(ConfigError, match="shadow"):
+        with pytest.raises(ConfigError, match=r"shadow: .*write NAME=SHARE"):
             load_settings(shadow=text)
     with pytest.raises(ConfigError, match="beside the cluster"):
         check(Settings(shadow="new=0.5"))
