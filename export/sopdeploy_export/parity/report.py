@@ -43,6 +43,13 @@ FLOORS_BY_PRECISION: Mapping[Precision, float] = {
 }
 
 
+def in_floors(drift: float, noise_floor: float) -> float:
+    """Express *drift* in units of *noise_floor*, which is 0 if the outputs do not depend on the image."""
+    if noise_floor == 0:
+        return math.inf if drift else 0.0
+    return drift / noise_floor
+
+
 class Flip(StrictModel):
     """A probe image whose top class changed, and the network's margin between the two classes."""
 
@@ -90,9 +97,7 @@ class OutputParity(StrictModel):
     @property
     def drift_in_floors(self) -> float:
         """The maximum drift in multiples of the noise floor."""
-        if self.noise_floor == 0:  # the logits are zero for every image
-            return math.inf if self.largest_drift else 0.0
-        return self.largest_drift / self.noise_floor
+        return in_floors(self.largest_drift, self.noise_floor)
 
 
 class RoutingParity(StrictModel):
@@ -128,7 +133,7 @@ class PartDrift(StrictModel):
     @property
     def in_floors(self) -> float:
         """The drift in multiples of the noise floor."""
-        return self.drift / self.noise_floor
+        return in_floors(self.drift, self.noise_floor)
 
 
 class SpectralRecord(StrictModel):

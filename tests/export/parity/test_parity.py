@@ -14,7 +14,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph import Deployed, operator_counts, write
 from sopdeploy_export.parity.compare import Reference, compare, compute_reference, logit_spread
-from sopdeploy_export.parity.report import FLOORS, ParityReport, agreement
+from sopdeploy_export.parity.report import FLOORS, ParityReport, agreement, in_floors
 from tests.export.once import BATCH, graph_of
 
 Make = Callable[..., Classifier]
@@ -188,3 +188,8 @@ def test_logits_that_overflow_get_advice_that_helps(
     deployed = Deployed(network, preprocess).eval()
     with pytest.raises(ParityError, match=f"not finite in {precision} on the probe images: .*{advice}"):
         compute_reference(deployed, probes.numpy(), precision=precision)
+
+
+def test_a_drift_is_also_expressed_in_a_noise_floor_of_zero() -> None:
+    assert [in_floors(drift, 0.0) for drift in (0.0, 1e-9)] == [0.0, float("inf")]
+    assert in_floors(3.0, 1.5) == 2.0
