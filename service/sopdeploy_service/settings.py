@@ -49,6 +49,7 @@ RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
 DecodeWay = Literal["exact", "fast", "nvimagecodec"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
+Sandbox = Literal["auto", "off", "required"]
 LogForm = Literal["json", "console"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 Hosts = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(_split_hosts)]
@@ -123,6 +124,9 @@ class Settings(BaseSettings):
     decode: DecodeWay = "exact"  # fast: decode large JPEGs at reduced size; nvimagecodec: decode on the GPU
     fast_decode_samples: Path | None = None  # directory of JPEGs for an additional check of that decoder
     parsers: Count = 2  # JSON parsing threads
+    sandbox: Sandbox = (
+        "auto"  # of front ends; auto: where Linux supports it; required: do not start without it
+    )
     devices: Devices = ()  # one process per device: `cpu`, GPU number, UUID, MIG id; empty: this process
     front_ends: FrontEnds = 1  # processes for HTTP and decoding, per device; auto: cores / 4, at most 8
     verify_key: Path | None = None  # serve only bundles signed by this public key; see `sopdeploy sign`

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import time
-from importlib.metadata import version
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
@@ -80,7 +79,7 @@ async def info(request: Request) -> Response:
     current = [model for model in loaded if registry.find(model.name) is model]
     return json_response(
         Info(
-            server=version("sopdeploy"),
+            server=request.app.version,
             models=tuple(model_info(model) for model in current),
             previous={model.name: model.version for model in loaded if model not in current},
             shadow=None if registry.shadow is None else shadow_info(registry.shadow),

@@ -44,6 +44,7 @@ ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
 
 Endpoint = Callable[[Request, str, str | None], Awaitable[Response]]
 
+VERSION = package_version("sopdeploy")  # a sandboxed server cannot read it later
 router = APIRouter(tags=["Open Inference Protocol"], responses=ERRORS)
 
 
@@ -127,9 +128,7 @@ def model_endpoint(method: str, suffix: str, **options: Any) -> Callable[[Endpoi
 @router.get("/v2")
 async def server() -> Response:
     """Name the server and the extensions it supports."""
-    return json_response(
-        {"name": "sopdeploy", "version": package_version("sopdeploy"), "extensions": EXTENSIONS}
-    )
+    return json_response({"name": "sopdeploy", "version": VERSION, "extensions": EXTENSIONS})
 
 
 @router.get("/v2/health/live")

@@ -1,0 +1,209 @@
+"""Give up what decoding images does not need: files, sockets, programs, processes, signals to others.
+
+Three mechanisms of Linux that need no privilege and cannot be undone: `no_new_privs` (no set-user-id program
+gains rights), Landlock (no files, no TCP connections; Linux 5.13) and a seccomp filter, which allows a list
+of system calls and answers EPERM to all others, also to those of later kernels. Open descriptors stay usable.
+Call `enter` before the event loop is created: libuv's operations in an io_uring would not pass the filter.
+
+Source: seccomp(2), landlock(7); numbers of system calls from asm/unistd_64.h and asm-generic/unistd.h.
+"""
+
+import contextlib
+import ctypes
+import errno
+import importlib
+import logging
+import os
+import platform
+import socket
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import uvicorn
+from PIL import Image
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.settings import Settings
+
+# Modules that are otherwise imported with the first request; some are private or optional.
+LATE_MODULES = ("PIL.WebPImagePlugin", "fastapi.telemetry._runtime", "uvloop")
+
+# name: number on x86-64, number on aarch64 (None: does not exist). The most frequent ones first.
+ALLOWED: dict[str, tuple[int, int | None]] = {
+    "futex": (202, 98), "epoll_wait": (232, None), "epoll_pwait": (281, 22), "epoll_ctl": (233, 21),
+    "read": (0, 63), "write": (1, 64), "recvfrom": (45, 207), "sendto": (44, 206), "recvmsg": (47, 212),
+    "sendmsg": (46, 211), "readv": (19, 65), "writev": (20, 66), "madvise": (28, 233), "munmap": (11, 215),
+    "mremap": (25, 216), "brk": (12, 214), "close": (3, 57), "accept": (43, 202), "accept4": (288, 242),
+    "listen": (50, 201), "shutdown": (48, 210), "getsockname": (51, 204), "getpeername": (52, 205),
+    "setsockopt": (54, 208), "getsockopt": (55, 209), "poll": (7, None), "ppoll": (271, 73),
+    "select": (23, None), "pselect6": (270, 72), "epoll_create1": (291, 20), "epoll_pwait2": (441, 441),
+    "eventfd2": (290, 19), "pipe2": (293, 59), "pread64": (17, 67), "lseek": (8, 62), "fstat": (5, 80),
+    "dup": (32, 23), "dup3": (292, 24), "clock_gettime": (228, 113), "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115), "nanosleep": (35, 101), "gettimeofday": (96, 169), "time": (201, None),
+    "times": (100, 153), "getrusage": (98, 165), "sched_yield": (24, 124), "sched_getaffinity": (204, 123),
+    "getcpu": (309, 168), "getrandom": (318, 278), "getpid": (39, 172), "gettid": (186, 178),
+    "getppid": (110, 173), "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176),
+    "getegid": (108, 177), "uname": (63, 160), "sysinfo": (99, 179), "membarrier": (324, 283),
+    "set_robust_list": (273, 99), "rseq": (334, 293), "sigaltstack": (131, 132), "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "rt_sigtimedwait": (128, 137),
+    "restart_syscall": (219, 128), "exit": (60, 93), "exit_group": (231, 94),
+}  # fmt: skip
+
+
+class Limit(NamedTuple):
+    """A system call that is allowed if `argument & mask` is one of *values*."""
+
+    name: str
+    numbers: tuple[int, int | None]
+    argument: int
+    mask: int
+    values: Sequence[int]
+
+
+INT = 0xFFFFFFFF
+EXECUTABLE = 4  # PROT_EXEC
+THREAD, NAMESPACES = 0x10000, 0x7E020080  # CLONE_THREAD; CLONE_NEW*
+
+
+def limits(process: int) -> tuple[Limit, ...]:
+    """List the system calls that *process* may use with some arguments only."""
+    descriptor_commands = (
+        0,
+        1,
+        2,
+        3,
+        4,
+        1030,
+        1033,
+        1034,
+    )  # duplicate, flags, seals; no F_SETOWN: it signals
+    return (
+        Limit("mmap", (9, 222), 2, EXECUTABLE, (0,)),
+        Limit("mprotect", (10, 226), 2, EXECUTABLE, (0,)),
+        Limit("clone", (56, 220), 0, THREAD | NAMESPACES, (THREAD,)),
+        Limit("fcntl", (72, 25), 1, INT, descriptor_commands),
+        Limit("ioctl", (16, 29), 1, INT, (0x5421, 0x541B, 0x5451, 0x5450)),  # FIONBIO, FIONREAD, FIO(N)CLEX
+        Limit("newfstatat", (262, 79), 3, 0x1000, (0x1000,)),  # AT_EMPTY_PATH: an open file, as fstat
+        Limit("socketpair", (53, 199), 0, INT, (socket.AF_UNIX,)),
+        Limit("prctl", (157, 167), 0, INT, (15, 0x53564D41)),  # PR_SET_NAME, PR_SET_VMA
+        Limit("prlimit64", (302, 261), 0, INT, (0,)),  # of this process
+        Limit("kill", (62, 129), 0, INT, (process,)),
+        Limit("tgkill", (234, 131), 0, INT, (process,)),
+    )
+
+
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of numbers, AUDIT_ARCH_*
+CLONE3 = 435
+ALLOW, FAIL, KILL = 0x7FFF0000, 0x00050000, 0x80000000
+LOAD, EQUAL, AND, RETURN = 0x20, 0x15, 0x54, 0x06  # BPF instructions on 32 bits
+NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
+NO_NEW_PRIVS, SET_FILTER, ALL_THREADS = 38, 1, 1
+SECCOMP = {"x86_64": 317, "aarch64": 277}
+CREATE_RULESET, RESTRICT_SELF = 444, 446
+# Rights of files, of TCP and scopes (abstract sockets, signals) that each version of Landlock can restrict.
+LANDLOCK = {1: (13, 0, 0), 2: (14, 0, 0), 3: (15, 0, 0), 4: (15, 2, 0), 5: (16, 2, 0), 6: (16, 2, 2)}
+
+log = logging.getLogger("sopdeploy.server")
+
+
+def apply(settings: Settings, config: uvicorn.Config) -> None:
+    """Enter the sandbox as *settings* say and log what was applied; import what *config* needs before.
+
+    Raises `ConfigError` if it is required and not possible.
+    """
+    if settings.sandbox == "off":
+        return
+    problem = f"{', '.join(needs)} needs files or sockets" if (needs := obstacles(settings)) else ""
+    if not problem:
+        preload(config)
+        try:
+            log.info("sandboxed", extra={"applied": enter()})
+        except OSError as error:
+            problem = str(error.strerror)
+    if problem and settings.sandbox == "required":
+        raise ConfigError(f"sandbox=required: {problem}")
+    if problem:
+        log.warning("images are decoded without a sandbox: %s", problem)
+
+
+def obstacles(settings: Settings) -> list[str]:
+    """List the options among *settings* that need what a sandboxed process has given up."""
+    needs = {
+        "url_hosts": bool(settings.url_hosts),
+        "tracing": settings.tracing,
+        "decode=nvimagecodec": settings.decode == "nvimagecodec",
+    }
+    return [name for name, needed in needs.items() if needed]
+
+
+def preload(config: uvicorn.Config) -> None:
+    """Import what a server with *config* would import later."""
+    if not config.loaded:
+        config.load()
+    config.get_loop_factory()
+    Image.preinit()
+    for name in LATE_MODULES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
+def build_filter(machine: str, process: int) -> bytes:
+    """Assemble the seccomp filter of *process* on *machine*, `x86_64` or `aarch64`."""
+    column, architecture = ARCHITECTURES[machine]
+    deny = FAIL | errno.EPERM
+    code = [
+        (LOAD, 0, 0, ARCHITECTURE),
+        (EQUAL, 1, 0, architecture),
+        (RETURN, 0, 0, KILL),
+        (LOAD, 0, 0, NUMBER),
+    ]
+    for numbers in ALLOWED.values():
+        if (number := numbers[column]) is not None:
+            code += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
+    for limit in limits(process):
+        if (number := limit.numbers[column]) is not None:
+            tests = [part for value in limit.values for part in ((EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW))]
+            code += [
+                (EQUAL, 0, 3 + len(tests), number),
+                (LOAD, 0, 0, ARGUMENTS + 8 * limit.argument),
+                (AND, 0, 0, limit.mask),
+                *tests,
+                (RETURN, 0, 0, deny),
+            ]
+    code += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, FAIL | errno.ENOSYS)]  # the C library then calls clone
+    code += [(RETURN, 0, 0, deny)]
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+
+
+def enter() -> str:
+    """Restrict this process forever; describe what was applied. Raises `OSError` if the system cannot."""
+    machine = platform.machine()
+    if platform.system() != "Linux" or machine not in ARCHITECTURES:
+        raise OSError(errno.ENOSYS, f"{platform.system()} on {machine} has no seccomp filter of ours")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "no_new_privs is not available")
+    version = _enter_landlock(libc)
+    code = ctypes.create_string_buffer(build_filter(machine, os.getpid()))
+    program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(code))
+    if libc.syscall(SECCOMP[machine], SET_FILTER, ALL_THREADS, program):  # > 0: a thread that has another one
+        raise OSError(ctypes.get_errno() or errno.EBUSY, "seccomp is not available")
+    return f"no_new_privs, {f'landlock {version}' if version else 'no landlock'}, seccomp"
+
+
+def _enter_landlock(libc: ctypes.CDLL) -> int:
+    """Deny files and TCP to this thread and those that it starts; returns Landlock's version, 0: none."""
+    version: int = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)
+    if version < 1:
+        return 0
+    rights = struct.pack("QQQ", *((1 << bits) - 1 for bits in LANDLOCK[min(version, max(LANDLOCK))]))
+    ruleset = libc.syscall(CREATE_RULESET, rights, ctypes.c_size_t(len(rights)), 0)
+    if ruleset < 0:
+        raise OSError(ctypes.get_errno(), "landlock does not create a rule set")
+    try:
+        if libc.syscall(RESTRICT_SELF, ruleset, 0):
+            raise OSError(ctypes.get_errno(), "landlock does not restrict this process")
+    finally:
+        os.close(ruleset)
+    return version

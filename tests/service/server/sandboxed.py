@@ -1,0 +1,85 @@
+"""A child process: enters the sandbox, tries forbidden calls, decodes the images of its standard input."""
+
+import base64
+import ctypes
+import json
+import mmap
+import os
+import platform
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+
+from sopdeploy.errors import ImageError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.server import sandbox
+
+NUMBERS = {  # of calls without a function in Python
+    "x86_64": {"ptrace": 101, "io_uring_setup": 425, "bpf": 321, "mount": 165, "keyctl": 250, "unshare": 272},
+    "aarch64": {"ptrace": 117, "io_uring_setup": 425, "bpf": 280, "mount": 40, "keyctl": 219, "unshare": 97},
+}[platform.machine()]
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def call(name: str, *values: object) -> None:
+    if LIBC.syscall(NUMBERS[name], *values) < 0:
+        raise OSError(ctypes.get_errno(), name)
+
+
+FORBIDDEN: dict[str, Callable[[], object]] = {
+    "read a file": lambda: Path("/etc/hostname").read_bytes(),
+    "write a file": lambda: Path("/tmp/sandboxed").write_bytes(b""),  # noqa: S108
+    "list a folder": lambda: list(Path("/").iterdir()),
+    "delete a file": lambda: Path("/tmp/sandboxed").unlink(),  # noqa: S108
+    "open a socket": lambda: socket.socket(),
+    "run a program": lambda: os.execv("/bin/true", ["true"]),  # noqa: S606
+    "start a process": os.fork,
+    "signal another process": lambda: os.kill(os.getppid(), 0),
+    "trace another process": lambda: call("ptrace", 16, os.getppid(), 0, 0),
+    "create an io_uring": lambda: call("io_uring_setup", 8, 0),
+    "load a BPF program": lambda: call("bpf", 0, 0, 0),
+    "mount a file system": lambda: call("mount", b"x", b"/", b"tmpfs", 0, 0),
+    "use keys of the kernel": lambda: call("keyctl", 0, -3, 0),
+    "create a namespace": lambda: call("unshare", 0x10000000),
+    "map executable memory": lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC),
+}
+
+
+def attempt(forbidden: Callable[[], object]) -> int:
+    """Return the error number of *forbidden*, 0 if it is allowed."""
+    try:
+        forbidden()
+    except OSError as problem:
+        return problem.errno or -1
+    return 0
+
+
+def decoded(body: bytes) -> str:
+    try:
+        found = decode(EncodedImage(body), PREPROCESS, max_bytes=10**6, max_pixels=50 * 10**6)
+    except ImageError as problem:
+        return problem.code
+    return base64.b64encode(found.pixels.tobytes()).decode()
+
+
+PREPROCESS = Preprocess(resize=16, crop=16)
+
+if __name__ == "__main__":
+    bodies = {name: base64.b64decode(text) for name, text in json.load(sys.stdin).items()}
+    sandbox.preload(uvicorn.Config(Starlette(), log_config=None))
+    report: dict[str, object] = {"applied": sandbox.enter()}
+    report["errors"] = {name: attempt(forbidden) for name, forbidden in FORBIDDEN.items()}
+    images: dict[str, str] = {}
+    thread = threading.Thread(
+        target=lambda: images.update({name: decoded(body) for name, body in bodies.items()})
+    )
+    thread.start()
+    thread.join()
+    os.kill(os.getpid(), 0)  # its own signals are allowed: SIGTERM when the supervisor has ended
+    sys.stdout.write(json.dumps({**report, "images": images}))

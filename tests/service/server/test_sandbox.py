@@ -1,0 +1,150 @@
+"""A sandboxed process decodes images and can do little else."""
+
+import base64
+import errno
+import io
+import json
+import os
+import platform
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import uvicorn
+from PIL import Image
+from starlette.applications import Starlette
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.server import sandbox
+from sopdeploy_service.settings import load_settings
+from tests.service.api.test_bad_inputs import BAD_BODIES
+from tests.service.conftest import picture_bytes
+from tests.service.server import sandboxed
+
+ROOT = Path(__file__).parents[3]
+linux = pytest.mark.skipif(platform.system() != "Linux", reason="seccomp and Landlock exist on Linux only")
+
+
+def saved(mode: str, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (20, 20), 1).save(file, kind, **options)
+    return file.getvalue()
+
+
+MORE = {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]}
+IMAGES = {
+    **{kind: picture_bytes(kind=kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF")},
+    "CMYK JPEG": saved("CMYK", "JPEG"),
+    "palette PNG": saved("P", "PNG"),
+    "16-bit PNG": saved("I;16", "PNG"),
+    "damaged color profile": saved("RGB", "PNG", icc_profile=b"x" * 200),
+    **{f"animated {kind}": saved("RGB", kind, **MORE) for kind in ("GIF", "PNG", "WEBP")},
+    "truncated": picture_bytes()[:-100],
+    "damaged WebP": b"RIFF\0\0\0\0WEBPVP8 " + bytes(100),
+    "text": BAD_BODIES[415, "not_an_image"]["text"],
+    "a bomb": BAD_BODIES[413, "too_many_pixels"]["PNG of 900 megapixels"],
+}
+
+
+@linux
+def test_a_sandboxed_process_decodes_every_format_and_cannot_do_anything_else() -> None:
+    bodies = {name: base64.b64encode(body).decode() for name, body in IMAGES.items()}
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "export", "service"))
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.service.server.sandboxed"],
+        input=json.dumps(bodies),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=60,
+        check=False,
+    )
+    assert (child.returncode, child.stderr) == (0, "")
+    report = json.loads(child.stdout)
+    assert re.fullmatch(r"no_new_privs, (landlock \d+|no landlock), seccomp", report["applied"])
+    assert report["errors"] == dict.fromkeys(sandboxed.FORBIDDEN, errno.EPERM)
+    assert report["images"] == {name: sandboxed.decoded(body) for name, body in IMAGES.items()}
+    codes = {name: text for name, text in report["images"].items() if len(text) < 100}
+    assert codes == {
+        "truncated": "truncated_image",
+        "damaged WebP": "damaged_image",
+        "text": "not_an_image",
+        "a bomb": "too_many_pixels",
+    }
+
+
+OTHER, SELF = 1, 4242
+X86, ARM = "x86_64", "aarch64"
+FAIL = {error: 0x50000 | error for error in (errno.EPERM, errno.ENOSYS)}
+CALLS: dict[str, tuple[str, int, list[int], int]] = {
+    "read": (X86, 0, [], sandbox.ALLOW),
+    "read on ARM": (ARM, 63, [], sandbox.ALLOW),
+    "open": (X86, 2, [], FAIL[errno.EPERM]),
+    "openat": (X86, 257, [], FAIL[errno.EPERM]),
+    "openat on ARM": (ARM, 56, [], FAIL[errno.EPERM]),
+    "a call of a later kernel": (X86, 1000, [], FAIL[errno.EPERM]),
+    "a call of the x32 interface": (X86, 0x40000000, [], FAIL[errno.EPERM]),
+    "a thread": (X86, 56, [0x3D0F00], sandbox.ALLOW),
+    "a thread on ARM": (ARM, 220, [0x3D0F00], sandbox.ALLOW),
+    "a process": (X86, 56, [0x1200011], FAIL[errno.EPERM]),
+    "a thread in its own namespace": (X86, 56, [0x10000 | 0x10000000], FAIL[errno.EPERM]),
+    "clone3, which the C library replaces": (X86, 435, [], FAIL[errno.ENOSYS]),
+    "a signal to itself": (X86, 62, [SELF], sandbox.ALLOW),
+    "a signal to another process on ARM": (ARM, 129, [OTHER], FAIL[errno.EPERM]),
+    "a signal to its group": (X86, 62, [0], FAIL[errno.EPERM]),
+    "TIOCSTI, input to a terminal": (X86, 16, [0, 0x5412], FAIL[errno.EPERM]),
+    "FIONBIO": (ARM, 29, [0, 0x5421], sandbox.ALLOW),
+    "F_SETOWN, signals by a file": (X86, 72, [0, 8], FAIL[errno.EPERM]),
+    "a pair of Unix sockets": (X86, 53, [1], sandbox.ALLOW),
+    "executable memory on ARM": (ARM, 222, [0, 0, 5], FAIL[errno.EPERM]),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_the_filter_decides_by_number_and_arguments(case: str) -> None:
+    machine, number, arguments, expected = CALLS[case]
+    code = list(struct.iter_unpack("HBBI", sandbox.build_filter(machine, SELF)))
+    padded = [*arguments, *[0] * (6 - len(arguments))]
+    data = struct.pack("<IIQ6Q", number, sandbox.ARCHITECTURES[machine][1], 0, *padded)
+    assert run_filter(code, data) == expected
+    assert run_filter(code, struct.pack("<IIQ6Q", number, 0x40000003, 0, *padded)) == sandbox.KILL  # 32 bits
+
+
+def run_filter(code: list[tuple[int, ...]], data: bytes) -> int:
+    position = accumulator = 0
+    while True:
+        instruction, if_equal, otherwise, value = code[position]
+        position += 1
+        if instruction == sandbox.RETURN:
+            return value
+        if instruction == sandbox.LOAD:
+            accumulator = struct.unpack_from("<I", data, value)[0]
+        elif instruction == sandbox.AND:
+            accumulator &= value
+        else:
+            position += if_equal if accumulator == value else otherwise
+
+
+IMPOSSIBLE: dict[str, tuple[dict[str, object], str]] = {
+    "URLs": ({"url_hosts": "example.com"}, "url_hosts needs files or sockets"),
+    "tracing": ({"tracing": True}, "tracing needs files or sockets"),
+    "a decoder on the GPU": ({"decode": "nvimagecodec"}, "decode=nvimagecodec needs files or sockets"),
+    "another system": ({}, "Darwin on x86_64 has no seccomp filter of ours"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_a_required_sandbox_is_an_error_where_auto_warns(case: str, monkeypatch, caplog) -> None:
+    given, message = IMPOSSIBLE[case]
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    config = uvicorn.Config(Starlette(), log_config=None)
+    with pytest.raises(ConfigError, match=message):
+        sandbox.apply(load_settings(**given, sandbox="required"), config)
+    sandbox.apply(load_settings(**given), config)
+    assert message in caplog.text
+    sandbox.apply(load_settings(**given, sandbox="off"), config)
