@@ -177,6 +177,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 "health_port needs a single process; with devices or front_ends, probe the server's own port"
             )
+        if self.front_ends == 1 and self.sandbox == "required":
+            raise ValueError("sandbox=required needs front ends, which only decode; set front_ends=2 or more")
         if self.front_ends != 1 and self.shadow is not None:
             raise ValueError("shadow needs a single process; remove front_ends")
         if self.fast_decode_samples is not None and self.decode == "exact":

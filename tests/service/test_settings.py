@@ -54,6 +54,7 @@ def test_every_source_accepts_the_old_name_of_a_setting(monkeypatch, tmp_path, o
         ({"max_images": 20, "queue_size": 10}, "max_images"),
         ({"decoders": 0}, "decoders"),
         ({"devices": "gpu"}, "devices"),
+        ({"sandbox": "required"}, "set front_ends=2 or more"),
         ({"devices": "0,cpu", "runtime": "tensorrt"}, "needs a GPU; remove cpu from devices"),
         ({"devices": "0,0", "model_control": True}, "single process"),
         ({"devices": "0", "health_port": 9}, "single process"),

@@ -117,7 +117,11 @@ def receive(inbox: socket.socket) -> tuple[list[socket.socket], list[socket.sock
         while True:
             sender, numbers, _, _ = socket.recv_fds(inbox, 1, 1)
             for number in numbers:
-                connection = socket.socket(fileno=number)
+                try:
+                    connection = socket.socket(fileno=number)
+                except OSError:  # not a socket: the sender may be an exploited process
+                    os.close(number)
+                    continue
                 connection.setblocking(False)
                 (clients if sender == FROM_CLIENT else processes).append(connection)
     return clients, processes

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.engine_process.channel import open_pair
 from sopdeploy_service.settings import Settings
 
@@ -24,12 +25,20 @@ log = logging.getLogger("sopdeploy.supervisor")
 
 
 def count_front_ends(settings: Settings) -> int:
-    """Return the number of front ends per device; `auto` is a quarter of the cores, at most 8, over all."""
+    """Return the number of front ends per device; `auto` is a quarter of the cores, at most 8, over all.
+
+    Raises `ConfigError` if `auto` is a single process and a sandbox is required.
+    """
     if settings.front_ends != "auto":
         return settings.front_ends
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     devices = max(1, len(settings.devices))
-    return max(1, min(MAX_AUTO, cores // CORES_PER_FRONT_END) // devices)
+    count = max(1, min(MAX_AUTO, cores // CORES_PER_FRONT_END) // devices)
+    if count == 1 and settings.sandbox == "required":
+        raise ConfigError(
+            f"sandbox=required: front_ends=auto is one process on {cores} cores; set front_ends=2 or more"
+        )
+    return count
 
 
 def share_limits(settings: Settings, front_ends: int) -> dict[str, str]:

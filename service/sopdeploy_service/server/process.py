@@ -38,6 +38,7 @@ from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.logs import Timeline
 from sopdeploy_service.observability.request_context import open_tracing
+from sopdeploy_service.server import sandbox
 from sopdeploy_service.server.balancing import Balancer, join_group, receive
 from sopdeploy_service.server.front_ends import count_front_ends
 from sopdeploy_service.server.health_port import LoopWatch, health_app, run_in_thread
@@ -139,6 +140,11 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, inherited: Inher
             render = functools.partial(generate_latest, service.metrics.registry)
             probes = health_app(lambda: service.state, render, server.watch, settings.max_loop_lag_seconds)
             stack.enter_context(run_in_thread(probes, health))
+        if inherited.broker is not None:
+            sandbox.apply(settings, server.config)
+            timeline.mark("sandbox")
+        elif settings.sandbox == "auto":
+            log.info("not sandboxed: the only process runs models, too")
         server.run(sockets=[inherited.listener])
         state = service.state
         log.info("stopped", extra={"state": state})

@@ -26,8 +26,18 @@ from PIL import Image
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.settings import Settings
 
-# Modules that are otherwise imported with the first request; some are private or optional.
-LATE_MODULES = ("PIL.WebPImagePlugin", "fastapi.telemetry._runtime", "uvloop")
+# Modules that are otherwise imported with some requests; some are private or optional.
+LATE_MODULES = (
+    "PIL.ImageColor",
+    "PIL.ImageFilter",
+    "PIL.ImageOps",
+    "PIL.ImagePalette",
+    "PIL.MpoImagePlugin",
+    "PIL.TiffImagePlugin",  # EXIF
+    "PIL.WebPImagePlugin",
+    "fastapi.telemetry._runtime",
+    "sopdeploy.images.pixels",
+)
 
 # name: number on x86-64, number on aarch64 (None: does not exist). The most frequent ones first.
 ALLOWED: dict[str, tuple[int, int | None]] = {

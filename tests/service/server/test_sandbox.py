@@ -35,9 +35,13 @@ def saved(mode: str, kind: str, **options: object) -> bytes:
 
 
 MORE = {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]}
+TURNED = Image.Exif()
+TURNED[274] = 6  # the orientation
 IMAGES = {
     **{kind: picture_bytes(kind=kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF")},
     "CMYK JPEG": saved("CMYK", "JPEG"),
+    "JPEG with two images": saved("RGB", "MPO", **MORE),
+    "turned JPEG": saved("RGB", "JPEG", exif=TURNED),
     "palette PNG": saved("P", "PNG"),
     "16-bit PNG": saved("I;16", "PNG"),
     "damaged color profile": saved("RGB", "PNG", icc_profile=b"x" * 200),
@@ -144,7 +148,7 @@ def test_a_required_sandbox_is_an_error_where_auto_warns(case: str, monkeypatch,
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     config = uvicorn.Config(Starlette(), log_config=None)
     with pytest.raises(ConfigError, match=message):
-        sandbox.apply(load_settings(**given, sandbox="required"), config)
+        sandbox.apply(load_settings(**given, front_ends=2, sandbox="required"), config)
     sandbox.apply(load_settings(**given), config)
     assert message in caplog.text
     sandbox.apply(load_settings(**given, sandbox="off"), config)
