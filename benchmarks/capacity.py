@@ -156,6 +156,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, default=32, help="images in the largest batch")
     made.add_argument("--decode-ms", type=amount, required=True, help="CPU ms of decoding an image")
     made.add_argument("--loop-ms", type=amount, required=True, help="CPU ms per request without decoding")
+    made.add_argument("--decode-lock-ms", type=amount, default=0.0, help="of decoding with Python's lock")
+    made.add_argument("--batch-lock-ms", type=amount, default=0.0, help="CPU ms per image of batching")
+    made.add_argument("--front-ends", type=int, default=1, help="front ends per runtime")
     made.add_argument("--kilobytes", type=amount, default=50.0, help="size of an image")
     made.add_argument(
         "--p99-ms", type=amount, required=True, help="required p99 after the loss of one replica"
@@ -170,13 +173,25 @@ def parser() -> argparse.ArgumentParser:
 
 def planned(given: argparse.Namespace) -> tuple[System, Wanted, list[Row]]:
     """Compute the replica, the requirements and the rows; raises `ValueError`."""
-    if len(given.engine) != 2 or not sum(given.engine) or given.batch < 1:
-        raise ValueError("--engine takes two numbers, not both 0; --batch is at least 1")
+    if len(given.engine) != 2 or not sum(given.engine) or given.batch < 1 or given.front_ends < 1:
+        raise ValueError("--engine takes two numbers, not both 0; --batch and --front-ends are at least 1")
+    if given.decode_lock_ms > given.decode_ms:
+        raise ValueError("--decode-lock-ms is a part of --decode-ms")
     if given.headroom >= 1 or not all(given.rate):
         raise ValueError("--headroom is below 1, every --rate above 0")
     fixed, each = given.engine
     system = provisioned(
-        engine=(fixed, each), largest=given.batch, decode_ms=given.decode_ms, loop_ms=given.loop_ms
+        System(
+            fixed_ms=fixed,
+            each_ms=each,
+            largest=given.batch,
+            decode_ms=given.decode_ms,
+            loop_ms=given.loop_ms,
+            decoders=1,
+            decode_lock_ms=given.decode_lock_ms,
+            batch_lock_ms=given.batch_lock_ms,
+            front_ends=given.front_ends,
+        )
     )
     wanted = Wanted(
         p99_ms=given.p99_ms,

@@ -1,11 +1,12 @@
 """Queueing model of the latency of an image in a replica at a given rate; uses no measurements.
 
-A replica is one process with one runtime. An image passes the event loop (M/D/1), the decoders (M/D/c) and
-the batcher. The batcher is work-conserving: an idle runtime takes the waiting images, at most the largest
-batch, and a batch of n takes `fixed + each * n`. With Poisson arrivals the number of waiting images at the
-end of each batch is a Markov chain. Batch sizes and times in the batcher follow from it; the only
-approximation is the discrete time grid. The stages are assumed to be independent, each with Poisson
-arrivals.
+A replica has one runtime, in one process or behind several front ends. An image passes the interpreter lock
+of its process (M/D/1), the decoders (M/D/c) and the batcher. The lock is held by the event loop, by a part of
+each decoding and, in a single process, by the batcher. The batcher is work-conserving: an idle runtime takes
+the waiting images, at most the largest batch, and a batch of n takes `fixed + each * n`. With Poisson
+arrivals the number of waiting images at the end of each batch is a Markov chain. Batch sizes and times in the
+batcher follow from it; the only approximation is the discrete time grid. The stages are assumed to be
+independent, each with Poisson arrivals.
 """
 
 import math
@@ -24,7 +25,11 @@ MAX_LOAD = 0.98  # fraction of the capacity; above it the queue length is not pr
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class System:
-    """One replica: milliseconds per batch (fixed and per image), of decoding and of the event loop."""
+    """One replica: milliseconds per batch (fixed and per image), of decoding and of the event loop.
+
+    Decoding holds the interpreter lock for *decode_lock_ms*, queue and batching for *batch_lock_ms*.
+    *decoders* are the threads of each of the *front_ends*; 1 is a single process.
+    """
 
     fixed_ms: float
     each_ms: float
@@ -32,6 +37,19 @@ class System:
     decode_ms: float
     loop_ms: float
     decoders: int
+    decode_lock_ms: float = 0.0
+    batch_lock_ms: float = 0.0
+    front_ends: int = 1
+
+    @property
+    def lock_ms(self) -> float:
+        """Milliseconds for which an image holds the lock of the process that receives it."""
+        return self.loop_ms + self.decode_lock_ms + (self.batch_lock_ms if self.front_ends == 1 else 0.0)
+
+    @property
+    def cpu_ms(self) -> float:
+        """CPU milliseconds of an image without the runtime."""
+        return self.decode_ms + self.loop_ms + self.batch_lock_ms
 
     def batch_ms(self, images: int) -> float:
         """Compute the milliseconds of a batch of *images* images."""
@@ -42,14 +60,20 @@ class System:
         """Maximum images per second of each stage, by name."""
         return {
             "engine": 1000 * self.largest / self.batch_ms(self.largest),
-            "decoders": 1000 * self.decoders / self.decode_ms if self.decode_ms else math.inf,
-            "event loop": 1000 / self.loop_ms if self.loop_ms else math.inf,
+            "decoders": self.front_ends * per_second(self.decode_ms / self.decoders),
+            "interpreter lock": self.front_ends * per_second(self.lock_ms),
+            **({"engine process": per_second(self.batch_lock_ms)} if self.front_ends > 1 else {}),
         }
 
     @property
     def capacity(self) -> float:
         """Images per second of the slowest stage."""
         return min(self.limits.values())
+
+
+def per_second(milliseconds: float) -> float:
+    """Compute how often per second something happens that takes *milliseconds*."""
+    return 1000 / milliseconds if milliseconds else math.inf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,9 +94,11 @@ def forecast(system: System, rate: float) -> Forecast:
     step = system.batch_ms(system.largest) / GRID
     waiting = chain(system, rate / 1000)
     total = in_batcher(system, rate / 1000, waiting, step)
-    for servers, service in ((system.decoders, system.decode_ms), (1, system.loop_ms)):
-        total = np.convolve(total, delay(rate / 1000, servers, service, step))
-    constant = system.decode_ms + system.loop_ms
+    each = rate / 1000 / system.front_ends
+    busy_ms = min(system.decode_ms + lock_wait(system, each), MAX_LOAD * system.decoders / each)
+    for servers, service in ((system.decoders, busy_ms if system.decode_ms else 0.0), (1, system.lock_ms)):
+        total = np.convolve(total, delay(each, servers, service, step))
+    constant = system.cpu_ms
     sizes = batch_sizes(waiting, system.largest)
     batch = float(sizes @ np.arange(system.largest + 1))
     return Forecast(
@@ -82,6 +108,18 @@ def forecast(system: System, rate: float) -> Forecast:
         batch=batch,
         busy=rate / 1000 * (system.fixed_ms + system.each_ms * batch) / batch,
     )
+
+
+def lock_wait(system: System, rate: float) -> float:
+    """Compute the mean ms that a decoder waits for the lock, for *rate* images per ms and process.
+
+    An image holds the lock up to three times; the wait of each time is that of M/G/1 (Pollaczek-Khinchine).
+    """
+    if not system.decode_lock_ms:
+        return 0.0
+    batch_ms = system.batch_lock_ms if system.front_ends == 1 else 0.0
+    squares = sum(held**2 for held in (system.loop_ms, system.decode_lock_ms, batch_ms))
+    return rate * squares / (2 * (1 - rate * system.lock_ms))
 
 
 def chain(system: System, rate: float) -> Floats:

@@ -1,7 +1,7 @@
 """Compute replicas, cores, bandwidth and autoscaler values from a rate of images and a p99."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from capacity_model import MAX_LOAD, Forecast, System, forecast
 
@@ -40,25 +40,15 @@ class Row:
         return self.each * self.now.mean_ms / 1000
 
 
-def provisioned(*, engine: tuple[float, float], largest: int, decode_ms: float, loop_ms: float) -> System:
-    """Create a replica with enough decoders for the slower of runtime and event loop."""
-    fixed_ms, each_ms = engine
-    bare = System(
-        fixed_ms=fixed_ms, each_ms=each_ms, largest=largest, decode_ms=0.0, loop_ms=loop_ms, decoders=1
-    )
-    return System(
-        fixed_ms=fixed_ms,
-        each_ms=each_ms,
-        largest=largest,
-        decode_ms=decode_ms,
-        loop_ms=loop_ms,
-        decoders=max(1, math.ceil(bare.capacity * decode_ms / 1000)),
-    )
+def provisioned(system: System) -> System:
+    """Give each front end of *system* enough decoders for the slower of runtime and interpreter lock."""
+    rate = replace(system, decode_ms=0.0).capacity / system.front_ends
+    return replace(system, decoders=max(1, math.ceil(rate * system.decode_ms / 1000)))
 
 
 def cores_each(system: System, wanted: Wanted) -> float:
     """Compute the busy cores of one replica at its capacity, rounded up to a tenth."""
-    at_work = system.capacity * (system.decode_ms + system.loop_ms) / 1000
+    at_work = system.capacity * system.cpu_ms / 1000
     return math.ceil(10 * (wanted.engine_cores + at_work) - 1e-9) / 10
 
 
@@ -71,7 +61,7 @@ def highest_rate(system: System, p99_ms: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if forecast(system, middle).p99_ms <= p99_ms else (low, middle)
     if low == 0.0:
-        alone = system.loop_ms + system.decode_ms + system.batch_ms(1)
+        alone = system.cpu_ms + system.batch_ms(1)
         raise ValueError(
             f"p99 of {p99_ms:g} ms: an image alone takes {alone:.1f} ms, and some meet a batch at work"
         )

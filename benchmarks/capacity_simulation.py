@@ -1,9 +1,10 @@
 """Discrete-event simulation of replicas behind a load balancer, to verify `capacity_model`.
 
-An image is admitted, or rejected if the replica is full. It passes the event loop and the decoders, both
-first come first served, and waits for the runtime, which takes the waiting images when it is idle. Service
-times are constant. Arrivals are a Poisson stream, or clients that send the next image after each response.
-Times are ms.
+An image is admitted, or rejected if the replica is full, and belongs to a random front end of it. It holds
+the interpreter lock there for the event loop, then for a part of its decoding in one of the decoders, then
+waits for the runtime, which takes the waiting images when it is idle. Queues are first come first served,
+service times are constant. Arrivals are a Poisson stream, or clients that send the next image after each
+response. Times are ms.
 """
 
 import heapq
@@ -71,14 +72,27 @@ class Figures:
 
 @dataclass(slots=True)
 class Replica:
-    """One process: times at which loop and decoders become idle, queued images, number of images held."""
+    """Front ends, queued images, number of images held."""
 
-    decoders: list[float]
-    loop: float = 0.0
+    fronts: "list[FrontEnd]"
     waiting: deque[tuple[float, float]] = field(default_factory=deque)  # (arrival, there since)
     working: bool = False
     held: int = 0
     up: bool = True
+
+
+@dataclass(slots=True)
+class FrontEnd:
+    """The time at which the interpreter lock becomes free, idle decoders, arrivals that wait for one."""
+
+    idle: int
+    lock: float = 0.0
+    waiting: deque[float] = field(default_factory=deque)
+
+    def hold(self, now: float, milliseconds: float) -> float:
+        """Hold the lock for *milliseconds* when it is free; return the end."""
+        self.lock = max(now, self.lock) + milliseconds
+        return self.lock
 
 
 class Simulation:
@@ -89,7 +103,9 @@ class Simulation:
     ) -> None:
         self.outcome = Outcome()
         self._system = system
-        self._replicas = [Replica([0.0] * system.decoders) for _ in range(replicas)]
+        self._replicas = [
+            Replica([FrontEnd(system.decoders) for _ in range(system.front_ends)]) for _ in range(replicas)
+        ]
         self._up = list(range(replicas))
         self._held = held
         self._random = random.Random(seed)  # noqa: S311 - no secret
@@ -148,12 +164,30 @@ class Simulation:
             self._send_again(now + AGAIN_MS)
             return
         replica.held += 1
-        replica.loop = max(now, replica.loop) + self._system.loop_ms
-        decoded = max(replica.loop, replica.decoders[0]) + self._system.decode_ms
-        heapq.heapreplace(replica.decoders, decoded)
-        self._at(decoded, self._decoded, number, now)
+        front = self._random.choice(replica.fronts) if len(replica.fronts) > 1 else replica.fronts[0]
+        self._at(front.hold(now, self._system.loop_ms), self._received, number, front, now)
 
-    def _decoded(self, now: float, number: int, came: float) -> None:
+    def _received(self, now: float, number: int, front: FrontEnd, came: float) -> None:
+        front.waiting.append(came)
+        if front.idle:
+            front.idle -= 1
+            self._decode(now, number, front)
+
+    def _decode(self, now: float, number: int, front: FrontEnd) -> None:
+        came, locked = front.waiting.popleft(), self._system.decode_lock_ms
+        decoded = front.hold(now, locked) + self._system.decode_ms - locked
+        self._at(decoded, self._decoded, number, front, came)
+
+    def _decoded(self, now: float, number: int, front: FrontEnd, came: float) -> None:
+        if front.waiting:
+            self._decode(now, number, front)
+        else:
+            front.idle += 1
+        locked = self._system.batch_lock_ms
+        queued = front.hold(now, locked) if self._system.front_ends == 1 and locked else now + locked
+        self._at(queued, self._queued, number, came)
+
+    def _queued(self, now: float, number: int, came: float) -> None:
         replica = self._replicas[number]
         if not replica.up:
             return

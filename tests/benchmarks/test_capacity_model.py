@@ -94,7 +94,7 @@ def test_a_rate_at_capacity_has_no_forecast() -> None:
         forecast(engine_alone(20.0, 10.0, 8), 80.0)
 
 
-SYSTEM = provisioned(engine=(20.0, 2.0), largest=32, decode_ms=2.6, loop_ms=0.46)
+SYSTEM = provisioned(System(fixed_ms=20.0, each_ms=2.0, largest=32, decode_ms=2.6, loop_ms=0.46, decoders=1))
 
 
 def test_decoders_and_cores_are_those_that_the_slowest_other_stage_can_use() -> None:
