@@ -124,9 +124,7 @@ class Settings(BaseSettings):
     decode: DecodeWay = "exact"  # fast: decode large JPEGs at reduced size; nvimagecodec: decode on the GPU
     fast_decode_samples: Path | None = None  # directory of JPEGs for an additional check of that decoder
     parsers: Count = 2  # JSON parsing threads
-    sandbox: Sandbox = (
-        "auto"  # of front ends; auto: where Linux supports it; required: do not start without it
-    )
+    sandbox: Sandbox = "auto"  # of front ends; auto: if the system can; required: do not start without
     devices: Devices = ()  # one process per device: `cpu`, GPU number, UUID, MIG id; empty: this process
     front_ends: FrontEnds = 1  # processes for HTTP and decoding, per device; auto: cores / 4, at most 8
     verify_key: Path | None = None  # serve only bundles signed by this public key; see `sopdeploy sign`

@@ -9,6 +9,7 @@ import capacity
 import pytest
 
 ENGINE = ["--engine", "20,2", "--decode-ms", "2.6", "--loop-ms", "0.46"]
+LOCK = ["--decode-lock-ms", "0.2", "--batch-lock-ms", "0.02", "--front-ends"]
 ARGUMENTS = [*ENGINE, "--rate", "900", "--p99-ms", "150", "--images", "6000"]
 
 
@@ -17,10 +18,11 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return capacity.main()
 
 
+@pytest.mark.parametrize("front_ends", ["1", "2"])
 def test_a_plan_holds_in_all_simulations(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], front_ends: str
 ) -> None:
-    assert run(monkeypatch, *ARGUMENTS, "--json") == 0
+    assert run(monkeypatch, *ARGUMENTS, *LOCK, front_ends, "--json") == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert document.keys() == {"machine", "versions", "results"}
     compared = [one["case"] for one in document["results"] if one["against"] == "model"]
@@ -67,6 +69,8 @@ def test_without_a_simulation_only_the_table_is_printed(
         ([*ENGINE, "--p99-ms", "150", "--engine", "20"], "--engine takes two numbers"),
         ([*ENGINE, "--p99-ms", "150", "--engine", "0,0"], "--engine takes two numbers"),
         ([*ENGINE, "--p99-ms", "nan"], "argument --p99-ms"),
+        ([*ENGINE, "--p99-ms", "150", "--decode-lock-ms", "3"], "a part of --decode-ms"),
+        ([*ENGINE, "--p99-ms", "150", "--front-ends", "0"], "--front-ends are at least 1"),
     ],
 )
 def test_an_impossible_plan_is_rejected_with_one_line(

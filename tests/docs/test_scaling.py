@@ -4,6 +4,7 @@ import re
 import shlex
 from typing import Any
 
+import capacity_cores
 import pytest
 import yaml
 from capacity import HEAD, facts, line, parser, planned
@@ -21,6 +22,10 @@ def test_a_table_equals_the_output_of_its_command(typed: str) -> None:
     printed = "\n".join([facts(system, wanted), "", HEAD, *map(line, rows)])
     assert (rows[0].rate, rows[-1].rate) == (100, 1_000_000)
     assert f"{typed}\n```\n\n{printed}\n\n" in PAGE
+
+
+def test_the_table_of_cores_equals_the_output_of_its_command() -> None:
+    assert "python benchmarks/capacity_cores.py\n```\n\n" + "\n".join(capacity_cores.rows()) + "\n\n" in PAGE
 
 
 def test_cores_and_bandwidth_follow_from_bytes_and_times() -> None:
