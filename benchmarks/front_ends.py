@@ -50,27 +50,33 @@ from sopdeploy_service.server.sockets import bind, bind_group, url
 from sopdeploy_service.settings import load_settings
 
 HERE = Path(__file__).resolve()
-BATCH = 32
+BATCH, BATCH_MS = 32, 5.0  # images and duration of a batch for `CPU per image` and `p50`
 SLEEP_MS, SPIN_MS = 2.13, 0.19  # of decoding a JPEG of 500 x 375 pixels without and with the interpreter lock
 SENDERS, IN_FLIGHT = 8, 24
 PREFIX = 'sopdeploy_requests_total{code="200",model="model",route="/v1/classify"} '
 
 
 class Constant:
-    """Returns the same outputs for every batch, which may overlap the one before."""
+    """Returns the same outputs for every batch after *milliseconds*; a batch may overlap the one before."""
 
     name, device, largest_batch = "constant", "fake", BATCH
 
-    def __init__(self) -> None:
+    def __init__(self, milliseconds: float) -> None:
+        self._seconds = milliseconds / 1000
         self._logits = np.random.default_rng(0).normal(size=(BATCH, CLASSES)).astype(np.float32)
 
-    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """Return the outputs of *images*."""
         return {"logits": self._logits[: len(images)]}
 
     def begin(self, images: Sequence[np.ndarray]) -> Callable[[], dict[str, np.ndarray]]:
         """Begin a batch of *images*; no pixel is read, as if the device read them from the slots."""
-        return lambda: {"logits": self._logits[: len(images)]}
+
+        def wait() -> dict[str, np.ndarray]:
+            time.sleep(self._seconds)
+            return self.run(images)
+
+        return wait
 
     def close(self) -> None:
         """Do nothing."""
@@ -98,7 +104,7 @@ def fake_decode(*, emulate: bool) -> Callable[..., Decoded]:
 
 def run_role(order: dict[str, Any]) -> None:
     """Be one process of the server, or a sender that needs no HTTP."""
-    model = replace(fake_model(0, 0, BATCH), runtime=cast(Any, Constant()))
+    model = replace(fake_model(0, 0, BATCH), runtime=cast(Any, Constant(order["batch_ms"])))
     settings = load_settings(queue_size=1024, max_batch=BATCH, decoders=order["decoders"])
     broker = socket.socket(fileno=order["broker"]) if "broker" in order else None
     if order["role"] == "engine" and broker is not None:
@@ -145,7 +151,7 @@ def send(client: EngineClient, seconds: float) -> None:
         for slot in slots:
             if slot.sent:
                 (slot,) = client.take(1) or ()
-            client.submit(slot, owner, Request(1, 0, 0, now, now + 60, 0))
+            client.submit(slot, owner, Request(1, 0, 0, now, now + 60, slot.generation))
         client._read()
     print(count, flush=True)
 
@@ -178,14 +184,14 @@ def start(order: dict[str, Any], files: Sequence[int]) -> "subprocess.Popen[str]
 
 @contextmanager
 def running(
-    front_ends: int, *, decoders: int = 4, emulate: bool = False, senders: float = 0
+    front_ends: int, *, decoders: int = 4, emulate: bool = False, senders: float = 0, batch_ms: float = 0
 ) -> Iterator[Server]:
     """Start a server with so many *front_ends*, or with processes that only send for so many seconds."""
     with ExitStack() as stack:
         listeners = [stack.enter_context(end) for end in bind_group("127.0.0.1", 0, front_ends)]
         private = [stack.enter_context(bind("127.0.0.1", 0)) for _ in listeners]
         children: dict[str, subprocess.Popen[str]] = {}
-        base = {"decoders": decoders, "emulate": emulate, "seconds": senders}
+        base = {"batch_ms": batch_ms, "decoders": decoders, "emulate": emulate, "seconds": senders}
 
         def launch(name: str, order: dict[str, Any], files: Sequence[int]) -> "subprocess.Popen[str]":
             children[name] = child = start(base | order, files)
@@ -232,7 +238,7 @@ def load(server: Server, folder: Path, connections: int, seconds: float) -> dict
 
 def cpu_and_latency(front_ends: int, folder: Path, seconds: float) -> tuple[float, float]:
     """Measure CPU ms per image under load, and p50 in ms with one connection."""
-    with running(front_ends) as server:
+    with running(front_ends, batch_ms=BATCH_MS) as server:
         load(server, folder, 32, 0.1)
         images, spent = server.images(), server.cpu()
         load(server, folder, 32, seconds)

@@ -355,7 +355,11 @@ def test_fifty_front_ends_and_engines_leave_nothing_behind(group, bundle, jpeg, 
             other = shared.connect()
             (slot,) = other.take(1)
             now = time.monotonic()
-            other.submit(slot, SimpleNamespace(on_reply=lambda *_: None), Request(1, 0, 0, now, now + 9, 0))
+            other.submit(
+                slot,
+                SimpleNamespace(on_reply=lambda *_: None),
+                Request(1, 0, 0, now, now + 9, slot.generation),
+            )
             other.stop()
             del slot, other  # they keep the memory mapped
         until(lambda: len(shared.engine.fronts) == 1)

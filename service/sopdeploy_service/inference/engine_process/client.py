@@ -181,7 +181,7 @@ class EngineClient:
         """Send *slot*, whose reply *owner* gets; return False if the engine cannot take it. Thread-safe."""
         memory = slot.memory
         slot.owner, slot.sent = owner, True
-        memory.slots.write_request(slot.number, request._replace(generation=slot.generation))
+        memory.slots.write_request(slot.number, request)
         self._used[memory.number, slot.number] = slot
         try:
             sent = memory.channel.send(RECORD.pack(Kind.SUBMIT, memory.number, slot.number, slot.generation))
@@ -221,7 +221,7 @@ class EngineClient:
         command = _Command()
         length = slots[0].memory.slots.write_bytes(slots[0].number, text)
         now = time.monotonic()
-        if not self.submit(slots[0], command, Request(0, IS_COMMAND, length, now, now, 0)):
+        if not self.submit(slots[0], command, Request(0, IS_COMMAND, length, now, now, slots[0].generation)):
             self.give_back(slots[0])
             return ENGINE_DEAD
         return await command.result

@@ -5,6 +5,7 @@ deadlines and responses are the same code with one process and with several.
 """
 
 import json
+import math
 import os
 import threading
 import zipfile
@@ -68,9 +69,8 @@ class RemoteQueue(RequestQueue):
         reference = None if manifest.decision is None else manifest.decision.reference
         self._drift = None if reference is None else DriftWindow(reference)
         self._shape = tuple(manifest.image_shape)
-        self._outputs = [
-            (output.name, tuple(side or 1 for side in output.shape[1:])) for output in manifest.outputs
-        ]
+        shapes = {output.name: tuple(side or 1 for side in output.shape[1:]) for output in manifest.outputs}
+        self._outputs = [(name, shape, math.prod(shape)) for name, shape in shapes.items()]
 
     @property
     def images_elsewhere(self) -> int:
@@ -106,7 +106,7 @@ class RemoteQueue(RequestQueue):
             slot.sent = True  # `release` leaves it to the engine from now on
         np.copyto(slot.memory.slots.pixels(slot.number, self._shape), item.image)
         flags = WANTS_FEATURES if item.features else 0
-        request = Request(self._model.number, flags, 0, item.arrived, item.deadline, 0)
+        request = Request(self._model.number, flags, 0, item.arrived, item.deadline, slot.generation)
         if self._client.submit(slot, self, request):
             return None
         with self._sending:
@@ -151,9 +151,9 @@ class RemoteQueue(RequestQueue):
         """Copy the outputs out of *slot* and count the image, and its batch if it is the first of it."""
         values = slot.memory.slots.floats(slot.number)[: reply.length // 4].copy()
         outputs, end = {}, 0
-        for name, shape in self._outputs:
+        for name, shape, size in self._outputs:
             if name != FEATURES or item.features:
-                start, end = end, end + int(np.prod(shape))
+                start, end = end, end + size
                 outputs[name] = values[start:end].reshape(shape)
         if self not in shared:
             logits: list[NDArray[np.float32]] = []
