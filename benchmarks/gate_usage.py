@@ -5,12 +5,13 @@
 Trains GM-GAP with 16 components of which 4 are chosen (as in Figure 2) on 8 x 8 digits with the settings of
 the recipe `imagenet64-gmsop-resnet18` and its alpha of 100, with alpha = 0, and with other gates (seed 0).
 
-`rarest` is the part of the 1438 training images that the rarest component received in the last epoch (25 % if
-all are equal), `four busiest` the part of all selections of that epoch that four components received; the
-training recorded both. `full share` counts the components that receive at least 5 % of the gate's weights of
-the training images with noise (6.25 % if all are equal), with the final network. `held-out` counts those that
-at least 1 % of the 359 held-out images select, which a gate does without noise. `--quick` uses one seed and
-few epochs.
+`in use` counts the components that received at least 1 % of the 1438 training images in the last epoch.
+`rarest` is the part of these images that the rarest component received (25 % if all are equal), `four
+busiest` the part of all selections of that epoch that four components received; the training recorded all
+three. `full share` counts the components that receive at least 5 % of the gate's weights of the training
+images with noise (6.25 % if all are equal), with the final network. `held-out` counts those that at least
+1 % of the 359 held-out images select, which a gate does without noise. `--quick` uses one seed and few
+epochs.
 """
 
 import tempfile
@@ -55,7 +56,7 @@ CASES = {  # settings, and the number of seeds
     "alpha = 100, 512 channels, gate of 512 with batch norm": ([FULL, LITERAL], 5),
     "alpha = 100, 512 channels, literal gate": ([FULL, LITERAL, "model.config.gate_norm=false"], 5),
 }
-SELECTED = 0.01  # of the held-out images
+SELECTED = 0.01  # of the images
 WEIGHT = 0.05  # of all weights
 
 
@@ -88,7 +89,9 @@ def usage(recipe: Recipe) -> dict[str, tuple[float, str]]:
                     sums[name] += (model.gate(features) > 0).sum(dim=0)
     full = int((sums["training"] >= WEIGHT * sums["training"].sum()).sum())
     selected = int((sums["held-out"] >= SELECTED * len(data.held_out)).sum())
+    used = sum(count >= SELECTED * len(data.train) for count in received)
     return {
+        "in use": (used, "of 16 components"),
         "rarest": (100 * received[0] / len(data.train), "%"),
         "four busiest": (100 * sum(received[-4:]) / sum(received), "%"),
         "full share": (full, "of 16 components"),
