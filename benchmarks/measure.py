@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sopdeploy.environment import installed, processor
+from sopdeploy.environment import installed, processor, usable_cores
 
 Clock = Callable[[], float]
 PACKAGES = (
@@ -108,7 +108,7 @@ def machine() -> dict[str, Any]:
     """Describe the machine: processor, usable cores, memory, system."""
     return {
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }

@@ -11,7 +11,6 @@ scaled to the available cores.
 """
 
 import io
-import os
 import statistics
 import tarfile
 import tempfile
@@ -26,6 +25,7 @@ from PIL import Image
 from sopdeploy.data.augment import Augmentation, AugmentedDataset, RandomResizedCrop, RandomSide
 from sopdeploy.data.batches import PILLOW_BLOCKS, load_batches
 from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.environment import usable_cores
 from sopdeploy.images.preprocess import Preprocess
 
 SIZES = {"500x375": ((500, 375), 92), "1200x900": ((1200, 900), 80)}  # size and JPEG quality
@@ -113,7 +113,7 @@ def drift(root: Path, name: str) -> tuple[float, float, float]:
 
 def waiting(root: Path, way: Augmentation, batches: int) -> tuple[float, float]:
     """Fraction of time a simulated GPU waits for the loader, and images per second it receives."""
-    workers = len(os.sched_getaffinity(0))
+    workers = usable_cores()
     step = BATCH / (WANTED * workers / CORES)
     images = view(root, way)
     order = [[(n * BATCH + i) % len(images) for i in range(BATCH)] for n in range(batches + 2 * workers)]

@@ -18,13 +18,17 @@ EXACT_INT8 = ("session.x64quantprecision", "1")
 
 def machine() -> dict[str, str | int | float]:
     """Describe the machine for benchmark reports: processor, usable cores, load average and system."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "processor": processor(),
-        "cores": cores,
+        "cores": usable_cores(),
         "load": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may use; macOS has no affinity, so all cores count there."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor() -> str:

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from sopdeploy.data.base import LabeledImages, Target
 from sopdeploy.data.folder_store import FolderStore
 from sopdeploy.data.tar import TarStore
+from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError
 from sopdeploy.images.pixels import match_transparency
 
@@ -125,7 +126,7 @@ def load_pixels(image: Image.Image, path: Path) -> Image.Image:
 def map_threaded(function: Callable[[int], Result], count: int) -> Iterator[Result]:
     """Yield *function*(0) to *function*(count - 1) in order, computed by one thread per core."""
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         for results in pool.map(lambda chunk: [function(index) for index in chunk], chunks):
             yield from results
 

@@ -15,6 +15,7 @@ from sopdeploy.client.requests import encode_image
 from sopdeploy.config import StrictModel
 from sopdeploy.doctor.advice import Advice, judge
 from sopdeploy.doctor.measure import Load, Measured, bare_ratio
+from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, DataError, ServiceError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
@@ -75,7 +76,7 @@ def examine(
             message = f"{url}: no request was completed under load ({reason})"
             raise ServiceError(message, code="nothing_answered", status=0)
         best = max(completed, key=lambda step: step.rate)
-        cores = len(os.sched_getaffinity(0)) if is_local(url) else None
+        cores = usable_cores() if is_local(url) else None
         return Diagnosis(
             url=url,
             model=chosen.name,
@@ -126,7 +127,7 @@ def _notes(url: str, best: Measured, models: int) -> list[str]:
     notes = []
     if is_local(url):
         notes.append("client and server share this machine and slow each other down; use another machine")
-        load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+        load, cores = os.getloadavg()[0], usable_cores()
         if load > cores:
             notes.append(f"this machine is overloaded (load {load:.1f}, {cores} cores): all stages wait")
     others = best.mean_batch * best.batches - best.answered

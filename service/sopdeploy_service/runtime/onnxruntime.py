@@ -1,7 +1,6 @@
 """onnxruntime on the CPU, or on a GPU with CUDA."""
 
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.environment import EXACT_INT8, SLOW_INT8, import_optional, lacks_vnni
+from sopdeploy.environment import EXACT_INT8, SLOW_INT8, import_optional, lacks_vnni, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.base import classify_error, padded_sizes
 from sopdeploy_service.runtime.cuda_libraries import load_cuda_libraries
@@ -115,8 +114,7 @@ class OnnxRuntime:
         self.largest_batch = manifest.batch.maximum
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        threads = threads or cores or 1
+        threads = threads or usable_cores()
         self._session = _open_session(onnxruntime, bundle, threads, provider, dict(options or {}))
         if provider == CPU and manifest.precision == "int8" and lacks_vnni():
             log.info("%s: %s", bundle.name, SLOW_INT8)

@@ -7,13 +7,13 @@ sockets, and either side can be replaced while the other runs.
 
 import contextlib
 import logging
-import os
 import socket
 import subprocess
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.engine_process.channel import open_pair
 from sopdeploy_service.settings import Settings
@@ -31,7 +31,7 @@ def count_front_ends(settings: Settings) -> int:
     """
     if settings.front_ends != "auto":
         return settings.front_ends
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     devices = max(1, len(settings.devices))
     count = max(1, min(MAX_AUTO, cores // CORES_PER_FRONT_END) // devices)
     if count == 1 and settings.sandbox == "required":

@@ -1,11 +1,11 @@
 """Classify parts in one process: a runtime, decoder processes, and the options that change rows."""
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sopdeploy.config import Count, StrictModel
+from sopdeploy.environment import usable_cores
 from sopdeploy_service.commands.batch.decoders import DECODER_SETTINGS, DecoderProcesses, Read
 from sopdeploy_service.commands.batch.output import RunState
 from sopdeploy_service.commands.batch.pipeline import Part, PartOutputs, Pipeline
@@ -86,11 +86,10 @@ class PartClassifier:
 
     def decoders(self) -> DecoderProcesses:
         """Create the decoder processes, which start with the context."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return DecoderProcesses(
             self.loaded.bundle.manifest.preprocess,
             self.settings,
-            workers=self.options.workers or min(cores, MAX_WORKERS),
+            workers=self.options.workers or min(usable_cores(), MAX_WORKERS),
             block=Pipeline.block_images(self.batch),
         )
 
