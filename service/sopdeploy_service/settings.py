@@ -170,14 +170,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 "model_control needs a single process or device; restart the server with other bundles"
             )
-        several = self.devices or self.front_ends != 1
-        if several and self.health_port is not None:
-            raise ValueError(
-                "health_port needs a single process; with devices or front_ends, probe the server's own port"
-            )
+        if self.metrics_need_key and self.health_port is not None and (self.devices or self.front_ends != 1):
+            raise ValueError("metrics_need_key needs a single process if there is a health_port; remove one")
         if self.front_ends == 1 and self.sandbox == "required":
             raise ValueError("sandbox=required needs front ends, which only decode; set front_ends=2 or more")
-        if self.front_ends != 1 and self.shadow is not None:
+        if self.front_ends not in (1, "auto") and self.shadow is not None:
             raise ValueError("shadow needs a single process; remove front_ends")
         if self.fast_decode_samples is not None and self.decode == "exact":
             raise ValueError(

@@ -57,7 +57,8 @@ def test_every_source_accepts_the_old_name_of_a_setting(monkeypatch, tmp_path, o
         ({"sandbox": "required"}, "set front_ends=2 or more"),
         ({"devices": "0,cpu", "runtime": "tensorrt"}, "needs a GPU; remove cpu from devices"),
         ({"devices": "0,0", "model_control": True}, "single process"),
-        ({"devices": "0", "health_port": 9}, "single process"),
+        ({"devices": "0", "health_port": 9, "metrics_need_key": True}, "single process"),
+        ({"front_ends": 2, "shadow": "new=0.1"}, "single process"),
     ],
 )
 def test_an_invalid_setting_is_named(given, message):

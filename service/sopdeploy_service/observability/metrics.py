@@ -213,26 +213,28 @@ class ShadowMetrics:
 
 
 async def collect(workers: Mapping[str, Connect], headers: Mapping[str, str]) -> bytes:
-    """Scrape *workers* (by device) with *headers* and merge their pages."""
+    """Scrape *workers* (by name) with *headers* and merge their pages."""
+    pages = await asyncio.gather(
+        *(get(connect, "/metrics?own=true", headers) for connect in workers.values())
+    )
+    return merge(dict(zip(workers, pages, strict=True)))
+
+
+async def get(connect: Connect, path: str, headers: Mapping[str, str]) -> str | None:
+    """Request *path* from the process that *connect* reaches; None if it does not answer with 200."""
     lines = [
         f"{name}: {value}" for name, value in {"Host": "worker", "Connection": "close", **headers}.items()
     ]
-    request = "\r\n".join(["GET /metrics?own=true HTTP/1.1", *lines, "", ""]).encode("latin-1")
-
-    async def scrape(connect: Connect) -> str | None:
-        try:
-            async with asyncio.timeout(SCRAPE_SECONDS):
-                reader, writer = await asyncio.open_connection(sock=connect())
-                writer.write(request)
-                response = await reader.read()
-                writer.close()
-        except (OSError, TimeoutError):
-            return None
-        head, _, page = response.partition(b"\r\n\r\n")
-        return page.decode() if head.startswith(b"HTTP/1.1 200 ") else None
-
-    pages = await asyncio.gather(*map(scrape, workers.values()))
-    return merge(dict(zip(workers, pages, strict=True)))
+    try:
+        async with asyncio.timeout(SCRAPE_SECONDS):
+            reader, writer = await asyncio.open_connection(sock=connect())
+            writer.write("\r\n".join([f"GET {path} HTTP/1.1", *lines, "", ""]).encode("latin-1"))
+            response = await reader.read()
+            writer.close()
+    except (OSError, TimeoutError):
+        return None
+    head, _, page = response.partition(b"\r\n\r\n")
+    return page.decode() if head.startswith(b"HTTP/1.1 200 ") else None
 
 
 def merge(pages: Mapping[str, str | None]) -> bytes:

@@ -38,7 +38,7 @@ class BackgroundServer:
         Raises `ConfigError` if it cannot listen, and what `BundleStore`, `open_bundle` and `load_model`
         raise.
         """
-        if settings.devices or settings.front_ends != 1:
+        if settings.devices or settings.front_ends not in (1, "auto"):
             name = "devices" if settings.devices else "front_ends"
             raise ConfigError(f"{name}: not in the background; start `sopdeploy serve` with it")
         for path in BundleStore(sources).bundles.values():

@@ -139,7 +139,11 @@ class Group:
     """The shared numbers and the inboxes of *count* processes; they survive the end of any process."""
 
     def __init__(self, count: int) -> None:
-        self.counters: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
+        self.counters: IO[bytes]  # closed by `close`
+        if hasattr(os, "memfd_create"):  # a container may have no folder for temporary files
+            self.counters = os.fdopen(os.memfd_create("connections"), "r+b")
+        else:
+            self.counters = tempfile.TemporaryFile()  # noqa: SIM115
         rows = np.zeros((count + 1, SENT + count), np.int64)
         rows[:, OPEN] = CLOSED
         self.counters.write(rows.tobytes())

@@ -12,6 +12,7 @@ import subprocess
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
@@ -20,6 +21,7 @@ from sopdeploy_service.settings import Settings
 
 ENGINE_SECONDS = 5.0  # without a heartbeat, before an engine process is killed
 MAX_AUTO, CORES_PER_FRONT_END = 8, 4
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: microseconds per period
 
 log = logging.getLogger("sopdeploy.supervisor")
 
@@ -27,18 +29,29 @@ log = logging.getLogger("sopdeploy.supervisor")
 def count_front_ends(settings: Settings) -> int:
     """Return the number of front ends per device; `auto` is a quarter of the cores, at most 8, over all.
 
-    Raises `ConfigError` if `auto` is a single process and a sandbox is required.
+    With a shadow, which needs a single process, `auto` is 1. Raises `ConfigError` if `auto` is a single
+    process and a sandbox is required.
     """
     if settings.front_ends != "auto":
         return settings.front_ends
-    cores = usable_cores()
-    devices = max(1, len(settings.devices))
-    count = max(1, min(MAX_AUTO, cores // CORES_PER_FRONT_END) // devices)
+    cores = cores_within_quota()
+    count = max(1, min(MAX_AUTO, cores // CORES_PER_FRONT_END) // max(1, len(settings.devices)))
+    if settings.shadow is not None:
+        count = 1
     if count == 1 and settings.sandbox == "required":
         raise ConfigError(
             f"sandbox=required: front_ends=auto is one process on {cores} cores; set front_ends=2 or more"
         )
     return count
+
+
+def cores_within_quota() -> int:
+    """Count the usable cores, at most the CPU time of the container's quota."""
+    try:
+        most, period = CPU_QUOTA.read_text().split()
+        return min(usable_cores(), max(1, int(most) // int(period)))
+    except (OSError, ValueError):  # no cgroup, or no quota: `max 100000`
+        return usable_cores()
 
 
 def share_limits(settings: Settings, front_ends: int) -> dict[str, str]:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO, cast
@@ -27,7 +28,8 @@ from sopdeploy_service.http.shared_spending import SharedSpending
 from sopdeploy_service.inference.engine_process.main import LOG
 from sopdeploy_service.server.balancing import Group, inherited_files
 from sopdeploy_service.server.front_ends import EngineGroup, Peer, share_limits
-from sopdeploy_service.server.sockets import url
+from sopdeploy_service.server.health_port import group_health_app, run_in_thread
+from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import WORKER_VARIABLE, Settings
 
 USER_ERROR = 2
@@ -111,6 +113,12 @@ class Supervisor:
             if len(self._listeners) > 1:
                 self._spending = SharedSpending.create(len(self._listeners))
                 stack.callback(os.close, self._spending)
+            if self._settings.health_port is not None:
+                health = stack.enter_context(bind(self._settings.host, self._settings.health_port))
+                sys.stdout.write(f"health: {url(health)}\n")
+                servers = [worker for worker in self._workers if not worker.is_engine]
+                workers = {worker.name: partial(self._connect, worker.place) for worker in servers}
+                stack.enter_context(run_in_thread(group_health_app(workers), health))
             for number in (signal.SIGTERM, signal.SIGINT):
                 stack.callback(signal.signal, number, signal.signal(number, self._stop))
             reading, writing = os.pipe()  # closed when this process ends, however it ends
@@ -158,6 +166,12 @@ class Supervisor:
                 if worker.child is not None and worker.child.poll() is None:
                     worker.child.send_signal(signal.SIGTERM)
 
+    def _connect(self, place: int) -> socket.socket:
+        """Connect to the process at *place*; raises `ConnectionRefusedError` if it accepts no connections."""
+        if not self._balancer.accepts(place):
+            raise ConnectionRefusedError
+        return self._balancer.connect(place)
+
     def _relay(self) -> None:
         """Pass on the connections to processes that have ended or are about to."""
         while not self._stopping.wait(RELAY_SECONDS):
@@ -203,7 +217,7 @@ class Supervisor:
     def _spawn(self, worker: Worker, lifeline: int) -> subprocess.Popen[str]:
         order: dict[str, Any] = {
             "sources": self._sources,
-            "settings": {**self._settings.model_dump(mode="json"), **worker.settings},
+            "settings": {**self._settings.model_dump(mode="json"), **worker.settings, "health_port": None},
             "name": worker.name,
         }
         if worker.listener is not None:

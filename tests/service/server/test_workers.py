@@ -18,6 +18,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.observability.metrics import merge
+from sopdeploy_service.server import front_ends
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.server.workers import Supervisor, Worker, visible_devices
 from sopdeploy_service.settings import load_settings
@@ -90,8 +91,11 @@ def test_a_dead_process_is_restarted_while_the_other_serves(start: Start, jpeg, 
 
 
 def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, jpeg, until) -> None:
-    with spawn(str(bundle_path), "--front-ends", "2", "--threads", "1") as child, ExitStack() as stack:
+    options = ("--front-ends", "2", "--threads", "1", "--set", "health_port=0")
+    with spawn(str(bundle_path), *options) as child, ExitStack() as stack:
         stack.callback(child.kill)
+        health = line_of(child).removeprefix("health: ").strip()
+        assert httpx.get(f"{health}/livez").status_code == 200
         found = re.fullmatch(r"ready: http://(\S+)  (\S+)\n", line_of(child))
         assert found, child.communicate(timeout=20)
 
@@ -106,6 +110,12 @@ def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, 
 
         connections = [connect() for _ in range(8)]
         assert {classify(connection) for connection in connections} == {(200, None)}
+        assert httpx.get(f"{health}/readyz").status_code == 200
+        page = httpx.get(f"{health}/metrics").text
+        assert (
+            re.findall(r'sopdeploy_requests_total\{code="200",.*process="\d",.*classify"\} (\S+)', page)
+            == ["4.0"] * 2
+        )
         first = workers(child.pid)
         fronts = [pid for pid in first if program(pid).endswith("server.process")]
         (engine,) = set(first) - set(fronts)
@@ -119,6 +129,7 @@ def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, 
         assert len(kept) == 4  # the others were connected to the killed process
         os.kill(engine, signal.SIGKILL)
         until(lambda: classify(kept[0]) == (503, "5"))
+        assert httpx.get(f"{health}/readyz").status_code == 503
         until(lambda: classify(kept[0]) == (200, None))
         until(lambda: len(set(workers(child.pid)) - set(first)) == 2)
         child.send_signal(signal.SIGTERM)
@@ -128,6 +139,33 @@ def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, 
 def program(process: int) -> str:
     """The module that *process* runs."""
     return Path(f"/proc/{process}/cmdline").read_text().rstrip("\0").rpartition("\0")[2]
+
+
+# Cores, content of cpu.max, settings -> number of front ends of each device.
+AUTO: dict[str, tuple[int, str | None, dict[str, object], int]] = {
+    "16 cores": (16, None, {}, 4),
+    "no quota": (16, "max 100000\n", {}, 4),
+    "a quota of 8 cores": (16, "800000 100000\n", {}, 2),
+    "a quota of half a core": (16, "50000 100000\n", {}, 1),
+    "many cores": (128, None, {}, 8),
+    "many cores and two devices": (128, None, {"devices": "0,1"}, 4),
+    "a shadow": (128, None, {"shadow": "new=0.1"}, 1),
+}
+
+
+@pytest.mark.parametrize("case", AUTO)
+def test_auto_is_a_front_end_per_four_cores(case: str, monkeypatch, tmp_path) -> None:
+    cores, quota, given, expected = AUTO[case]
+    file = tmp_path / "cpu.max"
+    if quota is not None:
+        file.write_text(quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(front_ends, "CPU_QUOTA", file)
+    assert front_ends.count_front_ends(load_settings(front_ends="auto", **given)) == expected
+    required = load_settings(front_ends="auto", sandbox="required", **given)
+    if expected == 1:
+        with pytest.raises(ConfigError, match="set front_ends=2 or more"):
+            front_ends.count_front_ends(required)
 
 
 def test_workers_exit_when_their_parent_is_killed(start: Start, until) -> None:

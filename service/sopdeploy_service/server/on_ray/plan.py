@@ -144,7 +144,7 @@ def check(settings: Settings) -> None:
         raise ConfigError(
             "devices: Ray assigns a device to each replica; use --gpus-per-replica and --replicas"
         )
-    if settings.front_ends != 1:
+    if settings.front_ends not in (1, "auto"):
         raise ConfigError("front_ends: a replica is one process; use --replicas")
     if settings.health_port is not None:
         raise ConfigError(
