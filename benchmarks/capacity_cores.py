@@ -15,7 +15,7 @@ from measure import Result, parse, report
 CORES = (4, 8, 16, 32)
 ENGINE = 10_000  # images/s: a ResNet-50 in half precision on an H200
 BATCH_MS = 0.016  # CPU of queue and batching per image, with the interpreter lock
-FRONT_END_MS = 0.02  # additional CPU of an image that passes two processes
+FRONT_END_MS = 0.11  # additional CPU of an image that passes two processes, on busy cores
 CORES_PER_FRONT_END, MOST_FRONT_ENDS = 4, 8  # `front_ends = auto`
 
 

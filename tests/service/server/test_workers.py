@@ -91,7 +91,7 @@ def test_a_dead_process_is_restarted_while_the_other_serves(start: Start, jpeg, 
 
 
 def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, jpeg, until) -> None:
-    options = ("--front-ends", "2", "--threads", "1", "--set", "health_port=0")
+    options = ("--front-ends", "2", "--threads", "1", "--set", "health_port=0", "--set", "sandbox=required")
     with spawn(str(bundle_path), *options) as child, ExitStack() as stack:
         stack.callback(child.kill)
         health = line_of(child).removeprefix("health: ").strip()
@@ -110,6 +110,8 @@ def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, 
 
         connections = [connect() for _ in range(8)]
         assert {classify(connection) for connection in connections} == {(200, None)}
+        for path in ("/", "/docs", "/errors", "/openapi.json", "/info", "/v2", "/v2/models/tiny", "/livez"):
+            assert httpx.get(f"http://{found[1]}{path}").status_code == 200  # no file is read for it
         assert httpx.get(f"{health}/readyz").status_code == 200
         page = httpx.get(f"{health}/metrics").text
         assert (
