@@ -37,7 +37,7 @@ SIZES = (0.5, 0.75, 1.0)  # of a square crop, in shorter sides of its region
 CROPS_PER_SIZE = 9
 EPOCHS = 15
 SHOWN = "china"  # the photograph of the prediction
-CAPTION = "Share of the bare runtime's throughput: simulated accelerator, 2 CPU cores"
+CAPTION = "Share of the bare engine's throughput: simulated accelerator, 2 CPU cores"
 SERVERS = ("sopdeploy", "mosec", "LitServe", "BentoML")
 
 

@@ -123,7 +123,7 @@ def test_the_bundle_and_a_service_are_measured_to_the_same_last_digit(
 
 def test_the_bundle_is_verified(home: Path, exported: dict[str, Any]) -> None:
     found = answer("verify", exported["bundle"], home=home)
-    assert (found["id"], found["files"]) == (exported["id"], 9)
+    assert (found["id"], found["files"]) == (exported["id"], 16)
     for replay in found["replays"]:
         assert replay["deviation"]["logits"] <= replay["tolerance"]["logits"]
 

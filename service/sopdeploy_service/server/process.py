@@ -144,7 +144,7 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, inherited: Inher
             sandbox.apply(settings, server.config)
             timeline.mark("sandbox")
         elif settings.sandbox == "auto":
-            log.info("not sandboxed: the only process runs models, too")
+            log.debug("not sandboxed: the only process runs models, too")
         server.run(sockets=[inherited.listener])
         state = service.state
         log.info("stopped", extra={"state": state})

@@ -8,7 +8,7 @@ const WARNINGS = {
   first_frame_only: "Only the first frame of the animation was classified.",
   sixteen_bit_scaled: "16-bit channels were scaled to 8 bits.",
 };
-const STAGES = { receive: "receive", decode: "decode", queue: "queue", infer: "infer", rest: "network" };
+const STAGES = { receive: "receive", decode: "decode", queue: "queue", infer: "infer", rest: "connection" };
 
 const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 2 : 1)} %`;
 const milliseconds = (value) => `${value.toFixed(value < 99.5 ? 1 : 0)} ms`;

@@ -67,7 +67,7 @@ def test_the_page_is_accessible_to_screen_readers(page, client, jpeg):
 def test_the_waterfall_adds_up_to_the_total_time(page, jpeg):
     give(page, jpeg)
     rows = page.locator("#waterfall li > span:first-child").all_text_contents()
-    assert rows == ["receive", "decode", "queue", "infer", "network"]
+    assert rows == ["receive", "decode", "queue", "infer", "connection"]
     times = [float(text.split()[0]) for text in page.locator("#waterfall .ms").all_text_contents()]
     total = float(page.locator("#total").text_content().split()[0])
     assert sum(times) == pytest.approx(total, abs=0.05 * len(rows) + 0.5)
