@@ -20,7 +20,7 @@ TWO_OF_FOUR: dict[str, Any] = {
     "iterations": 2,
 }
 
-WALKED = (  # classes in recipes: `test_recipe_walks` exports them in every run
+WALKED = (  # classes in recipes, which `test_recipe_walks` exports, too
     Small("isqrt-resnet8", 16, {"pooling": {"kind": "isqrt", **NARROW}}),
     Small("gmgap-16-8-resnet18", 8, {**TWO_OF_FOUR, "component": "gap"}),
     Small("gmsop-16-8-resnet18", 8, TWO_OF_FOUR),
@@ -30,7 +30,7 @@ WALKED = (  # classes in recipes: `test_recipe_walks` exports them in every run
         {"blocks": 2, "cov_width": 32, "block_stages": ("layer3",), "final_width": 8, "iterations": 2},
     ),
 )
-LOWERED = (  # lowered to ONNX and compared: one for each other inference class, those of `SLOW` if asked for
+LOWERED = (  # lowered to ONNX and compared: one for each other inference class
     Small("resnext29-8x64d", 8, FEW_GROUPS),
     Small("dsop-preact-resnet110", 8, {**ONE_BLOCK, **HEADS}),
     Small("cbp-vgg16", 32, {"pooling": {"kind": "cbp", "dim": 32}}),
@@ -44,18 +44,6 @@ LOWERED = (  # lowered to ONNX and compared: one for each other inference class,
     Small("netvlad-64-resnet18", 8, {**ONE_EACH, "words": 3}),
     Small("dsop-timm:test_resnet", 32, {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2}),
 )
-# Their layers are also exported by `test_pooling_export`, `test_gsop_blocks` and the recipe tests, or are the
-# layers of another network here with a dilation or a scaling.
-SLOW = {
-    "drn-a-50",
-    "se-preact-resnet164",
-    "resnext29-8x64d",
-    "cbp-vgg16",
-    "gsop-net1-resnet26",
-    "cbam-resnet18",
-    "avesop-16-resnet18",
-    "netvlad-64-resnet18",
-}
 TOO_LONG = (EfficientNet, SecondOrderEfficientNet)  # 242 operators: lowered by `make test-models`
 DETACHED = (  # compared with plain networks: their inference class is above, or takes too long for every run
     Small("resnet18", 32, {"conv5_stride": 1}),

@@ -1,7 +1,8 @@
 """Every model trains a step, is saved, loaded, detached, certified and exported.
 
-The default run lowers the models whose graphs differ most and detaches one of every class of network; the
-recipe tests do the whole export. `make test-models` exports every class, and every name at its full width.
+The default run lowers one of every inference class, builds its fp32 and int8 graphs with a real TensorRT
+parser, and detaches one of every class of network. `make test-models` also builds the half precisions,
+exports every class, and every name at its full width.
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import quantize
 from tests.gpu_graphs import Record, accepted
 from tests.sopdeploy.training.small_recipes import SMALL, few_blocks
-from tests.sweep.smallest import ALL, DETACHED, LOWERED, SLOW, TOO_LONG, WALKED
+from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
 from tests.sweep.steps import Small, agreed, detached, exported
 
 OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
@@ -38,14 +39,7 @@ def outputs_of(model: str) -> set[str]:
 
 
 @pytest.mark.gpu_graph(lambda small: [(small.name, "fp32"), (small.name, "int8")])
-@pytest.mark.parametrize(
-    "small",
-    [
-        pytest.param(s, marks=[pytest.mark.slow] * (s.name in SLOW or s in WALKED))
-        for s in (*LOWERED, *WALKED)
-    ],
-    ids=name,
-)
+@pytest.mark.parametrize("small", [*LOWERED, *WALKED], ids=name)
 def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
@@ -125,9 +119,11 @@ def test_the_smallest_agrees_in_half_precision(
     accepted(record_property, small.name, precision, onnx.load(tmp_path / "model.onnx"))
 
 
-@pytest.mark.slow
 @pytest.mark.gpu_graph(lambda pooling, precision: [(f"resnet8 with {pooling}", precision)])
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16-backbone", "int8"])
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", *(pytest.param(p, marks=pytest.mark.slow) for p in ("fp16", "bf16-backbone", "int8"))],
+)
 @pytest.mark.parametrize("pooling", ["gap", "isqrt", "bcnn", "cbp", "low-rank-bilinear", "netvlad", "netfv"])
 def test_every_other_pooling_agrees(
     pooling: str, precision: Precision, tmp_path: Path, record_property: Record
