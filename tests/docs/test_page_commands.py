@@ -82,6 +82,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("page", [page for page in WITH_STEPS if page not in QUICK])
 def test_the_commands_of_a_page_work(page: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
