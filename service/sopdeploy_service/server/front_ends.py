@@ -54,12 +54,22 @@ def cores_within_quota() -> int:
         return usable_cores()
 
 
-def share_limits(settings: Settings, front_ends: int) -> dict[str, str]:
-    """Divide the limits of the whole server among its *front_ends*."""
-    return {
-        "queue_size": str(max(1, settings.queue_size // front_ends)),
-        "max_upload_bytes": str(settings.max_upload_bytes // front_ends),
+def share_limits(settings: Settings, front_ends: int) -> dict[str, int]:
+    """Divide the limits of the whole server among its *front_ends*.
+
+    Raises `ConfigError` if the share of a front end is too small for the largest request.
+    """
+    smallest = {
+        "queue_size": settings.max_images * front_ends,
+        "max_upload_bytes": -(-settings.max_body_bytes * 8 // 7) * front_ends,
     }
+    small = [f"{name}={least}" for name, least in smallest.items() if getattr(settings, name) < least]
+    if small:
+        raise ConfigError(
+            f"{front_ends} front ends share queue_size and max_upload_bytes, and the largest request "
+            f"does not fit into a share; set {', '.join(small)} or start fewer front ends"
+        )
+    return {name: getattr(settings, name) // front_ends for name in smallest}
 
 
 @dataclass(eq=False)

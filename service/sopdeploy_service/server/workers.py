@@ -53,7 +53,7 @@ class Worker:
 
     name: str
     variables: Mapping[str, str]
-    settings: Mapping[str, str]
+    settings: Mapping[str, str | int]
     place: int = -1
     listener: socket.socket | None = None
     engine: EngineGroup | None = None
@@ -102,7 +102,7 @@ class Supervisor:
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; 0 after a drain, 2 if a worker cannot start at all.
 
-        Raises `ConfigError` for a device that this process cannot use.
+        Raises `ConfigError` for a device that this process cannot use, and for too many front ends.
         """
         with ExitStack() as stack:
             stack.callback(self._group.close)
@@ -141,7 +141,7 @@ class Supervisor:
     def _add_device(self, name: str, device: str, processes: int) -> None:
         """Add the process of *device*, or its engine process and so many front ends."""
         variables = visible_devices(device) if device else {}
-        settings = {"runtime": "onnxruntime-cpu"} if device == "cpu" else {}
+        settings: dict[str, str | int] = {"runtime": "onnxruntime-cpu"} if device == "cpu" else {}
         peers: list[Peer | None] = [None]
         group = None
         if processes > 1:

@@ -170,6 +170,32 @@ def test_auto_is_a_front_end_per_four_cores(case: str, monkeypatch, tmp_path) ->
             front_ends.count_front_ends(required)
 
 
+# Settings, front ends -> shares, or the end of the error message.
+SHARES: dict[str, tuple[dict[str, object], int, dict[str, int] | str]] = {
+    "two": ({}, 2, {"queue_size": 128, "max_upload_bytes": 128_000_000}),
+    "eight": ({}, 8, {"queue_size": 32, "max_upload_bytes": 32_000_000}),
+    "nine": ({}, 9, "set queue_size=288 or start fewer front ends"),
+    "twelve": ({}, 12, "set queue_size=384, max_upload_bytes=274285716 or start fewer front ends"),
+    "twelve for small requests": (
+        {"max_images": 8, "max_body_bytes": 8_000_000},
+        12,
+        {"queue_size": 21, "max_upload_bytes": 21_333_333},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHARES)
+def test_the_share_of_a_front_end_holds_the_largest_request(case: str) -> None:
+    given, count, expected = SHARES[case]
+    settings = load_settings(**given)
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=f"{count} front ends share .* {expected}$"):
+            front_ends.share_limits(settings, count)
+        return
+    assert front_ends.share_limits(settings, count) == expected
+    load_settings(**given, **expected)  # a front end accepts its settings
+
+
 def test_workers_exit_when_their_parent_is_killed(start: Start, until) -> None:
     child, _ = start()
     orphans = workers(child.pid)

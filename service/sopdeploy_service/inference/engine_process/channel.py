@@ -85,6 +85,11 @@ class Outbox:
                 del self._parts[0]
         return True
 
+    @property
+    def num_bytes(self) -> int:
+        """The number of bytes that the channel has not accepted."""
+        return sum(len(data) for data, _ in self._parts)
+
     def close(self) -> None:
         """Close the channel and the files that were not sent."""
         for _, file in self._parts:

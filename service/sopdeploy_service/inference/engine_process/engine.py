@@ -55,6 +55,7 @@ BEAT_SECONDS = 0.1
 APPLY_SECONDS = 2.0  # how long a change of models waits for slow front ends
 MAX_DEADLINE_SECONDS = 100_000.0
 MAX_COMMAND_BYTES = 4096
+MAX_UNREAD_BYTES = 1 << 16  # of records; a correct front end has at most one reply per slot to read
 
 log = logging.getLogger("sopdeploy.engine")
 
@@ -246,6 +247,8 @@ class Engine:
         memory = front.memories.get(number)
         if memory is None or slot >= memory.slots.count:
             raise ChannelError(f"no slot {slot} in memory {number}")
+        if front.blocked and front.outbox.num_bytes > MAX_UNREAD_BYTES:
+            raise ChannelError("reads no replies")
         if memory.owned[slot] or generation == memory.generations[slot]:
             raise ChannelError(f"slot {slot} was sent twice")
         request = memory.slots.read_request(slot)
