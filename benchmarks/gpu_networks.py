@@ -17,7 +17,7 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.graph import Deployed
 from sopdeploy_export.pipeline import ExportOptions, export
-from sopdeploy_export.proof.detach import detach
+from sopdeploy_export.proof.networks import detach
 
 SIDES = {"dsop-resnet50": 224, "gsop-net2-resnet50": 224, "gmsop-16-8-resnet18": 64}
 Run = Callable[[NDArray[np.uint8]], Any]

@@ -23,7 +23,7 @@ from sopdeploy.models.registry import create_model
 from sopdeploy_export.graph import capture, generated_images, lower
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import quantize
-from sopdeploy_export.proof.detach import detach
+from sopdeploy_export.proof.networks import detach
 
 NETWORKS = ("dsop-resnet18", "isqrt-resnet18")
 

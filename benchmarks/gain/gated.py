@@ -17,7 +17,7 @@ from sopdeploy.layers.mixture.components import Convolutions, FusionHead, make_c
 from sopdeploy.layers.mixture.gate import GateNoise, SparseGate, balance_loss, keep_largest
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.gmsop import GMSOPConfig, make_gate
-from sopdeploy_export.proof.detach import detach
+from sopdeploy_export.proof.networks import detach
 
 
 class MixtureConfig(StrictModel):

@@ -38,7 +38,7 @@ from sopdeploy.models.dsop_cifar import DSoPSmallResNet, DSoPSmallResNetConfig
 from sopdeploy.models.plain import PlainSmallResNet
 from sopdeploy.training.schedule import OneCycle
 from sopdeploy.training.step.losses import training_loss
-from sopdeploy_export.proof.detach import detach
+from sopdeploy_export.proof.networks import detach
 
 CLASSES = 10
 # Options of the part that all networks of a family share.

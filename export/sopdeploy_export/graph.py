@@ -33,7 +33,7 @@ from torch.export import Dim, ExportedProgram
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import DataError, LoweringError
-from sopdeploy.images.pixels import match_transparency
+from sopdeploy.images.pixels import match_transparency, preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.normalize import Normalize
@@ -323,7 +323,7 @@ def load_images(folder: Path, preprocess: Preprocess, option: str) -> NDArray[np
         try:
             with Image.open(path) as image:
                 match_transparency(image)
-                images.append(preprocess(image))
+                images.append(preprocess_image(image, preprocess))
         except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{path}: not a readable image; remove it from the folder") from error
     return np.stack(images)

@@ -46,10 +46,9 @@ from sopdeploy_export.precision.convert import (
     convert_precision,
     lowering_options,
 )
-from sopdeploy_export.proof.certificate import Certificate, Detachment, certify, lower_with_proof
-from sopdeploy_export.proof.detach import detach
+from sopdeploy_export.proof.certificate import Certificate, certify, lower_with_proof
 from sopdeploy_export.proof.hashes import onnx_root
-from sopdeploy_export.proof.subject import ExportSubject
+from sopdeploy_export.proof.networks import Detachment, ExportSubject, detach
 from sopdeploy_export.report.network_summary import summarize_checkpoint
 from sopdeploy_export.report.page import render_model_card, render_report
 from sopdeploy_export.report.results import (

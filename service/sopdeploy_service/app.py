@@ -11,10 +11,14 @@ from sopdeploy_service.api import status, v1, web
 from sopdeploy_service.api.v2 import routes as v2
 from sopdeploy_service.http import problems
 from sopdeploy_service.http.api_keys import load_keys
-from sopdeploy_service.http.body_limits import BodyLimitsMiddleware
-from sopdeploy_service.http.middleware import METRICS, OPEN, ApiKeyMiddleware, RequestContextMiddleware
-from sopdeploy_service.http.shared_spending import KEYS as MAX_SHARED_KEYS
-from sopdeploy_service.http.shared_spending import SharedSpending
+from sopdeploy_service.http.middleware import (
+    METRICS,
+    OPEN,
+    ApiKeyMiddleware,
+    BodyLimitsMiddleware,
+    RequestContextMiddleware,
+)
+from sopdeploy_service.http.rate_limits import MAX_KEYS, SharedSpending
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.engine_process.client import EngineClient
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
@@ -42,8 +46,8 @@ def create_app(
     *settings* cannot be used.
     """
     keys = None if settings.keys is None else load_keys(settings.keys)
-    if keys is not None and spending is not None and len(keys.keys) > MAX_SHARED_KEYS:
-        raise ConfigError(f"{settings.keys}: at most {MAX_SHARED_KEYS} keys with front_ends; remove some")
+    if keys is not None and spending is not None and len(keys.keys) > MAX_KEYS:
+        raise ConfigError(f"{settings.keys}: at most {MAX_KEYS} keys with front_ends; remove some")
     service = Service(models, settings, store, faults, engine)
     names = sorted({model.name for model in service.registry.models()})
 

@@ -22,6 +22,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import to_json
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import BundleError, ParityError
+from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 
 GOLDEN = "golden.json"
@@ -84,7 +85,7 @@ def write_golden(folder: Path, preprocess: Preprocess, run: RunOne, tolerance: f
     examples = []
     for number, body in enumerate(golden_jpegs(preprocess)):
         with Image.open(io.BytesIO(body)) as image:
-            pixels = preprocess(image)
+            pixels = preprocess_image(image, preprocess)
         jpeg, raw = f"golden-{number}.jpg", f"golden-{number}.rgb"
         (folder / jpeg).write_bytes(body)
         (folder / raw).write_bytes(pixels.tobytes())

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from sopdeploy.config import Fraction, NonNegative, Positive, StrictModel
 from sopdeploy.data.base import ImagesDataset, LabeledImages, PreprocessedDataset, Target, derive_seed
 from sopdeploy.data.image_files import ImageFiles, load_pixels
-from sopdeploy.images.pixels import RESAMPLING, resize_box, to_rgb
+from sopdeploy.images.pixels import RESAMPLING, preprocess_image, resize_box, to_rgb, upright_size
 from sopdeploy.images.preprocess import TTA_PAD, Box, Preprocess, Side, tta_views
 
 # Principal components of the colors (0 to 1) of ImageNet's training images: columns, and standard deviations
@@ -241,7 +241,7 @@ class AugmentedDataset(ImagesDataset):
             array, target = _crop_box(self.images, sample, augmentation, rules, random)
         else:
             image, target = self.images[sample]
-            array = rules(image)
+            array = preprocess_image(image, rules)
         if isinstance(augmentation, PadCrop):
             pad = augmentation.pad
             padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
@@ -261,7 +261,7 @@ class PadCroppedDataset(PreprocessedDataset):
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
         image, target = self.images[index]
-        return tta_views(lambda rules: rules(image), self.preprocess, "pad-crop")[0], target
+        return tta_views(lambda rules: preprocess_image(image, rules), self.preprocess, "pad-crop")[0], target
 
 
 def _crop_box(
@@ -275,7 +275,7 @@ def _crop_box(
     if augmentation.draft and isinstance(images, ImageFiles):
         source, target = images.open(index), images.target(index)
         width, height = source.size
-        size = rules.upright_size(source)
+        size = upright_size(source, rules)
         left, top, right, bottom = draw_box(augmentation, size, rules, random)
         factor = max(1, int(min(right - left, bottom - top) / rules.crop))
         source.draft(None, (width // factor, height // factor))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 
 Item = TypeVar("Item", covariant=True)
@@ -78,7 +79,7 @@ class PreprocessedDataset(ImagesDataset):
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
         image, target = self.images[index]
-        return self.preprocess(image), target
+        return preprocess_image(image, self.preprocess), target
 
 
 @dataclass(frozen=True, slots=True)

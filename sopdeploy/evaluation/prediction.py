@@ -28,6 +28,7 @@ from sopdeploy.evaluation.multi_label import (
     MultiLabelPredictions,
     fit_thresholds,
 )
+from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess, TtaMode, check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
 
@@ -316,4 +317,4 @@ class _TtaDataset(ImagesDataset):
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
         image, target = self.images[index]
-        return tta_views(lambda rules: rules(image), self.preprocess, self.mode), target
+        return tta_views(lambda rules: preprocess_image(image, rules), self.preprocess, self.mode), target

@@ -1,4 +1,4 @@
-"""Pixels of a decoded image for a network: rotate, convert to RGB, resize and crop, by rules of `Preprocess`.
+"""Apply the rules of `Preprocess` to a decoded image: rotate, convert to RGB, resize and crop.
 
 Color conversions with intermediate results run in tiles. On the whole image they would need six times the
 memory of the RGB image, and a PNG of 100 kB can have 50 megapixels.
@@ -22,6 +22,41 @@ RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 TILE = 2**16  # pixels
 GRAY_STEPS = {"L;2": 85, "L;4": 17}  # distance of two gray values of such a PNG, in 8-bit levels
+
+
+def preprocess_image(image: Image.Image, rules: Preprocess) -> Pixels:
+    """Convert *image* to upright RGB and fit it to the network; returns (crop, crop, 3) uint8."""
+    fit = {"crop": center_crop, "pad": pad_to_square, "squash": squash}[rules.fit]
+    return fit(to_rgb(image, rules), rules)
+
+
+def upright_size(image: Image.Image, rules: Preprocess) -> tuple[int, int]:
+    """Compute (width, height) of *image* after its EXIF rotation; reads no pixels."""
+    sideways = rules.exif_orientation and exif_orientation(image) in SIDEWAYS
+    return (image.height, image.width) if sideways else (image.width, image.height)
+
+
+def resized_size(size: tuple[int, int], rules: Preprocess) -> tuple[int, int]:
+    """Compute (width, height) that an image of *size* is resized to before it is cropped or padded."""
+    if rules.fit == "squash":
+        return rules.crop, rules.crop
+    shorter, longer = min(size), max(size)
+    if rules.fit == "pad":
+        short, long = max(1, round(rules.crop * shorter / longer)), rules.crop
+    else:
+        short, long = rules.resize, max(1, int(rules.resize * longer / shorter))
+    return (short, long) if size[0] <= size[1] else (long, short)
+
+
+def visible_box(size: tuple[int, int], rules: Preprocess) -> Box:
+    """Compute the part of an upright image of *size* that the network sees.
+
+    With `fit` "pad" it is larger than the image, so it may begin at a negative coordinate.
+    """
+    resized = resized_size(size, rules)
+    left, top = (round((side - rules.crop) / 2.0) for side in resized)
+    scale_x, scale_y = size[0] / resized[0], size[1] / resized[1]
+    return left * scale_x, top * scale_y, (left + rules.crop) * scale_x, (top + rules.crop) * scale_y
 
 
 def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
@@ -98,21 +133,21 @@ def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
     with an aspect ratio above `MAX_ASPECT_RATIO` only the cropped part is computed (a few gray levels off):
     1 x 20000 pixels cost no more than a photograph.
     """
-    size = rules.resized(image.size)
+    size = resized_size(image.size, rules)
     left = round((size[0] - rules.crop) / 2.0)
     top = round((size[1] - rules.crop) / 2.0)
     resampling = RESAMPLING[rules.interpolation]
     if max(size) <= MAX_ASPECT_RATIO * rules.resize:
         window = (left, top, left + rules.crop, top + rules.crop)
         return np.asarray(image.resize(size, resampling).crop(window))
-    left_edge, top_edge, right, bottom = rules.box(image.size)
+    left_edge, top_edge, right, bottom = visible_box(image.size, rules)
     box = (left_edge, top_edge, min(image.width, right), min(image.height, bottom))
     return np.asarray(image.resize((rules.crop, rules.crop), resampling, box=box))
 
 
 def pad_to_square(image: Image.Image, rules: Preprocess) -> Pixels:
     """Resize the longer side of an RGB *image* and center it on the background; returns (crop, crop, 3)."""
-    width, height = rules.resized(image.size)
+    width, height = resized_size(image.size, rules)
     left, top = -round((width - rules.crop) / 2.0), -round((height - rules.crop) / 2.0)
     return _resize_onto_background(image, (0, 0, *image.size), (left, top, width, height), rules)
 
@@ -153,8 +188,8 @@ def _resize_onto_background(
     return np.asarray(canvas)
 
 
-def changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
-    """List the conversions of a loaded *image* that its owner may not expect; see `Preprocess.changes`."""
+def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
+    """List the conversions of a loaded *image* that its owner may not expect, in order."""
     transparent = False
     if image.has_transparency_data:
         tiles = (_to_rgba(image.crop(box)) for box in tile_boxes(image.size))

@@ -1,8 +1,8 @@
-"""Preprocessing from a decoded image to network input, shared by training, export and service.
+"""Rules of preprocessing, from a decoded image to network input, shared by training, export and service.
 
-The result is a uint8 RGB array of shape (crop, crop, 3). Mean and standard deviation are part of the exported
-graph; they are stored here with the geometry, in the checkpoint and in the bundle. The module loads Pillow
-only to process an image: a process that runs a network on pixels needs the rules, but no image library.
+`sopdeploy.images.pixels` applies them. Mean and standard deviation are part of the exported graph; they are
+stored here with the geometry, in the checkpoint and in the bundle. Importing this module does not load
+Pillow, because a process that runs a network on pixels needs the rules, but no image library.
 """
 
 import hashlib
@@ -116,45 +116,10 @@ class Preprocess(StrictModel):
             raise ConfigError(f"{source}: {first_problem(error)}") from error
 
     def __call__(self, image: "Image.Image") -> Pixels:
-        """Convert *image* to upright RGB and fit it to the network; returns (crop, crop, 3) uint8."""
-        from sopdeploy.images import pixels  # noqa: PLC0415  # loads Pillow
+        """Convert *image* to the input of the network, (crop, crop, 3) uint8: `pixels.preprocess_image`."""
+        from sopdeploy.images.pixels import preprocess_image  # noqa: PLC0415  # loads Pillow
 
-        fit = {"crop": pixels.center_crop, "pad": pixels.pad_to_square, "squash": pixels.squash}[self.fit]
-        return fit(pixels.to_rgb(image, self), self)
-
-    def upright_size(self, image: "Image.Image") -> tuple[int, int]:
-        """Compute (width, height) of *image* after its EXIF rotation; reads no pixels."""
-        from sopdeploy.images.pixels import SIDEWAYS, exif_orientation  # noqa: PLC0415  # loads Pillow
-
-        sideways = self.exif_orientation and exif_orientation(image) in SIDEWAYS
-        return (image.height, image.width) if sideways else (image.width, image.height)
-
-    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Compute (width, height) that an image of *size* is resized to before it is cropped or padded."""
-        if self.fit == "squash":
-            return self.crop, self.crop
-        shorter, longer = min(size), max(size)
-        if self.fit == "pad":
-            short, long = max(1, round(self.crop * shorter / longer)), self.crop
-        else:
-            short, long = self.resize, max(1, int(self.resize * longer / shorter))
-        return (short, long) if size[0] <= size[1] else (long, short)
-
-    def box(self, size: tuple[int, int]) -> Box:
-        """Compute the part of an upright image of *size* that the network sees.
-
-        With `fit` "pad" it is larger than the image, so it may begin at a negative coordinate.
-        """
-        resized = self.resized(size)
-        left, top = (round((side - self.crop) / 2.0) for side in resized)
-        scale_x, scale_y = size[0] / resized[0], size[1] / resized[1]
-        return left * scale_x, top * scale_y, (left + self.crop) * scale_x, (top + self.crop) * scale_y
-
-    def changes(self, image: "Image.Image") -> tuple[str, ...]:
-        """List the conversions of a loaded *image* that its owner may not expect, in order."""
-        from sopdeploy.images import pixels  # noqa: PLC0415  # loads Pillow
-
-        return pixels.changes(image, self)
+        return preprocess_image(image, self)
 
 
 def check_tta_mode(mode: str, preprocess: Preprocess) -> TtaMode:

@@ -28,7 +28,7 @@ from sopdeploy_export.proof.certificate import (
     build_inventory,
     build_plain_network,
 )
-from sopdeploy_export.proof.detach import detach
+from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.rewrites.apply import LoweredGraph, center_by_mean, rewrite
 from sopdeploy_export.rewrites.context import LoweringReport
 

@@ -20,7 +20,7 @@ from sopdeploy_export.precision.convert import (
     PrecisionReport,
 )
 from sopdeploy_export.precision.int8 import METHODS
-from sopdeploy_export.proof.subject import ExportSubject
+from sopdeploy_export.proof.networks import ExportSubject
 
 BATCH = 8
 Batch = tuple[NDArray[np.uint8], list[int]]  # images (B, H, W, 3), and labels if they are known

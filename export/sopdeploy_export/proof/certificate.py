@@ -27,7 +27,6 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError
@@ -35,7 +34,8 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import PREFIX, Captured, Deployed, capture, lower
 from sopdeploy_export.proof.hashes import ProgramRoot, onnx_root, program_root, tensor_hash
-from sopdeploy_export.proof.preconditions import (
+from sopdeploy_export.proof.networks import (
+    Detachment,
     check_network_state,
     check_removed_memory,
     check_torch_state,
@@ -105,34 +105,6 @@ class Certificate(StrictModel):
     def bytes_removed(self) -> int:
         """Total size of the removed tensors."""
         return sum(entry.bytes for entry in self.removed)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Detachment:
-    """What is removed from a trained network, and the network that must remain.
-
-    Attributes:
-        training_only: Dotted names of the removed parts.
-        plain: Builds the plain network, with any weights; `None` if there is none to compare with.
-        rename: Maps the name of a tensor of the trained network to its name in the plain network.
-        captured: The programs of the trained network, if it was captured already, with contiguous tensors.
-    """
-
-    training_only: tuple[str, ...] = ()
-    plain: Callable[[], nn.Module] | None = None
-    rename: Callable[[str], str] = str
-    captured: Captured | None = None
-
-    @classmethod
-    def of(cls, network: Classifier) -> "Detachment":
-        """Describe a network of the catalog, which declares both."""
-
-        def plain() -> Backbone:
-            built = network.inference_model()
-            built.outputs = network.outputs
-            return built
-
-        return cls(training_only=network.training_only, plain=plain)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy_export.parity.report import Flip, ParityReport
 from sopdeploy_export.precision.convert import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
-from sopdeploy_export.proof.subject import ExportSubject
+from sopdeploy_export.proof.networks import ExportSubject
 from sopdeploy_export.report.network_summary import draw_network
 from sopdeploy_export.report.results import ExportResults, Speed
 

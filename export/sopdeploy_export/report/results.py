@@ -25,7 +25,7 @@ from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.precision.convert import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
-from sopdeploy_export.proof.subject import ExportSubject
+from sopdeploy_export.proof.networks import ExportSubject
 from sopdeploy_export.report.network_summary import NetworkSummary
 from sopdeploy_export.rewrites.context import LoweringReport
 

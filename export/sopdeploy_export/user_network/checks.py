@@ -19,7 +19,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export.graph import EXPORT_LOGITS, PREFIX, Captured, Deployed, probe_images
 from sopdeploy_export.proof.hashes import program_root
-from sopdeploy_export.proof.preconditions import check_hooks, modules, tensors
+from sopdeploy_export.proof.networks import check_hooks, modules, tensors
 
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")

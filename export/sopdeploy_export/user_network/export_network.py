@@ -16,18 +16,18 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export.graph import Captured, Deployed, capture
 from sopdeploy_export.pipeline import Exported, ExportOptions, export_subject
-from sopdeploy_export.proof.certificate import Detachment
-from sopdeploy_export.proof.detach import detach
 from sopdeploy_export.proof.hashes import tensor_hash
-from sopdeploy_export.proof.preconditions import (
+from sopdeploy_export.proof.networks import (
+    Detachment,
+    ExportSubject,
     check_network_state,
     check_removed_memory,
     check_torch_state,
     contiguous,
+    detach,
     modules,
     tensors,
 )
-from sopdeploy_export.proof.subject import ExportSubject
 from sopdeploy_export.report.network_summary import NetworkSummary, summarize
 from sopdeploy_export.user_network.checks import (
     check_builder,

@@ -17,7 +17,7 @@ from sopdeploy_service.api.upload import (
     read_upload,
     service_of,
 )
-from sopdeploy_service.http.body_limits import cancel_on_disconnect
+from sopdeploy_service.http.middleware import cancel_on_disconnect
 from sopdeploy_service.http.problems import Problem, RejectedError, problem_responses
 from sopdeploy_service.inference.explain import check_explainable, format_class_map
 from sopdeploy_service.inference.model import Model

@@ -14,7 +14,14 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, DataError, ImageError
 from sopdeploy.files import atomic_write
 from sopdeploy.images.overlay import draw_overlay
-from sopdeploy.images.pixels import match_transparency, to_rgb
+from sopdeploy.images.pixels import (
+    list_changes,
+    match_transparency,
+    preprocess_image,
+    to_rgb,
+    upright_size,
+    visible_box,
+)
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.api.schema import Classes, ClassProbability
 from sopdeploy_service.http.problems import Problem
@@ -118,7 +125,7 @@ def _explain_image(
     values = layer.map_of(outputs[FEATURES][0], int(logits.argmax()))
     source = Image.open(image) if isinstance(image, Path) else image
     match_transparency(source)
-    drawing = draw_overlay(to_rgb(source, rules), values, rules.box(decoded.size))
+    drawing = draw_overlay(to_rgb(source, rules), values, visible_box(decoded.size, rules))
     try:
         with atomic_write(destination) as partial:
             drawing.save(partial, "PNG")
@@ -132,7 +139,8 @@ def _decode(image: Path | Image.Image, preprocess: Preprocess, settings: Setting
         return make_decoder(settings)(read_image(image, settings.max_body_bytes), preprocess)
     try:
         match_transparency(image)  # of a file that is open but not decoded yet
-        return Decoded(preprocess(image), preprocess.changes(image), preprocess.upright_size(image))
+        pixels, warnings = preprocess_image(image, preprocess), list_changes(image, preprocess)
+        return Decoded(pixels, warnings, upright_size(image, preprocess))
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError("the image is damaged", code="damaged_image", status=422) from error
 

@@ -1,16 +1,21 @@
-"""Outer middleware: request context, API keys, response headers, metrics, access log and internal errors.
+"""Middleware around every request: context, metrics and access log; API keys; limits of bodies; disconnects.
 
 Plain ASGI middleware: Starlette's `BaseHTTPMiddleware` hides client disconnects from the routes.
+
+Bytes of a body count from their arrival until the request is finished, while they are in memory. Announced
+bytes do not count: otherwise a client could reserve the memory of others with a header.
 """
 
+import asyncio
+import contextlib
 import itertools
 import logging
-import math
 import re
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -19,11 +24,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import ApiKeys
 from sopdeploy_service.http.problems import INTERNAL, RejectedError, reject
-from sopdeploy_service.http.shared_spending import SharedSpending
-from sopdeploy_service.inference.results import Rejection
+from sopdeploy_service.http.rate_limits import SharedSpending, TokenBucket
+from sopdeploy_service.images.decode import too_large_error
+from sopdeploy_service.inference.results import CLIENT_GONE, Rejection
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import OpenTrace, RequestContext
+from sopdeploy_service.settings import Settings
 
 VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # other characters could forge log lines
 PROCESS_ID = secrets.token_hex(8)  # random once per process: random bytes per request need a system call
@@ -40,6 +47,15 @@ CHALLENGE = {"WWW-Authenticate": 'Bearer realm="sopdeploy"'}
 NO_KEY = Rejection(
     "unauthenticated", 401, "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 )
+
+SMALL_BODY = 1_000_000  # most images; the last eighth of the budget is reserved for them
+RECHECK_SECONDS = 0.05
+MAX_LENGTH_DIGITS = 20
+
+SLOW_BODY = Rejection("slow_body", 408, "the body arrives more slowly than this server allows")
+UPLOADS_FULL = Rejection("uploads_full", 429, "too many bytes are being uploaded; retry later", 2)
+
+Value = TypeVar("Value")
 
 log = logging.getLogger("sopdeploy.http")
 access_log = logging.getLogger("sopdeploy.access")
@@ -137,59 +153,6 @@ def request_id(headers: Headers) -> str:
     return given if VALID_ID.fullmatch(given) else f"{PROCESS_ID}{next(NUMBERS):016x}"
 
 
-class TokenBucket:
-    """Holds up to *burst* tokens and gains *rate* per second; an image takes one. For one event loop.
-
-    With *shared*, the other front ends take tokens of the key with this *number*, too.
-    """
-
-    def __init__(
-        self, rate: float, burst: int, shared: SharedSpending | None = None, number: int = 0
-    ) -> None:
-        self._rate = rate
-        self._burst = burst
-        self._tokens = float(burst)
-        self._filled = time.monotonic()
-        self._shared, self._number = shared, number
-        self._seen = 0.0 if shared is None else shared.others(number)
-
-    def spend(self, images: int, *, check_only: bool = False) -> None:
-        """Take the tokens of *images*, unless *check_only*.
-
-        Raises `RejectedError`, and takes none, if *images* exceed the limit now.
-        """
-        self._fill()
-        if images > self._burst:
-            message = f"{images} images exceed the limit of this key ({self._burst}); send fewer per request"
-            raise RejectedError(Rejection("too_many_images", 400, message))
-        if images > self._tokens:
-            wait = max(1, math.ceil((images - self._tokens) / self._rate))
-            message = f"this key may send {self._rate:g} images per second; retry later"
-            raise RejectedError(Rejection("rate_limited", 429, message, wait))
-        if not check_only:
-            self._tokens -= images
-            if self._shared is not None:
-                self._shared.add(self._number, images)
-
-    def headers(self) -> dict[str, str]:
-        """Format the response headers; `Reset` is the time in seconds until the bucket is full."""
-        self._fill()
-        return {
-            "RateLimit-Limit": str(self._burst),
-            "RateLimit-Remaining": str(max(0, int(self._tokens))),
-            "RateLimit-Reset": str(math.ceil((self._burst - self._tokens) / self._rate)),
-        }
-
-    def _fill(self) -> None:
-        now = time.monotonic()
-        self._tokens = min(float(self._burst), self._tokens + (now - self._filled) * self._rate)
-        self._filled = now
-        if self._shared is not None:
-            seen, self._seen = self._seen, self._shared.others(self._number)
-            if self._seen > seen:  # a front end that wrote nonsense costs at most one burst at a time
-                self._tokens -= min(self._seen - seen, float(self._burst))
-
-
 class ApiKeyMiddleware:
     """Rejects requests without a known key with 401, except those for *open_paths*.
 
@@ -240,3 +203,115 @@ def require(context: RequestContext, scope: api_keys.Scope) -> None:
 async def require_admin(request: Request) -> None:
     """Require the scope `admin`: a FastAPI dependency."""
     require(request.scope["state"]["context"], "admin")
+
+
+class BodyLimitsMiddleware:
+    """Rejects bodies that announce too many bytes (413) and limits all others while the app reads them.
+
+    `held` counts the bytes of all bodies in memory; used on one event loop only.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self.held = 0
+        self.settings = settings
+        self._app = app
+        self._metrics = metrics
+        metrics.upload_bytes.set_function(lambda: self.held)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        text = Headers(scope=scope).get("content-length", "")
+        length = int(text[:MAX_LENGTH_DIGITS]) if text.isascii() and text.isdigit() else 0
+        if length > self.settings.max_body_bytes:
+            rejection = Rejection.of(too_large_error(self.settings.max_body_bytes))
+            self._metrics.rejected.labels(rejection.code).inc()
+            await reject(scope, rejection)(scope, receive, send)
+            return
+        body = LimitedBody(receive, length, self)
+        try:
+            await self._app(scope, body.receive, send)
+        finally:
+            self.held -= body.held
+            context = scope["state"].get("context") if "state" in scope else None
+            if context is not None:
+                context.bytes = body.held
+
+
+class LimitedBody:
+    """The body of one request; *length* is its announced size, 0 if unknown."""
+
+    def __init__(self, receive: Receive, length: int, shared: BodyLimitsMiddleware) -> None:
+        self.held = 0
+        self._receive = receive
+        self._length = length
+        self._shared = shared
+        self._limits = shared.settings
+        self._patience = self._limits.body_grace_seconds
+        self._more = True
+
+    async def receive(self) -> Message:
+        """Receive the next message; raises `RejectedError` for a slow body and for a full budget.
+
+        The announced size is checked before the first byte is requested, so a client that waits for `100
+        Continue` sends nothing in vain. Patience is a token bucket of seconds: waiting takes, bytes give, up
+        to the grace period. Only the time of waiting counts. A blocked event loop sees the timeout before the
+        data, so the timeout is followed by a short second attempt.
+        """
+        if not self._more:
+            return await self._receive()
+        self._more = False  # also after an error
+        self._check_budget(max(0, self._length - self.held))
+        started = time.monotonic()
+        message: Message | None = None
+        for seconds in (max(0.0, self._patience), RECHECK_SECONDS):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    message = await self._receive()
+                break
+        if message is None:
+            raise RejectedError(SLOW_BODY)
+        count = len(message.get("body", b""))
+        earned = count / self._limits.min_body_rate - (time.monotonic() - started)
+        self._patience = min(self._limits.body_grace_seconds, self._patience + earned)
+        self._check_budget(count)
+        self._shared.held += count
+        self.held += count
+        self._more = message.get("more_body", False)
+        return message
+
+    def _check_budget(self, more: int) -> None:
+        """Raise `RejectedError` (429) if the body may not grow by *more* bytes."""
+        size = self._limits.max_upload_bytes
+        if self.held + more > SMALL_BODY:
+            size = size * 7 // 8
+        if self._shared.held + more > size:
+            raise RejectedError(UPLOADS_FULL)
+
+
+async def cancel_on_disconnect(work: Coroutine[Any, Any, Value], receive: Receive) -> Value:
+    """Run *work*; cancel it and raise `RejectedError` (499) if the client disconnects first.
+
+    The request body must have been read: the next message of *receive* is the disconnect.
+    """
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("cancel_on_disconnect must run in a task")
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watcher = asyncio.ensure_future(watch())
+    try:
+        return await work
+    except asyncio.CancelledError:
+        disconnected = watcher.done() and not watcher.cancelled()
+        if not disconnected or task.uncancel():  # cancelled by something else, or additionally
+            raise
+        raise RejectedError(CLIENT_GONE) from None
+    finally:
+        watcher.cancel()

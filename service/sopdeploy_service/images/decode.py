@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from sopdeploy.errors import ImageError
-from sopdeploy.images.pixels import match_transparency
+from sopdeploy.images.pixels import list_changes, match_transparency, preprocess_image, upright_size
 from sopdeploy.images.preprocess import Preprocess
 
 ACCEPTED = "send a JPEG, PNG, WebP, BMP or GIF file"
@@ -121,12 +121,12 @@ def decode(
                 message = f"{header.width} x {header.height} is {limit}"
                 raise ImageError(message, code="too_many_pixels", status=413)
             match_transparency(header)
-            size = preprocess.upright_size(header)
+            size = upright_size(header, preprocess)
             image = load(header, body, preprocess)
             if kind == "JPEG" and is_truncated(image, body):
                 raise EOFError("the data ends before the last pixel")
-            pixels = preprocess(image)
-            warnings = (*preprocess.changes(image), *_file_warnings(header, kind, encoded.media_type))
+            pixels = preprocess_image(image, preprocess)
+            warnings = (*list_changes(image, preprocess), *_file_warnings(header, kind, encoded.media_type))
             return Decoded(pixels, tuple(sorted(warnings)), size)
     except ImageError:
         raise

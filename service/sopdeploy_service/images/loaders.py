@@ -22,6 +22,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, ParityError, RuntimeUnavailableError
+from sopdeploy.images.pixels import resized_size
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import Decoded, EncodedImage, decode, load_exact
 from sopdeploy_service.runtime.base import Runtime
@@ -67,11 +68,11 @@ def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> Ima
         image.draft(image.mode, (side, side))
     else:
         width, height = image.size
-        target = preprocess.resized(image.size)
+        target = resized_size(image.size, preprocess)
         for scale in (MAX_REDUCTION, 2):
             reduced = (-(-width // scale), -(-height // scale))
             enough = reduced[0] >= 2 * target[0] and reduced[1] >= 2 * target[1]
-            if enough and preprocess.resized(reduced) == target:
+            if enough and resized_size(reduced, preprocess) == target:
                 image.draft(image.mode, (width // scale, height // scale))
                 break
     image.load()

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from sopdeploy.bundle.class_maps import FEATURES, ClassMapLayer
+from sopdeploy.images.pixels import visible_box
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.inference.results import Prediction, Rejection
 
@@ -34,6 +35,6 @@ def format_class_map(
         "label": labels[index],
         "values": layer.map_of(prediction.outputs[FEATURES], index).astype(np.float32).tolist(),
         "bias": float(layer.bias[index]),
-        "box": rules.box(size),
+        "box": visible_box(size, rules),
         "image_size": size,
     }

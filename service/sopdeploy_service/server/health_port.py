@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sopdeploy_service.api.schema import Health
-from sopdeploy_service.http.body_limits import BodyLimitsMiddleware
+from sopdeploy_service.http.middleware import BodyLimitsMiddleware
 from sopdeploy_service.inference.service import State
 from sopdeploy_service.observability.metrics import Connect, Metrics, collect, get
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol

@@ -1,7 +1,7 @@
 """uvicorn's HTTP/1.1 protocol with time and size limits, and limits on the number of connections.
 
 uvicorn waits without limit for request headers of any size, and for clients that do not read their response.
-This protocol rejects such requests with a problem response and closes such connections. `http.body_limits`
+This protocol rejects such requests with a problem response and closes such connections. `http.middleware`
 limits the bodies.
 """
 

@@ -29,7 +29,7 @@ from prometheus_client import generate_latest
 
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.app import create_app
-from sopdeploy_service.http.shared_spending import SharedSpending
+from sopdeploy_service.http.rate_limits import SharedSpending
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.engine_process.client import EngineClient
 from sopdeploy_service.inference.fault_injection import faults_from_environment

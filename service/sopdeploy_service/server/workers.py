@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any, TextIO, cast
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.http.shared_spending import SharedSpending
+from sopdeploy_service.http.rate_limits import SharedSpending
 from sopdeploy_service.inference.engine_process.main import LOG
 from sopdeploy_service.server.balancing import Group, inherited_files
 from sopdeploy_service.server.front_ends import EngineGroup, Peer, share_limits

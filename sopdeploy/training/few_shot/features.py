@@ -23,6 +23,7 @@ from sopdeploy.data.base import ImagesDataset, LabeledImages
 from sopdeploy.data.batches import load_batches
 from sopdeploy.errors import CheckpointError
 from sopdeploy.files import atomic_write
+from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess, tta_views
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier, is_in
@@ -58,7 +59,7 @@ class TwoViews(ImagesDataset):
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
         image, _ = self.images[index]
-        return tta_views(lambda rules: rules(image), self.preprocess, "flip"), index
+        return tta_views(lambda rules: preprocess_image(image, rules), self.preprocess, "flip"), index
 
 
 def last_stage(model: Classifier) -> str:

@@ -21,7 +21,7 @@ from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.parity.torch_program import FILE, check_program, serialize_program
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.proof.certificate import Proof, certify
-from sopdeploy_export.proof.detach import detach
+from sopdeploy_export.proof.networks import detach
 from tests.export.conftest import save, trained
 from tests.export.once import proving_once
 

@@ -26,7 +26,7 @@ from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.precision import casts, convert
 from sopdeploy_export.precision.casts import Iteration, with_precision
 from sopdeploy_export.precision.convert import PrecisionOptions, check_weight_types, part_precisions
-from sopdeploy_export.proof.detach import detach
+from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.rewrites.apply import LoweredGraph, rewrite
 from sopdeploy_export.rewrites.context import LoweringReport, open_form
 from sopdeploy_export.rewrites.mixture import GatheredWeights

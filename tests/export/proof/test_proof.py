@@ -12,8 +12,8 @@ from torch.export import ExportedProgram
 
 from sopdeploy.errors import CertificateError, DetachError
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.proof.detach import detach
 from sopdeploy_export.proof.hashes import ProgramRoot, program_root, tensor_hash
+from sopdeploy_export.proof.networks import detach
 
 Make = Callable[..., Classifier]
 

@@ -19,8 +19,8 @@ from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, GSoPBlock, GSo
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
-from sopdeploy_export.proof.detach import detach
 from sopdeploy_export.proof.hashes import onnx_root
+from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.rewrites import apply, attention, linear, mixture, newton_schulz
 from sopdeploy_export.rewrites.apply import apply_rules, record_activations, rewrite
 from sopdeploy_export.rewrites.context import RewriteContext

@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.http.body_limits import BodyLimitsMiddleware, LimitedBody
+from sopdeploy_service.http.middleware import BodyLimitsMiddleware, LimitedBody
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings, load_settings

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy_service.http.body_limits import cancel_on_disconnect
+from sopdeploy_service.http.middleware import cancel_on_disconnect
 from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.inference.results import CLIENT_GONE
 from sopdeploy_service.runtime.fake import FakeRuntime

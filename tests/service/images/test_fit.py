@@ -13,6 +13,7 @@ from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCr
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.errors import ConfigError
+from sopdeploy.images.pixels import visible_box
 from sopdeploy.images.preprocess import Preprocess, check_tta_mode, tta_views
 from sopdeploy_export.graph import CALIBRATE, PROBES, load_images
 from sopdeploy_service.commands import predict as predict_command
@@ -150,7 +151,7 @@ def test_pad_shows_the_whole_image_centered_on_the_background(size, inside):
     ],
 )
 def test_the_box_is_the_part_of_the_image_that_the_network_sees(fit, size, box):
-    assert rules_for(fit).box(size) == pytest.approx(box)
+    assert visible_box(size, rules_for(fit)) == pytest.approx(box)
 
 
 @pytest.mark.parametrize("fit", ["pad", "squash"])

@@ -22,9 +22,8 @@ import pytest
 
 from sopdeploy.bundle.class_maps import read_class_maps
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy_service.http.middleware import TokenBucket
 from sopdeploy_service.http.problems import RejectedError
-from sopdeploy_service.http.shared_spending import SharedSpending
+from sopdeploy_service.http.rate_limits import SharedSpending, TokenBucket
 from sopdeploy_service.inference.engine_process import client as client_module
 from sopdeploy_service.inference.engine_process.channel import RECORD, Kind, open_pair
 from sopdeploy_service.inference.engine_process.client import EngineClient

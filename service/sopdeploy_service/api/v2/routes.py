@@ -23,8 +23,7 @@ from sopdeploy_service.api.v2 import metadata
 from sopdeploy_service.api.v2.metadata import EXTENSIONS, signature_of
 from sopdeploy_service.api.v2.request import Body, InferBody, ParsedBody, parse_body, validate
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
-from sopdeploy_service.http.body_limits import cancel_on_disconnect
-from sopdeploy_service.http.middleware import require_admin
+from sopdeploy_service.http.middleware import cancel_on_disconnect, require_admin
 from sopdeploy_service.http.strict_json import parse
 from sopdeploy_service.images.decode import EncodedImage
 

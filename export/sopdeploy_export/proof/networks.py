@@ -1,0 +1,266 @@
+"""The networks of an export: what is exported, its copy without training-only parts, and the state of both.
+
+DSoP section III-A removes the second-order branches after training; the GM-SOP gate loses its noise weights
+the same way. Auxiliary classifiers, as in GoogLeNet, are parts of the same kind.
+
+The checks are those of the state of torch, of the modules and of their memory. A wrong state would change the
+plain network in the same way as the trained one, or would not be captured, so the comparisons of the
+certificate could not show it.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.decision import Decision
+from sopdeploy.errors import CertificateError, DetachError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.base import Classifier, is_in
+from sopdeploy_export.graph import Captured
+
+if TYPE_CHECKING:  # the summary is made for the report, which reads subjects
+    from sopdeploy_export.report.network_summary import NetworkSummary
+
+AUTOCAST_DEVICES = ("cpu", "cuda")
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Detachment:
+    """What is removed from a trained network, and the network that must remain.
+
+    Attributes:
+        training_only: Dotted names of the removed parts.
+        plain: Builds the plain network, with any weights; `None` if there is none to compare with.
+        rename: Maps the name of a tensor of the trained network to its name in the plain network.
+        captured: The programs of the trained network, if it was captured already, with contiguous tensors.
+    """
+
+    training_only: tuple[str, ...] = ()
+    plain: Callable[[], nn.Module] | None = None
+    rename: Callable[[str], str] = str
+    captured: Captured | None = None
+
+    @classmethod
+    def of(cls, network: Classifier) -> "Detachment":
+        """Describe a network of the catalog, which declares both."""
+
+        def plain() -> Backbone:
+            built = network.inference_model()
+            built.outputs = network.outputs
+            return built
+
+        return cls(training_only=network.training_only, plain=plain)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSubject:
+    """A trained network to export.
+
+    The catalog creates one from a checkpoint, `export_network` from any network.
+
+    Attributes:
+        name: Name of the model in the bundle.
+        network: The network as it was trained, in eval mode.
+        detachment: The training-only parts, and the plain network that must remain without them.
+        labels: Class names, in the order of the logits.
+        preprocess: From an image to the input of the network.
+        config: What the manifest records of the network's construction.
+        sha256: Hash of the checkpoint or weight file; for a network in memory, of its tensors.
+        summary: Summarizes the modules and their costs, for the report.
+        decision: How logits become a decision; `None` is softmax.
+        training: Recipe, epoch and metrics, for the model card.
+        warnings: What the checks found that does not stop the export.
+    """
+
+    name: str
+    network: nn.Module
+    detachment: Detachment
+    labels: tuple[str, ...]
+    preprocess: Preprocess
+    config: Mapping[str, Any]
+    sha256: str
+    summary: "Callable[[], NetworkSummary]"
+    decision: Decision | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+def detach(
+    network: Network, training_only: tuple[str, ...] | None = None, *, requested: bool = True
+) -> Network:
+    """Copy *network*, in eval mode, without its *training_only* parts; the same network if not *requested*.
+
+    A network of the catalog lists the parts itself. Parts without tensors, such as the branches of a network
+    that was configured without any, do not count. A removed part of another network becomes `None`, because
+    its `forward` may test for that. Raises `DetachError` if *requested* and there is nothing to detach, if
+    not *requested* and there are such parts, or if a name does not exist.
+    """
+    if training_only is None:
+        training_only = network.training_only if isinstance(network, Classifier) else ()
+    kind, names = type(network).__name__, ", ".join(training_only)
+    for name in training_only:
+        _find(network, name)
+    detachable = any(is_in(name, *training_only) for name in tensors(network))
+    if not requested:
+        if detachable:
+            raise DetachError(
+                f"{kind} still carries training-only parts ({names}); add --detach to remove them"
+            )
+        return network
+    if not detachable:
+        reason = f"its {names} hold no tensors" if names else "it has no training-only parts"
+        raise DetachError(f"{kind} has nothing to detach: {reason}; export it without --detach")
+    excluded: dict[int, Any] = {}  # deepcopy replaces the parts in this memo by None
+    for name in training_only:
+        owner, attribute = _find(network, name)
+        excluded[id(getattr(owner, attribute))] = None
+    detached = copy.deepcopy(network, excluded)
+    for name in training_only:
+        owner, attribute = _find(detached, name)
+        if isinstance(network, Classifier) or isinstance(owner, CONTAINERS):
+            delattr(owner, attribute)
+    detached.eval()
+    return detached
+
+
+def _find(network: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    try:
+        owner = network.get_submodule(path)
+    except AttributeError as error:
+        raise DetachError(f"{type(network).__name__}: no part named {name}; it has no {path}") from error
+    if attribute not in {*owner._modules, *owner._parameters, *owner._buffers}:
+        raise DetachError(
+            f"{type(network).__name__}: no part named {name}; it is already detached, or `training_only` "
+            "names a part that does not exist"
+        )
+    return owner, attribute
+
+
+def modules(
+    network: nn.Module, name: str = "", outside: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield *network* and every module in it, each under all of its dotted names.
+
+    This reads torch's own tables, because a class can override `named_modules`. Raises `CertificateError` if
+    a module contains itself.
+    """
+    if any(network is outer for outer in outside):
+        raise CertificateError(f"{name} contains itself; a network must be a tree of modules")
+    yield name, network
+    for child, module in network._modules.items():
+        if module is not None:
+            yield from modules(module, f"{name}.{child}" if name else child, (*outside, network))
+
+
+def tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Map every name of every parameter and buffer of *network* to its tensor, parameters first."""
+    owners = list(modules(network))
+    return {
+        f"{owner}.{name}" if owner else name: tensor
+        for table in ("_parameters", "_buffers")
+        for owner, module in owners
+        for name, tensor in vars(module)[table].items()
+        if tensor is not None
+    }
+
+
+def check_torch_state() -> None:
+    """Reject autocast, function modes, dispatch modes and hooks on all modules.
+
+    They change the operations of every network, so all three networks would agree on something that no
+    exported file computes. Raises `CertificateError` with the name of the mode.
+    """
+    for device in AUTOCAST_DEVICES:
+        if torch.is_autocast_enabled(device):
+            raise CertificateError(f"torch.autocast is active for {device}; export outside of it")
+    for kind, modes in (
+        ("function", _get_current_function_mode_stack()),  # type: ignore[no-untyped-call]
+        ("dispatch", _get_current_dispatch_mode_stack()),
+    ):
+        if modes:
+            name = type(modes[-1]).__name__
+            raise CertificateError(f"the torch {kind} mode {name} is active; export outside of it")
+    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+        raise CertificateError("a forward hook is registered on all modules; remove it before the export")
+
+
+def check_hooks(network: nn.Module, role: str) -> None:
+    """Raise `CertificateError` if a module of *network* has a forward hook."""
+    for name, module in modules(network):
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise CertificateError(
+                f"the {role} network has a forward hook on {name or 'the whole network'}; remove it first"
+            )
+
+
+def check_network_state(network: nn.Module, role: str) -> None:
+    """Reject train mode, forward hooks, and tensors whose memory does not hold their values.
+
+    Raises `CertificateError` that names *role* and the module or tensor.
+    """
+    for name, module in modules(network):
+        if module.training:
+            raise CertificateError(
+                f"the {role} network is in train mode ({name or 'the whole network'}); call .eval() first"
+            )
+    check_hooks(network, role)
+    for name, tensor in tensors(network).items():
+        where = f"the {role} network's {name}"
+        if tensor.is_meta:
+            raise CertificateError(f"{where} has no values (device meta); load its weights first")
+        if tensor.layout != torch.strided:
+            layout = str(tensor.layout).removeprefix("torch.")
+            raise CertificateError(f"{where} has the layout {layout}; replace it by its .to_dense()")
+        for lazy, view, remedy in (
+            (tensor.is_neg(), "negated", ".resolve_neg()"),
+            (tensor.is_conj(), "conjugated", ".resolve_conj()"),
+        ):
+            if lazy:
+                raise CertificateError(
+                    f"{where} is a {view} view, whose memory holds other numbers; replace it by its {remedy}"
+                )
+
+
+def contiguous(network: Network) -> Network:
+    """Copy *network* with contiguous tensors if one is not, because strides appear in captured graphs."""
+    if all(tensor.is_contiguous() for tensor in tensors(network).values()):
+        return network
+    copied = copy.deepcopy(network)
+    for tensor in tensors(copied).values():
+        tensor.data = tensor.detach().contiguous()
+    return copied
+
+
+def check_removed_memory(removed: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
+    """Reject a removed tensor whose memory overlaps that of a kept one, wherever their storages start.
+
+    Raises `CertificateError` with both names.
+    """
+    owners = [(name, *_addresses(tensor)) for name, tensor in kept.items()]
+    for name, tensor in removed.items():
+        start, end = _addresses(tensor)
+        for owner, first, last in owners:
+            if start < last and first < end:
+                raise CertificateError(
+                    f"{name} was removed but shares its memory with {owner}, which was kept"
+                )
+
+
+def _addresses(tensor: Tensor) -> tuple[int, int]:
+    """Return the first address of *tensor* and the one after its last; an empty tensor has none."""
+    if not tensor.numel():
+        return 0, 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = 1 + sum((size - 1) * stride for size, stride in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()

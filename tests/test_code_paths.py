@@ -1,0 +1,83 @@
+"""ARCHITECTURE.md lists the files whose functions a request and an export execute; this measures them."""
+
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.pipeline import ExportOptions, export
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+from sopdeploy_service.settings import Settings
+from tests.export.conftest import SIDE, save, trained
+from tests.export.once import ALONE
+from tests.service.conftest import picture_bytes, running, write_bundle
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("sopdeploy/", "export/sopdeploy_export/", "service/sopdeploy_service/")
+PYTHON = re.compile(r"`([\w/]+\.py)`")
+OF_THE_NETWORK = ("sopdeploy/models/", "sopdeploy/backbones/", "sopdeploy/layers/")
+OF_THE_REPORT = ("export/sopdeploy_export/report/", "sopdeploy/html/")
+MAX_REQUEST_FILES, MAX_EXPORT_FILES = 15, 20  # without those of the network and of report.html
+
+
+@contextmanager
+def recorded() -> Iterator[Callable[[], set[str]]]:
+    """Record the files of functions that this thread, and threads started here, execute.
+
+    The callable gives the files so far and starts anew. Code of modules runs at import and does not count.
+    """
+    files: set[str] = set()
+
+    def record(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_name != "<module>":
+            files.add(frame.f_code.co_filename)
+
+    def take() -> set[str]:
+        taken = {Path(file) for file in files.copy()}
+        files.clear()
+        inside = {file.relative_to(ROOT).as_posix() for file in taken if file.is_relative_to(ROOT)}
+        return {file for file in inside if file.startswith(PACKAGES) and file.endswith(".py")}
+
+    threading.setprofile(record)
+    sys.setprofile(record)
+    try:
+        yield take
+    finally:
+        threading.setprofile(None)
+        sys.setprofile(None)
+
+
+def listed(heading: str, folder: str) -> tuple[int, set[str]]:
+    """Read the number and the files below *heading*; files that begin with no package are in *folder*."""
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    section = page.partition(heading)[2].partition("\n## ")[0]
+    table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+    files = {file if file.startswith(PACKAGES) else f"{folder}/{file}" for file in PYTHON.findall(table)}
+    return int(re.findall(r"(\d+) files", section)[0]), files
+
+
+def test_a_request_executes_the_files_that_the_architecture_page_lists(tmp_path: Path) -> None:
+    bundle, picture = open_bundle(write_bundle(tmp_path)), picture_bytes()
+    with recorded() as take, running(OnnxRuntime(bundle, threads=1), bundle, Settings()) as client:
+        for _ in range(2):  # the first request also fills caches
+            take()
+            assert client.post("/v1/classify", content=picture).status_code == 200
+        found = take()
+    assert listed("## A `/v1/classify` request", "service/sopdeploy_service") == (len(found), found)
+    assert len(found) <= MAX_REQUEST_FILES
+
+
+def test_an_export_executes_the_files_that_the_architecture_page_lists(tmp_path: Path) -> None:
+    preprocess = Preprocess(resize=SIDE, crop=SIDE)
+    checkpoint = save(trained(), "dsop-resnet8", tmp_path / "ckpt.pt", preprocess)
+    with recorded() as take:
+        take()
+        export(checkpoint, tmp_path / "out", ExportOptions(detach=True, batch=ALONE))
+        found = {file for file in take() if not file.startswith(OF_THE_NETWORK)}
+    assert listed("## `ckpt.pt` to bundle", "export/sopdeploy_export") == (len(found), found)
+    assert len([file for file in found if not file.startswith(OF_THE_REPORT)]) <= MAX_EXPORT_FILES
