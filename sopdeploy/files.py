@@ -1,5 +1,6 @@
 """Atomic file writes and file hashes."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -8,6 +9,11 @@ from pathlib import Path
 
 PARTIAL = ".partial"
 BLOCK_BYTES = 1 << 20
+# Operating system errors that the user can fix: permissions, disk space, file names.
+STORAGE_ERRNOS = {
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC,
+    errno.ENOTDIR, errno.EPERM, errno.EROFS,
+}  # fmt: skip
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 External text (paths, names, error messages) is printed as `rich.text.Text`: rich does not parse it as markup.
 """
 
-import errno
 import json
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from rich.text import Text
 
 from sopdeploy.api.progress import plain_text as plain_text
 from sopdeploy.errors import SopdeployError, StorageError
+from sopdeploy.files import STORAGE_ERRNOS
 
 USER_ERROR = 2
 
@@ -25,12 +25,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-
-# Operating system errors that the user can fix: permissions, disk space, file names.
-STORAGE_ERRNOS = {
-    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR,
-    errno.EPERM, errno.EROFS,
-}  # fmt: skip
 
 
 @contextmanager

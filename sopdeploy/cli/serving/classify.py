@@ -17,6 +17,8 @@ from sopdeploy.cli.console import (
     print_json,
 )
 
+INTERRUPTED = 130  # exit code of a command that Ctrl-C ends, as in a shell
+
 SourcesArgument = Annotated[
     list[str],
     typer.Argument(
@@ -85,8 +87,12 @@ def classify(
         cluster = None
         if ray is not None:
             cluster = RayOptions(address=ray, actors=actors, cpus=cpus_per_actor, gpus=gpus_per_actor)
-        with _progress(quiet=as_json) as on_progress:
-            found = run(bundle, sources, out, settings, options, on_progress, cluster)
+        try:
+            with _progress(quiet=as_json) as on_progress:
+                found = run(bundle, sources, out, settings, options, on_progress, cluster)
+        except KeyboardInterrupt:
+            err.print("stopped; run the same command again to continue")
+            raise typer.Exit(INTERRUPTED) from None
     if as_json:
         print_json(found.model_dump(mode="json"))
         return

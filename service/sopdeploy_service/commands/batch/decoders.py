@@ -12,7 +12,6 @@ be a script or a notebook.
 import hashlib
 import mmap
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -67,7 +66,8 @@ class Block(NamedTuple):
 class DecoderProcesses:
     """*workers* processes that decode blocks of at most *block* images as the server does with *settings*.
 
-    Use it as a context manager. Raises `RuntimeUnavailableError` if a worker does not start.
+    Use it as a context manager; the processes start in the background. `decode` raises
+    `RuntimeUnavailableError` if one of them does not start.
     """
 
     def __init__(self, rules: Preprocess, settings: Settings, *, workers: int, block: int) -> None:
@@ -85,8 +85,6 @@ class DecoderProcesses:
 
     def __enter__(self) -> "DecoderProcesses":
         self._workers = [self._start_worker(number) for number in range(self._count)]
-        for worker in self._workers:
-            worker.wait_until_ready()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,6 +94,8 @@ class DecoderProcesses:
 
     def decode(self, tasks: Iterable[Sequence[Entry]]) -> Iterator[Block]:
         """Decode *tasks* of at most `block` images, ahead of what is requested; yield them in order."""
+        for worker in self._workers:
+            worker.wait_until_ready()
         waiting: deque[tuple[int, int, Sequence[Entry]]] = deque()  # (worker, slot, task)
         upcoming = enumerate(tasks)
 
@@ -164,15 +164,18 @@ class Worker:
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 pass_fds=descriptors,
+                process_group=0,  # Ctrl-C reaches only this process, which decides
             )
         self._connection: Connection[Any, Any] = Connection(ours.detach())
+        self._ready = False
         self._send(start)
 
     def wait_until_ready(self) -> None:
         """Wait until the process has imported the decoder; raise `RuntimeUnavailableError` if it ends."""
-        if self.receive() is None:
+        if not self._ready and self.receive() is None:
             self.stop()
             raise RuntimeUnavailableError("a decoder process did not start; its message is above")
+        self._ready = True
 
     def send(self, slot: int, entries: Sequence[Entry]) -> None:
         """Let the process decode *entries* into *slot*."""
@@ -211,7 +214,6 @@ def _shared_file(size: int) -> Any:
 
 def work() -> None:
     """Run a worker: `python -c PROGRAM SOCKET MEMORY`, both as file descriptors."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     try:
         start = connection.recv()

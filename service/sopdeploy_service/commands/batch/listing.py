@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sopdeploy.errors import DataError
 from sopdeploy.files import atomic_write
 from sopdeploy_service.commands.batch.reader import Entry, import_pyarrow
 
@@ -72,7 +73,10 @@ class Listing:
 
     def _opened(self) -> Any:
         if self._file is None:
-            self._file = self._parquet.ParquetFile(self._path)
+            try:
+                self._file = self._parquet.ParquetFile(self._path)
+            except (OSError, ValueError) as error:  # pyarrow's own error is a ValueError
+                raise DataError(f"{self._path}: missing or damaged; choose another --out") from error
         return self._file
 
 

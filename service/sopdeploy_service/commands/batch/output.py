@@ -19,8 +19,8 @@ from typing import Any, Literal
 import pydantic
 
 from sopdeploy.config import Count, StrictModel
-from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.files import PARTIAL, atomic_write
+from sopdeploy.errors import ConfigError, DataError, StorageError
+from sopdeploy.files import PARTIAL, STORAGE_ERRNOS, atomic_write
 from sopdeploy_service.commands.batch.reader import import_pyarrow
 
 OnProgress = Callable[[int, int, int], None]  # images done, with an error, and in total
@@ -72,7 +72,24 @@ class OutputFolder:
                 raise ConfigError(f"--out {self.path}: another run is writing to it; wait for it") from error
             for partial in (*self.path.glob(f"*{PARTIAL}"), *(self.path / ROWS).glob(f"*{PARTIAL}")):
                 partial.unlink()  # of a run that was killed
+            with self._storage_errors():
+                yield
+
+    @contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        """Raise `StorageError` for a full disk and other errors of the file system of the folder.
+
+        Errors of sources have been converted to `DataError` or to rows before.
+        """
+        try:
             yield
+        except OSError as error:
+            if error.errno not in STORAGE_ERRNOS:
+                raise
+            raise StorageError(
+                f"--out {self.path}: cannot be written ({os.strerror(error.errno)}); free disk space or "
+                "check the folder, then run again to continue"
+            ) from error
 
     def read_state(self) -> RunState | None:
         """Read what the previous run left; None for a new folder. Raises `ConfigError` for other content."""

@@ -11,6 +11,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.commands.batch.decoders import DecoderProcesses
 from sopdeploy_service.commands.batch.listing import Hasher, Listing
 from sopdeploy_service.commands.batch.on_ray import RayOptions, on_ray
 from sopdeploy_service.commands.batch.output import OnProgress, OutputFolder, Progress, RunState
@@ -119,10 +120,12 @@ def _unfinished(folder: OutputFolder, listing: Listing, progress: Progress) -> l
 
 @contextmanager
 def _here(bundle: Path, settings: Settings, options: ClassifyOptions) -> Iterator[Engine]:
-    """Load *bundle* in this process, and release it at the end."""
+    """Load *bundle* in this process, and release it at the end; decoders start while images are listed."""
     loaded = load_model(bundle, settings)
     try:
-        yield _Here(PartClassifier(loaded, settings, options))
+        classifier = PartClassifier(loaded, settings, options)
+        with classifier.decoders() as decoders:
+            yield _Here(classifier, decoders)
     finally:
         loaded.runtime.close()
 
@@ -130,8 +133,8 @@ def _here(bundle: Path, settings: Settings, options: ClassifyOptions) -> Iterato
 class _Here:
     """Classifies in this process; another thread writes a part while the next one is classified."""
 
-    def __init__(self, classifier: PartClassifier) -> None:
-        self._classifier = classifier
+    def __init__(self, classifier: PartClassifier, decoders: DecoderProcesses) -> None:
+        self._classifier, self._decoders = classifier, decoders
 
     def state(self) -> RunState:
         return self._classifier.state()
@@ -146,11 +149,8 @@ class _Here:
 
         parts = ((number, listing.read(number)) for number in pending)
         written: Future[Any] | None = None
-        with (
-            ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
-            self._classifier.decoders() as decoders,
-        ):
-            for part in self._classifier.run(parts, decoders, progress.add):
+        with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
+            for part in self._classifier.run(parts, self._decoders, progress.add):
                 if written is not None:
                     written.result()
                 written = writer.submit(write, part)

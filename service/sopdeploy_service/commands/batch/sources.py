@@ -38,14 +38,20 @@ def list_entries(sources: Sequence[str], options: OpenOptions) -> Iterator[Entry
 
     Raises `DataError` for a source that does not exist, is given twice, is damaged or has no images.
     """
-    twice = [source for source, count in Counter(sources).items() if count > 1]
+    if "" in sources:
+        raise DataError("a source is empty; name a folder, or . for this one")
+    names = Counter(source if is_url(source) else str(Path(source)) for source in sources)
+    twice = [name for name, count in names.items() if count > 1]
     if twice:
         raise DataError(f"{twice[0]}: is given twice; name every source once")
     for source in sources:
         empty = True
-        for entry in _list_source(source, options):
-            empty = False
-            yield entry
+        try:
+            for entry in _list_source(source, options):
+                empty = False
+                yield entry
+        except OSError as error:
+            raise DataError(f"{source}: cannot be read ({error.strerror}); check its permissions") from error
         if empty:
             raise DataError(f"{source}: has no images; {_hint(source)}")
 
@@ -97,7 +103,7 @@ def _whole(path: Path, shown: str | None = None) -> Entry:
     """Describe an image file; *shown* is its name in the output. A missing file gets an error later."""
     try:
         size = path.stat().st_size
-    except OSError:
+    except (OSError, ValueError):  # a name of a list may have null bytes
         size = UNKNOWN
     return Entry(shown or str(path), str(path.absolute()), size=size)
 

@@ -159,6 +159,7 @@ def test_an_image_that_crashes_the_decoder_gets_an_error_and_no_other(photos, mo
 def test_a_killed_decoder_process_is_replaced(photos):
     entries = [Entry(str(path), str(path)) for path in sorted(photos.glob("00*.jpg"))]
     with DecoderProcesses(RULES, SETTINGS, workers=1, block=5) as processes:
+        processes._workers[0].wait_until_ready()
         os.kill(processes._workers[0]._process.pid, signal.SIGKILL)
         blocks = [
             (block.reads, block.pixels.copy()) for block in processes.decode([entries[:5], entries[5:]])

@@ -101,6 +101,10 @@ BAD_SOURCES = {
     "damaged.parquet": "damaged.parquet: damaged or not a parquet file",
     "other.parquet": r"other.parquet: has no column `bytes`, `image` or `path` \(columns: n\); rename one",
     "memory://absent": "memory://absent: not found",
+    "memory://no-keys": "memory://no-keys: has no images; images end with",
+    "memory://no-keys/*.jpg": r"memory://no-keys/\*.jpg: has no images",
+    "no-keys.tar": r"no-keys.tar: has no images",
+    "no-keys.txt": r"no-keys.txt: has no images",
 }
 
 
@@ -111,6 +115,9 @@ def test_a_source_without_images_is_a_one_line_error(source, tmp_path, monkeypat
     for name in ("shards/x.tar", "damaged.tar", "damaged.parquet"):
         (tmp_path / name).write_bytes(b"nothing" * 100)
     pq.write_table(pa.table({"n": [1]}), tmp_path / "other.parquet")
+    fsspec.filesystem("memory").makedirs("/no-keys", exist_ok=True)
+    tarfile.open(tmp_path / "no-keys.tar", "w").close()
+    (tmp_path / "no-keys.txt").touch()
     with pytest.raises(DataError, match=BAD_SOURCES[source]):
         list(list_entries([source], OpenOptions()))
 

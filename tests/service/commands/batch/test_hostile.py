@@ -1,0 +1,180 @@
+"""Hostile names, lists, archives and output folders, full disks, Ctrl-C: rows or one line, no traceback."""
+
+import errno
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sopdeploy.cli.app import app
+from sopdeploy.data.folder_store import OpenOptions
+from sopdeploy.errors import DataError, StorageError
+from sopdeploy_service.commands.batch import run
+from sopdeploy_service.commands.batch.decoders import DecoderProcesses
+from sopdeploy_service.commands.batch.output import OutputFolder
+from sopdeploy_service.commands.batch.run import classify
+from sopdeploy_service.commands.batch.sources import list_entries
+from tests.service.commands.batch.conftest import (
+    COUNT,
+    OPTIONS,
+    SETTINGS,
+    StopError,
+    part_bytes,
+    rows_of,
+    stop_at,
+)
+from tests.service.conftest import RULES, picture_bytes
+
+BODY = picture_bytes()
+MISSING, LOOP = (
+    "cannot be read (No such file or directory)",
+    "cannot be read (Too many levels of symbolic links)",
+)
+IN_FOLDER = {  # name: (name in the rows, error)
+    "broken.jpg": ("broken.jpg", MISSING),
+    "escape\x1b[31m.jpg": ("escape\x1b[31m.jpg", None),
+    "latin\udce9.jpg": ("latin�.jpg", None),
+    "loop.jpg": ("loop.jpg", LOOP),
+    "new\nline.jpg": ("new\nline.jpg", None),
+    "tab\t.jpg": ("tab\t.jpg", None),
+}
+
+
+def errors_of(out: Path) -> list[tuple[str, str | None]]:
+    """List the name and the error of every row."""
+    return [(row["path"].rpartition("hostile/")[2], row["error_message"]) for row in rows_of(out)]
+
+
+def test_files_with_hostile_names_have_rows_and_links_to_folders_are_not_followed(bundle_path, tmp_path):
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    for name, (_, error) in IN_FOLDER.items():
+        if error is None:
+            (folder / name).write_bytes(BODY)
+    (folder / "broken.jpg").symlink_to("nowhere.jpg")
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "again.jpg").symlink_to(folder)
+    (folder / "folder.jpg").mkdir()
+    found = classify(bundle_path, [str(folder)], tmp_path / "out", SETTINGS, OPTIONS)
+    assert errors_of(tmp_path / "out") == [
+        ("again.jpg", "cannot be read (Is a directory)"),
+        *IN_FOLDER.values(),
+    ]
+    assert (found.images, found.errors) == (7, 3)
+
+
+def test_members_of_an_archive_stay_below_its_name(tmp_path):
+    archive = tmp_path / "x.tar"
+    names = (
+        "/abs.jpg",
+        "../up.jpg",
+        "x/../../y.jpg",
+        "a.jpg",
+        "a.jpg",
+        "./b.jpg",
+        ".hidden.jpg",
+        "c\udce9.jpg",
+    )
+    with tarfile.open(archive, "w") as tar:
+        for number, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = number
+            tar.addfile(member, io.BytesIO(bytes(number)))
+        for kind in (tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            special = tarfile.TarInfo("special.jpg")
+            special.type, special.linkname = kind, "/etc/passwd"
+            tar.addfile(special)
+    found = {entry.path: entry.size for entry in list_entries([str(archive)], OpenOptions())}
+    assert found == {f"{archive}/{name}": size for name, size in
+                     {"abs.jpg": 0, "a.jpg": 4, "b.jpg": 5, "c\udce9.jpg": 7}.items()}  # fmt: skip
+
+
+def test_lines_of_a_list_that_are_no_images_have_errors(bundle_path, tmp_path):
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(BODY)
+    (folder / "list.txt").write_bytes(b"\r\na.jpg\r\n/etc/passwd\n.\nnull\0.jpg\n/dev/zero")
+    classify(bundle_path, [str(folder / "list.txt")], tmp_path / "out", SETTINGS, OPTIONS)
+    passwd, dot, null, zero = (message for _, message in errors_of(tmp_path / "out")[1:])
+    assert "a.jpg" in errors_of(tmp_path / "out")[0]
+    assert None not in (passwd, zero)
+    assert (dot, null) == ("cannot be read (Is a directory)", "cannot be read (embedded null byte)")
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([""], "a source is empty; name a folder, or . for this one"),
+        (["a", "a/"], "a: is given twice; name every source once"),
+        (["./a", "a"], "a: is given twice; name every source once"),
+    ],
+)
+def test_ambiguous_sources_are_rejected(sources, message):
+    with pytest.raises(DataError) as raised:
+        list(list_entries(sources, OpenOptions()))
+    assert str(raised.value) == message
+
+
+def test_a_list_that_cannot_be_read_is_a_one_line_error(tmp_path, monkeypatch):
+    (tmp_path / "list.txt").write_text("a.jpg")
+
+    def forbidden(place: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", place)
+
+    monkeypatch.setattr("sopdeploy_service.commands.batch.sources.open_place", forbidden)
+    with pytest.raises(
+        DataError, match=r"list\.txt: cannot be read \(Permission denied\); check its permissions"
+    ):
+        list(list_entries([str(tmp_path / "list.txt")], OpenOptions()))
+
+
+@pytest.mark.parametrize("full_at", [0, 2])
+def test_a_full_disk_is_a_one_line_error_and_the_run_continues(
+    full_at, complete, bundle_path, photos, tmp_path, monkeypatch
+):
+    write_part = OutputFolder.write_part
+
+    def full(folder: OutputFolder, number: int, table: object) -> None:
+        if number == full_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_part(folder, number, table)
+
+    monkeypatch.setattr(OutputFolder, "write_part", full)
+    with pytest.raises(
+        StorageError, match=r"--out .*: cannot be written \(No space left on device\); free disk"
+    ):
+        classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
+    monkeypatch.undo()
+    found = classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
+    assert found.classified <= COUNT - 32 * full_at
+    assert part_bytes(tmp_path) == part_bytes(complete)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PAR1 and no more"])
+def test_a_run_whose_list_is_damaged_is_rejected(content, bundle_path, photos, tmp_path):
+    with pytest.raises(StopError):
+        classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, stop_at(40))
+    (tmp_path / "list.parquet").unlink()
+    if content is not None:
+        (tmp_path / "list.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"list\.parquet: missing or damaged; choose another --out"):
+        classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
+
+
+def test_ctrl_c_says_in_one_line_how_to_continue(bundle_path, photos, tmp_path, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "classify", interrupted)
+    found = CliRunner().invoke(app, ["classify", str(bundle_path), str(photos), "--out", str(tmp_path)])
+    assert (found.exit_code, found.stderr) == (130, "stopped; run the same command again to continue\n")
+    assert found.stdout == ""
+
+
+def test_ctrl_c_in_a_terminal_does_not_reach_the_decoder_processes():
+    with DecoderProcesses(RULES, SETTINGS, workers=1, block=4) as processes:
+        pid = processes._workers[0]._process.pid
+        assert os.getpgid(pid) == pid != os.getpgid(0)
