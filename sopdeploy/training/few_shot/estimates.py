@@ -84,7 +84,11 @@ def resampled_precision(true: NDArray[np.bool_], scores: Array, draws_BN: NDArra
 def shortcoming(targets: Targets, candidate_NC: Array, first_NC: Array, images: Indices) -> str:
     """Describe why *candidate_NC* is not better than *first_NC* on *images*; empty if it is."""
     if targets.score(candidate_NC, images) <= targets.score(first_NC, images):
-        return "not more images are right" if targets.activation == "softmax" else "the mAP is not higher"
+        return (
+            "it does not classify more images correctly"
+            if targets.activation == "softmax"
+            else "the mAP is not higher"
+        )
     losses = [float(targets.losses(logits)[images].sum()) for logits in (candidate_NC, first_NC)]
     return "" if losses[0] < losses[1] else "the loss is not smaller"
 

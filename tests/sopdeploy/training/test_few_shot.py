@@ -176,7 +176,7 @@ def test_a_candidate_is_kept_only_if_more_images_are_right_and_the_loss_is_small
     one_wrong = np.concatenate([-right[:1], right[1:]])
     cases = {
         "smallest loss": (one_wrong, 1.2 * right, True),
-        "not more images are right": (right, 1.2 * right, False),
+        "it does not classify more images correctly": (right, 1.2 * right, False),
         "the loss is not smaller": (one_wrong, 0.01 * right, False),
     }
     for reason, (before, after, kept) in cases.items():
