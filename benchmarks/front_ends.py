@@ -79,7 +79,7 @@ class Constant:
         return wait
 
     def close(self) -> None:
-        """Do nothing."""
+        """Do nothing: there is nothing to release."""
 
 
 def spin(milliseconds: float) -> None:

@@ -104,7 +104,7 @@ def serve(port: int) -> None:
             return {"logits": logits[: len(images)]}
 
         def close(self) -> None:
-            """Do nothing."""
+            """Do nothing: there is nothing to release."""
 
     loaders.decode = lambda *_, **__: image  # type: ignore[assignment]
     settings = load_settings(port=port, queue_size=1024, max_batch=8)

@@ -35,7 +35,7 @@ STARTS = 3
 
 
 def command(case: Case, replicas: int, port: int) -> list[str]:
-    """Build the command of the plain process, or of *replicas* replicas."""
+    """Build the command that starts the server: a plain process, or *replicas* Ray replicas."""
     program = "scale_out_ray.py" if replicas else "serving_ours.py"
     words = [sys.executable, str(HERE / program), "--port", str(port), "--fake", str(case.fake)]
     return [*words, "--largest", str(case.largest), *(["--replicas", str(replicas)] if replicas else [])]

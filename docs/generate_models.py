@@ -1,6 +1,6 @@
 """Generate `docs/models.md` from the catalog, its docstrings and `describe`.
 
-The weights are on the `meta` device, so nothing is allocated; the page accepted_values about half a minute.
+The weights are on the `meta` device, so nothing is allocated; the page takes about half a minute.
 """
 
 import inspect

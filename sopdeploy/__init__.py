@@ -1,9 +1,10 @@
-"""sopdeploy: train with second-order pooling, deploy a first-order network, prove that they are equal.
+"""Train image classifiers on folders of images, export them with a proof, serve them over HTTP.
 
 `train`, `evaluate`, `calibrate`, `export`, `predict` and `serve` do what the commands of the same names do,
 with the same defaults. `export_network` exports any PyTorch classifier, `unused_modules` lists the parts that
-its output does not need, `dsop` attaches branches to a network of yours, and `register_model` makes it known
-to `train`. `create_model(name, num_classes=..., **config)` builds a network of the catalog,
+its output does not need, `dsop` attaches training branches to your own network, and `register_model` gives
+your network a name that `train` accepts. `create_model(name, num_classes=..., **config)` builds a network of
+the catalog,
 `list_models()` lists the names, and `describe(name, **config)` counts parameters and multiply-adds. Importing
 sopdeploy does not import torch; `predict` and `serve` do not need it.
 """

@@ -101,7 +101,7 @@ class Reference(StrictModel):
 
 
 class Decision(StrictModel):
-    """What turns logits into classes.
+    """Rules that turn logits into classes.
 
     Attributes:
         activation: "softmax" for one class per image, "sigmoid" for any number of classes.

@@ -164,7 +164,7 @@ def export(module: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any)
     try:
         with torch.no_grad(), redirect_stderr(io.StringIO()):  # torch prints part of the graph on failure
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a cache of forward is not kept
+                warnings.simplefilter("ignore")  # torch warns about caches that forward assigns
                 program = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)
             functional: ExportedProgram = program.run_decompositions({})
     except Exception as error:  # tracing runs the network's own code, which can raise anything

@@ -1,1 +1,1 @@
-"""From bundle to HTTP answer: verify, predict and serve. No torch in here."""
+"""Verify a bundle, classify images with it, and serve it over HTTP. Does not import torch."""

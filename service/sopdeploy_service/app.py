@@ -65,7 +65,7 @@ def create_app(
         redirect_slashes=False,  # a redirect would lose the image
         docs_url=None,  # FastAPI's pages load scripts from other hosts
         redoc_url=None,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # replaced by our own
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # sopdeploy has its own
     )
     app.state.service = service
     app.state.siblings = {}

@@ -1,4 +1,4 @@
-"""Messages for callers of the Python API: arguments instead of the options of a command.
+"""Rewrite error messages for the Python API: they name arguments instead of command-line options.
 
 Messages name options as the command line writes them. The functions of `sopdeploy` raise the same errors
 with the names that Python uses: `--max-batch 0` becomes `max_batch=0`. The commands call the functions

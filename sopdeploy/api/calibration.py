@@ -1,4 +1,4 @@
-"""Fit the decision of an existing checkpoint: `sopdeploy.calibrate` and `sopdeploy calibrate`."""
+"""Fit temperature and thresholds of an existing checkpoint: `sopdeploy.calibrate`, `sopdeploy calibrate`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from sopdeploy.models.base import Classifier
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibrated:
-    """The checkpoint that a fit wrote.
+    """Result of `calibrate`: the new checkpoint and the fitted values.
 
     Attributes:
         path: The new checkpoint.
@@ -50,9 +50,9 @@ def calibrate(
 ) -> Calibrated:
     """Fit temperature and rejection threshold of a checkpoint to images, and write a new checkpoint.
 
-    `train` does this at the end of a run; use `calibrate` for imported weights, or for other images. A
-    decision that the checkpoint has is replaced. With several classes per image, the threshold of each class
-    is fitted instead. The parameters and defaults are those of `sopdeploy calibrate`.
+    `train` does this at the end of a run; use `calibrate` for imported weights, or for other images. Fitted
+    values that the checkpoint already contains are replaced. A network that predicts several classes per
+    image gets a threshold per class instead. The parameters and defaults are those of `sopdeploy calibrate`.
 
     Args:
         checkpoint: A checkpoint of `train` or of `sopdeploy import`.

@@ -60,12 +60,12 @@ def export(
         measure_speed: Time the graph against the plain backbone.
         pt2: Also store the certified torch.export program in the bundle.
         with_cam: Add class activation maps; the network must end in average pooling and a linear layer.
-        user_network: A network outside of the catalog, whose weights *checkpoint* holds. For a network in
-            memory, call `sopdeploy.export_network`.
+        user_network: A network outside of the catalog, if *checkpoint* is the file of its weights. For a
+            network in memory, call `sopdeploy.export_network`.
         on_step: Called with a description of each step as it begins.
 
     Returns:
-        The path of the bundle with its proof; a notebook shows the facts and a link to the report.
+        The path of the bundle and the results of all checks; a notebook shows them with a link to the report.
 
     Raises:
         ConfigError: Options that do not fit together.

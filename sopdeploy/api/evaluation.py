@@ -29,11 +29,11 @@ class Evaluation:
         tta: Test-time augmentation.
         data: The folder of images.
         facts: Name, runtime and device of a bundle.
-        metrics: Accuracies with intervals, calibration, figures by class, confusion matrix. With several
-            classes per image mAP, F1, and figures by class.
-        labels: The sorted classes, to which the indices in *scores* refer.
-        scores: The prediction for every image, in the order of the sorted files of the sorted classes. With
-            several classes per image all probabilities.
+        metrics: Accuracies with intervals, calibration error, precision and recall by class, confusion
+            matrix. With several classes per image: mAP, F1, and metrics by class.
+        labels: The sorted class names, to which the indices in *scores* refer.
+        scores: One prediction per image, sorted by class name and then by file name. With several classes
+            per image, all probabilities.
         heads: With `heads`, the accuracy of every head of a checkpoint.
     """
 

@@ -25,7 +25,7 @@ EXAMPLE = "timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.jso
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkSource:
-    """A network in the user's code and its weight file, as the options of `sopdeploy export` name them."""
+    """A network built by the user's code, and its weight file; fields are options of `sopdeploy export`."""
 
     weights: Path
     network: str
@@ -48,7 +48,7 @@ class NetworkSource:
 def export_weights(
     source: NetworkSource, destination: Path, options: ExportOptions, on_step: Callable[[str], None]
 ) -> Exported:
-    """Export the network of *source*; raises a `SopdeployError`, and leaves nothing in *destination* then."""
+    """Export the network of *source*; after a `SopdeployError`, *destination* contains nothing new."""
     if source.labels is None:
         raise ConfigError(
             "--labels: missing; give a file with one class name per line, in the order of the logits"
@@ -98,7 +98,7 @@ def inspect(source: NetworkSource) -> dict[str, Any]:
 
 
 def read_preprocess(text: str) -> Preprocess:
-    """Read the rules that *text* names: `timm:NAME`, `torchvision:WEIGHTS` or a JSON file.
+    """Read the preprocessing rules that *text* names: `timm:NAME`, `torchvision:WEIGHTS` or a JSON file.
 
     Raises `ConfigError` for an unknown name and for a file that is not a `Preprocess`.
     """

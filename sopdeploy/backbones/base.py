@@ -22,7 +22,7 @@ class Backbone(nn.Module, ABC):
             An instance may add `FEATURES`, the last feature map, if it has an `averaged_classifier`.
         stem_parts: Names of the parts that run before the stages.
         stage_names: Names of the stages, modules of blocks.
-        classifier_parts: Names of the parts that compute the logits of the last feature map.
+        classifier_parts: Names of the parts that compute the logits from the last feature map.
     """
 
     tap_channels: dict[str, int]
@@ -55,7 +55,7 @@ class Backbone(nn.Module, ABC):
         return x, tapped
 
     def classify(self, features: Tensor) -> Tensor:
-        """Compute (B, classes) logits of the last feature map."""
+        """Compute (B, classes) logits from the last feature map (B, C, h, w)."""
         x = features
         for part in self.classifier_parts:
             x = self.get_submodule(part)(x)
@@ -73,9 +73,9 @@ class Backbone(nn.Module, ABC):
         return self.classify(features), features
 
     def averaged_classifier(self) -> nn.Linear | None:
-        """Find the linear layer that computes the logits of the mean of the last feature map, if any.
+        """Find the linear layer that maps the mean of the last feature map to logits; None if there is none.
 
-        `features` then returns that map (B, C, h, w), and dropout is the only other part in between.
+        If it exists, `features` returns that map (B, C, h, w), and only dropout lies between map and layer.
         """
         pooling, *others, last = (getattr(self, part, None) for part in self.classifier_parts)
         only_dropout = all(isinstance(part, nn.Dropout | nn.Identity) for part in others)

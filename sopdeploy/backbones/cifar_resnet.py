@@ -67,7 +67,7 @@ class SmallResNet(Backbone):
 
 
 class PreActResNetConfig(StrictModel):
-    """Size of the network: `blocks` is n, the blocks of a stage; `widen` is k.
+    """Size of the network: `blocks` is n, the blocks per stage; `widen` is k, the factor of all channels.
 
     ResNet-110 has 18 basic blocks per stage, ResNet-164 18 bottlenecks, WRN-22-10 and WRN-28-10 three and
     four basic blocks, widened by 10. `last_stride=1` removes the last down-sampling (GSoP, Table 6);

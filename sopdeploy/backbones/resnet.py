@@ -114,7 +114,7 @@ class DilatedResNet(ResNet):
 
 
 class LowResolutionResNetConfig(StrictModel):
-    """n (`blocks_per_stage`), k (`widen`), and the options on which GM-SOP's paper and code differ.
+    """Depth (`blocks_per_stage`), width (`widen`), and where the paper of GM-SOP and its code differ.
 
     `project_first_stage` adds a projection to conv2_x even where its channels do not change, as in the
     released WRN (only WRN-36-1 is affected). `input_scaling="raw"` takes images of 0..255 minus the mean and

@@ -135,7 +135,10 @@ class TimmBackbone(Backbone):
         network = import_timm(config.backbone).create_model(config.backbone, num_classes=num_classes)
         taken = [part for part in network._modules if hasattr(Backbone, part)]
         if taken:
-            raise ConfigError(f"timm:{config.backbone}: the name of its part {taken[0]!r} is taken here")
+            raise ConfigError(
+                f"timm:{config.backbone}: its module {taken[0]!r} has a name that sopdeploy uses itself; "
+                "choose another network"
+            )
         self._modules, self._parameters = network._modules, network._parameters
         self._buffers = network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set

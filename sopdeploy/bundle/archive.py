@@ -80,7 +80,9 @@ def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
         for name, record in sorted(manifest.files.items()):
             check_name(Path(archive.name), name)
             if name.casefold() == MANIFEST:
-                raise BundleError(f"{archive.name}: its manifest lists {name!r}, which would replace itself")
+                raise BundleError(
+                    f"{archive.name}: its manifest lists {name!r}, the manifest itself; push the bundle again"
+                )
             expect(header(name, record.bytes), name)
             size = record.bytes
             try:

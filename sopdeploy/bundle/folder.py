@@ -76,7 +76,7 @@ def seal(folder: Path, manifest_without_files: Mapping[str, Any]) -> Manifest:
     files = file_records(folder)
     missing = [name for name in REQUIRED if name not in files]
     if missing:
-        raise BundleError(f"{folder}: cannot be sealed, {missing[0]} is missing")
+        raise BundleError(f"{folder}: the bundle is incomplete, {missing[0]} is missing")
     manifest = Manifest(**manifest_without_files, files=files)
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest

@@ -129,7 +129,7 @@ def check_golden(example: Golden, pixels: NDArray[np.uint8], run: RunOne) -> Non
     if levels > MAX_DIFFERENCE:
         raise ParityError(
             f"{example.name}: its pixels differ by {levels} gray levels; this machine decodes or resizes "
-            "images in another way, install Pillow from its wheel"
+            "images differently; install Pillow from its wheel on PyPI"
         )
     difference = float(np.abs(run(example.pixels) - example.logits).max())
     if not difference <= example.tolerance:

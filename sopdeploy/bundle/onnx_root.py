@@ -203,9 +203,9 @@ def check_roots(bundle: Bundle) -> str:
             roots[name] = content["roots"] if name == "certificate.json" else content
             program = roots[name]["any_batch" if name == "certificate.json" else "certified_root"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise BundleError(f"{path / name}: holds no roots; {advice}") from error
+            raise BundleError(f"{path / name}: contains no graph roots; {advice}") from error
         if program != lineage.program_root:
-            raise BundleError(f"{path / name}: is of another network than the manifest; {advice}")
+            raise BundleError(f"{path / name}: belongs to another network than the manifest; {advice}")
     lowering = roots.get("lowering.json", {})
     rewritten = bool(lowering.get("rules")) or lowering.get("lowered_root") != lowering.get("certified_root")
     if manifest.precision == "fp32" and not rewritten and roots["certificate.json"].get("onnx") != root:

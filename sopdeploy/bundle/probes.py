@@ -84,10 +84,12 @@ def replay(probes: Probes, run: Run, *, batch: int = 1) -> Replay:
 def deviation(name: str, outputs: Outputs, expected: NDArray[np.float32]) -> float:
     """Compute the largest absolute difference between output *name* and *expected*."""
     if name not in outputs:
-        raise ParityError(f"probes: the runtime gives no output {name!r}")
+        raise ParityError(f"probes: no output {name!r}; this runtime does not compute the exported network")
     values = outputs[name]
     if values.shape != expected.shape:
         raise ParityError(f"probes: output {name!r} is {values.shape}, not {expected.shape}")
     if not np.isfinite(values).all():
-        raise ParityError(f"probes: output {name!r} is not finite")
+        raise ParityError(
+            f"probes: output {name!r} is not finite; this runtime does not compute the exported network"
+        )
     return float(np.abs(values.astype(np.float64) - expected).max(initial=0.0))

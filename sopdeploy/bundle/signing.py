@@ -95,7 +95,9 @@ def check_message(message: bytes, signature: str, key: PublicKey) -> None:
         public.verify(first, hashlib.blake2b(message).digest())
         public.verify(second, first + lines[2].removeprefix(COMMENT).encode())
     except InvalidSignature as error:
-        raise BundleError("the signature does not fit: the bundle is not what was signed") from error
+        raise BundleError(
+            "the signature does not match: the bundle was changed after it was signed"
+        ) from error
 
 
 def read_secret(path: Path) -> SecretKey:
@@ -184,11 +186,11 @@ def _read_key(path: Path, size: int) -> bytes:
             lines = file.read(MAX_FILE_BYTES).decode().splitlines()
         body = _decode(lines[-1] if lines else "", size)
         if body[:2] != KEY:
-            raise ValueError("another algorithm")
+            raise ValueError("unsupported algorithm")
     except OSError as error:
-        raise ConfigError(f"{path}: no key here ({error.strerror})") from error
+        raise ConfigError(f"{path}: key file cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: not a minisign key file of this kind ({error})") from error
+        raise ConfigError(f"{path}: not a minisign key file of the required kind ({error})") from error
     return body
 
 

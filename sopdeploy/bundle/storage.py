@@ -48,7 +48,7 @@ def get(source: str, file: Path, limit: int) -> None:
             write_blocks(_blocks(remote), file, source, limit)
         return
     if not Path(source).is_file():
-        raise BundleError(f"{source}: no archive here; use the path of the .tar that `push` wrote")
+        raise BundleError(f"{source}: is not an archive; give the path of the .tar file that `push` wrote")
     if not os.access(source, os.R_OK):
         raise BundleError(f"{source}: cannot be read; check its permissions")
     with Path(source).open("rb") as local:

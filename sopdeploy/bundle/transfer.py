@@ -103,7 +103,9 @@ def pull(
                     ) from error
         found = sha256_of(archive)
         if sha256 is not None and not hmac.compare_digest(found, sha256):
-            raise BundleError(f"{source}: its sha256 is {found}, not the expected one")
+            raise BundleError(
+                f"{source}: its sha256 is {found}, not that of --sha256; check both and download it again"
+            )
         manifest = archived_manifest(archive)
         if verify_key is not None:
             check_signed(manifest, signature, verify_key)

@@ -15,7 +15,7 @@ from sopdeploy.cli.training import compare, data, evaluate, import_weights, mode
 
 app = typer.Typer(
     name="sopdeploy",
-    help="Train with second-order pooling, deploy a first-order network, and prove that they are equal.",
+    help="Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP.",
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -83,7 +83,7 @@ def root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Train with second-order pooling, deploy a first-order network, and prove that they are equal."""
+    """Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."""
     if context.invoked_subcommand is not None:
         return
     out.print("[bold]Quick start[/]\n")

@@ -3,7 +3,8 @@
 The two runs of a pair have the same seed: the same order and augmentation of the same images, and the same
 initial weights for every tensor that both networks have (usually the backbone). The number of seeds is
 recorded before the first run, because adding seeds after a look at the results would invalidate the
-intervals. The last epoch is evaluated, never the best one on the images that decide.
+intervals. The weights of the last epoch are evaluated, because selecting the best epoch on the held-out
+images would bias the comparison on the same images.
 """
 
 import json
@@ -152,7 +153,7 @@ def train_from(
 
 
 def predict_last_epoch(recipe: Recipe, path: Path, data: Split) -> NDArray[np.bool_]:
-    """Return which held-out images (N,) the last epoch's weights get right.
+    """Return, for each held-out image (N,), whether the weights of the last epoch classify it correctly.
 
     The result is cached in the folder *path* of the run.
     """

@@ -14,7 +14,7 @@ NO_EFFECT = "no effect detected"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """Which images, `correct` (seeds, images), a recipe's last epoch gets right."""
+    """Results of one recipe: `correct` (seeds, images) is true where the last epoch predicts the class."""
 
     name: str
     model: str
@@ -32,7 +32,7 @@ class Arm(StrictModel):
 
 
 class Split(StrictModel):
-    """One seed: the images that only one network gets right, and McNemar's p-value."""
+    """One seed: how many images only one of both networks classifies correctly, and McNemar's p-value."""
 
     seed: int
     only_first: int

@@ -89,7 +89,7 @@ class RandomResizedCrop(BoxCrop):
     ratio: tuple[Positive, Positive] = (0.75, 4 / 3)
 
     def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:  # noqa: ARG002
-        """Draw a box; after ten misses, the largest centered box of an allowed aspect ratio."""
+        """Draw a box in source pixels; if ten draws do not fit, return the largest allowed centered box."""
         width, height = size
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(10):

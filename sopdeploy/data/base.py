@@ -47,7 +47,7 @@ Dataset = LabeledItems[NDArray[np.uint8]]  # network inputs: (height, width, 3) 
 class Split:
     """Training and held-out images with the same labels; `skipped` lists unreadable files left out.
 
-    `divided` says that the held-out images were selected from one folder of images, not given apart.
+    `divided` is true if the held-out images were selected from the training folder, not given separately.
     """
 
     train: LabeledImages

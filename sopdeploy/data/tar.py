@@ -186,7 +186,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class TarStore:
-    """Folder `prefix` of the images of several archives; `sources` (N,) are indices into `archives`.
+    """Images of several archives below the folder `prefix`; `sources` (N,) are indices into `archives`.
 
     `names` is sorted. Each read opens its archive, so that processes share no position. `tables` are those of
     all folders.
@@ -266,7 +266,7 @@ class TarStore:
         return int(first), int(last)
 
     def unwrap(self, parts: Sequence[str]) -> "TarStore":
-        """Enter single folders that wrap everything, unless they are one of *parts* or the only class."""
+        """Skip folders that contain everything else, unless they are one of *parts* or the only class."""
         store, folders = self, self.folders()
         while len(folders) == 1 and folders[0] not in parts and not store._lists_images():
             inside = replace(store.open_folder(folders[0]), root=self.root)

@@ -46,8 +46,7 @@ def loss_shares(weights: dict[str, float], losses: dict[str, float]) -> dict[str
 class HeadCounter(nn.Module):
     """Compute the main logits of *model* and count the correct predictions of all its heads.
 
-    *targets* (N,) are the classes of the images, in the order in which they pass through the network, as
-    columns of the logits.
+    *targets* (N,) are the class indices of all images, in the order in which the network receives them.
     """
 
     def __init__(self, model: Classifier, targets: Tensor) -> None:

@@ -81,8 +81,8 @@ def classification_loss(
     """Compute the loss of *logits* (B, C) over the images of a batch.
 
     With "softmax", the cross entropy with *labels* (B,) int64 or (B, C); with "sigmoid", the binary cross
-    entropy with *labels* (B, C) in [0, 1], averaged over the classes. *label_smoothing* moves labels that
-    far towards 1 / C or 0.5.
+    entropy with *labels* (B, C) in [0, 1], averaged over the classes. *label_smoothing* is the fraction by
+    which labels move towards 1 / C ("softmax") or 0.5 ("sigmoid").
     """
     if activation == "softmax":
         return cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction=reduction)
@@ -279,9 +279,10 @@ def predict_images(
     workers: int = 0,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> MultiLabelPredictions:
-    """Predict the classes of *images*, any number of each, with *model*, whose outputs are their labels.
+    """Predict any number of classes per image; *model* has one output per label of *images*.
 
-    Probabilities are averaged over the views of *tta*. The model must be in eval mode and is not moved.
+    Probabilities are averaged over the views of *tta*. The model must be in eval mode; it stays on its
+    device.
     """
     dataset = _TtaDataset(images, preprocess, check_tta_mode(tta, preprocess))
     probabilities: list[Tensor] = []

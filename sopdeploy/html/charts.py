@@ -137,7 +137,7 @@ def bars(
     largest: float,
     marks: Sequence[tuple[float, str]] = (),
 ) -> Markup:
-    """Draw horizontal bars; *largest* is the value at full length.
+    """Draw horizontal bars; *largest* is the value of a bar of full width.
 
     Each of *marks*, a value and its label, is a vertical line across the bars.
     """

@@ -73,7 +73,9 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     if kind == "gated":
         tensors += _gate(file, config, component == "sop")
     if file.average_color is None:
-        raise WeightsError(f"{file.path}: meta.normalization.averageImage holds no color; save it with meta")
+        raise WeightsError(
+            f"{file.path}: meta.normalization.averageImage is not a color; save the network with meta"
+        )
     side = file.image_size or SIDE
     red, green, blue = (channel / 255.0 for channel in file.average_color)
     deviation = 1 / 255  # the mean is subtracted from pixels of 0 to 255, which are not divided

@@ -114,7 +114,9 @@ def batch_norm(file: WeightFile, source: str, name: str, order: Tensor | None = 
         raise WeightsError(f"{file.path}: {source}_m has shape {tuple(moments.shape)}, not (channels, 2)")
     mean, deviation = moments.unbind(dim=1)
     if not bool((deviation > 0).all()):
-        raise WeightsError(f"{file.path}: {source}_m has a deviation that is not positive; train the network")
+        raise WeightsError(
+            f"{file.path}: {source}_m has a standard deviation that is not positive; save a trained network"
+        )
     variance = (deviation.square() - EPS).clamp_min(0.0)
     factor = torch.where(variance > 0, torch.ones_like(deviation), (variance + EPS).sqrt() / deviation)
     parts = (

@@ -89,8 +89,8 @@ class ConvertedWeights:
 
     `model` is the catalog name (with settings), None if the catalog has no such network. `required` are
     config values, by dotted key, that the model chosen by the user must have. `detected` are config values
-    read from the file, by dotted key, `defaults` those fixed by the project's code. `undetermined` are keys
-    that neither tells, with the reason; the user must set them. `labels` names the class order if it is a
+    read from the file, by dotted key, `defaults` those fixed by the project's code. `undetermined` maps keys
+    that neither determines to the reason; the user must set them. `labels` names the class order if it is a
     known one.
     """
 

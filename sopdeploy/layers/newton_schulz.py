@@ -59,11 +59,11 @@ class Step(NamedTuple):
     t: Tensor
 
     def next_y(self) -> Tensor:
-        """Compute Y_(k+1)."""
+        """Compute Y_(k+1) = Y_k T_k, (B, C, C)."""
         return _product(self.y, self.t)
 
     def next_z(self) -> Tensor:
-        """Compute Z_(k+1)."""
+        """Compute Z_(k+1) = T_k Z_k, (B, C, C)."""
         return self.t if self.z is None else _product(self.t, self.z)
 
 

@@ -80,7 +80,7 @@ class ResidualBlock(nn.Module):
         self.attention_after = False
 
     def residual(self, x: Tensor) -> Tensor:
-        """Compute the residual without changing *x*, which is activated with `pre_activation`."""
+        """Compute the residual of *x* (activated already with `pre_activation`) without modifying it."""
         raise NotImplementedError(f"{type(self).__name__}: residual of {tuple(x.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ Reduction = Annotated[int, pydantic.Field(ge=1)]
 
 
 class SEConfig(StrictModel):
-    """Squeeze-and-Excitation; `reduction` is r."""
+    """Squeeze-and-Excitation; its hidden layer has C / `reduction` channels."""
 
     reduction: Reduction = 16
 

@@ -64,9 +64,10 @@ class Classifier(Backbone):
 
     @classmethod
     def absent_options(cls, tensors: Collection[str]) -> dict[str, Any]:
-        """Return the values of options that checkpoints from before these options lack.
+        """Return the values of options that an older checkpoint does not store.
 
-        *tensors* are the names of a checkpoint's weights. Needed where the default is another network.
+        *tensors* are the names of its weights, from which the values follow. Only options whose default
+        builds another network than the old version need this.
         """
         del tensors
         return {}

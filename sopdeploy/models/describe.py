@@ -43,7 +43,7 @@ class Published(StrictModel):
     """One printed figure and the package's own count, both in `unit`.
 
     Units: M (million), G (billion), K (thousand), x (times ResNet-50). `quantity` is such as
-    "training parameters" or "representation". `reached` is false for a misprint.
+    "training parameters" or "representation". `reached` is false if the printed figure is a misprint.
     """
 
     source: str

@@ -144,7 +144,7 @@ class Branch(nn.Module):
         self.pooling, self.dropout, self.fc = pooling, dropout, fc
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute the branch's logits."""
+        """Compute the logits (B, classes) of the branch."""
         pooled = self.pooling(self.reduction(self.ending(self.blocks(features))))
         logits: Tensor = self.fc(self.dropout(pooled.flatten(start_dim=1)))
         return logits
@@ -350,7 +350,7 @@ class DSoPEfficientNet(DSoP, EfficientNet):
 
     @classmethod
     def absent_options(cls, tensors: Collection[str]) -> dict[str, Any]:
-        """Return where the branch at the end of a checkpoint starts."""
+        """Return the tap of the last branch of an older checkpoint, which does not store it."""
         before = any(name.startswith("branches.blocks_6_") for name in tensors)
         return {"end_tap": "blocks.6" if before else "conv_head"}
 

@@ -101,7 +101,7 @@ class GatedResNet(LowResolutionResNet):
         self.head = FusionHead(length, num_classes, norm=config.fusion_norm, dropout=config.dropout)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Compute (B, classes) logits of the last feature map."""
+        """Compute (B, classes) logits from the last feature map (B, C, h, w)."""
         logits: Tensor = self.head(self.mixture(features, self.gate(features)))
         return logits
 

@@ -57,11 +57,11 @@ class GSoPConfig(GSoPBlockConfig, NewtonSchulzOptions):
 class GSoP(Classifier):
     """Mixin that adds GSoP blocks to a backbone; put it before the backbone in the bases.
 
-    The backbone's parts keep their names; a block is the part `attention` of the residual block it
-    belongs to, GSoP-Net2 has its own `pooling` and `fc`.
+    The backbone's modules keep their names. A GSoP block is the child `attention` of the residual block that
+    it belongs to. GSoP-Net2 has its own `pooling` and `fc`.
 
     Attributes:
-        block_spacing: Every how many residual blocks of a stage a GSoP block follows; `None` is the last one.
+        block_spacing: A GSoP block follows every n-th residual block of a stage; `None`: only the last one.
     """
 
     block_spacing: ClassVar[int | None] = None
@@ -108,7 +108,7 @@ class GSoP(Classifier):
 
     @classmethod
     def absent_options(cls, tensors: Collection[str]) -> dict[str, Any]:
-        """Return whether a checkpoint has batch norms after its row-wise convolutions."""
+        """Return whether an older checkpoint has batch norms after its row-wise convolutions."""
         return {
             f"{half}_norm": any(f".{half}.excitation.norm." in name for name in tensors)
             for half in ("channel", "position")

@@ -174,7 +174,7 @@ def _build(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn
 def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple[dict[str, int], int]:
     """Run *network* on one black image; returns the channels at *taps* as computed, and the classes.
 
-    The network is in its modes again afterwards. Raises `ConfigError` as `dsop` does.
+    Train and eval modes are restored afterwards. Raises `ConfigError` as `dsop` does.
     """
     if not isinstance(network, nn.Module):
         raise ConfigError(f"dsop: the network is a {type(network).__name__}, not a torch.nn.Module")

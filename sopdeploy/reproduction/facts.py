@@ -24,8 +24,8 @@ SIDES = {  # what a paper calls a layer, and the module with its output; of a st
 def count_facts(network: Classifier, side: int, names: Collection[str]) -> dict[str, float]:
     """Count the facts *names* of *network*, on the `meta` device, for images of *side* pixels.
 
-    "per stage" is that of the first stage; the networks of these tables have equal stages. Facts that cannot
-    be counted, such as hours on other GPUs, are left out.
+    Facts "per stage" are counted in the first stage, because all stages of these networks are equal. Facts
+    that cannot be counted, such as hours on other GPUs, are left out.
     """
     counted: dict[str, float] = {name: count(network) for name, count in COUNTED.items() if name in names}
     if any(name in SIDES for name in names):

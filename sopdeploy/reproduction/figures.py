@@ -1,4 +1,4 @@
-"""The charts of a table: curves of several runs, and what a figure of a paper shows."""
+"""The charts of a table's page: training curves of its runs, and the contents of the paper's figures."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

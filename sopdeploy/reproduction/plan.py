@@ -35,7 +35,7 @@ SHOWN_QUANTITIES = {
 
 
 class Counts(StrictModel):
-    """The paper's network of a row, counted by `describe`.
+    """Counts of the network of a row, as `describe` computes them.
 
     The keys are those of `PrintedRow`. Where a paper counts differently, as `published.toml` records, the
     values follow its convention. `dim` is the length of the classified vector, `facts` the printed ones.

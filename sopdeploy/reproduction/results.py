@@ -79,7 +79,7 @@ class RowResult(StrictModel):
 
 
 class Reproduction(StrictModel):
-    """A table with the results so far; `statement` says at the small scale what the result is not."""
+    """A table with the results so far; `statement` explains why small-scale results are not the paper's."""
 
     table: str
     source: str

@@ -97,7 +97,7 @@ def small_overrides(recipe: Recipe, images: Path) -> list[str]:
 
 
 def statement(table: PrintedTable, scale: Literal["paper", "small"]) -> str:
-    """Say what the results of *table* are not at the small scale; nothing where nothing is trained."""
+    """Explain why small-scale results of *table* are not the paper's; empty if nothing is trained."""
     return STATEMENT if scale == "small" and table.measures == "errors" else ""
 
 

@@ -81,8 +81,8 @@ class PrintedRow(StrictModel):
 class PrintedTable(StrictModel):
     """A table or figure of a paper; `source` is its name in `published.toml`, too.
 
-    `measures` says what its rows give: "errors" are those of trained networks, "counts" those of networks
-    that are only built, "times" those of single layers on the CPU. `recipe`, `set` and `small` apply to all
+    `measures` is what its rows print: "errors" of trained networks, "counts" of networks that are only
+    built, or "times" of single layers on the CPU. `recipe`, `set` and `small` apply to all
     rows. `data` is a key of `DATA_SETS`. `figures` are further charts of the page. With `accuracy`, the paper
     prints accuracies; `top1` and `top5` are then converted.
     """
@@ -140,7 +140,7 @@ class PrintedTable(StrictModel):
         wanted: set[str] = set()
         for name in (part.strip() for part in names.split(",")):
             if name not in by_id:
-                raise ConfigError(f"--rows {name}: no row of {self.id}; choose of {', '.join(by_id)}")
+                raise ConfigError(f"--rows {name}: no row of {self.id}; choose one of {', '.join(by_id)}")
             wanted |= {name, *by_id[name].needs.values()}
         return tuple(row for row in self.rows if row.id in wanted)
 

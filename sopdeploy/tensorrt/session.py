@@ -242,7 +242,7 @@ class EngineSession:
 
 
 def _release(loaded: LoadedEngine, resources: CudaResources) -> None:
-    """Release what a session held; it is a function because the session may be gone."""
+    """Release what a session held; not a method, because the session may be deleted already."""
     resources.synchronize()
     loaded.close()
     resources.close()

@@ -102,7 +102,7 @@ def create_loggers(names: Sequence[str], folder: Path) -> list[Callback]:
     }
     for name in names:
         if name not in loggers:
-            raise ConfigError(f"--log {name}: none of {', '.join(loggers)}")
+            raise ConfigError(f"--log {name}: unknown; choose one of {', '.join(loggers)}")
     return [loggers[name](folder) for name in names]
 
 

@@ -100,9 +100,10 @@ class EpochRow(StrictModel):
     """The record of one epoch; `epoch` counts from 1.
 
     `losses` are means over the training images. `figures` are the held-out metrics of the exported weights;
-    with EMA, `raw` and `average` are those of both sets of weights. `gradient` is the mean gradient norm
-    before clipping, with 0 for skipped float16 steps. `received` counts, for a gated network, the training
-    images that each component received, noise included. `sight` holds the diagnostics of the raw weights.
+    with EMA, `raw` and `average` are the metrics of both sets of weights. `gradient` is the mean gradient
+    norm before clipping, with 0 for skipped float16 steps. `received` counts, for a gated network, the
+    training images that each component received, with the gate's noise. `sight` holds the diagnostics of the
+    raw weights.
     """
 
     epoch: int
@@ -121,8 +122,8 @@ class EpochRow(StrictModel):
 def best_epoch(history: Sequence[EpochRow], *, frozen_backbone: bool = False) -> EpochRow:
     """Return the first epoch with the highest top-1 accuracy, or mAP of several classes per image.
 
-    With *frozen_backbone* only branches learn and the exported network is the same in every epoch. The mean
-    score of the branches then decides, and of equal epochs the last.
+    With *frozen_backbone* only branches learn and the exported network is the same in every epoch. The epoch
+    with the highest mean score of the branches is then the best one; of equal epochs, the last.
     """
     if not frozen_backbone:
         return max(history, key=lambda row: (row.figures.score, -row.epoch))

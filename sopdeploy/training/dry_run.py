@@ -38,8 +38,8 @@ class Memory(StrictModel):
 class DryRun(StrictModel):
     """The result of a dry run.
 
-    `rates` are pairs (epoch, learning rate) where the schedule changes its form. `step_seconds` and `loss`
-    belong to the second step.
+    `rates` are pairs (epoch, learning rate) at the corners of the schedule, such as the end of the warm-up.
+    `step_seconds` and `loss` belong to the second step.
     """
 
     recipe: dict[str, Any]
@@ -99,9 +99,9 @@ def dry_run(recipe: Recipe) -> DryRun:
 
 
 def scheduled_rates(recipe: Recipe) -> tuple[tuple[float, float], ...]:
-    """Return (epoch, learning rate) at the times at which the schedule changes its form.
+    """Return (epoch, learning rate) at the corners of the schedule, such as the end of the warm-up.
 
-    A decay also has its middle and its end, one cycle its start, its peak and its end.
+    For a decay, the list includes its middle and its end; for one cycle, its start, peak and end.
     """
     schedule, epochs = recipe.schedule, float(recipe.epochs)
     if isinstance(schedule, Milestones):

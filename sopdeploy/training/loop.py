@@ -230,8 +230,9 @@ def fit_best(
 ) -> Decision | None:
     """Fit temperature and rejection threshold of `best.pt` to the held-out images and store them in it.
 
-    Only the first process does; the others, and runs with too few images, get `None`. With several classes
-    per image, the thresholds in it are returned. A resumed run fits again, to the same images.
+    Returns the fitted decision, and `None` in all processes but the first and for too few images. With
+    several classes per image, nothing is fitted and the thresholds in `best.pt` are returned. A resumed run
+    repeats the fit with the same images.
     """
     several = run.activation == "sigmoid"
     if run.strategy.rank != 0 or (len(held_out) < MIN_IMAGES and not several):

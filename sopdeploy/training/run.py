@@ -105,7 +105,7 @@ class Run:
     decision: Decision | None = None
 
     def trained(self) -> nn.Module:
-        """Return what learns: the model, with its teacher if that is trained jointly."""
+        """Return the module that learns: the model, together with its teacher if both are trained jointly."""
         if self.teacher is None or not self.teacher.learns:
             return self.model
         return nn.ModuleDict({"model": self.model, "teacher": self.teacher.model})
@@ -153,8 +153,8 @@ class Run:
     def synchronize_buffers(self) -> None:
         """Average the running statistics of local batch norms over processes.
 
-        The average is linear in the statistics of the batches, so the time at which it is taken is
-        irrelevant.
+        The running statistics are linear in those of the batches, so averaging once gives the same result
+        as averaging in every step.
         """
         if self.strategy.world > 1 and self.recipe.batch_norm == "local":
             for model in [self.trained(), *([self.ema.model] if self.ema else [])]:

@@ -36,7 +36,7 @@ class TrainingStoppedError(TrainingError):
 class SignalState:
     """The signals received by any process; all processes agree on them in `check`.
 
-    `signal_number` is the stop signal, or 0. Who acts on `save_requested` sets it back.
+    `signal_number` is the stop signal, or 0. The training loop clears `save_requested` after it has saved.
     """
 
     processes: ProcessGroup

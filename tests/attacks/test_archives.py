@@ -169,7 +169,7 @@ def test_an_archive_above_the_size_limit_is_rejected(archive: bytes) -> None:
 
 
 def test_another_sha256_is_rejected(archive: bytes) -> None:
-    assert "not the expected one" in rejection(archive, "--sha256", "0" * 64)
+    assert "not that of --sha256" in rejection(archive, "--sha256", "0" * 64)
     assert "64 hexadecimal digits" in rejection(archive, "--sha256", "abc")
 
 

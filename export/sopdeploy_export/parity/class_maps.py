@@ -1,4 +1,4 @@
-"""Class activation maps in the export: the feature map as an output, and the check of their identity.
+"""Class activation maps in the export: add the feature map as an output; check that maps add up to logits.
 
 `sopdeploy/bundle/class_maps.py` defines the maps. They exist where the logits are a linear layer of the mean
 of the feature map, so that the mean of the map of a class plus its bias is the logit.

@@ -339,7 +339,8 @@ def add_spectral_records(
 def _overflow(deployed: Deployed, output: str, precision: Precision, image: NDArray[np.uint8]) -> str:
     """Describe that *output* of *image* (1, H, W, 3) is not finite in *precision*, and what helps.
 
-    In float32 no other precision does; then the first module whose output is not finite is named.
+    For float32 there is no wider precision to suggest, so the first module with an output that is not finite
+    is named instead.
     """
     message = f"the network's own {output} are not finite in {precision} on the probe images"
     if precision != "fp32":

@@ -266,7 +266,7 @@ def part_drifts(
 def select_parts(places: Sequence[Boundary]) -> list[Boundary]:
     """Select the outputs of modules and their children, evenly spaced if more than `MAX_PARTS`.
 
-    Of a second-order module, also the covariance and the triangle.
+    For a second-order module, the covariance and the triangle are selected too.
     """
     ends = []
     for place in places:

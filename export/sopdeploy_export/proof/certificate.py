@@ -13,9 +13,10 @@ It makes four statements. Each is checked, and the export stops if one does not 
 A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs does, and it
 names the weights that the output still depends on.
 
-Networks of the catalog have all three statements (`three-way`). For a network of the user, the plain network
-or the training-only parts may be missing, and `Certificate.proof` says what was compared. Without a plain
-network, code that both compared networks share cannot show: frozen buffers, constants and patched methods.
+For networks of the catalog, all three networks are compared (`three-way`). For a network of the user, the
+plain network or the training-only parts may be missing, and `Certificate.proof` says which networks were
+compared. Without a plain network, the proof cannot detect changes that both compared networks share: frozen
+buffers, constants and patched methods.
 """
 
 from collections.abc import Callable
@@ -78,7 +79,7 @@ class Roots(StrictModel):
 
 
 class Certificate(StrictModel):
-    """What was proved. It exists only if every statement holds.
+    """The statements that were proved; a certificate exists only if all of them hold.
 
     `proof` is `three-way` (trained = detached = plain), `trained-detached` (no plain network was given),
     `trained-plain` (nothing to detach) or `trained-only`; `compared` are the networks that were compared.

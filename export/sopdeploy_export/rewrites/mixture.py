@@ -52,7 +52,7 @@ class Experts(nn.Module, ExportHints):
         return self._project_all(x_BMC), weights_BN
 
     def forward(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
-        """Compute the weighted sum."""
+        """Compute the weighted sum (B, D) of the experts' vectors."""
         maps_BKMd, weights_BK = self._maps(features_BCHW, weights_BN)
         if self.config is None:
             means_BKd = at_least_float32(maps_BKMd).mean(dim=2)

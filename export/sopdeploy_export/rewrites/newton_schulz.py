@@ -58,11 +58,11 @@ class LastStep(NamedTuple):
     t: Tensor
 
     def next_y(self) -> Tensor:
-        """Compute Y_N."""
+        """Compute Y_N (B, n, n), the result of the iteration on Y."""
         return product(self.y, self.t)
 
     def next_z(self, scale_B11: Tensor) -> Tensor:
-        """Compute Z_N times *scale_B11*."""
+        """Compute Z_N (B, n, n), the result of the iteration on Z, times *scale_B11*."""
         if self.half is None:
             return at_least_float32(self.t) * scale_B11
         return product(self.t, self.half) * (-2.0 * scale_B11)
@@ -93,7 +93,7 @@ def iterate(a_Bnn: Tensor, iterations: int) -> LastStep:
 
 
 class Start(NamedTuple):
-    """The matrix to iterate on, its norm n (B, 1, 1), and whether it is X^T X."""
+    """The input of the iteration: the matrix, its norm n (B, 1, 1), and whether it is X^T X."""
 
     matrix: Tensor
     norm: Tensor
@@ -175,7 +175,7 @@ def check_triangle(where: str, part: ISqrtCov) -> None:
     """Check the constant: a transposed triangle has the right numbers, reordered."""
     if not torch.equal(part.triangle, upper_triangle_indices(part.width)):
         raise LoweringError(
-            f"{where}: its triangle is not the upper one of {part.width} channels, row by row"
+            f"{where}: its indices are not the upper triangle of {part.width} channels, row by row"
         )
 
 

@@ -1,4 +1,4 @@
-"""Rewrite what a TensorRT version misreads in an ONNX graph exactly, or reject the graph.
+"""Rewrite operators that a TensorRT version misreads into exact equivalents, or reject the ONNX graph.
 
 Some hazards raise no error: the engine builds and runs, but computes another function. The lint therefore
 runs before every build, for the installed version, and the probes run after it.

@@ -19,7 +19,7 @@ from sopdeploy.tensorrt.record import PartPrecision, Receipt
 from sopdeploy_export.tensorrt.rewrites import PRECISIONS, operator_parts, operator_precisions, value_types
 
 ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-NAME_PARTS = re.compile(r"[\s+(),]+")  # of "conv + relu" and "PWN(PWN(relu), add)"
+NAME_PARTS = re.compile(r"[\s+(),]+")  # separates the names in "conv + relu" and "PWN(PWN(relu), add)"
 TYPE_KEYS = ("Format/Datatype", "Datatype")
 LOW = frozenset({"fp16", "bf16", "int8"})
 MOVES_ONLY = frozenset({"Reformat", "NoOp", "Constant", "Shuffle", "shape call", "ShapeHostToDevice"})

@@ -81,7 +81,8 @@ def export_network(
         on_step: Called with a description of each step as it begins.
 
     Returns:
-        The path of the bundle with its proof. `certificate.proof` says which networks were compared.
+        The path of the bundle and the results of all checks; `certificate.proof` says which networks were
+        compared.
 
     Raises:
         ConfigError: Arguments that do not fit together.

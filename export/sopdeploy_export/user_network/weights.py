@@ -25,7 +25,7 @@ class LoadedWeights(NamedTuple):
 
 
 def load_weights(network: nn.Module, path: Path, table: str | None = None) -> LoadedWeights:
-    """Load the file at *path* into *network*; every tensor must have its place, and every place a tensor.
+    """Load the file at *path* into *network*; the names and shapes of all tensors must match.
 
     *table* names one of several tables of tensors, such as `model_ema`. Prefixes that all names share
     (`module.`, `_orig_mod.`, `model.`) are removed unless the network has them too. Raises `WeightsError`

@@ -73,7 +73,7 @@ async def metrics(request: Request, *, own: bool = False) -> Response:
 
 @router.get("/info", summary="Loaded models", response_model=Info)
 async def info(request: Request) -> Response:
-    """Facts about each loaded model and its runtime."""
+    """Describe each loaded model and its runtime."""
     registry = service_of(request).registry
     loaded = registry.models()
     current = [model for model in loaded if registry.find(model.name) is model]

@@ -20,7 +20,7 @@ URL_SAFE = bytes.maketrans(b"-_", b"+/")
 WHITESPACE = b" \t\r\n\f\v"
 
 TOO_COMPLEX = Rejection(  # more strings, numbers or brackets than any valid request
-    "json_too_complex", 400, "the JSON has too many parts; only `data` may hold many numbers"
+    "json_too_complex", 400, "the JSON has too many values; only lists under `data` may contain many numbers"
 )
 
 

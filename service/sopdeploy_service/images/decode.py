@@ -315,7 +315,7 @@ class DecodePool:
         self._jobs.put(_Job(image, preprocess, on_done, cancelled))
 
     def stop(self) -> None:
-        """Fail the jobs that no thread has begun with `PoolClosedError` and end the threads."""
+        """End the threads; queued jobs that no thread has begun fail with `PoolClosedError`."""
         with contextlib.suppress(queue.Empty):
             while job := self._jobs.get_nowait():
                 job.on_done(PoolClosedError(), 0.0)

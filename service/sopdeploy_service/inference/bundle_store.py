@@ -81,7 +81,7 @@ def _bundles_in(folder: Path) -> list[Path]:
 def _names(bundle: Path) -> tuple[str, str]:
     """Return the name of the network, fit for a URL, and the own name of *bundle*.
 
-    Its own name is that of its folder; a folder with the default name counts as the network.
+    The own name is that of the folder, or of the network if the folder has its default name.
     """
     manifest, folder = read_manifest(bundle), bundle.resolve().name
     network = manifest.model.replace(":", "-")

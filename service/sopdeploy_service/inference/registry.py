@@ -217,7 +217,7 @@ class ModelRegistry:
         return Model(name, loaded, self._settings, self._metrics, is_shadow=is_shadow)
 
     def _count(self, name: str, loaded: LoadedModel) -> None:
-        """Show *loaded* in the metrics."""
+        """Add *loaded* to the metrics as a loaded bundle."""
         self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, 1)
         if loaded.bundle.manifest.rejection is not None:
             self._metrics.unknown_images.labels(name)  # shows 0 before the first unknown image

@@ -61,7 +61,7 @@ def plan_shadow(shadow: str | None, models: Mapping[str, LoadedModel]) -> Shadow
     ]
     if kinds[0] != kinds[1]:
         raise ConfigError(
-            f"shadow {name}: its classes differ from those of {others[0]}; export it with those"
+            f"shadow {name}: its classes differ from those of {others[0]}; use bundles with the same classes"
         )
     return ShadowPlan(name, float(share), others[0], models[name])
 

@@ -118,8 +118,8 @@ class Metrics:
     def count_bundle(self, name: str, bundle: Bundle, runtime: Runtime, change: int) -> None:
         """Count *bundle* as loaded under *name* on *runtime* (*change* 1) or as unloaded (-1).
 
-        It is shown while its count is positive: it may be loaded again before its last request has a
-        response.
+        A bundle may be loaded again before the last request of its previous load has a response. The
+        metrics therefore contain it while its count is positive.
         """
         labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime.name)
         self._loaded[labels] += change

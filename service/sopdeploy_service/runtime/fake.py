@@ -30,7 +30,7 @@ class FakeRuntime:
     ) -> None:
         self.device = device
         self.largest_batch = largest_batch
-        self.batches: list[int] = []  # the size of every batch so far
+        self.batches: list[int] = []  # sizes of all batches so far, for tests
         self._classes = classes
         self._output = output
         self._fixed = fixed_ms / 1000

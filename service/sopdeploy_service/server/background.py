@@ -40,7 +40,9 @@ class BackgroundServer:
         """
         if settings.devices or settings.front_ends not in (1, "auto"):
             name = "devices" if settings.devices else "front_ends"
-            raise ConfigError(f"{name}: not in the background; start `sopdeploy serve` with it")
+            raise ConfigError(
+                f"{name}: not supported with background=True; start `sopdeploy serve` with this setting"
+            )
         for path in BundleStore(sources).bundles.values():
             open_bundle(path)  # errors of bundles are raised here with their own type
         self.bundles: tuple[str, ...] = ()

@@ -2,8 +2,9 @@
 
 Every process accepts from a socket of its own (SO_REUSEPORT), and the kernel chooses the socket by a hash of
 the addresses: of 8 connections, one of two processes may get 7. A process that has accepted a connection
-therefore passes it to the process with the fewest, before it reads a byte. A process that drains passes on
-all of them. The supervisor does so for a process that is not running, whose socket stays open.
+therefore passes it to the process with the fewest open connections, before it reads a byte. A process that
+drains passes on all connections. For a process that is not running, the supervisor accepts and passes them
+on, because the socket of that process stays open.
 
 The numbers of open connections are in shared memory. Each number has one writer, so no locks are needed.
 """
@@ -40,12 +41,12 @@ class Balancer:
         self._counts = np.frombuffer(memory, np.int64).reshape(shape)
 
     def join(self) -> None:
-        """Accept connections; what was in the inbox has been read."""
+        """Start to accept connections, after the connections left in the inbox have been read."""
         self._counts[self._place, TAKEN] = self._counts[:, SENT + self._place].sum()
         self._counts[self._place, OPEN] = 0
 
     def leave(self, place: int | None = None) -> None:
-        """Get no more connections; the supervisor calls it for the process at *place* that has ended."""
+        """Receive no more connections; the supervisor calls this for the ended process at *place*."""
         self._counts[self._place if place is None else place, OPEN] = CLOSED
 
     def set_open(self, connections: int) -> None:
@@ -54,7 +55,7 @@ class Balancer:
             self._counts[self._place, OPEN] = connections
 
     def set_taken(self) -> None:
-        """Record that a connection from the inbox is among the open ones now."""
+        """Record that a connection from the inbox is now included in the published number of open ones."""
         self._counts[self._place, TAKEN] += 1
 
     def accepts(self, place: int) -> bool:
@@ -62,9 +63,10 @@ class Balancer:
         return bool(self._counts[place, OPEN] != CLOSED)
 
     def hand_over(self, connection: int) -> bool:
-        """Pass the file descriptor *connection* to the process with the fewest, unless that is this process.
+        """Pass the file descriptor *connection* to the process with the fewest open connections.
 
-        False if it stays here, also if no other process accepts connections or the inbox is full.
+        Returns False if the connection stays in this process: because it has the fewest, no other process
+        accepts connections, or the other inbox is full.
         """
         count = len(self._outboxes)
         opened = self._counts[:count, OPEN].copy()
@@ -82,7 +84,7 @@ class Balancer:
         return True
 
     def connect(self, place: int) -> socket.socket:
-        """Open a connection to the process at *place*, which does not count.
+        """Open an internal connection to the process at *place*; balancing does not count it.
 
         Raises `OSError` if the inbox is full.
         """
@@ -97,7 +99,7 @@ class Balancer:
         return ours
 
     def relay(self, place: int, listener: socket.socket, inbox: socket.socket) -> None:
-        """Pass on what waits at *listener* and *inbox* of the ended process at *place*, if others accept."""
+        """Pass on connections that wait for the ended process at *place*, if other processes accept some."""
         if not any(self.accepts(other) for other in range(len(self._outboxes))):
             return
         clients, processes = receive(inbox)
@@ -136,7 +138,7 @@ class Inbox:
 
 
 class Group:
-    """The shared numbers and the inboxes of *count* processes; they survive the end of any process."""
+    """The shared connection counts and the inboxes of *count* processes; they outlive each process."""
 
     def __init__(self, count: int) -> None:
         self.counters: IO[bytes]  # closed by `close`
@@ -158,7 +160,7 @@ class Group:
         return Balancer(place, self.counters.fileno(), [inbox.writes for inbox in self.inboxes])
 
     def order(self, place: int) -> dict[str, Any]:
-        """List what the process at *place* inherits; `join_group` reads it."""
+        """List the file descriptors and numbers that the process at *place* inherits, for `join_group`."""
         return {
             "place": place,
             "counters": self.counters.fileno(),

@@ -19,7 +19,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.engine_process.channel import open_pair
 from sopdeploy_service.settings import Settings
 
-ENGINE_SECONDS = 5.0  # without a heartbeat, before an engine process is killed
+ENGINE_SECONDS = 5.0  # an engine process without a heartbeat for this long is killed
 MAX_AUTO, CORES_PER_FRONT_END = 8, 4
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: microseconds per period
 
@@ -91,7 +91,7 @@ class EngineGroup:
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def open_broker(self, peer: Peer) -> socket.socket:
-        """Create the broker of a process that is about to start; return the end of that process."""
+        """Create the broker of a process that is about to start; return the socket that it inherits."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with self._lock:
             if peer.broker is not None:
@@ -102,7 +102,7 @@ class EngineGroup:
         return theirs
 
     def started(self, peer: Peer, child: "subprocess.Popen[str]") -> None:
-        """Connect a front end that has started, unless its engine has not."""
+        """Connect a front end that has started to its engine, if the engine is running."""
         with self._lock:
             peer.child = child
             if peer is not self.engine and self._engine_ready:

@@ -34,7 +34,7 @@ MALFORMED = Rejection("malformed_request", 400, "the request is not valid HTTP/1
 SLOW_HEADERS = Rejection("slow_request", 408, "the request headers did not arrive in time")
 LONG_URL = Rejection("url_too_long", 414, "the URL is longer than the limit of this server")
 LARGE_HEADERS = Rejection(
-    "headers_too_large", 431, "the headers are larger or more than the limit of this server"
+    "headers_too_large", 431, "the request has more or larger headers than this server accepts"
 )
 
 
@@ -270,7 +270,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._write_timer = None
 
     def write(self, data: bytes) -> None:
-        """Send *data*; the headers of a response and its body need one system call."""
+        """Send *data*; combine the headers of a response and its body in one system call."""
         if not self._output:
             self.loop.call_soon(self._flush)
         self._output.append(data)

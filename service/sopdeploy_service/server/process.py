@@ -144,7 +144,7 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, inherited: Inher
             sandbox.apply(settings, server.config)
             timeline.mark("sandbox")
         elif settings.sandbox == "auto":
-            log.debug("not sandboxed: the only process runs models, too")
+            log.debug("not sandboxed: a single process also runs the models, which needs files and threads")
         server.run(sockets=[inherited.listener])
         state = service.state
         log.info("stopped", extra={"state": state})
@@ -310,7 +310,7 @@ class DrainingServer(uvicorn.Server):
 def main() -> int:
     """Serve as one worker process of `--devices` until the parent exits; the result is the exit code.
 
-    The environment variable `WORKER_VARIABLE` has the inherited sockets, the settings and the bundles.
+    The environment variable `WORKER_VARIABLE` contains the inherited sockets, the settings and the bundles.
     """
     order: dict[str, Any] = json.loads(os.environ.pop(WORKER_VARIABLE))
 

@@ -1,4 +1,4 @@
-"""Give up what decoding images does not need: files, sockets, programs, processes, signals to others.
+"""Restrict a process to what image decoding needs: no files, new sockets, programs, processes or signals.
 
 Three mechanisms of Linux that need no privilege and cannot be undone: `no_new_privs` (no set-user-id program
 gains rights), Landlock (no files, no TCP connections; Linux 5.13) and a seccomp filter, which allows a list
@@ -138,7 +138,7 @@ def apply(settings: Settings, config: uvicorn.Config) -> None:
 
 
 def obstacles(settings: Settings) -> list[str]:
-    """List the options among *settings* that need what a sandboxed process has given up."""
+    """List the options in *settings* that need files, sockets or devices, which the sandbox forbids."""
     needs = {
         "url_hosts": bool(settings.url_hosts),
         "tracing": settings.tracing,
@@ -190,7 +190,9 @@ def enter() -> str:
     """Restrict this process forever; describe what was applied. Raises `OSError` if the system cannot."""
     machine = platform.machine()
     if platform.system() != "Linux" or machine not in ARCHITECTURES:
-        raise OSError(errno.ENOSYS, f"{platform.system()} on {machine} has no seccomp filter of ours")
+        raise OSError(
+            errno.ENOSYS, f"{platform.system()} on {machine} is not supported by the seccomp filter"
+        )
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "no_new_privs is not available")
@@ -203,7 +205,7 @@ def enter() -> str:
 
 
 def _enter_landlock(libc: ctypes.CDLL) -> int:
-    """Deny files and TCP to this thread and those that it starts; returns Landlock's version, 0: none."""
+    """Deny files and TCP to this thread and those that it starts; return Landlock's version or 0."""
     version: int = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if version < 1:
         return 0

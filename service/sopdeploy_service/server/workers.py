@@ -57,7 +57,7 @@ class Worker:
     place: int = -1
     listener: socket.socket | None = None
     engine: EngineGroup | None = None
-    peer: Peer | None = None  # this process in the group of its engine
+    peer: Peer | None = None  # the broker socket of this process, if it belongs to an engine group
     child: subprocess.Popen[str] | None = None
     bundles: str | None = None  # printed by the process when it is ready
     early_deaths: int = 0
@@ -70,7 +70,7 @@ class Worker:
 
     @property
     def title(self) -> str:
-        """What log lines call this process."""
+        """Name of this process in log lines."""
         device, _, front_end = self.name.partition(":")
         parts = [f"device {device}"] if device else []
         parts += [f"front end {front_end}"] if front_end else ["engine"] if self.is_engine else []
@@ -173,7 +173,7 @@ class Supervisor:
         return self._balancer.connect(place)
 
     def _relay(self) -> None:
-        """Pass on the connections to processes that have ended or are about to."""
+        """Pass on connections of processes that have ended or are ending to the other processes."""
         while not self._stopping.wait(RELAY_SECONDS):
             with self._starting:
                 if self._stopping.is_set():
@@ -272,9 +272,9 @@ def visible_devices(device: str, environment: Mapping[str, str] = os.environ) ->
 def start_process(
     order: Mapping[str, Any], variables: Mapping[str, str], *, stderr: int | None = None
 ) -> subprocess.Popen[str]:
-    """Start a process that serves what *order* says and stops when `lifeline` closes; see `process.main`.
+    """Start a process that serves the bundles in *order*, until `lifeline` closes; see `process.main`.
 
-    An order without a listening socket is one for an engine process.
+    Without a listening socket in *order*, it is an engine process.
     """
     files = [order[name] for name in ("listener", "lifeline", "broker") if name in order]
     files += inherited_files(order["group"]) if order.get("group") else ()

@@ -40,7 +40,7 @@ def engine(
     cache: Annotated[
         Path | None, typer.Option(help="Engine cache folder. [dim]default: engines/ beside the bundle[/dim]")
     ] = None,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build even if the cache has it.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build even if the cache has one.")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail if a layer may have another precision than the graph.")
     ] = False,

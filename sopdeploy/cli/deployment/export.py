@@ -37,7 +37,8 @@ def export(
         Literal["fp32", "fp16", "bf16-backbone", "int8"], typer.Option(help="Precision of the graph.")
     ] = "fp32",
     newton_schulz: Annotated[
-        Literal["fp32", "fp16"], typer.Option(help="Type of the Newton-Schulz iteration; fp16 needs fp16.")
+        Literal["fp32", "fp16"],
+        typer.Option(help="Type of Newton-Schulz matrices; fp16 needs --precision fp16."),
     ] = "fp32",
     calibrate: Annotated[Path | None, typer.Option(help="Folder of images to calibrate int8 ranges.")] = None,
     calibration: Annotated[

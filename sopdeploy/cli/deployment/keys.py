@@ -46,11 +46,13 @@ def sign(
 def key(
     name: Annotated[str, typer.Argument(help="Name of the client; it appears in the server's log.")],
     file: Annotated[Path, typer.Option(help="Key file; created if it is missing.")],
-    rate: Annotated[float | None, typer.Option(help="Images per second. [dim]default: any[/dim]")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Images per second. [dim]default: no limit[/dim]")
+    ] = None,
     burst: Annotated[
         int | None, typer.Option(min=1, help="Images allowed at once after a pause. [dim]default: 32[/dim]")
     ] = None,
-    admin: Annotated[bool, typer.Option("--admin", help="May also load, unload and swap models.")] = False,
+    admin: Annotated[bool, typer.Option("--admin", help="Allow the key to load and swap models.")] = False,
 ) -> None:
     """Create an API key, print it once and store its hash; servers read the file when they start.
 

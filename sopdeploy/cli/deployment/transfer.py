@@ -18,7 +18,7 @@ def push(
     ],
     license_id: Annotated[
         str | None,
-        typer.Option("--license", help="License of the model for its card on the Hub: apache-2.0."),
+        typer.Option("--license", help="License in the model card on the Hub, such as apache-2.0."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -44,7 +44,7 @@ def pull(
     source: Annotated[str, typer.Argument(help=f"Location printed by `push`: a path, s3://..., {PLACES}.")],
     destination: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the bundle.")],
     sha256: Annotated[str | None, typer.Option(help="Expected sha256 of the archive.")] = None,
-    verify_key: Annotated[Path | None, typer.Option(help="Public key that must have signed it.")] = None,
+    verify_key: Annotated[Path | None, typer.Option(help="Require a signature by this key.")] = None,
     max_bytes: Annotated[int, typer.Option(min=1, help="Largest archive size.")] = 8_000_000_000,
     as_json: JsonOption = False,
 ) -> None:

@@ -27,7 +27,8 @@ def predict(
     explain: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.png", help="Draw what speaks for the best class over the image, a PNG file."
+            metavar="FILE.png",
+            help="PNG file to write: the image with the class activation map of its best class.",
         ),
     ] = None,
     as_json: JsonOption = False,

@@ -130,7 +130,7 @@ def ray(
         int | None, typer.Option(min=1, help="Scale with the load, up to this number of replicas.")
     ] = None,
     gpus_per_replica: Annotated[
-        float, typer.Option(min=0, help="0.5 lets two replicas share a GPU; 0 uses the CPU.")
+        float, typer.Option(min=0, help="GPUs of a replica: 0.5 lets two share one, 0 uses the CPU.")
     ] = 0.0,
     cpus_per_replica: Annotated[
         int, typer.Option(min=1, help="Cores that Ray reserves; also the default number of threads.")

@@ -22,7 +22,7 @@ data = typer.Typer(
 @data.command("check")
 def check(
     path: Annotated[
-        Path, typer.Argument(metavar="DIR|TAR", help="A folder per class, or a tar file of such folders.")
+        Path, typer.Argument(metavar="DIR|TAR", help="Folder with one subfolder per class, or a tar file.")
     ],
     cache: Annotated[Path | None, typer.Option(help="Folder for decompressed archives and indexes.")] = None,
     as_json: JsonOption = False,

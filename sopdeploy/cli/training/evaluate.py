@@ -46,9 +46,10 @@ def evaluate(
     """Evaluate a checkpoint, a bundle or a running server on a folder of images.
 
     Classes are matched by name. Accuracies have Wilson 95 % intervals; the calibration error uses 15 bins.
-    If a temperature or a rejection threshold was fitted, also the error without it and the accepted fraction.
-    With --heads, also top-1, top-5 and loss of every branch, and its share of the weighted training loss.
-    A multi-label network needs a folder with `labels.csv`: mAP, and F1 of each class at its threshold.
+    If a temperature was fitted, the output also has the error without it; with a rejection threshold, the
+    fraction of accepted images. --heads adds top-1, top-5 and loss of every branch, and its share of the
+    weighted training loss. A network with several classes per image needs a folder with `labels.csv`; its
+    metrics are mAP, and F1 of each class at its threshold.
 
     Example: [bold]sopdeploy eval runs/photos/best.pt --data test-photos[/bold]
 

@@ -27,7 +27,7 @@ def reproduce(
     seeds: Annotated[int, typer.Option(min=1, help="Runs per row: seeds 0, 1 and so on.")] = 1,
     scale: Annotated[
         Literal["paper", "small"],
-        typer.Option(help="small: few small images and narrow networks, minutes on a CPU."),
+        typer.Option(help="small trains narrow networks on few small images, in minutes on a CPU."),
     ] = "paper",
     data: Annotated[
         Path | None,

@@ -46,7 +46,7 @@ def train(
         str | None,
         typer.Option(
             metavar="imagenet|none|FILE",
-            help="Weights to start from: of ImageNet, random ones, or a checkpoint or weight file; sets "
+            help="Start weights: imagenet, none (random), a checkpoint or a weight file; sets "
             "`start.weights`. [dim]default imagenet for --data without --recipe[/dim]",
         ),
     ] = None,
@@ -58,7 +58,8 @@ def train(
     resume: Annotated[
         Literal["never", "always", "auto"],
         typer.Option(
-            metavar="[auto]", help="Resume the run in --out; [bold]auto[/bold]: or start a new one."
+            metavar="[auto]",
+            help="Continue the run in --out; with [bold]auto[/bold], start a new one if there is none.",
         ),
     ] = "never",
     dry_run: Annotated[

@@ -120,7 +120,7 @@ def split_table(table: LabelTable, fraction: float, seed: int) -> Split:
 def hold_out_multi_label(images: ImageFiles, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Select about *fraction* of every class of *images* for the held-out set; returns a mask (N,).
 
-    Classes are served from the rarest to the most frequent one, then the images without a class, as in the
+    Classes are processed from the rarest to the most frequent one, then the images without a class, as in the
     iterative stratification of Sechidis et al. (ECML 2011), section 4. The selection depends on *seed* and
     the file names only.
     """
@@ -151,7 +151,7 @@ class _Row(NamedTuple):
 
 
 def _read_rows(table: Path, content: bytes, others: Mapping[str, _Row]) -> dict[str, _Row]:
-    """Read the rows of *table* by image; none of them may be among *others*, those of other tables."""
+    """Read the rows of *table* by image; images that another table (*others*) lists are an error."""
     rows: dict[str, _Row] = {}
     header, records = _read_records(table, content)
     for line, record in records:

@@ -35,7 +35,7 @@ def list_images(
     entries: Sequence[tuple[str, int]],
     options: OpenOptions,
 ) -> ImageFiles:
-    """Open the images *entries*, names relative to *folder* and class indices, that the file *listing* lists.
+    """Open images of *folder*; *entries* are the relative names and class indices that *listing* lists.
 
     Raises `DataError` for an index that is not one of *labels*, a class without images, a name that leaves
     the folder, or a file that does not exist.

@@ -97,11 +97,15 @@ def _open_list(
     targets = np.asarray([number for _, number in entries], dtype=np.int64)
     unknown = sorted(set(targets.tolist()) - set(range(len(labels))))
     if unknown:
-        raise DataError(f"{listing}: classes {', '.join(map(str, unknown))} are not in {CATEGORIES}")
+        raise DataError(
+            f"{listing}: classes {', '.join(map(str, unknown))} are not in {CATEGORIES}; use the "
+            "official lists"
+        )
     empty = sorted(set(range(len(labels))) - set(targets.tolist()))
     if empty:
         raise DataError(
-            f"{listing}: no images of the classes {', '.join(labels[number] for number in empty)}"
+            f"{listing}: no images of the classes {', '.join(labels[number] for number in empty)}; "
+            "use the official lists"
         )
     paths = np.asarray([name.strip("/").encode() for name, _ in entries], dtype=np.bytes_)
     return ImageFiles(open_store(path, options), labels, paths, targets)

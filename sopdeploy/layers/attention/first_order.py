@@ -29,7 +29,7 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Conv2d(channels // reduction, channels, 1)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Compute the scaled map."""
+        """Scale (B, C, H, W) features by channel."""
         means_BC11 = features_BCHW.mean(dim=(2, 3), keepdim=True)
         return features_BCHW * torch.sigmoid(self.fc2(F.relu(self.fc1(means_BC11))))
 
@@ -51,7 +51,7 @@ class CBAM(nn.Module):
         self.bn = nn.BatchNorm2d(1)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Compute the scaled map."""
+        """Scale (B, C, H, W) features by channel, then by position."""
         means_BC11 = features_BCHW.mean(dim=(2, 3), keepdim=True)
         maxima_BC11 = features_BCHW.amax(dim=(2, 3), keepdim=True)
         by_channel = features_BCHW * torch.sigmoid(self.mlp(means_BC11) + self.mlp(maxima_BC11))
@@ -92,7 +92,7 @@ class GatherExcite(nn.Module):
         self.whole = extent == "global"
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Compute the scaled map; gathered weights are upsampled by nearest neighbor."""
+        """Scale (B, C, H, W) features; gathered weights are upsampled by nearest neighbor."""
         if self.gather is None:
             gathered_BChw = features_BCHW.mean(dim=(2, 3), keepdim=True)
         else:

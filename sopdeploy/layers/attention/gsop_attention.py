@@ -1,4 +1,4 @@
-"""The channel-wise and position-wise halves of the GSoP block: correlations of a map give its scale.
+"""The channel-wise and position-wise halves of the GSoP block, which scale a map by its correlations.
 
 Paper: Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019), section 3.1, Table 2.
 Letters: B images, C channels, d channels after dimension reduction (DR), H height, W width, n rows of the
@@ -48,7 +48,7 @@ class RowConv(nn.Conv2d, ExportHints):
         super().__init__(rows, OUTPUTS_PER_ROW * rows, (rows, 1), groups=rows)
 
     def forward(self, cov_Bnn1: Tensor) -> Tensor:
-        """Compute the grouped convolution."""
+        """Convolve each of the n rows separately: (B, n, n, 1) to (B, 4n, 1, 1)."""
         rows = self.in_channels
         cov_nBn = cov_Bnn1.squeeze(3).transpose(0, 1)
         weight_nnr = self.weight.reshape(rows, OUTPUTS_PER_ROW, rows).transpose(1, 2)
@@ -76,7 +76,7 @@ class Excitation(nn.Module, ExportHints):
         self.conv = nn.Conv2d(OUTPUTS_PER_ROW * rows, out_channels, 1)
 
     def forward(self, cov_Bnn: Tensor) -> Tensor:
-        """Compute the weights."""
+        """Compute the weights (B, out, 1, 1) from a covariance (B, n, n)."""
         rows_BR11 = self.norm(self.row_conv(self.row_bn(cov_Bnn.unsqueeze(3))))
         return torch.sigmoid(self.conv(activate(rows_BR11, self.activation)))
 

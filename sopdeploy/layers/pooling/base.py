@@ -28,20 +28,20 @@ class GlobalPooling(nn.Module, ExportHints):
     out_features: int
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute the vectors; statistics are float32 or float64, also under autocast."""
+        """Map (B, C, H, W) to (B, `out_features`), computed in float32 or float64, also under autocast."""
         reduced = self.reduce(features)
         with without_autocast(reduced):
             return self.pool(at_least_float32(reduced))
 
     def reduce(self, features: Tensor) -> Tensor:
-        """Compute the map (B, d, H, W) whose statistics are pooled; without such children, the input."""
+        """Reduce the channels to the map (B, d, H, W) that is pooled; the input itself without children."""
         for name in ("layer_reduce", "layer_reduce_bn", "relu"):
             if name in self._modules:
                 features = self.get_submodule(name)(features)
         return features
 
     def pool(self, features: Tensor) -> Tensor:
-        """Compute the vectors of a float32 or float64 map."""
+        """Compute the vectors (B, `out_features`) of a float32 or float64 map (B, d, H, W)."""
         raise NotImplementedError(f"{type(self).__name__}: pool of {tuple(features.shape)}")
 
     def classifier(self, num_classes: int) -> nn.Module:

@@ -45,14 +45,14 @@ class Bilinear(GlobalPooling):
 
 
 class BilinearConfig(PoolingConfig):
-    """B-CNN; it has no options."""
+    """Options of B-CNN: none."""
 
     layer = Bilinear
     kind: Literal["bcnn"] = "bcnn"
 
 
 class ImprovedBilinearConfig(PoolingConfig, MatrixRootConfig):
-    """The matrix square root; the paper compares an exact root with iterations."""
+    """Options of improved B-CNN: the matrix square root, exact or iterated; the paper compares both."""
 
     layer = Bilinear
     kind: Literal["improved-bcnn"] = "improved-bcnn"
@@ -68,7 +68,7 @@ class GaussianEmbedding(GlobalPooling):
         self.out_features = (channels + 1) ** 2
 
     def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector; Sigma + mu mu^T is X X^T / M."""
+        """Compute the vector (B, (C + 1)^2), using that Sigma + mu mu^T is X X^T / M."""
         mean_B1C = features.mean(dim=(2, 3))[:, None, :]
         left_BDC = torch.cat([bilinear(features), mean_B1C], dim=1)
         right_BD1 = F.pad(mean_B1C, (0, 1), value=1.0).transpose(1, 2)
@@ -77,7 +77,7 @@ class GaussianEmbedding(GlobalPooling):
 
 
 class GaussianConfig(PoolingConfig, MatrixRootConfig):
-    """G2DeNet; the paper's matrix square root is exact."""
+    """Options of G2DeNet: the matrix square root, which is exact in the paper."""
 
     layer = GaussianEmbedding
     kind: Literal["g2denet"] = "g2denet"
@@ -93,7 +93,7 @@ class LowRankBilinear(GlobalPooling):
         self.layer_reduce = nn.Conv2d(channels, config.width, 1, bias=False)
 
     def pool(self, features: Tensor) -> Tensor:
-        """Compute the bilinear matrix of reduced features as a vector."""
+        """Compute the bilinear matrix of the features, reduced to m channels, as a vector (B, m^2)."""
         return bilinear(features).flatten(start_dim=1)
 
     def classifier(self, num_classes: int) -> nn.Module:
@@ -126,7 +126,7 @@ class LowRankClassifier(nn.Module):
 
 
 class LowRankBilinearConfig(PoolingConfig):
-    """`width` is m, `rank` is r."""
+    """Options: `width` is m, the reduced channels, `rank` is r, the rank of a class's weight matrix."""
 
     layer = LowRankBilinear
     kind: Literal["low-rank-bilinear"] = "low-rank-bilinear"

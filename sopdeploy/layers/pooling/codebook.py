@@ -42,14 +42,14 @@ class NetVLAD(Codebook):
     """
 
     def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector: sum of a (x - c) = a x - (sum of a) c."""
+        """Compute the vector (B, K C): the sum of a (x - c) over positions is (sum of a x) - (sum of a) c."""
         a_BKM, x_BMC, total_BK1 = self.assigned(features)
         residuals_BKC = a_BKM @ x_BMC - total_BK1 * self.centres
         return unit_length(unit_length(residuals_BKC, dim=2).flatten(start_dim=1), dim=1)
 
 
 class NetVLADConfig(PoolingConfig):
-    """`words` is K."""
+    """Options of NetVLAD: `words` is K, the number of centers."""
 
     layer = NetVLAD
     kind: Literal["netvlad"] = "netvlad"
@@ -65,7 +65,7 @@ class NetFV(Codebook):
         self.out_features = 2 * config.words * channels
 
     def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector: sums of a (x - c) / s and of a ((x - c)^2 / s^2 - 1)."""
+        """Compute the vector (B, 2 K C): the sums of a (x - c) / s and of a ((x - c)^2 / s^2 - 1)."""
         a_BKM, x_BMC, total_BK1 = self.assigned(features)
         deviations_KC = self.deviations.abs().clamp_min(SMALLEST_DEVIATION)
         sum_BKC = a_BKM @ x_BMC
@@ -77,7 +77,7 @@ class NetFV(Codebook):
 
 
 class NetFVConfig(PoolingConfig):
-    """`words` is K, the number of Gaussian components."""
+    """Options of NetFV: `words` is K, the number of Gaussian components."""
 
     layer = NetFV
     kind: Literal["netfv"] = "netfv"
@@ -94,7 +94,7 @@ class GMSOPNetVLAD(nn.Module):
         self.out_features = words * channels
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Compute the residuals, scaled to unit length per word, then as a whole."""
+        """Compute the residuals (B, K C), scaled to unit length per word, then as a whole vector."""
         assigned_BKM = self.assign(features_BCHW).flatten(start_dim=2).softmax(dim=1)
         x_BMC = features_BCHW.flatten(start_dim=2).transpose(1, 2)
         residual_BKC = assigned_BKM @ x_BMC - assigned_BKM.sum(dim=2, keepdim=True) * self.centres

@@ -57,7 +57,7 @@ class CompactBilinear(GlobalPooling):
         self.register_buffer("signs", signs, persistent=False)
 
     def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector."""
+        """Compute the sketch (B, D): signed square root and unit length of the summed products."""
         x_BCM = features.flatten(start_dim=2)
         product_BK = (x_BCM @ x_BCM.transpose(1, 2)).flatten(start_dim=1)
         gathered_BDE = product_BK.index_select(1, self.entries.flatten()).view(-1, *self.signs.shape)
@@ -65,7 +65,7 @@ class CompactBilinear(GlobalPooling):
 
 
 class CompactBilinearConfig(PoolingConfig):
-    """`dim` is D; `seed` determines the sketches."""
+    """Options: `dim` is D, the length of the sketch; `seed` determines the random indices and signs."""
 
     layer = CompactBilinear
     kind: Literal["cbp"] = "cbp"
@@ -110,7 +110,7 @@ class KernelPooling(GlobalPooling):
         self.order_weights = nn.Parameter(torch.tensor(taylor))
 
     def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector."""
+        """Compute the vector (B, 1 + C + (order - 1) D): one part per order, each with a learned weight."""
         x_BMC = features.flatten(start_dim=2).transpose(1, 2)
         orders = [x_BMC.new_ones(len(x_BMC), 1), x_BMC.mean(dim=1)]
         starts = [0, 2, 5, 9][: self.config.order]

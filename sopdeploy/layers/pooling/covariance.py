@@ -38,7 +38,7 @@ class ISqrtPooling(ReducedPooling):
         self.batch_norm: nn.Module = nn.BatchNorm1d(self.out_features) if by_batch else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute the vector; the root converts half-precision maps itself, inside its gradient."""
+        """Compute the vector (B, d (d + 1) / 2); `isqrt_cov` converts half-precision maps to float32."""
         vector: Tensor = self.batch_norm(self.root(self.reduce(features)))
         return vector
 
@@ -73,7 +73,7 @@ class EigenPooling(ReducedPooling):
         self.register_buffer("triangle", upper_triangle_indices(self.channels), persistent=False)
 
     def pool(self, features: Tensor) -> Tensor:
-        """Compute the triangle."""
+        """Compute the triangle (B, d (d + 1) / 2) of f(covariance) of a map (B, d, H, W)."""
         value_Bdd, lambda_Bd = spectral(covariance(centered_and_scaled(features)), self.function)
         if self.normalise == "M-l2":
             largest_B1 = self.function(lambda_Bd)[0][:, -1:]

@@ -1,7 +1,8 @@
 """Assign the samples of a step to processes and micro-batches.
 
-The micro-batches of a step are those of the whole batch, and every process computes a shard of each. What
-couples the samples of a micro-batch therefore couples the same samples for any number of processes.
+A step is divided into micro-batches first, and each micro-batch is sharded among the processes. Layers that
+couple the samples of a micro-batch, such as batch norm, therefore couple the same samples for any number of
+processes.
 """
 
 from collections.abc import Sequence
@@ -77,8 +78,9 @@ def shard_layers(
 ) -> None:
     """Replace the layers of *model* whose results depend on the whole batch.
 
-    They then compute the shard that *shard_rng* describes. With one process, "global" batch norm is the
-    ordinary one. Raises `ConfigError` for batch norm classes without a "global" or "frozen" version.
+    The replacements compute one shard of the batch and give the results that the whole batch would give;
+    *shard_rng* tells them which shard. With one process, "global" batch norm is not replaced. Raises
+    `ConfigError` for batch norm classes without a "global" or "frozen" version.
     """
     for parent in list(model.modules()):
         if isinstance(parent, GateNoise | ShardedDropout):

@@ -2,8 +2,8 @@
 
 `SingleProcess` is one process on one device, `DataParallel` one of several processes, each of which computes
 a shard of every batch. A data-parallel step equals that of one process with the whole batch: gradients are
-summed, and the loss of a process has the weight of its samples. What couples samples
-(`batch_norm = "global"`, balance loss) is summed in the layers.
+summed, and the loss of a process is weighted by its number of samples. Layers that couple samples
+(`batch_norm = "global"`, balance loss) sum their statistics over the processes themselves.
 """
 
 from collections.abc import Iterator, Sequence

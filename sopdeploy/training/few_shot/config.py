@@ -72,16 +72,16 @@ class MeanPrecision(StrictModel):
 
 
 class CandidateResult(StrictModel):
-    """A way to train the network: its estimate out of fold, and the decision on it.
+    """One way to train the network, its cross-validated score, and whether it was chosen.
 
     Attributes:
         name: What is trained.
         kept: Whether the network was trained in this way; a fine-tuned network also had the kept head.
-        reason: Why, compared with the first head or, on equal folds, with the kept head alone.
+        reason: Why it was chosen or not, compared with the first head or with the kept head alone.
         score: Accuracy, or mAP with several classes per image; `None` if the candidate was not tried.
         loss: Mean weighted loss.
-        score_before: That of the kept head alone on the same folds; for fine-tuning only.
-        loss_before: Its loss.
+        score_before: Score of the kept head alone on the same folds; for fine-tuning only.
+        loss_before: Loss of the kept head alone on the same folds; for fine-tuning only.
         features: Length of the vector that the classifier reads.
         l2: The regularization that was chosen for a head.
         epochs: The number that was chosen for fine-tuning.
@@ -142,7 +142,7 @@ class FewShotResult(StrictModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _convert_first_records(cls, values: Any) -> Any:
-        """Convert `heads` and `fine_tuning` of records from before there were other candidates."""
+        """Convert `heads` and `fine_tuning` of records that older versions wrote."""
         if not isinstance(values, dict) or "heads" not in values:
             return values
         values, count = dict(values), values["top1"]["count"]

@@ -1,8 +1,9 @@
-"""Estimates of candidates: their score out of fold with an interval, and the choice among them.
+"""Estimates of candidates: their out-of-fold score with an interval, and the choice among them.
 
 The score is the top-1 accuracy, or with several classes per image the mean average precision (mAP). A
-candidate is chosen over the first one if its score is higher and its loss smaller. Logits out of fold are
-composed with the choice of each fold made on the other folds, so that an estimate includes the choice.
+candidate is chosen over the first one if its score is higher and its loss smaller. For the estimate of the
+chosen candidate, the choice is repeated for each fold on the other folds (nested cross-validation), so that
+the estimate includes the effect of choosing.
 
 Letters: N images, C classes, B resamples.
 """
@@ -96,7 +97,7 @@ def shortcoming(targets: Targets, candidate_NC: Array, first_NC: Array, images: 
 def choose(targets: Targets, candidates: Sequence[Array], images: Indices) -> int:
     """Choose among the logits (N, C) of *candidates* by those of *images*.
 
-    Of those that beat the first one, the candidate with the smallest loss; else the first.
+    Returns the candidate with the smallest loss among those that beat the first one, otherwise the first.
     """
     better = [
         index
@@ -107,7 +108,7 @@ def choose(targets: Targets, candidates: Sequence[Array], images: Indices) -> in
 
 
 def choose_by_fold(targets: Targets, candidates: Sequence[Array], folds_N: Indices) -> Array:
-    """Compose the logits (N, C) of each fold's choice, which is made on the other folds."""
+    """Choose for each fold on the other folds; return the logits (N, C) of the chosen candidates."""
     images, composed = np.arange(len(folds_N)), np.zeros_like(candidates[0])
     for fold in range(int(folds_N.max()) + 1):
         tested = folds_N == fold

@@ -142,7 +142,9 @@ class Rows:
 def _run(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the last feature map (B, C, h, w) of *images*, and the input of the last stage."""
     stage = model.get_submodule(last_stage(model))
-    block = next(stage.children(), stage)  # our backbones call the blocks of a stage, timm's the stage
+    block = next(
+        stage.children(), stage
+    )  # the catalog's backbones call the blocks of a stage, timm's call the stage
     with record_input(stage) as of_stage, record_input(block) as of_block:
         maps, _ = model.features(images)
     return maps, (of_stage or of_block)[0]

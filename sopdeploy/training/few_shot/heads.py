@@ -29,7 +29,7 @@ class FittedHead:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The compared heads, the `chosen` one, and the logits (N, C) out of fold of the choice."""
+    """The compared heads, the `chosen` one, and the out-of-fold `logits` (N, C) of the choice."""
 
     chosen: FittedHead
     logits: Array

@@ -38,7 +38,7 @@ class HeadNetwork(NamedTuple):
 
 
 def head_networks(recipe: Recipe, model: Classifier, config: FewShotConfig) -> list[HeadNetwork]:
-    """Build a network for each pooling to compare, with the weights of *model* elsewhere.
+    """Build one network per pooling to compare; all other weights are those of *model*.
 
     Without `few_shot.heads`, these are *model* itself and iSQRT-COV, if it ends in average pooling that can
     be replaced. Raises `ConfigError` if a pooling of the recipe cannot be set or exported.
@@ -54,7 +54,7 @@ def head_networks(recipe: Recipe, model: Classifier, config: FewShotConfig) -> l
 
 
 def _with_pooling(recipe: Recipe, model: Classifier, pooling: Any) -> HeadNetwork:
-    """Build the network of *recipe* with *pooling* and the weights of *model* elsewhere."""
+    """Build the network of *recipe* with *pooling*; all other weights are those of *model*."""
     values = {**recipe.model.config, "pooling": pooling.model_dump()}
     try:
         make_config(recipe.model.name, values)
@@ -73,7 +73,7 @@ def _with_pooling(recipe: Recipe, model: Classifier, pooling: Any) -> HeadNetwor
 
 
 def copy_weights(source: Classifier, network: Classifier, *new: str) -> None:
-    """Copy the tensors of *source* to *network* that have the same shape, except those in the parts *new*."""
+    """Copy tensors of equal name and shape from *source* to *network*, except those of the parts *new*."""
     own, weights = network.state_dict(), source.state_dict()
     same = {
         name: tensor

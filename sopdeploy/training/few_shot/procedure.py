@@ -1,13 +1,13 @@
 """The few-shot procedure: a head on frozen features, then fine-tuning where cross-validation shows a gain.
 
-1. Compute the features of the frozen backbone once and fit linear heads: on the pooling of the network and on
-   others. `l2` has the smallest cross-validated loss.
+1. Compute the features of the frozen backbone once and fit linear heads on the pooling of the network and on
+   other poolings. `l2` is the value with the smallest cross-validated loss.
 2. Fine-tune the last stage of the chosen network with layer-wise learning rates: alone, with the branches of
-   DSoP, with a GSoP block. The number of epochs has the smallest cross-validated loss.
+   DSoP, with a GSoP block. The number of epochs is the one with the smallest cross-validated loss.
 3. Fit the chosen network to all training images.
 
-A candidate replaces the simpler one only if its score out of fold is higher and its loss smaller. Estimates
-include these choices, because those of a fold are made on the other folds.
+A candidate replaces the simpler one only if its out-of-fold score is higher and its loss smaller. The
+reported score includes the effect of choosing, because the choice for a fold is made on the other folds.
 """
 
 import time
@@ -39,10 +39,10 @@ from sopdeploy.training.recipe import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The trained network, `name` in the catalog, with the complete config, and what is known about it.
+    """The trained network, its `name` in the catalog, its complete config, and its estimates.
 
-    `logits` (N, C) are those of the training images out of fold, `targets` (N, C) their targets in [0, 1],
-    and `loss` is their mean loss. `left_out` are the logits of heads that were fitted without one class.
+    `logits` (N, C) are the out-of-fold logits of the training images, `targets` (N, C) their targets in
+    [0, 1], and `loss` is their mean loss. `left_out` are the logits of heads fitted without one class.
     """
 
     name: str
@@ -72,9 +72,9 @@ class Timer:
 def select_split(recipe: Recipe, data: Split) -> tuple[Split, bool]:
     """Return the images to train on, and whether the few-shot procedure applies to them.
 
-    It needs feature maps, so networks without them are trained as usual.
-    A held-out set that was selected from the training images and is smaller than `min_held_out` becomes
-    empty: cross-validation on all images is more precise.
+    The procedure needs feature maps, so the training loop trains networks without them. If the held-out set
+    was selected from the training images and is smaller than `min_held_out`, its images are trained on, too,
+    because cross-validation on all images is more precise.
     """
     config = recipe.few_shot
     if config is None or len(data.train) > config.max_images or not entry(recipe.model.name).feature_maps:

@@ -33,8 +33,8 @@ from sopdeploy.training.signals import StopRequested, TrainingStoppedError, hand
 def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -> Decision | None:
     """Run the procedure on the training images of *data* and write `best.pt`, `last.pt` and the history.
 
-    A finished run is not trained again. The decision in `best.pt` is fitted to the predictions out of fold
-    and returned. Held-out images, if there are any, give the score, and nothing else depends on them.
+    A finished run is not trained again. The thresholds in `best.pt` are fitted to the out-of-fold
+    predictions and returned. Held-out images, if there are any, are used only for the score.
     Raises `TrainingStoppedError` after Ctrl-C or SIGTERM, `DataError` for images that cannot be used.
     """
     if run.position.history:
@@ -80,7 +80,7 @@ def _fit(run: Run, data: Split, folder: RunFolder, callback: Callback) -> tuple[
 
 
 def _evaluate(run: Run, data: Split, outcome: Outcome) -> HeldOutMetrics:
-    """Compute the metrics of the held-out images, if there are any, or of the logits out of fold.
+    """Compute the metrics on the held-out images or, if there are none, of the out-of-fold logits.
 
     Held-out images replace the score in the record.
     """
@@ -115,7 +115,7 @@ def _metrics(run: Run, targets: Targets, logits_NC: Array) -> HeldOutMetrics:
 
 
 def _fit_decision(run: Run, images: LabeledImages, left_out: tuple[LeftOut, ...]) -> Decision | None:
-    """Fit the decision to the logits out of fold of *images*, and record the AUROCs of *left_out*."""
+    """Fit the decision to the out-of-fold logits of *images*, and record the AUROCs of *left_out*."""
     if run.out_of_fold is None or run.few_shot is None:
         return None
     logits = run.out_of_fold.double().numpy()

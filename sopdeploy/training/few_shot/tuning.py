@@ -27,7 +27,7 @@ Trainer = Callable[[LinearHead, NDArray[np.intp]], LastStageTrainer]
 
 
 class TunedTail(NamedTuple):
-    """A way of fine-tuning with its logits (N, C) out of fold and its number of epochs."""
+    """A way of fine-tuning with its out-of-fold `logits` (N, C) and its number of epochs."""
 
     tail: Tail
     logits: Array
@@ -36,10 +36,10 @@ class TunedTail(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What fine-tuning found.
+    """The result of fine-tuning.
 
-    `kept` is the way that trained the network, and `logits` (N, C) are those out of fold; `None` if the head
-    alone remains.
+    `kept` is the chosen way of fine-tuning, and `logits` (N, C) are its out-of-fold logits; both are `None`
+    if the head alone is better.
     """
 
     results: tuple[CandidateResult, ...]
@@ -99,10 +99,10 @@ def cross_validate_epochs(
     config: FineTuningConfig,
     on_part: Callable[[int, int], None],
 ) -> Array:
-    """Fine-tune without each fold in turn, all of them epoch by epoch.
+    """Fine-tune one network per left-out fold, all in step, and record the logits after every epoch.
 
-    Returns the logits (E, N, C) out of fold after 0, 1, ... epochs, the first being those of the head
-    *alone*. It stops `patience` epochs after the smallest loss.
+    Returns the out-of-fold logits (E, N, C) after 0, 1, ... epochs; those after 0 epochs belong to the head
+    *alone*. Training stops `patience` epochs after the smallest loss.
     """
     images = np.arange(len(folds_N))
     trainers = []
@@ -125,10 +125,10 @@ def cross_validate_epochs(
 
 
 def choose_epochs(targets: Targets, folds_N: NDArray[np.intp], curve_ENC: Array) -> tuple[Array, int]:
-    """Choose the number of epochs; returns the logits (N, C) out of fold and that of the final network.
+    """Choose the number of epochs; returns the out-of-fold logits (N, C) and the chosen number.
 
-    The epochs of a fold are those with the smallest loss on the other folds, those of the final network
-    have the smallest loss on all.
+    For the logits of a fold, the number with the smallest loss on the other folds is used. The returned
+    number, for the final network, has the smallest loss on all folds.
     """
     losses_EN = np.stack([targets.losses(logits) for logits in curve_ENC])
     chosen_N = np.zeros(len(folds_N), np.intp)
@@ -144,9 +144,9 @@ def decide(
     tuned: list[TunedTail],
     seed: int,
 ) -> Tuning:
-    """Decide which of *tuned* replaces the head alone, whose logits out of fold are *before_NC*, if any.
+    """Decide which of *tuned*, if any, replaces the head alone, whose out-of-fold logits are *before_NC*.
 
-    The logits of the result are composed with the decision of each fold made on the other folds.
+    The logits of a fold are those of the decision that is made on the other folds.
     """
     images = np.arange(len(folds_N))
     usable = [one if one.epochs else TunedTail(one.tail, before_NC, 0) for one in tuned]

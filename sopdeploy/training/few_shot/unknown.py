@@ -1,8 +1,9 @@
 """Images of unknown classes: heads that were fitted without one class at a time.
 
 For each class, the head is fitted to the images of the other classes on cached features, and its logits are
-computed for images out of fold: those of the other classes are known, those of the class unknown. Unlike a
-head whose logit is masked, this one has never seen the class. The features are those of the frozen backbone.
+computed for the images of the left-out fold: images of the other classes count as known, images of the class
+as unknown. Unlike a head whose logit is masked, this head has never seen the class. The features are those of
+the frozen backbone.
 """
 
 from dataclasses import replace
@@ -27,9 +28,10 @@ class LeftOut(NamedTuple):
 
 
 def leave_classes_out(problem: HeadProblem, folds_N: NDArray[np.intp], l2: float) -> tuple[LeftOut, ...]:
-    """Fit heads without one class, for at most `MAX_CLASSES` classes at equal distances, with *l2*.
+    """Fit heads with *l2* that never see one class, in turn for up to `MAX_CLASSES` evenly spaced classes.
 
-    Empty with fewer than three classes, where one logit would remain, and with several classes per image.
+    Returns no heads for fewer than three classes, because one logit would remain, and for several classes
+    per image.
     """
     classes = np.flatnonzero(problem.targets.any(axis=0))
     if problem.activation == "sigmoid" or len(classes) < 3:
@@ -49,7 +51,7 @@ def leave_classes_out(problem: HeadProblem, folds_N: NDArray[np.intp], l2: float
 
 
 def left_out_areas(left_out: tuple[LeftOut, ...], temperature: float) -> dict[Score, float]:
-    """Compute the AUROC of both scores against images of the class left out, averaged over the classes."""
+    """Compute the AUROC of both scores for detecting the class left out, averaged over the classes."""
     areas: dict[Score, float] = {}
     for score in SCORES if left_out else ():
         values = [

@@ -44,8 +44,9 @@ def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepRe
 def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]) -> Loss:
     """Compute the gradient of a step and return the loss over all processes.
 
-    Each micro-batch has the weight of its samples, so their sum is the mean over the whole batch. Batch norm
-    statistics are those of a micro-batch, the balance loss of a gate that of the step.
+    Micro-batches are weighted by their numbers of samples, so that the sum of their losses is the mean over
+    the whole batch. Batch norm uses the statistics of a micro-batch; the balance loss of a gate uses the
+    whole step.
     """
     images, targets = batch
     at, optimizer, strategy = run.position, run.optimizer, run.strategy
@@ -82,9 +83,10 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
 
 
 def measure_gate_load(run: Run, images: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
-    """Give a gated network the summed weights of all *micro_batches*, to which its balance loss refers.
+    """Give a gated network the gate weights, summed over all *micro_batches*, for its balance loss.
 
-    It computes the backbone and the gate once more, without gradient; nothing for a step of one micro-batch.
+    This runs the backbone and the gate an additional time without gradient, unless the step has only one
+    micro-batch.
     """
     if not isinstance(run.model, GMSOP):
         return

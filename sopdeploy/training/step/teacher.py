@@ -100,7 +100,9 @@ def _read_teacher(path: Path, labels: tuple[str, ...], preprocess: Preprocess) -
     """Read a trained teacher; raise `ConfigError` for other classes or another normalization."""
     stored = read_checkpoint(path)
     if stored.labels != labels:
-        raise ConfigError(f"teacher.weights: {path} has other classes than the data")
+        raise ConfigError(
+            f"teacher.weights: {path} has other classes than the data; train the teacher on the same classes"
+        )
     if (stored.preprocess.mean, stored.preprocess.std) != (preprocess.mean, preprocess.std):
         raise ConfigError(
             f"teacher.weights: {path} normalizes colors differently; set the same preprocess.mean and std"

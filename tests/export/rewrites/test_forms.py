@@ -199,7 +199,7 @@ def test_wrong_rewrite_is_rejected_with_rule_and_place(name: str) -> None:
 def test_triangle_in_another_order_is_rejected_before_the_rewrite() -> None:
     part = ISqrtCov(width=12)
     part.triangle = part.triangle.flip(0)
-    with pytest.raises(LoweringError, match="pooling: its triangle is not the upper one of 12 channels"):
+    with pytest.raises(LoweringError, match="pooling: its indices are not the upper triangle of 12 channels"):
         check_triangle("pooling", part)
 
 

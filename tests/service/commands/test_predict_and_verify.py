@@ -102,7 +102,7 @@ REPLACED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a graph that is text": (lambda f: (f / "model.onnx").write_text("text"), "not a complete ONNX model"),
     "another certified graph": (certify("1", "9"), r"certificate\.json: certifies another graph"),
     "another certified program": (certify("9", "9"), r"certificate\.json: is of another network"),
-    "a certificate without roots": (roots("certificate.json"), r"certificate\.json: holds no roots"),
+    "a certificate without roots": (roots("certificate.json"), r"certificate\.json: contains no graph roots"),
     "rules for another program": (
         roots("lowering.json", **{**RULE, "certified_root": "9" * 64}),
         r"lowering\.json: is of another network",
@@ -165,5 +165,5 @@ def test_a_bundle_needs_a_signature_of_the_key(tmp_path: Path, make_bundle: Call
     sign(bundle, tmp_path / "other.key")
     with pytest.raises(BundleError, match="another key"):
         load_model(bundle, settings)
-    with pytest.raises(ConfigError, match="no key here"):
+    with pytest.raises(ConfigError, match="key file cannot be read"):
         load_model(bundle, Settings(threads=1, verify_key=tmp_path / "none"))

@@ -137,7 +137,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, object], str]] = {
     "URLs": ({"url_hosts": "example.com"}, "url_hosts needs files or sockets"),
     "tracing": ({"tracing": True}, "tracing needs files or sockets"),
     "a decoder on the GPU": ({"decode": "nvimagecodec"}, "decode=nvimagecodec needs files or sockets"),
-    "another system": ({}, "Darwin on x86_64 has no seccomp filter of ours"),
+    "another system": ({}, "Darwin on x86_64 is not supported by the seccomp filter"),
 }
 
 

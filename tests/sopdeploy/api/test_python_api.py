@@ -302,7 +302,7 @@ def test_user_errors_are_sopdeploy_errors(bundle: Path, photos: Path, tmp_path: 
             RuntimeUnavailableError,
             lambda: sopdeploy.serve(bundle, background=True, port=0, runtime="tensorrt"),
         ),
-        "not in the background": (
+        "not supported with background=True": (
             ConfigError, lambda: sopdeploy.serve(bundle, background=True, devices=("0", "1")),
         ),
     }  # fmt: skip

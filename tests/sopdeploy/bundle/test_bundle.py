@@ -187,7 +187,7 @@ def test_a_bundle_without_a_required_file_is_neither_sealed_nor_opened(
     (tmp_path / "new").mkdir()
     fill(tmp_path / "new")
     (tmp_path / "new" / name).unlink()
-    with pytest.raises(BundleError, match=f"cannot be sealed, {name} is missing"):
+    with pytest.raises(BundleError, match=f"the bundle is incomplete, {name} is missing"):
         seal(tmp_path / "new", FIELDS)
     assert not (tmp_path / "new" / MANIFEST).exists()
 

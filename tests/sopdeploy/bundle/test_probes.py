@@ -67,7 +67,7 @@ WRONG: dict[str, tuple[Wrong, str]] = {
     "a missing class": (changed(lambda v: v[:, :-1]), "is .*, not"),
     "a missing image": (changed(lambda v: v[:-1]), "is .*, not"),
     "an extra dimension": (changed(lambda v: v[..., None]), "is .*, not"),
-    "no output": (lambda images: {"gate": network(images)["gate"]}, "gives no output 'logits'"),
+    "no output": (lambda images: {"gate": network(images)["gate"]}, "no output 'logits'"),
     "classes swapped": (changed(lambda v: v[:, ::-1]), "deviates"),
 }
 

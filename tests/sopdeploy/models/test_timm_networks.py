@@ -96,7 +96,7 @@ def test_names_that_timm_does_not_build_are_rejected(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["densenet121", "vgg11"])
 def test_networks_whose_parts_conflict_with_backbone_are_rejected(name: str) -> None:
-    message = f"timm:{name}: the name of its part 'features' is taken here"
+    message = f"timm:{name}: its module 'features' has a name that sopdeploy uses itself"
     with torch.device("meta"), pytest.raises(ConfigError, match=message):
         create_model(f"timm:{name}")
 

@@ -169,5 +169,5 @@ def test_the_list_shows_rows_and_what_can_be_run() -> None:
 def test_unknown_tables_and_rows_are_named_with_their_neighbors() -> None:
     with pytest.raises(ConfigError, match=r"'dsop-12': no such table; did you mean dsop-"):
         find_table("dsop-12")
-    with pytest.raises(ConfigError, match="--rows sdg: no row of dsop-9a; choose of sgd, sgd-dsop"):
+    with pytest.raises(ConfigError, match="--rows sdg: no row of dsop-9a; choose one of sgd, sgd-dsop"):
         plan_rows(TABLES["dsop-9a"], Options(rows="sdg"))

@@ -160,7 +160,7 @@ def _check_names(what: str, names: Iterable[str], known: Mapping[str, Tensor]) -
     seen: set[str] = set()
     for name in names:
         if name not in known:
-            message = f"no {what} {name[:100]!r}; there is: {', '.join(known)}"
+            message = f"no {what} {name[:100]!r}; available: {', '.join(known)}"
             raise bad_request(f"unknown_{what}", message)
         if name in seen:
             raise bad_request(f"duplicate_{what}", f"{what} {name!r} occurs twice")

@@ -170,7 +170,7 @@ async def model_config(request: Request, name: str, version: str | None) -> Resp
 
 @model_endpoint("GET", "/stats")
 async def model_statistics(request: Request, name: str, version: str | None) -> Response:
-    """Return what the model has done since it was loaded."""
+    """Return the statistics of the model since it was loaded."""
     model = use_model(request, service_of(request).registry.find(name, version))
     return json_response({"model_stats": [metadata.model_statistics(model)]})
 

@@ -18,7 +18,7 @@ from sopdeploy_service.server.on_ray.replica import Replica
 
 REPLICA = "replica"
 METRICS_SECONDS = 5.0  # Ray exports metrics every ten seconds
-LOGGING_CONFIG = {"enable_access_log": False}  # the setting `log` configures our own
+LOGGING_CONFIG = {"enable_access_log": False}  # the setting `log` configures sopdeploy's access log
 
 
 async def report(registry: CollectorRegistry) -> None:
@@ -50,7 +50,7 @@ class Arguments(StrictModel):
 
 
 class OnRay(Replica):
-    """A replica with the hooks that Ray Serve finds by name."""
+    """A replica with the methods that Ray Serve calls by their names."""
 
     _reporter: asyncio.Task[None] | None = None
 

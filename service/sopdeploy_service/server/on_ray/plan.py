@@ -21,7 +21,7 @@ from sopdeploy_service.settings import Settings
 NAME = "sopdeploy"  # of the application and of its only deployment
 IMPORT_PATH = "sopdeploy_service.server.on_ray.application:build"
 HEALTH_CHECK_SECONDS = 2.0  # Ray's default of 10 would keep a dead replica too long
-SPARE_SECONDS = 1.0  # our own timeout responds first, with an error code
+SPARE_SECONDS = 1.0  # so that the server's own timeout responds first, with an error code
 HEAD = (
     "# Written by `sopdeploy ray`. `serve run FILE` starts it here, `serve deploy FILE` on a cluster.\n"
     "# `serve deploy` again, with other bundles in user_config, swaps them and drops no request.\n"

@@ -67,7 +67,7 @@ def check_reachable(host: str, port: int) -> None:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError as problem:
         raise ConfigError(
-            f"{host}:{port}: nothing listens here; Ray's proxies were started with another --host or --port"
+            f"{host}:{port}: nothing listens here; use the --host and --port of the running Ray proxies"
         ) from problem
 
 
