@@ -317,8 +317,7 @@ def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityRepo
 def write_golden_examples(folder: Path, preprocess: Preprocess, batch: BatchRange, probes: Probes) -> None:
     """Write golden examples with the logits of the file in *folder*.
 
-    The examples allow twice the tolerance of *probes*, because these logits and those of another runtime may
-    each deviate by that tolerance.
+    They allow twice the tolerance of *probes*: these logits and those of another runtime may both deviate.
     """
     session = open_session(folder / ONNX_FILE)
     source, output = session.get_inputs()[0].name, session.get_outputs()[0].name

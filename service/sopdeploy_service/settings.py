@@ -84,7 +84,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: every address of this machine
     port: Port = 8000  # 0: any free port
 
-    health_port: Port | None = None  # probes and metrics on a separate thread, without keys
+    health_port: Port | None = None  # health checks and metrics on a separate thread, without keys
     max_loop_lag_seconds: Seconds = 5.0  # the process is not live if its event loop lags more than this
 
     max_connections: Count = 1000  # one more closes the longest idle connection, or gets 503
@@ -142,7 +142,7 @@ class Settings(BaseSettings):
     metrics_need_key: bool = False  # otherwise /metrics is public, like /livez and /readyz
 
     log: LogForm | None = None  # json, console; not set: console on a terminal, else JSON of warnings
-    log_level: Literal["debug", "info", "warning", "error"] = "info"  # debug also logs probes and scrapes
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # debug also logs health checks and scrapes
     startup_timeline: bool = False  # log the duration of each startup step at any log level
     tracing: bool = False  # send OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `otel`
 

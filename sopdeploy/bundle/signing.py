@@ -96,7 +96,7 @@ def check_message(message: bytes, signature: str, key: PublicKey) -> None:
         public.verify(second, first + lines[2].removeprefix(COMMENT).encode())
     except InvalidSignature as error:
         raise BundleError(
-            "the signature does not match: the bundle was changed after it was signed"
+            "the signature does not match: bundle or signature changed after signing"
         ) from error
 
 

@@ -197,9 +197,9 @@ def not_prehashed(text: str) -> str:
 SIGNATURES: dict[str, tuple[Callable[[str], str], str]] = {
     "nothing": (lambda _: "", "minisign's form"),
     "text": (lambda _: "trust me\n" * 4, "minisign's form"),
-    "another comment": (lambda s: s.replace("bundle tiny", "bundle huge"), "does not fit"),
+    "another comment": (lambda s: s.replace("bundle tiny", "bundle huge"), "does not match"),
     "no comment": (lambda s: "\n".join(s.splitlines()[:2]), "minisign's form"),
-    "another signature": (lambda s: s.replace(s.splitlines()[1][30:40], "AAAAAAAAAA"), "does not fit"),
+    "another signature": (lambda s: s.replace(s.splitlines()[1][30:40], "AAAAAAAAAA"), "does not match"),
     "a shorter signature": (lambda s: s.replace(s.splitlines()[1], "AAAA"), "minisign's form"),
     "a signature that is not prehashed": (not_prehashed, "not prehashed"),
     "control characters": (lambda s: s + "\x1b[31m", "minisign's form"),
@@ -224,7 +224,7 @@ def test_missing_and_foreign_signatures_are_rejected(
     assert "no signature beside it" in rejection(body, "--verify-key", str(public))
     other = write_hollow(tmp_path / "others", config={"width": 5})
     Path(ARCHIVE + ".minisig").write_text(sign(other, tmp_path / "release.key").read_text())
-    assert "does not fit" in rejection(body, "--verify-key", str(public))
+    assert "does not match" in rejection(body, "--verify-key", str(public))
     Path(ARCHIVE + ".minisig").write_bytes(signature_of(archive).read_bytes())
     assert "another key" in rejection(body, "--verify-key", str(make_key(tmp_path / "second.key")))
     Path(ARCHIVE + ".minisig").write_bytes(b"\xff" * 100)

@@ -101,11 +101,11 @@ REPLACED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another weight": (replace_weight, r"model\.onnx: its graph has the root"),
     "a graph that is text": (lambda f: (f / "model.onnx").write_text("text"), "not a complete ONNX model"),
     "another certified graph": (certify("1", "9"), r"certificate\.json: certifies another graph"),
-    "another certified program": (certify("9", "9"), r"certificate\.json: is of another network"),
+    "another certified program": (certify("9", "9"), r"certificate\.json: belongs to another network"),
     "a certificate without roots": (roots("certificate.json"), r"certificate\.json: contains no graph roots"),
     "rules for another program": (
         roots("lowering.json", **{**RULE, "certified_root": "9" * 64}),
-        r"lowering\.json: is of another network",
+        r"lowering\.json: belongs to another network",
     ),
 }
 
