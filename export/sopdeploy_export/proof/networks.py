@@ -1,11 +1,11 @@
-"""The networks of an export: what is exported, its copy without training-only parts, and the state of both.
+"""The networks of an export: the trained one, its copy without training-only parts, and checks of both.
 
 DSoP section III-A removes the second-order branches after training; the GM-SOP gate loses its noise weights
 the same way. Auxiliary classifiers, as in GoogLeNet, are parts of the same kind.
 
-The checks are those of the state of torch, of the modules and of their memory. A wrong state would change the
-plain network in the same way as the trained one, or would not be captured, so the comparisons of the
-certificate could not show it.
+The checks cover the state of torch, of the modules and of their memory. A wrong state, such as active autocast
+or a forward hook, would change the plain network in the same way as the trained one, or would not be captured.
+The comparisons of the certificate could not detect it.
 """
 
 import copy
@@ -36,7 +36,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Detachment:
-    """What is removed from a trained network, and the network that must remain.
+    """The modules to remove from a trained network, and the plain network that must remain.
 
     Attributes:
         training_only: Dotted names of the removed parts.
@@ -74,12 +74,12 @@ class ExportSubject:
         detachment: The training-only parts, and the plain network that must remain without them.
         labels: Class names, in the order of the logits.
         preprocess: From an image to the input of the network.
-        config: What the manifest records of the network's construction.
+        config: How the network was built, for the manifest.
         sha256: Hash of the checkpoint or weight file; for a network in memory, of its tensors.
         summary: Summarizes the modules and their costs, for the report.
         decision: How logits become a decision; `None` is softmax.
         training: Recipe, epoch and metrics, for the model card.
-        warnings: What the checks found that does not stop the export.
+        warnings: Findings of the checks that do not stop the export.
     """
 
     name: str
@@ -178,8 +178,8 @@ def tensors(network: nn.Module) -> dict[str, Tensor]:
 def check_torch_state() -> None:
     """Reject autocast, function modes, dispatch modes and hooks on all modules.
 
-    They change the operations of every network, so all three networks would agree on something that no
-    exported file computes. Raises `CertificateError` with the name of the mode.
+    These change the operations of every network in the same way: the three networks would agree, but the
+    exported file would compute something else. Raises `CertificateError` with the name of the mode.
     """
     for device in AUTOCAST_DEVICES:
         if torch.is_autocast_enabled(device):

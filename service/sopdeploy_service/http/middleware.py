@@ -255,10 +255,11 @@ class LimitedBody:
     async def receive(self) -> Message:
         """Receive the next message; raises `RejectedError` for a slow body and for a full budget.
 
-        The announced size is checked before the first byte is requested, so a client that waits for `100
-        Continue` sends nothing in vain. Patience is a token bucket of seconds: waiting takes, bytes give, up
-        to the grace period. Only the time of waiting counts. A blocked event loop sees the timeout before the
-        data, so the timeout is followed by a short second attempt.
+        The announced size is checked before the first byte is requested, so that a client that waits for
+        `100 Continue` does not send a body that will be rejected. The minimum rate is enforced by a token
+        bucket of seconds: waiting for data removes seconds, received bytes add some, up to the grace period.
+        After the event loop was blocked, the timeout fires before the data is read, so a timeout is followed
+        by a short second attempt.
         """
         if not self._more:
             return await self._receive()

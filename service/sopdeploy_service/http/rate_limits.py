@@ -17,7 +17,7 @@ MAX_KEYS = 4096  # the largest number of keys with a rate
 
 
 class SharedSpending:
-    """The sums of one front end (*row*) and of the others."""
+    """Shared memory with the images that each front end has charged; *row* is that of this front end."""
 
     def __init__(self, file: int, row: int, rows: int) -> None:
         """Map the memory *file* of `create`; the file may be closed afterwards."""
@@ -89,5 +89,5 @@ class TokenBucket:
         self._filled = now
         if self._shared is not None:
             seen, self._seen = self._seen, self._shared.others(self._number)
-            if self._seen > seen:  # a front end that wrote nonsense costs at most one burst at a time
+            if self._seen > seen:  # a wrong sum from a compromised front end takes at most one burst
                 self._tokens -= min(self._seen - seen, float(self._burst))
