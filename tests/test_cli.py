@@ -230,7 +230,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "a folder without a manifest": (("eval", ".", "--data", "d"), "it has no manifest.json"),
     "a missing run": (("report", "nowhere"), "nowhere: holds no run"),
     "a comparison of one recipe": (("compare", "digits-plain"), "at least two recipes"),
-    "an unknown logger": ((*PLAIN, "--log", "x"), "--log x: none of"),
+    "an unknown logger": ((*PLAIN, "--log", "x"), "--log x: unknown; choose one of"),
     "an fp16 iteration without fp16": (
         (*EXPORT, "--newton-schulz", "fp16"),
         "fp16: only with --precision fp16",

@@ -1,7 +1,7 @@
 """Networks that are exported with their second-order pooling: iSQRT-COV, MPN-COV and alternatives.
 
 Papers: iSQRT-COV and MPN-COV, as in fast-MPN-COV (ResNets with conv5_x at stride 1; VGG-D); AlexNet with the
-seven poolings of the authors' slides on iSQRT-COV, of which iSQRT-COV with the Frobenius norm is `isqrt-alexnet` with
+seven poolings of the authors' slides on iSQRT-COV. iSQRT-COV with the Frobenius norm is `isqrt-alexnet` with
 `pooling.prenorm="frobenius"`. Any other pooling is set on any backbone by the option `pooling`, such as
 `create_model("resnet50", pooling="cbp")`.
 """

@@ -3,9 +3,9 @@
 DSoP section III-A removes the second-order branches after training; the GM-SOP gate loses its noise weights
 the same way. Auxiliary classifiers, as in GoogLeNet, are parts of the same kind.
 
-The checks cover the state of torch, of the modules and of their memory. A wrong state, such as active autocast
-or a forward hook, would change the plain network in the same way as the trained one, or would not be captured.
-The comparisons of the certificate could not detect it.
+The checks cover the state of torch, of the modules and of their memory. A wrong state, such as active
+autocast or a forward hook, would change the plain network in the same way as the trained one, or would not be
+captured. The comparisons of the certificate could not detect it.
 """
 
 import copy

@@ -30,7 +30,7 @@ BEAT_SECONDS = 0.1  # interval of uvicorn's ticks
 BEATS = 100  # the last ten seconds
 JOIN_SECONDS = 5.0
 MAX_CONNECTIONS = 64  # included in `OTHER_FILES`, with as many pending ones
-# Health checks are small requests from nearby clients. These limits are independent of the service's settings.
+# Health checks are small and come from nearby; these limits do not depend on the service's settings.
 LIMITS: dict[str, Any] = {
     "max_connections": MAX_CONNECTIONS,
     "header_timeout": 2.0,
