@@ -142,9 +142,7 @@ class Settings(BaseSettings):
     metrics_need_key: bool = False  # otherwise /metrics is public, like /livez and /readyz
 
     log: LogForm | None = None  # json, console; not set: console on a terminal, else JSON of warnings
-    log_level: Literal["debug", "info", "warning", "error"] = (
-        "info"  # debug also logs health checks and scrapes
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = "info"  # debug: also health checks, scrapes
     startup_timeline: bool = False  # log the duration of each startup step at any log level
     tracing: bool = False  # send OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `otel`
 
