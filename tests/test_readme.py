@@ -37,7 +37,7 @@ def of_program(program: str) -> list[list[str]]:
 
 def test_the_readme_uses_only_known_programs() -> None:
     programs = {shlex.split(line)[0] for line in shown_commands()}
-    assert programs == {"sopdeploy", "make", "curl", "docker"}
+    assert programs == {"sopdeploy", "make", "curl", "docker", "pip"}
 
 
 def test_the_readme_names_every_command_and_no_other() -> None:
