@@ -1,10 +1,65 @@
 """Helpers for server processes of tests; every wait has a timeout."""
 
+import os
+import re
 import socket
 import subprocess
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import httpx
+
+ROOT = Path(__file__).parents[2]
 START_SECONDS = 90.0  # far more than a start takes on a busy machine
+SERVE = ("-m", "sopdeploy", "serve")
+
+# How a server runs -> flags. Tests with this table demand the same behavior of both.
+ONE_PROCESS, FRONT_ENDS = "one process", "two sandboxed front ends"
+WAYS: dict[str, tuple[str, ...]] = {
+    ONE_PROCESS: (),
+    FRONT_ENDS: ("--front-ends", "2", "--set", "sandbox=required"),
+}
+
+
+def spawn(*arguments: str, program: tuple[str, ...] = SERVE) -> subprocess.Popen[str]:
+    """Start a server, or another *program* with its arguments, on any free port."""
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "export", "service"))
+    return subprocess.Popen(
+        [sys.executable, *program, "--port", "0", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+class ServerClient(httpx.Client):
+    """A client of a server in another process, with a new connection for each request.
+
+    Requests therefore reach both front ends of a server. `health` is the URL of its health port.
+    """
+
+    child: subprocess.Popen[str]
+    health: str
+
+
+@contextmanager
+def serving(*arguments: str, program: tuple[str, ...] = SERVE) -> Iterator[ServerClient]:
+    """Start a server with a health port and wait until it is ready; kill it at the end."""
+    with spawn(*arguments, "--threads", "1", "--set", "health_port=0", program=program) as child:
+        try:
+            health = line_of(child).removeprefix("health: ").strip()
+            ready = re.match(r"ready: (\S+)  ", line_of(child))
+            assert ready, child.communicate(timeout=20)
+            limits = httpx.Limits(max_connections=200, max_keepalive_connections=0)
+            with ServerClient(base_url=ready[1], timeout=60, limits=limits) as client:
+                client.child, client.health = child, health
+                yield client
+        finally:
+            child.kill()
 
 
 def line_of(child: subprocess.Popen[str], seconds: float = START_SECONDS) -> str:
@@ -16,6 +71,25 @@ def line_of(child: subprocess.Popen[str], seconds: float = START_SECONDS) -> str
         return child.stdout.readline()
     finally:
         timer.cancel()
+
+
+def children_of(parent: int) -> list[int]:
+    """List the child processes of the process *parent*."""
+    files = Path(f"/proc/{parent}/task").glob("*/children")  # each thread has its own
+    return sorted({int(part) for file in files for part in file.read_text().split()})
+
+
+def module_of(process: int) -> str:
+    """Return the module that *process* runs."""
+    return Path(f"/proc/{process}/cmdline").read_text().rstrip("\0").rpartition("\0")[2]
+
+
+def is_alive(process: int) -> bool:
+    """Whether *process* runs."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def free_port() -> int:

@@ -1,22 +1,40 @@
-"""Invalid images, forms, paths and methods: each has its own status and error code."""
+"""Invalid images, forms, paths and methods: each has its own status and error code, with any processes."""
 
 import gzip
 import io
 import struct
 import time
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
 from sopdeploy_service.runtime.fake import FakeRuntime
-from tests.service.conftest import picture_bytes
+from sopdeploy_service.settings import Settings
+from tests.attacks.test_bad_images import BOMBS
+from tests.service.children import ONE_PROCESS, WAYS, serving
+from tests.service.conftest import picture_bytes, running
 from tests.service.raw import connect, read
 
 JPEG_IMAGE = picture_bytes()
+LIMITS = {"max_body_bytes": 1_000_000, "max_images": 8, "request_timeout": 10}
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def client(request, bundle, bundle_path, onnx_runtime) -> Iterator[httpx.Client]:
+    """A client of each kind of server, with low limits."""
+    if request.param == ONE_PROCESS:
+        with running(onnx_runtime, bundle, Settings(**LIMITS)) as client:
+            yield client
+        return
+    limits = [word for name, value in LIMITS.items() for word in ("--set", f"{name}={value}")]
+    with serving(str(bundle_path), *WAYS[request.param], *limits) as client:
+        yield client
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -137,10 +155,17 @@ def test_the_format_is_detected_from_the_bytes(client, jpeg, kind):
 @pytest.mark.parametrize("kind", ["TIFF", "ICO", "PDF", "EPS", "JPEG2000", "PPM", "TGA", "PCX", "SGI", "DDS"])
 def test_an_unsupported_format_never_reaches_pillow(client, kind, monkeypatch):
     body = saved(kind)
-    opened = []
+    opened = []  # by a server in this process
     monkeypatch.setattr(Image, "open", lambda *given, **options: opened.append(given))
     assert client.post("/v1/classify", content=body).status_code == 415
     assert opened == []
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_pixel_bomb_is_refused_and_the_next_request_succeeds(client, jpeg, name):
+    reply = client.post("/v1/classify", content=BOMBS[name])
+    assert (reply.status_code, reply.json()["code"]) in {(413, "too_many_pixels"), (422, "damaged_image")}
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
 def test_the_error_for_heic_mentions_the_camera_setting(client):
@@ -238,10 +263,23 @@ NEIGHBORS = {
 
 
 @pytest.mark.parametrize("bad", NEIGHBORS)
-def test_a_bad_image_does_not_affect_concurrent_images(serve_with, jpeg, bad):
+def test_a_bad_image_does_not_affect_concurrent_images(client, jpeg, bad):
     body, status = NEIGHBORS[bad]
-    client = serve_with(FakeRuntime(classes=7, fixed_ms=10))
     with ThreadPoolExecutor(8) as pool:
         for _ in range(10):
             replies = pool.map(lambda body: client.post("/v1/classify", content=body), [jpeg] * 7 + [body])
             assert [reply.status_code for reply in replies] == [200] * 7 + [status]
+
+
+def test_slow_requests_do_not_delay_others(client, jpeg):
+    request = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg
+    sent = (1, 40, len(request) - len(jpeg), len(request) - 1)  # bytes
+    with ExitStack() as stack:
+        slow = {stack.enter_context(connect(client)): length for length in sent for _ in range(8)}
+        for wire, length in slow.items():
+            wire.sendall(request[:length])
+        for _ in range(10):
+            assert client.post("/v1/classify", content=jpeg).status_code == 200
+        for wire, length in slow.items():
+            wire.sendall(request[length:])
+        assert [read(wire, to_the_end=False).status for wire in slow] == [200] * len(slow)

@@ -22,11 +22,9 @@ from sopdeploy_service.server import front_ends
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.server.workers import Supervisor, Worker, visible_devices
 from sopdeploy_service.settings import load_settings
-from tests.service.children import line_of
+from tests.service.children import children_of, is_alive, line_of, module_of, spawn
 
 Start = Callable[..., tuple[subprocess.Popen[str], httpx.Client]]
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -45,25 +43,9 @@ def start(bundle_path: Path) -> Iterator[Start]:
         yield started
 
 
-def spawn(*arguments: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "export", "service"))
-    return subprocess.Popen(
-        [sys.executable, "-m", "sopdeploy", "serve", "--port", "0", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-
-
-def workers(parent: int) -> list[int]:
-    children = Path(f"/proc/{parent}/task").glob("*/children")  # each thread has its own
-    return sorted({int(part) for file in children for part in file.read_text().split()})
-
-
 def test_two_processes_share_a_port_and_a_page_of_metrics(start: Start, jpeg, until) -> None:
     child, client = start()
-    variables = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in workers(child.pid)]
+    variables = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children_of(child.pid)]
     assert [b"CUDA_VISIBLE_DEVICES=" in found for found in variables] == [True, True]  # no GPU
     with ExitStack() as stack:
         clients = [stack.enter_context(httpx.Client(base_url=client.base_url, timeout=20)) for _ in range(8)]
@@ -80,11 +62,11 @@ def test_two_processes_share_a_port_and_a_page_of_metrics(start: Start, jpeg, un
 
 def test_a_dead_process_is_restarted_while_the_other_serves(start: Start, jpeg, until) -> None:
     child, client = start()
-    first = workers(child.pid)
+    first = children_of(child.pid)
     os.kill(first[0], signal.SIGKILL)
     codes = Counter(httpx.post(f"{client.base_url}/v1/classify", content=jpeg).status_code for _ in range(5))
     assert codes == {200: 5}
-    until(lambda: len(set(workers(child.pid)) - set(first)) == 1)
+    until(lambda: len(set(children_of(child.pid)) - set(first)) == 1)
     until(lambda: client.get("/metrics").text.count("sopdeploy_worker_up{") == 2)
     child.send_signal(signal.SIGTERM)
     assert child.wait(30) == 0
@@ -118,11 +100,11 @@ def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, 
             re.findall(r'sopdeploy_requests_total\{code="200",.*process="\d",.*classify"\} (\S+)', page)
             == ["4.0"] * 2
         )
-        first = workers(child.pid)
-        fronts = [pid for pid in first if program(pid).endswith("server.process")]
+        first = children_of(child.pid)
+        fronts = [pid for pid in first if module_of(pid).endswith("server.process")]
         (engine,) = set(first) - set(fronts)
         os.kill(fronts[0], signal.SIGKILL)
-        until(lambda: not alive(fronts[0]))
+        until(lambda: not is_alive(fronts[0]))
         kept = []
         for connection in connections:
             with contextlib.suppress(ConnectionError):
@@ -133,14 +115,9 @@ def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, 
         until(lambda: classify(kept[0]) == (503, "5"))
         assert httpx.get(f"{health}/readyz").status_code == 503
         until(lambda: classify(kept[0]) == (200, None))
-        until(lambda: len(set(workers(child.pid)) - set(first)) == 2)
+        until(lambda: len(set(children_of(child.pid)) - set(first)) == 2)
         child.send_signal(signal.SIGTERM)
         assert child.wait(30) == 0
-
-
-def program(process: int) -> str:
-    """The module that *process* runs."""
-    return Path(f"/proc/{process}/cmdline").read_text().rstrip("\0").rpartition("\0")[2]
 
 
 # Cores, content of cpu.max, settings -> number of front ends of each device.
@@ -198,16 +175,9 @@ def test_the_share_of_a_front_end_holds_the_largest_request(case: str) -> None:
 
 def test_workers_exit_when_their_parent_is_killed(start: Start, until) -> None:
     child, _ = start()
-    orphans = workers(child.pid)
+    orphans = children_of(child.pid)
     child.kill()
-    until(lambda: not any(alive(process) for process in orphans))
-
-
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    until(lambda: not any(is_alive(process) for process in orphans))
 
 
 class Interrupted(Supervisor):

@@ -1,0 +1,63 @@
+"""A bundle on disk with class activation maps and gates."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx.parser
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from sopdeploy.bundle.class_maps import FILE, ClassMapLayer, write_class_maps
+from sopdeploy.bundle.folder import open_bundle, publish, seal, staging
+from sopdeploy.bundle.manifest import TensorRecord, to_json
+from sopdeploy.bundle.onnx_root import onnx_file_root
+from sopdeploy.bundle.probes import Probes, write_probes
+
+OUTPUTS = {"logits": (7,), "features": (3, 4, 4), "gates": (4,)}
+GRAPH = """
+<ir_version: 10, opset_import: ["": 18]>
+maps (uint8[n, 32, 32, 3] images) => (float[n, 7] logits, float[n, 3, 4, 4] features, float[n, 4] gates)
+<float[3, 7] weight, float[7] bias, float[7, 4] mixing, int64[2] axes = {2, 3}>
+{
+    wide = Cast <to = 1> (images)
+    planes = Transpose <perm = [0, 3, 1, 2]> (wide)
+    features = AveragePool <kernel_shape = [8, 8], strides = [8, 8]> (planes)
+    means = ReduceMean <keepdims = 0> (features, axes)
+    scores = MatMul (means, weight)
+    logits = Add (scores, bias)
+    mixed = MatMul (logits, mixing)
+    gates = Softmax (mixed)
+}
+"""
+
+
+def write_bundle_with_maps(plain: Path, folder: Path) -> Path:
+    """Write it into *folder*; classes and preprocessing are those of the bundle *plain*."""
+    rng = np.random.default_rng(3)
+    weight, bias, mixing = (rng.normal(size=size).astype(np.float32) for size in ((7, 3), 7, (7, 4)))
+    layer = ClassMapLayer(weight / np.float32(40), bias)
+    model = onnx.parser.parse_model(GRAPH)
+    values = {"weight": layer.weight.T.copy(), "bias": bias, "mixing": mixing}
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
+    images = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    expected = dict(zip(OUTPUTS, ReferenceEvaluator(model).run(None, {"images": images}), strict=True))
+    root = onnx_file_root(model.SerializeToString())
+    manifest = open_bundle(plain).manifest
+    fields = dict(manifest) | {
+        "lineage": manifest.lineage.model_copy(update={"onnx_root": root}),
+        "outputs": tuple(
+            TensorRecord(name=name, dtype="float32", shape=(None, *shape)) for name, shape in OUTPUTS.items()
+        ),
+    }
+    del fields["files"]
+    with staging(folder) as stage:
+        for name in ("labels.json", "parity.json"):
+            (stage / name).write_bytes((plain / name).read_bytes())
+        (stage / "model.onnx").write_bytes(model.SerializeToString())
+        (stage / "certificate.json").write_bytes(to_json({"roots": {"any_batch": "1" * 64, "onnx": root}}))
+        write_class_maps(stage / FILE, layer)
+        write_probes(
+            stage / "probes.npz",
+            Probes(images=images, expected=expected, tolerance=dict.fromkeys(OUTPUTS, 1e-2)),
+        )
+        return publish(stage, seal(stage, fields), folder)

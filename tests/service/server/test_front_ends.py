@@ -1,0 +1,271 @@
+"""Two sandboxed front ends with an engine process respond, count and change models as one process does.
+
+Both kinds of servers get the same requests. They run images one by one (`max_batch=1`), so outputs are equal
+to the last bit.
+"""
+
+import base64
+import json
+import random
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+import pytest
+
+from sopdeploy.decision import Decision, Rejection
+from sopdeploy_service.http.api_keys import new_key
+from tests.attacks.test_bad_images import SEEDS
+from tests.service.api import test_warnings
+from tests.service.bundle_with_maps import write_bundle_with_maps
+from tests.service.children import FRONT_ENDS, ONE_PROCESS, WAYS, ServerClient, serving
+from tests.service.conftest import picture_bytes, write_bundle
+
+
+class Servers(NamedTuple):
+    """A client of each kind of server; `keys` are API keys by name, `folders` the bundles of a model."""
+
+    one: ServerClient
+    several: ServerClient
+    keys: dict[str, str]
+    folders: list[str]
+
+
+@pytest.fixture(scope="module")
+def servers(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    folder = tmp_path_factory.mktemp("servers")
+    labels = Decision(activation="sigmoid", thresholds=(0.4, 0.6, 0.3, 0.5, 0.5, 0.7, 1.0))
+    known = Decision(rejection=Rejection(score="energy", threshold=3.0))
+    swapped = [write_bundle(folder / "swap", seed=seed) for seed in (0, 2)]
+    models = {
+        "tiny": bundle_path,
+        "labels": write_bundle(folder / "labels", decision=labels),
+        "known": write_bundle(folder / "known", decision=known),
+        "maps": write_bundle_with_maps(bundle_path, folder / "maps"),
+        "swap": swapped[0],
+    }
+    file = folder / "keys.toml"
+    keys = {
+        name: new_key(file, name, rate=rate, burst=burst, admin=admin)
+        for name, rate, burst, admin in (
+            ("admin", None, None, True),
+            ("user", None, None, False),
+            ("limited", 1e-6, 5, False),
+        )
+    }
+    settings = {"max_batch": 1, "model_control": True, "keys": file, "max_images": 8}
+    options = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    sources = [f"{name}={path}" for name, path in models.items()]
+    with ExitStack() as stack:
+        found = [
+            stack.enter_context(serving(*sources, *options, *WAYS[way])) for way in (ONE_PROCESS, FRONT_ENDS)
+        ]
+        for client in found:
+            client.headers["x-api-key"] = keys["admin"]
+        yield Servers(*found, keys, [path.name for path in swapped])
+
+
+JPEG = picture_bytes()
+TEXT = base64.b64encode(JPEG).decode()
+FORM = {
+    "files": [("image", ("a", JPEG, "image/jpeg")), ("image", b"no"), ("image", ("b", JPEG, "image/gif"))]
+}
+PIXELS = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+SHAPED = {"name": "images", "datatype": "UINT8", "shape": [2, 32, 32, 3]}
+TENSOR = SHAPED | {"data": PIXELS.ravel().tolist()}
+BYTES = {"name": "IMAGE", "datatype": "BYTES", "shape": [1], "data": [TEXT]}
+HEAD = json.dumps({"inputs": [SHAPED | {"parameters": {"binary_data_size": PIXELS.size}}]}).encode()
+Sent = tuple[str, str, dict[str, Any]]
+
+
+def image(query: str, body: bytes = JPEG, **headers: str) -> Sent:
+    return "POST", f"/v1/classify?model={query}", {"content": body, "headers": headers}
+
+
+def tensors(model: str, tensor: dict[str, Any], *outputs: str) -> Sent:
+    body = {"inputs": [tensor]} | ({"outputs": [{"name": name} for name in outputs]} if outputs else {})
+    return "POST", f"/v2/models/{model}/infer", {"json": body}
+
+
+def damaged(kind: str, number: int) -> bytes:
+    """Change a few bytes of an image of *kind* and cut some."""
+    rng = random.Random(f"{kind} {number}")  # the same in every run
+    body = bytearray(SEEDS[kind])
+    for _ in range(rng.randrange(6)):
+        body[rng.randrange(len(body))] = rng.randrange(256)
+    return bytes(body[: rng.randrange(len(body) // 4, len(body) + 1)])
+
+
+LABEL_QUERIES = ("", "&top_k=1", "&threshold=0", "&threshold=1", "&threshold=1.5")
+MAP_QUERIES = (
+    "",
+    "&explain=true",
+    "&explain_label=dog",
+    "&explain_label=x",
+    "&gates=1",
+    "&explain=1&gates=1",
+)
+PATHS = (
+    "/info", "/v2", "/v2/models/maps", "/v2/models/labels/config", "/v2/models/none", "/livez", "/readyz",
+    "/v2/health/ready", "/v2/models/tiny/ready", "/openapi.json", "/v1/card?model=maps", "/nothing", "/",
+)  # fmt: skip
+REQUESTS: dict[str, Sent] = {
+    **{f"warnings: {name}": image("tiny", body) for name, (body, _) in test_warnings.CASES.items()},
+    **{f"damaged {kind} {n}": image("tiny", damaged(kind, n)) for kind in SEEDS for n in range(8)},
+    "another content type": image("tiny", **{"Content-Type": "image/png"}),
+    "a form": ("POST", "/v1/classify?model=tiny&top_k=7", FORM),
+    "base64": ("POST", "/v1/classify?model=tiny", {"json": {"images": [TEXT, "AAAA"], "top_k": 2}}),
+    "an unknown model": image("none"),
+    "no model": ("POST", "/v1/classify", {"content": JPEG}),
+    **{f"several labels{query}": image(f"labels{query}") for query in LABEL_QUERIES},
+    "a threshold without labels": image("tiny&threshold=0.5"),
+    "known": image("known"),
+    "not known": image("known", picture_bytes((20, 20, 20))),
+    "known, and an error": ("POST", "/v1/classify?model=known", FORM),
+    **{f"a map{query}": image(f"maps{query}") for query in MAP_QUERIES},
+    "maps of a form": ("POST", "/v1/classify?model=maps&explain=true", FORM),
+    "a model without maps": image("tiny&explain=true"),
+    "a model without gates": image("tiny&gates=true"),
+    "a tensor": tensors("maps", TENSOR),
+    "a tensor and its features": tensors("maps", TENSOR, "gates", "features"),
+    "a binary tensor": (
+        "POST",
+        "/v2/models/labels/infer",
+        {"content": HEAD + PIXELS.tobytes(), "headers": {"Inference-Header-Content-Length": str(len(HEAD))}},
+    ),
+    "an image in a tensor": tensors("known", BYTES),
+    "a damaged image in a tensor": tensors("known", BYTES | {"data": ["AAAA"]}),
+    "too many images": tensors("tiny", TENSOR | {"shape": [9, 32, 32, 3]}),
+    "an unknown output": tensors("tiny", TENSOR, "x"),
+    **{path: ("GET", path, {}) for path in PATHS},
+    "the models": ("POST", "/v2/repository/index", {}),
+    "no key": image("tiny", **{"X-Api-Key": ""}),
+    "a wrong key": image("tiny", **{"X-Api-Key": "x" * 43}),
+}
+HEADERS = ("content-type", "x-model-digest", "x-error-code", "retry-after", "www-authenticate", "connection")
+
+
+def shown(reply: httpx.Response) -> tuple[int, dict[str, str], Any]:
+    """Return status, headers and body of *reply*, without the id of its request."""
+    headers = {name: reply.headers[name] for name in HEADERS if name in reply.headers}
+    body = reply.json() if "json" in headers.get("content-type", "") else reply.text
+    if isinstance(body, dict):
+        body.pop("request_id", None)
+    return reply.status_code, headers, body
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_every_response_is_that_of_one_process(servers: Servers, case: str) -> None:
+    method, path, content = REQUESTS[case]
+    expected, found = (shown(client.request(method, path, **content)) for client in servers[:2])
+    assert found == expected
+    assert expected[0] < 500
+
+
+def test_models_are_loaded_rolled_back_and_unloaded_as_in_one_process(servers: Servers) -> None:
+    load, folders = "/v2/repository/models/swap/load", servers.folders
+    user = {"x-api-key": servers.keys["user"]}
+    steps: list[Sent] = [
+        ("POST", load, {"headers": user}),
+        ("POST", load, {"json": {"parameters": {"folder": folders[1]}}}),
+        image("swap"),
+        ("POST", "/v1/models/swap/rollback", {}),
+        image("swap"),
+        ("POST", "/v1/models/tiny/rollback", {}),
+        ("POST", load, {"json": {"parameters": {"folder": "../swap"}}}),
+        ("POST", "/v2/repository/models/none/load", {}),
+        ("POST", "/v2/repository/models/swap/unload", {}),
+        image("swap"),
+        ("GET", "/v2/models/swap/ready", {}),
+        ("POST", load, {"json": {"parameters": {"folder": folders[0]}}}),
+        image("swap"),
+    ]
+    answers = [[shown(client.request(*step[:2], **step[2])) for step in steps] for client in servers[:2]]
+    assert answers[1] == answers[0]
+    codes = [status for status, _, _ in answers[0]]
+    assert codes == [403, 200, 200, 200, 200, 409, 400, 400, 200, 404, 404, 200, 200]
+
+
+def test_images_during_a_swap_are_answered_by_one_of_the_two_bundles(servers: Servers) -> None:
+    load, (old, new) = "/v2/repository/models/swap/load", servers.folders
+    ended = threading.Event()
+    with ThreadPoolExecutor(8) as pool:
+
+        def ask() -> list[tuple[int, str]]:
+            found = []
+            while not ended.is_set():
+                reply = servers.several.post("/v1/classify?model=swap", content=JPEG)
+                found.append((reply.status_code, reply.headers.get("x-model-digest", "")))
+            return found
+
+        asking = [pool.submit(ask) for _ in range(8)]
+        digests = []
+        for folder in (new, old, new, old):
+            loaded = servers.several.post(load, json={"parameters": {"folder": folder}})
+            assert loaded.status_code == 200, loaded.text
+            replies = [servers.several.post("/v1/classify?model=swap", content=JPEG) for _ in range(8)]
+            assert len({reply.headers["x-model-digest"] for reply in replies}) == 1  # of both front ends
+            digests.append(replies[0].headers["x-model-digest"])
+        ended.set()
+        answers = [answer for one in asking for answer in one.result()]
+    assert digests[:2] == digests[2:]
+    assert digests[0] != digests[1]
+    assert set(answers) <= {(200, digest) for digest in digests}
+
+
+def test_a_rate_limit_counts_the_images_of_both_front_ends(servers: Servers) -> None:
+    key = {"x-api-key": servers.keys["limited"]}
+    for client in servers[:2]:
+        replies = [client.post("/v1/classify?model=tiny", content=JPEG, headers=key) for _ in range(7)]
+        remaining = [reply.headers["ratelimit-remaining"] for reply in replies]
+        assert [reply.status_code for reply in replies] == [200] * 5 + [429] * 2
+        assert remaining == ["4", "3", "2", "1", "0", "0", "0"]
+
+
+COUNTED = r"sopdeploy_(?:(?:requests|rejected|unknown_images)_total|batch_size_(?:sum|count))"
+SAMPLE = re.compile(rf"^({COUNTED}){{(.*)}} (\S+)$", re.M)
+
+
+def totals(page: str) -> Counter[tuple[str, frozenset[str]]]:
+    """Sum the counters in *page* over the processes."""
+    found: Counter[tuple[str, frozenset[str]]] = Counter()
+    for name, labels, value in SAMPLE.findall(page):
+        kept = frozenset(label for label in labels.split(",") if not label.startswith("process="))
+        if 'route="/metrics"' not in kept:
+            found[name, kept] += float(value)
+    return found
+
+
+COUNTED_REQUESTS = (
+    "a form",
+    "known",
+    "not known",
+    "no model",
+    "a map&explain=1&gates=1",
+    "a tensor",
+    "/info",
+)
+
+
+def test_sums_of_metrics_over_the_processes_are_those_of_one_process(servers: Servers) -> None:
+    changes = []
+    for client in servers[:2]:
+        before = totals(client.get("/metrics").text)
+        for name in COUNTED_REQUESTS:
+            method, path, content = REQUESTS[name]
+            client.request(method, path, **content)
+        pages = [client.get("/metrics").text, httpx.get(f"{client.health}/metrics").text]
+        assert totals(pages[0]) == totals(pages[1])
+        changes.append(totals(pages[0]) - before)
+        health = [httpx.get(f"{client.health}/{path}") for path in ("livez", "readyz")]
+        assert [reply.json() for reply in health] == [{"status": "ok"}] * 2
+    assert changes[0] == changes[1]
+    assert sum(changes[0].values()) > 15
+    assert set(re.findall(r'sopdeploy_connections{process="(\d)"}', pages[0])) == {"0", "1"}
