@@ -1,20 +1,21 @@
 """Soak test: a server under a mix of clients for minutes, checked for leaks and wrong responses.
 
-One `sopdeploy serve` with real bundles and ONNX Runtime on the CPU receives valid images of several sizes,
+`sopdeploy serve` with real bundles and ONNX Runtime on the CPU receives valid images of several sizes,
 alone, in forms, in JSON and in the Open Inference Protocol, invalid bodies, clients that disconnect, slow
 bodies and floods; its model is swapped every few seconds. Every `ROUND_SECONDS` all clients stop and the
 resources of the idle server are measured, because requests in progress change the memory by tens of MB.
 Limits: resident memory at rest grows by less than 1 MB per minute, no thread or descriptor remains, every
 response names its bundle and equals `sopdeploy predict` with that bundle, no 5xx. Exit code 1 if a limit is
-exceeded.
+exceeded. With several front ends, which are sandboxed, the resources are the sums over all processes.
 
-    python benchmarks/soak.py --seconds 300
+    python benchmarks/soak.py --seconds 300 --front-ends 2
 """
 
 import argparse
 import asyncio
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from typing import Any
 
 import httpx
 from measure import report
-from soak_accounts import Bound, Resources, Tally, bounds, read_resources, results
+from soak_accounts import Bound, Resources, Tally, bounds, read_all_resources, results
 from soak_clients import (
     Scenario,
     disconnecting,
@@ -49,6 +50,7 @@ from sopdeploy.client import Client
 ROUND_SECONDS = 15.0
 SETTLE_SECONDS = 20.0
 STEADY = 6  # consecutive equal counts, half a second apart
+BUSY = re.compile(r"^sopdeploy_queue_depth(?:{.*})? (?!0\.0$)", re.M)
 CLASSES = 100  # maximum number of compared classes
 
 
@@ -62,12 +64,13 @@ def main() -> int:
         "--bundles", type=Path, nargs=2, metavar="BUNDLE",
         help="two bundles with the same classes; default: networks trained on digits for one epoch",
     )  # fmt: skip
+    parser.add_argument("--front-ends", type=int, default=1, help="sandboxed if there are several")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     warm_up = min(60.0, arguments.seconds / 4) if arguments.warm_up is None else arguments.warm_up
     with tempfile.TemporaryDirectory() as name:
         bundles = arguments.bundles or [digits_bundle(Path(name), seed) for seed in (0, 1)]
-        tally, held, found = soak(bundles, Path(name), arguments.seconds, warm_up)
+        tally, held, found = soak(bundles, Path(name), arguments.seconds, warm_up, arguments.front_ends)
     if arguments.json:
         report(results(tally, held), as_json=True, seconds=arguments.seconds)
     else:
@@ -76,7 +79,7 @@ def main() -> int:
 
 
 def soak(
-    bundles: Sequence[Path], folder: Path, seconds: float, warm_up: float
+    bundles: Sequence[Path], folder: Path, seconds: float, warm_up: float, front_ends: int = 1
 ) -> tuple[Tally, list[Resources], list[Bound]]:
     """Run the soak test; return the responses, the resources of the server over time, and the limits."""
     bodies = valid_bodies()
@@ -84,7 +87,7 @@ def soak(
     classes = min(CLASSES, len(labels))
     expected = {digest(bundle): predicted(bundle, bodies, folder, classes) for bundle in bundles}
     copies = copy_twice(bundles, folder / "bundles")
-    with server(copies[0]) as (process, url):
+    with server(copies[0], front_ends) as (process, url):
         scenario = Scenario(
             url=url, bodies=bodies, expected=expected, tally=Tally(), classes=classes, labels=labels,
             folders=[copy.name for copy in copies],
@@ -148,14 +151,14 @@ def settled(pid: int, url: str) -> Resources:
     They are read from /proc, because a request would open another connection.
     """
     deadline = time.monotonic() + SETTLE_SECONDS
-    while "sopdeploy_queue_depth 0.0" not in httpx.get(f"{url}/metrics").text and time.monotonic() < deadline:
+    while BUSY.search(httpx.get(f"{url}/metrics").text) and time.monotonic() < deadline:
         time.sleep(0.5)
     counts: list[tuple[int, int]] = []
     while time.monotonic() < deadline and (len(counts) < STEADY or len(set(counts[-STEADY:])) > 1):
         time.sleep(0.5)
-        found = read_resources(pid)
+        found = read_all_resources(pid)
         counts.append((found.threads, found.descriptors))
-    return read_resources(pid)
+    return read_all_resources(pid)
 
 
 def predicted(
@@ -188,10 +191,12 @@ def sopdeploy(*arguments: str) -> str:
 
 
 @contextmanager
-def server(bundle: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Serve *bundle* in another process; yield the process and its URL."""
+def server(bundle: Path, front_ends: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Serve *bundle* in another process, or several; yield the first process and the URL."""
     command = [sys.executable, "-m", "sopdeploy", "serve", f"{NAME}={bundle}", "--port", "0"]
     options = ["--queue-size", "64", "--threads", "1", "--model-control"]
+    if front_ends > 1:
+        options += ["--front-ends", str(front_ends), "--set", "sandbox=required"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""

@@ -1,4 +1,4 @@
-"""Bookkeeping of the soak test: resources of the server process, responses, and limits."""
+"""Bookkeeping of the soak test: resources of the server's processes, responses, and limits."""
 
 import statistics
 import time
@@ -21,7 +21,7 @@ KEPT = 20
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Resources of a process at *moment*: resident bytes, threads, open descriptors."""
+    """Resources of processes at *moment*: resident bytes, threads, open descriptors."""
 
     moment: float
     resident: int
@@ -30,7 +30,7 @@ class Resources:
 
 
 def read_resources(pid: int) -> Resources:
-    """Read the resources of the process *pid*."""
+    """Read the resources of the process *pid*, without its children."""
     folder = Path(f"/proc/{pid}")
     lines = (folder / "status").read_text(encoding="utf-8").splitlines()
     status = dict(line.split(":", 1) for line in lines if ":" in line)
@@ -39,6 +39,19 @@ def read_resources(pid: int) -> Resources:
         resident=int(status["VmRSS"].split()[0]) * 1024,
         threads=int(status["Threads"]),
         descriptors=len(list((folder / "fd").iterdir())),
+    )
+
+
+def read_all_resources(pid: int) -> Resources:
+    """Sum the resources of the process *pid* and its children; shared memory counts once for each."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(part) for file in files for part in file.read_text().split()]
+    found = [read_resources(process) for process in (pid, *children)]
+    return Resources(
+        moment=found[0].moment,
+        resident=sum(one.resident for one in found),
+        threads=sum(one.threads for one in found),
+        descriptors=sum(one.descriptors for one in found),
     )
 
 

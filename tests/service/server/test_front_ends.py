@@ -8,6 +8,7 @@ import base64
 import json
 import random
 import re
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import front_end_failures
 import httpx
 import numpy as np
 import pytest
@@ -25,8 +27,10 @@ from sopdeploy_service.http.api_keys import new_key
 from tests.attacks.test_bad_images import SEEDS
 from tests.service.api import test_warnings
 from tests.service.bundle_with_maps import write_bundle_with_maps
-from tests.service.children import FRONT_ENDS, ONE_PROCESS, WAYS, ServerClient, serving
+from tests.service.children import FRONT_ENDS, ONE_PROCESS, START_SECONDS, WAYS, ServerClient, serving
 from tests.service.conftest import picture_bytes, write_bundle
+from tests.service.raw import GET, connect, post_of, read
+from tests.service.server import gated_engine
 
 
 class Servers(NamedTuple):
@@ -269,3 +273,45 @@ def test_sums_of_metrics_over_the_processes_are_those_of_one_process(servers: Se
     assert changes[0] == changes[1]
     assert sum(changes[0].values()) > 15
     assert set(re.findall(r'sopdeploy_connections{process="(\d)"}', pages[0])) == {"0", "1"}
+
+
+def test_a_drain_completes_the_requests_of_both_front_ends(bundle_path, tmp_path, monkeypatch, until) -> None:
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("GATE", str(gate))
+    options = (*WAYS[FRONT_ENDS], "--set", "engine_timeout_seconds=60", "--set", "drain_seconds=60")
+    with (
+        serving(str(bundle_path), *options, program=gated_engine.SERVE) as client,
+        ExitStack() as stack,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        late = [stack.enter_context(connect(client)) for _ in range(8)]
+        for wire in late:
+            wire.sendall(GET + b"\r\n")
+            assert read(wire, to_the_end=False).status == 200
+        sent = [pool.submit(client.post, "/v1/classify", content=JPEG) for _ in range(16)]
+        depth = r"^sopdeploy_queue_depth{.*} (\S+)"
+        page = f"{client.health}/metrics"
+        until(lambda: sum(map(float, re.findall(depth, httpx.get(page).text, re.M))) == 16)
+        client.child.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{client.health}/readyz").status_code == 503)
+        for wire in late:
+            wire.sendall(post_of(JPEG))
+            reply = read(wire)
+            assert (reply.status, reply.code) == (503, "draining")
+        gate.touch()
+        assert [reply.result().status_code for reply in sent] == [200] * 16
+        assert client.child.wait(START_SECONDS) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_and_stopped_processes_lose_and_delay_no_more_than_they_may() -> None:
+    found = {result.case: result for result in front_end_failures.measure(rounds=50, engine_rounds=3)}
+    limits = [result for result in found.values() if result.against == "limit"]
+    assert [result for result in limits if result.ours > result.other] == []
+    assert len(limits) == 3
+    counts = [result for result in found.values() if result.unit in {"", "requests", "connections"}]
+    assert {result.case: result.ours for result in counts if result.ours > 0} == {}
+    assert len(counts) == 9
+    assert found["front end killed: growth of the engine's memory"].ours < 20
+    assert found["front end killed: growth of the supervisor's memory"].ours < 5

@@ -1,6 +1,8 @@
 """The soak benchmark: its accounting, and a run of eight seconds."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 
 import pytest
 import soak
-from soak_accounts import KEPT, Resources, Tally, bounds, mb_per_minute, read_resources
+from soak_accounts import KEPT, Resources, Tally, bounds, mb_per_minute, read_all_resources, read_resources
 from soak_clients import Scenario
 
 from sopdeploy.client import ClassProbability
@@ -113,6 +115,10 @@ def test_the_resources_of_a_process_are_measured() -> None:
     assert after.descriptors == before.descriptors + 1
     assert after.threads >= 1
     assert after.resident > 1e6
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        both = read_all_resources(os.getpid())
+        assert both.resident > after.resident
+        child.kill()
 
 
 def test_a_response_of_an_unknown_bundle_fails_the_soak() -> None:
@@ -125,11 +131,12 @@ def test_a_response_of_an_unknown_bundle_fails_the_soak() -> None:
 
 
 @pytest.mark.slow  # needs an idle machine
+@pytest.mark.parametrize("front_ends", [1, 2])
 def test_eight_seconds_of_soak_meet_every_bound(
-    bundle_path: Path, make_bundle: Callable[..., Path], tmp_path: Path
+    bundle_path: Path, make_bundle: Callable[..., Path], tmp_path: Path, front_ends: int
 ) -> None:
     bundles = [bundle_path, make_bundle(tmp_path / "other", seed=1)]
-    tally, samples, found = soak.soak(bundles, tmp_path, seconds=8, warm_up=4)
+    tally, samples, found = soak.soak(bundles, tmp_path, seconds=8, warm_up=4, front_ends=front_ends)
     assert [bound for bound in found if bound.held is False] == [], tally.failures
     kinds = {kind for kind, _ in tally.outcomes}
     assert {"single", "form", "bad", "left", "slow", "json", "v2", "swap", "/readyz"} <= kinds

@@ -1,0 +1,95 @@
+"""Two devices behind one port: how requests are distributed, and the latency against a single device.
+
+    python benchmarks/two_devices.py --json
+
+`sopdeploy serve --devices cpu,cpu` with simulated runtimes (20 + 2 n ms for n images, at most 8) that use no
+CPU time gets requests over keep-alive connections, in consecutive runs without a restart. Alternately, a
+server with one device gets half as many connections.
+
+- `smallest share`: of the device with fewer requests, in the worst of all runs. Limit: a third.
+- `p99`: median of the runs, against the single device. Limit: 1.5 times.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import cast
+
+from measure import Result, report
+from serving_alone import write_images
+from simulated_server import HERE, Server, running
+
+BATCH = "20,2,8"
+METRIC = "sopdeploy_requests_total"
+
+
+def load(server: Server, folder: Path, connections: int, seconds: float) -> dict[str, float]:
+    """Put load on *server*; return what `load.py` prints."""
+    command = [sys.executable, str(HERE / "load.py"), f"{server.url}/v1/classify", str(folder)]
+    command += ["--connections", str(connections), "--seconds", str(seconds)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return cast(dict[str, float], json.loads(done.stdout))
+
+
+def share(server: Server, folder: Path, connections: int, seconds: float) -> tuple[float, float]:
+    """Return the smallest share of a device in the requests of one run, and the p99 in ms."""
+    before = server.samples(METRIC, "device")
+    found = load(server, folder, connections, seconds)
+    after = server.samples(METRIC, "device")
+    counts = [after[device] - before.get(device, 0.0) for device in after]
+    return min(counts) / sum(counts) if len(counts) == 2 else 0.0, found["p99_ms"]
+
+
+def measure(connections: int, runs: int, seconds: float, folder: Path) -> list[Result]:
+    """Measure *runs* consecutive runs with so many *connections*."""
+    shares, ours, other = [], [], []
+    with running({"devices": "cpu,cpu"}, BATCH) as two, running({"devices": "cpu"}, BATCH) as one:
+        for _ in range(runs):
+            smallest, p99 = share(two, folder, connections, seconds)
+            shares.append(smallest)
+            ours.append(p99)
+            other.append(load(one, folder, connections // 2, seconds)["p99_ms"])
+    return [
+        Result(
+            case=f"smallest share of a device, {connections} connections",
+            against="limit",
+            ours=min(shares),
+            other=1 / 3,
+            unit="",
+            runs=runs,
+        ),
+        Result(
+            case=f"p99, {connections} connections",
+            against=f"1 device, {connections // 2} connections",
+            ours=statistics.median(ours),
+            other=statistics.median(other),
+            unit="ms",
+            runs=runs,
+        ),
+    ]
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--runs", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    arguments = parser.parse_args()
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_images(Path(name), count=2)
+        for connections in (8, 32, 96):
+            results += measure(connections, arguments.runs, arguments.seconds, folder)
+    report(results, as_json=arguments.json, load=os.getloadavg()[0])
+
+
+if __name__ == "__main__":
+    main()
