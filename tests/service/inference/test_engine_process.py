@@ -419,3 +419,50 @@ def test_an_engine_process_imports_no_server_no_event_loop_and_no_image_library(
         check=True,
     )
     assert done.stdout == "[]\n"
+
+
+# Side of the images, floats of the outputs, largest of `max_images` and batch -> slots, MB of a front end.
+SIZES: dict[str, tuple[int, int, int, int, float]] = {
+    "32 pixels": (32, 10, 32, 256, 1.1),
+    "224 pixels": (224, 1000, 32, 256, 38.8),
+    "299 pixels": (299, 1000, 32, 144, 39.0),
+    "384 pixels": (384, 1000, 32, 88, 38.9),
+    "512 pixels": (512, 1000, 32, 49, 38.5),
+    "512 pixels and batches of 64": (512, 1000, 64, 64, 50.3),
+    "1024 pixels": (1024, 1000, 32, 32, 100.7),
+    "100,000 classes": (224, 100_000, 32, 97, 39.0),
+    "the features of ResNet-50": (224, 1000 + 2048 * 7 * 7, 32, 96, 38.9),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_a_front_end_gets_39_mb_of_slots_or_as_many_as_a_request_and_a_batch_need(case: str) -> None:
+    side, floats, smallest, count, megabytes = SIZES[case]
+    slots = Slots.create(slot_bytes((side, side, 3), [(None, floats)]), smallest)
+    size = os.fstat(slots.file).st_size
+    assert (slots.count, round(size / 1e6, 1)) == (count, megabytes)
+    assert size <= 39_000_000 or count == smallest
+    slots.close()
+
+
+def test_outputs_larger_than_the_image_return_through_the_slot(group, bundle) -> None:
+    logits = bundle.manifest.outputs[0].model_copy(update={"shape": (None, 100_000)})
+    manifest = bundle.manifest.model_copy(update={"outputs": (logits,)})
+    many = replace(bundle, manifest=manifest, labels=tuple(map(str, range(100_000))))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    requests = [
+        {
+            "inputs": [
+                {"name": "images", "datatype": "UINT8", "shape": part.shape, "data": part.ravel().tolist()}
+            ]
+        }
+        for part in (pixels[:1], pixels[:3])
+    ]
+    runtime = FakeRuntime(classes=100_000)
+    with front_end(group(runtime, many), bundle) as remote, running(runtime, many, Settings()) as local:
+        assert remote.engine.num_free == 97
+        for request in requests:
+            found, expected = (
+                client.post("/v2/models/tiny/infer", json=request) for client in (remote, local)
+            )
+            assert (found.status_code, found.content) == (200, expected.content)
