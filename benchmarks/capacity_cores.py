@@ -21,7 +21,7 @@ CORES_PER_FRONT_END, MOST_FRONT_ENDS = 4, 8  # `front_ends = auto`
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Input:
-    """What clients send: CPU milliseconds of decoding, of it with the lock, and of the event loop."""
+    """CPU milliseconds per image of one kind: decoding, its part with the lock, and the event loop."""
 
     name: str
     decode_ms: float

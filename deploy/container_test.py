@@ -113,7 +113,7 @@ def check_image(builder: Builder, target: str) -> None:
 
 
 def check_without_gpu(builder: Builder, bundles: Path, port: int) -> None:
-    """Start the GPU image where there is no GPU: it must end with one line, and lack the driver only."""
+    """Start the GPU image without a GPU: it must end with one line, and only the driver may be missing."""
     builder.start(bundles, {"SOPDEPLOY_PORT": str(port)})
     code = builder.wait()
     lines = [line for line in builder.logs().splitlines() if line.startswith("error")]

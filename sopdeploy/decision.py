@@ -1,4 +1,4 @@
-"""How logits become a decision: activation, calibration, rejection of unknown images.
+"""The rules that turn logits into classes: activation, calibration, rejection of unknown images.
 
 Stored in the checkpoint and in the bundle. The export divides the last layer by the temperature, so logits of
 a bundle are calibrated already, and thresholds refer to them. Does not import torch.
@@ -135,7 +135,7 @@ class Decision(StrictModel):
         return 1.0 if self.calibration is None else self.calibration.temperature
 
     def problem_with(self, classes: int) -> str | None:
-        """Describe what does not fit to a network with *classes* classes."""
+        """Describe a part whose length does not match *classes*; None if all match."""
         if self.thresholds is not None and len(self.thresholds) != classes:
             return f"{len(self.thresholds)} thresholds for {classes}"
         if self.reference is not None and len(self.reference.classes) != classes:

@@ -77,7 +77,7 @@ class DSoPTextureNet(DSoP, TextureNet):
     config: DSoPTextureNetConfig
 
     def paper_branches(self) -> PaperBranches:
-        """Return what suits the textures; no paper knows them."""
+        """Return the branches for the texture network, which no paper describes."""
         return PaperBranches(blocks=(1, 1), widths=(32, 32), weights=(1.0, 1.0), strides=(1, 1))
 
 

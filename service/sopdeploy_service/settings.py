@@ -204,7 +204,7 @@ class Settings(BaseSettings):
 
 
 def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
-    """Load settings from *given* (None: not given), the environment, the TOML *file* and the defaults.
+    """Load settings from *given* (None is ignored), the environment, the TOML *file* and the defaults.
 
     Raises `ConfigError` for a missing or malformed file, and for the first unknown or invalid setting.
     """

@@ -34,7 +34,7 @@ class Expert(Response):
 
 
 class ClassMap(Response):
-    """What each position of the image adds to the logit of the class `label`.
+    """Class activation map: the amount that each position of the image adds to the logit of `label`.
 
     `values` (h rows of w) are in units of logits; their mean plus `bias` is the logit. They divide `box`, the
     (left, top, right, bottom) of the upright image of `image_size` that the network sees, into equal cells.
@@ -48,7 +48,7 @@ class ClassMap(Response):
 
 
 class Problem(Response):
-    """Why an image was not classified: stable `code`, HTTP `status`, readable `detail`."""
+    """The reason why an image was not classified: stable `code`, HTTP `status`, readable `detail`."""
 
     code: str
     status: int

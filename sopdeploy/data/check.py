@@ -66,8 +66,8 @@ class DataReport(StrictModel):
     """Result of a check.
 
     Sides are (minimum, median, maximum) in pixels. `classes` names the folders that a training run would
-    reject: those without images, and held-out ones that are not those of training. `strange` lists readable
-    but unusual files by reason, `passed_over` counts the files without an image suffix.
+    reject: those without images, and held-out classes that differ from the training classes. `strange` lists
+    readable but unusual files by reason, `passed_over` counts the files without an image suffix.
     """
 
     path: Path
@@ -177,7 +177,7 @@ def _open_parts(path: Path, options: OpenOptions) -> dict[str, ImageFiles]:
 
 
 def _class_problems(parts: dict[str, ImageFiles]) -> Iterator[str]:
-    """Describe empty class folders, and held-out classes that are not those of training."""
+    """Describe empty class folders, and held-out classes that differ from the training classes."""
     for name, images in parts.items():
         if images.targets.ndim == 2:
             continue

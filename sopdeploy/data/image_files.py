@@ -150,7 +150,7 @@ def find_unreadable(images: ImageFiles) -> dict[int, str]:
 
 
 def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataError:
-    """Build an error that names every unreadable image of *parts*; *first* if there is at most one."""
+    """Build an error that names every unreadable image of *parts*; return *first* for at most one image."""
     errors = [
         error for part in parts if isinstance(part, ImageFiles) for error in find_unreadable(part).values()
     ]

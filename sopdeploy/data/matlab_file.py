@@ -101,7 +101,7 @@ def _matrix_name(matrix: memoryview, order: str) -> str:
 
 
 def _check_matrix(variable: memoryview, order: str) -> None:
-    """Check that each nested matrix holds what its header declares, and that the whole keeps the limits."""
+    """Check that nested matrices match their headers, and that depth and number of parts keep the limits."""
     stack = [(variable, 0)]
     parts = 0
     while stack:

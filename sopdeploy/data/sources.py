@@ -42,7 +42,7 @@ DataConfig = Annotated[
 
 
 def open_data(config: DataConfig, log: Log = lambda _line: None) -> Split:
-    """Open the training and held-out images of *config*, or those of its subset of classes.
+    """Open the training and held-out images of *config*, restricted to its subset of classes if it has one.
 
     Slow steps and skipped files are reported to *log*. Raises `ConfigError` if no path is set and `DataError`
     if the data cannot be used.

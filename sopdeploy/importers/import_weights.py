@@ -40,7 +40,7 @@ MAX_LABEL_BYTES = 1 << 22
 
 
 class ImportOptions(StrictModel):
-    """What the file does not tell: config values, class names, other input sizes."""
+    """Options for values that a weight file does not contain: config, class names, input size."""
 
     settings: dict[str, Any] = pydantic.Field(default_factory=dict)
     labels: Path | None = None

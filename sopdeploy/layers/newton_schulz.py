@@ -24,7 +24,7 @@ Prenorm = Literal["trace", "frobenius"]
 
 
 class NewtonSchulzConfig(StrictModel):
-    """How the square root of a covariance is computed.
+    """Options of the matrix square root of a covariance.
 
     Attributes:
         iterations: N. The papers and fast-MPN-COV use 5, the released GSoP-Net2 and GM-SOP 3.

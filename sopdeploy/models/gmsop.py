@@ -116,8 +116,8 @@ class GMSOP(Classifier, GatedResNet):
     """`GatedResNet` with its training-only parts.
 
     Attributes:
-        step_load: The gate's weights (N,), summed over all images of the step, where a batch is only a piece
-            of it; `None` where the batch is the step.
+        step_load: The gate's weights (N,), summed over all images of the step, if the step has several
+            micro-batches; otherwise `None`.
     """
 
     training_only = ("gate.noise",)

@@ -1,4 +1,4 @@
-"""What a reproduction runs: the recipe of every row, its counts and its estimated time."""
+"""The plan of a reproduction: for every row its recipe, its counts and its estimated time."""
 
 import shlex
 from pathlib import Path

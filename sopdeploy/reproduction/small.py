@@ -102,7 +102,7 @@ def statement(table: PrintedTable, scale: Literal["paper", "small"]) -> str:
 
 
 def small_data(out: Path, data: Path | None) -> Path:
-    """Return the folder in *out* of the few images that are taken from *data*."""
+    """Take a few images from *data*, once, and return their folder in *out*."""
     return out.absolute() / IMAGES / (data.resolve().name if data is not None else "digits")
 
 

@@ -42,11 +42,11 @@ DATA_SETS = {
 class PrintedRow(StrictModel):
     """One line of a table: what is printed, and how it is trained.
 
-    Errors (`top1`, `top5`) are percentages; `heads` has those of the branch of each stage. `params` and
-    `gflops` are those of the deployed network in millions and billions, `train_params` and `train_gflops`
-    those in training; with `times` they are multiples of ResNet-50's. `dim` is the length of the vector that
-    is classified. `facts` are other printed figures by name; those of a network are in `facts.py`, those of a
-    timed `layer` in `layer_times.py`. None stands for a figure that is not printed.
+    Errors (`top1`, `top5`) are percentages; `heads` has the errors of the branch of each stage. `params` and
+    `gflops` describe the deployed network in millions and billions, `train_params` and `train_gflops` the
+    network in training; with `times` they are multiples of ResNet-50's. `dim` is the length of the vector
+    that is classified. `facts` are other printed figures by name: `facts.py` counts the facts of a network,
+    `layer_times.py` measures those of a timed `layer`. None stands for a figure that is not printed.
 
     `set` are changes to the table's recipe, as for `sopdeploy train --set`; `counted` changes the network for
     the comparison of counts only; `small` are further changes at the small scale. `needs` maps a key of the
@@ -130,7 +130,7 @@ class PrintedTable(StrictModel):
         return row.recipe or self.recipe, (*self.set, *row.set)
 
     def select(self, names: str | None) -> tuple[PrintedRow, ...]:
-        """Select the rows of *names*, ids separated by commas, and those that they need; None selects all.
+        """Select the rows *names*, ids separated by commas, and the rows that they need; None selects all.
 
         Raises `ConfigError` for an unknown id.
         """

@@ -78,7 +78,7 @@ class Position(StrictModel):
 class Run:
     """A run in progress; `network` is `model` or its compiled form.
 
-    `name` is that of the network in the catalog. `exported_weights` are those that a checkpoint exports:
+    `name` is the catalog name of the network. `exported_weights` are the weights for export in a checkpoint:
     `raw` or `average`. `few_shot` is the record of the few-shot procedure, `out_of_fold` (images, classes)
     the logits on which its estimate is based, and `decision` what was fitted to them.
     """

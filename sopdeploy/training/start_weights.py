@@ -36,7 +36,7 @@ CLASSIFIER_PARTS = {"fc", "classifier", "linear", "head"}  # their names in weig
 
 
 class StartReport(StrictModel):
-    """What a run started from; part of its checkpoints.
+    """The weights that a run started from; part of its checkpoints.
 
     `loaded` counts tensors. `new` lists the parts of the network with random weights, `unused` the parts of
     the file that the network does not have.

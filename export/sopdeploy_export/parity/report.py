@@ -101,7 +101,7 @@ class OutputParity(StrictModel):
 
 
 class RoutingParity(StrictModel):
-    """How the gate of the file routed the images, compared with the float64 network.
+    """Comparison of the routes that the gate of the file chose with those of the float64 network.
 
     An image is `unsteady` if its margin between the K-th and the next gate logit is at most twice
     `tolerance`, the allowed drift of these logits. Other components for an unsteady image are a flip; for a

@@ -79,7 +79,7 @@ class PartPrecision(StrictModel):
 
 
 class Quantization(StrictModel):
-    """How int8 was produced and what it costs.
+    """The quantization to int8: method, calibration data and accuracy cost per layer.
 
     Attributes:
         runtime: The runtime that the graph is quantized for.

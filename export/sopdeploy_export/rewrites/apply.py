@@ -59,7 +59,7 @@ RULES: dict[str, Rule] = {
 
 
 class LoweringOptions(NamedTuple):
-    """How a network is rewritten.
+    """Options of the rewrite before the conversion to ONNX.
 
     Attributes:
         rules: Apply the rewrite rules; otherwise write the papers' formulas.

@@ -32,7 +32,7 @@ DEPTH = 4  # of lists and dicts in attributes whose changes are found
 
 
 class Usage(NamedTuple):
-    """Which tensors of a network its output depends on."""
+    """The tensors of a network that its output depends on, and the others."""
 
     used: frozenset[str]
     unused: frozenset[str]
@@ -303,7 +303,7 @@ def _attributes(network: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _freeze(value: Any, depth: int) -> Any:
-    """Describe *value* so that a change of it, or inside of it, gives another description."""
+    """Convert *value* to a comparable form that differs after any change of the value or its contents."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):

@@ -17,7 +17,7 @@ AVERAGING_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 
 
 class LoadedWeights(NamedTuple):
-    """What was loaded: the hash of the file, the table, and what was removed from the names."""
+    """Result of loading: the hash of the file, the chosen table, and prefixes removed from names."""
 
     sha256: str
     table: str

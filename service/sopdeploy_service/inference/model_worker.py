@@ -57,7 +57,7 @@ Row = dict[str, NDArray[np.float32]] | Rejection
 
 
 class EventLoop(Protocol):
-    """What the worker thread uses of an event loop."""
+    """The part of an event loop's interface that the worker thread uses."""
 
     def call_soon_threadsafe(self, callback: Callable[..., None], /, *values: Any) -> object:
         """Run *callback* with *values* in the thread of the loop."""
@@ -234,7 +234,7 @@ class ModelWorker:
         self.started: float | None = None  # when the oldest batch got the device to itself
 
     def run(self, loop: EventLoop, on_end: Callable[[], None]) -> None:
-        """Run batches; call *on_end* on *loop* at the end, for whatever reason. Call it in a thread."""
+        """Run batches until the queue is closed or the thread fails, then call *on_end* on *loop*."""
         try:
             while True:
                 if self._limit < self._max_batch and time.monotonic() >= self._limited_until:
@@ -283,7 +283,8 @@ class ModelWorker:
     def _check_device(self) -> None:
         """Run a blank image after too many failed batches; raise `DeviceLostError` if it fails too.
 
-        This finds a lost device whatever its error is called, and keeps serving if the images were the cause.
+        This detects a lost device even if its error is unknown; if images caused the errors, the server goes
+        on.
         """
         self.started = time.monotonic()
         try:

@@ -119,7 +119,7 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Why an image, or a whole request, gets no prediction; *retry_after* is in seconds."""
+    """The reason why an image or a whole request gets no prediction; *retry_after* is in seconds."""
 
     code: str
     status: int

@@ -1,8 +1,8 @@
 """Everything behind the HTTP layer: admission, decoder threads and the model registry.
 
-An image is admitted or rejected, decoded in a thread, queued at its model, and gets its outcome from whatever
-settles it first: the decoder that finds it bad, the model worker, or the deadline. A bad image never shares a
-batch with the images of other requests.
+An image is admitted or rejected, decoded in a thread, and queued at its model. The decoder sets the outcome
+of an invalid image, otherwise the model worker does, or the deadline if it is earlier. An invalid image never
+shares a batch with the images of other requests.
 """
 
 import asyncio

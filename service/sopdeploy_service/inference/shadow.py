@@ -116,7 +116,7 @@ class Shadow:
         images: Sequence[EncodedImage] | NDArray[np.uint8],
         outcomes: Sequence[Outcome],
     ) -> None:
-        """Let the *images* of a request wait that *model* predicted; drop those that do not fit.
+        """Queue the *images* of a request that *model* has predicted; drop images beyond `MAX_WAITING`.
 
         *items* have the decoded pixels. Images that the live model rejects are not compared.
         """
@@ -135,7 +135,7 @@ class Shadow:
             self._waiting_bytes += size
 
     def advance(self) -> None:
-        """Begin the next image if the live model is idle; call it whenever that may have changed."""
+        """Begin the next image if the live model is idle; call it after every event that can make it idle."""
         if self._running is not None or not self._waiting or self._ended or not self._is_idle():
             return
         entry = self._waiting.popleft()

@@ -28,7 +28,7 @@ SCRAPE_SECONDS = 2.0  # a worker that takes longer counts as down
 
 
 class Metrics:
-    """Every metric of one server; labels have few values, whatever clients send."""
+    """Every metric of one server; clients cannot add values of labels."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -207,7 +207,7 @@ class ShadowMetrics:
         self._images[result].inc()
 
     def observe(self, *, live: float, shadow: float) -> None:
-        """Record the seconds of the batches in which an image ran."""
+        """Record the seconds of the batches of one image, at the live model and at the shadow."""
         self._live.observe(live)
         self._shadow.observe(shadow)
 
@@ -238,7 +238,7 @@ async def get(connect: Connect, path: str, headers: Mapping[str, str]) -> str | 
 
 
 def merge(pages: Mapping[str, str | None]) -> bytes:
-    """Merge *pages* of metrics by process (None: it is down); add labels and `sopdeploy_worker_up`.
+    """Merge the metrics *pages* of processes, None if it is down; add labels and `sopdeploy_worker_up`.
 
     The process of a device has the label `device`. A front end is called `DEVICE:NUMBER`; its label `process`
     has the number, and without devices there is no label `device`.

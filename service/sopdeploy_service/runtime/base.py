@@ -139,7 +139,7 @@ def translate_errors() -> Iterator[None]:
 
 
 def classify_error(message: str) -> DeviceLostError | OutOfMemoryError | None:
-    """Convert an error *message*; None unless device or memory is lost."""
+    """Convert an error *message* to `DeviceLostError` or `OutOfMemoryError`; None for other errors."""
     found, lower = ERROR_CODE.search(message), message.lower()
     code = int(found[1]) if found else None
     for error in (*STICKY_ERRORS, MEMORY_ERROR):

@@ -14,7 +14,7 @@ STRIDE = 16  # between the pixels that count, so that the outputs cost next to n
 
 
 class FakeRuntime:
-    """Logits are the mean red, green and blue on a grid, repeated over the classes."""
+    """A runtime whose logits are the mean red, green and blue of an image, repeated over the classes."""
 
     name = "fake"
 

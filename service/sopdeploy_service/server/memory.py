@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 IDLE_SECONDS = 1.0
 MIB = 1 << 20
-# (environment variable that overrides us, mallopt parameter number of malloc.h, value). A lower mmap
+# (environment variable that takes precedence, mallopt parameter number of malloc.h, value). A lower mmap
 # threshold would cost 5 to 8 % of the CPU time of an image; `IdleTrigger` returns those blocks instead.
 MALLOPT = (
     ("MALLOC_ARENA_MAX", -8, 2),  # heaps
@@ -45,7 +45,7 @@ def trim_heaps() -> None:
 
 @dataclass
 class IdleTrigger:
-    """Calls `callback` once after each `IDLE_SECONDS` without requests; None: trim heaps in a thread."""
+    """Calls `callback`, by default `trim_heaps` in a thread, after each `IDLE_SECONDS` without requests."""
 
     callback: Callable[[], object] | None = None
     _last_busy: float | None = None  # None after the callback was called

@@ -59,9 +59,10 @@ log = logging.getLogger("sopdeploy.server")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inherited:
-    """What a process gets from its supervisor: the socket to listen on and its place among other processes.
+    """Sockets and shared memory that a process inherits from its supervisor.
 
-    *siblings* are the places of all processes by name, *inbox* receives connections from them. A front end
+    *listener* is the socket to listen on. *siblings* are the places of all processes by name, *inbox*
+    receives connections from them. A front end
     has a *broker*; all processes share *spending*.
     """
 

@@ -99,9 +99,10 @@ def balance_loss(weights_BN: Tensor, alpha: float, step_load_N: Tensor | None = 
     batch and then divides every gradient by its size: with a mean cross entropy Eq. (4) has the weight
     alpha / S, 0.39 for the paper's 100 and 256.
 
-    Where a step is computed in pieces, *step_load_N* is the sum over all of them and all ranks, and
-    *weights_BN* those of one piece on one rank. The result is then the tangent of Eq. (4) at that sum: the
-    average over pieces and ranks, weighted by images, has the value and the gradient of the whole step.
+    Where a step has several micro-batches, *step_load_N* is the sum over all micro-batches and ranks, and
+    *weights_BN* are the weights of one micro-batch on one rank. The result is then the tangent of Eq. (4) at
+    that sum: the average over micro-batches and ranks, weighted by images, has the value and the gradient of
+    the whole step.
     """
     if step_load_N is not None:
         images, mean = step_load_N.sum(), step_load_N.mean()  # the weights of an image have the sum 1

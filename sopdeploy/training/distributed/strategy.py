@@ -1,4 +1,4 @@
-"""Where and how a run computes; the training loop uses only this interface.
+"""The devices and processes of a run, as an interface for the training loop.
 
 `SingleProcess` is one process on one device, `DataParallel` one of several processes, each of which computes
 a shard of every batch. A data-parallel step equals that of one process with the whole batch: gradients are

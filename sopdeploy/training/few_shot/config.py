@@ -115,7 +115,7 @@ class CandidateResult(StrictModel):
 
 
 class FewShotResult(StrictModel):
-    """What the procedure found.
+    """Result of the few-shot procedure.
 
     Attributes:
         top1: Accuracy with its 95 % interval (Wilson); `None` with several classes per image.

@@ -95,7 +95,7 @@ def shortcoming(targets: Targets, candidate_NC: Array, first_NC: Array, images: 
 
 
 def choose(targets: Targets, candidates: Sequence[Array], images: Indices) -> int:
-    """Choose among the logits (N, C) of *candidates* by those of *images*.
+    """Choose a candidate by its logits (N, C) on *images*; return its position in *candidates*.
 
     Returns the candidate with the smallest loss among those that beat the first one, otherwise the first.
     """

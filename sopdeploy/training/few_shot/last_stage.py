@@ -66,8 +66,8 @@ class StageData:
 class LastStageTrainer:
     """Train a copy of *tail* on the images *fitted* (indices), starting from *head*, epoch by epoch.
 
-    A view of each image is drawn per epoch. The loss is the weighted sum of those of all heads, as in the
-    training loop. Random numbers are functions of (seed, epoch).
+    A view of each image is drawn per epoch. The loss is the weighted sum of the losses of all heads, as in
+    the training loop. Random numbers are functions of (seed, epoch).
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class Tail:
     Attributes:
         name: What is trained.
         network: The whole network.
-        model: The cut copy; its heads are those of the losses.
+        model: The cut copy, with the heads whose losses are trained.
         new: Dotted names of the parts without pretrained weights.
         scale: Factor on the input of the classifier, compared with the network that the head was fitted to.
         catalog: Name of the network in the catalog, if it is not that of the recipe.
@@ -95,7 +95,7 @@ def cut_before_last_stage(
 
 
 def _copy_with_branches(model: Classifier, stage: str | None) -> Classifier:
-    """Copy *model* with those of its branches, if it has any, that read *stage*."""
+    """Copy *model* with only the branches that read *stage*, if it has any."""
     branches = model._modules.pop("branches", None)  # they are several times as large as the network
     try:
         copied = copy.deepcopy(model)

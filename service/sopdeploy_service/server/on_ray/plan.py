@@ -1,4 +1,4 @@
-"""Ray Serve configuration from our settings and bundles, without importing Ray.
+"""Build a Ray Serve configuration from settings and bundles, without importing Ray.
 
 Ray scales and routes, the replicas batch. So a replica gets far more requests than fit into one batch, and
 Ray starts another one if more requests wait than that.
@@ -50,7 +50,7 @@ class Scale(StrictModel):
 
 
 class UserConfig(StrictModel):
-    """What can change while the replicas run: bundle paths by name, valid on every machine."""
+    """Configuration that may change while replicas run: bundle paths by name, valid on all machines."""
 
     bundles: Annotated[dict[str, Path], pydantic.Field(min_length=1)]
 
