@@ -105,7 +105,7 @@ EXAMPLES = {
     "LoweringError": "the network fixes the batch size to 8; it must accept any size from 1",
     "ParityError": "probes: output 'logits' deviates by 0.021, the bound is 0.00011; this runtime does not "
     "compute the exported network",
-    "BundleError": "bundles/x: no manifest.json; is this a bundle that `sopdeploy export` wrote?",
+    "BundleError": "bundles/x: no manifest.json; was this folder written by `sopdeploy export`?",
     "EngineError": "TensorRT 11.1.0 cannot read the graph: node 12 (Det determinant): no importer",
     "RuntimeUnavailableError": 'TensorRT is not installed; run: pip install "sopdeploy[tensorrt]"',
     "StorageError": "a file: cannot be read or written (No space left on device); free disk space, or choose "
