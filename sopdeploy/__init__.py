@@ -1,18 +1,19 @@
 """Train image classifiers on folders of images, export them with a proof, serve them over HTTP.
 
-`train`, `evaluate`, `calibrate`, `export`, `predict` and `serve` do what the commands of the same names do,
-with the same defaults. `export_network` exports any PyTorch classifier, `unused_modules` lists the parts that
-its output does not need, `dsop` attaches training branches to your own network, and `register_model` gives
-your network a name that `train` accepts. `create_model(name, num_classes=..., **config)` builds a network of
-the catalog,
-`list_models()` lists the names, and `describe(name, **config)` counts parameters and multiply-adds. Importing
-sopdeploy does not import torch; `predict` and `serve` do not need it.
+`train`, `evaluate`, `calibrate`, `export`, `predict`, `classify` and `serve` do what the commands of the same
+names do, with the same defaults. `export_network` exports any PyTorch classifier, `unused_modules` lists the
+parts that its output does not need, `dsop` attaches training branches to your own network, and
+`register_model` gives your network a name that `train` accepts. `create_model(name, num_classes=...,
+**config)` builds a network of the catalog, `list_models()` lists the names, and `describe(name, **config)`
+counts parameters and multiply-adds. Importing sopdeploy does not import torch; `predict`, `classify` and
+`serve` do not need it.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sopdeploy.api.batch import classify
     from sopdeploy.api.calibration import calibrate
     from sopdeploy.api.deployment import export
     from sopdeploy.api.evaluation import evaluate
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "ExportOptions", "Preprocess", "__version__", "calibrate", "create_model", "describe", "dsop", "evaluate",
-    "export", "export_network", "list_models", "predict", "register_model", "serve", "train",
-    "unused_modules",
+    "ExportOptions", "Preprocess", "__version__", "calibrate", "classify", "create_model", "describe",
+    "dsop", "evaluate", "export", "export_network", "list_models", "predict", "register_model", "serve",
+    "train", "unused_modules",
 ]  # fmt: skip
 
 _MODULES = {
     "calibrate": "sopdeploy.api.calibration",
+    "classify": "sopdeploy.api.batch",
     "ExportOptions": "sopdeploy_export.pipeline",
     "Preprocess": "sopdeploy.images.preprocess",
     "create_model": "sopdeploy.models.registry",

@@ -36,6 +36,7 @@ CONFIDENCE_BOUNDS = (
     0.999,
     0.9999,
 )
+MAX_PER_IMAGE = 10  # present classes that drift tells apart
 MAX_LISTED = 20  # classes whose thresholds a report names
 
 
@@ -100,6 +101,23 @@ class Reference(StrictModel):
     ]
 
 
+class PresenceReference(StrictModel):
+    """The `Reference` of a network with several classes per image, at its thresholds.
+
+    Attributes:
+        images: Number of images.
+        classes: For each class, the number of images in which it is present.
+        per_image: Number of images with 0, 1, 2, ... and with at least `MAX_PER_IMAGE` present classes.
+    """
+
+    images: Count
+    classes: tuple[Occurrences, ...]
+    per_image: Annotated[
+        tuple[Occurrences, ...],
+        pydantic.Field(min_length=MAX_PER_IMAGE + 1, max_length=MAX_PER_IMAGE + 1),
+    ]
+
+
 class Decision(StrictModel):
     """Rules that turn logits into classes.
 
@@ -108,14 +126,15 @@ class Decision(StrictModel):
         calibration: How the temperature was fitted; `None` if it was not.
         rejection: How images of unknown classes are recognized; `None` accepts every image.
         thresholds: Smallest probability at which a class is present, one per class; only with "sigmoid".
-        reference: Predictions with which later ones are compared; `None` in files of older versions.
+        reference: Predictions with which later ones are compared, of the kind that belongs to the activation;
+            `None` in files of older versions.
     """
 
     activation: Activation = "softmax"
     calibration: Calibration | None = None
     rejection: Rejection | None = None
     thresholds: tuple[Fraction, ...] | None = None
-    reference: Reference | None = None
+    reference: Reference | PresenceReference | None = None
 
     @pydantic.model_serializer(mode="wrap")
     def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -127,6 +146,9 @@ class Decision(StrictModel):
             raise ValueError("thresholds: needed with activation sigmoid, and only then")
         if self.rejection is not None and self.activation == "sigmoid":
             raise ValueError("rejection: not supported with activation sigmoid")
+        expected = PresenceReference if self.activation == "sigmoid" else Reference
+        if not isinstance(self.reference, expected | None):
+            raise ValueError(f"reference: is that of another activation than {self.activation}")
         return self
 
     @property

@@ -14,7 +14,7 @@ from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError, DataError, TrainingError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
-from sopdeploy.evaluation.multi_label import fit_thresholds
+from sopdeploy.evaluation.multi_label import fit_presence
 from sopdeploy.evaluation.prediction import predict_images, predict_logits
 from sopdeploy.models.base import Classifier
 
@@ -128,5 +128,4 @@ def _fit_thresholds(
     """Fit the thresholds to *images* with any number of classes each."""
     half = [0.5] * len(checkpoint.labels)
     found = predict_images(network, half, images, checkpoint.preprocess, workers=workers, on_image=on_image)
-    thresholds = fit_thresholds(found.targets, found.probabilities)
-    return Decision(activation="sigmoid", thresholds=thresholds)
+    return fit_presence(found.targets, found.probabilities)

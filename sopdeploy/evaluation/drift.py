@@ -5,17 +5,29 @@ with Pearson's chi-square test of homogeneity of two samples. The reference is a
 one, so its own noise counts. Categories that are rare in both samples are merged, because the test needs an
 expected count of about 5 (Cochran, "Some methods for strengthening the common chi-square tests", Biometrics
 1954).
+
+With several classes per image, compares the share of images in which each class is present, class by class
+with a Bonferroni correction because the classes of an image depend on each other, and how many classes the
+images have.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import CONFIDENCE_BOUNDS, Reference
+from sopdeploy.decision import (
+    CONFIDENCE_BOUNDS,
+    MAX_PER_IMAGE,
+    Decision,
+    PresenceReference,
+    Reference,
+    sigmoid,
+)
 
-FALSE_ALARMS = 0.01  # of a comparison of classes and confidences, if there is no drift
+FALSE_ALARMS = 0.01  # of a comparison by both tests, if there is no drift
 LEVEL = FALSE_ALARMS / 2  # of each of the two tests (Bonferroni)
 MIN_EXPECTED = 5.0
 
@@ -35,20 +47,21 @@ class Comparison(NamedTuple):
 
 
 class Drift(NamedTuple):
-    """The comparison of *images* predictions with a reference."""
+    """The comparison of *images* predictions with a reference: two *tests* by what they compare."""
 
     images: int
-    classes: Comparison
-    confidences: Comparison
+    tests: dict[str, Comparison]
 
     @property
     def alarm(self) -> bool:
         """Whether one of both tests raises an alarm; without drift with a probability of `FALSE_ALARMS`."""
-        return self.classes.alarm or self.confidences.alarm
+        return any(test.alarm for test in self.tests.values())
 
 
 class PredictionCounts:
     """Counts predictions by class and by confidence."""
+
+    tests = ("classes", "confidences")
 
     def __init__(self, classes: int) -> None:
         self.classes: Counts = np.zeros(classes, np.int64)
@@ -78,10 +91,82 @@ class PredictionCounts:
     def compare(self, reference: Reference) -> Drift:
         """Compare the counts with *reference*, which has as many classes."""
         return Drift(
-            images=self.images,
-            classes=compare(np.array(reference.classes), self.classes),
-            confidences=compare(np.array(reference.confidences), self.confidences),
+            self.images,
+            {
+                "classes": compare(np.array(reference.classes), self.classes),
+                "confidences": compare(np.array(reference.confidences), self.confidences),
+            },
         )
+
+
+class PresenceCounts:
+    """Counts predictions of a network with several classes per image, which are present at *thresholds*."""
+
+    tests = ("classes", "per_image")
+
+    def __init__(self, thresholds: Sequence[float]) -> None:
+        self._thresholds = np.asarray(thresholds)
+        self.classes: Counts = np.zeros(len(thresholds), np.int64)
+        self.per_image: Counts = np.zeros(MAX_PER_IMAGE + 1, np.int64)
+
+    @property
+    def images(self) -> int:
+        """Number of predictions."""
+        return int(self.per_image.sum())
+
+    def add_logits(self, logits: NDArray[Any]) -> None:
+        """Count predictions with finite *logits* (n, C)."""
+        self.add_probabilities(sigmoid(logits))
+
+    def add_probabilities(self, probabilities: NDArray[np.float64]) -> None:
+        """Count predictions with *probabilities* (n, C)."""
+        present = probabilities >= self._thresholds
+        self.add(present.nonzero()[1], present.sum(axis=1))
+
+    def add(self, classes: NDArray[np.integer], numbers: NDArray[np.integer]) -> None:
+        """Count *numbers* (n,) of present classes of n images, and these *classes* (sum of *numbers*,)."""
+        self.classes += np.bincount(classes, minlength=len(self.classes))
+        self.per_image += np.bincount(np.minimum(numbers, MAX_PER_IMAGE), minlength=MAX_PER_IMAGE + 1)
+
+    def reference(self) -> PresenceReference:
+        """Return the counts as the reference of later predictions."""
+        return PresenceReference(
+            images=self.images,
+            classes=tuple(self.classes.tolist()),
+            per_image=tuple(self.per_image.tolist()),
+        )
+
+    def compare(self, reference: PresenceReference) -> Drift:
+        """Compare the counts with *reference*, which has as many classes."""
+        per_image = compare(np.array(reference.per_image), self.per_image)
+        return Drift(self.images, {"classes": self._compare_classes(reference), "per_image": per_image})
+
+    def _compare_classes(self, reference: PresenceReference) -> Comparison:
+        """Compare each class alone; the largest distance, and the smallest p-value times their number."""
+        sizes = np.array([reference.images, self.images])
+        distance, smallest, tests = 0.0, 1.0, 0
+        for present_2 in zip(reference.classes, self.classes.tolist(), strict=True):
+            counts_22 = np.array([sizes - present_2, present_2])
+            rarest = counts_22.sum(axis=1).min() * sizes.min() / sizes.sum()
+            found = compare(*counts_22.T)
+            distance = max(distance, found.distance)
+            if rarest >= MIN_EXPECTED:
+                smallest, tests = min(smallest, found.p_value), tests + 1
+        return Comparison(distance, min(1.0, smallest * tests) if tests else 1.0)
+
+
+def counts_for(decision: Decision, classes: int) -> PredictionCounts | PresenceCounts:
+    """Create the counts of predictions of *classes* classes that fit to the reference of *decision*."""
+    return PredictionCounts(classes) if decision.thresholds is None else PresenceCounts(decision.thresholds)
+
+
+def compare_counts(counts: PredictionCounts | PresenceCounts, decision: Decision) -> Drift | None:
+    """Compare *counts* of `counts_for` with the reference of *decision*; None if it has none."""
+    if isinstance(counts, PresenceCounts) and isinstance(decision.reference, PresenceReference):
+        return counts.compare(decision.reference)
+    if isinstance(counts, PredictionCounts) and isinstance(decision.reference, Reference):
+        return counts.compare(decision.reference)
+    return None
 
 
 def compare(first: Counts, second: Counts) -> Comparison:

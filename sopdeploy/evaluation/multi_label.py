@@ -14,7 +14,9 @@ import pydantic
 from numpy.typing import NDArray
 
 from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.decision import Decision, PresenceReference
 from sopdeploy.errors import DataError
+from sopdeploy.evaluation.drift import PresenceCounts
 from sopdeploy.evaluation.metrics import NO_IMAGES
 
 DEFAULT_THRESHOLD = 0.5
@@ -25,7 +27,8 @@ MAX_LOGIT = 30.0  # larger ones are equal for a threshold
 class MultiLabelMetrics(StrictModel):
     """Mean average precision, F1 at a threshold of 0.5, and mean loss over `count` images.
 
-    `thresholds` are those that maximize F1 on these images, one per class (`fit_thresholds`).
+    `thresholds` are those that maximize F1 on these images, one per class (`fit_thresholds`). `present` are
+    the predictions at these thresholds; None in files of older versions.
     """
 
     score_name: ClassVar[str] = "mAP"
@@ -35,6 +38,7 @@ class MultiLabelMetrics(StrictModel):
     count: int
     loss: float
     thresholds: tuple[Fraction, ...]
+    present: PresenceReference | None = None
 
     @property
     def score(self) -> float:
@@ -128,6 +132,14 @@ def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> f
     hits, ranks, _ = _hits_by_rank(true, scores)
     gained = np.diff(hits, prepend=0)
     return float(min(1.0, (gained * hits / ranks).sum() / hits[-1]))
+
+
+def fit_presence(targets: NDArray[np.floating], probabilities: NDArray[np.float64]) -> Decision:
+    """Fit thresholds to *probabilities* (N, C) of *targets* (N, C), with the reference of drift."""
+    thresholds = fit_thresholds(targets, probabilities)
+    counts = PresenceCounts(thresholds)
+    counts.add_probabilities(probabilities)
+    return Decision(activation="sigmoid", thresholds=thresholds, reference=counts.reference())
 
 
 def fit_thresholds(targets: NDArray[np.floating], probabilities: NDArray[np.float64]) -> tuple[float, ...]:

@@ -26,7 +26,7 @@ from sopdeploy.evaluation.multi_label import (
     DEFAULT_THRESHOLD,
     MultiLabelMetrics,
     MultiLabelPredictions,
-    fit_thresholds,
+    fit_presence,
 )
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess, TtaMode, check_tta_mode, tta_views
@@ -176,10 +176,12 @@ def multi_label_metrics(
     predictions = MultiLabelPredictions(
         labels=labels, targets=targets, probabilities=probabilities, thresholds=half
     )
+    fitted = fit_presence(targets, probabilities)
     return MultiLabelMetrics(
         **predictions.report().model_dump(include={"map", "macro_f1", "micro_f1", "count"}),
         loss=loss,
-        thresholds=fit_thresholds(targets, probabilities),
+        thresholds=fitted.thresholds,
+        present=fitted.reference,
     )
 
 

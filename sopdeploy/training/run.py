@@ -254,9 +254,9 @@ class Run:
         if self.activation == "softmax":
             return None
         metrics = self.position.history[-1].figures if self.position.history else None
-        fitted = metrics.thresholds if isinstance(metrics, MultiLabelMetrics) else None
-        thresholds = fitted or (DEFAULT_THRESHOLD,) * len(self.labels)
-        return Decision(activation="sigmoid", thresholds=thresholds)
+        if isinstance(metrics, MultiLabelMetrics):
+            return Decision(activation="sigmoid", thresholds=metrics.thresholds, reference=metrics.present)
+        return Decision(activation="sigmoid", thresholds=(DEFAULT_THRESHOLD,) * len(self.labels))
 
     def _training_record(self) -> dict[str, Any]:
         """Describe how the weights were trained."""

@@ -17,7 +17,7 @@ from sopdeploy_service.inference.latency import LatencyTable
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model_worker import ModelWorker, RequestQueue, settle
 from sopdeploy_service.inference.results import DRAINING, ENGINE_DEAD, Outcome, Prediction, Rejection
-from sopdeploy_service.observability.drift import DriftWindow
+from sopdeploy_service.observability.drift import drift_window
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
@@ -86,7 +86,6 @@ class Model:
         self.dead = False
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
         self._timeout = settings.engine_timeout_seconds
-        reference = decision.reference if decision is not None else None
         self._on_gpu = loaded.runtime.device.startswith("cuda")
         self.latency = LatencyTable(loaded.timings)
         self._worker = ModelWorker(
@@ -96,7 +95,7 @@ class Model:
             metrics.of(name, stages=not is_shadow),
             outputs=[output.name for output in loaded.bundle.manifest.outputs],
             max_batch=self.largest_batch,
-            drift=None if reference is None else DriftWindow(reference),
+            drift=drift_window(loaded.bundle),
         )
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.errors import SopdeployError
+from sopdeploy.evaluation.drift import counts_for
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel, load_model
@@ -226,7 +227,7 @@ class ModelRegistry:
             self._metrics.fast_agreement.labels(name).set(loaded.fast_decode.agreement)
         decision = loaded.bundle.manifest.decision
         if decision is not None and decision.reference is not None:
-            self._metrics.show_drift(name)
+            self._metrics.show_drift(name, counts_for(decision, len(loaded.bundle.labels)).tests)
 
     def _serve(self, name: str, loaded: LoadedModel) -> Model:
         model = self._make_model(name, loaded)

@@ -9,18 +9,30 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import Reference
-from sopdeploy.evaluation.drift import Drift, PredictionCounts
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.decision import Decision
+from sopdeploy.evaluation.drift import Drift, compare_counts, counts_for
 
 WINDOW_IMAGES = 1000
 
 
-class DriftWindow:
-    """Counts predictions and compares every full window with *reference*; used by one thread."""
+def drift_window(bundle: Bundle) -> "DriftWindow | None":
+    """Create the window of *bundle*; None if it has no predictions for held-out images."""
+    decision = bundle.manifest.decision
+    if decision is None or decision.reference is None:
+        return None
+    return DriftWindow(decision, len(bundle.labels))
 
-    def __init__(self, reference: Reference) -> None:
-        self._reference = reference
-        self._counts = PredictionCounts(len(reference.classes))
+
+class DriftWindow:
+    """Counts predictions of *classes* classes and compares every full window with those of *decision*.
+
+    One thread uses it.
+    """
+
+    def __init__(self, decision: Decision, classes: int) -> None:
+        self._decision, self._classes = decision, classes
+        self._counts = counts_for(decision, classes)
         self.latest: Drift | None = None  # of the last full window
 
     def add(self, logits: Sequence[NDArray[np.float32]]) -> None:
@@ -29,5 +41,5 @@ class DriftWindow:
             return
         self._counts.add_logits(np.stack(logits))
         if self._counts.images >= WINDOW_IMAGES:
-            self.latest = self._counts.compare(self._reference)
-            self._counts = PredictionCounts(len(self._reference.classes))
+            self.latest = compare_counts(self._counts, self._decision)
+            self._counts = counts_for(self._decision, self._classes)

@@ -108,10 +108,10 @@ class Metrics:
             self._busy.labels(model).set_function(created.busy_ratio)
         return self._models[model]
 
-    def show_drift(self, model: str) -> None:
-        """Show the drift of *model*, NaN before its first full window."""
+    def show_drift(self, model: str, tests: Sequence[str]) -> None:
+        """Show the drift of *model* in *tests*, NaN before its first full window."""
         found = self.of(model)
-        for of in ("classes", "confidences"):
+        for of in tests:
             for number, gauge in enumerate((self._drift_distance, self._drift_p_value)):
                 gauge.labels(model, of).set_function(partial(found.drift_value, of, number))
 
@@ -179,8 +179,10 @@ class ModelMetrics:
                 self._stage("queue", seconds)
 
     def drift_value(self, of: str, number: int) -> float:
-        """Return distance (*number* 0) or p-value (1) of `classes` or `confidences`."""
-        return math.nan if self.drift is None else float(getattr(self.drift, of)[number])
+        """Return distance (*number* 0) or p-value (1) of the test *of* the drift."""
+        if self.drift is None or of not in self.drift.tests:  # a version of another kind ran the last batch
+            return math.nan
+        return float(self.drift.tests[of][number])
 
     def busy_ratio(self) -> float:
         """Compute the fraction of the last `WINDOW_SECONDS` in which a batch ran. Thread-safe."""

@@ -73,23 +73,28 @@ def classify(
     Example: [bold]sopdeploy classify bundles/dsop-resnet20-3f6c01d2a4b7 'shards/*.tar' --out results[/bold]
     """
     with one_line_errors(as_json):
-        from sopdeploy_service.commands.batch.on_ray import RayOptions
-        from sopdeploy_service.commands.batch.part_classifier import ClassifyOptions
-        from sopdeploy_service.commands.batch.run import classify as run
-        from sopdeploy_service.settings import load_settings, parse_assignments
+        from sopdeploy.api.batch import classify as run
+        from sopdeploy_service.settings import parse_assignments
 
-        settings = load_settings(
-            config, **parse_assignments(assignments or (), max_batch=batch, top_k=top_k, runtime=runtime)
-        )
-        options = ClassifyOptions(
-            logits=logits, features=features, max_errors=max_errors, workers=workers, part_images=part_images
-        )
-        cluster = None
-        if ray is not None:
-            cluster = RayOptions(address=ray, actors=actors, cpus=cpus_per_actor, gpus=gpus_per_actor)
         try:
             with _progress(quiet=as_json) as on_progress:
-                found = run(bundle, sources, out, settings, options, on_progress, cluster)
+                found = run(
+                    bundle,
+                    sources,
+                    out,
+                    logits=logits,
+                    features=features,
+                    max_errors=max_errors,
+                    workers=workers,
+                    part_images=part_images,
+                    config=config,
+                    ray=ray,
+                    actors=actors,
+                    cpus_per_actor=cpus_per_actor,
+                    gpus_per_actor=gpus_per_actor,
+                    on_progress=on_progress,
+                    **parse_assignments(assignments or (), max_batch=batch, top_k=top_k, runtime=runtime),
+                )
         except KeyboardInterrupt:
             err.print("stopped; run the same command again to continue")
             raise typer.Exit(INTERRUPTED) from None
@@ -99,11 +104,9 @@ def classify(
     new = "" if found.classified == found.images else f", {found.classified:,} of them now"
     print_field("images", f"{found.images:,}{new}; {found.errors:,} with an error")
     if found.drift is not None:
-        print_field(
-            "drift", "the predictions differ from the held-out ones" if found.drift else "not detectable"
-        )
-    print_field("rows", f"{found.out / 'rows'}: {found.parts} parquet files", style="bold green")
-    print_field("report", str(found.out / "report.html"))
+        print_field("drift", found.drift_text)
+    print_field("rows", f"{found.rows}: {found.parts} parquet files", style="bold green")
+    print_field("report", str(found.report))
 
 
 @contextmanager

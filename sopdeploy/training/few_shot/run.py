@@ -15,7 +15,7 @@ from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import fit_temperature
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.evaluation.multi_label import fit_thresholds
+from sopdeploy.evaluation.multi_label import fit_presence
 from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, multi_label_metrics, predict_logits
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
@@ -120,8 +120,7 @@ def _fit_decision(run: Run, images: LabeledImages, left_out: tuple[LeftOut, ...]
         return None
     logits = run.out_of_fold.double().numpy()
     if run.activation == "sigmoid":
-        thresholds = fit_thresholds(images.targets.astype(np.float64), sigmoid(logits))
-        return Decision(activation="sigmoid", thresholds=thresholds)
+        return fit_presence(images.targets.astype(np.float64), sigmoid(logits))
     targets = images.targets.astype(np.int64)
     if left_out:
         scalable = run.model.logits_layer() is not None

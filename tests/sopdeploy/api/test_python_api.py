@@ -24,6 +24,7 @@ from sopdeploy.api.progress import LINE_WIDTH, ProgressBars
 from sopdeploy.api.training_result import TrainedRun
 from sopdeploy.cli.app import app
 from sopdeploy.cli.deployment.export import export as export_command
+from sopdeploy.cli.serving.classify import classify as classify_command
 from sopdeploy.cli.serving.predict import predict as predict_command
 from sopdeploy.cli.training.evaluate import calibrate as calibrate_command
 from sopdeploy.cli.training.evaluate import evaluate as evaluate_command
@@ -99,13 +100,14 @@ PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "calibrate": (calibrate_command, sopdeploy.calibrate),
     "export": (export_command, sopdeploy.export),
     "predict": (predict_command, sopdeploy.predict),
+    "classify": (classify_command, sopdeploy.classify),
 }
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_option_of_a_command_is_a_parameter_with_the_same_default(name: str) -> None:
     theirs, ours = (inspect.signature(function).parameters for function in PAIRS[name])
-    omitted = OF_A_USERS_NETWORK if name == "export" else set()
+    omitted = OF_A_USERS_NETWORK if name == "export" else {"assignments"} if name == "classify" else set()
     options = {RENAMED.get(key, key): option.default for key, option in theirs.items() if key not in omitted}
     for key in options.keys() - ON_THE_COMMAND_LINE_ONLY:
         default = None if ours[key].default == () else ours[key].default
@@ -124,8 +126,8 @@ def test_errors_know_every_parameter_and_which_ones_are_switches() -> None:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     in_python_only = {
-        "background", "callback", "destination", "on_image", "on_step", "options", "progress", "rename",
-        "sha256", "user_network",
+        "background", "callback", "destination", "on_image", "on_progress", "on_step", "options", "progress",
+        "rename", "sha256", "user_network",
     }  # fmt: skip
     options = {name: default for name, default in optional.items() if name not in in_python_only}
     assert {name for name, default in options.items() if isinstance(default, bool)} == SWITCHES
@@ -238,6 +240,54 @@ def test_paths_images_and_arrays_give_the_predictions_of_the_command_and_of_a_se
     assert server.log.startswith(f"ready: {server.url}")
     assert "stopped" in repr(server)
     server.stop()
+
+
+def test_a_classification_gives_the_rows_and_the_figures_of_the_command(
+    bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    printed = command(
+        "classify", bundle, photos, "--out", tmp_path / "a", "--set", "threads=1", "--workers", 1
+    )
+    shown: list[tuple[int, int, int]] = []
+    found = sopdeploy.classify(
+        bundle, photos, tmp_path / "b", workers=1, threads=1, on_progress=lambda *done: shown.append(done)
+    )
+    figures = found.model_dump(mode="json")
+    assert figures == {**printed, "out": str(tmp_path / "b")}
+    assert (found.images, found.errors, sum(found.counts.values()), shown[-1]) == (8, 0, 8, (8, 0, 8))
+    names = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a" / "rows").iterdir()]
+    assert [(tmp_path / "b" / name).read_bytes() for name in names] == [
+        (tmp_path / "a" / name).read_bytes() for name in names
+    ]
+    assert (found.rows / "part-00000.parquet").is_file()
+    assert found.report.is_file()
+    again = sopdeploy.classify(bundle, [photos], str(tmp_path / "b"), workers=1, threads=1)
+    assert (again.classified, again.counts) == (0, found.counts)
+    reader = Reader(again._repr_html_())
+    assert {tag for tag, _ in reader.met} <= ALLOWED | {"a"}
+    assert ("a", str(found.report)) in {(tag, attributes.get("href")) for tag, attributes in reader.met}
+
+
+BAD_CLASSIFICATIONS: dict[str, tuple[type[SopdeployError], dict[str, Any]]] = {
+    r'^out="?/.*"?: was begun with logits False, not True': (ConfigError, {"logits": True}),
+    r"^classify: workers: Input should be greater than": (ConfigError, {"workers": 0}),
+    r"^classify: gpus: Input should be greater than": (ConfigError, {"ray": "auto", "gpus_per_actor": -1.0}),
+    r"^features=True: .* has no output `features`": (ConfigError, {"features": True}),
+    r"prt: unknown key": (ConfigError, {"prt": 1}),
+    r"nowhere: not found": (DataError, {"sources": "nowhere"}),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CLASSIFICATIONS)
+def test_a_wrong_classification_is_one_error_line(
+    message: str, bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    kind, changed = BAD_CLASSIFICATIONS[message]
+    given: dict[str, Any] = {"sources": photos, "out": tmp_path, "workers": 1, "threads": 1}
+    if "logits" in changed:
+        sopdeploy.classify(bundle, **given)
+    with pytest.raises(kind, match=message):
+        sopdeploy.classify(bundle, **{**given, **changed})
 
 
 def test_serving_has_the_settings_of_the_command(

@@ -25,7 +25,7 @@ from sopdeploy_service.commands.batch.reader import import_pyarrow
 
 OnProgress = Callable[[int, int, int], None]  # images done, with an error, and in total
 
-ROWS, STATE = "rows", "run.json"
+ROWS, STATE, PAGE, DATA = "rows", "run.json", "report.html", "report.json"
 IDENTITY_ADVICE = "continue with the same options, or choose another --out"
 
 

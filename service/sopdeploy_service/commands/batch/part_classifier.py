@@ -3,6 +3,9 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+import pydantic
 
 from sopdeploy.config import Count, StrictModel
 from sopdeploy.environment import usable_cores
@@ -32,7 +35,7 @@ class ClassifyOptions(StrictModel):
 
     logits: bool = False
     features: bool = False
-    max_errors: int | None = None
+    max_errors: Annotated[int, pydantic.Field(ge=0)] | None = None
     workers: Count | None = None
     part_images: Count = PART_IMAGES
 

@@ -20,19 +20,26 @@ from PIL import Image
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.config import StrictModel
-from sopdeploy.decision import CONFIDENCE_BOUNDS, Reference
+from sopdeploy.decision import CONFIDENCE_BOUNDS, Decision, Reference
 from sopdeploy.errors import ImageError
-from sopdeploy.evaluation.drift import FALSE_ALARMS, LEVEL, Comparison, Drift, PredictionCounts
+from sopdeploy.evaluation.drift import (
+    FALSE_ALARMS,
+    LEVEL,
+    Comparison,
+    PredictionCounts,
+    PresenceCounts,
+    compare_counts,
+    counts_for,
+)
 from sopdeploy.html.charts import Bar, bars
 from sopdeploy.html.templates import percent, render
 from sopdeploy_service.commands.batch.listing import Listing, entries_of
-from sopdeploy_service.commands.batch.output import OutputFolder
+from sopdeploy_service.commands.batch.output import DATA, PAGE, OutputFolder
 from sopdeploy_service.commands.batch.reader import Reader, import_pyarrow
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.settings import Settings
 
-PAGE, DATA = "report.html", "report.json"
 LEAST_CERTAIN = 24
 THUMBNAIL = 96  # pixels
 MAX_BARS = 50  # classes in the chart; the others are in `DATA`
@@ -68,7 +75,8 @@ class BatchReport(StrictModel):
     """What `report.json` contains.
 
     *counts* has the images of each class: its most probable one, or every class present. *unknown* counts the
-    images below the rejection threshold. *drift* is None if the bundle has no held-out predictions.
+    images below the rejection threshold. *drift* has the tests by what they compare; it is None if the bundle
+    has no held-out predictions, and if `top_k` limits the classes of a multi-label network.
     """
 
     bundle: str
@@ -93,7 +101,7 @@ class _Summary:
     unknown: int = 0
     least: list[tuple[float, int, int, str, str]] = field(default_factory=list)  # a heap, most certain first
 
-    def add(self, part: int, table: Any, predictions: PredictionCounts | None) -> None:
+    def add(self, part: int, table: Any, predictions: PredictionCounts | PresenceCounts) -> None:
         """Add the rows of *part*; also count its *predictions*."""
         compute = import_pyarrow("pyarrow.compute")
         self.images += len(table)
@@ -104,18 +112,17 @@ class _Summary:
             if len(examples) < MAX_EXAMPLES:
                 examples.append(path)
         self.unknown += compute.sum(compute.equal(table["known"], False)).as_py() or 0
-        some = compute.greater(compute.list_value_length(table["classes"]), 0)
+        numbers = compute.list_value_length(table["classes"])
+        some = compute.greater(numbers, 0)
         found = np.flatnonzero(compute.fill_null(some, False).to_numpy())
         chosen = table.take(found)
         best = compute.list_element(chosen["classes"], 0)
         probabilities = compute.list_element(chosen["probabilities"], 0).to_numpy()
-        if predictions is None:
-            best_only = compute.list_flatten(chosen["classes"])
-        else:
-            best_only = best
-            indices = compute.index_in(best, value_set=import_pyarrow("pyarrow").array(self.labels))
-            predictions.add(indices.to_numpy(), probabilities)
-        for entry in best_only.value_counts().to_pylist():
+        several = isinstance(predictions, PresenceCounts)
+        counted = compute.list_flatten(chosen["classes"]) if several else best
+        indices = compute.index_in(counted, value_set=import_pyarrow("pyarrow").array(self.labels)).to_numpy()
+        predictions.add(indices, numbers.drop_null().to_numpy() if several else probabilities)
+        for entry in counted.value_counts().to_pylist():
             self.counts[entry["values"]] += entry["counts"]
         self._keep_least(part, found, probabilities, chosen, best)
 
@@ -133,14 +140,14 @@ class _Summary:
 
 def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, settings: Settings) -> BatchReport:
     """Write `report.html` and `report.json` of the finished run in *folder* with the images of *listing*."""
-    decision = bundle.manifest.decision
-    several = decision is not None and decision.thresholds is not None
-    predictions = None if several else PredictionCounts(len(bundle.labels))
+    decision = bundle.manifest.decision or Decision()
+    several = decision.thresholds is not None
+    limited = several and settings.classes_per_image(several=True) is not None
+    predictions = counts_for(decision, len(bundle.labels))
     summary = _Summary(bundle.labels)
     for part in range(listing.parts()):
         summary.add(part, folder.read_columns(part, COLUMNS), predictions)
-    reference = decision.reference if decision is not None else None
-    drift = predictions.compare(reference) if predictions is not None and reference is not None else None
+    drift = None if limited else compare_counts(predictions, decision)
     least = sorted(summary.least, reverse=True)
     report = BatchReport(
         bundle=bundle.name,
@@ -154,7 +161,7 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
         least_certain=tuple(
             Uncertain(path=path, label=label, probability=-negative) for negative, _, _, path, label in least
         ),
-        drift=None if drift is None else _drift_tests(drift),
+        drift=None if drift is None else {name: _drift_test(test) for name, test in drift.tests.items()},
     )
     pictures = [_thumbnail(listing, -part, -row, bundle, settings) for _, part, row, _, _ in least]
     page = render(
@@ -163,23 +170,21 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
         report=report,
         rejects=bundle.manifest.rejection is not None,
         several=several,
+        limited=limited,
         failed=sum(kind.images for kind in report.errors),
         classes=_class_bars(report),
         hidden=max(0, len(report.counts) - MAX_BARS),
         least=list(zip(pictures, report.least_certain, strict=True)),
         level=LEVEL,
-        confidences=_confidence_bars(predictions, reference),
+        confidences=_confidence_bars(predictions, decision),
     )
     folder.write_text(DATA, report.model_dump_json(indent=2) + "\n")
     folder.write_text(PAGE, page)
     return report
 
 
-def _drift_tests(drift: Drift) -> dict[str, DriftTest]:
-    def test(one: Comparison) -> DriftTest:
-        return DriftTest(distance=one.distance, p_value=one.p_value, alarm=one.alarm)
-
-    return {"classes": test(drift.classes), "confidences": test(drift.confidences)}
+def _drift_test(one: Comparison) -> DriftTest:
+    return DriftTest(distance=one.distance, p_value=one.p_value, alarm=one.alarm)
 
 
 def _class_bars(report: BatchReport) -> Markup:
@@ -188,15 +193,15 @@ def _class_bars(report: BatchReport) -> Markup:
     return bars("classes-chart", "Images per class", rows, max(1.0, rows[0].value if rows else 1.0))
 
 
-def _confidence_bars(predictions: PredictionCounts | None, reference: Reference | None) -> Markup | None:
+def _confidence_bars(predictions: PredictionCounts | PresenceCounts, decision: Decision) -> Markup | None:
     """Draw the shares of the confidences, with those of the held-out images in the text of each bar."""
-    if predictions is None or not predictions.images:
+    if isinstance(predictions, PresenceCounts) or not predictions.images:
         return None
     bounds = (0.0, *CONFIDENCE_BOUNDS, 1.0)
     shares = predictions.confidences / predictions.images
     held_out: Sequence[float | None] = [None] * len(shares)
-    total = 0 if reference is None else sum(reference.confidences)
-    if reference is not None and total:
+    reference = decision.reference
+    if isinstance(reference, Reference) and (total := sum(reference.confidences)):
         held_out = [count / total for count in reference.confidences]
     rows = [
         Bar(

@@ -14,20 +14,29 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.commands.batch.decoders import DecoderProcesses
 from sopdeploy_service.commands.batch.listing import Hasher, Listing
 from sopdeploy_service.commands.batch.on_ray import RayOptions, on_ray
-from sopdeploy_service.commands.batch.output import OnProgress, OutputFolder, Progress, RunState
+from sopdeploy_service.commands.batch.output import PAGE, ROWS, OnProgress, OutputFolder, Progress, RunState
 from sopdeploy_service.commands.batch.part_classifier import ClassifyOptions, PartClassifier
 from sopdeploy_service.commands.batch.pipeline import PartOutputs
 from sopdeploy_service.commands.batch.sources import list_entries
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
 
+SHOWN_CLASSES = 20  # in a notebook
 REPORT = "sopdeploy_service.commands.batch.report"  # needs jinja2
 
 
 class Classified(StrictModel):
-    """A finished run: its images, how many of them have an error, and how many this process classified.
+    """A finished run; a notebook shows its figures and a link to the report.
 
-    *drift* is the alarm of the report, None if the bundle has no held-out predictions.
+    Attributes:
+        out: The output folder.
+        bundle: Name of the bundle.
+        images: Number of images, which is that of the rows.
+        errors: How many of them have an error and no prediction.
+        parts: Number of parquet files.
+        classified: How many images were classified now, and not in a run that was stopped.
+        drift: The alarm of the report; None if the bundle has no held-out predictions.
+        counts: Images of each class: its most probable one, or every class present.
     """
 
     out: Path
@@ -37,6 +46,36 @@ class Classified(StrictModel):
     parts: int
     classified: int
     drift: bool | None
+    counts: dict[str, int]
+
+    @property
+    def rows(self) -> Path:
+        """The folder of the parquet files."""
+        return self.out / ROWS
+
+    @property
+    def report(self) -> Path:
+        """The report page."""
+        return self.out / PAGE
+
+    @property
+    def drift_text(self) -> str:
+        """The result of the comparison with the held-out images."""
+        return "the predictions differ from the held-out ones" if self.drift else "not detectable"
+
+    def _repr_html_(self) -> str:
+        largest = sorted(self.counts.items(), key=lambda item: -item[1])[:SHOWN_CLASSES]
+        facts = [
+            ("images", f"{self.images:,}; {self.errors:,} with an error"),
+            ("classes", ", ".join(f"{label} {count:,}" for label, count in largest if count) or "none"),
+            *([] if self.drift is None else [("drift", self.drift_text)]),
+            ("rows", f"{self.rows}: {self.parts} parquet files"),
+        ]
+        templates = import_optional("sopdeploy.html.templates", "jinja2", "sopdeploy[batch]", ConfigError)
+        page: str = templates.render(
+            "sopdeploy_service.commands.batch", "notebook_batch.html", run=self, facts=facts
+        )
+        return page
 
 
 class Engine(Protocol):
@@ -90,6 +129,7 @@ def classify(
             parts=listing.parts(),
             classified=sum(map(listing.images_of, pending)),
             drift=None if written.drift is None else any(one.alarm for one in written.drift.values()),
+            counts=written.counts,
         )
 
 

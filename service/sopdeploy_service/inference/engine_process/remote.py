@@ -37,7 +37,7 @@ from sopdeploy_service.inference.results import (
     Ranking,
     Rejection,
 )
-from sopdeploy_service.observability.drift import DriftWindow
+from sopdeploy_service.observability.drift import drift_window
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
@@ -66,8 +66,7 @@ class RemoteQueue(RequestQueue):
         self._model, self._client, self._metrics = model, client, metrics
         self._sending = threading.Lock()
         manifest = model.bundle.manifest
-        reference = None if manifest.decision is None else manifest.decision.reference
-        self._drift = None if reference is None else DriftWindow(reference)
+        self._drift = drift_window(model.bundle)
         self._shape = tuple(manifest.image_shape)
         shapes = {output.name: tuple(side or 1 for side in output.shape[1:]) for output in manifest.outputs}
         self._outputs = [(name, shape, math.prod(shape)) for name, shape in shapes.items()]

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.errors import DataError, StorageError
-from sopdeploy_service.commands.batch import run
 from sopdeploy_service.commands.batch.decoders import DecoderProcesses
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.run import classify
@@ -165,10 +164,10 @@ def test_a_run_whose_list_is_damaged_is_rejected(content, bundle_path, photos, t
 
 
 def test_ctrl_c_says_in_one_line_how_to_continue(bundle_path, photos, tmp_path, monkeypatch):
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "classify", interrupted)
+    monkeypatch.setattr("sopdeploy.api.batch.run", interrupted)
     found = CliRunner().invoke(app, ["classify", str(bundle_path), str(photos), "--out", str(tmp_path)])
     assert (found.exit_code, found.stderr) == (130, "stopped; run the same command again to continue\n")
     assert found.stdout == ""

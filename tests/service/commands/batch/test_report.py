@@ -8,17 +8,18 @@ from dataclasses import replace
 import numpy as np
 
 from sopdeploy.decision import Decision
-from sopdeploy.evaluation.drift import PredictionCounts
+from sopdeploy.evaluation.drift import PredictionCounts, PresenceCounts
 from sopdeploy_service.commands.batch.listing import Listing
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.report import write_report
+from sopdeploy_service.settings import Settings
 from tests.service.commands.batch.conftest import BAD, COUNT, SETTINGS, rows_of
 
 
-def report(out, bundle, decision=None):
+def report(out, bundle, decision=None, settings=SETTINGS):
     manifest = bundle.manifest.model_copy(update={"decision": decision})
     changed = replace(bundle, manifest=manifest)
-    return write_report(OutputFolder(out), Listing(out), changed, SETTINGS)
+    return write_report(OutputFolder(out), Listing(out), changed, settings)
 
 
 def test_the_report_counts_classes_and_errors_and_shows_the_least_certain_images(complete, bundle, tmp_path):
@@ -64,8 +65,23 @@ def test_drift_compares_with_the_held_out_predictions(complete, bundle, tmp_path
         assert text in (out / "report.html").read_text()
 
 
-def test_the_report_of_a_multi_label_network_counts_every_class(complete, bundle, tmp_path):
+def test_the_report_of_a_multi_label_network_counts_every_class_and_compares_them(complete, bundle, tmp_path):
     out = shutil.copytree(complete, tmp_path / "out")
-    found = report(out, bundle, Decision(activation="sigmoid", thresholds=(0.5,) * 7))
-    assert found.counts == Counter(label for row in rows_of(out) for label in row["classes"] or ())
-    assert "the network gives any number of classes per image" in (out / "report.html").read_text()
+    rows = [row["classes"] for row in rows_of(out) if row["error"] is None]
+    same, other = PresenceCounts((0.5,) * 7), PresenceCounts((0.5,) * 7)
+    same.add(
+        np.array([bundle.labels.index(label) for labels in rows for label in labels]),
+        np.array([len(labels) for labels in rows]),
+    )
+    other.add(np.full(200, 5), np.full(200, 1))
+    for counts, alarm in ((same, False), (other, True)):
+        decision = Decision(activation="sigmoid", thresholds=(0.5,) * 7, reference=counts.reference())
+        found = report(out, bundle, decision)
+        assert {name: test.alarm for name, test in found.drift.items()} == {
+            "classes": alarm,
+            "per_image": alarm,
+        }
+        assert found.counts == Counter(label for labels in rows for label in labels)
+        assert "classes per image" in (out / "report.html").read_text()
+    assert report(out, bundle, decision, Settings(threads=1, top_k=2)).drift is None
+    assert "Not examined: top_k limits the classes of an image." in (out / "report.html").read_text()
