@@ -28,7 +28,8 @@ def test_the_chart_shows_the_values_of_the_serving_page() -> None:
     measured = generate_pictures.throughput(
         (ROOT / "docs" / "benchmarks" / "serving.md").read_text(encoding="utf-8")
     )
-    assert tuple(measured) == generate_pictures.SERVERS
+    simulated = list(generate_pictures.SHOWN_SERVERS)
+    assert [list(servers) for servers in measured.values()] == [simulated, simulated, simulated[:3]]
     assert (PICTURES / generate_pictures.CHART).read_text(encoding="utf-8") == (
         generate_pictures.chart(measured) + "\n"
     )
