@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,10 @@ import pytest
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.errors import BundleError
 from sopdeploy_service.inference.engine_process.channel import RECORD, Kind
 from sopdeploy_service.inference.engine_process.engine import MAX_UNREAD_BYTES
+from sopdeploy_service.inference.engine_process.models import ModelTable
 from sopdeploy_service.inference.engine_process.slots import MAX_SLOTS, Reply, Request
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.settings import Settings
@@ -227,3 +230,20 @@ def test_an_image_that_fails_its_batch_fails_alone(
     results = client.post("/v1/classify", files=form).json()["results"]
     codes = [result.get("error", {}).get("code") for result in results]
     assert codes == [None, "engine_failed", None, "not_an_image", None]
+
+
+def test_the_longest_error_of_a_command_fits_into_a_slot(
+    shared: Group, client: Client, jpeg: bytes, monkeypatch
+) -> None:
+    def find(*_: object, **__: object) -> Path:
+        raise BundleError("several bundles have this name: " + "\N{GRINNING FACE}" * 9000)
+
+    settings = Settings(model_control=True)
+    table = SimpleNamespace(_settings=settings, by_name={}, _store=SimpleNamespace(find=find))
+    table._load = partial(ModelTable._load, table)
+    monkeypatch.setattr(shared.table, "change", partial(ModelTable.change, table))
+    client.app.state.service.registry._settings = settings
+    reply = client.post("/v2/repository/models/tiny/load")
+    assert (reply.status_code, reply.headers["x-error-code"]) == (400, "cannot_load")
+    assert reply.json()["error"].startswith("several bundles")
+    assert client.post("/v1/classify", content=jpeg).status_code == 200

@@ -197,6 +197,19 @@ def test_models_are_loaded_rolled_back_and_unloaded_as_in_one_process(servers: S
     assert codes == [403, 200, 200, 200, 200, 409, 400, 400, 200, 404, 404, 200, 200]
 
 
+def test_a_bundle_with_a_long_name_is_not_found(servers: Servers) -> None:
+    long = "\U0001f600" * 900  # in JSON longer than a slot
+    for client in servers[:2]:
+        folder = {"parameters": {"folder": long}}
+        replies = [
+            client.post("/v2/repository/models/swap/load", json=folder),
+            client.post(f"/v2/repository/models/{'x' * 5000}/load"),
+        ]
+        codes = [(reply.status_code, reply.headers["x-error-code"]) for reply in replies]
+        assert codes == [(400, "cannot_load")] * 2
+    assert servers.several.post("/v1/classify?model=tiny", content=JPEG).status_code == 200
+
+
 def test_images_during_a_swap_are_answered_by_one_of_the_two_bundles(servers: Servers) -> None:
     load, (old, new) = "/v2/repository/models/swap/load", servers.folders
     ended = threading.Event()

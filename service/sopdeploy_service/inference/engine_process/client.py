@@ -22,7 +22,7 @@ from sopdeploy_service.inference.engine_process.channel import (
     Kind,
     split_records,
 )
-from sopdeploy_service.inference.engine_process.fronts import IS_COMMAND
+from sopdeploy_service.inference.engine_process.fronts import IS_COMMAND, MAX_COMMAND_BYTES
 from sopdeploy_service.inference.engine_process.slots import Reply, Request, Slots
 from sopdeploy_service.inference.results import ENGINE_DEAD, Rejection
 
@@ -31,6 +31,7 @@ WATCH_SECONDS = 0.05
 START_SECONDS = 600.0  # a large model may be loaded for minutes
 
 NO_SLOT = Rejection("slots_full", 503, "the server is full; retry later", 1)
+LONG_NAMES = Rejection("cannot_load", 400, "no bundle has such a long name")
 
 log = logging.getLogger("sopdeploy.engine")
 
@@ -214,10 +215,12 @@ class EngineClient:
 
     async def command(self, operation: str, name: str, folder: str | None = None) -> Rejection | None:
         """Load, unload or roll back the model *name*; every front end uses the result when this returns."""
-        slots = self.take(1)
-        if slots is None or not self.alive:
-            return NO_SLOT if self.alive else ENGINE_DEAD
         text = json.dumps({"operation": operation, "name": name, "folder": folder}).encode()
+        if len(text) > MAX_COMMAND_BYTES:
+            return LONG_NAMES
+        slots = self.take(1) if self.alive else None
+        if slots is None:
+            return NO_SLOT if self.alive else ENGINE_DEAD
         command = _Command()
         length = slots[0].memory.slots.write_bytes(slots[0].number, text)
         now = time.monotonic()

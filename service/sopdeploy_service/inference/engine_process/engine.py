@@ -33,6 +33,7 @@ from sopdeploy_service.inference.engine_process.channel import (
 from sopdeploy_service.inference.engine_process.fronts import (
     CODES,
     IS_COMMAND,
+    MAX_COMMAND_BYTES,
     WANTS_FEATURES,
     Front,
     Memory,
@@ -54,7 +55,6 @@ from sopdeploy_service.inference.results import (
 BEAT_SECONDS = 0.1
 APPLY_SECONDS = 2.0  # how long a change of models waits for slow front ends
 MAX_DEADLINE_SECONDS = 100_000.0
-MAX_COMMAND_BYTES = 4096
 MAX_UNREAD_BYTES = 1 << 16  # of records; a correct front end has at most one reply per slot to read
 
 log = logging.getLogger("sopdeploy.engine")

@@ -20,6 +20,7 @@ from sopdeploy_service.inference.results import (
 )
 
 WANTS_FEATURES, IS_COMMAND = 1, 2  # flags of a request
+MAX_COMMAND_BYTES = 4096  # every slot has so many
 REJECTIONS = (CLIENT_GONE, DEADLINE, DRAINING, ENGINE_DEAD, ENGINE_FAILED, NONFINITE, OUT_OF_MEMORY)
 CODES = {rejection.code: position for position, rejection in enumerate(REJECTIONS, 1)}  # 0: outputs
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # an engine process imports no asyncio
 SENT = ("certificate.json", "probes.npz", "class_maps.npz", "README.md")
 FACTS, LABELS = "engine.json", "labels.json"  # in the archive
 JOIN_SECONDS = 2.0
+MAX_MESSAGE = 300  # characters, at most 3600 bytes of JSON: the answer must fit into a slot
 NO_CONTROL = Rejection("model_control_off", 403, "models are loaded at the start only")
 
 Drop = Callable[[list[QueuedImage]], None]
@@ -133,7 +134,7 @@ class ModelTable:
             try:
                 self._load(name, folder, versions)
             except SopdeployError as error:
-                return Rejection("cannot_load", 400, str(error))
+                return Rejection("cannot_load", 400, str(error)[:MAX_MESSAGE])
         elif versions is None:
             return Rejection("unknown_model", 404, f"no model {name[:100]!r}")
         elif operation == "unload":
