@@ -60,7 +60,8 @@ def classify(
     actors: Annotated[int, typer.Option(min=1, help="With --ray: processes that hold the network.")] = 1,
     cpus_per_actor: Annotated[int, typer.Option(min=1, help="With --ray: cores of an actor.")] = 1,
     gpus_per_actor: Annotated[
-        float, typer.Option(min=0, help="With --ray: 0.5 lets two actors share a GPU; 0 uses the CPU.")
+        float,
+        typer.Option(min=0, help="With --ray: GPUs of an actor; 0.5 lets two share one, 0 uses the CPU."),
     ] = 0.0,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,9 +1,9 @@
 """Decode images in worker processes, which write the pixels into memory shared with this process.
 
 Blocks are assigned to the workers in turn, and each worker has up to `DEPTH` of them, so results arrive in
-order and memory is bounded. A worker ends when its parent does, whatever killed it: its socket is closed
-then. If a worker dies, for example in a decoder that crashes on an image, another one repeats the block image
-by image, and the image that kills it again gets an error.
+order and memory is bounded. A worker ends when its parent ends, because its socket is closed then. If a
+worker dies, for example because a decoder crashes on an image, another worker decodes the block again, image
+by image; an image that kills this worker too gets an error.
 
 Workers are plain subprocesses: `multiprocessing` would import the main module of the parent again, which may
 be a script or a notebook.
@@ -42,9 +42,10 @@ PROGRAM = "from sopdeploy_service.commands.batch.decoders import work; work()"
 
 
 class Read(NamedTuple):
-    """What decoding found out about one image.
+    """Result of decoding one image, without its pixels.
 
-    *sha256* is empty if the image was not read to its end, *error* (a code) and *message* if it has none.
+    *sha256* is empty if the image was not read to its end; *error* (a code) and *message* are empty if there
+    is no error.
     """
 
     sha256: str
@@ -54,7 +55,7 @@ class Read(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Decoded neighbors of a part: *pixels* (n, H, W, 3) uint8, zeros for an image with an error.
+    """Consecutive decoded images of a part: *pixels* (n, H, W, 3) uint8, zeros for an image with an error.
 
     The pixels are overwritten when the block after the next one is requested.
     """
@@ -202,7 +203,7 @@ class Worker:
 
 
 def _shared_file(size: int) -> Any:
-    """Create a file of *size* bytes without a name, in memory if there is space; it ends with its users."""
+    """Create a file of *size* bytes without a name, in memory if possible; it exists while it is used."""
     folder = None
     if SHARED_MEMORY.is_dir():
         status = os.statvfs(SHARED_MEMORY)

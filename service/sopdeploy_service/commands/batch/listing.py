@@ -1,7 +1,7 @@
 """The list of all images of a run, as a parquet file with one row group per part.
 
 A part is a fixed range of the list, so a resumed run writes the same parts as an uninterrupted one. The list
-is on disk because that of millions of images does not fit into memory.
+is on disk, because a list of millions of images does not fit into memory.
 """
 
 import hashlib
@@ -93,12 +93,12 @@ def _columns(part: Iterable[Entry]) -> list[tuple[Any, ...]]:
 
 
 def printable(path: str) -> str:
-    """Replace the bytes of *path* that are not UTF-8."""
+    """Replace bytes of *path* that are not UTF-8 by U+FFFD."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
 class Hasher:
-    """Counts and hashes the entries that it watches."""
+    """Counts and hashes the entries that pass through `watch`."""
 
     def __init__(self) -> None:
         self._hash, self._images = hashlib.sha256(), 0

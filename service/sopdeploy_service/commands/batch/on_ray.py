@@ -1,9 +1,9 @@
 """`sopdeploy classify --ray`: classify parts on a Ray cluster with Ray Data.
 
 Each actor holds the runtime and its decoder processes. It gets the list of one part and returns the rows of
-that part, which this process writes. So only the bundle and the images have to be readable on all machines,
-the output is that of a run on one machine, and a part is lost only as a whole: Ray repeats the part of an
-actor or a machine that dies, and a stopped run continues with the parts that are not written yet.
+that part, which this process writes. Therefore only the bundle and the images must be readable on all
+machines, and the output equals that of a run on one machine. Parts are lost only as a whole: Ray repeats the
+part of an actor or a machine that dies, and a stopped run continues with the parts that are not written yet.
 """
 
 import os
@@ -59,7 +59,7 @@ class RayClassifier:
 def on_ray(
     bundle: Path, settings: Settings, options: ClassifyOptions, chosen: RayOptions
 ) -> Iterator["RayEngine"]:
-    """Join the cluster that is *chosen*, and leave it at the end.
+    """Join the Ray cluster that *chosen* names and yield an engine on it; leave the cluster at the end.
 
     Raises `ConfigError` if Ray is not installed or the cluster cannot be reached.
     """
@@ -112,7 +112,7 @@ class RayEngine:
         self._chosen = chosen
 
     def state(self) -> RunState:
-        """Ask one process on the cluster what the rows depend on: its machine may have another runtime."""
+        """Let a process of the cluster describe what the rows depend on: its runtime may differ."""
         ray = import_optional("ray", "Ray", "sopdeploy[batch,ray]", ConfigError)
         task = ray.remote(num_cpus=self._chosen.cpus, num_gpus=self._chosen.gpus)(describe)
         with _our_errors():

@@ -1,11 +1,12 @@
-"""The output folder of `sopdeploy classify`: a parquet file per part, and what a resumed run needs.
+"""The output folder of `sopdeploy classify`: one parquet file per part, and the state of the run.
 
     OUT/rows/part-00000.parquet   the rows of the first part; a file with its final name is complete
     OUT/run.json                  what the rows depend on
     OUT/list.parquet              all images, in the order of the rows
     OUT/report.html, report.json  written in the end
 
-A run that differs in anything that its rows depend on is rejected: its parts would not fit together.
+A run continues only with the same bundle, options, runtime and images, because rows of different runs must
+not be mixed.
 """
 
 import fcntl
@@ -30,7 +31,7 @@ IDENTITY_ADVICE = "continue with the same options, or choose another --out"
 
 
 class RunState(StrictModel):
-    """What the rows of a run depend on.
+    """Everything that the rows of a run depend on; a run continues only if it is unchanged.
 
     *runtime* includes its version and device; *settings* are those of the decoder.
     """
@@ -156,7 +157,7 @@ class OutputFolder:
 
 @dataclass(slots=True)
 class Progress:
-    """How many images are done and have an error; calls *show* with both and the number of all images."""
+    """Counts finished images and errors; calls *show* with both and the number of all images."""
 
     total: int
     max_errors: int | None

@@ -1,8 +1,8 @@
 """Classify parts of a list: decode in worker processes, run full batches, collect the outputs of each part.
 
-The results of a runtime may depend on the size of the batch and on the position in it, in the last bits. So
-batches are fixed ranges of a part, and an image that cannot be decoded keeps its place, as zeros: the outputs
-of an image do not depend on interruptions and on errors of other images.
+The last bits of a runtime's results may depend on the size of the batch and on the position in the batch.
+Therefore batches are fixed ranges of a part, and an image that cannot be decoded keeps its place, as zeros.
+The outputs of an image then depend neither on interruptions nor on errors of other images.
 """
 
 import math
@@ -33,7 +33,7 @@ Part = tuple[int, Sequence[Entry]]  # its number and its images
 class PartOutputs:
     """The outputs of part *number*: *reads* and *rows* of its *entries*, in their order.
 
-    The row of an image that was not decoded means nothing.
+    The row of an image that was not decoded is meaningless; `RowFormat` ignores it.
     """
 
     number: int

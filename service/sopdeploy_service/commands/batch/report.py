@@ -56,7 +56,7 @@ class Uncertain(StrictModel):
 
 
 class ErrorKind(StrictModel):
-    """How many images have the error *code*, and the first of them."""
+    """The number of images with the error *code*, and the paths of the first ones."""
 
     code: str
     images: int
@@ -72,7 +72,7 @@ class DriftTest(StrictModel):
 
 
 class BatchReport(StrictModel):
-    """What `report.json` contains.
+    """The content of `report.json`.
 
     *counts* has the images of each class: its most probable one, or every class present. *unknown* counts the
     images below the rejection threshold. *drift* has the tests by what they compare; it is None if the bundle
@@ -215,7 +215,7 @@ def _confidence_bars(predictions: PredictionCounts | PresenceCounts, decision: D
 
 
 def _thumbnail(listing: Listing, part: int, row: int, bundle: Bundle, settings: Settings) -> Markup | None:
-    """Build a small picture of what the network saw; None if the image is not there any more."""
+    """Build a thumbnail of the network's input; None if the image does not exist any more."""
     (entry,) = entries_of(listing.read_table(part).slice(row, 1))
     reader = Reader(settings.max_body_bytes)
     try:

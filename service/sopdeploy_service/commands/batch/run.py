@@ -79,7 +79,7 @@ class Classified(StrictModel):
 
 
 class Engine(Protocol):
-    """What classifies the parts of a list: this process, or actors of a cluster."""
+    """Classifies the parts of a list: in this process, or in actors of a cluster."""
 
     def state(self) -> RunState:
         """Describe what the rows depend on, without their images."""

@@ -37,7 +37,7 @@ log = logging.getLogger("sopdeploy.engine")
 
 
 class Listener(Protocol):
-    """Who follows the models and the health of the engine."""
+    """Receives changes of the models and of the health of the engine; `RemoteRegistry` implements it."""
 
     def set_models(self, numbers: dict[str, list[int]], archives: dict[int, int]) -> None:
         """Serve the models *numbers* by name, the current one first; *archives* are files of new ones."""
@@ -53,7 +53,7 @@ class Listener(Protocol):
 
 
 class Owner(Protocol):
-    """Who gets the reply in a slot."""
+    """Receives the reply in a slot; implemented for images and for commands."""
 
     def on_reply(self, slot: "Slot", reply: Reply | None, shared: dict[Any, Any]) -> None:
         """Handle *reply*, or None if the engine is dead; *shared* lives for all replies of one read."""
@@ -126,7 +126,7 @@ class EngineClient:
                 raise ConnectionError("the engine process does not start") from error
 
     def start(self) -> None:
-        """Follow the engine on the running event loop."""
+        """Read messages of the engine, and check its heartbeat, on the running event loop."""
         self._loop = asyncio.get_running_loop()
         self.broker.setblocking(False)
         self._loop.add_reader(self.broker.fileno(), self._read_broker)
@@ -230,7 +230,7 @@ class EngineClient:
         return await command.result
 
     def lose(self) -> None:
-        """Forget the engine and answer everything that waits for it."""
+        """Forget the engine; everything that waits for a reply is rejected."""
         channel, self._channel = self._channel, None
         if channel is None:
             return
@@ -390,4 +390,4 @@ class _Command:
         self.result.set_result(None if found is None else Rejection(**found))
 
     def after_read(self, found: Any) -> None:
-        """Do nothing: a command has one reply."""
+        """Do nothing: `on_reply` has stored the only reply of a command."""

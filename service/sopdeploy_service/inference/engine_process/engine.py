@@ -2,11 +2,11 @@
 
 Its main thread is an epoll loop that reads slot numbers, puts images into the queues of the models and
 returns the outputs; a thread per model runs the batches (`inference.model_worker`). The process uses no event
-loop of asyncio, no HTTP and no image library, and gets nothing from clients but pixels.
+loop of asyncio, no HTTP and no image library, and gets only pixels from clients.
 
-Front ends decode images of untrusted clients, so the engine expects anything from them. It ends the channel
-of a front end that breaks the protocol and asks the supervisor to replace that process; the others notice
-nothing.
+Front ends decode images of untrusted clients and may be compromised, so the engine validates everything that
+they send. It ends the channel of a front end that breaks the protocol and asks the supervisor to replace that
+process; other front ends are not affected.
 """
 
 import contextlib
@@ -225,7 +225,7 @@ class Engine:
         self._unsent.add(front)
 
     def _handle(self, front: Front, kind: int, number: int, slot: int, value: int) -> None:
-        """Handle one record; raises `ChannelError` for one that no correct front end sends."""
+        """Handle one record; raises `ChannelError` for a record that a correct front end never sends."""
         if kind == Kind.SUBMIT:
             self._submit(front, number, slot, value)
         elif kind == Kind.APPLIED:
@@ -281,7 +281,7 @@ class Engine:
             item.settle(rejection)
 
     def _answer(self, item: SlotImage, outcome: Outcome) -> None:
-        """Write *outcome* to the slot of *item* and give the slot back, unless its front end has gone."""
+        """Write *outcome* to the slot of *item* and send the slot back, unless its front end has ended."""
         slots, slot = item.memory.slots, item.slot
         if item.front.closed:
             return
@@ -307,7 +307,7 @@ class Engine:
     # Models
 
     def _command(self, item: SlotImage, text: bytes) -> None:
-        """Change the models as a front end asks, in a thread; the answer is JSON in the slot."""
+        """Execute a command of a front end (load, unload, roll back) in a thread; reply with JSON."""
         operation, name, folder = parse_command(text)
 
         def change() -> None:
@@ -358,7 +358,7 @@ class Engine:
             self._end(70)
 
     def _drop_images(self, items: Sequence[QueuedImage]) -> None:
-        """Give back slots whose images nobody waits for; called by worker threads."""
+        """Send back the slots of images whose requests have ended; called by worker threads."""
 
         def give_back() -> None:
             now = time.monotonic()
@@ -368,7 +368,7 @@ class Engine:
         self.call_soon_threadsafe(give_back)
 
     def _announce(self, fronts: Sequence[Front]) -> None:
-        """Send the models, first larger slots where the largest model needs them."""
+        """Send the models to *fronts*; before that, send larger slots if the largest model needs them."""
         models = self._current()
         size = max((model.slot_bytes for model in models), default=4096)
         smallest = max([self._smallest, *(model.largest_batch for model in models)])

@@ -1,4 +1,4 @@
-"""Front ends as the engine sees them, and what both sides write into requests and replies."""
+"""The engine's records of its front ends, and the codes in requests and replies."""
 
 import json
 import socket
@@ -27,7 +27,7 @@ CODES = {rejection.code: position for position, rejection in enumerate(REJECTION
 
 @dataclass(eq=False, slots=True)
 class Memory:
-    """The slots of a front end as the engine sees them: which it owns and their last generations."""
+    """The engine's record of the slots of a front end: which slots it owns, and their last generations."""
 
     slots: Slots
     owned: bytearray

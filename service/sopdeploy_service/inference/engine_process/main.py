@@ -28,10 +28,10 @@ LOG = "log: "  # prefix of a line on stdout that the supervisor logs
 
 
 class LogToSupervisor(logging.Handler):
-    """Writes records as lines of JSON to stdout; the supervisor logs them as it was told to."""
+    """Writes records as lines of JSON to stdout, which the supervisor logs in its own format."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write *record*, with its traceback."""
+        """Write *record* with its traceback as one line of JSON to stdout."""
         trace = "".join(traceback.format_exception(*record.exc_info)) if record.exc_info else ""
         text = record.getMessage() + (f"\n{trace}" if trace else "")
         sys.stdout.write(LOG + json.dumps([record.name, record.levelno, text]) + "\n")

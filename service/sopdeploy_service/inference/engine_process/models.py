@@ -126,7 +126,7 @@ class ModelTable:
         return replace(loaded, runtime=self._faults.wrap_runtime(loaded.runtime))
 
     def change(self, operation: str, name: str, folder: str | None) -> Rejection | None:
-        """Load, unload or roll back *name*; return why not, and change nothing then."""
+        """Load, unload or roll back *name*; if that is not possible, change nothing and return the reason."""
         if not self._settings.model_control:
             return NO_CONTROL
         versions = self.by_name.get(name)
@@ -157,7 +157,7 @@ class ModelTable:
             self.serve(name, self.load_bundle(path))
 
     def serve(self, name: str, loaded: LoadedModel) -> None:
-        """Make *loaded* the current model of *name* and keep the one before."""
+        """Make *loaded* the current model of *name*; keep the previous model for a rollback."""
         self._numbers += 1
         model = EngineModel(name, self._numbers, loaded, self._settings)
         before = self.by_name.get(name)
@@ -165,7 +165,7 @@ class ModelTable:
 
 
 def _archive(name: str, model: EngineModel) -> int:
-    """Write the small files of a bundle and what front ends know of its runtime to a memory file."""
+    """Write the small files of a bundle, and the facts about its runtime for front ends, to a memory file."""
     loaded = model.loaded
     facts: dict[str, Any] = {
         "name": name,

@@ -1,4 +1,4 @@
-"""Models that run in the engine process, as the rest of a front end sees them.
+"""Models and registry of a front end, for models that run in the engine process.
 
 `RemoteModel` and `RemoteRegistry` take the place of `Model` and `ModelRegistry`: admission, decoding,
 deadlines and responses are the same code with one process and with several.
@@ -44,7 +44,7 @@ from sopdeploy_service.settings import Settings
 
 @dataclass(slots=True)
 class EngineRuntime:
-    """What a front end knows of a runtime of the engine process."""
+    """Name and device of a runtime in the engine process, for a front end."""
 
     name: str
     device: str
@@ -77,7 +77,7 @@ class RemoteQueue(RequestQueue):
         return self._client.images_elsewhere
 
     def reserve(self, items: Sequence[QueuedImage]) -> Rejection | None:
-        """Take a slot for each of *items*; return why there are none."""
+        """Take a slot for each of *items*; return the rejection if there are too few free slots."""
         if self.closed_with is not None or not self._client.alive:
             return self.closed_with or ENGINE_DEAD
         if self._client.num_free < max(1, len(items)):
@@ -97,7 +97,7 @@ class RemoteQueue(RequestQueue):
                 slot.memory.slots.cancel(slot.number)
 
     def put(self, item: QueuedImage) -> Rejection | None:
-        """Copy the image of *item* to its slot and send it, unless nobody waits for it any more."""
+        """Copy the image of *item* to its slot and send it, unless its request has ended."""
         with self._sending:
             slot: Slot | None = item.slot
             if self.closed_with is not None or slot is None:
@@ -126,7 +126,7 @@ class RemoteQueue(RequestQueue):
         return [slot.item for slot in self._client.waiting() if slot.owner is self and slot.item is not None]
 
     def on_reply(self, slot: Slot, reply: Reply | None, shared: dict[Any, Any]) -> None:
-        """Settle the image in *slot*; images of one read share the ranking of their classes."""
+        """Settle the image in *slot*; the classes of all images in one read are ranked together."""
         item: QueuedImage | None = slot.item
         slot.item = None
         if item is None:
@@ -147,7 +147,7 @@ class RemoteQueue(RequestQueue):
             self._model.counts.drift = self._drift.latest
 
     def _predict(self, slot: Slot, item: QueuedImage, reply: Reply, shared: dict[Any, Any]) -> Prediction:
-        """Copy the outputs out of *slot* and count the image, and its batch if it is the first of it."""
+        """Copy the outputs out of *slot*; count the image and, for the first image of a batch, the batch."""
         values = slot.memory.slots.floats(slot.number)[: reply.length // 4].copy()
         outputs, end = {}, 0
         for name, shape, size in self._outputs:
@@ -205,7 +205,7 @@ class RemoteRegistry(ModelRegistry):
     """The models of the engine process; changes are made there and announced to all front ends."""
 
     def __init__(self, client: EngineClient, settings: Settings, metrics: Metrics) -> None:
-        """Serve the models that *client* has received."""
+        """Create a registry with the models that *client* has received from the engine."""
         super().__init__({}, settings, metrics, None)
         self._client = client
         self._numbered: dict[int, RemoteModel] = {}

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 PAGE = mmap.PAGESIZE
 MAX_SLOTS = 256
-MAX_BYTES = 39_000_000  # of one front end, unless fewer than the smallest number of slots would fit
+MAX_BYTES = 39_000_000  # per front end; more if the smallest number of slots needs it
 DESCRIPTOR_BYTES = 128
 HEADER = struct.Struct("=dQQQ")  # heartbeat (time.monotonic), images in the engine, slots, bytes of a slot
 HEARTBEAT = struct.Struct("=dQ")
@@ -37,7 +37,7 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class Request(NamedTuple):
-    """What a front end writes; *length* is the size of a command. Times are those of `time.monotonic`."""
+    """A request, written by a front end; *length* is the size of a command, times are `time.monotonic`."""
 
     model: int
     flags: int
@@ -48,7 +48,7 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What the engine writes: *code* 0 with *length* bytes of outputs, or the position of a rejection.
+    """A reply, written by the engine: *code* 0 with *length* bytes of outputs, or the code of a rejection.
 
     *row* is the position of the image among the predictions of its *batch*.
     """
@@ -62,7 +62,10 @@ class Reply(NamedTuple):
 
 
 def slot_bytes(image: Sequence[int], outputs: Sequence[Sequence[int | None]]) -> int:
-    """Compute the bytes of a slot, whole pages, for *image* (H, W, 3) or *outputs* (with the batch)."""
+    """Compute the size of a slot in bytes, a multiple of the page size.
+
+    It holds an *image* (H, W, 3), or all *outputs* of one image; their shapes include the batch.
+    """
     floats = sum(int(np.prod([side or 1 for side in shape[1:]])) for shape in outputs)
     return -(-max(int(np.prod(image)), 4 * floats) // PAGE) * PAGE
 
@@ -100,7 +103,7 @@ class Slots:
 
     @property
     def heartbeat(self) -> tuple[float, int]:
-        """When the engine's loop ran last, and how many images of all front ends it had then."""
+        """Read when the engine's loop ran last, and how many images of all front ends it had then."""
         moment, images = HEARTBEAT.unpack_from(self._memory)
         return moment, images
 
@@ -122,7 +125,7 @@ class Slots:
         return self._floats[slot]
 
     def read_bytes(self, slot: int, length: int) -> bytes:
-        """Copy the first *length* bytes of *slot*, at most all of them."""
+        """Copy the first *length* bytes of *slot*, or the whole slot if it is smaller."""
         start = self._first + slot * self.size
         return self._memory[start : start + min(length, self.size)]
 
@@ -143,11 +146,11 @@ class Slots:
         return Request._make(REQUEST.unpack_from(self._memory, PAGE + slot * DESCRIPTOR_BYTES))
 
     def cancel(self, slot: int) -> None:
-        """Tell the engine that nobody waits for *slot*."""
+        """Tell the engine that the request of *slot* has ended."""
         self._memory[PAGE + slot * DESCRIPTOR_BYTES + CANCELLED] = 1
 
     def is_cancelled(self, slot: int) -> bool:
-        """Return whether nobody waits for *slot*."""
+        """Check whether the request of *slot* has ended."""
         return self._memory[PAGE + slot * DESCRIPTOR_BYTES + CANCELLED] != 0
 
     def write_reply(self, slot: int, reply: Reply) -> None:
