@@ -6,7 +6,8 @@ bodies and floods; its model is swapped every few seconds. Every `ROUND_SECONDS`
 resources of the idle server are measured, because requests in progress change the memory by tens of MB.
 Limits: resident memory at rest grows by less than 1 MB per minute, no thread or descriptor remains, every
 response names its bundle and equals `sopdeploy predict` with that bundle, no 5xx. Exit code 1 if a limit is
-exceeded. With several front ends, which are sandboxed, the resources are the sums over all processes.
+exceeded. With several front ends, which are sandboxed, the resources are the sums over all processes, and the
+memory may grow by 1 MB per minute and process.
 
     python benchmarks/soak.py --seconds 300 --front-ends 2
 """

@@ -3,10 +3,12 @@
 Every process accepts from a socket of its own (SO_REUSEPORT), and the kernel chooses the socket by a hash of
 the addresses: of 8 connections, one of two processes may get 7. A process that has accepted a connection
 therefore passes it to the process with the fewest open connections, before it reads a byte. A process that
-drains passes on all connections. For a process that is not running, the supervisor accepts and passes them
-on, because the socket of that process stays open.
+drains passes on all connections; so does a front end whose engine does not run, if those of another device
+accept connections. For a process that is not running, the supervisor accepts and passes them on, because the
+socket of that process stays open.
 
-The numbers of open connections are in shared memory. Each number has one writer, so no locks are needed.
+The numbers of open connections are in shared memory, with the moments at which the event loops ran last. Each
+number has one writer, so no locks are needed.
 """
 
 import contextlib
@@ -14,6 +16,7 @@ import mmap
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -22,7 +25,7 @@ import numpy as np
 
 from sopdeploy_service.server.sockets import accept_pending
 
-OPEN, TAKEN, SENT = 0, 1, 2  # columns of a process's row; the number sent to process i is in SENT + i
+OPEN, TAKEN, BEAT, SENT = 0, 1, 2, 3  # columns of a process's row; the number sent to process i: SENT + i
 CLOSED = -1  # the process accepts no connections
 FROM_CLIENT, FROM_PROCESS = b"c", b"p"
 
@@ -43,16 +46,30 @@ class Balancer:
     def join(self) -> None:
         """Start to accept connections, after the connections left in the inbox have been read."""
         self._counts[self._place, TAKEN] = self._counts[:, SENT + self._place].sum()
+        self.beat()
         self._counts[self._place, OPEN] = 0
 
     def leave(self, place: int | None = None) -> None:
         """Receive no more connections; the supervisor calls this for the ended process at *place*."""
-        self._counts[self._place if place is None else place, OPEN] = CLOSED
+        self._counts[self._place if place is None else place, [OPEN, BEAT]] = CLOSED, 0
 
     def set_open(self, connections: int) -> None:
         """Publish the number of open *connections*."""
         if self.accepts(self._place):
             self._counts[self._place, OPEN] = connections
+
+    def set_accepting(self, connections: int, *, accepting: bool) -> None:
+        """Get new connections from now on, or none; so many *connections* are open."""
+        if accepting != self.accepts(self._place):
+            self._counts[self._place, OPEN] = connections if accepting else CLOSED
+
+    def beat(self) -> None:
+        """Record that the event loop of this process runs."""
+        self._counts[self._place, BEAT] = time.monotonic_ns()
+
+    def last_beat(self, place: int) -> float:
+        """Return when the event loop at *place* ran last, as `time.monotonic`; 0 if it has left."""
+        return float(self._counts[place, BEAT]) / 1e9
 
     def set_taken(self) -> None:
         """Record that a connection from the inbox is now included in the published number of open ones."""

@@ -61,13 +61,14 @@ log = logging.getLogger("sopdeploy.server")
 class Inherited:
     """Sockets and shared memory that a process inherits from its supervisor.
 
-    *listener* is the socket to listen on. *siblings* are the places of all processes by name, *inbox*
-    receives connections from them. A front end
-    has a *broker*; all processes share *spending*.
+    *listener* is the socket to listen on. *siblings* are the places of all processes by name, *elsewhere*
+    those of other devices. *inbox* receives connections from other processes. A front end has a *broker*;
+    all processes share *spending*.
     """
 
     listener: socket.socket
     siblings: dict[str, int] = field(default_factory=dict)
+    elsewhere: tuple[int, ...] = ()
     balancer: Balancer | None = None
     inbox: socket.socket | None = None
     broker: socket.socket | None = None  # brings the channel to an engine process
@@ -203,6 +204,7 @@ class DrainingServer(uvicorn.Server):
     ) -> None:
         super().__init__(config)
         self._balancer, self._inbox = inherited.balancer, inherited.inbox
+        self._elsewhere = inherited.elsewhere
         self._service = service
         self._ready = ready
         self._timeline = timeline
@@ -267,6 +269,10 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Decide ten times per second whether to close the port."""
         self.watch.beat()
+        if self._balancer is not None:
+            self._balancer.beat()
+            if self._drain_until is None:
+                self._avoid_dead_engine(self._balancer)
         self._idle.tick(time.monotonic(), self._service.active_requests)
         if self._service.state == "engine_dead":
             return True
@@ -283,6 +289,12 @@ class DrainingServer(uvicorn.Server):
             if expired or self._service.active_requests == 0:
                 return True
         return await super().on_tick(counter)
+
+    def _avoid_dead_engine(self, balancer: Balancer) -> None:
+        """Leave new connections to another device while the engine of this one is down."""
+        is_up = self._service.state != "engine_restarting"
+        accepting = is_up or not any(balancer.accepts(place) for place in self._elsewhere)
+        balancer.set_accepting(len(self.server_state.connections), accepting=accepting)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port and respond to the connections that were pending.
@@ -324,6 +336,11 @@ def main() -> int:
     inherited = Inherited(
         listener=socket.socket(fileno=order["listener"]),
         siblings=order["siblings"],
+        elsewhere=tuple(
+            place
+            for name, place in order["siblings"].items()
+            if name.partition(":")[0] != order["name"].partition(":")[0]
+        ),
         balancer=balancer,
         inbox=inbox,
         broker=socket.socket(fileno=order["broker"]) if "broker" in order else None,

@@ -173,8 +173,13 @@ class Supervisor:
         return self._balancer.connect(place)
 
     def _relay(self) -> None:
-        """Pass on connections of processes that have ended or are ending to the other processes."""
+        """Pass on connections of processes that accept none to the others, and kill processes that hang."""
+        looked = awake = time.monotonic()
         while not self._stopping.wait(RELAY_SECONDS):
+            now = time.monotonic()
+            if now - looked > 1.0:  # this process was paused, so the others may have been, too
+                awake = now
+            looked = now
             with self._starting:
                 if self._stopping.is_set():
                     return
@@ -184,6 +189,12 @@ class Supervisor:
                     if not self._balancer.accepts(worker.place):
                         inbox = self._group.inboxes[worker.place].reads
                         self._balancer.relay(worker.place, worker.listener, inbox)
+                    beat = self._balancer.last_beat(worker.place)
+                    silent = now - max(awake, beat) if beat else 0.0
+                    if silent > self._settings.max_loop_lag_seconds and worker.child is not None:
+                        log.error("%s: hangs for %.0f s; it is killed", worker.title, silent)
+                        self._balancer.leave(worker.place)
+                        worker.child.kill()
 
     def _supervise(self, worker: Worker, lifeline: int) -> None:
         while True:

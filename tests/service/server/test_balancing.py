@@ -1,13 +1,16 @@
 """Connections go to the process with the fewest, also if a process drains or has ended."""
 
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.server.balancing import Group, receive
+from sopdeploy_service.server.process import DrainingServer
 from sopdeploy_service.server.sockets import bind, bind_group
 
 # Accepting process of each connection, in order -> process that serves it.
@@ -88,6 +91,44 @@ def test_a_draining_or_ended_process_passes_on_every_connection(group: Group) ->
         found = [stack.enter_context(one) for one in receive(group.inboxes[2].reads)[0]]
         assert [one.getsockname() for one in found] == [wire.getsockname(), client.getpeername()]
         assert members[2].accepts(2)
+
+
+# State of the service, places of front ends of other devices that accept connections -> accepts some.
+ENGINES = {
+    "a running engine": ("ok", (), True),
+    "an engine that is restarted": ("engine_restarting", (), True),  # clients get 503 from this process
+    "an engine that is restarted, another device": ("engine_restarting", (2,), False),
+    "a model that was unloaded": ("no_model", (2,), True),
+}
+
+
+@pytest.mark.parametrize("case", ENGINES)
+def test_a_front_end_without_engine_leaves_new_connections_to_another_device(group: Group, case: str) -> None:
+    state, others, accepts = ENGINES[case]
+    balancer = group.member(0)
+    for place in (0, *others):
+        group.member(place).join()
+    server = SimpleNamespace(
+        _service=SimpleNamespace(state=state),
+        _elsewhere=(2,),
+        server_state=SimpleNamespace(connections={1, 2}),
+    )
+    for state_now, expected in ((state, accepts), ("ok", True)):
+        server._service.state = state_now
+        DrainingServer._avoid_dead_engine(server, balancer)
+        assert balancer.accepts(0) is expected
+
+
+def test_an_event_loop_shows_that_it_runs_until_it_leaves(group: Group) -> None:
+    member, supervisor = group.member(1), group.member(3)
+    assert supervisor.last_beat(1) == 0
+    member.join()
+    first = supervisor.last_beat(1)
+    member.set_accepting(0, accepting=False)
+    member.beat()
+    assert 0 < first <= supervisor.last_beat(1) <= time.monotonic()
+    supervisor.leave(1)
+    assert supervisor.last_beat(1) == 0
 
 
 def test_a_group_shares_a_port_that_no_other_server_can_take() -> None:

@@ -72,6 +72,18 @@ def test_a_dead_process_is_restarted_while_the_other_serves(start: Start, jpeg, 
     assert child.wait(30) == 0
 
 
+def test_a_hanging_process_is_replaced_while_the_other_serves(start: Start, jpeg, until) -> None:
+    child, client = start("--set", "max_loop_lag_seconds=2")
+    first = children_of(child.pid)
+    os.kill(first[0], signal.SIGSTOP)
+    until(lambda: not is_alive(first[0]))
+    codes = Counter(httpx.post(f"{client.base_url}/v1/classify", content=jpeg).status_code for _ in range(5))
+    assert codes == {200: 5}
+    until(lambda: len(set(children_of(child.pid)) - set(first)) == 1)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(30) == 0
+
+
 def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, jpeg, until) -> None:
     options = ("--front-ends", "2", "--threads", "1", "--set", "health_port=0", "--set", "sandbox=required")
     with spawn(str(bundle_path), *options) as child, ExitStack() as stack:
