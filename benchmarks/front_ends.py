@@ -2,7 +2,10 @@
 
     python benchmarks/front_ends.py --rounds 5 --json
 
-- `CPU per image`: all processes of the server, without decoding and inference. Limit: 0.04 ms more.
+- `CPU per image`: all processes of the server, without decoding and inference. Limit: 0.04 ms more. Every
+  front end has the load of the single process, 32 connections, because a process with half of them wakes up
+  for fewer images at a time and needs more CPU time for each. `32 connections in total` measures that case.
+  Two processes without an engine show what the distribution of the connections alone costs.
 - `p50 at light load`: one connection. Limit: 0.2 ms more.
 - `engine CPU per image`: eight processes fill the slots as front ends do; the runtime returns constants.
   Limit: 0.02 ms.
@@ -52,7 +55,16 @@ from sopdeploy_service.settings import load_settings
 HERE = Path(__file__).resolve()
 BATCH, BATCH_MS = 32, 5.0  # images and duration of a batch for `CPU per image` and `p50`
 SLEEP_MS, SPIN_MS = 2.13, 0.19  # of decoding a JPEG of 500 x 375 pixels without and with the interpreter lock
+CONNECTIONS = 32  # of a process under load
 SENDERS, IN_FLIGHT = 8, 24
+ONE, FRONT_ENDS = "1 process", "2 front ends"
+HALF, SPLIT = "2 front ends, 32 connections in total", "2 processes without an engine"
+SIDES = {  # processes for HTTP, whether they share an engine, connections
+    ONE: (1, False, CONNECTIONS),
+    FRONT_ENDS: (2, True, 2 * CONNECTIONS),
+    HALF: (2, True, CONNECTIONS),
+    SPLIT: (2, False, 2 * CONNECTIONS),
+}
 PREFIX = 'sopdeploy_requests_total{code="200",model="model",route="/v1/classify"} '
 
 
@@ -171,9 +183,10 @@ class Server:
             float(line.removeprefix(PREFIX)) for page in pages for line in page if line.startswith(PREFIX)
         )
 
-    def cpu(self) -> float:
-        """Sum the CPU seconds of all processes."""
-        return sum(cpu_seconds(child.pid) for child in self.children.values())
+    def cpu(self) -> dict[str, float]:
+        """Measure the CPU seconds of all processes, and those of the engine process."""
+        spent = {name: cpu_seconds(child.pid) for name, child in self.children.items()}
+        return {"all": sum(spent.values()), "engine": spent.get("engine", 0.0)}
 
 
 def start(order: dict[str, Any], files: Sequence[int]) -> "subprocess.Popen[str]":
@@ -184,11 +197,20 @@ def start(order: dict[str, Any], files: Sequence[int]) -> "subprocess.Popen[str]
 
 @contextmanager
 def running(
-    front_ends: int, *, decoders: int = 4, emulate: bool = False, senders: float = 0, batch_ms: float = 0
+    count: int,
+    *,
+    engine: bool,
+    decoders: int = 4,
+    emulate: bool = False,
+    senders: float = 0,
+    batch_ms: float = 0,
 ) -> Iterator[Server]:
-    """Start a server with so many *front_ends*, or with processes that only send for so many seconds."""
+    """Start *count* processes with a runtime each or, with *engine*, as front ends of an engine process.
+
+    With *senders*, the front ends only send, for so many seconds.
+    """
     with ExitStack() as stack:
-        listeners = [stack.enter_context(end) for end in bind_group("127.0.0.1", 0, front_ends)]
+        listeners = [stack.enter_context(end) for end in bind_group("127.0.0.1", 0, count)]
         private = [stack.enter_context(bind("127.0.0.1", 0)) for _ in listeners]
         children: dict[str, subprocess.Popen[str]] = {}
         base = {"batch_ms": batch_ms, "decoders": decoders, "emulate": emulate, "seconds": senders}
@@ -200,10 +222,11 @@ def running(
             return child
 
         sockets = [(one.fileno(), other.fileno()) for one, other in zip(listeners, private, strict=True)]
-        if front_ends == 1:
-            launch("0", {"role": "server", "sockets": sockets[0]}, sockets[0])
+        if not engine:
+            for number, pair in enumerate(sockets):
+                launch(str(number), {"role": "server", "sockets": pair}, pair)
         else:
-            peers = [Peer(str(number)) for number in range(front_ends)]
+            peers = [Peer(str(number)) for number in range(count)]
             group = EngineGroup(Peer("engine"), peers)
             stack.callback(group.close)
             for peer, pair in zip([group.engine, *peers], [(), *sockets], strict=True):
@@ -236,19 +259,21 @@ def load(server: Server, folder: Path, connections: int, seconds: float) -> dict
     return cast(dict[str, float], json.loads(done.stdout))
 
 
-def cpu_and_latency(front_ends: int, folder: Path, seconds: float) -> tuple[float, float]:
-    """Measure CPU ms per image under load, and p50 in ms with one connection."""
-    with running(front_ends, batch_ms=BATCH_MS) as server:
-        load(server, folder, 32, 0.1)
-        images, spent = server.images(), server.cpu()
-        load(server, folder, 32, seconds)
-        per_image = 1000 * (server.cpu() - spent) / (server.images() - images)
-        return per_image, load(server, folder, 1, seconds)["p50_ms"]
+def cpu_and_latency(side: str, folder: Path, seconds: float) -> dict[str, float]:
+    """Measure CPU ms per image under load, `all` and that of the `engine`, and `p50` in ms."""
+    count, engine, connections = SIDES[side]
+    with running(count, engine=engine, batch_ms=BATCH_MS) as server:
+        load(server, folder, connections, 0.1)
+        images, before = server.images(), server.cpu()
+        load(server, folder, connections, seconds)
+        after, images = server.cpu(), server.images() - images
+        per_image = {name: 1000 * (after[name] - before[name]) / images for name in after}
+        return per_image | {"p50": load(server, folder, 1, seconds)["p50_ms"]}
 
 
 def engine_cpu(seconds: float) -> float:
     """Measure CPU ms of the engine per image, with eight senders."""
-    with running(SENDERS, senders=seconds) as server:
+    with running(SENDERS, engine=True, senders=seconds) as server:
         engine = server.children.pop("engine")
         before = cpu_seconds(engine.pid)
         images = sum(int(read_line(child)) for child in server.children.values())
@@ -257,7 +282,7 @@ def engine_cpu(seconds: float) -> float:
 
 def emulated(front_ends: int, decoders: int, folder: Path, seconds: float) -> float:
     """Measure images/s with decoders that sleep and spin."""
-    with running(front_ends, decoders=decoders, emulate=True) as server:
+    with running(front_ends, engine=front_ends > 1, decoders=decoders, emulate=True) as server:
         return load(server, folder, 64, seconds)["images_per_s"]
 
 
@@ -275,37 +300,42 @@ def main() -> None:
         run_role(arguments.role)
         return
     rounds, seconds = arguments.rounds, arguments.seconds
-    sides: dict[str, list[tuple[float, float]]] = {"two": [], "one": []}
+    sides: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     figures: dict[str, list[float]] = {"engine": [], "4x4": [], "best": []}
     with tempfile.TemporaryDirectory() as name:
         folder = write_images(Path(name))
         for _ in range(rounds):
-            for side, count in (("two", 2), ("one", 1)):
-                sides[side].append(cpu_and_latency(count, folder, seconds))
+            for side, found in sides.items():
+                found.append(cpu_and_latency(side, folder, seconds))
             figures["engine"].append(engine_cpu(seconds))
             figures["best"].append(max(emulated(1, decoders, folder, seconds) for decoders in (4, 8, 16)))
             figures["4x4"].append(emulated(4, 4, folder, seconds))
-    median = {
-        side: [statistics.median(column) for column in zip(*values, strict=True)]
-        for side, values in sides.items()
-    }
+
+    def median(side: str, figure: str) -> float:
+        return statistics.median(found[figure] for found in sides[side])
+
     medians = {name: statistics.median(values) for name, values in figures.items()}
     common = {"runs": rounds}
     results = [
         Result(
-            case="CPU per image, 2 front ends",
-            against="1 process",
-            ours=median["two"][0],
-            other=median["one"][0],
-            unit="cpu-ms",
+            case=f"{figure}, {side}",
+            against=ONE,
+            ours=median(side, measured),
+            other=median(ONE, measured),
+            unit=unit,
             **common,
-        ),
+        )
+        for figure, measured, unit, compared in (
+            ("CPU per image", "all", "cpu-ms", (FRONT_ENDS, HALF, SPLIT)),
+            ("p50 at light load", "p50", "ms", (FRONT_ENDS,)),
+        )
+        for side in compared
+    ]
+    results += [
         Result(
-            case="p50 at light load, 2 front ends",
-            against="1 process",
-            ours=median["two"][1],
-            other=median["one"][1],
-            unit="ms",
+            case=f"engine CPU per image, {FRONT_ENDS}",
+            ours=median(FRONT_ENDS, "engine"),
+            unit="cpu-ms",
             **common,
         ),
         Result(case="engine CPU per image, 8 front ends", ours=medians["engine"], unit="cpu-ms", **common),
