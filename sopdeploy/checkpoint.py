@@ -131,7 +131,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error}); check its permissions"
+        ) from error
     digest, content = hashlib.sha256(raw).hexdigest(), load_plain(path, raw=raw)
     del raw  # before the network is built
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -178,7 +180,9 @@ def load_plain(
         source = path if raw is None else io.BytesIO(raw)
         return torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error}); check its permissions"
+        ) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, it contains objects other than tensors and reading it could run code; {advice}"
@@ -225,16 +229,26 @@ def build_classifier(checkpoint: Checkpoint, where: Path) -> Classifier:
     expected = network.state_dict()
     for name, tensor in expected.items():
         if name not in checkpoint.weights:
-            raise CheckpointError(f"{where}: {checkpoint.model} needs a tensor {name}, which is missing")
+            raise CheckpointError(
+                f"{where}: {checkpoint.model} needs a tensor {name}, which is missing"
+                "; train or import it again"
+            )
         found = checkpoint.weights[name]
         if found.shape != tensor.shape:
-            raise CheckpointError(f"{where}: {name} is {tuple(found.shape)}, not {tuple(tensor.shape)}")
+            raise CheckpointError(
+                f"{where}: {name} is {tuple(found.shape)}, not {tuple(tensor.shape)}"
+                "; train or import it again"
+            )
         if _layout(found) != _layout(tensor):
-            raise CheckpointError(f"{where}: {name} is {_layout(found)}, not {_layout(tensor)}")
+            raise CheckpointError(
+                f"{where}: {name} is {_layout(found)}, not {_layout(tensor)}; train or import it again"
+            )
         if found.is_floating_point() and not bool(torch.isfinite(found).all()):
             raise CheckpointError(f"{where}: {name} has values that are not finite; train again")
     unknown = sorted(checkpoint.weights.keys() - expected.keys())
     if unknown:
-        raise CheckpointError(f"{where}: {checkpoint.model} has no tensor {unknown[0]}")
+        raise CheckpointError(
+            f"{where}: {checkpoint.model} has no tensor {unknown[0]}; train or import it again"
+        )
     network.load_state_dict(checkpoint.weights)
     return network.eval()

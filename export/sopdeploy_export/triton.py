@@ -67,7 +67,10 @@ def write_triton(bundle: Bundle, repository: Path, options: TritonOptions | None
         )
     broken = [label for label in bundle.labels if label.splitlines() not in ([label], [])]
     if broken:
-        raise BundleError(f"{bundle.path}: the class name {broken[0]!r} does not fit on a line of {LABELS}")
+        raise BundleError(
+            f"{bundle.path}: the class name {broken[0]!r} does not fit on a line of {LABELS}"
+            "; rename the class"
+        )
     target = repository / bundle.name
     with staging(repository) as folder:
         (folder / "1").mkdir()

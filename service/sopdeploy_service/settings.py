@@ -211,7 +211,7 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
     named = os.environ.get(FILE_VARIABLE)
     path = file or (Path(named) if named else None)
     if path is not None and not path.is_file():
-        raise ConfigError(f"{path}: settings file not found")
+        raise ConfigError(f"{path}: settings file not found; check --config or SOPDEPLOY_CONFIG")
 
     class FileSettings(Settings):
         model_config = SettingsConfigDict(toml_file=path)
@@ -224,7 +224,7 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
             hint = " (set by a Kubernetes Service named sopdeploy: give the pod `enableServiceLinks: false`)"
         raise ConfigError(f"settings: {first_problem(problem)}{hint}") from problem
     except ValueError as problem:  # raised by the TOML parser
-        raise ConfigError(f"{path}: not TOML ({problem})") from problem
+        raise ConfigError(f"{path}: not TOML ({problem}); correct the file") from problem
 
 
 def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any]:

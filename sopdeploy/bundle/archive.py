@@ -50,7 +50,9 @@ def archived_manifest(archive: Path) -> Manifest:
             raw = file.read(size)
         manifest = Manifest.from_bytes(raw)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{archive.name}: not an archive of `sopdeploy push` ({error})") from error
+        raise BundleError(
+            f"{archive.name}: not an archive of `sopdeploy push` ({error}); give the .tar file that it wrote"
+        ) from error
     sizes = [len(raw), *(record.bytes for record in manifest.files.values())]
     expected = sum(BLOCK + size + len(padding(size)) for size in sizes) + len(END)
     found = archive.stat().st_size
@@ -73,7 +75,10 @@ def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
 
         def expect(expected: bytes, name: str) -> None:
             if file.read(len(expected)) != expected:
-                raise BundleError(f"{archive.name}: {name!r} is not packed as `sopdeploy push` packs it")
+                raise BundleError(
+                    f"{archive.name}: {name!r} is not packed as `sopdeploy push` packs it"
+                    "; push the bundle again"
+                )
 
         file.seek(BLOCK + len(raw))
         expect(padding(len(raw)), MANIFEST)
@@ -91,7 +96,9 @@ def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
                         target.write(block)
                         size -= len(block)
             except OSError as error:
-                raise BundleError(f"{name}: cannot be written ({error.strerror})") from error
+                raise BundleError(
+                    f"{name}: cannot be written ({error.strerror}); check permissions and free space"
+                ) from error
             expect(padding(record.bytes), name)
         expect(END, "its end")
 

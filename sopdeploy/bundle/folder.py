@@ -56,7 +56,9 @@ def staging(destination: Path) -> Iterator[Path]:
         destination.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".bundle-", suffix=".partial", dir=destination))
     except OSError as error:
-        raise BundleError(f"{destination}: cannot be written ({error.strerror})") from error
+        raise BundleError(
+            f"{destination}: cannot be written ({error.strerror}); check permissions and free space"
+        ) from error
     try:
         yield folder
     finally:
@@ -119,7 +121,9 @@ def read_manifest(path: Path) -> Manifest:
             hint = f"a folder of bundles; choose one, such as {bundles[0]}"
         raise BundleError(f"{path}: {hint}")
     if file.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{file}: larger than {MAX_MANIFEST_BYTES} bytes, not a manifest")
+        raise BundleError(
+            f"{file}: larger than {MAX_MANIFEST_BYTES} bytes, not a manifest; copy or export the bundle again"
+        )
     try:
         return Manifest.from_bytes(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -161,19 +165,21 @@ def check_name(bundle: Path, name: str) -> None:
     """Raise `BundleError` unless *name* from the manifest of *bundle* is a plain file name."""
     plain = PurePosixPath(name).parts == (name,) and len(name.encode()) <= MAX_NAME_BYTES
     if not plain or name in {"/", ".."} or "\\" in name or "\0" in name:
-        raise BundleError(f"{bundle}: the manifest names {name!r}, which is not a plain file name")
+        raise BundleError(
+            f"{bundle}: the manifest names {name!r}, which is not a plain file name; export the bundle again"
+        )
 
 
 def _read_labels(file: Path, manifest: Manifest) -> tuple[str, ...]:
     try:
         labels = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file}: not JSON ({error})") from error
+        raise BundleError(f"{file}: not JSON ({error}); copy or export the bundle again") from error
     classes = manifest.outputs[0].shape[-1]
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise BundleError(f"{file}: not a list of class names")
+        raise BundleError(f"{file}: not a list of class names; export the bundle again")
     if len(labels) != classes:
-        raise BundleError(f"{file}: {len(labels)} class names for {classes} outputs")
+        raise BundleError(f"{file}: {len(labels)} class names for {classes} outputs; export the bundle again")
     problem = None if manifest.decision is None else manifest.decision.problem_with(len(labels))
     if problem is not None:
         raise BundleError(f"{file.parent}: {problem} outputs; export it again")

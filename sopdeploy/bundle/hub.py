@@ -66,7 +66,9 @@ def pull_from_hub(source: str, archive: Path, signature: Path, limit: int) -> No
         found = api.model_info(repository, revision=revision)
         names = {file.rfilename for file in found.siblings or ()}
         if ARCHIVE not in names:
-            raise BundleError(f"{source}: holds no bundle that `sopdeploy push` wrote")
+            raise BundleError(
+                f"{source}: holds no bundle that `sopdeploy push` wrote; check the name and the revision"
+            )
         for name, file, most in ((ARCHIVE, archive, limit), (SIGNATURE, signature, MAX_FILE_BYTES)):
             if name in names:
                 url = hub.hf_hub_url(repository, name, revision=found.sha)

@@ -87,7 +87,10 @@ def deviation(name: str, outputs: Outputs, expected: NDArray[np.float32]) -> flo
         raise ParityError(f"probes: no output {name!r}; this runtime does not compute the exported network")
     values = outputs[name]
     if values.shape != expected.shape:
-        raise ParityError(f"probes: output {name!r} is {values.shape}, not {expected.shape}")
+        raise ParityError(
+            f"probes: output {name!r} is {values.shape}, not {expected.shape}"
+            "; this runtime does not compute the exported network"
+        )
     if not np.isfinite(values).all():
         raise ParityError(
             f"probes: output {name!r} is not finite; this runtime does not compute the exported network"

@@ -89,14 +89,14 @@ def check_message(message: bytes, signature: str, key: PublicKey) -> None:
     if algorithm != PREHASHED:
         raise BundleError("the signature is not prehashed; sign with `sopdeploy sign` or `minisign -S`")
     if name != key.name:
-        raise BundleError("the signature was made with another key")
+        raise BundleError("the signature was made with another key; ask its author for the key")
     public = Ed25519PublicKey.from_public_bytes(key.point)
     try:
         public.verify(first, hashlib.blake2b(message).digest())
         public.verify(second, first + lines[2].removeprefix(COMMENT).encode())
     except InvalidSignature as error:
         raise BundleError(
-            "the signature does not match: bundle or signature changed after signing"
+            "the signature does not match: bundle or signature changed after signing; get both again"
         ) from error
 
 
@@ -107,7 +107,7 @@ def read_secret(path: Path) -> SecretKey:
         raise ConfigError(f"{path}: has a password; create a key without one: `minisign -G -W`")
     key, point = SecretKey(body[54:62], body[62:94]), body[94:126]
     if key.public().point != point:
-        raise ConfigError(f"{path}: damaged, secret and public part do not match")
+        raise ConfigError(f"{path}: damaged, secret and public part do not match; create a new key")
     return key
 
 
@@ -152,7 +152,9 @@ def make_key(path: Path) -> Path:
     except FileExistsError as error:
         raise ConfigError(f"{path}: exists already; a key is never replaced") from error
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}); check permissions and free space"
+        ) from error
     comment = f"untrusted comment: minisign public key {name[::-1].hex().upper()}"
     public = path.with_name(path.name + PUBLIC_SUFFIX)
     _write(public, f"{comment}\n{_encode(KEY + name + point)}\n")
@@ -188,7 +190,7 @@ def _read_key(path: Path, size: int) -> bytes:
         if body[:2] != KEY:
             raise ValueError("unsupported algorithm")
     except OSError as error:
-        raise ConfigError(f"{path}: key file cannot be read ({error.strerror})") from error
+        raise ConfigError(f"{path}: key file cannot be read ({error.strerror}); check the path") from error
     except ValueError as error:
         raise ConfigError(f"{path}: not a minisign key file of the required kind ({error})") from error
     return body
@@ -199,7 +201,9 @@ def _write(path: Path, text: str) -> None:
         with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}); check permissions and free space"
+        ) from error
 
 
 def _encode(body: bytes) -> str:

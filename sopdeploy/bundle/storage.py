@@ -37,7 +37,9 @@ def put(file: Path, place: str, name: str) -> str:
         with atomic_write(folder / name) as partial:
             shutil.copyfile(file, partial)
     except OSError as error:
-        raise BundleError(f"{folder / name}: cannot be written ({error.strerror})") from error
+        raise BundleError(
+            f"{folder / name}: cannot be written ({error.strerror}); check permissions and free space"
+        ) from error
     return str(folder / name)
 
 
@@ -79,7 +81,9 @@ def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
     except (BundleError, ConfigError):
         raise
     except Exception as error:  # each store raises its own types
-        raise BundleError(f"{url}: {type(error).__name__}: {error}") from error
+        raise BundleError(
+            f"{url}: {type(error).__name__}: {error}; check the address and the credentials"
+        ) from error
 
 
 def push_artifact(archive: Path, signature: Path | None, place: str, tag: str) -> str:
@@ -98,7 +102,9 @@ def push_artifact(archive: Path, signature: Path | None, place: str, tag: str) -
             target, files=files, manifest_annotations=ANNOTATIONS, disable_path_validation=True, quiet=True
         )
     except Exception as error:  # the client raises types of several libraries
-        raise BundleError(f"{OCI}{target}: {type(error).__name__}: {error}") from error
+        raise BundleError(
+            f"{OCI}{target}: {type(error).__name__}: {error}; check the address and the credentials"
+        ) from error
     return OCI + target
 
 
@@ -115,18 +121,25 @@ def pull_artifact(reference: str, archive: Path, signature: Path, limit: int) ->
         layers = client.get_manifest(container)["layers"]
         digests = {layer["mediaType"]: layer["digest"] for layer in layers}
         if ARCHIVE_TYPE not in digests:
-            raise BundleError(f"{reference}: holds no bundle that `sopdeploy push` wrote")
+            raise BundleError(
+                f"{reference}: holds no bundle that `sopdeploy push` wrote; check the name and the tag"
+            )
         for kind, file in ((ARCHIVE_TYPE, archive), (SIGNATURE_TYPE, signature)):
             if kind in digests:
                 with client.get_blob(container, digests[kind], stream=True) as response:
                     response.raise_for_status()
                     write_blocks(_blocks(response.raw), file, reference, limit)
                 if f"sha256:{sha256(file)}" != digests[kind]:
-                    raise BundleError(f"{reference}: the registry sent other bytes than its digest says")
+                    raise BundleError(
+                        f"{reference}: the registry sent other bytes than its digest says"
+                        "; push the bundle again"
+                    )
     except BundleError:
         raise
     except Exception as error:  # the client raises types of several libraries
-        raise BundleError(f"{reference}: {type(error).__name__}: {error}") from error
+        raise BundleError(
+            f"{reference}: {type(error).__name__}: {error}; check the address and the credentials"
+        ) from error
 
 
 def _registry_client(target: str) -> Any:

@@ -45,7 +45,7 @@ def push(path: Path, place: str, *, license_id: str | None = None) -> Pushed:
     bundle or a failed upload, and `ConfigError` for a license without a card.
     """
     if license_id is not None and not place.startswith(HUB):
-        raise ConfigError(f"--license: is written to a model card, which only {HUB} has")
+        raise ConfigError(f"--license: is written to a model card, which only {HUB} has; omit it")
     bundle = open_bundle(path)
     signature = signature_path(path) if signature_path(path).is_file() else None
     with tempfile.TemporaryDirectory(prefix="sopdeploy-") as folder:

@@ -33,13 +33,16 @@ class ClientOptions:
         try:
             self.url = httpx.URL(url)
         except (httpx.InvalidURL, TypeError) as error:
-            raise ConfigError(f"{url!r}: not a URL ({error})") from error
+            raise ConfigError(f"{url!r}: not a URL ({error}); write it as http://host:8000") from error
         if self.url.scheme not in {"http", "https"} or not self.url.host:
             raise ConfigError(f"{url!r}: not the URL of a server; write it as http://host:8000")
         self.headers: dict[str, str] = {}
         if api_key is not None:
             if not api_key.isascii() or not api_key.isprintable() or " " in api_key or not api_key:
-                raise ConfigError("the API key contains characters that are not allowed in a header")
+                raise ConfigError(
+                    "the API key contains characters that are not allowed in a header"
+                    "; copy the key that `sopdeploy key` printed"
+                )
             self.headers["Authorization"] = f"Bearer {api_key}"
         self._retries = retries
         self._timeout = timeout
@@ -65,7 +68,7 @@ def encode_image(image: ImageLike) -> bytes:
         try:
             return Path(image).read_bytes()
         except OSError as error:
-            raise DataError(f"{image}: cannot be read ({error.strerror})") from error
+            raise DataError(f"{image}: cannot be read ({error.strerror}); check the path") from error
     if isinstance(image, np.ndarray):
         gray_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
         if image.dtype != np.uint8 or not gray_or_rgb or 0 in image.shape:

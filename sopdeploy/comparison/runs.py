@@ -170,5 +170,7 @@ def predict_last_epoch(recipe: Recipe, path: Path, data: Split) -> NDArray[np.bo
         with atomic_write(cached) as partial, partial.open("wb") as file:
             np.save(file, correct, allow_pickle=False)
     except OSError as error:
-        raise DataError(f"{cached}: cannot be written ({error.strerror})") from error
+        raise DataError(
+            f"{cached}: cannot be written ({error.strerror}); check permissions and free space"
+        ) from error
     return correct

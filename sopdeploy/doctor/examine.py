@@ -98,7 +98,9 @@ def load_images(folder: Path | None) -> list[bytes]:
     if folder is not None:
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not paths:
-            raise DataError(f"{folder}: contains no image ({', '.join(sorted(SUFFIXES))})")
+            raise DataError(
+                f"{folder}: contains no image ({', '.join(sorted(SUFFIXES))}); choose another folder"
+            )
         return [encode_image(path) for path in paths[:MAX_FILES]]
     images = []
     width, height = IMAGE_SIZE

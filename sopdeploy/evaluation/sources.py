@@ -31,7 +31,9 @@ def detect_source(source: str) -> Literal["checkpoint", "bundle", "service"]:
             f"{source}: not a bundle, it has no manifest.json; give a checkpoint, a bundle or a URL"
         )
     if "://" in source:
-        raise ConfigError(f"{source}: only services on http:// and https:// can be evaluated")
+        raise ConfigError(
+            f"{source}: only services on http:// and https:// can be evaluated; write http://HOST:PORT"
+        )
     return "checkpoint"
 
 

@@ -29,7 +29,9 @@ def read_dagnn(path: Path, variables: dict[str, Any]) -> WeightFile:
     """Read the network in the *variables* of a MATLAB file; raises `WeightsError` if there is none."""
     net = variables.get("net", variables)
     if not isinstance(net, dict) or not {"params", "layers"} <= net.keys():
-        raise WeightsError(f"{path}: holds no MatConvNet network (`net` with `params` and `layers`)")
+        raise WeightsError(
+            f"{path}: holds no MatConvNet network (`net` with `params` and `layers`); save the whole network"
+        )
     meta = net.get("meta")
     normalization = meta.get("normalization") if isinstance(meta, dict) else None
     if not isinstance(normalization, dict):
@@ -41,7 +43,7 @@ def read_dagnn(path: Path, variables: dict[str, Any]) -> WeightFile:
         for records in (net["params"], net["layers"])
     )
     if not layers:
-        raise WeightsError(f"{path}: its MatConvNet network has no layers")
+        raise WeightsError(f"{path}: its MatConvNet network has no layers; save the whole network")
     side = normalization.get("imageSize")
     return WeightFile(
         path=path,
@@ -58,7 +60,7 @@ def _read_layers(path: Path, records: list[Any]) -> tuple[Layer, ...]:
         values = record if isinstance(record, dict) else {}
         name, kind, block = values.get("name"), values.get("type"), values.get("block")
         if not isinstance(name, str) or not isinstance(kind, str):
-            raise WeightsError(f"{path}: a layer has no name or type")
+            raise WeightsError(f"{path}: a layer has no name or type; save the whole network")
         block = block if isinstance(block, dict) else {}
         layers.append(Layer(name=name, kind=kind.removeprefix("dagnn."), block=block))
     return tuple(layers)
@@ -70,7 +72,7 @@ def _read_parameters(path: Path, records: list[Any]) -> dict[str, Tensor]:
         values = record if isinstance(record, dict) else {}
         name, value = values.get("name"), values.get("value")
         if not isinstance(name, str):
-            raise WeightsError(f"{path}: a parameter has no name")
+            raise WeightsError(f"{path}: a parameter has no name; save the whole network")
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or not value.size:
             raise WeightsError(
                 f"{path}: parameter {name} holds no numbers; move the network to the CPU and save it"

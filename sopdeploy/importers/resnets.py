@@ -34,7 +34,9 @@ def resnet_depth(path: Path, names: Iterable[str]) -> int:
         if blocks == counts and (depth in BASIC_BLOCK_DEPTHS) == basic:
             return depth
     kind = "basic blocks" if basic else "bottlenecks"
-    raise WeightsError(f"{path}: a ResNet of {counts} {kind} is not in the catalog")
+    raise WeightsError(
+        f"{path}: a ResNet of {counts} {kind} is not in the catalog; `sopdeploy models` lists the networks"
+    )
 
 
 def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:

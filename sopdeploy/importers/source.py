@@ -52,6 +52,7 @@ class WeightFile:
         if weight.dim() != 2:
             raise WeightsError(
                 f"{self.path}: {name} has shape {tuple(weight.shape)}, not (classes, features)"
+                "; give the file of a classifier"
             )
         return weight
 

@@ -62,7 +62,10 @@ def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None
     pooling = detect_pooling(file, mapped, CHANNELS, file.classifier_weight(first).shape[1])
     kind = str(pooling["pooling.kind"])
     if kind == "gap":
-        raise WeightsError(f"{file.path}: VGG-16 with average pooling is not in the catalog")
+        raise WeightsError(
+            f"{file.path}: VGG-16 with average pooling is not in the catalog"
+            "; `sopdeploy models` lists the networks"
+        )
     classifier = "linear" if linear else "mlp"
     default = "mlp" if kind == "isqrt" else "linear"
     model = MODELS[kind]

@@ -155,7 +155,9 @@ def describe(
         training = tally(network.train(), side)
         shipped = training if inference is None else tally(inference.eval(), side)
     except RuntimeError as problem:
-        raise ConfigError(f"image_size: {side} pixels are too few for {name}") from problem
+        raise ConfigError(
+            f"image_size: {side} pixels are too few for {name}; choose a larger image"
+        ) from problem
     length = network.num_features()
     figures: tuple[Published, ...] = ()
     if side == entry(name).image_size:

@@ -151,7 +151,10 @@ def register_model(
         def __init__(self, config: DSoPConfig, num_classes: int) -> None:
             super().__init__(_build(name, build, num_classes), taps, config, image_size)
             if self.num_classes != num_classes:
-                raise ConfigError(f"{name}: returns {self.num_classes} logits for {num_classes} classes")
+                raise ConfigError(
+                    f"{name}: returns {self.num_classes} logits for {num_classes} classes"
+                    "; use the number that the builder receives"
+                )
 
         def inference_model(self) -> Backbone:
             return plain(self.config, self.num_classes)
@@ -165,7 +168,9 @@ def _build(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn
         network = build(num_classes)
     except Exception as error:  # the user's code
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"{name}: cannot be built ({type(error).__name__}: {reason})") from error
+        raise ConfigError(
+            f"{name}: cannot be built ({type(error).__name__}: {reason}); correct the builder"
+        ) from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"{name}: its builder returned a {type(network).__name__}, not a torch.nn.Module")
     return network
@@ -204,7 +209,10 @@ def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple
         shape = tuple(outputs[tap].shape) if isinstance(outputs.get(tap), Tensor) else ()
         if len(shape) != 4 or shape[2] != shape[3]:
             given = shape or "no tensor"
-            raise ConfigError(f"taps: {tap} gives {given}, not a feature map (batch, channels, side, side)")
+            raise ConfigError(
+                f"taps: {tap} gives {given}, not a feature map (batch, channels, side, side)"
+                "; choose another module"
+            )
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(f"dsop: the network returns {given} for one image, not (1, classes)")

@@ -162,7 +162,11 @@ def open_cuda() -> Cuda:
     try:
         count = cuda.call("cudaGetDeviceCount")
     except RuntimeUnavailableError as error:
-        raise RuntimeUnavailableError(f"no NVIDIA GPU can be used here ({error})") from error
+        raise RuntimeUnavailableError(
+            f"no NVIDIA GPU can be used here ({error}); check the driver with nvidia-smi"
+        ) from error
     if not count:
-        raise RuntimeUnavailableError("no NVIDIA GPU can be used here (CUDA sees 0 devices)")
+        raise RuntimeUnavailableError(
+            "no NVIDIA GPU can be used here (CUDA sees 0 devices); check the driver with nvidia-smi"
+        )
     return cuda

@@ -257,7 +257,10 @@ def _check_tensors(trt: Any, engine: Any, manifest: Manifest, key: EngineKey) ->
     found = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     declared = [tensor.name for tensor in tensors]
     if sorted(found) != sorted(declared):
-        raise RuntimeUnavailableError(f"the engine has the tensors {found}, the manifest says {declared}")
+        raise RuntimeUnavailableError(
+            f"the engine has the tensors {found}, the manifest says {declared}"
+            "; run: sopdeploy engine --rebuild"
+        )
     dtypes = {trt.DataType.UINT8: "uint8", trt.DataType.FLOAT: "float32"}
     for tensor in tensors:
         dtype = dtypes.get(engine.get_tensor_dtype(tensor.name), "another type")
@@ -270,6 +273,7 @@ def _check_tensors(trt: Any, engine: Any, manifest: Manifest, key: EngineKey) ->
     if engine.num_optimization_profiles != len(key.profiles):
         raise RuntimeUnavailableError(
             f"the engine has {engine.num_optimization_profiles} profiles, its record says {len(key.profiles)}"
+            "; run: sopdeploy engine --rebuild"
         )
     for index, profile in enumerate(key.profiles):
         shapes = engine.get_tensor_profile_shape(manifest.inputs[0].name, index)
@@ -277,4 +281,5 @@ def _check_tensors(trt: Any, engine: Any, manifest: Manifest, key: EngineKey) ->
         if batches != [profile.minimum, profile.optimum, profile.maximum]:
             raise RuntimeUnavailableError(
                 f"profile {index} of the engine accepts batches {batches}, its record says {profile}"
+                "; run: sopdeploy engine --rebuild"
             )

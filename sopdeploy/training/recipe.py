@@ -181,7 +181,7 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         values = tomllib.loads(recipe_text(source))
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: not a TOML file ({error})") from error
+        raise ConfigError(f"{source}: not a TOML file ({error}); correct the file") from error
     parsed = [parse_override(override) for override in overrides]
     network = next((value for key, value in reversed(parsed) if key == "model.name"), None)
     if isinstance(network, str) and "config" in values.get("model", {}):

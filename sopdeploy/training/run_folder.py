@@ -102,7 +102,9 @@ class RunFolder:
                 with atomic_write(self.history) as partial:
                     partial.write_text(history_csv(at.history), encoding="utf-8")
             except OSError as error:
-                raise CheckpointError(f"{self.history}: cannot be written ({error.strerror})") from error
+                raise CheckpointError(
+                    f"{self.history}: cannot be written ({error.strerror}); check permissions and free space"
+                ) from error
 
 
 def _is_restartable(file: Path) -> bool:
@@ -120,4 +122,6 @@ def _link_or_copy(path: Path, name: Path) -> None:
             except OSError:
                 shutil.copyfile(path, partial)
     except OSError as error:
-        raise CheckpointError(f"{name}: cannot be written ({error.strerror})") from error
+        raise CheckpointError(
+            f"{name}: cannot be written ({error.strerror}); check permissions and free space"
+        ) from error

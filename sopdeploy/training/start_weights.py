@@ -152,7 +152,10 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
         found = weights.tensors.get(name)
         if found is not None and found.shape == tensor.shape and not is_in(name, *heads):
             if found.is_floating_point() and not bool(torch.isfinite(found).all()):
-                raise WeightsError(f"start.weights: {weights.file}: {name} has values that are not finite")
+                raise WeightsError(
+                    f"start.weights: {weights.file}: {name} has values that are not finite"
+                    "; choose another file"
+                )
             matching[name] = found
         elif part := _added_part(name, (*heads, *training_only, classifier_name(model))):
             new[part] = None

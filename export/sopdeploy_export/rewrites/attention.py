@@ -131,7 +131,10 @@ def check_position_resampling(context: RewriteContext, where: str, part: Positio
     constants = averaging_rows(height, side), averaging_rows(width, side), up(side, height), up(side, width)
     for rows in map(np.array, constants):
         if (rows < 0).any() or np.abs(rows.sum(axis=1) - 1).max() > 1e-12:
-            raise LoweringError(f"{where}: the rows of a resampling matrix do not sum to 1")
+            raise LoweringError(
+                f"{where}: the rows of a resampling matrix do not sum to 1"
+                "; --no-lowering exports without rewrite rules"
+            )
     context.report(
         POSITION,
         where,

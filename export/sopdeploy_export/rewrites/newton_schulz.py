@@ -176,6 +176,7 @@ def check_triangle(where: str, part: ISqrtCov) -> None:
     if not torch.equal(part.triangle, upper_triangle_indices(part.width)):
         raise LoweringError(
             f"{where}: its indices are not the upper triangle of {part.width} channels, row by row"
+            "; --no-lowering exports without rewrite rules"
         )
 
 

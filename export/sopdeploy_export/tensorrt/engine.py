@@ -174,7 +174,10 @@ def replay_probes(machine: Machine, bundle: Bundle, plan: bytes, key: EngineKey)
     probes = read_probes(bundle.probes)
     count = len(probes.images)
     if not count or set(probes.expected) != {t.name for t in bundle.manifest.outputs}:
-        raise EngineError(f"{bundle.probes}: has no probes for some output, so the engine cannot be verified")
+        raise EngineError(
+            f"{bundle.probes}: has no probes for some output, so the engine cannot be verified"
+            "; export the bundle again"
+        )
     sizes = sorted({size for profile in key.profiles for size in (profile.minimum, profile.maximum)})
     replays = []
     with closing(EngineSession(machine.trt, machine.cuda, plan, bundle.manifest, key)) as session:

@@ -34,16 +34,22 @@ def network_builder(flag: str, place: str, settings: Sequence[str]) -> Callable[
         for attribute in path.split("."):
             found = getattr(found, attribute)
     except (Exception, SystemExit) as error:  # importing runs the user's code
-        raise ConfigError(f"{flag} {place}: cannot be imported ({first_line(error)})") from error
+        raise ConfigError(
+            f"{flag} {place}: cannot be imported ({first_line(error)}); check the name and the Python path"
+        ) from error
     if not callable(found):
-        raise ConfigError(f"{flag} {place}: is a {type(found).__name__}, not a function or a class")
+        raise ConfigError(
+            f"{flag} {place}: is a {type(found).__name__}, not a function or a class; name one of these"
+        )
     options = parse_settings(flag, settings)
 
     def build() -> nn.Module:
         try:
             network = found(**options)
         except (Exception, SystemExit) as error:  # the user's code
-            raise ConfigError(f"{flag} {place}: cannot be built ({first_line(error)})") from error
+            raise ConfigError(
+                f"{flag} {place}: cannot be built ({first_line(error)}); check its options"
+            ) from error
         if not isinstance(network, nn.Module):
             raise ConfigError(f"{flag} {place}: returned a {type(network).__name__}, not a torch.nn.Module")
         return network

@@ -69,7 +69,9 @@ def copy_for_export(network: nn.Module, role: str, logits: str | int | None = No
     except Exception as error:  # methods of the user's modules can raise anything
         raise LoweringError(f"the {role} network cannot be copied: {first_line(error)}") from error
     if any(result is not copied for result in returned):
-        raise LoweringError(f"train() or eval() of the {role} network does not return self")
+        raise LoweringError(
+            f"train() or eval() of the {role} network does not return self; return self in both methods"
+        )
     own = {id(module) for _, module in modules(copied)}
     for name, module in modules(network):
         if id(module) in own:
@@ -203,7 +205,10 @@ def _check_shape(logits: Tensor, size: int, classes: int, role: str) -> None:
     if len(shape) != 2 or shape[0] != size:
         raise LoweringError(f"the {role} network returns {shape} for {size} images, not ({size}, classes)")
     if shape[1] != classes:
-        raise LoweringError(f"the {role} network returns {shape[1]} logits, but there are {classes} labels")
+        raise LoweringError(
+            f"the {role} network returns {shape[1]} logits, but there are {classes} labels"
+            "; give one label per logit"
+        )
 
 
 def find_usage(network: nn.Module, captured: Captured) -> Usage:

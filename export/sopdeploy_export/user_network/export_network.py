@@ -166,7 +166,9 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
                 found.append(match)
     for part in found:
         if not any(is_in(name, part) for name in tensors(network)):
-            raise DetachError(f"--training-only: {part} holds no tensors, so there is nothing to detach")
+            raise DetachError(
+                f"--training-only: {part} holds no tensors, so there is nothing to detach; omit it"
+            )
     return tuple(found)
 
 

@@ -81,6 +81,7 @@ def bench(
         if wrong:
             raise ConfigError(
                 f"--batch: {loaded.bundle.name} takes batches of 1 to {largest}, not of {wrong[0]}"
+                "; choose sizes in this range"
             )
     latencies: list[list[Latency]] = [[] for _ in bundles]
     for batch in batches:

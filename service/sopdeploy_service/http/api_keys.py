@@ -69,7 +69,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         hint = "`sopdeploy key` creates a key file"
         raise ConfigError(f"{path}: cannot read keys ({problem.strerror}); {hint}") from problem
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise ConfigError(f"{path}: not TOML ({problem})") from problem
+        raise ConfigError(f"{path}: not TOML ({problem}); correct the file") from problem
     except pydantic.ValidationError as problem:
         raise ConfigError(f"{path}: {first_problem(problem)}") from problem
     for attribute in ("name", "sha256"):
@@ -128,4 +128,6 @@ def _write_private(path: Path, text: str) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as problem:
-        raise ConfigError(f"{path}: cannot be written ({problem.strerror})") from problem
+        raise ConfigError(
+            f"{path}: cannot be written ({problem.strerror}); check permissions and free space"
+        ) from problem

@@ -33,7 +33,10 @@ class BundleStore:
             is_bundle = not path.is_dir() or (path / MANIFEST).is_file() or bool(given)
             found = [path] if is_bundle else _bundles_in(path)
             if not found:
-                raise BundleError(f"{path}: no bundle here or in a folder directly below")
+                raise BundleError(
+                    f"{path}: no bundle here or in a folder directly below"
+                    "; give the folder with a manifest.json"
+                )
             self._folders.append(path.resolve().parent if is_bundle else path)
             for bundle in found:
                 name = given or _names(bundle)[0 if is_bundle else 1]
@@ -74,7 +77,7 @@ def _bundles_in(folder: Path) -> list[Path]:
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
-        raise BundleError(f"{folder}: cannot be read ({error.strerror})") from error
+        raise BundleError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
     return [path for path in entries if not path.name.startswith(".") and (path / MANIFEST).is_file()]
 
 

@@ -126,7 +126,7 @@ def _class_names(
     seen = np.unique(np.concatenate(targets))
     classes = int(seen.max(initial=-1)) + 1
     if classes < 2:
-        raise DataError(f"{root}: a classifier needs at least two classes")
+        raise DataError(f"{root}: a classifier needs at least two classes; use the official files")
     missing = sorted(set(range(classes)) - set(seen.tolist()))
     if missing:
         raise DataError(f"{root}: no images of the classes {', '.join(str(c + 1) for c in missing)}")

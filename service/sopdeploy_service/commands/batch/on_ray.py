@@ -72,7 +72,9 @@ def on_ray(
             ray.init(**address, log_to_driver=False, logging_level="error")
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"--ray {chosen.address}: no Ray cluster can be joined ({reason})") from error
+            raise ConfigError(
+                f"--ray {chosen.address}: no Ray cluster can be joined ({reason}); check the address"
+            ) from error
     try:
         if chosen.address == AUTO and len(ray.nodes()) == 1:  # a larger cluster may grow
             _check_resources(ray.cluster_resources(), chosen)

@@ -148,5 +148,7 @@ def open_store(url: str) -> tuple[Any, str]:
     try:
         found: tuple[Any, str] = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"{url}: cannot be opened ({' '.join(str(error).split())})") from error
+        raise ConfigError(
+            f"{url}: cannot be opened ({' '.join(str(error).split())}); check the address and the credentials"
+        ) from error
     return found

@@ -140,7 +140,10 @@ def _list_url(url: str) -> Iterator[Entry]:
         raise
     except Exception as error:  # every store raises types of its own
         reason = " ".join(str(error).split())
-        raise DataError(f"{url}: cannot be listed ({type(error).__name__}: {reason})") from error
+        raise DataError(
+            f"{url}: cannot be listed ({type(error).__name__}: {reason})"
+            "; check the address and the credentials"
+        ) from error
 
 
 def _walk_url(store: Any, folder: str) -> Iterator[Entry]:

@@ -84,7 +84,9 @@ def write(path: Path, options: Mapping[str, Any]) -> None:
         with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as problem:
-        raise ConfigError(f"{path}: cannot be written ({problem.strerror})") from problem
+        raise ConfigError(
+            f"{path}: cannot be written ({problem.strerror}); check permissions and free space"
+        ) from problem
 
 
 def http_options(settings: Settings) -> dict[str, Any]:
