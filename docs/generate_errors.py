@@ -6,6 +6,7 @@ Also generates the service's page `errors.html`, to which the `type` of each err
 import ast
 import html
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,8 @@ def kind_section(kind: type[SopdeployError]) -> str:
     line = EXAMPLES[kind.__name__]
     example = f"error: {line}" if line.endswith("]") else f"error: {line} [{kind.code}]"
     name = kind.__name__
-    return f"### {kind.code}\n\n`{name}`: {about}\n\n```text\n{example}\n```\n\n{WHAT_TO_DO[name]}"
+    advice = textwrap.fill(WHAT_TO_DO[name], 120, break_on_hyphens=False, break_long_words=False)
+    return f"### {kind.code}\n\n`{name}`: {about}\n\n```text\n{example}\n```\n\n{advice}"
 
 
 def http_errors() -> list[HttpError]:
