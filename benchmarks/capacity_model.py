@@ -78,7 +78,7 @@ def per_second(milliseconds: float) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
-    """A replica at a rate: ms from arrival to response, mean batch size, utilization of the runtime."""
+    """Forecast for a replica at a rate: latency in ms, mean batch size, utilization of the runtime."""
 
     mean_ms: float
     p50_ms: float

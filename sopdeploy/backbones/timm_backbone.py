@@ -109,8 +109,8 @@ def run_tapped(
 def nearest_block(network: nn.Module, taps: Collection[str]) -> type[MBConv | Bottleneck | BasicBlock]:
     """Select the block of this package that is most like those of *network*'s stages.
 
-    MBConv for depthwise convolutions, else Bottleneck for 1x1 convolutions besides shortcuts, else
-    BasicBlock.
+    The result is MBConv if the stages have depthwise convolutions, Bottleneck if they have 1x1 convolutions
+    besides shortcuts, and otherwise BasicBlock.
     """
     parts = [part for tap in taps for part in network.get_submodule(tap).modules()]
     convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]

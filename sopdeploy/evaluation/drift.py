@@ -142,7 +142,7 @@ class PresenceCounts:
         return Drift(self.images, {"classes": self._compare_classes(reference), "per_image": per_image})
 
     def _compare_classes(self, reference: PresenceReference) -> Comparison:
-        """Compare each class alone; the largest distance, and the smallest p-value times their number."""
+        """Test each class alone; return the largest distance, and the smallest p-value times the tests."""
         sizes = np.array([reference.images, self.images])
         distance, smallest, tests = 0.0, 1.0, 0
         for present_2 in zip(reference.classes, self.classes.tolist(), strict=True):

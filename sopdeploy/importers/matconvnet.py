@@ -109,7 +109,8 @@ def pointwise_kernel(file: WeightFile, name: str) -> Tensor:
 def batch_norm(file: WeightFile, source: str, name: str, order: Tensor | None = None) -> list[MappedTensor]:
     """Convert the batch norm *source* to *name*, with its channels permuted by *order*.
 
-    MatConvNet stores standard deviations. For one below sqrt(eps) no variance exists; its factor compensates.
+    MatConvNet stores sqrt(variance + eps). A value below sqrt(eps) would need a negative variance; the
+    variance is then 0, and the weight of the channel is scaled instead.
     """
     moments = file.tensor(f"{source}_m")
     if moments.dim() != 2 or moments.shape[1] != 2:

@@ -25,7 +25,8 @@ PATTERNS = {3: (1, 0, 2), 4: (0, 2, 0, 2), 18: (0, 0, 3) * 6}  # Table IV, by th
 class DSoPThreeStages(DSoP):
     """DSoP on three stages of equally many blocks, by the patterns of Table IV in `patterns`.
 
-    Stages of other lengths have one branch of two blocks (of one where the stage has one) after their last.
+    Stages of other lengths have one branch of two blocks after their last block; a stage of one block has a
+    branch of one block.
     """
 
     patterns: ClassVar[dict[int, tuple[int, ...]]] = PATTERNS

@@ -234,7 +234,7 @@ def recognize(matrix: NDArray[np.floating]) -> Centering | None:
 
 
 def center_by_mean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[AppliedRule]]:
-    """Copy *model*, replace products with such constants, and list what was done.
+    """Copy *model*, replace products with constants alpha I + beta 11^T, and list the replacements.
 
     Left out are constants with beta = 0 (such as the identity), products with the constant on the left, and
     constants that are not float32, whose rounding hides whether alpha + n beta is 0.

@@ -31,7 +31,7 @@ DEVICES = {CPU: "cpu", CUDA: "cuda:0"}
 class Binding:
     """The input and outputs of one batch size on the device, bound to the session.
 
-    *host* is where the images are padded.
+    *host* is the buffer in which images are padded to the batch size.
     """
 
     host: NDArray[np.uint8]

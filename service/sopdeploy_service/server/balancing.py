@@ -59,7 +59,7 @@ class Balancer:
             self._counts[self._place, OPEN] = connections
 
     def set_accepting(self, connections: int, *, accepting: bool) -> None:
-        """Get new connections from now on, or none; so many *connections* are open."""
+        """Start or stop to receive new connections; the number of open *connections* is published."""
         if accepting != self.accepts(self._place):
             self._counts[self._place, OPEN] = connections if accepting else CLOSED
 

@@ -27,7 +27,7 @@ def bench(
     against: Annotated[Path | None, typer.Option(help="A second bundle, timed alternately.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a bundle on this machine: warm median, p95, p99 and images per second.
+    """Measure latency (median, p95, p99) and images per second of a bundle on this machine, after a warm-up.
 
     Example: [bold]sopdeploy bench bundles/dsop-resnet20-3f6c01d2a4b7 --batch 1,8[/bold]
     """

@@ -260,7 +260,7 @@ class EngineClient:
             self._old = None
 
     def _set_alive(self, *, alive: bool) -> None:
-        """Record whether the engine answers; if not, reject what it has not answered."""
+        """Record whether the engine answers; if it does not, reject all images that wait for it."""
         if alive == self.alive:
             return
         self.alive = alive

@@ -1,7 +1,7 @@
 """Build a Ray Serve configuration from settings and bundles, without importing Ray.
 
-Ray scales and routes, the replicas batch. So a replica gets far more requests than fit into one batch, and
-Ray starts another one if more requests wait than that.
+Ray scales the replicas and routes requests to them; the replicas form batches. A replica therefore gets more
+requests than fit into one batch, and Ray starts another replica if replicas have more requests than that.
 """
 
 from collections.abc import Mapping
