@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from measure import Result, report
+from measure import Result, existing, one_line_errors, report
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -127,14 +127,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", type=Path, required=True, help="published weights")
+    parser.add_argument("--weights", type=existing, required=True, help="published weights")
     parser.add_argument("--as", dest="name", required=True, help="a name of `sopdeploy models`")
-    parser.add_argument("--data", type=Path, required=True, help="labeled images, DIR/<class>/*.jpg")
+    parser.add_argument("--data", type=existing, required=True, help="labeled images, DIR/<class>/*.jpg")
     parser.add_argument("--quick", action="store_true", help="every tenth image")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     every = QUICK if arguments.quick else 1
-    measured = measure(arguments.weights, arguments.name, arguments.data, every)
+    with one_line_errors():
+        measured = measure(arguments.weights, arguments.name, arguments.data, every)
     facts = {
         "network": arguments.name,
         "images": len(measured.targets),

@@ -31,11 +31,12 @@ from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet as pq
-from measure import Result, report
+from measure import Result, existing, one_line_errors, report
 from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.errors import DataError
 from sopdeploy_service.commands.batch import run
 from sopdeploy_service.commands.batch.part_classifier import ClassifyOptions
 from sopdeploy_service.inference.loader import LoadedModel, load_model
@@ -55,8 +56,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=Path, help="folder of images, such as CIFAR-10 as JPEGs")
-    parser.add_argument("--bundle", type=Path, required=True, help="bundle of the real engine")
+    parser.add_argument("--images", type=existing, help="folder of images, such as CIFAR-10 as JPEGs")
+    parser.add_argument("--bundle", type=existing, required=True, help="bundle of the real engine")
     parser.add_argument("--count", type=int, help="images; default 20,000, 2,000 with --quick")
     parser.add_argument("--only", choices=("throughput", "memory", "kills", "damaged"))
     parser.add_argument("--quick", action="store_true", help="fewer images")
@@ -67,6 +68,8 @@ def arguments() -> argparse.Namespace:
 def collect_images(source: Path | None, folder: Path, count: int) -> Path:
     """Link to *count* images of *source*, or generate them, in *folder*, in ten subfolders."""
     files = sorted(source.rglob("*.jp*g")) if source else []
+    if source and len(files) < count:
+        raise DataError(f"{source}: has {len(files)} JPEG files, fewer than --count {count}")
     files = files[:: max(1, len(files) // count)]
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -268,7 +271,8 @@ def main() -> None:
     """Run from the command line."""
     given = arguments()
     count = given.count or (2000 if given.quick else 20_000)
-    with tempfile.TemporaryDirectory() as folder:
+    with one_line_errors(), tempfile.TemporaryDirectory() as folder:
+        open_bundle(given.bundle)
         scratch = Path(folder)
         images = collect_images(given.images, scratch / "images", count)
         parts: dict[str, Callable[[], list[Result]]] = {

@@ -33,13 +33,13 @@ from random import Random
 
 import numpy as np
 import torch
-from measure import Result, report
+from measure import Result, one_line_errors, report
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.datasets.folder import open_classes
-from sopdeploy.errors import ConfigError, DataError, SopdeployError
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.evaluation.statistics import paired
 from sopdeploy.images.preprocess import Preprocess
@@ -252,14 +252,11 @@ def main(arguments: list[str]) -> int:
         given.cache, given.seeds = given.cache / "quick", QUICK_SEEDS
     given.cache.mkdir(parents=True, exist_ok=True)
     given.cache = given.cache.resolve()
-    try:
+    with one_line_errors():
         if given.photos is not None:
             results, hold = timing_results(given.photos, given.cache, given.model), True
         else:
             results, hold = accuracy_results(given)
-    except SopdeployError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     report(results, as_json=given.json, threads=os.environ.get("OMP_NUM_THREADS", "all"))
     return 0 if hold else 1
 

@@ -12,12 +12,16 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from sopdeploy.environment import installed, processor, usable_cores
+from sopdeploy.errors import SopdeployError
 
 Clock = Callable[[], float]
 PACKAGES = (
@@ -60,6 +64,24 @@ def parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer cases and runs, within a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
+
+
+def existing(text: str) -> Path:
+    """Convert an argument to the path of a file or folder that exists, as `type` of an option."""
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"{text}: not found")
+    return path
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print a `SopdeployError`, which the user can correct, as one line, and exit with code 2."""
+    try:
+        yield
+    except SopdeployError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def interleaved(

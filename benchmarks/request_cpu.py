@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import uvicorn
-from measure import Result, report
+from measure import Result, existing, report
 from serving_alone import write_images
 from serving_ours import CLASSES, fake_model
 from serving_peers import OURS, cpu_seconds, free_port, started
@@ -39,7 +39,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--serve", type=int, metavar="PORT", help="run as the server (used internally)")
-    parser.add_argument("--other", type=Path, help="another checkout to compare with")
+    parser.add_argument("--other", type=existing, help="another checkout to compare with")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0)

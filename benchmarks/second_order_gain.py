@@ -30,7 +30,7 @@ from gain.runs import Results, run_studies
 from gain.studies import cifar, digits, few_textures, texture_rates, textures
 from gain.study import Study
 from gain.task import write_arrays
-from measure import machine, report, versions
+from measure import existing, machine, report, versions
 from rich.console import Console
 
 NAMES = ("learning rates", "textures", "few textures", "digits", "kinds", "CIFAR-10", "CIFAR-10 gates")
@@ -54,7 +54,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="fewer seeds and arms, 35 CPU minutes")
     parser.add_argument("--cache", type=Path, help="folder of finished runs; created if it is missing")
-    parser.add_argument("--cifar", type=Path, help="folder with CIFAR-10's images; needs --cache")
+    parser.add_argument("--cifar", type=existing, help="folder with CIFAR-10's images; needs --cache")
     parser.add_argument(
         "--study", action="append", choices=NAMES, help="run only this study; can be repeated"
     )

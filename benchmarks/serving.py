@@ -24,12 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from load import WARM_UP_SECONDS, Load
-from measure import Result, report
+from measure import Result, existing, one_line_errors, report
 from serving_alone import bare_runtime, peer_pipeline, pipeline, write_images
 from serving_ours import CpuTimes, fake_model, settings_for
 from serving_peers import OURS, PEERS, Peer, cpu_seconds, free_port, peer_command, started
 from serving_rounds import Rounds
 
+from sopdeploy.bundle.folder import open_bundle
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 
 HERE = Path(__file__).resolve().parent
@@ -211,18 +212,22 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peers", type=Path, help="folder with the scripts of other servers")
+    parser.add_argument("--peers", type=existing, help="folder with the scripts of other servers")
     parser.add_argument("--peers-python", default=sys.executable, help="Python with their packages")
     parser.add_argument("--only", help="names of servers, comma-separated")
     parser.add_argument("--case", action="append", help="run only this case; can be repeated")
     parser.add_argument(
-        "--bundle", type=Path, help="bundle with 224-pixel input for the real engine: the network of --onnx"
+        "--bundle",
+        type=existing,
+        help="bundle with 224-pixel input for the real engine: the network of --onnx",
     )
-    parser.add_argument("--onnx", type=Path, help="ONNX file of the other servers for the real engine")
+    parser.add_argument("--onnx", type=existing, help="ONNX file of the other servers for the real engine")
     arguments = parser.parse_args()
     if arguments.peers is not None and arguments.onnx is None:
         parser.error("--peers needs --onnx, the file that those servers load")
-    with tempfile.TemporaryDirectory() as folder:
+    with one_line_errors(), tempfile.TemporaryDirectory() as folder:
+        if arguments.bundle is not None:
+            open_bundle(arguments.bundle)
         rows = Benchmark(arguments, write_images(Path(folder))).run()
     if arguments.json:
         report([result for row in rows for result in row.results("bare runtime")], as_json=True)

@@ -35,7 +35,8 @@ def test_the_exit_status_follows_from_the_requirements(
 
 
 def test_without_images_the_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert few_photos.main(["--cache", str(tmp_path)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        few_photos.main(["--cache", str(tmp_path)])
     assert capsys.readouterr().err == (
         "error: --data None: no folder train; give CIFAR-10 as train/<class>/*.jpg\n"
     )
