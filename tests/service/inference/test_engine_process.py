@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from sopdeploy.bundle.class_maps import read_class_maps
-from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.http.rate_limits import SharedSpending, TokenBucket
 from sopdeploy_service.inference.engine_process import client as client_module
@@ -34,7 +34,9 @@ from sopdeploy_service.inference.fault_injection import NO_FAULTS
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.fake import FakeRuntime
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
+from tests.service.bundle_with_maps import write_bundle_with_maps
 from tests.service.conftest import Client, GatedRuntime, running
 from tests.service.held import Held
 
@@ -466,3 +468,48 @@ def test_outputs_larger_than_the_image_return_through_the_slot(group, bundle) ->
                 client.post("/v2/models/tiny/infer", json=request) for client in (remote, local)
             )
             assert (found.status_code, found.content) == (200, expected.content)
+
+
+def test_a_batch_may_have_images_with_and_without_features(
+    group, bundle, bundle_path, tmp_path, make_picture, until
+) -> None:
+    class Gated(OnnxRuntime):
+        gate, batches = threading.Event(), []
+
+        def run_outputs(self, images, names):
+            self.gate.wait(20)
+            self.batches.append(len(images))
+            return super().run_outputs(images, names)
+
+    maps = open_bundle(write_bundle_with_maps(bundle_path, tmp_path))
+    runtime = Gated(maps, threads=1)
+    shared = group(runtime, maps)
+    pictures = [make_picture((9, 200 - 20 * number, 60)) for number in range(5)]
+    queries = ["", "?explain=true", "", "?explain_label=dog", "?gates=true"]
+
+    def ask(client: Client, number: int) -> object:
+        return client.post(f"/v1/classify{queries[number]}", content=pictures[number]).json()
+
+    with front_end(shared, bundle) as client, ThreadPoolExecutor(5) as pool:
+        asked = []
+        for number in range(5):
+            asked.append(pool.submit(ask, client, number))
+            until(lambda count=number + 1: len(client.engine.waiting()) == count)
+        runtime.gate.set()
+        together = [one.result() for one in asked]
+        alone = [ask(client, number) for number in range(5)]
+    assert runtime.batches[0] < len(pictures)  # the others had to wait for the gate
+    assert max(runtime.batches) > 1
+    for found, expected in zip(together, alone, strict=True):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert flat(found[key]) == pytest.approx(flat(value), rel=1e-5), key
+
+
+def flat(value: object) -> list[float]:
+    """List the numbers in *value*, a part of a JSON document."""
+    if isinstance(value, dict):
+        return [number for _, part in sorted(value.items()) for number in flat(part)]
+    if isinstance(value, list | tuple):
+        return [number for part in value for number in flat(part)]
+    return [float(value)] if isinstance(value, int | float) else []
