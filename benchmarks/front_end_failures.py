@@ -156,6 +156,7 @@ def front_ends_killed(server: Server, rounds: int) -> list[Result]:
             sum(answer.status not in {0, 200} for one in found for answer in one.answers),
             "requests",
         ),
+        "replaced, median": (statistics.median(one.back for one in found), "s"),
         "growth of mapped files of slots": (after[2] - before[2], ""),
     }
     for name, first, last in (("engine", before[0], after[0]), ("supervisor", before[1], after[1])):
