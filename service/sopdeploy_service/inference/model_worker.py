@@ -154,10 +154,7 @@ class RequestQueue:
         with self._changed:
             while True:
                 now = time.monotonic()
-                if over := [item for item in self._items if item.is_over(now)]:
-                    self._items = deque(item for item in self._items if item not in over)
-                    if self.on_drop is not None:
-                        self.on_drop(over)
+                self._drop_over(now)
                 full = len(self._items) >= max_size
                 wait = self._items[0].arrived + self.max_delay - now if self._items else None
                 closed_or_due = self.closed_with is not None if wait is None else wait <= 0
@@ -165,6 +162,13 @@ class RequestQueue:
                     size = max_size if full else 0 if only_full else len(self._items)
                     return [self._items.popleft() for _ in range(size)]
                 self._changed.wait(wait)
+
+    def _drop_over(self, now: float) -> None:
+        """Remove the images whose request is over. A variable in `take` would keep them while it waits."""
+        if over := [item for item in self._items if item.is_over(now)]:
+            self._items = deque(item for item in self._items if item not in over)
+            if self.on_drop is not None:
+                self.on_drop(over)
 
     def close(self, rejection: Rejection) -> list[QueuedImage]:
         """Give *rejection* to every image from now on; return those that are still queued."""

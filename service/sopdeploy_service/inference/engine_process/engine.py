@@ -71,7 +71,7 @@ class Engine:
         self.fronts: dict[int, Front] = {}  # by file descriptor
         self._poll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._calls: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
         self._unsent: set[Front] = set()
         self._changes = 0
         self._waiting: list[tuple[int, float, SlotImage, dict[str, Any]]] = []  # commands to be answered
@@ -97,8 +97,7 @@ class Engine:
                 elif number in self.fronts:
                     self._read(self.fronts[number])
             while self._calls:
-                function, values = self._calls.popleft()
-                function(*values)
+                self._calls.popleft()()  # no variable: it would keep the memory of a dead front end mapped
             for front in tuple(self._unsent):
                 self._flush(front)
             self._beat(time.monotonic())
@@ -107,7 +106,7 @@ class Engine:
 
     def call_soon_threadsafe(self, callback: Callable[..., None], /, *values: object) -> None:
         """Run *callback* in the thread of the loop; raises `RuntimeError` after its end, as asyncio does."""
-        self._calls.append((callback, values))
+        self._calls.append(partial(callback, *values))
         if self._wake < 0:
             raise RuntimeError("the loop of the engine has ended")
         os.eventfd_write(self._wake, 1)
@@ -205,6 +204,7 @@ class Engine:
         for memory in front.memories.values():
             self._images -= sum(memory.owned)
             memory.slots.close()
+        front.memories.clear()
         self._retire()
 
     def _flush(self, front: Front) -> None:
