@@ -60,14 +60,17 @@ def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @contextmanager
-def proving_once(*, changes_program: bool = False) -> Iterator[None]:
+def proving_once(*, changes_program: bool = False, alone: bool = False) -> Iterator[None]:
     """Capture networks with equal tensors once, and convert equal graphs once, while the block runs.
 
     The detached network then gets the programs of the plain one. Every export compares its file with its own
     network, so a program of another network would be found. An export that *changes_program*, such as that of
-    `network.pt2`, gets a copy.
+    `network.pt2`, gets a copy. A network outside of the catalog is proved *alone*, because another one can
+    have equal tensors.
     """
     with pytest.MonkeyPatch.context() as patch:
+        if alone:
+            patch.setitem(globals(), "CAPTURED", {})
         patch.setattr(certificate, "capture", partial(_capture_once, copied=changes_program))
         patch.setattr(certificate, "lower", _lower_once)
         yield

@@ -202,6 +202,8 @@ def test_missing_casts_stop_the_export(preprocess: Preprocess, monkeypatch: pyte
     report = LoweringReport(textbook=False, rules=(), choices=(), certified_root="", lowered_root="")
     lowered = LoweredGraph(network, program, model, report)
     monkeypatch.setattr(convert, "with_precision", lambda lean, *_: lean)
+    monkeypatch.setattr(convert, "capture_any_batch", lambda *_: program)
+    monkeypatch.setattr(convert, "lower_converted", lambda *_: lowered)
     with pytest.raises(LoweringError, match="fp16 was requested"):
         convert.convert_precision(network, lowered, preprocess, BATCH, PrecisionOptions(precision="fp16"))
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
-from tests.export.once import ALONE
+from tests.export.once import ALONE, proving_once
 from tests.export.user_network import networks as n
 from tests.export.user_network.architectures import FULL, SMALL, Case
 
@@ -117,7 +118,8 @@ def test_it_is_exported_verified_and_served_with_the_strength_of_its_proof(case:
     network = n.trained(build()).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     attributes = set(vars(network))
-    exported = run(network, tmp_path, **options)
+    with proving_once(alone=True) if "options" in options else nullcontext():
+        exported = run(network, tmp_path, **options)
     assert exported.certificate.proof == exported.summary()["proof"] == proof
     assert exported.warnings == ()
     verify(exported.path)
@@ -131,7 +133,8 @@ def test_it_is_exported_verified_and_served_with_the_strength_of_its_proof(case:
 
 @pytest.mark.parametrize("architecture", SMALL)
 def test_a_small_version_is_exported_verified_and_served(architecture: str, tmp_path: Path) -> None:
-    check_architecture(SMALL[architecture], tmp_path, QUICK)
+    with proving_once(alone=True):
+        check_architecture(SMALL[architecture], tmp_path, QUICK)
 
 
 @pytest.mark.slow

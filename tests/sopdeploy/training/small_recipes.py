@@ -2,7 +2,7 @@
 
 import pytest
 
-from sopdeploy.backbones import efficientnet, resnet
+from sopdeploy.backbones import cifar_resnet, efficientnet, resnet, vgg
 
 HEADS = "aux_widths=[8,8,8], iterations=2"
 DSOP = ["model.name=dsop-resnet8", f"model.config={{{HEADS}}}"]
@@ -71,8 +71,11 @@ EXPORTED_AS = {
 
 
 def few_blocks(patch: pytest.MonkeyPatch) -> None:
-    """Reduce all stages but one to one block, because each block adds a second to an export."""
+    """Reduce nearly all stages to one block, because each block adds a second to an export."""
     patch.setitem(resnet.BLOCKS, 18, (2, 1, 1, 1))
+    patch.setitem(resnet.BLOCKS, 26, (1, 1, 1, 2))
+    patch.setattr(cifar_resnet, "BLOCKS", 1)
+    patch.setattr(vgg, "STAGES", ((64, 64), (128,), (128,), (128,), (128,)))
     stages = {name: stage._replace(blocks=1) for name, stage in efficientnet.STAGES.items()}
     stages["blocks.1"] = efficientnet.STAGES["blocks.1"]
     patch.setattr(efficientnet, "STAGES", stages)
