@@ -1,5 +1,6 @@
 """The Triton model repository parses with Triton's own schema and is written atomically."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf import text_format
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import Bundle
@@ -17,75 +18,37 @@ from sopdeploy.errors import BundleError
 from sopdeploy_export.triton import TritonOptions, write_triton
 from tests.tensorrt.networks import CLASSES, SIDE, some_images, write
 
-# The used part of Triton's model_config.proto: the fields of each message; * is repeated.
-SCHEMA = {
-    "ModelConfig": "string name, string backend, int32 max_batch_size, ModelInput* input, "
-    "ModelOutput* output, ModelInstanceGroup* instance_group, ModelOptimizationPolicy optimization, "
-    "ModelDynamicBatching dynamic_batching, ModelWarmup* model_warmup, Parameter* parameters",
-    "ModelOptimizationPolicy": "ExecutionAccelerators execution_accelerators",
-    "ExecutionAccelerators": "Accelerator* gpu_execution_accelerator",
-    "Accelerator": "string name, AcceleratorParameter* parameters",
-    "AcceleratorParameter": "string key, string value",
-    "ModelInput": "string name, DataType data_type, int64* dims",
-    "ModelOutput": "string name, DataType data_type, int64* dims, string label_filename",
-    "ModelInstanceGroup": "int32 count, Kind kind",
-    "ModelDynamicBatching": "int32* preferred_batch_size, uint64 max_queue_delay_microseconds, "
-    "ModelQueuePolicy default_queue_policy",
-    "ModelQueuePolicy": "TimeoutAction timeout_action, uint64 default_timeout_microseconds, "
-    "bool allow_timeout_override, uint32 max_queue_size",
-    "ModelWarmup": "string name, uint32 batch_size, Inputs* inputs",
-    "Inputs": "string key, WarmupInput value",
-    "WarmupInput": "DataType data_type, int64* dims, string input_data_file",
-    "Parameter": "string key, ModelParameter value",
-    "ModelParameter": "string string_value",
-}
-ENUMS = {
-    "DataType": ["TYPE_INVALID", "TYPE_UINT8", "TYPE_FP32", "TYPE_INT64"],
-    "Kind": ["KIND_AUTO", "KIND_GPU", "KIND_CPU"],
-    "TimeoutAction": ["REJECT", "DELAY"],
-}
+
+def load_schema() -> Any:
+    """Load Triton's messages from its client without the client's package, which needs grpc."""
+    (folder,) = importlib.util.find_spec("tritonclient").submodule_search_locations
+    path = Path(folder) / "grpc" / "model_config_pb2.py"
+    spec = importlib.util.spec_from_file_location("model_config_pb2", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def schema() -> Any:
-    """Create the message class ModelConfig from SCHEMA."""
-    file = descriptor_pb2.FileDescriptorProto(name="model_config.proto", package="t", syntax="proto3")
-    kinds = descriptor_pb2.FieldDescriptorProto
-    for name, values in ENUMS.items():
-        enum = file.enum_type.add(name=name)
-        for number, value in enumerate(values):
-            enum.value.add(name=value, number=number)
-    for name, fields in SCHEMA.items():
-        message = file.message_type.add(name=name)
-        for number, declaration in enumerate(fields.split(", "), 1):
-            kind, field = declaration.split()
-            label = kinds.LABEL_REPEATED if kind.endswith("*") else kinds.LABEL_OPTIONAL
-            kind = kind.rstrip("*")
-            added = message.field.add(name=field, number=number, label=label)
-            if kind in SCHEMA or kind in ENUMS:
-                added.type = kinds.TYPE_MESSAGE if kind in SCHEMA else kinds.TYPE_ENUM
-                added.type_name = f".t.{kind}"
-            else:
-                added.type = getattr(kinds, f"TYPE_{kind.upper()}")
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("t.ModelConfig"))
+SCHEMA = load_schema()
 
 
 def config_of(bundle: Bundle, folder: Path, **options: int) -> Any:
     written = write_triton(bundle, folder / "models", TritonOptions(**options))
-    return text_format.Parse((written.path / "config.pbtxt").read_text(), schema()())
+    return text_format.Parse((written.path / "config.pbtxt").read_text(), SCHEMA.ModelConfig())
 
 
 def test_the_config_matches_the_manifest_and_the_files_the_bundle(bundle: Bundle, tmp_path: Path) -> None:
     config = config_of(bundle, tmp_path)
     assert (config.name, config.backend, config.max_batch_size) == (bundle.name, "onnxruntime", 16)
-    assert [(t.name, t.data_type, list(t.dims)) for t in config.input] == [("images", 1, [SIDE, SIDE, 3])]
+    assert [(t.name, t.data_type, list(t.dims)) for t in config.input] == [
+        ("images", SCHEMA.TYPE_UINT8, [SIDE, SIDE, 3])
+    ]
     outputs = [(t.name, list(t.dims), t.label_filename) for t in config.output]
     assert outputs == [("logits", [CLASSES], "labels.txt")]
-    assert {p.key: p.value.string_value for p in config.parameters}["sopdeploy_bundle"] == bundle.name
+    assert config.parameters["sopdeploy_bundle"].string_value == bundle.name
     assert [warm.batch_size for warm in config.model_warmup] == [1, 4, 16]
     written = write_triton(bundle, tmp_path / "models")
-    value = config.model_warmup[0].inputs[0].value
+    value = config.model_warmup[0].inputs["images"]
     raw = (written.path / "warmup" / value.input_data_file).read_bytes()
     assert np.frombuffer(raw, np.uint8).reshape(value.dims).tolist() == some_images()[0].tolist()
     assert written.files == ("1/model.onnx", "config.pbtxt", "labels.txt", "warmup/image")
@@ -114,8 +77,8 @@ def test_fp32_is_not_computed_in_tf32_and_no_batch_size_is_measured_first(
 ) -> None:
     config = config_of(bundle, tmp_path)
     (cuda,) = config.optimization.execution_accelerators.gpu_execution_accelerator
-    assert (cuda.name, [(p.key, p.value) for p in cuda.parameters]) == ("cuda", [("use_tf32", "0")])
-    assert {p.key: p.value.string_value for p in config.parameters}["cudnn_conv_algo_search"] == "1"
+    assert (cuda.name, dict(cuda.parameters)) == ("cuda", {"use_tf32": "0"})
+    assert config.parameters["cudnn_conv_algo_search"].string_value == "1"
 
 
 def test_a_bundle_for_single_images_is_not_batched(tmp_path: Path) -> None:
