@@ -179,7 +179,7 @@ def test_a_slow_stream_and_a_slow_resolver_end_at_the_timeout(slow):
     transport = Transport(httpx.Response(200, stream=Endless(0.05)))
     resolver = Resolver([PUBLIC] if slow == "stream" else 30.0)
     assert rejected(URL, transport, resolver, settings) == ("url_timeout", 504)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 class EchoHost(BaseHTTPRequestHandler):
