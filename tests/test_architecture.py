@@ -160,8 +160,13 @@ HEAVY = ("torch", "torchvision", "onnx", "sklearn", "timm")
 WITHOUT: dict[tuple[str, ...], tuple[str, ...]] = {  # packages that importing these modules must not import
     (
         *("sopdeploy", "sopdeploy.bundle.manifest", "sopdeploy.bundle.probes", "sopdeploy.cli.app"),
-        *("sopdeploy.images.preprocess", "sopdeploy_service.commands.predict"),
-        *("sopdeploy_service.commands.verify", "sopdeploy_service.server.process"),
+        *(
+            "sopdeploy.images.preprocess",
+            "sopdeploy_service.commands.predict",
+            "sopdeploy.evaluation.sources",
+        ),
+        *("sopdeploy_service.commands.verify", "sopdeploy_service.commands.evaluate"),
+        "sopdeploy_service.server.process",
     ): HEAVY,
     ("sopdeploy.models.registry",): ("timm",),
 }

@@ -20,10 +20,9 @@ from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.cli.app import app
 from sopdeploy.errors import CertificateError
-from tests.forged import FIELDS, LABELS, flip, forge, write_hollow
+from tests.forged import FIELDS, LABELS, forge, write_hollow
 
 SIDE = 16
-FILES = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz", "README.md")
 
 
 def graph(factor: float = 1.0, *, output: str = "logits", cast: str = "Cast") -> bytes:
@@ -108,39 +107,12 @@ def test_the_original_bundle_is_accepted(bundle: Path) -> None:
     assert f"verified {bundle.name}" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["manifest.json", *FILES])
-def test_a_flipped_bit_is_detected_and_the_file_named(bundle: Path, name: str) -> None:
-    flip(bundle / name, (bundle / name).stat().st_size // 2)
-    rejection(bundle, name)
-
-
-@pytest.mark.parametrize("name", ["model.onnx", "probes.npz"])
-def test_a_file_of_another_bundle_is_rejected(bundle: Path, tmp_path: Path, name: str) -> None:
-    other = write_bundle(tmp_path / "others", factor=2.0)
-    shutil.copy(other / name, bundle / name)
-    assert "sha256" in rejection(bundle, name)
-
-
 def test_another_graph_with_the_right_hash_fails_the_probes(bundle: Path, tmp_path: Path) -> None:
     shutil.copy(write_bundle(tmp_path / "others", factor=2.0) / "model.onnx", bundle / "model.onnx")
     assert "the graph was replaced after the export" in rejection(
         forge(bundle), "model.onnx: its graph has the root"
     )
     assert "does not compute the exported network" in rejection(forge_with_root(bundle), "probes")
-
-
-def test_reordered_labels_are_rejected(bundle: Path) -> None:
-    (bundle / "labels.json").write_bytes(to_json(LABELS[::-1]))
-    assert "sha256" in rejection(bundle, "labels.json")
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_link_out_of_the_bundle_is_not_followed(bundle: Path, name: str) -> None:
-    (bundle / name).unlink()
-    (bundle / name).symlink_to("/etc/passwd")
-    said = rejection(bundle, name)
-    assert "is a link" in said
-    assert "root:" not in said
 
 
 def pickled() -> Any:
@@ -221,8 +193,3 @@ def test_unsafe_model_names_are_rejected(bundle: Path, name: str) -> None:
     fields = json.loads((bundle / "manifest.json").read_bytes())
     (bundle / "manifest.json").write_bytes(to_json({**fields, "model": name}))
     assert "\x1b" not in rejection(bundle, "manifest.json: model: ")
-
-
-@pytest.mark.parametrize("place", ["no/such/bundle", "[/]", "[red]x"])
-def test_a_missing_path_is_printed_literally(place: str) -> None:
-    rejection(Path(place), place)

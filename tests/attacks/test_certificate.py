@@ -122,17 +122,12 @@ LEAKS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
         lambda n, x: plain_logits(n, x) + 0 * branch_logits(n, x),
         r"training-only weights.*branches\.layer\d_0\.\S+ and \d+ more",
     ),
-    "a branch added and subtracted": (
-        lambda n, x: plain_logits(n, x) + branch_logits(n, x) - branch_logits(n, x),
-        "training-only weights",
-    ),
     "a branch chosen never": (
         lambda n, x: torch.where(x.mean() > 1e9, branch_logits(n, x), plain_logits(n, x)),
         "training-only weights",
     ),
     "a leak at batch 1 only": (leaks_at(lambda size: size == 1), "for a batch of one"),
     "a leak at batch 3 only": (leaks_at(lambda size: size == 3), "cannot be captured|batch"),
-    "a leak in large batches": (leaks_at(lambda size: size > 32), "cannot be captured|batches"),
     "a write into a shared feature": (writes_into_shared_feature, "trained network is not the plain one"),
     "a write through a view": (writes_through_a_view, "trained network is not the plain one"),
     "a copied branch weight": (adds_a_copied_weight, "training-only weights"),
@@ -140,12 +135,7 @@ LEAKS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
         lambda n, x: (branch_logits if x.mean() > 1000 else plain_logits)(n, x),
         "cannot be captured",
     ),
-    "a choice by number": (
-        lambda n, x: (plain_logits if x.sum().item() > 0 else branch_logits)(n, x),
-        "cannot be captured",
-    ),
     "a leak at the largest batch only": (leaks_at(lambda size: size == 64), "cannot be captured"),
-    "a leak at odd batches": (leaks_at(lambda size: size % 2 == 1), "cannot be captured|batch of one"),
     "other numbers outside the graph": (
         lambda n, x: plain_logits(n, x) if torch.compiler.is_compiling() else plain_logits(n, x) + 1e-3,
         "other logits than the plain one",
@@ -154,17 +144,9 @@ LEAKS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
         lambda n, x: plain_logits(n, x) * 1.0 if torch.compiler.is_compiling() else plain_logits(n, x),
         "trained network is not the plain one",
     ),
-    "maximum for mean": (
-        lambda n, x: n.fc(n.features(x)[0].amax(dim=(2, 3))),
-        "trained network is not the plain one",
-    ),
     "dropout that stays on": (
         lambda n, x: nn.functional.dropout(plain_logits(n, x), 1e-9, training=True),
         "draws random numbers .*dropout",
-    ),
-    "half precision on the way": (
-        lambda n, x: n.classify(n.features(x)[0].half().float()),
-        "trained network is not the plain one",
     ),
     "a second answer": (
         lambda n, x: (plain_logits(n, x), plain_logits(n, x)),
@@ -185,11 +167,6 @@ def one_ulp(lean: Any) -> None:
     weight[3, 2, 1, 1] = torch.nextafter(weight[3, 2, 1, 1], torch.tensor(1.0))
 
 
-def swap(lean: Any) -> None:
-    first, second = lean.layer1[0].conv1, lean.layer1[0].conv2
-    first.weight, second.weight = second.weight, first.weight
-
-
 class SubtleLinear(nn.Linear):
     def forward(self, features: Tensor) -> Tensor:
         return super().forward(features) + 0.0
@@ -203,10 +180,8 @@ def subtle_head(lean: Any) -> None:
 
 TAMPERED: dict[str, tuple[Callable[[Any], object], str]] = {
     "one weight moved by one ulp": (one_ulp, r"layer2\.0\.conv1\.weight changed"),
-    "two equal-shaped weights swapped": (swap, r"layer1\.0\.conv1\.weight changed"),
     "zero made negative": (lambda lean: lean.fc.weight.data[0, 0].fill_(-0.0), r"fc\.weight changed"),
     "another eps": (lambda lean: setattr(lean.bn1, "eps", 1e-4), "detached network is not the plain"),
-    "another padding": (lambda lean: setattr(lean.layer3[0].conv2, "padding", (0, 0)), "detached network"),
     "a head that adds nothing": (subtle_head, "detached network is not the plain one"),
     "a weight in double precision": (lambda lean: lean.fc.double(), r"fc\.weight changed"),
     "an invented buffer": (
@@ -263,10 +238,6 @@ CHANGED_BEFORE = {
     "another eps before detaching": (
         lambda n: setattr(n.bn1, "eps", 1e-4),
         "trained network is not the plain",
-    ),
-    "another stride before detaching": (
-        lambda n: setattr(n.layer1[0].conv1, "dilation", (2, 2)),
-        "not the plain one|cannot be captured",
     ),
     "a module nobody declared": (lambda n: n.add_module("spy", nn.Linear(1, 1).eval()), r"still has spy"),
     "a weight both removed and kept": (with_tied_weights, "shares its memory with"),
@@ -431,7 +402,6 @@ def attention(x: Tensor, p: float) -> Tensor:
 RANDOM: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
     "Monte Carlo dropout": (lambda x: nn.functional.dropout(x, 0.5, training=True), "dropout"),
     "noise": (lambda x: x + torch.randn_like(x), "randn"),
-    "uniform noise": (lambda x: x * torch.rand(x.shape), "rand"),
     "bernoulli": (lambda x: torch.bernoulli(x.sigmoid()), "bernoulli"),
     "attention with dropout": (lambda x: attention(x, 0.1), "attention|dropout|bernoulli"),
     "attention without dropout": (lambda x: attention(x, 0.0), None),

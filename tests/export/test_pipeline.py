@@ -67,12 +67,6 @@ def test_exports_of_one_checkpoint_are_byte_identical(
         assert (again.path / name).read_bytes() == (exported.path / name).read_bytes(), name
 
 
-def test_second_export_into_the_same_folder_reuses_the_bundle(exported: Exported, checkpoint: Path) -> None:
-    with proving_once():
-        assert export(checkpoint, exported.path.parent, DETACH).path == exported.path
-    assert [path.name for path in exported.path.parent.iterdir()] == [exported.path.name]
-
-
 def test_probes_hold_the_networks_outputs(exported: Exported) -> None:
     probes = read_probes(exported.path / "probes.npz")
     assert probes.images.shape == (12, 16, 16, 3)

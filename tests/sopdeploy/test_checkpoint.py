@@ -177,12 +177,10 @@ def test_a_path_that_cannot_be_written_is_an_error(
 Change = Callable[[dict[str, Any]], object]
 HEADERS: dict[str, tuple[Change, str]] = {
     "no format": (lambda c: c.pop("format"), "not a sopdeploy checkpoint"),
-    "another format": (lambda c: c.update(format="zip"), "not a sopdeploy checkpoint"),
     "a newer version": (lambda c: c.update(version=2), "version: "),
     "an extra key": (lambda c: c.update(extra=1), "extra: unknown key"),
     "a key that is not text": (lambda c: c.update({3: 1}), "[Kk]ey"),
     "no model": (lambda c: c.pop("model"), "model: missing"),
-    "an extra key of the model": (lambda c: c["model"].update(path="x"), "model.path: unknown key"),
     "no labels": (lambda c: c.pop("labels"), "labels: missing"),
     "an empty list of labels": (lambda c: c.update(labels=[]), "labels: "),
     "labels that are numbers": (lambda c: c.update(labels=[1, 2, 3]), "labels.0: "),
@@ -192,8 +190,6 @@ HEADERS: dict[str, tuple[Change, str]] = {
     "a tensor as the name": (lambda c: c["model"].update(name=torch.ones(2)), "model.name: "),
     "no training": (lambda c: c.pop("training"), "training: missing"),
     "no weights": (lambda c: c.pop("weights"), "not a dict of tensors"),
-    "empty weights": (lambda c: c.update(weights={}), "not a dict of tensors"),
-    "a list of weights": (lambda c: c.update(weights=[torch.ones(2)]), "not a dict of tensors"),
     "a number among the weights": (lambda c: c["weights"].update(bias=3), "not a dict of tensors"),
     "a weight without a name": (lambda c: c["weights"].update({3: torch.ones(1)}), "not a dict of tensors"),
 }
@@ -225,10 +221,7 @@ WEIGHTS: dict[str, tuple[Change, str]] = {
     "a missing tensor": (lambda w: w.pop("fc.weight"), "needs a tensor fc.weight, which is missing"),
     "an unknown tensor": (with_weight("zzz.weight", torch.ones(2)), "has no tensor zzz.weight"),
     "another shape": (with_weight("fc.bias", torch.ones(4)), r"fc\.bias is \(4,\), not \(3,\)"),
-    "an extra dimension": (with_weight("fc.bias", torch.ones(3, 1)), r"fc\.bias is \(3, 1\), not \(3,\)"),
     "not a number": (last_value("fc.weight", float("nan")), r"fc\.weight has values that are not finite"),
-    "infinite": (last_value("fc.bias", float("inf")), r"fc\.bias has values that are not finite"),
-    "minus infinite": (last_value("fc.bias", float("-inf")), r"fc\.bias has values that are not finite"),
     "complex": (with_weight("fc.bias", torch.ones(3, dtype=torch.complex64)), r"fc\.bias"),
     "sparse": (with_weight("fc.bias", torch.ones(3).to_sparse()), r"fc\.bias"),
     "another dtype": (

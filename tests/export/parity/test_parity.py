@@ -65,8 +65,6 @@ def test_the_exported_file_stays_within_its_tolerance(measure: Measure) -> None:
     ("name", "change"),
     [
         ("fc.bias", lambda values: values + 1e-3),
-        ("conv1.weight", lambda values: values * 1.001),
-        ("normalise.offset", lambda values: values[:, ::-1]),
         ("layer2.0.conv2.weight", lambda values: values.swapaxes(2, 3)),
     ],
 )

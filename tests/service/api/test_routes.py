@@ -140,13 +140,6 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
     assert "/nothing" not in text  # unknown paths share a label: clients cannot grow the metrics
 
 
-def test_an_unknown_path_is_a_problem(client):
-    reply = client.get("/nothing")
-    assert reply.headers["content-type"] == "application/problem+json"
-    assert set(reply.json()) == {"type", "title", "status", "code", "detail"}
-    assert (reply.status_code, reply.json()["status"], reply.json()["code"]) == (404, 404, "not_found")
-
-
 def test_openapi_describes_all_kinds_of_bodies(client):
     content = client.get("/openapi.json").json()["paths"]["/v1/classify"]["post"]["requestBody"]["content"]
     assert set(content) == {"image/*", "multipart/form-data", "application/json"}

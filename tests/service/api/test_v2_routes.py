@@ -2,12 +2,9 @@
 
 import orjson
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.settings import Settings
-from tests.service.api.test_v2_request import bodies
 
 INFER = "/v2/models/tiny/infer"
 ZEROS = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
@@ -104,30 +101,6 @@ def test_json_has_its_own_size_limit(serve_with, onnx_runtime):
     binary = {key: value for key, value in ZEROS.items() if key != "data"}
     text = orjson.dumps({"inputs": [{**binary, "parameters": {"binary_data_size": 3072}}]})
     assert post(client, text + bytes(3072), **{LENGTH: str(len(text))}).status_code == 200
-
-
-LENGTHS = st.none() | st.integers(-2, 300).map(str) | st.text("0123456789abc-.", max_size=6)
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    asked=bodies([1, 32, 32, 3], [0] * 3072),
-    binary=st.binary(max_size=40),
-    length=LENGTHS,
-    use_length=st.booleans(),
-)
-def test_no_json_gets_a_5xx(client, asked, binary, length, use_length):
-    text = orjson.dumps(asked)
-    length = str(len(text)) if use_length else length
-    reply = post(client, text + binary, **({} if length is None else {LENGTH: length}))
-    assert reply.status_code == 200 or 400 <= reply.status_code < 500
-    assert reply.status_code == 200 or list(reply.json()) == ["error"]
-
-
-@settings(max_examples=40, deadline=None)
-@given(body=st.binary(max_size=300))
-def test_no_bytes_get_a_5xx(client, body):
-    assert 400 <= post(client, body).status_code < 500
 
 
 def test_models_can_be_loaded_and_unloaded(run_server, onnx_runtime, bundle):

@@ -1,8 +1,5 @@
 """Evaluating a bundle and a running service gives exactly the same scores as `predict`."""
 
-import subprocess
-import sys
-
 import pytest
 
 from sopdeploy.client import Client
@@ -95,12 +92,3 @@ def test_a_missing_service_and_an_unknown_tta_mode_are_errors(bundle_path, folde
         score_service(asking, folder, on_image=silent)
     with pytest.raises(ConfigError, match="not one of none, flip, ten-crop"):
         scores_of_bundle(bundle_path, folder, tta="x", settings=ONE_THREAD, on_image=silent)
-
-
-def test_evaluating_a_bundle_or_a_service_does_not_import_torch() -> None:
-    code = (
-        "import sys; import sopdeploy.cli.app, sopdeploy.evaluation.sources, "
-        "sopdeploy_service.commands.evaluate, "
-        "sopdeploy.evaluation.metrics; assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})

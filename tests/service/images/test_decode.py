@@ -49,30 +49,6 @@ def test_every_accepted_format_gives_the_same_image(
     assert np.abs(found - RULES(GRADIENT)).mean() <= difference
 
 
-@pytest.mark.parametrize(
-    ("image", "kind", "color", "difference"),
-    [
-        (Image.fromarray(np.full((40, 40), 128 * 257, dtype=np.uint16)), "PNG", 128, 0),
-        (Image.new("CMYK", (40, 40), (0, 255, 255, 0)), "JPEG", [254, 0, 0], 3),
-        (Image.new("RGBA", (40, 40), (0, 0, 0, 0)), "PNG", 255, 0),
-    ],
-    ids=["16 bits are scaled, not clipped", "CMYK", "transparent: the bundle's background"],
-)
-def test_other_color_spaces_become_rgb(image: Image.Image, kind: str, color: object, difference: int) -> None:
-    assert np.abs(pixels_of(encode(image, kind, quality=95)).astype(int) - color).max() <= difference
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_exif_orientation_is_applied(orientation: int) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    found = pixels_of(encode(GRADIENT, exif=exif))
-    assert found.shape == (32, 32, 3)
-    angle = {3: 180, 6: 270, 8: 90}.get(orientation)
-    if angle is not None:
-        np.testing.assert_array_equal(found, RULES(GRADIENT.rotate(angle, expand=True)))
-
-
 FAR_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\3\xff\xff\xff\xff"  # points nowhere
 DAMAGED = [{"exif": b"Exif\0\0garbage"}, {"exif": FAR_EXIF}, {"icc_profile": b"garbage" * 20}]
 
@@ -83,19 +59,6 @@ DAMAGED = [{"exif": b"Exif\0\0garbage"}, {"exif": FAR_EXIF}, {"icc_profile": b"g
 def test_damaged_metadata_and_trailing_bytes_are_ignored(kind: str, options: dict[str, bytes]) -> None:
     found = pixels_of(encode(GRADIENT, kind, quality=95, **options) + bytes(1000))
     np.testing.assert_array_equal(found, pixels_of(encode(GRADIENT, kind, quality=95)))
-
-
-@pytest.mark.parametrize(
-    "image",
-    [
-        *(GRADIENT.convert(mode) for mode in ("1", "L", "LA", "P", "RGBA", "RGB")),
-        *(Image.new("RGB", size, (9, 8, 7)) for size in ((1, 1), (1, 20_000), (20_000, 1), (3, 5))),
-    ],
-)
-def test_any_color_mode_and_aspect_ratio_is_accepted(image: Image.Image) -> None:
-    assert pixels_of(encode(image)).shape == (32, 32, 3)
-    assert pixels_of(encode(image.convert("P"), transparency=3)).shape == (32, 32, 3)
-    assert pixels_of(encode(image.convert("YCbCr"), "JPEG")).shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])

@@ -1,15 +1,12 @@
 """Injected faults have the effects of real failures."""
 
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.inference import fault_injection, latency, model
+from sopdeploy_service.inference import fault_injection, model
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, InjectedError, parse_faults
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.observability.metrics import Metrics
@@ -140,21 +137,3 @@ def test_the_first_batch_of_a_size_may_take_longer_on_a_gpu(bundle, device, time
     loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 0.01), (8, 9.0), (8, 0.5)))
     served = model.Model("tiny", loaded, Settings(engine_timeout_seconds=timeout), Metrics())
     assert served.hang_seconds(images) == seconds
-
-
-def test_a_hung_model_is_detected_and_every_request_gets_a_response(serve, jpeg, monkeypatch, until):
-    gate = threading.Event()
-    monkeypatch.setattr(
-        fault_injection,
-        "time",
-        SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: gate.wait(60) if seconds else None),
-    )
-    with serve("engine=hang@2", max_batch=1) as client, ThreadPoolExecutor(6) as pool:
-        assert client.post("/v1/classify", content=jpeg).status_code == 200
-        monkeypatch.setattr(latency, "MIN_HANG_SECONDS", 0.2)  # only now: the first batch may be slow
-        replies = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(6)]
-        until(lambda: client.get("/readyz").status_code != 200, 60)
-        assert {reply.result().json()["code"] for reply in replies} == {"engine_dead"}
-        assert client.get("/livez").status_code == 503
-        gate.set()
-    until(lambda: not any(thread.name == "model_worker" for thread in threading.enumerate()))

@@ -82,17 +82,6 @@ def test_a_full_batch_begins_while_another_runs_and_a_partial_one_waits(classify
     assert runtime.calls[2:] == ["begin 2", "begin 3", "wait 2", "wait 3", "begin 4", "wait 4"]
 
 
-def test_every_image_gets_its_own_prediction(serve_with, make_picture, pool):
-    client = serve_with(FakeOverlappingRuntime(classes=3, fixed_ms=2, largest_batch=4))
-    images = {index: make_picture(color) for index, color in enumerate(COLORS[:3])}
-
-    def best(index: int) -> bool:
-        reply = client.post("/v1/classify?top_k=1", content=images[index]).json()
-        return reply["classes"][0]["label"] == ["ant", "bee", "cat"][index]
-
-    assert all(pool.map(best, [number % 3 for number in range(240)]))
-
-
 @pytest.mark.parametrize("where", [0, 1], ids=["begin", "end"])
 @pytest.mark.parametrize("number", [2, 3])
 def test_a_failed_batch_is_halved_and_other_batches_are_unaffected(classify, number, where):

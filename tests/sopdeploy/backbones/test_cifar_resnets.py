@@ -17,12 +17,6 @@ from sopdeploy.layers.residual import PaddedShortcut
 from sopdeploy.models.stats import tally
 
 
-@pytest.mark.parametrize("depth", [8, 20, 110])
-def test_depth_counts_the_layers_with_weights(depth: int) -> None:
-    network = SmallResNet(SmallResNetConfig(depth=depth), 10)
-    assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in network.modules()) == depth
-
-
 @pytest.mark.parametrize("depth", [2, 7, 18, 21])
 def test_invalid_depths_are_rejected(depth: int) -> None:
     with pytest.raises(pydantic.ValidationError):
@@ -54,17 +48,12 @@ WRN22 = {"blocks": 3, "block": "basic", "widen": 10}
     ("network", "config", "classes", "parameters", "macs"),
     [
         (SmallResNet, SmallResNetConfig(depth=20), 10, 269_722, None),  # as in the released weight files
-        (SmallResNet, SmallResNetConfig(depth=32), 10, 464_154, None),
-        (SmallResNet, SmallResNetConfig(depth=44), 10, 658_586, None),
-        (SmallResNet, SmallResNetConfig(depth=56), 10, 853_018, None),
         (SmallResNet, SmallResNetConfig(depth=110), 10, 1_727_962, None),
         (PreActResNet, PreActResNetConfig(), 100, 1_726_388, 247_669_760),
         (PreActResNet, PreActResNetConfig(**R110), 10, 1_730_522, 253_149_824),  # He et al. 2016b: 1.7 M
         (PreActResNet, PreActResNetConfig(**WRN22), 10, 26_797_914, 3_827_751_168),
         (PreActResNet, PreActResNetConfig(**WRN28), 10, 36_479_194, 5_243_328_768),
-        (PreActResNet, PreActResNetConfig(**WRN28), 100, 36_536_884, 5_243_386_368),
         (ResNeXt, ResNeXtConfig(cardinality=8), 10, 34_426_698, None),
-        (ResNeXt, ResNeXtConfig(cardinality=16), 10, 68_155_210, None),
     ],
 )
 def test_counts_are_exact(network, config, classes: int, parameters: int, macs: int | None) -> None:
@@ -91,19 +80,6 @@ def test_stages_halve_the_map_and_double_the_channels(network, config, width: in
     assert [tuple(t.shape[1:]) for t in (*tapped, last)] == shapes
 
 
-@pytest.mark.parametrize(
-    ("config", "depth"),
-    [({"blocks": 18}, 164), (R110, 110), (WRN28, 28), (WRN22, 22)],
-)
-def test_preact_resnet_depth_counts_the_layers_with_weights(config: dict, depth: int) -> None:
-    """WRN counts the convolutions of its shortcuts (6n + 4), the pre-activation ResNet does not."""
-    with torch.device("meta"):
-        network = PreActResNet(PreActResNetConfig(**config), 10)
-    layers = [name for name, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    shortcuts = sum("downsample" in name for name in layers)
-    assert len(layers) - (1 if "widen" in config else shortcuts) == depth
-
-
 def test_a_block_without_weights_in_its_residual_is_the_identity() -> None:
     network = PreActResNet(PreActResNetConfig(blocks=2), 10).eval()
     block = network.layer2[1]
@@ -118,11 +94,3 @@ def test_taps_are_not_activated_and_the_last_map_is() -> None:
     last, (tapped,) = network.features(torch.randn(1, 3, 8, 8), ["layer3.0"])
     assert tapped.min() < 0 <= last.min()
     assert torch.equal(last, network.bn(tapped).relu())
-
-
-def test_groups_are_64_128_and_256_channels_wide() -> None:
-    with torch.device("meta"):
-        network = ResNeXt(ResNeXtConfig(), 10)
-    convolutions = [getattr(network, f"layer{stage}")[0].conv2 for stage in (1, 2, 3)]
-    assert [c.groups for c in convolutions] == [8, 8, 8]
-    assert [c.weight.shape[1] for c in convolutions] == [64, 128, 256]

@@ -1,7 +1,6 @@
 """Evaluation of networks and checkpoints; metrics by hand and by definition; sources; views of an image."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -213,32 +212,6 @@ def test_a_report_on_four_images_computed_by_hand() -> None:
     counts = [one.count for one in classification_report(("a", "b"), scores).calibration.curve]
     assert (len(counts), sum(counts)) == (BINS, 4)
     assert [place for place, count in enumerate(counts) if count] == [0, 1, 8, 14]
-
-
-probability_rows = st.lists(
-    st.tuples(st.integers(0, 2), st.lists(st.floats(0.01, 1), min_size=3, max_size=3)),
-    min_size=1,
-    max_size=40,
-)
-
-
-@given(probability_rows)
-def test_metrics_follow_their_definitions(rows) -> None:
-    scaled = [(target, np.asarray(row) / sum(row)) for target, row in rows]
-    found = classification_report(LABELS, [score(target, *map(float, row)) for target, row in scaled])
-    matrix = np.asarray(found.confusion)
-    assert matrix.sum() == len(rows)
-    assert found.top1.right == np.trace(matrix)
-    assert [one.count for one in found.classes] == matrix.sum(axis=1).tolist()
-    confidence = np.asarray([row.max() for _, row in scaled])
-    right = np.asarray([int(row.argmax()) == target for target, row in scaled])
-    wanted = 0.0
-    for low in range(BINS):
-        inside = (confidence > low / BINS) & (confidence <= (low + 1) / BINS)
-        if inside.any():
-            wanted += abs(confidence[inside].sum() - right[inside].sum()) / len(rows)
-    assert found.calibration.error == pytest.approx(wanted, abs=2.0 / BINS / len(rows) + 1e-9)
-    assert found.nll == pytest.approx(-np.mean([math.log(row[target]) for target, row in scaled]))
 
 
 def test_a_probability_of_0_has_a_finite_loss_and_no_images_are_an_error() -> None:

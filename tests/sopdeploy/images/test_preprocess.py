@@ -19,7 +19,7 @@ from torchvision.transforms.functional import center_crop, resize
 
 from sopdeploy.data.image_files import open_image
 from sopdeploy.images import pixels
-from sopdeploy.images.pixels import SIXTEEN_BIT, list_changes, match_transparency, tile_boxes, to_rgb
+from sopdeploy.images.pixels import SIXTEEN_BIT, list_changes, match_transparency, to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
 FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -63,14 +63,6 @@ def test_pixels_equal_torchvision(
     assert np.abs(found.astype(int) - expected).max() <= OVERSHOOT[interpolation]
 
 
-@pytest.mark.parametrize(
-    ("size", "gap"), [((640, 480), 0), ((480, 640), 0), ((257, 256), 0), ((256, 256), 0), ((31, 700), 2)]
-)
-def test_photographs_equal_torchvision_pixel_for_pixel(size: tuple[int, int], gap: int) -> None:
-    rules, image = Preprocess(), noise(*size)  # of a strip only the part that the crop shows is computed
-    assert np.abs(rules(image).astype(int) - from_torchvision(image, rules)).max() <= gap
-
-
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 15_000)])
 def test_a_strip_costs_no_more_than_a_photograph(size: tuple[int, int]) -> None:
     started = time.thread_time()
@@ -79,42 +71,11 @@ def test_a_strip_costs_no_more_than_a_photograph(size: tuple[int, int]) -> None:
     assert time.thread_time() - started < 0.5
 
 
-def halves(mode: str, left: Any, right: Any) -> Image.Image:
-    image = Image.new(mode, (8, 8), left)
-    image.paste(right, (4, 0, 8, 8))
-    return image
-
-
 def reopened(image: Image.Image, **options: Any) -> Image.Image:
     """Save *image* as PNG and open it again."""
     file = io.BytesIO()
     image.save(file, "PNG", **options)
     return Image.open(file)
-
-
-TRANSLUCENT = halves("RGBA", (100, 100, 100, 255), (255, 0, 0, 0))
-PALETTE = halves("P", 1, 0)
-PALETTE.putpalette([9, 9, 9, 40, 50, 60])
-# Expected colors of the left and the right half on a green background.
-COLORS = {
-    "RGBA": (TRANSLUCENT, (100, 100, 100), (0, 200, 0)),
-    "LA": (TRANSLUCENT.convert("LA"), (100, 100, 100), (0, 200, 0)),
-    "PA": (TRANSLUCENT.quantize(2), (100, 100, 100), (0, 200, 0)),
-    "half transparent": (Image.new("RGBA", (8, 8), (200, 0, 0, 128)), (100, 100, 0), (100, 100, 0)),
-    "palette with a transparent color": (reopened(PALETTE, transparency=0), (40, 50, 60), (0, 200, 0)),
-    "one bit": (halves("1", 0, 1), (0, 0, 0), (255, 255, 255)),
-    "CMYK": (halves("CMYK", (0, 255, 255, 0), (255, 0, 0, 0)), (255, 0, 0), (0, 255, 255)),
-    "gray": (Image.new("L", (8, 8), 77), (77, 77, 77), (77, 77, 77)),
-}
-
-
-@pytest.mark.parametrize(("image", "left", "right"), COLORS.values(), ids=COLORS)
-def test_every_color_mode_becomes_rgb_on_the_background(
-    image: Image.Image, left: tuple[int, int, int], right: tuple[int, int, int]
-) -> None:
-    pixels = WHOLE(image)
-    assert np.abs(pixels[4, 1].astype(int) - left).max() <= 1
-    assert np.abs(pixels[4, 6].astype(int) - right).max() <= 1
 
 
 def test_every_sixteen_bit_value_is_rounded_to_eight_bits() -> None:
@@ -267,17 +228,6 @@ def test_tiled_conversion_equals_conversion_of_the_whole_image(
     assert found.tobytes() == whole_in_rgb(few_values(kind, size, seed), background).tobytes()
     clear = image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
     assert ("alpha_flattened" in changes) == clear
-
-
-LONG = st.integers(1, 300_000)
-
-
-@FUZZ
-@given(size=st.tuples(LONG, LONG).filter(lambda size: size[0] * size[1] < 3_000_000))
-def test_tile_boxes_cover_an_image_once_within_the_tile_size(size: tuple[int, int]) -> None:
-    areas = [(right - left) * (bottom - top) for left, top, right, bottom in tile_boxes(size)]
-    assert sum(areas) == size[0] * size[1]
-    assert max(areas) <= pixels.TILE
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

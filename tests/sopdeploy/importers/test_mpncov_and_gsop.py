@@ -194,7 +194,7 @@ def gsop(path: Path, attention: str, d: int = 0) -> ResNet:
     return network
 
 
-@pytest.mark.parametrize("attention", ["1", "2", "M", "&", pytest.param("+", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attention", ["1", "2", "+", "M", "&"])
 def test_gsop_net1_gives_the_same_logits_with_each_block(tmp_path: Path, attention: str) -> None:
     network = gsop(tmp_path / "a.pth.tar", attention)
     settings = {}

@@ -30,15 +30,6 @@ def test_product_and_gradients_equal_the_grouped_convolution(rows: int, batch: i
     assert not torch.allclose(conv(cov_Bnn1.transpose(1, 2)), grouped)
 
 
-def test_output_four_i_plus_r_sees_row_i_only() -> None:
-    conv = RowConv(8).double()
-    cov_Bnn1 = torch.randn(1, 8, 8, 1, dtype=torch.float64)
-    changed = cov_Bnn1.clone()
-    changed[:, 5] += 1
-    moved = (conv(changed) - conv(cov_Bnn1)).flatten().abs() > 1e-12
-    assert moved.nonzero().flatten().tolist() == [20, 21, 22, 23]
-
-
 @pytest.mark.parametrize(("kind", "expected"), [("none", -2.0), ("relu", 0.0), ("lrelu", -0.2)])
 def test_activation_of_a_negative_value(kind: str, expected: float) -> None:
     x = torch.tensor([-2.0, 3.0], dtype=torch.float64)
@@ -72,12 +63,6 @@ def test_averaging_equals_adaptive_average_pooling(size: int, target: int) -> No
 def test_nearest_equals_interpolate(size: int, target: int) -> None:
     found = resample(ramp(size), target, target, nearest_rows)
     assert torch.equal(found, F.interpolate(ramp(size), size=(target, target), mode="nearest"))
-
-
-@pytest.mark.parametrize(("target", "same"), [(16, True), (56, True), (14, False), (28, False)])
-def test_averaging_upwards_is_nearest_only_at_integer_factors(target: int, *, same: bool) -> None:
-    by_average = resample(ramp(8), target, target, averaging_rows)
-    assert torch.equal(by_average, resample(ramp(8), target, target, nearest_rows)) is same
 
 
 def test_sides_are_resampled_apart() -> None:

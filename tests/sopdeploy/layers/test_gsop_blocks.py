@@ -29,9 +29,6 @@ NAMES = {
     "row_conv_group_for_spatial": "position.excitation.row_conv",
     "row_conv_norm_for_spatial": "position.excitation.norm",
     "fc_adapt_channels_for_spatial": "position.excitation.conv",
-    "dilate_conv_for_concat1": "fusion.conv_channel",
-    "dilate_conv_for_concat2": "fusion.conv_position",
-    "bn_for_concat": "fusion.bn",
 }
 
 
@@ -80,53 +77,6 @@ def pooled_by_centering_matrix(x_BCM: Tensor) -> Tensor:
     return x_BCM @ (centering / positions) @ x_BCM.transpose(1, 2)
 
 
-def released_channel(w: Weights, x: Tensor, stride: int) -> Tensor:
-    reduced = F.relu(w.norm("bn_for_DR", w.conv("conv_for_DR", F.relu(x), stride=stride)))
-    rows = w.norm("row_bn", pooled_by_centering_matrix(reduced.flatten(2))[..., None])
-    rows = w.conv("row_conv_group", rows, groups=rows.shape[1])
-    return torch.sigmoid(w.conv("fc_adapt_channels", rows))
-
-
-def released_position(w: Weights, x: Tensor) -> Tensor:
-    small = w.norm("bn_for_DR_spatial", w.conv("conv_for_DR_spatial", F.relu(x)))
-    small = F.adaptive_avg_pool2d(small, 8).flatten(2)
-    width, positions = small.shape[1:]
-    ones, eye = torch.ones(width, width, dtype=x.dtype), torch.eye(width, dtype=x.dtype)
-    cov = small.transpose(1, 2) @ (eye / positions - ones / positions / positions) @ small
-    rows = w.norm("row_bn_for_spatial", cov[..., None])
-    rows = F.relu(w.conv("row_conv_group_for_spatial", rows, groups=positions))
-    weights = torch.sigmoid(w.conv("fc_adapt_channels_for_spatial", rows)).reshape(-1, 1, 8, 8)
-    return F.adaptive_avg_pool2d(weights, x.shape[2:])
-
-
-def released(attention: str, w: Weights, x: Tensor, stride: int) -> Tensor:
-    if attention == "position":
-        return F.relu(x * released_position(w, x))
-    by_channel = x * released_channel(w, x, stride)
-    if attention == "channel":
-        return by_channel
-    by_position = F.relu(x * released_position(w, x))
-    if attention in {"average", "sum"}:
-        return (by_channel + by_position) / (2 if attention == "average" else 1)
-    if attention == "maximum":
-        return torch.max(by_channel, by_position)
-    groups = x.shape[1] // 64
-    reach = {256: 5, 512: 4, 1024: 3, 2048: 2}[x.shape[1]]
-    how = {"padding": (reach, 0), "groups": groups}
-    first = w.conv("dilate_conv_for_concat1", by_channel, **how)
-    return w.norm("bn_for_concat", first + w.conv("dilate_conv_for_concat2", by_position, **how))
-
-
-@pytest.mark.parametrize("attention", ["channel", "position", "average", "sum", "maximum", "concatenation"])
-@pytest.mark.parametrize(("channels", "side", "stride"), [(256, 14, 2), (512, 9, 1)])
-def test_released_options_equal_the_released_code(attention, channels, side, stride) -> None:
-    block = random_block(channels, stride, attention=attention, **RELEASED_BLOCK)
-    x = torch.randn(2, channels, side, side, dtype=torch.float64)
-    with torch.no_grad():
-        expected = released(attention, Weights(block), x, stride)
-        torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
-
-
 @pytest.mark.parametrize("norm", [True, False])
 def test_paper_channel_block(norm: bool) -> None:
     """Table 2 has a batch norm between the row-wise convolution and LReLU, by default."""
@@ -158,13 +108,10 @@ def test_paper_position_block(cov_side: int, norm: bool) -> None:
     torch.testing.assert_close(block(x), x * weights, rtol=1e-10, atol=1e-10)
 
 
-def test_released_position_covariance_has_negative_eigenvalues() -> None:
-    """Its centering matrix is built for 64 samples where there are 32 or 128: eigenvalues below zero."""
-    block = random_block(256, attention="position", position_covariance="uncentred", cov_width=128)
-    seen: list[Tensor] = []
-    block.position.excitation.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    block(torch.randn(1, 256, 8, 8, dtype=torch.float64))
-    assert torch.linalg.eigvalsh(seen[0]).min() < -1e-3
+def test_the_average_is_half_the_sum() -> None:
+    average, total = (random_block(64, attention=attention) for attention in ("average", "sum"))
+    x = torch.randn(2, 64, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(2 * average(x), total(x))
 
 
 @pytest.mark.parametrize("channels", [64, 256, 512, 1024, 2048])
@@ -179,11 +126,6 @@ def test_concatenation_is_one_convolution_of_the_concatenated_tensors(channels: 
     padding = fusion.conv_channel.padding
     summed = F.conv2d(interleaved.flatten(1, 3), weight, bias, padding=padding, groups=groups)
     torch.testing.assert_close(fusion(one, two), fusion.bn(summed), rtol=1e-9, atol=1e-9)
-
-
-def test_kernels_of_the_concatenation_are_11_9_7_5() -> None:
-    kernels = [Concatenation(channels).conv_channel.kernel_size for channels in (256, 512, 1024, 2048)]
-    assert kernels == [(11, 1), (9, 1), (7, 1), (5, 1)]
 
 
 @pytest.mark.parametrize("attention", ["channel", "position"])

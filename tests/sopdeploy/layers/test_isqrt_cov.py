@@ -3,11 +3,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy.layers.residual import dimension_reduction
 
 PRENORMS = ["trace", "frobenius"]
 
@@ -45,13 +44,6 @@ def test_layer_equals_a_reference_in_float64(prenorm, compensate: bool, width: i
         torch.testing.assert_close(layer(features).double(), expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("width", "features"), [(64, 2080), (128, 8256), (256, 32896)])
-def test_vector_has_the_published_length(width: int, features: int) -> None:
-    layer = ISqrtCov(width)
-    assert layer.out_features == features
-    assert layer(torch.randn(1, width, 2, 2)).shape == (1, features)
-
-
 def test_layer_has_no_state_to_save() -> None:
     assert not ISqrtCov(4).state_dict()
 
@@ -64,25 +56,7 @@ def test_output_scales_with_the_features_and_ignores_their_mean(scale, shift, se
     torch.testing.assert_close(layer(scale * (features + shift)), expected, rtol=1e-6, atol=1e-8 * scale)
 
 
-@given(seed=st.integers(0, 99))
-def test_order_of_the_positions_does_not_matter(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    layer = ISqrtCov(5)
-    features = torch.randn(1, 5, 12, 1, dtype=torch.float64, generator=generator)
-    shuffled = features[:, :, torch.randperm(12, generator=generator)]
-    torch.testing.assert_close(layer(shuffled), layer(features))
-
-
 @pytest.mark.parametrize("wrong", [{"iterations": 0}, {"iterations": 16}, {"prenorm": "none"}, {"depth": 3}])
 def test_config_rejects_invalid_values(wrong: dict[str, object]) -> None:
     with pytest.raises(pydantic.ValidationError):
         NewtonSchulzConfig(**wrong)
-
-
-def test_dimension_reduction_is_a_1x1_convolution_without_bias_batch_norm_and_relu() -> None:
-    convolution, norm, relu = dimension_reduction(12, 5)
-    assert isinstance(convolution, nn.Conv2d)
-    assert convolution.weight.shape == (5, 12, 1, 1)
-    assert convolution.bias is None
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert isinstance(relu, nn.ReLU)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sopdeploy.layers.covariance import upper_triangle_indices
 from sopdeploy.layers.pooling.base import unit_length
 from sopdeploy.layers.pooling.codebook import GMSOPNetVLAD
 from sopdeploy.layers.pooling.compact_bilinear import draw_sketches
@@ -242,15 +241,6 @@ def test_gradients_are_those_of_finite_differences(choice) -> None:
     assert torch.autograd.gradcheck(pooling, (features,), fast_mode=True, nondet_tol=1e-10)
 
 
-@EACH_POOLING
-def test_vector_length_is_out_features(choice) -> None:
-    pooling = build(choice, 6)
-    vector = pooling(torch.rand(3, 6, 4, 4))
-    assert vector.shape == (3, pooling.out_features)
-    assert pooling.classifier(10)(vector).shape == (3, 10)
-    assert pooling.classifier(10).in_features == pooling.out_features
-
-
 def test_batch_norm_can_replace_the_compensation() -> None:
     torch.manual_seed(5)
     pooling = build({"kind": "isqrt", "compensation": "batch_norm"}, 6)
@@ -261,15 +251,10 @@ def test_batch_norm_can_replace_the_compensation() -> None:
     torch.testing.assert_close(bare(9.0 * features), bare(features))
 
 
-def test_vector_order_is_row_by_row_as_in_fast_mpn_cov() -> None:
-    d = 7
-    indices = upper_triangle_indices(d).tolist()
-    for i in range(d):
-        for j in range(i, d):
-            assert indices[i * d - i * (i - 1) // 2 + (j - i)] == i * d + j
-    # GSoP and MatConvNet go column by column: p brings their columns into this order, once.
-    by_row = [(i, j) for i in range(d) for j in range(i, d)]
-    p = torch.tensor([j * (j + 1) // 2 + i for i, j in by_row])
-    matrix = torch.rand(d, d)
-    by_column = torch.stack([matrix[i, j] for j in range(d) for i in range(j + 1)])
-    assert torch.equal(by_column[p], matrix.flatten()[indices])
+@EACH_POOLING
+def test_vector_length_is_out_features(choice) -> None:
+    pooling = build(choice, 6)
+    vector = pooling(torch.rand(3, 6, 4, 4))
+    assert vector.shape == (3, pooling.out_features)
+    assert pooling.classifier(10)(vector).shape == (3, 10)
+    assert pooling.classifier(10).in_features == pooling.out_features

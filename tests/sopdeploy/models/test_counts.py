@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from sopdeploy import create_model, describe
+from sopdeploy import describe
 from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
 from sopdeploy.models.gmsop import RELEASED_GATE
 from sopdeploy.models.gsop import RELEASED
@@ -20,7 +20,6 @@ NO_NORM = {"channel_norm": False}  # the released code has no batch norm after t
         ("gsop-net1-resnet50", RELEASED, 28_285_224, 6_364_987_392),
         ("gsop-net2-resnet50", RELEASED, 58_278_568, 6_446_101_504),
         ("gsop-net1-resnet50", NO_NORM, 28_285_224, 6_442_057_728),
-        ("gsop-net2-resnet50", NO_NORM, 58_278_568, 6_523_171_840),
         ("gsop-net1-preact-resnet164", NO_NORM, 2_894_516, 555_361_280),
         ("gsop-net1-preact-resnet164", {"strided_dr_stages": ["layer1"], **NO_NORM}, 2_894_516, 536_486_912),
         ("gsop-net1-resnet50", {}, 28_285_224 + 4 * 2 * 512, 6_442_057_728),  # Table 2's batch norm
@@ -32,16 +31,10 @@ NO_NORM = {"channel_norm": False}  # the released code has no batch norm after t
             26_182_952 + 4 * 2 * 256,
             None,
         ),
-        ("gsop-net2-resnet50", {"block_stages": ()}, 56_929_832, 6_342_226_944),  # iSQRT-COV
         ("gsop-net1-preact-resnet164", {"block_stages": (), "last_stride": 2}, 1_726_388, 247_669_760),
-        ("gsop-net1-resnet50", {"block_stages": ()}, 25_557_032, 6_208_618_496),  # ResNet-50, s1
         ("gsop-net2-preact-resnet164", {"block_stages": ()}, 2_559_412, 500_652_288),  # MPN-COV of Table 6
-        ("gsop-net1-resnet101", NO_NORM, 47_277_352, None),
-        ("gsop-net2-resnet101", NO_NORM, 77_270_696, None),
         ("gsop-net1-resnet50", {"attention": "position"}, 26_182_952, None),
         ("gsop-net1-resnet50", {"attention": "average", **NO_NORM}, 28_911_144, None),
-        ("gsop-net1-resnet50", {"attention": "sum", **NO_NORM}, 28_911_144, None),
-        ("gsop-net1-resnet50", {"attention": "maximum", **NO_NORM}, 28_911_144, None),
         ("gsop-net1-resnet50", {"attention": "concatenation", **NO_NORM}, 32_105_000, None),
         ("se-resnet50", {}, 28_088_024, None),
         ("cbam-resnet50", {}, 28_089_624, None),
@@ -53,20 +46,6 @@ def test_attention_parameters_and_macs_are_exact(name, config, parameters: int, 
     assert found.training == found.shipped
     assert found.shipped.parameters == parameters
     assert macs in {None, found.shipped.macs}
-
-
-@pytest.mark.parametrize(
-    ("name", "representation"),
-    [
-        ("gsop-net1-resnet50", 2048),
-        ("gsop-net2-resnet50", 32896),
-        ("gsop-net1-preact-resnet164", 256),
-        ("gsop-net2-preact-resnet164", 8256),
-    ],
-)
-def test_num_features_matches_the_paper(name: str, representation: int) -> None:
-    with torch.device("meta"):
-        assert create_model(name).num_features() == representation
 
 
 @pytest.mark.parametrize(
@@ -112,17 +91,11 @@ COUNTS = [
     ("sgmoe-16-8-resnet18", {}, 2.3, 2_274_056, 141_217_792, 512),
     ("sgmoe-16-8-resnet18", {"component_bias": False, "fusion_norm": True}, 2.3, 2_266_888, 141_217_792, 512),
     ("netvlad-64-resnet18", {}, 8.9, 8_909_640, 148_897_792, 8192),
-    ("resnet50-64px", {}, 2.4, 2_399_752, 442_299_392, 128),
-    ("resnet50-512d", {}, 2.8, 2_849_288, 446_877_696, 512),
-    ("resnet50-8256d", {}, 11.6, 11_584_520, 518_060_544, 8256),
-    ("gmsop-16-8-resnet50", S1 | RELEASED_GATE, 11.9, 11_923_336, 928_578_048, 8256),
     ("gmsop-16-8-resnet50", S1, 11.9, 11_922_568, 928_578_048, 8256),
     ("wrn36-1", {}, 1.6, 1_614_472, 291_304_448, 128),
     ("wrn36-1", {"project_first_stage": True}, 1.6, 1_614_760, 292_353_024, 128),
     ("wrn36-2", {}, 6.2, 6_184_840, 1_142_876_160, 256),
-    ("wrn36-5", {}, 37.6, 37_635_880, 7_054_083_072, 640),
     ("gmgap-16-8-wrn36-2", {}, 8.7, 8_686_472, 1_218_629_632, 512),
-    ("gmgap-16-8-wrn36-2", {"gate_norm": True}, 8.7, 8_687_496, 1_218_629_632, 512),
     ("gmsop-16-8-wrn36-2", {"gate_norm": True}, None, 17_809_160, 1_264_122_368, 8256),
 ]
 
@@ -161,9 +134,3 @@ def test_macs_count_k_of_n_components(components: int, chosen: int) -> None:
     one = 128 * 512 * 8 * 8
     assert found.shipped.macs == 178_442_240 + (chosen - 8) * one
     assert found.training.parameters == 2_333_192 + (components - 16) * (128 * 512 + 2 * 128)
-
-
-def test_macs_grow_with_the_image_size() -> None:
-    found = describe("gmsop-16-8-resnet18", image_size=96, num_classes=365, **RELEASED_GATE)
-    assert found.training.parameters == 10_352_776 - 635 * 8257
-    assert found.shipped.macs == (186_186_240 - 8_256_000) * 9 // 4 + 365 * 8256

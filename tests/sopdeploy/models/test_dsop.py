@@ -82,19 +82,6 @@ def test_branches_are_made_of_what_the_paper_says(name, config, blocks, widths) 
     assert [branch.pooling.width for branch in branches] == widths
 
 
-def test_channels_are_reduced_only_where_there_are_more_than_the_target() -> None:
-    branches = branches_of("dsop-resnet18").values()
-    kinds = [type(branch.reduction) for branch in branches]
-    assert kinds == [nn.Identity, nn.Identity, nn.Identity, nn.Sequential]
-
-
-@pytest.mark.parametrize(("aux_stride", "strides"), [("text", [1, 1, 1, 1]), ("table", [1, 2, 2, 1])])
-def test_text_keeps_the_size_of_the_maps_and_the_table_halves_two(aux_stride, strides) -> None:
-    branches = branches_of("dsop-resnet18", aux_stride=aux_stride).values()
-    assert [branch.blocks[0].conv1.stride[0] for branch in branches] == strides
-    assert [branch.blocks[0].downsample is not None for branch in branches] == [s == 2 for s in strides]
-
-
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -124,32 +111,6 @@ def test_dropout_follows_only_covariances_of_128_channels(config: dict, expected
 def test_loss_weights_default_to_the_paper(name, config, expected) -> None:
     with torch.device("meta"):
         assert create_model(name, **config).loss_weights() == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "convolutions"),
-    [
-        ("preact-resnet110", 36),
-        ("preact-resnet164", 54),
-        ("wrn-22-10", 6),
-        ("wrn-28-10", 8),
-        ("resnext29-8x64d", 9),
-        ("resnext29-16x64d", 9),
-    ],
-)
-def test_branches_of_table_iv_have_as_many_convolutions_as_the_stage(name: str, convolutions: int) -> None:
-    with torch.device("meta"):
-        network = create_model(f"dsop-{name}")
-    for stage in ("layer1", "layer2", "layer3"):
-        of_stage = [m for n, m in network.get_submodule(stage).named_modules() if "downsample" not in n]
-        of_branches = [
-            module
-            for tap, branch in network.branches.items()
-            for module in branch.blocks.modules()
-            if tap.startswith(stage)
-        ]
-        for modules in (of_stage, of_branches):
-            assert sum(isinstance(module, nn.Conv2d) for module in modules) == convolutions
 
 
 def test_stages_without_activation_get_one_before_the_pooling_of_their_branches() -> None:

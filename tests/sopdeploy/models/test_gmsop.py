@@ -55,23 +55,6 @@ def test_the_untrained_gate_selects_the_first_components() -> None:
     assert gates.tolist() == [[0.5, 0.5, 0.0, 0.0]] * 4
 
 
-@pytest.mark.parametrize("noise_per", ["image", "component"])
-@pytest.mark.parametrize("name", GATED)
-def test_routed_and_dense_training_give_the_same_numbers(name: str, noise_per: str) -> None:
-    found = {}
-    for evaluation in ("routed", "dense"):
-        network = untied(tiny(name, evaluation=evaluation, noise_per=noise_per, dropout=0.0)).double()
-        torch.manual_seed(3)
-        output = network(images().double())
-        (output.logits.logsumexp(1).sum() + output.penalties["balance"]).backward()
-        found[evaluation] = [
-            output.logits,
-            output.penalties["balance"],
-            *(p.grad for p in network.parameters()),
-        ]
-    torch.testing.assert_close(found["routed"], found["dense"], rtol=1e-7, atol=1e-9)
-
-
 def test_one_step_breaks_the_initial_tie() -> None:
     network = tiny(dropout=0.0, noise_per="image")
     output = network(images())

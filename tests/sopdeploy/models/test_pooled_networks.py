@@ -13,9 +13,7 @@ from sopdeploy.errors import ConfigError
     [
         ("isqrt-resnet50", 56_929_832, 6_342_226_944),  # DSoP Table II: 56.9M; GSoP Table 5: 6.342 G
         ("isqrt-resnet101", 75_921_960, None),  # fast-MPN-COV's file of 289.9 MB
-        ("mpncov-resnet50", 56_929_832, 6_342_226_944),
         ("isqrt-vgg16", 170_479_144, None),  # fast-MPN-COV's 650.4 MB
-        ("resnet50", 25_557_032, None),
         ("alexnet", 60_965_224, 724_406_816),  # "60 million parameters"
         ("isqrt-alexnet", 60_965_224 + 4096 * (32896 - 9216), None),
         ("vgg16", 138_357_544, 15_470_264_320),  # torchvision's
@@ -50,27 +48,6 @@ def test_counts_are_the_published_ones(name: str, parameters: int, macs: int | N
 def test_dimensions_on_vgg_are_the_published_ones(pooling: object, dimensions: int) -> None:
     described = describe("isqrt-vgg16", classifier="linear", pooling=pooling)
     assert described.representation == dimensions
-
-
-def test_names_of_weights_are_fast_mpn_covs_under_one_prefix() -> None:
-    with torch.device("meta"):
-        keys = {
-            key.removeprefix("pooling."): tensor.shape
-            for key, tensor in create_model("isqrt-resnet50").state_dict().items()
-        }
-    assert len(keys) == 326
-    assert keys["layer_reduce.weight"] == (256, 2048, 1, 1)
-    assert keys["layer_reduce_bn.running_var"] == (256,)
-    assert keys["fc.weight"] == (1000, 32896)
-
-
-def test_names_of_vgg_weights_are_fast_mpn_covs() -> None:
-    with torch.device("meta"):
-        keys = set(create_model("isqrt-vgg16").state_dict())
-    stages = ((0, 2), (7, 2), (14, 3), (24, 3), (34, 3))  # first convolution, convolutions
-    numbers = [start + 3 * n + part for start, count in stages for n in range(count) for part in (0, 1)]
-    assert {f"layers.{n}.weight" for n in numbers} | {f"classifier.{n}.bias" for n in (0, 3, 6)} <= keys
-    assert len(keys) == 103
 
 
 @pytest.mark.parametrize(
@@ -134,21 +111,3 @@ def test_pooling_options_reach_the_layer() -> None:
 def test_an_invalid_pooling_is_a_one_line_error(pooling: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         create_model("resnet20", pooling=pooling)
-
-
-@pytest.mark.parametrize(
-    "pooling", ["isqrt", "mpncov", "deepo2p", "bcnn", "cbp", "netvlad", "low-rank-bilinear"]
-)
-def test_a_small_network_overfits_a_batch(pooling: str) -> None:
-    torch.manual_seed(1)
-    network = create_model("resnet8", num_classes=4, base_width=4, pooling=pooling)
-    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(30):
-        loss = torch.nn.functional.cross_entropy(network(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from sopdeploy import create_model, describe
+from sopdeploy import create_model
 from sopdeploy.api.user_network import read_preprocess
 from sopdeploy.backbones.timm_backbone import nearest_block, tappable
 from sopdeploy.errors import ConfigError
@@ -161,13 +161,6 @@ def test_the_inference_model_can_be_exported(name: str) -> None:
     program = torch.export.export(network, (images,), strict=False)
     assert set(program.state_dict) == set(network.state_dict())
     torch.testing.assert_close(program.module()(images), network(images))
-
-
-def test_counts_equal_those_of_our_resnet() -> None:
-    found = describe("dsop-timm:resnet18")
-    assert found.shipped == describe("resnet18").shipped
-    assert found.representation == 512
-    assert found.config["backbone"] == "resnet18"
 
 
 def test_reading_the_stages_draws_no_random_numbers() -> None:

@@ -79,11 +79,12 @@ def test_the_commands_print_and_write_nothing(tmp_path, monkeypatch, command) ->
     assert not (tmp_path / "run").exists()
 
 
-def test_the_range_test_is_deterministic_and_stops_at_a_non_finite_loss(monkeypatch) -> None:
+def test_the_range_test_is_deterministic_and_a_clip_norm_of_0_does_not_clip(monkeypatch) -> None:
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    recipe = short_recipe("optimizer.clip_norm=0.0", "model.config.aux_pooling='gap'", "threads=1")
-    assert find_learning_rate(recipe, steps=8) == find_learning_rate(recipe, steps=8)
+    gap = ("model.config.aux_pooling='gap'", "threads=1")
+    unclipped, rarely = (short_recipe(f"optimizer.clip_norm={norm}", *gap) for norm in (0.0, 1e9))
+    assert find_learning_rate(unclipped, steps=8) == find_learning_rate(rarely, steps=8)
     assert threads == [1, 1]
 
 
@@ -143,11 +144,6 @@ def test_schedules_equal_those_of_pytorch(schedule, reference) -> None:
         assert 0.4 * schedule.factor(step / steps, epochs) == pytest.approx(expected, abs=tolerance)
         optimizer.step()
         theirs.step()
-
-
-@given(time=st.floats(0, 1), rise=st.floats(0.01, 0.99))
-def test_one_cycle_stays_between_0_and_1(time, rise) -> None:
-    assert 0 < OneCycle(kind="one-cycle", rise=rise).factor(time * 7, 7) <= 1
 
 
 @given(time=st.floats(0, 1), warmup=st.floats(0, 12), floor=st.floats(0, 1), power=st.floats(0.1, 4))

@@ -83,22 +83,6 @@ def test_the_seed_determines_the_weights(tmp_path, finished) -> None:
         assert same_bits(weights, read_checkpoint(last).weights) is (seed == 0)
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "model={name='resnet8', config={base_width=4}}",
-        "loss.label_smoothing=0.1",
-        "optimizer.clip_norm=0.0",
-        "schedule={kind='milestones', warmup_epochs=1}",
-        "augment={kind='random-resized-crop', flip=0.5}",
-        "threads=1",
-        "batch_size=5000",
-    ],
-)
-def test_a_run_with_other_settings_finishes(tmp_path, override) -> None:
-    assert train(short_recipe("epochs=1", override), tmp_path / "run").epochs == 1
-
-
 PLAIN = ["model.name=resnet8", "model.config={base_width=4}", "epochs=1"]
 
 

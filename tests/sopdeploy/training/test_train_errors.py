@@ -110,17 +110,6 @@ def test_a_damaged_or_missing_state_is_refused(stopped, damage) -> None:
         train(short_recipe(*ONE, f"data.path={stopped / 'images'}"), stopped / "run", resume=True)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_ends_the_run_with_one_line(tmp_path, workers) -> None:
-    make(tmp_path / "images", a=5, b=5)
-    for path in (tmp_path / "images" / "a").iterdir():
-        path.write_bytes(b"no image")
-    recipe = short_recipe(*ONE, f"data.path={tmp_path / 'images'}", f"workers={workers}")
-    with pytest.raises(DataError, match=r"a/00\d\.jpg: not an image; delete or replace it$"):
-        train(recipe, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("part", ["main", "layer2_0"])
 def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch, part) -> None:
     calls = []

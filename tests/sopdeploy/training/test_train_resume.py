@@ -49,15 +49,6 @@ def test_a_run_stopped_at_any_time_resumes_to_the_same_bits(tmp_path, uninterrup
     assert (out / "history.csv").read_text().count("\n") == 4
 
 
-def test_auto_starts_a_run_and_resumes_it_any_number_of_times(tmp_path, uninterrupted) -> None:
-    out = tmp_path / "run"
-    for epoch in range(3):
-        for step in (1, 4):
-            interrupt(short_recipe(), out, "step", epoch, step, resume="auto")
-    train(short_recipe(), out, resume="auto")
-    assert same_run(out, uninterrupted)
-
-
 def test_auto_overwrites_partial_files_only(tmp_path) -> None:
     (tmp_path / "last.pt.partial").write_bytes(b"half")
     (tmp_path / "best.pt").write_bytes(b"mine")

@@ -1,11 +1,9 @@
 """The iterated matrix root: its two forms, its accuracy and its symmetry."""
 
 import pytest
-import torch
 
 from sopdeploy.layers.isqrt_cov import ISqrtCov, covariance_root, gram_is_cheaper, prenormalize
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, newton_schulz
-from sopdeploy.layers.spectral import Power, spectral
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from tests.sopdeploy.layers.numerics.references import relative_error, relu_features, textbook_root
 
 PRENORMS = pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
@@ -66,30 +64,3 @@ def test_forward_and_backward_stay_finite_and_near_float64(side, iterations, pre
         layer(features).square().sum().backward()
     assert relative_error(layer(rough), layer(exact)) < 1e-4
     assert relative_error(rough.grad, exact.grad) < 1e-3
-
-
-def test_dead_channels_and_repeated_positions_stay_finite_at_fifteen_steps() -> None:
-    features = relu_features(2, 48, 7).float()
-    features[:, ::2] = 0
-    features[:, :, 3:] = features[:, :, :1]
-    root = covariance_root(features, NewtonSchulzConfig(iterations=15))
-    assert torch.isfinite(root).all()
-    assert (root[:, ::2] == 0).all()
-
-
-@pytest.mark.parametrize(("eigenvalue", "ratio"), [(1e-3, 0.24), (1 / 256, 0.45), (1e-2, 0.66), (0.1, 0.997)])
-def test_five_steps_map_an_eigenvalue_to_a_fraction_of_its_root(eigenvalue: float, ratio: float) -> None:
-    a = torch.diag(torch.tensor([eigenvalue, 1.0 - eigenvalue], dtype=torch.float64))[None]
-    found = newton_schulz(a, 5)[0, 0, 0] / eigenvalue**0.5
-    assert found.item() == pytest.approx(ratio, abs=5e-3)
-
-
-def test_more_steps_bring_the_iterate_closer_to_the_root() -> None:
-    features = relu_features(1, 64, 8)
-    x = features.flatten(2) - features.flatten(2).mean(dim=2, keepdim=True)
-    exact, _ = spectral(x @ x.transpose(1, 2) / 64, Power(0.5))
-    errors = [
-        relative_error(covariance_root(features, NewtonSchulzConfig(iterations=n)), exact) for n in (3, 5, 15)
-    ]
-    assert errors[0] > errors[1] > 0.05
-    assert errors[2] < 0.01
