@@ -119,8 +119,8 @@ def test_a_missing_gain_fails() -> None:
     assert [holds for _, holds in found] == [False, False]
 
 
-def test_cifar_needs_a_cache(capsys: pytest.CaptureFixture[str]) -> None:
+def test_cifar_needs_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        second_order_gain.main(["--cifar", "pictures"])
+        second_order_gain.main(["--cifar", str(tmp_path)])
     assert left.value.code == 2
     assert "--cifar needs --cache" in capsys.readouterr().err
