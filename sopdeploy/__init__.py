@@ -10,6 +10,7 @@ counts parameters and multiply-adds. Importing sopdeploy does not import torch; 
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ __all__ = [
     "dsop", "evaluate", "export", "export_network", "list_models", "predict", "register_model", "serve",
     "train", "unused_modules",
 ]  # fmt: skip
+
+# Builds of onnxruntime 1.29 and later send names and hashes of models to Microsoft unless this is set.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _MODULES = {
     "calibrate": "sopdeploy.api.calibration",
