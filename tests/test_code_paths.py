@@ -1,12 +1,16 @@
 """ARCHITECTURE.md lists the files whose functions a request and an export execute; this measures them."""
 
+import json
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+
+import pytest
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.images.preprocess import Preprocess
@@ -22,6 +26,7 @@ PACKAGES = ("sopdeploy/", "export/sopdeploy_export/", "service/sopdeploy_service
 PYTHON = re.compile(r"`([\w/]+\.py)`")
 OF_THE_NETWORK = ("sopdeploy/models/", "sopdeploy/backbones/", "sopdeploy/layers/")
 OF_THE_REPORT = ("export/sopdeploy_export/report/", "sopdeploy/html/")
+FOUND = "files.json"
 MAX_REQUEST_FILES, MAX_EXPORT_FILES = 15, 20  # without those of the network and of report.html
 
 
@@ -61,23 +66,50 @@ def listed(heading: str, folder: str) -> tuple[int, set[str]]:
     return int(re.findall(r"(\d+) files", section)[0]), files
 
 
-def test_a_request_executes_the_files_that_the_architecture_page_lists(tmp_path: Path) -> None:
-    bundle, picture = open_bundle(write_bundle(tmp_path)), picture_bytes()
+def request_files(folder: Path) -> set[str]:
+    """Classify a picture twice; the first request also fills caches."""
+    bundle, picture = open_bundle(write_bundle(folder)), picture_bytes()
     with recorded() as take, running(OnnxRuntime(bundle, threads=1), bundle, Settings()) as client:
-        for _ in range(2):  # the first request also fills caches
+        for _ in range(2):
             take()
             assert client.post("/v1/classify", content=picture).status_code == 200
-        found = take()
+        return take()
+
+
+def export_files(folder: Path) -> set[str]:
+    """Export a small DSoP network, detached; leave out the files of the network itself."""
+    preprocess = Preprocess(resize=SIDE, crop=SIDE)
+    checkpoint = save(trained(), "dsop-resnet8", folder / "ckpt.pt", preprocess)
+    with recorded() as take:
+        export(checkpoint, folder / "out", ExportOptions(detach=True, batch=ALONE))
+        return {file for file in take() if not file.startswith(OF_THE_NETWORK)}
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Run this module in a new process, where no other test has filled caches or left objects behind."""
+    place = tmp_path_factory.mktemp("paths")
+    subprocess.run([sys.executable, "-m", "tests.test_code_paths", str(place)], cwd=ROOT, check=True)
+    return json.loads((place / FOUND).read_text())
+
+
+def test_a_request_executes_the_files_that_the_architecture_page_lists(
+    executed: dict[str, list[str]],
+) -> None:
+    found = set(executed["request"])
     assert listed("## A `/v1/classify` request", "service/sopdeploy_service") == (len(found), found)
     assert len(found) <= MAX_REQUEST_FILES
 
 
-def test_an_export_executes_the_files_that_the_architecture_page_lists(tmp_path: Path) -> None:
-    preprocess = Preprocess(resize=SIDE, crop=SIDE)
-    checkpoint = save(trained(), "dsop-resnet8", tmp_path / "ckpt.pt", preprocess)
-    with recorded() as take:
-        take()
-        export(checkpoint, tmp_path / "out", ExportOptions(detach=True, batch=ALONE))
-        found = {file for file in take() if not file.startswith(OF_THE_NETWORK)}
+def test_an_export_executes_the_files_that_the_architecture_page_lists(
+    executed: dict[str, list[str]],
+) -> None:
+    found = set(executed["export"])
     assert listed("## `ckpt.pt` to bundle", "export/sopdeploy_export") == (len(found), found)
     assert len([file for file in found if not file.startswith(OF_THE_REPORT)]) <= MAX_EXPORT_FILES
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    files = {"request": request_files(place / "service"), "export": export_files(place)}
+    (place / FOUND).write_text(json.dumps({name: sorted(names) for name, names in files.items()}))
