@@ -20,7 +20,7 @@ OnnxRuntime(open_bundle(Path(sys.argv[1])), threads=1).run(np.zeros((1, 32, 32, 
 """
 EXPORT = """
 import sys
-import sopdeploy_export.parity.onnx_file
+import sopdeploy_export  # without torch
 import onnxruntime
 onnxruntime.InferenceSession(sys.argv[1] + "/model.onnx", providers=["CPUExecutionProvider"])
 """
