@@ -111,12 +111,14 @@ def screenshots(bundle: Path, photo: Path, folder: Path) -> None:
 
 
 def throughput(page: str) -> dict[str, dict[str, float]]:
-    """Read the shares of the bare runtime in the tables of *page*, by engine and server."""
+    """Read the shares of the bare runtime in the tables of *page*, by engine and server, at most 1."""
     lines = (line.strip("| ").split("|") for line in page.splitlines() if line.startswith("| "))
     rows = [[cell.strip(" *") for cell in line] for line in lines]
     return {
         engine: {
-            row[0]: float(row[column]) for row in rows if row[0] in SHOWN_SERVERS and len(row) == columns
+            row[0]: min(float(row[column]), 1.0)
+            for row in rows
+            if row[0] in SHOWN_SERVERS and len(row) == columns
         }
         for engine, (columns, column) in ENGINES.items()
     }
@@ -126,7 +128,10 @@ def chart(shares: dict[str, dict[str, float]]) -> Markup:
     """Draw one bar per engine and server, full length for the throughput of the bare runtime."""
     left, full, step = 96, 400, 28
     y, shapes = 28, [element("text", CAPTION, x=16, y=28)]
+    values = []
     for engine, servers in shares.items():
+        percentages = {name: f"{100 * share:.0f} %" for name, share in servers.items()}
+        values.append(f"{engine}: {', '.join(f'{name} {text}' for name, text in percentages.items())}")
         y += 34
         shapes.append(element("text", engine, x=left, y=y, fill="#5b6b70"))
         y += 10
@@ -135,15 +140,11 @@ def chart(shares: dict[str, dict[str, float]]) -> Markup:
             shapes += [
                 element("text", name, x=left - 10, y=y + 16, text_anchor="end"),
                 element("rect", x=left, y=y, width=full, height=22, rx=4, fill="#eef1f2"),
-                element("rect", x=left, y=y, width=full * min(share, 1.0), height=22, rx=4, fill=color),
-                element("text", f"{100 * min(share, 1.0):.0f} %", x=left + full + 12, y=y + 16),
+                element("rect", x=left, y=y, width=full * share, height=22, rx=4, fill=color),
+                element("text", percentages[name], x=left + full + 12, y=y + 16),
             ]
             y += step
     width, height = left + full + 64, y + 8
-    values = (
-        f"{engine}: {', '.join(f'{name} {100 * min(share, 1.0):.0f} %' for name, share in servers.items())}"
-        for engine, servers in shares.items()
-    )
     return element(
         "svg",
         element("title", CAPTION),
