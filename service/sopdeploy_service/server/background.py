@@ -61,6 +61,7 @@ class BackgroundServer:
                 "listener": listener.fileno(),
                 "lifeline": reading,
                 "siblings": {},
+                "elsewhere": (),
                 "group": None,
             }
             self._process = start_process(order, {}, stderr=subprocess.STDOUT)

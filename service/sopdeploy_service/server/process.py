@@ -62,13 +62,13 @@ class Inherited:
     """Sockets and shared memory that a process inherits from its supervisor.
 
     *listener* is the socket to listen on. *siblings* are the places of all processes by name, *elsewhere*
-    those of other devices. *inbox* receives connections from other processes. A front end has a *broker*;
-    all processes share *spending*.
+    those of front ends with another engine process. *inbox* receives connections from other processes. A
+    front end has a *broker*; all processes share *spending*.
     """
 
     listener: socket.socket
     siblings: dict[str, int] = field(default_factory=dict)
-    elsewhere: tuple[int, ...] = ()
+    elsewhere: Sequence[int] = ()
     balancer: Balancer | None = None
     inbox: socket.socket | None = None
     broker: socket.socket | None = None  # brings the channel to an engine process
@@ -336,11 +336,7 @@ def main() -> int:
     inherited = Inherited(
         listener=socket.socket(fileno=order["listener"]),
         siblings=order["siblings"],
-        elsewhere=tuple(
-            place
-            for name, place in order["siblings"].items()
-            if name.partition(":")[0] != order["name"].partition(":")[0]
-        ),
+        elsewhere=order["elsewhere"],
         balancer=balancer,
         inbox=inbox,
         broker=socket.socket(fileno=order["broker"]) if "broker" in order else None,

@@ -233,7 +233,9 @@ class Supervisor:
         }
         if worker.listener is not None:
             order |= {"listener": worker.listener.fileno(), "lifeline": lifeline}
-            order["siblings"] = {other.name: other.place for other in self._workers if not other.is_engine}
+            servers = [other for other in self._workers if not other.is_engine]
+            order["siblings"] = {other.name: other.place for other in servers}
+            order["elsewhere"] = [other.place for other in servers if other.engine is not worker.engine]
             order["group"] = self._group.order(worker.place)
             if len(self._listeners) > 1:
                 order["spending"] = (self._spending, worker.place, len(self._listeners))
