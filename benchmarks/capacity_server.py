@@ -10,9 +10,7 @@ and the slower runtime, whose batches depend least on decoders that wait for a c
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +20,7 @@ from pathlib import Path
 import httpx
 from capacity_model import System
 from capacity_simulation import Figures, Simulation
-from load import SEED, WARM_UP_SECONDS, Load
+from load import SEED, WARM_UP_SECONDS, Load, put_load
 from measure import Result, report
 from serving_alone import decode_ms, write_images
 from serving_peers import OURS, free_port, started
@@ -107,11 +105,9 @@ def measured(case: Case, folder: Path, seconds: float) -> tuple[Load, dict[str, 
     command = [sys.executable, str(HERE / "serving_ours.py"), "--port", str(port)]
     command += ["--fake", f"{fixed},{each}", "--largest", str(case.largest)]
     with started(command, OURS, port, {}, HERE):
-        load = [sys.executable, str(HERE / "load.py"), f"http://127.0.0.1:{port}/v1/classify", str(folder)]
-        load += ["--seconds", str(seconds)]
-        load += ["--connections", str(case.clients)] if case.rate is None else ["--rate", str(case.rate)]
-        done = subprocess.run(load, capture_output=True, text=True, check=True)
-        return Load(**json.loads(done.stdout)), metrics(port)
+        clients = ("--connections", case.clients) if case.rate is None else ("--rate", case.rate)
+        load = put_load(f"http://127.0.0.1:{port}/v1/classify", folder, seconds, *clients)
+        return load, metrics(port)
 
 
 def metrics(port: int) -> dict[str, float]:

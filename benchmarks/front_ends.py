@@ -32,17 +32,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO, cast
 
-import httpx
 import numpy as np
 import uvicorn
+from load import put_load
 from measure import Result, report
 from serving_alone import write_images
-from serving_ours import CLASSES, fake_model
+from serving_ours import CLASSES, count_answered, fake_model, replace_decoder
 from serving_peers import cpu_seconds
 
 from sopdeploy_service.app import create_app
-from sopdeploy_service.images import loaders
-from sopdeploy_service.images.decode import Decoded
 from sopdeploy_service.inference.engine_process.client import EngineClient, Slot
 from sopdeploy_service.inference.engine_process.engine import Engine
 from sopdeploy_service.inference.engine_process.models import EngineModel, ModelTable
@@ -65,7 +63,6 @@ SIDES = {  # processes for HTTP, whether they share an engine, connections
     HALF: (2, True, CONNECTIONS),
     SPLIT: (2, False, 2 * CONNECTIONS),
 }
-PREFIX = 'sopdeploy_requests_total{code="200",model="model",route="/v1/classify"} '
 
 
 class Constant:
@@ -94,24 +91,12 @@ class Constant:
         """Do nothing: there is nothing to release."""
 
 
-def spin(milliseconds: float) -> None:
-    """Use CPU time of this thread while holding the interpreter lock."""
-    end = time.thread_time() + milliseconds / 1000
+def emulate_decoding() -> None:
+    """Sleep, then use CPU time of this thread while holding the interpreter lock."""
+    time.sleep(SLEEP_MS / 1000)
+    end = time.thread_time() + SPIN_MS / 1000
     while time.thread_time() < end:
         pass
-
-
-def fake_decode(*, emulate: bool) -> Callable[..., Decoded]:
-    """Create a decoder that returns a constant image, after the emulated time if requested."""
-    image = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), (), (224, 224))
-
-    def decode(*_: object, **__: object) -> Decoded:
-        if emulate:
-            time.sleep(SLEEP_MS / 1000)
-            spin(SPIN_MS)
-        return image
-
-    return decode
 
 
 def run_role(order: dict[str, Any]) -> None:
@@ -133,7 +118,7 @@ def run_role(order: dict[str, Any]) -> None:
 
 def serve(order: dict[str, Any], settings: Any, model: Any, broker: socket.socket | None) -> None:
     """Serve HTTP as the only process or as a front end."""
-    loaders.decode = fake_decode(emulate=order["emulate"])  # type: ignore[assignment]
+    replace_decoder(emulate_decoding if order["emulate"] else None)
     prepare_process()
     client = None
     if broker is not None:
@@ -178,10 +163,7 @@ class Server:
 
     def images(self) -> float:
         """Read the number of answered requests."""
-        pages = [httpx.get(f"{address}/metrics").text.splitlines() for address in self.private]
-        return sum(
-            float(line.removeprefix(PREFIX)) for page in pages for line in page if line.startswith(PREFIX)
-        )
+        return sum(count_answered(address) for address in self.private)
 
     def cpu(self) -> dict[str, float]:
         """Measure the CPU seconds of all processes, and those of the engine process."""
@@ -251,24 +233,17 @@ def read_line(child: "subprocess.Popen[str]") -> str:
     return cast(TextIO, child.stdout).readline()
 
 
-def load(server: Server, folder: Path, connections: int, seconds: float) -> dict[str, float]:
-    """Put load on *server*; return what `load.py` prints."""
-    command = [sys.executable, str(HERE.parent / "load.py"), f"{server.url}/v1/classify", str(folder)]
-    command += ["--connections", str(connections), "--seconds", str(seconds)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return cast(dict[str, float], json.loads(done.stdout))
-
-
 def cpu_and_latency(side: str, folder: Path, seconds: float) -> dict[str, float]:
     """Measure CPU ms per image under load, `all` and that of the `engine`, and `p50` in ms."""
     count, engine, connections = SIDES[side]
     with running(count, engine=engine, batch_ms=BATCH_MS) as server:
-        load(server, folder, connections, 0.1)
+        url = f"{server.url}/v1/classify"
+        put_load(url, folder, 0.1, "--connections", connections)
         images, before = server.images(), server.cpu()
-        load(server, folder, connections, seconds)
+        put_load(url, folder, seconds, "--connections", connections)
         after, images = server.cpu(), server.images() - images
         per_image = {name: 1000 * (after[name] - before[name]) / images for name in after}
-        return per_image | {"p50": load(server, folder, 1, seconds)["p50_ms"]}
+        return per_image | {"p50": put_load(url, folder, seconds, "--connections", 1).p50_ms}
 
 
 def engine_cpu(seconds: float) -> float:
@@ -283,7 +258,7 @@ def engine_cpu(seconds: float) -> float:
 def emulated(front_ends: int, decoders: int, folder: Path, seconds: float) -> float:
     """Measure images/s with decoders that sleep and spin."""
     with running(front_ends, engine=front_ends > 1, decoders=decoders, emulate=True) as server:
-        return load(server, folder, 64, seconds)["images_per_s"]
+        return put_load(f"{server.url}/v1/classify", folder, seconds, "--connections", 64).images_per_s
 
 
 def main() -> None:

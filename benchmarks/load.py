@@ -13,6 +13,8 @@ import itertools
 import json
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -34,6 +36,13 @@ class Load:
     p50_ms: float
     p99_ms: float
     codes: dict[str, int]
+
+
+def put_load(url: str, folder: Path, seconds: float, *options: object) -> Load:
+    """Run this program for *seconds* with further *options* in another process; return its measurements."""
+    command = [sys.executable, __file__, url, str(folder), "--seconds", str(seconds), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return Load(**json.loads(done.stdout))
 
 
 def requests(url: str, folder: Path, form: bool) -> list[bytes]:

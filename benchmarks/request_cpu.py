@@ -10,23 +10,20 @@ new server; the value is the median of the rounds.
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import numpy as np
 import uvicorn
+from load import put_load
 from measure import Result, existing, report
 from serving_alone import write_images
-from serving_ours import CLASSES, fake_model
+from serving_ours import CLASSES, count_answered, fake_model, replace_decoder
 from serving_peers import OURS, cpu_seconds, free_port, started
 
 from sopdeploy_service.app import create_app
-from sopdeploy_service.images import loaders
-from sopdeploy_service.images.decode import Decoded
 from sopdeploy_service.server.process import http_config
 from sopdeploy_service.settings import load_settings
 
@@ -74,27 +71,19 @@ def measure(tree: Path, folder: Path, arguments: argparse.Namespace) -> float:
     places = {"PYTHONPATH": os.pathsep.join([str(tree), str(tree / "service"), str(HERE.parent)])}
     command = [sys.executable, str(HERE), "--serve", str(port)]
     with started(command, OURS, port, places, folder) as process:
-        url = f"http://127.0.0.1:{port}/v1/classify" + (f"?{arguments.query}" if arguments.query else "")
-        load = [sys.executable, str(HERE.parent / "load.py"), url, str(folder)]
-        load += ["--connections", str(arguments.connections), "--seconds"]
-        subprocess.run([*load, "0.1"], check=True, capture_output=True)  # a second of warm-up
-        before = cpu_seconds(process), answered(port)
-        subprocess.run([*load, str(arguments.seconds)], check=True, capture_output=True)
-        spent, count = cpu_seconds(process) - before[0], answered(port) - before[1]
+        server = f"http://127.0.0.1:{port}"
+        url = f"{server}/v1/classify" + (f"?{arguments.query}" if arguments.query else "")
+        options = "--connections", arguments.connections
+        put_load(url, folder, 0.1, *options)  # a second of warm-up
+        before = cpu_seconds(process), count_answered(server)
+        put_load(url, folder, arguments.seconds, *options)
+        spent, count = cpu_seconds(process) - before[0], count_answered(server) - before[1]
     return 1000 * spent / count
-
-
-def answered(port: int) -> float:
-    """Read the number of classified images from the metrics of the server on *port*."""
-    lines = httpx.get(f"http://127.0.0.1:{port}/metrics").text.splitlines()
-    name = 'sopdeploy_requests_total{code="200",model="model",route="/v1/classify"} '
-    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
 
 def serve(port: int) -> None:
     """Serve constant outputs without decoding images."""
     model = fake_model(0, 0, 8)
-    image = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), (), (224, 224))
     logits = np.random.default_rng(0).normal(size=(8, CLASSES)).astype(np.float32)
 
     class Constant:
@@ -106,7 +95,7 @@ def serve(port: int) -> None:
         def close(self) -> None:
             """Do nothing: there is nothing to release."""
 
-    loaders.decode = lambda *_, **__: image  # type: ignore[assignment]
+    replace_decoder()
     settings = load_settings(port=port, queue_size=1024, max_batch=8)
     app = create_app({"model": replace(model, runtime=Constant())}, settings)
     config = http_config(app, settings)

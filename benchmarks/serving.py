@@ -17,13 +17,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from load import WARM_UP_SECONDS, Load
+from load import WARM_UP_SECONDS, Load, put_load
 from measure import Result, existing, one_line_errors, report
 from serving_alone import bare_runtime, peer_pipeline, pipeline, write_images
 from serving_ours import CpuTimes, fake_model, settings_for
@@ -87,11 +86,10 @@ class Driven:
 def drive(peer: Peer, port: int, process: int, case: Case, folder: Path, seconds: float) -> Driven:
     """Put load on a server and measure it."""
     url = f"http://127.0.0.1:{port}{peer.path}"
-    command = [sys.executable, str(HERE / "load.py"), url, str(folder), "--seconds", str(seconds)]
-    command += ["--connections", str(case.connections)] + (["--form"] if peer.form else [])
+    form = ["--form"] if peer.form else []
     before = cpu_seconds(process)
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return Driven(Load(**json.loads(done.stdout)), seconds, cpu_seconds(process) - before)
+    found = put_load(url, folder, seconds, "--connections", case.connections, *form)
+    return Driven(found, seconds, cpu_seconds(process) - before)
 
 
 class Benchmark:

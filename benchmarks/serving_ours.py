@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import httpx
+import numpy as np
 import uvicorn
 
 from sopdeploy.bundle.folder import Bundle
@@ -25,6 +27,7 @@ from sopdeploy.bundle.manifest import BatchRange, Lineage, Manifest, TensorRecor
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.app import create_app
 from sopdeploy_service.images import loaders
+from sopdeploy_service.images.decode import Decoded
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import OverlappingRuntime
 from sopdeploy_service.runtime.fake import FakeOverlappingRuntime
@@ -56,6 +59,25 @@ def fake_model(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedMode
     return LoadedModel(
         bundle=Bundle(path=Path("fake"), manifest=manifest, labels=labels), runtime=runtime, replays={}
     )
+
+
+def replace_decoder(work: Callable[[], object] | None = None) -> None:
+    """Let the server do *work*, or nothing, instead of decoding; all images become the same pixels."""
+    image = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), (), (224, 224))
+
+    def decode(*_: object, **__: object) -> Decoded:
+        if work is not None:
+            work()
+        return image
+
+    loaders.decode = decode  # type: ignore[assignment]
+
+
+def count_answered(url: str) -> float:
+    """Read the number of answered requests of `fake_model`, served as `model`, from the metrics at *url*."""
+    start = 'sopdeploy_requests_total{code="200",model="model",route="/v1/classify"} '
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return sum(float(line.removeprefix(start)) for line in lines if line.startswith(start))
 
 
 def settings_for(largest: int, *, decoders: int, threads: int, shadow: str | None = None) -> Settings:

@@ -8,9 +8,7 @@ a Poisson stream at about 60 % of the capacity of the decoders and the engine, o
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -18,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from load import Load
+from load import Load, put_load
 from measure import Result, report
 from serving_alone import write_images
 from serving_peers import OURS, free_port, started
@@ -49,11 +47,10 @@ def measure(case: Case, folder: Path, seconds: float, *, shadow: bool) -> tuple[
     command = [sys.executable, str(HERE / "serving_ours.py"), "--port", str(port), "--fake", ENGINE]
     command += ["--largest", str(LARGEST), *(("--shadow", SHARE) if shadow else ())]
     with started(command, OURS, port, {}, HERE):
-        load = [sys.executable, str(HERE / "load.py"), f"http://127.0.0.1:{port}/v1/classify", str(folder)]
-        load += ["--seconds", str(seconds), *case.options]
-        done = subprocess.run(load, capture_output=True, text=True, check=True)
+        url = f"http://127.0.0.1:{port}/v1/classify"
+        load = put_load(url, folder, seconds, *case.options)
         found = httpx.get(f"http://127.0.0.1:{port}/info").json()
-    return Load(**json.loads(done.stdout)), found.get("shadow", {}).get("images", {})
+    return load, found.get("shadow", {}).get("images", {})
 
 
 def results(case: Case, folder: Path, rounds: int, seconds: float) -> list[Result]:

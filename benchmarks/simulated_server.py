@@ -21,11 +21,9 @@ from types import SimpleNamespace
 from typing import Any, TextIO, cast
 
 import httpx
-import numpy as np
-from serving_ours import fake_model
+from serving_ours import fake_model, replace_decoder
+from soak_accounts import children_of
 
-from sopdeploy_service.images import loaders
-from sopdeploy_service.images.decode import Decoded
 from sopdeploy_service.inference.engine_process import main as engine
 from sopdeploy_service.inference.engine_process.models import EngineModel
 from sopdeploy_service.server import process
@@ -52,9 +50,7 @@ class Server:
 
     def processes(self, *, engines: bool = False) -> list[int]:
         """List the processes that serve HTTP, or the engine processes."""
-        files = Path(f"/proc/{self.child.pid}/task").glob("*/children")
-        children = sorted({int(part) for file in files for part in file.read_text().split()})
-        return [child for child in children if is_engine(child) == engines]
+        return [child for child in children_of(self.child.pid) if is_engine(child) == engines]
 
     def samples(self, metric: str, label: str) -> dict[str, float]:
         """Sum the samples of *metric* by *label*, from the health port."""
@@ -102,8 +98,7 @@ def main() -> int:
     fixed, each, largest = map(float, os.environ[BATCH_VARIABLE].split(","))
     model = fake_model(fixed, each, int(largest))
     if "listener" in json.loads(os.environ["SOPDEPLOY_WORKER"]):
-        image = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), (), (224, 224))
-        loaders.decode = lambda *_, **__: image  # type: ignore[assignment]
+        replace_decoder()
         process.load_model = lambda *_: model  # type: ignore[assignment]
         return process.main()
 

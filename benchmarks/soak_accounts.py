@@ -43,11 +43,15 @@ def read_resources(pid: int) -> Resources:
     )
 
 
+def children_of(pid: int) -> list[int]:
+    """List the child processes of the process *pid*."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")  # each thread has its own
+    return sorted(int(part) for file in files for part in file.read_text().split())
+
+
 def read_all_resources(pid: int) -> Resources:
     """Sum the resources of the process *pid* and its children; shared memory counts once for each."""
-    files = Path(f"/proc/{pid}/task").glob("*/children")
-    children = [int(part) for file in files for part in file.read_text().split()]
-    found = [read_resources(process) for process in (pid, *children)]
+    found = [read_resources(process) for process in (pid, *children_of(pid))]
     return Resources(
         moment=found[0].moment,
         resident=sum(one.resident for one in found),

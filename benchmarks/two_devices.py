@@ -11,38 +11,32 @@ server with one device gets half as many connections.
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import cast
 
+from load import put_load
 from measure import Result, report
 from serving_alone import write_images
-from simulated_server import HERE, Server, running
+from simulated_server import Server, running
 
 BATCH = "20,2,8"
 METRIC = "sopdeploy_requests_total"
 
 
-def load(server: Server, folder: Path, connections: int, seconds: float) -> dict[str, float]:
-    """Put load on *server*; return what `load.py` prints."""
-    command = [sys.executable, str(HERE / "load.py"), f"{server.url}/v1/classify", str(folder)]
-    command += ["--connections", str(connections), "--seconds", str(seconds)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return cast(dict[str, float], json.loads(done.stdout))
+def p99(server: Server, folder: Path, connections: int, seconds: float) -> float:
+    """Put load on *server*; return the 99th percentile of the latencies in ms."""
+    return put_load(f"{server.url}/v1/classify", folder, seconds, "--connections", connections).p99_ms
 
 
 def share(server: Server, folder: Path, connections: int, seconds: float) -> tuple[float, float]:
     """Return the smallest share of a device in the requests of one run, and the p99 in ms."""
     before = server.samples(METRIC, "device")
-    found = load(server, folder, connections, seconds)
+    latency = p99(server, folder, connections, seconds)
     after = server.samples(METRIC, "device")
     counts = [after[device] - before.get(device, 0.0) for device in after]
-    return min(counts) / sum(counts) if len(counts) == 2 else 0.0, found["p99_ms"]
+    return min(counts) / sum(counts) if len(counts) == 2 else 0.0, latency
 
 
 def measure(connections: int, runs: int, seconds: float, folder: Path) -> list[Result]:
@@ -50,10 +44,10 @@ def measure(connections: int, runs: int, seconds: float, folder: Path) -> list[R
     shares, ours, other = [], [], []
     with running({"devices": "cpu,cpu"}, BATCH) as two, running({"devices": "cpu"}, BATCH) as one:
         for _ in range(runs):
-            smallest, p99 = share(two, folder, connections, seconds)
+            smallest, latency = share(two, folder, connections, seconds)
             shares.append(smallest)
-            ours.append(p99)
-            other.append(load(one, folder, connections // 2, seconds)["p99_ms"])
+            ours.append(latency)
+            other.append(p99(one, folder, connections // 2, seconds))
     return [
         Result(
             case=f"smallest share of a device, {connections} connections",
