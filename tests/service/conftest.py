@@ -1,6 +1,7 @@
 """A tiny bundle, pictures in every format, and real servers in threads of this process."""
 
 import asyncio
+import gc
 import io
 import threading
 import time
@@ -273,6 +274,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
+
+
+def open_files() -> int:
+    """Count the open descriptors of this process; garbage that holds some is collected first."""
+    gc.collect()
+    return sum(1 for _ in Path("/dev/fd").iterdir())
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -10,6 +9,7 @@ from sopdeploy_service.http.middleware import cancel_on_disconnect
 from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.inference.results import CLIENT_GONE
 from sopdeploy_service.runtime.fake import FakeRuntime
+from tests.service.conftest import open_files
 from tests.service.held import Held
 from tests.service.raw import POST, connect, count, post_of
 
@@ -106,10 +106,6 @@ def test_another_cancellation_is_not_a_disconnect():
 
 
 def test_disconnects_at_every_position_leave_no_file_and_no_thread(serve_with, jpeg, until):
-    def open_files() -> int:
-        folder = Path("/proc/self/fd")
-        return len(list(folder.iterdir())) if folder.exists() else 0
-
     client = serve_with(FakeRuntime(classes=7, fixed_ms=1))
     request = post_of(jpeg)
     assert client.post("/v1/classify", content=jpeg).status_code == 200

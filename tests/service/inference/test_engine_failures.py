@@ -22,7 +22,7 @@ from sopdeploy_service.inference.engine_process.models import ModelTable
 from sopdeploy_service.inference.engine_process.slots import MAX_SLOTS, Reply, Request
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.settings import Settings
-from tests.service.conftest import Client
+from tests.service.conftest import Client, open_files
 from tests.service.held import Held
 from tests.service.inference.test_engine_process import Group, fake_table, front_end
 
@@ -143,10 +143,6 @@ def test_no_content_of_a_slot_disturbs_the_engine_or_another_front_end(
     until(lambda: len(shared.engine.fronts) == 1)
     until(lambda: client.engine.images_elsewhere == 0)
     assert client.post("/v1/classify", content=jpeg).status_code == 200
-
-
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_files_of_a_front_end_are_not_kept(shared: Group, client: Client, jpeg: bytes, until) -> None:

@@ -1,7 +1,6 @@
 """Front ends and an engine in threads of this process, connected as real processes are."""
 
 import contextlib
-import gc
 import os
 import socket
 import subprocess
@@ -37,7 +36,7 @@ from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.bundle_with_maps import write_bundle_with_maps
-from tests.service.conftest import Client, GatedRuntime, running
+from tests.service.conftest import Client, GatedRuntime, open_files, running
 from tests.service.held import Held
 
 
@@ -158,7 +157,7 @@ def test_feature_maps_and_gates_return_through_the_slot(group, gated_bundle, jpe
 
 
 def test_a_load_and_a_rollback_reach_every_front_end_before_the_answer(
-    bundle, make_bundle, tmp_path, jpeg
+    bundle, make_bundle, tmp_path, jpeg, until
 ) -> None:
     first = make_bundle(tmp_path)
     settings = Settings(model_control=True)
@@ -181,14 +180,7 @@ def test_a_load_and_a_rollback_reach_every_front_end_before_the_answer(
         )
         assert clients[0].post("/v2/repository/models/tiny/unload").status_code == 200
         assert clients[1].get("/readyz").json() == {"status": "no_model"}
-        wait_for_models(shared.engine, 0)
-
-
-def wait_for_models(engine: Engine, count: int) -> None:
-    end = time.monotonic() + 20
-    while len(engine._models) != count:
-        assert time.monotonic() < end, engine._models
-        time.sleep(0.01)
+        until(lambda: not shared.engine._models)
 
 
 def test_without_a_free_slot_a_request_is_rejected_before_its_body_is_decoded(
@@ -280,7 +272,7 @@ def test_a_larger_input_gets_larger_slots_and_the_old_ones_are_given_up(group, b
         assert client.post("/v1/classify", content=jpeg).status_code == 200
         (front,) = shared.engine.fronts.values()
         until(lambda: list(front.memories) == [1])
-        wait_for_models(shared.engine, 1)
+        until(lambda: len(shared.engine._models) == 1)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -342,11 +334,6 @@ def test_a_front_end_that_breaks_the_protocol_is_cut_off_and_reported(group, bun
 
 
 def test_fifty_front_ends_and_engines_leave_nothing_behind(group, bundle, jpeg, until) -> None:
-    def open_files() -> int:
-        gc.collect()
-        links = [str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
-        return sum(link.startswith(("/memfd:sopdeploy", "socket:", "anon_inode:")) for link in links)
-
     shared = group(FakeRuntime(classes=7))
     with front_end(shared, bundle) as client:
         assert client.post("/v1/classify", content=jpeg).status_code == 200

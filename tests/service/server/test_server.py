@@ -22,6 +22,7 @@ from sopdeploy_service.server.process import serve
 from sopdeploy_service.server.sockets import accept_pending, bind
 from sopdeploy_service.settings import Settings
 from tests.service.children import line_of
+from tests.service.conftest import wait_for
 from tests.service.raw import GET, connect, read
 
 PATIENCE = 90  # seconds; usually a few are enough
@@ -112,7 +113,7 @@ def loaded(start, jpeg) -> Iterator[Callable[..., tuple[subprocess.Popen[str], h
             child, client = start(SLOW, f"max_batch=1, {settings}")
             sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
             received = 'sopdeploy_stage_duration_seconds_count{stage="receive"} 16.0'
-            wait_until(lambda: received in client.get("/metrics").text)
+            wait_for(lambda: received in client.get("/metrics").text, PATIENCE)
             child.send_signal(signal.SIGTERM)
             return child, client, sent
 
@@ -121,7 +122,7 @@ def loaded(start, jpeg) -> Iterator[Callable[..., tuple[subprocess.Popen[str], h
 
 def test_sigterm_under_load_completes_all_admitted_requests(loaded, jpeg) -> None:
     child, client, sent = loaded()
-    wait_until(lambda: client.get("/readyz").status_code == 503)
+    wait_for(lambda: client.get("/readyz").status_code == 503, PATIENCE)
     late = client.post("/v1/classify", content=jpeg)
     assert [reply.result().status_code for reply in sent] == [200] * 16
     assert (late.status_code, late.json()["code"]) == (503, "draining")
@@ -152,7 +153,7 @@ def test_connections_opened_before_the_port_closes_get_a_response(start, jpeg, s
             assert read(wire, to_the_end=False).status == 200
             wire.sendall(said)
         child.send_signal(signal.SIGTERM)
-        wait_until(lambda: os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOHANG) is not None)
+        wait_for(lambda: os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOHANG) is not None, PATIENCE)
         pending = [stack.enter_context(connect(client)) for _ in range(40)]
         for wire in pending:
             wire.sendall(request)
@@ -228,13 +229,6 @@ def test_invalid_faults_and_keys_are_one_line_errors(bundle_path: Path, tmp_path
     monkeypatch.setenv("SOPDEPLOY_FAULTS", "engine=explode@1")
     with pytest.raises(ConfigError, match="SOPDEPLOY_FAULTS: 'engine=explode@1' is not a fault"):
         serve([bundle_path], Settings(port=0))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def test_a_port_in_use_and_an_unknown_host_are_one_line_errors(bundle_path: Path) -> None:
