@@ -8,7 +8,6 @@ Converts published weights, fits temperature and rejection threshold to one half
 `--data` holds one subfolder per class with the names that `sopdeploy import` gives the classes.
 """
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from measure import Result, existing, one_line_errors, report
+from measure import Result, existing, make_parser, one_line_errors, report
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -124,14 +123,11 @@ def results(measured: Measured) -> list[Result]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--weights", type=existing, required=True, help="published weights")
     parser.add_argument("--as", dest="name", required=True, help="a name of `sopdeploy models`")
     parser.add_argument("--data", type=existing, required=True, help="labeled images, DIR/<class>/*.jpg")
     parser.add_argument("--quick", action="store_true", help="every tenth image")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     every = QUICK if arguments.quick else 1
     with one_line_errors():

@@ -9,7 +9,6 @@ received before and after. If it is far below 1, other load disturbs the measure
 and the slower runtime, whose batches depend least on decoders that wait for a core.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import httpx
 from capacity_model import System
 from capacity_simulation import Figures, Simulation
 from load import SEED, WARM_UP_SECONDS, Load, put_load
-from measure import Result, report
+from measure import Result, make_parser, report
 from serving_alone import decode_ms, write_images
 from serving_peers import OURS, free_port, started
 
@@ -185,12 +184,9 @@ def results(rounds: list[Round]) -> list[Result]:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_images(Path(temporary))

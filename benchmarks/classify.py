@@ -31,7 +31,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet as pq
-from measure import Result, existing, one_line_errors, report
+from measure import Result, existing, make_parser, one_line_errors, report
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -53,15 +53,12 @@ PART = ("--part-images", "1024")
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--images", type=existing, help="folder of images, such as CIFAR-10 as JPEGs")
     parser.add_argument("--bundle", type=existing, required=True, help="bundle of the real engine")
     parser.add_argument("--count", type=int, help="images; default 20,000, 2,000 with --quick")
     parser.add_argument("--only", choices=("throughput", "memory", "kills", "damaged"))
     parser.add_argument("--quick", action="store_true", help="fewer images")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser.parse_args()
 
 

@@ -33,7 +33,7 @@ from random import Random
 
 import numpy as np
 import torch
-from measure import Result, one_line_errors, report
+from measure import Result, make_parser, one_line_errors, report
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -235,9 +235,7 @@ def timing_results(photos: Path, cache: Path, network: str) -> list[Result]:
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark and return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, help="CIFAR-10 as image files, train/ and test/")
     parser.add_argument("--photos", type=Path, help="folder of at least 60 images, for the time")
     parser.add_argument("--model", default="dsop-resnet18", help="network on ResNet-18, for the time")
@@ -246,7 +244,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--arms", type=lambda text: text.split(","), default=["new", "old", "probe"])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="two seeds, and less pretraining")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     given = parser.parse_args(arguments)
     if given.quick:
         given.cache, given.seeds = given.cache / "quick", QUICK_SEEDS

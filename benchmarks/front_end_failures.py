@@ -13,7 +13,6 @@ delayed after several deaths within a minute, as they are in a real server.
 - `back`: seconds until a request gets 200 again.
 """
 
-import argparse
 import asyncio
 import os
 import signal
@@ -25,7 +24,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
-from measure import Result, report
+from measure import Result, make_parser, report
 from simulated_server import Server, running
 from soak_accounts import Resources, read_resources
 
@@ -208,10 +207,7 @@ def measure(rounds: int, engine_rounds: int) -> list[Result]:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=50, help="rounds in which a front end is killed")
     parser.add_argument("--engine-rounds", type=int, default=5)
     arguments = parser.parse_args()

@@ -16,7 +16,6 @@
 It starts the processes of a server itself, because a server has no simulated decoders.
 """
 
-import argparse
 import json
 import os
 import socket
@@ -35,7 +34,7 @@ from typing import Any, TextIO, cast
 import numpy as np
 import uvicorn
 from load import put_load
-from measure import Result, report
+from measure import Result, make_parser, report
 from serving_alone import write_images
 from serving_ours import CLASSES, count_answered, fake_model, replace_decoder
 from serving_peers import cpu_seconds
@@ -263,11 +262,8 @@ def emulated(front_ends: int, decoders: int, folder: Path, seconds: float) -> fl
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--role", type=json.loads, help="be one process of the server (used internally)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
     arguments = parser.parse_args()

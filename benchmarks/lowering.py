@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 
 class Parent(nn.Module):
-    """A parent of the layer, in which the rules can replace it."""
+    """A network with a single layer, because rewrite rules replace children of a module."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

@@ -56,13 +56,19 @@ class Result:
         return self.ours / self.other if self.other else None
 
 
-def parse(description: str | None) -> argparse.Namespace:
-    """Parse the options that every benchmark has: `--quick` and `--json`."""
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Create a parser with the option that every benchmark has, `--json`."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer cases and runs, within a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def parse(description: str | None) -> argparse.Namespace:
+    """Parse the options of a benchmark that has no others: `--quick` and `--json`."""
+    parser = make_parser(description)
+    parser.add_argument("--quick", action="store_true", help="fewer cases and runs, within a minute")
     return parser.parse_args()
 
 

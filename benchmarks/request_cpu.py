@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import uvicorn
 from load import put_load
-from measure import Result, existing, report
+from measure import Result, existing, make_parser, report
 from serving_alone import write_images
 from serving_ours import CLASSES, count_answered, fake_model, replace_decoder
 from serving_peers import OURS, cpu_seconds, free_port, started
@@ -32,12 +32,9 @@ HERE = Path(__file__).resolve()
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--serve", type=int, metavar="PORT", help="run as the server (used internally)")
     parser.add_argument("--other", type=existing, help="another checkout to compare with")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--connections", type=int, default=32)

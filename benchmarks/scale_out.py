@@ -11,7 +11,6 @@ n, at most 32, limited by the CPU on few cores. CPU is the time of the whole pro
 Needs `sopdeploy[ray]`.
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measure import report
+from measure import make_parser, report
 from serving import HERE, Case, drive
 from serving_alone import write_images
 from serving_peers import OURS, free_port, started
@@ -86,13 +85,10 @@ def show(rows: list[Rounds]) -> None:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="names of cases, comma-separated")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     wanted = arguments.only.split(",") if arguments.only else [case.name for case in CASES]
     cases = tuple(case for case in CASES if case.name in wanted)

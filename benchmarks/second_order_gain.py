@@ -30,7 +30,7 @@ from gain.runs import Results, run_studies
 from gain.studies import cifar, digits, few_textures, texture_rates, textures
 from gain.study import Study
 from gain.task import write_arrays
-from measure import existing, machine, report, versions
+from measure import existing, machine, make_parser, report, versions
 from rich.console import Console
 
 NAMES = ("learning rates", "textures", "few textures", "digits", "kinds", "CIFAR-10", "CIFAR-10 gates")
@@ -49,9 +49,7 @@ def studies(arrays: Path | None, *, quick: bool) -> list[Study]:
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer seeds and arms, 35 CPU minutes")
     parser.add_argument("--cache", type=Path, help="folder of finished runs; created if it is missing")
     parser.add_argument("--cifar", type=existing, help="folder with CIFAR-10's images; needs --cache")
@@ -60,7 +58,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, help="use only the first SEEDS seeds of each study")
     parser.add_argument("--jobs", type=int, default=2, help="number of single-threaded processes (2)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     parsed = parser.parse_args(arguments)
     if parsed.cifar is not None and parsed.cache is None:
         parser.error("--cifar needs --cache, which stores the decoded images")

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from load import WARM_UP_SECONDS, Load, put_load
-from measure import Result, existing, one_line_errors, report
+from measure import Result, existing, make_parser, one_line_errors, report
 from serving_alone import bare_runtime, peer_pipeline, pipeline, write_images
 from serving_ours import CpuTimes, fake_model, settings_for
 from serving_peers import OURS, PEERS, Peer, cpu_seconds, free_port, peer_command, started
@@ -204,11 +204,8 @@ def show(rows: list[Row]) -> None:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="one short round")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", type=existing, help="folder with the scripts of other servers")
     parser.add_argument("--peers-python", default=sys.executable, help="Python with their packages")

@@ -7,7 +7,6 @@ a Poisson stream at about 60 % of the capacity of the decoders and the engine, o
 `compared` and `dropped` count images of the shadow over all rounds.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import httpx
 from load import Load, put_load
-from measure import Result, report
+from measure import Result, make_parser, report
 from serving_alone import write_images
 from serving_peers import OURS, free_port, started
 
@@ -89,12 +88,9 @@ def results(case: Case, folder: Path, rounds: int, seconds: float) -> list[Resul
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_images(Path(temporary))

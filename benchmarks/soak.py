@@ -12,7 +12,6 @@ memory may grow by 1 MB per minute and process.
     python benchmarks/soak.py --seconds 300 --front-ends 2
 """
 
-import argparse
 import asyncio
 import json
 import random
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from measure import report
+from measure import make_parser, report
 from soak_accounts import Bound, Resources, Tally, bounds, read_all_resources, results
 from soak_clients import (
     Scenario,
@@ -56,9 +55,7 @@ CLASSES = 100  # maximum number of compared classes
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=300, help="duration of the load after the warm-up")
     parser.add_argument("--warm-up", type=float, help="seconds; default a quarter of --seconds, at most 60")
     parser.add_argument(
@@ -66,7 +63,6 @@ def main() -> int:
         help="two bundles with the same classes; default: networks trained on digits for one epoch",
     )  # fmt: skip
     parser.add_argument("--front-ends", type=int, default=1, help="sandboxed if there are several")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     warm_up = min(60.0, arguments.seconds / 4) if arguments.warm_up is None else arguments.warm_up
     with tempfile.TemporaryDirectory() as name:

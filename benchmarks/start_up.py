@@ -7,7 +7,6 @@ prints `ready:`. On a busy machine, processor time is more reliable than wall ti
     python benchmarks/start_up.py [--bundle BUNDLE] [--quick] [--json]
 """
 
-import argparse
 import json
 import os
 import signal
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from detached_latency import checkpoint
-from measure import Result, report
+from measure import Result, make_parser, report
 
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.pipeline import ExportOptions, export
@@ -80,14 +79,11 @@ def run(bundle: Path, runs: int) -> list[Result]:
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "--bundle", type=Path, help="a bundle; by default one is exported, which takes a minute"
     )
     parser.add_argument("--quick", action="store_true", help="3 starts instead of 9")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = arguments.bundle or random_bundle(Path(folder))

@@ -10,14 +10,13 @@ server with one device gets half as many connections.
 - `p99`: median of the runs, against the single device. Limit: 1.5 times.
 """
 
-import argparse
 import os
 import statistics
 import tempfile
 from pathlib import Path
 
 from load import put_load
-from measure import Result, report
+from measure import Result, make_parser, report
 from serving_alone import write_images
 from simulated_server import Server, running
 
@@ -70,10 +69,7 @@ def measure(connections: int, runs: int, seconds: float, folder: Path) -> list[R
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser = make_parser(__doc__)
     parser.add_argument("--runs", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=4.0)
     arguments = parser.parse_args()
