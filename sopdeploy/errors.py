@@ -150,3 +150,9 @@ class UnreachableError(ServiceError):
     """The server did not respond, or not before the deadline."""
 
     code = "unreachable"
+
+
+def first_line(error: BaseException) -> str:
+    """Shorten *error*, of another library or of the user's code, to its type and its first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

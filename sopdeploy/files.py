@@ -1,4 +1,4 @@
-"""Atomic file writes and file hashes."""
+"""Atomic file writes, their errors, and file hashes."""
 
 import errno
 import hashlib
@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from sopdeploy.errors import SopdeployError
 
 PARTIAL = ".partial"
 BLOCK_BYTES = 1 << 20
@@ -31,6 +33,17 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path | str, error: type[SopdeployError]) -> Iterator[None]:
+    """Convert an `OSError` of the block, which writes to *path*, to *error*."""
+    try:
+        yield
+    except OSError as problem:
+        raise error(
+            f"{path}: cannot be written ({problem.strerror}); check permissions and free space"
+        ) from problem
 
 
 def sha256(path: Path) -> str:

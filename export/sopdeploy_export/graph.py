@@ -32,7 +32,7 @@ from torch.export import Dim, ExportedProgram
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.errors import DataError, LoweringError
+from sopdeploy.errors import DataError, LoweringError, first_line
 from sopdeploy.images.pixels import match_transparency, preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
@@ -233,8 +233,7 @@ def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> to
                 verbose=False,
             )
         except Exception as error:  # the converter does not limit what its passes raise
-            reason = str(error).strip().partition("\n")[0]
-            raise LoweringError(f"no ONNX form: {type(error).__name__}: {reason}") from error
+            raise LoweringError(f"no ONNX form: {first_line(error)}") from error
     if converted is None:
         raise LoweringError("no ONNX form: the converter returned nothing")
     if converted.exported_program is not None:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 from sopdeploy.bundle.folder import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_name
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError
-from sopdeploy.files import BLOCK_BYTES
+from sopdeploy.files import BLOCK_BYTES, writing
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
@@ -90,15 +90,10 @@ def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
                 )
             expect(header(name, record.bytes), name)
             size = record.bytes
-            try:
-                with (folder / name).open("xb") as target:
-                    while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
-                        target.write(block)
-                        size -= len(block)
-            except OSError as error:
-                raise BundleError(
-                    f"{name}: cannot be written ({error.strerror}); check permissions and free space"
-                ) from error
+            with writing(name, BundleError), (folder / name).open("xb") as target:
+                while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
+                    target.write(block)
+                    size -= len(block)
             expect(padding(record.bytes), name)
         expect(END, "its end")
 

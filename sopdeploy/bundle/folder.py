@@ -17,7 +17,7 @@ from typing import Any
 
 from sopdeploy.bundle.manifest import FileRecord, Manifest
 from sopdeploy.errors import BundleError
-from sopdeploy.files import sha256
+from sopdeploy.files import sha256, writing
 
 MANIFEST = "manifest.json"
 REQUIRED = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz")
@@ -52,13 +52,9 @@ class Bundle:
 @contextmanager
 def staging(destination: Path) -> Iterator[Path]:
     """Yield an empty hidden folder in *destination*; delete it at the end unless it was renamed."""
-    try:
+    with writing(destination, BundleError):
         destination.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".bundle-", suffix=".partial", dir=destination))
-    except OSError as error:
-        raise BundleError(
-            f"{destination}: cannot be written ({error.strerror}); check permissions and free space"
-        ) from error
     try:
         yield folder
     finally:

@@ -15,7 +15,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import BundleError, ConfigError
-from sopdeploy.files import atomic_write
+from sopdeploy.files import atomic_write, writing
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -132,7 +132,8 @@ def sign(bundle: Path, key: Path) -> Path:
     manifest = open_bundle(bundle).manifest
     text = sign_message(manifest.to_bytes(), read_secret(key), f"sopdeploy bundle {manifest.name}")
     path = signature_path(bundle)
-    _write(path, text)
+    with writing(path, ConfigError), atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 
@@ -145,19 +146,17 @@ def make_key(path: Path) -> Path:
     key = SecretKey(os.urandom(8), os.urandom(32))
     name, point = key.public()
     body = KEY + NO_KDF + CHECKSUM + KDF_PARAMETERS + name + key.seed + point + KEY_CHECKSUM
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with writing(path, ConfigError):
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError as error:
+            raise ConfigError(f"{path}: exists already; a key is never replaced") from error
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(f"untrusted comment: secret key of sopdeploy, do not share\n{_encode(body)}\n")
-    except FileExistsError as error:
-        raise ConfigError(f"{path}: exists already; a key is never replaced") from error
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be written ({error.strerror}); check permissions and free space"
-        ) from error
     comment = f"untrusted comment: minisign public key {name[::-1].hex().upper()}"
     public = path.with_name(path.name + PUBLIC_SUFFIX)
-    _write(public, f"{comment}\n{_encode(KEY + name + point)}\n")
+    with writing(public, ConfigError), atomic_write(public) as partial:
+        partial.write_text(f"{comment}\n{_encode(KEY + name + point)}\n", encoding="utf-8")
     return public
 
 
@@ -194,16 +193,6 @@ def _read_key(path: Path, size: int) -> bytes:
     except ValueError as error:
         raise ConfigError(f"{path}: not a minisign key file of the required kind ({error})") from error
     return body
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        with atomic_write(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be written ({error.strerror}); check permissions and free space"
-        ) from error
 
 
 def _encode(body: bytes) -> str:

@@ -12,7 +12,7 @@ from typing import IO, Any, BinaryIO
 
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import BundleError, ConfigError
-from sopdeploy.files import BLOCK_BYTES, atomic_write, sha256
+from sopdeploy.files import BLOCK_BYTES, atomic_write, sha256, writing
 
 OCI = "oci://"
 ARCHIVE_TYPE = "application/vnd.sopdeploy.bundle.v1.tar"
@@ -32,14 +32,10 @@ def put(file: Path, place: str, name: str) -> str:
             store.put_file(str(file), path)
         return target
     folder = Path(place)
-    try:
+    with writing(folder / name, BundleError):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / name) as partial:
             shutil.copyfile(file, partial)
-    except OSError as error:
-        raise BundleError(
-            f"{folder / name}: cannot be written ({error.strerror}); check permissions and free space"
-        ) from error
     return str(folder / name)
 
 
@@ -73,17 +69,24 @@ def write_blocks(blocks: Iterable[bytes], file: Path, name: str, limit: int) -> 
 
 
 @contextmanager
+def _remote_errors(place: str) -> Iterator[None]:
+    """Convert errors of the client of a store or registry to `BundleError`; clients raise their own types."""
+    try:
+        yield
+    except (BundleError, ConfigError):
+        raise
+    except Exception as error:
+        raise BundleError(
+            f"{place}: {type(error).__name__}: {error}; check the address and the credentials"
+        ) from error
+
+
+@contextmanager
 def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
     """Yield the fsspec file system of *url* and the path in it; convert its errors to `BundleError`."""
     fsspec = import_optional("fsspec", "fsspec", "sopdeploy[s3]", ConfigError, url)
-    try:
+    with _remote_errors(url):
         yield fsspec.core.url_to_fs(url)
-    except (BundleError, ConfigError):
-        raise
-    except Exception as error:  # each store raises its own types
-        raise BundleError(
-            f"{url}: {type(error).__name__}: {error}; check the address and the credentials"
-        ) from error
 
 
 def push_artifact(archive: Path, signature: Path | None, place: str, tag: str) -> str:
@@ -97,14 +100,10 @@ def push_artifact(archive: Path, signature: Path | None, place: str, tag: str) -
         target = f"{target}:{tag}"
     files = [f"{archive}:{ARCHIVE_TYPE}"] + ([f"{signature}:{SIGNATURE_TYPE}"] if signature else [])
     client = _registry_client(target)
-    try:
+    with _remote_errors(f"{OCI}{target}"):
         client.push(
             target, files=files, manifest_annotations=ANNOTATIONS, disable_path_validation=True, quiet=True
         )
-    except Exception as error:  # the client raises types of several libraries
-        raise BundleError(
-            f"{OCI}{target}: {type(error).__name__}: {error}; check the address and the credentials"
-        ) from error
     return OCI + target
 
 
@@ -115,7 +114,7 @@ def pull_artifact(reference: str, archive: Path, signature: Path, limit: int) ->
     """
     target = reference.removeprefix(OCI)
     client = _registry_client(target)
-    try:
+    with _remote_errors(reference):
         container = client.get_container(target)
         client.auth.load_configs(container)
         layers = client.get_manifest(container)["layers"]
@@ -134,12 +133,6 @@ def pull_artifact(reference: str, archive: Path, signature: Path, limit: int) ->
                         f"{reference}: the registry sent other bytes than its digest says"
                         "; push the bundle again"
                     )
-    except BundleError:
-        raise
-    except Exception as error:  # the client raises types of several libraries
-        raise BundleError(
-            f"{reference}: {type(error).__name__}: {error}; check the address and the credentials"
-        ) from error
 
 
 def _registry_client(target: str) -> Any:

@@ -22,7 +22,7 @@ from sopdeploy.data.base import Split
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.prediction import score_images
-from sopdeploy.files import atomic_write
+from sopdeploy.files import atomic_write, writing
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.distributed.strategy import SingleProcess, select_device
 from sopdeploy.training.few_shot.procedure import select_split
@@ -166,11 +166,6 @@ def predict_last_epoch(recipe: Recipe, path: Path, data: Split) -> NDArray[np.bo
     model = build_classifier(checkpoint, last).to(select_device(recipe.device))
     scores = score_images(model, checkpoint, data.held_out, workers=recipe.workers)
     correct = np.asarray([score.correct for score in scores])
-    try:
-        with atomic_write(cached) as partial, partial.open("wb") as file:
-            np.save(file, correct, allow_pickle=False)
-    except OSError as error:
-        raise DataError(
-            f"{cached}: cannot be written ({error.strerror}); check permissions and free space"
-        ) from error
+    with writing(cached, DataError), atomic_write(cached) as partial, partial.open("wb") as file:
+        np.save(file, correct, allow_pickle=False)
     return correct

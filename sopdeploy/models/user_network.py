@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.timm_backbone import nearest_block, run_tapped
 from sopdeploy.config import StrictModel, first_problem
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
 from sopdeploy.models.registry import CATALOG, REGISTERED
@@ -167,10 +167,7 @@ def _build(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn
     try:
         network = build(num_classes)
     except Exception as error:  # the user's code
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            f"{name}: cannot be built ({type(error).__name__}: {reason}); correct the builder"
-        ) from error
+        raise ConfigError(f"{name}: cannot be built ({first_line(error)}); correct the builder") from error
     if not isinstance(network, nn.Module):
         raise ConfigError(f"{name}: its builder returned a {type(network).__name__}, not a torch.nn.Module")
     return network
@@ -197,10 +194,9 @@ def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple
         with torch.no_grad():
             logits, outputs = run_tapped(network, network, images, taps)
     except Exception as error:  # the user's code
-        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"taps: the network fails for an image of 3 x {image_size} x {image_size} "
-            f"({type(error).__name__}: {reason}); give the image_size that it accepts"
+            f"({first_line(error)}); give the image_size that it accepts"
         ) from error
     finally:
         for part, mode in modes.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
-from sopdeploy.files import PARTIAL, atomic_write
+from sopdeploy.files import PARTIAL, atomic_write, writing
 from sopdeploy.training.diagnostics import best_epoch, history_csv
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.few_shot.config import FEATURES_FILE
@@ -98,13 +98,8 @@ class RunFolder:
         if every and at.step == 0 and at.epoch and at.epoch % every == 0 and self.last.exists():
             _link_or_copy(self.last, self.path / f"epoch-{at.epoch:04}.pt")
         if at.history:
-            try:
-                with atomic_write(self.history) as partial:
-                    partial.write_text(history_csv(at.history), encoding="utf-8")
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self.history}: cannot be written ({error.strerror}); check permissions and free space"
-                ) from error
+            with writing(self.history, CheckpointError), atomic_write(self.history) as partial:
+                partial.write_text(history_csv(at.history), encoding="utf-8")
 
 
 def _is_restartable(file: Path) -> bool:
@@ -114,14 +109,9 @@ def _is_restartable(file: Path) -> bool:
 
 def _link_or_copy(path: Path, name: Path) -> None:
     """Create *name* as a hard link to *path*, or as a copy."""
-    try:
-        with atomic_write(name) as partial:
-            partial.unlink(missing_ok=True)
-            try:
-                os.link(path, partial)
-            except OSError:
-                shutil.copyfile(path, partial)
-    except OSError as error:
-        raise CheckpointError(
-            f"{name}: cannot be written ({error.strerror}); check permissions and free space"
-        ) from error
+    with writing(name, CheckpointError), atomic_write(name) as partial:
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(path, partial)
+        except OSError:
+            shutil.copyfile(path, partial)

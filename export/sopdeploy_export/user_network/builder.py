@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from sopdeploy.errors import ConfigError
-from sopdeploy_export.user_network.checks import first_line
+from sopdeploy.errors import ConfigError, first_line
 
 
 def network_builder(flag: str, place: str, settings: Sequence[str]) -> Callable[[], nn.Module]:

@@ -14,7 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from sopdeploy.errors import CertificateError, ConfigError, LoweringError
+from sopdeploy.errors import CertificateError, ConfigError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export.graph import EXPORT_LOGITS, PREFIX, Captured, Deployed, probe_images
@@ -287,12 +287,6 @@ def _build(build: Callable[[], nn.Module]) -> nn.Module:
             f"the builder of the plain network returns a {type(network).__name__}, not a module"
         )
     return unwrap(network)
-
-
-def first_line(error: BaseException) -> str:
-    """Shorten *error* to its type and the first line of its message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _python_state(network: nn.Module) -> dict[str, Any]:

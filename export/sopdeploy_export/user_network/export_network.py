@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.errors import ConfigError, DetachError, LoweringError
+from sopdeploy.errors import ConfigError, DetachError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export.graph import Captured, Deployed, capture
@@ -35,7 +35,6 @@ from sopdeploy_export.user_network.checks import (
     check_training_only,
     copy_for_export,
     find_usage,
-    first_line,
     outermost,
     unwrap,
 )

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from sopdeploy.checkpoint import is_state_dict
-from sopdeploy.errors import WeightsError
+from sopdeploy.errors import WeightsError, first_line
 from sopdeploy.importers.source import check_tensors
 from sopdeploy.importers.weight_files import ADVICE, read_pytorch
-from sopdeploy_export.user_network.checks import first_line
 
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning
 AVERAGING_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
@@ -76,7 +75,9 @@ def _choose_table(path: Path, content: Any, wanted: str | None) -> tuple[str, Ma
     if not tables:
         raise WeightsError(f"{path}: holds no table of tensors; {ADVICE}")
     if wanted is None and len(tables) > 1:
-        raise WeightsError(f"{path}: holds several tables of tensors ({names}); choose one with --weights")
+        raise WeightsError(
+            f"{path}: holds several tables of tensors ({names}); choose one with --weights NAME"
+        )
     if wanted is not None and wanted not in tables:
         raise WeightsError(f"{path}: --weights {wanted}: no such table; the file has {names}")
     name = wanted or names

@@ -18,6 +18,7 @@ import pydantic
 
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError
+from sopdeploy.files import writing
 
 PREFIX = "sop_"  # lets secret scanners recognize leaked keys
 BITS = 256
@@ -116,7 +117,7 @@ def new_key(path: Path, name: str, *, rate: float | None, burst: int | None, adm
 
 
 def _write_private(path: Path, text: str) -> None:
-    try:
+    with writing(path, ConfigError):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -127,7 +128,3 @@ def _write_private(path: Path, text: str) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-    except OSError as problem:
-        raise ConfigError(
-            f"{path}: cannot be written ({problem.strerror}); check permissions and free space"
-        ) from problem

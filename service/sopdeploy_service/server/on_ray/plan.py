@@ -14,7 +14,7 @@ import yaml
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.config import Count, StrictModel, first_problem
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import atomic_write
+from sopdeploy.files import atomic_write, writing
 from sopdeploy_service.inference.loader import LARGEST_ON_CPU
 from sopdeploy_service.settings import Settings
 
@@ -80,13 +80,8 @@ def config(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> dic
 def write(path: Path, options: Mapping[str, Any]) -> None:
     """Write the config *options* to *path* atomically; raises `ConfigError` if it cannot."""
     text = f"{HEAD}{yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)}"
-    try:
-        with atomic_write(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as problem:
-        raise ConfigError(
-            f"{path}: cannot be written ({problem.strerror}); check permissions and free space"
-        ) from problem
+    with writing(path, ConfigError), atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def http_options(settings: Settings) -> dict[str, Any]:
