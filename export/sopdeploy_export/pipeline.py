@@ -378,8 +378,9 @@ def fold_temperature(
 ) -> None:
     """Divide the weights and the bias of the last linear layer of *network* by *temperature*.
 
-    This divides the logits without any cost at inference; training-only heads keep their logits. Raises
-    `LoweringError` if no such layer computes the logits, or if those of *images* change in any other way.
+    This divides the logits without any cost at inference; training-only heads keep their logits. *deployed*
+    contains *network* and computes the logits of *images* (N, H, W, 3) before and after. Raises
+    `LoweringError` if no linear layer computes the logits, or if dividing it does not divide them.
     """
     layer = network.logits_layer() if isinstance(network, Classifier) else None
     problem = f"temperature {temperature:.3g}: cannot be folded"

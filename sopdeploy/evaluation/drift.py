@@ -170,7 +170,10 @@ def compare_counts(counts: PredictionCounts | PresenceCounts, decision: Decision
 
 
 def compare(first: Counts, second: Counts) -> Comparison:
-    """Test whether the counts *first* (K,) and *second* (K,) come from one distribution."""
+    """Compare two samples, given as counts *first* (K,) and *second* (K,) of the same K categories.
+
+    Rare categories are merged for the p-value. An empty sample has the distance 0 and the p-value 1.
+    """
     counts_2K = np.stack([first, second]).astype(np.float64)
     sizes_2 = counts_2K.sum(axis=1)
     if not sizes_2.all():

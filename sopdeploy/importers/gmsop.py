@@ -149,7 +149,8 @@ def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Itera
         weight = file.tensor(source)
         if weight.dim() != 2:
             raise WeightsError(
-                f"{file.path}: {source} has shape {tuple(weight.shape)}, not (features, components)"
+                f"{file.path}: {source} has shape {tuple(weight.shape)}, not (features, components); give a "
+                "network of the released code"
             )
         yield MappedTensor(name, (source,), *reorder(weight.T, order, 1, TRANSPOSED))
     components = [

@@ -30,7 +30,7 @@ class Callback:
         """Run while the few-shot procedure is in the step *name*, with *done* of *total* parts."""
 
     def on_step_end(self, *, epoch: int, step: int, steps: int, loss: float) -> None:
-        """Run after each of the *steps* steps of an epoch; *loss* is that of the batch."""
+        """Run after *step*, counted from 0, of the *steps* steps of *epoch*; *loss* is that of its images."""
 
     def on_evaluation_batch(self, *, epoch: int, done: int) -> None:
         """Run after each evaluation batch; *done* counts the held-out images."""

@@ -223,7 +223,7 @@ class RecordingInterpreter(fx.Interpreter):
         self.kept: dict[str, NDArray[Any]] = {}
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one operation; explicit floating-point dtypes become float64 if *exact*."""
+        """Run one operation; with `exact`, arguments that are floating-point dtypes become float64."""
         if self.exact:
             args = tuple(torch.float64 if any(v is dtype for dtype in REDUCED) else v for v in args)
             kwargs = {

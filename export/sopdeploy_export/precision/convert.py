@@ -71,7 +71,11 @@ TYPE_NAMES = {
 
 
 class PartPrecision(StrictModel):
-    """The type of one part's weights in the file, and its operations by type."""
+    """Floating-point types of one part of the network in the exported file.
+
+    `weights` is the type of its weights, None if it has none. `operations` is the number of its operations by
+    the type of their result.
+    """
 
     part: str
     weights: str | None

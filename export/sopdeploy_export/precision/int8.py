@@ -250,7 +250,7 @@ def measure_sensitivity(
 def _costs(
     network: Deployed, pixels: Tensor, grids: Mapping[str, Grid], groups: Mapping[str, Sequence[str]]
 ) -> tuple[Cost, ...]:
-    """Quantize the layers of each group together and measure the change of the logits."""
+    """Measure for each group the change of the logits if only its layers are int8; sorted, largest first."""
     plain = network(pixels)[0]
     spread = float(plain.std()) or 1.0
     modules = dict(network.named_modules())

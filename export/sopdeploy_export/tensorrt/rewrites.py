@@ -161,7 +161,7 @@ def _move_axes(node: onnx.NodeProto, fixed: Mapping[str, onnx.TensorProto]) -> N
     if len(node.input) > 1 and node.input[1]:
         if node.input[1] not in fixed:
             raise LoweringError(
-                f"{node.name}: the axes of {node.op_type} are computed; TensorRT needs constants"
+                f"{node.name}: the graph computes the axes of {node.op_type}; TensorRT 8.6 needs constants"
             )
         axes = [int(axis) for axis in array(fixed[node.input[1]]).reshape(-1)]
     if axes:
