@@ -30,7 +30,6 @@ def test_a_wrong_option_is_a_one_line_error(case: str) -> None:
         text=True,
         check=False,
         cwd=BENCHMARKS,
-        timeout=60,
     )
     assert (done.returncode, done.stdout) == (2, "")
     last = done.stderr.splitlines()[-1]
