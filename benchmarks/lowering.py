@@ -80,13 +80,13 @@ def pooling_case(width: int, side: int, target: float) -> Case:
     return Case(name, "paper's loop", sides[0], sides[1], make_maps, (target, target))
 
 
-def mixture(chosen: int, *, channels: int = 256) -> tuple[Components, Callable[[int], tuple[Tensor, ...]]]:
+def mixture(chosen: int) -> tuple[Components, Callable[[int], tuple[Tensor, ...]]]:
     """Create 16 experts, and a function that creates 8x8 feature maps and weights with *chosen* non-zeros."""
     torch.manual_seed(0)
     experts, _ = make_components(
-        "sop", channels, Convolutions((256, 128)), components=16, counted=chosen, root=NewtonSchulzConfig()
+        "sop", 256, Convolutions((256, 128)), components=16, counted=chosen, root=NewtonSchulzConfig()
     )
-    make_maps = features(channels, 8, 8)
+    make_maps = features(256, 8, 8)
 
     def inputs(batch: int) -> tuple[Tensor, ...]:
         logits = torch.randn(batch, 16, generator=torch.Generator().manual_seed(batch))

@@ -228,7 +228,7 @@ def accepted_values(schema: dict[str, Any]) -> str:
     return " ".join([kind, *limits])
 
 
-def config_section(config: type[StrictModel], level: str = "###") -> str:
+def config_section(config: type[StrictModel]) -> str:
     """Build the section of one config: docstrings, options, defaults and accepted values."""
     about = [base for base in config.__mro__ if issubclass(base, StrictModel) and base is not StrictModel]
     texts = dict.fromkeys(prose(base.__doc__) for base in about if base is not PoolingConfig)
@@ -237,7 +237,7 @@ def config_section(config: type[StrictModel], level: str = "###") -> str:
         (f"`{name}`", default(field), accepted_values(properties[name]))
         for name, field in config.model_fields.items()
     )
-    return "\n\n".join([f"{level} {config.__name__}", *texts, table(("option", "default", "values"), rows)])
+    return "\n\n".join([f"### {config.__name__}", *texts, table(("option", "default", "values"), rows)])
 
 
 def pooling_sections() -> str:

@@ -84,13 +84,13 @@ def few_textures(seeds: int) -> Study:
     )
 
 
-def texture_rates(seed: int = TUNING_SEED) -> Study:
+def texture_rates() -> Study:
     """Compare learning rates: a badly tuned baseline would fake a gain."""
     arms = {PLAIN: {}, DSOP: TEXTURE_ARMS[DSOP], HEAD: TEXTURE_ARMS[HEAD]}
     return Study(
         name="learning rates",
-        title=f"textures, task {seed}, used by no other table",
-        seeds=(seed,),
+        title=f"textures, task {TUNING_SEED}, used by no other table",
+        seeds=(TUNING_SEED,),
         template=TEXTURE_RUN,
         arms={
             f"{name}, {rate}": {**arm, "learning_rate": rate}

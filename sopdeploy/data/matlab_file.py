@@ -169,13 +169,13 @@ MATLAB_CLASS, MATLAB_EMPTY = "MATLAB_class", "MATLAB_empty"
 SKIPPED_FIELDS = {"vars", "inputs", "outputs", "learningRate", "weightDecay", "trainOpts"}  # many small parts
 
 
-def read_hdf5(path: Path, wanted: Collection[str] = VARIABLES) -> dict[str, Any]:
-    """Read the *wanted* variables of a MATLAB 7.3 file as `read_v5` does; raises `WeightsError`."""
+def read_hdf5(path: Path) -> dict[str, Any]:
+    """Read the variables in `VARIABLES` of a MATLAB 7.3 file as `read_v5` does; raises `WeightsError`."""
     h5py = import_optional("h5py", "h5py", "sopdeploy[import]", WeightsError, str(path))
     try:
         with h5py.File(path, "r") as file:
             reader = _Hdf5Reader(h5py, file)
-            return {name: reader.read_member(file, name, 0) for name in file if name in wanted}
+            return {name: reader.read_member(file, name, 0) for name in file if name in VARIABLES}
     except DamagedError as error:
         raise WeightsError(f"{path}: refused, {error}; save it with MATLAB again") from error
     except Exception as error:  # h5py raises many types for damaged files

@@ -87,8 +87,8 @@ def render_page(found: Reproduction, table: PrintedTable) -> str:
     )
 
 
-def _printed(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _printed(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _measured(value: Measured | None) -> str:

@@ -62,10 +62,10 @@ def serving(*arguments: str, program: tuple[str, ...] = SERVE) -> Iterator[Serve
             child.kill()
 
 
-def line_of(child: subprocess.Popen[str], seconds: float = START_SECONDS) -> str:
-    """Read the next line of *child*; after *seconds* it is killed and the line is empty."""
+def line_of(child: subprocess.Popen[str]) -> str:
+    """Read the next line of *child*; after `START_SECONDS` it is killed and the line is empty."""
     assert child.stdout is not None
-    timer = threading.Timer(seconds, child.kill)
+    timer = threading.Timer(START_SECONDS, child.kill)
     timer.start()
     try:
         return child.stdout.readline()

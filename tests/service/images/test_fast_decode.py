@@ -24,9 +24,9 @@ RULES = Preprocess(resize=36, crop=32)
 FAST = Settings(decode="fast", threads=1)
 
 
-def exact_and_fast(body, rules=RULES):
+def exact_and_fast(body):
     return [
-        decode(EncodedImage(body), rules, max_bytes=10**8, max_pixels=10**8, load=load).pixels.astype(int)
+        decode(EncodedImage(body), RULES, max_bytes=10**8, max_pixels=10**8, load=load).pixels.astype(int)
         for load in (load_exact, load_reduced)
     ]
 

@@ -32,11 +32,11 @@ NAMES = {
 }
 
 
-def random_block(channels: int, dr_stride: int = 1, **switches: object) -> GSoPBlock:
+def random_block(channels: int, **switches: object) -> GSoPBlock:
     """A block in eval mode whose batch norms have statistics and factors of their own."""
     torch.manual_seed(0)
     config = GSoPBlockConfig(**{"cov_width": 32, **switches})
-    block = GSoPBlock(config, channels, dr_stride).double().eval()
+    block = GSoPBlock(config, channels, dr_stride=1).double().eval()
     for module in block.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             for tensor, low, high in (

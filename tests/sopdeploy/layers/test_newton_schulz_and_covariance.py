@@ -61,8 +61,8 @@ class CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def normalised(batch: int, channels: int, positions: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    x = torch.randn(batch, channels, positions, dtype=dtype).relu()
+def normalised(batch: int, channels: int, positions: int) -> Tensor:
+    x = torch.randn(batch, channels, positions, dtype=torch.float64).relu()
     x = x - x.mean(dim=2, keepdim=True)
     cov = x @ x.mT / positions
     return cov / cov.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
