@@ -18,8 +18,8 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.observability.metrics import merge
-from sopdeploy_service.server import front_ends
-from sopdeploy_service.server.sockets import bind
+from sopdeploy_service.server import front_ends, workers
+from sopdeploy_service.server.sockets import bind, bind_group
 from sopdeploy_service.server.workers import Supervisor, Worker, visible_devices
 from sopdeploy_service.settings import load_settings
 from tests.service.children import children_of, is_alive, line_of, module_of, spawn
@@ -211,6 +211,23 @@ def test_a_process_that_starts_during_a_signal_gets_it() -> None:
         assert supervisor.run() == 0
         assert listener.fileno() == -1  # the worker closes the port
     assert supervisor.started.returncode == -signal.SIGTERM
+
+
+def test_a_front_end_is_told_the_places_of_those_with_another_engine(monkeypatch) -> None:
+    orders = []
+    monkeypatch.setattr(workers, "start_process", lambda order, _: orders.append(order))
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(one) for one in bind_group("127.0.0.1", 0, 4)]
+        supervisor = Supervisor(["bundle"], load_settings(devices="cpu,cpu", front_ends=2), listeners)
+        stack.callback(supervisor._group.close)
+        for name in ("cpu-0", "cpu-1"):
+            supervisor._add_device(name, "cpu", 2)
+        for worker in supervisor._workers:
+            supervisor._spawn(worker, lifeline=0)
+        for group in supervisor._engines:
+            group.close()
+    elsewhere = {order["name"]: order["elsewhere"] for order in orders if "listener" in order}
+    assert elsewhere == {"cpu-0:0": [2, 3], "cpu-0:1": [2, 3], "cpu-1:0": [0, 1], "cpu-1:1": [0, 1]}
 
 
 IDS = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-b5a4e0c9-1c2d-5a30-9b0a-3a3b8a3f5c11"
