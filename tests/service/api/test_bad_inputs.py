@@ -19,7 +19,7 @@ from sopdeploy_service.settings import Settings
 from tests.attacks.test_bad_images import BOMBS
 from tests.service.children import ONE_PROCESS, WAYS, serving
 from tests.service.conftest import picture_bytes, running
-from tests.service.raw import connect, read
+from tests.service.raw import connect, post_of, read
 
 JPEG_IMAGE = picture_bytes()
 LIMITS = {"max_body_bytes": 1_000_000, "max_images": 8, "request_timeout": 10}
@@ -243,11 +243,10 @@ def test_a_bad_method_or_path_is_rejected_and_never_redirected(client, line, sta
 
 def test_512_concurrent_images_get_200_or_429(serve_with, jpeg):
     client = serve_with(FakeRuntime(classes=7), queue_size=64, max_connections=600)
-    head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(jpeg)
     with ExitStack() as stack:
         wires = [stack.enter_context(connect(client)) for _ in range(512)]
         for wire in wires:
-            wire.sendall(head + jpeg)
+            wire.sendall(post_of(jpeg))
         statuses = [read(wire, to_the_end=False).status for wire in wires]
     assert set(statuses) <= {200, 429}
     assert statuses.count(200) >= 64
@@ -272,7 +271,7 @@ def test_a_bad_image_does_not_affect_concurrent_images(client, jpeg, bad):
 
 
 def test_slow_requests_do_not_delay_others(client, jpeg):
-    request = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg
+    request = post_of(jpeg)
     sent = (1, 40, len(request) - len(jpeg), len(request) - 1)  # bytes
     with ExitStack() as stack:
         slow = {stack.enter_context(connect(client)): length for length in sent for _ in range(8)}

@@ -23,7 +23,7 @@ from sopdeploy_service.server.sockets import accept_pending, bind
 from sopdeploy_service.settings import Settings
 from tests.service.children import line_of
 from tests.service.conftest import wait_for
-from tests.service.raw import GET, connect, read
+from tests.service.raw import GET, POST, connect, post_of, read
 
 PATIENCE = 90  # seconds; usually a few are enough
 SERVE = """
@@ -142,10 +142,10 @@ def test_requests_unfinished_after_the_drain_get_503(loaded, ends_by) -> None:
     assert child.wait(PATIENCE) == 0
 
 
-@pytest.mark.parametrize("said", [b"", b"POST /v1/cl", b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"])
+@pytest.mark.parametrize("said", [b"", POST[:11], POST])
 def test_connections_opened_before_the_port_closes_get_a_response(start, jpeg, said) -> None:
     child, client = start(faults=HALTS)
-    request = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg
+    request = post_of(jpeg)
     with ExitStack() as stack:
         known = [stack.enter_context(connect(client)) for _ in range(20)]
         for wire in known:
