@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.service.children import PYTHONPATH
 from tests.service.conftest import write_bundle
 
-ROOT = Path(__file__).parents[1]
 PREDICT = """
 import sys
 import numpy as np
@@ -32,7 +32,6 @@ def test_running_a_network_writes_nothing_to_the_home_folder(code: str, tmp_path
     home.mkdir()
     # With CI or without a home folder, onnxruntime keeps no telemetry anyway.
     kept = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
-    paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "export", "service"))
-    environment = kept | {"HOME": str(home), "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = kept | {"HOME": str(home), "PYTHONPATH": PYTHONPATH, "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", code, str(bundle)], env=environment, check=True)
     assert list(home.rglob("*")) == []

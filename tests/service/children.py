@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).parents[2]
+PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in (".", "export", "service"))
 START_SECONDS = 90.0  # far more than a start takes on a busy machine
 SERVE = ("-m", "sopdeploy", "serve")
 
@@ -26,13 +27,12 @@ WAYS: dict[str, tuple[str, ...]] = {
 
 def spawn(*arguments: str, program: tuple[str, ...] = SERVE) -> subprocess.Popen[str]:
     """Start a server, or another *program* with its arguments, on any free port."""
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "export", "service"))
     return subprocess.Popen(
         [sys.executable, *program, "--port", "0", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
     )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
@@ -36,6 +35,7 @@ from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.bundle_with_maps import write_bundle_with_maps
+from tests.service.children import PYTHONPATH
 from tests.service.conftest import Client, GatedRuntime, open_files, running
 from tests.service.held import Held
 
@@ -399,13 +399,11 @@ def test_an_engine_process_imports_no_server_no_event_loop_and_no_image_library(
         "import sys, sopdeploy_service.inference.engine_process.main as main\n"
         f"print([name for name in {banned} if name in sys.modules])"
     )
-    root = Path(__file__).parents[3]
-    path = os.pathsep.join([str(root), str(root / "service")])
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         check=True,
     )
     assert done.stdout == "[]\n"

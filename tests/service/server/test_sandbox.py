@@ -10,7 +10,6 @@ import re
 import struct
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import uvicorn
@@ -21,10 +20,10 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.server import sandbox
 from sopdeploy_service.settings import load_settings
 from tests.service.api.test_bad_inputs import BAD_BODIES
+from tests.service.children import PYTHONPATH, ROOT
 from tests.service.conftest import picture_bytes
 from tests.service.server import sandboxed
 
-ROOT = Path(__file__).parents[3]
 linux = pytest.mark.skipif(platform.system() != "Linux", reason="seccomp and Landlock exist on Linux only")
 
 
@@ -56,15 +55,13 @@ IMAGES = {
 @linux
 def test_a_sandboxed_process_decodes_every_format_and_cannot_do_anything_else() -> None:
     bodies = {name: base64.b64encode(body).decode() for name, body in IMAGES.items()}
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "export", "service"))
     child = subprocess.run(
         [sys.executable, "-m", "tests.service.server.sandboxed"],
         input=json.dumps(bodies),
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        timeout=60,
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         check=False,
     )
     assert (child.returncode, child.stderr) == (0, "")

@@ -15,9 +15,9 @@ import torch
 from sopdeploy.checkpoint import load_plain
 from sopdeploy.training.distributed.torchrun import join_processes
 from tests.ports import held_port
+from tests.service.children import PYTHONPATH, ROOT
 from tests.sopdeploy.training.runs import few_digits, forkserver
 
-ROOT = Path(__file__).parents[4]
 TIMEOUT_S = 240
 
 
@@ -32,7 +32,7 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "export"), str(ROOT / "service")]),
+        "PYTHONPATH": PYTHONPATH,
     }
 
 
