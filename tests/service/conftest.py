@@ -29,7 +29,6 @@ from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.proof.certificate import Certificate, Roots, TensorEntry
 from sopdeploy_service.app import create_app
 from sopdeploy_service.images.loaders import FastDecode
 from sopdeploy_service.inference.bundle_store import BundleStore
@@ -155,6 +154,8 @@ A **linear** layer over the mean colour. <img src=x onerror=alert(1)>
 @pytest.fixture(scope="session")
 def gated_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny bundle with a model card, a certificate, and four experts behind a gate."""
+    from sopdeploy_export.proof.certificate import Certificate, Roots, TensorEntry  # imports torch
+
     folder = tmp_path_factory.mktemp("gated")
     entry = TensorEntry(name="x", shape=(2,), dtype="float32", bytes=8, sha256="3" * 64)
     roots = Roots(any_batch="4" * 64, batch_of_one="5" * 64, operations=3, onnx="6" * 64)
