@@ -122,6 +122,8 @@ class EngineGroup:
         with self._lock:
             for peer in (self.engine, *self.front_ends):
                 if peer.broker is not None:
+                    with contextlib.suppress(OSError):  # the other end may be closed
+                        peer.broker.shutdown(socket.SHUT_RDWR)  # ends a `recv` of `_watch`, unlike `close`
                     peer.broker.close()
                     peer.broker = None
 

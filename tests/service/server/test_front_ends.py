@@ -24,6 +24,8 @@ import pytest
 
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy_service.http.api_keys import new_key
+from sopdeploy_service.server import front_ends
+from sopdeploy_service.server.front_ends import EngineGroup, Peer
 from tests.attacks.test_bad_images import SEEDS
 from tests.service.api import test_warnings
 from tests.service.bundle_with_maps import write_bundle_with_maps
@@ -328,3 +330,15 @@ def test_killed_and_stopped_processes_lose_and_delay_no_more_than_they_may() -> 
     assert len(counts) == 9
     assert found["front end killed: growth of the engine's memory"].ours < 20
     assert found["front end killed: growth of the supervisor's memory"].ours < 5
+
+
+def test_a_closed_group_watches_its_engine_no_more(monkeypatch) -> None:
+    monkeypatch.setattr(front_ends, "ENGINE_SECONDS", 100)  # it would report a hung engine then
+    group = EngineGroup(Peer("engine"), [])
+    with group.open_broker(group.engine):
+        before = set(threading.enumerate())
+        group.engine_ready()
+        (watch,) = set(threading.enumerate()) - before
+        group.close()
+        watch.join(50)
+    assert not watch.is_alive()
