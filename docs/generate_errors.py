@@ -275,7 +275,7 @@ def errors_page() -> str:
         "## Exit codes",
         "| exit code | meaning |\n|---|---|\n"
         "| 0 | success; `serve`: stopped after a drain |\n"
-        "| 1 | `health` only: not ready |\n"
+        "| 1 | `health`: not ready; else: the reader of the output has closed it, as `head` does |\n"
         "| 2 | an error of the classes above, or an invalid option |\n"
         "| 70 | `serve` only: the runtime failed or hung; a supervisor should restart the server |\n"
         "| 128 + n | stopped by signal n, 130 for Ctrl-C; `train` saves first |",

@@ -252,10 +252,78 @@ def test_usage_errors_exit_with_2_and_mention_help(case: str) -> None:
     assert "--help" in result.stderr or "-h" in result.stderr
 
 
-def test_a_closed_pipe_causes_no_traceback() -> None:
-    command = f"{sys.executable} -m sopdeploy --help | true"
-    result = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
-    assert "Traceback" not in result.stderr
+# Plain text and text formatted by Rich, shorter than the buffer of stdout and not.
+PRINTED = {
+    "version": "--version",
+    "quick start": "",
+    "help": "--help",
+    "long JSON": "reproduce list --json",
+}
+
+
+def run_into(stdout: Any, case: str) -> tuple[int, list[str]]:
+    """Run a case of `PRINTED`, or a command, with buffered *stdout*; return exit code and lines on stderr."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "sopdeploy", *PRINTED.get(case, case).split()]
+    done = subprocess.run(
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, env=variables, cwd=ROOT
+    )
+    return done.returncode, done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("case", PRINTED)
+def test_output_that_nobody_reads_is_no_error(case: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        assert run_into(closed, case) == (1, [])
+
+
+@pytest.mark.parametrize("case", PRINTED)
+def test_output_to_a_full_disk_is_a_user_error(case: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        code, lines = run_into(full, case)
+    message = (
+        "error: a file or stdout: cannot be read or written (No space left on device); "
+        "free disk space, or choose another file or folder [no_storage]"
+    )
+    assert (code, lines) == (2, [message])
+
+
+def test_an_error_that_cannot_be_printed_as_json_is_one_line() -> None:
+    with Path("/dev/full").open("wb") as full:
+        code, lines = run_into(full, "verify nowhere --json")
+    assert (code, len(lines)) == (2, 1)
+    assert lines[0].endswith("[unusable_bundle]")
+
+
+# A command and the function that Ctrl-C interrupts.
+INTERRUPTED = {
+    "train": ("train --recipe digits-plain", "sopdeploy.api.training.run"),
+    "eval": ("eval x.pt --data photos", "sopdeploy.api.evaluation.detect_source"),
+    "calibrate": ("calibrate x.pt --data photos", "sopdeploy.api.calibration.calibrate"),
+    "export": ("export x.pt", "sopdeploy.api.deployment.export"),
+    "import": ("import x.th --as resnet20", "sopdeploy.importers.import_weights.import_weights"),
+    "reproduce": ("reproduce dsop-6", "sopdeploy.reproduction.run.reproduce"),
+    "bench": ("bench x", "sopdeploy_service.commands.bench.bench"),
+    "predict": ("predict x 1.jpg", "sopdeploy_service.commands.predict.predict"),
+    "verify": ("verify x", "sopdeploy_service.commands.verify.verify"),
+    "serve": ("serve x", "sopdeploy_service.server.process.serve"),
+    "push": ("push x y", "sopdeploy.bundle.transfer.push"),
+    "pull": ("pull x.tar y", "sopdeploy.bundle.transfer.pull"),
+}
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_ctrl_c_ends_a_command_silently_with_130(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    command, function = INTERRUPTED[case]
+    monkeypatch.setattr(function, interrupt)
+    result = sopdeploy_cli(*command.split())
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "")
+    assert list(Path.cwd().iterdir()) == []
 
 
 def test_errors_print_their_code_and_return_it_as_json() -> None:
@@ -268,7 +336,7 @@ def test_errors_print_their_code_and_return_it_as_json() -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-@pytest.mark.parametrize(("file", "name"), [("bundles/x", "bundles/x"), (None, "a file")])
+@pytest.mark.parametrize(("file", "name"), [("bundles/x", "bundles/x"), (None, "a file or stdout")])
 def test_storage_errors_are_one_line(
     file: str | None, name: str, number: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,16 +2,19 @@
 
 import os
 import sys
-from typing import Annotated
+from contextlib import nullcontext, suppress
+from typing import Annotated, Any
 
 import typer
 
 from sopdeploy import __version__
 from sopdeploy.cli import demo, env
-from sopdeploy.cli.console import out
+from sopdeploy.cli.console import one_line_errors, out
 from sopdeploy.cli.deployment import engine, export, inspect, keys, transfer
 from sopdeploy.cli.serving import bench, classify, doctor, health, predict, serve
 from sopdeploy.cli.training import compare, data, evaluate, import_weights, models, reproduce, train
+
+OUTPUT_CLOSED = 1  # as Typer and Rich exit for output that is longer than the buffer
 
 app = typer.Typer(
     name="sopdeploy",
@@ -97,7 +100,24 @@ def root(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; exit with 1 if the reader of stdout has closed it, as `head` does.
+
+    A stdout that cannot be written otherwise, such as a file on a full disk, is a user error.
+    """
     # On shared cores, spinning OpenMP threads slow each other down. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app(prog_name="sopdeploy")
+    code: Any = 0
+    try:
+        with one_line_errors():
+            try:
+                app(prog_name="sopdeploy")
+            except SystemExit as stop:
+                code = stop.code
+            with suppress(OSError) if code else nullcontext():  # the command has shown its error
+                sys.stdout.flush()  # the interpreter flushes it too late to handle an error
+    except BrokenPipeError:
+        code = OUTPUT_CLOSED
+    except typer.Exit as stop:
+        code = stop.exit_code
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+    sys.exit(code)

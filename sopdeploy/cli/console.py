@@ -6,7 +6,7 @@ External text (paths, names, error messages) is printed as `rich.text.Text`: ric
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +41,7 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
         except OSError as error:
             if error.errno not in STORAGE_ERRNOS:
                 raise
-            name = "a file" if error.filename is None else error.filename
+            name = "a file or stdout" if error.filename is None else error.filename
             raise StorageError(
                 f"{name}: cannot be read or written ({error.strerror}); free disk space, or choose another "
                 "file or folder"
@@ -50,7 +50,8 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
         if not error.told:
             print_error(str(error), error.code)
             if as_json:
-                print_json({"error": {"code": error.code, "message": str(error)}})
+                with suppress(OSError):  # stdout may be what cannot be written
+                    print_json({"error": {"code": error.code, "message": str(error)}})
         raise typer.Exit(USER_ERROR) from error
 
 
