@@ -115,6 +115,8 @@ class EngineGroup:
             for peer in self.front_ends:
                 self._connect(peer)
             watched = self.engine.broker, self.engine.child
+        if None in watched:  # `close` was called while the engine started
+            return
         threading.Thread(target=self._watch, args=watched, name="engine watch", daemon=True).start()
 
     def close(self) -> None:
@@ -138,9 +140,9 @@ class EngineGroup:
 
     def _watch(self, broker: socket.socket, child: "subprocess.Popen[str]") -> None:
         """Kill an engine without heartbeats, and front ends that it reports."""
-        broker.settimeout(ENGINE_SECONDS)
         while True:
             try:
+                broker.settimeout(ENGINE_SECONDS)
                 message = broker.recv(1000).decode()
             except TimeoutError:
                 log.error("the engine process %d hangs; it is killed", child.pid)
