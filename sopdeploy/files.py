@@ -1,11 +1,13 @@
-"""Atomic file writes, their errors, and file hashes."""
+"""Atomic file writes, their errors, file hashes, and reading without blocking."""
 
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from sopdeploy.errors import SopdeployError
 
@@ -44,6 +46,17 @@ def writing(path: Path | str, error: type[SopdeployError]) -> Iterator[None]:
         raise error(
             f"{path}: cannot be written ({problem.strerror}); check permissions and free space"
         ) from problem
+
+
+def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
+    """Open a regular file for reading in binary mode.
+
+    Raises `OSError`, also for a FIFO, socket or device, where opening or reading may wait forever.
+    """
+    mode = os.stat(path).st_mode  # noqa: PTH116 - `path` may be text
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # `open` names a folder in its error
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(path, "rb", buffering)  # noqa: PTH123
 
 
 def sha256(path: Path) -> str:

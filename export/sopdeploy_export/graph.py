@@ -33,6 +33,7 @@ from torch.export import Dim, ExportedProgram
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import DataError, LoweringError, first_line
+from sopdeploy.files import open_regular
 from sopdeploy.images.pixels import match_transparency, preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
@@ -320,7 +321,7 @@ def load_images(folder: Path, preprocess: Preprocess, option: str) -> NDArray[np
     images = []
     for path in (paths[position] for position in positions):
         try:
-            with Image.open(path) as image:
+            with open_regular(path) as file, Image.open(file) as image:
                 match_transparency(image)
                 images.append(preprocess_image(image, preprocess))
         except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:

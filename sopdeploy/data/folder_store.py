@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sopdeploy.errors import DataError
+from sopdeploy.files import open_regular
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LABELS_FILE = "labels.csv"  # lists images with any number of classes each; `label_table` reads it
@@ -52,8 +53,9 @@ class FolderStore:
         return sorted(images), others
 
     def read(self, name: bytes) -> bytes:
-        """Read a file; raises `OSError`."""
-        return (self.root / os.fsdecode(name)).read_bytes()
+        """Read a file; raises `OSError`, also for a FIFO, socket or device."""
+        with open_regular(self.root / os.fsdecode(name)) as file:
+            return file.read()
 
     def size(self, name: bytes) -> int:
         """Get the size of a file in bytes; raises `OSError`."""

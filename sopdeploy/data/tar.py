@@ -9,6 +9,7 @@ import hashlib
 import lzma
 import os
 import shutil
+import stat
 import tarfile
 import tempfile
 import zlib
@@ -96,11 +97,13 @@ def load_index(path: Path, cache: Path | None) -> Index:
 
 
 def fingerprint(path: Path) -> str:
-    """Hash the path, size and modification time of a file; raises `DataError`."""
+    """Hash the path, size and modification time of a regular file; raises `DataError`."""
     try:
         status = path.stat()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path}: not a regular file; name a tar file")
     text = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 

@@ -96,7 +96,9 @@ def examine(
 def load_images(folder: Path | None) -> list[bytes]:
     """Read up to 32 image files below *folder*, or generate JPEGs; raise `DataError` if there is none."""
     if folder is not None:
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        paths = sorted(
+            path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+        )
         if not paths:
             raise DataError(
                 f"{folder}: contains no image ({', '.join(sorted(SUFFIXES))}); choose another folder"

@@ -11,8 +11,9 @@ from PIL import Image
 from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.bundle.folder import MANIFEST
 from sopdeploy.config import StrictModel
+from sopdeploy.data.folder_store import is_image
 from sopdeploy.errors import ConfigError, DataError, ImageError
-from sopdeploy.files import atomic_write
+from sopdeploy.files import atomic_write, open_regular
 from sopdeploy.images.overlay import draw_overlay
 from sopdeploy.images.pixels import (
     list_changes,
@@ -148,7 +149,8 @@ def _decode(image: Path | Image.Image, preprocess: Preprocess, settings: Setting
 def read_image(path: Path, max_bytes: int) -> EncodedImage:
     """Read at most one byte more than *max_bytes*: enough to reject a larger file."""
     try:
-        with path.open("rb") as file:
+        # An image name may come from `photos/*`; /dev/stdin and <(command) have none and may be pipes.
+        with open_regular(path) if is_image(path.name) else path.open("rb") as file:
             return EncodedImage(file.read(max_bytes + 1))
     except OSError as error:
         reason = f"cannot be read ({error.strerror}); name an image file"

@@ -4,12 +4,12 @@ Each decoder process has its own `Reader`, which keeps the last archive or parqu
 entries of a list are usually in the same one.
 """
 
-import os
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, ImageError
+from sopdeploy.files import open_regular
 
 WHOLE = -1  # offset of an image that is a whole file
 UNKNOWN = -1  # size of an image that is not known before it is read
@@ -127,11 +127,11 @@ def import_pyarrow(module: str) -> Any:
 
 
 def open_place(place: str) -> Any:
-    """Open the file or URL *place* for reading; raises `OSError` or an error of the object store."""
+    """Open the regular file or URL *place* for reading; raises `OSError` or an error of the object store."""
     if is_url(place):
         store, path = open_store(place)
         return store.open(path, "rb")
-    return open(os.fsdecode(place), "rb", buffering=0)  # noqa: PTH123 - may not be UTF-8
+    return open_regular(place, buffering=0)
 
 
 def is_url(place: str) -> bool:

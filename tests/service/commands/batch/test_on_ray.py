@@ -2,11 +2,12 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +29,30 @@ ATTEMPTS = 3
 HELD = ("005.jpg", "037.jpg")  # of the first and of the second part
 
 
-class HeldImage:
-    """An image as a named pipe: its reader waits until `release`."""
+class HeldImages(ThreadingHTTPServer):
+    """Serves the images of *folder*; `requested` has the names of those whose readers wait for `gate`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._body = path, path.read_bytes()
-        path.unlink()
-        os.mkfifo(path)
-        self._pipe: int | None = None
+    daemon_threads = True
 
-    def has_reader(self) -> bool:
-        """Tell whether a process waits for the image; open the pipe if so."""
-        if self._pipe is None:
-            with contextlib.suppress(OSError):
-                self._pipe = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
-        return self._pipe is not None
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), partial(ImageHandler, directory=str(folder)))
+        self.gate, self.requested = threading.Event(), set[str]()
 
-    def release(self) -> None:
-        """Give the image to its reader, if that is alive, and as a file to later ones."""
-        assert self._pipe is not None
-        file = self.path.with_suffix(".file")
-        file.write_bytes(self._body)
-        file.replace(self.path)
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self._pipe, self._body)
-        os.close(self._pipe)
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+
+class ImageHandler(SimpleHTTPRequestHandler):
+    server: HeldImages
+
+    def do_GET(self) -> None:
+        self.server.requested.add(self.path.strip("/"))
+        self.server.gate.wait()
+        with contextlib.suppress(ConnectionError):  # its reader was killed
+            super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        return
 
 
 @contextlib.contextmanager
@@ -96,21 +96,26 @@ def test_a_run_on_two_nodes_of_which_one_is_killed_writes_the_same_rows(
     for name, milliseconds in (("period", 1000), ("timeout", 5000), ("failure_threshold", 3)):
         unit = "" if name == "failure_threshold" else "_ms"
         monkeypatch.setenv(f"RAY_health_check_{name}{unit}", str(milliseconds))
-    copied = shutil.copytree(photos, tmp_path / "photos")
-    names = tmp_path / "names.txt"  # without sizes, because those of pipes differ
-    names.write_text("\n".join(str(path) for path in sorted(copied.glob("*.jpg"))))
+    held = HeldImages(photos)
+    threading.Thread(target=held.serve_forever, daemon=True).start()
+    names = tmp_path / "names.txt"
+    images = [
+        held.url(path.name) if path.name in HELD else str(path) for path in sorted(photos.glob("*.jpg"))
+    ]
+    names.write_text("\n".join(images))
+    held.gate.set()
     classify(bundle_path, [str(names)], tmp_path / "here", SETTINGS, OPTIONS)
-    held = [HeldImage(copied / name) for name in HELD]
+    held.gate.clear()
+    held.requested.clear()
 
     def kill_a_node(cluster: Any, node: Any) -> None:
-        until(lambda: all(one.has_reader() for one in held), 4 * START_SECONDS)
+        until(lambda: held.requested == set(HELD), 4 * START_SECONDS)
         raylet = node.all_processes["raylet"][0].process.pid
         for process in (raylet, *below(raylet)):  # a machine ends with all of its processes
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         cluster.remove_node(node, allow_graceful=False)
-        for one in held:
-            one.release()
+        held.gate.set()
 
     with two_nodes() as nodes:
         killer = threading.Thread(target=kill_a_node, args=nodes)
@@ -120,4 +125,6 @@ def test_a_run_on_two_nodes_of_which_one_is_killed_writes_the_same_rows(
         killer.join(START_SECONDS)
         assert not killer.is_alive()
     assert (found.images, found.classified) == (100, 100)
+    held.shutdown()
+    held.server_close()
     assert part_bytes(tmp_path / "out") == part_bytes(tmp_path / "here")

@@ -1,0 +1,96 @@
+"""FIFOs, sockets and devices with an image suffix are errors of these files; no reader waits for them."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sopdeploy.data.check import check
+from sopdeploy.data.datasets.folder import FolderConfig
+from sopdeploy.data.folder_store import OpenOptions
+from sopdeploy.data.sources import open_data
+from sopdeploy.doctor.examine import load_images as load_bodies
+from sopdeploy.errors import DataError, ImageError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.graph import CALIBRATE, PROBES, load_images
+from sopdeploy_service.commands.batch.reader import Entry, Reader
+from sopdeploy_service.commands.batch.sources import list_entries
+from sopdeploy_service.commands.predict import read_image
+from tests.sopdeploy.data.small_data import jpeg, write_classes
+
+RULES = Preprocess(resize=8, crop=8, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
+
+pytestmark = pytest.mark.timeout(60)  # a reader that waits for a FIFO waits forever
+
+
+def bind_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(os.path.relpath(path))  # the limit of an address is 107 bytes
+
+
+KINDS: dict[str, Callable[[Path], Any]] = {
+    "fifo": os.mkfifo,
+    "socket": bind_socket,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.fixture(params=KINDS)
+def special(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A file of each kind, named like the first image of a class in a folder of images."""
+    monkeypatch.chdir(tmp_path)
+    folder = write_classes(tmp_path / "photos", ("cat", "dog"), each=8)
+    path = folder / "cat" / "00.jpg"
+    KINDS[request.param](path)
+    return path
+
+
+def fails(call: Callable[[], object], error: type[Exception] = DataError) -> str:
+    with pytest.raises(error) as raised:
+        call()
+    return str(raised.value)
+
+
+def test_every_reader_of_a_folder_names_the_file(special: Path) -> None:
+    root, listed = special.parents[1], f"{special}: "
+    split = open_data(FolderConfig(kind="folder", path=root))
+    kept = open_data(FolderConfig(kind="folder", path=root, skip_corrupt=True))
+    assert kept.skipped == (str(special),)
+    assert f"{listed}cannot be read" in fails(lambda: [[*part] for part in (split.train, split.held_out)])
+    assert [error.startswith(listed) for error in check(root).unreadable] == [True]
+    for option in (PROBES, CALIBRATE):
+        assert fails(lambda option=option: load_images(root, RULES, option)).startswith(
+            f"{listed}not a readable image"
+        )
+    assert fails(lambda: read_image(special, 1000)).startswith(f"{listed}cannot be read (not a regular file)")
+    assert len(load_bodies(root)) == 16
+
+
+def test_classify_gives_the_file_a_row_with_an_error(special: Path) -> None:
+    entries = list(list_entries([str(special.parents[1])], OpenOptions()))
+    assert str(special) in [entry.path for entry in entries]
+    message = fails(lambda: Reader(1000).read(Entry(str(special), str(special))), ImageError)
+    assert message == "cannot be read (not a regular file)"
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".txt", ".parquet"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_classify_rejects_a_source_that_is_no_regular_file(
+    suffix: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    KINDS[kind](source := tmp_path / f"photos{suffix}")
+    assert "not a regular file" in fails(lambda: list(list_entries([str(source)], OpenOptions())))
+
+
+def test_an_image_may_still_come_from_a_pipe_without_an_image_suffix() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as file:
+        file.write(jpeg(0))
+    assert read_image(Path(f"/dev/fd/{reading}"), 10_000).body == jpeg(0)
+    os.close(reading)
