@@ -91,10 +91,11 @@ class GSoP(Classifier):
             dr_stride = 2 if name in config.strided_dr_stages else 1
             for position in positions:
                 channels = self.tap_channels[f"{name}.{position}"]
-                block: Any = self.branch_block(channels, channels, 1)  # the block's weights are drawn anew
+                if position:  # drawn anew; the first block is kept, because it changes the shape
+                    stage.register_module(str(position), self.branch_block(channels, channels, 1))
+                block: Any = stage.get_submodule(str(position))
                 block.attention = GSoPBlock(config, channels, dr_stride)
                 block.attention_after = config.block_place == "after"
-                stage.register_module(str(position), block)
                 initialize(block)
         if config.final_pooling == "isqrt":
             isqrt = ISqrtPoolingConfig(
@@ -132,7 +133,6 @@ class GSoPResNet(GSoP, ResNet):
 class GSoPPreActResNetConfig(PreActResNetConfig, GSoPConfig):
     """PreAct-ResNet of bottlenecks for 32-pixel images; covariances are narrower, conv4_x keeps its size."""
 
-    blocks: Annotated[int, pydantic.Field(ge=2)] = 18  # the first of a stage changes the shape
     block: Literal["bottleneck"] = "bottleneck"
     last_stride: Literal[1, 2] = 1
     pooling: GapConfig = GapConfig()  # fixed: `final_pooling` selects the pooling
@@ -144,8 +144,8 @@ class GSoPPreActResNetConfig(PreActResNetConfig, GSoPConfig):
 class GSoPPreActResNet(GSoP, PreActResNet):
     """GSoP-Net on PreAct-ResNet-164: a block at every third bottleneck (section 4.3).
 
-    In GSoP-Net2 iSQRT-COV replaces the last one. Stages of two bottlenecks, which the paper does not have,
-    have one block at their last.
+    In GSoP-Net2 iSQRT-COV replaces the last one. Stages of one or two bottlenecks, which the paper does not
+    have, have one block at their last.
     """
 
     block_spacing = 3  # 18 bottlenecks per stage, 6 of them with a block

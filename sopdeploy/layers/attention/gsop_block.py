@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
+from sopdeploy.errors import ConfigError
 from sopdeploy.layers.attention.gsop_attention import (
     Activation,
     ChannelAttention,
@@ -44,6 +45,11 @@ class Concatenation(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         groups = channels // CHANNELS_PER_GROUP
+        if groups == 0 or channels % groups:
+            raise ConfigError(
+                f"attention=concatenation: needs a multiple of {CHANNELS_PER_GROUP} channels, got {channels}"
+                "; choose average, sum or maximum, or a wider network"
+            )
         reach = int(math.log2(MOST_GROUPS / groups)) + 2
         kernel, padding = (2 * reach + 1, 1), (reach, 0)
         self.conv_channel = nn.Conv2d(channels, channels, kernel, padding=padding, groups=groups)

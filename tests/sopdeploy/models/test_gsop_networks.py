@@ -32,10 +32,23 @@ def places(network: nn.Module) -> list[str]:
         ("gsop-net1-preact-resnet29", {}, ["layer1.2", "layer2.2", "layer3.2"]),
         ("gsop-net2-preact-resnet29", {}, ["layer1.2", "layer2.2"]),
         ("gsop-net1-preact-resnet29", {"blocks": 2}, ["layer1.1", "layer2.1", "layer3.1"]),
+        ("gsop-net1-preact-resnet29", {"blocks": 1}, ["layer1.0", "layer2.0", "layer3.0"]),
+        ("gsop-net2-preact-resnet29", {"blocks": 1}, ["layer1.0", "layer2.0"]),
     ],
 )
 def test_blocks_are_where_the_paper_has_them(name: str, config: dict, expected: list[str]) -> None:
     assert places(on_meta(name, **config)) == expected
+
+
+def test_the_only_residual_block_of_a_stage_still_changes_the_shape() -> None:
+    shapes = []
+    for name in ("gsop-net1-preact-resnet29", "preact-resnet110"):
+        network = on_meta(name, blocks=1, block="bottleneck").eval()
+        _, tapped = network.features(torch.zeros(2, 3, 32, 32, device="meta"), network.tap_channels)
+        shapes.append([tuple(stage.shape) for stage in tapped])
+    gsop, plain = shapes
+    assert gsop == [(2, 64, 32, 32), (2, 128, 16, 16), (2, 256, 16, 16)]
+    assert plain == [*gsop[:2], (2, 256, 8, 8)]
 
 
 @pytest.mark.parametrize("place", ["after", "inside"])
@@ -81,7 +94,12 @@ def test_dropout_is_the_small_networks_only() -> None:
         ("gsop-net1-resnet50", {"depth": 19}, "depth"),
         ("gsop-net1-resnet50", {"attention": "channels"}, "attention"),
         (f"gsop-net1-{SMALL}", {"block": "basic"}, "block"),
-        (f"gsop-net1-{SMALL}", {"blocks": 1}, "blocks"),
+        (f"gsop-net1-{SMALL}", {"blocks": 0}, "blocks"),
+        (
+            "gsop-net1-resnet18",
+            {"base_width": 8, "attention": "concatenation"},
+            "multiple of 64 channels, got 8",
+        ),
     ],
 )
 def test_an_invalid_option_is_a_config_error(name: str, config: dict, says: str) -> None:
