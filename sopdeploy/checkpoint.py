@@ -105,10 +105,15 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         content["resume"] = checkpoint.resume
     if checkpoint.decision is not None:
         content["decision"] = checkpoint.decision.model_dump(mode="json")
+    write_plain(path, content)
+
+
+def write_plain(path: Path, content: Mapping[str, Any]) -> None:
+    """Write *content*, which `load_plain` reads, to *path* atomically; raise `CheckpointError` on failure."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial, partial.open("wb") as file:
-            torch.save(content, file)
+            torch.save(dict(content), file)
             file.flush()
             os.fsync(file.fileno())
         descriptor = os.open(path.parent, os.O_RDONLY)

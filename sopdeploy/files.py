@@ -19,6 +19,8 @@ STORAGE_ERRNOS = {
     errno.ENOTDIR, errno.EPERM, errno.EROFS,
 }  # fmt: skip
 
+FULL_ERRNOS = {errno.EDQUOT, errno.ENOSPC}
+
 
 @contextmanager
 def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:

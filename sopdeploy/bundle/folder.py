@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sopdeploy.bundle.manifest import FileRecord, Manifest
-from sopdeploy.errors import BundleError
-from sopdeploy.files import sha256, writing
+from sopdeploy.errors import BundleError, StorageError
+from sopdeploy.files import FULL_ERRNOS, sha256, writing
 
 MANIFEST = "manifest.json"
 REQUIRED = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz")
@@ -51,12 +51,21 @@ class Bundle:
 
 @contextmanager
 def staging(destination: Path) -> Iterator[Path]:
-    """Yield an empty hidden folder in *destination*; delete it at the end unless it was renamed."""
+    """Yield an empty hidden folder in *destination*; delete it at the end unless it was renamed.
+
+    Raises `BundleError` if the folder cannot be created, and `StorageError` if the disk is full.
+    """
     with writing(destination, BundleError):
         destination.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".bundle-", suffix=".partial", dir=destination))
     try:
         yield folder
+    except OSError as error:
+        if error.errno not in FULL_ERRNOS:
+            raise
+        raise StorageError(
+            f"{destination}: cannot be written ({error.strerror}); free disk space, or choose another folder"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

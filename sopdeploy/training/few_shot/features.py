@@ -18,11 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sopdeploy.checkpoint import load_plain
+from sopdeploy.checkpoint import load_plain, write_plain
 from sopdeploy.data.base import ImagesDataset, LabeledImages
 from sopdeploy.data.batches import load_batches
 from sopdeploy.errors import CheckpointError
-from sopdeploy.files import atomic_write
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess, tta_views
 from sopdeploy.layers.normalize import Normalize
@@ -197,11 +196,10 @@ def _pixel_keys(views: Sequence[Tensor], batches: Sequence[list[int]]) -> tuple[
 def _write_cache(
     path: Path, key: str, models: Sequence[Classifier], vectors: tuple[Tensor, ...], inputs: Tensor | None
 ) -> None:
-    """Write features to *path*, with the poolings that computed them."""
+    """Write features to *path*, with the poolings that computed them; raises `CheckpointError`."""
     poolings = [_pooling(model).state_dict() for model in models]
-    with atomic_write(path) as partial:
-        content = {"key": key, "vectors": list(vectors), "stage_inputs": inputs, "poolings": poolings}
-        torch.save(content, partial)
+    content = {"key": key, "vectors": list(vectors), "stage_inputs": inputs, "poolings": poolings}
+    write_plain(path, content)
 
 
 def _read_cache(

@@ -1,5 +1,6 @@
 """Bundles are written atomically and checked in a fixed order when opened."""
 
+import errno
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from sopdeploy.bundle.folder import (
     staging,
 )
 from sopdeploy.bundle.manifest import Manifest, to_json
-from sopdeploy.errors import BundleError
+from sopdeploy.errors import BundleError, StorageError
 from sopdeploy.files import sha256
 from tests.forged import FIELDS, LABELS, fill, flip, forge, write_hollow
 
@@ -54,6 +55,12 @@ def test_the_staging_folder_is_hidden_and_never_stays(tmp_path: Path, error: Bas
         fill(folder)
         if error is not None:
             raise error
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_that_names_the_destination(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"out: cannot be written \(No space"), staging(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert list((tmp_path / "out").iterdir()) == []
 
 

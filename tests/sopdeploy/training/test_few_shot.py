@@ -14,7 +14,7 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.comparison.runs import compare
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.evaluation.multi_label import average_precision
 from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
@@ -387,6 +387,17 @@ def test_records_from_before_there_were_several_candidates_are_read():
         "top-1 50.0 % (cross-validated, 95 % interval 20 to 80 %; "
         'always answering "b" gives 80 %) of 10 images, 1 s',
     )
+
+
+def test_a_full_disk_at_the_stored_features_is_one_error(tmp_path: Path, monkeypatch):
+    def full(*_: object) -> None:  # as the writer of PyTorch reports it
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr("torch.save", full)
+    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 6)}"])
+    with pytest.raises(CheckpointError, match=r"features\.pt: cannot be written .*is the disk of .* full"):
+        train(recipe, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_stopped_run_starts_again_from_its_stored_features(tmp_path: Path, monkeypatch):
