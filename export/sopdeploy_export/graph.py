@@ -311,7 +311,9 @@ def load_images(folder: Path, preprocess: Preprocess, option: str) -> NDArray[np
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {option} needs a folder of images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir()
+    )
     if not paths:
         raise DataError(f"{folder}: contains no images; {option} needs a folder of JPEG or PNG files")
     positions = range(min(len(paths), MAX_PHOTOGRAPHS))

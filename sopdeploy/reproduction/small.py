@@ -13,11 +13,11 @@ import numpy as np
 from sopdeploy.backbones.alexnet import AlexNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.backbones.vgg import VGGConfig
+from sopdeploy.bundle.folder import staging
 from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.datasets.small import open_digits
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
-from sopdeploy.files import PARTIAL
 from sopdeploy.models.registry import entry, make_config
 from sopdeploy.reproduction.tables import DataSet, PrintedTable
 from sopdeploy.training.recipe import Recipe
@@ -109,21 +109,22 @@ def small_data(out: Path, data: Path | None) -> Path:
 def write_small_images(source: Path | None, folder: Path) -> None:
     """Write a few images of each class of *source*, by default the bundled digits, to *folder*.
 
-    A complete folder is used again. Raises `DataError` if *source* cannot be read or an image may have
-    several classes.
+    A complete folder is used again; an incomplete one is deleted. Raises `DataError` if *source* cannot be
+    read or an image may have several classes, and the errors of `staging`.
     """
     if folder.exists():
         return
     split = open_digits() if source is None else open_data(FolderConfig(kind="folder", path=source))
     if split.train.targets.ndim == 2:
         raise DataError(f"{source}: lists several classes per image; give a folder with one class each")
-    partial = folder.with_name(folder.name + PARTIAL)
-    for part, images in (("train", split.train), ("val", split.held_out)):
-        for target, label in enumerate(images.labels):
-            (partial / part / label).mkdir(parents=True, exist_ok=True)
-            for index in np.flatnonzero(images.targets == target)[: IMAGES_PER_CLASS[part]].tolist():
-                images[index][0].convert("RGB").save(partial / part / label / f"{index:06}.png")
-    partial.rename(folder)
+    with staging(folder.parent) as partial:
+        for part, images in (("train", split.train), ("val", split.held_out)):
+            for target, label in enumerate(images.labels):
+                (partial / part / label).mkdir(parents=True)
+                for index in np.flatnonzero(images.targets == target)[: IMAGES_PER_CLASS[part]].tolist():
+                    images[index][0].convert("RGB").save(partial / part / label / f"{index:06}.png")
+        partial.chmod(0o755)
+        partial.rename(folder)
 
 
 def small_network(recipe: Recipe) -> tuple[str, dict[str, Any]]:

@@ -78,6 +78,12 @@ def test_classify_gives_the_file_a_row_with_an_error(special: Path) -> None:
     assert message == "cannot be read (not a regular file)"
 
 
+def test_a_folder_with_an_image_suffix_is_no_image(tmp_path: Path) -> None:
+    (write_classes(tmp_path, ("cat",), each=3) / "cat" / "9.jpg").mkdir()
+    assert [len(load_images(tmp_path, RULES, option)) for option in (PROBES, CALIBRATE)] == [3, 3]
+    assert len(load_bodies(tmp_path)) == 3
+
+
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".txt", ".parquet"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_classify_rejects_a_source_that_is_no_regular_file(

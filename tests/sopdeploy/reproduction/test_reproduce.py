@@ -1,5 +1,6 @@
 """Running a table: interruption, resumption, the page, and every table at the small scale."""
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.reproduction import small
 from sopdeploy.reproduction.plan import Options
 from sopdeploy.reproduction.results import Reproduction
@@ -108,7 +109,17 @@ def test_a_given_folder_is_reduced_to_a_few_images_per_class(tmp_path) -> None:
     assert (run.train_count, run.held_out_count) == (18, 6)
     assert found.rows[0].top1 is not None
     assert found.rows[0].top1.low < found.rows[0].top1.mean < found.rows[0].top1.high
-    assert not list(Path(tmp_path / "out" / "small-images").glob("*.partial"))
+    assert [path.name for path in (tmp_path / "out" / "small-images").iterdir()] == ["photos"]
+
+
+def test_a_full_disk_leaves_no_half_of_the_small_images(tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(StorageError, match=r"small-images: cannot be written \(No space"):
+        small.write_small_images(None, tmp_path / "small-images" / "digits")
+    assert list((tmp_path / "small-images").iterdir()) == []
 
 
 def test_a_row_that_cannot_be_run_is_refused_by_name(tmp_path) -> None:
