@@ -115,7 +115,7 @@ class EngineGroup:
             for peer in self.front_ends:
                 self._connect(peer)
             watched = self.engine.broker, self.engine.child
-        if None in watched:  # `close` was called while the engine started
+        if watched[0] is None:  # `close` was called while the engine started
             return
         threading.Thread(target=self._watch, args=watched, name="engine watch", daemon=True).start()
 
