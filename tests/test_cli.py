@@ -257,7 +257,7 @@ PRINTED = {
     "version": "--version",
     "quick start": "",
     "help": "--help",
-    "long JSON": "reproduce list --json",
+    "long JSON": "models --json",
 }
 
 

@@ -38,8 +38,8 @@ def recorded() -> Iterator[Callable[[], set[str]]]:
     """
     files: set[str] = set()
 
-    def record(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_name != "<module>":
+    def record(frame: FrameType, _: str, __: object) -> None:  # called for every call of a Python function
+        if frame.f_code.co_name != "<module>":
             files.add(frame.f_code.co_filename)
 
     def take() -> set[str]:
@@ -48,13 +48,13 @@ def recorded() -> Iterator[Callable[[], set[str]]]:
         inside = {file.relative_to(ROOT).as_posix() for file in taken if file.is_relative_to(ROOT)}
         return {file for file in inside if file.startswith(PACKAGES) and file.endswith(".py")}
 
-    threading.setprofile(record)
-    sys.setprofile(record)
+    threading.settrace(record)
+    sys.settrace(record)
     try:
         yield take
     finally:
-        threading.setprofile(None)
-        sys.setprofile(None)
+        threading.settrace(None)
+        sys.settrace(None)
 
 
 def listed(heading: str, folder: str) -> tuple[int, set[str]]:

@@ -6,6 +6,7 @@ image, or the image with both sides of equal length.
 RandAugment, random erasing, color jitter, mixup and CutMix are computed by torchvision.
 """
 
+import importlib
 import math
 from dataclasses import dataclass
 from random import Random
@@ -16,7 +17,6 @@ import pydantic
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms import v2
 
 from sopdeploy.config import Fraction, NonNegative, Positive, StrictModel
 from sopdeploy.data.base import ImagesDataset, LabeledImages, PreprocessedDataset, Target, derive_seed
@@ -30,6 +30,11 @@ COLOR_COMPONENTS = np.array(
 )
 COLOR_DEVIATIONS = np.array([0.2175, 0.0188, 0.0045])
 PositiveFraction = Annotated[float, pydantic.Field(gt=0, le=1)]
+
+
+def torchvision_transforms() -> Any:
+    """Import `torchvision.transforms.v2` on first use: the import takes as long as that of torch."""
+    return importlib.import_module("torchvision.transforms.v2")
 
 
 class CenterCrop(StrictModel):
@@ -149,9 +154,9 @@ class RandAugment(StrictModel):
             image = torch.from_numpy(array.copy()).permute(2, 0, 1)
             mean = [float(round(255 * value)) for value in rules.mean]
             if self.ops:
-                image = v2.RandAugment(self.ops, self.magnitude, fill=mean)(image)
+                image = torchvision_transforms().RandAugment(self.ops, self.magnitude, fill=mean)(image)
             if self.erase:
-                image = v2.RandomErasing(self.erase, value=mean)(image)
+                image = torchvision_transforms().RandomErasing(self.erase, value=mean)(image)
             return image.permute(1, 2, 0).contiguous().numpy()
         finally:
             torch.set_rng_state(before)
@@ -179,7 +184,8 @@ class ColorJitter(StrictModel):
             try:
                 torch.default_generator.manual_seed(seed)
                 image = torch.from_numpy(array.copy()).permute(2, 0, 1)
-                array = v2.ColorJitter(*jitter)(image).permute(1, 2, 0).contiguous().numpy()
+                changed = torchvision_transforms().ColorJitter(*jitter)(image)
+                array = changed.permute(1, 2, 0).contiguous().numpy()
             finally:
                 torch.set_rng_state(before)
         if self.lighting:
@@ -208,7 +214,8 @@ class Mixup(StrictModel):
         """
         if self.mixup == 0 and self.cutmix == 0:
             return images, labels
-        transform: v2.Transform = v2.MixUp(alpha=self.mixup, num_classes=classes) if self.mixup else None
+        v2 = torchvision_transforms()
+        transform: Any = v2.MixUp(alpha=self.mixup, num_classes=classes) if self.mixup else None
         if self.cutmix and (transform is None or bool(torch.rand(()) < 0.5)):
             transform = v2.CutMix(alpha=self.cutmix, num_classes=classes)
         mixed: tuple[Tensor, Tensor] = transform(images, labels)
@@ -232,6 +239,10 @@ class AugmentedDataset(ImagesDataset):
     epoch: int
     rand_augment: RandAugment = NO_RAND_AUGMENT
     color: ColorJitter = NO_COLOR_JITTER
+
+    def __post_init__(self) -> None:
+        if (self.rand_augment, self.color) != (NO_RAND_AUGMENT, NO_COLOR_JITTER):
+            torchvision_transforms()  # here once, not in every worker of every epoch
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
         copy, sample = divmod(index, len(self.images))

@@ -1,21 +1,20 @@
 """Small datasets: CIFAR-10, CIFAR-100 and the scikit-learn digits.
 
 Source of CIFAR: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009). torchvision
-verifies the published checksums of its files before reading them.
+verifies the published checksums of its files before reading them. Both libraries are imported when a dataset
+is opened, because their import takes seconds and every command that reads a recipe would wait for it.
 """
 
+import importlib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from sklearn.datasets import load_digits
-from torchvision.datasets import CIFAR10, CIFAR100
 
 from sopdeploy.data.base import ArrayImages, Split, hold_out
 from sopdeploy.data.subset import ClassSubset
 from sopdeploy.errors import ConfigError, DataError
 
-CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 MAX_DIGIT_VALUE = 16.0  # of a pixel in scikit-learn's digits
 DIGITS_HELD_OUT = 0.2
 DIGITS_SEED = 0  # belongs to the data: runs with different seeds are evaluated on the same images
@@ -34,9 +33,14 @@ class DigitsConfig(ClassSubset):
     kind: Literal["digits"]
 
 
+def cifar_class(kind: str) -> Any:
+    """Import torchvision's class for *kind*: "cifar10" or "cifar100"."""
+    return getattr(importlib.import_module("torchvision.datasets"), kind.upper())
+
+
 def open_cifar(config: CifarConfig) -> Split:
     """Open the official training and test images; raises `DataError` if the files are not complete."""
-    dataset = CIFAR[config.kind]
+    dataset = cifar_class(config.kind)
     if config.path is None:
         raise ConfigError(f"data.path: not set; give the folder that holds {dataset.base_folder}")
     root = config.path.expanduser()
@@ -55,7 +59,7 @@ def open_cifar(config: CifarConfig) -> Split:
 
 def open_digits() -> Split:
     """Open the digits as 8 x 8 gray images; one fifth of every class is held out."""
-    stored = load_digits()
+    stored = importlib.import_module("sklearn.datasets").load_digits()
     images = np.rint(stored.images * (255.0 / MAX_DIGIT_VALUE)).astype(np.uint8)
     targets = stored.target.astype(np.int64)
     labels = tuple(str(digit) for digit in range(10))

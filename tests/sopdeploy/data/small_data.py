@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sopdeploy.data.datasets.small import CIFAR
+from sopdeploy.data.datasets.small import cifar_class
 
 
 def jpeg(seed: int, size: tuple[int, int] = (40, 32), ending: str = "JPEG") -> bytes:
@@ -56,7 +56,7 @@ def write_pickle(path: Path, content: Any, protocol: int = 4) -> str:
 
 def write_cifar(root: Path, kind: str, monkeypatch: Any) -> Path:
     """Write CIFAR's official layout below *root* and let torchvision accept its checksums."""
-    official, rng = CIFAR[kind], np.random.default_rng(0)
+    official, rng = cifar_class(kind), np.random.default_rng(0)
     classes = 10 if kind == "cifar10" else 100
     base, key = root / official.base_folder, "labels" if classes == 10 else "fine_labels"
     for attribute in ("train_list", "test_list"):

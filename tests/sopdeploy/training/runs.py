@@ -39,7 +39,7 @@ def few_digits() -> Iterator[None]:
     whole = load_digits()
     quarter = Bunch(images=whole.images[::4], target=whole.target[::4])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sopdeploy.data.datasets.small.load_digits", lambda: quarter)
+        patch.setattr("sklearn.datasets.load_digits", lambda: quarter)
         yield
 
 
