@@ -34,6 +34,12 @@ def name(small: Small) -> str:
     return small.name
 
 
+def narrow(small: Small) -> Small:
+    """Reduce the channels of a ResNet to a quarter; its golden has all of them."""
+    has_width = "base_width" in entry(small.name).config.model_fields
+    return small._replace(config={**small.config, "base_width": 16}) if has_width else small
+
+
 def outputs_of(model: str) -> set[str]:
     return OUTPUTS.get(model.partition("-")[0], {"logits"})
 
@@ -44,6 +50,7 @@ def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
     few_blocks(monkeypatch)
+    small = narrow(small)
     report = agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx")
     assert report.passed
     assert set(report.outputs) == outputs_of(small.name)
@@ -60,7 +67,7 @@ def test_the_smallest_equals_the_plain_network_after_a_step(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few_blocks(monkeypatch)
-    assert detached(small.trained(tmp_path / "ckpt.pt")).network.outputs
+    assert detached(narrow(small).trained(tmp_path / "ckpt.pt")).network.outputs
 
 
 def test_every_class_of_network_and_config_has_its_smallest() -> None:
