@@ -19,6 +19,8 @@ from sopdeploy.cli.app import app
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
+from tests import quick_torch
+from tests.export.once import proving_once
 
 FOLDER = Path(__file__).parent / "version-0.1.0"
 BUNDLE = FOLDER / "bundle" / "dsop-resnet8-5c125ff36a3e"
@@ -38,7 +40,9 @@ def test_the_checkpoint_opens() -> None:
 @SAME_EXPORTER
 def test_the_checkpoint_exports_to_the_same_graph(tmp_path: Path) -> None:
     arguments = ["export", str(FOLDER / "best.pt"), "--detach", "--out", str(tmp_path)]
-    result = CliRunner().invoke(app, arguments)
+    quick_torch.keep()
+    with proving_once():
+        result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     (exported,) = tmp_path.iterdir()
     for name in ("model.onnx", "labels.json", "certificate.json", "probes.npz"):
