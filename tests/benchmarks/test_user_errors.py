@@ -1,5 +1,6 @@
 """Wrong options of benchmarks end in one line with the exit code 2."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,17 +22,29 @@ CASES = {  # options: the last line
 }
 
 
+def assert_one_line(script: str, code: int, out: str, err: str, expected: str) -> None:
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].removeprefix(f"{script}: ").startswith(expected)
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_a_wrong_option_is_a_one_line_error(case: str) -> None:
+def test_a_wrong_option_is_a_one_line_error(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Run the script as the command does, but in this process, which has imported torch."""
     script, *options = case.split()
-    done = subprocess.run(
-        [sys.executable, script, *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=BENCHMARKS,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    last = done.stderr.splitlines()[-1]
-    assert last.removeprefix(f"{script}: ").startswith(CASES[case])
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    monkeypatch.chdir(BENCHMARKS)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(script, run_name="__main__")
+    assert isinstance(stopped.value.code, int)
+    assert_one_line(script, stopped.value.code, *capsys.readouterr(), CASES[case])
+
+
+def test_the_command_exits_with_2_and_prints_nothing_else() -> None:
+    case = "classify.py --bundle ."
+    script, *options = case.split()
+    command = [sys.executable, script, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=BENCHMARKS)
+    assert_one_line(script, done.returncode, done.stdout, done.stderr, CASES[case])
