@@ -45,9 +45,9 @@ def few_digits() -> Iterator[None]:
 
 @functools.cache
 def forkserver() -> ForkServerContext:
-    """Return a context whose processes are forked from one that has imported this module."""
+    """Return a context whose processes are forked from one with this module and what optimizers load."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "torch._dynamo"])
     return context
 
 
