@@ -4,15 +4,20 @@ They take a quarter of the time of a small network's export and do not change be
 """
 
 import functools
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch._export.utils as operators
+import torch._ops as overloads
+from torch.export import decomp_utils, exported_program
 from torch.onnx._internal.exporter import _registration as registration
 
 FORMS = "get_torchlib_ops"
 IMPLICIT = "CompositeImplicitAutograd"
+COLLECT, COLLECT_ATEN = "_collect_all_valid_cia_ops", "_collect_all_valid_cia_ops_for_aten_namespace"
 
 
 @functools.cache
@@ -22,15 +27,24 @@ def keep() -> None:
     setattr(library, FORMS, functools.cache(lambda: library.__getattr__(FORMS)()))
     registry = registration.ONNXRegistry
     registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))  # type: ignore[assignment]
-    materialize, last = operators._materialize_cpp_cia_ops, []
+    overloads.Callable = typing.Callable  # type: ignore[assignment] # caches annotations, the other does not
+    every = until_registered(getattr(operators, COLLECT))
+    setattr(exported_program, COLLECT, every)
+    setattr(decomp_utils, COLLECT, every)
+    setattr(decomp_utils, COLLECT_ATEN, until_registered(getattr(operators, COLLECT_ATEN)))
 
-    def materialize_new() -> None:
+
+def until_registered(collect: Callable[[], Any]) -> Callable[[], Any]:
+    """Cache what *collect* returns until new operators are registered."""
+    last: list[Any] = [None, None]
+
+    def collected() -> Any:
         known = torch._C._dispatch_get_registrations_for_dispatch_key(IMPLICIT)
-        if known != last:
-            materialize()
-            last[:] = known
+        if known != last[0]:
+            last[:] = known, collect()
+        return last[1]
 
-    operators._materialize_cpp_cia_ops = materialize_new
+    return collected
 
 
 @contextmanager
