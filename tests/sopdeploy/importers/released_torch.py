@@ -19,6 +19,7 @@ from sopdeploy.models.base import Classifier
 
 NOISE = 3.0  # times the original's own distance from float64
 WIDTHS = (64, 128, 256, 512)
+VGG_WIDTHS = (64, 128, 256, 512, 512)
 
 
 def covariance(x: Tensor) -> Tensor:
@@ -174,22 +175,23 @@ class ResNet(nn.Module):
 class Vgg(nn.Module):
     """VGG-16 with batch norm but for the last max-pooling; *d* channels, or B-CNN where d is 0."""
 
-    def __init__(self, *, d: int, linear: bool, classes: int = 5) -> None:
+    def __init__(
+        self, *, d: int, linear: bool, classes: int = 5, widths: tuple[int, ...] = VGG_WIDTHS
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         inside = 3
-        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
-            if width:
+        for number, (width, count) in enumerate(zip(widths, (2, 2, 3, 3, 3), strict=True)):
+            layers += [nn.MaxPool2d(2, 2)] if number else []
+            for _ in range(count):
                 layers += [nn.Conv2d(inside, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
                 inside = width
-            else:
-                layers.append(nn.MaxPool2d(2, 2))
         self.features = nn.Sequential(*layers)
         self.d = d
-        length = 512 * 512
+        length = inside * inside
         if d:
             self.representation = nn.Module()
-            self.representation.conv_dr_block = nn.Sequential(*conv_bn(512, d, 1), nn.ReLU())
+            self.representation.conv_dr_block = nn.Sequential(*conv_bn(inside, d, 1), nn.ReLU())
             length = d * (d + 1) // 2
         if linear:
             self.classifier: nn.Module = nn.Linear(length, classes)

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from sopdeploy.backbones import vgg
 from sopdeploy.backbones.resnet import BLOCKS
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.weight_files import open_weights
 from tests.sopdeploy.importers.released_torch import (
+    VGG_WIDTHS,
     Basic,
     Bottleneck,
     ResNet,
@@ -23,8 +25,9 @@ from tests.sopdeploy.importers.released_torch import (
     settled,
 )
 
-R26, R50, R101 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3)
+R50, R101 = (3, 4, 6, 3), (3, 4, 23, 3)
 SHORT = (2, 1, 1, 1)
+NARROW = (8, 8, 16, 16, 16)  # channels of VGG's stages
 ATTENTIONS = {"1": "channel", "2": "position", "+": "sum", "M": "maximum", "&": "concatenation"}
 
 
@@ -33,6 +36,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the ResNets 18 and 50 to five blocks, which have every kind of name."""
     for depth in (18, 50):
         monkeypatch.setitem(BLOCKS, depth, SHORT)
+
+
+@pytest.fixture
+def short26(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten ResNet-26, on which GSoP's files are based, in the same way."""
+    monkeypatch.setitem(BLOCKS, 26, SHORT)
 
 
 @functools.cache
@@ -146,18 +155,27 @@ def test_batch_norm_counters_can_be_absent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("d", "linear", "name", "entries"),
+    ("d", "linear", "name", "entries", "widths"),
     [
-        (8, False, "isqrt-vgg16", 103),
-        pytest.param(8, True, "isqrt-vgg16", 99, marks=pytest.mark.slow),
-        (0, True, "bcnn-vgg16", 93),
+        (8, False, "isqrt-vgg16", 103, NARROW),
+        pytest.param(8, False, "isqrt-vgg16", 103, VGG_WIDTHS, marks=pytest.mark.slow),
+        pytest.param(8, True, "isqrt-vgg16", 99, VGG_WIDTHS, marks=pytest.mark.slow),
+        (0, True, "bcnn-vgg16", 93, VGG_WIDTHS),
     ],
 )
 def test_vgg_weights_give_the_same_logits(
-    tmp_path: Path, d: int, linear: bool, name: str, entries: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    d: int,
+    linear: bool,
+    name: str,
+    entries: int,
+    widths: tuple[int, ...],
 ) -> None:
+    stages = [(width,) * len(stage) for width, stage in zip(widths, vgg.STAGES, strict=True)]
+    monkeypatch.setattr(vgg, "STAGES", stages)
     torch.manual_seed(0)
-    network = settled(Vgg(d=d, linear=linear))
+    network = settled(Vgg(d=d, linear=linear, widths=widths))
     if not d:
         network.classifier.weight.data *= 512.0  # B-CNN's vector has length 1
     torch.save({"state_dict": prefixed(network.state_dict())}, tmp_path / "a.pth.tar")
@@ -185,7 +203,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, model: str, change:
 @functools.cache
 def gsop_network(attention: str, d: int) -> ResNet:
     torch.manual_seed(0)
-    return settled(ResNet(R26, kind=Bottleneck, d=d, steps=3, order="columns", attention=attention))
+    return settled(ResNet(SHORT, kind=Bottleneck, d=d, steps=3, order="columns", attention=attention))
 
 
 def gsop(path: Path, attention: str, d: int = 0) -> ResNet:
@@ -194,6 +212,7 @@ def gsop(path: Path, attention: str, d: int = 0) -> ResNet:
     return network
 
 
+@pytest.mark.usefixtures("short26")
 @pytest.mark.parametrize("attention", ["1", "2", "+", "M", "&"])
 def test_gsop_net1_gives_the_same_logits_with_each_block(tmp_path: Path, attention: str) -> None:
     network = gsop(tmp_path / "a.pth.tar", attention)
@@ -208,6 +227,7 @@ def test_gsop_net1_gives_the_same_logits_with_each_block(tmp_path: Path, attenti
     assert expected.items() <= report.config.items()
 
 
+@pytest.mark.usefixtures("short26")
 def test_the_classifier_of_gsop_net2_is_made_row_wise(tmp_path: Path) -> None:
     network = gsop(tmp_path / "a.pth.tar", "1", d=12)
     ours, report = imported(tmp_path / "a.pth.tar", "gsop-net2-resnet26")
@@ -217,6 +237,7 @@ def test_the_classifier_of_gsop_net2_is_made_row_wise(tmp_path: Path) -> None:
     assert not torch.equal(ours.fc.weight.float(), network.fc.weight.float())
 
 
+@pytest.mark.usefixtures("short26")
 @pytest.mark.parametrize(
     ("d", "name", "message"),
     [

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sopdeploy import create_model
+from sopdeploy.backbones import resnet
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.gsop import RELEASED
 from tests.sopdeploy.training.small_recipes import few_blocks
@@ -75,6 +76,7 @@ def test_a_step_reaches_every_parameter_and_the_inference_model_equals_eval_mode
     monkeypatch, name, side, config
 ) -> None:
     few_blocks(monkeypatch)
+    monkeypatch.setitem(resnet.BLOCKS, 50, (2, 1, 1, 1))
     network, images = build(name, side, config)
     assert_a_step_reaches_every_parameter(network, images, 0.6 if "timm" in name else 0.9)
     plain = network.inference_model().double().eval()
