@@ -9,6 +9,7 @@ batcher follow from it; the only approximation is the discrete time grid. The st
 independent, each with Poisson arrivals.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -130,10 +131,12 @@ def chain(system: System, rate: float) -> Floats:
     """
     states = system.largest + BEYOND
     moves = np.zeros((states, states))
+    durations = np.array([system.batch_ms(taken) for taken in range(1, system.largest + 1)])
+    arrivals_of = poisson(rate * durations, states)
     for waiting in range(states):
         taken = min(max(waiting, 1), system.largest)
         left = max(waiting - system.largest, 0)
-        arrivals = poisson(np.array([rate * system.batch_ms(taken)]), states - left)[0]
+        arrivals = arrivals_of[taken - 1, : states - left]
         moves[waiting, left:] = arrivals
         moves[waiting, -1] += 1 - arrivals.sum()
     balance = (moves - np.eye(states)).T
@@ -231,10 +234,15 @@ def erlang(load: float, servers: int) -> float:
 
 def poisson(means: Floats, count: int) -> Floats:
     """Compute the probabilities of 0, 1, ... *count* - 1 events for each of *means*, (len(means), count)."""
-    events = np.arange(count)
-    logs = np.array([math.lgamma(event + 1) for event in events])
-    found: Floats = np.exp(np.outer(np.log(np.maximum(means, 1e-300)), events) - means[:, None] - logs)
+    logs = np.outer(np.log(np.maximum(means, 1e-300)), np.arange(count))
+    found: Floats = np.exp(logs - means[:, None] - log_factorials(count))
     return found
+
+
+@functools.cache
+def log_factorials(count: int) -> Floats:
+    """Compute the logarithms of 0!, 1!, ... (*count* - 1)!."""
+    return np.array([math.lgamma(event + 1) for event in range(count)])
 
 
 def quantile(probabilities: Floats, share: float) -> float:
