@@ -12,7 +12,10 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import ResNet as TorchvisionResNet
 
+from sopdeploy.backbones.resnet import BLOCKS
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.resnets import published_preprocess
@@ -26,14 +29,21 @@ from tests.sopdeploy.importers.released_torch import (
     settled,
 )
 
+SHORT = (2, 1, 1, 1)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HUB = {"crop_pct": 0.9, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten ResNet-18 to five blocks, as `torchvision_resnet18`."""
+    monkeypatch.setitem(BLOCKS, 18, SHORT)
 
 
 @functools.cache
 def torchvision_resnet18(classes: int = 5) -> torch.nn.Module:
     torch.manual_seed(0)
-    return settled(torchvision.models.resnet18(num_classes=classes))
+    return settled(TorchvisionResNet(BasicBlock, list(SHORT), num_classes=classes))
 
 
 def write_hub_config(folder: Path, config: dict[str, Any]) -> None:
@@ -42,7 +52,7 @@ def write_hub_config(folder: Path, config: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save the weights of a torchvision ResNet-18 with five classes."""
+    """Save the weights of a short torchvision ResNet-18 with five classes."""
     file = tmp_path_factory.mktemp("torchvision") / "a.pth"
     torch.save(torchvision_resnet18().state_dict(), file)
     return file
@@ -63,6 +73,7 @@ def narrow(tmp_path: Path) -> Path:
 SAVE_FILE = safetensors.torch.save_file
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(("save", "dtype"), [(torch.save, torch.float32), (SAVE_FILE, torch.float16)])
 def test_torchvision_weights_give_the_same_logits(
     tmp_path: Path, save: Callable[..., None], dtype: torch.dtype
@@ -85,6 +96,7 @@ def test_torchvision_files_are_identified_by_their_hash(depth: int, digest: str,
     assert (found[0].resize, found[0].crop, found[0].interpolation) == (resize, 224, "bilinear")
 
 
+@pytest.mark.usefixtures("short")
 def test_a_thousand_classes_get_the_imagenet_names_and_unknown_depths_are_refused(tmp_path: Path) -> None:
     torch.save(torchvision_resnet18(1000).state_dict(), tmp_path / "a.pth")
     _, report = imported(tmp_path / "a.pth", "resnet18")
@@ -143,6 +155,7 @@ def test_cifar_weights_give_the_same_logits(tmp_path: Path, blocks: int, option:
     assert report.config["shortcut"] == ("pad" if option == "A" else "projection")
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(
     ("name", "message"),
     [
