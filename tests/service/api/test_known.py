@@ -27,7 +27,7 @@ from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.export.once import ALONE, proving_once
-from tests.sopdeploy.training.runs import short_recipe
+from tests.sopdeploy.training.runs import few_digits, short_recipe
 
 RunServer = Callable[..., AbstractContextManager[httpx.Client]]
 
@@ -77,7 +77,8 @@ def test_the_schema_describes_known_and_score(client: httpx.Client) -> None:
 def bundle_of_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Train and export a network whose label smoothing makes it underconfident; return checkpoint, bundle."""
     folder = tmp_path_factory.mktemp("known")
-    best = train(short_recipe("loss.label_smoothing=0.3"), folder / "run").best
+    with few_digits():
+        best = train(short_recipe("loss.label_smoothing=0.3"), folder / "run").best
     with proving_once():
         return best, export(best, folder / "bundles", ExportOptions(detach=True, batch=ALONE)).path
 

@@ -188,6 +188,7 @@ def test_a_file_of_another_network_is_refused_with_its_name(tmp_path, model, bui
         start(f"model.name={model}", f"start.weights={tmp_path / 'mine.pth'}")
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_classifier_is_loaded_only_for_the_same_classes(tmp_path) -> None:
     recipe = short_recipe("epochs=1")
     best = train(recipe, tmp_path / "run").best
@@ -211,6 +212,7 @@ def test_a_classifier_is_loaded_only_for_the_same_classes(tmp_path) -> None:
     assert (plain.start.new, plain.start.unused) == ((), ("branches",))
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_run_records_its_start_and_resumes_without_the_file(tmp_path) -> None:
     first = train(short_recipe("epochs=1", "preprocess.mean=[0.1,0.2,0.3]"), tmp_path / "first")
     moved = first.best.rename(tmp_path / "start.pt")
