@@ -76,6 +76,7 @@ def test_auxiliary_outputs_in_train_mode_are_refused() -> None:
         network(torch.rand(2, 3, 8, 8))
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_registered_network_is_trained_and_exported_with_proof(registered: str, tmp_path: Path) -> None:
     config = {"aux_blocks": [1, 0], "aux_widths": [3, 3]}
     run = sopdeploy.train(

@@ -51,7 +51,7 @@ def write_data(name: str, root: Path, monkeypatch: Any) -> list[str]:
     """Write data for a recipe; return the settings that select it."""
     kind = read_recipe(name).data.kind
     if kind == "digits":
-        return []
+        return ["batch_size=180"]  # two steps of `few_digits`
     path = root
     if kind.startswith("cifar"):
         write_cifar(root, kind, monkeypatch)
@@ -93,6 +93,7 @@ def train_and_evaluate(name: str, root: Path, monkeypatch: Any) -> Path:
     return result.best
 
 
+@pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -> None:
     few_blocks(monkeypatch)
@@ -100,6 +101,7 @@ def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_digits")
 @pytest.mark.parametrize("name", sorted(SMALL.keys() - EXPORTED_AS.keys()))
 def test_a_recipe_leads_from_its_data_to_a_bundle(name, tmp_path, monkeypatch, record_property) -> None:
     few_blocks(monkeypatch)
