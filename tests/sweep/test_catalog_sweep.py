@@ -27,6 +27,8 @@ from tests.sweep.steps import Small, agreed, detached, exported
 
 OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
 BY_EIGENVALUES = ("mpncov-", "deepo2p-", "improved-bcnn-", "g2denet-")
+# Others hold the root of the first (`psdr-resnet50`, `gsop-net2`) and the gate of the second (`gmsop`).
+COVERED = ("isqrt-resnet8", "gmgap-16-8-resnet18")
 NEEDS_EIGENVALUES = {name for name in CATALOG if name.startswith(BY_EIGENVALUES)}
 
 
@@ -45,7 +47,11 @@ def outputs_of(model: str) -> set[str]:
 
 
 @pytest.mark.gpu_graph(lambda small: [(small.name, "fp32"), (small.name, "int8")])
-@pytest.mark.parametrize("small", [*LOWERED, *WALKED], ids=name)
+@pytest.mark.parametrize(
+    "small",
+    [pytest.param(s, marks=[pytest.mark.slow] * (s.name in COVERED)) for s in (*LOWERED, *WALKED)],
+    ids=name,
+)
 def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
 ) -> None:
