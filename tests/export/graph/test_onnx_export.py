@@ -1,3 +1,4 @@
+import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,14 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph import OPSET, capture, capture_any_batch, lower, operator_counts
+from sopdeploy_export.graph import (
+    OPSET,
+    YOUNG_OBJECTS,
+    capture,
+    capture_any_batch,
+    lower,
+    operator_counts,
+)
 from sopdeploy_export.proof.hashes import onnx_root
 from tests.export.once import ALONE, BATCH, graph_of
 
@@ -101,6 +109,24 @@ def test_network_that_restricts_the_batch_size_is_rejected(
 def test_bundle_for_single_images_has_a_batch_of_one(make: Make, preprocess: Preprocess) -> None:
     graph = lowered(make("resnet8"), preprocess, ALONE).graph
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+
+
+def test_garbage_collections_are_rare_during_a_capture_and_as_before_afterwards(
+    preprocess: Preprocess,
+) -> None:
+    before, during, usual = gc.get_threshold(), set(), (700, 10, 10)
+
+    def forward(images: Tensor) -> Tensor:
+        during.add(gc.get_threshold()[0])
+        return images.flatten(1)
+
+    gc.set_threshold(*usual)
+    try:
+        capture_any_batch(Minimal(forward).eval(), preprocess, ALONE)
+        assert gc.get_threshold() == usual
+    finally:
+        gc.set_threshold(*before)
+    assert during == {YOUNG_OBJECTS}
 
 
 def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preprocess) -> None:
