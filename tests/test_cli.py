@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -261,12 +262,22 @@ PRINTED = {
 }
 
 
-def run_into(stdout: Any, case: str) -> tuple[int, list[str]]:
-    """Run a case of `PRINTED`, or a command, with buffered *stdout*; return exit code and lines on stderr."""
+def run_into(stdout: Any, case: str, before: Callable[[], object] | None = None) -> tuple[int, list[str]]:
+    """Run a case of `PRINTED`, or a command, with buffered *stdout*; return exit code and lines on stderr.
+
+    The new process calls *before* first.
+    """
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = [sys.executable, "-m", "sopdeploy", *PRINTED.get(case, case).split()]
     done = subprocess.run(
-        command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, env=variables, cwd=ROOT
+        command,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=variables,
+        cwd=ROOT,
+        preexec_fn=before,
     )
     return done.returncode, done.stderr.splitlines()
 
@@ -288,6 +299,14 @@ def test_output_to_a_full_disk_is_a_user_error(case: str) -> None:
         "free disk space, or choose another file or folder [no_storage]"
     )
     assert (code, lines) == (2, [message])
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"), [("version", (0, 0)), ("quick start", (0, 0)), ("verify nowhere", (2, 1))]
+)
+def test_output_to_a_closed_stdout_is_discarded(case: str, expected: tuple[int, int]) -> None:
+    code, lines = run_into(None, case, before=lambda: os.close(1))
+    assert (code, len(lines)) == expected
 
 
 def test_an_error_that_cannot_be_printed_as_json_is_one_line() -> None:

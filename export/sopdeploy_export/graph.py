@@ -165,11 +165,8 @@ def export(module: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any)
     """
     attributes = {part: set(vars(part)) for part in module.modules()}
     try:
-        with (
-            rare_collections(),
-            torch.no_grad(),
-            redirect_stderr(io.StringIO()),
-        ):  # torch prints part of the graph on failure
+        # torch prints part of the graph on failure
+        with rare_collections(), torch.no_grad(), redirect_stderr(io.StringIO()):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns about caches that forward assigns
                 program = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)

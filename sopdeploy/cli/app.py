@@ -102,8 +102,12 @@ def root(
 def main() -> None:
     """Run the command line; exit with 1 if the reader of stdout has closed it, as `head` does.
 
-    A stdout that cannot be written otherwise, such as a file on a full disk, is a user error.
+    A stdout that cannot be written otherwise, such as a file on a full disk, is a user error. Output to a
+    stream that was closed before the start (`>&-`) is discarded.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
     # On shared cores, spinning OpenMP threads slow each other down. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code: Any = 0
