@@ -1,23 +1,22 @@
 """Distribute tests over xdist workers: which tests stay together, and which start first.
 
-Tests of one file share fixtures, and those of the exporter share certificates, so each such group runs on
-one worker. Files without shared fixtures are split into single tests to keep all workers busy at the end. The
-service tests form one group because they mostly wait for servers while the other workers compute.
+Tests of one file share fixtures, those of the exporter certificates, and those of training the process from
+which others are forked, so each such group runs on one worker. Files without shared fixtures are split into
+single tests to keep all workers busy at the end. The service tests form one group because they mostly wait
+for servers while the other workers compute.
 """
 
 from typing import Any
 
 from xdist.scheduler import LoadFileScheduling
 
-ONE_GROUP_PER_FOLDER = ("tests/export/", "tests/service/")
+ONE_GROUP_PER_FOLDER = ("tests/export/", "tests/service/", "tests/sopdeploy/training/")
 ONE_GROUP_PER_TEST = ("tests/sopdeploy/training/test_recipe_walks.py", "tests/sweep/test_catalog_sweep.py")
 LONGEST_FIRST = (
     *ONE_GROUP_PER_FOLDER,
     *ONE_GROUP_PER_TEST,
     "tests/test_walk.py",
     "tests/attacks/test_certificate.py",
-    "tests/sopdeploy/training/test_train_killed.py",
-    "tests/sopdeploy/training/test_train",
     "tests/sopdeploy/importers/",
     "tests/benchmarks/",
     "tests/test_",
