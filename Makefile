@@ -27,7 +27,7 @@ export NO_MKDOCS_2_WARNING := 1
 # uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test fuzz check lint types contracts unit tests ray-test test-models goldens format docs \
+.PHONY: demo quick test fuzz check lint types contracts unit compile tests ray-test test-models goldens format docs \
 	pictures site gpu-check soak dist wheel-test samples-test extras-test container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
@@ -36,13 +36,12 @@ demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over 
 quick: $(STAMP)  ## format, lint, types, import contracts and unit tests, in under 90 seconds
 	$(MAKE) --jobs=2 types lint contracts unit
 
-# Ray mostly waits for its own processes, so single-core jobs run beside it; the tests then use all cores.
 test: $(STAMP)  ## format, lint, types, import contracts, the wheel, all tests: what CI runs
-	$(MAKE) --jobs=2 ray-test check wheel-test
+	$(MAKE) --jobs=2 compile wheel-test check
 	$(MAKE) tests
 
 fuzz: $(STAMP)  ## the property tests with new random examples; a failure prints how to reproduce it
-	$(BIN)/pytest -n $(WORKERS) --hypothesis-profile=fuzz -m "hypothesis and not ray"
+	$(BIN)/pytest -n $(WORKERS) --hypothesis-profile=fuzz -m hypothesis
 
 check: lint types contracts
 
@@ -59,13 +58,15 @@ contracts: $(STAMP)
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet -n auto --dist loadfile $(UNIT)
 
-tests: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not ray"
+# Otherwise all test workers compile the same modules, also those of the libraries, at the same time.
+compile: $(STAMP)
+	$(BIN)/pytest --collect-only --quiet > /dev/null
 
-# A Ray cluster gives up when other processes delay its start, so this runs before the other tests. It collects
-# all tests, which compiles them once; otherwise all test workers compile the same modules at the same time.
-ray-test: $(STAMP)
-	$(BIN)/pytest -m ray
+tests: $(STAMP)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+ray-test: $(STAMP)  ## the tests on real Ray clusters, which give up if other processes delay their start
+	$(BIN)/pytest --slow -m ray
 
 test-models: $(STAMP)  ## the slow tests: every network at full width through training, export and parity (one hour)
 	$(BIN)/pytest --slow -m slow

@@ -21,6 +21,7 @@ from tests.service.server.on_ray.clusters import below
 
 pytestmark = [
     pytest.mark.ray,
+    pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.filterwarnings("ignore"),
 ]

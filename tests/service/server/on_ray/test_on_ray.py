@@ -17,7 +17,7 @@ from tests.ports import held_port
 from tests.service.children import START_SECONDS, line_of
 from tests.service.server.on_ray.clusters import Clients, Cluster, own_cluster
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 CLIENTS = 16
 
