@@ -111,12 +111,14 @@ class EngineGroup:
     def engine_ready(self) -> None:
         """Connect all front ends to the engine and watch its heartbeat from now on."""
         with self._lock:
+            broker = self.engine.broker
+            if broker is None:  # `close` was called while the engine started
+                return
             self._engine_ready = True
             for peer in self.front_ends:
                 self._connect(peer)
-            watched = self.engine.broker, self.engine.child
-        if watched[0] is None:  # `close` was called while the engine started
-            return
+            broker.settimeout(ENGINE_SECONDS)
+            watched = broker, self.engine.child
         threading.Thread(target=self._watch, args=watched, name="engine watch", daemon=True).start()
 
     def close(self) -> None:
@@ -142,7 +144,6 @@ class EngineGroup:
         """Kill an engine without heartbeats, and front ends that it reports."""
         while True:
             try:
-                broker.settimeout(ENGINE_SECONDS)
                 message = broker.recv(1000).decode()
             except TimeoutError:
                 log.error("the engine process %d hangs; it is killed", child.pid)

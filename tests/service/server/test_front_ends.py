@@ -342,3 +342,11 @@ def test_a_closed_group_watches_its_engine_no_more(monkeypatch) -> None:
         group.close()
         watch.join(50)
     assert not watch.is_alive()
+
+
+def test_an_engine_that_is_ready_after_the_stop_is_not_watched() -> None:
+    group = EngineGroup(Peer("engine"), [])
+    group.open_broker(group.engine).close()
+    group.close()
+    group.engine_ready()
+    assert "engine watch" not in [thread.name for thread in threading.enumerate()]

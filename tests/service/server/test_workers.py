@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -290,11 +289,3 @@ def test_joint_metrics_have_every_sample_and_the_workers_that_are_down() -> None
     ):
         assert line in text, text
     assert text.count("# TYPE a_total counter") == 1
-
-
-def test_an_engine_that_is_ready_after_the_stop_is_not_watched() -> None:
-    group = front_ends.EngineGroup(front_ends.Peer("engine"), [])
-    group.open_broker(group.engine).close()
-    group.close()
-    group.engine_ready()
-    assert "engine watch" not in [thread.name for thread in threading.enumerate()]
