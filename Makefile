@@ -36,7 +36,7 @@ demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over 
 quick: $(STAMP)  ## format, lint, types, import contracts and unit tests, in under 90 seconds
 	$(MAKE) --jobs=2 types lint contracts unit
 
-test: $(STAMP)  ## format, lint, types, import contracts, the wheel, all tests: what CI runs
+test: $(STAMP)  ## format, lint, types, import contracts, the wheel, all tests that are not slow: what CI runs
 	$(MAKE) --jobs=2 compile wheel-test check
 	$(MAKE) tests
 
@@ -58,9 +58,10 @@ contracts: $(STAMP)
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet -n auto --dist loadfile $(UNIT)
 
-# Otherwise all test workers compile the same modules, also those of the libraries, at the same time.
+# Otherwise all test workers compile the same modules, also those of the libraries, at the same time. The list of
+# tests is printed only if a module cannot be imported.
 compile: $(STAMP)
-	$(BIN)/pytest --collect-only --quiet > /dev/null
+	$(BIN)/pytest --collect-only -qqq > $(VENV)/tests.txt || { cat $(VENV)/tests.txt; exit 1; }
 
 tests: $(STAMP)
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile

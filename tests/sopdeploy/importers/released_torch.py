@@ -19,6 +19,7 @@ from sopdeploy.models.base import Classifier
 
 NOISE = 3.0  # times the original's own distance from float64
 WIDTHS = (64, 128, 256, 512)
+SHORT = (2, 1, 1, 1)  # blocks per stage; their weights have every kind of name
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sopdeploy.backbones import vgg
-from sopdeploy.backbones.resnet import BLOCKS
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.weight_files import open_weights
 from tests.sopdeploy.importers.released_torch import (
+    SHORT,
     VGG_WIDTHS,
     Basic,
     Bottleneck,
@@ -26,22 +26,8 @@ from tests.sopdeploy.importers.released_torch import (
 )
 
 R50, R101 = (3, 4, 6, 3), (3, 4, 23, 3)
-SHORT = (2, 1, 1, 1)
 NARROW = (8, 8, 16, 16, 16)  # channels of VGG's stages
 ATTENTIONS = {"1": "channel", "2": "position", "+": "sum", "M": "maximum", "&": "concatenation"}
-
-
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the ResNets 18 and 50 to five blocks, which have every kind of name."""
-    for depth in (18, 50):
-        monkeypatch.setitem(BLOCKS, depth, SHORT)
-
-
-@pytest.fixture
-def short26(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten ResNet-26, on which GSoP's files are based, in the same way."""
-    monkeypatch.setitem(BLOCKS, 26, SHORT)
 
 
 @functools.cache

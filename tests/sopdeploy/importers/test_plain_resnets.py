@@ -15,12 +15,12 @@ import torchvision
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
-from sopdeploy.backbones.resnet import BLOCKS
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.resnets import published_preprocess
 from sopdeploy.importers.timm_network import hub_preprocess
 from tests.sopdeploy.importers.released_torch import (
+    SHORT,
     CifarResNet,
     assert_same_logits,
     imported,
@@ -29,15 +29,8 @@ from tests.sopdeploy.importers.released_torch import (
     settled,
 )
 
-SHORT = (2, 1, 1, 1)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HUB = {"crop_pct": 0.9, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
-
-
-@pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten ResNet-18 to five blocks, as `torchvision_resnet18`."""
-    monkeypatch.setitem(BLOCKS, 18, SHORT)
 
 
 @functools.cache
