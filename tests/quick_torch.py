@@ -22,7 +22,7 @@ COLLECT, COLLECT_ATEN = "_collect_all_valid_cia_ops", "_collect_all_valid_cia_op
 
 @functools.cache
 def keep() -> None:
-    """Cache them in this process; operators are collected again after new ones were registered."""
+    """Cache these results in this process; after new operators are registered, they are collected again."""
     library = registration.onnxscript_apis  # imported when it is first asked for anything
     setattr(library, FORMS, functools.cache(lambda: library.__getattr__(FORMS)()))
     registry = registration.ONNXRegistry
@@ -49,7 +49,7 @@ def until_registered(collect: Callable[[], Any]) -> Callable[[], Any]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Cache them and use one torch thread until the block ends, which is faster for small networks."""
+    """Cache these results; use one torch thread until the block ends, faster for small networks."""
     keep()
     before = torch.get_num_threads()
     torch.set_num_threads(1)

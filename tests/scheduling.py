@@ -1,9 +1,9 @@
 """Distribute tests over xdist workers: which tests stay together, and which start first.
 
-Tests of one file share fixtures, those of the exporter certificates, and those of training the process from
-which others are forked, so each such group runs on one worker. Files without shared fixtures are split into
-single tests to keep all workers busy at the end. The service tests form one group because they mostly wait
-for servers while the other workers compute.
+Tests of one file share fixtures and run on one worker. So do all tests of the exporter, which share
+certificates, and all tests of training, which share the process that forks others. Files without shared
+fixtures are split into single tests to keep all workers busy at the end. The service tests form one
+group because they mostly wait for servers while the other workers compute.
 """
 
 from typing import Any

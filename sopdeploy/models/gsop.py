@@ -91,7 +91,7 @@ class GSoP(Classifier):
             dr_stride = 2 if name in config.strided_dr_stages else 1
             for position in positions:
                 channels = self.tap_channels[f"{name}.{position}"]
-                if position:  # drawn anew; the first block is kept, because it changes the shape
+                if position:  # a new block; the first one stays, because it changes the shape
                     stage.register_module(str(position), self.branch_block(channels, channels, 1))
                 block: Any = stage.get_submodule(str(position))
                 block.attention = GSoPBlock(config, channels, dr_stride)

@@ -1,4 +1,4 @@
-"""FIFOs, sockets and devices with an image suffix are errors of these files; no reader waits for them."""
+"""A FIFO, socket or device with an image suffix is an unreadable image; no reader waits for it."""
 
 import os
 import socket

@@ -278,7 +278,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def open_files() -> int:
-    """Count the open descriptors of this process; garbage that holds some is collected first."""
+    """Collect garbage, which may hold descriptors, then count the open descriptors of this process."""
     gc.collect()
     return sum(1 for _ in Path("/dev/fd").iterdir())
 

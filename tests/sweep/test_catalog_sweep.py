@@ -27,7 +27,7 @@ from tests.sweep.steps import Small, agreed, detached, exported
 
 OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
 BY_EIGENVALUES = ("mpncov-", "deepo2p-", "improved-bcnn-", "g2denet-")
-# Others hold the root of the first (`psdr-resnet50`, `gsop-net2`) and the gate of the second (`gmsop`).
+# `psdr-resnet50` and `gsop-net2` contain the root of the first, `gmsop` contains the gate of the second.
 COVERED = ("isqrt-resnet8", "gmgap-16-8-resnet18")
 NEEDS_EIGENVALUES = {name for name in CATALOG if name.startswith(BY_EIGENVALUES)}
 

@@ -45,7 +45,7 @@ def few_digits() -> Iterator[None]:
 
 @functools.cache
 def forkserver() -> ForkServerContext:
-    """Return a context whose processes are forked from one with this module and what optimizers load."""
+    """Return a context that forks from a process with this module and the compiler that optimizers import."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "torch._dynamo"])
     return context
