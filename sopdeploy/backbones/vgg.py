@@ -18,6 +18,7 @@ from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.layers.pooling.registry import Pooling
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+HIDDEN = 4096  # width of the usual classifier of three layers
 
 
 class VGGConfig(StrictModel):
@@ -79,11 +80,11 @@ def build_classifier(
     if kind == "linear":
         return pooling.classifier(num_classes)
     return nn.Sequential(
-        nn.Linear(pooling.out_features, 4096),
+        nn.Linear(pooling.out_features, HIDDEN),
         nn.ReLU(inplace=True),
         nn.Dropout(dropout),
-        nn.Linear(4096, 4096),
+        nn.Linear(HIDDEN, HIDDEN),
         nn.ReLU(inplace=True),
         nn.Dropout(dropout),
-        nn.Linear(4096, num_classes),
+        nn.Linear(HIDDEN, num_classes),
     )

@@ -12,7 +12,7 @@ import re
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fit import triangle_side
-from sopdeploy.importers.resnets import RESNET_TENSOR, resnet_depth
+from sopdeploy.importers.resnets import RESNET_TENSOR, resnet_depth, stem_width
 from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile, rename_tensors
 from sopdeploy.models.registry import CATALOG
 
@@ -58,7 +58,8 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
         num_classes=classes,
         preprocess=Preprocess(),
         required={"depth": depth, "pooling.kind": kind},
-        detected=pooling | ({} if stride is None else {"conv5_stride": stride}),
+        detected={"base_width": stem_width(renamed), **pooling}
+        | ({} if stride is None else {"conv5_stride": stride}),
         undetermined={} if stride is not None else {"conv5_stride": unknown},
         labels="imagenet",
     )

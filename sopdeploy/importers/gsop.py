@@ -14,7 +14,7 @@ import torch
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fit import row_wise_order, triangle_side
-from sopdeploy.importers.resnets import RESNET_TENSOR, resnet_depth
+from sopdeploy.importers.resnets import RESNET_TENSOR, resnet_depth, stem_width
 from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile, rename_tensors
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.registry import CATALOG
@@ -46,7 +46,8 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         return None
     depth = resnet_depth(file.path, file.tensors)
     net = 2 if "layer_reduce.weight" in file.tensors else 1
-    detected = {**_block_config(file), "final_pooling": "gap" if net == 1 else "isqrt"}
+    detected = {"base_width": stem_width(file), **_block_config(file)}
+    detected["final_pooling"] = "gap" if net == 1 else "isqrt"
     if net == 2:
         detected["final_width"] = len(file.tensors["layer_reduce.weight"])
     attention = detected.get("attention")

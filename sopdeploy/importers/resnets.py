@@ -39,6 +39,11 @@ def resnet_depth(path: Path, names: Iterable[str]) -> int:
     )
 
 
+def stem_width(file: WeightFile) -> int:
+    """Return the number of channels of `conv1`, the network's `base_width`; raises `WeightsError`."""
+    return file.tensor("conv1.weight").shape[:1].numel()
+
+
 def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     """Map a ResNet of torchvision, under the same names; None without four stages and `fc`."""
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= file.tensors.keys():
@@ -54,6 +59,7 @@ def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeight
         num_classes=len(file.classifier_weight("fc.weight")),
         preprocess=found[0] if found else Preprocess(),
         required={"depth": depth, "pooling.kind": "gap"},
+        detected={"base_width": stem_width(file)},
         labels="imagenet",
         notes=(found[1],) if found else (),
     )
@@ -102,7 +108,7 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
         preprocess=Preprocess(resize=CIFAR_SIDE, crop=CIFAR_SIDE),
         required={"depth": depth, "pooling.kind": "gap"},
         detected={
-            "base_width": len(file.tensor("conv1.weight")),
+            "base_width": stem_width(file),
             "shortcut": "projection" if projects else "pad",
         },
         labels="cifar10",

@@ -18,7 +18,7 @@ from sopdeploy.importers.import_weights import ImportOptions, ImportReport, impo
 from sopdeploy.models.base import Classifier
 
 NOISE = 3.0  # times the original's own distance from float64
-WIDTHS = (64, 128, 256, 512)
+BASE = 16  # channels of the first stage; published networks have 64
 SHORT = (2, 1, 1, 1)  # blocks per stage; their weights have every kind of name
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 
@@ -76,9 +76,11 @@ class Bottleneck(nn.Module):
     "1" is channel-wise, "2" position-wise, "+" their sum, "M" their maximum, "&" their concatenation.
     """
 
-    def __init__(self, inside: int, width: int, stride: int, attention: str = "0", d: int = 32) -> None:
+    def __init__(
+        self, inside: int, width: int, stride: int, attention: str = "0", dr_stride: int = 1
+    ) -> None:
         super().__init__()
-        out = 4 * width
+        out, d = 4 * width, 32
         self.attention = attention
         self.conv1, self.bn1 = nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
@@ -86,7 +88,7 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out)
         self.downsample = conv_bn(inside, out, stride) if stride > 1 or inside != out else None
         if attention in {"1", "+", "M", "&"}:
-            self.conv_for_DR = nn.Conv2d(out, d, 1, stride=2 if width == 64 else 1)
+            self.conv_for_DR = nn.Conv2d(out, d, 1, stride=dr_stride)
             self.bn_for_DR, self.row_bn = nn.BatchNorm2d(d), nn.BatchNorm2d(d)
             self.row_conv_group = nn.Conv2d(d, 4 * d, (d, 1), groups=d)
             self.fc_adapt_channels = nn.Conv2d(4 * d, out, 1)
@@ -145,18 +147,20 @@ class ResNet(nn.Module):
         steps: int = 5,
         order: str = "rows",
         attention: str = "0",
+        base: int = BASE,
     ) -> None:
         super().__init__()
         self.d, self.steps, self.order = d, steps, order
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)
-        inside, growth = 64, 4 if kind is Bottleneck else 1
+        self.conv1, self.bn1 = nn.Conv2d(3, base, 7, 2, 3, bias=False), nn.BatchNorm2d(base)
+        inside, growth = base, 4 if kind is Bottleneck else 1
         for number, (width, count, first) in enumerate(
-            zip(WIDTHS, blocks, (1, 2, 2, stride), strict=True), 1
+            zip([base * factor for factor in (1, 2, 4, 8)], blocks, (1, 2, 2, stride), strict=True), 1
         ):
             stage = []
             for position in range(count):
                 last = position == count - 1 and not (d and number == 4)
-                how = {"attention": attention} if attention != "0" and last else {}
+                block = {"attention": attention, "dr_stride": 2 if number == 1 else 1}
+                how = block if attention != "0" and last else {}
                 stage.append(kind(inside, width, 1 if position else first, **how))
                 inside = width * growth
             self.add_module(f"layer{number}", nn.Sequential(*stage))
@@ -177,7 +181,13 @@ class Vgg(nn.Module):
     """VGG-16 with batch norm but for the last max-pooling; *d* channels, or B-CNN where d is 0."""
 
     def __init__(
-        self, *, d: int, linear: bool, classes: int = 5, widths: tuple[int, ...] = VGG_WIDTHS
+        self,
+        *,
+        d: int,
+        linear: bool,
+        classes: int = 5,
+        widths: tuple[int, ...] = VGG_WIDTHS,
+        hidden: int = 4096,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -197,8 +207,9 @@ class Vgg(nn.Module):
         if linear:
             self.classifier: nn.Module = nn.Linear(length, classes)
         else:
-            hidden = [nn.Linear(length, 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU()]
-            self.classifier = nn.Sequential(*hidden, nn.Dropout(), nn.Linear(4096, classes))
+            first, second = nn.Linear(length, hidden), nn.Linear(hidden, hidden)
+            layers = [first, nn.ReLU(), nn.Dropout(), second, nn.ReLU(), nn.Dropout()]
+            self.classifier = nn.Sequential(*layers, nn.Linear(hidden, classes))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)

@@ -11,6 +11,7 @@ from sopdeploy.backbones import vgg
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.weight_files import open_weights
 from tests.sopdeploy.importers.released_torch import (
+    BASE,
     SHORT,
     VGG_WIDTHS,
     Basic,
@@ -51,7 +52,7 @@ def test_the_reference_networks_have_as_many_tensors_as_the_published_files(
     blocks: Any, d: int, attention: str, entries: int
 ) -> None:
     with torch.device("meta"):
-        network = ResNet(blocks, kind=Bottleneck, d=d, attention=attention, classes=1000)
+        network = ResNet(blocks, kind=Bottleneck, d=d, attention=attention, classes=1000, base=64)
     assert len(network.state_dict()) == entries
     if attention == "0":
         expected = {326: 56_929_832, 632: 75_921_960}[entries]
@@ -67,6 +68,7 @@ def test_a_published_resnet50_gives_the_same_logits(tmp_path: Path) -> None:
     assert_same_logits(ours, network, random_images(48))
     assert report.config["conv5_stride"] == 1
     assert {"width": 16, "iterations": 5}.items() <= report.config["pooling"].items()
+    assert report.config["base_width"] == BASE
     assert (report.preprocess.resize, report.preprocess.crop) == (256, 224)
     assert len(report.rows) == len(network.state_dict())
 
@@ -144,9 +146,10 @@ def test_batch_norm_counters_can_be_absent(tmp_path: Path) -> None:
     ("d", "linear", "name", "entries", "widths"),
     [
         (8, False, "isqrt-vgg16", 103, NARROW),
+        (0, True, "bcnn-vgg16", 93, (*NARROW[:4], 512)),  # whose classifier has 512 x 512 inputs
         pytest.param(8, False, "isqrt-vgg16", 103, VGG_WIDTHS, marks=pytest.mark.slow),
         pytest.param(8, True, "isqrt-vgg16", 99, VGG_WIDTHS, marks=pytest.mark.slow),
-        (0, True, "bcnn-vgg16", 93, VGG_WIDTHS),
+        pytest.param(0, True, "bcnn-vgg16", 93, VGG_WIDTHS, marks=pytest.mark.slow),
     ],
 )
 def test_vgg_weights_give_the_same_logits(
@@ -159,9 +162,11 @@ def test_vgg_weights_give_the_same_logits(
     widths: tuple[int, ...],
 ) -> None:
     stages = [(width,) * len(stage) for width, stage in zip(widths, vgg.STAGES, strict=True)]
+    hidden = vgg.HIDDEN if widths == VGG_WIDTHS else 32
     monkeypatch.setattr(vgg, "STAGES", stages)
+    monkeypatch.setattr(vgg, "HIDDEN", hidden)
     torch.manual_seed(0)
-    network = settled(Vgg(d=d, linear=linear, widths=widths))
+    network = settled(Vgg(d=d, linear=linear, widths=widths, hidden=hidden))
     if not d:
         network.classifier.weight.data *= 512.0  # B-CNN's vector has length 1
     torch.save({"state_dict": prefixed(network.state_dict())}, tmp_path / "a.pth.tar")

@@ -22,6 +22,7 @@ from sopdeploy.importers.timm_network import hub_preprocess
 from tests.sopdeploy.importers.released_torch import (
     SHORT,
     CifarResNet,
+    ResNet,
     assert_same_logits,
     imported,
     prefixed,
@@ -104,21 +105,26 @@ def test_a_thousand_classes_get_the_imagenet_names_and_unknown_depths_are_refuse
 @pytest.mark.parametrize("beside", [True, False])
 def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) -> None:
     torch.manual_seed(0)
-    network, file = settled(timm.create_model("resnet18", num_classes=5)), tmp_path / "model.safetensors"
+    network, file = settled(timm.create_model("test_resnet", num_classes=5)), tmp_path / "model.safetensors"
     safetensors.torch.save_file(network.state_dict(), file)
     if beside:
         write_hub_config(tmp_path, {"input_size": [3, 288, 288], **HUB})
-    ours, report = imported(file, "timm:resnet18")
+    ours, report = imported(file, "timm:test_resnet")
     assert_same_logits(ours, network, random_images(64))
-    rules, stored = report.preprocess, timm.get_pretrained_cfg("resnet18")
+    rules, stored = report.preprocess, timm.get_pretrained_cfg("test_resnet")
     side = stored.input_size[-1]
     expected = (320, 288, "bicubic") if beside else (int(side / stored.crop_pct), side, stored.interpolation)
     assert (rules.resize, rules.crop, rules.interpolation) == expected
     assert rules.mean == ((0.5,) * 3 if beside else stored.mean)
     assert report.notes[0].startswith("preprocessing from config.json" if beside else "no config.json")
-    if beside:  # the config applies to torchvision's importer, too
-        rules = imported(file, "resnet18")[1].preprocess
-        assert (rules.resize, rules.crop) == (320, 288)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_hub_config_applies_to_the_importer_of_torchvision_too(tmp_path: Path) -> None:
+    torch.save(ResNet(SHORT).state_dict(), tmp_path / "model.pth")
+    write_hub_config(tmp_path, {"input_size": [3, 288, 288], **HUB})
+    rules = imported(tmp_path / "model.pth", "resnet18")[1].preprocess
+    assert (rules.resize, rules.crop) == (320, 288)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +181,7 @@ def test_another_network_is_refused(weights: Path, name: str, message: str) -> N
         ({"bn1.bias": torch.zeros(8, dtype=torch.complex64)}, "bn1.bias is not a dense tensor"),
         ({"bn1.bias": torch.zeros(8).to_sparse()}, "not a dense tensor|damaged"),
         ({"bn1.bias": torch.zeros(1).expand(1 << 31)}, "more than 4 GiB"),
+        ({"conv1.weight": torch.zeros(())}, r"conv1.weight has shape \(\), not \(1, 3, 3, 3\)"),
         ({"module.bn1.bias": torch.zeros(8)}, "bn1.bias occurs twice"),
         ({"bn1.bias": None}, "bn1.bias is not in the file"),
     ],

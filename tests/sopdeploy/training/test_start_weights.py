@@ -17,6 +17,7 @@ from huggingface_hub import close_session, constants
 from PIL import Image
 from typer.testing import CliRunner
 
+from sopdeploy.backbones.resnet import BLOCKS
 from sopdeploy.checkpoint import load_plain, read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
@@ -27,6 +28,7 @@ from sopdeploy.training.distributed.strategy import SingleProcess
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.start_weights import InitialModel, complete_preprocess, create_initial_model
+from tests.sopdeploy.importers.released_torch import BASE, ResNet
 from tests.sopdeploy.training.runs import short_recipe
 from tests.sopdeploy.training.weight_server import WeightServer, weight_server
 
@@ -43,9 +45,9 @@ def content_of(network: torch.nn.Module) -> bytes:
 
 @pytest.fixture(scope="module")
 def resnet18() -> bytes:
-    """The bytes of a file with torchvision's layout for ResNet-18, with random weights."""
+    """The bytes of a file with torchvision's layout for a narrow ResNet-18, with random weights."""
     torch.manual_seed(1)
-    return content_of(torchvision.models.resnet18())
+    return content_of(ResNet(BLOCKS[18], classes=1000))
 
 
 @pytest.fixture
@@ -89,7 +91,9 @@ def test_torchvision_weights_are_downloaded_once_and_fill_the_backbone(
     server, resnet18, monkeypatch, tmp_path, model, new
 ) -> None:
     name = publish(server, resnet18, monkeypatch)
-    initial = start(f"model.name={model}")
+    pooling = ', pooling={kind="isqrt", width=8}' if model == "isqrt-resnet18" else ""
+    settings = f"model.name={model}", f"model.config={{base_width={BASE}{pooling}}}"
+    initial = start(*settings)
     assert (tmp_path / "torch" / "hub" / "checkpoints" / name).read_bytes() == resnet18
     given = load_plain(tmp_path / "torch" / "hub" / "checkpoints" / name)
     own = initial.model.state_dict()
@@ -99,7 +103,7 @@ def test_torchvision_weights_are_downloaded_once_and_fill_the_backbone(
     assert (initial.start.file, initial.start.unused) == (name, ())
     assert (initial.recipe.preprocess.resize, initial.recipe.preprocess.crop) == (256, 224)
     server.fault = "not found"  # the second run needs no server
-    assert start(f"model.name={model}").start == initial.start
+    assert start(*settings).start == initial.start
     assert server.requests == [f"GET /models/{name}"]
 
 
@@ -284,7 +288,7 @@ def test_photos_lead_from_published_weights_to_a_bundle(server, resnet18, monkey
         folder = tmp_path / "photos" / LABELS[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (80, 60), (30 * number, 0, 0)).save(folder / f"{number}.jpg")
-    small = ["--set", "epochs=1", "--set", "preprocess.crop=32"]
+    small = ["--set", "epochs=1", "--set", "preprocess.crop=32", "--set", f"model.config.base_width={BASE}"]
     trained = CliRunner().invoke(app, ["train", "--data", "photos", *small])
     assert trained.exit_code == 0, trained.output
     assert "start weights: resnet18-" in trained.stderr
