@@ -56,8 +56,9 @@ def upper_triangle_indices(channels: int) -> Tensor:
 
     int64 of length C (C + 1) / 2, diagonal included; the order of fast-MPN-COV's vector.
     """
-    rows_columns = torch.triu_indices(channels, channels)
-    return rows_columns[0] * channels + rows_columns[1]
+    rows, columns = torch.triu_indices(channels, channels, device="cpu")  # takes 1.5 ms on `meta`
+    indices: Tensor = rows * channels + columns
+    return indices.to(torch.get_default_device())
 
 
 def at_least_float32(x: Tensor) -> Tensor:
