@@ -12,8 +12,10 @@ from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.gsop import RELEASED
 from tests.sopdeploy.training.small_recipes import few_blocks
 
-NARROW = {"aux_widths": (8, 8, 8, 8), "aux_blocks": (1, 1, 1, 1)}
-SMALL_GE = {"side": 64, "conv5_stride": 1}
+BASE = {"base_width": 16}
+NARROW = {**BASE, "aux_widths": (8, 8, 8, 8), "aux_blocks": (1, 1, 1, 1)}
+TIMM = {"aux_widths": (4, 4, 4, 4), "aux_blocks": (1, 1, 1, 1)}
+SMALL_GE = {**BASE, "side": 64, "conv5_stride": 1}
 GATED = {"blocks_per_stage": 1, "components": 4, "chosen": 2, "component_widths": (12, 8)}
 GMSOP = {**GATED, "gate_widths": (8, 6), "dropout": 0.0}
 ONE_BLOCK = {"blocks_per_stage": 1}
@@ -30,9 +32,9 @@ NETWORKS: list[tuple[str, int, dict[str, Any]]] = [
     ("dsop-preact-resnet110", 8, {"blocks": 2}),
     ("dsop-resnext29-8x64d", 8, {"cardinality": 2, "group_width": 4, "aux_widths": (8, 8, 8)}),
     ("dsop-efficientnet-b0", 32, {}),
-    ("dsop-timm:resnet18", 64, {**NARROW, "aux_widths": (4, 4, 4, 4)}),
-    ("dsop-timm:mobilenetv3_small_100", 64, {**NARROW, "aux_widths": (4, 4, 4, 4)}),
-    ("psdr-resnet50", 32, {"depth": 18, "width": 16, "decay": 0.5}),
+    ("dsop-timm:test_resnet", 64, TIMM),
+    ("dsop-timm:mobilenetv3_small_100", 64, TIMM),
+    ("psdr-resnet50", 32, {**BASE, "depth": 18, "width": 16, "decay": 0.5}),
     *[
         (GSOP, 32, {**TWO, "attention": kind})
         for kind in ("channel", "position", "average", "sum", "maximum", "concatenation")
@@ -40,12 +42,12 @@ NETWORKS: list[tuple[str, int, dict[str, Any]]] = [
     ("gsop-net2-preact-resnet29", 32, TWO),
     ("gsop-net2-preact-resnet29", 32, {**TWO, **RELEASED}),
     (GSOP, 32, {**TWO, **RELEASED, "attention": "concatenation"}),
-    ("gsop-net2-resnet26", 32, {"block_stages": ["layer4"], "final_width": 32}),
-    ("gsop-net1-resnet26", 32, {**RELEASED, "attention": "sum", "block_stages": ["layer4"]}),
-    ("se-resnet18", 64, {}),
-    ("cbam-resnet18", 64, {"kernel": 3}),
+    ("gsop-net2-resnet26", 32, {**BASE, "block_stages": ["layer4"], "final_width": 32}),
+    ("gsop-net1-resnet26", 32, {**BASE, **RELEASED, "attention": "sum", "block_stages": ["layer4"]}),
+    ("se-resnet18", 64, BASE),
+    ("cbam-resnet18", 64, {**BASE, "kernel": 3}),
     ("ge-resnet18", 64, SMALL_GE),
-    ("ge-resnet18", 64, {"parameters": "none", "extent": 4}),
+    ("ge-resnet18", 64, {**BASE, "parameters": "none", "extent": 4}),
     ("ge-resnet18", 64, {"parameters": "gather", **SMALL_GE}),
     ("se-preact-resnet164", 64, {"blocks": 1}),
     ("gmsop-16-8-resnet18", 16, GMSOP),

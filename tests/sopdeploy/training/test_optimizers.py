@@ -29,7 +29,8 @@ pytestmark = pytest.mark.usefixtures("few_digits")
     ],
 )
 def test_each_optimizer_reduces_the_loss(tmp_path, kind, optimizer_class, lr, group) -> None:
-    recipe = short_recipe(f"optimizer={{kind='{kind}', lr={lr}}}", "model.config.aux_dropout=0.0")
+    settings = f"optimizer={{kind='{kind}', lr={lr}}}", "model.config.aux_dropout=0.0"
+    recipe = short_recipe(*settings, "epochs=2")
     optimizer = recipe.optimizer.create([nn.Parameter(torch.zeros(1))])
     assert type(optimizer) is optimizer_class
     assert {"lr": lr, **group}.items() <= optimizer.param_groups[0].items()
