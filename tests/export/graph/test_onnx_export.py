@@ -111,7 +111,7 @@ def test_bundle_for_single_images_has_a_batch_of_one(make: Make, preprocess: Pre
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
 
 
-def test_garbage_collections_are_rare_during_a_capture_and_as_before_afterwards(
+def test_a_capture_rarely_collects_garbage_records_no_stack_traces_and_resets_both(
     preprocess: Preprocess,
 ) -> None:
     before, during, usual = gc.get_threshold(), set(), (700, 10, 10)
@@ -122,11 +122,13 @@ def test_garbage_collections_are_rare_during_a_capture_and_as_before_afterwards(
 
     gc.set_threshold(*usual)
     try:
-        capture_any_batch(Minimal(forward).eval(), preprocess, ALONE)
+        program = capture_any_batch(Minimal(forward).eval(), preprocess, ALONE)
         assert gc.get_threshold() == usual
     finally:
         gc.set_threshold(*before)
     assert during == {YOUNG_OBJECTS}
+    assert not [node for node in program.graph.nodes if node.stack_trace]
+    assert not torch.fx.config.do_not_emit_stack_traces
 
 
 def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preprocess) -> None:
