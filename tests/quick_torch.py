@@ -12,11 +12,14 @@ from typing import Any
 import torch
 import torch._export.utils as operators
 import torch._ops as overloads
+from torch._C import DispatchKey
 from torch.export import decomp_utils, exported_program
 from torch.onnx._internal.exporter import _registration as registration
 
 FORMS = "get_torchlib_ops"
 IMPLICIT = "CompositeImplicitAutograd"
+UNDIFFERENTIABLE = "autograd_not_implemented"
+GRADIENT_KEYS, KERNEL_KEYS = "_AUTOGRAD_ALIAS_BACKEND_KEYS_TO_OVERRIDE", "_BACKEND_KEYS_TO_OVERRIDE"
 COLLECT, COLLECT_ATEN = "_collect_all_valid_cia_ops", "_collect_all_valid_cia_ops_for_aten_namespace"
 
 
@@ -32,6 +35,10 @@ def keep() -> None:
     setattr(exported_program, COLLECT, every)
     setattr(decomp_utils, COLLECT, every)
     setattr(decomp_utils, COLLECT_ATEN, until_registered(getattr(operators, COLLECT_ATEN)))
+    # For every decomposition, torch registers 21 kernels of each operator. These tests only run on the CPU.
+    setattr(exported_program, UNDIFFERENTIABLE, functools.cache(getattr(exported_program, UNDIFFERENTIABLE)))
+    setattr(exported_program, GRADIENT_KEYS, [DispatchKey.AutogradCPU, DispatchKey.AutogradMeta])
+    setattr(exported_program, KERNEL_KEYS, [DispatchKey.CPU, DispatchKey.Meta])
 
 
 def until_registered(collect: Callable[[], Any]) -> Callable[[], Any]:
