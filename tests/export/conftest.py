@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests import quick_torch
 from tests.export.once import ALONE, proving_once
 
 SIDE = 16
+BRANCHED = BatchRange(optimum=2, maximum=4)
 LABELS = tuple("abcdefghij")
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -80,20 +82,18 @@ def save(
     return path
 
 
-def _exported(
-    network: Classifier, name: str, folder: Path, batch: BatchRange, *, measure_speed: bool = False
-) -> Exported:
+def _exported(network: Classifier, name: str, folder: Path, **options: Any) -> Exported:
     """Export *network* with class names that a report must escape."""
     checkpoint = save(network, name, folder / "ckpt.pt", Preprocess(resize=SIDE, crop=SIDE), HOSTILE)
-    options = ExportOptions(detach=bool(network.training_only), batch=batch, measure_speed=measure_speed)
-    with proving_once():
-        return export(checkpoint, folder / "out", options)
+    chosen = ExportOptions(detach=bool(network.training_only), **options)
+    with proving_once(changes_program=chosen.pt2):
+        return export(checkpoint, folder / "out", chosen)
 
 
 @pytest.fixture(scope="session")
 def branched(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    folder, batch = tmp_path_factory.mktemp("branched"), BatchRange(optimum=2, maximum=4)
-    return _exported(trained(), "dsop-resnet8", folder, batch, measure_speed=True)
+    folder = tmp_path_factory.mktemp("branched")
+    return _exported(trained(), "dsop-resnet8", folder, batch=BRANCHED, measure_speed=True, pt2=True)
 
 
 @pytest.fixture(scope="session")
@@ -101,4 +101,4 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     widths = {"component_widths": (6,), "gate_widths": (), "blocks_per_stage": 1, "conv5_stride": 1}
     network = trained("gmgap-16-8-resnet18", components=4, chosen=2, **widths)
     torch.nn.init.normal_(network.gate.weight, std=0.1)
-    return _exported(network, "gmgap-16-8-resnet18", tmp_path_factory.mktemp("gated"), ALONE)
+    return _exported(network, "gmgap-16-8-resnet18", tmp_path_factory.mktemp("gated"), batch=ALONE)

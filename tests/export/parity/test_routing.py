@@ -13,6 +13,7 @@ from sopdeploy_export.parity.compare import compute_reference
 from sopdeploy_export.parity.report import Routing, compared, find_routes, rerouted, routing_parity
 from sopdeploy_export.pipeline import as_probes
 from tests.export.conftest import trained
+from tests.export.once import ALONE
 from tests.sweep.steps import measured, save
 
 UNDERFLOW = [400.0, 100.0, 1.0, 0.0]  # the second of two weights is e^-300, which is 0 in float32
@@ -84,7 +85,7 @@ def test_a_correct_file_with_underflowing_gate_weights_passes(tmp_path: Path) ->
     network = trained("gmgap-16-8-resnet18", **GMGAP)
     torch.nn.init.normal_(network.gate.weight, std=300)
     checkpoint = save(network, "gmgap-16-8-resnet18", 16, tmp_path / "ckpt.pt")
-    expected, parity = measured(checkpoint, tmp_path / "model.onnx")
+    expected, parity = measured(checkpoint, tmp_path / "model.onnx", batch=ALONE)
     assert parity.routing is not None
     assert parity.routing.wrong == 0
     probes = as_probes(probe_images(Preprocess(resize=16, crop=16)), expected, parity)

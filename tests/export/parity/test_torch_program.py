@@ -12,7 +12,6 @@ import torch
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import CertificateError, ParityError
 from sopdeploy.images.preprocess import Preprocess
@@ -22,33 +21,21 @@ from sopdeploy_export.parity.torch_program import FILE, check_program, serialize
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.proof.certificate import Proof, certify
 from sopdeploy_export.proof.networks import detach
-from tests.export.conftest import save, trained
+from tests.export.conftest import BRANCHED, save, trained
 from tests.export.once import proving_once
 
-BATCH = BatchRange(optimum=2, maximum=4)
-WITH_FILE = ExportOptions(detach=True, batch=BATCH, pt2=True)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(trained(), "dsop-resnet8", tmp_path_factory.mktemp("pt2") / "ckpt.pt", preprocess)
-
-
-@pytest.fixture(scope="module")
-def exported(checkpoint: Path) -> Exported:
-    with proving_once(changes_program=True):
-        return export(checkpoint, checkpoint.parent / "out", WITH_FILE)
+WITH_FILE = ExportOptions(detach=True, batch=BRANCHED, pt2=True)
 
 
 @pytest.fixture(scope="module")
 def proof(preprocess: Preprocess, probes: torch.Tensor) -> Proof:
     network = trained()
-    with proving_once():
-        return certify(network, detach(network), preprocess, probes, model="dsop-resnet8", batch=BATCH)
+    with proving_once(changes_program=True):  # as `branched`, whose programs are cached
+        return certify(network, detach(network), preprocess, probes, model="dsop-resnet8", batch=BRANCHED)
 
 
-def test_the_file_is_part_of_the_bundle_and_gives_its_logits(exported: Exported) -> None:
-    bundle = open_bundle(exported.path)
+def test_the_file_is_part_of_the_bundle_and_gives_its_logits(branched: Exported) -> None:
+    bundle = open_bundle(branched.path)
     assert FILE in bundle.manifest.files
     probes = read_probes(bundle.probes)
     program = torch.export.load(bundle.path / FILE)
@@ -58,22 +45,22 @@ def test_the_file_is_part_of_the_bundle_and_gives_its_logits(exported: Exported)
         assert drift <= probes.tolerance["logits"]
 
 
-def test_the_file_holds_the_kept_tensors_and_no_removed_one(exported: Exported) -> None:
-    program = torch.export.load(exported.path / FILE)
-    removed = {entry.name for entry in exported.certificate.removed}
+def test_the_file_holds_the_kept_tensors_and_no_removed_one(branched: Exported) -> None:
+    program = torch.export.load(branched.path / FILE)
+    removed = {entry.name for entry in branched.certificate.removed}
     names = {name.removeprefix("network.") for name in program.state_dict}
     assert removed
     assert not names & removed
-    with zipfile.ZipFile(exported.path / FILE) as archive:
+    with zipfile.ZipFile(branched.path / FILE) as archive:
         written = sum(i.file_size for i in archive.infolist() if "/data/weights/weight_" in i.filename)
         text = b"".join(archive.read(name) for name in archive.namelist())
     normalization = 2 * 3 * 4  # scale and offset per channel
-    assert written == sum(entry.bytes for entry in exported.certificate.kept) + normalization
+    assert written == sum(entry.bytes for entry in branched.certificate.kept) + normalization
     assert not [name for name in removed if name.replace(".", "_").encode() in text]
 
 
-def test_the_file_contains_no_path_no_source_line_and_no_pickle(exported: Exported) -> None:
-    with zipfile.ZipFile(exported.path / FILE) as archive:
+def test_the_file_contains_no_path_no_source_line_and_no_pickle(branched: Exported) -> None:
+    with zipfile.ZipFile(branched.path / FILE) as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
     here = str(Path(__file__).resolve().parents[3]).encode()
     for name, raw in content.items():
@@ -84,11 +71,11 @@ def test_the_file_contains_no_path_no_source_line_and_no_pickle(exported: Export
 
 
 def test_the_file_is_reproducible_and_written_only_on_request(
-    exported: Exported, branched: Exported, preprocess: Preprocess
+    branched: Exported, gated: Exported, preprocess: Preprocess
 ) -> None:
-    again = capture_any_batch(detach(trained()), preprocess, BATCH)
-    assert serialize_program(again, exported.certificate) == (exported.path / FILE).read_bytes()
-    assert not (branched.path / FILE).exists()
+    again = capture_any_batch(detach(trained()), preprocess, BRANCHED)
+    assert serialize_program(again, branched.certificate) == (branched.path / FILE).read_bytes()
+    assert not (gated.path / FILE).exists()
 
 
 def saved(program: ExportedProgram) -> bytes:
@@ -129,13 +116,14 @@ def test_a_tensor_in_a_larger_storage_is_refused(proof: Proof, monkeypatch: Any)
 
 
 def test_outputs_other_than_those_of_the_bundle_stop_the_export(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    preprocess: Preprocess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    checkpoint = save(trained(), "dsop-resnet8", tmp_path / "ckpt.pt", preprocess)
     monkeypatch.setattr(ParityReport, "compared_images", property(lambda self: [0]))
     monkeypatch.setattr("sopdeploy_export.parity.torch_program.max_drift", lambda *_: float("inf"))
     with (
         proving_once(changes_program=True),
         pytest.raises(ParityError, match=rf"{FILE}: logits drifts by inf"),
     ):
-        export(checkpoint, tmp_path, WITH_FILE)
-    assert not list(tmp_path.iterdir())
+        export(checkpoint, tmp_path / "out", WITH_FILE)
+    assert not list((tmp_path / "out").iterdir())
