@@ -78,8 +78,8 @@ def built(model: onnx.ModelProto, precision: str) -> str:
     if trt is None:
         return ABSENT
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
-    sizes = [(fixed, fixed)] if fixed else [(1, 1), (2, 3)]
-    profiles = tuple(Profile(minimum=low, optimum=high, maximum=high) for low, high in sizes)
+    sizes = (fixed, fixed, fixed) if fixed else (1, 2, 3)
+    profiles = (Profile(minimum=sizes[0], optimum=sizes[1], maximum=sizes[2]),)
     check_precision(model, precision, (11, 0))
     safe, _ = lint(model, (11, 0), profiles)
     request = BuildRequest(onnx=safe.SerializeToString(), profiles=profiles, precision=precision)

@@ -93,13 +93,15 @@ def exported(checkpoint: Path, destination: Path) -> Exported:
     return export(checkpoint, destination, ExportOptions(detach=bool(heads), batch=FEW))
 
 
-def agreed(checkpoint: Path, destination: Path, precision: Precision = "fp32") -> ParityReport:
+def agreed(
+    checkpoint: Path, destination: Path, precision: Precision = "fp32", batch: BatchRange = FEW
+) -> ParityReport:
     """Compare the file with the network; see `measured`."""
-    return measured(checkpoint, destination, precision)[1]
+    return measured(checkpoint, destination, precision, batch)[1]
 
 
 def measured(
-    checkpoint: Path, destination: Path, precision: Precision = "fp32"
+    checkpoint: Path, destination: Path, precision: Precision = "fp32", batch: BatchRange = FEW
 ) -> tuple[Reference, ParityReport]:
     """Run the export's steps on one graph: inventory, equal outputs, ONNX by rewrite rules, parity.
 
@@ -108,17 +110,17 @@ def measured(
     found = detached(checkpoint)
     wish = PrecisionOptions(precision=precision)
     pixels = Normalize(found.preprocess)(torch.from_numpy(found.images[:2]))
-    rewritten = rewrite(found.network, pixels, FEW, lowering_options(wish, rules=True, autotune=False))
-    program = capture_any_batch(rewritten.network, found.preprocess, FEW)
+    rewritten = rewrite(found.network, pixels, batch, lowering_options(wish, rules=True, autotune=False))
+    program = capture_any_batch(rewritten.network, found.preprocess, batch)
     model, _ = center_by_mean(lower(program, found.network.outputs))
     report = LoweringReport(
         textbook=False, rules=rewritten.rules, choices=(), certified_root="", lowered_root=""
     )
     shipping = convert_precision(
-        found.network, LoweredGraph(rewritten.network, program, model, report), found.preprocess, FEW, wish
+        found.network, LoweredGraph(rewritten.network, program, model, report), found.preprocess, batch, wish
     )
     write(shipping.model, destination)
-    options = ExportOptions(batch=FEW, precision=wish)
+    options = ExportOptions(batch=batch, precision=wish)
     return compare_with_network(destination, found.network, shipping, found.preprocess, found.images, options)
 
 

@@ -281,4 +281,4 @@ def test_overflow_in_float16_is_rejected_with_advice(make: Make, tmp_path: Path)
     network.get_parameter("bn1.weight").data.mul_(1e6)
     checkpoint = steps.save(network, "resnet8", 16, tmp_path / "ckpt.pt")
     with pytest.raises(ParityError, match=r"not finite in fp16 .*bf16-backbone"):
-        steps.agreed(checkpoint, tmp_path / "model.onnx", "fp16")
+        steps.agreed(checkpoint, tmp_path / "model.onnx", "fp16", ALONE)
