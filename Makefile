@@ -64,7 +64,7 @@ compile: $(STAMP)
 	$(BIN)/pytest --collect-only -qqq > $(VENV)/tests.txt || { cat $(VENV)/tests.txt; exit 1; }
 
 tests: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 ray-test: $(STAMP)  ## the tests on real Ray clusters, which give up if other processes delay their start
 	$(BIN)/pytest --slow -m ray

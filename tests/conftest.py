@@ -1,5 +1,6 @@
 """Test selection, hypothesis profiles and the summary of tests that did not run."""
 
+import atexit
 import gc
 import importlib.util
 import shutil
@@ -13,6 +14,10 @@ from hypothesis import settings
 settings.register_profile("reproducible", derandomize=True, database=None, deadline=None)
 settings.register_profile("fuzz", derandomize=False, database=None, deadline=None, print_blob=True)
 settings.load_profile("reproducible")
+
+# Collections during the imports of all test modules, and the one at exit, took half of their time.
+gc.disable()
+atexit.register(gc.freeze)
 
 
 def no_cuda() -> str | None:
@@ -73,11 +78,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Exclude imported objects from garbage collection.
+    """Collect garbage from here on, but rarely, and without the imported objects.
 
     Capturing a graph allocates many small objects; without this, collections took a tenth of an export.
     """
     gc.freeze()
+    gc.enable()
     gc.set_threshold(100_000, 20, 100)
 
 
