@@ -1,8 +1,7 @@
 """ARCHITECTURE.md lists the files whose functions a request and an export execute; this measures them."""
 
-import json
+import gc
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -10,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-import pytest
-
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.pipeline import ExportOptions, export
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
+from tests import quick_torch
 from tests.export.conftest import SIDE, save, trained
 from tests.export.once import ALONE
 from tests.service.conftest import picture_bytes, running, write_bundle
@@ -26,7 +24,6 @@ PACKAGES = ("sopdeploy/", "export/sopdeploy_export/", "service/sopdeploy_service
 PYTHON = re.compile(r"`([\w/]+\.py)`")
 OF_THE_NETWORK = ("sopdeploy/models/", "sopdeploy/backbones/", "sopdeploy/layers/")
 OF_THE_REPORT = ("export/sopdeploy_export/report/", "sopdeploy/html/")
-FOUND = "files.json"
 MAX_REQUEST_FILES, MAX_EXPORT_FILES = 15, 20  # without those of the network and of report.html
 
 
@@ -35,6 +32,7 @@ def recorded() -> Iterator[Callable[[], set[str]]]:
     """Record the files of functions that this thread, and threads started here, execute.
 
     The callable gives the files so far and starts anew. Code of modules runs at import and does not count.
+    Nor do finalizers of objects that earlier tests left behind: no garbage is collected meanwhile.
     """
     files: set[str] = set()
 
@@ -48,13 +46,16 @@ def recorded() -> Iterator[Callable[[], set[str]]]:
         inside = {file.relative_to(ROOT).as_posix() for file in taken if file.is_relative_to(ROOT)}
         return {file for file in inside if file.startswith(PACKAGES) and file.endswith(".py")}
 
+    before = sys.gettrace()
+    gc.disable()
     threading.settrace(record)
     sys.settrace(record)
     try:
         yield take
     finally:
-        threading.settrace(None)
-        sys.settrace(None)
+        threading.settrace(before)
+        sys.settrace(before)
+        gc.enable()
 
 
 def listed(heading: str, folder: str) -> tuple[int, set[str]]:
@@ -80,36 +81,18 @@ def export_files(folder: Path) -> set[str]:
     """Export a small DSoP network, detached; leave out the files of the network itself."""
     preprocess = Preprocess(resize=SIDE, crop=SIDE)
     checkpoint = save(trained(), "dsop-resnet8", folder / "ckpt.pt", preprocess)
-    with recorded() as take:
+    with quick_torch.one_thread(), recorded() as take:
         export(checkpoint, folder / "out", ExportOptions(detach=True, batch=ALONE))
         return {file for file in take() if not file.startswith(OF_THE_NETWORK)}
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Run this module in a new process, where no other test has filled caches or left objects behind."""
-    place = tmp_path_factory.mktemp("paths")
-    subprocess.run([sys.executable, "-m", "tests.test_code_paths", str(place)], cwd=ROOT, check=True)
-    return json.loads((place / FOUND).read_text())
-
-
-def test_a_request_executes_the_files_that_the_architecture_page_lists(
-    executed: dict[str, list[str]],
-) -> None:
-    found = set(executed["request"])
+def test_a_request_executes_the_files_that_the_architecture_page_lists(tmp_path: Path) -> None:
+    found = request_files(tmp_path)
     assert listed("## A `/v1/classify` request", "service/sopdeploy_service") == (len(found), found)
     assert len(found) <= MAX_REQUEST_FILES
 
 
-def test_an_export_executes_the_files_that_the_architecture_page_lists(
-    executed: dict[str, list[str]],
-) -> None:
-    found = set(executed["export"])
+def test_an_export_executes_the_files_that_the_architecture_page_lists(tmp_path: Path) -> None:
+    found = export_files(tmp_path)
     assert listed("## `ckpt.pt` to bundle", "export/sopdeploy_export") == (len(found), found)
     assert len([file for file in found if not file.startswith(OF_THE_REPORT)]) <= MAX_EXPORT_FILES
-
-
-if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    files = {"request": request_files(place / "service"), "export": export_files(place)}
-    (place / FOUND).write_text(json.dumps({name: sorted(names) for name, names in files.items()}))
