@@ -1,0 +1,1 @@
+"""Tests of the web pages, which share one Chromium."""
