@@ -1,9 +1,8 @@
 """The README: programs, extras and targets exist, Python code runs; `tests/docs` checks the commands."""
 
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -78,10 +77,12 @@ def test_the_python_workflow_is_that_of_the_python_page_whose_code_is_run() -> N
 
 
 @pytest.mark.parametrize("block", blocks("python"))
-def test_the_python_code_runs_and_prints_the_stated_values(block: str, tmp_path: Path) -> None:
-    found = subprocess.run(
-        [sys.executable, "-W", "error", "-c", block], capture_output=True, text=True, check=True, cwd=tmp_path
-    )
+def test_the_python_code_runs_and_prints_the_stated_values(
+    block: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(block, encoding="utf-8")
+    runpy.run_path(str(script))
     expected = re.findall(r"print\(.*\)\s+# (.*)$", block, re.MULTILINE)
     assert expected
-    assert found.stdout.splitlines() == expected
+    assert capsys.readouterr().out.splitlines() == expected
