@@ -216,9 +216,8 @@ def finite_drifts(found: Iterable[Drift]) -> tuple[PartDrift, ...]:
 class RecordingInterpreter(fx.Interpreter):
     """Run a captured graph, in float64 if *exact*, and keep the values of the nodes named *wanted*."""
 
-    def __init__(self, program: ExportedProgram, wanted: Sequence[str], *, exact: bool) -> None:
-        module = copy.deepcopy(program.module())
-        super().__init__(module.double() if exact else module)
+    def __init__(self, module: fx.GraphModule, wanted: Sequence[str], *, exact: bool) -> None:
+        super().__init__(copy.deepcopy(module).double() if exact else module)
         self.exact, self.wanted = exact, set(wanted)
         self.kept: dict[str, NDArray[Any]] = {}
 
@@ -294,9 +293,10 @@ def drifts(
     places = choose(boundaries(converted, model))
     found = run_file(model, [place.value for place in places], images)
     runs: dict[bool, dict[str, NDArray[Any]]] = {}
+    module = converted.module()
     with torch.no_grad():
         for exact in (True, False):
-            interpreter = RecordingInterpreter(converted, [place.node for place in places], exact=exact)
+            interpreter = RecordingInterpreter(module, [place.node for place in places], exact=exact)
             interpreter.run(torch.from_numpy(images))
             runs[exact] = interpreter.kept
     for place in places:
