@@ -1,5 +1,6 @@
 """A second-order network of a dozen operators, as the exporter writes it, and bundles of it."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,13 @@ def some_images(count: int = 3) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def outputs_of(model: onnx.ModelProto, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    found: np.ndarray[Any, Any] = session.run(None, {"images": images})[0]
+    found: np.ndarray[Any, Any] = _session(model.SerializeToString()).run(None, {"images": images})[0]
     return found
+
+
+@functools.cache
+def _session(model: bytes) -> ort.InferenceSession:
+    return ort.InferenceSession(model, providers=["CPUExecutionProvider"])
 
 
 def write(

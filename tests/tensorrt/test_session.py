@@ -25,6 +25,7 @@ from tests.tensorrt.networks import network, outputs_of, some_images, write
 
 SIZES = (1, 5, 2, 8, 8, 1, 1, 2, 3)
 GRAPHS = Settings(runtime="tensorrt", cuda_graphs=True)
+NETWORK = network()
 PLAIN = Settings(runtime="tensorrt", cuda_graphs=False)
 pytestmark = pytest.mark.usefixtures("trt")
 
@@ -60,7 +61,7 @@ def batch(number: int, size: int) -> np.ndarray:
 
 
 def check_outputs(found: dict[str, np.ndarray], images: np.ndarray) -> None:
-    np.testing.assert_allclose(found["logits"], outputs_of(network(), images), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(found["logits"], outputs_of(NETWORK, images), rtol=1e-4, atol=1e-3)
 
 
 def check_runs(runtime: TensorRTRuntime, *sizes: int) -> None:
