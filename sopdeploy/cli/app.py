@@ -1,6 +1,5 @@
 """The `sopdeploy` command line. Commands import heavy packages only when they run."""
 
-import gc
 import os
 import sys
 from contextlib import nullcontext, suppress
@@ -125,5 +124,4 @@ def main() -> None:
     except typer.Exit as stop:
         code = stop.exit_code
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
-    gc.freeze()  # otherwise the interpreter searches all objects for garbage several times before it exits
     sys.exit(code)
