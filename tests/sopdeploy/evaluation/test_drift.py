@@ -94,16 +94,14 @@ def presence_alarms(classes: int, held_out: int, images: int, more: float = 0.0)
     return alarms / (SAMPLES // 4)
 
 
-@pytest.mark.parametrize(
-    ("classes", "held_out", "images"), [(3, 200, 1000), (20, 1000, 1000), (40, 300, 3000)]
-)
+@pytest.mark.parametrize(("classes", "held_out", "images"), [(3, 200, 1000), (20, 300, 300), (40, 100, 1000)])
 def test_without_drift_several_classes_per_image_raise_the_same_false_alarms(classes, held_out, images):
     # 0.01 + 3 standard deviations of 250 samples
     assert presence_alarms(classes, held_out, images) <= FALSE_ALARMS + 0.019
 
 
 def test_a_class_that_is_present_more_often_is_detected():
-    assert presence_alarms(20, 2000, 1000, more=0.15) > 0.95
+    assert presence_alarms(20, 1000, 500, more=0.15) > 0.95
 
 
 def test_present_classes_are_counted_by_class_and_per_image():
