@@ -51,7 +51,7 @@ def write_data(name: str, root: Path, monkeypatch: Any) -> list[str]:
     """Write data for a recipe; return the settings that select it."""
     kind = read_recipe(name).data.kind
     if kind == "digits":
-        return ["batch_size=180"]  # two steps of `few_digits`
+        return ["batch_size=104"]  # two steps of `few_digits`
     path = root
     if kind.startswith("cifar"):
         write_cifar(root, kind, monkeypatch)

@@ -36,7 +36,7 @@ def test_a_run_writes_last_best_previous_and_history(finished) -> None:
     assert {path.name for path in out.iterdir()} == {"best.pt", "history.csv", "last.pt", "previous.pt"}
     files = (result.best, result.last, result.history)
     assert files == (out / "best.pt", out / "last.pt", out / "history.csv")
-    assert (result.train_count, result.held_out_count, result.classes) == (359, 91, 10)
+    assert (result.train_count, result.held_out_count, result.classes) == (205, 52, 10)
     assert TrainingResult.model_validate_json(result.model_dump_json()) == result
 
 
@@ -72,7 +72,7 @@ def test_the_history_has_every_loss_and_the_callback_receives_every_event(finish
     events = finished[2].events
     epoch = ["step"] * 6 + ["evaluation"] * 2 + ["epoch"]
     assert [name for name, _ in events] == ["train_start", *epoch * 3, "evaluation", "evaluation"]
-    assert events[0][1] == {"epochs": 3, "first_epoch": 0, "train_count": 359, "held_out_count": 91}
+    assert events[0][1] == {"epochs": 3, "first_epoch": 0, "train_count": 205, "held_out_count": 52}
     assert [values["step"] for name, values in events if name == "step"] == [0, 1, 2, 3, 4, 5] * 3
 
 

@@ -37,7 +37,7 @@ CASES = {
     ),
     "gmsop with gate noise": (
         f"model={{name='gmsop-16-8-resnet18', config={SMALL_GATE}}}",
-        "batch_size=90",
+        "batch_size=52",
         "optimizer.lr=0.01",
     ),
     REMOVED_BRANCHES: (
