@@ -156,7 +156,7 @@ def test_every_link_and_every_file_that_a_page_names_exists(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-HEAVY = ("torch", "torchvision", "onnx", "sklearn", "timm")
+HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "sklearn", "timm", "sopdeploy_export")
 WITHOUT: dict[tuple[str, ...], tuple[str, ...]] = {  # packages that importing these modules must not import
     (
         *("sopdeploy", "sopdeploy.bundle.manifest", "sopdeploy.bundle.probes", "sopdeploy.cli.app"),
@@ -166,7 +166,7 @@ WITHOUT: dict[tuple[str, ...], tuple[str, ...]] = {  # packages that importing t
             "sopdeploy.evaluation.sources",
         ),
         *("sopdeploy_service.commands.verify", "sopdeploy_service.commands.evaluate"),
-        "sopdeploy_service.server.process",
+        *("sopdeploy_service.server.process", "sopdeploy_service.app"),
     ): HEAVY,
     ("sopdeploy.models.registry",): ("timm",),
 }

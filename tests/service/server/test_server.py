@@ -242,14 +242,3 @@ def test_a_damaged_bundle_and_one_with_other_outputs_are_never_served(
         serve([copy], Settings(port=0))
     with pytest.raises(ParityError, match="deviates"):
         serve([wrong_bundle_path], Settings(port=0))
-
-
-def test_the_server_never_imports_torch_or_the_exporter() -> None:
-    code = (
-        "import sys, sopdeploy_service.app, sopdeploy_service.server.process, "
-        "sopdeploy_service.commands.predict, sopdeploy_service.commands.verify; "
-        "print([name for name in ('torch', 'onnx', 'sklearn', 'onnxruntime', 'sopdeploy_export') "
-        "if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
