@@ -35,7 +35,7 @@ def checkpoint(preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    with proving_once():
+    with proving_once(changes_program=True):  # as `branched`, whose programs are cached
         return export(checkpoint, tmp_path_factory.mktemp("bundles"), DETACH)
 
 
@@ -60,7 +60,9 @@ def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
 def test_exports_of_one_checkpoint_are_byte_identical(
     exported: Exported, checkpoint: Path, tmp_path: Path
 ) -> None:
-    with proving_once():  # `test_previous_version` compares another proof and graph with stored ones
+    with proving_once(
+        changes_program=True
+    ):  # `test_previous_version` compares another proof and graph with stored ones
         again = export(checkpoint, tmp_path, DETACH)
     assert again.path.name == exported.path.name
     for name in [*exported.manifest.files, "manifest.json"]:
@@ -79,7 +81,7 @@ def test_photographs_are_added_to_the_probes_and_steps_are_reported(checkpoint: 
     Image.new("RGB", (30, 20), (10, 200, 30)).save(tmp_path / "photos" / "one.jpg")
     options = DETACH.model_copy(update={"probes": tmp_path / "photos"})
     steps: list[str] = []
-    with proving_once():
+    with proving_once(changes_program=True):
         found = export(checkpoint, tmp_path / "out", options, steps.append)
     assert len(read_probes(found.path / "probes.npz").images) == 13
     expected = ["reading", "detaching", "proving", "lowering", "comparing", "writing"]
@@ -110,7 +112,7 @@ def test_failed_comparison_leaves_no_files(
         raise ParityError("the exported file drifts")
 
     monkeypatch.setattr(pipeline, "compare", fail)
-    with proving_once(), pytest.raises(ParityError):
+    with proving_once(changes_program=True), pytest.raises(ParityError):
         export(checkpoint, tmp_path / "out", DETACH)
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -30,6 +30,13 @@ PLAIN = Settings(runtime="tensorrt", cuda_graphs=False)
 pytestmark = pytest.mark.usefixtures("trt")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> None:
+    """Exclude what earlier tests left, such as captured graphs, from the collections of these tests."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", params=RELEASES)
 def release(request: pytest.FixtureRequest) -> str:
     return str(request.param)
