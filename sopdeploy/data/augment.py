@@ -47,9 +47,9 @@ class CenterCrop(StrictModel):
 class PadCrop(StrictModel):
     """Random crop of the center crop after padding it with `pad` black pixels on each side.
 
-    Source: He et al. (CVPR 2016), section 4.2. The starred rows of GM-SOP's Table 3 add two options. With
-    `doubled`, an epoch has every image and its mirror image. With `held_out`, held-out images are padded and
-    cropped at random, too, as by `sopdeploy eval --tta pad-crop`.
+    Source: He et al. (CVPR 2016), section 4.2. The starred rows of GM-SOP's Table 3 use the last two options.
+    With `doubled`, an epoch has every image and its mirror image. With `held_out`, held-out images are padded
+    and cropped at random, too, as by `sopdeploy eval --tta pad-crop`.
     """
 
     kind: Literal["pad-crop"]
@@ -75,8 +75,9 @@ class PadCrop(StrictModel):
 class BoxCrop(StrictModel):
     """Settings of the augmentations that crop a random box and resize it.
 
-    With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the box still has the pixels of the
-    crop: faster, but a few gray levels off (`benchmarks/training_throughput.py` measures how many).
+    With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the box then still has at least as many
+    pixels as the crop. This is faster, but a few gray levels off (`benchmarks/training_throughput.py`
+    measures how many).
     """
 
     flip: Fraction = 0.0
@@ -242,7 +243,7 @@ class AugmentedDataset(ImagesDataset):
 
     def __post_init__(self) -> None:
         if (self.rand_augment, self.color) != (NO_RAND_AUGMENT, NO_COLOR_JITTER):
-            torchvision_transforms()  # here once, not in every worker of every epoch
+            torchvision_transforms()  # import once, not in every worker of every epoch
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
         copy, sample = divmod(index, len(self.images))
@@ -308,7 +309,8 @@ def draw_box(
 ) -> Box:
     """Draw a box in pixels of an upright image of *size*; with "pad" it may extend beyond the image.
 
-    A box whose center is in the padding is drawn again, at most nine times; then it is the whole square.
+    A box whose center is in the padding is drawn again, at most nine times. After that, the whole square is
+    returned.
     """
     if rules.fit == "crop":
         return augmentation.box(size, rules.crop, random)

@@ -37,7 +37,7 @@ class LabeledImages(LabeledItems[Image.Image], Protocol):
 
     @property
     def targets(self) -> NDArray[np.int64] | NDArray[np.float32]:
-        """Class indices (N,), or (N, C) with 1 for every class of an image; known without reading images."""
+        """Class indices (N,), or (N, C) with 1 for every class of an image; reads no images."""
 
 
 Dataset = LabeledItems[NDArray[np.uint8]]  # network inputs: (height, width, 3) arrays of one size
@@ -107,8 +107,9 @@ def derive_seed(*keys: int | str) -> int:
 def hold_out(keys: Sequence[str], targets: Sequence[int], fraction: float, seed: int) -> list[bool]:
     """Select *fraction* of every class for the held-out set, at least one image and never all.
 
-    The selection depends on *seed* and the images' *keys* only. It is the same on every machine and in every
-    version, so that an image used for training is never used for evaluation later.
+    Returns True for every held-out image. The selection depends on *seed* and the images' *keys* only. It is
+    the same on every machine and in every version, so that an image used for training is never used for
+    evaluation later.
     """
     members: dict[int, list[int]] = {}
     for index, target in enumerate(targets):

@@ -89,7 +89,7 @@ def with_wait_time(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 
 @dataclass
 class _BatchedDataset:
-    """Load whole batches; a `DataError` becomes its message, as a loader process would add a traceback."""
+    """Load whole batches; return the message of a `DataError`, to which DataLoader would add a traceback."""
 
     dataset: Dataset
 

@@ -35,8 +35,8 @@ from sopdeploy.images.pixels import ROTATED, SIXTEEN_BIT, exif_orientation, to_r
 from sopdeploy.images.preprocess import Preprocess
 
 MIN_SIDE = 32  # pixels; smaller images are reported
-MAX_ASPECT_RATIO = 4.0  # the center crop shows little of longer images
-RULES = Preprocess()  # for conversion to upright RGB
+MAX_ASPECT_RATIO = 4.0  # the center crop cuts off most of a longer image
+RULES = Preprocess()  # for the conversion to upright RGB
 UNSPLIT = "all"  # the name of the only part if there are no folders train and val
 
 
@@ -66,8 +66,9 @@ class DataReport(StrictModel):
     """Result of a check.
 
     Sides are (minimum, median, maximum) in pixels. `classes` names the folders that a training run would
-    reject: those without images, and held-out classes that differ from the training classes. `strange` lists
-    readable but unusual files by reason, `passed_over` counts the files without an image suffix.
+    reject: those without images, and held-out classes that differ from the training classes. `too_few` names
+    the classes with a single image. `strange` lists readable but unusual files by reason, `passed_over`
+    counts the files without an image suffix by their suffix.
     """
 
     path: Path
@@ -108,9 +109,10 @@ class _FileInfo:
 
 
 def check(path: Path, cache: Path | None = None) -> DataReport:
-    """Decode every image of *path*: a folder or tar archive with one folder per class, or with `labels.csv`.
+    """Decode every image below *path* and report contents and problems.
 
-    The official layouts of CUB, FGVC-Aircraft, Stanford Cars and ImageNet are recognized.
+    *path* is a folder or tar archive with one folder per class or with `labels.csv`. The official layouts of
+    CUB, FGVC-Aircraft, Stanford Cars and ImageNet are recognized. Archives are indexed in the folder *cache*.
 
     Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
     """

@@ -40,7 +40,7 @@ class FolderStore:
         return sorted(path.name for path in paths if not path.name.startswith("."))
 
     def list_files(self, folder: str) -> tuple[list[bytes], list[str]]:
-        """List the images below a subfolder, relative to the store and sorted, and the other files."""
+        """List the images below *folder*, sorted, and the other files below it, relative to the store."""
         images, others = [], []
         for path, folders, files in os.walk(self.root / folder):
             folders[:] = [name for name in folders if not name.startswith(".")]

@@ -27,7 +27,7 @@ DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image
 CHUNK = 64  # images per task; decoding releases the GIL
 MAX_LISTED = 200  # files named in an error message; `sopdeploy data check` names all
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow rejects larger images
-# Pillow warns above half of that, but a phone makes photos of 108 megapixels.
+# Pillow warns above half of this limit, but phones take photos of 108 megapixels.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Result = TypeVar("Result")
 
@@ -150,7 +150,7 @@ def find_unreadable(images: ImageFiles) -> dict[int, str]:
 
 
 def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataError:
-    """Build an error that names every unreadable image of *parts*; return *first* for at most one image."""
+    """Build an error that names every unreadable image of *parts*; return *first* if there is only one."""
     errors = [
         error for part in parts if isinstance(part, ImageFiles) for error in find_unreadable(part).values()
     ]

@@ -36,7 +36,7 @@ COMPLEX = 0x0800
 
 
 class DamagedError(Exception):
-    """The content of a file contradicts its format or a limit."""
+    """A file violates its format or exceeds a limit."""
 
 
 def read_v5(
@@ -59,7 +59,7 @@ def read_v5(
 
 
 def _checked_v5(content: bytes, wanted: Collection[str]) -> bytes:
-    """Check and decompress the *wanted* variables; the others are not even decompressed."""
+    """Build a MATLAB file with only the *wanted* variables of *content*, checked and decompressed."""
     if content[126:HEADER_SIZE] not in HEADERS:
         raise DamagedError("its header has no byte order")
     order, version = HEADERS[content[126:HEADER_SIZE]]
@@ -101,7 +101,7 @@ def _matrix_name(matrix: memoryview, order: str) -> str:
 
 
 def _check_matrix(variable: memoryview, order: str) -> None:
-    """Check that nested matrices match their headers, and that depth and number of parts keep the limits."""
+    """Raise `DamagedError` if a nested matrix contradicts its header or exceeds a limit."""
     stack = [(variable, 0)]
     parts = 0
     while stack:
@@ -166,7 +166,7 @@ def _plain_value(value: Any) -> Any:
 
 
 MATLAB_CLASS, MATLAB_EMPTY = "MATLAB_class", "MATLAB_empty"
-SKIPPED_FIELDS = {"vars", "inputs", "outputs", "learningRate", "weightDecay", "trainOpts"}  # many small parts
+SKIPPED_FIELDS = {"vars", "inputs", "outputs", "learningRate", "weightDecay", "trainOpts"}  # unused
 
 
 def read_hdf5(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from sopdeploy.data.base import LabeledImages, Split, Target, derive_seed
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import ConfigError, DataError
 
-SEED = 0  # belongs to the data: a number of classes is the same set in every run and on every machine
+SEED = 0  # not the seed of the run: the same number gives the same classes in every run
 
 
 class ClassSubset(StrictModel):
@@ -50,8 +50,8 @@ class SelectedImages:
 def select_subset(split: Split, classes: int | Path | None) -> Split:
     """Keep the images of *classes*: a number to draw, or a file of names; `None` keeps all.
 
-    Raises `DataError` for names that the data do not have or too few of them, `ConfigError` if images have
-    several classes.
+    Raises `DataError` for an unknown name, fewer than two names or a too large number, `ConfigError` if
+    images have several classes.
     """
     if classes is None:
         return split
@@ -89,7 +89,9 @@ def _new_targets(images: LabeledImages, labels: tuple[str, ...]) -> NDArray[np.i
 
 def _draw(labels: tuple[str, ...], count: int) -> set[str]:
     if count > len(labels):
-        raise DataError(f"data.classes: {count} of {len(labels)} classes; give a smaller number")
+        raise DataError(
+            f"data.classes: {count}, but the data have {len(labels)} classes; give a smaller number"
+        )
     return set(sorted(labels, key=lambda label: (derive_seed(SEED, "classes", label), label))[:count])
 
 

@@ -1,6 +1,6 @@
 """Tar archives as one folder of files, read in place without unpacking.
 
-Each archive has an index of its images and tables (`labels.csv`), so that each is read with one seek. With a
+An index of the images and tables (`labels.csv`) of each archive allows to read a file with one seek. With a
 cache folder, the index is stored under a name that changes with the archive.
 """
 
@@ -247,7 +247,7 @@ class TarStore:
         return position < len(self.names) and bool(self.names[position] == wanted)
 
     def label_tables(self) -> list[tuple[Path, bytes]]:
-        """Read every `labels.csv` for the store: next to the archives, and one of each archive."""
+        """Read the `labels.csv` next to the archives and those in the store's folder: path and content."""
         inside = [(table.path, table.content) for table in self.tables if table.folder == self.prefix]
         return [*read_label_file(self.root), *inside]
 
@@ -269,7 +269,7 @@ class TarStore:
         return int(first), int(last)
 
     def unwrap(self, parts: Sequence[str]) -> "TarStore":
-        """Skip folders that contain everything else, unless they are one of *parts* or the only class."""
+        """Open the only folder, repeatedly, unless it is one of *parts* or the only class."""
         store, folders = self, self.folders()
         while len(folders) == 1 and folders[0] not in parts and not store._lists_images():
             inside = replace(store.open_folder(folders[0]), root=self.root)
@@ -286,8 +286,8 @@ def open_tars(root: Path, paths: Sequence[Path], parts: Sequence[str], options: 
 
     An archive with images at its top level, or named like one of *parts* (train, val), becomes a folder of
     its name. If a `labels.csv` lists the images, next to the archives or at the top level of one, only
-    archives that are named like a part and have no table become folders. A single folder around everything
-    else is skipped. Raises `DataError`, also if two archives hold the same name.
+    archives that are named like a part and have no table become folders. A single folder that contains all
+    files is skipped. Raises `DataError` if an archive is unreadable or two archives contain the same file.
     """
     cache = cache_folder(options.cache) if options.cache else None
     archives = tuple(decompress(path, options) for path in paths)
@@ -341,7 +341,7 @@ def _split_tables(index: Index, path: Path, archive: Path) -> tuple[Index, list[
 
 
 def decompress(path: Path, options: OpenOptions) -> Path:
-    """Decompress *path* into the cache folder, once; plain tar files are used in place."""
+    """Decompress *path* into the cache folder once; returns the path of the tar file to read."""
     suffix = archive_suffix(path)
     if suffix == TAR:
         return path

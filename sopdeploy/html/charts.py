@@ -13,7 +13,7 @@ from sopdeploy.html.templates import sanitize, shorten
 
 WIDTH = 360.0
 
-# Bars: x positions where the bars and the texts behind them begin, and heights, in SVG units.
+# Bars: x positions where the bars and their values begin, and heights, in SVG units.
 _BARS_LEFT, _BARS_RIGHT = 118.0, 300.0
 _BAR_STEP, _MARKS_HEIGHT = 18.0, 30.0
 _BAR_LABEL_LENGTH = 19  # characters
@@ -53,9 +53,9 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """An axis: its label and, if they are not those of the data, its limits.
+    """An axis: its label and its limits, by default those of the data.
 
-    A logarithmic axis draws values that are not positive at its low end.
+    On a logarithmic axis, values that are not positive are drawn at the lower limit.
     """
 
     label: str

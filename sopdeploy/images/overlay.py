@@ -10,7 +10,7 @@ from sopdeploy.images.preprocess import Box
 
 MAX_SIDE = 2048  # pixels of the drawing; larger images are reduced
 STRENGTH = 0.65  # opacity of the largest value
-DIMMED = 0.5  # brightness where the network does not look
+DIMMED = 0.5  # brightness of pixels outside of the network's input
 
 
 def draw_overlay(image: Image.Image, values: NDArray[Any], box: Box) -> Image.Image:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from sopdeploy.images.preprocess import Box, Pixels, Preprocess
 
-MAX_ASPECT_RATIO = 16  # longer strips are not resized as a whole
+MAX_ASPECT_RATIO = 16  # of a longer strip, only the cropped part is resized
 EXIF_ORIENTATION, UPRIGHT = 0x0112, 1
 ROTATED = range(2, 9)  # EXIF orientations that are valid and not upright
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
@@ -113,8 +113,9 @@ def _to_rgba(tile: Image.Image) -> Image.Image:
 def match_transparency(image: Image.Image) -> None:
     """Convert the transparent color of an opened PNG to 8 bits, as its decoded pixels will be.
 
-    Pillow keeps that color at the file's bit depth, which matches no pixel or a wrong one after decoding. Of
-    48-bit colors Pillow keeps the upper bytes of the pixels, so these are compared. Decodes nothing.
+    Pillow stores that color at the file's bit depth, so that it matches no decoded pixel or a wrong one. Of
+    48-bit colors only the upper bytes are compared, because Pillow decodes only these. The pixels are not
+    decoded here.
     """
     tiles = getattr(image, "tile", None)
     if image.format != "PNG" or not tiles:
@@ -189,7 +190,7 @@ def _resize_onto_background(
 
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
-    """List the conversions of a loaded *image* that its owner may not expect, in order."""
+    """List those conversions of `to_rgb` that the owner of the loaded *image* may not expect, in order."""
     transparent = False
     if image.has_transparency_data:
         tiles = (_to_rgba(image.crop(box)) for box in tile_boxes(image.size))

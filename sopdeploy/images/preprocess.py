@@ -1,8 +1,8 @@
 """Rules of preprocessing, from a decoded image to network input, shared by training, export and service.
 
-`sopdeploy.images.pixels` applies them. Mean and standard deviation are part of the exported graph; they are
-stored here with the geometry, in the checkpoint and in the bundle. Importing this module does not load
-Pillow, because a process that runs a network on pixels needs the rules, but no image library.
+`sopdeploy.images.pixels` applies them, except for mean and standard deviation, which the exported graph
+applies. Checkpoint and bundle store all rules. Importing this module does not load Pillow, because a process
+that runs a network on pixels needs the rules, but no image library.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class Preprocess(StrictModel):
 
     `fit` says how an image becomes a square. "crop" resizes the shorter side to `resize` pixels and crops the
     center. "pad" resizes the longer side to `crop` pixels and centers the image on `background`. "squash"
-    resizes both sides to `crop` pixels. `resize` counts for "crop" only; a `fit` of "crop" is not written to
+    resizes both sides to `crop` pixels. `resize` is used by "crop" only; a `fit` of "crop" is not written to
     files. `mean` and `std` refer to pixel values in [0, 1]. Transparent pixels are composited onto
     `background`.
     """
@@ -144,10 +144,9 @@ def tta_views(prepare: Callable[[Preprocess], Pixels], preprocess: Preprocess, m
     """Compute the views of one image for test-time augmentation; returns (V, crop, crop, 3) uint8.
 
     *prepare* maps preprocessing rules to the preprocessed image. The first of several views is the plain
-    center crop.
-    "ten-crop" adds the four corners of the central square and mirrors all five (Krizhevsky et al., NIPS 2012,
-    section 4.1). "pad-crop" is one view: a random crop after padding with 4 black pixels (GM-SOP, starred
-    rows of Table 3). Its offset depends on the pixels only.
+    center crop. "flip" adds its mirror image. "ten-crop" adds the four corners of the central square and
+    mirrors all five (Krizhevsky et al., NIPS 2012, section 4.1). "pad-crop" is one view: a random crop after
+    padding with 4 black pixels (GM-SOP, starred rows of Table 3). Its offset depends on the pixels only.
     """
     center = prepare(preprocess)
     if mode == "none":

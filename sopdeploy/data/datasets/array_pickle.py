@@ -1,7 +1,7 @@
 """Restricted reader of pickled dictionaries of NumPy arrays.
 
-A pickle can call any function it names. This unpickler knows only the names that NumPy writes, and replaces
-even these: NumPy's own classes accept states that corrupt memory.
+A pickle can call any function that it names. This unpickler accepts only the names that NumPy writes, and
+maps them to the classes of this module, because NumPy's own classes accept states that corrupt memory.
 """
 
 import io

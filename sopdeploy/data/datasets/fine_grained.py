@@ -55,7 +55,7 @@ def open_fine_grained(config: FineGrainedConfig, options: OpenOptions | None = N
 
 
 def find_fine_grained(path: Path, kind: str) -> tuple[Path, Callable[[Path, OpenOptions], Split]] | None:
-    """Find the layout of *kind* in the folder *path*: its root and its reader."""
+    """Find the layout of *kind* in the folder *path*; returns its root and its reader, None if absent."""
     for marker, places, read in LAYOUTS[kind]:
         root = find_folder(path, places, marker)
         if root is not None:
@@ -111,7 +111,7 @@ def _open_aircraft(root: Path, options: OpenOptions) -> Split:
 
 
 def _open_cars(root: Path, options: OpenOptions) -> Split:
-    """Open all cars in one folder; `test` of an annotation tells the part."""
+    """Open the layout with all images in one folder; the field `test` of an annotation selects the part."""
     listing = root / "cars_annos.mat"
     content = _read_matlab(listing, "annotations", "class_names")
     labels = _car_names(listing, content["class_names"])
@@ -165,7 +165,7 @@ def _number(path: Path, record: Any, key: str) -> int:
     return int(value.item())
 
 
-# for each data set: a file that only its layout has, the places of its folder in `path`, and the reader
+# For each data set: a file that only its layout has, the folders of `path` that may contain it, the reader.
 LAYOUTS: dict[str, tuple[tuple[str, tuple[str, ...], Callable[[Path, OpenOptions], Split]], ...]] = {
     "cub": (("train_test_split.txt", (".", "CUB_200_2011"), _open_cub),),
     "aircraft": (("images_variant_trainval.txt", (".", "data", "fgvc-aircraft-2013b/data"), _open_aircraft),),

@@ -31,9 +31,8 @@ class FolderConfig(ClassSubset):
     """Location of the images and selection of the held-out ones.
 
     Without a folder of held-out images, the fraction `hold_out` of every class is selected by
-    `hold_out_seed`. That seed belongs to the data: runs with different seeds are evaluated on the same
-    images. `cache` stores archive indexes and decompressed archives. `skip_corrupt` leaves out unreadable
-    images.
+    `hold_out_seed`. It is not the seed of the run, so all runs are evaluated on the same images. `cache`
+    stores archive indexes and decompressed archives. `skip_corrupt` leaves out unreadable images.
     """
 
     kind: Literal["folder"]

@@ -1,10 +1,10 @@
 """ImageNet (ILSVRC 2012) with its validation images in one folder and their classes in a file.
 
-The training images are `train/<WordNet ID>/*.JPEG` or the official archives of one class each. The file of
-the validation images is the official `ILSVRC2012_validation_ground_truth.txt`, one number per image, whose
-`meta.mat` next to it has the WordNet IDs; `LOC_val_solution.csv`; or `val.txt` with lines such as
-`ILSVRC2012_val_00000001.JPEG n01751748`. Source: Russakovsky et al., "ImageNet Large Scale Visual Recognition
-Challenge" (2015). Validation images that are sorted into folders are a `folder`.
+The training images are `train/<WordNet ID>/*.JPEG` or the official archives of one class each. The classes of
+the validation images are read from one of three files: the official `ILSVRC2012_validation_ground_truth.txt`
+with one number per image, next to `meta.mat` with the WordNet IDs; `LOC_val_solution.csv`; or `val.txt` with
+lines such as `ILSVRC2012_val_00000001.JPEG n01751748`. Source: Russakovsky et al., "ImageNet Large Scale
+Visual Recognition Challenge" (2015). Use `folder` for validation images that are sorted into class folders.
 """
 
 import hashlib
@@ -34,9 +34,9 @@ TORCHVISION_NAMES = "0b0f9fee7c952f257418d62aa701f023a9da13b443a14f5c4291e5724d9
 
 
 class ImageNetConfig(ClassSubset):
-    """`path` is the folder of `train/`, `val/` and the file of the validation images' classes.
+    """`path` is the folder of `train/`, `val/` and the file with the classes of the validation images.
 
-    `val_labels` is that file if it has another place. `cache` and `skip_corrupt` are those of `FolderConfig`.
+    `val_labels` is this file if it is elsewhere. `cache` and `skip_corrupt` are those of `FolderConfig`.
     """
 
     kind: Literal["imagenet"]
@@ -69,7 +69,7 @@ def find_list(root: Path) -> Path | None:
 
 
 def open_validation(root: Path, listing: Path, options: OpenOptions) -> ImageFiles:
-    """Open the validation images of *root*, whose classes the file *listing* has; raises `DataError`."""
+    """Open the validation images of *root* with their classes in the file *listing*; raises `DataError`."""
     folder = _validation_folder(root)
     if folder is None:
         raise DataError(f"{root}: holds no {VAL_FOLDERS[0]}; put the validation images there")
@@ -91,14 +91,14 @@ def is_torchvision_order(labels: tuple[str, ...]) -> bool:
 
 
 def _validation_folder(root: Path) -> Path | None:
-    """Find the folder or archive of validation images; one with class folders is none."""
+    """Find the folder or archive of validation images; None if it is missing or has class folders."""
     found = next((root / name for name in VAL_FOLDERS if (root / name).exists()), None)
     has_folders = found is not None and found.is_dir() and any(path.is_dir() for path in found.iterdir())
     return None if has_folders else found
 
 
 def _read_ground_truth(path: Path, lines: list[str]) -> list[tuple[str, str]]:
-    """Read the official numbers; `meta.mat` next to the file maps them to WordNet IDs."""
+    """Read the class numbers in *lines*, and map them to WordNet IDs by the `meta.mat` next to *path*."""
     meta = path.with_name("meta.mat")
     if not meta.is_file():
         raise DataError(f"{meta}: missing, it names the classes of {path.name}; {OFFICIAL}")

@@ -31,9 +31,10 @@ SPLIT = "split"
 
 @dataclass(frozen=True, slots=True)
 class LabelTable:
-    """The rows of a `labels.csv`: every image, and the part (N,) it belongs to, empty without a split.
+    """The content of a `labels.csv`: the images with their classes, and their values of `split`.
 
-    `images.targets` are (N, C) float32, 1 for the classes of an image.
+    `images.targets` are (N, C) float32, 1 for the classes of an image. `parts` (N,) are "train" or "val",
+    and empty if the table has no column `split`.
     """
 
     images: ImageFiles
@@ -67,8 +68,8 @@ def has_label_table(store: FileStore) -> bool:
 def read_label_table(store: FileStore, labels: tuple[str, ...] | None = None) -> LabelTable:
     """Read the `labels.csv` of *store*; its classes must be among *labels*, by default all classes, sorted.
 
-    Archives may hold one each; their lines are read as one table. Raises `DataError` naming the line of the
-    first invalid row, or the files that do not exist.
+    If several archives contain a `labels.csv`, their rows are joined. Raises `DataError` naming the line of
+    the first invalid row, or the files that do not exist.
     """
     table = store.root / LABELS_FILE
     rows: dict[str, _Row] = {}
@@ -151,7 +152,7 @@ class _Row(NamedTuple):
 
 
 def _read_rows(table: Path, content: bytes, others: Mapping[str, _Row]) -> dict[str, _Row]:
-    """Read the rows of *table* by image; images that another table (*others*) lists are an error."""
+    """Read the rows of *table* by file name; reject files that occur twice, here or in *others*."""
     rows: dict[str, _Row] = {}
     header, records = _read_records(table, content)
     for line, record in records:
@@ -218,7 +219,7 @@ def _reject(table: Path, line: int, reason: str) -> NoReturn:
 
 
 def unlisted_images(parts: Sequence[ImageFiles]) -> list[str]:
-    """List the images in the store of *parts*, which its `labels.csv` lists, that the table leaves out."""
+    """List the image files that exist next to *parts* but are missing in their `labels.csv`."""
     listed = {path for images in parts for path in images.paths.tolist()}
     return [
         str(images.store.root / os.fsdecode(path))

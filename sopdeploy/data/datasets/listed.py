@@ -1,4 +1,4 @@
-"""Images that files of an official layout list, with the class of each; shared by its readers."""
+"""Open images that the text files of an official layout list; shared by the readers of the layouts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def find_folder(path: Path, places: Sequence[str], marker: str) -> Path | None:
-    """Find the folder in *path*, among *places* relative to it, that holds the file *marker*."""
+    """Return the first of the folders *places*, relative to *path*, that contains the file *marker*."""
     return next((path / place for place in places if (path / place / marker).is_file()), None)
 
 
@@ -35,7 +35,7 @@ def list_images(
     entries: Sequence[tuple[str, int]],
     options: OpenOptions,
 ) -> ImageFiles:
-    """Open images of *folder*; *entries* are the relative names and class indices that *listing* lists.
+    """Open images of *folder*; *entries* are the relative names and class indices in the file *listing*.
 
     Raises `DataError` for an index that is not one of *labels*, a class without images, a name that leaves
     the folder, or a file that does not exist.

@@ -17,7 +17,7 @@ from sopdeploy.errors import ConfigError, DataError
 
 MAX_DIGIT_VALUE = 16.0  # of a pixel in scikit-learn's digits
 DIGITS_HELD_OUT = 0.2
-DIGITS_SEED = 0  # belongs to the data: runs with different seeds are evaluated on the same images
+DIGITS_SEED = 0  # not the seed of the run: all runs are evaluated on the same images
 
 
 class CifarConfig(ClassSubset):
@@ -28,7 +28,7 @@ class CifarConfig(ClassSubset):
 
 
 class DigitsConfig(ClassSubset):
-    """The digits have no settings of their own."""
+    """The digits of scikit-learn; only the subset of classes can be set."""
 
     kind: Literal["digits"]
 

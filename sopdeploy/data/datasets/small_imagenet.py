@@ -1,7 +1,8 @@
 """ImageNet at 64 x 64 or 32 x 32 pixels: the official batch files, or the .mat file of GM-SOP.
 
 Source: Chrabaszcz et al., "A Downsampled Variant of ImageNet" (2017): `train_data_batch_1` to `_10` and
-`val_data`, each a pickle or .npz with `data` (N, 3 * side * side) uint8, plane by plane, and `labels` from 1.
+`val_data`, each a pickle or .npz with `data` (N, 3 * side * side) uint8, one color channel after the other,
+and `labels` from 1.
 """
 
 import re
@@ -43,7 +44,7 @@ class SmallImageNetConfig(ClassSubset):
 
 @dataclass(frozen=True, slots=True)
 class PlanarImages:
-    """Images in memory, one array (N, 3 * side * side) uint8 per file, plane by plane."""
+    """Images in memory, one array (N, 3 * side * side) uint8 per file, one color channel after the other."""
 
     labels: tuple[str, ...]
     parts: tuple[NDArray[np.uint8], ...]
@@ -129,7 +130,8 @@ def _class_names(
         raise DataError(f"{root}: a classifier needs at least two classes; use the official files")
     missing = sorted(set(range(classes)) - set(seen.tolist()))
     if missing:
-        raise DataError(f"{root}: no images of the classes {', '.join(str(c + 1) for c in missing)}")
+        numbers = ", ".join(str(number + 1) for number in missing)
+        raise DataError(f"{root}: no images of the classes {numbers}; use the official files")
     if config.labels is None:
         return tuple(f"{number + 1:04}" for number in range(classes))
     try:

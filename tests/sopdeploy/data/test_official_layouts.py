@@ -310,7 +310,7 @@ def test_an_invalid_subset_is_one_line_and_an_unset_one_is_not_stored(tmp_path) 
     (tmp_path / "names.txt").write_text("1\nten\n")
     (tmp_path / "one.txt").write_text("1\n1\n")
     for classes, message in (
-        (11, "11 of 10 classes"),
+        (11, "11, but the data have 10 classes"),
         (tmp_path / "names.txt", "'ten' is no class of the data; write names such as '0'"),
         (tmp_path / "one.txt", "names fewer than two classes"),
         (tmp_path / "none.txt", "none.txt: cannot be read"),
