@@ -3,7 +3,7 @@
 Published files (`mpncovresnet50-15991845.pth`) have torchvision's names and `layer_reduce`. Training
 checkpoints number the parts, `features.0` to `features.7`; the dimension reduction is
 `representation.conv_dr_block`, or `features.8` and `.9` if a published network was fine-tuned. The pooling
-follows from the classifier's input size. Only `arch` tells the stride of conv5_x: 1 for `mpncovresnet50`, 2
+follows from the classifier's input size. The stride of conv5_x follows from `arch`: 1 for `mpncovresnet50`, 2
 for a `resnet50` trained with the pooling. A file with another `arch`, or none, needs `--set conv5_stride`.
 """
 
@@ -26,14 +26,14 @@ REDUCTION = {
 }
 NUMBERED_TENSOR = re.compile(r"features\.(?P<stage>[014567])\.(?P<rest>.+)")
 UNKNOWN_STRIDE = (
-    "the tensors do not tell the stride of conv5_x: 1 for mpncovresnet, 2 for resnet with the pooling"
+    "the tensors do not determine the stride of conv5_x: 1 for mpncovresnet, 2 for resnet with the pooling"
 )
 
 
 def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Map a ResNet with iSQRT-COV, B-CNN or average pooling; None for other files.
+    """Convert a ResNet with iSQRT-COV, B-CNN or average pooling; None for other files.
 
-    It has `layer_reduce` or numbered parts. `pooling` holds the dimension reduction.
+    Such a file has `layer_reduce` or numbered parts. The dimension reduction becomes a part of `pooling`.
     """
     published = {"layer4.0.conv1.weight", "layer_reduce.weight"} <= file.tensors.keys()
     if not published and "features.4.0.conv1.weight" not in file.tensors:
@@ -79,7 +79,7 @@ def _rename_resnet(source: str) -> str | None:
 def detect_pooling(
     file: WeightFile, mapped: tuple[MappedTensor, ...], channels: int, length: int
 ) -> dict[str, str | int]:
-    """Find the pooling that turns *channels*, or the reduced channels, into *length* numbers."""
+    """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers."""
     reduced = [len(entry.tensor) for entry in mapped if entry.name == "pooling.layer_reduce.weight"]
     width = reduced[0] if reduced else channels
     if triangle_side(length) == width:

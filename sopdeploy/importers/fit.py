@@ -18,10 +18,10 @@ COUNTER = "num_batches_tracked"  # of a batch norm; without effect on inference
 def choose_config(
     file: WeightFile, converted: ConvertedWeights, model: str, settings: Mapping[str, Any]
 ) -> StrictModel:
-    """Build the config of *model* from its defaults, the project's, the user's *settings* and the file's.
+    """Build the config of *model* from defaults, the user's *settings* and the values detected in the file.
 
-    Raises `WeightsError` if the file is of another network, `ConfigError` if a setting contradicts the file
-    or is missing.
+    The defaults are those of the catalog and of the project that published the file. Raises `WeightsError`
+    if the file belongs to another network, `ConfigError` if a setting contradicts the file or is missing.
     """
     defaults = entry(model).defaults
     config = make_config(model, _merge(defaults, settings)).model_dump(mode="json")
@@ -54,7 +54,7 @@ def fit_tensors(
     used = {source for mapped in converted.tensors for source in mapped.sources} | converted.ignored.keys()
     for source in file.tensors:
         if source not in used:
-            raise _misfit(file, converted, model, f"it has no place for {source}")
+            raise _misfit(file, converted, model, f"it has no tensor for {source}")
     for name in by_name.keys() - expected.keys():
         raise _misfit(file, converted, model, f"it has no {name} for {by_name[name].sources[0]}")
     state: dict[str, Tensor] = {}
@@ -105,7 +105,7 @@ def _misfit(file: WeightFile, converted: ConvertedWeights, model: str, differenc
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested tables; the bare name of a choice counts as a table with its `kind`."""
+    """Merge nested tables; a name in place of a table, such as `pooling=gap`, is read as its `kind`."""
     result = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping):
@@ -127,13 +127,13 @@ def _look_up(values: Mapping[str, Any], key: str) -> Any:
 
 
 def row_wise_order(channels: int) -> Tensor:
-    """Compute the column-wise position of each element of a row-wise upper triangle, int64."""
+    """Compute the order (d (d + 1) / 2,) int64 that makes a column-wise upper triangle row-wise."""
     rows, columns = torch.triu_indices(channels, channels)
     order: Tensor = columns * (columns + 1) // 2 + rows
     return order
 
 
 def triangle_side(length: int) -> int | None:
-    """Compute d for a *length* of d (d + 1) / 2; None if there is none."""
+    """Compute d for a *length* of d (d + 1) / 2; None for other lengths."""
     side = (math.isqrt(8 * length + 1) - 1) // 2
     return side if side > 0 and side * (side + 1) // 2 == length else None

@@ -1,9 +1,9 @@
 """Importer of GM-SOP's networks for 64-pixel images: GAP, SR-SOP, GM-GAP and GM-SOP on ResNet and WRN.
 
-Paper: Wang et al., GM-SOP (NeurIPS 2018). The files are MatConvNet networks: tensors are found by name,
-settings in the layers. The released networks see pixels of 0 to 255 less the mean, and conv1 has learned to
-divide by 60. `input_scaling="raw"` divides first, so conv1 becomes 60 times larger. Triangle vectors are
-stored column by column; each tensor with such an axis is made row-wise once.
+Paper: Wang et al., GM-SOP (NeurIPS 2018). The files are MatConvNet networks, whose layers contain the
+settings. The released networks take pixels of 0 to 255 minus the mean. `input_scaling="raw"` divides these by
+60 before conv1, so the weights of conv1 are multiplied by 60. Triangle vectors are stored column by column;
+each tensor with such an axis is made row-wise.
 """
 
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ NOTES = (
 
 
 def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Map a network of GM-SOP with the settings in its layers; None for other files."""
+    """Convert a network of GM-SOP, with the settings in its layers; None for other files."""
     if not file.layers or not {"conv1_f", "conv2_1a_f", "prediction_f"} <= file.tensors.keys():
         return None
     settings = read_settings(file)
@@ -138,7 +138,7 @@ def _conv_bn(file: WeightFile, source: str, name: str, norm: str) -> Iterator[Ma
 
 
 def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Iterator[MappedTensor]:
-    """Map the gate and the components; convolutions of all components are stacked."""
+    """Convert the gate and the components; the convolutions of all components are stacked."""
     for layer in range(len(config["gate_widths"])):
         source, name = f"gating{layer + 1}", f"gate.feature.{layer}"
         yield MappedTensor(f"{name}.0.weight", (f"{source}_f",), conv_kernel(file, f"{source}_f"), TRANSPOSED)

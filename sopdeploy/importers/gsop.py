@@ -41,7 +41,7 @@ SUM_OR_MAXIMUM = "sum and maximum (the code's fusion_avg and fusion_max) have th
 
 
 def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Map GSoP-Net1 or GSoP-Net2 with channel-wise, position-wise or fused blocks; None without blocks."""
+    """Convert GSoP-Net1 or GSoP-Net2; None for a file without GSoP blocks."""
     if not any(".conv_for_DR" in name for name in file.tensors):
         return None
     depth = resnet_depth(file.path, file.tensors)
@@ -76,7 +76,7 @@ def _rename(source: str) -> str | None:
 
 
 def _block_config(file: WeightFile) -> dict[str, Any]:
-    """Read d, the side of the position map, the stages and the kind of the blocks from names and shapes."""
+    """Determine the options of the blocks (d, stages, kind, side of the position map) from the tensors."""
     matches = [match for name in file.tensors if (match := BLOCK_TENSOR.fullmatch(name))]
     parts = {match["part"] for match in matches}
     reductions = [

@@ -51,7 +51,7 @@ class ImportOptions(StrictModel):
 
 
 class Row(StrictModel):
-    """A tensor of the checkpoint, the source tensors it was made of, and how."""
+    """A tensor of the checkpoint, the source tensors it was computed from, and how."""
 
     name: str
     of: tuple[str, ...]
@@ -62,7 +62,8 @@ class Row(StrictModel):
 class ImportReport(StrictModel):
     """Result of an import.
 
-    `labels` tells the origin of the class names, `beside` lists content of the file that was not imported.
+    `labels` is the origin of the class names. `ignored` maps tensors that were not imported to the reason,
+    `beside` lists other content of the file that was not imported.
     """
 
     file: str
@@ -131,7 +132,10 @@ def import_weights(source: Path, model: str, destination: Path, options: ImportO
 
 
 def convert(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
-    """Convert *file* for catalog *model*; returns the name of its project, too."""
+    """Convert *file* for catalog *model*; returns the name of the file's project and the result.
+
+    Raises `WeightsError` if no importer recognizes the file.
+    """
     for project, converter in CONVERTERS:
         converted = converter(file, model)
         if converted is not None:
@@ -183,7 +187,7 @@ def read_class_names(file: Path) -> tuple[str, ...]:
         content = file.read_text(encoding="utf-8")
         names = json.loads(content) if file.suffix == ".json" else content.split("\n")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--labels {file}: cannot be read ({error})") from error
+        raise ConfigError(f"--labels {file}: cannot be read ({error}); give one name per line") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"--labels {file}: not a list of names")
+        raise ConfigError(f'--labels {file}: not a list of names; write for example ["cat", "dog"]')
     return tuple(name.strip() for name in names if name.strip())

@@ -91,7 +91,10 @@ def average_color(value: Any) -> tuple[float, float, float] | None:
 
 
 def conv_kernel(file: WeightFile, name: str) -> Tensor:
-    """Get convolution *name* as (out, in, height, width); MatConvNet correlates, too: nothing is flipped."""
+    """Get the kernel of convolution *name* as (out, in, height, width).
+
+    MatConvNet computes cross-correlations like PyTorch, so the kernel is not flipped.
+    """
     kernel = file.tensor(name)
     if kernel.dim() > 4:
         raise WeightsError(f"{file.path}: {name} has {kernel.dim()} axes, a kernel has four")
@@ -135,8 +138,8 @@ def batch_norm(file: WeightFile, source: str, name: str, order: Tensor | None = 
 
 
 def reorder(values: Tensor, order: Tensor | None, axis: int, how: str) -> tuple[Tensor, str]:
-    """Permute *axis* of *values* by *order* from column-wise to row-wise triangles; extends *how*."""
-    if order is None or values.shape[axis] != len(order):  # a wrong shape is reported with the whole network
+    """Permute *axis* of *values* by *order* from column-wise to row-wise triangles; adds this to *how*."""
+    if order is None or values.shape[axis] != len(order):  # `fit_tensors` reports a wrong shape
         return values, how
     return values.index_select(axis, order), f"{how}, triangle made row-wise".removeprefix("unchanged, ")
 
@@ -144,7 +147,7 @@ def reorder(values: Tensor, order: Tensor | None, axis: int, how: str) -> tuple[
 def layer_number(file: WeightFile, name: str, key: str, *, integer: bool = False) -> float:
     """Get the number *key* of the layer *name*; several values, such as strides, must be equal.
 
-    Raises `WeightsError` if the layer or the number is missing, or not an *integer* where one is needed.
+    Raises `WeightsError` if the layer or the number is missing, or if *integer* is set and it is not one.
     """
     block = next((layer.block for layer in file.layers if layer.name == name), None)
     if block is None:
@@ -163,7 +166,8 @@ def layer_number(file: WeightFile, name: str, key: str, *, integer: bool = False
 def read_settings(file: WeightFile) -> dict[str, Any]:
     """Read the stride of the fifth stage, and iterations and pre-normalization of the matrix square roots.
 
-    Raises `WeightsError` if a layer is not supported, the other strides are not the paper's, or roots differ.
+    Raises `WeightsError` if a layer is not supported, if another stride is not the paper's, or if the square
+    roots have different settings.
     """
     for layer in file.layers:
         if layer.kind not in LAYER_KINDS:

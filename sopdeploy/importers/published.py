@@ -1,8 +1,8 @@
-"""ImageNet weights that torchvision and timm publish: the file for a network, fetched to their cache.
+"""Download of the ImageNet weights that torchvision and timm publish.
 
-Files are stored where torchvision (`torch.hub`, `TORCH_HOME`) and timm (Hugging Face hub, `HF_HOME`) look for
-them. Their SHA-256 is compared before they are parsed: with a pinned one, with the digits in the name that
-torchvision publishes, or with the address of the content in the hub's cache.
+Files are stored in the caches of torchvision (`torch.hub`, `TORCH_HOME`) and timm (Hugging Face hub,
+`HF_HOME`). Before a file is parsed, its SHA-256 is compared: with a pinned one, with the digits in the file
+name that torchvision publishes, or with the hash that is the file name in the hub's cache.
 """
 
 import importlib
@@ -61,7 +61,7 @@ def fetch_imagenet_weights(model: str, config: StrictModel) -> Published:
     if issubclass(network, ResNet) and getattr(config, "depth", None) == 26:  # of timm only
         return Published(_fetch_timm("resnet26"), "timm:resnet26")
     models = importlib.import_module("torchvision.models")
-    names = {  # in torchvision and here
+    names = {  # name in torchvision and in the catalog, and whether it applies
         (f"resnet{getattr(config, 'depth', None)}",) * 2: issubclass(network, ResNet),
         ("vgg16_bn", "vgg16-bn"): isinstance(config, VGGConfig) and config.batch_norm,
         ("vgg16", "vgg16"): isinstance(config, VGGConfig),

@@ -45,7 +45,7 @@ def stem_width(file: WeightFile) -> int:
 
 
 def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Map a ResNet of torchvision, under the same names; None without four stages and `fc`."""
+    """Convert a ResNet of torchvision; None for a file without four stages and `fc`."""
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= file.tensors.keys():
         return None
     depth = resnet_depth(file.path, file.tensors)
@@ -66,9 +66,9 @@ def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeight
 
 
 def published_preprocess(name: str, digest: str) -> tuple[Preprocess, str] | None:
-    """Find the preprocessing of torchvision's weights of network *name* with this SHA-256, and a note.
+    """Find the preprocessing of torchvision's weights of *name* by their SHA-256; returns it with a note.
 
-    The names of torchvision's files end in the first eight digits.
+    The names of torchvision's files end in the first eight digits. None for other files.
     """
     models = importlib.import_module("torchvision.models")
     for weights in models.get_model_weights(name) if name in models.list_models() else ():
@@ -86,9 +86,9 @@ def published_preprocess(name: str, digest: str) -> tuple[Preprocess, str] | Non
 
 
 def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Map a ResNet of pytorch_resnet_cifar10; None without three stages and `linear`.
+    """Convert a ResNet of pytorch_resnet_cifar10; None for a file without three stages and `linear`.
 
-    Its depth is 6n + 2 for n blocks per stage. `linear` becomes `fc`, `shortcut` becomes `downsample`.
+    The depth is 6n + 2 for n blocks per stage. `linear` becomes `fc`, `shortcut` becomes `downsample`.
     """
     sources = file.tensors.keys()
     known = {"conv1.weight", "layer3.0.conv1.weight", "linear.weight"} <= sources

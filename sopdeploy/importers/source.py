@@ -91,7 +91,8 @@ class ConvertedWeights:
     `model` is the catalog name (with settings), None if the catalog has no such network. `required` are
     config values, by dotted key, that the model chosen by the user must have. `detected` are config values
     read from the file, by dotted key, `defaults` those fixed by the project's code. `undetermined` maps keys
-    that neither determines to the reason; the user must set them. `labels` names the class order if it is a
+    that the user must set, because neither the file nor the code determines them, to the reason. `ignored`
+    maps tensors of the file that are not imported to the reason. `labels` names the class order if it is a
     known one.
     """
 

@@ -26,7 +26,7 @@ NO_HUB_CONFIG = f"no {HUB_CONFIG} next to the file: preprocessing of timm's defa
 
 
 def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
-    """Map a timm network under its own names; None if *model* is not one of timm."""
+    """Convert the weights of a timm network, without new names; None if *model* is not a `timm:NAME`."""
     if not model.startswith(PREFIX) or file.layers:
         return None
     backbone = model.removeprefix(PREFIX)
@@ -36,7 +36,8 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     classifier = pretrained.get("classifier")
     if not isinstance(classifier, str):
         raise WeightsError(
-            f"{file.path}: timm's {backbone} has no single classifier, so the number of classes is unknown"
+            f"{file.path}: timm's {backbone} has no single classifier, so the number of classes is unknown; "
+            "choose another network"
         )
     return ConvertedWeights(
         description=f"timm's {backbone}",

@@ -1,6 +1,6 @@
 """Importers of VGG-16: torchvision's, with or without batch norm, and fast-MPN-COV's with another pooling.
 
-All number the convolutions as `features`, which is `layers` here.
+All store the convolutions under `features`, with the same numbers as `layers` here.
 """
 
 import re
@@ -21,7 +21,7 @@ CLASSIFIER = re.compile(r"classifier\.([036]\.)?(weight|bias)")
 
 
 def convert_torchvision_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Map VGG-16 of torchvision; None for other files. `features` becomes `layers`."""
+    """Convert VGG-16 of torchvision; None for other files. `features` becomes `layers`."""
     first = file.tensors.get("classifier.0.weight")
     convolutions = [
         name for name, tensor in file.tensors.items() if name.startswith("features.") and tensor.dim() == 4
@@ -48,7 +48,7 @@ def convert_torchvision_vgg(file: WeightFile, _model: str) -> ConvertedWeights |
 
 
 def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Map VGG-16 with batch norm and iSQRT-COV or B-CNN; None for other files.
+    """Convert VGG-16 with batch norm and iSQRT-COV or B-CNN; None for other files.
 
     `features` becomes `layers`.
     """

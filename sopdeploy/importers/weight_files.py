@@ -91,7 +91,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _find_state_dict(path: Path, content: Any) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """Find the state dict in *content*; returns it with the other keys beside it."""
+    """Find the state dict in *content*; returns it with the keys next to it."""
     if is_state_dict(content):
         return content, ()
     if isinstance(content, dict):

@@ -177,7 +177,7 @@ def array(name: str, value: Any) -> Callable[[Net], None]:
             "no layer conv5_1a_conv",
         ),
         (lambda net: net.params.pop("conv3_2b_bn_m"), "has no conv3_2b_bn_m"),
-        (array("extra", np.ones((2, 2))), "no place for extra"),
+        (array("extra", np.ones((2, 2))), "no tensor for extra"),
         (array("conv1_bn_m", np.ones((16, 1))), r"not \(channels, 2\)"),
         (array("conv1_bn_m", np.zeros((16, 2))), "standard deviation that is not positive"),
         (array("conv1_b", np.ones((7, 1))), r"conv1.bias has shape \(7,\), not \(16,\)"),

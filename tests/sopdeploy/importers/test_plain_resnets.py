@@ -173,7 +173,7 @@ def test_another_network_is_refused(weights: Path, name: str, message: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"extra.weight": torch.zeros(2)}, "no place for extra.weight"),
+        ({"extra.weight": torch.zeros(2)}, "no tensor for extra.weight"),
         ({"layer1.0.conv1.weight": torch.zeros(8, 8, 1, 1)}, r"\(8, 8, 1, 1\), not \(8, 8, 3, 3\)"),
         ({"bn1.bias": torch.full((8,), float("nan"))}, "bn1.bias has values that are not finite"),
         ({"bn1.bias": torch.full((8,), 1e300, dtype=torch.float64)}, "not finite in torch.float32"),
