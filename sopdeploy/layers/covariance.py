@@ -40,7 +40,7 @@ def covariance(centered_BCM: Tensor) -> Tensor:
 def covariance_trace(cov_BCC: Tensor) -> Tensor:
     """Compute the trace of each matrix as (B, 1, 1), by a product with the identity.
 
-    Runtimes lack a diagonal operator, and summing the squares of the map would read the whole map.
+    Runtimes have no operator for the diagonal, and a sum over the squared map would read the map once more.
     """
     identity = torch.eye(cov_BCC.shape[-1], dtype=cov_BCC.dtype, device=cov_BCC.device)
     return (cov_BCC * identity).sum(dim=(1, 2), keepdim=True)
@@ -69,7 +69,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Turn autocast off for the device of *x*, so that operations keep the type of their operands.
 
-    Where autocast is already off the context does nothing and leaves no trace in an exported program.
+    If autocast is already off, the context does nothing and adds nothing to an exported program.
     """
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

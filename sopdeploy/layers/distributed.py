@@ -88,10 +88,10 @@ class FrozenBatchNorm(Replacement):
 
 
 class GlobalBatchNorm(Replacement):
-    """Batch norm over the batch of all ranks; the running variance divides by n - 1 of all of them."""
+    """Batch norm over the batch of all ranks; the running variance divides by n - 1 for this whole batch."""
 
     def normalized(self, x: Tensor) -> Tensor:
-        """Normalize *x* by the whole batch in train mode, else by the running statistics."""
+        """Normalize *x* by the statistics of all ranks in train mode, else by the running statistics."""
         if not self.training:
             return super().normalized(x)
         with without_autocast(x):

@@ -174,7 +174,10 @@ class ISqrtVector(torch.autograd.Function):
 
 
 def _channel_adjoint(saved: _Saved, root_grad_Bdd: Tensor, norm_term_B11: Tensor) -> Tensor:
-    """Compute the gradient (B, d, M) of the map where the root is Y_N, times sqrt(n) with compensation."""
+    """Compute the gradient (B, d, M) of the map after the iteration on A.
+
+    The root is Y_N, times sqrt(n) with compensation.
+    """
     if saved.config.compensate:
         product_grad_Bdd = _product_adjoint(saved, root_grad_Bdd * saved.norm.sqrt(), 0.5 * norm_term_B11)
     else:
@@ -184,7 +187,10 @@ def _channel_adjoint(saved: _Saved, root_grad_Bdd: Tensor, norm_term_B11: Tensor
 
 
 def _gram_adjoint(saved: _Saved, root_grad_Bdd: Tensor, norm_term_B11: Tensor) -> Tensor:
-    """Compute the gradient (B, d, M) of the map where the root is X P X^T, P = Z_N times a power of n."""
+    """Compute the gradient (B, d, M) of the map after the iteration on G.
+
+    The root is X P X^T, where P is Z_N times a power of n.
+    """
     power = -0.5 if saved.config.compensate else -1.0
     last_f = saved.fs[-1]
     z_BMM = saved.ts[-1] if last_f is None else saved.ts[-1] @ last_f
@@ -199,9 +205,10 @@ def _gram_adjoint(saved: _Saved, root_grad_Bdd: Tensor, norm_term_B11: Tensor) -
 
 
 def _product_adjoint(saved: _Saved, f_grad_Bnn: Tensor, norm_term_B11: Tensor) -> Tensor:
-    """Compute the gradient of X X^T or X^T X from that of F_N and from the norm's own term, times n.
+    """Compute the gradient of X X^T or X^T X from the gradient of the last iterate F_N and that of the norm.
 
-    A norm below `SMALLEST_NORM` is a constant and has no gradient.
+    *norm_term_B11* is n times the gradient that n receives outside of the iteration. A norm below
+    `SMALLEST_NORM` is a constant and has no gradient.
     """
     matrix_grad_Bnn = steps_adjoint(f_grad_Bnn, saved.ts, saved.fs)
     through_matrix_B11 = (matrix_grad_Bnn * saved.matrix).sum(dim=(1, 2), keepdim=True)

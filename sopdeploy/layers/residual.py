@@ -1,4 +1,4 @@
-"""Residual blocks of ResNets, before and after activation, and EfficientNet's inverted bottleneck (MBConv).
+"""Residual blocks of ResNets and pre-activation ResNets, and EfficientNet's inverted bottleneck (MBConv).
 
 Papers: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), Figs. 3 and 5; "Identity
 Mappings in Deep Residual Networks" (ECCV 2016); Sandler et al., "MobileNetV2" (CVPR 2018), section 3.3; Tan
@@ -50,7 +50,7 @@ def dimension_reduction(
 def _shortcut(
     in_channels: int, out_channels: int, stride: int, kind: Shortcut | Literal["convolution"]
 ) -> nn.Module | None:
-    """Build the shortcut; `None`, the identity, where the shape stays."""
+    """Build the shortcut of a block; `None`, the identity, if the block keeps the shape."""
     if stride == 1 and in_channels == out_channels:
         return None
     if kind == "pad":
@@ -60,14 +60,15 @@ def _shortcut(
 
 
 class ResidualBlock(nn.Module):
-    """relu(residual + shortcut), or with `pre_activation` residual + shortcut of the activated input.
+    """Base class of residual blocks, which compute relu(residual(x) + shortcut(x)).
 
     Attributes:
         pre_activation: Batch norm and ReLU precede the residual and the shortcut's convolution; an identity
             shortcut reads the input itself, and no activation follows the addition.
         downsample: The shortcut where the shape changes.
         attention: Scales the residual before the addition; `None` is no attention.
-        attention_after: The attention has its own shortcut after the addition instead: out + attention(out).
+        attention_after: The attention follows the addition instead, with its own shortcut:
+            out + attention(out).
     """
 
     pre_activation: ClassVar[bool] = False
@@ -80,7 +81,7 @@ class ResidualBlock(nn.Module):
         self.attention_after = False
 
     def residual(self, x: Tensor) -> Tensor:
-        """Compute the residual of *x* (activated already with `pre_activation`) without modifying it."""
+        """Compute the residual of *x*, activated before if `pre_activation` is set, without modifying it."""
         raise NotImplementedError(f"{type(self).__name__}: residual of {tuple(x.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,8 +125,8 @@ class Bottleneck(ResidualBlock):
     """1x1, 3x3, 1x1 convolutions and a shortcut.
 
     `middle` channels default to a quarter of the output's; ResNeXt sets them and splits the 3x3 convolution
-    into `groups`. `stride_on` selects the convolution that strides: "3x3" is torchvision's and every released
-    code's ("v1.5"), "1x1" the first paper's ("v1").
+    into `groups`. `stride_on` selects the convolution that has the stride: "3x3" in torchvision and all
+    released code ("v1.5"), "1x1" in the first paper ("v1").
     """
 
     expansion = 4

@@ -4,8 +4,8 @@ Papers: MPN-COV (ICCV 2017), section 3; Ionescu et al., "Matrix Backpropagation 
 Structured Layers" (ICCV 2015). Letters: B matrices of C rows, A = U diag(l) U^T, f(A) = U diag(f(l)) U^T.
 
 The papers' gradient divides by l_i - l_j and is not finite where eigenvalues repeat, as they do for
-dead channels and for fewer positions than channels. Here it is U (K * U^T G U) U^T with
-K_ij = (f(l_i) - f(l_j)) / (l_i - l_j), the same number, and f' where the two are too close to divide.
+dead channels and for fewer positions than channels. This module computes the same gradient as
+U (K * U^T G U) U^T with K_ij = (f(l_i) - f(l_j)) / (l_i - l_j), or f' if l_i and l_j are too close to divide.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from sopdeploy.layers.covariance import frobenius_norm
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM
 from sopdeploy.layers.newton_schulz import Iterations, newton_schulz
 
-TOO_CLOSE = 1e-5  # of the largest eigenvalue, in float32
+TOO_CLOSE = 1e-5  # smallest difference that divides, as a fraction of the largest eigenvalue, for float32
 NO_ONNX_FORM = (
     "an eigendecomposition has no ONNX or TensorRT form; train with {}, which takes the square root "
     "by matrix products"
@@ -64,8 +64,8 @@ def eigenvalue_mapping(
 ) -> tuple[list[float], list[float]]:
     """Compute f and f' of the *eigenvalues* of one covariance, in their order.
 
-    The slope is the factor of the gradient of an eigenvalue: large ones of small eigenvalues are why the
-    logarithm is less stable than a power (MPN-COV, section 3).
+    f' is the factor of the gradient of an eigenvalue. The logarithm has a large f' at small eigenvalues, so
+    it is less stable than a power (MPN-COV, section 3).
     """
     ascending_C, order_C = torch.tensor(eigenvalues, dtype=torch.float64).sort()
     place_C = order_C.argsort()
@@ -99,7 +99,7 @@ class SpectralFunction(torch.autograd.Function):
 
 
 def _divided_differences(lambda_BC: Tensor, function: Power | Logarithm) -> Tensor:
-    """Compute K (B, C, C)."""
+    """Compute K (B, C, C), defined at the top of this file."""
     value_BC, slope_BC = function(lambda_BC)
     gap_BCC = lambda_BC[:, :, None] - lambda_BC[:, None, :]
     rise_BCC = value_BC[:, :, None] - value_BC[:, None, :]
@@ -117,7 +117,8 @@ def spectral(a_BCC: Tensor, function: Power | Logarithm) -> tuple[Tensor, Tensor
 class MatrixRootConfig(StrictModel):
     """The matrix square root: exact, by eigenvalues, or by N = `iterations` steps, which can be exported.
 
-    The steps start from the matrix over its Frobenius norm, which is nearer to the root than over its trace.
+    The steps start from the matrix divided by its Frobenius norm, because N steps then end nearer to the root
+    than after a division by the trace.
     """
 
     root: Literal["eigen", "newton-schulz"] = "eigen"

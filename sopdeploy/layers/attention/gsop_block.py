@@ -65,11 +65,11 @@ class Concatenation(nn.Module):
 class GSoPBlockConfig(StrictModel):
     """Options of the block; defaults are the paper's.
 
-    `attention` is what scales the map: its channels, its positions, or both and how the two are fused.
-    `cov_width` is d. `position_side` is the side of the map whose positions are correlated (6, 8 and 12 are
-    Table 4's 36, 64 and 144). `channel_norm` and `position_norm` are the batch norm after the row-wise
-    convolution (Table 2); the printed parameters of the position-wise block are those without it. The
-    released code differs from the paper in the others and in `channel_norm`: `RELEASED_BLOCK` has its values.
+    `attention` selects the weights that scale the map: of channels, of positions, or of both, with the way to
+    fuse the two results. `cov_width` is d. `position_side` is the side of the map whose positions are
+    correlated (6, 8 and 12 are Table 4's 36, 64 and 144). `channel_norm` and `position_norm` add a batch norm
+    after the row-wise convolution (Table 2); the printed parameters of the position-wise block are those
+    without it. `RELEASED_BLOCK` lists the options in which the released code differs from the paper.
     """
 
     attention: Literal["channel", "position"] | FusionKind = "channel"

@@ -28,9 +28,9 @@ Kind = Literal["gap", "sop", "linear"]
 
 
 class Convolutions(NamedTuple):
-    """The 1x1 convolutions of a component: output channels, and what each of them has.
+    """The 1x1 convolutions of a component: their output channels, and whether ReLU, bias or norm is added.
 
-    A batch norm's statistics are those of all images, so components with one cannot be routed in training.
+    Components with batch norm cannot be routed in training, because its statistics are those of all images.
     """
 
     widths: tuple[int, ...]

@@ -27,9 +27,9 @@ NoisePer = Literal["image", "component"]
 
 
 class GateNoise(nn.Module):
-    """gamma softplus(Wn f): (B, D) to (B, N); training only.
+    """Noise gamma softplus(Wn f) (B, N) of the gate, computed from f (B, D); only for training.
 
-    `shard_rng` describes the shard of the batch, where the batch is divided among processes.
+    `shard_rng` describes the shard of the batch if the batch is divided among processes.
     """
 
     def __init__(self, features: int, components: int, per: NoisePer) -> None:
@@ -49,8 +49,8 @@ class GateNoise(nn.Module):
 class SparseGate(nn.Module, ExportHints):
     """Map a feature map to weights (B, N): K of them positive with sum 1, the others 0.
 
-    *feature* computes f, of D numbers, from the feature map: the prediction layers and a pooling. Wg and Wn
-    start as 1 / D, as in the released code: all components tie at first.
+    *feature* computes f (B, D) from the feature map with the prediction layers and a pooling. All elements of
+    Wg and Wn start as 1 / D, as in the released code, so all components have equal logits at first.
     """
 
     keep_float32 = True
@@ -75,7 +75,7 @@ class SparseGate(nn.Module, ExportHints):
 def rank(logits_BN: Tensor) -> Tensor:
     """Rank the logits of each row as int32 (B, N): 0 is the largest, ties by lower index.
 
-    It compares all N^2 pairs, so that ties do not depend on a runtime's sort and the exported graph has no
+    All N^2 pairs are compared, so that ties do not depend on a runtime's sort and the exported graph has no
     data-dependent shape.
     """
     own_BN1, other_B1N = logits_BN.unsqueeze(2), logits_BN.unsqueeze(1)

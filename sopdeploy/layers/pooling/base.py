@@ -76,8 +76,9 @@ class PoolingConfig(StrictModel):
 def unit_length(values: Tensor, dim: int) -> Tensor:
     """Divide *values* by their Euclidean length along *dim*; zeros stay zeros.
 
-    Gives the bits of `torch.nn.functional.normalize`, which also expands lengths to the shape of *values*:
-    in ONNX the expansion computes a shape, and ONNX Runtime computes shapes on the CPU.
+    The result is bitwise equal to that of `torch.nn.functional.normalize`. That function also expands the
+    lengths to the shape of *values*. In ONNX the expansion computes a shape, which ONNX Runtime does on the
+    CPU.
     """
     length = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
     smallest = max(SMALLEST_LENGTH, torch.finfo(values.dtype).tiny)  # 1e-12 would be 0 in float16
@@ -115,7 +116,7 @@ class GapConfig(PoolingConfig):
 class FlattenedMap(GlobalPooling):
     """Flatten (B, C, H, W) maps to (B, C side^2) after max pooling, as AlexNet and VGG-16 do.
 
-    The max pooling has a stride of 2. Maps that are not side x side then are averaged to this size, as in
+    The max pooling has a stride of 2. If its result is not side x side, it is averaged to this size, as in
     torchvision. The vector is computed in the type of the map, also under autocast.
     """
 

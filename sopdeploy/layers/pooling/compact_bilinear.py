@@ -94,7 +94,7 @@ def sketch_table(config: "CompactBilinearConfig", channels: int) -> tuple[Tensor
 class KernelPooling(GlobalPooling):
     """Kernel pooling: (B, C, H, W) maps to (B, 1 + C + (order - 1) D)."""
 
-    not_exportable = "its FFT has no TensorRT form; train with pooling cbp, the second order without one"
+    not_exportable = "its FFT has no TensorRT form; train with pooling cbp, its second order without an FFT"
     places: Tensor
     signs: Tensor
 
@@ -117,7 +117,7 @@ class KernelPooling(GlobalPooling):
         orders += [self.tensor_sketch(x_BMC, range(start, stop)) for start, stop in pairwise(starts)]
         weighted = [weight * order for weight, order in zip(self.order_weights, orders, strict=True)]
         vector_BD = torch.cat(weighted, dim=1)
-        # unlike `unit_signed_root`, x / sqrt(|x| + 1e-8) does not jump by 2e-4 at 0, where rounding may fall
+        # x / sqrt(|x| + 1e-8) is continuous; `unit_signed_root` jumps by 2e-4 at 0, which amplifies rounding
         return unit_length(vector_BD * torch.rsqrt(vector_BD.abs() + 1e-8), dim=1)
 
     def tensor_sketch(self, x_BMC: Tensor, sketches: range) -> Tensor:

@@ -1,7 +1,7 @@
 """Poolings of the covariance: iSQRT-COV, MPN-COV and the log-Euclidean one of DeepO2P.
 
-Papers: iSQRT-COV, section 3, and its table of post-compensations; fast-MPN-COV's own ResNets and VGG-D carry
-it with d = 256 and N = 5, GSoP-Net2's released code with N = 3. Li et al., "Is Second-order Information
+Papers: iSQRT-COV, section 3, and its table of post-compensations; fast-MPN-COV's ResNets and VGG-D use it
+with d = 256 and N = 5, GSoP-Net2's released code with N = 3. Li et al., "Is Second-order Information
 Helpful for Large-scale Visual Recognition?" (MPN-COV, ICCV 2017), Eqs. (3) to (5); Ionescu et al., "Matrix
 Backpropagation ..." (DeepO2P, ICCV 2015).
 Letters: B images, d channels, H height, W width; Sigma = U diag(l) U^T.
