@@ -1,9 +1,9 @@
 """AlexNet: five convolutions, a global pooling, a classifier of three layers.
 
 Paper: Krizhevsky et al., "ImageNet Classification with Deep Convolutional Neural Networks" (NIPS 2012),
-section 3. The two groups of channels, on two GPUs in the paper, are grouped convolutions here. The map that
-the slides on iSQRT-COV pool has 13 x 13 positions and 256 channels. Images of 224 pixels are padded by
-2, which gives the paper's map of 55 x 55 positions.
+section 3. Where the paper splits the channels over two GPUs, this module has convolutions with two groups.
+The slides on iSQRT-COV pool the last feature map, 13 x 13 positions and 256 channels. Images of 224 pixels
+are padded by 2, which gives the paper's first map of 55 x 55 positions.
 """
 
 from typing import Annotated, Literal
@@ -24,14 +24,14 @@ CONVOLUTIONS = (  # channels, kernel, stride, padding, groups
     (384, 3, 1, 1, 2),
     (256, 3, 1, 1, 2),
 )
-MAX_POOLED = (0, 1)  # convolutions that response normalization and max pooling follow
+MAX_POOLED = (0, 1)  # positions of the convolutions before a response normalization and a max pooling
 
 
 class AlexNetConfig(StrictModel):
     """The default pooling is the paper's: max pooling, and the map of 6 x 6 positions as one vector.
 
     `norm` is the local response normalization after the first two convolutions (section 3.3) or a batch norm
-    after each of the five. `classifier` and `dropout` are those of VGG-16.
+    after each of the five. `classifier` and `dropout` have the same meaning as in `VGGConfig`.
     """
 
     pooling: Pooling = FlattenConfig(window=3, side=6)

@@ -1,4 +1,4 @@
-"""Backbone interface: images in, feature maps by stage on the way, class logits out."""
+"""Backbone interface: computes class logits, and the feature maps of its stages on request."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
@@ -16,12 +16,12 @@ class Backbone(nn.Module, ABC):
     """Base class of networks whose intermediate feature maps can be tapped.
 
     Attributes:
-        tap_channels: Maps the name of every place where a branch may start (`layer2.0` is the output of the
-            first block of the second stage) to its number of channels, in the order of computation.
+        tap_channels: Maps the name of every tap (`layer2.0` is the output of the first block of the second
+            stage) to its number of channels, in the order of computation.
         outputs: Names of the tensors that `outputs_tuple` returns and that are exported, class logits first.
             An instance may add `FEATURES`, the last feature map, if it has an `averaged_classifier`.
         stem_parts: Names of the parts that run before the stages.
-        stage_names: Names of the stages, modules of blocks.
+        stage_names: Names of the stages; each is an `nn.Sequential` of blocks.
         classifier_parts: Names of the parts that compute the logits from the last feature map.
     """
 
@@ -91,9 +91,9 @@ class Backbone(nn.Module, ABC):
 
 
 def initialize(network: nn.Module) -> None:
-    """Initialize convolutions by Kaiming's normal distribution (fan out), batch norms to 1 and 0.
+    """Initialize convolutions by Kaiming's normal distribution (fan out), batch norms to weight 1 and bias 0.
 
-    Weights on `meta` have no values, so drawing them would only take time.
+    Modules on the `meta` device are skipped, because their weights have no values.
     """
     for module in network.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):

@@ -18,7 +18,7 @@ from sopdeploy.layers.residual import DepthwiseSeparable, MBConv, conv1x1
 
 
 class Stage(NamedTuple):
-    """One row of the paper's Table 1; the first block of the stage strides."""
+    """One row of the paper's Table 1; only the first block of the stage has `stride`."""
 
     kernel: int
     stride: int
@@ -87,9 +87,9 @@ class EfficientNet(Backbone):
         return MBConv(in_channels, out_channels, KERNELS[out_channels], stride)
 
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the 1280 activated maps before the global pooling, and the outputs of *taps*.
+        """Compute the last feature map (B, 1280, h, w) after its activation, and the outputs of *taps*.
 
-        A tap is a block, or `conv_head` for the last maps themselves.
+        A tap is a block, or `conv_head` for the last feature map itself.
         """
         x, tapped = super().features(F.silu(self.bn1(self.conv_stem(images))), taps)
         last = F.silu(self.bn2(self.conv_head(x)))

@@ -34,9 +34,10 @@ RAW_SCALE = 1.0 / 60.0
 class ResNetConfig(StrictModel):
     """Depth, global pooling, and the two strides on which papers and code differ.
 
-    `conv5_stride` is 2 in the usual network and 1 in the second-order papers; `bottleneck_stride` selects the
-    convolution of a bottleneck that strides: the 3x3 ("v1.5") or the first 1x1 ("v1"). `base_width` is the
-    number of channels of conv1 and of the 3x3 convolutions of conv2_x; a stored config omits the usual 64.
+    `conv5_stride` is 2 in the usual network and 1 in the second-order papers. `bottleneck_stride` selects
+    which convolution of a bottleneck has the stride: the 3x3 ("v1.5") or the first 1x1 ("v1"). `base_width`
+    is the number of channels of conv1 and of the 3x3 convolutions of conv2_x; a stored config omits the
+    default.
     """
 
     depth: Literal[18, 26, 34, 50, 101] = 18
@@ -93,8 +94,8 @@ class DilatedResNetConfig(ResNetConfig):
 class DilatedResNet(ResNet):
     """DRN-A: ResNet whose conv4_x and conv5_x have no stride and dilated 3x3 convolutions instead.
 
-    A convolution without its stride keeps its own dilation; those behind it have twice the dilation, so that
-    they see what they saw before ("to maintain the receptive size", GSoP, section 4.2.2).
+    Where a stride is removed, all later convolutions have twice the dilation, which keeps their receptive
+    fields ("to maintain the receptive size", GSoP, section 4.2.2).
     """
 
     config: DilatedResNetConfig
@@ -114,12 +115,12 @@ class DilatedResNet(ResNet):
 
 
 class LowResolutionResNetConfig(StrictModel):
-    """Depth (`blocks_per_stage`), width (`widen`), and where the paper of GM-SOP and its code differ.
+    """Depth (`blocks_per_stage`), width (`widen`), and options on which the GM-SOP paper and its code differ.
 
     `project_first_stage` adds a projection to conv2_x even where its channels do not change, as in the
     released WRN (only WRN-36-1 is affected). `input_scaling="raw"` takes images of 0..255 minus the mean and
-    divides them by 60 before conv1. The released conv1, whose weights start 60 times smaller and learn 3600
-    times slower, learns the same function except for its weight decay.
+    divides them by 60 before conv1. The released code does not divide: it initializes conv1 with 60 times
+    smaller weights and a 3600 times lower learning rate, which is equivalent except for the weight decay.
     """
 
     blocks_per_stage: Annotated[int, pydantic.Field(ge=1)] = 2

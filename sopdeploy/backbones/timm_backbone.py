@@ -30,7 +30,7 @@ class TimmConfig(StrictModel):
 
 
 def import_timm(name: str) -> Any:
-    """Import `timm`; raise `ConfigError` if it is not installed or has no network *name*, with its tag."""
+    """Import `timm`; raise `ConfigError` if it is missing or has no network *name* (with its tag, if any)."""
     timm = import_optional("timm", "timm", "sopdeploy[train]", ConfigError, f"timm:{name}")
     architecture, dot, tag = name.partition(".")
     names = timm.list_models()
@@ -41,7 +41,7 @@ def import_timm(name: str) -> Any:
         except RuntimeError:  # an unknown tag
             known, names = False, timm.list_pretrained(f"{architecture}.*")
     if not known:
-        near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "one of its list_models()"
+        near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "one of timm.list_models()"
         raise ConfigError(f"timm:{name}: timm {timm.__version__} has no such network; did you mean {near}?")
     return timm
 
@@ -56,7 +56,7 @@ def timm_image_size(name: str) -> int:
 def tappable(name: str) -> dict[str, int]:
     """Find the taps of timm's network *name* with their channels, in the order of computation.
 
-    Raises `ConfigError` where a stage is not named or its output is not a (B, C, H, W) feature map.
+    Raises `ConfigError` if a stage has no name or its output is not a (B, C, H, W) feature map.
     """
     timm, side = import_timm(name), timm_image_size(name)
     with torch.device("meta"):
@@ -80,7 +80,7 @@ def tappable(name: str) -> dict[str, int]:
 
 @cache
 def has_feature_maps(name: str) -> bool:
-    """Check whether branches can read the stages of timm's network *name*; those of a ViT are tokens."""
+    """Check whether the stages of timm's network *name* output feature maps, not tokens as in a ViT."""
     import_timm(name)
     try:
         return bool(tappable(name))
@@ -91,7 +91,7 @@ def has_feature_maps(name: str) -> bool:
 def run_tapped(
     network: nn.Module, run: Callable[[Tensor], Any], images: Tensor, taps: Collection[str]
 ) -> tuple[Any, dict[str, Any]]:
-    """Compute `run(images)`, and the outputs of the modules of *network* named in *taps*, as computed."""
+    """Return `run(images)` and the outputs of the modules *taps* of *network*, in order of computation."""
     outputs: dict[str, Any] = {}
     handles = [
         network.get_submodule(tap).register_forward_hook(
@@ -161,7 +161,7 @@ class TimmBackbone(Backbone):
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute the output of timm's `forward_features` and of every tapped stage.
 
-        Raises `ConfigError` for images of another size than a network with position embeddings takes.
+        Raises `ConfigError` if the network has position embeddings for another image size.
         """
         if self.fixed_size not in {None, images.shape[-1]}:
             raise ConfigError(
@@ -178,7 +178,7 @@ class TimmBackbone(Backbone):
         return logits
 
     def averaged_classifier(self) -> nn.Linear | None:
-        """Find the linear layer of a network whose head is `global_pool` "avg" and one layer of its width."""
+        """Return the linear layer if the head is only average pooling and this layer; otherwise None."""
         network = self.outside[0]
         pooling, last = getattr(network, "global_pool", None), network.get_classifier()
         averages = getattr(pooling, "pool_type", "") == "avg"

@@ -1,9 +1,10 @@
 """VGG-16: thirteen convolutions, a global pooling, a classifier of three layers or one.
 
 Papers: Simonyan and Zisserman, "Very Deep Convolutional Networks" (ICLR 2015), Table 1, column D;
-iSQRT-COV, section 4.3. fast-MPN-COV's VGG-D has batch norm, and the pooling in place of the last max pooling;
-the pooling `flatten` restores torchvision's `vgg16_bn`, without batch norm `vgg16`. `layers` is numbered like
-torchvision's and fast-MPN-COV's `features` (here the name of a method), `classifier` like theirs.
+iSQRT-COV, section 4.3. As in fast-MPN-COV's VGG-D, batch norm is the default and the global pooling replaces
+the last max pooling. With the pooling `flatten`, the network is torchvision's `vgg16_bn`, or `vgg16` without
+batch norm. The modules in `layers` and `classifier` have the numbers that torchvision and fast-MPN-COV use in
+`features` and `classifier`.
 """
 
 from typing import Annotated, Any, Literal
@@ -22,9 +23,9 @@ HIDDEN = 4096  # width of the usual classifier of three layers
 
 
 class VGGConfig(StrictModel):
-    """`classifier` is the usual one of three layers (4096 wide) or one linear layer, as after fine-tuning.
+    """`classifier` is "mlp", the usual three layers (4096 wide), or "linear", one layer, as for fine-tuning.
 
-    `batch_norm` follows every convolution, or none as in the paper.
+    `batch_norm` adds a batch norm after every convolution; the paper has none.
     """
 
     pooling: Pooling = ISqrtPoolingConfig()
@@ -67,7 +68,10 @@ class VGG(Backbone):
         return nn.Sequential(*self._convolution(in_channels, out_channels, stride))
 
     def _convolution(self, in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
-        """Build a 3x3 convolution, batch norm and ReLU; the published network has the redundant bias."""
+        """Build a 3x3 convolution, batch norm and ReLU.
+
+        The bias of the convolution is redundant before a batch norm, but the published weights have it.
+        """
         norm = [nn.BatchNorm2d(out_channels)] if self.config.batch_norm else []
         conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
         return [conv, *norm, nn.ReLU(inplace=True)]
@@ -76,7 +80,7 @@ class VGG(Backbone):
 def build_classifier(
     pooling: GlobalPooling, kind: Literal["mlp", "linear"], dropout: float, num_classes: int
 ) -> nn.Module:
-    """Build the classifier of the vectors of *pooling*: its own linear one, or three layers."""
+    """Build the classifier after *pooling*: three layers for "mlp", the pooling's linear one for "linear"."""
     if kind == "linear":
         return pooling.classifier(num_classes)
     return nn.Sequential(

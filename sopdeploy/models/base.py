@@ -39,7 +39,7 @@ class Classifier(Backbone):
     Attributes:
         training_only: Dotted names of the parts that are removed before export.
         inference_class: Class of the inference model; `None` is this class, for networks that are exported
-            whole.
+            with all parts.
         classifier_input: Dotted name of the length of the vector that the exported classifier reads.
         inference_config: Config class of the inference model; `None` is the config of this network.
     """
@@ -64,10 +64,9 @@ class Classifier(Backbone):
 
     @classmethod
     def absent_options(cls, tensors: Collection[str]) -> dict[str, Any]:
-        """Return the values of options that an older checkpoint does not store.
+        """Determine options that an older checkpoint does not store from the names of its *tensors*.
 
-        *tensors* are the names of its weights, from which the values follow. Only options whose default
-        builds another network than the old version need this.
+        Only options whose default builds another network than older versions need this.
         """
         del tensors
         return {}
@@ -90,8 +89,8 @@ class Classifier(Backbone):
     def logits_layer(self) -> nn.Linear | None:
         """Find the linear layer whose outputs are the exported logits; `None` if there is none.
 
-        It is the last exported module with parameters, of the last of `classifier_parts` if there is such a
-        part, provided that it is a linear layer with one output per class.
+        Candidate is the last module with parameters in the last of `classifier_parts`, or without such a part
+        the last one in the network that is not training-only. It must have one output per class.
         """
         part = self._modules.get(self.classifier_parts[-1])
         exported = [
@@ -112,8 +111,8 @@ class Classifier(Backbone):
 class Entry:
     """One line of the catalog.
 
-    `image_size` is the side in pixels of the images in its paper. Without `feature_maps`, `features` computes
-    no map (B, C, h, w).
+    `image_size` is the side in pixels of the images in the network's paper. `feature_maps` is false if
+    `features` does not compute a map (B, C, h, w).
     """
 
     network: type[Classifier]

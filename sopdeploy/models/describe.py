@@ -42,7 +42,7 @@ class Row(StrictModel):
 class Published(StrictModel):
     """One printed figure and the package's own count, both in `unit`.
 
-    Units: M (million), G (billion), K (thousand), x (times ResNet-50). `quantity` is such as
+    Units: M (million), G (billion), K (thousand), x (times ResNet-50). `quantity` is for example
     "training parameters" or "representation". `reached` is false if the printed figure is a misprint.
     """
 
@@ -145,7 +145,8 @@ def describe(
 ) -> Description:
     """Count catalog model *name* on the `meta` device, without allocating weights.
 
-    *image_size* is the side of the input in pixels. Raises `ConfigError`.
+    *image_size* is the side of the input in pixels. Raises `ConfigError` for an unknown name, an invalid
+    option or a too small image.
     """
     side = entry(name).image_size if image_size is None else image_size
     with torch.device("meta"):

@@ -1,12 +1,12 @@
 """DSoP: detachable second-order pooling. Branches train a first-order network and are then removed.
 
-Paper: "DSoP: Detachable Second-Order Pooling" (papers' section III): a branch is a_convK_x (blocks of the
-backbone's own kind, no down-sampling) on the output of convK_x, dimension reduction where there are more
-channels than the target, iSQRT-COV, a linear classifier. The loss is the weighted sum of all losses.
+Paper: "DSoP: Detachable Second-Order Pooling", section III. A branch on the output of convK_x consists of
+a_convK_x (blocks of the backbone's own kind, no down-sampling), dimension reduction (DR) if there are more
+channels than the target, iSQRT-COV and a linear classifier. The loss is the weighted sum of all losses.
 
 The paper's text and its tables disagree: the parameters and FLOPs printed for ResNet-18 and ResNet-34 belong
-to branches whose a_conv3_x and a_conv4_x stride. `aux_stride="text"` is the definition, "table" reproduces
-the printed counts (ResNet-50 then needs 3, 4, 7, 3 blocks and four heads of 256).
+to branches whose a_conv3_x and a_conv4_x have stride 2. `aux_stride="text"` follows the text, "table"
+reproduces the printed counts (ResNet-50 then needs 3, 4, 7, 3 blocks and four heads of 256).
 """
 
 from collections.abc import Collection
@@ -55,7 +55,7 @@ class PowerPooling(StrictModel):
 
 
 def _named(pooling: Any) -> Any:
-    """Replace the name of a pooling with options by a table of its defaults; refuse unknown names."""
+    """Convert the name "log" or "power" to a table with this `kind`; refuse unknown names."""
     kind = pooling.get("kind") if isinstance(pooling, dict) else pooling
     if kind in {"isqrt", "gap"} and kind == pooling:
         return pooling
@@ -109,7 +109,7 @@ class BranchPlan(StrictModel):
     """One branch: its tap and its layers.
 
     Its pooling is `newton_schulz`, the iterated square root, or `eigen`, a function of eigenvalues; without
-    both it is global average pooling. A branch that is not `used` is only kept to be counted.
+    both it is global average pooling. A branch that is not `used` has parameters, but is never computed.
     """
 
     tap: str
@@ -153,13 +153,13 @@ class Branch(nn.Module):
 class DSoP(Classifier):
     """Mixin that trains a first-order backbone with second-order branches.
 
-    Put it before a backbone in the bases. The backbone computes the eval mode and keeps the names of its
-    parts; the branches are under `branches`.
+    Put it before a backbone in the bases. In eval mode only the backbone runs. Its parts keep their names;
+    the branches are under `branches`.
 
     Attributes:
         tap_stages: The taps of each stage: `layer2` has `layer2.0`, `layer2.1` and so on.
         taps_are_stages: Each tap is a stage of its own.
-        branch_activation: The activation at the end of a branch's DR.
+        branch_activation: The activation at the end of a branch's dimension reduction.
         normalize_branches: Batch norm and ReLU precede the pooling of a branch, for backbones whose blocks do
             not end in an activation.
     """
@@ -175,7 +175,7 @@ class DSoP(Classifier):
         self.attach_branches()
 
     def attach_branches(self) -> None:
-        """Build the branches, once the taps are known."""
+        """Build the branches for the taps in `tap_channels`."""
         self.tap_stages: dict[str, list[str]] = {}
         for tap in self.tap_channels:
             stage = tap if self.taps_are_stages else tap.rpartition(".")[0]
@@ -206,7 +206,7 @@ class DSoP(Classifier):
         return {**logits, "main": self.classify(features)}
 
     def loss_weights(self) -> dict[str, float]:
-        """Return alpha as `main` and beta of every branch that is not unused."""
+        """Return alpha as `main` and beta of every used branch."""
         betas = {name: self.plans[name].weight for name in self.taps.values()}
         return {"main": self.config.main_weight, **betas}
 
@@ -316,9 +316,9 @@ class DSoPEfficientNet(DSoP, EfficientNet):
     """DSoP on EfficientNet-b0: two branches, in the middle and at the end (section V-C).
 
     As in the paper's second-order head for this network, DR to 64 channels ends with swish, and dropout of
-    0.2 precedes the classifier. The branch at the end is this head: it reads the 1280 maps that the
-    first-order pooling reads, so its loss trains all of the backbone. Assumptions, where the paper is silent:
-    the middle is the last block of stride 16, and its branch repeats the three blocks of its stage; the
+    0.2 precedes the classifier. The branch at the end is this head: it reads the 1280 channels that the
+    first-order pooling reads, so its loss trains all of the backbone. Assumptions, because the paper does not
+    say: the middle is the last block of stride 16, and its branch repeats the three blocks of its stage; the
     branch at the end has no blocks, because one MBConv of 1280 channels would have five times the parameters
     of the whole network; all losses have the same weight.
     """

@@ -1,21 +1,21 @@
 """GM-SOP: a gate selects K of N second-order poolings for each image; their weighted sum is classified.
 
 Paper: Wang et al., "Global Gated Mixture of Second-order Pooling for Improving Deep Convolutional Neural
-Networks" (NeurIPS 2018), section 2. GM-GAP has average poolings instead; the one-layer SG-MoE of Table 3
-linear experts, and a gate on the averaged features.
+Networks" (NeurIPS 2018), section 2. GM-GAP has average poolings instead. The one-layer SG-MoE of Table 3 has
+linear experts and a gate on the averaged features.
 
 The inference model is `GatedResNet`; `GMSOP` adds the training-only parts, the gate's noise (Wn of Eq. 2) and
 the balance loss (Eq. 4). Multiply-adds count K of N components and not the gate's Wg f.
 
-Where paper and released code differ the default is the paper's: 5 Newton-Schulz iterations (code 3), the
-map of conv5_x halved (code, with second order: not), dropout 0.2 (code 0.4 for GM-SOP on WRN), noise per
+Where paper and released code differ the default is the paper's: 5 Newton-Schulz iterations (code 3), stride 2
+in conv5_x (code: 1 with second-order pooling), dropout 0.2 (code 0.4 for GM-SOP on WRN), noise per
 component (code: per image). The gate's prediction layers "share the same architecture" with the components
 (section 2.3), which have no batch norm; the code's have one, and 256, 128 channels for GM-GAP on ResNet-18
 (`RELEASED_GATE`). Both give the parameters that Table 3 prints, 2.3M, 8.7M and 11.9M, so the text decides.
-No construction reaches README's 15.7M for GM-SOP on WRN-36-2: the released code builds 17.8M.
+The README of the released code prints 15.7M for GM-SOP on WRN-36-2; the code builds 17.8M.
 
 The experts of the one-layer SG-MoE are "fully-connected layers" of 128 x 512 (section 3.3), so they have
-biases. Assumption, because the paper is silent: its sum is classified directly, without the batch norm and
+biases. Assumption, because the paper does not say: its sum is classified directly, without the batch norm and
 dropout that section 2.3 adds to GM-SOP; with or without them the parameters are the printed 2.3M.
 """
 
@@ -40,11 +40,11 @@ Width = Annotated[int, pydantic.Field(ge=1)]
 class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     """The mixture evaluates `chosen` of `components` poolings per image (the paper's K and N).
 
-    `component_widths` are a component's 1x1 convolutions. `component_activation` follows each of them: ReLU
-    as in the released code, or "none" for the linear form of Eq. (6). `component_bias` and `component_norm`
-    add a bias and a batch norm to them; the latter needs `evaluation="dense"`.
-    `gate_widths` are the gate's prediction layers; `None` selects the architecture of a component, as in
-    section 2.3. `gate_norm` adds a batch norm and a ReLU to each, as in the released code.
+    `component_widths` are the channels of a component's 1x1 convolutions. `component_activation` follows each
+    of them: ReLU as in the released code, or "none" for the linear form of Eq. (6). `component_bias` and
+    `component_norm` add a bias and a batch norm to them; the latter needs `evaluation="dense"`.
+    `gate_widths` are the channels of the gate's prediction layers; `None` selects the architecture of a
+    component, as in section 2.3. `gate_norm` adds a batch norm and a ReLU to each, as in the released code.
     `fusion_norm` is the batch norm of the mixed vector (section 2.3). `noise_per` selects how the gate's
     gamma is drawn: per component of an image, as in SG-MoE, or per image, as in the released code.
     `balance_weight` is alpha. `evaluation` selects how a training batch is computed: "routed" evaluates each
@@ -77,7 +77,7 @@ class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
 
 
 class GatedResNet(LowResolutionResNet):
-    """Inference model: images to logits and the gate's weights, by K of N components per image."""
+    """Inference model: computes logits and the gate's weights, with K of N components per image."""
 
     outputs = ("logits", "gates")
     config: GMSOPConfig

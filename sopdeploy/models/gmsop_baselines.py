@@ -4,10 +4,10 @@ Paper: Wang et al., GM-SOP (NeurIPS 2018), section 3.1 and Tables 2 and 3. ResNe
 to X channels before the average; SR-SOP pools the 128 channels directly; parametric SR-SOP pools after two
 1x1 convolutions; Ave-GAP-K and Ave-SOP-K average K components without a gate.
 
-Assumption, because the paper is silent: the batch norm and dropout after the pooling, which section 2.3
-describes for the mixture, are also used with the averages of K, and with none of the single poolings (the
-published counts of ResNet-Xd and SR-SOP leave no room for them). README's 0.9M for ResNet-18 is not what it
-builds: 829,192.
+Assumption, because the paper does not say: the batch norm and dropout after the pooling, which section 2.3
+describes for the mixture, are also used with the averages of K, but not with single poolings (the published
+counts of ResNet-Xd and SR-SOP do not include them). The README of the released code prints 0.9M parameters
+for ResNet-18; the network has 829,192.
 """
 
 from typing import Annotated, Any, Literal
@@ -27,7 +27,7 @@ Width = Annotated[int, pydantic.Field(ge=1)]
 class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     """K = `components` poolings of one kind, averaged; 1 is a single pooling.
 
-    `component_widths` are a component's 1x1 convolutions, none for GAP and SR-SOP themselves.
+    `component_widths` are the channels of a component's 1x1 convolutions; plain GAP and SR-SOP have none.
     """
 
     component: Literal["gap", "sop"] = "gap"

@@ -6,9 +6,10 @@ last block.
 
 Where paper and released code differ the paper is the default, and `RELEASED` holds the code's values: the
 paper puts the block after the last bottleneck of a stage, with a shortcut around it (sections 3.4 and 4.2),
-the code on that bottleneck's residual before the addition; the code's DR has stride 2 in conv2_x, on which
-the GFLOPs of Tables 5 and 6 rest; Newton-Schulz runs 5 steps in the paper, 3 in the code. Differences inside
-the block are documented in `layers/attention/gsop_block.py`. The network has no training-only parts.
+the code on that bottleneck's residual before the addition; the code's DR has stride 2 in conv2_x, and the
+GFLOPs of Tables 5 and 6 are those with this stride; Newton-Schulz runs 5 steps in the paper, 3 in the code.
+Differences inside the block are documented in `layers/attention/gsop_block.py`. The network has no
+training-only parts.
 """
 
 from collections.abc import Collection
@@ -42,8 +43,8 @@ class GSoPConfig(GSoPBlockConfig, NewtonSchulzOptions):
 
     `final_pooling` is "gap" (GSoP-Net1) or "isqrt" (GSoP-Net2, with `final_width` channels after DR, N
     `iterations` and `dropout` on the vector). `block_stages` are the stages with blocks; `None` selects
-    the paper's: all for GSoP-Net1, all but the end of the last for GSoP-Net2. `block_place` and
-    `strided_dr_stages` (stages whose channel-wise DR strides by 2) are where the code differs from the paper.
+    the paper's: all for GSoP-Net1; for GSoP-Net2 all, but without the last block. The released code differs
+    from the paper in `block_place` and `strided_dr_stages`, the stages whose channel-wise DR has stride 2.
     """
 
     final_pooling: Literal["gap", "isqrt"] = "gap"
@@ -144,8 +145,8 @@ class GSoPPreActResNetConfig(PreActResNetConfig, GSoPConfig):
 class GSoPPreActResNet(GSoP, PreActResNet):
     """GSoP-Net on PreAct-ResNet-164: a block at every third bottleneck (section 4.3).
 
-    In GSoP-Net2 iSQRT-COV replaces the last one. Stages of one or two bottlenecks, which the paper does not
-    have, have one block at their last.
+    In GSoP-Net2 iSQRT-COV replaces the last block. A stage of one or two bottlenecks, which the paper does
+    not have, has one block at its last bottleneck.
     """
 
     block_spacing = 3  # 18 bottlenecks per stage, 6 of them with a block

@@ -1,4 +1,4 @@
-"""First-order networks: baselines, and what a detached network must equal."""
+"""First-order networks: baselines, and the networks that remain after detaching."""
 
 from sopdeploy.backbones.alexnet import AlexNet, AlexNetConfig
 from sopdeploy.backbones.cifar_resnet import (

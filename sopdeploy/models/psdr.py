@@ -1,10 +1,10 @@
 """PSDR: progressive supervised dimensionality reduction before second-order pooling.
 
-Paper: DSoP, sections III-B and IV-B, Fig. 3, Table XI. iSQRT-COV reduces 2048 channels to 64 in one step;
-PSDR takes several: half of them first, then a fraction `decay` of the last step's while that is more than the
-target. In training an auxiliary head follows every step but the last; its DR, covariance root and linear
-classifier are removed before export. The chain of steps stays, so PSDR is not free: 0.44 to 0.52 GMACs more
-than one step on ResNet-50-s1 at 224 pixels.
+Paper: DSoP, sections III-B and IV-B, Fig. 3, Table XI. iSQRT-COV reduces 2048 channels to 64 in one step,
+PSDR in several. The first step halves the channels, each further one multiplies them by `decay` while the
+result is above the target. In training, an auxiliary head follows every step but the last; its dimension
+reduction (DR), covariance root and linear classifier are removed before export. The chain of steps stays: it
+costs 0.44 to 0.52 GMACs more than one step on ResNet-50-s1 at 224 pixels.
 
 Assumption: the convolutions of the chain have no bias, as in iSQRT-COV's DR.
 """
@@ -40,7 +40,7 @@ class PSDRConfig(ResNetConfig, NewtonSchulzOptions):
 
 
 def intermediate_widths(channels: int, target: int, decay: float) -> list[int]:
-    """Compute the channels after each step but the last (Eq. 4): half of them, then *decay* of the last."""
+    """Compute the channels after each step but the last (Eq. 4): half, then *decay* times the previous."""
     widths = []
     width = channels // 2
     while width > target:
@@ -76,7 +76,7 @@ class ProgressivePooling(GlobalPooling):
 
 
 class PSDRResNet(Classifier, ResNet):
-    """ResNet, progressive reduction, covariance root, one linear layer; it is exported whole."""
+    """ResNet, progressive reduction, covariance root, one linear layer; exported with all parts."""
 
     config: PSDRConfig
     pooling: ProgressivePooling

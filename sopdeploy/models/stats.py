@@ -58,7 +58,7 @@ class Tally:
 
 
 def tally(network: nn.Module, image_size: int) -> Tally:
-    """Count *network*, on `meta` or the CPU, in its current mode, by the names of its parts."""
+    """Count parameters and multiply-adds of *network*, on `meta` or the CPU, in its current mode."""
     found = Tally(parameters=Counter({name: p.numel() for name, p in network.named_parameters()}))
     handles = [
         part.register_forward_hook(partial(_add, found, name)) for name, part in network.named_modules()
@@ -81,7 +81,7 @@ def tally(network: nn.Module, image_size: int) -> Tally:
 
 
 def _unchanged(values: Tensor) -> Tensor:
-    return values.view_as(values)  # a new tensor: forward hooks tell modules apart by what they return
+    return values.view_as(values)  # a new tensor, because hooks of callers identify modules by their output
 
 
 def _add(found: Tally, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -29,9 +29,9 @@ class DSoPTimmConfig(TimmConfig, DSoPConfig):
 class DSoPTimm(DSoP, TimmBackbone):
     """DSoP on a network of timm: a branch after every stage from stride 4 on, as on ResNet-18.
 
-    Assumptions, because the paper does not cover these networks: a branch has two blocks of the kind nearest
-    to timm's, then batch norm and ReLU, because many of timm's stages end without either; covariances of at
-    most 256 channels; all losses have the same weight.
+    Assumptions, because the paper does not cover these networks: a branch has two blocks of the kind that
+    `nearest_block` selects, then batch norm and ReLU, because many of timm's stages end without either;
+    covariances have at most 256 channels; all losses have the same weight.
     """
 
     inference_class = TimmBackbone

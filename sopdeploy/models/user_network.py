@@ -22,7 +22,7 @@ from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
 from sopdeploy.models.registry import CATALOG, REGISTERED
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")
-BLOCKS, WIDTH = 2, 256  # of a branch: blocks, and channels of the covariance at most
+BLOCKS, WIDTH = 2, 256  # of a branch: number of blocks, largest number of channels of the covariance
 
 
 class NoOptions(StrictModel):
@@ -37,11 +37,11 @@ class UserNetwork(Classifier):
         self.network = network
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        """Build the block that is most like those of the network's taps."""
+        """Build the block that `nearest_block` selects."""
         return nearest_block(self.network, self.tap_channels)(in_channels, out_channels, stride=stride)
 
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the logits, which stand for the last feature map, and the outputs of *taps*."""
+        """Compute the logits, in place of the last feature map, and the outputs of *taps*."""
         logits, outputs = run_tapped(self.network, self.network, images, taps)
         if not isinstance(logits, Tensor):
             mode = "train" if self.training else "eval"
@@ -64,9 +64,9 @@ class UserNetwork(Classifier):
 class DSoPNetwork(DSoP, UserNetwork):
     """A network of the user with DSoP's branches, as for networks of timm.
 
-    Assumptions, because the paper does not cover these networks: a branch has two blocks of the kind nearest
-    to the network's, then batch norm and ReLU; covariances of at most 256 channels; all losses have the same
-    weight.
+    Assumptions, because the paper does not cover these networks: a branch has two blocks of the kind that
+    `nearest_block` selects, then batch norm and ReLU; covariances have at most 256 channels; all losses have
+    the same weight.
     """
 
     taps_are_stages = True
@@ -174,9 +174,10 @@ def _build(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn
 
 
 def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple[dict[str, int], int]:
-    """Run *network* on one black image; returns the channels at *taps* as computed, and the classes.
+    """Run *network* on one black image to find the channels at *taps* and the number of classes.
 
-    Train and eval modes are restored afterwards. Raises `ConfigError` as `dsop` does.
+    The taps are returned in the order of computation. Train and eval modes are restored afterwards. Raises
+    `ConfigError` as `dsop` does.
     """
     if not isinstance(network, nn.Module):
         raise ConfigError(f"dsop: the network is a {type(network).__name__}, not a torch.nn.Module")
