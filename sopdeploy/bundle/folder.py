@@ -79,7 +79,10 @@ def file_records(folder: Path) -> dict[str, FileRecord]:
 
 
 def seal(folder: Path, manifest_without_files: Mapping[str, Any]) -> Manifest:
-    """Hash every file in *folder*, write the manifest and return it."""
+    """Hash every file in *folder*, write the manifest and return it.
+
+    Raises `BundleError` if a file in `REQUIRED` is missing.
+    """
     files = file_records(folder)
     missing = [name for name in REQUIRED if name not in files]
     if missing:

@@ -81,7 +81,7 @@ def golden_jpegs(preprocess: Preprocess) -> list[bytes]:
 
 
 def write_golden(folder: Path, preprocess: Preprocess, run: RunOne, tolerance: float) -> None:
-    """Write the examples into *folder*; *run* computes the logits of the exported file."""
+    """Write the examples into *folder*; *run* computes the logits of one image with the exported file."""
     examples = []
     for number, body in enumerate(golden_jpegs(preprocess)):
         with Image.open(io.BytesIO(body)) as image:
@@ -96,7 +96,10 @@ def write_golden(folder: Path, preprocess: Preprocess, run: RunOne, tolerance: f
 
 
 def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
-    """Read the examples of *bundle*, none if it has no `golden.json`; raises `BundleError`."""
+    """Read the examples of *bundle*, none if it has no `golden.json`.
+
+    Raises `BundleError` if a file is damaged or does not match the bundle.
+    """
     if GOLDEN not in bundle.manifest.files:
         return ()
     path, shape = bundle.path, bundle.manifest.image_shape

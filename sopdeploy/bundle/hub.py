@@ -30,7 +30,7 @@ NOT_FOUND = "no such repository or revision, or no access; log in with `hf auth 
 def push_to_hub(
     bundle: Bundle, archive: Path, signature: Path | None, place: str, license_id: str | None
 ) -> str:
-    """Commit *archive*, *signature* and the card of *bundle* to *place*; return it with the commit's hash.
+    """Commit *archive*, *signature* and the card of *bundle* to *place*; return `hf://OWNER/NAME@COMMIT`.
 
     A repository that does not exist is created. An older signature is removed if there is no new one. Raises
     `BundleError` for errors of the Hub and `ConfigError` if the client is not installed.
@@ -79,7 +79,7 @@ def pull_from_hub(source: str, archive: Path, signature: Path, limit: int) -> No
 
 
 def model_card(bundle: Bundle, repository: str, license_id: str | None) -> str:
-    """Write the card: metadata that the Hub searches, how to use the bundle, and the bundle's own card."""
+    """Build the card: metadata for the Hub's search, the bundle's model card, and how to use the bundle."""
     manifest = bundle.manifest
     task = "image-classification"
     metadata: dict[str, Any] = {
@@ -110,7 +110,7 @@ def _kinds(bundle: Bundle) -> list[str]:
 
 
 def _metrics(bundle: Bundle) -> list[dict[str, Any]]:
-    """List the figures that the bundle has: accuracy, calibration error and AUROC for unknown images."""
+    """List the metrics that the bundle contains: accuracy, calibration error and AUROC for unknown images."""
     found: dict[str, float | None] = {}
     if "precision.json" in bundle.manifest.files:
         accuracy = json.loads((bundle.path / "precision.json").read_bytes()).get("accuracy") or {}

@@ -1,9 +1,10 @@
 """Merkle root of an ONNX graph, read from the bytes of the file without the onnx package.
 
 The export records the root of `model.onnx`, and `sopdeploy verify` recomputes it on machines that have only
-a runtime. The hash of a node covers its operator, attributes and ordered operands; constants count by dtype,
-shape and content, inputs by position and type. Names, documentation and unused nodes do not count. Field
-numbers are those of onnx.proto; the file is read in the deterministic serialization that the export writes.
+a runtime. The hash of a node covers its operator, its attributes and the hashes of its operands in order. The
+hash of a constant covers dtype, shape and content, the hash of an input its position and type. Names,
+documentation and unused nodes have no effect. Field numbers are those of onnx.proto; the file is read in the
+deterministic serialization that the export writes.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ ITEM_BYTES = {2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 12: 4, 13: 8, 16:
 
 
 def hash_parts(*parts: str | bytes | memoryview) -> str:
-    """Compute the sha256 of *parts*, each with its length, so that no two lists have the same bytes."""
+    """Compute the sha256 of *parts*, each preceded by its length, so that different lists never collide."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{len(part)}:".encode())
@@ -96,7 +97,7 @@ class _Message:
         return bytes(blob).decode()
 
     def integers(self, *numbers: int) -> list[int]:
-        """List the signed 64-bit integers of the fields *numbers*, packed or one by one."""
+        """List the signed 64-bit integers of the fields *numbers*, in packed or repeated encoding."""
         found: list[int] = []
         for value in (value for number in numbers for value in self.values.get(number, [])):
             position = 0
@@ -115,7 +116,7 @@ class _Message:
 
 
 def _varint(content: memoryview, position: int) -> tuple[int, int]:
-    """Read the integer at *position*; returns the position after it, too."""
+    """Read the varint at *position*; return its value and the position after it."""
     value = shift = 0
     while shift < 70:  # ten bytes hold 64 bits
         byte = content[position]
@@ -147,7 +148,7 @@ def _output_hashes(graph: _Message) -> list[str]:
 
 
 def _attribute_content(attribute: _Message, operator: str) -> str | bytes:
-    """Encode *attribute* without its documentation; a tensor by its hash."""
+    """Return the bytes of *attribute* without its documentation, or the hash of its tensor."""
     if attribute.values.keys() & {SUBGRAPH, SUBGRAPHS}:
         raise CertificateError(f"{operator} contains a subgraph; control flow is not allowed")
     if TENSOR in attribute.values:
@@ -159,7 +160,7 @@ def _attribute_content(attribute: _Message, operator: str) -> str | bytes:
 
 
 def _tensor_hash(tensor: _Message) -> str:
-    """Hash dtype, shape and little-endian content of a tensor, however the file stores its numbers."""
+    """Hash dtype, shape and little-endian content of a tensor, independent of the field that stores it."""
     shape, dtype = tuple(tensor.integers(DIMS)), tensor.number(DTYPE)
     if tensor.number(LOCATION):
         raise CertificateError(f"the weight {tensor.text(NAME)} is stored in another file")

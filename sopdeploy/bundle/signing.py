@@ -25,7 +25,7 @@ KDF_PARAMETERS = bytes(32 + 8 + 8)  # salt and limits of the key derivation, unu
 KEY_CHECKSUM = bytes(32)  # detects a wrong password, unused without one
 MAX_FILE_BYTES = 4096
 COMMENT = "trusted comment: "
-INVALID = "the signature is not a file of minisign's form"
+INVALID = "the signature is not a file in minisign's format"
 SUFFIX = ".minisig"
 PUBLIC_SUFFIX = ".pub"
 
@@ -161,7 +161,7 @@ def make_key(path: Path) -> Path:
 
 
 def check_signed(manifest: Manifest, signature: Path, key: Path) -> None:
-    """Raise `BundleError` unless the file *signature* signs *manifest* with the public key file *key*.
+    """Raise `BundleError` unless the file *signature* is valid for *manifest* and the public key file *key*.
 
     Raises `ConfigError` if *key* is not a public key file.
     """

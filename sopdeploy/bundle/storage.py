@@ -18,7 +18,7 @@ OCI = "oci://"
 ARCHIVE_TYPE = "application/vnd.sopdeploy.bundle.v1.tar"
 SIGNATURE_TYPE = "application/vnd.sopdeploy.bundle.v1.minisig"
 ANNOTATIONS = {"org.opencontainers.image.title": "sopdeploy bundle"}
-CONNECT_TIMEOUT = 10  # seconds; the OCI client alone would retry for two minutes
+CONNECT_TIMEOUT = 10  # seconds; the OCI client itself retries for two minutes
 
 
 def put(file: Path, place: str, name: str) -> str:
@@ -58,7 +58,7 @@ def _blocks(source: IO[bytes] | BinaryIO) -> Iterator[bytes]:
 
 
 def write_blocks(blocks: Iterable[bytes], file: Path, name: str, limit: int) -> None:
-    """Write *blocks* to *file*; raise `BundleError`, which names *name*, for more than *limit* bytes."""
+    """Write *blocks* to *file*; raise `BundleError` naming *name* if they exceed *limit* bytes."""
     size = 0
     with file.open("wb") as target:
         for block in blocks:
@@ -144,6 +144,6 @@ def _registry_client(target: str) -> Any:
         client.session.get(f"{client.prefix}://{host}/v2/", timeout=CONNECT_TIMEOUT)
     except OSError as error:
         raise BundleError(
-            f"{OCI}{target}: no registry responds at {host} ({type(error).__name__})"
+            f"{OCI}{target}: no registry responds at {host} ({type(error).__name__}); check the address"
         ) from error
     return client

@@ -42,7 +42,7 @@ def push(path: Path, place: str, *, license_id: str | None = None) -> Pushed:
 
     *license_id* is written to the model card on the Hub. A signature beside the bundle is uploaded first, or
     in the same commit, so a reader who sees the archive also finds it. Raises `BundleError` for a damaged
-    bundle or a failed upload, and `ConfigError` for a license without a card.
+    bundle or a failed upload, and `ConfigError` if a license is given and *place* is not on the Hub.
     """
     if license_id is not None and not place.startswith(HUB):
         raise ConfigError(f"--license: is written to a model card, which only {HUB} has; omit it")
@@ -81,12 +81,13 @@ def pull(
 
     Order of checks: at most *max_bytes* are downloaded to a hidden folder; their hash must equal *sha256* if
     given; *verify_key* must have signed the manifest if given; only then are files unpacked and their hashes
-    checked, and the bundle gets its name. Raises `BundleError`.
+    checked. The bundle gets its name last. Raises `BundleError` if a check fails, and `ConfigError` if
+    *sha256* is not a hash or *verify_key* is not a key file.
     """
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise ConfigError(f"--sha256 {sha256}: use the 64 hexadecimal digits that `push` printed")
     with staging(destination) as download, staging(destination) as folder:
-        name = re.sub(r"[^\w.-]", "_", source.rpartition("/")[2])[-100:] or "archive"  # errors show it
+        name = re.sub(r"[^\w.-]", "_", source.rpartition("/")[2])[-100:] or "archive"  # shown in errors
         archive, signature = download / name, download / (name + SUFFIX)
         if source.startswith(OCI):
             pull_artifact(source, archive, signature, max_bytes)
@@ -112,7 +113,7 @@ def pull(
         unpack(archive, manifest, folder)
         try:
             open_bundle(folder)
-        except BundleError as error:  # the hidden folder means nothing to users
+        except BundleError as error:  # users know the source, not the hidden folder
             raise BundleError(str(error).replace(str(folder), source)) from error
         path = publish(folder, manifest, destination)
         if signature.is_file():

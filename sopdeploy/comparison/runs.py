@@ -112,7 +112,7 @@ def read_recipes(sources: Sequence[str], overrides: Sequence[str]) -> list[Named
 
 
 def _write_plan(destination: Path, plan: dict[str, object]) -> None:
-    """Record *plan*; raise `ConfigError` if the folder has another one."""
+    """Write *plan* to *destination*; raise `ConfigError` if another plan is already there."""
     path = destination / PLAN
     try:
         if path.exists():

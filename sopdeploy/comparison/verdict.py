@@ -14,7 +14,7 @@ NO_EFFECT = "no effect detected"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """Results of one recipe: `correct` (seeds, images) is true where the last epoch predicts the class."""
+    """Results of one recipe: `correct` (seeds, images) is true where the last epoch's network is right."""
 
     name: str
     model: str
@@ -32,7 +32,7 @@ class Arm(StrictModel):
 
 
 class Split(StrictModel):
-    """One seed: how many images only one of both networks classifies correctly, and McNemar's p-value."""
+    """One seed: the numbers of images that only one network classifies correctly, and McNemar's p-value."""
 
     seed: int
     only_first: int
@@ -44,7 +44,7 @@ class Pair(StrictModel):
     """Top-1 of `second` minus top-1 of `first`, paired by seed, as fractions.
 
     `low` and `high` are Student's 95 % interval over seeds, which decides the verdict. `bootstrap_low` and
-    `bootstrap_high` result from resampling seeds and images.
+    `bootstrap_high` result from resampling seeds and images. `wins`, `ties` and `losses` count seeds.
     """
 
     first: str
@@ -64,7 +64,7 @@ class Pair(StrictModel):
 
 
 class Comparison(StrictModel):
-    """The comparison of every other recipe with the first one, over the same seeds."""
+    """The comparison of all other recipes with the first one; `pictures` is the number of held-out images."""
 
     seeds: tuple[int, ...]
     pictures: int

@@ -188,14 +188,14 @@ def not_prehashed(text: str) -> str:
 
 
 SIGNATURES: dict[str, tuple[Callable[[str], str], str]] = {
-    "nothing": (lambda _: "", "minisign's form"),
-    "text": (lambda _: "trust me\n" * 4, "minisign's form"),
+    "nothing": (lambda _: "", "minisign's format"),
+    "text": (lambda _: "trust me\n" * 4, "minisign's format"),
     "another comment": (lambda s: s.replace("bundle tiny", "bundle huge"), "does not match"),
-    "no comment": (lambda s: "\n".join(s.splitlines()[:2]), "minisign's form"),
+    "no comment": (lambda s: "\n".join(s.splitlines()[:2]), "minisign's format"),
     "another signature": (lambda s: s.replace(s.splitlines()[1][30:40], "AAAAAAAAAA"), "does not match"),
-    "a shorter signature": (lambda s: s.replace(s.splitlines()[1], "AAAA"), "minisign's form"),
+    "a shorter signature": (lambda s: s.replace(s.splitlines()[1], "AAAA"), "minisign's format"),
     "a signature that is not prehashed": (not_prehashed, "not prehashed"),
-    "control characters": (lambda s: s + "\x1b[31m", "minisign's form"),
+    "control characters": (lambda s: s + "\x1b[31m", "minisign's format"),
 }
 
 
@@ -221,7 +221,7 @@ def test_missing_and_foreign_signatures_are_rejected(
     Path(ARCHIVE + ".minisig").write_bytes(signature_of(archive).read_bytes())
     assert "another key" in rejection(body, "--verify-key", str(make_key(tmp_path / "second.key")))
     Path(ARCHIVE + ".minisig").write_bytes(b"\xff" * 100)
-    assert "minisign's form" in rejection(body, "--verify-key", str(public))
+    assert "minisign's format" in rejection(body, "--verify-key", str(public))
     Path(ARCHIVE + ".minisig").write_bytes(b"x" * 5000)
     assert "larger than" in rejection(body, "--verify-key", str(public))
 
