@@ -56,7 +56,8 @@ _MODULES = {
     "unused_modules": "sopdeploy_export.user_network.export_network",
 }
 
-NAMING_OPTIONS = ("sopdeploy.api.", "sopdeploy_export.user_network.")  # functions behind commands
+# The errors of these modules name options of the command line; `name_arguments` rewrites them.
+NAMING_OPTIONS = ("sopdeploy.api.", "sopdeploy_export.user_network.")
 
 
 def __getattr__(name: str) -> Any:

@@ -109,7 +109,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def write_plain(path: Path, content: Mapping[str, Any]) -> None:
-    """Write *content*, which `load_plain` reads, to *path* atomically; raise `CheckpointError` on failure."""
+    """Write *content* to *path* atomically, for `load_plain`; raise `CheckpointError` on failure."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial, partial.open("wb") as file:
@@ -167,7 +167,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _complete_config(model: ModelRecord, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Add the options that a file of an older version lacks and whose default is another network."""
+    """Complete the config of a file of an older version, so that it builds the network of that version."""
     if model.name not in CATALOG:
         return model.config
     return {**CATALOG[model.name].network.absent_options(weights.keys()), **model.config}
@@ -223,8 +223,8 @@ def _layout(tensor: Tensor) -> str:
 def build_classifier(checkpoint: Checkpoint, where: Path) -> Classifier:
     """Build the network of *checkpoint* and load its weights, in eval mode.
 
-    Raises `CheckpointError` naming *where* and the first tensor that is missing, unknown not finite, or has
-    another shape, dtype or layout.
+    Raises `CheckpointError` naming *where* and the first tensor that is missing, unknown or not finite, or
+    has another shape, dtype or layout.
     """
     try:
         make_config(checkpoint.model, checkpoint.config)  # rejects keys that shadow arguments

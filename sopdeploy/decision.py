@@ -36,8 +36,8 @@ CONFIDENCE_BOUNDS = (
     0.999,
     0.9999,
 )
-MAX_PER_IMAGE = 10  # present classes that drift tells apart
-MAX_LISTED = 20  # classes whose thresholds a report names
+MAX_PER_IMAGE = 10  # images with at least this many present classes are counted together
+MAX_LISTED = 20  # with more classes, a report shows only the range of the thresholds
 
 
 class Calibration(StrictModel):
@@ -45,10 +45,10 @@ class Calibration(StrictModel):
 
     Attributes:
         temperature: Divisor of the network's logits (Guo et al., ICML 2017, section 4.2).
-        error_before: Expected calibration error without it, over 15 bins (section 3).
-        error_after: Expected calibration error with it.
-        images: Number of predictions.
-        estimated_on: Their origin.
+        error_before: Expected calibration error without the temperature, over 15 bins (section 3).
+        error_after: Expected calibration error with the temperature.
+        images: Number of images whose predictions the temperature was fitted to.
+        estimated_on: Whether these are held-out images or out-of-fold predictions of a cross-validation.
     """
 
     temperature: Positive
@@ -59,7 +59,7 @@ class Calibration(StrictModel):
 
 
 class Rejection(StrictModel):
-    """An image counts as known if its score is at least `threshold`.
+    """Rule that accepts an image as known, as one of the network's classes, from a score of `threshold` on.
 
     Attributes:
         score: `max_probability` is the largest softmax probability, `energy` the log-sum-exp of the logits.
@@ -67,7 +67,8 @@ class Rejection(StrictModel):
         accepts: Fraction of known images that the threshold was chosen to accept.
         auroc: Area under the ROC curve of known images against those of a class left out, averaged over
             classes.
-        left_out: "refitted" if the classifier was fitted without the class; without it, its logit was masked.
+        left_out: How `auroc` leaves a class out: "refitted" fits the classifier without the class, `None`
+            masks its logit.
     """
 
     score: Score
@@ -87,7 +88,7 @@ class Rejection(StrictModel):
 
 
 class Reference(StrictModel):
-    """Predictions for the images of `Calibration`, with which `evaluation.drift` compares later ones.
+    """Distribution of the predictions for the images of `Calibration`, the reference of `evaluation.drift`.
 
     Attributes:
         classes: For each class, the number of images for which it is the most probable one.
@@ -102,7 +103,9 @@ class Reference(StrictModel):
 
 
 class PresenceReference(StrictModel):
-    """The `Reference` of a network with several classes per image, at its thresholds.
+    """The reference of `evaluation.drift` for a network with several classes per image.
+
+    A class is present if its probability reaches its threshold.
 
     Attributes:
         images: Number of images.
@@ -126,8 +129,8 @@ class Decision(StrictModel):
         calibration: How the temperature was fitted; `None` if it was not.
         rejection: How images of unknown classes are recognized; `None` accepts every image.
         thresholds: Smallest probability at which a class is present, one per class; only with "sigmoid".
-        reference: Predictions with which later ones are compared, of the kind that belongs to the activation;
-            `None` in files of older versions.
+        reference: Distribution of predictions with which later ones are compared, a `PresenceReference` with
+            "sigmoid"; `None` in files of older versions.
     """
 
     activation: Activation = "softmax"
@@ -148,7 +151,7 @@ class Decision(StrictModel):
             raise ValueError("rejection: not supported with activation sigmoid")
         expected = PresenceReference if self.activation == "sigmoid" else Reference
         if not isinstance(self.reference, expected | None):
-            raise ValueError(f"reference: is that of another activation than {self.activation}")
+            raise ValueError(f"reference: belongs to another activation than {self.activation}")
         return self
 
     @property
@@ -157,7 +160,7 @@ class Decision(StrictModel):
         return 1.0 if self.calibration is None else self.calibration.temperature
 
     def problem_with(self, classes: int) -> str | None:
-        """Describe a part whose length does not match *classes*; None if all match."""
+        """Describe a field whose length is not the number of *classes*; None if all lengths match."""
         if self.thresholds is not None and len(self.thresholds) != classes:
             return f"{len(self.thresholds)} thresholds for {classes}"
         if self.reference is not None and len(self.reference.classes) != classes:
@@ -165,7 +168,10 @@ class Decision(StrictModel):
         return None
 
     def review(self, logits: NDArray[np.floating]) -> dict[str, Any]:
-        """Compute `uncalibrated` and `known` of a `Score` from *logits* (C,) of the bundle."""
+        """Compute the fields `uncalibrated` and `known` of `evaluation.metrics.Score`.
+
+        *logits* (C,) are those of the bundle. A field is missing without a calibration or a rejection.
+        """
         found: dict[str, Any] = {}
         if self.calibration is not None:
             raw = np.asarray(logits, np.float64) * self.temperature

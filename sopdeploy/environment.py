@@ -11,8 +11,9 @@ from typing import Any
 from sopdeploy.errors import SopdeployError
 
 FAULTS_VARIABLE = "SOPDEPLOY_FAULTS"  # see `sopdeploy_service.inference.fault_injection`
-# Products of uint8 and int8 are added in pairs in 16 bits on x86 without VNNI and saturate there. With this
-# session option ONNX Runtime stores such weights as uint8, which is exact; elsewhere it has no effect.
+# x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where the sum can saturate. With
+# this session option ONNX Runtime stores the int8 weights as uint8 there, which is exact. On other processors
+# the option has no effect.
 EXACT_INT8 = ("session.x64quantprecision", "1")
 
 

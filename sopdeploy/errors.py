@@ -4,7 +4,7 @@ SopdeployError
  +- ConfigError             invalid value in a recipe, config or option
  +- DataError               unusable data folder or image file
  +- CheckpointError         not a sopdeploy checkpoint, unsafe or damaged
- +- WeightsError            unreadable weight file of another project, or another network
+ +- WeightsError            weight file of another project, unreadable or for another network
  +- TrainingError           training cannot continue
  +- DetachError             nothing to detach, or unknown training-only module
  +- CertificateError        detached network differs from the plain network

@@ -41,7 +41,7 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path | str, error: type[SopdeployError]) -> Iterator[None]:
-    """Convert an `OSError` of the block, which writes to *path*, to *error*."""
+    """Raise *error* naming *path* instead of an `OSError` of the block, which writes to *path*."""
     try:
         yield
     except OSError as problem:
@@ -53,10 +53,10 @@ def writing(path: Path | str, error: type[SopdeployError]) -> Iterator[None]:
 def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
     """Open a regular file for reading in binary mode.
 
-    Raises `OSError`, also for a FIFO, socket or device, where opening or reading may wait forever.
+    Raises `OSError`, also for a FIFO, socket or device, because opening or reading it may wait forever.
     """
     mode = os.stat(path).st_mode  # noqa: PTH116 - `path` may be text
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # `open` names a folder in its error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # `open` rejects a folder
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return open(path, "rb", buffering)  # noqa: PTH123
 

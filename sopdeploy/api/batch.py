@@ -38,8 +38,8 @@ def classify(
 ) -> Classified:
     """Classify any number of images into parquet files, one row per image; continue a run that was stopped.
 
-    The parameters and defaults are those of `sopdeploy classify`. Decoder processes and parts limit the
-    memory, whatever the number of images.
+    The parameters and defaults are those of `sopdeploy classify`. The memory depends on `workers` and
+    `part_images`, not on the number of images.
 
     Args:
         bundle: A bundle written by `sopdeploy.export`.

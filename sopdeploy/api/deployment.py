@@ -53,8 +53,8 @@ def export(
         calibration: Calibration method for int8 ranges.
         int8_for: Runtime to quantize for, with int8; the default is cpu.
         keep_float: Network parts whose convolutions stay in float32, with int8.
-        evaluate: Folder of images by class, to measure top-1 before and after.
-        max_drop: Largest allowed loss of top-1 (or agreement) in points.
+        evaluate: Folder of images by class, to measure top-1 before and after the change of precision.
+        max_drop: Largest allowed loss of top-1 (or agreement) in percentage points.
         lowering: Apply the rewrite rules; otherwise export the formulas of the papers.
         autotune: Choose between equivalent forms by timing, not by heuristic.
         measure_speed: Time the graph against the plain backbone.
@@ -69,7 +69,7 @@ def export(
 
     Raises:
         ConfigError: Options that do not fit together.
-        SopdeployError: A step failed; nothing is left in *out* then.
+        SopdeployError: A step failed; *out* contains nothing new.
     """
     if newton_schulz == "fp16" and precision != "fp16":
         raise ConfigError("--newton-schulz fp16: only with --precision fp16")

@@ -28,13 +28,13 @@ class Evaluation:
         kind: What *source* is.
         tta: Test-time augmentation.
         data: The folder of images.
-        facts: Name, runtime and device of a bundle.
+        facts: Name, runtime and device of a bundle; empty for a checkpoint or a server.
         metrics: Accuracies with intervals, calibration error, precision and recall by class, confusion
             matrix. With several classes per image: mAP, F1, and metrics by class.
         labels: The sorted class names, to which the indices in *scores* refer.
         scores: One prediction per image, sorted by class name and then by file name. With several classes
             per image, all probabilities.
-        heads: With `heads`, the accuracy of every head of a checkpoint.
+        heads: The accuracy of every head of a checkpoint, if `evaluate` was called with `heads=True`.
     """
 
     source: str
@@ -50,7 +50,7 @@ class Evaluation:
     def _repr_html_(self) -> str:
         mistakes: tuple[Mistake, ...] = ()
         if isinstance(self.scores, tuple):
-            with suppress(DataError):  # the sorted labels do not tell ImageNet's order
+            with suppress(DataError):  # sorted ImageNet names cannot be matched to WordNet IDs
                 images = open_evaluation_images(self.data.expanduser(), self.labels)
                 mistakes = tuple(worst_mistakes(self.scores, images, Preprocess()))
         predictions = Predictions(metrics=self.metrics, mistakes=mistakes, images=self.data.name)

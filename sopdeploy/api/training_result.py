@@ -14,8 +14,8 @@ MAX_EVALUATED = 5000  # held-out images that a notebook evaluates to show a resu
 class TrainedRun(TrainingResult):
     """The files and metrics of a finished run.
 
-    A notebook shows a summary, the confusion matrix and the worst mistakes of `best` on the held-out images,
-    which are evaluated once for it.
+    A notebook shows a summary, the confusion matrix and the worst mistakes of `best` on the held-out images.
+    The first display evaluates these images.
     """
 
     _evaluated: RunData | None = pydantic.PrivateAttr(None)

@@ -25,7 +25,7 @@ EXAMPLE = "timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.jso
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkSource:
-    """A network built by the user's code, and its weight file; fields are options of `sopdeploy export`."""
+    """A network built by the user's code, and its weight file; fields are named after options of `export`."""
 
     weights: Path
     network: str
@@ -108,7 +108,7 @@ def read_preprocess(text: str) -> Preprocess:
     if kind == "timm":
         config = import_timm(name).get_pretrained_cfg(name)
         if config is None:
-            raise ConfigError(f"--preprocess {text}: timm publishes no rules for it; give FILE.json")
+            raise ConfigError(f"--preprocess {text}: timm publishes no preprocessing for it; give FILE.json")
         return Preprocess.from_timm(config.to_dict())
     if kind == "torchvision":
         try:

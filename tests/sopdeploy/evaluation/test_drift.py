@@ -124,7 +124,7 @@ def test_a_reference_belongs_to_the_activation():
         {"reference": decision.reference},
         {"activation": "sigmoid", "thresholds": (0.5, 0.5), "reference": PredictionCounts(2).reference()},
     ):
-        with pytest.raises(ValueError, match="reference: is that of another activation"):
+        with pytest.raises(ValueError, match="reference: belongs to another activation"):
             Decision(**wrong)
 
 
