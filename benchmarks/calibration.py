@@ -63,7 +63,7 @@ class Part:
 class Measured(NamedTuple):
     """The fitted decision, and logits (N, C) and classes (N,) of the other half of the images.
 
-    `raw` are the logits of the network without temperature, `shipped` those of the bundle.
+    `raw` contains the logits of the network without temperature, `shipped` the logits of the bundle.
     """
 
     decision: Decision
@@ -73,7 +73,7 @@ class Measured(NamedTuple):
 
 
 def measure(weights: Path, name: str, data: Path, every: int) -> Measured:
-    """Fit to one half of every *every*-th image in *data*, export, and run the bundle on the other half."""
+    """Use every *every*-th image in *data*: fit to one half, export, and run the bundle on the other half."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ckpt.pt"
         import_weights(weights, name, path, ImportOptions())

@@ -3,10 +3,11 @@
     python benchmarks/capacity.py --rate 100,1000000 --engine 2,0.4 --decode-ms 2.6 --loop-ms 0.5 --p99-ms 50
 
 Prints a row of the model for each rate, then a simulation of single images with random, round-robin and
-least-loaded balancing and with the loss of one replica. More than eight replicas are simulated by eight at
-the same rate each. Exits with 1 if model and simulation differ by more than `BOUND` in batch size, p50 or
-p99 with random balancing, which the model describes; for other strategies the model is an upper bound of
-p99. docs/scaling.md explains the inputs.
+least-loaded balancing and with the loss of one replica. A plan with more than eight replicas is simulated
+with eight, each at its rate in the plan. The model describes random balancing and is an upper bound of p99
+for the other strategies. It exits with 1 if batch size, p50 or p99 with random balancing differ from the
+model by more than `BOUND`, or if the p99 of another strategy exceeds the model by more. docs/scaling.md
+explains the inputs.
 """
 
 import argparse
@@ -35,7 +36,7 @@ class Check:
     """A simulation compared with the model: ratios are simulated / predicted."""
 
     rate: float
-    way: str
+    strategy: str
     replicas: int
     figures: Figures
     batch: float
@@ -46,15 +47,17 @@ class Check:
     holds: bool
 
 
-def check(model: Forecast, way: str, outcome: Outcome, figures: Figures, row: Row, replicas: int) -> Check:
-    """Compare *figures* with *model* and check the bound."""
+def check(
+    model: Forecast, strategy: str, outcome: Outcome, figures: Figures, row: Row, replicas: int
+) -> Check:
+    """Compare the simulated *figures* with *model* and check the bound."""
     ratios = (figures.batch / model.batch, figures.p50_ms / model.p50_ms, figures.p99_ms / model.p99_ms)
     above = ratios[2] <= 1 + BOUND
     both = all(abs(ratio - 1) <= BOUND for ratio in ratios)
     few = outcome.refused <= MOST_REFUSED * outcome.sent
     return Check(
         rate=row.rate,
-        way=way,
+        strategy=strategy,
         replicas=replicas,
         figures=figures,
         batch=ratios[0],
@@ -62,7 +65,7 @@ def check(model: Forecast, way: str, outcome: Outcome, figures: Figures, row: Ro
         p99=ratios[2],
         refused=outcome.refused,
         lost=outcome.lost,
-        holds=few and (above if way in {"round-robin", "least-loaded"} else both),
+        holds=few and (above if strategy in {"round-robin", "least-loaded"} else both),
     )
 
 
@@ -99,14 +102,14 @@ def facts(system: System, wanted: Wanted) -> str:
 
 def show(found: list[Check]) -> None:
     """Print the simulations and their ratios to the model."""
-    print("\n| images/s | way | simulated | batch | p50 ms | p99 ms | refused | lost | |")
+    print("\n| images/s | strategy | simulated | batch | p50 ms | p99 ms | refused | lost | |")
     print("|---|---|---|---|---|---|---|---|---|")
     for one in found:
         seen = one.figures
         values = ((seen.batch, one.batch), (seen.p50_ms, one.p50), (seen.p99_ms, one.p99))
         shown = " | ".join(f"{value:.1f} ({ratio:.3f})" for value, ratio in values)
         ends = f"{one.refused} | {one.lost} | {'' if one.holds else '**off**'}"
-        print(f"| {one.rate:,.0f} | {one.way} | {one.replicas} | {shown} | {ends} |")
+        print(f"| {one.rate:,.0f} | {one.strategy} | {one.replicas} | {shown} | {ends} |")
     off = sum(not one.holds for one in found)
     print(f"\nin parentheses: simulated / predicted; {off} of {len(found)} exceed the bound of {BOUND:.0%}")
 
@@ -123,7 +126,7 @@ def results(rows: list[Row], found: list[Check]) -> list[Result]:
         )
     ]
     return plans + [
-        Result(case=f"{one.rate:,.0f} images/s, {one.way}: {what}", against="model", ours=value,
+        Result(case=f"{one.rate:,.0f} images/s, {one.strategy}: {what}", against="model", ours=value,
                other=value / ratio, unit=unit, runs=1)
         for one in found
         for what, value, ratio, unit in (
@@ -156,8 +159,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, default=32, help="images in the largest batch")
     made.add_argument("--decode-ms", type=amount, required=True, help="CPU ms of decoding an image")
     made.add_argument("--loop-ms", type=amount, required=True, help="CPU ms per request without decoding")
-    made.add_argument("--decode-lock-ms", type=amount, default=0.0, help="of decoding with Python's lock")
-    made.add_argument("--batch-lock-ms", type=amount, default=0.0, help="CPU ms per image of batching")
+    made.add_argument("--decode-lock-ms", type=amount, default=0.0, help="part of it with Python's lock")
+    made.add_argument("--batch-lock-ms", type=amount, default=0.0, help="CPU ms of batching an image")
     made.add_argument("--front-ends", type=int, default=1, help="front ends per runtime")
     made.add_argument("--kilobytes", type=amount, default=50.0, help="size of an image")
     made.add_argument(
@@ -174,11 +177,13 @@ def parser() -> argparse.ArgumentParser:
 def planned(given: argparse.Namespace) -> tuple[System, Wanted, list[Row]]:
     """Compute the replica, the requirements and the rows; raises `ValueError`."""
     if len(given.engine) != 2 or not sum(given.engine) or given.batch < 1 or given.front_ends < 1:
-        raise ValueError("--engine takes two numbers, not both 0; --batch and --front-ends are at least 1")
+        raise ValueError(
+            "--engine takes two numbers, not both 0; --batch and --front-ends must be at least 1"
+        )
     if given.decode_lock_ms > given.decode_ms:
-        raise ValueError("--decode-lock-ms is a part of --decode-ms")
+        raise ValueError("--decode-lock-ms is a part of --decode-ms and must not exceed it")
     if given.headroom >= 1 or not all(given.rate):
-        raise ValueError("--headroom is below 1, every --rate above 0")
+        raise ValueError("--headroom must be below 1 and every --rate above 0")
     fixed, each = given.engine
     system = provisioned(
         System(

@@ -73,7 +73,7 @@ class System:
 
 
 def per_second(milliseconds: float) -> float:
-    """Compute how often per second something happens that takes *milliseconds*."""
+    """Convert a duration of *milliseconds* to operations per second."""
     return 1000 / milliseconds if milliseconds else math.inf
 
 
@@ -91,7 +91,9 @@ class Forecast:
 def forecast(system: System, rate: float) -> Forecast:
     """Predict *system* at *rate* images per second; raises `ValueError` at or above its capacity."""
     if not 0 < rate < system.capacity:
-        raise ValueError(f"{rate:.1f} images/s: the capacity of a replica is {system.capacity:.1f}")
+        raise ValueError(
+            f"{rate:.1f} images/s: a replica has a capacity of {system.capacity:.1f}; give a rate below it"
+        )
     step = system.batch_ms(system.largest) / GRID
     waiting = chain(system, rate / 1000)
     total = in_batcher(system, rate / 1000, waiting, step)
@@ -114,7 +116,7 @@ def forecast(system: System, rate: float) -> Forecast:
 def lock_wait(system: System, rate: float) -> float:
     """Compute the mean ms that a decoder waits for the lock, for *rate* images per ms and process.
 
-    An image holds the lock up to three times; the wait of each time is that of M/G/1 (Pollaczek-Khinchine).
+    An image takes the lock up to three times and waits each time as in M/G/1 (Pollaczek-Khinchine).
     """
     if not system.decode_lock_ms:
         return 0.0
@@ -126,7 +128,7 @@ def lock_wait(system: System, rate: float) -> float:
 def chain(system: System, rate: float) -> Floats:
     """Compute the probabilities of 0, 1, ... waiting images at the end of a batch, for *rate* images per ms.
 
-    With l waiting images, the next batch has min(l, largest) images; with none, it consists of the next
+    With w waiting images, the next batch has min(w, largest) images; with none, it consists of the next
     image. Arrivals during a batch are Poisson. States beyond `BEYOND` are combined.
     """
     states = system.largest + BEYOND
@@ -157,9 +159,9 @@ def batch_sizes(waiting: Floats, largest: int) -> Floats:
 def in_batcher(system: System, rate: float, waiting: Floats, step: float) -> Floats:
     """Compute the probabilities of 0, 1, ... *step*s from an image's arrival in the queue to its batch's end.
 
-    The runtime is idle, or its batch has a remaining time r and k images are queued before this one. Then
-    the image waits for r and for k // largest full batches; its own batch contains the remaining ones of the
-    k, the image, and arrivals until the batch starts.
+    If the runtime is idle, the image forms a batch alone. Otherwise the running batch has a remaining time r,
+    and k images are queued before this one. Then the image waits for r and for k // largest full batches. Its
+    own batch contains the other k % largest queued images, the image, and arrivals until the batch starts.
     """
     ahead = found_ahead(system, rate, waiting, step)
     slots, states = ahead.shape
@@ -192,7 +194,7 @@ def found_ahead(system: System, rate: float, waiting: Floats, step: float) -> Fl
         counts = poisson(rate * passed, states)
         if size == largest:
             over = waiting[largest:].copy()
-            over[0] += sizes[largest] - over.sum()  # where the largest batch is one image: of an idle engine
+            over[0] += sizes[largest] - over.sum()  # batches that begin on an idle runtime, if *largest* is 1
             counts = np.array([np.convolve(over, row)[:states] for row in counts])
         else:
             counts *= sizes[size]
@@ -215,7 +217,7 @@ def delay(rate: float, servers: int, service: float, step: float) -> Floats:
     cell = step / scale
     cells = np.exp(-cell * np.arange(length)) * -math.expm1(-cell)
     found: Floats = np.zeros(length + 1)
-    # A cell's mean lies within it: its mass is split between its two ends so that the mean of all is kept.
+    # The probability of each cell is split between its two ends so that the mean does not change.
     inside = 1 / cell - 1 / math.expm1(cell)
     found[:-1] += cells * (1 - inside)
     found[1:] += cells * inside

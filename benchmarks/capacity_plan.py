@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from capacity_model import MAX_LOAD, Forecast, System, forecast
 
-HALVINGS = 12  # of the interval in which the highest rate lies: to 1 in 4,000 of capacity
+BISECTIONS = 12  # find the highest rate to 1/4,000 of the capacity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,8 +14,8 @@ class Wanted:
 
     p99_ms: float
     headroom: float
-    kilobytes: float  # of an image on the wire, 1000 bytes each
-    engine_cores: float = 0.0  # that the engine computes on: its threads where it is a CPU
+    kilobytes: float  # size of an encoded image; 1 kilobyte is 1000 bytes
+    engine_cores: float = 0.0  # threads of a CPU runtime; 0 for a GPU
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +26,8 @@ class Row:
     replicas: int
     now: Forecast
     lost: Forecast
-    cores: float  # of all replicas, to the tenth
-    gbit_per_s: float  # that arrive, of all replicas
+    cores: float  # of all replicas; those of each are rounded up to a tenth
+    gbit_per_s: float  # received by all replicas
 
     @property
     def each(self) -> float:
@@ -53,23 +53,24 @@ def cores_each(system: System, wanted: Wanted) -> float:
 
 
 def highest_rate(system: System, p99_ms: float) -> float:
-    """Compute the highest rate of one replica within *p99_ms*; raises `ValueError` if there is none."""
+    """Compute the highest rate at which a replica meets *p99_ms*; raises `ValueError` if there is none."""
     low, high = 0.0, MAX_LOAD * system.capacity
     if forecast(system, high).p99_ms <= p99_ms:
         return high
-    for _ in range(HALVINGS):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if forecast(system, middle).p99_ms <= p99_ms else (low, middle)
     if low == 0.0:
         alone = system.cpu_ms + system.batch_ms(1)
         raise ValueError(
-            f"p99 of {p99_ms:g} ms: an image alone takes {alone:.1f} ms, and some meet a batch at work"
+            f"p99 of {p99_ms:g} ms is impossible: an image takes {alone:.1f} ms without waiting, "
+            "and some images wait for a running batch; allow a larger p99"
         )
     return low
 
 
 def plan(system: System, wanted: Wanted, rates: list[float]) -> list[Row]:
-    """Compute, for each of *rates*, the minimum replicas for the headroom and for the p99 with one lost.
+    """Compute a plan for each of *rates*: the fewest replicas for the headroom and for the p99 with one lost.
 
     Raises `ValueError` if no number of replicas meets the p99.
     """
@@ -78,7 +79,7 @@ def plan(system: System, wanted: Wanted, rates: list[float]) -> list[Row]:
 
 
 def row(system: System, wanted: Wanted, rate: float, most: float) -> Row:
-    """Compute the plan for *rate*, if one replica meets the p99 up to *most* images per second."""
+    """Compute the plan for *rate*, given that one replica meets the p99 up to *most* images per second."""
     kept_free = math.ceil(rate / (system.capacity * (1 - wanted.headroom)))
     replicas = max(kept_free, math.ceil(rate / most) + 1)
     return Row(

@@ -5,8 +5,8 @@
 Each case is a load on one process: a number of clients that send the next request after each response, or a
 Poisson stream. Ratios are real / simulated. The simulation uses the configured batch times and the measured
 CPU time per image. Client and server share the cores; `core` is the fraction of a core that one thread
-received before and after. If it is far below 1, other load disturbs the measurement: use the quietest round
-and the slower runtime, whose batches depend least on decoders that wait for a core.
+received before and after the round. If it is far below 1, other load disturbs the measurement: use the
+quietest round and the slower runtime, whose batches depend least on decoders that wait for a core.
 """
 
 import statistics
@@ -93,7 +93,7 @@ def simulated(case: Case, decoding: float, seconds: float) -> Figures:
     )
     play = Simulation(system, route="round-robin", held=HELD, seed=SEED)
     images = int(2 * (WARM_UP_SECONDS + seconds) * (case.rate or system.capacity))
-    outcome = play.circle(case.clients, images) if case.rate is None else play.poisson(case.rate, images)
+    outcome = play.closed_loop(case.clients, images) if case.rate is None else play.poisson(case.rate, images)
     return outcome.measured(1000 * WARM_UP_SECONDS, 1000 * (WARM_UP_SECONDS + seconds))
 
 

@@ -1,10 +1,10 @@
 """Discrete-event simulation of replicas behind a load balancer, to verify `capacity_model`.
 
-An image is admitted, or rejected if the replica is full, and belongs to a random front end of it. It holds
-the interpreter lock there for the event loop, then for a part of its decoding in one of the decoders, then
-waits for the runtime, which takes the waiting images when it is idle. Queues are first come first served,
-service times are constant. Arrivals are a Poisson stream, or clients that send the next image after each
-response. Times are ms.
+A replica admits an image, or rejects it if the replica is full, and assigns it to a random front end. There,
+the image holds the interpreter lock for the event loop, then for a part of its decoding in one of the
+decoders. Then it waits for the runtime, which takes the waiting images when it is idle. Queues are first come
+first served, service times are constant. Arrivals are a Poisson stream, or clients that send the next image
+after each response. Times are ms.
 """
 
 import heapq
@@ -19,12 +19,15 @@ from capacity_model import System
 
 Route: TypeAlias = Literal["random", "round-robin", "least-loaded"]
 
-AGAIN_MS = 1000.0  # after which a refused client asks again; the server's Retry-After says so too
+RETRY_MS = 1000.0  # pause of a rejected client before it retries, as in the server's Retry-After
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch of *images* on *replica*: its times, the arrival of its oldest image, and the images left."""
+    """A batch of *images* images on *replica*.
+
+    *oldest* is the arrival of its oldest image in the queue, *left* the number of images that stay queued.
+    """
 
     replica: int
     start: float
@@ -72,10 +75,10 @@ class Figures:
 
 @dataclass(slots=True)
 class Replica:
-    """Front ends, queued images, number of images held."""
+    """Front ends, images that wait for the runtime, and number of images held."""
 
     fronts: "list[FrontEnd]"
-    waiting: deque[tuple[float, float]] = field(default_factory=deque)  # (arrival, there since)
+    waiting: deque[tuple[float, float]] = field(default_factory=deque)  # arrivals: at the server, here
     working: bool = False
     held: int = 0
     up: bool = True
@@ -83,14 +86,14 @@ class Replica:
 
 @dataclass(slots=True)
 class FrontEnd:
-    """The time at which the interpreter lock becomes free, idle decoders, arrivals that wait for one."""
+    """Idle decoders, the time at which the interpreter lock is free, and arrivals that wait for a decoder."""
 
     idle: int
     lock: float = 0.0
     waiting: deque[float] = field(default_factory=deque)
 
     def hold(self, now: float, milliseconds: float) -> float:
-        """Hold the lock for *milliseconds* when it is free; return the end."""
+        """Hold the lock for *milliseconds* as soon as it is free; return the time at which it is released."""
         self.lock = max(now, self.lock) + milliseconds
         return self.lock
 
@@ -119,7 +122,7 @@ class Simulation:
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._scheduled = 0
         self._left = 0  # images still to be sent
-        self._gap: float | None = None  # of a Poisson stream, on average; None: clients in a circle
+        self._gap: float | None = None  # mean pause of a Poisson stream; None: closed loop
 
     def poisson(self, rate: float, images: int, lose_at: float | None = None) -> Outcome:
         """Send *images* images at *rate* per second and run to the end; replica 0 is lost at *lose_at* ms."""
@@ -129,7 +132,7 @@ class Simulation:
         self._at(self._random.expovariate(1 / self._gap), self._arrive)
         return self._play()
 
-    def circle(self, clients: int, images: int) -> Outcome:
+    def closed_loop(self, clients: int, images: int) -> Outcome:
         """Run *clients* that send the next image after each response, *images* in total."""
         self._left = images
         for _ in range(clients):
@@ -161,7 +164,7 @@ class Simulation:
         replica = self._replicas[number]
         if replica.held >= self._held:
             self.outcome.refused += 1
-            self._send_again(now + AGAIN_MS)
+            self._send_again(now + RETRY_MS)
             return
         replica.held += 1
         front = self._random.choice(replica.fronts) if len(replica.fronts) > 1 else replica.fronts[0]

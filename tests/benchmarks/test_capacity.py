@@ -62,15 +62,15 @@ def test_without_a_simulation_only_the_table_is_printed(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*ENGINE, "--p99-ms", "20"], "an image alone takes 25.1 ms"),
-        ([*ENGINE, "--p99-ms", "150", "--headroom", "1"], "--headroom is below 1"),
+        ([*ENGINE, "--p99-ms", "20"], "an image takes 25.1 ms without waiting"),
+        ([*ENGINE, "--p99-ms", "150", "--headroom", "1"], "--headroom must be below 1"),
         ([*ENGINE, "--p99-ms", "150", "--rate", "0"], "every --rate above 0"),
         ([*ENGINE, "--p99-ms", "150", "--rate", "-5"], "argument --rate"),
         ([*ENGINE, "--p99-ms", "150", "--engine", "20"], "--engine takes two numbers"),
         ([*ENGINE, "--p99-ms", "150", "--engine", "0,0"], "--engine takes two numbers"),
         ([*ENGINE, "--p99-ms", "nan"], "argument --p99-ms"),
         ([*ENGINE, "--p99-ms", "150", "--decode-lock-ms", "3"], "a part of --decode-ms"),
-        ([*ENGINE, "--p99-ms", "150", "--front-ends", "0"], "--front-ends are at least 1"),
+        ([*ENGINE, "--p99-ms", "150", "--front-ends", "0"], "--front-ends must be at least 1"),
     ],
 )
 def test_an_impossible_plan_is_rejected_with_one_line(

@@ -90,7 +90,7 @@ def test_more_images_make_larger_batches_and_longer_waits() -> None:
 
 
 def test_a_rate_at_capacity_has_no_forecast() -> None:
-    with pytest.raises(ValueError, match=r"the capacity of a replica is 80\.0"):
+    with pytest.raises(ValueError, match=r"a replica has a capacity of 80\.0"):
         forecast(engine_alone(20.0, 10.0, 8), 80.0)
 
 
@@ -125,5 +125,7 @@ def test_the_fewest_replicas_are_planned() -> None:
 
 
 def test_an_impossible_p99_is_rejected_with_the_reason() -> None:
-    with pytest.raises(ValueError, match=r"p99 of 20 ms: an image alone takes 25\.1 ms"):
+    with pytest.raises(
+        ValueError, match=r"p99 of 20 ms is impossible: an image takes 25\.1 ms without waiting"
+    ):
         plan(SYSTEM, Wanted(p99_ms=20, headroom=0.3, kilobytes=50), [100.0])

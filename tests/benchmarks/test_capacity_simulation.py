@@ -75,13 +75,13 @@ def test_no_runtime_is_idle_while_an_image_waits(
 @given(system=SYSTEMS, clients=st.integers(1, 60))
 @settings(max_examples=30, deadline=None)
 def test_closed_loop_clients_are_never_rejected_while_there_is_room(system: System, clients: int) -> None:
-    outcome = Simulation(system, held=clients).circle(clients, 200)
+    outcome = Simulation(system, held=clients).closed_loop(clients, 200)
     assert (outcome.refused, len(outcome.answered)) == (0, 200)
 
 
 def test_a_rejected_closed_loop_client_retries() -> None:
     system = System(fixed_ms=50.0, each_ms=0.0, largest=1, decode_ms=0.0, loop_ms=0.0, decoders=1)
-    outcome = Simulation(system, held=1).circle(2, 40)
+    outcome = Simulation(system, held=1).closed_loop(2, 40)
     assert outcome.refused == 2  # the second client at once, and a second later
     assert len(outcome.answered) == 38
 
@@ -106,7 +106,7 @@ def test_a_run_depends_on_its_seed_only() -> None:
 
 def test_enough_closed_loop_clients_give_full_batches_at_the_capacity() -> None:
     system = System(fixed_ms=20.0, each_ms=10.0, largest=8, decode_ms=2.6, loop_ms=0.46, decoders=2)
-    found = Simulation(system, held=64).circle(32, 4000).measured(2000.0)
+    found = Simulation(system, held=64).closed_loop(32, 4000).measured(2000.0)
     assert found.images_per_s == pytest.approx(80.0, rel=0.01)
     assert found.batch == pytest.approx(8.0, rel=0.01)
     assert found.p50_ms == pytest.approx(400.0, rel=0.01)
