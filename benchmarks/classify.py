@@ -3,15 +3,18 @@
     python benchmarks/classify.py --quick
     python benchmarks/classify.py --images cifar10/train --bundle BUNDLE --json
 
-Throughput: images per second between the first and the last batch, from files and from a tar archive, against
-the runtime alone on full batches, measured before and after. Other load makes this inexact. `time in the
-engine` is the share of the time in which the runtime runs; `CPU of the engine` is its share of the processor
-time of its thread, which other load affects least. `simulated` sleeps 20 + 2 n ms for n images, as
-an accelerator would; `real` (with --bundle) is onnxruntime on one core, while one process decodes. `command`
-is the same including listing, start of the decoder and report. Memory: largest sum over the processes of the
-command, for a tenth of the images and for all. Kills: SIGKILL at ten random moments. Damaged: every hundredth
-file is cut. Both count the rows that differ from those of an uninterrupted run on good files.
-Without --images, it generates 32-pixel JPEGs.
+- Throughput: images per second between the first and the last batch, from files and from a tar archive,
+  against the runtime alone on full batches, measured before and after. Other load makes this inexact. The
+  `simulated` engine sleeps 20 + 2 n ms for n images, as an accelerator would; the `real` one is ONNX Runtime
+  on one core with --bundle, while another process decodes. `command` includes listing, start of the decoder
+  and report. `time in the engine` is the fraction of the time in which the runtime runs, `CPU of the engine`
+  its fraction of the CPU time of its thread, which other load affects least.
+- Memory: the largest sum over the processes of the command, for a tenth of the images and for all.
+- Kills: the number of rows that differ from those of an uninterrupted run after SIGKILL at ten random
+  moments.
+- Damaged: the number of wrong rows if every hundredth file is cut.
+
+Without --images, the program generates JPEGs of 32 pixels.
 """
 
 import argparse
@@ -47,7 +50,7 @@ from sopdeploy_service.settings import Settings
 BATCH = {"simulated": 32, "real": 16}
 BARE_SECONDS = 4.0
 KILLS = 10
-CUT = 100  # every such file is damaged
+CUT = 100  # one file in this many is damaged
 PART = ("--part-images", "1024")
 
 
@@ -92,10 +95,10 @@ def bare(runtime: Runtime, batch: int, side: int) -> float:
 
 
 def throughput(name: str, loaded: LoadedModel, source: Path, scratch: Path, kind: str) -> list[Result]:
-    """Compare a run on *source* with the runtime alone, before and after."""
+    """Compare a run on *source* with the runtime alone, which is measured before and after the run."""
     batch, side = BATCH[name], loaded.bundle.manifest.preprocess.crop
     shutil.rmtree(scratch, ignore_errors=True)
-    times: list[NDArray[np.float64]] = []  # images, clock, time in the runtime; CPU of thread and runtime
+    times: list[NDArray[np.float64]] = []  # images, clock, time in the runtime, CPU of thread, of runtime
     engine: Any = loaded.runtime
 
     def on_progress(done: int, _errors: int, _total: int) -> None:
@@ -141,7 +144,7 @@ def throughput(name: str, loaded: LoadedModel, source: Path, scratch: Path, kind
 
 
 class Timed:
-    """A *runtime* that counts the seconds in which it runs, and stays open when a run closes it."""
+    """Wraps a runtime: measures its seconds and CPU seconds, and keeps it open when a run closes it."""
 
     def __init__(self, runtime: Any) -> None:
         self.name, self.device, self.largest_batch = runtime.name, runtime.device, runtime.largest_batch
@@ -160,7 +163,7 @@ class Timed:
 
 
 def measure_throughput(bundle: Path, images: Path, scratch: Path) -> list[Result]:
-    """Measure both engines on files and on a tar archive."""
+    """Measure the simulated and the real engine on files and on a tar archive."""
     archive = images.with_suffix(".tar")
     with tarfile.open(archive, "w", dereference=True) as tar:
         tar.add(images, "images")
@@ -183,7 +186,7 @@ def command(bundle: Path, source: Path, out: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(child: subprocess.Popen[bytes]) -> None:
-    """Wait for *child*, which must succeed."""
+    """Wait for *child*; raises `RuntimeError` if it fails."""
     if child.wait():
         raise RuntimeError(f"{child.args}: exit code {child.returncode}")
 
@@ -245,7 +248,7 @@ def measure_kills(bundle: Path, images: Path, scratch: Path) -> list[Result]:
 
 
 def measure_damaged(bundle: Path, images: Path, scratch: Path, count: int) -> list[Result]:
-    """Count wrong rows with every `CUT`th file cut: without an error if damaged, or different if not."""
+    """Cut every `CUT`th file; count damaged files without an error and other files with different rows."""
     damaged = collect_images(images, scratch / "damaged", count)
     names = set()
     for file in sorted(damaged.rglob("*.jpg"))[::CUT]:

@@ -1,12 +1,12 @@
-"""Kill and stop processes of a server with two sandboxed front ends: what is lost, and for how long.
+"""Requests lost and time to recovery when processes of a server with two sandboxed front ends fail.
 
     python benchmarks/front_end_failures.py --rounds 50 --json
 
-24 connections have a request in flight in every round; batches are simulated and take 0.2 s. Restarts are not
-delayed after several deaths within a minute, as they are in a real server.
+In every round, 24 connections have a request in flight; batches are simulated and take 0.2 s. Unlike in a
+real server, restarts are not delayed after several deaths within a minute.
 
-- `front end killed`: difference of the connections lost and those it held (limit: 0), seconds until another
-  one is ready (limit: 3), growth of the engine process and of the supervisor over the rounds.
+- `front end killed`: connections lost minus those that the front end held (limit: 0), seconds until its
+  replacement is ready (limit: 3), growth of the engine process and of the supervisor over the rounds.
 - `engine killed`: milliseconds until the last request has its 503 with Retry-After (limit: 100).
 - `engine stopped` (SIGSTOP): seconds until the first 503, milliseconds from the first to the last (limit:
   100), which includes the time between the two front ends' checks.
@@ -49,10 +49,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one failure did.
+    """The effects of one failure.
 
-    The victim *held* so many connections, *lost* of all connections have ended. Moments are relative to the
-    failure.
+    *held* is the number of connections of the failed process, *lost* the number of all connections that
+    ended. *back* and the moments of *answers* are seconds after the failure.
     """
 
     answers: list[Answer]
@@ -91,8 +91,10 @@ def held_by(process: int, port: int) -> int:
     )
 
 
-async def fail(server: Server, victim: int, number: int, is_back: Callable[[], Awaitable[bool]]) -> Round:
-    """Send the signal *number* to *victim* while all connections have a request in flight."""
+async def fail(
+    server: Server, victim: int, signal_number: int, is_back: Callable[[], Awaitable[bool]]
+) -> Round:
+    """Send a signal to the process *victim* while all connections have a request in flight."""
     parts = urlsplit(server.url)
     ends = [await asyncio.open_connection(parts.hostname, parts.port) for _ in range(CONNECTIONS)]
     warm = await asyncio.gather(*(ask(one) for one in ends))
@@ -101,10 +103,10 @@ async def fail(server: Server, victim: int, number: int, is_back: Callable[[], A
     held = held_by(victim, int(parts.port or 0))
     asking = [asyncio.create_task(ask(one)) for one in ends]
     await asyncio.sleep(0.05)  # a quarter of a batch
-    os.kill(victim, number)
+    os.kill(victim, signal_number)
     began = time.monotonic()
     answers = await asyncio.gather(*asking)
-    later = await asyncio.gather(*(ask(one) for one in ends))  # an answer may have left before the failure
+    later = await asyncio.gather(*(ask(one) for one in ends))  # a response may predate the failure
     while not await is_back():
         await asyncio.sleep(0.02)
     back = time.monotonic() - began
@@ -125,25 +127,25 @@ async def kill_front_end(server: Server, number: int) -> Round:
     return await fail(server, victim, signal.SIGKILL, is_back)
 
 
-async def end_engine(server: Server, number: int) -> Round:
+async def end_engine(server: Server, signal_number: int) -> Round:
     """Kill or stop the engine process; the supervisor kills a stopped one."""
     async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
 
         async def is_back() -> bool:
             return (await client.post("/v1/classify", content=BODY)).status_code == 200
 
-        return await fail(server, server.processes(engines=True)[0], number, is_back)
+        return await fail(server, server.processes(engines=True)[0], signal_number, is_back)
 
 
 def resources(server: Server) -> tuple[Resources, Resources, int]:
-    """Read the resources of the engine and the supervisor, and the number of mapped slots' files."""
+    """Read the resources of the engine and the supervisor, and the number of mapped slot files."""
     (engine,) = server.processes(engines=True)
     mapped = Path(f"/proc/{engine}/maps").read_text().count("sopdeploy-slots")
     return read_resources(engine), read_resources(server.child.pid), mapped
 
 
 def front_ends_killed(server: Server, rounds: int) -> list[Result]:
-    """Kill front ends in *rounds* rounds, after two that are not counted."""
+    """Kill a front end in each of *rounds* rounds, after two rounds that are not counted."""
     for number in range(2):
         asyncio.run(kill_front_end(server, number))
     before = resources(server)

@@ -3,9 +3,9 @@
     python benchmarks/front_ends.py --rounds 5 --json
 
 - `CPU per image`: all processes of the server, without decoding and inference. Limit: 0.04 ms more. Every
-  front end has the load of the single process, 32 connections, because a process with half of them wakes up
-  for fewer images at a time and needs more CPU time for each. `32 connections in total` measures that case.
-  Two processes without an engine show what the distribution of the connections alone costs.
+  front end has as many connections as the single process, 32. With half of them, a process would receive
+  fewer images at a time and need more CPU time for each; `32 connections in total` measures that case. Two
+  processes without an engine show what the distribution of the connections alone costs.
 - `p50 at light load`: one connection. Limit: 0.2 ms more.
 - `engine CPU per image`: eight processes fill the slots as front ends do; the runtime returns constants.
   Limit: 0.02 ms.
@@ -13,7 +13,7 @@
   (Python with it), so the cores of the machine do not limit it. 4 front ends with 4 decoders each, against
   the best number of decoders in one process. Limit: 1.3 times.
 
-It starts the processes of a server itself, because a server has no simulated decoders.
+The program starts the processes of a server itself, because `sopdeploy serve` has no simulated decoders.
 """
 
 import json
@@ -51,8 +51,8 @@ from sopdeploy_service.settings import load_settings
 
 HERE = Path(__file__).resolve()
 BATCH, BATCH_MS = 32, 5.0  # images and duration of a batch for `CPU per image` and `p50`
-SLEEP_MS, SPIN_MS = 2.13, 0.19  # of decoding a JPEG of 500 x 375 pixels without and with the interpreter lock
-CONNECTIONS = 32  # of a process under load
+SLEEP_MS, SPIN_MS = 2.13, 0.19  # decoding a JPEG of 500 x 375, without and with the lock
+CONNECTIONS = 32  # per process under load
 SENDERS, IN_FLIGHT = 8, 24
 ONE, FRONT_ENDS = "1 process", "2 front ends"
 HALF, SPLIT = "2 front ends, 32 connections in total", "2 processes without an engine"
@@ -65,7 +65,7 @@ SIDES = {  # processes for HTTP, whether they share an engine, connections
 
 
 class Constant:
-    """Returns the same outputs for every batch after *milliseconds*; a batch may overlap the one before."""
+    """Runtime that returns the same outputs for every batch after *milliseconds*; two batches may overlap."""
 
     name, device, largest_batch = "constant", "fake", BATCH
 
@@ -99,7 +99,7 @@ def emulate_decoding() -> None:
 
 
 def run_role(order: dict[str, Any]) -> None:
-    """Be one process of the server, or a sender that needs no HTTP."""
+    """Run one process of the server, or a sender that needs no HTTP."""
     model = replace(fake_model(0, 0, BATCH), runtime=cast(Any, Constant(order["batch_ms"])))
     settings = load_settings(queue_size=1024, max_batch=BATCH, decoders=order["decoders"])
     broker = socket.socket(fileno=order["broker"]) if "broker" in order else None
@@ -130,7 +130,7 @@ def serve(order: dict[str, Any], settings: Any, model: Any, broker: socket.socke
 
 
 def send(client: EngineClient, seconds: float) -> None:
-    """Keep slots at the engine busy and print the number of replies."""
+    """Keep `IN_FLIGHT` images at the engine for *seconds* and print the number of replies."""
     client.connect()
     count, end = 0, time.monotonic() + seconds
 
@@ -171,7 +171,7 @@ class Server:
 
 
 def start(order: dict[str, Any], files: Sequence[int]) -> "subprocess.Popen[str]":
-    """Start a process of this program and wait until it is ready, unless it is a front end."""
+    """Start a process of this program with the role in *order*; it inherits the descriptors *files*."""
     command = [sys.executable, str(HERE), "--role", json.dumps(order)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=list(files))
 
@@ -188,7 +188,8 @@ def running(
 ) -> Iterator[Server]:
     """Start *count* processes with a runtime each or, with *engine*, as front ends of an engine process.
 
-    With *senders*, the front ends only send, for so many seconds.
+    If *senders* is above 0, the front ends serve no HTTP: they submit images to the engine for *senders*
+    seconds.
     """
     with ExitStack() as stack:
         listeners = [stack.enter_context(end) for end in bind_group("127.0.0.1", 0, count)]
@@ -233,7 +234,7 @@ def read_line(child: "subprocess.Popen[str]") -> str:
 
 
 def cpu_and_latency(side: str, folder: Path, seconds: float) -> dict[str, float]:
-    """Measure CPU ms per image under load, `all` and that of the `engine`, and `p50` in ms."""
+    """Measure CPU ms per image of `all` processes and of the `engine` under load, and `p50` in ms."""
     count, engine, connections = SIDES[side]
     with running(count, engine=engine, batch_ms=BATCH_MS) as server:
         url = f"{server.url}/v1/classify"
@@ -263,7 +264,7 @@ def emulated(front_ends: int, decoders: int, folder: Path, seconds: float) -> fl
 def main() -> None:
     """Run from the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--role", type=json.loads, help="be one process of the server (used internally)")
+    parser.add_argument("--role", type=json.loads, help="run one process of the server (used internally)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
     arguments = parser.parse_args()

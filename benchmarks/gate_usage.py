@@ -5,13 +5,16 @@
 Trains GM-GAP with 16 components of which 4 are chosen (as in Figure 2) on 8 x 8 digits with the settings of
 the recipe `imagenet64-gmsop-resnet18` and its alpha of 100, with alpha = 0, and with other gates (seed 0).
 
-`in use` counts the components that received at least 1 % of the 1438 training images in the last epoch.
-`rarest` is the part of these images that the rarest component received (25 % if all are equal), `four
-busiest` the part of all selections of that epoch that four components received; the training recorded all
-three. `full share` counts the components that receive at least 5 % of the gate's weights of the training
-images with noise (6.25 % if all are equal), with the final network. `held-out` counts those that at least
-1 % of the 359 held-out images select, which a gate does without noise. `--quick` uses one seed and few
-epochs.
+The training records the first three values in the last epoch, the final network is used for the others:
+
+- `in use`: components that received at least 1 % of the 1438 training images;
+- `rarest`: fraction of the training images that the rarest component received (25 % if all are equal);
+- `four busiest`: fraction of all selections that went to the four most frequent components;
+- `full share`: components with at least 5 % of the gate's weights for the training images, with noise
+  (6.25 % if all are equal);
+- `held-out`: components that at least 1 % of the 359 held-out images select, without noise.
+
+`--quick` uses one seed and few epochs.
 """
 
 import tempfile
@@ -56,8 +59,8 @@ CASES = {  # settings, and the number of seeds
     "alpha = 100, 512 channels, gate of 512 with batch norm": ([FULL, LITERAL], 5),
     "alpha = 100, 512 channels, literal gate": ([FULL, LITERAL, "model.config.gate_norm=false"], 5),
 }
-SELECTED = 0.01  # of the images
-WEIGHT = 0.05  # of all weights
+SELECTED = 0.01  # fraction of the images
+WEIGHT = 0.05  # fraction of all weights
 
 
 def digits_recipe(seed: int, epochs: int = EPOCHS, milestones: list[int] = MILESTONES, *more: str) -> Recipe:

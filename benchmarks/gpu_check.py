@@ -90,7 +90,7 @@ def functional_steps(bundle: Bundle, folder: Path) -> dict[str, Callable[[], str
 
 
 def run_all(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run every step that is not left out; return the content of the page."""
+    """Run every step that --skip does not name; return the content of the page."""
     here = None if set(given.skip) >= WITH_ENGINE else this_machine()
     gpu = here.gpu if here else open_cuda().gpu()
     wanted = list(cases(given, folder))

@@ -54,7 +54,7 @@ def check_engine(bundle: Bundle) -> str:
     runtime.close()
     if captured != ["1", "2"]:
         raise CheckFailedError(
-            f"of the profiles {PROFILES}, {captured or 'none'} became CUDA graphs, not 1 and 2"
+            f"of the profiles {PROFILES}, {captured or 'none'} became CUDA graphs instead of 1 and 2"
         )
     return f"{runtime.name}: probes {_deviations(loaded.replays)}; CUDA graphs of the profiles 1 and 2"
 

@@ -1,8 +1,8 @@
 """Time to parse a tensor in JSON, and how long parsing blocks the event loop.
 
-The same pixels as binary data, as a flat list and as a nested list are read by the server's parser (`ours`)
-and by orjson via lists (`other`), alternately. Then both parse the JSON in a thread while an event loop
-sleeps for one millisecond repeatedly; the maximum oversleeping is the delay of all other requests.
+The server's parser (`ours`) and orjson via lists (`other`) alternately read the same pixels as binary data,
+as a flat list and as a nested list. Then both parse the JSON in a thread while an event loop sleeps for one
+millisecond repeatedly; the maximum oversleeping is the delay of all other requests.
 
     python benchmarks/json_tensors.py [--quick] [--json]
 """

@@ -1,6 +1,6 @@
 """CPU time of a request without decoding and inference, for this checkout and another.
 
-Constants replace decoding and inference; HTTP, admission, thread hand-over and the response remain.
+The server decodes no images and returns constant outputs, so HTTP, admission, threads and response remain.
 With `--other FOLDER` (another checkout of this project), both are measured alternately. Every round starts a
 new server; the value is the median of the rounds.
 

@@ -78,7 +78,7 @@ def pipeline(
 def peer_pipeline(
     python: str, scripts: Path, environment: Mapping[str, str], folder: Path, largest: int, seconds: float
 ) -> SingleProcess:
-    """Measure the same with the decoder and runtime of the other servers, in the folder *scripts*."""
+    """Measure as `pipeline` does, with the other servers' decoder and runtime in the folder *scripts*."""
     command = [python, "-c", PEER_PIPELINE, str(folder), str(largest), str(seconds)]
     done = subprocess.run(
         command, cwd=scripts, env=dict(environment), capture_output=True, text=True, check=True

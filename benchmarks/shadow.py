@@ -2,9 +2,9 @@
 
     python benchmarks/shadow.py --json
 
-A server with a shadow that gets 5 % of the requests and one without get the same load, alternately. It is
-a Poisson stream at about 60 % of the capacity of the decoders and the engine, or 32 clients that saturate it.
-`compared` and `dropped` count images of the shadow over all rounds.
+Two servers get the same load alternately: one has a shadow that gets 5 % of the requests, the other has none.
+The load is a Poisson stream at about 60 % of the capacity, or 32 clients that saturate the server. `compared`
+and `dropped` count images of the shadow over all rounds.
 """
 
 import statistics

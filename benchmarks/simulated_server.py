@@ -2,9 +2,8 @@
 
     with running({"devices": "cpu,cpu"}, "20,2,8") as server: ...
 
-The supervisor starts this module as worker and engine processes; without its order the module is the
-supervisor. A batch of n images takes as many milliseconds as the first number plus n times the second; the
-third is the largest batch.
+The string "20,2,8" means: a batch of n images takes 20 + 2 n ms, and a batch has at most 8 images. The
+supervisor starts this module for each worker and engine process, with its order in SOPDEPLOY_WORKER.
 """
 
 import json
@@ -63,7 +62,7 @@ class Server:
 
 
 def is_engine(process: int) -> bool | None:
-    """Whether *process* has no port; None if it does not run, or not yet."""
+    """Check whether *process* is an engine process; None if it is no worker or has ended."""
     try:
         order = Path(f"/proc/{process}/environ").read_bytes()
     except OSError:
@@ -94,7 +93,7 @@ def running(settings: dict[str, Any], batch: str) -> Iterator[Server]:
 
 
 def main() -> int:
-    """Be the process that the supervisor's order describes."""
+    """Run the process that the supervisor's order describes."""
     fixed, each, largest = map(float, os.environ[BATCH_VARIABLE].split(","))
     model = fake_model(fixed, each, int(largest))
     if "listener" in json.loads(os.environ["SOPDEPLOY_WORKER"]):

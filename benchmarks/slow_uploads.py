@@ -3,7 +3,7 @@
     python benchmarks/slow_uploads.py bundles/NAME --clients 100 --megabytes 19 --seconds 20
 
 Starts `sopdeploy serve` twice, with the limit on bytes in memory and practically without it. The clients
-send at the same pace while a small image is posted ten times a second. Measures the resident memory before
+send at the same rate while a small image is posted ten times a second. Measures the resident memory before
 and at its peak, the results of the uploads, and the latency of the small images.
 """
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--megabytes", type=float, default=19)
-    parser.add_argument("--seconds", type=float, default=20, help="that one upload takes")
+    parser.add_argument("--seconds", type=float, default=20, help="duration of one upload")
     given = parser.parse_args()
     limited, unlimited = (measure(given, limit) for limit in (256_000_000, 10**12))
     units = {"resident memory before": "MB", "peak resident memory": "MB", "small image, median": "ms"}
@@ -91,7 +91,7 @@ async def load(given: argparse.Namespace, address: tuple[str, int], pid: int) ->
 
 
 async def post(address: tuple[str, int], body: bytes, pieces: int, pause: float) -> str:
-    """Send *body* in *pieces*; return the status, or `closed` or `reset`."""
+    """Send *body* in *pieces* parts, *pause* seconds apart; return the status, `closed` or `reset`."""
     reader, writer = await asyncio.open_connection(*address)
     try:
         writer.write(HEAD.format(len(body)).encode())

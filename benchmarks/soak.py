@@ -1,13 +1,13 @@
 """Soak test: a server under a mix of clients for minutes, checked for leaks and wrong responses.
 
-`sopdeploy serve` with real bundles and ONNX Runtime on the CPU receives valid images of several sizes,
-alone, in forms, in JSON and in the Open Inference Protocol, invalid bodies, clients that disconnect, slow
-bodies and floods; its model is swapped every few seconds. Every `ROUND_SECONDS` all clients stop and the
-resources of the idle server are measured, because requests in progress change the memory by tens of MB.
-Limits: resident memory at rest grows by less than 1 MB per minute, no thread or descriptor remains, every
-response names its bundle and equals `sopdeploy predict` with that bundle, no 5xx. Exit code 1 if a limit is
-exceeded. With several front ends, which are sandboxed, the resources are the sums over all processes, and the
-memory may grow by 1 MB per minute and process.
+The server is `sopdeploy serve` with real bundles and ONNX Runtime on the CPU. It receives valid images of
+several sizes (alone, in forms, in JSON and in the Open Inference Protocol), invalid bodies, slow bodies and
+floods of requests. Some clients disconnect, and one swaps the model every few seconds. Every `ROUND_SECONDS`
+all clients stop and the resources of the idle server are measured, because requests in progress change the
+memory by tens of MB. Limits: resident memory at rest grows by less than 1 MB per minute, no thread or
+descriptor remains, every response names its bundle and equals `sopdeploy predict` with that bundle, no 5xx.
+Exit code 1 if a limit is exceeded. With several front ends, which are sandboxed, the resources are the sums
+over all processes, and the memory may grow by 1 MB per minute and process.
 
     python benchmarks/soak.py --seconds 300 --front-ends 2
 """
@@ -62,7 +62,9 @@ def main() -> int:
         "--bundles", type=Path, nargs=2, metavar="BUNDLE",
         help="two bundles with the same classes; default: networks trained on digits for one epoch",
     )  # fmt: skip
-    parser.add_argument("--front-ends", type=int, default=1, help="sandboxed if there are several")
+    parser.add_argument(
+        "--front-ends", type=int, default=1, help="number of front ends; several are sandboxed"
+    )
     arguments = parser.parse_args()
     warm_up = min(60.0, arguments.seconds / 4) if arguments.warm_up is None else arguments.warm_up
     with tempfile.TemporaryDirectory() as name:
@@ -107,7 +109,7 @@ def digest(bundle: Path) -> str:
 
 
 def copy_twice(bundles: Sequence[Path], folder: Path) -> list[Path]:
-    """Copy each of *bundles* twice into *folder*, alternating, so that the next one is never loaded."""
+    """Copy each of *bundles* twice into *folder*, alternating, so that no swap loads the current copy."""
     return [
         shutil.copytree(bundle, folder / f"{copy}-{number}")
         for copy in range(2)

@@ -12,10 +12,10 @@ from measure import Result
 
 from sopdeploy.client import ClassProbability
 
-ALLOWED_5XX = {(503, "deadline_unreachable")}  # an estimate of the queue; the client may retry
+ALLOWED_5XX = {(503, "deadline_unreachable")}  # estimated from the queue; clients may retry
 CLOSE = 1e-5  # difference of probabilities: rounding depends on the batch size
 MAX_MB_PER_MINUTE = 1.0  # of each process
-JUDGED_SECONDS = 60.0  # over less time, the slope is allocator noise
+JUDGED_SECONDS = 60.0  # shorter runs are not judged: the allocator dominates the slope
 KEPT = 20
 
 

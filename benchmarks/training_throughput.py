@@ -5,9 +5,9 @@
 Synthetic JPEGs of ImageNet's size (500 x 375) and larger ones (1200 x 900), stored as files and in one
 archive; they are filtered noise with the spectrum and approximate file size of photographs. The rate of one
 core is measured in processor time of one thread, alternating between the augmentations. The error of draft
-decoding is the mean and the 99th percentile of the difference in gray levels. The waiting time is that of
-the real loader, with one process per core, for a GPU that takes 2,500 images per second from 16 cores,
-scaled to the available cores.
+decoding is the mean and the 99th percentile of the difference in gray levels. The waiting time is measured
+with the real loader, one process per core, and a simulated GPU. A GPU that takes 2,500 images per second is
+assumed to have 16 cores; its rate is scaled to the available cores.
 """
 
 import io
@@ -29,13 +29,13 @@ from sopdeploy.environment import usable_cores
 from sopdeploy.images.preprocess import Preprocess
 
 SIZES = {"500x375": ((500, 375), 92), "1200x900": ((1200, 900), 80)}  # size and JPEG quality
-WAYS: dict[str, Augmentation] = {
+AUGMENTATIONS: dict[str, Augmentation] = {
     "random-side": RandomSide(kind="random-side", flip=0.5),
     "random-side draft": RandomSide(kind="random-side", flip=0.5, draft=True),
     "random-resized-crop": RandomResizedCrop(kind="random-resized-crop", flip=0.5),
     "random-resized-crop draft": RandomResizedCrop(kind="random-resized-crop", flip=0.5, draft=True),
 }
-WANTED, CORES = 2500, 16  # images per second from this number of cores
+WANTED, CORES = 2500, 16  # images per second of a GPU, and the cores of its loader
 CLASSES = ("a", "b")
 BATCH = 32
 
@@ -70,17 +70,17 @@ def write(root: Path, size: tuple[int, int], quality: int, count: int) -> int:
     return int(statistics.mean(lengths))
 
 
-def view(root: Path, way: Augmentation, source: str = "files", epoch: int = 0) -> AugmentedDataset:
-    """Open the images with augmentation."""
-    return AugmentedDataset(open_classes(root / source, CLASSES), way, Preprocess(), 0, epoch)
+def view(root: Path, augmentation: Augmentation, source: str = "files", epoch: int = 0) -> AugmentedDataset:
+    """Open the images below *root* with *augmentation*."""
+    return AugmentedDataset(open_classes(root / source, CLASSES), augmentation, Preprocess(), 0, epoch)
 
 
 def per_core(root: Path, runs: int) -> dict[str, float]:
     """Measure the images per second of one core for each augmentation."""
-    views = {name: (view(root, way), PILLOW_BLOCKS) for name, way in WAYS.items()}
-    views["random-resized-crop, without memory reuse"] = (view(root, WAYS["random-resized-crop"]), 0)
+    views = {name: (view(root, augmentation), PILLOW_BLOCKS) for name, augmentation in AUGMENTATIONS.items()}
+    views["random-resized-crop, without memory reuse"] = (view(root, AUGMENTATIONS["random-resized-crop"]), 0)
     views["random-resized-crop from a tar"] = (
-        view(root, WAYS["random-resized-crop"], "all.tar"),
+        view(root, AUGMENTATIONS["random-resized-crop"], "all.tar"),
         PILLOW_BLOCKS,
     )
 
@@ -98,8 +98,12 @@ def per_core(root: Path, runs: int) -> dict[str, float]:
 
 
 def drift(root: Path, name: str) -> tuple[float, float, float]:
-    """Mean and 99th percentile of the difference in gray levels, and the fraction of changed images."""
-    plain, draft = view(root, WAYS[name]), view(root, WAYS[f"{name} draft"])
+    """Compare draft with exact decoding for the augmentation *name*.
+
+    Returns the mean and the 99th percentile of the difference in gray levels over all changed images, and the
+    fraction of changed images.
+    """
+    plain, draft = view(root, AUGMENTATIONS[name]), view(root, AUGMENTATIONS[f"{name} draft"])
     gaps = [
         np.abs(plain[index][0].astype(int) - draft[index][0].astype(int)).ravel()
         for index in range(len(plain))
@@ -111,11 +115,11 @@ def drift(root: Path, name: str) -> tuple[float, float, float]:
     return float(together.mean()), float(np.percentile(together, 99)), len(changed) / len(gaps)
 
 
-def waiting(root: Path, way: Augmentation, batches: int) -> tuple[float, float]:
-    """Fraction of time a simulated GPU waits for the loader, and images per second it receives."""
+def waiting(root: Path, augmentation: Augmentation, batches: int) -> tuple[float, float]:
+    """Measure the fraction of time that a simulated GPU waits for the loader, and its images per second."""
     workers = usable_cores()
     step = BATCH / (WANTED * workers / CORES)
-    images = view(root, way)
+    images = view(root, augmentation)
     order = [[(n * BATCH + i) % len(images) for i in range(BATCH)] for n in range(batches + 2 * workers)]
     waited, start, since = 0.0, 0.0, 0.0
     for number, _ in enumerate(load_batches(images, order, workers, torch.device("cpu"))):
@@ -139,8 +143,8 @@ def main() -> None:
             root = Path(folder)
             length = write(root, size, quality, count)
             rates = per_core(root, runs)
-            drifts = {way: drift(root, way) for way in ("random-side", "random-resized-crop")}
-            waits = {way: waiting(root, WAYS[way], batches) for way in WAYS}
+            drifts = {name: drift(root, name) for name in ("random-side", "random-resized-crop")}
+            waits = {name: waiting(root, AUGMENTATIONS[name], batches) for name in AUGMENTATIONS}
         found += results(f"{name}, {length / 1e3:.0f} kB", rates, drifts, waits, runs)
     report(found, as_json=arguments.json)
 
@@ -155,25 +159,25 @@ def results(
     """Build the results of one image size."""
     found = [
         Result(
-            case=f"{size}: {way}, images/s per core",
+            case=f"{size}: {name}, images/s per core",
             against=f"{CORES} cores feed {WANTED}/s",
             ours=rate,
             other=WANTED / CORES,
             unit="images/s",
             runs=runs,
         )
-        for way, rate in rates.items()
+        for name, rate in rates.items()
     ]
-    for way, (mean, high, fraction) in drifts.items():
+    for name, (mean, high, fraction) in drifts.items():
         for what, value, unit in (
             ("images changed by draft", 100 * fraction, "%"),
             ("mean difference of changed images", mean, "levels"),
             ("99th percentile of the difference", high, "levels"),
         ):
-            found.append(Result(case=f"{size}: {way}, {what}", ours=value, unit=unit, runs=runs))
-    for way, (fraction, rate) in waits.items():
-        found.append(Result(case=f"{size}: {way}, GPU waits", ours=100 * fraction, unit="%", runs=1))
-        found.append(Result(case=f"{size}: {way}, GPU receives", ours=rate, unit="images/s", runs=1))
+            found.append(Result(case=f"{size}: {name}, {what}", ours=value, unit=unit, runs=runs))
+    for name, (fraction, rate) in waits.items():
+        found.append(Result(case=f"{size}: {name}, GPU waits", ours=100 * fraction, unit="%", runs=1))
+        found.append(Result(case=f"{size}: {name}, GPU receives", ours=rate, unit="images/s", runs=1))
     return found
 
 

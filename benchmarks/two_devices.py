@@ -6,7 +6,7 @@
 CPU time gets requests over keep-alive connections, in consecutive runs without a restart. Alternately, a
 server with one device gets half as many connections.
 
-- `smallest share`: of the device with fewer requests, in the worst of all runs. Limit: a third.
+- `smallest share`: share of the requests that the less loaded device got, in the worst run. Limit: a third.
 - `p99`: median of the runs, against the single device. Limit: 1.5 times.
 """
 
@@ -30,7 +30,7 @@ def p99(server: Server, folder: Path, connections: int, seconds: float) -> float
 
 
 def share(server: Server, folder: Path, connections: int, seconds: float) -> tuple[float, float]:
-    """Return the smallest share of a device in the requests of one run, and the p99 in ms."""
+    """Measure one run: the smallest share of the requests that a device got, and the p99 in ms."""
     before = server.samples(METRIC, "device")
     latency = p99(server, folder, connections, seconds)
     after = server.samples(METRIC, "device")
@@ -39,7 +39,7 @@ def share(server: Server, folder: Path, connections: int, seconds: float) -> tup
 
 
 def measure(connections: int, runs: int, seconds: float, folder: Path) -> list[Result]:
-    """Measure *runs* consecutive runs with so many *connections*."""
+    """Measure *runs* consecutive runs with *connections* keep-alive connections."""
     shares, ours, other = [], [], []
     with running({"devices": "cpu,cpu"}, BATCH) as two, running({"devices": "cpu"}, BATCH) as one:
         for _ in range(runs):

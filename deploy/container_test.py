@@ -1,8 +1,8 @@
 """`make container-test [TARGET=gpu]`: build the server image, run it as in production, and inspect it.
 
-The target `gpu` must also name what is missing without a GPU, contain every library that CUDA needs but the
-driver, and serve from the CPU if asked to. Exits with 0 only if every check was run and passed; otherwise
-prints the reason.
+For the target `gpu`, it also checks that the server names what is missing without a GPU, that the image has
+every library that CUDA needs except the driver, and that it can be configured to serve from the CPU. Exits
+with 0 only if every check was run and passed; otherwise prints the reason.
 """
 
 import shutil
@@ -28,7 +28,7 @@ NO_GPU = (
     "no NVIDIA driver is usable here (libcuda.so.1 cannot be loaded); start a container with `--gpus all`"
 )
 ON_CPU = {"SOPDEPLOY_RUNTIME": "onnxruntime-cpu"}
-# Loads what the CUDA provider needs. The first name in the loader's message would be another missing library.
+# Loads the CUDA provider and prints the loader's message, which names the first missing library.
 CUDA_LIBRARIES = """
 import ctypes, pathlib, onnxruntime
 onnxruntime.preload_dlls()

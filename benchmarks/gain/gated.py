@@ -25,7 +25,7 @@ class MixtureConfig(StrictModel):
 
     `expert_norm` adds a batch norm between an expert's last convolution and its ReLU, `head_norm` one for
     the mixed vector (as in the paper). With the initial gate weights of the released code (`constant`) all
-    experts have equal weights; `gate_start="random"` breaks this tie. `noise` is gamma in Eq. (2).
+    experts start with equal weights; with `gate_start="random"` they differ. `noise` is gamma in Eq. (2).
     """
 
     components: int = 8

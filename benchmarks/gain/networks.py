@@ -16,7 +16,7 @@ from sopdeploy.models.plain import PlainSmallResNet
 
 
 class TextureNetConfig(StrictModel):
-    """A 5x5 convolution with batch norm, then `layers`: none, a ReLU, or ReLU, conv1x1, batch norm, ReLU."""
+    """A 5x5 convolution with batch norm, then `layers`: none; ReLU; or ReLU, conv1x1, batch norm, ReLU."""
 
     filters: int = 16
     stride: int = 1
@@ -54,7 +54,7 @@ class TextureNet(Backbone):
         return [nn.ReLU()] if config.layers == "rectified" else []
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        """Create an identity: a branch pools the feature map that it taps."""
+        """Create an identity, because a branch pools the tapped feature map without further blocks."""
         del in_channels, out_channels, stride
         return nn.Identity()
 

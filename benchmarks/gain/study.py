@@ -9,11 +9,11 @@ from gain.run import Run
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """Fields of `Run`: `template` for all runs, `arms` with the changes of each arm; `seeds` are fixed.
+    """An experiment: `template` has the fields of `Run` for all arms, `arms` the changes of each arm.
 
-    Every arm is compared with `reference`; `pairs` lists further comparisons (ours, other). `must` maps an
-    arm to its required gain over the reference in percentage points; `chance` names the arm that must be at
-    chance.
+    All arms run with the same `seeds`. Every arm is compared with `reference`; `pairs` lists further
+    comparisons (ours, other). `must` maps an arm to its required gain over the reference in percentage
+    points; `chance` names the arm that must be at chance.
     """
 
     name: str

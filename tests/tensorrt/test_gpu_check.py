@@ -38,7 +38,7 @@ def test_the_page_lists_the_gpu_and_every_batch_size(
     assert [rows[f"| {name}"] for name in skipped] == ["not run |"] * len(skipped)
     assert "CUDA graphs of the profiles 1 and 2" in rows["| tensorrt"]
     assert rows["| server"] == "5 swaps under requests: equal answers, 0 MiB of GPU memory lost |"
-    assert "two under way" in page
+    assert "two in flight" in page
 
 
 def run(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, out: Path, *skipped: str) -> int:
