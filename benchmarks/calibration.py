@@ -38,7 +38,7 @@ QUICK = 10  # every tenth image
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The images of *whole* at *indices*."""
+    """A subset of a dataset: the images of *whole* at *indices*."""
 
     whole: LabeledImages
     indices: Sequence[int]

@@ -72,7 +72,7 @@ def results(name: str, found: dict[str, Any]) -> list[Result]:
 
 
 def main() -> None:
-    """Run from the command line; `--one` is the part that runs in its own process."""
+    """Run from the command line; `--one` measures a single export in this process."""
     if "--one" in sys.argv:
         print(json.dumps(measured(Path(sys.argv[-2]), Path(sys.argv[-1]))))
         return

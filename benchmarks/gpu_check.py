@@ -1,8 +1,9 @@
 """Checks this machine's GPU and measures engines on it.
 
-Steps: ONNX Runtime's CUDA provider, a TensorRT engine with CUDA graphs, both inexact decoders, a server on
-the engine with model swaps, a training run, and the speed of a detached DSoP-ResNet-50, a GSoP-Net2 and a
-GM-SOP in fp32 and fp16 against torch eager, torch.compile and ONNX Runtime on CUDA, copies included.
+Steps: ONNX Runtime's CUDA provider, a TensorRT engine with CUDA graphs, the decoders `fast` and
+`nvimagecodec`, a server on the engine with model swaps, a training run, and the speed of a detached
+DSoP-ResNet-50, a GSoP-Net2 and a GM-SOP in fp32 and fp16 against torch eager, torch.compile and ONNX Runtime
+on CUDA, copies included.
 
 Prints a line per step. Writes docs/benchmarks/gpu.md and gpu.json if every step succeeds; otherwise exits
 with code 1 and leaves both as they are. A step that is left out with --skip is listed as such on the page.

@@ -1,6 +1,6 @@
 """The functional part of `gpu_check.py`: runtimes, decoders, a server with model swaps, a training run.
 
-Each step returns a sentence for the page and raises `CheckFailedError`, or the error of what it checks.
+Each step returns a sentence for the page. It raises `CheckFailedError`, or the error of the checked code.
 """
 
 import shutil

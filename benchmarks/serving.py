@@ -5,12 +5,13 @@
     python benchmarks/serving.py --bundle BUNDLE --peers FOLDER --peers-python PYTHON --onnx FILE
 
 Three cases. `batching`: a simulated accelerator that sleeps 20 + 10 n ms for n images, at most 8, with 32
-connections. `fast device`: 20 + 2 n ms, at most 32, 128 connections; decoding is the bottleneck.
-`real engine` (with --bundle; --onnx is the same network for the other servers): onnxruntime on one thread.
-Every round measures the bare runtime, every server, and the bare runtime again; a value is the median of the
-rounds' ratios to the bare runtime of the same round. CPU per image is that of the server's process tree minus
-that of decoding and inference in one thread (with the other servers' decoder, if available, otherwise
-ours). A second value for sopdeploy is measured inside the server around every call of decoder and runtime.
+connections. `fast device`: 20 + 2 n ms, at most 32, 128 connections; decoding is the bottleneck. `real
+engine` (with --bundle; --onnx is the same network for the other servers): onnxruntime on one thread. Every
+round measures the bare runtime, every server, and the bare runtime again; a value is the median of the
+rounds' ratios to the bare runtime of the same round. CPU per image is the CPU time of the server's process
+tree minus that of decoding and inference in one thread, which is measured with the other servers' decoder if
+--peers is given, otherwise with ours. A second value for sopdeploy is measured inside the server around every
+call of decoder and runtime.
 """
 
 import argparse

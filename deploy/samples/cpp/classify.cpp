@@ -74,7 +74,7 @@ struct Taps {  // the source positions and weights of one target position
   std::vector<double> weights;
 };
 
-// Pillow's resampling: a reduced image averages over a filter that grows with the factor.
+// Pillow's resampling: the filter is wider the more the image is reduced.
 std::vector<Taps> taps(int from, int to, const std::string& interpolation) {
   const bool cubic = interpolation == "bicubic";
   const double scale = double(from) / to, stretch = std::max(1.0, scale);
