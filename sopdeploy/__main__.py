@@ -10,8 +10,8 @@ YOUNG_OBJECTS = 50_000  # threshold of the youngest garbage collector generation
 def main() -> None:
     """Run the command line; Ctrl-C during import exits quietly with code 130, as a shell does.
 
-    Commands import torch and other large packages. With Python's default, garbage collections during imports
-    and the one at exit took a third of the CPU time of `sopdeploy describe`.
+    Commands import torch and other large packages. With Python's default settings, garbage collection during
+    these imports and at exit takes a third of the CPU time of `sopdeploy describe`.
     """
     gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
     atexit.register(gc.freeze)  # excludes all objects from the collection at exit

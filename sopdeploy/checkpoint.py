@@ -129,8 +129,8 @@ def write_plain(path: Path, content: Mapping[str, Any]) -> None:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read the checkpoint at *path* with all tensors on the CPU.
 
-    The file is read once, so `sha256` is that of the content even if another process replaces the file.
-    Raises `CheckpointError` if the file is missing, damaged, of another format or would run code.
+    The file is read only once, so `sha256` matches the content even if another process replaces the file.
+    Raises `CheckpointError` if the file is missing, damaged, not a sopdeploy checkpoint, or would run code.
     """
     _check_is_file(path)
     try:
@@ -176,9 +176,10 @@ def _complete_config(model: ModelRecord, weights: Mapping[str, Tensor]) -> dict[
 def load_plain(
     path: Path, advice: str = "only open checkpoints that sopdeploy wrote", *, raw: bytes | None = None
 ) -> Any:
-    """Load *path* with `torch.load(weights_only=True)`, which never runs code of the file.
+    """Load *path* with `torch.load(weights_only=True)`, which never runs code from the file.
 
-    *advice* ends the error message for a file that would run code. *raw* is the content, if already read.
+    *raw* is the content, if it was already read. Raises `CheckpointError` if the file is missing or damaged,
+    or if it would run code; *advice* is the last part of that message.
     """
     _check_is_file(path)
     try:
@@ -197,7 +198,7 @@ def load_plain(
 
 
 def _check_is_file(path: Path) -> None:
-    """Raise `CheckpointError` unless *path* is a file, with a hint if it is a run or a bundle."""
+    """Raise `CheckpointError` unless *path* is a file, with a hint if it is a run folder or a bundle."""
     if not path.is_file():
         hint = "no such file; use the best.pt of a training run"
         if (path / "manifest.json").is_file():
@@ -221,13 +222,13 @@ def _layout(tensor: Tensor) -> str:
 
 
 def build_classifier(checkpoint: Checkpoint, where: Path) -> Classifier:
-    """Build the network of *checkpoint* and load its weights, in eval mode.
+    """Build the network of *checkpoint* with its weights, in eval mode.
 
     Raises `CheckpointError` naming *where* and the first tensor that is missing, unknown or not finite, or
     has another shape, dtype or layout.
     """
     try:
-        make_config(checkpoint.model, checkpoint.config)  # rejects keys that shadow arguments
+        make_config(checkpoint.model, checkpoint.config)  # rejects keys such as num_classes
         network = create_model(checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config)
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error

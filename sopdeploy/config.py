@@ -27,7 +27,7 @@ def first_problem(error: pydantic.ValidationError) -> str:
         return f"{where}: missing"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key"
-    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # a rule for several keys
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # raised by a model validator
         reason = str(problem["ctx"]["error"])
         return f"{where}: {reason}" if problem["loc"] else reason
     return f"{where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"

@@ -1,7 +1,7 @@
 """The rules that turn logits into classes: activation, calibration, rejection of unknown images.
 
-Stored in the checkpoint and in the bundle. The export divides the last layer by the temperature, so logits of
-a bundle are calibrated already, and thresholds refer to them. Does not import torch.
+Checkpoints and bundles contain a `Decision`. The export divides the last layer by the temperature, so logits
+of a bundle are already calibrated, and thresholds refer to them. This module does not import torch.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Activation = Literal["softmax", "sigmoid"]
 Score = Literal["max_probability", "energy"]
 Estimate = Literal["held-out", "cross-validation"]
 Occurrences = Annotated[int, pydantic.Field(ge=0)]
-# Most confidences are close to 1, where small differences matter.
+# Bounds of the confidence histogram, closer together near 1, where most confidences are.
 CONFIDENCE_BOUNDS = (
     0.1,
     0.2,
@@ -59,7 +59,7 @@ class Calibration(StrictModel):
 
 
 class Rejection(StrictModel):
-    """Rule that accepts an image as known, as one of the network's classes, from a score of `threshold` on.
+    """The rule that an image counts as known if its score is at least `threshold`.
 
     Attributes:
         score: `max_probability` is the largest softmax probability, `energy` the log-sum-exp of the logits.
@@ -82,7 +82,7 @@ class Rejection(StrictModel):
         return {key: value for key, value in dump(self).items() if key != "left_out" or value is not None}
 
     def recognize(self, logits: NDArray[np.floating]) -> tuple[bool, float]:
-        """Decide whether the image with *logits* (C,) of the bundle is known; also return its score."""
+        """Return whether an image is known, and its score, from *logits* (C,) of the bundle."""
         score = float(known_score(logits, self.score))
         return score >= self.threshold, score
 
@@ -146,7 +146,7 @@ class Decision(StrictModel):
     @pydantic.model_validator(mode="after")
     def _check_activation(self) -> "Decision":
         if (self.thresholds is not None) != (self.activation == "sigmoid"):
-            raise ValueError("thresholds: needed with activation sigmoid, and only then")
+            raise ValueError("thresholds: required with activation sigmoid, not allowed with softmax")
         if self.rejection is not None and self.activation == "sigmoid":
             raise ValueError("rejection: not supported with activation sigmoid")
         expected = PresenceReference if self.activation == "sigmoid" else Reference
@@ -183,7 +183,7 @@ class Decision(StrictModel):
     def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
         """Describe calibration, rejection and thresholds in (name, text) rows for reports and model cards.
 
-        The thresholds are listed with the names of up to `MAX_LISTED` *labels*, otherwise as a range.
+        With up to `MAX_LISTED` *labels*, the text lists the threshold of each class, otherwise their range.
         """
         rows = []
         if (fit := self.calibration) is not None:
@@ -207,7 +207,7 @@ class Decision(StrictModel):
 
 
 def known_score(logits: NDArray[np.floating], score: Score) -> NDArray[np.float64]:
-    """Compute the score (...) float64 of *logits* (..., C) that `Rejection.threshold` is compared with."""
+    """Compute the scores (...) float64 that `Rejection.threshold` applies to, from *logits* (..., C)."""
     values = logits.astype(np.float64)
     largest = values.max(axis=-1)
     energy: NDArray[np.float64] = largest + np.log(np.exp(values - largest[..., None]).sum(axis=-1))
@@ -215,7 +215,7 @@ def known_score(logits: NDArray[np.floating], score: Score) -> NDArray[np.float6
 
 
 def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Compute the probabilities (...) float64 of *logits* (...), without overflow."""
+    """Compute sigmoid probabilities in float64, with the shape of *logits*, without overflow."""
     values = logits.astype(np.float64)
     small = np.exp(-np.abs(values))
     return np.where(values >= 0, 1.0, small) / (1.0 + small)

@@ -11,12 +11,12 @@ SopdeployError
  +- LoweringError           no ONNX form that all runtimes accept
  +- ParityError             exported file and network compute different numbers
  +- BundleError             bundle files and manifest do not match
- +- EngineError             TensorRT engine cannot be built or violates the request
+ +- EngineError             TensorRT engine cannot be built or differs from the request
  +- RuntimeUnavailableError no runtime on this machine can run the bundle
  +- StorageError            file cannot be read or written
  +- ImageError              unusable image, with an HTTP status
  +- ServiceError            error response of a server
- +- OverloadedError         a ServiceError: the server rejected every attempt for now (429, 503)
+ +- OverloadedError         a ServiceError: the server rejected every attempt because of load (429, 503)
  +- UnreachableError        a ServiceError: no response, or none before the deadline
 """
 
@@ -134,9 +134,9 @@ class ServiceError(SopdeployError):
 
 
 class OverloadedError(ServiceError):
-    """The server rejected every attempt for now (429, 503).
+    """The server rejected every attempt because of load (429, 503).
 
-    *retry_after* is the delay in seconds that its last response asked for, 0 if none.
+    *retry_after* is the delay in seconds that the last response requested, 0 if none.
     """
 
     code = "overloaded"
@@ -153,6 +153,6 @@ class UnreachableError(ServiceError):
 
 
 def first_line(error: BaseException) -> str:
-    """Shorten *error*, of another library or of the user's code, to its type and its first line."""
+    """Describe *error*, from a library or the user's code, by its type and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

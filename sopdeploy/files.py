@@ -1,4 +1,4 @@
-"""Atomic file writes, their errors, file hashes, and reading without blocking."""
+"""Atomic file writes, opening of regular files, and file hashes."""
 
 import errno
 import hashlib

@@ -14,7 +14,7 @@ from sopdeploy.cli.deployment import engine, export, inspect, keys, transfer
 from sopdeploy.cli.serving import bench, classify, doctor, health, predict, serve
 from sopdeploy.cli.training import compare, data, evaluate, import_weights, models, reproduce, train
 
-OUTPUT_CLOSED = 1  # as Typer and Rich exit for output that is longer than the buffer
+OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed
 
 app = typer.Typer(
     name="sopdeploy",
@@ -102,7 +102,7 @@ def root(
 def main() -> None:
     """Run the command line; exit with 1 if the reader of stdout has closed it, as `head` does.
 
-    A stdout that cannot be written otherwise, such as a file on a full disk, is a user error. Output to a
+    If stdout cannot be written for another reason, such as a full disk, that is a user error. Output to a
     stream that was closed before the start (`>&-`) is discarded.
     """
     for name in ("stdout", "stderr"):
@@ -117,11 +117,11 @@ def main() -> None:
                 app(prog_name="sopdeploy")
             except SystemExit as stop:
                 code = stop.code
-            with suppress(OSError) if code else nullcontext():  # the command has shown its error
+            with suppress(OSError) if code else nullcontext():  # the command has printed its error
                 sys.stdout.flush()  # the interpreter flushes it too late to handle an error
     except BrokenPipeError:
         code = OUTPUT_CLOSED
     except typer.Exit as stop:
         code = stop.exit_code
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards what is still in the buffer
     sys.exit(code)

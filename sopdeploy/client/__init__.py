@@ -1,4 +1,4 @@
-"""Sync and async Python clients of `sopdeploy serve`; import neither torch nor the server."""
+"""Blocking and asyncio clients of `sopdeploy serve`, which import neither torch nor the server."""
 
 from sopdeploy.client.asynchronous import AsyncClient
 from sopdeploy.client.requests import ImageLike

@@ -52,7 +52,7 @@ class ClientOptions:
         """Start the time budget of a call; raise `ConfigError` for an invalid *timeout* (seconds)."""
         seconds = self._timeout if timeout is None else timeout
         if not 0 < seconds <= MAX_TIMEOUT:
-            raise ConfigError(f"timeout={seconds}: use seconds above 0 and at most {MAX_TIMEOUT}")
+            raise ConfigError(f"timeout={seconds}: use more than 0 and at most {MAX_TIMEOUT} seconds")
         return RetryBudget(seconds=seconds, retries=self._retries)
 
 
@@ -158,7 +158,7 @@ def get(path: str, budget: RetryBudget) -> Flow[httpx.Response]:
 
 
 def wait_ready(budget: RetryBudget) -> Flow[None]:
-    """Poll until the server is ready; raise `UnreachableError` with the last response otherwise."""
+    """Poll until the server is ready; raise `UnreachableError` with the last response at the deadline."""
     last = "no request was sent"
     while budget.left() > 0:
         attempt = RetryBudget(seconds=min(READY_REQUEST_TIMEOUT, budget.left()), retries=0)

@@ -1,4 +1,4 @@
-"""Typed responses of the server. Unknown keys are ignored, so newer servers can add some."""
+"""Typed responses of the server. Unknown keys are ignored, so that newer servers can add keys."""
 
 import re
 from typing import Any, TypeVar
@@ -36,8 +36,9 @@ class Expert(Response):
 class ClassMap(Response):
     """Class activation map: the amount that each position of the image adds to the logit of `label`.
 
-    `values` (h rows of w) are in units of logits; their mean plus `bias` is the logit. They divide `box`, the
-    (left, top, right, bottom) of the upright image of `image_size` that the network sees, into equal cells.
+    `values` (h rows of w) are in units of logits; their mean plus `bias` is the logit. They are the values of
+    equal cells of `box` (left, top, right, bottom), the region that the network sees, in pixels of the
+    upright image. `image_size` is the (width, height) of that image.
     """
 
     label: str
@@ -63,12 +64,12 @@ class Classification(Response):
             classes whose probability reaches their threshold.
         gates: selected experts of a gated network, best first, if requested.
         class_map: class activation map of the explained class, if requested.
-        warnings: codes of changes made while decoding.
+        warnings: codes of the decoder's warnings, such as first_frame_only.
         known: false if the image probably shows none of the classes; `None` if the bundle has no threshold.
         score: the number that decides `known`; larger is more certainly known.
         error: set if this image of a list could not be classified.
         model_digest: id of the bundle that computed the result.
-        timing_ms: server time per stage (receive, decode, queue, infer); of a list, the slowest image.
+        timing_ms: server time per stage (receive, decode, queue, infer); for a list, of its slowest image.
     """
 
     classes: tuple[ClassProbability, ...] = ()

@@ -70,11 +70,11 @@ class RetryBudget:
 
 
 def send_with_retries(send: Send, budget: RetryBudget) -> Flow[httpx.Response]:
-    """Send until a response is successful, within *budget*.
+    """Send a request and return its successful response, with retries within *budget*.
 
-    The server is told the remaining time, and its `Retry-After` is respected. Retries happen after 429, 503
-    and connections that broke before a response. Raises `OverloadedError` or `UnreachableError` when time or
-    attempts are used up, and `ServiceError` for responses that a retry would not change.
+    Each request tells the server the remaining time. Retries follow 429, 503 and connections that broke
+    before a response, after a delay of at least `Retry-After`. Raises `OverloadedError` or `UnreachableError`
+    when time or attempts are used up, and `ServiceError` for responses that a retry would not change.
     """
     for attempt in range(budget.retries + 1):
         left = max(0.001, budget.left())

@@ -77,11 +77,11 @@ class Client:
         """Classify *image*: a path, bytes, a PIL image, a uint8 array (H, W, 3) or (H, W), or a list of them.
 
         A list is sent as one request; an image of the list that cannot be classified has `error` set. *gates*
-        requests the experts that a gated network selects; *threshold* lists the classes of at least this
-        probability instead of those above the thresholds of a multi-label network; *explain* adds
-        the class activation map of the best class, or of the class that it names. Raises `ServiceError` if
-        the server rejects the request, `OverloadedError` if it is overloaded, `UnreachableError` without a
-        response in time, and `DataError` or `ConfigError` for an image that cannot be sent.
+        requests the experts that a gated network selects. *threshold* replaces the thresholds of a
+        multi-label network. *explain* adds the class activation map of the best class (True) or of the class
+        with this label. Raises `ServiceError` if the server rejects the request, `OverloadedError` if it is
+        overloaded, `UnreachableError` without a response in time, and `DataError` or `ConfigError` for an
+        image that cannot be sent.
 
         Example:
             best = client.classify(np.asarray(frame), top_k=3, timeout=2.0).classes[0]

@@ -26,7 +26,7 @@ class Advice(StrictModel):
 
 
 def judge(best: Measured, steps: Sequence[Measured], *, largest_batch: int, cores: int | None) -> Advice:
-    """Diagnose the step with the *best* rate.
+    """Derive the advice from *best*, the step with the highest rate.
 
     *steps* are all measurements, used to model batch time by batch size. *cores* is the number of cores of
     the server, if known.
@@ -96,7 +96,7 @@ def _engine(best: Measured, steps: Sequence[Measured], largest_batch: int) -> Ad
         limit="engine",
         why=why,
         change="a faster engine: a bundle of --precision fp16 or int8, more --threads, or a GPU",
-        gain="the rate follows the engine's; no other setting changes it",
+        gain="the engine determines the rate; no other setting changes it",
     )
 
 

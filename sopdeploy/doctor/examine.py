@@ -55,7 +55,7 @@ def examine(
 ) -> Diagnosis:
     """Load the server at *url* for about *seconds* with up to *concurrency* clients and diagnose it.
 
-    Raises `ServiceError` if it is unreachable, rejects an image or completes no request under load,
+    Raises `ServiceError` if the server is unreachable, rejects an image or completes no request under load,
     `DataError` if the folder *images* has no image, and `ConfigError` if *model* is required or unknown.
     """
     bodies = load_images(images)
@@ -94,7 +94,7 @@ def examine(
 
 
 def load_images(folder: Path | None) -> list[bytes]:
-    """Read up to 32 image files below *folder*, or generate JPEGs; raise `DataError` if there is none."""
+    """Read up to 32 image files below *folder*, or generate JPEGs; raise `DataError` for an empty folder."""
     if folder is not None:
         paths = sorted(
             path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()

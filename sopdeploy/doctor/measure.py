@@ -80,10 +80,10 @@ def parse_metrics(text: str) -> Scrape:
 class Measured(StrictModel):
     """Measurement of one step with a constant number of clients.
 
-    Rates are images per second, times milliseconds. `engine_busy`, `decoder_busy` and `client_busy` are
-    fractions of the step: of all engines (one per server process), of all decoders, and of the one core of
-    this client. `stage_ms` is the mean time of an image per stage. `elsewhere_ms` is the rest of a request:
-    network, HTTP and event loops.
+    Rates are images per second, times milliseconds. `engine_busy`, `decoder_busy` and `client_busy` are the
+    fractions of time for which the engines (one per server process), the decoders and the one core of this
+    client were busy. `stage_ms` is the mean time of an image per stage. `elsewhere_ms` is the rest of a
+    request: network, HTTP and event loops. `refused` counts rejections by error code.
     """
 
     concurrency: int
@@ -159,9 +159,9 @@ def percentile(values: Sequence[float], fraction: float) -> float:
 
 
 def bare_ratio(best: Measured, steps: Sequence[Measured]) -> float:
-    """Compute the rate of *best* relative to the engines alone, running without pause.
+    """Compute the rate of *best* as a fraction of the rate that the engines alone would reach.
 
-    The speed of the engines alone is the smallest engine time per image of all *steps*.
+    The rate of the engines alone follows from the smallest engine time per image of all *steps*.
     """
     alone = [step.infer_ms_per_batch / step.mean_batch for step in steps if step.mean_batch]
     return best.rate * min(alone) / 1000 / best.engines if alone else 0.0

@@ -28,8 +28,8 @@ from sopdeploy.evaluation.statistics import auroc
 
 Logits = NDArray[np.float64]
 
-MIN_IMAGES = 50  # with fewer predictions neither a temperature nor a 5 % quantile is more than noise
-MAX_TEMPERATURE = 20.0  # and its inverse is the smallest one
+MIN_IMAGES = 50  # with fewer predictions, a temperature or a 5 % quantile is mostly noise
+MAX_TEMPERATURE = 20.0  # the smallest temperature is 1 / MAX_TEMPERATURE
 SIGNIFICANT = 1.920729  # half the 95 % quantile of chi-square with one degree of freedom
 NEWTON_STEPS = 50
 SCORES: tuple[Score, ...] = ("max_probability", "energy")
@@ -49,8 +49,8 @@ def fit_decision(
     Their predictions become the reference for drift. With fewer than `MIN_IMAGES` images nothing is fitted.
     The temperature is 1 if the classifier cannot be scaled (*scalable* is False) or if `fit_temperature`
     finds no evidence for another one. *accepts* is the fraction of known images to accept; with 1, or if N is
-    too small for the quantile, no image is rejected. *refitted* are the AUROCs of heads that were fitted
-    without one class, if there are any: otherwise the logit of the class is masked.
+    too small for the quantile, no image is rejected. *refitted* are the AUROCs by score of heads that were
+    fitted without one class; if empty, they are computed with the logit of the class masked.
     """
     if len(logits) < MIN_IMAGES or logits.shape[1] < 2:
         return Decision()
@@ -116,9 +116,10 @@ def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
 
 
 def leave_one_class_out(logits: Logits, targets: NDArray[np.int64]) -> dict[Score, float]:
-    """Compute the AUROC of both scores against images of a class without logit, averaged over classes.
+    """Compute the AUROC of each score with one class left out, averaged over the classes.
 
-    Empty with fewer than three classes, where one logit would remain, or if only one class has images.
+    The logit of the class is masked; its images count as unknown, all others as known. The result is empty
+    with fewer than three classes, where one logit would remain, or if only one class has images.
     """
     if logits.shape[1] < 3 or len(np.unique(targets)) < 2:
         return {}
@@ -132,7 +133,7 @@ def leave_one_class_out(logits: Logits, targets: NDArray[np.int64]) -> dict[Scor
     areas: dict[Score, list[float]] = {score: [] for score in SCORES}
     for left_out in np.unique(targets):
         is_top, unknown = top == left_out, targets == left_out
-        # The rest of a sum is inaccurate only without its largest term, which `rest` handles.
+        # Subtracting the largest term of a sum would be inaccurate; `rest_energy` is computed without it.
         without = np.where(is_top, 1.0, sums - weights[:, left_out])
         energy = np.where(is_top, rest_energy, largest + np.log(without))
         log_probability = np.where(is_top, second, largest) - energy

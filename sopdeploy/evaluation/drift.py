@@ -1,14 +1,14 @@
-"""Drift: do new predictions come from the same distribution as those of the held-out images?
+"""Drift: test whether new predictions have the same distribution as those of the held-out images.
 
-Compares how often each class is the most probable one, and how the largest probabilities are distributed,
-with Pearson's chi-square test of homogeneity of two samples. The reference is a sample too, often a small
-one, so its own noise counts. Categories that are rare in both samples are merged, because the test needs an
+Two tests compare how often each class is the most probable one, and how the largest probabilities are
+distributed. Each is Pearson's chi-square test of homogeneity of two samples, because the reference is itself
+a sample, often a small one. Categories that are rare in both samples are merged, because the test needs an
 expected count of about 5 (Cochran, "Some methods for strengthening the common chi-square tests", Biometrics
 1954).
 
-With several classes per image, compares the share of images in which each class is present, class by class
-with a Bonferroni correction because the classes of an image depend on each other, and how many classes the
-images have.
+With several classes per image, the tests compare the share of images in which each class is present, and the
+number of classes per image. The first one tests each class alone, with a Bonferroni correction, because the
+classes of an image depend on each other.
 """
 
 import math
@@ -27,34 +27,34 @@ from sopdeploy.decision import (
     sigmoid,
 )
 
-FALSE_ALARMS = 0.01  # of a comparison by both tests, if there is no drift
-LEVEL = FALSE_ALARMS / 2  # of each of the two tests (Bonferroni)
+FALSE_ALARMS = 0.01  # without drift, the largest probability that at least one of the two tests alarms
+LEVEL = FALSE_ALARMS / 2  # significance level of each test (Bonferroni)
 MIN_EXPECTED = 5.0
 
 Counts = NDArray[np.int64]
 
 
 class Comparison(NamedTuple):
-    """One test: the total variation *distance* of the shares in [0, 1], and the *p_value* of equal shares."""
+    """Result of one test: total variation *distance* in [0, 1] of two samples, *p_value* of homogeneity."""
 
     distance: float
     p_value: float
 
     @property
     def alarm(self) -> bool:
-        """Whether the test rejects equal shares at `LEVEL`."""
+        """Whether the test rejects equal distributions at `LEVEL`."""
         return self.p_value < LEVEL
 
 
 class Drift(NamedTuple):
-    """The comparison of *images* predictions with a reference: two *tests* by what they compare."""
+    """Comparison of the predictions of *images* images with a reference: two *tests*, by name."""
 
     images: int
     tests: dict[str, Comparison]
 
     @property
     def alarm(self) -> bool:
-        """Whether one of both tests raises an alarm; without drift with a probability of `FALSE_ALARMS`."""
+        """Whether a test raises an alarm; without drift, its probability is at most `FALSE_ALARMS`."""
         return any(test.alarm for test in self.tests.values())
 
 
@@ -89,7 +89,7 @@ class PredictionCounts:
         return Reference(classes=tuple(self.classes.tolist()), confidences=tuple(self.confidences.tolist()))
 
     def compare(self, reference: Reference) -> Drift:
-        """Compare the counts with *reference*, which has as many classes."""
+        """Compare the counts with *reference*, which must have the same classes."""
         return Drift(
             self.images,
             {
@@ -100,7 +100,10 @@ class PredictionCounts:
 
 
 class PresenceCounts:
-    """Counts predictions of a network with several classes per image, which are present at *thresholds*."""
+    """Counts the classes that a multi-label network predicts as present, by class and per image.
+
+    A class is present if its probability is at least its entry in *thresholds*.
+    """
 
     tests = ("classes", "per_image")
 
@@ -124,7 +127,7 @@ class PresenceCounts:
         self.add(present.nonzero()[1], present.sum(axis=1))
 
     def add(self, classes: NDArray[np.integer], numbers: NDArray[np.integer]) -> None:
-        """Count *numbers* (n,) of present classes of n images, and these *classes* (sum of *numbers*,)."""
+        """Count n images: *numbers* (n,) of present classes, and *classes*, their indices in one array."""
         self.classes += np.bincount(classes, minlength=len(self.classes))
         self.per_image += np.bincount(np.minimum(numbers, MAX_PER_IMAGE), minlength=MAX_PER_IMAGE + 1)
 
@@ -137,12 +140,12 @@ class PresenceCounts:
         )
 
     def compare(self, reference: PresenceReference) -> Drift:
-        """Compare the counts with *reference*, which has as many classes."""
+        """Compare the counts with *reference*, which must have the same classes."""
         per_image = compare(np.array(reference.per_image), self.per_image)
         return Drift(self.images, {"classes": self._compare_classes(reference), "per_image": per_image})
 
     def _compare_classes(self, reference: PresenceReference) -> Comparison:
-        """Test each class alone; return the largest distance, and the smallest p-value times the tests."""
+        """Test each class; return the largest distance and the smallest p-value, Bonferroni-corrected."""
         sizes = np.array([reference.images, self.images])
         distance, smallest, tests = 0.0, 1.0, 0
         for present_2 in zip(reference.classes, self.classes.tolist(), strict=True):
@@ -156,12 +159,12 @@ class PresenceCounts:
 
 
 def counts_for(decision: Decision, classes: int) -> PredictionCounts | PresenceCounts:
-    """Create the counts of predictions of *classes* classes that fit to the reference of *decision*."""
+    """Create empty counts for *classes* classes, of the kind that the reference of *decision* has."""
     return PredictionCounts(classes) if decision.thresholds is None else PresenceCounts(decision.thresholds)
 
 
 def compare_counts(counts: PredictionCounts | PresenceCounts, decision: Decision) -> Drift | None:
-    """Compare *counts* of `counts_for` with the reference of *decision*; None if it has none."""
+    """Compare *counts*, created by `counts_for`, with the reference of *decision*; None without one."""
     if isinstance(counts, PresenceCounts) and isinstance(decision.reference, PresenceReference):
         return counts.compare(decision.reference)
     if isinstance(counts, PredictionCounts) and isinstance(decision.reference, Reference):
@@ -187,7 +190,7 @@ def compare(first: Counts, second: Counts) -> Comparison:
 
 
 def _merge_rare(counts_2K: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Merge the categories whose expected count in the smaller sample is below `MIN_EXPECTED`."""
+    """Merge the categories whose expected count in the smaller sample is below `MIN_EXPECTED` into one."""
     sizes_2, totals_K = counts_2K.sum(axis=1), counts_2K.sum(axis=0)
     rare_K = totals_K * sizes_2.min() / sizes_2.sum() < MIN_EXPECTED
     kept, rest = counts_2K[:, ~rare_K], counts_2K[:, rare_K].sum(axis=1, keepdims=True)

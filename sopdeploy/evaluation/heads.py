@@ -1,7 +1,7 @@
-"""Accuracy of every head of a network on a whole folder of images: DSoP's Tables III and V, Figures 4 and 5.
+"""Accuracy of every head of a network on a folder of images, as in DSoP's Tables III and V, Figures 4 and 5.
 
 The heads are the network's own classifier, `main`, and the training-only ones: the branches of DSoP, the
-auxiliary heads of PSDR. Export removes those, so only a checkpoint has them.
+auxiliary heads of PSDR. Export removes the training-only heads, so only a checkpoint has them.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ class HeadCounter(nn.Module):
         return heads["main"]
 
     def accuracies(self) -> tuple[HeadAccuracy, ...]:
-        """Summarize the images so far: branches in the order of computation, then `main`."""
+        """Return the accuracies on the images so far: branches in the order of computation, then `main`."""
         weights = self.model.loss_weights()
         shares = loss_shares(weights, self.losses)
         return tuple(

@@ -21,7 +21,7 @@ from sopdeploy.evaluation.statistics import wilson
 
 TOP_K = 5
 BINS = 15
-MIN_PROBABILITY = 2.2250738585072014e-308  # smaller probabilities are raised to this one, a loss of 708
+MIN_PROBABILITY = 2.2250738585072014e-308  # lower bound of probabilities, which limits the loss to 708
 NO_IMAGES = "there are no images to evaluate on; give a folder with images"
 
 
@@ -114,8 +114,8 @@ class ClassificationReport(StrictModel):
 
     `nll` is the mean negative log-likelihood. `classes` are sorted by name; the rows of `confusion` are true
     classes and its columns predicted classes, in the same order. With fewer than five classes `top5` covers
-    all of them. Omitted if there is no temperature or threshold: `uncalibrated_error`, the calibration error
-    without the temperature, and `accepted`, the images that are accepted as one of the classes.
+    all of them. `uncalibrated_error` is the calibration error without the temperature, `accepted` the
+    fraction of images that are accepted as known; each is `None` if no temperature or threshold was fitted.
     """
 
     count: int

@@ -21,14 +21,14 @@ from sopdeploy.evaluation.metrics import NO_IMAGES
 
 DEFAULT_THRESHOLD = 0.5
 PRIOR_IMAGES = 10  # a threshold fitted to this many images of a class is moved half-way to 0.5
-MAX_LOGIT = 30.0  # larger ones are equal for a threshold
+MAX_LOGIT = 30.0  # larger absolute values are clipped
 
 
 class MultiLabelMetrics(StrictModel):
     """Mean average precision, F1 at a threshold of 0.5, and mean loss over `count` images.
 
-    `thresholds` are those that maximize F1 on these images, one per class (`fit_thresholds`). `present` are
-    the predictions at these thresholds; None in files of older versions.
+    `thresholds` are those that maximize F1 on these images, one per class (`fit_thresholds`). `present`
+    counts the classes that are present at these thresholds; None in files of older versions.
     """
 
     score_name: ClassVar[str] = "mAP"
@@ -49,7 +49,8 @@ class MultiLabelMetrics(StrictModel):
 class MultiLabelClass(StrictModel):
     """Metrics of one class at its threshold.
 
-    `count` images show it, `answered` are predicted to. A metric is None where it has no denominator.
+    `count` images show the class; for `answered` images it is predicted. A metric is None if its denominator
+    is 0.
     """
 
     label: str
@@ -65,7 +66,7 @@ class MultiLabelClass(StrictModel):
 class MultiLabelReport(StrictModel):
     """Metrics over `count` images, with the classes sorted by name.
 
-    `macro_f1` is the mean over the classes that have one, `micro_f1` counts all classes together.
+    `macro_f1` is the mean F1 over the classes that have one, `micro_f1` the F1 of the counts of all classes.
     """
 
     count: Annotated[int, pydantic.Field(ge=1)]
@@ -92,7 +93,7 @@ class MultiLabelPredictions:
     thresholds: Sequence[float]
 
     def report(self) -> MultiLabelReport:
-        """Compute all metrics, classes by name; raises `DataError` if no image shows any class."""
+        """Compute all metrics, with classes sorted by name; raise `DataError` if no image shows any class."""
         if not len(self.targets):
             raise DataError(NO_IMAGES)
         true, predicted = self.targets > 0, self.probabilities >= np.asarray(self.thresholds)
@@ -112,7 +113,7 @@ class MultiLabelPredictions:
         ]
         precisions = [one.average_precision for one in classes if one.average_precision is not None]
         if not precisions:
-            raise DataError("no image has a class of the network, so there is nothing to measure; add some")
+            raise DataError("no image shows a class of the network; add images that do")
         return MultiLabelReport(
             count=len(true),
             map=float(np.mean(precisions)),
@@ -123,7 +124,7 @@ class MultiLabelPredictions:
 
 
 def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:
-    """Compute the average precision of the *scores* (N,) of images that show a class if *true* (N,).
+    """Compute the average precision of *scores* (N,) for a class; *true* (N,) marks the images that show it.
 
     Returns None if no image shows the class.
     """
@@ -135,7 +136,7 @@ def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> f
 
 
 def fit_presence(targets: NDArray[np.floating], probabilities: NDArray[np.float64]) -> Decision:
-    """Fit thresholds to *probabilities* (N, C) of *targets* (N, C), with the reference of drift."""
+    """Fit the thresholds and the drift reference of a `Decision` to *probabilities* and *targets* (N, C)."""
     thresholds = fit_thresholds(targets, probabilities)
     counts = PresenceCounts(thresholds)
     counts.add_probabilities(probabilities)
@@ -143,11 +144,11 @@ def fit_presence(targets: NDArray[np.floating], probabilities: NDArray[np.float6
 
 
 def fit_thresholds(targets: NDArray[np.floating], probabilities: NDArray[np.float64]) -> tuple[float, ...]:
-    """Choose the threshold of each class that maximizes F1 on *probabilities* (N, C) of *targets* (N, C).
+    """Choose the threshold of each class that maximizes F1 of *probabilities* (N, C) for *targets* (N, C).
 
-    A threshold lies half-way between two neighboring logits. With n images of the class, it is moved to
-    PRIOR_IMAGES / (n + PRIOR_IMAGES) of its logit, since few images determine it badly; without images, or
-    if every image shows the class, it is 0.5.
+    A threshold lies half-way between two neighboring logits. Its logit is then multiplied by
+    n / (n + PRIOR_IMAGES), where n images show the class: few images determine it only roughly, so it moves
+    towards 0.5. It is 0.5 if no image or every image shows the class.
     """
     thresholds = []
     for true, scores in zip(targets.T > 0, probabilities.T, strict=True):
@@ -167,7 +168,10 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: NDArray[np.floa
 def _hits_by_rank(
     true: NDArray[np.bool_], scores: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Count, for each distinct score from the highest one, the true and all images of at least this score."""
+    """Count the true images and all images with at least each distinct score.
+
+    Returns both counts and the scores, which are in descending order.
+    """
     distinct, rank = np.unique(-scores, return_inverse=True)
     ranks = np.cumsum(np.bincount(rank, minlength=len(distinct)))
     hits = np.cumsum(np.bincount(rank[true], minlength=len(distinct)))

@@ -36,9 +36,9 @@ SCORE_BATCH = 32  # images, each with up to ten views
 
 
 class ProcessGroup:
-    """Processes that compute together; the base class is one process.
+    """The `world` processes that compute together, seen by process `rank` (from 0).
 
-    `rank` counts from 0 to `world` - 1.
+    The base class is a single process.
     """
 
     rank = 0
@@ -104,10 +104,10 @@ def evaluate(
 ) -> HeldOutMetrics:
     """Evaluate the main head of *model* on *dataset*, on the device of the model.
 
-    Each of *processes* evaluates a different part of the images; all return the metrics of the whole.
-    *on_batch* receives the number of images done after every batch, equally often in each process. The model
-    is in eval mode meanwhile. Raises `DataError` if there are no images, `TrainingError` if the loss is not
-    finite.
+    Each of *processes* evaluates a different part of the images; each returns the metrics of all images.
+    *on_batch* is called after every batch with the number of images done, the same number of times in each
+    process. The model is in eval mode meanwhile. Raises `DataError` if there are no images, `TrainingError`
+    if the loss is not finite.
     """
     if not len(dataset):
         raise DataError(NO_IMAGES)
@@ -152,9 +152,9 @@ def _own_logits(
     workers: int,
     processes: ProcessGroup,
 ) -> Iterator[tuple[list[int], Tensor, Tensor] | None]:
-    """Yield the indices, logits (B, C) float64 and labels of the batches of this process.
+    """Yield the indices, logits (B, C) float64 and labels of each batch of this process.
 
-    Every process yields equally often; in the last round, those without a batch yield None.
+    All processes yield the same number of times; a process that has no batch left yields None.
     """
     device = next(model.parameters()).device
     normalize = Normalize(preprocess).to(device)
@@ -171,7 +171,7 @@ def _own_logits(
 def multi_label_metrics(
     labels: tuple[str, ...], targets: NDArray[np.float64], probabilities: NDArray[np.float64], loss: float
 ) -> MultiLabelMetrics:
-    """Compute the metrics of *probabilities* (N, C) of *targets* (N, C) at a threshold of 0.5."""
+    """Compute the metrics of *probabilities* (N, C) for *targets* (N, C), with F1 at a threshold of 0.5."""
     half = [DEFAULT_THRESHOLD] * len(labels)
     predictions = MultiLabelPredictions(
         labels=labels, targets=targets, probabilities=probabilities, thresholds=half
@@ -195,9 +195,9 @@ def predict_logits(
     workers: int = 0,
     on_batch: Callable[[int], None] = lambda _done: None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Compute the logits (N, C) of *model*, in eval mode, on *dataset*, and the classes (N,) of its images.
+    """Compute the logits (N, C) of *model* on *dataset*; return them and the targets of its images.
 
-    *on_batch* receives the number of images done after every batch.
+    The model must be in eval mode. *on_batch* receives the number of images done after every batch.
     """
     logits, targets = [], []
     batches = _own_logits(model, dataset, preprocess, batch_size, workers, ProcessGroup())
@@ -218,7 +218,7 @@ def score_checkpoint(
 ) -> tuple[tuple[str, ...], list[Score] | MultiLabelPredictions]:
     """Score the checkpoint at *path* on the images below *data*, one subfolder per class or `labels.csv`.
 
-    Returns the sorted class names and the scores, or the predictions of several classes per image.
+    Returns the class names and one score per image or, for a multi-label network, all its predictions.
     *on_image* receives the numbers of images done and in total.
     """
     checkpoint = read_checkpoint(path)
@@ -257,7 +257,7 @@ def score_images(
     for unscaled, targets in _view_logits(model, dataset, workers):
         logits = unscaled / decision.temperature
         probabilities = logits.softmax(dim=2).mean(dim=1)
-        # logits differ where probabilities are 0
+        # logits also rank classes whose probabilities are rounded to 0
         ranking = logits[:, 0] if logits.shape[1] == 1 else probabilities
         order = ranking.argsort(dim=1, descending=True, stable=True).tolist()
         for image, (target, ranked, row) in enumerate(

@@ -1,6 +1,6 @@
 """Confidence intervals and significance tests for comparing classifiers.
 
-scipy is imported inside the functions that need it: Wilson's interval also serves installations without it.
+scipy is imported inside the functions that need it, because installations without it use Wilson's interval.
 """
 
 import math
@@ -22,7 +22,10 @@ class Interval(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """Paired differences: mean, standard deviation (over n - 1), interval of the mean, and their signs."""
+    """Paired differences: mean, standard deviation (over n - 1), interval of the mean.
+
+    `wins`, `ties` and `losses` count the positive, zero and negative differences.
+    """
 
     mean: float
     sd: float
@@ -104,9 +107,10 @@ def bootstrap(gain_SN: NDArray[np.int8], draws: int = 2000, seed: int = 0) -> In
 
 
 def auroc(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> float:
-    """Compute the probability that a value of *positive* (P,) exceeds one of *negative* (N,).
+    """Compute the area under the ROC curve of the scores *positive* (P,) and *negative* (N,).
 
-    Equal values count half (Mann and Whitney, 1947); the area under the ROC curve.
+    It is the probability that a positive score exceeds a negative one; equal scores count half (Mann and
+    Whitney, 1947).
     """
     ordered = np.sort(negative)
     below = np.searchsorted(ordered, positive, side="left")

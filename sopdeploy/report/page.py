@@ -39,7 +39,7 @@ def write_report(
 
 
 def render_report(data: RunData) -> str:
-    """Render the page; equal data gives equal text."""
+    """Render the page as HTML; the same data always gives the same text."""
     last, recipe = data.history[-1], data.recipe
     best = best_epoch(data.history, frozen_backbone=recipe.frozen_backbone)
     figures = best.figures

@@ -147,11 +147,11 @@ def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> t
         raise DataError("the classes of the data have changed since the run started; give --data")
     if few_shot:
         return held_out, "the held-out images"
-    return held_out, "the held-out images, which also selected the best epoch: expect less on new images"
+    return held_out, "the held-out images, which also selected the best epoch: new images may score lower"
 
 
 def _scores_out_of_fold(logits_NC: Tensor, images: LabeledImages, decision: Decision) -> list[Score]:
-    """Score the training *images* by their out-of-fold logits, in the order of the labels."""
+    """Score the training *images* by their out-of-fold logits (N, C)."""
     scaled_NC = logits_NC.double() / decision.temperature
     probabilities = scaled_NC.softmax(dim=1)
     order = probabilities.argsort(dim=1, descending=True, stable=True).tolist()
@@ -166,7 +166,7 @@ def _scores_out_of_fold(logits_NC: Tensor, images: LabeledImages, decision: Deci
 def _predictions_out_of_fold(
     logits_NC: Tensor, images: LabeledImages, thresholds: Sequence[float]
 ) -> MultiLabelPredictions:
-    """Predict the classes of the training *images* by their out-of-fold logits."""
+    """Predict the classes of the training *images* by their out-of-fold logits (N, C)."""
     return MultiLabelPredictions(
         labels=images.labels,
         targets=images.targets.astype(np.float64),

@@ -1,4 +1,4 @@
-"""Charts on the training: losses, accuracies, learning rate, spectra, gates, throughput."""
+"""Charts of a training run: losses, accuracies, learning rate, spectra, gates, throughput."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from sopdeploy.training.diagnostics import EpochRow, GateMetrics, history_table
 
 EPOCHS = Axis("epoch")
 MIN_EIGENVALUE = 1e-6  # relative to the largest; smaller ones are rounding errors
-MAX_COLUMNS = 24  # of the usage of a gate over the epochs
+MAX_COLUMNS = 24  # epochs shown in the chart of a gate's usage
 
 Figure = tuple[Markup, str]  # a chart and its caption
 
 
 def training_context(history: Sequence[EpochRow]) -> dict[str, Any]:
-    """Build the template variables on the training."""
+    """Build the template variables that describe the training."""
     columns, rows = history_table(history)
     rates = sorted(row.speed.pictures_per_second for row in history if row.speed)
     sight = history[-1].sight
@@ -66,7 +66,7 @@ def _learning_figures(history: Sequence[EpochRow]) -> list[Figure]:
     return [
         (
             plot("losses", "Training loss", _join_others(losses), EPOCHS, Axis("loss")),
-            "Losses of the heads, the penalties, and their weighted sum. All numbers lists every branch.",
+            'Losses of the heads, the penalties, and their weighted sum. "All numbers" lists every branch.',
         ),
         (
             plot(

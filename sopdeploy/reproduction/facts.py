@@ -1,4 +1,4 @@
-"""Facts of a network that a table prints beside its errors: blocks, branches, convolutions, sizes of maps."""
+"""Count what a table prints about a network besides errors: blocks, branches, convolutions, map sizes."""
 
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -11,7 +11,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop import DSoP
 
 CONVOLUTION = re.compile(r"conv\d$")  # of a block: neither a projection nor a reduction of channels
-SIDES = {  # what a paper calls a layer, and the module with its output; of a stage, its last block
+SIDES = {  # a layer as a paper names it, and the module that computes it; for a stage, its last block
     "side after conv1": "conv1",
     "side after pool1": "maxpool",
     "side after conv2_x": "layer1",
@@ -34,7 +34,7 @@ def count_facts(network: Classifier, side: int, names: Collection[str]) -> dict[
 
 
 def _sides(network: Classifier, side: int) -> dict[str, float]:
-    """Return the side of the output of each module of `SIDES` that *network* has."""
+    """Return the side in pixels of the output of each module of `SIDES` that *network* has."""
     found: dict[str, float] = {}
     for name, attribute in SIDES.items():
         module = getattr(network, attribute, None)

@@ -17,7 +17,7 @@ EIGENVALUES = tuple(10 ** (-4 + step / 8) for step in range(41))  # 0.0001 to 10
 
 
 def curve_charts(found: Reproduction) -> list[Chart]:
-    """Plot training loss, top-1 and top-5 error over the epochs, several runs of the first seed per chart."""
+    """Plot training loss, top-1 and top-5 error over the epochs: one curve per row, for the first seed."""
     measures: list[tuple[str, str, Callable[[EpochRow], float | None]]] = [
         ("loss", "training loss", lambda row: row.losses.get("loss")),
         ("top1", "top-1 error in %", lambda row: 100 * (1 - row.figures.top1)),  # type: ignore[union-attr]
@@ -35,7 +35,7 @@ def curve_charts(found: Reproduction) -> list[Chart]:
 
 
 def figure_charts(found: Reproduction, figures: Sequence[Figure]) -> list[Chart]:
-    """Draw the further charts *figures* of a table from the finished runs."""
+    """Draw the charts *figures*, which a table adds to its page, from the finished runs."""
     draw: dict[Figure, Callable[[list[RowResult]], Iterator[Chart]]] = {
         "heads": _head_charts,
         "usage": _usage_charts,
@@ -145,7 +145,7 @@ def _condition_charts(rows: list[RowResult]) -> Iterator[Chart]:
 
 
 def _mapping_charts(_rows: list[RowResult]) -> Iterator[Chart]:
-    """Plot what logarithm and square root do to an eigenvalue, and their derivatives."""
+    """Plot square root and logarithm of an eigenvalue, and their derivatives."""
     functions: list[tuple[str, str, Callable[[float], float], Callable[[float], float], bool]] = [
         ("mapping", "function value", math.sqrt, math.log, False),
         ("gradient", "derivative", lambda value: 0.5 / math.sqrt(value), lambda value: 1 / value, True),

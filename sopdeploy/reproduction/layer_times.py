@@ -1,6 +1,6 @@
-"""Time and memory of second-order layers, forward and backward, and of the decompositions they need.
+"""Measure time and memory of second-order layers, forward and backward, and of matrix decompositions.
 
-The slides on iSQRT-COV print them for AlexNet's last map: 256 channels at 13 x 13 positions.
+The slides on iSQRT-COV print these figures for AlexNet's last feature map: 256 channels, 13 x 13 positions.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from sopdeploy.layers.pooling.registry import Pooling
 
 CHANNELS, SIDE, BATCH = 256, 13, 8
 MEBIBYTE = 2**20
-RUNS = 9  # per time, after one that is not counted
+RUNS = 9  # timed runs per measurement, after one warm-up run
 DECOMPOSITIONS: dict[str, Callable[[Tensor], object]] = {
     "eig": torch.linalg.eigh,
     "svd": torch.linalg.svd,
@@ -40,7 +40,7 @@ class HeldMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run *func* and add its results to what is held."""
+        """Run *func* and record the size of its results."""
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
@@ -56,7 +56,7 @@ class HeldMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def peak_mebibytes(call: Callable[[], object]) -> float:
-    """Measure the peak memory of the results of all operations in *call*."""
+    """Measure the peak memory in MiB of the results of all operations in *call*."""
     with HeldMemory() as memory:
         call()
     peak: int = memory.peak
@@ -65,7 +65,7 @@ def peak_mebibytes(call: Callable[[], object]) -> float:
 
 @contextmanager
 def singular_values() -> Iterator[None]:
-    """Let layers decompose symmetric positive semi-definite matrices by SVD instead of EIG."""
+    """Replace `torch.linalg.eigh` by an SVD in this block, for positive semi-definite matrices."""
 
     def by_svd(matrices: Tensor) -> tuple[Tensor, Tensor]:
         left, values, _ = torch.linalg.svd(matrices)
@@ -76,10 +76,10 @@ def singular_values() -> Iterator[None]:
 
 
 class MetaLayer:
-    """A layer on *batch* of AlexNet's last maps, with everything that is timed.
+    """A pooling and *batch* feature maps of the size of AlexNet's last one, with the calls that are timed.
 
-    *pooling* holds the options of a pooling of the registry; with `svd` true, its eigenvalues are found by
-    SVD.
+    *pooling* holds the options of a pooling of the registry. If its key `svd` is true, eigenvalues are
+    computed by SVD.
     """
 
     def __init__(self, pooling: dict[str, Any], batch: int = BATCH) -> None:
@@ -92,7 +92,7 @@ class MetaLayer:
         self.output = self.forward()
 
     def forward(self) -> Tensor:
-        """Compute the vectors."""
+        """Compute the pooled vectors (batch, out_features)."""
         with singular_values() if self.svd else nullcontext():
             vectors: Tensor = self.layer(self.features)
         return vectors
@@ -109,8 +109,8 @@ class MetaLayer:
 def time_layer(layer: dict[str, Any]) -> dict[str, float]:
     """Time *layer*, a pooling or a decomposition `{kind = "eig"}`, on one thread of the CPU.
 
-    A pooling has, per image, the times of a forward and backward pass and of the backward pass alone in ms,
-    and the memory in MiB; a decomposition the time of one 256 x 256 covariance.
+    The result for a pooling is, per image, the time of a forward and backward pass, the time of the backward
+    pass alone (ms), and the peak memory (MiB); for a decomposition, the time of one 256 x 256 covariance.
     """
     if layer["kind"] in DECOMPOSITIONS:
         torch.manual_seed(0)

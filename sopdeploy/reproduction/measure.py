@@ -1,4 +1,4 @@
-"""Measure a finished run: errors of all heads, condition numbers."""
+"""Measure a finished run: errors of all heads, and condition numbers of covariances."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +21,10 @@ from sopdeploy.training.recipe import Recipe
 def measure_heads(
     checkpoint: Checkpoint, recipe: Recipe, source: Path, losses: dict[str, float]
 ) -> dict[str, HeadError]:
-    """Compute the errors of all heads of *checkpoint* on all held-out images; nothing for a single head.
+    """Compute the errors of all heads of *checkpoint* on all held-out images; empty for a single head.
 
-    *losses* are the training losses of the last epoch, by head.
+    *losses* are the training losses of the last epoch, by head. *source* is the file of *checkpoint*, which
+    error messages name.
     """
     device = select_device(recipe.device)
     model = build_classifier(checkpoint, source).to(device)
@@ -45,9 +46,9 @@ def measure_heads(
 
 
 def condition_numbers(history: Sequence[EpochRow]) -> dict[str, tuple[float, float]]:
-    """Divide the largest by the smallest eigenvalue, before and after each root, in the last spectra.
+    """Compute the condition numbers before and after each matrix square root, from the last spectra.
 
-    Roots whose smallest eigenvalue is 0 are left out.
+    Square roots whose smallest eigenvalue is 0 are left out.
     """
     recorded = [row.sight.spectra for row in history if row.sight and row.sight.spectra]
     return {

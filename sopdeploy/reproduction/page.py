@@ -50,7 +50,7 @@ RUN_HEADS = (
 
 
 def render_page(found: Reproduction, table: PrintedTable) -> str:
-    """Render the page; equal results give equal text."""
+    """Render the page as HTML; the same results always give the same text."""
     done = [row for row in found.rows if row.runs]
     heads = [
         (f"{row.printed.name}, {name}", *_head_figures(row, name))
@@ -108,7 +108,7 @@ def _error_figures(row: RowResult) -> tuple[str, ...]:
 
 
 def _head_figures(row: RowResult, name: str) -> tuple[str, ...]:
-    """Return printed and measured errors of the branch *name*, in the mean over seeds."""
+    """Return printed and measured errors of the branch *name*, averaged over seeds."""
     printed = row.printed.heads.get(name.partition("_")[0])  # a branch is named after its stage and block
     measured = [run.heads[name] for run in row.runs]
     top1, top5 = (
@@ -135,12 +135,12 @@ def _count_figures(row: RowResult) -> tuple[str, ...]:
 
 
 def number(value: float) -> str:
-    """Format *value* with four digits, and whole thousands with all of them."""
+    """Format *value* with four significant digits, or as an integer if it is at least 1000."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def fact_figures(row: RowResult) -> list[tuple[str, str, str, str]]:
-    """Format the facts of *row*: its name, that of the fact, printed and measured value."""
+    """Format the facts of *row* as (row name, fact name, printed value, measured value)."""
     printed, measured = row.printed.facts, row.facts
     names = (*printed, *(name for name in measured if name not in printed))
     shown = [{name: number(value) for name, value in one.items()} for one in (printed, measured)]

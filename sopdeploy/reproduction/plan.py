@@ -17,9 +17,9 @@ from sopdeploy.reproduction.tables import DATA_SETS, DataSet, PrintedRow, Printe
 from sopdeploy.training.recipe import Recipe, parse_override, read_recipe
 
 Scale = Literal["paper", "small"]
-STEP_COST = (
-    3 * 2
-)  # operations of a training step per multiply-add of a forward pass: the backward costs twice
+# Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as
+# the forward pass, and a multiply-add is two operations.
+STEP_COST = 3 * 2
 GPU_OPERATIONS = 20e12  # per second that one GPU sustains
 ASSUMPTION = (
     "estimate: a step costs three forward passes, and a GPU sustains 20e12 operations per second; reading "
@@ -38,7 +38,8 @@ class Counts(StrictModel):
     """Counts of the network of a row, as `describe` computes them.
 
     The keys are those of `PrintedRow`. Where a paper counts differently, as `published.toml` records, the
-    values follow its convention. `dim` is the length of the classified vector, `facts` the printed ones.
+    values follow its convention. `dim` is the length of the classified vector. `facts` are the counted values
+    of `PrintedRow.facts`.
     """
 
     params: float
@@ -50,7 +51,7 @@ class Counts(StrictModel):
 
 
 class Job(StrictModel):
-    """A row and how it is trained; `recipe` is None if it is not, for the stated `reason`.
+    """A row and the recipe that trains it; if the row is not trained, `recipe` is None and `reason` says why.
 
     `overrides` are the changes to the recipe `source`, without seed and start weights. `gpu_hours` is the
     estimated time of one run.
@@ -65,7 +66,7 @@ class Job(StrictModel):
     gpu_hours: float = 0.0
 
     def overrides_of(self, folder: Path, seed: int) -> tuple[str, ...]:
-        """Complete the overrides of the run with *seed*; *folder* holds the runs of all rows."""
+        """Return `overrides` with *seed* and the checkpoints of other rows; *folder* holds all runs."""
         needed = (f"{key}={run_path(folder, row, seed) / 'best.pt'}" for key, row in self.row.needs.items())
         return (*self.overrides, *needed, f"seed={seed}")
 
@@ -84,8 +85,8 @@ def run_path(folder: Path, row: str, seed: int) -> Path:
 class Options(StrictModel):
     """The options of `sopdeploy reproduce`.
 
-    `rows` are ids separated by commas, None for all. `data` is the folder of the table's images; at the small
-    scale a few images of any folder are used, or without it the bundled digits.
+    `rows` are ids separated by commas, None for all. `data` is the folder of the table's images. At the small
+    scale it is any folder, from which a few images are used; the default are the bundled digits.
     """
 
     out: Path = Path("runs/reproduce")
@@ -152,7 +153,7 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
 
 
 def _count(table: PrintedTable, row: PrintedRow, recipe: Recipe) -> Counts:
-    """Count the network of *recipe* with the options `counted` of *row*."""
+    """Count parameters, operations and facts of the network of *recipe*, with `counted` of *row*."""
     config = {**recipe.model.config, **dict(parse_override(one) for one in row.counted)}
     found = describe(
         recipe.model.name,

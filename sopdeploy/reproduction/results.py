@@ -63,8 +63,8 @@ class RowResult(StrictModel):
     """The printed figures of a row beside the measured ones; errors are percentages.
 
     `status` is "measured", "not run" or the reason for which the row cannot be run. `command` trains the row
-    alone with the first seed. `network` is what was trained. `facts` are the counted or timed figures, by the
-    names of `PrintedRow.facts`.
+    alone with the first seed. `network` is the catalog name of the trained network. `facts` are the counted
+    or timed figures, by the names of `PrintedRow.facts`.
     """
 
     printed: PrintedRow
@@ -99,7 +99,7 @@ class Reproduction(StrictModel):
 
 
 def measure_errors(runs: Sequence[SeedResult], name: str) -> Measured | None:
-    """Compute the error "top1" or "top5" of the last epochs of *runs*, in percent."""
+    """Compute the mean error *name*, "top1" or "top5", of *runs* after the last epoch, in percent."""
     errors = [1 - getattr(run.history[-1].figures, name) for run in runs]
     if not errors:
         return None

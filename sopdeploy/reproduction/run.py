@@ -36,8 +36,8 @@ def reproduce(
     """Run the rows of *table* and write a page about them.
 
     The runs are in `<out>/<table>-<scale>/<row>/seed-0`; the page is written after every row. *on_run*
-    receives the row and seed of each run that starts. Raises `ConfigError` for rows that cannot be run and
-    for a folder with other runs, and the errors of `train`.
+    receives the row and seed of each run that starts. Raises `ConfigError` for selected rows that cannot be
+    run and for results of another recipe in the folder, and the errors of `train`.
     """
     folder = options.folder(table)
     jobs = plan_rows(table, options)
@@ -131,7 +131,7 @@ def _summarize(
     runs: dict[str, list[SeedResult]],
     times: dict[str, dict[str, float]],
 ) -> Reproduction:
-    """Put the results so far beside the printed figures."""
+    """Combine the results so far with the printed figures."""
     rows = []
     for job in jobs:
         done = tuple(runs[job.row.id])

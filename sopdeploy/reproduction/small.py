@@ -1,4 +1,4 @@
-"""The small scale: every row on few small images, with a reduced network, in minutes on a CPU.
+"""The small scale: train every row on few small images, with a reduced network, in minutes on a CPU.
 
 The result is not the experiment of the paper. It shows that a row runs from its recipe to its figures.
 """
@@ -32,11 +32,11 @@ IMAGES = "small-images"  # folder of the images
 IMAGES_PER_CLASS = {"train": 40, "val": 20}
 SMALL_DATA = DataSet(400, 10)
 POOLING_SIZES = {"width": 32, "dim": 256, "words": 8, "rank": 4}
-CHANNELS = 16  # of a covariance, at most
+CHANNELS = 16  # channels of a branch's covariance
 
 
 def _divided(divisor: int, least: int) -> Callable[[Any], Any]:
-    """Build a function that divides a number, or each number of a sequence, but not below *least*."""
+    """Build a function that divides a number, or each number of a sequence; results are at least *least*."""
 
     def reduce(value: Any) -> Any:
         if isinstance(value, list | tuple):
@@ -46,7 +46,7 @@ def _divided(divisor: int, least: int) -> Callable[[Any], Any]:
     return reduce
 
 
-REDUCTIONS: dict[str, Callable[[Any], Any]] = {  # by the option of a network
+REDUCTIONS: dict[str, Callable[[Any], Any]] = {  # option of a network, and the function that reduces it
     "depth": lambda depth: depth if depth in {8, 18, 20, 26} else 18 if depth == 34 else 26,
     "base_width": lambda width: 16 if width == 64 else 8,
     "blocks": lambda blocks: min(blocks, 4) if blocks < 18 else 3,
@@ -102,15 +102,15 @@ def statement(table: PrintedTable, scale: Literal["paper", "small"]) -> str:
 
 
 def small_data(out: Path, data: Path | None) -> Path:
-    """Take a few images from *data*, once, and return their folder in *out*."""
+    """Return the folder in *out* for the small images from *data*, by default from the bundled digits."""
     return out.absolute() / IMAGES / (data.resolve().name if data is not None else "digits")
 
 
 def write_small_images(source: Path | None, folder: Path) -> None:
     """Write a few images of each class of *source*, by default the bundled digits, to *folder*.
 
-    A complete folder is used again; an incomplete one is deleted. Raises `DataError` if *source* cannot be
-    read or an image may have several classes, and the errors of `staging`.
+    An existing folder is not changed. Raises `DataError` if *source* cannot be read or an image may have
+    several classes, and the errors of `staging`.
     """
     if folder.exists():
         return
@@ -128,7 +128,7 @@ def write_small_images(source: Path | None, folder: Path) -> None:
 
 
 def small_network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """Choose the reduced network of *recipe*: its name, and the options that are not its defaults.
+    """Choose the reduced network of *recipe*; return its name and its non-default options.
 
     VGG-16, which has no narrow form, is replaced by ResNet-8 with the same pooling.
     """

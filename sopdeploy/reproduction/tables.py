@@ -50,8 +50,8 @@ class PrintedRow(StrictModel):
 
     `set` are changes to the table's recipe, as for `sopdeploy train --set`; `counted` changes the network for
     the comparison of counts only; `small` are further changes at the small scale. `needs` maps a key of the
-    recipe to the row whose `best.pt` it names. A `cited` row was not trained by the paper; it can be trained
-    only if it has its own `recipe` or `set`. A `teacher` is not printed, but other rows need it.
+    recipe to the row whose `best.pt` is its value. A `cited` row was not trained by the paper; it can be
+    trained only if it has its own `recipe` or `set`. A `teacher` is not printed, but other rows need it.
     """
 
     id: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -82,9 +82,9 @@ class PrintedTable(StrictModel):
     """A table or figure of a paper; `source` is its name in `published.toml`, too.
 
     `measures` is what its rows print: "errors" of trained networks, "counts" of networks that are only
-    built, or "times" of single layers on the CPU. `recipe`, `set` and `small` apply to all
-    rows. `data` is a key of `DATA_SETS`. `figures` are further charts of the page. With `accuracy`, the paper
-    prints accuracies; `top1` and `top5` are then converted.
+    built, or "times" of single layers on the CPU. `recipe`, `set` and `small` apply to all rows. `data` is a
+    key of `DATA_SETS`. `figures` are further charts of the page. If `accuracy` is true, `top1` and `top5` in
+    the file are the printed accuracies; they are converted to errors.
     """
 
     id: str

@@ -19,7 +19,7 @@ def import_tensorrt() -> Any:
     """Import tensorrt; raise `RuntimeUnavailableError` if it is missing or too old."""
     trt = import_optional("tensorrt", "TensorRT", "sopdeploy[tensorrt]", RuntimeUnavailableError)
     if version_of(trt) < OLDEST:
-        raise RuntimeUnavailableError(f"TensorRT {trt.__version__} is too old; 8.6, 10 and 11 can be used")
+        raise RuntimeUnavailableError(f"TensorRT {trt.__version__} is too old; install 8.6, 10 or 11")
     return trt
 
 
@@ -68,9 +68,10 @@ def last_error(logger: Any) -> str:
 
 
 def create(trt: Any, kind: Literal["Builder", "Runtime"], logger: Any) -> Any:
-    """Create the TensorRT object *kind*, which raises `TypeError` without a GPU or with an unsuitable driver.
+    """Create a TensorRT builder or runtime.
 
-    Raises `RuntimeUnavailableError` with the message of TensorRT.
+    Raises `RuntimeUnavailableError` with TensorRT's message if there is no GPU or the driver is unsuitable;
+    TensorRT itself raises `TypeError`.
     """
     try:
         return getattr(trt, kind)(logger)

@@ -50,7 +50,7 @@ def store(folder: Path, plan: bytes, record: EngineRecord) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write *content* to *path* atomically; concurrent writers do not disturb each other."""
+    """Write *content* to *path* atomically, also if several processes write it; raise `EngineError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, partial = tempfile.mkstemp(prefix=".engine-", suffix=".partial", dir=path.parent)
@@ -101,7 +101,7 @@ def records(folder: Path) -> list[EngineRecord]:
 
 
 def _nearest(folder: Path, key: EngineKey) -> str:
-    """Explain a miss of *key* by the cached engine with the fewest differences."""
+    """Describe how the cached engine that is most similar to *key* differs from it."""
     differences = sorted((key.differences(record.key) for record in records(folder)), key=len)
     return f"the nearest engine here was built for {'; '.join(differences[0])}" if differences else EMPTY
 
@@ -109,7 +109,7 @@ def _nearest(folder: Path, key: EngineKey) -> str:
 def best_for(
     folder: Path, bundle: Bundle, *, tensorrt: str, gpu: str, architecture: str
 ) -> StoredEngine | NoEngine:
-    """Find the engine of *bundle* for this machine with the largest batch size."""
+    """Load the engine of *bundle* with the largest batch size for this TensorRT version and GPU."""
     found = records(folder)
     if not found:
         return NoEngine(EMPTY)

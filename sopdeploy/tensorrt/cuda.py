@@ -64,7 +64,7 @@ class Cuda:
         return int(self.call("cudaMemGetInfo"))
 
     def copy(self, pinned: NDArray[Any], address: int, stream: Any, *, upload: bool) -> None:
-        """Copy *pinned* to the device address *address* asynchronously, or back without *upload*."""
+        """Copy *pinned* to the device *address* asynchronously; without *upload*, in the other direction."""
         kinds = self._runtime.cudaMemcpyKind
         if upload:
             arguments = (address, pinned.ctypes.data, pinned.nbytes, kinds.cudaMemcpyHostToDevice)
@@ -105,7 +105,7 @@ class CudaResources:
         return self._keep("cudaStreamDestroy", self._cuda.call("cudaStreamCreateWithFlags", flags))
 
     def event(self) -> Any:
-        """Create an event; waiting for it blocks the thread and leaves its core to the decoders."""
+        """Create an event for which a thread waits without using CPU time, which the decoders need."""
         flags = self._cuda.constant("cudaEventBlockingSync") | self._cuda.constant("cudaEventDisableTiming")
         return self._keep("cudaEventDestroy", self._cuda.call("cudaEventCreateWithFlags", flags))
 

@@ -41,7 +41,7 @@ def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
     if ordered[0] < batch.minimum or ordered[-1] > batch.maximum:
         raise ConfigError(
             f"--profiles {','.join(map(str, sizes))}: the bundle was verified for batches of "
-            f"{batch.minimum} to {batch.maximum}"
+            f"{batch.minimum} to {batch.maximum}; choose sizes in this range"
         )
     if len(ordered) > MAX_PROFILES:
         raise ConfigError(f"--profiles: {len(ordered)} profiles, at most {MAX_PROFILES} are allowed")

@@ -72,9 +72,10 @@ class PartPrecision(StrictModel):
 
 
 class Receipt(StrictModel):
-    """Requested precision and the precision of the engine's layers per network part, from the inspector.
+    """Requested and actual precision of the engine's layers per network part, from TensorRT's inspector.
 
-    `warnings` says where both differ or the inspector shows too little; it is omitted if it is empty.
+    `operators` counts the operators of the graph, `operators_seen` those that the inspector names. `warnings`
+    says where the precisions differ or the inspector shows too little; it is omitted if it is empty.
     """
 
     asked: str

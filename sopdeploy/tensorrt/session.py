@@ -1,4 +1,4 @@
-"""Run a TensorRT engine through named tensors and `execute_async_v3`, common to versions 8.6, 10 and 11.
+"""Run a TensorRT engine through named tensors and `execute_async_v3`, the API of versions 8.6, 10 and 11.
 
 Two batches can be in flight: while one is computed, the next is copied to the GPU on a second stream, into
 the other of two buffers. Each profile has its own execution context, because switching profiles takes time.
@@ -6,8 +6,8 @@ Kernels run in order on one stream, so both buffers share a context.
 
 With *graphs*, each profile of a single batch size is captured as a CUDA graph per buffer after its first run,
 so one call starts all kernels and copies. Addresses and shapes are set before the capture: TensorRT may
-synchronize when they change, which would end it. Other profiles change shapes between batches and cannot be
-captured. If a graph fails, its profile runs without one from then on.
+synchronize when they change, which would abort the capture. Other profiles change shapes between batches and
+cannot be captured. If a graph fails, its profile runs without graphs from then on.
 """
 
 import logging
@@ -48,8 +48,8 @@ class BatchBuffer:
 class LoadedEngine:
     """A deserialized engine and one execution context per profile.
 
-    The contexts share one block of device memory, because their kernels never run at the same time: memory is
-    that of the largest profile. TensorRT before 10.1 cannot share it; there every context has its own.
+    The contexts share one block of device memory of the size that the largest profile needs, because their
+    kernels never run at the same time. With TensorRT before 10.1, every context has its own block.
     """
 
     def __init__(self, trt: Any, plan: bytes) -> None:
@@ -77,7 +77,9 @@ class LoadedEngine:
     def _add_context(self, shared: int | None, size: int | None) -> None:
         strategies = getattr(self._trt, "ExecutionContextAllocationStrategy", None)
         options = () if shared is None or strategies is None else (strategies.USER_MANAGED,)
-        self.contexts.append(self.engine.create_execution_context(*options))  # no local: a traceback keeps it
+        self.contexts.append(
+            self.engine.create_execution_context(*options)
+        )  # a local variable would stay in tracebacks
         if self.contexts[-1] is None:
             raise RuntimeError(last_error(self.logger))
         if options:
@@ -93,8 +95,8 @@ class LoadedEngine:
 class EngineSession:
     """A loaded engine with buffers, streams and CUDA graphs. Not thread-safe.
 
-    `close` releases everything, as does the garbage collector, but not the end of the process: the driver
-    does that, and a device that hangs must not delay it.
+    `close` and the garbage collector release everything. At process exit only the driver releases it, because
+    a device that hangs must not delay the exit.
     """
 
     def __init__(
@@ -150,10 +152,10 @@ class EngineSession:
         return self.begin(list(images))()
 
     def begin(self, images: Sequence[NDArray[np.uint8]]) -> Callable[[], dict[str, NDArray[np.float32]]]:
-        """Start a batch of *images* (H, W, 3) uint8; the returned function waits for and returns its outputs.
+        """Start a batch of *images* (H, W, 3) uint8; return a function that waits for its outputs.
 
-        Call the returned function once. The images are copied before `begin` returns. Raises `RuntimeError`
-        if two batches are already in flight.
+        Call this function once; it returns the outputs by name, (n, ...) float32. The images are copied
+        before `begin` returns. Raises `RuntimeError` if two batches are already in flight.
         """
         if not self._free:
             raise RuntimeError(f"{BUFFERS} batches are in flight; wait for the first one")
@@ -185,7 +187,7 @@ class EngineSession:
         return partial(self._end, index, buffer, count)
 
     def _bind(self, index: int, buffer: BatchBuffer, count: int) -> None:
-        """Point the context of a profile to *buffer* and *count* images; a graph cannot contain this."""
+        """Set tensor addresses and input shape of a profile's context; a graph capture needs them set."""
         context, shape = self._loaded.contexts[index], (count, *buffer.host[self._input].shape[1:])
         for name, address in buffer.device.items():
             if not context.set_tensor_address(name, address):
@@ -196,7 +198,7 @@ class EngineSession:
             raise RuntimeError(f"TensorRT rejects images of shape {shape}: {last_error(self._loaded.logger)}")
 
     def _launch(self, index: int, buffer: BatchBuffer, count: int) -> None:
-        """Put the kernels and the copies of the outputs on the stream."""
+        """Enqueue the kernels and the copies of the outputs."""
         if not self._loaded.contexts[index].execute_async_v3(int(self._stream)):
             self._cuda.synchronize(self._stream)  # raises if the device failed
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._loaded.logger)}")
@@ -220,7 +222,7 @@ class EngineSession:
         return outputs
 
     def _capture(self, index: int, count: int) -> None:
-        """Capture a profile for both buffers, each after a run: TensorRT prepares itself in the first one."""
+        """Capture a graph per buffer for a profile, each after a normal run that initializes TensorRT."""
         try:
             for buffer in self._buffers:
                 self._bind(index, buffer, count)
@@ -268,7 +270,7 @@ def _check_tensors(trt: Any, engine: Any, manifest: Manifest, key: EngineKey) ->
         if dtype != tensor.dtype or shape[1:] != tensor.shape[1:]:
             raise RuntimeUnavailableError(
                 f"the engine's {tensor.name} is {dtype} {shape}, the manifest says {tensor.dtype} "
-                f"{tensor.shape}"
+                f"{tensor.shape}; run: sopdeploy engine --rebuild"
             )
     if engine.num_optimization_profiles != len(key.profiles):
         raise RuntimeUnavailableError(

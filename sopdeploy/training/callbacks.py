@@ -21,19 +21,19 @@ class Callback:
         """Run once before the first step; *first_epoch* is above 0 in a resumed run."""
 
     def on_start_weights(self, report: StartReport) -> None:
-        """Receive what a new run starts from, before `on_train_start`."""
+        """Receive the report on the start weights of a new run, before `on_train_start`."""
 
     def on_warning(self, warning: str) -> None:
         """Receive a one-line warning; the run continues."""
 
     def on_stage(self, *, name: str, done: int, total: int) -> None:
-        """Run while the few-shot procedure is in the step *name*, with *done* of *total* parts."""
+        """Receive the progress of the few-shot procedure: *done* of *total* parts of the step *name*."""
 
     def on_step_end(self, *, epoch: int, step: int, steps: int, loss: float) -> None:
-        """Run after *step*, counted from 0, of the *steps* steps of *epoch*; *loss* is that of its images."""
+        """Run after *step* of the *steps* steps of *epoch*; *loss* is the mean over its samples."""
 
     def on_evaluation_batch(self, *, epoch: int, done: int) -> None:
-        """Run after each evaluation batch; *done* counts the held-out images."""
+        """Run after each evaluation batch; *done* is the number of held-out images evaluated so far."""
 
     def on_epoch_end(self, row: EpochRow) -> None:
         """Run after each epoch with its metrics."""
@@ -95,7 +95,7 @@ class WeightsAndBiases(Callback):
 
 
 def create_loggers(names: Sequence[str], folder: Path) -> list[Callback]:
-    """Create the loggers *names*; raise `ConfigError` for unknown or missing ones."""
+    """Create the loggers *names*; raise `ConfigError` for unknown names and missing packages."""
     loggers: dict[str, type[TensorBoard | WeightsAndBiases]] = {
         "tensorboard": TensorBoard,
         "wandb": WeightsAndBiases,

@@ -28,7 +28,7 @@ from sopdeploy.layers.mixture.gate import SparseGate
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 
-MAX_IMAGES = 512  # for heads and gates
+MAX_IMAGES = 512  # images for the diagnostics of heads and gates
 MAX_SPECTRUM_IMAGES = 16
 SPECTRUM_EPOCHS = 5  # epochs of a run that record spectra
 MAX_EIGENVALUES = 48  # recorded per spectrum, denser for the large ones
@@ -59,8 +59,9 @@ class MultiLabelHeadMetrics(StrictModel):
 
 
 class GateMetrics(StrictModel):
-    """The fraction of images that select each component of a gate, and mean weights.
+    """Usage of the components of a gate.
 
+    `chosen` is the fraction of images that select each component, `weights` the mean weight of each.
     `imbalance` is (std / mean)^2 of the mean weights, Eq. (4) of GM-SOP without its factor.
     """
 
@@ -120,7 +121,7 @@ class EpochRow(StrictModel):
 
 
 def best_epoch(history: Sequence[EpochRow], *, frozen_backbone: bool = False) -> EpochRow:
-    """Return the first epoch with the highest top-1 accuracy, or mAP of several classes per image.
+    """Return the first epoch with the highest top-1 accuracy, or the highest mAP for a multi-label network.
 
     With *frozen_backbone* only branches learn and the exported network is the same in every epoch. The epoch
     with the highest mean score of the branches is then the best one; of equal epochs, the last.
@@ -155,7 +156,7 @@ def epoch_metrics(row: EpochRow) -> dict[str, float]:
 
 
 def history_table(history: Sequence[EpochRow]) -> tuple[list[str], list[dict[str, float]]]:
-    """Return the columns and rows of *history*; rows lack metrics of removed heads."""
+    """Return the columns and rows of *history*; a row lacks the metrics of heads that were removed before."""
     rows = [epoch_metrics(row) for row in history]
     return list(dict.fromkeys(name for row in rows for name in row)), rows
 
@@ -192,7 +193,7 @@ def diagnose(
     was_training = model.training
     model.eval()
     try:
-        # The data loader draws a seed, hence fork_rng.
+        # fork_rng, because the data loader draws a seed
         with torch.random.fork_rng(devices=[]), _record_calls(model, SparseGate) as gates:
             for images, labels in load_batches(held_out, batches, 0, device):
                 targets.append(labels.cpu())
@@ -221,7 +222,7 @@ def diagnose(
 def head_metrics(logits: Tensor, labels: Tensor, loss: float) -> HeadMetrics | MultiLabelHeadMetrics:
     """Compute the metrics of one head from *logits* (N, C) and *labels*, (N,) or (N, C).
 
-    The mAP covers the classes that an image shows, and is 0 if there are none.
+    The mAP covers the classes that at least one image shows, and is 0 if there are none.
     """
     if labels.ndim == 1:
         return HeadMetrics(top1=int((logits.argmax(dim=1) == labels).sum()) / len(labels), loss=loss)

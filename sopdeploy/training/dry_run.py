@@ -21,7 +21,7 @@ from sopdeploy.training.step.gradient import train_step
 
 
 class Memory(StrictModel):
-    """Memory in MiB; `activations` is what one micro-batch saves for the backward."""
+    """Memory in MiB; `activations` is what one micro-batch saves for the backward pass."""
 
     weights: float
     gradients: float
@@ -115,7 +115,7 @@ def scheduled_rates(recipe: Recipe) -> tuple[tuple[float, float], ...]:
 
 
 def measure_memory(run: Run, activations: int) -> Memory:
-    """Measure the memory of *run* after a step, to which *activations* bytes are added."""
+    """Measure the memory of *run* after a step; *activations* are the bytes of the saved activations."""
     tensors = {
         "weights": list(run.trained().state_dict().values()),
         "gradients": list(run.trained().parameters()),
@@ -127,7 +127,7 @@ def measure_memory(run: Run, activations: int) -> Memory:
 
 
 def activation_bytes(run: Run, batch: Batch) -> int:
-    """Measure what the forward pass of a micro-batch saves besides the weights."""
+    """Measure the bytes that the forward pass of a micro-batch saves, without the weights."""
     saved: dict[int, int] = {}
     weights = {tensor.untyped_storage().data_ptr() for tensor in run.model.state_dict().values()}
 

@@ -16,9 +16,10 @@ from sopdeploy.config import StrictModel
 
 
 class EmaConfig(StrictModel):
-    """With `warmup`, the decay of update n is at most (1 + n) / (10 + n).
+    """Decay of the average, and which weights are exported.
 
-    `export` selects the weights of `best.pt`; they also decide which epoch is best.
+    With `warmup`, the decay of update n is at most (1 + n) / (10 + n). `export` selects the weights of
+    `best.pt`; their metrics also decide which epoch is best.
     """
 
     decay: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.999

@@ -1,4 +1,4 @@
-"""Fine-tuning: config of start weights, frozen parameters."""
+"""Fine-tuning: the config of start weights, frozen parameters and the learning rate of the classifier."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -9,13 +9,12 @@ from sopdeploy.config import Positive, StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.base import Classifier, is_in
 
-LR_FACTOR = (
-    "times"  # key of the optimizer's parameter groups: a factor on the learning rate; checkpoints contain it
-)
+# Key of a factor on the learning rate in the optimizer's parameter groups; checkpoints contain it.
+LR_FACTOR = "times"
 
 
 class StartConfig(StrictModel):
-    """The weights to start from, and what is trained.
+    """The weights to start from, and which parameters are trained.
 
     `weights` is a checkpoint, a weight file that `sopdeploy import` reads, "imagenet" for the published
     weights of the backbone, or "none" for random ones (see `start_weights`). `learn = "branches"` freezes

@@ -137,7 +137,7 @@ def start_or_resume(
 ) -> tuple[Run, Split, bool]:
     """Create the run, or rebuild it from its checkpoint, and open its data.
 
-    Returns them and whether the few-shot procedure applies. All checks run before the folder is changed.
+    Also returns whether the few-shot procedure applies. All checks run before the folder is changed.
     """
     if not resume:
         folder.check_free()
@@ -230,7 +230,7 @@ def fit_best(
 ) -> Decision | None:
     """Fit temperature and rejection threshold of `best.pt` to the held-out images and store them in it.
 
-    Returns the fitted decision, and `None` in all processes but the first and for too few images. With
+    Returns the fitted decision, or `None` if there are too few images or this is not the first process. With
     several classes per image, nothing is fitted and the thresholds in `best.pt` are returned. A resumed run
     repeats the fit with the same images.
     """

@@ -22,9 +22,9 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # parameters or parame
 class AdaHessian(Optimizer):
     """Adam with the diagonal of the Hessian in its second moment.
 
-    Call `backward` for each micro-batch, then `step`. *betas* belong to the two running means, *eps* is added
-    to the denominator, *power* is k of Eq. (11). Weight decay is decoupled, as in AdamW. Source: Yao et al.,
-    "AdaHessian: An Adaptive Second Order Optimizer for Machine Learning" (AAAI 2021).
+    Call `backward` for each micro-batch, then `step`. *betas* are the decay rates of the two running means,
+    *eps* is added to the denominator, *power* is k of Eq. (11). Weight decay is decoupled, as in AdamW.
+    Source: Yao et al., "AdaHessian: An Adaptive Second Order Optimizer for Machine Learning" (AAAI 2021).
     """
 
     def __init__(
@@ -43,10 +43,11 @@ class AdaHessian(Optimizer):
         self.curvatures: dict[Tensor, Tensor] = {}
 
     def backward(self, loss: Tensor, seed: int) -> None:
-        """Add the gradient of *loss* to `grad` and H z, with random signs z, to `curvatures`.
+        """Add the gradient of *loss* to `grad`, and the Hessian-vector product H z to `curvatures`.
 
-        All micro-batches of a step must use the same seed: H z is linear in the loss, so their sum is that of
-        the whole batch. The network must be twice differentiable.
+        z is a vector of random signs that depends on *seed*. All micro-batches of a step must use the same
+        seed, so that the sum of their products is that of the whole batch. The network must be twice
+        differentiable.
         """
         gradients = torch.autograd.grad(loss, self.trainable, create_graph=True, allow_unused=True)
         used = [(p, g) for p, g in zip(self.trainable, gradients, strict=True) if g is not None]
@@ -84,7 +85,7 @@ class AdaHessian(Optimizer):
     def step(self, _closure: Any = None, /) -> None:  # type: ignore[override]
         """Update the parameters that have a gradient by Eqs. (11) and (12).
 
-        4-D weights average the diagonal over the kernel. Closures are not supported.
+        The Hessian diagonal of 4-D weights is averaged over the kernel. Closures are not supported.
         """
         updates = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for parameter, group in updates:
@@ -106,7 +107,7 @@ class AdaHessian(Optimizer):
 
 
 def _random_signs(seed: int, number: int, like: Tensor) -> Tensor:
-    """Draw -1 and 1 like *like*, as a function of *seed* and the parameter's *number*."""
+    """Draw random signs with shape, dtype and device of *like*; they depend only on *seed* and *number*."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "signs", number))
     drawn = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
     return drawn.to(like.device, like.dtype).mul_(2).sub_(1)
@@ -123,7 +124,7 @@ class _OptimizerConfig(StrictModel):
     clip_norm: NonNegative = 0.0
 
     def create(self, parameters: Parameters) -> Optimizer:
-        """Create the optimizer of *parameters*."""
+        """Create the optimizer for *parameters*."""
         arguments = self.model_dump(exclude={"kind", "clip_norm"})
         return type(self).optimizer_class(parameters, **arguments, **self.constants)
 
@@ -167,7 +168,7 @@ class RAdam(_OptimizerConfig):
 
 
 class RMSProp(_OptimizerConfig):
-    """RMSProp with momentum, as in EfficientNet, with decay as part of the gradient."""
+    """RMSProp with momentum, as in EfficientNet; weight decay is part of the gradient."""
 
     optimizer_class = torch.optim.RMSprop
 

@@ -1,6 +1,6 @@
 """Mixed precision, and checks for NaN and infinity.
 
-Second-order layers leave autocast by themselves (`sopdeploy.layers.covariance`). Weights, their average and
+Second-order layers disable autocast themselves (`sopdeploy.layers.covariance`). Weights, their average and
 the optimizer's state stay in float32.
 """
 
@@ -70,7 +70,7 @@ def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients of *model* by the name that error messages use."""
+    """Return the gradients of *model* by name; the names are those that error messages show."""
     named = model.named_parameters()
     return {f"the gradient of {name}": value.grad for name, value in named if value.grad is not None}
 

@@ -42,7 +42,7 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
 
 
 class ModelConfig(CatalogModel):
-    """The network to train, a model of the catalog and the fields of its config that are not defaults.
+    """The network to train: a model of the catalog, and the fields of its config that are not defaults.
 
     `remove_branches_at` is an ablation: the epoch (from 0) at which the branches are removed; None keeps
     them.
@@ -173,10 +173,10 @@ def recipe_text(source: str | Path) -> str:
 def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe *source*, a packaged name or a `.toml` file.
 
-    An override is `key=value` with a dotted key and a TOML value; quotes around strings are optional. If one
-    selects another network, values of the recipe's `model.config` that this network does not have are
-    dropped; another `data.kind` drops such values of `data`. Raises `ConfigError` that names the file or key,
-    and the closest known key.
+    An override is `key=value` with a dotted key and a TOML value; quotes around strings are optional. If an
+    override selects another network, the recipe's values of `model.config` that this network does not have
+    are dropped; likewise for `data.kind` and the values of `data`. Raises `ConfigError` that names the file
+    or key, and the closest known key.
     """
     try:
         values = tomllib.loads(recipe_text(source))

@@ -61,7 +61,10 @@ def resume_run(
 
 
 def _load_state(run: Run, state: dict[str, Any]) -> None:
-    """Load what changes from step to step; raises `KeyError` and the errors of `load_state_dict`."""
+    """Load optimizer, scaler, averages, teacher and position into *run* from *state*.
+
+    Raises `KeyError` and the errors of `load_state_dict`.
+    """
     run.optimizer.load_state_dict(state["optimizer"])
     if "precision" in state:
         run.precision.load_state_dict(state["precision"])

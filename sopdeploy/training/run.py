@@ -162,7 +162,7 @@ class Run:
                     buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
     def replace_model(self, name: str, model: Classifier, config: dict[str, Any]) -> None:
-        """Continue with *model*, *name* in the catalog with the complete *config*, and a new optimizer."""
+        """Replace the model and create a new optimizer; *name* and *config* are those of *model*."""
         self.model, self.network, self.optimizer = _place(self.recipe, model, self.strategy, self.teacher)
         self.name, self.config = name, config
 
@@ -199,8 +199,8 @@ class Run:
     ) -> Decision | None:
         """Fit temperature and rejection threshold to *logits* (N, C) of the classes *targets* (N,).
 
-        The AUROC is that of the few-shot procedure, if it fitted heads without one class. `None` if neither
-        could be fitted.
+        If the few-shot procedure fitted heads without one class, their AUROC is used. Returns `None` if
+        neither temperature nor threshold could be fitted.
         """
         decision = fit_decision(
             logits,

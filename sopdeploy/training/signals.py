@@ -47,7 +47,7 @@ class SignalState:
     def check(self, *, save: bool = False) -> None:
         """Raise `StopRequested` after a stop signal; *save* requests a checkpoint.
 
-        All processes must call it equally often.
+        All processes must call it the same number of times.
         """
         requests = [number in self.received for number in STOP_SIGNALS]
         requests.append(SAVE_SIGNAL in self.received or save)
@@ -61,11 +61,11 @@ class SignalState:
 
 @contextmanager
 def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
-    """Record signals instead of acting on them; a second stop signal acts as before.
+    """Record signals instead of acting on them; the second stop signal calls the previous handler.
 
-    With several processes a second stop signal has no effect either: torchrun and the batch system often
-    send the same signal, and torchrun kills processes that take too long. Outside the main thread Python
-    delivers no signals, and nothing is installed.
+    With several processes, a second stop signal is ignored too: torchrun and the batch system often both send
+    one, and torchrun kills processes that take too long. Outside the main thread, where Python delivers no
+    signals, no handlers are installed.
     """
     state = SignalState(processes)
     if threading.current_thread() is not threading.main_thread():

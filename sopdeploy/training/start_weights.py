@@ -3,7 +3,7 @@
 Tensors are matched by name and shape. Only the parts that a network adds to its backbone may be new:
 branches, pooling, attention blocks, and the classifier, which is new when the classes differ.
 
-The values of the recipe's `[preprocess]` apply; the others are those of the start weights.
+Preprocessing values that the recipe's `[preprocess]` does not set are those of the start weights.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ from sopdeploy.training.fine_tuning import classifier_name
 from sopdeploy.training.recipe import Recipe
 
 ADDED_PARTS = {"pooling", "attention", "reduction", "root"}  # parts that networks add to a backbone
-CLASSIFIER_PARTS = {"fc", "classifier", "linear", "head"}  # their names in weight files
+CLASSIFIER_PARTS = {"fc", "classifier", "linear", "head"}  # names of classifiers in weight files
 
 
 class StartReport(StrictModel):
@@ -121,9 +121,9 @@ def _read(recipe: Recipe) -> StartWeights:
 
 
 def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
-    """Complete the `[preprocess]` of *recipe* with the values of *base*.
+    """Add the values of *base* that the `[preprocess]` of *recipe* does not set.
 
-    The recipe's own values apply. If it has `crop` without `resize`, `resize` keeps the ratio of *base*.
+    If the recipe sets `crop` without `resize`, `resize` keeps the ratio of *base*.
     Raises `ConfigError` if the values do not fit together.
     """
     own = recipe.preprocess.model_fields_set if "preprocess" in recipe.model_fields_set else set()
@@ -141,7 +141,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     """Load the matching tensors of *weights* into *model*, whose classes are *labels*.
 
     Raises `WeightsError` for the first tensor of the backbone that is missing, has another shape, is not
-    finite or has no place in *model*.
+    finite or does not exist in *model*.
     """
     own = model.state_dict()
     heads = _head_names(model) if weights.labels not in (None, labels) else ()
@@ -183,7 +183,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
 
 
 class InitialModel(NamedTuple):
-    """A model before training, its recipe with complete preprocessing, and what it started from."""
+    """A model before training, its recipe with complete preprocessing, and the report on start weights."""
 
     model: Classifier
     recipe: Recipe
@@ -219,7 +219,7 @@ def _head_names(model: Classifier) -> tuple[str, ...]:
 
 
 def _added_part(name: str, parts: tuple[str, ...]) -> str | None:
-    """Find the part of a network that holds tensor *name* and that a backbone does not have."""
+    """Return the part that contains tensor *name* if networks add it to a backbone, otherwise None."""
     for part in parts:
         if is_in(name, part):
             return part

@@ -42,14 +42,14 @@ def engine(
     ] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Build even if the cache has one.")] = False,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Fail if a layer may have another precision than the graph.")
+        bool, typer.Option("--strict", help="Fail if a layer may run in another precision than requested.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what a build would do; needs no GPU.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Build the TensorRT engine of a bundle for this GPU, or find it in the cache, and check its numbers.
+    """Build the TensorRT engine of a bundle for this GPU, or find it in the cache, and check its outputs.
 
     Example: [bold]sopdeploy engine bundles/dsop-resnet20-3f6c01d2a4b7 --profiles 1,8,32[/bold]
     """

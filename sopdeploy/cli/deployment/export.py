@@ -1,4 +1,4 @@
-"""`sopdeploy export` and `sopdeploy triton`: a checkpoint to a bundle, a bundle to a Triton repository."""
+"""`sopdeploy export` converts a checkpoint to a bundle, `sopdeploy triton` adds it to a Triton repository."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -53,10 +53,10 @@ def export(
         typer.Option(help="Network part whose convolutions stay in float32, with int8; repeatable."),
     ] = None,
     evaluate: Annotated[
-        Path | None, typer.Option(help="Folder of images by class, to measure top-1 before and after.")
+        Path | None, typer.Option(help="Folder of images by class, to compare top-1 with that in float32.")
     ] = None,
     max_drop: Annotated[
-        float, typer.Option(min=0, help="Largest allowed loss of top-1 (or agreement) in points.")
+        float, typer.Option(min=0, help="Largest allowed loss of top-1 (or agreement), percentage points.")
     ] = 1.0,
     lowering: Annotated[
         bool,
@@ -65,7 +65,7 @@ def export(
         ),
     ] = True,
     autotune: Annotated[
-        bool, typer.Option("--autotune", help="Choose between equivalent forms by timing, not by heuristic.")
+        bool, typer.Option("--autotune", help="Time equivalent forms of a layer and choose the fastest.")
     ] = False,
     measure_speed: Annotated[
         bool,
@@ -88,7 +88,8 @@ def export(
     plain: Annotated[
         str | None,
         typer.Option(
-            help="Builder of the network that must remain, package.module:callable.", rich_help_panel=OWN
+            help="Builder of the network without training-only parts, package.module:callable.",
+            rich_help_panel=OWN,
         ),
     ] = None,
     plain_settings: Annotated[

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MIN_PANEL_WIDTH = 60  # columns
 WEAKER_PROOFS = {
-    "trained-detached": "no plain network was given, so code that both networks share was not compared",
+    "trained-detached": "no plain network was given; the detached network was compared with the trained one",
     "trained-only": "nothing was detached and no plain network was given: only the conversion was checked",
 }
 
@@ -106,7 +106,7 @@ def _precision_costs(precision: "PrecisionReport") -> dict[str, str]:
         )
     if precision.quantisation is not None:
         costs = ", ".join(f"{cost.part} {cost.share:.1%}" for cost in precision.quantisation.costs[:3])
-        rows["layers"] = costs or "no layer moves the logits"
+        rows["layers"] = costs or "no layer changes the logits"
     return rows
 
 

@@ -1,4 +1,4 @@
-"""`sopdeploy inspect`: which parts of a network its output does not depend on."""
+"""`sopdeploy inspect`: list the parts of a network that its output does not depend on."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,11 @@ PreprocessOption = Annotated[
 ]
 TableOption = Annotated[
     str | None,
-    typer.Option("--weights", help="Table of weights in the file, such as model_ema.", rich_help_panel=OWN),
+    typer.Option(
+        "--weights",
+        help="Key of the state dict to use, if the file has several, such as model_ema.",
+        rich_help_panel=OWN,
+    ),
 ]
 LogitsOption = Annotated[
     str | None,

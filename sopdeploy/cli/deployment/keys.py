@@ -47,7 +47,7 @@ def key(
     name: Annotated[str, typer.Argument(help="Name of the client; it appears in the server's log.")],
     file: Annotated[Path, typer.Option(help="Key file; created if it is missing.")],
     rate: Annotated[
-        float | None, typer.Option(help="Images per second. [dim]default: no limit[/dim]")
+        float | None, typer.Option(help="Largest number of images per second. [dim]default: no limit[/dim]")
     ] = None,
     burst: Annotated[
         int | None, typer.Option(min=1, help="Images allowed at once after a pause. [dim]default: 32[/dim]")

@@ -61,4 +61,4 @@ def _show(result: "Benchmark") -> None:
                 f"p99 {row.p99_ms:9.2f}  {row.images_per_s:10.1f} images/s  ({row.runs} runs)"
             )
     for size, ratio in result.ratios.items():
-        out.print(f"[bold]batch {size}[/] takes {ratio:.2f} of the other's time (1 : {1 / ratio:.2f})")
+        out.print(f"[bold]batch {size}[/] takes {ratio:.2f} of the other bundle's time (1 : {1 / ratio:.2f})")

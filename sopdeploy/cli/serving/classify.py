@@ -31,7 +31,7 @@ SourcesArgument = Annotated[
 def classify(
     bundle: BundleArgument,
     sources: SourcesArgument,
-    out: Annotated[Path, typer.Option(help="Folder for the rows; an interrupted run in it continues.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run is continued.")],
     batch: Annotated[
         int | None,
         typer.Option(min=1, help="Images per batch. [dim]default: 4 on a CPU, else the largest[/dim]"),
@@ -47,7 +47,7 @@ def classify(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Decoder processes. [dim]default: one per core, up to 16[/dim]")
     ] = None,
-    part_images: Annotated[int, typer.Option(min=1, help="Images of one parquet file.")] = 4096,
+    part_images: Annotated[int, typer.Option(min=1, help="Images per parquet file.")] = 4096,
     runtime: Annotated[str | None, typer.Option(help="Runtime, as for `serve`.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings, as for `serve`.")] = None,
     assignments: Annotated[
@@ -57,17 +57,18 @@ def classify(
         str | None,
         typer.Option(metavar="ADDRESS", help="Classify on a Ray cluster; `auto` joins or starts one here."),
     ] = None,
-    actors: Annotated[int, typer.Option(min=1, help="With --ray: processes that hold the network.")] = 1,
-    cpus_per_actor: Annotated[int, typer.Option(min=1, help="With --ray: cores of an actor.")] = 1,
+    actors: Annotated[int, typer.Option(min=1, help="With --ray: processes that run the network.")] = 1,
+    cpus_per_actor: Annotated[int, typer.Option(min=1, help="With --ray: cores per actor.")] = 1,
     gpus_per_actor: Annotated[
         float,
-        typer.Option(min=0, help="With --ray: GPUs of an actor; 0.5 lets two share one, 0 uses the CPU."),
+        typer.Option(min=0, help="With --ray: GPUs per actor; 0.5 lets two share one, 0 uses the CPU."),
     ] = 0.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Classify any number of images into parquet files, one row per image, and continue after any stop.
+    """Classify any number of images into parquet files, one row per image.
 
-    An image that cannot be used gets a row with its error. The results equal those of the service.
+    Repeat the command to continue an interrupted run. An image that cannot be used gets a row with its error.
+    The results equal those of the service.
 
     Example: [bold]sopdeploy classify bundles/dsop-resnet20-3f6c01d2a4b7 photos --out results[/bold]
 
@@ -102,7 +103,7 @@ def classify(
     if as_json:
         print_json(found.model_dump(mode="json"))
         return
-    new = "" if found.classified == found.images else f", {found.classified:,} of them now"
+    new = "" if found.classified == found.images else f", {found.classified:,} of them in this run"
     print_field("images", f"{found.images:,}{new}; {found.errors:,} with an error")
     if found.drift is not None:
         print_field("drift", found.drift_text)
@@ -112,7 +113,7 @@ def classify(
 
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[int, int, int], None]]:
-    """Yield a function that shows images done, with an error and in total; silent if not on a terminal."""
+    """Yield a callback (done, errors, total) that draws a progress bar on a terminal."""
     with Progress(
         TextColumn("{task.completed}/{task.total} images"),
         BarColumn(28),

@@ -20,14 +20,15 @@ def doctor(
         typer.Option(help="Folder of images to send. [dim]default: generated images, 640 x 480[/dim]"),
     ] = None,
     seconds: Annotated[float, typer.Option(min=1, max=300, help="Duration of the load.")] = 20.0,
-    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Most concurrent requests.")] = 32,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Maximum of concurrent requests.")] = 32,
     model: Annotated[str | None, typer.Option(help="Model name, if the server has several.")] = None,
     api_key: Annotated[str | None, typer.Option(help="API key of the server.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the bottleneck of a running server: decoding, queue, engine, network or the client itself.
 
-    Sends a bounded load that respects every rejection and stops at the first error, and reads /metrics.
+    Sends images with an increasing number of clients and reads /metrics. A client whose request is rejected
+    waits as long as the server asks; the first other error ends the load.
 
     Example: [bold]sopdeploy doctor --url http://127.0.0.1:8000 --images photos --seconds 20[/bold]
     """

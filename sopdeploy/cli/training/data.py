@@ -29,7 +29,7 @@ def check(
 ) -> None:
     """Decode every image and report sizes, formats, classes, duplicates and unreadable files.
 
-    Exit code 2 means that a training run could not use the data. Duplicates are only reported.
+    Exit code 2 means that a training run could not use the data. Duplicates do not change the exit code.
 
     Example: [bold]sopdeploy data check photos/[/bold]
     """

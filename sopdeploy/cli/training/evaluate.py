@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sopdeploy.evaluation.metrics import ClassificationReport
     from sopdeploy.evaluation.multi_label import MultiLabelReport
 
-MAX_CLASSES = 50  # listed; of more classes, those with the lowest recall
+MAX_CLASSES = 50  # of more classes, the output lists those with the lowest recall or average precision
 MAX_COLUMNS = 12  # of a confusion matrix in a terminal
 MAX_MISTAKES = 5
 
@@ -46,10 +46,10 @@ def evaluate(
     """Evaluate a checkpoint, a bundle or a running server on a folder of images.
 
     Classes are matched by name. Accuracies have Wilson 95 % intervals; the calibration error uses 15 bins.
-    If a temperature was fitted, the output also has the error without it; with a rejection threshold, the
-    fraction of accepted images. --heads adds top-1, top-5 and loss of every branch, and its share of the
-    weighted training loss. A network with several classes per image needs a folder with `labels.csv`; its
-    metrics are mAP, and F1 of each class at its threshold.
+    If a temperature was fitted, the output includes the calibration error without it; if a rejection
+    threshold was fitted, the fraction of accepted images. --heads adds top-1, top-5 and loss of every branch,
+    and its share of the weighted training loss. A network with several classes per image needs a folder with
+    `labels.csv`; its metrics are mAP, and F1 of each class at its threshold.
 
     Example: [bold]sopdeploy eval runs/photos/best.pt --data test-photos[/bold]
 
@@ -109,7 +109,7 @@ def report(
     if as_json:
         print_json({"report": str(page), "bytes": page.stat().st_size})
     else:
-        out.print(plain_text(f"{page}: {page.stat().st_size:,} bytes, opens without a network"))
+        out.print(plain_text(f"{page}: {page.stat().st_size:,} bytes, opens offline"))
 
 
 def calibrate(
@@ -126,9 +126,10 @@ def calibrate(
     workers: Annotated[int, typer.Option(min=0, help="Data loading processes.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit temperature and rejection threshold of a checkpoint, such as an imported one, to images.
+    """Fit temperature and rejection threshold of a checkpoint to images that were not used for training.
 
-    `train` does this at the end of a run. A multi-label network gets a threshold per class instead.
+    `train` does this at the end of a run, so this command is for imported checkpoints and for other images.
+    For a multi-label network it fits a threshold per class instead.
 
     Example: [bold]sopdeploy calibrate ckpt.pt --data test-photos[/bold]
     """

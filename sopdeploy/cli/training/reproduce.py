@@ -1,4 +1,4 @@
-"""`sopdeploy reproduce`: train the rows of a paper's table; printed and measured figures on one page."""
+"""`sopdeploy reproduce`: train the rows of a paper's table and compare printed with measured figures."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,8 +32,8 @@ def reproduce(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="The images of the table, as `data.path` of its recipes; with --scale small any folder, by "
-            "default the bundled digits."
+            help="Images: `data.path` of the table's recipes. With --scale small, any folder of images; the "
+            "default are the bundled digits."
         ),
     ] = None,
     dry_run: Annotated[
@@ -156,7 +156,7 @@ def _print_results(found: "Reproduction") -> None:
 
 
 def _print_facts(found: "Reproduction") -> None:
-    """Print what a table of counts or times prints and what was measured."""
+    """Show the printed and the measured figures of a table of counts or times."""
     from sopdeploy.reproduction.page import fact_figures, number
 
     names = {"params": "parameters (M)", "gflops": "GFLOPs", "dim": "classified vector"}

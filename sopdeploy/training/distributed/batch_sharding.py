@@ -25,7 +25,7 @@ from sopdeploy.training.recipe import Recipe
 
 
 class MicroBatch(NamedTuple):
-    """Loaded samples `first` to `end`, of `total` over all processes."""
+    """The loaded samples `first` to `end` (exclusive); `total` counts the samples of all processes."""
 
     first: int
     end: int
@@ -43,7 +43,7 @@ class StepShard(NamedTuple):
 
 
 def shard_step(samples: Sequence[int], recipe: Recipe, strategy: Strategy) -> StepShard:
-    """Select what this process loads and computes of a step with *samples*."""
+    """Select the samples and micro-batches of this process in a step with *samples*."""
     mixes = strategy.world > 1 and (recipe.mix.mixup > 0 or recipe.mix.cutmix > 0)
     count = min(recipe.accumulate, max(1, len(samples) // max(2, strategy.world)))
     loaded: list[int] = []

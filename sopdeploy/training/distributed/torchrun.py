@@ -64,10 +64,10 @@ def join_processes() -> Iterator[None]:
 
 
 def _attempt() -> str:
-    """Return the number of restarts, under which the processes of this attempt find each other.
+    """Return the prefix of this attempt in torchrun's store: the number of restarts on one machine.
 
-    On one machine torchrun's store outlives a restart and contains the addresses of dead processes. With
-    several machines each attempt gets a new store, and restarts are counted per machine.
+    On one machine the store outlives a restart and contains the addresses of dead processes. With several
+    machines each attempt gets a new store and restarts are counted per machine, so the prefix is constant.
     """
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"

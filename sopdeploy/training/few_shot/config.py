@@ -1,4 +1,4 @@
-"""Recipe table `[few_shot]`, and the record of what the procedure found."""
+"""Recipe table `[few_shot]`, and the record of the procedure's results."""
 
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.layers.pooling.registry import Pooling
 
 FEATURES_FILE = "features.pt"  # in the run folder
-FEW_IMAGES = 5  # the result names classes with fewer: hardly any image is left to test them
+FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
 Folds = Annotated[int, pydantic.Field(ge=2, le=20)]
 
 
@@ -19,8 +19,8 @@ class FineTuningConfig(StrictModel):
 
     Attributes:
         epochs: Upper limit of the epochs; 0 disables fine-tuning.
-        folds: Folds of its cross-validation; each of them trains one network.
-        patience: Epochs without a better cross-validated loss after which it stops.
+        folds: Folds of its cross-validation; one network is trained per fold.
+        patience: Number of epochs without a smaller cross-validated loss after which training stops.
         lr: Learning rate of AdamW for the classifier and the last block.
         decay: Factor on the learning rate for each block further from the classifier.
         batch_size: Images of a step.
@@ -45,13 +45,13 @@ class FewShotConfig(StrictModel):
 
     Attributes:
         max_images: With more training images the ordinary training loop runs.
-        min_held_out: With fewer images selected for the held-out set, cross-validation on all images replaces
-            it. A `val/` folder is always used.
-        folds: Folds of the cross-validation of the head, at most the images of the smallest class.
-        heads: Global poolings to compare with the first one; empty is the pooling of the network and, if that
-            is average pooling, iSQRT-COV.
+        min_held_out: If fewer images were split off as the held-out set, cross-validation on all images
+            replaces it. A `val/` folder is always used.
+        folds: Folds of the cross-validation of the head, at most the number of images of the smallest class.
+        heads: Global poolings to compare; the first one is kept unless another one is better. If empty: the
+            pooling of the network and, if that is average pooling, iSQRT-COV.
         balance_above: Ratio of the largest class to the smallest above which classes get equal weights.
-        fine_tuning: The second step.
+        fine_tuning: Options of the second step.
     """
 
     max_images: Count = 1000
@@ -76,15 +76,15 @@ class CandidateResult(StrictModel):
 
     Attributes:
         name: What is trained.
-        kept: Whether the network was trained in this way; a fine-tuned network also had the kept head.
-        reason: Why it was chosen or not, compared with the first head or with the kept head alone.
+        kept: Whether the candidate was chosen; fine-tuning starts from the chosen head.
+        reason: Why it was chosen or not, compared with the first head or with the chosen head alone.
         score: Accuracy, or mAP with several classes per image; `None` if the candidate was not tried.
         loss: Mean weighted loss.
-        score_before: Score of the kept head alone on the same folds; for fine-tuning only.
-        loss_before: Loss of the kept head alone on the same folds; for fine-tuning only.
+        score_before: Score of the chosen head alone on the same folds; for fine-tuning only.
+        loss_before: Loss of the chosen head alone on the same folds; for fine-tuning only.
         features: Length of the vector that the classifier reads.
-        l2: The regularization that was chosen for a head.
-        epochs: The number that was chosen for fine-tuning.
+        l2: The chosen regularization; for heads only.
+        epochs: The chosen number of epochs; for fine-tuning only.
     """
 
     name: str
@@ -176,7 +176,7 @@ class FewShotResult(StrictModel):
         )
 
     def describe_score(self) -> str:
-        """Describe the score and, if guessing may be as good, what the most frequent class would reach."""
+        """Describe the score; if it is not clearly better, add the accuracy of always guessing one class."""
         score, name = self.score, "top-1" if self.map is None else "mAP"
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
         label = max(self.class_counts, key=self.class_counts.__getitem__)

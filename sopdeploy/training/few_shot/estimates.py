@@ -27,7 +27,7 @@ Indices = NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Targets `classes` (N, C) in 0..1, `weights` (N,) in the loss, and `strata` for the folds, per image."""
+    """Targets of N images: `classes` (N, C) in [0, 1], `weights` (N,) in the loss, `strata` for the folds."""
 
     classes: Array
     weights: Array
@@ -51,7 +51,7 @@ class Targets:
         return float(np.mean(precisions)) if precisions else 0.0
 
     def estimate(self, logits_NC: Array, seed: int) -> Rate | MeanPrecision:
-        """Compute top-1 with Wilson's interval, or mAP with that of a bootstrap over images."""
+        """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval over images."""
         count = len(self.classes)
         share = self.score(logits_NC, np.arange(count))
         if self.activation == "softmax":
@@ -72,7 +72,11 @@ class Targets:
 
 
 def resampled_precision(true: NDArray[np.bool_], scores: Array, draws_BN: NDArray[np.int64]) -> Array:
-    """Compute the average precision (B,) of a class in each resample; NaN if no image shows the class."""
+    """Compute the average precision (B,) of a class in each resample; NaN if no image shows the class.
+
+    *true* (N,) marks the images that show the class, *scores* (N,) are its logits, and *draws_BN* counts how
+    often each resample contains each image.
+    """
     order = np.argsort(-scores, kind="stable")
     weights_BN, shown = draws_BN[:, order].astype(np.float64), true[order]
     hits_BN = np.cumsum(weights_BN * shown, axis=1)
@@ -83,7 +87,7 @@ def resampled_precision(true: NDArray[np.bool_], scores: Array, draws_BN: NDArra
 
 
 def shortcoming(targets: Targets, candidate_NC: Array, first_NC: Array, images: Indices) -> str:
-    """Describe why *candidate_NC* is not better than *first_NC* on *images*; empty if it is."""
+    """Describe why *candidate_NC* (logits) is not better than *first_NC* on *images*; empty if it is."""
     if targets.score(candidate_NC, images) <= targets.score(first_NC, images):
         return (
             "it does not classify more images correctly"
@@ -108,7 +112,7 @@ def choose(targets: Targets, candidates: Sequence[Array], images: Indices) -> in
 
 
 def choose_by_fold(targets: Targets, candidates: Sequence[Array], folds_N: Indices) -> Array:
-    """Choose for each fold on the other folds; return the logits (N, C) of the chosen candidates."""
+    """Choose a candidate for each fold on the other folds; return the logits (N, C) of these candidates."""
     images, composed = np.arange(len(folds_N)), np.zeros_like(candidates[0])
     for fold in range(int(folds_N.max()) + 1):
         tested = folds_N == fold

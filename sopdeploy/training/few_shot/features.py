@@ -30,7 +30,7 @@ from sopdeploy.training.few_shot.networks import fit_reduction, reduces_by_compo
 from sopdeploy.training.fine_tuning import classifier_name
 
 BATCH = 16  # images, each with two views
-COMPONENT_IMAGES = 64  # for principal components: 49 positions each give 512 channels six times as many rows
+COMPONENT_IMAGES = 64  # images for the principal components; 49 positions each are 6 rows per channel of 512
 VIEWS = 2
 GIB = 2**30
 
@@ -62,7 +62,7 @@ class TwoViews(ImagesDataset):
 
 
 def last_stage(model: Classifier) -> str:
-    """Find the dotted name of the last stage of *model*, the unit of its last tap."""
+    """Return the dotted name of the stage that contains the last tap of *model*."""
     tap = list(model.tap_channels)[-1]
     stage = tap.rpartition(".")[0]
     return stage if stage in model.stage_names else tap
@@ -80,9 +80,9 @@ def compute_features(
 ) -> Features:
     """Compute the features of *images* by *models*, networks that differ in pooling and classifier only.
 
-    The models are in eval mode afterwards, and dimension reductions before a covariance are principal
-    components of the maps. Stage inputs above *max_gib* are not kept; 0 keeps none. *on_image* receives the
-    numbers of images done and in total. The result is read from the file *cache* if it has the same key.
+    Also sets dimension reductions before a covariance, in *models*, to the principal components of the
+    feature maps. Stage inputs above *max_gib* are not kept; 0 keeps none. *on_image* receives the numbers of
+    images done and in total. The result is read from the file *cache* if that has the same key.
     """
     dataset, device, count = TwoViews(images, preprocess), next(models[0].parameters()).device, len(images)
     order = np.random.default_rng(0).permutation(count)  # the first batches show all classes
@@ -99,7 +99,7 @@ def compute_features(
         model.eval()
     reduced = [model for model in models if reduces_by_components(model)]
     rows, stage = [Rows(count) for _ in models], Rows(count, max_gib)
-    waiting: list[tuple[list[int], Tensor]] = []  # for the principal components
+    waiting: list[tuple[list[int], Tensor]] = []  # maps before the components are known
     done = 0
     for indices, part in zip(batches, views, strict=True):
         maps, stage_input = _run(models[0], normalize(part.to(device).flatten(end_dim=1)))
@@ -141,9 +141,8 @@ class Rows:
 def _run(model: Classifier, images: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the last feature map (B, C, h, w) of *images*, and the input of the last stage."""
     stage = model.get_submodule(last_stage(model))
-    block = next(
-        stage.children(), stage
-    )  # the catalog's backbones call the blocks of a stage, timm's call the stage
+    # Backbones of the catalog call the blocks of a stage; those of timm call the stage itself.
+    block = next(stage.children(), stage)
     with record_input(stage) as of_stage, record_input(block) as of_block:
         maps, _ = model.features(images)
     return maps, (of_stage or of_block)[0]
@@ -160,7 +159,7 @@ def classifier_input(model: Classifier, maps: Tensor) -> Tensor:
 
 @contextmanager
 def record_input(module: nn.Module) -> Any:
-    """Record the first input of each call of *module* in the list that is the context's value."""
+    """Yield a list, and append the first input of each call of *module* to it."""
     inputs: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _module, given: inputs.append(given[0].clone()))
     try:
@@ -205,7 +204,10 @@ def _write_cache(
 def _read_cache(
     path: Path, key: str, models: Sequence[Classifier]
 ) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
-    """Read vectors and stage inputs from *path* if it holds those of *key*, and the poolings to *models*."""
+    """Read vectors and stage inputs from *path* and load the poolings into *models*.
+
+    Returns `None` without a file of the same *key*.
+    """
     if not path.is_file():
         return None
     try:

@@ -1,9 +1,9 @@
 """A regularized linear head: multinomial or per-class logistic regression in float64.
 
 The objective is the weighted mean of the loss over images plus l2 / 2 times the squared norm of the weights;
-the bias is free. Inputs are centered and divided by the root of their mean squared norm, so that one grid of
-`l2` serves all networks. The optimum lies in the span of the inputs; the problem is therefore solved in an
-orthonormal basis of it, with at most as many dimensions as there are rows.
+the bias is not regularized. Inputs are centered and divided by the root of their mean squared norm, so that
+the same grid of `l2` suits all networks. The optimum lies in the span of the inputs. The problem is therefore
+solved in an orthonormal basis of this span, with at most as many dimensions as there are rows.
 
 Letters: N images, V views, D features, R dimensions of the basis, C classes, L values of `l2`, K folds.
 """
@@ -21,7 +21,7 @@ from sopdeploy.decision import Activation
 
 Array = NDArray[np.float64]
 GRID = tuple(float(10.0**-exponent) for exponent in np.arange(0.0, 6.5, 0.5))  # descending
-RANK_TOLERANCE = 1e-10  # of the largest eigenvalue of the Gram matrix
+RANK_TOLERANCE = 1e-10  # relative to the largest eigenvalue of the Gram matrix
 MAX_ITERATIONS = 1000
 
 
@@ -34,9 +34,11 @@ class LinearHead(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HeadProblem:
-    """`reduced` features in the basis (N, V, R), `targets` (N, C) in 0..1, `weights` (N,) of the images.
+    """Features and targets to which linear heads are fitted.
 
-    The first view of an image is the one that the service sees: it is evaluated, all views are fitted.
+    `reduced` (N, V, R) are the features after centering, scaling and projection, with `center` (D,), `scale`
+    and `basis` (R, D). `targets` (N, C) are in [0, 1], `weights` (N,) belong to the images. A head is fitted
+    to all views of an image and evaluated on the first one, which the service sees.
     """
 
     reduced: Array
@@ -51,7 +53,7 @@ class HeadProblem:
     def create(
         cls, features_NVD: NDArray[np.floating], targets_NC: Array, weights_N: Array, activation: Activation
     ) -> "HeadProblem":
-        """Center, scale and rotate *features_NVD*; neither step uses the targets."""
+        """Center, scale and project *features_NVD* onto the basis; the targets are not used for this."""
         rows = features_NVD.astype(np.float64).reshape(-1, features_NVD.shape[-1])
         center_D = rows.mean(axis=0)
         rows = rows - center_D
@@ -71,7 +73,7 @@ class HeadProblem:
     def fit(self, images: NDArray[np.intp], l2: float, start: Array | None = None) -> Array:
         """Fit *images* (indices) and return the parameters (C, R + 1), the bias last, by L-BFGS.
 
-        *start* are the parameters of a similar problem.
+        *start* are the initial parameters, by default 0.
         """
         from scipy.optimize import minimize  # noqa: PLC0415  # not part of the base installation
 
@@ -115,7 +117,7 @@ class HeadProblem:
         return values * self.weights[images]
 
     def linear(self, parameters: Array) -> LinearHead:
-        """Express *parameters* as a linear layer of the features as the network computes them."""
+        """Convert *parameters* to a linear layer whose input are the features that the network computes."""
         weight_CD = parameters[:, :-1] @ self.basis / self.scale
         return LinearHead(weight_CD, parameters[:, -1] - weight_CD @ self.center)
 
@@ -136,7 +138,7 @@ def loss_and_gradient(logits: Array, targets: Array, activation: Activation) -> 
 
 
 class HeadEstimate(NamedTuple):
-    """Out-of-fold `logits` (N, C), the chosen `l2`, and that of each fold, which did not see the fold."""
+    """Out-of-fold `logits` (N, C), the chosen `l2`, and `l2_of_fold`, chosen without the images of a fold."""
 
     logits: Array
     l2: float
@@ -144,11 +146,11 @@ class HeadEstimate(NamedTuple):
 
 
 def cross_validate(problem: HeadProblem, folds_N: NDArray[np.intp]) -> HeadEstimate:
-    """Choose `l2` by the loss on left-out folds and compute the logits of every image out of its fold.
+    """Choose `l2` by cross-validation, and compute the out-of-fold logits of every image.
 
-    The logits of a fold use the `l2` that is best on the other folds, predicted without this fold (nested
-    cross-validation; Varma and Simon, BMC Bioinformatics 2006). With two folds nothing is left for that, and
-    the other fold is predicted from this one.
+    The logits of a fold use the `l2` with the smallest loss on the other folds, predicted by heads that were
+    fitted without this fold (nested cross-validation; Varma and Simon, BMC Bioinformatics 2006). With only
+    two folds, the other fold must be predicted by a head that was fitted to this one.
     """
     count, images = int(folds_N.max()) + 1, np.arange(len(folds_N))
     members = [images[folds_N == fold] for fold in range(count)]
@@ -176,10 +178,10 @@ def cross_validate(problem: HeadProblem, folds_N: NDArray[np.intp]) -> HeadEstim
 
 
 def assign_folds(strata: Sequence[int], keys: Sequence[str], folds: int, seed: int) -> NDArray[np.intp]:
-    """Assign the images to *folds* folds (N,) that have all *strata* in equal parts.
+    """Assign each image a fold (N,) out of *folds*, with the images of each stratum spread evenly.
 
-    Images with equal *keys*, duplicates, share a fold. The order in which images are dealt depends on *seed*
-    and the keys only.
+    Images with equal *keys*, duplicates, share a fold. The result depends on *seed*, keys and strata, not on
+    the order of the images.
     """
     counts: dict[int, list[int]] = {stratum: [0] * folds for stratum in sorted(set(strata))}
     totals, fold_of = [0] * folds, {}

@@ -1,4 +1,4 @@
-"""Linear heads on frozen features: targets, folds, and the comparison of the networks' poolings."""
+"""Linear heads on frozen features: targets, folds, and the comparison of poolings."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class FittedHead:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The compared heads, the `chosen` one, and the out-of-fold `logits` (N, C) of the choice."""
+    """Results of the compared heads, the `chosen` head, and out-of-fold `logits` (N, C) of the choice."""
 
     chosen: FittedHead
     logits: Array
@@ -37,10 +37,10 @@ class Heads:
 
 
 def class_targets(images: LabeledImages, config: FewShotConfig) -> Targets:
-    """Convert the targets of *images*: class indices (N,), or with several classes per image 0 or 1 (N, C).
+    """Build the `Targets` of *images* from class indices (N,) or, with several classes per image, (N, C).
 
-    With several classes per image, the stratum is the rarest of them, or -1, and classes are not balanced:
-    the loss of a class does not depend on the others.
+    With several classes per image, the stratum of an image is its rarest class, or -1 without a class.
+    Classes are then not balanced, because the loss of a class does not depend on other classes.
     """
     targets = images.targets
     if targets.ndim == 1:
@@ -56,7 +56,7 @@ def class_targets(images: LabeledImages, config: FewShotConfig) -> Targets:
 
 
 def make_folds(features: Features, targets: Targets, folds: int, seed: int) -> NDArray[np.intp]:
-    """Assign folds, at most as many as the smallest class has images.
+    """Assign each image a fold (N,); there are at most as many folds as the smallest class has images.
 
     Raises `DataError` if all images are the same.
     """
@@ -78,7 +78,7 @@ def compare_heads(
 ) -> Heads:
     """Cross-validate the head of each of *networks* and choose one.
 
-    Of those that beat the first, the one with the smallest loss is chosen.
+    The chosen head has the smallest loss of those that are better than the first one (`choose`).
     """
     heads = []
     for number, (name, network) in enumerate(networks):
@@ -93,7 +93,7 @@ def compare_heads(
     for number, head in enumerate(heads):
         reason = shortcoming(targets, logits[number], logits[0], images) if number else ""
         if not reason:
-            reason = "smallest loss" if number == best else "another one is better"
+            reason = "smallest loss" if number == best else "another head has a smaller loss"
         results.append(
             CandidateResult(
                 name=f"{head.name} head",

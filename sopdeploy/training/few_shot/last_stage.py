@@ -1,7 +1,7 @@
 """Fine-tuning of the last stage of a network from cached inputs of that stage.
 
 Batch norm uses its running statistics and dropout is off: with few images, statistics of a batch would change
-the features more than training does. New parts start with the statistics of the images that are fitted.
+the features more than training does. In new parts, the running statistics are those of the training images.
 """
 
 import copy
@@ -66,8 +66,8 @@ class StageData:
 class LastStageTrainer:
     """Train a copy of *tail* on the images *fitted* (indices), starting from *head*, epoch by epoch.
 
-    A view of each image is drawn per epoch. The loss is the weighted sum of the losses of all heads, as in
-    the training loop. Random numbers are functions of (seed, epoch).
+    Each epoch uses one random view of each image. The loss is the weighted sum of the losses of all heads, as
+    in the training loop. Random numbers are functions of (seed, epoch).
     """
 
     def __init__(

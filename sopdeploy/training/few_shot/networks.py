@@ -1,8 +1,8 @@
 """Networks that are compared: the network of the recipe with other heads, or with a GSoP block.
 
-The dimension reduction of an iSQRT-COV head is new. It starts as the principal components of the feature maps
-(all positions of all training images, without their targets): a covariance does not change if a constant is
-added to its channels, so a bias that keeps every value positive makes the ReLU after it the identity.
+The dimension reduction of an iSQRT-COV head has no pretrained weights. It is set to the principal components
+of the feature maps of training images, without their targets. Its bias makes all values positive, so that the
+ReLU after it changes nothing; the covariance does not depend on this bias.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ NEUTRAL_SCALE = 1.5  # a block whose weights are all sigmoid(0) computes x + x /
 
 
 class HeadNetwork(NamedTuple):
-    """A network with one of the heads to compare."""
+    """A network with one of the heads to compare; `name` describes the head."""
 
     name: str
     network: Classifier
@@ -40,8 +40,8 @@ class HeadNetwork(NamedTuple):
 def head_networks(recipe: Recipe, model: Classifier, config: FewShotConfig) -> list[HeadNetwork]:
     """Build one network per pooling to compare; all other weights are those of *model*.
 
-    Without `few_shot.heads`, these are *model* itself and iSQRT-COV, if it ends in average pooling that can
-    be replaced. Raises `ConfigError` if a pooling of the recipe cannot be set or exported.
+    Without `few_shot.heads`, these are *model* itself and, if its average pooling can be replaced, a copy
+    with iSQRT-COV. Raises `ConfigError` if a pooling of the recipe cannot be set or exported.
     """
     own = getattr(getattr(model.config, "pooling", None), "kind", "own")
     if config.heads:
@@ -93,8 +93,8 @@ def reduces_by_components(network: Classifier) -> bool:
 def fit_reduction(pooling: ReducedPooling, maps: Sequence[Tensor]) -> None:
     """Set the dimension reduction of *pooling* to the principal components of *maps*, batches (B, C, H, W).
 
-    The batch norm after the 1x1 convolution subtracts the mean and adds the smallest value, so that no
-    component of these maps is negative.
+    The batch norm after the 1x1 convolution subtracts the mean and adds twice the largest negative deviation
+    from it, so that no component of these maps is negative.
     """
     count = sum(part[:, 0].numel() for part in maps)
     mean_C = torch.stack([part.double().sum(dim=(0, 2, 3)) for part in maps]).sum(dim=0) / count
@@ -108,12 +108,12 @@ def fit_reduction(pooling: ReducedPooling, maps: Sequence[Tensor]) -> None:
     norm.running_mean.copy_(components_dC @ mean_C)
     norm.running_var.fill_(1.0 - norm.eps)
     norm.weight.fill_(1.0)
-    norm.bias.copy_(-2 * lowest_d)  # images of the service may have smaller values than these
+    norm.bias.copy_(-2 * lowest_d)  # twice, because other images may have smaller values
 
 
 @dataclass(frozen=True, slots=True)
 class BlockNetwork:
-    """A `network` of the catalog, `name`, with a new GSoP block at `place`, whose start scales the map."""
+    """The catalog network `name` with a new GSoP block, the module named `place`."""
 
     name: str
     network: Classifier
@@ -121,9 +121,9 @@ class BlockNetwork:
 
 
 def with_gsop_block(name: str, model: Classifier, seed: int) -> BlockNetwork | None:
-    """Build GSoP-Net1 with one block, at the end of the last stage of *model*, a ResNet with average pooling.
+    """Build a copy of *model*, a ResNet with average pooling, with a GSoP block at the end of its last stage.
 
-    The block starts as a multiplication by `NEUTRAL_SCALE`. `None` for other networks.
+    Before training, the block multiplies by `NEUTRAL_SCALE`. Returns `None` for other networks.
     """
     other = f"gsop-net1-{name.removeprefix('dsop-')}"
     if not isinstance(model, ResNet) or other not in CATALOG or model.averaged_classifier() is None:

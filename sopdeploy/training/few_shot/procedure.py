@@ -96,8 +96,8 @@ def fit_few_shot(
 ) -> Outcome:
     """Run the procedure for *images*, starting from *model*; features are cached in the folder *out*.
 
-    Raises `ConfigError` if the network has no linear classifier or the pooling cannot be changed, `DataError`
-    if the images of a class are too few or all the same.
+    *on* receives the progress. Raises `ConfigError` if the network has no linear classifier or the pooling
+    cannot be changed, `DataError` if all images have the same pixels.
     """
     config, timer, seed = recipe.few_shot or FewShotConfig(), Timer(), recipe.seed
     targets = class_targets(images, config)
@@ -151,6 +151,6 @@ def fit_few_shot(
 
 
 def _score(targets: Targets, logits_NC: Array, seed: int) -> dict[str, Any]:
-    """Compute `top1` or `map` of the result."""
+    """Estimate the score; return it as the field `top1` or `map` of `FewShotResult`."""
     score = targets.estimate(logits_NC, seed)
     return {"top1" if isinstance(score, Rate) else "map": score}

@@ -1,7 +1,7 @@
 """Run the few-shot procedure in a run folder: progress, stop signals, checkpoints and history.
 
 The run has one row in its history. Until the procedure is finished there is no checkpoint; a stopped run
-starts again and finds the features in the folder.
+starts again and reads the cached features from the folder.
 """
 
 import time
@@ -57,7 +57,7 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
 
 
 def _fit(run: Run, data: Split, folder: RunFolder, callback: Callback) -> tuple[Outcome, HeldOutMetrics]:
-    """Run the procedure, put its network and record into *run*, and compute the metrics of the history."""
+    """Run the procedure, store its network and record in *run*, and compute the metrics for the history."""
     with handle_signals(run.strategy) as signals:
 
         def on_part(name: str, done: int, total: int) -> None:
@@ -82,7 +82,7 @@ def _fit(run: Run, data: Split, folder: RunFolder, callback: Callback) -> tuple[
 def _evaluate(run: Run, data: Split, outcome: Outcome) -> HeldOutMetrics:
     """Compute the metrics on the held-out images or, if there are none, of the out-of-fold logits.
 
-    Held-out images replace the score in the record.
+    With held-out images, their score replaces the cross-validated score in `run.few_shot`.
     """
     if not len(data.held_out):
         return _metrics(run, class_targets(data.train, FewShotConfig()), outcome.logits)
@@ -100,7 +100,7 @@ def _evaluate(run: Run, data: Split, outcome: Outcome) -> HeldOutMetrics:
 
 
 def _metrics(run: Run, targets: Targets, logits_NC: Array) -> HeldOutMetrics:
-    """Summarize the logits of images with *targets*; classes have equal weights."""
+    """Compute the metrics of the logits of images with *targets*; all images have equal weights."""
     losses, count = targets.losses(logits_NC) / targets.weights, len(logits_NC)
     if targets.activation == "sigmoid":
         return multi_label_metrics(run.labels, targets.classes, sigmoid(logits_NC), float(losses.mean()))

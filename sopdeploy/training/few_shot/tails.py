@@ -14,7 +14,7 @@ from sopdeploy.training.few_shot.features import last_stage, record_input
 from sopdeploy.training.few_shot.networks import NEUTRAL_SCALE, with_gsop_block
 from sopdeploy.training.fine_tuning import classifier_name
 
-TOLERANCE = 1e-3  # of the largest feature: the tail must compute the features of the whole network
+TOLERANCE = 1e-3  # largest difference between the features of tail and network, relative to the largest one
 STATISTICS_BATCH = 64
 
 
@@ -24,7 +24,7 @@ class Tail:
 
     Attributes:
         name: What is trained.
-        network: The whole network.
+        network: The complete network.
         model: The cut copy, with the heads whose losses are trained.
         new: Dotted names of the parts without pretrained weights.
         scale: Factor on the input of the classifier, compared with the network that the head was fitted to.
@@ -42,11 +42,11 @@ class Tail:
 def make_tails(
     catalog: str, network: Classifier, inputs: Tensor, vectors: Tensor, config: FineTuningConfig, seed: int
 ) -> list[Tail]:
-    """Build the ways of fine-tuning *network*, which is *catalog* in the catalog; none if it cannot be cut.
+    """Build the tails of *network*, whose catalog name is *catalog*; empty if the network cannot be cut.
 
-    The first is the plain one. Then, if they are enabled and exist for this network, with the branches of
-    DSoP that read the last stage, and with a GSoP block. *inputs* (B, C, H, W) of the last stage and
-    *vectors* (B, D) are those of a few images.
+    The first tail is the network without branches. If enabled and available for this network, tails with the
+    branches of DSoP that read the last stage and with a GSoP block follow. *inputs* (B, C, H, W) of the last
+    stage and *vectors* (B, D), the input of the classifier, are those of a few images.
     """
     plain = cut_before_last_stage(network, inputs, vectors)
     if plain is None:
@@ -70,9 +70,10 @@ def cut_before_last_stage(
 ) -> Classifier | None:
     """Copy *model* so that its copy computes logits from the input of the last stage.
 
-    What runs before that stage is replaced by identities; of the branches of DSoP, those that read this stage
-    remain if *branches*. *stage_input* (B, C, H, W) and *vector* (B, D) are those of the whole network:
-    `None` if the copy does not reproduce them, because the network computes more than its modules do.
+    Modules before that stage become identities. With *branches*, the DSoP branches that read this stage
+    remain; all other branches are removed. *stage_input* (B, C, H, W) and *vector* (B, D), the input of the
+    classifier, were computed by *model*. Returns `None` if the copy does not compute *vector* from
+    *stage_input*, for example because `forward` of *model* also computes something outside of its modules.
     """
     stage = last_stage(model)
     tail = _copy_with_branches(model, stage if branches else None)
@@ -95,7 +96,7 @@ def cut_before_last_stage(
 
 
 def _copy_with_branches(model: Classifier, stage: str | None) -> Classifier:
-    """Copy *model* with only the branches that read *stage*, if it has any."""
+    """Copy *model* with only those of its branches that read *stage*; without *stage*, with none."""
     branches = model._modules.pop("branches", None)  # they are several times as large as the network
     try:
         copied = copy.deepcopy(model)

@@ -1,7 +1,7 @@
-"""The decision on fine-tuning: cross-validation of the number of epochs, paired with the head alone.
+"""Fine-tuning: cross-validation of the number of epochs, and the decision whether it is better than the head.
 
-All ways of fine-tuning are compared with the head alone on equal folds: plain, with the branches of DSoP that
-read the last stage, and with a GSoP block at its end.
+The ways of fine-tuning are: plain, with the branches of DSoP that read the last stage, and with a GSoP block
+at the end of that stage. All are compared with the head alone on the same folds.
 """
 
 from collections.abc import Callable
@@ -50,9 +50,9 @@ class Tuning:
 def fine_tune(
     recipe: Recipe, chosen: FittedHead, features: Features, targets: Targets, on: Progress
 ) -> Tuning:
-    """Fine-tune the last stage of the network of *chosen* where cross-validation shows a gain.
+    """Fine-tune the last stage of the network of *chosen* if cross-validation shows a gain.
 
-    The result is in the network of `Tuning.kept`.
+    The fine-tuned weights are then in `kept.tail.network` of the result.
     """
     config, seed = (recipe.few_shot or FewShotConfig()).fine_tuning, recipe.seed
     vectors, inputs = features.vectors[chosen.index], features.stage_inputs
@@ -99,7 +99,7 @@ def cross_validate_epochs(
     config: FineTuningConfig,
     on_part: Callable[[int, int], None],
 ) -> Array:
-    """Fine-tune one network per left-out fold, all in step, and record the logits after every epoch.
+    """Fine-tune one network per left-out fold and record the out-of-fold logits after every epoch.
 
     Returns the out-of-fold logits (E, N, C) after 0, 1, ... epochs; those after 0 epochs belong to the head
     *alone*. Training stops `patience` epochs after the smallest loss.
@@ -127,8 +127,8 @@ def cross_validate_epochs(
 def choose_epochs(targets: Targets, folds_N: NDArray[np.intp], curve_ENC: Array) -> tuple[Array, int]:
     """Choose the number of epochs; returns the out-of-fold logits (N, C) and the chosen number.
 
-    For the logits of a fold, the number with the smallest loss on the other folds is used. The returned
-    number, for the final network, has the smallest loss on all folds.
+    The logits of a fold are those after the number of epochs with the smallest loss on the other folds. The
+    returned number, which the final network uses, has the smallest loss on all folds.
     """
     losses_EN = np.stack([targets.losses(logits) for logits in curve_ENC])
     chosen_N = np.zeros(len(folds_N), np.intp)
@@ -146,7 +146,7 @@ def decide(
 ) -> Tuning:
     """Decide which of *tuned*, if any, replaces the head alone, whose out-of-fold logits are *before_NC*.
 
-    The logits of a fold are those of the decision that is made on the other folds.
+    The returned logits of a fold are those of the way that is best on the other folds.
     """
     images = np.arange(len(folds_N))
     usable = [one if one.epochs else TunedTail(one.tail, before_NC, 0) for one in tuned]
@@ -160,7 +160,7 @@ def decide(
             CandidateResult(
                 name=one.tail.name,
                 kept=number == best,
-                reason=reason or ("smallest loss" if number == best else "another one has a smaller loss"),
+                reason=reason or ("smallest loss" if number == best else "another way has a smaller loss"),
                 score=targets.estimate(one.logits, seed),
                 loss=float(targets.losses(one.logits).mean()),
                 score_before=before,

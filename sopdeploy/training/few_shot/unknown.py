@@ -28,10 +28,10 @@ class LeftOut(NamedTuple):
 
 
 def leave_classes_out(problem: HeadProblem, folds_N: NDArray[np.intp], l2: float) -> tuple[LeftOut, ...]:
-    """Fit heads with *l2* that never see one class, in turn for up to `MAX_CLASSES` evenly spaced classes.
+    """Fit heads without one class and compute their logits, in turn for up to `MAX_CLASSES` classes.
 
-    Returns no heads for fewer than three classes, because one logit would remain, and for several classes
-    per image.
+    *l2* is the regularization. The classes are evenly spaced. The result is empty for fewer than three
+    classes, because one logit would remain, and for several classes per image.
     """
     classes = np.flatnonzero(problem.targets.any(axis=0))
     if problem.activation == "sigmoid" or len(classes) < 3:
@@ -51,7 +51,7 @@ def leave_classes_out(problem: HeadProblem, folds_N: NDArray[np.intp], l2: float
 
 
 def left_out_areas(left_out: tuple[LeftOut, ...], temperature: float) -> dict[Score, float]:
-    """Compute the AUROC of both scores for detecting the class left out, averaged over the classes."""
+    """Compute the AUROC of each score for detecting the left-out class, averaged over the classes."""
     areas: dict[Score, float] = {}
     for score in SCORES if left_out else ():
         values = [

@@ -83,10 +83,10 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
 
 
 def measure_gate_load(run: Run, images: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
-    """Give a gated network the gate weights, summed over all *micro_batches*, for its balance loss.
+    """Store the gate weights, summed over all *micro_batches*, in a gated network for its balance loss.
 
-    This runs the backbone and the gate an additional time without gradient, unless the step has only one
-    micro-batch.
+    This is an additional forward pass of backbone and gate without gradient. If the step has only one
+    micro-batch, it is not needed and nothing is stored.
     """
     if not isinstance(run.model, GMSOP):
         return
@@ -106,7 +106,11 @@ def measure_gate_load(run: Run, images: Tensor, micro_batches: Sequence[MicroBat
 
 
 def start_micro_batch(run: Run, micro_batch: MicroBatch, number: int) -> None:
-    """Set the random numbers of micro-batch *number*; those of a gate are drawn twice, so it is seeded."""
+    """Set the random numbers of micro-batch *number*.
+
+    If a step has several micro-batches, a gated network runs twice on each of them (`measure_gate_load`); the
+    seed makes both runs draw the same noise.
+    """
     at, strategy = run.position, run.strategy
     strategy.shard_rng.start = micro_batch.total * strategy.rank // strategy.world
     strategy.shard_rng.total = micro_batch.total
@@ -115,14 +119,14 @@ def start_micro_batch(run: Run, micro_batch: MicroBatch, number: int) -> None:
 
 
 def _check_finite_step(run: Run, loss: Loss, norm: Tensor, samples: list[int]) -> bool:
-    """Return False if a float16 gradient overflowed; raise for all other NaNs.
+    """Return False if a float16 gradient overflowed; raise `TrainingError` for all other NaNs.
 
-    Batch norm's running statistics include the batch already, the weights do not.
+    At this point, batch norm's running statistics include the batch, but the weights are unchanged.
     """
     named = run.trained().named_buffers()
     buffers = {f"the buffer {name}": buffer for name, buffer in named if buffer.is_floating_point()}
     values = [loss.total, norm, *buffers.values()]
-    finite = torch.stack([value.isfinite().all() for value in values]).all()  # no synchronization per tensor
+    finite = torch.stack([value.isfinite().all() for value in values]).all()  # only one synchronization
     if int(run.strategy.all_reduce(finite.int())) == run.strategy.world:
         return True
     name = first_non_finite([*loss.parts.items(), ("the total loss", loss.total), *buffers.items()])

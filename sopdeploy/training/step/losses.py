@@ -12,7 +12,7 @@ from sopdeploy.models.base import TrainingOutput
 
 
 class Loss(NamedTuple):
-    """The minimized `total`, and the unweighted, detached `parts`; `received` is that of `TrainingOutput`."""
+    """The `total` to minimize, and its unweighted, detached `parts`; for `received` see `TrainingOutput`."""
 
     total: Tensor
     parts: dict[str, Tensor]
