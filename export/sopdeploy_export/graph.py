@@ -5,9 +5,9 @@ float32 outputs for any batch size of the bundle; a program that does not suppor
 Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT release supports it. Opset 18 is
 the lowest that torch writes and the most widely supported.
 
-Probes are the images that an export is checked on. The generated ones (noise, smooth fields at several
-scales, ramps, checkerboards, constants) exercise many parts of a network and are the same on every machine.
-Photographs from the deployment domain are more representative.
+Probes are the images on which the exported file is compared with the network. Generated probes (noise, smooth
+fields at several scales, ramps, checkerboards, constants) exercise many parts of a network and are the same
+on every machine. Photographs from the deployment domain are more representative.
 """
 
 import gc
@@ -48,7 +48,7 @@ PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 YOUNG_OBJECTS, WITHOUT_TRACES = 50_000, "do_not_emit_stack_traces"  # see `quick_tracing`
 MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
-# Converting a ResNet-50 takes as long as the parity check, so conversions are cached while the program lives.
+# Converting a ResNet-50 takes as long as the parity check, so the conversion of a program is cached with it.
 _CONVERTED: WeakKeyDictionary[ExportedProgram, tuple[int, ExportedProgram]] = WeakKeyDictionary()
 
 SEED = 20_240_117
@@ -82,8 +82,8 @@ def output_names(network: nn.Module) -> tuple[str, ...]:
 def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """Compute the exported outputs of *network*, in eval mode, for normalized *pixels* (B, 3, H, W).
 
-    A network that is not of the catalog and does not return a tensor has an attribute `export_logits`: the
-    attribute, key or index of the logits in what it returns. Raises `LoweringError` if there are no logits.
+    If a network outside of the catalog returns a container, its attribute `export_logits` is the attribute,
+    key or index of the logits in that container. Raises `LoweringError` if there are no logits.
     """
     if isinstance(network, Backbone):
         return network.outputs_tuple(pixels)
@@ -101,7 +101,7 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
 
 
 def describe(output: Any) -> str:
-    """Describe what a network returned: its type, and its keys or its length."""
+    """Describe *output*, the return value of a network: its type with its keys, fields or length."""
     if isinstance(output, Mapping):
         return f"a dict with {', '.join(map(repr, output))}"
     fields = getattr(output, "_fields", None)
@@ -176,7 +176,8 @@ def export(module: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any)
         reason = lines[0] if lines else type(error).__name__
         raise LoweringError(f"cannot be captured as one graph: {reason}") from error
     finally:
-        for part, before in attributes.items():  # torch resets old ones, and keeps new ones without values
+        # torch restores the attributes that existed, but leaves the ones that tracing added
+        for part, before in attributes.items():
             for name in vars(part).keys() - before:
                 del vars(part)[name]
     return functional
@@ -215,7 +216,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
 def with_converter_names(
     program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET
 ) -> ExportedProgram | None:
-    """Convert *program*, or look it up, and return it with the names of the ONNX file."""
+    """Return *program* with the value names of its ONNX file, from the cache or by converting it."""
     cached = _CONVERTED.get(program)
     if cached is not None and cached[0] == opset:
         return cached[1]
@@ -254,7 +255,7 @@ def quick_tracing() -> Iterator[None]:
     """
     before = gc.get_threshold()
     without = getattr(fx.config, WITHOUT_TRACES, False)  # not in every release
-    gc.set_threshold(before[0] and max(before[0], YOUNG_OBJECTS), *before[1:])  # 0 means none at all
+    gc.set_threshold(before[0] and max(before[0], YOUNG_OBJECTS), *before[1:])  # 0 disables collection
     setattr(fx.config, WITHOUT_TRACES, True)
     try:
         yield
@@ -296,7 +297,7 @@ def write(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def probe_images(preprocess: Preprocess, folder: Path | None = None) -> NDArray[np.uint8]:
-    """Build uint8 probes (P, crop, crop, 3): generated ones, then 64 of *folder*.
+    """Return the uint8 probes (P, crop, crop, 3): twelve generated images, then at most 64 of *folder*.
 
     Raises `DataError` if *folder* holds no readable image.
     """
@@ -325,10 +326,11 @@ def generated_images(side: int) -> NDArray[np.uint8]:
 
 
 def load_images(folder: Path, preprocess: Preprocess, option: str) -> NDArray[np.uint8]:
-    """Load the images of *folder* for the command line's *option*, as uint8 (P, crop, crop, 3).
+    """Load images of *folder* as uint8 (P, crop, crop, 3).
 
-    `--probes` loads the first 64, `--calibrate` up to 256 spread evenly, to cover every class. Raises
-    `DataError` if *folder* does not exist, holds no image or holds one that cannot be read.
+    *option* is the flag that names the folder. `--probes` loads the first 64 images; `--calibrate` loads at
+    most 256, spread evenly over the sorted paths so that they cover every class. Raises `DataError` if
+    *folder* does not exist, holds no image or holds one that cannot be read.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {option} needs a folder of images")

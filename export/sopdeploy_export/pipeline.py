@@ -62,8 +62,8 @@ from sopdeploy_export.rewrites.apply import CertifiedGraph, lower_by_rules
 __all__ = ["ExportOptions", "Exported", "export"]
 
 ONNX_FILE = "model.onnx"
-FOLDED_PROBES = 4  # on which a folded temperature is checked
-FOLDED_TOLERANCE = 1e-4  # relative to the largest logit; only the rounding of the weights changes
+FOLDED_PROBES = 4  # number of probes on which a folded temperature is checked
+FOLDED_TOLERANCE = 1e-4  # relative to the largest logit; covers the rounding of the divided weights
 
 
 class ExportOptions(StrictModel):
@@ -73,13 +73,13 @@ class ExportOptions(StrictModel):
         detach: Remove the training-only parts.
         batch: Batch sizes that the bundle must accept.
         probes: Folder of images to compare on, in addition to generated ones.
-        allow_drift: Write the bundle even if its outputs drift, and record it.
+        allow_drift: Write the bundle even if an output exceeds its tolerance, and record this.
         precision: Precision of the graph.
         lowering: Apply the rewrite rules; otherwise export the papers' formulas.
-        autotune: Choose between equivalent forms by timing them.
+        autotune: Choose between equivalent forms of a layer by timing them.
         measure_speed: Time the bundle against the plain backbone.
         pt2: Also write the certified program as `network.pt2`.
-        with_cam: Add the last feature map as an output and its linear layer, for class activation maps.
+        with_cam: Write what class activation maps need: the last feature map and the linear layer's weights.
     """
 
     detach: bool = False
@@ -299,7 +299,7 @@ def _write_bundle(
 def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityReport) -> Probes:
     """Create the bundle's probes from the *images* (P, H, W, 3) that were compared.
 
-    An allowed drift widens the tolerance of replays to twice the observed drift.
+    If drift was allowed, the tolerance of an output is at least twice its observed drift.
     """
     tolerance = {name: output.tolerance for name, output in parity.outputs.items()}
     if parity.drift_allowed:
@@ -317,7 +317,7 @@ def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityRepo
 def write_golden_examples(folder: Path, preprocess: Preprocess, batch: BatchRange, probes: Probes) -> None:
     """Write golden examples with the logits of the file in *folder*.
 
-    They allow twice the tolerance of *probes*: these logits and those of another runtime may both deviate.
+    Their tolerance is twice that of *probes*, because two runtimes may deviate in opposite directions.
     """
     session = open_session(folder / ONNX_FILE)
     source, output = session.get_inputs()[0].name, session.get_outputs()[0].name
@@ -365,7 +365,7 @@ def _manifest_fields(job: _Job, folder: Path, converted: ConvertedGraph, checks:
 
 
 def check_exportable(network: nn.Module, training_only: tuple[str, ...] = ()) -> None:
-    """Raise `LoweringError` if a layer of *network* that is exported is declared `not_exportable`."""
+    """Raise `LoweringError` if a layer of *network* outside of *training_only* declares `not_exportable`."""
     for name, module in network.named_modules():
         reason = export_hints(module).not_exportable
         if reason is not None and not is_in(name, *training_only):
@@ -380,7 +380,7 @@ def fold_temperature(
 
     This divides the logits without any cost at inference; training-only heads keep their logits. *deployed*
     contains *network* and computes the logits of *images* (N, H, W, 3) before and after. Raises
-    `LoweringError` if no linear layer computes the logits, or if dividing it does not divide them.
+    `LoweringError` if no linear layer computes the logits, or if dividing its weights does not divide them.
     """
     layer = network.logits_layer() if isinstance(network, Classifier) else None
     problem = f"temperature {temperature:.3g}: cannot be folded"

@@ -29,7 +29,7 @@ Microseconds = Annotated[int, pydantic.Field(ge=0)]
 
 
 class TritonOptions(StrictModel):
-    """Batching and queueing in Triton; *timeout* rejects requests that waited longer."""
+    """Batching and queueing in Triton, which rejects requests that wait longer than *timeout*."""
 
     max_queue_delay: Microseconds = 1000
     timeout: Microseconds = 1_000_000

@@ -96,7 +96,7 @@ def test_a_doubtful_precision_is_recorded_and_with_strict_an_error(install: Inst
     assert (good.parts["second order"].realised, good.warnings) == ({"fp32": 3}, ())
     trt._faults.add("silent fp32")
     bundle = write(tmp_path, network(half=True), precision="fp16")
-    message = "^layer1: .*computes with fp32, the graph asks for fp16.*without --strict the probes decide"
+    message = "^layer1: .*computes with fp32, the graph asks for fp16.*--strict this is only a warning"
     with pytest.raises(EngineError, match=message):
         get_engine(bundle, strict)
     assert not list((tmp_path / "engines").rglob("*.plan"))

@@ -1,8 +1,8 @@
-"""Measure the drift of an int8 file, and name the first convolution that the runtime computes differently.
+"""Measure the drift of an int8 file from float32, and find the first convolution over its noise floor.
 
-A quantized convolution is read after its DequantizeLinear, so that the runtime still fuses the operators
-before it. The noise floor is the effect of quantization itself: the difference between the int8 graph, run
-operator by operator, and the float32 graph.
+The output of a quantized convolution is read after its DequantizeLinear node, so that the runtime still fuses
+the operators before it. The noise floor is the effect of quantization itself: the difference between the int8
+graph, run operator by operator, and the float32 graph.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,8 @@ from sopdeploy_export.parity.onnx_file import (
 )
 from sopdeploy_export.parity.report import PartDrift
 
-Places = Mapping[str, tuple[str, str]]  # value to read in the int8 graph: (module, value in float32)
+# name of a value in the int8 graph: (module, name in the float32 graph)
+Places = Mapping[str, tuple[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,15 +43,15 @@ class Int8Graphs:
 def find_first_int8_drift(
     path: Path, graphs: Int8Graphs, images: NDArray[np.uint8], floors: float
 ) -> str | None:
-    """Find the first convolution of the file at *path* over *floors* noise floors.
+    """Find the first convolution of the file at *path* that drifts by more than *floors* noise floors.
 
-    Returns a sentence with the module and the option to try, or None.
+    Returns a sentence with the module and the option to try; None if no convolution drifts as much.
     """
     for drift in drifts(path, graphs, convolution_values(graphs.int8), images[:IMAGES]):
         if drift.in_floors > floors:
             return (
                 f"the first module over its noise floor is {drift.part} ({drift.in_floors:.0f}x); the int8 "
-                f"kernels of this processor give other results: try --keep-float {drift.part}"
+                f"kernels of this processor give different results: try --keep-float {drift.part}"
             )
     return None
 
@@ -75,7 +76,7 @@ def part_drifts_int8(
 
 
 def drifts(path: Path, graphs: Int8Graphs, places: Places, images: NDArray[np.uint8]) -> Iterator[Drift]:
-    """Yield the drift of the file at *path* at *places*."""
+    """Yield the drift of the file at *path* from the float32 graph, for every value in *places*."""
     names, images = list(places), images[: fixed_batch(graphs.int8)]
     found = run_file(onnx.load(path), names, images)
     own = run_file(graphs.int8, names, images, optimized=False)
@@ -85,7 +86,7 @@ def drifts(path: Path, graphs: Int8Graphs, places: Places, images: NDArray[np.ui
 
 
 def convolution_values(model: onnx.ModelProto) -> Places:
-    """Find the outputs of the int8 convolutions of *model*."""
+    """Map the output of every int8 convolution of *model* to its module and its name in the float32 graph."""
     dequantized = _dequantized_values(model)
     codes = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     found: dict[str, tuple[str, str]] = {}
@@ -97,7 +98,7 @@ def convolution_values(model: onnx.ModelProto) -> Places:
 
 
 def _dequantized_values(model: onnx.ModelProto) -> dict[str, str]:
-    # Each quantized value with the output of the DequantizeLinear that follows it.
+    # Map each quantized value to the output of the DequantizeLinear node that follows it.
     back = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     return {
         node.input[0]: back[node.output[0]]

@@ -1,7 +1,7 @@
 """Class activation maps in the export: add the feature map as an output; check that maps add up to logits.
 
-`sopdeploy/bundle/class_maps.py` defines the maps. They exist where the logits are a linear layer of the mean
-of the feature map, so that the mean of the map of a class plus its bias is the logit.
+`sopdeploy/bundle/class_maps.py` defines the maps. A network has them if a linear layer computes its logits
+from the mean of the feature map. The mean of the map of a class plus the bias of the class is then its logit.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from sopdeploy_export.parity.report import LOGITS, ClassMapParity, ParityReport
 def add_features_output(network: nn.Module) -> None:
     """Make the last feature map an output of *network*, for `--with-cam`.
 
-    Raises `LoweringError` unless the logits are a linear layer of the mean of that map.
+    Raises `LoweringError` unless a linear layer computes the logits from the mean of that map.
     """
     if not isinstance(network, Backbone) or network.averaged_classifier() is None:
         raise LoweringError(
@@ -31,7 +31,7 @@ def add_features_output(network: nn.Module) -> None:
 
 
 def class_map_layer(network: nn.Module) -> ClassMapLayer:
-    """Copy the linear layer of *network* after its average pooling."""
+    """Copy the linear layer after the average pooling of *network*; raises `LoweringError` without one."""
     linear = network.averaged_classifier() if isinstance(network, Backbone) else None
     if linear is None:
         raise LoweringError(f"{type(network).__name__}: no linear layer after average pooling")
@@ -45,10 +45,10 @@ def class_map_layer(network: nn.Module) -> ClassMapLayer:
 def check_class_maps(
     path: Path, layer: ClassMapLayer, images: NDArray[np.uint8], parity: ParityReport
 ) -> ParityReport:
-    """Check on the outputs of the ONNX file at *path* that the maps of *layer* add up to the logits.
+    """Check that the class activation maps of the ONNX file at *path* add up to its logits.
 
-    *images* are uint8 (P, H, W, 3). The deviation may be the tolerance of the logits in *parity*, a multiple
-    of their noise floor. Returns *parity* with the record; raises `ParityError` for a larger deviation.
+    *layer* computes the maps; *images* are uint8 (P, H, W, 3). Returns *parity* with the measured deviation.
+    Raises `ParityError` if the deviation exceeds the tolerance of the logits in *parity*.
     """
     outputs = file_outputs(open_session(path), images, 1)
     deviation = float(np.abs(layer.logits(outputs[FEATURES]) - outputs[LOGITS]).max())

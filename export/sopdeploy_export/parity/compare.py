@@ -1,20 +1,20 @@
 """Compare the exported ONNX file, loaded from disk, with the network it was exported from.
 
-The reference is the network in float64; its noise floor is the error of its own run in the exported
-precision. Every output must stay within its tolerance at every tested batch size and must not depend on the
-batch. A changed top class or gate route is an error where the network's margin was clear. If the comparison
-fails, *locate* names the first module that is wrong.
+The reference is the network in float64. The noise floor is the error of the network's own run in the exported
+precision. Every output must stay within its tolerance at every tested batch size, and must not depend on the
+other images of the batch. A changed top class or gate route is an error unless the network's margin is so
+small that rounding can change it. If the comparison fails, *locate* names the first module that is wrong.
 
-The matrix square roots of second-order modules are checked for symmetry, residual and distance from N exact
-steps, in the exported dtypes. An inaccurate iteration would raise the noise floor of the whole network and
-pass there; here every root R is compared with R*, N Newton-Schulz steps in float64 on the same feature maps.
+The matrix square roots of second-order modules are checked in the exported dtypes: symmetry, residual, and
+distance from R*, the result of N Newton-Schulz steps in float64 on the same feature maps. The comparison of
+outputs does not detect an inaccurate iteration, which raises the noise floor of the network as well.
 
-Bounds. Let e = ||R - R*|| / ||R*|| in Frobenius norms. The library's own implementation in the same dtypes
-has the error e0, and `ROOT_FLOORS` * e0 is allowed, at most `_error_limit`: what N steps can lose with unit
-roundoff u. The limit exposes noise that affects both implementations, such as TF32 products. The other
-bounds follow from e: R* is symmetric, so ||R - R^T|| <= 2 e ||R*||, and with S = R* R* <= covariance, ||R R
-- R* R*|| <= 2 e ||R*||_2 ||R*|| <= 2 e d^(1/4) ||covariance||, since ||R*||_2^2 <= ||S|| and ||R*||^2 <=
-trace(S) <= sqrt(d) ||S||.
+Bounds. For a root R, let e = ||R - R*|| / ||R*|| in Frobenius norms, and e0 the same error of the library's
+own implementation in the same dtypes. Two limits apply: e <= `ROOT_FLOORS` * e0, and e <= `_error_limit`, the
+largest error that rounding can cause in N steps. The second one detects errors of both implementations, such
+as TF32 products. The other bounds follow from e: R* is symmetric, so ||R - R^T|| <= 2 e ||R*||, and with
+S = R* R* <= covariance, ||R R - R* R*|| <= 2 e ||R*||_2 ||R*|| <= 2 e d^(1/4) ||covariance||, since
+||R*||_2^2 <= ||S|| and ||R*||^2 <= trace(S) <= sqrt(d) ||S||.
 """
 
 import copy
@@ -83,7 +83,7 @@ class Reference:
 
     @property
     def floors(self) -> float:
-        """The allowed drift in noise floors."""
+        """The allowed drift as a multiple of the noise floor."""
         return FLOORS_BY_PRECISION[self.precision]
 
 
@@ -96,9 +96,9 @@ def compute_reference(
 ) -> Reference:
     """Compute the float64 outputs of *deployed* for *images* (P, H, W, 3) and the noise floor of *own*.
 
-    *own* runs the network in *precision*, by default *deployed* itself; *own_gate* gives the gate logits of
-    that run. The noise floor is the larger error of *own* in batches of 16 and image by image. Raises
-    `ParityError` if outputs are not finite or the gate is undecided on every image.
+    *own* runs the network in *precision*, by default *deployed* itself; *own_gate* computes the gate logits
+    in *precision*. *own* runs in batches of 16 and image by image; the noise floor is the larger of the two
+    errors. Raises `ParityError` if outputs are not finite or the gate is undecided on every image.
     """
     own = own or deployed
     names, network64 = output_names(deployed.network), copy.deepcopy(deployed).double()
@@ -147,7 +147,7 @@ ROOT_FLOORS = {"float32": FLOORS_BY_PRECISION["fp32"], "float16": FLOORS_BY_PREC
 
 
 def spectral_records(network: nn.Module, pixels: Tensor) -> tuple[SpectralRecord, ...]:
-    """Measure every second-order module of *network* on the first images of *pixels* (P, H, W, 3)."""
+    """Measure the roots of every second-order module of *network* on four images of *pixels* (P, H, W, 3)."""
     seen: dict[str, tuple[Tensor, ...]] = {}
 
     def keep(name: str, _part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -174,7 +174,7 @@ def spectral_records(network: nn.Module, pixels: Tensor) -> tuple[SpectralRecord
 
 @torch.no_grad()
 def measure_root(name: str, part: Any, inputs: tuple[Tensor, ...]) -> SpectralRecord:
-    """Measure the roots that *part* computes from *inputs*, against N steps in float64."""
+    """Compare the roots that *part* computes from *inputs* with N Newton-Schulz steps in float64."""
     config: NewtonSchulzConfig = part.config
     maps, root = part.roots(*inputs)
     exact = covariance_root(maps.double(), config)
@@ -220,7 +220,7 @@ def violation(records: tuple[SpectralRecord, ...]) -> str | None:
         steps, allowed = found.iterations, found.allowed
         checks = (
             ("the root is not symmetric: asymmetry", found.asymmetry, 2 * allowed),
-            (f"{steps} steps leave another residual: changed by", moved, 2 * found.width**0.25 * allowed),
+            (f"the residual of {steps} steps differs: by", moved, 2 * found.width**0.25 * allowed),
             (f"the root differs from that of {steps} steps: by", found.distance, allowed),
         )
         for what, value, limit in checks:
@@ -230,7 +230,7 @@ def violation(records: tuple[SpectralRecord, ...]) -> str | None:
 
 
 def _relative_norm(difference: Tensor, reference: Tensor) -> float:
-    """Compute the maximum ratio of two Frobenius norms over matrices that are not zero."""
+    """Compute the maximum of ||difference|| / ||reference|| over all matrices with a reference above 0."""
     sizes = torch.linalg.matrix_norm(reference.double())
     ratios = torch.linalg.matrix_norm(difference.double()) / sizes.clamp_min(1e-12)
     return float(ratios[sizes > 1e-12].max()) if bool((sizes > 1e-12).any()) else 0.0
@@ -251,9 +251,10 @@ def compare(
 ) -> ParityReport:
     """Compare the ONNX file at *path* with *expected* on uint8 *images* (P, H, W, 3).
 
-    Raises `ParityError` if an output exceeds its tolerance or is not finite, or if a class or route changed
-    despite a clear margin. *allow_drift* records these errors in the report instead; values that are not
-    finite always raise.
+    *operators*, the node counts of the file, go into the report. If the comparison fails, *locate* returns a
+    sentence about the first wrong module. Raises `ParityError` if an output exceeds its tolerance or is not
+    finite, or if a class or route changed despite a clear margin. With *allow_drift*, the report records
+    these errors instead; values that are not finite always raise.
     """
     session = open_session(path)
     sizes = sorted({1, min(2, batch.maximum), batch.optimum, max(1, batch.maximum - 1)})
@@ -274,7 +275,7 @@ def compare(
             ),
         )
     if not kept.any():
-        raise ParityError(f"the exported file sends every image to other components; {UNDECIDED}")
+        raise ParityError(f"the exported file routes every image to other components; {UNDECIDED}")
     top1 = agreement(found[1][LOGITS], expected.outputs[LOGITS], outputs[LOGITS].tolerance, ~kept)
     routing = None if routes is None else routing_parity(other, routes)
     passed = (
@@ -307,9 +308,10 @@ def compare(
 
 
 def logit_spread(logits: NDArray[Any]) -> float:
-    """Compute the largest range of a class over images for (P, C) *logits*; over classes if P is 1.
+    """Compute the range over images of each class's logit in *logits* (P, C), and return the largest.
 
-    A file that gives the same logits for every image is wrong by at least half of it.
+    A single image gives the range over its classes. A file that returns the same logits for every image has
+    an error of at least half of this range.
     """
     return float(np.ptp(logits, axis=0 if len(logits) > 1 else 1).max())
 
@@ -319,7 +321,7 @@ def add_spectral_records(
 ) -> ParityReport:
     """Add the *records* of second-order modules to *report*.
 
-    Raises `ParityError` if a record violates an invariant, unless *allow_drift*.
+    Raises `ParityError` if a record violates an invariant, unless *allow_drift* is set.
     """
     broken = violation(records)
     passed = report.passed and broken is None
@@ -337,10 +339,10 @@ def add_spectral_records(
 
 
 def _overflow(deployed: Deployed, output: str, precision: Precision, image: NDArray[np.uint8]) -> str:
-    """Describe that *output* of *image* (1, H, W, 3) is not finite in *precision*, and what helps.
+    """Build the error message for an *output* of *image* (1, H, W, 3) that is not finite in *precision*.
 
-    For float32 there is no wider precision to suggest, so the first module with an output that is not finite
-    is named instead.
+    It suggests a precision with a wider range. Float32 has the widest, so its message names the first module
+    with an output that is not finite.
     """
     message = f"the network's own {output} are not finite in {precision} on the probe images"
     if precision != "fp32":

@@ -1,9 +1,9 @@
 """Run the exported file in ONNX Runtime, and measure its drift module by module.
 
-Files run with the graph optimizations used for serving. ONNX Runtime has no bfloat16 CPU kernels. A bfloat16
-graph is emulated: each such operator runs in float32 between two casts, without graph optimizations, which
-could remove the casts. Every stored value is rounded as on a GPU and sums are float32 as on a GPU; only speed
-and kernels differ. Reports state this: `EMULATION`.
+Files run with the graph optimizations used for serving. ONNX Runtime has no bfloat16 CPU kernels, so bfloat16
+graphs are emulated: each bfloat16 operator runs in float32 between two casts, without graph optimizations,
+which could remove the casts. As on a GPU, results are rounded to bfloat16 and sums are float32; only speed
+and kernels differ. Reports of such files contain the sentence `EMULATION`.
 
 The exported graph keeps the value names of the converter. Converting the network again gives the same names
 and, for each value, its module. So the output of every module and every product of a Newton-Schulz iteration
@@ -33,8 +33,8 @@ from sopdeploy_export.parity.report import PROVIDER, PartDrift
 Arrays = dict[str, NDArray[Any]]
 BFLOAT16 = onnx.TensorProto.BFLOAT16
 EMULATION = (
-    "this runtime has no bfloat16 kernels: each such operator was computed in float32 and its result rounded "
-    "to bfloat16, operator by operator"
+    "this runtime has no bfloat16 kernels: each bfloat16 operator was computed in float32, and its result "
+    "was rounded to bfloat16"
 )
 
 
@@ -59,7 +59,7 @@ def open_session(model: Path | onnx.ModelProto, *, optimized: bool = True) -> or
 
 
 def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch: int) -> Arrays:
-    """Run *images* in batches of exactly *batch*, repeating images to fill the last one.
+    """Run *images* in batches of exactly *batch* images; repeated images fill the last batch.
 
     Raises `ParityError` if the file does not accept this batch size.
     """
@@ -83,7 +83,7 @@ def fixed_batch(model: onnx.ModelProto) -> int | None:
 
 
 def has_bfloat16(model: onnx.ModelProto) -> bool:
-    """Whether any weight of *model* is bfloat16."""
+    """Return whether any weight of *model* is bfloat16."""
     return any(tensor.data_type == BFLOAT16 for tensor in model.graph.initializer)
 
 
@@ -118,9 +118,9 @@ def emulate_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def cast_to_float32(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
-    """Copy *model* with casts of the bfloat16 values among *names*, which numpy cannot read.
+    """Copy *model* and cast the bfloat16 values among *names* to float32, because numpy cannot read them.
 
-    Returns the copy and the names to request instead.
+    Returns the copy and, for each of *names*, the name of the readable value.
     """
     typed = onnx.shape_inference.infer_shapes(model)
     narrow = _bfloat16_values(typed)
@@ -150,12 +150,12 @@ ADVICE = {  # by the step inside a second-order module
     "trace": SECOND_ORDER,
     "triangle": "the file selects other matrix elements: export it again",
 }
-INNER = {"clamp_min": "trace", "index_select": "triangle", "masked_fill": "gate"}
+INNER = {"clamp_min": "trace", "index_select": "triangle", "masked_fill": "gate"}  # operation: step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Boundary:
-    """The output of module `part`: `value` in the file, `node` in the captured graph."""
+    """The output of module `part`: its name `value` in the file and `node` in the captured graph."""
 
     value: str
     node: str
@@ -164,7 +164,7 @@ class Boundary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drift:
-    """Drift and noise floor at one boundary, in the units of that value.
+    """Drift and noise floor of the value at one boundary, in the units of that value.
 
     `share` is the root mean square error divided by the standard deviation of the value.
     """
@@ -181,7 +181,10 @@ class Drift:
 
 
 def measure_drift(part: str, found: NDArray[Any], exact: NDArray[Any], own: NDArray[Any]) -> Drift:
-    """Compute the drift of *found* from *exact*; the noise floor is the drift of *own*."""
+    """Compute the drift of *found* from *exact*; the noise floor is the drift of *own* from *exact*.
+
+    *found* is read from the file, *exact* is in float64, *own* is the network in the exported precision.
+    """
     finite = exact[np.isfinite(exact)]
     error = difference(found, exact)
     floor = max(
@@ -222,7 +225,7 @@ class RecordingInterpreter(fx.Interpreter):
         self.kept: dict[str, NDArray[Any]] = {}
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one operation; with `exact`, arguments that are floating-point dtypes become float64."""
+        """Run one operation; with `exact`, float64 replaces every floating-point dtype in its arguments."""
         if self.exact:
             args = tuple(torch.float64 if any(v is dtype for dtype in REDUCED) else v for v in args)
             kwargs = {
@@ -263,9 +266,9 @@ def part_drifts(
 
 
 def select_parts(places: Sequence[Boundary]) -> list[Boundary]:
-    """Select the outputs of modules and their children, evenly spaced if more than `MAX_PARTS`.
+    """Select at most `MAX_PARTS` outputs of top-level modules and their children, evenly spaced.
 
-    For a second-order module, the covariance and the triangle are selected too.
+    The covariance and the triangle of a second-order module are selected too.
     """
     ends = []
     for place in places:
@@ -307,7 +310,7 @@ def drifts(
 
 
 def boundaries(program: ExportedProgram, model: onnx.ModelProto) -> list[Boundary]:
-    """Find the values of *model* where a module ends, and the steps inside second-order modules."""
+    """Find the values of *model* that are outputs of modules or of steps inside second-order modules."""
     known = {name for node in model.graph.node for name in node.output}
     results = next(node for node in program.graph.nodes if node.op == "output").args[0]
     output_names = dict(zip(results, (value.name for value in model.graph.output), strict=True))
@@ -347,9 +350,9 @@ def _operation(node: fx.Node) -> str:
 def run_file(
     model: onnx.ModelProto, names: Sequence[str], images: NDArray[np.uint8], *, optimized: bool = True
 ) -> dict[str, Any]:
-    """Run *model* on *images* and read the inner values *names*, with or without graph optimizations.
+    """Run *model* on *images* and read the intermediate values *names*.
 
-    A bfloat16 model is emulated without optimizations, as in the comparison of the file.
+    A bfloat16 model is emulated, without graph optimizations, as `open_session` does.
     """
     if emulated := has_bfloat16(model):
         probed, wanted = cast_to_float32(emulate_bfloat16(model), names)

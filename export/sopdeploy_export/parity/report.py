@@ -1,16 +1,16 @@
 """The measurements of `parity.json`: drift, noise floors, top-1 agreement, routing and spectral errors.
 
-Tolerances are measured. The reference is the network in float64. The noise floor of an output is the
-distance between that reference and the network's own run in the exported precision. The file may drift by
-`FLOORS_BY_PRECISION` noise floors: 16 in float32, where reordered sums and folded batch norms cause 1 to 4;
-4 in a reduced precision, where the floor already contains the rounding to that precision.
+Tolerances are multiples of a measured noise floor. The reference is the network in float64. The noise floor
+of an output is the distance between that reference and the network's own run in the exported precision. The
+file may drift by `FLOORS_BY_PRECISION` noise floors: 16 in float32, where reordered sums and folded batch
+norms cause 1 to 4; 4 in a reduced precision, where the floor already contains the rounding to that precision.
 
 Routing of mixtures: a gate that is nearly undecided may choose other components after rounding, and every
 later number then changes although nothing is wrong. An image is undecided if the margin between its K-th and
-next gate logit is within the measured noise of these logits. A route is the set of the K largest gate
-logits. The file exposes only softmax weights, and a chosen weight may underflow to 0 in float32. Such a
-component does not contribute, so only components whose weight stays positive under the tolerated drift count
-as missing.
+next gate logit is within the measured noise of these logits. A route is the set of the K largest gate logits.
+The file exposes only softmax weights, and the weight of a chosen component may underflow to 0 in float32. A
+component with weight 0 in the file is therefore an error only if its weight must be positive within the
+tolerated drift.
 """
 
 import math
@@ -63,8 +63,9 @@ class Flip(StrictModel):
 class Agreement(StrictModel):
     """Top-1 agreement between the file and the network.
 
-    A flip is noise where the network's margin is at most twice the tolerance, and routing where the gate,
-    undecided, chose other components. `low` and `high` are the 95 % Wilson interval of the agreement rate.
+    `flips_within_noise` counts changed top classes where the network's margin is at most twice the tolerance,
+    `flips_by_routing` those of images excluded for their route, `flips` all other ones, which are errors.
+    `low` and `high` are the 95 % Wilson interval of the agreement rate.
     """
 
     images: int
@@ -80,8 +81,8 @@ class Agreement(StrictModel):
 class OutputParity(StrictModel):
     """The drift of one output, in the units of that output.
 
-    `drift` is the maximum absolute difference from the float64 network by batch size; `alone_or_in_batch` is
-    the maximum change caused by batching.
+    `drift` maps each batch size to the maximum absolute difference from the float64 network;
+    `alone_or_in_batch` is the maximum change caused by batching.
     """
 
     noise_floor: float
@@ -103,10 +104,10 @@ class OutputParity(StrictModel):
 class RoutingParity(StrictModel):
     """Comparison of the routes that the gate of the file chose with those of the float64 network.
 
-    An image is `unsteady` if its margin between the K-th and the next gate logit is at most twice
-    `tolerance`, the allowed drift of these logits. Other components for an unsteady image are a flip; for a
-    steady image they are wrong. `left_out` are the images excluded from the drift and from the probes.
-    `usage` is the number of images per component in float64.
+    An image is unsteady if its margin between the K-th and the next gate logit is at most twice `tolerance`,
+    the allowed drift of these logits. The images that the file routes to other components are counted as
+    `flips` if they are unsteady, and as `wrong` if not. `left_out` lists the images excluded from the drift
+    and from the probes. `usage` is the number of images per component in float64.
     """
 
     noise_floor: float
@@ -166,9 +167,10 @@ class ClassMapParity(StrictModel):
 class ParityReport(StrictModel):
     """The comparison of the exported file with its network.
 
-    `spread` is the largest range of a logit over the images, in a reduced precision. `emulation` describes
-    how the runtime computed operators without kernels; None if it ran the file unchanged. `broken` names the
-    first violated invariant of `spectral`. `class_maps` is written only for a file with their features.
+    `spread` is the largest range of a logit over the images; None in float32. `emulation` describes how the
+    runtime computed operators for which it has no kernels; None if it ran the file unchanged. `broken` names
+    the first violated invariant of `spectral`. The JSON omits `class_maps` unless the file was exported with
+    `--with-cam`.
     """
 
     precision: Precision = "fp32"
@@ -209,7 +211,7 @@ class ParityReport(StrictModel):
 
     @property
     def compared_images(self) -> list[int]:
-        """The indices of the images whose numbers were compared."""
+        """The indices of the images whose outputs were compared."""
         left_out = () if self.routing is None else self.routing.left_out
         return [image for image in range(self.images) if image not in left_out]
 
@@ -265,9 +267,10 @@ def agreement(
 class Routing:
     """The float64 routes of P images through N components.
 
-    `chosen` and `visible` are (P, N); `visible` are the chosen components whose weight is positive in
-    float32. `steady` (P,) are the images to compare numbers on: the images with a clear margin or, where the
-    gate is not `decided` on any image, the images whose route the network's own rounding does not change.
+    `chosen` and `visible` are (P, N); `visible` marks the chosen components whose weight is positive in
+    float32. `steady` (P,) marks the images whose outputs are compared: the images with a clear margin. If no
+    image has a clear margin, `decided` is false, and `steady` marks the images whose route does not change in
+    the network's own run in the exported precision.
     """
 
     chosen: NDArray[np.bool_]
@@ -304,7 +307,7 @@ def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
 
 
 def find_routes(exact: NDArray[Any], own: NDArray[Any], k: int, floors: float) -> Routing:
-    """Compute the routes of the float64 gate logits *exact* (P, N) to *k* components, and their stability.
+    """Compute the routes to *k* components from the float64 gate logits *exact* (P, N), and their stability.
 
     *own* are the logits in the exported precision; the tolerance is *floors* times their error.
     """
@@ -339,14 +342,14 @@ def _largest(logits: NDArray[Any], k: int) -> NDArray[np.bool_]:
 
 
 def rerouted(gates: NDArray[Any], routes: Routing) -> NDArray[np.bool_]:
-    """Find the images (P,) whose weights *gates* (P, N) in the file belong to other components."""
+    """Mark the images (P,) that the file routes to other components; *gates* (P, N) are its weights."""
     given = gates > 0
     different: NDArray[np.bool_] = (given & ~routes.chosen) | (~given & routes.visible)
     return np.asarray(different.any(axis=1), dtype=np.bool_)
 
 
 def compared(other: NDArray[np.bool_], routes: Routing) -> NDArray[np.bool_]:
-    """Select the images (P,) to compare numbers on; *other* (P,) marks rerouted images."""
+    """Mark the images (P,) whose outputs are compared; *other* (P,) marks rerouted images."""
     kept: NDArray[np.bool_] = routes.steady & (routes.decided | ~other)
     return kept
 

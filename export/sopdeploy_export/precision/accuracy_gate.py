@@ -37,8 +37,9 @@ def check_accuracy(
 ) -> PrecisionReport:
     """Add the accuracy of the file at *path* to the precision report.
 
-    The images are those of `evaluate` (with labels) or of `calibrate`. Raises `ParityError` if more than
-    `max_drop` points are lost and *allow_drift* is off.
+    It is measured on the labeled images of `evaluate`, or else on the images of `calibrate`. Raises
+    `ParityError` if more than `max_drop` points are lost and *allow_drift* is off, and `ConfigError` for
+    `evaluate` with a network that predicts several classes per image.
     """
     several = subject.decision is not None and subject.decision.activation == "sigmoid"
     if options.evaluate is not None and several:
@@ -64,7 +65,7 @@ def check_accuracy(
 
 
 def compare_predictions(before: onnx.ModelProto, after: Path, batches: Iterable[Batch]) -> Accuracy:
-    """Run both graphs on *batches* and compare their top classes."""
+    """Run the graph *before* and the file *after* on *batches* and compare their top classes."""
     sessions = open_session(before), open_session(after)
     predictions: list[list[NDArray[np.int64]]] = [[], []]
     truth: list[int] = []
@@ -104,7 +105,7 @@ def _labeled_batches(dataset: PreprocessedDataset, size: int) -> Iterator[Batch]
 
 
 def _int8_advice(report: PrecisionReport) -> str:
-    """Name the costly parts and layers in int8 and the options to try."""
+    """Name the parts and layers that change the logits most in int8, and the options to try."""
     quantization = report.quantisation
     if quantization is None:
         return ""

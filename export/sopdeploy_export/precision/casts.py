@@ -1,21 +1,21 @@
 """Place casts in the network, so that every runtime computes in the same types.
 
-The copy is the network that the rewrite rules produced. A part with weights receives its inputs in the
-dtype of its own weights. Layers that declare `keep_float32` stay in float32, and so does what they compute
-without weights: covariance, trace, Newton-Schulz, gate, softmax, and means over a whole map. Experts
-multiply maps by their weights in the dtype of the maps, and compute roots and sums in float32. All outputs
-are float32.
+The casts are placed in a copy of the network that the rewrite rules produced. A part with weights receives
+its inputs in the dtype of its own weights. Layers that declare `keep_float32` stay in float32, including
+their operations without weights: covariance, trace, Newton-Schulz, gate, softmax, and means over a feature
+map. Experts multiply maps by their weights in the dtype of the maps, and compute roots and sums in float32.
+All outputs are float32.
 
-`fp16` converts everything else to float16, including the classifier. `bf16-backbone` converts the layers
-that compute feature maps to bfloat16, but not the classifier. Newton-Schulz in float16 is a separate
-option: its matrices are stored in float16 and multiplied in float32, which TensorRT runs as one float16
-product with a float32 accumulator. In bfloat16 the iteration would lose 5e-3 relative, in float16 it loses
-7e-4; bfloat16 is therefore not offered.
+`fp16` converts everything else to float16, including the classifier. `bf16-backbone` converts the layers that
+compute feature maps to bfloat16, but not the classifier. Newton-Schulz in float16 is a separate option: its
+matrices are stored in float16 and multiplied in float32, which TensorRT runs as one float16 product with a
+float32 accumulator. The relative error of the iteration is 7e-4 in float16. It would be 5e-3 in bfloat16, so
+bfloat16 is not offered.
 
 Before the casts, batch norms are folded in float64 into the convolutions before them: y = s (W x) + t is the
-convolution (s W) x + t. Weights that are rounded once, after folding, lose less than with the ONNX converter,
-which folds rounded weights and does not support bfloat16. A batch norm is folded only if the captured program
-shows that nothing else reads the convolution.
+convolution (s W) x + t. Rounding the weights once, after folding, is more accurate than the ONNX converter,
+which folds weights that are already rounded, and does not support bfloat16. A batch norm is folded only if
+the captured program shows that nothing else reads the output of the convolution.
 """
 
 import copy
@@ -39,14 +39,14 @@ LOW_PRECISION = {"fp16": torch.float16, "bf16-backbone": torch.bfloat16}
 
 
 class FirstOutput(nn.Module):
-    """The first output of *network*, from normalized images."""
+    """Wrap *network* so that it returns only its first output, the logits."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Compute the logits."""
+        """Compute the logits (B, C) of normalized *pixels* (B, 3, H, W)."""
         return compute_outputs(self.network, pixels)[0]
 
 
@@ -54,8 +54,8 @@ def with_precision(network: Part, program: ExportedProgram, precision: Precision
     """Copy *network*, in eval mode, and convert it to *precision*.
 
     *program* is the captured network; it shows which batch norms fold into the convolution before them.
-    Raises `LoweringError` if the folded network computes something else for *pixels*, normalized images, in
-    float64. The noise floor would accept such an error as rounding.
+    Raises `LoweringError` if folding changes the float64 logits of *pixels*, normalized images (P, 3, H, W).
+    The comparison of the file cannot detect such an error, because it raises the noise floor as well.
     """
 
     def build(original: FirstOutput) -> FirstOutput:
@@ -69,7 +69,7 @@ def with_precision(network: Part, program: ExportedProgram, precision: Precision
 
 
 def place_casts(network: Part, precision: Precision) -> Part:
-    """Convert the weights of *network* in place and register casts of activations."""
+    """Convert the weights of *network* in place and register hooks that cast activations."""
     low, dtypes = LOW_PRECISION[precision], weight_dtypes(network, precision)
     for name, part in network.named_modules():
         hints, own = export_hints(part), dtypes[name]
@@ -108,7 +108,7 @@ def weight_dtypes(network: nn.Module, precision: Precision) -> dict[str, torch.d
 
 
 def float32_parts(network: nn.Module, precision: Precision = "fp16") -> list[str]:
-    """List the names of the parts of *network* that keep float32 in *precision*."""
+    """List the names of the parts of *network* that stay in float32 in *precision*."""
     types = (nn.BatchNorm1d, nn.Linear) if precision == "bf16-backbone" else (nn.BatchNorm1d,)
     return [
         name

@@ -73,8 +73,8 @@ TYPE_NAMES = {
 class PartPrecision(StrictModel):
     """Floating-point types of one part of the network in the exported file.
 
-    `weights` is the type of its weights, None if it has none. `operations` is the number of its operations by
-    the type of their result.
+    `weights` is the type of its weights, None if it has none. `operations` maps each result type to the
+    number of operations.
     """
 
     part: str
@@ -173,9 +173,9 @@ def weight_types(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Precision) -> None:
-    """Raise `LoweringError` if a weight of *model* has not the requested type.
+    """Raise `LoweringError` if a weight of *model* does not have the requested type.
 
-    *network* is the rewritten one before casts, so that a missing cast is detected.
+    *network* is the rewritten network before the casts, so that a missing cast is detected.
     """
     found = weight_types(model)
     if precision == "int8" and "int8" not in found.values():
@@ -227,7 +227,7 @@ class ConvertedGraph:
 
     Attributes:
         model: The graph in the requested precision.
-        run: Runs the same computation without the runtime's fusions; its noise is the noise floor.
+        run: Runs the same computation without the runtime's fusions; its error is the noise floor.
         gate: Computes the gate's logits in the same precision; `None` without a gate.
         spectral: The network whose matrix square roots are exported.
         lowering: Report of the rewrite rules.
@@ -253,7 +253,7 @@ class ConvertedGraph:
 
 
 def lowering_options(options: PrecisionOptions, *, rules: bool, autotune: bool) -> LoweringOptions:
-    """Choose the options of the rewrite; raise `ConfigError` if incompatible."""
+    """Return the options of the rewrite rules; raise `ConfigError` for options that exclude each other."""
     if options.newton_schulz == "fp16" and not rules:
         raise ConfigError(
             "--newton-schulz fp16: --no-lowering exports the papers' loop in float32; remove one of the two"
@@ -276,7 +276,7 @@ def convert_precision(
     batch: BatchRange,
     options: PrecisionOptions,
 ) -> ConvertedGraph:
-    """Convert *lowered*, the rewritten network *lean*, to a precision.
+    """Convert *lowered*, the graph of the rewritten network *lean*, to the precision in *options*.
 
     Raises `ConfigError` for int8 without calibration images, and `LoweringError` if the types in the graph
     are not the requested ones.
@@ -367,14 +367,14 @@ def run_unfused(model: onnx.ModelProto) -> Run:
 
 
 def _gate_of_file(model: onnx.ModelProto, network: nn.Module) -> Gate | None:
-    """Build a function that computes the gate's logits in *model*, unfused."""
+    """Build a function that computes the gate's logits with *model*, without fusions."""
     gate = find_gate(network)
     if gate is None:
         return None
     name = next(name for name, part in network.named_modules() if part is gate)
     readers = [node for node in model.graph.node if f"{name}.weight" in node.input]
     if len(readers) != 1:
-        raise LoweringError(f"the weights of {name} have {len(readers)} readers in the graph, not one")
+        raise LoweringError(f"{len(readers)} nodes of the graph read the weights of {name}, expected one")
     probed = onnx.ModelProto()
     probed.CopyFrom(model)
     probed.graph.output.insert(0, onnx.ValueInfoProto(name=readers[0].output[0]))

@@ -1,19 +1,19 @@
 """INT8: quantize the convolutions of a float32 graph after training.
 
-QuantizeLinear and DequantizeLinear surround the operators, and runtimes fuse them. Weights are int8 per
-output channel; second-order layers, pooling and classifier stay in float32. No form of the activations
-suits both runtimes:
+QuantizeLinear and DequantizeLinear nodes surround the operators, and runtimes fuse them. Weights are int8 per
+output channel; second-order layers, pooling and classifier stay in float32. The runtimes need different
+activations:
 
 - `cpu`: uint8 with a zero point. Outputs of convolutions and biases are quantized as well, so that ReLU,
   addition and max pooling between two convolutions need no float32.
 - `tensorrt`: int8 around zero, only for the inputs of convolutions and for shortcuts, because TensorRT
-  fuses what follows a convolution. Biases stay in float32, and so does the convolution that reads the
-  image: the parser does not accept int32 to dequantize, and the builder has no int8 kernel for three
-  channels, ReLU and max pooling in one (observed with 10.16). On a CPU this form is slower than float32.
+  fuses what follows a convolution. Biases stay in float32, because the parser cannot dequantize int32. The
+  convolution that reads the image stays in float32, because the builder has no int8 kernel that fuses three
+  input channels, ReLU and max pooling (observed with 10.16). On a CPU this form is slower than float32.
 
-The cost of int8 is measured by quantizing each layer and part alone in torch. Weights are rounded per output
-channel, which commutes with the batch norm after the convolution. Inputs are rounded to the range that
-calibration found. A cost is the root mean square change of the logits over their standard deviation.
+The cost of int8 is measured in torch by quantizing one layer or part at a time. Weights are rounded per
+output channel, which commutes with the batch norm after the convolution. Inputs are rounded to the grid that
+calibration found. A cost is the root mean square change of the logits divided by their standard deviation.
 """
 
 import copy
@@ -51,7 +51,7 @@ METHODS = {
 PERCENTILE = 99.999
 OPERATORS = ["Conv"]
 IMAGE_CHANNELS = 3
-EXAMPLES = 3  # names in an error message
+EXAMPLES = 3  # number of layer names in an error message
 
 
 class Form(NamedTuple):
@@ -122,13 +122,13 @@ def quantize(
 
 
 def check_part_names(model: onnx.ModelProto, parts: Sequence[str]) -> None:
-    """Raise `ConfigError` if a name in *parts* contains no convolution of *model*."""
+    """Raise `ConfigError` if a part named in *parts* contains no convolution of *model*."""
     weights = [node.input[1] for node in model.graph.node if node.op_type == "Conv"]
     for part in parts:
         if not any(is_in(weight, part) for weight in weights):
             examples = ", ".join(weight.rpartition(".")[0] or weight for weight in weights[:EXAMPLES])
             raise ConfigError(
-                f"--keep-float: the network has no convolution in {part!r}; there are {examples} and others"
+                f"--keep-float: {part!r} contains no convolution; choose for example one of {examples}"
             )
 
 
@@ -145,14 +145,14 @@ def _ranges(model: onnx.ModelProto, images: NDArray[np.uint8], method: Calibrati
             extra_options={"percentile": PERCENTILE} if method == "percentile" else {},
         )
         name = model.graph.input[0].name
-        for image in images:  # alone, because ONNX Runtime keeps the activations of a whole reader
+        for image in images:  # one per reader, because ONNX Runtime keeps all activations of a reader
             reader = SimpleNamespace(get_next=partial(next, iter([{name: image[None]}]), None))
             calibrator.collect_data(reader)
         return calibrator.compute_data()
 
 
 def _convolutions(model: onnx.ModelProto, in_float: Sequence[str], *, read_images: bool) -> set[str]:
-    """Name the convolutions to quantize; *read_images* includes the first one."""
+    """Return the names of the convolutions to quantize; *read_images* includes those that read the image."""
     sizes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     chosen = set()
     for node in model.graph.node:
@@ -186,7 +186,7 @@ IMAGES = 8
 
 
 class Cost(StrictModel):
-    """Change of the logits, relative to their spread, if one part is quantized."""
+    """Change of the logits, relative to their spread, if only this part is quantized."""
 
     part: str
     share: float
@@ -228,10 +228,10 @@ def input_grids(model: onnx.ModelProto) -> dict[str, Grid]:
 def measure_sensitivity(
     deployed: Deployed, grids: Mapping[str, Grid], images: NDArray[np.uint8]
 ) -> tuple[tuple[Cost, ...], tuple[Cost, ...]]:
-    """Measure the costs of the layers in *grids* and of the parts around them.
+    """Measure the costs of the layers in *grids* and of the parts that contain them.
 
-    A part is the shortest prefix of the layers' names that distinguishes several parts. Only the ten layers
-    that cost most are returned.
+    Parts are groups of layers with the same name prefix, the shortest that gives more than one group. Returns
+    the ten layers that cost most and all parts, both in descending order of cost.
     """
     parts: dict[str, list[str]] = {}
     for depth in range(1, max((layer.count(".") for layer in grids), default=0) + 2):
@@ -260,7 +260,7 @@ def _costs(
         with ExitStack() as stack:
             found = False
             for convolution, grid in convolutions:
-                if isinstance(convolution, nn.Conv2d):  # else the weights belong to another kind of part
+                if isinstance(convolution, nn.Conv2d):  # other parts also hold weights of Conv nodes
                     stack.enter_context(_quantized(convolution, grid))
                     found = True
             if found:

@@ -69,7 +69,8 @@ class TensorEntry(StrictModel):
 class Roots(StrictModel):
     """The Merkle roots that the three networks share.
 
-    `onnx` is the root of the ONNX graphs; it is empty until `lower_with_proof` has compared them.
+    `operations` is the number of operations that `any_batch` covers. `onnx` is the root of the ONNX graphs;
+    it is empty until `lower_with_proof` has compared them.
     """
 
     any_batch: str
@@ -82,8 +83,8 @@ class Certificate(StrictModel):
     """The statements that were proved; a certificate exists only if all of them hold.
 
     `proof` is `three-way` (trained = detached = plain), `trained-detached` (no plain network was given),
-    `trained-plain` (nothing to detach) or `trained-only`; `compared` are the networks that were compared.
-    The file names the proof only if it is not `three-way`.
+    `trained-plain` (nothing to detach) or `trained-only`; `compared` lists the networks that were compared.
+    `certificate.json` omits `proof` if it is `three-way`.
     """
 
     model: str
@@ -104,20 +105,20 @@ class Certificate(StrictModel):
 
     @property
     def bytes_removed(self) -> int:
-        """Total size of the removed tensors."""
+        """Total size of the removed tensors in bytes."""
         return sum(entry.bytes for entry in self.removed)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proof:
-    """The certificate and its programs, by role: `trained`, `detached`, and `plain` if there is one."""
+    """The certificate and the captured networks by role: `trained`, `detached`, and `plain` if it exists."""
 
     certificate: Certificate
     captured: dict[str, Captured]
 
     @property
     def lean(self) -> Captured:
-        """The programs of the network that ships."""
+        """The programs of the detached network, which is the one to export."""
         return self.captured["detached"]
 
 
@@ -133,8 +134,9 @@ def certify(
 ) -> Proof:
     """Prove that *lean* is the plain network with the weights of *trained*.
 
-    *probes* are uint8 images (P, crop, crop, 3). A network of the catalog has its own *detachment*. Raises
-    `CertificateError` with the statement that does not hold and where; neither network is changed.
+    *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no *detachment*, because it
+    declares its own. Raises `CertificateError` with the statement that does not hold and the tensor or
+    operation that violates it; neither network is changed.
     """
     if detachment is None:
         detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
@@ -149,7 +151,7 @@ def certify(
     networks = {"trained": trained, "detached": lean}
     if detachment.plain is not None:
         plain = build_plain_network(detachment.plain, lean, detachment.rename)
-        networks = {"plain": plain, **networks}  # the first one is the one to compare with
+        networks = {"plain": plain, **networks}  # the first one is the reference
     known = {} if detachment.captured is None else {"trained": detachment.captured}
     captured, roots = _assert_equal_graphs(
         networks, preprocess, batch, {entry.name for entry in removed}, known
@@ -197,10 +199,11 @@ def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.Model
 def build_plain_network(
     build: Callable[[], nn.Module], lean: nn.Module, rename: Callable[[str], str] = str
 ) -> nn.Module:
-    """Build a plain network with *build* and give it the weights of *lean*, under their names by *rename*.
+    """Build a plain network with *build* and copy the weights of *lean* into it.
 
-    Buffers that checkpoints do not store follow from the config, so they are compared and not copied. Raises
-    `CertificateError` if one differs, or if the tensors of the two do not correspond one to one.
+    *rename* maps the name of a tensor in *lean* to its name in the plain network. Buffers that checkpoints do
+    not store follow from the config, so they are compared instead of copied. Raises `CertificateError` if
+    such a buffer differs, or if the tensors of the two networks do not correspond one to one.
     """
     plain = build()
     source = {rename(name): tensor for name, tensor in tensors(lean).items()}
@@ -235,7 +238,7 @@ def _assert_equal_graphs(
     removed: set[str],
     known: dict[str, Captured],
 ) -> tuple[dict[str, Captured], Roots]:
-    """Capture *networks*, unless their programs are *known*, and compare the Merkle roots with the first.
+    """Capture *networks*, unless their programs are *known*, and check that all have the same Merkle roots.
 
     Raises `CertificateError` with the removed weights that an output depends on, or with the first
     operation that differs from the first network.
@@ -286,7 +289,7 @@ def _first_difference(found: ProgramRoot, expected: ProgramRoot, reference: str)
 
 
 def assert_equal_outputs(networks: dict[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
-    """Check that outputs are bitwise equal; return the compared batch sizes.
+    """Check that *networks* return bitwise equal outputs for *probes*; return the compared batch sizes.
 
     Raises `CertificateError` with the largest difference.
     """
@@ -314,8 +317,8 @@ def build_inventory(
 ) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
     """List the removed and the kept tensors of *trained*.
 
-    Raises `CertificateError` if *detached* has a new tensor, lacks one that *training_only* does not cover,
-    has one that it covers, holds a changed one, or keeps under another name the memory of a removed one.
+    Raises `CertificateError` if a tensor of *detached* is new, is changed, is in *training_only*, or shares
+    memory with a removed tensor, or if a removed tensor is not in *training_only*.
     """
     before, after = tensors(trained), tensors(detached)
     new = sorted(after.keys() - before.keys())
@@ -341,7 +344,7 @@ def build_inventory(
 def _assert_unchanged(
     network: nn.Module, kept: tuple[TensorEntry, ...], rename: Callable[[str], str]
 ) -> None:
-    """Hash the kept tensors again: code outside of the graph may have written to them while it ran."""
+    """Raise `CertificateError` if a kept tensor changed, because code outside of the graph wrote to it."""
     found = tensors(network)
     for entry in kept:
         name = rename(entry.name)

@@ -1,11 +1,11 @@
 """Merkle hashes over a captured program and over an ONNX graph.
 
-A hash starts at the outputs. The hash of an operation covers its name, every argument of its schema with
-defaults filled in, and the hashes of its operands in order. Weights and constants count by content, inputs
-by position, dtype and (symbolic) shape. Names, and operations that no output depends on, do not count. So a
-network that was trained with branches has the root of the plain network exactly if its output is computed
-the same way. The hash of an ONNX graph, to check a certificate against a file, is the same one level down:
-nodes count by operator, attributes and ordered operands (`sopdeploy.bundle.onnx_root`). Both take linear
+The root covers the outputs. The hash of an operation covers its name, every argument of its schema with
+defaults filled in, and the hashes of its operands in order. Weights and constants are hashed by content,
+inputs by position, dtype and (symbolic) shape. Names are not hashed, nor are operations that no output
+depends on. So a network that was trained with branches has the root of the plain network if and only if its
+output is computed the same way. The hash of an ONNX graph, which connects a certificate with a file, is built
+likewise from operators, attributes and ordered operands (`sopdeploy.bundle.onnx_root`). Both take linear
 time.
 """
 
@@ -31,7 +31,7 @@ class ProgramRoot:
 
     Attributes:
         sha256: The root.
-        nodes: The hash of every operation that counts, mapped to its place in the network.
+        nodes: Maps the hash of every operation that the outputs depend on to its name and module.
         state: The names of the parameters and buffers that the outputs depend on.
     """
 
@@ -100,7 +100,7 @@ def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:
 
 @dataclass(kw_only=True, slots=True)
 class _GraphHasher:
-    """Hashes of the nodes of one graph, and the place of each operation."""
+    """Compute the hashes of the nodes of one graph, and record the module of each operation."""
 
     leaves: dict[str, str]
     hashes: dict[fx.Node, str] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class _GraphHasher:
             return f"float {value.hex()}"
         if value is None or isinstance(value, SCALARS):
             return f"{type(value).__name__} {value}"
-        raise CertificateError(f"an operation has an argument of type {type(value).__name__}, without a hash")
+        raise CertificateError(f"an operation has a {type(value).__name__} argument, which cannot be hashed")
 
     def _node_hash(self, target: fx.Node) -> str:
         stack = [target]  # explicit, because networks are deeper than Python's recursion limit
@@ -156,14 +156,14 @@ class _GraphHasher:
 
 
 def _place(node: fx.Node) -> str:
-    """Find the module of the network that *node* was captured in."""
+    """Return the name of the module that *node* was captured in."""
     paths = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     where = paths[-1].removeprefix("L['self'].").removeprefix("network.") if paths else ""
     return where or "forward"
 
 
 def _is_random(node: fx.Node) -> bool:
-    """Check whether *node* draws random numbers; dropout, also in attention, does not if p is 0."""
+    """Return whether *node* draws random numbers; dropout with p = 0, also in attention, does not."""
     target: Any = node.target
     if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
         return False
@@ -174,7 +174,7 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _attribute_hash(node: fx.Node) -> str:
-    """Hash a constant, or a graph that a higher-order operation calls, whose inputs count by position."""
+    """Hash the constant, or the subgraph of a higher-order operation, that *node* refers to."""
     value: Any = node.graph.owning_module
     for part in str(node.target).split("."):
         value = getattr(value, part)
@@ -182,6 +182,7 @@ def _attribute_hash(node: fx.Node) -> str:
         return tensor_hash(value)
     if not isinstance(value, fx.GraphModule):
         raise CertificateError(f"{node.name}: the graph depends on an object that is not a tensor")
+    # inputs of a subgraph are hashed by position
     placeholders = [inner for inner in value.graph.nodes if inner.op == "placeholder"]
     hasher = _GraphHasher(leaves={n.name: hash_parts("argument", str(i)) for i, n in enumerate(placeholders)})
     outputs = next(inner for inner in value.graph.nodes if inner.op == "output")

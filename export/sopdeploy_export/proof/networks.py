@@ -1,7 +1,7 @@
 """The networks of an export: the trained one, its copy without training-only parts, and checks of both.
 
-DSoP section III-A removes the second-order branches after training; the GM-SOP gate loses its noise weights
-the same way. Auxiliary classifiers, as in GoogLeNet, are parts of the same kind.
+Training-only parts are the second-order branches of DSoP (section III-A), the noise weights of the GM-SOP
+gate and auxiliary classifiers such as those of GoogLeNet.
 
 The checks cover the state of torch, of the modules and of their memory. A wrong state, such as active
 autocast or a forward hook, would change the plain network in the same way as the trained one, or would not be
@@ -26,7 +26,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import Captured
 
-if TYPE_CHECKING:  # the summary is made for the report, which reads subjects
+if TYPE_CHECKING:  # the report imports this module
     from sopdeploy_export.report.network_summary import NetworkSummary
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -52,7 +52,7 @@ class Detachment:
 
     @classmethod
     def of(cls, network: Classifier) -> "Detachment":
-        """Describe a network of the catalog, which declares both."""
+        """Build the detachment that *network*, a network of the catalog, declares."""
 
         def plain() -> Backbone:
             built = network.inference_model()
@@ -66,18 +66,18 @@ class Detachment:
 class ExportSubject:
     """A trained network to export.
 
-    The catalog creates one from a checkpoint, `export_network` from any network.
+    A checkpoint of the catalog gives one; `export_network` creates one from any other network.
 
     Attributes:
         name: Name of the model in the bundle.
         network: The network as it was trained, in eval mode.
         detachment: The training-only parts, and the plain network that must remain without them.
         labels: Class names, in the order of the logits.
-        preprocess: From an image to the input of the network.
-        config: How the network was built, for the manifest.
+        preprocess: Converts an image to the input of the network.
+        config: The options that the network was built with, for the manifest.
         sha256: Hash of the checkpoint or weight file; for a network in memory, of its tensors.
         summary: Summarizes the modules and their costs, for the report.
-        decision: How logits become a decision; `None` is softmax.
+        decision: How logits become classes; `None` for softmax without thresholds.
         training: Recipe, epoch and metrics, for the model card.
         warnings: Findings of the checks that do not stop the export.
     """
@@ -98,12 +98,12 @@ class ExportSubject:
 def detach(
     network: Network, training_only: tuple[str, ...] | None = None, *, requested: bool = True
 ) -> Network:
-    """Copy *network*, in eval mode, without its *training_only* parts; the same network if not *requested*.
+    """Copy *network*, in eval mode, without its *training_only* parts; return it as is if not *requested*.
 
-    A network of the catalog lists the parts itself. Parts without tensors, such as the branches of a network
-    that was configured without any, do not count. A removed part of another network becomes `None`, because
-    its `forward` may test for that. Raises `DetachError` if *requested* and there is nothing to detach, if
-    not *requested* and there are such parts, or if a name does not exist.
+    *training_only* defaults to the parts that a network of the catalog declares. Parts without tensors, such
+    as an empty list of branches, are ignored. In a network outside of the catalog, a removed part becomes
+    `None`, because its `forward` may test for that. Raises `DetachError` if *requested* and there is nothing
+    to detach, if not *requested* and there are training-only parts, or if a name does not exist.
     """
     if training_only is None:
         training_only = network.training_only if isinstance(network, Classifier) else ()
@@ -233,7 +233,7 @@ def check_network_state(network: nn.Module, role: str) -> None:
 
 
 def contiguous(network: Network) -> Network:
-    """Copy *network* with contiguous tensors if one is not, because strides appear in captured graphs."""
+    """Return *network*, or a copy with contiguous tensors if any is not; captured graphs contain strides."""
     if all(tensor.is_contiguous() for tensor in tensors(network).values()):
         return network
     copied = copy.deepcopy(network)
@@ -243,9 +243,9 @@ def contiguous(network: Network) -> Network:
 
 
 def check_removed_memory(removed: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
-    """Reject a removed tensor whose memory overlaps that of a kept one, wherever their storages start.
+    """Raise `CertificateError` with both names if a removed and a kept tensor overlap in memory.
 
-    Raises `CertificateError` with both names.
+    Addresses are compared, because tensors with different storages can overlap.
     """
     owners = [(name, *_addresses(tensor)) for name, tensor in kept.items()]
     for name, tensor in removed.items():
@@ -258,7 +258,7 @@ def check_removed_memory(removed: dict[str, Tensor], kept: dict[str, Tensor]) ->
 
 
 def _addresses(tensor: Tensor) -> tuple[int, int]:
-    """Return the first address of *tensor* and the one after its last; an empty tensor has none."""
+    """Return the first address of *tensor* and the address after its last; (0, 0) if it is empty."""
     if not tensor.numel():
         return 0, 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)

@@ -1,8 +1,9 @@
 """Summarize and draw a network: its modules in order of execution, and where each branch starts.
 
-A forward pass in train mode on the `meta` device shows which module reads whose output. The summary lists the
-network's children; a child in which several training-only modules start is split into its own children. The
-drawing is an SVG: exported modules in a column, training-only modules beside it.
+A forward pass in train mode on the `meta` device shows which module reads the output of which other module.
+The summary lists the network's children. If training-only modules read outputs of several modules inside one
+child, the children of that child are listed instead. The drawing is an SVG with exported modules in a column
+and training-only modules beside it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,7 +27,11 @@ MAX_DEPTH = 3
 
 
 class Part(StrictModel):
-    """One module: `shape` is its output for one image, `source` the exported module a branch starts at."""
+    """One module of a network, with its parameters and its multiply-adds for one image.
+
+    `shape` is the shape of its output without the batch axis. `source` is the exported module whose output a
+    training-only module reads.
+    """
 
     name: str
     kind: str
@@ -46,7 +51,11 @@ class NetworkSummary(StrictModel):
 
 
 class ForwardTrace(NamedTuple):
-    """The output shapes of modules in the order in which they end, and the source of their inputs."""
+    """The record of one forward pass.
+
+    `shapes` maps modules, in the order in which they end, to output shapes without the batch axis. `sources`
+    maps modules to the module whose output they read.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     sources: dict[str, str]
@@ -54,7 +63,7 @@ class ForwardTrace(NamedTuple):
 
 
 def trace_forward(network: nn.Module, training_only: Collection[str], side: int) -> ForwardTrace:
-    """Run *network* on an image of *side* pixels and record its modules by forward hooks."""
+    """Run *network* on an image of *side* x *side* pixels and record its modules with forward hooks."""
     shapes: dict[str, tuple[int, ...]] = {}
     sources: dict[str, str] = {}
     producers: dict[int, str] = {}
@@ -97,10 +106,10 @@ def summarize_checkpoint(checkpoint: Checkpoint) -> NetworkSummary:
 def summarize(
     network: nn.Module, shipped: nn.Module, training_only: Collection[str], side: int
 ) -> NetworkSummary:
-    """Summarize *network*, and count *shipped*, which lacks the *training_only* parts.
+    """Summarize *network*, and count the costs of *shipped*, the network without its *training_only* parts.
 
-    Both run on an image of *side* pixels, on `meta` or the CPU, and their mode may change. A network that
-    cannot run in train mode without targets is shown as it runs in eval mode.
+    Both networks run on an image of *side* x *side* pixels, on `meta` or the CPU, and may change between
+    train and eval mode. If *network* fails in train mode, for example without targets, it runs in eval mode.
     """
     exported_costs = tally(shipped.eval(), side)
     with torch.random.fork_rng(devices=()):  # dropout
@@ -118,7 +127,7 @@ def summarize(
     parts = []
     for name in main:
         inner = [branch for branch in branches if is_in(branch, name)]
-        # The output is that of the module inside it that ended last.
+        # The output shape is that of the module inside *name* that ended last.
         shape = [shape for seen, shape in trace.shapes.items() if is_in(seen, name)][-1]
         parameters, macs = (
             total(counts, name) - sum(total(counts, branch) for branch in inner)
@@ -144,7 +153,7 @@ def summarize(
 
 
 def _training_only_modules(network: nn.Module, training_only: Collection[str]) -> list[str]:
-    """List the training-only modules, a container as its children."""
+    """List the training-only modules, with the children of a container instead of the container."""
     modules, found = dict(network.named_modules()), []
     for name in training_only:
         module = modules.get(name)
@@ -197,7 +206,7 @@ class Row:
 
 
 def draw_network(network: NetworkSummary) -> list[tuple[Markup, str]]:
-    """Draw *network* before and after detaching, with captions; once if nothing is removed."""
+    """Draw *network* before and after detaching, each with a caption; one drawing if nothing is removed."""
     rows = network_rows(network)
     if not any(row.branches for row in rows):
         return [(_draw("network", "The network", rows, detached=False), "All modules are exported.")]
@@ -287,7 +296,7 @@ def _draw_branch(row_top: float, top: float, branch: Part, *, detached: bool) ->
 
 
 def _box(x: float, y: float, width: float, what: Row | Part, state: str) -> list[Markup]:
-    """Draw the frame of a box and its full text, which is shown when the pointer is over it."""
+    """Draw the frame of a box, with the full text as a tooltip."""
     shape, parameters = dimensions(what.shape), short_number(what.parameters)
     title = element("title", f"{what.name}: {state}, output {shape}, {parameters} parameters")
     return [title, element("rect", x=x + 1, y=y, width=width - 2, height=BOX_HEIGHT, rx=5)]

@@ -20,7 +20,7 @@ from sopdeploy_export.proof.networks import ExportSubject
 from sopdeploy_export.report.network_summary import draw_network
 from sopdeploy_export.report.results import ExportResults, Speed
 
-MAX_CLASSES = 30  # of a readable confusion matrix
+MAX_CLASSES = 30  # larger confusion matrices are not readable
 Rows = list[tuple[str, ...]]
 CAUSES = {
     "noise": "noise: the network's margin is within the tolerance",
@@ -190,7 +190,7 @@ def _precision_tables(report: PrecisionReport) -> dict[str, Rows]:
 
 
 def _cost_charts(report: PrecisionReport) -> list[Markup]:
-    """Draw the effect on the logits of quantizing one module, and one layer, alone."""
+    """Draw the change of the logits if only one module is int8, and if only one layer is int8."""
     found = report.quantisation
     if found is None or not found.costs:
         return []
@@ -290,7 +290,7 @@ the graph subtracts the mean and divides by the standard deviation. Batches of {
 
 
 def training_rows(training: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """List the scalars of a training; with few images, those images and the estimate instead."""
+    """List the recorded scalars of *training*; for few-shot training, its images and estimated accuracy."""
     if "few_shot" in training:
         found = FewShotResult.model_validate(training["few_shot"])
         rows: list[tuple[str, object]] = []

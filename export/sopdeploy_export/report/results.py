@@ -1,8 +1,8 @@
 """The results of an export, and the speed of the exported file against the plain backbone.
 
-Speed is measured only on request, because timings differ between runs and would make bundles differ. The
-plain backbone is converted without rewrites. Both graphs run in turn, in alternating order, so that other
-load slows both; the result is the median of the warm runs.
+Speed is measured only on request, because timings differ between runs, so two exports of one checkpoint would
+differ. The plain backbone is converted without rewrites. Both graphs run in turn, in alternating order, so
+that other load on the machine slows both; the result is the median of the runs after the warm-up.
 """
 
 import statistics
@@ -35,7 +35,7 @@ LARGEST_BATCH = 32
 
 
 class SpeedRow(StrictModel):
-    """Median milliseconds of `runs` runs with `batch` images, of the exported file and the plain graph."""
+    """Median times of the exported file and of the plain graph, over `runs` runs with `batch` images."""
 
     batch: int
     runs: int
@@ -72,7 +72,7 @@ def measure_speed(path: Path, plain: onnx.ModelProto, images: NDArray[np.uint8],
         while len(seconds[0]) < MAX_RUNS and (
             len(seconds[0]) < MIN_RUNS or sum(map(sum, seconds)) < BUDGET_SECONDS
         ):
-            sides.reverse()  # the second graph runs with the caches of the first
+            sides.reverse()  # the graph that runs first changes the caches for the second
             for session, feed, taken in sides:
                 start = time.perf_counter()
                 session.run(None, feed)
@@ -84,7 +84,7 @@ def measure_speed(path: Path, plain: onnx.ModelProto, images: NDArray[np.uint8],
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportResults:
-    """The results shown in `report.html`; `fields` are those of the manifest, `files` the other files."""
+    """The results shown in `report.html`: `fields` of the manifest, `files` without page and manifest."""
 
     subject: ExportSubject
     network_summary: NetworkSummary

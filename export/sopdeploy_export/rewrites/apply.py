@@ -3,12 +3,12 @@
 The certificate covers the network as it was trained and detached. Only then is a copy rewritten, captured
 and converted to ONNX. The parity check compares the file with the certified network, not with the copy.
 
-In the ONNX graph, a product with a constant alpha I + beta 11^T becomes a sum or mean subtraction, because X
-(alpha I + beta 11^T) = alpha X + beta (X 1) 1^T for any alpha and beta. Only if alpha + n beta = 0, with n
-the size of the constant, do its rows sum to zero, and the product is alpha (X - mean(X)). The released GSoP
-position block uses I / P - 11^T / P^2 with ones of another size, which does not center. So the rule checks
-the numbers and not only the pattern. The product costs n^2 multiply-adds per row of X and stores n^2 numbers
-in the file; the sum costs n additions.
+In the ONNX graph, `center_by_mean` replaces products with an n x n constant alpha I + beta 11^T, because X
+(alpha I + beta 11^T) = alpha X + beta (X 1) 1^T for any alpha and beta. If alpha + n beta = 0, the rows of
+the constant sum to zero and the product is alpha (X - mean(X)). The rule computes this sum instead of
+assuming 0, because the position block of the released GSoP code uses I / P - 11^T / P^2 with n different from
+P, which does not center. The product costs n^2 multiply-adds per row of X and stores n^2 numbers in the file;
+the sum costs n additions.
 """
 
 import copy
@@ -43,10 +43,10 @@ from sopdeploy_export.rewrites.newton_schulz import MIN_SIZE, ROUNDING, Centerin
 from sopdeploy_export.rewrites.reference_formulas import FORMULAS
 from sopdeploy_export.rewrites.reference_formulas import NAME as REFERENCE
 
-OBSERVED_IMAGES = 2  # the smallest batch
+OBSERVED_IMAGES = 2  # the smallest batch of several images
 Rule = Callable[[RewriteContext, str, Any], None]
 # Layers declare rules by these names (`ExportHints.rewrite_rules`). Rules run in this order: mixtures come
-# before roots, because the experts of a mixture share one.
+# before roots, because the experts of a mixture share one root.
 RULES: dict[str, Rule] = {
     "mixture_routing": mixture.apply,
     "newton_schulz": newton_schulz.apply,
@@ -65,7 +65,7 @@ class LoweringOptions(NamedTuple):
         rules: Apply the rewrite rules; otherwise write the papers' formulas.
         autotune: Choose forms by timing them; otherwise by a heuristic.
         stored: Type of the Newton-Schulz matrices between two products.
-        cast: Places the casts of the exported precision in a form before it is timed.
+        cast: Places the casts of the exported precision in each form before it is timed.
     """
 
     rules: bool = True
@@ -82,7 +82,7 @@ def rewrite(
 ) -> RewriteContext:
     """Rewrite a copy of *certified*; *images* are normalized probes (2, 3, H, W).
 
-    Raises `LoweringError` if a precondition does not hold, a rewritten part computes something else in
+    Raises `LoweringError` if a precondition does not hold, a rewritten part differs from the original in
     float64, or a layer declares an unknown rule.
     """
     network = copy.deepcopy(certified).eval()
@@ -104,7 +104,7 @@ def rewrite(
 
 
 def record_activations(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Activation]:
-    """Run *network* and record each named part whose inputs and output are tensors."""
+    """Run *network* on *inputs*; record the first call of each part whose inputs and output are tensors."""
     activations: dict[str, Activation] = {}
 
     def record(name: str, _: nn.Module, given: tuple[Any, ...], output: Any) -> None:
@@ -125,7 +125,7 @@ def record_activations(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[s
 
 
 def parts_with(context: RewriteContext, hint: str, name: str) -> list[tuple[str, Any]]:
-    """List the called parts whose export hint *hint* is or contains *name*."""
+    """List the parts that were called and whose export hint *hint* is or contains *name*."""
     found = []
     for where, part in context.network.named_modules():
         declared = getattr(export_hints(part), hint) or ()
@@ -211,7 +211,7 @@ def lower_by_rules(
 def lower_converted(
     lowered: LoweredGraph, network: nn.Module, program: ExportedProgram, opset: int
 ) -> LoweredGraph:
-    """Convert *network*, the lowered one with casts, captured as *program*."""
+    """Convert *program* to ONNX; it captures *network*, the lowered network with casts."""
     model = lower(program, output_names(network), opset)
     if not lowered.report.textbook:
         model, _ = center_by_mean(model)
@@ -221,7 +221,7 @@ def lower_converted(
 
 
 def recognize(matrix: NDArray[np.floating]) -> Centering | None:
-    """Find alpha and beta of a constant of this form; `None` for any other matrix."""
+    """Find alpha and beta if *matrix* is alpha I + beta 11^T; return `None` for any other matrix."""
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < MIN_SIZE:
         return None
     exact = matrix.astype(np.float64)
@@ -236,8 +236,8 @@ def recognize(matrix: NDArray[np.floating]) -> Centering | None:
 def center_by_mean(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[AppliedRule]]:
     """Copy *model*, replace products with constants alpha I + beta 11^T, and list the replacements.
 
-    Left out are constants with beta = 0 (such as the identity), products with the constant on the left, and
-    constants that are not float32, whose rounding hides whether alpha + n beta is 0.
+    Three cases are not replaced: constants with beta = 0 (such as the identity), products with the constant
+    on the left, and constants that are not float32, because their rounding hides whether alpha + n beta is 0.
     """
     found = {
         tensor.name: recognize(numpy_helper.to_array(tensor))

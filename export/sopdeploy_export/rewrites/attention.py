@@ -1,10 +1,10 @@
 """Rules of the GSoP attention blocks.
 
-Letters as in `sopdeploy.layers.attention.gsop_attention`. The first batch norm turns row i of the covariance
-into a_i S_i + c_i, and output r of row i is w_ir . (a_i S_i + c_i) + b_ir = (a_i w_ir) . S_i + (b_ir + c_i
-sum(w_ir)): different weights without a norm. A second batch norm scales and shifts
-output ir. A convolution of n groups with kernel (n, 1) is n products of
-(B, n) with (n, r), so it may be computed as one batched product, whose weights are transposed at export.
+The letters are those of `sopdeploy.layers.attention.gsop_attention`. The first batch norm turns row i of the
+covariance into a_i S_i + c_i, and output r of row i is w_ir . (a_i S_i + c_i) + b_ir = (a_i w_ir) . S_i +
+(b_ir + c_i sum(w_ir)), so other weights replace the norm. A second batch norm scales and shifts output ir,
+and is folded in the same way. A convolution of n groups with kernel (n, 1) is n products of (B, n) with (n,
+r), so one batched product can compute it, with weights that are transposed at export.
 
 The default form is the convolution for single images and the product from a batch of four.
 """
@@ -85,7 +85,7 @@ FORMS: dict[str, Build] = {
 
 
 def fold_row_norm(context: RewriteContext, where: str, part: Excitation) -> None:
-    """Fold the frozen norm of one excitation and choose the form of its rows."""
+    """Fold the frozen batch norms of one excitation, and choose how its row-wise convolution is computed."""
     if not is_frozen(part.row_bn) or not (isinstance(part.norm, nn.Identity) or is_frozen(part.norm)):
         return
     default = "batched product" if context.batch.optimum >= PRODUCT_FROM else "convolution"
@@ -104,7 +104,7 @@ def fold_row_norm(context: RewriteContext, where: str, part: Excitation) -> None
 
 
 def report_centering(context: RewriteContext, where: str, part: ChannelAttention | PositionAttention) -> None:
-    """Check the constant I / c - 11^T / c^2 of one covariance and report its form."""
+    """Report whether the constant I / c - 11^T / c^2 of one covariance subtracts the mean."""
     shape = context.activations[f"{where}.reduction"].output.shape
     if isinstance(part, PositionAttention):  # the reduced channels are the samples
         samples = shape[1]
@@ -124,7 +124,7 @@ def report_centering(context: RewriteContext, where: str, part: ChannelAttention
 
 
 def check_position_resampling(context: RewriteContext, where: str, part: PositionAttention) -> None:
-    """Check that the resampling matrices of one position block average."""
+    """Raise `LoweringError` unless each row of the block's resampling matrices is an average."""
     side = part.switches.side
     height, width = context.activations[where].inputs[0].shape[2:]
     up = nearest_rows if part.switches.upsampling == "nearest" else averaging_rows

@@ -1,9 +1,10 @@
-"""The state of a rewrite, and the numerical proof that a replacement computes what the original computes.
+"""The state of a rewrite, and the numerical check that a replacement computes what the original computes.
 
-The algebra of a rule shows that two forms are the same function; `assert_equivalent` shows that their code
-is. Correct forms differ by about 1e-13 in float64, so a wrong number of iterations, a shifted index or a
-scale that is applied twice stands out by orders of magnitude. Inputs are the activations of the probe images,
-and random ones of the same shapes: real covariances are symmetric and would hide a transposed layout.
+The algebra of a rule proves that two formulas are equal; `assert_equivalent` checks that their code is.
+Correct forms differ by about 1e-13 in float64. A wrong number of iterations, a shifted index or a scale that
+is applied twice causes a difference that is larger by orders of magnitude. Inputs are the activations of the
+probe images, and random tensors of the same shapes, because real covariances are symmetric and would hide a
+transposed layout.
 
 `--autotune` chooses between equivalent forms by timing them. Each form is exported alone, and the forms run
 in turn on one thread, at batch 1 and at the bundle's optimum batch. Process time is measured, which other
@@ -45,7 +46,7 @@ def assert_equivalent(
         where: Name of the part in the network, for the message.
         before: The original part.
         build: Builds the replacement from a copy of the original.
-        inputs: Activations of the original; matrices (B, N) are gate weights or vectors, others are maps.
+        inputs: Activations of the original: gate weights or vectors (B, N), and feature maps.
     """
     original = copy.deepcopy(before).double().eval()
     replacement = build(copy.deepcopy(original)).eval()
@@ -61,8 +62,10 @@ def assert_equivalent(
         for given in (observed, synthetic):
             expected, found = original(*given), replacement(*given)
             if found.shape != expected.shape:
-                shapes = f"{tuple(found.shape)}, not {tuple(expected.shape)}"
-                raise LoweringError(f"rule {rule!r} at {where}: outputs shape {shapes}; nothing was written")
+                shapes = f"from {tuple(expected.shape)} to {tuple(found.shape)}"
+                raise LoweringError(
+                    f"rule {rule!r} at {where}: changes the output shape {shapes}; nothing was written"
+                )
             scale = max(float(expected.abs().max()), torch.finfo(torch.float64).tiny)
             difference = float((found - expected).abs().max()) / scale
             if not difference <= TOLERANCE:
@@ -83,13 +86,13 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Times forms after *cast*, which places the casts of the exported precision."""
+    """Find the fastest of several forms; *cast* places the casts of the exported precision in each form."""
 
     batch: BatchRange
     cast: Cast
 
     def fastest(self, forms: dict[str, nn.Module], inputs: tuple[Tensor, ...]) -> str:
-        """Name the form with the smallest product of median times."""
+        """Return the name of the form with the smallest product of its median times over the batch sizes."""
         sessions = {name: open_form(self.cast(form), inputs) for name, form in forms.items()}
         arrays = [value.float().numpy() for value in inputs]
         scores = dict.fromkeys(sessions, 1.0)
@@ -109,7 +112,7 @@ class Benchmark:
 
 
 def open_form(form: nn.Module, inputs: tuple[Tensor, ...]) -> ort.InferenceSession:
-    """Open *form* alone in ONNX Runtime on one thread, for any batch size."""
+    """Export *form* alone for any batch size, and open it in ONNX Runtime on one thread."""
     batch = Dim("batch", min=1)
     program = export(form, inputs, tuple({0: batch} for _ in inputs))
     converted = torch.onnx.export(
@@ -125,7 +128,7 @@ def open_form(form: nn.Module, inputs: tuple[Tensor, ...]) -> ort.InferenceSessi
 
 
 class AppliedRule(StrictModel):
-    """One rule at one place: the precondition that was checked, and the effect."""
+    """A rule that was applied to the part *where*, with the checked precondition and the effect."""
 
     name: str
     where: str
@@ -134,9 +137,9 @@ class AppliedRule(StrictModel):
 
 
 class Choice(StrictModel):
-    """The chosen form of a part, *by* "rule of thumb" or "autotune".
+    """The form that was chosen for the part *where* from the forms *among*.
 
-    Timings are not stored, so that two exports write the same bytes.
+    *by* is "rule of thumb" or "autotune". Timings are not stored, so that two exports write the same bytes.
     """
 
     where: str
@@ -164,7 +167,7 @@ class LoweringReport(StrictModel):
 
     @property
     def summary(self) -> dict[str, int]:
-        """Number of places where each rule was applied, in the order of the rules."""
+        """Number of parts to which each rule was applied, in the order of application."""
         counts: dict[str, int] = {}
         for rule in self.rules:
             counts[rule.name] = counts.get(rule.name, 0) + 1
@@ -173,7 +176,7 @@ class LoweringReport(StrictModel):
 
 @dataclass(kw_only=True, slots=True)
 class RewriteContext:
-    """The network that rules rewrite in place, and what they did.
+    """The network that rules rewrite in place, and the record of their rewrites.
 
     Attributes:
         network: A copy of the certified network.
@@ -194,7 +197,7 @@ class RewriteContext:
     changed: bool = False
 
     def report(self, name: str, where: str, precondition: str, effect: str) -> None:
-        """Add a rule that holds at *where* to the report."""
+        """Record that rule *name* was applied to the part *where*."""
         self.rules.append(AppliedRule(name=name, where=where, precondition=precondition, effect=effect))
 
     def replace(self, rule: str, where: str, build: Build) -> None:

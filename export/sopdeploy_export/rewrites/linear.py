@@ -1,9 +1,9 @@
 """Rules of linear layers: post-compensation and fusion norm.
 
-- Post-compensation: W (s v) + b = s (W v) + b for a scalar s per image. The scale then multiplies the
-  logits instead of a d x d matrix. The root's triangle must go into one linear layer and nowhere else, with
-  only dropout between, which does nothing in eval mode. In the Gram domain the scale divides an M x M
-  matrix that is divided anyway, so the rule does not apply.
+- Post-compensation: W (s v) + b = s (W v) + b for a scalar s per image. The scale then multiplies the logits
+  instead of a d x d matrix. The rule applies if a single linear layer reads the triangle of the root,
+  directly or through dropout, which does nothing in eval mode. It does not apply in the Gram domain, where
+  the scale costs nothing because it is part of another division.
 - Fusion norm: W (s v + t) + b = (W diag(s)) v + (b + W t).
 """
 
@@ -36,9 +36,9 @@ class RootThenLinear(nn.Module):
 
 
 class CompensatedAfter(nn.Module, ExportHints):
-    """The linear layer on the root without its scale, then scale and bias.
+    """Apply the linear layer to the root without its scale, then multiply by the scale and add the bias.
 
-    `linear` is a child without bias, so that its dtype may differ from that of root and scale.
+    The child `linear` has no bias, so that its dtype may differ from that of the root, scale and bias.
     """
 
     keep_float32 = True
@@ -68,7 +68,7 @@ class CompensatedAfter(nn.Module, ExportHints):
 
 
 def move_compensation(context: RewriteContext, where: str, root: LoweredRoot) -> None:
-    """Move the scale of *root* after the linear layer that alone reads its triangle."""
+    """Apply the scale of *root* after the next linear layer, if nothing else reads the root's triangle."""
     reader = _only_reader(context, where) if root.config.compensate else None
     features = context.activations[where].inputs
     if reader is None or root.root(features[0])[1] is None:
@@ -89,7 +89,7 @@ def move_compensation(context: RewriteContext, where: str, root: LoweredRoot) ->
 
 
 def _only_reader(context: RewriteContext, where: str) -> str | None:
-    """Find the linear layer that alone reads the output of the part *where*."""
+    """Return the linear layer that reads the output of the part *where*; None if other parts read it too."""
     call = context.activations[where]
     readers = {
         name: context.network.get_submodule(name)
@@ -122,7 +122,7 @@ def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def is_frozen(norm: nn.Module) -> TypeGuard[nn.BatchNorm1d | nn.BatchNorm2d]:
-    """Whether *norm* is a batch norm in eval mode with running statistics."""
+    """Return whether *norm* is a batch norm in eval mode with running statistics."""
     return (
         isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
         and not norm.training
@@ -131,7 +131,7 @@ def is_frozen(norm: nn.Module) -> TypeGuard[nn.BatchNorm1d | nn.BatchNorm2d]:
 
 
 def fold_head(head: FusionHead) -> nn.Linear:
-    """Build one linear layer from batch norm and linear layer of *head*."""
+    """Combine the batch norm and the linear layer of *head* in one linear layer."""
     scale, shift = affine(head.bn)
     weight, bias = head.fc.weight.detach().double(), head.fc.bias.detach().double()
     linear = nn.Linear(head.fc.in_features, head.fc.out_features).to(head.fc.weight.dtype)

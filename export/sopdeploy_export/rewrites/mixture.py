@@ -1,8 +1,8 @@
 """Rule: a mixture evaluates only the K experts that its gate chose.
 
-Three equivalent forms are available. By default, batches of up to sixteen images gather the weights of
-their experts; larger ones compute all experts' convolutions and gather activations. If K = N, all experts
-run.
+Three equivalent forms are available. By default, the form depends on the bundle's optimum batch: up to
+sixteen images, each image gathers the weights of its experts; above, all experts' convolutions run and each
+image gathers activations. If K = N, all experts run.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ GATHER_UP_TO = 16  # images in a batch
 
 
 class Experts(nn.Module, ExportHints):
-    """A mixture: maps (B, C, H, W) and gate weights (B, N) to a sum (B, D)."""
+    """Mixture layer: feature maps (B, C, H, W) and gate weights (B, N) in, weighted sum (B, D) out."""
 
     computes_roots = True
 
@@ -114,7 +114,7 @@ def _summed_roots(maps_BKMd: Tensor, weights_BK: Tensor, config: NewtonSchulzCon
 
 
 class GatheredWeights(Experts):
-    """Each image gathers the weights of its K experts and computes only those."""
+    """Gather the weights of the K experts of each image, and compute only these experts."""
 
     def evaluate(self, x_BMC: Tensor, weights_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the maps (B, K, M, d) and weights (B, K)."""
@@ -147,7 +147,7 @@ class AllMasked(Experts):
 
 
 def forms(chosen: int) -> dict[str, Build]:
-    """Build functions of the three forms of a mixture with *chosen* experts per image."""
+    """Return functions that build the three forms of a mixture with *chosen* experts per image."""
     return {
         "gathered weights": partial(GatheredWeights, chosen=chosen),
         "all projected, activations gathered": partial(ProjectedThenGathered, chosen=chosen),
@@ -156,9 +156,9 @@ def forms(chosen: int) -> dict[str, Build]:
 
 
 def apply(context: RewriteContext, where: str, bank: Components) -> None:
-    """Replace one mixture that is summed by gate weights.
+    """Replace one mixture whose experts are summed with gate weights.
 
-    Raises `LoweringError` if the gate gives more than K experts a weight.
+    Raises `LoweringError` if more than K gate weights of an image are not 0.
     """
     inputs = context.activations[where].inputs
     if len(inputs) != 2:  # not routed: the components' vectors are concatenated

@@ -1,6 +1,7 @@
 """Rule: compute the matrix square root of iSQRT-COV with fewer operations.
 
-Letters as in `sopdeploy.layers.isqrt_cov`; X is centered but not scaled, and n is the norm of X X^T.
+The letters are those of `sopdeploy.layers.isqrt_cov`; X is centered but not scaled, and n is the norm of X
+X^T.
 
 - A = (X X^T / M) / (n / M) = X X^T / n. The 1 / M cancels, and the root is Y_N sqrt(n / M).
 - trace(X X^T) = trace(X^T X) is the sum of squares of X. The smaller of the two products is computed, and its
@@ -30,7 +31,7 @@ from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.rewrites.context import RewriteContext
 
 CENTERING = "centering by mean"
-MIN_SIZE = 3  # smaller centering constants do not pay off
+MIN_SIZE = 3  # replacing smaller centering constants saves nothing
 ROUNDING = 16 * float(np.finfo(np.float32).eps)
 NAME = "Newton-Schulz in 3N-3 products"
 TRACE = "trace without a diagonal"
@@ -74,7 +75,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def iterate(a_Bnn: Tensor, iterations: int) -> LastStep:
-    """Run N - 1 steps on *a_Bnn*; the caller computes Y_N or Z_N from the last.
+    """Run N - 1 steps on *a_Bnn* and return the last step, from which the caller computes Y_N or Z_N.
 
     Matrices are stored in the dtype of *a_Bnn* and multiplied in float32 or float64.
     """
@@ -120,7 +121,7 @@ def start(x_BMd: Tensor, config: NewtonSchulzConfig) -> Start:
 
 
 def _uses_gram(config: NewtonSchulzConfig, channels: int, positions: int) -> bool:
-    # stored in float16, a Gram matrix has negative eigenvalues
+    # rounding to float16 gives a Gram matrix negative eigenvalues
     return config.stored == "float32" and gram_is_cheaper(channels, positions, config.iterations)
 
 
@@ -151,7 +152,7 @@ class LoweredRoot(nn.Module, ExportHints):
         return root_Bdd if scale_B11 is None else root_Bdd * scale_B11
 
     def root(self, features_BdHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Compute the root (B, d, d) and the scale (B, 1, 1) that is left to apply."""
+        """Compute the root (B, d, d) and the scale (B, 1, 1) that the caller must apply; None if applied."""
         x_BdM = at_least_float32(features_BdHW).flatten(start_dim=2)
         x_BdM = x_BdM - x_BdM.mean(dim=2, keepdim=True)
         positions, compensate = x_BdM.shape[2], self.config.compensate
@@ -172,7 +173,7 @@ def apply(context: RewriteContext, where: str, part: ISqrtCov) -> None:
 
 
 def check_triangle(where: str, part: ISqrtCov) -> None:
-    """Check the constant: a transposed triangle has the right numbers, reordered."""
+    """Raise `LoweringError` unless the indices of *part* are the upper triangle, row by row."""
     if not torch.equal(part.triangle, upper_triangle_indices(part.width)):
         raise LoweringError(
             f"{where}: its indices are not the upper triangle of {part.width} channels, row by row"

@@ -1,9 +1,9 @@
 """The formulas as the papers write them, exported with `--no-lowering`.
 
-Centering by the matrix I / M - 11^T / M^2, the trace by the identity, the Newton-Schulz loop without
-special first and last steps, row batch norm and grouped convolution one after the other, and all N experts
-with a triangle each. Adaptive pooling has no ONNX form at most sizes, so the resampling of the position
-block stays.
+They center with the matrix I / M - 11^T / M^2, compute the trace with the identity, run the Newton-Schulz
+loop without special first and last steps, apply row batch norm and grouped convolution one after the other,
+and evaluate all N experts with one triangle each. The resampling matrices of the position block stay, because
+adaptive pooling has no ONNX form at most sizes.
 """
 
 import torch
@@ -27,7 +27,7 @@ def reference_covariance(x_BdM: Tensor) -> Tensor:
 
 
 class ReferenceRoot(nn.Module, ExportHints):
-    """`ISqrtCov` by the paper's loop (iSQRT-COV, Eq. 4)."""
+    """`ISqrtCov`, computed with the loop of the paper (iSQRT-COV, Eq. 4)."""
 
     keep_float32 = True
     computes_roots = True
@@ -73,7 +73,7 @@ class ReferenceChannelAttention(nn.Module, ExportHints):
 
 
 def grouped_convolution(before: RowConv) -> nn.Conv2d:
-    """Build the grouped convolution that a row-wise one is."""
+    """Build the grouped `nn.Conv2d` that is equal to the row-wise convolution *before*."""
     rows = before.in_channels
     conv = nn.Conv2d(rows, before.out_channels, (rows, 1), groups=rows, bias=before.bias is not None)
     conv = conv.to(before.weight.dtype)

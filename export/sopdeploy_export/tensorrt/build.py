@@ -29,7 +29,7 @@ COMPUTE_LAYERS = (
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """The inputs of one build; *workspace* in bytes, *last_build* in seconds."""
+    """The inputs of one build; *workspace* in bytes, *last_build*, the duration of an earlier one, in s."""
 
     onnx: bytes
     profiles: tuple[Profile, ...]
@@ -84,7 +84,7 @@ def network_flags(trt: Any) -> int:
 
 
 def set_timing_cache(config: Any, content: bytes) -> None:
-    """Start with the timings in *content*; without any if TensorRT rejects them."""
+    """Load the timing cache *content* into *config*; use an empty cache if TensorRT rejects it."""
     timings = config.create_timing_cache(content)
     if timings is None or not config.set_timing_cache(timings, False):  # damaged, or from another machine
         config.set_timing_cache(config.create_timing_cache(b""), False)
@@ -93,7 +93,7 @@ def set_timing_cache(config: Any, content: bytes) -> None:
 def _parse(trt: Any, network: Any, graph: bytes, logger: Any) -> None:
     parser = trt.OnnxParser(network, logger)
     if version_of(trt)[0] < STRONGLY_TYPED_SINCE and hasattr(trt, "OnnxParserFlag"):
-        parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)  # otherwise a plugin that needs cuDNN 8
+        parser.set_flag(trt.OnnxParserFlag.NATIVE_INSTANCENORM)  # the default is a plugin that needs cuDNN 8
     if parser.parse(graph):
         return
     reason = last_error(logger)
@@ -107,7 +107,7 @@ def _parse(trt: Any, network: Any, graph: bytes, logger: Any) -> None:
 
 
 def set_layer_precisions(trt: Any, network: Any, config: Any, precision: str) -> None:
-    """Make the weakly typed TensorRT 8.6 keep the types of the graph, whose casts it may fuse away."""
+    """Make the weakly typed TensorRT 8.6 keep the types of the graph, although it may fuse the casts."""
     flags = trt.BuilderFlag
     if precision == "fp32":
         return

@@ -1,7 +1,7 @@
 """Build or find the TensorRT engine of a bundle for this machine, without torch.
 
-An engine is kept only if it reproduces the bundle's probes. Layers of another precision than requested are
-warnings, or errors with `strict`.
+An engine is kept only if it reproduces the bundle's probes. A layer with another precision than requested
+causes a warning, or an error with `strict`.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class EngineOptions(StrictModel):
 
 @dataclass(frozen=True)
 class Engine:
-    """A plan in the cache, its record, and why it was built; None if it was cached."""
+    """A plan in the cache and its record; `reason` says why it was built, or is None if it was cached."""
 
     path: Path
     record: EngineRecord
@@ -92,7 +92,8 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     """Find the engine of *bundle* for this machine in the cache, or build it; replay the probes on it.
 
     *report* receives the progress. Raises `RuntimeUnavailableError` without TensorRT or a GPU,
-    `LoweringError` or `EngineError` if no engine can be built, `ParityError` if it deviates from the probes.
+    `LoweringError` or `EngineError` if no engine can be built, and `ParityError` if its outputs deviate from
+    the probes.
     """
     profiles = parse_profiles(options.profiles, bundle.manifest.batch)
     machine = this_machine()
@@ -125,7 +126,7 @@ def check_receipt(receipt: Receipt, *, strict: bool) -> None:
     """Raise `EngineError` with the first warning of *receipt* if *strict*."""
     if strict and receipt.warnings:
         more = f" (and {len(receipt.warnings) - 1} more)" if receipt.warnings[1:] else ""
-        raise EngineError(f"{receipt.warnings[0]}{more}; without --strict the probes decide")
+        raise EngineError(f"{receipt.warnings[0]}{more}; without --strict this is only a warning")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sopdeploy_export.tensorrt.rewrites import (
     value_types,
 )
 
-# The newest opset of each release; it holds until the next one listed.
+# The newest opset that each release reads; releases between two entries read the earlier one.
 NEWEST_OPSET = {(8, 6): 17, (10, 0): 20, (10, 15): 24, (11, 0): 25}
 MAX_K = 3840
 INT32 = (-(2**31), 2**31 - 1)
@@ -49,7 +49,7 @@ Rule = Callable[[GraphView], "str | None"]
 
 
 def _forbidden(message: str, *operators: str, dtype: int | None = None, domain: bool = False) -> Rule:
-    """Build a rule against *operators*, values of type *dtype*, or operators of another domain."""
+    """Build a rule that rejects *operators*, values of *dtype*, or operators outside of the ONNX domain."""
 
     def rule(graph: GraphView) -> str | None:
         if domain:
@@ -67,7 +67,7 @@ def _forbidden(message: str, *operators: str, dtype: int | None = None, domain: 
 def _computed_axes(graph: GraphView) -> str | None:
     for node in graph.model.graph.node:
         if node.op_type.startswith("Reduce") and len(node.input) > 1 and node.input[1] not in graph.constants:
-            return f"{node.name}: the axes of {node.op_type} are computed, it needs a constant"
+            return f"{node.name}: the axes of {node.op_type} are computed, but must be a constant"
     return None
 
 
@@ -85,7 +85,7 @@ def _large_int64_constant(graph: GraphView) -> str | None:
 def _top_k(graph: GraphView) -> str | None:
     for node in graph.nodes("TopK"):
         if node.input[1] not in graph.constants:
-            return f"{node.name}: k of TopK is computed, it needs a constant"
+            return f"{node.name}: k of TopK is computed, but must be a constant"
         k = int(array(graph.constants[node.input[1]]).reshape(-1)[0])
         if k > MAX_K:
             return f"{node.name}: TopK of {k}, at most {MAX_K} are supported"
@@ -110,10 +110,10 @@ def _einsum(graph: GraphView) -> str | None:
 
 
 def _quantized_for_cpu(graph: GraphView) -> str | None:
-    """Reject everything but signed bytes with zero point 0.
+    """Reject quantization other than int8 with zero point 0.
 
-    CPUs prefer unsigned bytes, a zero point and int32 biases. TensorRT's parser fails on a zero point or an
-    int32 bias, and reads unsigned bytes as signed.
+    CPUs prefer uint8, a zero point and int32 biases. TensorRT's parser fails on a zero point or an int32
+    bias, and reads uint8 as int8.
     """
     for node in graph.nodes("QuantizeLinear", "DequantizeLinear"):
         zero_point = node.input[2] if len(node.input) > 2 else ""
@@ -122,11 +122,11 @@ def _quantized_for_cpu(graph: GraphView) -> str | None:
             symmetric = (
                 tensor is not None and tensor.data_type == TensorProto.INT8 and not array(tensor).any()
             )
-        else:  # the type is that of the codes; QuantizeLinear gives unsigned bytes
+        else:  # the quantized values have the type; the default of QuantizeLinear is uint8
             codes = node.input[0] if node.op_type == "DequantizeLinear" else node.output[0]
             symmetric = graph.types.get(codes) == TensorProto.INT8
         if not symmetric:
-            return f"{node.name}: is quantized for CPUs, it needs signed bytes around zero: {EXPORT_INT8}"
+            return f"{node.name}: is quantized for CPUs, but must be int8 with zero point 0: {EXPORT_INT8}"
     return None
 
 

@@ -56,8 +56,8 @@ def precision_of_format(text: str) -> str | None:
 def check_engine_precision(model: onnx.ModelProto, requested: str, information: str) -> Receipt:
     """Compare the layers of an engine of *model* with its operators.
 
-    *information* is the inspector's JSON. Differences, and an inspector that shows too little, are warnings
-    of the receipt.
+    *information* is the inspector's JSON. The receipt holds a warning for each difference, and one if the
+    inspector shows too little to compare.
     """
     types = value_types(model)
     border = {
@@ -114,7 +114,7 @@ def _part_precisions(wanted: Requested, realized: Mapping[str, Counter[str]]) ->
 
 
 def _inspected_layers(information: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Parse the inspector's layers; without their types, return a warning instead."""
+    """Return the layers in the inspector's JSON; if it lists none or no types, return a warning instead."""
     try:
         layers = json.loads(information)["Layers"]
     except (ValueError, KeyError, TypeError) as problem:

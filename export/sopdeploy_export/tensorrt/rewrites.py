@@ -2,8 +2,8 @@
 
 - TensorRT 8.6 ignores the axes *input* that Reduce operators have since opset 18, except for ReduceSum, and
   reduces over all axes without an error. In opset 17 the axes are an attribute.
-- TensorRT accepts unsigned bytes only as network inputs, so the cast to a floating type must come first.
-  Moving bytes and then casting them equals casting and then moving them, and a cast keeps the shape.
+- TensorRT accepts uint8 only for network inputs, so the cast to a floating type must come first. This gives
+  the same result, because casts commute with operators that only move values, and keep the shape.
 """
 
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ def value_types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def operator_precisions(model: onnx.ModelProto) -> dict[str, str]:
-    """Determine the precision of every operator by name, without operators that compute no floats."""
+    """Map operator names to precisions, without operators that only move, convert or quantize values."""
     types = value_types(model)
     producers = {output: node.op_type for node in model.graph.node for output in node.output}
     found = {}
@@ -88,8 +88,9 @@ def operator_parts(model: onnx.ModelProto) -> dict[str, str]:
     """Assign every operator of *model*, by name, to a part of the network.
 
     An operator with weights belongs to the module that its weight's name begins with, such as `layer3` or
-    `fc`. A product of two computed matrices, the centering that only leads to it and the operators after it
-    are the second-order part. Any other operator belongs to the part of its first operand.
+    `fc`. The second-order part consists of a product of two computed matrices, of the centering whose result
+    only this product reads, and of the operators after it. Any other operator belongs to the part of its
+    first operand.
     """
     fixed = constants(model)
     weights = {name: name for name in fixed if "." in name}  # other names do not contain a module
@@ -174,9 +175,9 @@ def _move_axes(node: onnx.NodeProto, fixed: Mapping[str, onnx.TensorProto]) -> N
 
 
 def cast_bytes_first(model: onnx.ModelProto, _version: Version) -> Hazard | None:
-    """Cast every uint8 input before the operators that move its bytes or measure its shape, in place.
+    """Cast every uint8 input before the operators that move its values or read its shape, in place.
 
-    Raises `LoweringError` if another operator uses unsigned bytes.
+    Raises `LoweringError` if another operator reads uint8 values.
     """
     inputs = [v.name for v in model.graph.input if v.type.tensor_type.elem_type == TensorProto.UINT8]
     moved = sum(_cast_input_first(model, name) for name in inputs)
@@ -190,7 +191,7 @@ def cast_bytes_first(model: onnx.ModelProto, _version: Version) -> Hazard | None
 
 
 def _cast_input_first(model: onnx.ModelProto, name: str) -> int:
-    """Cast the input *name* at the front, and count the operators that used its bytes before."""
+    """Cast the input *name* before all other operators, and count those that read uint8 values before."""
     graph, unsigned = model.graph, [name]
     passed: list[onnx.NodeProto] = []
     casts: list[onnx.NodeProto] = []

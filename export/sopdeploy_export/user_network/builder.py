@@ -27,7 +27,7 @@ def network_builder(flag: str, place: str, settings: Sequence[str]) -> Callable[
             f"{flag} {place}: write package.module:callable, as in torchvision.models:googlenet"
         )
     if "" not in sys.path:
-        sys.path.insert(0, "")  # modules beside the user, as `python -m` finds them
+        sys.path.insert(0, "")  # finds modules in the current folder, as `python -m` does
     try:
         found: Any = importlib.import_module(module_name)
         for attribute in path.split("."):

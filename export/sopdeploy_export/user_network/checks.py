@@ -28,18 +28,18 @@ TENSOR_TABLES = ("_parameters", "_buffers", "_modules")
 SHOWN = 3
 SUM_TOLERANCE = 1e-3
 ALONE_TOLERANCE = 1e-2  # of the largest logit, between an image alone and in a batch
-DEPTH = 4  # of lists and dicts in attributes whose changes are found
+DEPTH = 4  # levels of nested lists and dicts in which changes are detected
 
 
 class Usage(NamedTuple):
-    """The tensors of a network that its output depends on, and the others."""
+    """The names of the tensors that the output of a network depends on, and of all other tensors."""
 
     used: frozenset[str]
     unused: frozenset[str]
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """Take *network* out of DataParallel, DistributedDataParallel, AveragedModel and torch.compile."""
+    """Return the network inside DataParallel, DistributedDataParallel, AveragedModel and torch.compile."""
     while isinstance(network, (OptimizedModule, *WRAPPERS)):
         network = network._orig_mod if isinstance(network, OptimizedModule) else network.module
     return network
@@ -85,7 +85,7 @@ def copy_for_export(network: nn.Module, role: str, logits: str | int | None = No
 
 
 def check_module(name: str, module: nn.Module, role: str) -> None:
-    """Raise for a module that cannot be captured, or with a method that was replaced on the instance."""
+    """Raise `LoweringError` if *module* cannot be captured, `CertificateError` if a method was replaced."""
     kind, where = type(module), f"{name or 'the whole'} of the {role} network"
     if isinstance(module, torch.jit.ScriptModule):
         raise LoweringError(
@@ -97,7 +97,7 @@ def check_module(name: str, module: nn.Module, role: str) -> None:
     if kind.__module__.startswith(QUANTIZED):
         raise LoweringError(f"{where} is quantized; export the float32 network with --precision int8")
     if kind.__name__.startswith(("FullyShardedDataParallel", "FSDP")):
-        raise LoweringError(f"{where} is sharded by FSDP; load its full state dict into a network without")
+        raise LoweringError(f"{where} is sharded by FSDP; load its full state dict without FSDP")
     if isinstance(module, OptimizedModule):
         raise LoweringError(f"{where} is compiled; put its _orig_mod in its place")
     for attribute, value in vars(module).items():
@@ -144,8 +144,8 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 def check_outputs(deployed: Deployed, preprocess: Preprocess, classes: int, role: str) -> tuple[str, ...]:
     """Run the network on probe images, alone and together, and check shape, finiteness and state.
 
-    Returns warnings. Raises `LoweringError` if the network cannot run, returns no (B, classes) logits,
-    changes itself, or if the logits of an image depend on anything else.
+    Returns warnings. Raises `LoweringError` if the network cannot run, returns no (B, classes) logits or
+    changes its state, or if the logits of an image depend on other images or on the number of runs.
     """
     images = torch.from_numpy(probe_images(preprocess)[-IMAGES:])
     runs: list[Tensor] = []
@@ -212,9 +212,9 @@ def _check_shape(logits: Tensor, size: int, classes: int, role: str) -> None:
 
 
 def find_usage(network: nn.Module, captured: Captured) -> Usage:
-    """Find the tensors that the output of *network* depends on in the programs *captured* of it.
+    """Find the tensors that the output of *network* depends on, according to its *captured* programs.
 
-    Raises `CertificateError` if they are not deterministic or write to buffers.
+    Raises `CertificateError` if the programs are not deterministic or write to buffers.
     """
     programs = (captured.any_batch, captured.batch_of_one)
     reached = {name.removeprefix(PREFIX) for each in programs for name in program_root(each).state}
@@ -254,7 +254,11 @@ def check_training_only(usage: Usage, training_only: Sequence[str]) -> None:
 
 
 def check_builder(build: Callable[[], nn.Module], trained: nn.Module) -> None:
-    """Raise if *build* fails, or if two results of it, or one and *trained*, share a module or memory."""
+    """Check that *build* returns a new network in every call.
+
+    Raises `ConfigError` if it fails, and `CertificateError` if its networks share a module or memory with
+    each other or with *trained*.
+    """
     first, second = _build(build), _build(build)
     owners = {id(part) for network in (first, trained) for _, part in modules(network)}
     memory = {

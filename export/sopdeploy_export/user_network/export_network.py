@@ -58,7 +58,7 @@ def export_network(
     sha256: str | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Exported:
-    """Export *trained* as a bundle, and prove that what ships is the *plain* network.
+    """Export *trained* as a bundle, and prove that the exported network is the *plain* network.
 
     The network is copied and not changed. It receives float32 images (B, 3, H, W), normalized as *preprocess*
     says, and returns (B, classes) logits.
@@ -69,13 +69,13 @@ def export_network(
             less; `docs/howto/your-network.md` says what it then cannot show.
         training_only: Dotted names of the parts to remove, or patterns such as `aux*`.
         labels: Class names, in the order of the logits.
-        preprocess: From an image to the input of the network.
+        preprocess: Converts an image to the input of the network.
         destination: Folder for the bundle.
         name: Name of the model: letters, digits, `.`, `_` and `-`.
         logits: Attribute, key or index of the logits, if the network returns more than one tensor.
         rename: Maps the name of a tensor of *trained* to its name in the plain network.
-        options: Batch sizes, precision and others; `detach` follows from *training_only*.
-        config: What the manifest records of the network; by default the names of its classes.
+        options: Batch sizes, precision and more; `detach` is set if *training_only* names a part.
+        config: Description of the network in the manifest; by default its class and the arguments above.
         sha256: Hash of the weight file; by default of the tensors.
         on_step: Called with a description of each step as it begins.
 
@@ -84,8 +84,8 @@ def export_network(
         compared.
 
     Raises:
-        ConfigError: Arguments that do not fit together.
-        LoweringError: The network cannot be exported, and why.
+        ConfigError: An argument is invalid.
+        LoweringError: The network cannot be exported; the message says why.
         CertificateError: A statement of the proof does not hold.
         SopdeployError: Another step failed; nothing is left in *destination* then.
     """
@@ -112,7 +112,7 @@ def export_network(
             training_only=parts,
             plain=build,
             rename=_checked(rename or str),
-            captured=None if options.with_cam else captured,  # with the maps there is another output
+            captured=None if options.with_cam else captured,  # class maps add an output
         ),
         labels=tuple(labels),
         preprocess=preprocess,
@@ -206,7 +206,7 @@ def _checked_builder(
 
 
 def _checked(rename: Callable[[str], str]) -> Callable[[str], str]:
-    """Let *rename* raise `ConfigError` for whatever the user's code raises."""
+    """Wrap *rename*, the user's code, so that all its exceptions become `ConfigError`."""
 
     def call(name: str) -> str:
         try:
@@ -228,7 +228,7 @@ def _hash_tensors(network: nn.Module) -> str:
 
 
 def _summarize(trained: nn.Module, parts: tuple[str, ...], preprocess: Preprocess) -> NetworkSummary:
-    """Summarize the network for the report, on copies, because their mode changes."""
+    """Summarize copies of the network for the report, because a summary changes their mode."""
     network = copy_for_export(trained, "trained")
     shipped = detach(network, parts) if parts else copy_for_export(trained, "trained")
     return summarize(network, shipped, parts, preprocess.crop)

@@ -119,7 +119,7 @@ def one_step_less(correct: Callable, self: LoweredRoot, given: Tensor) -> Tensor
 
 ERRORS = {
     "a root that is not symmetric": (LoweredRoot, "matrix", asymmetric, root(), "root is not symmetric"),
-    "one step too few": (LoweredRoot, "matrix", one_step_less, root(), "5 steps leave another residual"),
+    "one step too few": (LoweredRoot, "matrix", one_step_less, root(), "the residual of 5 steps differs"),
     "TF32 in the products": (
         iteration,
         "product",

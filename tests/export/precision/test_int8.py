@@ -147,7 +147,7 @@ def test_keep_float_keeps_parts_in_float32_for_single_images(
 def test_unknown_parts_and_missing_calibration_images_are_rejected(
     preprocess: Preprocess, tmp_path: Path, images: Path
 ) -> None:
-    message = r"the network has no convolution in 'layer3\.0\.conv'; there are conv1, layer1\.0\.conv1"
+    message = r"'layer3\.0\.conv' contains no convolution; choose for example one of conv1, layer1\.0\.conv1"
     with pytest.raises(ConfigError, match=message):
         run("resnet8", tmp_path, preprocess, calibrate=images, keep_float=("layer3.0.conv",))
     with pytest.raises(ConfigError, match="add --calibrate DIR"):

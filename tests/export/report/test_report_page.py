@@ -78,7 +78,7 @@ def test_the_gate_section_shows_the_usage_of_every_component(gated: Exported) ->
     assert routing is not None
     assert (len(routing.usage), sum(routing.usage)) == (4, 2 * gated.parity.images)
     page = page_of(gated)
-    assert "Expert usage" in page
+    assert "Component usage" in page
     assert "selects 2 of 4 components" in page
     for number, count in enumerate(routing.usage):
         assert f"component {number}: {100 * count / gated.parity.images:.0f}\N{NO-BREAK SPACE}%" in page
