@@ -38,16 +38,18 @@ def create_app(
     engine: EngineClient | None = None,
     spending: SharedSpending | None = None,
 ) -> FastAPI:
-    """Create the app that serves *models* by name, each loaded by `load_model`, or those of *engine*.
+    """Create the app that serves *models* by name, each loaded by `load_model`.
 
-    *store* has the bundles that clients may load later, *faults* are injected for tests, *open_trace* starts
-    the trace of a request, *spending* is shared by the front ends of a server. `app.state.service` is the
-    `Service` of the app; it runs once, from startup to shutdown. Raises `ConfigError` if the key file of
-    *settings* cannot be used.
+    With *engine*, the models run in an engine process. *store* has the bundles that clients may load later,
+    *faults* are injected for tests, *open_trace* starts the trace of a request, and *spending* holds the rate
+    limits that the front ends of a server share. `app.state.service` is the `Service` of the app; it runs
+    once, from startup to shutdown. Raises `ConfigError` if the key file of *settings* cannot be used.
     """
     keys = None if settings.keys is None else load_keys(settings.keys)
     if keys is not None and spending is not None and len(keys.keys) > MAX_KEYS:
-        raise ConfigError(f"{settings.keys}: at most {MAX_KEYS} keys with front_ends; remove some")
+        raise ConfigError(
+            f"{settings.keys}: has more than {MAX_KEYS} keys, the limit with front_ends; remove some"
+        )
     service = Service(models, settings, store, faults, engine)
     names = sorted({model.name for model in service.registry.models()})
 

@@ -122,13 +122,13 @@ class Settings(BaseSettings):
 
     decoders: Count = 2  # image decoding threads
     decode: DecodeWay = "exact"  # fast: decode large JPEGs at reduced size; nvimagecodec: decode on the GPU
-    fast_decode_samples: Path | None = None  # directory of JPEGs for an additional check of that decoder
+    fast_decode_samples: Path | None = None  # directory of JPEGs for an additional check of decode
     parsers: Count = 2  # JSON parsing threads
-    sandbox: Sandbox = "auto"  # of front ends; auto: if the system can; required: do not start without
+    sandbox: Sandbox = "auto"  # of front ends; auto: if the system supports it; required: else do not start
     devices: Devices = ()  # one process per device: `cpu`, GPU number, UUID, MIG id; empty: this process
     front_ends: FrontEnds = 1  # processes for HTTP and decoding, per device; auto: cores / 4, at most 8
     verify_key: Path | None = None  # serve only bundles signed by this public key; see `sopdeploy sign`
-    runtime: RuntimeName = "auto"  # auto: the first installed one
+    runtime: RuntimeName = "auto"  # auto: TensorRT if set up, else onnxruntime on CUDA, else on the CPU
     engine_cache: Path | None = None  # TensorRT engine cache; not set: next to the bundle
     cuda_graphs: bool = False  # TensorRT: capture profiles with one batch size, such as 1, as CUDA graphs
     threads: Count | None = None  # CPU threads of the runtime; not set: one per core
@@ -159,7 +159,7 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     def classes_per_image(self, *, several: bool) -> int | None:
-        """Return `top_k`; None, for all classes, if an image may have *several* and `top_k` was not set."""
+        """Return `top_k`, or None (all classes) if an image may have *several* and `top_k` is not set."""
         return None if several and "top_k" not in self.model_fields_set else self.top_k
 
     @pydantic.model_validator(mode="after")

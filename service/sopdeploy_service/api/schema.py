@@ -20,7 +20,7 @@ class ClassifyRequest(pydantic.BaseModel):
 
     image: str | None = pydantic.Field(None, description="base64, or a data URI")
     images: list[str] | None = pydantic.Field(None, description="base64, or data URIs")
-    url: str | None = pydantic.Field(None, description="of one image, if the server allows its host")
+    url: str | None = pydantic.Field(None, description="URL of one image; the server must allow its host")
     top_k: Annotated[int, pydantic.Field(ge=1)] | None = None
 
     @pydantic.model_validator(mode="after")
@@ -63,9 +63,9 @@ class Expert(StrictModel):
 class ClassMap(StrictModel):
     """Class activation map: what each position of the image adds to the logit of a class.
 
-    `values` are the rows of the map in units of logits; their mean plus `bias` is the logit. They divide
-    `box`, the (left, top, right, bottom) that the network sees of the upright image of `image_size` (width,
-    height) pixels, into equal cells. A padded image is smaller than its box.
+    `values` are the rows of the map in units of logits; their mean plus `bias` is the logit. `box` is the
+    part (left, top, right, bottom) of the upright image that the network receives; the values divide it into
+    equal cells. `image_size` is (width, height). Both are in pixels. A padded image is smaller than its box.
     """
 
     label: str
@@ -80,9 +80,10 @@ class Classes(StrictModel):
 
     A multi-label network lists the classes whose probability reaches their threshold, possibly none.
     `warnings` name changes made while decoding: `alpha_flattened`, `content_type_mismatch`, `exif_rotated`,
-    `first_frame_only`, `sixteen_bit_scaled`. `gates` are the selected experts, best first, and `class_map`
-    explains a class, if requested. `known` is false if the image probably shows none of the classes, because
-    its `score` is below the threshold of the bundle. Both are absent if the bundle has no threshold.
+    `first_frame_only`, `sixteen_bit_scaled`. If requested, `gates` lists the selected experts, largest weight
+    first, and `class_map` explains a class. `known` is false if the image probably shows none of the classes,
+    because its `score` is below the threshold of the bundle. Without a threshold, `known` and `score` are
+    absent.
     """
 
     classes: tuple[ClassProbability, ...]
@@ -135,9 +136,9 @@ class ModelInfo(StrictModel):
 
 
 class ShadowInfo(StrictModel):
-    """The shadow of the model *live*, which gets *share* of its requests, and its results since the start.
+    """The shadow of the model *live*, which receives the fraction *share* of the requests for that model.
 
-    `images` counts those whose best class agrees or differs, that failed, and that were dropped.
+    `images` counts the images since the start by result: best class agrees or differs, failed, dropped.
     """
 
     name: str

@@ -46,14 +46,14 @@ README = "README.md"
 
 @router.get("/livez", summary="Liveness", response_model=Health)
 async def livez(request: Request) -> Response:
-    """Status 200 unless the runtime is dead; then the process must be restarted."""
+    """Return status 200, or 503 if the runtime is dead and the process must be restarted."""
     state = service_of(request).state
     return json_response(Health(status=state), status=503 if state == "engine_dead" else 200)
 
 
 @router.get("/readyz", summary="Readiness", response_model=Health)
 async def readyz(request: Request) -> Response:
-    """Status 200 while images are classified; 503 while draining, without a model and with a dead runtime.
+    """Return status 200 if the server accepts images, and 503 if it is draining, has no model or is dead.
 
     The probes of every bundle are replayed before the server starts to listen.
     """
@@ -63,7 +63,7 @@ async def readyz(request: Request) -> Response:
 
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)
 async def metrics(request: Request, *, own: bool = False) -> Response:
-    """Metrics of this server; with several worker processes, those of all workers unless *own*."""
+    """Return the metrics of this server: of all worker processes, or of this one only with *own*."""
     siblings: dict[str, Connect] = request.app.state.siblings
     if own or not siblings:
         return Response(generate_latest(service_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
@@ -129,7 +129,7 @@ def model_info(model: Model) -> ModelInfo:
     responses=problem_responses(400, 404, 422, 503),
 )
 async def card(request: Request, model: str | None = None) -> Response:
-    """Model card of *model* (required if several are loaded) and a summary of its certificate."""
+    """Return the model card of *model* (required if several are loaded) and a summary of its certificate."""
     chosen = raise_if_rejected(service_of(request).registry.find(model))
     return json_response(await asyncio.to_thread(read_card, chosen.bundle))
 

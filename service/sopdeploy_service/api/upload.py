@@ -86,7 +86,7 @@ def admit(request: Request, name: str | None = None, version: str | None = None)
 
 
 def use_model(request: Request, found: Model | Rejection) -> Model:
-    """Record the model *found* for *request*: for the digest header, the metrics and the access log.
+    """Record *found* as the model of *request*, for the digest header, the metrics and the access log.
 
     Raises `RejectedError` if it is a rejection.
     """
@@ -97,7 +97,7 @@ def use_model(request: Request, found: Model | Rejection) -> Model:
 
 
 def timeout_of(request: Request, longest: float) -> float:
-    """Timeout of *request* in seconds: its `X-Request-Timeout-Ms`, at most *longest*."""
+    """Return the timeout of *request* in seconds: its `X-Request-Timeout-Ms`, at most *longest*."""
     given = request.headers.get(TIMEOUT_HEADER)
     if given is None:
         return longest
@@ -162,7 +162,7 @@ async def read_upload(request: Request, service: Service, model: Model, deadline
 
 
 def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> tuple[Upload, str | None]:
-    """Parse a JSON body to its images, or to the URL of its image; call it in a thread.
+    """Parse a JSON body; return its images, or no images and the URL of one. Call it in a thread.
 
     Raises `RejectedError` for anything that is not a `ClassifyRequest` with base64 images.
     """

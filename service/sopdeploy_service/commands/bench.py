@@ -49,7 +49,7 @@ class Measured(StrictModel):
 
 
 class Benchmark(StrictModel):
-    """The result; `ratios` by batch size are below 1 if the first bundle is faster than *against*."""
+    """The result; `ratios` by batch size are below 1 where the first bundle is faster than *against*."""
 
     machine: dict[str, str | int | float]
     versions: dict[str, str]

@@ -27,7 +27,10 @@ from sopdeploy_service.settings import Settings, load_settings
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BundleScores:
-    """The sorted classes, the score of every image or all predictions, and what ran the bundle."""
+    """The scores of a bundle on a data set, and the runtime and device that ran it.
+
+    `labels` are sorted. `scores` has one entry per image; for a multi-label network, it is all predictions.
+    """
 
     labels: tuple[str, ...]
     scores: list[Score] | MultiLabelPredictions

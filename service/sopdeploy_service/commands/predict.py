@@ -41,7 +41,7 @@ from sopdeploy_service.settings import Settings, load_settings
 class FilePrediction(StrictModel):
     """The most probable classes of one image, best first, or the error.
 
-    `image` is the path of the file; of an image in memory it is its file name or position. A multi-label
+    `image` is the path of a file or, for an image in memory, its file name or position. A multi-label
     network gives all classes above their threshold, at most `top_k` if that is set. `known` and `score` are
     omitted unless the bundle has a rejection threshold.
     """
@@ -65,12 +65,12 @@ def predict(
     settings: Settings | None = None,
     explain: Path | None = None,
 ) -> list[FilePrediction]:
-    """Classify files and images in memory one by one; a file that is no valid image gets an `error`.
+    """Classify files and images in memory one by one; a file that is not a valid image gets an `error`.
 
-    Batches of one make a prediction independent of the other images. An image in memory gives the result of a
-    file with the same pixels. *explain* is a PNG file for the class activation map of the best class, drawn
-    over the only image. Raises `DataError` for a file that cannot be read, `ConfigError` if nothing can be
-    explained, and the errors of `load_model`.
+    Images run in batches of one, so that a prediction does not depend on the other images. An image in memory
+    gives the same result as a file with the same pixels. *explain* is the PNG file to write: the class
+    activation map of the best class, drawn over the only image. Raises `DataError` for a file that cannot be
+    read, `ConfigError` if *explain* is not possible, and the errors of `load_model`.
     """
     settings = settings or load_settings()
     if explain is not None and (len(images) != 1 or explain.suffix.lower() != ".png"):

@@ -36,8 +36,8 @@ class Verification(StrictModel):
 def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
     """Check every file and the root of the graph, replay the probes, and reproduce the golden examples.
 
-    Raises `BundleError` for the files and the root, `ParityError` for the numbers, and
-    `RuntimeUnavailableError` if no runtime here can run the bundle.
+    Raises `BundleError` if a file or the root is wrong, `ParityError` if an output deviates, and
+    `RuntimeUnavailableError` if no runtime of this machine can run the bundle.
     """
     loaded = load_model(bundle_path, settings or load_settings(), thorough=True)
     bundle, examples = loaded.bundle, read_golden(loaded.bundle)

@@ -85,12 +85,14 @@ def load_keys(path: Path) -> ApiKeys:
     """Load the keys of a server from *path*; raises `ConfigError` also if there are none."""
     keys = read_keys(path)
     if not keys:
-        raise ConfigError(f"{path}: has no key, every request would be rejected; `sopdeploy key` creates one")
+        raise ConfigError(
+            f"{path}: has no key, so every request would be rejected; create one with `sopdeploy key`"
+        )
     return ApiKeys(keys)
 
 
 def new_key(path: Path, name: str, *, rate: float | None, burst: int | None, admin: bool) -> str:
-    """Create a key called *name*, add its hash to the file at *path* (mode 0600) and give the secret.
+    """Create a key called *name*, add its hash to the file at *path* (mode 0600) and return the secret.
 
     The write is atomic. Raises `ConfigError` if the name is invalid or in use, or if the file cannot be
     written.

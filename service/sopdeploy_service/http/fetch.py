@@ -58,7 +58,7 @@ async def fetch(
 
 
 def check_url(url: str, settings: Settings) -> tuple[httpx.URL, str, int]:
-    """Parse *url* to itself, host and port, and check them and its scheme against *settings*."""
+    """Parse *url* and check it against *settings*; return it with its host and port."""
     try:
         target = httpx.URL(url)
     except (httpx.InvalidURL, ValueError) as problem:

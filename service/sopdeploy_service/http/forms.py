@@ -1,4 +1,4 @@
-"""Parse `multipart/form-data` to images, in memory and in one pass.
+"""Parse `multipart/form-data` into images, in memory and in one pass.
 
 Starlette's form parser writes files above 1 MB to disk and accepts truncated bodies.
 """

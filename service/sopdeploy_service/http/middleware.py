@@ -2,8 +2,8 @@
 
 Plain ASGI middleware: Starlette's `BaseHTTPMiddleware` hides client disconnects from the routes.
 
-Bytes of a body count from their arrival until the request is finished, while they are in memory. Announced
-bytes do not count: otherwise a client could reserve the memory of others with a header.
+The upload budget counts the bytes of a body while they are in memory, from their arrival until the end of the
+request. It does not count announced bytes, because a client could then use up the budget with a header.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ NO_KEY = Rejection(
     "unauthenticated", 401, "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 )
 
-SMALL_BODY = 1_000_000  # most images; the last eighth of the budget is reserved for them
+SMALL_BODY = 1_000_000  # most images are smaller; the last eighth of the budget is reserved for such bodies
 RECHECK_SECONDS = 0.05
 MAX_LENGTH_DIGITS = 20
 
@@ -117,7 +117,7 @@ class RequestContextMiddleware:
     def _record(
         self, context: RequestContext, method: str, found: object, status: int, seconds: float
     ) -> None:
-        """Write a request to the route *found* that took *seconds* to metrics, trace and access log.
+        """Record a request to the route *found*, which took *seconds*, in metrics, trace and access log.
 
         *status* is 0 if no response was sent.
         """
@@ -148,7 +148,7 @@ class RequestContextMiddleware:
 
 
 def request_id(headers: Headers) -> str:
-    """Choose the client's `X-Request-ID` if it is valid, else a new ID of 32 hexadecimal digits."""
+    """Return the client's `X-Request-ID` if it is valid, or a new ID of 32 hexadecimal digits."""
     given = headers.get("x-request-id", "")
     return given if VALID_ID.fullmatch(given) else f"{PROCESS_ID}{next(NUMBERS):016x}"
 

@@ -94,7 +94,7 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def install(app: FastAPI) -> None:
-    """Replace all default error responses of *app* by problems."""
+    """Make *app* respond to every error with a problem instead of FastAPI's default response."""
 
     @app.exception_handler(RejectedError)
     async def rejected(request: Request, error: RejectedError) -> Response:

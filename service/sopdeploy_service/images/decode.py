@@ -2,7 +2,7 @@
 
 Each step is cheaper than the next and may reject the image: size in bytes, file signature, header (pixels are
 counted before any is allocated), decoding, preprocessing. The bytes decide the format; a content type that
-disagrees is a warning. The only exception for bad bytes is `ImageError`.
+disagrees is a warning. Invalid bytes raise `ImageError` and no other exception.
 
 Segments, scans and reads are limited, so that small files cannot take seconds to decode. Pillow reads headers
 segment by segment, in Python: 19 MB of empty segments hold the interpreter lock for seconds. Each scan of a
@@ -37,7 +37,7 @@ SIGNATURES = {
     b"GIF89a": "GIF",
     b"BM": "BMP",
 }
-FIRST_BYTES = (*SIGNATURES, b"RIFF")  # of every accepted format; RIFF is also that of WAV files
+FIRST_BYTES = (*SIGNATURES, b"RIFF")  # of every accepted format; WAV files also begin with RIFF
 REJECTED_SIGNATURES = {
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
@@ -80,7 +80,7 @@ class EncodedImage(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The network's input (crop, crop, 3) uint8 and codes of what decoding changed.
+    """The network's input (crop, crop, 3) uint8, and warning codes for changes made while decoding.
 
     *size* is the (width, height) of the upright image in the file.
     """
@@ -96,7 +96,7 @@ Decode = Callable[[EncodedImage, Preprocess], Decoded]
 
 
 def load_exact(image: Image.Image, body: bytes, preprocess: Preprocess) -> Image.Image:  # noqa: ARG001
-    """Load the pixels that training saw."""
+    """Load the same pixels as in training."""
     image.load()
     return image
 
@@ -229,9 +229,9 @@ def _open(body: bytes, kind: str) -> Image.Image:
 def is_truncated(image: Image.Image, body: bytes) -> bool:
     """Check whether the data of a JPEG *body* ends before its last pixel.
 
-    libjpeg fills missing pixels with gray and Pillow hides its warning. Only if the last pixel has that gray,
-    the image is decoded twice more at 1/8 scale, once with noise appended to its first scan: a complete file
-    ignores the noise, a truncated one shows it.
+    libjpeg fills missing pixels with gray, and Pillow hides its warning. If the last pixel has this gray, the
+    image is decoded twice more at 1/8 scale, once with noise appended to its first scan. The noise changes
+    the pixels of a truncated file and has no effect on a complete one.
     """
     last = image.getpixel((image.width - 1, image.height - 1))
     if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
@@ -256,7 +256,7 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
 
 
 def _file_warnings(image: Image.Image, kind: str, media_type: str) -> list[str]:
-    """Return warning codes for another media type and for more frames, also damaged ones."""
+    """Return the warning codes for a wrong media type and for several frames, even damaged ones."""
     warnings = []
     family, _, subtype = media_type.partition(";")[0].strip().upper().partition("/")
     if family == "IMAGE" and subtype != "*" and ALIASES.get(subtype, subtype) != kind:

@@ -1,10 +1,10 @@
 """Load the pixels of an image: exactly, at a reduced scale, or on the GPU.
 
 `decode=fast` lets libjpeg skip the highest frequencies of a large image, and `decode=nvimagecodec` rounds as
-NVIDIA's decoders do, so the network gets slightly other pixels than in training. The effect depends on the
-network; a server does not start if it exceeds the limits below. The probes of the bundle are already decoded
-and prove nothing about this, so the check uses synthetic JPEGs, always the same ones, and those of the
-setting `fast_decode_samples`.
+NVIDIA's decoders do, so the network gets slightly different pixels than in training. The effect depends on
+the network; a server does not start if the effect exceeds the limits below. The probes of the bundle are
+decoded pixels and cannot show it, so the check uses synthetic JPEGs, the same ones at every start, and those
+of the setting `fast_decode_samples`.
 """
 
 import io
@@ -36,7 +36,7 @@ MAX_REDUCTION = 4  # per side; 1/8 would need a check on images of 16 times the 
 
 MAX_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread
 MIN_AGREEMENT = 0.9  # fraction of images whose best class stays the same
-SCALES = (4, 6, 8)  # shorter side / that of the resized image: from 4 on decoded at 1/2, from 8 on at 1/4
+SCALES = (4, 6, 8)  # shorter side / resized shorter side; libjpeg decodes at 1/2 from 4 on, at 1/4 from 8 on
 SEEDS = 3
 OCTAVES = (4, 16, 64, 256)  # noise cells along the longer side; one more octave has cells of 2 pixels
 MAX_SAMPLES = 500
@@ -61,7 +61,7 @@ def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> Ima
     """Load a JPEG at 1/2 or 1/4 of its size, other formats at full size.
 
     Each side keeps at least twice the pixels of the resized image; `check_fast_decode` measures the effect.
-    A padded image keeps its position: the scale must not change the size that the original would get.
+    The scale of a padded image must not change its resized size, so that its position stays the same.
     """
     if preprocess.fit == "crop":
         side = max(2 * preprocess.resize, -(-min(image.size) // MAX_REDUCTION))
@@ -168,7 +168,7 @@ class FastDecode(StrictModel):
 def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode | None:
     """Measure how the setting `decode` changes the outputs; None if it is exact.
 
-    Raises `ParityError` if it exceeds the limits, `ConfigError` if `fast_decode_samples` has no JPEG,
+    Raises `ParityError` if a change exceeds its limit, `ConfigError` if `fast_decode_samples` has no JPEG,
     `ImageError` for a damaged sample, and the errors of `make_decoder`.
     """
     if settings.decode == "exact":

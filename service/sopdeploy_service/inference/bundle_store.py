@@ -1,7 +1,8 @@
 """The bundles a server may serve: those named at its start and their siblings.
 
-A source is a bundle, a folder of bundles, or `NAME=BUNDLE`. Clients know a bundle by that NAME, otherwise by
-the name of its network; in a folder of bundles by the name of its own folder, unless that is the default one.
+A source is a bundle, a folder of bundles, or `NAME=BUNDLE`. Clients use NAME or, without it, the name of the
+network. In a folder of bundles, clients use the name of the bundle's folder, or the name of the network if
+the folder has its default name.
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ class BundleStore:
     """The bundles by name, and the folders that may hold later versions."""
 
     def __init__(self, sources: Iterable[str | Path]) -> None:
-        """Look up each of *sources*, `PATH` or `NAME=PATH`.
+        """Find the bundles of *sources*, each `PATH` or `NAME=PATH`.
 
         Raises `BundleError` for a path without a bundle and `ConfigError` for two bundles with one name.
         """
@@ -48,10 +49,10 @@ class BundleStore:
                 self.bundles[name] = bundle
 
     def find(self, name: str, folder: str | None = None, *, serving: str | None = None) -> Path:
-        """Find the bundle to load as *name*: that in *folder*, or the only new one.
+        """Find the bundle to load as *name*: the one in *folder*, or the only one that is not served yet.
 
-        *folder* is a plain name, looked up in the folders of the sources; *serving* is the id being served
-        now. Raises `BundleError` if no bundle, or more than one, matches.
+        *folder* is a plain name, which is looked up in the folders of the sources; *serving* is the id of the
+        bundle that is served now. Raises `BundleError` if no bundle, or more than one, matches.
         """
         candidates = sorted({path for parent in self._folders for path in _bundles_in(parent)})
         if folder is not None:

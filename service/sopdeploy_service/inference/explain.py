@@ -1,4 +1,4 @@
-"""Explain a prediction by the class activation map of a class, exactly and only if it is requested."""
+"""Explain predictions on request: check that a class can be explained, and format its activation map."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from sopdeploy_service.inference.results import Prediction, Rejection
 def check_explainable(
     name: str, layer: ClassMapLayer | None, labels: Sequence[str], label: str | None
 ) -> Rejection | None:
-    """Check whether model *name* can explain class *label*, or the best class if that is None."""
+    """Return a rejection if model *name* cannot explain class *label* (None: the best class), else None."""
     if layer is None:
         return Rejection(
             "no_class_maps",

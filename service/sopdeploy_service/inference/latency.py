@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-MIN_HANG_SECONDS = 4.0  # a clock that jumps or a machine that stalls is no hung worker
+MIN_HANG_SECONDS = 4.0  # tolerates a clock that jumps and a machine that stalls
 HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
 NEW_SIZE_SECONDS = 60.0  # for the first batch of a size on a GPU, where libraries may choose kernels for it
 SMOOTHING = 0.2  # weight of the newest batch in the moving average

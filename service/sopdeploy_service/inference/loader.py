@@ -39,9 +39,9 @@ log = logging.getLogger("sopdeploy.engine")
 class LoadedModel:
     """A verified bundle and its runtime.
 
-    `replays` has the replay of each batch size and `timings` (images, seconds) of each run. `fast_decode` is
-    None if images are decoded exactly, `class_maps` if the bundle has no class activation maps. `seconds` has
-    the time of each step of loading.
+    `replays` maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
+    `fast_decode` is None if images are decoded exactly, `class_maps` is None if the bundle has no class
+    activation maps. `seconds` maps the steps of loading to their durations.
     """
 
     bundle: Bundle
@@ -56,9 +56,9 @@ class LoadedModel:
 def load_model(path: Path, settings: "Settings", *, thorough: bool = False) -> LoadedModel:
     """Load the bundle at *path* and replay its probes.
 
-    Every probe runs in a batch of the largest size. `SINGLE_PROBES` of them also run alone; with *thorough*
-    all of them do, and the root of the graph is recomputed and compared with the certificate. The
-    difference is most of the start time of a server on a CPU.
+    Every probe runs in a batch of the largest size, and `SINGLE_PROBES` of them also run alone. With
+    *thorough*, all of them also run alone, and the root of the graph is recomputed and compared with the
+    certificate; on a CPU, this would be most of the start time of a server.
 
     Raises `BundleError`, `RuntimeUnavailableError`, `ParityError`, `ConfigError` for an invalid key file, and
     the errors of `check_fast_decode`.
@@ -166,7 +166,7 @@ def _replay_all(
 def replay_overlapping(probes: Probes, runtime: OverlappingRuntime, max_batch: int) -> None:
     """Replay *probes* with two batches in flight, as the second and as the first of the two.
 
-    Detects batches that overwrite each other's memory before the first request. Raises `ParityError`.
+    This detects, before the first request, batches that overwrite each other's memory. Raises `ParityError`.
     """
     for position in (1, 0):
 

@@ -39,8 +39,8 @@ class Sum:
 class ModelStatistics:
     """Sums over the requests of one model; used on the event loop only.
 
-    *stages* sums over requests the slowest image of each stage; *batches* sums over images by the size of
-    their batch. Requests rejected before they reach the model are not counted.
+    *stages* sums the time of the slowest image of each request, by stage. *batches* sums over images, by the
+    size of their batch. Requests that are rejected before they reach the model are not counted.
     """
 
     success: Sum = field(default_factory=Sum)
@@ -153,9 +153,9 @@ class Model:
                 await asyncio.to_thread(self.loaded.runtime.close)
 
     def _declare_dead(self, hung_seconds: float | None = None) -> None:
-        """Reject every image from now on: a batch hangs, or without *hung_seconds* the thread has ended.
+        """Reject every image from now on, because a batch exceeds *hung_seconds* or the thread has ended.
 
-        The thread of a closed model ends as it should.
+        Do nothing for the end of the thread of a closed model, which is expected.
         """
         if hung_seconds is None and self.queue.closed_with is not None:
             return

@@ -1,8 +1,8 @@
 """The queue of a model and the thread that owns its runtime, forms batches and runs them.
 
-The queue is work-conserving: an idle worker gets what is there, and waits for more images only up to
-`max_delay` seconds after the arrival of the oldest one. Images that arrive while a batch runs join the next
-batch. Images whose request has ended or whose deadline has passed never leave the queue as part of a batch.
+The queue is work-conserving: an idle worker takes the images that are queued, and waits for more images only
+up to `max_delay` seconds after the arrival of the oldest one. Images that arrive while a batch runs join the
+next batch. Images whose request has ended or whose deadline has passed are removed and do not run.
 
 If the runtime can have two batches in flight and a full one is queued, the worker begins it before the
 previous one has ended, so that the device does not wait for Python. A batch that is not full stays in the
@@ -121,11 +121,14 @@ class RequestQueue:
         return 0
 
     def reserve(self, items: Sequence[QueuedImage]) -> Rejection | None:  # noqa: ARG002
-        """Reserve memory for *items* before they are decoded; return why there is none, not even for one."""
+        """Reserve memory for *items* before they are decoded; return a rejection if there is too little.
+
+        Without *items*, only check that there is memory for one image.
+        """
         return None
 
     def release(self, items: Sequence[QueuedImage]) -> None:
-        """Free what `reserve` has reserved and is not used any more."""
+        """Free the memory that `reserve` has reserved for *items*, unless an engine still uses it."""
 
     def put(self, item: QueuedImage) -> Rejection | None:
         """Add *item*; return the rejection of a closed queue instead."""
@@ -164,7 +167,10 @@ class RequestQueue:
                 self._changed.wait(wait)
 
     def _drop_over(self, now: float) -> None:
-        """Remove the images whose request is over. A variable in `take` would keep them while it waits."""
+        """Remove the images whose request is over.
+
+        This is not a part of `take`, because its local variables would keep the images alive while it waits.
+        """
         if over := [item for item in self._items if item.is_over(now)]:
             self._items = deque(item for item in self._items if item not in over)
             if self.on_drop is not None:
@@ -266,12 +272,12 @@ class ModelWorker:
             if self._overlapping is not None:
                 try:
                     batch.wait = self._overlapping.begin([item.image for item in items])
-                except Exception as error:  # handled when this batch is the oldest: another one is in flight
+                except Exception as error:  # handled when this batch is the oldest; an earlier one may run
                     batch.error = error
         return bool(items)
 
     def _complete_oldest(self, loop: EventLoop) -> None:
-        """Wait for the outputs of the oldest batch and hand them to the event loop."""
+        """Wait for the outputs of the oldest batch and pass them to the event loop."""
         batch = self.in_flight[0]
         images = [item.image for item in batch.items]
         names = self._outputs if any(item.features for item in batch.items) else self._always
@@ -299,7 +305,7 @@ class ModelWorker:
         self.started, self._failed_batches = None, 0
 
     def _run_images(self, images: Images, batch: _Batch, names: Sequence[str]) -> Outputs:
-        """Wait for the begun *batch* the first time; later run *images* anew. *names* are needed."""
+        """Return the outputs *names* of *images*, in the first call those of the begun *batch*."""
         wait, error, batch.wait, batch.error = batch.wait, batch.error, None, None
         try:
             if error is not None:

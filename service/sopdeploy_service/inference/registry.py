@@ -84,7 +84,7 @@ class ModelRegistry:
         return [model for pair in pairs for model in pair if model is not None]
 
     def find(self, name: str | None = None, version: str | None = None) -> Model | Rejection:
-        """Find the model of *name* and *version*; without a name the only model."""
+        """Find the model with *name* and *version*; by default, the only model and its current version."""
         if name is None:
             if not self._by_name:
                 return Rejection("no_model", 503, "no model is loaded", 5)
@@ -171,7 +171,7 @@ class ModelRegistry:
     async def promote(self, name: str) -> Model | Rejection:
         """Serve the shadow *name* instead of the live model, which stays loaded for a rollback.
 
-        The shadow is not loaded again: its runtime serves requests after its last batch.
+        The shadow is not loaded again: its runtime serves requests after its last shadow batch.
         """
         async with self._changing:
             shadow = self.shadow

@@ -70,7 +70,7 @@ def rank_images(
 ) -> list[RankedClasses]:
     """Rank the classes of images with *logits* (C,), at most *top_k* of them.
 
-    With *thresholds*, only the classes that reach theirs.
+    With *thresholds*, rank only the classes whose probability reaches their threshold.
     """
     if thresholds is not None:
         return [present_classes(one, thresholds, top_k) for one in logits]

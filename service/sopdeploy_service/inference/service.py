@@ -57,7 +57,7 @@ class Service:
         faults: Faults = NO_FAULTS,
         engine: EngineClient | None = None,
     ) -> None:
-        """Serve *loaded* in this process, or the models of *engine* in its process."""
+        """Serve *loaded* in this process or, with *engine*, the models of an engine process."""
         self.settings = settings
         self.metrics = Metrics()
         self.active_requests = 0  # counted by the middleware
@@ -100,7 +100,7 @@ class Service:
     def drain(self, *, abort: bool = False) -> None:
         """Reject new requests; finish those already admitted.
 
-        With *abort* the time for that is over: reject every image without an outcome.
+        With *abort*, also reject every image without an outcome.
         """
         self._draining = True
         if abort:
@@ -151,7 +151,7 @@ class Service:
 
         Returns the outcome of each image, in order, or one rejection for the whole request. *deadline* is a
         time of `time.monotonic`; *features* requests the output of class activation maps. Raises the error of
-        the rate limit of *context*. Cancelling it removes its images from the queue.
+        the rate limit of *context*. Cancelling the call removes its images from the queue.
         """
         started = time.monotonic()
         rejection = self.check_queue(model, len(images))

@@ -25,9 +25,9 @@ def drift_window(bundle: Bundle) -> "DriftWindow | None":
 
 
 class DriftWindow:
-    """Counts predictions of *classes* classes and compares every full window with those of *decision*.
+    """Counts predictions, and compares every full window with the held-out predictions of *decision*.
 
-    One thread uses it.
+    *classes* is the number of classes. Not thread-safe.
     """
 
     def __init__(self, decision: Decision, classes: int) -> None:

@@ -64,7 +64,7 @@ def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[Non
 def _printable(value: object, name: str = "") -> object:
     """Replace unprintable characters, which could control a terminal or start a line, by `?`.
 
-    `_write_traceback` does it for the field *name* `exc_info`.
+    The field `exc_info` stays unchanged, because `_write_traceback` replaces them there.
     """
     if name == "exc_info":
         return value

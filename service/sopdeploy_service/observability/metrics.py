@@ -1,4 +1,4 @@
-"""The Prometheus metrics of one server, in a registry of their own, and the merger of several workers."""
+"""The Prometheus metrics of one server, in their own registry, and merging the metrics of several workers."""
 
 import asyncio
 import math
@@ -28,7 +28,7 @@ SCRAPE_SECONDS = 2.0  # a worker that takes longer counts as down
 
 
 class Metrics:
-    """Every metric of one server; clients cannot add values of labels."""
+    """Every metric of one server; requests cannot create new label values."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
@@ -240,10 +240,10 @@ async def get(connect: Connect, path: str, headers: Mapping[str, str]) -> str | 
 
 
 def merge(pages: Mapping[str, str | None]) -> bytes:
-    """Merge the metrics *pages* of processes, None if it is down; add labels and `sopdeploy_worker_up`.
+    """Merge the metrics *pages* of processes by name; add labels and `sopdeploy_worker_up`.
 
-    The process of a device has the label `device`. A front end is called `DEVICE:NUMBER`; its label `process`
-    has the number, and without devices there is no label `device`.
+    A page is None if its process is down. The process of a device has the label `device`. The name of a front
+    end is `DEVICE:NUMBER`; its label `process` is the number, and without devices it has no label `device`.
     """
     up = Metric("sopdeploy_worker_up", "Whether the process of a device, or a front end, answers", "gauge")
     families: dict[str, Metric] = {}

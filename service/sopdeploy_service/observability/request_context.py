@@ -39,10 +39,11 @@ class RateLimit(Protocol):
 
 @dataclass(slots=True)
 class RequestContext:
-    """The state of one request, passed to the service with it.
+    """The state of one request, which the service receives together with its images.
 
-    `scopes` are those of its API key; None means that the server has no keys. `stage_seconds` has the slowest
-    image of each stage; `spans` has (stage, start, end) of every image, in times of `time.monotonic`.
+    `scopes` are those of its API key; None means that the server has no keys. `stage_seconds` maps each stage
+    to the time of the slowest image; `spans` has (stage, start, end) of every image, in times of
+    `time.monotonic`.
     """
 
     request_id: str

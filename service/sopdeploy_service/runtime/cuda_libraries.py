@@ -1,6 +1,6 @@
 """Load CUDA and cuDNN for ONNX Runtime, and name the library that is missing.
 
-ONNX Runtime does not search NVIDIA's pip packages by itself, and describes a missing library at length.
+ONNX Runtime does not search NVIDIA's pip packages by itself, and its message about a missing library is long.
 """
 
 import contextlib

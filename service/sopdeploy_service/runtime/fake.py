@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-STRIDE = 16  # between the pixels that count, so that the outputs cost next to nothing
+STRIDE = 16  # between the pixels that are averaged, so that computing the outputs takes little time
 
 
 class FakeRuntime:

@@ -179,7 +179,7 @@ def _open_session(
             str(bundle.onnx),
             options,
             providers=providers,
-            enable_fallback=0,  # otherwise to the CPU, after errors
+            enable_fallback=0,  # otherwise it falls back to the CPU after errors
         )
     except Exception as error:  # onnxruntime's errors share no base class
         failure = CUDA_FAILURE.search(str(error))  # inside several lines of C++ signatures

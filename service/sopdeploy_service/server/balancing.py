@@ -3,9 +3,9 @@
 Every process accepts from a socket of its own (SO_REUSEPORT), and the kernel chooses the socket by a hash of
 the addresses: of 8 connections, one of two processes may get 7. A process that has accepted a connection
 therefore passes it to the process with the fewest open connections, before it reads a byte. A process that
-drains passes on all connections; so does a front end whose engine does not run, if those of another device
-accept connections. For a process that is not running, the supervisor accepts and passes them on, because the
-socket of that process stays open.
+drains passes on all connections; so does a front end whose engine does not run, if front ends of another
+device accept connections. The socket of a process that is not running stays open, so the supervisor accepts
+its connections and passes them on.
 
 The numbers of open connections are in shared memory, with the moments at which the event loops ran last. Each
 number has one writer, so no locks are needed.
@@ -31,9 +31,11 @@ FROM_CLIENT, FROM_PROCESS = b"c", b"p"
 
 
 class Balancer:
-    """The process at *place* among those that read an inbox, or the supervisor after the last of them.
+    """Passes connections from one process to the others, by the shared numbers of open connections.
 
-    *counters* is a file descriptor of the shared numbers, *outboxes* are the ends of the inboxes to write to.
+    *place* is the position of this process among those that read an inbox; the supervisor comes after the
+    last of them. *counters* is a file descriptor of the shared numbers, *outboxes* are the writable ends of
+    all inboxes.
     """
 
     def __init__(self, place: int, counters: int, outboxes: Sequence[socket.socket]) -> None:
@@ -59,7 +61,7 @@ class Balancer:
             self._counts[self._place, OPEN] = connections
 
     def set_accepting(self, connections: int, *, accepting: bool) -> None:
-        """Start or stop to receive new connections; the number of open *connections* is published."""
+        """Start or stop receiving new connections, and publish the number of open *connections*."""
         if accepting != self.accepts(self._place):
             self._counts[self._place, OPEN] = connections if accepting else CLOSED
 

@@ -27,10 +27,10 @@ log = logging.getLogger("sopdeploy.supervisor")
 
 
 def count_front_ends(settings: Settings) -> int:
-    """Return the number of front ends per device; `auto` is a quarter of the cores, at most 8, over all.
+    """Return the number of front ends per device.
 
-    With a shadow, which needs a single process, `auto` is 1. Raises `ConfigError` if `auto` is a single
-    process and a sandbox is required.
+    `auto` is a quarter of the cores, at most 8, divided by the number of devices. With a shadow, which needs
+    a single process, `auto` is 1. Raises `ConfigError` if `auto` is 1 and a sandbox is required.
     """
     if settings.front_ends != "auto":
         return settings.front_ends

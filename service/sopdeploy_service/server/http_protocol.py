@@ -89,7 +89,7 @@ class Connections:
             self.balancer.set_open(len(self.open))
 
     def hand_over(self, transport: asyncio.Transport) -> bool:
-        """Pass the connection of *transport* to a process with fewer, if there is one."""
+        """Pass the connection of *transport* to a process with fewer connections, if there is one."""
         if self.balancer is None:
             return False
         return self.balancer.hand_over(transport.get_extra_info("socket").fileno())
@@ -200,8 +200,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Start the ASGI task unless the request is rejected.
 
-        RFC 9112, section 3.2: an HTTP/1.1 request has exactly one `Host`. A proxy in front of this server
-        could read another one of several.
+        RFC 9112, section 3.2: an HTTP/1.1 request has exactly one `Host`. If there were several, a proxy in
+        front of this server could use a different one.
         """
         self._in_headers = False
         self._restart_timer(None)
@@ -221,7 +221,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """End the request; a rejected one stays incomplete for the app."""
+        """End the request, unless it is rejected: the app then never receives the end of the body."""
         if self._rejection is not None:
             return
         self._in_body = False

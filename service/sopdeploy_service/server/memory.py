@@ -24,7 +24,7 @@ MALLOPT = (
 
 
 def limit_heaps(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Apply `MALLOPT` before the threads start; give the names of the accepted parameters.
+    """Apply `MALLOPT` before the threads start; return the names of the accepted parameters.
 
     Allocator settings in *environment* take precedence.
     """

@@ -61,9 +61,9 @@ log = logging.getLogger("sopdeploy.server")
 class Inherited:
     """Sockets and shared memory that a process inherits from its supervisor.
 
-    *listener* is the socket to listen on. *siblings* are the places of all processes by name, *elsewhere*
-    those of front ends with another engine process. *inbox* receives connections from other processes. A
-    front end has a *broker*; all processes share *spending*.
+    *listener* is the socket to listen on. *siblings* maps the names of all processes to their places in the
+    *balancer*; *elsewhere* are the places of front ends with another engine process. *inbox* receives
+    connections from other processes. A front end has a *broker*; all processes share *spending*.
     """
 
     listener: socket.socket
@@ -79,9 +79,9 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* until SIGTERM or SIGINT.
 
     A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL  BUNDLE ...`,
-    when the probes are verified and the port is open. The result is the exit code: 0 after a drain, 70 if a
-    runtime died. Raises `ConfigError` if it cannot listen, for invalid keys or `SOPDEPLOY_FAULTS`, and if
-    tracing is not installed; further what `BundleStore` and `load_model` raise.
+    when the probes are verified and the port is open. Returns the exit code: 0 after a drain, 70 if a runtime
+    died. Raises `ConfigError` if it cannot listen, for invalid keys or `SOPDEPLOY_FAULTS`, and if tracing is
+    not installed, and the errors of `BundleStore` and `load_model`.
     """
     count = count_front_ends(settings) * max(1, len(settings.devices))
     if settings.devices or count > 1:
@@ -291,7 +291,7 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     def _avoid_dead_engine(self, balancer: Balancer) -> None:
-        """Leave new connections to another device while the engine of this one is down."""
+        """Stop accepting connections while this device's engine is down, if another device accepts them."""
         is_up = self._service.state != "engine_restarting"
         accepting = is_up or not any(balancer.accepts(place) for place in self._elsewhere)
         balancer.set_accepting(len(self.server_state.connections), accepting=accepting)
@@ -321,7 +321,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def main() -> int:
-    """Serve as one worker process of `--devices` until the parent exits; the result is the exit code.
+    """Serve as one worker process of `--devices` until the parent exits; return the exit code.
 
     The environment variable `WORKER_VARIABLE` contains the inherited sockets, the settings and the bundles.
     """

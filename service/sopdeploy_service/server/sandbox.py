@@ -2,8 +2,9 @@
 
 Three mechanisms of Linux that need no privilege and cannot be undone: `no_new_privs` (no set-user-id program
 gains rights), Landlock (no files, no TCP connections; Linux 5.13) and a seccomp filter, which allows a list
-of system calls and answers EPERM to all others, also to those of later kernels. Open descriptors stay usable.
-Call `enter` before the event loop is created: libuv's operations in an io_uring would not pass the filter.
+of system calls and returns EPERM for all others, including those of later kernels. Open descriptors stay
+usable. Call `enter` before the event loop is created, because the filter does not see operations in an
+io_uring of libuv.
 
 Source: seccomp(2), landlock(7); numbers of system calls from asm/unistd_64.h and asm-generic/unistd.h.
 """
@@ -77,7 +78,7 @@ THREAD, NAMESPACES = 0x10000, 0x7E020080  # CLONE_THREAD; CLONE_NEW*
 
 
 def limits(process: int) -> tuple[Limit, ...]:
-    """List the system calls that *process* may use with some arguments only."""
+    """List the system calls that *process* may use with certain arguments only."""
     descriptor_commands = (
         0,
         1,
@@ -118,9 +119,9 @@ log = logging.getLogger("sopdeploy.server")
 
 
 def apply(settings: Settings, config: uvicorn.Config) -> None:
-    """Enter the sandbox as *settings* say and log what was applied; import what *config* needs before.
+    """Import what *config* needs, enter the sandbox as *settings* say, and log the restrictions.
 
-    Raises `ConfigError` if it is required and not possible.
+    Raises `ConfigError` if the sandbox is required and not possible.
     """
     if settings.sandbox == "off":
         return
@@ -187,7 +188,10 @@ def build_filter(machine: str, process: int) -> bytes:
 
 
 def enter() -> str:
-    """Restrict this process forever; describe what was applied. Raises `OSError` if the system cannot."""
+    """Restrict this process forever; return the names of the restrictions.
+
+    Raises `OSError` if the system does not support them.
+    """
     machine = platform.machine()
     if platform.system() != "Linux" or machine not in ARCHITECTURES:
         raise OSError(

@@ -20,7 +20,7 @@ def allow_files(connections: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ConfigError(
-            f"max_connections {connections}: needs {needed} open files, the system allows {hard}; "
+            f"max_connections {connections}: needs {needed} open files, but the system allows {hard}; "
             "lower max_connections or raise `ulimit -n`"
         )
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -51,7 +51,8 @@ def bind(host: str, port: int) -> socket.socket:
 def bind_group(host: str, port: int, count: int) -> list[socket.socket]:
     """Bind *count* sockets to the same address, so that each process can listen on its own.
 
-    The first is bound alone: two servers cannot share a port by accident. Raises `ConfigError` as `bind`.
+    The first socket is bound without SO_REUSEPORT, so that two servers cannot share a port by accident.
+    Raises `ConfigError` as `bind` does.
     """
     listeners = [bind(host, port)]
     first = listeners[0]

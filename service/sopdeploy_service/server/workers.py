@@ -47,8 +47,9 @@ log = logging.getLogger("sopdeploy.supervisor")
 class Worker:
     """A process for one device; *name* is unique even if several workers share a device.
 
-    *variables* are the environment and *settings* the settings in which it differs from the others. *place*
-    counts the processes that have a *listener*; an engine process has none.
+    *variables* are its additional environment variables, *settings* the settings in which it differs from
+    other processes. *place* is its position among the processes with a *listener*; an engine process has
+    none.
     """
 
     name: str
@@ -100,7 +101,7 @@ class Supervisor:
         self._spending = -1  # memory of the front ends' rate limits
 
     def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; 0 after a drain, 2 if a worker cannot start at all.
+        """Serve until SIGTERM or SIGINT; return 0 after a drain, 2 if a worker cannot start at all.
 
         Raises `ConfigError` for a device that this process cannot use, and for too many front ends.
         """
@@ -139,7 +140,7 @@ class Supervisor:
         return self._code
 
     def _add_device(self, name: str, device: str, processes: int) -> None:
-        """Add the process of *device*, or its engine process and so many front ends."""
+        """Add the process of *device*; for several *processes*, an engine and that many front ends."""
         variables = visible_devices(device) if device else {}
         settings: dict[str, str | int] = {"runtime": "onnxruntime-cpu"} if device == "cpu" else {}
         peers: list[Peer | None] = [None]

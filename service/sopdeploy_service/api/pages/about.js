@@ -3,7 +3,7 @@
 
 const SEAL = "M12 2l2.4 2 3.1-.3 1 3 2.6 1.7-.9 3 .9 3-2.6 1.7-1 3-3.1-.3L12 21l-2.4-2.2-3.1.3-1-3L2.9 14.4l.9-3-.9-3 2.6-1.7 1-3 3.1.3z M8.5 11.6l2.4 2.4 4.6-4.8";
 
-/** Show `info` of a model in `/info`, its `card` of `/v1/card` and the version of the `server`. */
+/** Show `info`, a model of `/info`, `card`, the response of `/v1/card`, and `server`, the version of the server. */
 function showAbout(info, card, server) {
   document.title = `${info.name} · sopdeploy`;
   byId("model").textContent = info.name;

@@ -58,7 +58,7 @@ function expertColumns(gates, count) {
   });
 }
 
-/** Show the stages of a `Server-Timing` header and the rest of `total` milliseconds. */
+/** Show the stages of a `Server-Timing` header; the rest of the `total` milliseconds is shown as connection. */
 function showTime(header, total) {
   const stages = [...header.matchAll(/([\w-]+);dur=([\d.]+)/g)].map(([, name, time]) => [name, Number(time)]);
   const served = stages.reduce((sum, [, time]) => sum + time, 0);
@@ -79,7 +79,7 @@ function showTime(header, total) {
   byId("time").hidden = false;
 }
 
-/** Draw `map`, a class activation map, over its part of the image; yellow adds most to the logit, what adds nothing is transparent. */
+/** Draw `map`, a class activation map, over its part of the image: yellow where it adds most to the logit, transparent where it adds nothing. */
 function showMap(map) {
   const canvas = byId("map");
   canvas.hidden = !map;

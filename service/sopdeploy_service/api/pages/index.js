@@ -19,7 +19,7 @@ function topK() {
   return value >= 1 ? value : 5;
 }
 
-/** Use `file` as the image: preview, prediction, snippets. */
+/** Preview and classify `file`, and update the snippets. */
 function take(file) {
   if (!file) return;
   state.file = file;
@@ -141,7 +141,7 @@ async function choose(name) {
   }
 }
 
-/** Reload the model information if `digest`, the bundle of the response, is another one: the model was swapped. */
+/** Reload the model information if the model was replaced: `digest`, the bundle of the response, is then a new one. */
 async function followSwap(digest) {
   const name = state.info?.name;
   if (!digest || digest === state.info?.id) return;

@@ -34,7 +34,7 @@ class NumberList:
     text: bytes
 
     def read(self, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[Any]:
-        """Read numbers that are flat or nested in the text as an array of *shape*.
+        """Convert the text, a flat or nested list, to an array of *shape*.
 
         Raises `RejectedError` for another shape and for values that *tensor* cannot hold.
         """

@@ -93,7 +93,7 @@ class InferBody(Body):
 
 
 class RequestedOutput(NamedTuple):
-    """An output to return: its numbers, or its best *classes* if that is not 0."""
+    """An output to return: its numbers if *classes* is 0, or that many of its best classes."""
 
     tensor: Tensor
     binary: bool
@@ -133,7 +133,7 @@ def parse_body(body: bytes, header_length: str | None, signature: Signature, max
             message = "Inference-Header-Content-Length must be a whole number"
             raise bad_request("bad_header_length", message)
         if int(digits) > len(body):
-            message = f"Inference-Header-Content-Length is {digits}, the body has {len(body)} bytes"
+            message = f"Inference-Header-Content-Length is {digits}, but the body has {len(body)} bytes"
             raise bad_request("bad_header_length", message)
         text, binary = body[: int(digits)], memoryview(body)[int(digits) :]
     check_length(text, max_json)
@@ -170,7 +170,10 @@ def _check_names(what: str, names: Iterable[str], known: Mapping[str, Tensor]) -
 def _requested_outputs(
     outputs: Sequence[OutputTensor], signature: Signature, *, binary: bool
 ) -> tuple[RequestedOutput, ...]:
-    """Look up the requested outputs, by default all but the large `FEATURES`; *binary* is their default."""
+    """Return the requested outputs, or all except the large `FEATURES` if none is requested.
+
+    *binary* is the format of outputs that do not choose one.
+    """
     known = {tensor.name: tensor for tensor in signature.outputs}
     _check_names("output", (output.name for output in outputs), known)
     requested = []
@@ -209,7 +212,7 @@ def _read_images(
     if len(binary) != (size or 0):
         raise bad_request(
             "wrong_binary_size",
-            f"{len(binary)} bytes follow the JSON, its inputs declare {size or 0}; with binary data the "
+            f"{len(binary)} bytes follow the JSON, but its inputs declare {size or 0}; with binary data the "
             "header Inference-Header-Content-Length must be the length of the JSON",
         )
     if tensor is IMAGE:

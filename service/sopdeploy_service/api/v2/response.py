@@ -39,7 +39,7 @@ def format_response(
 ) -> tuple[bytes, dict[str, str]]:
     """Build the body and headers from *head* and the *requested* outputs (n, ...).
 
-    *labels* has the class names of outputs that have them.
+    *labels* maps the names of outputs to class names, for outputs that have them.
     """
     binary_parts: list[bytes] = []
     outputs = []
@@ -69,7 +69,7 @@ def format_response(
 
 
 def classify(values: NDArray[Any], classes: int, labels: Sequence[str]) -> list[list[str]]:
-    """Format the largest of each row of *values* as `value:index:label`.
+    """Format the *classes* largest values of each row of *values* as `value:index:label`.
 
     The value is the shortest text that reads back as the same float32, as in Triton. Ties keep the order of
     the labels, as in `/v1/classify`.

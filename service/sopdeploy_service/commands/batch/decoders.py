@@ -35,7 +35,7 @@ from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.results import DECODER_FAILED
 from sopdeploy_service.settings import Settings
 
-DEPTH = 3  # blocks of one worker: one that it decodes, one that waits, one that is used
+DEPTH = 3  # blocks of one worker: one is decoded, one waits, and the pixels of one are in use
 DECODER_SETTINGS = ("decode", "max_body_bytes", "max_pixels")
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory
 PROGRAM = "from sopdeploy_service.commands.batch.decoders import work; work()"
@@ -94,7 +94,7 @@ class DecoderProcesses:
         self._memory.close()
 
     def decode(self, tasks: Iterable[Sequence[Entry]]) -> Iterator[Block]:
-        """Decode *tasks* of at most `block` images, ahead of what is requested; yield them in order."""
+        """Decode *tasks* of at most `block` images in advance; yield their blocks in order."""
         for worker in self._workers:
             worker.wait_until_ready()
         waiting: deque[tuple[int, int, Sequence[Entry]]] = deque()  # (worker, slot, task)
@@ -127,7 +127,7 @@ class DecoderProcesses:
         return Worker({**self._start, "number": number}, self._memory.fileno())
 
     def _repeat(self, index: int, slot: int, task: Sequence[Entry]) -> list[Read]:
-        """Decode the images of *task* one by one after worker *index* died; start another one as needed."""
+        """Decode the images of *task* one by one after worker *index* died; restart it whenever it dies."""
         found: list[Read] = []
         pixels = np.zeros_like(self._pixels[index, slot])
         alive = False
@@ -165,7 +165,7 @@ class Worker:
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 pass_fds=descriptors,
-                process_group=0,  # Ctrl-C reaches only this process, which decides
+                process_group=0,  # Ctrl-C reaches only the parent, which stops its workers
             )
         self._connection: Connection[Any, Any] = Connection(ours.detach())
         self._ready = False
@@ -179,7 +179,7 @@ class Worker:
         self._ready = True
 
     def send(self, slot: int, entries: Sequence[Entry]) -> None:
-        """Let the process decode *entries* into *slot*."""
+        """Make the process decode *entries* into *slot*."""
         self._send((slot, [tuple(entry) for entry in entries]))
 
     def receive(self) -> list[Read] | None:
@@ -203,7 +203,7 @@ class Worker:
 
 
 def _shared_file(size: int) -> Any:
-    """Create a file of *size* bytes without a name, in memory if possible; it exists while it is used."""
+    """Create an unnamed file of *size* bytes, in memory if possible; it disappears when it is closed."""
     folder = None
     if SHARED_MEMORY.is_dir():
         status = os.statvfs(SHARED_MEMORY)

@@ -26,7 +26,7 @@ class Fingerprint(NamedTuple):
 
 
 class Listing:
-    """The list in the folder *out*; a part of it is read at a time."""
+    """The list in the folder *out*, which is read part by part."""
 
     def __init__(self, out: Path) -> None:
         self._path = out / FILE
@@ -81,7 +81,7 @@ class Listing:
 
 
 def entries_of(table: Any) -> list[Entry]:
-    """Convert a *table* of the list."""
+    """Convert a *table* of the list to entries."""
     columns = table.to_pydict()
     places = map(os.fsdecode, columns["place"])
     return list(map(Entry, columns["path"], places, columns["offset"], columns["size"]))
@@ -104,7 +104,7 @@ class Hasher:
         self._hash, self._images = hashlib.sha256(), 0
 
     def watch(self, entries: Iterable[Entry]) -> Iterator[Entry]:
-        """Yield *entries* unchanged."""
+        """Count and hash *entries*, and yield them unchanged."""
         for entry in entries:
             self._images += 1
             self._hash.update(f"{entry.path}\0{entry.offset} {entry.size}\n".encode(errors="surrogateescape"))

@@ -2,8 +2,9 @@
 
 Each actor holds the runtime and its decoder processes. It gets the list of one part and returns the rows of
 that part, which this process writes. Therefore only the bundle and the images must be readable on all
-machines, and the output equals that of a run on one machine. Parts are lost only as a whole: Ray repeats the
-part of an actor or a machine that dies, and a stopped run continues with the parts that are not written yet.
+machines, and the output equals that of a run on one machine. A failure never leaves an incomplete part: Ray
+repeats the part of an actor or a machine that dies, and a stopped run continues with the parts that are not
+written yet.
 """
 
 import os
@@ -26,7 +27,7 @@ from sopdeploy_service.settings import Settings, load_settings
 
 AUTO = "auto"  # the cluster of this machine or of RAY_ADDRESS; without one, Ray starts here
 USAGE_VARIABLE = "RAY_USAGE_STATS_ENABLED"
-PATHS = ("verify_key", "fast_decode_samples", "engine_cache")  # settings
+PATHS = ("verify_key", "fast_decode_samples", "engine_cache")  # settings that are paths
 
 
 class RayOptions(StrictModel):
@@ -76,7 +77,7 @@ def on_ray(
                 f"--ray {chosen.address}: no Ray cluster can be joined ({reason}); check the address"
             ) from error
     try:
-        if chosen.address == AUTO and len(ray.nodes()) == 1:  # a larger cluster may grow
+        if chosen.address == AUTO and len(ray.nodes()) == 1:  # a larger cluster may add machines
             _check_resources(ray.cluster_resources(), chosen)
         yield RayEngine(bundle, settings, options, chosen)
     finally:
@@ -85,7 +86,7 @@ def on_ray(
 
 
 def _check_resources(found: Mapping[str, float], chosen: RayOptions) -> None:
-    """Raise `ConfigError` if no actor fits on this machine: Ray would wait for another one forever."""
+    """Raise `ConfigError` if no actor fits on this machine; Ray would wait for another one forever."""
     for kind, wanted in (("CPU", chosen.cpus), ("GPU", chosen.gpus)):
         if wanted > found.get(kind, 0.0):
             raise ConfigError(
@@ -95,7 +96,7 @@ def _check_resources(found: Mapping[str, float], chosen: RayOptions) -> None:
 
 
 class RayEngine:
-    """Classifies on the cluster that this process has joined."""
+    """Classifies parts on the Ray cluster that this process has joined."""
 
     def __init__(
         self, bundle: Path, settings: Settings, options: ClassifyOptions, chosen: RayOptions
@@ -114,7 +115,7 @@ class RayEngine:
         self._chosen = chosen
 
     def state(self) -> RunState:
-        """Let a process of the cluster describe what the rows depend on: its runtime may differ."""
+        """Return the run state of a process of the cluster, whose runtime may differ from the local one."""
         ray = import_optional("ray", "Ray", "sopdeploy[batch,ray]", ConfigError)
         task = ray.remote(num_cpus=self._chosen.cpus, num_gpus=self._chosen.gpus)(describe)
         with _our_errors():
@@ -124,7 +125,7 @@ class RayEngine:
     def write_parts(
         self, folder: OutputFolder, listing: Listing, pending: Sequence[int], progress: Progress
     ) -> None:
-        """Classify the parts *pending* in actors on all machines; write them as they arrive."""
+        """Classify the *pending* parts in actors on all machines; write each part when it arrives."""
         data = import_optional("ray.data", "Ray Data", "sopdeploy[batch,ray]", ConfigError)
         context = data.DataContext.get_current()
         context.enable_progress_bars = False

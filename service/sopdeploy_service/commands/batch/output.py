@@ -80,7 +80,7 @@ class OutputFolder:
     def _storage_errors(self) -> Iterator[None]:
         """Raise `StorageError` for a full disk and other errors of the file system of the folder.
 
-        Errors of sources have been converted to `DataError` or to rows before.
+        Errors of sources do not arrive here: they are already a `DataError` or a row with an error.
         """
         try:
             yield
@@ -93,7 +93,7 @@ class OutputFolder:
             ) from error
 
     def read_state(self) -> RunState | None:
-        """Read what the previous run left; None for a new folder. Raises `ConfigError` for other content."""
+        """Read the state of the previous run; None for a new folder. Raises `ConfigError` for other files."""
         file = self.path / STATE
         if not file.exists():
             if next((self.path / ROWS).iterdir(), None) is not None:
@@ -116,8 +116,8 @@ class OutputFolder:
             old = before.model_dump()[name]
             if name == "source" and old != value:
                 raise ConfigError(
-                    f"--out {self.path}: was begun with other images ({before.images:,}, now "
-                    f"{state.images:,}, or of other sizes); choose another --out"
+                    f"--out {self.path}: was begun with other images ({before.images:,} then, "
+                    f"{state.images:,} now; names and sizes matter, too); choose another --out"
                 )
             if old != value:
                 raise ConfigError(
@@ -129,7 +129,7 @@ class OutputFolder:
         return self.path / ROWS / f"part-{number:05d}.parquet"
 
     def errors_in(self, number: int, images: int) -> int | None:
-        """Count the images of a finished part that have an error; None unless it is complete."""
+        """Count the images with an error in part *number*; None if its file does not hold *images* rows."""
         try:
             schema = self._parquet.read_metadata(self.part(number))
             errors = int(schema.metadata[b"errors"])

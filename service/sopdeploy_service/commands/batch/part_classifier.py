@@ -50,18 +50,18 @@ class PartClassifier:
 
     @property
     def batch(self) -> int:
-        """Images of a batch."""
+        """The number of images in a batch."""
         return largest_batch(self.loaded.runtime, self.settings)
 
     @property
     def part_images(self) -> int:
-        """Images of a part: full blocks."""
+        """The number of images in a part, rounded up to full blocks."""
         block = Pipeline.block_images(self.batch)
         return block * math.ceil(self.options.part_images / block)
 
     @property
     def top_k(self) -> int | None:
-        """Classes of an image; None for all classes above the thresholds of a multi-label network."""
+        """The number of classes per image; None for all above the thresholds of a multi-label network."""
         decision = self.loaded.bundle.manifest.decision
         several = decision is not None and decision.thresholds is not None
         return self.settings.classes_per_image(several=several)

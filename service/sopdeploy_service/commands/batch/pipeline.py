@@ -1,7 +1,7 @@
 """Classify parts of a list: decode in worker processes, run full batches, collect the outputs of each part.
 
 The last bits of a runtime's results may depend on the size of the batch and on the position in the batch.
-Therefore batches are fixed ranges of a part, and an image that cannot be decoded keeps its place, as zeros.
+Therefore batches are fixed ranges of a part, and zeros replace an image that cannot be decoded.
 The outputs of an image then depend neither on interruptions nor on errors of other images.
 """
 
@@ -68,7 +68,7 @@ class Pipeline:
 
     @staticmethod
     def block_images(batch: int) -> int:
-        """Return the images of a block for batches of *batch* images: whole batches."""
+        """Return the number of images in a block: whole batches of *batch*, at least `BLOCK_IMAGES`."""
         return batch * math.ceil(BLOCK_IMAGES / batch)
 
     def run(
@@ -119,7 +119,7 @@ class Pipeline:
     def _begin(self, runtime: OverlappingRuntime, batch: _Batch) -> Callable[[], Outputs]:
         try:
             return runtime.begin(list(batch.pixels))
-        except Exception as error:  # raised when this batch is the oldest: another one is in flight
+        except Exception as error:  # raised when this batch is finished: an earlier one still runs
             failure = error
 
             def fail() -> Outputs:
@@ -128,7 +128,7 @@ class Pipeline:
             return fail
 
     def _finish(self, batch: _Batch, wait: Callable[[], Outputs] | None) -> tuple[_Batch, list[Row]]:
-        """Wait for the rows of *batch*; a batch that fails is halved until its bad image is alone."""
+        """Wait for the rows of *batch*; if it fails, halve it until the image that fails is alone."""
         first = [wait]
 
         def run(images: Images) -> Outputs:

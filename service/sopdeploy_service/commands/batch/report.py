@@ -74,9 +74,10 @@ class DriftTest(StrictModel):
 class BatchReport(StrictModel):
     """The content of `report.json`.
 
-    *counts* has the images of each class: its most probable one, or every class present. *unknown* counts the
-    images below the rejection threshold. *drift* has the tests by what they compare; it is None if the bundle
-    has no held-out predictions, and if `top_k` limits the classes of a multi-label network.
+    *counts* maps each class to the number of images with this most probable class or, for a multi-label
+    network, with this class among others. *unknown* counts the images below the rejection threshold. *drift*
+    maps what is compared to the result of the test. It is None if the bundle has no held-out predictions, or
+    if `top_k` limits the classes of a multi-label network.
     """
 
     bundle: str
@@ -163,7 +164,7 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
         ),
         drift=None if drift is None else {name: _drift_test(test) for name, test in drift.tests.items()},
     )
-    pictures = [_thumbnail(listing, -part, -row, bundle, settings) for _, part, row, _, _ in least]
+    thumbnails = [_thumbnail(listing, -part, -row, bundle, settings) for _, part, row, _, _ in least]
     page = render(
         "sopdeploy_service.commands.batch",
         "batch.html",
@@ -174,7 +175,7 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
         failed=sum(kind.images for kind in report.errors),
         classes=_class_bars(report),
         hidden=max(0, len(report.counts) - MAX_BARS),
-        least=list(zip(pictures, report.least_certain, strict=True)),
+        least=list(zip(thumbnails, report.least_certain, strict=True)),
         level=LEVEL,
         confidences=_confidence_bars(predictions, decision),
     )
@@ -194,7 +195,7 @@ def _class_bars(report: BatchReport) -> Markup:
 
 
 def _confidence_bars(predictions: PredictionCounts | PresenceCounts, decision: Decision) -> Markup | None:
-    """Draw the shares of the confidences, with those of the held-out images in the text of each bar."""
+    """Draw the distribution of the confidences; the text of a bar adds the share of the held-out images."""
     if isinstance(predictions, PresenceCounts) or not predictions.images:
         return None
     bounds = (0.0, *CONFIDENCE_BOUNDS, 1.0)

@@ -102,6 +102,6 @@ class RowFormat:
 
 
 def _spread(values: Sequence[Any], good: Sequence[bool]) -> list[Any]:
-    """Give *values* to the images that are *good*, and None to the others."""
+    """List one entry per image: the next of *values* if the image is *good*, None if it is not."""
     remaining = iter(values)
     return [next(remaining) if one else None for one in good]

@@ -31,12 +31,12 @@ class Classified(StrictModel):
     Attributes:
         out: The output folder.
         bundle: Name of the bundle.
-        images: Number of images, which is that of the rows.
-        errors: How many of them have an error and no prediction.
+        images: Number of images and of rows.
+        errors: Number of images that have an error and no prediction.
         parts: Number of parquet files.
-        classified: How many images were classified now, and not in a run that was stopped.
-        drift: The alarm of the report; None if the bundle has no held-out predictions.
-        counts: Images of each class: its most probable one, or every class present.
+        classified: Number of images that this call classified, without those of an earlier, stopped run.
+        drift: Whether the report shows a drift alarm; None if the bundle has no held-out predictions.
+        counts: Number of images of each class, as in the report.
     """
 
     out: Path
@@ -134,7 +134,7 @@ def classify(
 
 
 def _begin(folder: OutputFolder, sources: Sequence[str], state: RunState) -> tuple[Listing, int]:
-    """List the images of *sources*; write the state of a new run, or check that it is the one to continue."""
+    """List the images of *sources*; write the state of a new run, or compare it with the run to continue."""
     listing = Listing(folder.path)
     entries = list_entries(sources, OpenOptions())
     if folder.read_state() is None:
@@ -146,7 +146,7 @@ def _begin(folder: OutputFolder, sources: Sequence[str], state: RunState) -> tup
 
 
 def _unfinished(folder: OutputFolder, listing: Listing, progress: Progress) -> list[int]:
-    """Return the parts to classify; count the images of the others."""
+    """Return the parts that are not complete, and add the images of complete parts to *progress*."""
     pending = []
     for part in range(listing.parts()):
         images = listing.images_of(part)

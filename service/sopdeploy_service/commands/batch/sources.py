@@ -100,7 +100,7 @@ def _walk(folder: Path) -> Iterator[Entry]:
 
 
 def _whole(path: Path, shown: str | None = None) -> Entry:
-    """Describe an image file; *shown* is its name in the output. A missing file gets an error later."""
+    """Describe an image file; *shown* is its name in the output. A missing file gets an error row later."""
     try:
         size = path.stat().st_size
     except (OSError, ValueError):  # a name of a list may have null bytes
@@ -109,7 +109,7 @@ def _whole(path: Path, shown: str | None = None) -> Entry:
 
 
 def _list_file(path: Path, options: OpenOptions) -> Iterator[Entry]:
-    """Yield the images in the file *path*, which its name says is an archive, a list, or an image."""
+    """Yield the images in the file *path*: an archive, a list, a parquet file or an image, by its name."""
     name = path.name.lower()
     if archive_suffix(path):
         archive = decompress(path, options).absolute()
@@ -209,7 +209,7 @@ def _list_lines(place: str) -> Iterator[Entry]:
 
 
 def _lines(file: Any) -> Iterator[bytes]:
-    """Yield the lines of a binary *file*, whatever buffering it has."""
+    """Yield the lines of a binary *file*, which may be unbuffered."""
     rest = b""
     while block := file.read(1 << 20):
         *lines, rest = (rest + block).split(b"\n")

@@ -22,8 +22,8 @@ class Kind(IntEnum):
 
     SUBMIT = 1  # a slot
     APPLIED = 2  # the number of the last `MODELS` that was applied
-    RELEASE = 3  # the number of a model that this front end uses no more
-    UNMAPPED = 4  # the number of a slots' memory that this front end uses no more
+    RELEASE = 3  # the number of a model that this front end no longer uses
+    UNMAPPED = 4  # the number of a slots' memory that this front end no longer uses
 
     REPLY = 16  # a slot
     SLOTS = 17  # with the file of new slots, to be used from now on
@@ -35,7 +35,7 @@ CARRIES_FILE = frozenset({Kind.SLOTS, Kind.BUNDLE, Kind.MODELS})
 
 
 class ChannelError(Exception):
-    """The other process has sent something that no correct program sends."""
+    """The other process has violated the protocol of the channel."""
 
 
 def open_pair() -> tuple[socket.socket, socket.socket]:
@@ -77,7 +77,7 @@ class Outbox:
                     sent = socket.send_fds(self._channel, [data], [file])
             except BlockingIOError:
                 return False
-            if file is not None:  # it has left with the first byte
+            if file is not None:  # it was sent with the first byte
                 os.close(file)
             if sent < len(data):
                 self._parts[0] = (data[sent:], None)

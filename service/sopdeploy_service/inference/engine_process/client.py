@@ -56,7 +56,7 @@ class Owner(Protocol):
     """Receives the reply in a slot; implemented for images and for commands."""
 
     def on_reply(self, slot: "Slot", reply: Reply | None, shared: dict[Any, Any]) -> None:
-        """Handle *reply*, or None if the engine is dead; *shared* lives for all replies of one read."""
+        """Handle *reply*, or None if the engine is dead; all replies of one read have the same *shared*."""
         ...
 
     def after_read(self, found: Any) -> None:
@@ -104,7 +104,7 @@ class EngineClient:
     _memories: dict[int, Memory] = field(default_factory=dict)
     _used: dict[tuple[int, int], Slot] = field(default_factory=dict)
     _channel: socket.socket | None = None
-    _old: socket.socket | None = None  # the channel before
+    _old: socket.socket | None = None  # the previous channel
     _pending: bytearray = field(default_factory=bytearray)
     _files: list[int] = field(default_factory=list)
     _archives: dict[int, int] = field(default_factory=dict)  # files of new models by number
@@ -174,12 +174,12 @@ class EngineClient:
     def give_back(self, slot: Slot) -> None:
         """Free a slot that was not sent, or has its reply."""
         memory = slot.memory
-        memory.free.append(slot.number)  # used next: a lightly loaded server touches few pages
+        memory.free.append(slot.number)  # used next, so that a lightly loaded server touches few pages
         if memory is not self._memory and len(memory.free) == memory.slots.count:
             self._unmap(memory)
 
     def submit(self, slot: Slot, owner: Owner, request: Request) -> bool:
-        """Send *slot*, whose reply *owner* gets; return False if the engine cannot take it. Thread-safe."""
+        """Send *slot*, whose reply goes to *owner*; return False if the send fails. Thread-safe."""
         memory = slot.memory
         slot.owner, slot.sent = owner, True
         memory.slots.write_request(slot.number, request)
@@ -199,12 +199,12 @@ class EngineClient:
         return tuple(self._used.values())
 
     def release_model(self, number: int, engine: int) -> None:
-        """Tell the engine that this front end uses the model *number* of that *engine* no more."""
+        """Tell the engine that this front end no longer uses the model *number* of that *engine*."""
         if engine == self.engines:
             self._send(Kind.RELEASE, number)
 
     def listen(self, listener: Listener) -> None:
-        """Report the present models, and from now on every change, to *listener*."""
+        """Report the current models, and from now on every change, to *listener*."""
         self.listener = listener
         self._report_models()
 
@@ -230,7 +230,7 @@ class EngineClient:
         return await command.result
 
     def lose(self) -> None:
-        """Forget the engine; everything that waits for a reply is rejected."""
+        """Forget the engine, and reject all requests that wait for its reply."""
         channel, self._channel = self._channel, None
         if channel is None:
             return
@@ -283,7 +283,7 @@ class EngineClient:
                 self._set_alive(alive=time.monotonic() - moment < HUNG_SECONDS)
 
     def _read_broker(self) -> None:
-        """Receive a channel to a new engine, or the end of the supervisor."""
+        """Receive a channel to a new engine, or detect that the supervisor has ended."""
         try:
             data, files, _, _ = socket.recv_fds(self.broker, 100, 1)
         except BlockingIOError:
@@ -302,7 +302,7 @@ class EngineClient:
                 self._loop.add_reader(self._channel.fileno(), self._read)
 
     def _read(self) -> None:
-        """Handle the records that have arrived; the end of the stream is the death of the engine."""
+        """Handle the records that have arrived; the stream ends when the engine dies."""
         channel = self._channel
         if channel is None:
             return
@@ -350,7 +350,7 @@ class EngineClient:
         self.give_back(slot)
 
     def _on_slots(self, number: int, file: int) -> None:
-        """Use new slots; the old ones are given up when the last of them is free."""
+        """Use new slots from now on; unmap the old slots when all of them are free."""
         if self._channel is None:
             return
         before, slots = self._memory, Slots.open(file)
@@ -375,7 +375,7 @@ class EngineClient:
 
 
 class _Command:
-    """The reply to a command is JSON in its slot."""
+    """Owner of the slot of a command; the reply is JSON in this slot."""
 
     def __init__(self) -> None:
         self.result: asyncio.Future[Rejection | None] = asyncio.get_running_loop().create_future()

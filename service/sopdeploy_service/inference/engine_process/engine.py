@@ -132,7 +132,7 @@ class Engine:
         os.close(wake)
 
     def _beat(self, now: float) -> None:
-        """Publish that the loop runs; look for hung batches and for overdue answers of commands."""
+        """Publish the heartbeat of the loop, detect hung batches, and answer commands that are due."""
         overdue = now - self._beaten >= BEAT_SECONDS / 2
         if overdue or self._images != self._published:
             self._published = self._images
@@ -153,7 +153,7 @@ class Engine:
     # Front ends
 
     def _read_broker(self) -> None:
-        """Receive the channel of a front end, or the end of the supervisor."""
+        """Receive the channel of a front end, or detect that the supervisor has ended."""
         try:
             data, files, _, _ = socket.recv_fds(self._broker, 100, 1)
         except BlockingIOError:
@@ -174,7 +174,7 @@ class Engine:
         self._announce([front])
 
     def _read(self, front: Front) -> None:
-        """Handle what *front* has sent; end its channel if that cannot be valid."""
+        """Handle what *front* has sent; end its channel if it violates the protocol."""
         try:
             data = front.channel.recv(READ_BYTES)
             if not data:
@@ -321,7 +321,7 @@ class Engine:
         self._commands.submit(change)
 
     def _changed(self, item: SlotImage, rejection: Rejection | None) -> None:
-        """Announce the models; answer the command when the front ends use them."""
+        """Announce the changed models; answer the command when all front ends use them."""
         if rejection is None:
             self._adopt_models()
             self._announce(list(self.fronts.values()))

@@ -20,7 +20,7 @@ from sopdeploy_service.inference.results import (
 )
 
 WANTS_FEATURES, IS_COMMAND = 1, 2  # flags of a request
-MAX_COMMAND_BYTES = 4096  # every slot has so many
+MAX_COMMAND_BYTES = 4096  # every slot is at least this large
 REJECTIONS = (CLIENT_GONE, DEADLINE, DRAINING, ENGINE_DEAD, ENGINE_FAILED, NONFINITE, OUT_OF_MEMORY)
 CODES = {rejection.code: position for position, rejection in enumerate(REJECTIONS, 1)}  # 0: outputs
 
@@ -42,10 +42,10 @@ class Front:
     channel: socket.socket
     outbox: Outbox
     memories: dict[int, Memory] = field(default_factory=dict)
-    newest: int = -1  # number of its memory
+    newest: int = -1  # number of its newest memory
     pending: bytearray = field(default_factory=bytearray)  # part of a record
     uses: set[int] = field(default_factory=set)
-    applied: int = 0  # number of the last change of models that it knows
+    applied: int = 0  # number of the last change of models that it has applied
     blocked: bool = False  # its channel accepts nothing more now
     closed: bool = False
 

@@ -43,7 +43,7 @@ def main() -> int:
     order: dict[str, Any] = json.loads(os.environ.pop(ORDER_VARIABLE))
     values = order["settings"]
     given = {**values, **{name: Path(values[name]) for name in PATHS if values[name] is not None}}
-    settings = cast("Settings", SimpleNamespace(**given))  # its own module imports asyncio
+    settings = cast("Settings", SimpleNamespace(**given))  # the module of `Settings` imports asyncio
     logging.getLogger().addHandler(LogToSupervisor())
     logging.getLogger("sopdeploy").setLevel(settings.log_level.upper())
     try:

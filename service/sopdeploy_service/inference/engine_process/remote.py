@@ -73,7 +73,7 @@ class RemoteQueue(RequestQueue):
 
     @property
     def images_elsewhere(self) -> int:
-        """Images of other front ends in the engine."""
+        """The number of images in the engine that other front ends have sent."""
         return self._client.images_elsewhere
 
     def reserve(self, items: Sequence[QueuedImage]) -> Rejection | None:
@@ -184,7 +184,7 @@ class RemoteModel(Model):
         client: EngineClient,
         file: IO[bytes],
     ) -> None:
-        """Close *file*, the archive of the bundle, when the model is stopped."""
+        """Create the model; it closes *file*, the archive of the bundle, when it is stopped."""
         super().__init__(name, loaded, settings, metrics)
         self._file = file
         self.number, self._client, self._engine = number, client, client.engines
@@ -238,16 +238,16 @@ class RemoteRegistry(ModelRegistry):
             model.close(ENGINE_DEAD)
 
     async def load(self, name: str, folder: str | None = None) -> Model | Rejection:
-        """Let the engine load a bundle as *name*."""
+        """Make the engine load a bundle as *name*."""
         return await self._change("load", name, folder)
 
     async def roll_back(self, name: str) -> Model | Rejection:
-        """Let the engine serve the previous version of *name* again."""
+        """Make the engine serve the previous version of *name* again."""
         known = self.find(name)
         return known if isinstance(known, Rejection) else await self._change("roll_back", name)
 
     async def unload(self, name: str) -> Rejection | None:
-        """Let the engine stop serving *name*."""
+        """Make the engine stop serving *name*."""
         if not self._settings.model_control:
             return NOT_CONTROLLED
         known = self.find(name)

@@ -55,7 +55,7 @@ class OnRay(Replica):
     _reporter: asyncio.Task[None] | None = None
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        """Give Ray the app; Ray runs its startup and shutdown."""
+        """Return the app to Ray, which runs its startup and shutdown."""
         self.watch()
         metrics = report(self.service.metrics.registry)
         self._reporter = asyncio.get_running_loop().create_task(metrics)

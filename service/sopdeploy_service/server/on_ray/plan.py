@@ -1,7 +1,8 @@
 """Build a Ray Serve configuration from settings and bundles, without importing Ray.
 
-Ray scales the replicas and routes requests to them; the replicas form batches. A replica therefore gets more
-requests than fit into one batch, and Ray starts another replica if replicas have more requests than that.
+Ray scales the replicas and routes requests to them; the replicas form batches. Ray may therefore send a
+replica more requests than one batch, and starts another replica if replicas have more requests than one batch
+each.
 """
 
 from collections.abc import Mapping

@@ -59,8 +59,8 @@ class Replica:
     async def reconfigure(self, user_config: Any) -> None:
         """Serve exactly the bundles of *user_config*, `{"bundles": {NAME: PATH}}`.
 
-        The swap happens when all are loaded and verified. Raises `ConfigError` and what `load_model` raises;
-        the previous bundles stay in use then.
+        The swap happens when all of them are loaded and verified. Raises `ConfigError` and what `load_model`
+        raises; the previous bundles then stay in use.
         """
         try:
             wanted = UserConfig.model_validate(user_config)

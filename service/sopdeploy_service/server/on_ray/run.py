@@ -22,12 +22,12 @@ OUR_ERROR = re.compile(r"sopdeploy\.errors\.\w+: (.+)")  # in the traceback of a
 
 
 def run(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> int:
-    """Serve *bundles* until SIGTERM or SIGINT, then drain; the result is 0.
+    """Serve *bundles* until SIGTERM or SIGINT, then drain and return 0.
 
-    Joins the Ray cluster of this machine or of RAY_ADDRESS and leaves its other applications alone; if there
-    is none, starts one and stops it in the end. Prints `ready: URL  BUNDLE ...` when all replicas are ready.
-    Raises `ConfigError` if Ray is not installed, already runs this application or listens elsewhere, or if a
-    replica does not start; further what `config` raises.
+    Joins the Ray cluster of this machine or of RAY_ADDRESS without a change of its other applications. If
+    there is none, starts a cluster and stops it in the end. Prints `ready: URL  BUNDLE ...` when all replicas
+    are ready. Raises `ConfigError` if Ray is not installed, already runs this application or listens on
+    another address, or if a replica does not start, and the errors of `config`.
     """
     options = config(bundles, settings, scale)
     os.environ.setdefault(USAGE_VARIABLE, "0")  # no usage statistics

@@ -102,7 +102,7 @@ def test_a_folder_of_another_bundle_or_of_other_images_is_rejected(
     other = make_bundle(tmp_path, seed=1)
     with pytest.raises(ConfigError, match=r"was begun with bundle \w+, not \w+; continue"):
         classify(other, [str(photos)], complete, SETTINGS, OPTIONS)
-    with pytest.raises(ConfigError, match=r"was begun with other images \(100, now 1, or of other sizes\)"):
+    with pytest.raises(ConfigError, match=r"was begun with other images \(100 then, 1 now; names and sizes"):
         classify(bundle_path, [str(photos / "001.jpg")], complete, SETTINGS, OPTIONS)
     with pytest.raises(ConfigError, match="another run is writing"), OutputFolder(complete).locked():
         classify(bundle_path, [str(photos)], complete, SETTINGS, OPTIONS)
