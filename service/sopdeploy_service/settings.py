@@ -122,9 +122,9 @@ class Settings(BaseSettings):
 
     decoders: Count = 2  # image decoding threads
     decode: DecodeWay = "exact"  # fast: decode large JPEGs at reduced size; nvimagecodec: decode on the GPU
-    fast_decode_samples: Path | None = None  # directory of JPEGs for an additional check of decode
+    fast_decode_samples: Path | None = None  # directory with more JPEGs to check decode=fast or nvimagecodec
     parsers: Count = 2  # JSON parsing threads
-    sandbox: Sandbox = "auto"  # of front ends; auto: if the system supports it; required: else do not start
+    sandbox: Sandbox = "auto"  # for front ends; auto: if the system supports it; required: start only with it
     devices: Devices = ()  # one process per device: `cpu`, GPU number, UUID, MIG id; empty: this process
     front_ends: FrontEnds = 1  # processes for HTTP and decoding, per device; auto: cores / 4, at most 8
     verify_key: Path | None = None  # serve only bundles signed by this public key; see `sopdeploy sign`

@@ -66,7 +66,7 @@ class Detachment:
 class ExportSubject:
     """A trained network to export.
 
-    A checkpoint of the catalog gives one; `export_network` creates one from any other network.
+    `pipeline.subject_of_checkpoint` creates one from a checkpoint, `export_network` from any network.
 
     Attributes:
         name: Name of the model in the bundle.

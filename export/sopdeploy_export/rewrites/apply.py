@@ -5,7 +5,7 @@ and converted to ONNX. The parity check compares the file with the certified net
 
 In the ONNX graph, `center_by_mean` replaces products with an n x n constant alpha I + beta 11^T, because X
 (alpha I + beta 11^T) = alpha X + beta (X 1) 1^T for any alpha and beta. If alpha + n beta = 0, the rows of
-the constant sum to zero and the product is alpha (X - mean(X)). The rule computes this sum instead of
+the constant sum to zero and the product is alpha (X - mean(X)). The rule computes alpha + n beta instead of
 assuming 0, because the position block of the released GSoP code uses I / P - 11^T / P^2 with n different from
 P, which does not center. The product costs n^2 multiply-adds per row of X and stores n^2 numbers in the file;
 the sum costs n additions.

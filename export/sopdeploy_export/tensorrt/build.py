@@ -29,7 +29,10 @@ COMPUTE_LAYERS = (
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """The inputs of one build; *workspace* in bytes, *last_build*, the duration of an earlier one, in s."""
+    """The inputs of one build.
+
+    *workspace* is in bytes; *last_build* is the duration of an earlier build in seconds, for the progress.
+    """
 
     onnx: bytes
     profiles: tuple[Profile, ...]

@@ -97,7 +97,7 @@ def check_module(name: str, module: nn.Module, role: str) -> None:
     if kind.__module__.startswith(QUANTIZED):
         raise LoweringError(f"{where} is quantized; export the float32 network with --precision int8")
     if kind.__name__.startswith(("FullyShardedDataParallel", "FSDP")):
-        raise LoweringError(f"{where} is sharded by FSDP; load its full state dict without FSDP")
+        raise LoweringError(f"{where} is sharded by FSDP; load its full state dict into an unsharded network")
     if isinstance(module, OptimizedModule):
         raise LoweringError(f"{where} is compiled; put its _orig_mod in its place")
     for attribute, value in vars(module).items():

@@ -75,7 +75,7 @@ def export_network(
         logits: Attribute, key or index of the logits, if the network returns more than one tensor.
         rename: Maps the name of a tensor of *trained* to its name in the plain network.
         options: Batch sizes, precision and more; `detach` is set if *training_only* names a part.
-        config: Description of the network in the manifest; by default its class and the arguments above.
+        config: Description of the network in the manifest; by default its class, *logits*, *training_only*.
         sha256: Hash of the weight file; by default of the tensors.
         on_step: Called with a description of each step as it begins.
 
