@@ -1,4 +1,4 @@
-"""EfficientNet-b0 for 224-pixel images, under timm's key names.
+"""EfficientNet-b0 for 224-pixel images, with timm's state-dict keys.
 
 Paper: Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks" (ICML 2019),
 Table 1.

@@ -1,4 +1,4 @@
-"""ResNets with four stages: for 224-pixel images under torchvision's key names, and for 64-pixel images.
+"""ResNets with four stages: for 224-pixel images with torchvision's state-dict keys, and for 64-pixel images.
 
 Paper: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), Table 1.
 The second-order papers remove the last down-sampling: `conv5_stride=1` ("s1"). DRN-A removes the last two and
@@ -131,7 +131,10 @@ class LowResolutionResNetConfig(StrictModel):
 
 
 class LowResolutionResNet(Backbone):
-    """GM-SOP's stem and stages, (B, 3, H, W) to (B, 128k, h, w); subclasses add pooling and classifier."""
+    """GM-SOP's stem and stages, which map (B, 3, H, W) to (B, 128 * widen, h, w).
+
+    Subclasses add pooling and classifier.
+    """
 
     stage_names = STAGES
     config: LowResolutionResNetConfig

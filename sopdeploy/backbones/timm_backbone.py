@@ -1,4 +1,4 @@
-"""Any network of timm as a backbone, under timm's own key names.
+"""Any network of timm as a backbone, with timm's own state-dict keys.
 
 The network is built by `timm.create_model(pretrained=False)`. This is the only module that imports timm, and
 only when such a network is requested. Taps are the stages in timm's `feature_info` from stride 4 on: what the
@@ -122,10 +122,10 @@ def nearest_block(network: nn.Module, taps: Collection[str]) -> type[MBConv | Bo
 
 
 class TimmBackbone(Backbone):
-    """A network of timm, with taps if it has feature maps; keys are timm's, without a prefix.
+    """A network of timm, with taps if it has feature maps; state-dict keys are timm's, without a prefix.
 
-    It shares its tables of modules, parameters and buffers with timm's own module, which is not a child:
-    moving, loading or saving this module does the same to timm's.
+    It shares its dicts of modules, parameters and buffers with timm's own module, which is not a child.
+    Moving, loading or saving this module therefore does the same to timm's.
     """
 
     config: TimmConfig

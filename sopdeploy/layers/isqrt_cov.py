@@ -76,7 +76,10 @@ def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
 
 
 class Prenormalized(NamedTuple):
-    """Input of the iteration: X (B, d, M), its norm n (B, 1, 1), and A (B, d, d) or G (B, M, M)."""
+    """Input of the Newton-Schulz iteration: X (B, d, M), its norm n (B, 1, 1), and A or G as `matrix`.
+
+    A has the shape (B, d, d); G, with `use_gram`, has (B, M, M).
+    """
 
     x: Tensor
     norm: Tensor
@@ -127,7 +130,10 @@ def _root(start: Prenormalized, last: Step, config: NewtonSchulzConfig) -> Tenso
 
 
 class _Saved(NamedTuple):
-    """Tensors for the backward pass: the map, its norm (B, 1, 1), A or G, T_k and F_k (B, n, n)."""
+    """Tensors for the backward pass: the map, its norm (B, 1, 1), A or G, and T_k and F_k of every step.
+
+    `steps_adjoint` defines T and F.
+    """
 
     features: Tensor
     norm: Tensor

@@ -43,7 +43,7 @@ class PaddedShortcut(nn.Module):
 def dimension_reduction(
     channels: int, width: int, activation: type[nn.ReLU] | type[nn.SiLU] = nn.ReLU
 ) -> nn.Sequential:
-    """Build DR: 1x1 convolution without bias, batch norm, *activation*; *channels* to *width* maps."""
+    """Build a dimension reduction (DR) from *channels* to *width*: 1x1 conv, batch norm, activation."""
     return nn.Sequential(conv1x1(channels, width), nn.BatchNorm2d(width), activation(inplace=True))
 
 
@@ -124,9 +124,9 @@ class BasicBlock(ResidualBlock):
 class Bottleneck(ResidualBlock):
     """1x1, 3x3, 1x1 convolutions and a shortcut.
 
-    `middle` channels default to a quarter of the output's; ResNeXt sets them and splits the 3x3 convolution
-    into `groups`. `stride_on` selects the convolution that has the stride: "3x3" in torchvision and all
-    released code ("v1.5"), "1x1" in the first paper ("v1").
+    `middle` is the number of channels of the 3x3 convolution, by default a quarter of the output's; ResNeXt
+    sets it and splits the convolution into `groups`. `stride_on` selects the convolution that has the stride:
+    "3x3" in torchvision and all released code ("v1.5"), "1x1" in the first paper ("v1").
     """
 
     expansion = 4
@@ -261,7 +261,10 @@ class DepthwiseSeparable(nn.Module):
 
 
 class MBConv(nn.Module):
-    """Expand six times, convolve depthwise, excite, project; add a shortcut where the shape stays."""
+    """Inverted bottleneck: expand the channels six times, depthwise convolution, excitation, projection.
+
+    A shortcut is added if the block keeps the shape.
+    """
 
     expansion = 6
 

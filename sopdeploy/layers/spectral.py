@@ -34,7 +34,7 @@ NO_SECOND_GRADIENT = (
 
 
 class Power(NamedTuple):
-    """f(l) = l^exponent; eigenvalues within rounding of 0 count as 0, also for the slope."""
+    """The power f(l) = l^exponent of eigenvalues; f and f' are 0 where an eigenvalue is 0 up to rounding."""
 
     exponent: float
 
@@ -49,7 +49,7 @@ class Power(NamedTuple):
 
 
 class Logarithm(NamedTuple):
-    """f(l) = log(l + eps); eigenvalues rounded below 0 count as 0."""
+    """The logarithm f(l) = log(l + eps) of eigenvalues, where l below 0 (a rounding error) is set to 0."""
 
     eps: float
 
@@ -74,7 +74,7 @@ def eigenvalue_mapping(
 
 
 class SpectralFunction(torch.autograd.Function):
-    """Compute f of symmetric matrices (B, C, C), and their ascending eigenvalues (B, C)."""
+    """Autograd function that computes f(A) of symmetric matrices with a finite gradient; see `spectral`."""
 
     @staticmethod
     def forward(ctx: Any, a_BCC: Tensor, function: Power | Logarithm) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,10 @@ def _divided_differences(lambda_BC: Tensor, function: Power | Logarithm) -> Tens
 
 
 def spectral(a_BCC: Tensor, function: Power | Logarithm) -> tuple[Tensor, Tensor]:
-    """Compute f of symmetric matrices (B, C, C) and their ascending eigenvalues (B, C)."""
+    """Apply f to the eigenvalues of symmetric matrices A (B, C, C).
+
+    Returns f(A) (B, C, C) and the ascending eigenvalues of A (B, C).
+    """
     value_BCC, lambda_BC = SpectralFunction.apply(a_BCC, function)
     return value_BCC, lambda_BC
 

@@ -89,8 +89,8 @@ class Classifier(Backbone):
     def logits_layer(self) -> nn.Linear | None:
         """Find the linear layer whose outputs are the exported logits; `None` if there is none.
 
-        Candidate is the last module with parameters in the last of `classifier_parts`, or without such a part
-        the last one in the network that is not training-only. It must have one output per class.
+        It is the last module with parameters in the last of `classifier_parts`. If there is no such part, it
+        is the last one of the network that is not training-only. It must have one output per class.
         """
         part = self._modules.get(self.classifier_parts[-1])
         exported = [

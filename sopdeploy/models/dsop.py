@@ -253,7 +253,9 @@ def plan_branches(
         if isinstance(counts, int):
             counts = (0,) * (len(taps) - 1) + (counts,)
         if len(counts) != len(taps):
-            raise ConfigError(f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {name}")
+            raise ConfigError(
+                f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {name}; give one per block"
+            )
         for tap, blocks in zip(taps, counts, strict=True):
             if blocks == 0 and not (config.keep_unused_branches and tap == taps[-1]):
                 continue

@@ -23,10 +23,10 @@ PATTERNS = {3: (1, 0, 2), 4: (0, 2, 0, 2), 18: (0, 0, 3) * 6}  # Table IV, by th
 
 
 class DSoPThreeStages(DSoP):
-    """DSoP on three stages of equally many blocks, by the patterns of Table IV in `patterns`.
+    """DSoP on three stages with the same number of blocks, by the patterns of Table IV in `patterns`.
 
-    Stages of other lengths have one branch of two blocks after their last block; a stage of one block has a
-    branch of one block.
+    Stages of a length without a pattern have one branch of two blocks after their last block; a stage of one
+    block has a branch of one block.
     """
 
     patterns: ClassVar[dict[int, tuple[int, ...]]] = PATTERNS
@@ -52,8 +52,8 @@ class DSoPSmallResNet(DSoPThreeStages, SmallResNet):
     """DSoP on ResNet-20/32/44/56/110 (section V-D: d at most 128, beta .1, .2, .3).
 
     Assumptions, because the paper shows no branches for these: stages of three blocks use the pattern
-    [1, 0, 2] of the WRN with three, others one branch of 2 blocks after each stage's last block
-    (of 1 block where the stage has one).
+    [1, 0, 2] of the WRN with three blocks per stage. Other stages have one branch of two blocks after their
+    last block (of one block if the stage has one block).
     """
 
     inference_class = SmallResNet

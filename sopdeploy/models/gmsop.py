@@ -132,7 +132,7 @@ class GMSOP(Classifier, GatedResNet):
 
     @classmethod
     def absent_options(cls, tensors: Collection[str]) -> dict[str, Any]:
-        """Return which batch norms and biases a checkpoint has; older ones have the released gate."""
+        """Return which batch norms and biases an older checkpoint has, by the names of its tensors."""
         return {
             "component_bias": "mixture.biases.0" in tensors,
             "component_norm": "mixture.norms.0.weight" in tensors,

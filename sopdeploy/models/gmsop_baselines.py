@@ -68,7 +68,7 @@ class AveragedResNet(Classifier, LowResolutionResNet):
 
 
 class NetVLADResNetConfig(LowResolutionResNetConfig):
-    """The size of the codebook."""
+    """`words` is the number of words of the codebook."""
 
     words: Annotated[int, pydantic.Field(ge=1)] = 64
 

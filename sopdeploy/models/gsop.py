@@ -39,7 +39,7 @@ RELEASED: dict[str, Any] = {
 
 
 class GSoPConfig(GSoPBlockConfig, NewtonSchulzOptions):
-    """The blocks, their places, and the end of the network.
+    """Options of the GSoP blocks, of their positions in the network, and of the final pooling.
 
     `final_pooling` is "gap" (GSoP-Net1) or "isqrt" (GSoP-Net2, with `final_width` channels after DR, N
     `iterations` and `dropout` on the vector). `block_stages` are the stages with blocks; `None` selects

@@ -42,7 +42,7 @@ class Convolutions(NamedTuple):
 class Components(nn.Module, ExportHints):
     """Map (B, C, H, W) features to every component's vector (B, N, D), or with weights (B, N) to their sum.
 
-    A component is `before`, its own chain of 1x1 convolutions, `after`; see `make_components`.
+    A component consists of `before`, its own chain of 1x1 convolutions and `after`; see `make_components`.
     *counted* is the number of components that a routed mixture evaluates per image; `macs` counts these.
     """
 
@@ -156,7 +156,7 @@ def pooling(kind: Kind, channels: int, root: NewtonSchulzConfig) -> tuple[nn.Mod
 
 
 class FusionHead(nn.Module, ExportHints):
-    """Classify pooled vectors (B, D) to logits (B, classes); the baselines have no batch norm."""
+    """Map pooled vectors (B, D) to logits (B, classes) by a batch norm (if *norm*), dropout, linear layer."""
 
     is_classifier = True
     rewrite_rules = ("fold_fusion_norm",)

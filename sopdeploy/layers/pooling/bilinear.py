@@ -24,7 +24,7 @@ def bilinear(features_BCHW: Tensor) -> Tensor:
 
 
 class Bilinear(GlobalPooling):
-    """Pool (B, C, H, W) maps to the signed root of X X^T / M, at unit length (B, C^2).
+    """Pool (B, C, H, W) maps to the signed square root of X X^T / M, a vector (B, C^2) of unit length.
 
     Improved B-CNN takes the matrix square root of X X^T / M first.
     """
@@ -59,7 +59,7 @@ class ImprovedBilinearConfig(PoolingConfig, MatrixRootConfig):
 
 
 class GaussianEmbedding(GlobalPooling):
-    """Pool (B, C, H, W) maps to the embedded Gaussian (B, (C + 1)^2)."""
+    """Pool (B, C, H, W) maps to G2DeNet's embedding of a Gaussian distribution, (B, (C + 1)^2)."""
 
     def __init__(self, config: "GaussianConfig", channels: int) -> None:
         super().__init__()
@@ -68,7 +68,10 @@ class GaussianEmbedding(GlobalPooling):
         self.out_features = (channels + 1) ** 2
 
     def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector (B, (C + 1)^2), using that Sigma + mu mu^T is X X^T / M."""
+        """Compute the square root of [[Sigma + mu mu^T, mu], [mu^T, 1]] as a vector (B, (C + 1)^2).
+
+        Sigma + mu mu^T is X X^T / M.
+        """
         mean_B1C = features.mean(dim=(2, 3))[:, None, :]
         left_BDC = torch.cat([bilinear(features), mean_B1C], dim=1)
         right_BD1 = F.pad(mean_B1C, (0, 1), value=1.0).transpose(1, 2)
@@ -84,7 +87,10 @@ class GaussianConfig(PoolingConfig, MatrixRootConfig):
 
 
 class LowRankBilinear(GlobalPooling):
-    """Pool (B, C, H, W) maps to (B, m^2), for its own low-rank classifier."""
+    """Reduce (B, C, H, W) maps to m channels and pool them to the bilinear vector (B, m^2).
+
+    The classifier of this vector has weight matrices of low rank.
+    """
 
     def __init__(self, config: "LowRankBilinearConfig", channels: int) -> None:
         super().__init__()

@@ -74,9 +74,10 @@ class CompactBilinearConfig(PoolingConfig):
 
 
 def sketch_table(config: "CompactBilinearConfig", channels: int) -> tuple[Tensor, Tensor]:
-    """Tabulate, for each element, the entries of the flattened matrix that it sums, and their signs.
+    """Tabulate which entries of the flattened matrix each element of the sketch sums, with which signs.
 
-    int64 and float32 of shape (D, E); elements of fewer entries are padded with sign 0.
+    Returns indices int64 and signs float32, both (D, E). Elements of fewer than E entries are padded with
+    sign 0.
     """
     first, second = draw_sketches(2, channels, config.dim, config.seed)
     places_K = np.add.outer(first.places, second.places).ravel() % config.dim
@@ -92,7 +93,7 @@ def sketch_table(config: "CompactBilinearConfig", channels: int) -> tuple[Tensor
 
 
 class KernelPooling(GlobalPooling):
-    """Kernel pooling: (B, C, H, W) maps to (B, 1 + C + (order - 1) D)."""
+    """Pool (B, C, H, W) maps to sketches of their powers 0 to `order`: (B, 1 + C + (order - 1) D)."""
 
     not_exportable = "its FFT has no TensorRT form; train with pooling cbp, its second order without an FFT"
     places: Tensor
