@@ -109,7 +109,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def write_plain(path: Path, content: Mapping[str, Any]) -> None:
-    """Write *content* to *path* atomically, for `load_plain`; raise `CheckpointError` on failure."""
+    """Write *content*, which `load_plain` can read, to *path* atomically; raises `CheckpointError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial, partial.open("wb") as file:

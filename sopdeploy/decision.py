@@ -59,7 +59,9 @@ class Calibration(StrictModel):
 
 
 class Rejection(StrictModel):
-    """The rule that an image counts as known if its score is at least `threshold`.
+    """Rule that rejects images of unknown classes: their score is below `threshold`.
+
+    A known image is one of a class of the network.
 
     Attributes:
         score: `max_probability` is the largest softmax probability, `energy` the log-sum-exp of the logits.

@@ -208,7 +208,10 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "a missing data folder": (("train", "--data", "photos"), "photos"),
     "a missing checkpoint": (("export", "ckpt.pt"), "ckpt.pt: no such file"),
     "TTA for a service": (("eval", "http://x", "--data", "d", "--tta", "flip"), "not supported by servers"),
-    "a runtime for a checkpoint": (("eval", "c.pt", "--data", "d", "--runtime", "auto"), "only bundles"),
+    "a runtime for a checkpoint": (
+        ("eval", "c.pt", "--data", "d", "--runtime", "auto"),
+        "only a bundle has a choice",
+    ),
     "a folder without a manifest": (("eval", ".", "--data", "d"), "it has no manifest.json"),
     "a missing run": (("report", "nowhere"), "nowhere: holds no run"),
     "a comparison of one recipe": (("compare", "digits-plain"), "at least two recipes"),

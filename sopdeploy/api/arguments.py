@@ -62,7 +62,7 @@ def rename_options(message: str) -> str:
 
 
 def _argument(found: re.Match[str]) -> str:
-    """Write one option with its value, if any, as Python does."""
+    """Format one option and its value as a Python argument; unknown options stay as they are."""
     flag, value = found.group(1), found.group(2)
     rest = "" if value is None else f" {value}"
     name = flag.removeprefix("no-").replace("-", "_")

@@ -103,7 +103,9 @@ def evaluate(
     name, data = str(source), Path(data)
     kind, facts = detect_source(name), {}
     if runtime is not None and kind != "bundle":
-        raise ConfigError(f"--runtime {runtime}: only bundles have a choice of runtimes, this is a {kind}")
+        raise ConfigError(
+            f"--runtime {runtime}: only a bundle has a choice of runtimes, this is a {kind}; omit it"
+        )
     if tta != "none" and kind == "service":
         raise ConfigError(f"--tta {tta}: not supported by servers; evaluate the bundle")
     if heads and (kind != "checkpoint" or tta != "none"):

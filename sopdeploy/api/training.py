@@ -62,8 +62,8 @@ def train(
         ConfigError: Unknown recipe or setting, an invalid value, or *out* holds another run.
         DataError: The images cannot be used.
         WeightsError: The start weights cannot be downloaded or read, or belong to another network.
-        TrainingError: A loss or gradient is not finite. `TrainingStoppedError` after Ctrl-C or SIGTERM,
-            when the run is saved.
+        TrainingError: A loss or gradient is not finite. `TrainingStoppedError`, a subclass, after Ctrl-C or
+            SIGTERM; the run is saved before.
     """
     with ExitStack() as stack:
         stack.enter_context(join_processes())
@@ -89,7 +89,7 @@ def configure(
     pooling: str | None = None,
     assignments: Sequence[str] = (),
 ) -> tuple[Recipe, Path]:
-    """Read the recipe, change the given values, and return it with the default folder of the run.
+    """Read *recipe* and change the given values; returns it with the default folder of the run.
 
     Raises `ConfigError` if there are no data and no recipe, or if a value is invalid.
     """
@@ -114,4 +114,6 @@ def _assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]
         try:
             yield f"{key}={json.dumps(value, default=str, ensure_ascii=False)}"
         except ValueError as error:
-            raise ConfigError(f"{key}: not a value of a recipe ({error})") from error
+            raise ConfigError(
+                f"{key}: not a value of a recipe ({error}); give a number, a text, a list or a dict"
+            ) from error

@@ -95,7 +95,7 @@ def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
                     target.write(block)
                     size -= len(block)
             expect(padding(record.bytes), name)
-        expect(END, "its end")
+        expect(END, "end of archive")
 
 
 def header(name: str, size: int) -> bytes:
@@ -105,7 +105,9 @@ def header(name: str, size: int) -> bytes:
     try:
         return entry.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
     except ValueError as error:
-        raise BundleError(f"{name!r}: does not fit into an archive ({error})") from error
+        raise BundleError(
+            f"{name!r}: its name or size does not fit into a tar header ({error}); export the bundle again"
+        ) from error
 
 
 def padding(size: int) -> bytes:

@@ -42,7 +42,7 @@ class GoldenExample(StrictModel):
 
 
 class GoldenIndex(StrictModel):
-    """Content of `golden.json`; *tolerance* is the largest absolute difference of a logit."""
+    """Content of `golden.json`; *tolerance* is the largest allowed absolute difference of a logit."""
 
     tolerance: float
     examples: tuple[GoldenExample, ...]

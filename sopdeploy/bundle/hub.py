@@ -146,4 +146,6 @@ def _client(place: str) -> Iterator[Any]:
     except Exception as error:  # the client raises types of several libraries
         cause = error.__cause__ or error  # the client wraps errors of uploads
         text = " ".join(str(cause).split())
-        raise BundleError(f"{place}: {type(cause).__name__}: {text}") from error
+        raise BundleError(
+            f"{place}: {type(cause).__name__}: {text}; check the name, the network and HF_TOKEN"
+        ) from error

@@ -47,7 +47,7 @@ class BatchRange(StrictModel):
 
 
 class Lineage(StrictModel):
-    """Hashes from the checkpoint to the exported graph."""
+    """Hashes of the checkpoint, of the captured program and of the exported graph."""
 
     checkpoint_sha256: Sha256
     program_root: Sha256

@@ -174,7 +174,7 @@ def _tensor_hash(tensor: _Message) -> str:
     else:
         content = memoryview(b"".join(tensor.blobs(FLOATS, DOUBLES)))
     if not content and 0 not in shape:
-        raise CertificateError(f"the weight {tensor.text(NAME)} has no numbers")
+        raise CertificateError(f"the weight {tensor.text(NAME)} has no values")
     return hash_parts(f"constant {dtype} {shape}", content)
 
 

@@ -82,7 +82,10 @@ def replay(probes: Probes, run: Run, *, batch: int = 1) -> Replay:
 
 
 def deviation(name: str, outputs: Outputs, expected: NDArray[np.float32]) -> float:
-    """Compute the largest absolute difference between output *name* and *expected*."""
+    """Compute the largest absolute difference between output *name* and *expected*.
+
+    Raises `ParityError` if the output is missing, has another shape or is not finite.
+    """
     if name not in outputs:
         raise ParityError(f"probes: no output {name!r}; this runtime does not compute the exported network")
     values = outputs[name]

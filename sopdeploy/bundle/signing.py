@@ -150,7 +150,9 @@ def make_key(path: Path) -> Path:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError as error:
-            raise ConfigError(f"{path}: exists already; a key is never replaced") from error
+            raise ConfigError(
+                f"{path}: exists already, a key is never replaced; choose another path"
+            ) from error
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(f"untrusted comment: secret key of sopdeploy, do not share\n{_encode(body)}\n")
     comment = f"untrusted comment: minisign public key {name[::-1].hex().upper()}"
@@ -191,7 +193,10 @@ def _read_key(path: Path, size: int) -> bytes:
     except OSError as error:
         raise ConfigError(f"{path}: key file cannot be read ({error.strerror}); check the path") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: not a minisign key file of the required kind ({error})") from error
+        raise ConfigError(
+            f"{path}: not a minisign key file of the required kind ({error}); sign with the secret key and "
+            f"verify with the public one, {PUBLIC_SUFFIX}"
+        ) from error
     return body
 
 

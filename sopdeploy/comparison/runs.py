@@ -38,7 +38,7 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NamedRecipe:
-    """A recipe of the comparison; its name is also that of its folder."""
+    """A recipe of the comparison; `name` is also the name of the folder of its runs."""
 
     name: str
     recipe: Recipe
@@ -55,9 +55,9 @@ def compare(
 ) -> Comparison:
     """Train the recipes *sources* with *overrides* over *seeds* seeds and compare them.
 
-    The folder of a run in *destination* is `<recipe>/seed-0`; finished runs are reused. *on_run* receives the
-    name and seed of each run before it starts. Raises `ConfigError` for recipes that cannot be compared, and
-    the errors of `train`.
+    The folder of a run in *destination* is `<recipe>/seed-<n>`; finished runs are reused. *on_run* receives
+    the name and seed of each run before it starts. Raises `ConfigError` for recipes that cannot be compared,
+    and the errors of `train`.
     """
     recipes = read_recipes(sources, overrides)
     if seeds < 2:

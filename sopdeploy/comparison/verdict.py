@@ -22,7 +22,7 @@ class Results:
 
 
 class Arm(StrictModel):
-    """The top-1 accuracies of a recipe by seed, and their mean and sample deviation."""
+    """The top-1 accuracies of a recipe by seed, and their mean and sample standard deviation."""
 
     name: str
     model: str

@@ -1,4 +1,4 @@
-"""Dataset types: labeled images of any size, and labeled uint8 arrays of one size; seeds.
+"""Dataset types (labeled images of any size, labeled uint8 arrays of one size) and random seeds.
 
 Every random choice of a run uses `derive_seed(seed, purpose, epoch, step or sample)` instead of a generator
 state that must be saved. A resumed run therefore makes the same choices as an uninterrupted one, with any

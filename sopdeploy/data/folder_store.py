@@ -82,7 +82,7 @@ def read_label_file(folder: Path) -> list[tuple[Path, bytes]]:
 
 
 def lists_images(table: bytes) -> bool:
-    """Check whether the first line of *table* names a column of `REQUIRED`."""
+    """Check whether the table lists images: its first line names a column in `REQUIRED`."""
     header = table[:1000].partition(b"\n")[0].decode("utf-8-sig", "replace")
     columns = header.replace(";", ",").replace("\t", ",").split(",")
     return bool({column.strip(' "\r') for column in columns} & set(REQUIRED))

@@ -50,8 +50,8 @@ class SelectedImages:
 def select_subset(split: Split, classes: int | Path | None) -> Split:
     """Keep the images of *classes*: a number to draw, or a file of names; `None` keeps all.
 
-    Raises `DataError` for an unknown name, fewer than two names or a too large number, `ConfigError` if
-    images have several classes.
+    Raises `DataError` for an unknown name, fewer than two names or more classes than the data have, and
+    `ConfigError` if images have several classes.
     """
     if classes is None:
         return split

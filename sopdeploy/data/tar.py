@@ -1,6 +1,6 @@
 """Tar archives as one folder of files, read in place without unpacking.
 
-An index of the images and tables (`labels.csv`) of each archive allows to read a file with one seek. With a
+Each archive has an index of its images and tables (`labels.csv`), so reading a file takes one seek. With a
 cache folder, the index is stored under a name that changes with the archive.
 """
 
@@ -59,10 +59,10 @@ def cache_folder(folder: Path | None) -> Path:
         status = path.stat()
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be created ({error.strerror}); set data.cache to a folder of yours"
+            f"{path}: cannot be created ({error.strerror}); set data.cache to your own folder"
         ) from error
     if folder is None and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-        raise DataError(f"{path}: other users can write there; set data.cache to a folder of yours")
+        raise DataError(f"{path}: other users can write there; set data.cache to your own folder")
     return path
 
 
@@ -269,7 +269,7 @@ class TarStore:
         return int(first), int(last)
 
     def unwrap(self, parts: Sequence[str]) -> "TarStore":
-        """Open the only folder, repeatedly, unless it is one of *parts* or the only class."""
+        """Descend into folders that contain all files, except one of *parts* and the only class."""
         store, folders = self, self.folders()
         while len(folders) == 1 and folders[0] not in parts and not store._lists_images():
             inside = replace(store.open_folder(folders[0]), root=self.root)

@@ -190,7 +190,7 @@ def _resize_onto_background(
 
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
-    """List those conversions of `to_rgb` that the owner of the loaded *image* may not expect, in order."""
+    """List the names of the conversions by `to_rgb` that the owner of the loaded *image* may not expect."""
     transparent = False
     if image.has_transparency_data:
         tiles = (_to_rgba(image.crop(box)) for box in tile_boxes(image.size))

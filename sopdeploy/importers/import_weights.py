@@ -142,7 +142,10 @@ def convert(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
             return project, converted
     some = ", ".join(list(file.tensors)[:3])
     known = ", ".join(sorted({project for project, _ in CONVERTERS}))
-    raise WeightsError(f"{file.path}: its tensors ({some} ..) are not from a known project ({known})")
+    raise WeightsError(
+        f"{file.path}: its tensors ({some} ..) are not from a known project ({known}); export it "
+        "as a network of your own with `sopdeploy export --network`"
+    )
 
 
 def _override_preprocess(preprocess: Preprocess, options: ImportOptions) -> Preprocess:

@@ -76,7 +76,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 class MappedTensor(NamedTuple):
-    """A tensor of a sopdeploy network: its name, the source tensors it was made of, and how."""
+    """A tensor of a sopdeploy network: its name, the source tensors it was computed from, and how."""
 
     name: str
     sources: tuple[str, ...]
@@ -111,7 +111,7 @@ class ConvertedWeights:
 
 
 def rename_tensors(file: WeightFile, rename: Callable[[str], str | None]) -> tuple[MappedTensor, ...]:
-    """Map every tensor of *file* for which *rename* returns a name."""
+    """Rename the tensors of *file*; those for which *rename* returns None are left out."""
     names = ((source, rename(source)) for source in file.tensors)
     return tuple(
         MappedTensor(name, (source,), file.tensors[source]) for source, name in names if name is not None

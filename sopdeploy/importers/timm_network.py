@@ -66,7 +66,9 @@ def read_hub_config(weights: Path) -> Mapping[str, Any]:
 def hub_preprocess(path: Path, config: Mapping[str, Any]) -> Preprocess:
     """Convert timm's evaluation transform in *config*; raises `WeightsError` if it is not supported."""
     if config.get("crop_mode", "center") != "center":
-        raise WeightsError(f"{path}: timm's crop_mode {config['crop_mode']!r} is not supported")
+        raise WeightsError(
+            f"{path}: timm's crop_mode {config['crop_mode']!r} is not supported; use weights with center"
+        )
     try:
         crop = int(config["input_size"][-1])
         return Preprocess(

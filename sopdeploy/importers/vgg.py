@@ -30,7 +30,7 @@ def convert_torchvision_vgg(file: WeightFile, _model: str) -> ConvertedWeights |
         return None
     if len(convolutions) != CONVOLUTIONS:
         raise WeightsError(
-            f"{file.path}: a VGG of {len(convolutions)} convolutions; only VGG-16, of 13, is in the catalog"
+            f"{file.path}: a VGG with {len(convolutions)} convolutions; the catalog has only VGG-16, with 13"
         )
     batch_norm = "features.1.running_mean" in file.tensors
     found = published_preprocess("vgg16_bn" if batch_norm else "vgg16", sha256(file.path))

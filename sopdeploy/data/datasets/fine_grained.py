@@ -90,7 +90,7 @@ def _numbered(path: Path) -> dict[str, str]:
     for count, line in enumerate(read_lines(path), start=1):
         number, _, text = line.partition(" ")
         if not number.isdecimal() or not text or number in found:
-            raise DataError(f"{path}: line {count} is not a new number and a text; {OFFICIAL}")
+            raise DataError(f"{path}: line {count} does not have a new number and a text; {OFFICIAL}")
         found[number] = text.strip()
     return found
 

@@ -97,7 +97,7 @@ def read_label_table(store: FileStore, labels: tuple[str, ...] | None = None) ->
 
 
 def split_table(table: LabelTable, fraction: float, seed: int) -> Split:
-    """Split *table* by its column, or hold out *fraction* of every class.
+    """Split *table* by its column `split`, or without this column hold out *fraction* of every class.
 
     Raises `DataError` naming a class without a training image.
     """
@@ -219,7 +219,7 @@ def _reject(table: Path, line: int, reason: str) -> NoReturn:
 
 
 def unlisted_images(parts: Sequence[ImageFiles]) -> list[str]:
-    """List the image files that exist next to *parts* but are missing in their `labels.csv`."""
+    """List the image files in the store of *parts* that its `labels.csv` does not list."""
     listed = {path for images in parts for path in images.paths.tolist()}
     return [
         str(images.store.root / os.fsdecode(path))

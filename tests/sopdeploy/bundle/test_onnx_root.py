@@ -95,7 +95,7 @@ def control_flow(model: onnx.ModelProto) -> None:
 
 REJECTED: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "weights in another file": (outside, "the weight w is stored in another file"),
-    "a weight without numbers": (lambda m: m.graph.initializer[0].ClearField("raw_data"), "has no numbers"),
+    "a weight without numbers": (lambda m: m.graph.initializer[0].ClearField("raw_data"), "has no values"),
     "control flow": (control_flow, "LeakyRelu contains a subgraph"),
     "its own operator": (lambda m: m.functions.add(name="Relu"), "defines its own operators"),
     "an unknown operand": (lambda m: m.graph.node[0].input.append("q"), "not a complete ONNX model"),

@@ -176,7 +176,13 @@ FAULTS: list[tuple[str, Callable[[Path], Path], str, str | None, str]] = [
         None,
         "holds no train_test_split.txt; give the folder",
     ),
-    ("cub", write_cub, "CUB_200_2011/classes.txt", "1 a\n2\n", "line 2 is not a new number and a text"),
+    (
+        "cub",
+        write_cub,
+        "CUB_200_2011/classes.txt",
+        "1 a\n2\n",
+        "line 2 does not have a new number and a text",
+    ),
     ("cub", write_cub, "CUB_200_2011/classes.txt", "1 a\n2 b\n", "image 9 has class 3 and split 1"),
     (
         "cub",

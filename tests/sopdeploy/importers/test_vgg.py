@@ -39,7 +39,9 @@ def test_every_tensor_of_torchvision_has_a_place(tmp_path: Path, name: str, mode
 
 
 def test_a_vgg_of_another_depth_is_named(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="a VGG of 16 convolutions; only VGG-16, of 13"):
+    with pytest.raises(
+        WeightsError, match="a VGG with 16 convolutions; the catalog has only VGG-16, with 13"
+    ):
         convert(vgg_file(tmp_path, "vgg19_bn"), "vgg16-bn")
 
 
