@@ -60,7 +60,7 @@ class Classification(Response):
     """The result for one image.
 
     Attributes:
-        classes: most probable classes, best first; empty if `error` is set. Of a multi-label network, the
+        classes: most probable classes, best first; empty if `error` is set. For a multi-label network, the
             classes whose probability reaches their threshold.
         gates: selected experts of a gated network, best first, if requested.
         class_map: class activation map of the explained class, if requested.

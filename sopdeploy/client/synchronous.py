@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 
 class Client:
-    """Blocking client of the server at *url*. Thread-safe; connections stay open until it is closed.
+    """Blocking client of the server at *url*. Thread-safe; connections stay open until `close`.
 
     *timeout* is the total time of a call in seconds, including retries. *retries* is how often a request is
     repeated after 429, 503 or a connection that broke before a response.

@@ -10,7 +10,7 @@ from sopdeploy.doctor.measure import Measured
 Limit: TypeAlias = Literal["engine", "decode", "queue", "client", "network", "cores", "load"]
 
 BUSY = 0.85  # a stage with a higher utilization is saturated
-MIN_UTILIZATION = 0.05  # bounds the estimated gain
+MIN_UTILIZATION = 0.05  # lower bound of utilizations, which limits the estimated gain
 MAX_DECODER_FACTOR = 4
 MIN_GAIN = 0.05  # smaller gains are within noise
 EXPECTED = "expected: up to +{:.0%}"

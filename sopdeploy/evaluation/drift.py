@@ -27,7 +27,7 @@ from sopdeploy.decision import (
     sigmoid,
 )
 
-FALSE_ALARMS = 0.01  # without drift, the largest probability that at least one of the two tests alarms
+FALSE_ALARMS = 0.01  # without drift, the largest probability that one of the two tests raises an alarm
 LEVEL = FALSE_ALARMS / 2  # significance level of each test (Bonferroni)
 MIN_EXPECTED = 5.0
 

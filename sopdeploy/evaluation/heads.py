@@ -56,7 +56,7 @@ class HeadCounter(nn.Module):
         self.losses: dict[str, float] = {}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the main logits (B, C) of the next images of the data."""
+        """Compute the main logits (B, C) of *images*, the next ones in the order of `targets`."""
         targets = self.targets[self.done : self.done + len(images)].to(images.device)
         self.done += len(images)
         heads: dict[str, Tensor] = self.model.heads(images)

@@ -20,7 +20,7 @@ from sopdeploy.evaluation.drift import PresenceCounts
 from sopdeploy.evaluation.metrics import NO_IMAGES
 
 DEFAULT_THRESHOLD = 0.5
-PRIOR_IMAGES = 10  # a threshold fitted to this many images of a class is moved half-way to 0.5
+PRIOR_IMAGES = 10  # with this many images of a class, the logit of its threshold is halved
 MAX_LOGIT = 30.0  # larger absolute values are clipped
 
 

@@ -106,8 +106,8 @@ def evaluate(
 
     Each of *processes* evaluates a different part of the images; each returns the metrics of all images.
     *on_batch* is called after every batch with the number of images done, the same number of times in each
-    process. The model is in eval mode meanwhile. Raises `DataError` if there are no images, `TrainingError`
-    if the loss is not finite.
+    process. The model is in eval mode during the evaluation. Raises `DataError` if there are no images,
+    `TrainingError` if the loss is not finite.
     """
     if not len(dataset):
         raise DataError(NO_IMAGES)

@@ -1,4 +1,4 @@
-"""Charts and tables on the predictions: accuracy, classes, confusions, calibration."""
+"""Charts and tables of the predictions: accuracy, classes, confusions, calibration."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ MAX_CONFUSIONS = 15
 
 
 def predictions_context(predictions: Predictions | None) -> dict[str, Any]:
-    """Build the template variables on *predictions*, which are None if there are no images."""
+    """Build the template variables that describe *predictions*, which is None if there are no images."""
     if predictions is None:
         return {"predictions": None}
     metrics = predictions.metrics
@@ -78,7 +78,7 @@ def metric_tiles(metrics: ClassificationReport | MultiLabelReport) -> dict[str, 
 
 
 def _multi_label_context(predictions: Predictions, metrics: MultiLabelReport) -> dict[str, Any]:
-    """Build the template variables on the predictions of several classes per image."""
+    """Build the template variables that describe predictions of several classes per image."""
     columns = ("average_precision", "precision", "recall", "f1")
     tiles = ", ".join(f"{name} {value}" for name, value in metric_tiles(metrics).items())
     return {

@@ -86,7 +86,7 @@ def _learning_figures(history: Sequence[EpochRow]) -> list[Figure]:
 
 
 def _join_others(curves: Sequence[Curve]) -> list[Curve]:
-    """Replace the curves that exceed `MAX_CURVES` by their mean."""
+    """Limit *curves* to `MAX_CURVES`; the last one is the mean of all that were left out."""
     if len(curves) <= MAX_CURVES:
         return list(curves)
     others = curves[MAX_CURVES - 1 :]

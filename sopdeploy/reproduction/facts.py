@@ -10,7 +10,7 @@ from torch import nn
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop import DSoP
 
-CONVOLUTION = re.compile(r"conv\d$")  # of a block: neither a projection nor a reduction of channels
+CONVOLUTION = re.compile(r"conv\d$")  # of a block, not of its shortcut or a reduction of channels
 SIDES = {  # a layer as a paper names it, and the module that computes it; for a stage, its last block
     "side after conv1": "conv1",
     "side after pool1": "maxpool",

@@ -124,7 +124,7 @@ class PrintedTable(StrictModel):
         return self
 
     def recipe_of(self, row: PrintedRow) -> tuple[str, tuple[str, ...]] | None:
-        """Return the recipe of *row* and its changes; None for a row that is only cited or a layer."""
+        """Return the recipe of *row* and its changes; None for a row that is only cited or timed."""
         if row.layer is not None or (row.cited and row.recipe is None and not row.set):
             return None
         return row.recipe or self.recipe, (*self.set, *row.set)

@@ -77,9 +77,8 @@ class LoadedEngine:
     def _add_context(self, shared: int | None, size: int | None) -> None:
         strategies = getattr(self._trt, "ExecutionContextAllocationStrategy", None)
         options = () if shared is None or strategies is None else (strategies.USER_MANAGED,)
-        self.contexts.append(
-            self.engine.create_execution_context(*options)
-        )  # a local variable would stay in tracebacks
+        # No local variable: a traceback would keep the context alive.
+        self.contexts.append(self.engine.create_execution_context(*options))
         if self.contexts[-1] is None:
             raise RuntimeError(last_error(self.logger))
         if options:
@@ -112,7 +111,7 @@ class EngineSession:
         """Load a verified *plan* of *key*.
 
         Raises `RuntimeUnavailableError` if the engine does not match the manifest and the key, or if the GPU
-        has too little memory; nothing stays allocated then.
+        has too little memory. On error, nothing stays allocated.
         """
         self._cuda, self._profiles = cuda, key.profiles
         self._resources = CudaResources(cuda)

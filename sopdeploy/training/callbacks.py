@@ -107,7 +107,7 @@ def create_loggers(names: Sequence[str], folder: Path) -> list[Callback]:
 
 
 def grouped_metrics(row: EpochRow) -> dict[str, float]:
-    """Name the metrics of *row* `group/metric`, as dashboards group them."""
+    """Return the metrics of *row* under names such as `train/loss`, by whose prefix dashboards group them."""
     held_out = ("top1", "top5", "loss", "map", "macro_f1", "micro_f1")
     groups = dict.fromkeys(held_out, "held_out")
     metrics = {}

@@ -48,8 +48,8 @@ class TrainingResult(StrictModel):
     `skipped` lists the images that could not be read. `seconds` is the total time, over all resumptions. With
     several classes per image, the mAP and macro F1 are set instead of the accuracies. `few_shot` is the
     record of the few-shot procedure, if it applied. `decision` is the temperature and rejection threshold in
-    `best`, if there were enough images, or the thresholds of several classes per image. `start` is what the
-    run started from (None: random weights). `training_only` are the parts that the export detaches.
+    `best`, if there were enough images, or the thresholds of a multi-label network. `start` is the report on
+    the start weights (None: random weights). `training_only` are the parts that the export detaches.
     """
 
     out: Path

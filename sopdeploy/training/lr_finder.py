@@ -27,7 +27,7 @@ DIVERGED = 4.0  # times the lowest smoothed loss
 
 
 class LearningRateResult(StrictModel):
-    """The rate at the steepest descent, and the smoothed `losses` at all `rates`."""
+    """The rate at which the loss falls fastest, `suggestion`, and the smoothed `losses` at all `rates`."""
 
     suggestion: float
     rates: tuple[float, ...]

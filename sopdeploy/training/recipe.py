@@ -90,8 +90,8 @@ class Recipe(StrictModel):
     `batch_size` is the number of samples of a step, over all processes; `accumulate` splits a step into
     that many micro-batches. `batch_norm` computes statistics per process ("local"), over the whole
     micro-batch ("global"), or uses the running statistics ("frozen"). `sampler` "balanced" draws all
-    classes equally often. `threads`: 0 keeps torch's default. `workers` is the maximum number of data
-    loading processes. `few_shot` replaces the training loop for few images.
+    classes equally often. `threads` is the number of CPU threads of torch; 0 keeps torch's default. `workers`
+    is the maximum number of data loading processes. `few_shot` replaces the training loop for few images.
     """
 
     summary: str

@@ -57,9 +57,9 @@ class StepResult(NamedTuple):
 class Position(StrictModel):
     """The progress of a run, as checkpoints contain it.
 
-    `sums` (parts of the loss) and `gradient` (norms) are sums over the `seen` images of the current epoch,
-    `received` the number of them that each component of a gated network received.
-    `learning` is the time of its steps in seconds, `waiting` the part of it spent waiting for data.
+    `sums` (parts of the loss) and `gradient` (norms) are sums over the `seen` images of the current epoch.
+    `received` counts the images that each component of a gated network received. `learning` is the time of
+    the epoch's steps in seconds, `waiting` the part of it spent waiting for data.
     """
 
     epoch: int = 0
@@ -80,7 +80,7 @@ class Run:
 
     `name` is the catalog name of the network. `exported_weights` are the weights for export in a checkpoint:
     `raw` or `average`. `few_shot` is the record of the few-shot procedure, `out_of_fold` (images, classes)
-    the logits on which its estimate is based, and `decision` what was fitted to them.
+    the logits on which its estimate is based, and `decision` the one that was fitted to these logits.
     """
 
     recipe: Recipe
@@ -111,7 +111,7 @@ class Run:
         return nn.ModuleDict({"model": self.model, "teacher": self.teacher.model})
 
     def after_step(self, result: StepResult, count: int, seconds: float, waited: float) -> None:
-        """Advance by a step of *count* samples and *seconds*, *waited* of them for data."""
+        """Add a step of *count* samples to the position; it took *seconds*, *waited* of them for data."""
         at = self.position
         parts = {"loss": result.loss.total, **result.loss.parts}
         sums = {name: at.sums.get(name, 0.0) + float(part) * count for name, part in parts.items()}

@@ -2,7 +2,7 @@
 
 `last.pt` is the checkpoint to resume from and `previous.pt` the one before it, `best.pt` the one to export,
 `epoch-0010.pt` a kept one; `history.csv` lists all epochs. Every file is written atomically. `last.pt` is
-written first: all other files follow from it and are written again when the run is resumed.
+written first; all other files are derived from it and are written again when the run is resumed.
 """
 
 import os
@@ -86,7 +86,7 @@ class RunFolder:
     def save_derived_files(self, run: Run) -> None:
         """Write the history and, after an epoch, `best.pt` and the kept checkpoint.
 
-        A resumed run does this first, because the process may have been killed before it was done.
+        A resumed run does this first, because the process may have been killed before it wrote these files.
         """
         at, every = run.position, run.recipe.save.keep_every
         frozen = run.recipe.frozen_backbone

@@ -193,8 +193,8 @@ class InitialModel(NamedTuple):
 def create_initial_model(recipe: Recipe, labels: tuple[str, ...], strategy: Strategy) -> InitialModel:
     """Create the model of *recipe* for the classes *labels*; random weights depend on the seed.
 
-    Start weights are read and complete the preprocessing of the recipe; raises the errors of
-    `read_start_weights` and `load_start_weights`.
+    Start weights are loaded if the recipe selects some, and their preprocessing completes that of the recipe.
+    Raises the errors of `read_start_weights` and `load_start_weights`.
     """
     weights = read_start_weights(recipe, strategy)
     torch.manual_seed(derive_seed(recipe.seed, "weights"))

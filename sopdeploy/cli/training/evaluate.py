@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sopdeploy.evaluation.multi_label import MultiLabelReport
 
 MAX_CLASSES = 50  # of more classes, the output lists those with the lowest recall or average precision
-MAX_COLUMNS = 12  # of a confusion matrix in a terminal
+MAX_COLUMNS = 12  # with more classes, the terminal shows no confusion matrix
 MAX_MISTAKES = 5
 
 OnImage = Callable[[int, int], None]

@@ -99,7 +99,7 @@ class CandidateResult(StrictModel):
     epochs: int | None = None
 
     def line(self) -> str:
-        """Describe the candidate for people."""
+        """Describe the candidate in one line for the terminal and the report."""
         decision = f"{self.name}: {'kept' if self.kept else 'not kept'}, {self.reason}"
         if self.score is None:
             return decision
@@ -167,7 +167,7 @@ class FewShotResult(StrictModel):
         return score
 
     def lines(self) -> tuple[str, ...]:
-        """Describe the result for people: images, candidates, and the score last."""
+        """Describe the result in lines for the terminal and the report: images, candidates, score."""
         seconds = sum(self.seconds.values())
         return (
             f"images: {self.describe_images()}",
@@ -195,7 +195,9 @@ class FewShotResult(StrictModel):
         text = ", ".join(f"{label} {count}" for label, count in counts.items())
         if self.balanced:
             ratio = max(counts.values()) / max(1, min(counts.values()))
-            text += f"; classes have equal weights, the largest has {ratio:.1f} times the smallest"
+            text += (
+                f"; classes have equal weights, the largest has {ratio:.1f} times the images of the smallest"
+            )
         few = [label for label, count in counts.items() if count < FEW_IMAGES]
         if few:
             text += f"; fewer than {FEW_IMAGES} images of {', '.join(few)}: add more"

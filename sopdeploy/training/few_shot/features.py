@@ -85,7 +85,7 @@ def compute_features(
     images done and in total. The result is read from the file *cache* if that has the same key.
     """
     dataset, device, count = TwoViews(images, preprocess), next(models[0].parameters()).device, len(images)
-    order = np.random.default_rng(0).permutation(count)  # the first batches show all classes
+    order = np.random.default_rng(0).permutation(count)  # so that the first batches show many classes
     batches = [order[start : start + BATCH].tolist() for start in range(0, count, BATCH)]
     views = [views for views, _ in load_batches(dataset, batches, workers, torch.device("cpu"))]
     keys = _pixel_keys(views, batches)

@@ -55,7 +55,7 @@ def layer_groups(
 
 @dataclass(frozen=True, slots=True)
 class StageData:
-    """Cached `inputs` (N, 2, C, H, W) of the stage, `targets` (N, C) in 0..1 and `weights` (N,), float32."""
+    """Cached `inputs` (N, 2, C, H, W) of the stage, `targets` (N, C) in [0, 1], `weights` (N,), float32."""
 
     inputs: Tensor
     targets: Tensor

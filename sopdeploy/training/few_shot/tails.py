@@ -97,7 +97,7 @@ def cut_before_last_stage(
 
 def _copy_with_branches(model: Classifier, stage: str | None) -> Classifier:
     """Copy *model* with only those of its branches that read *stage*; without *stage*, with none."""
-    branches = model._modules.pop("branches", None)  # they are several times as large as the network
+    branches = model._modules.pop("branches", None)  # not copied: several times as large as the network
     try:
         copied = copy.deepcopy(model)
     finally:

@@ -379,7 +379,7 @@ def test_records_from_before_there_were_several_candidates_are_read():
     record |= {"balanced": True, "duplicates": 1, "fine_tuning": tuning, "seconds": {"head": 1.0}}
     record["heads"] = [{"pooling": "gap", "features": 8, "top1": 0.5, "loss": 1.0, "l2": 0.1}]
     assert FewShotResult.model_validate(record).lines() == (
-        "images: a 2, b 8; classes have equal weights, the largest has 4.0 times the smallest; "
+        "images: a 2, b 8; classes have equal weights, the largest has 4.0 times the images of the smallest; "
         "fewer than 5 images of a: add more; 1 duplicate",
         "gap head: kept, smallest loss (top-1 50.0 %, 24 to 76 %; loss 1.000; 8 features, l2 0.1)",
         "fine-tuning: kept, better (top-1 50.0 %, 24 to 76 %; loss 1.250; before 40.0 %, loss 1.500; "
