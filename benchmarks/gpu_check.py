@@ -115,7 +115,12 @@ def run_all(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def page(found: dict[str, Any]) -> str:
     """Build docs/benchmarks/gpu.md."""
     facts = {"date": datetime.now(UTC).date().isoformat(), **found["facts"], **versions()}
-    lines = ["# On a GPU", "", "Written by `make gpu-check` after every step succeeded.", ""]
+    lines = [
+        "# On a GPU",
+        "",
+        "This page lists what `make gpu-check` checked and measured on a GPU, for readers who check a claim.",
+        "",
+    ]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     lines += [
         "",
@@ -135,7 +140,7 @@ def page(found: dict[str, Any]) -> str:
             f"| {row['batch']} | {' | '.join(str(row[n]) for n in names)} |" for row in case["milliseconds"]
         ]
         told = ", ".join(f"{name} {rate}" for name, rate in case["images_per_second"].items())
-        lines += ["", f"Images per second of one batch after the other: {told}."]
+        lines += ["", f"Images per second over consecutive batches: {told}."]
     return "\n".join(lines) + "\n"
 
 

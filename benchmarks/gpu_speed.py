@@ -123,7 +123,7 @@ def slow(cases: list[dict[str, Any]]) -> list[str]:
     rows = [(case["bundle"], case["precision"], case["milliseconds"][0]) for case in cases]
     return [
         f"{bundle} {precision}: {row['torch.compile'] / row['TensorRT']:.2f} times torch.compile at batch 1, "
-        f"at least {WANTED} are wanted"
+        f"at least {WANTED} is required"
         for bundle, precision, row in rows
         if row.get("torch.compile", float("inf")) < WANTED * row["TensorRT"]
     ]

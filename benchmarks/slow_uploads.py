@@ -51,6 +51,7 @@ def main() -> None:
 
 
 def measure(given: argparse.Namespace, limit: int) -> dict[str, float]:
+    """Start a server whose `max_upload_bytes` is *limit* and measure it under load."""
     command = [sys.executable, "-m", "sopdeploy", "serve", str(given.bundle), "--port", "0"]
     command += ["--set", f"max_upload_bytes={limit}", "--set", "request_timeout=120"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
@@ -64,6 +65,7 @@ def measure(given: argparse.Namespace, limit: int) -> dict[str, float]:
 
 
 async def load(given: argparse.Namespace, address: tuple[str, int], pid: int) -> dict[str, float]:
+    """Upload from all clients while posting a small image repeatedly; return the measurements by name."""
     small = small_image()
     for _ in range(5):
         await post(address, small, 1, 0)

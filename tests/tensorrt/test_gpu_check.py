@@ -11,6 +11,8 @@ import gpu_speed
 import gpu_steps
 import pytest
 
+import sopdeploy
+from sopdeploy.api.training_result import TrainedRun
 from sopdeploy.bundle.folder import Bundle
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
@@ -83,3 +85,16 @@ def test_without_tensorrt_the_other_steps_can_be_run(
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert run(monkeypatch, bundle, tmp_path / "out", *gpu_check.STEPS) == 0
     assert "gpu: Fake H200" in (tmp_path / "out" / "gpu.md").read_text()
+
+
+def test_a_training_run_must_reach_the_required_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for top1, expected in ((0.99, None), (0.94, "94.0% accuracy on CUDA, at least 95% is required")):
+        trained = TrainedRun.model_construct(best_top1=top1)
+        monkeypatch.setattr(sopdeploy, "train", lambda trained=trained, **_: trained)
+        if expected is None:
+            assert gpu_steps.check_training(tmp_path) == "digits-dsop on CUDA: 99.0% accuracy"
+        else:
+            with pytest.raises(gpu_steps.CheckFailedError, match=expected):
+                gpu_steps.check_training(tmp_path)
