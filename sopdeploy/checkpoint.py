@@ -140,7 +140,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path}: cannot be read ({error.strerror or error}); check its permissions"
         ) from error
     digest, content = hashlib.sha256(raw).hexdigest(), load_plain(path, raw=raw)
-    del raw  # before the network is built
+    del raw  # frees the memory before the network is built
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "

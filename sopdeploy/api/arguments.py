@@ -29,7 +29,7 @@ OPTIONS = {
 }  # fmt: skip
 LISTS = {"keep_float", "log", "training_only"}
 OTHERS = {"set": "", "resume": 'resume="always"'}  # `--set key=value` is a keyword `key=value`
-WORDS = {  # values that could also be words of the sentence
+WORDS = {  # values of options that look like words of the sentence
     "bf16-backbone", "cpu", "entropy", "fp16", "fp32", "flip", "imagenet", "int8", "minmax", "none",
     "percentile", "ten-crop", "tensorboard", "tensorrt", "wandb",
 }  # fmt: skip
@@ -77,7 +77,7 @@ def _argument(found: re.Match[str]) -> str:
     value, stop = value.rstrip("."), "." * value.endswith(".")
     if PLACEHOLDER.match(value):
         return f"{name}={value}{stop}"
-    alone = found.string[found.end() :].startswith(":")  # `--tta x: not one of ..`
+    alone = found.string[found.end() :].startswith(":")  # the value in `--tta x: not one of ..`
     if value not in WORDS and not LITERAL.match(value) and not alone:
         return f"{name}{rest}"
     try:

@@ -166,7 +166,7 @@ def _plain_value(value: Any) -> Any:
 
 
 MATLAB_CLASS, MATLAB_EMPTY = "MATLAB_class", "MATLAB_empty"
-SKIPPED_FIELDS = {"vars", "inputs", "outputs", "learningRate", "weightDecay", "trainOpts"}  # unused
+SKIPPED_FIELDS = {"vars", "inputs", "outputs", "learningRate", "weightDecay", "trainOpts"}  # not read
 
 
 def read_hdf5(path: Path) -> dict[str, Any]:

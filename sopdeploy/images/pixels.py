@@ -21,7 +21,7 @@ SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 TILE = 2**16  # pixels
-GRAY_STEPS = {"L;2": 85, "L;4": 17}  # distance of two gray values of such a PNG, in 8-bit levels
+GRAY_STEPS = {"L;2": 85, "L;4": 17}  # 8-bit levels between the gray values of PNGs of 2 and 4 bits
 
 
 def preprocess_image(image: Image.Image, rules: Preprocess) -> Pixels:

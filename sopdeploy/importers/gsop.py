@@ -91,7 +91,7 @@ def _block_config(file: WeightFile) -> dict[str, Any]:
             config["position_side"] = math.isqrt(len(file.tensors[name]))
     if "dilate_conv_for_concat1" in parts:
         config["attention"] = "concatenation"
-    elif not {"conv_for_DR", "conv_for_DR_spatial"} <= parts:  # both without concatenation: sum or maximum
+    elif not {"conv_for_DR", "conv_for_DR_spatial"} <= parts:  # both halves without it: sum or maximum
         config["attention"] = "channel" if "conv_for_DR" in parts else "position"
     return config
 

@@ -188,7 +188,7 @@ def _channel_adjoint(saved: _Saved, root_grad_Bdd: Tensor, norm_term_B11: Tensor
         product_grad_Bdd = _product_adjoint(saved, root_grad_Bdd * saved.norm.sqrt(), 0.5 * norm_term_B11)
     else:
         product_grad_Bdd = _product_adjoint(saved, root_grad_Bdd, torch.zeros_like(norm_term_B11))
-    centered_BdM = centered(at_least_float32(saved.features))  # recomputed: saving it would double the map
+    centered_BdM = centered(at_least_float32(saved.features))  # not saved: it is as large as the map
     return product_grad_Bdd.mul_(2.0 / centered_BdM.shape[2]) @ centered_BdM
 
 

@@ -20,7 +20,7 @@ from sopdeploy.layers.covariance import frobenius_norm
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM
 from sopdeploy.layers.newton_schulz import Iterations, newton_schulz
 
-TOO_CLOSE = 1e-5  # smallest difference that divides, as a fraction of the largest eigenvalue, for float32
+TOO_CLOSE = 1e-5  # eigenvalues are equal up to this fraction of the largest one (float32)
 NO_ONNX_FORM = (
     "an eigendecomposition has no ONNX or TensorRT form; train with {}, which takes the square root "
     "by matrix products"

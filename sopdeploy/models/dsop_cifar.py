@@ -19,7 +19,7 @@ from sopdeploy.models.base import Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
 from sopdeploy.models.plain import AT_32, PREACT_NETWORKS
 
-PATTERNS = {3: (1, 0, 2), 4: (0, 2, 0, 2), 18: (0, 0, 3) * 6}  # Table IV, by the blocks of a stage
+PATTERNS = {3: (1, 0, 2), 4: (0, 2, 0, 2), 18: (0, 0, 3) * 6}  # Table IV, by the number of blocks of a stage
 
 
 class DSoPThreeStages(DSoP):

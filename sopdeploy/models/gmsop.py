@@ -192,7 +192,10 @@ SGMOE: dict[str, Any] = {
     "fusion_norm": False,
     "dropout": 0.0,
 }
-RELEASED_GATE: dict[str, Any] = {"gate_widths": (256, 128), "gate_norm": True}  # of all but WRN
+RELEASED_GATE: dict[str, Any] = {
+    "gate_widths": (256, 128),
+    "gate_norm": True,
+}  # of all networks except for WRN
 
 ENTRIES = {
     name: Entry(GMSOP, GMSOPConfig, defaults, f"{title} for 64-pixel images", image_size=64)

@@ -18,7 +18,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.components import Components
 
-PROBE_BATCH = 2  # a batch of one would hide dependence on the batch
+PROBE_BATCH = 2  # with one image, counts per batch and per image would be equal
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 

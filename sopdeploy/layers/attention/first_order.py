@@ -75,7 +75,7 @@ class GatherExcite(nn.Module):
         super().__init__()
         self.gather: nn.Module | None = None  # the mean over all positions
         if parameters == "none":
-            if extent != "global":  # windows of 2 extent - 1 whose padding is not counted
+            if extent != "global":  # windows of side 2 * extent - 1, averaged without padding
                 self.gather = nn.AvgPool2d(
                     2 * extent - 1, stride=extent, padding=extent - 1, count_include_pad=False
                 )
