@@ -43,7 +43,8 @@ class Published(StrictModel):
     """One printed figure and the package's own count, both in `unit`.
 
     Units: M (million), G (billion), K (thousand), x (times ResNet-50). `quantity` is for example
-    "training parameters" or "representation". `reached` is false if the printed figure is a misprint.
+    "training parameters" or "representation". `reached` is false if the package
+    does not reproduce the printed figure; `note` gives the reason.
     """
 
     source: str
