@@ -59,7 +59,9 @@ def _new_folder(parent: Path) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise SopdeployError(f"{parent}: cannot be written ({error.strerror})") from error
+            raise SopdeployError(
+                f"{parent}: cannot be written ({error.strerror}); choose another --out"
+            ) from error
         return folder
     raise SopdeployError(f"{parent}: contains 9,999 demos; remove the folder")
 
@@ -85,13 +87,15 @@ def _server(bundle: Path) -> Iterator[str]:
     try:
         line = process.stdout.readline() if process.stdout else ""
         if not line.startswith("ready: "):
-            raise SopdeployError(f"the server exited before it was ready (exit code {process.wait()})")
+            raise SopdeployError(
+                f"the server exited before it was ready (exit code {process.wait()}); see its error above"
+            )
         out.print(line.strip())
         yield line.split()[1]
         process.send_signal(signal.SIGTERM)
         code = process.wait(STOP_TIMEOUT)
         if code:
-            raise SopdeployError(f"the server stopped with exit code {code}")
+            raise SopdeployError(f"the server stopped with exit code {code}, not 0; see its log above")
         out.print("stopped cleanly")
     finally:
         process.kill()
@@ -116,7 +120,9 @@ def _classify_digits(url: str) -> float:
             response = client.post("/v1/classify", content=body.getvalue(), headers=headers)
             if response.status_code != 200:
                 err.print(plain_text(response.text))
-                raise SopdeployError(f"{url}: status {response.status_code} for a digit")
+                raise SopdeployError(
+                    f"{url}: status {response.status_code} for a digit; see the response above"
+                )
             best, truth = response.json()["classes"][0], digits.labels[target]
             correct += best["label"] == truth
             if index < ROWS:

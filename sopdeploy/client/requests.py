@@ -145,7 +145,8 @@ def classify(
     results = parse_classifications(response)
     if len(results) != len(bodies):
         raise ServiceError(
-            f"{send.path}: {len(results)} results for {len(bodies)} images",
+            f"{send.path}: {len(results)} results for {len(bodies)} images; check that the URL is that of a "
+            "sopdeploy server",
             code="foreign_answer",
             status=response.status_code,
         )

@@ -73,7 +73,9 @@ def parse_metrics(text: str) -> Scrape:
     except ValueError as error:
         reason = str(error)
     raise ServiceError(
-        f"/metrics: not from a sopdeploy server of this version ({reason})", code="foreign_answer", status=200
+        f"/metrics: not from a sopdeploy server of this version ({reason}); check the URL and the version",
+        code="foreign_answer",
+        status=200,
     )
 
 

@@ -44,7 +44,7 @@ def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
             f"{batch.minimum} to {batch.maximum}; choose sizes in this range"
         )
     if len(ordered) > MAX_PROFILES:
-        raise ConfigError(f"--profiles: {len(ordered)} profiles, at most {MAX_PROFILES} are allowed")
+        raise ConfigError(f"--profiles: {len(ordered)} batch sizes; give at most {MAX_PROFILES}")
     starts = [batch.minimum, *(size + 1 for size in ordered[:-1])]
     return tuple(
         Profile(minimum=start, optimum=size, maximum=size)
@@ -57,4 +57,5 @@ def index_for(profiles: Sequence[Profile], batch: int) -> int:
     for index, profile in enumerate(profiles):
         if profile.minimum <= batch <= profile.maximum:
             return index
-    raise ConfigError(f"no profile accepts {batch} images; there are {', '.join(map(str, profiles))}")
+    accepted = ", ".join(map(str, profiles))
+    raise ConfigError(f"no profile accepts {batch} images; send batches of {accepted} images")

@@ -99,7 +99,9 @@ def train(
     if resume == "auto":
         resume = folder.holds_run()
     if recipe.few_shot is not None and strategy.world > 1:
-        raise ConfigError("few_shot: uses one process; start it without torchrun, or remove the table")
+        raise ConfigError(
+            "few_shot: the procedure uses one process; start it without torchrun or remove the table"
+        )
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     run, data, few_shot = start_or_resume(recipe, folder, strategy, callback, resume=resume)

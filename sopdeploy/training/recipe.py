@@ -139,12 +139,16 @@ class Recipe(StrictModel):
         if self.optimizer.kind == "adahessian" and (self.compile or self.precision == "fp16"):
             raise ValueError("optimizer.kind adahessian: needs compile=false and precision fp32 or bf16")
         if 2 * self.accumulate > self.batch_size:
-            raise ValueError("accumulate: each micro-batch needs two samples; increase batch_size")
+            raise ValueError("accumulate: each micro-batch needs at least two samples; lower accumulate")
         if self.few_shot is not None and (self.ema is not None or self.teacher is not None):
-            raise ValueError("few_shot: fits a linear head; remove the tables ema and teacher")
+            raise ValueError(
+                "few_shot: supports no average and no teacher; remove the tables ema and teacher"
+            )
         removal = self.model.remove_branches_at
         if removal is not None and removal >= self.epochs:
-            raise ValueError(f"model.remove_branches_at: the run has only {self.epochs} epochs")
+            raise ValueError(
+                f"model.remove_branches_at: the run has only {self.epochs} epochs; give an earlier epoch"
+            )
         return self
 
 

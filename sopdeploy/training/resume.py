@@ -29,7 +29,7 @@ def resume_run(
     check_same_recipe(recipe, checkpoint.training.get("recipe", {}), source)
     if checkpoint.labels != images.labels:
         raise DataError(
-            f"{source}: the run has the classes {', '.join(checkpoint.labels)}; give the same data"
+            f"{source}: the run started with the classes {', '.join(checkpoint.labels)}; give the same data"
         )
     state = checkpoint.resume
     if state is None:

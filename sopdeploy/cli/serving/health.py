@@ -42,7 +42,7 @@ def _check_ready(url: str, timeout: float) -> str | None:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise ConfigError(f"{url}: invalid URL ({error})") from error
+        raise ConfigError(f"{url}: invalid URL ({error}); write it as http://HOST:PORT") from error
     if parts.scheme not in {"http", "https"} or not host:
         raise ConfigError(f"{url}: not a server URL; write it as http://HOST:PORT")
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection

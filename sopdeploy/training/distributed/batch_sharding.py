@@ -63,7 +63,7 @@ def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
     if recipe.batch_size % world:
         raise ConfigError(
             f"batch_size: a step of {recipe.batch_size} samples cannot be divided among {world} processes; "
-            f"choose a multiple of {world} (it counts all processes, the learning rate does not change)"
+            f"choose a multiple of {world} (batch_size counts the samples of all processes)"
         )
     smallest = train_count // -(-train_count // recipe.batch_size)  # sizes of steps differ by at most one
     if smallest // recipe.accumulate < world:

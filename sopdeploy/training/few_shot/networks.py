@@ -65,7 +65,9 @@ def _with_pooling(recipe: Recipe, model: Classifier, pooling: Any) -> HeadNetwor
     head = network.get_submodule("pooling")
     for part in head.modules():
         if (reason := export_hints(part).not_exportable) is not None:
-            raise ConfigError(f"few_shot.heads: {pooling.kind} cannot be exported: {reason}")
+            raise ConfigError(
+                f"few_shot.heads: {pooling.kind} cannot be exported ({reason}); remove it from the list"
+            )
     copy_weights(model, network, "pooling", classifier_name(model))
     width = getattr(head, "channels", None)
     name = pooling.kind if width is None else f"{pooling.kind} of {width} channels"

@@ -82,7 +82,7 @@ def test_the_data_may_move_but_not_change(stopped) -> None:
     (stopped / "images").rename(moved)
     recipe = short_recipe(*ONE, f"data.path={moved}")
     (moved / "b").rename(moved / "c")
-    with pytest.raises(DataError, match="the run has the classes a, b; give the same data"):
+    with pytest.raises(DataError, match="the run started with the classes a, b; give the same data"):
         train(recipe, stopped / "run", resume=True)
     (moved / "c").rename(moved / "b")
     make(moved / "a", more=3)
