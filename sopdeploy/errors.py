@@ -16,7 +16,7 @@ SopdeployError
  +- StorageError            file cannot be read or written
  +- ImageError              unusable image, with an HTTP status
  +- ServiceError            error response of a server
- +- OverloadedError         a ServiceError: the server rejected every attempt because of load (429, 503)
+ +- OverloadedError         a ServiceError: overload or rate limit, every attempt was rejected (429, 503)
  +- UnreachableError        a ServiceError: no response, or none before the deadline
 """
 
@@ -134,7 +134,7 @@ class ServiceError(SopdeployError):
 
 
 class OverloadedError(ServiceError):
-    """The server rejected every attempt because of load (429, 503).
+    """The server rejected every attempt because of overload or a rate limit (429, 503).
 
     *retry_after* is the delay in seconds that the last response requested, 0 if none.
     """

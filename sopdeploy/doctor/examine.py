@@ -28,8 +28,8 @@ REQUEST_TIMEOUT = 30.0  # seconds
 class Diagnosis(StrictModel):
     """Measurements per number of clients, the *best* of them and the *advice*.
 
-    `bare_ratio` is the best rate relative to that of the engine alone. `stopped` is the error that ended the
-    load early, if any.
+    `bare_ratio` is the best rate as a fraction of the rate that the engines alone would reach. `stopped` is
+    the error that ended the load early, if any.
     """
 
     url: str

@@ -109,7 +109,10 @@ def _nearest(folder: Path, key: EngineKey) -> str:
 def best_for(
     folder: Path, bundle: Bundle, *, tensorrt: str, gpu: str, architecture: str
 ) -> StoredEngine | NoEngine:
-    """Load the engine of *bundle* with the largest batch size for this TensorRT version and GPU."""
+    """Load the engine of *bundle* with the largest batch size for the given TensorRT version and GPU.
+
+    *architecture* is the compute capability, such as `sm_90`. A miss returns its reason.
+    """
     found = records(folder)
     if not found:
         return NoEngine(EMPTY)

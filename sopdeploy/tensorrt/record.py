@@ -30,7 +30,7 @@ FIELD_NAMES = {
 
 
 class EngineKey(StrictModel):
-    """Cache key of a plan: bundle, TensorRT, GPU, precision, profiles and builder options."""
+    """Cache key of a plan: bundle, TensorRT version, GPU, precision, profiles and builder options."""
 
     bundle: str  # <model>-<id>
     bundle_onnx: Sha256
