@@ -75,7 +75,7 @@ class Deployed(nn.Module):
 
 
 def output_names(network: nn.Module) -> tuple[str, ...]:
-    """Name the exported outputs of *network*, class logits first."""
+    """Return the names of the exported outputs of *network*, class logits first."""
     return network.outputs if isinstance(network, Backbone) else Backbone.outputs
 
 
@@ -113,7 +113,7 @@ def describe(output: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Captured:
-    """The programs of one network: for the whole batch range and for a batch of one."""
+    """The torch.export programs of one network: for the whole batch range and for a batch of one."""
 
     any_batch: ExportedProgram
     batch_of_one: ExportedProgram

@@ -111,7 +111,7 @@ def export(
 
 
 def subject_of_checkpoint(checkpoint: Checkpoint, path: Path) -> ExportSubject:
-    """Build the network of *checkpoint*, which was read from *path*; raises `CheckpointError`."""
+    """Build the export subject of *checkpoint*, which was read from *path*; raises `CheckpointError`."""
     network = build_classifier(checkpoint, path)
     return ExportSubject(
         name=checkpoint.model,

@@ -62,8 +62,8 @@ def write_triton(bundle: Bundle, repository: Path, options: TritonOptions | None
     manifest = bundle.manifest
     if manifest.batch.minimum > 1:
         raise BundleError(
-            f"{bundle.path}: was verified for batches of {manifest.batch.minimum} or more, but Triton sends "
-            "single images, too"
+            f"{bundle.path}: was verified for batches of {manifest.batch.minimum} or more, but Triton also "
+            "sends single images; export it with a minimum batch of 1"
         )
     broken = [label for label in bundle.labels if label.splitlines() not in ([label], [])]
     if broken:

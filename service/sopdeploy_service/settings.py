@@ -181,11 +181,13 @@ class Settings(BaseSettings):
                 "fast_decode_samples needs decode=fast or decode=nvimagecodec; exact has no check"
             )
         if self.max_images > self.queue_size:
-            raise ValueError(f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size})")
+            raise ValueError(
+                f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size}); lower it"
+            )
         if self.max_body_bytes > self.max_upload_bytes * 7 // 8:
             raise ValueError(
                 f"max_body_bytes ({self.max_body_bytes}) is larger than 7/8 of max_upload_bytes "
-                f"({self.max_upload_bytes})"
+                f"({self.max_upload_bytes}); lower it"
             )
         return self
 

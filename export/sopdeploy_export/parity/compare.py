@@ -386,9 +386,9 @@ def _error_message(report: ParityReport) -> str:
         floor = report.logits.noise_floor
         what = (
             f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "
-            f"{floor / max(report.spread or 0.0, floor * 1e-6):.0%} of the spread of the logits; from "
-            f"{0.5 / report.floors_allowed:.1%} on, a file that ignores its input would pass; train longer, "
-            "or choose --precision fp32"
+            f"{floor / max(report.spread or 0.0, floor * 1e-6):.0%} of the spread of the logits, and at "
+            f"{0.5 / report.floors_allowed:.1%} or more a file that ignores its input would pass; train "
+            "longer, or choose --precision fp32"
         )
     if report.broken is not None:
         what = f"violates an invariant of a second-order module: {report.broken}"

@@ -141,7 +141,7 @@ class SpectralRecord(StrictModel):
     """Errors of the matrix square root R of one second-order module, measured in torch.
 
     `asymmetry` is max ||R - R^T|| / ||R||. `residual` is max ||R R - S|| / ||S|| for the covariance S of
-    `width` channels; `residual_exact` is the same in float64, the residual that N iterations leave.
+    `width` channels; `residual_exact` is the residual of N iterations in float64.
     `distance` is max ||R - R*|| / ||R*|| for N iterations R* in float64, and `allowed` is its limit, from
     which the other limits follow. `stored` is the dtype of matrices between products.
     """

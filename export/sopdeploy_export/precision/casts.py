@@ -132,7 +132,7 @@ BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
-    """Fold the batch norms of *network* in place; return the number of folds."""
+    """Fold the batch norms of *network* into its convolutions, in place; return the number of folds."""
     signature, folds = program.graph_signature, 0
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for node in program.graph.nodes:
@@ -155,7 +155,7 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
 
 @torch.no_grad()
 def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Multiply *norm* into the weights and bias of *convolution*."""
+    """Fold *norm*, with its running statistics, into the weights and the bias of *convolution*, in place."""
     mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
     scale = norm.weight.double() / torch.sqrt(variance.double() + norm.eps)
     original = 0.0 if convolution.bias is None else convolution.bias.double()

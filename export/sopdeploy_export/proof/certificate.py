@@ -327,7 +327,7 @@ def build_inventory(
     removed = {name: tensor for name, tensor in before.items() if name not in after}
     for name in removed:
         if not is_in(name, *training_only):
-            raise CertificateError(f"{name} was removed, but is not in {list(training_only)}")
+            raise CertificateError(f"{name} was removed, but is not training-only: {list(training_only)}")
     left = [name for name in after if is_in(name, *training_only)]
     if left:
         raise CertificateError(f"{left[0]} is training-only, but the detached network still has it")

@@ -196,7 +196,7 @@ DOT = "\N{MIDDLE DOT}"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One box of exported modules, and the training-only modules that start there."""
+    """One box of the drawing: exported modules, and the training-only modules that read their output."""
 
     name: str
     kind: str

@@ -84,7 +84,7 @@ class Experts(nn.Module, ExportHints):
 
 
 def folded(bank: Components, step: int) -> tuple[Tensor, Tensor]:
-    """Fold the batch norm after convolution *step* into weights (N, out, in) and biases (N out)."""
+    """Fold the batch norm after convolution *step* into weights (N, out, in) and biases (N * out,)."""
     weight_Noi = bank.weights[step].detach()
     shift = bank.biases[step].detach() if len(bank.biases) else weight_Noi.new_zeros(weight_Noi.shape[:2])
     shift = shift.flatten()
@@ -131,7 +131,7 @@ class GatheredWeights(Experts):
 
 
 class ProjectedThenGathered(Experts):
-    """All experts convolve all images; only K maps per image reach the root."""
+    """Run the convolutions of all experts on all images, and keep K maps per image for the root."""
 
     def evaluate(self, x_BMC: Tensor, weights_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the maps (B, K, M, d) and weights (B, K)."""
@@ -143,7 +143,7 @@ class ProjectedThenGathered(Experts):
 
 
 class AllMasked(Experts):
-    """All N experts run on all images; a weight of 0 masks an expert."""
+    """Run all N experts on all images; a weight of 0 masks an expert."""
 
 
 def forms(chosen: int) -> dict[str, Build]:
@@ -168,7 +168,7 @@ def apply(context: RewriteContext, where: str, bank: Components) -> None:
     if weights_BN.shape[1] != bank.components or most > chosen:
         raise LoweringError(
             f"{where}: {most} of {weights_BN.shape[1]} weights are not 0, but the mixture "
-            f"uses K = {chosen} of {bank.components}"
+            f"uses K = {chosen} of {bank.components}; --no-lowering exports without rewrite rules"
         )
     small = context.batch.optimum <= GATHER_UP_TO
     default = "gathered weights" if small else "all projected, activations gathered"

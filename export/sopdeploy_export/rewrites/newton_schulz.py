@@ -52,7 +52,7 @@ class Centering(NamedTuple):
 
 
 class LastStep(NamedTuple):
-    """The last of N steps: Y, H = -Z / 2 (`None` for the identity) and T (B, n, n)."""
+    """The last of N steps: Y, H = -Z / 2 (`None` if Z = I) and T = (3 I - Z Y) / 2, all (B, n, n)."""
 
     y: Tensor
     half: Tensor | None

@@ -181,7 +181,7 @@ def lint(
     newest = next(NEWEST_OPSET[start] for start in sorted(NEWEST_OPSET, reverse=True) if version >= start)
     opset = max(entry.version for entry in safe.opset_import if entry.domain == "")
     if opset > newest:
-        raise LoweringError(f"{release} (newer-opset): opset {opset} is newer than {newest}")
+        raise LoweringError(f"{release} (newer-opset): reads opset {newest} at most, the graph has {opset}")
     return safe, tuple(hazard for hazard in hazards if hazard is not None)
 
 

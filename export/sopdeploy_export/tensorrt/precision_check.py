@@ -38,7 +38,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Requested:
-    """The graph's request by operator: precision, part, and floating types of inputs and outputs."""
+    """What the graph requests, by operator: precision, part, floating types of inputs and outputs."""
 
     precision: Mapping[str, str]
     part: Mapping[str, str]

@@ -57,7 +57,10 @@ def network_builder(flag: str, place: str, settings: Sequence[str]) -> Callable[
 
 
 def parse_settings(flag: str, settings: Sequence[str]) -> dict[str, Any]:
-    """Parse `key=value` with values in TOML, else text: `aux_logits=true`, `widths=[8, 16]`, `act=relu`."""
+    """Parse `key=value` options, such as `aux_logits=true`, `widths=[8, 16]` and `act=relu`.
+
+    Values are TOML; a value that is not TOML is text. Raises `ConfigError`, which names *flag*.
+    """
     options: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")

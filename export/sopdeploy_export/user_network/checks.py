@@ -184,8 +184,8 @@ def check_outputs(deployed: Deployed, preprocess: Preprocess, classes: int, role
     warnings = []
     if torch.equal(logits, logits[:1].expand_as(logits)):
         warnings.append(
-            f"the {role} network returns the same logits for every probe image, so comparing numbers shows "
-            "nothing; is it trained?"
+            f"the {role} network returns the same logits for every probe image, so a comparison of outputs "
+            "cannot detect errors; is it trained?"
         )
     if bool((logits >= 0).all()) and bool(((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()):
         warnings.append(
@@ -294,7 +294,7 @@ def _build(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _python_state(network: nn.Module) -> dict[str, Any]:
-    """Collect the attributes of all modules besides parameters, buffers and children."""
+    """Collect the attributes of all modules, except parameters, buffers and children."""
     return dict(_attributes(network))
 
 

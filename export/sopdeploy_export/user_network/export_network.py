@@ -200,7 +200,7 @@ def _check(
 def _checked_builder(
     plain: Callable[[], nn.Module], trained: nn.Module, logits: str | int | None
 ) -> Callable[[], nn.Module]:
-    """Check the builder of the plain network, and let it return unwrapped networks in eval mode."""
+    """Check *plain*, and return a builder of the same network, unwrapped and in eval mode."""
     check_builder(plain, trained)
     return lambda: copy_for_export(plain(), "plain", logits)
 

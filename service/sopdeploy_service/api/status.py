@@ -207,7 +207,7 @@ async def self_test(
             return Rejection("selftest_failed", 500, str(problem))
         if not measured[name] <= probes.tolerance[name]:
             message = (
-                f"output {name!r} deviates by {measured[name]:.3g}, the tolerance is "
+                f"output {name!r} deviates by {measured[name]:.3g}, but the tolerance is "
                 f"{probes.tolerance[name]:.3g}; stop this server and check its device"
             )
             return Rejection("selftest_failed", 500, message)

@@ -38,7 +38,7 @@ NOT_A_FORM = Rejection("unsupported_multipart", 415, "send the image itself or m
 
 
 class Upload(NamedTuple):
-    """The images of one request. *several* selects a list as response; *top_k* is that of a JSON body."""
+    """The images of one request. *several* selects a list as response; *top_k* is from a JSON body."""
 
     images: list[EncodedImage]
     several: bool = False
@@ -46,7 +46,7 @@ class Upload(NamedTuple):
 
 
 def service_of(request: Request) -> Service:
-    """Look up the service of the app."""
+    """Return the `Service` of the app that handles *request*."""
     service: Service = request.app.state.service
     return service
 

@@ -118,7 +118,7 @@ async def classify(request: Request) -> Response:
 def _format_result(
     outcome: Prediction, chosen: Model, query: ClassifyQuery, top_k: int | None
 ) -> dict[str, Any]:
-    """Build the JSON object of one prediction, with what *query* requests."""
+    """Build the JSON object of one prediction, with the gates and the class map that *query* requests."""
     logits = outcome.outputs[chosen.bundle.manifest.outputs[0].name]
     if chosen.thresholds is None:
         ranked = outcome.ranking.top_k(outcome.row, top_k or len(chosen.labels))

@@ -1,8 +1,8 @@
 """`sopdeploy bench`: measure the latency of a bundle on this machine by batch size.
 
-The probes are replayed first, so that a network with wrong outputs is never timed. Only the network is timed,
-warm, in wall-clock time, on decoded images. Two bundles are timed alternately, so that the load of the
-machine affects both; a ratio is the quotient of their medians.
+The probes are replayed first, so that a network with wrong outputs is never timed. Only the network is timed:
+after a warm-up, in wall-clock time, on decoded images. Two bundles are timed alternately, so that the load of
+the machine affects both; a ratio is the quotient of their medians.
 """
 
 import platform

@@ -201,7 +201,7 @@ def _jpeg_segments(body: bytes) -> Iterator[tuple[int, int]]:
 
 
 class LimitedReader(io.BytesIO):
-    """The bytes of a file; `read` raises `ImageError` when *reads* calls are used up."""
+    """The bytes of a file; `read` raises `ImageError` after *reads* calls."""
 
     reads = 0
 

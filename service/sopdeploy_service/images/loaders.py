@@ -187,7 +187,7 @@ def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings) -> F
     if result.drift <= MAX_DRIFT and result.agreement >= MIN_AGREEMENT:
         return result
     raise ParityError(
-        f"{bundle.path}: decode={settings.decode} moves the logits by {result.drift:.3f} of their spread "
+        f"{bundle.path}: decode={settings.decode} changes the logits by {result.drift:.3f} of their spread "
         f"(at most {MAX_DRIFT:g}) and keeps {result.agreement:.1%} of the best classes "
         f"(at least {MIN_AGREEMENT:.0%}) on {result.pictures} JPEGs; serve it with decode=exact"
     )

@@ -39,7 +39,7 @@ class InjectedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Faults by the number of a run or of a decoded image."""
+    """Faults: *engine* by number of a run, *decoder* by number of an image, *slow* a factor of run time."""
 
     engine: Mapping[int, str] = field(default_factory=dict)
     decoder: frozenset[int] = frozenset()

@@ -131,7 +131,7 @@ class RequestQueue:
         """Free the memory that `reserve` has reserved for *items*, unless an engine still uses it."""
 
     def put(self, item: QueuedImage) -> Rejection | None:
-        """Add *item*; return the rejection of a closed queue instead."""
+        """Add *item*; if the queue is closed, return its rejection instead."""
         with self._changed:
             if self.closed_with is None:
                 self._items.append(item)

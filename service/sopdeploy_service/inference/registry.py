@@ -25,7 +25,7 @@ from sopdeploy_service.observability.metrics import Metrics, ShadowMetrics
 from sopdeploy_service.settings import Settings
 
 NOT_CONTROLLED = Rejection(
-    "model_control_off", 403, "models are loaded at the start only; start the server with --model-control"
+    "model_control_off", 403, "models cannot be changed while this server runs; start it with --model-control"
 )
 
 log = logging.getLogger("sopdeploy.models")

@@ -116,7 +116,7 @@ class Service:
             self.engine.stop()
 
     def check_admission(self, model: Model, deadline: float) -> Rejection | None:
-        """Check, before its body is read, whether a request can meet its *deadline*."""
+        """Return why a request cannot be admitted or meet its *deadline*; call it before reading the body."""
         if model.dead:
             return ENGINE_DEAD
         if self._draining:
@@ -228,7 +228,7 @@ class Service:
 def _record_stages(
     context: RequestContext, items: Sequence[QueuedImage], outcomes: Sequence[Outcome]
 ) -> dict[str, float]:
-    """Record the stages of *items*; return the slowest seconds of each stage."""
+    """Record the stages of *items*; return the seconds of the slowest image in each stage."""
     slowest: dict[str, float] = {}
     for item, outcome in zip(items, outcomes, strict=True):
         stages = []

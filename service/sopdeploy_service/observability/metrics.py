@@ -179,7 +179,7 @@ class ModelMetrics:
                 self._stage("queue", seconds)
 
     def drift_value(self, of: str, number: int) -> float:
-        """Return distance (*number* 0) or p-value (1) of the test *of* the drift."""
+        """Return the distance (*number* 0) or p-value (1) of the drift test *of*; NaN if there is none."""
         if self.drift is None or of not in self.drift.tests:  # a version of another kind ran the last batch
             return math.nan
         return float(self.drift.tests[of][number])

@@ -57,7 +57,7 @@ class OverlappingRuntime(Runtime, Protocol):
 
 @runtime_checkable
 class SelectiveRuntime(Runtime, Protocol):
-    """A runtime that can leave out outputs; TensorRT computes and copies all of them."""
+    """A runtime that can omit outputs, unlike TensorRT, which computes and copies all of them."""
 
     def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8 as `run` does; return only the outputs *names*."""

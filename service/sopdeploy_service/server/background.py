@@ -126,7 +126,7 @@ class BackgroundServer:
         self._ready.set()
 
     def _error(self) -> SopdeployError:
-        """Rebuild the error that ended the process."""
+        """Rebuild the error that ended the process from its log."""
         found = [match for line in self._lines if (match := ERROR.search(line))]
         if not found:
             last = self._lines[-1].strip() if self._lines else "no message"

@@ -196,7 +196,7 @@ class Group:
 
 
 def inherited_files(order: dict[str, Any]) -> tuple[int, ...]:
-    """List the file descriptors in *order* of `Group.order`."""
+    """List the file descriptors in *order*, a result of `Group.order`."""
     return (order["counters"], order["inbox"], *order["outboxes"])
 
 

@@ -133,7 +133,7 @@ def apply(settings: Settings, config: uvicorn.Config) -> None:
         except OSError as error:
             problem = str(error.strerror)
     if problem and settings.sandbox == "required":
-        raise ConfigError(f"sandbox=required: {problem}")
+        raise ConfigError(f"sandbox=required: {problem}; change this, or set sandbox=auto")
     if problem:
         log.warning("images are decoded without a sandbox: %s", problem)
 

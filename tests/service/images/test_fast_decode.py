@@ -95,7 +95,7 @@ class Sensitive(FakeRuntime):
 
 
 def test_a_sensitive_network_is_rejected(bundle):
-    with pytest.raises(ParityError, match=r"decode=fast moves the logits by .*serve it with decode=exact"):
+    with pytest.raises(ParityError, match=r"decode=fast changes the logits by .*serve it with decode=exact"):
         check_fast_decode(bundle, Sensitive(classes=7), FAST)
 
 

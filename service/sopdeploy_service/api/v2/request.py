@@ -189,7 +189,7 @@ def _requested_outputs(
 def _read_images(
     inputs: Sequence[InputTensor], binary: memoryview, signature: Signature
 ) -> list[bytes] | NDArray[np.uint8]:
-    """Return the images of the one input that is given, from its JSON or from *binary*."""
+    """Return the images of the only input, from its JSON or from *binary*."""
     known = {tensor.name: tensor for tensor in (signature.tensor, IMAGE)}
     _check_names("input", (item.name for item in inputs), known)
     if len(inputs) != 1:

@@ -231,7 +231,7 @@ async def index(request: Request) -> Response:
 
 @router.post("/v2/repository/models/{name}/load", openapi_extra=request_body(LoadBody), dependencies=ADMIN)
 async def load(request: Request, name: str) -> Response:
-    """Load a bundle as *name*; `parameters.folder` chooses among several."""
+    """Load a bundle as *name*; `parameters.folder` names its folder if several bundles match."""
     body = await read_json(request, LoadBody)
     folder = body.parameters.folder if body.parameters else None
     use_model(request, await service_of(request).registry.load(name, folder))

@@ -175,7 +175,7 @@ class Worker:
         """Wait until the process has imported the decoder; raise `RuntimeUnavailableError` if it ends."""
         if not self._ready and self.receive() is None:
             self.stop()
-            raise RuntimeUnavailableError("a decoder process did not start; its message is above")
+            raise RuntimeUnavailableError("a decoder process did not start; see its message above")
         self._ready = True
 
     def send(self, slot: int, entries: Sequence[Entry]) -> None:

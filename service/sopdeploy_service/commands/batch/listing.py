@@ -111,7 +111,7 @@ class Hasher:
             yield entry
 
     def fingerprint(self) -> Fingerprint:
-        """Return the fingerprint of what was watched so far."""
+        """Return the fingerprint of the entries that `watch` has yielded so far."""
         return Fingerprint(self._images, self._hash.hexdigest())
 
     @classmethod

@@ -50,7 +50,7 @@ class RayClassifier:
         self._format = self.classifier.row_format()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Convert the `part` and its `entries` to its `rows`."""
+        """Classify the `entries` of the `part` in *row*; return its number and its `rows`, serialized."""
         part = (int(row["part"]), entries_of(unpack(row["entries"])))
         (outputs,) = self.classifier.run(iter([part]), self._decoders)
         return {"part": outputs.number, "rows": pack(self._format.table(outputs))}

@@ -88,7 +88,7 @@ class PartClassifier:
         )
 
     def decoders(self) -> DecoderProcesses:
-        """Create the decoder processes, which start with the context."""
+        """Create the decoder processes, which start when their context is entered."""
         return DecoderProcesses(
             self.loaded.bundle.manifest.preprocess,
             self.settings,

@@ -31,7 +31,7 @@ Part = tuple[int, Sequence[Entry]]  # its number and its images
 
 @dataclass(slots=True)
 class PartOutputs:
-    """The outputs of part *number*: *reads* and *rows* of its *entries*, in their order.
+    """The outputs of part *number*: decoding results *reads* and network outputs *rows* of its *entries*.
 
     The row of an image that was not decoded is meaningless; `RowFormat` ignores it.
     """

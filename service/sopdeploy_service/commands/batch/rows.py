@@ -51,7 +51,7 @@ class RowFormat:
         return arrow.schema(list(fields.items()))
 
     def table(self, part: PartOutputs) -> Any:
-        """Build the table of *part*; its metadata have the number of `errors`."""
+        """Build the table of *part*; its metadata `errors` is the number of images with an error."""
         errors: list[tuple[str, str] | None] = []
         outputs = []
         for read, row in zip(part.reads, part.rows, strict=True):

@@ -40,7 +40,7 @@ class Listener(Protocol):
     """Receives changes of the models and of the health of the engine; `RemoteRegistry` implements it."""
 
     def set_models(self, numbers: dict[str, list[int]], archives: dict[int, int]) -> None:
-        """Serve the models *numbers* by name, the current one first; *archives* are files of new ones."""
+        """Serve the models *numbers* by name, current one first; *archives* are the files of new models."""
         ...
 
     def set_alive(self, *, alive: bool) -> None:
@@ -66,7 +66,7 @@ class Owner(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Memory:
-    """Slots of one number, the channel they belong to and the free ones."""
+    """One shared memory of slots: its number, the channel that announced it, and the free slots."""
 
     number: int
     slots: Slots

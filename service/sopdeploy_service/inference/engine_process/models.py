@@ -32,7 +32,7 @@ SENT = ("certificate.json", "probes.npz", "class_maps.npz", "README.md")
 FACTS, LABELS = "engine.json", "labels.json"  # in the archive
 JOIN_SECONDS = 2.0
 MAX_MESSAGE = 300  # characters, at most 3600 bytes of JSON: the answer must fit into a slot
-NO_CONTROL = Rejection("model_control_off", 403, "models are loaded at the start only")
+NO_CONTROL = Rejection("model_control_off", 403, "models cannot be changed while this server runs")
 
 Drop = Callable[[list[QueuedImage]], None]
 

@@ -119,7 +119,7 @@ def deployment(bundles: Mapping[str, Path], settings: Settings, scale: Scale) ->
 
 
 def scale_of(replicas: int | None, fewest: int | None, most: int | None, *, cpus: int, gpus: float) -> Scale:
-    """Build the scale of the flags; raises `ConfigError` if they contradict each other."""
+    """Build the scale from the flags; raises `ConfigError` if they contradict each other."""
     if replicas is not None and (fewest, most) != (None, None):
         raise ConfigError("--replicas is a fixed number; omit it, or --min-replicas and --max-replicas")
     if fewest is not None and most is None:
