@@ -133,7 +133,7 @@ def test_a_noise_floor_as_wide_as_the_logits_stops_a_16_bit_precision(
         assert (report.passed, report.vacuous) == (True, False)
         return
     with pytest.raises(
-        ParityError, match=r"noise floor of .* is 13% of the spread.*from 12\.5% on"
+        ParityError, match=r"noise floor of .* is 13% of the spread.*at 12\.5% or more"
     ) as caught:
         compare(*arguments)
     assert "\n" not in str(caught.value)

@@ -116,7 +116,9 @@ def test_the_repository_is_listed_but_cannot_be_changed(triton, bundle):
     line = {"name": "tiny", "version": bundle.manifest.id, "state": "READY", "reason": ""}
     assert triton.get_model_repository_index() == [line]
     for change in (triton.load_model, triton.unload_model):
-        with pytest.raises(InferenceServerException, match="cannot be changed while this server runs") as caught:
+        with pytest.raises(
+            InferenceServerException, match="cannot be changed while this server runs"
+        ) as caught:
             change("tiny")
         assert caught.value.status() == "403"
 
