@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
-from sopdeploy.data.base import LabeledImages, PreprocessedDataset
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Target
 from sopdeploy.data.batches import sequential_batches
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.decision import Decision, known_score
@@ -49,14 +49,14 @@ class Part:
         return self.whole.labels
 
     @property
-    def targets(self) -> NDArray[np.int64]:
+    def targets(self) -> NDArray[np.int64] | NDArray[np.float32]:
         """Class index of each image."""
         return self.whole.targets[list(self.indices)]
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
         return self.whole[self.indices[index]]
 
 

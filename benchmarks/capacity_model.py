@@ -165,7 +165,7 @@ def in_batcher(system: System, rate: float, waiting: Floats, step: float) -> Flo
     """
     ahead = found_ahead(system, rate, waiting, step)
     slots, states = ahead.shape
-    remaining = (np.arange(slots) + 0.5) * step
+    remaining = (np.arange(slots, dtype=np.float64) + 0.5) * step
     full = system.batch_ms(system.largest)
     ends = np.zeros(round(((states // system.largest + 3) * full) / step) + 1)
     ends[round(system.batch_ms(1) / step)] += waiting[0]

@@ -120,7 +120,7 @@ def throughput(name: str, loaded: LoadedModel, source: Path, scratch: Path, kind
     alone.append(bare(loaded.runtime, batch, side))
     images, seconds, busy, cpu, engine_cpu = (times[-1] - times[0]).tolist()
     case, other = f"{name} engine, {kind}", statistics.mean(alone)
-    facts = {"against": "bare engine", "other": other, "unit": "images/s", "runs": 1}
+    facts: dict[str, Any] = {"against": "bare engine", "other": other, "unit": "images/s", "runs": 1}
     results = [
         Result(case=case, ours=images / seconds, **facts),
         Result(case=f"{case}, command", ours=whole, **facts),
@@ -188,7 +188,7 @@ def command(bundle: Path, source: Path, out: Path) -> subprocess.Popen[bytes]:
 def finish(child: subprocess.Popen[bytes]) -> None:
     """Wait for *child*; raises `RuntimeError` if it fails."""
     if child.wait():
-        raise RuntimeError(f"{child.args}: exit code {child.returncode}")
+        raise RuntimeError(f"{child.args!r}: exit code {child.returncode}")
 
 
 def family(process: int) -> list[int]:

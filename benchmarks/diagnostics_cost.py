@@ -7,6 +7,7 @@ on its 359 held-out images. The epoch includes training, evaluation and diagnost
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from time import process_time
 
@@ -40,7 +41,7 @@ def main() -> None:
             compare(
                 f"diagnostics, spectra {'kept' if spectra else 'not kept'}",
                 "one epoch with diagnostics",
-                lambda spectra=spectra: diagnose(model, held_out, normalize, 64, spectra=spectra),
+                partial(diagnose, model, held_out, normalize, 64, spectra=spectra),
                 epoch,
                 runs=2 if arguments.quick else 7,
                 clock=process_time,

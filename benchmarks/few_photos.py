@@ -111,6 +111,8 @@ def draw_task(data: Path, cache: Path, seed: int) -> tuple[Path, Path]:
 def top1(checkpoint: Path, test: Path) -> float:
     """Compute the accuracy of *checkpoint* on the images in *test*, in percent."""
     _, scores = score_checkpoint(checkpoint, test, on_image=lambda _done, _total: None)
+    if not isinstance(scores, list):
+        raise DataError(f"{checkpoint}: has several classes per image; give a network with one")
     return 100 * sum(score.correct for score in scores) / len(scores)
 
 

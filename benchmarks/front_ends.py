@@ -140,13 +140,16 @@ def send(client: EngineClient, seconds: float) -> None:
             count += 1
             replied.append(slot)
 
+        def after_read(self, found: object) -> None:
+            pass
+
     owner, replied = Resend(), client.take(IN_FLIGHT) or []
     while time.monotonic() < end:
         now = time.monotonic()
         slots, replied[:] = list(replied), []
         for slot in slots:
             if slot.sent:
-                (slot,) = client.take(1) or ()
+                (slot,) = client.take(1) or []
             client.submit(slot, owner, Request(1, 0, 0, now, now + 60, slot.generation))
         client._read()
     print(count, flush=True)
@@ -211,11 +214,11 @@ def running(
             peers = [Peer(str(number)) for number in range(count)]
             group = EngineGroup(Peer("engine"), peers)
             stack.callback(group.close)
-            for peer, pair in zip([group.engine, *peers], [(), *sockets], strict=True):
+            for peer, files in zip([group.engine, *peers], [(), *sockets], strict=True):
                 role = "engine" if peer is group.engine else "sender" if senders else "server"
                 with group.open_broker(peer) as broker:
-                    order = {"role": role, "broker": broker.fileno(), "sockets": pair}
-                    child = launch(peer.name, order, [broker.fileno(), *pair])
+                    order = {"role": role, "broker": broker.fileno(), "sockets": files}
+                    child = launch(peer.name, order, [broker.fileno(), *files])
                 if peer is group.engine:
                     read_line(child)
                     group.started(peer, child)

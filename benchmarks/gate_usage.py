@@ -19,6 +19,7 @@ The training records the first three values in the last epoch, the final network
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import Result, parse, report
@@ -76,7 +77,7 @@ def usage(recipe: Recipe) -> dict[str, tuple[float, str]]:
         result = train(recipe, Path(folder) / "run")
         checkpoint = read_checkpoint(result.last)
         received = sorted(read_history(checkpoint, result.last)[-1].received)
-        model = build_classifier(checkpoint, result.last)
+        model: Any = build_classifier(checkpoint, result.last)
     sums = {}
     for name, images in {"held-out": data.held_out, "training": data.train}.items():
         dataset = PreprocessedDataset(images, recipe.preprocess)

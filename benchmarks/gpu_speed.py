@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def check_speed(case: Case, here: Machine, runs: int, report: Report, *, with_cu
 def timed(bundle: Bundle, sides: dict[str, Run], batch: int, runs: int) -> dict[str, Any]:
     """Measure the median milliseconds of each runtime for one batch, alternately."""
     images = noise(bundle, batch)
-    seconds = interleaved([lambda run=run: run(images) for run in sides.values()], runs=runs, warmups=10)
+    seconds = interleaved([partial(run, images) for run in sides.values()], runs=runs, warmups=10)
     medians = {name: statistics.median(taken) * 1e3 for name, taken in zip(sides, seconds, strict=True)}
     return {"batch": batch, **{name: round(value, 3) for name, value in medians.items()}}
 

@@ -8,6 +8,7 @@ accuracy but not latency.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from time import process_time
 
 import numpy as np
@@ -50,7 +51,7 @@ def session(model: onnx.ModelProto) -> ort.InferenceSession:
 def calls(sides: list[ort.InferenceSession], batch: int) -> list[Callable[[], object]]:
     """Create one function per session that runs it on the same *batch* images."""
     images = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)
-    return [lambda side=side: side.run(None, {"images": images}) for side in sides]
+    return [partial(side.run, None, {"images": images}) for side in sides]
 
 
 def run(batches: tuple[int, ...], runs: int) -> Iterator[Result]:

@@ -192,8 +192,8 @@ def peer_environment(case: Case, onnx: Path | None) -> dict[str, str]:
 
 def show(rows: list[Row]) -> None:
     """Print a table of the medians."""
-    heads = ("case", "server", "ratio to bare runtime", "rounds", "images/s", "p99 ms")
-    heads += ("CPU ms besides decoding and runtime", "measured in the server")
+    heads = ["case", "server", "ratio to bare runtime", "rounds", "images/s", "p99 ms"]
+    heads += ["CPU ms besides decoding and runtime", "measured in the server"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for row in rows:
         ratio = statistics.median(row.ratios)

@@ -70,7 +70,7 @@ def replace_decoder(work: Callable[[], object] | None = None) -> None:
             work()
         return image
 
-    loaders.decode = decode  # type: ignore[assignment]
+    loaders.decode = decode  # type: ignore[attr-defined]
 
 
 def count_answered(url: str) -> float:
@@ -174,7 +174,7 @@ def main() -> None:
         parser.error("pass --fake or --bundle")
     times = CpuTimes()
     if arguments.cpu_times is not None:
-        loaders.decode = times.wrap_decode(loaders.decode)
+        loaders.decode = times.wrap_decode(loaders.decode)  # type: ignore[attr-defined]
         model = times.wrap_model(model)
     models = {"model": model}
     if share is not None:

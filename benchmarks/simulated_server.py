@@ -98,14 +98,14 @@ def main() -> int:
     model = fake_model(fixed, each, int(largest))
     if "listener" in json.loads(os.environ["SOPDEPLOY_WORKER"]):
         replace_decoder()
-        process.load_model = lambda *_: model  # type: ignore[assignment]
+        process.load_model = lambda *_: model  # type: ignore[attr-defined]
         return process.main()
 
     def table(_: Sequence[str], settings: Any, __: object) -> Any:
         served = {"model": [EngineModel("model", 1, model, settings)]}
         return SimpleNamespace(models=lambda: served)
 
-    engine.ModelTable = table  # type: ignore[assignment,misc]
+    engine.ModelTable = table  # type: ignore[assignment,attr-defined]
     return engine.main()
 
 

@@ -102,7 +102,7 @@ async def post(address: tuple[str, int], body: bytes, pieces: int, pause: float)
             writer.write(body[place : place + size])
             await writer.drain()
             await asyncio.sleep(pause)
-            if reader._buffer:  # the response arrived before the body was sent
+            if reader._buffer:  # type: ignore[attr-defined] # the response arrived before the body was sent
                 break
         return (await reader.read(12)).decode()[9:] or "closed"
     except ConnectionError:
