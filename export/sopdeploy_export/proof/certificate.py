@@ -53,7 +53,7 @@ COMPARED: dict[ProofKind, tuple[str, ...]] = {
     "trained-only": ("trained",),
 }
 SINGLE_PROBES = 4  # compared one by one
-MAX_BATCH = 16  # of the probes that are compared in batches
+MAX_BATCH = 16  # largest batch of probes
 
 
 class TensorEntry(StrictModel):

@@ -68,7 +68,7 @@ def trace_forward(network: nn.Module, training_only: Collection[str], side: int)
     sources: dict[str, str] = {}
     producers: dict[int, str] = {}
     alive: list[Tensor] = []  # an id identifies a tensor only while the tensor lives
-    last = [""]  # the exported module that ended last: functions such as silu are no modules
+    last = [""]  # the exported module that ended last; its output may have passed functions such as silu
 
     def begin(name: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         found = [producers[id(v)] for v in inputs if isinstance(v, Tensor) and id(v) in producers]
@@ -79,7 +79,7 @@ def trace_forward(network: nn.Module, training_only: Collection[str], side: int)
             alive.append(output)
             if not is_in(name, *training_only):
                 last[0] = name
-            producers.setdefault(id(output), name)  # the innermost module; outer ones pass it on
+            producers.setdefault(id(output), name)  # the innermost module, not those that return its output
             shapes.pop(name, None)
             shapes[name] = tuple(output.shape[1:])
 
@@ -112,7 +112,7 @@ def summarize(
     train and eval mode. If *network* fails in train mode, for example without targets, it runs in eval mode.
     """
     exported_costs = tally(shipped.eval(), side)
-    with torch.random.fork_rng(devices=()):  # dropout
+    with torch.random.fork_rng(devices=()):  # dropout draws random numbers
         try:
             trace = trace_forward(network.train(), training_only, side)
         except Exception:  # the network's own code, which can raise anything

@@ -37,7 +37,7 @@ PROCESS_ID = secrets.token_hex(8)  # random once per process: random bytes per r
 NUMBERS = itertools.count()
 
 PROBES = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
-PAGES = frozenset({"/", "/docs", "/errors"})  # the form to enter a key and the list of errors; no model data
+PAGES = frozenset({"/", "/docs", "/errors"})  # the form for the key and error pages, without model data
 METRICS = "/metrics"
 OPEN = PROBES | PAGES  # without a key
 MONITORING = PROBES | {METRICS}  # not traced; successful requests are logged at debug level
@@ -263,7 +263,7 @@ class LimitedBody:
         """
         if not self._more:
             return await self._receive()
-        self._more = False  # also after an error
+        self._more = False  # stays so after an error
         self._check_budget(max(0, self._length - self.held))
         started = time.monotonic()
         message: Message | None = None
@@ -311,7 +311,7 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, Value], receive: Receiv
         return await work
     except asyncio.CancelledError:
         disconnected = watcher.done() and not watcher.cancelled()
-        if not disconnected or task.uncancel():  # cancelled by something else, or additionally
+        if not disconnected or task.uncancel():  # cancelled by another task, or by both
             raise
         raise RejectedError(CLIENT_GONE) from None
     finally:

@@ -55,7 +55,7 @@ HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heif", b"avif", b"
 
 UNSUPPORTED_FRAMES = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded"}  # by SOF marker
 SCAN, END, SEQUENTIAL = 0xDA, 0xD9, {0xC0, 0xC1}
-MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # with a length; like libjpeg, skip bytes in between
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of segments with a length; bytes between are skipped
 MARKER_BYTES = 2
 MAX_SCANS = 100  # progressive files have about ten
 MAX_SEGMENTS = 10_000
@@ -173,7 +173,7 @@ def _check_jpeg_segments(body: bytes) -> None:
 
     Not every build of libjpeg reads lossless and arithmetic-coded files.
     """
-    scans = components = 0  # `components` of a file that may have all of them in one scan
+    scans = components = 0  # `components` of a sequential file, which may hold all of them in one scan
     for number, (marker, start) in enumerate(_jpeg_segments(body)):
         if marker in UNSUPPORTED_FRAMES and number < MAX_SEGMENTS:
             message = f"{UNSUPPORTED_FRAMES[marker]} JPEG files are not accepted; {ACCEPTED}"

@@ -213,7 +213,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._rejection is None:
             super().on_headers_complete()
             self._in_body = True
-            self.cycle.transport = cast(asyncio.Transport, self)  # so that closing the connection lingers
+            self.cycle.transport = cast(asyncio.Transport, self)  # so that the response calls this `close`
 
     def on_body(self, body: bytes) -> None:
         """Pass a piece of the body to the request."""

@@ -71,7 +71,7 @@ class Inherited:
     elsewhere: Sequence[int] = ()
     balancer: Balancer | None = None
     inbox: socket.socket | None = None
-    broker: socket.socket | None = None  # brings the channel to an engine process
+    broker: socket.socket | None = None  # receives the channel to an engine process
     spending: SharedSpending | None = None
 
 

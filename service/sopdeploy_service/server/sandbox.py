@@ -88,7 +88,7 @@ def limits(process: int) -> tuple[Limit, ...]:
         1030,
         1033,
         1034,
-    )  # duplicate, flags, seals; no F_SETOWN: it signals
+    )  # duplicate, flags, seals; not F_SETOWN, which sends signals
     return (
         Limit("mmap", (9, 222), 2, EXECUTABLE, (0,)),
         Limit("mprotect", (10, 226), 2, EXECUTABLE, (0,)),
@@ -203,7 +203,7 @@ def enter() -> str:
     version = _enter_landlock(libc)
     code = ctypes.create_string_buffer(build_filter(machine, os.getpid()))
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(code))
-    if libc.syscall(SECCOMP[machine], SET_FILTER, ALL_THREADS, program):  # > 0: a thread that has another one
+    if libc.syscall(SECCOMP[machine], SET_FILTER, ALL_THREADS, program):  # > 0: a thread has another filter
         raise OSError(ctypes.get_errno() or errno.EBUSY, "seccomp is not available")
     return f"no_new_privs, {f'landlock {version}' if version else 'no landlock'}, seccomp"
 

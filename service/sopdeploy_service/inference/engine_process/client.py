@@ -83,7 +83,7 @@ class Slot:
     number: int
     generation: int
     owner: Owner | None = None
-    item: Any = None  # for its owner
+    item: Any = None  # data of its owner
     sent: bool = False
 
 
@@ -145,7 +145,7 @@ class EngineClient:
                 self._loop.remove_reader(self._channel.fileno())
             self._loop = None
         self.listener = None
-        self.alive = False  # nothing waits any more, and nothing is to be logged
+        self.alive = False  # so that `lose` neither rejects images nor logs
         self.lose()
         self._close_old()
         self.broker.close()
