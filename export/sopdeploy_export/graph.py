@@ -216,7 +216,10 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
 def with_converter_names(
     program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET
 ) -> ExportedProgram | None:
-    """Return *program* with the value names of its ONNX file, from the cache or by converting it."""
+    """Return the program that the ONNX converter made of *program*; its values are named as in the file.
+
+    It comes from the cache, or from a new conversion. None if the converter does not return one.
+    """
     cached = _CONVERTED.get(program)
     if cached is not None and cached[0] == opset:
         return cached[1]

@@ -307,7 +307,7 @@ def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
 
 
 def find_routes(exact: NDArray[Any], own: NDArray[Any], k: int, floors: float) -> Routing:
-    """Compute the routes to *k* components from the float64 gate logits *exact* (P, N), and their stability.
+    """Compute the routes to *k* components from the float64 gate logits *exact* (P, N); mark stable ones.
 
     *own* are the logits in the exported precision; the tolerance is *floors* times their error.
     """

@@ -84,7 +84,10 @@ def measure_speed(path: Path, plain: onnx.ModelProto, images: NDArray[np.uint8],
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportResults:
-    """The results shown in `report.html`: `fields` of the manifest, `files` without page and manifest."""
+    """The results shown in `report.html`.
+
+    `fields` are those of the manifest; `files` are the files of the bundle except the page and the manifest.
+    """
 
     subject: ExportSubject
     network_summary: NetworkSummary

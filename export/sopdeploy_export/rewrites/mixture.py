@@ -96,7 +96,7 @@ def folded(bank: Components, step: int) -> tuple[Tensor, Tensor]:
 
 
 def _summed_roots(maps_BKMd: Tensor, weights_BK: Tensor, config: NewtonSchulzConfig) -> Tensor:
-    """Compute the weighted sum (B, d, d) of the experts' roots in one last product."""
+    """Compute the weighted sum (B, d, d) of the experts' roots with one matrix product at the end."""
     experts, positions, width = maps_BKMd.shape[1:]
     x_PMd = at_least_float32(maps_BKMd).flatten(end_dim=1)
     x_PMd = x_PMd - x_PMd.mean(dim=1, keepdim=True)

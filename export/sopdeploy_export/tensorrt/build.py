@@ -110,7 +110,7 @@ def _parse(trt: Any, network: Any, graph: bytes, logger: Any) -> None:
 
 
 def set_layer_precisions(trt: Any, network: Any, config: Any, precision: str) -> None:
-    """Make the weakly typed TensorRT 8.6 keep the types of the graph, although it may fuse the casts."""
+    """Set the types of layers for TensorRT 8.6, which is weakly typed and may remove casts of the graph."""
     flags = trt.BuilderFlag
     if precision == "fp32":
         return

@@ -50,7 +50,7 @@ class ApiKeys:
     keys: tuple[Key, ...]
 
     def find(self, given: bytes) -> Key | None:
-        """Look up the secret *given* in constant time: all keys are compared in any case."""
+        """Look up the secret *given* in constant time: all keys are compared, even after a match."""
         digest = hashlib.sha256(given).hexdigest()
         found = None
         for key in self.keys:

@@ -191,7 +191,7 @@ def _check_jpeg_segments(body: bytes) -> None:
 def _jpeg_segments(body: bytes) -> Iterator[tuple[int, int]]:
     """Yield the marker of each JPEG segment and the position of its length.
 
-    The segment after a scan is found behind the data of the scan.
+    The search for the segment after a scan skips the data of the scan.
     """
     position = 2
     while found := MARKER.search(body, position):

@@ -39,7 +39,11 @@ class InjectedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Faults: *engine* by number of a run, *decoder* by number of an image, *slow* a factor of run time."""
+    """The requested faults.
+
+    `engine` maps numbers of runs to faults, `decoder` has the numbers of the images whose decoding fails, and
+    every run takes `slow` times as long.
+    """
 
     engine: Mapping[int, str] = field(default_factory=dict)
     decoder: frozenset[int] = frozenset()

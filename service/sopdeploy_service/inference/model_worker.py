@@ -139,7 +139,7 @@ class RequestQueue:
             return self.closed_with
 
     def reject(self, items: Sequence[QueuedImage], rejection: Rejection) -> None:
-        """Give *rejection* to those of *items* without an outcome; those still queued leave the queue.
+        """Give *rejection* to all *items* without an outcome, and remove *items* from the queue.
 
         Call it on the event loop.
         """

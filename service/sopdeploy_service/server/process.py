@@ -249,7 +249,7 @@ class DrainingServer(uvicorn.Server):
     async def _serve_connections(
         self, connections: Sequence[socket.socket], *, received: bool = False
     ) -> None:
-        """Serve accepted *connections*; those *received* from other processes stay here."""
+        """Serve accepted *connections*; if *received* from another process, they are not passed on."""
         create_protocol = functools.partial(
             cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class),
             config=self.config,

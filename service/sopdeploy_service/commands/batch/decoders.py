@@ -65,7 +65,7 @@ class Block(NamedTuple):
 
 
 class DecoderProcesses:
-    """*workers* processes that decode blocks of at most *block* images as the server does with *settings*.
+    """Several *workers*, processes that decode blocks of at most *block* images as a server with *settings*.
 
     Use it as a context manager; the processes start in the background. `decode` raises
     `RuntimeUnavailableError` if one of them does not start.

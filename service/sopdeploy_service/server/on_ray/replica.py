@@ -42,7 +42,10 @@ class Replica:
     _watching: asyncio.Task[None] | None = None
 
     def __init__(self, settings: Mapping[str, Any], models: Mapping[str, LoadedModel] | None = None) -> None:
-        """Create the app with *models* by name until the first `reconfigure`; raises `ConfigError`."""
+        """Create the app, which serves *models* by name until the first `reconfigure`.
+
+        Raises `ConfigError` for *settings* that are invalid or need a single process.
+        """
         self._stack = ExitStack()
         self.settings = load_settings(**settings)
         check(self.settings)
