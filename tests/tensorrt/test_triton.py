@@ -92,7 +92,7 @@ def test_a_bundle_for_single_images_is_not_batched(tmp_path: Path) -> None:
 def test_a_bundle_that_triton_cannot_serve_is_rejected(bundle: Bundle, tmp_path: Path) -> None:
     pairs = write(tmp_path / "pairs", batch=BatchRange(minimum=2, optimum=2, maximum=4))
     broken = replace(bundle, labels=("a", "b\nc", "d", "e", "f"))
-    for refused, message in ((pairs, "Triton sends single"), (broken, r"'b\\nc' does not fit on a line")):
+    for refused, message in ((pairs, "also sends single"), (broken, r"'b\\nc' does not fit on a line")):
         with pytest.raises(BundleError, match=message):
             write_triton(refused, tmp_path / "models")
     assert not (tmp_path / "models").exists()
