@@ -197,7 +197,7 @@ class Decision(StrictModel):
             accepted = f"accepts {100 * rule.accepts:g} % of known images"
             rows.append(("unknown images", f"{rule.score} below {rule.threshold:.4g}; {accepted}"))
             if rule.auroc is not None:
-                how = "classifier fitted without it" if rule.left_out else "its logit masked"
+                how = "by fitting the classifier without it" if rule.left_out else "by masking its logit"
                 rows.append(("AUROC, one class left out", f"{rule.auroc:.4f}, {how}"))
         if self.thresholds is not None:
             listed = f"{min(self.thresholds):.3f} to {max(self.thresholds):.3f}, one per class"

@@ -166,7 +166,7 @@ def test_flips_and_an_accepted_drift_are_reported(branched: Exported) -> None:
 def test_the_page_shows_the_decision(branched: Exported) -> None:
     rejection = Rejection(score="energy", threshold=1.5, auroc=0.75, left_out="refitted")
     page = rendered(branched, Decision(rejection=rejection))
-    assert "0.7500, classifier fitted without it" in page
+    assert "0.7500, by fitting the classifier without it" in page
     assert "Decision" not in page
     several = Decision(activation="sigmoid", thresholds=(0.25,) * len(HOSTILE))
     assert "Decision" in rendered(branched, several)

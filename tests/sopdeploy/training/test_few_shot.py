@@ -221,7 +221,7 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     _, scores = score_checkpoint(result.best, test, on_image=lambda _done, _total: None)
     assert np.mean([score.correct for score in scores]) > 0.8
     page = write_report(tmp_path / "run").read_text()
-    assert "fitted without it" in page
+    assert "by fitting the classifier without it" in page
     assert "cross-validated" in page
     before = read_checkpoint(result.best)
     assert before.decision is not None
@@ -366,7 +366,7 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     assert len(result.decision.thresholds) == 2
     assert read_checkpoint(result.best).decision == result.decision
     page = write_report(tmp_path / "run").read_text()
-    assert "fitted without it" in page
+    assert "by fitting the classifier without it" in page
     assert f"<td>{result.decision.thresholds[0]:.3f}</td>" in page
     assert train(recipe, tmp_path / "run", resume=True).decision == result.decision
 
