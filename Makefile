@@ -37,8 +37,8 @@ quick: $(STAMP)  ## format, lint, types, import contracts and unit tests, in und
 	$(MAKE) --jobs=2 types lint contracts unit
 
 test: $(STAMP)  ## format, lint, types, import contracts, the wheel, all tests that are not slow: what CI runs
-	$(MAKE) --jobs=2 compile wheel-test check
-	$(MAKE) tests
+	$(MAKE) --jobs=2 compile check
+	$(MAKE) --jobs=2 wheel-test tests
 
 fuzz: $(STAMP)  ## the property tests with new random examples; a failure prints how to reproduce it
 	$(BIN)/pytest -n $(WORKERS) --hypothesis-profile=fuzz -m hypothesis
