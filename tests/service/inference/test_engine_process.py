@@ -358,6 +358,22 @@ def test_fifty_front_ends_and_engines_leave_nothing_behind(group, bundle, jpeg, 
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
+def test_a_call_at_the_end_of_the_loop_writes_before_its_descriptor_is_closed(monkeypatch, until) -> None:
+    shared = Group(fake_table({}, Settings()), Settings())
+    shared.start()
+    write = os.eventfd_write
+
+    def write_late(number: int, value: int) -> None:
+        until(lambda: not shared.engine._running)  # the loop has already run the callback
+        shared.thread.join(0.2)
+        write(number, value)
+
+    monkeypatch.setattr(os, "eventfd_write", write_late)
+    shared.stop()
+    with pytest.raises(RuntimeError, match="has ended"):
+        shared.engine.stop()
+
+
 def test_slots_are_sealed_page_aligned_and_at_most_39_mb() -> None:
     size = slot_bytes((224, 224, 3), [(None, 1000)])
     slots = Slots.create(size)

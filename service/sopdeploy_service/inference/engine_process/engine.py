@@ -15,6 +15,7 @@ import logging
 import os
 import select
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -70,16 +71,14 @@ class Engine:
         self._models: dict[int, EngineModel] = {}  # by number, also those that are being replaced
         self.fronts: dict[int, Front] = {}  # by file descriptor
         self._poll = select.epoll()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake, self._wake_lock = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), threading.Lock()
         self._calls: deque[Callable[[], None]] = deque()
         self._unsent: set[Front] = set()
-        self._changes = 0
+        self._changes, self._beaten = 0, 0.0
         self._waiting: list[tuple[int, float, SlotImage, dict[str, Any]]] = []  # commands to be answered
         self._commands = ThreadPoolExecutor(1, thread_name_prefix="models")
-        self._beaten = 0.0
         self._images = self._published = 0  # in slots that the engine owns
-        self._running = True
-        self.exit_code = 0
+        self._running, self.exit_code = True, 0
         broker.setblocking(False)
         for number in (self._wake, broker.fileno()):
             self._poll.register(number, select.EPOLLIN)
@@ -106,10 +105,11 @@ class Engine:
 
     def call_soon_threadsafe(self, callback: Callable[..., None], /, *values: object) -> None:
         """Run *callback* in the thread of the loop; raises `RuntimeError` after its end, as asyncio does."""
-        self._calls.append(partial(callback, *values))
-        if self._wake < 0:
-            raise RuntimeError("the loop of the engine has ended")
-        os.eventfd_write(self._wake, 1)
+        with self._wake_lock:
+            if self._wake < 0:
+                raise RuntimeError("the loop of the engine has ended")
+            self._calls.append(partial(callback, *values))
+            os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:
         """End the loop; call it from any thread."""
@@ -128,8 +128,9 @@ class Engine:
             if not self.exit_code:  # otherwise a thread may hang, and the process ends
                 model.stop()
         self._poll.close()
-        wake, self._wake = self._wake, -1
-        os.close(wake)
+        with self._wake_lock:
+            os.close(self._wake)
+            self._wake = -1
 
     def _beat(self, now: float) -> None:
         """Publish the heartbeat of the loop, detect hung batches, and answer commands that are due."""
@@ -373,7 +374,6 @@ class Engine:
         size = max((model.slot_bytes for model in models), default=4096)
         smallest = max([self._smallest, *(model.largest_batch for model in models)])
         numbers = {name: [model.number for model in models] for name, models in self._serving.items()}
-        state = json.dumps(numbers).encode()
         for front in fronts:
             if front.newest < 0 or front.memories[front.newest].slots.size < size:
                 slots = Slots.create(size, smallest)
@@ -386,7 +386,7 @@ class Engine:
                     front.uses.add(model.number)
                     self._send(front, Kind.BUNDLE, 0, 0, model.number, model.open_archive())
             file = os.memfd_create("sopdeploy-models", os.MFD_CLOEXEC)
-            os.write(file, state)
+            os.write(file, json.dumps(numbers).encode())
             self._send(front, Kind.MODELS, 0, 0, self._changes, file)
         self._retire()
 
