@@ -43,7 +43,7 @@ from sopdeploy_service.inference.engine_process.fronts import (
 )
 from sopdeploy_service.inference.engine_process.models import EngineModel, ModelTable
 from sopdeploy_service.inference.engine_process.slots import Reply, Slots
-from sopdeploy_service.inference.model_worker import QueuedImage
+from sopdeploy_service.inference.model_worker import QueuedImage, call_soon
 from sopdeploy_service.inference.results import (
     CLIENT_GONE,
     DEADLINE,
@@ -317,7 +317,7 @@ class Engine:
             except Exception:  # a bug must not leave the client waiting
                 log.exception("%s %s failed", operation, name)
                 rejection = ENGINE_FAILED
-            self.call_soon_threadsafe(self._changed, item, rejection)
+            call_soon(self, self._changed, item, rejection)
 
         self._commands.submit(change)
 
@@ -366,7 +366,7 @@ class Engine:
             for item in items:
                 item.settle(DEADLINE if item.deadline <= now else CLIENT_GONE)
 
-        self.call_soon_threadsafe(give_back)
+        call_soon(self, give_back)
 
     def _announce(self, fronts: Sequence[Front]) -> None:
         """Send the models to *fronts*; before that, send larger slots if the largest model needs them."""
