@@ -58,7 +58,7 @@ def problem_with(page: str, step: str) -> str | None:
         return next((one for one in targets if not re.search(rf"^{one}:", makefile, re.MULTILINE)), None)
     if words[0] == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        extras = ",".join(re.findall(r"sopdeploy\[([\w,-]+)\]", step)).split(",")
+        extras = ",".join(re.findall(r"(?:sopdeploy|\.)\[([\w,-]+)\]", step)).split(",")
         return next((one for one in extras if one not in project["optional-dependencies"]), None)
     if words[:2] == ["docker", "build"]:
         stage = words[words.index("--target") + 1]

@@ -12,7 +12,7 @@ from tests.docs.reading import PAGES, ROOT, name
 from tests.service.conftest import write_bundle
 
 NOT_RUN = {  # pattern of a step: the reason why it is not run
-    r"pip (install|download)": "needs a package index; `make wheel-test` installs the wheel",
+    r"pip (install|wheel)": "needs a package index; `make wheel-test` installs the wheel",
     r"(git|make) ": "needs a checkout; CI runs it",
     r"docker ": "needs Docker; `make container-test` builds and runs the image",
     r"helm ": "needs a cluster; `tests/deploy` renders the chart with such values",
