@@ -15,15 +15,14 @@ import logging
 import os
 import select
 import socket
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, cast
 
 from sopdeploy.bundle.class_maps import FEATURES
+from sopdeploy_service.inference.engine_process.calls import Calls
 from sopdeploy_service.inference.engine_process.channel import (
     READ_BYTES,
     ChannelError,
@@ -71,16 +70,17 @@ class Engine:
         self._models: dict[int, EngineModel] = {}  # by number, also those that are being replaced
         self.fronts: dict[int, Front] = {}  # by file descriptor
         self._poll = select.epoll()
-        self._wake, self._wake_lock = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), threading.Lock()
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls = Calls()
         self._unsent: set[Front] = set()
-        self._changes, self._beaten = 0, 0.0
+        self._changes = 0
         self._waiting: list[tuple[int, float, SlotImage, dict[str, Any]]] = []  # commands to be answered
         self._commands = ThreadPoolExecutor(1, thread_name_prefix="models")
+        self._beaten = 0.0
         self._images = self._published = 0  # in slots that the engine owns
-        self._running, self.exit_code = True, 0
+        self._running = True
+        self.exit_code = 0
         broker.setblocking(False)
-        for number in (self._wake, broker.fileno()):
+        for number in (self._calls.descriptor, broker.fileno()):
             self._poll.register(number, select.EPOLLIN)
         self._adopt_models()
 
@@ -88,15 +88,13 @@ class Engine:
         """Serve until the supervisor closes the broker; return the exit code, 70 if a runtime is dead."""
         while self._running:
             for number, _ in self._poll.poll(BEAT_SECONDS):
-                if number == self._wake:
-                    with contextlib.suppress(BlockingIOError):
-                        os.eventfd_read(self._wake)
+                if number == self._calls.descriptor:
+                    self._calls.reset()
                 elif number == self._broker.fileno():
                     self._read_broker()
                 elif number in self.fronts:
                     self._read(self.fronts[number])
-            while self._calls:
-                self._calls.popleft()()  # no variable: it would keep the memory of a dead front end mapped
+            self._calls.run()
             for front in tuple(self._unsent):
                 self._flush(front)
             self._beat(time.monotonic())
@@ -105,11 +103,7 @@ class Engine:
 
     def call_soon_threadsafe(self, callback: Callable[..., None], /, *values: object) -> None:
         """Run *callback* in the thread of the loop; raises `RuntimeError` after its end, as asyncio does."""
-        with self._wake_lock:
-            if self._wake < 0:
-                raise RuntimeError("the loop of the engine has ended")
-            self._calls.append(partial(callback, *values))
-            os.eventfd_write(self._wake, 1)
+        self._calls.add(partial(callback, *values))
 
     def stop(self) -> None:
         """End the loop; call it from any thread."""
@@ -128,9 +122,7 @@ class Engine:
             if not self.exit_code:  # otherwise a thread may hang, and the process ends
                 model.stop()
         self._poll.close()
-        with self._wake_lock:
-            os.close(self._wake)
-            self._wake = -1
+        self._calls.close()
 
     def _beat(self, now: float) -> None:
         """Publish the heartbeat of the loop, detect hung batches, and answer commands that are due."""
@@ -374,6 +366,7 @@ class Engine:
         size = max((model.slot_bytes for model in models), default=4096)
         smallest = max([self._smallest, *(model.largest_batch for model in models)])
         numbers = {name: [model.number for model in models] for name, models in self._serving.items()}
+        state = json.dumps(numbers).encode()
         for front in fronts:
             if front.newest < 0 or front.memories[front.newest].slots.size < size:
                 slots = Slots.create(size, smallest)
@@ -386,7 +379,7 @@ class Engine:
                     front.uses.add(model.number)
                     self._send(front, Kind.BUNDLE, 0, 0, model.number, model.open_archive())
             file = os.memfd_create("sopdeploy-models", os.MFD_CLOEXEC)
-            os.write(file, json.dumps(numbers).encode())
+            os.write(file, state)
             self._send(front, Kind.MODELS, 0, 0, self._changes, file)
         self._retire()
 
