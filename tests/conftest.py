@@ -15,7 +15,7 @@ settings.register_profile("reproducible", derandomize=True, database=None, deadl
 settings.register_profile("fuzz", derandomize=False, database=None, deadline=None, print_blob=True)
 settings.load_profile("reproducible")
 
-# Collections during the imports of all test modules, and the one at exit, took half of their time.
+# Garbage collection took half of the time of importing the test modules, and of the exit of the process.
 gc.disable()
 atexit.register(gc.freeze)
 

@@ -10,12 +10,11 @@ fields at several scales, ramps, checkerboards, constants) exercise many parts o
 on every machine. Photographs from the deployment domain are more representative.
 """
 
-import gc
 import io
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from sopdeploy.backbones.base import Backbone
@@ -46,7 +45,6 @@ INPUT = "images"
 EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog, see `compute_outputs`
 PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
-YOUNG_OBJECTS, WITHOUT_TRACES = 50_000, "do_not_emit_stack_traces"  # see `quick_tracing`
 MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
 # Converting a ResNet-50 takes as long as the parity check, so the conversion of a program is cached with it.
 _CONVERTED: WeakKeyDictionary[ExportedProgram, tuple[int, ExportedProgram]] = WeakKeyDictionary()
@@ -166,7 +164,7 @@ def export(module: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any)
     attributes = {part: set(vars(part)) for part in module.modules()}
     try:
         # torch prints part of the graph on failure
-        with quick_tracing(), torch.no_grad(), redirect_stderr(io.StringIO()):
+        with torch.no_grad(), redirect_stderr(io.StringIO()):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns about caches that forward assigns
                 program = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)
@@ -227,7 +225,7 @@ def with_converter_names(
 
 
 def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> torch.onnx.ONNXProgram:
-    with quick_tracing(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter warns about its own internals
         try:
             converted = torch.onnx.export(
@@ -247,24 +245,6 @@ def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> to
     if converted.exported_program is not None:
         _CONVERTED[program] = (opset, converted.exported_program)
     return converted
-
-
-@contextmanager
-def quick_tracing() -> Iterator[None]:
-    """Start garbage collections less often, and record no stack traces of the operations.
-
-    torch allocates many small objects for each operation. With Python's threshold, collections take a fifth
-    of the time of a small network's export; stack traces, which nothing here reads, take 7 %.
-    """
-    before = gc.get_threshold()
-    without = getattr(fx.config, WITHOUT_TRACES, False)  # not in every release
-    gc.set_threshold(before[0] and max(before[0], YOUNG_OBJECTS), *before[1:])  # 0 disables collection
-    setattr(fx.config, WITHOUT_TRACES, True)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        setattr(fx.config, WITHOUT_TRACES, without)
 
 
 def check(proto: onnx.ModelProto, opset: int = OPSET) -> None:

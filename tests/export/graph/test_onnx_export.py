@@ -1,4 +1,3 @@
-import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +13,6 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph import (
     OPSET,
-    YOUNG_OBJECTS,
     capture,
     capture_any_batch,
     lower,
@@ -109,26 +107,6 @@ def test_network_that_restricts_the_batch_size_is_rejected(
 def test_bundle_for_single_images_has_a_batch_of_one(make: Make, preprocess: Preprocess) -> None:
     graph = lowered(make("resnet8"), preprocess, ALONE).graph
     assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
-
-
-def test_a_capture_rarely_collects_garbage_records_no_stack_traces_and_resets_both(
-    preprocess: Preprocess,
-) -> None:
-    before, during, usual = gc.get_threshold(), set(), (700, 10, 10)
-
-    def forward(images: Tensor) -> Tensor:
-        during.add(gc.get_threshold()[0])
-        return images.flatten(1)
-
-    gc.set_threshold(*usual)
-    try:
-        program = capture_any_batch(Minimal(forward).eval(), preprocess, ALONE)
-        assert gc.get_threshold() == usual
-    finally:
-        gc.set_threshold(*before)
-    assert during == {YOUNG_OBJECTS}
-    assert not [node for node in program.graph.nodes if node.stack_trace]
-    assert not torch.fx.config.do_not_emit_stack_traces
 
 
 def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preprocess) -> None:
