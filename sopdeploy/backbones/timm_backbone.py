@@ -166,7 +166,7 @@ class TimmBackbone(Backbone):
         if self.fixed_size not in {None, images.shape[-1]}:
             raise ConfigError(
                 f"timm:{self.config.backbone}: takes images of {self.fixed_size} pixels, not of "
-                f"{images.shape[-1]}; set preprocess.crop"
+                f"{images.shape[-1]}; set preprocess.crop (and augment.crop)"
             )
         network = self.outside[0]
         last, outputs = run_tapped(network, network.forward_features, images, taps)

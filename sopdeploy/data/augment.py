@@ -77,11 +77,17 @@ class BoxCrop(StrictModel):
 
     With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the box then still has at least as many
     pixels as the crop. This is faster, but a few gray levels off (`benchmarks/training_throughput.py`
-    measures how many).
+    measures how many). `crop` is the side of the training images in pixels, by default `preprocess.crop`.
     """
 
     flip: Fraction = 0.0
     draft: bool = False
+    crop: Side | None = None
+
+    @pydantic.model_serializer(mode="wrap")
+    def _omit_unused(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        return {key: value for key, value in fields.items() if key != "crop" or value is not None}
 
 
 class RandomResizedCrop(BoxCrop):

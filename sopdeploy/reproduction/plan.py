@@ -147,7 +147,7 @@ def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
 
 def estimate_hours(recipe: Recipe, data: DataSet) -> float:
     """Estimate the GPU hours of a run of *recipe* on *data*, with the assumption `ASSUMPTION`."""
-    model, side = recipe.model, recipe.preprocess.crop
+    model, side = recipe.model, recipe.training_crop
     training = describe(model.name, image_size=side, num_classes=data.classes, **model.config).training
     return training.macs * STEP_COST * data.images * recipe.epochs / GPU_OPERATIONS / 3600
 

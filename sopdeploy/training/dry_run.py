@@ -73,12 +73,10 @@ def dry_run(recipe: Recipe) -> DryRun:
     since = time.monotonic()
     loss = float(train_step(run, batch, batches[0], len(batches)).loss.total)  # synchronizes with the device
     step_seconds = time.monotonic() - since
-    described = describe(
-        recipe.model.name,
-        image_size=recipe.preprocess.crop,
-        num_classes=len(run.labels),
-        **recipe.model.config,
-    )
+    described = {
+        side: describe(recipe.model.name, image_size=side, num_classes=len(run.labels), **recipe.model.config)
+        for side in {recipe.preprocess.crop, recipe.training_crop}
+    }
     resolved = recipe.model_dump(mode="json")
     resolved["model"]["config"] = recipe.model.full_config()
     return DryRun(
@@ -89,8 +87,8 @@ def dry_run(recipe: Recipe) -> DryRun:
         classes=len(run.labels),
         steps=len(batches),
         rates=scheduled_rates(recipe),
-        training=described.training,
-        shipped=described.shipped,
+        training=described[recipe.training_crop].training,
+        shipped=described[recipe.preprocess.crop].shipped,
         memory=measure_memory(run, activations),
         step_seconds=step_seconds,
         load_seconds=load_seconds,

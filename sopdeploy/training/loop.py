@@ -168,10 +168,8 @@ def start_or_resume(
 
 def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[AugmentedDataset, list[list[int]]]:
     """Return the augmented *images* of *epoch*, and the sample indices of each step."""
-    augment = recipe.augment
-    dataset = AugmentedDataset(
-        images, augment, recipe.preprocess, recipe.seed, epoch, recipe.distort, recipe.color
-    )
+    augment, rules = recipe.augment, recipe.preprocess.model_copy(update={"crop": recipe.training_crop})
+    dataset = AugmentedDataset(images, augment, rules, recipe.seed, epoch, recipe.distort, recipe.color)
     copies = 2 if isinstance(augment, PadCrop) and augment.doubled else 1
     if recipe.sampler == "balanced":
         targets = np.tile(images.targets.astype(np.int64), copies)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 import pydantic
 
 from sopdeploy.config import FractionBelowOne, NonNegative, StrictModel, first_problem
-from sopdeploy.data.augment import Augmentation, ColorJitter, Mixup, RandAugment
+from sopdeploy.data.augment import Augmentation, BoxCrop, ColorJitter, Mixup, RandAugment
 from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
@@ -128,6 +128,12 @@ class Recipe(StrictModel):
     def _omit_unused(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = dump(self)
         return {key: value for key, value in fields.items() if key != "color" or self.color != ColorJitter()}
+
+    @property
+    def training_crop(self) -> int:
+        """Side of the training images in pixels."""
+        crop = self.augment.crop if isinstance(self.augment, BoxCrop) else None
+        return self.preprocess.crop if crop is None else crop
 
     @property
     def frozen_backbone(self) -> bool:

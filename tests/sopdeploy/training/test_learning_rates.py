@@ -11,9 +11,13 @@ from torch.optim import lr_scheduler
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
+from sopdeploy.data.sources import open_data
 from sopdeploy.errors import TrainingError
+from sopdeploy.models.describe import describe
 from sopdeploy.training.dry_run import dry_run, scheduled_rates
+from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.lr_finder import MAX_RATE, MIN_RATE, find_learning_rate, steepest_descent
+from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.schedule import Cosine, Milestones, OneCycle, Polynomial
 from tests.sopdeploy.training.runs import SHORT, short_recipe
 
@@ -42,6 +46,17 @@ def test_a_dry_run_resolves_the_recipe_and_measures_memory() -> None:
     assert memory.total == pytest.approx(sum(memory.model_dump().values()))
     whole, split = (dry_run(short_recipe(f"accumulate={k}")).memory.activations for k in (1, 4))
     assert 0.2 * whole < split < 0.35 * whole
+
+
+def test_training_crops_can_have_another_size_than_evaluation() -> None:
+    recipe = short_recipe('augment={kind="random-side", sides=[12, 16], crop=12}')
+    dataset, _ = epoch_data(recipe, open_data(recipe.data).train, 0)
+    assert dataset[0][0].shape == (12, 12, 3)
+    dry = dry_run(recipe)
+    model = recipe.model
+    counts = {side: describe(model.name, image_size=side, num_classes=10, **model.config) for side in (8, 12)}
+    assert (dry.training, dry.shipped) == (counts[12].training, counts[8].shipped)
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
 
 
 def test_a_dry_run_lists_the_learning_rates_of_the_schedule() -> None:
