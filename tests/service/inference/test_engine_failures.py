@@ -59,7 +59,7 @@ def test_a_front_end_that_reads_no_replies_is_cut_off(
     shared: Group, client: Client, jpeg: bytes, until
 ) -> None:
     evil = shared.connect("evil")
-    memory, channel = evil._memory, evil._channel
+    memory, channel = evil._pool, evil._channel
     assert memory is not None
     assert channel is not None
     channel.settimeout(20)
@@ -135,7 +135,7 @@ def test_no_content_of_a_slot_disturbs_the_engine_or_another_front_end(
         for command in COMMANDS if flags & 2 else (b"",):
             evil = shared.connect("evil")
             (slot,) = evil.take(1) or ()
-            slot.memory.slots.write_bytes(slot.number, command)
+            slot.pool.slots.write_bytes(slot.number, command)
             now = time.monotonic()
             request = Request(model, flags, length, now + arrived, now + deadline, slot.generation)
             evil.submit(slot, SimpleNamespace(on_reply=lambda *_: None), request)

@@ -284,7 +284,7 @@ def test_no_bytes_of_a_front_end_disturb_the_engine_or_another_front_end(
     with front_end(shared, bundle) as client:
         for _ in range(8):
             evil = shared.connect("evil")
-            memory, channel = evil._memory, evil._channel
+            memory, channel = evil._pool, evil._channel
             channel.setblocking(False)
             for _ in range(random.choice([1, 20])):
                 slot = random.randrange(memory.slots.count)
@@ -321,7 +321,7 @@ ATTACKS = {
 def test_a_front_end_that_breaks_the_protocol_is_cut_off_and_reported(group, bundle, attack) -> None:
     shared = group(FakeRuntime(classes=7))
     evil = shared.connect("evil")
-    evil._memory.slots.write_request(1, Request(99, 0, 0, 0.0, 0.0, 1))
+    evil._pool.slots.write_request(1, Request(99, 0, 0, 0.0, 0.0, 1))
     evil._channel.send(RECORD.pack(*ATTACKS[attack]))
     evil._channel.settimeout(20)
     while evil._channel.recv(1000):

@@ -65,8 +65,8 @@ class Owner(Protocol):
 
 
 @dataclass(eq=False, slots=True)
-class Memory:
-    """One shared memory of slots: its number, the channel that announced it, and the free slots."""
+class SlotPool:
+    """The slots in one shared memory: its number, the channel that announced it, and the free slots."""
 
     number: int
     slots: Slots
@@ -79,7 +79,7 @@ class Memory:
 class Slot:
     """A slot in use. It is *sent* when the engine may own it."""
 
-    memory: Memory
+    pool: SlotPool
     number: int
     generation: int
     owner: Owner | None = None
@@ -100,8 +100,8 @@ class EngineClient:
     engines: int = 0
     listener: Listener | None = None
     _numbers: dict[str, list[int]] = field(default_factory=dict)
-    _memory: Memory | None = None
-    _memories: dict[int, Memory] = field(default_factory=dict)
+    _pool: SlotPool | None = None
+    _pools: dict[int, SlotPool] = field(default_factory=dict)
     _used: dict[tuple[int, int], Slot] = field(default_factory=dict)
     _channel: socket.socket | None = None
     _old: socket.socket | None = None  # the previous channel
@@ -153,44 +153,44 @@ class EngineClient:
     @property
     def num_free(self) -> int:
         """The number of slots that can be taken now."""
-        return len(self._memory.free) if self._memory is not None else 0
+        return len(self._pool.free) if self._pool is not None else 0
 
     @property
     def images_elsewhere(self) -> int:
         """The number of images in the engine that other front ends have sent."""
-        return 0 if self._memory is None else max(0, self._memory.slots.heartbeat[1] - len(self._used))
+        return 0 if self._pool is None else max(0, self._pool.slots.heartbeat[1] - len(self._used))
 
     def take(self, count: int) -> list[Slot] | None:
         """Take *count* slots, or none of them if fewer are free."""
-        memory = self._memory
-        if memory is None or len(memory.free) < count:
+        pool = self._pool
+        if pool is None or len(pool.free) < count:
             return None
-        return [self._use(memory, memory.free.pop()) for _ in range(count)]
+        return [self._use(pool, pool.free.pop()) for _ in range(count)]
 
-    def _use(self, memory: Memory, number: int) -> Slot:
-        memory.generations[number] = memory.generations[number] % 0xFFFF_FFFF + 1
-        return Slot(memory, number, memory.generations[number])
+    def _use(self, pool: SlotPool, number: int) -> Slot:
+        pool.generations[number] = pool.generations[number] % 0xFFFF_FFFF + 1
+        return Slot(pool, number, pool.generations[number])
 
     def give_back(self, slot: Slot) -> None:
         """Free a slot that was not sent, or has its reply."""
-        memory = slot.memory
-        memory.free.append(slot.number)  # used next, so that a lightly loaded server touches few pages
-        if memory is not self._memory and len(memory.free) == memory.slots.count:
-            self._unmap(memory)
+        pool = slot.pool
+        pool.free.append(slot.number)  # used next, so that a lightly loaded server touches few pages
+        if pool is not self._pool and len(pool.free) == pool.slots.count:
+            self._unmap(pool)
 
     def submit(self, slot: Slot, owner: Owner, request: Request) -> bool:
         """Send *slot*, whose reply goes to *owner*; return False if the send fails. Thread-safe."""
-        memory = slot.memory
+        pool = slot.pool
         slot.owner, slot.sent = owner, True
-        memory.slots.write_request(slot.number, request)
-        self._used[memory.number, slot.number] = slot
+        pool.slots.write_request(slot.number, request)
+        self._used[pool.number, slot.number] = slot
         try:
-            sent = memory.channel.send(RECORD.pack(Kind.SUBMIT, memory.number, slot.number, slot.generation))
+            sent = pool.channel.send(RECORD.pack(Kind.SUBMIT, pool.number, slot.number, slot.generation))
         except OSError:
             sent = 0
         if sent == RECORD.size:
             return True
-        self._used.pop((memory.number, slot.number), None)
+        self._used.pop((pool.number, slot.number), None)
         slot.sent = False
         return False
 
@@ -222,7 +222,7 @@ class EngineClient:
         if slots is None:
             return NO_SLOT if self.alive else ENGINE_DEAD
         command = _Command()
-        length = slots[0].memory.slots.write_bytes(slots[0].number, text)
+        length = slots[0].pool.slots.write_bytes(slots[0].number, text)
         now = time.monotonic()
         if not self.submit(slots[0], command, Request(0, IS_COMMAND, length, now, now, slots[0].generation)):
             self.give_back(slots[0])
@@ -249,10 +249,10 @@ class EngineClient:
         if self.listener is not None:
             self.listener.forget_models()
         self._used.clear()
-        for memory in self._memories.values():
-            memory.slots.close()
-        self._memories.clear()
-        self._memory = None
+        for pool in self._pools.values():
+            pool.slots.close()
+        self._pools.clear()
+        self._pool = None
 
     def _close_old(self) -> None:
         if self._old is not None:
@@ -271,15 +271,15 @@ class EngineClient:
         if not alive:
             shared: dict[Any, Any] = {}
             for slot in self.waiting():
-                slot.memory.slots.cancel(slot.number)
+                slot.pool.slots.cancel(slot.number)
                 if slot.owner is not None:
                     slot.owner.on_reply(slot, None, shared)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            if self._memory is not None:
-                moment, _ = self._memory.slots.heartbeat
+            if self._pool is not None:
+                moment, _ = self._pool.slots.heartbeat
                 self._set_alive(alive=time.monotonic() - moment < HUNG_SECONDS)
 
     def _read_broker(self) -> None:
@@ -344,7 +344,7 @@ class EngineClient:
         if slot is None or slot.generation != generation:
             return
         del self._used[memory, number]
-        reply = slot.memory.slots.read_reply(number)
+        reply = slot.pool.slots.read_reply(number)
         if slot.owner is not None:
             slot.owner.on_reply(slot, reply, shared)
         self.give_back(slot)
@@ -353,18 +353,18 @@ class EngineClient:
         """Use new slots from now on; unmap the old slots when all of them are free."""
         if self._channel is None:
             return
-        before, slots = self._memory, Slots.open(file)
+        before, slots = self._pool, Slots.open(file)
         free = list(range(slots.count - 1, -1, -1))
-        self._memory = Memory(number, slots, self._channel, free, [0] * slots.count)
-        self._memories[number] = self._memory
+        self._pool = SlotPool(number, slots, self._channel, free, [0] * slots.count)
+        self._pools[number] = self._pool
         if before is not None and len(before.free) == before.slots.count:
             self._unmap(before)
 
-    def _unmap(self, memory: Memory) -> None:
-        if self._memories.get(memory.number) is memory:
-            del self._memories[memory.number]
-            memory.slots.close()
-            self._send(Kind.UNMAPPED, 0, memory.number)
+    def _unmap(self, pool: SlotPool) -> None:
+        if self._pools.get(pool.number) is pool:
+            del self._pools[pool.number]
+            pool.slots.close()
+            self._send(Kind.UNMAPPED, 0, pool.number)
 
     def _send(self, kind: Kind, number: int, memory: int = 0) -> None:
         if self._channel is not None:
@@ -386,7 +386,7 @@ class _Command:
         if reply is None:
             self.result.set_result(ENGINE_DEAD)
             return
-        found = json.loads(slot.memory.slots.read_bytes(slot.number, reply.length))["rejection"]
+        found = json.loads(slot.pool.slots.read_bytes(slot.number, reply.length))["rejection"]
         self.result.set_result(None if found is None else Rejection(**found))
 
     def after_read(self, found: Any) -> None:

@@ -36,7 +36,7 @@ from sopdeploy_service.inference.engine_process.fronts import (
     MAX_COMMAND_BYTES,
     WANTS_FEATURES,
     Front,
-    Memory,
+    OwnedSlots,
     SlotImage,
     parse_command,
 )
@@ -372,7 +372,7 @@ class Engine:
                 slots = Slots.create(size, smallest)
                 slots.beat(time.monotonic(), self._images)
                 front.newest += 1
-                front.memories[front.newest] = Memory(slots, bytearray(slots.count), [0] * slots.count)
+                front.memories[front.newest] = OwnedSlots(slots, bytearray(slots.count), [0] * slots.count)
                 self._send(front, Kind.SLOTS, front.newest, 0, 0, os.dup(slots.file))
             for model in models:
                 if model.number not in front.uses:

@@ -26,8 +26,8 @@ CODES = {rejection.code: position for position, rejection in enumerate(REJECTION
 
 
 @dataclass(eq=False, slots=True)
-class Memory:
-    """The engine's record of the slots of a front end: which slots it owns, and their last generations."""
+class OwnedSlots:
+    """A front end's slots in one shared memory: those that the engine owns and their last generations."""
 
     slots: Slots
     owned: bytearray
@@ -41,7 +41,7 @@ class Front:
     name: str
     channel: socket.socket
     outbox: Outbox
-    memories: dict[int, Memory] = field(default_factory=dict)
+    memories: dict[int, OwnedSlots] = field(default_factory=dict)
     newest: int = -1  # number of its newest memory
     pending: bytearray = field(default_factory=bytearray)  # part of a record
     uses: set[int] = field(default_factory=set)
@@ -55,7 +55,7 @@ class SlotImage(QueuedImage):
     """An image, or a command, in a slot that the engine owns until `settle` was called."""
 
     front: Front
-    memory: Memory
+    memory: OwnedSlots
     number: int  # of the memory
     slot: int
     generation: int

@@ -94,7 +94,7 @@ class RemoteQueue(RequestQueue):
             if slot is not None and not slot.sent:
                 self._client.give_back(slot)
             elif slot is not None and slot.item is not None:
-                slot.memory.slots.cancel(slot.number)
+                slot.pool.slots.cancel(slot.number)
 
     def put(self, item: QueuedImage) -> Rejection | None:
         """Copy the image of *item* to its slot and send it, unless its request has ended."""
@@ -103,7 +103,7 @@ class RemoteQueue(RequestQueue):
             if self.closed_with is not None or slot is None:
                 return self.closed_with
             slot.sent = True  # `release` leaves it to the engine from now on
-        np.copyto(slot.memory.slots.pixels(slot.number, self._shape), item.image)
+        np.copyto(slot.pool.slots.pixels(slot.number, self._shape), item.image)
         flags = WANTS_FEATURES if item.features else 0
         request = Request(self._model.number, flags, 0, item.arrived, item.deadline, slot.generation)
         if self._client.submit(slot, self, request):
@@ -148,7 +148,7 @@ class RemoteQueue(RequestQueue):
 
     def _predict(self, slot: Slot, item: QueuedImage, reply: Reply, shared: dict[Any, Any]) -> Prediction:
         """Copy the outputs out of *slot*; count the image and, for the first image of a batch, the batch."""
-        values = slot.memory.slots.floats(slot.number)[: reply.length // 4].copy()
+        values = slot.pool.slots.floats(slot.number)[: reply.length // 4].copy()
         outputs, end = {}, 0
         for name, shape, size in self._outputs:
             if name != FEATURES or item.features:
