@@ -111,7 +111,7 @@ def compute_reference(
         own_logits = gate_logits(deployed, pixels) if own_gate is None else own_gate(pixels)
         exact_logits, allowed = gate_logits(network64, pixels), FLOORS_BY_PRECISION[precision]
         routes = find_routes(exact_logits, own_logits, gate.chosen, allowed)
-        kept = routes.steady
+        kept = routes.comparable
     if not kept.any():
         raise ParityError(
             f"the gate is undecided on every probe image and rounding to {precision} changes every route, "
@@ -300,7 +300,7 @@ def compare(
         passed=passed,
         drift_allowed=allow_drift and not passed,
     )
-    if report.vacuous:
+    if report.unverifiable:
         report = report.model_copy(update={"passed": False, "drift_allowed": allow_drift})
     if not report.passed and not allow_drift:
         raise ParityError(_error_message(report))
@@ -382,7 +382,7 @@ def _error_message(report: ParityReport) -> str:
     routing = report.routing
     if routing is not None and routing.wrong:
         what = f"routes {routing.wrong} of {report.images} images to components that the gate did not choose"
-    if report.vacuous:
+    if report.unverifiable:
         floor = report.logits.noise_floor
         what = (
             f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "

@@ -104,10 +104,11 @@ class OutputParity(StrictModel):
 class RoutingParity(StrictModel):
     """Comparison of the routes that the gate of the file chose with those of the float64 network.
 
-    An image is unsteady if its margin between the K-th and the next gate logit is at most twice `tolerance`,
-    the allowed drift of these logits. The images that the file routes to other components are counted as
-    `flips` if they are unsteady, and as `wrong` if not. `left_out` lists the images excluded from the drift
-    and from the probes. `usage` is the number of images per component in float64.
+    The gate is undecided on an image if the margin between its K-th and the next logit is at most twice
+    `tolerance`, the allowed drift of these logits; `unsteady` is the number of these images. The images that
+    the file routes to other components are counted as `flips` if the gate is undecided on them, and as
+    `wrong` if not. `left_out` lists the images excluded from the drift and from the probes. `usage` is the
+    number of images per component in float64.
     """
 
     noise_floor: float
@@ -199,7 +200,7 @@ class ParityReport(StrictModel):
         return {key: value for key, value in fields.items() if value is not None or key != "class_maps"}
 
     @property
-    def vacuous(self) -> bool:
+    def unverifiable(self) -> bool:
         """Whether a file that ignores its input could be within the tolerance.
 
         Such a file is wrong by at least half of the spread. int8 is exempt: rounding may move a single probe
@@ -268,9 +269,8 @@ class Routing:
     """The float64 routes of P images through N components.
 
     `chosen` and `visible` are (P, N); `visible` marks the chosen components whose weight is positive in
-    float32. `steady` (P,) marks the images whose outputs are compared: the images with a clear margin. If no
-    image has a clear margin, `decided` is false, and `steady` marks the images whose route does not change in
-    the network's own run in the exported precision.
+    float32. `decided` (P,) marks the images whose `margin` is more than twice the tolerance, `unchanged` (P,)
+    those whose route is the same in the network's own run in the exported precision.
     """
 
     chosen: NDArray[np.bool_]
@@ -278,8 +278,13 @@ class Routing:
     margin: NDArray[np.float64]
     noise_floor: float
     tolerance: float
-    steady: NDArray[np.bool_]
-    decided: bool
+    decided: NDArray[np.bool_]
+    unchanged: NDArray[np.bool_]
+
+    @property
+    def comparable(self) -> NDArray[np.bool_]:
+        """The images (P,) whose outputs can be compared: `decided`, or `unchanged` if none is decided."""
+        return self.decided if self.decided.any() else self.unchanged
 
 
 def find_gate(network: nn.Module) -> Any:
@@ -307,7 +312,7 @@ def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
 
 
 def find_routes(exact: NDArray[Any], own: NDArray[Any], k: int, floors: float) -> Routing:
-    """Compute the routes to *k* components from the float64 gate logits *exact* (P, N); mark stable ones.
+    """Compute the routes to *k* components from the float64 gate logits *exact* (P, N).
 
     *own* are the logits in the exported precision; the tolerance is *floors* times their error.
     """
@@ -317,8 +322,6 @@ def find_routes(exact: NDArray[Any], own: NDArray[Any], k: int, floors: float) -
     smallest = 4 * float(np.finfo(np.float32).eps) * float(np.abs(exact).max())
     noise = max(smallest, float(np.abs(own - exact).max()))
     tolerance = floors * noise
-    steady = margin > 2 * tolerance
-    decided = bool(steady.any())
     kept = np.where(chosen, exact, -np.inf)
     kept = kept - kept.max(axis=1, keepdims=True)
     log_weight = kept - np.log(np.exp(kept).sum(axis=1, keepdims=True))
@@ -328,8 +331,8 @@ def find_routes(exact: NDArray[Any], own: NDArray[Any], k: int, floors: float) -
         margin=margin,
         noise_floor=noise,
         tolerance=tolerance,
-        steady=steady if decided else (_largest(own, k) == chosen).all(axis=1),
-        decided=decided,
+        decided=margin > 2 * tolerance,
+        unchanged=(_largest(own, k) == chosen).all(axis=1),
     )
 
 
@@ -350,21 +353,19 @@ def rerouted(gates: NDArray[Any], routes: Routing) -> NDArray[np.bool_]:
 
 def compared(other: NDArray[np.bool_], routes: Routing) -> NDArray[np.bool_]:
     """Mark the images (P,) whose outputs are compared; *other* (P,) marks rerouted images."""
-    kept: NDArray[np.bool_] = routes.steady & (routes.decided | ~other)
-    return kept
+    return routes.decided if routes.decided.any() else routes.unchanged & ~other
 
 
 def routing_parity(other: NDArray[np.bool_], routes: Routing) -> RoutingParity:
     """Summarize the routing; *other* (P,) marks the images rerouted at any batch size."""
-    uncertain = ~routes.steady if routes.decided else np.ones_like(routes.steady)
     finite = routes.margin[np.isfinite(routes.margin)]
     return RoutingParity(
         noise_floor=routes.noise_floor,
         tolerance=routes.tolerance,
         smallest_margin=float(finite.min()) if len(finite) else 0.0,
-        unsteady=int(uncertain.sum()),
-        flips=int((other & uncertain).sum()),
-        wrong=int((other & ~uncertain).sum()),
+        unsteady=int((~routes.decided).sum()),
+        flips=int((other & ~routes.decided).sum()),
+        wrong=int((other & routes.decided).sum()),
         left_out=tuple(int(image) for image in np.flatnonzero(~compared(other, routes))),
         usage=tuple(int(count) for count in routes.chosen.sum(axis=0)),
     )

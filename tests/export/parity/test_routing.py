@@ -53,14 +53,14 @@ def test_a_route_is_the_set_of_largest_logits_not_of_positive_weights(
 
 def test_a_changed_route_is_a_flip_where_the_gate_is_undecided_and_otherwise_wrong() -> None:
     routes = routes_of([CLEAR, [3.0, 1.0001, 1.0, 0.0]], noise=1e-3)
-    assert routes.steady.tolist() == [True, False]
+    assert routes.decided.tolist() == [True, False]
     both = routing_parity(np.array([True, True]), routes)
     assert (both.flips, both.wrong, both.unsteady) == (1, 1, 1)
 
 
 def test_a_gate_that_is_undecided_everywhere_has_no_wrong_route() -> None:
     routes = routes_of([[1.0, 1.0, 1.0, 1.0]] * 2, noise=1e-3)
-    assert routes.steady.all()
+    assert routes.comparable.all()
     assert routing_parity(np.array([True, False]), routes).wrong == 0
 
 
@@ -74,7 +74,7 @@ def test_undecided_images_are_left_out_if_others_are_decided() -> None:
 def test_images_rerouted_by_rounding_are_left_out_if_none_is_decided() -> None:
     close, flipped = [3.0, 1.001, 1.0, 0.0], [3.0, 1.0, 1.01, 0.0]
     routes = routes_of([close] * 3, [close, close, flipped])
-    assert not routes.decided
+    assert not routes.decided.any()
     other = np.array([False, True, False])
     assert compared(other, routes).tolist() == [True, False, False]
     found = routing_parity(other, routes)
