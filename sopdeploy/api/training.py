@@ -96,12 +96,13 @@ def configure(
     if recipe is None and data is None:
         raise ConfigError("no training data: give --data DIR for a folder of images, or --recipe NAME")
     source = recipe or FOLDER_RECIPE
-    overrides = [*assignments, *([f"data.path={data}"] if data else [])]
-    if weights is not None:
-        overrides.append(f"start.weights={weights}")
-    if pooling is not None:
-        overrides.append(f"model.config.pooling={check_name(pooling)}")
-    return read_recipe(source, overrides), Path("runs") / Path(source).stem
+    chosen = {
+        "data.path": str(data) if data else None,
+        "start.weights": None if weights is None else str(weights),
+        "model.config.pooling": None if pooling is None else check_name(pooling),
+    }
+    given = {key: text for key, text in chosen.items() if text is not None}
+    return read_recipe(source, [*assignments, *_assignments(given)]), Path("runs") / Path(source).stem
 
 
 def _assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

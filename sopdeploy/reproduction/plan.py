@@ -12,7 +12,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import Description, describe
 from sopdeploy.models.registry import create_model
 from sopdeploy.reproduction.facts import count_facts
-from sopdeploy.reproduction.small import SMALL_DATA, small_data, small_overrides
+from sopdeploy.reproduction.small import SMALL_DATA, small_data, small_overrides, to_toml
 from sopdeploy.reproduction.tables import DATA_SETS, DataSet, PrintedRow, PrintedTable
 from sopdeploy.training.recipe import Recipe, parse_override, read_recipe
 
@@ -131,7 +131,7 @@ def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
             overrides = (*overrides, *own)
             recipe = read_recipe(source, overrides)
         elif options.data is not None:
-            overrides = (*overrides, f"data.path={options.data}")
+            overrides = (*overrides, f"data.path={to_toml(str(options.data))}")
             recipe = read_recipe(source, overrides)
     except ConfigError as error:
         return Job(row=row, source=source, overrides=overrides, reason=f"not available: {error}")

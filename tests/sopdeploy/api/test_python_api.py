@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import sopdeploy
 from sopdeploy.api.arguments import OPTIONS, SWITCHES, rename_options
 from sopdeploy.api.progress import LINE_WIDTH, ProgressBars
+from sopdeploy.api.training import configure
 from sopdeploy.api.training_result import TrainedRun
 from sopdeploy.cli.app import app
 from sopdeploy.cli.deployment.export import export as export_command
@@ -336,6 +337,16 @@ BAD_IMAGES = {
 def test_what_is_no_image_is_one_error_line(case: str, bundle: Path) -> None:
     with pytest.raises(DataError, match=r"^(image 0|missing\.jpg): [^\n]*give|cannot be read"):
         sopdeploy.predict(bundle, BAD_IMAGES[case])
+
+
+@pytest.mark.parametrize(
+    "name", ["2024", "2024-06-01", "true", "[new]", "a # b", '"quoted"', " x ", "C:\\p", "ä\U0001f600"]
+)
+def test_a_folder_or_weight_file_is_a_name_and_never_a_toml_value(name: str) -> None:
+    recipe, _ = configure(name, None, weights=name)
+    assert str(getattr(recipe.data, "path", None)) == name
+    assert recipe.start is not None
+    assert str(recipe.start.weights) == name
 
 
 def test_user_errors_are_sopdeploy_errors(bundle: Path, photos: Path, tmp_path: Path) -> None:

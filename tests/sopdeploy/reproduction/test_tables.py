@@ -155,6 +155,8 @@ def test_a_dry_run_prints_commands_and_hours_and_writes_nothing(tmp_path, monkey
     printed = CliRunner().invoke(app, ["reproduce", "dsop-9a", "--rows", "sgd", "--dry-run"]).stdout
     assert "sopdeploy train --recipe cifar10-dsop-resnet20 --set model.name=resnet20" in printed
     assert "20e12 operations per second" in printed
+    named = ["reproduce", "dsop-9a", "--rows", "sgd", "--data", "2024", "--dry-run"]
+    assert "--set 'data.path=\"2024\"' " in CliRunner().invoke(app, named).stdout
     assert list(tmp_path.iterdir()) == []
 
 
