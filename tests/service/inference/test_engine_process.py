@@ -252,6 +252,29 @@ def test_without_an_engine_requests_get_503_at_once_until_it_is_back(
         until(lambda: client.engine.num_free == 256)
 
 
+def replace_model(shared: Group, bundle: Bundle) -> None:
+    """Make the engine serve *bundle*, as the model with number 2, instead of all others."""
+    loaded = LoadedModel(bundle=bundle, runtime=FakeRuntime(classes=7), replays={})
+    new = EngineModel("tiny", 2, loaded, Settings())
+    shared.table.models = lambda: {"tiny": [new]}
+    shared.engine.call_soon_threadsafe(shared.engine._adopt_models)
+    shared.engine.call_soon_threadsafe(lambda: shared.engine._announce(list(shared.engine.fronts.values())))
+
+
+def test_slots_of_ended_requests_return_when_their_model_is_replaced(group, bundle, jpeg, until) -> None:
+    runtime = Held(largest_batch=1)
+    shared = group(runtime)
+    with front_end(shared, bundle) as client:
+        for _ in range(3):  # one runs, two are queued
+            with contextlib.suppress(httpx.ReadTimeout):
+                client.post("/v1/classify", content=jpeg, timeout=0.1)
+        replace_model(shared, bundle)
+        until(lambda: list(shared.engine._models) == [2])
+        runtime.gate.set()
+        until(lambda: client.engine.num_free == 256)
+        assert shared.engine._images == 0
+
+
 def test_a_larger_input_gets_larger_slots_and_the_old_ones_are_given_up(group, bundle, jpeg, until) -> None:
     shared = group(FakeRuntime(classes=7))
     with front_end(shared, bundle) as client:
@@ -259,15 +282,7 @@ def test_a_larger_input_gets_larger_slots_and_the_old_ones_are_given_up(group, b
         images = bundle.manifest.inputs[0].model_copy(update={"shape": (None, 96, 96, 3)})
         rules = bundle.manifest.preprocess.model_copy(update={"crop": 96, "resize": 96})
         manifest = bundle.manifest.model_copy(update={"inputs": (images,), "preprocess": rules})
-        larger = LoadedModel(
-            bundle=replace(bundle, manifest=manifest), runtime=FakeRuntime(classes=7), replays={}
-        )
-        new = EngineModel("tiny", 2, larger, Settings())
-        shared.table.models = lambda: {"tiny": [new]}
-        shared.engine.call_soon_threadsafe(shared.engine._adopt_models)
-        shared.engine.call_soon_threadsafe(
-            lambda: shared.engine._announce(list(shared.engine.fronts.values()))
-        )
+        replace_model(shared, replace(bundle, manifest=manifest))
         until(lambda: client.get("/v2/models/tiny").json()["inputs"][0]["shape"] == [-1, 96, 96, 3])
         assert client.post("/v1/classify", content=jpeg).status_code == 200
         (front,) = shared.engine.fronts.values()

@@ -389,5 +389,6 @@ class Engine:
         kept |= {number for front in self.fronts.values() for number in front.uses}
         for number in set(self._models) - kept:
             model = self._models.pop(number)
-            model.queue.close(DRAINING)
+            for item in model.queue.close(DRAINING):  # their requests have ended, but their slots must return
+                item.settle(DRAINING)
             self._commands.submit(model.stop)
