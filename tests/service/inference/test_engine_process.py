@@ -34,6 +34,7 @@ from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
+from tests.service import raw
 from tests.service.bundle_with_maps import write_bundle_with_maps
 from tests.service.children import PYTHONPATH
 from tests.service.conftest import Client, GatedRuntime, open_files, running
@@ -273,6 +274,30 @@ def test_slots_of_ended_requests_return_when_their_model_is_replaced(group, bund
         runtime.gate.set()
         until(lambda: client.engine.num_free == 256)
         assert shared.engine._images == 0
+
+
+def test_an_image_that_is_sent_after_its_model_was_released_does_not_end_the_front_end(
+    group, bundle, jpeg, until, monkeypatch
+) -> None:
+    shared = group(FakeRuntime(classes=7))
+    copying, released, copyto = threading.Event(), threading.Event(), np.copyto
+
+    def copy_late(*arrays: np.ndarray) -> None:
+        copying.set()
+        released.wait(20)
+        copyto(*arrays)
+
+    copier = SimpleNamespace(copyto=copy_late)
+    monkeypatch.setattr("sopdeploy_service.inference.engine_process.remote.np", copier)
+    with front_end(shared, bundle) as client:
+        with raw.connect(client) as wire:
+            wire.sendall(raw.post_of(jpeg))
+            assert copying.wait(20)
+        replace_model(shared, bundle)
+        until(lambda: list(shared.engine._models) == [2])
+        released.set()
+        until(lambda: client.engine.num_free == 256)
+        assert len(shared.engine.fronts) == 1
 
 
 def test_a_larger_input_gets_larger_slots_and_the_old_ones_are_given_up(group, bundle, jpeg, until) -> None:

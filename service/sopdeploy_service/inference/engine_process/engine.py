@@ -225,7 +225,9 @@ class Engine:
             front.applied = value
             self._answer_commands()
         elif kind == Kind.RELEASE:
-            front.uses.discard(value)
+            if value in front.uses:
+                front.uses.remove(value)
+                front.released.add(value)
             self._retire()
         elif kind == Kind.UNMAPPED:
             memory = front.memories.get(number)
@@ -264,6 +266,9 @@ class Engine:
         )
         if request.flags & IS_COMMAND:
             self._command(item, memory.slots.read_bytes(slot, min(request.length, MAX_COMMAND_BYTES)))
+            return
+        if request.model in front.released:  # its request ended while a decoder thread was sending it
+            item.settle(DRAINING)
             return
         model = self._models.get(request.model)
         if model is None or request.model not in front.uses or model.slot_bytes > memory.slots.size:

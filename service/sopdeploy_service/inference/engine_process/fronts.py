@@ -45,6 +45,7 @@ class Front:
     newest: int = -1  # number of its newest memory
     pending: bytearray = field(default_factory=bytearray)  # part of a record
     uses: set[int] = field(default_factory=set)
+    released: set[int] = field(default_factory=set)  # models that it has used
     applied: int = 0  # number of the last change of models that it has applied
     blocked: bool = False  # its channel accepts nothing more now
     closed: bool = False
