@@ -170,11 +170,11 @@ class Service:
         rejection = model.queue.reserve(items)
         if rejection is not None:
             return rejection
-        if context.rate_limit is not None:
-            context.rate_limit.spend(len(images))
         timer = loop.call_later(deadline - started, model.queue.reject, items, DEADLINE)
         self.admitted += len(items)
         try:
+            if context.rate_limit is not None:  # raises if another front end has just spent the tokens
+                context.rate_limit.spend(len(images))
             for item, image in zip(items, images, strict=True):
                 self._submit(model, item, image)
             outcomes = [await item.outcome for item in items]

@@ -20,6 +20,7 @@ import pytest
 
 from sopdeploy.bundle.class_maps import read_class_maps
 from sopdeploy.bundle.folder import Bundle, open_bundle
+from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.http.rate_limits import SharedSpending, TokenBucket
 from sopdeploy_service.inference.engine_process import client as client_module
@@ -437,6 +438,27 @@ def test_front_ends_share_the_rate_limit_of_a_key() -> None:
         with pytest.raises(RejectedError):
             bucket.spend(1)
         assert bucket.headers()["RateLimit-Remaining"] == "0"
+
+
+def test_slots_return_if_another_front_end_spends_the_last_tokens_of_a_key(
+    group, bundle, jpeg, tmp_path, monkeypatch
+) -> None:
+    class Contested(TokenBucket):
+        """Another front end spends all tokens between the check and the payment of each request."""
+
+        def spend(self, images: int, *, check_only: bool = False) -> None:
+            self._tokens = float(self._burst) if check_only else 0.0
+            super().spend(images, check_only=check_only)
+
+    monkeypatch.setattr("sopdeploy_service.http.middleware.TokenBucket", Contested)
+    keys = tmp_path / "keys.toml"
+    secret = new_key(keys, "one", rate=1e-6, burst=9, admin=False)
+    with front_end(group(FakeRuntime(classes=7), keys=keys), bundle) as client:
+        for _ in range(2):
+            answer = client.post("/v1/classify", content=jpeg, headers={"x-api-key": secret})
+            assert answer.json()["code"] == "rate_limited"
+        assert client.engine.num_free == 256
+        assert client.app.state.service.admitted == 0
 
 
 def test_an_engine_process_imports_no_server_no_event_loop_and_no_image_library() -> None:
