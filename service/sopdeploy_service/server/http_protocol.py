@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httptools
@@ -27,6 +28,7 @@ LINGER_SECONDS = (
     2.0  # a connection closed with unread input is reset, and the client cannot read the response
 )
 LINGER_BYTES = 100_000_000
+BODY_LENGTH = {b"content-length", b"transfer-encoding"}
 MAX_PIPELINE = 16  # queued requests of one connection
 
 FULL = Rejection("too_many_connections", 503, "too many connections; retry later", 1)
@@ -160,12 +162,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._shared.idle.pop(self, None)
         was_in_headers = self._in_headers
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:  # answer as if no upgrade was requested, then close
-            self._ignores_input = True
-            self.cycle.keep_alive = False
+            self._feed(data)
         except httptools.HttpParserError:
-            self._rejection = self._rejection or MALFORMED
+            if not self._ignores_input:
+                self._rejection = self._rejection or MALFORMED
         if was_in_headers and self._in_headers:  # the parser buffers an incomplete header
             self._unparsed_bytes += len(data)
             if self._unparsed_bytes > self._limits.max_url_bytes + self._limits.max_header_bytes:
@@ -175,6 +175,28 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._reject(self._rejection)
         elif self._timer is None and not self._in_body and not responding:
             self._restart_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
+
+    def _feed(self, data: bytes) -> None:
+        """Parse *data*; answer a request for an upgrade as if it had not asked for one, then close.
+
+        httptools skips the body of such a request, which Java's client sends by default, so a second parser
+        reads it.
+        """
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._rejection is not None:
+                return
+            self.cycle.keep_alive = False
+            lengths = [header for header in self.headers if header[0] in BODY_LENGTH]
+            lines = [b"POST / HTTP/1.1", *map(b": ".join, lengths), b"", b""]
+            callbacks = SimpleNamespace(on_body=self.on_body, on_message_complete=self._end_last_request)
+            self.parser = httptools.HttpRequestParser(callbacks)
+            self.parser.feed_data(b"\r\n".join(lines) + data[upgrade.args[0] :])
+
+    def _end_last_request(self) -> None:
+        self.on_message_complete()
+        self._ignores_input = True
 
     def on_message_begin(self) -> None:
         """Reset the header counters of the previous request."""
@@ -222,7 +244,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End the request, unless it is rejected: the app then never receives the end of the body."""
-        if self._rejection is not None:
+        if self._rejection is not None or self.parser.should_upgrade():  # `_feed` reads its body
             return
         self._in_body = False
         super().on_message_complete()

@@ -103,6 +103,7 @@ REJECTED = {
         "a URL with a broken host": b"GET http://[::1/a HTTP/1.1\r\n\r\n",
         "no host": b"GET /livez HTTP/1.1\r\n\r\n",
         "two hosts": GET + b"Host: y\r\n\r\n",
+        "an upgrade without a host": b"GET / HTTP/1.1\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n",
         "a tunnel": b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
         "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         "HTTP/0.9": b"GET /livez HTTP/0.9\r\n\r\n",
@@ -289,6 +290,19 @@ def test_websockets_are_404_and_close_the_connection(wire):
     )
     reply = read(bad)
     assert (reply.status, reply.code) == (404, "not_found")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_request_that_offers_http_2_is_served_with_its_body(wire, jpeg, chunked):
+    """Java's `HttpClient` and `curl --http2` offer it with every request to an http:// URL."""
+    good = wire()
+    length, body = b"Content-Length: %d" % len(jpeg), jpeg
+    if chunked:
+        length, body = b"Transfer-Encoding: chunked", b"%x\r\n%s\r\n0\r\n\r\n" % (len(jpeg), jpeg)
+    offer = b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"
+    good.sendall(POST + offer + length + b"\r\n\r\n" + body[:100])
+    good.sendall(body[100:] + b"garbage")
+    assert read(good).status == 200
 
 
 @pytest.mark.parametrize(
