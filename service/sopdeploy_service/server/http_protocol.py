@@ -234,6 +234,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._rejection = self._rejection or MALFORMED
         if self._rejection is None:
             super().on_headers_complete()
+            self.headers = list(
+                self.headers
+            )  # trailers are added to this copy: the request must not use them
             self._in_body = True
             self.cycle.transport = cast(asyncio.Transport, self)  # so that the response calls this `close`
 

@@ -283,6 +283,15 @@ def test_a_response_before_the_body_keeps_the_connection_if_the_body_arrives(wir
         assert wire.recv(10) == b""
 
 
+def test_trailers_are_not_headers_of_the_request(wire):
+    """A proxy that checks headers, such as keys, does not see those that come after the body."""
+    good = wire()
+    good.sendall(CHUNKED + b"0\r\nX-Request-ID: late\r\nX-Request-Timeout-Ms: no\r\n\r\n")
+    reply = read(good, to_the_end=False)
+    assert reply.code == "empty_body"
+    assert reply.headers["x-request-id"] != "late"
+
+
 def test_websockets_are_404_and_close_the_connection(wire):
     bad = wire()
     bad.sendall(
