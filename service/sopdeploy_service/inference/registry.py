@@ -121,11 +121,9 @@ class ModelRegistry:
             try:
                 serving = versions.current.version if versions else None
                 path = self._store.find(name, folder, serving=serving)
-                if versions is not None and path == versions.current.bundle.path:
-                    return versions.current
-                previous = versions.previous if versions else None
-                if versions is not None and previous is not None and path == previous.bundle.path:
-                    return self._swap(versions)
+                known = self.find(name, read_manifest(path).id)  # a folder may have got another bundle
+                if versions is not None and isinstance(known, Model):
+                    return known if known is versions.current else self._swap(versions)
                 loaded = await asyncio.to_thread(load_model, path, self._settings)
             except SopdeployError as error:
                 return Rejection("cannot_load", 400, str(error))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sopdeploy.bundle.folder import MANIFEST
+from sopdeploy.bundle.folder import MANIFEST, read_manifest
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.engine_process.slots import slot_bytes
@@ -146,12 +146,13 @@ class ModelTable:
         return None
 
     def _load(self, name: str, folder: str | None, versions: Versions | None) -> None:
-        serving = None if versions is None else versions.current.loaded.bundle
-        path = self._store.find(name, folder, serving=serving.manifest.id if serving else None)
-        if serving is not None and path == serving.path:
-            return
+        serving = None if versions is None else versions.current.loaded.bundle.manifest.id
+        path = self._store.find(name, folder, serving=serving)
+        version = read_manifest(path).id  # a folder may have got another bundle
         previous = None if versions is None else versions.previous
-        if versions is not None and previous is not None and path == previous.loaded.bundle.path:
+        if version == serving:
+            return
+        if versions is not None and previous is not None and version == previous.loaded.bundle.manifest.id:
             versions.current, versions.previous = previous, versions.current
         else:
             self.serve(name, self.load_bundle(path))
