@@ -131,7 +131,8 @@ def model_info(model: Model) -> ModelInfo:
 async def card(request: Request, model: str | None = None) -> Response:
     """Return the model card of *model* (required if several are loaded) and a summary of its certificate."""
     chosen = raise_if_rejected(service_of(request).registry.find(model))
-    return json_response(await asyncio.to_thread(read_card, chosen.bundle))
+    with chosen.in_use():  # a replaced model closes its files
+        return json_response(await asyncio.to_thread(read_card, chosen.bundle))
 
 
 def read_card(bundle: Bundle) -> Card:
@@ -173,7 +174,8 @@ def read_card(bundle: Bundle) -> Card:
 async def selftest(request: Request, model: str | None = None) -> Response:
     """Replay the probes of the bundle through the runtime, between the requests of clients."""
     chosen, deadline = admit(request, model)
-    found = await self_test(service_of(request), chosen, deadline, request.state.context)
+    with chosen.in_use():
+        found = await self_test(service_of(request), chosen, deadline, request.state.context)
     return json_response(raise_if_rejected(found))
 
 

@@ -20,6 +20,7 @@ import pytest
 
 from sopdeploy.bundle.class_maps import read_class_maps
 from sopdeploy.bundle.folder import Bundle, open_bundle
+from sopdeploy_service.api import status
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.http.rate_limits import SharedSpending, TokenBucket
@@ -299,6 +300,30 @@ def test_an_image_that_is_sent_after_its_model_was_released_does_not_end_the_fro
         released.set()
         until(lambda: client.engine.num_free == 256)
         assert len(shared.engine.fronts) == 1
+
+
+@pytest.mark.parametrize(("path", "reader"), [("/selftest", "read_probes"), ("/v1/card", "read_card")])
+def test_a_model_that_is_read_while_it_is_replaced_keeps_its_files(
+    group, bundle, until, monkeypatch, path, reader
+) -> None:
+    reading, replaced, read = threading.Event(), threading.Event(), getattr(status, reader)
+
+    def read_late(*values: object) -> object:
+        reading.set()
+        replaced.wait(20)
+        return read(*values)
+
+    monkeypatch.setattr(status, reader, read_late)
+    shared = group()
+    with front_end(shared, bundle) as client, ThreadPoolExecutor(1) as pool:
+        found = pool.submit(client.get, path)
+        assert reading.wait(20)
+        before = client.app.state.service.registry.find()
+        replace_model(shared, bundle)
+        until(lambda: client.app.state.service.registry.find() is not before)
+        until(lambda: before._file.closed or not before.unused.is_set())
+        replaced.set()
+        assert found.result().status_code == 200
 
 
 def test_a_larger_input_gets_larger_slots_and_the_old_ones_are_given_up(group, bundle, jpeg, until) -> None:
