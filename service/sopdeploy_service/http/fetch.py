@@ -113,7 +113,12 @@ async def download(
     try:
         async with (
             # trust_env=False: a proxy or .netrc of the environment would connect to another address
-            httpx.AsyncClient(transport=transport, trust_env=False, verify=system_certificates()) as client,
+            httpx.AsyncClient(
+                transport=transport,
+                trust_env=False,
+                verify=system_certificates(),
+                timeout=None,  # noqa: S113 - `fetch` limits the time; httpx ends every wait after 5 seconds
+            ) as client,
             client.stream(
                 "GET", target.copy_with(host=address), headers=headers, extensions={"sni_hostname": host}
             ) as response,

@@ -182,6 +182,13 @@ def test_a_slow_stream_and_a_slow_resolver_end_at_the_timeout(slow):
     assert time.monotonic() - began < 20
 
 
+def test_a_fetch_may_take_longer_than_the_default_timeout_of_httpx():
+    transport = Transport()
+    settings = ALLOWED.model_copy(update={"url_seconds": 60.0})
+    assert got(URL, transport, settings=settings) == b"image"
+    assert set(transport.requests[0].extensions["timeout"].values()) == {None}
+
+
 class EchoHost(BaseHTTPRequestHandler):
     """Responds to every path with the `Host` of the request."""
 
