@@ -41,9 +41,10 @@ def bind(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except OSError as problem:
+    except (OSError, UnicodeError) as problem:  # UnicodeError: not a host name, such as `a..b`
+        reason = getattr(problem, "strerror", "not a host name")
         raise ConfigError(
-            f"{host}:{port}: cannot listen ({problem.strerror}); choose another host or port"
+            f"{host}:{port}: cannot listen ({reason}); choose another host or port"
         ) from problem
     return listener
 

@@ -229,8 +229,9 @@ def test_a_port_in_use_and_an_unknown_host_are_one_line_errors(bundle_path: Path
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: cannot listen .*another"):
             serve([bundle_path], Settings(port=port))
-    with pytest.raises(ConfigError, match="cannot listen"):
-        serve([bundle_path], Settings(host="host.invalid", port=0))
+    for host in ("host.invalid", "a..b"):
+        with pytest.raises(ConfigError, match="cannot listen"):
+            serve([bundle_path], Settings(host=host, port=0))
 
 
 def test_a_damaged_bundle_and_one_with_other_outputs_are_never_served(
