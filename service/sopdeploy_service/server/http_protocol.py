@@ -24,9 +24,7 @@ from sopdeploy_service.server.balancing import Balancer
 from sopdeploy_service.server.sockets import SPARE
 from sopdeploy_service.settings import Settings
 
-LINGER_SECONDS = (
-    2.0  # a connection closed with unread input is reset, and the client cannot read the response
-)
+LINGER_SECONDS = 2.0  # a connection closed with unread input is reset: the client could not read the response
 LINGER_BYTES = 100_000_000
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
 MAX_PIPELINE = 16  # queued requests of one connection
@@ -234,9 +232,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._rejection = self._rejection or MALFORMED
         if self._rejection is None:
             super().on_headers_complete()
-            self.headers = list(
-                self.headers
-            )  # trailers are added to this copy: the request must not use them
+            # uvicorn appends trailers to this list, and the request must not use them: it keeps the original.
+            self.headers = list(self.headers)
             self._in_body = True
             self.cycle.transport = cast(asyncio.Transport, self)  # so that the response calls this `close`
 
