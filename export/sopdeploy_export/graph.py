@@ -29,6 +29,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange
@@ -44,6 +45,7 @@ OPSET_OF_BFLOAT16 = 22  # the first opset with bfloat16 convolutions
 INPUT = "images"
 EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog, see `compute_outputs`
 PREFIX = "network."  # the attribute of `Deployed` that holds the network
+REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
 # Converting a ResNet-50 takes as long as the parity check, so the conversion of a program is cached with it.
@@ -70,6 +72,23 @@ class Deployed(nn.Module):
         return tuple(
             at_least_float32(value) for value in compute_outputs(self.network, self.normalise(images))
         )
+
+
+class InFloat64(TorchDispatchMode):
+    """Compute in float64 also where the code of a network names another type, as `.float()` does."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation, with float64 in place of every smaller floating-point type."""
+        del types
+        return func(*map(in_float64, args), **{key: in_float64(v) for key, v in (kwargs or {}).items()})
+
+
+def in_float64(value: Any) -> Any:
+    """Replace *value*, an argument of an operation, by float64 if it is a smaller floating-point type."""
+    return torch.float64 if any(value is dtype for dtype in REDUCED) else value
 
 
 def output_names(network: nn.Module) -> tuple[str, ...]:

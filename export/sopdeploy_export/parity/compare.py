@@ -44,7 +44,7 @@ from sopdeploy.layers.covariance import (
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, covariance_root
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy_export.graph import PREFIX, Deployed, output_names
+from sopdeploy_export.graph import PREFIX, Deployed, InFloat64, output_names
 from sopdeploy_export.parity.onnx_file import EMULATION, file_outputs, has_bfloat16, open_session
 from sopdeploy_export.parity.report import (
     FLOORS_BY_PRECISION,
@@ -102,7 +102,8 @@ def compute_reference(
     """
     own = own or deployed
     names, network64 = output_names(deployed.network), copy.deepcopy(deployed).double()
-    exact = network_outputs(network64, names, images, BATCH)
+    with InFloat64():
+        exact = network_outputs(network64, names, images, BATCH)
     batched = network_outputs(own, names, images, BATCH)
     single = network_outputs(own, names, images[:SINGLE_IMAGES], 1)
     routes, kept = None, np.ones(len(images), dtype=bool)

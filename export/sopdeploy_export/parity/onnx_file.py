@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy.errors import ParityError
-from sopdeploy_export.graph import PREFIX, with_converter_names
+from sopdeploy_export.graph import PREFIX, in_float64, with_converter_names
 from sopdeploy_export.parity.report import PROVIDER, PartDrift
 
 Arrays = dict[str, NDArray[Any]]
@@ -141,7 +141,6 @@ def _cast(source: str, target: str, to: int) -> onnx.NodeProto:
 
 IMAGES = 4
 MAX_PARTS, PART_IMAGES = 40, 2  # limits time and memory of every export
-REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 PRODUCTS = ("matmul", "bmm", "baddbmm")
 SECOND_ORDER = "second-order statistics need float32: disable TF32 and half precision in the runtime"
 ADVICE = {  # by the step inside a second-order module
@@ -227,10 +226,8 @@ class RecordingInterpreter(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one operation; with `exact`, float64 replaces every floating-point dtype in its arguments."""
         if self.exact:
-            args = tuple(torch.float64 if any(v is dtype for dtype in REDUCED) else v for v in args)
-            kwargs = {
-                key: torch.float64 if any(v is dtype for dtype in REDUCED) else v for key, v in kwargs.items()
-            }
+            args = tuple(map(in_float64, args))
+            kwargs = {key: in_float64(value) for key, value in kwargs.items()}
         if target is torch.ops.aten._assert_tensor_metadata.default:
             return None
         return super().call_function(target, args, kwargs)

@@ -27,7 +27,7 @@ from torch.export import Dim
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import LoweringError
-from sopdeploy_export.graph import OPSET, export
+from sopdeploy_export.graph import OPSET, InFloat64, export
 
 TOLERANCE = 1e-9  # relative to the largest value; correct forms differ by 1e-15 to 1e-12
 
@@ -58,7 +58,7 @@ def assert_equivalent(
         else torch.randn(value.shape, generator=generator, dtype=torch.float64).relu()
         for value in observed
     )
-    with torch.no_grad():
+    with torch.no_grad(), InFloat64():
         for given in (observed, synthetic):
             expected, found = original(*given), replacement(*given)
             if found.shape != expected.shape:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import ParityError
@@ -15,6 +16,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph import Deployed, operator_counts, write
 from sopdeploy_export.parity.compare import Reference, compare, compute_reference, logit_spread
 from sopdeploy_export.parity.report import FLOORS, ParityReport, agreement, in_floors
+from sopdeploy_export.rewrites.context import assert_equivalent
 from tests.export.once import BATCH, graph_of
 
 Make = Callable[..., Classifier]
@@ -49,6 +51,32 @@ def measure(exported: Exported, probes: Tensor, tmp_path: Path) -> Measure:
         return compare(path, expected, images, BATCH, operator_counts(copy), allow_drift=allow_drift)
 
     return run
+
+
+class NamesFloat32(nn.Module):
+    """Converts values to float32 in `forward`, unless it is *free*."""
+
+    def __init__(self, *, free: bool) -> None:
+        super().__init__()
+        self.free, self.fc = free, nn.Linear(3, 5)
+        nn.init.constant_(self.fc.weight, 1 / 3)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        means = pixels.mean((2, 3))
+        logits: Tensor = self.fc(means if self.free else means.float())
+        return logits if self.free else logits.to(dtype=torch.float32)
+
+
+def test_the_reference_is_float64_also_if_the_code_of_the_network_names_float32(
+    preprocess: Preprocess, probes: Tensor
+) -> None:
+    free, named = (NamesFloat32(free=free).eval() for free in (True, False))
+    named.load_state_dict(free.state_dict())
+    exact, found = (compute_reference(Deployed(n, preprocess), probes.numpy()) for n in (free, named))
+    assert (found.outputs["logits"] == exact.outputs["logits"]).all()
+    assert found.outputs["logits"].dtype == np.float64
+    pixels = torch.ones(2, 3, 4, 4)
+    assert_equivalent("rule", "network", named, lambda original: original, (pixels,))
 
 
 def test_the_exported_file_stays_within_its_tolerance(measure: Measure) -> None:
