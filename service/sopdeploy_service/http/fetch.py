@@ -70,9 +70,10 @@ def check_url(url: str, settings: Settings) -> tuple[httpx.URL, str, int]:
         raise _rejected(NOT_ALLOWED, "user names and passwords are not supported")
     host = target.raw_host.decode("ascii").lower()
     port = target.port or PORTS[target.scheme]
-    place = host if port == PORTS[target.scheme] else f"{host}:{port}"
-    if place not in settings.url_hosts:
-        raise _rejected(NOT_ALLOWED, f"{place[:100]!r} is not among the allowed hosts of this server")
+    place = f"{host}:{port}"
+    names = {place, host} if port == PORTS[target.scheme] else {place}
+    if names.isdisjoint(settings.url_hosts):
+        raise _rejected(NOT_ALLOWED, f"{min(names)[:100]!r} is not among the allowed hosts of this server")
     return target, host, port
 
 

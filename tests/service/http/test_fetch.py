@@ -84,6 +84,12 @@ def test_the_connection_uses_the_resolved_address_and_the_host_name(address, por
     assert resolver.calls == [("img.example", port)]  # once: a second DNS response could differ
 
 
+def test_a_host_may_be_allowed_with_the_default_port():
+    settings = Settings(url_hosts=("img.example:443",))
+    assert got("https://img.example/a", settings=settings) == b"image"
+    assert rejected("https://img.example:8443/a", settings=settings) == ("url_not_allowed", 403)
+
+
 PRIVATE = [
     *("127.0.0.1", "127.8.8.8", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.1.1"),  # noqa: S104
     *("169.254.169.254", "100.64.0.1", "224.0.0.1", "255.255.255.255", "192.0.2.1"),
