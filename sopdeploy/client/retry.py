@@ -129,7 +129,7 @@ def retry_after(response: httpx.Response) -> float:
         return float(text[:9])
     try:
         moment = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):  # OverflowError: a number of more digits than a date can have
         return 0.0
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)

@@ -98,8 +98,19 @@ def test_the_server_is_told_the_remaining_time(monkeypatch):
 
 PAST = "Wed, 21 Oct 2015 07:28:00 -0000"
 TOMORROW = format_datetime(datetime.now(UTC) + timedelta(days=1), usegmt=True)
-HEADERS = {"": 0, "7": 7, "-1": 0, "soon": 0, "9" * 40: 999_999_999, "²": 0, PAST: 0, TOMORROW: 86_400}
-CASES = ["empty", "a number", "negative", "text", "too long", "not ASCII", "past", "future"]
+MANY_DIGITS = "Wed, 21 Oct 99999999999 07:28:00 GMT"
+HEADERS = {
+    "": 0,
+    "7": 7,
+    "-1": 0,
+    "soon": 0,
+    "9" * 40: 999_999_999,
+    "²": 0,
+    PAST: 0,
+    TOMORROW: 86_400,
+    MANY_DIGITS: 0,
+}
+CASES = ["empty", "a number", "negative", "text", "too long", "not ASCII", "past", "future", "many digits"]
 
 
 @pytest.mark.parametrize(("header", "seconds"), HEADERS.items(), ids=CASES)
