@@ -161,8 +161,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         was_in_headers = self._in_headers
         try:
             self._feed(data)
-        except httptools.HttpParserError:
-            if not self._ignores_input:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            if not self._ignores_input:  # else it is what follows the last request
                 self._rejection = self._rejection or MALFORMED
         if was_in_headers and self._in_headers:  # the parser buffers an incomplete header
             self._unparsed_bytes += len(data)
@@ -183,18 +183,22 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if self._rejection is not None:
+            if self._rejection is not None or self._ignores_input:
                 return
             self.cycle.keep_alive = False
             lengths = [header for header in self.headers if header[0] in BODY_LENGTH]
             lines = [b"POST / HTTP/1.1", *map(b": ".join, lengths), b"", b""]
-            callbacks = SimpleNamespace(on_body=self.on_body, on_message_complete=self._end_last_request)
+            callbacks = SimpleNamespace(
+                on_body=lambda body: self._ignores_input or self.on_body(body),
+                on_message_complete=self._end_last_request,
+            )
             self.parser = httptools.HttpRequestParser(callbacks)
             self.parser.feed_data(b"\r\n".join(lines) + data[upgrade.args[0] :])
 
     def _end_last_request(self) -> None:
-        self.on_message_complete()
-        self._ignores_input = True
+        if not self._ignores_input:
+            self.on_message_complete()
+            self._ignores_input = True
 
     def on_message_begin(self) -> None:
         """Reset the header counters of the previous request."""

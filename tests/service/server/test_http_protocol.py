@@ -19,7 +19,7 @@ from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.server.http_protocol import LimitedHttpProtocol
 from sopdeploy_service.server.sockets import allow_files
 from sopdeploy_service.settings import Settings
-from tests.service.raw import EXPECT, GET, POST, connect, count, read
+from tests.service.raw import EXPECT, GET, POST, connect, count, post_of, read
 
 LIMITS = {
     "max_body_bytes": 1_000_000,
@@ -301,16 +301,29 @@ def test_websockets_are_404_and_close_the_connection(wire):
     assert (reply.status, reply.code) == (404, "not_found")
 
 
+UPGRADE = b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"
+FOLLOWING = {
+    "nothing": b"",
+    "garbage": b"garbage",
+    "a body": post_of(b"x"),
+    "an offer": GET + UPGRADE + b"\r\n",
+}
+
+
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_request_that_offers_http_2_is_served_with_its_body(wire, jpeg, chunked):
+@pytest.mark.parametrize("kept", [0, 100])
+@pytest.mark.parametrize("following", FOLLOWING)
+def test_a_request_that_offers_http_2_is_served_with_its_body(wire, jpeg, chunked, kept, following):
     """Java's `HttpClient` and `curl --http2` offer it with every request to an http:// URL."""
     good = wire()
     length, body = b"Content-Length: %d" % len(jpeg), jpeg
     if chunked:
         length, body = b"Transfer-Encoding: chunked", b"%x\r\n%s\r\n0\r\n\r\n" % (len(jpeg), jpeg)
-    offer = b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"
-    good.sendall(POST + offer + length + b"\r\n\r\n" + body[:100])
-    good.sendall(body[100:] + b"garbage")
+    request = POST + UPGRADE + length + b"\r\n\r\n" + body
+    end = len(request) - kept
+    good.sendall(request[:end] + (b"" if kept else FOLLOWING[following]))
+    if kept:
+        good.sendall(request[end:] + FOLLOWING[following])
     assert read(good).status == 200
 
 
