@@ -188,10 +188,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
             lengths = [header for header in self.headers if header[0] in BODY_LENGTH]
             lines = [b"POST / HTTP/1.1", *map(b": ".join, lengths), b"", b""]
-            callbacks = SimpleNamespace(
-                on_body=lambda body: self._ignores_input or self.on_body(body),
-                on_message_complete=self._end_last_request,
-            )
+            callbacks = SimpleNamespace(on_body=self.on_body, on_message_complete=self._end_last_request)
             self.parser = httptools.HttpRequestParser(callbacks)
             self.parser.feed_data(b"\r\n".join(lines) + data[upgrade.args[0] :])
 
@@ -243,7 +240,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Pass a piece of the body to the request."""
-        if self._rejection is None:
+        if self._rejection is None and not self._ignores_input:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -296,7 +293,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._write_timer = None
 
     def write(self, data: bytes) -> None:
-        """Send *data*; combine the headers of a response and its body in one system call."""
+        """Send *data* unless the connection was closed.
+
+        The headers of a response and its body are combined in one system call.
+        """
+        if self._closed:
+            return
         if not self._output:
             self.loop.call_soon(self._flush)
         self._output.append(data)

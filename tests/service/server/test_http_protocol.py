@@ -352,6 +352,14 @@ def test_expect_100_gets_100_continue_for_a_valid_request(wire, jpeg):
     assert read(good, to_the_end=False).status == 200
 
 
+def test_a_rejected_connection_gets_no_100_continue(client, wire, caplog):
+    bad = wire()
+    bad.sendall(POST + EXPECT + b"Transfer-Encoding: chunked\r\n\r\nno size\r\n")
+    assert read(bad).code == "malformed_request"
+    assert client.get("/livez").status_code == 200  # the loop has run everything that was due
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
 def is_open(wire: socket.socket) -> bool:
     wire.settimeout(0.3)
     try:
