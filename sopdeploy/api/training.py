@@ -1,6 +1,5 @@
 """Train a network: `sopdeploy.train` and `sopdeploy train`."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +14,7 @@ from sopdeploy.layers.pooling.registry import check_name
 from sopdeploy.training.callbacks import Callback, CallbackList, create_loggers
 from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
 from sopdeploy.training.loop import train as run
-from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.recipe import Recipe, read_recipe, to_toml
 
 FOLDER_RECIPE = "photos"
 
@@ -113,8 +112,8 @@ def _assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]
             yield from _assignments(value, f"{key}.")
             continue
         try:
-            yield f"{key}={json.dumps(value, default=str, ensure_ascii=False)}"
-        except ValueError as error:
+            yield f"{key}={to_toml(value)}"
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{key}: not a value of a recipe ({error}); give a number, a text, a list or a dict"
             ) from error

@@ -12,9 +12,9 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import Description, describe
 from sopdeploy.models.registry import create_model
 from sopdeploy.reproduction.facts import count_facts
-from sopdeploy.reproduction.small import SMALL_DATA, small_data, small_overrides, to_toml
+from sopdeploy.reproduction.small import SMALL_DATA, small_data, small_overrides
 from sopdeploy.reproduction.tables import DATA_SETS, DataSet, PrintedRow, PrintedTable
-from sopdeploy.training.recipe import Recipe, parse_override, read_recipe
+from sopdeploy.training.recipe import Recipe, parse_override, read_recipe, to_toml
 
 Scale = Literal["paper", "small"]
 # Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as

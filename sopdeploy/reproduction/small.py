@@ -3,8 +3,7 @@
 The result is not the experiment of the paper. It shows that a row runs from its recipe to its figures.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
 from sopdeploy.models.registry import entry, make_config
 from sopdeploy.reproduction.tables import DataSet, PrintedTable
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.recipe import Recipe, to_toml
 
 EPOCHS, BATCH_SIZE = 4, 32
 LEARNING_RATES = {"sgd": 0.05, "rmsprop": 0.001, "radam": 0.005, "adamw": 0.002, "adahessian": 0.02}
@@ -155,13 +154,3 @@ def small_network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     if pooling is not None and pooling["kind"] != "gap":
         config["pooling"] = pooling
     return name, config
-
-
-def to_toml(value: Any) -> str:
-    """Format *value* as an inline TOML value; entries that are None are left out."""
-    if isinstance(value, Mapping):
-        pairs = (f"{key}={to_toml(one)}" for key, one in value.items() if one is not None)
-        return "{" + ", ".join(pairs) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(to_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)

@@ -4,8 +4,9 @@
 """
 
 import difflib
+import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -226,6 +227,16 @@ def parse_override(override: str) -> tuple[str, Any]:
     except tomllib.TOMLDecodeError:
         return key, text
     return key, parsed["value"] if parsed.keys() == {"value"} else text
+
+
+def to_toml(value: Any) -> str:
+    """Format *value* as an inline TOML value; entries that are None are left out."""
+    if isinstance(value, Mapping):
+        pairs = (f"{key}={to_toml(one)}" for key, one in value.items() if one is not None)
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(to_toml, value)) + "]"
+    return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def validate_recipe(values: dict[str, Any], source: str) -> Recipe:

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import sopdeploy
 from sopdeploy.api.arguments import OPTIONS, SWITCHES, rename_options
 from sopdeploy.api.progress import LINE_WIDTH, ProgressBars
-from sopdeploy.api.training import configure
+from sopdeploy.api.training import _assignments, configure
 from sopdeploy.api.training_result import TrainedRun
 from sopdeploy.cli.app import app
 from sopdeploy.cli.deployment.export import export as export_command
@@ -35,6 +35,7 @@ from sopdeploy.errors import BundleError, ConfigError, DataError, RuntimeUnavail
 from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.few_shot.config import CandidateResult, FewShotResult
+from sopdeploy.training.recipe import read_recipe
 from sopdeploy_export.pipeline import Exported
 from tests.export.once import proving_once
 from tests.pages import ALLOWED, Reader
@@ -180,6 +181,13 @@ def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tm
     }
     again = sopdeploy.train(photos, "photos-dsop", run.out, resume="always", assignments=ASSIGNMENTS)
     assert again == run
+
+
+def test_settings_can_be_lists_of_tables() -> None:
+    heads = [{"kind": "isqrt", "width": 8}, "gap"]
+    recipe = read_recipe("photos", list(_assignments({"few_shot": {"heads": heads}})))
+    found = [(head.kind, getattr(head, "width", 0)) for head in recipe.few_shot.heads]
+    assert found == [("isqrt", 8), ("gap", 0)]
 
 
 def test_an_export_has_the_options_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
