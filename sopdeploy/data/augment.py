@@ -126,6 +126,12 @@ class RandomSide(BoxCrop):
     kind: Literal["random-side"]
     sides: tuple[Side, Side] = (256, 512)
 
+    @pydantic.model_validator(mode="after")
+    def _check_sides(self) -> "RandomSide":
+        if self.sides[0] > self.sides[1]:
+            raise ValueError(f"sides: {self.sides[0]} is above {self.sides[1]}; write the smaller one first")
+        return self
+
     def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:
         """Draw a square box in source pixels."""
         width, height = size

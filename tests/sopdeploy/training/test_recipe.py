@@ -93,6 +93,7 @@ INVALID_OVERRIDES = [
     ("model.config.depht=8", "dsop-resnet8: depht: unknown key; its keys are"),
     ("model.config.depth=9", "depth must be 6n + 2"),
     ("ema={decay=1.0}", "ema.decay: Input should be less than 1"),
+    ("augment={kind='random-side', sides=[9, 8]}", "sides: 9 is above 8; write the smaller one first"),
     ("accumulate=360", "accumulate: each micro-batch needs at least two samples"),
     ("model={name='resnet8', remove_branches_at=1}", "remove_branches_at: resnet8 has no branches"),
     ("model.remove_branches_at=99", "remove_branches_at: the run has only"),
