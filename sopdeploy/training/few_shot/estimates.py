@@ -65,8 +65,8 @@ class Targets:
             ],
             axis=1,
         )
-        with np.errstate(invalid="ignore"):
-            means_B = np.nanmean(precisions_BC, axis=1)
+        # A resample without any class has no precision: all NaN.
+        means_B = np.nanmean(precisions_BC[~np.isnan(precisions_BC).all(axis=1)], axis=1)
         low, high = np.quantile(means_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return MeanPrecision(share=share, count=count, low=min(low, share), high=max(high, share))
 

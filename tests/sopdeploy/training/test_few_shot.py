@@ -345,6 +345,14 @@ def test_the_interval_of_the_map_is_that_of_resampled_images():
     assert found.low < found.share < found.high
 
 
+def test_resamples_that_show_no_class_do_not_count():
+    classes = np.zeros((20, 2))
+    classes[[0, 1], [0, 1]] = 1
+    scores = np.random.default_rng(0).random((20, 2))
+    found = Targets(classes, np.ones(20), [0] * 20, "sigmoid", False).estimate(scores, 0)
+    assert 0 < found.low < found.share < found.high < 0.5
+
+
 def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     random, lines = np.random.default_rng(0), ["file,classes"]
     (tmp_path / "photos").mkdir()
