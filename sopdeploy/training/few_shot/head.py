@@ -73,12 +73,12 @@ class HeadProblem:
     def fit(self, images: NDArray[np.intp], l2: float, start: Array | None = None) -> Array:
         """Fit *images* (indices) and return the parameters (C, R + 1), the bias last, by L-BFGS.
 
-        *start* are the initial parameters, by default 0.
+        *start* are the initial parameters, by default 0. Without images, the weights become 0.
         """
         from scipy.optimize import minimize  # noqa: PLC0415  # not part of the base installation
 
         views, classes = self.reduced.shape[1], self.targets.shape[1]
-        x = self.reduced[images].reshape(len(images) * views, -1)
+        x = self.reduced[images].reshape(len(images) * views, self.reduced.shape[2])
         y = np.repeat(self.targets[images], views, axis=0)
         w = np.repeat(self.weights[images], views)
         w = w / w.sum()

@@ -345,6 +345,14 @@ def test_the_interval_of_the_map_is_that_of_resampled_images():
     assert found.low < found.share < found.high
 
 
+def test_a_fold_whose_only_other_images_belong_to_the_left_out_class_has_constant_logits():
+    features, _ = blobs(count=3, classes=3)
+    problem = HeadProblem.create(features, np.eye(3), np.ones(3), "softmax")
+    found = leave_classes_out(problem, np.array([0, 0, 1]), 0.01)
+    assert [(one.known.shape, one.unknown.shape) for one in found] == [((2, 2), (1, 2))] * 3
+    assert np.ptp(found[2].known, axis=0).max() < 1e-6
+
+
 def test_resamples_that_show_no_class_do_not_count():
     classes = np.zeros((20, 2))
     classes[[0, 1], [0, 1]] = 1
