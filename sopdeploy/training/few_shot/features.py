@@ -171,9 +171,13 @@ def record_input(module: nn.Module) -> Any:
 def _cache_key(
     models: Sequence[Classifier], preprocess: Preprocess, keys: Sequence[str], max_gib: float
 ) -> str:
-    """Hash what features depend on: weights outside classifier and branches, preprocessing and pixels."""
+    """Hash what features depend on: configs, weights outside classifier and branches, rules and pixels.
+
+    Options such as strides and poolings can change the features without changing any weight.
+    """
     digest = hashlib.sha256(f"{preprocess.model_dump_json()} {max_gib} {' '.join(keys)}".encode())
     for model in models:
+        digest.update(model.config.model_dump_json().encode())
         unused = (*model.training_only, classifier_name(model))
         for name, tensor in model.state_dict().items():
             if not is_in(name, *unused):

@@ -12,18 +12,20 @@ from sklearn.linear_model import LogisticRegression
 from sopdeploy.backbones import resnet
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.comparison.runs import compare
+from sopdeploy.data.base import ArrayImages
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.evaluation.multi_label import average_precision
 from sopdeploy.evaluation.prediction import score_checkpoint
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.models.registry import create_model
 from sopdeploy.report.page import write_report
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.few_shot.config import FewShotResult, FineTuningConfig
 from sopdeploy.training.few_shot.estimates import Targets, resampled_precision
-from sopdeploy.training.few_shot.features import last_stage, record_input
+from sopdeploy.training.few_shot.features import compute_features, last_stage, record_input
 from sopdeploy.training.few_shot.head import HeadProblem, LinearHead, assign_folds, cross_validate
 from sopdeploy.training.few_shot.last_stage import LastStageTrainer, StageData
 from sopdeploy.training.few_shot.networks import fit_reduction
@@ -433,6 +435,20 @@ def test_a_stopped_run_starts_again_from_its_stored_features(tmp_path: Path, mon
     assert result.few_shot.top1 == reference.few_shot.top1
     one, other = (read_checkpoint(path).weights for path in (result.best, reference.best))
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_stored_features_of_other_options_are_not_used(tmp_path: Path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    images, rules = ArrayImages(("a", "b"), pixels, np.arange(4) % 2), Preprocess(resize=8, crop=8)
+    widths = []
+    for pooling in ("gap", "bcnn", "bcnn"):  # without weights of their own
+        network = create_model("resnet8", num_classes=2, base_width=2, pooling=pooling)
+        for tensor in network.state_dict().values():
+            tensor.fill_(1)
+        arguments = {"workers": 0, "max_gib": 1.0, "on_image": lambda _done, _total: None}
+        found = compute_features([network], images, rules, cache=tmp_path / "features.pt", **arguments)
+        widths.append(found.vectors[0].shape[2])
+    assert widths == [8, 64, 64]
 
 
 def test_which_images_the_procedure_uses(tmp_path: Path):
