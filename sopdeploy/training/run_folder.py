@@ -95,8 +95,9 @@ class RunFolder:
             self.strategy.save(self.best, run.checkpoint(resumable=False))
         if self.strategy.rank != 0:
             return
-        if every and at.step == 0 and at.epoch and at.epoch % every == 0 and self.last.exists():
-            _link_or_copy(self.last, self.path / f"epoch-{at.epoch:04}.pt")
+        if every and at.step == 0 and at.epoch and at.epoch % every == 0:
+            saved = self.last if self._last_is_valid else self.previous
+            _link_or_copy(saved, self.path / f"epoch-{at.epoch:04}.pt")
         if at.history:
             with writing(self.history, CheckpointError), atomic_write(self.history) as partial:
                 partial.write_text(history_csv(at.history), encoding="utf-8")

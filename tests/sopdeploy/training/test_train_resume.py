@@ -165,14 +165,15 @@ def test_checkpoints_are_written_every_few_minutes(tmp_path, monkeypatch, interv
 
 
 def test_a_truncated_last_checkpoint_falls_back_to_the_previous_one(tmp_path, uninterrupted) -> None:
-    out, callback = tmp_path / "run", RecordingCallback()
-    interrupt(short_recipe(), out, "step", 2, 1)
+    out, callback, recipe = tmp_path / "run", RecordingCallback(), short_recipe("save.keep_every=1")
+    interrupt(recipe, out, "step", 2, 1)
     last = out / "last.pt"
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
-    train(short_recipe(), out, resume=True, callback=callback)
+    train(recipe, out, resume=True, callback=callback)
     (warning,) = [values["warning"] for name, values in callback.events if name == "warning"]
     assert warning.endswith(f"resuming from {out / 'previous.pt'}")
     assert "\n" not in warning
+    assert [read_checkpoint(out / f"epoch-000{n}.pt").training["epoch"] for n in (1, 2, 3)] == [1, 2, 3]
     assert same_run(out, uninterrupted)
 
 
