@@ -1,10 +1,11 @@
 """Train recipes over the same seeds; interrupted comparisons can be continued.
 
 The two runs of a pair have the same seed: the same order and augmentation of the same images, and the same
-initial weights for every tensor that both networks have (usually the backbone). The number of seeds is
-recorded before the first run, because adding seeds after a look at the results would invalidate the
-intervals. The weights of the last epoch are evaluated, because selecting the best epoch on the held-out
-images would bias the comparison on the same images.
+random initial weights for every tensor that both networks have (usually the backbone). Start weights, such
+as those of ImageNet, are not shared: they belong to their recipe. The number of seeds is recorded before the
+first run, because adding seeds after a look at the results would invalidate the intervals. The weights of the
+last epoch are evaluated, because selecting the best epoch on the held-out images would bias the comparison on
+the same images.
 """
 
 import json
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -79,7 +81,7 @@ def compare(
         seeded = [(one.name, one.recipe.model_copy(update={"seed": seed})) for one in recipes]
         first = seeded[0][1]
         strategy = SingleProcess(select_device(first.device))
-        weights = create_initial_model(first, data.train.labels, strategy).model.state_dict()
+        weights = random_weights(first, data.train.labels, strategy)
         for name, recipe in seeded:
             on_run(name, seed)
             folder = destination / name / f"seed-{seed}"
@@ -134,22 +136,34 @@ def train_from(
 ) -> None:
     """Train *recipe* in the folder *path*, or continue the run there.
 
-    A new run starts with those tensors of *weights* that match its own in name, shape and dtype. This initial
-    state is its first checkpoint, from which it is resumed.
+    A new run starts with those tensors of *weights* that match its own in name, shape and dtype, unless start
+    weights set its own. This initial state is its first checkpoint, from which it is resumed.
     """
     strategy = SingleProcess(select_device(recipe.device))
     folder = RunFolder(path, strategy)
     if not folder.holds_run():
         folder.check_free()
         initial = create_initial_model(recipe, data.train.labels, strategy)
-        state = initial.model.state_dict()
-        for name, own in state.items():
-            given = weights.get(name)
-            if given is not None and (given.shape, given.dtype) == (own.shape, own.dtype):
-                state[name] = given
-        initial.model.load_state_dict(state)
+        matching = {
+            name: given
+            for name, own in random_weights(recipe, data.train.labels, strategy).items()
+            if (given := weights.get(name)) is not None
+            and (given.shape, given.dtype) == (own.shape, own.dtype)
+        }
+        initial.model.load_state_dict(matching, strict=False)
         folder.save_last(create_run(recipe, data.train, strategy, initial=initial))
     train(recipe, path, resume=True, callback=callback)
+
+
+def random_weights(recipe: Recipe, labels: tuple[str, ...], strategy: SingleProcess) -> dict[str, Tensor]:
+    """Create the initial model of *recipe*; return those of its tensors that its start weights do not set."""
+    initial = create_initial_model(recipe, labels, strategy)
+    weights = initial.model.state_dict()
+    if initial.start is None:
+        return weights
+    without = create_initial_model(recipe.model_copy(update={"start": None}), labels, strategy)
+    random = without.model.state_dict()
+    return {name: tensor for name, tensor in weights.items() if torch.equal(tensor, random[name])}
 
 
 def predict_last_epoch(recipe: Recipe, path: Path, data: Split) -> NDArray[np.bool_]:

@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.comparison import Comparison, compare
-from sopdeploy.comparison.runs import train_from
+from sopdeploy.comparison.runs import random_weights, train_from
 from sopdeploy.comparison.verdict import NO_EFFECT, Results, compare_results
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.statistics import Interval, bootstrap, mcnemar, mean_and_sd, paired, wilson
 from sopdeploy.training.distributed.strategy import SingleProcess
+from sopdeploy.training.run import create_run
 from sopdeploy.training.signals import TrainingStoppedError
 from sopdeploy.training.start_weights import create_initial_model
 from tests.sopdeploy.training.runs import RecordingCallback, same_bits, short_recipe
@@ -73,6 +74,20 @@ def test_the_runs_of_a_pair_start_with_the_same_backbone(tmp_path) -> None:
     assert all(torch.equal(initial[name], tensor) for name, tensor in weights.items())
     own = create_initial_model(branched, labels, processes).model.state_dict()
     assert all(torch.equal(initial[name], own[name]) for name in branches)
+
+
+def test_the_runs_of_a_pair_keep_their_own_start_weights(tmp_path) -> None:
+    stored, processes = tmp_path / "stored.pt", SingleProcess(torch.device("cpu"))
+    scratch, tuned = short_recipe(), short_recipe(f"start.weights={stored}")
+    data = open_data(scratch.data)
+    other_seed = create_run(short_recipe("seed=1"), data.train, processes)
+    write_checkpoint(stored, other_seed.checkpoint(resumable=False))
+    for first, second in ((scratch, tuned), (tuned, scratch)):
+        folder, stop = tmp_path / str(second is tuned), RecordingCallback(stop_at=("step", 0, 0))
+        with pytest.raises(TrainingStoppedError):
+            train_from(random_weights(first, data.train.labels, processes), second, folder, data, stop)
+        own = create_initial_model(second, data.train.labels, processes).model.state_dict()
+        assert same_bits(read_checkpoint(folder / "previous.pt").weights, own)
 
 
 @pytest.fixture(scope="module")
