@@ -1,6 +1,7 @@
 """`sopdeploy data check`: the content and the problems of a folder or archive of images."""
 
 import hashlib
+import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -199,7 +200,7 @@ def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:
         return _FileInfo(str(path), part, label, error=message)
     try:
         image = open_image(data, path)
-        mode, name, frames = image.mode, image.format or "", getattr(image, "n_frames", 1)
+        mode, name, frames = image.mode, image.format or "", _count_frames(data)
         pixels = to_rgb(load_pixels(image, path), RULES)
     except DataError as error:
         return _FileInfo(str(path), part, label, len(data), str(error))
@@ -215,6 +216,14 @@ def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:
         pixel_hash=hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()[:16],
         oddities=_oddities(image, pixels, mode, frames),
     )
+
+
+def _count_frames(data: bytes) -> int:
+    """Count the frames of an image; 2 if a later frame is damaged. Training reads only the first one."""
+    try:  # on an object of its own, because counting moves to other frames
+        return getattr(Image.open(io.BytesIO(data)), "n_frames", 1)
+    except Exception:  # Pillow raises many types for damaged frames
+        return 2
 
 
 def _oddities(image: Image.Image, pixels: Image.Image, mode: str, frames: int) -> tuple[str, ...]:

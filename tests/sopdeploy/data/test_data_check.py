@@ -68,6 +68,20 @@ def test_every_unreadable_file_and_every_class_of_one_image_is_named(photos, tmp
         check(tmp_path / "single").must_be_usable()
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("kind", ["gif", "tiff"])
+def test_an_image_of_two_frames_may_be_cut_anywhere_near_the_second_one(tmp_path, kind) -> None:
+    root = write_classes(tmp_path / "photos", ("a", "b"))
+    file = root / "a" / f"cut.{kind}"
+    frames = [Image.fromarray(np.random.default_rng(n).integers(0, 9, (40, 40), np.uint8)) for n in range(2)]
+    frames[0].save(file, save_all=True, append_images=frames[1:])
+    content = file.read_bytes()
+    for change in range(-60, 61, 4):
+        file.write_bytes(content[: len(content) // 2 + change])
+        found = check(root)
+        assert sum(found.formats.values()) + len(found.unreadable) == 5
+
+
 def test_empty_and_mismatched_class_folders_are_listed_with_all_other_findings(photos) -> None:
     (photos / "train" / "cow").mkdir()
     (photos / "train" / "eel").mkdir()
