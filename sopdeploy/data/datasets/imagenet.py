@@ -87,7 +87,9 @@ def is_torchvision_order(labels: tuple[str, ...]) -> bool:
 
     Their order is that of the sorted WordNet IDs.
     """
-    return hashlib.sha256("\n".join(labels).encode()).hexdigest() == TORCHVISION_NAMES
+    return (
+        hashlib.sha256("\n".join(labels).encode("utf-8", "surrogateescape")).hexdigest() == TORCHVISION_NAMES
+    )
 
 
 def _validation_folder(root: Path) -> Path | None:

@@ -1,6 +1,7 @@
 """Evaluation of networks and checkpoints; metrics by hand and by definition; sources; views of an image."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from sopdeploy import create_model
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.data.base import ArrayImages, PreprocessedDataset
+from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.errors import ConfigError, DataError, TrainingError
 from sopdeploy.evaluation.metrics import BINS, ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.prediction import evaluate, score_checkpoint
 from sopdeploy.evaluation.sources import detect_source
 from sopdeploy.images.preprocess import Preprocess, check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
+from tests.sopdeploy.data.small_data import write_classes
 from tests.sopdeploy.data.test_data_folder import make
 
 TINY, RULES = Preprocess(resize=4, crop=4), Preprocess(resize=18, crop=16)
@@ -183,6 +186,12 @@ def test_a_folder_with_other_classes_is_refused(stored, tmp_path, counts, messag
         make(tmp_path / "val", **counts)
     with pytest.raises(DataError, match=message):
         measured(stored, tmp_path / "val")
+
+
+def test_a_class_name_need_not_be_utf_8(tmp_path) -> None:
+    labels = ("a", os.fsdecode(b"\xff"))
+    folder = write_classes(tmp_path / "photos", labels, 1)
+    assert open_evaluation_images(folder, labels).labels == labels
 
 
 LABELS = ("a", "b", "c")
