@@ -35,7 +35,7 @@ from sopdeploy.training.distributed.batch_sharding import shard_layers
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.few_shot.config import FewShotResult
-from sopdeploy.training.fine_tuning import parameter_groups
+from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
 from sopdeploy.training.precision import Precision, first_non_finite, named_tensors
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.start_weights import (
@@ -342,8 +342,9 @@ def _place(
 ) -> tuple[Classifier, nn.Module, Optimizer]:
     """Move *model* and *teacher* to the device; return the model, the module to call, and an optimizer."""
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
-    model = model.to(strategy.device, memory_format=layout).train()  # type: ignore[call-overload]
+    model = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
     shard_layers(model, recipe.batch_norm, strategy.world, strategy.shard_rng)
+    set_train_mode(model, recipe.start)
     groups = parameter_groups(model, recipe.start)
     if teacher is not None:
         teacher.model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
