@@ -78,8 +78,12 @@ class SpectralFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a_BCC: Tensor, function: Power | Logarithm) -> tuple[Tensor, Tensor]:
-        """Decompose the matrices and apply f to the eigenvalues."""
-        lambda_BC, u_BCC = torch.linalg.eigh(a_BCC)
+        """Decompose the matrices and apply f to the eigenvalues; the result is NaN if that fails."""
+        try:
+            lambda_BC, u_BCC = torch.linalg.eigh(a_BCC)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of NaN, which training reports
+            u_BCC = torch.full_like(a_BCC, torch.nan)
+            lambda_BC = u_BCC[:, 0]
         ctx.function = function
         ctx.save_for_backward(lambda_BC, u_BCC)
         value_BC, _ = function(lambda_BC)

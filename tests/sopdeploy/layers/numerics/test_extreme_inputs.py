@@ -55,6 +55,17 @@ def test_constant_maps_are_finite_forward_and_backward(choice, level: float) -> 
 
 
 @EACH_POOLING
+def test_nan_in_a_map_reaches_the_vector_without_an_exception(choice) -> None:
+    pooling = build(choice, 8)
+    features = torch.randn(2, 8, 4, 4)
+    features[1, 0, 0, 0] = torch.nan
+    features.requires_grad_()
+    vector = pooling(features)
+    vector.sum().backward()
+    assert vector[1].isnan().any()
+
+
+@EACH_POOLING
 def test_a_zero_image_does_not_change_other_images(choice) -> None:
     torch.manual_seed(0)
     pooling = build(choice, 8).eval()
