@@ -66,8 +66,9 @@ class Preprocess(StrictModel):
     def from_timm(cls, config: Mapping[str, Any]) -> "Preprocess":
         """Convert timm's data config: `timm.data.resolve_data_config`, or the `pretrained_cfg` of a model.
 
-        Raises `ConfigError` for an input that is not square RGB, or an interpolation other than bilinear and
-        bicubic.
+        timm pads with the mean color, which becomes `background`. Raises `ConfigError` for an input that is
+        not square RGB, an interpolation other than bilinear and bicubic, or a `crop_pct` below 1 where the
+        image is squashed or padded.
         """
         channels, height, width = config.get("input_size", (3, 224, 224))
         if channels != 3 or height != width:
@@ -75,13 +76,22 @@ class Preprocess(StrictModel):
         mode = str(config.get("crop_mode") or "center")
         if mode not in TIMM_CROP_MODES:
             raise ConfigError(f"timm: crop_mode {mode!r}; supported are {', '.join(TIMM_CROP_MODES)}")
+        kept = float(config.get("crop_pct") or 1)
+        if mode != "center" and kept != 1:
+            raise ConfigError(
+                f"timm: crop_mode {mode!r} with crop_pct {kept:g} is not supported; choose rules "
+                "that keep the whole image, or another network"
+            )
+        colors = {name: tuple(config[name]) for name in ("mean", "std") if name in config}
+        if mode == "border" and "mean" in colors:
+            colors["background"] = tuple(round(255 * value) for value in colors["mean"])
         return cls._published(
             "timm",
             crop=height,
-            resize=max(height, math.floor(height / float(config.get("crop_pct") or 1))),
+            resize=max(height, math.floor(height / kept)),
             fit=TIMM_CROP_MODES[mode],
             interpolation=config.get("interpolation", "bilinear"),
-            **{name: tuple(config[name]) for name in ("mean", "std") if name in config},
+            **colors,
         )
 
     @classmethod

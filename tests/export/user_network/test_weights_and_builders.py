@@ -114,6 +114,10 @@ PUBLISHED: dict[str, tuple[Any, Preprocess]] = {
         Preprocess.from_timm({"input_size": (3, 96, 96), "crop_pct": 1.0, "crop_mode": "squash"}),
         Preprocess(resize=96, crop=96, fit="squash"),
     ),
+    "timm, padded with the mean color": (
+        Preprocess.from_timm({"input_size": (3, 96, 96), "crop_mode": "border", "mean": (0.5, 0.4, 0.0)}),
+        Preprocess(resize=96, crop=96, fit="pad", mean=(0.5, 0.4, 0.0), background=(128, 102, 0)),
+    ),
 }
 
 
@@ -121,6 +125,12 @@ PUBLISHED: dict[str, tuple[Any, Preprocess]] = {
 def test_published_preprocessing_is_converted(case: str) -> None:
     found, expected = PUBLISHED[case]
     assert found == expected
+
+
+@pytest.mark.parametrize("mode", ["squash", "border"])
+def test_a_crop_after_squashing_or_padding_is_refused(mode: str) -> None:
+    with pytest.raises(ConfigError, match=rf"crop_mode '{mode}' with crop_pct 0\.9 is not supported"):
+        Preprocess.from_timm({"crop_mode": mode, "crop_pct": 0.9})
 
 
 def test_preprocessing_of_torchvision_is_converted() -> None:
