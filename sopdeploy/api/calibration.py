@@ -69,12 +69,12 @@ def calibrate(
         TrainingError: The outputs of the network are not finite.
     """
     source, folder = Path(checkpoint), Path(data).expanduser()
+    read = read_checkpoint(source)
     destination = source.with_name(f"{source.stem}-calibrated.pt") if out is None else Path(out)
     if destination.exists() and source.exists() and destination.samefile(source):
         raise ConfigError(f"--out {destination}: is the checkpoint to calibrate; give another name")
     if not 0 < accepts <= 1:
         raise ConfigError(f"--accepts {accepts:g}: give a fraction of the images, above 0 and at most 1")
-    read = read_checkpoint(source)
     network = build_classifier(read, source).to("cuda" if torch.cuda.is_available() else "cpu")
     several = read.decision is not None and read.decision.thresholds is not None
     images = open_multi_label(folder, read.labels) if several else open_classes(folder, read.labels)

@@ -102,6 +102,7 @@ PROBLEMS = {
     "few images": ({"data": "few"}, "few: has 2 images; give at least 50 to fit to"),
     "another folder": ({"data": "photos/ant"}, "training classes ant, cat are missing"),
     "no checkpoint": ({"checkpoint": "x.pt"}, "x.pt: no such file"),
+    "a folder without a name": ({"checkpoint": ".", "out": None}, r"\.: no such file"),
 }
 
 
