@@ -225,6 +225,10 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "a missing bundle": (("verify", "bundle"), "bundle: no bundle here"),
     "a missing bundle to serve": (("serve", "bundle", "--port", "0"), "bundle: no bundle here"),
+    "a URL that cannot be sent": (
+        ("health", "--url", "http://127.0.0.1:9/\u00e4"),
+        "invalid URL .* write it as",
+    ),
     "a port out of range": (("serve", "bundle", "--port", "99999"), "port"),
     "a path with markup": (("verify", "[bold]x[/]"), re.escape("[bold]x[/]: no bundle here")),
 }

@@ -51,6 +51,8 @@ def _check_ready(url: str, timeout: float) -> str | None:
         connection.request("GET", parts.path.rstrip("/") + "/readyz")
         response = connection.getresponse()
         body = response.read(200).decode(errors="replace")
+    except UnicodeError as error:  # a host or path that cannot be sent
+        raise ConfigError(f"{url}: invalid URL ({error}); write it as http://HOST:PORT") from error
     except (OSError, http.client.HTTPException) as error:
         return str(error) or type(error).__name__
     finally:
