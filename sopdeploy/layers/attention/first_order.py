@@ -20,13 +20,14 @@ HALVINGS = {2: 1, 4: 2, 8: 3}
 class SqueezeExcite(nn.Module):
     """Scale a feature map (B, C, H, W) by channel; `reduction` is r.
 
-    Global average pooling, linear layer to C / r, ReLU, linear layer to C, sigmoid.
+    Global average pooling, linear layer to C / r (at least one), ReLU, linear layer to C, sigmoid.
     """
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(channels, channels // reduction, 1)
-        self.fc2 = nn.Conv2d(channels // reduction, channels, 1)
+        hidden = max(1, channels // reduction)
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Scale (B, C, H, W) features by channel."""
@@ -35,7 +36,7 @@ class SqueezeExcite(nn.Module):
 
 
 def _mlp(channels: int, reduction: int) -> nn.Sequential:
-    hidden = channels // reduction
+    hidden = max(1, channels // reduction)
     return nn.Sequential(
         nn.Conv2d(channels, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, channels, 1)
     )

@@ -74,6 +74,13 @@ def test_global_gathering_rejects_other_image_sizes() -> None:
         network(torch.zeros(1, 3, 96, 96))
 
 
+@pytest.mark.parametrize("kind", ["se", "cbam", "ge"])
+def test_a_hidden_layer_has_at_least_one_channel(kind: str) -> None:
+    options = {"side": 64} if kind == "ge" else {}
+    network = create_model(f"{kind}-resnet18", reduction=128, base_width=8, num_classes=3, **options).eval()
+    assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+
+
 def test_an_even_kernel_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="kernel must be odd"):
         create_model("cbam-resnet18", kernel=4)
