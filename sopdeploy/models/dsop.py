@@ -348,7 +348,10 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         self.tap_channels["conv_head"] = HEAD_CHANNELS
         width = min((self.config.aux_widths or self.paper_branches().widths)[-1], HEAD_CHANNELS)
         end = {"tap": "conv_head", "blocks": 0, "width": width}
-        return [plan.model_copy(update=end) if plan.tap.startswith("blocks.6.") else plan for plan in plans]
+        return [
+            plan.model_copy(update=end) if plan.used and plan.tap.startswith("blocks.6.") else plan
+            for plan in plans
+        ]
 
     @classmethod
     def absent_options(cls, tensors: Collection[str]) -> dict[str, Any]:

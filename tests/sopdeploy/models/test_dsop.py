@@ -183,6 +183,15 @@ def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
     assert list(network.loss_weights()) == ["main", "layer4_1"]
 
 
+def test_an_unused_branch_of_efficientnets_last_stage_is_a_block_of_this_stage() -> None:
+    with torch.device("meta"):
+        network = create_model(
+            "dsop-efficientnet-b0", aux_blocks=(0, 0, 0, 0, 3, 0, 0), keep_unused_branches=True
+        )
+    assert [len(branch.blocks) for branch in network.branches.values()] == [1, 1, 1, 1, 3, 1, 1]
+    assert list(network.loss_weights()) == ["main", "blocks_4_2"]
+
+
 @pytest.mark.parametrize(
     ("config", "key"),
     [
