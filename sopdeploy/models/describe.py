@@ -8,7 +8,7 @@ import pydantic
 import torch
 
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.models.registry import create_model, entry, make_config
 from sopdeploy.models.stats import Counts, Tally, tally
 
@@ -147,7 +147,7 @@ def describe(
     """Count catalog model *name* on the `meta` device, without allocating weights.
 
     *image_size* is the side of the input in pixels. Raises `ConfigError` for an unknown name, an invalid
-    option or a too small image.
+    option, or a size that the network cannot compute.
     """
     side = entry(name).image_size if image_size is None else image_size
     with torch.device("meta"):
@@ -158,7 +158,8 @@ def describe(
         shipped = training if inference is None else tally(inference.eval(), side)
     except RuntimeError as problem:
         raise ConfigError(
-            f"image_size: {side} pixels are too few for {name}; choose a larger image"
+            f"image_size: {name} cannot compute images of {side} pixels ({first_line(problem)}); choose "
+            "another size"
         ) from problem
     length = network.num_features()
     figures: tuple[Published, ...] = ()

@@ -22,7 +22,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.decision import Activation, Decision, Estimate
 from sopdeploy.environment import machine
-from sopdeploy.errors import ConfigError, TrainingError
+from sopdeploy.errors import ConfigError, TrainingError, first_line
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.evaluation.prediction import HeldOutMetrics
@@ -295,7 +295,8 @@ def create_run(
     """Create a run that trains *initial*, by default the model of *recipe* with its initial weights.
 
     *config* is the complete config of the model, by default that of *recipe*. Raises `ConfigError` for
-    settings that need one class per image, if images have several.
+    settings that need one class per image, if images have several, and for a size of the images that the
+    network cannot compute.
     """
     activation: Activation = "sigmoid" if images.targets.ndim == 2 else "softmax"
     if activation == "sigmoid":
@@ -337,6 +338,20 @@ def _check_multi_label(recipe: Recipe) -> None:
         raise ConfigError("teacher: distillation needs one class per image; remove the table")
 
 
+@torch.no_grad()
+def _check_image_sizes(recipe: Recipe, model: Classifier, device: torch.device) -> None:
+    """Run *model* on one black image of each size of *recipe*; raise `ConfigError` if it cannot."""
+    model.eval()
+    for side in {recipe.preprocess.crop, recipe.training_crop}:
+        try:
+            model(torch.zeros(1, 3, side, side, device=device))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"preprocess.crop: {recipe.model.name} cannot compute images of {side} pixels "
+                f"({first_line(error)}); choose another size"
+            ) from error
+
+
 def _place(
     recipe: Recipe, model: Classifier, strategy: Strategy, teacher: Teacher | None
 ) -> tuple[Classifier, nn.Module, Optimizer]:
@@ -344,6 +359,7 @@ def _place(
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     model = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
     shard_layers(model, recipe.batch_norm, strategy.world, strategy.shard_rng)
+    _check_image_sizes(recipe, model, strategy.device)
     set_train_mode(model, recipe.start)
     groups = parameter_groups(model, recipe.start)
     if teacher is not None:

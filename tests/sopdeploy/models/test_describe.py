@@ -131,6 +131,7 @@ def test_multiply_adds_of_a_convolution(layer: nn.Conv2d, channels: int, macs: i
     assert tally(network, 5).total().macs - 3 * channels * 25 == macs
 
 
-def test_an_image_too_small_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="image_size: 0 pixels are too few for resnet18"):
-        describe("resnet18", image_size=0)
+@pytest.mark.parametrize(("name", "side"), [("resnet18", 0), ("alexnet", 16), ("ge-resnet18", 448)])
+def test_an_image_that_a_network_cannot_compute_is_a_config_error(name: str, side: int) -> None:
+    with pytest.raises(ConfigError, match=f"image_size: {name} cannot compute images of {side} pixels \\(.*"):
+        describe(name, image_size=side)

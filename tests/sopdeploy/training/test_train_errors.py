@@ -46,6 +46,11 @@ def test_an_empty_folder_is_used_and_a_run_is_never_overwritten(tmp_path) -> Non
         (lambda: short_recipe(), {"resume": True}, "holds no run to resume; start one without --resume"),
         (lambda: short_recipe("device=cuda"), {}, "no CUDA device on this machine"),
         (lambda: read_recipe("photos-dsop"), {}, r"data\.path: not set"),
+        (
+            lambda: read_recipe("digits-plain", ["model.name=alexnet"]),
+            {},
+            "cannot compute images of 16 pixels",
+        ),
     ],
 )
 def test_a_run_that_cannot_start_writes_nothing(tmp_path, monkeypatch, recipe, options, message) -> None:
