@@ -154,13 +154,14 @@ class EngineSession:
         """Start a batch of *images* (H, W, 3) uint8; return a function that waits for its outputs.
 
         Call this function once; it returns the outputs by name, (n, ...) float32. The images are copied
-        before `begin` returns. Raises `RuntimeError` if two batches are already in flight.
+        before `begin` returns. Raises `RuntimeError` if two batches are already in flight, `ConfigError` if
+        no profile accepts that many images.
         """
         if not self._free:
             raise RuntimeError(f"{BUFFERS} batches are in flight; wait for the first one")
-        buffer, count = self._free.pop(), len(images)
+        count = len(images)
         index = index_for(self._profiles, count)
-        call = self._cuda.call
+        buffer, call = self._free.pop(), self._cuda.call
         try:
             pinned = buffer.host[self._input][:count]
             np.stack(images, out=pinned)

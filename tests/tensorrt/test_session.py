@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.errors import ConfigError
 from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
@@ -114,6 +115,13 @@ def test_a_batch_that_fails_to_begin_does_not_affect_the_other(
     following = runtime.begin(list(batch(2, 5)))
     check_outputs(end(), batch(0, 5))
     check_outputs(following(), batch(2, 5))
+
+
+def test_a_batch_that_no_profile_accepts_occupies_no_buffer(runtime: TensorRTRuntime) -> None:
+    for _ in range(3):
+        with pytest.raises(ConfigError, match="no profile accepts 9 images"):
+            runtime.begin(list(batch(0, 9)))
+    check_outputs(runtime.begin(list(batch(1, 2)))(), batch(1, 2))
 
 
 def test_a_batch_that_fails_at_its_end_affects_no_other(runtime: TensorRTRuntime, cuda: FakeCuda) -> None:
