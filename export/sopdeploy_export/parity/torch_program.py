@@ -61,13 +61,14 @@ def check_program(content: bytes, certificate: Certificate) -> None:
     if root != certificate.roots.any_batch:
         raise CertificateError(f"{FILE}: its graph hash {root[:16]} is not the certified one")
     kept = {entry.name: entry for entry in certificate.kept}
+    constants = loaded.graph_signature.lifted_tensor_constants  # created in `forward`, covered by the root
     stored = 0
     for full_name, tensor in {**loaded.state_dict, **loaded.constants}.items():
         name = full_name.removeprefix(PREFIX)
         stored += tensor.numel() * tensor.element_size()
         if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
             raise CertificateError(f"{FILE}: the storage of {name} is larger than the tensor")
-        if name.startswith(NORMALIZE_PREFIX):
+        if name.startswith(NORMALIZE_PREFIX) or full_name in constants:
             continue
         if name not in kept:
             raise CertificateError(f"{FILE}: contains {name}, which was removed")

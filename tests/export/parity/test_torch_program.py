@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle.folder import open_bundle
@@ -22,7 +23,7 @@ from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.proof.certificate import Proof, certify
 from sopdeploy_export.proof.networks import detach
 from tests.export.conftest import BRANCHED, save, trained
-from tests.export.once import proving_once
+from tests.export.once import ALONE, proving_once
 
 WITH_FILE = ExportOptions(detach=True, batch=BRANCHED, pt2=True)
 
@@ -89,6 +90,23 @@ def another_weight(proof: Proof) -> ExportedProgram:
     with torch.no_grad():
         changed.state_dict["network.fc.bias"].add_(1e-3)
     return changed
+
+
+class Scaled(nn.Module):
+    """Creates a constant in `forward`, which torch.export stores beside the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.fc(pixels.mean((2, 3))) * torch.tensor([2.0, 3.0])
+
+
+def test_constants_of_forward_are_no_removed_tensors(preprocess: Preprocess, probes: torch.Tensor) -> None:
+    network = Scaled().eval()
+    proof = certify(network, network, preprocess, probes, batch=ALONE)
+    check_program(serialize_program(proof.lean.any_batch, proof.certificate), proof.certificate)
 
 
 @pytest.mark.parametrize(
