@@ -15,7 +15,7 @@ bfloat16 is not offered.
 Before the casts, batch norms are folded in float64 into the convolutions before them: y = s (W x) + t is the
 convolution (s W) x + t. Rounding the weights once, after folding, is more accurate than the ONNX converter,
 which folds weights that are already rounded, and does not support bfloat16. A batch norm is folded only if
-the captured program shows that nothing else reads the output of the convolution.
+the captured program shows that nothing else reads the output of the convolution, and that both run once.
 """
 
 import copy
@@ -138,8 +138,9 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
     for node in program.graph.nodes:
         if node.target is not BATCH_NORM or node.args[0].target not in CONVOLUTIONS or node.args[1] is None:
             continue
-        weights = names.get(node.args[0].args[1].name), names.get(node.args[1].name)
-        if len(node.args[0].users) != 1 or None in weights:
+        own = node.args[0].args[1], node.args[1]  # the weights of the convolution and of the batch norm
+        weights = [names.get(weight.name) for weight in own]
+        if None in weights or any(len(value.users) != 1 for value in (node.args[0], *own)):
             continue
         convolution_name, norm_name = (
             str(weight).removeprefix(PREFIX).rpartition(".")[0] for weight in weights

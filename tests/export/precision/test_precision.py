@@ -191,6 +191,35 @@ def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
         with_precision(network, program, "fp16", pixels)
 
 
+class RunsTwice(nn.Module):
+    """Convolutions and batch norms of which one runs twice, then one more pair."""
+
+    def __init__(self, convolutions: int, norms: int) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(convolutions + 1))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(norms + 1))
+        for number, norm in enumerate(self.norms):
+            nn.init.constant_(norm.weight, 1.5 + number)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = pixels
+        for position in (0, 1, -1):
+            convolution, norm = (
+                parts[min(position, len(parts) - 2)] for parts in (self.convolutions, self.norms)
+            )
+            x = norm(convolution(x)).relu()
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize(("convolutions", "norms"), [(2, 1), (1, 2)], ids=["norm", "convolution"])
+def test_layers_that_run_twice_are_not_folded(convolutions: int, norms: int, preprocess: Preprocess) -> None:
+    network = RunsTwice(convolutions, norms).eval()
+    program = capture_any_batch(network, preprocess, ALONE)
+    pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
+    with_precision(network, program, "fp16", pixels)
+    assert casts.fold_batch_norms(network, program) == 1
+
+
 def test_fp32_graph_is_rejected_as_fp16(preprocess: Preprocess) -> None:
     network, _, model = graph_of("isqrt-resnet8", preprocess)
     with pytest.raises(LoweringError, match=r"fp16 was requested, but the graph holds conv1 in float32"):
