@@ -5,6 +5,7 @@ renamed, so an incomplete bundle never has its final name. Opening checks in a f
 all paths, all sizes, all hashes. File contents are parsed only after that. Does not import torch.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -99,16 +100,21 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     the name.
     """
     target = destination / manifest.name
-    if target.exists():
-        if open_bundle(target).manifest != manifest:
-            raise BundleError(f"{target}: exists with another manifest; choose another --out")
-        return target
-    folder.chmod(0o755)
-    for path in folder.iterdir():
-        path.chmod(0o644)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    folder.rename(target)
+    if not target.exists():
+        folder.chmod(0o755)
+        for path in folder.iterdir():
+            path.chmod(0o644)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        try:
+            folder.rename(target)
+        except OSError as error:
+            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:  # another process wrote it meanwhile
+                raise
+        else:
+            return target
+    if open_bundle(target).manifest != manifest:
+        raise BundleError(f"{target}: exists with another manifest; choose another --out")
     return target
 
 

@@ -95,6 +95,21 @@ def test_published_files_are_renamed_and_readable_by_everyone_with_any_umask(tmp
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o644}
 
 
+def test_two_processes_may_publish_the_same_bundle_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def publish_meanwhile(_: int) -> None:
+        monkeypatch.undo()
+        write_hollow(tmp_path)
+
+    with staging(tmp_path) as folder:
+        fill(folder)
+        monkeypatch.setattr(os, "fsync", publish_meanwhile)
+        path = publish(folder, seal(folder, FIELDS), tmp_path)
+    assert open_bundle(path).path == path
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_equal_content_is_published_once_and_nothing_replaces_a_bundle(tmp_path: Path) -> None:
     path = write_hollow(tmp_path)
     inode = (path / MANIFEST).stat().st_ino
