@@ -11,7 +11,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.golden import read_golden
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.errors import DataError, DetachError, LoweringError, ParityError, SopdeployError
+from sopdeploy.errors import ConfigError, DataError, DetachError, LoweringError, ParityError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
@@ -140,6 +140,13 @@ def test_invalid_request_fails_in_one_line_and_writes_nothing(
         export(checkpoint, tmp_path / "out", options)
     assert "\n" not in str(problem.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_class_name_that_is_not_unicode_is_one_line(preprocess: Preprocess, tmp_path: Path) -> None:
+    labels = (*LABELS[:-1], "caf\udce9")  # how Python reads the folder name b"caf\xe9"
+    path = save(trained("resnet8"), "resnet8", tmp_path / "ckpt.pt", preprocess, labels)
+    with pytest.raises(ConfigError, match=r"class 'caf\\udce9': its name is not valid Unicode"):
+        export(path, tmp_path / "out")
 
 
 def test_generated_probes_are_reproducible_and_distinct(preprocess: Preprocess) -> None:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.decision import Decision
-from sopdeploy.errors import CertificateError, DetachError
+from sopdeploy.errors import CertificateError, ConfigError, DetachError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import Captured
@@ -93,6 +93,16 @@ class ExportSubject:
     decision: Decision | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for a class name that no file of a bundle can hold."""
+        for label in self.labels:
+            try:
+                label.encode()
+            except UnicodeEncodeError as error:  # such as a folder name in Latin-1
+                raise ConfigError(
+                    f"class {label!r}: its name is not valid Unicode; rename the class and train again"
+                ) from error
 
 
 def detach(
