@@ -26,7 +26,7 @@ from sopdeploy.images.pixels import (
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.api.schema import Classes, ClassProbability
 from sopdeploy_service.http.problems import Problem
-from sopdeploy_service.images.decode import Decoded, EncodedImage
+from sopdeploy_service.images.decode import Decoded, EncodedImage, open_image
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import (
@@ -76,16 +76,20 @@ def predict(
     if explain is not None and (len(images) != 1 or explain.suffix.lower() != ".png"):
         raise ConfigError(f"--explain {explain}: needs exactly one image, and the name of a .png file")
     loaded = load_model(bundle_path, settings)
-    if explain is not None:
-        _explain_image(loaded, images[0], settings, explain)
-    return [_predict_image(loaded, image, number, settings) for number, image in enumerate(images)]
+    found = []
+    for number, image in enumerate(images):
+        name = str(image if isinstance(image, Path) else getattr(image, "filename", "") or f"image {number}")
+        read = read_image(image, settings.max_body_bytes) if isinstance(image, Path) else image
+        if explain is not None:
+            _explain_image(loaded, read, settings, explain)
+        found.append(_predict_image(loaded, read, name, settings))
+    return found
 
 
 def _predict_image(
-    loaded: LoadedModel, image: Path | Image.Image, number: int, settings: Settings
+    loaded: LoadedModel, image: EncodedImage | Image.Image, name: str, settings: Settings
 ) -> FilePrediction:
     manifest = loaded.bundle.manifest
-    name = str(image if isinstance(image, Path) else getattr(image, "filename", "") or f"image {number}")
     try:
         decoded = _decode(image, manifest.preprocess, settings)
     except ImageError as error:
@@ -109,7 +113,7 @@ def _predict_image(
 
 
 def _explain_image(
-    loaded: LoadedModel, image: Path | Image.Image, settings: Settings, destination: Path
+    loaded: LoadedModel, image: EncodedImage | Image.Image, settings: Settings, destination: Path
 ) -> None:
     """Write the class activation map of the best class of *image*; write nothing for an invalid image."""
     rules, layer = loaded.bundle.manifest.preprocess, loaded.class_maps
@@ -124,7 +128,7 @@ def _explain_image(
     outputs = loaded.runtime.run(decoded.pixels[None])
     logits = outputs[loaded.bundle.manifest.outputs[0].name][0]
     values = layer.map_of(outputs[FEATURES][0], int(logits.argmax()))
-    source = Image.open(image) if isinstance(image, Path) else image
+    source = open_image(image.body) if isinstance(image, EncodedImage) else image
     match_transparency(source)
     drawing = draw_overlay(to_rgb(source, rules), values, visible_box(decoded.size, rules))
     try:
@@ -135,9 +139,9 @@ def _explain_image(
         raise DataError(f"{destination}: cannot be written ({reason}); name another file") from error
 
 
-def _decode(image: Path | Image.Image, preprocess: Preprocess, settings: Settings) -> Decoded:
-    if isinstance(image, Path):
-        return make_decoder(settings)(read_image(image, settings.max_body_bytes), preprocess)
+def _decode(image: EncodedImage | Image.Image, preprocess: Preprocess, settings: Settings) -> Decoded:
+    if isinstance(image, EncodedImage):
+        return make_decoder(settings)(image, preprocess)
     try:
         match_transparency(image)  # of a file that is open but not decoded yet
         pixels, warnings = preprocess_image(image, preprocess), list_changes(image, preprocess)

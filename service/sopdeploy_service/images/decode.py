@@ -213,6 +213,11 @@ class LimitedReader(io.BytesIO):
         return super().read(size)
 
 
+def open_image(body: bytes) -> Image.Image:
+    """Open the image file *body*, which `decode` accepts, and read its header."""
+    return _open(body, _image_format(body))
+
+
 def _open(body: bytes, kind: str) -> Image.Image:
     """Read the header with Pillow, if needed without short Adobe segments, which only Pillow rejects."""
     reader = LimitedReader(body)

@@ -1,5 +1,6 @@
 """`predict` gives the results of HTTP; `verify` detects changed files and outputs."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from PIL import Image
 
 from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.signing import make_key, sign
@@ -17,6 +19,7 @@ from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
 from tests.forged import forge
+from tests.service.bundle_with_maps import write_bundle_with_maps
 
 ONE_THREAD = Settings(threads=1)
 
@@ -50,6 +53,21 @@ def test_a_file_that_cannot_be_read_or_is_too_large_is_named(bundle_path, tmp_pa
     (tmp_path / "big").write_bytes(bytes(3000))
     (found,) = predict(bundle_path, [tmp_path / "big"], Settings(threads=1, max_body_bytes=2000))
     assert found.error.code == "too_large"
+
+
+def test_an_image_from_a_pipe_with_a_short_adobe_segment_is_explained(bundle_path, jpeg, tmp_path):
+    """A pipe can be read once, and Pillow alone does not open the file."""
+    bundle = write_bundle_with_maps(bundle_path, tmp_path)
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as file:
+        file.write(jpeg[:2] + b"\xff\xee\x00\x07Adobe" + jpeg[2:])
+    try:
+        (found,) = predict(bundle, [Path(f"/dev/fd/{reading}")], ONE_THREAD, explain=tmp_path / "map.png")
+    finally:
+        os.close(reading)
+    assert found.error is None
+    with Image.open(tmp_path / "map.png") as overlay:
+        assert overlay.size == (50, 40)
 
 
 def test_verify_reports_the_files_and_the_replays_at_two_batch_sizes(bundle_path, bundle):
