@@ -63,6 +63,11 @@ def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
     return open(path, "rb", buffering)  # noqa: PTH123
 
 
+def expand_user(path: Path | str) -> Path:
+    """Replace `~` or `~user` at the beginning of *path*; the path of an unknown user stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises RuntimeError for an unknown user
+
+
 def sha256(path: Path) -> str:
     """Compute the sha256 of the file at *path* as hexadecimal digits."""
     found = hashlib.sha256()

@@ -16,6 +16,7 @@ from sopdeploy.errors import ConfigError, DataError, TrainingError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.multi_label import fit_presence
 from sopdeploy.evaluation.prediction import predict_images, predict_logits
+from sopdeploy.files import expand_user
 from sopdeploy.models.base import Classifier
 
 
@@ -68,7 +69,7 @@ def calibrate(
         DataError: The classes do not match, an image cannot be read, or there are fewer than 50 images.
         TrainingError: The outputs of the network are not finite.
     """
-    source, folder = Path(checkpoint), Path(data).expanduser()
+    source, folder = Path(checkpoint), expand_user(data)
     read = read_checkpoint(source)
     destination = source.with_name(f"{source.stem}-calibrated.pt") if out is None else Path(out)
     if destination.exists() and source.exists() and destination.samefile(source):

@@ -13,6 +13,7 @@ from sopdeploy.evaluation.heads import HeadAccuracy, score_heads
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.sources import detect_source, score_service
+from sopdeploy.files import expand_user
 from sopdeploy.html.templates import render
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.report.predictions import metric_tiles, predictions_context
@@ -51,7 +52,7 @@ class Evaluation:
         mistakes: tuple[Mistake, ...] = ()
         if isinstance(self.scores, tuple):
             with suppress(DataError):  # sorted ImageNet names cannot be matched to WordNet IDs
-                images = open_evaluation_images(self.data.expanduser(), self.labels)
+                images = open_evaluation_images(expand_user(self.data), self.labels)
                 mistakes = tuple(worst_mistakes(self.scores, images, Preprocess()))
         predictions = Predictions(metrics=self.metrics, mistakes=mistakes, images=self.data.name)
         return render(

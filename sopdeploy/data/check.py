@@ -32,6 +32,7 @@ from sopdeploy.data.datasets.layouts import open_official
 from sopdeploy.data.folder_store import LABELS_FILE, OpenOptions
 from sopdeploy.data.image_files import ImageFiles, count_ignored_files, load_pixels, map_threaded, open_image
 from sopdeploy.errors import DataError
+from sopdeploy.files import expand_user
 from sopdeploy.images.pixels import ROTATED, SIXTEEN_BIT, exif_orientation, to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
@@ -118,8 +119,8 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
     Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
     """
     options = OpenOptions(cache)
-    official = open_official(path.expanduser(), options)
-    parts = official or _open_parts(path.expanduser(), options)
+    official = open_official(expand_user(path), options)
+    parts = official or _open_parts(expand_user(path), options)
     infos = [
         info
         for name, part in parts.items()

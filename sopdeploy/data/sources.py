@@ -27,7 +27,7 @@ from sopdeploy.data.image_files import ImageFiles, find_unreadable
 from sopdeploy.data.subset import select_subset
 from sopdeploy.data.tar import cache_folder
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.files import atomic_write
+from sopdeploy.files import atomic_write, expand_user
 
 DataConfig = Annotated[
     DigitsConfig
@@ -52,7 +52,7 @@ def open_data(config: DataConfig, log: Log = lambda _line: None) -> Split:
     options = OpenOptions(config.cache, log)
     match config:
         case FolderConfig():
-            kind = None if config.path is None else detect_kind(config.path.expanduser())
+            kind = None if config.path is None else detect_kind(expand_user(config.path))
             if kind is not None:
                 raise ConfigError(f"data.path: {config.path} is an official layout; set data.kind={kind}")
             split = open_folder(config, options)

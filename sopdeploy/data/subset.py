@@ -13,6 +13,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.base import LabeledImages, Split, Target, derive_seed
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.files import expand_user
 
 SEED = 0  # not the seed of the run: the same number gives the same classes in every run
 
@@ -58,7 +59,7 @@ def select_subset(split: Split, classes: int | Path | None) -> Split:
     if split.train.targets.ndim == 2:
         raise ConfigError("data.classes: not for several classes per image; remove it")
     labels = split.train.labels
-    names = _draw(labels, classes) if isinstance(classes, int) else _read_names(classes.expanduser(), labels)
+    names = _draw(labels, classes) if isinstance(classes, int) else _read_names(expand_user(classes), labels)
     kept = tuple(label for label in labels if label in names)
     return replace(
         split, train=select_classes(split.train, kept), held_out=select_classes(split.held_out, kept)

@@ -29,7 +29,7 @@ from sopdeploy.data.folder_store import (
     read_label_file,
 )
 from sopdeploy.errors import DataError
-from sopdeploy.files import atomic_write
+from sopdeploy.files import atomic_write, expand_user
 
 TAR = ".tar"
 DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
@@ -53,7 +53,7 @@ def cache_folder(folder: Path | None) -> Path:
 
     Raises `DataError` if it cannot be created, or if other users can write to the default folder.
     """
-    path = folder.expanduser() if folder else Path(tempfile.gettempdir()) / f"sopdeploy-{os.getuid()}"
+    path = expand_user(folder) if folder else Path(tempfile.gettempdir()) / f"sopdeploy-{os.getuid()}"
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()

@@ -18,6 +18,7 @@ from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import TOP_K, Rate, Score
 from sopdeploy.evaluation.prediction import score_images
+from sopdeploy.files import expand_user
 from sopdeploy.models.base import Classifier
 
 
@@ -96,7 +97,7 @@ def score_heads(
     checkpoint = read_checkpoint(path)
     if checkpoint.decision is not None and checkpoint.decision.thresholds:
         raise ConfigError(f"--heads: {path} predicts several classes per image; evaluate it without --heads")
-    images = open_evaluation_images(data.expanduser(), checkpoint.labels)
+    images = open_evaluation_images(expand_user(data), checkpoint.labels)
     columns = [checkpoint.labels.index(images.labels[target]) for target in images.targets]
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
     counter = HeadCounter(model, torch.tensor(columns))

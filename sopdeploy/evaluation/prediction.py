@@ -28,6 +28,7 @@ from sopdeploy.evaluation.multi_label import (
     MultiLabelPredictions,
     fit_presence,
 )
+from sopdeploy.files import expand_user
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess, TtaMode, check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
@@ -224,7 +225,7 @@ def score_checkpoint(
     checkpoint = read_checkpoint(path)
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
     thresholds = checkpoint.decision.thresholds if checkpoint.decision is not None else None
-    labels, folder = checkpoint.labels, data.expanduser()
+    labels, folder = checkpoint.labels, expand_user(data)
     images = open_multi_label(folder, labels) if thresholds else open_evaluation_images(folder, labels)
     options: dict[str, Any] = {"tta": tta, "workers": workers, "on_image": on_image}
     try:

@@ -19,7 +19,7 @@ from sopdeploy.checkpoint import load_plain, read_checkpoint
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.data.base import derive_seed
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.files import sha256
+from sopdeploy.files import expand_user, sha256
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fit import COUNTER
 from sopdeploy.importers.import_weights import CIFAR10, convert
@@ -91,7 +91,7 @@ def _read(recipe: Recipe) -> StartWeights:
     model, chosen = recipe.model.name, recipe.start.weights if recipe.start is not None else None
     source_model = model.removeprefix("dsop-") if ":" in model else model
     if isinstance(chosen, Path):
-        path = chosen.expanduser()
+        path = expand_user(chosen)
     else:
         path, source_model = fetch_imagenet_weights(model, make_config(model, recipe.model.config))
     if not path.is_file():

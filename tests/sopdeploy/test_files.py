@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.files import atomic_write
+from sopdeploy.files import atomic_write, expand_user
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -43,3 +43,9 @@ def test_a_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(IsADirectoryError), atomic_write(Path(name)) as partial:
         partial.write_text("text")
     assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
+
+
+def test_the_home_of_an_unknown_user_is_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    paths = {"~/a": "/home/ann/a", "~nobody-here/a": "~nobody-here/a", "a/~": "a/~"}
+    assert {path: str(expand_user(path)) for path in paths} == paths

@@ -12,6 +12,7 @@ from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.datasets.folder import open_classes
 from sopdeploy.errors import ConfigError, ParityError
 from sopdeploy.evaluation.statistics import wilson
+from sopdeploy.files import expand_user
 from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.precision.convert import (
     Accuracy,
@@ -48,7 +49,7 @@ def check_accuracy(
             "compare `sopdeploy eval` of the checkpoint and the bundle"
         )
     if options.evaluate is not None:
-        folder = open_classes(options.evaluate.expanduser(), subject.labels)
+        folder = open_classes(expand_user(options.evaluate), subject.labels)
         dataset = PreprocessedDataset(folder, subject.preprocess)
         batches = _labeled_batches(dataset, min(BATCH, batch.maximum))
     else:

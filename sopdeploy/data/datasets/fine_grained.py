@@ -23,6 +23,7 @@ from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.data.matlab_file import read_v5
 from sopdeploy.data.subset import ClassSubset
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.files import expand_user
 
 CARS_TEST = ("devkit/cars_test_annos_withlabels.mat", "cars_test_annos_withlabels.mat")
 Entries = list[tuple[str, int]]
@@ -44,7 +45,7 @@ def open_fine_grained(config: FineGrainedConfig, options: OpenOptions | None = N
     """Open the official training and test images; raises `DataError` naming what is missing or wrong."""
     if config.path is None:
         raise ConfigError("data.path: not set; give the folder that the official archive unpacks to")
-    found = find_fine_grained(config.path.expanduser(), config.kind)
+    found = find_fine_grained(expand_user(config.path), config.kind)
     if found is None:
         markers = " or ".join(marker for marker, _, _ in LAYOUTS[config.kind])
         raise DataError(

@@ -22,6 +22,7 @@ from sopdeploy.data.image_files import FileStore, ImageFiles, count_ignored_file
 from sopdeploy.data.subset import ClassSubset
 from sopdeploy.data.tar import archive_suffix, open_tars
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.files import expand_user
 
 TRAIN = "train"
 HELD_OUT = ("val", "valid", "validation", "test")  # the first existing one is used
@@ -54,7 +55,7 @@ def open_folder(config: FolderConfig, options: OpenOptions | None = None) -> Spl
     if config.path is None:
         raise ConfigError("data.path: not set; give --data DIR, the folder with one subfolder per class")
     options = options or OpenOptions(config.cache)
-    store = open_store(config.path.expanduser(), options)
+    store = open_store(expand_user(config.path), options)
     if has_label_table(store):
         return split_table(read_label_table(store), config.hold_out, config.hold_out_seed)
     split = _open_split(store, config)

@@ -22,6 +22,7 @@ from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.matlab_file import read_v5
 from sopdeploy.data.subset import ClassSubset
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.files import expand_user
 
 WORDNET_ID = re.compile(r"n\d{8}")
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -50,8 +51,8 @@ def open_imagenet(config: ImageNetConfig, options: OpenOptions | None = None) ->
     """Open the training and validation images; raises `DataError` naming what is missing or wrong."""
     if config.path is None:
         raise ConfigError("data.path: not set; give the folder that holds train/ and val/")
-    root, options = config.path.expanduser(), options or OpenOptions(config.cache)
-    listing = find_list(root) if config.val_labels is None else config.val_labels.expanduser()
+    root, options = expand_user(config.path), options or OpenOptions(config.cache)
+    listing = find_list(root) if config.val_labels is None else expand_user(config.val_labels)
     if listing is None:
         raise DataError(f"{root}: holds no {GROUND_TRUTH}; set data.val_labels to this file")
     held_out = open_validation(root, listing, options)

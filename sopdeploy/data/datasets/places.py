@@ -16,6 +16,7 @@ from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.subset import ClassSubset
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.files import expand_user
 
 CATEGORIES = "categories_places365.txt"
 IMAGE_FOLDERS = {
@@ -43,7 +44,7 @@ def open_places(config: PlacesConfig, options: OpenOptions | None = None) -> Spl
     """
     if config.path is None:
         raise ConfigError(f"data.path: not set; give the folder that holds {CATEGORIES}")
-    root = config.path.expanduser()
+    root = expand_user(config.path)
     labels = _read_categories(root / CATEGORIES)
     options = options or OpenOptions(config.cache)
     train, held_out = (

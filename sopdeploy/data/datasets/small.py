@@ -14,6 +14,7 @@ import numpy as np
 from sopdeploy.data.base import ArrayImages, Split, hold_out
 from sopdeploy.data.subset import ClassSubset
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.files import expand_user
 
 MAX_DIGIT_VALUE = 16.0  # of a pixel in scikit-learn's digits
 DIGITS_HELD_OUT = 0.2
@@ -43,7 +44,7 @@ def open_cifar(config: CifarConfig) -> Split:
     dataset = cifar_class(config.kind)
     if config.path is None:
         raise ConfigError(f"data.path: not set; give the folder that holds {dataset.base_folder}")
-    root = config.path.expanduser()
+    root = expand_user(config.path)
     try:
         parts = [dataset(root=str(root), train=train, download=False) for train in (True, False)]
     except (RuntimeError, OSError) as error:

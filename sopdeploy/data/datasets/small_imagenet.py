@@ -19,6 +19,7 @@ from sopdeploy.data.datasets.array_pickle import read_array_pickle
 from sopdeploy.data.subset import ClassSubset
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.files import expand_user
 
 SIDES = {"imagenet64": 64, "imagenet32": 32}
 TRAIN_FILE = re.compile(r"train_data_batch_(?P<number>\d+)(\.npz)?$")
@@ -77,7 +78,7 @@ def open_small_imagenet(config: SmallImageNetConfig) -> Split:
     """Open the official training and validation images; raises `DataError` naming what is wrong."""
     if config.path is None:
         raise ConfigError("data.path: not set; give the folder with train_data_batch_1 etc., or a .mat file")
-    root, side = config.path.expanduser(), SIDES[config.kind]
+    root, side = expand_user(config.path), SIDES[config.kind]
     if root.suffix == ".mat":
         train, held_out = _read_imdb(root, side)
     elif root.is_dir():
@@ -135,7 +136,7 @@ def _class_names(
     if config.labels is None:
         return tuple(f"{number + 1:04}" for number in range(classes))
     try:
-        names = config.labels.expanduser().read_text(encoding="utf-8").splitlines()
+        names = expand_user(config.labels).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{config.labels}: cannot be read ({error}); give one name per line") from error
     if len(names) != classes or len(set(names)) != classes or not all(names):

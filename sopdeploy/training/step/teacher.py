@@ -16,6 +16,7 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.config import Positive, StrictModel
 from sopdeploy.data.base import derive_seed
 from sopdeploy.errors import ConfigError
+from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.gmsop import GMSOP
@@ -61,7 +62,7 @@ class Teacher:
         self.config, self.label_smoothing = config, label_smoothing
         self.learns = config.weights is None
         if config.weights is not None:
-            self.model = _read_teacher(config.weights.expanduser(), labels, preprocess)
+            self.model = _read_teacher(expand_user(config.weights), labels, preprocess)
         elif config.model is not None:
             torch.manual_seed(derive_seed(seed, "teacher weights"))
             self.model = create_model(config.model.name, num_classes=len(labels), **config.model.config)

@@ -17,6 +17,7 @@ from typing import Any
 from sopdeploy.data.folder_store import OpenOptions, is_image
 from sopdeploy.data.tar import TAR, archive_suffix, decompress, scan
 from sopdeploy.errors import DataError
+from sopdeploy.files import expand_user
 from sopdeploy_service.commands.batch.reader import (
     PARQUET,
     UNKNOWN,
@@ -60,7 +61,7 @@ def _list_source(source: str, options: OpenOptions) -> Iterator[Entry]:
     if is_url(source):
         yield from _list_url(source)
         return
-    path = Path(source).expanduser()
+    path = expand_user(source)
     if path.is_dir():
         yield from _walk(path)
     elif path.exists():

@@ -95,6 +95,7 @@ def test_a_source_lists_its_images_in_order_and_they_can_be_read(source, sources
 
 BAD_SOURCES = {
     "nowhere": "nowhere: not found; name a folder",
+    "~nobody-here/x": "~nobody-here/x: not found; name a folder",
     "none-*.jpg": r"none-\*.jpg: has no images",
     "shards": r"shards: has no images; name its files: 'shards/\*.tar'",
     "damaged.tar": "damaged.tar: damaged or not a tar file",
