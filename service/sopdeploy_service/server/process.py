@@ -148,6 +148,8 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, inherited: Inher
         elif settings.sandbox == "auto":
             log.debug("not sandboxed: a single process also runs the models, which needs files and threads")
         server.run(sockets=[inherited.listener])
+        if server.output_error is not None:
+            raise server.output_error
         state = service.state
         log.info("stopped", extra={"state": state})
     return ENGINE_DEAD_EXIT if state == "engine_dead" else 0
@@ -208,6 +210,7 @@ class DrainingServer(uvicorn.Server):
         self._service = service
         self._ready = ready
         self._timeline = timeline
+        self.output_error: OSError | None = None  # ends the server: nobody learns that it is ready
         self._drain_until: float | None = None
         self._drain_logged = False
         self._receiving: set[asyncio.Task[None]] = set()
@@ -226,8 +229,11 @@ class DrainingServer(uvicorn.Server):
             await self._serve_connections(waiting)
             self._balancer.join()
             asyncio.get_running_loop().add_reader(self._inbox, self._receive, self._inbox)
-        sys.stdout.write(self._ready + "\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(self._ready + "\n")
+            sys.stdout.flush()
+        except OSError as problem:
+            self.output_error = problem
         self._timeline.mark("listen")
         self._timeline.log()
 
@@ -274,7 +280,7 @@ class DrainingServer(uvicorn.Server):
             if self._drain_until is None:
                 self._avoid_dead_engine(self._balancer)
         self._idle.tick(time.monotonic(), self._service.active_requests)
-        if self._service.state == "engine_dead":
+        if self._service.state == "engine_dead" or self.output_error is not None:
             return True
         if self._drain_until is not None:
             if not self._drain_logged:  # a signal handler must not log: it may interrupt another log line

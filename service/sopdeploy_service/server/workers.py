@@ -96,6 +96,7 @@ class Supervisor:
         self._changed = threading.Condition()
         self._announced = False
         self._code = 0
+        self._output_error: OSError | None = None
         self._workers: list[Worker] = []
         self._engines: list[EngineGroup] = []
         self._spending = -1  # memory of the front ends' rate limits
@@ -137,6 +138,8 @@ class Supervisor:
             self._stopping.set()
             relay.join()
             os.close(reading)
+        if self._output_error is not None:
+            raise self._output_error
         return self._code
 
     def _add_device(self, name: str, device: str, processes: int) -> None:
@@ -257,8 +260,12 @@ class Supervisor:
                 log.info("%s: ready", worker.title)
                 return
             self._announced = True
-            sys.stdout.write(f"ready: {self._url}  {bundles}\n")
-            sys.stdout.flush()
+            try:
+                sys.stdout.write(f"ready: {self._url}  {bundles}\n")
+                sys.stdout.flush()
+            except OSError as problem:  # raised by `run`
+                self._output_error = problem
+                self._stop(signal.SIGTERM, None)
 
 
 def visible_devices(device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

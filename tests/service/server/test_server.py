@@ -1,5 +1,6 @@
 """The server process: startup, graceful shutdown, logs and exit codes."""
 
+import io
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import pytest
 from sopdeploy.errors import BundleError, ConfigError, ParityError
 from sopdeploy_service.server.process import serve
 from sopdeploy_service.server.sockets import accept_pending, bind
+from sopdeploy_service.server.workers import Supervisor
 from sopdeploy_service.settings import Settings
 from tests.service.children import line_of
 from tests.service.conftest import wait_for
@@ -232,6 +234,29 @@ def test_a_port_in_use_and_an_unknown_host_are_one_line_errors(bundle_path: Path
     for host in ("host.invalid", "a..b"):
         with pytest.raises(ConfigError, match="cannot listen"):
             serve([bundle_path], Settings(host=host, port=0))
+
+
+class ClosedPipe(io.StringIO):
+    """Standard output whose reader has gone."""
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_a_server_ends_if_nobody_reads_that_it_is_ready(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch, supervised: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def spawn(*_: object) -> subprocess.Popen[str]:
+        command = ["sh", "-c", "echo 'ready: -  tiny'; exec sleep 60"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr("sopdeploy_service.server.process.prepare_process", lambda: None)
+    monkeypatch.setattr(Supervisor, "_spawn", spawn)
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    with pytest.raises(BrokenPipeError):
+        serve([bundle_path], Settings(port=0, threads=1, devices=("cpu",) if supervised else ()))
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_a_damaged_bundle_and_one_with_other_outputs_are_never_served(
