@@ -187,7 +187,7 @@ def read_class_names(file: Path) -> tuple[str, ...]:
             raise ConfigError(
                 f"--labels {file}: larger than {MAX_LABEL_BYTES >> 20} MiB; give one name per line"
             )
-        content = file.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
         names = json.loads(content) if file.suffix == ".json" else content.split("\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"--labels {file}: cannot be read ({error}); give one name per line") from error
