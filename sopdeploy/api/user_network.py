@@ -127,6 +127,7 @@ def read_preprocess(text: str) -> Preprocess:
 
 
 def _index_or_name(logits: str | None) -> str | int | None:
-    if logits is None:
-        return None
-    return int(logits) if logits.lstrip("-").isdigit() else logits
+    try:
+        return logits if logits is None else int(logits)
+    except ValueError:
+        return logits

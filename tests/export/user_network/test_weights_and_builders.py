@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.import_weights import read_class_names
 from sopdeploy_export.user_network.builder import network_builder, parse_settings
 from sopdeploy_export.user_network.weights import load_weights
 from tests.export.user_network.networks import Small, trained
@@ -156,6 +157,22 @@ def test_the_command_exports_a_weight_file_and_inspect_names_the_unused_part(tmp
     assert exported.exit_code == 0, exported.output
     assert "trained = detached = plain" in exported.stdout
     assert [path.name.startswith("Small-") for path in (tmp_path / "out").iterdir()] == [True]
+
+
+@pytest.mark.parametrize("name", ["names.txt", "names.json"])
+def test_a_byte_order_mark_is_no_part_of_the_first_class_name(tmp_path: Path, name: str) -> None:
+    text = {"names.txt": "cat\r\ndog\r\n", "names.json": '["cat", "dog"]'}[name]
+    (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+    assert read_class_names(tmp_path / name) == ("cat", "dog")
+
+
+@pytest.mark.parametrize("logits", ["--1", "\u00b2"])
+def test_logits_of_a_tensor_may_have_any_name(logits: str, tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "w.pth")
+    (tmp_path / "rules.json").write_text('{"resize": 12, "crop": 12}', encoding="utf-8")
+    network = ("--network", f"{MODULE}:Small", "--preprocess", str(tmp_path / "rules.json"))
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "w.pth"), *network, f"--logits={logits}"])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize(
