@@ -78,6 +78,6 @@ def relevant_variables(variables: Mapping[str, str]) -> dict[str, str]:
         if SECRET.search(name):
             shown[name] = HIDDEN
         else:
-            value = re.sub(r"(?<=://)[^/@\s]+@", f"{HIDDEN}@", variables[name])
+            value = re.sub(r"(?<=://)[^/\s]+@", f"{HIDDEN}@", variables[name])
             shown[name] = value.replace(str(home), "~") if len(home.parts) > 1 else value
     return shown

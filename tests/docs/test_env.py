@@ -29,10 +29,11 @@ def test_values_of_secret_variables_are_hidden(name: str, secret: str) -> None:
 
 @given(WORD, WORD)
 def test_logins_in_urls_are_hidden(user: str, password: str) -> None:
-    url = f"https://{user}:{password}@collector.example:4318/v1"
-    assert env.relevant_variables({"OTEL_EXPORTER_OTLP_ENDPOINT": url}) == {
-        "OTEL_EXPORTER_OTLP_ENDPOINT": "https://(hidden)@collector.example:4318/v1"
-    }
+    for separator in ("", "@"):  # programs take the text before the last @ as the login
+        url = f"https://{user}:{separator}{password}@collector.example:4318/v1"
+        assert env.relevant_variables({"OTEL_EXPORTER_OTLP_ENDPOINT": url}) == {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "https://(hidden)@collector.example:4318/v1"
+        }
 
 
 def test_only_relevant_variables_are_shown_and_the_home_folder_is_shortened(
