@@ -251,6 +251,7 @@ def test_an_invalid_setting_in_the_environment_is_one_error_line(
 USAGE = {
     "an unknown option": ("models", "--jsn"),
     "no checkpoint": ("export",),
+    "an endless wait": ("health", "--timeout", "inf"),
     "batch size zero": ("export", "ckpt.pt", "--max-batch", "0"),
 }
 

@@ -19,7 +19,9 @@ def health(
         str | None,
         typer.Option(help="URL of the server. [dim]default: this machine, port SOPDEPLOY_PORT or 8000[/dim]"),
     ] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the response.")] = 3.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=3600, help="Seconds to wait for the response.")
+    ] = 3.0,
 ) -> None:
     """Exit with 0 if a server is ready for requests, with 1 if it is not ready or does not respond.
 
