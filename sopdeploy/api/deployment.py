@@ -11,6 +11,8 @@ from sopdeploy_export.pipeline import Exported, ExportOptions
 from sopdeploy_export.pipeline import export as run
 from sopdeploy_export.precision.convert import PrecisionOptions
 
+LARGEST_BATCH = 1_000_000
+
 
 def export(
     checkpoint: str | Path,
@@ -75,8 +77,9 @@ def export(
         raise ConfigError("--newton-schulz fp16: only with --precision fp16")
     if precision != "int8" and (int8_for or keep_float):
         raise ConfigError(f"{'--int8-for' if int8_for else '--keep-float'}: only with --precision int8")
-    if max_batch < 1:
-        raise ConfigError(f"--max-batch {max_batch}: give at least 1")
+    if not 1 <= max_batch <= LARGEST_BATCH:
+        limit = "least 1" if max_batch < 1 else f"most {LARGEST_BATCH}"
+        raise ConfigError(f"--max-batch {max_batch}: give at {limit}")
 
     def path_or_none(path: str | Path | None) -> Path | None:
         return None if path is None else Path(path)

@@ -365,6 +365,7 @@ def test_user_errors_are_sopdeploy_errors(bundle: Path, photos: Path, tmp_path: 
         ),
         "lr": (ConfigError, lambda: sopdeploy.train(recipe="digits-plain", optimizer={"lr": -1})),
         'newton_schulz="fp16"': (ConfigError, lambda: sopdeploy.export("x.pt", newton_schulz="fp16")),
+        "max_batch=10000000: give at most": (ConfigError, lambda: sopdeploy.export("x.pt", max_batch=10**7)),
         "prt: unknown key": (ConfigError, lambda: sopdeploy.predict(bundle, [], prt=1)),
         "no bundle": (BundleError, lambda: sopdeploy.serve(tmp_path, background=True)),
         "TensorRT|tensorrt": (
