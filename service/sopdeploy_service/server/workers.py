@@ -38,6 +38,7 @@ MAX_RESTART_DELAY_SECONDS = 30.0
 RELAY_SECONDS = 0.05  # how long a connection to a process that is not running waits at most
 SERVER = "sopdeploy_service.server.process"
 ENGINE = "sopdeploy_service.inference.engine_process.main"
+OUTPUT: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "errors": "replace"}
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 log = logging.getLogger("sopdeploy.supervisor")
@@ -210,8 +211,8 @@ class Supervisor:
             with worker.child as child, cast(TextIO, child.stdout) as output:
                 for line in output:
                     if line.startswith("ready: "):
-                        self._ready(worker, line.split(maxsplit=2)[2].strip())
-                    elif line.startswith(LOG):
+                        self._ready(worker, line.partition("  ")[2].strip())
+                    elif worker.is_engine and line.startswith(LOG):  # a front end may print anything
                         name, level, text = json.loads(line.removeprefix(LOG))
                         logging.getLogger(name).log(level, text)
             code = child.wait()
@@ -302,9 +303,8 @@ def start_process(
     files += order["spending"][:1] if "spending" in order else ()
     return subprocess.Popen(
         [sys.executable, "-m", SERVER if "listener" in order else ENGINE],
-        stdout=subprocess.PIPE,
+        **OUTPUT,
         stderr=stderr,
-        text=True,
         start_new_session=True,  # Ctrl-C reaches this process only, which forwards it
         pass_fds=files,
         env={**os.environ, **variables, WORKER_VARIABLE: json.dumps(order)},

@@ -19,9 +19,9 @@ import httpx
 import pytest
 
 from sopdeploy.errors import BundleError, ConfigError, ParityError
+from sopdeploy_service.server import workers
 from sopdeploy_service.server.process import serve
 from sopdeploy_service.server.sockets import accept_pending, bind
-from sopdeploy_service.server.workers import Supervisor
 from sopdeploy_service.settings import Settings
 from tests.service.children import line_of
 from tests.service.conftest import wait_for
@@ -247,12 +247,13 @@ class ClosedPipe(io.StringIO):
 def test_a_server_ends_if_nobody_reads_that_it_is_ready(
     bundle_path: Path, monkeypatch: pytest.MonkeyPatch, supervised: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def spawn(*_: object) -> subprocess.Popen[str]:
-        command = ["sh", "-c", "echo 'ready: -  tiny'; exec sleep 60"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    def start_process(*_: object, **__: object) -> subprocess.Popen[str]:
+        """Start a process that is not trusted: it decodes images of clients."""
+        command = ["sh", "-c", r"printf 'log: no JSON\n\377\nready: -  tiny\n'; exec sleep 60"]
+        return subprocess.Popen(command, **workers.OUTPUT)
 
     monkeypatch.setattr("sopdeploy_service.server.process.prepare_process", lambda: None)
-    monkeypatch.setattr(Supervisor, "_spawn", spawn)
+    monkeypatch.setattr(workers, "start_process", start_process)
     monkeypatch.setattr(sys, "stdout", ClosedPipe())
     with pytest.raises(BrokenPipeError):
         serve([bundle_path], Settings(port=0, threads=1, devices=("cpu",) if supervised else ()))
