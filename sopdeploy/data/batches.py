@@ -21,14 +21,22 @@ PILLOW_BLOCKS = 2  # of 16 MB each that Pillow keeps: enough for a photograph an
 Batch = tuple[Tensor, Tensor]  # images (B, H, W, 3) uint8; labels (B,) int64 or (B, C) float32
 
 
+def count_batches(samples: int, batch_size: int) -> int:
+    """Count the batches of an epoch, none of which has a single sample, because batch norm needs two.
+
+    With an odd number of samples and a *batch_size* of 2, one batch therefore has three samples.
+    """
+    return min(-(-samples // batch_size), max(1, samples // 2))
+
+
 def shuffled_batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Shuffle *samples* indices and split them into batches for one epoch.
 
-    Batch sizes differ by at most one: no sample is dropped and no batch is too small for batch norm.
+    Batch sizes differ by at most one (`count_batches`): no sample is dropped.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     order = torch.randperm(samples, generator=generator)
-    return [batch.tolist() for batch in order.tensor_split(-(-samples // batch_size))]
+    return [batch.tolist() for batch in order.tensor_split(count_batches(samples, batch_size))]
 
 
 def balanced_batches(targets: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -47,7 +55,7 @@ def balanced_batches(targets: NDArray[np.int64], batch_size: int, seed: int, epo
         ]
         drawn += np.concatenate(rounds)[:quota].tolist() if rounds else []
     order = torch.from_numpy(random.permutation(np.asarray(drawn, dtype=np.int64)))
-    return [batch.tolist() for batch in order.tensor_split(-(-len(targets) // batch_size))]
+    return [batch.tolist() for batch in order.tensor_split(count_batches(len(targets), batch_size))]
 
 
 def sequential_batches(samples: int, batch_size: int) -> list[list[int]]:

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sopdeploy.data.batches import count_batches
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.distributed import (
     FrozenBatchNorm,
@@ -65,7 +66,9 @@ def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
             f"batch_size: a step of {recipe.batch_size} samples cannot be divided among {world} processes; "
             f"choose a multiple of {world} (batch_size counts the samples of all processes)"
         )
-    smallest = train_count // -(-train_count // recipe.batch_size)  # sizes of steps differ by at most one
+    smallest = train_count // count_batches(
+        train_count, recipe.batch_size
+    )  # sizes of steps differ by at most one
     if smallest // recipe.accumulate < world:
         raise ConfigError(
             f"batch_size: steps of {smallest} samples in {recipe.accumulate} micro-batches leave some of "

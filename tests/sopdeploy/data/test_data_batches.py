@@ -65,9 +65,15 @@ def test_an_epoch_is_a_permutation_in_batches_of_nearly_equal_size(samples, size
     batches = shuffled_batches(samples, size, seed, epoch)
     assert sorted(index for batch in batches for index in batch) == list(range(samples))
     sizes = [len(batch) for batch in batches]
-    assert max(sizes) <= size
+    assert max(sizes) <= max(size, 3)
     assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) > 1 or samples == 1
     assert shuffled_batches(samples, size, seed, epoch) == batches
+
+
+def test_an_odd_number_of_samples_in_batches_of_two_gives_one_batch_of_three() -> None:
+    assert sorted(map(len, shuffled_batches(9, 2, 0, 0))) == [2, 2, 2, 3]
+    assert sorted(map(len, balanced_batches(np.arange(9) % 2, 2, 0, 0))) == [2, 2, 2, 3]
 
 
 def test_the_order_changes_with_seed_and_epoch() -> None:
@@ -85,7 +91,8 @@ def test_a_balanced_epoch_uses_every_class_equally_often(counts, size, epoch) ->
     assert batches == balanced_batches(targets, size, 3, epoch)
     positions = np.concatenate([np.asarray(part) for part in batches])
     assert len(positions) == len(set(positions.tolist())) == len(targets)
-    assert max(map(len, batches)) <= size
+    assert max(map(len, batches)) <= max(size, 3)
+    assert min(map(len, batches)) > 1 or len(targets) == 1
     samples = positions % len(targets)
     shown = [int((targets[samples] == target).sum()) for target, count in enumerate(counts) if count]
     assert max(shown) - min(shown) <= 1
