@@ -3,6 +3,8 @@
 The result is not the experiment of the paper. It shows that a row runs from its recipe to its figures.
 """
 
+import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -101,8 +103,14 @@ def statement(table: PrintedTable, scale: Literal["paper", "small"]) -> str:
 
 
 def small_data(out: Path, data: Path | None) -> Path:
-    """Return the folder in *out* for the small images from *data*, by default from the bundled digits."""
-    return out.absolute() / IMAGES / (data.resolve().name if data is not None else "digits")
+    """Return the folder in *out* for the small images from *data*, by default from the bundled digits.
+
+    The name ends in a hash of the path, because another folder may have the same name.
+    """
+    if data is None:
+        return out.absolute() / IMAGES / "digits"
+    path = data.resolve()
+    return out.absolute() / IMAGES / f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
 def write_small_images(source: Path | None, folder: Path) -> None:

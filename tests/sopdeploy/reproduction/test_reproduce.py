@@ -109,7 +109,15 @@ def test_a_given_folder_is_reduced_to_a_few_images_per_class(tmp_path) -> None:
     assert (run.train_count, run.held_out_count) == (18, 6)
     assert found.rows[0].top1 is not None
     assert found.rows[0].top1.low < found.rows[0].top1.mean < found.rows[0].top1.high
-    assert [path.name for path in (tmp_path / "out" / "small-images").iterdir()] == ["photos"]
+    (copied,) = (tmp_path / "out" / "small-images").iterdir()
+    assert copied.name.startswith("photos-")
+
+
+def test_small_images_of_two_folders_with_the_same_name_are_not_confused(tmp_path) -> None:
+    first, second, again = (
+        small.small_data(tmp_path, tmp_path / source) for source in ("a/photos", "b/photos", "b/../a/photos")
+    )
+    assert first == again != second
 
 
 def test_a_full_disk_leaves_no_half_of_the_small_images(tmp_path: Path, monkeypatch) -> None:
