@@ -44,7 +44,9 @@ class RunFolder:
         """Raise `ConfigError` unless a new run can be written here."""
         if self.holds_run():
             raise ConfigError(f"{self.path}: holds a run; continue it with --resume or choose another --out")
-        if self.path.exists() and not (self.path.is_dir() and all(map(_is_restartable, self.path.iterdir()))):
+        if os.path.lexists(self.path) and not (
+            self.path.is_dir() and all(map(_is_restartable, self.path.iterdir()))
+        ):
             raise ConfigError(f"{self.path}: exists and is not an empty folder; choose another --out")
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):

@@ -24,12 +24,13 @@ NAN = torch.tensor(float("nan"))
 
 def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    for out in (tmp_path, tmp_path / "notes.txt"):
+    (tmp_path / "broken").symlink_to("nothing")
+    for out in (tmp_path, tmp_path / "notes.txt", tmp_path / "broken"):
         with pytest.raises(ConfigError, match="exists and is not an empty folder; choose another --out"):
             train(short_recipe(), out)
     with pytest.raises(ConfigError, match=r"cannot be created in .*; choose another --out"):
         train(short_recipe(), tmp_path / "notes.txt" / "run")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "broken"}
 
 
 def test_an_empty_folder_is_used_and_a_run_is_never_overwritten(tmp_path) -> None:
