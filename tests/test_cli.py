@@ -223,6 +223,12 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
         (*EXPORT, "--keep-float", "conv1"),
         "--keep-float: only with --precision int8",
     ),
+    "calibration images without int8": ((*EXPORT, "--calibrate", "d"), "only with --precision int8"),
+    "forms without rewrite rules": (
+        (*EXPORT, "--autotune", "--no-lowering"),
+        "--autotune: --no-lowering has",
+    ),
+    "options of an absent builder": ((*EXPORT, "--plain-set", "a=1"), "--plain-set: only with --network"),
     "a missing bundle": (("verify", "bundle"), "bundle: no bundle here"),
     "a missing bundle to serve": (("serve", "bundle", "--port", "0"), "bundle: no bundle here"),
     "a URL that cannot be sent": (

@@ -4,8 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import pydantic
+
 from sopdeploy.api.user_network import NetworkSource, export_weights
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.config import first_problem
 from sopdeploy.errors import ConfigError
 from sopdeploy_export.pipeline import Exported, ExportOptions
 from sopdeploy_export.pipeline import export as run
@@ -70,42 +73,52 @@ def export(
         The path of the bundle and the results of all checks; a notebook shows them with a link to the report.
 
     Raises:
-        ConfigError: Options that do not fit together.
+        ConfigError: Options that are invalid or do not fit together.
         SopdeployError: A step failed; *out* contains nothing new.
     """
-    if newton_schulz == "fp16" and precision != "fp16":
-        raise ConfigError("--newton-schulz fp16: only with --precision fp16")
-    if precision != "int8" and (int8_for or keep_float):
-        raise ConfigError(f"{'--int8-for' if int8_for else '--keep-float'}: only with --precision int8")
-    if not 1 <= max_batch <= LARGEST_BATCH:
-        limit = "least 1" if max_batch < 1 else f"most {LARGEST_BATCH}"
-        raise ConfigError(f"--max-batch {max_batch}: give at {limit}")
+    int8 = precision == "int8"
+    problems = {
+        "--newton-schulz fp16: only with --precision fp16": newton_schulz == "fp16" and precision != "fp16",
+        "--int8-for: only with --precision int8": int8_for and not int8,
+        "--keep-float: only with --precision int8": keep_float and not int8,
+        "--calibrate: only with --precision int8": calibrate and not int8,
+        "--autotune: --no-lowering has no forms to choose from; remove one": autotune and not lowering,
+        "--detach: with --network, name the parts to remove with --training-only": detach and user_network,
+        f"--max-batch {max_batch}: give at least 1": max_batch < 1,
+        f"--max-batch {max_batch}: give at most {LARGEST_BATCH}": max_batch > LARGEST_BATCH,
+    }
+    for message, found in problems.items():
+        if found:
+            raise ConfigError(message)
 
     def path_or_none(path: str | Path | None) -> Path | None:
         return None if path is None else Path(path)
 
-    precision_options = PrecisionOptions(
-        precision=precision,
-        newton_schulz=newton_schulz,
-        calibrate=path_or_none(calibrate),
-        calibration=calibration,
-        int8_for=int8_for or "cpu",
-        keep_float=tuple(keep_float),
-        evaluate=path_or_none(evaluate),
-        max_drop=max_drop,
-    )
-    options = ExportOptions(
-        detach=detach,
-        batch=BatchRange(optimum=min(8, max_batch), maximum=max_batch),
-        probes=path_or_none(probes),
-        allow_drift=allow_drift,
-        lowering=lowering,
-        autotune=autotune,
-        precision=precision_options,
-        measure_speed=measure_speed,
-        pt2=pt2,
-        with_cam=with_cam,
-    )
+    try:
+        precision_options = PrecisionOptions(
+            precision=precision,
+            newton_schulz=newton_schulz,
+            calibrate=path_or_none(calibrate),
+            calibration=calibration,
+            int8_for=int8_for or "cpu",
+            keep_float=tuple(keep_float),
+            evaluate=path_or_none(evaluate),
+            max_drop=max_drop,
+        )
+        options = ExportOptions(
+            detach=detach,
+            batch=BatchRange(optimum=min(8, max_batch), maximum=max_batch),
+            probes=path_or_none(probes),
+            allow_drift=allow_drift,
+            lowering=lowering,
+            autotune=autotune,
+            precision=precision_options,
+            measure_speed=measure_speed,
+            pt2=pt2,
+            with_cam=with_cam,
+        )
+    except pydantic.ValidationError as error:
+        raise ConfigError(first_problem(error)) from error
     if user_network is not None:
         return export_weights(user_network, Path(out), options, on_step)
     return run(Path(checkpoint), Path(out), options, on_step)

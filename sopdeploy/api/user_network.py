@@ -53,6 +53,8 @@ def export_weights(
         raise ConfigError(
             "--labels: missing; give a file with one class name per line, in the order of the logits"
         )
+    if source.plain_settings and source.plain is None:
+        raise ConfigError("--plain-set: only with --plain")
     labels, preprocess = read_class_names(source.labels), read_preprocess(source.preprocess)
     plain = None
     if source.plain is not None:

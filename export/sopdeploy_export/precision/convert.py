@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle.manifest import BatchRange, Int8For, Precision
-from sopdeploy.config import StrictModel
+from sopdeploy.config import NonNegative, StrictModel
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
@@ -218,7 +218,7 @@ class PrecisionOptions(StrictModel):
     int8_for: Int8For = "cpu"
     keep_float: tuple[str, ...] = ()
     evaluate: Path | None = None
-    max_drop: float = 1.0
+    max_drop: NonNegative = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

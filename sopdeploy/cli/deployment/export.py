@@ -119,13 +119,17 @@ def export(
     Example: [bold]sopdeploy export runs/photos/best.pt --detach[/bold]
     """
     with one_line_errors(as_json), steps("exporting", quiet=as_json) as step:
-        own = {"--set": settings, "--plain": plain, "--training-only": training_only, "--labels": labels}
-        own |= {"--preprocess": preprocess, "--weights": table, "--logits": logits, "--name": name}
+        own = {"--set": settings, "--plain": plain, "--plain-set": plain_settings, "--labels": labels}
+        own |= {
+            "--training-only": training_only,
+            "--preprocess": preprocess,
+            "--weights": table,
+            "--logits": logits,
+            "--name": name,
+        }
         given = [flag for flag, value in own.items() if value]
         if network is None and given:
             raise ConfigError(f"{given[0]}: only with --network, for a network of your own")
-        if network is not None and detach:
-            raise ConfigError("--detach: with --network, name the parts to remove with --training-only")
         from sopdeploy.api.deployment import export as run
         from sopdeploy.api.user_network import NetworkSource
 

@@ -23,6 +23,7 @@ from sopdeploy.api.arguments import OPTIONS, SWITCHES, rename_options
 from sopdeploy.api.progress import LINE_WIDTH, ProgressBars
 from sopdeploy.api.training import _assignments, configure
 from sopdeploy.api.training_result import TrainedRun
+from sopdeploy.api.user_network import NetworkSource
 from sopdeploy.cli.app import app
 from sopdeploy.cli.deployment.export import export as export_command
 from sopdeploy.cli.serving.classify import classify as classify_command
@@ -167,6 +168,23 @@ def test_the_same_error_fits_python_and_the_command_line(tmp_path: Path) -> None
         sopdeploy.export("ckpt.pt", precision="int8", newton_schulz="fp16")
     error = CliRunner().invoke(app, ["export", *options]).stderr
     assert "--newton-schulz fp16: only with --precision fp16" in error
+
+
+NETWORK = NetworkSource(weights=Path("w.pth"), network="m:f", labels=Path("l"), plain_settings=("a=1",))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int4"}, r"^precision: Input should be 'fp32'.*\(got 'int4'\)$"),
+        ({"max_drop": -1.0}, r"^max_drop: Input should be greater than or equal to 0"),
+        ({"detach": True, "user_network": NETWORK}, r"^detach=True: with --network"),
+        ({"user_network": NETWORK}, r"^--plain-set: only with plain$"),
+    ],
+)
+def test_an_invalid_option_of_an_export_is_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sopdeploy.export("ckpt.pt", **options)
 
 
 def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tmp_path: Path) -> None:
