@@ -123,7 +123,7 @@ def read_preprocess(text: str) -> Preprocess:
         return Preprocess.from_torchvision(weights.transforms())
     try:
         return Preprocess.model_validate(json.loads(Path(text).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = first_problem(error) if isinstance(error, pydantic.ValidationError) else str(error)
         raise ConfigError(f"--preprocess {text}: cannot be read ({reason}); give {EXAMPLE}") from error
 

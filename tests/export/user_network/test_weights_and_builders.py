@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from sopdeploy.api.user_network import read_preprocess
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
@@ -140,6 +141,13 @@ def test_preprocessing_of_torchvision_is_converted() -> None:
     assert (found.resize, found.crop, found.interpolation) == (232, 224, "bilinear")
     with pytest.raises(ConfigError, match=r"does not resize and crop"):
         Preprocess.from_torchvision(nn.Identity())
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"resize": 0}', "x"])
+def test_a_file_that_holds_no_preprocessing_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "rules.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"rules\.json: cannot be read \("):
+        read_preprocess(str(tmp_path / "rules.json"))
 
 
 def test_the_command_exports_a_weight_file_and_inspect_names_the_unused_part(tmp_path: Path) -> None:
