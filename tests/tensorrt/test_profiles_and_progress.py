@@ -3,9 +3,11 @@
 import ast
 import importlib.util
 import json
+import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,13 @@ from sopdeploy.errors import ConfigError, EngineError
 from sopdeploy.tensorrt.binding import parse_version
 from sopdeploy.tensorrt.profiles import index_for, parse_profiles
 from sopdeploy_export.tensorrt.plan import estimate
-from sopdeploy_export.tensorrt.progress import Phases, heartbeat, progress_line
+from sopdeploy_export.tensorrt.progress import (
+    Phases,
+    heartbeat,
+    interrupts_recorded,
+    make_monitor,
+    progress_line,
+)
 from tests.tensorrt.networks import CHANNELS, CLASSES, SIDE, network, write
 
 RANGE = BatchRange(minimum=1, optimum=8, maximum=64)
@@ -88,6 +96,24 @@ def test_the_estimate_uses_the_fraction_or_the_last_build(
     fraction: float | None, last: float | None, text: str
 ) -> None:
     assert progress_line(60.0, fraction, last) == text
+
+
+def test_control_c_between_callbacks_stops_the_build_at_its_next_step() -> None:
+    answers: list[bool] = []
+
+    def build() -> None:
+        with interrupts_recorded() as interrupt:
+            monitor = make_monitor(SimpleNamespace(IProgressMonitor=object), lambda _: None, None, interrupt)
+            monitor.phase_start("build", None, 3)
+            answers.append(monitor.step_complete("build", 0))
+            signal.raise_signal(signal.SIGINT)  # TensorRT would lose an exception here
+            answers.append(monitor.step_complete("build", 1))
+            monitor.phase_finish("build")
+
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    assert answers == [True, False]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_heartbeat_of_tensorrt_8_ends_with_the_build() -> None:

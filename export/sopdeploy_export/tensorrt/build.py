@@ -11,7 +11,13 @@ from typing import Any
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import create, deserialize, last_error, make_logger, version_of
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.tensorrt.progress import Report, heartbeat, make_monitor
+from sopdeploy_export.tensorrt.progress import (
+    Interrupt,
+    Report,
+    heartbeat,
+    interrupts_recorded,
+    make_monitor,
+)
 
 STRONGLY_TYPED_SINCE = 10
 COMPUTE_LAYERS = (
@@ -54,8 +60,14 @@ class BuiltPlan:
 def build(trt: Any, request: BuildRequest, report: Report) -> BuiltPlan:
     """Build a plan for *request*; *report* receives the progress.
 
-    Raises `EngineError` with TensorRT's own message if the graph cannot be parsed or built.
+    Raises `EngineError` with TensorRT's own message if the graph cannot be parsed or built, and
+    `KeyboardInterrupt` after Ctrl-C.
     """
+    with interrupts_recorded() as interrupt:
+        return _build(trt, request, report, interrupt)
+
+
+def _build(trt: Any, request: BuildRequest, report: Report, interrupt: Interrupt) -> BuiltPlan:
     logger = make_logger(trt)
     builder = create(trt, "Builder", logger)
     network = builder.create_network(network_flags(trt))
@@ -69,7 +81,7 @@ def build(trt: Any, request: BuildRequest, report: Report) -> BuiltPlan:
         set_layer_precisions(trt, network, config, request.precision)
     _add_profiles(builder, config, network, request.profiles)
     set_timing_cache(config, request.timing_cache)
-    memory = _serialize(trt, builder, network, config, request, report)
+    memory = _serialize(trt, builder, network, config, request, report, interrupt)
     if memory is None:
         raise EngineError(f"TensorRT {trt.__version__} cannot build the engine: {last_error(logger)}")
     timings = config.get_timing_cache()
@@ -140,17 +152,20 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pr
 
 
 def _serialize(
-    trt: Any, builder: Any, network: Any, config: Any, request: BuildRequest, report: Report
+    trt: Any,
+    builder: Any,
+    network: Any,
+    config: Any,
+    request: BuildRequest,
+    report: Report,
+    interrupt: Interrupt,
 ) -> Any:
     if not hasattr(trt, "IProgressMonitor"):
         with heartbeat(report, request.last_build):
             return builder.build_serialized_network(network, config)
-    monitor = make_monitor(trt, report, request.last_build)
+    monitor = make_monitor(trt, report, request.last_build, interrupt)
     config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
-    if monitor.stopped:
-        raise KeyboardInterrupt
-    return plan
+    return builder.build_serialized_network(network, config)
 
 
 def inspect(trt: Any, plan: bytes) -> str:

@@ -1,9 +1,11 @@
 """Report the progress of a TensorRT build: a monitor since TensorRT 10, a heartbeat for 8.6."""
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 Report = Callable[[str], None]
@@ -71,11 +73,42 @@ def progress_line(elapsed: float, fraction: float | None, last_build: float | No
     return f"{text} ({phase})" if phase else text
 
 
-def make_monitor(trt: Any, report: Report, last_build: float | None) -> Any:
-    """Create a progress monitor for TensorRT 10 and later.
+@dataclass
+class Interrupt:
+    """Whether Ctrl-C was pressed during a build."""
 
-    Its attribute `stopped` is set if *report* raises `KeyboardInterrupt`; the build then ends at the next
-    step.
+    received: bool = False
+
+
+@contextmanager
+def interrupts_recorded() -> Iterator[Interrupt]:
+    """Record Ctrl-C instead of raising `KeyboardInterrupt`, which is then raised at the end.
+
+    An exception must not reach the C++ code of TensorRT, which prints it and continues or fails: a signal
+    that arrives there would be raised in the next callback, before its first line.
+    """
+    interrupt = Interrupt()
+
+    def record(*_: Any) -> None:
+        interrupt.received = True
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    replaced = usual and threading.current_thread() is threading.main_thread()
+    if replaced:
+        signal.signal(signal.SIGINT, record)
+    try:
+        yield interrupt
+    finally:
+        if replaced:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if interrupt.received:
+            raise KeyboardInterrupt
+
+
+def make_monitor(trt: Any, report: Report, last_build: float | None, interrupt: Interrupt) -> Any:
+    """Create a progress monitor for TensorRT 10 and later, which ends the build after an *interrupt*.
+
+    A `KeyboardInterrupt` of *report* is such an interrupt.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined, unused-ignore]
@@ -85,7 +118,6 @@ def make_monitor(trt: Any, report: Report, last_build: float | None) -> Any:
             trt.IProgressMonitor.__init__(self)
             self._phases = Phases()
             self._begin = time.monotonic()
-            self.stopped = False
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             """Begin a phase."""
@@ -97,9 +129,9 @@ def make_monitor(trt: Any, report: Report, last_build: float | None) -> Any:
                 self._phases.step(phase_name, step)
                 elapsed = time.monotonic() - self._begin
                 report(progress_line(elapsed, self._phases.fraction, last_build, self._phases.innermost))
-            except KeyboardInterrupt:  # an exception must not cross TensorRT's C++ code
-                self.stopped = True
-            return not self.stopped
+            except KeyboardInterrupt:
+                interrupt.received = True
+            return not interrupt.received
 
         def phase_finish(self, phase_name: str) -> None:
             """End a phase."""
