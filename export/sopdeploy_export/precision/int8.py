@@ -252,7 +252,7 @@ def _costs(
 ) -> tuple[Cost, ...]:
     """Measure for each group the change of the logits if only its layers are int8; sorted, largest first."""
     plain = network(pixels)[0]
-    spread = float(plain.std()) or 1.0
+    spread = (float(plain.std()) if plain.numel() > 1 else 0.0) or 1.0
     modules = dict(network.named_modules())
     costs = []
     for name, layers in groups.items():

@@ -8,6 +8,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from PIL import Image
+from torch import Tensor, nn
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import Int8For
@@ -18,13 +19,13 @@ from sopdeploy.models.base import is_in
 from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy_export.graph import CALIBRATE, generated_images, load_images
+from sopdeploy_export.graph import CALIBRATE, Deployed, generated_images, load_images
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.precision import accuracy_gate
 from sopdeploy_export.precision.accuracy_gate import accuracy
 from sopdeploy_export.precision.casts import Calibration, float32_parts
 from sopdeploy_export.precision.convert import PrecisionOptions, weight_types
-from sopdeploy_export.precision.int8 import input_grids, quantize
+from sopdeploy_export.precision.int8 import Grid, input_grids, measure_sensitivity, quantize
 from sopdeploy_export.tensorrt.lint import lint
 from sopdeploy_export.tensorrt.rewrites import graph_precision
 from tests.export.conftest import save, trained
@@ -114,6 +115,23 @@ def test_int8_bundle_records_its_accuracy_and_costs(
     assert "int8 loses accuracy where it grows." in page
     assert "module-costs-title" in page
     assert found.parity.passed
+
+
+class OneLogit(nn.Module):
+    """A convolution and one class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 1, 1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.conv(pixels).mean((2, 3))
+
+
+def test_the_cost_of_one_class_on_one_image_is_a_number(preprocess: Preprocess) -> None:
+    grids = {"conv": Grid(0.1, 0, -128, 127)}
+    costs, _ = measure_sensitivity(Deployed(OneLogit(), preprocess), grids, generated_images(16)[-1:])
+    assert [np.isfinite(cost.share) for cost in costs] == [True]
 
 
 def test_too_large_a_drop_writes_nothing_and_names_the_costly_layers(
