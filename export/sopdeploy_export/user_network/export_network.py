@@ -90,6 +90,7 @@ def export_network(
         SopdeployError: Another step failed; nothing is left in *destination* then.
     """
     options = options or ExportOptions()
+    training_only = [training_only] if isinstance(training_only, str) else training_only
     _check_arguments(name, labels, preprocess)
     check_torch_state()
     on_step("checking the network")
@@ -155,7 +156,7 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     """
     names = [name for name, _ in modules(network) if name] + list(tensors(network))
     found: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
             close = ", ".join(name for name, _ in network.named_children())

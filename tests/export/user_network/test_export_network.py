@@ -18,6 +18,7 @@ from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.pipeline import ExportOptions
+from sopdeploy_export.proof.networks import ExportSubject
 from sopdeploy_export.user_network.checks import check_builder
 from sopdeploy_export.user_network.export_network import export_network, unused_modules
 from sopdeploy_service.app import create_app
@@ -108,6 +109,14 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
 }
 # Captured for one batch size, in a third of the time; other cases, and full sizes, use the whole range.
 QUICK = ExportOptions(batch=ALONE)
+
+
+def test_one_pattern_may_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subjects: list[ExportSubject] = []
+    monkeypatch.setattr(f"{export_network.__module__}.export_subject", lambda s, *_: subjects.append(s))
+    run(n.trained(n.Small()), tmp_path, training_only="aux*", options=QUICK)
+    assert subjects[0].config["training_only"] == ["aux*"]
+    assert subjects[0].detachment.training_only == ("aux",)
 
 
 @pytest.mark.parametrize("case", ACCEPTED)
