@@ -81,6 +81,8 @@ WHAT_TO_DO = {
     "RuntimeUnavailableError": "Install what the message names, or choose another `--runtime`; "
     "`sopdeploy env` lists installed runtimes.",
     "StorageError": "Free disk space, check permissions, or choose another file or folder.",
+    "NoMemoryError": "In training, raise `accumulate` or lower `batch_size`; otherwise, end other programs, "
+    "or use a machine or GPU with more memory.",
     "ImageError": "Send a complete JPEG, PNG, WebP, BMP or GIF image within the size limits. "
     'The code is one of those in "Over HTTP".',
     "ServiceError": 'Look up the code in brackets, here or in "Over HTTP".',
@@ -111,6 +113,8 @@ EXAMPLES = {
     "RuntimeUnavailableError": 'TensorRT is not installed; run: pip install "sopdeploy[tensorrt]"',
     "StorageError": "a file: cannot be read or written (No space left on device); free disk space, or choose "
     "another file or folder",
+    "NoMemoryError": "cuda:0: out of memory for 256 images at once (OutOfMemoryError: CUDA out of memory. "
+    "Tried to allocate 1.53 GiB.); raise accumulate (now 1), which keeps the batch size, or lower batch_size",
     "ImageError": "photo.heic: this is not an image; send a JPEG, PNG, WebP, BMP or GIF file [not_an_image]",
     "ServiceError": "http://127.0.0.1:8000/info: status 200, but not a sopdeploy response (not JSON); "
     "check the URL [foreign_answer]",

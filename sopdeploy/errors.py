@@ -14,6 +14,7 @@ SopdeployError
  +- EngineError             TensorRT engine cannot be built or differs from the request
  +- RuntimeUnavailableError no runtime on this machine can run the bundle
  +- StorageError            file cannot be read or written
+ +- NoMemoryError           memory of the machine or of the GPU is too small
  +- ImageError              unusable image, with an HTTP status
  +- ServiceError            error response of a server
  +- OverloadedError         a ServiceError: overload or rate limit, every attempt was rejected (429, 503)
@@ -111,6 +112,12 @@ class StorageError(SopdeployError):
     code = "no_storage"
 
 
+class NoMemoryError(SopdeployError):
+    """The memory of the machine or of the GPU is too small for this work."""
+
+    code = "no_memory"
+
+
 class ImageError(SopdeployError):
     """An image cannot be used; *status* is the matching HTTP status."""
 
@@ -150,6 +157,12 @@ class UnreachableError(ServiceError):
     """The server did not respond, or not before the deadline."""
 
     code = "unreachable"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether *error* of Python, NumPy, torch or a runtime means that memory is exhausted."""
+    allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch on a CPU
+    return isinstance(error, MemoryError) or allocator or type(error).__name__ == "OutOfMemoryError"
 
 
 def first_line(error: BaseException) -> str:

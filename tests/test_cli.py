@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
@@ -380,6 +381,23 @@ def test_storage_errors_are_one_line(
     line = capsys.readouterr().err
     assert line.startswith(f"error: {name}: cannot be read or written ({os.strerror(number)});")
     assert line.endswith("[no_storage]\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["Python", "GPU", "CPU"],
+)
+def test_exhausted_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BaseException, match="2"), one_line_errors():
+        raise error
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: out of memory ({type(error).__name__}")
+    assert line.endswith("[no_memory]\n")
 
 
 def test_other_system_errors_are_not_user_errors() -> None:

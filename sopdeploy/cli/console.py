@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from sopdeploy.api.progress import plain_text as plain_text
-from sopdeploy.errors import SopdeployError, StorageError
+from sopdeploy.errors import NoMemoryError, SopdeployError, StorageError, first_line, is_out_of_memory
 from sopdeploy.files import STORAGE_ERRNOS
 
 USER_ERROR = 2
@@ -32,8 +32,8 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
     """Print a user error as one line on stderr and exit with code 2.
 
     With *as_json*, also print its code and message as JSON on stdout. Errors of the operating system in
-    `STORAGE_ERRNOS` are user errors. An error that another process has already shown (`told`) is not printed
-    again.
+    `STORAGE_ERRNOS` and exhausted memory are user errors. An error that another process has already shown
+    (`told`) is not printed again.
     """
     try:
         try:
@@ -45,6 +45,13 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
             raise StorageError(
                 f"{name}: cannot be read or written ({error.strerror}); free disk space, or choose another "
                 "file or folder"
+            ) from error
+        except Exception as error:
+            if isinstance(error, SopdeployError) or not is_out_of_memory(error):
+                raise
+            raise NoMemoryError(
+                f"out of memory ({first_line(error)}); end other programs, choose smaller batches or images, "
+                "or use a machine or GPU with more memory"
             ) from error
     except SopdeployError as error:
         if not error.told:

@@ -17,7 +17,7 @@ from sopdeploy.training.precision import named_tensors
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Run, create_run
 from sopdeploy.training.schedule import Milestones, OneCycle
-from sopdeploy.training.step.gradient import train_step
+from sopdeploy.training.step.gradient import memory_advice, train_step
 
 
 class Memory(StrictModel):
@@ -68,7 +68,8 @@ def dry_run(recipe: Recipe) -> DryRun:
     since = time.monotonic()
     batch = next(iter(load_batches(dataset, batches[:1], 0, run.strategy.device)))
     load_seconds = time.monotonic() - since
-    activations = activation_bytes(run, batch)
+    with memory_advice(run):
+        activations = activation_bytes(run, batch)
     train_step(run, batch, batches[0], len(batches))
     since = time.monotonic()
     loss = float(train_step(run, batch, batches[0], len(batches)).loss.total)  # synchronizes with the device

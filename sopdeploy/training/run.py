@@ -22,7 +22,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.decision import Activation, Decision, Estimate
 from sopdeploy.environment import machine
-from sopdeploy.errors import ConfigError, TrainingError, first_line
+from sopdeploy.errors import ConfigError, TrainingError, first_line, is_out_of_memory
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.evaluation.prediction import HeldOutMetrics
@@ -346,6 +346,8 @@ def _check_image_sizes(recipe: Recipe, model: Classifier, device: torch.device) 
         try:
             model(torch.zeros(1, 3, side, side, device=device))
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise ConfigError(
                 f"preprocess.crop: {recipe.model.name} cannot compute images of {side} pixels "
                 f"({first_line(error)}); choose another size"

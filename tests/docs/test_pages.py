@@ -37,6 +37,7 @@ CODES = {
     "no_engine": "EngineError",
     "no_runtime": "RuntimeUnavailableError",
     "no_storage": "StorageError",
+    "no_memory": "NoMemoryError",
     "unusable_image": "ImageError",
     "service_error": "ServiceError",
     "overloaded": "OverloadedError",

@@ -1,6 +1,7 @@
 """One step of training: the gradient of all micro-batches and processes, and the update of the weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import Batch
+from sopdeploy.errors import NoMemoryError, first_line, is_out_of_memory
 from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.training.distributed.batch_sharding import MicroBatch, shard_step
 from sopdeploy.training.fine_tuning import LR_FACTOR
@@ -21,8 +23,29 @@ def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepRe
     """Run one of the *steps* steps of an epoch on *batch*, the shard of *samples*.
 
     Raises `TrainingError` if the loss, the gradient or a buffer is not finite; the weights are then
-    unchanged.
+    unchanged. Raises `NoMemoryError` if the device has too little memory.
     """
+    with memory_advice(run):
+        return _train_step(run, batch, samples, steps)
+
+
+@contextmanager
+def memory_advice(run: Run) -> Iterator[None]:
+    """Raise `NoMemoryError` with the settings to change if the device has too little memory for a step."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        recipe = run.recipe
+        images = -(-recipe.batch_size // (recipe.accumulate * run.strategy.world))
+        raise NoMemoryError(
+            f"{run.strategy.device}: out of memory for {images} images at once ({first_line(error)}); raise "
+            f"accumulate (now {recipe.accumulate}), which keeps the batch size, or lower batch_size"
+        ) from error
+
+
+def _train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepResult:
     recipe, at = run.recipe, run.position
     torch.manual_seed(derive_seed(recipe.seed, "step", at.epoch, at.step))
     factor = recipe.schedule.factor(at.epoch + at.step / steps, recipe.epochs)
