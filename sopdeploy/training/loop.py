@@ -104,14 +104,24 @@ def train(
         )
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    run, data, few_shot = start_or_resume(recipe, folder, strategy, callback, resume=resume)
+    try:
+        run, data, few_shot = start_or_resume(recipe, folder, strategy, callback, resume=resume)
+        return _train_to_end(run, data, folder, callback, few_shot=few_shot)
+    finally:
+        folder.unlock()
+
+
+def _train_to_end(
+    run: Run, data: Split, folder: RunFolder, callback: Callback, *, few_shot: bool
+) -> TrainingResult:
+    """Run the remaining epochs or the few-shot procedure, and fit the decision of `best.pt`."""
     recipe = run.recipe
     if few_shot:
         decision = train_few_shot(run, data, folder, callback)
         return _summarize(run, folder, data, decision)
     cropped = isinstance(recipe.augment, PadCrop) and recipe.augment.held_out
     held_out = (PadCroppedDataset if cropped else PreprocessedDataset)(data.held_out, recipe.preprocess)
-    with handle_signals(strategy) as signals:
+    with handle_signals(run.strategy) as signals:
         try:
             while run.position.epoch < recipe.epochs:
                 signals.check()
@@ -148,6 +158,8 @@ def start_or_resume(
     check_divisible(recipe, len(data.train), strategy.world)
     if checkpoint is None:
         run = create_run(recipe, data.train, strategy)
+        folder.lock()
+        folder.check_free()  # another run may have ended here since the first check
         if run.start is not None:
             callback.on_start_weights(run.start)
     else:

@@ -5,10 +5,14 @@
 written first; all other files are derived from it and are written again when the run is resumed.
 """
 
+import fcntl
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
@@ -18,6 +22,8 @@ from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.few_shot.config import FEATURES_FILE
 from sopdeploy.training.recipe import SaveConfig
 from sopdeploy.training.run import Run
+
+LOCK_FILE = ".lock"  # remains after a run was killed, without a lock
 
 
 class RunFolder:
@@ -35,6 +41,52 @@ class RunFolder:
         self.warning: str | None = None
         self.saved_at = time.monotonic()
         self._last_is_valid = False
+        self._lock: int | None = None
+        self._created = False
+
+    def lock(self) -> None:
+        """Create the folder and lock it until `unlock`; raise `ConfigError` if another process trains there.
+
+        The first process holds the lock; the system releases it when this process ends in any way. Loader
+        processes, which may live a few seconds longer, do not inherit it.
+        """
+        free = self.strategy.rank != 0 or self._try_lock()
+        if int(self.strategy.all_reduce(torch.tensor(int(free)))) != self.strategy.world:
+            raise ConfigError(
+                f"{self.path}: another process trains in this folder; wait for its end or choose another "
+                "--out"
+            )
+
+    def _try_lock(self) -> bool:
+        path = self.path / LOCK_FILE
+        while True:
+            with writing(path, CheckpointError):
+                self._created = self._created or not self.path.exists()
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                os.close(self._lock)
+                self._lock = None
+                return False
+            except OSError:  # this file system has no locks
+                return True
+            with suppress(FileNotFoundError):
+                if path.stat().st_ino == os.fstat(self._lock).st_ino:
+                    return True
+            os.close(self._lock)  # another run ended and removed the file between the two calls
+
+    def unlock(self) -> None:
+        """Release the lock, if this process holds it; an empty folder that `lock` created is removed."""
+        if self._lock is None:
+            return
+        with suppress(OSError):
+            (self.path / LOCK_FILE).unlink()
+            if self._created:
+                self.path.rmdir()
+        os.close(self._lock)
+        self._lock = None
 
     def holds_run(self) -> bool:
         """Check whether there is a checkpoint to resume from."""
@@ -53,12 +105,13 @@ class RunFolder:
             raise ConfigError(f"{self.path}: cannot be created in {nearest}; choose another --out")
 
     def read_last(self) -> tuple[Checkpoint, Path]:
-        """Read `last.pt`, or `previous.pt` if it is damaged, and return its path too.
+        """Lock the folder, read `last.pt`, or `previous.pt` if it is damaged, and return its path too.
 
         Raises `ConfigError` if there is no checkpoint, `CheckpointError` if none can be read.
         """
         if not self.holds_run():
             raise ConfigError(f"{self.path}: holds no run to resume; start one without --resume")
+        self.lock()
         try:
             checkpoint = read_checkpoint(self.last)
         except CheckpointError as error:
@@ -107,7 +160,7 @@ class RunFolder:
 
 def _is_restartable(file: Path) -> bool:
     """Check whether *file* is one that a run leaves behind before its first checkpoint."""
-    return file.name.endswith(PARTIAL) or file.name == FEATURES_FILE
+    return file.name.endswith(PARTIAL) or file.name in {FEATURES_FILE, LOCK_FILE}
 
 
 def _link_or_copy(path: Path, name: Path) -> None:

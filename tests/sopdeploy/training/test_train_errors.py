@@ -1,5 +1,8 @@
 """Errors before and during a run, numbers that are not finite, and the files that remain."""
 
+import subprocess
+import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -11,6 +14,7 @@ from sopdeploy.training import loop
 from sopdeploy.training.loop import train
 from sopdeploy.training.precision import non_finite_error
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.run_folder import LOCK_FILE
 from sopdeploy.training.step import gradient
 from sopdeploy.training.step.losses import Loss
 from tests.sopdeploy.data.test_data_folder import make
@@ -49,6 +53,35 @@ def test_an_empty_folder_is_used_and_a_run_is_never_overwritten(tmp_path) -> Non
     with pytest.raises(ConfigError, match="holds a run; continue it with --resume or choose another --out"):
         train(short_recipe("epochs=1"), tmp_path)
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+@contextmanager
+def locked_by_another_process(path):
+    code = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, 2); print(flush=True); input()"
+    )
+    command = [sys.executable, "-S", "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        yield
+        process.kill()
+
+
+def test_two_processes_never_train_in_the_same_folder(tmp_path) -> None:
+    recipe, out, message = short_recipe("epochs=1"), tmp_path / "run", "another process trains in this folder"
+    out.mkdir()
+    with locked_by_another_process(out / LOCK_FILE):
+        for resume in (False, "auto"):
+            with pytest.raises(ConfigError, match=message):
+                train(recipe, out, resume=resume)
+    assert [path.name for path in out.iterdir()] == [
+        LOCK_FILE
+    ]  # of the killed process, which no longer locks it
+    interrupt(recipe, out, "step", 0, 0)
+    with locked_by_another_process(out / LOCK_FILE), pytest.raises(ConfigError, match=message):
+        train(recipe, out, resume=True)
+    assert train(recipe, out, resume=True).epochs == 1
+    assert not (out / LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize(
