@@ -233,24 +233,27 @@ def _list_rows(shown: str, place: str) -> Iterator[Entry]:
     parquet = import_pyarrow("pyarrow.parquet")
     with open_place(place) as opened:
         try:
-            file = parquet.ParquetFile(opened, buffer_size=1 << 20)
+            yield from _rows_of(parquet.ParquetFile(opened, buffer_size=1 << 20), shown, place)
+        except DataError:
+            raise
         except Exception as error:  # pyarrow raises types of its own
             raise DataError(f"{shown}: damaged or not a parquet file; write or copy it again") from error
-        bytes_column, has_names = image_column(file.schema_arrow), "path" in file.schema_arrow.names
-        if bytes_column is None and not has_names:
-            columns = ", ".join(file.schema_arrow.names)
-            raise DataError(
-                f"{shown}: has no column `bytes`, `image` or `path` (columns: {columns}); rename one"
-            )
-        if not has_names:
-            for row in range(file.metadata.num_rows):
-                yield Entry(f"{shown}/{row}", place, row)
-            return
-        row, folder = 0, place.rpartition("/")[0] if is_url(place) else Path(shown).parent
-        for batch in file.iter_batches(PATHS_PER_READ, columns=["path"], use_threads=False):
-            for name in batch.column(0).to_pylist():
-                if bytes_column is not None:
-                    yield Entry(f"{shown}/{row}" if name is None else str(name), place, row)
-                else:
-                    yield _listed(folder, str(name))
-                row += 1
+
+
+def _rows_of(file: Any, shown: str, place: str) -> Iterator[Entry]:
+    bytes_column, has_names = image_column(file.schema_arrow), "path" in file.schema_arrow.names
+    if bytes_column is None and not has_names:
+        columns = ", ".join(file.schema_arrow.names)
+        raise DataError(f"{shown}: has no column `bytes`, `image` or `path` (columns: {columns}); rename one")
+    if not has_names:
+        for row in range(file.metadata.num_rows):
+            yield Entry(f"{shown}/{row}", place, row)
+        return
+    row, folder = 0, place.rpartition("/")[0] if is_url(place) else Path(shown).parent
+    for batch in file.iter_batches(PATHS_PER_READ, columns=["path"], use_threads=False):
+        for name in batch.column(0).to_pylist():
+            if bytes_column is not None:
+                yield Entry(f"{shown}/{row}" if name is None else str(name), place, row)
+            else:
+                yield _listed(folder, str(name))
+            row += 1

@@ -100,6 +100,8 @@ BAD_SOURCES = {
     "shards": r"shards: has no images; name its files: 'shards/\*.tar'",
     "damaged.tar": "damaged.tar: damaged or not a tar file",
     "damaged.parquet": "damaged.parquet: damaged or not a parquet file",
+    "damaged-paths.parquet": "damaged-paths.parquet: damaged or not a parquet file",
+    "latin-paths.parquet": "latin-paths.parquet: damaged or not a parquet file",
     "other.parquet": r"other.parquet: has no column `bytes`, `image` or `path` \(columns: n\); rename one",
     "memory://absent": "memory://absent: not found",
     "memory://no-keys": "memory://no-keys: has no images; images end with",
@@ -116,6 +118,13 @@ def test_a_source_without_images_is_a_one_line_error(source, tmp_path, monkeypat
     for name in ("shards/x.tar", "damaged.tar", "damaged.parquet"):
         (tmp_path / name).write_bytes(b"nothing" * 100)
     pq.write_table(pa.table({"n": [1]}), tmp_path / "other.parquet")
+    written = tmp_path / "damaged-paths.parquet"
+    pq.write_table(pa.table({"path": ["a.jpg", "b.jpg"]}), written, compression="gzip", use_dictionary=False)
+    damaged = bytearray(written.read_bytes())
+    damaged[30:50] = bytes(20)
+    written.write_bytes(damaged)
+    latin = pa.array([b"caf\xe9.jpg"]).view(pa.string())
+    pq.write_table(pa.table({"path": latin}), tmp_path / "latin-paths.parquet")
     fsspec.filesystem("memory").makedirs("/no-keys", exist_ok=True)
     tarfile.open(tmp_path / "no-keys.tar", "w").close()
     (tmp_path / "no-keys.txt").touch()
