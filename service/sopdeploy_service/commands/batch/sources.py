@@ -9,6 +9,7 @@ and rows as stored.
 import glob
 import os
 import tarfile
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -210,8 +211,8 @@ def _list_lines(place: str) -> Iterator[Entry]:
 
 
 def _lines(file: Any) -> Iterator[bytes]:
-    """Yield the lines of a binary *file*, which may be unbuffered."""
-    rest = b""
+    """Yield the lines of a binary *file*, which may be unbuffered and begin with a byte order mark."""
+    rest = file.read(len(BOM_UTF8)).removeprefix(BOM_UTF8)
     while block := file.read(1 << 20):
         *lines, rest = (rest + block).split(b"\n")
         yield from lines

@@ -40,6 +40,8 @@ def sources(tmp_path: Path) -> Path:
                 member.size = len(body)
                 archive.addfile(member, io.BytesIO(body))
     (tmp_path / "list.txt").write_text("".join(f"folder/{name}\n\n" for name in BODIES))
+    windows = "\r\n".join(f"folder/{name}" for name in BODIES)
+    (tmp_path / "windows.txt").write_text(windows, encoding="utf-8-sig", newline="")
     (tmp_path / "urls.txt").write_text("\n".join(f"{MEMORY}/{name}" for name in BODIES))
     bodies, names = list(BODIES.values()), [f"folder/{name}" for name in BODIES]
     pq.write_table(pa.table({"bytes": bodies, "n": [1, 2, 3, 4]}), tmp_path / "b.parquet", row_group_size=3)
@@ -60,6 +62,7 @@ LISTS = {  # source: (prefix of the names, names)
     "x.tar": ("x.tar/", STORED),
     "*.tar.gz": ("x.tar.gz/", STORED),
     "list.txt": ("folder/", STORED),
+    "windows.txt": ("folder/", STORED),
     "urls.txt": (f"{MEMORY}/", STORED),
     "b.parquet": ("b.parquet/", ["0", "1", "2", "3"]),
     "i.parquet": ("i.parquet/", ["0", "1", "2", "3"]),
