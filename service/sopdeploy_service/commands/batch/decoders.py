@@ -16,11 +16,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -225,13 +227,28 @@ def work() -> None:
         settings = Settings(**start["settings"])
         Image.core.set_blocks_max(2)  # type: ignore[attr-defined]
         decode = EntryDecoder(rules, settings)
+        tasks: SimpleQueue[Any] = SimpleQueue()
+        threading.Thread(target=_receive_tasks, args=(connection, tasks), daemon=True).start()
         connection.send([])
-        while True:
-            slot, entries = connection.recv()
+        while (task := tasks.get()) is not None:
+            slot, entries = task
             found = [decode(Entry(*entry), pixels[slot, n]) for n, entry in enumerate(entries)]
             connection.send([tuple(one) for one in found])
     except (EOFError, ConnectionError):
         return
+
+
+def _receive_tasks(connection: Any, tasks: "SimpleQueue[Any]") -> None:
+    """Put the received tasks into *tasks*, then None when the parent has closed *connection*.
+
+    Reading never waits for decoding: else the parent could wait until it has sent a large task, while this
+    process waits until the parent reads its results.
+    """
+    try:
+        while True:
+            tasks.put(connection.recv())
+    except (EOFError, OSError):
+        tasks.put(None)
 
 
 class EntryDecoder:

@@ -12,6 +12,7 @@ import pytest
 from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.commands.batch import decoders
 from sopdeploy_service.commands.batch.decoders import DecoderProcesses, Read
 from sopdeploy_service.commands.batch.on_ray import RayOptions, _check_resources
@@ -166,6 +167,14 @@ def test_a_killed_decoder_process_is_replaced(photos):
         ]
     assert [len(reads) for reads, _ in blocks] == [5, 5]
     assert all(pixels.any(axis=(1, 2, 3)).all() for _, pixels in blocks)
+
+
+@pytest.mark.timeout(60)
+def test_tasks_and_results_may_be_larger_than_the_buffer_of_a_socket():
+    entries = [Entry(name, name) for name in (f"/nowhere/{'x' * 90}{number}" for number in range(4096))]
+    with DecoderProcesses(Preprocess(resize=8, crop=8), SETTINGS, workers=1, block=4096) as processes:
+        found = [len(block.reads) for block in processes.decode([entries] * 4)]
+    assert found == [4096] * 4
 
 
 class ThreePhotos:
