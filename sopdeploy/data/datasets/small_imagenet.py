@@ -2,7 +2,7 @@
 
 Source: Chrabaszcz et al., "A Downsampled Variant of ImageNet" (2017): `train_data_batch_1` to `_10` and
 `val_data`, each a pickle or .npz with `data` (N, 3 * side * side) uint8, one color channel after the other,
-and `labels` from 1.
+and `labels` from 1. If a folder holds both forms of a file, the .npz is read.
 """
 
 import re
@@ -84,9 +84,9 @@ def open_small_imagenet(config: SmallImageNetConfig) -> Split:
     elif root.is_dir():
         parts = []
         for pattern in (TRAIN_FILE, HELD_OUT_FILE):
-            matches = [(pattern.match(file.name), file) for file in root.iterdir() if file.is_file()]
-            files = sorted((int(match["number"] or 0), file) for match, file in matches if match)
-            parts.append([_read_batch(file, side) for _, file in files])
+            matches = [(pattern.match(file.name), file) for file in sorted(root.iterdir()) if file.is_file()]
+            files = {int(match["number"] or 0): file for match, file in matches if match}
+            parts.append([_read_batch(file, side) for _, file in sorted(files.items())])
         train, held_out = parts
     else:
         raise DataError(f"{root}: no such folder or .mat file; give the official files")

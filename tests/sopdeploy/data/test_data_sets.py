@@ -102,6 +102,8 @@ def test_batches_of_small_imagenet_are_read_in_the_order_of_their_numbers(tmp_pa
     np.savez(tmp_path / "32" / "val_data.npz", data=planes(2, 32), labels=np.array([1, 2]))
     train = open_at("imagenet32", tmp_path / "32").train
     assert np.array_equal(np.asarray(train[4][0]), upright(planes(2, 32, 10)[0], 32))
+    np.savez(tmp_path / "32" / "train_data_batch_2.npz", data=planes(2, 32, 2), labels=np.array([1, 2]))
+    assert len(open_at("imagenet32", tmp_path / "32").train) == 6  # both forms of a batch are read once
 
 
 def test_class_names_of_small_imagenet_come_from_a_list(tmp_path) -> None:
