@@ -40,10 +40,18 @@ class FolderStore:
         return sorted(path.name for path in paths if not path.name.startswith("."))
 
     def list_files(self, folder: str) -> tuple[list[bytes], list[str]]:
-        """List the images below *folder*, sorted, and the other files below it, relative to the store."""
+        """List the images below *folder*, sorted, and the other files below it, relative to the store.
+
+        Links to folders are followed, except those to a folder that contains them.
+        """
         images, others = [], []
-        for path, folders, files in os.walk(self.root / folder):
-            folders[:] = [name for name in folders if not name.startswith(".")]
+        top = str(self.root / folder)
+        real_top = Path(os.path.realpath(top))
+        above = {top: {str(real_top), *map(str, real_top.parents)}}  # the folders that contain a folder
+        for path, folders, files in os.walk(top, followlinks=True):
+            real = {name: os.path.realpath(Path(path, name)) for name in folders if not name.startswith(".")}
+            folders[:] = [name for name in real if real[name] not in above[path]]
+            above |= {str(Path(path, name)): above[path] | {real[name]} for name in folders}
             for name in files:
                 inside = Path(path, name).relative_to(self.root)
                 if is_image(name):

@@ -46,6 +46,18 @@ def test_classes_are_sorted_and_hidden_and_other_files_ignored(tmp_path) -> None
     assert (len(split.train), len(split.held_out)) == (12, 3)
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path) -> None:
+    make(tmp_path / "elsewhere", c=3, more=2)
+    root = make(tmp_path / "photos", a=2, b=2)
+    (root / "c").symlink_to(tmp_path / "elsewhere" / "c")
+    (root / "a" / "more").symlink_to(tmp_path / "elsewhere" / "more")
+    (root / "a" / "circle").symlink_to("..")
+    (tmp_path / "elsewhere" / "more" / "back").symlink_to(root / "a")
+    split = open_at(root)
+    found = {Path(name).parent.as_posix() for name in names(split.train) + names(split.held_out)}
+    assert found == {"a", "a/more", "b", "c"}
+
+
 def test_every_image_suffix_and_names_that_are_not_utf8_are_read(tmp_path) -> None:
     make(tmp_path, a=2, b=2)
     files = {"c/odd.jpg"}
