@@ -22,7 +22,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.decision import Activation, Decision, Estimate
 from sopdeploy.environment import machine
-from sopdeploy.errors import ConfigError, TrainingError, first_line, is_out_of_memory
+from sopdeploy.errors import ConfigError, DataError, TrainingError, first_line, is_out_of_memory
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.evaluation.prediction import HeldOutMetrics
@@ -296,8 +296,10 @@ def create_run(
 
     *config* is the complete config of the model, by default that of *recipe*. Raises `ConfigError` for
     settings that need one class per image, if images have several, and for a size of the images that the
-    network cannot compute.
+    network cannot compute; `DataError` for a single image.
     """
+    if len(images) < 2:
+        raise DataError("there is only one training image; add another, a step needs two")
     activation: Activation = "sigmoid" if images.targets.ndim == 2 else "softmax"
     if activation == "sigmoid":
         _check_multi_label(recipe)

@@ -104,6 +104,14 @@ def test_a_run_that_cannot_start_writes_nothing(tmp_path, monkeypatch, recipe, o
     assert not (tmp_path / "run").exists()
 
 
+def test_a_single_training_image_is_refused(tmp_path) -> None:
+    make(tmp_path, images=3)
+    rows = ("file,classes,split", "000.jpg,a|b,train", "001.jpg,a,val", "002.jpg,b,val")
+    (tmp_path / "images" / "labels.csv").write_text("\n".join(rows))
+    with pytest.raises(DataError, match="there is only one training image; add another"):
+        train(short_recipe(*ONE, f"data.path={tmp_path / 'images'}"), tmp_path / "run")
+
+
 @pytest.fixture
 def stopped(tmp_path):
     """Return the parent of `run`, stopped in its first epoch, and of its `images`."""
