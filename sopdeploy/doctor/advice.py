@@ -115,10 +115,11 @@ def gain_of_larger_batches(steps: Sequence[Measured], largest_batch: int) -> flo
 def _decoders(best: Measured, cores: int | None) -> Advice:
     """Advise more decoders, as many as the engine can use and the cores allow."""
     factor = 1 / max(best.engine_busy, 1 / MAX_DECODER_FACTOR)
-    decoders = min(math.ceil(best.decoders * factor), cores or best.decoders * MAX_DECODER_FACTOR)
+    now = best.decoders // best.processes  # the setting counts those of one process
+    decoders = min(math.ceil(now * factor), cores // best.processes if cores else now * MAX_DECODER_FACTOR)
     change = f"--set decoders={decoders}, or send smaller images"
-    gain = min(factor, decoders / best.decoders) - 1
-    if decoders <= best.decoders:
+    gain = min(factor, decoders / now) - 1
+    if decoders <= now:
         change = "send smaller images, or use more cores: there is already a decoder per core"
         gain = factor - 1
     return Advice(

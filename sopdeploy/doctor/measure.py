@@ -27,11 +27,13 @@ MAX_REJECTED = 0.5  # with more rejections, additional clients would only be rej
 class Scrape:
     """The samples of `/metrics` at *moment* (`time.monotonic`).
 
-    `processes` counts the server processes behind the port, each with its own engine.
+    `processes` counts the server processes behind the port. Each has an engine of its own, but front ends
+    share the one of their device.
     """
 
     samples: tuple[Sample, ...]
     processes: int
+    engines: int
     moment: float = field(default_factory=time.monotonic)
 
     def total(self, name: str, **labels: str) -> float:
@@ -67,9 +69,9 @@ def parse_metrics(text: str) -> Scrape:
     try:
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
         own = tuple(sample for sample in samples if sample.name.startswith("sopdeploy_"))
-        processes = sum(sample.name == "sopdeploy_decoders" for sample in own)
-        if processes:
-            return Scrape(own, processes)
+        devices = [sample.labels.get("device") for sample in own if sample.name == "sopdeploy_decoders"]
+        if devices:
+            return Scrape(own, len(devices), len(set(devices)))
     except ValueError as error:
         reason = str(error)
     raise ServiceError(
@@ -83,9 +85,10 @@ class Measured(StrictModel):
     """Measurement of one step with a constant number of clients.
 
     Rates are images per second, times milliseconds. `engine_busy`, `decoder_busy` and `client_busy` are the
-    fractions of time for which the engines (one per server process), the decoders and the one core of this
-    client were busy. `stage_ms` is the mean time of an image per stage. `elsewhere_ms` is the rest of a
-    request: network, HTTP and event loops. `refused` counts rejections by error code.
+    fractions of time for which the engines (one per device), the decoders and the one core of this client
+    were busy. `decoders` is the sum over all `processes`. `stage_ms` is the mean time of an image per stage.
+    `elsewhere_ms` is the rest of a request: network, HTTP and event loops. `refused` counts rejections by
+    error code.
     """
 
     concurrency: int
@@ -97,6 +100,7 @@ class Measured(StrictModel):
     p99_ms: float
     refused: dict[str, int]
     engines: int
+    processes: int
     engine_busy: float
     decoder_busy: float
     decoders: int
@@ -127,7 +131,7 @@ def measure(
     *client_seconds* is the processor time of this client.
     """
     seconds = interval.after.moment - interval.before.moment
-    engines = interval.after.processes
+    engines = interval.after.engines
     decoders = int(interval.after.total("decoders"))
     stage_ms = {name: 1000 * interval.mean("stage_duration_seconds", stage=name) for name in STAGES}
     mean_ms = 1000 * statistics.fmean(latencies) if latencies else 0.0
@@ -142,6 +146,7 @@ def measure(
         p99_ms=1000 * percentile(latencies, 0.99),
         refused=dict(refused),
         engines=engines,
+        processes=interval.after.processes,
         engine_busy=infer_seconds / (seconds * engines),
         decoder_busy=interval.increase("decode_seconds_total") / (seconds * max(1, decoders)),
         decoders=decoders,

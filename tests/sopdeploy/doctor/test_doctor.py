@@ -52,8 +52,9 @@ def scrape(text: str, moment: float) -> Scrape:
 def step(**changes: Any) -> Measured:
     facts: dict[str, Any] = {
         "concurrency": 8, "seconds": 1.0, "answered": 100, "rate": 100.0, "p50_ms": 10, "p95_ms": 20,
-        "p99_ms": 30, "refused": {}, "engines": 1, "engine_busy": 0.3, "decoder_busy": 0.3, "decoders": 2,
-        "client_busy": 0.3, "batches": 50, "mean_batch": 2.0, "infer_ms_per_batch": 5.0, "elsewhere_ms": 1.0,
+        "p99_ms": 30, "refused": {}, "engines": 1, "processes": 1, "engine_busy": 0.3, "decoder_busy": 0.3,
+        "decoders": 2, "client_busy": 0.3, "batches": 50, "mean_batch": 2.0,
+        "infer_ms_per_batch": 5.0, "elsewhere_ms": 1.0,
         "stage_ms": {"receive": 1.0, "decode": 3.0, "queue": 3.0, "infer": 5.0},
     }  # fmt: skip
     return Measured(**{**facts, **changes})
@@ -72,12 +73,18 @@ def test_a_measurement_is_the_difference_of_two_scrapes() -> None:
     assert found.refused_share == pytest.approx(0.2)
 
 
-def test_each_server_process_has_an_engine() -> None:
-    pages = [merge({"cuda:0": text, "cuda:1": text, "cuda:2": None}).decode() for text in (BEFORE, AFTER)]
+@pytest.mark.parametrize(
+    ("names", "engines", "busy"), [(("0", "1", "2"), 2, 0.5), ((":0", ":1", ":2"), 1, 1.0)]
+)
+def test_each_device_has_an_engine_and_front_ends_share_it(
+    names: tuple[str, str, str], engines: int, busy: float
+) -> None:
+    pages = [merge(dict(zip(names, (text, text, None), strict=True))).decode() for text in (BEFORE, AFTER)]
     interval = Interval(scrape(pages[0], 100.0), scrape(pages[1], 104.0))
     found = measure(interval, [0.01] * 200, {}, concurrency=8, client_seconds=0.4)
-    assert (found.engines, found.decoders, found.engine_busy, found.decoder_busy) == (2, 4, 0.5, 0.375)
-    assert bare_ratio(found, [found]) == pytest.approx(50 * 0.05 / 2)
+    assert (found.engines, found.processes, found.decoders) == (engines, 2, 4)
+    assert (found.engine_busy, found.decoder_busy) == (busy, 0.375)
+    assert bare_ratio(found, [found]) == pytest.approx(50 * 0.05 / engines)
 
 
 def test_a_step_without_responses_is_zero_and_counters_never_decrease() -> None:
@@ -130,6 +137,8 @@ def test_a_rate_that_does_not_grow_needs_cores_and_decoders_are_limited_by_engin
     assert "smaller images" in judge(best, [best], largest_batch=8, cores=2).change
     idle = step(decoder_busy=0.95, engine_busy=0.0)
     assert "decoders=8" in judge(idle, [idle], largest_batch=8, cores=None).change
+    front_ends = step(decoder_busy=0.95, engine_busy=0.5, decoders=8, processes=4)
+    assert "decoders=4," in judge(front_ends, [front_ends], largest_batch=8, cores=None).change
 
 
 def test_larger_batches_save_the_fixed_time_per_batch() -> None:
