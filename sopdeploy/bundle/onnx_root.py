@@ -4,7 +4,9 @@ The export records the root of `model.onnx`, and `sopdeploy verify` recomputes i
 a runtime. The hash of a node covers its operator, its attributes and the hashes of its operands in order. The
 hash of a constant covers dtype, shape and content, the hash of an input its position and type. Names,
 documentation and unused nodes have no effect. Field numbers are those of onnx.proto; the file is read in the
-deterministic serialization that the export writes.
+deterministic serialization that the export writes. Where a runtime could read another value than this reader
+does (names defined twice, sparse weights, attributes with two values, field numbers that overflow), the file
+has no root.
 """
 
 import hashlib
@@ -18,9 +20,10 @@ from sopdeploy.errors import BundleError, CertificateError
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types of Protocol Buffers
 GRAPH, OPSET, FUNCTION = 7, 8, 25  # fields of ModelProto
-NODE, INITIALIZER, INPUT, OUTPUT = 1, 5, 11, 12  # fields of GraphProto
+NODE, INITIALIZER, INPUT, OUTPUT, SPARSE = 1, 5, 11, 12, 15  # fields of GraphProto
 OPERAND, RESULT, OPERATOR, ATTRIBUTE, DOMAIN = 1, 2, 4, 5, 7  # fields of NodeProto
-TENSOR, SUBGRAPH, SUBGRAPHS, DOCUMENTATION = 5, 6, 11, 13  # fields of AttributeProto
+LABEL, TENSOR, SUBGRAPH, SUBGRAPHS, DOCUMENTATION, TYPE = 1, 5, 6, 11, 13, 20  # fields of AttributeProto
+TENSOR_TYPE = 4  # the TYPE of an attribute that holds a TENSOR
 DIMS, DTYPE, FLOATS, INT32S, INT64S, NAME, RAW, DOUBLES, UINT64S = 1, 2, 4, 5, 7, 8, 9, 10, 11
 LOCATION = 14  # like the line above, fields of TensorProto
 NO_DOCUMENTATION = b"\x6a\x00"  # an empty `doc_string`
@@ -40,8 +43,8 @@ def hash_parts(*parts: str | bytes | memoryview) -> str:
 def onnx_file_root(content: bytes | memoryview) -> str:
     """Compute the root of the ONNX model in *content*, as a hexadecimal sha256.
 
-    Raises `CertificateError` if *content* is not an ONNX model, keeps weights outside the file, or holds a
-    subgraph (control flow).
+    Raises `CertificateError` if *content* is not an ONNX model, keeps weights outside the file, holds a
+    subgraph (control flow), or can be read in two ways.
     """
     try:
         model = _Message(memoryview(content))
@@ -67,6 +70,8 @@ class _Message:
         while position < len(content):
             start = position
             key, position = _varint(content, position)
+            if key >= 2**32:
+                raise ValueError("a field number overflows")  # runtimes drop the upper bits
             number, wire = key >> 3, key & 7
             if wire == VARINT:
                 value: int | memoryview
@@ -130,10 +135,18 @@ def _varint(content: memoryview, position: int) -> tuple[int, int]:
 def _output_hashes(graph: _Message) -> list[str]:
     """Hash every value of *graph* in topological order; return the hashes of its outputs."""
     hashes: dict[str, str] = {}
+
+    def define(name: str, value_hash: str) -> None:
+        if name in hashes:  # runtimes differ in which definition they use
+            raise CertificateError(f"{name!r} is defined twice")
+        hashes[name] = value_hash
+
+    if SPARSE in graph.values:
+        raise CertificateError("the graph has sparse weights, which may replace others")
     for position, value in enumerate(graph.messages(INPUT)):
-        hashes[value.text(1)] = hash_parts(f"input {position}", b"".join(value.blobs(2)))
+        define(value.text(1), hash_parts(f"input {position}", b"".join(value.blobs(2))))
     for tensor in graph.messages(INITIALIZER):
-        hashes[tensor.text(NAME)] = _tensor_hash(tensor)
+        define(tensor.text(NAME), _tensor_hash(tensor))
     for node in graph.messages(NODE):
         operator = node.text(OPERATOR)
         parts: list[str | bytes] = [node.text(DOMAIN), operator]
@@ -143,7 +156,8 @@ def _output_hashes(graph: _Message) -> list[str]:
         parts += [hashes[name] if name else "absent" for name in operands]
         node_hash = hash_parts(*parts)
         for position, name in enumerate(node.blobs(RESULT)):
-            hashes[bytes(name).decode()] = hash_parts(node_hash, str(position))
+            if name:  # an optional result that is absent has no name
+                define(bytes(name).decode(), hash_parts(node_hash, str(position)))
     return [hashes[value.text(1)] for value in graph.messages(OUTPUT)]
 
 
@@ -153,6 +167,9 @@ def _attribute_content(attribute: _Message, operator: str) -> str | bytes:
         raise CertificateError(f"{operator} contains a subgraph; control flow is not allowed")
     if TENSOR in attribute.values:
         (tensor,) = attribute.messages(TENSOR)
+        others = attribute.values.keys() - {LABEL, TENSOR, TYPE, DOCUMENTATION}
+        if others or attribute.number(TYPE) != TENSOR_TYPE:
+            raise CertificateError(f"an attribute of {operator} has a tensor and another value")
         return _tensor_hash(tensor)
     before = b"".join(raw for number, raw in attribute.raw if number < DOCUMENTATION)
     after = b"".join(raw for number, raw in attribute.raw if number > DOCUMENTATION)

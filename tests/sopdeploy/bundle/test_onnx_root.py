@@ -93,7 +93,30 @@ def control_flow(model: onnx.ModelProto) -> None:
     model.graph.node[0].attribute.append(helper.make_attribute("then_branch", onnx.GraphProto()))
 
 
+OTHER = numpy_helper.from_array(np.array([7, 8], np.float32), "w")
+
+
+def sparse(model: onnx.ModelProto) -> None:
+    indices = numpy_helper.from_array(np.arange(2), "indices")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(OTHER, indices, [2]))
+
+
+def constant_with_two_values(model: onnx.ModelProto) -> None:
+    """ONNX Runtime reads the list, because of the type."""
+    node = helper.make_node("Constant", [], ["w"], value=model.graph.initializer.pop())
+    node.attribute[0].type = onnx.AttributeProto.FLOATS
+    node.attribute[0].floats.extend([7, 8])
+    model.graph.node.insert(0, node)
+
+
 REJECTED: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
+    "a weight with two definitions": (lambda m: m.graph.initializer.insert(0, OTHER), "'w' is defined twice"),
+    "a constant that replaces a weight": (
+        lambda m: m.graph.node.append(helper.make_node("Constant", [], ["w"], value=OTHER)),
+        "'w' is defined twice",
+    ),
+    "a sparse weight that replaces a weight": (sparse, "the graph has sparse weights"),
+    "a constant with two values": (constant_with_two_values, "Constant has a tensor and another value"),
     "weights in another file": (outside, "the weight w is stored in another file"),
     "a weight without numbers": (lambda m: m.graph.initializer[0].ClearField("raw_data"), "has no values"),
     "control flow": (control_flow, "LeakyRelu contains a subgraph"),
@@ -120,6 +143,15 @@ def test_field_that_is_set_twice_is_rejected() -> None:
     assert onnx.load_model_from_string(twice).graph.node[0].op_type == "Relu"
     with pytest.raises(CertificateError, match="not a complete ONNX model"):
         onnx_file_root(twice)
+
+
+def test_field_number_that_overflows_is_rejected() -> None:
+    """ONNX Runtime drops the upper bits and merges the second graph, here another weight, into the first."""
+    content = plain().SerializeToString()
+    graph = onnx.GraphProto(initializer=[OTHER]).SerializeToString()
+    both = content + b"\xba\x80\x80\x80\x10" + bytes([len(graph)]) + graph
+    with pytest.raises(CertificateError, match="not a complete ONNX model"):
+        onnx_file_root(both)
 
 
 def test_file_that_is_cut_off_has_no_root_or_another_one() -> None:
