@@ -35,8 +35,9 @@ def hash_parts(*parts: str | bytes | memoryview) -> str:
     """Compute the sha256 of *parts*, each preceded by its length, so that different lists never collide."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(f"{len(part)}:".encode())
-        digest.update(part.encode() if isinstance(part, str) else part)
+        content = part.encode() if isinstance(part, str) else part
+        digest.update(f"{len(content)}:".encode())
+        digest.update(content)
     return digest.hexdigest()
 
 

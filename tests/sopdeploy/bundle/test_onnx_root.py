@@ -8,8 +8,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sopdeploy.bundle.onnx_root import onnx_file_root
+from sopdeploy.bundle.onnx_root import hash_parts, onnx_file_root
 from sopdeploy.errors import CertificateError
+
+
+def test_lists_of_parts_never_collide() -> None:
+    """The length of text is that of its bytes; with that of its characters, these lists were equal."""
+    assert hash_parts("é3", b"A", b"x" * 27) != hash_parts("é".encode(), b"A27:" + b"x" * 27)
+
 
 NUMBERS: dict[int, list[float]] = {
     TensorProto.FLOAT: [1.5, -2.0],
