@@ -16,10 +16,12 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.cli.app import app
 from sopdeploy.errors import EngineError, LoweringError, ParityError, RuntimeUnavailableError
 from sopdeploy.tensorrt.cache import NoEngine, StoredEngine, best_for
+from sopdeploy.tensorrt.cuda import Gpu
+from sopdeploy.tensorrt.profiles import parse_profiles
 from sopdeploy.tensorrt.record import EngineRecord
 from sopdeploy_export.tensorrt import engine as engine_module
 from sopdeploy_export.tensorrt.build import BuildRequest
-from sopdeploy_export.tensorrt.engine import Engine, EngineOptions, get_engine
+from sopdeploy_export.tensorrt.engine import Engine, EngineOptions, get_engine, make_key
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.selection import open_runtime
 from sopdeploy_service.settings import Settings
@@ -79,6 +81,15 @@ def test_another_cache_folder_can_be_given_and_must_be_writable(
     (tmp_path / "file").write_text("")
     with pytest.raises(EngineError, match=r"cannot be written .*; choose another --cache"):
         get_engine(bundle, EngineOptions(cache=tmp_path / "file"))
+
+
+@pytest.mark.parametrize("asked", [None, "bf16", "bf16-backbone"])
+def test_servers_find_an_engine_under_either_name_of_its_precision(asked: str | None, tmp_path: Path) -> None:
+    bundle = write(tmp_path, precision="bf16-backbone")
+    gpu = Gpu(name="GPU", architecture="sm_90", memory=1)
+    profiles = parse_profiles(None, bundle.manifest.batch)
+    key = make_key(bundle, EngineOptions(precision=asked), profiles, "10.16.0", gpu)
+    assert key.precision == bundle.manifest.precision
 
 
 def test_an_engine_that_computes_something_else_is_not_kept(install: Install, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from sopdeploy.tensorrt.profiles import Profile, parse_profiles
 from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_export.tensorrt.build import BuildRequest, build, inspect
-from sopdeploy_export.tensorrt.lint import check_precision, lint
+from sopdeploy_export.tensorrt.lint import GRAPH_PRECISION, check_precision, lint
 from sopdeploy_export.tensorrt.precision_check import check_engine_precision
 from sopdeploy_export.tensorrt.progress import Report
 
@@ -75,14 +75,20 @@ def this_machine() -> Machine:
 def make_key(
     bundle: Bundle, options: EngineOptions, profiles: Sequence[Profile], tensorrt: str, gpu: Gpu
 ) -> EngineKey:
-    """Compute the cache key of the engine of *bundle* with *options*."""
+    """Compute the cache key of the engine of *bundle* with *options*.
+
+    A precision of the graph that has another name in the bundle (`bf16`) gets that name, by which servers
+    find the engine.
+    """
+    own = bundle.manifest.precision
+    asked = options.precision or own
     return EngineKey(
         bundle=bundle.name,
         bundle_onnx=bundle.manifest.files[bundle.onnx.name].sha256,
         tensorrt=tensorrt,
         gpu=gpu.name,
         architecture=gpu.architecture,
-        precision=options.precision or bundle.manifest.precision,
+        precision=own if asked == GRAPH_PRECISION.get(own) else asked,
         profiles=tuple(profiles),
         level=options.level,
     )
