@@ -35,8 +35,16 @@ def _split_commas(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-def _split_hosts(value: Any) -> Any:
-    return _split_commas(value.lower()) if isinstance(value, str) else value
+def _canonical_host(value: str) -> str:
+    """Write *value*, `host` or `host:port`, as `http.fetch.check_url` writes the host of a URL."""
+    if value.isascii():
+        return value.lower().replace("[", "").replace("]", "")  # around an IPv6 address
+    import httpx  # noqa: PLC0415 - other settings do not need it
+
+    try:
+        return httpx.URL(f"host://{value}").netloc.decode("ascii")
+    except httpx.InvalidURL as problem:
+        raise ValueError(f"{value!r} is not a host name") from problem
 
 
 def _check_shadow(value: str) -> str:
@@ -52,7 +60,8 @@ Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 Sandbox = Literal["auto", "off", "required"]
 LogForm = Literal["json", "console"]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
-Hosts = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(_split_hosts)]
+Host = Annotated[str, pydantic.AfterValidator(_canonical_host)]
+Hosts = Annotated[tuple[Host, ...], NoDecode, pydantic.BeforeValidator(_split_commas)]
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80})$")]
 Shadow = Annotated[str, pydantic.AfterValidator(_check_shadow)]
 FrontEnds = Annotated[int, pydantic.Field(ge=1, le=64)] | Literal["auto"]

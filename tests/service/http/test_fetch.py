@@ -90,6 +90,29 @@ def test_a_host_may_be_allowed_with_the_default_port():
     assert rejected("https://img.example:8443/a", settings=settings) == ("url_not_allowed", 403)
 
 
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("IMG.example", "https://img.example/a"),
+        ("b\xfccher.example", "https://B\xdcCHER.example/a"),
+        ("b\xfccher.example:443", "https://xn--bcher-kva.example/a"),
+        ("cdn.b\xfccher.example:8443", "https://cdn.b\xfccher.example:8443/a"),
+        ("2606:2800::1", "https://[2606:2800::1]/a"),
+        ("[2606:2800::1]", "https://[2606:2800::1]/a"),
+        ("[2606:2800::1]:8443", "https://[2606:2800::1]:8443/a"),
+    ],
+)
+def test_an_allowed_host_may_be_written_as_in_a_url(host, url):
+    settings = Settings(url_hosts=[host])
+    assert got(url, settings=settings) == b"image"
+    assert rejected("https://other.example", settings=settings) == ("url_not_allowed", 403)
+
+
+def test_an_allowed_host_that_is_no_host_name_is_rejected():
+    with pytest.raises(ValueError, match="is not a host name"):
+        Settings(url_hosts=["b\xfc..example"])
+
+
 PRIVATE = [
     *("127.0.0.1", "127.8.8.8", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.1.1"),  # noqa: S104
     *("169.254.169.254", "100.64.0.1", "224.0.0.1", "255.255.255.255", "192.0.2.1"),
