@@ -59,6 +59,7 @@ Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 Sandbox = Literal["auto", "off", "required"]
 LogForm = Literal["json", "console"]
+Threads = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 Host = Annotated[str, pydantic.AfterValidator(_canonical_host)]
 Hosts = Annotated[tuple[Host, ...], NoDecode, pydantic.BeforeValidator(_split_commas)]
@@ -129,10 +130,10 @@ class Settings(BaseSettings):
     ] = 30.0  # seconds from the first byte of a request to its response
     drain_seconds: Seconds = 20.0  # time after SIGTERM to finish admitted requests
 
-    decoders: Count = 2  # image decoding threads
+    decoders: Threads = 2  # image decoding threads
     decode: DecodeWay = "exact"  # fast: decode large JPEGs at reduced size; nvimagecodec: decode on the GPU
     fast_decode_samples: Path | None = None  # directory with more JPEGs to check decode=fast or nvimagecodec
-    parsers: Count = 2  # JSON parsing threads
+    parsers: Threads = 2  # JSON parsing threads
     sandbox: Sandbox = "auto"  # for front ends; auto: if the system supports it; required: start only with it
     devices: Devices = ()  # one process per device: `cpu`, GPU number, UUID, MIG id; empty: this process
     front_ends: FrontEnds = 1  # processes for HTTP and decoding, per device; auto: cores / 4, at most 8
@@ -140,7 +141,7 @@ class Settings(BaseSettings):
     runtime: RuntimeName = "auto"  # auto: TensorRT if set up, else onnxruntime on CUDA, else on the CPU
     engine_cache: Path | None = None  # TensorRT engine cache; not set: next to the bundle
     cuda_graphs: bool = False  # TensorRT: capture profiles with one batch size, such as 1, as CUDA graphs
-    threads: Count | None = None  # CPU threads of the runtime; not set: one per core
+    threads: Threads | None = None  # CPU threads of the runtime; not set: one per core
     max_batch: Count | None = None  # not set: 4 on a CPU, otherwise the largest verified batch
     max_queue_delay_ms: Delay = 0.0  # how long an idle runtime waits for more images
     engine_timeout_seconds: Seconds | None = None  # per batch; not set: 20 times the usual time, >= 4 s
