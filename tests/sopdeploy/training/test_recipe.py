@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import sopdeploy
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.registry import create_model
+from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, list_recipes, read_recipe, recipe_text
 
 FOLDER = Path(sopdeploy.__file__).parent / "recipes"
@@ -179,3 +180,11 @@ def test_the_settings_in_the_comments_of_a_recipe_are_valid(name, settings) -> N
 )
 def test_another_network_drops_the_values_of_the_recipe_that_it_does_not_have(settings, config) -> None:
     assert read_recipe("photos", settings).model.config == config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-dsop", "digits-plain"])
+def test_the_demo_recipes_exceed_98_percent_accuracy(tmp_path, name) -> None:
+    result = train(read_recipe(name), tmp_path / "run")
+    assert result.best_top1 >= 0.98
+    assert result.last_top1 >= 0.98

@@ -116,14 +116,6 @@ def test_a_recipe_leads_from_its_data_to_a_bundle(name, tmp_path, monkeypatch, r
     accepted(record_property, stored.model, "fp32", onnx.load(bundle.onnx))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits-dsop", "digits-plain"])
-def test_the_demo_recipes_exceed_98_percent_accuracy(tmp_path, name) -> None:
-    result = train(read_recipe(name), tmp_path / "run")
-    assert result.best_top1 >= 0.98
-    assert result.last_top1 >= 0.98
-
-
 def draw_image(number: int) -> Image.Image:
     """Draw an image of class `number % 6`: a disc or a cross in one of three colors, on noise."""
     rng = np.random.default_rng(number)

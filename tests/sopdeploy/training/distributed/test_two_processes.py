@@ -103,9 +103,8 @@ def test_a_killed_process_ends_the_other_one_with_one_line(tmp_path) -> None:
 def test_an_error_of_one_or_both_processes_is_printed_once(tmp_path, override, message) -> None:
     make(tmp_path / "photos", a=8, b=8)
     (tmp_path / "photos" / "a" / "000.jpg").write_bytes(b"no image")
-    command = train_command(tmp_path / "run", override or "epochs=1")
-    if override is None:
-        command[1:3] = ["--data", str(tmp_path / "photos")]
+    photos = f"data={{kind='folder', path='{tmp_path / 'photos'}'}}"
+    command = train_command(tmp_path / "run", *([photos, "batch_size=4"] if override is None else [override]))
     with start_module("sopdeploy", *command, world=2) as processes:
         results = wait_for(processes)
     assert [code for code, _, _ in results] == [2, 2]
