@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sopdeploy.config import Fraction, NonNegative, Positive, StrictModel
+from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import ImagesDataset, LabeledImages, PreprocessedDataset, Target, derive_seed
 from sopdeploy.data.image_files import ImageFiles, load_pixels
 from sopdeploy.images.pixels import RESAMPLING, preprocess_image, resize_box, to_rgb, upright_size
@@ -30,6 +30,10 @@ COLOR_COMPONENTS = np.array(
 )
 COLOR_DEVIATIONS = np.array([0.2175, 0.0188, 0.0045])
 PositiveFraction = Annotated[float, pydantic.Field(gt=0, le=1)]
+# Far beyond useful values, so that float32 can represent what is computed from them.
+Strength = Annotated[float, pydantic.Field(ge=0, le=1000)]
+Ratio = Annotated[float, pydantic.Field(ge=1e-3, le=1000)]
+MIN_ALPHA = 1e-6
 
 
 def torchvision_transforms() -> Any:
@@ -98,7 +102,7 @@ class RandomResizedCrop(BoxCrop):
 
     kind: Literal["random-resized-crop"]
     scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
-    ratio: tuple[Positive, Positive] = (0.75, 4 / 3)
+    ratio: tuple[Ratio, Ratio] = (0.75, 4 / 3)
 
     def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:  # noqa: ARG002
         """Draw a box in source pixels; if ten draws do not fit, return the largest allowed centered box."""
@@ -183,11 +187,11 @@ class ColorJitter(StrictModel):
     principal color components that are added to all pixels (Krizhevsky et al., NIPS 2012, section 4.1: 0.1).
     """
 
-    brightness: NonNegative = 0.0
-    contrast: NonNegative = 0.0
-    saturation: NonNegative = 0.0
+    brightness: Strength = 0.0
+    contrast: Strength = 0.0
+    saturation: Strength = 0.0
     hue: Annotated[float, pydantic.Field(ge=0, le=0.5)] = 0.0
-    lighting: NonNegative = 0.0
+    lighting: Strength = 0.0
 
     def __call__(self, array: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
         """Change the colors of the (H, W, 3) uint8 *array*; depends on *seed* only."""
@@ -215,8 +219,15 @@ class Mixup(StrictModel):
     neighbor in the batch, the first one with the last one.
     """
 
-    mixup: NonNegative = 0.0
-    cutmix: NonNegative = 0.0
+    mixup: Strength = 0.0
+    cutmix: Strength = 0.0
+
+    @pydantic.field_validator("mixup", "cutmix")
+    @classmethod
+    def _check_alpha(cls, alpha: float) -> float:
+        if 0 < alpha < MIN_ALPHA:
+            raise ValueError(f"must be 0 or at least {MIN_ALPHA:g}")
+        return alpha
 
     def __call__(self, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         """Mix float *images* (B, 3, H, W); returns them with labels (B,) or mixed labels (B, classes).

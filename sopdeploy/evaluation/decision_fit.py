@@ -66,7 +66,7 @@ def fit_decision(
     predictions = PredictionCounts(logits.shape[1])
     predictions.add_logits(scaled)
     reference = predictions.reference()
-    rejected = math.floor((len(logits) + 1) * (1 - accepts) + 1e-9)
+    rejected = min(len(logits), math.floor((len(logits) + 1) * (1 - accepts) + 1e-9))
     if rejected == 0:
         return Decision(calibration=calibration, reference=reference)
     areas = refitted or leave_one_class_out(scaled, targets)

@@ -101,7 +101,7 @@ class Recipe(StrictModel):
     batch_size: Annotated[int, pydantic.Field(ge=2)]
     accumulate: Annotated[int, pydantic.Field(ge=1)] = 1
     workers: Count = 0
-    threads: Count = 0
+    threads: Annotated[int, pydantic.Field(ge=0, le=1024)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False

@@ -68,6 +68,12 @@ def test_a_threshold_needs_enough_images_for_its_quantile(images: int, accepts: 
     assert fit_decision(logits, targets, estimated_on="held-out", accepts=accepts).rejection is None
 
 
+def test_a_threshold_that_accepts_almost_nothing_is_the_largest_score() -> None:
+    logits, targets = all_correct()
+    rejection = fit_decision(logits, targets, estimated_on="held-out", accepts=1e-13).rejection
+    assert rejection.threshold == known_score(logits, rejection.score).max()
+
+
 @pytest.mark.parametrize("accepts", [0.8, 0.95])
 @pytest.mark.parametrize("images", [60, 1000])
 def test_the_threshold_accepts_at_least_the_requested_fraction_of_other_known_images_on_average(
