@@ -10,6 +10,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.training.diagnostics import EpochRow, epoch_metrics
 from sopdeploy.training.start_weights import StartReport
 
+TENSORBOARD_FOLDER = "tensorboard"  # in the run folder
+
 
 class Callback:
     """Base class of callbacks; every method does nothing.
@@ -56,7 +58,7 @@ class TensorBoard(Callback):
     """Write TensorBoard event files to the folder `tensorboard` of a run."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / "tensorboard"
+        self.folder = folder / TENSORBOARD_FOLDER
         self.module = import_optional(
             "torch.utils.tensorboard",
             "tensorboard",

@@ -17,6 +17,7 @@ import torch
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import PARTIAL, atomic_write, writing
+from sopdeploy.training.callbacks import TENSORBOARD_FOLDER
 from sopdeploy.training.diagnostics import best_epoch, history_csv
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.few_shot.config import FEATURES_FILE
@@ -160,7 +161,7 @@ class RunFolder:
 
 def _is_restartable(file: Path) -> bool:
     """Check whether *file* is one that a run leaves behind before its first checkpoint."""
-    return file.name.endswith(PARTIAL) or file.name in {FEATURES_FILE, LOCK_FILE}
+    return file.name.endswith(PARTIAL) or file.name in {FEATURES_FILE, LOCK_FILE, TENSORBOARD_FOLDER}
 
 
 def _link_or_copy(path: Path, name: Path) -> None:

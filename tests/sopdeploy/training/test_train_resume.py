@@ -49,8 +49,9 @@ def test_a_run_stopped_at_any_time_resumes_to_the_same_bits(tmp_path, uninterrup
     assert (out / "history.csv").read_text().count("\n") == 4
 
 
-def test_auto_overwrites_partial_files_only(tmp_path) -> None:
+def test_auto_overwrites_partial_files_and_keeps_events_only(tmp_path) -> None:
     (tmp_path / "last.pt.partial").write_bytes(b"half")
+    (tmp_path / "tensorboard").mkdir()  # of a run that was killed before its first checkpoint
     (tmp_path / "best.pt").write_bytes(b"mine")
     with pytest.raises(ConfigError, match="exists and is not an empty folder"):
         train(short_recipe(), tmp_path, resume="auto")
