@@ -17,6 +17,7 @@ from sopdeploy.training.loop import train as run
 from sopdeploy.training.recipe import Recipe, read_recipe, to_toml
 
 FOLDER_RECIPE = "photos"
+OPTIONAL_TABLES = {name for name, field in Recipe.model_fields.items() if field.default is None}
 
 
 def train(
@@ -52,7 +53,7 @@ def train(
         verbose: Also print the training loss of every branch.
         callback: Receives the events of the run.
         **settings: Values of the recipe, for example `epochs=5`, `optimizer={"lr": 0.1}` or
-            `**{"optimizer.lr": 0.1}`.
+            `**{"optimizer.lr": 0.1}`. An empty dict adds an optional table with its defaults: `ema={}`.
 
     Returns:
         The files and metrics of the run; a notebook shows confusion matrix and worst mistakes.
@@ -108,7 +109,7 @@ def _assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]
     """Yield `key=value` with a TOML value for each of the nested *settings*."""
     for name, value in settings.items():
         key = f"{prefix}{name}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and (value or key not in OPTIONAL_TABLES):
             yield from _assignments(value, f"{key}.")
             continue
         try:

@@ -208,6 +208,12 @@ def test_settings_can_be_lists_of_tables() -> None:
     assert found == [("isqrt", 8), ("gap", 0)]
 
 
+def test_an_empty_table_enables_what_is_optional_and_changes_nothing_else() -> None:
+    given = list(_assignments({"ema": {}, "optimizer": {}, "model": {"config": {}}}))
+    assert given == list(_assignments({"ema": {}})) == ["ema={}"]
+    assert read_recipe("digits-dsop", given).ema is not None
+
+
 def test_an_export_has_the_options_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
