@@ -12,6 +12,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.models.describe import describe
 from sopdeploy.models.stats import Counts
 from sopdeploy.training.distributed.strategy import SingleProcess, select_device
+from sopdeploy.training.few_shot.procedure import select_split
 from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.precision import named_tensors
 from sopdeploy.training.recipe import Recipe
@@ -39,7 +40,8 @@ class DryRun(StrictModel):
     """The result of a dry run.
 
     `rates` are pairs (epoch, learning rate) at the corners of the schedule, such as the end of the warm-up.
-    `step_seconds` and `loss` belong to the second step.
+    `step_seconds` and `loss` belong to the second step. All figures describe the training loop; with
+    `few_shot`, the few-shot procedure replaces it for these images.
     """
 
     recipe: dict[str, Any]
@@ -55,6 +57,7 @@ class DryRun(StrictModel):
     step_seconds: float
     load_seconds: float
     loss: float
+    few_shot: bool = False
 
 
 def dry_run(recipe: Recipe) -> DryRun:
@@ -94,6 +97,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         step_seconds=step_seconds,
         load_seconds=load_seconds,
         loss=loss,
+        few_shot=select_split(recipe, data)[1],
     )
 
 

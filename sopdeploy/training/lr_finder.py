@@ -16,6 +16,7 @@ from sopdeploy.data.batches import load_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import TrainingError
 from sopdeploy.training.distributed.strategy import SingleProcess, select_device
+from sopdeploy.training.few_shot.procedure import select_split
 from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Position, Run, create_run
@@ -27,11 +28,15 @@ DIVERGED = 4.0  # times the lowest smoothed loss
 
 
 class LearningRateResult(StrictModel):
-    """The rate at which the loss falls fastest, `suggestion`, and the smoothed `losses` at all `rates`."""
+    """The rate at which the loss falls fastest, `suggestion`, and the smoothed `losses` at all `rates`.
+
+    With `few_shot`, the few-shot procedure, which does not use this rate, replaces the training loop.
+    """
 
     suggestion: float
     rates: tuple[float, ...]
     losses: tuple[float, ...]
+    few_shot: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,10 @@ def find_learning_rate(recipe: Recipe, steps: int = 100) -> LearningRateResult:
         if losses[-1] > DIVERGED * min(losses):
             break
     suggestion = steepest_descent(rates, losses)
-    return LearningRateResult(suggestion=suggestion, rates=tuple(rates), losses=tuple(losses))
+    few_shot = select_split(recipe, data)[1]
+    return LearningRateResult(
+        suggestion=suggestion, rates=tuple(rates), losses=tuple(losses), few_shot=few_shot
+    )
 
 
 def _step_losses(run: Run, images: LabeledImages) -> Iterator[float]:

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from sopdeploy.training.recipe import Recipe
 
 MAX_ROWS = 20
+FEW_SHOT = (
+    "train will run the few-shot procedure on these images (table few_shot), not the training loop, which "
+    "these figures describe"
+)
 
 
 def print_dry_run(recipe: "Recipe", *, as_json: bool) -> None:
@@ -35,6 +39,7 @@ def print_dry_run(recipe: "Recipe", *, as_json: bool) -> None:
         f"{memory.activations:.0f} activations",
         f"one step on {dry.device}: {dry.step_seconds:.3f} s; loading its images in one process: "
         f"{dry.load_seconds:.3f} s",
+        *([FEW_SHOT] if dry.few_shot else []),
     ]
     for line in lines:
         out.print(plain_text(line))
@@ -55,3 +60,5 @@ def print_learning_rates(recipe: "Recipe", *, as_json: bool) -> None:
     out.print(table)
     suggestion = f"{result.suggestion:.2g}"
     out.print(f"the loss falls fastest at [bold]{suggestion}[/]: try --set optimizer.lr={suggestion}")
+    if result.few_shot:
+        out.print(FEW_SHOT)

@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
+from sopdeploy.cli.training.dry_run import FEW_SHOT
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import TrainingError
 from sopdeploy.models.describe import describe
@@ -98,6 +99,10 @@ def test_the_commands_print_and_write_nothing(tmp_path, monkeypatch, command) ->
     assert found["suggestion"] in found["rates"]
     assert "the loss falls fastest at" in CliRunner().invoke(app, [*command, "--find-lr"]).stdout
     assert not (tmp_path / "run").exists()
+    assert FEW_SHOT not in text
+    for option in ("--dry-run", "--find-lr"):
+        few = CliRunner().invoke(app, [*command, option, "--set", "few_shot={}"])
+        assert FEW_SHOT in " ".join(few.stdout.split())
 
 
 def test_the_range_test_is_deterministic_and_a_clip_norm_of_0_does_not_clip(monkeypatch) -> None:
