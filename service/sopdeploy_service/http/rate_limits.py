@@ -50,7 +50,7 @@ class TokenBucket:
         self, rate: float, burst: int, shared: SharedSpending | None = None, number: int = 0
     ) -> None:
         self._rate = rate
-        self._burst = burst
+        self.burst = burst
         self._tokens = float(burst)
         self._filled = time.monotonic()
         self._shared, self._number = shared, number
@@ -62,8 +62,8 @@ class TokenBucket:
         Raises `RejectedError`, and takes none, if *images* exceed the limit now.
         """
         self._fill()
-        if images > self._burst:
-            message = f"{images} images exceed the limit of this key ({self._burst}); send fewer per request"
+        if images > self.burst:
+            message = f"{images} images exceed the limit of this key ({self.burst}); send fewer per request"
             raise RejectedError(Rejection("too_many_images", 400, message))
         if images > self._tokens:
             wait = max(1, math.ceil((images - self._tokens) / self._rate))
@@ -78,16 +78,16 @@ class TokenBucket:
         """Format the response headers; `Reset` is the time in seconds until the bucket is full."""
         self._fill()
         return {
-            "RateLimit-Limit": str(self._burst),
+            "RateLimit-Limit": str(self.burst),
             "RateLimit-Remaining": str(max(0, int(self._tokens))),
-            "RateLimit-Reset": str(math.ceil((self._burst - self._tokens) / self._rate)),
+            "RateLimit-Reset": str(math.ceil((self.burst - self._tokens) / self._rate)),
         }
 
     def _fill(self) -> None:
         now = time.monotonic()
-        self._tokens = min(float(self._burst), self._tokens + (now - self._filled) * self._rate)
+        self._tokens = min(float(self.burst), self._tokens + (now - self._filled) * self._rate)
         self._filled = now
         if self._shared is not None:
             seen, self._seen = self._seen, self._shared.others(self._number)
             if self._seen > seen:  # a wrong sum from a compromised front end takes at most one burst
-                self._tokens -= min(self._seen - seen, float(self._burst))
+                self._tokens -= min(self._seen - seen, float(self.burst))

@@ -23,7 +23,9 @@ OpenTrace: TypeAlias = Callable[[Mapping[str, str], float], "RequestTrace | None
 
 
 class RateLimit(Protocol):
-    """The rate limit of one API key, in images."""
+    """The rate limit of one API key, in images; *burst* is the most that it allows at once."""
+
+    burst: int
 
     def spend(self, images: int, *, check_only: bool = False) -> None:
         """Take the tokens of *images*, unless *check_only*.

@@ -472,7 +472,7 @@ def test_slots_return_if_another_front_end_spends_the_last_tokens_of_a_key(
         """Another front end spends all tokens between the check and the payment of each request."""
 
         def spend(self, images: int, *, check_only: bool = False) -> None:
-            self._tokens = float(self._burst) if check_only else 0.0
+            self._tokens = float(self.burst) if check_only else 0.0
             super().spend(images, check_only=check_only)
 
     monkeypatch.setattr("sopdeploy_service.http.middleware.TokenBucket", Contested)
