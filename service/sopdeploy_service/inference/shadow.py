@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.loader import LoadedModel
@@ -55,13 +56,15 @@ def plan_shadow(shadow: str | None, models: Mapping[str, LoadedModel]) -> Shadow
         raise ConfigError(
             f"shadow {name}: needs the bundle {name}=PATH and one other bundle; the bundles here are {listed}"
         )
-    kinds = [
-        (set(models[one].bundle.labels), models[one].bundle.manifest.decision is None)
-        for one in (name, *others)
-    ]
-    if kinds[0] != kinds[1]:
+    bundles = [models[one].bundle for one in (name, *others)]
+    if len({frozenset(bundle.labels) for bundle in bundles}) > 1:
         raise ConfigError(
             f"shadow {name}: its classes differ from those of {others[0]}; use bundles with the same classes"
+        )
+    if len({(bundle.manifest.decision or Decision()).activation for bundle in bundles}) > 1:
+        raise ConfigError(
+            f"shadow {name}: only one of {name} and {others[0]} has several classes per image"
+            "; use bundles of the same kind"
         )
     return ShadowPlan(name, float(share), others[0], models[name])
 

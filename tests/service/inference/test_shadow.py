@@ -147,12 +147,16 @@ def test_the_shadow_waits_while_the_live_model_works(models, run_server, jpeg, u
         until(new.entered.is_set)
 
 
+MULTI_LABEL = Decision(activation="sigmoid", thresholds=(0.5,) * 7)
+
+
+def with_decision(model: LoadedModel, decision: Decision) -> LoadedModel:
+    manifest = model.bundle.manifest.model_copy(update={"decision": decision})
+    return replace(model, bundle=replace(model.bundle, manifest=manifest))
+
+
 def test_several_classes_per_image_agree_if_all_of_them_are_equal(models) -> None:
-    decision = Decision(activation="sigmoid", thresholds=(0.5,) * 7)
-    bundle = models["live"].bundle
-    manifest = bundle.manifest.model_copy(update={"decision": decision})
-    loaded = replace(models["live"], bundle=replace(bundle, manifest=manifest))
-    model = Model("live", loaded, Settings(), Metrics())
+    model = Model("live", with_decision(models["live"], MULTI_LABEL), Settings(), Metrics())
     for present, expected in (((), set()), ((0, 6), {"ant", "gnu"})):
         logits = np.full(7, -1, np.float32)
         logits[list(present)] = 1
@@ -230,9 +234,14 @@ def test_a_shadow_needs_two_bundles_with_the_same_classes(models, other_labels) 
         ({"live": models["live"]}, "needs the bundle new=PATH"),
         ({**models, "third": models["live"]}, "one other bundle; the bundles here are live, new, third"),
         ({"live": models["live"], "new": other_labels}, "its classes differ from those of live"),
+        ({**models, "new": with_decision(models["new"], MULTI_LABEL)}, "several classes per image"),
     ):
         with pytest.raises(ConfigError, match=message):
             plan_shadow("new=0.5", found)
+    calibrated = with_decision(models["new"], Decision())
+    assert plan_shadow("new=0.5", {**models, "new": calibrated}).loaded is calibrated
+    with pytest.raises(ConfigError, match="several classes per image"):
+        plan_shadow("new=0.5", {"live": calibrated, "new": with_decision(models["new"], MULTI_LABEL)})
     for text in ("new", "new=0", "new=1.5", "new=-1", "=0.1", "new=0.0", "new=nan"):
         with pytest.raises(ConfigError, match=r"shadow: .*write NAME=SHARE"):
             load_settings(shadow=text)
