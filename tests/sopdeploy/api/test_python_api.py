@@ -304,6 +304,8 @@ def test_a_classification_gives_the_rows_and_the_figures_of_the_command(
 BAD_CLASSIFICATIONS: dict[str, tuple[type[SopdeployError], dict[str, Any]]] = {
     r'^out="?/.*"?: was begun with logits False, not True': (ConfigError, {"logits": True}),
     r"^classify: workers: Input should be greater than": (ConfigError, {"workers": 0}),
+    r"^classify: workers: Input should be less than": (ConfigError, {"workers": 10**12}),
+    r"^classify: part_images: Input should be less than": (ConfigError, {"part_images": 10**20}),
     r"^classify: gpus: Input should be greater than": (ConfigError, {"ray": "auto", "gpus_per_actor": -1.0}),
     r"^features=True: .* has no output `features`": (ConfigError, {"features": True}),
     r"prt: unknown key": (ConfigError, {"prt": 1}),

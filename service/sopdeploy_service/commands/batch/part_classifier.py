@@ -7,7 +7,7 @@ from typing import Annotated
 
 import pydantic
 
-from sopdeploy.config import Count, StrictModel
+from sopdeploy.config import StrictModel
 from sopdeploy.environment import usable_cores
 from sopdeploy_service.commands.batch.decoders import DECODER_SETTINGS, DecoderProcesses, Read
 from sopdeploy_service.commands.batch.output import RunState
@@ -36,8 +36,8 @@ class ClassifyOptions(StrictModel):
     logits: bool = False
     features: bool = False
     max_errors: Annotated[int, pydantic.Field(ge=0)] | None = None
-    workers: Count | None = None
-    part_images: Count = PART_IMAGES
+    workers: Annotated[int, pydantic.Field(ge=1, le=1024)] | None = None
+    part_images: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)] = PART_IMAGES
 
 
 @dataclass(frozen=True, slots=True)
