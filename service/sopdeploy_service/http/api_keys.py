@@ -4,12 +4,15 @@ A key has 256 random bits, so the file stores its plain SHA-256: a slow hash pro
 guessed. `sopdeploy key` creates keys and prints each one once.
 """
 
+import fcntl
 import hashlib
 import hmac
 import os
 import secrets
 import tempfile
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -97,6 +100,23 @@ def new_key(path: Path, name: str, *, rate: float | None, burst: int | None, adm
     The write is atomic. Raises `ConfigError` if the name is invalid or in use, or if the file cannot be
     written.
     """
+    with writing(path, ConfigError), _locked(path.parent):
+        return _add_key(path, name, rate=rate, burst=burst, admin=admin)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let other processes wait that add a key to a file in *folder*, if its file system supports locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _add_key(path: Path, name: str, *, rate: float | None, burst: int | None, admin: bool) -> str:
     secret = PREFIX + secrets.token_urlsafe(BITS // 8)
     known = read_keys(path) if path.exists() else ()
     if any(other.name == name for other in known):
@@ -119,14 +139,13 @@ def new_key(path: Path, name: str, *, rate: float | None, burst: int | None, adm
 
 
 def _write_private(path: Path, text: str) -> None:
-    with writing(path, ConfigError):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,6 +1,8 @@
 """API keys: the key file, authentication, scopes and rate limits."""
 
+import fcntl
 import hashlib
+import os
 import stat
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app as cli
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import ApiKeys, Key, load_keys, new_key, read_keys
 from sopdeploy_service.http.middleware import require
 from sopdeploy_service.http.problems import RejectedError
@@ -25,6 +28,20 @@ DIGEST = hashlib.sha256(b"secret").hexdigest()
 
 def entry(name: str = "app", sha256: str = DIGEST, more: str = "") -> str:
     return f'[[key]]\nname = "{name}"\nsha256 = "{sha256}"\n{more}\n'
+
+
+def test_two_processes_that_add_a_key_at_once_wait_for_each_other(tmp_path: Path, monkeypatch) -> None:
+    def write(path: Path, text: str) -> None:
+        folder = os.open(path.parent, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(folder)
+        path.write_text(text)
+
+    monkeypatch.setattr(api_keys, "_write_private", write)
+    for name in ("a", "b"):
+        new_key(tmp_path / "keys.toml", name, rate=None, burst=None, admin=False)
+    assert [key.name for key in read_keys(tmp_path / "keys.toml")] == ["a", "b"]
 
 
 def test_the_file_has_only_the_hash_of_a_new_key(tmp_path: Path) -> None:
