@@ -258,7 +258,10 @@ def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> to
                 verbose=False,
             )
         except Exception as error:  # the converter does not limit what its passes raise
-            raise LoweringError(f"no ONNX form: {first_line(error)}") from error
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # only the first error names the operator
+                cause = cause.__cause__
+            raise LoweringError(f"no ONNX form: {first_line(cause)}") from error
     if converted is None:
         raise LoweringError("no ONNX form: the converter returned nothing")
     if converted.exported_program is not None:

@@ -111,6 +111,6 @@ def test_bundle_for_single_images_has_a_batch_of_one(make: Make, preprocess: Pre
 
 def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preprocess) -> None:
     eigenvalues = Minimal(lambda x: torch.linalg.eigvalsh(x[:, 0] @ x[:, 0].transpose(1, 2)))
-    with pytest.raises(LoweringError, match="no ONNX form") as problem:
+    with pytest.raises(LoweringError, match=r"no ONNX form: .*aten\._linalg_eigh") as problem:
         lowered(eigenvalues.eval(), preprocess)
-    assert "\n" not in str(problem.value)
+    assert str(problem.value).isprintable()
