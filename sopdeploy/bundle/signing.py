@@ -140,9 +140,12 @@ def sign(bundle: Path, key: Path) -> Path:
 def make_key(path: Path) -> Path:
     """Write a new secret key to *path* (mode 0600) and its public key to `path.pub`; return the latter.
 
-    Raises `ConfigError` if *path* exists or cannot be written.
+    Raises `ConfigError` if one of the two exists or cannot be written.
     """
     require_cryptography()
+    public, replaced = Path(f"{path}{PUBLIC_SUFFIX}"), "a key is never replaced; choose another path"
+    if os.path.lexists(public):  # its secret key may have been moved elsewhere
+        raise ConfigError(f"{public}: exists already, {replaced}")
     key = SecretKey(os.urandom(8), os.urandom(32))
     name, point = key.public()
     body = KEY + NO_KDF + CHECKSUM + KDF_PARAMETERS + name + key.seed + point + KEY_CHECKSUM
@@ -150,13 +153,10 @@ def make_key(path: Path) -> Path:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError as error:
-            raise ConfigError(
-                f"{path}: exists already, a key is never replaced; choose another path"
-            ) from error
+            raise ConfigError(f"{path}: exists already, {replaced}") from error
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(f"untrusted comment: secret key of sopdeploy, do not share\n{_encode(body)}\n")
     comment = f"untrusted comment: minisign public key {name[::-1].hex().upper()}"
-    public = path.with_name(path.name + PUBLIC_SUFFIX)
     with writing(public, ConfigError), atomic_write(public) as partial:
         partial.write_text(f"{comment}\n{_encode(KEY + name + point)}\n", encoding="utf-8")
     return public

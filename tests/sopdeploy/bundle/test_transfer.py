@@ -127,6 +127,12 @@ def test_secret_keys_are_private_and_damaged_or_encrypted_ones_are_rejected(key:
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     with pytest.raises(ConfigError, match="never replaced"):
         make_key(key)
+    moved, public = key.rename(key.with_name("moved")), key.with_name(f"{key.name}.pub").read_bytes()
+    with pytest.raises(ConfigError, match=r"\.pub: exists already, a key is never replaced"):
+        make_key(key)
+    assert key.with_name(f"{key.name}.pub").read_bytes() == public
+    assert not key.exists()
+    moved.rename(key)
     comment, line = key.read_text().splitlines()
     for place, said in ((70, "do not match"), (2, "password")):
         body = bytearray(base64.b64decode(line))
