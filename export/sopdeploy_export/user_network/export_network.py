@@ -39,7 +39,7 @@ from sopdeploy_export.user_network.checks import (
     unwrap,
 )
 
-NAME = re.compile(r"[A-Za-z0-9._-]+")
+NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")  # names files and folders with up to 50 more characters
 
 
 def export_network(
@@ -71,7 +71,7 @@ def export_network(
         labels: Class names, in the order of the logits.
         preprocess: Converts an image to the input of the network.
         destination: Folder for the bundle.
-        name: Name of the model: letters, digits, `.`, `_` and `-`.
+        name: Name of the model: at most 200 letters, digits, `.`, `_` and `-`, the first not `.`.
         logits: Attribute, key or index of the logits, if the network returns more than one tensor.
         rename: Maps the name of a tensor of *trained* to its name in the plain network.
         options: Batch sizes, precision and more; `detach` is set if *training_only* names a part.
@@ -129,7 +129,9 @@ def export_network(
 def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -> None:
     """Raise `ConfigError` for an argument of the wrong kind."""
     if not NAME.fullmatch(name):
-        raise ConfigError(f"--name {name}: use letters, digits, `.`, `_` and `-` only")
+        raise ConfigError(
+            f"--name {name}: use at most 200 letters, digits, `.`, `_` and `-`, the first not `.`"
+        )
     if not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels) or not labels:
         raise ConfigError("--labels: give one name per class, each once")
     if not isinstance(preprocess, Preprocess):

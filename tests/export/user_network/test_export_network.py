@@ -289,7 +289,9 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         r"1 holds no tensors, so there is nothing to detach",
     ),
     "a rename that fails": (n.Small, AUX | {"rename": lambda name: {}[name]}, r"^rename fails for stem"),
-    "a name with a slash": (n.Small, {"name": "a/b"}, r"name a/b: use letters"),
+    "a name with a slash": (n.Small, {"name": "a/b"}, r"name a/b: use at most 200 letters"),
+    "a hidden name": (n.Small, {"name": "."}, r"name \.: use at most 200 letters"),
+    "a long name": (n.Small, {"name": "x" * 201}, r"name x+: use at most 200 letters"),
 }
 
 
