@@ -30,6 +30,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange
@@ -75,7 +76,11 @@ class Deployed(nn.Module):
 
 
 class InFloat64(TorchDispatchMode):
-    """Compute in float64 also where the code of a network names another type, as `.float()` does."""
+    """Compute in float64 also where the code of a network names another type, as `.float()` does.
+
+    Constants that `.double()` does not reach, such as tensors made in `forward`, are converted where an
+    operation combines them with float64.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -83,7 +88,11 @@ class InFloat64(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation, with float64 in place of every smaller floating-point type."""
         del types
-        return func(*map(in_float64, args), **{key: in_float64(v) for key, v in (kwargs or {}).items()})
+        given = (tuple(map(in_float64, args)), {key: in_float64(v) for key, v in (kwargs or {}).items()})
+        dtypes = {value.dtype for value in tree_leaves(given) if isinstance(value, Tensor)}
+        if torch.float64 in dtypes and dtypes & set(REDUCED) and not func._schema.is_mutable:
+            given = tree_map_only(Tensor, lambda t: t.double() if t.dtype in REDUCED else t, given)
+        return func(*given[0], **given[1])
 
 
 def in_float64(value: Any) -> Any:

@@ -13,6 +13,7 @@ its noise floor can be named.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch.export import ExportedProgram
 
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy.errors import ParityError
-from sopdeploy_export.graph import PREFIX, in_float64, with_converter_names
+from sopdeploy_export.graph import PREFIX, InFloat64, with_converter_names
 from sopdeploy_export.parity.report import PROVIDER, PartDrift
 
 Arrays = dict[str, NDArray[Any]]
@@ -224,13 +225,11 @@ class RecordingInterpreter(fx.Interpreter):
         self.kept: dict[str, NDArray[Any]] = {}
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one operation; with `exact`, float64 replaces every floating-point dtype in its arguments."""
-        if self.exact:
-            args = tuple(map(in_float64, args))
-            kwargs = {key: in_float64(value) for key, value in kwargs.items()}
+        """Run one operation, with `exact` in float64."""
         if target is torch.ops.aten._assert_tensor_metadata.default:
             return None
-        return super().call_function(target, args, kwargs)
+        with InFloat64() if self.exact else nullcontext():
+            return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node and keep its value if it is wanted."""

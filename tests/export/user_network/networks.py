@@ -322,6 +322,17 @@ def is_unusual(self: Any, images: Tensor) -> Tensor:
     return self.fc(Clamp.apply(self.features(images.sub_(0.5))) * self.scale)
 
 
+def uses_constant(network: Any, images: Tensor) -> Tensor:
+    """Multiply by a tensor that is no buffer, so `.double()` does not convert it."""
+    return network.fc(network.features(images)) @ torch.eye(CLASSES).roll(1, 0)
+
+
+def sees_batch(network: Any, images: Tensor) -> Tensor:
+    """Change the logits by a thousandth, far above rounding, with the other images."""
+    logits = network.fc(network.features(images))
+    return logits + 1e-3 * logits.mean(0)
+
+
 def centers_batch(self: Any, images: Tensor) -> Tensor:
     """Subtract the mean of the batch."""
     features = self.features(images)

@@ -99,6 +99,7 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         {"training_only": ["aux"]},
         "trained-detached",
     ),
+    "a constant": (lambda: n.variant(n.uses_constant, aux=False), {}, "trained-only"),
     "a layer under two names": (n.tied, {"plain": n.tied}, "trained-plain"),
     "second-order pooling": (n.SecondOrder, {"plain": n.SecondOrder}, "trained-plain"),
     "renamed": (
