@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from sopdeploy.errors import CertificateError, ConfigError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph import EXPORT_LOGITS, PREFIX, Captured, Deployed, probe_images
+from sopdeploy_export.graph import EXPORT_LOGITS, PREFIX, Captured, Deployed, InFloat64, probe_images
 from sopdeploy_export.proof.hashes import program_root
 from sopdeploy_export.proof.networks import check_hooks, modules, tensors
 
@@ -27,7 +27,7 @@ IMAGES = 4  # probes that are computed eagerly
 TENSOR_TABLES = ("_parameters", "_buffers", "_modules")
 SHOWN = 3
 SUM_TOLERANCE = 1e-3
-ALONE_TOLERANCE = 1e-2  # of the largest logit, between an image alone and in a batch
+ALONE_TOLERANCE = 1e-6  # of the largest logit in float64, between an image alone and in a batch
 DEPTH = 4  # levels of nested lists and dicts in which changes are detected
 
 
@@ -151,16 +151,7 @@ def check_outputs(deployed: Deployed, preprocess: Preprocess, classes: int, role
     runs: list[Tensor] = []
     for size in (IMAGES, 1, IMAGES):  # a cache may fill in the first run, and must not change afterwards
         before = _python_state(deployed.network)
-        try:
-            with torch.no_grad():
-                logits = deployed(images[:size])[0]
-        except LoweringError:
-            raise
-        except (Exception, SystemExit) as error:  # the user's code
-            raise LoweringError(
-                f"the {role} network fails for {size} images of 3 x {preprocess.crop} x {preprocess.crop}: "
-                f"{first_line(error)}"
-            ) from error
+        logits = _run(deployed, images[:size], role)
         _check_shape(logits, size, classes, role)
         runs.append(logits)
     changed = _first_change(before, _python_state(deployed.network))
@@ -168,7 +159,7 @@ def check_outputs(deployed: Deployed, preprocess: Preprocess, classes: int, role
         raise LoweringError(
             f"{changed} changes while the {role} network runs; an exported network must be stateless"
         )
-    first, alone, logits = runs
+    first, _, logits = runs
     if not bool(torch.isfinite(logits).all()):
         raise LoweringError(f"the {role} network returns NaN or infinite logits for probe images")
     if not torch.equal(first, logits):
@@ -176,7 +167,10 @@ def check_outputs(deployed: Deployed, preprocess: Preprocess, classes: int, role
             f"the {role} network returns other logits when it runs again; it must not use random numbers or "
             "count its calls"
         )
-    if bool(((alone - first[:1]).abs() > ALONE_TOLERANCE * first.abs().max()).any()):
+    exact = copy.deepcopy(deployed).double()  # without rounding, which would hide small influences
+    with InFloat64():
+        alone, together = (_run(exact, images[:size], role, " in float64") for size in (1, IMAGES))
+    if not bool(((alone - together[:1]).abs() <= ALONE_TOLERANCE * together.abs().max()).all()):
         raise LoweringError(
             f"the {role} network returns other logits for an image alone than in a batch; no image may "
             "depend on the others"
@@ -193,6 +187,22 @@ def check_outputs(deployed: Deployed, preprocess: Preprocess, classes: int, role
             "without it"
         )
     return tuple(warnings)
+
+
+def _run(deployed: Deployed, images: Tensor, role: str, where: str = "") -> Tensor:
+    """Compute the logits of *images*; all errors of the user's code become `LoweringError`."""
+    try:
+        with torch.no_grad():
+            logits: Tensor = deployed(images)[0]
+    except LoweringError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's code
+        count, height, width, channels = images.shape
+        raise LoweringError(
+            f"the {role} network fails for {count} images of {channels} x {height} x {width}{where}: "
+            f"{first_line(error)}"
+        ) from error
+    return logits
 
 
 def _check_shape(logits: Tensor, size: int, classes: int, role: str) -> None:

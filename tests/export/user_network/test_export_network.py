@@ -264,6 +264,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a counter in a list": (n.CountsInList, AUX, r"^calls changes while the trained network runs"),
     "random numbers of NumPy": (lambda: n.variant(n.random_number), {}, r"other logits when it runs again"),
     "a mean over the batch": (lambda: n.variant(n.centers_batch), {}, r"for an image alone than in a batch"),
+    "a small influence of other images": (lambda: n.variant(n.sees_batch), {}, r"for an image alone than in"),
     "an exit of Python": (lambda: n.variant(n.exits_python), {}, r"fails for 4 images .*SystemExit: 2"),
     "a network inside itself": (n.contains_itself, {}, r"^inner contains itself"),
     "complex weights": (
