@@ -51,7 +51,8 @@ def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[Non
     handler = logging.StreamHandler(stream)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors))
     logging.getLogger().addHandler(handler)  # also for other libraries, whose level stays at warning
-    logging.getLogger(ROOT).setLevel("WARNING" if quiet else settings.log_level.upper())
+    level = settings.log_level.upper()
+    logging.getLogger(ROOT).setLevel("WARNING" if quiet and level != "ERROR" else level)
     logging.getLogger(START_UP).setLevel("INFO" if settings.startup_timeline else logging.NOTSET)
     try:
         yield

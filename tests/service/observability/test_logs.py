@@ -122,6 +122,7 @@ def test_client_text_in_a_traceback_starts_no_line(logged, form):
         ({"log": "json"}, io.StringIO, ["hint", "started", "warn"]),
         ({"log": "console"}, io.StringIO, ["hint", "started", "warn"]),
         ({"log": "json", "log_level": "error"}, io.StringIO, []),
+        ({"log_level": "error"}, io.StringIO, []),
         ({}, Terminal, ["hint", "started", "warn"]),
         ({"log_level": "warning"}, Terminal, ["warn"]),
     ],
