@@ -11,6 +11,7 @@ from sopdeploy.data.batches import Batch, load_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.models.describe import describe
 from sopdeploy.models.stats import Counts
+from sopdeploy.training.distributed.batch_sharding import MicroBatch, shard_step
 from sopdeploy.training.distributed.strategy import SingleProcess, select_device
 from sopdeploy.training.few_shot.procedure import select_split
 from sopdeploy.training.loop import epoch_data
@@ -72,7 +73,9 @@ def dry_run(recipe: Recipe) -> DryRun:
     batch = next(iter(load_batches(dataset, batches[:1], 0, run.strategy.device)))
     load_seconds = time.monotonic() - since
     with memory_advice(run):
-        activations = activation_bytes(run, batch)
+        activations = activation_bytes(
+            run, batch, shard_step(batches[0], recipe, run.strategy).micro_batches[0]
+        )
     train_step(run, batch, batches[0], len(batches))
     since = time.monotonic()
     loss = float(train_step(run, batch, batches[0], len(batches)).loss.total)  # synchronizes with the device
@@ -129,8 +132,8 @@ def measure_memory(run: Run, activations: int) -> Memory:
     return Memory(**sizes, activations=activations / 2**20)
 
 
-def activation_bytes(run: Run, batch: Batch) -> int:
-    """Measure the bytes that the forward pass of a micro-batch saves, without the weights."""
+def activation_bytes(run: Run, batch: Batch, micro_batch: MicroBatch) -> int:
+    """Measure the bytes that the forward pass of *micro_batch* of *batch* saves, without the weights."""
     saved: dict[int, int] = {}
     weights = {tensor.untyped_storage().data_ptr() for tensor in run.model.state_dict().values()}
 
@@ -139,7 +142,7 @@ def activation_bytes(run: Run, batch: Batch) -> int:
         saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    images = batch[0].tensor_split(run.recipe.accumulate)[0]
+    images = batch[0][micro_batch.first : micro_batch.end]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), run.precision.autocast():
         output = run.model(run.normalize(images))
     del output

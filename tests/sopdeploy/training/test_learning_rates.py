@@ -26,6 +26,7 @@ from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Run, StepResult
 from sopdeploy.training.schedule import Cosine, Milestones, OneCycle, Polynomial
 from sopdeploy.training.step.gradient import train_step
+from sopdeploy.training.step.losses import Loss
 from tests.sopdeploy.training.runs import SHORT, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -53,6 +54,17 @@ def test_a_dry_run_resolves_the_recipe_and_measures_memory() -> None:
     assert memory.total == pytest.approx(sum(memory.model_dump().values()))
     whole, split = (dry_run(short_recipe(f"accumulate={k}")).memory.activations for k in (1, 4))
     assert 0.2 * whole < split < 0.35 * whole
+
+
+def test_a_dry_run_has_the_micro_batches_of_a_training_step(monkeypatch) -> None:
+    sizes = []
+    monkeypatch.setattr(
+        dry_run_module, "activation_bytes", lambda _run, _batch, one: sizes.append(one.end - one.first) or 0
+    )
+    done = StepResult(Loss(torch.zeros(()), {}), 0.0)
+    monkeypatch.setattr(dry_run_module, "train_step", lambda *_: done)
+    dry_run(short_recipe("batch_size=400", "accumulate=200"))  # 205 images, at least two per micro-batch
+    assert sizes[0] == 3
 
 
 def test_training_crops_can_have_another_size_than_evaluation() -> None:
