@@ -156,6 +156,10 @@ class Recipe(StrictModel):
             raise ValueError(
                 f"model.remove_branches_at: the run has only {self.epochs} epochs; give an earlier epoch"
             )
+        if removal is not None and self.frozen_backbone:
+            raise ValueError(
+                "model.remove_branches_at: nothing would learn after it with start.learn = branches"
+            )
         return self
 
 

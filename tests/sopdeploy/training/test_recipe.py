@@ -102,6 +102,10 @@ INVALID_OVERRIDES = [
     ("accumulate=360", "accumulate: each micro-batch needs at least two samples"),
     ("model={name='resnet8', remove_branches_at=1}", "remove_branches_at: resnet8 has no branches"),
     ("model.remove_branches_at=99", "remove_branches_at: the run has only"),
+    (
+        "start={learn='branches'}\nmodel.remove_branches_at=1",
+        "model.remove_branches_at: nothing would learn after it with start.learn = branches",
+    ),
     ("epochs=0", "epochs: Input should be greater than or equal to 1 (got '0')"),
     ("batch_size=1", "batch_size: Input should be greater than or equal to 2"),
     ("seed=abc", "seed: Input should be a valid integer"),
@@ -121,7 +125,7 @@ INVALID_OVERRIDES = [
 @pytest.mark.parametrize(("override", "message"), INVALID_OVERRIDES, ids=[o for o, _ in INVALID_OVERRIDES])
 def test_an_invalid_override_is_explained_on_one_line(override, message) -> None:
     with pytest.raises(ConfigError) as error:
-        read_recipe("digits-dsop", [override])
+        read_recipe("digits-dsop", override.split("\n"))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
