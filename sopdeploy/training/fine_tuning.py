@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sopdeploy.config import Positive, StrictModel
+from sopdeploy.config import PositiveRate, StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.base import Classifier, is_in
 
@@ -24,7 +24,7 @@ class StartConfig(StrictModel):
 
     weights: Literal["imagenet", "none"] | Path | None = None
     learn: Literal["all", "branches"] = "all"
-    head_factor: Positive = 1.0
+    head_factor: PositiveRate = 1.0
 
 
 def classifier_name(model: Classifier) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sopdeploy.config import FractionBelowOne, NonNegative, Positive, StrictModel
+from sopdeploy.config import FractionBelowOne, NonNegative, Positive, PositiveRate, StrictModel
 from sopdeploy.data.base import derive_seed
 
 Betas = tuple[FractionBelowOne, FractionBelowOne]
@@ -119,8 +119,8 @@ class _OptimizerConfig(StrictModel):
     optimizer_class: ClassVar[Callable[..., Optimizer]]
     constants: ClassVar[Mapping[str, Any]] = {}
 
-    lr: Positive
-    weight_decay: NonNegative = 0.0
+    lr: PositiveRate
+    weight_decay: Annotated[float, pydantic.Field(ge=0, le=1e6)] = 0.0
     clip_norm: NonNegative = 0.0
 
     def create(self, parameters: Parameters) -> Optimizer:
@@ -153,7 +153,7 @@ class AdamW(_OptimizerConfig):
     kind: Literal["adamw"]
     betas: Betas = (0.9, 0.999)
     eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.01
+    weight_decay: Annotated[float, pydantic.Field(ge=0, le=1e6)] = 0.01
 
 
 class RAdam(_OptimizerConfig):

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from sopdeploy.config import Count, Fraction, NonNegative, Positive, StrictModel
+from sopdeploy.config import Count, Fraction, NonNegative, Positive, PositiveRate, StrictModel
 from sopdeploy.decision import Estimate, Score
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.layers.pooling.registry import Pooling
@@ -32,7 +32,7 @@ class FineTuningConfig(StrictModel):
     epochs: Annotated[int, pydantic.Field(ge=0)] = 15
     folds: Folds = 3
     patience: Count = 3
-    lr: Positive = 2e-4
+    lr: PositiveRate = 2e-4
     decay: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
     batch_size: Count = 16
     max_gib: Positive = 1.0

@@ -102,7 +102,7 @@ def cross_validate_epochs(
     """Fine-tune one network per left-out fold and record the out-of-fold logits after every epoch.
 
     Returns the out-of-fold logits (E, N, C) after 0, 1, ... epochs; those after 0 epochs belong to the head
-    *alone*. Training stops `patience` epochs after the smallest loss.
+    *alone*. Training stops `patience` epochs after the smallest loss, or if it diverges.
     """
     images = np.arange(len(folds_N))
     trainers = []
@@ -117,6 +117,8 @@ def cross_validate_epochs(
             on_part(epoch * len(trainers) + number, config.epochs * len(trainers))
             one.train_epoch()
             logits[tested] = one.logits(tested)
+        if not np.isfinite(logits).all():
+            break
         curve.append(logits)
         totals.append(float(targets.losses(logits).sum()))
         if len(totals) - 1 - int(np.argmin(totals)) >= config.patience:

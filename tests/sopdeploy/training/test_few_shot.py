@@ -31,7 +31,7 @@ from sopdeploy.training.few_shot.last_stage import LastStageTrainer, StageData
 from sopdeploy.training.few_shot.networks import fit_reduction
 from sopdeploy.training.few_shot.procedure import select_split
 from sopdeploy.training.few_shot.tails import Tail, copy_tail, cut_before_last_stage, make_tails
-from sopdeploy.training.few_shot.tuning import TunedTail, choose_epochs, decide
+from sopdeploy.training.few_shot.tuning import TunedTail, choose_epochs, cross_validate_epochs, decide
 from sopdeploy.training.few_shot.unknown import leave_classes_out, left_out_areas
 from sopdeploy.training.fine_tuning import classifier_name
 from sopdeploy.training.loop import train
@@ -90,6 +90,27 @@ def test_a_sigmoid_head_fits_each_class_on_its_own():
         reference = LogisticRegression(C=1 / (0.01 * len(rows)), tol=1e-10, max_iter=10_000)
         reference.fit(rows, np.repeat(both[:, one], 2))
         assert np.allclose(parameters[one, :-1], reference.coef_[0], atol=2e-4)
+
+
+def test_fine_tuning_that_diverges_ends_before_its_first_useless_epoch():
+    features, classes = blobs()
+    one_hot, weights = np.eye(4)[classes], np.ones(40)
+    problem = HeadProblem.create(features, one_hot, weights, "softmax")
+    targets = Targets(one_hot, weights, classes.tolist(), "softmax", balanced=False)
+    folds = assign_folds(classes.tolist(), [str(number) for number in range(40)], 2, 0)
+
+    class Diverging:
+        epoch = 0
+
+        def train_epoch(self) -> None:
+            self.epoch += 1
+
+        def logits(self, images: np.ndarray) -> np.ndarray:
+            return np.full((len(images), 4), 0.0 if self.epoch < 2 else np.nan)
+
+    config, alone = FineTuningConfig(), cross_validate(problem, folds)
+    given = (problem, targets, alone, folds, lambda *_: Diverging(), config, lambda *_: None)
+    assert len(cross_validate_epochs(*given)) == 2
 
 
 @pytest.mark.parametrize("folds", [2, 3, 5])

@@ -111,6 +111,7 @@ INVALID_OVERRIDES = [
     ("seed=abc", "seed: Input should be a valid integer"),
     ("optimizer.lr=nan", "optimizer.lr: Input should be"),
     ("optimizer.lr=inf", "optimizer.lr: Input should be"),
+    ("optimizer.lr=1e300", "optimizer.lr: Input should be"),
     ("optimizer.momentum=0.0", "nesterov needs a momentum above 0"),
     ("preprocess.crop=99", "crop (99) is larger than resize (16)"),
     ("loss.label_smoothing=1", "loss.label_smoothing: Input should be less than 1"),
