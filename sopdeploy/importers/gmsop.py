@@ -9,14 +9,16 @@ each tensor with such an axis is made row-wise.
 from collections.abc import Iterator
 from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor
 
 from sopdeploy.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
 from sopdeploy.backbones.resnet import RAW_SCALE
+from sopdeploy.config import first_problem
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.fit import row_wise_order
+from sopdeploy.importers.fit import row_wise_order, triangle_side
 from sopdeploy.importers.matconvnet import (
     batch_norm,
     conv_kernel,
@@ -69,22 +71,29 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         config |= _gate_config(file)
         required |= {key: config[key] for key in ("components", "chosen")}
     width = config["component_widths"][-1] if config.get("component_widths") else WIDTHS[-1] * widen
-    tensors = [*_backbone_and_head(file, blocks, row_wise_order(width) if component == "sop" else None)]
+    tensors = [*_backbone_and_head(file, blocks, width if component == "sop" else None)]
     if kind == "gated":
         tensors += _gate(file, config, component == "sop")
     if file.average_color is None:
         raise WeightsError(
             f"{file.path}: meta.normalization.averageImage is not a color; save the network with meta"
         )
-    side = file.image_size or SIDE
-    red, green, blue = (channel / 255.0 for channel in file.average_color)
+    side = SIDE if file.image_size is None else file.image_size
+    mean = tuple(channel / 255.0 for channel in file.average_color)
     deviation = 1 / 255  # the mean is subtracted from pixels of 0 to 255, which are not divided
+    rules = {"resize": side, "crop": side, "mean": mean, "std": (deviation,) * 3}
+    try:
+        preprocess = Preprocess.model_validate(rules)
+    except pydantic.ValidationError as error:
+        raise WeightsError(
+            f"{file.path}: meta.normalization, {first_problem(error)}; save the network with valid meta"
+        ) from error
     return ConvertedWeights(
         description=f"{TITLES[kind][component]}, {blocks} blocks per stage, {widen} times as wide",
         model=MODELS.get((kind, component, blocks, widen)),
         tensors=tuple(tensors),
         num_classes=len(pointwise_kernel(file, "prediction_f")),
-        preprocess=Preprocess(resize=side, crop=side, mean=(red, green, blue), std=(deviation,) * 3),
+        preprocess=preprocess,
         required=required,
         detected=config,
         notes=NOTES,
@@ -96,8 +105,13 @@ def _gate_config(file: WeightFile) -> dict[str, Any]:
     gate_layers = sum(name.startswith("gating") and name[6:-2].isdigit() for name in file.tensors)
     component = [name for letter in LETTERS if (name := f"CM_1_{letter}_f") in file.tensors]
     norm = "CM_1_a_bn_w" in file.tensors
+    components = int(layer_number(file, "gating", "CM_num", integer=True))
+    if components > len(file.tensors):
+        raise WeightsError(
+            f"{file.path}: layer gating has CM_num {components}, more than the file has tensors"
+        )
     return {
-        "components": int(layer_number(file, "gating", "CM_num", integer=True)),
+        "components": components,
         "chosen": int(layer_number(file, "gating", "topk", integer=True)),
         "component_widths": [len(conv_kernel(file, name)) for name in component],
         "component_bias": "CM_1_a_b" in file.tensors,
@@ -112,7 +126,14 @@ def _gate_config(file: WeightFile) -> dict[str, Any]:
     }
 
 
-def _backbone_and_head(file: WeightFile, blocks: int, order: Tensor | None) -> Iterator[MappedTensor]:
+def _order(width: int | None, vectors: Tensor) -> Tensor | None:
+    """Compute the row-wise order of the columns of *vectors* if they are triangles of *width* channels."""
+    return None if width is None or triangle_side(vectors.shape[1]) != width else row_wise_order(width)
+
+
+def _backbone_and_head(file: WeightFile, blocks: int, width: int | None) -> Iterator[MappedTensor]:
+    prediction = pointwise_kernel(file, "prediction_f")
+    order = _order(width, prediction)
     kernel = conv_kernel(file, "conv1_f") / RAW_SCALE
     yield MappedTensor("conv1.weight", ("conv1_f",), kernel, f"{TRANSPOSED}, times 60")
     yield MappedTensor("conv1.bias", ("conv1_b",), file.tensor("conv1_b").reshape(-1))
@@ -127,7 +148,7 @@ def _backbone_and_head(file: WeightFile, blocks: int, order: Tensor | None) -> I
                 yield from _conv_bn(file, f"{source}_adapt_conv", f"{shortcut}.0", f"{shortcut}.1")
     if "fusion_bn_bn_w" in file.tensors:
         yield from batch_norm(file, "fusion_bn_bn", "head.bn", order)
-    weight = reorder(pointwise_kernel(file, "prediction_f"), order, 1, TRANSPOSED)
+    weight = reorder(prediction, order, 1, TRANSPOSED)
     yield MappedTensor("head.fc.weight", ("prediction_f",), *weight)
     yield MappedTensor("head.fc.bias", ("prediction_b",), file.tensor("prediction_b").reshape(-1))
 
@@ -144,7 +165,7 @@ def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Itera
         yield MappedTensor(f"{name}.0.weight", (f"{source}_f",), conv_kernel(file, f"{source}_f"), TRANSPOSED)
         if config["gate_norm"]:
             yield from batch_norm(file, f"{source}_bn", f"{name}.1")
-    order = row_wise_order(config["gate_widths"][-1]) if second_order else None
+    width = config["gate_widths"][-1] if second_order and config["gate_widths"] else None
     for source, name in (("gating_w", "gate.weight"), ("gating_noise_w", "gate.noise.weight")):
         weight = file.tensor(source)
         if weight.dim() != 2:
@@ -152,7 +173,7 @@ def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Itera
                 f"{file.path}: {source} has shape {tuple(weight.shape)}, not (features, components); give a "
                 "network of the released code"
             )
-        yield MappedTensor(name, (source,), *reorder(weight.T, order, 1, TRANSPOSED))
+        yield MappedTensor(name, (source,), *reorder(weight.T, _order(width, weight.T), 1, TRANSPOSED))
     components = [
         [name for letter in LETTERS if (name := f"CM_{component}_{letter}_f") in file.tensors]
         for component in range(1, config["components"] + 1)

@@ -50,7 +50,7 @@ def read_dagnn(path: Path, variables: dict[str, Any]) -> WeightFile:
         layers=_read_layers(path, layers),
         tensors=check_tensors(path, _read_parameters(path, params)),
         average_color=average_color(normalization.get("averageImage")),
-        image_size=int(side.flat[0]) if isinstance(side, np.ndarray) and side.size >= 2 else None,
+        image_size=float(side.flat[0]) if isinstance(side, np.ndarray) and side.size >= 2 else None,
     )
 
 
@@ -118,6 +118,9 @@ def batch_norm(file: WeightFile, source: str, name: str, order: Tensor | None = 
     moments = file.tensor(f"{source}_m")
     if moments.dim() != 2 or moments.shape[1] != 2:
         raise WeightsError(f"{file.path}: {source}_m has shape {tuple(moments.shape)}, not (channels, 2)")
+    weight = file.tensor(f"{source}_w").reshape(-1)
+    if len(weight) != len(moments):
+        raise WeightsError(f"{file.path}: {source}_w has {len(weight)} values for {len(moments)} channels")
     mean, deviation = moments.unbind(dim=1)
     if not bool((deviation > 0).all()):
         raise WeightsError(
@@ -126,7 +129,7 @@ def batch_norm(file: WeightFile, source: str, name: str, order: Tensor | None = 
     variance = (deviation.square() - EPS).clamp_min(0.0)
     factor = torch.where(variance > 0, torch.ones_like(deviation), (variance + EPS).sqrt() / deviation)
     parts = (
-        ("weight", "w", file.tensor(f"{source}_w").reshape(-1) * factor, "unchanged"),
+        ("weight", "w", weight * factor, "unchanged"),
         ("bias", "b", file.tensor(f"{source}_b").reshape(-1), "unchanged"),
         ("running_mean", "m", mean, "column 1"),
         ("running_var", "m", variance, f"column 2 squared, less {EPS:g}"),

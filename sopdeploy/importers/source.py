@@ -37,7 +37,7 @@ class WeightFile:
     arch: str | None = None
     layers: tuple[Layer, ...] = ()
     average_color: tuple[float, float, float] | None = None
-    image_size: int | None = None
+    image_size: float | None = None
     other_keys: tuple[str, ...] = ()
 
     def tensor(self, name: str) -> Tensor:

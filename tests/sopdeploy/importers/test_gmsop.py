@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.importers import weight_files
 from sopdeploy.importers.fit import choose_config, fit_tensors
 from sopdeploy.importers.gmsop import convert_gmsop
 from sopdeploy.importers.matconvnet import batch_norm, conv_kernel
@@ -24,6 +25,7 @@ from tests.sopdeploy.importers.released_matconvnet import (
     reference_logits,
     save_v7,
     save_v73,
+    tree,
 )
 from tests.sopdeploy.importers.released_torch import NOISE, imported
 
@@ -180,6 +182,7 @@ def array(name: str, value: Any) -> Callable[[Net], None]:
         (array("extra", np.ones((2, 2))), "no tensor for extra"),
         (array("conv1_bn_m", np.ones((16, 1))), r"not \(channels, 2\)"),
         (array("conv1_bn_m", np.zeros((16, 2))), "standard deviation that is not positive"),
+        (array("conv1_bn_w", np.ones((3, 1))), "conv1_bn_w has 3 values for 16 channels"),
         (array("conv1_b", np.ones((7, 1))), r"conv1.bias has shape \(7,\), not \(16,\)"),
         (array("conv1_b", np.full((16, 1), np.nan)), "not finite"),
         (array("prediction_f", np.ones((3, 3, 4, 5))), "not a 1x1 convolution"),
@@ -193,6 +196,40 @@ def test_an_unsupported_layer_or_array_is_named(
     change(net)
     with pytest.raises(WeightsError, match=message):
         imported(save_v7(tmp_path / "net.mat", net), "srsop-resnet18")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("imageSize", [[side, side, 3.0]]) for side in (np.nan, np.inf, 0.0, -3.0, 64.5, 5000.0)),
+        *(("averageImage", [[color] * 3]) for color in (np.nan, np.inf)),
+    ],
+)
+def test_an_impossible_image_size_or_color_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any
+) -> None:
+    variables = tree(random_net(order=1, gated=False), "f8")
+    variables["net"]["meta"]["normalization"][key] = np.array(value)
+    monkeypatch.setattr(weight_files, "read_v5", lambda _path: variables)
+    (tmp_path / "net.mat").write_bytes(weight_files.MATLAB_MAGIC)
+    with pytest.raises(WeightsError, match=r"meta\.normalization, (resize|mean)"):
+        convert_gmsop(open_weights(tmp_path / "net.mat"), "resnet18-64px")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (setting("gating", "CM_num", 1e12), "CM_num 1000000000000, more than the file has tensors"),
+        (array("CM_1_b_f", np.ones((1, 1, 1, 10**6))), "another size in other components"),
+    ],
+)
+def test_numbers_of_a_file_neither_fill_the_memory_nor_take_forever(
+    tmp_path: Path, change: Callable[[Net], Any], message: str
+) -> None:
+    net = random_net(order=2, gated=True)
+    change(net)
+    with pytest.raises(WeightsError, match=message):
+        imported(save_v7(tmp_path / "net.mat", net), "gmsop-16-8-resnet18")
 
 
 @pytest.mark.parametrize(
