@@ -42,7 +42,7 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
     renamed = WeightFile(path=file.path, tensors={entry.name: entry.tensor for entry in mapped})
     depth = resnet_depth(file.path, renamed.tensors)
     classes, length = renamed.classifier_weight("fc.weight").shape
-    channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
+    channels = renamed.length(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight")
     pooling = detect_pooling(file, mapped, channels, length)
     kind = str(pooling["pooling.kind"])
     reduced = {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys()
@@ -80,7 +80,9 @@ def detect_pooling(
     file: WeightFile, mapped: tuple[MappedTensor, ...], channels: int, length: int
 ) -> dict[str, str | int]:
     """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers."""
-    reduced = [len(entry.tensor) for entry in mapped if entry.name == "pooling.layer_reduce.weight"]
+    reduced = [
+        file.length(entry.sources[0]) for entry in mapped if entry.name == "pooling.layer_reduce.weight"
+    ]
     width = reduced[0] if reduced else channels
     if triangle_side(length) == width:
         return {"pooling.kind": "isqrt", "pooling.width": width}

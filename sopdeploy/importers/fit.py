@@ -65,7 +65,7 @@ def fit_tensors(
             mapped = MappedTensor(name, (), torch.zeros((), dtype=wanted.dtype), "absent, set to 0")
         if mapped is None:
             raise _misfit(file, converted, model, f"{name} is not in the file")
-        if name.endswith(COUNTER):
+        if name.endswith(COUNTER) and mapped.tensor.numel() == 1:
             mapped = mapped._replace(tensor=mapped.tensor.reshape(()))
         if mapped.tensor.shape != wanted.shape:
             shapes = f"{tuple(mapped.tensor.shape)}, not {tuple(wanted.shape)}"

@@ -49,7 +49,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     detected = {"base_width": stem_width(file), **_block_config(file)}
     detected["final_pooling"] = "gap" if net == 1 else "isqrt"
     if net == 2:
-        detected["final_width"] = len(file.tensors["layer_reduce.weight"])
+        detected["final_width"] = file.length("layer_reduce.weight")
     attention = detected.get("attention")
     model = f"gsop-net{net}-resnet{depth}"
     return ConvertedWeights(
@@ -83,12 +83,12 @@ def _block_config(file: WeightFile) -> dict[str, Any]:
         match for match in matches if match["part"].startswith("conv_for_DR") and match["leaf"] == "weight"
     ]
     config: dict[str, Any] = {
-        "cov_width": len(file.tensors[reductions[0][0]]),
+        "cov_width": file.length(reductions[0][0]),
         "block_stages": sorted({match["stage"] for match in reductions}),
     }
     for name in file.tensors:
         if name.endswith(".row_bn_for_spatial.weight"):
-            config["position_side"] = math.isqrt(len(file.tensors[name]))
+            config["position_side"] = math.isqrt(file.length(name))
     if "dilate_conv_for_concat1" in parts:
         config["attention"] = "concatenation"
     elif not {"conv_for_DR", "conv_for_DR_spatial"} <= parts:  # both halves without it: sum or maximum
@@ -100,7 +100,7 @@ def _make_row_wise(file: WeightFile, mapped: MappedTensor) -> MappedTensor:
     """Permute the classifier of GSoP-Net2 from column-wise to row-wise triangles."""
     if mapped.name != "fc.weight" or "layer_reduce.weight" not in file.tensors:
         return mapped
-    width = len(file.tensor("layer_reduce.weight"))
+    width = file.length("layer_reduce.weight")
     if triangle_side(file.classifier_weight("fc.weight").shape[1]) != width:
         raise WeightsError(f"{file.path}: fc.weight does not fit the triangle of {width} channels")
     permuted = torch.index_select(mapped.tensor, 1, row_wise_order(width))

@@ -46,6 +46,13 @@ class WeightFile:
             raise WeightsError(f"{self.path}: has no {name}; give the file of a whole network")
         return self.tensors[name]
 
+    def length(self, name: str) -> int:
+        """Get the size of the first axis of the tensor *name*; raises `WeightsError` if there is none."""
+        tensor = self.tensor(name)
+        if tensor.dim() == 0:
+            raise WeightsError(f"{self.path}: {name} is a single number; give the file of a whole network")
+        return len(tensor)
+
     def classifier_weight(self, name: str) -> Tensor:
         """Get the matrix *name* (classes, features); raises `WeightsError` if there is none."""
         weight = self.tensor(name)

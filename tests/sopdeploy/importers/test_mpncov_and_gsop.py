@@ -182,8 +182,11 @@ def test_vgg_weights_give_the_same_logits(
     [
         ("mpncov-resnet18", {}, r"\(pooling.kind is mpncov, not isqrt\).*--as isqrt-resnet18"),
         ("isqrt-resnet18", {"fc.weight": torch.zeros(5, 8192)}, "into the 8192 inputs"),
+        ("isqrt-resnet18", {"bn1.num_batches_tracked": torch.zeros(2)}, r"has shape \(2,\), not \(\)"),
+        ("isqrt-resnet18", {"layer_reduce.weight": torch.ones(())}, "layer_reduce.weight is a single number"),
+        ("isqrt-resnet18", {"layer4.0.bn2.weight": torch.ones(())}, "layer4.0.bn2.weight is a single number"),
     ],
-    ids=["another pooling", "no pooling of this size"],
+    ids=["another pooling", "no pooling of this size", "counters", "number", "number in a batch norm"],
 )
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, model: str, change: Any, message: str) -> None:
     torch.save(resnet().state_dict() | change, tmp_path / "a.pth")
@@ -226,6 +229,17 @@ def test_the_classifier_of_gsop_net2_is_made_row_wise(tmp_path: Path) -> None:
     assert report.config["iterations"] == 3
     assert {row.name: row.how for row in report.rows}["fc.weight"] == "triangle made row-wise"
     assert not torch.equal(ours.fc.weight.float(), network.fc.weight.float())
+
+
+@pytest.mark.usefixtures("short26")
+@pytest.mark.parametrize("name", ["layer1.0.conv_for_DR.weight", "layer_reduce.weight"])
+def test_a_number_in_place_of_a_tensor_of_gsop_is_named(tmp_path: Path, name: str) -> None:
+    gsop(tmp_path / "a.pth.tar", "1", d=12)
+    state = open_weights(tmp_path / "a.pth.tar").tensors
+    shortened = next(key for key in state if key.endswith(name.removeprefix("layer1.0")))
+    torch.save({**state, shortened: torch.ones(())}, tmp_path / "b.pth")
+    with pytest.raises(WeightsError, match=f"{shortened} is a single number"):
+        imported(tmp_path / "b.pth", "gsop-net2-resnet26")
 
 
 @pytest.mark.usefixtures("short26")
