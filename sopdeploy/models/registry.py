@@ -94,7 +94,7 @@ def create_model(name: str, *, num_classes: int | None = None, **config: Any) ->
     options = make_config(name, config)
     try:
         return entry(name).network(options, classes)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # TypeError: a size of 2^63 or more
         raise ConfigError(
             f"{name}: cannot be built ({first_line(error)}); choose fewer classes or smaller options"
         ) from error

@@ -62,6 +62,8 @@ def test_an_unknown_name_points_to_the_list() -> None:
         ("dsop-resnet18", {"iterations": 16}, "iterations"),
         ("dsop-resnet18", {"main_weight": float("nan")}, "main_weight"),
         ("resnet8", {"base_width": 10**11}, "resnet8: cannot be built (RuntimeError: "),
+        ("resnet8", {"base_width": 2**63}, "resnet8: cannot be built ("),
+        ("resnet8", {"num_classes": 2**63}, "resnet8: cannot be built ("),
         ("resnet18", {"num_classes": 0}, "num_classes: must be at least 1 (got 0)"),
     ],
 )
