@@ -98,6 +98,8 @@ def tile_boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _to_rgba(tile: Image.Image) -> Image.Image:
+    if tile.mode == "La":  # Pillow converts it to LA only
+        tile = tile.convert("LA")
     if tile.mode not in SIXTEEN_BIT:
         return tile if tile.mode == "RGBA" else tile.convert("RGBA")
     values = np.asarray(tile)

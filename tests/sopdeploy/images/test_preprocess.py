@@ -230,6 +230,12 @@ def test_tiled_conversion_equals_conversion_of_the_whole_image(
     assert ("alpha_flattened" in changes) == clear
 
 
+def test_gray_with_premultiplied_transparency_is_converted_as_without() -> None:
+    rules, image = Preprocess(background=GREEN), few_values("LA", (9, 7), 1).convert("La")
+    assert to_rgb(image, rules).tobytes() == to_rgb(image.convert("LA"), rules).tobytes()
+    assert list_changes(image, rules) == list_changes(image.convert("LA"), rules)
+
+
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
