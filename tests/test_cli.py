@@ -213,6 +213,10 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
         ("eval", "c.pt", "--data", "d", "--runtime", "auto"),
         "only a bundle has a choice",
     ),
+    "a model name for a checkpoint": (
+        ("eval", "c.pt", "--data", "d", "--model", "m"),
+        "--model m: only for servers, this is a checkpoint; omit it",
+    ),
     "a folder without a manifest": (("eval", ".", "--data", "d"), "it has no manifest.json"),
     "a missing run": (("report", "nowhere"), "nowhere: holds no run"),
     "a comparison of one recipe": (("compare", "digits-plain"), "at least two recipes"),

@@ -107,6 +107,9 @@ def evaluate(
         raise ConfigError(
             f"--runtime {runtime}: only a bundle has a choice of runtimes, this is a {kind}; omit it"
         )
+    if kind != "service" and (model is not None or api_key is not None):
+        option = "--api-key" if model is None else f"--model {model}"
+        raise ConfigError(f"{option}: only for servers, this is a {kind}; omit it")
     if tta != "none" and kind == "service":
         raise ConfigError(f"--tta {tta}: not supported by servers; evaluate the bundle")
     if heads and (kind != "checkpoint" or tta != "none"):
