@@ -47,7 +47,8 @@ def run(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> int:
             deploy(serve, options["applications"][0])
             check_reachable(settings.host, settings.port)
             names = " ".join(path.resolve().name for path in bundles.values())
-            sys.stdout.write(f"ready: http://{settings.host}:{settings.port}  {names}\n")
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            sys.stdout.write(f"ready: http://{host}:{settings.port}  {names}\n")
             sys.stdout.flush()
             stopped = threading.Event()
             for number in (signal.SIGTERM, signal.SIGINT):  # Ray's own SIGTERM handler would not drain
