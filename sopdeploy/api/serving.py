@@ -81,6 +81,8 @@ def _open(image: object, number: int) -> Path | Image.Image:
     if isinstance(image, str | Path):
         return Path(image)
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise DataError(f"image {number}: a PIL image without pixels {image.size}; give another")
         return image
     if not isinstance(image, np.ndarray):
         raise DataError(f"image {number}: a {type(image).__name__}; give a path, a PIL image or an array")

@@ -369,6 +369,7 @@ BAD_IMAGES = {
     "float pixels": np.zeros((8, 8, 3)),
     "channels first": np.zeros((3, 8, 8), dtype=np.uint8),
     "no pixels": np.zeros((0, 8, 3), dtype=np.uint8),
+    "no columns": Image.new("RGBA", (0, 5)),
     "another type": [b"bytes"],
     "a missing file": "missing.jpg",
 }
