@@ -1,16 +1,18 @@
 """Callbacks that observe a run: progress display, TensorBoard, Weights & Biases."""
 
+import secrets
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import CheckpointError, ConfigError
+from sopdeploy.files import atomic_write, writing
 from sopdeploy.training.diagnostics import EpochRow, epoch_metrics
 from sopdeploy.training.start_weights import StartReport
 
-TENSORBOARD_FOLDER = "tensorboard"  # in the run folder
+TENSORBOARD_FOLDER, WANDB_FILE = "tensorboard", "wandb-run-id.txt"  # in the run folder
 
 
 class Callback:
@@ -80,7 +82,7 @@ class TensorBoard(Callback):
 
 
 class WeightsAndBiases(Callback):
-    """Log metrics to Weights & Biases, one W&B run per folder."""
+    """Log metrics to Weights & Biases, one W&B run per run; its id is in the run folder."""
 
     def __init__(self, folder: Path) -> None:
         self.wandb = import_optional("wandb", "wandb", "wandb", ConfigError, "--log wandb")
@@ -89,7 +91,16 @@ class WeightsAndBiases(Callback):
 
     def on_train_start(self, **counts: int) -> None:
         """Open the W&B run, or continue it if this run is resumed."""
-        self.run = self.wandb.init(name=self.folder.name, id=self.folder.name, resume="allow", config=counts)
+        file, name = self.folder / WANDB_FILE, self.folder.name
+        if file.exists():
+            number = file.read_text(encoding="utf-8").strip()
+        elif counts["first_epoch"] > 0:
+            number = name  # a run of an earlier version
+        else:
+            number = secrets.token_hex(8)
+            with writing(file, CheckpointError), atomic_write(file) as partial:
+                partial.write_text(number, encoding="utf-8")
+        self.run = self.wandb.init(name=name, id=number, resume="allow", config=counts)
 
     def on_epoch_end(self, row: EpochRow) -> None:
         """Log the metrics of an epoch."""

@@ -17,7 +17,7 @@ import torch
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import PARTIAL, atomic_write, writing
-from sopdeploy.training.callbacks import TENSORBOARD_FOLDER
+from sopdeploy.training.callbacks import TENSORBOARD_FOLDER, WANDB_FILE
 from sopdeploy.training.diagnostics import best_epoch, history_csv
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.few_shot.config import FEATURES_FILE
@@ -25,6 +25,7 @@ from sopdeploy.training.recipe import SaveConfig
 from sopdeploy.training.run import Run
 
 LOCK_FILE = ".lock"  # remains after a run was killed, without a lock
+RESTARTABLE = {FEATURES_FILE, LOCK_FILE, TENSORBOARD_FOLDER, WANDB_FILE}  # written before a checkpoint
 
 
 class RunFolder:
@@ -161,7 +162,7 @@ class RunFolder:
 
 def _is_restartable(file: Path) -> bool:
     """Check whether *file* is one that a run leaves behind before its first checkpoint."""
-    return file.name.endswith(PARTIAL) or file.name in {FEATURES_FILE, LOCK_FILE, TENSORBOARD_FOLDER}
+    return file.name.endswith(PARTIAL) or file.name in RESTARTABLE
 
 
 def _link_or_copy(path: Path, name: Path) -> None:

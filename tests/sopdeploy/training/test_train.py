@@ -197,6 +197,22 @@ def test_both_loggers_receive_every_epoch(monkeypatch, tmp_path) -> None:
     assert board.call_args.kwargs == {"purge_step": 5}  # a resumed run purges the epochs that run again
 
 
+def test_a_wandb_run_belongs_to_a_run_and_not_to_the_name_of_its_folder(monkeypatch, tmp_path) -> None:
+    wandb = Mock()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=wandb))
+    ids = []
+    for folder, first_epoch in (("a", 0), ("a", 1), ("b", 0), ("earlier", 1)):
+        out = tmp_path / folder / "run"
+        out.mkdir(parents=True, exist_ok=True)
+        (logger,) = create_loggers(["wandb"], out)
+        logger.on_train_start(epochs=9, first_epoch=first_epoch, train_count=1, held_out_count=1)
+        ids.append(wandb.call_args.kwargs["id"])
+    first, resumed, other, earlier = ids
+    assert first == resumed
+    assert len({first, other, "run"}) == 3
+    assert earlier == "run"  # started by a version that took the name of the folder
+
+
 def test_a_missing_or_unknown_logger_is_named(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

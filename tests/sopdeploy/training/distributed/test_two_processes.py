@@ -96,7 +96,7 @@ def test_a_killed_process_ends_the_other_one_with_one_line(tmp_path) -> None:
     [
         ("batch_size=63", "batch_size: a step of 63 samples cannot be divided among 2 processes"),
         ("epochz=3", "epochz: unknown key; did you mean epochs?"),
-        ("optimizer.lr=1e30", "is not finite; lower optimizer.lr"),
+        ("optimizer.lr=1e6", "is not finite; lower optimizer.lr"),
         (None, "photos/a/000.jpg"),
     ],
 )
