@@ -68,7 +68,7 @@ from sopdeploy_export.rewrites.apply import record_activations
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 Gate = Callable[[Tensor], NDArray[Any]]
-SINGLE_IMAGES, BATCH = 4, 16
+SINGLE_IMAGES, BATCH, LARGEST_BATCH = 4, 16, 63  # batches larger than LARGEST_BATCH may exceed the memory
 UNDECIDED = "add --probes DIR with images from the target domain, or train longer"
 
 
@@ -258,7 +258,7 @@ def compare(
     these errors instead; values that are not finite always raise.
     """
     session = open_session(path)
-    sizes = sorted({1, min(2, batch.maximum), batch.optimum, max(1, batch.maximum - 1)})
+    sizes = sorted({1, min(2, batch.maximum), batch.optimum, min(batch.maximum - 1, LARGEST_BATCH) or 1})
     found = {size: file_outputs(session, images, size) for size in sizes}
     routes, other = expected.routing, np.zeros(len(images), dtype=bool)
     if routes is not None:

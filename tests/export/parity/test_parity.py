@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.bundle.manifest import Precision
+from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
@@ -101,6 +101,15 @@ def test_a_file_that_drifts_stops_the_export(
 ) -> None:
     with pytest.raises(ParityError, match=r"drifts by .* in logits .*x noise floor.*--allow-drift"):
         measure(name, change)
+
+
+def test_a_bundle_for_huge_batches_is_not_run_with_one(
+    measure: Measure, exported: Exported, probes: Tensor, tmp_path: Path
+) -> None:
+    measure()
+    expected, huge = compute_reference(exported[1], probes.numpy()), BatchRange(optimum=2, maximum=1000)
+    found = compare(tmp_path / "model.onnx", expected, probes.numpy(), huge, {})
+    assert list(found.logits.drift) == ["1", "2", "63"]
 
 
 def test_an_allowed_drift_is_recorded(measure: Measure) -> None:
