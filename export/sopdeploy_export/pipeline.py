@@ -36,8 +36,8 @@ from sopdeploy_export.parity.compare import (
     compute_reference,
     spectral_records,
 )
-from sopdeploy_export.parity.onnx_file import open_session
-from sopdeploy_export.parity.report import ParityReport
+from sopdeploy_export.parity.onnx_file import run_one
+from sopdeploy_export.parity.report import LOGITS, ParityReport, find_gate, is_decided
 from sopdeploy_export.precision.accuracy_gate import check_accuracy
 from sopdeploy_export.precision.convert import (
     ConvertedGraph,
@@ -266,7 +266,7 @@ def _write_bundle(
     (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
     probes = as_probes(job.images, expected, parity)
     write_probes(folder / "probes.npz", probes)
-    write_golden_examples(folder, subject.preprocess, job.options.batch, probes)
+    write_golden_examples(job, folder, converted, parity, probes.tolerance[LOGITS])
     fields = _manifest_fields(job, folder, converted, checks)
     card = render_model_card(subject, certificate, parity, precision, fields)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -314,20 +314,19 @@ def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityRepo
     )
 
 
-def write_golden_examples(folder: Path, preprocess: Preprocess, batch: BatchRange, probes: Probes) -> None:
-    """Write golden examples with the logits of the file in *folder*.
+def write_golden_examples(
+    job: _Job, folder: Path, converted: ConvertedGraph, parity: ParityReport, tolerance: float
+) -> None:
+    """Write golden examples with a decided gate; two runtimes may differ by twice their *tolerance*."""
+    gate, routing, own = find_gate(job.subject.network), parity.routing, converted.gate
 
-    Their tolerance is twice that of *probes*, because two runtimes may deviate in opposite directions.
-    """
-    session = open_session(folder / ONNX_FILE)
-    source, output = session.get_inputs()[0].name, session.get_outputs()[0].name
+    def decided(pixels: NDArray[np.uint8]) -> bool:
+        if gate is None or routing is None or own is None:
+            return True
+        return is_decided(own(torch.tensor(pixels[None]))[0], gate.chosen, routing)
 
-    def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        images = np.repeat(pixels[None], batch.minimum, axis=0)
-        logits: NDArray[np.float32] = session.run([output], {source: images})[0][0]
-        return logits
-
-    write_golden(folder, preprocess, run, 2 * probes.tolerance[output])
+    run = run_one(folder / ONNX_FILE, job.options.batch.minimum)
+    write_golden(folder, job.subject.preprocess, run, 2 * tolerance, decided)
 
 
 def _manifest_fields(job: _Job, folder: Path, converted: ConvertedGraph, checks: _Checks) -> dict[str, Any]:

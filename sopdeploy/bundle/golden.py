@@ -80,12 +80,20 @@ def golden_jpegs(preprocess: Preprocess) -> list[bytes]:
     return files
 
 
-def write_golden(folder: Path, preprocess: Preprocess, run: RunOne, tolerance: float) -> None:
-    """Write the examples into *folder*; *run* computes the logits of one image with the exported file."""
+def write_golden(
+    folder: Path,
+    preprocess: Preprocess,
+    run: RunOne,
+    tolerance: float,
+    usable: Callable[[NDArray[np.uint8]], bool] = lambda _: True,
+) -> None:
+    """Write the examples with *usable* pixels into *folder*; *run* computes logits with the exported file."""
     examples = []
     for number, body in enumerate(golden_jpegs(preprocess)):
         with Image.open(io.BytesIO(body)) as image:
             pixels = preprocess_image(image, preprocess)
+        if not usable(pixels):
+            continue
         jpeg, raw = f"golden-{number}.jpg", f"golden-{number}.rgb"
         (folder / jpeg).write_bytes(body)
         (folder / raw).write_bytes(pixels.tobytes())

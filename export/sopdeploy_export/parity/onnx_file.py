@@ -78,6 +78,21 @@ def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch
     return dict(zip(names, joined, strict=True))
 
 
+def run_one(path: Path, batch: int) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+    """Build a function that computes the logits (C,) of one image (H, W, 3) with the file at *path*.
+
+    The image is repeated *batch* times.
+    """
+    session = open_session(path)
+    source, output = session.get_inputs()[0].name, session.get_outputs()[0].name
+
+    def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = session.run([output], {source: np.repeat(pixels[None], batch, 0)})[0][0]
+        return logits
+
+    return run
+
+
 def fixed_batch(model: onnx.ModelProto) -> int | None:
     """Read the fixed batch size of *model*, set by `--max-batch 1`; None if the batch axis is dynamic."""
     return model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None

@@ -336,6 +336,12 @@ def find_routes(exact: NDArray[Any], own: NDArray[Any], k: int, floors: float) -
     )
 
 
+def is_decided(logits: NDArray[Any], chosen: int, routing: RoutingParity) -> bool:
+    """Return whether rounding cannot change the *chosen* largest of the gate logits (N,) of one image."""
+    ranked = -np.sort(-logits)
+    return bool((ranked[chosen - 1] - ranked[chosen:] > 2 * routing.tolerance).all())
+
+
 def _largest(logits: NDArray[Any], k: int) -> NDArray[np.bool_]:
     # A stable sort resolves ties in favor of the lower index, as the gate does.
     order = np.argsort(-logits, axis=1, kind="stable")

@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 import torch
 
+from sopdeploy.bundle.golden import write_golden
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import Deployed, probe_images
 from sopdeploy_export.parity.compare import compute_reference
-from sopdeploy_export.parity.report import Routing, compared, find_routes, rerouted, routing_parity
+from sopdeploy_export.parity.report import (
+    Routing,
+    compared,
+    find_routes,
+    is_decided,
+    rerouted,
+    routing_parity,
+)
 from sopdeploy_export.pipeline import as_probes
 from tests.export.conftest import trained
 from tests.export.once import ALONE
@@ -56,6 +64,24 @@ def test_a_changed_route_is_a_flip_where_the_gate_is_undecided_and_otherwise_wro
     assert routes.decided.tolist() == [True, False]
     both = routing_parity(np.array([True, True]), routes)
     assert (both.flips, both.wrong, both.unsteady) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("logits", "chosen", "decided"),
+    [(CLEAR, 2, True), ([3.0, 0.0, 1.0001, 1.0], 2, False), ([1.0, 1.0], 2, True)],
+)
+def test_only_an_image_with_a_decided_gate_becomes_a_golden_example(
+    logits: list[float], chosen: int, decided: bool, tmp_path: Path
+) -> None:
+    routing = routing_parity(np.array([False]), routes_of([CLEAR], noise=1e-3))
+    write_golden(
+        tmp_path,
+        Preprocess(resize=8, crop=8),
+        lambda _: np.zeros(2, np.float32),
+        1.0,
+        lambda _: is_decided(np.array(logits), chosen, routing),
+    )
+    assert (tmp_path / "golden-0.jpg").exists() == decided
 
 
 def test_a_gate_that_is_undecided_everywhere_has_no_wrong_route() -> None:
