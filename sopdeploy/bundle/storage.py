@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from sopdeploy.bundle.signing import MAX_FILE_BYTES
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import BLOCK_BYTES, atomic_write, sha256, writing
@@ -110,7 +111,8 @@ def push_artifact(archive: Path, signature: Path | None, place: str, tag: str) -
 def pull_artifact(reference: str, archive: Path, signature: Path, limit: int) -> None:
     """Download the layers of *reference* to *archive* and, if present, *signature*.
 
-    Raises `BundleError` for layers that are missing, larger than *limit* bytes or differ from their digest.
+    Raises `BundleError` for layers that are missing, differ from their digest or are too large: an archive
+    above *limit* bytes, or a signature above that of minisign's format.
     """
     target = reference.removeprefix(OCI)
     client = _registry_client(target)
@@ -123,11 +125,12 @@ def pull_artifact(reference: str, archive: Path, signature: Path, limit: int) ->
             raise BundleError(
                 f"{reference}: holds no bundle that `sopdeploy push` wrote; check the name and the tag"
             )
-        for kind, file in ((ARCHIVE_TYPE, archive), (SIGNATURE_TYPE, signature)):
+        limits = (ARCHIVE_TYPE, archive, limit), (SIGNATURE_TYPE, signature, MAX_FILE_BYTES)
+        for kind, file, most in limits:
             if kind in digests:
                 with client.get_blob(container, digests[kind], stream=True) as response:
                     response.raise_for_status()
-                    write_blocks(_blocks(response.raw), file, reference, limit)
+                    write_blocks(_blocks(response.raw), file, reference, most)
                 if f"sha256:{sha256(file)}" != digests[kind]:
                     raise BundleError(
                         f"{reference}: the registry sent other bytes than its digest says"

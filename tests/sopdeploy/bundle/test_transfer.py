@@ -1,6 +1,8 @@
 """Push, pull and sign with folders, object stores and registries."""
 
 import base64
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -13,14 +15,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from sopdeploy.bundle import storage
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.bundle.signing import check_signed, make_key, read_public, read_secret, sign, signature_path
+from sopdeploy.bundle.signing import (
+    MAX_FILE_BYTES,
+    check_signed,
+    make_key,
+    read_public,
+    read_secret,
+    sign,
+    signature_path,
+)
+from sopdeploy.bundle.storage import ARCHIVE_TYPE, SIGNATURE_TYPE, pull_artifact
 from sopdeploy.bundle.transfer import pull, push
 from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError, ConfigError
@@ -226,6 +240,21 @@ def test_a_signed_bundle_is_pushed_to_and_pulled_from_a_registry(
     with pytest.raises(BundleError, match="none"):
         pull(f"{registry}/models/flowers:none", tmp_path / "small")
     assert list((tmp_path / "small").iterdir()) == []
+
+
+def test_a_registry_cannot_send_a_huge_signature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = bytes(MAX_FILE_BYTES + 1)
+    digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
+    layers = [{"mediaType": kind, "digest": digest} for kind in (ARCHIVE_TYPE, SIGNATURE_TYPE)]
+    client = MagicMock()
+    client.get_manifest.return_value = {"layers": layers}
+    client.get_blob.return_value.__enter__.side_effect = lambda: SimpleNamespace(
+        raw=io.BytesIO(body), raise_for_status=lambda: None
+    )
+    monkeypatch.setattr(storage, "_registry_client", lambda _: client)
+    with pytest.raises(BundleError, match=f"larger than {MAX_FILE_BYTES} bytes"):
+        pull_artifact("oci://host/x:1", tmp_path / "archive", tmp_path / "signature", len(body))
+    assert (tmp_path / "archive").read_bytes() == body
 
 
 def test_an_unreachable_registry_or_destination_is_one_error_line(bundle: Path, tmp_path: Path) -> None:
