@@ -33,7 +33,7 @@ class TensorRecord(StrictModel):
 
 
 class BatchRange(StrictModel):
-    """Batch sizes that the graph was verified for."""
+    """Batch sizes that the graph was verified for; its outputs were compared for sizes up to 63."""
 
     minimum: Annotated[int, pydantic.Field(ge=1)] = 1
     optimum: Annotated[int, pydantic.Field(ge=1)] = 8
