@@ -110,10 +110,14 @@ def test_control_c_between_callbacks_stops_the_build_at_its_next_step() -> None:
             answers.append(monitor.step_complete("build", 1))
             monitor.phase_finish("build")
 
-    with pytest.raises(KeyboardInterrupt):
-        build()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert answers == [True, False]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_heartbeat_of_tensorrt_8_ends_with_the_build() -> None:
