@@ -136,7 +136,7 @@ def check_server(builder: Builder, bundles: Path, settings: dict[str, str]) -> N
     port = settings["SOPDEPLOY_PORT"]
     response = httpx.post(f"http://127.0.0.1:{port}/v1/classify", content=photo.read_bytes(), timeout=30)
     best = response.json()["classes"][0]
-    bundle = next(path for path in bundles.iterdir() if path.is_dir())
+    bundle = bundles / "latest"
     local = sopdeploy("predict", str(bundle), str(photo))
     label = f"{best['label']} {best['probability']:.4f}"
     check(f"the container predicts {label}, like this machine", holds=f": {label}," in local)

@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pydantic
 import torch
 from torch import Tensor
 
 from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.data.base import LabeledImages
+from sopdeploy.data.image_files import hash_images
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import atomic_write
@@ -75,6 +78,7 @@ class Checkpoint:
         preprocess: image preprocessing.
         training: recipe, epoch, best metrics, seed and versions.
         resume: optimizer, scheduler and random states; `None` if training cannot be resumed from the file.
+        image_hashes: sorted hashes (N,) int64 of the files of the training images; empty if unknown.
         decision: how logits become a decision; `None` is softmax without calibration or rejection.
         sha256: hash of the bytes that `read_checkpoint` read; empty for a checkpoint that is not from a file.
     """
@@ -87,7 +91,20 @@ class Checkpoint:
     training: dict[str, Any]
     resume: dict[str, Any] | None = None
     decision: Decision | None = None
+    image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), compare=False)
     sha256: str = field(default="", compare=False)
+
+    def trained_on(self, images: LabeledImages) -> str:
+        """Say how many of *images* are training images, by the hashes of their files; empty if none are."""
+        if not len(self.image_hashes) or not len(images):
+            return ""
+        seen = int(np.isin(hash_images(images), self.image_hashes.numpy()).sum())
+        if not seen:
+            return ""
+        return (
+            f"{seen} of {len(images)} images are training images of this network, so that these figures are "
+            "too high for new images"
+        )
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -103,6 +120,8 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     }
     if checkpoint.resume is not None:
         content["resume"] = checkpoint.resume
+    if len(checkpoint.image_hashes):
+        content["image_hashes"] = checkpoint.image_hashes
     if checkpoint.decision is not None:
         content["decision"] = checkpoint.decision.model_dump(mode="json")
     write_plain(path, content)
@@ -147,10 +166,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
             "`sopdeploy import` for weights of other projects"
         )
     weights, resume = content.pop("weights", None), content.pop("resume", None)
+    hashes = content.pop("image_hashes", torch.zeros(0, dtype=torch.int64))
     try:
         header = Header.model_validate(content)
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{path}: {first_problem(error)}; train or import it again") from error
+    if not isinstance(hashes, Tensor) or hashes.dtype != torch.int64 or hashes.ndim != 1:
+        raise CheckpointError(f"{path}: its hashes of training images are damaged; train it again")
     if not is_state_dict(weights):
         raise CheckpointError(f"{path}: its weights are not a dict of tensors; train or import it again")
     return Checkpoint(
@@ -162,6 +184,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         training=header.training,
         resume=resume,
         decision=header.decision,
+        image_hashes=hashes,
         sha256=digest,
     )
 

@@ -37,6 +37,7 @@ CONFIDENCE_BOUNDS = (
     0.9999,
 )
 MAX_PER_IMAGE = 10  # images with at least this many present classes are counted together
+HARDLY, WELL = 0.65, 0.9  # values of the AUROC that `describe_auroc` distinguishes
 MAX_LISTED = 20  # with more classes, a report shows only the range of the thresholds
 
 
@@ -67,6 +68,8 @@ class Rejection(StrictModel):
         score: `max_probability` is the largest softmax probability, `energy` the log-sum-exp of the logits.
         threshold: Smallest score of a known image.
         accepts: Fraction of known images that the threshold was chosen to accept.
+        accepted: 95 % interval (Wilson) of the fraction that it accepts, from the number of images it was
+            fitted to; `None` in files of older versions.
         auroc: Area under the ROC curve of known images against those of a class left out, averaged over
             classes.
         left_out: How `auroc` leaves a class out: "refitted" fits the classifier without the class, `None`
@@ -76,12 +79,14 @@ class Rejection(StrictModel):
     score: Score
     threshold: float
     accepts: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.95
+    accepted: tuple[Fraction, Fraction] | None = None
     auroc: Fraction | None = None
     left_out: Literal["refitted"] | None = None
 
     @pydantic.model_serializer(mode="wrap")
     def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in dump(self).items() if key != "left_out" or value is not None}
+        unset = {key for key in ("accepted", "left_out") if getattr(self, key) is None}
+        return {key: value for key, value in dump(self).items() if key not in unset}
 
     def recognize(self, logits: NDArray[np.floating]) -> tuple[bool, float]:
         """Return whether an image is known, and its score, from *logits* (C,) of the bundle."""
@@ -189,16 +194,22 @@ class Decision(StrictModel):
         """
         rows = []
         if (fit := self.calibration) is not None:
-            rows.append(
-                ("temperature", f"{fit.temperature:.4g}, from {fit.images:,} {fit.estimated_on} images")
-            )
-            rows.append(("calibration error", f"{fit.error_before:.4f} before, {fit.error_after:.4f} after"))
+            images = f"{fit.images:,} {fit.estimated_on} images"
+            if fit.temperature == 1:
+                rows.append(("calibration error", f"{fit.error_after:.4f} of {images}; no temperature"))
+            else:
+                errors = f"calibration error {fit.error_before:.4f} before, {fit.error_after:.4f} after"
+                rows.append(("temperature", f"{fit.temperature:.4g}, from {images}; {errors}"))
         if (rule := self.rejection) is not None:
-            accepted = f"accepts {100 * rule.accepts:g} % of known images"
+            accepted = f"accepts about {100 * rule.accepts:g} % of known images"
+            if rule.accepted is not None:
+                low, high = (100 * share for share in rule.accepted)
+                accepted += f" (95 % interval {low:.0f} to {high:.0f} %)"
             rows.append(("unknown images", f"{rule.score} below {rule.threshold:.4g}; {accepted}"))
             if rule.auroc is not None:
                 how = "by fitting the classifier without it" if rule.left_out else "by masking its logit"
-                rows.append(("AUROC, one class left out", f"{rule.auroc:.4f}, {how}"))
+                text = f"{rule.auroc:.2f}, {how}: {describe_auroc(rule.auroc)}"
+                rows.append(("AUROC, one class left out", text))
         if self.thresholds is not None:
             listed = f"{min(self.thresholds):.3f} to {max(self.thresholds):.3f}, one per class"
             if 0 < len(labels) <= MAX_LISTED:
@@ -206,6 +217,18 @@ class Decision(StrictModel):
                 listed = ", ".join(f"{label} {threshold:.3f}" for label, threshold in pairs)
             rows.append(("thresholds", listed))
         return rows
+
+
+def describe_auroc(auroc: float) -> str:
+    """Say in words how well unknown images are told from known ones."""
+    if auroc < HARDLY:
+        return (
+            "unknown images are recognized hardly better than by guessing; add photographs or use a better "
+            "backbone"
+        )
+    if auroc < WELL:
+        return "a part of the unknown images is recognized, many that resemble a class are not"
+    return "most unknown images are recognized"
 
 
 def known_score(logits: NDArray[np.floating], score: Score) -> NDArray[np.float64]:

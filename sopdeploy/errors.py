@@ -6,7 +6,7 @@ SopdeployError
  +- CheckpointError         not a sopdeploy checkpoint, unsafe or damaged
  +- WeightsError            weight file of another project, unreadable or for another network
  +- TrainingError           training cannot continue
- +- DetachError             nothing to detach, or unknown training-only module
+ +- DetachError             training-only modules left, or an unknown one
  +- CertificateError        detached network differs from the plain network
  +- LoweringError           no ONNX form that all runtimes accept
  +- ParityError             exported file and network compute different numbers
@@ -21,6 +21,10 @@ SopdeployError
  +- UnreachableError        a ServiceError: no response, or none before the deadline
 """
 
+from collections.abc import Mapping, Sequence
+
+MAX_LISTED = 10  # names in a message
+
 
 class SopdeployError(Exception):
     """Base class. The message is one line that names the file or value and the next step.
@@ -28,10 +32,15 @@ class SopdeployError(Exception):
     Attributes:
         code: stable identifier for scripts.
         told: whether another process of the same run has already printed the error.
+        lists: all names, by what they are, of lists that the message shortens; `--json` prints them.
     """
 
     code: str = "failed"
     told: bool = False
+
+    def __init__(self, message: str = "", *, lists: Mapping[str, Sequence[str]] | None = None) -> None:
+        super().__init__(message)
+        self.lists = {name: list(values) for name, values in (lists or {}).items() if values}
 
 
 class ConfigError(SopdeployError):
@@ -65,7 +74,7 @@ class TrainingError(SopdeployError):
 
 
 class DetachError(SopdeployError):
-    """The network has nothing to detach, or the training-only module does not exist."""
+    """The network still has training-only modules, or one that was named does not exist."""
 
     code = "wrong_detach"
 
@@ -169,3 +178,10 @@ def first_line(error: BaseException) -> str:
     """Describe *error*, from a library or the user's code, by its type and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def shorten(names: Sequence[str], separator: str = ", ") -> str:
+    """Join the first ten of *names* for a message, and count the others."""
+    more = len(names) - MAX_LISTED
+    shown = separator.join(names[:MAX_LISTED])
+    return f"{shown} and {more} more" if more > 0 else shown

@@ -12,6 +12,7 @@ from typing import IO
 from sopdeploy.errors import SopdeployError
 
 PARTIAL = ".partial"
+LATEST = "latest"  # the link to the newest run or bundle of a folder
 BLOCK_BYTES = 1 << 20
 # Operating system errors that the user can fix: permissions, disk space, file names.
 STORAGE_ERRNOS = {
@@ -19,6 +20,7 @@ STORAGE_ERRNOS = {
     errno.ENOTDIR, errno.EPERM, errno.EROFS,
 }  # fmt: skip
 
+NO_LINKS_ERRNOS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM}
 FULL_ERRNOS = {errno.EDQUOT, errno.ENOSPC}
 
 
@@ -68,10 +70,28 @@ def expand_user(path: Path | str) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises RuntimeError for an unknown user
 
 
+def link_latest(target: Path) -> None:
+    """Make `latest` beside *target* a relative link to it, in one step; a file or folder of that name stays.
+
+    File systems without links get none.
+    """
+    link = target.with_name(LATEST)
+    if target.name == LATEST or (link.exists() and not link.is_symlink()):
+        return
+    partial = link.with_name(f".{LATEST}.{os.getpid()}{PARTIAL}")
+    try:
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(target.name)
+        partial.replace(link)
+    except OSError as error:
+        if error.errno not in NO_LINKS_ERRNOS:
+            raise
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
 def sha256(path: Path) -> str:
     """Compute the sha256 of the file at *path* as hexadecimal digits."""
-    found = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):  # Python 3.10, required by TensorRT 8.6, has no file_digest
-            found.update(block)
-    return found.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

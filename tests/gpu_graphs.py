@@ -82,7 +82,7 @@ def built(model: onnx.ModelProto, precision: str) -> str:
     profiles = (Profile(minimum=sizes[0], optimum=sizes[1], maximum=sizes[2]),)
     check_precision(model, precision, (11, 0))
     safe, _ = lint(model, (11, 0), profiles)
-    request = BuildRequest(onnx=safe.SerializeToString(), profiles=profiles, precision=precision)
+    request = BuildRequest(onnx=safe.SerializeToString(), profiles=profiles)
     assert build(trt, request, lambda _: None).plan
     return "ok"
 

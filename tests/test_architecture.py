@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,6 @@ PACKAGES = {
     "sopdeploy_service": ROOT / "service" / "sopdeploy_service",
 }
 MODULES = sorted(path for package in PACKAGES.values() for path in package.rglob("*.py"))
-MAX_LINES = 400
-MAX_MODULES_PER_FOLDER = 16
-MAX_ENTRIES = 12  # at the top level of the exporter and of the service
 TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".sh", ".html", ".css", ".js", ".json", ".cfg", ""}
 
 
@@ -45,21 +41,9 @@ TEXT_FILES = tracked_text_files()
 PAGES = [path for path in TEXT_FILES if path.suffix == ".md"]
 
 
-def test_no_module_is_longer_than_400_lines() -> None:
-    lengths = {name(module): module.read_text(encoding="utf-8").count("\n") for module in MODULES}
-    assert {module: lines for module, lines in lengths.items() if lines > MAX_LINES} == {}
-
-
-def test_no_folder_has_more_than_16_modules() -> None:
-    counts = Counter(name(module.parent) for module in MODULES if module.name != "__init__.py")
-    assert {folder: n for folder, n in counts.items() if n > MAX_MODULES_PER_FOLDER} == {}
-
-
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_is_typed_and_has_at_most_12_entries_at_top_level(package: str) -> None:
+def test_a_package_is_typed(package: str) -> None:
     assert (PACKAGES[package] / "py.typed").is_file()
-    entries = sorted(path.name for path in PACKAGES[package].iterdir() if path.name != "__pycache__")
-    assert len(entries) <= MAX_ENTRIES or package == "sopdeploy", entries
 
 
 # /mnt/models is where KServe mounts a model, on every machine.
@@ -121,7 +105,11 @@ def test_the_models_page_lists_every_network_and_its_options() -> None:
     generate = module_at(ROOT / "docs" / "generate_models.py")
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     configs = {item.config for item in generate.CATALOG.values()}
-    for part in [*map(generate.config_section, configs), generate.pooling_sections()]:
+    for part in [
+        *map(generate.config_section, configs),
+        generate.pooling_sections(),
+        generate.head_section(),
+    ]:
         assert part in page, "run `make docs`"
     assert [network for network in generate.CATALOG if f"\n| `{network}` |" not in page] == []
 

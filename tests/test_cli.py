@@ -200,7 +200,10 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "a model without a similar name": (("describe", "unheard-of"), "`sopdeploy models` lists them all"),
     "an unknown key": (("describe", "dsop-resnet18", "--set", "aux_strid=table"), "aux_strid: unknown key"),
-    "an unknown pooling": (("describe", "resnet18", "--pooling", "isqr"), "gap, flatten, isqrt, mpncov"),
+    "an unknown pooling": (
+        ("describe", "resnet18", "--pooling", "isqr"),
+        r"gap, flatten, isqrt, gap\+isqrt, mpncov",
+    ),
     "a pooling of a fixed head": (("describe", "psdr-resnet50", "--pooling", "isqrt"), "resnet50: pooling: "),
     "no value": (("describe", "dsop-resnet18", "--set", "aux_stride"), "write key=value"),
     "train without data or recipe": (("train",), "--data DIR .* or --recipe NAME"),

@@ -24,7 +24,7 @@ PACKAGES = ("sopdeploy/", "export/sopdeploy_export/", "service/sopdeploy_service
 PYTHON = re.compile(r"`([\w/]+\.py)`")
 OF_THE_NETWORK = ("sopdeploy/models/", "sopdeploy/backbones/", "sopdeploy/layers/")
 OF_THE_REPORT = ("export/sopdeploy_export/report/", "sopdeploy/html/")
-MAX_REQUEST_FILES, MAX_EXPORT_FILES = 15, 20  # without those of the network and of report.html
+MAX_REQUEST_FILES, MAX_EXPORT_FILES = 16, 28  # without those of the network and of report.html
 
 
 @contextmanager

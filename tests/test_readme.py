@@ -36,7 +36,7 @@ def of_program(program: str) -> list[list[str]]:
 
 def test_the_readme_uses_only_known_programs() -> None:
     programs = {shlex.split(line)[0] for line in shown_commands()}
-    assert programs == {"sopdeploy", "make", "curl", "docker", "pip"}
+    assert programs == {"sopdeploy", "make", "curl", "docker", "pip", "uv"}
 
 
 def test_the_readme_names_every_command_and_no_other() -> None:

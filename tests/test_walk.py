@@ -90,7 +90,7 @@ def measured(home: Path, trained: dict[str, Any]) -> dict[str, Any]:
 
 def test_training_writes_a_run_with_a_report_and_says_where(home: Path, trained: dict[str, Any]) -> None:
     assert (home / trained["best"]).is_file()
-    assert Path(trained["best"]).parent == Path("runs/photos-dsop")
+    assert Path(trained["best"]).parent == Path("runs/photos-dsop-1")
     assert (trained["epochs"], 0 <= trained["best_top1"] <= 1) == (2, True)
     page = answer("report", str(Path(trained["best"]).parent), home=home)
     assert (home / page["report"]).stat().st_size == page["bytes"]
@@ -103,7 +103,7 @@ def test_the_export_detaches_with_proof(home: Path, exported: dict[str, Any]) ->
     assert exported["detached"] == ["branches"]
     assert exported["tensors_removed"] > 0
     assert exported["parity"]["passed"]
-    assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
+    assert {path.name for path in bundle.parent.iterdir()} == {bundle.name, "latest"}
     assert json.loads((bundle / "labels.json").read_bytes()) == sorted(COLOURS)
 
 

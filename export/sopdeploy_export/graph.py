@@ -11,6 +11,7 @@ on every machine. Photographs from the deployment domain are more representative
 """
 
 import io
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,17 +35,32 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.data.folder_store import is_image, walk
+from sopdeploy.data.image_files import load_pixels, open_image
 from sopdeploy.errors import DataError, LoweringError, first_line
 from sopdeploy.files import open_regular
-from sopdeploy.images.pixels import match_transparency, preprocess_image
+from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.normalize import Normalize
+from sopdeploy_export.state import first_written_tensor, preserved, read_state
 
 OPSET = 18
 OPSET_OF_BFLOAT16 = 22  # the first opset with bfloat16 convolutions
 INPUT = "images"
 EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog, see `compute_outputs`
+# How torch.export says that code depends on the batch size, with the condition if it names one.
+BATCH_GUARD = re.compile(r"generated guard (?P<guard>[^\n]*)|to be a constant|marked \w+ as dynamic")
+# Parts of lines in torch's messages that speak of torch, not of the network.
+ADVICE_OF_TORCH = (
+    "file an issue",
+    "TORCH_LOGS",
+    "TORCHDYNAMO",
+    "torch._check",
+    "For more information",
+    "Potential framework",
+)
+STATELESS = "an exported network must be stateless"
 PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
@@ -57,11 +73,13 @@ GENERATED = 12
 MAX_PHOTOGRAPHS = 64
 MAX_CALIBRATION = 256
 PROBES, CALIBRATE = "--probes", "--calibrate"
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 
 class Deployed(nn.Module):
-    """Normalization followed by *network*: the module that is captured and exported."""
+    """Normalization followed by *network*: the module that is captured and exported.
+
+    Every run, also while it is captured, raises `LoweringError` if the network writes to one of its tensors.
+    """
 
     def __init__(self, network: nn.Module, preprocess: Preprocess) -> None:
         super().__init__()
@@ -70,9 +88,12 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs of (B, H, W, 3) uint8 *images*, in float32 or float64."""
-        return tuple(
-            at_least_float32(value) for value in compute_outputs(self.network, self.normalise(images))
-        )
+        before = read_state(self.network)
+        outputs = compute_outputs(self.network, self.normalise(images))
+        written = first_written_tensor(before, read_state(self.network))
+        if written is not None:
+            raise LoweringError(f"the network writes to {written} while it runs; {STATELESS}")
+        return tuple(at_least_float32(value) for value in outputs)
 
 
 class InFloat64(TorchDispatchMode):
@@ -189,24 +210,45 @@ def export(module: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any)
 
     Raises `LoweringError` with the first line of torch's message.
     """
-    attributes = {part: set(vars(part)) for part in module.modules()}
     try:
-        # torch prints part of the graph on failure
-        with torch.no_grad(), redirect_stderr(io.StringIO()):
+        # torch prints part of the graph on failure, and leaves tensors without values in caches
+        with torch.no_grad(), redirect_stderr(io.StringIO()), preserved(module):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns about caches that forward assigns
                 program = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)
             functional: ExportedProgram = program.run_decompositions({})
+    except LoweringError:
+        raise
     except Exception as error:  # tracing runs the network's own code, which can raise anything
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise LoweringError(f"cannot be captured as one graph: {reason}") from error
-    finally:
-        # torch restores the attributes that existed, but leaves the ones that tracing added
-        for part, before in attributes.items():
-            for name in vars(part).keys() - before:
-                del vars(part)[name]
+        raise LoweringError(f"cannot be captured as one graph: {_capture_problem(error)}") from error
     return functional
+
+
+def _capture_problem(error: Exception) -> str:
+    """Describe an *error* of torch.export without its advice on debugging torch."""
+    text = "\n".join(str(cause) for cause in (error, error.__cause__, error.__context__) if cause is not None)
+    if found := BATCH_GUARD.search(text):
+        return f"its code treats some batch sizes differently ({found['guard'] or 'it fixes the size'})"
+    if "data-dependent" in text:
+        return "its Python code depends on values of the images; compute with tensors, as torch.where does"
+    lines = [line.strip() for line in text.splitlines()]
+    useful = (line for line in lines if line and not any(part in line for part in ADVICE_OF_TORCH))
+    return next(useful, type(error).__name__)
+
+
+def check_bfloat16(program: ExportedProgram) -> None:
+    """Raise `LoweringError` if code of the network computes in bfloat16, for which CPUs have no kernels."""
+    narrow: set[Any] = set()
+    for node in program.graph.nodes:
+        values = [value for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
+        if any(value.dtype == torch.bfloat16 for value in values):
+            narrow.add(node)
+        is_cast = any(name in str(node.target) for name in ("aten._to_copy", "aten.to."))
+        if node.op == "call_function" and not is_cast and {node, *node.all_input_nodes} & narrow:
+            raise LoweringError(
+                f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
+                "from forward, and choose --precision bf16-backbone for GPUs"
+            )
 
 
 def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) -> onnx.ModelProto:
@@ -214,6 +256,8 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
 
     Raises `LoweringError` if an operator has no ONNX form or the weights exceed 2 GB.
     """
+    if opset < OPSET_OF_BFLOAT16:
+        check_bfloat16(program)
     model = _convert(program, outputs, opset).model
     ClearMetadataAndDocStringPass()(model)
     for name in list(model.graph.initializers):
@@ -250,6 +294,19 @@ def with_converter_names(
     if cached is not None and cached[0] == opset:
         return cached[1]
     return _convert(program, outputs, opset).exported_program
+
+
+def value_parts(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) -> dict[str, str]:
+    """Map the values of the ONNX graph of *program* to the parts of the network that compute them."""
+    converted = with_converter_names(program, outputs, opset)
+    nodes = [] if converted is None else list(converted.graph.nodes)
+    results = {node: node.args[0] for node in nodes if node.op == "output"}
+    named = {value: name for values in results.values() for value, name in zip(values, outputs, strict=True)}
+    return {
+        named.get(node, node.name): str(stack[-1][0]).removeprefix(PREFIX)
+        for node in nodes
+        if (stack := list((node.meta.get("nn_module_stack") or {}).values()))
+    }
 
 
 def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> torch.onnx.ONNXProgram:
@@ -339,6 +396,19 @@ def generated_images(side: int) -> NDArray[np.uint8]:
     return np.stack([np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images])
 
 
+def list_images(folder: Path, option: str) -> list[Path]:
+    """List the images below *folder*, sorted; *option* is the flag that names the folder.
+
+    Raises `DataError` if *folder* does not exist or holds no image.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; {option} needs a folder of images")
+    paths = [path for path in walk(folder) if is_image(path.name)]
+    if not paths:
+        raise DataError(f"{folder}: contains no images; {option} needs a folder of JPEG or PNG files")
+    return paths
+
+
 def load_images(folder: Path, preprocess: Preprocess, option: str) -> NDArray[np.uint8]:
     """Load images of *folder* as uint8 (P, crop, crop, 3).
 
@@ -346,13 +416,7 @@ def load_images(folder: Path, preprocess: Preprocess, option: str) -> NDArray[np
     most 256, spread evenly over the sorted paths so that they cover every class. Raises `DataError` if
     *folder* does not exist, holds no image or holds one that cannot be read.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; {option} needs a folder of images")
-    paths = sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.is_dir()
-    )
-    if not paths:
-        raise DataError(f"{folder}: contains no images; {option} needs a folder of JPEG or PNG files")
+    paths = list_images(folder, option)
     positions = range(min(len(paths), MAX_PHOTOGRAPHS))
     if option == CALIBRATE:
         spread = np.linspace(0, len(paths) - 1, min(len(paths), MAX_CALIBRATION))
@@ -360,9 +424,11 @@ def load_images(folder: Path, preprocess: Preprocess, option: str) -> NDArray[np
     images = []
     for path in (paths[position] for position in positions):
         try:
-            with open_regular(path) as file, Image.open(file) as image:
-                match_transparency(image)
-                images.append(preprocess_image(image, preprocess))
-        except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: not a readable image; remove it from the folder") from error
+            with open_regular(path) as file:
+                image = open_image(file.read(), path)
+            images.append(preprocess_image(load_pixels(image, path), preprocess))
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); remove it from the folder"
+            ) from error
     return np.stack(images)

@@ -27,6 +27,7 @@ from pydantic_settings import (
 from sopdeploy.config import Count, first_problem
 from sopdeploy.environment import FAULTS_VARIABLE
 from sopdeploy.errors import ConfigError
+from sopdeploy.images.limits import MAX_BYTES, MAX_PIXELS
 
 
 def _split_commas(value: Any) -> Any:
@@ -110,12 +111,12 @@ class Settings(BaseSettings):
         Seconds, pydantic.Field(validation_alias=AliasChoices("write_timeout", "write_seconds"))
     ] = 30.0  # seconds; connections whose client reads nothing for this long are closed
 
-    max_body_bytes: Count = 20_000_000  # per request
+    max_body_bytes: Count = MAX_BYTES  # per request
     max_json_bytes: Count = 16_000_000  # a JSON body, or the JSON before binary tensors
     max_upload_bytes: Count = 256_000_000  # all bodies of unfinished requests
     min_body_rate: Count = 10_000  # bytes per second of a request body, after body_grace_seconds
     body_grace_seconds: Seconds = 5.0  # a body may be slower than min_body_rate for this long
-    max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = 50_000_000  # per image
+    max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = MAX_PIXELS  # per image
     max_images: Count = 32  # per request
     top_k: Count = 5  # classes in a response, unless the request sets its own top_k
 

@@ -17,15 +17,15 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 SWITCHES = {
-    "detach", "allow_drift", "lowering", "autotune", "measure_speed", "pt2", "with_cam", "verbose", "heads",
-    "features",
+    "detach", "allow_constants", "allow_drift", "lowering", "autotune", "measure_speed", "pt2", "with_cam",
+    "verbose", "heads", "features",
 }  # fmt: skip
 OPTIONS = {
-    "accepts", "actors", "api_key", "batch", "calibrate", "calibration", "config", "cpus_per_actor", "data",
-    "evaluate", "explain", "gpus_per_actor", "int8_for", "keep_float", "labels", "log", "logits", "max_batch",
-    "max_drop", "max_errors", "model", "name", "newton_schulz", "out", "part_images", "plain", "pooling",
-    "precision", "preprocess", "probes", "ray", "recipe", "runtime", "top_k", "training_only", "tta",
-    "weights", "workers",
+    "accepts", "actors", "api_key", "batch", "budget", "calibrate", "calibration", "config", "cpus_per_actor",
+    "data", "evaluate", "explain", "gpus_per_actor", "int8_for", "keep_float", "labels", "log", "logits",
+    "max_batch", "max_drop", "max_errors", "model", "models", "name", "newton_schulz", "out", "part_images",
+    "plain", "pooling", "precision", "preprocess", "probes", "ray", "recipe", "runtime", "top_k",
+    "training_only", "tta", "weights", "workers",
 }  # fmt: skip
 LISTS = {"keep_float", "log", "training_only"}
 OTHERS = {"set": "", "resume": 'resume="always"'}  # `--set key=value` is a keyword `key=value`

@@ -9,7 +9,7 @@ import torch
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.base import PreprocessedDataset
-from sopdeploy.data.datasets.folder import open_classes, open_multi_label
+from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError, DataError, TrainingError
@@ -31,6 +31,7 @@ class Calibrated:
         images: Number of images.
         labels: Class names in output order.
         training_only: The network has parts that `export` detaches.
+        notes: Lines about the images that are not as expected, such as classes without images.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Calibrated:
     images: int
     labels: tuple[str, ...]
     training_only: bool
+    notes: tuple[str, ...] = ()
 
 
 def calibrate(
@@ -76,11 +78,14 @@ def calibrate(
         raise ConfigError(f"--out {destination}: is the checkpoint to calibrate; give another name")
     if not 0 < accepts <= 1:
         raise ConfigError(f"--accepts {accepts:g}: give a fraction of the images, above 0 and at most 1")
-    network = build_classifier(read, source).to("cuda" if torch.cuda.is_available() else "cpu")
     several = read.decision is not None and read.decision.thresholds is not None
-    images = open_multi_label(folder, read.labels) if several else open_classes(folder, read.labels)
+    notes: list[str] = []
+    images = open_evaluation_images(folder, read.labels, several=several, log=notes.append)
     if not several and len(images) < MIN_IMAGES:
         raise DataError(f"{folder}: has {len(images)} images; give at least {MIN_IMAGES} to fit to")
+    if warning := read.trained_on(images):
+        notes.append(f"{folder}: {warning}")
+    network = build_classifier(read, source).to("cuda" if torch.cuda.is_available() else "cpu")
     fit = _fit_thresholds if several else _fit_temperature
     try:
         decision = fit(network, read, images, accepts, workers, on_image)
@@ -93,6 +98,7 @@ def calibrate(
         images=len(images),
         labels=read.labels,
         training_only=bool(network.training_only),
+        notes=tuple(notes),
     )
 
 

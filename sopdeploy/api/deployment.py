@@ -12,7 +12,7 @@ from sopdeploy.config import first_problem
 from sopdeploy.errors import ConfigError
 from sopdeploy_export.pipeline import Exported, ExportOptions
 from sopdeploy_export.pipeline import export as run
-from sopdeploy_export.precision.convert import PrecisionOptions
+from sopdeploy_export.precision.report import PrecisionOptions
 
 LARGEST_BATCH = 1_000_000
 
@@ -28,7 +28,7 @@ def export(
     precision: Literal["fp32", "fp16", "bf16-backbone", "int8"] = "fp32",
     newton_schulz: Literal["fp32", "fp16"] = "fp32",
     calibrate: str | Path | None = None,
-    calibration: Literal["minmax", "entropy", "percentile"] = "percentile",
+    calibration: Literal["minmax", "entropy", "percentile"] | None = None,
     int8_for: Literal["cpu", "tensorrt"] | None = None,
     keep_float: Sequence[str] = (),
     evaluate: str | Path | None = None,
@@ -55,12 +55,12 @@ def export(
         precision: Precision of the graph.
         newton_schulz: Type of the Newton-Schulz iteration; fp16 needs *precision* fp16.
         calibrate: Folder of images to calibrate int8 ranges.
-        calibration: Calibration method for int8 ranges.
+        calibration: Calibration method for int8 ranges; by default the first that loses little enough.
         int8_for: Runtime to quantize for, with int8; the default is cpu.
         keep_float: Network parts whose convolutions stay in float32, with int8.
         evaluate: Folder of images by class, to measure top-1 before and after the change of precision.
         max_drop: Largest allowed loss of top-1 (or agreement) in percentage points.
-        lowering: Apply the rewrite rules; otherwise export the formulas of the papers.
+        lowering: Apply the rewrite rules; otherwise export the certified graph as it is.
         autotune: Choose between equivalent forms by timing, not by heuristic.
         measure_speed: Time the graph against the plain backbone.
         pt2: Also store the certified torch.export program in the bundle.

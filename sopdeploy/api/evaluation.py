@@ -13,7 +13,6 @@ from sopdeploy.evaluation.heads import HeadAccuracy, score_heads
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.sources import detect_source, score_service
-from sopdeploy.files import expand_user
 from sopdeploy.html.templates import render
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.report.predictions import metric_tiles, predictions_context
@@ -36,6 +35,7 @@ class Evaluation:
         scores: One prediction per image, sorted by class name and then by file name. With several classes
             per image, all probabilities.
         heads: The accuracy of every head of a checkpoint, if `evaluate` was called with `heads=True`.
+        notes: Lines about the images that are not as expected, such as classes without images.
     """
 
     source: str
@@ -47,12 +47,13 @@ class Evaluation:
     labels: tuple[str, ...]
     scores: tuple[Score, ...] | MultiLabelPredictions = field(repr=False)
     heads: tuple[HeadAccuracy, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def _repr_html_(self) -> str:
         mistakes: tuple[Mistake, ...] = ()
         if isinstance(self.scores, tuple):
-            with suppress(DataError):  # sorted ImageNet names cannot be matched to WordNet IDs
-                images = open_evaluation_images(expand_user(self.data), self.labels)
+            with suppress(DataError):  # the images may have been moved since
+                images = open_evaluation_images(self.data, self.labels)
                 mistakes = tuple(worst_mistakes(self.scores, images, Preprocess()))
         predictions = Predictions(metrics=self.metrics, mistakes=mistakes, images=self.data.name)
         return render(
@@ -60,7 +61,7 @@ class Evaluation:
             "scores.html",
             title=f"{self.source} on {self.data}",
             tiles={**metric_tiles(self.metrics), "images": str(self.metrics.count), **self.facts},
-            notes=(),
+            notes=self.notes,
             reason="",
             next="",
             **predictions_context(predictions),
@@ -114,25 +115,32 @@ def evaluate(
         raise ConfigError(f"--tta {tta}: not supported by servers; evaluate the bundle")
     if heads and (kind != "checkpoint" or tta != "none"):
         problem = f"not with --tta {tta}" if kind == "checkpoint" else f"a {kind} has no branches"
-        raise ConfigError(f"--heads: {problem}; evaluate the checkpoint, such as runs/photos/best.pt")
+        raise ConfigError(f"--heads: {problem}; evaluate the checkpoint, such as runs/latest/best.pt")
     accuracies: tuple[HeadAccuracy, ...] = ()
+    notes: list[str] = []
     if kind == "service":
         with Client(name, api_key=api_key) as client:
-            labels, scores = score_service(client, data, model=model, on_image=on_image)
+            labels, scores = score_service(client, data, model=model, on_image=on_image, log=notes.append)
     elif kind == "bundle":
         from sopdeploy_service.commands.evaluate import scores_of_bundle
         from sopdeploy_service.settings import load_settings
 
         settings = load_settings(runtime=runtime)
-        bundle = scores_of_bundle(Path(name), data, tta=tta, settings=settings, on_image=on_image)
+        bundle = scores_of_bundle(
+            Path(name), data, tta=tta, settings=settings, on_image=on_image, log=notes.append
+        )
         labels, scores = bundle.labels, bundle.scores
         facts = {"bundle": bundle.bundle, "runtime": bundle.runtime, "device": bundle.device}
     elif heads:
-        labels, scores, accuracies = score_heads(Path(name), data, workers=workers, on_image=on_image)
+        labels, scores, accuracies = score_heads(
+            Path(name), data, workers=workers, on_image=on_image, log=notes.append
+        )
     else:
         from sopdeploy.evaluation.prediction import score_checkpoint
 
-        labels, scores = score_checkpoint(Path(name), data, tta=tta, workers=workers, on_image=on_image)
+        labels, scores = score_checkpoint(
+            Path(name), data, tta=tta, workers=workers, on_image=on_image, log=notes.append
+        )
     return Evaluation(
         source=name,
         kind=kind,
@@ -143,4 +151,5 @@ def evaluate(
         labels=labels,
         scores=tuple(scores) if isinstance(scores, list) else scores,
         heads=accuracies,
+        notes=tuple(notes),
     )

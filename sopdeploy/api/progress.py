@@ -43,11 +43,14 @@ class ProgressBars:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def on_train_start(self, *, epochs: int, first_epoch: int, train_count: int, held_out_count: int) -> None:
-        """Print the size of the data."""
+    def on_train_start(
+        self, *, epochs: int, first_epoch: int, train_count: int, held_out_count: int, input_side: int
+    ) -> None:
+        """Print the size of the data and of the network's input."""
         self.epochs = epochs
         resumed = f", resumed at epoch {first_epoch + 1}" if first_epoch else ""
-        self.console.print(f"{train_count} training images, {held_out_count} held out{resumed}")
+        size = f"the network sees {input_side} x {input_side} pixels"
+        self.console.print(f"{train_count} training images, {held_out_count} held out{resumed}; {size}")
         self.task = self.progress.add_task("", total=None, note="")
 
     def on_start_weights(self, report: Any) -> None:

@@ -12,9 +12,10 @@ from sopdeploy.api.training_result import TrainedRun
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.pooling.registry import check_name
 from sopdeploy.training.callbacks import Callback, CallbackList, create_loggers
-from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
+from sopdeploy.training.distributed.torchrun import create_strategy, is_main_process, join_processes
 from sopdeploy.training.loop import train as run
-from sopdeploy.training.recipe import Recipe, read_recipe, to_toml
+from sopdeploy.training.recipe import Recipe, parse_override, read_recipe, to_toml
+from sopdeploy.training.run_folder import numbered_folder
 
 FOLDER_RECIPE = "photos"
 OPTIONAL_TABLES = {name for name, field in Recipe.model_fields.items() if field.default is None}
@@ -27,6 +28,8 @@ def train(
     *,
     weights: str | Path | None = None,
     pooling: str | None = None,
+    models: str | None = None,
+    budget: float | str | None = None,
     resume: Literal["never", "always", "auto"] = "never",
     log: Sequence[str] = (),
     assignments: Sequence[str] = (),
@@ -42,12 +45,17 @@ def train(
     Args:
         data: Folder of images, `DIR/<class>/*.jpg`. It sets `data.path` of the recipe.
         recipe: A recipe of `sopdeploy recipes`, or a .toml file. The default is the recipe for photos.
-        out: Folder of the run. The default is `runs/<recipe>`.
+        out: Folder of the run. The default is `runs/<recipe>-<number>`; `runs/latest` links to it.
         weights: Weights to start from: "imagenet" (the default of the recipe for photos), "none" for random
             ones, a checkpoint, or a weight file that `sopdeploy import` reads. It sets `start.weights`.
         pooling: Global pooling, short for the setting `model.config.pooling`.
-        resume: "always" continues the run in *out*, "auto" continues it or starts a new one.
+        resume: "always" continues the run in *out*, by default the newest one of the recipe; "auto" continues
+            it or starts a new one.
         log: Names of further loggers, "tensorboard" or "wandb".
+        models: Networks to compare, names separated by commas, each with `=FILE` if it has weights of its
+            own. They set `model.name` and `few_shot.models`.
+        budget: Seconds after which the few-shot procedure tries no further head, such as 60 or "60s". It sets
+            `few_shot.budget`.
         assignments: Settings as text, `key=value`, as for the option `--set`.
         progress: Print progress on stderr. By default only on a terminal and in a notebook.
         verbose: Also print the training loss of every branch.
@@ -67,9 +75,10 @@ def train(
     """
     with ExitStack() as stack:
         stack.enter_context(join_processes())
-        given = [*assignments, *_assignments(settings)]
-        loaded, default_folder = configure(data, recipe, weights=weights, pooling=pooling, assignments=given)
-        folder = default_folder if out is None else Path(out)
+        given = [*assignments, *_assignments(settings), *few_shot_settings(models, budget)]
+        loaded, name = configure(data, recipe, weights=weights, pooling=pooling, assignments=given)
+        strategy = create_strategy(loaded)
+        folder = Path(out) if out is not None else numbered_folder(name, strategy, resume=resume != "never")
         callbacks: list[Any] = create_loggers(log, folder) if is_main_process() else []
         console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         shown = console.is_terminal or console.is_jupyter if progress is None else progress
@@ -77,7 +86,14 @@ def train(
             callbacks.append(stack.enter_context(ProgressBars(console, verbose=verbose)))
         callbacks += [callback] if callback is not None and is_main_process() else []
         again: bool | Literal["auto"] = "auto" if resume == "auto" else resume == "always"
-        result = run(loaded, folder, resume=again, callback=CallbackList(callbacks))
+        result = run(
+            loaded,
+            folder,
+            resume=again,
+            callback=CallbackList(callbacks),
+            strategy=strategy,
+            given=[parse_override(assignment)[0] for assignment in given],
+        )
     return TrainedRun(**dict(result))
 
 
@@ -88,8 +104,8 @@ def configure(
     weights: str | Path | None = None,
     pooling: str | None = None,
     assignments: Sequence[str] = (),
-) -> tuple[Recipe, Path]:
-    """Read *recipe* and change the given values; returns it with the default folder of the run.
+) -> tuple[Recipe, str]:
+    """Read *recipe* and change the given values; returns it with its name.
 
     Raises `ConfigError` if there are no data and no recipe, or if a value is invalid.
     """
@@ -102,7 +118,25 @@ def configure(
         "model.config.pooling": None if pooling is None else check_name(pooling),
     }
     given = {key: text for key, text in chosen.items() if text is not None}
-    return read_recipe(source, [*assignments, *_assignments(given)]), Path("runs") / Path(source).stem
+    return read_recipe(source, [*assignments, *_assignments(given)]), Path(source).stem
+
+
+def few_shot_settings(models: str | None, budget: float | str | None) -> list[str]:
+    """Convert the options `models` and `budget` to assignments; raises `ConfigError` for a wrong value."""
+    found: dict[str, Any] = {}
+    if models is not None:
+        first, *others = [text.strip() for text in models.split(",")]
+        name, equals, file = first.partition("=")
+        if not name or not all(others):
+            raise ConfigError(f"models {models!r}: a name is empty; write NAME,NAME or NAME=FILE,NAME=FILE")
+        found |= {"model.name": name, "few_shot.models": others}
+        found |= {"start.weights": file} if equals else {}
+    if budget is not None:
+        try:
+            found["few_shot.budget"] = float(str(budget).removesuffix("s"))
+        except ValueError as error:
+            raise ConfigError(f"budget {budget!r}: not a number of seconds; write 60 or 60s") from error
+    return list(_assignments(found))
 
 
 def _assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -3,8 +3,8 @@
 import pydantic
 
 from sopdeploy.errors import SopdeployError
-from sopdeploy.html.templates import percent, render
-from sopdeploy.report.predictions import predictions_context
+from sopdeploy.html.templates import render
+from sopdeploy.report.predictions import predictions_context, score_tile
 from sopdeploy.report.run_data import Predictions, RunData, read_run
 from sopdeploy.training.loop import TrainingResult
 
@@ -28,16 +28,16 @@ class TrainedRun(TrainingResult):
         return self._evaluated.predictions
 
     def _repr_html_(self) -> str:
-        best = {
-            "top-1": self.best_top1,
-            "top-5": self.best_top5,
-            "mAP": self.best_map,
-            "macro F1": self.best_macro_f1,
-        }
-        epoch = {} if self.few_shot is not None else {"best epoch": f"{self.best_epoch} of {self.epochs}"}
+        epoch = {} if self.few_shot is not None else {"epoch": f"{self.best_epoch} of {self.epochs}"}
+        found = self.few_shot or self.estimate
+        notes: tuple[str, ...] = ()
+        if self.few_shot is not None:
+            notes = self.few_shot.lines()
+        elif self.estimate is not None:
+            notes = (self.estimate.describe(),)
         tiles = {
             **epoch,
-            **{f"{name}, best": percent(value, 2) for name, value in best.items() if value is not None},
+            **({} if found is None else score_tile(found)),
             "training images": str(self.train_count),
             "held-out images": str(self.held_out_count),
             "classes": str(self.classes),
@@ -54,7 +54,7 @@ class TrainedRun(TrainingResult):
             "scores.html",
             title=f"{self.model}, {self.out}",
             tiles=tiles,
-            notes=() if self.few_shot is None else self.few_shot.lines(),
+            notes=notes,
             reason=reason,
             next=f"sopdeploy.export({str(self.best)!r}, detach=True)",
             **predictions_context(predictions),

@@ -37,6 +37,7 @@ class NetworkSource:
     training_only: Sequence[str] = ()
     labels: Path | None = None
     logits: str | None = None
+    allow_constants: bool = False
     name: str | None = None
 
     def load(self) -> tuple[nn.Module, LoadedWeights]:
@@ -70,6 +71,7 @@ def export_weights(
         destination=destination,
         name=source.name or source.network.rpartition(":")[2].rpartition(".")[2],
         logits=_index_or_name(source.logits),
+        allow_constants=source.allow_constants,
         options=options,
         config={
             "network": source.network,
@@ -78,6 +80,7 @@ def export_weights(
             "plain_settings": list(source.plain_settings),
             "training_only": list(source.training_only),
             "logits": source.logits,
+            "allow_constants": source.allow_constants,
             "table": loaded.table,
             "prefixes_removed": list(loaded.removed),
         },

@@ -2,13 +2,15 @@
 
 The network is built by `timm.create_model(pretrained=False)`. This is the only module that imports timm, and
 only when such a network is requested. Taps are the stages in timm's `feature_info` from stride 4 on: what the
-papers call conv2_x to conv5_x. A network without feature maps, such as a ViT, has no taps.
+papers call conv2_x to conv5_x. In a transformer, the patch tokens are the feature map; its last tap is the
+norm after the blocks.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Collection
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 import torch
@@ -52,11 +54,32 @@ def timm_image_size(name: str) -> int:
     return size
 
 
-@cache
-def tappable(name: str) -> dict[str, int]:
-    """Find the taps of timm's network *name* with their channels, in the order of computation.
+class Tap(NamedTuple):
+    """A module whose output is a feature map of *channels* channels.
 
-    Raises `ConfigError` if a stage has no name or its output is not a (B, C, H, W) feature map.
+    The output is (B, C, H, W), (B, H, W, C), or (B, N, C): N tokens, of which the last H W are patches.
+    """
+
+    channels: int
+    layout: Literal["NCHW", "NHWC", "tokens"]
+    prefix: int = 0
+
+    def as_map(self, output: Tensor) -> Tensor:
+        """Convert the output of the module to (B, C, H, W)."""
+        if self.layout == "NCHW":
+            return output
+        if self.layout == "tokens":
+            patches = output[:, self.prefix :]
+            side = math.isqrt(patches.shape[1])
+            output = patches.reshape(-1, side, side, self.channels)
+        return output.permute(0, 3, 1, 2)
+
+
+@cache
+def find_taps(name: str) -> dict[str, Tap]:
+    """Find the taps of timm's network *name*, in the order of computation.
+
+    Raises `ConfigError` if it does not name its stages, or if the output of a stage is not a map.
     """
     timm, side = import_timm(name), timm_image_size(name)
     with torch.device("meta"):
@@ -68,14 +91,54 @@ def tappable(name: str) -> dict[str, int]:
         absent = channels.keys() - dict(network.named_modules()).keys()
         if absent or not channels:
             raise ConfigError(f"timm:{name} does not name its stages; choose another network")
-        _, outputs = run_tapped(network, network.forward_features, torch.empty(1, 3, side, side), channels)
-    for tap, output in outputs.items():
-        if output.dim() != 4 or output.shape[1] != channels[tap]:
+        tapped = [*channels, "norm"] if isinstance(getattr(network, "norm", None), nn.Module) else channels
+        _, outputs = run_tapped(network, network.forward_features, torch.empty(1, 3, side, side), tapped)
+    channels.setdefault("norm", network.num_features)
+    prefix = getattr(network, "num_prefix_tokens", 0)
+    taps = {tap: find_layout(output, channels[tap], prefix) for tap, output in outputs.items()}
+    for tap, found in taps.items():
+        if found is None:
             raise ConfigError(
-                f"timm:{name} has no feature maps to pool: {tap} gives {tuple(output.shape)}, not "
-                f"(batch, {channels[tap]}, height, width); choose a convolutional network"
+                f"timm:{name} has no feature maps to pool: {tap} gives {tuple(outputs[tap].shape)}, not "
+                f"(batch, {channels[tap]}, height, width) or patch tokens; choose another network"
             )
-    return {tap: channels[tap] for tap in outputs}
+    last = taps.get("norm")
+    if last is not None and last.layout == "NCHW":  # the output of the last stage after a norm
+        del taps["norm"]
+    return {tap: found for tap, found in taps.items() if found is not None}
+
+
+def find_layout(output: Tensor, channels: int, prefix: int) -> Tap | None:
+    """Find how *output* holds a feature map of *channels* channels; `None` if it does not.
+
+    *prefix* is the number of class and register tokens, which the outputs of some networks do not contain.
+    """
+    if output.dim() == 4 and output.shape[1] == channels:
+        return Tap(channels, "NCHW")
+    if output.dim() == 4 and output.shape[3] == channels:
+        return Tap(channels, "NHWC")
+    if output.dim() == 3 and output.shape[2] == channels:
+        for count in (prefix, 0):
+            patches = output.shape[1] - count
+            if math.isqrt(patches) ** 2 == patches:
+                return Tap(channels, "tokens", count)
+    return None
+
+
+@cache
+def tappable(name: str) -> dict[str, int]:
+    """Find the taps of the convolutional network *name* of timm, with their channels.
+
+    Raises `ConfigError` if a stage has no name or its output is not a (B, C, H, W) feature map.
+    """
+    taps = find_taps(name)
+    for tap, found in taps.items():
+        if found.layout != "NCHW":
+            raise ConfigError(
+                f"timm:{name} has no feature maps for branches: {tap} gives {found.layout}, not (batch, "
+                f"{found.channels}, height, width); choose a convolutional network"
+            )
+    return {tap: found.channels for tap, found in taps.items()}
 
 
 @cache
@@ -122,10 +185,11 @@ def nearest_block(network: nn.Module, taps: Collection[str]) -> type[MBConv | Bo
 
 
 class TimmBackbone(Backbone):
-    """A network of timm, with taps if it has feature maps; state-dict keys are timm's, without a prefix.
+    """A network of timm, with taps if it has feature maps or patch tokens.
 
-    It shares its dicts of modules, parameters and buffers with timm's own module, which is not a child.
-    Moving, loading or saving this module therefore does the same to timm's.
+    State-dict keys are timm's, without a prefix. It shares its dicts of modules, parameters and buffers with
+    timm's own module, which is not a child. Moving, loading or saving this module therefore does the same to
+    timm's.
     """
 
     config: TimmConfig
@@ -143,7 +207,11 @@ class TimmBackbone(Backbone):
         self._buffers = network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
         self.outside = (network,)  # a tuple keeps it from becoming a child
-        self.tap_channels = dict(tappable(config.backbone)) if has_feature_maps(config.backbone) else {}
+        try:
+            self.taps_found = find_taps(config.backbone)
+        except ConfigError:  # it has no taps
+            self.taps_found = {}
+        self.tap_channels = {tap: found.channels for tap, found in self.taps_found.items()}
         self.head_channels: int = getattr(network, "head_hidden_size", network.num_features)
         published = network.pretrained_cfg
         self.fixed_size: int | None = published["input_size"][-1] if published["fixed_input_size"] else None
@@ -159,7 +227,7 @@ class TimmBackbone(Backbone):
         return kind(in_channels, out_channels, stride=stride)
 
     def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the output of timm's `forward_features` and of every tapped stage.
+        """Compute the output of timm's `forward_features`, and the map (B, C, H, W) of every tapped stage.
 
         Raises `ConfigError` if the network has position embeddings for another image size.
         """
@@ -170,7 +238,7 @@ class TimmBackbone(Backbone):
             )
         network = self.outside[0]
         last, outputs = run_tapped(network, network.forward_features, images, taps)
-        return last, list(outputs.values())
+        return last, [self.taps_found[tap].as_map(output) for tap, output in outputs.items()]
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute logits by timm's `forward_head`."""

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sopdeploy.bundle.manifest import FileRecord, Manifest
+from sopdeploy.bundle.manifest import FORMAT, FileRecord, Manifest
 from sopdeploy.errors import BundleError, StorageError
-from sopdeploy.files import FULL_ERRNOS, sha256, writing
+from sopdeploy.files import FULL_ERRNOS, LATEST, link_latest, sha256, writing
 
 MANIFEST = "manifest.json"
 REQUIRED = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz")
@@ -96,8 +96,8 @@ def seal(folder: Path, manifest_without_files: Mapping[str, Any]) -> Manifest:
 def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
     """Rename a sealed *folder* to `destination/<model>-<id>` and return the new path.
 
-    An identical bundle that already exists is kept. Raises `BundleError` if a different or damaged bundle has
-    the name.
+    An identical bundle that already exists is kept. The link `destination/latest` then leads to the bundle.
+    Raises `BundleError` if a different or damaged bundle has the name.
     """
     target = destination / manifest.name
     if not target.exists():
@@ -112,10 +112,29 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
             if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:  # another process wrote it meanwhile
                 raise
         else:
+            link_latest(target)
             return target
     if open_bundle(target).manifest != manifest:
         raise BundleError(f"{target}: exists with another manifest; choose another --out")
+    link_latest(target)
     return target
+
+
+def follow_link(path: Path) -> Path:
+    """Return the folder to which the link *path* leads now, and any other *path* unchanged."""
+    return path.parent / path.readlink() if path.is_symlink() else path
+
+
+def is_bundle(path: Path) -> bool:
+    """Check whether the folder *path* contains the manifest of a bundle."""
+    file = path / MANIFEST
+    try:
+        if file.stat().st_size > MAX_MANIFEST_BYTES:
+            return False
+        fields = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and fields.get("format") == FORMAT
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -132,7 +151,9 @@ def read_manifest(path: Path) -> Manifest:
         bundles = sorted(found.parent for found in path.glob(f"[!.]*/{MANIFEST}"))
         hint = f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
         if bundles:
-            hint = f"a folder of bundles; choose one, such as {bundles[0]}"
+            newest = path / LATEST
+            shown = newest if newest in bundles else bundles[0]
+            hint = f"a folder of bundles; choose one, such as {shown}"
         raise BundleError(f"{path}: {hint}")
     if file.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(
@@ -145,10 +166,11 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Check and open the bundle at *path*.
+    """Check and open the bundle at *path*, a folder or a link to one.
 
     Raises `BundleError` that names the first file whose path, size or hash differs from the manifest.
     """
+    path = follow_link(path)
     manifest = read_manifest(path)
     for name in manifest.files:
         check_name(path, name)

@@ -3,7 +3,8 @@
 `golden.json` lists the examples; `golden-0.jpg` is a file as a client sends it, and `golden-0.rgb` has its
 pixels after preprocessing, (crop, crop, 3) uint8 in row-major order. A program that decodes and resizes as
 `Preprocess` does gets these pixels within one gray level, and from these pixels the logits within
-`tolerance`. The folder deploy/samples has such programs. Bundles of older versions have no examples.
+`tolerance`. `versions.pillow` of the manifest is the version of Pillow that computed the pixels. The folder
+deploy/samples has such programs. Bundles of older versions have no examples.
 """
 
 import io
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import PIL
 import pydantic
 from numpy.typing import NDArray
 from PIL import Image
@@ -26,7 +28,8 @@ from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 
 GOLDEN = "golden.json"
-MAX_DIFFERENCE = 1  # gray levels between decoders
+MAX_LEVELS = 1  # gray levels between decoders
+MAX_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread, with another Pillow
 SEED = 11
 CELL = 8  # pixels per random color
 
@@ -46,6 +49,31 @@ class GoldenIndex(StrictModel):
 
     tolerance: float
     examples: tuple[GoldenExample, ...]
+
+
+class PixelDifference(StrictModel):
+    """How the pixels of a golden example differ from those of the export.
+
+    Attributes:
+        pillow: Version of Pillow of the export.
+        values: Number of values that differ by more than `MAX_LEVELS` gray levels, of `of`.
+        levels: The largest difference in gray levels.
+        drift: Root mean square difference of the logits, relative to their spread.
+    """
+
+    pillow: str
+    values: int
+    of: int
+    levels: int
+    drift: float
+
+    def describe(self) -> str:
+        """Describe the difference in one line."""
+        return (
+            f"another Pillow ({PIL.__version__} here, {self.pillow} at the export): {self.values:,} of "
+            f"{self.of:,} pixel values differ, by at most {self.levels} gray levels; the logits drift by "
+            f"{100 * self.drift:.2g} % of their spread"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,21 +158,42 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
     return tuple(found)
 
 
-def check_golden(example: Golden, pixels: NDArray[np.uint8], run: RunOne) -> None:
+def check_golden(
+    example: Golden, pixels: NDArray[np.uint8], run: RunOne, exporter: str | None = None
+) -> PixelDifference | None:
     """Compare *pixels* that were decoded here, and the logits of *run*, with *example*.
 
-    Raises `ParityError` for pixels more than `MAX_DIFFERENCE` gray levels off or logits outside of the
-    tolerance.
+    *exporter* is the version of Pillow that computed the pixels of *example*. Versions of Pillow resize
+    differently. The logits of such pixels may therefore differ by `MAX_DRIFT` of their spread, and the result
+    describes the difference; it is `None` if no pixel is more than `MAX_LEVELS` gray levels off. Raises
+    `ParityError` for other pixels, and for logits outside of the tolerance.
     """
-    levels = int(np.abs(pixels.astype(np.int16) - example.pixels).max())
-    if levels > MAX_DIFFERENCE:
-        raise ParityError(
-            f"{example.name}: its pixels differ by {levels} gray levels; this machine decodes or resizes "
-            "images differently; install Pillow from its wheel on PyPI"
-        )
     difference = float(np.abs(run(example.pixels) - example.logits).max())
     if not difference <= example.tolerance:
         raise ParityError(
             f"{example.name}: a logit deviates by {difference:.3g}, the bound is {example.tolerance:.3g}; "
             "this runtime does not compute the exported network"
         )
+    levels = np.abs(pixels.astype(np.int16) - example.pixels)
+    if levels.max() <= MAX_LEVELS:
+        return None
+    logits = example.logits.astype(np.float64)
+    spread = max(float(logits.std()), example.tolerance)
+    found = PixelDifference(
+        pillow=exporter or "an unknown version",
+        values=int((levels > MAX_LEVELS).sum()),
+        of=levels.size,
+        levels=int(levels.max()),
+        drift=float(np.sqrt(np.square(run(pixels) - logits).mean())) / spread,
+    )
+    if exporter == PIL.__version__:
+        raise ParityError(
+            f"{example.name}: its pixels differ by {found.levels} gray levels, although Pillow is that of "
+            "the export; this machine decodes or resizes differently; install Pillow from its wheel on PyPI"
+        )
+    if not found.drift <= MAX_DRIFT:
+        raise ParityError(
+            f"{example.name}: {found.describe()} (at most {100 * MAX_DRIFT:g} %); install that version, or "
+            "export the bundle again"
+        )
+    return found

@@ -10,6 +10,7 @@ from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.images.preprocess import Preprocess
 
+FORMAT: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
 ID_LENGTH = 12
 
 Precision = Literal["fp32", "fp16", "bf16-backbone", "int8"]
@@ -60,9 +61,9 @@ class Manifest(StrictModel):
     Written only if set: `int8_for`, the runtime of int8 graphs, and `decision`, how logits become a decision.
     """
 
-    format: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
+    format: Literal["sopdeploy-bundle"] = FORMAT
     version: Literal[1] = 1
-    model: Annotated[str, pydantic.Field(pattern=r"^([a-z-]+:)?[A-Za-z0-9._-]+$")]
+    model: Annotated[str, pydantic.Field(pattern=r"^([a-z-]+:){0,2}[A-Za-z0-9._-]+$")]
     config: dict[str, Any]
     inputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
     outputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]

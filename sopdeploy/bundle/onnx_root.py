@@ -1,34 +1,47 @@
-"""Merkle root of an ONNX graph, read from the bytes of the file without the onnx package.
+"""Merkle root of an ONNX graph, and its check in `sopdeploy verify`.
 
-The export records the root of `model.onnx`, and `sopdeploy verify` recomputes it on machines that have only
-a runtime. The hash of a node covers its operator, its attributes and the hashes of its operands in order. The
-hash of a constant covers dtype, shape and content, the hash of an input its position and type. Names,
-documentation and unused nodes have no effect. Field numbers are those of onnx.proto; the file is read in the
-deterministic serialization that the export writes. Where a runtime could read another value than this reader
-does (names defined twice, sparse weights, attributes with two values, field numbers that overflow), the file
-has no root.
+The export records the root of `model.onnx`. The hash of a node covers its operator, its attributes and the
+hashes of its operands in order. The hash of a constant covers dtype, shape and content, the hash of an input
+its position and type. Names, documentation and unused nodes have no effect. A file has a root only if every
+reader finds the same model in it: it is the deterministic serialization of what the `onnx` package reads, and
+the graph defines each name once. `verify` recomputes the root where `onnx` is installed; a server does not
+need it.
 """
 
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import BundleError, CertificateError
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types of Protocol Buffers
-GRAPH, OPSET, FUNCTION = 7, 8, 25  # fields of ModelProto
-NODE, INITIALIZER, INPUT, OUTPUT, SPARSE = 1, 5, 11, 12, 15  # fields of GraphProto
-OPERAND, RESULT, OPERATOR, ATTRIBUTE, DOMAIN = 1, 2, 4, 5, 7  # fields of NodeProto
-LABEL, TENSOR, SUBGRAPH, SUBGRAPHS, DOCUMENTATION, TYPE = 1, 5, 6, 11, 13, 20  # fields of AttributeProto
-TENSOR_TYPE = 4  # the TYPE of an attribute that holds a TENSOR
-DIMS, DTYPE, FLOATS, INT32S, INT64S, NAME, RAW, DOUBLES, UINT64S = 1, 2, 4, 5, 7, 8, 9, 10, 11
-LOCATION = 14  # like the line above, fields of TensorProto
-NO_DOCUMENTATION = b"\x6a\x00"  # an empty `doc_string`
-# Bytes per number of the dtypes that TensorProto stores as varints.
-ITEM_BYTES = {2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 12: 4, 13: 8, 16: 2}
+if TYPE_CHECKING:
+    import onnx
+
+# For each TensorProto.DataType, the field of its numbers without `raw_data`, and their type in `raw_data`.
+TYPED: dict[int, tuple[str, str]] = {
+    1: ("float_data", "<f4"),
+    2: ("int32_data", "<u1"),
+    3: ("int32_data", "<i1"),
+    4: ("int32_data", "<u2"),
+    5: ("int32_data", "<i2"),
+    6: ("int32_data", "<i4"),
+    7: ("int64_data", "<i8"),
+    9: ("int32_data", "<u1"),
+    10: ("int32_data", "<u2"),
+    11: ("double_data", "<f8"),
+    12: ("uint64_data", "<u4"),
+    13: ("uint64_data", "<u8"),
+    16: ("int32_data", "<u2"),
+}
+NUMBERS = {
+    "float_data": "f4", "int32_data": "i4", "int64_data": "i8", "double_data": "f8", "uint64_data": "u8",
+}  # fmt: skip
+DATA = ("raw_data", *NUMBERS, "string_data")
+SUBGRAPHS = {"g", "graphs"}
+TENSOR_ATTRIBUTE = 4  # AttributeProto.TENSOR
 
 
 def hash_parts(*parts: str | bytes | memoryview) -> str:
@@ -41,99 +54,43 @@ def hash_parts(*parts: str | bytes | memoryview) -> str:
     return digest.hexdigest()
 
 
-def onnx_file_root(content: bytes | memoryview) -> str:
+def onnx_file_root(content: bytes) -> str:
     """Compute the root of the ONNX model in *content*, as a hexadecimal sha256.
 
-    Raises `CertificateError` if *content* is not an ONNX model, keeps weights outside the file, holds a
-    subgraph (control flow), or can be read in two ways.
+    Raises `CertificateError` if *content* is not an ONNX model, can be read in two ways, keeps weights
+    outside the file or holds a subgraph (control flow), and `ImportError` if `onnx` is not installed.
     """
+    import onnx  # noqa: PLC0415 # a server runs without it
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # noqa: PLC0415
+
+    model = onnx.ModelProto()
     try:
-        model = _Message(memoryview(content))
-        (graph,) = model.messages(GRAPH)
-        if FUNCTION in model.values:
-            raise CertificateError("the model defines its own operators; only those of ONNX are allowed")
-        opsets = [f"{opset.text(1)} {opset.number(2)}" for opset in model.messages(OPSET)]
-        return hash_parts(*sorted(opsets), *_output_hashes(graph))
-    except (ValueError, IndexError, KeyError, TypeError) as error:
+        model.ParseFromString(content)
+        model.DiscardUnknownFields()  # a runtime could read them
+        if model.SerializeToString(deterministic=True) != content:
+            raise CertificateError(
+                "the file has unknown or repeated fields, which a runtime may read in another way"
+            )
+        return onnx_root(model)
+    except (DecodeError, ValueError, KeyError) as error:
         raise CertificateError("not a complete ONNX model; its root cannot be computed") from error
 
 
-class _Message:
-    """A message of Protocol Buffers: the values and the raw bytes of each field, by number.
+def onnx_root(model: "onnx.ModelProto") -> str:
+    """Compute the root of the graph of *model*, as `onnx_file_root` does.
 
-    Raises `ValueError` or `IndexError` if *content* is cut off.
+    Raises `CertificateError` if a runtime could read the graph in two ways, and `ValueError` or `KeyError` if
+    it is not complete.
     """
-
-    def __init__(self, content: memoryview) -> None:
-        self.values: dict[int, list[int | memoryview]] = {}
-        self.raw: list[tuple[int, memoryview]] = []
-        position = 0
-        while position < len(content):
-            start = position
-            key, position = _varint(content, position)
-            if key >= 2**32:
-                raise ValueError("a field number overflows")  # runtimes drop the upper bits
-            number, wire = key >> 3, key & 7
-            if wire == VARINT:
-                value: int | memoryview
-                value, position = _varint(content, position)
-            else:
-                length = {FIXED64: 8, FIXED32: 4}.get(wire)
-                if wire == BYTES:
-                    length, position = _varint(content, position)
-                if length is None or position + length > len(content):
-                    raise ValueError("a field is cut off")
-                value = content[position : position + length]
-                position += length
-            self.values.setdefault(number, []).append(value)
-            self.raw.append((number, content[start:position]))
-
-    def blobs(self, *numbers: int) -> list[memoryview]:
-        """List the values of the fields *numbers* as bytes."""
-        found = [value for number in numbers for value in self.values.get(number, [])]
-        return [value if isinstance(value, memoryview) else memoryview(b"") for value in found]
-
-    def messages(self, number: int) -> list["_Message"]:
-        """Parse the values of field *number* as messages."""
-        return [_Message(blob) for blob in self.blobs(number)]
-
-    def text(self, number: int) -> str:
-        """Decode the value of field *number*; empty if it is not set, `ValueError` if it is set twice."""
-        (blob,) = self.blobs(number) or [memoryview(b"")]
-        return bytes(blob).decode()
-
-    def integers(self, *numbers: int) -> list[int]:
-        """List the signed 64-bit integers of the fields *numbers*, in packed or repeated encoding."""
-        found: list[int] = []
-        for value in (value for number in numbers for value in self.values.get(number, [])):
-            position = 0
-            if isinstance(value, int):
-                found.append(value)
-                continue
-            while position < len(value):
-                integer, position = _varint(value, position)
-                found.append(integer)
-        return [value - 2**64 if value >= 2**63 else value for value in found]
-
-    def number(self, number: int) -> int:
-        """Read the integer of field *number*; 0 if it is not set, `ValueError` if it is set twice."""
-        (integer,) = self.integers(number) or [0]
-        return integer
+    if not model.HasField("graph"):
+        raise ValueError("no graph")
+    if model.functions:
+        raise CertificateError("the model defines its own operators; only those of ONNX are allowed")
+    opsets = [f"{opset.domain} {opset.version}" for opset in model.opset_import]
+    return hash_parts(*sorted(opsets), *_output_hashes(model.graph))
 
 
-def _varint(content: memoryview, position: int) -> tuple[int, int]:
-    """Read the varint at *position*; return its value and the position after it."""
-    value = shift = 0
-    while shift < 70:  # ten bytes hold 64 bits
-        byte = content[position]
-        value |= (byte & 127) << shift
-        position, shift = position + 1, shift + 7
-        if byte < 128:
-            return value, position
-    raise ValueError("a number is longer than 64 bits")
-
-
-def _output_hashes(graph: _Message) -> list[str]:
+def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
     """Hash every value of *graph* in topological order; return the hashes of its outputs."""
     hashes: dict[str, str] = {}
 
@@ -142,74 +99,81 @@ def _output_hashes(graph: _Message) -> list[str]:
             raise CertificateError(f"{name!r} is defined twice")
         hashes[name] = value_hash
 
-    if SPARSE in graph.values:
+    if graph.sparse_initializer:
         raise CertificateError("the graph has sparse weights, which may replace others")
-    for position, value in enumerate(graph.messages(INPUT)):
-        define(value.text(1), hash_parts(f"input {position}", b"".join(value.blobs(2))))
-    for tensor in graph.messages(INITIALIZER):
-        define(tensor.text(NAME), _tensor_hash(tensor))
-    for node in graph.messages(NODE):
-        operator = node.text(OPERATOR)
-        parts: list[str | bytes] = [node.text(DOMAIN), operator]
-        for attribute in sorted(node.messages(ATTRIBUTE), key=lambda attribute: attribute.text(1)):
-            parts += [attribute.text(1), _attribute_content(attribute, operator)]
-        operands = [bytes(name).decode() for name in node.blobs(OPERAND)]
-        parts += [hashes[name] if name else "absent" for name in operands]
+    for position, value in enumerate(graph.input):
+        define(value.name, hash_parts(f"input {position}", value.type.SerializeToString(deterministic=True)))
+    for tensor in graph.initializer:
+        define(tensor.name, _tensor_hash(tensor))
+    for node in graph.node:
+        parts: list[str | bytes] = [node.domain, node.op_type]
+        for attribute in sorted(node.attribute, key=lambda attribute: attribute.name):
+            parts += [attribute.name, _attribute_content(attribute, node.op_type)]
+        parts += [hashes[name] if name else "absent" for name in node.input]
         node_hash = hash_parts(*parts)
-        for position, name in enumerate(node.blobs(RESULT)):
+        for position, name in enumerate(node.output):
             if name:  # an optional result that is absent has no name
-                define(bytes(name).decode(), hash_parts(node_hash, str(position)))
-    return [hashes[value.text(1)] for value in graph.messages(OUTPUT)]
+                define(name, hash_parts(node_hash, str(position)))
+    return [hashes[value.name] for value in graph.output]
 
 
-def _attribute_content(attribute: _Message, operator: str) -> str | bytes:
-    """Return the bytes of *attribute* without its documentation, or the hash of its tensor."""
-    if attribute.values.keys() & {SUBGRAPH, SUBGRAPHS}:
+def _attribute_content(attribute: "onnx.AttributeProto", operator: str) -> str | bytes:
+    """Return the hash of the tensor of *attribute*, or the serialized attribute without documentation."""
+    fields = {field.name for field, _ in attribute.ListFields()}
+    if fields & SUBGRAPHS:
         raise CertificateError(f"{operator} contains a subgraph; control flow is not allowed")
-    if TENSOR in attribute.values:
-        (tensor,) = attribute.messages(TENSOR)
-        others = attribute.values.keys() - {LABEL, TENSOR, TYPE, DOCUMENTATION}
-        if others or attribute.number(TYPE) != TENSOR_TYPE:
+    if "t" in fields:
+        if fields - {"name", "t", "type", "doc_string"} or attribute.type != TENSOR_ATTRIBUTE:
             raise CertificateError(f"an attribute of {operator} has a tensor and another value")
-        return _tensor_hash(tensor)
-    before = b"".join(raw for number, raw in attribute.raw if number < DOCUMENTATION)
-    after = b"".join(raw for number, raw in attribute.raw if number > DOCUMENTATION)
-    return before + NO_DOCUMENTATION + after
+        return _tensor_hash(attribute.t)
+    undocumented = type(attribute)()
+    undocumented.CopyFrom(attribute)
+    undocumented.doc_string = ""
+    content: bytes = undocumented.SerializeToString(deterministic=True)
+    return content
 
 
-def _tensor_hash(tensor: _Message) -> str:
-    """Hash dtype, shape and little-endian content of a tensor, independent of the field that stores it."""
-    shape, dtype = tuple(tensor.integers(DIMS)), tensor.number(DTYPE)
-    if tensor.number(LOCATION):
-        raise CertificateError(f"the weight {tensor.text(NAME)} is stored in another file")
-    if RAW in tensor.values:
-        (content,) = tensor.blobs(RAW)
-        return hash_parts(f"constant {dtype} {shape}", content)
-    numbers = tensor.integers(INT32S, INT64S, UINT64S)
-    if numbers:
-        unsigned = np.array([number % 2**64 for number in numbers], np.uint64)
-        content = memoryview(unsigned.astype(f"<u{ITEM_BYTES[dtype]}").tobytes())
-    else:
-        content = memoryview(b"".join(tensor.blobs(FLOATS, DOUBLES)))
+def _tensor_hash(tensor: "onnx.TensorProto") -> str:
+    """Hash dtype, shape and little-endian content of *tensor*, independent of the field that stores it."""
+    if tensor.data_location or tensor.external_data:
+        raise CertificateError(f"the weight {tensor.name} is stored in another file")
+    shape, stored = tuple(tensor.dims), [name for name in DATA if _has(tensor, name)]
+    content: bytes | memoryview = b""
+    if stored == ["raw_data"]:
+        content = tensor.raw_data
+    elif stored:
+        name, form = TYPED[tensor.data_type]
+        if stored != [name]:
+            raise CertificateError(f"the weight {tensor.name} is stored twice, or in a field of another type")
+        content = np.array(getattr(tensor, name), NUMBERS[name]).astype(form).tobytes()
     if not content and 0 not in shape:
-        raise CertificateError(f"the weight {tensor.text(NAME)} has no values")
-    return hash_parts(f"constant {dtype} {shape}", content)
+        raise CertificateError(f"the weight {tensor.name} has no values")
+    return hash_parts(f"constant {tensor.data_type} {shape}", content)
 
 
-def check_roots(bundle: Bundle) -> str:
-    """Recompute the root of `model.onnx`, compare it with the manifest and the certificate, and return it.
+def _has(tensor: "onnx.TensorProto", name: str) -> bool:
+    return tensor.HasField(name) if name == "raw_data" else len(getattr(tensor, name)) > 0
 
-    The certificate holds the root of the graph before rewrite rules and casts. So it is compared with the
-    file only if `lowering.json` lists no rule and the precision is float32; otherwise the roots of the
-    captured program link the three files. Raises `BundleError` that names the file with another root.
+
+def check_roots(bundle: Bundle) -> str | None:
+    """Recompute the root of `model.onnx` and compare it with the manifest and the certificate.
+
+    Returns the root, or None if the root is not recomputed because `onnx` is not installed. The
+    certificate holds the root of the graph before rewrite rules and casts. `lowering.json` names the root
+    before and after the rules: in float32 the first one is certified, and unless the graph was quantized,
+    the last one is that of the file. A bundle without these roots must hold the certified graph itself.
+    `sopdeploy verify` also replays the rules between the two roots. Raises `BundleError` that names the
+    file with another root.
     """
     path, manifest = bundle.path, bundle.manifest
     lineage, advice = manifest.lineage, "export the bundle again"
     try:
-        root = onnx_file_root(bundle.onnx.read_bytes())
+        root: str | None = onnx_file_root(bundle.onnx.read_bytes())
+    except ImportError:
+        root = None
     except CertificateError as error:
         raise BundleError(f"{bundle.onnx}: {error}; {advice}") from error
-    if root != lineage.onnx_root:
+    if root is not None and root != lineage.onnx_root:
         raise BundleError(
             f"{bundle.onnx}: its graph has the root {root[:16]}, the manifest says {lineage.onnx_root[:16]}; "
             f"the graph was replaced after the export: {advice}"
@@ -226,7 +190,12 @@ def check_roots(bundle: Bundle) -> str:
         if program != lineage.program_root:
             raise BundleError(f"{path / name}: belongs to another network than the manifest; {advice}")
     lowering = roots.get("lowering.json", {})
-    rewritten = bool(lowering.get("rules")) or lowering.get("lowered_root") != lowering.get("certified_root")
-    if manifest.precision == "fp32" and not rewritten and roots["certificate.json"].get("onnx") != root:
+    certified = roots["certificate.json"].get("onnx")
+    source, lowered = (lowering.get(f"{when}_onnx_root", certified) for when in ("source", "lowered"))
+    rewritten = bool(lowering.get("rules"))
+    if manifest.precision == "fp32" and (source != certified or (not rewritten and lowered != source)):
+        raise BundleError(f"{path / 'lowering.json'}: starts from another graph than certified; {advice}")
+    known = manifest.precision == "fp32" or "lowered_onnx_root" in lowering
+    if known and manifest.precision != "int8" and lowered != lineage.onnx_root:
         raise BundleError(f"{path / 'certificate.json'}: certifies another graph than model.onnx; {advice}")
     return root

@@ -57,10 +57,10 @@ app.command("env", rich_help_panel="Get started")(env.env)
 QUICK_START = (
     ("sopdeploy demo", "run the whole workflow in a minute"),
     ("sopdeploy train --data photos", "train on photos/<class>/*.jpg"),
-    ("sopdeploy export runs/photos/best.pt --detach", "detach branches, prove, write a bundle"),
-    ("sopdeploy verify bundles/dsop-resnet18-*/", "check files and numbers on this machine"),
-    ("sopdeploy predict bundles/dsop-resnet18-*/ photo.jpg", "classify images without a server"),
-    ("sopdeploy serve bundles/dsop-resnet18-*/", "serve over HTTP, with a web page"),
+    ("sopdeploy export runs/latest/best.pt --detach", "detach branches, prove, write a bundle"),
+    ("sopdeploy verify bundles/latest", "check files and numbers on this machine"),
+    ("sopdeploy predict bundles/latest photo.jpg", "classify images without a server"),
+    ("sopdeploy serve bundles/latest", "serve over HTTP, with a web page"),
     ("sopdeploy doctor --url http://127.0.0.1:8000", "find the bottleneck of a server"),
 )
 OTHER_COMMANDS = {

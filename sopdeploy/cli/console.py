@@ -31,9 +31,9 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 def one_line_errors(as_json: bool = False) -> Iterator[None]:
     """Print a user error as one line on stderr and exit with code 2.
 
-    With *as_json*, also print its code and message as JSON on stdout. Errors of the operating system in
-    `STORAGE_ERRNOS` and exhausted memory are user errors. An error that another process has already shown
-    (`told`) is not printed again.
+    With *as_json*, also print its code, message and complete lists as JSON on stdout. Errors of the operating
+    system in `STORAGE_ERRNOS` and exhausted memory are user errors. An error that another process has already
+    shown (`told`) is not printed again.
     """
     try:
         try:
@@ -58,7 +58,8 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
             print_error(str(error), error.code)
             if as_json:
                 with suppress(OSError):  # stdout may be what cannot be written
-                    print_json({"error": {"code": error.code, "message": str(error)}})
+                    found = {"code": error.code, "message": str(error)}
+                    print_json({"error": {**found, "lists": error.lists} if error.lists else found})
         raise typer.Exit(USER_ERROR) from error
 
 

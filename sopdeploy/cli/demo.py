@@ -47,8 +47,8 @@ def demo(
             )
     out.print("\n[bold]Next: use your own photos[/], in folders photos/<class>/*.jpg:")
     out.print("  sopdeploy train --data photos")
-    out.print("  sopdeploy export runs/photos/best.pt --detach")
-    out.print("  sopdeploy serve bundles/dsop-resnet18-*/")
+    out.print("  sopdeploy export runs/latest/best.pt --detach")
+    out.print("  sopdeploy serve bundles/latest")
 
 
 def _new_folder(parent: Path) -> Path:
@@ -107,6 +107,7 @@ def _classify_digits(url: str) -> float:
     import httpx
 
     from sopdeploy.data.datasets.small import open_digits
+    from sopdeploy.evaluation.metrics import Rate
 
     digits = open_digits().held_out
     table = Table("digit", "prediction", "probability", "", box=None, pad_edge=False)
@@ -129,8 +130,8 @@ def _classify_digits(url: str) -> float:
                 mark = "[green]correct[/]" if best["label"] == truth else "[red]wrong[/]"
                 table.add_row(truth, best["label"], f"{best['probability']:.4f}", mark)
     out.print(table)
-    accuracy = correct / len(digits)
-    out.print(
-        f"{correct} of {len(digits)} held-out digits classified correctly over HTTP: [bold]{accuracy:.2%}[/]"
-    )
-    return accuracy
+    found = Rate.of(correct, len(digits))
+    right = f"{correct} of {len(digits)} held-out digits classified correctly over HTTP"
+    interval = f"95 % interval {100 * found.low:.1f} to {100 * found.high:.1f} %"
+    out.print(f"{right}: [bold]{found.share:.2%}[/] ({interval}; too high: they also selected the epoch)")
+    return found.share

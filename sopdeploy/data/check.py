@@ -13,16 +13,17 @@ from PIL import Image
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.datasets.folder import (
-    HELD_OUT,
-    TRAIN,
     class_mismatches,
     class_names,
     describe_empty_classes,
+    describe_nested,
+    describe_parts,
     list_classes,
     open_store,
 )
 from sopdeploy.data.datasets.label_table import (
     SEPARATOR,
+    TRAIN,
     VAL,
     has_label_table,
     read_label_table,
@@ -31,13 +32,14 @@ from sopdeploy.data.datasets.label_table import (
 from sopdeploy.data.datasets.layouts import open_official
 from sopdeploy.data.folder_store import LABELS_FILE, OpenOptions
 from sopdeploy.data.image_files import ImageFiles, count_ignored_files, load_pixels, map_threaded, open_image
-from sopdeploy.errors import DataError
+from sopdeploy.data.parts import find_parts, open_part
+from sopdeploy.errors import DataError, shorten
 from sopdeploy.files import expand_user
 from sopdeploy.images.pixels import ROTATED, SIXTEEN_BIT, exif_orientation, to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
 MIN_SIDE = 32  # pixels; smaller images are reported
-MAX_ASPECT_RATIO = 4.0  # the center crop cuts off most of a longer image
+MAX_ASPECT_RATIO = 4.0  # of the longer side to the shorter one; the center crop cuts off most of the image
 RULES = Preprocess()  # for the conversion to upright RGB
 UNSPLIT = "all"  # the name of the only part if there are no folders train and val
 
@@ -70,7 +72,8 @@ class DataReport(StrictModel):
     Sides are (minimum, median, maximum) in pixels. `classes` names the folders that a training run would
     reject: those without images, and held-out classes that differ from the training classes. `too_few` names
     the classes with a single image. `strange` lists readable but unusual files by reason, `passed_over`
-    counts the files without an image suffix by their suffix.
+    counts the files without an image suffix by their suffix. `notes` are lines about folders that are not
+    used, or that may not be what they seem.
     """
 
     path: Path
@@ -85,12 +88,13 @@ class DataReport(StrictModel):
     duplicates: tuple[Duplicates, ...]
     strange: dict[str, tuple[str, ...]]
     passed_over: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     def must_be_usable(self) -> None:
         """Raise `DataError` with every problem that would stop a training run."""
         problems = [*self.classes, *self.unreadable, *self.too_few]
         if problems:
-            raise DataError(f"{self.path}: cannot be used as it is: " + "; ".join(problems))
+            raise DataError(f"{self.path}: cannot be used as it is: {shorten(problems, '; ')}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +122,10 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
 
     Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
     """
-    options = OpenOptions(cache)
+    notes: list[str] = []
+    options = OpenOptions(cache, notes.append)
     official = open_official(expand_user(path), options)
-    parts = official or _open_parts(expand_user(path), options)
+    parts, listed = (official, False) if official else _open_parts(expand_user(path), options)
     infos = [
         info
         for name, part in parts.items()
@@ -133,13 +138,15 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
     for info in readable:
         for reason in info.oddities:
             strange.setdefault(reason, []).append(info.file)
-    unlisted = unlisted_images([part for part in parts.values() if part.targets.ndim == 2])
+    folders = [] if official or listed else list(parts.values())
+    unlisted = unlisted_images(list(parts.values())) if listed else []
     strange |= {f"not listed in {LABELS_FILE}": unlisted} if unlisted else {}
     ignored: Counter[str] = Counter()
+    for part in folders:
+        ignored.update(count_ignored_files(part.store, part.labels))
+    notes += filter(None, map(describe_nested, folders))
     counted = []
     for name, part in parts.items():
-        if part.targets.ndim == 1 and not official:
-            ignored.update(count_ignored_files(part.store, part.labels))
         size = sum(info.length for info in infos if info.part == name)
         counts = part.class_counts().tolist()
         classes = dict(zip(part.labels, counts, strict=True))
@@ -151,7 +158,7 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
         modes=dict(Counter(info.mode for info in readable).most_common()),
         shorter_side=shorter,
         longer_side=longer,
-        classes=() if official else tuple(_class_problems(parts)),
+        classes=tuple(_class_problems(folders)),
         unreadable=tuple(info.error for info in infos if info.error),
         too_few=tuple(
             f"{images.store.root / images.labels[target]}: only one image; add another"
@@ -161,32 +168,35 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
         duplicates=tuple(_find_duplicates(readable)),
         strange={reason: tuple(files) for reason, files in strange.items()},
         passed_over=dict(ignored),
+        notes=tuple(notes),
     )
 
 
-def _open_parts(path: Path, options: OpenOptions) -> dict[str, ImageFiles]:
+def _open_parts(path: Path, options: OpenOptions) -> tuple[dict[str, ImageFiles], bool]:
+    """Open the parts of a folder by name, training images first, and tell whether a table lists them."""
     store = open_store(path, options)
     if has_label_table(store):
         table = read_label_table(store)
         split_names = [TRAIN, VAL] if table.is_split else []
-        return {name: table.part(name) for name in split_names} or {UNSPLIT: table.images}
-    names = [name for name in (TRAIN, *HELD_OUT) if name in store.folders()]
-    if TRAIN not in names:
-        return {UNSPLIT: list_classes(store, class_names(store))}
-    train, *held_out = (store.open_folder(name) for name in names)
-    parts = {TRAIN: list_classes(train, class_names(train))}
-    for name, folder in zip(names[1:], held_out, strict=True):
-        parts[name] = list_classes(folder, tuple(folder.folders()))
-    return parts
+        return {name: table.part(name) for name in split_names} or {UNSPLIT: table.images}, True
+    found = find_parts(store)
+    for line in describe_parts(store, found):
+        options.log(line)
+    if not found.train:
+        return {UNSPLIT: list_classes(store, class_names(store))}, False
+    train = open_part(store, found.train)
+    parts = {found.train: list_classes(train, class_names(train))}
+    for name in found.held_out:
+        part = open_part(store, name)
+        parts[name] = list_classes(part, tuple(part.folders()))
+    return parts, False
 
 
-def _class_problems(parts: dict[str, ImageFiles]) -> Iterator[str]:
-    """Describe empty class folders, and held-out classes that differ from the training classes."""
-    for name, images in parts.items():
-        if images.targets.ndim == 2:
-            continue
-        if name in HELD_OUT:
-            mismatches = class_mismatches(images.store, parts[TRAIN].labels)
+def _class_problems(parts: list[ImageFiles]) -> Iterator[str]:
+    """Describe empty class folders of *parts*, and classes that differ from those of the first part."""
+    for images in parts:
+        if images is not parts[0]:
+            mismatches = class_mismatches(images.store, parts[0].labels)
             yield from (f"{images.store.root}: {mismatch}" for mismatch in mismatches)
         empty = describe_empty_classes(images)
         yield from [empty] if empty else []
@@ -232,7 +242,7 @@ def _oddities(image: Image.Image, pixels: Image.Image, mode: str, frames: int) -
     single_color = all(low == high for low, high in pixels.getextrema())  # type: ignore[misc]
     found = {  # these texts are keys of the JSON output
         f"shorter side under {MIN_SIDE} pixels": short < MIN_SIDE,
-        f"longer than {MAX_ASPECT_RATIO:g} times its width": long > MAX_ASPECT_RATIO * short,
+        f"longer side over {MAX_ASPECT_RATIO:g} times the shorter one": long > MAX_ASPECT_RATIO * short,
         "one colour only": single_color,
         "several frames, the first one counts": frames > 1,
         "printing colours (CMYK)": mode == "CMYK",

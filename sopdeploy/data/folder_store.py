@@ -1,18 +1,27 @@
 """Folders of files, the table `labels.csv` in them, and the options for opening data."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sopdeploy.errors import DataError
 from sopdeploy.files import open_regular
+from sopdeploy.images.limits import SUFFIXES
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Written by macOS, Synology, QNAP, Windows and file systems; they hold copies and thumbnails.
+SYSTEM_FOLDERS = {
+    "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found",
+    "__pycache__",
+}  # fmt: skip
 LABELS_FILE = "labels.csv"  # lists images with any number of classes each; `label_table` reads it
 REQUIRED = ("file", "classes")  # its columns
 Log = Callable[[str], None]
+
+
+def ignore(_line: str) -> None:
+    """Discard a log message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +29,7 @@ class OpenOptions:
     """Options for opening data: the cache folder for archives, and a function for log messages."""
 
     cache: Path | None = None
-    log: Log = field(default=lambda _line: None)
+    log: Log = field(default=ignore)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,32 +41,20 @@ class FolderStore:
 
     def folders(self) -> list[str]:
         """List the names of the subfolders, sorted; raises `DataError`."""
-        try:
-            paths = [path for path in self.root.iterdir() if path.is_dir()]
-        except OSError as error:
-            reason = f"cannot be listed ({error.strerror}); check its permissions"
-            raise DataError(f"{self.root}: {reason}") from error
-        return sorted(path.name for path in paths if not path.name.startswith("."))
+        return [entry.name for entry in list_folder(self.root) if _is_folder(entry)]
 
     def list_files(self, folder: str) -> tuple[list[bytes], list[str]]:
         """List the images below *folder*, sorted, and the other files below it, relative to the store.
 
-        Links to folders are followed, except those to a folder that contains them.
+        Raises `DataError` for a folder that cannot be listed.
         """
         images, others = [], []
-        top = str(self.root / folder)
-        real_top = Path(os.path.realpath(top))
-        above = {top: {str(real_top), *map(str, real_top.parents)}}  # the folders that contain a folder
-        for path, folders, files in os.walk(top, followlinks=True):
-            real = {name: os.path.realpath(Path(path, name)) for name in folders if not name.startswith(".")}
-            folders[:] = [name for name in real if real[name] not in above[path]]
-            above |= {str(Path(path, name)): above[path] | {real[name]} for name in folders}
-            for name in files:
-                inside = Path(path, name).relative_to(self.root)
-                if is_image(name):
-                    images.append(os.fsencode(inside))
-                elif not name.startswith("."):
-                    others.append(str(inside))
+        for path in walk(self.root / folder):
+            inside = path.relative_to(self.root)
+            if is_image(path.name):
+                images.append(os.fsencode(inside))
+            else:
+                others.append(str(inside))
         return sorted(images), others
 
     def read(self, name: bytes) -> bytes:
@@ -96,6 +93,43 @@ def lists_images(table: bytes) -> bool:
     return bool({column.strip(' "\r') for column in columns} & set(REQUIRED))
 
 
+def walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Yield the files below *folder*, sorted by name in each folder, without hidden files and folders.
+
+    Links to folders are followed, except those to a folder that contains them: *above* are the real paths of
+    these. Raises `DataError` for a folder that cannot be listed.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for entry in list_folder(folder):
+        path = folder / entry.name
+        if _is_folder(entry):
+            yield from walk(path, above | {real, *map(str, Path(real).parents)})
+        else:
+            yield path
+
+
+def list_folder(folder: Path) -> list[os.DirEntry[str]]:
+    """List the content of *folder*, sorted by name, without what is hidden; raises `DataError`."""
+    try:
+        with os.scandir(folder) as found:
+            visible = [entry for entry in found if not is_hidden(entry.name)]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
+    return sorted(visible, key=lambda entry: os.fsencode(entry.name))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Check whether *entry* is a folder or a link to one; a link to itself is none."""
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))  # noqa: PTH112
+
+
+def is_hidden(name: str) -> bool:
+    """Check whether programs ignore the file or folder *name*: hidden, or written by a file system."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
 def is_image(name: str) -> bool:
     """Check whether the file *name* is visible and has an image suffix."""
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(SUFFIXES) and not is_hidden(name)

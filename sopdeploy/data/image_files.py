@@ -1,9 +1,7 @@
 """Labeled image files in a folder or archive, and the detection of unreadable ones."""
 
-import io
+import hashlib
 import os
-import struct
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,22 +11,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from sopdeploy.data.base import LabeledImages, Target
 from sopdeploy.data.folder_store import FolderStore
 from sopdeploy.data.tar import TarStore
 from sopdeploy.environment import usable_cores
-from sopdeploy.errors import DataError
-from sopdeploy.images.pixels import match_transparency
+from sopdeploy.errors import DataError, ImageError, shorten
+from sopdeploy.images import formats
 
 FileStore = FolderStore | TarStore
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+ADVICE = "repair, convert or delete it"
 CHUNK = 64  # images per task; decoding releases the GIL
-MAX_LISTED = 200  # files named in an error message; `sopdeploy data check` names all
-MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow rejects larger images
-# Pillow warns above half of this limit, but phones take photos of 108 megapixels.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 Result = TypeVar("Result")
 
 
@@ -39,9 +33,8 @@ def count_ignored_files(store: FileStore, folders: Sequence[str]) -> dict[str, i
 
 
 def describe_ignored_files(counts: Mapping[str, int]) -> str:
-    """Format the result of `count_ignored_files`, with advice for HEIC images."""
-    listed = ", ".join(f"{suffix} {count}" for suffix, count in counts.items())
-    return f"{listed}; convert .heic to JPEG first" if {".heic", ".heif"} & counts.keys() else listed
+    """Format the result of `count_ignored_files`."""
+    return shorten([f"{suffix} {count}" for suffix, count in counts.items()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +82,8 @@ class ImageFiles:
         try:
             return self.store.read(bytes(self.paths[index]))
         except OSError as error:
-            raise DataError(f"{self.path(index)}: cannot be read ({error}); repair or delete it") from error
+            reason = error.strerror or error
+            raise DataError(f"{self.path(index)}: cannot be read ({reason}); repair or delete it") from error
 
     def path(self, index: int) -> Path:
         """Path of a file; inside an archive, the path as if the archive were a folder."""
@@ -103,24 +97,17 @@ class ImageFiles:
 def open_image(data: bytes, path: Path) -> Image.Image:
     """Open the encoded image *data* without decoding its pixels; raises `DataError` naming *path*."""
     try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:
-        raise DataError(f"{path}: not an image; delete or replace it") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels; make it smaller") from error
-    except DECODE_ERRORS as error:
-        raise DataError(f"{path}: cannot be read ({error}); repair or delete it") from error
-    match_transparency(image)
-    return image
+        return formats.open_image(data)
+    except ImageError as error:
+        raise DataError(f"{path}: {error}; {ADVICE}") from error
 
 
 def load_pixels(image: Image.Image, path: Path) -> Image.Image:
     """Decode the pixels of *image* in place and return it; raises `DataError` naming *path*."""
     try:
-        image.load()
-    except DECODE_ERRORS as error:
-        raise DataError(f"{path}: cannot be read ({error}); repair or delete it") from error
-    return image
+        return formats.load_pixels(image)
+    except ImageError as error:
+        raise DataError(f"{path}: {error}; {ADVICE}") from error
 
 
 def map_threaded(function: Callable[[int], Result], count: int) -> Iterator[Result]:
@@ -129,6 +116,24 @@ def map_threaded(function: Callable[[int], Result], count: int) -> Iterator[Resu
     with ThreadPoolExecutor(usable_cores()) as pool:
         for results in pool.map(lambda chunk: [function(index) for index in chunk], chunks):
             yield from results
+
+
+def hash_images(images: LabeledImages) -> NDArray[np.int64]:
+    """Hash the bytes of each file of *images* to 64 bits, (N,); empty for images that are not files.
+
+    An unreadable file has the hash 0.
+    """
+    if not isinstance(images, ImageFiles):
+        return np.zeros(0, dtype=np.int64)
+
+    def hash_file(index: int) -> int:
+        try:
+            digest = hashlib.blake2b(images.read(index), digest_size=8).digest()
+        except DataError:
+            return 0
+        return int.from_bytes(digest, "big", signed=True)
+
+    return np.fromiter(map_threaded(hash_file, len(images)), dtype=np.int64, count=len(images))
 
 
 def find_unreadable(images: ImageFiles) -> dict[int, str]:
@@ -150,16 +155,14 @@ def find_unreadable(images: ImageFiles) -> dict[int, str]:
 
 
 def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataError:
-    """Build an error that names every unreadable image of *parts*; return *first* if there is only one."""
+    """Build an error with every unreadable image of *parts*; return *first* if there is only one."""
     errors = [
         error for part in parts if isinstance(part, ImageFiles) for error in find_unreadable(part).values()
     ]
     if len(errors) < 2:
         return first
-    more = len(errors) - MAX_LISTED
-    rest = f"; and {more} more, listed by `sopdeploy data check`" if more > 0 else ""
     return DataError(
-        f"{len(errors)} images cannot be used (set data.skip_corrupt=true to leave them out): "
-        + "; ".join(errors[:MAX_LISTED])
-        + rest
+        f"{len(errors)} images cannot be used (set data.skip_corrupt=true to leave them out, `sopdeploy data "
+        f"check --json` lists them): {shorten(errors, '; ')}",
+        lists={"images": errors},
     )

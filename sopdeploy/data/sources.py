@@ -22,11 +22,11 @@ from sopdeploy.data.datasets.layouts import detect_kind
 from sopdeploy.data.datasets.places import PlacesConfig, open_places
 from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
 from sopdeploy.data.datasets.small_imagenet import SmallImageNetConfig, open_small_imagenet
-from sopdeploy.data.folder_store import Log, OpenOptions
+from sopdeploy.data.folder_store import Log, OpenOptions, ignore
 from sopdeploy.data.image_files import ImageFiles, find_unreadable
 from sopdeploy.data.subset import select_subset
 from sopdeploy.data.tar import cache_folder
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import atomic_write, expand_user
 
 DataConfig = Annotated[
@@ -41,7 +41,7 @@ DataConfig = Annotated[
 ]
 
 
-def open_data(config: DataConfig, log: Log = lambda _line: None) -> Split:
+def open_data(config: DataConfig, log: Log = ignore) -> Split:
     """Open the training and held-out images of *config*, restricted to its subset of classes if it has one.
 
     Slow steps and skipped files are reported to *log*. Raises `ConfigError` if no path is set and `DataError`
@@ -93,14 +93,15 @@ def _drop_unreadable(split: Split, options: OpenOptions) -> Split:
         readable = images.select(mask)
         empty = np.flatnonzero((images.class_counts() > 0) & (readable.class_counts() == 0))
         if empty.size:
-            names = ", ".join(images.labels[target] for target in empty)
+            names = [images.labels[target] for target in empty]
             raise DataError(
-                f"{images.store.root}: no readable image in the classes {names}; repair the files"
+                f"{images.store.root}: no readable image in the classes {shorten(names)}; repair the files",
+                lists={"classes": names},
             )
         parts.append(readable)
         skipped += [str(images.path(index)) for index in unreadable]
     if skipped:
-        options.log(f"{len(skipped)} unreadable images are left out: {', '.join(skipped)}")
+        options.log(f"{len(skipped)} unreadable images are left out: {shorten(skipped)}")
     return replace(split, train=parts[0], held_out=parts[1], skipped=tuple(skipped))
 
 

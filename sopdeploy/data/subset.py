@@ -68,17 +68,10 @@ def select_subset(split: Split, classes: int | Path | None) -> Split:
 
 def select_classes(images: LabeledImages, labels: tuple[str, ...]) -> LabeledImages:
     """Keep the images of the classes *labels*, all of which *images* has, with targets in this order."""
+    targets = _new_targets(images, labels)
     if isinstance(images, ImageFiles):
-        return select_files(images, labels)
-    targets = _new_targets(images, labels)
+        return replace(images.select(targets >= 0), labels=labels, targets=targets[targets >= 0])
     return SelectedImages(images, labels, np.flatnonzero(targets >= 0), targets[targets >= 0])
-
-
-def select_files(images: ImageFiles, labels: tuple[str, ...]) -> ImageFiles:
-    """Keep the files of the classes *labels*, all of which *images* has, with targets in this order."""
-    targets = _new_targets(images, labels)
-    mask = targets >= 0
-    return replace(images.select(mask), labels=labels, targets=targets[mask])
 
 
 def _new_targets(images: LabeledImages, labels: tuple[str, ...]) -> NDArray[np.int64]:

@@ -24,10 +24,12 @@ from numpy.typing import NDArray
 from sopdeploy.data.folder_store import (
     LABELS_FILE,
     OpenOptions,
+    is_hidden,
     is_image,
     lists_images,
     read_label_file,
 )
+from sopdeploy.data.parts import part_kind
 from sopdeploy.errors import DataError
 from sopdeploy.files import atomic_write, expand_user
 
@@ -171,9 +173,9 @@ def scan(file: IO[bytes], end: int, prefix: str = "") -> Iterator[tuple[bytes, i
 
 
 def _visible_name(name: str) -> str | None:
-    """Remove `.` and empty parts from *name*; None if a part is hidden or `..`."""
+    """Remove `.` and empty parts from *name*; None if a part is hidden (`is_hidden`) or `..`."""
     parts = [part for part in PurePosixPath(name).parts if part not in {"/", "."}]
-    if not parts or any(part.startswith(".") for part in parts):
+    if not parts or any(map(is_hidden, parts)):
         return None
     return "/".join(parts)
 
@@ -268,10 +270,10 @@ class TarStore:
         first, last = np.searchsorted(self.names, [prefix, prefix[:-1] + AFTER_SLASH])
         return int(first), int(last)
 
-    def unwrap(self, parts: Sequence[str]) -> "TarStore":
-        """Descend into folders that contain all files, except one of *parts* and the only class."""
+    def unwrap(self) -> "TarStore":
+        """Descend into folders that contain all files, except a part such as train and the only class."""
         store, folders = self, self.folders()
-        while len(folders) == 1 and folders[0] not in parts and not store._lists_images():
+        while len(folders) == 1 and not part_kind(folders[0]) and not store._lists_images():
             inside = replace(store.open_folder(folders[0]), root=self.root)
             first, last = inside._range(inside.prefix)
             has_files = (np.char.find(inside.names[first:last], b"/", len(inside.prefix)) < 0).any()
@@ -281,13 +283,13 @@ class TarStore:
         return store
 
 
-def open_tars(root: Path, paths: Sequence[Path], parts: Sequence[str], options: OpenOptions) -> TarStore:
+def open_tars(root: Path, paths: Sequence[Path], options: OpenOptions) -> TarStore:
     """Open the tar files *paths* as one folder, named *root* in error messages.
 
-    An archive with images at its top level, or named like one of *parts* (train, val), becomes a folder of
-    its name. If a `labels.csv` lists the images, next to the archives or at the top level of one, only
-    archives that are named like a part and have no table become folders. A single folder that contains all
-    files is skipped. Raises `DataError` if an archive is unreadable or two archives contain the same file.
+    An archive with images at its top level, or named like a part (train, val), becomes a folder of its name.
+    If a `labels.csv` lists the images, next to the archives or at the top level of one, only archives that
+    are named like a part and have no table become folders. A single folder that contains all files is
+    skipped. Raises `DataError` if an archive is unreadable or two archives contain the same file.
     """
     cache = cache_folder(options.cache) if options.cache else None
     archives = tuple(decompress(path, options) for path in paths)
@@ -304,7 +306,7 @@ def open_tars(root: Path, paths: Sequence[Path], parts: Sequence[str], options: 
         name = paths[number].name[: -len(archive_suffix(paths[number]))]
         folder = os.fsencode(name) + b"/"
         is_class = not has_table and bool((np.char.find(index.names, b"/") < 0).any())
-        is_part = name in parts and not listed[number]
+        is_part = bool(part_kind(name)) and not listed[number]
         if (is_class or is_part) and not np.char.startswith(index.names, folder).all():
             inside = [replace(table, folder=folder + table.folder) for table in tables]
             found[number] = (replace(index, names=np.char.add(folder, index.names)), inside)
@@ -321,7 +323,7 @@ def open_tars(root: Path, paths: Sequence[Path], parts: Sequence[str], options: 
     offsets = np.concatenate([index.offsets for index in indices])[order]
     sizes = np.concatenate([index.sizes for index in indices])[order]
     all_tables = tuple(table for _, tables in found for table in tables)
-    return TarStore(root, archives, names, sources, offsets, sizes, all_tables).unwrap(parts)
+    return TarStore(root, archives, names, sources, offsets, sizes, all_tables).unwrap()
 
 
 def _split_tables(index: Index, path: Path, archive: Path) -> tuple[Index, list[Table]]:

@@ -17,8 +17,8 @@ from sopdeploy.doctor.advice import Advice, judge
 from sopdeploy.doctor.measure import Load, Measured, bare_ratio
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, DataError, ServiceError
+from sopdeploy.images.limits import SUFFIXES
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 MAX_FILES = 32
 GENERATED_IMAGES = 4
 IMAGE_SIZE = (640, 480)
@@ -100,9 +100,7 @@ def load_images(folder: Path | None) -> list[bytes]:
             path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
         )
         if not paths:
-            raise DataError(
-                f"{folder}: contains no image ({', '.join(sorted(SUFFIXES))}); choose another folder"
-            )
+            raise DataError(f"{folder}: contains no image ({', '.join(SUFFIXES)}); choose another folder")
         return [encode_image(path) for path in paths[:MAX_FILES]]
     images = []
     width, height = IMAGE_SIZE

@@ -14,11 +14,11 @@ from torch.nn.functional import cross_entropy
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, NonNegative, StrictModel
 from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.folder_store import Log, ignore
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import TOP_K, Rate, Score
 from sopdeploy.evaluation.prediction import score_images
-from sopdeploy.files import expand_user
 from sopdeploy.models.base import Classifier
 
 
@@ -87,7 +87,7 @@ class HeadCounter(nn.Module):
 
 
 def score_heads(
-    path: Path, data: Path, *, workers: int = 0, on_image: Callable[[int, int], None]
+    path: Path, data: Path, *, workers: int = 0, on_image: Callable[[int, int], None], log: Log = ignore
 ) -> tuple[tuple[str, ...], list[Score], tuple[HeadAccuracy, ...]]:
     """Score all heads of the checkpoint at *path* on the images below *data* in one pass.
 
@@ -97,7 +97,9 @@ def score_heads(
     checkpoint = read_checkpoint(path)
     if checkpoint.decision is not None and checkpoint.decision.thresholds:
         raise ConfigError(f"--heads: {path} predicts several classes per image; evaluate it without --heads")
-    images = open_evaluation_images(expand_user(data), checkpoint.labels)
+    images = open_evaluation_images(data, tuple(sorted(checkpoint.labels)), log=log)
+    if warning := checkpoint.trained_on(images):
+        log(f"{data}: {warning}")
     columns = [checkpoint.labels.index(images.labels[target]) for target in images.targets]
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
     counter = HeadCounter(model, torch.tensor(columns))

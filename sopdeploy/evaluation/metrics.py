@@ -81,14 +81,15 @@ class Rate(StrictModel):
 class ClassFigures(StrictModel):
     """Precision and recall of one class.
 
-    `answered` counts the predictions of this class; `precision` is None if there are none.
+    `answered` counts the predictions of this class; `precision` is None if there are none, `recall` if there
+    are no images of this class.
     """
 
     label: str
     count: int
     answered: int
     precision: Fraction | None
-    recall: Rate
+    recall: Rate | None
 
 
 class Bin(StrictModel):
@@ -112,10 +113,11 @@ class Calibration(StrictModel):
 class ClassificationReport(StrictModel):
     """Metrics over `count` images.
 
-    `nll` is the mean negative log-likelihood. `classes` are sorted by name; the rows of `confusion` are true
-    classes and its columns predicted classes, in the same order. With fewer than five classes `top5` covers
-    all of them. `uncalibrated_error` is the calibration error without the temperature, `accepted` the
-    fraction of images that are accepted as known; each is `None` if no temperature or threshold was fitted.
+    `nll` is the mean negative log-likelihood. `classes` are those with an image or a prediction, sorted by
+    name; the rows of `confusion` are true classes and its columns predicted classes, in the same order. With
+    fewer than five classes `top5` covers all of them. `uncalibrated_error` is the calibration error without
+    the temperature, `accepted` the fraction of images that are accepted as known; each is `None` if no
+    temperature or threshold was fitted.
     """
 
     count: int
@@ -139,19 +141,21 @@ def classification_report(labels: Sequence[str], scores: Sequence[Score]) -> Cla
     count = len(scores)
     if not count:
         raise DataError(NO_IMAGES)
-    confusion = [[0] * len(labels) for _ in labels]
+    shown = sorted({score.target for score in scores} | {score.top5[0] for score in scores})
+    place = {index: number for number, index in enumerate(shown)}
+    confusion = [[0] * len(shown) for _ in shown]
     for score in scores:
-        confusion[score.target][score.top5[0]] += 1
+        confusion[place[score.target]][place[score.top5[0]]] += 1
     predicted = [sum(column) for column in zip(*confusion, strict=True)]
     classes = (
         ClassFigures(
-            label=label,
+            label=labels[index],
             count=sum(row),
-            answered=predicted[index],
-            precision=row[index] / predicted[index] if predicted[index] else None,
-            recall=Rate.of(row[index], sum(row)),
+            answered=answered,
+            precision=row[number] / answered if answered else None,
+            recall=Rate.of(row[number], sum(row)) if any(row) else None,
         )
-        for index, (label, row) in enumerate(zip(labels, confusion, strict=True))
+        for number, (index, row, answered) in enumerate(zip(shown, confusion, predicted, strict=True))
     )
     correct = [score.correct for score in scores]
     uncalibrated = [score.uncalibrated for score in scores if score.uncalibrated is not None]

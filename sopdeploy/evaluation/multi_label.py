@@ -18,10 +18,36 @@ from sopdeploy.decision import Decision, PresenceReference
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.drift import PresenceCounts
 from sopdeploy.evaluation.metrics import NO_IMAGES
+from sopdeploy.evaluation.statistics import LEVEL
 
 DEFAULT_THRESHOLD = 0.5
+RESAMPLES = 500  # for the interval of an mAP
 PRIOR_IMAGES = 10  # with this many images of a class, the logit of its threshold is halved
 MAX_LOGIT = 30.0  # larger absolute values are clipped
+
+
+class MeanPrecision(StrictModel):
+    """Mean average precision `share` over `count` images with a 95 % interval [`low`, `high`]."""
+
+    share: Fraction
+    count: int
+    low: Fraction
+    high: Fraction
+
+    @classmethod
+    def of(cls, true_NC: NDArray[np.bool_], scores_NC: NDArray[np.float64], seed: int) -> "MeanPrecision":
+        """Compute the mAP of *scores_NC*; the interval is that of images that are resampled."""
+        count, columns = len(true_NC), list(zip(true_NC.T, scores_NC.T, strict=True))
+        found = [value for value in (average_precision(*column) for column in columns) if value is not None]
+        share = float(np.mean(found)) if found else 0.0
+        draws_BN = np.random.default_rng(seed).multinomial(count, [1 / count] * count, RESAMPLES)
+        precisions_BC = np.stack(
+            [resampled_precision(true, scores, draws_BN) for true, scores in columns if true.any()], axis=1
+        )
+        # A resample without any class has no precision: all NaN.
+        means_B = np.nanmean(precisions_BC[~np.isnan(precisions_BC).all(axis=1)], axis=1)
+        low, high = np.quantile(means_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return cls(share=share, count=count, low=min(low, share), high=max(high, share))
 
 
 class MultiLabelMetrics(StrictModel):
@@ -121,6 +147,25 @@ class MultiLabelPredictions:
             micro_f1=float(2 * hits.sum() / (counts.sum() + answers.sum())),
             classes=tuple(classes),
         )
+
+
+def resampled_precision(
+    true: NDArray[np.bool_], scores: NDArray[np.float64], draws_BN: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Compute the average precision (B,) of a class in each resample; NaN if no image shows the class.
+
+    *true* (N,) marks the images that show the class, *scores* (N,) are its logits, and *draws_BN* counts how
+    often each resample contains each image.
+    """
+    order = np.argsort(-scores, kind="stable")
+    weights_BN, shown = draws_BN[:, order].astype(np.float64), true[order]
+    hits_BN = np.cumsum(weights_BN * shown, axis=1)
+    ranks_BN = np.maximum(np.cumsum(weights_BN, axis=1), 1)
+    with np.errstate(invalid="ignore"):
+        precision_B: NDArray[np.float64] = (weights_BN * shown * hits_BN / ranks_BN).sum(axis=1) / hits_BN[
+            :, -1
+        ]
+    return precision_B
 
 
 def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:

@@ -16,8 +16,8 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import ImagesDataset, LabeledImages, PreprocessedDataset, Target
 from sopdeploy.data.batches import load_batches, sequential_batches
-from sopdeploy.data.datasets.folder import open_multi_label
 from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.folder_store import Log, ignore
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.decision import Activation, Decision
 from sopdeploy.errors import DataError, TrainingError
@@ -28,7 +28,6 @@ from sopdeploy.evaluation.multi_label import (
     MultiLabelPredictions,
     fit_presence,
 )
-from sopdeploy.files import expand_user
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess, TtaMode, check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
@@ -216,17 +215,21 @@ def score_checkpoint(
     tta: str = "none",
     workers: int = 0,
     on_image: Callable[[int, int], None],
+    log: Log = ignore,
 ) -> tuple[tuple[str, ...], list[Score] | MultiLabelPredictions]:
     """Score the checkpoint at *path* on the images below *data*, one subfolder per class or `labels.csv`.
 
-    Returns the class names and one score per image or, for a multi-label network, all its predictions.
-    *on_image* receives the numbers of images done and in total.
+    Returns the sorted class names and one score per image or, for a multi-label network, all its predictions
+    of the classes in output order. *on_image* receives the numbers of images done and in total, *log* lines
+    about the folder.
     """
     checkpoint = read_checkpoint(path)
-    model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
     thresholds = checkpoint.decision.thresholds if checkpoint.decision is not None else None
-    labels, folder = checkpoint.labels, expand_user(data)
-    images = open_multi_label(folder, labels) if thresholds else open_evaluation_images(folder, labels)
+    labels = checkpoint.labels if thresholds else tuple(sorted(checkpoint.labels))
+    images = open_evaluation_images(data, labels, several=bool(thresholds), log=log)
+    if warning := checkpoint.trained_on(images):
+        log(f"{data}: {warning}")
+    model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"tta": tta, "workers": workers, "on_image": on_image}
     try:
         if thresholds:

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 
 from sopdeploy.client import Classification, Client
-from sopdeploy.data.datasets.folder import open_classes, open_multi_label, open_store, scan_classes
-from sopdeploy.data.folder_store import OpenOptions
+from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_images
+from sopdeploy.data.folder_store import Log, ignore
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
 from sopdeploy.evaluation.metrics import Score
@@ -38,25 +38,26 @@ def detect_source(source: str) -> Literal["checkpoint", "bundle", "service"]:
 
 
 def score_service(
-    client: Client, data: Path, *, model: str | None = None, on_image: Callable[[int, int], None]
+    client: Client,
+    data: Path,
+    *,
+    model: str | None = None,
+    on_image: Callable[[int, int], None],
+    log: Log = ignore,
 ) -> tuple[tuple[str, ...], list[Score] | MultiLabelPredictions]:
     """Score a running service on the images below *data*, one subfolder per class or `labels.csv`.
 
     Returns the sorted class names, read from the first response, and the scores, or all predictions of a
-    multi-label network. *on_image* receives the numbers of images done and in total. Raises `DataError` if
-    the classes differ or the service rejects an image.
+    multi-label network. *on_image* receives the numbers of images done and in total, *log* lines about the
+    folder. Raises `DataError` if the folder has other classes or the service rejects an image.
     """
     served = [found for found in client.info().models if model in (None, found.name)]
     if served and served[0].thresholds is not None:
         thresholds = dict(sorted(served[0].thresholds.items()))
         return tuple(thresholds), _predict_multi_label(client, data, model, thresholds, on_image)
-    store = open_store(data, OpenOptions())
-    found = scan_classes(store, tuple(store.folders()))
-    if not len(found):
-        raise DataError(f"{data}: holds no class folders; sort the images into one subfolder per class")
-    first = _classify(client, found, 0, model)
+    first = _classify(client, open_any_images(data), 0, model)
     labels = tuple(sorted(entry.label for entry in first.classes))
-    images = open_classes(data, labels)
+    images = open_evaluation_images(data, labels, log=log)
     scores = []
     for index in range(len(images)):
         response = _classify(client, images, index, model)
@@ -75,7 +76,7 @@ def _predict_multi_label(
 ) -> MultiLabelPredictions:
     """Request the probabilities of all classes, those of *thresholds*, for every image of *data*."""
     labels = tuple(thresholds)
-    images = open_multi_label(data, labels)
+    images = open_evaluation_images(data, labels, several=True)
     probabilities = np.zeros((len(images), len(labels)))
     for index in range(len(images)):
         response = _classify(client, images, index, model, threshold=0.0)

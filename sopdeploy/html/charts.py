@@ -4,7 +4,7 @@ SVG elements are built with escaped text and attributes and closed tags.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -13,16 +13,17 @@ from sopdeploy.html.templates import sanitize, shorten
 
 WIDTH = 360.0
 
-# Bars: x positions where the bars and their values begin, and heights, in SVG units.
-_BARS_LEFT, _BARS_RIGHT = 118.0, 300.0
-_BAR_STEP, _MARKS_HEIGHT = 18.0, 30.0
-_BAR_LABEL_LENGTH = 19  # characters
+_SMALL_LETTER = 5.8  # average width of a letter of class `small`
 
-# Heat map: the space for labels, the largest cell, and the most columns that leave room for numbers.
-_HEAT_LEFT, _HEAT_TOP = 84.0, 14.0
+# Labels of bars, rows and columns, and heights of bars in SVG units.
+_LONGEST_LABEL = 24  # characters
+_BAR_STEP, _MARKS_HEIGHT = 18.0, 30.0
+
+# Heat map: the space above the columns, the largest cell, and the most columns that leave room for numbers.
+_HEAT_TOP = 14.0
 _CELL_WIDTH, _CELL_HEIGHT = 60.0, 26.0
-_ROW_LABEL_LENGTH, _CHARACTER_WIDTH = 13, 7.5
 _MAX_NUMBERED_COLUMNS = 14
+_SLANT = math.sqrt(0.5)  # sine and cosine of the angle of long column labels
 
 # Line plot: the plotting area, the line styles (`.c0` to `.c5` in style.css) and the legend.
 _PLOT_LEFT, _PLOT_RIGHT, _PLOT_TOP, _PLOT_BOTTOM = 46.0, 346.0, 44.0, 190.0
@@ -130,6 +131,11 @@ def _coordinate(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
 
 
+def _label_width(labels: Iterable[str]) -> float:
+    """Compute the width of the longest of *labels*, each shortened to `_LONGEST_LABEL`, with its margin."""
+    return 8 + _SMALL_LETTER * min(_LONGEST_LABEL, max(map(len, labels), default=0))
+
+
 def bars(
     id: str,
     title: str,
@@ -142,14 +148,17 @@ def bars(
     Each of *marks*, a value and its label, is a vertical line across the bars.
     """
 
+    left = _label_width(row.label for row in rows)
+    right = max(left + 6, WIDTH - 2 - _SMALL_LETTER * max((len(row.text) for row in rows), default=0))
+
     def length(value: float) -> float:
-        return (_BARS_RIGHT - 6 - _BARS_LEFT) * min(value, largest) / largest if largest > 0 else 0.0
+        return (right - 6 - left) * min(value, largest) / largest if largest > 0 else 0.0
 
     top = _MARKS_HEIGHT if marks else 2.0
     height = top + _BAR_STEP * len(rows)
     shapes = []
     for value, label in marks:
-        x = _BARS_LEFT + length(value)
+        x = left + length(value)
         shapes.append(element("path", d=f"M{x:.2f} 18V{height - 2}", class_="mark"))
         shapes.append(text(x, 13, label, anchor="end" if value > largest / 2 else "start"))
     for number, row in enumerate(rows):
@@ -158,11 +167,9 @@ def bars(
             element(
                 "g",
                 element("title", f"{row.label}: {row.text}"),
-                text(_BARS_LEFT - 6, y + 10, shorten(row.label, _BAR_LABEL_LENGTH), anchor="end"),
-                element(
-                    "rect", x=_BARS_LEFT, y=y + 1, width=length(row.value), height=_BAR_STEP - 6, class_="bar"
-                ),
-                text(_BARS_RIGHT, y + 10, row.text),
+                text(left - 6, y + 10, shorten(row.label, _LONGEST_LABEL), anchor="end"),
+                element("rect", x=left, y=y + 1, width=length(row.value), height=_BAR_STEP - 6, class_="bar"),
+                text(right, y + 10, row.text),
             )
         )
     description = "; ".join(f"{row.label} {row.text}" for row in rows) + "."
@@ -206,22 +213,28 @@ def heat(
     *texts* are the numbers to write into the cells. *wrong_off_diagonal* gives the cells off the diagonal the
     color of errors, as in a confusion matrix.
     """
-    width = min(_CELL_WIDTH, (WIDTH - _HEAT_LEFT) / len(columns))
-    height, letters = min(width, _CELL_HEIGHT), max(3, int(width / _CHARACTER_WIDTH))
-    numbered = len(columns) <= _MAX_NUMBERED_COLUMNS
-    shapes = [
-        text(_HEAT_LEFT + width * (number + 0.5), _HEAT_TOP - 4, shorten(column, letters), anchor="middle")
-        for number, column in enumerate(columns)
-        if numbered or number % 5 == 0
-    ]
+    left, numbered = _label_width(label for label, _ in rows), len(columns) <= _MAX_NUMBERED_COLUMNS
+    names = [shorten(column, _LONGEST_LABEL) for column in columns]
+    longest = _SMALL_LETTER * max(map(len, names))
+    width = min(_CELL_WIDTH, (WIDTH - left) / len(columns))
+    slanted, top = longest > width, _HEAT_TOP
+    if slanted:  # half of the last cell and the space on the right hold the last label
+        width = min(width, (WIDTH - left - longest * _SLANT) / (len(columns) - 0.5))
+        top += longest * _SLANT
+    height = min(width, _CELL_HEIGHT)
+    shapes = []
+    for column, name in enumerate(names):
+        if numbered or column % 5 == 0:
+            x, y = left + width * (column + 0.5), top - 4
+            turn = f"rotate(-45 {_coordinate(x)} {_coordinate(y)})" if slanted else None
+            anchor = "start" if slanted else "middle"
+            shapes.append(element("text", name, x=x, y=y, class_="small", text_anchor=anchor, transform=turn))
     for row, (label, values) in enumerate(rows):
-        y = _HEAT_TOP + height * row
-        shapes.append(
-            text(_HEAT_LEFT - 5, y + height / 2 + 4, shorten(label, _ROW_LABEL_LENGTH), anchor="end")
-        )
+        y = top + height * row
+        shapes.append(text(left - 5, y + height / 2 + 4, shorten(label, _LONGEST_LABEL), anchor="end"))
         for column, value in enumerate(values):
             number = texts[row][column]
-            x = _HEAT_LEFT + width * column
+            x = left + width * column
             cell = {"x": x, "y": y, "width": width - 1, "height": height - 1}
             kind = "cell wrong" if wrong_off_diagonal and column != row else "cell"
             children = [
@@ -234,7 +247,7 @@ def heat(
                 children.append(text(x + width / 2, y + height / 2 + 4, number, style, "middle"))
             shapes.append(element("g", *children))
     cells = "; ".join(f"{label}: {', '.join(texts[row])}" for row, (label, _) in enumerate(rows))
-    size = (WIDTH, _HEAT_TOP + height * len(rows) + 4)
+    size = (WIDTH, top + height * len(rows) + 4)
     return svg(id, title, f"Columns are {', '.join(columns)}. {cells}.", size, *shapes)
 
 

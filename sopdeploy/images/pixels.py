@@ -31,8 +31,12 @@ def preprocess_image(image: Image.Image, rules: Preprocess) -> Pixels:
 
 
 def upright_size(image: Image.Image, rules: Preprocess) -> tuple[int, int]:
-    """Compute (width, height) of *image* after its EXIF rotation; reads no pixels."""
-    sideways = rules.exif_orientation and exif_orientation(image) in SIDEWAYS
+    """Compute (width, height) of *image* after its EXIF rotation; reads no pixels.
+
+    Pillow itself rotates a TIFF, whose size is that of the rotated image from the beginning.
+    """
+    rotated = rules.exif_orientation and image.format != "TIFF"
+    sideways = rotated and exif_orientation(image) in SIDEWAYS
     return (image.height, image.width) if sideways else (image.width, image.height)
 
 

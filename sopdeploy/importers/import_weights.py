@@ -91,6 +91,11 @@ def import_weights(source: Path, model: str, destination: Path, options: ImportO
         raise ConfigError(f"--out {destination}: is the file to import; give another name")
     file = open_weights(source)
     project, converted = convert(file, model)
+    if converted.num_classes == 0:
+        raise WeightsError(
+            f"{source}: has no classifier, so it cannot classify; train one: sopdeploy train "
+            f"--weights {source} --set model.name={model}"
+        )
     config = choose_config(file, converted, model, options.settings)
     state, mapped = fit_tensors(file, converted, model, config)
     labels, label_origin = class_names(converted, options.labels)

@@ -21,6 +21,7 @@ BASIC_BLOCK_DEPTHS = {18, 34}
 RESNET_TENSOR = re.compile(r"(conv1|bn1|layer[1-4]\.\d+\.(conv[123]|bn[123]|downsample\.[01])|fc)\.[a-z_]+")
 CIFAR_TENSOR = re.compile(r"(conv1|bn1|layer[123]\.\d+\.(conv[12]|bn[12]|downsample\.[01])|fc)\.[a-z_]+")
 CIFAR_SIDE = 32
+COLORS = 3
 
 
 def resnet_depth(path: Path, names: Iterable[str]) -> int:
@@ -41,7 +42,12 @@ def resnet_depth(path: Path, names: Iterable[str]) -> int:
 
 def stem_width(file: WeightFile) -> int:
     """Return the number of channels of `conv1`, the network's `base_width`; raises `WeightsError`."""
-    return file.tensor("conv1.weight").shape[:1].numel()
+    shape = tuple(file.tensor("conv1.weight").shape)
+    if len(shape) != 4 or shape[1] != COLORS:
+        raise WeightsError(
+            f"{file.path}: conv1.weight has shape {shape}, not PyTorch's (channels, {COLORS}, height, width)"
+        )
+    return shape[0]
 
 
 def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:

@@ -100,7 +100,7 @@ class ConvertedWeights:
     read from the file, by dotted key, `defaults` those fixed by the project's code. `undetermined` maps keys
     that the user must set, because neither the file nor the code determines them, to the reason. `ignored`
     maps tensors of the file that are not imported to the reason. `labels` names the class order if it is a
-    known one.
+    known one. `num_classes` is 0 for a file without a classifier.
     """
 
     description: str

@@ -33,17 +33,14 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     import_timm(backbone)
     pretrained = importlib.import_module("timm").get_pretrained_cfg(backbone).to_dict()
     config = read_hub_config(file.path)
-    classifier = pretrained.get("classifier")
-    if not isinstance(classifier, str):
-        raise WeightsError(
-            f"{file.path}: timm's {backbone} has no single classifier, so the number of classes is unknown; "
-            "choose another network"
-        )
+    classifier = pretrained.get("classifier") or ""
+    # A distilled network has two classifiers of the same classes; DINOv2's and SigLIP's files have none.
+    weight = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
     return ConvertedWeights(
         description=f"timm's {backbone}",
         model=model,
         tensors=rename_tensors(file, lambda name: name),
-        num_classes=len(file.classifier_weight(f"{classifier}.weight")),
+        num_classes=len(file.classifier_weight(weight)) if weight in file.tensors else 0,
         preprocess=hub_preprocess(file.path, {**pretrained, **config}),
         labels="imagenet",
         notes=(FROM_HUB_CONFIG if config else NO_HUB_CONFIG,),

@@ -21,17 +21,6 @@ class ExportHints:
         keep_output_dtype: The output is cast to the network's own type, because it scales a feature map.
         is_classifier: A linear classifier; `bf16-backbone` keeps it in float32.
         is_gate: A mixture gate with `feature`, `logits(feature)` and `chosen`; parity checks report routing.
-        rewrite_rules: Names of the rewrite rules that apply to the layer. A rule reads these attributes:
-
-            - `newton_schulz`: `width`, `config` (`NewtonSchulzConfig`), `triangle`, `roots(features)`
-            - `centering`: `reduction`, and `switches` on a position-wise attention
-            - `row_convolution`: `row_bn`, `row_conv`, `conv`, `activation`
-            - `position_resampling`: `switches`
-            - `mixture_routing`: `components`, `counted`, `before`, `weights`, `biases`, `norms`, `after`,
-              `rectified`
-            - `fold_fusion_norm`: `bn`, `dropout`, `fc`
-        reference_formula: Name of the paper's formula that replaces the layer when the rewrite rules are
-            turned off: `newton_schulz`, `channel_covariance` or `row_convolution`.
         computes_roots: The layer computes matrix square roots, which parity checks measure. It has `config`
             (a `NewtonSchulzConfig`, or None without a root) and `roots(*inputs)`: the maps and the roots.
         not_exportable: Why the layer has no ONNX form that every runtime accepts, and what to use instead.
@@ -45,8 +34,6 @@ class ExportHints:
     is_classifier: ClassVar[bool] = False
     is_gate: ClassVar[bool] = False
     computes_roots: ClassVar[bool] = False
-    rewrite_rules: ClassVar[tuple[str, ...]] = ()
-    reference_formula: ClassVar[str | None] = None
     not_exportable: str | None = None
 
 

@@ -25,8 +25,16 @@ from sopdeploy.layers.covariance import (
     without_autocast,
 )
 from sopdeploy.layers.export_hints import ExportHints
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, Step, steps, steps_adjoint
+from sopdeploy.layers.newton_schulz import (
+    MAX_ITERATIONS,
+    NewtonSchulzConfig,
+    Prenorm,
+    Step,
+    steps,
+    steps_adjoint,
+)
 
+NOISE_FLOORS = 16  # as in the parity checks of an export
 SMALLEST_NORM = 1e-12  # a constant map has norm 0; its root is then 0, with finite gradients
 
 
@@ -39,8 +47,6 @@ class ISqrtCov(nn.Module, ExportHints):
 
     keep_float32 = True
     computes_roots = True
-    rewrite_rules = ("newton_schulz",)
-    reference_formula = "newton_schulz"
     triangle: Tensor
 
     def __init__(self, width: int = 256, config: NewtonSchulzConfig | None = None) -> None:
@@ -107,6 +113,38 @@ def covariance_root(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Tensor
     for step in steps(as_stored(start.matrix, config), config.iterations):  # noqa: B007 - the last one
         pass
     return _root(start, step, config)
+
+
+@torch.no_grad()
+def sufficient_iterations(features_BdHW: Tensor, prenorm: Prenorm = "trace") -> int:
+    """Choose N for maps like *features_BdHW*, so that the iteration gives the exact root as float32 knows it.
+
+    It is the smallest N whose truncation changes no element of the root by more than `NOISE_FLOORS` times the
+    change by rounding the covariance in float32; at most `MAX_ITERATIONS`, which keep float32 finite. The
+    roots are those of the covariance divided by its norm, by eigenvalues in float64.
+    """
+    doubled, norm = features_BdHW.double(), NewtonSchulzConfig(prenorm=prenorm)
+    matrix_Bdd = _normalized(doubled, norm)
+    exact_Bdd = _exact_root(matrix_Bdd)
+    rounded_Bdd = _exact_root(_normalized(features_BdHW.float(), norm).double())
+    allowed = NOISE_FLOORS * (rounded_Bdd - exact_Bdd).abs().max()
+    for n, step in enumerate(steps(matrix_Bdd, MAX_ITERATIONS), start=1):
+        if (step.next_y() - exact_Bdd).abs().max() <= allowed:
+            return n
+    return MAX_ITERATIONS
+
+
+def _normalized(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Tensor:
+    """Compute the covariance (B, d, d) of a map, divided by its norm."""
+    matrix_Bdd = covariance(centered_and_scaled(features_BdHW))
+    norm_B11 = covariance_trace(matrix_Bdd) if config.prenorm == "trace" else frobenius_norm(matrix_Bdd)
+    return matrix_Bdd / norm_B11.clamp_min(SMALLEST_NORM)
+
+
+def _exact_root(matrix_Bdd: Tensor) -> Tensor:
+    values_Bd, vectors_Bdd = torch.linalg.eigh(matrix_Bdd)
+    root_Bdd: Tensor = (vectors_Bdd * values_Bd.clamp_min(0).sqrt()[:, None, :]) @ vectors_Bdd.transpose(1, 2)
+    return root_Bdd
 
 
 def isqrt_vector(features_BdHW: Tensor, triangle: Tensor, config: NewtonSchulzConfig) -> Tensor:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sopdeploy.config import StrictModel
 
-Iterations = Annotated[int, pydantic.Field(ge=1, le=15)]
+MAX_ITERATIONS = 15  # in float32 the root of a singular matrix is then still finite
+Iterations = Annotated[int, pydantic.Field(ge=1, le=MAX_ITERATIONS)]
 Prenorm = Literal["trace", "frobenius"]
 
 

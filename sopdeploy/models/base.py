@@ -1,6 +1,6 @@
 """Base class of catalog networks: a backbone with training-only parts and an inference model."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.config import StrictModel
+from sopdeploy.errors import ConfigError, shorten
 
 
 def is_in(name: str, *modules: str) -> bool:
@@ -100,6 +101,36 @@ class Classifier(Backbone):
         ]
         last = exported[-1] if exported else None
         return last if isinstance(last, nn.Linear) and last.out_features == self.num_classes else None
+
+    def map_channels(self, taps: Sequence[str] | None, image_size: int) -> dict[str, int]:
+        """Look up the channels of the feature maps at *taps*, in the order of computation.
+
+        `None` is the last tap. *image_size* is the side in pixels of an image that the network accepts.
+        Raises `ConfigError` for an unknown tap, or for a network without feature maps.
+        """
+        del image_size
+        names = list(self.tap_channels)
+        if not names:
+            raise ConfigError("head.taps: this network has no feature maps; set head.kind=gap")
+        chosen = names[-1:] if taps is None else taps
+        for tap in chosen:
+            if tap not in names:
+                raise ConfigError(f"head.taps: no feature map {tap!r}; choose from {shorten(names)}")
+        return {tap: self.tap_channels[tap] for tap in names if tap in chosen}
+
+    def remove_classifier(self, image_size: int) -> int:
+        """Replace the linear layer that computes the logits by the identity; return the length of its input.
+
+        The network then returns this vector. *image_size* is the side in pixels of an image that the network
+        accepts. Raises `ConfigError` if the last layer is not linear.
+        """
+        del image_size
+        layer = Classifier.logits_layer(self)
+        if layer is None:
+            raise ConfigError("head: the last layer of this network is not linear; choose another network")
+        name = next(name for name, module in self.named_modules() if module is layer)
+        self.set_submodule(name, nn.Identity())
+        return layer.in_features
 
     def num_features(self) -> int:
         """Return the length of the vector that the exported classifier reads."""

@@ -284,7 +284,7 @@ class DSoPResNetConfig(ResNetConfig, DSoPConfig):
 
 
 class DSoPResNet(DSoP, ResNet):
-    """DSoP on ResNet-18/34/50/101: four branches, after conv2_x to conv5_x (section III-B, Table I).
+    """DSoP on ResNet-18/34/50/101: four branches, after conv2_x to conv5_x (section IV-A, Table I).
 
     Assumption: the branches of ResNet-26 and ResNet-101 are those of ResNet-50.
     """

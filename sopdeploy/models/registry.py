@@ -19,9 +19,11 @@ from sopdeploy.models import (
     plain,
     pooled,
     psdr,
+    second_order_head,
     timm_networks,
 )
-from sopdeploy.models.base import Classifier, Entry
+from sopdeploy.models.base import Classifier, Entry, is_in
+from sopdeploy.models.second_order_head import POOLED_HEAD, HeadConfig, head_name
 
 FAMILIES: tuple[ModuleType, ...] = (  # in display order; each has its ENTRIES
     plain,
@@ -42,9 +44,12 @@ REGISTERED: dict[str, Entry] = {}  # networks of the user, see `user_network.reg
 def entry(name: str) -> Entry:
     """Look up *name* in the catalog; raise `ConfigError` with the nearest names if it is unknown.
 
-    `timm:NAME` is an entry for every NAME of timm, `dsop-timm:NAME` for those that have feature maps.
+    `timm:NAME` is an entry for every NAME of timm, `dsop-timm:NAME` for those that have feature maps, and
+    `head:NAME` for every network NAME without training-only parts.
     """
     family, colon, rest = name.partition(":")
+    if colon and family == "head":
+        return second_order_head.head_entry(rest, entry(rest))
     if colon and family in {"timm", "dsop-timm"}:
         return timm_networks.timm_entry(family, rest)
     if name in REGISTERED:
@@ -98,6 +103,26 @@ def create_model(name: str, *, num_classes: int | None = None, **config: Any) ->
         raise ConfigError(
             f"{name}: cannot be built ({first_line(error)}); choose fewer classes or smaller options"
         ) from error
+
+
+def with_head(name: str, model: Classifier, head: HeadConfig) -> Classifier:
+    """Build `head:NAME` with *head* for *model*, the network *name* of the catalog with any weights.
+
+    The result is a new network on the same device and in the same mode, with copies of the tensors of *model*
+    except those of its classifier and its training-only parts. The weights of the head are random. Raises
+    `ConfigError` if the network cannot have this head.
+    """
+    wanted = head_name(name)
+    fields = entry(wanted).config.model_fields
+    options = {
+        key: value for key, value in model.config.model_dump().items() if key in fields and key != "head"
+    }
+    network = create_model(wanted, num_classes=model.num_classes, **options, head=head.model_dump())
+    own, weights = network.state_dict(), model.state_dict()
+    kept = {name: tensor for name, tensor in weights.items() if name in own and not is_in(name, POOLED_HEAD)}
+    network.load_state_dict({**own, **kept})
+    device = next(model.parameters()).device
+    return network.to(device).train(model.training)
 
 
 def title(family: ModuleType) -> str:

@@ -21,6 +21,12 @@ class PlainTimm(Classifier, TimmBackbone):
     inference_class = TimmBackbone
     classifier_input = "head_channels"
 
+    def remove_classifier(self, image_size: int) -> int:
+        """Replace timm's classifiers, two in a distilled network; return the length of the vector."""
+        del image_size
+        self.outside[0].reset_classifier(0)
+        return self.head_channels
+
 
 class DSoPTimmConfig(TimmConfig, DSoPConfig):
     """A network of timm with branches."""

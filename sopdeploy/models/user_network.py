@@ -6,7 +6,8 @@ network knows it: reading a checkpoint never imports code.
 """
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pydantic
@@ -54,6 +55,28 @@ class UserNetwork(Classifier):
     def classify(self, features: Tensor) -> Tensor:
         """Return the logits, which `features` computes."""
         return features
+
+    def map_channels(self, taps: Sequence[str] | None, image_size: int) -> dict[str, int]:
+        """Run one image to find the channels at the modules *taps*; `None` is the last feature map.
+
+        Raises `ConfigError` for an unknown module, one without a feature map, or a network that cannot run.
+        """
+        chosen = (last_map(self.network, image_size),) if taps is None else taps
+        return find_taps(self.network, chosen, image_size)[0]
+
+    def remove_classifier(self, image_size: int) -> int:
+        """Replace the last linear layer; raise `ConfigError` if its output is not the network's."""
+        layer = Classifier.logits_layer(self)
+        if layer is not None:
+            name = next(name for name, module in self.network.named_modules() if module is layer)
+            with evaluated(self.network, image_size) as images:
+                logits, outputs = run_tapped(self.network, self.network, images, [name])
+            if not logits.is_meta and not torch.equal(logits, outputs[name]):
+                raise ConfigError(
+                    f"head: the network computes its logits after its last linear layer {name}; build it so "
+                    "that this layer returns them"
+                )
+        return super().remove_classifier(image_size)
 
     def num_features(self) -> int:
         """Return the length of the vector that the last linear layer reads; 0 without one."""
@@ -181,27 +204,15 @@ def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple
     """
     if not isinstance(network, nn.Module):
         raise ConfigError(f"dsop: the network is a {type(network).__name__}, not a torch.nn.Module")
-    names, modes = dict(network.named_modules()), {part: part.training for part in network.modules()}
+    names = dict(network.named_modules())
     parts = ", ".join(name for name, _ in network.named_children())
     if not taps or isinstance(taps, str):
         raise ConfigError(f"taps: give a list of names of modules; the network has {parts}")
     for tap in taps:
         if tap not in names or not tap:
             raise ConfigError(f"taps: the network has no module {tap!r}; it has {parts}")
-    device = next((parameter.device for parameter in network.parameters()), None)
-    images = torch.zeros(1, 3, image_size, image_size, device=device)
-    network.eval()
-    try:
-        with torch.no_grad():
-            logits, outputs = run_tapped(network, network, images, taps)
-    except Exception as error:  # the user's code
-        raise ConfigError(
-            f"taps: the network fails for an image of 3 x {image_size} x {image_size} "
-            f"({first_line(error)}); give the image_size that it accepts"
-        ) from error
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    with evaluated(network, image_size) as images:
+        logits, outputs = run_tapped(network, network, images, taps)
     for tap in taps:
         shape = tuple(outputs[tap].shape) if isinstance(outputs.get(tap), Tensor) else ()
         if len(shape) != 4 or shape[2] != shape[3]:
@@ -214,3 +225,48 @@ def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(f"dsop: the network returns {given} for one image, not (1, classes)")
     return {tap: outputs[tap].shape[1] for tap in outputs}, logits.shape[1]
+
+
+@contextmanager
+def evaluated(network: nn.Module, image_size: int) -> Iterator[Tensor]:
+    """Put *network* into eval mode and yield one black image (1, 3, side, side) on its device.
+
+    Train and eval modes are restored afterwards. Raises `ConfigError` if the network cannot run.
+    """
+    modes = {part: part.training for part in network.modules()}
+    device = next((parameter.device for parameter in network.parameters()), None)
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield torch.zeros(1, 3, image_size, image_size, device=device)
+    except Exception as error:  # the user's code
+        raise ConfigError(
+            f"taps: the network fails for an image of 3 x {image_size} x {image_size} "
+            f"({first_line(error)}); give the image_size that it accepts"
+        ) from error
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def last_map(network: nn.Module, image_size: int) -> str:
+    """Find the module of *network* that computes the last feature map (1, C, side, side), side > 1.
+
+    Of modules that return the same tensor, it is the outermost one. Raises `ConfigError` if there is none, or
+    if tokens (1, N, C) follow: the map may then be the weights of an attention.
+    """
+    names = [name for name, _ in network.named_modules() if name]
+    with evaluated(network, image_size) as images:
+        _, outputs = run_tapped(network, network, images, names)
+    shapes: dict[str, tuple[int, ...]] = {
+        name: tuple(output.shape) if isinstance(output, Tensor) else () for name, output in outputs.items()
+    }
+    for name, shape in reversed(shapes.items()):
+        if len(shape) == 4 and shape[2] == shape[3] > 1:
+            return name
+        if len(shape) == 3:
+            break
+    raise ConfigError(
+        "head.taps: the network does not end in a feature map; name modules that return one, or set "
+        "head.kind=gap"
+    )

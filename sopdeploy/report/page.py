@@ -5,15 +5,15 @@ from pathlib import Path
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport
-from sopdeploy.evaluation.multi_label import MultiLabelMetrics
 from sopdeploy.files import atomic_write
-from sopdeploy.html.templates import percent, render
-from sopdeploy.report.predictions import predictions_context
+from sopdeploy.html.templates import render
+from sopdeploy.report.predictions import predictions_context, score_tile
 from sopdeploy.report.run_data import RunData, read_run
 from sopdeploy.report.training import training_context
 from sopdeploy.training.diagnostics import best_epoch
+from sopdeploy.training.epoch_choice import estimate_best
 from sopdeploy.training.few_shot.config import FewShotResult
-from sopdeploy.training.recipe import flatten
+from sopdeploy.training.recipe import flatten, is_read
 
 
 def write_report(
@@ -40,31 +40,21 @@ def write_report(
 
 def render_report(data: RunData) -> str:
     """Render the page as HTML; the same data always gives the same text."""
-    last, recipe = data.history[-1], data.recipe
-    best = best_epoch(data.history, frozen_backbone=recipe.frozen_backbone)
-    figures = best.figures
-    second = (
-        {"macro F1": figures.macro_f1} if isinstance(figures, MultiLabelMetrics) else {"top-5": figures.top5}
+    recipe, record = data.recipe, data.record
+    few_shot = FewShotResult.model_validate(record["few_shot"]) if "few_shot" in record else None
+    tiles = {"seed": str(recipe.seed), "time": f"{data.history[-1].seconds:.0f} s"}
+    estimate = estimate_best(
+        data.history,
+        frozen_backbone=recipe.frozen_backbone,
+        exports_average=recipe.ema is not None and recipe.ema.export == "average",
     )
-    tiles = {
-        "best epoch": f"{best.epoch} of {recipe.epochs}",
-        f"{figures.score_name}, best": percent(figures.score, 2),
-        f"{figures.score_name}, last": percent(last.figures.score, 2),
-        **{f"{name}, best": percent(value, 2) for name, value in second.items()},
-        "seed": str(recipe.seed),
-        "time": f"{last.seconds:.0f} s",
-    }
+    if few_shot is None:
+        best = best_epoch(data.history, frozen_backbone=recipe.frozen_backbone)
+        tiles = {"epoch": f"{best.epoch} of {recipe.epochs}", **tiles}
+    tiles = {**score_tile(few_shot or estimate), **tiles}
     if data.predictions is not None and isinstance(data.predictions.metrics, ClassificationReport):
         tiles["calibration error"] = f"{data.predictions.metrics.calibration.error:.4f}"
-    values = [*flatten(recipe.model_dump(mode="json")), *flatten(recipe.model.full_config(), "network.")]
-    record = data.record
-    few_shot = None
-    if "few_shot" in record:
-        few_shot = FewShotResult.model_validate(record["few_shot"])
-        score = figures.score_name
-        of_epochs = {"best epoch", f"{score}, best", f"{score}, last"}
-        tiles = {key: text for key, text in tiles.items() if key not in of_epochs}
-        tiles = {score: percent(few_shot.score.share, 1), "estimate": few_shot.estimated_on, **tiles}
+    values = [*flatten(recipe.model_dump(mode="json")), *flatten(data.config, "network.")]
     environment = {f"{name} version": version for name, version in record.get("versions", {}).items()}
     environment |= record.get("machine", {})
     environment["weights in best.pt"] = f"{record.get('weights', 'raw')}, of epoch {record.get('epoch')}"
@@ -72,14 +62,35 @@ def render_report(data: RunData) -> str:
         "sopdeploy.report",
         "run.html",
         recipe=recipe,
+        model=data.model,
+        training=_describe_training(data, few_shot),
         labels=data.labels,
         few_shot=few_shot,
+        estimate=estimate,
         history=data.history,
         tiles=tiles,
         decision=[] if data.decision is None else data.decision.rows(data.labels),
         reason=data.reason,
-        recipe_values=[(key, value) for key, value in values if not key.startswith("model.config.")],
+        recipe_values=[
+            (key, value)
+            for key, value in values
+            if is_read(key, few_shot is not None) and key != "summary" and not key.startswith("model.config.")
+        ],
         environment=list(environment.items()),
         **training_context(data.history),
         **predictions_context(data.predictions),
     )
+
+
+def _describe_training(data: RunData, few_shot: FewShotResult | None) -> str:
+    """Describe in a sentence what was trained: the start weights, the images and the procedure."""
+    start, side = data.record.get("start"), data.recipe.preprocess.crop
+    weights = "random weights" if start is None else f"the weights of {start['file']} ({start['network']})"
+    epochs, finished = data.recipe.epochs, len(data.history)
+    how = "by the few-shot procedure"
+    if few_shot is None:
+        how = f"for {epochs} epoch{'s' * (epochs > 1)}"
+        if finished < epochs:
+            how += f" (in progress: {finished} finished)"
+    images = f"{data.train_count} images, scaled to {side} x {side} pixels"
+    return f"Trained from {weights} on {images}, {how}."

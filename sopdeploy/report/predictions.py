@@ -4,11 +4,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sopdeploy.evaluation.metrics import ClassificationReport
-from sopdeploy.evaluation.multi_label import MultiLabelReport
+from sopdeploy.evaluation.metrics import ClassificationReport, Rate
+from sopdeploy.evaluation.multi_label import MeanPrecision, MultiLabelReport
 from sopdeploy.html.charts import Axis, Curve, heat, interval, plot
 from sopdeploy.html.templates import percent
 from sopdeploy.report.run_data import Predictions
+from sopdeploy.training.epoch_choice import HeldOutEstimate
+from sopdeploy.training.few_shot.config import FewShotResult
 
 MAX_MATRIX_CLASSES = 30
 MAX_CONFUSIONS = 15
@@ -47,8 +49,8 @@ def predictions_context(predictions: Predictions | None) -> dict[str, Any]:
                 one.count,
                 one.answered,
                 "none predicted" if one.precision is None else percent(one.precision),
-                percent(one.recall.share),
-                f"{percent(one.recall.low)} to {percent(one.recall.high)}",
+                "no images" if one.recall is None else percent(one.recall.share),
+                "" if one.recall is None else f"{percent(one.recall.low)} to {percent(one.recall.high)}",
             )
             for one in metrics.classes
         ],
@@ -63,6 +65,20 @@ def predictions_context(predictions: Predictions | None) -> dict[str, Any]:
             for one in metrics.calibration.curve
         ],
     }
+
+
+def score_tile(found: FewShotResult | HeldOutEstimate) -> dict[str, str]:
+    """Format the score of a run with its interval, by name; the name says if the score is too high."""
+    name = "top-1" if found.map is None else "mAP"
+    if isinstance(found, FewShotResult):
+        score: Rate | MeanPrecision = found.score
+    else:
+        name += ", too high" * (found.selected_by == "same images")
+        if found.top1 is None:
+            return {name: percent(found.score)}
+        score = found.top1
+    low, high = (f"{100 * end:.0f}" for end in (score.low, score.high))
+    return {name: f"{percent(score.share)} ({low} to {high})"}
 
 
 def metric_tiles(metrics: ClassificationReport | MultiLabelReport) -> dict[str, str]:

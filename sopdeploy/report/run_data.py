@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch import Tensor
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import first_problem
 from sopdeploy.data.base import LabeledImages
-from sopdeploy.data.datasets.folder import open_multi_label
 from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
@@ -38,8 +39,12 @@ OUT_OF_FOLD = "the training images, each predicted by a network that was fitted 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mistake:
-    """A wrongly classified image: its caption, and a small JPEG in base64."""
+    """A wrongly classified image: its file in the data, its caption, and a small JPEG in base64.
 
+    `file` is empty for images that are not files.
+    """
+
+    file: str
     caption: str
     jpeg: str
 
@@ -58,9 +63,16 @@ class Predictions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunData:
-    """The contents of a report; if images are missing, `predictions` is None and `reason` explains why."""
+    """The contents of a report; if images are missing, `predictions` is None and `reason` explains why.
+
+    `model` is the name of the trained network, `config` its complete config, and `train_count` the number of
+    its training images.
+    """
 
     recipe: Recipe
+    model: str
+    config: dict[str, Any]
+    train_count: int
     labels: tuple[str, ...]
     history: tuple[EpochRow, ...]
     record: dict[str, Any]
@@ -113,6 +125,9 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
             predictions = Predictions(metrics=metrics, mistakes=mistakes, images=name)
     return RunData(
         recipe=recipe,
+        model=checkpoint.model,
+        config=checkpoint.config,
+        train_count=int((stored.resume or {}).get("train_count", 0)),
         labels=stored.labels,
         history=history,
         record=checkpoint.training,
@@ -137,17 +152,20 @@ def read_history(checkpoint: Checkpoint, source: Path) -> tuple[EpochRow, ...]:
 
 def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> tuple[LabeledImages, str]:
     """Open the images to evaluate; return them and a description."""
-    if data is not None and checkpoint.decision is not None and checkpoint.decision.thresholds:
-        return open_multi_label(data, checkpoint.labels), f"the images in {data.name}"
     if data is not None:
-        return open_evaluation_images(data, checkpoint.labels), f"the images in {data.name}"
+        several = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
+        labels = checkpoint.labels if several else tuple(sorted(checkpoint.labels))
+        return open_evaluation_images(data, labels, several=several), f"the images in {data.name}"
     split, few_shot = select_split(recipe, open_data(recipe.data))
     held_out = split.held_out if len(split.held_out) else split.train
     if set(held_out.labels) != set(checkpoint.labels):
         raise DataError("the classes of the data have changed since the run started; give --data")
     if few_shot:
         return held_out, "the held-out images"
-    return held_out, "the held-out images, which also selected the best epoch: new images may score lower"
+    return (
+        held_out,
+        "the held-out images, which also selected the epoch, so all scores of this section are too high",
+    )
 
 
 def _scores_out_of_fold(logits_NC: Tensor, images: LabeledImages, decision: Decision) -> list[Score]:
@@ -188,5 +206,7 @@ def worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: P
         small = to_rgb(images[index][0], preprocess).copy()  # without metadata such as time and place
         small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         small.save(file, "JPEG", quality=JPEG_QUALITY)
-        mistakes.append(Mistake(caption=caption, jpeg=base64.b64encode(file.getvalue()).decode("ascii")))
+        name = os.fsdecode(images.paths[index]) if isinstance(images, ImageFiles) else ""
+        jpeg = base64.b64encode(file.getvalue()).decode("ascii")
+        mistakes.append(Mistake(file=name, caption=caption, jpeg=jpeg))
     return mistakes

@@ -119,7 +119,7 @@ def _course_figures(history: Sequence[EpochRow]) -> list[Figure]:
     figures = []
     for id_, title, value, axis, caption in series:
         curve = _curve(history, title.lower(), value)
-        if curve.points:
+        if len(curve.points) > 1:
             figures.append((plot(id_, title, [curve], EPOCHS, axis), caption))
     return figures
 

@@ -8,9 +8,12 @@ import pydantic
 import torch
 
 from sopdeploy.config import StrictModel
+from sopdeploy.data.augment import PadCrop
+from sopdeploy.data.datasets.layouts import detect_kind
 from sopdeploy.errors import ConfigError
+from sopdeploy.files import expand_user
 from sopdeploy.models.describe import Description, describe
-from sopdeploy.models.registry import create_model
+from sopdeploy.models.registry import CatalogModel, create_model
 from sopdeploy.reproduction.facts import count_facts
 from sopdeploy.reproduction.small import SMALL_DATA, small_data, small_overrides
 from sopdeploy.reproduction.tables import DATA_SETS, DataSet, PrintedRow, PrintedTable
@@ -85,15 +88,22 @@ def run_path(folder: Path, row: str, seed: int) -> Path:
 class Options(StrictModel):
     """The options of `sopdeploy reproduce`.
 
-    `rows` are ids separated by commas, None for all. `data` is the folder of the table's images. At the small
-    scale it is any folder, from which a few images are used; the default are the bundled digits.
+    `rows` are ids separated by commas, None for all. `seeds` is the number of runs per row, by default that
+    of the paper. `data` is the folder of the table's images, in class folders or an official layout. At the
+    small scale it is any such folder, from which a few images are used; the default are the bundled digits.
+    `settings` are changes to the recipes of all rows, as for `sopdeploy train --set`.
     """
 
     out: Path = Path("runs/reproduce")
     rows: str | None = None
-    seeds: Annotated[int, pydantic.Field(ge=1)] = 1
+    seeds: Annotated[int, pydantic.Field(ge=1)] | None = None
     scale: Scale = "paper"
     data: Path | None = None
+    settings: tuple[str, ...] = ()
+
+    def runs_per_row(self, table: PrintedTable) -> int:
+        """Return `seeds`, or the number of runs that the paper of *table* averages; 1 at the small scale."""
+        return self.seeds or (table.seeds if self.scale == "paper" else 1)
 
     def folder(self, table: PrintedTable) -> Path:
         """Return the folder of the runs and the page of *table*."""
@@ -117,7 +127,6 @@ def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
         counts = _count(table, row, full)
         if table.measures == "counts":
             return Job(row=row, source=source, reason=NOT_TRAINED["counts"], counts=counts)
-        recipe = full
         if options.scale == "small":
             own = [*table.small, *row.small]
             chosen = read_recipe(source, [*overrides, *own])
@@ -129,10 +138,12 @@ def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
                 if one.startswith(("model.", "teacher.")) or parse_override(one)[0] not in kept
             ]
             overrides = (*overrides, *own)
-            recipe = read_recipe(source, overrides)
         elif options.data is not None:
-            overrides = (*overrides, f"data.path={to_toml(str(options.data))}")
-            recipe = read_recipe(source, overrides)
+            kind = detect_kind(expand_user(options.data)) if full.data.kind == "folder" else None
+            layout = () if kind is None else (f"data.kind={kind}",)
+            overrides = (*overrides, *layout, f"data.path={to_toml(str(options.data))}")
+        overrides = (*overrides, *options.settings)
+        recipe = read_recipe(source, overrides)
     except ConfigError as error:
         return Job(row=row, source=source, overrides=overrides, reason=f"not available: {error}")
     return Job(
@@ -146,25 +157,36 @@ def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
 
 
 def estimate_hours(recipe: Recipe, data: DataSet) -> float:
-    """Estimate the GPU hours of a run of *recipe* on *data*, with the assumption `ASSUMPTION`."""
-    model, side = recipe.model, recipe.training_crop
-    training = describe(model.name, image_size=side, num_classes=data.classes, **model.config).training
-    return training.macs * STEP_COST * data.images * recipe.epochs / GPU_OPERATIONS / 3600
+    """Estimate the GPU hours of a run of *recipe* on *data*, with the assumption `ASSUMPTION`.
+
+    A teacher that is trained jointly costs as much per multiply-add as its student; the forward pass of a
+    trained teacher, whose network only its checkpoint names, is not counted.
+    """
+    networks: list[CatalogModel] = [recipe.model]
+    if recipe.teacher is not None and recipe.teacher.model is not None:
+        networks.append(recipe.teacher.model)
+    side, doubled = recipe.training_crop, isinstance(recipe.augment, PadCrop) and recipe.augment.doubled
+    images = data.images * recipe.epochs * (2 if doubled else 1)
+    macs = sum(
+        describe(network.name, image_size=side, num_classes=data.classes, **network.config).training.macs
+        for network in networks
+    )
+    return macs * STEP_COST * images / GPU_OPERATIONS / 3600
 
 
 def _count(table: PrintedTable, row: PrintedRow, recipe: Recipe) -> Counts:
-    """Count parameters, operations and facts of the network of *recipe*, with `counted` of *row*."""
-    config = {**recipe.model.config, **dict(parse_override(one) for one in row.counted)}
+    """Count parameters, operations and facts of the network that *recipe* trains."""
+    model = recipe.model
     found = describe(
-        recipe.model.name,
+        model.name,
         image_size=recipe.preprocess.crop,
         num_classes=DATA_SETS[table.data].classes,
-        **config,
+        **model.config,
     )
     facts: dict[str, float] = {}
     if row.facts:
         with torch.device("meta"):
-            network = create_model(recipe.model.name, num_classes=found.num_classes, **config)
+            network = create_model(model.name, num_classes=found.num_classes, **model.config)
         facts = count_facts(network, recipe.preprocess.crop, row.facts)
     return Counts(
         params=_as_printed(row, "params", found, found.shipped.parameters / 1e6),

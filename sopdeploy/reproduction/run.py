@@ -20,6 +20,7 @@ from sopdeploy.reproduction.results import Reproduction, RowResult, SeedResult, 
 from sopdeploy.reproduction.small import small_data, statement, write_small_images
 from sopdeploy.reproduction.tables import PrintedTable
 from sopdeploy.training.callbacks import Callback
+from sopdeploy.training.distributed.torchrun import is_main_process
 from sopdeploy.training.loop import TrainingResult, train
 from sopdeploy.training.recipe import Recipe, read_recipe
 
@@ -52,7 +53,7 @@ def reproduce(
         if job.row.layer is not None:
             times[job.row.id] = time_layer(job.row.layer)
         elif job.recipe is not None:
-            for seed in range(options.seeds):
+            for seed in range(options.runs_per_row(table)):
                 runs[job.row.id].append(_run(job, folder, seed, callback, on_run))
         else:
             continue
@@ -78,6 +79,8 @@ def _run(
     on_run(job.row.id, seed)
     trained = train(recipe, path, resume="auto", callback=callback)
     result = _measure(recipe, trained)
+    if not is_main_process():
+        return result
     with atomic_write(path / RESULT) as partial:
         partial.write_text(result.model_dump_json() + "\n", encoding="utf-8")
     return result
@@ -156,7 +159,7 @@ def _summarize(
         scale=options.scale,
         statement=statement(table, options.scale),
         measures=table.measures,
-        seeds=options.seeds,
+        seeds=options.runs_per_row(table),
         data=None if options.data is None else str(options.data),
         page=options.folder(table) / PAGE,
         rows=tuple(rows),
@@ -164,7 +167,9 @@ def _summarize(
 
 
 def _write(found: Reproduction, table: PrintedTable) -> None:
-    """Write the page and the summary."""
+    """Write the page and the summary; of the processes of torchrun, the first one does."""
+    if not is_main_process():
+        return
     summary = json.dumps(found.summary(), indent=2) + "\n"
     found.page.parent.mkdir(parents=True, exist_ok=True)
     for path, text in ((found.page, render_page(found, table)), (found.page.parent / RESULT, summary)):

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pydantic
 
 from sopdeploy.backbones.alexnet import AlexNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.backbones.vgg import VGGConfig
 from sopdeploy.bundle.folder import staging
-from sopdeploy.data.datasets.folder import FolderConfig
+from sopdeploy.data.datasets.layouts import detect_kind
 from sopdeploy.data.datasets.small import open_digits
-from sopdeploy.data.sources import open_data
+from sopdeploy.data.sources import DataConfig, open_data
 from sopdeploy.errors import DataError
+from sopdeploy.files import expand_user
 from sopdeploy.models.registry import entry, make_config
 from sopdeploy.reproduction.tables import DataSet, PrintedTable
 from sopdeploy.training.recipe import Recipe, to_toml
@@ -114,19 +116,23 @@ def small_data(out: Path, data: Path | None) -> Path:
 
 
 def write_small_images(source: Path | None, folder: Path) -> None:
-    """Write a few images of each class of *source*, by default the bundled digits, to *folder*.
+    """Write a few images of the first ten classes of *source*, by default the bundled digits, to *folder*.
 
-    An existing folder is not changed. Raises `DataError` if *source* cannot be read or an image may have
-    several classes, and the errors of `staging`.
+    *source* has class folders or an official layout. An existing folder is not changed. Raises `DataError` if
+    *source* cannot be read or an image may have several classes, and the errors of `staging`.
     """
     if folder.exists():
         return
-    split = open_digits() if source is None else open_data(FolderConfig(kind="folder", path=source))
+    if source is None:
+        split = open_digits()
+    else:
+        kind = detect_kind(expand_user(source)) or "folder"
+        split = open_data(pydantic.TypeAdapter(DataConfig).validate_python({"kind": kind, "path": source}))
     if split.train.targets.ndim == 2:
         raise DataError(f"{source}: lists several classes per image; give a folder with one class each")
     with staging(folder.parent) as partial:
         for part, images in (("train", split.train), ("val", split.held_out)):
-            for target, label in enumerate(images.labels):
+            for target, label in enumerate(images.labels[: SMALL_DATA.classes]):
                 (partial / part / label).mkdir(parents=True)
                 for index in np.flatnonzero(images.targets == target)[: IMAGES_PER_CLASS[part]].tolist():
                     images[index][0].convert("RGB").save(partial / part / label / f"{index:06}.png")

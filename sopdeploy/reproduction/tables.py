@@ -48,10 +48,10 @@ class PrintedRow(StrictModel):
     that is classified. `facts` are other printed figures by name: `facts.py` counts the facts of a network,
     `layer_times.py` measures those of a timed `layer`. None stands for a figure that is not printed.
 
-    `set` are changes to the table's recipe, as for `sopdeploy train --set`; `counted` changes the network for
-    the comparison of counts only; `small` are further changes at the small scale. `needs` maps a key of the
-    recipe to the row whose `best.pt` is its value. A `cited` row was not trained by the paper; it can be
-    trained only if it has its own `recipe` or `set`. A `teacher` is not printed, but other rows need it.
+    `set` are changes to the table's recipe, as for `sopdeploy train --set`; `small` are further changes at
+    the small scale. `needs` maps a key of the recipe to the row whose `best.pt` is its value. A `cited` row
+    was not trained by the paper; it can be trained only if it has its own `recipe` or `set`. A `teacher` is
+    not printed, but other rows need it.
     """
 
     id: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -59,7 +59,6 @@ class PrintedRow(StrictModel):
     recipe: str | None = None
     set: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
-    counted: tuple[str, ...] = ()
     needs: dict[str, str] = pydantic.Field(default_factory=dict)
     cited: bool = False
     teacher: bool = False
@@ -83,7 +82,8 @@ class PrintedTable(StrictModel):
 
     `measures` is what its rows print: "errors" of trained networks, "counts" of networks that are only
     built, or "times" of single layers on the CPU. `recipe`, `set` and `small` apply to all rows. `data` is a
-    key of `DATA_SETS`. `figures` are further charts of the page. If `accuracy` is true, `top1` and `top5` in
+    key of `DATA_SETS`. `seeds` is the number of runs that the paper averages. `figures` are further charts of
+    the page. If `accuracy` is true, `top1` and `top5` in
     the file are the printed accuracies; they are converted to errors.
     """
 
@@ -95,6 +95,7 @@ class PrintedTable(StrictModel):
     recipe: str
     set: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
+    seeds: Annotated[int, pydantic.Field(ge=1)] = 1
     figures: tuple[Figure, ...] = ()
     accuracy: bool = False
     note: str = ""

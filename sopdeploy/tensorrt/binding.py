@@ -1,8 +1,4 @@
-"""Access to the `tensorrt` module in versions 8.6, 10 and 11.
-
-Version differences are handled here and in the engine builder: by `hasattr` if possible, otherwise by the
-major version.
-"""
+"""Access to the `tensorrt` module in versions 10.13 to 11."""
 
 import functools
 from collections import deque
@@ -11,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import EngineError, RuntimeUnavailableError
 
-OLDEST = (8, 6)
+OLDEST = (10, 13)
 Version = tuple[int, int]  # major, minor
 
 
@@ -19,7 +15,7 @@ def import_tensorrt() -> Any:
     """Import tensorrt; raise `RuntimeUnavailableError` if it is missing or too old."""
     trt = import_optional("tensorrt", "TensorRT", "sopdeploy[tensorrt]", RuntimeUnavailableError)
     if version_of(trt) < OLDEST:
-        raise RuntimeUnavailableError(f"TensorRT {trt.__version__} is too old; install 8.6, 10 or 11")
+        raise RuntimeUnavailableError(f"TensorRT {trt.__version__} is too old; install 10.13 or later")
     return trt
 
 

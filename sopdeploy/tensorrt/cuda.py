@@ -1,7 +1,4 @@
-"""The CUDA runtime calls that an engine needs, through `cuda-python`.
-
-Call `open_cuda` before TensorRT: TensorRT 8.6 terminates the process if there is no driver.
-"""
+"""The CUDA runtime calls that an engine needs, through `cuda-python`."""
 
 import ctypes
 import importlib

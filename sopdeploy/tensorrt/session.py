@@ -1,4 +1,4 @@
-"""Run a TensorRT engine through named tensors and `execute_async_v3`, the API of versions 8.6, 10 and 11.
+"""Run a TensorRT engine through named tensors and `execute_async_v3`, the API of versions 10 and 11.
 
 Two batches can be in flight: while one is computed, the next is copied to the GPU on a second stream, into
 the other of two buffers. Each profile has its own execution context, because switching profiles takes time.
@@ -49,7 +49,7 @@ class LoadedEngine:
     """A deserialized engine and one execution context per profile.
 
     The contexts share one block of device memory of the size that the largest profile needs, because their
-    kernels never run at the same time. With TensorRT before 10.1, every context has its own block.
+    kernels never run at the same time.
     """
 
     def __init__(self, trt: Any, plan: bytes) -> None:
@@ -61,9 +61,8 @@ class LoadedEngine:
         self, cuda: Cuda, resources: CudaResources, profiles: Sequence[Profile], stream: Any
     ) -> None:
         """Create the contexts; raise `RuntimeUnavailableError` if TensorRT cannot run one of *profiles*."""
-        shared, size = None, getattr(self.engine, "device_memory_size_v2", None)
-        if size is not None:
-            shared = resources.device_memory(max(1, int(size)))
+        size = int(self.engine.device_memory_size_v2)
+        shared = resources.device_memory(max(1, size))
         for index, profile in enumerate(profiles):
             try:
                 self._add_context(shared, size)
@@ -74,15 +73,13 @@ class LoadedEngine:
                 reason = self.logger.errors[-1] if self.logger.errors else error
                 raise RuntimeUnavailableError(f"TensorRT cannot run profile {profile}: {reason}") from error
 
-    def _add_context(self, shared: int | None, size: int | None) -> None:
-        strategies = getattr(self._trt, "ExecutionContextAllocationStrategy", None)
-        options = () if shared is None or strategies is None else (strategies.USER_MANAGED,)
+    def _add_context(self, shared: int, size: int) -> None:
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         # No local variable: a traceback would keep the context alive.
-        self.contexts.append(self.engine.create_execution_context(*options))
+        self.contexts.append(self.engine.create_execution_context(strategy))
         if self.contexts[-1] is None:
             raise RuntimeError(last_error(self.logger))
-        if options:
-            self.contexts[-1].set_device_memory(shared, int(size or 0))
+        self.contexts[-1].set_device_memory(shared, size)
 
     def close(self) -> None:
         """Destroy the contexts, then the engine, then the TensorRT runtime."""

@@ -21,7 +21,9 @@ class Callback:
     Epochs and steps count from 0. An exception raised by a callback ends the run.
     """
 
-    def on_train_start(self, *, epochs: int, first_epoch: int, train_count: int, held_out_count: int) -> None:
+    def on_train_start(
+        self, *, epochs: int, first_epoch: int, train_count: int, held_out_count: int, input_side: int
+    ) -> None:
         """Run once before the first step; *first_epoch* is above 0 in a resumed run."""
 
     def on_start_weights(self, report: StartReport) -> None:

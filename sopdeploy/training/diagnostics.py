@@ -82,9 +82,14 @@ class Spectrum(StrictModel):
 
 
 class Diagnostics(StrictModel):
-    """Diagnostics on `pictures` images; `spectra` is empty in most epochs."""
+    """Diagnostics on `pictures` images; `spectra` is empty in most epochs.
+
+    `right` has one character per image: 1 if the top class of the main head is right, otherwise 0. It is
+    empty with several classes per image.
+    """
 
     pictures: int
+    right: str = ""
     heads: dict[str, HeadMetrics | MultiLabelHeadMetrics]
     gates: dict[str, GateMetrics]
     spectra: dict[str, Spectrum]
@@ -208,8 +213,12 @@ def diagnose(
         found = _spectra(model, held_out, normalize, few) if spectra else {}
     finally:
         model.train(was_training)
+    labels = torch.cat(targets)
+    right = outputs["main"] if labels.ndim == 1 else []
+    correct = (torch.cat(right).argmax(dim=1) == labels).tolist() if right else []
     return Diagnostics(
         pictures=count,
+        right="".join("01"[one] for one in correct),
         heads={
             name: head_metrics(torch.cat(logits), torch.cat(targets), losses[name] / count)
             for name, logits in outputs.items()

@@ -5,6 +5,8 @@ uninterrupted one: bit for bit on a CPU with the same number of threads.
 """
 
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,17 +20,19 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import AugmentedDataset, PadCrop, PadCroppedDataset
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
 from sopdeploy.data.batches import balanced_batches, load_batches, shuffled_batches, with_wait_time
-from sopdeploy.data.image_files import unreadable_images_error
+from sopdeploy.data.image_files import ImageFiles, hash_images, unreadable_images_error
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES
 from sopdeploy.evaluation.prediction import evaluate, predict_logits
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import best_epoch, diagnose, spectrum_epochs
 from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_step
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.distributed.torchrun import check_same_step, create_strategy
+from sopdeploy.training.epoch_choice import HeldOutEstimate
 from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.few_shot.procedure import select_split
 from sopdeploy.training.few_shot.run import train_few_shot
@@ -41,15 +45,22 @@ from sopdeploy.training.signals import SignalState, StopRequested, TrainingStopp
 from sopdeploy.training.start_weights import StartReport
 from sopdeploy.training.step.gradient import train_step
 
+PHOTO_SIDE = 128  # pixels; networks with a smaller input are for small images
+MUCH_LARGER = 3  # ratio of the images' shorter side to the input
+SIZED_IMAGES = 50
+MAX_HASHED = 50_000  # training images; hashing more delays the start by more than a minute
+
 
 class TrainingResult(StrictModel):
     """The files and metrics of a finished run.
 
     `skipped` lists the images that could not be read. `seconds` is the total time, over all resumptions. With
-    several classes per image, the mAP and macro F1 are set instead of the accuracies. `few_shot` is the
-    record of the few-shot procedure, if it applied. `decision` is the temperature and rejection threshold in
-    `best`, if there were enough images, or the thresholds of a multi-label network. `start` is the report on
-    the start weights (None: random weights). `training_only` are the parts that the export detaches.
+    several classes per image, the mAP and macro F1 are set instead of the accuracies. The `best_` scores are
+    those of the images that select the epoch; `estimate` is the score to expect on new images. `few_shot` is
+    the record of the few-shot procedure, if it applied, and contains its estimate. `decision` is the
+    temperature and rejection threshold in `best`, if there were enough images, or the thresholds of a
+    multi-label network. `start` is the report on the start weights (None: random weights). `training_only`
+    are the parts that the export detaches.
     """
 
     out: Path
@@ -70,6 +81,7 @@ class TrainingResult(StrictModel):
     best_macro_f1: float | None = None
     last_map: float | None = None
     seconds: float
+    estimate: HeldOutEstimate | None = None
     few_shot: FewShotResult | None = None
     decision: Decision | None = None
     start: StartReport | None = None
@@ -83,8 +95,11 @@ def train(
     resume: bool | Literal["auto"] = False,
     callback: Callback | None = None,
     strategy: Strategy | None = None,
+    given: Sequence[str] = (),
 ) -> TrainingResult:
     """Train *recipe* and write the run to *out_dir*.
+
+    *given* are the recipe keys that the user has set; one that has no effect is a `ConfigError`.
 
     *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback* is used in the
     first process only. *strategy* defaults to the processes that torchrun started.
@@ -105,7 +120,7 @@ def train(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     try:
-        run, data, few_shot = start_or_resume(recipe, folder, strategy, callback, resume=resume)
+        run, data, few_shot = start_or_resume(recipe, folder, strategy, callback, resume=resume, given=given)
         return _train_to_end(run, data, folder, callback, few_shot=few_shot)
     finally:
         folder.unlock()
@@ -145,7 +160,13 @@ def _train_to_end(
 
 
 def start_or_resume(
-    recipe: Recipe, folder: RunFolder, strategy: Strategy, callback: Callback, *, resume: bool
+    recipe: Recipe,
+    folder: RunFolder,
+    strategy: Strategy,
+    callback: Callback,
+    *,
+    resume: bool,
+    given: Sequence[str] = (),
 ) -> tuple[Run, Split, bool]:
     """Create the run, or rebuild it from its checkpoint, and open its data.
 
@@ -155,6 +176,7 @@ def start_or_resume(
         folder.check_free()
     checkpoint = folder.read_last() if resume else None
     data, few_shot = select_split(recipe, open_data(recipe.data, callback.on_warning))
+    recipe.check_effect(given, few_shot=few_shot)
     check_divisible(recipe, len(data.train), strategy.world)
     if checkpoint is None:
         run = create_run(recipe, data.train, strategy)
@@ -165,6 +187,8 @@ def start_or_resume(
     else:
         run = resume_run(recipe, data.train, strategy, *checkpoint)
     check_same_step(run, folder.path)
+    if strategy.rank == 0 and len(data.train) <= MAX_HASHED:
+        run.image_hashes = torch.from_numpy(np.unique(hash_images(data.train)))
     if checkpoint is not None:
         folder.save_derived_files(run)
     if folder.warning is not None:
@@ -174,8 +198,29 @@ def start_or_resume(
         first_epoch=run.position.epoch,
         train_count=len(data.train),
         held_out_count=len(data.held_out),
+        input_side=run.recipe.preprocess.crop,
     )
+    if (warning := describe_small_input(run.recipe.preprocess, data.train)) and checkpoint is None:
+        callback.on_warning(warning)
     return run, data, few_shot
+
+
+def describe_small_input(rules: Preprocess, images: LabeledImages) -> str:
+    """Say that *images* are much larger than the input of a network for small images; empty if not."""
+    if rules.crop >= PHOTO_SIDE or not isinstance(images, ImageFiles):
+        return ""
+    some = np.unique(np.linspace(0, len(images) - 1, min(len(images), SIZED_IMAGES)).round().astype(int))
+    sides = []
+    for index in some.tolist():
+        with suppress(DataError):  # reported when the image is used
+            sides.append(min(images.open(index).size))
+    side = int(np.median(sides)) if sides else 0
+    if side <= MUCH_LARGER * rules.crop:
+        return ""
+    return (
+        f"the network sees {rules.crop} x {rules.crop} pixels, but the shorter side of the images has {side} "
+        "(median): details are lost; use the recipe photos, or a larger preprocess.resize and preprocess.crop"
+    )
 
 
 def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[AugmentedDataset, list[list[int]]]:
@@ -240,17 +285,20 @@ def evaluate_epoch(run: Run, held_out: PreprocessedDataset, signals: SignalState
 def fit_best(
     run: Run, held_out: PreprocessedDataset, folder: RunFolder, callback: Callback
 ) -> Decision | None:
-    """Fit temperature and rejection threshold of `best.pt` to the held-out images and store them in it.
+    """Fit temperature and rejection threshold to the held-out images; add them and the score to `best.pt`.
 
     Returns the fitted decision, or `None` if there are too few images or this is not the first process. With
     several classes per image, nothing is fitted and the thresholds in `best.pt` are returned. A resumed run
     repeats the fit with the same images.
     """
-    several = run.activation == "sigmoid"
-    if run.strategy.rank != 0 or (len(held_out) < MIN_IMAGES and not several):
+    if run.strategy.rank != 0:
         return None
     checkpoint = read_checkpoint(folder.best)
-    if several:
+    record = {**checkpoint.training, "estimate": run.estimate.model_dump(mode="json")}
+    checkpoint = replace(checkpoint, training=record)
+    several = run.activation == "sigmoid"
+    if several or len(held_out) < MIN_IMAGES:
+        write_checkpoint(folder.best, checkpoint)
         return checkpoint.decision
     model = build_classifier(checkpoint, folder.best).to(run.strategy.device)
     logits, targets = predict_logits(
@@ -262,8 +310,7 @@ def fit_best(
         on_batch=lambda done: callback.on_evaluation_batch(epoch=run.recipe.epochs - 1, done=done),
     )
     decision = run.fit_decision(logits, targets, "held-out")
-    if decision is not None:
-        write_checkpoint(folder.best, replace(checkpoint, decision=decision))
+    write_checkpoint(folder.best, replace(checkpoint, decision=decision))
     return decision
 
 
@@ -286,6 +333,7 @@ def _summarize(run: Run, folder: RunFolder, data: Split, decision: Decision | No
         epochs=run.position.epoch,
         best_epoch=best.epoch,
         seconds=run.position.seconds,
+        estimate=run.estimate if run.few_shot is None else None,
         few_shot=run.few_shot,
         start=run.start,
         training_only=run.model.training_only,

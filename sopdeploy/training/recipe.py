@@ -40,6 +40,14 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "save.keep_every",
     "rejection.accepts",
 }
+# Keys, and tables of keys, that only the training loop reads, or only the few-shot procedure.
+LOOP_KEYS = (
+    "epochs", "batch_size", "accumulate", "precision", "compile", "batch_norm", "sampler", "augment", "color",
+    "distort", "mix", "optimizer", "schedule", "loss", "ema", "teacher", "save", "start.learn",
+    "start.head_factor", "model.remove_branches_at",
+)  # fmt: skip
+FEW_SHOT_KEYS = ("few_shot",)
+SELECTING_KEYS = {"few_shot", "few_shot.max_images"}  # they select one of the two
 
 
 class ModelConfig(CatalogModel):
@@ -130,6 +138,20 @@ class Recipe(StrictModel):
         fields: dict[str, Any] = dump(self)
         return {key: value for key, value in fields.items() if key != "color" or self.color != ColorJitter()}
 
+    def check_effect(self, given: Sequence[str], *, few_shot: bool) -> None:
+        """Raise `ConfigError` for *given* keys that the few-shot procedure, or the training loop, ignores."""
+        ignored = [key for key in given if key not in SELECTING_KEYS and not is_read(key, few_shot)]
+        if not ignored:
+            return
+        limit = self.few_shot.max_images if self.few_shot is not None else 0
+        reason = (
+            f"the few-shot procedure trains on up to {limit} images; remove them, or use the training loop "
+            "with few_shot.max_images=1"
+            if few_shot
+            else "the training loop runs, not the few-shot procedure; remove them, or see few_shot.max_images"
+        )
+        raise ConfigError(f"--set {', '.join(ignored)}: without effect, because {reason}")
+
     @property
     def training_crop(self) -> int:
         """Side of the training images in pixels."""
@@ -216,6 +238,12 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
                 raise ConfigError(f"--set {override}: {name} is a value, not a table with keys")
         table[last] = value
     return validate_recipe(values, str(source))
+
+
+def is_read(key: str, few_shot: bool) -> bool:
+    """Check whether the few-shot procedure, or without *few_shot* the training loop, reads *key*."""
+    others = LOOP_KEYS if few_shot else FEW_SHOT_KEYS
+    return not any(key == other or key.startswith(f"{other}.") for other in others)
 
 
 def parse_override(override: str) -> tuple[str, Any]:

@@ -9,7 +9,7 @@ import pydantic
 from sopdeploy.checkpoint import Checkpoint, build_classifier, is_state_dict
 from sopdeploy.config import first_problem
 from sopdeploy.data.base import LabeledImages
-from sopdeploy.errors import CheckpointError, DataError
+from sopdeploy.errors import CheckpointError, DataError, shorten
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.recipe import Recipe, check_same_recipe
@@ -29,7 +29,7 @@ def resume_run(
     check_same_recipe(recipe, checkpoint.training.get("recipe", {}), source)
     if checkpoint.labels != images.labels:
         raise DataError(
-            f"{source}: the run started with the classes {', '.join(checkpoint.labels)}; give the same data"
+            f"{source}: the run started with the classes {shorten(checkpoint.labels)}; give the same data"
         )
     state = checkpoint.resume
     if state is None:

@@ -34,6 +34,7 @@ from sopdeploy.training.diagnostics import Diagnostics, EpochRow, Throughput
 from sopdeploy.training.distributed.batch_sharding import shard_layers
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
+from sopdeploy.training.epoch_choice import HeldOutEstimate, estimate_best
 from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
 from sopdeploy.training.precision import Precision, first_non_finite, named_tensors
@@ -81,6 +82,7 @@ class Run:
     `name` is the catalog name of the network. `exported_weights` are the weights for export in a checkpoint:
     `raw` or `average`. `few_shot` is the record of the few-shot procedure, `out_of_fold` (images, classes)
     the logits on which its estimate is based, and `decision` the one that was fitted to these logits.
+    `image_hashes` are those of a checkpoint.
     """
 
     recipe: Recipe
@@ -103,6 +105,16 @@ class Run:
     few_shot: FewShotResult | None = None
     out_of_fold: Tensor | None = None
     decision: Decision | None = None
+    image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    @property
+    def estimate(self) -> HeldOutEstimate:
+        """The score of the best of the finished epochs, at least one."""
+        return estimate_best(
+            self.position.history,
+            frozen_backbone=self.recipe.frozen_backbone,
+            exports_average=self.exported_weights == "average",
+        )
 
     def trained(self) -> nn.Module:
         """Return the module that learns: the model, together with its teacher if both are trained jointly."""
@@ -199,8 +211,7 @@ class Run:
     ) -> Decision | None:
         """Fit temperature and rejection threshold to *logits* (N, C) of the classes *targets* (N,).
 
-        If the few-shot procedure fitted heads without one class, their AUROC is used. Returns `None` if
-        neither temperature nor threshold could be fitted.
+        Returns `None` if neither temperature nor threshold could be fitted.
         """
         decision = fit_decision(
             logits,
@@ -208,7 +219,6 @@ class Run:
             estimated_on=estimated_on,
             accepts=self.recipe.rejection.accepts,
             scalable=self.model.logits_layer() is not None,
-            refitted=self.few_shot.auroc if self.few_shot is not None else {},
         )
         return None if decision == Decision() else decision
 
@@ -247,6 +257,7 @@ class Run:
             training=self._training_record(),
             resume=resume,
             decision=self.decision or self.multi_label_decision(),
+            image_hashes=self.image_hashes,
         )
 
     def multi_label_decision(self) -> Decision | None:

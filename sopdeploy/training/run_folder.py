@@ -1,5 +1,8 @@
 """The folder of a run: checkpoints and the history.
 
+Without `--out`, runs of a recipe are numbered: `runs/photos-1`, `runs/photos-2`. The link `runs/latest` leads
+to the newest run in `runs` that has a `best.pt`.
+
 `last.pt` is the checkpoint to resume from and `previous.pt` the one before it, `best.pt` the one to export,
 `epoch-0010.pt` a kept one; `history.csv` lists all epochs. Every file is written atomically. `last.pt` is
 written first; all other files are derived from it and are written again when the run is resumed.
@@ -7,6 +10,7 @@ written first; all other files are derived from it and are written again when th
 
 import fcntl
 import os
+import re
 import shutil
 import time
 from contextlib import suppress
@@ -16,7 +20,7 @@ import torch
 
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
-from sopdeploy.files import PARTIAL, atomic_write, writing
+from sopdeploy.files import PARTIAL, atomic_write, link_latest, writing
 from sopdeploy.training.callbacks import TENSORBOARD_FOLDER, WANDB_FILE
 from sopdeploy.training.diagnostics import best_epoch, history_csv
 from sopdeploy.training.distributed.strategy import Strategy
@@ -25,7 +29,23 @@ from sopdeploy.training.recipe import SaveConfig
 from sopdeploy.training.run import Run
 
 LOCK_FILE = ".lock"  # remains after a run was killed, without a lock
+RUNS = Path("runs")
 RESTARTABLE = {FEATURES_FILE, LOCK_FILE, TENSORBOARD_FOLDER, WANDB_FILE}  # written before a checkpoint
+
+
+def numbered_folder(name: str, strategy: Strategy, *, resume: bool) -> Path:
+    """Choose `runs/<name>-<number>`: the newest one to *resume*, otherwise the next one.
+
+    A run that was stopped before its first checkpoint leaves no run to resume; its folder is used again.
+    """
+    number = 0
+    if strategy.rank == 0:  # the other processes adopt its choice
+        pattern = re.compile(rf"{re.escape(name)}-([1-9][0-9]*)")
+        names = [path.name for path in RUNS.iterdir()] if RUNS.is_dir() else []
+        last = max((int(found[1]) for found in map(pattern.fullmatch, names) if found), default=0)
+        again = last > 0 and (resume or RunFolder(RUNS / f"{name}-{last}", strategy).is_free())
+        number = last if again else last + 1
+    return RUNS / f"{name}-{int(strategy.all_reduce(torch.tensor(number)))}"
 
 
 class RunFolder:
@@ -89,6 +109,18 @@ class RunFolder:
                 self.path.rmdir()
         os.close(self._lock)
         self._lock = None
+
+    def is_free(self) -> bool:
+        """Check whether a new run can be written here, and no other process is about to."""
+        try:
+            self.check_free()
+        except ConfigError:
+            return False
+        if not (self.path / LOCK_FILE).exists():
+            return True
+        free = self._try_lock()
+        self.unlock()
+        return free
 
     def holds_run(self) -> bool:
         """Check whether there is a checkpoint to resume from."""
@@ -158,6 +190,9 @@ class RunFolder:
         if at.history:
             with writing(self.history, CheckpointError), atomic_write(self.history) as partial:
                 partial.write_text(history_csv(at.history), encoding="utf-8")
+            if self.path.absolute().parent == RUNS.absolute():
+                with writing(self.path.parent, CheckpointError):
+                    link_latest(self.path)
 
 
 def _is_restartable(file: Path) -> bool:

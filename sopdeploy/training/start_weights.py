@@ -27,12 +27,19 @@ from sopdeploy.importers.published import fetch_imagenet_weights
 from sopdeploy.importers.weight_files import OwnCheckpointError, open_weights
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import create_model, entry, make_config
+from sopdeploy.models.second_order_head import POOLED_HEAD
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.fine_tuning import classifier_name
 from sopdeploy.training.recipe import Recipe
 
-ADDED_PARTS = {"pooling", "attention", "reduction", "root"}  # parts that networks add to a backbone
-CLASSIFIER_PARTS = {"fc", "classifier", "linear", "head"}  # names of classifiers in weight files
+ADDED_PARTS = {
+    "pooling",
+    "attention",
+    "reduction",
+    "root",
+    POOLED_HEAD,
+}  # parts that networks add to a backbone
+CLASSIFIER_PARTS = {"fc", "classifier", "linear", "head", "head_dist"}  # names of classifiers in weight files
 
 
 class StartReport(StrictModel):
@@ -88,12 +95,15 @@ def read_start_weights(recipe: Recipe, strategy: Strategy) -> StartWeights | Non
 
 def _read(recipe: Recipe) -> StartWeights:
     """Read the file of `start.weights` with the importers, or as a checkpoint."""
-    model, chosen = recipe.model.name, recipe.start.weights if recipe.start is not None else None
+    model = recipe.model.name.removeprefix("head:")  # the tensors of a network keep their names under a head
+    chosen = recipe.start.weights if recipe.start is not None else None
     source_model = model.removeprefix("dsop-") if ":" in model else model
     if isinstance(chosen, Path):
         path = expand_user(chosen)
     else:
-        path, source_model = fetch_imagenet_weights(model, make_config(model, recipe.model.config))
+        path, source_model = fetch_imagenet_weights(
+            model, make_config(recipe.model.name, recipe.model.config)
+        )
     if not path.is_file():
         load_plain(path)  # raises the error for missing files, folders and bundles
     try:
@@ -157,7 +167,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
                     "; choose another file"
                 )
             matching[name] = found
-        elif part := _added_part(name, (*heads, *training_only, classifier_name(model))):
+        elif part := _added_part(name, (*heads, *training_only, *_classifiers(model))):
             new[part] = None
         elif found is not None and is_in(name, classifier_name(model).rpartition(".")[0] or name + "."):
             new[name.rpartition(".")[0]] = None  # a classifier of several layers behind another pooling
@@ -204,6 +214,15 @@ def create_initial_model(recipe: Recipe, labels: tuple[str, ...], strategy: Stra
     start = None if weights is None else load_start_weights(weights, model, labels)
     completed = complete_preprocess(recipe, Preprocess() if weights is None else weights.preprocess)
     return InitialModel(model, completed, start)
+
+
+def _classifiers(model: Classifier) -> tuple[str, ...]:
+    """List the linear layers that compute class logits: the last one, and others of a distilled network."""
+    linear = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear))
+    others = (
+        name for name, part in linear if part.out_features == model.num_classes and name in CLASSIFIER_PARTS
+    )
+    return (*dict.fromkeys((*others, classifier_name(model))),)
 
 
 def _head_names(model: Classifier) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sopdeploy.errors import ImageError
+from sopdeploy.images.formats import prepare_decoders
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode
 
@@ -59,7 +60,8 @@ def seed(kind: str) -> bytes:
     return file.getvalue()
 
 
-SEEDS = {kind: seed(kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP")}
+prepare_decoders()  # also registers the encoder of HEIC
+SEEDS = {kind: seed(kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "HEIF", "TIFF", "PPM")}
 MAGICS = [body[:12] for body in SEEDS.values()] + [b"GIF87a", b"BM", b"RIFF....WEBP", b"%!PS"]
 
 

@@ -65,7 +65,7 @@ def test_every_reader_of_a_folder_names_the_file(special: Path) -> None:
     assert [error.startswith(listed) for error in check(root).unreadable] == [True]
     for option in (PROBES, CALIBRATE):
         assert fails(lambda option=option: load_images(root, RULES, option)).startswith(
-            f"{listed}not a readable image"
+            f"{listed}cannot be read"
         )
     assert fails(lambda: read_image(special, 1000)).startswith(f"{listed}cannot be read (not a regular file)")
     assert len(load_bodies(root)) == 16

@@ -1,82 +1,39 @@
-"""The capacity command: its output and exit codes."""
-
-import json
-import re
-import sys
-from typing import Any
+"""The capacity model: known results of queueing theory, and rejected arguments."""
 
 import capacity
 import pytest
+from capacity import Replica, forecast
 
-ENGINE = ["--engine", "20,2", "--decode-ms", "2.6", "--loop-ms", "0.46"]
-LOCK = ["--decode-lock-ms", "0.2", "--batch-lock-ms", "0.02", "--front-ends"]
-ARGUMENTS = [*ENGINE, "--rate", "900", "--p99-ms", "150", "--images", "6000"]
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["capacity.py", *words])
-    return capacity.main()
+REPLICA = Replica(fixed_ms=0.0, each_ms=10.0, largest=1, decode_ms=0.0, decode_lock_ms=0.0, loop_ms=0.1)
+BATCHED = Replica(fixed_ms=20.0, each_ms=2.0, largest=16, decode_ms=2.6, decode_lock_ms=0.2, loop_ms=0.5)
 
 
-@pytest.mark.parametrize("front_ends", ["1", "2"])
-def test_a_plan_holds_in_all_simulations(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], front_ends: str
-) -> None:
-    assert run(monkeypatch, *ARGUMENTS, *LOCK, front_ends, "--json") == 0
-    document: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert document.keys() == {"machine", "versions", "results"}
-    compared = [one["case"] for one in document["results"] if one["against"] == "model"]
-    strategies = dict.fromkeys(re.search(r", (.*):", case)[1] for case in compared)  # type: ignore[index]
-    assert list(strategies) == [*capacity.ROUTES, "one lost"]
-    values = {one["case"]: one["ours"] for one in document["results"]}
-    assert values["900 images/s: replicas"] == 4
+@pytest.mark.parametrize("load", [0.2, 0.5, 0.8])
+def test_single_images_wait_as_in_the_queue_m_d_1(load: float) -> None:
+    expected = 10 + load * 10 / (2 * (1 - load)) + REPLICA.cpu_ms
+    assert forecast(REPLICA, 100 * load).mean_ms == pytest.approx(expected, rel=0.01)
 
 
-def test_a_deviation_of_the_model_is_marked_and_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(capacity, "BOUND", 1e-6)
-    assert run(monkeypatch, *ARGUMENTS) == 1
-    output = capsys.readouterr().out
-    assert "| random | 4 |" in output
-    assert "**off**" in output
-
-
-def test_rejected_images_of_a_plan_fail(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, *ARGUMENTS, "--queue-size", "12") == 1
-    simulated = re.findall(r"^\| 900 \|.*\| (\d+) \| \d+ \| (.*) \|$", capsys.readouterr().out, re.MULTILINE)
-    assert simulated
-    assert all(int(refused) for refused, verdict in simulated if verdict)
-
-
-def test_without_a_simulation_only_the_table_is_printed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, *ENGINE, "--rate", "100,2000", "--p99-ms", "150", "--images", "0") == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert [text.split(" | ")[0] for text in printed[3:]] == ["| 100", "| 2,000"]
+def test_batches_grow_until_they_carry_the_rate() -> None:
+    light, heavy = (forecast(BATCHED.with_decoders(), rate) for rate in (5.0, 240.0))
+    assert light.batch == pytest.approx(1, abs=0.1)
+    # n images arrive during a batch of n: n = r (a + b n)
+    assert heavy.batch == pytest.approx(0.24 * 20 / (1 - 0.24 * 2), rel=0.02)
+    assert heavy.p99_ms > heavy.p50_ms > light.p50_ms
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*ENGINE, "--p99-ms", "20"], "an image takes 25.1 ms without waiting"),
-        ([*ENGINE, "--p99-ms", "150", "--headroom", "1"], "--headroom must be below 1"),
-        ([*ENGINE, "--p99-ms", "150", "--rate", "0"], "every --rate above 0"),
-        ([*ENGINE, "--p99-ms", "150", "--rate", "-5"], "argument --rate"),
-        ([*ENGINE, "--p99-ms", "150", "--engine", "20"], "--engine takes two numbers"),
-        ([*ENGINE, "--p99-ms", "150", "--engine", "0,0"], "--engine takes two numbers"),
-        ([*ENGINE, "--p99-ms", "nan"], "argument --p99-ms"),
-        ([*ENGINE, "--p99-ms", "150", "--decode-lock-ms", "3"], "a part of --decode-ms"),
-        ([*ENGINE, "--p99-ms", "150", "--front-ends", "0"], "--front-ends must be at least 1"),
+        (["--engine", "20,2", "--p99-ms", "20"], "an image takes 24.9 ms without waiting"),
+        (["--engine", "20"], "not enough values"),
+        (["--rate", "-5"], "argument --rate"),
     ],
 )
 def test_an_impossible_plan_is_rejected_with_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        run(monkeypatch, *words)
+        capacity.main(words)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

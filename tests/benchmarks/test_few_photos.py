@@ -6,12 +6,12 @@ from pathlib import Path
 import few_photos
 import pytest
 
-MET = {"new": (50, 52, 51), "old": (30, 31, 33), "probe": (48, 53, 50)}
+OPTIONS = ["--model", "resnet18", "--weights", "unused.pth", "--sizes", "5,10", "--draws", "3", "--json"]
 CASES = {
-    "both requirements are met": (MET, [], 0),
-    "less than ten points better than from scratch": (MET | {"old": (45, 46, 47)}, [], 1),
-    "worse than the probe": (MET | {"probe": (60, 62, 61)}, [], 1),
-    "two seeds are no comparison": (MET | {"old": (45, 46, 47)}, ["--quick"], 0),
+    "better than the probe at both sizes": ({5: (3, 4, 5), 10: (2, 3, 2)}, 0),
+    "better, but by less than 1.5 points on average": ({5: (1, 1, 2), 10: (1, 2, 1)}, 1),
+    "worse than the probe at one size": ({5: (6, 7, 8), 10: (-1, 0, -1)}, 1),
+    "not clearly better": ({5: (1, 9, 2), 10: (-4, 8, 1)}, 1),
 }
 
 
@@ -19,24 +19,24 @@ CASES = {
 def test_the_exit_status_follows_from_the_requirements(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    accuracies, options, status = CASES[case]
-    stored = tmp_path / "quick" if options else tmp_path
-    stored.mkdir(exist_ok=True)
-    for arm, values in accuracies.items():
-        for seed, value in enumerate(values):
-            (stored / f"{arm}-{seed}.json").write_text(json.dumps({"top1": value}))
-    arguments = ["--cache", str(tmp_path), "--backbone", "unused.pt", "--seeds", "3", "--json", *options]
+    gains, status = CASES[case]
+    for size, values in gains.items():
+        for seed, gain in enumerate(values):
+            found = {"ours": 80 + gain, "probe": 80, "estimate": 79 + gain, "low": 70, "high": 90}
+            (tmp_path / f"{size}-{seed}.json").write_text(json.dumps({**found, "cpu_seconds": 5}))
+    arguments = ["--data", "unused", "--test", "unused", "--cache", str(tmp_path), *OPTIONS]
     assert few_photos.main(arguments) == status
-    rows = {(row["case"], row["against"]): row for row in json.loads(capsys.readouterr().out)["results"]}
-    runs = 2 if options else 3
-    row = rows["top-1, new", "old"]
-    assert (row["runs"], row["ours"]) == (runs, sum(accuracies["new"][:runs]) / runs)
-    assert row["other"] == sum(accuracies["old"][:runs]) / runs
+    rows = {row["case"]: row for row in json.loads(capsys.readouterr().out)["results"]}
+    assert rows["5 per class, ours minus probe, mean"]["ours"] == pytest.approx(sum(gains[5]) / 3)
+    assert rows["5 per class, estimate minus test, mean"]["ours"] == pytest.approx(-1)
+    assert rows["5 per class, intervals that contain the test accuracy"]["ours"] == 3
+    mean = sum(map(sum, gains.values())) / 6
+    assert rows["all sizes, ours minus probe, mean"]["ours"] == pytest.approx(mean)
 
 
-def test_without_images_the_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_photographs_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    folder = str(tmp_path / "photos")
     with pytest.raises(SystemExit, match="2"):
-        few_photos.main(["--cache", str(tmp_path)])
-    assert capsys.readouterr().err == (
-        "error: --data None: no folder train; give CIFAR-10 as train/<class>/*.jpg\n"
-    )
+        few_photos.main(["--data", folder, "--test", folder, "--cache", str(tmp_path / "cache"), *OPTIONS])
+    assert "cat: 0 photographs, 5 are needed; give smaller --sizes" in capsys.readouterr().err

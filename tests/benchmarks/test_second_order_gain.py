@@ -11,7 +11,19 @@ from gain import runs
 from gain.gates import gates_on_cifar, kinds
 from gain.report import checks, print_studies, results_of
 from gain.run import TRUNK, Run, build, exported_network, open_task, train_and_measure
-from gain.studies import DSOP, HEAD, LINEAR, PLAIN, cifar, digits, few_textures, texture_rates, textures
+from gain.studies import (
+    DSOP,
+    HEAD,
+    LINEAR,
+    PLAIN,
+    cifar,
+    cifar_branches,
+    cifar_rates,
+    digits,
+    few_textures,
+    texture_rates,
+    textures,
+)
 from gain.study import Study
 from gain.task import DigitsConfig
 from gain.textures import TextureConfig
@@ -25,6 +37,8 @@ EVERY = [
     digits(2),
     kinds(2, tries=True),
     cifar(ARRAYS, 2, whole=True),
+    cifar_branches(ARRAYS, 2),
+    cifar_rates(ARRAYS),
     gates_on_cifar(ARRAYS, 1),
 ]
 EVERY_ARM = [pytest.param(study, arm, id=f"{study.name}: {arm}") for study in EVERY for arm in study.arms]

@@ -2,18 +2,25 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import PIL
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.golden import GOLDEN, check_golden, read_golden
+from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.commands.verify import verify
@@ -21,7 +28,8 @@ from sopdeploy_service.settings import Settings
 from tests.forged import forge
 from tests.service.conftest import picture_bytes, write_bundle
 
-SAMPLES = Path(__file__).parents[2] / "deploy" / "samples"
+ROOT = Path(__file__).parents[2]
+SAMPLES = ROOT / "deploy" / "samples"
 NODE_MODULES = SAMPLES / "javascript" / "node_modules"
 HEADERS = ("cstdio", "jpeglib.h", "nlohmann/json.hpp", "onnxruntime_cxx_api.h")
 INCLUDE = "-I/usr/include/onnxruntime"
@@ -71,7 +79,64 @@ def test_golden_examples_of_another_network_fail(
 def test_pixels_may_differ_by_one_gray_level(tmp_path: Path) -> None:
     example = read_golden(open_bundle(write_bundle(tmp_path, golden=True)))[0]
     nudged = np.where(example.pixels < 255, example.pixels + 1, 254).astype(np.uint8)
-    check_golden(example, nudged, lambda _: example.logits)
+    assert check_golden(example, nudged, lambda _: example.logits) is None
+
+
+def shown(pixels: np.ndarray) -> np.ndarray:
+    """Compute logits that depend on the mean color only."""
+    return pixels.mean(axis=(0, 1), dtype=np.float64).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("exporter", "change", "message"),
+    [
+        ("12.3.0", 2, None),
+        (None, 2, None),
+        ("12.3.0", 90, r"another Pillow \(\S+ here, 12\.3\.0 at the export\): .* \(at most 10 %\); install"),
+        (PIL.__version__, 2, "gray levels, although Pillow is that of the export"),
+    ],
+    ids=["another Pillow", "a bundle without a record", "other logits", "the same Pillow"],
+)
+def test_the_drift_of_the_logits_decides_about_the_pixels_of_another_pillow(
+    exporter: str | None, change: int, message: str | None, tmp_path: Path
+) -> None:
+    read = read_golden(open_bundle(write_bundle(tmp_path, golden=True)))[0]
+    example = replace(read, logits=shown(read.pixels))
+    pixels = example.pixels.astype(np.int16)
+    pixels[:, ::2, 0] += np.where(pixels[:, ::2, 0] < 128, change, -change)
+    with nullcontext() if message is None else pytest.raises(ParityError, match=message):
+        found = check_golden(example, pixels.astype(np.uint8), shown, exporter)
+        assert found is not None
+        assert (found.values, found.of, found.levels) == (pixels[:, ::2, 0].size, pixels.size, 2)
+        assert 0 < found.drift < 0.1
+
+
+def test_verify_prints_how_many_pixels_differ_with_another_pillow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_bundle(tmp_path, golden=True, preprocess=RULES["crop-bicubic"])
+    pixels = np.fromfile(path / "golden-0.rgb", np.uint8).astype(np.int16)
+    pixels[::50] += np.where(pixels[::50] < 128, 5, -5)
+    (path / "golden-0.rgb").write_bytes(pixels.astype(np.uint8).tobytes())
+    index = json.loads((path / GOLDEN).read_bytes())
+    index["tolerance"] = 100.0  # the stored logits are those of the pixels before the change
+    (path / GOLDEN).write_text(json.dumps(index))
+    changed = forge(path)
+    done = CliRunner().invoke(app, ["verify", str(changed)])
+    assert done.exit_code == 0, done.output
+    assert "golden   3 JPEG files give the exporter's logits\n" in done.stdout
+    assert re.search(
+        r"note     another Pillow \(.*: 62 of 3,072 pixel values differ, by at most 5", done.stdout
+    )
+
+
+def test_the_pillow_of_the_project_is_the_one_that_tests_and_images_use() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (wanted,) = (line for line in project["dependencies"] if line.startswith("pillow"))
+    major = int(PIL.__version__.partition(".")[0])
+    assert wanted == f"pillow>={major},<{major + 1}"
+    for lock in (ROOT / "deploy" / "lock").glob("[cg]pu.txt"):
+        assert f"\npillow=={major}." in lock.read_text(encoding="utf-8")
 
 
 def run_sample(command: list[str | Path], bundle: Path, photo: Path) -> None:

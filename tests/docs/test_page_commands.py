@@ -77,7 +77,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace(tmp_path_factory.mktemp("home"))
     quickly = next(step for step in steps(ROOT / "docs" / "quickstart.md") if "--set epochs=12" in step)
     workspace.run(quickly)  # its settings take precedence over those of the workspace
-    workspace.run("sopdeploy export runs/photos-dsop/best.pt --detach")
+    workspace.run("sopdeploy export runs/latest/best.pt --detach")
     return workspace
 
 

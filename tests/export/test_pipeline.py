@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ from PIL import Image
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.golden import read_golden
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import read_probes
+from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
+from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import ConfigError, DataError, DetachError, LoweringError, ParityError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
@@ -18,7 +22,7 @@ from sopdeploy.models.registry import create_model
 from sopdeploy_export import pipeline
 from sopdeploy_export.graph import Deployed, probe_images
 from sopdeploy_export.pipeline import Exported, ExportOptions, export, fold_temperature
-from sopdeploy_export.proof.hashes import onnx_root
+from sopdeploy_export.precision.report import PrecisionOptions
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
 from tests.export.conftest import LABELS, save, trained
@@ -55,6 +59,27 @@ def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
     names = [tensor.name for tensor in onnx.load(bundle.onnx).graph.initializer]
     assert not [name for name in names if "branch" in name]
     assert {entry.name.split(".")[0] for entry in exported.certificate.removed} == {"branches"}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("evaluate", r"dog is no class of the network, which knows a, b.* j; remove or rename"),
+        ("calibrate", "contains no images; --calibrate needs a folder"),
+    ],
+)
+def test_folders_are_checked_before_the_first_expensive_step(
+    checkpoint: Path, tmp_path: Path, option: str, message: str
+) -> None:
+    folder = tmp_path / "photos"
+    (folder / "dog").mkdir(parents=True)
+    if option == "evaluate":
+        Image.new("RGB", (8, 8)).save(folder / "dog" / "1.png")
+    options = ExportOptions(detach=True, precision=PrecisionOptions(precision="int8", **{option: folder}))
+    steps: list[str] = []
+    with pytest.raises(DataError, match=message):
+        export(checkpoint, tmp_path / "bundles", options, steps.append)
+    assert steps == ["reading the checkpoint"]
 
 
 def test_exports_of_one_checkpoint_are_byte_identical(
@@ -123,7 +148,7 @@ def test_failed_comparison_leaves_no_files(
         (None, DetachError, "add --detach"),
         ("missing", DataError, "no such folder"),
         ("empty", DataError, "contains no images"),
-        ("text", DataError, "not a readable image"),
+        ("text", DataError, "this is not an image"),
     ],
     ids=["training-only parts without --detach", "no folder", "an empty folder", "text instead of an image"],
 )
@@ -188,3 +213,18 @@ def test_a_temperature_that_cannot_be_folded_is_an_error(
     network.classify = lambda features: classify(features).tanh()  # type: ignore[method-assign]
     with pytest.raises(LoweringError, match=message):
         fold_temperature(network, 1.7, Deployed(network, preprocess), probe_images(preprocess))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_logits_that_overflow_are_the_same_error_with_a_temperature(
+    preprocess: Preprocess, tmp_path: Path, temperature: float
+) -> None:
+    network = trained("resnet8")
+    network.get_parameter("layer2.0.bn2.weight").data.fill_(3e38)
+    path = save(network, "resnet8", tmp_path / "c.pt", preprocess)
+    fitted = Calibration(
+        temperature=temperature, error_before=0.2, error_after=0.1, images=9, estimated_on="held-out"
+    )
+    write_checkpoint(path, replace(read_checkpoint(path), decision=Decision(calibration=fitted)))
+    with pytest.raises(ParityError, match="not finite in fp32 on the probe images: activations exceed"):
+        export(path, tmp_path / "bundles")

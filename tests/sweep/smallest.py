@@ -43,6 +43,8 @@ LOWERED = (  # lowered to ONNX and compared: one for each other inference class
     Small("avesop-16-resnet18", 8, {**ONE_EACH, "components": 3, "component_widths": (6,), "iterations": 2}),
     Small("netvlad-64-resnet18", 8, {**ONE_EACH, "words": 3}),
     Small("dsop-timm:test_resnet", 32, {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2}),
+    Small("head:resnet8", 16, {"head": {"taps": ("layer2.0", "layer3.0"), **NARROW}}),
+    Small("head:timm:test_efficientnet", 64, {"head": NARROW}),
 )
 TOO_LONG = (EfficientNet, SecondOrderEfficientNet)  # 242 operators: lowered by `make test-models`
 DETACHED = (  # compared with plain networks: their inference class is above, or takes too long for every run

@@ -13,7 +13,6 @@ from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.step.losses import training_loss
@@ -21,7 +20,13 @@ from sopdeploy_export.graph import Deployed, capture_any_batch, lower, probe_ima
 from sopdeploy_export.parity.compare import Reference
 from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.pipeline import Exported, ExportOptions, compare_with_network, export
-from sopdeploy_export.precision.convert import PrecisionOptions, convert_precision, lowering_options
+from sopdeploy_export.precision.convert import (
+    CapturedGraph,
+    apply_rules,
+    convert_precision,
+    convert_types,
+)
+from sopdeploy_export.precision.report import PrecisionOptions
 from sopdeploy_export.proof.certificate import (
     Detachment,
     assert_equal_outputs,
@@ -29,8 +34,6 @@ from sopdeploy_export.proof.certificate import (
     build_plain_network,
 )
 from sopdeploy_export.proof.networks import detach
-from sopdeploy_export.rewrites.apply import LoweredGraph, center_by_mean, rewrite
-from sopdeploy_export.rewrites.context import LoweringReport
 
 TRAINED_ON = 4
 FEW = BatchRange(optimum=2, maximum=3)
@@ -109,16 +112,11 @@ def measured(
     """
     found = detached(checkpoint)
     wish = PrecisionOptions(precision=precision)
-    pixels = Normalize(found.preprocess)(torch.from_numpy(found.images[:2]))
-    rewritten = rewrite(found.network, pixels, batch, lowering_options(wish, rules=True, autotune=False))
-    program = capture_any_batch(rewritten.network, found.preprocess, batch)
-    model, _ = center_by_mean(lower(program, found.network.outputs))
-    report = LoweringReport(
-        textbook=False, rules=rewritten.rules, choices=(), certified_root="", lowered_root=""
-    )
-    shipping = convert_precision(
-        found.network, LoweredGraph(rewritten.network, program, model, report), found.preprocess, batch, wish
-    )
+    program = capture_any_batch(found.network, found.preprocess, batch)
+    certified = CapturedGraph(found.network, program, lower(program, found.network.outputs))
+    source = convert_types(certified, found.preprocess, batch, wish)
+    lowered = apply_rules(certified, source, found.images, batch)
+    shipping = convert_precision(certified, lowered, found.preprocess, wish)
     write(shipping.model, destination)
     options = ExportOptions(batch=batch, precision=wish)
     return compare_with_network(destination, found.network, shipping, found.preprocess, found.images, options)

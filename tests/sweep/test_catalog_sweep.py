@@ -19,7 +19,7 @@ from sopdeploy.training.recipe import read_recipe
 from sopdeploy_export.graph import probe_images
 from sopdeploy_export.pipeline import ExportOptions, detach, export
 from sopdeploy_export.precision.casts import float32_parts
-from sopdeploy_export.precision.int8 import quantize
+from sopdeploy_export.precision.int8 import Int8Quantizer
 from tests.gpu_graphs import Record, accepted
 from tests.sopdeploy.training.small_recipes import SMALL, few_blocks
 from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
@@ -67,7 +67,8 @@ def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     network = small.build()
     images = probe_images(Preprocess(resize=small.side, crop=small.side))[:4]
     kept = float32_parts(detach(network) if network.training_only else network)
-    accepted(record_property, small.name, "int8", quantize(model, images, kept, "minmax", "tensorrt"))
+    quantizer = Int8Quantizer(model, images, kept, "tensorrt")
+    accepted(record_property, small.name, "int8", quantizer.quantize("minmax"))
 
 
 @pytest.mark.parametrize("small", DETACHED, ids=name)
@@ -139,7 +140,7 @@ def test_the_smallest_agrees_in_half_precision(
     "precision",
     ["fp32", *(pytest.param(p, marks=pytest.mark.slow) for p in ("fp16", "bf16-backbone", "int8"))],
 )
-@pytest.mark.parametrize("pooling", ["gap", "bcnn", "low-rank-bilinear", "netvlad", "netfv"])
+@pytest.mark.parametrize("pooling", ["gap", "gap+isqrt", "bcnn", "low-rank-bilinear", "netvlad", "netfv"])
 def test_every_other_pooling_agrees(
     pooling: str, precision: Precision, tmp_path: Path, record_property: Record
 ) -> None:
@@ -149,7 +150,8 @@ def test_every_other_pooling_agrees(
     model = onnx.load(tmp_path / "model.onnx")
     if precision == "int8":
         images = probe_images(Preprocess(resize=small.side, crop=small.side))[:4]
-        model = quantize(model, images, float32_parts(small.build()), "minmax", "tensorrt")
+        kept = float32_parts(small.build())
+        model = Int8Quantizer(model, images, kept, "tensorrt").quantize("minmax")
     accepted(record_property, f"resnet8 with {pooling}", precision, model)
 
 

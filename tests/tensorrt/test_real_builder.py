@@ -1,7 +1,6 @@
 """Our builder code with a real TensorRT parser and builder, TensorRT-RTX; see tests/gpu_graphs.py."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import onnx
 import pytest
@@ -10,13 +9,7 @@ from onnx import helper
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import create, make_logger
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.tensorrt.build import (
-    BuildRequest,
-    build,
-    network_flags,
-    set_layer_precisions,
-    set_timing_cache,
-)
+from sopdeploy_export.tensorrt.build import BuildRequest, build, set_timing_cache
 from sopdeploy_export.tensorrt.lint import lint
 from tests.gpu_graphs import ABSENT, RealTensorRT, real_tensorrt
 from tests.tensorrt.networks import network
@@ -33,7 +26,7 @@ def trt() -> RealTensorRT:
 
 
 def request(model: onnx.ModelProto, **options: object) -> BuildRequest:
-    return BuildRequest(onnx=model.SerializeToString(), profiles=PROFILES, precision="fp32", **options)
+    return BuildRequest(onnx=model.SerializeToString(), profiles=PROFILES, **options)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -55,7 +48,7 @@ def test_a_parser_error_names_the_operator_also_beside_another_builder(trt: Real
     safe.graph.node.append(helper.make_node("Det", ["covariance"], ["unused"], name="determinant"))
     with pytest.raises(EngineError, match=r"cannot read the graph: node 12 \(Det determinant\)"):
         build(trt, request(safe), lambda _: None)
-    damaged = BuildRequest(onnx=b"no graph", profiles=PROFILES, precision="fp32")
+    damaged = BuildRequest(onnx=b"no graph", profiles=PROFILES)
     with pytest.raises(EngineError, match=r"cannot read the graph: .+") as caught:
         build(trt, damaged, lambda _: None)
     assert "gave no reason" not in str(caught.value)
@@ -78,50 +71,6 @@ def test_mixed_types_that_the_graph_does_not_cast_are_an_error(trt: RealTensorRT
     matrix.input[0] = cast.input[0]  # float16 times float32 in a strongly typed network
     with pytest.raises(EngineError, match="TensorRT 11"):
         build(trt, request(safe), lambda _: None)
-
-
-class Layer8:
-    """A layer of the real network, which has no precision of its own, with the attributes of TensorRT 8.6."""
-
-    def __init__(self, layer: Any) -> None:
-        self.name, self.type, self.get_output = layer.name, layer.type, layer.get_output
-        self.asked: list[Any] = []
-
-    precision = property(fset=lambda self, kind: self.asked.append(kind))
-
-    def set_output_type(self, index: int, kind: Any) -> None:
-        self.asked.append((index, kind))
-
-
-@pytest.mark.parametrize(
-    ("precision", "flags"),
-    [
-        ("fp32", set()),
-        ("fp16", {"FP16", "OBEY_PRECISION_CONSTRAINTS"}),
-        ("int8", {"INT8", "OBEY_PRECISION_CONSTRAINTS"}),
-    ],
-)
-def test_tensorrt_8_gets_the_precision_of_every_computing_layer(
-    trt: RealTensorRT, precision: str, flags: set[str]
-) -> None:
-    safe, _ = lint(network(half=True), (8, 6), PROFILES)
-    builder = trt.Builder(make_logger(trt))
-    parsed = builder.create_network(network_flags(trt))
-    assert trt.OnnxParser(parsed, make_logger(trt)).parse(safe.SerializeToString())
-    layers = [Layer8(parsed.get_layer(index)) for index in range(parsed.num_layers)]
-    names = ("FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS")
-    builder_flags = SimpleNamespace(**{name: name for name in names})
-    old = SimpleNamespace(BuilderFlag=builder_flags, LayerType=trt.LayerType, DataType=trt.DataType)
-    set_flags: set[str] = set()
-    found = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
-    set_layer_precisions(old, found, SimpleNamespace(set_flag=set_flags.add), precision)
-    assert set_flags == flags
-    asked = {layer.name: layer.asked for layer in layers if layer.asked}
-    half, full = ([kind, (0, kind)] for kind in (trt.DataType.HALF, trt.DataType.FLOAT))
-    expected = {"node_convolved": half, "node_covariance": full, "node_logits": full}
-    assert {name: asked.get(name) for name in expected} == (
-        expected if precision == "fp16" else dict.fromkeys(expected)
-    )
 
 
 @pytest.mark.parametrize("rejected", ["damaged", "of another machine"])

@@ -239,15 +239,14 @@ def test_a_model_that_fails_to_load_holds_nothing(
     assert held_by(cuda, trt) == (0, 0, 0, 0, 0)
 
 
-def test_the_contexts_of_all_profiles_share_their_memory_since_10_1(
+def test_the_contexts_of_all_profiles_share_their_memory(
     built: Bundle, cuda: FakeCuda, trt: FakeTensorRT
 ) -> None:
     runtime = TensorRTRuntime(built, PLAIN)
     name = f"tensorrt {trt.__version__}"
     assert (runtime.name, runtime.device, runtime.largest_batch) == (name, "cuda:0", 8)
-    blocks = {getattr(context, "_memory", None) for context in trt._contexts}
+    blocks = {context._memory for context in trt._contexts}
     assert (len(blocks), len(trt._contexts)) == (1, 3)
-    assert (blocks == {None}) == (trt._version != "11.1")  # before, each has its own
     check_runs(runtime, 1, 8, 2)
 
 

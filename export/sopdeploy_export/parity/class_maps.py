@@ -4,7 +4,9 @@
 from the mean of the feature map. The mean of the map of a class plus the bias of the class is then its logit.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +19,22 @@ from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.parity.report import LOGITS, ClassMapParity, ParityReport
 
 
-def add_features_output(network: nn.Module) -> None:
+def add_features_output(network: nn.Module, training: Mapping[str, Any]) -> None:
     """Make the last feature map an output of *network*, for `--with-cam`.
 
-    Raises `LoweringError` unless a linear layer computes the logits from the mean of that map.
+    *training* is the record of the training. Raises `LoweringError` unless a linear layer computes the logits
+    from the mean of that map.
     """
     if not isinstance(network, Backbone) or network.averaged_classifier() is None:
+        config = getattr(network, "config", None)
+        pooling = getattr(getattr(config, "head", getattr(config, "pooling", None)), "kind", "gap")
+        end, remedy = f"{type(network).__name__} does not end in average pooling and one linear layer", ""
+        if pooling != "gap":
+            end = f"{type(network).__name__} ends in {pooling} pooling instead of average pooling"
+            choice = "--set 'few_shot.heads=[\"gap\"]'" if "few_shot" in training else "--pooling gap"
+            remedy = f"train with {choice}, or "
         raise LoweringError(
-            f"--with-cam: {type(network).__name__} does not end in average pooling and one linear layer, so "
-            "no map adds up to its logits; export it without --with-cam"
+            f"--with-cam: {end}, so no map adds up to its logits; {remedy}export it without --with-cam"
         )
     network.outputs = (LOGITS, FEATURES)
 

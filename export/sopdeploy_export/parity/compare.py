@@ -63,7 +63,6 @@ from sopdeploy_export.parity.report import (
     rerouted,
     routing_parity,
 )
-from sopdeploy_export.rewrites.apply import record_activations
 
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Tensor], tuple[Tensor, ...]]
@@ -349,9 +348,21 @@ def _overflow(deployed: Deployed, output: str, precision: Precision, image: NDAr
     if precision != "fp32":
         wider = "bf16-backbone or fp32" if precision == "fp16" else "fp32"
         return f"{message}: activations overflow; choose --precision {wider}"
-    activations = record_activations(deployed.network, (deployed.normalise(torch.from_numpy(image)),))
-    infinite = (name for name, entry in activations.items() if not bool(entry.output.isfinite().all()))
-    first, largest = next(infinite, output), float(np.finfo(np.float32).max)
+    infinite: list[str] = []
+
+    def record(name: str, _part: nn.Module, _inputs: Any, result: Any) -> None:
+        if isinstance(result, Tensor) and not bool(result.isfinite().all()):
+            infinite.append(name)
+
+    named = [(name, part) for name, part in deployed.network.named_modules() if name]
+    handles = [part.register_forward_hook(partial(record, name)) for name, part in named]
+    try:
+        with torch.no_grad():
+            deployed(torch.from_numpy(image))
+    finally:
+        for handle in handles:
+            handle.remove()
+    first, largest = next(iter(infinite), output), float(np.finfo(np.float32).max)
     return (
         f"{message}: activations exceed {largest:.2g} from {first} on, and no --precision has "
         "a wider range; train it again with weight decay or a lower learning rate"

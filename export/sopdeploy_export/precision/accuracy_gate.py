@@ -1,6 +1,6 @@
 """Measure the accuracy that a lower precision costs, and reject large losses."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,74 +9,98 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.data.base import PreprocessedDataset
-from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.errors import ConfigError, ParityError
 from sopdeploy.evaluation.statistics import wilson
-from sopdeploy.files import expand_user
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.graph import CALIBRATE, list_images, load_images
 from sopdeploy_export.parity.onnx_file import open_session
-from sopdeploy_export.precision.convert import (
-    Accuracy,
-    ConvertedGraph,
-    PrecisionOptions,
-    PrecisionReport,
-)
-from sopdeploy_export.precision.int8 import METHODS
+from sopdeploy_export.precision.report import Accuracy, PrecisionOptions, PrecisionReport
 from sopdeploy_export.proof.networks import ExportSubject
 
 BATCH = 8
 Batch = tuple[NDArray[np.uint8], list[int]]  # images (B, H, W, 3), and labels if they are known
 
 
-def check_accuracy(
-    converted: ConvertedGraph,
-    path: Path,
-    subject: ExportSubject,
-    batch: BatchRange,
-    options: PrecisionOptions,
-    *,
-    allow_drift: bool,
-) -> PrecisionReport:
-    """Add the accuracy of the file at *path* to the precision report.
+def open_folders(subject: ExportSubject, options: PrecisionOptions) -> PreprocessedDataset | None:
+    """Open the images of `evaluate` with the classes of *subject* in output order; None if there are none.
 
-    It is measured on the labeled images of `evaluate`, or else on the images of `calibrate`. Raises
-    `ParityError` if more than `max_drop` points are lost and *allow_drift* is off, and `ConfigError` for
+    Raises `DataError` if they have other classes or if `calibrate` has no images, and `ConfigError` for
     `evaluate` with a network that predicts several classes per image.
     """
-    several = subject.decision is not None and subject.decision.activation == "sigmoid"
-    if options.evaluate is not None and several:
+    if options.calibrate is not None:
+        list_images(options.calibrate, CALIBRATE)
+    if options.evaluate is None:
+        return None
+    if subject.decision is not None and subject.decision.activation == "sigmoid":
         raise ConfigError(
             "--evaluate: measures top-1, but this network predicts several classes per image; omit it and "
             "compare `sopdeploy eval` of the checkpoint and the bundle"
         )
-    if options.evaluate is not None:
-        folder = open_classes(expand_user(options.evaluate), subject.labels)
-        dataset = PreprocessedDataset(folder, subject.preprocess)
-        batches = _labeled_batches(dataset, min(BATCH, batch.maximum))
-    else:
-        images = converted.calibration
-        batches = iter([]) if images is None else ((image[None], []) for image in images)
-    found = compare_predictions(converted.float32_model, path, batches)
-    if found.drop > options.max_drop and not allow_drift:
+    return PreprocessedDataset(open_evaluation_images(options.evaluate, subject.labels), subject.preprocess)
+
+
+class AccuracyCheck:
+    """Compares the top classes of graphs with those of the float32 graph.
+
+    The images are the labeled ones of `evaluate`, or else those of `calibrate`, which `calibration` holds as
+    uint8 (P, H, W, 3); it is None without `calibrate`.
+    """
+
+    def __init__(
+        self,
+        options: PrecisionOptions,
+        preprocess: Preprocess,
+        batch: BatchRange,
+        labeled: PreprocessedDataset | None = None,
+    ) -> None:
+        self.options, self._labeled, self._size = options, labeled, min(BATCH, batch.maximum)
+        self.calibration = None
+        if options.calibrate is not None:
+            self.calibration = load_images(options.calibrate, preprocess, CALIBRATE)
+        self._before: NDArray[np.int64] | None = None
+
+    def measure(self, float32: onnx.ModelProto, exported: Path | onnx.ModelProto) -> Accuracy:
+        """Run both graphs on the images; the classes of *float32* are computed once and kept."""
+        sessions = [open_session(exported)]
+        if self._before is None:
+            sessions.insert(0, open_session(float32))
+        predictions: list[list[NDArray[np.int64]]] = [[] for _ in sessions]
+        truth: list[int] = []
+        for images, labels in self._batches():
+            truth += labels
+            for session, found in zip(sessions, predictions, strict=True):
+                logits = session.run(None, {session.get_inputs()[0].name: images})[0]
+                found.append(logits.argmax(axis=1))
+        classes = [np.concatenate(found) for found in predictions]
+        if self._before is None:
+            self._before = classes[0]
+        return accuracy(self._before, classes[-1], np.asarray(truth) if truth else None)
+
+    def reject(self, report: PrecisionReport) -> None:
+        """Raise `ParityError` if the accuracy in *report* drops by more than `max_drop`."""
+        found, limit = report.accuracy, self.options.max_drop
+        if found is None or found.drop <= limit:
+            return
         metric = "agreement with float32" if found.before is None else "top-1"
+        tried = ""
+        if report.quantisation is not None:
+            attempts = ", ".join(map(str, report.quantisation.tried))
+            tried = f"; tried: {attempts}; add images like those of production to --calibrate"
         raise ParityError(
-            f"{options.precision} loses {found.drop:.2f} points of {metric} on {found.images} images, "
-            f"but only {options.max_drop:g} are allowed (--max-drop){_int8_advice(converted.precision)}"
+            f"{report.precision} loses {found.drop:.2f} points of {metric} on {found.images} images, "
+            f"but only {limit:g} are allowed (--max-drop){tried}"
         )
-    return converted.precision.model_copy(update={"accuracy": found})
 
-
-def compare_predictions(before: onnx.ModelProto, after: Path, batches: Iterable[Batch]) -> Accuracy:
-    """Run the graph *before* and the file *after* on *batches* and compare their top classes."""
-    sessions = open_session(before), open_session(after)
-    predictions: list[list[NDArray[np.int64]]] = [[], []]
-    truth: list[int] = []
-    for images, labels in batches:
-        truth += labels
-        for session, found in zip(sessions, predictions, strict=True):
-            logits = session.run(None, {session.get_inputs()[0].name: images})[0]
-            found.append(logits.argmax(axis=1))
-    first, second = (np.concatenate(found) for found in predictions)
-    return accuracy(first, second, np.asarray(truth) if truth else None)
+    def _batches(self) -> Iterator[Batch]:
+        if self._labeled is None:
+            images = self.calibration
+            yield from ((image[None], []) for image in (() if images is None else images))
+            return
+        for start in range(0, len(self._labeled), self._size):
+            end = min(start + self._size, len(self._labeled))
+            pairs = [self._labeled[index] for index in range(start, end)]
+            yield np.stack([image for image, _ in pairs]), [int(label) for _, label in pairs]
 
 
 def accuracy(
@@ -96,31 +120,4 @@ def accuracy(
         low=low,
         high=high,
         drop=round(100 * lost, 6),
-    )
-
-
-def _labeled_batches(dataset: PreprocessedDataset, size: int) -> Iterator[Batch]:
-    for start in range(0, len(dataset), size):
-        pairs = [dataset[index] for index in range(start, min(start + size, len(dataset)))]
-        yield np.stack([image for image, _ in pairs]), [int(label) for _, label in pairs]
-
-
-def _int8_advice(report: PrecisionReport) -> str:
-    """Name the parts and layers that change the logits most in int8, and the options to try."""
-    quantization = report.quantisation
-    if quantization is None:
-        return ""
-    others = " or ".join(method for method in METHODS if method != quantization.calibration)
-    costs = quantization.costs[:3]
-    if not costs:
-        return f"; try --calibration {others}"
-
-    parts, layers = (
-        ", ".join(f"{cost.part} {cost.share:.1%}" for cost in found)
-        for found in (quantization.parts[:1], costs)
-    )
-    return (
-        f"; the part that costs most: {parts} of the spread of the logits; "
-        f"the layers that cost most: {layers}; "
-        f"keep them in float32 with --keep-float {costs[0].part}, or try --calibration {others}"
     )

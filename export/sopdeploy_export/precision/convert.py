@@ -1,19 +1,20 @@
-"""Convert the lowered graph to the requested precision, and report its types.
+"""Convert the certified network to the requested precision, and report its types.
 
-fp32 exports the graph of the rewrite rules. fp16 and bf16-backbone export a copy of the rewritten network
-with casts, captured and converted again. int8 exports the graph of the rewrite rules with quantized
-convolutions.
+fp32 exports the graph that the rewrite rules make of the certified graph. For fp16 and bf16-backbone, casts
+are placed in a copy of the certified network, which is captured and converted again; the rules apply to that
+graph. int8 quantizes the convolutions of the float32 graph that the rules made.
 
 Types are read from the exported graph, not from the options: weights from its initializers, operations from
 the captured program. A graph whose types differ from the requested ones is rejected.
 """
 
+import copy
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -22,23 +23,25 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from sopdeploy.bundle.manifest import BatchRange, Int8For, Precision
-from sopdeploy.config import NonNegative, StrictModel
+from sopdeploy.bundle.manifest import BatchRange, Precision
+from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.export_hints import export_hints
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.graph import (
-    CALIBRATE,
     OPSET,
     OPSET_OF_BFLOAT16,
     PREFIX,
     Deployed,
     capture_any_batch,
-    load_images,
+    check,
+    lower,
     output_names,
     probe_images,
+    value_parts,
 )
-from sopdeploy_export.parity.bisect_int8 import Int8Graphs, find_first_int8_drift, part_drifts_int8
 from sopdeploy_export.parity.compare import Gate, Run
 from sopdeploy_export.parity.onnx_file import (
     file_outputs,
@@ -48,20 +51,28 @@ from sopdeploy_export.parity.onnx_file import (
     part_drifts,
 )
 from sopdeploy_export.parity.report import PartDrift, find_gate, gate_logits
+from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.casts import (
     LOW_PRECISION,
     Calibration,
-    Iteration,
     float32_parts,
-    place_casts,
     weight_dtypes,
     with_precision,
 )
-from sopdeploy_export.precision.int8 import Cost, check_part_names, input_grids, measure_sensitivity, quantize
-from sopdeploy_export.rewrites.apply import OBSERVED_IMAGES, LoweredGraph, LoweringOptions, lower_converted
-from sopdeploy_export.rewrites.attention import FoldedExcitation
-from sopdeploy_export.rewrites.context import LoweringReport
+from sopdeploy_export.precision.int8 import METHODS, Int8Quantizer, check_part_names
+from sopdeploy_export.precision.report import (
+    Accuracy,
+    Attempt,
+    PartPrecision,
+    PrecisionOptions,
+    PrecisionReport,
+    Quantization,
+)
+from sopdeploy_export.proof.hashes import program_root
+from sopdeploy_export.rewrites.apply import Lowered, LoweringReport, autotune, lower_graph
 
+FLOAT32_FRACTIONS = (0.1, 0.25, 0.5)  # of the layers, if int8 in all of them loses too much
+OBSERVED_IMAGES = 2  # the smallest batch of several images
 TYPE_NAMES = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
@@ -70,74 +81,21 @@ TYPE_NAMES = {
 }
 
 
-class PartPrecision(StrictModel):
-    """Floating-point types of one part of the network in the exported file.
+class CapturedGraph(NamedTuple):
+    """A network, its program for any batch size, and the program as ONNX."""
 
-    `weights` is the type of its weights, None if it has none. `operations` maps each result type to the
-    number of operations.
-    """
-
-    part: str
-    weights: str | None
-    operations: dict[str, int]
+    network: nn.Module
+    program: ExportedProgram
+    model: onnx.ModelProto
+    opset: int = OPSET
 
 
-class Quantization(StrictModel):
-    """The quantization to int8: method, calibration data and accuracy cost per layer.
+class LoweredGraph(NamedTuple):
+    """The graph that the rewrite rules made of *source*, and their report."""
 
-    Attributes:
-        runtime: The runtime that the graph is quantized for.
-        kept: Parts that `--keep-float` keeps in float32.
-        calibration: Method that found the ranges.
-        images: Number of calibration images.
-        layers: Number of int8 convolutions.
-        costs: The layers that cost most, in descending order.
-        parts: All parts with int8 convolutions, in descending order of cost.
-    """
-
-    runtime: Int8For
-    kept: tuple[str, ...]
-    calibration: str
-    images: int
-    layers: int
-    costs: tuple[Cost, ...]
-    parts: tuple[Cost, ...] = ()
-
-
-class Accuracy(StrictModel):
-    """The float32 graph compared with the exported one on the same images.
-
-    Attributes:
-        images: Number of images.
-        before: Top-1 of the float32 graph as a fraction; `None` without labels.
-        after: Top-1 of the exported graph as a fraction; `None` without labels.
-        agree: Number of images with the same top class.
-        low: Lower end of the 95 % confidence interval of the fraction that agrees.
-        high: Upper end of that interval.
-        drop: Lost points of top-1; without labels the percentage of images that disagree, an upper bound.
-    """
-
-    images: int
-    before: float | None
-    after: float | None
-    agree: int
-    low: float
-    high: float
-    drop: float
-
-
-class PrecisionReport(StrictModel):
-    """The content of `precision.json`."""
-
-    precision: Precision
-    newton_schulz: Iteration
-    parts: tuple[PartPrecision, ...]
-    quantisation: Quantization | None = None
-    accuracy: Accuracy | None = None
-
-    def summary(self) -> dict[str, int]:
-        """Count the parts by the type of their weights."""
-        return dict(sorted(Counter(part.weights for part in self.parts if part.weights).items()))
+    source: CapturedGraph
+    model: onnx.ModelProto
+    report: LoweringReport
 
 
 def part_precisions(model: onnx.ModelProto, program: ExportedProgram) -> tuple[PartPrecision, ...]:
@@ -175,7 +133,7 @@ def weight_types(model: onnx.ModelProto) -> dict[str, str]:
 def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Precision) -> None:
     """Raise `LoweringError` if a weight of *model* does not have the requested type.
 
-    *network* is the rewritten network before the casts, so that a missing cast is detected.
+    *network* is the certified network, without casts, so that a missing cast is detected.
     """
     found = weight_types(model)
     if precision == "int8" and "int8" not in found.values():
@@ -186,7 +144,7 @@ def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Pr
     expected = {
         name: str(dtypes[name]).removeprefix("torch.")
         for name, part in network.named_modules()
-        if isinstance(part, nn.Conv2d | nn.Linear | nn.ParameterList | FoldedExcitation)
+        if isinstance(part, nn.Conv2d | nn.Linear | nn.ParameterList)
     }
     wrong = [part for part, name in expected.items() if found.get(part, name) != name]
     if wrong or str(LOW_PRECISION[precision]).removeprefix("torch.") not in found.values():
@@ -195,30 +153,6 @@ def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Pr
             f"{precision} was requested, but the graph holds {part} in {found.get(part, 'no type')}: "
             f"{len(wrong)} of {len(expected)} parts have the wrong type"
         )
-
-
-class PrecisionOptions(StrictModel):
-    """The precision options of an export.
-
-    Attributes:
-        precision: Types in the graph.
-        newton_schulz: Type of the Newton-Schulz matrices between two products; fp16 needs precision fp16.
-        calibrate: Folder of images to measure int8 ranges on.
-        calibration: Method that finds the ranges.
-        int8_for: Runtime to quantize for.
-        keep_float: Parts whose convolutions stay in float32.
-        evaluate: Folder of images, one subfolder per class, to measure top-1 before and after.
-        max_drop: Allowed loss in points of top-1 on *evaluate*, or of agreement with float32 on *calibrate*.
-    """
-
-    precision: Precision = "fp32"
-    newton_schulz: Iteration = "fp32"
-    calibrate: Path | None = None
-    calibration: Calibration = "percentile"
-    int8_for: Int8For = "cpu"
-    keep_float: tuple[str, ...] = ()
-    evaluate: Path | None = None
-    max_drop: NonNegative = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,12 +165,12 @@ class ConvertedGraph:
         gate: Computes the gate's logits in the same precision; `None` without a gate.
         spectral: The network whose matrix square roots are exported.
         lowering: Report of the rewrite rules.
-        float32_model: The graph in float32, before the conversion.
+        source: The graph that the rules were applied to, if they made `model`; `None` for int8.
+        float32_model: A graph in float32 that the accuracy of `model` is compared with.
         precision: Report of the types.
         opset: ONNX opset of `model`.
-        find_first_drift: Names the first part of a file that exceeds its noise floor.
-        part_drifts: Measures the drift of each part of a file.
-        calibration: The images (P, H, W, 3) that int8 ranges were measured on.
+        find_first_drift: Names the first part of a file that exceeds its noise floor; not in int8.
+        part_drifts: Measures the drift of each part of a file; not in int8.
     """
 
     model: onnx.ModelProto
@@ -244,68 +178,113 @@ class ConvertedGraph:
     gate: Gate | None
     spectral: nn.Module
     lowering: LoweringReport
+    source: onnx.ModelProto | None
     float32_model: onnx.ModelProto
     precision: PrecisionReport
     opset: int
-    find_first_drift: Callable[[Path, NDArray[np.uint8], float], str | None]
-    part_drifts: Callable[[Path, NDArray[np.uint8]], tuple[PartDrift, ...]]
-    calibration: NDArray[np.uint8] | None = None
+    find_first_drift: Callable[[Path, NDArray[np.uint8], float], str | None] = lambda *_: None
+    part_drifts: Callable[[Path, NDArray[np.uint8]], tuple[PartDrift, ...]] = lambda *_: ()
 
 
-def lowering_options(options: PrecisionOptions, *, rules: bool, autotune: bool) -> LoweringOptions:
-    """Return the options of the rewrite rules; raise `ConfigError` for options that exclude each other."""
-    if options.newton_schulz == "fp16" and not rules:
-        raise ConfigError(
-            "--newton-schulz fp16: --no-lowering exports the papers' loop in float32; remove one of the two"
-        )
+def check_options(options: PrecisionOptions, *, autotune: bool) -> None:
+    """Raise `ConfigError` for options that exclude each other."""
     if autotune and options.precision == "bf16-backbone":
         raise ConfigError(
             "--autotune: onnxruntime has no bfloat16 kernels on the CPU to time; remove it, or choose "
             "--precision fp32 or fp16"
         )
-    stored: Literal["float32", "float16"] = "float16" if options.newton_schulz == "fp16" else "float32"
+
+
+def with_stored_roots(network: nn.Module, stored: Literal["float32", "float16"]) -> nn.Module:
+    """Return *network*, or a copy that stores the matrices between two Newton-Schulz products as *stored*."""
+    if stored == "float32":
+        return network
+    copied = copy.deepcopy(network)
+    for part in copied.modules():
+        if export_hints(part).computes_roots and isinstance(part.config, NewtonSchulzConfig):
+            part.config = part.config.model_copy(update={"stored": stored})
+    return copied
+
+
+def convert_types(
+    certified: CapturedGraph, preprocess: Preprocess, batch: BatchRange, options: PrecisionOptions
+) -> CapturedGraph:
+    """Place the casts of fp16 or bf16 in a copy of the certified network, and convert it to ONNX.
+
+    int8 quantizes the graph that the rewrite rules make, so the graph stays in float32 here.
+    """
     if options.precision not in LOW_PRECISION:
-        return LoweringOptions(rules, autotune, stored)
-    return LoweringOptions(rules, autotune, stored, partial(place_casts, precision=options.precision))
+        return certified
+    pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:OBSERVED_IMAGES]))
+    network = with_stored_roots(
+        certified.network, "float16" if options.newton_schulz == "fp16" else "float32"
+    )
+    cast = with_precision(network, certified.program, options.precision, pixels)
+    program = capture_any_batch(cast, preprocess, batch)
+    opset = OPSET_OF_BFLOAT16 if options.precision == "bf16-backbone" else OPSET
+    model = lower(program, output_names(certified.network), opset)
+    return CapturedGraph(cast, program, model, opset)
+
+
+def apply_rules(
+    certified: CapturedGraph,
+    source: CapturedGraph,
+    images: NDArray[np.uint8],
+    batch: BatchRange,
+    *,
+    rules: bool = True,
+    tune: bool = False,
+) -> LoweredGraph:
+    """Apply the rewrite rules to *source*: the certified graph, or its copy in another precision."""
+    parts = value_parts(source.program, output_names(certified.network), source.opset)
+    model, applied, choices = Lowered(source.model, ())
+    if rules and tune:
+        model, applied, choices = autotune(source.model, images[:OBSERVED_IMAGES], batch, parts)
+    elif rules:
+        model, applied, choices = lower_graph(source.model, batch.optimum, where=parts)
+    check(model, source.opset)
+    report = LoweringReport(
+        rules=applied,
+        choices=choices,
+        certified_root=program_root(certified.program).sha256,
+        source_onnx_root=onnx_root(source.model),
+        lowered_onnx_root=onnx_root(model),
+    )
+    return LoweredGraph(source, model, report)
 
 
 def convert_precision(
-    lean: nn.Module,
+    certified: CapturedGraph,
     lowered: LoweredGraph,
     preprocess: Preprocess,
-    batch: BatchRange,
     options: PrecisionOptions,
+    accuracy: AccuracyCheck | None = None,
 ) -> ConvertedGraph:
-    """Convert *lowered*, the graph of the rewritten network *lean*, to the precision in *options*.
+    """Quantize *lowered* for int8, and check that its types are those in *options*.
 
-    Raises `ConfigError` for int8 without calibration images, and `LoweringError` if the types in the graph
-    are not the requested ones.
+    *accuracy* measures int8 graphs, by default on the images of `calibrate`. Raises `ConfigError` for int8
+    without calibration images, and `LoweringError` if the types in the graph are not the requested ones.
     """
-    deployed = Deployed(lean, preprocess).eval()
+    source, lean = lowered.source, certified.network
     if options.precision == "int8":
-        return _convert_int8(deployed, lowered, preprocess, options)
-    opset = OPSET_OF_BFLOAT16 if options.precision == "bf16-backbone" else OPSET
-    converted, own = lowered, deployed
-    if options.precision in LOW_PRECISION:
-        pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:OBSERVED_IMAGES]))
-        cast = with_precision(lowered.network, lowered.program, options.precision, pixels)
-        converted = lower_converted(lowered, cast, capture_any_batch(cast, preprocess, batch), opset)
-        own = Deployed(cast, preprocess).eval()
-    check_weight_types(converted.model, lowered.network, options.precision)
-    program = converted.program
+        accuracy = accuracy or AccuracyCheck(options, preprocess, BatchRange())
+        return _convert_int8(Deployed(lean, preprocess).eval(), lowered, options, accuracy)
+    check_weight_types(lowered.model, lean, options.precision)
+    own, program = Deployed(source.network, preprocess).eval(), source.program
     return ConvertedGraph(
-        model=converted.model,
+        model=lowered.model,
         run=own,
         gate=(lambda pixels: gate_logits(own, pixels)) if find_gate(lean) is not None else None,
-        spectral=Deployed(converted.network, preprocess).eval(),
-        lowering=converted.report,
-        float32_model=lowered.model,
+        spectral=own,
+        lowering=lowered.report,
+        source=source.model,
+        float32_model=certified.model,
         precision=PrecisionReport(
             precision=options.precision,
             newton_schulz=options.newton_schulz,
-            parts=part_precisions(converted.model, program),
+            parts=part_precisions(lowered.model, program),
         ),
-        opset=opset,
+        opset=source.opset,
         find_first_drift=lambda path, images, floors: find_first_drift(
             path, program, output_names(lean), images, floors
         ),
@@ -314,44 +293,72 @@ def convert_precision(
 
 
 def _convert_int8(
-    deployed: Deployed, lowered: LoweredGraph, preprocess: Preprocess, options: PrecisionOptions
+    deployed: Deployed,
+    lowered: LoweredGraph,
+    options: PrecisionOptions,
+    check: AccuracyCheck,
 ) -> ConvertedGraph:
-    if options.calibrate is None:
-        raise ConfigError("--precision int8 needs images to measure ranges on: add --calibrate DIR")
-    images = load_images(options.calibrate, preprocess, CALIBRATE)
-    check_part_names(lowered.model, options.keep_float)
-    in_float = [*float32_parts(deployed.network), *options.keep_float]
-    model = quantize(lowered.model, images, in_float, options.calibration, options.int8_for)
+    model, quantization, accuracy = quantize_accurately(deployed.network, lowered.model, options, check)
     check_weight_types(model, deployed.network, "int8")
-    grids = input_grids(model)
-    layers, parts = measure_sensitivity(deployed, grids, images)
-    graphs, outputs = Int8Graphs(int8=model, float32=lowered.model), output_names(deployed.network)
     return ConvertedGraph(
         model=model,
         run=run_unfused(model),
         gate=_gate_of_file(model, deployed.network),
-        spectral=Deployed(lowered.network, preprocess).eval(),
+        spectral=deployed,
         lowering=lowered.report,
+        source=None,
         float32_model=lowered.model,
         precision=PrecisionReport(
             precision="int8",
             newton_schulz="fp32",
-            parts=part_precisions(model, lowered.program),
-            quantisation=Quantization(
-                runtime=options.int8_for,
-                kept=options.keep_float,
-                calibration=options.calibration,
-                images=len(images),
-                layers=len(grids),
-                costs=layers,
-                parts=parts,
-            ),
+            parts=part_precisions(model, lowered.source.program),
+            quantisation=quantization,
+            accuracy=accuracy,
         ),
         opset=OPSET,
-        find_first_drift=lambda path, pixels, floors: find_first_int8_drift(path, graphs, pixels, floors),
-        part_drifts=lambda path, pixels: part_drifts_int8(path, graphs, lowered.program, outputs, pixels),
-        calibration=images,
     )
+
+
+def quantize_accurately(
+    network: nn.Module, model: onnx.ModelProto, options: PrecisionOptions, check: AccuracyCheck
+) -> tuple[onnx.ModelProto, Quantization, Accuracy]:
+    """Quantize *model*, the float32 graph of *network*; stop at the first attempt within `max_drop`.
+
+    The attempts are the calibration methods, then the best of them with 10, 25 and 50 % of the layers in
+    float32, those with the largest effect on the logits. If all lose more, the best one is returned.
+    """
+    images = check.calibration
+    if images is None:
+        raise ConfigError("--precision int8 needs images to measure ranges on: add --calibrate DIR")
+    check_part_names(model, options.keep_float)
+    in_float = [*float32_parts(network), *options.keep_float]
+    quantizer = Int8Quantizer(model, images, in_float, options.int8_for)
+    tried: list[tuple[Attempt, onnx.ModelProto, Accuracy]] = []
+
+    def attempt(method: Calibration, layers: Sequence[str] = ()) -> bool:
+        quantized = quantizer.quantize(method, layers)
+        found = check.measure(model, quantized)
+        entry = Attempt(calibration=method, in_float32=tuple(layers), drop=found.drop)
+        tried.append((entry, quantized, found))
+        return found.drop <= options.max_drop
+
+    methods = tuple(METHODS) if options.calibration is None else (options.calibration,)
+    if not any(attempt(method) for method in methods):
+        best = min(tried, key=lambda entry: entry[0].drop)[0].calibration
+        layers = list(quantizer.layer_costs(best))
+        counts = sorted({math.ceil(part * len(layers)) for part in FLOAT32_FRACTIONS} - {len(layers)})
+        any(attempt(best, layers[:count]) for count in counts)
+    chosen, quantized, accuracy = min(tried, key=lambda entry: (entry[0].drop, len(entry[0].in_float32)))
+    quantization = Quantization(
+        runtime=options.int8_for,
+        kept=options.keep_float,
+        in_float32=chosen.in_float32,
+        calibration=chosen.calibration,
+        images=len(images),
+        layers=len(quantizer.layers) - len(chosen.in_float32),
+        tried=tuple(entry for entry, _, _ in tried),
+    )
+    return quantized, quantization, accuracy
 
 
 def run_unfused(model: onnx.ModelProto) -> Run:

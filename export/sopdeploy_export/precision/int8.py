@@ -1,25 +1,32 @@
-"""INT8: quantize the convolutions of a float32 graph after training.
+"""INT8: quantize the convolutions of a float32 graph after training, with ONNX Runtime's quantizer.
 
 QuantizeLinear and DequantizeLinear nodes surround the operators, and runtimes fuse them. Weights are int8 per
 output channel; second-order layers, pooling and classifier stay in float32. The runtimes need different
 activations:
 
-- `cpu`: uint8 with a zero point. Outputs of convolutions and biases are quantized as well, so that ReLU,
-  addition and max pooling between two convolutions need no float32.
+- `cpu`: uint8 with a zero point. Outputs of convolutions and biases are quantized as well. A Clip or Relu
+  after a convolution becomes part of its output: without these operators in the list, the values in front of
+  them get a range of their own, which is wide and grows with the number of images.
 - `tensorrt`: int8 around zero, only for the inputs of convolutions and for shortcuts, because TensorRT
-  fuses what follows a convolution. Biases stay in float32, because the parser cannot dequantize int32. The
-  convolution that reads the image stays in float32, because the builder has no int8 kernel that fuses three
-  input channels, ReLU and max pooling (observed with 10.16). On a CPU this form is slower than float32.
+  fuses what follows a convolution. Biases stay in float32, because the parser cannot dequantize int32. On a
+  CPU this form is slower than float32.
 
-The cost of int8 is measured in torch by quantizing one layer or part at a time. Weights are rounded per
-output channel, which commutes with the batch norm after the convolution. Inputs are rounded to the grid that
-calibration found. A cost is the root mean square change of the logits divided by their standard deviation.
+The convolution that reads the image stays in float32: it takes a few percent of the time, rounding its input
+costs more accuracy than any other layer of EfficientNet-Lite0, and TensorRT has no int8 kernel that fuses
+three input channels, ReLU and max pooling (observed with 10.16).
+
+ONNX Runtime quantizes the weights of a float32 convolution between int8 values when it loads a file, per
+tensor (`WeightBiasQuantization`). On EfficientNet-Lite0 this costs more accuracy than the rest of int8. A
+`Max` with the smallest float32 number between the convolution and its QuantizeLinear node prevents it.
+
+Biases are corrected (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias
+Correction", section 4.2, here with measured inputs): rounding the weights W to W' shifts the mean output of
+each channel by E[(W' - W) x], which is subtracted from the bias.
 """
 
-import copy
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -28,97 +35,271 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-from torch import Tensor, nn
 
 from sopdeploy.bundle.manifest import Int8For
-from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph import PREFIX, Deployed
+from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.precision.casts import Calibration
 
-METHODS = {
+METHODS: Mapping[Calibration, CalibrationMethod] = {  # in the order in which an export tries them
     "minmax": CalibrationMethod.MinMax,
-    "entropy": CalibrationMethod.Entropy,
     "percentile": CalibrationMethod.Percentile,
+    "entropy": CalibrationMethod.Entropy,
 }
 PERCENTILE = 99.999
-OPERATORS = ["Conv"]
+ACTIVATIONS = ("Clip", "Relu")  # become part of the convolution before them
 IMAGE_CHANNELS = 3
+SMALLEST = "smallest_float32"
 EXAMPLES = 3  # number of layer names in an error message
+HISTOGRAM_IMAGES = 64
+CORRECTION_IMAGES = 64
+COST_IMAGES = 8
 
 
 class Form(NamedTuple):
-    """Activation type and quantizer options for one runtime."""
+    """Operators, activation type and quantizer options for one runtime."""
 
+    operators: tuple[str, ...]
     activations: QuantType
     options: Mapping[str, Any]
 
 
 FORMS: Mapping[Int8For, Form] = {
-    "cpu": Form(QuantType.QUInt8, {}),
+    "cpu": Form(("Conv", *ACTIVATIONS), QuantType.QUInt8, {}),
     "tensorrt": Form(
+        ("Conv",),
         QuantType.QInt8,
         {
             "ActivationSymmetric": True,
             "WeightSymmetric": True,
             "QuantizeBias": False,
-            "OpTypesToExcludeOutputQuantization": list(OPERATORS),
+            "OpTypesToExcludeOutputQuantization": ["Conv"],
         },
     ),
 }
 
 
-def quantize(
-    model: onnx.ModelProto,
-    images: NDArray[np.uint8],
-    in_float: Sequence[str] = (),
-    method: Calibration = "percentile",
-    runtime: Int8For = "cpu",
-) -> onnx.ModelProto:
-    """Quantize the convolutions of *model*, with ranges measured on *images*.
+class Int8Quantizer:
+    """Quantizes a float32 graph with ranges that are measured once per calibration method.
 
-    Parts named in *in_float* stay in float32. Raises `LoweringError` if no convolution is left to quantize.
+    `quantize_static` of ONNX Runtime does the same in one call. Its two steps, calibration and insertion of
+    nodes, are separate here, so that several choices of float32 layers share one calibration.
     """
-    named = onnx.shape_inference.infer_shapes(model)
-    for position, node in enumerate(named.graph.node):
-        node.name = node.name or f"node {position}"
-    chosen = _convolutions(named, in_float, read_images=runtime == "cpu")
-    if not chosen:
-        raise LoweringError("the network has no convolution to quantize; export it with --precision fp16")
-    form = FORMS[runtime]
-    quantizer = QDQQuantizer(
-        named,
-        per_channel=True,
-        reduce_range=False,
-        weight_qType=QuantType.QInt8,
-        activation_qType=form.activations,
-        tensors_range=_ranges(named, images, method),
-        nodes_to_quantize=sorted(chosen),
-        nodes_to_exclude=[],
-        op_types_to_quantize=list(OPERATORS),
-        extra_options=dict(form.options),
-    )
-    if runtime == "tensorrt":
-        for value in _shortcuts(named, chosen):
-            quantizer.quantize_activation_tensor(value)
-    quantizer.quantize_model()
-    quantizer.model.topological_sort()
-    quantized: onnx.ModelProto = quantizer.model.model
-    del quantized.opset_import[:]
-    quantized.opset_import.extend(model.opset_import)
-    quantized.producer_name, quantized.producer_version = model.producer_name, model.producer_version
-    quantized.ir_version = model.ir_version
-    del quantized.metadata_props[:]
-    del quantized.graph.value_info[:]
-    onnx.checker.check_model(quantized, full_check=True)
-    return quantized
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        images: NDArray[np.uint8],
+        in_float: Sequence[str] = (),
+        runtime: Int8For = "cpu",
+    ) -> None:
+        """Prepare *model* for calibration on *images*, uint8 (P, H, W, 3).
+
+        Parts named in *in_float* stay in float32. Raises `LoweringError` if no convolution is left.
+        """
+        self.images, self.form, self.runtime = images, FORMS[runtime], runtime
+        self.original = model
+        self.model = onnx.shape_inference.infer_shapes(model)
+        for position, node in enumerate(self.model.graph.node):
+            node.name = node.name or f"node {position}"
+        self.chosen = self._convolutions(in_float)
+        if not self.chosen:
+            raise LoweringError("the network has no convolution to quantize; export it with --precision fp16")
+        self._separate_biases()
+        self._ranges: dict[Calibration, TensorsData] = {}
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the parts with convolutions to quantize, in the order of the graph."""
+        return tuple(
+            dict.fromkeys(
+                part_of(node.input[1]) for node in self.model.graph.node if node.name in self.chosen
+            )
+        )
+
+    def quantize(self, method: Calibration, in_float: Collection[str] = ()) -> onnx.ModelProto:
+        """Quantize the graph with ranges by *method* and corrected biases.
+
+        The layers named in *in_float* stay in float32, too.
+        """
+        chosen = {
+            node.name
+            for node in self.model.graph.node
+            if node.name in self.chosen and part_of(node.input[1]) not in in_float
+        }
+        named = onnx.ModelProto()
+        named.CopyFrom(self.model)
+        results = {name for node in named.graph.node if node.name in chosen for name in node.output}
+        activations = {
+            node.name
+            for node in named.graph.node
+            if node.op_type in self.form.operators and results.intersection(node.input)
+        }
+        quantizer = QDQQuantizer(
+            named,
+            per_channel=True,
+            reduce_range=False,
+            weight_qType=QuantType.QInt8,
+            activation_qType=self.form.activations,
+            tensors_range=self.ranges(method),
+            nodes_to_quantize=sorted(chosen | {name for name in activations if name not in self.chosen}),
+            nodes_to_exclude=[],
+            op_types_to_quantize=list(self.form.operators),
+            extra_options=dict(self.form.options),
+        )
+        if self.runtime == "tensorrt":
+            for value in _shortcuts(named, chosen):
+                quantizer.quantize_activation_tensor(value)
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+        quantized: onnx.ModelProto = quantizer.model.model
+        self._correct_biases(quantized, chosen)
+        if self.runtime == "cpu":
+            _protect_float_convolutions(quantized.graph)
+        del quantized.opset_import[:]
+        quantized.opset_import.extend(self.original.opset_import)
+        quantized.producer_name = self.original.producer_name
+        quantized.producer_version = self.original.producer_version
+        quantized.ir_version = self.original.ir_version
+        del quantized.metadata_props[:]
+        del quantized.graph.value_info[:]
+        onnx.checker.check_model(quantized, full_check=True)
+        return quantized
+
+    def ranges(self, method: Calibration) -> TensorsData:
+        """Measure the ranges of the inputs and outputs of the operators on the images, once per *method*."""
+        if method not in self._ranges:
+            with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # it prints progress
+                path = Path(folder) / "float.onnx"
+                onnx.save(self.model, path)
+                calibrator = create_calibrator(
+                    path,
+                    list(self.form.operators),
+                    augmented_model_path=str(Path(folder) / "augmented.onnx"),
+                    calibrate_method=METHODS[method],
+                    extra_options={"percentile": PERCENTILE} if method == "percentile" else {},
+                )
+                name = self.model.graph.input[0].name
+                images = self.images
+                if method != "minmax":  # histograms of all values take five times as long
+                    images = images[_spread(len(images), HISTOGRAM_IMAGES)]
+                for image in images:  # one per reader, because a reader's activations stay in memory
+                    reader = SimpleNamespace(get_next=partial(next, iter([{name: image[None]}]), None))
+                    calibrator.collect_data(reader)
+                self._ranges[method] = calibrator.compute_data()
+        return self._ranges[method]
+
+    def layer_costs(self, method: Calibration) -> dict[str, float]:
+        """Measure the root mean square change of the logits if only one layer is int8, largest first."""
+        images = self.images[_spread(len(self.images), COST_IMAGES)]
+        plain = _logits(self.original, images)
+        costs = {
+            layer: float(
+                np.sqrt(
+                    np.square(
+                        _logits(self.quantize(method, set(self.layers) - {layer}), images) - plain
+                    ).mean()
+                )
+            )
+            for layer in self.layers
+        }
+        return dict(sorted(costs.items(), key=lambda cost: -cost[1]))
+
+    def _convolutions(self, in_float: Sequence[str]) -> set[str]:
+        """Return the names of the convolutions to quantize."""
+        sizes = {tensor.name: tensor.dims for tensor in self.model.graph.initializer}
+        chosen = set()
+        for node in self.model.graph.node:
+            if node.op_type != "Conv" or node.input[1] not in sizes or is_in(node.input[1], *in_float):
+                continue
+            groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+            if int(sizes[node.input[1]][1]) * groups > IMAGE_CHANNELS:
+                chosen.add(node.name)
+        return chosen
+
+    def _separate_biases(self) -> None:
+        """Give every chosen convolution a bias of its own, zeros if it has none."""
+        graph = self.model.graph
+        tensors = {tensor.name: tensor for tensor in graph.initializer}
+        for position, node in enumerate(graph.node):
+            if node.name not in self.chosen:
+                continue
+            bias = np.zeros(tensors[node.input[1]].dims[0], np.float32)
+            if len(node.input) > 2 and node.input[2]:
+                if node.input[2] not in tensors:
+                    continue  # computed by the graph
+                bias = numpy_helper.to_array(tensors[node.input[2]])
+            del node.input[2:]
+            node.input.append(f"{node.input[1]}_bias_{position}")
+            graph.initializer.append(numpy_helper.from_array(bias, node.input[2]))
+        used = {name for node in graph.node for name in node.input}
+        kept = [tensor for tensor in graph.initializer if tensor.name in used]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+
+    def _correct_biases(self, quantized: onnx.ModelProto, chosen: set[str]) -> None:
+        """Subtract the mean error that rounded weights cause from the biases of *quantized*, in place."""
+        tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
+        sources = {
+            node.output[0]: node.input for node in quantized.graph.node if node.op_type == "DequantizeLinear"
+        }
+        inputs = {node.name: node.input for node in quantized.graph.node if node.name in chosen}
+        original = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        errors = {}
+        for node in self.model.graph.node:
+            if node.name in chosen and node.input[2] in original:
+                codes, scale = (
+                    numpy_helper.to_array(tensors[name]) for name in sources[inputs[node.name][1]][:2]
+                )
+                weight = numpy_helper.to_array(original[node.input[1]])
+                rounded = codes * scale.reshape(-1, *[1] * (codes.ndim - 1))
+                errors[node.name] = (weight - rounded).astype(np.float32)
+        for name, shift in self._mean_outputs(errors).items():
+            bias = inputs[name][2]
+            if bias in sources:
+                tensor, scale = (tensors[part] for part in sources[bias][:2])
+                steps = np.rint(shift / numpy_helper.to_array(scale).astype(np.float64))
+                ends = np.iinfo(np.int32)
+                codes = np.clip(numpy_helper.to_array(tensor) + steps, ends.min, ends.max).astype(np.int32)
+            else:
+                tensor = tensors[bias]
+                codes = (numpy_helper.to_array(tensor) + shift).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))
+
+    def _mean_outputs(self, weights: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float64]]:
+        """Compute the mean output per channel (C,) of the named convolutions, with *weights* in them."""
+        probed = onnx.ModelProto()
+        probed.CopyFrom(self.original)
+        del probed.graph.output[:]
+        for node in self.model.graph.node:
+            if node.name not in weights:
+                continue
+            weight, axes, raw, mean = (f"{node.name}:{part}" for part in ("weight", "axes", "raw", "mean"))
+            error = helper.make_node("Conv", [node.input[0], weight], [raw])
+            error.attribute.extend(node.attribute)
+            reduced = np.array([0, *range(2, weights[node.name].ndim)])
+            probed.graph.initializer.append(numpy_helper.from_array(weights[node.name], weight))
+            probed.graph.initializer.append(numpy_helper.from_array(reduced, axes))
+            probed.graph.node.extend([error, helper.make_node("ReduceMean", [raw, axes], [mean], keepdims=0)])
+            probed.graph.output.append(helper.make_tensor_value_info(mean, onnx.TensorProto.FLOAT, None))
+        session = open_session(probed)
+        source = session.get_inputs()[0].name
+        images = self.images[_spread(len(self.images), CORRECTION_IMAGES)]
+        found = [session.run(None, {source: image[None]}) for image in images]
+        means = (np.mean(values, axis=0, dtype=np.float64) for values in zip(*found, strict=True))
+        names = (output.name.removesuffix(":mean") for output in session.get_outputs())
+        return dict(zip(names, means, strict=True))
+
+
+def part_of(weight: str) -> str:
+    """Return the name of the part that holds the tensor *weight*."""
+    return weight.rpartition(".")[0] or weight
 
 
 def check_part_names(model: onnx.ModelProto, parts: Sequence[str]) -> None:
@@ -126,43 +307,43 @@ def check_part_names(model: onnx.ModelProto, parts: Sequence[str]) -> None:
     weights = [node.input[1] for node in model.graph.node if node.op_type == "Conv"]
     for part in parts:
         if not any(is_in(weight, part) for weight in weights):
-            examples = ", ".join(weight.rpartition(".")[0] or weight for weight in weights[:EXAMPLES])
+            examples = ", ".join(part_of(weight) for weight in weights[:EXAMPLES])
             raise ConfigError(
                 f"--keep-float: {part!r} contains no convolution; choose for example one of {examples}"
             )
 
 
-def _ranges(model: onnx.ModelProto, images: NDArray[np.uint8], method: Calibration) -> TensorsData:
-    """Measure the ranges of the inputs and outputs of convolutions on *images*."""
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # the tool prints progress
-        path = Path(folder) / "float.onnx"
-        onnx.save(model, path)
-        calibrator = create_calibrator(
-            path,
-            list(OPERATORS),
-            augmented_model_path=str(Path(folder) / "augmented.onnx"),
-            calibrate_method=METHODS[method],
-            extra_options={"percentile": PERCENTILE} if method == "percentile" else {},
+def _protect_float_convolutions(graph: onnx.GraphProto) -> None:
+    """Keep ONNX Runtime from quantizing float32 convolutions of *graph* that lie between int8 values."""
+    made = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def is_quantized(value: str) -> bool:
+        return any(
+            node.op_type == "QuantizeLinear" or (node.op_type in ACTIVATIONS and is_quantized(node.output[0]))
+            for node in readers.get(value, ())
         )
-        name = model.graph.input[0].name
-        for image in images:  # one per reader, because ONNX Runtime keeps all activations of a reader
-            reader = SimpleNamespace(get_next=partial(next, iter([{name: image[None]}]), None))
-            calibrator.collect_data(reader)
-        return calibrator.compute_data()
 
+    def reads(node: onnx.NodeProto, position: int) -> str:
+        source = made.get(node.input[position])
+        return "" if source is None else source.op_type
 
-def _convolutions(model: onnx.ModelProto, in_float: Sequence[str], *, read_images: bool) -> set[str]:
-    """Return the names of the convolutions to quantize; *read_images* includes those that read the image."""
-    sizes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
-    chosen = set()
-    for node in model.graph.node:
-        if node.op_type != "Conv" or is_in(node.input[1], *in_float):
-            continue
-        groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-        size = sizes.get(node.input[1])
-        if read_images or size is None or int(size[1]) * groups > IMAGE_CHANNELS:
-            chosen.add(node.name)
-    return chosen
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        in_float = node.op_type == "Conv" and reads(node, 1) != "DequantizeLinear"
+        if in_float and reads(node, 0) == "DequantizeLinear" and is_quantized(node.output[0]):
+            value = node.output[0]
+            node.output[0] = f"{value}_float32"
+            nodes.append(helper.make_node("Max", [node.output[0], SMALLEST], [value], f"{value}_max"))
+    if len(nodes) > len(graph.node):
+        lowest = np.array(np.finfo(np.float32).min, np.float32)
+        graph.initializer.append(numpy_helper.from_array(lowest, SMALLEST))
+        del graph.node[:]
+        graph.node.extend(nodes)
 
 
 def _shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:
@@ -181,104 +362,13 @@ def _shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:
     ]
 
 
-MAX_LAYERS = 10  # in the report
-IMAGES = 8
+def _spread(count: int, most: int) -> NDArray[np.int64]:
+    """Choose at most *most* of *count* positions, evenly spread."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)
 
 
-class Cost(StrictModel):
-    """Change of the logits, relative to their spread, if only this part is quantized."""
-
-    part: str
-    share: float
-
-
-class Grid(NamedTuple):
-    """Quantization grid of a tensor: scale, zero point and ends of its 8-bit type."""
-
-    scale: float
-    zero: int
-    lowest: int
-    highest: int
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Round *values* to the grid."""
-        steps = torch.round(values / self.scale) + self.zero
-        return (steps.clamp(self.lowest, self.highest) - self.zero) * self.scale
-
-
-def input_grids(model: onnx.ModelProto) -> dict[str, Grid]:
-    """Map the name of each quantized convolution to the grid of its input."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    producers = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    grids = {}
-    for node in model.graph.node:
-        if node.op_type != "Conv" or node.input[0] not in producers or node.input[1] not in producers:
-            continue
-        _, scale, zero = (constants.get(name) for name in producers[node.input[0]].input)
-        if scale is None or zero is None:
-            continue
-        point = numpy_helper.to_array(zero)
-        ends = np.iinfo(point.dtype)
-        step = float(numpy_helper.to_array(scale).item())
-        part = producers[node.input[1]].input[0].rpartition(".")[0]
-        grids[part] = Grid(step, int(point.item()), int(ends.min), int(ends.max))
-    return grids
-
-
-def measure_sensitivity(
-    deployed: Deployed, grids: Mapping[str, Grid], images: NDArray[np.uint8]
-) -> tuple[tuple[Cost, ...], tuple[Cost, ...]]:
-    """Measure the costs of the layers in *grids* and of the parts that contain them.
-
-    Parts are groups of layers with the same name prefix, the shortest that gives more than one group. Returns
-    the ten layers that cost most and all parts, both in descending order of cost.
-    """
-    parts: dict[str, list[str]] = {}
-    for depth in range(1, max((layer.count(".") for layer in grids), default=0) + 2):
-        parts = {}
-        for layer in grids:
-            parts.setdefault(".".join(layer.split(".")[:depth]), []).append(layer)
-        if len(parts) > 1:
-            break
-    some = np.linspace(0, len(images) - 1, min(IMAGES, len(images))).astype(int)
-    pixels, network = torch.from_numpy(images[some]), copy.deepcopy(deployed)
-    layers = _costs(network, pixels, grids, {layer: [layer] for layer in grids})
-    return layers[:MAX_LAYERS], _costs(network, pixels, grids, parts)
-
-
-@torch.no_grad()
-def _costs(
-    network: Deployed, pixels: Tensor, grids: Mapping[str, Grid], groups: Mapping[str, Sequence[str]]
-) -> tuple[Cost, ...]:
-    """Measure for each group the change of the logits if only its layers are int8; sorted, largest first."""
-    plain = network(pixels)[0]
-    spread = (float(plain.std()) if plain.numel() > 1 else 0.0) or 1.0
-    modules = dict(network.named_modules())
-    costs = []
-    for name, layers in groups.items():
-        convolutions = [(modules.get(PREFIX + layer), grids[layer]) for layer in layers]
-        with ExitStack() as stack:
-            found = False
-            for convolution, grid in convolutions:
-                if isinstance(convolution, nn.Conv2d):  # other parts also hold weights of Conv nodes
-                    stack.enter_context(_quantized(convolution, grid))
-                    found = True
-            if found:
-                change = float((network(pixels)[0] - plain).square().mean().sqrt())
-                costs.append(Cost(part=name, share=change / spread))
-    return tuple(sorted(costs, key=lambda cost: -cost.share))
-
-
-@contextmanager
-def _quantized(convolution: nn.Conv2d, grid: Grid) -> Iterator[None]:
-    """Quantize weights and input of *convolution* within the context."""
-    original = convolution.weight.data
-    dims = tuple(range(1, original.dim()))
-    scale = original.abs().amax(dim=dims, keepdim=True).clamp_min(1e-12) / 127
-    convolution.weight.data = torch.round(original / scale).clamp(-127, 127) * scale
-    handle = convolution.register_forward_pre_hook(lambda _part, inputs: (grid(inputs[0]),))
-    try:
-        yield
-    finally:
-        handle.remove()
-        convolution.weight.data = original
+def _logits(model: onnx.ModelProto, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Run *model* on *images* (P, H, W, 3), one at a time, and return the logits (P, C)."""
+    session = open_session(model)
+    source, logits = session.get_inputs()[0].name, session.get_outputs()[0].name
+    return np.concatenate([session.run([logits], {source: image[None]})[0] for image in images])

@@ -1,11 +1,12 @@
 """The certificate: proof that the detached network is the plain network.
 
-It makes four statements. Each is checked, and the export stops if one does not hold:
+It makes five statements. Each is checked, and the export stops if one does not hold:
 
 - inventory: every tensor of the trained network is either removed or kept, and a kept tensor has the same
   sha256 before and after.
 - graphs: the programs of the trained network's output, of the detached network, and of a plain network built
   from the config with the same weights have one Merkle root, for any batch size and for a batch of one.
+- batch sizes: the graph for any batch size, with one image, computes what the graph for one image computes.
 - numbers: the three networks return bitwise equal logits for the probe images, alone and in batches. The
   kept tensors have the same sha256 afterwards.
 - ONNX: the three ONNX graphs have one Merkle root.
@@ -29,20 +30,21 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import PREFIX, Captured, Deployed, capture, lower
-from sopdeploy_export.proof.hashes import ProgramRoot, onnx_root, program_root, tensor_hash
+from sopdeploy_export.proof.hashes import ProgramRoot, program_root, tensor_hash, value_root
 from sopdeploy_export.proof.networks import (
     Detachment,
     check_network_state,
     check_removed_memory,
     check_torch_state,
     contiguous,
-    tensors,
 )
+from sopdeploy_export.state import tensors
 
 ProofKind = Literal["three-way", "trained-detached", "trained-plain", "trained-only"]
 
@@ -150,7 +152,7 @@ def certify(
     lean = trained if nothing_detached else contiguous(lean)
     networks = {"trained": trained, "detached": lean}
     if detachment.plain is not None:
-        plain = build_plain_network(detachment.plain, lean, detachment.rename)
+        plain = contiguous(build_plain_network(detachment.plain, lean, detachment.rename))
         networks = {"plain": plain, **networks}  # the first one is the reference
     known = {} if detachment.captured is None else {"trained": detachment.captured}
     captured, roots = _assert_equal_graphs(
@@ -253,11 +255,13 @@ def _assert_equal_graphs(
         try:
             programs = captured[role] = known.get(role) or capture(network, preprocess, batch)
         except LoweringError as error:
-            raise CertificateError(f"the {role} network {error}") from error
+            raise CertificateError(f"{role} network: {error}") from error
         roots = {
             "any batch size": program_root(programs.any_batch),
             "a batch of one": program_root(programs.batch_of_one),
         }
+        if not expected:
+            _assert_equal_sizes(programs)
         expected = expected or roots
         for size, root in roots.items():
             reached = sorted({name.removeprefix(PREFIX) for name in root.state} & removed)
@@ -280,9 +284,27 @@ def _assert_equal_graphs(
     return captured, shared
 
 
+def _assert_equal_sizes(programs: Captured) -> None:
+    """Check that the graph for any batch size, which is exported, is the graph for one image at that size.
+
+    torch.export checks itself that all batch sizes of at least 2 have one graph.
+    """
+    if programs.batch_of_one is programs.any_batch:
+        return
+    found, expected = value_root(programs.any_batch, batch=1), value_root(programs.batch_of_one)
+    if found.sha256 != expected.sha256:
+        difference = _first_difference(found, expected, "other")
+        raise CertificateError(
+            f"the network for larger batches is not the network for a batch of one: {difference}; its code "
+            "must not depend on the batch size"
+        )
+
+
 def _first_difference(found: ProgramRoot, expected: ProgramRoot, reference: str) -> str:
     extra = [place for sha256, place in found.nodes.items() if sha256 not in expected.nodes]
     missing = [place for sha256, place in expected.nodes.items() if sha256 not in found.nodes]
+    if extra and missing and extra[0] == missing[0]:
+        return f"{extra[0]} has other weights, operands or arguments than in the {reference} one"
     if extra:
         return f"it computes {extra[0]}" + (f", the {reference} one {missing[0]}" if missing else "")
     return f"it lacks {missing[0]}" if missing else "its inputs or outputs differ"

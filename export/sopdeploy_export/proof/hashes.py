@@ -13,13 +13,13 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
-import onnx
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from sopdeploy.bundle.onnx_root import hash_parts, onnx_file_root
+from sopdeploy.bundle.onnx_root import hash_parts
 from sopdeploy.errors import CertificateError
 
 SCALARS = (bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -146,6 +146,11 @@ class _GraphHasher:
                 f"the eval graph draws random numbers with {target} in {_place(node)}; an exported network "
                 "must be deterministic"
             )
+        if str(target).startswith("aten.as_strided"):
+            raise CertificateError(
+                f"{_place(node)} reads memory with as_strided, whose result depends on the layout of its "
+                "operand; use reshape, permute, unfold or slices"
+            )
         operation = f"python {getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
         if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
             operation = str(target)
@@ -155,11 +160,123 @@ class _GraphHasher:
         return found
 
 
+VALUE_LAYOUT = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "view", "_unsafe_view", "reshape"),
+        *("squeeze", "unsqueeze", "flatten", "unflatten", "view_copy", "_reshape_copy", "_reshape_alias"),
+    )
+)
+
+
+def value_root(program: ExportedProgram, batch: int | None = None) -> ProgramRoot:
+    """Compute the root of the values that *program* returns, for every batch size or for *batch* images.
+
+    Unlike `program_root`, it does not depend on how values are stored, nor on what is computed without the
+    images: copies are left out, all changes of the shape alone become one, operations on weights become their
+    results, and symbolic sizes become numbers if *batch* is given. So it relates programs whose tensors have
+    other strides or which were captured for other batch sizes. Raises the errors of `program_root`.
+    """
+    hasher = _ValueHasher(program, batch)
+    for node in program.graph.nodes:
+        hasher.visit(node)
+    return ProgramRoot(sha256=hasher.root, nodes=hasher.places, state=frozenset())
+
+
+class _ValueHasher:
+    """Compute the hash of every value of a program, or the value if it does not depend on the images."""
+
+    def __init__(self, program: ExportedProgram, batch: int | None) -> None:
+        self.program, self.root, self.places = program, "", dict[str, str]()
+        self.known: dict[fx.Node, Any] = {}
+        self.hashes: dict[fx.Node, str] = {}
+        self.reshaped: dict[fx.Node, tuple[str, str]] = {}  # hash and shape of the operand of a reshape
+        self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+        (images,) = program.graph_signature.user_inputs
+        first = next(node for node in program.graph.nodes if node.name == images).meta["val"].shape[0]
+        size = sympy.Symbol("batch") if batch is None else sympy.Integer(batch)
+        self.sizes = {} if isinstance(first, int) else {first.node.expr: size}
+
+    def visit(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self._visit_input(node)
+        elif node.op == "get_attr":
+            value = getattr(node.graph.owning_module, str(node.target), None)
+            if isinstance(value, Tensor):
+                self.known[node] = value
+            else:
+                self.hashes[node] = _attribute_hash(node)
+        elif node.op == "output":
+            self.root = self._encode(node.args[0])
+        else:
+            self._visit_call(node)
+
+    def _visit_input(self, node: fx.Node) -> None:
+        spec = self.specs[node.name]
+        if spec.kind == InputKind.USER_INPUT:
+            self.hashes[node] = hash_parts("input", str(node.meta["val"].dtype), self._shape(node))
+        else:
+            target = str(spec.target)
+            self.known[node] = self.program.state_dict.get(target, self.program.constants.get(target))
+
+    def _visit_call(self, node: fx.Node) -> None:
+        target: Any = node.target
+        if isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
+            value = node.meta["val"].node.expr.subs(self.sizes)
+            self.known[node] = int(value) if value.is_Integer else str(value)
+            return
+        if _is_random(node):
+            raise CertificateError(f"{target} draws random numbers")
+        operands = node.all_input_nodes
+        if all(operand in self.known and not isinstance(self.known[operand], str) for operand in operands):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self.known.__getitem__)
+            with torch.no_grad():
+                self.known[node] = target(*args, **kwargs)
+            return
+        name = str(getattr(target, "overloadpacket", target))
+        layout = name in VALUE_LAYOUT and str(target) != "aten.view.dtype"
+        shape = self._shape(node)
+        if layout or (name == "aten.expand" and shape == self._shape(operands[0])):
+            source, before = self.reshaped.get(operands[0]) or (
+                self._hash(operands[0]),
+                self._shape(operands[0]),
+            )
+            self.reshaped[node] = source, before
+            self.hashes[node] = source if shape == before else hash_parts("reshape", source, shape)
+            return
+        arguments = _arguments(node)
+        if name == "aten.expand":
+            arguments = [arguments[0], shape]
+        self.hashes[node] = hash_parts(str(target), *(self._encode(value) for value in arguments))
+        self.places[self.hashes[node]] = f"{target} in {_place(node)}"
+
+    def _shape(self, node: fx.Node) -> str:
+        if node in self.known and isinstance(self.known[node], Tensor):
+            return str(list(self.known[node].shape))
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, Tensor) else ()
+        return str([size if isinstance(size, int) else size.node.expr.subs(self.sizes) for size in sizes])
+
+    def _hash(self, node: fx.Node) -> str:
+        return self._encode(self.known[node]) if node in self.known else self.hashes[node]
+
+    def _encode(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return self._hash(value)
+        if isinstance(value, Tensor):
+            return tensor_hash(value)
+        if isinstance(value, list | tuple):
+            return hash_parts("list", *(self._encode(item) for item in value))
+        if isinstance(value, dict):
+            return hash_parts("dict", *(f"{key}={self._encode(value[key])}" for key in sorted(value)))
+        return f"{type(value).__name__} {value.hex() if isinstance(value, float) else value}"
+
+
 def _place(node: fx.Node) -> str:
     """Return the name of the module that *node* was captured in."""
     paths = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     where = paths[-1].removeprefix("L['self'].").removeprefix("network.") if paths else ""
-    return where or "forward"
+    return where if where not in ("", "network") else "forward"
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -200,11 +317,3 @@ def _arguments(node: fx.Node) -> list[Any]:
         else node.kwargs.get(argument.name, argument.default_value)
         for position, argument in enumerate(target._schema.arguments)
     ]
-
-
-def onnx_root(model: onnx.ModelProto) -> str:
-    """Compute the Merkle root of the graph of *model* as a hexadecimal sha256.
-
-    Raises `CertificateError` if a node holds a subgraph (control flow).
-    """
-    return onnx_file_root(model.SerializeToString(deterministic=True))

@@ -9,7 +9,7 @@ captured. The comparisons of the certificate could not detect it.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.decision import Decision
-from sopdeploy.errors import CertificateError, ConfigError, DetachError
+from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import Captured
+from sopdeploy_export.state import modules, tensors
 
 if TYPE_CHECKING:  # the report imports this module
     from sopdeploy_export.report.network_summary import NetworkSummary
@@ -112,8 +113,8 @@ def detach(
 
     *training_only* defaults to the parts that a network of the catalog declares. Parts without tensors, such
     as an empty list of branches, are ignored. In a network outside of the catalog, a removed part becomes
-    `None`, because its `forward` may test for that. Raises `DetachError` if *requested* and there is nothing
-    to detach, if not *requested* and there are training-only parts, or if a name does not exist.
+    `None`, because its `forward` may test for that. A network with nothing to detach is returned as is.
+    Raises `DetachError` if not *requested* and there are training-only parts, or if a name does not exist.
     """
     if training_only is None:
         training_only = network.training_only if isinstance(network, Classifier) else ()
@@ -128,13 +129,12 @@ def detach(
             )
         return network
     if not detachable:
-        reason = f"its {names} hold no tensors" if names else "it has no training-only parts"
-        raise DetachError(f"{kind} has nothing to detach: {reason}; export it without --detach")
+        return network
     excluded: dict[int, Any] = {}  # deepcopy replaces the parts in this memo by None
     for name in training_only:
         owner, attribute = _find(network, name)
         excluded[id(getattr(owner, attribute))] = None
-    detached = copy.deepcopy(network, excluded)
+    detached = copy_module(network, excluded)
     for name in training_only:
         owner, attribute = _find(detached, name)
         if isinstance(network, Classifier) or isinstance(owner, CONTAINERS):
@@ -157,40 +157,16 @@ def _find(network: nn.Module, name: str) -> tuple[nn.Module, str]:
     return owner, attribute
 
 
-def modules(
-    network: nn.Module, name: str = "", outside: tuple[nn.Module, ...] = ()
-) -> Iterator[tuple[str, nn.Module]]:
-    """Yield *network* and every module in it, each under all of its dotted names.
-
-    This reads torch's own tables, because a class can override `named_modules`. Raises `CertificateError` if
-    a module contains itself.
-    """
-    if any(network is outer for outer in outside):
-        raise CertificateError(f"{name} contains itself; a network must be a tree of modules")
-    yield name, network
-    for child, module in network._modules.items():
-        if module is not None:
-            yield from modules(module, f"{name}.{child}" if name else child, (*outside, network))
-
-
-def tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Map every name of every parameter and buffer of *network* to its tensor, parameters first."""
-    owners = list(modules(network))
-    return {
-        f"{owner}.{name}" if owner else name: tensor
-        for table in ("_parameters", "_buffers")
-        for owner, module in owners
-        for name, tensor in vars(module)[table].items()
-        if tensor is not None
-    }
-
-
 def check_torch_state() -> None:
-    """Reject autocast, function modes, dispatch modes and hooks on all modules.
+    """Reject another default type than float32, autocast, torch modes and hooks on all modules.
 
     These change the operations of every network in the same way: the three networks would agree, but the
     exported file would compute something else. Raises `CertificateError` with the name of the mode.
     """
+    if torch.get_default_dtype() != torch.float32:
+        raise CertificateError(
+            f"torch.set_default_dtype({torch.get_default_dtype()}) is active; set it back to torch.float32"
+        )
     for device in AUTOCAST_DEVICES:
         if torch.is_autocast_enabled(device):
             raise CertificateError(f"torch.autocast is active for {device}; export outside of it")
@@ -242,11 +218,26 @@ def check_network_state(network: nn.Module, role: str) -> None:
                 )
 
 
+def copy_module(network: Network, memo: dict[int, Any] | None = None) -> Network:
+    """Copy *network* with `copy.deepcopy` and its *memo*.
+
+    Raises `LoweringError` if a method of the user's classes fails, or returns a part of *network* itself.
+    """
+    try:
+        copied = copy.deepcopy(network, memo)
+    except Exception as error:  # classes can define how they are copied
+        raise LoweringError(f"the network cannot be copied: {first_line(error)}") from error
+    own = {id(module) for _, module in modules(network)}
+    if not isinstance(copied, type(network)) or any(id(module) in own for _, module in modules(copied)):
+        raise LoweringError("the network is not copied by copy.deepcopy; remove its __deepcopy__")
+    return copied
+
+
 def contiguous(network: Network) -> Network:
     """Return *network*, or a copy with contiguous tensors if any is not; captured graphs contain strides."""
     if all(tensor.is_contiguous() for tensor in tensors(network).values()):
         return network
-    copied = copy.deepcopy(network)
+    copied = copy_module(network)
     for tensor in tensors(copied).values():
         tensor.data = tensor.detach().contiguous()
     return copied

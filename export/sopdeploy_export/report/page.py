@@ -12,13 +12,14 @@ from markupsafe import Markup
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.html.charts import Axis, Bar, Curve, bars, heat, interval, plot
 from sopdeploy.html.templates import dimensions, percent, reduction, render, short_number
+from sopdeploy.training.epoch_choice import HeldOutEstimate
 from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy_export.parity.report import Flip, ParityReport
-from sopdeploy_export.precision.convert import PrecisionReport
+from sopdeploy_export.precision.report import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.proof.networks import ExportSubject
 from sopdeploy_export.report.network_summary import draw_network
-from sopdeploy_export.report.results import ExportResults, Speed
+from sopdeploy_export.report.results import ExportResults, Speed, describe_top1
 
 MAX_CLASSES = 30  # larger confusion matrices are not readable
 Rows = list[tuple[str, ...]]
@@ -54,7 +55,6 @@ def render_report(results: ExportResults) -> str:
             [Bar(label=name, value=count, text=f"{count} modules") for name, count in types.items()],
             max(types.values(), default=1),
         ),
-        "cost_charts": _cost_charts(results.precision),
         "speed_chart": None if results.speed is None else _speed_chart(results.speed),
     }
     return render("sopdeploy_export.report", "report.html", results=results, **charts_and_rows)
@@ -125,13 +125,9 @@ def _drift_tables(parity: ParityReport) -> dict[str, Rows]:
 
 
 def _drift_chart(parity: ParityReport) -> Markup | None:
-    """Draw the drift per module: in noise floors, or in int8 relative to the spread of the values."""
+    """Draw the drift per module in noise floors."""
     if not parity.parts:
         return None
-    if parity.precision == "int8":
-        rows = [Bar(label=part.part, value=part.share, text=percent(part.share)) for part in parity.parts]
-        title = "RMS error of each module relative to the standard deviation"
-        return bars("parts", title, rows, max(part.share for part in parity.parts))
     limit = parity.floors_allowed
     rows = [
         Bar(label=part.part, value=part.in_floors, text=f"{part.in_floors:.2f}x") for part in parity.parts
@@ -179,30 +175,20 @@ def _precision_tables(report: PrecisionReport) -> dict[str, Rows]:
         interval = f"{percent(found.low)} to {percent(found.high)}"
         accuracy.append(("same top class", f"{found.agree} of {found.images} ({interval})"))
         if found.before is not None and found.after is not None:
-            accuracy.append(("top-1 in float32", percent(found.before, 2)))
-            accuracy.append(("top-1 as exported", percent(found.after, 2)))
+            accuracy.append(("top-1 in float32", describe_top1(found.before, found.images)))
+            accuracy.append(("top-1 as exported", describe_top1(found.after, found.images)))
         accuracy.append(("drop", f"{found.drop:.2f} points"))
     parts: Rows = []
     for part in report.parts:
         operations = ", ".join(f"{count} in {name}" for name, count in part.operations.items())
         parts.append((part.part, part.weights or "none", operations or "none"))
-    return {"accuracy": accuracy, "parts": parts}
-
-
-def _cost_charts(report: PrecisionReport) -> list[Markup]:
-    """Draw the change of the logits if only one module is int8, and if only one layer is int8."""
-    found = report.quantisation
-    if found is None or not found.costs:
-        return []
-    return [
-        bars(
-            f"{kind}-costs",
-            f"Change of the logits with int8 in one {kind}",
-            [Bar(label=cost.part, value=cost.share, text=percent(cost.share)) for cost in costs],
-            costs[0].share,
-        )
-        for kind, costs in (("module", found.parts), ("layer", found.costs))
-    ]
+    tried: Rows = []
+    if report.quantisation is not None:
+        tried = [
+            (entry.calibration, ", ".join(entry.in_float32) or "none", f"{entry.drop:.2f} points")
+            for entry in report.quantisation.tried
+        ]
+    return {"accuracy": accuracy, "parts": parts, "tried": tried}
 
 
 def _speed_chart(speed: Speed) -> Markup:
@@ -223,6 +209,8 @@ def _speed_chart(speed: Speed) -> Markup:
 
 
 MAX_LABELS = 20
+# The card itself contains no HTML and no links; names, classes and training records of a checkpoint could.
+ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "[": "\\[", "]": "\\]"})
 TARGETS: Mapping[Int8For, str] = {
     "cpu": "for CPUs (TensorRT does not accept this form)",
     "tensorrt": "for TensorRT (CPUs run this form slower than float32)",
@@ -245,7 +233,9 @@ def render_model_card(
         f"`{output.name}`: {output.dtype}, (batch, {', '.join(str(size) for size in output.shape[1:])})"
         for output in fields["outputs"]
     )
-    training = "\n".join(f"- {key}: {value}" for key, value in training_rows(subject.training))
+    training = "\n".join(
+        f"- {key}: {' '.join(str(value).split())}" for key, value in training_rows(subject.training)
+    )
     resizing = {
         "crop": f"Resize the\nshorter side of an image to {preprocess.resize} pixels "
         f"({preprocess.interpolation}), then crop the center;",
@@ -253,7 +243,7 @@ def render_model_card(
         f"({preprocess.interpolation}), then center it on RGB {preprocess.background};",
         "squash": f"Resize both\nsides of an image to {preprocess.crop} pixels ({preprocess.interpolation});",
     }[preprocess.fit]
-    return f"""# {subject.name}
+    card = f"""# {subject.name}
 
 An image classifier exported by sopdeploy {fields["versions"]["sopdeploy"]}.
 
@@ -287,21 +277,25 @@ the graph subtracts the mean and divides by the standard deviation. Batches of {
 
 {_precision_lines(precision)}
 """
+    return card.translate(ESCAPES)
 
 
 def training_rows(training: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """List the recorded scalars of *training*; for few-shot training, its images and estimated accuracy."""
+    """List the recorded scalars of *training* and its accuracy; for few-shot training, its images instead."""
+    rows: list[tuple[str, object]] = []
     if "few_shot" in training:
         found = FewShotResult.model_validate(training["few_shot"])
-        rows: list[tuple[str, object]] = []
         if start := training.get("start"):
             rows.append(("start weights", f"{start['network']}, {start['file']}, sha256 {start['sha256']}"))
         return [*rows, ("images", found.describe_images()), ("accuracy", found.describe_score())]
-    return [
+    rows = [
         (key, value)
         for key, value in sorted(training.items())
         if isinstance(value, int | float | str) and not isinstance(value, bool)
     ]
+    if "estimate" in training:
+        rows.append(("accuracy", HeldOutEstimate.model_validate(training["estimate"]).describe()))
+    return rows
 
 
 def _decision_lines(subject: ExportSubject) -> str:
@@ -361,10 +355,10 @@ def _precision_lines(report: PrecisionReport) -> str:
     types = ", ".join(f"{count} modules in {name}" for name, count in report.summary().items())
     lines = [f"- {report.precision}: weights of {types}; by module in `precision.json`"]
     if (int8 := report.quantisation) is not None:
-        costs = ", ".join(f"{cost.part} ({100 * cost.share:.1f} %)" for cost in int8.costs[:3])
+        kept = ", ".join((*int8.kept, *int8.in_float32)) or "none"
         lines.append(
             f"- {int8.layers} convolutions in int8 {TARGETS[int8.runtime]}, ranges by {int8.calibration} on "
-            f"{int8.images} images; largest change of the logits by one layer: {costs}"
+            f"{int8.images} images; layers in float32: {kept}"
         )
     if (found := report.accuracy) is not None:
         text = (
@@ -372,6 +366,7 @@ def _precision_lines(report: PrecisionReport) -> str:
             f"(95 % interval {100 * found.low:.1f} to {100 * found.high:.1f} %)"
         )
         if found.before is not None and found.after is not None:
-            text = f"top-1 {100 * found.before:.2f} % before, {100 * found.after:.2f} % after; {text}"
+            before, after = (describe_top1(share, found.images) for share in (found.before, found.after))
+            text = f"top-1 {before} before, {after} after; {text}"
         lines.append(f"- {text}")
     return "\n".join(lines)

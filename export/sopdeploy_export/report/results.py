@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import BatchRange, FileRecord, Manifest
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import machine
+from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.html.templates import render
 from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.parity.report import ParityReport
-from sopdeploy_export.precision.convert import PrecisionReport
+from sopdeploy_export.precision.report import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.proof.networks import ExportSubject
 from sopdeploy_export.report.network_summary import NetworkSummary
-from sopdeploy_export.rewrites.context import LoweringReport
+from sopdeploy_export.rewrites.apply import LoweringReport
 
 WARMUPS, MIN_RUNS, MAX_RUNS = 2, 5, 200
 BUDGET_SECONDS = 1.0  # of timed runs per batch size
@@ -80,6 +81,12 @@ def measure_speed(path: Path, plain: onnx.ModelProto, images: NDArray[np.uint8],
         ours, other = (statistics.median(taken) * 1e3 for taken in seconds)
         rows.append(SpeedRow(batch=size, runs=len(seconds[0]), ours_ms=ours, plain_ms=other))
     return Speed(runtime=f"onnxruntime {ort.__version__}", machine=machine(), rows=tuple(rows))
+
+
+def describe_top1(share: float, images: int) -> str:
+    """Format a top-1 accuracy on *images* with its 95 % interval (Wilson)."""
+    low, high = wilson(round(share * images), images)
+    return f"{100 * share:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

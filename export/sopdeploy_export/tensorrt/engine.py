@@ -159,7 +159,6 @@ def _build_plan(
     request = BuildRequest(
         onnx=graph,
         profiles=key.profiles,
-        precision=key.precision,
         level=key.level,
         workspace=machine.gpu.memory // WORKSPACE_DIVISOR,
         timing_cache=timings.read_bytes() if timings.is_file() else b"",

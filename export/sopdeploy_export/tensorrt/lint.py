@@ -19,24 +19,21 @@ from sopdeploy_export.tensorrt.rewrites import (
     cast_bytes_first,
     constants,
     graph_precision,
-    reduce_axes_to_attributes,
     value_types,
 )
 
 # The newest opset that each release reads; releases between two entries read the earlier one.
-NEWEST_OPSET = {(8, 6): 17, (10, 0): 20, (10, 15): 24, (11, 0): 25}
+NEWEST_OPSET = {(10, 13): 20, (10, 15): 24, (11, 0): 25}
 MAX_K = 3840
-INT32 = (-(2**31), 2**31 - 1)
 EXPORT_INT8 = "export again with --precision int8 --int8-for tensorrt"
 GRAPH_PRECISION = {"bf16-backbone": "bf16"}  # precisions whose name in the graph differs
 
 
 @dataclass(frozen=True)
 class GraphView:
-    """A graph with its constants and value types, and the TensorRT version that reads it."""
+    """A graph with its constants and value types."""
 
     model: onnx.ModelProto
-    version: Version
     constants: Mapping[str, onnx.TensorProto]
     types: Mapping[str, int]
 
@@ -71,17 +68,6 @@ def _computed_axes(graph: GraphView) -> str | None:
     return None
 
 
-def _large_int64_constant(graph: GraphView) -> str | None:
-    for name, tensor in graph.constants.items():
-        values = array(tensor) if tensor.data_type == TensorProto.INT64 else None
-        if values is None or not values.size or (INT32[0] <= values.min() and values.max() <= INT32[1]):
-            continue
-        users = {node.op_type for node in graph.model.graph.node if name in node.input}
-        if users != {"Slice"}:  # the end of a Slice may lie behind the last element
-            return f"{name} does not fit into 32 bits and would be truncated silently"
-    return None
-
-
 def _top_k(graph: GraphView) -> str | None:
     for node in graph.nodes("TopK"):
         if node.input[1] not in graph.constants:
@@ -97,15 +83,6 @@ def _scatter_reduction(graph: GraphView) -> str | None:
     for node in graph.nodes("ScatterND"):
         if any(a.name == "reduction" and a.s not in {b"", b"none"} for a in node.attribute):
             return f"{node.name}: ScatterND with a reduction is not supported"
-    return None
-
-
-def _einsum(graph: GraphView) -> str | None:
-    for node in graph.nodes("Einsum"):
-        equation = next(a.s.decode() for a in node.attribute if a.name == "equation").replace(" ", "")
-        terms = equation.partition("->")[0].split(",")
-        if "..." in equation or any(len(set(term)) < len(term) for term in terms):
-            return f"{node.name}: Einsum {equation} needs TensorRT 10.12; write it as MatMul"
     return None
 
 
@@ -130,21 +107,16 @@ def _quantized_for_cpu(graph: GraphView) -> str | None:
     return None
 
 
-# Name, rule, first version without the hazard.
-RULES: tuple[tuple[str, Rule, Version | None], ...] = (
-    ("other-domain", _forbidden("need a plugin", domain=True), None),
-    ("computed-axes", _computed_axes, None),
-    ("control-flow", _forbidden("makes shapes depend on data", "If", "Loop", "Scan", "NonZero"), None),
-    ("unknown-operator", _forbidden("is not supported", "Det"), None),
-    ("double", _forbidden("is a double and would silently become a float", dtype=TensorProto.DOUBLE), None),
-    ("bfloat16", _forbidden("is bfloat16: export with fp16 or fp32", dtype=TensorProto.BFLOAT16), (10, 0)),
-    ("int64-constant", _large_int64_constant, (10, 0)),
-    ("top-k", _top_k, None),
-    ("scatter-reduction", _scatter_reduction, None),
-    ("einsum", _einsum, (10, 12)),
-    ("quantised-for-a-cpu", _quantized_for_cpu, None),
-    ("group-normalization", _forbidden("would need cuDNN 8", "GroupNormalization"), (10, 0)),
-)
+RULES: dict[str, Rule] = {
+    "other-domain": _forbidden("need a plugin", domain=True),
+    "computed-axes": _computed_axes,
+    "control-flow": _forbidden("makes shapes depend on data", "If", "Loop", "Scan", "NonZero"),
+    "unknown-operator": _forbidden("is not supported", "Det"),
+    "double": _forbidden("is a double and would silently become a float", dtype=TensorProto.DOUBLE),
+    "top-k": _top_k,
+    "scatter-reduction": _scatter_reduction,
+    "quantised-for-a-cpu": _quantized_for_cpu,
+}
 
 
 def lint(
@@ -170,19 +142,17 @@ def lint(
             node.name = f"{node.op_type}_{index}"
         taken.add(node.name)
     release = f"TensorRT {version[0]}.{version[1]}"
-    view = GraphView(model=safe, version=version, constants=constants(safe), types=value_types(safe))
-    for name, rule, fixed in RULES:
-        if fixed is None or version < fixed:
-            complaint = rule(view)
-            if complaint is not None:
-                raise LoweringError(f"{release} ({name}): {complaint}")
-    hazards = [rewrite(safe, version) for rewrite in (cast_bytes_first, reduce_axes_to_attributes)]
-    # The parser of 8.6 has no upper bound and reads newer operators as if they were old.
+    view = GraphView(model=safe, constants=constants(safe), types=value_types(safe))
+    for name, rule in RULES.items():
+        complaint = rule(view)
+        if complaint is not None:
+            raise LoweringError(f"{release} ({name}): {complaint}")
+    hazard = cast_bytes_first(safe)
     newest = next(NEWEST_OPSET[start] for start in sorted(NEWEST_OPSET, reverse=True) if version >= start)
     opset = max(entry.version for entry in safe.opset_import if entry.domain == "")
     if opset > newest:
         raise LoweringError(f"{release} (newer-opset): reads opset {newest} at most, the graph has {opset}")
-    return safe, tuple(hazard for hazard in hazards if hazard is not None)
+    return safe, () if hazard is None else (hazard,)
 
 
 def check_precision(model: onnx.ModelProto, requested: str, version: Version | None) -> None:

@@ -1,7 +1,6 @@
 """`sopdeploy engine --dry-run`: plan a build without a GPU and without TensorRT."""
 
 from collections.abc import Sequence
-from math import prod
 
 import onnx
 
@@ -12,45 +11,10 @@ from sopdeploy.tensorrt.binding import import_tensorrt, parse_version
 from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy.tensorrt.profiles import Profile, parse_profiles
 from sopdeploy.tensorrt.record import Hazard
-from sopdeploy.tensorrt.session import BUFFERS
 from sopdeploy_export.tensorrt.engine import EngineOptions, make_key
 from sopdeploy_export.tensorrt.lint import check_precision, lint
-from sopdeploy_export.tensorrt.rewrites import constants
 
-SUPPORTED = ("8.6.1", "10.0.1", "10.16.0", "11.0.0", "11.1.0")
-ITEM_BYTES: dict[int, int] = {
-    onnx.TensorProto.FLOAT: 4,
-    onnx.TensorProto.INT32: 4,
-    onnx.TensorProto.FLOAT16: 2,
-    onnx.TensorProto.BFLOAT16: 2,
-    onnx.TensorProto.INT64: 8,
-    onnx.TensorProto.DOUBLE: 8,
-}
-
-
-class ProfileMemory(StrictModel):
-    """Bytes of one profile at its largest batch; `borders` are its inputs and outputs."""
-
-    batch: int
-    activations: int
-    borders: int
-
-
-class MemoryEstimate(StrictModel):
-    """Bytes of an engine: the weights, and the activations of each profile.
-
-    The profiles share the block of the largest one. (TensorRT before 10.1 cannot share it and needs the sum.)
-    """
-
-    weights: int
-    profiles: tuple[ProfileMemory, ...]
-
-    @property
-    def total(self) -> int:
-        """GPU memory of a process that serves all profiles, without workspace and the CUDA context."""
-        borders = max(profile.borders for profile in self.profiles)
-        activations = max(profile.activations for profile in self.profiles)
-        return self.weights + BUFFERS * borders + activations
+SUPPORTED = ("10.13.0", "10.16.0", "11.0.0")
 
 
 class LintResult(StrictModel):
@@ -67,44 +31,9 @@ class EnginePlan(StrictModel):
     bundle: str
     precision: str
     profiles: tuple[Profile, ...]
-    memory: MemoryEstimate
     lint: tuple[LintResult, ...]
     key: str | None
     key_unknown: str | None
-
-
-def estimate(model: onnx.ModelProto, profiles: Sequence[Profile]) -> MemoryEstimate:
-    """Estimate the memory of an engine of *model*, from the lifetimes of its values."""
-    weights = sum(prod(t.dims) * ITEM_BYTES.get(t.data_type, 1) for t in constants(model).values())
-    found = []
-    for batch in (profile.maximum for profile in profiles):
-        sizes = _value_bytes(model, batch)
-        borders = [value.name for value in (*model.graph.input, *model.graph.output)]
-        last_use = {name: index for index, node in enumerate(model.graph.node) for name in node.input}
-        alive, peak = 0, 0
-        for index, node in enumerate(model.graph.node):
-            alive += sum(sizes.get(name, 0) for name in node.output if name not in borders)
-            peak = max(peak, alive)
-            finished = {name for name in (*node.input, *node.output) if last_use.get(name, index) == index}
-            alive -= sum(sizes.get(name, 0) for name in finished if name not in borders)
-        total = sum(sizes.get(name, 0) for name in borders)
-        found.append(ProfileMemory(batch=batch, activations=peak, borders=total))
-    return MemoryEstimate(weights=weights, profiles=tuple(found))
-
-
-def _value_bytes(model: onnx.ModelProto, batch: int) -> dict[str, int]:
-    fixed = onnx.ModelProto.FromString(model.SerializeToString())
-    for value in (*fixed.graph.input, *fixed.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_value = batch
-    inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
-    weights = constants(model)
-    found = {}
-    for value in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
-        tensor = value.type.tensor_type
-        if value.name not in weights:
-            sizes = [dim.dim_value or 1 for dim in tensor.shape.dim]
-            found[value.name] = prod(sizes) * ITEM_BYTES.get(tensor.elem_type, 1)
-    return found
 
 
 def plan_engine(bundle: Bundle, options: EngineOptions) -> EnginePlan:
@@ -136,7 +65,6 @@ def plan_engine(bundle: Bundle, options: EngineOptions) -> EnginePlan:
         bundle=bundle.name,
         precision=precision,
         profiles=profiles,
-        memory=estimate(model, profiles),
         lint=results,
         key=key,
         key_unknown=None if key else reason,

@@ -23,7 +23,7 @@ NAME_PARTS = re.compile(r"[\s+(),]+")  # separates the names in "conv + relu" an
 TYPE_KEYS = ("Format/Datatype", "Datatype")
 LOW = frozenset({"fp16", "bf16", "int8"})
 MOVES_ONLY = frozenset({"Reformat", "NoOp", "Constant", "Shuffle", "shape call", "ShapeHostToDevice"})
-# The words of the inspectors of 8.6 ("Row major linear FP16 format") to 11 ("Half"), longest first.
+# The words of the inspectors of 10 ("Row major linear FP16 format") and 11 ("Half"), longest first.
 WORDS = (
     ("bfloat16", "bf16"),
     ("bf16", "bf16"),

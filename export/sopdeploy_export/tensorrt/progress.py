@@ -1,4 +1,4 @@
-"""Report the progress of a TensorRT build: a monitor since TensorRT 10, a heartbeat for 8.6."""
+"""Report the progress of a TensorRT build."""
 
 import signal
 import threading
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 Report = Callable[[str], None]
-HEARTBEAT_SECONDS = 5.0
 MIN_FRACTION = 0.02  # below it, an estimate of the remaining time would be a guess
 
 
@@ -52,7 +51,7 @@ class Phases:
         return min(1.0, (done + max(inside, default=0.0)) / steps)
 
 
-def progress_line(elapsed: float, fraction: float | None, last_build: float | None, phase: str = "") -> str:
+def progress_line(elapsed: float, fraction: float, last_build: float | None, phase: str = "") -> str:
     """Format elapsed seconds, completed fraction and an estimate of the remaining time.
 
     The estimate uses *fraction*, or the seconds of the *last_build*.
@@ -63,7 +62,7 @@ def progress_line(elapsed: float, fraction: float | None, last_build: float | No
 
     text = f"building, {minutes(elapsed)}"
     left = None
-    if fraction is not None and fraction >= MIN_FRACTION:
+    if fraction >= MIN_FRACTION:
         text += f", {fraction:.0%}"
         left = elapsed * (1 - fraction) / fraction
     elif last_build is not None:
@@ -106,7 +105,7 @@ def interrupts_recorded() -> Iterator[Interrupt]:
 
 
 def make_monitor(trt: Any, report: Report, last_build: float | None, interrupt: Interrupt) -> Any:
-    """Create a progress monitor for TensorRT 10 and later, which ends the build after an *interrupt*.
+    """Create a progress monitor, which ends the build after an *interrupt*.
 
     A `KeyboardInterrupt` of *report* is such an interrupt.
     """
@@ -138,22 +137,3 @@ def make_monitor(trt: Any, report: Report, last_build: float | None, interrupt: 
             self._phases.finish(phase_name)
 
     return Monitor()
-
-
-@contextmanager
-def heartbeat(report: Report, last_build: float | None, seconds: float = HEARTBEAT_SECONDS) -> Iterator[None]:
-    """Report the elapsed time every few *seconds*, for TensorRT 8.6, which has no progress monitor."""
-    begin = time.monotonic()
-    done = threading.Event()
-
-    def beat() -> None:
-        while not done.wait(seconds):
-            report(progress_line(time.monotonic() - begin, None, last_build))
-
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

@@ -1,21 +1,17 @@
-"""Read ONNX graphs, and apply the exact rewrites that a TensorRT version needs.
+"""Read ONNX graphs, and cast uint8 inputs before all other operators.
 
-- TensorRT 8.6 ignores the axes *input* that Reduce operators have since opset 18, except for ReduceSum, and
-  reduces over all axes without an error. In opset 17 the axes are an attribute.
-- TensorRT accepts uint8 only for network inputs, so the cast to a floating type must come first. This gives
-  the same result, because casts commute with operators that only move values, and keep the shape.
+TensorRT accepts uint8 only for network inputs, so the cast to a floating type must come first. This gives the
+same result, because casts commute with operators that only move values, and keep the shape.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from sopdeploy.errors import LoweringError
-from sopdeploy.tensorrt.binding import Version
 from sopdeploy.tensorrt.record import Hazard
 
 PRECISIONS: dict[int, str] = {
@@ -30,10 +26,6 @@ MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 COMPUTES_NOTHING = MOVES | {"Cast", "Constant", "DequantizeLinear", "QuantizeLinear"}
 CENTERING = MOVES | {"Cast", "Div", "MatMul", "Mul", "ReduceMean", "ReduceSum", "Sub"}
 SECOND_ORDER = "second order"
-OPSET_OF_8 = 17
-AXES_AS_INPUT = frozenset(
-    f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
-)
 
 
 def constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
@@ -116,65 +108,7 @@ def operator_parts(model: onnx.ModelProto) -> dict[str, str]:
     return {node.name: found[node.output[0]] for node in model.graph.node if node.name}
 
 
-def reduce_axes_to_attributes(model: onnx.ModelProto, version: Version) -> Hazard | None:
-    """Convert *model* to opset 17 in place for TensorRT 8.6.
-
-    Raises `LoweringError` if axes are computed or an operator has no equivalent in opset 17.
-    """
-    opset = next(entry for entry in model.opset_import if entry.domain == "")
-    if version >= (10, 0) or opset.version <= OPSET_OF_8:
-        return None
-    before, fixed = opset.version, constants(model)
-    reductions = [node for node in model.graph.node if node.op_type in AXES_AS_INPUT]
-    for node in reductions:
-        _move_axes(node, fixed)
-    opset.version = OPSET_OF_8
-    defaults = {("Cast", "saturate", 1), ("Reshape", "allowzero", 0)}  # attributes unknown to opset 17
-    for node in model.graph.node:
-        kept = [a for a in node.attribute if (node.op_type, a.name, a.i) not in defaults]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-    used = {name for node in model.graph.node for name in node.input}
-    copies = [
-        TensorProto.FromString(tensor.SerializeToString())
-        for tensor in model.graph.initializer
-        if tensor.name in used
-    ]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(copies)
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as problem:
-        reason = str(problem).strip().partition("\n")[0]
-        raise LoweringError(f"no opset {OPSET_OF_8} form for TensorRT 8.6: {reason}") from problem
-    return Hazard(
-        rule="reduce-axes-input",
-        operators=len(reductions),
-        done=f"TensorRT 8.6 ignores axes given as an input: rewritten from opset {before} to "
-        f"{OPSET_OF_8}, where they are an attribute",
-    )
-
-
-def _move_axes(node: onnx.NodeProto, fixed: Mapping[str, onnx.TensorProto]) -> None:
-    no_op = any(a.name == "noop_with_empty_axes" and a.i for a in node.attribute)
-    kept = [a for a in node.attribute if a.name != "noop_with_empty_axes"]
-    axes: list[int] = []
-    if len(node.input) > 1 and node.input[1]:
-        if node.input[1] not in fixed:
-            raise LoweringError(
-                f"{node.name}: the graph computes the axes of {node.op_type}; TensorRT 8.6 needs constants"
-            )
-        axes = [int(axis) for axis in array(fixed[node.input[1]]).reshape(-1)]
-    if axes:
-        kept.append(helper.make_attribute("axes", axes))
-    elif no_op:
-        raise LoweringError(f"{node.name}: {node.op_type} over no axes has no form in opset 17")
-    del node.attribute[:]
-    node.attribute.extend(kept)
-    del node.input[1:]
-
-
-def cast_bytes_first(model: onnx.ModelProto, _version: Version) -> Hazard | None:
+def cast_bytes_first(model: onnx.ModelProto) -> Hazard | None:
     """Cast every uint8 input before the operators that move its values or read its shape, in place.
 
     Raises `LoweringError` if another operator reads uint8 values.

@@ -1,6 +1,5 @@
 """Export any PyTorch classifier, with the same proof, checks and bundle as a network of the catalog."""
 
-import copy
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +10,14 @@ from typing import Any
 from torch import nn
 
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.errors import ConfigError, DetachError, LoweringError, first_line
+from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph import Captured, Deployed, capture
+from sopdeploy_export.graph import (
+    Captured,
+    Deployed,
+    capture,
+)
 from sopdeploy_export.pipeline import Exported, ExportOptions, export_subject
 from sopdeploy_export.proof.hashes import tensor_hash
 from sopdeploy_export.proof.networks import (
@@ -24,20 +27,14 @@ from sopdeploy_export.proof.networks import (
     check_removed_memory,
     check_torch_state,
     contiguous,
+    copy_module,
     detach,
-    modules,
-    tensors,
 )
 from sopdeploy_export.report.network_summary import NetworkSummary, summarize
-from sopdeploy_export.user_network.checks import (
-    check_builder,
-    check_outputs,
-    check_training_only,
-    copy_for_export,
-    find_usage,
-    outermost,
-    unwrap,
-)
+from sopdeploy_export.state import modules, tensors
+from sopdeploy_export.user_network.checks import check_outputs, copy_for_export, unwrap
+from sopdeploy_export.user_network.given import capture_given, check_cache, check_constants, prepared
+from sopdeploy_export.user_network.usage import check_training_only, find_usage, outermost
 
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")  # names files and folders with up to 50 more characters
 
@@ -52,6 +49,7 @@ def export_network(
     destination: str | Path,
     name: str,
     logits: str | int | None = None,
+    allow_constants: bool = False,
     rename: Callable[[str], str] | None = None,
     options: ExportOptions | None = None,
     config: Mapping[str, Any] | None = None,
@@ -73,6 +71,8 @@ def export_network(
         destination: Folder for the bundle.
         name: Name of the model: at most 200 letters, digits, `.`, `_` and `-`, the first not `.`.
         logits: Attribute, key or index of the logits, if the network returns more than one tensor.
+        allow_constants: Accept tensors of more than 16 numbers that are neither parameters nor buffers, if
+            there is no *plain* network to compare them with.
         rename: Maps the name of a tensor of *trained* to its name in the plain network.
         options: Batch sizes, precision and more; `detach` is set if *training_only* names a part.
         config: Description of the network in the manifest; by default its class, *logits*, *training_only*.
@@ -96,15 +96,24 @@ def export_network(
     on_step("checking the network")
     network = contiguous(copy_for_export(trained, "trained", logits))
     check_network_state(network, "trained")
+    given = unwrap(trained)
     parts = match_parts(network, training_only)
-    original = tensors(unwrap(trained))  # a copy no longer shares memory
+    original = tensors(given)  # a copy no longer shares memory
     removed = {name for name in original if is_in(name, *parts)}
     check_removed_memory(
         {name: original[name] for name in removed},
         {name: tensor for name, tensor in original.items() if name not in removed},
     )
-    captured, warnings = _check(network, parts, preprocess, len(labels), options)
-    build = None if plain is None else _checked_builder(plain, network, logits)
+    trial = Deployed(copy_module(network), preprocess).eval()
+    cache, warnings = check_outputs(trial, preprocess, len(labels), "trained")
+    with prepared(given, logits):
+        captured = capture_given(given, network, preprocess, len(labels), options)
+    if cache is not None:
+        check_cache(cache, captured, capture(trial.network, preprocess, options.batch))
+    if plain is None and not allow_constants:
+        check_constants(captured, given)
+    warnings += _check_usage(network, captured, parts, preprocess, len(labels), options)
+    build = None if plain is None else _checked_builder(plain, given, logits)
     recorded = {"network": _class_name(network), "logits": logits, "training_only": list(training_only)}
     subject = ExportSubject(
         name=name,
@@ -174,13 +183,15 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _check(
-    network: nn.Module, parts: tuple[str, ...], preprocess: Preprocess, classes: int, options: ExportOptions
-) -> tuple[Captured, tuple[str, ...]]:
-    """Run all checks before the proof; returns the programs of *network* and warnings."""
-    trial = Deployed(copy.deepcopy(network), preprocess).eval()
-    warnings = check_outputs(trial, preprocess, classes, "trained")
-    captured = capture(network, preprocess, options.batch)
+def _check_usage(
+    network: nn.Module,
+    captured: Captured,
+    parts: tuple[str, ...],
+    preprocess: Preprocess,
+    classes: int,
+    options: ExportOptions,
+) -> tuple[str, ...]:
+    """Check that the output does not depend on the training-only *parts*; returns warnings."""
     usage = find_usage(network, captured)
     check_training_only(usage, parts)
     if parts:
@@ -192,20 +203,34 @@ def _check(
             f"the output does not depend on {', '.join(undeclared)}; network.pt2 would contain its weights: "
             "add it to --training-only"
         )
-    if undeclared:
-        unused = ", ".join(undeclared)
-        warnings += (
-            f"the output does not depend on {unused}; name it as training-only to prove its removal",
-        )
-    return captured, warnings
+    if not undeclared:
+        return ()
+    unused = ", ".join(undeclared)
+    return (f"the output does not depend on {unused}; name it as training-only to prove its removal",)
 
 
 def _checked_builder(
     plain: Callable[[], nn.Module], trained: nn.Module, logits: str | int | None
 ) -> Callable[[], nn.Module]:
-    """Check *plain*, and return a builder of the same network, unwrapped and in eval mode."""
-    check_builder(plain, trained)
-    return lambda: copy_for_export(plain(), "plain", logits)
+    """Return a builder of the same network as *plain*, unwrapped and in eval mode, in memory of its own."""
+
+    def build() -> nn.Module:
+        try:
+            network = plain()
+        except ConfigError:
+            raise
+        except Exception as error:  # the user's code
+            raise ConfigError(f"the builder of the plain network fails: {first_line(error)}") from error
+        check_torch_state()
+        copied = copy_for_export(network, "plain", logits)
+        memory = {tensor.data_ptr() for tensor in tensors(trained).values() if tensor.numel()}
+        if any(tensor.data_ptr() in memory for tensor in tensors(unwrap(network)).values() if tensor.numel()):
+            raise CertificateError(
+                "the builder of the plain network returns weights of the trained one; build a new network"
+            )
+        return copied
+
+    return build
 
 
 def _checked(rename: Callable[[str], str]) -> Callable[[str], str]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.datasets.folder import open_multi_label
 from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.folder_store import Log, ignore
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import DataError, ImageError
@@ -46,11 +46,13 @@ def scores_of_bundle(
     tta: str = "none",
     settings: Settings | None = None,
     on_image: Callable[[int, int], None],
+    log: Log = ignore,
 ) -> BundleScores:
     """Score the bundle at *path* on the images below *data*, one subfolder per class or `labels.csv`.
 
-    Calls *on_image* with the number of finished images and of all images. Raises `DataError` for classes that
-    do not match and for images that the server would reject, and the errors of `load_model`.
+    Calls *on_image* with the number of finished images and of all images, *log* with lines about the folder.
+    Raises `DataError` for folders that are no class of the network and for images that the server would
+    reject, and the errors of `load_model`.
     """
     settings = settings or load_settings()
     loaded = load_model(path, settings)
@@ -58,7 +60,8 @@ def scores_of_bundle(
     labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
     thresholds = decision.thresholds if decision is not None else None
     sorted_labels = tuple(sorted(labels))
-    images = open_evaluation_images(data, labels) if thresholds is None else open_multi_label(data, labels)
+    several = thresholds is not None
+    images = open_evaluation_images(data, labels if several else sorted_labels, several=several, log=log)
     logits = []  # (V, C) of the views of each image
     for index in range(len(images)):
         logits.append(_view_logits(loaded, images, index, tta_mode, settings))

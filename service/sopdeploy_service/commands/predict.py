@@ -14,6 +14,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.folder_store import is_image
 from sopdeploy.errors import ConfigError, DataError, ImageError
 from sopdeploy.files import atomic_write, open_regular
+from sopdeploy.images.formats import open_image
 from sopdeploy.images.overlay import draw_overlay
 from sopdeploy.images.pixels import (
     list_changes,
@@ -26,7 +27,7 @@ from sopdeploy.images.pixels import (
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.api.schema import Classes, ClassProbability
 from sopdeploy_service.http.problems import Problem
-from sopdeploy_service.images.decode import Decoded, EncodedImage, open_image
+from sopdeploy_service.images.decode import Decoded, EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import (
@@ -128,8 +129,10 @@ def _explain_image(
     outputs = loaded.runtime.run(decoded.pixels[None])
     logits = outputs[loaded.bundle.manifest.outputs[0].name][0]
     values = layer.map_of(outputs[FEATURES][0], int(logits.argmax()))
-    source = open_image(image.body) if isinstance(image, EncodedImage) else image
-    match_transparency(source)
+    if isinstance(image, EncodedImage):
+        source = open_image(image.body, max_bytes=len(image.body), max_pixels=settings.max_pixels)
+    else:
+        source = image
     drawing = draw_overlay(to_rgb(source, rules), values, visible_box(decoded.size, rules))
     try:
         with atomic_write(destination) as partial:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sopdeploy.bundle.golden import check_golden, read_golden
+from sopdeploy.bundle.golden import PixelDifference, check_golden, read_golden
 from sopdeploy.config import StrictModel
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.inference.loader import load_model
@@ -19,22 +19,27 @@ class ReplayRecord(StrictModel):
 
 
 class Verification(StrictModel):
-    """The facts of a bundle that passed every check; `golden` counts its golden examples."""
+    """The facts of a bundle that passed every check; `golden` counts its golden examples.
+
+    `onnx_root` is the root that was recomputed from `model.onnx`; None if `onnx` is not installed. `pixels`
+    is the largest difference of the pixels of golden examples; None if they are those of the export.
+    """
 
     bundle: str
     id: str
     model: str
-    onnx_root: str
+    onnx_root: str | None
     files: int
     bytes: int
     runtime: str
     device: str
     replays: tuple[ReplayRecord, ...]
     golden: int
+    pixels: PixelDifference | None = None
 
 
 def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
-    """Check every file and the root of the graph, replay the probes, and reproduce the golden examples.
+    """Check every file and, if `onnx` is installed, the root of the graph; replay probes and golden examples.
 
     Raises `BundleError` if a file or the root is wrong, `ParityError` if an output deviates, and
     `RuntimeUnavailableError` if no runtime of this machine can run the bundle.
@@ -42,16 +47,24 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
     loaded = load_model(bundle_path, settings or load_settings(), thorough=True)
     bundle, examples = loaded.bundle, read_golden(loaded.bundle)
     output = bundle.manifest.outputs[0].name
+    differences = []
     for example in examples:
         image = EncodedImage(example.jpeg)
         rules, size = bundle.manifest.preprocess, len(example.jpeg)
         decoded = decode(image, rules, max_bytes=size, max_pixels=PILLOW_PIXELS)
-        check_golden(example, decoded.pixels, lambda image: loaded.runtime.run(image[None])[output][0])
+        differences.append(
+            check_golden(
+                example,
+                decoded.pixels,
+                lambda image: loaded.runtime.run(image[None])[output][0],
+                bundle.manifest.versions.get("pillow"),
+            )
+        )
     return Verification(
         bundle=bundle.name,
         id=bundle.manifest.id,
         model=bundle.manifest.model,
-        onnx_root=bundle.manifest.lineage.onnx_root,
+        onnx_root=loaded.onnx_root,
         files=len(bundle.manifest.files),
         bytes=sum(record.bytes for record in bundle.manifest.files.values()),
         runtime=loaded.runtime.name,
@@ -63,4 +76,5 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
             for batch, found in loaded.replays.items()
         ),
         golden=len(examples),
+        pixels=max(filter(None, differences), key=lambda one: one.drift, default=None),
     )

@@ -1,12 +1,8 @@
 """Decode the bytes of a request to the network's input, in threads.
 
-Each step is cheaper than the next and may reject the image: size in bytes, file signature, header (pixels are
-counted before any is allocated), decoding, preprocessing. The bytes decide the format; a content type that
-disagrees is a warning. Invalid bytes raise `ImageError` and no other exception.
-
-Segments, scans and reads are limited, so that small files cannot take seconds to decode. Pillow reads headers
-segment by segment, in Python: 19 MB of empty segments hold the interpreter lock for seconds. Each scan of a
-JPEG visits all of its pixels, so 240 kB of empty scans take half a minute to decode.
+Each step is cheaper than the next and may reject the image: opening the file (`sopdeploy.images.formats`, as
+in training), decoding, preprocessing. The bytes decide the format; a content type that disagrees is a
+warning. Invalid bytes raise `ImageError` and no other exception.
 """
 
 import contextlib
@@ -17,56 +13,32 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from sopdeploy.errors import ImageError
-from sopdeploy.images.pixels import list_changes, match_transparency, preprocess_image, upright_size
+from sopdeploy.images.formats import (
+    ALIASES,
+    MARKER_BYTES,
+    SCAN,
+    SHORT_ADOBE,
+    SKIPPED_SEGMENT,
+    check_decoded_size,
+    image_error,
+    jpeg_segments,
+    open_image,
+)
+from sopdeploy.images.pixels import list_changes, preprocess_image, upright_size
 from sopdeploy.images.preprocess import Preprocess
 
-ACCEPTED = "send a JPEG, PNG, WebP, BMP or GIF file"
-SIGNATURES = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"GIF87a": "GIF",
-    b"GIF89a": "GIF",
-    b"BM": "BMP",
-}
-FIRST_BYTES = (*SIGNATURES, b"RIFF")  # of every accepted format; WAV files also begin with RIFF
-REJECTED_SIGNATURES = {
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"%PDF": "PDF",
-    b"%!PS": "PostScript",
-    b"8BPS": "PSD",
-    b"\0\0\1\0": "ICO",
-    b"\0\0\0\x0cjP  ": "JPEG 2000",
-    b"<svg": "SVG",
-    b"<?xml": "XML or SVG",
-}
-ALIASES = {"JPG": "JPEG", "PJPEG": "JPEG", "APNG": "PNG", "X-PNG": "PNG", "X-BMP": "BMP", "X-MS-BMP": "BMP"}
-ANIMATED = {"GIF", "PNG", "WEBP"}  # the second image of a JPEG is a thumbnail
-HEIF_BRANDS = {b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heif", b"avif", b"avis"}
-
-UNSUPPORTED_FRAMES = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded"}  # by SOF marker
-SCAN, END, SEQUENTIAL = 0xDA, 0xD9, {0xC0, 0xC1}
-MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of segments with a length; bytes between are skipped
-MARKER_BYTES = 2
-MAX_SCANS = 100  # progressive files have about ten
-MAX_SEGMENTS = 10_000
-TOO_MANY_SEGMENTS = "the image has too many segments"
-MAX_READS = 10_000  # of a small file; a PNG in 8 kB chunks or a GIF in 255-byte blocks needs far fewer
-BYTES_PER_READ = 100
-MAX_BMP_READS = 2_000_000  # a run-length-encoded BMP is decoded in Python, one or two bytes at a time
+ANIMATED = {"AVIF", "GIF", "PNG", "TIFF", "WEBP"}  # the second image of a JPEG is a thumbnail
 FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
 NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels
-# Pillow, unlike libjpeg, fails on Adobe segments shorter than 12 bytes: make them segments that it skips.
-SHORT_ADOBE, SKIPPED_SEGMENT = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)"), b"\xff\xef\\1"
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 
 log = logging.getLogger("sopdeploy.service")
@@ -110,125 +82,20 @@ def decode(
     """
     body = encoded.body
     if not body:
-        raise ImageError("the body is empty; " + ACCEPTED, code="empty_body", status=400)
-    if len(body) > max_bytes:
-        raise too_large_error(max_bytes)
-    kind = _image_format(body)
-    limit = f"more than {max_pixels} pixels, the limit of this server"
-    try:
-        with _open(body, kind) as header:
-            if header.width * header.height > max_pixels:
-                message = f"{header.width} x {header.height} is {limit}"
-                raise ImageError(message, code="too_many_pixels", status=413)
-            match_transparency(header)
-            size = upright_size(header, preprocess)
+        raise ImageError("the body is empty; send an image file", code="empty_body", status=400)
+    with open_image(body, max_bytes=max_bytes, max_pixels=max_pixels) as header:
+        try:
+            kind = "JPEG" if header.format == "MPO" else str(header.format)
+            size, upright = header.size, upright_size(header, preprocess)
             image = load(header, body, preprocess)
+            check_decoded_size(image, size)
             if kind == "JPEG" and is_truncated(image, body):
                 raise EOFError("the data ends before the last pixel")
             pixels = preprocess_image(image, preprocess)
             warnings = (*list_changes(image, preprocess), *_file_warnings(header, kind, encoded.media_type))
-            return Decoded(pixels, tuple(sorted(warnings)), size)
-    except ImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"the image has {limit}", code="too_many_pixels", status=413) from error
-    except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
-        if isinstance(error, MemoryError):
-            raise ImageError("the image needs too much memory", code="too_many_pixels", status=413) from error
-        if isinstance(error, EOFError) or "truncated" in str(error).lower():
-            raise ImageError("the image is truncated", code="truncated_image", status=422) from error
-        raise ImageError("the image is damaged", code="damaged_image", status=422) from error
-
-
-def too_large_error(max_bytes: int) -> ImageError:
-    """Build the error of a body longer than *max_bytes*."""
-    message = f"the body is larger than {max_bytes} bytes, the limit of this server"
-    return ImageError(message, code="too_large", status=413)
-
-
-def _image_format(body: bytes) -> str:
-    """Detect the format of *body*; raise `ImageError` if it is not accepted."""
-    for signature, kind in SIGNATURES.items():
-        if body.startswith(signature):
-            if kind == "JPEG":
-                _check_jpeg_segments(body)
-            return kind
-    if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
-        return "WEBP"
-    if body[4:8] == b"ftyp" and body[8:12] in HEIF_BRANDS:
-        camera = "phones take JPEG with the camera setting `most compatible`"
-        raise ImageError(
-            f"HEIC and AVIF files are not accepted; {ACCEPTED} ({camera})",
-            code="unsupported_format",
-            status=415,
-        )
-    known = next((name for magic, name in REJECTED_SIGNATURES.items() if body.startswith(magic)), None)
-    if known is not None:
-        raise ImageError(f"{known} files are not accepted; {ACCEPTED}", code="unsupported_format", status=415)
-    raise ImageError(f"this is not an image; {ACCEPTED}", code="not_an_image", status=415)
-
-
-def _check_jpeg_segments(body: bytes) -> None:
-    """Raise `ImageError` for too many segments or scans and for rare codings.
-
-    Not every build of libjpeg reads lossless and arithmetic-coded files.
-    """
-    scans = components = 0  # `components` of a sequential file, which may hold all of them in one scan
-    for number, (marker, start) in enumerate(_jpeg_segments(body)):
-        if marker in UNSUPPORTED_FRAMES and number < MAX_SEGMENTS:
-            message = f"{UNSUPPORTED_FRAMES[marker]} JPEG files are not accepted; {ACCEPTED}"
-            raise ImageError(message, code="unsupported_format", status=415)
-        if marker in SEQUENTIAL:
-            components = int.from_bytes(body[start + 7 : start + 8], "big")
-        last = marker == END or (marker == SCAN and body[start + 2 : start + 3] == bytes([components]))
-        scans += marker == SCAN and not last
-        if number == MAX_SEGMENTS or scans > MAX_SCANS:
-            raise ImageError(TOO_MANY_SEGMENTS, code="damaged_image", status=422)
-        if last:
-            return
-
-
-def _jpeg_segments(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the marker of each JPEG segment and the position of its length.
-
-    The search for the segment after a scan skips the data of the scan.
-    """
-    position = 2
-    while found := MARKER.search(body, position):
-        position = found.end()
-        yield body[position - 1], position
-        position += int.from_bytes(body[position : position + 2], "big")
-
-
-class LimitedReader(io.BytesIO):
-    """The bytes of a file; `read` raises `ImageError` after *reads* calls."""
-
-    reads = 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Return the next *size* bytes."""
-        self.reads -= 1
-        if self.reads < 0:
-            raise ImageError(TOO_MANY_SEGMENTS, code="damaged_image", status=422)
-        return super().read(size)
-
-
-def open_image(body: bytes) -> Image.Image:
-    """Open the image file *body*, which `decode` accepts, and read its header."""
-    return _open(body, _image_format(body))
-
-
-def _open(body: bytes, kind: str) -> Image.Image:
-    """Read the header with Pillow, if needed without short Adobe segments, which only Pillow rejects."""
-    reader = LimitedReader(body)
-    reader.reads = MAX_BMP_READS if kind == "BMP" else MAX_READS + len(body) // BYTES_PER_READ
-    try:
-        return Image.open(reader, formats=(kind,))
-    except UnidentifiedImageError:
-        plain = SHORT_ADOBE.sub(SKIPPED_SEGMENT, body)
-        if kind != "JPEG" or plain == body:
-            raise
-        return _open(plain, kind)
+            return Decoded(pixels, tuple(sorted(warnings)), upright)
+        except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
+            raise image_error(error, max_pixels) from error
 
 
 def is_truncated(image: Image.Image, body: bytes) -> bool:
@@ -242,7 +109,7 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
         return False
     end, before = len(body), None
-    for marker, start in _jpeg_segments(body):
+    for marker, start in jpeg_segments(body):
         if before == SCAN:
             end = start - MARKER_BYTES
             break

@@ -2,14 +2,16 @@
 
 A source is a bundle, a folder of bundles, or `NAME=BUNDLE`. Clients use NAME or, without it, the name of the
 network. In a folder of bundles, clients use the name of the bundle's folder, or the name of the network if
-the folder has its default name.
+the folder has its default name. Of several bundles of one network there, the one is served to which the link
+`latest` leads.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from sopdeploy.bundle.folder import MANIFEST, read_manifest
-from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.bundle.folder import MANIFEST, follow_link, read_manifest
+from sopdeploy.errors import BundleError, ConfigError, shorten
+from sopdeploy.files import LATEST
 
 
 class BundleStore:
@@ -30,7 +32,7 @@ class BundleStore:
                 raise ConfigError(
                     f"{source}: a model name may contain only letters, digits, `-`, `_` and `.`"
                 )
-            path = Path(text)
+            path = follow_link(Path(text))  # every process must serve the same bundle
             is_bundle = not path.is_dir() or (path / MANIFEST).is_file() or bool(given)
             found = [path] if is_bundle else _bundles_in(path)
             if not found:
@@ -39,6 +41,10 @@ class BundleStore:
                     "; give the folder with a manifest.json"
                 )
             self._folders.append(path.resolve().parent if is_bundle else path)
+            newest = None if is_bundle else _latest(path)
+            if newest is not None:
+                later = _names(newest)[1]
+                found = [bundle for bundle in found if bundle == newest or _names(bundle)[1] != later]
             for bundle in found:
                 name = given or _names(bundle)[0 if is_bundle else 1]
                 if name in self.bundles:
@@ -68,18 +74,31 @@ class BundleStore:
         if not found:
             raise BundleError(f"{name}: no bundle of this name in the server's bundle folders")
         if len(found) > 1:
-            names = ", ".join(path.name for path in found)
+            names = shorten([path.name for path in found])
             raise BundleError(f"{name}: several bundles have this name ({names}); name the folder")
         return found[0]
 
 
+def _latest(folder: Path) -> Path | None:
+    """Return the bundle in *folder* to which its link `latest` leads."""
+    link = folder / LATEST
+    found = folder / link.readlink().name if link.is_symlink() else None
+    return found if found is not None and (found / MANIFEST).is_file() else None
+
+
 def _bundles_in(folder: Path) -> list[Path]:
-    """List the bundles directly in *folder*; hidden ones are still being written."""
+    """List the bundles directly in *folder*, without the link `latest`; hidden ones are incomplete."""
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise BundleError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
-    return [path for path in entries if not path.name.startswith(".") and (path / MANIFEST).is_file()]
+    return [
+        path
+        for path in entries
+        if not path.name.startswith(".")
+        and (path / MANIFEST).is_file()
+        and not (path.name == LATEST and path.is_symlink())
+    ]
 
 
 def _names(bundle: Path) -> tuple[str, str]:

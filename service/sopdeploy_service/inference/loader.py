@@ -41,7 +41,8 @@ class LoadedModel:
 
     `replays` maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
     `fast_decode` is None if images are decoded exactly, `class_maps` is None if the bundle has no class
-    activation maps. `seconds` maps the steps of loading to their durations.
+    activation maps. `onnx_root` is the root of the graph, if it was recomputed. `seconds` maps the steps of
+    loading to their durations.
     """
 
     bundle: Bundle
@@ -50,6 +51,7 @@ class LoadedModel:
     timings: tuple[tuple[int, float], ...] = ()
     fast_decode: "FastDecode | None" = None
     class_maps: ClassMapLayer | None = None
+    onnx_root: str | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -57,16 +59,15 @@ def load_model(path: Path, settings: "Settings", *, thorough: bool = False) -> L
     """Load the bundle at *path* and replay its probes.
 
     Every probe runs in a batch of the largest size, and `SINGLE_PROBES` of them also run alone. With
-    *thorough*, all of them also run alone, and the root of the graph is recomputed and compared with the
-    certificate; on a CPU, this would be most of the start time of a server.
+    *thorough*, all of them also run alone, and the root of the graph is compared with the certificate, and
+    recomputed if `onnx` is installed; on a CPU, this would be most of the start time of a server.
 
     Raises `BundleError`, `RuntimeUnavailableError`, `ParityError`, `ConfigError` for an invalid key file, and
     the errors of `check_fast_decode`.
     """
     moments = [time.monotonic()]
     bundle = open_bundle(path)
-    if thorough:
-        check_roots(bundle)
+    root = check_roots(bundle) if thorough else None
     if settings.verify_key is not None:
         check_signed(bundle.manifest, signature_path(path), settings.verify_key)
     moments.append(time.monotonic())
@@ -101,6 +102,7 @@ def load_model(path: Path, settings: "Settings", *, thorough: bool = False) -> L
         timings=tuple(timings),
         fast_decode=fast_decode,
         class_maps=class_maps,
+        onnx_root=root,
         seconds=dict(zip(steps, spent, strict=False)),
     )
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sopdeploy.bundle.folder import read_manifest
-from sopdeploy.errors import SopdeployError
+from sopdeploy.errors import SopdeployError, shorten
 from sopdeploy.evaluation.drift import counts_for
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
@@ -89,13 +89,13 @@ class ModelRegistry:
             if not self._by_name:
                 return Rejection("no_model", 503, "no model is loaded", 5)
             if len(self._by_name) > 1:
-                listed = ", ".join(sorted(self._by_name))
+                listed = shorten(sorted(self._by_name))
                 return Rejection(
                     "model_needed", 400, f"the server has several models; choose one with ?model= ({listed})"
                 )
             (name,) = self._by_name
         if name not in self._by_name:
-            listed = ", ".join(sorted(self._by_name)) or "none"
+            listed = shorten(sorted(self._by_name)) or "none"
             return Rejection("unknown_model", 404, f"no model {name[:100]!r}; available: {listed}")
         versions = self._by_name[name]
         for model in (versions.current, versions.previous):

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.decision import Decision
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, shorten
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
@@ -52,7 +52,7 @@ def plan_shadow(shadow: str | None, models: Mapping[str, LoadedModel]) -> Shadow
     name, _, share = shadow.partition("=")
     others = sorted(set(models) - {name})
     if name not in models or len(others) != 1:
-        listed = ", ".join(sorted(models)) or "none"
+        listed = shorten(sorted(models)) or "none"
         raise ConfigError(
             f"shadow {name}: needs the bundle {name}=PATH and one other bundle; the bundles here are {listed}"
         )

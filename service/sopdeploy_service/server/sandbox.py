@@ -25,6 +25,7 @@ import uvicorn
 from PIL import Image
 
 from sopdeploy.errors import ConfigError
+from sopdeploy.images.formats import prepare_decoders
 from sopdeploy_service.settings import Settings
 
 # Modules that are otherwise imported with some requests; some are private or optional.
@@ -154,6 +155,7 @@ def preload(config: uvicorn.Config) -> None:
         config.load()
     config.get_loop_factory()
     Image.preinit()
+    prepare_decoders()
     for name in LATE_MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

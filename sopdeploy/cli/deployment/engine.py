@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from sopdeploy_export.tensorrt.plan import EnginePlan
 
 LOG_INTERVAL = 30.0  # seconds between two progress lines in a log
-MEBI = 2**20
 _field = partial(print_field, width=9)
 
 
@@ -123,13 +122,6 @@ def _show_engine(built: "Engine") -> None:
 def _show_plan(plan: "EnginePlan") -> None:
     _field("bundle", f"{plan.bundle}, {plan.precision}")
     _field("profiles", f"batches {', '.join(map(str, plan.profiles))}")
-    memory = plan.memory
-    activations = ", ".join(f"{m.activations / MEBI:.1f} at batch {m.batch}" for m in memory.profiles)
-    total, weights = memory.total / MEBI, memory.weights / MEBI
-    _field(
-        "memory",
-        f"about {total:.1f} MiB without workspace: weights {weights:.1f}, shared activations {activations}",
-    )
     for result in plan.lint:
         rewrites = [f"{hazard.operators} operators rewritten, {hazard.done}" for hazard in result.hazards]
         text = f"refused: {result.refused}" if result.refused else "; ".join(rewrites) or "nothing to rewrite"

@@ -1,7 +1,7 @@
 """`sopdeploy export` converts a checkpoint to a bundle, `sopdeploy triton` adds it to a Triton repository."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -42,8 +42,11 @@ def export(
     ] = "fp32",
     calibrate: Annotated[Path | None, typer.Option(help="Folder of images to calibrate int8 ranges.")] = None,
     calibration: Annotated[
-        Literal["minmax", "entropy", "percentile"], typer.Option(help="Calibration method for int8 ranges.")
-    ] = "percentile",
+        Literal["minmax", "entropy", "percentile"] | None,
+        typer.Option(
+            help="Calibration method for int8 ranges. [dim]default: the first that loses little enough[/dim]"
+        ),
+    ] = None,
     int8_for: Annotated[
         Literal["cpu", "tensorrt"] | None,
         typer.Option(help="Runtime to quantize for, with int8. [dim]default: cpu[/dim]"),
@@ -61,7 +64,8 @@ def export(
     lowering: Annotated[
         bool,
         typer.Option(
-            "--lowering/--no-lowering", help="Apply the rewrite rules, or export the papers' formulas as is."
+            "--lowering/--no-lowering",
+            help="Apply the rewrite rules, or export the certified graph as it is.",
         ),
     ] = True,
     autotune: Annotated[
@@ -106,6 +110,14 @@ def export(
     preprocess: PreprocessOption = None,
     table: TableOption = None,
     logits: LogitsOption = None,
+    allow_constants: Annotated[
+        bool,
+        typer.Option(
+            "--allow-constants",
+            help="Accept large tensors that are neither weights nor buffers, without --plain.",
+            rich_help_panel=OWN,
+        ),
+    ] = False,
     name: Annotated[
         str | None,
         typer.Option(help="Name of the model. [dim]default: that of the builder[/dim]", rich_help_panel=OWN),
@@ -116,15 +128,21 @@ def export(
 
     With --network, the file holds the weights of a network of your own, which is built by your code.
 
-    Example: [bold]sopdeploy export runs/photos/best.pt --detach[/bold]
+    Example: [bold]sopdeploy export runs/latest/best.pt --detach[/bold]
     """
     with one_line_errors(as_json), steps("exporting", quiet=as_json) as step:
-        own = {"--set": settings, "--plain": plain, "--plain-set": plain_settings, "--labels": labels}
+        own: dict[str, Any] = {
+            "--set": settings,
+            "--plain": plain,
+            "--plain-set": plain_settings,
+            "--labels": labels,
+        }
         own |= {
             "--training-only": training_only,
             "--preprocess": preprocess,
             "--weights": table,
             "--logits": logits,
+            "--allow-constants": allow_constants,
             "--name": name,
         }
         given = [flag for flag, value in own.items() if value]
@@ -146,6 +164,7 @@ def export(
                 preprocess=preprocess or "",
                 table=table,
                 logits=logits,
+                allow_constants=allow_constants,
                 name=name,
             )
 

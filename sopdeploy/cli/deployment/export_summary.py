@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sopdeploy.decision import Decision
     from sopdeploy_export.parity.report import ClassMapParity
     from sopdeploy_export.pipeline import Exported
-    from sopdeploy_export.precision.convert import PrecisionReport
+    from sopdeploy_export.precision.report import PrecisionReport
 
 MIN_PANEL_WIDTH = 60  # columns
 WEAKER_PROOFS = {
@@ -94,19 +94,24 @@ def _agreement(exported: "Exported") -> str:
 
 
 def _precision_costs(precision: "PrecisionReport") -> dict[str, str]:
-    """Describe the measured accuracy loss and the layers with the largest quantization error."""
+    """Describe the measured accuracy loss and the attempts to keep it small."""
     rows = {}
     if (accuracy := precision.accuracy) is not None:
-        top1 = ""
-        if accuracy.before is not None:
-            top1 = f"top-1 {accuracy.before:.2%} before, {accuracy.after:.2%} after; "
+        from sopdeploy_export.report.results import describe_top1
+
+        top1, shares = "", (accuracy.before, accuracy.after)
+        if accuracy.before is not None and accuracy.after is not None:
+            before, after = (describe_top1(share, accuracy.images) for share in shares if share is not None)
+            top1 = f"top-1 {before} before, {after} after; "
         rows["images"] = (
             f"{top1}same class as float32 on {accuracy.agree} of {accuracy.images} images "
             f"({accuracy.low:.1%} to {accuracy.high:.1%})"
         )
-    if precision.quantisation is not None:
-        costs = ", ".join(f"{cost.part} {cost.share:.1%}" for cost in precision.quantisation.costs[:3])
-        rows["layers"] = costs or "no layer changes the logits"
+    if (int8 := precision.quantisation) is not None:
+        kept = ", ".join((*int8.kept, *int8.in_float32)) or "none"
+        rows["int8"] = f"{int8.layers} layers, ranges by {int8.calibration}; in float32: {kept}"
+        if len(int8.tried) > 1:
+            rows["tried"] = f"{', '.join(map(str, int8.tried))} points lost"
     return rows
 
 
@@ -123,11 +128,10 @@ def _decision(found: "Decision | None") -> dict[str, str]:
     if found is None:
         return {}
     rows, facts = dict(found.rows()), {}
-    if found.calibration is not None:
-        folded = " (folded into the last layer)" if found.temperature != 1 else ""
-        facts["scale"] = (
-            f"temperature {rows['temperature']}{folded}; calibration error {rows['calibration error']}"
-        )
+    if "temperature" in rows:
+        facts["scale"] = f"temperature {rows['temperature']}, folded into the last layer"
+    elif "calibration error" in rows:
+        facts["scale"] = f"calibration error {rows['calibration error']}"
     if "unknown images" in rows:
         auroc = rows.get("AUROC, one class left out")
         facts["unknown"] = rows["unknown images"] + (

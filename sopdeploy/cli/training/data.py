@@ -11,7 +11,7 @@ from sopdeploy.cli.console import JsonOption, one_line_errors, out, plain_text, 
 if TYPE_CHECKING:
     from sopdeploy.data.check import DataReport
 
-MAX_SHOWN = 10  # classes, groups and files per kind; --json lists all
+MAX_GROUPS = 10  # of equal images; --json lists all
 
 data = typer.Typer(
     help="Inspect images before training.\n\nExample: [bold]sopdeploy data check photos/[/bold]",
@@ -47,9 +47,7 @@ def check(
 
 def _print_report(found: "DataReport") -> None:
     from sopdeploy.data.image_files import describe_ignored_files
-
-    def shorten(items: "list[str] | tuple[str, ...]") -> str:
-        return ", ".join(items[:MAX_SHOWN]) + (", ..." if len(items) > MAX_SHOWN else "")
+    from sopdeploy.errors import shorten
 
     table = Table("part", "images", "MB", "classes", "fewest", "most", box=None, pad_edge=False)
     for part in found.parts:
@@ -75,7 +73,7 @@ def _print_report(found: "DataReport") -> None:
         lines.append(f"{len(files)} image{'s' * (len(files) > 1)}: {reason}: {shorten(files)}")
     if found.passed_over:
         lines.append(f"ignored, no image suffix: {describe_ignored_files(found.passed_over)}")
-    lines += found.classes
+    lines += [*found.notes, *found.classes]
     unreadable = len(found.unreadable)
     if found.formats or unreadable:
         lines.append(f"{unreadable} cannot be read" if unreadable else "every image can be read")
@@ -95,4 +93,4 @@ def _duplicate_lines(found: "DataReport") -> list[str]:
         f"them equal files; {across} in both training and held-out data, {differ} in different classes"
     )
     worst_first = sorted(groups, key=lambda group: (not group.across, not group.labels_differ))
-    return [summary, *(" = ".join(group.files) for group in worst_first[:MAX_SHOWN])]
+    return [summary, *(" = ".join(group.files) for group in worst_first[:MAX_GROUPS])]

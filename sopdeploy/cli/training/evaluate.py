@@ -45,13 +45,14 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint, a bundle or a running server on a folder of images.
 
-    Classes are matched by name. Accuracies have Wilson 95 % intervals; the calibration error uses 15 bins.
-    If a temperature was fitted, the output includes the calibration error without it; if a rejection
-    threshold was fitted, the fraction of accepted images. --heads adds top-1, top-5 and loss of every branch,
-    and its share of the weighted training loss. A network with several classes per image needs a folder with
-    `labels.csv`; its metrics are mAP, and F1 of each class at its threshold.
+    Classes are matched by name; classes without images are named and left out. Accuracies have Wilson 95 %
+    intervals; the calibration error uses 15 bins. If a temperature was fitted, the output includes the
+    calibration error without it; if a rejection threshold was fitted, the fraction of accepted images.
+    --heads adds top-1, top-5 and loss of every branch, and its share of the weighted training loss. A network
+    with several classes per image needs a folder with `labels.csv`; its metrics are mAP, and F1 of each class
+    at its threshold.
 
-    Example: [bold]sopdeploy eval runs/photos/best.pt --data test-photos[/bold]
+    Example: [bold]sopdeploy eval runs/latest/best.pt --data test-photos[/bold]
 
     Example: [bold]sopdeploy eval bundles/dsop-resnet20-3f6c01d2a4b7 --data test-photos --tta flip[/bold]
 
@@ -73,8 +74,11 @@ def evaluate(
                 workers=workers,
                 on_image=on_image,
             )
+    for note in found.notes:
+        err.print(plain_text(f"warning: {note}"))
     if as_json:
         head: dict[str, Any] = {"source": found.source, "kind": found.kind, "tta": found.tta, **found.facts}
+        head["notes"] = list(found.notes)
         if heads:
             head["heads"] = [one.model_dump(mode="json") for one in found.heads]
         print_json({**head, **found.metrics.model_dump(mode="json")})
@@ -98,9 +102,9 @@ def report(
 ) -> None:
     """Write an HTML report on a run: curves, spectra, gates, confusions, calibration, worst mistakes.
 
-    Example: [bold]sopdeploy report runs/photos[/bold]
+    Example: [bold]sopdeploy report runs/latest[/bold]
 
-    Example: [bold]sopdeploy report runs/photos --data test-photos --out page.html[/bold]
+    Example: [bold]sopdeploy report runs/latest --data test-photos --out page.html[/bold]
     """
     with one_line_errors(as_json), _progress(quiet=as_json) as on_image:
         from sopdeploy.report import write_report
@@ -137,6 +141,8 @@ def calibrate(
         from sopdeploy.api.calibration import calibrate as run
 
         found = run(checkpoint, data, destination, accepts=accepts, workers=workers, on_image=on_image)
+    for note in found.notes:
+        err.print(plain_text(f"warning: {note}"))
     if as_json:
         decision = found.decision.model_dump(mode="json")
         print_json({"checkpoint": str(found.path), "images": found.images, "decision": decision})
@@ -171,12 +177,16 @@ def _print_report(found: "ClassificationReport") -> None:
         out.print(f"accepted as known {known.share:.2%} ({known.low:.1%} to {known.high:.1%})")
     classes: Any = found.classes
     if len(classes) > MAX_CLASSES:
-        classes = sorted(classes, key=lambda one: one.recall.share)[:MAX_CLASSES]
+        classes = sorted(classes, key=lambda one: 1.0 if one.recall is None else one.recall.share)[
+            :MAX_CLASSES
+        ]
     table = Table("class", "images", "precision", "recall", "95 %", box=None, pad_edge=False)
     for one in classes:
         precision = "-" if one.precision is None else f"{one.precision:.2%}"
-        interval = f"{one.recall.low:.1%} to {one.recall.high:.1%}"
-        table.add_row(plain_text(one.label), str(one.count), precision, f"{one.recall.share:.2%}", interval)
+        recall = (
+            (f"{rate.share:.2%}", f"{rate.low:.1%} to {rate.high:.1%}") if (rate := one.recall) else ("-", "")
+        )
+        table.add_row(plain_text(one.label), str(one.count), precision, *recall)
     out.print(table)
     names = [one.label for one in found.classes]
     if len(names) <= MAX_COLUMNS:

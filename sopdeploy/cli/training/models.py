@@ -28,6 +28,7 @@ def models(as_json: JsonOption = False) -> None:
         out.print(table)
         out.print()
     out.print("[bold]Networks of timm[/], 'timm:NAME'; 'dsop-timm:NAME' for every NAME with feature maps")
+    out.print("[bold]First-order and second-order head[/], 'head:NAME' for every NAME without branches")
 
 
 def describe(

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from sopdeploy.api.progress import ProgressBars
 from sopdeploy.cli.console import JsonOption, err, one_line_errors, out, plain_text, print_json
-from sopdeploy.cli.training.train import exit_on_signal
+from sopdeploy.cli.training.train import SetOption, exit_on_signal
 
 if TYPE_CHECKING:
     from sopdeploy.reproduction.plan import Options
@@ -24,7 +24,10 @@ def reproduce(
     rows: Annotated[
         str | None, typer.Option(metavar="ID,ID", help="Run only these rows and those they need.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs per row: seeds 0, 1 and so on.")] = 1,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs per row: seeds 0, 1 and so on. [dim]default: the paper's[/dim]"),
+    ] = None,
     scale: Annotated[
         Literal["paper", "small"],
         typer.Option(help="small trains narrow networks on few small images, in minutes on a CPU."),
@@ -32,10 +35,11 @@ def reproduce(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Images: `data.path` of the table's recipes. With --scale small, any folder of images; the "
-            "default are the bundled digits."
+            help="Images: class folders or an official layout. With --scale small, any images; by default "
+            "the bundled digits."
         ),
     ] = None,
+    settings: SetOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print rows, commands and estimated GPU hours; write nothing.")
     ] = False,
@@ -62,19 +66,26 @@ def reproduce(
             _print_tables(list(TABLES.values()), as_json=as_json)
             return
         printed = find_table(table)
-        options = Options(out=destination, rows=rows, seeds=seeds, scale=scale, data=data)
+        options = Options(
+            out=destination, rows=rows, seeds=seeds, scale=scale, data=data, settings=tuple(settings or ())
+        )
         if dry_run:
             _print_plan(printed, options, as_json=as_json)
             return
         from sopdeploy.reproduction.run import reproduce as run
+        from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
 
-        progress: Any = None if as_json else stack.enter_context(ProgressBars(err))
+        stack.enter_context(join_processes())
+        quiet = as_json or not is_main_process()
+        progress: Any = None if quiet else stack.enter_context(ProgressBars(err))
         found = run(
             printed,
             options,
             callback=progress,
-            on_run=lambda row, seed: None if as_json else err.print(plain_text(f"{row}, seed {seed}")),
+            on_run=lambda row, seed: None if quiet else err.print(plain_text(f"{row}, seed {seed}")),
         )
+        if not is_main_process():
+            return
     if as_json:
         print_json(found.summary())
     else:
@@ -103,7 +114,7 @@ def _print_plan(table: "PrintedTable", options: "Options", *, as_json: bool) -> 
     from sopdeploy.reproduction.plan import ASSUMPTION, plan_rows
     from sopdeploy.reproduction.small import statement
 
-    folder, seeds = options.folder(table), options.seeds
+    folder, seeds = options.folder(table), options.runs_per_row(table)
     jobs = plan_rows(table, options)
     hours = sum(job.gpu_hours for job in jobs) * seeds
     if as_json:

@@ -41,7 +41,8 @@ def train(
         Path | None, typer.Option(help="Folder of images, DIR/<class>/*.jpg; sets `data.path`.")
     ] = None,
     destination: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the run. [dim]default runs/<recipe>[/dim]")
+        Path | None,
+        typer.Option("--out", help="Folder of the run. [dim]default runs/<recipe>-<number>[/dim]"),
     ] = None,
     weights: Annotated[
         str | None,
@@ -56,11 +57,27 @@ def train(
         str | None,
         typer.Option(metavar="NAME", help="Global pooling: short for --set model.config.pooling=NAME."),
     ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Networks to compare, each NAME or NAME=FILE with its weights; sets `model.name` and "
+            "`few_shot.models`.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Time after which no further head is tried, such as 60s; sets `few_shot.budget`.",
+        ),
+    ] = None,
     resume: Annotated[
         Literal["never", "always", "auto"],
         typer.Option(
             metavar="[auto]",
-            help="Continue the run in --out; with [bold]auto[/bold], start a new one if there is none.",
+            help="Continue the run in --out, by default the newest of the recipe; with [bold]auto[/bold], "
+            "start a new one if there is none.",
         ),
     ] = "never",
     dry_run: Annotated[
@@ -95,7 +112,7 @@ def train(
     Example: [bold]sopdeploy train --recipe digits-dsop --dry-run[/bold]
     """
     with one_line_errors(as_json), exit_on_signal():
-        from sopdeploy.api.training import configure
+        from sopdeploy.api.training import configure, few_shot_settings
         from sopdeploy.api.training import train as run
         from sopdeploy.errors import ConfigError
         from sopdeploy.training.distributed.torchrun import is_distributed, is_main_process, join_processes
@@ -103,7 +120,8 @@ def train(
         if dry_run or find_learning_rate:
             with join_processes():
                 changes = {"weights": weights, "pooling": pooling}
-                loaded, _ = configure(data, recipe, **changes, assignments=settings or ())
+                assignments = [*(settings or ()), *few_shot_settings(models, budget)]
+                loaded, _ = configure(data, recipe, **changes, assignments=assignments)
                 if is_distributed():
                     raise ConfigError("--dry-run and --find-lr use one process; start them without torchrun")
                 (print_learning_rates if find_learning_rate else print_dry_run)(loaded, as_json=as_json)
@@ -114,6 +132,8 @@ def train(
             destination,
             weights=weights,
             pooling=pooling,
+            models=models,
+            budget=budget,
             resume=resume,
             log=logs or (),
             assignments=settings or (),
@@ -128,12 +148,9 @@ def train(
     if result.few_shot is not None:
         for line in result.few_shot.lines():
             out.print(plain_text(line))
-    else:
-        name, best = ("mAP", result.best_map) if result.best_top1 is None else ("top-1", result.best_top1)
-        out.print(
-            f"best epoch {result.best_epoch} of {result.epochs}: {name} [bold]{best:.2%}[/] of "
-            f"{result.held_out_count} held-out images, {result.seconds:.0f} s"
-        )
+    elif result.estimate is not None:
+        epoch = f"epoch {result.best_epoch} of {result.epochs}"
+        out.print(f"{epoch}: {result.estimate.describe()}, {result.seconds:.0f} s")
     for name, text in result.decision.rows() if result.decision is not None else ():
         out.print(plain_text(f"{name}: {text}"))
     detach = " --detach" if result.training_only else ""

@@ -1,9 +1,11 @@
-"""Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/.
+"""Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/ (`parts`).
 
 DIR, train/ and val/ may also be tar archives or folders of archives. A folder with `labels.csv` holds images
-with any number of classes each (`label_table`).
+that this table lists with their classes (`label_table`).
 """
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,21 +13,15 @@ import numpy as np
 import pydantic
 
 from sopdeploy.data.base import Split, hold_out
-from sopdeploy.data.datasets.label_table import (
-    VAL,
-    has_label_table,
-    read_label_table,
-    split_table,
-)
-from sopdeploy.data.folder_store import LABELS_FILE, SUFFIXES, FolderStore, OpenOptions
+from sopdeploy.data.datasets.label_table import has_label_table, read_label_table, split_table
+from sopdeploy.data.folder_store import LABELS_FILE, FolderStore, Log, OpenOptions
 from sopdeploy.data.image_files import FileStore, ImageFiles, count_ignored_files, describe_ignored_files
+from sopdeploy.data.parts import TRAIN, Parts, find_parts, open_part
 from sopdeploy.data.subset import ClassSubset
 from sopdeploy.data.tar import archive_suffix, open_tars
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import expand_user
-
-TRAIN = "train"
-HELD_OUT = ("val", "valid", "validation", "test")  # the first existing one is used
+from sopdeploy.images.limits import SUFFIXES
 
 
 class FolderConfig(ClassSubset):
@@ -47,18 +43,21 @@ class FolderConfig(ClassSubset):
 def open_folder(config: FolderConfig, options: OpenOptions | None = None) -> Split:
     """Open the training and held-out images of a folder, with classes sorted by name.
 
-    A folder with `labels.csv` gives targets (N, C) instead of class indices.
+    If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of class indices.
 
-    Hidden folders and files without an image suffix are ignored. Raises `DataError` if the images cannot be
-    used.
+    Hidden folders and files without an image suffix are ignored; what else is not used is logged. Raises
+    `DataError` if the images cannot be used.
     """
     if config.path is None:
         raise ConfigError("data.path: not set; give --data DIR, the folder with one subfolder per class")
     options = options or OpenOptions(config.cache)
     store = open_store(expand_user(config.path), options)
     if has_label_table(store):
-        return split_table(read_label_table(store), config.hold_out, config.hold_out_seed)
-    split = _open_split(store, config)
+        split = split_table(read_label_table(store), config.hold_out, config.hold_out_seed)
+        if split.train.targets.ndim == 1:
+            options.log(f"{store.root / LABELS_FILE}: every image has one class, so the network predicts one")
+        return split
+    split = _open_split(store, config, options.log)
     ignored = count_ignored_files(store, store.folders())
     if ignored:
         options.log(f"{store.root}: ignored files without an image suffix: {describe_ignored_files(ignored)}")
@@ -68,7 +67,7 @@ def open_folder(config: FolderConfig, options: OpenOptions | None = None) -> Spl
 def open_store(path: Path, options: OpenOptions) -> FileStore:
     """Open a folder, a tar archive, or a folder that holds archives and no subfolders."""
     if path.is_file() and archive_suffix(path):
-        return open_tars(path, [path], (TRAIN, *HELD_OUT), options)
+        return open_tars(path, [path], options)
     if not path.is_dir():
         problem = "neither a folder nor a tar file" if path.exists() else "no such folder"
         raise DataError(
@@ -78,38 +77,8 @@ def open_store(path: Path, options: OpenOptions) -> FileStore:
     if not store.folders():
         archives = sorted(file for file in path.iterdir() if file.is_file() and archive_suffix(file))
         if archives:
-            return open_tars(path, archives, (TRAIN, *HELD_OUT), options)
+            return open_tars(path, archives, options)
     return store
-
-
-def open_classes(root: Path, labels: tuple[str, ...]) -> ImageFiles:
-    """Open the images below *root* for a network with the classes *labels*, matched by folder name.
-
-    Raises `DataError` naming unknown and missing classes, or if an image may have several classes.
-    """
-    store = open_store(root, OpenOptions())
-    if has_label_table(store):
-        raise DataError(
-            f"{root / LABELS_FILE}: lists several classes per image, but the network predicts one; "
-            "sort the images into one subfolder per class"
-        )
-    return match_classes(store, labels)
-
-
-def open_multi_label(root: Path, labels: tuple[str, ...]) -> ImageFiles:
-    """Open the images of `labels.csv` in *root* for a network with the classes *labels*.
-
-    If the table has a split, only its held-out images are opened. Raises `DataError` without a table, or if
-    it has other classes.
-    """
-    store = open_store(root, OpenOptions())
-    if not store.label_tables():
-        raise DataError(
-            f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
-            "images and their classes in this file"
-        )
-    table = read_label_table(store, labels)
-    return table.part(VAL) if table.is_split else table.images
 
 
 def match_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
@@ -126,11 +95,9 @@ def class_mismatches(store: FileStore, labels: tuple[str, ...]) -> list[str]:
     unknown, missing = sorted(found - set(labels)), sorted(set(labels) - found)
     problems = []
     if unknown:
-        problems.append(
-            f"classes {', '.join(unknown)} are not training classes, remove them or train on them"
-        )
+        problems.append(f"classes {shorten(unknown)} are not training classes, remove them or train on them")
     if missing:
-        problems.append(f"training classes {', '.join(missing)} are missing, add them")
+        problems.append(f"training classes {shorten(missing)} are missing, add them")
     return problems
 
 
@@ -171,7 +138,7 @@ def describe_empty_classes(images: ImageFiles) -> str:
     empty = [images.labels[index] for index in np.flatnonzero(counts == 0)]
     if not empty:
         return ""
-    same = f" (also in {', '.join(empty[1:])})" if len(empty) > 1 else ""
+    same = f" (also in {shorten(empty[1:])})" if len(empty) > 1 else ""
     ignored = describe_ignored_files(count_ignored_files(images.store, empty[:1]))
     others = f", only other files ({ignored})" if ignored else ""
     return (
@@ -180,20 +147,23 @@ def describe_empty_classes(images: ImageFiles) -> str:
     )
 
 
-def _open_split(store: FileStore, config: FolderConfig) -> Split:
-    names = store.folders()
-    held_out = [name for name in HELD_OUT if name in names]
-    if TRAIN in names:
-        train = store.open_folder(TRAIN)
-        if held_out:
+def _open_split(store: FileStore, config: FolderConfig, log: Log) -> Split:
+    parts = find_parts(store)
+    for line in describe_parts(store, parts):
+        log(line)
+    if parts.train:
+        train = open_part(store, parts.train)
+        if parts.held_out:
             labels = class_names(train)
-            held_images = match_classes(store.open_folder(held_out[0]), labels)
-            return Split(train=scan_classes(train, labels), held_out=held_images)
+            held_images = match_classes(open_part(store, parts.held_out[0]), labels)
+            return Split(train=_scan(train, labels, log), held_out=held_images)
         store = train
-    elif names and set(names) <= set(HELD_OUT):
-        raise DataError(f"{store.root}: holds {names[0]} but no {TRAIN}; put the training images there")
+    elif parts.held_out and not parts.others:
+        raise DataError(
+            f"{store.root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there"
+        )
     labels = class_names(store)
-    images = scan_classes(store, labels)
+    images = _scan(store, labels, log)
     counts = np.bincount(images.targets)
     if counts.min() == 1:
         single = store.root / labels[int(counts.argmin())]
@@ -201,3 +171,33 @@ def _open_split(store: FileStore, config: FolderConfig) -> Split:
     keys = [path.decode("utf-8", "surrogateescape") for path in images.paths.tolist()]
     held = np.asarray(hold_out(keys, images.targets.tolist(), config.hold_out, config.hold_out_seed))
     return Split(train=images.select(~held), held_out=images.select(held), divided=True)
+
+
+def describe_parts(store: FileStore, parts: Parts) -> Iterator[str]:
+    """Say which folders of *store* training does not use, or uses as classes despite their names."""
+    unused = (*parts.held_out[1:], *parts.others)
+    if parts.train and unused:
+        used = " and ".join((parts.train, *parts.held_out[:1]))
+        yield f"{store.root}: training uses {used} only, not {shorten(unused)}"
+    elif parts.held_out and parts.others:
+        yield f"{store.root}: {shorten(parts.held_out)} counts as a class, because there is no folder {TRAIN}"
+
+
+def describe_nested(images: ImageFiles) -> str:
+    """Name the folders with images inside the class folders of *images*; empty if there are none."""
+    deep = images.paths[np.char.count(images.paths, b"/") > 1] if len(images) else images.paths
+    nested = sorted({"/".join(os.fsdecode(path).split("/")[:2]) for path in deep.tolist()})
+    if not nested:
+        return ""
+    return (
+        f"{images.store.root}: images of folders in a class folder count as images of that class: "
+        f"{shorten(nested)}; move these folders up if they are classes"
+    )
+
+
+def _scan(store: FileStore, labels: tuple[str, ...], log: Log) -> ImageFiles:
+    """List the images of every class as `scan_classes`, and log the folders inside class folders."""
+    images = scan_classes(store, labels)
+    if nested := describe_nested(images):
+        log(nested)
+    return images

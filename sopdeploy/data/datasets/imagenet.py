@@ -7,8 +7,9 @@ lines such as `ILSVRC2012_val_00000001.JPEG n01751748`. Source: Russakovsky et a
 Visual Recognition Challenge" (2015). Use `folder` for validation images that are sorted into class folders.
 """
 
-import hashlib
 import re
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -30,8 +31,7 @@ DEVKIT = "ILSVRC2012_devkit_t12/data"
 LISTS = (GROUND_TRUTH, f"{DEVKIT}/{GROUND_TRUTH}", f"data/{GROUND_TRUTH}", "LOC_val_solution.csv", "val.txt")
 VAL_FOLDERS = ("val", "ILSVRC2012_img_val", "ILSVRC2012_img_val.tar", "ILSVRC/Data/CLS-LOC/val")
 TRAIN_FOLDERS = ("train", "ILSVRC2012_img_train", "ILSVRC2012_img_train.tar", "ILSVRC/Data/CLS-LOC/train")
-# SHA-256 of the 1000 names of torchvision's weights in output order, one per line: the sorted WordNet IDs
-TORCHVISION_NAMES = "0b0f9fee7c952f257418d62aa701f023a9da13b443a14f5c4291e5724d92967c"
+CLASSES = "imagenet_classes.txt"  # WordNet ID and name of each class, in the order of published weights
 
 
 class ImageNetConfig(ClassSubset):
@@ -83,14 +83,12 @@ def open_validation(root: Path, listing: Path, options: OpenOptions) -> ImageFil
     return list_images(folder, listing, labels, [(name, index[found]) for name, found in entries], options)
 
 
-def is_torchvision_order(labels: tuple[str, ...]) -> bool:
-    """Check whether *labels* are the names of torchvision's ImageNet classes, in output order.
-
-    Their order is that of the sorted WordNet IDs.
-    """
-    return (
-        hashlib.sha256("\n".join(labels).encode("utf-8", "surrogateescape")).hexdigest() == TORCHVISION_NAMES
-    )
+@cache
+def class_aliases() -> dict[str, str]:
+    """Map the WordNet ID of each ImageNet class to the name that published weights have, and back."""
+    lines = resources.files("sopdeploy.data.datasets").joinpath(CLASSES).read_text("utf-8").splitlines()
+    pairs = [line.split(" ", 1) for line in lines]
+    return {first: second for pair in pairs for first, second in (pair, pair[::-1])}
 
 
 def _validation_folder(root: Path) -> Path | None:

@@ -1,10 +1,11 @@
-"""Images with any number of classes each, listed in `labels.csv` of a folder or of tar archives.
+"""Images with one or any number of classes each, listed in `labels.csv` of a folder or of tar archives.
 
     file,classes,split
     images/1.jpg,cat|dog,train
     images/2.jpg,,val
 
-`classes` are separated by `|` and may be empty. `split` is optional. Paths are relative to the folder, or to
+`classes` are separated by `|` and may be empty. If every image has exactly one class, the table is one of
+images with one class each, as class folders are. `split` is optional. Paths are relative to the folder, or to
 the top of the archives, and cannot leave it.
 """
 
@@ -14,15 +15,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.base import Split, derive_seed
+from sopdeploy.data.base import Split, derive_seed, hold_out
 from sopdeploy.data.folder_store import LABELS_FILE, REQUIRED, is_image, lists_images
 from sopdeploy.data.image_files import FileStore, ImageFiles
-from sopdeploy.errors import DataError
+from sopdeploy.errors import DataError, shorten
 
 SEPARATOR = "|"
 TRAIN, VAL = "train", "val"
@@ -33,8 +34,8 @@ SPLIT = "split"
 class LabelTable:
     """The content of a `labels.csv`: the images with their classes, and their values of `split`.
 
-    `images.targets` are (N, C) float32, 1 for the classes of an image. `parts` (N,) are "train" or "val",
-    and empty if the table has no column `split`.
+    `images.targets` are (N, C) float32, 1 for the classes of an image, or class indices (N,) if every image
+    has one class. `parts` (N,) are "train" or "val", and empty if the table has no column `split`.
     """
 
     images: ImageFiles
@@ -45,10 +46,14 @@ class LabelTable:
         """Whether the table says which images are held out."""
         return bool(self.parts.size)
 
+    def held_out(self) -> ImageFiles:
+        """Select the held-out images, or all if the table is not split; raises `DataError` as `part` does."""
+        return self.part(VAL) if self.is_split else self.images
+
     def part(self, name: str) -> ImageFiles:
         """Select the images of the part *name*; raises `DataError` if none of them has a class."""
         images = self.images.select(self.parts == name)
-        if not images.targets.any():
+        if not images.class_counts().any():
             table = self.images.store.root / LABELS_FILE
             raise DataError(f"{table}: no image of split {name} has a class; add some")
         return images
@@ -65,10 +70,13 @@ def has_label_table(store: FileStore) -> bool:
     return bool(tables) and len(folders) < 2 and TRAIN not in folders
 
 
-def read_label_table(store: FileStore, labels: tuple[str, ...] | None = None) -> LabelTable:
+def read_label_table(
+    store: FileStore, labels: tuple[str, ...] | None = None, *, several: bool | None = None
+) -> LabelTable:
     """Read the `labels.csv` of *store*; its classes must be among *labels*, by default all classes, sorted.
 
-    If several archives contain a `labels.csv`, their rows are joined. Raises `DataError` naming the line of
+    *several* says whether images may have no class or several ones; by default the table itself says it. If
+    several archives contain a `labels.csv`, their rows are joined. Raises `DataError` naming the line of
     the first invalid row, or the files that do not exist.
     """
     table = store.root / LABELS_FILE
@@ -83,14 +91,22 @@ def read_label_table(store: FileStore, labels: tuple[str, ...] | None = None) ->
     if labels is None:
         labels = tuple(sorted(found))
         if len(labels) < 2:
-            listed = ", ".join(labels) or "none"
+            listed = shorten(labels) or "none"
             raise DataError(f"{table}: has fewer than two classes ({listed}); a network needs at least two")
     unknown = sorted(found - set(labels))
     if unknown:
-        raise DataError(f"{table}: {', '.join(unknown)} are not classes of the network; remove them")
-    targets = np.zeros((len(rows), len(labels)), dtype=np.float32)
-    for index, row in enumerate(rows.values()):
-        targets[index, [labels.index(name) for name in row.classes]] = 1
+        raise DataError(f"{table}: {shorten(unknown)} are not classes of the network; remove them")
+    other = next((row for row in rows.values() if len(row.classes) != 1), None)
+    if several is False and other is not None:
+        _reject(table, other.line, "has no class or several, but the network predicts one; keep one class")
+    targets: NDArray[Any]
+    place = {label: index for index, label in enumerate(labels)}
+    if other is None and not several:
+        targets = np.asarray([place[name] for row in rows.values() for name in row.classes], dtype=np.int64)
+    else:
+        targets = np.zeros((len(rows), len(labels)), dtype=np.float32)
+        for index, row in enumerate(rows.values()):
+            targets[index, [place[name] for name in row.classes]] = 1
     paths = np.asarray([os.fsencode(name) for name in rows], dtype=np.bytes_)
     parts = np.asarray([row.part for row in rows.values()] if has_split == {True} else [])
     return LabelTable(ImageFiles(store, labels, paths, targets), parts)
@@ -103,29 +119,35 @@ def split_table(table: LabelTable, fraction: float, seed: int) -> Split:
     """
     path = table.images.store.root / LABELS_FILE
     if table.is_split:
-        split = Split(train=table.part(TRAIN), held_out=table.part(VAL))
+        train, held_out = table.part(TRAIN), table.part(VAL)
     else:
         single = np.flatnonzero(table.images.class_counts() == 1)
         if single.size:
             name = table.images.labels[single[0]]
             raise DataError(f"{path}: only one image of {name}; add another, one has to be held out")
-        held = hold_out_multi_label(table.images, fraction, seed)
-        split = Split(train=table.images.select(~held), held_out=table.images.select(held), divided=True)
-    missing = np.flatnonzero(split.train.targets.sum(axis=0) == 0)
+        keys = [path.decode("utf-8", "surrogateescape") for path in table.images.paths.tolist()]
+        targets = table.images.targets
+        if targets.ndim == 1:
+            held = np.asarray(hold_out(keys, targets.tolist(), fraction, seed))
+        else:
+            held = hold_out_multi_label(table.images, keys, fraction, seed)
+        train, held_out = table.images.select(~held), table.images.select(held)
+    missing = np.flatnonzero(train.class_counts() == 0)
     if missing.size:
         name = table.images.labels[missing[0]]
         raise DataError(f"{path}: no training image of {name}; set the split of one to {TRAIN}")
-    return split
+    return Split(train=train, held_out=held_out, divided=not table.is_split)
 
 
-def hold_out_multi_label(images: ImageFiles, fraction: float, seed: int) -> NDArray[np.bool_]:
+def hold_out_multi_label(
+    images: ImageFiles, keys: Sequence[str], fraction: float, seed: int
+) -> NDArray[np.bool_]:
     """Select about *fraction* of every class of *images* for the held-out set; returns a mask (N,).
 
     Classes are processed from the rarest to the most frequent one, then the images without a class, as in the
     iterative stratification of Sechidis et al. (ECML 2011), section 4. The selection depends on *seed* and
-    the file names only.
+    the *keys* (N,) of the images only.
     """
-    keys = [path.decode("utf-8", "surrogateescape") for path in images.paths.tolist()]
     order = sorted(
         range(len(keys)), key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index])
     )

@@ -15,7 +15,7 @@ from sopdeploy.data.datasets.folder import open_store
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.subset import ClassSubset
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import expand_user
 
 CATEGORIES = "categories_places365.txt"
@@ -99,13 +99,13 @@ def _open_list(
     unknown = sorted(set(targets.tolist()) - set(range(len(labels))))
     if unknown:
         raise DataError(
-            f"{listing}: classes {', '.join(map(str, unknown))} are not in {CATEGORIES}; use the "
+            f"{listing}: classes {shorten(list(map(str, unknown)))} are not in {CATEGORIES}; use the "
             "official lists"
         )
     empty = sorted(set(range(len(labels))) - set(targets.tolist()))
     if empty:
         raise DataError(
-            f"{listing}: no images of the classes {', '.join(labels[number] for number in empty)}; "
+            f"{listing}: no images of the classes {shorten([labels[number] for number in empty])}; "
             "use the official lists"
         )
     paths = np.asarray([name.strip("/").encode() for name, _ in entries], dtype=np.bytes_)

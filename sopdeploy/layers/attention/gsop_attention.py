@@ -35,14 +35,12 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     return F.relu(x) if activation == "relu" else x
 
 
-class RowConv(nn.Conv2d, ExportHints):
+class RowConv(nn.Conv2d):
     """Row-wise convolution: (B, n, n, 1) to (B, 4n, 1, 1); output 4i + r reads row i only.
 
     The paper's grouped convolution with kernel (n, 1), and its parameters, computed as one batched
     product: runtimes have slow kernels for a convolution of n groups whose output is one pixel.
     """
-
-    reference_formula = "row_convolution"
 
     def __init__(self, rows: int) -> None:
         super().__init__(rows, OUTPUTS_PER_ROW * rows, (rows, 1), groups=rows)
@@ -65,7 +63,6 @@ class Excitation(nn.Module, ExportHints):
     """
 
     keep_float32 = True
-    rewrite_rules = ("row_convolution",)
 
     def __init__(self, rows: int, out_channels: int, activation: Activation, *, norm: bool) -> None:
         super().__init__()
@@ -85,8 +82,6 @@ class ChannelAttention(nn.Module, ExportHints):
     """Map features (B, C, H, W) to channel weights (B, C, 1, 1)."""
 
     keep_output_dtype = True
-    rewrite_rules = ("centering",)
-    reference_formula = "channel_covariance"
 
     def __init__(
         self, channels: int, width: int, dr_stride: int, activation: Activation, *, pre_relu: bool, norm: bool
@@ -150,7 +145,6 @@ class PositionAttention(nn.Module, ExportHints):
     """Map features (B, C, H, W) to position weights (B, 1, H, W)."""
 
     keep_output_dtype = True
-    rewrite_rules = ("centering", "position_resampling")
 
     def __init__(self, channels: int, width: int, switches: PositionSwitches) -> None:
         super().__init__()

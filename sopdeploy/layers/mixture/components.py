@@ -39,14 +39,12 @@ class Convolutions(NamedTuple):
     norm: bool = False
 
 
-class Components(nn.Module, ExportHints):
+class Components(nn.Module):
     """Map (B, C, H, W) features to every component's vector (B, N, D), or with weights (B, N) to their sum.
 
     A component consists of `before`, its own chain of 1x1 convolutions and `after`; see `make_components`.
     *counted* is the number of components that a routed mixture evaluates per image; `macs` counts these.
     """
-
-    rewrite_rules = ("mixture_routing",)
 
     def __init__(
         self,
@@ -159,7 +157,6 @@ class FusionHead(nn.Module, ExportHints):
     """Map pooled vectors (B, D) to logits (B, classes) by a batch norm (if *norm*), dropout, linear layer."""
 
     is_classifier = True
-    rewrite_rules = ("fold_fusion_norm",)
 
     def __init__(self, length: int, num_classes: int, *, norm: bool, dropout: float) -> None:
         super().__init__()

@@ -50,12 +50,19 @@ class GlobalPooling(nn.Module, ExportHints):
 
 
 class ReducedPooling(GlobalPooling):
-    """A pooling that first reduces the channels to `width` where there are more of them."""
+    """A pooling that first reduces the channels to `width` where there are more of them.
 
-    def __init__(self, channels: int, width: int | None) -> None:
+    The reduction is a 1x1 convolution, batch norm and ReLU; with *linear* only the convolution. A covariance
+    does not depend on a bias.
+    """
+
+    def __init__(self, channels: int, width: int | None, *, linear: bool = False) -> None:
         super().__init__()
         self.channels = channels if width is None else min(channels, width)
-        if self.channels < channels:
+        self.layer_reduce: nn.Module
+        if self.channels < channels and linear:
+            self.layer_reduce = nn.Conv2d(channels, self.channels, 1, bias=False)
+        elif self.channels < channels:
             self.layer_reduce, self.layer_reduce_bn, self.relu = dimension_reduction(channels, self.channels)
 
 

@@ -10,9 +10,11 @@ Letters: B images, d channels, H height, W width; Sigma = U diag(l) U^T.
 from typing import Annotated, Literal
 
 import pydantic
+import torch
 from torch import Tensor, nn
 
 from sopdeploy.layers.covariance import (
+    at_least_float32,
     centered_and_scaled,
     covariance,
     frobenius_norm,
@@ -20,7 +22,7 @@ from sopdeploy.layers.covariance import (
 )
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
-from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
+from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, ReducedPooling
 from sopdeploy.layers.spectral import NO_EIGEN_FORM, Logarithm, Power, spectral
 
 SMALLEST = 1e-12  # lower bound of divisors
@@ -31,7 +33,7 @@ class ISqrtPooling(ReducedPooling):
     """Pool (B, C, H, W) maps to the triangle (B, d (d + 1) / 2) of the root of their covariance."""
 
     def __init__(self, config: "ISqrtPoolingConfig", channels: int) -> None:
-        super().__init__(channels, config.width)
+        super().__init__(channels, config.width, linear=config.reduction == "linear")
         self.root = ISqrtCov(self.channels, config.newton_schulz(compensate=config.compensation == "norm"))
         self.out_features = self.root.out_features
         by_batch = config.compensation == "batch_norm"
@@ -47,13 +49,39 @@ class ISqrtPoolingConfig(PoolingConfig, NewtonSchulzOptions):
     """`width` is d (`None`: all channels); `compensation` reverts the prenormalization.
 
     It multiplies by the root of the norm ("norm"), applies batch norm to the vector ("batch_norm", a percent
-    worse in the paper), or does nothing ("none", which the paper could not train).
+    worse in the paper), or does nothing ("none", which the paper could not train). `reduction` to d channels
+    is the papers' convolution with batch norm and ReLU ("normalized"), or the convolution alone ("linear").
     """
 
     layer = ISqrtPooling
     kind: Literal["isqrt"] = "isqrt"
     width: Width = 256
     compensation: Literal["norm", "batch_norm", "none"] = "norm"
+    reduction: Literal["normalized", "linear"] = "normalized"
+
+
+class GapISqrtPooling(GlobalPooling):
+    """Concatenate the averages of (B, C, H, W) maps with the vector of `ISqrtPooling`."""
+
+    def __init__(self, config: "GapISqrtConfig", channels: int) -> None:
+        super().__init__()
+        self.isqrt = config.isqrt.build(channels)
+        self.out_features = channels + self.isqrt.out_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Compute the vector in float32 or float64."""
+        return torch.cat([at_least_float32(features).mean(dim=(2, 3)), self.isqrt(features)], dim=1)
+
+
+class GapISqrtConfig(PoolingConfig):
+    """First-order and second-order statistics of the same map; `isqrt` has the options of the second ones.
+
+    `head:NAME` has them at several maps, with the vector of the network's own pooling.
+    """
+
+    layer = GapISqrtPooling
+    kind: Literal["gap+isqrt"] = "gap+isqrt"
+    isqrt: ISqrtPoolingConfig = ISqrtPoolingConfig()
 
 
 class EigenPooling(ReducedPooling):

@@ -17,12 +17,18 @@ from sopdeploy.layers.pooling.bilinear import (
 )
 from sopdeploy.layers.pooling.codebook import NetFVConfig, NetVLADConfig
 from sopdeploy.layers.pooling.compact_bilinear import CompactBilinearConfig, KernelPoolingConfig
-from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig, LogEuclideanConfig, MpnCovConfig
+from sopdeploy.layers.pooling.covariance import (
+    GapISqrtConfig,
+    ISqrtPoolingConfig,
+    LogEuclideanConfig,
+    MpnCovConfig,
+)
 
 AnyPoolingConfig = (
     GapConfig
     | FlattenConfig
     | ISqrtPoolingConfig
+    | GapISqrtConfig
     | MpnCovConfig
     | LogEuclideanConfig
     | BilinearConfig

@@ -1,117 +1,82 @@
 """Recipe table `[few_shot]`, and the record of the procedure's results."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import pydantic
 
-from sopdeploy.config import Count, Fraction, NonNegative, Positive, PositiveRate, StrictModel
+from sopdeploy.config import Count, Fraction, NonNegative, Positive, StrictModel
 from sopdeploy.decision import Estimate, Score
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.layers.pooling.registry import Pooling
+from sopdeploy.evaluation.multi_label import MeanPrecision
+from sopdeploy.models.second_order_head import HeadKind
 
 FEATURES_FILE = "features.pt"  # in the run folder
 FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
-Folds = Annotated[int, pydantic.Field(ge=2, le=20)]
-
-
-class FineTuningConfig(StrictModel):
-    """Fine-tuning of the last stage and what follows it, from cached inputs of that stage.
-
-    Attributes:
-        epochs: Upper limit of the epochs; 0 disables fine-tuning.
-        folds: Folds of its cross-validation; one network is trained per fold.
-        patience: Number of epochs without a smaller cross-validated loss after which training stops.
-        lr: Learning rate of AdamW for the classifier and the last block.
-        decay: Factor on the learning rate for each block further from the classifier.
-        batch_size: Images of a step.
-        max_gib: Largest size in GiB of the cached inputs; with more, only the head is fitted.
-        branches: Whether to try the branches of DSoP that read the last stage, too.
-        gsop: Whether to try a GSoP block at the end of the last stage, too.
-    """
-
-    epochs: Annotated[int, pydantic.Field(ge=0)] = 15
-    folds: Folds = 3
-    patience: Count = 3
-    lr: PositiveRate = 2e-4
-    decay: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
-    batch_size: Count = 16
-    max_gib: Positive = 1.0
-    branches: bool = True
-    gsop: bool = True
 
 
 class FewShotConfig(StrictModel):
-    """Training for few images: a regularized head on frozen features, then fine-tuning if it helps.
+    """Training for few images: cross-validation chooses a linear classifier on features of a frozen network.
 
     Attributes:
         max_images: With more training images the ordinary training loop runs.
-        min_held_out: If fewer images were split off as the held-out set, cross-validation on all images
-            replaces it. A `val/` folder is always used.
-        folds: Folds of the cross-validation of the head, at most the number of images of the smallest class.
-        heads: Global poolings to compare; the first one is kept unless another one is better. If empty: the
-            pooling of the network and, if that is average pooling, iSQRT-COV.
+        folds: Folds of the cross-validation, at most the number of images of the smallest class.
+        heads: Heads to compare; the first one is kept unless another one is better. If empty: "gap+isqrt" of
+            the last two feature maps and of the last one, and "gap".
+        models: Further networks to compare with `model.name`, as NAME or NAME=FILE with a file of weights.
+            Without a file they start from `start.weights`.
+        budget: Seconds after which no further head is tried; the first head of each network always is. 0 is
+            no limit. With a limit, the result depends on the speed of the machine.
         balance_above: Ratio of the largest class to the smallest above which classes get equal weights.
-        fine_tuning: Options of the second step.
     """
 
     max_images: Count = 1000
-    min_held_out: Count = 100
-    folds: Folds = 5
-    heads: tuple[Pooling, ...] = ()
+    folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 5
+    heads: tuple[HeadKind, ...] = ()
+    models: tuple[str, ...] = ()
+    budget: NonNegative = 0.0
     balance_above: Annotated[float, pydantic.Field(ge=1)] = 1.5
-    fine_tuning: FineTuningConfig = FineTuningConfig()
-
-
-class MeanPrecision(StrictModel):
-    """Mean average precision `share` over `count` images with a 95 % interval [`low`, `high`]."""
-
-    share: Fraction
-    count: int
-    low: Fraction
-    high: Fraction
 
 
 class CandidateResult(StrictModel):
-    """One way to train the network, its cross-validated score, and whether it was chosen.
+    """A network with one head, its cross-validated score, and whether it was chosen.
 
     Attributes:
-        name: What is trained.
-        kept: Whether the candidate was chosen; fine-tuning starts from the chosen head.
-        reason: Why it was chosen or not, compared with the first head or with the chosen head alone.
-        score: Accuracy, or mAP with several classes per image; `None` if the candidate was not tried.
+        name: The network, and the statistics that the classifier reads.
+        kept: Whether the candidate was chosen.
+        pareto: Whether no candidate of at most the same latency and size is more accurate.
+        score: Accuracy, or mAP with several classes per image.
         loss: Mean weighted loss.
-        score_before: Score of the chosen head alone on the same folds; for fine-tuning only.
-        loss_before: Loss of the chosen head alone on the same folds; for fine-tuning only.
         features: Length of the vector that the classifier reads.
-        l2: The chosen regularization; for heads only.
-        epochs: The chosen number of epochs; for fine-tuning only.
+        strength: The chosen inverse strength of the regularization, scikit-learn's C.
+        macs: Multiply-adds of the convolutions and linear layers for one image.
+        parameters: Number of learnable parameters.
+        milliseconds: Median time of one image in PyTorch on the device of the run, for the network with all
+            statistics.
+        seconds: Time of its cross-validation.
     """
 
     name: str
     kept: bool
-    reason: str
-    score: Rate | MeanPrecision | None = None
-    loss: NonNegative | None = None
-    score_before: Fraction | None = None
-    loss_before: NonNegative | None = None
-    features: Count | None = None
-    l2: Positive | None = None
-    epochs: int | None = None
+    pareto: bool
+    score: Rate | MeanPrecision
+    loss: NonNegative
+    features: Count
+    strength: Positive
+    macs: Count
+    parameters: Count
+    milliseconds: NonNegative
+    seconds: NonNegative
 
     def line(self) -> str:
         """Describe the candidate in one line for the terminal and the report."""
-        decision = f"{self.name}: {'kept' if self.kept else 'not kept'}, {self.reason}"
-        if self.score is None:
-            return decision
         score, name = self.score, "top-1" if isinstance(self.score, Rate) else "mAP"
-        interval = f"{100 * score.low:.0f} to {100 * score.high:.0f} %"
-        figures = [f"{name} {100 * score.share:.1f} %, {interval}; loss {self.loss:.3f}"]
-        if self.l2 is not None:
-            figures.append(f"{self.features} features, l2 {self.l2:.1g}")
-        if self.score_before is not None:
-            figures.append(f"before {100 * self.score_before:.1f} %, loss {self.loss_before:.3f}")
-            figures.append(f"{self.epochs} epochs")
-        return f"{decision} ({'; '.join(figures)})"
+        marks = [text for text, true in (("chosen", self.kept), ("Pareto front", self.pareto)) if true]
+        return (
+            f"{self.name}: {name} {100 * score.share:.1f} % ({100 * score.low:.0f} to {100 * score.high:.0f} "
+            f"%), loss {self.loss:.3f}, {self.features:,} features, C {self.strength:g}, "
+            f"{self.macs / 1e6:,.0f} M multiply-adds, {self.parameters / 1e6:.2f} M parameters, "
+            f"{self.milliseconds:.0f} ms{''.join(f' - {mark}' for mark in marks)}"
+        )
 
 
 class FewShotResult(StrictModel):
@@ -121,11 +86,14 @@ class FewShotResult(StrictModel):
         top1: Accuracy with its 95 % interval (Wilson); `None` with several classes per image.
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
-        class_counts: Training images of each class.
+        class_counts: Training images of each class; the network is fitted to all of them.
         balanced: Whether classes had equal weights in the loss.
         duplicates: Training images with the same pixels as an earlier one; they share its fold.
-        candidates: The heads, then the ways of fine-tuning.
+        candidates: What was tried.
+        choice: Why the candidate was chosen.
+        skipped: Candidates that the time budget left out.
         auroc: AUROC of the scores for unknown images, by heads fitted without one class at a time.
+        unknown: Why no threshold for unknown images was fitted; empty if there is one.
         seconds: Time of each step.
     """
 
@@ -136,28 +104,11 @@ class FewShotResult(StrictModel):
     balanced: bool
     duplicates: int
     candidates: tuple[CandidateResult, ...]
+    choice: str
+    skipped: tuple[str, ...] = ()
     auroc: dict[Score, Fraction] = pydantic.Field(default_factory=dict)
+    unknown: str = ""
     seconds: dict[str, float]
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _convert_first_records(cls, values: Any) -> Any:
-        """Convert `heads` and `fine_tuning` of records that older versions wrote."""
-        if not isinstance(values, dict) or "heads" not in values:
-            return values
-        values, count = dict(values), values["top1"]["count"]
-        tuning, found = values.pop("fine_tuning"), []
-        for number, head in enumerate(values.pop("heads")):
-            one = {key: head[key] for key in ("loss", "features", "l2")}
-            one |= {"name": f"{head['pooling']} head", "kept": number == 0}
-            one["reason"] = "smallest loss" if number == 0 else "the loss is not smaller"
-            one["score"] = Rate.of(round(head["top1"] * count), count).model_dump()
-            found.append(one)
-        last = {key: tuning[key] for key in ("kept", "reason", "epochs", "loss_before")}
-        if tuning["top1_after"] is not None:
-            last |= {"score_before": tuning["top1_before"], "loss": tuning["loss_after"]}
-            last["score"] = Rate.of(round(tuning["top1_after"] * count), count).model_dump()
-        return {**values, "candidates": (*found, {"name": "fine-tuning", **last})}
 
     @property
     def score(self) -> Rate | MeanPrecision:
@@ -167,13 +118,13 @@ class FewShotResult(StrictModel):
         return score
 
     def lines(self) -> tuple[str, ...]:
-        """Describe the result in lines for the terminal and the report: images, candidates, score."""
-        seconds = sum(self.seconds.values())
-        return (
-            f"images: {self.describe_images()}",
-            *(candidate.line() for candidate in self.candidates),
-            f"{self.describe_score()}, {seconds:.0f} s",
-        )
+        """Describe the result in lines for the terminal and the report."""
+        steps = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
+        lines = [f"images: {self.describe_images()}", *(one.line() for one in self.candidates)]
+        lines += [f"not tried, the time budget is used up: {', '.join(self.skipped)}"] * bool(self.skipped)
+        lines += [f"chosen: {self.choice}"]
+        lines += [f"unknown images: {self.unknown}"] * bool(self.unknown)
+        return (*lines, f"{self.describe_score()}; {sum(self.seconds.values()):.0f} s ({steps})")
 
     def describe_score(self) -> str:
         """Describe the score; if it is not clearly better, add the accuracy of always guessing one class."""

@@ -13,18 +13,17 @@ from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.decision_fit import fit_temperature
+from sopdeploy.evaluation.decision_fit import fit_decision, missing_threshold
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import fit_presence
 from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, multi_label_metrics, predict_logits
+from sopdeploy.layers.normalize import Normalize
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
+from sopdeploy.training.few_shot.classifier import Array, Targets
 from sopdeploy.training.few_shot.config import FEATURES_FILE, FewShotConfig
-from sopdeploy.training.few_shot.estimates import Targets
-from sopdeploy.training.few_shot.head import Array
-from sopdeploy.training.few_shot.heads import class_targets
+from sopdeploy.training.few_shot.estimates import estimate
 from sopdeploy.training.few_shot.procedure import Outcome, fit_few_shot
-from sopdeploy.training.few_shot.unknown import LeftOut, left_out_areas
 from sopdeploy.training.run import Position, Run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import StopRequested, TrainingStoppedError, handle_signals
@@ -38,14 +37,14 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
     Raises `TrainingStoppedError` after Ctrl-C or SIGTERM, `DataError` for images that cannot be used.
     """
     if run.position.history:
-        before, run.decision = run.decision, _fit_decision(run, data.train, ())
+        before, run.decision = run.decision, _fit_decision(run, data.train)
         if run.decision != before:  # rejection.accepts may change when a run is resumed
             run.strategy.save(folder.best, run.checkpoint(resumable=False))
         return run.decision
     since = time.monotonic()
     outcome, figures = _fit(run, data, folder, callback)
     run.out_of_fold = torch.from_numpy(outcome.logits)
-    run.decision = _fit_decision(run, data.train, outcome.left_out)
+    run.decision = _fit_decision(run, data.train)
     seconds = time.monotonic() - since
     losses, lr = {"loss": outcome.loss}, run.optimizer.param_groups[0]["lr"]
     row = EpochRow(epoch=1, lr=lr, losses=losses, figures=figures, seconds=seconds)
@@ -65,8 +64,11 @@ def _fit(run: Run, data: Split, folder: RunFolder, callback: Callback) -> tuple[
             signals.check()
 
         try:
-            outcome = fit_few_shot(run.recipe, run.model, data.train, folder.path, on_part)
-            run.replace_model(outcome.name, outcome.model, outcome.config)
+            outcome = fit_few_shot(run.recipe, run.model, data.train, folder.path, on_part, run.strategy)
+            run.recipe = outcome.recipe
+            run.normalize = Normalize(outcome.recipe.preprocess).to(run.strategy.device)
+            config = outcome.model.config.model_dump(mode="json")
+            run.replace_model(outcome.name, outcome.model, config)
             run.few_shot = outcome.result
             return outcome, _evaluate(run, data, outcome)
         except StopRequested:
@@ -85,15 +87,15 @@ def _evaluate(run: Run, data: Split, outcome: Outcome) -> HeldOutMetrics:
     With held-out images, their score replaces the cross-validated score in `run.few_shot`.
     """
     if not len(data.held_out):
-        return _metrics(run, class_targets(data.train, FewShotConfig()), outcome.logits)
+        return _metrics(run, outcome.targets, outcome.logits)
     recipe = run.recipe
     dataset = PreprocessedDataset(data.held_out, recipe.preprocess)
     run.model.eval()
     logits, _ = predict_logits(
         run.model, dataset, recipe.preprocess, batch_size=recipe.batch_size, workers=recipe.workers
     )
-    targets = class_targets(data.held_out, FewShotConfig())
-    score = targets.estimate(logits, recipe.seed)
+    targets = Targets.of(data.held_out, FewShotConfig().balance_above)
+    score = estimate(targets, logits, recipe.seed)
     name = "top1" if isinstance(score, Rate) else "map"
     run.few_shot = outcome.result.model_copy(update={name: score, "estimated_on": "held-out"})
     return _metrics(run, targets, logits)
@@ -114,16 +116,26 @@ def _metrics(run: Run, targets: Targets, logits_NC: Array) -> HeldOutMetrics:
     )
 
 
-def _fit_decision(run: Run, images: LabeledImages, left_out: tuple[LeftOut, ...]) -> Decision | None:
-    """Fit the decision to the out-of-fold logits of *images*, and record the AUROCs of *left_out*."""
+def _fit_decision(run: Run, images: LabeledImages) -> Decision | None:
+    """Fit the decision to the out-of-fold logits of *images*.
+
+    No temperature is fitted: C has the smallest cross-validated loss, and a temperature for heads that saw
+    fewer images makes the final head, which is more certain, overconfident.
+    """
     if run.out_of_fold is None or run.few_shot is None:
         return None
     logits = run.out_of_fold.double().numpy()
     if run.activation == "sigmoid":
         return fit_presence(images.targets.astype(np.float64), sigmoid(logits))
-    targets = images.targets.astype(np.int64)
-    if left_out:
-        scalable = run.model.logits_layer() is not None
-        areas = left_out_areas(left_out, fit_temperature(logits, targets) if scalable else 1.0)
-        run.few_shot = run.few_shot.model_copy(update={"auroc": areas})
-    return run.fit_decision(logits, targets, "cross-validation")
+    accepts = run.recipe.rejection.accepts
+    reason = missing_threshold(len(logits), logits.shape[1], accepts)
+    run.few_shot = run.few_shot.model_copy(update={"unknown": reason})
+    decision = fit_decision(
+        logits,
+        images.targets.astype(np.int64),
+        estimated_on="cross-validation",
+        accepts=accepts,
+        scalable=False,
+        refitted=run.few_shot.auroc,
+    )
+    return None if decision == Decision() else decision

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
@@ -18,7 +19,6 @@ from sopdeploy_export.graph import (
     lower,
     operator_counts,
 )
-from sopdeploy_export.proof.hashes import onnx_root
 from tests.export.once import ALONE, BATCH, graph_of
 
 Make = Callable[..., Classifier]

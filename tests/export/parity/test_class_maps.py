@@ -1,6 +1,8 @@
 """Class activation maps from checkpoint to HTTP: exact maps, clear errors, no trace without them."""
 
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -11,6 +13,7 @@ from sopdeploy.bundle.class_maps import FEATURES, FILE, ClassMapLayer, read_clas
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.bundle.probes import read_probes
+from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.client import Client
 from sopdeploy.errors import BundleError, ConfigError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
@@ -19,7 +22,7 @@ from sopdeploy_export import pipeline
 from sopdeploy_export.graph import probe_images
 from sopdeploy_export.parity.class_maps import check_class_maps
 from sopdeploy_export.pipeline import ExportOptions, export
-from sopdeploy_export.precision.convert import PrecisionOptions
+from sopdeploy_export.precision.report import PrecisionOptions
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
@@ -149,14 +152,26 @@ def test_a_bundle_without_maps_answers_with_a_code(branched):
     assert (answer.status_code, answer.json()["code"]) == (400, "no_class_maps")
 
 
-@pytest.mark.parametrize("name", ["isqrt-resnet8", "gmgap-16-8-resnet18"])
+COVARIANCE = "ends in isqrt pooling instead of average pooling, so no map adds up to its logits"
+
+
+@pytest.mark.parametrize(
+    ("name", "training", "message"),
+    [
+        ("isqrt-resnet8", {}, f"{COVARIANCE}; train with --pooling gap, or export it without --with-cam"),
+        ("isqrt-resnet8", {"few_shot": {}}, f"{COVARIANCE}; train with --set 'few_shot.heads=[\"gap\"]', or"),
+        ("gmgap-16-8-resnet18", {}, "does not end in average pooling and one linear layer, so no map"),
+    ],
+    ids=["covariance", "covariance chosen by the few-shot procedure", "another head"],
+)
 def test_a_network_without_average_pooling_and_linear_layer_stops_before_any_computation(
-    name, tmp_path, monkeypatch
+    name, training, message, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(pipeline, "certify", pytest.fail)
     network = create_model(name, num_classes=10).eval()
     path = save(network, name, tmp_path / "ckpt.pt", RULES)
-    with pytest.raises(LoweringError, match=r"--with-cam: .* does not end in average pooling and one linear"):
+    write_checkpoint(path, replace(read_checkpoint(path), training=training))
+    with pytest.raises(LoweringError, match=rf"--with-cam: .* {re.escape(message)}"):
         export(path, tmp_path / "out", ExportOptions(detach=bool(network.training_only), with_cam=True))
     assert not (tmp_path / "out").exists()
 

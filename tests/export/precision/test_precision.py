@@ -15,21 +15,22 @@ from sopdeploy.bundle.manifest import Precision
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import ConfigError, LoweringError, ParityError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.mixture.components import Convolutions, make_components
-from sopdeploy.layers.mixture.gate import keep_largest
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph import OPSET, OPSET_OF_BFLOAT16, capture_any_batch, lower, probe_images
+from sopdeploy_export.graph import capture_any_batch, lower, probe_images
 from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.pipeline import Exported, ExportOptions, export
 from sopdeploy_export.precision import casts, convert
 from sopdeploy_export.precision.casts import Iteration, with_precision
-from sopdeploy_export.precision.convert import PrecisionOptions, check_weight_types, part_precisions
+from sopdeploy_export.precision.convert import (
+    CapturedGraph,
+    check_weight_types,
+    part_precisions,
+)
+from sopdeploy_export.precision.report import PrecisionOptions
 from sopdeploy_export.proof.networks import detach
-from sopdeploy_export.rewrites.apply import LoweredGraph, rewrite
-from sopdeploy_export.rewrites.context import LoweringReport, open_form
-from sopdeploy_export.rewrites.mixture import GatheredWeights
+from sopdeploy_export.replay import check_lowering
+from sopdeploy_export.rewrites.mixture import FORMS
 from sopdeploy_export.rewrites.newton_schulz import NAME
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from tests.export.conftest import save
@@ -62,16 +63,14 @@ def cast_graph(
     """Convert *network* to *precision*; return the ONNX graph and the types that each part computes in."""
     lean = detach(network) if network.training_only else network
     options = PrecisionOptions(precision=precision, newton_schulz=iteration)
-    pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
-    rewritten = rewrite(
-        lean, pixels, ALONE, convert.lowering_options(options, rules=rules, autotune=False)
-    ).network
-    cast = with_precision(rewritten, capture_any_batch(rewritten, preprocess, ALONE), precision, pixels)
-    graph = capture_any_batch(cast, preprocess, ALONE)
-    opset = OPSET_OF_BFLOAT16 if precision == "bf16-backbone" else OPSET
-    model = lower(graph, lean.outputs, opset)
-    check_weight_types(model, rewritten, precision)
-    return model, {part.part: set(part.operations) for part in part_precisions(model, graph)}
+    program = capture_any_batch(lean, preprocess, ALONE)
+    certified = CapturedGraph(lean, program, lower(program, lean.outputs))
+    source = convert.convert_types(certified, preprocess, ALONE, options)
+    images = probe_images(preprocess)[:2]
+    lowered = convert.apply_rules(certified, source, images, ALONE, rules=rules)
+    check_weight_types(lowered.model, lean, precision)
+    parts = part_precisions(lowered.model, source.program)
+    return lowered.model, {part.part: set(part.operations) for part in parts}
 
 
 HALF, BF16, FLOAT = "float16", "bfloat16", "float32"
@@ -146,21 +145,24 @@ def test_second_order_parts_keep_float32_in_a_copy(
     assert {value.type.tensor_type.elem_type for value in model.graph.output} == {onnx.TensorProto.FLOAT}
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     low = onnx.TensorProto.BFLOAT16 if precision == "bf16-backbone" else onnx.TensorProto.FLOAT16
-    cast = {"conv1.weight", "conv1.bias", "mixture.banks.0", "head.weight"} & kinds.keys()
+    cast = {"conv1.weight", "conv1.bias", "head.fc.weight_folded", "head.weight"} & kinds.keys()
     assert cast
     assert {kinds[weight] for weight in cast} == {low}
     excitations = [part for part in types if part.endswith("excitation")]
     assert bool(excitations) == (config is GSOP)
     assert all(types[part] == {FLOAT} for part in excitations)
-    assert all(kinds[f"{part}.weight"] == onnx.TensorProto.FLOAT for part in excitations)
+    for part in excitations:
+        own = {name: kind for name, kind in kinds.items() if name.startswith(f"{part}.")}
+        assert {f"{part}.row_bn.weight_folded", f"{part}.conv.weight"} <= own.keys()
+        assert set(own.values()) == {onnx.TensorProto.FLOAT}
 
 
 def test_newton_schulz_in_fp16_stores_float16_and_multiplies_in_float32(
     make: Make, preprocess: Preprocess
 ) -> None:
     model, types = cast_graph(make("isqrt-resnet8"), preprocess, "fp16", "fp16")
-    assert types["fc"] == {"float16", "float32"}  # root and scale; the product with the weights is a child
-    assert types["fc.linear"] == {"float16"}
+    assert types["fc"] == {"float16"}
+    assert types["pooling.root"] == {"float16", "float32"}
     typed = onnx.shape_inference.infer_shapes(model)
     kinds = {value.name: value.type.tensor_type.elem_type for value in typed.graph.value_info}
     products = [kinds[node.output[0]] for node in typed.graph.node if node.op_type == "MatMul"]
@@ -168,7 +170,7 @@ def test_newton_schulz_in_fp16_stores_float16_and_multiplies_in_float32(
     assert len(products) == 1 + 3 * 5 - 3
 
 
-def test_reference_formulas_are_cast(make: Make, preprocess: Preprocess) -> None:
+def test_without_rules_the_graph_is_cast_as_it_is(make: Make, preprocess: Preprocess) -> None:
     _, types = cast_graph(make("isqrt-resnet8"), preprocess, "fp16", rules=False)
     assert (types["pooling.root"], types["fc"]) == ({FLOAT}, {HALF})
 
@@ -185,9 +187,7 @@ def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
     monkeypatch.setattr(casts, "fold", twice)
     network, program, _ = graph_of("resnet8", preprocess)
     pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
-    with pytest.raises(
-        LoweringError, match=r"'batch norms folded into the convolutions'.*changes the output"
-    ):
+    with pytest.raises(LoweringError, match=r"batch norms folded into the convolutions change the output"):
         with_precision(network, program, "fp16", pixels)
 
 
@@ -226,31 +226,18 @@ def test_fp32_graph_is_rejected_as_fp16(preprocess: Preprocess) -> None:
         check_weight_types(model, network, "fp16")
 
 
-def test_missing_casts_stop_the_export(preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_casts_stop_the_export(preprocess: Preprocess) -> None:
     network, program, model = graph_of("resnet8", preprocess)
-    report = LoweringReport(textbook=False, rules=(), choices=(), certified_root="", lowered_root="")
-    lowered = LoweredGraph(network, program, model, report)
-    monkeypatch.setattr(convert, "with_precision", lambda lean, *_: lean)
-    monkeypatch.setattr(convert, "capture_any_batch", lambda *_: program)
-    monkeypatch.setattr(convert, "lower_converted", lambda *_: lowered)
+    certified = CapturedGraph(network, program, model)
+    images = probe_images(preprocess)[:2]
+    lowered = convert.apply_rules(certified, certified, images, BATCH)
     with pytest.raises(LoweringError, match="fp16 was requested"):
-        convert.convert_precision(network, lowered, preprocess, BATCH, PrecisionOptions(precision="fp16"))
+        convert.convert_precision(certified, lowered, preprocess, PrecisionOptions(precision="fp16"))
 
 
-@pytest.mark.parametrize(
-    ("options", "rules", "message"),
-    [
-        (
-            {"precision": "fp16", "newton_schulz": "fp16"},
-            False,
-            "--newton-schulz fp16: --no-lowering exports the papers' loop in float32",
-        ),
-        ({"precision": "bf16-backbone"}, True, "--autotune: onnxruntime has no bfloat16 kernels"),
-    ],
-)
-def test_incompatible_options_are_rejected(options: dict[str, Any], rules: bool, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        convert.lowering_options(PrecisionOptions(**options), rules=rules, autotune=rules)
+def test_incompatible_options_are_rejected() -> None:
+    with pytest.raises(ConfigError, match="--autotune: onnxruntime has no bfloat16 kernels"):
+        convert.check_options(PrecisionOptions(precision="bf16-backbone"), autotune=True)
 
 
 def exported(
@@ -273,9 +260,11 @@ def test_bundle_records_its_precision_and_its_noise_floor(
     probes = read_probes(found.path / "probes.npz")
     assert probes.tolerance["logits"] == pytest.approx(4 * found.parity.logits.noise_floor)
     assert (found.path / "precision.json").is_file()
-    assert not found.lowering.textbook
     assert NAME in found.lowering.summary
-    assert found.lowering.lowered_root != found.lowering.certified_root
+    assert found.lowering.source_onnx_root != found.certificate.roots.onnx
+    shown = check_lowering(open_bundle(found.path))
+    assert shown is not None
+    assert f"replayed on the {precision} graph" in shown
     ((root, stored),) = [(record.part, record.stored) for record in found.parity.spectral]
     assert (root, stored) == ("pooling.root", "float32")
     emulated = precision == "bf16-backbone"
@@ -291,18 +280,17 @@ def test_bundle_records_its_precision_and_its_noise_floor(
         assert "--precision fp16 or fp32" in str(problem.value)
 
 
-def test_autotune_times_float16_forms_with_their_casts(make: Make, preprocess: Preprocess) -> None:
-    options = convert.lowering_options(PrecisionOptions(precision="fp16"), rules=True, autotune=True)
-    timed = options.cast(nn.Sequential(nn.Conv2d(3, 4, 1)))
-    assert timed(torch.zeros(1, 3, 2, 2)).dtype == torch.float16
-    torch.manual_seed(0)
-    root = NewtonSchulzConfig(iterations=2)
-    bank, _ = make_components("sop", 6, Convolutions((5,)), components=3, counted=2, root=root)
-    x, weights = torch.rand(2, 6, 3, 3), keep_largest(torch.randn(2, 3), 2)
-    session = open_form(options.cast(GatheredWeights(bank.eval(), 2).eval()), (x, weights))
-    names = [given.name for given in session.get_inputs()]
-    (found,) = session.run(None, dict(zip(names, (x.numpy(), weights.numpy()), strict=True)))
-    assert found.dtype == np.float32
+@pytest.mark.slow
+def test_autotune_times_float16_forms_with_their_casts(
+    make: Make, preprocess: Preprocess, tmp_path: Path
+) -> None:
+    network = make("gmsop-16-8-resnet18", **MIXTURE)
+    checkpoint = save(network, "gmsop-16-8-resnet18", tmp_path / "ckpt.pt", preprocess)
+    precision = PrecisionOptions(precision="fp16")
+    options = ExportOptions(detach=True, batch=ALONE, precision=precision, autotune=True, allow_drift=True)
+    found = export(checkpoint, tmp_path / "out", options)
+    (choice,) = found.lowering.choices
+    assert (choice.by, choice.among) == ("autotune", FORMS)
 
 
 def test_overflow_in_float16_is_rejected_with_advice(make: Make, tmp_path: Path) -> None:
@@ -311,3 +299,15 @@ def test_overflow_in_float16_is_rejected_with_advice(make: Make, tmp_path: Path)
     checkpoint = steps.save(network, "resnet8", 16, tmp_path / "ckpt.pt")
     with pytest.raises(ParityError, match=r"not finite in fp16 .*bf16-backbone"):
         steps.agreed(checkpoint, tmp_path / "model.onnx", "fp16", ALONE)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
+def test_alexnet_exports_with_its_local_response_norms_in_float32(
+    make: Make, tmp_path: Path, precision: str
+) -> None:
+    network = make("alexnet", pooling={"kind": "gap"}, classifier="linear")
+    sizes = Preprocess(resize=64, crop=64)
+    found = exported(network, "alexnet", tmp_path, sizes, precision=precision)
+    operations = {part.part: set(part.operations) for part in found.precision.parts}
+    assert FLOAT in operations["layers.2"]
+    assert FLOAT not in operations["layers.4"]

@@ -1,6 +1,7 @@
 """`report.html` is well formed and self-contained, escapes class names, and shows the results."""
 
 import dataclasses
+import math
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -8,15 +9,25 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import Markup
 
 from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.cli.deployment.export_summary import _precision_costs
 from sopdeploy.decision import Decision, Rejection
-from sopdeploy.html.charts import Axis, Bar, Curve, bars, interval, plot
+from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.html.charts import Axis, Bar, Curve, bars, heat, interval, plot
 from sopdeploy_export.parity.report import Flip
 from sopdeploy_export.pipeline import Exported
-from sopdeploy_export.precision.convert import Accuracy, Quantization
-from sopdeploy_export.precision.int8 import Cost
-from sopdeploy_export.report.page import CAUSES, flip_matrix, flip_row, render_report, training_rows
+from sopdeploy_export.precision.report import Accuracy, Attempt, Quantization
+from sopdeploy_export.report.page import (
+    CAUSES,
+    _precision_lines,
+    flip_matrix,
+    flip_row,
+    render_model_card,
+    render_report,
+    training_rows,
+)
 from sopdeploy_export.report.results import ExportResults
 from tests.export.conftest import HOSTILE
 from tests.pages import ALLOWED, Reader
@@ -115,7 +126,7 @@ def test_the_model_card_states_the_estimate_of_a_training_on_few_images() -> Non
     few_shot = {
         "top1": {"share": 0.5, "right": 4, "count": 8, "low": 0.2, "high": 0.8},
         "estimated_on": "cross-validation", "class_counts": {"cat": 6, "dog": 2},
-        "balanced": False, "duplicates": 0, "candidates": [], "seconds": {"head": 1.0},
+        "balanced": False, "duplicates": 0, "candidates": [], "choice": "gap", "seconds": {"head": 1.0},
     }  # fmt: skip
     start = {"file": "resnet18.pth", "sha256": "f37072fd", "network": "ResNet-18 of torchvision"}
     assert training_rows({"epoch": 1, "start": start, "few_shot": few_shot}) == [
@@ -128,6 +139,30 @@ def test_the_model_card_states_the_estimate_of_a_training_on_few_images() -> Non
         ),
     ]
     assert training_rows({"step": 7, "epoch": 1, "machine": {}}) == [("epoch", 1), ("step", 7)]
+    estimate = {"top1": Rate.of(3, 12).model_dump(), "count": 12, "selected_by": "same images"}
+    (accuracy,) = training_rows({"estimate": estimate})
+    assert accuracy[1] == (
+        "top-1 25.0 % (95 % interval 9 to 53 %) of 12 held-out images, too high: they also select the epoch"
+    )
+
+
+def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Exported) -> None:
+    hostile = "<img src=x onerror=alert(1)>\n\n# [Heading](https://example.org)"
+    subject: Any = SimpleNamespace(
+        name="dsop-resnet8",
+        labels=HOSTILE,
+        preprocess=branched.manifest.preprocess,
+        decision=None,
+        training={"epoch": hostile},
+    )
+    fields = branched.manifest.model_dump() | {
+        "batch": branched.manifest.batch,
+        "inputs": branched.manifest.inputs,
+        "outputs": branched.manifest.outputs,
+    }
+    card = render_model_card(subject, branched.certificate, branched.parity, branched.precision, fields)
+    assert "- epoch: &lt;img src=x onerror=alert(1)&gt; # \\[Heading\\](https://example.org)\n" in card
+    assert not re.search(r"[<>]|(?<!\\)\[", card)
 
 
 def test_a_flip_is_described_with_class_names_and_cause() -> None:
@@ -166,28 +201,31 @@ def test_flips_and_an_accepted_drift_are_reported(branched: Exported) -> None:
 def test_the_page_shows_the_decision(branched: Exported) -> None:
     rejection = Rejection(score="energy", threshold=1.5, auroc=0.75, left_out="refitted")
     page = rendered(branched, Decision(rejection=rejection))
-    assert "0.7500, by fitting the classifier without it" in page
+    assert "0.75, by fitting the classifier without it: a part of the unknown images" in page
     assert "Decision" not in page
     several = Decision(activation="sigmoid", thresholds=(0.25,) * len(HOSTILE))
     assert "Decision" in rendered(branched, several)
 
 
-def test_the_page_of_an_int8_bundle_shows_accuracy_and_costs(branched: Exported) -> None:
-    costs = (Cost(part="conv1", share=0.2), Cost(part="layer1", share=0.1))
-    settings = {"runtime": "cpu", "kept": (), "calibration": "percentile", "images": 20, "layers": 7}
+def test_the_page_of_an_int8_bundle_shows_the_accuracy_and_what_was_tried(branched: Exported) -> None:
+    tried = (
+        Attempt(calibration="minmax", drop=5.5),
+        Attempt(calibration="minmax", in_float32=("conv1",), drop=5.0),
+    )
+    settings = {"runtime": "cpu", "kept": (), "calibration": "minmax", "images": 20, "layers": 7}
     accuracy = Accuracy(images=20, before=0.9, after=0.85, agree=19, low=0.76, high=0.99, drop=5.0)
-    quantisation = Quantization(**settings, costs=costs, parts=costs)
+    quantisation = Quantization(**settings, in_float32=("conv1",), tried=tried)
     precision = branched.precision.model_copy(
         update={"precision": "int8", "quantisation": quantisation, "accuracy": accuracy}
     )
-    parity = branched.parity.model_copy(update={"precision": "int8"})
+    parity = branched.parity.model_copy(update={"precision": "int8", "parts": ()})
     page = rendered(branched, parity=parity, precision=precision)
-    assert "int8 loses accuracy where it grows." in page
-    assert "module-costs-title" in page
-    assert "ranges by percentile on 20 images" in page
-    assert "5.00 points" in page
-    without = precision.model_copy(update={"quantisation": quantisation.model_copy(update={"costs": ()})})
-    assert "No single layer changes the logits." in rendered(branched, parity=parity, precision=without)
+    assert "ranges by minmax on 20 images" in page
+    assert [text in page for text in ("5.50 points", "5.00 points", "<td>conv1</td>")] == [True] * 3
+    assert "The drift of single modules was not measured." in page
+    assert "90.00 % (95 % interval 69.9 to 97.2 %)" in page
+    assert "top-1 90.00 % (95 % interval 69.9 to 97.2 %) before" in _precision_lines(precision)
+    assert "top-1 90.00 % (95 % interval 69.9 to 97.2 %) before" in _precision_costs(precision)["images"]
 
 
 def test_flips_are_drawn_as_a_confusion_matrix() -> None:
@@ -220,7 +258,41 @@ def test_bars_stay_inside_their_chart(rows: list[tuple[str, float]], largest: fl
     drawn = bars("b", "t", [Bar(label=name, value=value, text="x") for name, value in rows], largest)
     widths = [float(found["width"] or "nan") for name, found in Reader(drawn).met if name == "rect"]
     assert len(widths) == len(rows)
-    assert all(0 <= width <= 182.01 for width in widths)
+    assert all(0 <= width <= 360 for width in widths)
+
+
+def ends(drawn: Markup) -> list[tuple[float, float]]:
+    """Return the horizontal ends of every text in *drawn*, whose letters are 5.8 units wide."""
+    found = []
+    shown = (
+        r'<text x="([\d.]+)" y="[\d.]+" class="small"(?: text-anchor="(\w+)")?( transform="[^"]*")?>(.*?)<'
+    )
+    for x, anchor, turned, content in re.findall(shown, drawn):
+        length = 5.8 * len(content) * (math.sqrt(0.5) if turned else 1)
+        start = float(x) - {"": 0.0, "start": 0.0, "middle": length / 2, "end": length}[anchor]
+        found.append((start, start + length))
+    return found
+
+
+def test_long_labels_and_values_of_bars_are_not_clipped() -> None:
+    rows = [
+        Bar(label="0.9 to 0.99", value=0.4, text="40.0 % (100.0 %)"),
+        Bar(label="1" * 30, value=1, text="1"),
+    ]
+    drawn = bars("b", "t", rows, 1.0)
+    assert "40.0 % (100.0 %)</text>" in drawn
+    assert len(ends(drawn)) == 4
+    assert all(start >= 0 and end < 360.1 for start, end in ends(drawn))
+
+
+@pytest.mark.parametrize("label", ["hat", "longsleeve", "a class with a long name"])
+@pytest.mark.parametrize("count", [2, 6, 14, 30])
+def test_a_confusion_matrix_shows_whole_names_inside_its_picture(label: str, count: int) -> None:
+    names = [label] * count
+    drawn = heat("h", "t", [(label, [0.5] * count)] * count, names, [["0"] * count] * count)
+    labels = re.findall(r">([^<]*)</text>", drawn)
+    assert labels == [label] * (count + (count if count <= 14 else 6))
+    assert all(start >= 0 and end < 360.1 for start, end in ends(drawn))
 
 
 @given(st.lists(st.floats(0, 1e9), min_size=1, max_size=6))

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.ao.nn.quantized.dynamic import Linear as Quantized
 from torch.nn.utils import parametrizations
 from torchvision.ops import DeformConv2d
 
@@ -339,11 +338,6 @@ def centers_batch(self: Any, images: Tensor) -> Tensor:
     return self.fc(features - features.mean(0))
 
 
-def exits_python(_self: Any, _images: Tensor) -> Tensor:
-    """End the process, as a script that reads its command line does."""
-    raise SystemExit(2)
-
-
 def random_number(self: Any, images: Tensor) -> Tensor:
     """Draw from NumPy's generator, which no graph shows."""
     return self.fc(self.features(images)) + float(GENERATOR.random())
@@ -371,18 +365,6 @@ def contains_itself() -> nn.Module:
     network = Small(aux=False).eval()
     network._modules["inner"] = network
     return network
-
-
-class Tagged(Tensor):
-    """A tensor of another type, as quantization libraries use."""
-
-
-def quantized() -> nn.Module:
-    """Quantize the classifier with torch's modules."""
-    layer = Quantized(8, CLASSES)
-    network = Small(aux=False)
-    network.fc = layer
-    return network.eval()
 
 
 def weight_norm_by_hook(network: Small) -> Small:

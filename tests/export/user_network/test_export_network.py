@@ -19,7 +19,6 @@ from sopdeploy.errors import SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.pipeline import ExportOptions
 from sopdeploy_export.proof.networks import ExportSubject
-from sopdeploy_export.user_network.checks import check_builder
 from sopdeploy_export.user_network.export_network import export_network, unused_modules
 from sopdeploy_service.app import create_app
 from sopdeploy_service.commands.verify import verify
@@ -187,8 +186,7 @@ def renamed_plain() -> nn.Module:
     return found
 
 
-SHARED = plain()
-SLOW = ("torch.cond", "a builder that returns one object", "a builder that fails")
+SLOW = ("torch.cond", "a builder that fails")
 REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "y + 0 * aux": (
         lambda: n.variant(n.leaks),
@@ -201,7 +199,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         r"depends on aux\.bias, aux\.weight",
     ),
     "a distilled head": (n.Distilled, AUX, r"depends on aux.*cannot be detached"),
-    "a buffer written by a branch": (n.WritesBuffer, {}, r"seen.*stateless|writes to.*seen"),
+    "a buffer written by a branch": (n.WritesBuffer, {}, r"writes to seen while it runs"),
     "a frozen buffer that the plain network lacks": (
         n.BufferOfBranch,
         AUX,
@@ -215,7 +213,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a replaced forward": (
         lambda: n.patched(n.Small()),
         AUX,
-        r"^forward of the trained network was replaced",
+        r"^forward of the whole trained network was replaced",
     ),
     "another network with the same names": (
         n.Small,
@@ -224,19 +222,35 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     ),
     "a renamed plain network": (n.Small, {"plain": renamed_plain, "training_only": ["aux"]}, r"needs head"),
     "a counter": (n.Counter, {}, r"^calls changes while the trained network runs"),
-    "features stored on the module": (n.Stores, {}, r"^last changes while"),
+    "features stored on the module": (n.Stores, {}, r"writes to last while|^last changes while"),
     "Monte Carlo dropout": (lambda: n.variant(n.monte_carlo), {}, r"random numbers"),
-    "squeeze at batch 1": (lambda: n.variant(n.squeezes), {}, r"drops the batch dimension"),
-    "a branch on values": (lambda: n.variant(n.branches_on_values), {}, r"cannot be captured"),
+    "squeeze at batch 1": (
+        lambda: n.variant(n.squeezes),
+        {},
+        r"returns \(4,\) for 1 images, not \(1, 4\): one row per image",
+    ),
+    "a branch on values": (
+        lambda: n.variant(n.branches_on_values),
+        {},
+        r"reads tensors \(__bool__ in \S+networks\)",
+    ),
     "torch.cond": (lambda: n.variant(n.uses_cond, aux=False), {}, r"cond|control flow|captured"),
     "NumPy": (lambda: n.variant(n.uses_numpy), {}, r"numpy|captured"),
     "a hook": (lambda: n.hooked(n.Small()), {}, r"forward hook"),
     "a module stuck in train mode": (lambda: n.with_dropout(n.Small()), {}, r"train mode \(stem\.3\)"),
     "NaN": (lambda: n.with_nan(n.Small()), {}, r"^stem\.0\.weight holds NaN"),
-    "half precision": (lambda: n.Small().half(), {}, r"^stem\.0\.weight is float16; call \.float\(\)"),
+    "half precision": (
+        lambda: n.Small().half(),
+        {},
+        r"^stem\.0\.weight is a Parameter of torch\.float16, .* with \.float\(\)",
+    ),
     "a ScriptModule": (lambda: torch.jit.script(plain()), {}, r"is a ScriptModule"),
     "lazy modules": (n.lazy, {}, r"^fc of the trained network is not initialized"),
-    "too few labels": (plain, {"labels": ("a", "b")}, r"4 logits, but there are 2 labels"),
+    "too few labels": (
+        plain,
+        {"labels": ("a", "b")},
+        r"returns \(4, 4\) for 4 images, not \(4, 2\).*one logit per label",
+    ),
     "one input channel": (lambda: nn.Sequential(nn.Conv2d(1, 4, SIDE), nn.Flatten()), {}, r"1 channels"),
     "a dict without a name": (
         lambda: n.variant(n.as_dict),
@@ -245,7 +259,6 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     ),
     "a dict with another name": (lambda: n.variant(n.as_dict), {"logits": "y"}, r"without logits 'y'"),
     "a builder that fails": (n.Small, {"plain": lambda: 1 / 0}, r"builder of the plain network fails: Zero"),
-    "a builder that returns one object": (plain, {"plain": lambda: SHARED}, r"same module"),
     "a part that does not exist": (
         n.Small,
         {"training_only": ["head*"]},
@@ -260,30 +273,17 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a buffer shared with the branch": (n.SharedBuffer, AUX, r"aux\.scale was removed but shares its memory"),
     "a branch that is not listed": (n.HiddenBranch, {"training_only": ["aux"]}, r"output .* depends on aux"),
     "a copy by reference": (n.CopiedByReference, AUX, r"is not copied by copy\.deepcopy"),
-    "modules in a list": (n.ListOfModules, AUX, r"^layers of the trained network is a list of modules"),
-    "a counter in a list": (n.CountsInList, AUX, r"^calls changes while the trained network runs"),
-    "random numbers of NumPy": (lambda: n.variant(n.random_number), {}, r"other logits when it runs again"),
+    "modules in a list": (n.ListOfModules, AUX, r"trained network is not the plain one|layers"),
+    "a counter in a list": (n.CountsInList, AUX, r"^calls.* changes while the trained network runs"),
+    "random numbers of NumPy": (lambda: n.variant(n.random_number), {}, r"other logits in a second run"),
     "a mean over the batch": (lambda: n.variant(n.centers_batch), {}, r"for an image alone than in a batch"),
     "a small influence of other images": (lambda: n.variant(n.sees_batch), {}, r"for an image alone than in"),
-    "an exit of Python": (lambda: n.variant(n.exits_python), {}, r"fails for 4 images .*SystemExit: 2"),
     "a network inside itself": (n.contains_itself, {}, r"^inner contains itself"),
-    "complex weights": (
-        lambda: n.with_tensor("fc.weight", lambda value: value.to(torch.complex64)),
-        {},
-        r"^fc\.weight is complex64",
-    ),
     "sparse weights": (
         lambda: n.with_tensor("fc.weight", torch.Tensor.to_sparse),
         {},
-        r"^fc\.weight has the layout sparse_coo",
+        r"^fc\.weight is a Tensor of .*sparse_coo",
     ),
-    "weights without values": (lambda: plain().to("meta"), {}, r"^stem\.0\.weight is on the meta device"),
-    "a subclass of tensors": (
-        lambda: n.with_tensor("fc.weight", lambda value: value.as_subclass(n.Tagged)),
-        {},
-        r"^fc\.weight is a Tagged, not a plain tensor",
-    ),
-    "a quantized layer": (n.quantized, {}, r"^fc of the trained network is quantized; export the float32"),
     "weight norm by a hook": (lambda: n.weight_norm_by_hook(plain()), {}, r"forward hook on fc"),
     "a part without tensors": (
         lambda: nn.Sequential(plain(), nn.Dropout()),
@@ -292,20 +292,17 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     ),
     "a rename that fails": (n.Small, AUX | {"rename": lambda name: {}[name]}, r"^rename fails for stem"),
     "a name with a slash": (n.Small, {"name": "a/b"}, r"name a/b: use at most 200 letters"),
-    "a hidden name": (n.Small, {"name": "."}, r"name \.: use at most 200 letters"),
     "a long name": (n.Small, {"name": "x" * 201}, r"name x+: use at most 200 letters"),
 }
 
 
 AS_BUILT = (
-    "NaN", "half precision", "a ScriptModule", "lazy modules", "a network inside itself", "complex weights",
-    "sparse weights", "weights without values", "a subclass of tensors", "a quantized layer",
+    "NaN", "half precision", "a ScriptModule", "lazy modules", "a network inside itself", "sparse weights",
     "weight norm by a hook",
 )  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*torch.quantize_per_tensor:UserWarning")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "case", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in REJECTED]
 )
@@ -329,7 +326,3 @@ def test_an_unused_part_and_a_softmax_are_warnings(tmp_path: Path) -> None:
         "without it",
         "the output does not depend on aux; name it as training-only to prove its removal",
     )
-
-
-def test_a_builder_that_copies_the_trained_network_shares_nothing() -> None:
-    check_builder(plain, plain())

@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
 SERVICE = ROOT / "service" / "sopdeploy_service"
+IMAGES = ROOT / "sopdeploy" / "images"  # decoding, shared with training
 MAKERS = {"Rejection", "bad_request", "ImageError", "cls"}
 FRAMEWORK = {"not_found", "method_not_allowed"}  # derived from the status by `problems`
 NAMED_BY_FIELD = {f"{what}_{side}" for what in ("unknown", "duplicate") for side in ("input", "output")}
@@ -38,5 +39,6 @@ def test_the_page_lists_every_code_and_no_other():
     }
     commands = SERVICE / "commands"  # no part of the server
     modules = [module for module in SERVICE.rglob("*.py") if commands not in module.parents]
+    modules += IMAGES.glob("*.py")
     written = set().union(*(codes_of(module) for module in modules))
     assert named - FRAMEWORK - NAMED_BY_FIELD == written

@@ -1,5 +1,7 @@
 """Evaluating a bundle and a running service gives exactly the same scores as `predict`."""
 
+import shutil
+
 import pytest
 
 from sopdeploy.client import Client
@@ -66,11 +68,8 @@ def test_views_are_averaged(bundle_path, folder) -> None:
 
 
 CHANGES = {
-    "classes yak are not training classes.*training classes fox are missing": lambda folder: (
-        folder / "fox"
-    ).rename(folder / "yak"),
-    "fox: no images in this class folder": lambda folder: (
-        [path.unlink() for path in (folder / "fox").iterdir()]
+    "yak is no class of the network, which knows ant, bee": lambda folder: (folder / "fox").rename(
+        folder / "yak"
     ),
     r"gnu/0\.jpeg: (this is not an image|rejected)": lambda folder: (folder / "gnu" / "0.jpeg").write_bytes(
         b"text"
@@ -85,6 +84,20 @@ def test_what_is_wrong_with_a_folder_is_named(client, bundle_path, folder, messa
         scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent)
     with Client(str(client.base_url)) as asking, pytest.raises(DataError, match=message):
         score_service(asking, folder, on_image=silent)
+
+
+def test_a_class_without_images_is_a_note_and_the_others_are_measured(client, bundle_path, folder) -> None:
+    for path in (folder / "fox").iterdir():
+        path.unlink()
+    shutil.rmtree(folder / "gnu")
+    notes: list[str] = []
+    found = scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent, log=notes.append)
+    with Client(str(client.base_url)) as asking:
+        labels, scores = score_service(asking, folder, on_image=silent, log=notes.append)
+    assert notes == [f"{folder}: no images of 2 of 7 classes: fox, gnu"] * 2
+    assert (labels, [one.target for one in scores]) == (found.labels, [one.target for one in found.scores])
+    counts = {one.label: one.count for one in classification_report(labels, scores).classes if one.count}
+    assert list(counts) == ["ant", "bee", "cat", "dog", "eel"]
 
 
 def test_a_missing_service_and_an_unknown_tta_mode_are_errors(bundle_path, folder) -> None:

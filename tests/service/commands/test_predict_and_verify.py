@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from PIL import Image
+from typer.testing import CliRunner
 
 from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.signing import make_key, sign
+from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError, ConfigError, DataError, ParityError, RuntimeUnavailableError
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.commands.verify import verify
@@ -97,7 +100,7 @@ def certify(any_batch: str, root: str) -> Callable[[Path], object]:
     return lambda folder: (folder / "certificate.json").write_bytes(to_json(content))
 
 
-RULE = {"rules": ["newton_schulz"], "certified_root": "1" * 64, "lowered_root": "3" * 64}
+RULE = {"rules": ["one"], "certified_root": "1" * 64}
 REPLACED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another weight": (replace_weight, r"model\.onnx: its graph has the root"),
     "a graph that is text": (lambda f: (f / "model.onnx").write_text("text"), "not a complete ONNX model"),
@@ -107,6 +110,14 @@ REPLACED: dict[str, tuple[Callable[[Path], object], str]] = {
     "rules for another program": (
         roots("lowering.json", **{**RULE, "certified_root": "9" * 64}),
         r"lowering\.json: belongs to another network",
+    ),
+    "rules on another graph": (
+        roots("lowering.json", **RULE, source_onnx_root="9" * 64),
+        r"lowering\.json: starts from another graph than certified",
+    ),
+    "rules that give another graph": (
+        roots("lowering.json", **RULE, lowered_onnx_root="9" * 64),
+        r"certificate\.json: certifies another graph",
     ),
 }
 
@@ -123,8 +134,23 @@ def test_verify_rejects_another_graph_than_the_certified_one(bundle_path, tmp_pa
 def test_verify_accepts_a_graph_that_rules_changed_after_the_certificate(bundle_path, bundle, tmp_path):
     copy = Path(shutil.copytree(bundle_path, tmp_path / "copy"))
     certify("1", "9")(copy)
-    roots("lowering.json", **RULE)(copy)
+    given = {"source_onnx_root": "9" * 64, "lowered_onnx_root": bundle.manifest.lineage.onnx_root}
+    roots("lowering.json", **RULE, **given)(copy)
     assert verify(forge(copy), ONE_THREAD).onnx_root == bundle.manifest.lineage.onnx_root
+
+
+def test_without_onnx_verify_checks_the_hashes_and_says_that_the_root_was_not_recomputed(
+    bundle_path, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    result = CliRunner().invoke(app, ["verify", str(bundle_path)])
+    assert result.exit_code == 0, result.output
+    assert "sha256 equal" in result.stdout
+    assert "root was not recomputed, because onnx is not installed" in " ".join(result.stdout.split())
+    copy = Path(shutil.copytree(bundle_path, tmp_path / "copy"))
+    replace_weight(copy)
+    with pytest.raises(BundleError, match=r"model\.onnx"):
+        verify(copy, ONE_THREAD)
 
 
 def test_verify_rejects_other_outputs_and_probes_that_prove_nothing(wrong_bundle_path, make_bundle, tmp_path):

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, features
 
 from sopdeploy.errors import ImageError
+from sopdeploy.images.formats import prepare_decoders
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode
 
@@ -15,6 +16,9 @@ RULES = Preprocess(resize=36, crop=32)
 ROWS, COLUMNS = np.mgrid[0:60, 0:90]
 # Every pixel has another color.
 GRADIENT = Image.fromarray(np.stack([ROWS * 4, COLUMNS * 2, 255 - ROWS - COLUMNS], axis=-1).astype(np.uint8))
+
+
+prepare_decoders()  # also registers the encoder of HEIC
 
 
 def pixels_of(body: bytes) -> NDArray[np.uint8]:
@@ -40,6 +44,13 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
         ("WEBP", {"quality": 95}, 8),
         ("WEBP", {"lossless": True}, 0),
         ("GIF", {}, 8),
+        ("AVIF", {"quality": 95}, 8),
+        ("HEIF", {"quality": 95}, 8),
+        ("TIFF", {}, 0),
+        ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("TIFF", {"compression": "tiff_adobe_deflate"}, 0),
+        ("TIFF", {"compression": "packbits"}, 0),
+        ("PPM", {}, 0),
     ],
 )
 def test_every_accepted_format_gives_the_same_image(

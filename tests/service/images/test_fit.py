@@ -11,7 +11,7 @@ from PIL import Image
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCrop, RandomSide
 from sopdeploy.data.base import PreprocessedDataset
-from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.pixels import visible_box
 from sopdeploy.images.preprocess import Preprocess, check_tta_mode, tta_views
@@ -86,7 +86,7 @@ def folder(tmp_path_factory):
 def test_training_probes_predict_service_and_client_see_the_same_pixels(bundle, folder, monkeypatch, fit):
     rules, settings = rules_for(fit), Settings(threads=1)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    images = open_classes(folder, ("a", "b"))
+    images = open_evaluation_images(folder, ("a", "b"))
     names = [images.path(index).name for index in range(len(images))]
     evaluation = PreprocessedDataset(images, rules)
     training = AugmentedDataset(images, CenterCrop(kind="center"), rules, 0, 0)
@@ -175,7 +175,7 @@ def test_boxes_of_the_augmentation_are_drawn_in_the_square_that_evaluation_sees(
     rules = rules_for(fit)
     whole = RandomResizedCrop(kind="random-resized-crop", scale=(1.0, 1.0), ratio=(1.0, 1.0))
     kept = RandomSide(kind="random-side", sides=(32, 32))
-    images = open_classes(folder, ("a", "b"))
+    images = open_evaluation_images(folder, ("a", "b"))
     for augmentation in (whole, kept, whole.model_copy(update={"draft": True})):
         training = AugmentedDataset(images, augmentation, rules, seed=0, epoch=0)
         for index in range(len(images)):

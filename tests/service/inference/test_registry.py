@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from fastapi import Request
 
-from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle.folder import open_bundle, read_manifest
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy_service.api.upload import TIMEOUT_HEADER, timeout_of
 from sopdeploy_service.inference.bundle_store import BundleStore
@@ -298,9 +298,24 @@ def test_a_folder_of_bundles_is_served_by_name(tmp_path, make_bundle) -> None:
     assert set(BundleStore([first, f"two={first}"]).bundles) == {"tiny", "two"}
 
 
+def test_of_several_bundles_of_a_network_the_latest_is_served(versions, tmp_path) -> None:
+    folder = tmp_path / "models"
+    shutil.copytree(versions[0].parent, folder, symlinks=True)
+    for path in versions:
+        (folder / "latest").unlink(missing_ok=True)
+        (folder / "latest").symlink_to(path.name)
+        store = BundleStore([folder])
+        assert store.bundles == {"tiny": folder / path.name}
+        assert BundleStore([folder / "latest"]).bundles == store.bundles  # not the link, which may change
+        others = {folder / other.name for other in versions} - {folder / path.name}
+        assert {store.find("tiny", serving=read_manifest(path).id)} == others
+
+
 def test_invalid_sources_are_errors(versions, tmp_path) -> None:
+    shutil.copytree(versions[0].parent, tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "latest")
     with pytest.raises(ConfigError, match=r"the name tiny is already used by .*NAME="):
-        BundleStore([versions[0].parent])
+        BundleStore([tmp_path / "two"])
     for source in ("a b=/x", "=/x", "a/b=/x"):
         with pytest.raises(ConfigError, match="letters, digits"):
             BundleStore([source])

@@ -38,7 +38,10 @@ MORE = {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]}
 TURNED = Image.Exif()
 TURNED[274] = 6  # the orientation
 IMAGES = {
-    **{kind: picture_bytes(kind=kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF")},
+    **{
+        kind: picture_bytes(kind=kind)
+        for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF", "HEIF", "TIFF", "PPM")
+    },
     "CMYK JPEG": saved("CMYK", "JPEG"),
     "JPEG with two images": saved("RGB", "MPO", **MORE),
     "turned JPEG": saved("RGB", "JPEG", exif=TURNED),

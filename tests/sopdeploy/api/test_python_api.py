@@ -57,6 +57,7 @@ ASSIGNMENTS = [
 ON_THE_COMMAND_LINE_ONLY = {"as_json", "dry_run", "find_learning_rate"}
 OF_A_USERS_NETWORK = {  # `sopdeploy.export_network` takes them
     "network", "settings", "plain", "plain_settings", "training_only", "labels", "preprocess", "table",
+    "allow_constants",
     "logits", "name",
 }  # fmt: skip
 RENAMED = {"destination": "out", "settings": "assignments", "logs": "log"}
@@ -201,11 +202,10 @@ def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tm
     assert again == run
 
 
-def test_settings_can_be_lists_of_tables() -> None:
-    heads = [{"kind": "isqrt", "width": 8}, "gap"]
+def test_settings_can_be_lists() -> None:
+    heads = ["isqrt", "gap"]
     recipe = read_recipe("photos", list(_assignments({"few_shot": {"heads": heads}})))
-    found = [(head.kind, getattr(head, "width", 0)) for head in recipe.few_shot.heads]
-    assert found == [("isqrt", 8), ("gap", 0)]
+    assert recipe.few_shot.heads == tuple(heads)
 
 
 def test_an_empty_table_enables_what_is_optional_and_changes_nothing_else() -> None:
@@ -236,11 +236,15 @@ def test_an_export_has_the_options_of_the_command(monkeypatch: pytest.MonkeyPatc
 def test_evaluation_gives_the_metrics_of_the_command(run: TrainedRun, bundle: Path, photos: Path) -> None:
     for source in (run.best, bundle):
         found = sopdeploy.evaluate(source, photos)
-        assert command("eval", source, "--data", photos) == {
+        done = CliRunner().invoke(app, ["eval", str(source), "--data", str(photos), "--json"])
+        assert json.loads(done.stdout) == {
             **{"source": str(source), "kind": found.kind, "tta": "none"},
             **found.facts,
             **found.metrics.model_dump(mode="json"),
+            "notes": list(found.notes),
         }
+        trained_on = "6 of 8 images are training images of this network"
+        assert (trained_on in done.stderr) == (trained_on in str(found.notes)) == (source == run.best)
 
 
 def test_paths_images_and_arrays_give_the_predictions_of_the_command_and_of_a_server(
@@ -441,18 +445,33 @@ def test_results_render_in_notebooks_with_escaped_text(
     assert pages[1].count("<img ") == wrong
     assert pages[0].count("<svg ") == pages[1].count("<svg ") == 1
     assert f'href="{exported.path / "report.html"}"' in pages[3]
-    assert "Images: the held-out images, which also selected the best epoch" in pages[0]
+    assert "Images: the held-out images, which also selected the epoch" in pages[0]
     few_shot = FewShotResult(
         top1=evaluation.metrics.top1,
         estimated_on="cross-validation",
         class_counts={HOSTILE: 4},
         balanced=False,
         duplicates=0,
-        candidates=(CandidateResult(name="fine-tuning", kept=False, reason="no gain"),),
+        candidates=(
+            CandidateResult(
+                name="resnet18 gap",
+                kept=True,
+                pareto=True,
+                score=evaluation.metrics.top1,
+                loss=0.5,
+                features=512,
+                strength=10,
+                macs=10**9,
+                parameters=10**7,
+                milliseconds=5,
+                seconds=1,
+            ),
+        ),
+        choice="resnet18 gap",
         seconds={"head": 1.0},
     )
     page = TrainedRun(**{**dict(run), "few_shot": few_shot})._repr_html_()
-    assert "fine-tuning: not kept, no gain" in page
+    assert "512 features, C 10, 1,000 M multiply-adds, 10.00 M parameters, 5 ms - chosen" in page
     assert "<script" not in page
     moved = TrainedRun(**{**dict(run), "out": Path("moved")})
     assert "moved: holds no run with a finished epoch" in moved._repr_html_()

@@ -75,7 +75,7 @@ def test_a_published_bundle_is_named_by_its_content_and_opens(tmp_path: Path) ->
     path = write_hollow(tmp_path)
     bundle = open_bundle(path)
     assert path.name == bundle.name == f"tiny-{bundle.manifest.id}"
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "latest", path]
     assert bundle.labels == tuple(LABELS)
     assert set(bundle.manifest.files) == set(FILES)
     assert (bundle.onnx, bundle.probes) == (path / "model.onnx", path / "probes.npz")
@@ -107,7 +107,34 @@ def test_two_processes_may_publish_the_same_bundle_at_the_same_time(
         monkeypatch.setattr(os, "fsync", publish_meanwhile)
         path = publish(folder, seal(folder, FIELDS), tmp_path)
     assert open_bundle(path).path == path
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "latest", path]
+
+
+def test_latest_is_a_relative_link_to_the_bundle_that_was_published_last(tmp_path: Path) -> None:
+    first, link = write_hollow(tmp_path / "bundles"), tmp_path / "bundles" / "latest"
+    assert (link.readlink(), open_bundle(link).path) == (Path(first.name), first)
+    second = write_hollow(tmp_path / "bundles", opset=17)
+    assert link.readlink() == Path(second.name)
+    write_hollow(tmp_path / "bundles")  # the bundle exists already
+    assert link.readlink() == Path(first.name)
+    (tmp_path / "bundles").rename(tmp_path / "moved")
+    assert open_bundle(tmp_path / "moved" / "latest").name == first.name
+
+
+def test_a_folder_named_latest_and_a_file_system_without_links_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own" / "latest").mkdir(parents=True)
+    path = write_hollow(tmp_path / "own")
+    assert {*(tmp_path / "own").iterdir()} == {path, tmp_path / "own" / "latest"}
+    assert not (tmp_path / "own" / "latest").is_symlink()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    path = write_hollow(tmp_path / "fat")
+    assert list((tmp_path / "fat").iterdir()) == [path]
 
 
 def test_equal_content_is_published_once_and_nothing_replaces_a_bundle(tmp_path: Path) -> None:
@@ -116,7 +143,7 @@ def test_equal_content_is_published_once_and_nothing_replaces_a_bundle(tmp_path:
     assert write_hollow(tmp_path) == path
     assert (path / MANIFEST).stat().st_ino == inode
     other = write_hollow(tmp_path, opset=17)
-    assert {*tmp_path.iterdir()} == {path, other} != {path}
+    assert {*tmp_path.iterdir()} == {path, other, tmp_path / "latest"}
     flip(path / "model.onnx", 0)
     with pytest.raises(BundleError, match=r"model\.onnx"):
         write_hollow(tmp_path)

@@ -28,7 +28,7 @@ def manifest(**fields: Any) -> Manifest:
 
 @FUZZ
 @given(
-    model=st.from_regex(r"[A-Za-z0-9._-]+", fullmatch=True),
+    model=st.from_regex(r"(head:)?(timm:)?[A-Za-z0-9._-]+", fullmatch=True),
     config=st.dictionaries(NAMES, VALUES, max_size=4),
     detached=st.lists(NAMES, max_size=3),
 )

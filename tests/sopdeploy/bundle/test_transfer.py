@@ -75,7 +75,7 @@ def test_a_bundle_is_pulled_from_a_folder_unchanged(bundle: Path, tmp_path: Path
     assert pulled.path == tmp_path / "here" / bundle.name
     assert contents(pulled.path) == contents(bundle)
     assert pull(pushed.place, tmp_path / "here").path == pulled.path  # keeps the existing bundle
-    assert [path.name for path in (tmp_path / "here").iterdir()] == [bundle.name]
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {bundle.name, "latest"}
     assert [path.name for path in (tmp_path / "shared" / "models").iterdir()] == [f"{bundle.name}.tar"]
 
 

@@ -65,7 +65,7 @@ def test_archives_of_shards_classes_or_parts_equal_their_folder(tmp_path) -> Non
             add(archive, packed.name, packed.read_bytes())
     for path in (shards, classes, parts):
         assert_same_images(open_at(path), expected)
-    store = open_tars(tmp_path / "all.tar", [tmp_path / "all.tar"], (), OpenOptions())
+    store = open_tars(tmp_path / "all.tar", [tmp_path / "all.tar"], OpenOptions())
     assert store.folders() == ["cat", "dog"]
     assert store.read(b"dog/3.jpg") == (photos / "train" / "dog" / "3.jpg").read_bytes()
 
@@ -80,7 +80,7 @@ def test_hidden_members_symlinks_and_other_files_are_ignored(tmp_path) -> None:
         pointer.type, pointer.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(twin)
         archive.addfile(pointer)
-    store = open_tars(tmp_path / "p.tar", [tmp_path / "p.tar"], (), OpenOptions())
+    store = open_tars(tmp_path / "p.tar", [tmp_path / "p.tar"], OpenOptions())
     assert [store.list_files(label)[0] for label in ("a", "b")] == [[b"a/1.jpg"], [b"b/1.png", b"b/twin.jpg"]]
     assert store.read(b"a/1.jpg") == store.read(b"b/twin.jpg") == jpeg(2)
 

@@ -21,7 +21,7 @@ from sopdeploy.data.augment import (
     RandomSide,
 )
 from sopdeploy.data.base import ArrayImages
-from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.step.losses import training_loss
 
@@ -127,7 +127,7 @@ def test_a_draft_shows_the_same_part_a_few_gray_levels_off(tmp_path, kind, orien
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         Image.fromarray(pixels).save(tmp_path / name / "1.jpg", quality=95, exif=exif)
-    stored, rules = open_classes(tmp_path, ("a", "b")), Preprocess(resize=72, crop=64)
+    stored, rules = open_evaluation_images(tmp_path, ("a", "b")), Preprocess(resize=72, crop=64)
     values = {"kind": kind, "flip": 0.5} | ({"sides": (66, 100)} if kind == "random-side" else {})
     plain, draft = (
         TypeAdapter(Augmentation).validate_python(values | {"draft": switch}) for switch in (False, True)

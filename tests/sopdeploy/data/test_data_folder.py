@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.data.datasets.folder import HELD_OUT, FolderConfig, open_folder
+from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.data.parts import HELD_OUT
 from sopdeploy.errors import ConfigError, DataError
 from tests.sopdeploy.data.small_data import jpeg
 
@@ -148,7 +149,7 @@ def test_a_missing_or_unreadable_folder_is_named(tmp_path, monkeypatch) -> None:
     def refuse(_path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match="cannot be listed"):
         open_at(tmp_path)
 
@@ -156,9 +157,15 @@ def test_a_missing_or_unreadable_folder_is_named(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: path.write_text("no image"), "not an image; delete or replace it"),
-        (lambda path: path.write_bytes(b""), "not an image; delete or replace it"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-200]), "cannot be read"),
+        (
+            lambda path: path.write_text("no image"),
+            "this is not an image; use JPEG, PNG, .*; repair, convert or delete it",
+        ),
+        (
+            lambda path: path.write_bytes(b""),
+            "this is not an image; use JPEG, PNG, .*; repair, convert or delete it",
+        ),
+        (lambda path: path.write_bytes(path.read_bytes()[:-200]), "the image is truncated"),
         (lambda path: path.unlink(), "cannot be read"),
     ],
     ids=["text", "empty", "truncated", "gone"],

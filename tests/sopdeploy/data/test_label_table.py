@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from sopdeploy.data.check import check
-from sopdeploy.data.datasets.folder import FolderConfig, open_classes, open_folder, open_multi_label
+from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.errors import DataError
 from tests.sopdeploy.data.small_data import tar_of
 from tests.two_objects import CLASSES, draw_scenes
@@ -33,7 +34,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def rows(folder: Path, labels: tuple[str, ...] = ("cat", "dog")) -> dict[str, list[float]]:
-    images = open_multi_label(folder, labels)
+    images = open_evaluation_images(folder, labels, several=True)
     return {str(images.path(i).relative_to(folder)): images.target(i).tolist() for i in range(len(images))}
 
 
@@ -92,12 +93,12 @@ def test_the_tables_of_shards_name_the_shard_and_agree_about_the_split(folder: P
     with pytest.raises(
         DataError, match=r"shards/0\.tar/labels\.csv: line 2: a\.png does not exist, and 1 more"
     ):
-        open_multi_label(shards, ("cat", "dog"))
+        open_evaluation_images(shards, ("cat", "dog"), several=True)
     for name in ("a.png", "b.png"):
         with tarfile.open(shards / f"{name}.tar", "w") as archive:
             archive.add(folder / name, arcname=name)
     with pytest.raises(DataError, match="only some archives have the column split; add it to"):
-        open_multi_label(shards, ("cat", "dog"))
+        open_evaluation_images(shards, ("cat", "dog"), several=True)
 
 
 def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> None:
@@ -143,12 +144,12 @@ def test_archives_equal_the_folder_they_were_made_of(
 
 
 def test_networks_reject_tables_of_other_classes_and_the_other_kind_of_data(folder: Path) -> None:
-    with pytest.raises(DataError, match="lists several classes per image, but the network predicts one"):
-        open_classes(write(folder, GOOD), ("cat", "dog"))
+    with pytest.raises(DataError, match=r"line 2: has no class or several, but the network predicts one"):
+        open_evaluation_images(write(folder, GOOD), ("cat", "dog"))
     with pytest.raises(DataError, match="dog are not classes of the network"):
-        open_multi_label(folder, ("cat", "cow"))
+        open_evaluation_images(folder, ("cat", "cow"), several=True)
     with pytest.raises(DataError, match=r"has no labels\.csv, but the network predicts several classes"):
-        open_multi_label(folder / "sub", ("cat", "dog"))
+        open_evaluation_images(folder / "sub", ("cat", "dog"), several=True)
 
 
 def test_a_table_of_other_columns_next_to_class_folders_is_ignored(folder: Path) -> None:
@@ -177,7 +178,7 @@ def test_every_class_is_split_and_a_column_chooses_the_split(tmp_path: Path) -> 
     write(scenes, "\n".join(f"{line},{part}" for line, part in zip(lines, parts, strict=True)))
     split = open_folder(FolderConfig(kind="folder", path=scenes))
     assert [len(split.train), len(split.held_out)] == [40, 20]
-    assert len(open_multi_label(scenes, CLASSES)) == 20
+    assert len(open_evaluation_images(scenes, CLASSES, several=True)) == 20
 
 
 def test_the_check_counts_classes_and_finds_unlisted_and_broken_images(folder: Path) -> None:
@@ -187,5 +188,5 @@ def test_the_check_counts_classes_and_finds_unlisted_and_broken_images(folder: P
         ("all", 3, {"cat": 1, "dog": 2})
     ]
     assert found["strange"]["not listed in labels.csv"] == [str(folder / "d.png")]
-    assert "sub/c.png: not an image" in found["unreadable"][0]
+    assert "sub/c.png: this is not an image" in found["unreadable"][0]
     assert "cat: only one image" in found["too_few"][0]

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
 from sopdeploy.data.base import Split
+from sopdeploy.data.datasets.imagenet import WORDNET_ID, class_aliases
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.datasets.small import DigitsConfig
 from sopdeploy.data.sources import open_data
@@ -269,22 +270,23 @@ def test_a_run_on_two_of_three_birds_is_evaluated_on_the_official_test_images(tm
 
 def test_imagenet_names_of_torchvision_match_wordnet_ids_in_their_order(tmp_path) -> None:
     names = tuple(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
-    ids = [f"n{number:08}" for number in range(1000)]
+    ids = sorted(name for name in class_aliases() if WORDNET_ID.fullmatch(name))
     lines = [f"{number}.JPEG {ids[999 - number]}" for number in range(1000)]
     (tmp_path / "val").mkdir()
     (tmp_path / "val.txt").write_text("\n".join(lines))
     for number in range(1000):
         (tmp_path / "val" / f"{number}.JPEG").touch()
-    images = open_evaluation_images(tmp_path, names)
-    assert images.labels == tuple(sorted(names))
-    assert [images.labels[target] for target in images.targets] == [names[999 - n] for n in range(1000)]
+    assert [class_aliases()[wordnet_id] for wordnet_id in ids] == list(names)
+    for order in (names, tuple(sorted(names))):
+        images = open_evaluation_images(tmp_path, order)
+        assert images.labels == order
+        assert [images.labels[target] for target in images.targets] == [names[999 - n] for n in range(1000)]
     for wordnet_id in ids:
         (tmp_path / "sorted" / wordnet_id).mkdir(parents=True)
         (tmp_path / "sorted" / wordnet_id / "1.JPEG").touch()
     in_folders = open_evaluation_images(tmp_path / "sorted", names)
     assert [in_folders.labels[target] for target in in_folders.targets] == list(names)
-    with pytest.raises(DataError, match="has no images of the classes"):
-        open_evaluation_images(tmp_path, tuple(sorted(names)))
+    assert open_evaluation_images(tmp_path / "sorted", tuple(ids)).labels == tuple(ids)
 
 
 def digits(classes: int | Path | None) -> Split:

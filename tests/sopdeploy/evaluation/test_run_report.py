@@ -122,11 +122,13 @@ def test_other_images_are_evaluated_and_hostile_class_names_are_escaped(tmp_path
     assert "&lt;script&gt;" in page
     labels, scores = score_checkpoint(tmp_path / "run" / "best.pt", data, on_image=lambda _done, _all: None)
     assert f"negative log-likelihood {classification_report(labels, scores).nll:.4f}" in page
+    wrong = [index for index, score in enumerate(scores) if not score.correct]
+    assert len(re.findall(r"<code>[^<]+/[0-3]\.png</code>: ", page)) == len(wrong) > 0
     for path in data.rglob("*.png"):
         path.unlink()
     without = write_report(tmp_path / "run").read_text(encoding="utf-8")
     assert "the images are not available" in without
-    with pytest.raises(DataError, match="no images in this class folder"):
+    with pytest.raises(DataError, match="holds no images of these classes"):
         write_report(tmp_path / "run", data=data)
 
 

@@ -181,7 +181,10 @@ def test_another_network_is_refused(weights: Path, name: str, message: str) -> N
         ({"bn1.bias": torch.zeros(8, dtype=torch.complex64)}, "bn1.bias is not a dense tensor"),
         ({"bn1.bias": torch.zeros(8).to_sparse()}, "not a dense tensor|damaged"),
         ({"bn1.bias": torch.zeros(1).expand(1 << 31)}, "more than 4 GiB"),
-        ({"conv1.weight": torch.zeros(())}, r"conv1.weight has shape \(\), not \(1, 3, 3, 3\)"),
+        (
+            {"conv1.weight": torch.zeros(())},
+            r"conv1\.weight has shape \(\), not PyTorch's \(channels, 3, height, width\)",
+        ),
         ({"module.bn1.bias": torch.zeros(8)}, "bn1.bias occurs twice"),
         ({"bn1.bias": None}, "bn1.bias is not in the file"),
     ],
@@ -227,3 +230,11 @@ def test_the_input_size_and_the_labels_can_be_given(narrow: Path, name: str, con
     rules = imported(narrow, "resnet8", **options)[1].preprocess
     assert (rules.resize, rules.crop, rules.interpolation, rules.mean) == (448, 448, "bicubic", IMAGENET[0])
     assert read_checkpoint(narrow.with_name("imported.pt")).labels == ("a", "b", "c", "d", "e")
+
+
+def test_a_transposed_stem_is_named(tmp_path: Path) -> None:
+    state = narrow_resnet8().state_dict()
+    state["conv1.weight"] = state["conv1.weight"].transpose(0, 1)
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=r"conv1\.weight has shape \(3, 8, 3, 3\), not PyTorch's"):
+        imported(tmp_path / "a.pth", "resnet8")

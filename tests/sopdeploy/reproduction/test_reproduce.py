@@ -97,6 +97,41 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
         reproduce(TINY.model_copy(update={"set": ("optimizer.momentum=0.8",)}), options)
 
 
+def write_official_imagenet(root: Path) -> Path:
+    """ImageNet as it is distributed: class folders for training, a list for validation."""
+    lines = []
+    for number in range(11):
+        wordnet_id = f"n{number:08}"
+        (root / "train" / wordnet_id).mkdir(parents=True)
+        (root / "val").mkdir(exist_ok=True)
+        for image in range(8):
+            pixels = Image.new("RGB", (32, 32), (20 * number, 30 * image, 200))
+            pixels.save(root / "train" / wordnet_id / f"{wordnet_id}_{image}.JPEG")
+        for image in range(3):
+            name = f"ILSVRC2012_val_{3 * number + image:08}.JPEG"
+            Image.new("RGB", (32, 32), (20 * number, 90, 30 * image)).save(root / "val" / name)
+            lines.append(f"{name} {wordnet_id}")
+    (root / "val.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+IMAGENET_TABLES = [
+    name for name, table in TABLES.items() if table.measures == "errors" and table.data.startswith("imagenet")
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "dsop-7" else pytest.param(name, marks=pytest.mark.slow) for name in IMAGENET_TABLES],
+)
+def test_a_row_of_an_imagenet_table_runs_on_the_official_layout(name: str, tmp_path: Path) -> None:
+    data, table = write_official_imagenet(tmp_path / "imagenet"), TABLES[name]
+    row = next(one.id for one in table.rows if table.recipe_of(one) is not None)
+    options = Options(out=tmp_path / "out", scale="small", data=data, rows=row, settings=("epochs=2",))
+    (run,) = reproduce(table, options).rows[0].runs
+    assert (run.train_count, run.held_out_count, len(run.history)) == (60, 30, 2)
+
+
 def test_a_given_folder_is_reduced_to_a_few_images_per_class(tmp_path) -> None:
     for label in ("cat", "dog", "owl"):
         (tmp_path / "photos" / label).mkdir(parents=True)

@@ -8,9 +8,11 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.describe import ROWS
-from sopdeploy.reproduction.plan import Options, plan_rows
+from sopdeploy.models.describe import ROWS, describe
+from sopdeploy.reproduction.plan import Options, estimate_hours, plan_rows
 from sopdeploy.reproduction.tables import DATA_SETS, TABLES, PrintedRow, PrintedTable, find_table
+from sopdeploy.training.recipe import read_recipe
+from tests.sopdeploy.data.test_official_layouts import write_imagenet
 
 SAME = {  # one experiment that several tables print
     "ResNet-50-s1": ["dsop-2/resnet50-s1", "dsop-7/none"],
@@ -133,6 +135,56 @@ def test_every_row_of_the_paper_can_be_run(name, scale) -> None:
         untrained = job.row.cited or TABLES[name].measures != "errors"
         assert job.recipe is not None or untrained, (job.row.id, job.reason)
         assert (job.gpu_hours > 0) == (job.recipe is not None)
+
+
+def test_printed_counts_are_those_of_the_network_that_is_trained() -> None:
+    jobs = {
+        f"{table}/{job.row.id}": job
+        for table in ("dsop-1", "dsop-2", "dsop-10", "gsop-5", "gsop-6")
+        for job in plan_rows(TABLES[table], Options())
+    }
+    for place, key in {
+        "dsop-1/resnet50": "train_params",
+        "dsop-10/conv5": "train_params",
+        "gsop-5/net2": "params",
+        "gsop-6/net2": "gflops",
+    }.items():
+        job = jobs[place]
+        assert getattr(job.counts, key) == pytest.approx(getattr(job.row, key), rel=0.02), place
+    trained = jobs["dsop-2/dsop-resnet50-s1"].recipe.model  # type: ignore[union-attr]
+    counted = describe(trained.name, **trained.config).training
+    assert (round(counted.parameters / 1e6, 1), round(counted.macs / 1e9, 2)) == (181.9, 10.54)
+    for job in jobs.values():
+        assert job.recipe is None or read_recipe(job.source, job.overrides).model == job.recipe.model
+
+
+def test_the_estimate_includes_a_joint_teacher_and_doubled_images() -> None:
+    student, distilled = (
+        next(job for job in plan_rows(TABLES["dsop-2"], Options()) if job.row.id == name)
+        for name in ("resnet50-s2", "distilled-resnet101")
+    )
+    assert distilled.gpu_hours > 2.5 * student.gpu_hours
+    recipe = read_recipe("imagenet64-gmsop-resnet18", ())
+    doubled = read_recipe(
+        "imagenet64-gmsop-resnet18", ('augment={kind="pad-crop", pad=4, doubled=true, held_out=true}',)
+    )
+    hours = [estimate_hours(one, DATA_SETS["imagenet64"]) for one in (recipe, doubled)]
+    assert hours[1] == pytest.approx(2 * hours[0])
+
+
+def test_a_row_runs_as_often_as_the_paper_averages_unless_told_otherwise() -> None:
+    table = TABLES["gmsop-2"]
+    runs = [Options(**values).runs_per_row(table) for values in ({}, {"seeds": 2}, {"scale": "small"})]
+    assert (*runs, Options().runs_per_row(TABLES["dsop-2"])) == (3, 2, 1, 1)
+
+
+def test_settings_apply_to_every_row_and_an_official_layout_is_recognised(tmp_path) -> None:
+    write_imagenet(tmp_path, "list")
+    options = Options(data=tmp_path, settings=("precision=bf16", "accumulate=2"))
+    for job in plan_rows(TABLES["dsop-7"], options):
+        assert job.recipe is not None
+        assert job.recipe.data.kind == "imagenet"
+        assert (job.recipe.precision, job.recipe.accumulate) == ("bf16", 2)
 
 
 def test_a_dry_run_prints_commands_and_hours_and_writes_nothing(tmp_path, monkeypatch) -> None:

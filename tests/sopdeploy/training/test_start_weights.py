@@ -23,6 +23,7 @@ from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers import published
+from sopdeploy.importers.import_weights import ImportOptions, import_weights
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed.strategy import SingleProcess
 from sopdeploy.training.loop import train
@@ -82,6 +83,7 @@ NETWORKS = [
     ("dsop-resnet18", ("branches", "fc")),
     ("isqrt-resnet18", ("pooling", "fc")),
     ("resnet18", ("fc",)),
+    ("head:resnet18", ("pooled_head",)),
     ("se-resnet18", tuple(f"layer{s}.{b}.attention" for s in range(1, 5) for b in (0, 1))),
 ]
 
@@ -99,8 +101,9 @@ def test_torchvision_weights_are_downloaded_once_and_fill_the_backbone(
     own = initial.model.state_dict()
     assert all(torch.equal(own[tensor], given[tensor]) for tensor in BACKBONE)
     assert initial.start is not None
-    assert set(new) <= set(initial.start.new) <= {*new, "fc", "pooling"}
-    assert (initial.start.file, initial.start.unused) == (name, ())
+    assert set(new) <= set(initial.start.new) <= {*new, "fc", "pooling", "pooled_head.fc"}
+    unused = ("fc",) if model.startswith("head:") else ()
+    assert (initial.start.file, initial.start.unused) == (name, unused)
     assert (initial.recipe.preprocess.resize, initial.recipe.preprocess.crop) == (256, 224)
     server.fault = "not found"  # the second run needs no server
     assert start(*settings).start == initial.start
@@ -146,7 +149,7 @@ def test_the_pinned_hashes_are_those_of_torchvisions_file_names() -> None:
         assert (name.split("-")[1][:8], len(digest)) == (digest[:8], 64)
 
 
-@pytest.mark.parametrize("model", ["timm:test_resnet", "dsop-timm:test_resnet"])
+@pytest.mark.parametrize("model", ["timm:test_resnet", "dsop-timm:test_resnet", "head:timm:test_resnet"])
 def test_timm_weights_come_from_its_hub_and_then_from_its_cache(server, tmp_path, model) -> None:
     torch.manual_seed(2)
     given = timm.create_model("test_resnet").state_dict()
@@ -155,7 +158,8 @@ def test_timm_weights_come_from_its_hub_and_then_from_its_cache(server, tmp_path
     own = initial.model.state_dict()
     assert all(torch.equal(own[name], tensor) for name, tensor in given.items() if not name.startswith("fc"))
     assert initial.start is not None
-    assert initial.start.new == (("branches", "fc") if model.startswith("dsop") else ("fc",))
+    new = {"dsop-timm": ("branches", "fc"), "head": ("pooled_head", "pooled_head.fc")}
+    assert initial.start.new == new.get(model.partition(":")[0], ("fc",))
     rules = timm.get_pretrained_cfg("test_resnet")
     found = initial.recipe.preprocess
     assert (found.crop, found.mean, found.interpolation) == (160, rules.mean, rules.interpolation)
@@ -193,6 +197,32 @@ def test_a_file_of_another_network_is_refused_with_its_name(tmp_path, model, bui
 
 
 @pytest.mark.usefixtures("few_digits")
+@pytest.mark.parametrize("name", ["timm:test_vit", "head:timm:test_vit"])
+def test_weights_that_are_published_without_a_classifier_start_a_run(tmp_path, name: str) -> None:
+    torch.manual_seed(1)
+    given = timm.create_model("test_vit", num_classes=0).state_dict()  # as DINOv2 and SigLIP
+    torch.save(given, tmp_path / "vit.pth")
+    initial = start(f"model.name={name}", "model.config={}", f"start.weights={tmp_path / 'vit.pth'}")
+    own = initial.model.state_dict()
+    assert all(torch.equal(own[tensor], value) for tensor, value in given.items())
+    assert initial.start is not None
+    assert initial.start.new == (("head",) if name == "timm:test_vit" else ("pooled_head", "pooled_head.fc"))
+    with pytest.raises(WeightsError, match="has no classifier, so it cannot classify; train one: "):
+        import_weights(tmp_path / "vit.pth", "timm:test_vit", tmp_path / "ckpt.pt", ImportOptions())
+
+
+def test_both_classifiers_of_a_distilled_transformer_are_replaced(tmp_path) -> None:
+    name = "deit_tiny_distilled_patch16_224"
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "deit.pth")
+    weights = "model.config={}", f"start.weights={tmp_path / 'deit.pth'}"
+    initial = start(f"model.name=head:timm:{name}", *weights)
+    assert initial.start is not None
+    assert initial.start.unused == ("head", "head_dist")
+    plain = start(f"model.name=timm:{name}", *weights)
+    assert plain.start is not None
+    assert plain.start.new == ("head", "head_dist")
+
+
 def test_a_classifier_is_loaded_only_for_the_same_classes(tmp_path) -> None:
     recipe = short_recipe("epochs=1")
     best = train(recipe, tmp_path / "run").best
@@ -274,7 +304,7 @@ def test_without_network_train_on_photos_exits_with_2_and_says_what_to_do(
     assert "error: resnet18-f37072fd.pth: cannot be downloaded (" in result.stderr
     assert "put it at " in result.stderr
     assert not (tmp_path / "runs").exists()
-    smaller = ["--set", "model.name=dsop-resnet8", "--set", "epochs=1", "--set", "preprocess.crop=16"]
+    smaller = ["--set", "model.name=dsop-resnet8", "--set", "preprocess.crop=16"]
     done = CliRunner().invoke(app, ["train", "--data", "photos", "--weights", "none", *smaller, "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["start"] is None
@@ -288,11 +318,11 @@ def test_photos_lead_from_published_weights_to_a_bundle(server, resnet18, monkey
         folder = tmp_path / "photos" / LABELS[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (80, 60), (30 * number, 0, 0)).save(folder / f"{number}.jpg")
-    small = ["--set", "epochs=1", "--set", "preprocess.crop=32", "--set", f"model.config.base_width={BASE}"]
+    small = ["--set", "preprocess.crop=32", "--set", f"model.config.base_width={BASE}"]
     trained = CliRunner().invoke(app, ["train", "--data", "photos", *small])
     assert trained.exit_code == 0, trained.output
     assert "start weights: resnet18-" in trained.stderr
-    exported = CliRunner().invoke(app, ["export", "runs/photos/best.pt", "--detach", "--json"])
+    exported = CliRunner().invoke(app, ["export", "runs/latest/best.pt", "--detach", "--json"])
     assert exported.exit_code == 0, exported.output
     assert json.loads(exported.stdout)["parity"]["passed"]
     assert create_model("dsop-resnet18", num_classes=2).training_only == ("branches",)

@@ -72,7 +72,8 @@ def test_the_history_has_every_loss_and_the_callback_receives_every_event(finish
     events = finished[2].events
     epoch = ["step"] * 6 + ["evaluation"] * 2 + ["epoch"]
     assert [name for name, _ in events] == ["train_start", *epoch * 3, "evaluation", "evaluation"]
-    assert events[0][1] == {"epochs": 3, "first_epoch": 0, "train_count": 205, "held_out_count": 52}
+    counts = {"epochs": 3, "first_epoch": 0, "train_count": 205, "held_out_count": 52, "input_side": 8}
+    assert events[0][1] == counts
     assert [values["step"] for name, values in events if name == "step"] == [0, 1, 2, 3, 4, 5] * 3
 
 
@@ -193,7 +194,7 @@ def test_both_loggers_receive_every_epoch(monkeypatch, tmp_path) -> None:
     assert added == [(name, value, step) for metrics, step in logged for name, value in metrics.items()]
     assert [name for name, _ in callback.events].count("epoch") == 2
     (again,) = create_loggers(["tensorboard"], tmp_path)
-    again.on_train_start(epochs=9, first_epoch=4, train_count=1, held_out_count=1)
+    again.on_train_start(epochs=9, first_epoch=4, train_count=1, held_out_count=1, input_side=8)
     assert board.call_args.kwargs == {"purge_step": 5}  # a resumed run purges the epochs that run again
 
 
@@ -205,7 +206,9 @@ def test_a_wandb_run_belongs_to_a_run_and_not_to_the_name_of_its_folder(monkeypa
         out = tmp_path / folder / "run"
         out.mkdir(parents=True, exist_ok=True)
         (logger,) = create_loggers(["wandb"], out)
-        logger.on_train_start(epochs=9, first_epoch=first_epoch, train_count=1, held_out_count=1)
+        logger.on_train_start(
+            epochs=9, first_epoch=first_epoch, train_count=1, held_out_count=1, input_side=8
+        )
         ids.append(wandb.call_args.kwargs["id"])
     first, resumed, other, earlier = ids
     assert first == resumed

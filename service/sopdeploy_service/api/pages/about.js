@@ -29,7 +29,8 @@ function proof(certificate) {
     ["ONNX root", make("code", {}, certificate.onnx_root)],
   ];
   const list = make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
-  return [make("p", { className: "seal" }, seal(), `Verified (${certificate.proof}): only training-only tensors were removed.`), list];
+  const result = removed ? "only training-only tensors were removed" : "all tensors are those of the trained network";
+  return [make("p", { className: "seal" }, seal(), `Verified (${certificate.proof}): ${result}.`), list];
 }
 
 /** The seal icon. */

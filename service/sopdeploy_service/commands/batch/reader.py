@@ -15,6 +15,7 @@ WHOLE = -1  # offset of an image that is a whole file
 UNKNOWN = -1  # size of an image that is not known before it is read
 PARQUET = ".parquet"
 ROWS_PER_READ = 64
+LOCAL = "file"  # the protocol of the file system of this machine
 IMAGE_COLUMNS = ("bytes", "image")  # the second one as Hugging Face writes it: {bytes, path}
 
 
@@ -130,7 +131,8 @@ def open_place(place: str) -> Any:
     """Open the regular file or URL *place* for reading; raises `OSError` or an error of the object store."""
     if is_url(place):
         store, path = open_store(place)
-        return store.open(path, "rb")
+        # `file://` is a store, too, whose `open` waits for a writer of a named pipe
+        return open_regular(path, buffering=0) if LOCAL in store.protocol else store.open(path, "rb")
     return open_regular(place, buffering=0)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
-from PIL import Image
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.config import StrictModel
@@ -33,6 +32,8 @@ from sopdeploy.evaluation.drift import (
 )
 from sopdeploy.html.charts import Bar, bars
 from sopdeploy.html.templates import percent, render
+from sopdeploy.images.formats import open_image
+from sopdeploy.images.pixels import to_rgb
 from sopdeploy_service.commands.batch.listing import Listing, entries_of
 from sopdeploy_service.commands.batch.output import DATA, PAGE, OutputFolder
 from sopdeploy_service.commands.batch.reader import Reader, import_pyarrow
@@ -41,7 +42,8 @@ from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.settings import Settings
 
 LEAST_CERTAIN = 24
-THUMBNAIL = 96  # pixels
+THUMBNAIL = 96  # width in CSS pixels
+STORED = 2 * THUMBNAIL  # longer side in pixels, for screens with two pixels per CSS pixel
 MAX_BARS = 50  # classes in the chart; the others are in `DATA`
 MAX_EXAMPLES = 5  # paths per kind of error
 COLUMNS = ["path", "classes", "probabilities", "known", "error"]
@@ -216,18 +218,21 @@ def _confidence_bars(predictions: PredictionCounts | PresenceCounts, decision: D
 
 
 def _thumbnail(listing: Listing, part: int, row: int, bundle: Bundle, settings: Settings) -> Markup | None:
-    """Build a thumbnail of the network's input; None if the image does not exist any more."""
+    """Build a thumbnail of an image; None if it does not exist any more."""
+    rules = bundle.manifest.preprocess
     (entry,) = entries_of(listing.read_table(part).slice(row, 1))
     reader = Reader(settings.max_body_bytes)
     try:
         body = reader.read(entry)
-        pixels = make_decoder(settings)(EncodedImage(body), bundle.manifest.preprocess).pixels
+        make_decoder(settings)(EncodedImage(body), rules)  # checks the limits
+        image = open_image(body, max_bytes=len(body), max_pixels=settings.max_pixels)
+        image.draft("RGB", (STORED, STORED))
+        image = to_rgb(image, rules).copy()  # without metadata
     except ImageError:
         return None
     finally:
         reader.close()
-    image = Image.fromarray(pixels)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((STORED, STORED))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
     source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -15,10 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sopdeploy.data.folder_store import OpenOptions, is_image
+from sopdeploy.bundle.folder import is_bundle
+from sopdeploy.data.folder_store import OpenOptions, is_hidden, is_image, walk
 from sopdeploy.data.tar import TAR, archive_suffix, decompress, scan
 from sopdeploy.errors import DataError
 from sopdeploy.files import expand_user
+from sopdeploy.images.limits import SUFFIXES
 from sopdeploy_service.commands.batch.reader import (
     PARQUET,
     UNKNOWN,
@@ -63,8 +65,10 @@ def _list_source(source: str, options: OpenOptions) -> Iterator[Entry]:
         yield from _list_url(source)
         return
     path = expand_user(source)
+    if is_bundle(path):
+        raise DataError(f"{source}: a bundle, not images; name one bundle, then folders or files of images")
     if path.is_dir():
-        yield from _walk(path)
+        yield from (_whole(found) for found in walk(path) if is_image(found.name))
     elif path.exists():
         yield from _list_file(path, options)
     elif any(sign in source for sign in PATTERN):
@@ -82,23 +86,7 @@ def _hint(source: str) -> str:
         for suffix in (TAR, ".gz", ".tgz", ".xz", PARQUET):
             if suffixes[suffix]:
                 return f"name its files: '{source}/*{suffix}'"
-    return "images end with .jpg, .jpeg, .png, .webp, .bmp or .gif"
-
-
-def _walk(folder: Path) -> Iterator[Entry]:
-    """Yield the images below *folder*, without hidden files, in the order of their paths."""
-    try:
-        with os.scandir(folder) as found:
-            inside = sorted(found, key=lambda one: os.fsencode(one.name))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
-    for one in inside:
-        if one.name.startswith("."):
-            continue
-        if one.is_dir(follow_symlinks=False):  # a link to a folder may lead back to this one
-            yield from _walk(folder / one.name)
-        elif is_image(one.name):
-            yield _whole(folder / one.name)
+    return f"images end with {', '.join(SUFFIXES)}"
 
 
 def _whole(path: Path, shown: str | None = None) -> Entry:
@@ -153,7 +141,7 @@ def _walk_url(store: Any, folder: str) -> Iterator[Entry]:
     for _, folders, files in store.walk(folder, detail=True, on_error="raise"):
         for name in sorted(folders):  # `walk` visits them in the order of this dict
             facts = folders.pop(name)
-            if not name.startswith("."):
+            if not is_hidden(name):
                 folders[name] = facts
         for name in sorted(filter(is_image, files)):
             place = store.unstrip_protocol(files[name]["name"])

@@ -1,11 +1,15 @@
 """The report of a run: `report.json`, and what `report.html` shows."""
 
+import base64
+import io
 import json
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+from PIL import Image
 
 from sopdeploy.decision import Decision
 from sopdeploy.evaluation.drift import PredictionCounts, PresenceCounts
@@ -39,6 +43,9 @@ def test_the_report_counts_classes_and_errors_and_shows_the_least_certain_images
     assert [one.path for one in found.least_certain] == [row["path"] for row in least]
     page = (out / "report.html").read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == len(least)
+    images = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"', page)
+    sizes = [Image.open(io.BytesIO(base64.b64decode(image))).size for image in images]
+    assert all(width >= 40 and height == 38 for width, height in sizes)  # the image, not the 32 x 32 input
     assert "the bundle has no predictions for held-out images" in page
     assert found.drift is None
 
@@ -62,7 +69,9 @@ def test_drift_compares_with_the_held_out_predictions(complete, bundle, tmp_path
             "classes": alarm,
             "confidences": alarm,
         }
-        assert text in (out / "report.html").read_text()
+        page = (out / "report.html").read_text()
+        assert text in page
+        assert not re.search(r"[.>]Without drift", page)
 
 
 def test_the_report_of_a_multi_label_network_counts_every_class_and_compares_them(complete, bundle, tmp_path):

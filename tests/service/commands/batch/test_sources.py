@@ -111,6 +111,7 @@ BAD_SOURCES = {
     "memory://no-keys/*.jpg": r"memory://no-keys/\*.jpg: has no images",
     "no-keys.tar": r"no-keys.tar: has no images",
     "no-keys.txt": r"no-keys.txt: has no images",
+    "bundle": "bundle: a bundle, not images; name one bundle, then folders",
 }
 
 
@@ -131,6 +132,9 @@ def test_a_source_without_images_is_a_one_line_error(source, tmp_path, monkeypat
     fsspec.filesystem("memory").makedirs("/no-keys", exist_ok=True)
     tarfile.open(tmp_path / "no-keys.tar", "w").close()
     (tmp_path / "no-keys.txt").touch()
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "golden-0.jpg").touch()
+    (tmp_path / "bundle" / "manifest.json").write_text('{"format": "sopdeploy-bundle"}')
     with pytest.raises(DataError, match=BAD_SOURCES[source]):
         list(list_entries([source], OpenOptions()))
 
@@ -168,3 +172,13 @@ def test_the_list_is_read_in_parts_and_its_fingerprint_changes_with_names_and_si
     assert Hasher.fingerprint_of(entries) == fingerprint
     changes = [entries[:2], entries[::-1], [*entries[:2], Entry("c", "s3://x/c", size=1)]]
     assert fingerprint not in [Hasher.fingerprint_of(changed) for changed in changes]
+
+
+@pytest.mark.timeout(30)  # a reader that waits for the writer of a pipe waits forever
+def test_a_named_pipe_in_a_folder_given_as_url_is_an_unreadable_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "z.jpg").write_bytes(b"image")
+    pipe, image = list_entries([f"file://{tmp_path}"], OpenOptions())
+    with pytest.raises(ImageError, match="not a regular file"):
+        Reader(100).read(pipe)
+    assert Reader(100).read(image) == b"image"

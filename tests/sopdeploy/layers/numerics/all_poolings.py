@@ -12,6 +12,8 @@ CHOICES = [
     "isqrt",
     {"kind": "isqrt", "width": 5, "iterations": 3, "prenorm": "frobenius", "compensation": "batch_norm"},
     {"kind": "isqrt", "compensation": "none"},
+    {"kind": "isqrt", "width": 3, "reduction": "linear"},
+    "gap+isqrt",
     "mpncov",
     {"kind": "mpncov", "width": 5, "normalise": "M-Fro"},
     "deepo2p",

@@ -1,0 +1,122 @@
+"""Options of the precision of an export, and the report on types and accuracy."""
+
+from collections import Counter
+from pathlib import Path
+
+from sopdeploy.bundle.manifest import Int8For, Precision
+from sopdeploy.config import NonNegative, StrictModel
+from sopdeploy_export.precision.casts import Calibration, Iteration
+
+
+class PrecisionOptions(StrictModel):
+    """The precision options of an export.
+
+    Attributes:
+        precision: Types in the graph.
+        newton_schulz: Type of the Newton-Schulz matrices between two products; fp16 needs precision fp16.
+        calibrate: Folder of images to measure int8 ranges on.
+        calibration: Method that finds the ranges; None tries all methods until one loses little enough.
+        int8_for: Runtime to quantize for.
+        keep_float: Parts whose convolutions stay in float32.
+        evaluate: Folder of images, one subfolder per class, to measure top-1 before and after.
+        max_drop: Allowed loss in points of top-1 on *evaluate*, or of agreement with float32 on *calibrate*.
+    """
+
+    precision: Precision = "fp32"
+    newton_schulz: Iteration = "fp32"
+    calibrate: Path | None = None
+    calibration: Calibration | None = None
+    int8_for: Int8For = "cpu"
+    keep_float: tuple[str, ...] = ()
+    evaluate: Path | None = None
+    max_drop: NonNegative = 1.0
+
+
+class PartPrecision(StrictModel):
+    """Floating-point types of one part of the network in the exported file.
+
+    `weights` is the type of its weights, None if it has none. `operations` maps each result type to the
+    number of operations.
+    """
+
+    part: str
+    weights: str | None
+    operations: dict[str, int]
+
+
+class Attempt(StrictModel):
+    """One choice of ranges and float32 layers that was tried for int8.
+
+    Attributes:
+        calibration: Method that found the ranges.
+        in_float32: Layers that stay in float32, in addition to those of `--keep-float`.
+        drop: Lost points of top-1, or of agreement without labels.
+    """
+
+    calibration: Calibration
+    in_float32: tuple[str, ...] = ()
+    drop: float
+
+    def __str__(self) -> str:
+        """Describe the attempt in a few words."""
+        count = len(self.in_float32)
+        kept = f" with {count} layers in float32" if count else ""
+        return f"{self.calibration}{kept} {self.drop:.2f}"
+
+
+class Quantization(StrictModel):
+    """The quantization to int8: method and calibration data.
+
+    Attributes:
+        runtime: The runtime that the graph is quantized for.
+        kept: Parts that `--keep-float` keeps in float32.
+        in_float32: Layers that stay in float32 because the accuracy dropped too much with int8 in all layers.
+        calibration: Method that found the ranges.
+        images: Number of calibration images.
+        layers: Number of parts with int8 convolutions.
+        tried: All attempts, in the order in which they were measured.
+    """
+
+    runtime: Int8For
+    kept: tuple[str, ...]
+    in_float32: tuple[str, ...] = ()
+    calibration: Calibration
+    images: int
+    layers: int
+    tried: tuple[Attempt, ...] = ()
+
+
+class Accuracy(StrictModel):
+    """The float32 graph compared with the exported one on the same images.
+
+    Attributes:
+        images: Number of images.
+        before: Top-1 of the float32 graph as a fraction; `None` without labels.
+        after: Top-1 of the exported graph as a fraction; `None` without labels.
+        agree: Number of images with the same top class.
+        low: Lower end of the 95 % confidence interval of the fraction that agrees.
+        high: Upper end of that interval.
+        drop: Lost points of top-1; without labels the percentage of images that disagree, an upper bound.
+    """
+
+    images: int
+    before: float | None
+    after: float | None
+    agree: int
+    low: float
+    high: float
+    drop: float
+
+
+class PrecisionReport(StrictModel):
+    """The content of `precision.json`."""
+
+    precision: Precision
+    newton_schulz: Iteration
+    parts: tuple[PartPrecision, ...]
+    quantisation: Quantization | None = None
+    accuracy: Accuracy | None = None
+
+    def summary(self) -> dict[str, int]:
+        """Count the parts by the type of their weights."""
+        return dict(sorted(Counter(part.weights for part in self.parts if part.weights).items()))

@@ -1,0 +1,95 @@
+"""Store the graph before the rewrite rules in a bundle, and replay the rules in `sopdeploy verify`.
+
+`source.onnx.gz` is that graph. A weight that `model.onnx` also contains, with the same type, shape and bytes,
+is stored without its bytes and with the name that it has there, so the file is small: it holds the operators
+and the weights that a rule folded. A replay needs the packages onnx and onnx_ir, but no torch.
+
+The chain that a replay closes: the root of the certificate is that of the source; the applications in
+`lowering.json` turn the source into a graph whose root is that of `model.onnx`. For fp16 and bf16, the source
+is the network after its conversion, and only parity links it to the certificate. For int8, the rules made the
+graph that was quantized, and nothing is replayed.
+"""
+
+import gzip
+import json
+from pathlib import Path
+
+import onnx
+import pydantic
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.onnx_root import onnx_root
+from sopdeploy.errors import BundleError, CertificateError, LoweringError
+from sopdeploy_export.rewrites.apply import LoweringReport, replay
+
+SOURCE = "source.onnx.gz"
+MOST_BYTES = 2**31 - 1  # of an ONNX file
+
+
+def write_source(folder: Path, source: onnx.ModelProto, exported: onnx.ModelProto) -> None:
+    """Write *source* into *folder*, without the weights that *exported* contains."""
+    known = {_key(tensor): tensor.name for tensor in exported.graph.initializer}
+    stored = onnx.ModelProto()
+    stored.CopyFrom(source)
+    for tensor in stored.graph.initializer:
+        name = known.get(_key(tensor))
+        if name is not None and tensor.raw_data:
+            tensor.ClearField("raw_data")
+            tensor.doc_string = name
+    content = stored.SerializeToString(deterministic=True)
+    (folder / SOURCE).write_bytes(gzip.compress(content, mtime=0))
+
+
+def _key(tensor: onnx.TensorProto) -> tuple[int, tuple[int, ...], bytes]:
+    return tensor.data_type, tuple(tensor.dims), tensor.raw_data
+
+
+def check_lowering(bundle: Bundle) -> str | None:
+    """Replay the rewrite rules of *bundle*; return what was shown, or None if there is nothing to replay.
+
+    Raises `BundleError` if the source is not the certified graph, if a rule does not match, or if the result
+    is not `model.onnx`.
+    """
+    path, advice = bundle.path / SOURCE, "export the bundle again"
+    if SOURCE not in bundle.manifest.files:
+        return None
+    try:
+        report = LoweringReport.model_validate_json((bundle.path / "lowering.json").read_bytes())
+        certified = json.loads((bundle.path / "certificate.json").read_bytes())["roots"]["onnx"]
+        source = _read(path, onnx.load_from_string(bundle.onnx.read_bytes()))
+        found = onnx_root(source)
+        result = onnx_root(replay(source, report.rules))
+    except (
+        pydantic.ValidationError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+        EOFError,
+        DecodeError,
+    ) as error:
+        raise BundleError(f"{path}: cannot be read, or belongs to another bundle; {advice}") from error
+    except (CertificateError, LoweringError) as error:
+        raise BundleError(f"{path}: {error}; {advice}") from error
+    reduced = bundle.manifest.precision != "fp32"
+    if found != report.source_onnx_root or (not reduced and found != certified):
+        raise BundleError(f"{path}: is not the certified graph; {advice}")
+    if result != bundle.manifest.lineage.onnx_root:
+        raise BundleError(f"{path}: {len(report.rules)} rewrite rules do not give model.onnx; {advice}")
+    start = f"the {bundle.manifest.precision} graph" if reduced else "the certified graph"
+    return f"{len(report.rules)} rewrite rules, replayed on {start}, give model.onnx"
+
+
+def _read(path: Path, exported: onnx.ModelProto) -> onnx.ModelProto:
+    """Read the source at *path*, with the weights that *exported* contains."""
+    with gzip.open(path) as file:
+        source = onnx.load_from_string(file.read(MOST_BYTES))
+    weights = {tensor.name: tensor for tensor in exported.graph.initializer}
+    for tensor in source.graph.initializer:
+        if tensor.doc_string:
+            known = weights[tensor.doc_string]
+            if known.data_type != tensor.data_type or known.dims != tensor.dims:
+                raise ValueError(tensor.name)
+            tensor.raw_data, tensor.doc_string = known.raw_data, ""
+    return source

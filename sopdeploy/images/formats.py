@@ -1,0 +1,273 @@
+"""Which image files are accepted: formats, limits, and opening a file without decoding its pixels.
+
+Training, evaluation, `classify`, `predict` and the server open every image here, so that a network is never
+trained on files that the server refuses. Each check is cheaper than the next: size in bytes, file signature,
+header (pixels are counted before any is allocated).
+
+Segments, scans and reads are limited, so that small files cannot take seconds to open. Pillow reads headers
+segment by segment, in Python: 19 MB of empty segments hold the interpreter lock for seconds. Each scan of a
+JPEG visits all of its pixels, so 240 kB of empty scans take half a minute to decode.
+"""
+
+import importlib
+import io
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError, features
+
+from sopdeploy.errors import ImageError
+from sopdeploy.images.avif import frame_sizes
+from sopdeploy.images.limits import MAX_BYTES, MAX_PIXELS
+from sopdeploy.images.pixels import match_transparency
+
+ACCEPTED = "JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and GIF"
+SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"P5": "PPM",
+    b"P6": "PPM",
+}
+FIRST_BYTES = (*SIGNATURES, b"RIFF", b"\0\0")  # of every accepted format; WAV files also begin with RIFF
+REJECTED_SIGNATURES = {
+    b"%PDF": "PDF",
+    b"%!PS": "PostScript",
+    b"8BPS": "PSD",
+    b"\0\0\1\0": "ICO",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    b"<svg": "SVG",
+    b"<?xml": "XML or SVG",
+}
+# Subtypes of media types that are not the name of the format
+ALIASES = {
+    "JPG": "JPEG", "PJPEG": "JPEG", "APNG": "PNG", "X-PNG": "PNG", "X-BMP": "BMP", "X-MS-BMP": "BMP",
+    "HEIC": "HEIF", "HEIC-SEQUENCE": "HEIF", "HEIF-SEQUENCE": "HEIF", "AVIF-SEQUENCE": "AVIF", "TIF": "TIFF",
+    "X-PORTABLE-PIXMAP": "PPM", "X-PORTABLE-GRAYMAP": "PPM", "X-PORTABLE-ANYMAP": "PPM",
+}  # fmt: skip
+AVIF_BRANDS = {b"avif", b"avis"}
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif"}
+
+UNSUPPORTED_FRAMES = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded"}  # by SOF marker
+SCAN, END, SEQUENTIAL = 0xDA, 0xD9, {0xC0, 0xC1}
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of segments with a length; bytes between are skipped
+MARKER_BYTES = 2
+MAX_SCANS = 100  # progressive files have about ten
+MAX_SEGMENTS = 10_000
+TOO_MANY_SEGMENTS = "the image has too many segments"
+MAX_READS = 10_000  # of a small file; a PNG in 8 kB chunks or a GIF in 255-byte blocks needs far fewer
+BYTES_PER_READ = 100
+MAX_BMP_READS = 2_000_000  # a run-length-encoded BMP is decoded in Python, one or two bytes at a time
+# Pillow, unlike libjpeg, fails on Adobe segments shorter than 12 bytes: make them segments that it skips.
+SHORT_ADOBE, SKIPPED_SEGMENT = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)"), b"\xff\xef\\1"
+TIFF_COMPRESSIONS = {"raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate"}
+TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of a TIFF
+ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)  # sizes of the images in a HEIC or AVIF file
+CAMERA = "phones take JPEG with the camera setting `most compatible`"
+
+
+def open_image(body: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open the image file *body* and read its header; `load` of the result decodes the pixels.
+
+    Raises `ImageError` for a file that is not accepted, is too large, or has a damaged header.
+    """
+    if len(body) > max_bytes:
+        raise too_large_error(max_bytes)
+    kind = image_format(body)
+    try:
+        image = _open(body, kind)
+        sizes = [image.size, *_inner_sizes(image, body, kind)]
+        width, height = max(sizes, key=lambda size: size[0] * size[1])
+        if width * height > max_pixels:
+            message = f"{width} x {height} is more than {max_pixels} pixels, the limit"
+            raise ImageError(message, code="too_many_pixels", status=413)
+        match_transparency(image)
+    except Exception as error:  # untrusted bytes: a parser may raise anything
+        raise image_error(error, max_pixels) from error
+    return image
+
+
+def load_pixels(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode the pixels of an opened *image* in place and return it; raises `ImageError`."""
+    size = image.size
+    try:
+        image.load()
+        check_decoded_size(image, size)
+    except Exception as error:  # untrusted bytes: a decoder may raise anything
+        raise image_error(error, max_pixels) from error
+    return image
+
+
+def check_decoded_size(image: Image.Image, size: tuple[int, int]) -> None:
+    """Raise `ValueError` if a decoded AVIF or HEIC file has another size than its header said."""
+    if image.format in {"AVIF", "HEIF"} and image.size != size:
+        raise ValueError(f"decoded {image.size}, but the header says {size}")
+
+
+def image_error(error: Exception, max_pixels: int = MAX_PIXELS) -> ImageError:
+    """Convert the *error* of a parser or decoder to an `ImageError`."""
+    if isinstance(error, ImageError):
+        return error
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        message = f"the image has more than {max_pixels} pixels, the limit"
+        return ImageError(message, code="too_many_pixels", status=413)
+    if isinstance(error, MemoryError):
+        return ImageError("the image needs too much memory", code="too_many_pixels", status=413)
+    if isinstance(error, EOFError) or "truncated" in str(error).lower():
+        return ImageError("the image is truncated", code="truncated_image", status=422)
+    return ImageError("the image is damaged", code="damaged_image", status=422)
+
+
+def too_large_error(max_bytes: int) -> ImageError:
+    """Build the error of a file or body longer than *max_bytes*."""
+    return ImageError(f"larger than {max_bytes} bytes, the limit", code="too_large", status=413)
+
+
+def image_format(body: bytes) -> str:
+    """Detect the format of *body*, as Pillow names it; raise `ImageError` if it is not accepted."""
+    if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
+        return "WEBP"
+    if body[4:8] == b"ftyp" and (kind := _brand(body)):
+        return kind
+    for signature, name in REJECTED_SIGNATURES.items():
+        if body.startswith(signature):
+            message = f"{name} files are not accepted; use {ACCEPTED}"
+            raise ImageError(message, code="unsupported_format", status=415)
+    for signature, kind in SIGNATURES.items():
+        if body.startswith(signature):
+            if kind == "JPEG":
+                _check_jpeg_segments(body)
+            return kind
+    raise ImageError(f"this is not an image; use {ACCEPTED}", code="not_an_image", status=415)
+
+
+def _brand(body: bytes) -> str:
+    """Detect HEIC and AVIF by the brands of an ISO base media file; empty for other files."""
+    length = min(int.from_bytes(body[:4], "big"), 256)
+    brands = {body[8:12], *(body[place : place + 4] for place in range(16, length, 4))}
+    if body[8:12] not in AVIF_BRANDS | HEIF_BRANDS:
+        return ""
+    return "AVIF" if brands & AVIF_BRANDS else "HEIF"
+
+
+def _unsupported(message: str) -> ImageError:
+    return ImageError(message, code="unsupported_format", status=415)
+
+
+def prepare_decoders() -> None:
+    """Import the decoders that this installation has; a process without files must do this before."""
+    for register in (_use_avif, _use_heif):
+        try:
+            register()
+        except ImageError:
+            continue
+
+
+def _use_avif() -> None:
+    """Import Pillow's decoder of AVIF, with one thread per image; raise `ImageError` without it."""
+    if not features.check("avif"):
+        raise _unsupported(
+            "AVIF: this build of Pillow does not read it; install Pillow 11.3 or later, or convert the image"
+        )
+    plugin: Any = importlib.import_module("PIL.AvifImagePlugin")
+    plugin.DEFAULT_MAX_THREADS = 1
+
+
+def _use_heif() -> None:
+    """Import pillow-heif, with one thread per image and without thumbnails; raise `ImageError` without it."""
+    if "HEIF" in Image.OPEN:
+        return
+    try:
+        pillow_heif = importlib.import_module("pillow_heif")
+    except ImportError as error:
+        raise _unsupported(
+            f'HEIC needs pillow-heif, which is not installed; run: pip install "sopdeploy[heif]" ({CAMERA})'
+        ) from error
+    options = {"decode_threads": 1, "thumbnails": False, "depth_images": False, "aux_images": False}
+    pillow_heif.register_heif_opener(**options)
+
+
+def _open(body: bytes, kind: str) -> Image.Image:
+    """Read the header with Pillow, if needed without short Adobe segments, which only Pillow rejects."""
+    if kind == "AVIF":
+        _use_avif()
+    if kind == "HEIF":
+        _use_heif()
+    reader = LimitedReader(body)
+    reader.reads = MAX_BMP_READS if kind == "BMP" else MAX_READS + len(body) // BYTES_PER_READ
+    try:
+        image = Image.open(reader, formats=(kind,))
+    except UnidentifiedImageError:
+        plain = SHORT_ADOBE.sub(SKIPPED_SEGMENT, body)
+        if kind != "JPEG" or plain == body:
+            raise
+        return _open(plain, kind)
+    compression = image.info.get("compression")
+    if kind == "TIFF" and compression not in TIFF_COMPRESSIONS:
+        raise _unsupported(f"TIFF files compressed with {compression} are not accepted; use LZW or deflate")
+    if kind == "PPM" and [tile[0] for tile in image.tile] != ["raw"]:
+        raise _unsupported("PPM files with other than 256 or 65536 levels are not accepted; use PNG")
+    return image
+
+
+def _inner_sizes(image: Image.Image, body: bytes, kind: str) -> Iterator[tuple[int, int]]:
+    """Yield the sizes of parts that a decoder allocates: tiles of a TIFF, images in a HEIC or AVIF file."""
+    if kind == "TIFF":
+        tags = getattr(image, "tag_v2", {})
+        yield int(tags.get(TILE_WIDTH, 0)), int(tags.get(TILE_LENGTH, 0))
+    if kind in {"AVIF", "HEIF"}:
+        for width, height in ITEM_SIZE.findall(body):
+            yield int.from_bytes(width, "big"), int.from_bytes(height, "big")
+    if kind == "AVIF":
+        yield from frame_sizes(body)
+
+
+def _check_jpeg_segments(body: bytes) -> None:
+    """Raise `ImageError` for too many segments or scans and for rare codings.
+
+    Not every build of libjpeg reads lossless and arithmetic-coded files.
+    """
+    scans = components = 0  # `components` of a sequential file, which may hold all of them in one scan
+    for number, (marker, start) in enumerate(jpeg_segments(body)):
+        if marker in UNSUPPORTED_FRAMES and number < MAX_SEGMENTS:
+            raise _unsupported(f"{UNSUPPORTED_FRAMES[marker]} JPEG files are not accepted; use {ACCEPTED}")
+        if marker in SEQUENTIAL:
+            components = int.from_bytes(body[start + 7 : start + 8], "big")
+        last = marker == END or (marker == SCAN and body[start + 2 : start + 3] == bytes([components]))
+        scans += marker == SCAN and not last
+        if number == MAX_SEGMENTS or scans > MAX_SCANS:
+            raise ImageError(TOO_MANY_SEGMENTS, code="damaged_image", status=422)
+        if last:
+            return
+
+
+def jpeg_segments(body: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the marker of each JPEG segment and the position of its length.
+
+    The search for the segment after a scan skips the data of the scan.
+    """
+    position = 2
+    while found := MARKER.search(body, position):
+        position = found.end()
+        yield body[position - 1], position
+        position += int.from_bytes(body[position : position + 2], "big")
+
+
+class LimitedReader(io.BytesIO):
+    """The bytes of a file; `read` raises `ImageError` after *reads* calls."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next *size* bytes."""
+        self.reads -= 1
+        if self.reads < 0:
+            raise ImageError(TOO_MANY_SEGMENTS, code="damaged_image", status=422)
+        return super().read(size)

@@ -1,0 +1,243 @@
+"""Networks with a head on first-order and second-order statistics: `head:NAME` for every network NAME.
+
+The head replaces the classifier. Its input are, one after the other:
+
+- `gap`: the vector that the network's own classifier reads, such as the average of the last feature map, or
+  the class token of a transformer,
+- `mean`: the averages of the feature maps at the taps, such as the mean of a transformer's patch tokens,
+- `isqrt`: the square roots of the covariances of these maps (iSQRT-COV) after a projection to few channels.
+
+One linear layer computes the logits. The tensors of the network keep their names, so its weight files fit;
+those of the head are under `pooled_head`.
+
+Letters: B images, C channels, H height, W width, d channels after the projection, D length of the vector.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.errors import ConfigError
+from sopdeploy.layers.covariance import at_least_float32
+from sopdeploy.layers.export_hints import ExportHints
+from sopdeploy.layers.isqrt_cov import sufficient_iterations
+from sopdeploy.layers.newton_schulz import Iterations, NewtonSchulzOptions
+from sopdeploy.layers.pooling.covariance import ISqrtPooling, ISqrtPoolingConfig
+from sopdeploy.layers.pooling.projection import PrincipalComponents
+from sopdeploy.models.base import Classifier, Entry
+
+POOLED_HEAD = "pooled_head"
+SMALLEST_SQUARE = 1e-12  # of a distance, whose gradient would otherwise be infinite at 0
+HeadKind = Literal["gap", "isqrt", "gap+isqrt", "gap+mean", "gap+mean+isqrt"]
+
+
+class HeadConfig(NewtonSchulzOptions):
+    """The head of `head:NAME`; `kind` names its statistics, joined by "+".
+
+    `taps` are the feature maps: stages or blocks of a network of the catalog or of timm, modules of a network
+    of the user; by default the last one. `width` is d; a map of fewer channels is not projected.
+    `compensation` multiplies the root by the square root of the trace ("norm") or leaves it the root of the
+    covariance divided by its trace ("none"). `distance` adds the distance of the vector from a stored mean.
+    """
+
+    kind: HeadKind = "gap+isqrt"
+    taps: tuple[str, ...] | None = pydantic.Field(default=None, min_length=1)
+    width: Annotated[int, pydantic.Field(ge=1)] = 48
+    iterations: Iterations = 7
+    compensation: Literal["norm", "none"] = "none"
+    distance: bool = False
+
+    @pydantic.field_validator("taps")
+    @classmethod
+    def _taps_differ(cls, taps: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if taps is not None and len(set(taps)) != len(taps):
+            raise ValueError("two taps are the same")
+        return taps
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The statistics in the order of the vector."""
+        return tuple(self.kind.split("+"))
+
+    def pooling(self) -> ISqrtPoolingConfig:
+        """Build the config of the covariance pooling of one tap."""
+        return ISqrtPoolingConfig(
+            width=self.width,
+            iterations=self.iterations,
+            prenorm=self.prenorm,
+            compensation=self.compensation,
+            reduction="linear",
+        )
+
+
+class PooledHead(nn.Module, ExportHints):
+    """Map the network's own vector (B, D_0) and feature maps (B, C, H, W) by tap to (B, classes) logits.
+
+    Attributes:
+        poolings: One `ISqrtPooling` per tap, by the name of the tap with "_" for "."; empty without `isqrt`.
+        center, scale: With `distance`, the vector x is followed by the norm of (x - center) * scale. An equal
+            negative weight of it in all logits lowers the energy of images that are unlike the training
+            images, and does not change the probabilities.
+        fc: The linear classifier of the vector.
+    """
+
+    keep_float32 = True
+    center: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, config: HeadConfig, own_length: int, channels: Mapping[str, int], num_classes: int
+    ) -> None:
+        super().__init__()
+        self.config, self.channels = config, dict(channels)
+        lengths = {"gap": own_length, "mean": sum(channels.values()), "isqrt": 0}
+        self.poolings = nn.ModuleDict()
+        if "isqrt" in config.parts:
+            for tap, count in channels.items():
+                pooling = config.pooling().build(count)
+                self.poolings[tap.replace(".", "_")] = pooling
+                lengths["isqrt"] += pooling.out_features
+        length = sum(lengths[part] for part in config.parts)
+        if config.distance:
+            self.register_buffer("center", torch.zeros(length))
+            self.register_buffer("scale", torch.ones(length))
+        self.fc = nn.Linear(length + config.distance, num_classes)
+
+    def vector(self, own_BD: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
+        """Concatenate the statistics to (B, D), float32 or float64."""
+        statistics: list[Tensor] = []
+        for part in self.config.parts:
+            if part == "gap":
+                statistics.append(at_least_float32(own_BD))
+            elif part == "mean":
+                statistics += [at_least_float32(maps[tap]).mean(dim=(2, 3)) for tap in self.channels]
+            else:
+                statistics += [self.pooling(tap)(maps[tap]) for tap in self.channels]
+        vector_BD = torch.cat(statistics, dim=1) if len(statistics) > 1 else statistics[0]
+        if not self.config.distance:
+            return vector_BD
+        square_B1 = ((vector_BD - self.center) * self.scale).square().sum(dim=1, keepdim=True)
+        return torch.cat([vector_BD, square_B1.clamp_min(SMALLEST_SQUARE).sqrt()], dim=1)
+
+    def pooling(self, tap: str) -> ISqrtPooling:
+        """Return the covariance pooling of *tap*."""
+        pooling: Any = self.poolings[tap.replace(".", "_")]
+        found: ISqrtPooling = pooling
+        return found
+
+    def forward(self, own_BD: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
+        """Compute the (B, classes) logits."""
+        logits: Tensor = self.fc(self.vector(own_BD, maps))
+        return logits
+
+    def fit_projection(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Set the projection of every tap to the principal components of its maps, batch by batch.
+
+        *batches* give maps (B, C, H, W) by tap, as `head_inputs` returns them. A tap with at most `width`
+        channels has no projection. Raises `DataError` without maps, or if they have NaN or infinite values.
+        """
+        projected = {tap: n for tap, n in self.channels.items() if self.poolings and n > self.config.width}
+        sums = {tap: PrincipalComponents(channels) for tap, channels in projected.items()}
+        for maps in batches if sums else ():
+            for tap, found in sums.items():
+                found.add(maps[tap])
+        with torch.no_grad():
+            for tap, found in sums.items():
+                convolution: Any = self.pooling(tap).layer_reduce
+                convolution.weight.copy_(found.components(self.config.width)[:, :, None, None])
+
+    def sufficient_iterations(self, maps: Mapping[str, Tensor]) -> int:
+        """Choose N for the projected *maps* (B, C, H, W) by tap, by `isqrt_cov.sufficient_iterations`."""
+        found = (
+            sufficient_iterations(self.pooling(tap).reduce(maps[tap]), self.config.prenorm)
+            for tap in self.channels
+            if self.poolings
+        )
+        return max(found, default=self.config.iterations)
+
+
+class SecondOrderHead(Classifier):
+    """Mixin that replaces the classifier of a network by a `PooledHead`; put it before the network's class.
+
+    Attributes:
+        base: The catalog entry of the network.
+        maps: Channels of the feature maps that the head reads, by tap.
+    """
+
+    base: ClassVar[Entry]
+    inference_class = None
+    inference_config = None
+
+    def __init__(self, config: Any, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        head: HeadConfig = config.head
+        self.maps: dict[str, int] = {}
+        if head.parts != ("gap",):
+            self.maps = self.map_channels(head.taps, self.base.image_size)
+        self.averages_last_map = super().averaged_classifier() is not None
+        own_length = self.remove_classifier(self.base.image_size)
+        self.pooled_head = PooledHead(head, own_length, self.maps, num_classes)
+
+    def num_features(self) -> int:
+        """Return the length D of the vector."""
+        return self.pooled_head.fc.in_features
+
+    def logits_layer(self) -> nn.Linear:
+        """Return the linear layer of the head."""
+        return self.pooled_head.fc
+
+    def averaged_classifier(self) -> nn.Linear | None:
+        """Return the linear layer if the logits are a linear function of the mean of the last feature map."""
+        exact = self.averages_last_map and self.pooled_head.config.kind == "gap"
+        return self.pooled_head.fc if exact else None
+
+    def own_vector(self, features: Tensor) -> Tensor:
+        """Compute the vector (B, D_0) of the network's own pooling from the output of `features`."""
+        return super().classify(features)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Compute (B, classes) logits from the output of `features`; only the kind `gap` needs no taps."""
+        logits: Tensor = self.pooled_head(self.own_vector(features), {})
+        return logits
+
+    def head_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute what the head reads: the network's own vector (B, D_0), and maps (B, C, H, W) by tap."""
+        last, tapped = self.features(images, self.maps)
+        return self.own_vector(last), dict(zip(self.maps, tapped, strict=True))
+
+    def forward(self, images: Tensor) -> Any:
+        """Compute (B, classes) logits."""
+        return self.pooled_head(*self.head_inputs(images))
+
+
+def head_entry(name: str, base: Entry) -> Entry:
+    """Build the entry of `head:NAME` for the network *name* with the entry *base*.
+
+    Its config has the options of the network, and `head`. Raises `ConfigError` for a network with
+    training-only parts.
+    """
+    if base.network.training_only:
+        raise ConfigError(
+            f"head:{name}: {name} has training-only parts; use the network without them, such as "
+            f"head:{name.removeprefix('dsop-')}"
+        )
+    config = pydantic.create_model(
+        f"Head{base.config.__name__}", __base__=base.config, head=(HeadConfig, HeadConfig())
+    )
+    network: Any = type(f"Head{base.network.__name__}", (SecondOrderHead, base.network), {"base": base})
+    return Entry(
+        network,
+        config,  # type: ignore[arg-type]
+        base.defaults,
+        f"{base.summary}, first-order and second-order head",
+        base.image_size,
+        base.num_classes,
+    )
+
+
+def head_name(name: str) -> str:
+    """Return the name of the network *name*, without the branches of `dsop-NAME`, with a head."""
+    return f"head:{name.removeprefix('head:').removeprefix('dsop-')}"

@@ -1,0 +1,93 @@
+"""The score of the best epoch on held-out images, although the same images select this epoch.
+
+The score of the epoch that some images select is too high on these images. Therefore, resamples of the images
+select an epoch, and the images outside of each resample measure it (bootstrap bias corrected
+cross-validation: Tsamardinos et al., Machine Learning 107, 2018). This needs the predictions of all epochs
+for all images, which runs record for the raw weights and at most `MAX_IMAGES` images.
+
+Letters: N images, E epochs, B resamples.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.training.diagnostics import EpochRow, best_epoch
+
+RESAMPLES = 1000
+
+
+class HeldOutEstimate(StrictModel):
+    """Top-1 accuracy or mAP of the exported network on `count` held-out images.
+
+    Attributes:
+        top1: Accuracy with its 95 % interval; `None` with several classes per image.
+        map: Mean average precision; only with several classes per image.
+        selected_by: The images that select the measured epoch: none (`nothing`), `other images`, or the
+            `same images`. The score is too high in the last case only.
+    """
+
+    top1: Rate | None = None
+    map: Fraction | None = None
+    count: int
+    selected_by: Literal["nothing", "other images", "same images"]
+
+    @property
+    def score(self) -> float:
+        """The accuracy or mAP."""
+        score = self.map if self.top1 is None else self.top1.share
+        assert score is not None  # noqa: S101  # one of the two is set
+        return score
+
+    def describe(self) -> str:
+        """Describe the score, its interval and its bias in one line."""
+        score = f"{'mAP' if self.top1 is None else 'top-1'} {100 * self.score:.1f} %"
+        interval = ""
+        if self.top1 is not None:
+            interval = f" (95 % interval {100 * self.top1.low:.0f} to {100 * self.top1.high:.0f} %)"
+        note = {
+            "nothing": "",
+            "other images": ", corrected for their choice of the epoch",
+            "same images": ", too high: they also select the epoch",
+        }[self.selected_by]
+        return f"{score}{interval} of {self.count} held-out images{note}"
+
+
+def estimate_best(
+    history: Sequence[EpochRow], *, frozen_backbone: bool = False, exports_average: bool = False
+) -> HeldOutEstimate:
+    """Estimate the score of the best epoch of *history*, which has at least one epoch.
+
+    With *frozen_backbone*, the exported network is the same in all epochs. With *exports_average*, the
+    recorded predictions are not those of the exported weights.
+    """
+    figures = best_epoch(history, frozen_backbone=frozen_backbone).figures
+    alone = len(history) == 1 or frozen_backbone
+    if figures.score_name == "mAP":
+        by: Literal["nothing", "same images"] = "nothing" if alone else "same images"
+        return HeldOutEstimate(map=figures.score, count=figures.count, selected_by=by)
+    right, count = round(figures.score * figures.count), figures.count
+    if alone:
+        return HeldOutEstimate(top1=Rate.of(right, count), count=count, selected_by="nothing")
+    recorded = [row.sight.right for row in history if row.sight is not None]
+    complete = len(recorded) == len(history) and all(len(one) == count for one in recorded)
+    if exports_average or not complete or count < 2:
+        return HeldOutEstimate(top1=Rate.of(right, count), count=count, selected_by="same images")
+    right_EN = np.array([[image == "1" for image in one] for one in recorded])
+    score = corrected_score(right_EN)
+    return HeldOutEstimate(top1=Rate.of(round(score * count), count), count=count, selected_by="other images")
+
+
+def corrected_score(right_EN: NDArray[np.bool_]) -> float:
+    """Estimate the accuracy of the best of E epochs from their right predictions for the same N images."""
+    count = right_EN.shape[1]
+    resamples_BN = np.random.default_rng(0).multinomial(count, [1 / count] * count, RESAMPLES)
+    selected_B = (resamples_BN @ right_EN.T).argmax(axis=1)
+    outside_BN = resamples_BN == 0
+    measured_B = outside_BN.sum(axis=1)
+    found_B = (right_EN[selected_B] & outside_BN).sum(axis=1)[measured_B > 0] / measured_B[measured_B > 0]
+    return float(found_B.mean())

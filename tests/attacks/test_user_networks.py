@@ -1,0 +1,141 @@
+"""Networks of users that compute something else than their graph are refused; others are exported unchanged.
+
+The slow tests compare every exported file with the network in Python, on images that no export has seen.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from sopdeploy.errors import SopdeployError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import Normalize
+from sopdeploy_export.pipeline import ExportOptions
+from sopdeploy_export.user_network.export_network import export_network
+from sopdeploy_service.commands.verify import verify
+from tests import quick_torch
+from tests.attacks import user_networks as u
+from tests.export.once import ALONE
+
+SIDE = 12
+PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
+TOLERANCE = 1e-4  # of the largest logit
+BATCHES = (1, 2, 3, 5)
+QUICK = ExportOptions(batch=ALONE)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with quick_torch.one_thread():
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
+def export(network: nn.Module, plain: Any, destination: Path, **options: Any) -> Path:
+    exported = export_network(
+        network,
+        plain=plain,
+        training_only=["branches"],
+        labels=list("abcd"),
+        preprocess=PREPROCESS,
+        destination=destination,
+        name="small",
+        **options,
+    )
+    return exported.path
+
+
+def build(make: Callable[..., nn.Module]) -> nn.Module:
+    network = make()
+    u.trained(getattr(network, "_orig_mod", network))
+    return network
+
+
+MESSAGES = {
+    "STATE": r"writes to \S+ while it runs|^\S+ changes while the trained network runs|cannot be captured",
+    "COPIES": r"a copy of the network .* computes something else|compiled with a backend of its own|"
+    r"cannot be copied: RuntimeError: a copy of a copy|is not the plain one|still has it",
+    "SIZES": r"larger batches is not the network for a batch of one|treats some batch sizes differently|"
+    r"Python code .* reads tensors \(is_contiguous in",
+    "MEMORY": r"reads memory with as_strided|out of bounds for storage|Python code .* reads tensors|bfloat16|"
+    r"torch\.set_default_dtype\(torch\.float64\) is active",
+    "CONSTANTS": r"is no parameter or buffer, .* use ModuleList",
+}
+FAST = (
+    *u.STATE, "__getstate__ drops an attribute", "__setstate__ changes a weight",
+    "a backend of Module.compile", "a backend of torch.compile", "the second copy fails", "the size is 1",
+    "the size is above 40", "as_strided on a transposed attribute", "the layout of the images",
+    "a value behind try", "bfloat16 in forward", "a default type", "layers in nested lists",
+    "a layer behind __getattr__",
+)  # fmt: skip
+ATTACKS = [
+    pytest.param(group, name, id=name, marks=() if name in FAST else pytest.mark.slow)
+    for group in MESSAGES
+    for name in getattr(u, group)
+]
+
+
+@pytest.mark.parametrize(("group", "name"), ATTACKS)
+def test_network_that_is_not_its_graph_is_refused_in_one_line(group: str, name: str, tmp_path: Path) -> None:
+    make = getattr(u, group)[name]
+    network = build(make)
+    plain = None if group == "CONSTANTS" or not isinstance(make, type) else lambda: make(branch=False)
+    with pytest.raises(SopdeployError, match=MESSAGES[group]) as error:
+        export(network, plain, tmp_path, **({} if group == "SIZES" else {"options": QUICK}))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def unseen_images() -> NDArray[np.uint8]:
+    """Generate saturated colors, noise and binary images: uint8 (N, 12, 12, 3)."""
+    random = np.random.default_rng(1)
+    colors = [np.full((SIDE, SIDE, 3), color, np.uint8) for color in itertools.product((0, 255), repeat=3)]
+    noise = random.integers(0, 256, (8, SIDE, SIDE, 3), dtype=np.uint8)
+    binary = 255 * random.integers(0, 2, (9, SIDE, SIDE, 3), dtype=np.uint8)
+    return np.concatenate([colors, noise, binary])
+
+
+def largest_difference(network: nn.Module, file: Path) -> float:
+    """Compare *file* with *network* in batches of 1, 2, 3 and 5, relative to the largest logit."""
+    session, images, normalize = ort.InferenceSession(str(file)), unseen_images(), Normalize(PREPROCESS)
+    differences, largest = [], 0.0
+    for size in BATCHES:
+        for start in range(0, len(images) - size + 1, size):
+            batch = images[start : start + size]
+            with torch.no_grad():
+                expected = network(normalize(torch.from_numpy(batch)).contiguous()).numpy()
+            differences.append(np.abs(session.run(None, {"images": batch})[0] - expected).max())
+            largest = max(largest, float(np.abs(expected).max()))
+    return float(max(differences)) / largest
+
+
+def test_unseen_images_exceed_the_bound_of_the_attacks() -> None:
+    network = build(u.Small)
+    images = Normalize(PREPROCESS)(torch.from_numpy(unseen_images()))
+    assert (network(images).amax(1) > u.Small.limit).sum() > 2
+
+
+USUAL = ("a cache of a weight", "a transposed weight", "a choice by value")
+VALID = [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in u.VALID]
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_valid_network_is_exported_and_its_file_computes_the_same(name: str, tmp_path: Path) -> None:
+    make = u.VALID[name]
+    network = build(make)
+    file = export(network, lambda: make(branch=False), tmp_path) / "model.onnx"
+    assert largest_difference(network, file) < TOLERANCE
+
+
+def test_constants_are_exported_if_the_user_allows_them(tmp_path: Path) -> None:
+    network = build(u.CONSTANTS["layers in nested lists"])
+    path = export(network, None, tmp_path, options=QUICK, allow_constants=True)
+    assert verify(path).replays

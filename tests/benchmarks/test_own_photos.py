@@ -1,0 +1,103 @@
+"""The comparison of `benchmarks/own_photos.py`: draws, peers in other environments, statistics, chart."""
+
+import json
+import sys
+from pathlib import Path
+
+import own_photos
+import pytest
+from PIL import Image
+
+CLASSES = ("hat", "shoes")
+# A peer that knows the classes of the test files, except for shoes that it takes for hats.
+ANSWERING = f"""#!{sys.executable}
+import json, os, sys
+program, request, answer = sys.argv[1:]
+asked = json.load(open(request))
+assert os.environ["OMP_NUM_THREADS"] == "1" and program.endswith("fastai_fine_tune.py")
+assert len(asked["train"]) == 4 and asked["network"] == "tf_efficientnet_lite0"
+json.dump({{"seconds": 12.5, "predicted": ["hat" for file in asked["test"]]}}, open(answer, "w"))
+"""
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for part, count in (("train", 5), ("validation", 3)):
+        for label in CLASSES:
+            folder = tmp_path / "photos" / part / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def arguments(photos: Path, *more: str) -> list[str]:
+    weights = photos.parent / "weights.pth"
+    weights.touch()
+    return [
+        "--data", str(photos), "--weights", str(weights), "--cache", str(photos.parent / "cache"), *more
+    ]  # fmt: skip
+
+
+def store(cache: Path, tool: str, accuracies: tuple[float, ...], seconds: float) -> None:
+    cache.mkdir(exist_ok=True)
+    for draw, accuracy in enumerate(accuracies):
+        found = {"accuracy": accuracy, "seconds": seconds + draw}
+        (cache / f"{tool}-10-{draw}.json").write_text(json.dumps(found))
+
+
+def test_a_larger_draw_contains_the_smaller_one_and_draws_differ(photos: Path) -> None:
+    small, large, other = (own_photos.draw(photos, n, seed) for n, seed in ((2, 0), (4, 0), (2, 1)))
+    assert [label for _, label in small] == ["hat", "hat", "shoes", "shoes"]
+    assert set(small) < set(large)
+    assert own_photos.draw(photos, 2, 0) == small != other
+
+
+def test_a_peer_runs_in_its_own_environment_and_its_result_is_kept(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = photos.parent / "python"
+    python.write_text(ANSWERING)
+    python.chmod(0o755)
+    given = arguments(photos, "--tools", "fastai", "--per-class", "2", "--draws", "1")
+    assert own_photos.main([*given, "--fastai-python", str(python)]) == 0
+    assert "| fastai fine_tune | 2 | 1 | 50.0 | | 12 |" in capsys.readouterr().out
+    python.unlink()
+    assert own_photos.main(given) == 0, "a kept result needs no peer"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tools", "fastai"], "error: fastai: give --fastai-python PYTHON, of an environment that"),
+        (["--tools", "autogluon-svm"], "error: autogluon-svm: give --autogluon-python PYTHON"),
+        (["--tools", "probe", "--per-class", "6"], "hat: 5 photographs, 6 are drawn; use fewer"),
+    ],
+)
+def test_what_is_missing_is_one_line(
+    photos: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        own_photos.main(arguments(photos, "--per-class", "2", *more))
+    assert message in capsys.readouterr().err
+
+
+def test_differences_are_paired_by_draw_and_the_tuning_draw_is_left_out(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = photos.parent / "cache"
+    store(cache, "sopdeploy", (70.0, 80.0, 75.0), 20)
+    store(cache, "probe", (69.0, 79.0, 74.0), 10)
+    store(cache, "fastai", (60.0,), 100)
+    (cache / f"probe-10-{own_photos.TUNING_DRAW}.json").write_text('{"accuracy": 1, "seconds": 1}')
+    chart = photos.parent / "chart.svg"
+    assert own_photos.main(arguments(photos, "--draws", "0", "--chart", str(chart))) == 0
+    table = capsys.readouterr().out
+    assert table.splitlines()[2:] == [
+        "| sopdeploy train | 10 | 3 | 75.0 ± 12.4 | | 21 |",
+        "| logistic regression | 10 | 3 | 74.0 ± 12.4 | +1.0 ± 0.0 | 11 |",
+        "| fastai fine_tune | 10 | 1 | 60.0 | +10.0 (one draw) | 100 |",
+    ]
+    drawn = chart.read_text()
+    assert "fastai fine_tune: 10 per class 60.0 % in 100 s" in drawn
+    assert drawn == own_photos.chart(own_photos.read_table(table)) + "\n"

@@ -1,0 +1,55 @@
+"""A network with ImageNet weights is trained on real photographs, quantized, verified and used."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sopdeploy
+from sopdeploy.bundle.manifest import Int8For
+from sopdeploy_export.pipeline import Exported, ExportOptions, export
+from sopdeploy_export.precision.report import PrecisionOptions
+from sopdeploy_service.commands.verify import verify
+from sopdeploy_service.settings import Settings
+from tests.real.conftest import LITE0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(lite0_file: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network for four kinds of clothing, on the frozen Lite0."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    return sopdeploy.train(photos, out=out, weights=lite0_file, **{"model.name": LITE0}).best
+
+
+def int8(checkpoint: Path, photos: Path, folder: Path, runtime: Int8For) -> Exported:
+    options = PrecisionOptions(precision="int8", calibrate=photos, int8_for=runtime, max_drop=4)
+    return export(checkpoint, folder, ExportOptions(precision=options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["cpu", "tensorrt"])
+def test_int8_agrees_with_float32_on_all_but_one_photograph(
+    checkpoint: Path, photos: Path, tmp_path: Path, runtime: Int8For
+) -> None:
+    found = int8(checkpoint, photos, tmp_path, runtime)
+    assert found.precision.accuracy is not None
+    assert found.precision.accuracy.images - found.precision.accuracy.agree <= 1
+    assert found.precision.quantisation is not None
+    assert found.precision.quantisation.in_float32 == ()
+    assert verify(found.path, Settings(threads=1)).golden == 3
+
+
+@pytest.mark.slow
+def test_half_precision_with_class_maps_classifies_a_folder(
+    lite0_file: Path, photos: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"model.name": LITE0, "few_shot.heads": ["gap"]}
+    run = sopdeploy.train(photos, out=tmp_path / "run", weights=lite0_file, **settings)
+    exported = sopdeploy.export(run.best, tmp_path / "bundles", precision="fp16", with_cam=True)
+    assert verify(exported.path, Settings(threads=1)).golden == 3
+    assert exported.parity.class_maps is not None
+
+    found = sopdeploy.evaluate(exported.path, photos)
+    assert found.metrics.top1.share > 0.9
+    summary = sopdeploy.classify(exported.path, photos, tmp_path / "rows", workers=1)
+    assert (summary.images, summary.errors) == (32, 0)

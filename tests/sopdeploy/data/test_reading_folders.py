@@ -1,0 +1,193 @@
+"""What people's folders look like: names of parts, junk, nested classes, missing classes, long lists."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import sopdeploy
+from sopdeploy.checkpoint import Checkpoint, write_checkpoint
+from sopdeploy.cli.app import app
+from sopdeploy.data.base import Split
+from sopdeploy.data.check import check
+from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.folder_store import OpenOptions
+from sopdeploy.errors import DataError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.registry import create_model
+from tests.sopdeploy.data.small_data import tar_of, write_classes
+from tests.sopdeploy.data.test_data_folder import make
+
+PETS = {"cats": 3, "dogs": 3}
+
+
+def below(*parts: str) -> dict[str, int]:
+    """So many images of every pet, below each of the folders *parts*."""
+    return {f"{part.replace('/', '__')}__{name}": count for part in parts for name, count in PETS.items()}
+
+
+def open_logged(path: Path) -> tuple[Split, str]:
+    lines: list[str] = []
+    split = open_folder(FolderConfig(kind="folder", path=path), OpenOptions(log=lines.append))
+    return split, "\n".join(lines)
+
+
+LAYOUTS = [
+    below("Training", "Validation"),
+    below("Train", "Val"),
+    below("TRAIN", "eval"),
+    below("seg_train/seg_train", "seg_test/seg_test"),
+    below("training_set/training_set", "test_set/test_set"),
+    below("train-images", "dev"),
+    below("trainset", "testset"),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["-".join(sorted(layout)[:1]) for layout in LAYOUTS])
+def test_the_usual_names_of_parts_are_recognized_in_any_case(tmp_path, layout, packed) -> None:
+    path = make(tmp_path / "photos", **layout)
+    if packed:
+        path = tar_of(path, tmp_path / "photos.tar")
+    split, log = open_logged(path)
+    assert (split.train.labels, len(split.train), len(split.held_out)) == (("cats", "dogs"), 6, 6)
+    assert (split.divided, log) == (False, "")
+    assert [part.count for part in check(path).parts] == [6, 6]
+    used: list[str] = []
+    assert len(open_evaluation_images(path, ("cats", "dogs"), log=used.append)) == 6
+    assert used[0].endswith(": the images in this folder are used")
+
+
+UNCLEAR = [
+    (
+        below("train", "val", "test") | {"extra__new": 2},
+        (6, 6),
+        "training uses train and val only, not test, extra",
+    ),
+    (PETS | {"test": 3}, (6, 3), "test counts as a class, because there is no folder train"),
+    ({"train": 3, "car": 3}, (4, 2), ""),
+    (
+        {"animals__cats": 3, "animals__dogs": 2, "plants": 3},
+        (6, 2),
+        "count as images of that class: animals/cats, animals/dogs; move these folders up if they are",
+    ),
+]
+
+
+@pytest.mark.parametrize(("counts", "sizes", "line"), UNCLEAR, ids=[line[:20] for *_, line in UNCLEAR])
+def test_folders_that_may_be_a_mistake_are_named(tmp_path, counts, sizes, line) -> None:
+    split, log = open_logged(make(tmp_path, **counts))
+    assert (len(split.train), len(split.held_out)) == sizes
+    assert line in log
+    assert log.count("\n") == 0
+    assert "\n".join(check(tmp_path).notes) == log
+
+
+def test_two_folders_of_training_images_are_an_error(tmp_path) -> None:
+    with pytest.raises(DataError, match="Training, train may all hold the training images; rename all but"):
+        open_logged(make(tmp_path, **below("train", "Training", "val")))
+
+
+def test_folders_of_file_systems_and_programs_are_no_classes(tmp_path) -> None:
+    make(tmp_path / "photos", **PETS)
+    for junk in ("__MACOSX", "@eaDir", "lost+found", "cats/@eaDir", ".thumbnails"):
+        make(tmp_path / "photos" / junk, inside=2)
+    for path in (tmp_path / "photos", tar_of(tmp_path / "photos", tmp_path / "p.tar")):
+        split, _ = open_logged(path)
+        assert (split.train.labels, len(split.train) + len(split.held_out)) == (("cats", "dogs"), 6)
+
+
+@pytest.mark.parametrize(
+    ("classes", "shape"),
+    [(["cat", "dog", "cat", "dog"], (3,)), (["cat", "dog", "cat|dog", "dog"], (3, 2))],
+    ids=["one class each", "several classes"],
+)
+def test_a_table_with_one_class_per_image_makes_a_network_that_predicts_one(tmp_path, classes, shape) -> None:
+    make(tmp_path, images=4)
+    lines = [f"images/{number:03}.jpg,{name}" for number, name in enumerate(classes)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,classes", *lines]))
+    split, log = open_logged(tmp_path)
+    assert (split.train.labels, split.train.targets.ndim) == (("cat", "dog"), len(shape))
+    assert ("every image has one class, so the network predicts one" in log) == (len(shape) == 1)
+    if len(shape) == 1:
+        found = open_evaluation_images(tmp_path, ("dog", "cat"))
+        assert [found.labels[target] for target in found.targets] == classes
+        assert check(tmp_path).parts[0].classes == {"cat": 2, "dog": 2}
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Path:
+    """A checkpoint of a network for ImageNet's classes, under torchvision's names, with random weights."""
+    from torchvision.models import ResNet18_Weights
+
+    torch.manual_seed(0)
+    labels = tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+    name, config = "resnet8", {"base_width": 4}
+    weights = create_model(name, num_classes=1000, **config).state_dict()
+    rules = Preprocess(resize=16, crop=16)
+    checkpoint = Checkpoint(
+        model=name, config=config, weights=weights, labels=labels, preprocess=rules, training={}
+    )
+    write_checkpoint(tmp_path / "net.pt", checkpoint)
+    return tmp_path / "net.pt"
+
+
+def test_folders_named_by_wordnet_ids_match_and_absent_classes_are_a_warning(network, tmp_path) -> None:
+    folder = write_classes(tmp_path / "photos", ("n01443537", "n01440764", "great white shark"), 20)
+    shown = CliRunner().invoke(app, ["eval", str(network), "--data", str(folder), "--json"])
+    assert shown.exit_code == 0, shown.stderr
+    assert "no images of 997 of 1000 classes: " in shown.stderr
+    assert shown.stderr.count("\n") == 1
+    assert len(shown.stderr) < 500
+    found = json.loads(shown.stdout)
+    counts = {one["label"]: one["count"] for one in found["classes"] if one["count"]}
+    assert counts == {"goldfish": 20, "tench": 20, "great white shark": 20}
+    assert all((one["recall"] is None) == (one["count"] == 0) for one in found["classes"])
+    assert len(found["confusion"]) == len(found["classes"]) < 64
+    calibrated = sopdeploy.calibrate(network, folder, tmp_path / "calibrated.pt")
+    assert (calibrated.images, len(calibrated.notes)) == (60, 1)
+    assert "tench" in sopdeploy.evaluate(network, folder)._repr_html_()
+
+
+def test_an_error_lists_ten_names_and_json_lists_all(network, tmp_path) -> None:
+    names = tuple(f"class-{number:02}" for number in range(40))
+    folder = write_classes(tmp_path / "photos", names, 1)
+    shown = CliRunner().invoke(app, ["eval", str(network), "--data", str(folder), "--json"])
+    assert shown.exit_code == 2
+    assert "class-09 and 30 more are not classes of the network" in shown.stderr
+    assert len(shown.stderr) < 800
+    lists = json.loads(shown.stdout)["error"]["lists"]
+    assert (lists["unknown"], len(lists["classes"])) == (list(names), 1000)
+
+
+def test_forty_broken_files_are_ten_and_a_number(tmp_path) -> None:
+    folder = write_classes(tmp_path / "photos", ("a", "b"), 30)
+    for file in sorted(folder.rglob("*.jpg"))[:40]:
+        file.write_bytes(b"no image")
+    command = ["train", "--recipe", "digits-plain", "--set", "data.kind=folder", "--data", str(folder)]
+    shown = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "run"), "--json"])
+    assert shown.exit_code == 2
+    assert "40 images cannot be used" in shown.stderr
+    assert shown.stderr.count("not an image") == 10
+    assert " and 30 more" in shown.stderr
+    assert len(json.loads(shown.stdout)["error"]["lists"]["images"]) == 40
+    checked = CliRunner().invoke(app, ["data", "check", str(folder)])
+    assert checked.stderr.count("not an image") == 10
+    assert "and 30 more" in checked.stderr
+
+
+def test_wide_images_are_described_as_what_they_are(tmp_path) -> None:
+    from PIL import Image
+
+    folder = make(tmp_path, a=2, b=2)
+    Image.new("RGB", (300, 40)).save(folder / "a" / "wide.png")
+    assert "longer side over 4 times the shorter one" in check(folder).strange
+
+
+def test_a_folder_that_links_to_itself_is_no_class(tmp_path) -> None:
+    folder = make(tmp_path, a=2, b=2)
+    (folder / "loop").symlink_to("loop")
+    assert open_logged(folder)[0].train.labels == ("a", "b")

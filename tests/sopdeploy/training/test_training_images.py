@@ -1,0 +1,54 @@
+"""A checkpoint knows its training images, and a run says if its network sees too few of their pixels."""
+
+from pathlib import Path
+
+import pytest
+
+import sopdeploy
+from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.training.loop import train
+from sopdeploy.training.recipe import read_recipe
+from tests.sopdeploy.data.small_data import jpeg, write_classes
+from tests.sopdeploy.training.runs import RecordingCallback
+from tests.sopdeploy.training.test_few_shot import SMALL, paint
+
+LOOP = [
+    "epochs=1",
+    "batch_size=8",
+    "model.config.base_width=2",
+    "data.kind=folder",
+    "preprocess.resize=8",
+    "preprocess.crop=8",
+]
+
+
+@pytest.mark.parametrize(("recipe", "settings"), [("digits-plain", LOOP), ("photos", SMALL)])
+def test_measuring_on_training_images_is_a_warning(tmp_path: Path, recipe: str, settings: list[str]) -> None:
+    seen = paint(tmp_path / "seen", 20)
+    result = train(read_recipe(recipe, [*settings, f"data.path={seen}"]), tmp_path / "run")
+    stored = read_checkpoint(result.best)
+    count = stored.training.get("few_shot", {}).get("class_counts", {"all": result.train_count})
+    assert len(stored.image_hashes) == sum(count.values())
+    found = sopdeploy.evaluate(result.best, seen)
+    assert found.notes == (
+        f"{seen}: {len(stored.image_hashes)} of 60 images are training images of this network, so that these "
+        "figures are too high for new images",
+    )
+    assert sopdeploy.evaluate(result.best, paint(tmp_path / "new", 2, seed=1)).notes == ()
+    fitted = sopdeploy.calibrate(result.best, seen, tmp_path / "fitted.pt")
+    assert fitted.notes == found.notes
+    assert read_checkpoint(fitted.path).image_hashes.equal(stored.image_hashes)
+
+
+@pytest.mark.parametrize(("side", "warned"), [(200, True), (20, False)])
+def test_a_small_network_on_photographs_is_a_warning(tmp_path: Path, side: int, warned: bool) -> None:
+    folder = write_classes(tmp_path / "photos", ("a", "b"), 4)
+    for number, file in enumerate(sorted(folder.rglob("*.jpg"))):
+        file.write_bytes(jpeg(number, (side, 2 * side)))
+    callback = RecordingCallback()
+    train(read_recipe("digits-plain", [*LOOP, f"data.path={folder}"]), tmp_path / "run", callback=callback)
+    facts = [one for name, one in callback.events if name == "train_start"]
+    assert facts[0]["input_side"] == 8
+    warnings = [one["warning"] for name, one in callback.events if name == "warning"]
+    line = "the network sees 8 x 8 pixels, but the shorter side of the images has 200 (median)"
+    assert [one.startswith(line) for one in warnings] == [True] * warned
