@@ -22,7 +22,7 @@ from PIL import Image
 from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Target
 from sopdeploy.data.batches import sequential_batches
-from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.decision import Decision, known_score
 from sopdeploy.evaluation.decision_fit import fit_decision, leave_one_class_out
 from sopdeploy.evaluation.metrics import calibration_error
@@ -78,7 +78,7 @@ def measure(weights: Path, name: str, data: Path, every: int) -> Measured:
         path = Path(folder) / "ckpt.pt"
         import_weights(weights, name, path, ImportOptions())
         checkpoint = read_checkpoint(path)
-        images, network = open_classes(data, checkpoint.labels), build_classifier(checkpoint, path)
+        images, network = open_evaluation_images(data, checkpoint.labels), build_classifier(checkpoint, path)
         fitted, others = (
             PreprocessedDataset(Part(images, range(start, len(images), 2 * every)), checkpoint.preprocess)
             for start in (0, every)

@@ -1,230 +1,297 @@
-"""Capacity planning: replicas, cores and Gbit/s for a rate of images, checked by simulation.
+"""Replicas, cores and Gbit/s for a rate of images, and images per second of a machine by its cores.
 
-    python benchmarks/capacity.py --rate 100,1000000 --engine 2,0.4 --decode-ms 2.6 --loop-ms 0.5 --p99-ms 50
+    python benchmarks/capacity.py --engine 2,0.4 --batch 32 --decode-ms 2.64 --p99-ms 50
+    python benchmarks/capacity.py --machine
 
-Prints a row of the model for each rate, then a simulation of single images with random, round-robin and
-least-loaded balancing and with the loss of one replica. A plan with more than eight replicas is simulated
-with eight, each at its rate in the plan. The model describes random balancing and is an upper bound of p99
-for the other strategies. It exits with 1 if batch size, p50 or p99 with random balancing differ from the
-model by more than `BOUND`, or if the p99 of another strategy exceeds the model by more. docs/scaling.md
-explains the inputs.
+A replica has one runtime. A batch of n images takes a + b n ms (`--engine a,b`). The capacity of a replica is
+that of its slowest stage: runtime, decoders, or the interpreter lock, which the event loop and a part of
+decoding hold. docs/scaling.md explains the inputs and contains both tables.
 """
 
 import argparse
 import math
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from capacity_model import Forecast, System
-from capacity_plan import Row, Wanted, cores_each, plan, provisioned
-from capacity_simulation import Figures, Outcome, Route, Simulation
-from measure import Result, report
+import numpy as np
+from measure import make_parser
+from numpy.typing import NDArray
+from scipy.stats import poisson
 
-BOUND = 0.10
-MOST_REFUSED = 0.001
-MOST_SIMULATED = 8
-ROUTES: tuple[Route, ...] = ("random", "round-robin", "least-loaded")
+Floats = NDArray[np.float64]
+
+QUEUED = 300  # states for waiting images beyond a batch; more are very rare below `MAX_LOAD`
+STEPS = 128  # time steps of the largest batch
+MAX_LOAD = 0.98  # fraction of the capacity above which the queue length is not predictable
 HEAD = (
     "| images/s | replicas | images/s each | batch | p50 ms | p99 ms | p99 ms, one lost | cores | Gbit/s in "
     "| held each |\n|---|---|---|---|---|---|---|---|---|---|"
 )
+MACHINE_HEAD = (
+    "| input | cores | one process | limit | front ends | images/s | limit |\n|---|---|---|---|---|---|---|"
+)
+BATCH_LOCK_MS = 0.016  # queue and batching of an image, with the interpreter lock
+FRONT_END_MS = 0.11  # additional CPU time of an image that passes two processes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Check:
-    """A simulation compared with the model: ratios are simulated / predicted."""
+class Replica:
+    """Milliseconds of a batch (fixed, and per image), of decoding an image and of its event loop.
 
-    rate: float
-    strategy: str
-    replicas: int
-    figures: Figures
+    Decoding holds the interpreter lock for *decode_lock_ms*. *decoders* are the threads of each of the
+    *front_ends*; 1 is a single process. *engine_cores* are the threads of a CPU runtime.
+    """
+
+    fixed_ms: float
+    each_ms: float
+    largest: int
+    decode_ms: float
+    decode_lock_ms: float
+    loop_ms: float
+    decoders: int = 1
+    front_ends: int = 1
+    engine_cores: float = 0.0
+
+    @property
+    def cpu_ms(self) -> float:
+        """CPU milliseconds of an image without the runtime."""
+        return self.decode_ms + self.loop_ms + BATCH_LOCK_MS
+
+    def batch_ms(self, images: int) -> float:
+        """Compute the milliseconds of a batch of *images* images."""
+        return self.fixed_ms + self.each_ms * images
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Images per second of each stage, by name."""
+        alone = self.front_ends == 1
+        lock_ms = self.loop_ms + self.decode_lock_ms + (BATCH_LOCK_MS if alone else 0.0)
+        limits = {
+            "engine": 1000 * self.largest / self.batch_ms(self.largest),
+            "interpreter lock": 1000 * self.front_ends / lock_ms,
+        }
+        if self.decode_ms:
+            limits["decoders"] = 1000 * self.front_ends * self.decoders / self.decode_ms
+        return limits if alone else limits | {"engine process": 1000 / BATCH_LOCK_MS}
+
+    @property
+    def capacity(self) -> float:
+        """Images per second of the slowest stage."""
+        return min(self.limits.values())
+
+    @property
+    def cores(self) -> float:
+        """Busy cores at capacity, rounded up to a tenth."""
+        return math.ceil(10 * (self.engine_cores + self.capacity * self.cpu_ms / 1000) - 1e-9) / 10
+
+    def with_decoders(self) -> "Replica":
+        """Add as many decoders as the slower of runtime and interpreter lock needs."""
+        rate = replace(self, decode_ms=0.0).capacity / self.front_ends
+        return replace(self, decoders=max(1, math.ceil(rate * self.decode_ms / 1000)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """Latency in ms and mean batch size of a replica."""
+
+    mean_ms: float
+    p50_ms: float
+    p99_ms: float
     batch: float
-    p50: float
-    p99: float
-    refused: int
-    lost: int
-    holds: bool
 
 
-def check(
-    model: Forecast, strategy: str, outcome: Outcome, figures: Figures, row: Row, replicas: int
-) -> Check:
-    """Compare the simulated *figures* with *model* and check the bound."""
-    ratios = (figures.batch / model.batch, figures.p50_ms / model.p50_ms, figures.p99_ms / model.p99_ms)
-    above = ratios[2] <= 1 + BOUND
-    both = all(abs(ratio - 1) <= BOUND for ratio in ratios)
-    few = outcome.refused <= MOST_REFUSED * outcome.sent
-    return Check(
-        rate=row.rate,
-        strategy=strategy,
-        replicas=replicas,
-        figures=figures,
-        batch=ratios[0],
-        p50=ratios[1],
-        p99=ratios[2],
-        refused=outcome.refused,
-        lost=outcome.lost,
-        holds=few and (above if strategy in {"round-robin", "least-loaded"} else both),
-    )
+def forecast(replica: Replica, rate: float) -> Forecast:
+    """Predict *replica* at *rate* images per second; raises `ValueError` at or above its capacity.
 
-
-def checks(system: System, row: Row, images: int, held: int) -> Iterator[Check]:
-    """Simulate *row* with each strategy, *images* images each."""
-    replicas = min(row.replicas, MOST_SIMULATED)
-    settled = 5 * row.lost.p99_ms
-    for number, route in enumerate(ROUTES):
-        fleet = Simulation(system, replicas=replicas, route=route, held=held, seed=number)
-        outcome = fleet.poisson(replicas * row.each, images)
-        yield check(row.now, route, outcome, outcome.measured(settled), row, replicas)
-    # The remaining replicas receive the rate that they would have in the whole plan after the loss of one.
-    rate = row.rate * (replicas - 1) / (row.replicas - 1)
-    lose_at = settled + 250 * images / rate
-    outcome = Simulation(system, replicas=replicas, held=held, seed=9).poisson(rate, images, lose_at)
-    figures = outcome.measured(lose_at + settled)
-    yield check(row.lost, "one lost", outcome, figures, row, replicas - 1)
-
-
-def line(row: Row) -> str:
-    """Format *row* as a table row."""
-    now = row.now
-    times = f"{now.batch:.1f} | {now.p50_ms:.1f} | {now.p99_ms:.1f} | {row.lost.p99_ms:.1f}"
-    needs = f"{row.cores:,.1f} | {row.gbit_per_s:,.2f} | {row.held:.1f}"
-    return f"| {row.rate:,.0f} | {row.replicas:,} | {row.each:,.1f} | {times} | {needs} |"
-
-
-def facts(system: System, wanted: Wanted) -> str:
-    """Describe one replica in one line."""
-    limits = ", ".join(f"{name} {rate:,.0f}" for name, rate in system.limits.items())
-    cores = cores_each(system, wanted)
-    return f"one replica: {system.decoders} decoders, {cores} cores; images/s at most: {limits}"
-
-
-def show(found: list[Check]) -> None:
-    """Print the simulations and their ratios to the model."""
-    print("\n| images/s | strategy | simulated | batch | p50 ms | p99 ms | refused | lost | |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for one in found:
-        seen = one.figures
-        values = ((seen.batch, one.batch), (seen.p50_ms, one.p50), (seen.p99_ms, one.p99))
-        shown = " | ".join(f"{value:.1f} ({ratio:.3f})" for value, ratio in values)
-        ends = f"{one.refused} | {one.lost} | {'' if one.holds else '**off**'}"
-        print(f"| {one.rate:,.0f} | {one.strategy} | {one.replicas} | {shown} | {ends} |")
-    off = sum(not one.holds for one in found)
-    print(f"\nin parentheses: simulated / predicted; {off} of {len(found)} exceed the bound of {BOUND:.0%}")
-
-
-def results(rows: list[Row], found: list[Check]) -> list[Result]:
-    """Build the results: replicas and p99 of each plan, then simulated values compared with the model."""
-    plans = [
-        Result(case=f"{row.rate:,.0f} images/s: {what}", ours=value, unit=unit, runs=1)
-        for row in rows
-        for what, value, unit in (
-            ("replicas", row.replicas, "replicas"),
-            ("p99", row.now.p99_ms, "ms"),
-            ("p99 with one lost", row.lost.p99_ms, "ms"),
-        )
-    ]
-    return plans + [
-        Result(case=f"{one.rate:,.0f} images/s, {one.strategy}: {what}", against="model", ours=value,
-               other=value / ratio, unit=unit, runs=1)
-        for one in found
-        for what, value, ratio, unit in (
-            ("batch size", one.figures.batch, one.batch, "images"),
-            ("p50", one.figures.p50_ms, one.p50, "ms"),
-            ("p99", one.figures.p99_ms, one.p99, "ms"),
-        )
-    ]  # fmt: skip
-
-
-def amounts(text: str) -> list[float]:
-    """Parse comma-separated non-negative numbers; raises `ValueError`."""
-    found = [float(part) for part in text.split(",")]
-    if not all(0 <= number < math.inf for number in found):
-        raise ValueError(text)
-    return found
-
-
-def amount(text: str) -> float:
-    """Parse one non-negative number; raises `ValueError`."""
-    (found,) = amounts(text)
-    return found
-
-
-def parser() -> argparse.ArgumentParser:
-    """Build the argument parser."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--rate", type=amounts, default=[1e2, 1e3, 1e4, 1e5, 1e6], help="images per second")
-    made.add_argument("--engine", type=amounts, required=True, help="ms per batch and per image: 2,0.4")
-    made.add_argument("--batch", type=int, default=32, help="images in the largest batch")
-    made.add_argument("--decode-ms", type=amount, required=True, help="CPU ms of decoding an image")
-    made.add_argument("--loop-ms", type=amount, required=True, help="CPU ms per request without decoding")
-    made.add_argument("--decode-lock-ms", type=amount, default=0.0, help="part of it with Python's lock")
-    made.add_argument("--batch-lock-ms", type=amount, default=0.0, help="CPU ms of batching an image")
-    made.add_argument("--front-ends", type=int, default=1, help="front ends per runtime")
-    made.add_argument("--kilobytes", type=amount, default=50.0, help="size of an image")
-    made.add_argument(
-        "--p99-ms", type=amount, required=True, help="required p99 after the loss of one replica"
-    )
-    made.add_argument("--headroom", type=amount, default=0.3, help="fraction of the capacity to keep free")
-    made.add_argument("--engine-cores", type=amount, default=0.0, help="threads of a CPU runtime")
-    made.add_argument("--queue-size", type=int, default=256, help="maximum number of images per replica")
-    made.add_argument("--images", type=int, default=40_000, help="images per simulation; 0: no simulation")
-    made.add_argument("--json", action="store_true", help="print one JSON document")
-    return made
-
-
-def planned(given: argparse.Namespace) -> tuple[System, Wanted, list[Row]]:
-    """Compute the replica, the requirements and the rows; raises `ValueError`."""
-    if len(given.engine) != 2 or not sum(given.engine) or given.batch < 1 or given.front_ends < 1:
+    An idle runtime takes the waiting images, at most the largest batch. Arrivals are Poisson, so the number
+    of waiting images at the ends of batches is a Markov chain. Waiting for decoders and the interpreter lock
+    is not included.
+    """
+    if not 0 < rate < replica.capacity:
         raise ValueError(
-            "--engine takes two numbers, not both 0; --batch and --front-ends must be at least 1"
+            f"{rate:.1f} images/s: a replica has a capacity of {replica.capacity:.1f}; lower the rate"
         )
-    if given.decode_lock_ms > given.decode_ms:
-        raise ValueError("--decode-lock-ms is a part of --decode-ms and must not exceed it")
-    if given.headroom >= 1 or not all(given.rate):
-        raise ValueError("--headroom must be below 1 and every --rate above 0")
-    fixed, each = given.engine
-    system = provisioned(
-        System(
+    per_ms, step = rate / 1000, replica.batch_ms(replica.largest) / STEPS
+    waiting_W = stationary(replica, per_ms)
+    ends = time_in_batcher(replica, per_ms, waiting_W, step)
+    sizes = np.clip(np.arange(len(waiting_W)), 1, replica.largest)
+    sums = np.cumsum(ends)
+    median, high = (float(np.searchsorted(sums, share)) for share in (0.5, 0.99))
+    return Forecast(
+        mean_ms=replica.cpu_ms + step * float(ends @ np.arange(len(ends))),
+        p50_ms=replica.cpu_ms + step * median,
+        p99_ms=replica.cpu_ms + step * high,
+        batch=float(sizes @ waiting_W),
+    )
+
+
+def stationary(replica: Replica, per_ms: float) -> Floats:
+    """Compute the probabilities of 0, 1, ... waiting images at the end of a batch."""
+    largest, states = replica.largest, replica.largest + QUEUED
+    moves = np.zeros((states, states))
+    for waiting in range(states):
+        taken, left = min(max(waiting, 1), largest), max(waiting - largest, 0)
+        moves[waiting, left:] = poisson.pmf(np.arange(states - left), per_ms * replica.batch_ms(taken))
+        moves[waiting, -1] += 1 - moves[waiting].sum()
+    balance = (moves - np.eye(states)).T
+    balance[-1] = 1.0
+    probabilities: Floats = np.linalg.solve(balance, np.eye(states)[-1])
+    return np.maximum(probabilities, 0.0)
+
+
+def time_in_batcher(replica: Replica, per_ms: float, waiting_W: Floats, step: float) -> Floats:
+    """Compute the probabilities of 0, 1, ... *step*s from an image's arrival in the queue to its batch's end.
+
+    If the runtime is idle, the image forms a batch alone. Otherwise the running batch needs r more ms, and k
+    images wait already. Then the image waits for r and for k // largest full batches. Its own batch contains
+    the other k % largest images, the image itself, and those that arrive until it starts.
+    """
+    largest, states = replica.largest, len(waiting_W)
+    ahead_TK = np.zeros(
+        (STEPS, states)
+    )  # mean number of images per batch that find r = (T + 0.5) steps and k images
+    for before in np.flatnonzero(waiting_W > 1e-9):  # waiting images when the running batch began
+        size, left = min(max(int(before), 1), largest), max(int(before) - largest, 0)
+        length = replica.batch_ms(size)
+        slots = min(STEPS, max(1, round(length / step)))
+        passed_T = np.maximum(length - (np.arange(slots) + 0.5) * step, 0.0)
+        arrived_TK = poisson.pmf(np.arange(states - left), per_ms * passed_T[:, None])
+        ahead_TK[:slots, left:] += waiting_W[before] * per_ms * length / slots * arrived_TK
+    ends = np.zeros(round((states // largest + 3) * replica.batch_ms(largest) / step) + 1)
+    ends[round(replica.batch_ms(1) / step)] += waiting_W[0]
+    for count in np.flatnonzero(ahead_TK.sum(axis=0) > 1e-9):
+        batches, together = divmod(int(count), largest)
+        starts_T = (np.arange(STEPS) + 0.5) * step + batches * replica.batch_ms(largest)
+        room = largest - together - 1
+        joins_TR = poisson.pmf(np.arange(room + 1), per_ms * starts_T[:, None])
+        joins_TR[:, room] = np.maximum(1 - joins_TR[:, :room].sum(axis=1), 0.0)
+        own_R = replica.fixed_ms + replica.each_ms * (together + 1 + np.arange(room + 1))
+        places = np.rint((starts_T[:, None] + own_R) / step).astype(np.int64)
+        np.add.at(ends, places, ahead_TK[:, count, None] * joins_TR)
+    probabilities: Floats = ends / ends.sum()
+    return probabilities
+
+
+def highest_rate(replica: Replica, p99_ms: float) -> float:
+    """Compute the highest rate at which a replica meets *p99_ms*; raises `ValueError` if there is none."""
+    low, high = 0.0, MAX_LOAD * replica.capacity
+    if forecast(replica, high).p99_ms <= p99_ms:
+        return high
+    for _ in range(12):  # to 1/4,000 of the capacity
+        middle = (low + high) / 2
+        low, high = (middle, high) if forecast(replica, middle).p99_ms <= p99_ms else (low, middle)
+    if low == 0.0:
+        alone = replica.cpu_ms + replica.batch_ms(1)
+        raise ValueError(
+            f"p99 of {p99_ms:g} ms is impossible: an image takes {alone:.1f} ms without waiting, "
+            "and some images wait for a running batch; allow a larger p99"
+        )
+    return low
+
+
+def plan(replica: Replica, rates: list[float], p99_ms: float, headroom: float, kilobytes: float) -> list[str]:
+    """Compute a row of the table for each of *rates*: the fewest replicas for *headroom* and for *p99_ms*.
+
+    The p99 also holds after the loss of one replica. Raises `ValueError` if no number of replicas meets it.
+    """
+    most, rows = highest_rate(replica, p99_ms), []
+    for rate in rates:
+        count = max(math.ceil(rate / (replica.capacity * (1 - headroom))), math.ceil(rate / most) + 1)
+        each, now = rate / count, forecast(replica, rate / count)
+        lost = forecast(replica, rate / (count - 1))
+        cells = (
+            f"{rate:,.0f}",
+            f"{count:,}",
+            f"{each:,.1f}",
+            *(f"{value:.1f}" for value in (now.batch, now.p50_ms, now.p99_ms, lost.p99_ms)),
+            f"{count * replica.cores:,.1f}",
+            f"{rate * kilobytes * 8 / 1e6:,.2f}",
+            f"{each * now.mean_ms / 1000:.1f}",  # Little's law
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def machine() -> list[str]:
+    """Compute images/s by input and cores for a GPU that runs 10,000 images/s."""
+    inputs = {  # ms of decoding, of its part with the lock, and of the event loop
+        "JPEG 500 x 375": (2.64, 0.19, 0.2),
+        "JPEG, nvImageCodec": (0.3, 0.1, 0.2),
+        "uint8 tensor over V2": (0.0, 0.0, 0.38),
+    }
+    rows = []
+    for name, (decode_ms, decode_lock_ms, loop_ms) in inputs.items():
+        for cores in (4, 8, 16, 32):
+            cells: list[object] = [name, cores]
+            automatic = max(1, min(8, cores // 4))  # the setting front_ends = auto
+            for front_ends in (1, automatic):
+                replica = Replica(
+                    fixed_ms=0.0,
+                    each_ms=0.1,
+                    largest=1,
+                    decode_ms=decode_ms,
+                    decode_lock_ms=decode_lock_ms,
+                    loop_ms=loop_ms + (FRONT_END_MS if front_ends > 1 else 0.0),
+                    decoders=cores,
+                    front_ends=front_ends,
+                )
+                limits = replica.limits | {"cores": 1000 * cores / replica.cpu_ms}
+                limits.pop("decoders", None)  # as many as needed
+                stage = min(limits, key=limits.__getitem__)
+                cells += [f"{float(f'{limits[stage]:.2g}'):,.0f}", stage]
+            cells.insert(4, automatic)
+            rows.append(f"| {' | '.join(map(str, cells))} |")
+    return rows
+
+
+def numbers(text: str) -> list[float]:
+    """Convert comma-separated numbers, as `type` of an option."""
+    values = [float(part) for part in text.split(",")]
+    if not all(math.isfinite(value) and value >= 0 for value in values):
+        raise argparse.ArgumentTypeError(f"{text}: give numbers of at least 0")
+    return values
+
+
+def main(words: list[str] | None = None) -> None:
+    """Run from the command line; *words* are its arguments."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--machine", action="store_true", help="print the table of one machine by its cores, and nothing else"
+    )
+    add("--rate", type=numbers, default=[1e2, 1e3, 1e4, 1e5, 1e6], help="images per second")
+    add("--engine", type=numbers, default=[2.0, 0.4], help="ms per batch and per image")
+    add("--batch", type=int, default=32, help="images in the largest batch")
+    add("--decode-ms", type=float, default=2.64, help="CPU ms of decoding an image")
+    add("--decode-lock-ms", type=float, default=0.19, help="part of it with Python's lock")
+    add("--loop-ms", type=float, default=0.2, help="CPU ms per request without decoding")
+    add("--front-ends", type=int, default=1, help="front ends per runtime")
+    add("--engine-cores", type=float, default=0.0, help="threads of a CPU runtime")
+    add("--kilobytes", type=float, default=52.6, help="size of an image")
+    add("--p99-ms", type=float, default=50.0, help="required p99 after the loss of one replica")
+    add("--headroom", type=float, default=0.3, help="fraction of the capacity to keep free")
+    given = parser.parse_args(words)
+    if given.machine:
+        print(MACHINE_HEAD, *machine(), sep="\n")
+        return
+    try:
+        fixed, each = given.engine
+        replica = Replica(
             fixed_ms=fixed,
             each_ms=each,
             largest=given.batch,
             decode_ms=given.decode_ms,
-            loop_ms=given.loop_ms,
-            decoders=1,
             decode_lock_ms=given.decode_lock_ms,
-            batch_lock_ms=given.batch_lock_ms,
+            loop_ms=given.loop_ms,
             front_ends=given.front_ends,
-        )
-    )
-    wanted = Wanted(
-        p99_ms=given.p99_ms,
-        headroom=given.headroom,
-        kilobytes=given.kilobytes,
-        engine_cores=given.engine_cores,
-    )
-    return system, wanted, plan(system, wanted, given.rate)
-
-
-def main() -> int:
-    """Run from the command line; return the exit code."""
-    reader = parser()
-    given = reader.parse_args()
-    try:
-        system, wanted, rows = planned(given)
-    except ValueError as problem:
-        reader.error(str(problem))
-    images = given.images
-    found = [one for row in rows for one in checks(system, row, images, given.queue_size)] if images else []
-    if given.json:
-        report(results(rows, found), as_json=True, images_per_simulation=images)
-    else:
-        print(facts(system, wanted), HEAD, *map(line, rows), sep="\n")
-        if found:
-            show(found)
-    return 0 if all(one.holds for one in found) else 1
+            engine_cores=given.engine_cores,
+        ).with_decoders()
+        rows = plan(replica, given.rate, given.p99_ms, given.headroom, given.kilobytes)
+    except ValueError as error:
+        parser.error(str(error))
+    limits = ", ".join(f"{stage} {rate:,.0f}" for stage, rate in replica.limits.items())
+    print(f"one replica: {replica.decoders} decoders, {replica.cores} cores; images/s at most: {limits}\n")
+    print(HEAD, *rows, sep="\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

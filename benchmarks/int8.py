@@ -23,7 +23,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.graph import capture, generated_images, lower
 from sopdeploy_export.precision.casts import float32_parts
-from sopdeploy_export.precision.int8 import quantize
+from sopdeploy_export.precision.int8 import Int8Quantizer
 from sopdeploy_export.proof.networks import detach
 
 NETWORKS = ("dsop-resnet18", "isqrt-resnet18")
@@ -36,7 +36,8 @@ def graphs(name: str) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     detached = detach(network) if network.training_only else network
     preprocess = Preprocess()
     plain = lower(capture(detached, preprocess, BatchRange(maximum=8)).any_batch, detached.outputs)
-    return quantize(plain, generated_images(preprocess.crop), float32_parts(detached)), plain
+    quantizer = Int8Quantizer(plain, generated_images(preprocess.crop), float32_parts(detached))
+    return quantizer.quantize("minmax"), plain
 
 
 def session(model: onnx.ModelProto) -> ort.InferenceSession:

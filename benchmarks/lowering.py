@@ -1,9 +1,9 @@
 """Latency of rewritten layers in ONNX Runtime on one core.
 
-Each layer is exported twice: with the rewrite rules, and as the paper defines it (`--no-lowering`). The
-outputs are compared, and both are timed alternately at batch size 1 and 8. Two further cases compare a
-mixture that runs K of 16 experts with one that runs all. `ours` is the rewritten layer; `met` is true if
-every speed-up reaches its target.
+Each layer is exported as the paper defines it, and as the library computes it with the rewrite rules. A
+third form, `textbook`, is the paper's loop with the rewrite rules. The outputs are compared, and two forms
+are timed alternately at batch size 1 and 8. Two further cases compare a mixture that runs K of 16 experts
+with one that runs all. `ours` is the rewritten layer; `met` is true if every speed-up reaches its target.
 
     python benchmarks/lowering.py [--quick] [--json]
 """
@@ -14,57 +14,118 @@ from time import process_time
 from typing import NamedTuple
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import torch
 from measure import Result, compare, parse, report
 from torch import Tensor, nn
+from torch.export import Dim
 
-from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.layers.attention.gsop_attention import ChannelAttention, RowConv
 from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
-from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.mixture.components import Components, Convolutions, make_components
+from sopdeploy.layers.covariance import covariance_trace
+from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov
+from sopdeploy.layers.mixture.components import Convolutions, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy_export.rewrites.apply import apply_formulas, apply_rules, record_activations
-from sopdeploy_export.rewrites.context import RewriteContext, open_form
-from sopdeploy_export.rewrites.mixture import AllMasked, GatheredWeights
+from sopdeploy_export.graph import OPSET, export
+from sopdeploy_export.rewrites import mixture as routing
+from sopdeploy_export.rewrites.apply import lower_graph
 
 TOLERANCE = 2e-5  # relative to the largest value; both sides are float32
+BATCH = 8  # the usual batch size, for the default forms
 
 
 class Case(NamedTuple):
-    """A comparison of two equivalent modules, their inputs, and the target speed-up at batch size 1 and 8."""
+    """Two equivalent graphs, their inputs, and the target speed-up at batch size 1 and 8."""
 
     name: str
     against: str
-    ours: nn.Module
-    other: nn.Module
+    ours: onnx.ModelProto
+    other: onnx.ModelProto
     inputs: Callable[[int], tuple[Tensor, ...]]
     targets: tuple[float, float]
 
 
-class Parent(nn.Module):
-    """A network with a single layer, because rewrite rules replace children of a module."""
+def covariance_of_the_paper(x_BdM: Tensor) -> Tensor:
+    """Compute X (I / M - 11^T / M^2) X^T."""
+    m = x_BdM.shape[2]
+    return x_BdM @ (torch.eye(m) / m - torch.ones(m, m) / m**2) @ x_BdM.transpose(1, 2)
 
-    def __init__(self, layer: nn.Module) -> None:
+
+class RootOfThePaper(nn.Module):
+    """`ISqrtCov`, computed with the loop of the paper (iSQRT-COV, Eq. 4)."""
+
+    def __init__(self, before: ISqrtCov) -> None:
         super().__init__()
-        self.layer = layer
+        self.config, self.triangle = before.config, before.triangle
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        output: Tensor = self.layer(*inputs)
-        return output
+    def forward(self, features_BdHW: Tensor) -> Tensor:
+        """Compute the upper triangle (B, d (d + 1) / 2), row by row."""
+        cov_Bdd = covariance_of_the_paper(features_BdHW.flatten(start_dim=2))
+        norm = covariance_trace(cov_Bdd).clamp_min(SMALLEST_NORM)
+        identity = torch.eye(cov_Bdd.shape[1])
+        y, z = cov_Bdd / norm, identity.expand_as(cov_Bdd)
+        for _ in range(self.config.iterations):
+            t = 0.5 * (3.0 * identity - z @ y)
+            y, z = y @ t, t @ z
+        return (y * norm.sqrt()).flatten(start_dim=1).index_select(1, self.triangle)
 
 
-def rewritten(layer: nn.Module, inputs: tuple[Tensor, ...], *, by_rules: bool) -> nn.Module:
-    """Rewrite *layer* with the rules, or into the formulas of the papers."""
-    network = Parent(layer).eval()
-    batch = BatchRange(optimum=8)
-    activations = record_activations(network, inputs)
-    context = RewriteContext(network=network, activations=activations, batch=batch)
-    if by_rules:
-        apply_rules(context)
-    else:
-        apply_formulas(context)
-    return network.layer
+class ChannelAttentionOfThePaper(nn.Module):
+    """`ChannelAttention` with the centering matrix (GSoP, section 3.1)."""
+
+    def __init__(self, before: ChannelAttention) -> None:
+        super().__init__()
+        self.reduction, self.excitation = before.reduction, before.excitation
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        """Compute the channel weights (B, C, 1, 1)."""
+        x = self.reduction(features_BCHW)
+        weights: Tensor = self.excitation(covariance_of_the_paper(x.flatten(start_dim=2)))
+        return weights
+
+
+def grouped_convolution(before: RowConv) -> nn.Conv2d:
+    """Build the grouped `nn.Conv2d` that is equal to the row-wise convolution *before*."""
+    rows = before.in_channels
+    conv = nn.Conv2d(rows, before.out_channels, (rows, 1), groups=rows)
+    conv.load_state_dict(before.state_dict())
+    return conv
+
+
+def as_in_the_papers(layer: nn.Module) -> nn.Module:
+    """Replace the layers of *layer* by the formulas of the papers."""
+    replacements: dict[type[nn.Module], Callable[..., nn.Module]] = {
+        RowConv: grouped_convolution,
+        ChannelAttention: ChannelAttentionOfThePaper,
+        ISqrtCov: RootOfThePaper,
+    }
+    parent = nn.Sequential(layer)
+    for kind, build in replacements.items():
+        for where, part in list(parent.named_modules()):
+            if isinstance(part, kind):
+                owner, _, leaf = where.rpartition(".")
+                setattr(parent.get_submodule(owner), leaf, build(part))
+    return parent[0].eval()
+
+
+def converted(
+    layer: nn.Module, inputs: tuple[Tensor, ...], *, rules: bool = True, form: str = ""
+) -> onnx.ModelProto:
+    """Convert *layer* to ONNX, and apply the rewrite rules; a mixture gets *form*."""
+    batch = Dim("batch", min=1)
+    program = export(layer.eval(), inputs, tuple({0: batch} for _ in inputs))
+    found = torch.onnx.export(
+        program, (), dynamo=True, opset_version=OPSET, external_data=False, verbose=False
+    )
+    if found is None:
+        sys.exit("no ONNX form")
+    model = found.model_proto
+    if not rules:
+        return model
+    sums = [node.output[0] for node in model.graph.node if node.op_type == "ReduceSum"] if form else []
+    return lower_graph(model, BATCH, dict.fromkeys(sums, form)).model
 
 
 def features(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
@@ -72,58 +133,78 @@ def features(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
     return lambda batch: (torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch)).relu(),)
 
 
-def pooling_case(width: int, side: int, target: float) -> Case:
-    """Create the case of iSQRT pooling, from the covariance to the triangle."""
-    make_maps = features(width, side, side)
-    sides = [rewritten(ISqrtCov(width), make_maps(2), by_rules=lowered) for lowered in (True, False)]
-    name = f"iSQRT pooling, d={width}, M={side * side}"
-    return Case(name, "paper's loop", sides[0], sides[1], make_maps, (target, target))
+def pooling_cases(width: int, side: int, target: float) -> list[Case]:
+    """Create the cases of iSQRT pooling, from the covariance to the triangle."""
+    make_maps, layer = features(width, side, side), ISqrtCov(width)
+    paper = as_in_the_papers(ISqrtCov(width))
+    other = converted(paper, make_maps(2), rules=False)
+    name, targets = f"iSQRT pooling, d={width}, M={side * side}", (target, target)
+    return [
+        Case(name, "paper's loop", converted(layer, make_maps(2)), other, make_maps, targets),
+        Case(f"textbook {name}", "without rules", converted(paper, make_maps(2)), other, make_maps, targets),
+    ]
 
 
-def mixture(chosen: int) -> tuple[Components, Callable[[int], tuple[Tensor, ...]]]:
-    """Create 16 experts, and a function that creates 8x8 feature maps and weights with *chosen* non-zeros."""
-    torch.manual_seed(0)
-    experts, _ = make_components(
-        "sop", 256, Convolutions((256, 128)), components=16, counted=chosen, root=NewtonSchulzConfig()
-    )
-    make_maps = features(256, 8, 8)
+class Routed(nn.Module):
+    """16 experts and the selection of *chosen* of them, from feature maps and gate logits."""
 
-    def inputs(batch: int) -> tuple[Tensor, ...]:
-        logits = torch.randn(batch, 16, generator=torch.Generator().manual_seed(batch))
-        return (*make_maps(batch), keep_largest(logits, chosen))
+    def __init__(self, chosen: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.chosen = chosen
+        self.experts, _ = make_components(
+            "sop", 256, Convolutions((256, 128)), components=16, counted=chosen, root=NewtonSchulzConfig()
+        )
 
-    return experts.eval(), inputs
+    def forward(self, features_BCHW: Tensor, logits_BN: Tensor) -> Tensor:
+        """Compute the weighted sum of the experts' vectors."""
+        pooled: Tensor = self.experts(features_BCHW, keep_largest(logits_BN, self.chosen))
+        return pooled
+
+
+def routed_inputs(batch: int) -> tuple[Tensor, ...]:
+    """Create 8x8 feature maps and gate logits."""
+    logits = torch.randn(batch, 16, generator=torch.Generator().manual_seed(batch))
+    return (*features(256, 8, 8)(batch), logits)
 
 
 def mixture_case() -> Case:
-    """Create the case of GM-SOP's mixture, 8 of 16 experts, without its gate."""
-    sides = []
-    for lowered in (True, False):
-        experts, inputs = mixture(8)
-        sides.append(rewritten(experts, inputs(2), by_rules=lowered))
-    return Case("GM-SOP mixture 16-8, 8x8 maps", "paper, all 16", sides[0], sides[1], inputs, (2.5, 2.5))
+    """Create the case of GM-SOP's mixture, 8 of 16 experts."""
+    ours = converted(Routed(8), routed_inputs(2))
+    other = converted(as_in_the_papers(Routed(8)), routed_inputs(2), rules=False)
+    return Case("GM-SOP mixture 16-8, 8x8 maps", "paper, all 16", ours, other, routed_inputs, (2.5, 2.5))
 
 
 def routed_case(chosen: int, target: float) -> Case:
     """Create the case of K of 16 experts compared with all 16, both rewritten."""
-    experts, inputs = mixture(chosen)
-    ours, other = GatheredWeights(experts, chosen).eval(), AllMasked(experts, chosen).eval()
-    return Case(f"mixture, K={chosen} of 16", "all 16, rewritten", ours, other, inputs, (target, target))
+    ours, other = (
+        converted(Routed(chosen), routed_inputs(2), form=form) for form in (routing.WEIGHTS, routing.MASKED)
+    )
+    return Case(
+        f"mixture, K={chosen} of 16", "all 16, rewritten", ours, other, routed_inputs, (target, target)
+    )
 
 
 def gsop_case() -> Case:
     """Create the case of GSoP's channel block with 1024 channels."""
     make_maps = features(1024, 14, 14)
-    sides = []
-    for lowered in (True, False):
-        torch.manual_seed(0)
-        sides.append(rewritten(GSoPBlock(GSoPBlockConfig(), 1024, 1), make_maps(2), by_rules=lowered))
-    return Case("GSoP block, C=1024", "paper's block", sides[0], sides[1], make_maps, (1.0, 1.0))
+    torch.manual_seed(0)
+    ours = converted(GSoPBlock(GSoPBlockConfig(), 1024, 1), make_maps(2))
+    torch.manual_seed(0)
+    other = converted(as_in_the_papers(GSoPBlock(GSoPBlockConfig(), 1024, 1)), make_maps(2), rules=False)
+    return Case("GSoP block, C=1024", "paper's block", ours, other, make_maps, (1.0, 1.0))
+
+
+def open_graph(model: onnx.ModelProto) -> ort.InferenceSession:
+    """Open *model* in ONNX Runtime on one thread."""
+    options = ort.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def run(case: Case, batch: int, runs: int) -> tuple[Result, float]:
     """Compare the outputs of both sides, then time them at batch size *batch*; also return the target."""
-    sessions = [open_form(module, case.inputs(2)) for module in (case.ours, case.other)]
+    sessions = [open_graph(model) for model in (case.ours, case.other)]
     arrays = [value.numpy() for value in case.inputs(batch)]
     sides = [
         lambda s=session: s.run(None, {g.name: a for g, a in zip(s.get_inputs(), arrays, strict=True)})[0]
@@ -143,9 +224,9 @@ def main() -> None:
     torch.set_num_threads(1)
     runs = 11 if arguments.quick else 41
     cases = [
-        pooling_case(256, 14, 1.4),
-        pooling_case(256, 7, 8.0),
-        pooling_case(128, 8, 3.0),
+        *pooling_cases(256, 14, 1.4),
+        *pooling_cases(256, 7, 8.0),
+        *pooling_cases(128, 8, 3.0),
         mixture_case(),
         routed_case(8, 1 / 0.65),
         routed_case(2, 1 / 0.3),

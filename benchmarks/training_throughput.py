@@ -24,7 +24,7 @@ from PIL import Image
 
 from sopdeploy.data.augment import Augmentation, AugmentedDataset, RandomResizedCrop, RandomSide
 from sopdeploy.data.batches import PILLOW_BLOCKS, load_batches
-from sopdeploy.data.datasets.folder import open_classes
+from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.environment import usable_cores
 from sopdeploy.images.preprocess import Preprocess
 
@@ -72,7 +72,9 @@ def write(root: Path, size: tuple[int, int], quality: int, count: int) -> int:
 
 def view(root: Path, augmentation: Augmentation, source: str = "files", epoch: int = 0) -> AugmentedDataset:
     """Open the images below *root* with *augmentation*."""
-    return AugmentedDataset(open_classes(root / source, CLASSES), augmentation, Preprocess(), 0, epoch)
+    return AugmentedDataset(
+        open_evaluation_images(root / source, CLASSES), augmentation, Preprocess(), 0, epoch
+    )
 
 
 def per_core(root: Path, runs: int) -> dict[str, float]:

@@ -25,10 +25,22 @@ from gain.networks import (
     PlainTextureNet,
     TextureNetConfig,
 )
+from gain.photos import (
+    DSoPLastStages,
+    DSoPLastStagesConfig,
+    LastStagesConfig,
+    PhotosConfig,
+    keep_statistics,
+    load_weights,
+    photos,
+    remove_first_stages,
+    start_from_probe,
+)
 from gain.task import CifarConfig, DigitsConfig, Task, cifar, digits
 from gain.textures import TextureConfig, textures
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
+from sopdeploy.backbones.timm_backbone import TimmBackbone
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import sequential_batches, shuffled_batches
@@ -36,13 +48,14 @@ from sopdeploy.layers.residual import PaddedShortcut
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop_cifar import DSoPSmallResNet, DSoPSmallResNetConfig
 from sopdeploy.models.plain import PlainSmallResNet
+from sopdeploy.models.timm_networks import PlainTimm
 from sopdeploy.training.schedule import OneCycle
 from sopdeploy.training.step.losses import training_loss
 from sopdeploy_export.proof.networks import detach
 
 CLASSES = 10
 # Options of the part that all networks of a family share.
-TRUNK = {"filters", "stride", "hidden", "depth", "base_width", "shortcut"}
+TRUNK = {"filters", "stride", "hidden", "depth", "base_width", "shortcut", "backbone"}
 NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
     "textures": (PlainTextureNet, TextureNetConfig),
     "dsop-textures": (DSoPTextureNet, DSoPTextureNetConfig),
@@ -52,6 +65,8 @@ NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
     "gsop-resnet": (GSoPSmallResNet, SmallResNetConfig),
     "wide-resnet": (ExtraConvSmallResNet, ExtraConvSmallResNetConfig),
     "gated-resnet": (GatedSmallResNet, GatedSmallResNetConfig),
+    "photos": (PlainTimm, LastStagesConfig),
+    "dsop-photos": (DSoPLastStages, DSoPLastStagesConfig),
 }
 
 
@@ -62,11 +77,11 @@ class Run(StrictModel):
     """
 
     revision: Literal[1] = 1
-    task: TextureConfig | DigitsConfig | CifarConfig
+    task: TextureConfig | DigitsConfig | CifarConfig | PhotosConfig
     network: str
     config: dict[str, Any] = pydantic.Field(default_factory=dict)
     strides: tuple[int, int] | None = None
-    epochs: Annotated[int, pydantic.Field(ge=1)]
+    epochs: Annotated[int, pydantic.Field(ge=0)]
     learning_rate: float
     batch: int = 64
     weight_decay: float = 5e-4
@@ -76,7 +91,9 @@ class Run(StrictModel):
     @property
     def key(self) -> str:
         """File name of the result; independent of the location of the images."""
-        values = self.model_dump(mode="json", exclude={"task": {"arrays"}}, exclude_defaults=True)
+        values = self.model_dump(
+            mode="json", exclude={"task": {"arrays", "maps", "weights"}}, exclude_defaults=True
+        )
         text = f"{type(self.task).__name__} revision {self.revision} {json.dumps(values, sort_keys=True)}"
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -99,6 +116,8 @@ def train_and_measure(run: Run) -> Outcome:
     torch.set_num_threads(1)
     task = open_task(run)
     network = build(run)
+    if isinstance(network, TimmBackbone):
+        start_from_probe(network, task)
     start = time.process_time()
     loss = train(network, task, run)
     seconds = time.process_time() - start
@@ -116,11 +135,13 @@ def open_task(run: Run) -> Task:
             return digits(run.task, run.seed)
         case CifarConfig():
             return cifar(run.task, run.seed)
+        case PhotosConfig():
+            return photos(run.task, run.seed)
 
 
 def build(run: Run) -> Classifier:
     """Create the run's network; weights shared with the family's plain network have equal initial values."""
-    family = "textures" if "textures" in run.network else "resnet"
+    family = run.network.rpartition("-")[2]
     network = create_network(run.network, run.config, run)
     plain = create_network(family, {key: value for key, value in run.config.items() if key in TRUNK}, run)
     own = network.state_dict()
@@ -136,9 +157,20 @@ def create_network(name: str, values: Mapping[str, Any], run: Run) -> Classifier
     """Create the network *name* with the options *values*, initialized with the run's seed."""
     kind, config = NETWORKS[name]
     torch.manual_seed(derive_seed(run.seed, "start"))
-    network = kind(config.model_validate(values), CLASSES)
-    set_strides(network, run)
+    classes = run.task.classes if isinstance(run.task, PhotosConfig) else CLASSES
+    network = kind(config.model_validate(values), classes)
+    if isinstance(network, TimmBackbone) and isinstance(run.task, PhotosConfig):
+        load_weights(network, run.task.weights)
+    adapt(network, run)
     return network
+
+
+def adapt(network: Backbone, run: Run) -> None:
+    """Change *network* to the input of the run: feature maps of photographs, or smaller maps of CIFAR."""
+    if isinstance(network, TimmBackbone):
+        remove_first_stages(network)
+        network.to(memory_format=torch.channels_last)  # a third faster on a CPU
+    set_strides(network, run)
 
 
 def set_strides(network: Backbone, run: Run) -> None:
@@ -161,6 +193,8 @@ def train(network: Classifier, task: Task, run: Run) -> float:
     )
     schedule = OneCycle(kind="one-cycle")
     network.train()
+    if isinstance(network, TimmBackbone):
+        keep_statistics(network)
     total = 0.0
     for epoch in range(run.epochs):
         batches = shuffled_batches(len(task.labels), run.batch, run.seed, epoch)
@@ -170,6 +204,8 @@ def train(network: Classifier, task: Task, run: Run) -> float:
             optimizer.param_groups[0]["lr"] = run.learning_rate * factor
             torch.manual_seed(derive_seed(run.seed, "step", epoch, step))
             images = task.train[members]
+            if images.dim() == 5:  # augmented before, (B, variants, C, H, W)
+                images = images[:, epoch % images.shape[1]]
             if run.augment:
                 images = augment(images)
             torch.manual_seed(derive_seed(run.seed, "noise", epoch, step))
@@ -194,7 +230,7 @@ def exported_network(network: Classifier, run: Run) -> Backbone:
     """Build the network without training-only modules and load the remaining weights."""
     detached = detach(network) if network.training_only else network
     exported = network.inference_model()
-    set_strides(exported, run)
+    adapt(exported, run)
     exported.load_state_dict(detached.state_dict())
     return exported.eval()
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gain.photos import PhotosConfig
 from gain.study import Study
 from gain.task import CifarConfig, DigitsConfig
 from gain.textures import TextureConfig
@@ -120,7 +121,7 @@ def digits(seeds: int) -> Study:
 
 
 def cifar(arrays: Path, seeds: int, *, whole: bool) -> Study:
-    """Compare on 5000 images of CIFAR-10; *whole* adds DSoP, its controls and GSoP."""
+    """Compare heads on 5000 images of CIFAR-10; *whole* adds GSoP."""
     extra = f"{PLAIN}, extra 1x1"
     arms: dict[str, Mapping[str, Any]] = {
         PLAIN: {},
@@ -128,26 +129,108 @@ def cifar(arrays: Path, seeds: int, *, whole: bool) -> Study:
         HEAD: {"config": {"depth": 8, "pooling": ISQRT}},
     }
     if whole:
-        arms |= {
-            "GSoP blocks": {"network": "gsop-resnet"},
-            GAP_BRANCHES: {"network": "dsop-resnet", "config": {"depth": 8, "aux_pooling": "gap"}},
-            LONG: {"epochs": 22},
-            DSOP: {"network": "dsop-resnet"},
-        }
+        arms["GSoP blocks"] = {"network": "gsop-resnet"}
     return Study(
         name="CIFAR-10",
         title="5000 images, ResNet-8 of width 16, feature maps 16, 8, 4, 10 epochs, 10 000 test images",
         seeds=tuple(range(seeds)),
-        template={
-            "task": CifarConfig(arrays=arrays),
-            "network": "resnet",
-            "config": {"depth": 8},
-            "strides": (2, 2),
-            "epochs": 10,
-            "learning_rate": 0.1,
-            "augment": True,
-        },
+        template=cifar_run(arrays),
         arms=arms,
         reference=PLAIN,
-        pairs=((HEAD, extra), *(((DSOP, GAP_BRANCHES), (DSOP, LONG)) if whole else ())),
+        pairs=((HEAD, extra),),
+    )
+
+
+def cifar_branches(arrays: Path, seeds: int) -> Study:
+    """Compare DSoP with its controls on 5000 images of CIFAR-10."""
+    return Study(
+        name="CIFAR-10 branches",
+        title="5000 images, ResNet-8 of width 16, feature maps 16, 8, 4, 10 epochs, 10 000 test images",
+        seeds=tuple(range(seeds)),
+        template=cifar_run(arrays),
+        arms={
+            PLAIN: {},
+            GAP_BRANCHES: {"network": "dsop-resnet", "config": {"depth": 8, "aux_pooling": "gap"}},
+            LONG: {"epochs": 22},
+            DSOP: {"network": "dsop-resnet"},
+        },
+        reference=PLAIN,
+        pairs=((DSOP, GAP_BRANCHES), (DSOP, LONG)),
+    )
+
+
+def cifar_rates(arrays: Path) -> Study:
+    """Compare learning rates on CIFAR-10's held-out training images."""
+    return Study(
+        name="CIFAR-10 learning rates",
+        title=f"seed {TUNING_SEED}, used by no other table, measured on 5000 held-out training images",
+        seeds=(TUNING_SEED,),
+        template=cifar_run(arrays) | {"task": CifarConfig(arrays=arrays, held_out=True)},
+        arms={
+            f"{name}, {rate}": {"network": network, "learning_rate": rate}
+            for name, network in ((PLAIN, "resnet"), (DSOP, "dsop-resnet"))
+            for rate in (0.03, 0.1, 0.3)
+        },
+    )
+
+
+def cifar_run(arrays: Path) -> dict[str, Any]:
+    """Set what all runs on CIFAR-10 share."""
+    return {
+        "task": CifarConfig(arrays=arrays),
+        "network": "resnet",
+        "config": {"depth": 8},
+        "strides": (2, 2),
+        "epochs": 10,
+        "learning_rate": 0.1,
+        "augment": True,
+    }
+
+
+PHOTO_RATES = (0.0003, 0.001, 0.003)
+PHOTO_RATE, PHOTO_DSOP_RATE = 0.001, 0.001  # the best of `photo_rates`
+PHOTO_EPOCHS, PHOTO_LONG = 3, 6
+FROZEN, FINE_TUNED = "frozen network", "fine-tuning"
+
+
+def photo_run(task: PhotosConfig) -> dict[str, Any]:
+    """Set what all runs on photographs share."""
+    return {"task": task, "network": "photos", "epochs": PHOTO_EPOCHS, "batch": 10}
+
+
+def photo_rates(task: PhotosConfig) -> Study:
+    """Compare learning rates on a draw that no other table uses."""
+    arms: dict[str, Mapping[str, Any]] = {}
+    for rate in PHOTO_RATES:
+        arms[f"{FINE_TUNED}, {rate}"] = {"learning_rate": rate}
+        arms[f"{FINE_TUNED}, DSoP, {rate}"] = {"network": "dsop-photos", "learning_rate": rate}
+    return Study(
+        name="photographs, learning rates",
+        title=f"draw {TUNING_SEED}, used by no other table",
+        seeds=(TUNING_SEED,),
+        template=photo_run(task),
+        arms=arms,
+    )
+
+
+def photographs(task: PhotosConfig, draws: int) -> Study:
+    """Compare fine-tuning with and without branches; each seed draws other photographs for training."""
+    dsop = {"network": "dsop-photos", "learning_rate": PHOTO_DSOP_RATE}
+    names = (f"{FINE_TUNED}, GAP branches", f"{FINE_TUNED}, equal time", f"{FINE_TUNED}, DSoP, detached")
+    branches, long, detached = names
+    return Study(
+        name="photographs",
+        title=f"{task.per_class} photographs of each class, EfficientNet-Lite0 from ImageNet weights, "
+        f"last stages, {PHOTO_EPOCHS} epochs, {task.test} test photographs",
+        seeds=tuple(range(draws)),
+        template=photo_run(task) | {"learning_rate": PHOTO_RATE},
+        arms={
+            FROZEN: {"epochs": 0},
+            FINE_TUNED: {},
+            branches: {**dsop, "config": {"aux_pooling": "gap"}},
+            long: {"epochs": PHOTO_LONG},
+            detached: dsop,
+        },
+        reference=FINE_TUNED,
+        pairs=((detached, branches), (detached, long)),
     )

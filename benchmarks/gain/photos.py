@@ -1,0 +1,170 @@
+"""Fine-tuning of EfficientNet-Lite0 on photographs: the last stages on stored outputs of the frozen ones.
+
+The first stages, up to `blocks.3`, keep their ImageNet weights and statistics. Their outputs for `VARIANTS`
+augmented crops and the center crop of every photograph are computed once, so that a training step computes
+`blocks.4` to the classifier only: two of the four taps of `dsop-timm:tf_efficientnet_lite0`.
+
+The classifier starts as a logistic regression on the frozen network (Kumar et al., "Fine-Tuning can Distort
+Pretrained Features and Underperform Out-of-Distribution", ICLR 2022), and the network's batch norms keep
+their statistics: from a random classifier, ten photographs per class do not suffice for stable training.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from gain.task import Task
+from sopdeploy.backbones.timm_backbone import TimmBackbone, TimmConfig
+from sopdeploy.config import StrictModel
+from sopdeploy.data.augment import AugmentedDataset, RandomResizedCrop
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset, derive_seed
+from sopdeploy.data.batches import sequential_batches
+from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.errors import DataError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.weight_files import open_weights
+from sopdeploy.models.dsop import DSoPConfig
+from sopdeploy.models.timm_networks import DSoPTimm
+
+BACKBONE, FROZEN_BLOCKS = "tf_efficientnet_lite0", 4
+SIDE, VARIANTS, BATCH = 128, 6, 32
+PROBE_C = 0.01
+HALF = (0.5, 0.5, 0.5)  # mean and standard deviation of the weights' input
+RULES = Preprocess(resize=146, crop=SIDE, interpolation="bicubic", mean=HALF, std=HALF)
+CROPS = RandomResizedCrop(kind="random-resized-crop", scale=(0.35, 1.0), flip=0.5)
+
+
+class PhotosConfig(StrictModel):
+    """Number of photographs of each class for training, and number of the others for testing.
+
+    `maps` is the file of `write_maps`, `weights` the state dict of the network.
+    """
+
+    maps: Path
+    weights: Path
+    classes: int = 10
+    per_class: int = 10
+    test: int = 400
+
+
+class LastStagesConfig(TimmConfig):
+    """The network of the weights."""
+
+    backbone: str = BACKBONE
+
+
+class DSoPLastStagesConfig(LastStagesConfig, DSoPConfig):
+    """Two branches at the taps behind the frozen stages, with the blocks and widths of `dsop-timm:NAME`."""
+
+    aux_blocks: tuple[int, ...] = (0, 0, 2, 2)
+
+
+class DSoPLastStages(DSoPTimm):
+    """DSoP on the network whose first stages are frozen."""
+
+    inference_config = LastStagesConfig
+
+
+def load_weights(network: TimmBackbone, file: Path) -> None:
+    """Load the weights in *file* into *network*, except for those of the classifier."""
+    stored = open_weights(file).tensors
+    own = network.state_dict()
+    unknown = [name for name in stored if name not in own]
+    if unknown:
+        raise DataError(f"{file}: {unknown[0]} is not in {BACKBONE}; give a state dict with timm's names")
+    network.load_state_dict(own | {k: v for k, v in stored.items() if v.shape == own[k].shape})
+
+
+def first_stages(network: TimmBackbone) -> nn.Sequential:
+    """Return the frozen part of *network*."""
+    stem, norm = network.get_submodule("conv_stem"), network.get_submodule("bn1")
+    blocks = [network.get_submodule(f"blocks.{number}") for number in range(FROZEN_BLOCKS)]
+    return nn.Sequential(stem, norm, *blocks).eval()
+
+
+def remove_first_stages(network: TimmBackbone) -> None:
+    """Replace the frozen part of *network* by identities, so that it takes the frozen part's output."""
+    for name in ("conv_stem", "bn1", *(f"blocks.{number}" for number in range(FROZEN_BLOCKS))):
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, nn.Identity())
+
+
+def write_maps(folder: Path, weights: Path, target: Path) -> None:
+    """Store the frozen part's outputs (N, 1 + VARIANTS, C, H, W), float16, and the labels of all photographs.
+
+    Position 0 is the center crop. Parts of *folder*, such as train/ and validation/, are put together.
+    """
+    split = open_folder(FolderConfig(kind="folder", path=folder))
+    network = TimmBackbone(LastStagesConfig(), len(split.train.labels))
+    load_weights(network, weights)
+    frozen = first_stages(network)
+    maps = [
+        np.concatenate([compute_maps(frozen, part, variant) for part in (split.train, split.held_out)])
+        for variant in range(1 + VARIANTS)
+    ]
+    labels = np.concatenate([part.targets for part in (split.train, split.held_out)])
+    partial = target.with_name(f"{target.stem}.part.npz")
+    np.savez(partial, maps=np.stack(maps, axis=1), labels=labels)
+    partial.replace(target)
+
+
+def count_classes(maps: Path) -> int:
+    """Count the classes of the photographs in the file of `write_maps`."""
+    with np.load(maps) as stored:
+        return len(np.unique(stored["labels"]))
+
+
+@torch.no_grad()
+def start_from_probe(network: TimmBackbone, task: Task) -> None:
+    """Set the classifier of *network* to a logistic regression on the center crops for training."""
+    network.eval()
+    maps = network.features(task.train[:, 0])[0]
+    features = network.outside[0].forward_head(maps, pre_logits=True).numpy()
+    scaler = StandardScaler().fit(features)
+    fitted = LogisticRegression(C=PROBE_C, max_iter=5000).fit(scaler.transform(features), task.labels)
+    weight = torch.from_numpy(fitted.coef_ / scaler.scale_)
+    classifier = network.outside[0].get_classifier()
+    classifier.weight.copy_(weight)
+    classifier.bias.copy_(torch.from_numpy(fitted.intercept_) - weight @ torch.from_numpy(scaler.mean_))
+
+
+def keep_statistics(network: TimmBackbone) -> None:
+    """Put the batch norms of *network*, except for those of branches, into eval mode."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and not name.startswith("branches."):
+            module.eval()
+
+
+@torch.inference_mode()
+def compute_maps(frozen: nn.Module, images: LabeledImages, variant: int) -> np.ndarray:
+    """Compute the outputs of *frozen* for one *variant* of all *images*; variant 0 is the center crop."""
+    source: PreprocessedDataset | AugmentedDataset = PreprocessedDataset(images, RULES)
+    if variant:
+        source = AugmentedDataset(images, augmentation=CROPS, preprocess=RULES, seed=0, epoch=variant)
+    outputs = []
+    for members in sequential_batches(len(images), BATCH):
+        pixels = torch.from_numpy(np.stack([source[int(index)][0] for index in members]))
+        batch = (pixels.permute(0, 3, 1, 2).float() / 255 - HALF[0]) / HALF[0]
+        outputs.append(frozen(batch).half().numpy())
+    return np.concatenate(outputs)
+
+
+def photos(config: PhotosConfig, seed: int) -> Task:
+    """Draw the training photographs of *seed*; their maps are (B, 1 + VARIANTS, C, H, W)."""
+    with np.load(config.maps) as stored:
+        maps, labels = torch.from_numpy(stored["maps"]), torch.from_numpy(stored["labels"])
+    generator = torch.Generator().manual_seed(derive_seed(seed, "subset"))
+    drawn = []
+    for label in range(int(labels.max()) + 1):
+        members = (labels == label).nonzero().flatten()
+        if len(members) <= config.per_class:
+            raise DataError(f"class {label}: {len(members)} photographs; more than {config.per_class} needed")
+        drawn.append(members[torch.randperm(len(members), generator=generator)[: config.per_class]])
+    chosen = torch.cat(drawn)
+    order = torch.randperm(len(labels), generator=generator)
+    rest = order[~torch.isin(order, chosen)][: config.test]
+    return Task(maps[chosen].float(), labels[chosen], maps[rest, 0].float(), labels[rest])

@@ -1,0 +1,102 @@
+"""A network with published weights in every precision: top-1, agreement, file size and export time.
+
+    python benchmarks/real.py --weights FILE --model NAME --calibration DIR --test DIR [--json]
+
+The weights are imported, exported as fp32, fp16 and int8 (both forms, calibrated on --calibration), verified,
+and evaluated on --test. Both folders have photographs sorted by class, such as WordNet IDs. Agreement is the
+share of test photographs with the predicted class of the fp32 file. Times are processor times.
+docs/benchmarks/real.md contains the results.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measure import Result, existing, make_parser, one_line_errors, report
+
+import sopdeploy
+from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.importers.import_weights import ImportOptions, import_weights
+from sopdeploy_service.commands.evaluate import scores_of_bundle
+from sopdeploy_service.commands.verify import verify
+
+FORMS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "fp16": {"precision": "fp16"},
+    "int8 for CPUs": {"precision": "int8", "int8_for": "cpu"},
+    "int8 for TensorRT": {"precision": "int8", "int8_for": "tensorrt"},
+}
+
+
+def measure(checkpoint: Path, calibration: Path, test: Path, folder: Path) -> list[dict[str, Any]]:
+    """Export, verify and evaluate *checkpoint* in every form; return a row for each."""
+    rows: list[dict[str, Any]] = []
+    reference: list[int] = []
+    for name, options in FORMS.items():
+        images: dict[str, Any] = {"calibrate": calibration} if options.get("precision") == "int8" else {}
+        begin = time.process_time()
+        exported = sopdeploy.export(checkpoint, folder / name.replace(" ", "-"), **options, **images)
+        seconds = time.process_time() - begin
+        verify(exported.path)
+        scores = scores_of_bundle(exported.path, test, on_image=lambda _done, _total: None).scores
+        if not isinstance(scores, list):
+            raise TypeError("the network has several classes per image")
+        predicted = [score.top5[0] for score in scores]
+        reference = reference or predicted
+        right = sum(score.target == score.top5[0] for score in scores)
+        equal = sum(a == b for a, b in zip(predicted, reference, strict=True))
+        found = exported.precision.quantisation
+        rows.append(
+            {
+                "form": name,
+                "top1": Rate.of(right, len(scores)),
+                "agreement": Rate.of(equal, len(scores)),
+                "megabytes": (exported.path / "model.onnx").stat().st_size / 1e6,
+                "seconds": seconds,
+                "method": "" if found is None else found.calibration,
+            }
+        )
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """Format a row of the Markdown table."""
+    shares = (
+        f"{100 * rate.share:.1f} % ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
+        for rate in (row["top1"], row["agreement"])
+    )
+    cells = (row["form"], row["method"], *shares, f"{row['megabytes']:.1f}", f"{row['seconds']:.0f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--weights", type=existing, required=True)
+    parser.add_argument(
+        "--model", required=True, help="name in the catalog, such as timm:tf_efficientnet_lite0"
+    )
+    parser.add_argument("--calibration", type=existing, required=True, help="photographs for int8 ranges")
+    parser.add_argument("--test", type=existing, required=True, help="other photographs, sorted by class")
+    given = parser.parse_args()
+    with one_line_errors(), tempfile.TemporaryDirectory() as temporary:
+        checkpoint = Path(temporary) / "checkpoint.pt"
+        import_weights(given.weights, given.model, checkpoint, ImportOptions())
+        rows = measure(checkpoint, given.calibration, given.test, Path(temporary))
+    if given.json:
+        values = [
+            Result(case=f"{row['form']}: {key}", ours=100 * row[key].share, unit="%", runs=1)
+            for row in rows
+            for key in ("top1", "agreement")
+        ]
+        report(values, as_json=True)
+        return
+    print(
+        "| form | calibration | top-1 | agreement with fp32 | MB | export, CPU s |\n|---|---|---|---|---|---|"
+    )
+    print(*map(line, rows), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
