@@ -27,7 +27,7 @@ export NO_MKDOCS_2_WARNING := 1
 # uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test fuzz check lint types contracts unit compile tests ray-test test-models goldens format docs \
+.PHONY: demo quick test fuzz check lint types contracts unit compile tests ray-test test-models removable goldens format docs \
 	pictures site gpu-check soak dist wheel-test samples-test extras-test container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
@@ -71,6 +71,10 @@ ray-test: $(STAMP)  ## the tests on real Ray clusters, which give up if other pr
 
 test-models: $(STAMP)  ## the slow tests: every network at full width through training, export and parity (one hour)
 	$(BIN)/pytest --slow -m slow
+	$(MAKE) removable
+
+removable: $(STAMP)  ## delete each optional part from a copy of the project; the unit tests must still pass
+	OMP_NUM_THREADS=1 $(BIN)/python tests/removable.py
 
 goldens: $(STAMP)  ## rewrite tests/goldens; review the diff
 	$(BIN)/pytest --rewrite-goldens tests/sweep/test_goldens.py
