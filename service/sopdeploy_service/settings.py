@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import AliasChoices
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -73,11 +72,6 @@ PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
 WORKER_VARIABLE = "SOPDEPLOY_WORKER"  # passed by `Supervisor` to its worker processes
 PILLOW_PIXELS = 178_956_970  # Pillow rejects larger images itself
-RENAMED = {  # old name -> new name; the old names are accepted for one release
-    "head_seconds": "header_timeout",
-    "write_seconds": "write_timeout",
-    "deadline_seconds": "request_timeout",
-}
 
 
 class Settings(BaseSettings):
@@ -85,8 +79,6 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        env_prefix_target="all",
-        validate_by_name=True,
         frozen=True,
         extra="forbid",
         allow_inf_nan=False,
@@ -101,15 +93,11 @@ class Settings(BaseSettings):
     max_connections: Count = 1000  # one more closes the longest idle connection, or gets 503
     max_idle_connections: Count = 500  # one more closes the longest idle connection
     keep_alive_seconds: Count = 65  # longer than the idle timeout of common load balancers
-    header_timeout: Annotated[
-        Seconds, pydantic.Field(validation_alias=AliasChoices("header_timeout", "head_seconds"))
-    ] = 10.0  # seconds from the first to the last byte of a request's headers
+    header_timeout: Seconds = 10.0  # seconds from the first to the last byte of a request's headers
     max_url_bytes: Count = 8192  # path and query
     max_headers: Count = 100  # per request
     max_header_bytes: Count = 32_768  # all headers of one request
-    write_timeout: Annotated[
-        Seconds, pydantic.Field(validation_alias=AliasChoices("write_timeout", "write_seconds"))
-    ] = 30.0  # seconds; connections whose client reads nothing for this long are closed
+    write_timeout: Seconds = 30.0  # seconds; connections whose client reads nothing for this long are closed
 
     max_body_bytes: Count = MAX_BYTES  # per request
     max_json_bytes: Count = 16_000_000  # a JSON body, or the JSON before binary tensors
@@ -126,9 +114,7 @@ class Settings(BaseSettings):
     url_fetches: Count = 16  # concurrent fetches; one more gets 429
 
     queue_size: Count = 256  # images admitted and not finished; one more gets 429
-    request_timeout: Annotated[
-        Seconds, pydantic.Field(validation_alias=AliasChoices("request_timeout", "deadline_seconds"))
-    ] = 30.0  # seconds from the first byte of a request to its response
+    request_timeout: Seconds = 30.0  # seconds from the first byte of a request to its response
     drain_seconds: Seconds = 20.0  # time after SIGTERM to finish admitted requests
 
     decoders: Threads = 2  # image decoding threads
@@ -145,7 +131,7 @@ class Settings(BaseSettings):
     threads: Threads | None = None  # CPU threads of the runtime; not set: one per core
     max_batch: Count | None = None  # not set: 4 on a CPU, otherwise the largest verified batch
     max_queue_delay_ms: Delay = 0.0  # how long an idle runtime waits for more images
-    engine_timeout_seconds: Seconds | None = None  # per batch; not set: 20 times the usual time, >= 4 s
+    batch_timeout_seconds: Seconds | None = None  # per batch; not set: 20 times the usual time, >= 4 s
     shadow: Shadow | None = None  # NAME=0.05: the bundle NAME also gets 5 % of the requests, without effect
     model_control: bool = False  # clients may load, unload and swap models; needs keys on public addresses
 
@@ -245,21 +231,21 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
 
     Raises `ConfigError` for an unknown name or a missing `=`.
     """
-    found: dict[str, Any] = {}
-    known = [*Settings.model_fields, *RENAMED]
+    assigned: dict[str, Any] = {}
+    known = Settings.model_fields
     for text in assignments:
         name, equals, value = text.partition("=")
         if not equals or name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "`--print-config` lists all settings"
             raise ConfigError(f"--set {name}: expected name=value with the name of a setting; {hint}")
-        found[RENAMED.get(name, name)] = value
-    return {**found, **{name: value for name, value in flags.items() if value is not None}}
+        assigned[name] = value
+    return {**assigned, **{name: value for name, value in flags.items() if value is not None}}
 
 
 def unused_variables() -> list[str]:
     """List environment variables that start with `SOPDEPLOY_` but name no setting."""
-    known = {f"{PREFIX}{name}".upper() for name in (*Settings.model_fields, *RENAMED)}
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
     known |= {FILE_VARIABLE, FAULTS_VARIABLE}
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 

@@ -11,12 +11,9 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import (
-    RENAMED,
     Settings,
     load_settings,
     parse_assignments,
-    to_toml,
-    unused_variables,
 )
 
 
@@ -27,20 +24,6 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
     monkeypatch.setenv("SOPDEPLOY_TOP_K", "4")
     settings = load_settings(file, port=7000, top_k=None)
     assert (settings.port, settings.top_k, settings.max_images, settings.parsers) == (7000, 4, 3, 2)
-
-
-@pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_every_source_accepts_the_old_name_of_a_setting(monkeypatch, tmp_path, old, new):
-    file = tmp_path / "settings.toml"
-    file.write_text(f"{old} = 3\n")
-    found = [load_settings(**{old: 3}), load_settings(**parse_assignments([f"{old}=3"])), load_settings(file)]
-    monkeypatch.setenv(f"SOPDEPLOY_{old.upper()}", "3")
-    found.append(load_settings())
-    assert unused_variables() == []
-    assert [getattr(settings, new) for settings in found] == [3] * 4
-    assert f"{new} = 3.0" in to_toml(found[0])
-    monkeypatch.setenv(new.upper(), "5")  # only variables with the prefix count
-    assert getattr(load_settings(), new) == 3
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ class Model:
         self.statistics = ModelStatistics()
         self.dead = False
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
-        self._timeout = settings.engine_timeout_seconds
+        self._timeout = settings.batch_timeout_seconds
         self._on_gpu = loaded.runtime.device.startswith("cuda")
         self.latency = LatencyTable(loaded.timings)
         self._worker = ModelWorker(

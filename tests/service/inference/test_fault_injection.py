@@ -135,5 +135,5 @@ def test_out_of_memory_halves_batches_for_a_while(serve, jpeg):
 def test_the_first_batch_of_a_size_may_take_longer_on_a_gpu(bundle, device, timeout, images, seconds):
     runtime = FakeRuntime(classes=7, device=device)
     loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 0.01), (8, 9.0), (8, 0.5)))
-    served = model.Model("tiny", loaded, Settings(engine_timeout_seconds=timeout), Metrics())
+    served = model.Model("tiny", loaded, Settings(batch_timeout_seconds=timeout), Metrics())
     assert served.hang_seconds(images) == seconds

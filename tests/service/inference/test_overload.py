@@ -137,7 +137,7 @@ def test_a_dead_worker_rejects_everything_and_fails_the_health_checks(serve_with
 
 def test_a_hung_runtime_is_detected_and_queued_images_are_rejected(serve_with, pool, jpeg):
     runtime = Held(largest_batch=1)
-    client = serve_with(runtime, engine_timeout_seconds=0.4)
+    client = serve_with(runtime, batch_timeout_seconds=0.4)
     replies = pool.map(lambda _: post(client, jpeg), range(3))
     assert [reply.json()["code"] for reply in replies] == ["engine_dead"] * 3
     assert client.get("/readyz").json() == {"status": "engine_dead"}

@@ -293,7 +293,7 @@ def test_sums_of_metrics_over_the_processes_are_those_of_one_process(servers: Se
 def test_a_drain_completes_the_requests_of_both_front_ends(bundle_path, tmp_path, monkeypatch, until) -> None:
     gate = tmp_path / "gate"
     monkeypatch.setenv("GATE", str(gate))
-    options = (*WAYS[FRONT_ENDS], "--set", "engine_timeout_seconds=60", "--set", "drain_seconds=60")
+    options = (*WAYS[FRONT_ENDS], "--set", "batch_timeout_seconds=60", "--set", "drain_seconds=60")
     with (
         serving(str(bundle_path), *options, program=gated_engine.SERVE) as client,
         ExitStack() as stack,

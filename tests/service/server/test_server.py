@@ -187,7 +187,7 @@ def test_accept_pending_accepts_all_connections() -> None:
 
 
 def test_injected_faults_are_logged_and_a_hanging_runtime_exits_with_70(start, jpeg) -> None:
-    child, client = start(settings="engine_timeout_seconds=0.5", variable="engine=nan@1,engine=hang@2")
+    child, client = start(settings="batch_timeout_seconds=0.5", variable="engine=nan@1,engine=hang@2")
     first = client.post("/v1/classify", content=jpeg)
     assert (first.status_code, first.json()["code"]) == (500, "nonfinite_output")
     second = client.post("/v1/classify", content=jpeg)

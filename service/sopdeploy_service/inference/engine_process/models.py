@@ -50,7 +50,7 @@ class EngineModel:
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
         self.latency = LatencyTable(loaded.timings)
         self.archive = _archive(name, self)
-        self._timeout = settings.engine_timeout_seconds
+        self._timeout = settings.batch_timeout_seconds
         self._worker = ModelWorker(
             loaded.runtime,
             self.queue,

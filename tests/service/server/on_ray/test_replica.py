@@ -155,7 +155,7 @@ async def test_a_dead_runtime_exits_the_process_after_its_responses(
 
     others = set(threading.enumerate())
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    async with started(engine_timeout_seconds=0.2) as replica, client_of(replica) as client:
+    async with started(batch_timeout_seconds=0.2) as replica, client_of(replica) as client:
         replica.leave = ended.set_result
         replica.watch()
         await replica.reconfigure(config_of(versions[0]))
