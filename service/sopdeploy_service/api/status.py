@@ -30,10 +30,10 @@ from sopdeploy_service.api.upload import (
     use_model,
 )
 from sopdeploy_service.http.middleware import require_admin
-from sopdeploy_service.http.problems import RejectedError, problem_responses
+from sopdeploy_service.http.problems import problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
-from sopdeploy_service.inference.results import GATES, Prediction, Rejection
+from sopdeploy_service.inference.results import GATES, Prediction, RejectedError, Rejection
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.inference.shadow import Shadow
 from sopdeploy_service.observability.metrics import Connect, collect

@@ -16,11 +16,11 @@ from sopdeploy_service.api.schema import ClassifyRequest
 from sopdeploy_service.http.fetch import fetch
 from sopdeploy_service.http.forms import ImageForm
 from sopdeploy_service.http.middleware import require
-from sopdeploy_service.http.problems import RejectedError, bad_request
+from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import CLIENT_GONE, DEADLINE, Rejection
+from sopdeploy_service.inference.results import CLIENT_GONE, DEADLINE, RejectedError, Rejection
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.request_context import RequestContext
 

@@ -18,12 +18,13 @@ from sopdeploy_service.api.upload import (
     service_of,
 )
 from sopdeploy_service.http.middleware import cancel_on_disconnect
-from sopdeploy_service.http.problems import Problem, RejectedError, problem_responses
+from sopdeploy_service.http.problems import Problem, problem_responses
 from sopdeploy_service.inference.explain import check_explainable, format_class_map
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import (
     GATES,
     Prediction,
+    RejectedError,
     Rejection,
     format_prediction,
     present_classes,

@@ -15,8 +15,8 @@ from socket import SOCK_STREAM
 
 import httpx
 
-from sopdeploy_service.http.problems import RejectedError, bad_request
-from sopdeploy_service.inference.results import Rejection
+from sopdeploy_service.http.problems import bad_request
+from sopdeploy_service.inference.results import RejectedError, Rejection
 from sopdeploy_service.settings import Settings
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]

@@ -9,9 +9,8 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartState, parse_options_header
 
-from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.images.decode import EncodedImage
-from sopdeploy_service.inference.results import Rejection
+from sopdeploy_service.inference.results import RejectedError, Rejection
 
 FIELDS = {"image", "images", "file", "files"}
 

@@ -24,9 +24,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import ApiKeys
-from sopdeploy_service.http.problems import INTERNAL, RejectedError, reject
+from sopdeploy_service.http.problems import INTERNAL, reject
 from sopdeploy_service.http.rate_limits import SharedSpending, TokenBucket
-from sopdeploy_service.inference.results import CLIENT_GONE, Rejection
+from sopdeploy_service.inference.results import CLIENT_GONE, RejectedError, Rejection
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import OpenTrace, RequestContext

@@ -11,18 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from sopdeploy.config import StrictModel
-from sopdeploy_service.inference.results import CLIENT_GONE, Rejection
+from sopdeploy_service.inference.results import CLIENT_GONE, RejectedError, Rejection
 
 PROBLEM_JSON = "application/problem+json"
 INTERNAL = Rejection("internal_error", 500, "internal error; the server log has the details")
-
-
-class RejectedError(Exception):
-    """Ends a request with the response of *rejection*."""
-
-    def __init__(self, rejection: Rejection) -> None:
-        super().__init__(rejection.message)
-        self.rejection = rejection
 
 
 def bad_request(code: str, message: str) -> RejectedError:

@@ -10,8 +10,7 @@ import mmap
 import os
 import time
 
-from sopdeploy_service.http.problems import RejectedError
-from sopdeploy_service.inference.results import Rejection
+from sopdeploy_service.inference.results import RejectedError, Rejection
 
 MAX_KEYS = 4096  # the largest number of keys with a rate
 

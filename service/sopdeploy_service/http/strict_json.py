@@ -11,8 +11,8 @@ from typing import Any
 
 import orjson
 
-from sopdeploy_service.http.problems import RejectedError, bad_request
-from sopdeploy_service.inference.results import Rejection
+from sopdeploy_service.http.problems import bad_request
+from sopdeploy_service.inference.results import RejectedError, Rejection
 
 MAX_QUOTES = 10_000
 MAX_STRUCTURE = 100_000  # bytes outside of strings

@@ -1,4 +1,4 @@
-"""Outcomes of one image: a `Prediction` or a `Rejection`; neither is raised.
+"""Outcomes of one image: a `Prediction` or a `Rejection`. `RejectedError` refuses a whole request.
 
 A rejection has a stable `code` and an HTTP status that tells clients whether to retry: 4xx is an error of the
 request, 429 and 503 may be sent again after `retry_after` seconds, 504 missed the deadline, 500 is an error
@@ -130,6 +130,14 @@ class Rejection:
     def of(cls, error: ImageError) -> "Rejection":
         """Convert the error of an image that cannot be decoded."""
         return cls(error.code, error.status, str(error))
+
+
+class RejectedError(Exception):
+    """Ends a request with the response of *rejection*."""
+
+    def __init__(self, rejection: Rejection) -> None:
+        super().__init__(rejection.message)
+        self.rejection = rejection
 
 
 Outcome: TypeAlias = Prediction | Rejection

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from sopdeploy_service.api.upload import Upload, parse_upload
 from sopdeploy_service.http import fetch
-from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.http.strict_json import decode_text
 from sopdeploy_service.images.decode import EncodedImage
+from sopdeploy_service.inference.results import RejectedError
 
 BYTES = bytes(range(256)) + b"\xfb\xff"
 TEXT = base64.b64encode(BYTES).decode()

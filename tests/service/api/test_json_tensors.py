@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sopdeploy_service.api.v2 import json_tensors
 from sopdeploy_service.api.v2.json_tensors import NumberList, extract_lists
 from sopdeploy_service.api.v2.metadata import Tensor
-from sopdeploy_service.http.problems import RejectedError
+from sopdeploy_service.inference.results import RejectedError
 
 BYTES = Tensor("images", "UINT8", (-1, 2, 2))
 FLOATS = Tensor("x", "FP32", (-1, 2, 2))

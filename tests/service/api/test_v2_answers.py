@@ -9,9 +9,15 @@ import pytest
 from sopdeploy_service.api.v2.metadata import Tensor
 from sopdeploy_service.api.v2.request import RequestedOutput
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, classify, format_response, stack_outputs
-from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.inference.model import ModelStatistics, Sum
-from sopdeploy_service.inference.results import DEADLINE, ENGINE_FAILED, NONFINITE, Prediction, Ranking
+from sopdeploy_service.inference.results import (
+    DEADLINE,
+    ENGINE_FAILED,
+    NONFINITE,
+    Prediction,
+    Ranking,
+    RejectedError,
+)
 
 LOGITS = Tensor("logits", "FP32", (-1, 3))
 GATE = Tensor("gate", "FP32", (-1, 2))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sopdeploy_service.api.v2.metadata import Signature, Tensor
 from sopdeploy_service.api.v2.request import InferRequest, parse_body
-from sopdeploy_service.http.problems import RejectedError
+from sopdeploy_service.inference.results import RejectedError
 
 LIMIT = 100_000
 PIXELS = Signature(

@@ -17,8 +17,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import ApiKeys, Key, load_keys, new_key, read_keys
 from sopdeploy_service.http.middleware import require
-from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.http.rate_limits import TokenBucket
+from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import load_settings

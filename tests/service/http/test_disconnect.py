@@ -6,8 +6,7 @@ import threading
 import pytest
 
 from sopdeploy_service.http.middleware import cancel_on_disconnect
-from sopdeploy_service.http.problems import RejectedError
-from sopdeploy_service.inference.results import CLIENT_GONE
+from sopdeploy_service.inference.results import CLIENT_GONE, RejectedError
 from sopdeploy_service.runtime.fake import FakeRuntime
 from tests.service.conftest import open_files
 from tests.service.held import Held

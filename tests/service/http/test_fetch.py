@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from sopdeploy_service.http.fetch import fetch, is_public
-from sopdeploy_service.http.problems import RejectedError
+from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.settings import Settings
 
 PUBLIC = "93.184.216.34"

@@ -22,7 +22,6 @@ from sopdeploy.bundle.class_maps import read_class_maps
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy_service.api import status
 from sopdeploy_service.http.api_keys import new_key
-from sopdeploy_service.http.problems import RejectedError
 from sopdeploy_service.http.rate_limits import SharedSpending, TokenBucket
 from sopdeploy_service.inference.engine_process import client as client_module
 from sopdeploy_service.inference.engine_process.channel import RECORD, Kind, open_pair
@@ -32,6 +31,7 @@ from sopdeploy_service.inference.engine_process.models import EngineModel, Model
 from sopdeploy_service.inference.engine_process.slots import PAGE, Request, Slots, slot_bytes
 from sopdeploy_service.inference.fault_injection import NO_FAULTS
 from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime

@@ -16,8 +16,9 @@ import orjson
 from numpy.typing import NDArray
 
 from sopdeploy_service.api.v2.metadata import DTYPES, Tensor
-from sopdeploy_service.http.problems import RejectedError, bad_request
+from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import parts
+from sopdeploy_service.inference.results import RejectedError
 
 PIECE_BYTES = 65_536  # under a millisecond each
 WHITESPACE = b" \t\r\n"

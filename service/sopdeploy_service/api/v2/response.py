@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from sopdeploy_service.api.v2.metadata import DTYPES
 from sopdeploy_service.api.v2.request import RequestedOutput
-from sopdeploy_service.http.problems import RejectedError
-from sopdeploy_service.inference.results import Outcome, Prediction, Rejection, top_indices
+from sopdeploy_service.inference.results import Outcome, Prediction, RejectedError, Rejection, top_indices
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
