@@ -155,9 +155,9 @@ class Settings(BaseSettings):
         """List the sources of settings in order of precedence: arguments, environment, TOML file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
-    def classes_per_image(self, *, several: bool) -> int | None:
-        """Return `top_k`, or None (all classes) if an image may have *several* and `top_k` is not set."""
-        return None if several and "top_k" not in self.model_fields_set else self.top_k
+    def classes_per_image(self, *, multi_label: bool) -> int | None:
+        """Return `top_k`, or None (all classes) if *multi_label* and `top_k` is not set."""
+        return None if multi_label and "top_k" not in self.model_fields_set else self.top_k
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Settings":

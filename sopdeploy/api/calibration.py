@@ -78,15 +78,15 @@ def calibrate(
         raise ConfigError(f"--out {destination}: is the checkpoint to calibrate; give another name")
     if not 0 < accepts <= 1:
         raise ConfigError(f"--accepts {accepts:g}: give a fraction of the images, above 0 and at most 1")
-    several = read.decision is not None and read.decision.thresholds is not None
+    multi_label = read.decision is not None and read.decision.thresholds is not None
     notes: list[str] = []
-    images = open_evaluation_images(folder, read.labels, several=several, log=notes.append)
-    if not several and len(images) < MIN_IMAGES:
+    images = open_evaluation_images(folder, read.labels, multi_label=multi_label, log=notes.append)
+    if not multi_label and len(images) < MIN_IMAGES:
         raise DataError(f"{folder}: has {len(images)} images; give at least {MIN_IMAGES} to fit to")
     if warning := read.trained_on(images):
         notes.append(f"{folder}: {warning}")
     network = build_classifier(read, source).to("cuda" if torch.cuda.is_available() else "cpu")
-    fit = _fit_thresholds if several else _fit_temperature
+    fit = _fit_thresholds if multi_label else _fit_temperature
     try:
         decision = fit(network, read, images, accepts, workers, on_image)
     except DataError as error:

@@ -70,8 +70,8 @@ def predict(
     single = isinstance(images, str | Path | Image.Image) or (
         isinstance(images, np.ndarray) and images.ndim < 4
     )
-    several: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
-    opened = [_open(image, number) for number, image in enumerate(several)]
+    items: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
+    opened = [_open(image, number) for number, image in enumerate(items)]
     drawing = None if explain is None else Path(explain)
     found = predict_images(Path(bundle), opened, load_settings(top_k=top_k, **settings), drawing)
     return Predictions(found)

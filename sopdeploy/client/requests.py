@@ -114,7 +114,7 @@ def classify(
     budget: RetryBudget,
 ) -> Flow[Classification | list[Classification]]:
     """Classify one image, or a list of images in one request."""
-    several = isinstance(images, list | tuple)
+    is_list = isinstance(images, list | tuple)
     items: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
     if not items:
         return []
@@ -132,14 +132,14 @@ def classify(
         method="POST",
         path="/v1/classify",
         seconds=budget.seconds,
-        headers={} if several else {"Content-Type": CONTENT_TYPE},
+        headers={} if is_list else {"Content-Type": CONTENT_TYPE},
         params={
             name: str(value).lower() if value is True else str(value)
             for name, value in options.items()
             if value is not None
         },
-        body=None if several else bodies[0],
-        form=bodies if several else (),
+        body=None if is_list else bodies[0],
+        form=bodies if is_list else (),
     )
     response = yield from send_with_retries(send, budget)
     results = parse_classifications(response)
@@ -150,7 +150,7 @@ def classify(
             code="foreign_answer",
             status=response.status_code,
         )
-    return results if several else results[0]
+    return results if is_list else results[0]
 
 
 def get(path: str, budget: RetryBudget) -> Flow[httpx.Response]:

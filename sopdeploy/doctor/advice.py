@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from sopdeploy.config import StrictModel
-from sopdeploy.doctor.measure import Measured
+from sopdeploy.doctor.measure import LoadStep
 
 Limit: TypeAlias = Literal["engine", "decode", "queue", "client", "network", "cores", "load"]
 
@@ -25,7 +25,7 @@ class Advice(StrictModel):
     gain: str
 
 
-def judge(best: Measured, steps: Sequence[Measured], *, largest_batch: int, cores: int | None) -> Advice:
+def judge(best: LoadStep, steps: Sequence[LoadStep], *, largest_batch: int, cores: int | None) -> Advice:
     """Derive the advice from *best*, the step with the highest rate.
 
     *steps* are all measurements, used to model batch time by batch size. *cores* is the number of cores of
@@ -81,7 +81,7 @@ def judge(best: Measured, steps: Sequence[Measured], *, largest_batch: int, core
     )
 
 
-def _engine(best: Measured, steps: Sequence[Measured], largest_batch: int) -> Advice:
+def _engine(best: LoadStep, steps: Sequence[LoadStep], largest_batch: int) -> Advice:
     """Advise larger batches if the batch times predict a gain, otherwise a faster engine."""
     why = f"the engine is the bottleneck: busy for {min(1.0, best.engine_busy):.0%} of the time"
     gain = gain_of_larger_batches(steps, largest_batch) if best.mean_batch >= 0.8 * largest_batch else 0.0
@@ -100,7 +100,7 @@ def _engine(best: Measured, steps: Sequence[Measured], largest_batch: int) -> Ad
     )
 
 
-def gain_of_larger_batches(steps: Sequence[Measured], largest_batch: int) -> float:
+def gain_of_larger_batches(steps: Sequence[LoadStep], largest_batch: int) -> float:
     """Predict the gain of doubling the batch size from a linear fit t(n) = a + b n of the batch times."""
     points = [(step.mean_batch, step.infer_ms_per_batch) for step in steps if step.batches]
     (small, short), (large, long) = min(points), max(points)
@@ -112,7 +112,7 @@ def gain_of_larger_batches(steps: Sequence[Measured], largest_batch: int) -> flo
     return now / max(1e-9, fixed / (2 * largest_batch) + per_image) - 1 if per_image > 0 else 1.0
 
 
-def _decoders(best: Measured, cores: int | None) -> Advice:
+def _decoders(best: LoadStep, cores: int | None) -> Advice:
     """Advise more decoders, as many as the engine can use and the cores allow."""
     factor = 1 / max(best.engine_busy, 1 / MAX_DECODER_FACTOR)
     now = best.decoders // best.processes  # the setting counts those of one process

@@ -14,7 +14,7 @@ from sopdeploy.client import AsyncClient, ModelInfo
 from sopdeploy.client.requests import encode_image
 from sopdeploy.config import StrictModel
 from sopdeploy.doctor.advice import Advice, judge
-from sopdeploy.doctor.measure import Load, Measured, bare_ratio
+from sopdeploy.doctor.measure import Load, LoadStep, bare_ratio
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, DataError, ServiceError
 from sopdeploy.images.limits import SUFFIXES
@@ -36,8 +36,8 @@ class Diagnosis(StrictModel):
     model: str
     device: str
     largest_batch: int
-    steps: tuple[Measured, ...]
-    best: Measured
+    steps: tuple[LoadStep, ...]
+    best: LoadStep
     bare_ratio: float
     advice: Advice
     notes: tuple[str, ...]
@@ -124,7 +124,7 @@ def _choose_model(models: tuple[ModelInfo, ...], name: str | None) -> ModelInfo:
     return found[0]
 
 
-def _notes(url: str, best: Measured, models: int) -> list[str]:
+def _notes(url: str, best: LoadStep, models: int) -> list[str]:
     """List conditions that distort the measurements."""
     notes = []
     if is_local(url):

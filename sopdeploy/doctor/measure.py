@@ -81,7 +81,7 @@ def parse_metrics(text: str) -> Scrape:
     )
 
 
-class Measured(StrictModel):
+class LoadStep(StrictModel):
     """Measurement of one step with a constant number of clients.
 
     Rates are images per second, times milliseconds. `engine_busy`, `decoder_busy` and `client_busy` are the
@@ -125,7 +125,7 @@ def measure(
     *,
     concurrency: int,
     client_seconds: float,
-) -> Measured:
+) -> LoadStep:
     """Combine client *latencies* (seconds) and rejections by code with the metrics of *interval*.
 
     *client_seconds* is the processor time of this client.
@@ -136,7 +136,7 @@ def measure(
     stage_ms = {name: 1000 * interval.mean("stage_duration_seconds", stage=name) for name in STAGES}
     mean_ms = 1000 * statistics.fmean(latencies) if latencies else 0.0
     infer_seconds = interval.increase("stage_duration_seconds_sum", stage="infer")
-    return Measured(
+    return LoadStep(
         concurrency=concurrency,
         seconds=seconds,
         answered=len(latencies),
@@ -165,7 +165,7 @@ def percentile(values: Sequence[float], fraction: float) -> float:
     return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))] if ordered else 0.0
 
 
-def bare_ratio(best: Measured, steps: Sequence[Measured]) -> float:
+def bare_ratio(best: LoadStep, steps: Sequence[LoadStep]) -> float:
     """Compute the rate of *best* as a fraction of the rate that the engines alone would reach.
 
     The rate of the engines alone follows from the smallest engine time per image of all *steps*.
@@ -189,10 +189,10 @@ class Load:
     latencies: list[float] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
 
-    async def run(self, concurrency: int, seconds: float) -> list[Measured]:
+    async def run(self, concurrency: int, seconds: float) -> list[LoadStep]:
         """Measure 1, 2, 4, ... up to *concurrency* clients within about *seconds* in total."""
         ramp = ramp_to(concurrency)
-        steps: list[Measured] = []
+        steps: list[LoadStep] = []
         workers: list[asyncio.Task[None]] = []
         try:
             before = parse_metrics(await self.client.metrics())

@@ -226,7 +226,7 @@ def score_checkpoint(
     checkpoint = read_checkpoint(path)
     thresholds = checkpoint.decision.thresholds if checkpoint.decision is not None else None
     labels = checkpoint.labels if thresholds else tuple(sorted(checkpoint.labels))
-    images = open_evaluation_images(data, labels, several=bool(thresholds), log=log)
+    images = open_evaluation_images(data, labels, multi_label=bool(thresholds), log=log)
     if warning := checkpoint.trained_on(images):
         log(f"{data}: {warning}")
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -76,7 +76,7 @@ def _predict_multi_label(
 ) -> MultiLabelPredictions:
     """Request the probabilities of all classes, those of *thresholds*, for every image of *data*."""
     labels = tuple(thresholds)
-    images = open_evaluation_images(data, labels, several=True)
+    images = open_evaluation_images(data, labels, multi_label=True)
     probabilities = np.zeros((len(images), len(labels)))
     for index in range(len(images)):
         response = _classify(client, images, index, model, threshold=0.0)

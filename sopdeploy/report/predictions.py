@@ -36,7 +36,7 @@ def predictions_context(predictions: Predictions | None) -> dict[str, Any]:
     )
     return {
         "predictions": predictions,
-        "several": False,
+        "multi_label": False,
         "metrics": metrics,
         "accuracy": interval("accuracy", "Top-1 accuracy", top1.share, top1.low, top1.high),
         "accuracy_caption": f"Top-1 {intervals[0]}, top-5 {intervals[1]}, negative log-likelihood "
@@ -99,7 +99,7 @@ def _multi_label_context(predictions: Predictions, metrics: MultiLabelReport) ->
     tiles = ", ".join(f"{name} {value}" for name, value in metric_tiles(metrics).items())
     return {
         "predictions": predictions,
-        "several": True,
+        "multi_label": True,
         "metrics": metrics,
         "accuracy_caption": f"{tiles}. A class counts as present if its probability reaches its threshold.",
         "classes": [

@@ -153,9 +153,9 @@ def read_history(checkpoint: Checkpoint, source: Path) -> tuple[EpochRow, ...]:
 def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> tuple[LabeledImages, str]:
     """Open the images to evaluate; return them and a description."""
     if data is not None:
-        several = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
-        labels = checkpoint.labels if several else tuple(sorted(checkpoint.labels))
-        return open_evaluation_images(data, labels, several=several), f"the images in {data.name}"
+        multi_label = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
+        labels = checkpoint.labels if multi_label else tuple(sorted(checkpoint.labels))
+        return open_evaluation_images(data, labels, multi_label=multi_label), f"the images in {data.name}"
     split, few_shot = select_split(recipe, open_data(recipe.data))
     held_out = split.held_out if len(split.held_out) else split.train
     if set(held_out.labels) != set(checkpoint.labels):

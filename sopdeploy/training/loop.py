@@ -226,7 +226,7 @@ def describe_small_input(rules: Preprocess, images: LabeledImages) -> str:
 def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[AugmentedDataset, list[list[int]]]:
     """Return the augmented *images* of *epoch*, and the sample indices of each step."""
     augment, rules = recipe.augment, recipe.preprocess.model_copy(update={"crop": recipe.training_crop})
-    dataset = AugmentedDataset(images, augment, rules, recipe.seed, epoch, recipe.distort, recipe.color)
+    dataset = AugmentedDataset(images, augment, rules, recipe.seed, epoch, recipe.rand_augment, recipe.color)
     copies = 2 if isinstance(augment, PadCrop) and augment.doubled else 1
     if recipe.sampler == "balanced":
         targets = np.tile(images.targets.astype(np.int64), copies)
@@ -296,8 +296,8 @@ def fit_best(
     checkpoint = read_checkpoint(folder.best)
     record = {**checkpoint.training, "estimate": run.estimate.model_dump(mode="json")}
     checkpoint = replace(checkpoint, training=record)
-    several = run.activation == "sigmoid"
-    if several or len(held_out) < MIN_IMAGES:
+    multi_label = run.activation == "sigmoid"
+    if multi_label or len(held_out) < MIN_IMAGES:
         write_checkpoint(folder.best, checkpoint)
         return checkpoint.decision
     model = build_classifier(checkpoint, folder.best).to(run.strategy.device)

@@ -43,7 +43,7 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
 # Keys, and tables of keys, that only the training loop reads, or only the few-shot procedure.
 LOOP_KEYS = (
     "epochs", "batch_size", "accumulate", "precision", "compile", "batch_norm", "sampler", "augment", "color",
-    "distort", "mix", "optimizer", "schedule", "loss", "ema", "teacher", "save", "start.learn",
+    "rand_augment", "mix", "optimizer", "schedule", "loss", "ema", "teacher", "save", "start.learn",
     "start.head_factor", "model.remove_branches_at",
 )  # fmt: skip
 FEW_SHOT_KEYS = ("few_shot",)
@@ -121,7 +121,7 @@ class Recipe(StrictModel):
     preprocess: Preprocess = Preprocess()
     augment: Augmentation
     color: ColorJitter = ColorJitter()
-    distort: RandAugment = RandAugment()
+    rand_augment: RandAugment = RandAugment()
     mix: Mixup = Mixup()
     optimizer: OptimizerConfig
     schedule: Schedule

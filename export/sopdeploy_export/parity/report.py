@@ -57,7 +57,7 @@ class Flip(StrictModel):
     network: int
     file: int
     margin: float
-    because: Literal["noise", "routing", "error"]
+    cause: Literal["noise", "routing", "error"]
 
 
 class Agreement(StrictModel):
@@ -237,19 +237,19 @@ def agreement(
     margin = expected[rows, network] - expected[rows, file]
     flipped = []
     for image in np.flatnonzero(network != file):
-        because: Literal["noise", "routing", "error"] = "noise" if margin[image] <= 2 * tolerance else "error"
+        cause: Literal["noise", "routing", "error"] = "noise" if margin[image] <= 2 * tolerance else "error"
         if rerouted is not None and rerouted[image]:
-            because = "routing"
+            cause = "routing"
         flipped.append(
             Flip(
                 image=int(image),
                 network=int(network[image]),
                 file=int(file[image]),
                 margin=float(margin[image]),
-                because=because,
+                cause=cause,
             )
         )
-    counts = Counter(flip.because for flip in flipped)
+    counts = Counter(flip.cause for flip in flipped)
     agree = len(expected) - len(flipped)
     low, high = wilson(agree, len(expected))
     return Agreement(

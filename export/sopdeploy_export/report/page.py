@@ -140,7 +140,7 @@ def _drift_chart(parity: ParityReport) -> Markup | None:
 def flip_row(flip: Flip, labels: tuple[str, ...]) -> tuple[str, ...]:
     """Describe one changed top class: image, class of the network, class of the file, margin, cause."""
     names = labels[flip.network], labels[flip.file]
-    return str(flip.image), *names, f"{flip.margin:.3g}", CAUSES[flip.because]
+    return str(flip.image), *names, f"{flip.margin:.3g}", CAUSES[flip.cause]
 
 
 def flip_matrix(flipped: Sequence[Flip], labels: tuple[str, ...]) -> Markup | None:

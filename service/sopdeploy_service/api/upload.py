@@ -39,10 +39,10 @@ NOT_A_FORM = Rejection("unsupported_multipart", 415, "send the image itself or m
 
 
 class Upload(NamedTuple):
-    """The images of one request. *several* selects a list as response; *top_k* is from a JSON body."""
+    """The images of one request. *is_list* selects a list as response; *top_k* is from a JSON body."""
 
     images: list[EncodedImage]
-    several: bool = False
+    is_list: bool = False
     top_k: int | None = None
 
 
@@ -141,7 +141,7 @@ async def read_upload(request: Request, service: Service, model: Model, deadline
         form = ImageForm(content_type, max_images=settings.max_images)
         await read_body(request, settings.max_body_bytes, deadline, form.feed)
         images = form.images()
-        return Upload(images, several=len(images) > 1)
+        return Upload(images, is_list=len(images) > 1)
     if kind != "application/json":
         body = await read_body(request, settings.max_body_bytes, deadline)
         return Upload([EncodedImage(body, content_type)])
@@ -181,7 +181,7 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> tuple[Upload, s
     if len(body.images) > max_images:
         raise bad_request("too_many_images", f"images: more than {max_images}, the limit of this server")
     images = [EncodedImage(decode_text(text, f"images[{i}]")) for i, text in enumerate(body.images)]
-    return Upload(images, several=True, top_k=top_k), None
+    return Upload(images, is_list=True, top_k=top_k), None
 
 
 async def read_body(

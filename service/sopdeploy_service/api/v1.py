@@ -100,7 +100,7 @@ async def classify(request: Request) -> Response:
         context.record_stage("receive", received - started, received)
         work = service.infer(chosen, upload.images, deadline, context, features=explained)
         outcomes = raise_if_rejected(await cancel_on_disconnect(work, request.receive))
-    if not upload.several:
+    if not upload.is_list:
         raise_if_rejected(outcomes[0])
     top_k = query.top_k or upload.top_k or (service.settings.top_k if chosen.thresholds is None else None)
     results: list[dict[str, Any]] = []
@@ -112,7 +112,7 @@ async def classify(request: Request) -> Response:
         results.append(_format_result(outcome, chosen, query, top_k))
         if results[-1].get("known") is False:
             service.metrics.unknown_images.labels(chosen.name).inc()
-    body = {"results": results} if upload.several else results[0]
+    body = {"results": results} if upload.is_list else results[0]
     return json_response(body, headers={"Server-Timing": context.server_timing()})
 
 

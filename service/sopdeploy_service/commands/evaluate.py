@@ -60,8 +60,10 @@ def scores_of_bundle(
     labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
     thresholds = decision.thresholds if decision is not None else None
     sorted_labels = tuple(sorted(labels))
-    several = thresholds is not None
-    images = open_evaluation_images(data, labels if several else sorted_labels, several=several, log=log)
+    multi_label = thresholds is not None
+    images = open_evaluation_images(
+        data, labels if multi_label else sorted_labels, multi_label=multi_label, log=log
+    )
     logits = []  # (V, C) of the views of each image
     for index in range(len(images)):
         logits.append(_view_logits(loaded, images, index, tta_mode, settings))

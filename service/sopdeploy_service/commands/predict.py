@@ -100,7 +100,7 @@ def _predict_image(
         return FilePrediction(image=name, error=Problem.of(NONFINITE))
     logits = outputs[manifest.outputs[0].name][0]
     thresholds = None if manifest.decision is None else manifest.decision.thresholds
-    limit = settings.classes_per_image(several=thresholds is not None)
+    limit = settings.classes_per_image(multi_label=thresholds is not None)
     (ranked,) = rank_images([logits], thresholds, limit)
     recognized = None if manifest.rejection is None else manifest.rejection.recognize(logits)
     found = Classes(**format_prediction(ranked, loaded.bundle.labels, recognized=recognized))

@@ -71,11 +71,11 @@ def has_label_table(store: FileStore) -> bool:
 
 
 def read_label_table(
-    store: FileStore, labels: tuple[str, ...] | None = None, *, several: bool | None = None
+    store: FileStore, labels: tuple[str, ...] | None = None, *, multi_label: bool | None = None
 ) -> LabelTable:
     """Read the `labels.csv` of *store*; its classes must be among *labels*, by default all classes, sorted.
 
-    *several* says whether images may have no class or several ones; by default the table itself says it. If
+    *multi_label*: images may have no class or several ones; by default the table itself decides. If
     several archives contain a `labels.csv`, their rows are joined. Raises `DataError` naming the line of
     the first invalid row, or the files that do not exist.
     """
@@ -97,11 +97,11 @@ def read_label_table(
     if unknown:
         raise DataError(f"{table}: {shorten(unknown)} are not classes of the network; remove them")
     other = next((row for row in rows.values() if len(row.classes) != 1), None)
-    if several is False and other is not None:
+    if multi_label is False and other is not None:
         _reject(table, other.line, "has no class or several, but the network predicts one; keep one class")
     targets: NDArray[Any]
     place = {label: index for index, label in enumerate(labels)}
-    if other is None and not several:
+    if other is None and not multi_label:
         targets = np.asarray([place[name] for row in rows.values() for name in row.classes], dtype=np.int64)
     else:
         targets = np.zeros((len(rows), len(labels)), dtype=np.float32)

@@ -42,35 +42,35 @@ def open_official(path: Path, options: OpenOptions) -> dict[str, ImageFiles]:
 
 
 def open_evaluation_images(
-    root: Path, labels: tuple[str, ...], *, several: bool = False, log: Log = ignore
+    root: Path, labels: tuple[str, ...], *, multi_label: bool = False, log: Log = ignore
 ) -> ImageFiles:
     """Open the labeled images below *root* for a network with the classes *labels*, in their order.
 
     `eval`, `calibrate` and `export --evaluate` read folders with this function. Of a folder with parts, such
     as train/ and val/, of an official layout and of a `labels.csv` with a column `split`, the held-out images
-    are opened. Classes are matched by name; WordNet IDs match the names of ImageNet's classes. *several*: the
-    network predicts several classes per image, which `labels.csv` lists.
+    are opened. Classes are matched by name; WordNet IDs match the names of ImageNet's classes. With
+    *multi_label*, the network predicts several classes per image, which `labels.csv` lists.
 
     *log* receives a line about what is not as expected: classes without images, which part is opened, and
     images of an official layout that are of no class of the network. Raises `DataError` for folders that are
     no class of the network, or if there are no images.
     """
     root = expand_user(root)
-    if several:
+    if multi_label:
         store = open_store(root, OpenOptions(log=log))
         if not store.label_tables():
             raise DataError(
                 f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
                 "images and their classes in this file"
             )
-        return read_label_table(store, labels, several=True).held_out()
+        return read_label_table(store, labels, multi_label=True).held_out()
     official = open_official(root, OpenOptions(log=log))
     if official:
         found = list(official.values())[-1]
     else:
         store = _open_held_out(open_store(root, OpenOptions(log=log)), labels, log)
         if has_label_table(store):
-            found = read_label_table(store, labels, several=False).held_out()
+            found = read_label_table(store, labels, multi_label=False).held_out()
         else:
             found = list_classes(store, tuple(store.folders()))
     images = _match(root, found, labels, must_match=not official)

@@ -135,8 +135,8 @@ class Problem:
         from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
 
         x, y, w = self.reduced[images], self.targets.classes[images], self.targets.weights[images]
-        several = self.targets.activation == "sigmoid"
-        columns = list(y.T) if several else [y.argmax(axis=1)]
+        multi_label = self.targets.activation == "sigmoid"
+        columns = list(y.T) if multi_label else [y.argmax(axis=1)]
         options = {"tol": TOLERANCE, "max_iter": MAX_ITERATIONS, "warm_start": True}
         models = [LogisticRegression(**options) for _ in columns]
         rare = -np.log(len(images) + 1.0)  # log-odds of a class that was not seen
@@ -145,20 +145,20 @@ class Problem:
             for place, (column, model) in enumerate(zip(columns, models, strict=True)):
                 shown = np.unique(column).astype(int)
                 if len(shown) == 1:
-                    at = place if several else shown[0]
-                    bias[at] = -rare if not several or shown[0] else rare
+                    at = place if multi_label else shown[0]
+                    bias[at] = -rare if not multi_label or shown[0] else rare
                     continue
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", ConvergenceWarning)
                     model.set_params(C=strength).fit(x, column, sample_weight=w)
-                if several:
+                if multi_label:
                     weight[place], bias[place] = model.coef_[0], model.intercept_[0]
                 elif len(shown) == 2:  # scikit-learn returns the difference of the two logits
                     weight[shown] = np.concatenate([-model.coef_, model.coef_]) / 2
                     bias[shown] = np.concatenate([-model.intercept_, model.intercept_]) / 2
                 else:
                     weight[shown], bias[shown] = model.coef_, model.intercept_
-                if not several:
+                if not multi_label:
                     absent = np.setdiff1d(np.arange(y.shape[1]), shown)
                     bias[absent] = bias[shown].min() + rare
             yield LinearHead(weight, bias)

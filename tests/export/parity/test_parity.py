@@ -195,7 +195,7 @@ def test_every_flip_is_listed_with_its_margin_and_cause() -> None:
     expected = np.array([[1.0, 0.0, 0.9]] * 4)
     values = np.array([[1.0, 0.0, 0.9], [1.0, 0.0, 1.1], [0.0, 1.0, 0.9], [0.0, 1.0, 0.9]])
     found = agreement(values, expected, 0.06, np.array([False, False, False, True]))
-    assert [(flip.image, flip.network, flip.file, flip.because) for flip in found.flipped] == [
+    assert [(flip.image, flip.network, flip.file, flip.cause) for flip in found.flipped] == [
         (1, 0, 2, "noise"),
         (2, 0, 1, "error"),
         (3, 0, 1, "routing"),

@@ -166,7 +166,7 @@ def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Expo
 
 
 def test_a_flip_is_described_with_class_names_and_cause() -> None:
-    flip = Flip(image=3, network=0, file=5, margin=1.5e-7, because="noise")
+    flip = Flip(image=3, network=0, file=5, margin=1.5e-7, cause="noise")
     assert flip_row(flip, HOSTILE) == ("3", HOSTILE[0], HOSTILE[5], "1.5e-07", CAUSES["noise"])
 
 
@@ -187,7 +187,7 @@ def rendered(exported: Exported, decision: Decision | None = None, **changes: An
 
 
 def test_flips_and_an_accepted_drift_are_reported(branched: Exported) -> None:
-    flip = Flip(image=1, network=0, file=2, margin=0.5, because="error")
+    flip = Flip(image=1, network=0, file=2, margin=0.5, cause="error")
     top1 = branched.parity.top1.model_copy(update={"flipped": (flip,), "flips": 1, "agree": 11})
     parity = branched.parity.model_copy(update={"top1": top1, "passed": False, "parts": ()})
     page = rendered(branched, parity=parity)
@@ -203,8 +203,8 @@ def test_the_page_shows_the_decision(branched: Exported) -> None:
     page = rendered(branched, Decision(rejection=rejection))
     assert "0.75, by fitting the classifier without it: a part of the unknown images" in page
     assert "Decision" not in page
-    several = Decision(activation="sigmoid", thresholds=(0.25,) * len(HOSTILE))
-    assert "Decision" in rendered(branched, several)
+    multi_label = Decision(activation="sigmoid", thresholds=(0.25,) * len(HOSTILE))
+    assert "Decision" in rendered(branched, multi_label)
 
 
 def test_the_page_of_an_int8_bundle_shows_the_accuracy_and_what_was_tried(branched: Exported) -> None:
@@ -231,7 +231,7 @@ def test_the_page_of_an_int8_bundle_shows_the_accuracy_and_what_was_tried(branch
 def test_flips_are_drawn_as_a_confusion_matrix() -> None:
     pairs = [(0, 5), (0, 5), (5, 0), (2, 5)]
     flips = [
-        Flip(image=at, network=network, file=file, margin=0.1, because="noise")
+        Flip(image=at, network=network, file=file, margin=0.1, cause="noise")
         for at, (network, file) in enumerate(pairs)
     ]
     drawn = flip_matrix(flips, tuple("abcdefghij"))
@@ -248,7 +248,7 @@ def test_flips_are_drawn_as_a_confusion_matrix() -> None:
 @pytest.mark.parametrize("count", [0, 31])
 def test_no_matrix_is_drawn_without_flips_or_for_too_many_classes(count: int) -> None:
     flips = [
-        Flip(image=at, network=at, file=(at + 1) % count, margin=0.1, because="noise") for at in range(count)
+        Flip(image=at, network=at, file=(at + 1) % count, margin=0.1, cause="noise") for at in range(count)
     ]
     assert flip_matrix(flips, tuple(map(str, range(count)))) is None
 

@@ -62,7 +62,7 @@ def parsed(value: Any) -> tuple[Upload, str | None]:
 def test_a_body_has_one_image_several_images_or_a_url():
     image = EncodedImage(b"a")
     assert parsed({"image": "YQ=="}) == (Upload([image]), None)
-    assert parsed({"images": ["YQ=="], "top_k": 2}) == (Upload([image], several=True, top_k=2), None)
+    assert parsed({"images": ["YQ=="], "top_k": 2}) == (Upload([image], is_list=True, top_k=2), None)
     assert parsed({"url": "https://a.example/b"}) == (Upload([]), "https://a.example/b")
     assert parsed({"image": "", "top_k": 2**60})[0].top_k == 1_000_000
     assert parsed({"image": "", "top_k": None})[0].top_k is None

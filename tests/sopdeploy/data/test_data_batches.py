@@ -125,8 +125,8 @@ def test_batches_do_not_depend_on_the_number_of_workers(make) -> None:
         ArrayImages(("a", "b"), pixels, np.arange(30) % 2),
         PadCrop(kind="pad-crop", flip=0.5),
     )
-    distort = RandAugment(ops=1, magnitude=20, erase=0.5)
-    view = AugmentedDataset(images, augmentation, Preprocess(resize=12, crop=12), 0, 0, distort)
+    rand_augment = RandAugment(ops=1, magnitude=20, erase=0.5)
+    view = AugmentedDataset(images, augmentation, Preprocess(resize=12, crop=12), 0, 0, rand_augment)
     batches = make(30 if make is shuffled_batches else images.targets, 8, 0, 0)
     alone, shared = (list(load_batches(view, batches, workers, torch.device("cpu"))) for workers in (0, 2))
     assert len(alone) == len(shared) == 4

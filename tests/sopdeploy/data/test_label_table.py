@@ -34,7 +34,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def rows(folder: Path, labels: tuple[str, ...] = ("cat", "dog")) -> dict[str, list[float]]:
-    images = open_evaluation_images(folder, labels, several=True)
+    images = open_evaluation_images(folder, labels, multi_label=True)
     return {str(images.path(i).relative_to(folder)): images.target(i).tolist() for i in range(len(images))}
 
 
@@ -93,12 +93,12 @@ def test_the_tables_of_shards_name_the_shard_and_agree_about_the_split(folder: P
     with pytest.raises(
         DataError, match=r"shards/0\.tar/labels\.csv: line 2: a\.png does not exist, and 1 more"
     ):
-        open_evaluation_images(shards, ("cat", "dog"), several=True)
+        open_evaluation_images(shards, ("cat", "dog"), multi_label=True)
     for name in ("a.png", "b.png"):
         with tarfile.open(shards / f"{name}.tar", "w") as archive:
             archive.add(folder / name, arcname=name)
     with pytest.raises(DataError, match="only some archives have the column split; add it to"):
-        open_evaluation_images(shards, ("cat", "dog"), several=True)
+        open_evaluation_images(shards, ("cat", "dog"), multi_label=True)
 
 
 def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> None:
@@ -147,9 +147,9 @@ def test_networks_reject_tables_of_other_classes_and_the_other_kind_of_data(fold
     with pytest.raises(DataError, match=r"line 2: has no class or several, but the network predicts one"):
         open_evaluation_images(write(folder, GOOD), ("cat", "dog"))
     with pytest.raises(DataError, match="dog are not classes of the network"):
-        open_evaluation_images(folder, ("cat", "cow"), several=True)
+        open_evaluation_images(folder, ("cat", "cow"), multi_label=True)
     with pytest.raises(DataError, match=r"has no labels\.csv, but the network predicts several classes"):
-        open_evaluation_images(folder / "sub", ("cat", "dog"), several=True)
+        open_evaluation_images(folder / "sub", ("cat", "dog"), multi_label=True)
 
 
 def test_a_table_of_other_columns_next_to_class_folders_is_ignored(folder: Path) -> None:
@@ -178,7 +178,7 @@ def test_every_class_is_split_and_a_column_chooses_the_split(tmp_path: Path) -> 
     write(scenes, "\n".join(f"{line},{part}" for line, part in zip(lines, parts, strict=True)))
     split = open_folder(FolderConfig(kind="folder", path=scenes))
     assert [len(split.train), len(split.held_out)] == [40, 20]
-    assert len(open_evaluation_images(scenes, CLASSES, several=True)) == 20
+    assert len(open_evaluation_images(scenes, CLASSES, multi_label=True)) == 20
 
 
 def test_the_check_counts_classes_and_finds_unlisted_and_broken_images(folder: Path) -> None:

@@ -11,7 +11,7 @@ from sopdeploy.doctor.advice import gain_of_larger_batches, judge
 from sopdeploy.doctor.examine import is_local, load_images
 from sopdeploy.doctor.measure import (
     Interval,
-    Measured,
+    LoadStep,
     Scrape,
     bare_ratio,
     measure,
@@ -49,7 +49,7 @@ def scrape(text: str, moment: float) -> Scrape:
     return replace(parse_metrics(text), moment=moment)
 
 
-def step(**changes: Any) -> Measured:
+def step(**changes: Any) -> LoadStep:
     facts: dict[str, Any] = {
         "concurrency": 8, "seconds": 1.0, "answered": 100, "rate": 100.0, "p50_ms": 10, "p95_ms": 20,
         "p99_ms": 30, "refused": {}, "engines": 1, "processes": 1, "engine_busy": 0.3, "decoder_busy": 0.3,
@@ -57,7 +57,7 @@ def step(**changes: Any) -> Measured:
         "infer_ms_per_batch": 5.0, "elsewhere_ms": 1.0,
         "stage_ms": {"receive": 1.0, "decode": 3.0, "queue": 3.0, "infer": 5.0},
     }  # fmt: skip
-    return Measured(**{**facts, **changes})
+    return LoadStep(**{**facts, **changes})
 
 
 def test_a_measurement_is_the_difference_of_two_scrapes() -> None:

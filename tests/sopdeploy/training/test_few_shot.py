@@ -61,23 +61,23 @@ def softmax_targets(classes: np.ndarray, count: int = 4) -> Targets:
     return Targets(np.eye(count)[classes], np.ones(len(classes)), classes.tolist(), "softmax", False)
 
 
-@pytest.mark.parametrize(("count", "several"), [(40, False), (40, True), (10, False)])
-def test_the_head_is_scikit_learns_and_equals_its_linear_layer(count: int, several: bool):
+@pytest.mark.parametrize(("count", "multi_label"), [(40, False), (40, True), (10, False)])
+def test_the_head_is_scikit_learns_and_equals_its_linear_layer(count: int, multi_label: bool):
     features, classes = blobs(count)
     targets = softmax_targets(classes)
-    if several:
+    if multi_label:
         both = targets.classes + np.eye(4)[(classes + 1) % 4]
         targets = replace(targets, classes=both, activation="sigmoid")
     problem, everything = Problem.create([features[:, :10], features[:, 10:]], targets), np.arange(count)
     head = problem.linear(problem.fit(everything, 3.0))
     parts = [part - part.mean(axis=0) for part in (features[:, :10], features[:, 10:])]
     scaled = np.concatenate([part / np.sqrt(np.square(part).sum(axis=1).mean()) for part in parts], axis=1)
-    columns = targets.classes.T if several else [classes]
+    columns = targets.classes.T if multi_label else [classes]
     expected = [
         LogisticRegression(C=3.0, max_iter=2000, tol=1e-8).fit(scaled, column).decision_function(scaled)
         for column in columns
     ]
-    expected = np.stack(expected, axis=1) if several else expected[0]
+    expected = np.stack(expected, axis=1) if multi_label else expected[0]
     assert np.allclose(head.logits(features), expected, atol=0.05)
 
 

@@ -124,7 +124,14 @@ def test_every_option_is_read_by_one_procedure_or_by_both() -> None:
 def test_the_options_of_the_loop_change_nothing_in_the_few_shot_procedure(photos: Path) -> None:
     values = {"alone": [f"data.path={photos}", "start.weights=none", "few_shot.folds=3", *SMALL]}
     values["with-options"] = [
-        *(*values["alone"], "epochs=3", "batch_size=4", "accumulate=2", "batch_norm=frozen", "distort.ops=1"),
+        *(
+            *values["alone"],
+            "epochs=3",
+            "batch_size=4",
+            "accumulate=2",
+            "batch_norm=frozen",
+            "rand_augment.ops=1",
+        ),
         *("sampler=balanced", "mix.mixup=0.2", 'augment={kind="pad-crop"}', "optimizer.lr=5"),
         *("schedule.rise=0.5", "loss.label_smoothing=0.5", "start.head_factor=3", "save.keep_every=1"),
         *("color.brightness=0.4", "compile=true"),

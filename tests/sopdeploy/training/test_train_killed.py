@@ -31,7 +31,7 @@ CASES = {
         "ema={decay=0.9}",
         "mix={mixup=0.4, cutmix=0.5}",
         "accumulate=2",
-        "distort={ops=1, erase=0.3}",
+        "rand_augment={ops=1, erase=0.3}",
         "loss.label_smoothing=0.1",
         "optimizer={kind='adamw', lr=0.003, clip_norm=5.0}",
     ),

@@ -116,7 +116,7 @@ def test_a_checkpoint_of_the_first_version_can_be_resumed(tmp_path, uninterrupte
         "channels_last",
         "compile",
         "sampler",
-        "distort",
+        "rand_augment",
         "mix",
         "ema",
         "save",

@@ -63,8 +63,8 @@ class PartClassifier:
     def top_k(self) -> int | None:
         """The number of classes per image; None for all above the thresholds of a multi-label network."""
         decision = self.loaded.bundle.manifest.decision
-        several = decision is not None and decision.thresholds is not None
-        return self.settings.classes_per_image(several=several)
+        multi_label = decision is not None and decision.thresholds is not None
+        return self.settings.classes_per_image(multi_label=multi_label)
 
     def row_format(self) -> RowFormat:
         """Create the converter from outputs to tables."""

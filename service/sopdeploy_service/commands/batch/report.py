@@ -121,10 +121,10 @@ class _Summary:
         chosen = table.take(found)
         best = compute.list_element(chosen["classes"], 0)
         probabilities = compute.list_element(chosen["probabilities"], 0).to_numpy()
-        several = isinstance(predictions, PresenceCounts)
-        counted = compute.list_flatten(chosen["classes"]) if several else best
+        multi_label = isinstance(predictions, PresenceCounts)
+        counted = compute.list_flatten(chosen["classes"]) if multi_label else best
         indices = compute.index_in(counted, value_set=import_pyarrow("pyarrow").array(self.labels)).to_numpy()
-        predictions.add(indices, numbers.drop_null().to_numpy() if several else probabilities)
+        predictions.add(indices, numbers.drop_null().to_numpy() if multi_label else probabilities)
         for entry in counted.value_counts().to_pylist():
             self.counts[entry["values"]] += entry["counts"]
         self._keep_least(part, found, probabilities, chosen, best)
@@ -144,8 +144,8 @@ class _Summary:
 def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, settings: Settings) -> BatchReport:
     """Write `report.html` and `report.json` of the finished run in *folder* with the images of *listing*."""
     decision = bundle.manifest.decision or Decision()
-    several = decision.thresholds is not None
-    limited = several and settings.classes_per_image(several=True) is not None
+    multi_label = decision.thresholds is not None
+    limited = multi_label and settings.classes_per_image(multi_label=True) is not None
     predictions = counts_for(decision, len(bundle.labels))
     summary = _Summary(bundle.labels)
     for part in range(listing.parts()):
@@ -172,7 +172,7 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
         "batch.html",
         report=report,
         rejects=bundle.manifest.rejection is not None,
-        several=several,
+        multi_label=multi_label,
         limited=limited,
         failed=sum(kind.images for kind in report.errors),
         classes=_class_bars(report),

@@ -103,8 +103,10 @@ def evaluate_fixed_network(group) -> dict[str, float]:
     options = {"batch_size": BATCH_SIZE, "processes": group, "on_batch": progress.append}
     found = evaluate(network, held_out, PREPROCESS, **options)
     counts = {"top1": round(found.top1 * COUNT), "top5": round(found.top5 * COUNT), "count": found.count}
-    several = evaluate(network, PreprocessedDataset(ManyClasses(dataset), PREPROCESS), PREPROCESS, **options)
-    counts |= {"map": several.map, "thresholds": several.thresholds, "several loss": several.loss}
+    multi_label = evaluate(
+        network, PreprocessedDataset(ManyClasses(dataset), PREPROCESS), PREPROCESS, **options
+    )
+    counts |= {"map": multi_label.map, "thresholds": multi_label.thresholds, "several loss": multi_label.loss}
     return {**counts, "loss": found.loss * found.count, "reports": len(progress), "last": progress[-1]}
 
 
