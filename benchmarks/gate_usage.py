@@ -76,7 +76,7 @@ def usage(recipe: Recipe) -> dict[str, tuple[float, str]]:
     with tempfile.TemporaryDirectory() as folder:
         result = train(recipe, Path(folder) / "run")
         checkpoint = read_checkpoint(result.last)
-        received = sorted(read_history(checkpoint, result.last)[-1].received)
+        component_counts = sorted(read_history(checkpoint, result.last)[-1].component_counts)
         model: Any = build_classifier(checkpoint, result.last)
     sums = {}
     for name, images in {"held-out": data.held_out, "training": data.train}.items():
@@ -93,11 +93,11 @@ def usage(recipe: Recipe) -> dict[str, tuple[float, str]]:
                     sums[name] += (model.gate(features) > 0).sum(dim=0)
     full = int((sums["training"] >= WEIGHT * sums["training"].sum()).sum())
     selected = int((sums["held-out"] >= SELECTED * len(data.held_out)).sum())
-    used = sum(count >= SELECTED * len(data.train) for count in received)
+    used = sum(count >= SELECTED * len(data.train) for count in component_counts)
     return {
         "in use": (used, "of 16 components"),
-        "rarest": (100 * received[0] / len(data.train), "%"),
-        "four busiest": (100 * sum(received[-4:]) / sum(received), "%"),
+        "rarest": (100 * component_counts[0] / len(data.train), "%"),
+        "four busiest": (100 * sum(component_counts[-4:]) / sum(component_counts), "%"),
         "full share": (full, "of 16 components"),
         "held-out": (selected, "of 16 components"),
     }

@@ -27,7 +27,7 @@ from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import atomic_write
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.registry import CATALOG, create_model, make_config
+from sopdeploy.models.registry import create_model, make_config
 
 FORMAT = "sopdeploy-checkpoint"
 VERSION = 1
@@ -177,7 +177,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: its weights are not a dict of tensors; train or import it again")
     return Checkpoint(
         model=header.model.name,
-        config=_complete_config(header.model, weights),
+        config=header.model.config,
         weights=weights,
         labels=header.labels,
         preprocess=header.preprocess,
@@ -187,13 +187,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         image_hashes=hashes,
         sha256=digest,
     )
-
-
-def _complete_config(model: ModelRecord, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Complete the config of a file of an older version, so that it builds the network of that version."""
-    if model.name not in CATALOG:
-        return model.config
-    return {**CATALOG[model.name].network.absent_options(weights.keys()), **model.config}
 
 
 def load_plain(

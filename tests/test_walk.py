@@ -79,7 +79,7 @@ def trained(home: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def exported(home: Path, trained: dict[str, Any]) -> dict[str, Any]:
-    with proving_once():  # `test_previous_version` and `test_new_system` prove without a cache
+    with proving_once():  # `test_new_system` proves without a cache
         return answer("export", trained["best"], "--detach", home=home)
 
 

@@ -84,10 +84,10 @@ class ProgressBars:
         """Print top-1 or mAP and loss on held-out images, training loss and time, within 80 columns."""
         if self.stage:  # the few-shot procedure has no epochs; its result is printed at the end
             return
-        loss, name = row.losses.get("loss", 0.0), row.figures.score_name
+        loss, name = row.losses.get("loss", 0.0), row.metrics.score_name
         self.console.print(
-            f"epoch {row.epoch:>3}/{self.epochs}  {name} [bold]{row.figures.score:7.2%}[/]  "
-            f"loss {row.figures.loss:.3f} (training {loss:.3f})  {row.seconds:.1f} s"
+            f"epoch {row.epoch:>3}/{self.epochs}  {name} [bold]{row.metrics.score:7.2%}[/]  "
+            f"loss {row.metrics.loss:.3f} (training {loss:.3f})  {row.seconds:.1f} s"
         )
         if not self.verbose:
             return

@@ -1,6 +1,6 @@
 """Base class of catalog networks: a backbone with training-only parts and an inference model."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
@@ -22,13 +22,13 @@ class TrainingOutput(NamedTuple):
 
     `logits` (B, classes) come from the part that is exported; `branches` maps each training-only head to its
     (B, classes) logits; `penalties` maps names to scalars that are added to the loss without a weight.
-    `received` (N,) counts the images that each of N components receives, if the network has a gate.
+    `component_counts` (N,) counts the images that each of N components receives, if the network has a gate.
     """
 
     logits: Tensor
     branches: dict[str, Tensor]
     penalties: dict[str, Tensor]
-    received: Tensor | None = None
+    component_counts: Tensor | None = None
 
 
 class Classifier(Backbone):
@@ -62,15 +62,6 @@ class Classifier(Backbone):
             names = self.inference_config.model_fields
             config = self.inference_config(**{name: getattr(config, name) for name in names})
         return (self.inference_class or type(self))(config, self.num_classes)
-
-    @classmethod
-    def absent_options(cls, tensors: Collection[str]) -> dict[str, Any]:
-        """Determine options that an older checkpoint does not store from the names of its *tensors*.
-
-        Only options whose default builds another network than older versions need this.
-        """
-        del tensors
-        return {}
 
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) logits, or with training-only heads in train mode a `TrainingOutput`."""

@@ -9,7 +9,6 @@ to branches whose a_conv3_x and a_conv4_x have stride 2. `aux_stride="text"` fol
 reproduces the printed counts (ResNet-50 then needs 3, 4, 7, 3 blocks and four heads of 256).
 """
 
-from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -352,12 +351,6 @@ class DSoPEfficientNet(DSoP, EfficientNet):
             plan.model_copy(update=end) if plan.used and plan.tap.startswith("blocks.6.") else plan
             for plan in plans
         ]
-
-    @classmethod
-    def absent_options(cls, tensors: Collection[str]) -> dict[str, Any]:
-        """Return the tap of the last branch of an older checkpoint, which does not store it."""
-        before = any(name.startswith("branches.blocks_6_") for name in tensors)
-        return {"end_tap": "blocks.6" if before else "conv_head"}
 
 
 ENTRIES = {

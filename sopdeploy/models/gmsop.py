@@ -19,7 +19,6 @@ biases. Assumption, because the paper does not say: its sum is classified direct
 dropout that section 2.3 adds to GM-SOP; with or without them the parameters are the printed 2.3M.
 """
 
-from collections.abc import Collection
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -129,16 +128,6 @@ class GMSOP(Classifier, GatedResNet):
         features = self.gate.weight.shape[1]
         self.gate.add_module("noise", GateNoise(features, config.components, config.noise_per))
         self.step_load: Tensor | None = None
-
-    @classmethod
-    def absent_options(cls, tensors: Collection[str]) -> dict[str, Any]:
-        """Return which batch norms and biases an older checkpoint has, by the names of its tensors."""
-        return {
-            "component_bias": "mixture.biases.0" in tensors,
-            "component_norm": "mixture.norms.0.weight" in tensors,
-            "gate_norm": "gate.feature.0.1.weight" in tensors,
-            "fusion_norm": "head.bn.weight" in tensors,
-        }
 
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) logits in eval mode, a `TrainingOutput` in train mode.

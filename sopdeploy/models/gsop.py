@@ -12,7 +12,6 @@ Differences inside the block are documented in `layers/attention/gsop_block.py`.
 training-only parts.
 """
 
-from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -107,14 +106,6 @@ class GSoP(Classifier):
             self.dropout = nn.Dropout(config.dropout)
             self.fc = self.pooling.classifier(self.num_classes)
             self.classifier_parts = ("pooling", "dropout", "fc")
-
-    @classmethod
-    def absent_options(cls, tensors: Collection[str]) -> dict[str, Any]:
-        """Return whether an older checkpoint has batch norms after its row-wise convolutions."""
-        return {
-            f"{half}_norm": any(f".{half}.excitation.norm." in name for name in tensors)
-            for half in ("channel", "position")
-        }
 
 
 class GSoPResNetConfig(ResNetConfig, GSoPConfig):

@@ -19,11 +19,11 @@ Figure = tuple[Markup, str]  # a chart and its caption
 def training_context(history: Sequence[EpochRow]) -> dict[str, Any]:
     """Build the template variables that describe the training."""
     columns, rows = history_table(history)
-    rates = sorted(row.speed.pictures_per_second for row in history if row.speed)
-    sight = history[-1].sight
+    rates = sorted(row.speed.images_per_second for row in history if row.speed)
+    diagnostics = history[-1].diagnostics
     return {
         "learning": _learning_figures(history),
-        "branch_images": sight.pictures if sight and len(_head_names(history)) > 1 else 0,
+        "branch_images": diagnostics.images if diagnostics and len(_head_names(history)) > 1 else 0,
         "course": _course_figures(history),
         "throughput": short_number(round(rates[len(rates) // 2], 1)) if rates else "",
         "columns": columns,
@@ -40,7 +40,7 @@ def _curve(history: Sequence[EpochRow], name: str, value: Callable[[EpochRow], f
 
 
 def _head_names(history: Sequence[EpochRow]) -> list[str]:
-    names = {name for row in history if row.sight for name in row.sight.heads}
+    names = {name for row in history if row.diagnostics for name in row.diagnostics.heads}
     return sorted(names, key=lambda name: (name != "main", name))
 
 
@@ -53,13 +53,13 @@ def _learning_figures(history: Sequence[EpochRow]) -> list[Figure]:
         )
         for name in names
     ]
-    shown = history[-1].figures.score_name
+    shown = history[-1].metrics.score_name
     name = "mAP" if shown == "mAP" else "Top-1 accuracy"
-    scores = [_curve(history, "deployed", lambda row: row.figures.score)]
-    held_out = [_curve(history, "deployed", lambda row: row.figures.loss)]
+    scores = [_curve(history, "deployed", lambda row: row.metrics.score)]
+    held_out = [_curve(history, "deployed", lambda row: row.metrics.loss)]
     heads = _head_names(history)
     for head in heads if len(heads) > 1 else ():
-        recorded = [(row.epoch, row.sight.heads) for row in history if row.sight]
+        recorded = [(row.epoch, row.diagnostics.heads) for row in history if row.diagnostics]
         found = [(epoch, metrics[head]) for epoch, metrics in recorded if head in metrics]
         scores.append(Curve(name=head, points=tuple((float(epoch), one.score) for epoch, one in found)))
         held_out.append(Curve(name=head, points=tuple((float(epoch), one.loss) for epoch, one in found)))
@@ -111,7 +111,7 @@ def _course_figures(history: Sequence[EpochRow]) -> list[Figure]:
         (
             "waiting",
             "Waiting for data",
-            lambda row: row.speed.waiting if row.speed else None,
+            lambda row: row.speed.data_fraction if row.speed else None,
             Axis("fraction of the time", low=0.0, high=1.0),
             "If it is high, use more workers or smaller images.",
         ),
@@ -126,7 +126,9 @@ def _course_figures(history: Sequence[EpochRow]) -> list[Figure]:
 
 def _spectrum_figures(history: Sequence[EpochRow]) -> list[Figure]:
     """Plot the eigenvalues before and after the square root, at the first and the last recorded epoch."""
-    recorded = [(row.epoch, row.sight.spectra) for row in history if row.sight and row.sight.spectra]
+    recorded = [
+        (row.epoch, row.diagnostics.spectra) for row in history if row.diagnostics and row.diagnostics.spectra
+    ]
     figures = []
     for number, name in enumerate(dict.fromkeys(name for _, spectra in recorded for name in spectra)):
         found = [(epoch, spectra[name]) for epoch, spectra in recorded if name in spectra]
@@ -136,7 +138,7 @@ def _spectrum_figures(history: Sequence[EpochRow]) -> list[Figure]:
                 name=f"{side}, epoch {epoch}",
                 points=tuple(
                     (float(rank), value / (values[0] or 1.0))
-                    for rank, value in zip(spectrum.places, values, strict=True)
+                    for rank, value in zip(spectrum.ranks, values, strict=True)
                 ),
             )
             for side in ("before", "after")
@@ -156,7 +158,9 @@ def _spectrum_figures(history: Sequence[EpochRow]) -> list[Figure]:
 
 def _gate_figures(history: Sequence[EpochRow]) -> list[list[Figure]]:
     """Draw, for each gate, its usage after the last epoch, its usage over the epochs, and its imbalance."""
-    recorded = [(row.epoch, row.sight.gates) for row in history if row.sight and row.sight.gates]
+    recorded = [
+        (row.epoch, row.diagnostics.gates) for row in history if row.diagnostics and row.diagnostics.gates
+    ]
     groups = []
     for number, name in enumerate(recorded[-1][1] if recorded else ()):
         found: list[tuple[int, GateMetrics]] = [

@@ -20,8 +20,8 @@ def curve_charts(found: Reproduction) -> list[Chart]:
     """Plot training loss, top-1 and top-5 error over the epochs: one curve per row, for the first seed."""
     measures: list[tuple[str, str, Callable[[EpochRow], float | None]]] = [
         ("loss", "training loss", lambda row: row.losses.get("loss")),
-        ("top1", "top-1 error in %", lambda row: 100 * (1 - row.figures.top1)),  # type: ignore[union-attr]
-        ("top5", "top-5 error in %", lambda row: 100 * (1 - row.figures.top5)),  # type: ignore[union-attr]
+        ("top1", "top-1 error in %", lambda row: 100 * (1 - row.metrics.top1)),  # type: ignore[union-attr]
+        ("top5", "top-5 error in %", lambda row: 100 * (1 - row.metrics.top5)),  # type: ignore[union-attr]
     ]
     done = [row for row in found.rows if row.runs]
     charts = []
@@ -63,7 +63,7 @@ def _head_charts(rows: list[RowResult]) -> Iterator[Chart]:
         if len(names) <= MAX_CURVES:
             curves = [_curve(name, run.history, _head_error(name)) for name in names]
             chart = plot(f"heads-{row.printed.id}", f"Heads of {row.printed.name}", curves, EPOCHS, ERROR)
-            count = run.history[-1].sight.pictures if run.history[-1].sight else 0
+            count = run.history[-1].diagnostics.images if run.history[-1].diagnostics else 0
             yield chart, f"{row.printed.name}: heads on a fixed subset of {count} held-out images."
         shares = [Bar(label=name, value=run.heads[name].share, text=_percent(run, name)) for name in names]
         title = f"Shares of the heads of {row.printed.name} in the weighted loss"
@@ -72,7 +72,7 @@ def _head_charts(rows: list[RowResult]) -> Iterator[Chart]:
 
 def _head_error(name: str) -> Callable[[EpochRow], float | None]:
     def error(row: EpochRow) -> float | None:
-        heads = row.sight.heads if row.sight is not None else {}
+        heads = row.diagnostics.heads if row.diagnostics is not None else {}
         return 100 * (1 - heads[name].score) if name in heads else None
 
     return error

@@ -50,7 +50,7 @@ def condition_numbers(history: Sequence[EpochRow]) -> dict[str, tuple[float, flo
 
     Square roots whose smallest eigenvalue is 0 are left out.
     """
-    recorded = [row.sight.spectra for row in history if row.sight and row.sight.spectra]
+    recorded = [row.diagnostics.spectra for row in history if row.diagnostics and row.diagnostics.spectra]
     return {
         name: (spectrum.before[0] / spectrum.before[-1], spectrum.after[0] / spectrum.after[-1])
         for name, spectrum in (recorded[-1].items() if recorded else ())

@@ -4,7 +4,7 @@ from sopdeploy.environment import machine
 from sopdeploy.html.templates import render
 from sopdeploy.reproduction.figures import curve_charts, figure_charts
 from sopdeploy.reproduction.layer_times import BATCH, CHANNELS, SIDE
-from sopdeploy.reproduction.results import Measured, Reproduction, RowResult
+from sopdeploy.reproduction.results import MeanError, Reproduction, RowResult
 from sopdeploy.reproduction.tables import PrintedTable
 
 HEADS = (
@@ -91,7 +91,7 @@ def _printed(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _measured(value: Measured | None) -> str:
+def _measured(value: MeanError | None) -> str:
     return "" if value is None else f"{value.mean:.2f} ({value.low:.2f} to {value.high:.2f})"
 
 

@@ -47,11 +47,11 @@ class SeedResult(StrictModel):
     @property
     def images_per_second(self) -> float:
         """The median training throughput over the epochs."""
-        rates = sorted(row.speed.pictures_per_second for row in self.history if row.speed)
+        rates = sorted(row.speed.images_per_second for row in self.history if row.speed)
         return rates[len(rates) // 2] if rates else 0.0
 
 
-class Measured(StrictModel):
+class MeanError(StrictModel):
     """A mean over seeds with its 95 % interval: Student's t over seeds, Wilson's over images for one seed."""
 
     mean: float
@@ -73,8 +73,8 @@ class RowResult(StrictModel):
     counted: Counts | None = None
     facts: dict[str, float] = pydantic.Field(default_factory=dict)
     network: str = ""
-    top1: Measured | None = None
-    top5: Measured | None = None
+    top1: MeanError | None = None
+    top5: MeanError | None = None
     runs: tuple[SeedResult, ...] = ()
 
 
@@ -98,9 +98,9 @@ class Reproduction(StrictModel):
         return self.model_dump(mode="json", exclude={"rows": {"__all__": {"runs": {"__all__": runs}}}})
 
 
-def measure_errors(runs: Sequence[SeedResult], name: str) -> Measured | None:
+def measure_errors(runs: Sequence[SeedResult], name: str) -> MeanError | None:
     """Compute the mean error *name*, "top1" or "top5", of *runs* after the last epoch, in percent."""
-    errors = [1 - getattr(run.history[-1].figures, name) for run in runs]
+    errors = [1 - getattr(run.history[-1].metrics, name) for run in runs]
     if not errors:
         return None
     if len(errors) > 1:
@@ -110,4 +110,4 @@ def measure_errors(runs: Sequence[SeedResult], name: str) -> Measured | None:
         mean = mean_and_sd(errors)[0]
         count = runs[0].held_out_count
         interval = Interval(*wilson(round(mean * count), count))
-    return Measured(mean=100 * mean, low=100 * max(0.0, interval.low), high=100 * min(1.0, interval.high))
+    return MeanError(mean=100 * mean, low=100 * max(0.0, interval.low), high=100 * min(1.0, interval.high))

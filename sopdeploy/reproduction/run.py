@@ -121,7 +121,7 @@ def _measure(recipe: Recipe, trained: TrainingResult) -> SeedResult:
         training=counts.training,
         deployed=counts.shipped,
         heads=measure_heads(checkpoint, recipe, trained.last, history[-1].losses),
-        usage=history[-1].received,
+        usage=history[-1].component_counts,
         condition=condition_numbers(history),
         machine=checkpoint.training.get("machine", {}),
     )

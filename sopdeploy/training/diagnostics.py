@@ -73,22 +73,22 @@ class GateMetrics(StrictModel):
 class Spectrum(StrictModel):
     """Mean eigenvalues of a covariance before and after its square root, descending.
 
-    `places` are the ranks of the recorded eigenvalues, counted from 1.
+    `ranks` are the ranks of the recorded eigenvalues, counted from 1.
     """
 
-    places: tuple[int, ...]
+    ranks: tuple[int, ...]
     before: tuple[float, ...]
     after: tuple[float, ...]
 
 
 class Diagnostics(StrictModel):
-    """Diagnostics on `pictures` images; `spectra` is empty in most epochs.
+    """Diagnostics on `images` images; `spectra` is empty in most epochs.
 
     `right` has one character per image: 1 if the top class of the main head is right, otherwise 0. It is
     empty with several classes per image.
     """
 
-    pictures: int
+    images: int
     right: str = ""
     heads: dict[str, HeadMetrics | MultiLabelHeadMetrics]
     gates: dict[str, GateMetrics]
@@ -98,28 +98,28 @@ class Diagnostics(StrictModel):
 class Throughput(StrictModel):
     """Training images per second, and the fraction of the time spent waiting for data."""
 
-    pictures_per_second: float
-    waiting: Fraction
+    images_per_second: float
+    data_fraction: Fraction
 
 
 class EpochRow(StrictModel):
     """The record of one epoch; `epoch` counts from 1.
 
-    `losses` are means over the training images. `figures` are the held-out metrics of the exported weights;
+    `losses` are means over the training images. `metrics` are the held-out metrics of the exported weights;
     with EMA, `raw` and `average` are the metrics of both sets of weights. `gradient` is the mean gradient
-    norm before clipping, with 0 for skipped float16 steps. `received` counts, for a gated network, the
-    training images that each component received, with the gate's noise. `sight` holds the diagnostics of the
+    norm before clipping, with 0 for skipped float16 steps. `component_counts` counts, for a gated network,
+    the training images that each component received, with the gate's noise. `diagnostics` are those of the
     raw weights.
     """
 
     epoch: int
     lr: float
     losses: dict[str, float]
-    figures: HeldOutMetrics
+    metrics: HeldOutMetrics
     gradient: float | None = None
-    received: tuple[int, ...] = ()
+    component_counts: tuple[int, ...] = ()
     speed: Throughput | None = None
-    sight: Diagnostics | None = None
+    diagnostics: Diagnostics | None = None
     raw: HeldOutMetrics | None = None
     average: HeldOutMetrics | None = None
     seconds: float
@@ -132,10 +132,10 @@ def best_epoch(history: Sequence[EpochRow], *, frozen_backbone: bool = False) ->
     with the highest mean score of the branches is then the best one; of equal epochs, the last.
     """
     if not frozen_backbone:
-        return max(history, key=lambda row: (row.figures.score, -row.epoch))
+        return max(history, key=lambda row: (row.metrics.score, -row.epoch))
 
     def accuracy(row: EpochRow) -> float:
-        heads = row.sight.heads if row.sight is not None else {}
+        heads = row.diagnostics.heads if row.diagnostics is not None else {}
         return sum(head.score for name, head in heads.items() if name != "main")
 
     return max(history, key=lambda row: (accuracy(row), row.epoch))
@@ -146,17 +146,17 @@ def epoch_metrics(row: EpochRow) -> dict[str, float]:
     metrics: dict[str, float] = {"epoch": row.epoch, "lr": row.lr}
     metrics |= {f"train_{name}": loss for name, loss in row.losses.items()}
     names = ("loss", "top1", "top5", "map", "macro_f1", "micro_f1")
-    for prefix, figures in {"": row.figures, "raw_": row.raw, "average_": row.average}.items():
-        if figures is not None:
-            metrics |= {prefix + name: getattr(figures, name) for name in names if hasattr(figures, name)}
+    for prefix, held_out in {"": row.metrics, "raw_": row.raw, "average_": row.average}.items():
+        if held_out is not None:
+            metrics |= {prefix + name: getattr(held_out, name) for name in names if hasattr(held_out, name)}
     if row.gradient is not None:
         metrics["gradient"] = row.gradient
     if row.speed is not None:
         metrics |= row.speed.model_dump()
-    if row.sight is not None:
-        for name, head in row.sight.heads.items():
+    if row.diagnostics is not None:
+        for name, head in row.diagnostics.heads.items():
             metrics |= {f"{name}_{key}": value for key, value in head.model_dump().items()}
-        metrics |= {f"{name}_imbalance": gate.imbalance for name, gate in row.sight.gates.items()}
+        metrics |= {f"{name}_imbalance": gate.imbalance for name, gate in row.diagnostics.gates.items()}
     return {**metrics, "seconds": round(row.seconds, 3)}
 
 
@@ -217,7 +217,7 @@ def diagnose(
     right = outputs["main"] if labels.ndim == 1 else []
     correct = (torch.cat(right).argmax(dim=1) == labels).tolist() if right else []
     return Diagnostics(
-        pictures=count,
+        images=count,
         right="".join("01"[one] for one in correct),
         heads={
             name: head_metrics(torch.cat(logits), torch.cat(targets), losses[name] / count)
@@ -276,7 +276,7 @@ def _spectra(
             for matrix in (before_Bdd, after_Bdd)
         )
         spectra[name] = Spectrum(
-            places=tuple(ranks),
+            ranks=tuple(ranks),
             before=tuple(before[rank - 1] for rank in ranks),
             after=tuple(after[rank - 1] for rank in ranks),
         )

@@ -65,15 +65,15 @@ def estimate_best(
     With *frozen_backbone*, the exported network is the same in all epochs. With *exports_average*, the
     recorded predictions are not those of the exported weights.
     """
-    figures = best_epoch(history, frozen_backbone=frozen_backbone).figures
+    metrics = best_epoch(history, frozen_backbone=frozen_backbone).metrics
     alone = len(history) == 1 or frozen_backbone
-    if figures.score_name == "mAP":
+    if metrics.score_name == "mAP":
         by: Literal["nothing", "same images"] = "nothing" if alone else "same images"
-        return HeldOutEstimate(map=figures.score, count=figures.count, selected_by=by)
-    right, count = round(figures.score * figures.count), figures.count
+        return HeldOutEstimate(map=metrics.score, count=metrics.count, selected_by=by)
+    right, count = round(metrics.score * metrics.count), metrics.count
     if alone:
         return HeldOutEstimate(top1=Rate.of(right, count), count=count, selected_by="nothing")
-    recorded = [row.sight.right for row in history if row.sight is not None]
+    recorded = [row.diagnostics.right for row in history if row.diagnostics is not None]
     complete = len(recorded) == len(history) and all(len(one) == count for one in recorded)
     if exports_average or not complete or count < 2:
         return HeldOutEstimate(top1=Rate.of(right, count), count=count, selected_by="same images")

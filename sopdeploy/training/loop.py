@@ -318,8 +318,8 @@ def _summarize(run: Run, folder: RunFolder, data: Split, decision: Decision | No
     history = run.position.history
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
     names = ("map", "macro_f1") if run.activation == "sigmoid" else ("top1", "top5")
-    metrics = {f"best_{name}": getattr(best.figures, name) for name in names}
-    metrics[f"last_{names[0]}"] = getattr(history[-1].figures, names[0])
+    metrics = {f"best_{name}": getattr(best.metrics, name) for name in names}
+    metrics[f"last_{names[0]}"] = getattr(history[-1].metrics, names[0])
     return TrainingResult(
         out=folder.path,
         best=folder.best,

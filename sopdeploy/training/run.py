@@ -59,8 +59,8 @@ class Position(StrictModel):
     """The progress of a run, as checkpoints contain it.
 
     `sums` (parts of the loss) and `gradient` (norms) are sums over the `seen` images of the current epoch.
-    `received` counts the images that each component of a gated network received. `learning` is the time of
-    the epoch's steps in seconds, `waiting` the part of it spent waiting for data.
+    `component_counts` counts the images that each component of a gated network received. `train_seconds` is
+    the time of the epoch's steps, `data_seconds` the part of it spent waiting for data.
     """
 
     epoch: int = 0
@@ -68,9 +68,9 @@ class Position(StrictModel):
     seen: int = 0
     sums: dict[str, float] = pydantic.Field(default_factory=dict)
     gradient: float = 0.0
-    received: tuple[int, ...] = ()
-    learning: float = 0.0
-    waiting: float = 0.0
+    component_counts: tuple[int, ...] = ()
+    train_seconds: float = 0.0
+    data_seconds: float = 0.0
     seconds: float = 0.0
     history: tuple[EpochRow, ...] = ()
 
@@ -127,16 +127,25 @@ class Run:
         at = self.position
         parts = {"loss": result.loss.total, **result.loss.parts}
         sums = {name: at.sums.get(name, 0.0) + float(part) * count for name, part in parts.items()}
-        received = [] if result.loss.received is None else result.loss.received.tolist()
+        component_counts = (
+            [] if result.loss.component_counts is None else result.loss.component_counts.tolist()
+        )
         self.position = at.model_copy(
             update={
                 "step": at.step + 1,
                 "seen": at.seen + count,
                 "sums": sums,
                 "gradient": at.gradient + result.gradient * count,
-                "received": tuple(map(sum, zip(at.received or [0] * len(received), received, strict=True))),
-                "learning": at.learning + seconds,
-                "waiting": at.waiting + waited,
+                "component_counts": tuple(
+                    map(
+                        sum,
+                        zip(
+                            at.component_counts or [0] * len(component_counts), component_counts, strict=True
+                        ),
+                    )
+                ),
+                "train_seconds": at.train_seconds + seconds,
+                "data_seconds": at.data_seconds + waited,
                 "seconds": at.seconds + seconds,
             }
         )
@@ -146,16 +155,18 @@ class Run:
     ) -> None:
         """Record the metrics of an epoch, whose evaluation took *seconds*."""
         at = self.position
-        time = max(at.learning, 1e-9)
+        time = max(at.train_seconds, 1e-9)
         row = EpochRow(
             epoch=at.epoch + 1,
             lr=self.optimizer.param_groups[0]["lr"],
             losses={name: total / at.seen for name, total in at.sums.items()},
-            figures=average if average is not None and self.exported_weights == "average" else raw,
+            metrics=average if average is not None and self.exported_weights == "average" else raw,
             gradient=at.gradient / at.seen,
-            received=at.received,
-            speed=Throughput(pictures_per_second=at.seen / time, waiting=min(1.0, at.waiting / time)),
-            sight=diagnostics,
+            component_counts=at.component_counts,
+            speed=Throughput(
+                images_per_second=at.seen / time, data_fraction=min(1.0, at.data_seconds / time)
+            ),
+            diagnostics=diagnostics,
             raw=raw if average is not None else None,
             average=average,
             seconds=at.seconds + seconds,
@@ -264,7 +275,7 @@ class Run:
         """Build the decision of several classes per image, with the thresholds of the last finished epoch."""
         if self.activation == "softmax":
             return None
-        metrics = self.position.history[-1].figures if self.position.history else None
+        metrics = self.position.history[-1].metrics if self.position.history else None
         if isinstance(metrics, MultiLabelMetrics):
             return Decision(activation="sigmoid", thresholds=metrics.thresholds, reference=metrics.present)
         return Decision(activation="sigmoid", thresholds=(DEFAULT_THRESHOLD,) * len(self.labels))
@@ -280,7 +291,7 @@ class Run:
             "epoch": self.position.epoch,
             "step": self.position.step,
             "weights": self.exported_weights,
-            "figures": history[-1].figures.model_dump() if history else None,
+            "metrics": history[-1].metrics.model_dump() if history else None,
             **({} if self.few_shot is None else {"few_shot": self.few_shot.model_dump(mode="json")}),
             "versions": {
                 "sopdeploy": sopdeploy.__version__,

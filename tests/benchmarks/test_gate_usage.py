@@ -26,8 +26,8 @@ def test_the_balance_loss_spreads_images_over_components(
     """Four epochs on digits; the benchmark measures five seeds of twenty."""
     result = train(gate_usage.digits_recipe(0, 4, [4], *settings), tmp_path / "run")
     epoch = read_checkpoint(result.last).resume["position"]["history"][-1]
-    assert sum(epoch["received"]) == 4 * result.train_count
-    assert (min(epoch["received"]) >= 0.1 * result.train_count) == (settings == [])
-    last = epoch["sight"]["gates"]["gate"]
+    assert sum(epoch["component_counts"]) == 4 * result.train_count
+    assert (min(epoch["component_counts"]) >= 0.1 * result.train_count) == (settings == [])
+    last = epoch["diagnostics"]["gates"]["gate"]
     assert sum(fraction >= gate_usage.SELECTED for fraction in last["chosen"]) in used
     assert imbalance[0] <= last["imbalance"] <= imbalance[1]

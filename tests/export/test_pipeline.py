@@ -85,9 +85,7 @@ def test_folders_are_checked_before_the_first_expensive_step(
 def test_exports_of_one_checkpoint_are_byte_identical(
     exported: Exported, checkpoint: Path, tmp_path: Path
 ) -> None:
-    with proving_once(
-        changes_program=True
-    ):  # `test_previous_version` compares another proof and graph with stored ones
+    with proving_once(changes_program=True):
         again = export(checkpoint, tmp_path, DETACH)
     assert again.path.name == exported.path.name
     for name in [*exported.manifest.files, "manifest.json"]:

@@ -42,12 +42,12 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
             run.strategy.save(folder.best, run.checkpoint(resumable=False))
         return run.decision
     since = time.monotonic()
-    outcome, figures = _fit(run, data, folder, callback)
+    outcome, metrics = _fit(run, data, folder, callback)
     run.out_of_fold = torch.from_numpy(outcome.logits)
     run.decision = _fit_decision(run, data.train)
     seconds = time.monotonic() - since
     losses, lr = {"loss": outcome.loss}, run.optimizer.param_groups[0]["lr"]
-    row = EpochRow(epoch=1, lr=lr, losses=losses, figures=figures, seconds=seconds)
+    row = EpochRow(epoch=1, lr=lr, losses=losses, metrics=metrics, seconds=seconds)
     run.position = Position(epoch=1, seconds=seconds, history=(row,))
     folder.save_last(run)
     folder.save_derived_files(run)

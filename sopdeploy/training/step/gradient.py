@@ -76,7 +76,7 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
     count = sum(micro_batch.total for micro_batch in micro_batches)
     measure_gate_load(run, images, micro_batches)
     sums: dict[str, Tensor] = {}
-    received: list[Tensor] = []
+    component_counts: list[Tensor] = []
     for number, micro_batch in enumerate(micro_batches):
         last = micro_batch is micro_batches[-1]
         start_micro_batch(run, micro_batch, number)
@@ -98,10 +98,10 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
             strategy.backward(run.precision.scaler.scale(loss.total * fraction), run.trained(), last=last)
         for name, value in {"total": loss.total.detach(), **loss.parts}.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value * fraction
-        received += [] if loss.received is None else [loss.received]
+        component_counts += [] if loss.component_counts is None else [loss.component_counts]
     reduced = strategy.all_reduce(torch.stack([value.double() for value in sums.values()]))
     parts = dict(zip(sums, reduced, strict=True))
-    counts = strategy.all_reduce(torch.stack(received).sum(dim=0)) if received else None
+    counts = strategy.all_reduce(torch.stack(component_counts).sum(dim=0)) if component_counts else None
     return Loss(parts.pop("total"), parts, counts)
 
 

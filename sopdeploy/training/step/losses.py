@@ -12,11 +12,11 @@ from sopdeploy.models.base import TrainingOutput
 
 
 class Loss(NamedTuple):
-    """The `total` to minimize, and its unweighted, detached `parts`; for `received` see `TrainingOutput`."""
+    """The `total` to minimize, its detached `parts` without weights, and the counts of `TrainingOutput`."""
 
     total: Tensor
     parts: dict[str, Tensor]
-    received: Tensor | None = None
+    component_counts: Tensor | None = None
 
 
 def training_loss(
@@ -42,4 +42,4 @@ def training_loss(
     weighted = [weights[name] * loss for name, loss in losses.items()]
     total = torch.stack([*weighted, *output.penalties.values()]).sum()
     parts = {name: part.detach() for name, part in (losses | output.penalties).items()}
-    return Loss(total, parts, output.received)
+    return Loss(total, parts, output.component_counts)

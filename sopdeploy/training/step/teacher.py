@@ -94,7 +94,7 @@ class Teacher:
         if self.learns:
             own = training_loss(taught, labels, self.model.loss_weights(), self.label_smoothing)
             total, parts["teacher_loss"] = total + own.total, own.total.detach()
-        return Loss(total, parts, loss.received)
+        return Loss(total, parts, loss.component_counts)
 
 
 def _read_teacher(path: Path, labels: tuple[str, ...], preprocess: Preprocess) -> Classifier:

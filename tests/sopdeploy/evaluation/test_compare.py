@@ -105,7 +105,7 @@ def test_a_finished_comparison_is_not_run_again(finished) -> None:
     assert (found.pictures, len(found.pairs)) == (52, 1)
     stored = read_checkpoint(out / "digits-dsop" / "seed-1" / "last.pt")
     assert stored.training["seed"] == 1
-    assert found.arms[1].top1[1] == pytest.approx(stored.training["figures"]["top1"])
+    assert found.arms[1].top1[1] == pytest.approx(stored.training["metrics"]["top1"])
     cached = {path: path.stat().st_mtime_ns for path in out.rglob("last-right.npy")}
     assert compare(PAIR, out, seeds=2, overrides=TINY) == found
     assert {path: path.stat().st_mtime_ns for path in out.rglob("last-right.npy")} == cached

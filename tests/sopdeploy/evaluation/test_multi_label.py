@@ -101,7 +101,7 @@ def test_a_run_selects_by_map_and_stores_the_thresholds_of_its_held_out_images(
     assert stored.labels == CLASSES
     assert stored.decision is not None
     assert (stored.decision.activation, len(stored.decision.thresholds or ())) == ("sigmoid", 4)
-    assert result.best_map == stored.training["figures"]["map"]
+    assert result.best_map == stored.training["metrics"]["map"]
     assert result.best_top1 is None
     rows = list(csv.DictReader(result.history.read_text().splitlines()))
     assert max(float(row["map"]) for row in rows) == result.best_map

@@ -57,7 +57,7 @@ def test_the_page_is_well_formed_and_self_contained(page: str) -> None:
 def test_the_page_shows_metrics_and_the_worst_mistakes_as_small_images(run: Path, page: str) -> None:
     texts = [text for _, text in Reader(page).texts]
     stored = read_checkpoint(run / "best.pt")
-    top1 = stored.training["figures"]["top1"]
+    top1 = stored.training["metrics"]["top1"]
     assert any(text.startswith(f"Top-1 {100 * top1:.2f}\N{NO-BREAK SPACE}%") for text in texts)
     assert f"{stored.training['epoch']} of 3" in texts
     assert {"layer1_0", "layer2_0", "layer3_0", "main", "deployed"} <= set(texts)
@@ -84,7 +84,7 @@ def test_curves_of_a_chart_differ_in_color_and_dash_and_further_ones_are_average
         epoch=1,
         lr=0.1,
         losses={"loss": 9.0, "main": 3.0, **{f"layer{n}_0": float(n) for n in range(6)}},
-        figures=EvalMetrics(top1=0.5, top5=1.0, count=2, loss=1.0),
+        metrics=EvalMetrics(top1=0.5, top5=1.0, count=2, loss=1.0),
         gradient=1.0,
         seconds=1.0,
     )

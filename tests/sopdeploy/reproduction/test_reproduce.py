@@ -82,7 +82,7 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
     assert STATEMENT in page
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
     for one in resumed.rows[:2]:
-        errors = [100 * (1 - run.history[-1].figures.top1) for run in one.runs]  # type: ignore[union-attr]
+        errors = [100 * (1 - run.history[-1].metrics.top1) for run in one.runs]  # type: ignore[union-attr]
         assert one.top1 is not None
         assert one.top1.mean == pytest.approx(sum(errors) / 2)
         assert f"{one.printed.name} {one.printed.top1:.2f} {one.top1.mean:.2f} (" in text

@@ -47,7 +47,7 @@ def test_every_head_is_evaluated_and_the_model_is_unchanged(branched) -> None:
     assert found.heads["main"].top1 == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
     loss = float(torch.nn.functional.cross_entropy(logits, labels))
     assert found.heads["main"].loss == pytest.approx(loss, rel=1e-5)
-    assert (found.pictures, found.gates, found.spectra) == (7, {}, {})
+    assert (found.images, found.gates, found.spectra) == (7, {}, {})
 
 
 def test_spectra_match_the_covariance_and_its_square_root(branched) -> None:
@@ -60,7 +60,7 @@ def test_spectra_match_the_covariance_and_its_square_root(branched) -> None:
         branched.heads(inputs())
     spectrum = found.spectra["branches.layer1_0.pooling"]
     eigenvalues = torch.linalg.eigvalsh(covariance(centered_and_scaled(features[0].double()))).flip(1)
-    expected = [float(eigenvalues.mean(0)[rank - 1]) for rank in spectrum.places]
+    expected = [float(eigenvalues.mean(0)[rank - 1]) for rank in spectrum.ranks]
     assert spectrum.before == pytest.approx(expected, abs=1e-9)
     root = float(eigenvalues.clamp_min(0).sqrt().mean(0)[0])
     assert spectrum.after[0] == pytest.approx(root, rel=0.02)  # five iterations are not exact
@@ -92,20 +92,20 @@ def test_a_run_records_diagnostics_and_throughput(tmp_path) -> None:
     stored = read_checkpoint(result.last)
     assert stored.resume is not None
     for row in Position.model_validate(stored.resume["position"]).history:
-        assert row.sight is not None
+        assert row.diagnostics is not None
         assert row.speed is not None
         assert (row.gradient or 0) > 0
-        assert row.speed.pictures_per_second > 0
-        assert row.sight.pictures == 52
-        assert row.sight.heads["main"].top1 == pytest.approx(row.figures.top1)
-        assert row.sight.heads["main"].loss == pytest.approx(row.figures.loss, rel=1e-4)
-        assert len(row.sight.spectra) == 3
+        assert row.speed.images_per_second > 0
+        assert row.diagnostics.images == 52
+        assert row.diagnostics.heads["main"].top1 == pytest.approx(row.metrics.top1)
+        assert row.diagnostics.heads["main"].loss == pytest.approx(row.metrics.loss, rel=1e-4)
+        assert len(row.diagnostics.spectra) == 3
     header = result.history.read_text().splitlines()[0].split(",")
-    assert {"gradient", "waiting", "pictures_per_second", "layer1_0_top1", "main_loss"} <= set(header)
+    assert {"gradient", "data_fraction", "images_per_second", "layer1_0_top1", "main_loss"} <= set(header)
 
 
 def test_rows_of_older_versions_can_be_written() -> None:
-    figures = {"top1": 0.5, "top5": 1.0, "count": 4, "loss": 0.7}
-    row = {"epoch": 1, "lr": 0.1, "losses": {"loss": 1.0}, "figures": figures, "seconds": 2.0}
+    metrics = {"top1": 0.5, "top5": 1.0, "count": 4, "loss": 0.7}
+    row = {"epoch": 1, "lr": 0.1, "losses": {"loss": 1.0}, "metrics": metrics, "seconds": 2.0}
     expected = "epoch,lr,train_loss,loss,top1,top5,seconds\n1,0.1,1.0,0.7,0.5,1.0,2.0\n"
     assert history_csv([EpochRow.model_validate(row)]) == expected

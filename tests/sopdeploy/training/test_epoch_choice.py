@@ -21,8 +21,8 @@ def history(right_EN: NDArray[np.bool_], *, recorded: bool = True) -> list[Epoch
                 epoch=number,
                 lr=0.1,
                 losses={},
-                figures=EvalMetrics(top1=top1, top5=1.0, count=len(right_N), loss=1.0),
-                sight=Diagnostics(pictures=len(right_N), right=text, heads={}, gates={}, spectra={}),
+                metrics=EvalMetrics(top1=top1, top5=1.0, count=len(right_N), loss=1.0),
+                diagnostics=Diagnostics(images=len(right_N), right=text, heads={}, gates={}, spectra={}),
                 seconds=0.0,
             )
         )
@@ -41,7 +41,7 @@ def test_the_estimate_of_the_best_of_40_epochs_is_unbiased_where_the_best_score_
         assert found is not None
         estimates.append(found.share)
         covered.append(found.low <= 0.3 <= found.high)
-        best.append(max(row.figures.score for row in rows))
+        best.append(max(row.metrics.score for row in rows))
     assert np.mean(estimates) == pytest.approx(0.3, abs=0.03)
     assert np.mean(covered) >= 0.95
     assert np.mean(best) > 0.4
@@ -65,7 +65,7 @@ MULTI_LABEL = MultiLabelMetrics(map=0.5, macro_f1=0.5, micro_f1=0.5, count=8, lo
 
 
 @pytest.mark.parametrize(
-    ("epochs", "recorded", "options", "figures", "text"),
+    ("epochs", "recorded", "options", "metrics", "text"),
     [
         (1, True, {}, None, FAIR),
         (2, True, {"frozen_backbone": True}, None, FAIR),
@@ -80,9 +80,9 @@ MULTI_LABEL = MultiLabelMetrics(map=0.5, macro_f1=0.5, micro_f1=0.5, count=8, lo
     ],
 )  # fmt: skip
 def test_a_score_that_selected_the_epoch_says_so(
-    epochs: int, recorded: bool, options: dict[str, bool], figures: HeldOutMetrics | None, text: str
+    epochs: int, recorded: bool, options: dict[str, bool], metrics: HeldOutMetrics | None, text: str
 ) -> None:
     rows = history(np.tile([True, False], (epochs, 4)), recorded=recorded)
-    if figures is not None:
-        rows = [row.model_copy(update={"figures": figures}) for row in rows]
+    if metrics is not None:
+        rows = [row.model_copy(update={"metrics": metrics}) for row in rows]
     assert estimate_best(rows, **options).describe().endswith(text)

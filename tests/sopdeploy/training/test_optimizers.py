@@ -199,5 +199,5 @@ def test_a_run_evaluates_both_weights_and_exports_the_configured_ones(tmp_path, 
     assert not same_bits(raw, average)
     assert same_bits(last.weights, average if export == "average" else raw)
     row = last.resume["position"]["history"][-1]
-    assert row["figures"] == row[export]
-    assert last.training["figures"] == row[export]
+    assert row["metrics"] == row[export]
+    assert last.training["metrics"] == row[export]

@@ -68,7 +68,7 @@ def test_held_out_images_are_cropped_as_eval_crops_them(finished: Path) -> None:
         )
         for tta in ("pad-crop", "none")
     }
-    assert checkpoint_history(finished)[-1]["figures"]["top1"] == pytest.approx(found["pad-crop"])
+    assert checkpoint_history(finished)[-1]["metrics"]["top1"] == pytest.approx(found["pad-crop"])
     assert found["none"] != found["pad-crop"]
 
 

@@ -45,9 +45,9 @@ def test_checkpoints_record_how_they_were_trained_and_reproduce_their_metrics(fi
     best, last = read_checkpoint(out / "best.pt"), read_checkpoint(out / "last.pt")
     assert best.resume is None
     assert last.resume is not None
-    assert (last.training["epoch"], last.training["figures"]["top1"]) == (3, result.last_top1)
+    assert (last.training["epoch"], last.training["metrics"]["top1"]) == (3, result.last_top1)
     assert best.training["epoch"] == result.best_epoch
-    assert best.training["figures"]["top1"] == result.best_top1
+    assert best.training["metrics"]["top1"] == result.best_top1
     for checkpoint in (best, last):
         assert Recipe.model_validate(checkpoint.training["recipe"]) == short_recipe()
         assert checkpoint.training["seed"] == 0
@@ -104,8 +104,8 @@ def test_the_second_phase_trains_only_the_branches(plain, tmp_path) -> None:
     assert any(name.startswith("branches.") for name in after)
     first, second = read_checkpoint(result.last).resume["position"]["history"]
     assert second["losses"]["layer1_0"] < first["losses"]["layer1_0"]
-    assert first["figures"] == second["figures"]
-    top1 = [sum(head["top1"] for head in row["sight"]["heads"].values()) for row in (first, second)]
+    assert first["metrics"] == second["metrics"]
+    top1 = [sum(head["top1"] for head in row["diagnostics"]["heads"].values()) for row in (first, second)]
     assert result.best_epoch == read_checkpoint(result.best).training["epoch"] == 1 + (top1[1] >= top1[0])
 
 
@@ -115,18 +115,18 @@ def test_the_second_phase_trains_only_the_branches(plain, tmp_path) -> None:
     ids=["the best branches", "the first of equal networks", "the last without records of branches"],
 )
 def test_the_best_epoch_of_a_frozen_backbone_is_that_of_its_branches(branches, frozen, best) -> None:
-    figures = EvalMetrics(loss=1.0, top1=0.5, top5=0.9, count=10)
+    metrics = EvalMetrics(loss=1.0, top1=0.5, top5=0.9, count=10)
     history = [
         EpochRow(
             epoch=number,
             lr=0.1,
             losses={},
-            figures=figures,
+            metrics=metrics,
             seconds=0.0,
-            sight=None
+            diagnostics=None
             if top1 is None
             else Diagnostics(
-                pictures=9,
+                images=9,
                 gates={},
                 spectra={},
                 heads={name: HeadMetrics(top1=t, loss=1.0) for name, t in (("main", 0.5), ("low", top1))},
@@ -188,7 +188,9 @@ def test_both_loggers_receive_every_epoch(monkeypatch, tmp_path) -> None:
     added = [call.args for call in board.return_value.add_scalar.call_args_list]
     assert {step for _, _, step in added} == {1, 2}
     expected = {"train/main", "held_out/top1", "heads/layer1_0_top1"}
-    assert expected | {"course/waiting", "course/lr", "course/gradient"} <= {name for name, _, _ in added}
+    assert expected | {"course/data_fraction", "course/lr", "course/gradient"} <= {
+        name for name, _, _ in added
+    }
     assert ("held_out/top1", result.last_top1, 2) in added
     logged = [(call.args[0], call.kwargs["step"]) for call in wandb.return_value.log.call_args_list]
     assert added == [(name, value, step) for metrics, step in logged for name, value in metrics.items()]

@@ -21,7 +21,7 @@ from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.loop import train
 from tests.sopdeploy.training.runs import few_digits, forkserver, same_bits, same_run, short_recipe
 
-TIMES = {"seconds", "pictures_per_second", "waiting"}
+TIMES = {"seconds", "images_per_second", "data_fraction"}
 
 COMMON = ("threads=1", "device=cpu", "epochs=6", "save.every_steps=2")
 SMALL_GATE = "{components=4, chosen=2, component_widths=[16, 8], gate_widths=[16, 8], blocks_per_stage=1}"
