@@ -46,12 +46,12 @@ PARTS = {
     "reproduction": Part(
         ("sopdeploy/reproduction", "sopdeploy/cli/training/reproduce.py", "tests/sopdeploy/reproduction"),
         CLI,
-        'command("reproduce"',
+        '"reproduce": (',
     ),
     "importers": Part(
         ("sopdeploy/importers", "sopdeploy/cli/training/import_weights.py", "tests/sopdeploy/importers"),
         CLI,
-        'command("import"',
+        '"import": (',
     ),
     "batch": Part(
         (
@@ -61,7 +61,7 @@ PARTS = {
             "tests/service/commands/batch",
         ),
         CLI,
-        'command("classify"',
+        '"classify": (',
     ),
     "on_ray": Part(
         (
@@ -70,7 +70,7 @@ PARTS = {
             "tests/service/server/on_ray",
         ),
         CLI,
-        'command("ray"',
+        '"ray": (',
     ),
     "front_ends": Part(
         ("service/sopdeploy_service/front_ends", "tests/service/front_ends"),
@@ -90,7 +90,7 @@ PARTS = {
             "tests/**/test_doctor.py",
         ),
         CLI,
-        'command("doctor"',
+        '"doctor": (',
     ),
     "client": Part(("sopdeploy/client", "tests/sopdeploy/client"), "sopdeploy/__init__.py", "client"),
     "tensorrt": Part(
@@ -102,7 +102,7 @@ PARTS = {
             "tests/tensorrt",
         ),
         CLI,
-        'command("engine"',
+        '"engine": (',
     ),
     "triton": Part(
         (
@@ -111,7 +111,7 @@ PARTS = {
             "tests/tensorrt/test_triton.py",
         ),
         CLI,
-        'command("triton"',
+        '"triton": (',
     ),
 }
 

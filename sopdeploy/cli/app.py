@@ -1,76 +1,107 @@
-"""The `sopdeploy` command line. Commands import heavy packages only when they run."""
+"""The `sopdeploy` command line. A command is imported when it runs, so that help and completion are fast."""
 
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from sopdeploy import __version__
-from sopdeploy.cli import demo, env
-from sopdeploy.cli.console import one_line_errors, out
-from sopdeploy.cli.deployment import engine, export, inspect, keys, transfer
-from sopdeploy.cli.serving import bench, classify, doctor, health, predict, serve
-from sopdeploy.cli.training import compare, data, evaluate, import_weights, models, reproduce, train
 
+ABOUT = "Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."
 OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed
-
-app = typer.Typer(
-    name="sopdeploy",
-    help="Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP.",
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-app.command("train", cls=train.TrainCommand, rich_help_panel="Train")(train.train)
-app.command("eval", rich_help_panel="Train")(evaluate.evaluate)
-app.command("calibrate", rich_help_panel="Train")(evaluate.calibrate)
-app.command("compare", rich_help_panel="Train")(compare.compare)
-app.command("reproduce", rich_help_panel="Train")(reproduce.reproduce)
-app.command("report", rich_help_panel="Train")(evaluate.report)
-app.command("recipes", rich_help_panel="Train")(train.recipes)
-app.add_typer(data.data, name="data", rich_help_panel="Train")
-app.command("models", rich_help_panel="Train")(models.models)
-app.command("describe", rich_help_panel="Train")(models.describe)
-app.command("import", rich_help_panel="Train")(import_weights.import_file)
-app.command("export", rich_help_panel="Export")(export.export)
-app.command("inspect", rich_help_panel="Export")(inspect.inspect)
-app.command("verify", rich_help_panel="Export")(predict.verify)
-app.command("engine", rich_help_panel="Export")(engine.engine)
-app.command("triton", rich_help_panel="Export")(export.triton)
-app.command("sign", rich_help_panel="Distribute")(keys.sign)
-app.command("push", rich_help_panel="Distribute")(transfer.push)
-app.command("pull", rich_help_panel="Distribute")(transfer.pull)
-app.command("predict", rich_help_panel="Serve")(predict.predict)
-app.command("classify", rich_help_panel="Serve")(classify.classify)
-app.command("serve", rich_help_panel="Serve")(serve.serve)
-app.command("ray", rich_help_panel="Serve")(serve.ray)
-app.command("health", rich_help_panel="Serve")(health.health)
-app.command("key", rich_help_panel="Serve")(keys.key)
-app.command("bench", rich_help_panel="Serve")(bench.bench)
-app.command("doctor", rich_help_panel="Serve")(doctor.doctor)
-app.command("demo", rich_help_panel="Get started")(demo.demo)
-app.command("env", rich_help_panel="Get started")(env.env)
-
-QUICK_START = (
-    ("sopdeploy demo", "run the whole workflow in a minute"),
-    ("sopdeploy train --data photos", "train on photos/<class>/*.jpg"),
-    ("sopdeploy export runs/latest/best.pt --detach", "detach branches, prove, write a bundle"),
-    ("sopdeploy verify bundles/latest", "check files and numbers on this machine"),
-    ("sopdeploy predict bundles/latest photo.jpg", "classify images without a server"),
-    ("sopdeploy serve bundles/latest", "serve over HTTP, with a web page"),
-    ("sopdeploy doctor --url http://127.0.0.1:8000", "find the bottleneck of a server"),
-)
-OTHER_COMMANDS = {
-    "before training": ("data", "recipes", "models", "describe", "import"),
-    "training results": ("eval", "report", "calibrate", "compare", "reproduce"),
-    "bundles": ("inspect", "bench", "engine", "triton", "sign", "push", "pull"),
-    "many images": ("classify",),
-    "servers": ("key", "health", "ray"),
-    "this machine": ("env",),
+SETTINGS: Any = {  # of every `typer.Typer`
+    "rich_markup_mode": "rich",
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
 }
+# Name of a command: topic, function in `sopdeploy.cli`, summary. The line is the only registration.
+COMMANDS = {
+    "demo": ("Get started", "demo:demo", "run the whole workflow in a minute"),
+    "env": ("Get started", "env:env", "versions and hardware, for a bug report"),
+    "data": ("Train", "training.data:data", "inspect images before training"),
+    "recipes": ("Train", "training.train:recipes", "list the packaged recipes"),
+    "models": ("Train", "training.models:models", "list the networks of the catalog"),
+    "describe": ("Train", "training.models:describe", "count parameters and multiply-adds of a network"),
+    "import": ("Train", "training.import_weights:import_file", "convert published weights to a checkpoint"),
+    "train": ("Train", "training.train:command", "train a network"),
+    "eval": ("Train", "training.evaluate:evaluate", "evaluate a checkpoint, a bundle or a server"),
+    "calibrate": ("Train", "training.calibrate:calibrate", "fit temperature and thresholds of a checkpoint"),
+    "report": ("Train", "training.report:report", "write an HTML report on a run"),
+    "compare": ("Train", "training.compare:compare", "test whether one recipe is better than another"),
+    "reproduce": ("Train", "training.reproduce:reproduce", "train the rows of a paper's table"),
+    "export": ("Export", "deployment.export:export", "convert a checkpoint to a bundle, with a proof"),
+    "inspect": ("Export", "deployment.inspect:inspect", "list parts of your network that have no effect"),
+    "verify": ("Export", "deployment.verify:verify", "check files and outputs of a bundle"),
+    "engine": ("Export", "deployment.engine:engine", "build the TensorRT engine of a bundle"),
+    "triton": ("Export", "deployment.triton:triton", "add a bundle to a Triton model repository"),
+    "sign": ("Export", "deployment.keys:sign", "sign a bundle"),
+    "push": ("Export", "deployment.transfer:push", "upload a bundle"),
+    "pull": ("Export", "deployment.transfer:pull", "download and check a bundle"),
+    "predict": ("Serve", "serving.predict:predict", "classify images without a server"),
+    "classify": ("Serve", "serving.classify:classify", "classify any number of images into parquet files"),
+    "serve": ("Serve", "serving.serve:serve", "serve bundles over HTTP, with a web page"),
+    "ray": ("Serve", "serving.ray:ray", "serve bundles on Ray"),
+    "health": ("Serve", "serving.health:health", "check whether a server is ready"),
+    "key": ("Serve", "deployment.keys:key", "create an API key for a server"),
+    "bench": ("Serve", "serving.bench:bench", "measure latency and throughput of a bundle"),
+    "doctor": ("Serve", "serving.doctor:doctor", "find the bottleneck of a server"),
+}
+QUICK_START = (
+    "sopdeploy train --data photos",
+    "sopdeploy export runs/latest/best.pt --detach",
+    "sopdeploy verify bundles/latest",
+    "sopdeploy predict bundles/latest photo.jpg",
+    "sopdeploy serve bundles/latest",
+)
+
+
+class Commands(Mapping[str, Any]):
+    """The commands by name; a command is imported when it is looked up."""
+
+    def __getitem__(self, name: str) -> Any:
+        module, _, function = COMMANDS[name][1].partition(":")
+        target = getattr(import_module(f"sopdeploy.cli.{module}"), function)
+        if not isinstance(target, typer.Typer):
+            command, target = target, typer.Typer(add_completion=False, **SETTINGS)
+            target.command(name)(command)
+        return typer.main.get_command(target)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class Program(TyperGroup):
+    """The group of all commands; its help lists them without importing them."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands: Any = Commands()
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write usage, quick start, commands by topic, and options as plain text."""
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...")
+        formatter.write(f"\n{ABOUT}\n\nQuick start:\n")
+        for number, command in enumerate(QUICK_START, 1):
+            formatter.write(f"  {number}  {command}\n")
+        for topic in dict.fromkeys(topic for topic, _, _ in COMMANDS.values()):
+            rows = [(name, summary) for name, (group, _, summary) in COMMANDS.items() if group == topic]
+            with formatter.section(topic):
+                formatter.write_dl(rows)
+        records = [parameter.get_help_record(ctx) for parameter in self.get_params(ctx)]
+        with formatter.section("Options"):
+            formatter.write_dl([record for record in records if record])
+        formatter.write("\nsopdeploy COMMAND --help shows the options of a command and an example.\n")
+
+
+app = typer.Typer(name="sopdeploy", cls=Program, help=ABOUT, **SETTINGS)
 
 
 def _show_version(requested: bool) -> None:
@@ -86,17 +117,9 @@ def root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."""
-    if context.invoked_subcommand is not None:
-        return
-    out.print("[bold]Quick start[/]\n")
-    width = max(len(command) for command, _ in QUICK_START)
-    for number, (command, purpose) in enumerate(QUICK_START, 1):
-        out.print(f"  {number}  [cyan]{command:<{width}}[/]  [dim]{purpose}[/]")
-    out.print("\n[bold]Other commands[/]\n")
-    for topic, commands in OTHER_COMMANDS.items():
-        out.print(f"     {topic:<16} {', '.join(commands)}")
-    out.print("\n`sopdeploy COMMAND --help` shows options and an example, `sopdeploy --help` all commands.")
+    """Show the help if no command is given."""
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
 
 
 def main() -> None:
@@ -112,16 +135,26 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code: Any = 0
     try:
-        with one_line_errors():
-            try:
-                app(prog_name="sopdeploy")
-            except SystemExit as stop:
-                code = stop.code
-            with suppress(OSError) if code else nullcontext():  # the command has printed its error
-                sys.stdout.flush()  # the interpreter flushes it too late to handle an error
+        try:
+            app(prog_name="sopdeploy")
+        except SystemExit as stop:
+            code = stop.code
+        with suppress(OSError) if code else nullcontext():  # the command has printed its error
+            sys.stdout.flush()  # the interpreter flushes it too late to handle an error
     except BrokenPipeError:
         code = OUTPUT_CLOSED
-    except typer.Exit as stop:
-        code = stop.exit_code
+    except Exception as error:
+        code = _print_user_error(error)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards what is still in the buffer
     sys.exit(code)
+
+
+def _print_user_error(error: Exception) -> int:
+    """Print *error* as a command does, and return the exit code; raises it again if it is no user error."""
+    from sopdeploy.cli.console import one_line_errors
+
+    try:
+        with one_line_errors():
+            raise error
+    except typer.Exit as stop:
+        return stop.exit_code

@@ -5,13 +5,14 @@ External text (paths, names, error messages) is printed as `rich.text.Text`: ric
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.text import Text
 
 from sopdeploy.api.progress import plain_text as plain_text
@@ -86,3 +87,14 @@ def steps(title: str, *, quiet: bool) -> Iterator[Any]:
         return
     with err.status(title) as status:
         yield lambda name: status.update(f"{title}: {name}")
+
+
+@contextmanager
+def image_progress(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback (done, total) that draws a progress bar on a terminal and otherwise does nothing."""
+    if quiet or not err.is_terminal:
+        yield lambda _done, _total: None
+        return
+    with Progress(console=err, transient=True) as progress:
+        task = progress.add_task("images", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

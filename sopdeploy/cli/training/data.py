@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from sopdeploy.cli.app import SETTINGS
 from sopdeploy.cli.console import JsonOption, one_line_errors, out, plain_text, print_json
 
 if TYPE_CHECKING:
@@ -13,10 +14,15 @@ if TYPE_CHECKING:
 
 MAX_GROUPS = 10  # of equal images; --json lists all
 
-data = typer.Typer(
-    help="Inspect images before training.\n\nExample: [bold]sopdeploy data check photos/[/bold]",
-    no_args_is_help=True,
-)
+data = typer.Typer(name="data", no_args_is_help=True, add_completion=False, **SETTINGS)
+
+
+@data.callback()
+def inspect_images() -> None:
+    """Inspect images before training.
+
+    Example: [bold]sopdeploy data check photos/[/bold]
+    """
 
 
 @data.command("check")

@@ -1,15 +1,21 @@
-"""`sopdeploy eval`, `sopdeploy report` and `sopdeploy calibrate`."""
+"""`sopdeploy eval`: evaluate a checkpoint, a bundle or a server."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.progress import Progress
 from rich.table import Table
 
-from sopdeploy.cli.console import JsonOption, err, one_line_errors, out, plain_text, print_json
+from sopdeploy.cli.console import (
+    JsonOption,
+    err,
+    image_progress,
+    one_line_errors,
+    out,
+    plain_text,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from sopdeploy.evaluation.heads import HeadAccuracy
@@ -19,8 +25,6 @@ if TYPE_CHECKING:
 MAX_CLASSES = 50  # of more classes, the output lists those with the lowest recall or average precision
 MAX_COLUMNS = 12  # with more classes, the terminal shows no confusion matrix
 MAX_MISTAKES = 5
-
-OnImage = Callable[[int, int], None]
 
 
 def evaluate(
@@ -62,7 +66,7 @@ def evaluate(
         from sopdeploy.api.evaluation import evaluate as run
         from sopdeploy.evaluation.metrics import ClassificationReport
 
-        with _progress(quiet=as_json) as on_image:
+        with image_progress(quiet=as_json) as on_image:
             found = run(
                 source,
                 data,
@@ -87,81 +91,6 @@ def evaluate(
         _print_heads(found.heads)
     else:
         _print_multi_label_report(found.metrics)
-
-
-def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder written by `sopdeploy train`.")],
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Images to evaluate, DIR/<class>/*.jpg. [dim]default: the held-out images[/dim]"),
-    ] = None,
-    destination: Annotated[
-        Path | None, typer.Option("--out", help="The HTML file. [dim]default RUN/report.html[/dim]")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write an HTML report on a run: curves, spectra, gates, confusions, calibration, worst mistakes.
-
-    Example: [bold]sopdeploy report runs/latest[/bold]
-
-    Example: [bold]sopdeploy report runs/latest --data test-photos --out page.html[/bold]
-    """
-    with one_line_errors(as_json), _progress(quiet=as_json) as on_image:
-        from sopdeploy.report import write_report
-
-        page = write_report(run, destination, data=data, on_image=on_image)
-    if as_json:
-        print_json({"report": str(page), "bytes": page.stat().st_size})
-    else:
-        out.print(plain_text(f"{page}: {page.stat().st_size:,} bytes, opens offline"))
-
-
-def calibrate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of `sopdeploy train` or `import`.")],
-    data: Annotated[
-        Path, typer.Option(help="Images not used for training, DIR/<class>/*.jpg or with labels.csv.")
-    ],
-    destination: Annotated[
-        Path | None, typer.Option("--out", help="The new checkpoint. [dim]default <name>-calibrated.pt[/dim]")
-    ] = None,
-    accepts: Annotated[
-        float, typer.Option(help="Fraction of images of known classes to accept as known; 1 rejects none.")
-    ] = 0.95,
-    workers: Annotated[int, typer.Option(min=0, help="Data loading processes.")] = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Fit temperature and rejection threshold of a checkpoint to images that were not used for training.
-
-    `train` does this at the end of a run, so this command is for imported checkpoints and for other images.
-    For a multi-label network it fits a threshold per class instead.
-
-    Example: [bold]sopdeploy calibrate ckpt.pt --data test-photos[/bold]
-    """
-    with one_line_errors(as_json), _progress(quiet=as_json) as on_image:
-        from sopdeploy.api.calibration import calibrate as run
-
-        found = run(checkpoint, data, destination, accepts=accepts, workers=workers, on_image=on_image)
-    for note in found.notes:
-        err.print(plain_text(f"warning: {note}"))
-    if as_json:
-        decision = found.decision.model_dump(mode="json")
-        print_json({"checkpoint": str(found.path), "images": found.images, "decision": decision})
-        return
-    for name, text in found.decision.rows(found.labels):
-        out.print(plain_text(f"{name}: {text}"))
-    detach = " --detach" if found.training_only else ""
-    out.print(plain_text(f"next: sopdeploy export {found.path}{detach}"))
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[OnImage]:
-    """Yield a callback (done, total) that draws a progress bar on a terminal."""
-    if quiet or not err.is_terminal:
-        yield lambda _done, _total: None
-        return
-    with Progress(console=err, transient=True) as progress:
-        task = progress.add_task("images", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _print_report(found: "ClassificationReport") -> None:

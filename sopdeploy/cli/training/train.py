@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperCommand
 
+from sopdeploy.cli.app import SETTINGS
 from sopdeploy.cli.console import JsonOption, err, one_line_errors, out, plain_text, print_json
 from sopdeploy.cli.training.dry_run import print_dry_run, print_learning_rates
 
@@ -33,6 +34,10 @@ class TrainCommand(TyperCommand):
         )
 
 
+command = typer.Typer(add_completion=False, **SETTINGS)
+
+
+@command.command("train", cls=TrainCommand)
 def train(
     recipe: Annotated[
         str | None, typer.Option(help="A recipe of `sopdeploy recipes`, or a .toml file.")

@@ -28,7 +28,7 @@ from sopdeploy.cli.app import app
 from sopdeploy.cli.deployment.export import export as export_command
 from sopdeploy.cli.serving.classify import classify as classify_command
 from sopdeploy.cli.serving.predict import predict as predict_command
-from sopdeploy.cli.training.evaluate import calibrate as calibrate_command
+from sopdeploy.cli.training.calibrate import calibrate as calibrate_command
 from sopdeploy.cli.training.evaluate import evaluate as evaluate_command
 from sopdeploy.cli.training.train import train as train_command
 from sopdeploy.client import Client

@@ -1,0 +1,51 @@
+"""`sopdeploy verify`: check a bundle on this machine."""
+
+from pathlib import Path
+
+from sopdeploy.cli.console import BundleArgument, JsonOption, one_line_errors, print_field, print_json, steps
+
+
+def replay_rules(bundle: Path) -> str | None:
+    """Replay the rewrite rules of *bundle* if the packages that they need are installed."""
+    try:
+        from sopdeploy_export.replay import check_lowering
+    except ImportError:  # without onnx_ir
+        return None
+    from sopdeploy.bundle.folder import open_bundle
+
+    return check_lowering(open_bundle(bundle))
+
+
+def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
+    """Check every file of a bundle, its probes and its golden examples on this machine, offline.
+
+    Example: [bold]sopdeploy verify bundles/dsop-resnet20-3f6c01d2a4b7[/bold]
+    """
+    with one_line_errors(as_json), steps("verifying", quiet=as_json):
+        from sopdeploy_service.commands.verify import verify as run
+
+        result = run(bundle)
+        lowering = replay_rules(bundle) if result.onnx_root is not None else None
+    if as_json:
+        print_json({**result.model_dump(mode="json"), "lowering": lowering})
+        return
+    print_field("files", f"{result.files} complete, {result.bytes:,} bytes, sha256 equal, id {result.id}")
+    graph = "its root was not recomputed, because onnx is not installed: pip install onnx"
+    if result.onnx_root is not None:
+        graph = f"root {result.onnx_root[:16]}, recomputed from model.onnx: as exported"
+    print_field("graph", graph)
+    if lowering is not None:
+        print_field("lowering", lowering)
+    for replay in result.replays:
+        for name, deviation in replay.deviation.items():
+            print_field(
+                "probes",
+                f"batch {replay.batch}: {name} of {replay.images} images deviate by {deviation:.2g} "
+                f"(allowed {replay.tolerance[name]:.2g}) on {result.runtime}",
+            )
+    if result.golden:
+        same = "pixels and logits" if result.pixels is None else "logits"
+        print_field("golden", f"{result.golden} JPEG files give the exporter's {same}")
+    if result.pixels is not None:
+        print_field("note", result.pixels.describe(), style="bold yellow")
+    print_field("verified", str(result.bundle), style="bold green")
