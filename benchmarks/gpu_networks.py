@@ -43,8 +43,8 @@ def torch_sides(path: Path, precision: str) -> dict[str, Run]:
     """Create functions that run torch on the GPU, eager and compiled, with inputs and outputs on the host."""
     trained = read_checkpoint(path)
     network = build_classifier(trained, path)
-    lean = detach(network) if network.training_only else network
-    deployed = Deployed(lean, trained.preprocess).eval().cuda()
+    detached = detach(network) if network.training_only else network
+    deployed = Deployed(detached, trained.preprocess).eval().cuda()
 
     def side(model: Any) -> Run:
         def run(images: NDArray[np.uint8]) -> Any:

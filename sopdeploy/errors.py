@@ -31,12 +31,12 @@ class SopdeployError(Exception):
 
     Attributes:
         code: stable identifier for scripts.
-        told: whether another process of the same run has already printed the error.
+        reported: whether another process of the same run has already printed the error.
         lists: all names, by what they are, of lists that the message shortens; `--json` prints them.
     """
 
     code: str = "failed"
-    told: bool = False
+    reported: bool = False
 
     def __init__(self, message: str = "", *, lists: Mapping[str, Sequence[str]] | None = None) -> None:
         super().__init__(message)

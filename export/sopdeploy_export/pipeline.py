@@ -150,11 +150,11 @@ def export_subject(
     job = _Job(subject, images, accuracy, options, step)
 
     step("detaching" if options.detach else "nothing to detach")
-    lean = detach(trained, subject.detachment.training_only, requested=options.detach)
+    detached = detach(trained, subject.detachment.training_only, requested=options.detach)
     step("proving that the detached network equals the plain network")
     proof = certify(
         trained,
-        lean,
+        detached,
         preprocess,
         torch.from_numpy(images),
         model=subject.name,
@@ -162,8 +162,8 @@ def export_subject(
         detachment=subject.detachment,
     )
     step("lowering to ONNX")
-    model, certificate = lower_with_proof(proof, output_names(lean))
-    certified = CapturedGraph(lean, proof.lean.any_batch, model)
+    model, certificate = lower_with_proof(proof, output_names(detached))
+    certified = CapturedGraph(detached, proof.detached.any_batch, model)
     del trained, proof  # frees two networks and five of their six programs
     converted = _lower_and_convert(job, certified)
 
@@ -237,14 +237,14 @@ def _check_file(
 
 def compare_with_network(
     file: Path,
-    lean: nn.Module,
+    detached: nn.Module,
     converted: ConvertedGraph,
     preprocess: Preprocess,
     images: NDArray[np.uint8],
     options: ExportOptions,
 ) -> tuple[Reference, ParityReport]:
-    """Compare the ONNX *file* with the outputs of *lean* in float64 for *images*."""
-    deployed = Deployed(lean, preprocess).eval()
+    """Compare the ONNX *file* with the outputs of *detached* in float64 for *images*."""
+    deployed = Deployed(detached, preprocess).eval()
     expected = compute_reference(deployed, images, converted.run, options.precision.precision, converted.gate)
     parity = compare(
         file,
@@ -317,7 +317,7 @@ def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityRepo
     tolerance = {name: output.tolerance for name, output in parity.outputs.items()}
     if parity.drift_allowed:
         for name, output in parity.outputs.items():
-            observed = max(output.largest_drift, output.alone_or_in_batch)
+            observed = max(output.largest_drift, output.batch_difference)
             tolerance[name] = max(output.tolerance, 2 * observed)
     kept = parity.compared_images
     return Probes(

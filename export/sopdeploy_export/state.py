@@ -71,7 +71,7 @@ def read_state(network: nn.Module) -> dict[str, Any]:
 
     Attributes of the modules and of their classes are read, with lists, dicts and objects in them, and the
     global variables that the methods use. Two states differ if anything was assigned, added, removed or
-    written in place between them.
+    written in module between them.
     """
     state: dict[str, Any] = {}
     owners = list(modules(network))
@@ -150,7 +150,7 @@ def _leaves(path: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple
 
 
 def _identify(value: object) -> Identity:
-    """Identify *value*; the tensors that torch.export uses in place of others have no address."""
+    """Identify *value*; the tensors that torch.export uses in module of others have no address."""
     if type(value) in (Tensor, nn.Parameter) and isinstance(value, Tensor) and value.layout == torch.strided:
         return Identity(value, (-1 if value.is_inference() else value._version, value.data_ptr()))
     return Identity(value, (len(value),) if isinstance(value, set) else ())
@@ -218,9 +218,9 @@ class PythonReads(TorchFunctionMode):
         del types
         name = getattr(function, "__name__", "")
         if name in self.READS and self.found is None:
-            place = sys._getframe(1).f_globals.get("__name__", "")
-            if place.partition(".")[0] not in ("torch", "sopdeploy_export"):
-                self.found = f"{name} in {place}"
+            module = sys._getframe(1).f_globals.get("__name__", "")
+            if module.partition(".")[0] not in ("torch", "sopdeploy_export"):
+                self.found = f"{name} in {module}"
         return function(*args, **(kwargs or {}))
 
 

@@ -23,20 +23,20 @@ from sopdeploy.errors import BundleError, ConfigError
 
 HUB = "hf://"
 ARCHIVE, SIGNATURE, CARD = "bundle.tar", "bundle.tar.minisig", "README.md"
-PLACE = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+URL = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 NOT_FOUND = "no such repository or revision, or no access; log in with `hf auth login`"
 
 
 def push_to_hub(
-    bundle: Bundle, archive: Path, signature: Path | None, place: str, license_id: str | None
+    bundle: Bundle, archive: Path, signature: Path | None, url: str, license_id: str | None
 ) -> str:
-    """Commit *archive*, *signature* and the card of *bundle* to *place*; return `hf://OWNER/NAME@COMMIT`.
+    """Commit *archive*, *signature* and the card of *bundle* to *url*; return `hf://OWNER/NAME@COMMIT`.
 
     A repository that does not exist is created. An older signature is removed if there is no new one. Raises
     `BundleError` for errors of the Hub and `ConfigError` if the client is not installed.
     """
-    repository, revision = _parse(place)
-    with _client(place) as hub:
+    repository, revision = _parse(url)
+    with _client(url) as hub:
         api = hub.HfApi()
         api.create_repo(repository, exist_ok=True)
         existing = {file.rfilename for file in api.model_info(repository).siblings or ()}
@@ -123,18 +123,18 @@ def _metrics(bundle: Bundle) -> list[dict[str, Any]]:
     return [{"type": name, "value": value} for name, value in found.items() if value is not None]
 
 
-def _parse(place: str) -> tuple[str, str | None]:
-    match = PLACE.fullmatch(place)
+def _parse(url: str) -> tuple[str, str | None]:
+    match = URL.fullmatch(url)
     if match is None:
-        raise ConfigError(f"{place}: not a repository of the Hub; write {HUB}OWNER/NAME[@REVISION]")
+        raise ConfigError(f"{url}: not a repository of the Hub; write {HUB}OWNER/NAME[@REVISION]")
     return match[1], match[2]
 
 
 @contextmanager
-def _client(place: str) -> Iterator[Any]:
+def _client(url: str) -> Iterator[Any]:
     """Yield the module huggingface_hub; convert its errors to `BundleError`."""
     for module in ("huggingface_hub.utils", "huggingface_hub.errors", "huggingface_hub"):
-        hub = import_optional(module, "huggingface_hub", "sopdeploy[hub]", ConfigError, place)
+        hub = import_optional(module, "huggingface_hub", "sopdeploy[hub]", ConfigError, url)
     if not sys.stderr.isatty():
         hub.utils.disable_progress_bars()
     try:
@@ -142,10 +142,10 @@ def _client(place: str) -> Iterator[Any]:
     except (BundleError, ConfigError):
         raise
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError) as error:
-        raise BundleError(f"{place}: {NOT_FOUND}") from error
+        raise BundleError(f"{url}: {NOT_FOUND}") from error
     except Exception as error:  # the client raises types of several libraries
         cause = error.__cause__ or error  # the client wraps errors of uploads
         text = " ".join(str(cause).split())
         raise BundleError(
-            f"{place}: {type(cause).__name__}: {text}; check the name, the network and HF_TOKEN"
+            f"{url}: {type(cause).__name__}: {text}; check the name, the network and HF_TOKEN"
         ) from error

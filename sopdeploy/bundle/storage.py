@@ -22,17 +22,17 @@ ANNOTATIONS = {"org.opencontainers.image.title": "sopdeploy bundle"}
 CONNECT_TIMEOUT = 10  # seconds; the OCI client itself retries for two minutes
 
 
-def put(file: Path, place: str, name: str) -> str:
-    """Copy *file* to *place*, a folder or its URL, under *name*; return the new location.
+def put(file: Path, destination: str, name: str) -> str:
+    """Copy *file* to *destination*, a folder or its URL, under *name*; return the new location.
 
     Readers never see an incomplete file under *name*.
     """
-    if "://" in place:
-        target = f"{place.rstrip('/')}/{name}"
+    if "://" in destination:
+        target = f"{destination.rstrip('/')}/{name}"
         with _filesystem(target) as (store, path):
             store.put_file(str(file), path)
         return target
-    folder = Path(place)
+    folder = Path(destination)
     with writing(folder / name, BundleError):
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / name) as partial:
@@ -70,7 +70,7 @@ def write_blocks(blocks: Iterable[bytes], file: Path, name: str, limit: int) -> 
 
 
 @contextmanager
-def _remote_errors(place: str) -> Iterator[None]:
+def _remote_errors(url: str) -> Iterator[None]:
     """Convert errors of the client of a store or registry to `BundleError`; clients raise their own types."""
     try:
         yield
@@ -78,7 +78,7 @@ def _remote_errors(place: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise BundleError(
-            f"{place}: {type(error).__name__}: {error}; check the address and the credentials"
+            f"{url}: {type(error).__name__}: {error}; check the address and the credentials"
         ) from error
 
 
@@ -90,13 +90,13 @@ def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
         yield fsspec.core.url_to_fs(url)
 
 
-def push_artifact(archive: Path, signature: Path | None, place: str, tag: str) -> str:
-    """Push *archive* and the optional *signature* to the OCI registry *place*; return the reference.
+def push_artifact(archive: Path, signature: Path | None, url: str, tag: str) -> str:
+    """Push *archive* and the optional *signature* to the OCI registry *url*; return the reference.
 
-    *tag* is used if *place* has none. Raises `BundleError` for registry errors and `ConfigError` if the
+    *tag* is used if *url* has none. Raises `BundleError` for registry errors and `ConfigError` if the
     client is not installed.
     """
-    target = place.removeprefix(OCI)
+    target = url.removeprefix(OCI)
     if ":" not in target.rpartition("/")[2]:
         target = f"{target}:{tag}"
     files = [f"{archive}:{ARCHIVE_TYPE}"] + ([f"{signature}:{SIGNATURE_TYPE}"] if signature else [])

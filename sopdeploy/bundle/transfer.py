@@ -20,9 +20,9 @@ MAX_BYTES = 8_000_000_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pushed:
-    """Location, size and sha256 of a pushed archive, and whether a signature was pushed too."""
+    """URL or path, size and sha256 of a pushed archive, and whether a signature was pushed too."""
 
-    place: str
+    url: str
     bytes: int
     sha256: str
     signed: bool
@@ -37,14 +37,15 @@ class Pulled:
     verified: bool
 
 
-def push(path: Path, place: str, *, license_id: str | None = None) -> Pushed:
-    """Pack the bundle at *path* and upload it to *place*: a folder, an fsspec URL, `oci://...` or `hf://...`.
+def push(path: Path, destination: str, *, license_id: str | None = None) -> Pushed:
+    """Pack the bundle at *path* and upload it.
 
-    *license_id* is written to the model card on the Hub. A signature beside the bundle is uploaded first, or
-    in the same commit, so a reader who sees the archive also finds it. Raises `BundleError` for a damaged
-    bundle or a failed upload, and `ConfigError` if a license is given and *place* is not on the Hub.
+    *destination* is a folder, an fsspec URL, `oci://...` or `hf://...`. *license_id* is written to the model
+    card on the Hub. A signature beside the bundle is uploaded first, or in the same commit, so a reader who
+    sees the archive also finds it. Raises `BundleError` for a damaged
+    bundle or a failed upload, and `ConfigError` if a license is given and *destination* is not on the Hub.
     """
-    if license_id is not None and not place.startswith(HUB):
+    if license_id is not None and not destination.startswith(HUB):
         raise ConfigError(f"--license: is written to a model card, which only {HUB} has; omit it")
     bundle = open_bundle(path)
     signature = signature_path(path) if signature_path(path).is_file() else None
@@ -52,17 +53,17 @@ def push(path: Path, place: str, *, license_id: str | None = None) -> Pushed:
         archive = Path(folder) / f"bundle{ARCHIVE_SUFFIX}"
         with archive.open("wb") as file:
             write_archive(bundle, file)
-        if place.startswith(OCI):
-            location = push_artifact(archive, signature, place, bundle.manifest.id)
-        elif place.startswith(HUB):
-            location = push_to_hub(bundle, archive, signature, place, license_id)
+        if destination.startswith(OCI):
+            url = push_artifact(archive, signature, destination, bundle.manifest.id)
+        elif destination.startswith(HUB):
+            url = push_to_hub(bundle, archive, signature, destination, license_id)
         else:
             name = bundle.manifest.name + ARCHIVE_SUFFIX
             if signature is not None:
-                put(signature, place, name + SUFFIX)
-            location = put(archive, place, name)
+                put(signature, destination, name + SUFFIX)
+            url = put(archive, destination, name)
         return Pushed(
-            place=location,
+            url=url,
             bytes=archive.stat().st_size,
             sha256=sha256_of(archive),
             signed=signature is not None,

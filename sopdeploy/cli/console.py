@@ -34,7 +34,7 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
 
     With *as_json*, also print its code, message and complete lists as JSON on stdout. Errors of the operating
     system in `STORAGE_ERRNOS` and exhausted memory are user errors. An error that another process has already
-    shown (`told`) is not printed again.
+    shown (`reported`) is not printed again.
     """
     try:
         try:
@@ -55,7 +55,7 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
                 "or use a machine or GPU with more memory"
             ) from error
     except SopdeployError as error:
-        if not error.told:
+        if not error.reported:
             print_error(str(error), error.code)
             if as_json:
                 with suppress(OSError):  # stdout may be what cannot be written

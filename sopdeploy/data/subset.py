@@ -76,8 +76,8 @@ def select_classes(images: LabeledImages, labels: tuple[str, ...]) -> LabeledIma
 
 def _new_targets(images: LabeledImages, labels: tuple[str, ...]) -> NDArray[np.int64]:
     """Compute the index in *labels* of the class of every image (N,), -1 for other classes."""
-    place = {label: index for index, label in enumerate(labels)}
-    new = np.asarray([place.get(label, -1) for label in images.labels], dtype=np.int64)
+    position = {label: index for index, label in enumerate(labels)}
+    new = np.asarray([position.get(label, -1) for label in images.labels], dtype=np.int64)
     return new[images.targets.astype(np.int64)]
 
 

@@ -142,10 +142,10 @@ def classification_report(labels: Sequence[str], scores: Sequence[Score]) -> Cla
     if not count:
         raise DataError(NO_IMAGES)
     shown = sorted({score.target for score in scores} | {score.top5[0] for score in scores})
-    place = {index: number for number, index in enumerate(shown)}
+    position = {index: number for number, index in enumerate(shown)}
     confusion = [[0] * len(shown) for _ in shown]
     for score in scores:
-        confusion[place[score.target]][place[score.top5[0]]] += 1
+        confusion[position[score.target]][position[score.top5[0]]] += 1
     predicted = [sum(column) for column in zip(*confusion, strict=True)]
     classes = (
         ClassFigures(

@@ -263,7 +263,7 @@ def plot(id: str, title: str, curves: Sequence[Curve], x_axis: Axis, y_axis: Axi
     down = _LEGEND_LINE * ((len(curves) - 1) // _LEGEND_COLUMNS)  # more legend lines move the plot down
     top, bottom = _PLOT_TOP + down, _PLOT_BOTTOM + down
 
-    def place(point: Point) -> Point:
+    def to_pixels(point: Point) -> Point:
         x, y = x_scale.position(point[0]), y_scale.position(point[1])
         return _PLOT_LEFT + x * (_PLOT_RIGHT - _PLOT_LEFT), bottom - y * (bottom - top)
 
@@ -273,15 +273,15 @@ def plot(id: str, title: str, curves: Sequence[Curve], x_axis: Axis, y_axis: Axi
         shapes.append(element("path", d=f"M{_PLOT_LEFT} {y:.2f}H{_PLOT_RIGHT}", class_="mark"))
         shapes.append(text(_PLOT_LEFT - 4, y + 4, f"{y_scale.value(position):.3g}", anchor="end"))
     shapes += [
-        text(place((tick, y_scale.low))[0], bottom + 16, f"{tick:.3g}", anchor="middle")
+        text(to_pixels((tick, y_scale.low))[0], bottom + 16, f"{tick:.3g}", anchor="middle")
         for tick in _ticks(xs, x_scale)
     ]
     shapes.append(text((_PLOT_LEFT + _PLOT_RIGHT) / 2, bottom + 32, x_axis.label, anchor="middle"))
     descriptions = []
     for number, curve in enumerate(curves):
-        shapes += _draw_curve(number, curve, [place(point) for point in curve.points])
-        told = curve.points if len(curve.points) <= _MAX_MARKERS else (curve.points[0], curve.points[-1])
-        descriptions.append(f"{curve.name}: " + ", ".join(f"{y:.3g} at {x:.3g}" for x, y in told))
+        shapes += _draw_curve(number, curve, [to_pixels(point) for point in curve.points])
+        described = curve.points if len(curve.points) <= _MAX_MARKERS else (curve.points[0], curve.points[-1])
+        descriptions.append(f"{curve.name}: " + ", ".join(f"{y:.3g} at {x:.3g}" for x, y in described))
     description = f"{y_axis.label} over {x_axis.label}. {'. '.join(descriptions)}."
     return svg(id, title, description, (WIDTH, bottom + 36), *shapes)
 

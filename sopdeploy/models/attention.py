@@ -78,7 +78,7 @@ class Attended(Classifier):
 
     def __init__(self, config: "AttendedConfig", num_classes: int) -> None:
         super().__init__(config, num_classes)
-        for place, channels in self.tap_channels.items():
+        for tap, channels in self.tap_channels.items():
             attention: nn.Module
             match config:
                 case SEResNetConfig() | SEPreActResNetConfig():
@@ -87,12 +87,12 @@ class Attended(Classifier):
                     attention = CBAM(channels, config.reduction, config.kernel)
                 case GEResNetConfig():
                     reduced_by = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 16 * config.conv5_stride}
-                    side = -(-config.side // reduced_by[place.partition(".")[0]])
+                    side = -(-config.side // reduced_by[tap.partition(".")[0]])
                     attention = GatherExcite(
                         channels, side, config.extent, config.parameters, config.reduction
                     )
             initialize(attention)
-            block: Any = self.get_submodule(place)
+            block: Any = self.get_submodule(tap)
             block.attention = attention
 
 

@@ -67,8 +67,8 @@ class EngineKey(StrictModel):
 class PartPrecision(StrictModel):
     """Precisions of a network part: requested by the graph, and the number of engine layers by precision."""
 
-    asked: tuple[str, ...]
-    realised: dict[str, int]
+    requested: tuple[str, ...]
+    actual: dict[str, int]
 
 
 class Receipt(StrictModel):
@@ -78,7 +78,7 @@ class Receipt(StrictModel):
     says where the precisions differ or the inspector shows too little; it is omitted if it is empty.
     """
 
-    asked: str
+    requested: str
     parts: dict[str, PartPrecision]
     layers: int
     operators: int

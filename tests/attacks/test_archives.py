@@ -33,7 +33,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def archive(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return Path(push(bundle, str(tmp_path_factory.mktemp("pushed"))).place).read_bytes()
+    return Path(push(bundle, str(tmp_path_factory.mktemp("pushed"))).url).read_bytes()
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +172,7 @@ def signed(bundle: Path, tmp_path: Path) -> tuple[Path, Path]:
     public = make_key(tmp_path / "release.key")
     sign(bundle, tmp_path / "release.key")
     try:
-        return Path(push(bundle, str(tmp_path / "signed")).place), public
+        return Path(push(bundle, str(tmp_path / "signed")).url), public
     finally:
         signature_path(bundle).unlink()
 

@@ -64,9 +64,9 @@ def network() -> Classifier:
     return found.eval()
 
 
-def prove(trained: Classifier, lean: nn.Module | None = None, batch: BatchRange | None = ALONE) -> None:
+def prove(trained: Classifier, detached: nn.Module | None = None, batch: BatchRange | None = ALONE) -> None:
     probes = torch.from_numpy(probe_images(PREPROCESS))
-    certify(trained, detach(trained) if lean is None else lean, PREPROCESS, probes, batch=batch)
+    certify(trained, detach(trained) if detached is None else detached, PREPROCESS, probes, batch=batch)
 
 
 def branch_logits(found: Any, images: Tensor) -> Tensor:
@@ -162,8 +162,8 @@ def test_network_whose_output_depends_on_its_branches_is_rejected(leak: str) -> 
         prove(with_forward(answer), batch=None if "batch" in leak else ALONE)
 
 
-def one_ulp(lean: Any) -> None:
-    weight = lean.layer2[0].conv1.weight.data
+def one_ulp(detached: Any) -> None:
+    weight = detached.layer2[0].conv1.weight.data
     weight[3, 2, 1, 1] = torch.nextafter(weight[3, 2, 1, 1], torch.tensor(1.0))
 
 
@@ -172,27 +172,27 @@ class SubtleLinear(nn.Linear):
         return super().forward(features) + 0.0
 
 
-def subtle_head(lean: Any) -> None:
-    head = SubtleLinear(lean.fc.in_features, lean.fc.out_features)
-    head.load_state_dict(lean.fc.state_dict())
-    lean.fc = head.eval()
+def subtle_head(detached: Any) -> None:
+    head = SubtleLinear(detached.fc.in_features, detached.fc.out_features)
+    head.load_state_dict(detached.fc.state_dict())
+    detached.fc = head.eval()
 
 
 TAMPERED: dict[str, tuple[Callable[[Any], object], str]] = {
     "one weight moved by one ulp": (one_ulp, r"layer2\.0\.conv1\.weight changed"),
-    "zero made negative": (lambda lean: lean.fc.weight.data[0, 0].fill_(-0.0), r"fc\.weight changed"),
-    "another eps": (lambda lean: setattr(lean.bn1, "eps", 1e-4), "detached network is not the plain"),
+    "zero made negative": (lambda detached: detached.fc.weight.data[0, 0].fill_(-0.0), r"fc\.weight changed"),
+    "another eps": (lambda detached: setattr(detached.bn1, "eps", 1e-4), "detached network is not the plain"),
     "a head that adds nothing": (subtle_head, "detached network is not the plain one"),
-    "a weight in double precision": (lambda lean: lean.fc.double(), r"fc\.weight changed"),
+    "a weight in double precision": (lambda detached: detached.fc.double(), r"fc\.weight changed"),
     "an invented buffer": (
-        lambda lean: lean.register_buffer("extra", torch.zeros(1), persistent=False),
+        lambda detached: detached.register_buffer("extra", torch.zeros(1), persistent=False),
         "extra that was never",
     ),
-    "a head left out": (lambda lean: delattr(lean, "fc"), r"fc\.weight was removed"),
-    "train mode": (lambda lean: lean.train(), "detached network is in train mode"),
-    "one batch norm in train mode": (lambda lean: lean.layer2[0].bn2.train(), r"layer2\.0\.bn2"),
+    "a head left out": (lambda detached: delattr(detached, "fc"), r"fc\.weight was removed"),
+    "train mode": (lambda detached: detached.train(), "detached network is in train mode"),
+    "one batch norm in train mode": (lambda detached: detached.layer2[0].bn2.train(), r"layer2\.0\.bn2"),
     "a hook that returns what it gets": (
-        lambda lean: lean.layer1.register_forward_hook(lambda _m, _i, output: output * 1.0),
+        lambda detached: detached.layer1.register_forward_hook(lambda _m, _i, output: output * 1.0),
         "hook on layer1",
     ),
 }
@@ -202,11 +202,11 @@ TAMPERED: dict[str, tuple[Callable[[Any], object], str]] = {
 def test_modified_detached_network_is_rejected(attack: str) -> None:
     trained = network()
     trained.fc.weight.data[0, 0] = 0.0
-    lean = detach(trained)
+    detached = detach(trained)
     touch, message = TAMPERED[attack]
-    touch(lean)
+    touch(detached)
     with pytest.raises(CertificateError, match=message):
-        prove(trained, lean)
+        prove(trained, detached)
 
 
 def with_tied_weights(found: Any) -> None:
@@ -325,10 +325,10 @@ MEMORY = {
 def test_memory_that_hides_what_is_kept_is_rejected(attack: str) -> None:
     change, message = MEMORY[attack]
     trained = network()
-    lean = detach(trained)
+    detached = detach(trained)
     change(trained)
     with pytest.raises(CertificateError, match=message):
-        prove(trained, lean)
+        prove(trained, detached)
 
 
 def test_changed_buffer_that_checkpoints_do_not_store_is_rejected() -> None:
@@ -343,17 +343,17 @@ def test_changed_buffer_that_checkpoints_do_not_store_is_rejected() -> None:
 
 def test_weight_that_changes_during_the_proof_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = network()
-    lean = detach(trained)
+    detached = detach(trained)
     certified = certificate.assert_equal_outputs
 
     def tamper(*arguments: Any) -> tuple[int, ...]:
         sizes = certified(*arguments)
-        lean.get_parameter("fc.weight").data[0, 0] += 1.0
+        detached.get_parameter("fc.weight").data[0, 0] += 1.0
         return sizes
 
     monkeypatch.setattr(certificate, "assert_equal_outputs", tamper)
     with pytest.raises(CertificateError, match=r"fc\.weight changed during the proof"):
-        prove(trained, lean)
+        prove(trained, detached)
 
 
 class Quiet(TorchFunctionMode):
@@ -378,9 +378,9 @@ ACTIVE: dict[str, tuple[Callable[[], Any], str]] = {
 def test_modes_that_change_every_operation_are_rejected_by_name(mode: str) -> None:
     make, message = ACTIVE[mode]
     trained = network()
-    lean = detach(trained)
+    detached = detach(trained)
     with pytest.raises(CertificateError, match=message), make():
-        prove(trained, lean)
+        prove(trained, detached)
 
 
 class RandomHead(nn.Module):

@@ -133,11 +133,11 @@ class Detached(NamedTuple):
 def detached(checkpoint: Path) -> Detached:
     """Load *checkpoint*, remove training-only parts, and compare with a newly built plain network."""
     found, trained = read_checkpoint(checkpoint), loaded(checkpoint)
-    images, lean = probe_images(found.preprocess), detach(trained) if trained.training_only else trained
+    images, detached = probe_images(found.preprocess), detach(trained) if trained.training_only else trained
     detachment = Detachment.of(trained)
-    build_inventory(trained, lean, detachment.training_only)
-    plain = build_plain_network(detachment.plain or trained.inference_model, lean)
-    networks = {"plain": plain, "trained": trained, "detached": lean}
+    build_inventory(trained, detached, detachment.training_only)
+    plain = build_plain_network(detachment.plain or trained.inference_model, detached)
+    networks = {"plain": plain, "trained": trained, "detached": detached}
     deployed = {role: Deployed(network, found.preprocess).eval() for role, network in networks.items()}
     assert_equal_outputs(deployed, torch.from_numpy(images))
-    return Detached(lean, images, found.preprocess)
+    return Detached(detached, images, found.preprocess)

@@ -83,12 +83,14 @@ def test_another_cache_folder_can_be_given_and_must_be_writable(
         get_engine(bundle, EngineOptions(cache=tmp_path / "file"))
 
 
-@pytest.mark.parametrize("asked", [None, "bf16", "bf16-backbone"])
-def test_servers_find_an_engine_under_either_name_of_its_precision(asked: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("requested", [None, "bf16", "bf16-backbone"])
+def test_servers_find_an_engine_under_either_name_of_its_precision(
+    requested: str | None, tmp_path: Path
+) -> None:
     bundle = write(tmp_path, precision="bf16-backbone")
     gpu = Gpu(name="GPU", architecture="sm_90", memory=1)
     profiles = parse_profiles(None, bundle.manifest.batch)
-    key = make_key(bundle, EngineOptions(precision=asked), profiles, "10.16.0", gpu)
+    key = make_key(bundle, EngineOptions(precision=requested), profiles, "10.16.0", gpu)
     assert key.precision == bundle.manifest.precision
 
 
@@ -103,8 +105,8 @@ def test_a_doubtful_precision_is_recorded_and_with_strict_an_error(install: Inst
     trt = install("11.1")
     fp16, strict = EngineOptions(precision="fp16"), EngineOptions(strict=True)
     good = get_engine(write(tmp_path / "good", network(half=True)), fp16).record.receipt
-    assert good.parts["layer1"].realised["fp16"] > 0
-    assert (good.parts["second order"].realised, good.warnings) == ({"fp32": 3}, ())
+    assert good.parts["layer1"].actual["fp16"] > 0
+    assert (good.parts["second order"].actual, good.warnings) == ({"fp32": 3}, ())
     trt._faults.add("silent fp32")
     bundle = write(tmp_path, network(half=True), precision="fp16")
     message = "^layer1: .*computes with fp32, the graph asks for fp16.*--strict this is only a warning"
@@ -148,12 +150,14 @@ def test_the_timings_of_one_build_are_used_by_the_next(
     requests: list[BuildRequest] = []
     build = engine_module.build
     monkeypatch.setattr(
-        engine_module, "build", lambda trt, asked, report: requests.append(asked) or build(trt, asked, report)
+        engine_module,
+        "build",
+        lambda trt, requested, report: requests.append(requested) or build(trt, requested, report),
     )
     (timings,) = get_engine(bundle, OPTIONS).path.parent.glob("timing-*.cache")
     get_engine(bundle, EngineOptions(profiles="1,8"))
-    assert [asked.timing_cache for asked in requests] == [b"", timings.read_bytes()]
-    assert [asked.last_build is None for asked in requests] == [True, False]
+    assert [requested.timing_cache for requested in requests] == [b"", timings.read_bytes()]
+    assert [requested.last_build is None for requested in requests] == [True, False]
 
 
 MISSING: dict[str, tuple[dict[str, Any], str]] = {
@@ -277,7 +281,7 @@ def test_the_command_builds_what_the_dry_run_planned_and_then_uses_the_cache(
     first = run(bundle.path)
     assert (first.exit_code, first.stderr[:34]) == (0, "building: no engine of this bundle")
     assert "built     no engine of this bundle was built here yet" in first.stdout
-    assert "precision second order: asked fp32; layers: fp32 in 3" in first.stdout
+    assert "precision second order: requested fp32; layers: fp32 in 3" in first.stdout
     assert "probes    batch 16: logits deviates by" in first.stdout
     assert Path(json.loads(run(bundle.path, "--json").stdout)["plan"]).stem == planned["key"]
     assert "built     no, it was in the cache" in run(bundle.path).stdout

@@ -158,10 +158,10 @@ def test_a_fixed_batch_of_one_accepts_only_that_profile() -> None:
     lint(network(batch=1), (11, 0), ONE)
 
 
-@pytest.mark.parametrize("asked", ["fp16", "bf16-backbone", "int8"])
-def test_a_precision_other_than_the_graphs_is_rejected(asked: str) -> None:
-    with pytest.raises(EngineError, match=f"{asked} was requested but the graph is fp32"):
-        check_precision(network(), asked, (11, 0))
+@pytest.mark.parametrize("requested", ["fp16", "bf16-backbone", "int8"])
+def test_a_precision_other_than_the_graphs_is_rejected(requested: str) -> None:
+    with pytest.raises(EngineError, match=f"{requested} was requested but the graph is fp32"):
+        check_precision(network(), requested, (11, 0))
     check_precision(network(half=True), "fp16", (11, 0))
     with pytest.raises(EngineError, match="fp32 was requested but the graph is fp16"):
         check_precision(network(half=True), "fp32", None)

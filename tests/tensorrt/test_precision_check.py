@@ -39,7 +39,7 @@ def test_requested_and_realized_precisions_are_listed_by_part() -> None:
     found = check_engine_precision(network(half=True), "fp16", inspected(half=True))
     assert found.warnings == ()
     assert "warnings" not in found.model_dump()  # records of engines without warnings stay the same
-    assert {name: (part.asked, part.realised) for name, part in found.parts.items()} == {
+    assert {name: (part.requested, part.actual) for name, part in found.parts.items()} == {
         "layer1": (("fp16",), {"fp16": 2}),
         "second order": (("fp32",), {"fp32": 3}),
         "fc": (("fp32",), {"fp32": 1}),
@@ -128,7 +128,7 @@ def test_the_layouts_of_every_release_are_understood(layout: str) -> None:
     found = check_engine_precision(network(half=True), "fp16", json.dumps({"Layers": LAYOUTS[layout]}))
     assert found.warnings == ()
     assert (found.operators, found.operators_seen) == (6, 6)
-    assert found.parts["layer1"].realised == {"fp16": 1}
+    assert found.parts["layer1"].actual == {"fp16": 1}
 
 
 def test_a_good_engine_whose_kernel_does_not_name_its_cast_is_only_warned_about() -> None:
@@ -142,7 +142,7 @@ def test_a_good_engine_whose_kernel_does_not_name_its_cast_is_only_warned_about(
 def test_a_type_under_its_own_key_is_read() -> None:
     text = json.dumps({"Layers": LAYOUTS["Myelin"]}).replace("Format/Datatype", "Datatype")
     found = check_engine_precision(network(half=True), "fp16", text)
-    assert (found.warnings, found.parts["layer1"].realised) == ((), {"fp16": 1})
+    assert (found.warnings, found.parts["layer1"].actual) == ((), {"fp16": 1})
 
 
 def test_reformats_and_layers_without_operators_are_ignored() -> None:

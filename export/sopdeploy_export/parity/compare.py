@@ -270,7 +270,7 @@ def compare(
             noise_floor=expected.noise_floor[name],
             tolerance=tolerance,
             drift={str(size): max_drift(name, values[name], exact, kept) for size, values in found.items()},
-            alone_or_in_batch=max(
+            batch_difference=max(
                 max_drift(name, values[name], found[1][name], kept) for values in found.values()
             ),
         )
@@ -279,7 +279,7 @@ def compare(
     top1 = agreement(found[1][LOGITS], expected.outputs[LOGITS], outputs[LOGITS].tolerance, ~kept)
     routing = None if routes is None else routing_parity(other, routes)
     passed = (
-        all(max(o.largest_drift, o.alone_or_in_batch) <= o.tolerance for o in outputs.values())
+        all(max(o.largest_drift, o.batch_difference) <= o.tolerance for o in outputs.values())
         and top1.flips == 0
         and (routing is None or routing.wrong == 0)
     )
@@ -389,8 +389,8 @@ def _error_message(report: ParityReport) -> str:
                 f"drifts by {output.largest_drift:.3g} in {name} ({output.drift_in_floors:.1f}x noise floor, "
                 f"limit {report.floors_allowed:.0f}x = {output.tolerance:.3g})"
             )
-        elif output.alone_or_in_batch > output.tolerance:
-            what = f"changes {name} by {output.alone_or_in_batch:.3g} when images are batched"
+        elif output.batch_difference > output.tolerance:
+            what = f"changes {name} by {output.batch_difference:.3g} when images are batched"
     routing = report.routing
     if routing is not None and routing.wrong:
         what = f"routes {routing.wrong} of {report.images} images to components that the gate did not choose"
@@ -406,6 +406,6 @@ def _error_message(report: ParityReport) -> str:
         what = f"violates an invariant of a second-order module: {report.broken}"
     if report.first_over_floor is not None:
         what += f"; {report.first_over_floor}"
-    elif routing is not None and routing.flips and routing.unsteady == report.images:
+    elif routing is not None and routing.flips and routing.undecided == report.images:
         what += "; the gate is undecided on every image, so rounding decides: train longer"
     return f"the exported file {what}; nothing was written (--allow-drift records the error and continues)"

@@ -225,9 +225,9 @@ def difference(values: NDArray[Any], exact: NDArray[Any]) -> NDArray[np.float64]
 def finite_drifts(found: Iterable[Drift]) -> tuple[PartDrift, ...]:
     """Convert *found* to report entries, without drifts that are not finite."""
     return tuple(
-        PartDrift(part=place.part, drift=place.drift, noise_floor=place.floor, share=place.share)
-        for place in found
-        if np.isfinite(place.drift)
+        PartDrift(part=drift.part, drift=drift.drift, noise_floor=drift.floor, share=drift.share)
+        for drift in found
+        if np.isfinite(drift.drift)
     )
 
 

@@ -82,13 +82,13 @@ class OutputParity(StrictModel):
     """The drift of one output, in the units of that output.
 
     `drift` maps each batch size to the maximum absolute difference from the float64 network;
-    `alone_or_in_batch` is the maximum change caused by batching.
+    `batch_difference` is the maximum change caused by batching.
     """
 
     noise_floor: float
     tolerance: float
     drift: dict[str, float]
-    alone_or_in_batch: float
+    batch_difference: float
 
     @property
     def largest_drift(self) -> float:
@@ -105,7 +105,7 @@ class RoutingParity(StrictModel):
     """Comparison of the routes that the gate of the file chose with those of the float64 network.
 
     The gate is undecided on an image if the margin between its K-th and the next logit is at most twice
-    `tolerance`, the allowed drift of these logits; `unsteady` is the number of these images. The images that
+    `tolerance`, the allowed drift of these logits; `undecided` is the number of these images. The images that
     the file routes to other components are counted as `flips` if the gate is undecided on them, and as
     `wrong` if not. `left_out` lists the images excluded from the drift and from the probes. `usage` is the
     number of images per component in float64.
@@ -114,7 +114,7 @@ class RoutingParity(StrictModel):
     noise_floor: float
     tolerance: float
     smallest_margin: float
-    unsteady: int
+    undecided: int
     flips: int
     wrong: int
     left_out: tuple[int, ...] = ()
@@ -369,7 +369,7 @@ def routing_parity(other: NDArray[np.bool_], routes: Routing) -> RoutingParity:
         noise_floor=routes.noise_floor,
         tolerance=routes.tolerance,
         smallest_margin=float(finite.min()) if len(finite) else 0.0,
-        unsteady=int((~routes.decided).sum()),
+        undecided=int((~routes.decided).sum()),
         flips=int((other & ~routes.decided).sum()),
         wrong=int((other & routes.decided).sum()),
         left_out=tuple(int(image) for image in np.flatnonzero(~compared(other, routes))),

@@ -265,16 +265,16 @@ def convert_precision(
     *accuracy* measures int8 graphs, by default on the images of `calibrate`. Raises `ConfigError` for int8
     without calibration images, and `LoweringError` if the types in the graph are not the requested ones.
     """
-    source, lean = lowered.source, certified.network
+    source, detached = lowered.source, certified.network
     if options.precision == "int8":
         accuracy = accuracy or AccuracyCheck(options, preprocess, BatchRange())
-        return _convert_int8(Deployed(lean, preprocess).eval(), lowered, options, accuracy)
-    check_weight_types(lowered.model, lean, options.precision)
+        return _convert_int8(Deployed(detached, preprocess).eval(), lowered, options, accuracy)
+    check_weight_types(lowered.model, detached, options.precision)
     own, program = Deployed(source.network, preprocess).eval(), source.program
     return ConvertedGraph(
         model=lowered.model,
         run=own,
-        gate=(lambda pixels: gate_logits(own, pixels)) if find_gate(lean) is not None else None,
+        gate=(lambda pixels: gate_logits(own, pixels)) if find_gate(detached) is not None else None,
         spectral=own,
         lowering=lowered.report,
         source=source.model,
@@ -286,9 +286,9 @@ def convert_precision(
         ),
         opset=source.opset,
         find_first_drift=lambda path, images, floors: find_first_drift(
-            path, program, output_names(lean), images, floors
+            path, program, output_names(detached), images, floors
         ),
-        part_drifts=lambda path, images: part_drifts(path, program, output_names(lean), images),
+        part_drifts=lambda path, images: part_drifts(path, program, output_names(detached), images),
     )
 
 

@@ -119,14 +119,14 @@ class Proof:
     captured: dict[str, Captured]
 
     @property
-    def lean(self) -> Captured:
+    def detached(self) -> Captured:
         """The programs of the detached network, which is the one to export."""
         return self.captured["detached"]
 
 
 def certify(
     trained: nn.Module,
-    lean: nn.Module,
+    detached: nn.Module,
     preprocess: Preprocess,
     probes: Tensor,
     *,
@@ -134,7 +134,7 @@ def certify(
     batch: BatchRange | None = None,
     detachment: Detachment | None = None,
 ) -> Proof:
-    """Prove that *lean* is the plain network with the weights of *trained*.
+    """Prove that *detached* is the plain network with the weights of *trained*.
 
     *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no *detachment*, because it
     declares its own. Raises `CertificateError` with the statement that does not hold and the tensor or
@@ -142,17 +142,17 @@ def certify(
     """
     if detachment is None:
         detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
-    batch, given = batch or BatchRange(), {"trained": trained, "detached": lean}
+    batch, given = batch or BatchRange(), {"trained": trained, "detached": detached}
     check_torch_state()
     for role, network in given.items():
         check_network_state(network, role)
-    removed, kept = build_inventory(trained, lean, detachment.training_only)
-    nothing_detached = lean is trained
+    removed, kept = build_inventory(trained, detached, detachment.training_only)
+    nothing_detached = detached is trained
     trained = contiguous(trained)
-    lean = trained if nothing_detached else contiguous(lean)
-    networks = {"trained": trained, "detached": lean}
+    detached = trained if nothing_detached else contiguous(detached)
+    networks = {"trained": trained, "detached": detached}
     if detachment.plain is not None:
-        plain = contiguous(build_plain_network(detachment.plain, lean, detachment.rename))
+        plain = contiguous(build_plain_network(detachment.plain, detached, detachment.rename))
         networks = {"plain": plain, **networks}  # the first one is the reference
     known = {} if detachment.captured is None else {"trained": detachment.captured}
     captured, roots = _assert_equal_graphs(
@@ -187,30 +187,31 @@ def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.Model
 
     Raises `CertificateError` if the ONNX graphs of the compared networks differ.
     """
-    lean = lower(proof.lean.any_batch, outputs)
-    root = onnx_root(lean)
+    detached = lower(proof.detached.any_batch, outputs)
+    root = onnx_root(detached)
     for role, captured in proof.captured.items():
-        if captured is not proof.lean and onnx_root(lower(captured.any_batch, outputs)) != root:
+        if captured is not proof.detached and onnx_root(lower(captured.any_batch, outputs)) != root:
             raise CertificateError(
                 f"the ONNX graph of the {role} network differs from that of the detached network"
             )
     shared = proof.certificate.roots.model_copy(update={"onnx": root})
-    return lean, proof.certificate.model_copy(update={"roots": shared})
+    return detached, proof.certificate.model_copy(update={"roots": shared})
 
 
 def build_plain_network(
-    build: Callable[[], nn.Module], lean: nn.Module, rename: Callable[[str], str] = str
+    build: Callable[[], nn.Module], detached: nn.Module, rename: Callable[[str], str] = str
 ) -> nn.Module:
-    """Build a plain network with *build* and copy the weights of *lean* into it.
+    """Build a plain network with *build* and copy the weights of *detached* into it.
 
-    *rename* maps the name of a tensor in *lean* to its name in the plain network. Buffers that checkpoints do
-    not store follow from the config, so they are compared instead of copied. Raises `CertificateError` if
-    such a buffer differs, or if the tensors of the two networks do not correspond one to one.
+    *rename* maps the name of a tensor in *detached* to its name in the plain network. Buffers that
+    checkpoints do not store follow from the config, so they are compared instead of copied. Raises
+    `CertificateError` if such a buffer differs, or if the tensors of the two networks do not correspond one
+    to one.
     """
     plain = build()
-    source = {rename(name): tensor for name, tensor in tensors(lean).items()}
+    source = {rename(name): tensor for name, tensor in tensors(detached).items()}
     target = tensors(plain)
-    if len(source) != len(tensors(lean)):
+    if len(source) != len(tensors(detached)):
         raise CertificateError("rename gives two tensors of the trained network the same name")
     missing, extra = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
     if missing:
@@ -301,8 +302,8 @@ def _assert_equal_sizes(programs: Captured) -> None:
 
 
 def _first_difference(found: ProgramRoot, expected: ProgramRoot, reference: str) -> str:
-    extra = [place for sha256, place in found.nodes.items() if sha256 not in expected.nodes]
-    missing = [place for sha256, place in expected.nodes.items() if sha256 not in found.nodes]
+    extra = [operation for sha256, operation in found.nodes.items() if sha256 not in expected.nodes]
+    missing = [operation for sha256, operation in expected.nodes.items() if sha256 not in found.nodes]
     if extra and missing and extra[0] == missing[0]:
         return f"{extra[0]} has other weights, operands or arguments than in the {reference} one"
     if extra:

@@ -62,7 +62,7 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
     signature = program.graph_signature
     names = signature.inputs_to_parameters | signature.inputs_to_buffers
     reached = frozenset(names[node.name] for node in hasher.hashes if node.name in names)
-    return ProgramRoot(sha256=hash_parts(*lines), nodes=hasher.places, state=reached)
+    return ProgramRoot(sha256=hash_parts(*lines), nodes=hasher.operations, state=reached)
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -104,7 +104,7 @@ class _GraphHasher:
 
     leaves: dict[str, str]
     hashes: dict[fx.Node, str] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)
+    operations: dict[str, str] = field(default_factory=dict)
 
     def encode(self, value: Any) -> str:
         """Encode *value*, an argument of an operation, as text."""
@@ -143,20 +143,20 @@ class _GraphHasher:
         target: Any = node.target
         if _is_random(node):
             raise CertificateError(
-                f"the eval graph draws random numbers with {target} in {_place(node)}; an exported network "
-                "must be deterministic"
+                f"the eval graph draws random numbers with {target} in {_module_of(node)}; an exported "
+                "network must be deterministic"
             )
         if str(target).startswith("aten.as_strided"):
             raise CertificateError(
-                f"{_place(node)} reads memory with as_strided, whose result depends on the layout of its "
+                f"{_module_of(node)} reads memory with as_strided, whose result depends on the layout of its "
                 "operand; use reshape, permute, unfold or slices"
             )
         operation = f"python {getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
         if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
             operation = str(target)
         found = hash_parts(operation, *(self.encode(value) for value in _arguments(node)))
-        if found not in self.places:
-            self.places[found] = f"{operation} in {_place(node)}"
+        if found not in self.operations:
+            self.operations[found] = f"{operation} in {_module_of(node)}"
         return found
 
 
@@ -180,14 +180,14 @@ def value_root(program: ExportedProgram, batch: int | None = None) -> ProgramRoo
     hasher = _ValueHasher(program, batch)
     for node in program.graph.nodes:
         hasher.visit(node)
-    return ProgramRoot(sha256=hasher.root, nodes=hasher.places, state=frozenset())
+    return ProgramRoot(sha256=hasher.root, nodes=hasher.operations, state=frozenset())
 
 
 class _ValueHasher:
     """Compute the hash of every value of a program, or the value if it does not depend on the images."""
 
     def __init__(self, program: ExportedProgram, batch: int | None) -> None:
-        self.program, self.root, self.places = program, "", dict[str, str]()
+        self.program, self.root, self.operations = program, "", dict[str, str]()
         self.known: dict[fx.Node, Any] = {}
         self.hashes: dict[fx.Node, str] = {}
         self.reshaped: dict[fx.Node, tuple[str, str]] = {}  # hash and shape of the operand of a reshape
@@ -248,7 +248,7 @@ class _ValueHasher:
         if name == "aten.expand":
             arguments = [arguments[0], shape]
         self.hashes[node] = hash_parts(str(target), *(self._encode(value) for value in arguments))
-        self.places[self.hashes[node]] = f"{target} in {_place(node)}"
+        self.operations[self.hashes[node]] = f"{target} in {_module_of(node)}"
 
     def _shape(self, node: fx.Node) -> str:
         if node in self.known and isinstance(self.known[node], Tensor):
@@ -272,7 +272,7 @@ class _ValueHasher:
         return f"{type(value).__name__} {value.hex() if isinstance(value, float) else value}"
 
 
-def _place(node: fx.Node) -> str:
+def _module_of(node: fx.Node) -> str:
     """Return the name of the module that *node* was captured in."""
     paths = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     where = paths[-1].removeprefix("L['self'].").removeprefix("network.") if paths else ""

@@ -81,14 +81,14 @@ def make_key(
     find the engine.
     """
     own = bundle.manifest.precision
-    asked = options.precision or own
+    requested = options.precision or own
     return EngineKey(
         bundle=bundle.name,
         bundle_onnx=bundle.manifest.files[bundle.onnx.name].sha256,
         tensorrt=tensorrt,
         gpu=gpu.name,
         architecture=gpu.architecture,
-        precision=own if asked == GRAPH_PRECISION.get(own) else asked,
+        precision=own if requested == GRAPH_PRECISION.get(own) else requested,
         profiles=tuple(profiles),
         level=options.level,
     )

@@ -68,7 +68,7 @@ def check_engine_precision(model: onnx.ModelProto, requested: str, information: 
     }
     wanted = Requested(precision=operator_precisions(model), part=operator_parts(model), border=border)
     layers, warnings = _inspected_layers(information)
-    realized: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    actual: defaultdict[str, Counter[str]] = defaultdict(Counter)
     seen: set[str] = set()
     for layer in layers:
         operators = ONNX_LAYER.findall(str(layer.get("Metadata", "")))
@@ -81,17 +81,17 @@ def check_engine_precision(model: onnx.ModelProto, requested: str, information: 
         warning = _layer_warning(layer, found, operators, wanted)
         warnings += [warning] if warning else []
         for part in {wanted.part[name] for name in names}:
-            realized[part].update(found)
+            actual[part].update(found)
     if layers and not seen:
         warnings.append("the engine's inspector names no operator of the graph; its precision is unknown")
-    parts = _part_precisions(wanted, realized)
+    parts = _part_precisions(wanted, actual)
     for part, both in parts.items():
-        missing = (set(both.asked) & LOW) - set(both.realised)
-        if missing and both.realised:
-            computed = ", ".join(both.realised)
+        missing = (set(both.requested) & LOW) - set(both.actual)
+        if missing and both.actual:
+            computed = ", ".join(both.actual)
             warnings.append(f"{part}: the graph asks for {min(missing)}, the engine computes in {computed}")
     return Receipt(
-        asked=requested,
+        requested=requested,
         parts=parts,
         layers=len(layers),
         operators=len(wanted.precision),
@@ -100,14 +100,14 @@ def check_engine_precision(model: onnx.ModelProto, requested: str, information: 
     )
 
 
-def _part_precisions(wanted: Requested, realized: Mapping[str, Counter[str]]) -> dict[str, PartPrecision]:
-    """Collect requested and realized precisions by part, in graph order."""
+def _part_precisions(wanted: Requested, actual: Mapping[str, Counter[str]]) -> dict[str, PartPrecision]:
+    """Collect requested and actual precisions by part, in graph order."""
     requested: dict[str, set[str]] = {}
     for name, precision in wanted.precision.items():
         requested.setdefault(wanted.part[name], set()).add(precision)
     return {
         part: PartPrecision(
-            asked=tuple(sorted(precisions)), realised=dict(sorted(realized.get(part, Counter()).items()))
+            requested=tuple(sorted(precisions)), actual=dict(sorted(actual.get(part, Counter()).items()))
         )
         for part, precisions in requested.items()
     }
@@ -148,5 +148,5 @@ def _layer_warning(
         wrong = "tf32"
     if wrong is None:
         return None
-    part, asked = wanted.part[names[0]], ", ".join(sorted(requested))
-    return f"{part}: layer {layer.get('Name')} computes with {wrong}, the graph asks for {asked}"
+    part, expected = wanted.part[names[0]], ", ".join(sorted(requested))
+    return f"{part}: layer {layer.get('Name')} computes with {wrong}, the graph asks for {expected}"

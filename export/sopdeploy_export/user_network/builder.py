@@ -15,16 +15,16 @@ from torch import nn
 from sopdeploy.errors import ConfigError, first_line
 
 
-def network_builder(flag: str, place: str, settings: Sequence[str]) -> Callable[[], nn.Module]:
-    """Create a function that builds the network at *place*, `package.module:callable`, with *settings*.
+def network_builder(flag: str, import_path: str, settings: Sequence[str]) -> Callable[[], nn.Module]:
+    """Create a function that builds the network *import_path*, `package.module:callable`, with *settings*.
 
-    *flag* is the option that named it, for messages. Raises `ConfigError` if *place* cannot be imported; the
-    function raises it if the network cannot be built.
+    *flag* is the option that named it, for messages. Raises `ConfigError` if *import_path* cannot be
+    imported; the function raises it if the network cannot be built.
     """
-    module_name, _, path = place.partition(":")
+    module_name, _, path = import_path.partition(":")
     if not module_name or not path:
         raise ConfigError(
-            f"{flag} {place}: write package.module:callable, as in torchvision.models:googlenet"
+            f"{flag} {import_path}: write package.module:callable, as in torchvision.models:googlenet"
         )
     if "" not in sys.path:
         sys.path.insert(0, "")  # finds modules in the current folder, as `python -m` does
@@ -34,11 +34,12 @@ def network_builder(flag: str, place: str, settings: Sequence[str]) -> Callable[
             found = getattr(found, attribute)
     except (Exception, SystemExit) as error:  # importing runs the user's code
         raise ConfigError(
-            f"{flag} {place}: cannot be imported ({first_line(error)}); check the name and the Python path"
+            f"{flag} {import_path}: cannot be imported ({first_line(error)}); check the name and the Python "
+            "path"
         ) from error
     if not callable(found):
         raise ConfigError(
-            f"{flag} {place}: is a {type(found).__name__}, not a function or a class; name one of these"
+            f"{flag} {import_path}: is a {type(found).__name__}, not a function or a class; name one of these"
         )
     options = parse_settings(flag, settings)
 
@@ -47,10 +48,12 @@ def network_builder(flag: str, place: str, settings: Sequence[str]) -> Callable[
             network = found(**options)
         except (Exception, SystemExit) as error:  # the user's code
             raise ConfigError(
-                f"{flag} {place}: cannot be built ({first_line(error)}); check its options"
+                f"{flag} {import_path}: cannot be built ({first_line(error)}); check its options"
             ) from error
         if not isinstance(network, nn.Module):
-            raise ConfigError(f"{flag} {place}: returned a {type(network).__name__}, not a torch.nn.Module")
+            raise ConfigError(
+                f"{flag} {import_path}: returned a {type(network).__name__}, not a torch.nn.Module"
+            )
         return network
 
     return build

@@ -106,8 +106,8 @@ def _show_engine(built: "Engine") -> None:
     for hazard in record.hazards:
         _field("rewritten", f"{hazard.operators} operators: {hazard.done}")
     for name, part in record.receipt.parts.items():
-        layers = ", ".join(f"{precision} in {count}" for precision, count in part.realised.items())
-        _field("precision", f"{name}: asked {', '.join(part.asked)}; layers: {layers or 'fused'}")
+        layers = ", ".join(f"{precision} in {count}" for precision, count in part.actual.items())
+        _field("precision", f"{name}: requested {', '.join(part.requested)}; layers: {layers or 'fused'}")
     for warning in record.receipt.warnings:
         _field("warning", warning, style="yellow")
     for replay in record.replays:

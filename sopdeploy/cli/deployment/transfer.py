@@ -8,14 +8,12 @@ import typer
 
 from sopdeploy.cli.console import BundleArgument, JsonOption, one_line_errors, print_field, print_json
 
-PLACES = "oci://HOST/REPOSITORY[:TAG] or hf://OWNER/NAME[@REVISION]"
+URLS = "oci://HOST/REPOSITORY[:TAG] or hf://OWNER/NAME[@REVISION]"
 
 
 def push(
     bundle: BundleArgument,
-    destination: Annotated[
-        str, typer.Argument(metavar="DEST", help=f"A folder, s3://BUCKET/PATH, {PLACES}.")
-    ],
+    destination: Annotated[str, typer.Argument(metavar="DEST", help=f"A folder, s3://BUCKET/PATH, {URLS}.")],
     license_id: Annotated[
         str | None,
         typer.Option("--license", help="License in the model card on the Hub, such as apache-2.0."),
@@ -36,12 +34,12 @@ def push(
         print_json(asdict(pushed))
         return
     signed = "with its signature" if pushed.signed else "not signed"
-    print_field("pushed", f"{pushed.place} ({pushed.bytes:,} bytes, {signed})", style="")
+    print_field("pushed", f"{pushed.url} ({pushed.bytes:,} bytes, {signed})", style="")
     print_field("sha256", pushed.sha256, style="")
 
 
 def pull(
-    source: Annotated[str, typer.Argument(help=f"Location printed by `push`: a path, s3://..., {PLACES}.")],
+    source: Annotated[str, typer.Argument(help=f"Location printed by `push`: a path, s3://..., {URLS}.")],
     destination: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the bundle.")],
     sha256: Annotated[str | None, typer.Option(help="Expected sha256 of the archive.")] = None,
     verify_key: Annotated[Path | None, typer.Option(help="Require a signature by this key.")] = None,

@@ -170,7 +170,7 @@ def exit_on_signal(hint: str = "") -> Iterator[None]:
     try:
         yield
     except TrainingStoppedError as stopped:
-        if not stopped.told:
+        if not stopped.reported:
             err.print(plain_text(f"{stopped}{hint}"))
         raise typer.Exit(SIGNAL_EXIT_CODE + stopped.signal_number) from stopped
 

@@ -100,13 +100,15 @@ def read_label_table(
     if multi_label is False and other is not None:
         _reject(table, other.line, "has no class or several, but the network predicts one; keep one class")
     targets: NDArray[Any]
-    place = {label: index for index, label in enumerate(labels)}
+    position = {label: index for index, label in enumerate(labels)}
     if other is None and not multi_label:
-        targets = np.asarray([place[name] for row in rows.values() for name in row.classes], dtype=np.int64)
+        targets = np.asarray(
+            [position[name] for row in rows.values() for name in row.classes], dtype=np.int64
+        )
     else:
         targets = np.zeros((len(rows), len(labels)), dtype=np.float32)
         for index, row in enumerate(rows.values()):
-            targets[index, [place[name] for name in row.classes]] = 1
+            targets[index, [position[name] for name in row.classes]] = 1
     paths = np.asarray([os.fsencode(name) for name in rows], dtype=np.bytes_)
     parts = np.asarray([row.part for row in rows.values()] if has_split == {True} else [])
     return LabelTable(ImageFiles(store, labels, paths, targets), parts)

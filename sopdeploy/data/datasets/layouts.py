@@ -105,9 +105,9 @@ def _match(root: Path, images: ImageFiles, labels: tuple[str, ...], *, must_matc
     """Give *images* the classes *labels*; raises `DataError` if *must_match* and a class is no label."""
     if not images.labels:
         raise DataError(f"{root}: holds no class folders; sort the images into one subfolder per class")
-    place = {label: index for index, label in enumerate(labels)}
+    position = {label: index for index, label in enumerate(labels)}
     aliases = class_aliases()
-    new = [place.get(name, place.get(aliases.get(name, ""), -1)) for name in images.labels]
+    new = [position.get(name, position.get(aliases.get(name, ""), -1)) for name in images.labels]
     unknown = [name for name, index in zip(images.labels, new, strict=True) if index < 0]
     if unknown and (must_match or len(unknown) == len(new)):
         verb = "are not classes" if unknown[1:] else "is no class"

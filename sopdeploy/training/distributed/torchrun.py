@@ -35,8 +35,8 @@ def is_main_process() -> bool:
 def join_processes() -> Iterator[None]:
     """Connect the processes of the run while the context is active.
 
-    Sets `told` on errors that another process reports. Raises `TrainingError` if the connection to another
-    process is lost, `ConfigError` if a process has no GPU of its own.
+    Sets `reported` on errors that another process reports. Raises `TrainingError` if the connection to
+    another process is lost, `ConfigError` if a process has no GPU of its own.
     """
     if not is_distributed():
         yield
@@ -49,7 +49,7 @@ def join_processes() -> Iterator[None]:
     try:
         yield
     except SopdeployError as error:
-        error.told = _is_reported(PrefixStore("told", store), str(error))
+        error.reported = _is_reported(PrefixStore("reported", store), str(error))
         if isinstance(error, TrainingStoppedError):  # raised by all processes after the same step
             dist.destroy_process_group()
         raise
@@ -57,7 +57,7 @@ def join_processes() -> Iterator[None]:
         if not _is_lost_connection(error):
             raise
         lost = TrainingError("another process of the run ended, see its message; continue with --resume")
-        lost.told = _is_reported(PrefixStore("told", store), str(lost))
+        lost.reported = _is_reported(PrefixStore("reported", store), str(lost))
         raise lost from error
     else:
         dist.destroy_process_group()

@@ -63,7 +63,7 @@ def test_a_changed_route_is_a_flip_where_the_gate_is_undecided_and_otherwise_wro
     routes = routes_of([CLEAR, [3.0, 1.0001, 1.0, 0.0]], noise=1e-3)
     assert routes.decided.tolist() == [True, False]
     both = routing_parity(np.array([True, True]), routes)
-    assert (both.flips, both.wrong, both.unsteady) == (1, 1, 1)
+    assert (both.flips, both.wrong, both.undecided) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_images_rerouted_by_rounding_are_left_out_if_none_is_decided() -> None:
     other = np.array([False, True, False])
     assert compared(other, routes).tolist() == [True, False, False]
     found = routing_parity(other, routes)
-    assert (found.unsteady, found.flips, found.wrong, found.left_out) == (3, 1, 0, (1, 2))
+    assert (found.undecided, found.flips, found.wrong, found.left_out) == (3, 1, 0, (1, 2))
 
 
 def test_a_correct_file_with_underflowing_gate_weights_passes(tmp_path: Path) -> None:

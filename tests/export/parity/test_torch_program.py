@@ -86,7 +86,7 @@ def saved(program: ExportedProgram) -> bytes:
 
 
 def another_weight(proof: Proof) -> ExportedProgram:
-    changed = copy.deepcopy(proof.lean.any_batch)
+    changed = copy.deepcopy(proof.detached.any_batch)
     with torch.no_grad():
         changed.state_dict["network.fc.bias"].add_(1e-3)
     return changed
@@ -106,7 +106,7 @@ class Scaled(nn.Module):
 def test_constants_of_forward_are_no_removed_tensors(preprocess: Preprocess, probes: torch.Tensor) -> None:
     network = Scaled().eval()
     proof = certify(network, network, preprocess, probes, batch=ALONE)
-    check_program(serialize_program(proof.lean.any_batch, proof.certificate), proof.certificate)
+    check_program(serialize_program(proof.detached.any_batch, proof.certificate), proof.certificate)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_another_program_is_refused(proof: Proof, change: Any, message: str) -> 
 
 
 def test_a_tensor_in_a_larger_storage_is_refused(proof: Proof, monkeypatch: Any) -> None:
-    content = serialize_program(copy.deepcopy(proof.lean.any_batch), proof.certificate)
+    content = serialize_program(copy.deepcopy(proof.detached.any_batch), proof.certificate)
     program = torch.export.load(io.BytesIO(content))
     bias = program.state_dict["network.fc.bias"]
     wide = torch.cat([bias.detach(), torch.zeros(90)])

@@ -61,14 +61,14 @@ def cast_graph(
     rules: bool = True,
 ) -> tuple[onnx.ModelProto, dict[str, set[str]]]:
     """Convert *network* to *precision*; return the ONNX graph and the types that each part computes in."""
-    lean = detach(network) if network.training_only else network
+    detached = detach(network) if network.training_only else network
     options = PrecisionOptions(precision=precision, newton_schulz=iteration)
-    program = capture_any_batch(lean, preprocess, ALONE)
-    certified = CapturedGraph(lean, program, lower(program, lean.outputs))
+    program = capture_any_batch(detached, preprocess, ALONE)
+    certified = CapturedGraph(detached, program, lower(program, detached.outputs))
     source = convert.convert_types(certified, preprocess, ALONE, options)
     images = probe_images(preprocess)[:2]
     lowered = convert.apply_rules(certified, source, images, ALONE, rules=rules)
-    check_weight_types(lowered.model, lean, precision)
+    check_weight_types(lowered.model, detached, precision)
     parts = part_precisions(lowered.model, source.program)
     return lowered.model, {part.part: set(part.operations) for part in parts}
 

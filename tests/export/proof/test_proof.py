@@ -21,18 +21,18 @@ Make = Callable[..., Classifier]
 def test_detach_removes_exactly_the_branches_and_shares_no_memory(make: Make) -> None:
     trained = make()
     names = set(trained.state_dict())
-    lean = detach(trained)
-    assert names - set(lean.state_dict()) == {name for name in names if name.startswith("branches.")}
-    assert set(lean.state_dict()) <= names
+    detached = detach(trained)
+    assert names - set(detached.state_dict()) == {name for name in names if name.startswith("branches.")}
+    assert set(detached.state_dict()) <= names
     assert set(trained.state_dict()) == names
-    lean.get_parameter("fc.weight").data.zero_()
+    detached.get_parameter("fc.weight").data.zero_()
     assert trained.get_parameter("fc.weight").abs().sum() > 0
 
 
 def test_detached_network_is_in_eval_mode_and_can_be_trained_as_the_plain_one(make: Make) -> None:
-    lean = detach(make().train())
-    assert not any(part.training for part in lean.modules())
-    logits = lean.train()(torch.rand(2, 3, 16, 16))
+    detached = detach(make().train())
+    assert not any(part.training for part in detached.modules())
+    logits = detached.train()(torch.rand(2, 3, 16, 16))
     assert isinstance(logits, torch.Tensor)
 
 

@@ -84,7 +84,7 @@ def test_a_file_that_does_not_fit_is_rejected(case: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("place", "settings", "message"),
+    ("import_path", "settings", "message"),
     [
         ("torch.nn", (), r"--network torch\.nn: write package\.module:callable"),
         ("no_such_module:build", (), r"cannot be imported \(ModuleNotFoundError"),
@@ -96,10 +96,10 @@ def test_a_file_that_does_not_fit_is_rejected(case: str, tmp_path: Path) -> None
     ],
 )
 def test_a_builder_that_cannot_be_used_is_one_line(
-    place: str, settings: tuple[str, ...], message: str
+    import_path: str, settings: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        network_builder("--network", place, settings)()
+        network_builder("--network", import_path, settings)()
 
 
 def test_options_of_a_builder_are_toml_values_or_text() -> None:

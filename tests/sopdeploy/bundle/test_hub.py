@@ -19,7 +19,7 @@ from tests.sopdeploy.bundle.hub_server import TOKEN, Hub, running_hub
 from tests.sopdeploy.bundle.test_transfer import cli, cli_error, contents
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the client
-PLACE = "hf://owner/flowers"
+URL = "hf://owner/flowers"
 
 
 @pytest.fixture
@@ -43,16 +43,16 @@ def test_a_signed_bundle_is_pushed_to_and_pulled_from_the_hub(hub: Hub, bundle: 
     key = tmp_path / "release.key"
     make_key(key)
     sign(bundle, key)
-    pushed = push(bundle, PLACE, license_id="mit")
+    pushed = push(bundle, URL, license_id="mit")
     repository = hub.repositories["owner/flowers"]
     assert pushed.signed
-    assert [pushed.place] == [f"{PLACE}@{commit}" for commit in repository]
+    assert [pushed.url] == [f"{URL}@{commit}" for commit in repository]
     [files] = repository.values()
     assert set(files) == {"bundle.tar", "bundle.tar.minisig", "README.md"}
     folder = push(bundle, str(tmp_path / "folder"))
-    assert (files["bundle.tar"], pushed.sha256) == (Path(folder.place).read_bytes(), folder.sha256)
+    assert (files["bundle.tar"], pushed.sha256) == (Path(folder.url).read_bytes(), folder.sha256)
     public = key.with_name("release.key.pub")
-    for number, source in enumerate((PLACE, pushed.place)):
+    for number, source in enumerate((URL, pushed.url)):
         pulled = pull(source, tmp_path / str(number), sha256=pushed.sha256, verify_key=public)
         assert pulled.verified
         assert contents(pulled.path) == contents(bundle)
@@ -64,18 +64,18 @@ def test_the_next_commit_replaces_the_bundle_and_removes_its_signature(
 ) -> None:
     make_key(tmp_path / "release.key")
     sign(bundle, tmp_path / "release.key")
-    first = push(bundle, PLACE)
-    second = push(write_hollow(tmp_path / "bundles", model="other"), PLACE)
-    assert set(hub.repositories["owner/flowers"][second.place.rpartition("@")[2]]) == {
+    first = push(bundle, URL)
+    second = push(write_hollow(tmp_path / "bundles", model="other"), URL)
+    assert set(hub.repositories["owner/flowers"][second.url.rpartition("@")[2]]) == {
         "bundle.tar",
         "README.md",
     }
-    assert pull(PLACE, tmp_path / "a").path.name.startswith("other-")
-    assert pull(first.place, tmp_path / "a").path.name == bundle.name
+    assert pull(URL, tmp_path / "a").path.name.startswith("other-")
+    assert pull(first.url, tmp_path / "a").path.name == bundle.name
     with pytest.raises(BundleError, match="no signature"):
-        pull(PLACE, tmp_path / "b", verify_key=tmp_path / "release.key.pub")
+        pull(URL, tmp_path / "b", verify_key=tmp_path / "release.key.pub")
     with pytest.raises(BundleError, match="larger than 100 bytes"):
-        pull(PLACE, tmp_path / "b", max_bytes=100)
+        pull(URL, tmp_path / "b", max_bytes=100)
     assert list((tmp_path / "b").iterdir()) == []
 
 
@@ -92,11 +92,11 @@ def test_errors_of_the_hub_are_one_line(
     ):
         assert message in cli_error("pull", source, tmp_path / "here")
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    assert "401" in cli_error("push", bundle, PLACE)
+    assert "401" in cli_error("push", bundle, URL)
     assert "only hf://" in cli_error("push", bundle, tmp_path / "folder", "--license", "mit")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    result = json.loads(cli("push", bundle, PLACE, "--license", "apache-2.0", "--json").stdout)
-    assert result["place"].startswith(f"{PLACE}@")
+    result = json.loads(cli("push", bundle, URL, "--license", "apache-2.0", "--json").stdout)
+    assert result["url"].startswith(f"{URL}@")
 
 
 def test_a_missing_package_has_an_install_hint(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_a_missing_package_has_an_install_hint(bundle: Path, monkeypatch: pytest
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ConfigError, match=r"sopdeploy\[hub\]"):
-        push(bundle, PLACE)
+        push(bundle, URL)
 
 
 def test_the_card_has_labels_task_license_and_the_figures_of_the_bundle(tmp_path: Path) -> None:

@@ -71,10 +71,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_bundle_is_pulled_from_a_folder_unchanged(bundle: Path, tmp_path: Path) -> None:
     pushed = push(bundle, str(tmp_path / "shared" / "models"))
-    pulled = pull(pushed.place, tmp_path / "here", sha256=pushed.sha256)
+    pulled = pull(pushed.url, tmp_path / "here", sha256=pushed.sha256)
     assert pulled.path == tmp_path / "here" / bundle.name
     assert contents(pulled.path) == contents(bundle)
-    assert pull(pushed.place, tmp_path / "here").path == pulled.path  # keeps the existing bundle
+    assert pull(pushed.url, tmp_path / "here").path == pulled.path  # keeps the existing bundle
     assert {path.name for path in (tmp_path / "here").iterdir()} == {bundle.name, "latest"}
     assert [path.name for path in (tmp_path / "shared" / "models").iterdir()] == [f"{bundle.name}.tar"]
 
@@ -87,9 +87,9 @@ def test_archives_are_reproducible_standard_tar_files_without_owners(bundle: Pat
         os.utime(path, (1, 1))
     (copied / "notes.txt").write_text("not of the bundle")
     second = push(copied, str(tmp_path / "b"))
-    assert Path(first.place).read_bytes() == Path(second.place).read_bytes()
-    assert (first.sha256, first.bytes) == (second.sha256, Path(second.place).stat().st_size)
-    with tarfile.open(first.place) as archive:
+    assert Path(first.url).read_bytes() == Path(second.url).read_bytes()
+    assert (first.sha256, first.bytes) == (second.sha256, Path(second.url).stat().st_size)
+    with tarfile.open(first.url) as archive:
         entries = archive.getmembers()
         names = [entry.name for entry in entries]
         assert names == ["manifest.json", *sorted(names[1:])]
@@ -114,8 +114,8 @@ def test_a_signature_is_pushed_with_its_bundle_and_checked_on_pull(
     public = key.with_name("release.key.pub")
     sign(bundle, key)
     pushed = push(bundle, store)
-    assert (pushed.signed, pushed.place) == (True, f"{store}/{bundle.name}.tar")
-    pulled = pull(pushed.place, tmp_path / "here", verify_key=public)
+    assert (pushed.signed, pushed.url) == (True, f"{store}/{bundle.name}.tar")
+    pulled = pull(pushed.url, tmp_path / "here", verify_key=public)
     assert pulled.verified
     assert contents(pulled.path) == contents(bundle)
     assert signature_path(pulled.path).read_bytes() == signature_path(bundle).read_bytes()
@@ -229,14 +229,14 @@ def test_a_signed_bundle_is_pushed_to_and_pulled_from_a_registry(
 ) -> None:
     sign(bundle, key)
     pushed = push(bundle, f"{registry}/models/flowers")
-    assert pushed.place == f"{registry}/models/flowers:{bundle.name.rpartition('-')[2]}"
+    assert pushed.url == f"{registry}/models/flowers:{bundle.name.rpartition('-')[2]}"
     assert push(bundle, f"{registry}/models/flowers:latest").sha256 == pushed.sha256
     public = key.with_name("release.key.pub")
-    for reference in (pushed.place, f"{registry}/models/flowers:latest"):
+    for reference in (pushed.url, f"{registry}/models/flowers:latest"):
         pulled = pull(reference, tmp_path / "here", sha256=pushed.sha256, verify_key=public)
         assert contents(pulled.path) == contents(bundle)
     with pytest.raises(BundleError, match="larger than 100 bytes"):
-        pull(pushed.place, tmp_path / "small", max_bytes=100)
+        pull(pushed.url, tmp_path / "small", max_bytes=100)
     with pytest.raises(BundleError, match="none"):
         pull(f"{registry}/models/flowers:none", tmp_path / "small")
     assert list((tmp_path / "small").iterdir()) == []
@@ -277,5 +277,5 @@ def test_the_commands_print_what_they_did(bundle: Path, tmp_path: Path) -> None:
     assert pushed["sha256"] in text
     assert "with its signature" in text
     options = ("--verify-key", f"{key}.pub", "--sha256", pushed["sha256"])
-    pulled = cli("pull", pushed["place"], tmp_path / "here", *options)
+    pulled = cli("pull", pushed["url"], tmp_path / "here", *options)
     assert "(signature and hashes checked)" in pulled.stdout

@@ -140,13 +140,13 @@ def test_train_and_eval_mode_reach_timms_own_module() -> None:
 
 def test_a_copy_is_independent() -> None:
     network = create_model("dsop-timm:resnet18", num_classes=3, **FEW).eval()
-    lean = copy.deepcopy(network)
-    del lean.branches
-    nn.init.zeros_(lean.conv1.weight)
+    detached = copy.deepcopy(network)
+    del detached.branches
+    nn.init.zeros_(detached.conv1.weight)
     assert "branches" in network._modules
     assert network.conv1.weight.any()
-    assert lean.outside[0].conv1 is lean.conv1
-    assert lean(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    assert detached.outside[0].conv1 is detached.conv1
+    assert detached(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
 def test_moving_the_network_moves_timms_own_module() -> None:
