@@ -10,7 +10,6 @@ from typing import Any
 
 from sopdeploy.errors import SopdeployError
 
-FAULTS_VARIABLE = "SOPDEPLOY_FAULTS"  # see `sopdeploy_service.inference.fault_injection`
 # x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where the sum can saturate. With
 # this session option ONNX Runtime stores the int8 weights as uint8 there, which is exact. On other processors
 # the option has no effect.

@@ -78,7 +78,7 @@ PARTS = {
         "front_ends",
     ),
     "shadow": Part(
-        ("service/sopdeploy_service/inference/shadow.py", "tests/service/inference/test_shadow.py"),
+        ("service/sopdeploy_service/shadow.py", "tests/service/test_shadow.py"),
         "service/sopdeploy_service/app.py",
         "shadow",
     ),

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from importlib import import_module
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -21,11 +22,14 @@ from sopdeploy_service.http.middleware import (
 from sopdeploy_service.http.rate_limits import MAX_KEYS, SharedSpending
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.engine_process.client import EngineClient
-from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.request_context import OpenTrace
 from sopdeploy_service.settings import Settings
+
+PARTS = (  # optional modules with a function `install`, which adds routes and observers
+    "sopdeploy_service.shadow",
+)
 
 
 def create_app(
@@ -33,7 +37,6 @@ def create_app(
     settings: Settings,
     store: BundleStore | None = None,
     *,
-    faults: Faults = NO_FAULTS,
     open_trace: OpenTrace | None = None,
     engine: EngineClient | None = None,
     spending: SharedSpending | None = None,
@@ -41,7 +44,7 @@ def create_app(
     """Create the app that serves *models* by name, each loaded by `load_model`.
 
     With *engine*, the models run in an engine process. *store* has the bundles that clients may load later,
-    *faults* are injected for tests, *open_trace* starts the trace of a request, and *spending* holds the rate
+    *open_trace* starts the trace of a request, and *spending* holds the rate
     limits that the front ends of a server share. `app.state.service` is the `Service` of the app; it runs
     once, from startup to shutdown. Raises `ConfigError` if the key file of *settings* cannot be used.
     """
@@ -50,7 +53,7 @@ def create_app(
         raise ConfigError(
             f"{settings.keys}: has more than {MAX_KEYS} keys, the limit with front_ends; remove some"
         )
-    service = Service(models, settings, store, faults, engine)
+    service = Service(models, settings, store, engine)
     names = sorted({model.name for model in service.registry.models()})
 
     @asynccontextmanager
@@ -73,6 +76,8 @@ def create_app(
     app.state.siblings = {}
     for router in (v1.router, status.router, v2.router, web.router):
         app.router.routes += router.routes  # `include_router` would add a second matching step per request
+    for part in PARTS:
+        import_module(part).install(app, service)
     problems.install(app)
     if keys is not None:  # the middleware that is added last runs first
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS}

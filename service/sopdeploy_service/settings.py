@@ -24,7 +24,6 @@ from pydantic_settings import (
 )
 
 from sopdeploy.config import Count, first_problem
-from sopdeploy.environment import FAULTS_VARIABLE
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.limits import MAX_BYTES, MAX_PIXELS
 
@@ -246,7 +245,7 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
 def unused_variables() -> list[str]:
     """List environment variables that start with `SOPDEPLOY_` but name no setting."""
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
-    known |= {FILE_VARIABLE, FAULTS_VARIABLE}
+    known.add(FILE_VARIABLE)
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
@@ -20,12 +21,11 @@ from sopdeploy_service.api.schema import (
     Info,
     ModelInfo,
     SelfTest,
-    ShadowInfo,
 )
 from sopdeploy_service.api.upload import (
     admit,
     json_response,
-    raise_if_rejected,
+    prediction_of,
     service_of,
     use_model,
 )
@@ -35,7 +35,6 @@ from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
 from sopdeploy_service.inference.results import GATES, Prediction, RejectedError, Rejection
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.inference.shadow import Shadow
 from sopdeploy_service.observability.metrics import Connect, collect
 from sopdeploy_service.observability.request_context import RequestContext
 
@@ -75,29 +74,19 @@ async def metrics(request: Request, *, own: bool = False) -> Response:
 @router.get("/info", summary="Loaded models", response_model=Info)
 async def info(request: Request) -> Response:
     """Describe each loaded model and its runtime."""
-    registry = service_of(request).registry
-    loaded = registry.models()
-    current = [model for model in loaded if registry.find(model.name) is model]
+    service = service_of(request)
+    loaded = service.registry.models()
+    current = [model for model in loaded if service.registry.find(model.name) is model]
+    more: dict[str, Any] = {}
+    for observer in service.observers:
+        more |= observer.info()
     return json_response(
         Info(
             server=request.app.version,
             models=tuple(model_info(model) for model in current),
             previous={model.name: model.version for model in loaded if model not in current},
-            shadow=None if registry.shadow is None else shadow_info(registry.shadow),
+            **more,
         )
-    )
-
-
-def shadow_info(shadow: Shadow) -> ShadowInfo:
-    """Describe *shadow* for `/info`."""
-    plan, bundle = shadow.plan, shadow.model.bundle
-    return ShadowInfo(
-        name=plan.name,
-        bundle=bundle.name,
-        id=bundle.manifest.id,
-        live=plan.live,
-        share=plan.share,
-        images=shadow.metrics.counts,
     )
 
 
@@ -131,7 +120,7 @@ def model_info(model: Model) -> ModelInfo:
 )
 async def card(request: Request, model: str | None = None) -> Response:
     """Return the model card of *model* (required if several are loaded) and a summary of its certificate."""
-    chosen = raise_if_rejected(service_of(request).registry.find(model))
+    chosen = service_of(request).registry.find(model)
     with chosen.in_use():  # a replaced model closes its files
         return json_response(await asyncio.to_thread(read_card, chosen.bundle))
 
@@ -176,18 +165,18 @@ async def selftest(request: Request, model: str | None = None) -> Response:
     """Replay the probes of the bundle through the runtime, between the requests of clients."""
     chosen, deadline = admit(request, model)
     with chosen.in_use():
-        found = await self_test(service_of(request), chosen, deadline, request.state.context)
-    return json_response(raise_if_rejected(found))
+        return json_response(await self_test(service_of(request), chosen, deadline, request.state.context))
 
 
-async def self_test(
-    service: Service, model: Model, deadline: float, context: RequestContext
-) -> SelfTest | Rejection:
-    """Replay the probes of *model* through *service* and compare the outputs with the bundle's."""
+async def self_test(service: Service, model: Model, deadline: float, context: RequestContext) -> SelfTest:
+    """Replay the probes of *model* through *service* and compare the outputs with the bundle's.
+
+    Raises `RejectedError` if they differ or cannot be replayed.
+    """
     try:
         probes = await asyncio.to_thread(read_probes, model.bundle.probes)
     except BundleError as problem:  # the files changed after the start; the runtime has its own copy
-        return Rejection("selftest_failed", 500, f"the probes cannot be read: {problem}")
+        raise selftest_failed(f"the probes cannot be read: {problem}") from problem
     started = time.monotonic()
     images, features = probes.images, FEATURES in probes.expected
     if context.rate_limit is not None:  # a key whose burst is smaller could never pay for all probes
@@ -199,25 +188,20 @@ async def self_test(
     for start in range(0, len(images), size):
         part = images[start : start + size]
         outcomes = await service.infer(model, part, deadline, paid, features=features)
-        if isinstance(outcomes, Rejection):
-            return outcomes
-        for outcome in outcomes:
-            if isinstance(outcome, Rejection):
-                return outcome
-            predictions.append(outcome)
+        predictions += [prediction_of(outcome) for outcome in outcomes]
     measured = {}
     for name, expected in probes.expected.items():
         outputs = {name: np.stack([prediction.outputs[name] for prediction in predictions])}
         try:
             measured[name] = deviation(name, outputs, expected)
         except ParityError as problem:
-            return Rejection("selftest_failed", 500, str(problem))
+            raise selftest_failed(str(problem)) from problem
         if not measured[name] <= probes.tolerance[name]:
             message = (
                 f"output {name!r} deviates by {measured[name]:.3g}, but the tolerance is "
                 f"{probes.tolerance[name]:.3g}; stop this server and check its device"
             )
-            return Rejection("selftest_failed", 500, message)
+            raise selftest_failed(message)
     return SelfTest(
         model=model.name,
         version=model.version,
@@ -226,6 +210,11 @@ async def self_test(
         tolerance=probes.tolerance,
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def selftest_failed(message: str) -> RejectedError:
+    """Create the error of a self-test, status 500."""
+    return RejectedError(Rejection("selftest_failed", 500, message))
 
 
 @router.post(
@@ -241,18 +230,3 @@ async def roll_back(request: Request, name: str) -> Response:
     if not service.settings.model_control:
         raise RejectedError(NOT_CONTROLLED)
     return json_response(model_info(use_model(request, await service.registry.roll_back(name))))
-
-
-@router.post(
-    "/v1/models/{name}/promote",
-    summary="Serve the shadow",
-    response_model=ModelInfo,
-    responses=problem_responses(401, 403, 404, 409, 422),
-    dependencies=[Depends(require_admin)],
-)
-async def promote(request: Request, name: str) -> Response:
-    """Serve the shadow *name* under the name of the live model; a rollback of that model undoes it."""
-    service = service_of(request)
-    if not service.settings.model_control:
-        raise RejectedError(NOT_CONTROLLED)
-    return json_response(model_info(use_model(request, await service.registry.promote(name))))

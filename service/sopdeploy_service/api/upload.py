@@ -20,7 +20,14 @@ from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import CLIENT_GONE, DEADLINE, RejectedError, Rejection
+from sopdeploy_service.inference.results import (
+    CLIENT_GONE,
+    DEADLINE,
+    Outcome,
+    Prediction,
+    RejectedError,
+    Rejection,
+)
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.request_context import RequestContext
 
@@ -52,11 +59,11 @@ def service_of(request: Request) -> Service:
     return service
 
 
-def raise_if_rejected(value: Value | Rejection) -> Value:
-    """Pass *value* through; raises `RejectedError` if it is a rejection."""
-    if isinstance(value, Rejection):
-        raise RejectedError(value)
-    return value
+def prediction_of(outcome: Outcome) -> Prediction:
+    """Return *outcome* if it is a prediction; raises `RejectedError` if it is a rejection."""
+    if isinstance(outcome, Rejection):
+        raise RejectedError(outcome)
+    return outcome
 
 
 def json_response(
@@ -80,18 +87,14 @@ def admit(request: Request, name: str | None = None, version: str | None = None)
     require(context, "classify")
     deadline = time.monotonic() + timeout_of(request, service.settings.request_timeout)
     model = use_model(request, service.registry.find(name, version))
-    raise_if_rejected(service.check_admission(model, deadline))
+    service.check_admission(model, deadline)
     if context.rate_limit is not None:
         context.rate_limit.spend(1, check_only=True)
     return model, deadline
 
 
-def use_model(request: Request, found: Model | Rejection) -> Model:
-    """Record *found* as the model of *request*, for the digest header, the metrics and the access log.
-
-    Raises `RejectedError` if it is a rejection.
-    """
-    model = raise_if_rejected(found)
+def use_model(request: Request, model: Model) -> Model:
+    """Record *model* as that of *request*, for the digest header, the metrics and the access log."""
     context: RequestContext = request.state.context
     context.model_name, context.model_version = model.name, model.version
     return model
@@ -114,15 +117,12 @@ async def parsing(service: Service, model: Model, deadline: float) -> AsyncItera
 
     Raises `RejectedError` if the queue is full or the block does not end before *deadline*.
     """
-    raise_if_rejected(service.check_queue(model))
-    service.admitted += 1
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            yield
-    except TimeoutError as problem:
-        raise RejectedError(DEADLINE) from problem
-    finally:
-        service.admitted -= 1
+    with service.admitting(model):
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                yield
+        except TimeoutError as problem:
+            raise RejectedError(DEADLINE) from problem
 
 
 async def read_upload(request: Request, service: Service, model: Model, deadline: float) -> Upload:

@@ -13,7 +13,7 @@ from sopdeploy_service.api.schema import Classes, ClassifyQuery, ClassifyRequest
 from sopdeploy_service.api.upload import (
     admit,
     json_response,
-    raise_if_rejected,
+    prediction_of,
     read_upload,
     service_of,
 )
@@ -92,16 +92,16 @@ async def classify(request: Request) -> Response:
     explained = query.explain or query.explain_label is not None
     if explained:
         names = (chosen.name, chosen.loaded.class_maps, chosen.labels)
-        raise_if_rejected(check_explainable(*names, query.explain_label))
+        check_explainable(*names, query.explain_label)
     with chosen.in_use():  # while the body arrives, the model may be replaced
         upload = await read_upload(request, service, chosen, deadline)
         received = time.monotonic()
         service.metrics.stage("receive", received - started)
         context.record_stage("receive", received - started, received)
         work = service.infer(chosen, upload.images, deadline, context, features=explained)
-        outcomes = raise_if_rejected(await cancel_on_disconnect(work, request.receive))
+        outcomes = await cancel_on_disconnect(work, request.receive)
     if not upload.is_list:
-        raise_if_rejected(outcomes[0])
+        prediction_of(outcomes[0])
     top_k = query.top_k or upload.top_k or (service.settings.top_k if chosen.thresholds is None else None)
     results: list[dict[str, Any]] = []
     for outcome in outcomes:

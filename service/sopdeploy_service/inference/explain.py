@@ -8,22 +8,19 @@ import numpy as np
 from sopdeploy.bundle.class_maps import FEATURES, ClassMapLayer
 from sopdeploy.images.pixels import visible_box
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.inference.results import Prediction, Rejection
+from sopdeploy_service.inference.results import Prediction, RejectedError, Rejection
 
 
 def check_explainable(
     name: str, layer: ClassMapLayer | None, labels: Sequence[str], label: str | None
-) -> Rejection | None:
-    """Return a rejection if model *name* cannot explain class *label* (None: the best class), else None."""
+) -> None:
+    """Raise `RejectedError` if model *name* cannot explain class *label* (None: the best class)."""
     if layer is None:
-        return Rejection(
-            "no_class_maps",
-            400,
-            f"{name}: has no class activation maps; export it with --with-cam, or omit explain",
-        )
+        message = f"{name}: has no class activation maps; export it with --with-cam, or omit explain"
+        raise RejectedError(Rejection("no_class_maps", 400, message))
     if label is not None and label not in labels:
-        return Rejection("unknown_label", 400, f"explain_label: the model has no class {label[:100]!r}")
-    return None
+        message = f"explain_label: the model has no class {label[:100]!r}"
+        raise RejectedError(Rejection("unknown_label", 400, message))
 
 
 def format_class_map(

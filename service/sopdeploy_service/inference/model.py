@@ -49,14 +49,11 @@ class ModelStatistics:
     batches: defaultdict[int, Sum] = field(default_factory=lambda: defaultdict(Sum))
     last: float = 0.0  # time.time() of the last successful request
 
-    def record(
-        self, result: Sequence[Outcome] | Rejection, stages: Mapping[str, float], seconds: float
-    ) -> None:
-        """Count a request with its *result*; one rejected image makes it a failure."""
-        outcomes = [] if isinstance(result, Rejection) else result
+    def record(self, outcomes: Sequence[Outcome], stages: Mapping[str, float], seconds: float) -> None:
+        """Count a request with its *outcomes*; one rejected image makes it a failure."""
         predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
         spent = [(self.batches[prediction.batch], prediction.infer_seconds) for prediction in predictions]
-        if not predictions or len(predictions) < len(outcomes):
+        if len(predictions) < len(outcomes):
             spent.append((self.failure, seconds))
         else:
             self.last = time.time()
@@ -70,9 +67,7 @@ class ModelStatistics:
 class Model:
     """A bundle being served; every method is called on the event loop."""
 
-    def __init__(
-        self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics, *, is_shadow: bool = False
-    ) -> None:
+    def __init__(self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:
         self.name = name
         self.loaded = loaded
         self.bundle = loaded.bundle
@@ -92,7 +87,7 @@ class Model:
             loaded.runtime,
             self.queue,
             self.latency.record,
-            metrics.of(name, stages=not is_shadow),
+            metrics.of(name),
             outputs=[output.name for output in loaded.bundle.manifest.outputs],
             max_batch=self.largest_batch,
             drift=drift_window(loaded.bundle),

@@ -8,9 +8,10 @@ shares a batch with the images of other requests.
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeAlias
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,6 @@ from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.engine_process.client import EngineClient
 from sopdeploy_service.inference.engine_process.remote import RemoteRegistry
-from sopdeploy_service.inference.fault_injection import NO_FAULTS, Faults
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, call_soon, settle
@@ -35,6 +35,7 @@ from sopdeploy_service.inference.results import (
     TOO_LATE,
     Outcome,
     Prediction,
+    RejectedError,
     Rejection,
 )
 from sopdeploy_service.observability.metrics import Metrics
@@ -43,7 +44,35 @@ from sopdeploy_service.settings import Settings
 
 MAX_RETRY_SECONDS = 60
 
+Images: TypeAlias = Sequence[EncodedImage] | NDArray[np.uint8]
 State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead", "engine_restarting", "loop_blocked"]
+
+
+class Observer(Protocol):
+    """Observes the outcomes of requests, between `start` and `stop` of a service."""
+
+    def info(self) -> dict[str, Any]:
+        """Return additional fields of `/info`."""
+        ...
+
+    def start(self) -> None:
+        """Start, after the models."""
+        ...
+
+    def observe(
+        self,
+        model: Model,
+        context: RequestContext,
+        items: Sequence[QueuedImage],
+        images: Images,
+        outcomes: Sequence[Outcome],
+    ) -> None:
+        """Observe the *outcomes* of a request before its response; *items* have the decoded pixels."""
+        ...
+
+    async def stop(self) -> None:
+        """Stop, before the models."""
+        ...
 
 
 class Service:
@@ -54,7 +83,6 @@ class Service:
         loaded: Mapping[str, LoadedModel],
         settings: Settings,
         store: BundleStore | None = None,
-        faults: Faults = NO_FAULTS,
         engine: EngineClient | None = None,
     ) -> None:
         """Serve *loaded* in this process or, with *engine*, the models of an engine process."""
@@ -63,15 +91,16 @@ class Service:
         self.active_requests = 0  # counted by the middleware
         self.engine = engine
         self.registry = (
-            ModelRegistry(loaded, settings, self.metrics, store, faults, self._submit)
+            ModelRegistry(loaded, settings, self.metrics, store)
             if engine is None
             else RemoteRegistry(engine, settings, self.metrics)
         )
+        self.observers: list[Observer] = []
         self.fetches = asyncio.Semaphore(settings.url_fetches)
         # Few threads: a JSON parser holds the interpreter lock.
         self.parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
         self.admitted = 0  # images; a request whose images are not known yet counts as one
-        self._decoders = DecodePool(faults.wrap_decoder(make_decoder(settings)), settings.decoders)
+        self._decoders = DecodePool(make_decoder(settings), settings.decoders)
         self.metrics.decoders.set(settings.decoders)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self._draining = True
@@ -92,6 +121,8 @@ class Service:
     def start(self) -> None:
         """Start the threads and accept requests."""
         self.registry.start()
+        for observer in self.observers:
+            observer.start()
         if self.engine is not None:
             self.engine.start()
         self._decoders.start()
@@ -111,91 +142,111 @@ class Service:
         self.drain(abort=True)
         self._decoders.stop()
         self.parsers.shutdown(wait=False, cancel_futures=True)
+        for observer in self.observers:
+            await observer.stop()
         await self.registry.stop()
         if self.engine is not None:
             self.engine.stop()
 
-    def check_admission(self, model: Model, deadline: float) -> Rejection | None:
-        """Return why a request cannot be admitted or meet its *deadline*; call it before reading the body."""
+    def check_admission(self, model: Model, deadline: float) -> None:
+        """Raise `RejectedError` if a request cannot be admitted or meet its *deadline*.
+
+        Call it before the body is read.
+        """
         if model.dead:
-            return ENGINE_DEAD
+            raise RejectedError(ENGINE_DEAD)
         if self._draining:
-            return DRAINING
-        rejection = self.check_queue(model) or model.queue.reserve(())
+            raise RejectedError(DRAINING)
+        self._check_queue(model, 1)
+        rejection = model.queue.reserve(())
+        if rejection is not None:
+            raise RejectedError(rejection)
         # An idle worker is always tried: an estimate that rejects everything could never be corrected.
         images = self.admitted + model.queue.images_elsewhere
-        if rejection is None and images:
+        if images:
             end = time.monotonic() + model.latency.total_seconds(images + 1, model.largest_batch)
-            return TOO_LATE if end > deadline else None
-        return rejection
+            if end > deadline:
+                raise RejectedError(TOO_LATE)
 
-    def check_queue(self, model: Model, images: int = 1) -> Rejection | None:
-        """Return why *images* more cannot be admitted now, or None."""
-        if self.admitted + images <= self.settings.queue_size:
-            return None
-        waiting = self.admitted + model.queue.images_elsewhere
-        seconds = math.ceil(model.latency.total_seconds(waiting, model.largest_batch))
-        retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
-        return Rejection("queue_full", 429, "the queue is full; retry later", retry_after)
+    @contextmanager
+    def admitting(self, model: Model, images: int = 1) -> Iterator[None]:
+        """Count *images* as queued during the block; raises `RejectedError` if the queue is full."""
+        self._check_queue(model, images)
+        self.admitted += images
+        try:
+            yield
+        finally:
+            self.admitted -= images
+
+    def _check_queue(self, model: Model, images: int) -> None:
+        if self.admitted + images > self.settings.queue_size:
+            waiting = self.admitted + model.queue.images_elsewhere
+            seconds = math.ceil(model.latency.total_seconds(waiting, model.largest_batch))
+            retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
+            raise RejectedError(Rejection("queue_full", 429, "the queue is full; retry later", retry_after))
 
     async def infer(
         self,
         model: Model,
-        images: Sequence[EncodedImage] | NDArray[np.uint8],
+        images: Images,
         deadline: float,
         context: RequestContext,
         *,
         features: bool = False,
-    ) -> list[Outcome] | Rejection:
+    ) -> list[Outcome]:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
-        Returns the outcome of each image, in order, or one rejection for the whole request. *deadline* is a
-        time of `time.monotonic`; *features* requests the output of class activation maps. Raises the error of
-        the rate limit of *context*. Cancelling the call removes its images from the queue.
+        Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`; *features*
+        requests the output of class activation maps. Cancelling the call removes its images from the queue.
+        Raises `RejectedError` if the queue is full, the rate limit of *context* is exceeded, or the deadline
+        has passed.
         """
         started = time.monotonic()
-        rejection = self.check_queue(model, len(images))
-        if rejection is not None:
-            return rejection
-        context.images += len(images)
-        if context.rate_limit is not None:
-            context.rate_limit.spend(len(images), check_only=True)
+        with self.admitting(model, len(images)):
+            context.images += len(images)
+            if context.rate_limit is not None:
+                context.rate_limit.spend(len(images))
+            items = self._create_items(images, deadline, context, features=features)
+            outcomes = await self._run(model, items, images, deadline - started)
+        stages = _record_stages(context, items, outcomes)
+        model.statistics.record(outcomes, stages, time.monotonic() - started)
+        if any(outcome is DEADLINE for outcome in outcomes):
+            raise RejectedError(DEADLINE)
+        for observer in self.observers:
+            observer.observe(model, context, items, images, outcomes)
+        return outcomes
+
+    def _create_items(
+        self, images: Images, deadline: float, context: RequestContext, *, features: bool
+    ) -> list[QueuedImage]:
         loop = asyncio.get_running_loop()
-        items = [
+        return [
             QueuedImage(
                 outcome=loop.create_future(), deadline=deadline, trace=context.trace, features=features
             )
             for _ in images
         ]
+
+    async def _run(
+        self, model: Model, items: list[QueuedImage], images: Images, seconds: float
+    ) -> list[Outcome]:
+        """Queue *items* with their *images* and wait for all outcomes, at most *seconds*."""
         rejection = model.queue.reserve(items)
         if rejection is not None:
-            return rejection
-        timer = loop.call_later(deadline - started, model.queue.reject, items, DEADLINE)
-        self.admitted += len(items)
+            raise RejectedError(rejection)
+        timer = asyncio.get_running_loop().call_later(seconds, model.queue.reject, items, DEADLINE)
         try:
-            if context.rate_limit is not None:  # raises if another front end has just spent the tokens
-                context.rate_limit.spend(len(images))
             for item, image in zip(items, images, strict=True):
-                self._submit(model, item, image)
-            outcomes = [await item.outcome for item in items]
+                self.submit(model, item, image)
+            return [await item.outcome for item in items]
         except asyncio.CancelledError:
             model.queue.reject(items, CLIENT_GONE)
             raise
         finally:
-            self.admitted -= len(items)
             model.queue.release(items)
             timer.cancel()
-        stages = _record_stages(context, items, outcomes)
-        result = DEADLINE if any(outcome is DEADLINE for outcome in outcomes) else outcomes
-        model.statistics.record(result, stages, time.monotonic() - started)
-        shadow = self.registry.shadow
-        if shadow is not None:
-            if shadow.samples(model, context.request_id):
-                shadow.offer(model, items, images, outcomes)
-            loop.call_soon(shadow.advance)  # after the response
-        return result
 
-    def _submit(self, model: Model, item: QueuedImage, image: EncodedImage | NDArray[np.uint8]) -> None:
+    def submit(self, model: Model, item: QueuedImage, image: EncodedImage | NDArray[np.uint8]) -> None:
         """Queue a decoded *image* at *model*, or decode it first in a decoder thread."""
         if not isinstance(image, EncodedImage):
             item.image = image

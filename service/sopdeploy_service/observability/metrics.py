@@ -98,13 +98,10 @@ class Metrics:
         self._models: dict[str, ModelMetrics] = {}
         self._loaded: Counts[tuple[str, ...]] = Counts()
 
-    def of(self, model: str, *, stages: bool = True) -> "ModelMetrics":
-        """Return the metrics of *model*, shared by all of its versions.
-
-        Without *stages* its batches do not count in `stage_duration_seconds`.
-        """
+    def of(self, model: str) -> "ModelMetrics":
+        """Return the metrics of *model*, shared by all of its versions."""
         if model not in self._models:
-            created = self._models[model] = ModelMetrics(self, model, stages=stages)
+            created = self._models[model] = ModelMetrics(self, model)
             self._busy.labels(model).set_function(created.busy_ratio)
         return self._models[model]
 
@@ -142,8 +139,8 @@ class Metrics:
 class ModelMetrics:
     """The metrics of one model, shared by all of its versions."""
 
-    def __init__(self, metrics: Metrics, model: str, *, stages: bool = True) -> None:
-        self._stage = metrics.stage if stages else None
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._stage = metrics.stage
         # Created here, so that they show 0 before the first batch.
         self._size = metrics.batch_size.labels(model)
         self.nonfinite = metrics.nonfinite_outputs.labels(model)
@@ -173,10 +170,9 @@ class ModelMetrics:
             self.runs.append((started, ended))
             while self.runs[0][1] < ended - WINDOW_SECONDS:
                 self.runs.popleft()
-        if self._stage is not None:
-            self._stage("infer", ended - started)
-            for seconds in waited:
-                self._stage("queue", seconds)
+        self._stage("infer", ended - started)
+        for seconds in waited:
+            self._stage("queue", seconds)
 
     def drift_value(self, of: str, number: int) -> float:
         """Return the distance (*number* 0) or p-value (1) of the drift test *of*; NaN if there is none."""
@@ -191,27 +187,6 @@ class ModelMetrics:
             begin = max(self._created, now - WINDOW_SECONDS)
             busy = sum(max(0.0, ended - max(started, begin)) for started, ended in self.runs)
             return min(1.0, busy / max(now - begin, 1e-9))
-
-
-class ShadowMetrics:
-    """The comparison of the shadow *model* with the live model, since the start."""
-
-    def __init__(self, metrics: Metrics, model: str) -> None:
-        results = ("agree", "differ", "failed", "dropped")
-        self.counts = dict.fromkeys(results, 0)
-        self._images = {result: metrics.shadow_images.labels(model, result) for result in results}
-        self._live = metrics.shadow_seconds.labels(model, "live")
-        self._shadow = metrics.shadow_seconds.labels(model, "shadow")
-
-    def count(self, result: str) -> None:
-        """Count an image as `agree`, `differ`, `failed` or `dropped`."""
-        self.counts[result] += 1
-        self._images[result].inc()
-
-    def observe(self, *, live: float, shadow: float) -> None:
-        """Record the seconds of the batches of one image, at the live model and at the shadow."""
-        self._live.observe(live)
-        self._shadow.observe(shadow)
 
 
 async def collect(workers: Mapping[str, Connect], headers: Mapping[str, str]) -> bytes:

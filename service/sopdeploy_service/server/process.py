@@ -32,7 +32,6 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.http.rate_limits import SharedSpending
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.engine_process.client import EngineClient
-from sopdeploy_service.inference.fault_injection import faults_from_environment
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
@@ -80,7 +79,7 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
 
     A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL  BUNDLE ...`,
     when the probes are verified and the port is open. Returns the exit code: 0 after a drain, 70 if a runtime
-    died. Raises `ConfigError` if it cannot listen, for invalid keys or `SOPDEPLOY_FAULTS`, and if tracing is
+    died. Raises `ConfigError` if it cannot listen, for invalid keys, and if tracing is
     not installed, and the errors of `BundleStore` and `load_model`.
     """
     count = count_front_ends(settings) * max(1, len(settings.devices))
@@ -104,7 +103,6 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, inherited: Inher
     with ExitStack() as stack:
         stack.enter_context(logs.configured(settings))
         open_trace = stack.enter_context(open_tracing(settings))
-        faults = faults_from_environment()
         health = None
         if settings.health_port is not None:
             health = stack.enter_context(bind(settings.host, settings.health_port))
@@ -122,7 +120,6 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, inherited: Inher
             models,
             settings,
             store if settings.model_control else None,
-            faults=faults,
             open_trace=open_trace,
             engine=engine,
             spending=inherited.spending,

@@ -29,7 +29,6 @@ from sopdeploy_service.inference.engine_process.client import EngineClient
 from sopdeploy_service.inference.engine_process.engine import Engine
 from sopdeploy_service.inference.engine_process.models import EngineModel, ModelTable
 from sopdeploy_service.inference.engine_process.slots import PAGE, Request, Slots, slot_bytes
-from sopdeploy_service.inference.fault_injection import NO_FAULTS
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.runtime.base import Runtime
@@ -95,7 +94,7 @@ def group(bundle: Bundle) -> Iterator[Callable[..., Group]]:
         def make(runtime: Runtime | None = None, used: Bundle = bundle, **settings: object) -> Group:
             chosen = Settings(max_queue_delay_ms=0, **settings)
             if runtime is None:
-                table = ModelTable([bundle.path], chosen, NO_FAULTS)
+                table = ModelTable([bundle.path], chosen)
             else:
                 maps = read_class_maps(used.path, used.manifest)
                 loaded = LoadedModel(bundle=used, runtime=runtime, replays={}, class_maps=maps)
@@ -164,7 +163,7 @@ def test_a_load_and_a_rollback_reach_every_front_end_before_the_answer(
 ) -> None:
     first = make_bundle(tmp_path)
     settings = Settings(model_control=True)
-    shared = Group(ModelTable([first], settings, NO_FAULTS), settings)
+    shared = Group(ModelTable([first], settings), settings)
     shared.start()
     with shared.stack, ExitStack() as stack:
         stack.callback(shared.stop)

@@ -19,11 +19,10 @@ from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy_service.api.upload import TIMEOUT_HEADER, timeout_of
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.engine_process.models import ModelTable
-from sopdeploy_service.inference.fault_injection import NO_FAULTS, InjectedError, parse_faults
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import ModelRegistry
-from sopdeploy_service.inference.results import Rejection
+from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
@@ -42,14 +41,13 @@ def run_with_registry(
     scenario: Callable[[ModelRegistry], Awaitable[None]],
     *,
     control: bool = True,
-    faults: str = "",
 ) -> None:
     """Run *scenario* with a started registry of the bundle *first*, named `tiny`."""
 
     async def run() -> None:
         store = BundleStore([f"tiny={first}"]) if control else None
         loaded = {"tiny": load_model(first, SETTINGS)}
-        registry = ModelRegistry(loaded, SETTINGS, Metrics(), store, parse_faults(faults))
+        registry = ModelRegistry(loaded, SETTINGS, Metrics(), store)
         for model in registry.models():
             model.start()
         await scenario(registry)
@@ -58,28 +56,24 @@ def run_with_registry(
     asyncio.run(run())
 
 
-def found(result: Model | Rejection | None) -> Model:
-    assert isinstance(result, Model), result
-    return result
-
-
-async def codes(*results: Awaitable[Model | Rejection | None]) -> list[str]:
-    """Await *results*, which must be rejections, in order."""
-    rejections = [await result for result in results]
-    return [rejection.code for rejection in rejections]
+async def code(result: Awaitable[Model | None]) -> str:
+    """Await *result*, which must be rejected; return the code."""
+    with pytest.raises(RejectedError) as error:
+        await result
+    return error.value.rejection.code
 
 
 def test_a_new_version_is_served_and_the_previous_one_kept_for_rollback(versions, until) -> None:
     async def scenario(registry: ModelRegistry) -> None:
-        before = found(registry.find())
-        after = found(await registry.load("tiny"))
+        before = registry.find()
+        after = await registry.load("tiny")
         assert [model.bundle.path for model in (before, after)] == versions
         assert registry.find("tiny") is after
         assert registry.find("tiny", before.version) is before
-        assert found(await registry.roll_back("tiny")) is before
+        assert await registry.roll_back("tiny") is before
         assert registry.find("tiny") is before
-        assert found(await registry.load("tiny", versions[1].name)) is after
-        assert found(await registry.load("tiny", versions[1].name)) is after
+        assert await registry.load("tiny", versions[1].name) is after
+        assert await registry.load("tiny", versions[1].name) is after
 
     run_with_registry(versions[0], scenario)
     until(lambda: not any(thread.name == "model_worker" for thread in threading.enumerate()))
@@ -94,39 +88,27 @@ def test_a_bundle_is_recognized_by_its_id_and_not_by_its_path(versions, monkeypa
         return [model.loaded.bundle.manifest.id for model in table.models()["tiny"]]
 
     async def scenario(registry: ModelRegistry) -> None:
-        table = ModelTable([Path("current")], SETTINGS, NO_FAULTS)
-        before = found(registry.find())
-        assert found(await registry.load("tiny", "current")) is before  # it was given as a relative path
+        table = ModelTable([Path("current")], SETTINGS)
+        before = registry.find()
+        assert await registry.load("tiny", "current") is before  # it was given as a relative path
         assert table.change("load", "tiny", "current") is None
         assert loaded_ids(table) == [before.version]
         folder.rename("old")
         versions[1].rename(folder)
-        after = found(await registry.load("tiny", "current"))
+        after = await registry.load("tiny", "current")
         assert after.version == open_bundle(folder).manifest.id != before.version
-        assert found(await registry.load("tiny", "old")) is before
+        assert await registry.load("tiny", "old") is before
         assert [table.change("load", "tiny", name) for name in ("current", "old")] == [None, None]
         assert loaded_ids(table) == [before.version, after.version]
 
     run_with_registry(Path("current"), scenario)
 
 
-def test_faults_apply_to_every_model_also_to_later_ones(versions) -> None:
-    async def scenario(registry: ModelRegistry) -> None:
-        later = found(await registry.load("tiny"))
-        assert registry.models()[0] is later
-        for model in registry.models():
-            model.loaded.runtime.run(IMAGE)
-            with pytest.raises(InjectedError, match="engine=raise@2"):
-                model.loaded.runtime.run(IMAGE)
-
-    run_with_registry(versions[0], scenario, faults="engine=raise@2")
-
-
 def test_a_replaced_version_waits_for_its_last_request(versions, make_bundle, monkeypatch) -> None:
-    make_bundle(versions[0].parent, probes=5)
+    third = make_bundle(versions[0].parent, probes=5)
 
     async def scenario(registry: ModelRegistry) -> None:
-        oldest = found(registry.find())
+        oldest = registry.find()
         stopped, stop = asyncio.Event(), oldest.stop
 
         async def observed_stop() -> None:
@@ -135,14 +117,14 @@ def test_a_replaced_version_waits_for_its_last_request(versions, make_bundle, mo
 
         monkeypatch.setattr(oldest, "stop", observed_stop)
         with oldest.in_use():
-            for path in sorted(set(versions[0].parent.iterdir()) - {versions[0]}):
+            for path in (versions[1], third):
                 await registry.load("tiny", path.name)
             for _ in range(100):  # every other task runs until it waits
                 await asyncio.sleep(0)
-            assert oldest in registry._retiring
             assert not stopped.is_set()
         await asyncio.wait_for(stopped.wait(), 60)
-        assert registry.find("tiny", oldest.version).code == "unknown_version"
+        with pytest.raises(RejectedError, match="no version"):
+            registry.find("tiny", oldest.version)
 
     run_with_registry(versions[0], scenario)
 
@@ -152,9 +134,9 @@ def test_a_version_with_wrong_outputs_is_never_served(versions, make_bundle) -> 
 
     async def scenario(registry: ModelRegistry) -> None:
         before = registry.find()
-        rejection = await registry.load("tiny", wrong.name)
-        assert (rejection.code, rejection.status) == ("cannot_load", 400)
-        assert "deviates" in rejection.message
+        with pytest.raises(RejectedError, match="deviates") as error:
+            await registry.load("tiny", wrong.name)
+        assert (error.value.rejection.code, error.value.rejection.status) == ("cannot_load", 400)
         assert registry.find() is before
 
     run_with_registry(versions[0], scenario)
@@ -163,27 +145,29 @@ def test_a_version_with_wrong_outputs_is_never_served(versions, make_bundle) -> 
 @pytest.mark.parametrize("name", ["../tiny", "/etc", "", "nothing", "a\0b", "x" * 10_000])
 def test_only_folders_beside_the_bundles_can_be_loaded(versions, name) -> None:
     async def scenario(registry: ModelRegistry) -> None:
-        assert await codes(registry.load("tiny", name)) == ["cannot_load"]
+        assert await code(registry.load("tiny", name)) == "cannot_load"
 
     run_with_registry(versions[0], scenario)
 
 
 def test_an_unloaded_model_can_be_loaded_again(versions) -> None:
     async def scenario(registry: ModelRegistry) -> None:
-        assert await registry.unload("tiny") is None
-        assert [registry.find(name).code for name in (None, "tiny")] == ["no_model", "unknown_model"]
-        assert await codes(
-            registry.unload("tiny"), registry.roll_back("tiny"), registry.load("tiny")  # two have the name
-        ) == ["unknown_model", "unknown_model", "cannot_load"]  # fmt: skip
-        assert found(await registry.load("tiny", versions[1].name)).name == "tiny"
-        assert await codes(registry.roll_back("tiny")) == ["no_previous_version"]
+        await registry.unload("tiny")
+        with pytest.raises(RejectedError, match="no model is loaded"):
+            registry.find()
+        assert await code(registry.unload("tiny")) == "unknown_model"
+        assert await code(registry.roll_back("tiny")) == "unknown_model"
+        assert await code(registry.load("tiny")) == "cannot_load"  # two bundles have the name
+        assert (await registry.load("tiny", versions[1].name)).name == "tiny"
+        assert await code(registry.roll_back("tiny")) == "no_previous_version"
 
     run_with_registry(versions[0], scenario)
 
 
 def test_without_model_control_nothing_can_be_loaded(versions) -> None:
     async def scenario(registry: ModelRegistry) -> None:
-        assert await codes(registry.load("tiny"), registry.unload("tiny")) == ["model_control_off"] * 2
+        for change in (registry.load("tiny"), registry.unload("tiny")):
+            assert await code(change) == "model_control_off"
 
     run_with_registry(versions[0], scenario, control=False)
 
@@ -206,7 +190,7 @@ def test_swaps_under_load_fail_no_request_and_responses_name_their_version(
         try:
             for path in [*reversed(versions), versions[1]]:
                 swap = asyncio.run_coroutine_threadsafe(registry.load("tiny", path.name), client.loop)
-                model = found(swap.result(60))
+                model = swap.result(60)
                 assert model.bundle.path == path
                 seen = len(responses) + len(posting)  # the requests under way may use the old version
                 until(lambda: (200, model.version) in responses[seen:])  # noqa: B023

@@ -3,14 +3,16 @@
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy_service.inference.engine_process import main
+from sopdeploy_service.inference.engine_process import main, models
+from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.settings import Settings
 
 # `sopdeploy serve` with such an engine process; flags follow.
 SERVE = (
@@ -33,8 +35,13 @@ class Gated:
         return self._runtime.run(images)
 
 
+def load_gated(path: Path, settings: Settings) -> LoadedModel:
+    loaded = load_model(path, settings)
+    return replace(loaded, runtime=Gated(loaded.runtime))
+
+
 if __name__ == "__main__":
-    main.faults_from_environment = lambda: SimpleNamespace(wrap_runtime=Gated)
+    models.load_model = load_gated
     code = main.main()
     sys.stdout.flush()
     os._exit(code)

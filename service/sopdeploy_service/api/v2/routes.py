@@ -14,7 +14,6 @@ from sopdeploy_service.api.upload import (
     admit,
     json_response,
     parsing,
-    raise_if_rejected,
     read_body,
     service_of,
     use_model,
@@ -207,7 +206,7 @@ async def model_infer(request: Request, name: str, version: str | None) -> Respo
         encoded = [EncodedImage(image) for image in images] if isinstance(images, list) else images
         features = any(output.tensor.name == FEATURES for output in parsed.outputs)
         work = service.infer(model, encoded, deadline, context, features=features)
-        outcomes = raise_if_rejected(await cancel_on_disconnect(work, request.receive))
+        outcomes = await cancel_on_disconnect(work, request.receive)
     head = {"model_name": model.name, "model_version": model.version}
     if parsed.id is not None:
         head = {"id": parsed.id, **head}
@@ -242,7 +241,7 @@ async def load(request: Request, name: str) -> Response:
 async def unload(request: Request, name: str) -> Response:
     """Stop serving *name*; requests that use it still get their responses."""
     await read_json(request, Body)
-    raise_if_rejected(await service_of(request).registry.unload(name))
+    await service_of(request).registry.unload(name)
     return Response()
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, cast
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.inference.engine_process.engine import Engine
 from sopdeploy_service.inference.engine_process.models import ModelTable
-from sopdeploy_service.inference.fault_injection import faults_from_environment
 
 if TYPE_CHECKING:
     from sopdeploy_service.settings import Settings
@@ -47,7 +46,7 @@ def main() -> int:
     logging.getLogger().addHandler(LogToSupervisor())
     logging.getLogger("sopdeploy").setLevel(settings.log_level.upper())
     try:
-        table = ModelTable(order["sources"], settings, faults_from_environment())
+        table = ModelTable(order["sources"], settings)
     except SopdeployError as problem:
         device = f"device {order['name']}: " if order["name"] else ""
         sys.stderr.write(f"error: {device}{problem} [{problem.code}]\n")

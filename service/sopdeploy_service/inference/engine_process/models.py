@@ -11,7 +11,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ from sopdeploy.bundle.folder import MANIFEST, read_manifest
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.engine_process.slots import slot_bytes
-from sopdeploy_service.inference.fault_injection import Faults
 from sopdeploy_service.inference.latency import LatencyTable
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch, load_model
 from sopdeploy_service.inference.model_worker import EventLoop, ModelWorker, QueuedImage, RequestQueue
@@ -104,14 +103,14 @@ class Versions:
 class ModelTable:
     """The models by name. One thread at a time changes them."""
 
-    def __init__(self, sources: Sequence[str | Path], settings: "Settings", faults: Faults) -> None:
+    def __init__(self, sources: Sequence[str | Path], settings: "Settings") -> None:
         """Load the bundles at *sources*; raises what `BundleStore` and `load_model` raise."""
-        self._settings, self._faults = settings, faults
+        self._settings = settings
         self._store = BundleStore(sources)
         self._numbers = 0
         self.by_name: dict[str, Versions] = {}
         for name, path in self._store.bundles.items():
-            self.serve(name, self.load_bundle(path))
+            self.serve(name, load_model(path, self._settings))
 
     def models(self) -> dict[str, list[EngineModel]]:
         """Return the current model of each name, followed by the previous one. Thread-safe."""
@@ -119,11 +118,6 @@ class ModelTable:
             name: [model for model in (versions.current, versions.previous) if model is not None]
             for name, versions in list(self.by_name.items())
         }
-
-    def load_bundle(self, path: Path) -> LoadedModel:
-        """Load the bundle at *path*, with the faults that were requested."""
-        loaded = load_model(path, self._settings)
-        return replace(loaded, runtime=self._faults.wrap_runtime(loaded.runtime))
 
     def change(self, operation: str, name: str, folder: str | None) -> Rejection | None:
         """Load, unload or roll back *name*; if that is not possible, change nothing and return the reason."""
@@ -155,7 +149,7 @@ class ModelTable:
         if versions is not None and previous is not None and version == previous.loaded.bundle.manifest.id:
             versions.current, versions.previous = previous, versions.current
         else:
-            self.serve(name, self.load_bundle(path))
+            self.serve(name, load_model(path, self._settings))
 
     def serve(self, name: str, loaded: LoadedModel) -> None:
         """Make *loaded* the current model of *name*; keep the previous model for a rollback."""

@@ -35,6 +35,7 @@ from sopdeploy_service.inference.results import (
     Outcome,
     Prediction,
     Ranking,
+    RejectedError,
     Rejection,
 )
 from sopdeploy_service.observability.drift import drift_window
@@ -237,27 +238,30 @@ class RemoteRegistry(ModelRegistry):
             model.dead = True
             model.close(ENGINE_DEAD)
 
-    async def load(self, name: str, folder: str | None = None) -> Model | Rejection:
+    async def load(self, name: str, folder: str | None = None) -> Model:
         """Make the engine load a bundle as *name*."""
         return await self._change("load", name, folder)
 
-    async def roll_back(self, name: str) -> Model | Rejection:
+    async def roll_back(self, name: str) -> Model:
         """Make the engine serve the previous version of *name* again."""
-        known = self.find(name)
-        return known if isinstance(known, Rejection) else await self._change("roll_back", name)
+        self.find(name)
+        return await self._change("roll_back", name)
 
-    async def unload(self, name: str) -> Rejection | None:
+    async def unload(self, name: str) -> None:
         """Make the engine stop serving *name*."""
-        if not self._settings.model_control:
-            return NOT_CONTROLLED
-        known = self.find(name)
-        return known if isinstance(known, Rejection) else await self._client.command("unload", name)
+        self.find(name)
+        await self._command("unload", name)
 
-    async def _change(self, operation: str, name: str, folder: str | None = None) -> Model | Rejection:
+    async def _change(self, operation: str, name: str, folder: str | None = None) -> Model:
+        await self._command(operation, name, folder)
+        return self.find(name)
+
+    async def _command(self, operation: str, name: str, folder: str | None = None) -> None:
         if not self._settings.model_control:
-            return NOT_CONTROLLED
+            raise RejectedError(NOT_CONTROLLED)
         rejection = await self._client.command(operation, name, folder)
-        return self.find(name) if rejection is None else rejection
+        if rejection is not None:
+            raise RejectedError(rejection)
 
     def _open(self, number: int, file: int) -> RemoteModel:
         """Open the archive *file* of a model."""

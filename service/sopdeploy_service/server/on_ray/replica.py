@@ -19,7 +19,6 @@ from fastapi import FastAPI
 from sopdeploy.config import first_problem
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_service.app import create_app
-from sopdeploy_service.inference.fault_injection import faults_from_environment
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
@@ -52,9 +51,7 @@ class Replica:
         prepare_process()
         self._stack.enter_context(logs.configured(self.settings))
         open_trace = self._stack.enter_context(open_tracing(self.settings))
-        self.asgi: FastAPI = create_app(
-            models or {}, self.settings, faults=faults_from_environment(), open_trace=open_trace
-        )
+        self.asgi: FastAPI = create_app(models or {}, self.settings, open_trace=open_trace)
         self.service: Service = self.asgi.state.service
         self._watch = LoopWatch()
         self.service.metrics.loop_lag.set_function(self._watch.worst)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import wraps
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from sopdeploy.environment import FAULTS_VARIABLE
 from sopdeploy.errors import ConfigError, ParityError, RuntimeUnavailableError, SopdeployError
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.server.on_ray.replica import Replica
 
 MakeBundle = Callable[..., Path]
@@ -150,9 +153,14 @@ def test_settings_for_a_single_process_are_rejected() -> None:
 async def test_a_dead_runtime_exits_the_process_after_its_responses(
     versions: list[Path], jpeg: bytes, monkeypatch: pytest.MonkeyPatch, until: Callable[..., None]
 ) -> None:
-    monkeypatch.setenv(FAULTS_VARIABLE, "engine=hang@1")
-    monkeypatch.setattr("sopdeploy_service.inference.fault_injection.HANG_SECONDS", 2.0)
+    run = OnnxRuntime.run
 
+    def hang(runtime: OnnxRuntime, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        if threading.current_thread().name == "model_worker":  # not when the probes are replayed
+            time.sleep(2.0)
+        return run(runtime, images)
+
+    monkeypatch.setattr(OnnxRuntime, "run", hang)
     others = set(threading.enumerate())
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     async with started(batch_timeout_seconds=0.2) as replica, client_of(replica) as client:

@@ -8,21 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 
-from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.inference import shadow as shadows
+from sopdeploy_service import shadow as shadows
+from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel, load_model
-from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import Prediction, Ranking
-from sopdeploy_service.inference.shadow import plan_shadow
-from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.server.on_ray.plan import check
+from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings, load_settings
 from tests.service.held import Held
 
@@ -104,8 +99,8 @@ def test_a_shadow_is_compared_image_by_image_and_changes_no_response(
 def test_the_request_id_decides_which_requests_are_compared(serve, jpeg, until) -> None:
     ids = [f"request-{number}" for number in range(200)]
     with serve("0.05") as client:
-        sampler = client.app.state.service.registry
-        chosen = [name for name in ids if sampler.shadow.samples(sampler.find(), name)]
+        (shadow,) = client.app.state.service.observers
+        chosen = [name for name in ids if shadow.samples(name)]
         assert 3 <= len(chosen) <= 20
         for name in ids[: ids.index(chosen[1]) + 1]:
             client.post("/v1/classify", content=jpeg, headers={"X-Request-Id": name})
@@ -140,7 +135,7 @@ def test_the_shadow_waits_while_the_live_model_works(models, run_server, jpeg, u
         registry = client.app.state.service.registry
         waiting = pool.submit(client.post, "/v1/classify", content=jpeg)
         until(live.entered.is_set)
-        assert not registry._is_idle()
+        assert not registry.is_idle
         assert not new.entered.is_set()
         live.gate.set()
         assert waiting.result(20).status_code == 200
@@ -155,13 +150,19 @@ def with_decision(model: LoadedModel, decision: Decision) -> LoadedModel:
     return replace(model, bundle=replace(model.bundle, manifest=manifest))
 
 
-def test_several_classes_per_image_agree_if_all_of_them_are_equal(models) -> None:
-    model = Model("live", with_decision(models["live"], MULTI_LABEL), Settings(), Metrics())
-    for present, expected in (((), set()), ((0, 6), {"ant", "gnu"})):
-        logits = np.full(7, -1, np.float32)
-        logits[list(present)] = 1
-        outcome = Prediction({"logits": logits}, 0, 0, 1, Ranking([logits]), 0)
-        assert shadows._predicted(model, outcome) == expected
+def test_several_classes_per_image_agree_if_all_of_them_are_equal(models, run_server, jpeg, until) -> None:
+    class Absent(FakeRuntime):
+        def run(self, images):
+            return {name: -values - 1 for name, values in super().run(images).items()}
+
+    live, new = (with_decision(models[name], MULTI_LABEL) for name in ("live", "new"))
+    for runtime, result in ((FakeRuntime(classes=7), "agree"), (Absent(classes=7), "differ")):
+        beside = {"new": replace(new, runtime=runtime)}
+        with run_server(
+            FakeRuntime(classes=7), live.bundle, settings_with("1"), names=("live",), beside=beside
+        ) as client:
+            client.post("/v1/classify", content=jpeg)
+            assert settled(client, until, 1)[result] == 1
 
 
 def test_a_failing_shadow_is_counted_and_cannot_be_promoted_once_it_is_dead(
@@ -174,8 +175,8 @@ def test_a_failing_shadow_is_counted_and_cannot_be_promoted_once_it_is_dead(
     with serve("1", replace(models["new"], runtime=Broken())) as client:
         for _ in range(6):
             assert client.post("/v1/classify", content=jpeg).status_code == 200
-        registry = client.app.state.service.registry
-        until(lambda: registry.shadow.model.dead)
+        (shadow,) = client.app.state.service.observers
+        until(lambda: shadow.model.dead)
         client.post("/v1/classify", content=jpeg)
         assert counts(client)["failed"] >= 5
         assert client.get("/readyz").status_code == 200
@@ -229,7 +230,7 @@ def other_labels(tmp_path: Path, make_bundle) -> Iterator[LoadedModel]:
 
 
 def test_a_shadow_needs_two_bundles_with_the_same_classes(models, other_labels) -> None:
-    for found, message in (
+    for served, message in (
         ({"new": models["new"]}, "one other bundle; the bundles here are new"),
         ({"live": models["live"]}, "needs the bundle new=PATH"),
         ({**models, "third": models["live"]}, "one other bundle; the bundles here are live, new, third"),
@@ -237,15 +238,8 @@ def test_a_shadow_needs_two_bundles_with_the_same_classes(models, other_labels) 
         ({**models, "new": with_decision(models["new"], MULTI_LABEL)}, "several classes per image"),
     ):
         with pytest.raises(ConfigError, match=message):
-            plan_shadow("new=0.5", found)
-    calibrated = with_decision(models["new"], Decision())
-    assert plan_shadow("new=0.5", {**models, "new": calibrated}).loaded is calibrated
-    with pytest.raises(ConfigError, match="several classes per image"):
-        plan_shadow("new=0.5", {"live": calibrated, "new": with_decision(models["new"], MULTI_LABEL)})
+            create_app(served, settings_with("0.5"))
+    create_app({**models, "new": with_decision(models["new"], Decision())}, settings_with("0.5"))
     for text in ("new", "new=0", "new=1.5", "new=-1", "=0.1", "new=0.0", "new=nan"):
         with pytest.raises(ConfigError, match=r"shadow: .*write NAME=SHARE"):
             load_settings(shadow=text)
-    with pytest.raises(ConfigError, match="beside the cluster"):
-        check(Settings(shadow="new=0.5"))
-    assert np.isclose(plan_shadow("new=.05", models).share, 0.05)
-    assert open_bundle(models["new"].bundle.path).labels == models["live"].bundle.labels

@@ -1,0 +1,269 @@
+"""A second model, the shadow, that gets a share of the requests; no response depends on it.
+
+After a response is computed, the decoded images of the request wait here. One image at a time runs through
+the shadow while the live model has nothing to run. At most `MAX_WAITING` images wait; more are dropped. If
+the two bundles preprocess images in the same way, the shadow gets the same pixels, otherwise the decoders
+decode the file again.
+"""
+
+import asyncio
+import hashlib
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.decision import Decision
+from sopdeploy.errors import ConfigError, shorten
+from sopdeploy_service.api.schema import ModelInfo, ShadowInfo
+from sopdeploy_service.api.status import model_info
+from sopdeploy_service.api.upload import json_response, service_of, use_model
+from sopdeploy_service.http.middleware import require_admin
+from sopdeploy_service.http.problems import problem_responses
+from sopdeploy_service.images.decode import EncodedImage
+from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.model_worker import QueuedImage
+from sopdeploy_service.inference.registry import NOT_CONTROLLED
+from sopdeploy_service.inference.results import (
+    DRAINING,
+    Outcome,
+    Prediction,
+    RejectedError,
+    Rejection,
+    present_classes,
+)
+from sopdeploy_service.inference.service import Images, Service
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.observability.request_context import RequestContext
+
+MAX_WAITING = 32  # images
+MAX_WAITING_BYTES = 32_000_000
+
+Image = EncodedImage | NDArray[np.uint8]
+
+router = APIRouter()
+
+
+def install(app: FastAPI, service: Service) -> None:
+    """Add the route that promotes a shadow to *app* and, if the settings name one, the shadow to *service*.
+
+    Raises `ConfigError` for a shadow that is not among the models or has other classes.
+    """
+    app.router.routes += router.routes
+    if service.settings.shadow is not None:
+        name, _, share = service.settings.shadow.partition("=")
+        live = find_live_model(service.registry.models(), name)
+        service.observers.append(Shadow(service, name, live, float(share)))
+
+
+@router.post(
+    "/v1/models/{name}/promote",
+    summary="Serve the shadow",
+    response_model=ModelInfo,
+    responses=problem_responses(401, 403, 404, 409, 422),
+    dependencies=[Depends(require_admin)],
+)
+async def promote(request: Request, name: str) -> Response:
+    """Serve the shadow *name* under the name of the live model; a rollback of that model undoes it."""
+    service = service_of(request)
+    if not service.settings.model_control:
+        raise RejectedError(NOT_CONTROLLED)
+    for observer in service.observers:
+        if isinstance(observer, Shadow) and observer.name == name:
+            return json_response(model_info(use_model(request, await observer.promote())))
+    raise RejectedError(Rejection("no_shadow", 409, f"{name[:100]!r}: is not the shadow of a model"))
+
+
+def find_live_model(models: Sequence[Model], name: str) -> str:
+    """Return the name of the model whose requests the shadow *name* gets.
+
+    Raises `ConfigError` unless *models* are exactly this one and the shadow, with the same classes.
+    """
+    bundles = {model.name: model.bundle for model in models}
+    shadow = bundles.pop(name, None)
+    if shadow is None or len(bundles) != 1:
+        listed = shorten(sorted(model.name for model in models)) or "none"
+        raise ConfigError(
+            f"shadow {name}: needs the bundle {name}=PATH and one other bundle; the bundles here are {listed}"
+        )
+    ((live, bundle),) = bundles.items()
+    if set(shadow.labels) != set(bundle.labels):
+        raise ConfigError(
+            f"shadow {name}: its classes differ from those of {live}; use bundles with the same classes"
+        )
+    if _activation(shadow) != _activation(bundle):
+        raise ConfigError(
+            f"shadow {name}: only one of {name} and {live} has several classes per image"
+            "; use bundles of the same kind"
+        )
+    return live
+
+
+def _activation(bundle: Bundle) -> str:
+    return (bundle.manifest.decision or Decision()).activation
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Waiting:
+    """An image, and the *outcome* of *model* for it."""
+
+    image: Image
+    size: int
+    model: Model
+    outcome: Prediction
+
+
+class Shadow:
+    """Compares the model *name* with the model *live* for a *share* of the requests.
+
+    Every method is called on the event loop.
+    """
+
+    def __init__(self, service: Service, name: str, live: str, share: float) -> None:
+        """Take the model *name* out of the models that *service* serves."""
+        self.name, self._live, self._share = name, live, share
+        self._service = service
+        loaded = service.registry.withdraw(name)
+        self.model = Model(name, loaded, service.settings, Metrics())  # its batches are not those of requests
+        metrics = service.metrics
+        self.counts = dict.fromkeys(("agree", "differ", "failed", "dropped"), 0)
+        self._images = {result: metrics.shadow_images.labels(name, result) for result in self.counts}
+        self._seconds = {side: metrics.shadow_seconds.labels(name, side) for side in ("live", "shadow")}
+        self._waiting: deque[_Waiting] = deque()
+        self._waiting_bytes = 0
+        self._running: asyncio.Future[Outcome] | None = None
+        self._ended = False
+
+    def start(self) -> None:
+        """Start the worker thread of the model."""
+        self.model.start()
+
+    async def stop(self) -> None:
+        """Stop the model and release its runtime."""
+        self._ended = True
+        self.model.close(DRAINING)
+        await self.model.stop()
+
+    def info(self) -> dict[str, Any]:
+        """Describe the shadow for `/info`."""
+        bundle = self.model.bundle
+        facts = ShadowInfo(
+            name=self.name,
+            bundle=bundle.name,
+            id=bundle.manifest.id,
+            live=self._live,
+            share=self._share,
+            images=self.counts,
+        )
+        return {"shadow": facts}
+
+    def observe(
+        self,
+        model: Model,
+        context: RequestContext,
+        items: Sequence[QueuedImage],
+        images: Images,
+        outcomes: Sequence[Outcome],
+    ) -> None:
+        """Queue the images of a request to the live model if the request is sampled."""
+        if model.name == self._live and self.samples(context.request_id):
+            self._offer(model, items, images, outcomes)
+        asyncio.get_running_loop().call_soon(self._advance)  # after the response
+
+    def samples(self, request_id: str) -> bool:
+        """Tell whether the request *request_id* to the live model also goes to the shadow.
+
+        The hash of the id decides, so a repeated request gets the same answer.
+        """
+        digest = hashlib.blake2b(request_id.encode(), digest_size=4).digest()
+        return int.from_bytes(digest) < self._share * 2**32
+
+    async def promote(self) -> Model:
+        """Serve the shadow instead of the live model, which stays loaded for a rollback.
+
+        The shadow is not loaded again: its runtime serves requests after its last shadow batch. Raises
+        `RejectedError` if the shadow has failed.
+        """
+        registry = self._service.registry
+        async with registry.changing:
+            self._service.observers.remove(self)
+            self._ended = True
+            self._waiting.clear()
+            if self._running is not None:
+                await asyncio.wait([self._running])
+            await self.model.stop(keep_runtime=True)
+            loaded = self.model.loaded
+            self._service.metrics.count_bundle(self.name, loaded.bundle, loaded.runtime, -1)
+            if self.model.dead:
+                message = f"{self.name}: the model worker of this shadow has stopped"
+                raise RejectedError(Rejection("shadow_failed", 409, message))
+            registry.release_name(self.name)
+            return registry.serve(self._live, loaded)
+
+    def _offer(
+        self, model: Model, items: Sequence[QueuedImage], images: Images, outcomes: Sequence[Outcome]
+    ) -> None:
+        """Queue the images that *model* has predicted; drop images beyond `MAX_WAITING`.
+
+        *items* have the decoded pixels. Images that the live model rejects are not compared.
+        """
+        same = model.bundle.manifest.preprocess == self.model.bundle.manifest.preprocess
+        for item, image, outcome in zip(items, images, outcomes, strict=True):
+            if not isinstance(outcome, Prediction):
+                continue
+            used: Image = item.image if same else image
+            size = len(used.body) if isinstance(used, EncodedImage) else used.nbytes
+            fits = same or isinstance(used, EncodedImage)  # a tensor has the size of the live model's input
+            full = len(self._waiting) >= MAX_WAITING or self._waiting_bytes + size > MAX_WAITING_BYTES
+            if full or not fits or self.model.dead:
+                self._count("dropped")
+                continue
+            self._waiting.append(_Waiting(used, size, model, outcome))
+            self._waiting_bytes += size
+
+    def _advance(self) -> None:
+        """Begin the next image if the live model is idle; call it after every event that can make it idle."""
+        if (
+            self._running is not None
+            or not self._waiting
+            or self._ended
+            or not self._service.registry.is_idle
+        ):
+            return
+        entry = self._waiting.popleft()
+        self._waiting_bytes -= entry.size
+        item = QueuedImage(outcome=asyncio.get_running_loop().create_future(), deadline=math.inf)
+        self._running = item.outcome
+        item.outcome.add_done_callback(lambda done: self._compare(entry, done.result()))
+        self._service.submit(self.model, item, entry.image)
+
+    def _compare(self, entry: _Waiting, outcome: Outcome) -> None:
+        self._running = None
+        if self._ended:
+            return
+        if isinstance(outcome, Rejection):
+            self._count("failed")
+        else:
+            equal = _predicted(self.model, outcome) == _predicted(entry.model, entry.outcome)
+            self._count("agree" if equal else "differ")
+            self._seconds["live"].observe(entry.outcome.infer_seconds)
+            self._seconds["shadow"].observe(outcome.infer_seconds)
+        self._advance()
+
+    def _count(self, result: str) -> None:
+        self.counts[result] += 1
+        self._images[result].inc()
+
+
+def _predicted(model: Model, outcome: Prediction) -> set[str]:
+    """Return the label of the best class; for several classes per image, those of all present classes."""
+    logits = outcome.outputs[model.bundle.manifest.outputs[0].name]
+    if model.thresholds is None:
+        return {model.labels[int(logits.argmax())]}
+    return {model.labels[index] for index, _ in present_classes(logits, model.thresholds)}

@@ -1,0 +1,28 @@
+"""A runtime that fails on chosen runs."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy_service.runtime.base import OutOfMemoryError
+from sopdeploy_service.runtime.fake import FakeRuntime
+
+
+class Failing(FakeRuntime):
+    """Run number n, from 1, fails as `failures[n]` says: `raise`, `oom`, or `nan` for its first image."""
+
+    def __init__(self, failures: dict[int, str], *, fixed_ms: float = 0.0) -> None:
+        super().__init__(classes=7, largest_batch=8, fixed_ms=fixed_ms)
+        self._failures = failures
+        self._runs = 0
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        self._runs += 1
+        failure = self._failures.get(self._runs)
+        if failure == "raise":
+            raise RuntimeError("this run fails")
+        if failure == "oom":
+            raise OutOfMemoryError("no memory for this run")
+        outputs = super().run(images)
+        if failure == "nan":
+            outputs["logits"][0] = np.nan
+        return outputs
