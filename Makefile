@@ -4,6 +4,9 @@ OPTIONS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CUDA := $(VENV)/cuda
+# Empty where the CUDA provider of ONNX Runtime does not exist.
+CUDA_STAND_IN := $(if $(and $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(shell command -v gcc)),cuda-stand-in)
 SOAK ?= --seconds 300
 TARGET ?= cpu
 WHEELS ?=
@@ -27,7 +30,7 @@ export NO_MKDOCS_2_WARNING := 1
 # uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test fuzz check lint types contracts unit compile tests ray-test test-models removable goldens format docs \
+.PHONY: demo quick test fuzz check lint types contracts unit compile tests ray-test test-models cuda-stand-in removable goldens format docs \
 	pictures site gpu-check soak dist wheel-test samples-test extras-test container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
@@ -37,7 +40,7 @@ quick: $(STAMP)  ## format, lint, types, import contracts and unit tests, in und
 	$(MAKE) --jobs=2 types lint contracts unit
 
 test: $(STAMP)  ## format, lint, types, import contracts, the wheel, all tests that are not slow: what CI runs
-	$(MAKE) --jobs=2 compile check
+	$(MAKE) --jobs=2 $(CUDA_STAND_IN) compile check
 	$(MAKE) --jobs=2 wheel-test tests
 
 fuzz: $(STAMP)  ## the property tests with new random examples; a failure prints how to reproduce it
@@ -72,6 +75,14 @@ ray-test: $(STAMP)  ## the tests on real Ray clusters, which give up if other pr
 test-models: $(STAMP)  ## the slow tests: every network at full width through training, export and parity (one hour)
 	$(BIN)/pytest --slow -m slow
 	$(MAKE) removable
+
+cuda-stand-in: $(CUDA)/stand-in/.built  ## the CUDA provider of ONNX Runtime on a stand-in for CUDA; needs gcc, 250 MB
+
+$(CUDA)/stand-in/.built: $(STAMP) deploy/lock/gpu.txt tests/cuda/build.py tests/cuda/cudart.c
+	$(BIN)/uv pip install --quiet --no-deps --target $(CUDA) "$$(grep -o '^onnxruntime-gpu==[0-9.]*' deploy/lock/gpu.txt)"
+	$(BIN)/uv pip install --quiet --no-deps --target $(CUDA)/headers nvidia-cuda-runtime nvidia-cuda-crt
+	$(BIN)/python tests/cuda/build.py $(CUDA)
+	touch $@
 
 removable: $(STAMP)  ## delete each optional part from a copy of the project; the unit tests must still pass
 	OMP_NUM_THREADS=1 $(BIN)/python tests/removable.py

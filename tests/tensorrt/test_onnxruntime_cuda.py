@@ -81,16 +81,17 @@ def claim_cuda(monkeypatch: pytest.MonkeyPatch, session: Callable[..., Any]) -> 
     monkeypatch.setattr(with_onnxruntime, "load_cuda_libraries", lambda module: None)
 
 
-def test_onnxruntime_uses_cuda_without_tf32_and_without_cpu_fallback(
+def test_onnxruntime_uses_cuda_without_tf32_and_without_fallback_after_errors(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Any] = []
 
     def session(path: str, options: Any, providers: Any, enable_fallback: int) -> Any:
-        asked.append((providers, options.get_session_config_entry("session.disable_cpu_ep_fallback")))
+        asked.append((providers, options.get_session_config_entry("session.disable_quant_qdq")))
         assert not enable_fallback, "otherwise it continues on the CPU after an error, also of a later run"
         made = onnxruntime.InferenceSession(path, providers=[CPU])
         made.get_providers = lambda: [CUDA, CPU]
+        made.get_provider_graph_assignment_info = list
         return made
 
     claim_cuda(monkeypatch, session)
@@ -125,15 +126,6 @@ def test_a_failure_of_cuda_is_shown_without_the_library_s_source(
     message = r"cannot load the graph: CUDA failure 35: CUDA driver version is insufficient .* version$"
     with pytest.raises(RuntimeUnavailableError, match=message):
         open_runtime(bundle, ON_CUDA)
-
-
-def test_a_graph_with_operators_that_only_a_cpu_can_run_says_what_to_do(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    azure = "AzureExecutionProvider"  # a provider of every wheel, which has none of our operators
-    monkeypatch.setitem(with_onnxruntime.DEVICES, azure, "azure")
-    with pytest.raises(RuntimeUnavailableError, match=f"all operators of the graph on {azure}; export the"):
-        with_onnxruntime._open_session(onnxruntime, bundle, 1, azure, {})
 
 
 def test_cuda_without_a_cuda_onnxruntime_says_what_to_install(bundle: Bundle) -> None:

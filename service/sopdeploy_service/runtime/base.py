@@ -151,6 +151,8 @@ def classify_error(message: str) -> DeviceLostError | OutOfMemoryError | None:
         if matches:
             kind = OutOfMemoryError if error is MEMORY_ERROR else DeviceLostError
             return kind(f"CUDA {error.code}, {error.runtime}: {error.text}")
-    if any(text in lower for text in LIBRARY_MEMORY_ERRORS):
-        return OutOfMemoryError(" ".join(message.split())[:200])
+    positions = [lower.find(text) for text in LIBRARY_MEMORY_ERRORS if text in lower]
+    if positions:
+        start = min(positions) if "/onnxruntime_src/" in message else 0  # after C++ signatures
+        return OutOfMemoryError(" ".join(message[start:].split())[:200])
     return None

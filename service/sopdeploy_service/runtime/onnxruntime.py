@@ -23,7 +23,10 @@ CUDA_OPTIONS = {
     "use_tf32": "0",  # fp32 in the graph stays fp32
     "cudnn_conv_algo_search": "HEURISTIC",  # the default measures every algorithm whenever the size changes
 }
-CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;]+")
+# What matters in messages that contain several lines of C++ signatures.
+REASON = re.compile(r"CUDA failure \d+: [^;]+|Failed to allocate memory .*")
+# onnxruntime runs these on the CPU if they compute a shape, and only then: all have CUDA kernels.
+SHAPE_OPERATORS = {"Shape", "Gather", "Slice", "Squeeze", "Unsqueeze", "Concat", "Cast", "Add", "Mul"}
 DEVICES = {CPU: "cpu", CUDA: "cuda:0"}
 
 
@@ -150,14 +153,8 @@ def _import_onnxruntime() -> Any:
     return import_optional("onnxruntime", "onnxruntime", "sopdeploy[cpu]", RuntimeUnavailableError)
 
 
-def _open_session(
-    onnxruntime: Any, bundle: Bundle, threads: int, provider: str, provider_options: dict[str, str]
-) -> Any:
-    """Open a session on *provider* only and check the tensors of the graph.
-
-    onnxruntime adds the CPU provider by itself; with another *provider* no operator may fall back to it.
-    """
-    version = onnxruntime.__version__
+def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
+    """Return the options of a session on *provider*, with *threads* on the CPU."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads
@@ -167,7 +164,38 @@ def _open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry(*EXACT_INT8)
     if provider != CPU:
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        # The optimizer of quantized graphs adds operators on int32 biases, which have no CUDA kernel.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
+def operators_on_cpu(session: Any) -> list[str]:
+    """Return the operators of a GPU's *session* that run on the CPU, except those that compute shapes.
+
+    *session* was opened with `session_options`. Copying activations between GPU and CPU is slower than a CPU
+    alone. Shapes are on the CPU in any case.
+    """
+    return sorted(
+        {
+            node.op_type
+            for subgraph in session.get_provider_graph_assignment_info()
+            if subgraph.ep_name == CPU
+            for node in subgraph.get_nodes()
+        }
+        - SHAPE_OPERATORS
+    )
+
+
+def _open_session(
+    onnxruntime: Any, bundle: Bundle, threads: int, provider: str, provider_options: dict[str, str]
+) -> Any:
+    """Open a session on *provider* only and check the tensors of the graph.
+
+    onnxruntime adds the CPU provider by itself; with another *provider* only shapes may be computed there.
+    """
+    version = onnxruntime.__version__
+    options = session_options(onnxruntime, threads, provider)
     if provider not in onnxruntime.get_available_providers():
         raise RuntimeUnavailableError(
             f"onnxruntime {version} has no {provider} here; "
@@ -182,13 +210,8 @@ def _open_session(
             enable_fallback=0,  # otherwise it falls back to the CPU after errors
         )
     except Exception as error:  # onnxruntime's errors share no base class
-        failure = CUDA_FAILURE.search(str(error))  # inside several lines of C++ signatures
-        reason = f"cannot load the graph: {' '.join((failure[0] if failure else str(error)).split())}"
-        if "fallback to CPU EP" in str(error):
-            reason = (
-                f"cannot run all operators of the graph on {provider}; export the checkpoint again, for int8 "
-                "with --int8-for tensorrt, or choose --runtime onnxruntime-cpu"
-            )
+        known = REASON.search(str(error))
+        reason = f"cannot load the graph: {' '.join((known[0] if known else str(error)).split())}"
         if bundle.manifest.precision == "bf16-backbone":
             reason = (
                 f"has no bfloat16 kernels on {DEVICES[provider]}; build an engine for a GPU "
@@ -198,6 +221,12 @@ def _open_session(
     if session.get_providers()[0] != provider:
         raise RuntimeUnavailableError(
             f"{bundle.onnx}: asked for {provider}, onnxruntime chose {session.get_providers()}"
+        )
+    if provider != CPU and (operators := operators_on_cpu(session)):
+        raise RuntimeUnavailableError(
+            f"{bundle.onnx}: onnxruntime {version} runs {', '.join(operators)} on the CPU instead of "
+            f"{DEVICES[provider]}; export the checkpoint again, for int8 with --int8-for tensorrt, or choose "
+            "--runtime onnxruntime-cpu"
         )
     declared = [tensor.name for tensor in (*bundle.manifest.inputs, *bundle.manifest.outputs)]
     found = [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())]

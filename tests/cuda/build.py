@@ -1,0 +1,81 @@
+"""Compile the stand-in for CUDA, so that the CUDA provider of ONNX Runtime opens graphs without a GPU.
+
+    python tests/cuda/build.py FOLDER
+
+FOLDER contains the package `onnxruntime-gpu`, FOLDER/headers contains `nvidia-cuda-runtime` and
+`nvidia-cuda-crt`. The libraries are written to FOLDER/stand-in. Loading of the provider, graph optimization,
+partitioning, memory arena, IO binding and error messages are real. Kernels compute nothing, and convolutions
+cannot run, because cuDNN is empty.
+Needs gcc and nm.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
+HANDLE = "int {name}(void **handle) {{ static int object; *handle = &object; return 0; }}"
+BODIES = {
+    r"cudnnGetVersion": "unsigned long {name}(void) {{ return 92400; }}",
+    r"cublasGetMathMode": "int {name}(void *handle, int *mode) {{ return *mode = 0; }}",
+    r"cublas(Lt)?Create(_v2)?|cudnnCreate\w*": HANDLE,
+    r"cublasGetStatus\w+|cudnnGetErrorString": 'const char *{name}(int status) {{ return "stand-in"; }}',
+    r"cudnnGetLastErrorString": "void {name}(char *text, unsigned long size) {{ if (size) *text = 0; }}",
+    r"cudnnBackend\w+": "int {name}(void) {{ return 3000; }}",  # CUDNN_STATUS_NOT_SUPPORTED
+    r"cuInit|cuTensorMap\w+": "int {name}(void) {{ return 100; }}",  # no device: only the runtime is there
+    r"": "int {name}(void) {{ return 0; }}",
+}
+
+
+def output(*command: str) -> str:
+    """Return what *command* prints."""
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def stub(name: str) -> str:
+    """Return the definition of the function *name* that only reports success."""
+    body = next(body for pattern, body in BODIES.items() if not pattern or re.fullmatch(pattern, name))
+    return body.format(name=name)
+
+
+def symbols(provider: str) -> dict[str, set[str]]:
+    """Return the functions that *provider* takes from each library. It looks those of cuDNN up by name."""
+    needed: dict[str, set[str]] = {
+        "libcudart.so.13": set(),
+        "libcublas.so.13": set(),
+        "libcublasLt.so.13": set(),
+    }
+    for line in output("nm", "-D", "--undefined-only", provider).splitlines():
+        name, _, library = line.split()[-1].partition("@")
+        if library in needed:
+            needed[library].add(name)
+    names = set(re.findall(r"\bcudnn[A-Z]\w+", output("strings", "-n", "8", provider)))
+    return needed | {
+        "libcurand.so.10": set(),
+        "libcuda.so.1": {"cuInit", "cuTensorMapEncodeTiled"},
+        "libcudnn.so.9": {name for name in names if not name.endswith("_t")},
+    }
+
+
+def build(folder: Path) -> None:
+    """Compile one library for each that the provider in *folder* needs, into `stand-in`."""
+    target = folder / "stand-in"
+    target.mkdir(exist_ok=True)
+    written = (HERE / "cudart.c").read_text(encoding="utf-8")
+    for library, names in symbols(str(folder / PROVIDER)).items():
+        runtime = library.startswith("libcudart")
+        missing = sorted(name for name in names if not (runtime and re.search(rf"\b{name}\(", written)))
+        sources = [target / f"{library}.c", *([HERE / "cudart.c"] if runtime else [])]
+        sources[0].write_text("\n".join(map(stub, missing)), encoding="utf-8")
+        versions = target / f"{library}.map"
+        versions.write_text(f"{library} {{ global: *; }};\n", encoding="utf-8")
+        command = ["gcc", "-shared", "-fPIC", "-w", f"-I{folder}/headers/nvidia/cu13/include"]
+        command += [f"-Wl,-soname,{library}", f"-Wl,--version-script={versions}"]
+        command += ["-o", str(target / library), *map(str, sources)]
+        subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))

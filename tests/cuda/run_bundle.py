@@ -1,0 +1,32 @@
+"""Run three images with the CUDA provider on the stand-in, while one function of CUDA fails.
+
+python -m tests.cuda.run_bundle BUNDLE FUNCTION CODE WHEN, where WHEN is "open" or "run". Prints type and
+message of the error as JSON.
+"""
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy_service.runtime.onnxruntime import CUDA, CUDA_OPTIONS, OnnxRuntime
+from tests.tensorrt.networks import some_images
+
+
+def main(folder: str, function: str, code: str, when: str) -> None:
+    fail = ctypes.CDLL("libcudart.so.13").stand_in_fail
+    bundle = open_bundle(Path(folder))
+    answer = ["", ""]
+    try:
+        if when == "open":
+            fail(function.encode(), int(code))
+        runtime = OnnxRuntime(bundle, provider=CUDA, options=CUDA_OPTIONS)
+        fail(function.encode(), int(code))
+        runtime.run(some_images())
+    except Exception as error:
+        answer = [type(error).__name__, str(error)]
+    sys.stdout.write(json.dumps(answer))
+
+
+main(*sys.argv[1:])

@@ -1,0 +1,59 @@
+"""The CUDA provider of ONNX Runtime without a GPU; `make cuda-stand-in` installs it. See build.py."""
+
+import atexit
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import onnx
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / ".venv" / "cuda"
+LIBRARIES = FOLDER / "stand-in"
+ABSENT = "the CUDA provider is not installed (`make cuda-stand-in`: Linux on x86-64 with gcc)"
+
+
+def installed() -> bool:
+    """Return whether the provider and the stand-in are here."""
+    return (LIBRARIES / "libcudart.so.13").is_file()
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    """Start Python with *command*, so that it finds the provider and the stand-in."""
+    paths = [FOLDER, ROOT, ROOT / "export", ROOT / "service"]
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(LIBRARIES),
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONWARNINGS": "ignore",
+    }
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+@functools.cache
+def _opener() -> subprocess.Popen[str]:
+    process = start("-m", "tests.cuda.open_graphs")
+    atexit.register(process.kill)
+    return process
+
+
+def opened(model: onnx.ModelProto) -> str:
+    """Open *model* with the options of the service; return "ok" or the message of the provider."""
+    if not installed():
+        return ABSENT
+    opener = _opener()
+    assert opener.stdin
+    assert opener.stdout
+    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
+        file.write(model.SerializeToString())
+        file.flush()
+        opener.stdin.write(f"{file.name}\n")
+        opener.stdin.flush()
+        answer: str = json.loads(opener.stdout.readline())
+    return answer

@@ -1,0 +1,67 @@
+"""The real CUDA provider of ONNX Runtime: what it opens, and its errors as the service shows them."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from tests.cuda.stand_in import ABSENT, installed, opened, start
+from tests.tensorrt.networks import CLASSES, SIDE, network, write
+
+pytestmark = pytest.mark.skipif(not installed(), reason=ABSENT)
+
+
+def without_convolution() -> onnx.ModelProto:
+    """Return a network that the stand-in can run: convolutions need cuDNN."""
+    rows = helper.make_tensor("rows", TensorProto.INT64, [2], [0, SIDE * SIDE * 3])
+    weight = helper.make_tensor(
+        "fc.weight", TensorProto.FLOAT, [SIDE * SIDE * 3, CLASSES], [0.5] * SIDE * SIDE * 3 * CLASSES
+    )
+    nodes = [
+        helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("Reshape", ["pixels", "rows"], ["vector"]),
+        helper.make_node("MatMul", ["vector", "fc.weight"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "without_convolution",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", SIDE, SIDE, 3])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
+        [rows, weight],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_second_order_graph_opens(half: bool) -> None:
+    assert opened(network(half=half)) == "ok"
+
+
+def test_an_operator_without_a_cuda_kernel_is_named() -> None:
+    model = network()
+    model.graph.node.append(helper.make_node("Det", ["covariance"], ["determinant"]))
+    model.graph.output.append(helper.make_tensor_value_info("determinant", TensorProto.FLOAT, ["batch"]))
+    assert opened(model) == "Det"
+
+
+FAILURES = [
+    ("", 0, "run", "", ""),
+    ("cudaMalloc", 2, "open", "RuntimeUnavailableError", "graph: Failed to allocate memory"),
+    ("cudaMemcpy", 700, "run", "DeviceLostError", "CUDA 700, cudaErrorIllegalAddress: illegal memory access"),
+    ("cudaStreamSynchronize", 719, "run", "DeviceLostError", "unspecified launch failure"),
+    ("cudaMalloc", 2, "run", "OutOfMemoryError", "Failed to allocate memory"),
+]
+
+
+@pytest.mark.parametrize(("function", "code", "when", "error", "message"), FAILURES)
+def test_a_failure_of_cuda_is_one_line_of_the_right_kind(
+    function: str, code: int, when: str, error: str, message: str, tmp_path: Path
+) -> None:
+    bundle = write(tmp_path / "bundle", without_convolution())
+    process = start("-m", "tests.cuda.run_bundle", str(bundle.path), function, str(code), when)
+    kind, text = json.loads(process.communicate(timeout=120)[0])
+    assert kind == error
+    assert message in text
+    assert "\n" not in text
