@@ -8,7 +8,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sopdeploy_service.api.v2 import json_tensors
 from sopdeploy_service.api.v2.json_tensors import NumberList, extract_lists
 from sopdeploy_service.api.v2.metadata import Tensor
 from sopdeploy_service.inference.results import RejectedError
@@ -78,18 +77,3 @@ def test_any_text_is_read_as_a_parser_reads_it(tensor, nested, changes):
     assert (found is not None) == valid
     if found is not None:
         assert np.array_equal(found, expected.reshape(SHAPE).astype(found.dtype))
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 10**6])
-def test_the_size_of_the_pieces_makes_no_difference(monkeypatch, size):
-    monkeypatch.setattr(json_tensors, "PIECE_BYTES", size)
-    text = b"[ [[1, 20],\n [255,0]] ,[[7, 8 ],[9,10] ]]"
-    found = NumberList(text).read(BYTES, (2, 2, 2))
-    assert found.tolist() == json.loads(text)
-    for bad in (
-        b"[[[1,20],[255,0]],[[7,8],[9]10]]",
-        b"[[[1,20],[255,0]],[[7,8]9,[10]]]",
-        b"[[[1,20],[255,]],[[7,8],[9,10]]]",
-    ):
-        with pytest.raises(RejectedError):
-            NumberList(bad).read(BYTES, (2, 2, 2))

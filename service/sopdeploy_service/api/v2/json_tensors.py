@@ -1,8 +1,8 @@
-"""Read lists of numbers from JSON text without creating a Python object per number.
+"""Read lists of numbers from JSON text under the limits of their tensor.
 
-As Python objects, 16 MB of nested lists take many times their size, and a JSON parser holds the interpreter
-lock for seconds. Here the lists under `data` are cut out before the document is parsed. Their brackets alone
-show their shape, so the numbers are read as one flat list, piece by piece, and other threads run in between.
+A JSON parser creates an object for every list, so 16 MB of `[],[],...` would need many times their size and
+hold the interpreter lock for seconds. Here the lists under `data` are cut out before the document is parsed.
+Their brackets and commas alone show their shape, so the numbers are parsed as one flat list.
 """
 
 import re
@@ -20,12 +20,11 @@ from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import parts
 from sopdeploy_service.inference.results import RejectedError
 
-PIECE_BYTES = 65_536  # under a millisecond each
-WHITESPACE = b" \t\r\n"
 LIST_FOLLOWS = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(?=\[)")
+WHITESPACE = b" \t\r\n"
+INTEGER_TO_ZEROS = bytes.maketrans(b"0123456789-", b"0" * 11)
+FLOAT_TO_ZEROS = bytes.maketrans(b"0123456789-+.eE", b"0" * 15)
 BRACKETS_TO_SPACES = bytes.maketrans(b"[]", b"  ")
-INTEGER_CHARACTERS = b"0123456789-"
-FLOAT_CHARACTERS = INTEGER_CHARACTERS + b"+.eE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,36 +39,34 @@ class NumberList:
         Raises `RejectedError` for another shape and for values that *tensor* cannot hold.
         """
         dtype = DTYPES[tensor.datatype]
-        characters = INTEGER_CHARACTERS if dtype.kind in "iu" else FLOAT_CHARACTERS
-        zeros = bytes.maketrans(characters, b"0" * len(characters))
-        self._check_shape(_translate(self.text, zeros, WHITESPACE), tensor, shape)
-        pieces = []
-        begin = 0
-        while begin <= len(self.text):
-            comma = self.text.find(b",", begin + PIECE_BYTES)
-            end = comma if comma >= 0 else len(self.text)
-            pieces.append(_read_numbers(self.text[begin:end].translate(BRACKETS_TO_SPACES), tensor))
-            begin = end + 1
-        return np.concatenate(pieces).reshape(shape)
-
-    def _check_shape(self, outline: bytes, tensor: Tensor, shape: tuple[int, ...]) -> None:
-        """Check *outline*, the text with 0 for every character of a number, against *shape*.
-
-        Brackets and commas define the shape. A number directly after `]` or before `[` is outside of its
-        list.
-        """
-        brackets = _translate(outline, None, b"0")
+        is_integer = dtype.kind in "iu"
+        where = f"input {tensor.name!r}"
+        zeros = INTEGER_TO_ZEROS if is_integer else FLOAT_TO_ZEROS
+        outline = self.text.translate(zeros, WHITESPACE)
+        brackets = outline.translate(None, b"0")
         if brackets.translate(None, b"[],"):
-            kind = "finite numbers" if DTYPES[tensor.datatype].kind == "f" else "whole numbers"
-            raise bad_request("wrong_data", f"input {tensor.name!r}: {tensor.datatype} data must be {kind}")
+            kind = "whole numbers" if is_integer else "finite numbers"
+            raise bad_request("wrong_data", f"{where}: {tensor.datatype} data must be {kind}")
         nested = b""
         for size in reversed(shape):
             nested = b"[" + b",".join([nested] * size) + b"]"
         flat = b"[" + b"," * (prod(shape) - 1) + b"]"
-        begins = range(0, len(outline), PIECE_BYTES)
-        pieces = (outline[begin : begin + PIECE_BYTES + 1] for begin in begins)  # they overlap by one byte
-        if brackets not in {nested, flat} or any(b"]0" in piece or b"0[" in piece for piece in pieces):
+        if brackets not in {nested, flat} or b"]0" in outline or b"0[" in outline:
             raise wrong_count_error(tensor, shape)
+        try:
+            numbers = orjson.loads(b"[" + self.text.translate(BRACKETS_TO_SPACES) + b"]")
+        except orjson.JSONDecodeError as error:
+            raise bad_request("wrong_data", f"{where}: invalid data: {error}") from error
+        if len(numbers) != prod(shape):
+            raise wrong_count_error(tensor, shape)
+        values = np.array(numbers, None if is_integer else np.float64)
+        if is_integer:
+            limits = np.iinfo(dtype)
+            if values.dtype.kind == "f" or values.min() < limits.min or values.max() > limits.max:
+                message = f"{where}: values must be between {limits.min} and {limits.max}"
+                raise bad_request("wrong_data", message)
+        with np.errstate(over="ignore"):  # values beyond the range become infinite and are rejected
+            return check_finite(values.astype(dtype).reshape(shape), tensor)
 
 
 def wrong_count_error(tensor: Tensor, shape: tuple[int, ...]) -> RejectedError:
@@ -118,32 +115,6 @@ def _list_span(part: bytes) -> tuple[int, int] | None:
     after = part[end:].lstrip()[:1]
     if end == 0 or not (after == b"}" or part[end:].strip() in {b"", b","}):
         return None
-    begins = range(colon.end(), end, PIECE_BYTES)
-    pieces = (part[begin : min(begin + PIECE_BYTES, end)] for begin in begins)
-    depth = sum(piece.count(b"[") - piece.count(b"]") for piece in pieces)
-    return None if depth else (colon.end(), end)
-
-
-def _translate(text: bytes, table: bytes | None, delete: bytes) -> bytes:
-    """Call `text.translate` piece by piece, so that other threads run in between."""
-    begins = range(0, len(text), PIECE_BYTES)
-    return b"".join(text[begin : begin + PIECE_BYTES].translate(table, delete) for begin in begins)
-
-
-def _read_numbers(piece: bytes, tensor: Tensor) -> NDArray[Any]:
-    """Read comma-separated numbers; reject values that *tensor* cannot hold."""
-    try:
-        values = orjson.loads(b"[" + piece + b"]")
-    except orjson.JSONDecodeError as error:
-        raise bad_request("wrong_data", f"input {tensor.name!r}: invalid data: {error}") from error
-    if not values:
-        raise bad_request("wrong_data", f"input {tensor.name!r}: invalid data: a number is missing")
-    dtype = DTYPES[tensor.datatype]
-    if dtype.kind in "iu":
-        limits = np.iinfo(dtype)
-        if min(values) < limits.min or max(values) > limits.max:
-            message = f"input {tensor.name!r}: values must be between {limits.min} and {limits.max}"
-            raise bad_request("wrong_data", message)
-        return np.array(values, dtype)
-    with np.errstate(over="ignore"):  # values beyond the range become infinite and are rejected
-        return check_finite(np.array(values, np.float64).astype(dtype), tensor)
+    begin = colon.end()
+    is_complete = part.count(b"[", begin, end) == part.count(b"]", begin, end)
+    return (begin, end) if is_complete else None
