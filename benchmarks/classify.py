@@ -41,7 +41,7 @@ from PIL import Image
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import DataError
 from sopdeploy_service.commands.batch import run
-from sopdeploy_service.commands.batch.part_classifier import ClassifyOptions
+from sopdeploy_service.commands.batch.classifier import ClassifyOptions
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.fake import FakeRuntime

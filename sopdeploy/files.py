@@ -65,6 +65,14 @@ def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
     return open(path, "rb", buffering)  # noqa: PTH123
 
 
+def read_at_most(file: IO[bytes], limit: int) -> bytes:
+    """Read the rest of *file*, at most *limit* bytes; the memory depends on the content, not on *limit*."""
+    content = bytearray()
+    while piece := file.read(min(limit - len(content), BLOCK_BYTES)):
+        content += piece
+    return bytes(content)
+
+
 def expand_user(path: Path | str) -> Path:
     """Replace `~` or `~user` at the beginning of *path*; the path of an unknown user stays as it is."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises RuntimeError for an unknown user

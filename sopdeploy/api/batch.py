@@ -8,8 +8,8 @@ import pydantic
 
 from sopdeploy.config import first_problem
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.commands.batch.classifier import PART_IMAGES, ClassifyOptions
 from sopdeploy_service.commands.batch.on_ray import RayOptions
-from sopdeploy_service.commands.batch.part_classifier import PART_IMAGES, ClassifyOptions
 from sopdeploy_service.commands.batch.run import Classified
 from sopdeploy_service.commands.batch.run import classify as run
 from sopdeploy_service.settings import load_settings

@@ -13,7 +13,7 @@ from sopdeploy.bundle.folder import MANIFEST
 from sopdeploy.config import StrictModel
 from sopdeploy.data.folder_store import is_image
 from sopdeploy.errors import ConfigError, DataError, ImageError
-from sopdeploy.files import atomic_write, open_regular
+from sopdeploy.files import atomic_write, open_regular, read_at_most
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.overlay import draw_overlay
 from sopdeploy.images.pixels import (
@@ -158,7 +158,7 @@ def read_image(path: Path, max_bytes: int) -> EncodedImage:
     try:
         # An image name may come from `photos/*`; /dev/stdin and <(command) have none and may be pipes.
         with open_regular(path) if is_image(path.name) else path.open("rb") as file:
-            return EncodedImage(file.read(max_bytes + 1))
+            return EncodedImage(read_at_most(file, max_bytes + 1))
     except OSError as error:
         reason = f"cannot be read ({error.strerror}); name an image file"
         if (path / MANIFEST).is_file():

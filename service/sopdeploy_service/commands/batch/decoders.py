@@ -1,28 +1,23 @@
 """Decode images in worker processes, which write the pixels into memory shared with this process.
 
-Blocks are assigned to the workers in turn, and each worker has up to `DEPTH` of them, so results arrive in
-order and memory is bounded. A worker ends when its parent ends, because its socket is closed then. If a
-worker dies, for example because a decoder crashes on an image, another worker decodes the block again, image
-by image; an image that kills this worker too gets an error.
-
-Workers are plain subprocesses: `multiprocessing` would import the main module of the parent again, which may
-be a script or a notebook.
+Blocks of images are decoded in advance and arrive in order. If a worker dies, for example because a decoder
+crashes on an image, the blocks in work are decoded again in another process, image by image. An image that
+kills this process, too, gets an error.
 """
 
 import hashlib
-import mmap
+import multiprocessing
 import os
-import socket
-import subprocess
+import signal
 import sys
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count
-from multiprocessing.connection import Connection
-from pathlib import Path
-from queue import SimpleQueue
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from math import prod
+from multiprocessing.context import SpawnContext, SpawnProcess
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,10 +32,8 @@ from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.results import DECODER_FAILED
 from sopdeploy_service.settings import Settings
 
-DEPTH = 3  # blocks of one worker: one is decoded, one waits, and the pixels of one are in use
-DECODER_SETTINGS = ("decode", "max_body_bytes", "max_pixels")
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory
-PROGRAM = "from sopdeploy_service.commands.batch.decoders import work; work()"
+BLOCKS_PER_WORKER = 2  # one is decoded, one waits
+BLOCKS_IN_USE = 2  # the runtime may still need the pixels of the previous block
 
 
 class Read(NamedTuple):
@@ -70,196 +63,139 @@ class DecoderProcesses:
     """Several *workers*, processes that decode blocks of at most *block* images as a server with *settings*.
 
     Use it as a context manager; the processes start in the background. `decode` raises
-    `RuntimeUnavailableError` if one of them does not start.
+    `RuntimeUnavailableError` if they do not start.
     """
 
     def __init__(self, rules: Preprocess, settings: Settings, *, workers: int, block: int) -> None:
         self.block = block
-        shape = (workers, DEPTH, block, rules.crop, rules.crop, 3)
-        self._memory = _shared_file(int(np.prod(shape)))
-        self._pixels = np.ndarray(shape, np.uint8, buffer=mmap.mmap(self._memory.fileno(), 0))
-        self._start = {
-            "shape": shape,
-            "rules": rules.model_dump_json(),
-            "settings": settings.model_dump(mode="json", include=set(DECODER_SETTINGS)),
-        }
-        self._workers: list[Worker] = []
-        self._count = workers
+        self._slots = BLOCKS_PER_WORKER * workers + BLOCKS_IN_USE
+        shape = (self._slots, block, rules.crop, rules.crop, 3)
+        memory = multiprocessing.RawArray("B", prod(shape))
+        self._pixels = np.frombuffer(memory, np.uint8).reshape(shape)
+        self._pool = _Pool(workers, memory, shape, rules, settings)
+        self._single = _Pool(1, memory, shape, rules, settings)
 
     def __enter__(self) -> "DecoderProcesses":
-        self._workers = [self._start_worker(number) for number in range(self._count)]
+        self._pool.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
-            worker.stop()
-        self._memory.close()
+        self._pool.stop()
+        self._single.stop()
 
     def decode(self, tasks: Iterable[Sequence[Entry]]) -> Iterator[Block]:
         """Decode *tasks* of at most `block` images in advance; yield their blocks in order."""
-        for worker in self._workers:
-            worker.wait_until_ready()
-        waiting: deque[tuple[int, int, Sequence[Entry]]] = deque()  # (worker, slot, task)
-        upcoming = enumerate(tasks)
+        self._pool.wait_until_ready()
+        waiting: deque[tuple[int, Sequence[Entry], Future[list[Read]]]] = deque()
+        for number, entries in enumerate(tasks):
+            slot = number % self._slots
+            waiting.append((slot, entries, self._pool.submit(slot, 0, entries)))
+            if len(waiting) > self._slots - BLOCKS_IN_USE:
+                yield self._finish(*waiting.popleft())
+        while waiting:
+            yield self._finish(*waiting.popleft())
 
-        def send_next() -> None:
-            for number, task in upcoming:
-                turn, index = divmod(number, self._count)
-                waiting.append((index, turn % DEPTH, task))
-                self._workers[index].send(turn % DEPTH, task)
-                return
+    def _finish(self, slot: int, entries: Sequence[Entry], reads: "Future[list[Read]]") -> Block:
+        pixels = self._pixels[slot, : len(entries)]
+        try:
+            return Block(reads.result(), pixels)
+        except BrokenProcessPool:
+            return Block([self._decode_alone(slot, n, entry) for n, entry in enumerate(entries)], pixels)
 
-        for _ in range(self._count * DEPTH):
-            send_next()
-        for done in count():
-            if done >= 2:
-                send_next()
-            if not waiting:
-                return
-            index, slot, task = waiting.popleft()
-            reads = self._workers[index].receive()
-            if reads is None:
-                later = [(slot, task) for other, slot, task in waiting if other == index]
-                reads = self._repeat(index, slot, task)
-                for later_slot, later_task in later:
-                    self._workers[index].send(later_slot, later_task)
-            yield Block(reads, self._pixels[index, slot, : len(reads)])
-
-    def _start_worker(self, number: int) -> "Worker":
-        return Worker({**self._start, "number": number}, self._memory.fileno())
-
-    def _repeat(self, index: int, slot: int, task: Sequence[Entry]) -> list[Read]:
-        """Decode the images of *task* one by one after worker *index* died; restart it whenever it dies."""
-        found: list[Read] = []
-        pixels = np.zeros_like(self._pixels[index, slot])
-        alive = False
-        for position, entry in enumerate(task):
-            if not alive:
-                self._workers[index].stop()
-                self._workers[index] = self._start_worker(index)
-                self._workers[index].wait_until_ready()
-            self._workers[index].send(slot, [entry])
-            reads = self._workers[index].receive()
-            alive = reads is not None
-            if reads is None:
-                reads = [Read("", error=DECODER_FAILED.code, message=DECODER_FAILED.message)]
-            else:
-                pixels[position] = self._pixels[index, slot, 0]
-            found += reads
-        if not alive:
-            self._workers[index].stop()
-            self._workers[index] = self._start_worker(index)
-            self._workers[index].wait_until_ready()
-        self._pixels[index, slot] = pixels
-        return found
+    def _decode_alone(self, slot: int, position: int, entry: Entry) -> Read:
+        try:
+            return self._single.submit(slot, position, [entry]).result()[0]
+        except BrokenProcessPool:
+            self._pixels[slot, position] = 0
+            return Read("", error=DECODER_FAILED.code, message=DECODER_FAILED.message)
 
 
-class Worker:
-    """One process, which reads tasks from a socket until it is closed."""
+class _Pool:
+    """A process pool that starts again after one of its *workers* has died."""
 
-    def __init__(self, start: dict[str, Any], memory: int) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            descriptors = (theirs.fileno(), memory)
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", PROGRAM, *map(str, descriptors)],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                pass_fds=descriptors,
-                process_group=0,  # Ctrl-C reaches only the parent, which stops its workers
-            )
-        self._connection: Connection[Any, Any] = Connection(ours.detach())
-        self._ready = False
-        self._send(start)
+    def __init__(
+        self, workers: int, memory: Any, shape: tuple[int, ...], rules: Preprocess, settings: Settings
+    ) -> None:
+        self._workers = workers
+        self._arguments = (memory, shape, rules, settings)
+        self._context = _DecoderContext()
+        self._executor: ProcessPoolExecutor | None = None
+        self._ready: list[Future[None]] = []
+
+    def start(self) -> None:
+        """Start all processes."""
+        self._executor = ProcessPoolExecutor(
+            self._workers, self._context, initializer=start_worker, initargs=self._arguments
+        )
+        self._ready = [self._executor.submit(_do_nothing) for _ in range(self._workers)]
 
     def wait_until_ready(self) -> None:
-        """Wait until the process has imported the decoder; raise `RuntimeUnavailableError` if it ends."""
-        if not self._ready and self.receive() is None:
-            self.stop()
-            raise RuntimeUnavailableError("a decoder process did not start; see its message above")
-        self._ready = True
-
-    def send(self, slot: int, entries: Sequence[Entry]) -> None:
-        """Make the process decode *entries* into *slot*."""
-        self._send((slot, [tuple(entry) for entry in entries]))
-
-    def receive(self) -> list[Read] | None:
-        """Wait for the result of the oldest task; None if the process has died."""
+        """Wait until a process can decode; raise `RuntimeUnavailableError` if it ends instead."""
         try:
-            return [Read(*one) for one in self._connection.recv()]
-        except (EOFError, OSError):
-            return None
+            self._ready[0].result()
+        except BrokenProcessPool as error:
+            raise RuntimeUnavailableError("a decoder process did not start; see its message above") from error
+
+    def submit(self, slot: int, position: int, entries: Sequence[Entry]) -> "Future[list[Read]]":
+        """Decode *entries* into the pixels of *slot* from *position* on."""
+        if self._executor is not None:
+            try:
+                return self._executor.submit(decode_entries, slot, position, entries)
+            except BrokenProcessPool:
+                self.stop()
+        self.start()
+        self.wait_until_ready()
+        return self.submit(slot, position, entries)
 
     def stop(self) -> None:
-        """End the process."""
-        self._connection.close()
-        self._process.kill()
-        self._process.wait()
-
-    def _send(self, message: Any) -> None:
-        try:
-            self._connection.send(message)
-        except OSError:  # it has died, which `receive` reports
-            return
+        """End the processes without waiting for their images."""
+        for process in self._context.processes:
+            process.kill()
+        self._context.processes.clear()
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
 
 
-def _shared_file(size: int) -> Any:
-    """Create an unnamed file of *size* bytes, in memory if possible; it disappears when it is closed."""
-    folder = None
-    if SHARED_MEMORY.is_dir():
-        status = os.statvfs(SHARED_MEMORY)
-        folder = SHARED_MEMORY if status.f_bavail * status.f_frsize > 2 * size else None
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the context manager is the caller
-    file.truncate(size)
-    return file
+class _DecoderContext(SpawnContext):
+    """Creates the processes of a pool and keeps them in `processes`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.processes: list[SpawnProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
+        process = _DecoderProcess(*args, **kwargs)
+        self.processes.append(process)
+        return process
 
 
-def work() -> None:
-    """Run a worker: `python -c PROGRAM SOCKET MEMORY`, both as file descriptors."""
-    connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
-    try:
-        start = connection.recv()
-        shape = start["shape"]
-        memory = mmap.mmap(int(sys.argv[2]), 0)
-        pixels: NDArray[np.uint8] = np.ndarray(shape, np.uint8, buffer=memory)[start["number"]]
-        rules = Preprocess.model_validate_json(start["rules"])
-        settings = Settings(**start["settings"])
-        Image.core.set_blocks_max(2)  # type: ignore[attr-defined]
-        decode = EntryDecoder(rules, settings)
-        tasks: SimpleQueue[Any] = SimpleQueue()
-        threading.Thread(target=_receive_tasks, args=(connection, tasks), daemon=True).start()
-        connection.send([])
-        while (task := tasks.get()) is not None:
-            slot, entries = task
-            found = [decode(Entry(*entry), pixels[slot, n]) for n, entry in enumerate(entries)]
-            connection.send([tuple(one) for one in found])
-    except (EOFError, ConnectionError):
-        return
+class _DecoderProcess(SpawnProcess):
+    """A process that Ctrl-C in a terminal does not reach; its parent stops it.
 
-
-def _receive_tasks(connection: Any, tasks: "SimpleQueue[Any]") -> None:
-    """Put the received tasks into *tasks*, then None when the parent has closed *connection*.
-
-    Reading never waits for decoding: else the parent could wait until it has sent a large task, while this
-    process waits until the parent reads its results.
+    It does not import the main module again, which may be a script without `if __name__ == "__main__"`.
     """
-    try:
-        while True:
-            tasks.put(connection.recv())
-    except (EOFError, OSError):
-        tasks.put(None)
+
+    def start(self) -> None:
+        main = sys.modules["__main__"]
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            super().start()
+        finally:
+            sys.modules["__main__"] = main
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 class EntryDecoder:
-    """Reads, hashes and decodes one image as the server does with *settings*."""
+    """Reads, hashes and decodes images as the server does, into *pixels* (slots, n, H, W, 3)."""
 
-    def __init__(self, rules: Preprocess, settings: Settings) -> None:
-        self._rules, self._max_bytes = rules, settings.max_body_bytes
+    def __init__(self, pixels: NDArray[np.uint8], rules: Preprocess, settings: Settings) -> None:
+        self._pixels, self._rules, self._max_bytes = pixels, rules, settings.max_body_bytes
         self._reader, self._decode = Reader(settings.max_body_bytes), make_decoder(settings)
 
-    def __call__(self, entry: Entry, pixels: NDArray[np.uint8]) -> Read:
-        """Write the network's input of *entry* to *pixels* (H, W, 3), zeros if it has an error."""
+    def __call__(self, slot: int, position: int, entry: Entry) -> Read:
+        """Write the network's input of *entry* to *position* of *slot*, zeros if it has an error."""
+        pixels = self._pixels[slot, position]
         digest = ""
         try:
             body = self._reader.read(entry)
@@ -274,3 +210,28 @@ class EntryDecoder:
             return Read(digest, error=DECODER_FAILED.code, message=DECODER_FAILED.message)
         pixels[:] = decoded.pixels
         return Read(digest, decoded.warnings)
+
+
+_worker: list[EntryDecoder] = []  # the decoder of a worker process
+
+
+def start_worker(memory: Any, shape: tuple[int, ...], rules: Preprocess, settings: Settings) -> None:
+    """Prepare a worker process; it ends when its parent ends."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    Image.core.set_blocks_max(2)  # type: ignore[attr-defined]
+    _worker.append(EntryDecoder(np.frombuffer(memory, np.uint8).reshape(shape), rules, settings))
+
+
+def decode_entries(slot: int, position: int, entries: Sequence[Entry]) -> list[Read]:
+    """Decode *entries* in a worker process."""
+    return [_worker[0](slot, number, entry) for number, entry in enumerate(entries, position)]
+
+
+def _do_nothing() -> None:
+    """Run when a worker process is ready."""
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+    os._exit(1)

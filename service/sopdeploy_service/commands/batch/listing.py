@@ -6,23 +6,36 @@ is on disk, because a list of millions of images does not fit into memory.
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sopdeploy.errors import DataError
 from sopdeploy.files import atomic_write
 from sopdeploy_service.commands.batch.reader import Entry, import_pyarrow
 
-FILE = "list.parquet"
+FILE = "_list.parquet"
 
 
-class Fingerprint(NamedTuple):
-    """The number of *images* of a list, and a hash of their names, positions and sizes."""
+class Fingerprint:
+    """The number of `images` of a list, and a hash of their names, positions and sizes."""
 
-    images: int
-    sha256: str
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self.images, self._hash = 0, hashlib.sha256()
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: Entry) -> None:
+        """Count and hash *entry*."""
+        self.images += 1
+        self._hash.update(f"{entry.path}\0{entry.offset} {entry.size}\n".encode(errors="surrogateescape"))
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all entries so far."""
+        return self._hash.hexdigest()
 
 
 class Listing:
@@ -32,92 +45,54 @@ class Listing:
         self._path = out / FILE
         self._parquet = import_pyarrow("pyarrow.parquet")
         self._arrow = import_pyarrow("pyarrow")
-        self._file: Any = None
 
     def write(self, entries: Iterable[Entry], part_images: int) -> Fingerprint:
         """Write *entries* in parts of *part_images*."""
-        text = self._arrow.string()
+        text, number = self._arrow.string(), self._arrow.int64()
+        location = self._arrow.binary()  # a path may not be UTF-8
         schema = self._arrow.schema(
-            [
-                ("path", text),
-                ("place", self._arrow.binary()),  # a path may not be UTF-8
-                ("offset", self._arrow.int64()),
-                ("size", self._arrow.int64()),
-            ]
+            [("path", text), ("location", location), ("offset", number), ("size", number)]
         )
-        hasher = Hasher()
+        fingerprint, entries = Fingerprint(), iter(entries)
         with (
             atomic_write(self._path) as partial,
             self._parquet.ParquetWriter(partial, schema, compression="zstd") as writer,
         ):
-            watched = hasher.watch(entries)
-            while part := list(islice(watched, part_images)):
-                writer.write_table(self._arrow.table(_columns(part), schema=schema))
-        return hasher.fingerprint()
+            while part := list(islice(entries, part_images)):
+                for entry in part:
+                    fingerprint.add(entry)
+                paths, locations, offsets, sizes = zip(*part, strict=True)
+                columns = [list(map(printable, paths)), list(map(os.fsencode, locations)), offsets, sizes]
+                writer.write_table(self._arrow.table(columns, schema=schema))
+        return fingerprint
 
     def parts(self) -> int:
         """Count the parts."""
-        return int(self._opened().metadata.num_row_groups)
+        return int(self._file.metadata.num_row_groups)
 
     def images_of(self, part: int) -> int:
         """Count the images of *part*."""
-        return int(self._opened().metadata.row_group(part).num_rows)
-
-    def read(self, part: int) -> list[Entry]:
-        """Read the entries of *part*."""
-        return entries_of(self.read_table(part))
+        return int(self._file.metadata.row_group(part).num_rows)
 
     def read_table(self, part: int) -> Any:
         """Read *part* as a table; `entries_of` converts it."""
-        return self._opened().read_row_group(part, use_threads=False)
+        return self._file.read_row_group(part, use_threads=False)
 
-    def _opened(self) -> Any:
-        if self._file is None:
-            try:
-                self._file = self._parquet.ParquetFile(self._path)
-            except (OSError, ValueError) as error:  # pyarrow's own error is a ValueError
-                raise DataError(f"{self._path}: missing or damaged; choose another --out") from error
-        return self._file
+    @cached_property
+    def _file(self) -> Any:
+        try:
+            return self._parquet.ParquetFile(self._path)
+        except (OSError, ValueError) as error:  # pyarrow's own error is a ValueError
+            raise DataError(f"{self._path}: missing or damaged; choose another --out") from error
 
 
 def entries_of(table: Any) -> list[Entry]:
     """Convert a *table* of the list to entries."""
     columns = table.to_pydict()
-    places = map(os.fsdecode, columns["place"])
-    return list(map(Entry, columns["path"], places, columns["offset"], columns["size"]))
-
-
-def _columns(part: Iterable[Entry]) -> list[tuple[Any, ...]]:
-    paths, places, offsets, sizes = zip(*part, strict=True)
-    return [tuple(map(printable, paths)), tuple(map(os.fsencode, places)), offsets, sizes]
+    locations = map(os.fsdecode, columns["location"])
+    return list(map(Entry, columns["path"], locations, columns["offset"], columns["size"]))
 
 
 def printable(path: str) -> str:
     """Replace bytes of *path* that are not UTF-8 by U+FFFD."""
     return os.fsencode(path).decode("utf-8", "replace")
-
-
-class Hasher:
-    """Counts and hashes the entries that pass through `watch`."""
-
-    def __init__(self) -> None:
-        self._hash, self._images = hashlib.sha256(), 0
-
-    def watch(self, entries: Iterable[Entry]) -> Iterator[Entry]:
-        """Count and hash *entries*, and yield them unchanged."""
-        for entry in entries:
-            self._images += 1
-            self._hash.update(f"{entry.path}\0{entry.offset} {entry.size}\n".encode(errors="surrogateescape"))
-            yield entry
-
-    def fingerprint(self) -> Fingerprint:
-        """Return the fingerprint of the entries that `watch` has yielded so far."""
-        return Fingerprint(self._images, self._hash.hexdigest())
-
-    @classmethod
-    def fingerprint_of(cls, entries: Iterable[Entry]) -> Fingerprint:
-        """Return the fingerprint of all *entries*."""
-        hasher = cls()
-        for _ in hasher.watch(entries):
-            pass
-        return hasher.fingerprint()

@@ -18,10 +18,11 @@ import pydantic
 from sopdeploy.config import Count, StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, SopdeployError
+from sopdeploy_service.commands.batch.classifier import ClassifyOptions, PartClassifier
 from sopdeploy_service.commands.batch.listing import Listing, entries_of
 from sopdeploy_service.commands.batch.output import OutputFolder, Progress, RunState
-from sopdeploy_service.commands.batch.part_classifier import ClassifyOptions, PartClassifier
 from sopdeploy_service.commands.batch.reader import import_pyarrow
+from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -43,24 +44,24 @@ class RayClassifier:
     """Runs in an actor: classifies one part per call."""
 
     def __init__(self, bundle: str, given: dict[str, Any], options: dict[str, Any]) -> None:
-        settings = load_settings(**given)
-        loaded = load_model(Path(bundle), settings)
-        self.classifier = PartClassifier(loaded, settings, ClassifyOptions(**options))
-        self._decoders = self.classifier.decoders().__enter__()  # end with this process
-        self._format = self.classifier.row_format()
+        self._classifier = load_classifier(bundle, given, options)
+        self._decoders = self._classifier.decoders().__enter__()  # end with this process
+        self._format = RowFormat(
+            self._classifier.loaded.bundle, self._classifier.top_k, ClassifyOptions(**options)
+        )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Classify the `entries` of the `part` in *row*; return its number and its `rows`, serialized."""
         part = (int(row["part"]), entries_of(unpack(row["entries"])))
-        (outputs,) = self.classifier.run(iter([part]), self._decoders)
+        (outputs,) = self._classifier.run(iter([part]), self._decoders)
         return {"part": outputs.number, "rows": pack(self._format.table(outputs))}
 
 
 @contextmanager
-def on_ray(
+def ray_backend(
     bundle: Path, settings: Settings, options: ClassifyOptions, chosen: RayOptions
-) -> Iterator["RayEngine"]:
-    """Join the Ray cluster that *chosen* names and yield an engine on it; leave the cluster at the end.
+) -> Iterator["RayBackend"]:
+    """Join the Ray cluster that *chosen* names and yield a backend on it; leave the cluster at the end.
 
     Raises `ConfigError` if Ray is not installed or the cluster cannot be reached.
     """
@@ -78,24 +79,24 @@ def on_ray(
             ) from error
     try:
         if chosen.address == AUTO and len(ray.nodes()) == 1:  # a larger cluster may add machines
-            _check_resources(ray.cluster_resources(), chosen)
-        yield RayEngine(bundle, settings, options, chosen)
+            check_resources(ray.cluster_resources(), chosen)
+        yield RayBackend(bundle, settings, options, chosen)
     finally:
         if joined:
             ray.shutdown()
 
 
-def _check_resources(found: Mapping[str, float], chosen: RayOptions) -> None:
+def check_resources(available: Mapping[str, float], chosen: RayOptions) -> None:
     """Raise `ConfigError` if no actor fits on this machine; Ray would wait for another one forever."""
     for kind, wanted in (("CPU", chosen.cpus), ("GPU", chosen.gpus)):
-        if wanted > found.get(kind, 0.0):
+        if wanted > available.get(kind, 0.0):
             raise ConfigError(
-                f"--{kind.lower()}s-per-actor {wanted:g}: Ray has {found.get(kind, 0.0):g} {kind}s here; "
+                f"--{kind.lower()}s-per-actor {wanted:g}: Ray has {available.get(kind, 0.0):g} {kind}s here; "
                 "give a smaller number, or the address of a larger cluster"
             )
 
 
-class RayEngine:
+class RayBackend:
     """Classifies parts on the Ray cluster that this process has joined."""
 
     def __init__(
@@ -118,9 +119,9 @@ class RayEngine:
         """Return the run state of a process of the cluster, whose runtime may differ from the local one."""
         ray = import_optional("ray", "Ray", "sopdeploy[batch,ray]", ConfigError)
         task = ray.remote(num_cpus=self._chosen.cpus, num_gpus=self._chosen.gpus)(describe)
-        with _our_errors():
-            found: RunState = ray.get(task.remote(*self._arguments))
-        return found
+        with _errors_without_ray():
+            state: RunState = ray.get(task.remote(*self._arguments))
+        return state
 
     def write_parts(
         self, folder: OutputFolder, listing: Listing, pending: Sequence[int], progress: Progress
@@ -130,32 +131,33 @@ class RayEngine:
         context = data.DataContext.get_current()
         context.enable_progress_bars = False
         rows = [{"part": number, "entries": pack(listing.read_table(number))} for number in pending]
-        with _our_errors():
-            found = data.from_items(rows, override_num_blocks=len(rows)).map(
+        with _errors_without_ray():
+            classified = data.from_items(rows, override_num_blocks=len(rows)).map(
                 RayClassifier,
                 fn_constructor_args=self._arguments,
                 compute=data.ActorPoolStrategy(size=self._chosen.actors, max_tasks_in_flight_per_actor=1),
                 num_cpus=self._chosen.cpus,
                 num_gpus=self._chosen.gpus,
             )
-            for row in found.iter_rows():
+            for row in classified.iter_rows():
                 table = unpack(row["rows"])
                 folder.write_part(int(row["part"]), table)
                 progress.add(len(table), int(table.schema.metadata[b"errors"]))
 
 
 def describe(bundle: str, given: dict[str, Any], options: dict[str, Any]) -> RunState:
-    """Load *bundle* and return the state of a run."""
+    """Load *bundle* in a process of the cluster and return the state of a run."""
+    return load_classifier(bundle, given, options).state()
+
+
+def load_classifier(bundle: str, given: dict[str, Any], options: dict[str, Any]) -> PartClassifier:
+    """Load *bundle* with the settings *given*."""
     settings = load_settings(**given)
-    loaded = load_model(Path(bundle), settings)
-    try:
-        return PartClassifier(loaded, settings, ClassifyOptions(**options)).state()
-    finally:
-        loaded.runtime.close()
+    return PartClassifier(load_model(Path(bundle), settings), settings, ClassifyOptions(**options))
 
 
 @contextmanager
-def _our_errors() -> Iterator[None]:
+def _errors_without_ray() -> Iterator[None]:
     """Raise the `SopdeployError` that an error of Ray has as its cause, without Ray's traceback."""
     try:
         yield

@@ -1,10 +1,11 @@
 """The output folder of `sopdeploy classify`: one parquet file per part, and the state of the run.
 
-    OUT/rows/part-00000.parquet   the rows of the first part; a file with its final name is complete
-    OUT/run.json                  what the rows depend on
-    OUT/list.parquet              all images, in the order of the rows
-    OUT/report.html, report.json  written in the end
+    OUT/rows/part-00000.parquet     the rows of the first part; a file with its final name is complete
+    OUT/_run.json                   what the rows depend on
+    OUT/_list.parquet               all images, in the order of the rows
+    OUT/_report.html, _report.json  written in the end
 
+Programs that read parquet files from OUT ignore names with an underscore, so they read only the rows.
 A run continues only with the same bundle, options, runtime and images, because rows of different runs must
 not be mixed.
 """
@@ -26,7 +27,7 @@ from sopdeploy_service.commands.batch.reader import import_pyarrow
 
 OnProgress = Callable[[int, int, int], None]  # images done, with an error, and in total
 
-ROWS, STATE, PAGE, DATA = "rows", "run.json", "report.html", "report.json"
+ROWS, STATE, PAGE, DATA = "rows", "_run.json", "_report.html", "_report.json"
 IDENTITY_ADVICE = "continue with the same options, or choose another --out"
 
 

@@ -9,7 +9,7 @@ from typing import IO, Any, NamedTuple
 
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, ImageError
-from sopdeploy.files import open_regular
+from sopdeploy.files import open_regular, read_at_most
 
 WHOLE = -1  # offset of an image that is a whole file
 UNKNOWN = -1  # size of an image that is not known before it is read
@@ -22,12 +22,12 @@ IMAGE_COLUMNS = ("bytes", "image")  # the second one as Hugging Face writes it: 
 class Entry(NamedTuple):
     """One image of a list.
 
-    *path* is its name in the output. *place* is the file or URL with its bytes; *offset* is a position in
+    *path* is its name in the output. *location* is the file or URL with its bytes; *offset* is a position in
     bytes in a tar archive, a row number in a parquet file, or `WHOLE`. *size* is in bytes, or `UNKNOWN`.
     """
 
     path: str
-    place: str
+    location: str
     offset: int = WHOLE
     size: int = UNKNOWN
 
@@ -37,7 +37,7 @@ class Reader:
 
     def __init__(self, max_bytes: int) -> None:
         self._limit = max_bytes + 1
-        self._open_place = ""
+        self._open_location = ""
         self._file: IO[bytes] | None = None
         self._rows: ParquetRows | None = None
 
@@ -45,14 +45,14 @@ class Reader:
         """Read the bytes of *entry*; raise `ImageError` with the code `unusable_data` if that fails."""
         try:
             if entry.offset == WHOLE:
-                with open_place(entry.place) as file:
-                    return bytes(file.read(self._limit))
-            if self._file is None or entry.place != self._open_place:
-                self._file = self._open(entry.place)
+                with open_location(entry.location) as file:
+                    return read_at_most(file, self._limit)
+            if self._file is None or entry.location != self._open_location:
+                self._file = self._open(entry.location)
             if self._rows is not None:
                 return self._rows.read(entry.offset)[: self._limit]
             self._file.seek(entry.offset)
-            return self._file.read(min(entry.size, self._limit))
+            return read_at_most(self._file, min(entry.size, self._limit))
         except Exception as error:  # object stores and pyarrow raise types of their own
             self.close()
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -63,14 +63,14 @@ class Reader:
         """Close the open archive or parquet file."""
         if self._file is not None:
             self._file.close()
-        self._file, self._rows, self._open_place = None, None, ""
+        self._file, self._rows, self._open_location = None, None, ""
 
-    def _open(self, place: str) -> IO[bytes]:
+    def _open(self, location: str) -> IO[bytes]:
         self.close()
-        file: IO[bytes] = open_place(place)
-        if place.lower().endswith(PARQUET):
+        file: IO[bytes] = open_location(location)
+        if location.lower().endswith(PARQUET):
             self._rows = ParquetRows(file)
-        self._open_place = place
+        self._open_location = location
         return file
 
 
@@ -104,10 +104,10 @@ class ParquetRows:
             self._first += 0 if self._values is None else len(self._values)
             self._values = next(self._batches).column(0)
         value = self._values[row - self._first].as_py()
-        found = value["bytes"] if isinstance(value, dict) else value
-        if found is None:
+        content = value["bytes"] if isinstance(value, dict) else value
+        if content is None:
             raise OSError(f"row {row} has no bytes")
-        return bytes(found)
+        return bytes(content)
 
 
 def image_column(schema: Any) -> str | None:
@@ -127,18 +127,18 @@ def import_pyarrow(module: str) -> Any:
     return import_optional(module, "pyarrow", "sopdeploy[batch]", ConfigError, "classify")
 
 
-def open_place(place: str) -> Any:
-    """Open the regular file or URL *place* for reading; raises `OSError` or an error of the object store."""
-    if is_url(place):
-        store, path = open_store(place)
+def open_location(location: str) -> Any:
+    """Open the regular file or URL *location*; raises `OSError` or an error of the object store."""
+    if is_url(location):
+        store, path = open_store(location)
         # `file://` is a store, too, whose `open` waits for a writer of a named pipe
         return open_regular(path, buffering=0) if LOCAL in store.protocol else store.open(path, "rb")
-    return open_regular(place, buffering=0)
+    return open_regular(location, buffering=0)
 
 
-def is_url(place: str) -> bool:
-    """Tell whether *place* is a URL and not a path."""
-    return "://" in place
+def is_url(location: str) -> bool:
+    """Tell whether *location* is a URL and not a path."""
+    return "://" in location
 
 
 def open_store(url: str) -> tuple[Any, str]:
@@ -148,9 +148,9 @@ def open_store(url: str) -> tuple[Any, str]:
     """
     fsspec = import_optional("fsspec", "fsspec", "sopdeploy[batch,s3]", ConfigError, url)
     try:
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+        store, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ConfigError(
             f"{url}: cannot be opened ({' '.join(str(error).split())}); check the address and the credentials"
         ) from error
-    return found
+    return store, path

@@ -1,4 +1,4 @@
-"""The report of a run, `report.html` and `report.json`: counts per class, errors, uncertain images, drift.
+"""The report of a run, `_report.html` and `_report.json`: counts per class, errors, uncertain images, drift.
 
 It reads the rows part by part, so it also covers the parts of interrupted runs and needs little memory.
 """
@@ -24,7 +24,6 @@ from sopdeploy.errors import ImageError
 from sopdeploy.evaluation.drift import (
     FALSE_ALARMS,
     LEVEL,
-    Comparison,
     PredictionCounts,
     PresenceCounts,
     compare_counts,
@@ -74,7 +73,7 @@ class DriftTest(StrictModel):
 
 
 class BatchReport(StrictModel):
-    """The content of `report.json`.
+    """The content of `_report.json`.
 
     *counts* maps each class to the number of images with this most probable class or, for a multi-label
     network, with this class among others. *unknown* counts the images below the rejection threshold. *drift*
@@ -117,8 +116,8 @@ class _Summary:
         self.unknown += compute.sum(compute.equal(table["known"], False)).as_py() or 0
         numbers = compute.list_value_length(table["classes"])
         some = compute.greater(numbers, 0)
-        found = np.flatnonzero(compute.fill_null(some, False).to_numpy())
-        chosen = table.take(found)
+        with_class = np.flatnonzero(compute.fill_null(some, False).to_numpy())
+        chosen = table.take(with_class)
         best = compute.list_element(chosen["classes"], 0)
         probabilities = compute.list_element(chosen["probabilities"], 0).to_numpy()
         multi_label = isinstance(predictions, PresenceCounts)
@@ -127,7 +126,7 @@ class _Summary:
         predictions.add(indices, numbers.drop_null().to_numpy() if multi_label else probabilities)
         for entry in counted.value_counts().to_pylist():
             self.counts[entry["values"]] += entry["counts"]
-        self._keep_least(part, found, probabilities, chosen, best)
+        self._keep_least(part, with_class, probabilities, chosen, best)
 
     def _keep_least(
         self, part: int, rows: NDArray[Any], probabilities: NDArray[Any], chosen: Any, best: Any
@@ -142,7 +141,7 @@ class _Summary:
 
 
 def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, settings: Settings) -> BatchReport:
-    """Write `report.html` and `report.json` of the finished run in *folder* with the images of *listing*."""
+    """Write the report of the finished run in *folder* with the images of *listing*."""
     decision = bundle.manifest.decision or Decision()
     multi_label = decision.thresholds is not None
     limited = multi_label and settings.classes_per_image(multi_label=True) is not None
@@ -164,7 +163,12 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
         least_certain=tuple(
             Uncertain(path=path, label=label, probability=-negative) for negative, _, _, path, label in least
         ),
-        drift=None if drift is None else {name: _drift_test(test) for name, test in drift.tests.items()},
+        drift=None
+        if drift is None
+        else {
+            name: DriftTest(distance=test.distance, p_value=test.p_value, alarm=test.alarm)
+            for name, test in drift.tests.items()
+        },
     )
     thumbnails = [_thumbnail(listing, -part, -row, bundle, settings) for _, part, row, _, _ in least]
     page = render(
@@ -184,10 +188,6 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
     folder.write_text(DATA, report.model_dump_json(indent=2) + "\n")
     folder.write_text(PAGE, page)
     return report
-
-
-def _drift_test(one: Comparison) -> DriftTest:
-    return DriftTest(distance=one.distance, p_value=one.p_value, alarm=one.alarm)
 
 
 def _class_bars(report: BatchReport) -> Markup:
@@ -214,7 +214,7 @@ def _confidence_bars(predictions: PredictionCounts | PresenceCounts, decision: D
         )
         for (low, high), share, before in zip(pairwise(bounds), shares, held_out, strict=True)
     ]
-    return bars("confidence-chart", "Probability of the best class", rows, max(one.value for one in rows))
+    return bars("confidence-chart", "Probability of the best class", rows, max(row.value for row in rows))
 
 
 def _thumbnail(listing: Listing, part: int, row: int, bundle: Bundle, settings: Settings) -> Markup | None:

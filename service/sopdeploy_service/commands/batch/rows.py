@@ -9,23 +9,22 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import known_score
+from sopdeploy_service.commands.batch.classifier import ClassifyOptions, PartOutputs
 from sopdeploy_service.commands.batch.listing import printable
-from sopdeploy_service.commands.batch.pipeline import PartOutputs
 from sopdeploy_service.commands.batch.reader import import_pyarrow
 from sopdeploy_service.inference.results import Rejection, rank_images
 
 
 class RowFormat:
-    """Converts outputs of *bundle* to tables.
+    """Converts outputs of *bundle* to tables with the columns of *options*.
 
     *top_k* limits the classes of an image; without it, a multi-label network gives all of its classes above
-    their thresholds. *logits* and *features* add these columns.
+    their thresholds.
     """
 
-    def __init__(self, bundle: Bundle, top_k: int | None, *, logits: bool, features: bool) -> None:
+    def __init__(self, bundle: Bundle, top_k: int | None, options: ClassifyOptions) -> None:
         self._arrow = import_pyarrow("pyarrow")
-        self._bundle, self._top_k = bundle, top_k
-        self._with_logits, self._with_features = logits, features
+        self._bundle, self._top_k, self._options = bundle, top_k, options
         self._logits = bundle.manifest.outputs[0].name
 
     @property
@@ -44,9 +43,9 @@ class RowFormat:
             "error_message": text,
             "bundle": text,
         }
-        if self._with_logits:
+        if self._options.logits:
             fields["logits"] = arrow.list_(arrow.float32())
-        if self._with_features:
+        if self._options.features:
             fields["features"] = arrow.list_(arrow.float32())
         return arrow.schema(list(fields.items()))
 
@@ -72,9 +71,9 @@ class RowFormat:
         }
         good = [error is None for error in errors]
         for name, values in self._predictions(outputs).items():
-            columns[name] = _spread(values, good)
-        failed = str(len(good) - len(outputs))
-        schema = self.schema.with_metadata({"errors": failed})
+            remaining = iter(values)
+            columns[name] = [next(remaining) if is_good else None for is_good in good]
+        schema = self.schema.with_metadata({"errors": str(len(good) - len(outputs))})
         return self._arrow.table(columns, schema=schema)
 
     def _predictions(self, outputs: Sequence[dict[str, NDArray[np.float32]]]) -> dict[str, Sequence[Any]]:
@@ -84,24 +83,18 @@ class RowFormat:
         thresholds = None if decision is None else decision.thresholds
         ranked = rank_images(logits, thresholds, self._top_k)
         labels, rule = self._bundle.labels, self._bundle.manifest.rejection
-        found: dict[str, Sequence[Any]] = {
-            "classes": [[labels[index] for index, _ in one] for one in ranked],
-            "probabilities": [[probability for _, probability in one] for one in ranked],
+        columns: dict[str, Sequence[Any]] = {
+            "classes": [[labels[index] for index, _ in ranking] for ranking in ranked],
+            "probabilities": [[probability for _, probability in ranking] for ranking in ranked],
             "known": [None] * len(logits),
             "score": [None] * len(logits),
         }
         if rule is not None and logits:
             scores = known_score(np.stack(logits), rule.score)
-            found["known"] = (scores >= rule.threshold).tolist()
-            found["score"] = scores.tolist()
-        if self._with_logits:
-            found["logits"] = logits
-        if self._with_features:
-            found["features"] = [row[FEATURES] for row in outputs]
-        return found
-
-
-def _spread(values: Sequence[Any], good: Sequence[bool]) -> list[Any]:
-    """List one entry per image: the next of *values* if the image is *good*, None if it is not."""
-    remaining = iter(values)
-    return [next(remaining) if one else None for one in good]
+            columns["known"] = (scores >= rule.threshold).tolist()
+            columns["score"] = scores.tolist()
+        if self._options.logits:
+            columns["logits"] = logits
+        if self._options.features:
+            columns["features"] = [row[FEATURES] for row in outputs]
+        return columns

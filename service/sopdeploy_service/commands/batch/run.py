@@ -4,19 +4,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.config import StrictModel
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.commands.batch.classifier import ClassifyOptions, PartClassifier, PartOutputs
 from sopdeploy_service.commands.batch.decoders import DecoderProcesses
-from sopdeploy_service.commands.batch.listing import Hasher, Listing
-from sopdeploy_service.commands.batch.on_ray import RayOptions, on_ray
+from sopdeploy_service.commands.batch.listing import Fingerprint, Listing, entries_of
+from sopdeploy_service.commands.batch.on_ray import RayOptions, ray_backend
 from sopdeploy_service.commands.batch.output import PAGE, ROWS, OnProgress, OutputFolder, Progress, RunState
-from sopdeploy_service.commands.batch.part_classifier import ClassifyOptions, PartClassifier
-from sopdeploy_service.commands.batch.pipeline import PartOutputs
+from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.commands.batch.sources import list_entries
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
@@ -78,7 +78,7 @@ class Classified(StrictModel):
         return page
 
 
-class Engine(Protocol):
+class Backend(Protocol):
     """Classifies the parts of a list: in this process, or in actors of a cluster."""
 
     def state(self) -> RunState:
@@ -111,15 +111,15 @@ def classify(
     options, folder = options or ClassifyOptions(), OutputFolder(out)
     report = import_optional(REPORT, "jinja2", "sopdeploy[batch]", ConfigError, "classify")
     opened = open_bundle(bundle)
-    engine: AbstractContextManager[Engine] = _here(bundle, settings, options)
+    chosen: AbstractContextManager[Backend] = local_backend(bundle, settings, options)
     if ray is not None:
-        engine = on_ray(bundle, settings, options, ray)
-    with engine as running, folder.locked():
-        listing, images = _begin(folder, sources, running.state())
+        chosen = ray_backend(bundle, settings, options, ray)
+    with chosen as backend, folder.locked():
+        listing, images = _begin(folder, sources, backend.state())
         progress = Progress(images, options.max_errors, on_progress)
         pending = _unfinished(folder, listing, progress)
         if pending:
-            running.write_parts(folder, listing, pending, progress)
+            backend.write_parts(folder, listing, pending, progress)
         written = report.write_report(folder, listing, opened, settings)
         return Classified(
             out=out,
@@ -128,7 +128,7 @@ def classify(
             errors=progress.errors,
             parts=listing.parts(),
             classified=sum(map(listing.images_of, pending)),
-            drift=None if written.drift is None else any(one.alarm for one in written.drift.values()),
+            drift=None if written.drift is None else any(test.alarm for test in written.drift.values()),
             counts=written.counts,
         )
 
@@ -137,10 +137,8 @@ def _begin(folder: OutputFolder, sources: Sequence[str], state: RunState) -> tup
     """List the images of *sources*; write the state of a new run, or compare it with the run to continue."""
     listing = Listing(folder.path)
     entries = list_entries(sources, OpenOptions())
-    if folder.read_state() is None:
-        source = listing.write(entries, state.part_images)
-    else:
-        source = Hasher.fingerprint_of(entries)
+    is_new = folder.read_state() is None
+    source = listing.write(entries, state.part_images) if is_new else Fingerprint(entries)
     folder.begin(state.model_copy(update={"source": source.sha256, "images": source.images}))
     return listing, source.images
 
@@ -159,36 +157,37 @@ def _unfinished(folder: OutputFolder, listing: Listing, progress: Progress) -> l
 
 
 @contextmanager
-def _here(bundle: Path, settings: Settings, options: ClassifyOptions) -> Iterator[Engine]:
+def local_backend(bundle: Path, settings: Settings, options: ClassifyOptions) -> Iterator[Backend]:
     """Load *bundle* in this process, and release it at the end; decoders start while images are listed."""
     loaded = load_model(bundle, settings)
     try:
         classifier = PartClassifier(loaded, settings, options)
         with classifier.decoders() as decoders:
-            yield _Here(classifier, decoders)
+            yield LocalBackend(classifier, decoders, RowFormat(loaded.bundle, classifier.top_k, options))
     finally:
         loaded.runtime.close()
 
 
-class _Here:
+class LocalBackend:
     """Classifies in this process; another thread writes a part while the next one is classified."""
 
-    def __init__(self, classifier: PartClassifier, decoders: DecoderProcesses) -> None:
-        self._classifier, self._decoders = classifier, decoders
+    def __init__(self, classifier: PartClassifier, decoders: DecoderProcesses, row_format: RowFormat) -> None:
+        self._classifier, self._decoders, self._row_format = classifier, decoders, row_format
 
     def state(self) -> RunState:
+        """Describe what the rows depend on, without their images."""
         return self._classifier.state()
 
     def write_parts(
         self, folder: OutputFolder, listing: Listing, pending: Sequence[int], progress: Progress
     ) -> None:
-        form = self._classifier.row_format()
+        """Classify the parts *pending* of *listing*, write them to *folder*, and count their images."""
+        parts = ((number, entries_of(listing.read_table(number))) for number in pending)
+        written: Future[None] | None = None
 
         def write(part: PartOutputs) -> None:
-            folder.write_part(part.number, form.table(part))
+            folder.write_part(part.number, self._row_format.table(part))
 
-        parts = ((number, listing.read(number)) for number in pending)
-        written: Future[Any] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
             for part in self._classifier.run(parts, self._decoders, progress.add):
                 if written is not None:

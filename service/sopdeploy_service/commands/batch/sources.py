@@ -28,7 +28,7 @@ from sopdeploy_service.commands.batch.reader import (
     image_column,
     import_pyarrow,
     is_url,
-    open_place,
+    open_location,
     open_store,
 )
 
@@ -68,7 +68,7 @@ def _list_source(source: str, options: OpenOptions) -> Iterator[Entry]:
     if is_bundle(path):
         raise DataError(f"{source}: a bundle, not images; name one bundle, then folders or files of images")
     if path.is_dir():
-        yield from (_whole(found) for found in walk(path) if is_image(found.name))
+        yield from (_whole(file) for file in walk(path) if is_image(file.name))
     elif path.exists():
         yield from _list_file(path, options)
     elif any(sign in source for sign in PATTERN):
@@ -144,8 +144,8 @@ def _walk_url(store: Any, folder: str) -> Iterator[Entry]:
             if not is_hidden(name):
                 folders[name] = facts
         for name in sorted(filter(is_image, files)):
-            place = store.unstrip_protocol(files[name]["name"])
-            yield Entry(place, place, size=_size(files[name]))
+            location = store.unstrip_protocol(files[name]["name"])
+            yield Entry(location, location, size=_size(files[name]))
 
 
 def _list_object(url: str, facts: Any) -> Iterator[Entry]:
@@ -168,16 +168,16 @@ def _size(facts: Any) -> int:
     return UNKNOWN if size is None else int(size)
 
 
-def _list_tar(shown: str, place: str) -> Iterator[Entry]:
-    """Yield the images of the tar archive *place* as if it were a folder named *shown*."""
+def _list_tar(shown: str, location: str) -> Iterator[Entry]:
+    """Yield the images of the tar archive *location* as if it were a folder named *shown*."""
     try:
-        with open_place(place) as file:
+        with open_location(location) as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(0)
             for name, offset, size in scan(file, end):
                 inside = os.fsdecode(name)
                 if is_image(inside.rpartition("/")[2]):
-                    yield Entry(f"{shown}/{inside}", place, offset, size)
+                    yield Entry(f"{shown}/{inside}", location, offset, size)
     except DataError as error:
         raise DataError(f"{shown}: {error}") from error
     except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
@@ -185,13 +185,13 @@ def _list_tar(shown: str, place: str) -> Iterator[Entry]:
         raise DataError(f"{shown}: {reason}") from error
 
 
-def _list_lines(place: str) -> Iterator[Entry]:
-    """Yield the images that the text file *place* lists, one path or URL per line.
+def _list_lines(location: str) -> Iterator[Entry]:
+    """Yield the images that the text file *location* lists, one path or URL per line.
 
     Paths are relative to the folder of the list.
     """
-    with open_place(place) as file:
-        folder = place.rpartition("/")[0] if is_url(place) else Path(place).parent
+    with open_location(location) as file:
+        folder = location.rpartition("/")[0] if is_url(location) else Path(location).parent
         for raw in _lines(file):
             line = os.fsdecode(raw).strip()
             if line:
@@ -212,37 +212,37 @@ def _listed(folder: str | Path, name: str) -> Entry:
     if is_url(name):
         return Entry(name, name)
     if isinstance(folder, str):
-        place = f"{folder}/{name}"
-        return Entry(place, place)
+        location = f"{folder}/{name}"
+        return Entry(location, location)
     return _whole(folder / name, str(folder / name))
 
 
-def _list_rows(shown: str, place: str) -> Iterator[Entry]:
-    """Yield the images of the parquet file *place*: its bytes, or the files that its column `path` names."""
+def _list_rows(shown: str, location: str) -> Iterator[Entry]:
+    """Yield the images of the parquet file *location*: its bytes, or the files that `path` names."""
     parquet = import_pyarrow("pyarrow.parquet")
-    with open_place(place) as opened:
+    with open_location(location) as opened:
         try:
-            yield from _rows_of(parquet.ParquetFile(opened, buffer_size=1 << 20), shown, place)
+            yield from _rows_of(parquet.ParquetFile(opened, buffer_size=1 << 20), shown, location)
         except DataError:
             raise
         except Exception as error:  # pyarrow raises types of its own
             raise DataError(f"{shown}: damaged or not a parquet file; write or copy it again") from error
 
 
-def _rows_of(file: Any, shown: str, place: str) -> Iterator[Entry]:
+def _rows_of(file: Any, shown: str, location: str) -> Iterator[Entry]:
     bytes_column, has_names = image_column(file.schema_arrow), "path" in file.schema_arrow.names
     if bytes_column is None and not has_names:
         columns = ", ".join(file.schema_arrow.names)
         raise DataError(f"{shown}: has no column `bytes`, `image` or `path` (columns: {columns}); rename one")
     if not has_names:
         for row in range(file.metadata.num_rows):
-            yield Entry(f"{shown}/{row}", place, row)
+            yield Entry(f"{shown}/{row}", location, row)
         return
-    row, folder = 0, place.rpartition("/")[0] if is_url(place) else Path(shown).parent
+    row, folder = 0, location.rpartition("/")[0] if is_url(location) else Path(shown).parent
     for batch in file.iter_batches(PATHS_PER_READ, columns=["path"], use_threads=False):
         for name in batch.column(0).to_pylist():
             if bytes_column is not None:
-                yield Entry(f"{shown}/{row}" if name is None else str(name), place, row)
+                yield Entry(f"{shown}/{row}" if name is None else str(name), location, row)
             else:
                 yield _listed(folder, str(name))
             row += 1

@@ -2,7 +2,6 @@
 
 import errno
 import io
-import os
 import tarfile
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.errors import DataError, StorageError
-from sopdeploy_service.commands.batch.decoders import DecoderProcesses
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.run import classify
 from sopdeploy_service.commands.batch.sources import list_entries
@@ -25,7 +23,7 @@ from tests.service.commands.batch.conftest import (
     rows_of,
     stop_at,
 )
-from tests.service.conftest import RULES, picture_bytes
+from tests.service.conftest import picture_bytes
 
 BODY = picture_bytes()
 MISSING, LOOP = (
@@ -119,10 +117,10 @@ def test_ambiguous_sources_are_rejected(sources, message):
 def test_a_list_that_cannot_be_read_is_a_one_line_error(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("a.jpg")
 
-    def forbidden(place: str) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", place)
+    def forbidden(location: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", location)
 
-    monkeypatch.setattr("sopdeploy_service.commands.batch.sources.open_place", forbidden)
+    monkeypatch.setattr("sopdeploy_service.commands.batch.sources.open_location", forbidden)
     with pytest.raises(
         DataError, match=r"list\.txt: cannot be read \(Permission denied\); check its permissions"
     ):
@@ -155,10 +153,10 @@ def test_a_full_disk_is_a_one_line_error_and_the_run_continues(
 def test_a_run_whose_list_is_damaged_is_rejected(content, bundle_path, photos, tmp_path):
     with pytest.raises(StopError):
         classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, stop_at(40))
-    (tmp_path / "list.parquet").unlink()
+    (tmp_path / "_list.parquet").unlink()
     if content is not None:
-        (tmp_path / "list.parquet").write_bytes(content)
-    with pytest.raises(DataError, match=r"list\.parquet: missing or damaged; choose another --out"):
+        (tmp_path / "_list.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"_list\.parquet: missing or damaged; choose another --out"):
         classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
 
 
@@ -170,9 +168,3 @@ def test_ctrl_c_says_in_one_line_how_to_continue(bundle_path, photos, tmp_path, 
     found = CliRunner().invoke(app, ["classify", str(bundle_path), str(photos), "--out", str(tmp_path)])
     assert (found.exit_code, found.stderr) == (130, "stopped; run the same command again to continue\n")
     assert found.stdout == ""
-
-
-def test_ctrl_c_in_a_terminal_does_not_reach_the_decoder_processes():
-    with DecoderProcesses(RULES, SETTINGS, workers=1, block=4) as processes:
-        pid = processes._workers[0]._process.pid
-        assert os.getpgid(pid) == pid != os.getpgid(0)

@@ -1,4 +1,4 @@
-"""The report of a run: `report.json`, and what `report.html` shows."""
+"""The report of a run: `_report.json`, and what `_report.html` shows."""
 
 import base64
 import io
@@ -30,7 +30,7 @@ def test_the_report_counts_classes_and_errors_and_shows_the_least_certain_images
     out = shutil.copytree(complete, tmp_path / "out")
     found, rows = report(out, bundle), rows_of(out)
     good = [row for row in rows if row["error"] is None]
-    assert json.loads((out / "report.json").read_text()) == found.model_dump(mode="json")
+    assert json.loads((out / "_report.json").read_text()) == found.model_dump(mode="json")
     assert found.images == COUNT
     assert {label: count for label, count in found.counts.items() if count} == Counter(
         row["classes"][0] for row in good
@@ -41,7 +41,7 @@ def test_the_report_counts_classes_and_errors_and_shows_the_least_certain_images
     assert found.errors[0].examples == (rows[min(BAD)]["path"],)
     least = sorted(good, key=lambda row: row["probabilities"][0])[:24]
     assert [one.path for one in found.least_certain] == [row["path"] for row in least]
-    page = (out / "report.html").read_text()
+    page = (out / "_report.html").read_text()
     assert page.count('<img src="data:image/jpeg;base64,') == len(least)
     images = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"', page)
     sizes = [Image.open(io.BytesIO(base64.b64decode(image))).size for image in images]
@@ -69,7 +69,7 @@ def test_drift_compares_with_the_held_out_predictions(complete, bundle, tmp_path
             "classes": alarm,
             "confidences": alarm,
         }
-        page = (out / "report.html").read_text()
+        page = (out / "_report.html").read_text()
         assert text in page
         assert not re.search(r"[.>]Without drift", page)
 
@@ -91,6 +91,6 @@ def test_the_report_of_a_multi_label_network_counts_every_class_and_compares_the
             "per_image": alarm,
         }
         assert found.counts == Counter(label for labels in rows for label in labels)
-        assert "classes per image" in (out / "report.html").read_text()
+        assert "classes per image" in (out / "_report.html").read_text()
     assert report(out, bundle, decision, Settings(threads=1, top_k=2)).drift is None
-    assert "Not examined: top_k limits the classes of an image." in (out / "report.html").read_text()
+    assert "Not examined: top_k limits the classes of an image." in (out / "_report.html").read_text()
