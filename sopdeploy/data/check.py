@@ -2,16 +2,19 @@
 
 import hashlib
 import io
-from collections import Counter
-from collections.abc import Iterator
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from sopdeploy.config import StrictModel
+from sopdeploy.data.datasets import official
 from sopdeploy.data.datasets.folder import (
     class_mismatches,
     class_names,
@@ -27,9 +30,7 @@ from sopdeploy.data.datasets.label_table import (
     VAL,
     has_label_table,
     read_label_table,
-    unlisted_images,
 )
-from sopdeploy.data.datasets.layouts import open_official
 from sopdeploy.data.folder_store import LABELS_FILE, OpenOptions
 from sopdeploy.data.image_files import ImageFiles, count_ignored_files, load_pixels, map_threaded, open_image
 from sopdeploy.data.parts import find_parts, open_part
@@ -99,7 +100,7 @@ class DataReport(StrictModel):
 
 @dataclass(frozen=True, slots=True)
 class _FileInfo:
-    """Properties of one file; only `error` is set for an unreadable one."""
+    """Properties of one file; an unreadable one has an `error`, and no others but its length in bytes."""
 
     file: str
     part: str
@@ -111,107 +112,125 @@ class _FileInfo:
     size: tuple[int, int] = (0, 0)
     file_hash: bytes = b""
     pixel_hash: bytes = b""
-    oddities: tuple[str, ...] = ()
+    unusual: tuple[str, ...] = ()
 
 
 def check(path: Path, cache: Path | None = None) -> DataReport:
     """Decode every image below *path* and report contents and problems.
 
-    *path* is a folder or tar archive with one folder per class or with `labels.csv`. The official layouts of
-    CUB, FGVC-Aircraft, Stanford Cars and ImageNet are recognized. Archives are indexed in the folder *cache*.
+    *path* is a folder or tar archive with one folder per class or with `labels.csv`, or the root of an
+    official layout (`official`). Archives are indexed in the folder *cache*.
 
     Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
     """
     notes: list[str] = []
-    options = OpenOptions(cache, notes.append)
-    official = open_official(expand_user(path), options)
-    parts, listed = (official, False) if official else _open_parts(expand_user(path), options)
+    layout, parts = _open_parts(expand_user(path), OpenOptions(cache, notes.append))
+    with_class_folders = list(parts.values()) if layout == "class folders" else []
     infos = [
         info
-        for name, part in parts.items()
-        for info in map_threaded(partial(_inspect_file, part, name), len(part))
+        for name, images in parts.items()
+        for info in map_threaded(partial(_inspect_file, images, name), len(images))
     ]
     readable = [info for info in infos if not info.error]
-    sides = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T
-    shorter, longer = ((int(row.min()), int(np.median(row)), int(row.max())) for row in sides)
-    strange: dict[str, list[str]] = {}
-    for info in readable:
-        for reason in info.oddities:
-            strange.setdefault(reason, []).append(info.file)
-    folders = [] if official or listed else list(parts.values())
-    unlisted = unlisted_images(list(parts.values())) if listed else []
-    strange |= {f"not listed in {LABELS_FILE}": unlisted} if unlisted else {}
+    unusual = _unusual_files(readable)
+    if layout == "table" and (unlisted := _unlisted_files(list(parts.values()))):
+        unusual[f"not listed in {LABELS_FILE}"] = unlisted
     ignored: Counter[str] = Counter()
-    for part in folders:
-        ignored.update(count_ignored_files(part.store, part.labels))
-    notes += filter(None, map(describe_nested, folders))
-    counted = []
-    for name, part in parts.items():
-        size = sum(info.length for info in infos if info.part == name)
-        counts = part.class_counts().tolist()
-        classes = dict(zip(part.labels, counts, strict=True))
-        counted.append(Part(name=name, count=len(part), bytes=size, classes=classes))
+    for images in with_class_folders:
+        ignored.update(count_ignored_files(images.store, images.labels))
+    shorter, longer = _side_ranges(readable)
     return DataReport(
         path=path,
-        parts=tuple(counted),
+        parts=tuple(_count_classes(name, images, infos) for name, images in parts.items()),
         formats=dict(Counter(info.format for info in readable).most_common()),
         modes=dict(Counter(info.mode for info in readable).most_common()),
         shorter_side=shorter,
         longer_side=longer,
-        classes=tuple(_class_problems(folders)),
+        classes=tuple(_class_problems(with_class_folders)),
         unreadable=tuple(info.error for info in infos if info.error),
-        too_few=tuple(
-            f"{images.store.root / images.labels[target]}: only one image; add another"
-            for images in (parts.values() if len(parts) == 1 else ())
-            for target in np.flatnonzero(images.class_counts() == 1)
-        ),
+        too_few=tuple(_single_images(parts)),
         duplicates=tuple(_find_duplicates(readable)),
-        strange={reason: tuple(files) for reason, files in strange.items()},
+        strange={reason: tuple(files) for reason, files in unusual.items()},
         passed_over=dict(ignored),
-        notes=tuple(notes),
+        notes=(*notes, *filter(None, map(describe_nested, with_class_folders))),
     )
 
 
-def _open_parts(path: Path, options: OpenOptions) -> tuple[dict[str, ImageFiles], bool]:
-    """Open the parts of a folder by name, training images first, and tell whether a table lists them."""
+def _open_parts(
+    path: Path, options: OpenOptions
+) -> tuple[Literal["official", "table", "class folders"], dict[str, ImageFiles]]:
+    """Detect the layout of *path* and open its parts by name, training images first."""
+    kind = official.detect_kind(path)
+    if kind is not None:
+        return "official", {
+            "train": official.open_part(kind, "train", path, options),
+            "test": official.open_part(kind, "held_out", path, options),
+        }
     store = open_store(path, options)
     if has_label_table(store):
         table = read_label_table(store)
-        split_names = [TRAIN, VAL] if table.is_split else []
-        return {name: table.part(name) for name in split_names} or {UNSPLIT: table.images}, True
-    found = find_parts(store)
-    for line in describe_parts(store, found):
+        if table.is_split:
+            return "table", {name: table.part(name) for name in (TRAIN, VAL)}
+        return "table", {UNSPLIT: table.images}
+    folders = find_parts(store)
+    for line in describe_parts(store, folders):
         options.log(line)
-    if not found.train:
-        return {UNSPLIT: list_classes(store, class_names(store))}, False
-    train = open_part(store, found.train)
-    parts = {found.train: list_classes(train, class_names(train))}
-    for name in found.held_out:
+    if not folders.train:
+        return "class folders", {UNSPLIT: list_classes(store, class_names(store))}
+    train = open_part(store, folders.train)
+    parts = {folders.train: list_classes(train, class_names(train))}
+    for name in folders.held_out:
         part = open_part(store, name)
         parts[name] = list_classes(part, tuple(part.folders()))
-    return parts, False
+    return "class folders", parts
 
 
-def _class_problems(parts: list[ImageFiles]) -> Iterator[str]:
+def _count_classes(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) -> Part:
+    counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
+    size = sum(info.length for info in infos if info.part == name)
+    return Part(name=name, count=len(images), bytes=size, classes=counts)
+
+
+def _side_ranges(infos: Sequence[_FileInfo]) -> list[tuple[int, int, int]]:
+    """Compute minimum, median and maximum of the shorter sides, and of the longer sides, in pixels."""
+    sides = np.sort([info.size for info in infos] or [(0, 0)], axis=1).T
+    return [(int(row.min()), int(np.median(row)), int(row.max())) for row in sides]
+
+
+def _class_problems(parts: Sequence[ImageFiles]) -> Iterator[str]:
     """Describe empty class folders of *parts*, and classes that differ from those of the first part."""
     for images in parts:
         if images is not parts[0]:
             mismatches = class_mismatches(images.store, parts[0].labels)
             yield from (f"{images.store.root}: {mismatch}" for mismatch in mismatches)
         empty = describe_empty_classes(images)
-        yield from [empty] if empty else []
+        if empty:
+            yield empty
+
+
+def _single_images(parts: Mapping[str, ImageFiles]) -> Iterator[str]:
+    """Describe the classes with a single image, of which none could be held out."""
+    if len(parts) > 1:
+        return
+    for images in parts.values():
+        for target in np.flatnonzero(images.class_counts() == 1):
+            yield f"{images.store.root / images.labels[target]}: only one image; add another"
+
+
+def _unlisted_files(parts: Sequence[ImageFiles]) -> list[str]:
+    """List the image files in the folder of *parts* that its `labels.csv` does not list."""
+    listed = {path for images in parts for path in images.paths.tolist()}
+    store = parts[0].store
+    return [str(store.root / os.fsdecode(path)) for path in store.list_files("")[0] if path not in listed]
 
 
 def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:
     path, label = images.path(index), SEPARATOR.join(images.class_names(index))
+    data = b""
     try:
-        data = images.store.read(bytes(images.paths[index]))
-    except OSError as error:
-        message = f"{path}: cannot be read ({error}); repair or delete it"
-        return _FileInfo(str(path), part, label, error=message)
-    try:
+        data = images.read(index)
         image = open_image(data, path)
-        mode, name, frames = image.mode, image.format or "", _count_frames(data)
+        mode, image_format = image.mode, image.format or ""  # before decoding, which may change the mode
         pixels = to_rgb(load_pixels(image, path), RULES)
     except DataError as error:
         return _FileInfo(str(path), part, label, len(data), str(error))
@@ -220,12 +239,12 @@ def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:
         part=part,
         label=label,
         length=len(data),
-        format=name,
+        format=image_format,
         mode=mode,
         size=pixels.size,
         file_hash=hashlib.sha256(data).digest()[:16],
         pixel_hash=hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()[:16],
-        oddities=_oddities(image, pixels, mode, frames),
+        unusual=tuple(_unusual_properties(image, pixels, mode, _count_frames(data))),
     )
 
 
@@ -237,25 +256,42 @@ def _count_frames(data: bytes) -> int:
         return 2
 
 
-def _oddities(image: Image.Image, pixels: Image.Image, mode: str, frames: int) -> tuple[str, ...]:
-    short, long = sorted(image.size)
-    single_color = all(low == high for low, high in pixels.getextrema())  # type: ignore[misc]
-    found = {  # these texts are keys of the JSON output
-        f"shorter side under {MIN_SIDE} pixels": short < MIN_SIDE,
-        f"longer side over {MAX_ASPECT_RATIO:g} times the shorter one": long > MAX_ASPECT_RATIO * short,
-        "one colour only": single_color,
-        "several frames, the first one counts": frames > 1,
-        "printing colours (CMYK)": mode == "CMYK",
-        "16 bits a pixel": mode in SIXTEEN_BIT,
-        "turned by its EXIF orientation": exif_orientation(image) in ROTATED,
-    }
-    return tuple(reason for reason, applies in found.items() if applies)
+def _unusual_properties(image: Image.Image, pixels: Image.Image, mode: str, frames: int) -> Iterator[str]:
+    """Yield what is unusual about a decoded *image*, whose upright RGB form is *pixels*.
+
+    The texts are keys of the JSON output.
+    """
+    shorter, longer = sorted(image.size)
+    if shorter < MIN_SIDE:
+        yield f"shorter side under {MIN_SIDE} pixels"
+    if longer > MAX_ASPECT_RATIO * shorter:
+        yield f"longer side over {MAX_ASPECT_RATIO:g} times the shorter one"
+    if pixels.getcolors(maxcolors=1) is not None:
+        yield "one colour only"
+    if frames > 1:
+        yield "several frames, the first one counts"
+    if mode == "CMYK":
+        yield "printing colours (CMYK)"
+    if mode in SIXTEEN_BIT:
+        yield "16 bits a pixel"
+    if exif_orientation(image) in ROTATED:
+        yield "turned by its EXIF orientation"
 
 
-def _find_duplicates(infos: list[_FileInfo]) -> Iterator[Duplicates]:
-    groups: dict[bytes, list[_FileInfo]] = {}
+def _unusual_files(infos: Sequence[_FileInfo]) -> dict[str, list[str]]:
+    """List the unusual files by reason."""
+    files = defaultdict[str, list[str]](list)
     for info in infos:
-        groups.setdefault(info.pixel_hash, []).append(info)
+        for reason in info.unusual:
+            files[reason].append(info.file)
+    return files
+
+
+def _find_duplicates(infos: Sequence[_FileInfo]) -> Iterator[Duplicates]:
+    """Yield the groups of files with identical pixels."""
+    groups = defaultdict[bytes, list[_FileInfo]](list)
+    for info in infos:
+        groups[info.pixel_hash].append(info)
     for group in groups.values():
         if len(group) > 1:
             yield Duplicates(

@@ -15,13 +15,9 @@ import numpy as np
 import pydantic
 
 from sopdeploy.data.base import LabeledImages, Split
-from sopdeploy.data.datasets.fine_grained import FineGrainedConfig, open_fine_grained
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
-from sopdeploy.data.datasets.imagenet import ImageNetConfig, open_imagenet
-from sopdeploy.data.datasets.layouts import detect_kind
-from sopdeploy.data.datasets.places import PlacesConfig, open_places
+from sopdeploy.data.datasets.official import OfficialConfig, detect_kind, open_official
 from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
-from sopdeploy.data.datasets.small_imagenet import SmallImageNetConfig, open_small_imagenet
 from sopdeploy.data.folder_store import Log, OpenOptions, ignore
 from sopdeploy.data.image_files import ImageFiles, find_unreadable
 from sopdeploy.data.subset import select_subset
@@ -30,14 +26,7 @@ from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import atomic_write, expand_user
 
 DataConfig = Annotated[
-    DigitsConfig
-    | FolderConfig
-    | CifarConfig
-    | SmallImageNetConfig
-    | PlacesConfig
-    | FineGrainedConfig
-    | ImageNetConfig,
-    pydantic.Field(discriminator="kind"),
+    DigitsConfig | FolderConfig | CifarConfig | OfficialConfig, pydantic.Field(discriminator="kind")
 ]
 
 
@@ -47,33 +36,21 @@ def open_data(config: DataConfig, log: Log = ignore) -> Split:
     Slow steps and skipped files are reported to *log*. Raises `ConfigError` if no path is set and `DataError`
     if the data cannot be used.
     """
-    if isinstance(config, DigitsConfig | CifarConfig | SmallImageNetConfig):
-        return select_subset(_open_in_memory(config), config.classes)
-    options = OpenOptions(config.cache, log)
-    match config:
-        case FolderConfig():
-            kind = None if config.path is None else detect_kind(expand_user(config.path))
-            if kind is not None:
-                raise ConfigError(f"data.path: {config.path} is an official layout; set data.kind={kind}")
-            split = open_folder(config, options)
-        case PlacesConfig():
-            split = open_places(config, options)
-        case FineGrainedConfig():
-            split = open_fine_grained(config, options)
-        case ImageNetConfig():
-            split = open_imagenet(config, options)
-    split = select_subset(split, config.classes)
-    return _drop_unreadable(split, options) if config.skip_corrupt else split
-
-
-def _open_in_memory(config: DigitsConfig | CifarConfig | SmallImageNetConfig) -> Split:
     match config:
         case DigitsConfig():
-            return open_digits()
+            return select_subset(open_digits(), config.classes)
         case CifarConfig():
-            return open_cifar(config)
-        case SmallImageNetConfig():
-            return open_small_imagenet(config)
+            return select_subset(open_cifar(config), config.classes)
+    options = OpenOptions(config.cache, log)
+    if isinstance(config, OfficialConfig):
+        split = open_official(config, options)
+    else:
+        kind = None if config.path is None else detect_kind(expand_user(config.path))
+        if kind is not None:
+            raise ConfigError(f"data.path: {config.path} is an official layout; set data.kind={kind}")
+        split = open_folder(config, options)
+    split = select_subset(split, config.classes)
+    return _drop_unreadable(split, options) if config.skip_corrupt else split
 
 
 def _drop_unreadable(split: Split, options: OpenOptions) -> Split:

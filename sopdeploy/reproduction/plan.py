@@ -9,9 +9,7 @@ import torch
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import PadCrop
-from sopdeploy.data.datasets.layouts import detect_kind
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import expand_user
 from sopdeploy.models.describe import Description, describe
 from sopdeploy.models.registry import CatalogModel, create_model
 from sopdeploy.reproduction.facts import count_facts
@@ -139,9 +137,7 @@ def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
             ]
             overrides = (*overrides, *own)
         elif options.data is not None:
-            kind = detect_kind(expand_user(options.data)) if full.data.kind == "folder" else None
-            layout = () if kind is None else (f"data.kind={kind}",)
-            overrides = (*overrides, *layout, f"data.path={to_toml(str(options.data))}")
+            overrides = (*overrides, f"data.path={to_toml(str(options.data))}")
         overrides = (*overrides, *options.settings)
         recipe = read_recipe(source, overrides)
     except ConfigError as error:

@@ -16,7 +16,7 @@ from sopdeploy.backbones.alexnet import AlexNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.backbones.vgg import VGGConfig
 from sopdeploy.bundle.folder import staging
-from sopdeploy.data.datasets.layouts import detect_kind
+from sopdeploy.data.datasets.official import detect_kind
 from sopdeploy.data.datasets.small import open_digits
 from sopdeploy.data.sources import DataConfig, open_data
 from sopdeploy.errors import DataError

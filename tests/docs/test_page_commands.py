@@ -23,7 +23,7 @@ NOT_RUN = {  # pattern of a step: the reason why it is not run
     r"sopdeploy (import|\w+ ckpt\.pt)": "needs a published file; `tests/sopdeploy/importers` creates some",
     r"sopdeploy reproduce .*--data": "needs ImageNet or CIFAR-10; `tests/sopdeploy/reproduction` runs tables",
     r".* --weights ": "needs a weight file; `test_start_weights` creates some",
-    r".* CUB_200_2011": "needs the data set; `test_official_layouts` creates its layout",
+    r".* fgvc": "needs the data set; `test_data_sets` creates its layout",
     r"torchrun .*mine\.toml": "needs eight GPUs; see `tests/sopdeploy/training/distributed`",
     r"#!/bin/bash\n#SBATCH": "needs SLURM",
     r"sopdeploy --(install|show)-completion": "needs an interactive shell",

@@ -240,14 +240,3 @@ def _check_files(store: FileStore, rows: Mapping[str, _Row]) -> None:
 
 def _reject(table: Path, line: int, reason: str) -> NoReturn:
     raise DataError(f"{table}: line {line}: {reason}")
-
-
-def unlisted_images(parts: Sequence[ImageFiles]) -> list[str]:
-    """List the image files in the store of *parts* that its `labels.csv` does not list."""
-    listed = {path for images in parts for path in images.paths.tolist()}
-    return [
-        str(images.store.root / os.fsdecode(path))
-        for images in parts[:1]
-        for path in images.store.list_files("")[0]
-        if path not in listed
-    ]

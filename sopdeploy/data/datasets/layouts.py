@@ -5,40 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from sopdeploy.data.datasets.fine_grained import LAYOUTS, find_fine_grained
-from sopdeploy.data.datasets.folder import list_classes, match_classes, open_store
-from sopdeploy.data.datasets.imagenet import TRAIN_FOLDERS, class_aliases, find_list, open_validation
+from sopdeploy.data.datasets import official
+from sopdeploy.data.datasets.folder import list_classes, open_store
+from sopdeploy.data.datasets.imagenet_classes import class_aliases
 from sopdeploy.data.datasets.label_table import has_label_table, read_label_table
 from sopdeploy.data.folder_store import LABELS_FILE, Log, OpenOptions, ignore
 from sopdeploy.data.image_files import FileStore, ImageFiles
 from sopdeploy.data.parts import find_parts, open_part
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.files import expand_user
-
-
-def detect_kind(path: Path) -> str | None:
-    """Find the `data.kind` of the official layout in the folder *path*, if there is one."""
-    kinds = [kind for kind in LAYOUTS if find_fine_grained(path, kind)]
-    return kinds[0] if kinds else "imagenet" if find_list(path) else None
-
-
-def open_official(path: Path, options: OpenOptions) -> dict[str, ImageFiles]:
-    """Open the parts of an official layout in the folder *path* by name; empty if there is none.
-
-    The last part has the official test or validation images.
-    """
-    for kind in LAYOUTS:
-        if found := find_fine_grained(path, kind):
-            split = found[1](found[0], options)
-            parts = {"train": split.train, "test": split.held_out}
-            return {name: part for name, part in parts.items() if isinstance(part, ImageFiles)}
-    listing = find_list(path)
-    if listing is None:
-        return {}
-    held_out = open_validation(path, listing, options)
-    train = next((path / name for name in TRAIN_FOLDERS if (path / name).exists()), None)
-    images = {} if train is None else {"train": match_classes(open_store(train, options), held_out.labels)}
-    return {**images, "val": held_out}
 
 
 def open_evaluation_images(
@@ -64,16 +39,17 @@ def open_evaluation_images(
                 "images and their classes in this file"
             )
         return read_label_table(store, labels, multi_label=True).held_out()
-    official = open_official(root, OpenOptions(log=log))
-    if official:
-        found = list(official.values())[-1]
+    if (kind := official.detect_kind(root)) is not None:
+        images = _match(
+            root, official.open_part(kind, "held_out", root, OpenOptions(log=log)), labels, must_match=False
+        )
     else:
         store = _open_held_out(open_store(root, OpenOptions(log=log)), labels, log)
         if has_label_table(store):
-            found = read_label_table(store, labels, multi_label=False).held_out()
+            stored = read_label_table(store, labels, multi_label=False).held_out()
         else:
-            found = list_classes(store, tuple(store.folders()))
-    images = _match(root, found, labels, must_match=not official)
+            stored = list_classes(store, tuple(store.folders()))
+        images = _match(root, stored, labels, must_match=True)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
     if empty:
         log(f"{root}: no images of {len(empty)} of {len(labels)} classes: {shorten(empty)}")
@@ -105,18 +81,18 @@ def _match(root: Path, images: ImageFiles, labels: tuple[str, ...], *, must_matc
     """Give *images* the classes *labels*; raises `DataError` if *must_match* and a class is no label."""
     if not images.labels:
         raise DataError(f"{root}: holds no class folders; sort the images into one subfolder per class")
-    position = {label: index for index, label in enumerate(labels)}
+    indices = {label: index for index, label in enumerate(labels)}
     aliases = class_aliases()
-    new = [position.get(name, position.get(aliases.get(name, ""), -1)) for name in images.labels]
-    unknown = [name for name, index in zip(images.labels, new, strict=True) if index < 0]
-    if unknown and (must_match or len(unknown) == len(new)):
+    new_targets = [indices.get(name, indices.get(aliases.get(name, ""), -1)) for name in images.labels]
+    unknown = [name for name, target in zip(images.labels, new_targets, strict=True) if target < 0]
+    if unknown and (must_match or len(unknown) == len(new_targets)):
         verb = "are not classes" if unknown[1:] else "is no class"
         raise DataError(
             f"{root}: {shorten(unknown)} {verb} of the network, which knows {shorten(labels)}; remove or "
             "rename the folders",
             lists={"unknown": unknown, "classes": labels},
         )
-    targets = np.asarray(new, dtype=np.int64)[images.targets.astype(np.int64)]
+    targets = np.asarray(new_targets, dtype=np.int64)[images.targets.astype(np.int64)]
     if not (targets >= 0).any():
         raise DataError(f"{root}: holds no images of these classes; add some")
     chosen = images.select(targets >= 0)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.io
+import torchvision
 from PIL import Image
 
 from sopdeploy.data.datasets.small import cifar_class
@@ -73,39 +75,63 @@ def write_cifar(root: Path, kind: str, monkeypatch: Any) -> Path:
     return base
 
 
-def planes(count: int, side: int, seed: int = 0) -> np.ndarray:
-    """Make random images (count, 3 * side * side), plane by plane."""
-    return np.random.default_rng(seed).integers(0, 256, (count, 3 * side * side), dtype=np.uint8)
+def write_lists(root: Path, texts: dict[str, str], images: Sequence[str], size: tuple[int, int]) -> None:
+    """Write text files, and different JPEGs of *size*, below *root*."""
+    for name, text in texts.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    for seed, name in enumerate(images):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(jpeg(seed, size))
 
 
-def write_small_imagenet(root: Path, side: int = 64, classes: int = 3) -> Path:
-    """Write two training batches and a validation batch in the official layout."""
-    for name, seed in {"train_data_batch_1": 1, "train_data_batch_2": 2, "val_data": 3}.items():
-        labels = [1 + number % classes for number in range(2 * classes)]
-        content = {"data": planes(2 * classes, side, seed), "labels": labels}
-        if name != "val_data":
-            content["mean"] = content["data"].mean(axis=0)
-        write_pickle(root / name, content)
+def write_places(root: Path, monkeypatch: Any) -> Path:
+    """Write three classes in Places365's layout and let torchvision accept their lists."""
+    names = ("/a/abbey", "/a/apartment/outdoor", "/b/bar")
+    train = [f"{name}/{count:08}.jpg {number}" for number, name in enumerate(names) for count in range(4)]
+    held_out = [f"Places365_val_{number:08}.jpg {number}" for number in range(3)]
+    lists = {
+        "categories_places365.txt": [f"{name} {number}" for number, name in enumerate(names)],
+        "places365_train_standard.txt": train,
+        "places365_val.txt": held_out,
+    }
+    images = [f"data_256_standard{line.split()[0]}" for line in train]
+    images += [f"val_256/{line.split()[0]}" for line in held_out]
+    write_lists(root, {name: "\n".join(lines) + "\n" for name, lines in lists.items()}, images, (64, 64))
+    monkeypatch.setattr(torchvision.datasets.Places365, "_check_integrity", lambda *_: True)
     return root
 
 
-def write_places(root: Path) -> Path:
-    """Write Places365's original layout with three classes."""
-    lists: dict[str, list[str]] = {
-        "places365_train_standard": [],
-        "places365_val": [],
-        "categories_places365": [],
+def write_aircraft(root: Path) -> Path:
+    """Write six training and three test images of three classes in the layout of FGVC-Aircraft."""
+    variants = ["707-320", "Cessna 172", "F-16A/B"]
+    numbers = [f"{1000 + index:07}" for index in range(9)]
+    lines = [f"{number} {variants[index % 3]}\n" for index, number in enumerate(numbers)]
+    texts = {
+        "variants.txt": "\n".join(variants) + "\n",
+        "images_variant_trainval.txt": "".join(lines[:6]),
+        "images_variant_test.txt": "".join(lines[6:]),
     }
-    for number, name in enumerate(("/a/abbey", "/a/apartment/outdoor", "/b/bar")):
-        lists["categories_places365"].append(f"{name} {number}")
-        images = {f"data_256{name}/{count:08}.jpg": 100 * number + count for count in range(4)}
-        images[f"val_256/Places365_val_{number:08}.jpg"] = 7000 + number
-        for file, seed in images.items():
-            path = root / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(jpeg(seed, (64, 64)))
-            part = "places365_val" if file.startswith("val") else "places365_train_standard"
-            lists[part].append(f"{file.removeprefix('data_256').removeprefix('val_256/')} {number}")
-    for file, lines in lists.items():
-        (root / f"{file}.txt").write_text("\n".join(lines) + "\n")
+    images = [f"images/{number}.jpg" for number in numbers]
+    write_lists(root / "fgvc-aircraft-2013b" / "data", texts, images, (24, 20))
+    return root
+
+
+CARS = ("AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Sedan 2012")
+
+
+def write_cars(root: Path) -> Path:
+    """Write six training and three test images of three classes in the layout of Stanford Cars."""
+    folder = root / "stanford_cars"
+    (folder / "devkit").mkdir(parents=True)
+    names = np.empty((1, len(CARS)), dtype=object)
+    names[0] = CARS
+    scipy.io.savemat(folder / "devkit" / "cars_meta.mat", {"class_names": names})
+    parts = {"cars_train": ("devkit/cars_train_annos", 6), "cars_test": ("cars_test_annos_withlabels", 3)}
+    for part, (list_name, count) in parts.items():
+        annotations = np.empty((1, count), dtype=[("class", object), ("fname", object)])
+        for index in range(count):
+            annotations[0, index] = (1 + index % 3, f"{index:05}.jpg")
+        scipy.io.savemat(folder / f"{list_name}.mat", {"annotations": annotations})
+        write_lists(folder, {}, [f"{part}/{index:05}.jpg" for index in range(count)], (24, 20))
     return root

@@ -1,22 +1,26 @@
-"""CIFAR, Places365 and downsampled ImageNet in the layouts of their official files."""
+"""CIFAR, FGVC-Aircraft, Stanford Cars and Places365 in their official layouts; subsets of classes."""
 
+import json
 import pickle  # noqa: TID251  # the official files are pickles
+from pathlib import Path
 
-import h5py
 import numpy as np
 import pydantic
 import pytest
+import torchvision
+from typer.testing import CliRunner
 
+from sopdeploy.cli.app import app
+from sopdeploy.data.base import Split
+from sopdeploy.data.datasets.imagenet_classes import class_aliases
+from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.datasets.small import DigitsConfig
 from sopdeploy.data.sources import DataConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
-from tests.sopdeploy.data.small_data import (
-    planes,
-    tar_of,
-    write_cifar,
-    write_pickle,
-    write_places,
-    write_small_imagenet,
-)
+from sopdeploy.training.loop import train
+from sopdeploy.training.recipe import read_recipe
+from tests.sopdeploy.data.small_data import CARS, write_aircraft, write_cars, write_cifar, write_places
+from tests.sopdeploy.training.runs import short_recipe
 
 
 def open_at(kind, path, **settings):
@@ -44,131 +48,117 @@ def test_the_official_cifar_layout_is_read_and_a_changed_file_is_not_unpickled(
         open_at(kind, tmp_path)
 
 
-def test_the_lists_of_places_define_training_and_validation_images(tmp_path) -> None:
-    root = write_places(tmp_path / "places")
-    split = open_at("places365", root)
-    assert split.train.labels == ("abbey", "apartment-outdoor", "bar")
-    assert (len(split.train), len(split.held_out)) == (12, 3)
-    assert [split.train[5][1], split.held_out[2][1]] == [1, 2]
-    assert split.train[5][0].size == (64, 64)
-    expected = np.asarray(split.train[7][0])
-    (root / "data_256").rename(tmp_path / "moved")  # the images can be an archive
-    tar_of(tmp_path / "moved", root / "data_256.tar", "data_256")
-    assert np.array_equal(np.asarray(open_at("places365", root).train[7][0]), expected)
+OFFICIAL = {
+    # kind: labels, training images of each class, size of an image
+    "aircraft": (("707-320", "Cessna 172", "F-16A/B"), 2, (24, 20)),
+    "cars": (CARS, 2, (24, 20)),
+    "places365": (("abbey", "apartment-outdoor", "bar"), 4, (64, 64)),
+}
 
 
-CATEGORIES, VALIDATION = "categories_places365.txt", "places365_val.txt"
-IMAGE_0 = "Places365_val_00000000.jpg"
+@pytest.mark.parametrize("kind", OFFICIAL)
+def test_an_official_layout_is_read_and_recognized(tmp_path, monkeypatch, kind) -> None:
+    if kind == "places365":
+        write_places(tmp_path, monkeypatch)
+    else:
+        {"aircraft": write_aircraft, "cars": write_cars}[kind](tmp_path)
+    labels, each, size = OFFICIAL[kind]
+    split = open_at(kind, tmp_path)
+    assert split.train.labels == split.held_out.labels == labels
+    assert split.train.class_counts().tolist() == [each] * 3
+    assert split.held_out.targets.tolist() == [0, 1, 2]
+    files = {part.path(index) for part in (split.train, split.held_out) for index in range(len(part))}
+    assert len(files) == len(split.train) + len(split.held_out)
+    assert all(split.train[index][0].size == size for index in range(len(split.train)))
+    held_out = open_evaluation_images(tmp_path, labels[::-1])
+    assert (held_out.labels, held_out.targets.tolist()) == (labels[::-1], [2, 1, 0])
+    checked = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--json"])
+    assert checked.exit_code == 0, checked.stderr
+    assert [part["count"] for part in json.loads(checked.stdout)["parts"]] == [3 * each, 3]
+    with pytest.raises(ConfigError, match=rf"is an official layout; set data.kind={kind}"):
+        open_at("folder", tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (CATEGORIES, None, "cannot be read"),
-        (CATEGORIES, b"/a/abbey 0\n/a/abbey 1\n", "needs different classes"),
-        (CATEGORIES, b"/a/abbey 0\n/b/bar 2\n", "numbered from 0 without gaps"),
-        (CATEGORIES, b"/a/abbey 0\n/b/bar 0\n", "number 0 occurs twice"),
-        (CATEGORIES, b"abbey\n", "line 1 is not a name and a number"),
-        (VALIDATION, f"{IMAGE_0} 7\n".encode(), "classes 7 are not in categories_places365"),
-        (VALIDATION, f"{IMAGE_0} 0\n".encode(), "no images of the classes apartment-outdoor, bar"),
-        (VALIDATION, b"\xff\xff 1\n", "cannot be read"),
-    ],
-)
-def test_an_invalid_list_of_places_is_named(tmp_path, name, content, message) -> None:
-    path = write_places(tmp_path / "places") / name
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=message) as problem:
-        open_at("places365", tmp_path / "places")
-    assert str(path) in str(problem.value)
+def test_a_missing_or_damaged_official_file_is_one_line(tmp_path, monkeypatch) -> None:
+    write_aircraft(tmp_path / "aircraft")
+    (tmp_path / "aircraft/fgvc-aircraft-2013b/data/variants.txt").write_text("Boeing\n")
+    write_cars(tmp_path / "cars")
+    (tmp_path / "cars/stanford_cars/devkit/cars_meta.mat").write_bytes(b"MATLAB")
+    (tmp_path / "places").mkdir()
+    for kind, path, message in (
+        ("aircraft", "aircraft", r"FGVCAircraft cannot read the trainval images \('707-320'\); use the"),
+        ("cars", "cars", "StanfordCars cannot read the train images"),
+        ("places365", "places", "Places365 cannot read the train-standard images"),
+        ("cifar100", "places", r"no complete cifar-100.*; unpack https://.*\.tar\.gz there"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            open_at(kind, tmp_path / path)
+        assert "\n" not in str(caught.value)
+    for kind, content in (("aircraft", "fgvc-aircraft-2013b"), ("cifar10", "cifar-10")):
+        with pytest.raises(ConfigError, match=rf"data\.path: not set; give the folder that holds {content}"):
+            open_at(kind, None)
 
 
-def upright(image: np.ndarray, side: int = 64) -> np.ndarray:
-    return image.reshape(3, side, side).transpose(1, 2, 0)
+def test_a_run_on_two_of_three_variants_is_evaluated_on_the_official_test_images(tmp_path) -> None:
+    root = write_aircraft(tmp_path)
+    names = tmp_path / "two.txt"
+    names.write_text("F-16A/B\n707-320\n")
+    recipe = short_recipe("epochs=1", "data.kind=aircraft", f"data.path={root}", f"data.classes={names}")
+    best = train(recipe, tmp_path / "run").best
+    done = CliRunner().invoke(app, ["eval", str(best), "--data", str(root), "--heads", "--json"])
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["label"] for row in found["classes"]] == ["707-320", "F-16A/B"]
+    assert (found["count"], found["heads"][0]["top1"]["count"]) == (2, 2)
 
 
-def test_batches_of_small_imagenet_are_read_in_the_order_of_their_numbers(tmp_path) -> None:
-    split = open_at("imagenet64", write_small_imagenet(tmp_path / "64"))
-    assert (len(split.train), len(split.held_out)) == (12, 6)
-    assert split.train.labels == ("0001", "0002", "0003")
-    assert split.train.targets.tolist() == [0, 1, 2] * 4
-    image, label = split.train[7]
-    assert np.array_equal(np.asarray(image), upright(planes(6, 64, seed=2)[1]))
-    assert label == 1
-    for number in (10, 2, 1):
-        content = {"data": planes(2, 32, number), "labels": [1, 2]}
-        write_pickle(tmp_path / "32" / f"train_data_batch_{number}", content, protocol=2)
-    np.savez(tmp_path / "32" / "val_data.npz", data=planes(2, 32), labels=np.array([1, 2]))
-    train = open_at("imagenet32", tmp_path / "32").train
-    assert np.array_equal(np.asarray(train[4][0]), upright(planes(2, 32, 10)[0], 32))
-    np.savez(tmp_path / "32" / "train_data_batch_2.npz", data=planes(2, 32, 2), labels=np.array([1, 2]))
-    assert len(open_at("imagenet32", tmp_path / "32").train) == 6  # both forms of a batch are read once
+def test_imagenet_names_of_torchvision_match_wordnet_ids_in_their_order(tmp_path) -> None:
+    names = tuple(torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+    ids = sorted(name for name, other in class_aliases().items() if other in names)
+    assert [class_aliases()[wordnet_id] for wordnet_id in ids] == list(names)
+    for wordnet_id in ids:
+        (tmp_path / wordnet_id).mkdir()
+        (tmp_path / wordnet_id / "1.JPEG").touch()
+    in_folders = open_evaluation_images(tmp_path, names)
+    assert [in_folders.labels[target] for target in in_folders.targets] == list(names)
+    assert open_evaluation_images(tmp_path, tuple(ids)).labels == tuple(ids)
 
 
-def test_class_names_of_small_imagenet_come_from_a_list(tmp_path) -> None:
-    names = tmp_path / "names.txt"
-    names.write_text("tench\ngoldfish\nshark\n")
-    split = open_at("imagenet64", write_small_imagenet(tmp_path / "data"), labels=names)
-    assert split.train.labels == ("tench", "goldfish", "shark")
-    names.write_text("tench\ngoldfish\n")
-    with pytest.raises(DataError, match="needs 3 different names"):
-        open_at("imagenet64", tmp_path / "data", labels=names)
+def digits(classes: int | Path | None) -> Split:
+    return open_data(DigitsConfig(kind="digits", classes=classes))
 
 
-def test_a_matlab_file_gives_the_same_upright_images(tmp_path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
-    with h5py.File(tmp_path / "imdb.mat", "w") as file:  # MATLAB 7.3 stores every axis reversed
-        file["images/data"] = images.transpose(0, 3, 2, 1)
-        file["images/labels"] = np.array([[1.0], [2], [1], [1], [2], [2]])
-        file["images/set"] = np.array([[1.0], [1], [2], [1], [3], [1]])
-    split = open_at("imagenet64", tmp_path / "imdb.mat")
-    assert [np.asarray(split.train[i][0]).tolist() for i in range(4)] == images[[0, 1, 3, 5]].tolist()
-    assert split.train.targets.tolist() == [0, 1, 0, 1]
-    assert np.array_equal(np.asarray(split.held_out[1][0]), images[4])
+def classes_of(split: Split) -> list[str]:
+    return [split.train.labels[target] for target in split.train.targets]
 
 
-def test_a_matlab_file_that_links_to_another_file_or_holds_text_is_refused(tmp_path) -> None:
-    with h5py.File(tmp_path / "imdb.mat", "w") as file:
-        file["images"] = h5py.ExternalLink("/etc/passwd", "/images")
-    with pytest.raises(DataError, match=r"damaged MATLAB 7\.3 imdb .*link to another file"):
-        open_at("imagenet64", tmp_path / "imdb.mat")
-    (tmp_path / "text.mat").write_text("no HDF5")
-    with pytest.raises(DataError, match=r"damaged MATLAB 7\.3 imdb"):
-        open_at("imagenet64", tmp_path / "text.mat")
+def test_a_subset_of_classes_keeps_images_and_order_of_every_kind_of_data(tmp_path, monkeypatch) -> None:
+    write_cifar(tmp_path, "cifar10", monkeypatch)
+    for whole, some in (
+        (open_at("cifar10", tmp_path), open_at("cifar10", tmp_path, classes=4)),
+        (digits(None), digits(4)),
+        (open_at("aircraft", write_aircraft(tmp_path)), open_at("aircraft", tmp_path, classes=2)),
+    ):
+        kept = some.train.labels
+        assert len(kept) == min(4, len(whole.train.labels) - 1)
+        assert kept == tuple(label for label in whole.train.labels if label in kept)
+        assert classes_of(some) == [label for label in classes_of(whole) if label in kept]
+        index = classes_of(whole).index(classes_of(some)[0])
+        assert np.array_equal(some.train[0][0], whole.train[index][0])
+        assert some.train[0][1] == some.train.targets[0]
+    assert digits(4).train.labels == ("2", "3", "6", "9")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"labels": [1, 2, 3, 1, 2, 3]}, "holds no data and labels"),
-        ({"data": planes(6, 32), "labels": [1] * 6}, "is it of another size than 64 x 64"),
-        ({"data": planes(6, 64), "labels": [1] * 5}, "needs one class, counted from 1, for each of its 6"),
-        ({"data": planes(6, 64), "labels": [0] * 6}, "needs one class, counted from 1"),
-        ({"data": planes(6, 64), "labels": [5] * 6}, "no images of the classes 4"),
-    ],
-)
-def test_an_invalid_batch_of_small_imagenet_is_named(tmp_path, content, message) -> None:
-    write_small_imagenet(tmp_path)
-    write_pickle(tmp_path / "val_data", content)
-    with pytest.raises(DataError, match=message):
-        open_at("imagenet64", tmp_path)
-
-
-def test_missing_paths_and_files_are_named_with_advice(tmp_path) -> None:
-    (write_places(tmp_path / "places") / "val_256").rename(tmp_path / "gone")
-    (write_small_imagenet(tmp_path / "imagenet") / "val_data").unlink()
-    nowhere = tmp_path / "nowhere"
-    cases = [
-        ("cifar10", None, r"data\.path: not set; give the folder that holds cifar-10"),
-        ("cifar10", nowhere, r"no complete cifar-10.*; unpack https://.*\.tar\.gz there"),
-        ("cifar100", nowhere, r"no complete cifar-100.*; unpack https://.*\.tar\.gz there"),
-        ("places365", None, r"data\.path: not set; give the folder that holds categories"),
-        ("places365", tmp_path / "places", "holds no val_256; unpack the images there"),
-        ("imagenet64", None, r"data\.path: not set"),
-        ("imagenet64", nowhere, r"no such folder or \.mat file"),
-        ("imagenet64", tmp_path / "imagenet", "holds no val_data; put the official files there"),
-    ]
-    for kind, path, message in cases:
-        with pytest.raises(ConfigError if path is None else DataError, match=message):
-            open_at(kind, path)
+def test_an_invalid_subset_is_one_line(tmp_path) -> None:
+    (tmp_path / "names.txt").write_text("1\nten\n")
+    (tmp_path / "one.txt").write_text("1\n1\n")
+    for classes, message in (
+        (11, "11, but the data have 10 classes"),
+        (tmp_path / "names.txt", "'ten' is no class of the data; write names such as '0'"),
+        (tmp_path / "one.txt", "names fewer than two classes"),
+        (tmp_path / "none.txt", "none.txt: cannot be read"),
+    ):
+        with pytest.raises(DataError, match=message):
+            digits(classes)
+    with pytest.raises(ConfigError, match="hold_out: unknown key"):
+        read_recipe("photos", ["data.kind=cars", "data.hold_out=0.1"])

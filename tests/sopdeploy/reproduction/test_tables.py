@@ -12,7 +12,6 @@ from sopdeploy.models.describe import ROWS, describe
 from sopdeploy.reproduction.plan import Options, estimate_hours, plan_rows
 from sopdeploy.reproduction.tables import DATA_SETS, TABLES, PrintedRow, PrintedTable, find_table
 from sopdeploy.training.recipe import read_recipe
-from tests.sopdeploy.data.test_official_layouts import write_imagenet
 
 SAME = {  # one experiment that several tables print
     "ResNet-50-s1": ["dsop-2/resnet50-s1", "dsop-7/none"],
@@ -178,12 +177,11 @@ def test_a_row_runs_as_often_as_the_paper_averages_unless_told_otherwise() -> No
     assert (*runs, Options().runs_per_row(TABLES["dsop-2"])) == (3, 2, 1, 1)
 
 
-def test_settings_apply_to_every_row_and_an_official_layout_is_recognised(tmp_path) -> None:
-    write_imagenet(tmp_path, "list")
+def test_settings_apply_to_every_row(tmp_path) -> None:
     options = Options(data=tmp_path, settings=("precision=bf16", "accumulate=2"))
     for job in plan_rows(TABLES["dsop-7"], options):
         assert job.recipe is not None
-        assert job.recipe.data.kind == "imagenet"
+        assert job.recipe.data.path == tmp_path
         assert (job.recipe.precision, job.recipe.accumulate) == ("bf16", 2)
 
 

@@ -85,8 +85,7 @@ INVALID_OVERRIDES = [
     ("zzz=1", "digits-dsop: zzz: unknown key"),
     (
         "data.kind=digit",
-        "data.kind: 'digit' is none of 'digits', 'folder', 'cifar10', 'cifar100', "
-        "'imagenet64', 'imagenet32', 'places365'",
+        "data.kind: 'digit' is none of 'digits', 'folder', 'cifar10', 'cifar100', 'aircraft'",
     ),
     ("data={}", "data.kind: missing"),
     ("data.path=x", "data.path: unknown key"),

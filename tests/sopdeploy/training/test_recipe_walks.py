@@ -27,7 +27,6 @@ from tests.sopdeploy.data.small_data import (
     write_classes,
     write_photos,
     write_places,
-    write_small_imagenet,
 )
 from tests.sopdeploy.training.runs import interrupt
 from tests.sopdeploy.training.small_recipes import EXPORTED_AS, SMALL, few_blocks
@@ -55,10 +54,8 @@ def write_data(name: str, root: Path, monkeypatch: Any) -> list[str]:
     path = root
     if kind.startswith("cifar"):
         write_cifar(root, kind, monkeypatch)
-    elif kind == "imagenet64":
-        path = write_small_imagenet(root)
     elif kind == "places365":
-        path = write_places(root)
+        write_places(root, monkeypatch)
     else:
         path = tar_of(write_photos(root), root / "all.tar") if "gsop" in name else write_photos(root)
     return [f"data.path={path}"]
