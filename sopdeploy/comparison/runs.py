@@ -27,8 +27,8 @@ from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.distributed.strategy import SingleProcess, select_device
-from sopdeploy.training.few_shot.procedure import select_split
 from sopdeploy.training.loop import train
+from sopdeploy.training.procedure import select_split
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.run import create_run
 from sopdeploy.training.run_folder import RunFolder

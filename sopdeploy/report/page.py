@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport
@@ -12,7 +13,7 @@ from sopdeploy.report.run_data import RunData, read_run
 from sopdeploy.report.training import training_context
 from sopdeploy.training.diagnostics import best_epoch
 from sopdeploy.training.epoch_choice import estimate_best
-from sopdeploy.training.few_shot.config import FewShotResult
+from sopdeploy.training.procedure import read_record
 from sopdeploy.training.recipe import flatten, is_read
 
 
@@ -41,7 +42,7 @@ def write_report(
 def render_report(data: RunData) -> str:
     """Render the page as HTML; the same data always gives the same text."""
     recipe, record = data.recipe, data.record
-    few_shot = FewShotResult.model_validate(record["few_shot"]) if "few_shot" in record else None
+    few_shot = read_record(record)
     tiles = {"seed": str(recipe.seed), "time": f"{data.history[-1].seconds:.0f} s"}
     estimate = estimate_best(
         data.history,
@@ -82,7 +83,7 @@ def render_report(data: RunData) -> str:
     )
 
 
-def _describe_training(data: RunData, few_shot: FewShotResult | None) -> str:
+def _describe_training(data: RunData, few_shot: Any) -> str:
     """Describe in a sentence what was trained: the start weights, the images and the procedure."""
     start, side = data.record.get("start"), data.recipe.preprocess.crop
     weights = "random weights" if start is None else f"the weights of {start['file']} ({start['network']})"

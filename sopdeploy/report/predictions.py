@@ -4,13 +4,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sopdeploy.evaluation.metrics import ClassificationReport, Rate
-from sopdeploy.evaluation.multi_label import MeanPrecision, MultiLabelReport
+from sopdeploy.evaluation.metrics import ClassificationReport
+from sopdeploy.evaluation.multi_label import MultiLabelReport
 from sopdeploy.html.charts import Axis, Curve, heat, interval, plot
 from sopdeploy.html.templates import percent
 from sopdeploy.report.run_data import Predictions
 from sopdeploy.training.epoch_choice import HeldOutEstimate
-from sopdeploy.training.few_shot.config import FewShotResult
 
 MAX_MATRIX_CLASSES = 30
 MAX_CONFUSIONS = 15
@@ -67,12 +66,11 @@ def predictions_context(predictions: Predictions | None) -> dict[str, Any]:
     }
 
 
-def score_tile(found: FewShotResult | HeldOutEstimate) -> dict[str, str]:
+def score_tile(found: Any) -> dict[str, str]:
     """Format the score of a run with its interval, by name; the name says if the score is too high."""
     name = "top-1" if found.map is None else "mAP"
-    if isinstance(found, FewShotResult):
-        score: Rate | MeanPrecision = found.score
-    else:
+    score: Any = found.score
+    if isinstance(found, HeldOutEstimate):
         name += ", too high" * (found.selected_by == "same images")
         if found.top1 is None:
             return {name: percent(found.score)}

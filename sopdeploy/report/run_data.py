@@ -27,7 +27,7 @@ from sopdeploy.html.templates import percent
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.few_shot.procedure import select_split
+from sopdeploy.training.procedure import select_split
 from sopdeploy.training.recipe import Recipe, validate_recipe
 from sopdeploy.training.run import Position
 

@@ -13,9 +13,9 @@ from sopdeploy.models.describe import describe
 from sopdeploy.models.stats import Counts
 from sopdeploy.training.distributed.batch_sharding import MicroBatch, shard_step
 from sopdeploy.training.distributed.strategy import SingleProcess, select_device
-from sopdeploy.training.few_shot.procedure import select_split
 from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.precision import named_tensors
+from sopdeploy.training.procedure import select_split
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Run, create_run
 from sopdeploy.training.schedule import Milestones, OneCycle

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,10 +33,8 @@ from sopdeploy.training.distributed.batch_sharding import check_divisible, shard
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.distributed.torchrun import check_same_step, create_strategy
 from sopdeploy.training.epoch_choice import HeldOutEstimate
-from sopdeploy.training.few_shot.config import FewShotResult
-from sopdeploy.training.few_shot.procedure import select_split
-from sopdeploy.training.few_shot.run import train_few_shot
 from sopdeploy.training.fine_tuning import set_train_mode
+from sopdeploy.training.procedure import run_procedure, select_split
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.resume import resume_run
 from sopdeploy.training.run import Run, create_run
@@ -82,7 +80,7 @@ class TrainingResult(StrictModel):
     last_map: float | None = None
     seconds: float
     estimate: HeldOutEstimate | None = None
-    few_shot: FewShotResult | None = None
+    few_shot: Any = None
     decision: Decision | None = None
     start: StartReport | None = None
     training_only: tuple[str, ...] = ()
@@ -132,7 +130,7 @@ def _train_to_end(
     """Run the remaining epochs or the few-shot procedure, and fit the decision of `best.pt`."""
     recipe = run.recipe
     if few_shot:
-        decision = train_few_shot(run, data, folder, callback)
+        decision = run_procedure(run, data, folder, callback)
         return _summarize(run, folder, data, decision)
     cropped = isinstance(recipe.augment, PadCrop) and recipe.augment.held_out
     held_out = (PadCroppedDataset if cropped else PreprocessedDataset)(data.held_out, recipe.preprocess)

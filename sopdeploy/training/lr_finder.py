@@ -16,8 +16,8 @@ from sopdeploy.data.batches import load_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import TrainingError
 from sopdeploy.training.distributed.strategy import SingleProcess, select_device
-from sopdeploy.training.few_shot.procedure import select_split
 from sopdeploy.training.loop import epoch_data
+from sopdeploy.training.procedure import select_split
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Position, Run, create_run
 from sopdeploy.training.step.gradient import train_step

@@ -20,9 +20,9 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry, make_config
 from sopdeploy.training.ema import EmaConfig
-from sopdeploy.training.few_shot.config import FewShotConfig
 from sopdeploy.training.fine_tuning import StartConfig
 from sopdeploy.training.optimizers import OptimizerConfig
+from sopdeploy.training.procedure import ProcedureConfig
 from sopdeploy.training.schedule import Schedule
 from sopdeploy.training.step.teacher import TeacherConfig
 
@@ -129,7 +129,7 @@ class Recipe(StrictModel):
     ema: EmaConfig | None = None
     start: StartConfig | None = None
     teacher: TeacherConfig | None = None
-    few_shot: FewShotConfig | None = None
+    few_shot: ProcedureConfig | None = None
     save: SaveConfig = SaveConfig()
     rejection: RejectionConfig = RejectionConfig()
 
@@ -143,10 +143,9 @@ class Recipe(StrictModel):
         ignored = [key for key in given if key not in SELECTING_KEYS and not is_read(key, few_shot)]
         if not ignored:
             return
-        limit = self.few_shot.max_images if self.few_shot is not None else 0
         reason = (
-            f"the few-shot procedure trains on up to {limit} images; remove them, or use the training loop "
-            "with few_shot.max_images=1"
+            f"the few-shot procedure trains on up to {self.few_shot.max_images} images; remove them, or use "
+            "the training loop with few_shot.max_images=1"
             if few_shot
             else "the training loop runs, not the few-shot procedure; remove them, or see few_shot.max_images"
         )

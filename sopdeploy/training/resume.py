@@ -11,7 +11,7 @@ from sopdeploy.config import first_problem
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.errors import CheckpointError, DataError, shorten
 from sopdeploy.training.distributed.strategy import Strategy
-from sopdeploy.training.few_shot.config import FewShotResult
+from sopdeploy.training.procedure import read_record
 from sopdeploy.training.recipe import Recipe, check_same_recipe
 from sopdeploy.training.run import Position, Run, create_run
 from sopdeploy.training.start_weights import InitialModel, StartReport, complete_preprocess
@@ -49,8 +49,8 @@ def resume_run(
         initial = InitialModel(model, recipe, None if start is None else StartReport.model_validate(start))
         run = create_run(recipe, images, strategy, initial=initial, config=checkpoint.config)
         _load_state(run, state)
-        if "few_shot" in checkpoint.training:
-            run.few_shot = FewShotResult.model_validate(checkpoint.training["few_shot"])
+        run.few_shot = read_record(checkpoint.training)
+        if run.few_shot is not None:
             run.out_of_fold, run.decision = state.get("out_of_fold"), checkpoint.decision
             run.name = checkpoint.model
     except pydantic.ValidationError as error:

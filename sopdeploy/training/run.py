@@ -35,7 +35,6 @@ from sopdeploy.training.distributed.batch_sharding import shard_layers
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.epoch_choice import HeldOutEstimate, estimate_best
-from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
 from sopdeploy.training.precision import Precision, first_non_finite, named_tensors
 from sopdeploy.training.recipe import Recipe
@@ -102,7 +101,7 @@ class Run:
     teacher: Teacher | None = None
     start: StartReport | None = None
     position: Position = field(default_factory=Position)
-    few_shot: FewShotResult | None = None
+    few_shot: Any = None
     out_of_fold: Tensor | None = None
     decision: Decision | None = None
     image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))

@@ -13,7 +13,7 @@ from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.html.charts import Axis, Bar, Curve, bars, heat, interval, plot
 from sopdeploy.html.templates import dimensions, percent, reduction, render, short_number
 from sopdeploy.training.epoch_choice import HeldOutEstimate
-from sopdeploy.training.few_shot.config import FewShotResult
+from sopdeploy.training.procedure import read_record
 from sopdeploy_export.parity.report import Flip, ParityReport
 from sopdeploy_export.precision.report import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
@@ -283,8 +283,8 @@ the graph subtracts the mean and divides by the standard deviation. Batches of {
 def training_rows(training: Mapping[str, Any]) -> list[tuple[str, object]]:
     """List the recorded scalars of *training* and its accuracy; for few-shot training, its images instead."""
     rows: list[tuple[str, object]] = []
-    if "few_shot" in training:
-        found = FewShotResult.model_validate(training["few_shot"])
+    found = read_record(training)
+    if found is not None:
         if start := training.get("start"):
             rows.append(("start weights", f"{start['network']}, {start['file']}, sha256 {start['sha256']}"))
         return [*rows, ("images", found.describe_images()), ("accuracy", found.describe_score())]

@@ -9,11 +9,15 @@ Letters: N images, D features, R dimensions of the basis, K classes, G values of
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
 
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.decision import Activation
@@ -22,7 +26,6 @@ from sopdeploy.errors import DataError
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 GRID = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # of C, for inputs whose mean squared norm is 1 per part
-TOLERANCE, MAX_ITERATIONS = 1e-4, 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class Targets:
 
     classes: Array
     weights: Array
-    strata: list[int]
+    strata: NDArray[np.int64]
     activation: Activation
     balanced: bool
 
@@ -42,47 +45,47 @@ class Targets:
         With several classes per image, the stratum of an image is its rarest class, or -1 without a class.
         Classes are then not balanced, because the loss of a class does not depend on other classes.
         """
-        targets = images.targets
-        if targets.ndim == 1:
-            classes = np.eye(len(images.labels))[targets]
-            counts = classes.sum(axis=0)
-            present = np.maximum(counts, 1)
-            balanced = bool(counts.max() > balance_above * present.min())
-            weights = classes @ (counts.mean() / present) if balanced else np.ones(len(images))
-            return cls(classes, weights, targets.tolist(), "softmax", balanced)
-        rarest = np.where(targets > 0, targets.sum(axis=0), np.iinfo(np.int64).max).argmin(axis=1)
-        strata = np.where(targets.any(axis=1), rarest, -1).tolist()
-        return cls((targets > 0).astype(np.float64), np.ones(len(images)), strata, "sigmoid", False)
+        targets, ones = images.targets.astype(np.int64), np.ones(len(images))
+        if targets.ndim == 2:
+            counts = np.where(targets > 0, targets.sum(axis=0), np.iinfo(np.int64).max)
+            strata = np.where(targets.any(axis=1), counts.argmin(axis=1), -1)
+            return cls((targets > 0).astype(np.float64), ones, strata, "sigmoid", False)
+        classes = np.eye(len(images.labels))[targets]
+        counts = classes.sum(axis=0)
+        shown = np.maximum(counts, 1)
+        balanced = bool(counts.max() > balance_above * shown.min())
+        weights = classes @ (counts.mean() / shown) if balanced else ones
+        return cls(classes, weights, targets, "softmax", balanced)
 
     def losses(self, logits: Array) -> Array:
         """Compute the weighted loss (..., N) of logits (..., N, K); "sigmoid" is the mean over classes."""
         if self.activation == "sigmoid":
-            losses = (np.logaddexp(0.0, logits) - self.classes * logits).mean(axis=-1)
+            losses: Array = (np.logaddexp(0.0, logits) - self.classes * logits).mean(axis=-1)
         else:
-            largest = logits.max(axis=-1, keepdims=True)
-            sums = np.exp(logits - largest).sum(axis=-1)
-            losses = np.log(sums) + largest[..., 0] - (self.classes * logits).sum(axis=-1)
-        weighted: Array = losses * self.weights
-        return weighted
+            losses = -(self.classes * log_softmax(logits, axis=-1)).sum(axis=-1)
+        return losses * self.weights
 
-    def folds(self, keys: Sequence[str], folds: int, seed: int) -> Indices:
-        """Assign each image a fold (N,), classes spread evenly; images with equal *keys* share a fold.
+    def mean_loss(self, logits: Array) -> float:
+        """Compute the mean loss of logits (N, K) with equal weights of all images."""
+        return float((self.losses(logits) / self.weights).mean())
+
+    def folds(self, hashes: Sequence[str], folds: int, seed: int) -> Indices:
+        """Assign each image a fold (N,), classes spread evenly; images with equal *hashes* share a fold.
 
         There are at most as many folds as the smallest class has images, and at least two. Raises
         `DataError` if all images are the same.
         """
-        from sklearn.model_selection import StratifiedGroupKFold  # noqa: PLC0415  # part of an extra
-
         counts = self.classes.sum(axis=0)
         count = max(2, min(folds, int(counts[counts > 0].min(initial=folds))))
-        groups = np.unique(keys, return_inverse=True)[1]
+        groups = np.unique(hashes, return_inverse=True)[1]
         if groups.max() == 0:
             raise DataError(
                 "all training images have the same pixels; cross-validation needs different images"
             )
-        fold_N = np.zeros(len(groups), np.intp)
+        smallest = np.unique(self.strata, return_counts=True)[1].min()
+        strata = self.strata if smallest >= count else np.zeros_like(self.strata)
         split = StratifiedGroupKFold(count, shuffle=True, random_state=seed % 2**32)
-        strata = self.strata if min(np.unique(self.strata, return_counts=True)[1]) >= count else groups * 0
+        fold_N = np.zeros(len(groups), np.intp)
         for fold, (_, tested) in enumerate(split.split(fold_N, strata, groups)):
             fold_N[tested] = fold
         return np.unique(fold_N, return_inverse=True)[1].astype(np.intp)
@@ -93,11 +96,6 @@ class LinearHead(NamedTuple):
 
     weight: Array
     bias: Array
-
-    def logits(self, inputs: Array) -> Array:
-        """Compute the logits (N, K) of *inputs* (N, D)."""
-        logits: Array = inputs @ self.weight.T + self.bias
-        return logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,67 +124,66 @@ class Problem:
         basis, reduced = np.linalg.qr((np.concatenate(rows, axis=1) * scale).T)
         return cls(reduced.T, basis, np.concatenate(centers), scale, targets)
 
-    def path(self, images: Indices, grid: Sequence[float] = GRID) -> Iterator[LinearHead]:
-        """Fit *images* for every C of *grid*, ascending; the input of the heads is `reduced`.
-
-        A class that all or none of *images* show gets constant logits.
-        """
-        from sklearn.exceptions import ConvergenceWarning  # noqa: PLC0415  # part of an extra
-        from sklearn.linear_model import LogisticRegression  # noqa: PLC0415
-
-        x, y, w = self.reduced[images], self.targets.classes[images], self.targets.weights[images]
-        multi_label = self.targets.activation == "sigmoid"
-        columns = list(y.T) if multi_label else [y.argmax(axis=1)]
-        options = {"tol": TOLERANCE, "max_iter": MAX_ITERATIONS, "warm_start": True}
-        models = [LogisticRegression(**options) for _ in columns]
-        rare = -np.log(len(images) + 1.0)  # log-odds of a class that was not seen
+    def fit(self, images: Indices, grid: Sequence[float]) -> Iterator[LinearHead]:
+        """Fit *images* for every C of *grid*, ascending; the input of the heads is `reduced`."""
+        inputs, classes = self.reduced[images], self.targets.classes[images]
+        weights = self.targets.weights[images]
+        if self.targets.activation == "softmax":
+            model = _create_model()
+            yield from (_fit_softmax(model.set_params(C=c), inputs, classes, weights) for c in grid)
+            return
+        models = [_create_model() for _ in classes.T]
         for strength in grid:
-            weight, bias = np.zeros((y.shape[1], x.shape[1])), np.full(y.shape[1], rare)
-            for place, (column, model) in enumerate(zip(columns, models, strict=True)):
-                shown = np.unique(column).astype(int)
-                if len(shown) == 1:
-                    at = place if multi_label else shown[0]
-                    bias[at] = -rare if not multi_label or shown[0] else rare
-                    continue
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ConvergenceWarning)
-                    model.set_params(C=strength).fit(x, column, sample_weight=w)
-                if multi_label:
-                    weight[place], bias[place] = model.coef_[0], model.intercept_[0]
-                elif len(shown) == 2:  # scikit-learn returns the difference of the two logits
-                    weight[shown] = np.concatenate([-model.coef_, model.coef_]) / 2
-                    bias[shown] = np.concatenate([-model.intercept_, model.intercept_]) / 2
-                else:
-                    weight[shown], bias[shown] = model.coef_, model.intercept_
-                if not multi_label:
-                    absent = np.setdiff1d(np.arange(y.shape[1]), shown)
-                    bias[absent] = bias[shown].min() + rare
-            yield LinearHead(weight, bias)
+            pairs = [  # absent and present, for each class
+                _fit_softmax(model.set_params(C=strength), inputs, np.stack([1 - y, y], axis=1), weights)
+                for model, y in zip(models, classes.T, strict=True)
+            ]
+            yield LinearHead(
+                np.stack([pair.weight[1] - pair.weight[0] for pair in pairs]),
+                np.stack([pair.bias[1] - pair.bias[0] for pair in pairs]),
+            )
 
-    def fit(self, images: Indices, strength: float) -> LinearHead:
-        """Fit *images* with one C."""
-        return next(self.path(images, [strength]))
-
-    def cross_validate(self, folds_N: Indices) -> Array:
-        """Compute the out-of-fold logits (G, N, K) for every C of the grid."""
-        logits_GNK = np.zeros((len(GRID), *self.targets.classes.shape))
+    def cross_validate(
+        self, folds_N: Indices, grid: Sequence[float] = GRID, fitted: NDArray[np.bool_] | None = None
+    ) -> Array:
+        """Compute the out-of-fold logits (G, N, K) of *grid* by fits to the images *fitted* (N,)."""
+        logits_GNK = np.zeros((len(grid), *self.targets.classes.shape))
         for fold in range(int(folds_N.max()) + 1):
             tested = folds_N == fold
-            for number, head in enumerate(self.path(np.flatnonzero(~tested))):
-                logits_GNK[number, tested] = head.logits(self.reduced[tested])
+            images = np.flatnonzero(~tested if fitted is None else fitted & ~tested)
+            for number, head in enumerate(self.fit(images, grid)):
+                logits_GNK[number, tested] = self.reduced[tested] @ head.weight.T + head.bias
         return logits_GNK
 
-    def linear(self, head: LinearHead) -> LinearHead:
-        """Convert *head*, whose input is `reduced`, to one whose input are the vectors of the network."""
+    def fit_all(self, strength: float) -> LinearHead:
+        """Fit all images with C = *strength*; the input of the head are the vectors of the network."""
+        head = next(self.fit(np.arange(len(self.reduced)), [strength]))
         weight_KD = head.weight @ self.basis.T * self.scale
         return LinearHead(weight_KD, head.bias - weight_KD @ self.center)
 
     def distances(self) -> Array:
         """Compute the distance (N,) of each input from the mean input."""
-        distances: Array = np.sqrt(np.square(self.reduced).sum(axis=1))
+        distances: Array = np.linalg.norm(self.reduced, axis=1)
         return distances
 
-    def without(self, column: int) -> "Problem":
-        """Return the problem without the class *column*."""
-        targets = replace(self.targets, classes=np.delete(self.targets.classes, column, axis=1))
-        return replace(self, targets=targets)
+
+def _create_model() -> Any:
+    """Create a classifier that continues from its previous C."""
+    return LogisticRegression(tol=1e-4, max_iter=2000, warm_start=True)
+
+
+def _fit_softmax(model: Any, inputs: Array, classes: Array, weights: Array) -> LinearHead:
+    """Fit *model* to one-hot *classes* (N, K); classes without images get constant logits."""
+    shown = np.flatnonzero(classes.any(axis=0))
+    weight, bias = np.zeros((classes.shape[1], inputs.shape[1])), np.zeros(classes.shape[1])
+    if len(shown) > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(inputs, classes.argmax(axis=1), sample_weight=weights)
+        weight[shown], bias[shown] = model.coef_, model.intercept_
+    if len(shown) == 2:  # scikit-learn returns the difference of the two logits
+        weight[shown[0]], bias[shown[0]] = -model.coef_[0], -model.intercept_[0]
+        weight, bias = weight / 2, bias / 2
+    absent = np.setdiff1d(np.arange(classes.shape[1]), shown)
+    bias[absent] = bias[shown].min(initial=0.0) - np.log(len(inputs) + 1.0)  # the log-odds of 1 in N + 2
+    return LinearHead(weight, bias)

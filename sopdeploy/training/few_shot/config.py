@@ -10,7 +10,6 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.models.second_order_head import HeadKind
 
-FEATURES_FILE = "features.pt"  # in the run folder
 FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
 
 
@@ -38,26 +37,23 @@ class FewShotConfig(StrictModel):
 
 
 class CandidateResult(StrictModel):
-    """A network with one head, its cross-validated score, and whether it was chosen.
+    """A network with one head, its cross-validated `score` (accuracy or mAP) and mean weighted `loss`.
 
     Attributes:
         name: The network, and the statistics that the classifier reads.
         kept: Whether the candidate was chosen.
         pareto: Whether no candidate of at most the same latency and size is more accurate.
-        score: Accuracy, or mAP with several classes per image.
-        loss: Mean weighted loss.
         features: Length of the vector that the classifier reads.
         strength: The chosen inverse strength of the regularization, scikit-learn's C.
         macs: Multiply-adds of the convolutions and linear layers for one image.
         parameters: Number of learnable parameters.
-        milliseconds: Median time of one image in PyTorch on the device of the run, for the network with all
-            statistics.
+        milliseconds: Median time of one image in PyTorch on the device of the run, with all statistics.
         seconds: Time of its cross-validation.
     """
 
     name: str
     kept: bool
-    pareto: bool
+    pareto: bool = False
     score: Rate | MeanPrecision
     loss: NonNegative
     features: Count
@@ -70,12 +66,12 @@ class CandidateResult(StrictModel):
     def line(self) -> str:
         """Describe the candidate in one line for the terminal and the report."""
         score, name = self.score, "top-1" if isinstance(self.score, Rate) else "mAP"
-        marks = [text for text, true in (("chosen", self.kept), ("Pareto front", self.pareto)) if true]
+        marks = " - chosen" * self.kept + " - Pareto front" * self.pareto
         return (
             f"{self.name}: {name} {100 * score.share:.1f} % ({100 * score.low:.0f} to {100 * score.high:.0f} "
             f"%), loss {self.loss:.3f}, {self.features:,} features, C {self.strength:g}, "
             f"{self.macs / 1e6:,.0f} M multiply-adds, {self.parameters / 1e6:.2f} M parameters, "
-            f"{self.milliseconds:.0f} ms{''.join(f' - {mark}' for mark in marks)}"
+            f"{self.milliseconds:.0f} ms{marks}"
         )
 
 
@@ -119,20 +115,21 @@ class FewShotResult(StrictModel):
 
     def lines(self) -> tuple[str, ...]:
         """Describe the result in lines for the terminal and the report."""
+        lines = [f"images: {self.describe_images()}", *(candidate.line() for candidate in self.candidates)]
+        if self.skipped:
+            lines.append(f"not tried, the time budget is used up: {', '.join(self.skipped)}")
+        lines.append(f"chosen: {self.choice}")
+        if self.unknown:
+            lines.append(f"unknown images: {self.unknown}")
         steps = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
-        lines = [f"images: {self.describe_images()}", *(one.line() for one in self.candidates)]
-        lines += [f"not tried, the time budget is used up: {', '.join(self.skipped)}"] * bool(self.skipped)
-        lines += [f"chosen: {self.choice}"]
-        lines += [f"unknown images: {self.unknown}"] * bool(self.unknown)
         return (*lines, f"{self.describe_score()}; {sum(self.seconds.values()):.0f} s ({steps})")
 
     def describe_score(self) -> str:
         """Describe the score; if it is not clearly better, add the accuracy of always guessing one class."""
         score, name = self.score, "top-1" if self.map is None else "mAP"
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
-        label = max(self.class_counts, key=self.class_counts.__getitem__)
-        share = self.class_counts[label] / max(1, sum(self.class_counts.values()))
-        guess = ""
+        label, most = max(self.class_counts.items(), key=lambda count: count[1])
+        share, guess = most / max(1, sum(self.class_counts.values())), ""
         if self.map is None and score.low <= share:
             guess = f'; always answering "{label}" gives {100 * share:.0f} %'
         return (
@@ -146,9 +143,7 @@ class FewShotResult(StrictModel):
         text = ", ".join(f"{label} {count}" for label, count in counts.items())
         if self.balanced:
             ratio = max(counts.values()) / max(1, min(counts.values()))
-            text += (
-                f"; classes have equal weights, the largest has {ratio:.1f} times the images of the smallest"
-            )
+            text += f"; classes have equal weights, the largest is {ratio:.1f} times the smallest"
         few = [label for label, count in counts.items() if count < FEW_IMAGES]
         if few:
             text += f"; fewer than {FEW_IMAGES} images of {', '.join(few)}: add more"

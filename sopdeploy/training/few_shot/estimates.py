@@ -21,30 +21,33 @@ STANDARD_ERRORS = 2.0
 
 
 class Choice(NamedTuple):
-    """Positions of a network, of one of its candidates, and of C in the grid."""
+    """Positions of a network, of one of its candidates, and of C in the grid, with the mean loss."""
 
     network: int
     candidate: int
     strength: int
+    loss: float
 
 
-def choose_head(losses: Sequence[Array], images: Indices) -> tuple[int, int]:
-    """Choose a candidate of one network and its C by the losses (G, N) of each on *images*."""
-    strengths = [int(one[:, images].mean(axis=1).argmin()) for one in losses]
-    curves = [one[strength][images] for one, strength in zip(losses, strengths, strict=True)]
+def choose(losses: Sequence[Sequence[Array]], images: Indices) -> Choice:
+    """Choose among the candidates of all networks by the losses (G, N) of each on *images*."""
+    return min(
+        (_choose_head(number, of_network, images) for number, of_network in enumerate(losses)),
+        key=lambda choice: choice.loss,
+    )
+
+
+def _choose_head(network: int, losses: Sequence[Array], images: Indices) -> Choice:
+    """Choose a candidate of one network."""
+    strengths = [int(grid[:, images].mean(axis=1).argmin()) for grid in losses]
+    curves = [grid[strength, images] for grid, strength in zip(losses, strengths, strict=True)]
     best = 0
     for number, curve in enumerate(curves):
         gain = curves[0] - curve
         error = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
         if gain.mean() > STANDARD_ERRORS * error and curve.mean() < curves[best].mean():
             best = number
-    return best, strengths[best]
-
-
-def choose(losses: Sequence[Sequence[Array]], images: Indices) -> Choice:
-    """Choose among the networks, each with the losses (G, N) of its candidates, on *images*."""
-    found = [Choice(number, *choose_head(of_network, images)) for number, of_network in enumerate(losses)]
-    return min(found, key=lambda one: float(losses[one.network][one.candidate][one.strength, images].mean()))
+    return Choice(network, best, strengths[best], float(curves[best].mean()))
 
 
 def compose(losses: Sequence[Sequence[Array]], logits: Sequence[Sequence[Array]], folds_N: Indices) -> Array:

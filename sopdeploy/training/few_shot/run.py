@@ -1,32 +1,57 @@
-"""Run the few-shot procedure in a run folder: progress, stop signals, checkpoints and history.
+"""Run the few-shot procedure in a run folder: images, progress, stop signals, checkpoints and history.
 
-The run has one row in its history. Until the procedure is finished there is no checkpoint; a stopped run
-starts again and reads the cached features from the folder.
+The run has one row in its history. Until the procedure is finished there is no checkpoint.
 """
 
 import time
+from dataclasses import replace
 
 import numpy as np
-import torch
 
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
-from sopdeploy.data.image_files import unreadable_images_error
+from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
 from sopdeploy.decision import Decision, sigmoid
-from sopdeploy.errors import DataError
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.decision_fit import fit_decision, missing_threshold
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import fit_presence
 from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, multi_label_metrics, predict_logits
-from sopdeploy.layers.normalize import Normalize
+from sopdeploy.models.registry import entry
+from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.few_shot.classifier import Array, Targets
-from sopdeploy.training.few_shot.config import FEATURES_FILE, FewShotConfig
+from sopdeploy.training.few_shot.classifier import Targets
+from sopdeploy.training.few_shot.config import FewShotConfig
 from sopdeploy.training.few_shot.estimates import estimate
-from sopdeploy.training.few_shot.procedure import Outcome, fit_few_shot
+from sopdeploy.training.few_shot.procedure import fit_few_shot
+from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Position, Run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import StopRequested, TrainingStoppedError, handle_signals
+
+
+def select_split(recipe: Recipe, data: Split) -> tuple[Split, bool]:
+    """Return the images to train on, and whether the few-shot procedure applies to them.
+
+    Images that were split off the training images are trained on, too, because cross-validation on all
+    images is more precise. A held-out folder of the user is used only for the score. The training loop trains
+    networks with training-only parts other than the branches of DSoP.
+    """
+    config: FewShotConfig | None = recipe.few_shot
+    if config is None or len(data.train) > config.max_images:
+        return data, False
+    try:
+        entry(head_name(recipe.model.name))
+    except ConfigError:
+        return data, False
+    train, held_out = data.train, data.held_out
+    if not (data.divided and isinstance(train, ImageFiles) and isinstance(held_out, ImageFiles)):
+        return data, True
+    paths = np.concatenate([train.paths, held_out.paths])
+    order = np.argsort(paths, kind="stable")
+    targets = np.concatenate([train.targets, held_out.targets])
+    joined = replace(train, paths=paths[order], targets=targets[order])
+    return replace(data, train=joined, held_out=joined.select(np.zeros(len(joined), np.bool_))), True
 
 
 def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -> Decision | None:
@@ -37,26 +62,10 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
     Raises `TrainingStoppedError` after Ctrl-C or SIGTERM, `DataError` for images that cannot be used.
     """
     if run.position.history:
-        before, run.decision = run.decision, _fit_decision(run, data.train)
-        if run.decision != before:  # rejection.accepts may change when a run is resumed
-            run.strategy.save(folder.best, run.checkpoint(resumable=False))
+        run.decision = _fit_decision(run, data.train)  # with another `rejection.accepts`
+        run.strategy.save(folder.best, run.checkpoint(resumable=False))
         return run.decision
     since = time.monotonic()
-    outcome, metrics = _fit(run, data, folder, callback)
-    run.out_of_fold = torch.from_numpy(outcome.logits)
-    run.decision = _fit_decision(run, data.train)
-    seconds = time.monotonic() - since
-    losses, lr = {"loss": outcome.loss}, run.optimizer.param_groups[0]["lr"]
-    row = EpochRow(epoch=1, lr=lr, losses=losses, metrics=metrics, seconds=seconds)
-    run.position = Position(epoch=1, seconds=seconds, history=(row,))
-    folder.save_last(run)
-    folder.save_derived_files(run)
-    callback.on_epoch_end(row)
-    return run.decision
-
-
-def _fit(run: Run, data: Split, folder: RunFolder, callback: Callback) -> tuple[Outcome, HeldOutMetrics]:
-    """Run the procedure, store its network and record in *run*, and compute the metrics for the history."""
     with handle_signals(run.strategy) as signals:
 
         def on_part(name: str, done: int, total: int) -> None:
@@ -64,55 +73,48 @@ def _fit(run: Run, data: Split, folder: RunFolder, callback: Callback) -> tuple[
             signals.check()
 
         try:
-            outcome = fit_few_shot(run.recipe, run.model, data.train, folder.path, on_part, run.strategy)
-            run.recipe = outcome.recipe
-            run.normalize = Normalize(outcome.recipe.preprocess).to(run.strategy.device)
-            config = outcome.model.config.model_dump(mode="json")
-            run.replace_model(outcome.name, outcome.model, config)
-            run.few_shot = outcome.result
-            return outcome, _evaluate(run, data, outcome)
+            targets = fit_few_shot(run, data.train, on_part)
+            loss = targets.mean_loss(run.out_of_fold.numpy())
+            metrics = _evaluate(run, data.held_out, targets)
         except StopRequested:
             raise TrainingStoppedError(
-                f"stopped before the first checkpoint; start the same command again, it reads the features "
-                f"from {folder.path / FEATURES_FILE}",
-                signals.signal_number,
+                "stopped before the first checkpoint; start the same command again", signals.signal_number
             ) from None
         except DataError as error:
             raise unreadable_images_error(error, data.train, data.held_out) from None
+    run.decision = _fit_decision(run, data.train)
+    seconds = time.monotonic() - since
+    lr = run.optimizer.param_groups[0]["lr"]
+    row = EpochRow(epoch=1, lr=lr, losses={"loss": loss}, metrics=metrics, seconds=seconds)
+    run.position = Position(epoch=1, seconds=seconds, history=(row,))
+    folder.save_last(run)
+    folder.save_derived_files(run)
+    callback.on_epoch_end(row)
+    return run.decision
 
 
-def _evaluate(run: Run, data: Split, outcome: Outcome) -> HeldOutMetrics:
-    """Compute the metrics on the held-out images or, if there are none, of the out-of-fold logits.
+def _evaluate(run: Run, held_out: LabeledImages, targets: Targets) -> HeldOutMetrics:
+    """Compute the metrics on *held_out* or, without such images, of the out-of-fold logits.
 
-    With held-out images, their score replaces the cross-validated score in `run.few_shot`.
+    With held-out images, their score replaces the cross-validated score in `run.few_shot`. *targets* are
+    those of the training images.
     """
-    if not len(data.held_out):
-        return _metrics(run, outcome.targets, outcome.logits)
-    recipe = run.recipe
-    dataset = PreprocessedDataset(data.held_out, recipe.preprocess)
-    run.model.eval()
-    logits, _ = predict_logits(
-        run.model, dataset, recipe.preprocess, batch_size=recipe.batch_size, workers=recipe.workers
-    )
-    targets = Targets.of(data.held_out, FewShotConfig().balance_above)
-    score = estimate(targets, logits, recipe.seed)
-    name = "top1" if isinstance(score, Rate) else "map"
-    run.few_shot = outcome.result.model_copy(update={name: score, "estimated_on": "held-out"})
-    return _metrics(run, targets, logits)
-
-
-def _metrics(run: Run, targets: Targets, logits_NC: Array) -> HeldOutMetrics:
-    """Compute the metrics of the logits of images with *targets*; all images have equal weights."""
-    losses, count = targets.losses(logits_NC) / targets.weights, len(logits_NC)
+    recipe, logits = run.recipe, run.out_of_fold.numpy()
+    if len(held_out):
+        dataset = PreprocessedDataset(held_out, recipe.preprocess)
+        options = {"batch_size": recipe.batch_size, "workers": recipe.workers}
+        logits, _ = predict_logits(run.model.eval(), dataset, recipe.preprocess, **options)
+        targets = Targets.of(held_out, recipe.few_shot.balance_above)
+        score = estimate(targets, logits, recipe.seed)
+        name = "top1" if isinstance(score, Rate) else "map"
+        run.few_shot = run.few_shot.model_copy(update={name: score, "estimated_on": "held-out"})
+    loss = targets.mean_loss(logits)
     if targets.activation == "sigmoid":
-        return multi_label_metrics(run.labels, targets.classes, sigmoid(logits_NC), float(losses.mean()))
-    labels, order = targets.classes.argmax(axis=1), np.argsort(-logits_NC, axis=1, kind="stable")
-    found = order[:, :5] == labels[:, None]
+        return multi_label_metrics(run.labels, targets.classes, sigmoid(logits), loss)
+    top5 = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    right = top5 == targets.classes.argmax(axis=1)[:, None]
     return EvalMetrics(
-        top1=float(found[:, 0].mean()),
-        top5=float(found.any(axis=1).mean()),
-        count=count,
-        loss=float(losses.mean()),
+        top1=float(right[:, 0].mean()), top5=float(right.any(axis=1).mean()), count=len(logits), loss=loss
     )
 
 

@@ -12,20 +12,19 @@ from sklearn.linear_model import LogisticRegression
 from sopdeploy.api.training import few_shot_settings
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.comparison.runs import compare
-from sopdeploy.data.base import ArrayImages
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import known_score
-from sopdeploy.errors import CheckpointError, ConfigError, DataError
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.report.page import write_report
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets
 from sopdeploy.training.few_shot.estimates import choose, compose
-from sopdeploy.training.few_shot.procedure import select_split
 from sopdeploy.training.few_shot.unknown import recognize_unknown
 from sopdeploy.training.loop import train
+from sopdeploy.training.procedure import select_split
 from sopdeploy.training.recipe import read_recipe
 
 COLORS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
@@ -58,7 +57,7 @@ def blobs(count: int = 40, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
 
 def softmax_targets(classes: np.ndarray, count: int = 4) -> Targets:
     """Build targets of one class per image."""
-    return Targets(np.eye(count)[classes], np.ones(len(classes)), classes.tolist(), "softmax", False)
+    return Targets(np.eye(count)[classes], np.ones(len(classes)), classes, "softmax", False)
 
 
 @pytest.mark.parametrize(("count", "multi_label"), [(40, False), (40, True), (10, False)])
@@ -68,8 +67,7 @@ def test_the_head_is_scikit_learns_and_equals_its_linear_layer(count: int, multi
     if multi_label:
         both = targets.classes + np.eye(4)[(classes + 1) % 4]
         targets = replace(targets, classes=both, activation="sigmoid")
-    problem, everything = Problem.create([features[:, :10], features[:, 10:]], targets), np.arange(count)
-    head = problem.linear(problem.fit(everything, 3.0))
+    head = Problem.create([features[:, :10], features[:, 10:]], targets).fit_all(3.0)
     parts = [part - part.mean(axis=0) for part in (features[:, :10], features[:, 10:])]
     scaled = np.concatenate([part / np.sqrt(np.square(part).sum(axis=1).mean()) for part in parts], axis=1)
     columns = targets.classes.T if multi_label else [classes]
@@ -78,21 +76,20 @@ def test_the_head_is_scikit_learns_and_equals_its_linear_layer(count: int, multi
         for column in columns
     ]
     expected = np.stack(expected, axis=1) if multi_label else expected[0]
-    assert np.allclose(head.logits(features), expected, atol=0.05)
+    assert np.allclose(features @ head.weight.T + head.bias, expected, atol=0.05)
 
 
 @pytest.mark.parametrize("classes", [[0, 1, 0, 1], [2, 2, 2, 2], [0, 1, 2, 2]])
 def test_a_class_without_images_is_never_the_answer(classes: list[int]):
-    problem = Problem.create([blobs(4)[0]], softmax_targets(np.asarray(classes)))
-    answers = problem.fit(np.arange(4), 10.0).logits(problem.reduced).argmax(axis=1)
-    assert answers.tolist() == classes
+    features = blobs(4)[0]
+    head = Problem.create([features], softmax_targets(np.asarray(classes))).fit_all(10.0)
+    assert (features @ head.weight.T + head.bias).argmax(axis=1).tolist() == classes
 
 
-@pytest.mark.parametrize("folds", [2, 5])
-def test_labels_without_relation_to_the_images_are_estimated_at_chance(folds: int):
+def test_labels_without_relation_to_the_images_are_estimated_at_chance():
     random, classes = np.random.default_rng(1), np.arange(60) % 4
     targets = softmax_targets(classes)
-    assigned = targets.folds([str(number) for number in range(60)], folds, 0)
+    assigned = targets.folds([str(number) for number in range(60)], 5, 0)
     problems = [Problem.create([random.normal(size=(60, 30))], targets) for _ in range(3)]
     logits = [problem.cross_validate(assigned) for problem in problems]
     composed = compose([[targets.losses(one) for one in logits]], [logits], assigned)
@@ -184,12 +181,12 @@ def test_the_network_computes_the_logits_of_the_fitted_head_and_has_no_branches(
     settings = [*SMALL, f'few_shot.heads=["{head}"]', f"data.path={paint(tmp_path / 'photos', 20)}"]
     result = train(read_recipe("photos", settings), tmp_path / "run")
     checkpoint = read_checkpoint(result.best)
-    assert checkpoint.model == {"gap": "resnet8", "gap+isqrt": "head:resnet8"}[head]
+    assert checkpoint.model == "head:resnet8"
     model = build_classifier(checkpoint, result.best)
     image = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         logits = model(image)
-        if checkpoint.model == "head:resnet8" and checkpoint.config["head"]["distance"]:
+        if checkpoint.config["head"]["distance"]:
             pooled = model.pooled_head
             pooled.fc.weight[:, -1] = 0.0
             without = model(image)
@@ -253,7 +250,6 @@ def test_several_networks_are_compared_and_the_budget_limits_the_heads(tmp_path:
     )
     assert len(found.skipped) == 6
     assert any("time budget is used up: resnet8 gap+isqrt" in line for line in found.lines())
-    assert len(list((tmp_path / "run").glob("*features.pt"))) == 3
     checkpoint = read_checkpoint(result.best)
     kept = next(one.name for one in found.candidates if one.kept)
     assert checkpoint.model.removeprefix("head:") == kept.split()[0]
@@ -300,37 +296,6 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     assert train(recipe, tmp_path / "run", resume=True).decision == result.decision
 
 
-def test_a_full_disk_at_the_stored_features_is_one_error(tmp_path: Path, monkeypatch):
-    def full(*_: object) -> None:  # as the writer of PyTorch reports it
-        raise RuntimeError("unexpected pos 64 vs 0")
-
-    monkeypatch.setattr("torch.save", full)
-    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 6)}"])
-    with pytest.raises(CheckpointError, match=r"features\.pt: cannot be written .*is the disk of .* full"):
-        train(recipe, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_stopped_run_starts_again_from_its_stored_features(tmp_path: Path, monkeypatch):
-    recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 6)}"])
-    reference = train(recipe, tmp_path / "reference")
-
-    class Stop(Callback):
-        def on_stage(self, *, name: str, done: int, total: int) -> None:
-            if name.startswith("cross-validation"):
-                raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, tmp_path / "run", callback=Stop())
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["features.pt"]
-    with monkeypatch.context() as patched:
-        patched.setattr("sopdeploy.training.few_shot.features.Normalize", None)  # would fail if called
-        result = train(recipe, tmp_path / "run", resume="auto")
-    assert result.few_shot.top1 == reference.few_shot.top1
-    one, other = (read_checkpoint(path).weights for path in (result.best, reference.best))
-    assert all(torch.equal(one[name], other[name]) for name in other)
-
-
 def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"few_shot: .* remove the tables ema and teacher"):
         read_recipe("photos", ["ema={decay=0.9}"])
@@ -344,13 +309,6 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
         path.write_bytes((data / "red" / "0.png").read_bytes())
     with pytest.raises(DataError, match="same pixels"):
         train(read_recipe("photos", [*SMALL, f"data.path={data}"]), tmp_path / "run")
-
-
-def test_images_of_one_class_in_memory_are_targets_of_the_procedure():
-    pixels = np.zeros((4, 8, 8, 3), np.uint8)
-    targets = Targets.of(ArrayImages(("a", "b"), pixels, np.asarray([0, 0, 0, 1])), 1.5)
-    assert targets.balanced
-    assert targets.weights.tolist() == pytest.approx([2 / 3] * 3 + [2.0])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,237 @@
+"""A network with the features of the images, and the heads that are compared on them."""
+
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset, derive_seed
+from sopdeploy.data.batches import load_batches
+from sopdeploy.errors import ConfigError
+from sopdeploy.files import expand_user
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import Normalize
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.registry import with_head
+from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead
+from sopdeploy.models.stats import tally
+from sopdeploy.training.few_shot.classifier import GRID, Array, Indices, LinearHead, Problem, Targets
+from sopdeploy.training.few_shot.config import CandidateResult, FewShotConfig
+from sopdeploy.training.few_shot.estimates import estimate
+from sopdeploy.training.fine_tuning import StartConfig
+from sopdeploy.training.recipe import ModelConfig, Recipe
+
+WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
+TIMED_IMAGES = 5
+BATCH = 16
+PROJECTION_BATCHES = 8  # for the projections: with 49 positions per image, 6,272 rows
+
+
+class Candidate(NamedTuple):
+    """A head, its problem, its out-of-fold logits (G, N, K) and losses (G, N), and seconds."""
+
+    head: HeadConfig
+    problem: Problem
+    logits: Array
+    losses: Array
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A network, its copy `full` with all statistics, and its candidates.
+
+    `vectors` are those of the images, `hashes` the ones of their pixels; they took `seconds`.
+    """
+
+    model: Classifier
+    recipe: Recipe
+    full: SecondOrderHead
+    vectors: NDArray[np.float32]
+    hashes: list[str]
+    seconds: float
+    candidates: list[Candidate] = field(default_factory=list)
+
+    @classmethod
+    def create(
+        cls, recipe: Recipe, model: Classifier, images: LabeledImages, on_image: Callable[[int, int], None]
+    ) -> "Network":
+        """Compute the features of *images* by *model*, the network of *recipe*."""
+        since, full = time.monotonic(), full_head(recipe, model)
+        vectors, hashes = compute_features(full, images, recipe, on_image)
+        return cls(model, recipe, full, vectors, hashes, time.monotonic() - since)
+
+    def columns(self, head: HeadConfig) -> list[slice]:
+        """Find the columns of the vector of `full` that *head* reads, by statistic and tap."""
+        pooled = self.full.pooled_head
+        roots = {tap: pooled.pooling(tap).out_features for tap in pooled.channels if pooled.poolings}
+        own = self.full.num_features() - sum(roots.values()) - sum(pooled.channels.values())
+        statistics = [("gap", "", own), *(("mean", tap, length) for tap, length in pooled.channels.items())]
+        statistics += [("isqrt", tap, length) for tap, length in roots.items()]
+        found, start = [], 0
+        for statistic, tap, length in statistics:
+            if statistic in head.parts and (statistic == "gap" or tap in (head.taps or ())):
+                found.append(slice(start, start + length))
+            start += length
+        return found
+
+    def cross_validate(self, head: HeadConfig, targets: Targets, folds_N: Indices) -> None:
+        """Cross-validate *head* and add it to the candidates."""
+        since = time.monotonic()
+        problem = Problem.create([self.vectors[:, part] for part in self.columns(head)], targets)
+        logits = problem.cross_validate(folds_N)
+        seconds = time.monotonic() - since
+        self.candidates.append(Candidate(head, problem, logits, targets.losses(logits), seconds))
+
+    def describe(self, head: HeadConfig) -> str:
+        """Describe the network with *head* in a few words."""
+        return f"{self.recipe.model.name} {head.kind}" + (f" of {', '.join(head.taps)}" if head.taps else "")
+
+    def results(self, targets: Targets, kept: Candidate, seed: int) -> list[CandidateResult]:
+        """Describe all candidates; *kept* was chosen."""
+        milliseconds, results = self._milliseconds(), []
+        for candidate in self.candidates:
+            best = int(candidate.losses.mean(axis=1).argmin())
+            network = with_head(self.recipe.model.name, self.model, candidate.head)
+            counts = tally(network, self.recipe.preprocess.crop).total()
+            result = CandidateResult(
+                name=self.describe(candidate.head),
+                kept=candidate is kept,
+                pareto=False,
+                score=estimate(targets, candidate.logits[best], seed),
+                loss=float(candidate.losses[best].mean()),
+                features=network.num_features(),
+                strength=GRID[best],
+                macs=counts.macs,
+                parameters=counts.parameters,
+                milliseconds=milliseconds,
+                seconds=round(candidate.seconds, 3),
+            )
+            results.append(result)
+        return results
+
+    @torch.no_grad()
+    def _milliseconds(self) -> float:
+        """Measure the median time of one image with all statistics."""
+        side, device = self.recipe.preprocess.crop, next(self.full.parameters()).device
+        image, times = torch.zeros(1, 3, side, side, device=device), []
+        for _ in range(TIMED_IMAGES):
+            since = time.perf_counter()
+            self.full(image).cpu()
+            times.append(1000 * (time.perf_counter() - since))
+        return round(statistics.median(times), 2)
+
+    @torch.no_grad()
+    def build(self, kept: Candidate, fitted: LinearHead, distance: float) -> SecondOrderHead:
+        """Build the network of *kept* with the head *fitted*; *distance* is its weight in the logits."""
+        config = kept.head.model_copy(update={"distance": distance > 0})
+        model: Any = with_head(self.recipe.model.name, self.model, config)
+        head, weight = model.pooled_head, fitted.weight
+        for tap in head.channels if head.poolings else ():
+            head.pooling(tap).load_state_dict(self.full.pooled_head.pooling(tap).state_dict())
+        if distance > 0:
+            head.center.copy_(torch.from_numpy(kept.problem.center))
+            head.scale.copy_(torch.from_numpy(kept.problem.scale))
+            weight = np.concatenate([weight, np.full((len(weight), 1), -distance)], axis=1)
+        head.fc.weight.copy_(torch.from_numpy(weight))
+        head.fc.bias.copy_(torch.from_numpy(fitted.bias))
+        network: SecondOrderHead = model.eval()
+        return network
+
+
+@torch.no_grad()
+def compute_features(
+    network: SecondOrderHead, images: LabeledImages, recipe: Recipe, on_image: Callable[[int, int], None]
+) -> tuple[NDArray[np.float32], list[str]]:
+    """Fit the projections of *network* to its feature maps, and compute the vectors that its head reads.
+
+    Returns the vectors (N, D) of all images, and the hashes of their pixels. *on_image* receives the numbers
+    of images done and in total.
+    """
+    device, count = next(network.parameters()).device, len(images)
+    order = np.random.default_rng(0).permutation(count)  # so that the first batches show many classes
+    batches = [order[start : start + BATCH].tolist() for start in range(0, count, BATCH)]
+    normalize, head = Normalize(recipe.preprocess).to(device), network.eval().pooled_head
+    dataset, hashes = PreprocessedDataset(images, recipe.preprocess), [""] * count
+
+    def compute_inputs() -> Iterator[tuple[list[int], Tensor, dict[str, Tensor]]]:
+        loader = load_batches(dataset, batches, recipe.workers, torch.device("cpu"))
+        for number, (indices, (pixels, _)) in enumerate(zip(batches, loader, strict=True)):
+            for index, image in zip(indices, pixels, strict=True):
+                hashes[index] = hashlib.sha256(image.numpy().tobytes()).hexdigest()
+            yield indices, *network.head_inputs(normalize(pixels.to(device)))
+            on_image(number * BATCH + len(indices), count)
+
+    inputs = compute_inputs()
+    first = list(islice(inputs, PROJECTION_BATCHES))
+    head.fit_projection([maps for _, _, maps in first])
+    vectors = np.zeros((count, network.num_features()), np.float32)
+    for indices, own, maps in chain(first, inputs):
+        vectors[indices] = head.vector(own, maps).float().cpu().numpy()
+    return vectors, hashes
+
+
+def other_recipe(recipe: Recipe, text: str) -> Recipe:
+    """Change *recipe* to the network of *text*, NAME or NAME=FILE; preprocessing is that of its weights."""
+    name, equals, file = text.partition("=")
+    start = recipe.start or StartConfig()
+    if equals:
+        start = start.model_copy(update={"weights": expand_user(Path(file))})
+    rules = recipe.preprocess if start.weights == "none" else Preprocess()
+    return recipe.model_copy(update={"model": ModelConfig(name=name), "start": start, "preprocess": rules})
+
+
+def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
+    """Give *model* a head with all statistics of its last taps; without feature maps, of its own vector."""
+    torch.manual_seed(derive_seed(recipe.seed, "head"))
+    taps = tuple(model.tap_channels)[-TAPS:] or None
+    try:
+        network: Any = with_head(
+            recipe.model.name, model, HeadConfig(kind="gap+mean+isqrt", taps=taps, width=WIDTH)
+        )
+    except ConfigError as error:
+        if not str(error).startswith("head.taps"):
+            raise
+        network = with_head(recipe.model.name, model, HeadConfig(kind="gap"))
+    full: SecondOrderHead = network.eval()
+    return full
+
+
+def list_heads(full: SecondOrderHead, config: FewShotConfig) -> list[HeadConfig]:
+    """List the heads to compare, the default one first.
+
+    The means of the feature maps are compared only if the vector of the network is not their mean already.
+    """
+    taps, kinds = tuple(full.pooled_head.channels), config.heads
+    if not taps:
+        return [HeadConfig(kind="gap")]
+    if not kinds:
+        kinds = ("gap+isqrt", "gap") if full.averages_last_map else ("gap+isqrt", "gap+mean+isqrt", "gap")
+    return [
+        HeadConfig(kind=kind, taps=some, width=WIDTH)
+        for kind in kinds
+        for some in ((None,) if kind == "gap" else dict.fromkeys((taps, taps[-1:])))
+    ]
+
+
+def mark_pareto(candidates: Sequence[CandidateResult]) -> tuple[CandidateResult, ...]:
+    """Mark the candidates that no other one beats in accuracy, latency and size."""
+    costs = [(-one.score.share, one.milliseconds, one.parameters) for one in candidates]
+    return tuple(
+        candidate.model_copy(update={"pareto": not any(_beats(other, cost) for other in costs)})
+        for candidate, cost in zip(candidates, costs, strict=True)
+    )
+
+
+def _beats(costs: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    """Check whether *costs* are at most *others*, and one of them is smaller."""
+    return costs != others and all(a <= b for a, b in zip(costs, others, strict=True))

@@ -1,0 +1,54 @@
+"""The procedure that replaces the training loop for few images. It is optional.
+
+The recipe table `few_shot` configures it, and its record has the same name in results and checkpoints.
+Without a procedure, the table has no effect and the training loop trains on any number of images.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sopdeploy.data.base import Split
+from sopdeploy.decision import Decision
+
+if TYPE_CHECKING:
+    from sopdeploy.training.callbacks import Callback
+    from sopdeploy.training.recipe import Recipe
+    from sopdeploy.training.run import Run
+    from sopdeploy.training.run_folder import RunFolder
+
+PROCEDURES = (
+    "sopdeploy.training.few_shot",
+)  # at most one  # fmt: skip
+
+
+def _load(module: str) -> Any:
+    """Import *module* of the procedure."""
+    return import_module(f"{PROCEDURES[0]}.{module}")
+
+
+if TYPE_CHECKING:
+    ProcedureConfig = Any
+else:
+    ProcedureConfig = _load("config").FewShotConfig if PROCEDURES else dict
+
+
+def select_split(recipe: "Recipe", data: Split) -> tuple[Split, bool]:
+    """Return the images to train on, and whether the procedure replaces the training loop for them."""
+    if not PROCEDURES:
+        return data, False
+    split: tuple[Split, bool] = _load("run").select_split(recipe, data)
+    return split
+
+
+def run_procedure(run: "Run", data: Split, folder: "RunFolder", callback: "Callback") -> Decision | None:
+    """Train *run* on *data*; returns the decision of its `best.pt`."""
+    decision: Decision | None = _load("run").train_few_shot(run, data, folder, callback)
+    return decision
+
+
+def read_record(training: Mapping[str, Any]) -> Any:
+    """Read the record of the procedure from that of a training; None if the training loop ran."""
+    if not PROCEDURES or "few_shot" not in training:
+        return None
+    return _load("config").FewShotResult.model_validate(training["few_shot"])
