@@ -28,9 +28,9 @@ def _load(module: str) -> Any:
 
 
 if TYPE_CHECKING:
-    ProcedureConfig = Any
+    ProcedureTable = Any
 else:
-    ProcedureConfig = _load("config").FewShotConfig if PROCEDURES else dict
+    ProcedureTable = (_load("config").FewShotConfig if PROCEDURES else dict) | None
 
 
 def select_split(recipe: "Recipe", data: Split) -> tuple[Split, bool]:

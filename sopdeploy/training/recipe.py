@@ -22,7 +22,7 @@ from sopdeploy.models.registry import CatalogModel, entry, make_config
 from sopdeploy.training.ema import EmaConfig
 from sopdeploy.training.fine_tuning import StartConfig
 from sopdeploy.training.optimizers import OptimizerConfig
-from sopdeploy.training.procedure import ProcedureConfig
+from sopdeploy.training.procedure import ProcedureTable
 from sopdeploy.training.schedule import Schedule
 from sopdeploy.training.step.teacher import TeacherConfig
 
@@ -129,7 +129,7 @@ class Recipe(StrictModel):
     ema: EmaConfig | None = None
     start: StartConfig | None = None
     teacher: TeacherConfig | None = None
-    few_shot: ProcedureConfig | None = None
+    few_shot: ProcedureTable = None
     save: SaveConfig = SaveConfig()
     rejection: RejectionConfig = RejectionConfig()
 

@@ -18,7 +18,7 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.few_shot.candidates import Network, list_heads, mark_pareto, other_recipe
-from sopdeploy.training.few_shot.classifier import GRID, Targets
+from sopdeploy.training.few_shot.classifier import GRID, Array, Targets
 from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.few_shot.estimates import choose, compose, estimate
 from sopdeploy.training.few_shot.unknown import recognize_unknown
@@ -28,11 +28,12 @@ from sopdeploy.training.start_weights import create_initial_model
 Progress = Callable[[str, int, int], None]  # name of the step, done, total
 
 
-def fit_few_shot(run: Run, images: LabeledImages, on: Progress) -> Targets:
+def fit_few_shot(run: Run, images: LabeledImages, on: Progress) -> tuple[Targets, Array]:
     """Run the procedure for *images*, starting from the model of *run*; *on* receives the progress.
 
-    *run* receives the network, the record and the out-of-fold logits. Returns the targets of *images*. Raises
-    `ConfigError` if a network has no linear classifier, `DataError` if all images have the same pixels.
+    *run* receives the network, the record and the out-of-fold logits (N, K), which are returned with the
+    targets of *images*. Raises `ConfigError` if a network has no linear classifier, `DataError` if all images
+    have the same pixels.
     """
     recipe, config = run.recipe, run.recipe.few_shot
     targets, start = Targets.of(images, config.balance_above), time.monotonic()
@@ -79,7 +80,8 @@ def fit_few_shot(run: Run, images: LabeledImages, on: Progress) -> Targets:
     run.recipe = recipe.model_copy(update={"preprocess": network.recipe.preprocess})
     run.normalize = Normalize(run.recipe.preprocess).to(run.strategy.device)
     run.replace_model(head_name(network.recipe.model.name), final, final.config.model_dump(mode="json"))
-    run.out_of_fold = torch.from_numpy(composed - unknown.weight * kept.problem.distances()[:, None])
+    out_of_fold = composed - unknown.weight * kept.problem.distances()[:, None]
+    run.out_of_fold = torch.from_numpy(out_of_fold)
     run.few_shot = FewShotResult(
         **{"top1" if isinstance(score, Rate) else "map": score},
         estimated_on="cross-validation",
@@ -92,4 +94,4 @@ def fit_few_shot(run: Run, images: LabeledImages, on: Progress) -> Targets:
         auroc=unknown.areas,
         seconds={step: round(value, 3) for step, value in seconds.items()},
     )
-    return targets
+    return targets, out_of_fold

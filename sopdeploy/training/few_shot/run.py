@@ -5,6 +5,7 @@ The run has one row in its history. Until the procedure is finished there is no 
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.few_shot.classifier import Targets
+from sopdeploy.training.few_shot.classifier import Array, Targets
 from sopdeploy.training.few_shot.config import FewShotConfig
 from sopdeploy.training.few_shot.estimates import estimate
 from sopdeploy.training.few_shot.procedure import fit_few_shot
@@ -73,9 +74,8 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
             signals.check()
 
         try:
-            targets = fit_few_shot(run, data.train, on_part)
-            loss = targets.mean_loss(run.out_of_fold.numpy())
-            metrics = _evaluate(run, data.held_out, targets)
+            targets, logits = fit_few_shot(run, data.train, on_part)
+            metrics = _evaluate(run, data.held_out, targets, logits)
         except StopRequested:
             raise TrainingStoppedError(
                 "stopped before the first checkpoint; start the same command again", signals.signal_number
@@ -85,7 +85,9 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
     run.decision = _fit_decision(run, data.train)
     seconds = time.monotonic() - since
     lr = run.optimizer.param_groups[0]["lr"]
-    row = EpochRow(epoch=1, lr=lr, losses={"loss": loss}, metrics=metrics, seconds=seconds)
+    row = EpochRow(
+        epoch=1, lr=lr, losses={"loss": targets.mean_loss(logits)}, metrics=metrics, seconds=seconds
+    )
     run.position = Position(epoch=1, seconds=seconds, history=(row,))
     folder.save_last(run)
     folder.save_derived_files(run)
@@ -93,17 +95,16 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
     return run.decision
 
 
-def _evaluate(run: Run, held_out: LabeledImages, targets: Targets) -> HeldOutMetrics:
-    """Compute the metrics on *held_out* or, without such images, of the out-of-fold logits.
+def _evaluate(run: Run, held_out: LabeledImages, targets: Targets, logits: Array) -> HeldOutMetrics:
+    """Compute the metrics on *held_out* or, without such images, of the out-of-fold *logits* with *targets*.
 
-    With held-out images, their score replaces the cross-validated score in `run.few_shot`. *targets* are
-    those of the training images.
+    With held-out images, their score replaces the cross-validated score in `run.few_shot`.
     """
-    recipe, logits = run.recipe, run.out_of_fold.numpy()
+    recipe = run.recipe
     if len(held_out):
         dataset = PreprocessedDataset(held_out, recipe.preprocess)
-        options = {"batch_size": recipe.batch_size, "workers": recipe.workers}
-        logits, _ = predict_logits(run.model.eval(), dataset, recipe.preprocess, **options)
+        sizes: dict[str, Any] = {"batch_size": recipe.batch_size, "workers": recipe.workers}
+        logits, _ = predict_logits(run.model.eval(), dataset, recipe.preprocess, **sizes)
         targets = Targets.of(held_out, recipe.few_shot.balance_above)
         score = estimate(targets, logits, recipe.seed)
         name = "top1" if isinstance(score, Rate) else "map"
