@@ -34,6 +34,7 @@ class Part:
     paths: tuple[str, ...]
     registered_in: str
     line: str
+    needed_by: tuple[str, ...] = ()  # other optional parts, which go, too
 
 
 CLI = "sopdeploy/cli/app.py"
@@ -92,7 +93,12 @@ PARTS = {
         CLI,
         '"doctor": (',
     ),
-    "client": Part(("sopdeploy/client", "tests/sopdeploy/client"), "sopdeploy/__init__.py", "client"),
+    "client": Part(
+        ("sopdeploy/client", "sopdeploy/evaluation/service.py", "tests/sopdeploy/client"),
+        "sopdeploy/api/evaluation.py",
+        "sopdeploy.evaluation.service",
+        needed_by=("doctor",),
+    ),
     "tensorrt": Part(
         (
             "sopdeploy/tensorrt",
@@ -144,6 +150,21 @@ def copy_without(part: Part, tree: Path) -> list[str]:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes(source.read_bytes())
     before = {name for name, _ in modules(tree)}
+    for gone in (part, *(PARTS[name] for name in part.needed_by)):
+        problems = remove(gone, tree)
+        if problems:
+            return problems
+    removed = before - {name for name, _ in modules(tree)}
+    return [
+        f"{path.relative_to(tree)}:{line} imports {name}"
+        for _, path in modules(tree)
+        for line, name in imported_names(path)
+        if name in removed
+    ]
+
+
+def remove(part: Part, tree: Path) -> list[str]:
+    """Delete the paths and the registration of a part from the copy; return what prevents it."""
     for pattern in part.paths:
         matches = list(tree.glob(pattern))
         if not matches:
@@ -156,13 +177,7 @@ def copy_without(part: Part, tree: Path) -> list[str]:
     if len(lines) - len(kept) != 1:
         return [f"{part.registered_in}: {len(lines) - len(kept)} lines contain {part.line}, expected 1"]
     registry.write_text("".join(kept), encoding="utf-8")
-    removed = before - {name for name, _ in modules(tree)}
-    return [
-        f"{path.relative_to(tree)}:{line} imports {name}"
-        for _, path in modules(tree)
-        for line, name in imported_names(path)
-        if name in removed
-    ]
+    return []
 
 
 def problems_without(part: Part, tree: Path, tests: list[str]) -> list[str]:

@@ -3,20 +3,22 @@
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
-from sopdeploy.client import Client
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.heads import HeadAccuracy, score_heads
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
-from sopdeploy.evaluation.sources import detect_source, score_service
+from sopdeploy.evaluation.sources import detect_source
 from sopdeploy.html.templates import render
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.report.predictions import metric_tiles, predictions_context
 from sopdeploy.report.run_data import Mistake, Predictions, worst_mistakes
+
+SERVICE = "sopdeploy.evaluation.service"  # imports the HTTP client, an optional part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,8 +121,9 @@ def evaluate(
     accuracies: tuple[HeadAccuracy, ...] = ()
     notes: list[str] = []
     if kind == "service":
-        with Client(name, api_key=api_key) as client:
-            labels, scores = score_service(client, data, model=model, on_image=on_image, log=notes.append)
+        labels, scores = import_module(SERVICE).score_service(
+            name, data, api_key=api_key, model=model, on_image=on_image, log=notes.append
+        )
     elif kind == "bundle":
         from sopdeploy_service.commands.evaluate import scores_of_bundle
         from sopdeploy_service.settings import load_settings

@@ -5,8 +5,6 @@ from sopdeploy.client.requests import ImageLike
 from sopdeploy.client.results import Classification, ClassProbability, Expert, ModelInfo, Problem, ServerInfo
 from sopdeploy.client.synchronous import Client
 
-Picture = ImageLike  # former name
-
 __all__ = [
     "AsyncClient",
     "ClassProbability",
@@ -15,7 +13,6 @@ __all__ = [
     "Expert",
     "ImageLike",
     "ModelInfo",
-    "Picture",
     "Problem",
     "ServerInfo",
 ]

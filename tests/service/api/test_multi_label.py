@@ -11,7 +11,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.client import Client
 from sopdeploy.decision import Decision
 from sopdeploy.errors import BundleError, DataError
-from sopdeploy.evaluation.sources import score_service
+from sopdeploy.evaluation.service import score_service
 from sopdeploy_service.commands.evaluate import scores_of_bundle
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.images.decode import EncodedImage
@@ -91,11 +91,11 @@ def test_a_bundle_and_its_service_evaluate_labels_csv_equally(
         lines.append(f"{number}.jpg,{shown}")
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     ours = scores_of_bundle(bundle_path, tmp_path, settings=Settings(threads=1), on_image=lambda *_: None)
-    with Client(str(client.base_url)) as asking:
-        labels, theirs = score_service(asking, tmp_path, on_image=lambda *_: None)
-        (tmp_path / "labels.csv").unlink()
-        with pytest.raises(DataError, match=r"has no labels\.csv"):
-            score_service(asking, tmp_path, on_image=lambda *_: None)
+    url = str(client.base_url)
+    labels, theirs = score_service(url, tmp_path, on_image=lambda *_: None)
+    (tmp_path / "labels.csv").unlink()
+    with pytest.raises(DataError, match=r"has no labels\.csv"):
+        score_service(url, tmp_path, on_image=lambda *_: None)
     assert labels == ours.labels
     assert theirs.report() == ours.scores.report()
     assert (theirs.probabilities == ours.scores.probabilities).all()

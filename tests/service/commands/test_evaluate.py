@@ -4,10 +4,9 @@ import shutil
 
 import pytest
 
-from sopdeploy.client import Client
-from sopdeploy.errors import ConfigError, DataError, ServiceError
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import classification_report
-from sopdeploy.evaluation.sources import score_service
+from sopdeploy.evaluation.service import score_service
 from sopdeploy_service.commands.evaluate import scores_of_bundle
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.settings import Settings
@@ -40,9 +39,9 @@ def test_a_bundle_a_service_and_predict_agree_exactly(client, bundle_path, folde
         bundle_path, folder, settings=ONE_THREAD, on_image=lambda *done: progress.append(done)
     )
     packed = tar_of(folder, folder.with_suffix(".tar"))
-    with Client(str(client.base_url)) as asking:
-        labels, theirs = score_service(asking, folder, on_image=silent)
-        assert score_service(asking, packed, on_image=silent) == (labels, theirs)
+    url = str(client.base_url)
+    labels, theirs = score_service(url, folder, on_image=silent)
+    assert score_service(url, packed, on_image=silent) == (labels, theirs)
     assert (labels, theirs) == (ours.labels, ours.scores)
     assert scores_of_bundle(bundle_path, packed, settings=ONE_THREAD, on_image=silent) == ours
     assert progress == [(done, 14) for done in range(1, 15)]
@@ -82,8 +81,8 @@ def test_what_is_wrong_with_a_folder_is_named(client, bundle_path, folder, messa
     CHANGES[message](folder)
     with pytest.raises(DataError, match=message):
         scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent)
-    with Client(str(client.base_url)) as asking, pytest.raises(DataError, match=message):
-        score_service(asking, folder, on_image=silent)
+    with pytest.raises(DataError, match=message):
+        score_service(str(client.base_url), folder, on_image=silent)
 
 
 def test_a_class_without_images_is_a_note_and_the_others_are_measured(client, bundle_path, folder) -> None:
@@ -92,16 +91,13 @@ def test_a_class_without_images_is_a_note_and_the_others_are_measured(client, bu
     shutil.rmtree(folder / "gnu")
     notes: list[str] = []
     found = scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent, log=notes.append)
-    with Client(str(client.base_url)) as asking:
-        labels, scores = score_service(asking, folder, on_image=silent, log=notes.append)
+    labels, scores = score_service(str(client.base_url), folder, on_image=silent, log=notes.append)
     assert notes == [f"{folder}: no images of 2 of 7 classes: fox, gnu"] * 2
     assert (labels, [one.target for one in scores]) == (found.labels, [one.target for one in found.scores])
     counts = {one.label: one.count for one in classification_report(labels, scores).classes if one.count}
     assert list(counts) == ["ant", "bee", "cat", "dog", "eel"]
 
 
-def test_a_missing_service_and_an_unknown_tta_mode_are_errors(bundle_path, folder) -> None:
-    with Client("http://127.0.0.1:1", retries=0) as asking, pytest.raises(ServiceError, match="no response"):
-        score_service(asking, folder, on_image=silent)
+def test_an_unknown_tta_mode_is_an_error(bundle_path, folder) -> None:
     with pytest.raises(ConfigError, match="not one of none, flip, ten-crop"):
         scores_of_bundle(bundle_path, folder, tta="x", settings=ONE_THREAD, on_image=silent)

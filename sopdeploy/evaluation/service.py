@@ -1,0 +1,85 @@
+"""The scores of a running service; a part of the optional HTTP client."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from sopdeploy.client import Classification, Client
+from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_images
+from sopdeploy.data.folder_store import Log, ignore
+from sopdeploy.data.image_files import ImageFiles
+from sopdeploy.errors import DataError, OverloadedError, ServiceError, UnreachableError
+from sopdeploy.evaluation.metrics import Score
+from sopdeploy.evaluation.multi_label import MultiLabelPredictions
+
+ALL_CLASSES = 1_000_000  # `top_k` that requests every class
+
+
+def score_service(
+    url: str,
+    data: Path,
+    *,
+    api_key: str | None = None,
+    model: str | None = None,
+    on_image: Callable[[int, int], None],
+    log: Log = ignore,
+) -> tuple[tuple[str, ...], list[Score] | MultiLabelPredictions]:
+    """Score the service at *url* on the images below *data*, one subfolder per class or `labels.csv`.
+
+    Returns the sorted class names, read from the first response, and the scores, or all predictions of a
+    multi-label network. *on_image* receives the numbers of images done and in total, *log* lines about the
+    folder. Raises `DataError` if the folder has other classes or the service rejects an image.
+    """
+    with Client(url, api_key=api_key) as client:
+        served = [info for info in client.info().models if model in (None, info.name)]
+        if served and served[0].thresholds is not None:
+            thresholds = dict(sorted(served[0].thresholds.items()))
+            return tuple(thresholds), _predict_multi_label(client, data, model, thresholds, on_image)
+        first = _classify(client, open_any_images(data), 0, model)
+        labels = tuple(sorted(entry.label for entry in first.classes))
+        images = open_evaluation_images(data, labels, log=log)
+        scores = []
+        for index in range(len(images)):
+            response = _classify(client, images, index, model)
+            ranked = [(labels.index(entry.label), entry.probability) for entry in response.classes]
+            scores.append(Score.from_ranking(int(images.targets[index]), ranked, known=response.known))
+            on_image(index + 1, len(images))
+        return labels, scores
+
+
+def _predict_multi_label(
+    client: Client,
+    data: Path,
+    model: str | None,
+    thresholds: dict[str, float],
+    on_image: Callable[[int, int], None],
+) -> MultiLabelPredictions:
+    """Request the probabilities of all classes, those of *thresholds*, for every image of *data*."""
+    labels = tuple(thresholds)
+    images = open_evaluation_images(data, labels, multi_label=True)
+    probabilities = np.zeros((len(images), len(labels)))
+    for index in range(len(images)):
+        response = _classify(client, images, index, model, threshold=0.0)
+        by_label = {entry.label: entry.probability for entry in response.classes}
+        probabilities[index] = [by_label[label] for label in labels]
+        on_image(index + 1, len(images))
+    return MultiLabelPredictions(
+        labels=labels,
+        targets=images.targets.astype(np.float64),
+        probabilities=probabilities,
+        thresholds=tuple(thresholds.values()),
+    )
+
+
+def _classify(
+    client: Client, images: ImageFiles, index: int, model: str | None, threshold: float | None = None
+) -> Classification:
+    try:
+        return client.classify(images.read(index), top_k=ALL_CLASSES, model=model, threshold=threshold)
+    except (OverloadedError, UnreachableError):
+        raise
+    except ServiceError as error:
+        raise DataError(
+            f"{images.path(index)}: rejected by the service ({error}); repair or remove it"
+        ) from error
