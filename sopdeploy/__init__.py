@@ -14,25 +14,24 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sopdeploy.api.batch import classify
-    from sopdeploy.api.calibration import calibrate
-    from sopdeploy.api.deployment import export
-    from sopdeploy.api.evaluation import evaluate
-    from sopdeploy.api.serving import predict, serve
-    from sopdeploy.api.training import train
-    from sopdeploy.images.preprocess import Preprocess
-    from sopdeploy.models.describe import describe
-    from sopdeploy.models.registry import create_model, list_models
-    from sopdeploy.models.user_network import dsop, register_model
-    from sopdeploy_export.pipeline import ExportOptions
-    from sopdeploy_export.user_network.export_network import export_network, unused_modules
+    from sopdeploy.api.batch import classify as classify
+    from sopdeploy.api.calibration import calibrate as calibrate
+    from sopdeploy.api.deployment import export as export
+    from sopdeploy.api.evaluation import evaluate as evaluate
+    from sopdeploy.api.serving import predict as predict
+    from sopdeploy.api.serving import serve as serve
+    from sopdeploy.api.training import train as train
+    from sopdeploy.images.preprocess import Preprocess as Preprocess
+    from sopdeploy.models.describe import describe as describe
+    from sopdeploy.models.registry import create_model as create_model
+    from sopdeploy.models.registry import list_models as list_models
+    from sopdeploy.models.user_network import dsop as dsop
+    from sopdeploy.models.user_network import register_model as register_model
+    from sopdeploy_export.pipeline import ExportOptions as ExportOptions
+    from sopdeploy_export.user_network.export_network import export_network as export_network
+    from sopdeploy_export.user_network.export_network import unused_modules as unused_modules
 
 __version__ = "0.1.0"
-__all__ = [
-    "ExportOptions", "Preprocess", "__version__", "calibrate", "classify", "create_model", "describe",
-    "dsop", "evaluate", "export", "export_network", "list_models", "predict", "register_model", "serve",
-    "train", "unused_modules",
-]  # fmt: skip
 
 # Builds of onnxruntime 1.29 and later send names and hashes of models to Microsoft unless this is set.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -55,6 +54,8 @@ _MODULES = {
     "train": "sopdeploy.api.training",
     "unused_modules": "sopdeploy_export.user_network.export_network",
 }
+
+__all__ = sorted(["__version__", *_MODULES])
 
 # The errors of these modules name options of the command line; `name_arguments` rewrites them.
 NAMING_OPTIONS = ("sopdeploy.api.", "sopdeploy_export.user_network.")

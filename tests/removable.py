@@ -35,6 +35,7 @@ class Part:
     registered_in: str
     line: str
     needed_by: tuple[str, ...] = ()  # other optional parts, which go, too
+    api: str = ""  # the module of a function that `sopdeploy/__init__.py` exports, in two lines
 
 
 CLI = "sopdeploy/cli/app.py"
@@ -63,6 +64,7 @@ PARTS = {
         ),
         CLI,
         '"classify": (',
+        api="sopdeploy.api.batch",
     ),
     "on_ray": Part(
         (
@@ -171,12 +173,15 @@ def remove(part: Part, tree: Path) -> list[str]:
             return [f"{pattern}: no such path"]
         for path in matches:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    registry = tree / part.registered_in
-    lines = registry.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if part.line not in line]
-    if len(lines) - len(kept) != 1:
-        return [f"{part.registered_in}: {len(lines) - len(kept)} lines contain {part.line}, expected 1"]
-    registry.write_text("".join(kept), encoding="utf-8")
+    registrations = [(part.registered_in, part.line, 1)]
+    if part.api:
+        registrations.append(("sopdeploy/__init__.py", part.api, 2))
+    for file, text, expected in registrations:
+        lines = (tree / file).read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if text not in line]
+        if len(lines) - len(kept) != expected:
+            return [f"{file}: {len(lines) - len(kept)} lines contain {text}, expected {expected}"]
+        (tree / file).write_text("".join(kept), encoding="utf-8")
     return []
 
 
