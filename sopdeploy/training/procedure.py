@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sopdeploy.training.run import Run
     from sopdeploy.training.run_folder import RunFolder
 
-PROCEDURES = (
+PROCEDURES: tuple[str, ...] = (
     "sopdeploy.training.few_shot",
 )  # at most one  # fmt: skip
 

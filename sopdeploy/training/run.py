@@ -221,14 +221,16 @@ class Run:
     ) -> Decision | None:
         """Fit temperature and rejection threshold to *logits* (N, C) of the classes *targets* (N,).
 
-        Returns `None` if neither temperature nor threshold could be fitted.
+        Out-of-fold logits get no temperature, because heads that saw fewer images are less certain than the
+        final one. Returns `None` if neither temperature nor threshold could be fitted.
         """
         decision = fit_decision(
             logits,
             targets,
             estimated_on=estimated_on,
             accepts=self.recipe.rejection.accepts,
-            scalable=self.model.logits_layer() is not None,
+            scalable=estimated_on == "held-out" and self.model.logits_layer() is not None,
+            refitted={} if self.few_shot is None else self.few_shot.auroc,
         )
         return None if decision == Decision() else decision
 

@@ -3,8 +3,8 @@
 import hashlib
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,98 +37,74 @@ PROJECTION_BATCHES = 8  # for the projections: with 49 positions per image, 6,27
 
 
 class Candidate(NamedTuple):
-    """A head, its problem, its out-of-fold logits (G, N, K) and losses (G, N), and seconds."""
+    """A head, its problem, its out-of-fold logits (G, N, K) and losses (G, N), and its record."""
 
     head: HeadConfig
     problem: Problem
     logits: Array
     losses: Array
-    seconds: float
+    result: CandidateResult
 
 
-@dataclass(frozen=True, slots=True)
 class Network:
-    """A network, its copy `full` with all statistics, and its candidates.
+    """A network of *recipe*, its copy `full` with all statistics, and its candidates.
 
-    `vectors` are those of the images, `hashes` the ones of their pixels; they took `seconds`.
+    `vectors` are those of *images*, `hashes` the ones of their pixels; they took `seconds`. `milliseconds` is
+    the time of one image with all statistics.
     """
 
-    model: Classifier
-    recipe: Recipe
-    full: SecondOrderHead
-    vectors: NDArray[np.float32]
-    hashes: list[str]
-    seconds: float
-    candidates: list[Candidate] = field(default_factory=list)
-
-    @classmethod
-    def create(
-        cls, recipe: Recipe, model: Classifier, images: LabeledImages, on_image: Callable[[int, int], None]
-    ) -> "Network":
-        """Compute the features of *images* by *model*, the network of *recipe*."""
-        since, full = time.monotonic(), full_head(recipe, model)
-        vectors, hashes = compute_features(full, images, recipe, on_image)
-        return cls(model, recipe, full, vectors, hashes, time.monotonic() - since)
+    def __init__(
+        self, recipe: Recipe, model: Classifier, images: LabeledImages, on_image: Callable[[int, int], None]
+    ) -> None:
+        since, side = time.monotonic(), recipe.preprocess.crop
+        self.recipe, self.model, self.full = recipe, model, full_head(recipe, model)
+        self.vectors, self.hashes = compute_features(self.full, images, recipe, on_image)
+        self.seconds = time.monotonic() - since
+        image = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
+        with torch.no_grad():
+            times = timeit.repeat(lambda: self.full(image).cpu(), number=1, repeat=TIMED_IMAGES)
+        self.milliseconds = round(1000 * statistics.median(times), 2)
+        self.candidates: list[Candidate] = []
 
     def columns(self, head: HeadConfig) -> list[slice]:
         """Find the columns of the vector of `full` that *head* reads, by statistic and tap."""
         pooled = self.full.pooled_head
         roots = {tap: pooled.pooling(tap).out_features for tap in pooled.channels if pooled.poolings}
         own = self.full.num_features() - sum(roots.values()) - sum(pooled.channels.values())
-        statistics = [("gap", "", own), *(("mean", tap, length) for tap, length in pooled.channels.items())]
-        statistics += [("isqrt", tap, length) for tap, length in roots.items()]
-        found, start = [], 0
-        for statistic, tap, length in statistics:
+        lengths = [("gap", "", own), *(("mean", tap, length) for tap, length in pooled.channels.items())]
+        lengths += [("isqrt", tap, length) for tap, length in roots.items()]
+        columns, start = [], 0
+        for statistic, tap, length in lengths:
             if statistic in head.parts and (statistic == "gap" or tap in (head.taps or ())):
-                found.append(slice(start, start + length))
+                columns.append(slice(start, start + length))
             start += length
-        return found
+        return columns
+
+    def describe(self, head: HeadConfig) -> str:
+        """Describe the network with *head* in a few words."""
+        return f"{self.recipe.model.name} {head.kind}" + (f" of {', '.join(head.taps)}" if head.taps else "")
 
     def cross_validate(self, head: HeadConfig, targets: Targets, folds_N: Indices) -> None:
         """Cross-validate *head* and add it to the candidates."""
         since = time.monotonic()
         problem = Problem.create([self.vectors[:, part] for part in self.columns(head)], targets)
         logits = problem.cross_validate(folds_N)
-        seconds = time.monotonic() - since
-        self.candidates.append(Candidate(head, problem, logits, targets.losses(logits), seconds))
-
-    def describe(self, head: HeadConfig) -> str:
-        """Describe the network with *head* in a few words."""
-        return f"{self.recipe.model.name} {head.kind}" + (f" of {', '.join(head.taps)}" if head.taps else "")
-
-    def results(self, targets: Targets, kept: Candidate, seed: int) -> list[CandidateResult]:
-        """Describe all candidates; *kept* was chosen."""
-        milliseconds, results = self._milliseconds(), []
-        for candidate in self.candidates:
-            best = int(candidate.losses.mean(axis=1).argmin())
-            network = with_head(self.recipe.model.name, self.model, candidate.head)
-            counts = tally(network, self.recipe.preprocess.crop).total()
-            result = CandidateResult(
-                name=self.describe(candidate.head),
-                kept=candidate is kept,
-                pareto=False,
-                score=estimate(targets, candidate.logits[best], seed),
-                loss=float(candidate.losses[best].mean()),
-                features=network.num_features(),
-                strength=GRID[best],
-                macs=counts.macs,
-                parameters=counts.parameters,
-                milliseconds=milliseconds,
-                seconds=round(candidate.seconds, 3),
-            )
-            results.append(result)
-        return results
-
-    @torch.no_grad()
-    def _milliseconds(self) -> float:
-        """Measure the median time of one image with all statistics."""
-        side, device = self.recipe.preprocess.crop, next(self.full.parameters()).device
-        image, times = torch.zeros(1, 3, side, side, device=device), []
-        for _ in range(TIMED_IMAGES):
-            since = time.perf_counter()
-            self.full(image).cpu()
-            times.append(1000 * (time.perf_counter() - since))
-        return round(statistics.median(times), 2)
+        losses, seconds = targets.losses(logits), round(time.monotonic() - since, 3)
+        best = int(losses.mean(axis=1).argmin())
+        network = with_head(self.recipe.model.name, self.model, head)
+        counts = tally(network, self.recipe.preprocess.crop).total()
+        result = CandidateResult(
+            name=self.describe(head),
+            score=estimate(targets, logits[best], self.recipe.seed),
+            loss=float(losses[best].mean()),
+            features=network.num_features(),
+            strength=GRID[best],
+            macs=counts.macs,
+            parameters=counts.parameters,
+            milliseconds=self.milliseconds,
+            seconds=seconds,
+        )
+        self.candidates.append(Candidate(head, problem, logits, losses, result))
 
     @torch.no_grad()
     def build(self, kept: Candidate, fitted: LinearHead, distance: float) -> SecondOrderHead:
@@ -194,10 +170,9 @@ def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
     """Give *model* a head with all statistics of its last taps; without feature maps, of its own vector."""
     torch.manual_seed(derive_seed(recipe.seed, "head"))
     taps = tuple(model.tap_channels)[-TAPS:] or None
+    head = HeadConfig(kind="gap+mean+isqrt", taps=taps, width=WIDTH)
     try:
-        network: Any = with_head(
-            recipe.model.name, model, HeadConfig(kind="gap+mean+isqrt", taps=taps, width=WIDTH)
-        )
+        network: Any = with_head(recipe.model.name, model, head)
     except ConfigError as error:
         if not str(error).startswith("head.taps"):
             raise
@@ -223,15 +198,12 @@ def list_heads(full: SecondOrderHead, config: FewShotConfig) -> list[HeadConfig]
     ]
 
 
-def mark_pareto(candidates: Sequence[CandidateResult]) -> tuple[CandidateResult, ...]:
-    """Mark the candidates that no other one beats in accuracy, latency and size."""
-    costs = [(-one.score.share, one.milliseconds, one.parameters) for one in candidates]
+def mark_candidates(candidates: Sequence[Candidate], kept: Candidate) -> tuple[CandidateResult, ...]:
+    """Mark the candidate *kept*, and those that no other one beats in accuracy, latency and size."""
+    results = [candidate.result for candidate in candidates]
+    costs = [(-result.score.share, result.milliseconds, result.parameters) for result in results]
+    beaten = [any(other != cost and np.less_equal(other, cost).all() for other in costs) for cost in costs]
     return tuple(
-        candidate.model_copy(update={"pareto": not any(_beats(other, cost) for other in costs)})
-        for candidate, cost in zip(candidates, costs, strict=True)
+        candidate.result.model_copy(update={"kept": candidate is kept, "pareto": not worse})
+        for candidate, worse in zip(candidates, beaten, strict=True)
     )
-
-
-def _beats(costs: tuple[float, ...], others: tuple[float, ...]) -> bool:
-    """Check whether *costs* are at most *others*, and one of them is smaller."""
-    return costs != others and all(a <= b for a, b in zip(costs, others, strict=True))

@@ -26,6 +26,7 @@ from sopdeploy.errors import DataError
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 GRID = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # of C, for inputs whose mean squared norm is 1 per part
+OPTIONS = {"tol": 1e-4, "max_iter": 2000, "warm_start": True}  # each C starts from the previous one
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +130,10 @@ class Problem:
         inputs, classes = self.reduced[images], self.targets.classes[images]
         weights = self.targets.weights[images]
         if self.targets.activation == "softmax":
-            model = _create_model()
+            model = LogisticRegression(**OPTIONS)
             yield from (_fit_softmax(model.set_params(C=c), inputs, classes, weights) for c in grid)
             return
-        models = [_create_model() for _ in classes.T]
+        models = [LogisticRegression(**OPTIONS) for _ in classes.T]
         for strength in grid:
             pairs = [  # absent and present, for each class
                 _fit_softmax(model.set_params(C=strength), inputs, np.stack([1 - y, y], axis=1), weights)
@@ -165,11 +166,6 @@ class Problem:
         """Compute the distance (N,) of each input from the mean input."""
         distances: Array = np.linalg.norm(self.reduced, axis=1)
         return distances
-
-
-def _create_model() -> Any:
-    """Create a classifier that continues from its previous C."""
-    return LogisticRegression(tol=1e-4, max_iter=2000, warm_start=True)
 
 
 def _fit_softmax(model: Any, inputs: Array, classes: Array, weights: Array) -> LinearHead:

@@ -52,7 +52,7 @@ class CandidateResult(StrictModel):
     """
 
     name: str
-    kept: bool
+    kept: bool = False
     pareto: bool = False
     score: Rate | MeanPrecision
     loss: NonNegative
@@ -109,9 +109,7 @@ class FewShotResult(StrictModel):
     @property
     def score(self) -> Rate | MeanPrecision:
         """The accuracy, or the mAP."""
-        score = self.top1 or self.map
-        assert score is not None  # noqa: S101  # one of the two is set
-        return score
+        return self.top1 or self.map  # type: ignore[return-value]  # one of the two is set
 
     def lines(self) -> tuple[str, ...]:
         """Describe the result in lines for the terminal and the report."""

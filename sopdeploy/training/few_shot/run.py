@@ -13,7 +13,7 @@ from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
 from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.decision_fit import fit_decision, missing_threshold
+from sopdeploy.evaluation.decision_fit import missing_threshold
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import fit_presence
 from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, multi_label_metrics, predict_logits
@@ -85,9 +85,8 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
     run.decision = _fit_decision(run, data.train)
     seconds = time.monotonic() - since
     lr = run.optimizer.param_groups[0]["lr"]
-    row = EpochRow(
-        epoch=1, lr=lr, losses={"loss": targets.mean_loss(logits)}, metrics=metrics, seconds=seconds
-    )
+    losses = {"loss": targets.mean_loss(logits)}
+    row = EpochRow(epoch=1, lr=lr, losses=losses, metrics=metrics, seconds=seconds)
     run.position = Position(epoch=1, seconds=seconds, history=(row,))
     folder.save_last(run)
     folder.save_derived_files(run)
@@ -112,33 +111,19 @@ def _evaluate(run: Run, held_out: LabeledImages, targets: Targets, logits: Array
     loss = targets.mean_loss(logits)
     if targets.activation == "sigmoid":
         return multi_label_metrics(run.labels, targets.classes, sigmoid(logits), loss)
-    top5 = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-    right = top5 == targets.classes.argmax(axis=1)[:, None]
-    return EvalMetrics(
-        top1=float(right[:, 0].mean()), top5=float(right.any(axis=1).mean()), count=len(logits), loss=loss
-    )
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    right = best == targets.classes.argmax(axis=1)[:, None]
+    top1, top5 = float(right[:, 0].mean()), float(right.any(axis=1).mean())
+    return EvalMetrics(top1=top1, top5=top5, count=len(logits), loss=loss)
 
 
 def _fit_decision(run: Run, images: LabeledImages) -> Decision | None:
-    """Fit the decision to the out-of-fold logits of *images*.
-
-    No temperature is fitted: C has the smallest cross-validated loss, and a temperature for heads that saw
-    fewer images makes the final head, which is more certain, overconfident.
-    """
-    if run.out_of_fold is None or run.few_shot is None:
+    """Fit the decision to the out-of-fold logits of *images*, and record why it has no threshold."""
+    if run.out_of_fold is None:
         return None
     logits = run.out_of_fold.double().numpy()
     if run.activation == "sigmoid":
         return fit_presence(images.targets.astype(np.float64), sigmoid(logits))
-    accepts = run.recipe.rejection.accepts
-    reason = missing_threshold(len(logits), logits.shape[1], accepts)
+    reason = missing_threshold(len(logits), logits.shape[1], run.recipe.rejection.accepts)
     run.few_shot = run.few_shot.model_copy(update={"unknown": reason})
-    decision = fit_decision(
-        logits,
-        images.targets.astype(np.int64),
-        estimated_on="cross-validation",
-        accepts=accepts,
-        scalable=False,
-        refitted=run.few_shot.auroc,
-    )
-    return None if decision == Decision() else decision
+    return run.fit_decision(logits, images.targets.astype(np.int64), "cross-validation")

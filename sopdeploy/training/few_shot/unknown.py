@@ -12,7 +12,6 @@ change; the energy falls for remote images. SCALE (arXiv 2310.00227) was worse t
 """
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,24 +23,17 @@ MAX_CLASSES = 10  # each needs one fit per fold
 WEIGHTS = (0.0, 0.25, 0.5, 1.0)  # of the distance, in standard deviations of the energy
 
 
-class Recognition(NamedTuple):
-    """The AUROC of each score, averaged over left-out classes, with the chosen `weight` of the distance."""
-
-    areas: dict[Score, float]
-    weight: float
-
-
 def recognize_unknown(
     problem: Problem, folds_N: Indices, strength: float, *, with_distance: bool
-) -> Recognition:
+) -> tuple[dict[Score, float], float]:
     """Leave out up to `MAX_CLASSES` evenly spaced classes, one at a time, and choose the weight.
 
-    *strength* is C. Nothing is found for fewer than three classes, because one logit would remain, and for
-    several classes per image.
+    *strength* is C. Returns the AUROC of each score, averaged over left-out classes, and the weight. Nothing
+    is found for fewer than three classes, because one logit would remain, and for several classes per image.
     """
     shown = np.flatnonzero(problem.targets.classes.any(axis=0))
     if problem.targets.activation == "sigmoid" or len(shown) < 3:
-        return Recognition({}, 0.0)
+        return {}, 0.0
     distances = problem.distances()
     by_energy, by_probability, units = [], [], []
     for left_out in shown[np.linspace(0, len(shown) - 1, min(len(shown), MAX_CLASSES)).astype(int)]:
@@ -56,9 +48,7 @@ def recognize_unknown(
         by_probability.append(auroc(probability[known], probability[~known]))
     means = np.mean(by_energy, axis=0)
     best = int(means.argmax()) if with_distance else 0
-    areas: dict[Score, float] = {
-        "max_probability": float(np.mean(by_probability)),
-        "energy": float(means[best]),
-    }
-    useful = areas["energy"] >= areas["max_probability"]
-    return Recognition(areas, WEIGHTS[best] * float(np.mean(units)) if useful else 0.0)
+    area, other = float(means[best]), float(np.mean(by_probability))
+    areas: dict[Score, float] = {"energy": area, "max_probability": other}
+    useful = area >= other
+    return areas, WEIGHTS[best] * float(np.mean(units)) if useful else 0.0

@@ -122,11 +122,11 @@ def test_unknown_images_have_a_smaller_energy_far_from_the_training_images():
     features[classes == 2] += 6 * np.eye(12)[5]  # a class far from the others
     problem = Problem.create([features], targets)
     folds = targets.folds([str(number) for number in range(60)], 5, 0)
-    found = recognize_unknown(problem, folds, 30.0, with_distance=True)
-    plain = recognize_unknown(problem, folds, 30.0, with_distance=False)
-    assert found.weight > 0 == plain.weight
-    assert found.areas["energy"] > plain.areas["energy"]
-    assert found.areas["max_probability"] == plain.areas["max_probability"]
+    areas, weight = recognize_unknown(problem, folds, 30.0, with_distance=True)
+    plain, nothing = recognize_unknown(problem, folds, 30.0, with_distance=False)
+    assert weight > 0 == nothing
+    assert areas["energy"] > plain["energy"]
+    assert areas["max_probability"] == plain["max_probability"]
 
 
 def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_path: Path):
