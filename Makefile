@@ -31,7 +31,7 @@ export NO_MKDOCS_2_WARNING := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo quick test fuzz check lint types contracts unit compile tests ray-test test-models cuda-stand-in removable goldens format docs \
-	pictures site gpu-check soak dist wheel-test samples-test extras-test container-test container-base audit sbom release lock clean
+	pictures site gpu-bundles gpu-check soak dist wheel-test samples-test extras-test container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
 	$(BIN)/sopdeploy demo
@@ -103,13 +103,23 @@ pictures: $(STAMP)  ## create the screenshots and the chart of the README; needs
 site: $(STAMP)  ## build docs/ as a site; open build/site/index.html
 	$(BIN)/mkdocs build --strict --quiet
 
-# In its own environment, which also sees the packages of $(PYTHON), such as torch: a GPU server may have no package index.
-gpu-check:  ## check this machine's GPU, write docs/benchmarks/gpu.md; WHEELS=FOLDER takes all packages from a folder
+# In its own environment, which also sees the packages of $(PYTHON), such as torch: a GPU server may have no package
+# index. The .pth file is for a $(PYTHON) that is itself a virtual environment.
+$(GPU_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
+	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(GPU_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
 	$(GPU_INSTALL) hatchling editables
 	$(GPU_INSTALL) --no-build-isolation --editable '.[$(GPU_EXTRAS)]'
+	touch $@
+
+gpu-bundles: $(STAMP)  ## export the bundles that gpu-check uses to build/gpu; needs no GPU
+	$(BIN)/python benchmarks/gpu_bundles.py build/gpu
+
+gpu-check: $(GPU_VENV)/.installed  ## check this machine's GPU in stages, write docs/benchmarks/gpu.md; see benchmarks/gpu_check.py
+	$(GPU_VENV)/bin/python benchmarks/gpu_bundles.py build/gpu
+	$(GPU_VENV)/bin/python benchmarks/gpu_check.py build/gpu $(OPTIONS)
 	$(GPU_VENV)/bin/python -m pytest tests/gpu
-	$(GPU_VENV)/bin/python benchmarks/gpu_check.py $(OPTIONS)
 
 soak: $(STAMP)  ## five minutes of valid, invalid, slow and disconnecting clients and model swaps; fails on a leak or a 5xx
 	$(BIN)/python benchmarks/soak.py $(SOAK)

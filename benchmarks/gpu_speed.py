@@ -1,77 +1,79 @@
-"""The speed part of `gpu_check.py`: engines against torch and ONNX Runtime on CUDA, in one process."""
+"""The stage `speed` of `gpu_check.py`: every runtime on the same bundle, alternately in one process.
+
+Settings are equal: float32 without TF32 everywhere, inputs and outputs on the host.
+"""
 
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import Result, interleaved
+import torch
+from measure import interleaved
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import Bundle, open_bundle
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.tensorrt.session import EngineSession
-from sopdeploy_export.tensorrt.engine import EngineOptions, Machine, get_engine
+from sopdeploy_export.graph import Deployed
+from sopdeploy_export.proof.networks import detach
+from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine, this_machine
 from sopdeploy_service.runtime.onnxruntime import CUDA, CUDA_OPTIONS, OnnxRuntime
 
 BATCHES = (1, 8, 32)
-WANTED = 1.5  # required speed-up over torch.compile at batch size 1
-Run = Callable[[Any], Any]
-Report = Callable[[str], None]
+Run = Callable[[NDArray[np.uint8]], Any]
 
 
-@dataclass(frozen=True)
-class Case:
-    """One bundle, and functions that run the same network in torch, if it is installed."""
-
-    bundle: Path
-    precision: str
-    torch: dict[str, Run]
-
-
-def check_speed(case: Case, here: Machine, runs: int, report: Report, *, with_cuda: bool) -> dict[str, Any]:
-    """Build the engine of *case*, which includes its probes, and compare its speed with other runtimes."""
-    bundle = open_bundle(case.bundle)
-    options = EngineOptions(profiles=",".join(map(str, BATCHES)))
-    begin = time.monotonic()
-    built = get_engine(bundle, options, report)
-    seconds = time.monotonic() - begin
-    again = get_engine(bundle, options)
+def speed_table(bundle: Bundle, runs: int, *, with_tensorrt: bool) -> dict[str, Any]:
+    """Measure the median milliseconds per batch of *bundle* on each runtime."""
     with ExitStack() as stack:
-        plan, key = built.path.read_bytes(), built.record.key
-        session = EngineSession(here.trt, here.cuda, plan, bundle.manifest, key, graphs=True)
-        stack.callback(session.close)
-        sides = {"TensorRT": session.run, **case.torch}
-        if with_cuda:
-            runtime = OnnxRuntime(bundle, provider=CUDA, options=CUDA_OPTIONS)
-            stack.callback(runtime.close)
-            sides["onnxruntime CUDA"] = runtime.run
-        rows = [timed(bundle, sides, batch, runs) for batch in BATCHES]
-        rates = back_to_back(session, bundle, max(BATCHES), runs)
-    return {
-        "bundle": bundle.name,
-        "precision": case.precision,
-        "build_seconds": round(seconds, 1),
-        "from_cache_the_second_time": again.reason is None,
-        "receipt": built.record.receipt.model_dump(mode="json"),
-        "replays": [replay.model_dump(mode="json") for replay in built.record.replays],
-        "plan_bytes": built.record.plan_bytes,
-        "milliseconds": rows,
-        "images_per_second": rates,
-        "runs": runs,
-    }
+        runtime = OnnxRuntime(bundle, provider=CUDA, options=CUDA_OPTIONS)
+        stack.callback(runtime.close)
+        sides: dict[str, Run] = {"onnxruntime CUDA": runtime.run, **torch_sides(bundle)}
+        text = f"Milliseconds per batch, medians of {runs} runs, copies to and from the GPU included."
+        if with_tensorrt:
+            here, begin = this_machine(), time.monotonic()
+            engine = get_engine(bundle, EngineOptions(profiles=",".join(map(str, BATCHES))))
+            text += f" The engine was built in {time.monotonic() - begin:.0f} s."
+            plan, key = engine.path.read_bytes(), engine.record.key
+            session = EngineSession(here.trt, here.cuda, plan, bundle.manifest, key, graphs=True)
+            stack.callback(session.close)
+            sides = {"TensorRT": session.run, **sides}
+            alone, two = back_to_back(session, bundle, max(BATCHES), runs)
+            text += f" TensorRT reaches {alone} images/s one batch at a time, {two} with two in flight."
+        rows = [[batch, *timed(bundle, sides, batch, runs)] for batch in BATCHES]
+    title = f"{bundle.name}, {bundle.manifest.precision}"
+    return {"title": title, "text": text, "columns": ["batch", *sides], "rows": rows}
 
 
-def timed(bundle: Bundle, sides: dict[str, Run], batch: int, runs: int) -> dict[str, Any]:
+def torch_sides(bundle: Bundle) -> dict[str, Run]:
+    """Create functions that run the checkpoint of *bundle* in torch, eager and compiled."""
+    path = bundle.path.parents[1] / f"{bundle.path.parents[1].name}.pt"
+    trained = read_checkpoint(path)
+    network = build_classifier(trained, path)
+    detached = detach(network) if network.training_only else network
+    deployed = Deployed(detached, trained.preprocess).eval().cuda()
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    half = bundle.manifest.precision == "fp16"
+
+    def side(model: Any) -> Run:
+        def run(images: NDArray[np.uint8]) -> Any:
+            with torch.inference_mode(), torch.autocast("cuda", torch.float16, enabled=half):
+                return [output.cpu() for output in model(torch.from_numpy(images).cuda())]
+
+        return run
+
+    return {"torch eager": side(deployed), "torch.compile": side(torch.compile(deployed, dynamic=False))}
+
+
+def timed(bundle: Bundle, sides: dict[str, Run], batch: int, runs: int) -> list[float]:
     """Measure the median milliseconds of each runtime for one batch, alternately."""
     images = noise(bundle, batch)
     seconds = interleaved([partial(run, images) for run in sides.values()], runs=runs, warmups=10)
-    medians = {name: statistics.median(taken) * 1e3 for name, taken in zip(sides, seconds, strict=True)}
-    return {"batch": batch, **{name: round(value, 3) for name, value in medians.items()}}
+    return [round(statistics.median(values) * 1e3, 3) for values in seconds]
 
 
 def noise(bundle: Bundle, batch: int) -> NDArray[np.uint8]:
@@ -80,7 +82,7 @@ def noise(bundle: Bundle, batch: int) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def back_to_back(session: EngineSession, bundle: Bundle, batch: int, runs: int) -> dict[str, int]:
+def back_to_back(session: EngineSession, bundle: Bundle, batch: int, runs: int) -> tuple[int, int]:
     """Measure images per second with one batch and with two batches in flight."""
     images = list(noise(bundle, batch))
 
@@ -97,34 +99,4 @@ def back_to_back(session: EngineSession, bundle: Bundle, batch: int, runs: int) 
         end()
 
     alone, two = interleaved([one_at_a_time, two_in_flight], runs=5, warmups=1)
-    rates = [round(batch * runs / statistics.median(seconds)) for seconds in (alone, two)]
-    return {"batch": batch, **dict(zip(("one at a time", "two in flight"), rates, strict=True))}
-
-
-def results(checked: list[dict[str, Any]]) -> list[Result]:
-    """Build the results: milliseconds per batch of TensorRT against every other runtime."""
-    return [
-        Result(
-            case=f"{case['bundle']} {case['precision']}, batch {row['batch']}",
-            against=name,
-            ours=row["TensorRT"],
-            other=milliseconds,
-            unit="ms",
-            runs=case["runs"],
-        )
-        for case in checked
-        for row in case["milliseconds"]
-        for name, milliseconds in row.items()
-        if name not in {"batch", "TensorRT"}
-    ]
-
-
-def slow(cases: list[dict[str, Any]]) -> list[str]:
-    """List the cases whose engine misses its required speed-up over torch.compile at batch size 1."""
-    rows = [(case["bundle"], case["precision"], case["milliseconds"][0]) for case in cases]
-    return [
-        f"{bundle} {precision}: {row['torch.compile'] / row['TensorRT']:.2f} times torch.compile at batch 1, "
-        f"at least {WANTED} is required"
-        for bundle, precision, row in rows
-        if row.get("torch.compile", float("inf")) < WANTED * row["TensorRT"]
-    ]
+    return round(batch * runs / statistics.median(alone)), round(batch * runs / statistics.median(two))

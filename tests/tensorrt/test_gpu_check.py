@@ -1,100 +1,119 @@
-"""`make gpu-check` runs against the simulated GPU."""
+"""The stages of `make gpu-check`: the driver, and what runs on the simulated GPU."""
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import gpu_check
 import gpu_speed
-import gpu_steps
+import gpu_stages
+import numpy as np
 import pytest
+from onnx import numpy_helper
 
 import sopdeploy
 from sopdeploy.api.training_result import TrainedRun
-from sopdeploy.bundle.folder import Bundle
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
+from tests.tensorrt.networks import network, write
 
 
-def test_the_page_lists_the_gpu_and_every_batch_size(
-    install: Callable[..., FakeTensorRT], bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install()
-    out = tmp_path / "out"
-    monkeypatch.setattr(gpu_speed, "BATCHES", (1, 8))
-    monkeypatch.setattr(gpu_steps, "SWAPS", 5)
-    skipped = (
-        "cuda",
-        "decode-fast",
-        "decode-nvimagecodec",
-        "training",
-    )  # need a GPU, or a network that learned
-    assert run(monkeypatch, bundle, out, *skipped) == 0
-    assert "Fake H200" in json.dumps(json.loads((out / "gpu.json").read_text()))
-    page = (out / "gpu.md").read_text()
-    assert "gpu: Fake H200" in page
-    rows = dict(line.split(" | ", 1) for line in page.splitlines() if line.startswith("| "))
-    assert {f"| {name}" for name in ("1", "8", "tensorrt", "server")} <= set(rows)
-    assert [rows[f"| {name}"] for name in skipped] == ["not run |"] * len(skipped)
-    assert "CUDA graphs of the profiles 1 and 2" in rows["| tensorrt"]
-    assert rows["| server"] == "5 swaps under requests: equal answers, 0 MiB of GPU memory lost |"
-    assert "two in flight" in page
+@pytest.fixture
+def bundles(tmp_path: Path) -> Path:
+    """Return a folder as gpu_bundles.py writes it, with two networks."""
+    other = network()
+    weight = next(tensor for tensor in other.graph.initializer if tensor.name == "fc.weight")
+    weight.CopyFrom(numpy_helper.from_array(np.flip(numpy_helper.to_array(weight)).copy(), "fc.weight"))
+    write(tmp_path / "gpu" / "first" / "fp32")
+    write(tmp_path / "gpu" / "second" / "fp32", other)
+    return tmp_path / "gpu"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, out: Path, *skipped: str) -> int:
-    options = [word for name in skipped for word in ("--skip", name)]
-    arguments = ["gpu_check.py", "--quick", "--bundle", str(bundle.path), "--out", str(out), *options]
-    monkeypatch.setattr(sys, "argv", arguments)
+def answer(stage: str, bundles: Path, **_: Any) -> dict[str, Any]:
+    """Stand in for the process of a stage; `server` fails."""
+    return {
+        "stage": stage, "passed": stage != "server", "seconds": 1.0, "date": "2026-11-22", "commit": "c" * 40,
+        "machine": {"cores": 2}, "versions": {}, "text": f"text of {stage}", "gpu": "Fake H200", "tables": [],
+    }  # fmt: skip
+
+
+def check(monkeypatch: pytest.MonkeyPatch, bundles: Path, out: Path, *options: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(bundles), "--out", str(out), *options])
     return gpu_check.main()
 
 
-FAILURES = {
-    "graphs that cannot be captured": (
-        "cudaGraphInstantiate",
-        "of the profiles 1,2,8, none became CUDA graphs",
-    ),
-    "no GPU": ("cudaGetDeviceCount", "no NVIDIA GPU can be used here"),
-    "no CUDA for ONNX Runtime": ("", "onnxruntime .* has no CUDAExecutionProvider here"),
-}
+def test_a_failed_stage_does_not_prevent_the_others_and_only_it_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(gpu_check, "commit", lambda: "c" * 40)
+    monkeypatch.setattr(
+        gpu_check, "run_stage", lambda stage, *args, **kw: called.append(stage) or answer(stage, *args, **kw)
+    )
+    assert check(monkeypatch, tmp_path, tmp_path / "out") == 1
+    assert called == list(gpu_check.STAGES)
+    page = (tmp_path / "out" / "gpu.md").read_text()
+    assert "| server | failed: text of server | 1.0 | Fake H200 | 2026-11-22 | cccccccccccc |" in page
+    assert json.loads((tmp_path / "out" / "gpu-cuda.json").read_text())["passed"]
+    assert check(monkeypatch, tmp_path, tmp_path / "out") == 1
+    assert called[len(gpu_check.STAGES) :] == ["server"]
+    assert "ok   cuda: done before" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("case", FAILURES)
-def test_a_failure_is_one_line_and_writes_no_page(
-    case: str,
-    install: Callable[..., FakeTensorRT],
-    cuda: FakeCuda,
-    bundle: Bundle,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_stage_without_a_gpu_fails_in_one_line(bundles: Path) -> None:
+    result = gpu_check.run_stage("cuda", bundles, quick=True)
+    assert not result["passed"]
+    assert "no NVIDIA" in result["text"]
+    assert not gpu_check.run_stage("cuda", bundles, quick=True, seconds=0.01)["passed"]
+
+
+def test_the_engine_stage_captures_the_profiles_of_one_batch_size(
+    install: Callable[..., FakeTensorRT], cuda: FakeCuda, bundles: Path
 ) -> None:
     install()
-    function, message = FAILURES[case]
-    cuda.broken.add(function)
-    cuda.gpus = 0 if function == "cudaGetDeviceCount" else 1
-    assert run(monkeypatch, bundle, tmp_path / "out", *(["cuda"] if function else [])) == 1
-    assert re.search(f"^gpu-check: .*{message}.*$", capsys.readouterr().err, re.MULTILINE)
-    assert not (tmp_path / "out").exists()
+    assert "CUDA graphs of the profiles 1 and 2" in gpu_stages.check_tensorrt(bundles)
+    cuda.broken.add("cudaGraphInstantiate")
+    with pytest.raises(gpu_stages.CheckFailedError, match="of the profiles 1,2,8, none became CUDA graphs"):
+        gpu_stages.check_tensorrt(bundles)
 
 
-def test_without_tensorrt_the_other_steps_can_be_run(
-    cuda: FakeCuda, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_server_stage_swaps_two_bundles(
+    install: Callable[..., FakeTensorRT], bundles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    assert run(monkeypatch, bundle, tmp_path / "out", *gpu_check.STEPS) == 0
-    assert "gpu: Fake H200" in (tmp_path / "out" / "gpu.md").read_text()
+    install()
+    monkeypatch.setattr(gpu_stages, "SWAPS", 5)
+    monkeypatch.setattr(gpu_stages, "has_tensorrt", lambda: True)
+    expected = "5 swaps of two bundles under requests on tensorrt: equal answers, 0 MiB of GPU memory lost"
+    assert gpu_stages.check_server(bundles) == expected
+    first = gpu_stages.bundles_in(bundles)[0]
+    monkeypatch.setattr(gpu_stages, "bundles_in", lambda _: [first, first])
+    with pytest.raises(gpu_stages.CheckFailedError, match="a swap did not load the other bundle"):
+        gpu_stages.check_server(bundles)
+
+
+def test_the_speed_table_has_a_row_for_each_batch_size(
+    install: Callable[..., FakeTensorRT], bundles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+    monkeypatch.setattr(gpu_speed, "BATCHES", (1, 8))
+    monkeypatch.setattr(
+        gpu_speed, "OnnxRuntime", lambda bundle, **_: SimpleNamespace(run=len, close=lambda: None)
+    )
+    monkeypatch.setattr(gpu_speed, "torch_sides", lambda bundle: {"torch eager": len})
+    table = gpu_speed.speed_table(gpu_stages.bundles_in(bundles)[0], 2, with_tensorrt=True)
+    assert table["columns"] == ["batch", "TensorRT", "onnxruntime CUDA", "torch eager"]
+    assert [row[0] for row in table["rows"]] == [1, 8]
+    assert "two in flight" in table["text"]
 
 
 def test_a_training_run_must_reach_the_required_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for top1, expected in ((0.99, None), (0.94, "94.0% accuracy on CUDA, at least 95% is required")):
-        trained = TrainedRun.model_construct(best_top1=top1)
-        monkeypatch.setattr(sopdeploy, "train", lambda trained=trained, **_: trained)
-        if expected is None:
-            assert gpu_steps.check_training(tmp_path) == "digits-dsop on CUDA: 99.0% accuracy"
-        else:
-            with pytest.raises(gpu_steps.CheckFailedError, match=expected):
-                gpu_steps.check_training(tmp_path)
+    monkeypatch.setattr(sopdeploy, "train", lambda **_: TrainedRun.model_construct(best_top1=0.99))
+    assert gpu_stages.check_training(tmp_path) == "digits-dsop on CUDA: 99.0% accuracy"
+    monkeypatch.setattr(sopdeploy, "train", lambda **_: TrainedRun.model_construct(best_top1=0.94))
+    with pytest.raises(gpu_stages.CheckFailedError, match=r"94\.0% accuracy on CUDA, at least 95% is"):
+        gpu_stages.check_training(tmp_path)

@@ -1,0 +1,238 @@
+"""The stages of `gpu_check.py`: runtimes, decoders, a training run, a server with model swaps, speed.
+
+    python benchmarks/gpu_stages.py STAGE BUNDLES [--quick]
+
+Prints the result of one stage as a line of JSON, or its error as the last line of stderr, with exit code 1.
+"""
+
+import importlib.util
+import json
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import uvicorn
+from measure import existing, make_parser
+
+from sopdeploy.bundle.folder import Bundle, open_bundle
+from sopdeploy.bundle.probes import Replay
+from sopdeploy.errors import SopdeployError
+from sopdeploy.tensorrt.cuda import open_cuda
+from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
+from sopdeploy_service.app import create_app
+from sopdeploy_service.images.loaders import synthetic_jpeg
+from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
+from sopdeploy_service.server.process import http_config
+from sopdeploy_service.server.sockets import bind, url
+from sopdeploy_service.settings import Settings
+
+PROFILES = "1,2,8"
+SWAPS = 20
+MAX_LEAK_BYTES = 64 << 20  # GPU memory that all swaps may leave allocated
+START_SECONDS = 30.0
+MIN_ACCURACY = 0.95  # on the held-out digits; the recipe digits-dsop reaches 99 % on a CPU
+
+
+class CheckFailedError(Exception):
+    """A stage gave a wrong result; the message is one line."""
+
+
+def bundles_in(folder: Path) -> list[Bundle]:
+    """Open the bundles that gpu_bundles.py has written to *folder*."""
+    paths = sorted(manifest.parent for manifest in folder.glob("*/*/*/manifest.json"))
+    return [open_bundle(path) for path in paths if not path.is_symlink()]
+
+
+def has_tensorrt() -> bool:
+    """Return whether TensorRT is installed."""
+    return importlib.util.find_spec("tensorrt") is not None
+
+
+def check_cuda(folder: Path) -> str:
+    """Replay the probes of all bundles on ONNX Runtime's CUDA provider, alone and in batches."""
+    sentences = []
+    for bundle in bundles_in(folder):
+        loaded = load_model(bundle.path, Settings(runtime="onnxruntime-cuda"))
+        loaded.runtime.close()
+        sentences.append(f"{bundle.name}: probes {_deviations(loaded.replays)}")
+    return f"{loaded.runtime.name}; {'; '.join(sentences)}"
+
+
+def check_tensorrt(folder: Path) -> str:
+    """Build an engine, replay the probes on it, and capture the profiles of one batch size as graphs."""
+    bundle = bundles_in(folder)[0]
+    get_engine(bundle, EngineOptions(profiles=PROFILES))
+    loaded = load_model(bundle.path, Settings(runtime="tensorrt", cuda_graphs=True))
+    runtime = loaded.runtime
+    captured = [str(profile) for profile in runtime.captured] if isinstance(runtime, TensorRTRuntime) else []
+    runtime.close()
+    if captured != ["1", "2"]:
+        raise CheckFailedError(
+            f"of the profiles {PROFILES}, {captured or 'none'} became CUDA graphs instead of 1 and 2"
+        )
+    return f"{runtime.name}: probes {_deviations(loaded.replays)}; CUDA graphs of the profiles 1 and 2"
+
+
+def _deviations(replays: dict[int, Replay]) -> str:
+    shares = {
+        size: max(replay.deviation[name] / replay.tolerance[name] for name in replay.deviation)
+        for size, replay in sorted(replays.items())
+    }
+    sentence = ", ".join(f"{share:.2f} at batch {size}" for size, share in shares.items())
+    return f"deviate by {sentence} of their tolerance"
+
+
+def check_decoder(folder: Path, decode: str) -> str:
+    """Load the model with the decoder *decode*, which compares its outputs on JPEGs with exact decoding."""
+    settings = Settings.model_validate({"decode": decode, "runtime": "onnxruntime-cpu"})
+    result = load_model(bundles_in(folder)[0].path, settings).fast_decode
+    if result is None:
+        raise CheckFailedError(f"decode={decode} was not checked")
+    equal = f"{result.agreement:.0%} of classes equal"
+    return f"{result.pictures} JPEGs: logits drift by {result.drift:.4f}, {equal}"
+
+
+def check_training(_: Path) -> str:
+    """Train the recipe `digits-dsop` on the GPU and check its accuracy."""
+    import sopdeploy  # noqa: PLC0415  needs torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = sopdeploy.train(recipe="digits-dsop", out=Path(folder) / "run", device="cuda", progress=False)
+    accuracy = run.best_top1 or 0.0
+    if accuracy < MIN_ACCURACY:
+        raise CheckFailedError(
+            f"digits-dsop reaches {accuracy:.1%} accuracy on CUDA, at least {MIN_ACCURACY:.0%} is required"
+        )
+    return f"digits-dsop on CUDA: {accuracy:.1%} accuracy"
+
+
+def check_server(folder: Path) -> str:
+    """Send images to a server, swap two bundles again and again, and compare the GPU's memory."""
+    first, second = bundles_in(folder)[:2]
+    settings = Settings(runtime="onnxruntime-cuda", model_control=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        served = Path(temporary) / "bundles"
+        for name, bundle in (("first", first), ("second", second)):
+            shutil.copytree(bundle.path, served / name)
+            if has_tensorrt():
+                get_engine(open_bundle(served / name), EngineOptions(profiles=PROFILES))
+                settings = Settings(runtime="tensorrt", cuda_graphs=True, model_control=True)
+        return swap(served, settings)
+
+
+def swap(served: Path, settings: Settings) -> str:
+    """Serve the bundle `first` of the folder *served* and load `second` and `first` alternately."""
+    jpeg, cuda = synthetic_jpeg((640, 480), 0), open_cuda()
+    with _server(served / "first", settings) as client:
+        versions, answers = [_version(client)], [_classify(client, jpeg)]
+        free = 0
+        for number in range(SWAPS):
+            load = {"parameters": {"folder": ("second", "first")[number % 2]}}
+            reply = client.post("/v2/repository/models/model/load", json=load)
+            if reply.status_code != 200:
+                raise CheckFailedError(f"swap {number}: {reply.status_code} {reply.text}")
+            versions.append(_version(client))
+            answers.append(_classify(client, jpeg))
+            free = free or cuda.free_memory()  # two versions stay loaded after the first swap
+        lost = free - cuda.free_memory()
+    if any(before == after for before, after in pairwise(versions)):
+        raise CheckFailedError(f"a swap did not load the other bundle: versions {versions}")
+    difference = max(
+        float(np.abs(np.subtract(before, after)).max())
+        for before, after in zip(answers, answers[2:], strict=False)
+    )
+    if difference > 1e-6:
+        raise CheckFailedError(f"the probabilities change by {difference:g} after a swap of the same network")
+    if lost > MAX_LEAK_BYTES:
+        raise CheckFailedError(f"{SWAPS} swaps leave {lost / 2**20:.0f} MiB of GPU memory allocated")
+    return (
+        f"{SWAPS} swaps of two bundles under requests on {settings.runtime}: equal answers, "
+        f"{max(0, lost) / 2**20:.0f} MiB of GPU memory lost"
+    )
+
+
+@contextmanager
+def _server(path: Path, settings: Settings) -> Iterator[httpx.Client]:
+    """Serve the bundle at *path* as `model` in a thread."""
+    store = BundleStore([f"model={path}"])
+    app = create_app({"model": load_model(path, settings)}, settings, store)
+    server = uvicorn.Server(http_config(app, settings))
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        end = time.monotonic() + START_SECONDS
+        while not server.started and time.monotonic() < end:
+            time.sleep(0.01)
+        try:
+            with httpx.Client(base_url=url(listener), timeout=60) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def _version(client: httpx.Client) -> str:
+    """Return the bundle that serves requests."""
+    served: str = client.get("/info").json()["models"][0]["id"]
+    return served
+
+
+def _classify(client: httpx.Client, jpeg: bytes) -> list[float]:
+    reply = client.post("/v1/classify?top_k=5", content=jpeg)
+    if reply.status_code != 200:
+        raise CheckFailedError(f"/v1/classify: {reply.status_code} {reply.text}")
+    return [entry["probability"] for entry in reply.json()["classes"]]
+
+
+def speed_tables(folder: Path, runs: int) -> list[dict[str, Any]]:
+    """Measure every bundle in *folder* on each runtime that is installed."""
+    from gpu_speed import speed_table  # noqa: PLC0415  needs torch
+
+    return [speed_table(bundle, runs, with_tensorrt=has_tensorrt()) for bundle in bundles_in(folder)]
+
+
+CHECKS: dict[str, Callable[[Path], str]] = {
+    "cuda": check_cuda,
+    "decode-fast": lambda folder: check_decoder(folder, "fast"),
+    "decode-nvimagecodec": lambda folder: check_decoder(folder, "nvimagecodec"),
+    "training": check_training,
+    "server": check_server,
+    "tensorrt": check_tensorrt,
+}
+
+
+def main() -> int:
+    """Run one stage; return the exit code."""
+    parser = make_parser(__doc__)
+    parser.add_argument("stage", choices=[*CHECKS, "speed"])
+    parser.add_argument("bundles", type=existing)
+    parser.add_argument("--quick", action="store_true", help="fewer timed runs")
+    options = parser.parse_args()
+    tables: list[dict[str, Any]] = []
+    try:
+        if options.stage == "speed":
+            tables = speed_tables(options.bundles, 20 if options.quick else 200)
+            text = f"{len(tables)} bundles, below"
+        else:
+            text = CHECKS[options.stage](options.bundles)
+        gpu = open_cuda().gpu()
+    except (SopdeployError, CheckFailedError) as problem:
+        print(" ".join(str(problem).split()), file=sys.stderr)
+        return 1
+    print(json.dumps({"text": text, "gpu": gpu.name, "tables": tables}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
