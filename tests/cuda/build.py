@@ -3,10 +3,11 @@
     python tests/cuda/build.py FOLDER
 
 FOLDER contains the package `onnxruntime-gpu`, FOLDER/headers contains `nvidia-cuda-runtime` and
-`nvidia-cuda-crt`. The libraries are written to FOLDER/stand-in. Loading of the provider, graph optimization,
-partitioning, memory arena, IO binding and error messages are real. Kernels compute nothing, and convolutions
-cannot run, because cuDNN is empty.
-Needs gcc and nm.
+`nvidia-cuda-crt`. The libraries are written to FOLDER/nvidia, where pip would install NVIDIA's, and that of
+the driver to FOLDER/driver. Needs gcc and nm.
+
+Loading of the provider, graph optimization, partitioning, memory arena, IO binding and error messages are
+real. Kernels compute nothing, and convolutions cannot run, because cuDNN is empty.
 """
 
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PROVIDER = "onnxruntime/capi/libonnxruntime_providers_cuda.so"
+FOLDERS = {"libcuda.so.1": "driver", "libcudnn.so.9": "nvidia/cudnn/lib"}
 HANDLE = "int {name}(void **handle) {{ static int object; *handle = &object; return 0; }}"
 BODIES = {
     r"cudnnGetVersion": "unsigned long {name}(void) {{ return 92400; }}",
@@ -60,20 +62,21 @@ def symbols(provider: str) -> dict[str, set[str]]:
 
 
 def build(folder: Path) -> None:
-    """Compile one library for each that the provider in *folder* needs, into `stand-in`."""
-    target = folder / "stand-in"
-    target.mkdir(exist_ok=True)
+    """Compile one library for each that the provider in *folder* needs."""
     written = (HERE / "cudart.c").read_text(encoding="utf-8")
+    sources, headers = folder / "sources", folder / "headers" / "nvidia" / "cu13" / "include"
+    sources.mkdir(exist_ok=True)
     for library, names in symbols(str(folder / PROVIDER)).items():
         runtime = library.startswith("libcudart")
         missing = sorted(name for name in names if not (runtime and re.search(rf"\b{name}\(", written)))
-        sources = [target / f"{library}.c", *([HERE / "cudart.c"] if runtime else [])]
-        sources[0].write_text("\n".join(map(stub, missing)), encoding="utf-8")
-        versions = target / f"{library}.map"
+        files = [sources / f"{library}.c", *([HERE / "cudart.c"] if runtime else [])]
+        files[0].write_text("\n".join(map(stub, missing)), encoding="utf-8")
+        versions = sources / f"{library}.map"
         versions.write_text(f"{library} {{ global: *; }};\n", encoding="utf-8")
-        command = ["gcc", "-shared", "-fPIC", "-w", f"-I{folder}/headers/nvidia/cu13/include"]
-        command += [f"-Wl,-soname,{library}", f"-Wl,--version-script={versions}"]
-        command += ["-o", str(target / library), *map(str, sources)]
+        target = folder / FOLDERS.get(library, "nvidia/cu13/lib")
+        target.mkdir(parents=True, exist_ok=True)
+        command = ["gcc", "-shared", "-fPIC", "-w", f"-I{headers}", f"-Wl,-soname,{library}"]
+        command += [f"-Wl,--version-script={versions}", "-o", str(target / library), *map(str, files)]
         subprocess.run(command, check=True)
 
 

@@ -11,18 +11,23 @@ from pathlib import Path
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy_service.runtime.onnxruntime import CUDA, CUDA_OPTIONS, OnnxRuntime
+from tests.cuda.stand_in import FOLDER
 from tests.tensorrt.networks import some_images
 
 
+def fail(function: str, code: int) -> None:
+    """Let the next calls of *function* return *code*."""
+    ctypes.CDLL(str(FOLDER / "nvidia/cu13/lib/libcudart.so.13")).stand_in_fail(function.encode(), code)
+
+
 def main(folder: str, function: str, code: str, when: str) -> None:
-    fail = ctypes.CDLL("libcudart.so.13").stand_in_fail
     bundle = open_bundle(Path(folder))
     answer = ["", ""]
     try:
         if when == "open":
-            fail(function.encode(), int(code))
+            fail(function, int(code))
         runtime = OnnxRuntime(bundle, provider=CUDA, options=CUDA_OPTIONS)
-        fail(function.encode(), int(code))
+        fail(function, int(code))
         runtime.run(some_images())
     except Exception as error:
         answer = [type(error).__name__, str(error)]

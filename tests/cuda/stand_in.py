@@ -13,13 +13,12 @@ import onnx
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".venv" / "cuda"
-LIBRARIES = FOLDER / "stand-in"
 ABSENT = "the CUDA provider is not installed (`make cuda-stand-in`: Linux on x86-64 with gcc)"
 
 
 def installed() -> bool:
     """Return whether the provider and the stand-in are here."""
-    return (LIBRARIES / "libcudart.so.13").is_file()
+    return (FOLDER / ".built").is_file()
 
 
 def start(*command: str) -> subprocess.Popen[str]:
@@ -27,7 +26,7 @@ def start(*command: str) -> subprocess.Popen[str]:
     paths = [FOLDER, ROOT, ROOT / "export", ROOT / "service"]
     environment = {
         **os.environ,
-        "LD_LIBRARY_PATH": str(LIBRARIES),
+        "LD_LIBRARY_PATH": str(FOLDER / "driver"),
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "PYTHONWARNINGS": "ignore",
     }

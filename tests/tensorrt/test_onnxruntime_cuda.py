@@ -13,7 +13,14 @@ import pytest
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_service.runtime import onnxruntime as with_onnxruntime
-from sopdeploy_service.runtime.cuda_libraries import CUDNN, DRIVER, PROVIDER, SHARED, load_cuda_libraries
+from sopdeploy_service.runtime.cuda_libraries import (
+    CUDNN,
+    DRIVER,
+    PROVIDER,
+    SHARED,
+    load_cuda_libraries,
+    package_folders,
+)
 from sopdeploy_service.runtime.onnxruntime import CPU, CUDA
 from sopdeploy_service.runtime.selection import open_runtime
 from sopdeploy_service.settings import Settings, load_settings
@@ -44,7 +51,9 @@ def test_the_missing_library_is_named(
 
     monkeypatch.setattr(ctypes, "CDLL", load)
     module = SimpleNamespace(
-        __file__="/somewhere/__init__.py", __version__="1.31.1", preload_dlls=lambda: sys.stdout.write("x")
+        __file__="/somewhere/__init__.py",
+        __version__="1.31.1",
+        preload_dlls=lambda **_: sys.stdout.write("x"),
     )
     with pytest.raises(RuntimeUnavailableError, match=f"{message}$|{message}") as caught:
         load_cuda_libraries(module)
@@ -52,6 +61,16 @@ def test_the_missing_library_is_named(
     assert capsys.readouterr().out == ""
     order = [DRIVER, SHARED, PROVIDER, CUDNN]
     assert loaded == order[: order.index(opened) + 1]
+
+
+def test_libraries_of_pip_packages_are_found_wherever_python_finds_the_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for root, package in (("first", "cu13"), ("second", "cu13"), ("second", "cudnn")):
+        (tmp_path / root / "nvidia" / package / "lib").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second")])
+    folders = [folder.relative_to(tmp_path).as_posix() for folder in package_folders()]
+    assert folders == ["first/nvidia/cu13/lib", "second/nvidia/cudnn/lib"]
 
 
 def test_without_a_driver_a_server_gets_one_line_and_the_way_to_use_the_cpu(

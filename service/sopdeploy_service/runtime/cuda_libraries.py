@@ -1,6 +1,7 @@
 """Load CUDA and cuDNN for ONNX Runtime, and name the library that is missing.
 
-ONNX Runtime does not search NVIDIA's pip packages by itself, and its message about a missing library is long.
+ONNX Runtime searches NVIDIA's pip packages only beside its own package, and its message about a missing
+library is long.
 """
 
 import contextlib
@@ -22,6 +23,15 @@ NO_DRIVER = (
 )
 
 
+def package_folders() -> list[Path]:
+    """Return the library folder of each of NVIDIA's pip packages, the first on Python's path."""
+    folders: dict[str, Path] = {}
+    for entry in sys.path:
+        for folder in sorted(Path(entry, "nvidia").glob("*/lib")):
+            folders.setdefault(folder.parent.name, folder)
+    return list(folders.values())
+
+
 def load_cuda_libraries(onnxruntime: Any) -> None:
     """Load what the CUDA provider of *onnxruntime* needs, from pip packages or the system's folders.
 
@@ -29,7 +39,11 @@ def load_cuda_libraries(onnxruntime: Any) -> None:
     checked on Linux only.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it cannot load
-        onnxruntime.preload_dlls()
+        folders = package_folders()
+        for folder in folders:
+            onnxruntime.preload_dlls(directory=str(folder))
+        if not folders:
+            onnxruntime.preload_dlls()
     if sys.platform != "linux":
         return
     try:
