@@ -69,7 +69,7 @@ class Rejection(StrictModel):
         threshold: Smallest score of a known image.
         accepts: Fraction of known images that the threshold was chosen to accept.
         accepted: 95 % interval (Wilson) of the fraction that it accepts, from the number of images it was
-            fitted to; `None` in files of older versions.
+            fitted to.
         auroc: Area under the ROC curve of known images against those of a class left out, averaged over
             classes.
         left_out: How `auroc` leaves a class out: "refitted" fits the classifier without the class, `None`
@@ -82,11 +82,6 @@ class Rejection(StrictModel):
     accepted: tuple[Fraction, Fraction] | None = None
     auroc: Fraction | None = None
     left_out: Literal["refitted"] | None = None
-
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        unset = {key for key in ("accepted", "left_out") if getattr(self, key) is None}
-        return {key: value for key, value in dump(self).items() if key not in unset}
 
     def recognize(self, logits: NDArray[np.floating]) -> tuple[bool, float]:
         """Return whether an image is known, and its score, from *logits* (C,) of the bundle."""
@@ -137,7 +132,7 @@ class Decision(StrictModel):
         rejection: How images of unknown classes are recognized; `None` accepts every image.
         thresholds: Smallest probability at which a class is present, one per class; only with "sigmoid".
         reference: Distribution of predictions with which later ones are compared, a `PresenceReference` with
-            "sigmoid"; `None` in files of older versions.
+            "sigmoid"; `None` if nothing was fitted.
     """
 
     activation: Activation = "softmax"
@@ -145,10 +140,6 @@ class Decision(StrictModel):
     rejection: Rejection | None = None
     thresholds: tuple[Fraction, ...] | None = None
     reference: Reference | PresenceReference | None = None
-
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in dump(self).items() if key != "reference" or value is not None}
 
     @pydantic.model_validator(mode="after")
     def _check_activation(self) -> "Decision":

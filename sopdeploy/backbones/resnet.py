@@ -46,11 +46,6 @@ class ResNetConfig(StrictModel):
     base_width: Annotated[int, pydantic.Field(ge=1)] = BASE_WIDTH
     pooling: Pooling = GapConfig()
 
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_usual_width(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {key: value for key, value in fields.items() if key != "base_width" or value != BASE_WIDTH}
-
 
 class ResNet(Backbone):
     """ResNet-18/34 of basic blocks, ResNet-26/50/101 of bottlenecks."""

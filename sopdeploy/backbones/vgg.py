@@ -7,7 +7,7 @@ batch norm. The modules in `layers` and `classifier` have the numbers that torch
 `features` and `classifier`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 from torch import nn
@@ -32,11 +32,6 @@ class VGGConfig(StrictModel):
     classifier: Literal["mlp", "linear"] = "mlp"
     dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.5
     batch_norm: bool = True
-
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_default(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {key: value for key, value in fields.items() if key != "batch_norm" or not value}
 
 
 class VGG(Backbone):

@@ -78,15 +78,6 @@ class Manifest(StrictModel):
     versions: dict[str, str]
     files: dict[str, FileRecord]
 
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {
-            key: value
-            for key, value in fields.items()
-            if value is not None or key not in ("int8_for", "decision")
-        }
-
     @property
     def id(self) -> str:
         """Bundle id: a hash over the manifest, which contains the hashes of all files."""

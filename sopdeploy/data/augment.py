@@ -70,11 +70,6 @@ class PadCrop(StrictModel):
             raise ValueError(f"held_out: pads by {TTA_PAD} pixels; set pad = {TTA_PAD}")
         return self
 
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_unused(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {key: value for key, value in fields.items() if value or key not in {"doubled", "held_out"}}
-
 
 class BoxCrop(StrictModel):
     """Settings of the augmentations that crop a random box and resize it.
@@ -87,11 +82,6 @@ class BoxCrop(StrictModel):
     flip: Fraction = 0.0
     draft: bool = False
     crop: Side | None = None
-
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_unused(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {key: value for key, value in fields.items() if key != "crop" or value is not None}
 
 
 class RandomResizedCrop(BoxCrop):

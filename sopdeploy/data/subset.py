@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pydantic
@@ -21,15 +21,10 @@ SEED = 0  # not the seed of the run: the same number gives the same classes in e
 class ClassSubset(StrictModel):
     """Base class of data configs; `classes` is a number of classes to draw, or a file with one name per line.
 
-    The classes keep their order. A stored config omits the key if all classes are used.
+    The classes keep their order.
     """
 
     classes: Annotated[int, pydantic.Field(ge=2)] | Path | None = None
-
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {key: value for key, value in fields.items() if key != "classes" or value is not None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ the error is the mean of |confidence - accuracy| over the bins, weighted by the 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pydantic
@@ -129,11 +129,6 @@ class ClassificationReport(StrictModel):
     confusion: tuple[tuple[int, ...], ...]
     uncalibrated_error: Fraction | None = None
     accepted: Rate | None = None
-
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {key: value for key, value in fields.items() if value is not None}
 
 
 def classification_report(labels: Sequence[str], scores: Sequence[Score]) -> ClassificationReport:

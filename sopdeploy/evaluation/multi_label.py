@@ -54,7 +54,7 @@ class MultiLabelMetrics(StrictModel):
     """Mean average precision, F1 at a threshold of 0.5, and mean loss over `count` images.
 
     `thresholds` are those that maximize F1 on these images, one per class (`fit_thresholds`). `present`
-    counts the classes that are present at these thresholds; None in files of older versions.
+    counts the classes that are present at these thresholds.
     """
 
     score_name: ClassVar[str] = "mAP"

@@ -37,9 +37,8 @@ class Preprocess(StrictModel):
 
     `fit` says how an image becomes a square. "crop" resizes the shorter side to `resize` pixels and crops the
     center. "pad" resizes the longer side to `crop` pixels and centers the image on `background`. "squash"
-    resizes both sides to `crop` pixels. `resize` is used by "crop" only; a `fit` of "crop" is not written to
-    files. `mean` and `std` refer to pixel values in [0, 1]. Transparent pixels are composited onto
-    `background`.
+    resizes both sides to `crop` pixels. `resize` is used by "crop" only. `mean` and `std` refer to pixel
+    values in [0, 1]. Transparent pixels are composited onto `background`.
     """
 
     resize: Side = 256
@@ -56,11 +55,6 @@ class Preprocess(StrictModel):
         if self.crop > self.resize:
             raise ValueError(f"crop ({self.crop}) is larger than resize ({self.resize})")
         return self
-
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_crop(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {key: value for key, value in fields.items() if (key, value) != ("fit", "crop")}
 
     @classmethod
     def from_timm(cls, config: Mapping[str, Any]) -> "Preprocess":

@@ -133,11 +133,6 @@ class Recipe(StrictModel):
     save: SaveConfig = SaveConfig()
     rejection: RejectionConfig = RejectionConfig()
 
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_unused(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {key: value for key, value in fields.items() if key != "color" or self.color != ColorJitter()}
-
     def check_effect(self, given: Sequence[str], *, few_shot: bool) -> None:
         """Raise `ConfigError` for *given* keys that the few-shot procedure, or the training loop, ignores."""
         ignored = [key for key in given if key not in SELECTING_KEYS and not is_read(key, few_shot)]

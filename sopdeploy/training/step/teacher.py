@@ -5,7 +5,7 @@ Sources: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); M
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pydantic
 import torch
@@ -38,11 +38,6 @@ class TeacherConfig(StrictModel):
     model: CatalogModel | None = None
     share: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
     temperature: Positive = 1.0
-
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_no_model(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {key: value for key, value in fields.items() if key != "model" or value is not None}
 
 
 class Teacher:

@@ -194,8 +194,7 @@ def test_boxes_of_the_augmentation_are_drawn_in_the_square_that_evaluation_sees(
         )
 
 
-def test_crop_is_the_default_and_changes_no_file(bundle):
-    assert "fit" not in Preprocess().model_dump(mode="json")
+def test_crop_is_the_default(bundle):
     assert Preprocess(fit="crop") == Preprocess()
     padded = bundle.manifest.model_copy(update={"preprocess": rules_for("pad")})
     assert json.loads(padded.to_bytes())["preprocess"]["fit"] == "pad"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from sopdeploy.decision import Decision, Reference, sigmoid
+from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.evaluation.drift import (
     FALSE_ALARMS,
     PredictionCounts,
@@ -133,11 +133,3 @@ def test_the_approximated_tail_is_close_to_the_exact_one(degrees):
     for level in (0.3, 0.01, 0.005):
         assert chi_square_tail(chi2.isf(level, degrees), degrees) == pytest.approx(level, rel=0.07)
     assert chi_square_tail(3.0, 0) == 1.0
-
-
-def test_a_decision_without_reference_is_written_as_in_older_versions():
-    assert "reference" not in Decision().model_dump()
-    counts = PredictionCounts(2).reference()
-    stored = Decision(reference=counts).model_dump_json()
-    assert Decision.model_validate_json(stored).reference == counts
-    assert isinstance(counts, Reference)

@@ -136,10 +136,3 @@ def test_unusable_options_are_refused_with_one_line(tmp_path: Path, setting: str
     with pytest.raises(ConfigError, match=message) as error:
         train(short_recipe(*STUDENT, setting), tmp_path / "run")
     assert "\n" not in str(error.value)
-
-
-def test_recipes_without_the_options_are_written_as_before() -> None:
-    written = short_recipe("augment={kind='pad-crop'}", "teacher.weights=t.pt").model_dump(mode="json")
-    assert "color" not in written
-    assert written["augment"] == {"kind": "pad-crop", "flip": 0.0, "pad": 4}
-    assert written["teacher"].keys() == {"weights", "share", "temperature"}
