@@ -22,7 +22,8 @@ from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import ImagesDataset, LabeledImages, PreprocessedDataset, Target, derive_seed
 from sopdeploy.data.image_files import ImageFiles, load_pixels
 from sopdeploy.images.pixels import RESAMPLING, preprocess_image, resize_box, to_rgb, upright_size
-from sopdeploy.images.preprocess import TTA_PAD, Box, Preprocess, Side, tta_views
+from sopdeploy.images.preprocess import Box, Preprocess, Side
+from sopdeploy.images.tta import TTA_PAD, tta_views
 
 # Principal components of the colors (0 to 1) of ImageNet's training images: columns, and standard deviations
 COLOR_COMPONENTS = np.array(

@@ -29,7 +29,8 @@ from sopdeploy.evaluation.multi_label import (
     fit_presence,
 )
 from sopdeploy.images.pixels import preprocess_image
-from sopdeploy.images.preprocess import Preprocess, TtaMode, check_tta_mode, tta_views
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.tta import TtaMode, check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
 
 SCORE_BATCH = 32  # images, each with up to ten views

@@ -5,10 +5,9 @@ applies. Checkpoint and bundle store all rules. Importing this module does not l
 that runs a network on pixels needs the rules, but no image library.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
@@ -17,19 +16,14 @@ from numpy.typing import NDArray
 from sopdeploy.config import Positive, StrictModel, first_problem
 from sopdeploy.errors import ConfigError
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Channel = Annotated[int, pydantic.Field(ge=0, le=255)]
 Pixels = NDArray[np.uint8]
-TtaMode = Literal["none", "flip", "ten-crop", "pad-crop"]
 Fit = Literal["crop", "pad", "squash"]
 INTERPOLATIONS = ("bilinear", "bicubic")
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright image
 
 TIMM_CROP_MODES: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
-TTA_PAD = 4  # pixels on each side
 
 
 class Preprocess(StrictModel):
@@ -118,52 +112,3 @@ class Preprocess(StrictModel):
             return cls(**fields)
         except pydantic.ValidationError as error:
             raise ConfigError(f"{source}: {first_problem(error)}") from error
-
-    def __call__(self, image: "Image.Image") -> Pixels:
-        """Convert *image* to the input of the network, (crop, crop, 3) uint8: `pixels.preprocess_image`."""
-        from sopdeploy.images.pixels import preprocess_image  # noqa: PLC0415  # loads Pillow
-
-        return preprocess_image(image, self)
-
-
-def check_tta_mode(mode: str, preprocess: Preprocess) -> TtaMode:
-    """Validate the test-time augmentation *mode*; raises `ConfigError`."""
-    known: dict[str, TtaMode] = {name: name for name in get_args(TtaMode)}
-    if mode not in known:
-        raise ConfigError(f"--tta {mode}: not one of {', '.join(known)}")
-    if mode == "ten-crop" and preprocess.fit != "crop":
-        raise ConfigError(
-            f"--tta ten-crop: the network sees the whole image (fit = {preprocess.fit}), so there are no "
-            "corners to crop; use --tta flip"
-        )
-    if mode == "ten-crop" and preprocess.crop == preprocess.resize:
-        raise ConfigError(
-            f"--tta ten-crop: resize and crop are both {preprocess.resize}, so there are no corners to crop; "
-            "use --tta flip"
-        )
-    return known[mode]
-
-
-def tta_views(prepare: Callable[[Preprocess], Pixels], preprocess: Preprocess, mode: TtaMode) -> Pixels:
-    """Compute the views of one image for test-time augmentation; returns (V, crop, crop, 3) uint8.
-
-    *prepare* maps preprocessing rules to the preprocessed image. The first of several views is the plain
-    center crop. "flip" adds its mirror image. "ten-crop" adds the four corners of the central square and
-    mirrors all five (Krizhevsky et al., NIPS 2012, section 4.1). "pad-crop" is one view: a random crop after
-    padding with 4 black pixels (GM-SOP, starred rows of Table 3). Its offset depends on the pixels only.
-    """
-    center = prepare(preprocess)
-    if mode == "none":
-        return center[None]
-    if mode == "pad-crop":
-        digest = hashlib.blake2b(center.tobytes(), digest_size=16).digest()
-        top, left = (int.from_bytes(half, "big") % (2 * TTA_PAD + 1) for half in (digest[:8], digest[8:]))
-        padded = np.pad(center, ((TTA_PAD, TTA_PAD), (TTA_PAD, TTA_PAD), (0, 0)))
-        return padded[None, top : top + preprocess.crop, left : left + preprocess.crop]
-    crops = [center]
-    if mode == "ten-crop":
-        side, crop = preprocess.resize, preprocess.crop
-        square = prepare(preprocess.model_copy(update={"crop": side}))
-        ends = (slice(0, crop), slice(side - crop, side))
-        crops += [square[rows, columns] for rows in ends for columns in ends]
-    return np.stack([*crops, *(view[:, ::-1] for view in crops)])

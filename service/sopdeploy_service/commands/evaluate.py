@@ -17,7 +17,7 @@ from sopdeploy.decision import sigmoid
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.metrics import Score
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions
-from sopdeploy.images.preprocess import TtaMode, check_tta_mode, tta_views
+from sopdeploy.images.tta import TtaMode, check_tta_mode, tta_views
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel, load_model

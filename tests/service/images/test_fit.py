@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCr
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.errors import ConfigError
-from sopdeploy.images.pixels import visible_box
-from sopdeploy.images.preprocess import Preprocess, check_tta_mode, tta_views
+from sopdeploy.images.pixels import preprocess_image, visible_box
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.tta import check_tta_mode, tta_views
 from sopdeploy_export.graph import CALIBRATE, PROBES, load_images
 from sopdeploy_service.commands import predict as predict_command
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
@@ -108,7 +110,7 @@ def test_training_probes_predict_service_and_client_see_the_same_pixels(bundle, 
         at_client = Preprocess(**shown)
         for path in paths:
             with Image.open(path) as image:
-                pixels = at_client(image)
+                pixels = preprocess_image(image, at_client)
             tensor = {
                 "name": "images",
                 "shape": [1, 32, 32, 3],
@@ -133,7 +135,7 @@ def test_training_probes_predict_service_and_client_see_the_same_pixels(bundle, 
     ],
 )
 def test_pad_shows_the_whole_image_centered_on_the_background(size, inside):
-    pixels = rules_for("pad")(Image.new("RGB", size, (200, 100, 50)))
+    pixels = preprocess_image(Image.new("RGB", size, (200, 100, 50)), rules_for("pad"))
     left, top, width, height = inside
     expected = np.full((32, 32, 3), BACKGROUND, np.uint8)
     expected[top : top + height, left : left + width] = (200, 100, 50)
@@ -179,7 +181,10 @@ def test_boxes_of_the_augmentation_are_drawn_in_the_square_that_evaluation_sees(
     for augmentation in (whole, kept, whole.model_copy(update={"draft": True})):
         training = AugmentedDataset(images, augmentation, rules, seed=0, epoch=0)
         for index in range(len(images)):
-            pixels, expected = training[index][0].astype(int), rules(images[index][0]).astype(int)
+            pixels, expected = (
+                training[index][0].astype(int),
+                preprocess_image(images[index][0], rules).astype(int),
+            )
             allowed = 8 if augmentation.draft else 0
             assert np.median(np.abs(pixels - expected)) <= allowed, images.path(index).name
     narrow = RandomResizedCrop(kind="random-resized-crop", scale=(0.05, 0.2))
@@ -206,7 +211,5 @@ def test_ten_crops_need_a_network_that_crops(fit):
     with pytest.raises(ConfigError, match=f"the network sees the whole image .fit = {fit}.* use --tta flip"):
         check_tta_mode("ten-crop", rules_for(fit))
     image = Image.new("RGB", (40, 20))
-    assert (
-        len(tta_views(lambda rules: rules(image), rules_for(fit), check_tta_mode("flip", rules_for(fit))))
-        == 2
-    )
+    mode = check_tta_mode("flip", rules_for(fit))
+    assert len(tta_views(partial(preprocess_image, image), rules_for(fit), mode)) == 2

@@ -22,6 +22,7 @@ from sopdeploy.data.augment import (
 )
 from sopdeploy.data.base import ArrayImages
 from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.step.losses import training_loss
 
@@ -84,7 +85,7 @@ def test_about_half_of_the_center_crops_are_mirrored() -> None:
         [view[index][0] for index in range(400)]
         for view in (AugmentedDataset(many, augmentation, RULES, 0, 0) for augmentation in (CENTER, CROPS[0]))
     )
-    assert all(np.array_equal(plain[i], RULES(many[i][0])) for i in range(12))
+    assert all(np.array_equal(plain[i], preprocess_image(many[i][0], RULES)) for i in range(12))
     mirrored = sum(np.array_equal(a, b[:, ::-1]) for a, b in zip(flipped, plain, strict=True))
     assert 160 < mirrored < 240
 

@@ -13,6 +13,7 @@ from sopdeploy.data.base import ArrayImages, PreprocessedDataset, derive_seed, h
 from sopdeploy.data.batches import balanced_batches, load_batches, sequential_batches, shuffled_batches
 from sopdeploy.data.sources import DigitsConfig, open_data
 from sopdeploy.errors import DataError
+from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.loop import train
 from tests.sopdeploy.training.runs import short_recipe
@@ -56,7 +57,7 @@ def test_one_fifth_of_the_digits_of_every_class_is_held_out_and_preprocessed() -
         array, label = prepared[7]
         image, expected = split.held_out[7]
         assert (array.dtype, array.shape, label) == (np.uint8, (crop, crop, 3), expected)
-        assert np.array_equal(array, rules(image))
+        assert np.array_equal(array, preprocess_image(image, rules))
         assert (len(prepared), prepared.labels) == (359, split.held_out.labels)
 
 

@@ -15,6 +15,7 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, 
 from sopdeploy.cli.app import app
 from sopdeploy.decision import Decision
 from sopdeploy.errors import SopdeployError
+from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from tests.export.once import proving_once
@@ -31,7 +32,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = random.integers(0, 256, (80, 8, 8, 3), dtype=np.uint8)
     torch.manual_seed(0)
     network = sopdeploy.create_model("resnet8", num_classes=2, **CONFIG).eval()
-    images = torch.from_numpy(np.stack([RULES(Image.fromarray(one)) for one in pixels]))
+    images = torch.from_numpy(np.stack([preprocess_image(Image.fromarray(one), RULES) for one in pixels]))
     with torch.no_grad():
         gaps = network(Normalize(RULES)(images)) @ torch.tensor([1.0, -1.0])
         layer = network.logits_layer()

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from sopdeploy.errors import ConfigError, DataError, TrainingError
 from sopdeploy.evaluation.metrics import BINS, ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.prediction import evaluate, score_checkpoint
 from sopdeploy.evaluation.sources import detect_source
-from sopdeploy.images.preprocess import Preprocess, check_tta_mode, tta_views
+from sopdeploy.images.pixels import preprocess_image
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.tta import check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
 from tests.sopdeploy.data.small_data import write_classes
 from tests.sopdeploy.data.test_data_folder import make
@@ -79,7 +82,7 @@ def test_evaluation_preprocesses_like_the_service_and_keeps_the_mode() -> None:
     figures = evaluate(model, PreprocessedDataset(stored, RULES), RULES, batch_size=4)
     assert model.training
     model.eval()
-    served = torch.from_numpy(np.stack([RULES(stored[i][0]) for i in range(10)]))
+    served = torch.from_numpy(np.stack([preprocess_image(stored[i][0], RULES) for i in range(10)]))
     logits = model(Normalize(RULES)(served)).detach()
     targets = torch.from_numpy(stored.targets)
     assert figures.top1 == int((logits.argmax(1) == targets).sum()) / 10
@@ -126,7 +129,7 @@ def test_classes_are_matched_by_name_and_views_are_averaged(stored, tmp_path) ->
     right, losses = 0, []
     for target, name in enumerate(("b", "a")):
         for path in (tmp_path / "val" / name).iterdir():
-            pixels = RULES(Image.open(path))
+            pixels = preprocess_image(Image.open(path), RULES)
             both = torch.from_numpy(np.stack([pixels, pixels[:, ::-1]]))
             logits = model(normalize(both)).detach().double()
             right += int(logits[0].argmax()) == target
@@ -146,7 +149,7 @@ def test_heads_are_evaluated_on_every_image(stored, tmp_path) -> None:
         (target, path) for target, name in enumerate("ba") for path in (tmp_path / "val" / name).iterdir()
     ]
     targets = torch.tensor([target for target, _ in files])
-    pixels = torch.from_numpy(np.stack([RULES(Image.open(path)) for _, path in files]))
+    pixels = torch.from_numpy(np.stack([preprocess_image(Image.open(path), RULES) for _, path in files]))
     with torch.no_grad():
         heads = model.heads(normalize(pixels))
     found = sopdeploy.evaluate(stored, tmp_path / "val", heads=True)
@@ -249,10 +252,9 @@ IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), d
 
 
 def test_views_are_mirrors_or_corners_center_and_their_mirrors() -> None:
-    whole, plain = np.asarray(IMAGE), CROPPED(IMAGE)
-    none, flip, ten = (
-        tta_views(lambda rules: rules(IMAGE), CROPPED, mode) for mode in ("none", "flip", "ten-crop")
-    )
+    prepare = partial(preprocess_image, IMAGE)
+    whole, plain = np.asarray(IMAGE), prepare(CROPPED)
+    none, flip, ten = (tta_views(prepare, CROPPED, mode) for mode in ("none", "flip", "ten-crop"))
     assert np.array_equal(none, [plain])
     assert np.array_equal(flip, [plain, plain[:, ::-1]])
     corners = [whole[:8, :8], whole[:8, 4:], whole[4:, :8], whole[4:, 4:]]

@@ -12,6 +12,7 @@ from sopdeploy.data.image_files import load_pixels, open_image
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images import formats
 from sopdeploy.images.limits import SUFFIXES
+from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.settings import Settings
@@ -40,7 +41,7 @@ def gradient(width: int = 90, height: int = 60) -> Image.Image:
 def test_training_and_server_compute_the_same_pixels_of_every_format(kind: str) -> None:
     assert KINDS[kind] in SUFFIXES
     body = encode(gradient(), kind)
-    trained = RULES(load_pixels(open_image(body, FILE), FILE))
+    trained = preprocess_image(load_pixels(open_image(body, FILE), FILE), RULES)
     served = decode(EncodedImage(body), RULES, max_bytes=10**6, max_pixels=10**6)
     assert np.array_equal(trained, served.pixels)
     assert served.warnings == ()

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.cli.app import app
+from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.importers.import_weights import ImportOptions, import_weights
 from sopdeploy.layers.normalize import Normalize
 from tests.export.once import proving_once
@@ -81,7 +82,7 @@ def test_an_imported_network_is_exported_and_predicts_the_same(tmp_path: Path, m
         bundle = json.loads(run("export", str(checkpoint), *options).stdout)["bundle"]
     prediction = json.loads(run("predict", bundle, str(file), "--json").stdout)[0]
     stored = read_checkpoint(checkpoint)
-    pixels = torch.from_numpy(stored.preprocess(image).copy())[None]
+    pixels = torch.from_numpy(preprocess_image(image, stored.preprocess).copy())[None]
     with torch.no_grad():
         logits = build_classifier(stored, checkpoint)(Normalize(stored.preprocess)(pixels))
     expected = dict(zip(stored.labels, logits.softmax(dim=1)[0].tolist(), strict=True))

@@ -13,7 +13,8 @@ from sopdeploy.data.base import ArrayImages
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import score_images
-from sopdeploy.images.preprocess import TTA_PAD, Preprocess, tta_views
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.tta import TTA_PAD, tta_views
 from sopdeploy.training.loop import epoch_data, train
 from sopdeploy.training.recipe import Recipe
 from tests.sopdeploy.training.runs import interrupt, same_run, short_recipe
