@@ -24,7 +24,8 @@ from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.pipeline import ExportOptions, export
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import export
 
 CLASSES = tuple(f"class {number}" for number in range(1000))
 

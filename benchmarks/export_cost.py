@@ -22,7 +22,8 @@ from detached_latency import checkpoint
 from measure import Result, parse, report
 
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.pipeline import ExportOptions, export
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import export
 
 BOUNDS = {"dsop-resnet18": (60, 4.0), "dsop-resnet50": (90, 4.0)}  # seconds, GB
 

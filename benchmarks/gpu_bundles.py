@@ -13,10 +13,10 @@ import torch
 from detached_latency import CLASSES, checkpoint
 from measure import make_parser
 
-from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.pipeline import ExportOptions, export
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import export
 
 SIDES = {"dsop-resnet50": 224, "gsop-net2-resnet50": 224, "gmsop-16-8-resnet18": 64}
 PRECISIONS = ("fp32", "fp16")
@@ -32,9 +32,7 @@ def make_checkpoint(name: str, folder: Path) -> Path:
 def make_bundle(source: Path, precision: str, folder: Path) -> Path:
     """Export *source* in *precision*, detached if it has training-only modules."""
     network = build_classifier(read_checkpoint(source), source)
-    wanted = {} if precision == "fp32" else {"precision": {"precision": precision}}
-    batch = BatchRange(minimum=1, optimum=8, maximum=32)
-    options = ExportOptions(detach=bool(network.training_only), batch=batch, **wanted)
+    options = ExportOptions(detach=bool(network.training_only), max_batch=32, precision=precision)
     return export(source, folder, options).path
 
 

@@ -23,7 +23,8 @@ from detached_latency import checkpoint
 from measure import Result, make_parser, report
 
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.pipeline import ExportOptions, export
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import export
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("SOPDEPLOY_")}
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sopdeploy.models.registry import list_models as list_models
     from sopdeploy.models.user_network import dsop as dsop
     from sopdeploy.models.user_network import register_model as register_model
-    from sopdeploy_export.pipeline import ExportOptions as ExportOptions
+    from sopdeploy_export.options import ExportOptions as ExportOptions
     from sopdeploy_export.user_network.export_network import export_network as export_network
     from sopdeploy_export.user_network.export_network import unused_modules as unused_modules
 
@@ -39,7 +39,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _MODULES = {
     "calibrate": "sopdeploy.api.calibration",
     "classify": "sopdeploy.api.batch",
-    "ExportOptions": "sopdeploy_export.pipeline",
+    "ExportOptions": "sopdeploy_export.options",
     "Preprocess": "sopdeploy.images.preprocess",
     "create_model": "sopdeploy.models.registry",
     "describe": "sopdeploy.models.describe",
@@ -57,15 +57,10 @@ _MODULES = {
 
 __all__ = sorted(["__version__", *_MODULES])
 
-# The errors of these modules name options of the command line; `name_arguments` rewrites them.
-NAMING_OPTIONS = ("sopdeploy.api.", "sopdeploy_export.user_network.")
-
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'sopdeploy' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)
-    if _MODULES[name].startswith(NAMING_OPTIONS):
-        value = importlib.import_module("sopdeploy.api.arguments").name_arguments(value)
     globals()[name] = value
     return value

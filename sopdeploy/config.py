@@ -1,8 +1,15 @@
-"""Base class of configs, manifests, reports and settings: immutable, without unknown keys."""
+"""Base classes of configs, manifests, reports and options: immutable, without unknown keys."""
 
-from typing import Annotated, Any
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Self, TypeVar
 
 import pydantic
+
+from sopdeploy.errors import ConfigError
+
+Result = TypeVar("Result")
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
@@ -18,6 +25,82 @@ class StrictModel(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
+
+
+class Options(StrictModel):
+    """Options of a command and of its Python function; the text below a field describes it for both."""
+
+    model_config = pydantic.ConfigDict(use_attribute_docstrings=True)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """Validate *given*; raises `ConfigError` about the first invalid option."""
+        try:
+            return cls(**given)
+        except pydantic.ValidationError as error:
+            problem: Any = error.errors(include_url=False)[0]
+            name = str(problem["loc"][0]) if problem["loc"] else None
+            raise ConfigError(
+                f"{problem['msg']} (got {str(problem['input'])[:80]!r})", setting=name
+            ) from error
+
+
+def expand_options(
+    function: Callable[..., Result], annotate: Callable[[type[Options], str], Any] | None = None
+) -> Callable[..., Result]:
+    """Replace each parameter of *function* that is annotated with a model of `Options` by the model's fields.
+
+    The returned function takes the fields as keyword arguments, validates them and passes the models to
+    *function*. Its signature and docstring list the fields; *annotate* returns the annotation of a field.
+    """
+    parameters: list[inspect.Parameter] = []
+    models: dict[str, type[Options]] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, Options):
+            models[parameter.name] = parameter.annotation
+            parameters += _parameters_of(parameter.annotation, annotate)
+        else:
+            parameters.append(parameter)
+    parameters.sort(key=lambda parameter: parameter.kind)  # `**settings` stays last
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Result:
+        for name, model in models.items():
+            if not isinstance(keywords.get(name), model):
+                given = {field: keywords.pop(field) for field in model.model_fields if field in keywords}
+                keywords[name] = model.of(given)
+        return function(*args, **keywords)
+
+    fields = [
+        f"    {name}: {field.description}"
+        for model in models.values()
+        for name, field in model.model_fields.items()
+    ]
+    if annotate is None:
+        call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *fields])
+    return with_signature(call, parameters)
+
+
+def with_signature(
+    function: Callable[..., Result], parameters: list[inspect.Parameter]
+) -> Callable[..., Result]:
+    """Make `inspect.signature`, notebooks and typer see *parameters* instead of those of *function*."""
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    function.__dict__.pop("__wrapped__", None)
+    return function
+
+
+def _parameters_of(
+    model: type[Options], annotate: Callable[[type[Options], str], Any] | None
+) -> Iterator[inspect.Parameter]:
+    for name, field in model.model_fields.items():
+        yield inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.is_required() else field.default,
+            annotation=field.annotation if annotate is None else annotate(model, name),
+        )
 
 
 def first_problem(error: pydantic.ValidationError) -> str:

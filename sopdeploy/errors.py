@@ -21,16 +21,36 @@ SopdeployError
  +- UnreachableError        a ServiceError: no response, or none before the deadline
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 MAX_LISTED = 10  # names in a message
+
+
+def python_argument(setting: str, value: object = None) -> str:
+    """Write *setting* as an argument of a Python function, `max_batch=64`; without a value `max_batch`."""
+    return setting if value is None else f"{setting}={value!r}"
+
+
+def command_line_option(setting: str, value: object = None) -> str:
+    """Write *setting* as an option of the command line, `--max-batch 64` or `--no-lowering`."""
+    flag = setting.replace("_", "-")
+    if value is None or value is True:
+        return f"--{flag}"
+    return f"--no-{flag}" if value is False else f"--{flag} {value}"
 
 
 class SopdeployError(Exception):
     """Base class. The message is one line that names the file or value and the next step.
 
+    A message names no setting, because Python, the command line and HTTP write settings differently. The
+    setting that the error is about, and those that may help, are attributes; `describe` writes them.
+
     Attributes:
         code: stable identifier for scripts.
+        message: the message without the settings.
+        setting: the setting that the error is about, named as in Python, such as `max_batch`.
+        value: the value of *setting*, if the message should show it.
+        remedies: settings that may help, with the values to try; None stands for a value of the user.
         reported: whether another process of the same run has already printed the error.
         lists: all names, by what they are, of lists that the message shortens; `--json` prints them.
     """
@@ -38,9 +58,27 @@ class SopdeployError(Exception):
     code: str = "failed"
     reported: bool = False
 
-    def __init__(self, message: str = "", *, lists: Mapping[str, Sequence[str]] | None = None) -> None:
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        setting: str | None = None,
+        value: object = None,
+        remedies: Mapping[str, object] | None = None,
+        lists: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         super().__init__(message)
+        self.message, self.setting, self.value, self.remedies = message, setting, value, dict(remedies or {})
         self.lists = {name: list(values) for name, values in (lists or {}).items() if values}
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, write: Callable[[str, object], str] = python_argument) -> str:
+        """Return the message with its settings; *write* formats a setting and its value."""
+        about = "" if self.setting is None else f"{write(self.setting, self.value)}: "
+        tried = " or ".join(write(name, value) for name, value in self.remedies.items())
+        return f"{about}{self.message}; try {tried}" if tried else f"{about}{self.message}"
 
 
 class ConfigError(SopdeployError):

@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.main import get_command
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import sopdeploy
 from sopdeploy.cli.app import COMMANDS as REGISTERED
@@ -234,18 +233,22 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "a comparison of one recipe": (("compare", "digits-plain"), "at least two recipes"),
     "an int8 runtime without int8": (
         (*EXPORT, "--int8-for", "tensorrt"),
-        "--int8-for: only with --precision int8",
+        "--int8-for: only with precision int8",
     ),
     "a float part without int8": (
         (*EXPORT, "--keep-float", "conv1"),
-        "--keep-float: only with --precision int8",
+        "--keep-float: only with precision int8",
     ),
-    "calibration images without int8": ((*EXPORT, "--calibrate", "d"), "only with --precision int8"),
+    "calibration images without int8": ((*EXPORT, "--calibrate", "d"), "only with precision int8"),
+    "batch size zero": ((*EXPORT, "--max-batch", "0"), "--max-batch: Input should be greater than"),
     "forms without rewrite rules": (
         (*EXPORT, "--autotune", "--no-lowering"),
-        "--autotune: --no-lowering has",
+        "--autotune: without rewrite rules",
     ),
-    "options of an absent builder": ((*EXPORT, "--plain-set", "a=1"), "--plain-set: only with --network"),
+    "options of an absent builder": (
+        (*EXPORT, "--plain-set", "a=1"),
+        "--plain-set: only for a network of your own; try --network",
+    ),
     "a missing bundle": (("verify", "bundle"), "bundle: no bundle here"),
     "a missing bundle to serve": (("serve", "bundle", "--port", "0"), "bundle: no bundle here"),
     "a URL that cannot be sent": (
@@ -275,7 +278,6 @@ USAGE = {
     "an unknown option": ("models", "--jsn"),
     "no checkpoint": ("export",),
     "an endless wait": ("health", "--timeout", "inf"),
-    "batch size zero": ("export", "ckpt.pt", "--max-batch", "0"),
 }
 
 

@@ -11,12 +11,12 @@ from types import FrameType
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.pipeline import ExportOptions, export
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import export
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests import quick_torch
 from tests.export.conftest import SIDE, save, trained
-from tests.export.once import ALONE
 from tests.service.conftest import picture_bytes, running, write_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ PACKAGES = ("sopdeploy/", "export/sopdeploy_export/", "service/sopdeploy_service
 PYTHON = re.compile(r"`([\w/]+\.py)`")
 OF_THE_NETWORK = ("sopdeploy/models/", "sopdeploy/backbones/", "sopdeploy/layers/")
 OF_THE_REPORT = ("export/sopdeploy_export/report/", "sopdeploy/html/")
-MAX_REQUEST_FILES, MAX_EXPORT_FILES = 16, 28  # without those of the network and of report.html
+MAX_REQUEST_FILES, MAX_EXPORT_FILES = 16, 29  # without those of the network and of report.html
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def export_files(folder: Path) -> set[str]:
     preprocess = Preprocess(resize=SIDE, crop=SIDE)
     checkpoint = save(trained(), "dsop-resnet8", folder / "ckpt.pt", preprocess)
     with quick_torch.one_thread(), recorded() as take:
-        export(checkpoint, folder / "out", ExportOptions(detach=True, batch=ALONE))
+        export(checkpoint, folder / "out", ExportOptions(detach=True, max_batch=1))
         return {file for file in take() if not file.startswith(OF_THE_NETWORK)}
 
 

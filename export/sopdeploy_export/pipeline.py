@@ -19,16 +19,16 @@ from sopdeploy.bundle import folder as bundle
 from sopdeploy.bundle.class_maps import FILE as CLASS_MAPS
 from sopdeploy.bundle.class_maps import write_class_maps
 from sopdeploy.bundle.golden import write_golden
-from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
+from sopdeploy.bundle.manifest import Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.config import StrictModel
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import INPUT, Deployed, operator_counts, output_names, probe_images, write
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
 from sopdeploy_export.parity.class_maps import add_features_output, check_class_maps, class_map_layer
 from sopdeploy_export.parity.compare import (
@@ -45,11 +45,10 @@ from sopdeploy_export.precision.convert import (
     CapturedGraph,
     ConvertedGraph,
     apply_rules,
-    check_options,
     convert_precision,
     convert_types,
 )
-from sopdeploy_export.precision.report import PrecisionOptions, PrecisionReport
+from sopdeploy_export.precision.report import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate, certify, lower_with_proof
 from sopdeploy_export.proof.networks import Detachment, ExportSubject, detach
 from sopdeploy_export.replay import write_source
@@ -67,34 +66,6 @@ __all__ = ["ExportOptions", "Exported", "export"]
 ONNX_FILE = "model.onnx"
 FOLDED_PROBES = 4  # number of probes on which a folded temperature is checked
 FOLDED_TOLERANCE = 1e-4  # relative to the largest logit; covers the rounding of the divided weights
-
-
-class ExportOptions(StrictModel):
-    """Options of an export.
-
-    Attributes:
-        detach: Remove the training-only parts.
-        batch: Batch sizes that the bundle must accept.
-        probes: Folder of images to compare on, in addition to generated ones.
-        allow_drift: Write the bundle even if an output exceeds its tolerance, and record this.
-        precision: Precision of the graph.
-        lowering: Apply the rewrite rules; otherwise export the certified graph as it is.
-        autotune: Choose between equivalent forms of a layer by timing them.
-        measure_speed: Time the bundle against the plain backbone.
-        pt2: Also write the certified program as `network.pt2`.
-        with_cam: Write what class activation maps need: the last feature map and the linear layer's weights.
-    """
-
-    detach: bool = False
-    batch: BatchRange = BatchRange()
-    probes: Path | None = None
-    allow_drift: bool = False
-    precision: PrecisionOptions = PrecisionOptions()
-    lowering: bool = True
-    autotune: bool = False
-    measure_speed: bool = False
-    pt2: bool = False
-    with_cam: bool = False
 
 
 def export(
@@ -139,14 +110,14 @@ def export_subject(
     """Export *subject* as a bundle in *destination*, as `export` does."""
     options, trained, preprocess = options or ExportOptions(), subject.network, subject.preprocess
     check_exportable(trained, subject.detachment.training_only)
-    labeled = open_folders(subject, options.precision)
+    labeled = open_folders(subject, options)
     if options.with_cam:
         add_features_output(trained, subject.training)
     images = probe_images(preprocess, options.probes)
     temperature = subject.decision.temperature if subject.decision is not None else 1.0
     if temperature != 1:
         fold_temperature(trained, temperature, Deployed(trained, preprocess), images)
-    accuracy = AccuracyCheck(options.precision, preprocess, options.batch, labeled)
+    accuracy = AccuracyCheck(options, preprocess, options.batch, labeled)
     job = _Job(subject, images, accuracy, options, step)
 
     step("detaching" if options.detach else "nothing to detach")
@@ -193,12 +164,11 @@ class _Checks(NamedTuple):
 def _lower_and_convert(job: _Job, certified: CapturedGraph) -> ConvertedGraph:
     """Convert the *certified* graph to the requested precision and apply the rewrite rules."""
     options, preprocess, batch = job.options, job.subject.preprocess, job.options.batch
-    check_options(options.precision, autotune=options.autotune)
-    if options.precision.precision != "fp32":
-        job.step(f"converting the graph to {options.precision.precision}")
-    source = convert_types(certified, preprocess, batch, options.precision)
+    if options.precision != "fp32":
+        job.step(f"converting the graph to {options.precision}")
+    source = convert_types(certified, preprocess, batch, options)
     lowered = apply_rules(certified, source, job.images, batch, rules=options.lowering, tune=options.autotune)
-    converted = convert_precision(certified, lowered, preprocess, options.precision, job.accuracy)
+    converted = convert_precision(certified, lowered, preprocess, options, job.accuracy)
     if not options.allow_drift:
         job.accuracy.reject(converted.precision)
     return converted
@@ -218,7 +188,7 @@ def _check_file(
         layer = class_map_layer(certified.network)
         parity = check_class_maps(file, layer, images[parity.compared_images], parity)
         write_class_maps(folder / CLASS_MAPS, layer)
-    if options.precision.evaluate is not None and precision.accuracy is None:
+    if options.evaluate is not None and precision.accuracy is None:
         found = job.accuracy.measure(converted.float32_model, file)
         precision = precision.model_copy(update={"accuracy": found})
         if not options.allow_drift:
@@ -245,7 +215,7 @@ def compare_with_network(
 ) -> tuple[Reference, ParityReport]:
     """Compare the ONNX *file* with the outputs of *detached* in float64 for *images*."""
     deployed = Deployed(detached, preprocess).eval()
-    expected = compute_reference(deployed, images, converted.run, options.precision.precision, converted.gate)
+    expected = compute_reference(deployed, images, converted.run, options.precision, converted.gate)
     parity = compare(
         file,
         expected,
@@ -372,7 +342,7 @@ def _manifest_fields(job: _Job, folder: Path, converted: ConvertedGraph, checks:
             "pillow": PIL.__version__,
         },
         "precision": precision,
-        "int8_for": job.options.precision.int8_for if precision == "int8" else None,
+        "int8_for": job.options.int8_for if precision == "int8" else None,
         "opset": converted.opset,
     }
 

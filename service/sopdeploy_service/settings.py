@@ -215,7 +215,8 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
         model_config = SettingsConfigDict(toml_file=path)
 
     try:
-        return FileSettings(**{name: value for name, value in given.items() if value is not None})
+        loaded = FileSettings(**{name: value for name, value in given.items() if value is not None})
+        return Settings(**loaded.model_dump(exclude_unset=True))  # other processes can unpickle it
     except pydantic.ValidationError as problem:
         hint = ""
         if str(problem.errors()[0].get("input", "")).startswith("tcp://"):

@@ -3,7 +3,6 @@
 import importlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from sopdeploy.config import first_problem
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.import_weights import read_class_names
-from sopdeploy_export.pipeline import Exported, ExportOptions
+from sopdeploy_export.options import ExportOptions, NetworkExportOptions, NetworkOptions
+from sopdeploy_export.pipeline import Exported
 from sopdeploy_export.user_network.builder import network_builder
 from sopdeploy_export.user_network.export_network import export_network, unused_modules
 from sopdeploy_export.user_network.weights import LoadedWeights, load_weights
@@ -23,64 +23,52 @@ from sopdeploy_export.user_network.weights import LoadedWeights, load_weights
 EXAMPLE = "timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.json"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NetworkSource:
-    """A network built by the user's code, and its weight file; fields are named after options of `export`."""
-
-    weights: Path
-    network: str
-    settings: Sequence[str] = ()
-    preprocess: str = ""
-    table: str | None = None
-    plain: str | None = None
-    plain_settings: Sequence[str] = ()
-    training_only: Sequence[str] = ()
-    labels: Path | None = None
-    logits: str | None = None
-    allow_constants: bool = False
-    name: str | None = None
-
-    def load(self) -> tuple[nn.Module, LoadedWeights]:
-        """Build the network and load its weights."""
-        network = network_builder("--network", self.network, self.settings)()
-        return network, load_weights(network, self.weights, self.table)
+def load_network(weights: Path, options: NetworkOptions) -> tuple[nn.Module, LoadedWeights]:
+    """Build the network of *options* and load its weights from the file *weights*."""
+    network = _builder("network", options.network, options.set)()
+    return network, load_weights(network, weights, options.weights)
 
 
 def export_weights(
-    source: NetworkSource, destination: Path, options: ExportOptions, on_step: Callable[[str], None]
+    weights: Path,
+    network_options: NetworkExportOptions,
+    destination: Path,
+    options: ExportOptions,
+    on_step: Callable[[str], None],
 ) -> Exported:
-    """Export the network of *source*; after a `SopdeployError`, *destination* contains nothing new."""
-    if source.labels is None:
+    """Export the network of *network_options*; after a `SopdeployError`, *destination* holds nothing new."""
+    if options.detach:
         raise ConfigError(
-            "--labels: missing; give a file with one class name per line, in the order of the logits"
+            "name the parts of the network to remove", setting="detach", remedies={"training_only": None}
         )
-    if source.plain_settings and source.plain is None:
-        raise ConfigError("--plain-set: only with --plain")
-    labels, preprocess = read_class_names(source.labels), read_preprocess(source.preprocess)
-    plain = None
-    if source.plain is not None:
-        plain = network_builder("--plain", source.plain, source.plain_settings)
+    given = network_options
+    if given.labels is None:
+        raise ConfigError(
+            "missing; give a file with one class name per line, in the order of the logits", setting="labels"
+        )
+    labels, preprocess = read_class_names(given.labels), read_preprocess(given.preprocess)
+    plain = None if given.plain is None else _builder("plain", given.plain, given.plain_set)
     on_step("building the network")
-    network, loaded = source.load()
+    network, loaded = load_network(weights, given)
     return export_network(
         network,
         plain=plain,
-        training_only=source.training_only,
+        training_only=given.training_only,
         labels=labels,
         preprocess=preprocess,
         destination=destination,
-        name=source.name or source.network.rpartition(":")[2].rpartition(".")[2],
-        logits=_index_or_name(source.logits),
-        allow_constants=source.allow_constants,
+        name=given.name or str(given.network).rpartition(":")[2].rpartition(".")[2],
+        logits=_index_or_name(given.logits),
+        allow_constants=given.allow_constants,
         options=options,
         config={
-            "network": source.network,
-            "settings": list(source.settings),
-            "plain": source.plain,
-            "plain_settings": list(source.plain_settings),
-            "training_only": list(source.training_only),
-            "logits": source.logits,
-            "allow_constants": source.allow_constants,
+            "network": given.network,
+            "settings": list(given.set),
+            "plain": given.plain,
+            "plain_settings": list(given.plain_set),
+            "training_only": list(given.training_only),
+            "logits": given.logits,
+            "allow_constants": given.allow_constants,
             "table": loaded.table,
             "prefixes_removed": list(loaded.removed),
         },
@@ -89,12 +77,13 @@ def export_weights(
     )
 
 
-def inspect(source: NetworkSource) -> dict[str, Any]:
-    """List the parts of the network of *source* that its output does not depend on; writes nothing."""
-    network, loaded = source.load()
-    unused = unused_modules(network, read_preprocess(source.preprocess), logits=_index_or_name(source.logits))
+def inspect(weights: Path, options: NetworkOptions) -> dict[str, Any]:
+    """List the parts of the network of *options* that its output does not depend on; writes nothing."""
+    network, loaded = load_network(weights, options)
+    logits = _index_or_name(options.logits)
+    unused = unused_modules(network, read_preprocess(options.preprocess), logits=logits)
     return {
-        "network": source.network,
+        "network": options.network,
         "tensors": len(network.state_dict()),
         "table": loaded.table,
         "prefixes_removed": list(loaded.removed),
@@ -102,33 +91,45 @@ def inspect(source: NetworkSource) -> dict[str, Any]:
     }
 
 
-def read_preprocess(text: str) -> Preprocess:
+def _builder(setting: str, name: str | None, settings: Sequence[str]) -> Callable[[], nn.Module]:
+    if name is None:
+        raise ConfigError("missing; give package.module:callable", setting=setting)
+    return network_builder(setting, name, settings)
+
+
+def read_preprocess(text: str | None) -> Preprocess:
     """Read the preprocessing rules that *text* names: `timm:NAME`, `torchvision:WEIGHTS` or a JSON file.
 
     Raises `ConfigError` for an unknown name and for a file that is not a `Preprocess`.
     """
-    kind, _, name = text.partition(":")
     if not text:
-        raise ConfigError(f"--preprocess: missing; give {EXAMPLE}")
+        raise ConfigError(f"missing; give {EXAMPLE}", setting="preprocess")
+    kind, _, name = text.partition(":")
     if kind == "timm":
         config = import_timm(name).get_pretrained_cfg(name)
         if config is None:
-            raise ConfigError(f"--preprocess {text}: timm publishes no preprocessing for it; give FILE.json")
+            raise ConfigError(
+                "timm publishes no preprocessing for it; give FILE.json", setting="preprocess", value=text
+            )
         return Preprocess.from_timm(config.to_dict())
     if kind == "torchvision":
         try:
             weights = importlib.import_module("torchvision.models").get_weight(name)
         except (ValueError, AttributeError, KeyError) as error:
             raise ConfigError(
-                f"--preprocess {text}: torchvision has no weights {name}; write for example "
-                "torchvision:ResNet18_Weights.IMAGENET1K_V1"
+                f"torchvision has no weights {name}; write for example "
+                "torchvision:ResNet18_Weights.IMAGENET1K_V1",
+                setting="preprocess",
+                value=text,
             ) from error
         return Preprocess.from_torchvision(weights.transforms())
     try:
         return Preprocess.model_validate(json.loads(Path(text).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         reason = first_problem(error) if isinstance(error, pydantic.ValidationError) else str(error)
-        raise ConfigError(f"--preprocess {text}: cannot be read ({reason}); give {EXAMPLE}") from error
+        raise ConfigError(
+            f"cannot be read ({reason}); give {EXAMPLE}", setting="preprocess", value=text
+        ) from error
 
 
 def _index_or_name(logits: str | None) -> str | int | None:

@@ -16,7 +16,14 @@ from rich.progress import Progress
 from rich.text import Text
 
 from sopdeploy.api.progress import plain_text as plain_text
-from sopdeploy.errors import NoMemoryError, SopdeployError, StorageError, first_line, is_out_of_memory
+from sopdeploy.errors import (
+    NoMemoryError,
+    SopdeployError,
+    StorageError,
+    command_line_option,
+    first_line,
+    is_out_of_memory,
+)
 from sopdeploy.files import STORAGE_ERRNOS
 
 USER_ERROR = 2
@@ -56,10 +63,11 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
             ) from error
     except SopdeployError as error:
         if not error.reported:
-            print_error(str(error), error.code)
+            message = error.describe(command_line_option)
+            print_error(message, error.code)
             if as_json:
                 with suppress(OSError):  # stdout may be what cannot be written
-                    found = {"code": error.code, "message": str(error)}
+                    found = {"code": error.code, "message": message}
                     print_json({"error": {**found, "lists": error.lists} if error.lists else found})
         raise typer.Exit(USER_ERROR) from error
 
@@ -80,7 +88,7 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def steps(title: str, *, quiet: bool) -> Iterator[Any]:
+def steps(title: str, *, quiet: bool = False) -> Iterator[Any]:
     """Yield a callback for step names that updates a spinner on a terminal and otherwise does nothing."""
     if quiet or not err.is_terminal:
         yield lambda _: None
@@ -90,7 +98,7 @@ def steps(title: str, *, quiet: bool) -> Iterator[Any]:
 
 
 @contextmanager
-def image_progress(*, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+def image_progress(*, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback (done, total) that draws a progress bar on a terminal and otherwise does nothing."""
     if quiet or not err.is_terminal:
         yield lambda _done, _total: None

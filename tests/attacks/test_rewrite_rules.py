@@ -13,21 +13,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.mixture.components import Components, Convolutions, FusionHead, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy_export.pipeline import ExportOptions
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.user_network.export_network import export_network
 
 SIDE, WIDTH, CLASSES = 12, 6, 4
 LENGTH = WIDTH * (WIDTH + 1) // 2
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
 ROOT = NewtonSchulzConfig(iterations=3)
-OPTIONS = ExportOptions(batch=BatchRange(optimum=2, maximum=4))
+OPTIONS = ExportOptions(max_batch=4)
 
 
 class Network(nn.Module):

@@ -18,18 +18,17 @@ from torch import nn
 from sopdeploy.errors import SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy_export.pipeline import ExportOptions
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.user_network.export_network import export_network
 from sopdeploy_service.commands.verify import verify
 from tests import quick_torch
 from tests.attacks import user_networks as u
-from tests.export.once import ALONE
 
 SIDE = 12
 PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
 TOLERANCE = 1e-4  # of the largest logit
 BATCHES = (1, 2, 3, 5)
-QUICK = ExportOptions(batch=ALONE)
+QUICK = ExportOptions(max_batch=1)
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,10 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.graph import probe_images
-from sopdeploy_export.pipeline import Exported, ExportOptions, export
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import Exported, export
 from tests import quick_torch
-from tests.export.once import ALONE, proving_once
+from tests.export.once import proving_once
 
 SIDE = 16
 BRANCHED = BatchRange(optimum=2, maximum=4)
@@ -93,7 +94,7 @@ def _exported(network: Classifier, name: str, folder: Path, **options: Any) -> E
 @pytest.fixture(scope="session")
 def branched(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("branched")
-    return _exported(trained(), "dsop-resnet8", folder, batch=BRANCHED, measure_speed=True, pt2=True)
+    return _exported(trained(), "dsop-resnet8", folder, max_batch=4, measure_speed=True, pt2=True)
 
 
 @pytest.fixture(scope="session")
@@ -101,4 +102,4 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     widths = {"component_widths": (6,), "gate_widths": (), "blocks_per_stage": 1, "conv5_stride": 1}
     network = trained("gmgap-16-8-resnet18", components=4, chosen=2, **widths)
     torch.nn.init.normal_(network.gate.weight, std=0.1)
-    return _exported(network, "gmgap-16-8-resnet18", tmp_path_factory.mktemp("gated"), batch=ALONE)
+    return _exported(network, "gmgap-16-8-resnet18", tmp_path_factory.mktemp("gated"), max_batch=1)

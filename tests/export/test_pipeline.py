@@ -21,15 +21,15 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy_export import pipeline
 from sopdeploy_export.graph import Deployed, probe_images
-from sopdeploy_export.pipeline import Exported, ExportOptions, export, fold_temperature
-from sopdeploy_export.precision.report import PrecisionOptions
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import Exported, export, fold_temperature
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
 from tests.export.conftest import LABELS, save, trained
 from tests.export.once import proving_once
 
 SMALL = BatchRange(optimum=2, maximum=4)
-DETACH = ExportOptions(detach=True, batch=SMALL)
+DETACH = ExportOptions(detach=True, max_batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_folders_are_checked_before_the_first_expensive_step(
     (folder / "dog").mkdir(parents=True)
     if option == "evaluate":
         Image.new("RGB", (8, 8)).save(folder / "dog" / "1.png")
-    options = ExportOptions(detach=True, precision=PrecisionOptions(precision="int8", **{option: folder}))
+    options = ExportOptions(detach=True, precision="int8", **{option: folder})
     steps: list[str] = []
     with pytest.raises(DataError, match=message):
         export(checkpoint, tmp_path / "bundles", options, steps.append)
@@ -123,7 +123,7 @@ def test_plain_network_is_certified_without_detaching(
 ) -> None:
     path = save(make("resnet8"), "resnet8", tmp_path / "plain.pt", preprocess)
     with proving_once():
-        found = export(path, tmp_path / "out", ExportOptions(batch=SMALL))
+        found = export(path, tmp_path / "out", ExportOptions(max_batch=4))
     assert found.certificate.removed == ()
     assert found.manifest.detached == ()
 
@@ -156,7 +156,7 @@ def test_invalid_request_fails_in_one_line_and_writes_nothing(
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "note.jpg").write_text("not an image")
-    options = ExportOptions(batch=SMALL)
+    options = ExportOptions(max_batch=4)
     if folder is not None:
         options = DETACH.model_copy(update={"probes": tmp_path / folder})
     with pytest.raises(error, match=message) as problem:

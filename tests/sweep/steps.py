@@ -17,16 +17,16 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.step.losses import training_loss
 from sopdeploy_export.graph import Deployed, capture_any_batch, lower, probe_images, write
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import Reference
 from sopdeploy_export.parity.report import ParityReport
-from sopdeploy_export.pipeline import Exported, ExportOptions, compare_with_network, export
+from sopdeploy_export.pipeline import Exported, compare_with_network, export
 from sopdeploy_export.precision.convert import (
     CapturedGraph,
     apply_rules,
     convert_precision,
     convert_types,
 )
-from sopdeploy_export.precision.report import PrecisionOptions
 from sopdeploy_export.proof.certificate import (
     Detachment,
     assert_equal_outputs,
@@ -93,7 +93,7 @@ def loaded(checkpoint: Path) -> Classifier:
 def exported(checkpoint: Path, destination: Path) -> Exported:
     """Run the whole export, which captures and lowers three networks."""
     heads = loaded(checkpoint).training_only
-    return export(checkpoint, destination, ExportOptions(detach=bool(heads), batch=FEW))
+    return export(checkpoint, destination, ExportOptions(detach=bool(heads), max_batch=FEW.maximum))
 
 
 def agreed(
@@ -111,14 +111,13 @@ def measured(
     The graphs of three networks and their ONNX roots are what `exported` compares beside.
     """
     found = detached(checkpoint)
-    wish = PrecisionOptions(precision=precision)
+    options = ExportOptions(precision=precision, max_batch=batch.maximum)
     program = capture_any_batch(found.network, found.preprocess, batch)
     certified = CapturedGraph(found.network, program, lower(program, found.network.outputs))
-    source = convert_types(certified, found.preprocess, batch, wish)
+    source = convert_types(certified, found.preprocess, batch, options)
     lowered = apply_rules(certified, source, found.images, batch)
-    shipping = convert_precision(certified, lowered, found.preprocess, wish)
+    shipping = convert_precision(certified, lowered, found.preprocess, options)
     write(shipping.model, destination)
-    options = ExportOptions(batch=batch, precision=wish)
     return compare_with_network(destination, found.network, shipping, found.preprocess, found.images, options)
 
 

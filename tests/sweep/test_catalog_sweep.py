@@ -17,7 +17,8 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CATALOG, create_model, entry
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy_export.graph import probe_images
-from sopdeploy_export.pipeline import ExportOptions, detach, export
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import detach, export
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from tests.gpu_graphs import Record, accepted

@@ -13,7 +13,8 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CheckpointError, DetachError
 from sopdeploy.models.base import Classifier, Entry, TrainingOutput
 from sopdeploy.models.registry import CATALOG
-from sopdeploy_export.pipeline import ExportOptions, export
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import export
 from tests.sweep.goldens import golden
 from tests.sweep.steps import Small, exported, loaded, one_training_step, save
 

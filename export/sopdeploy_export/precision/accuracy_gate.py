@@ -14,15 +14,16 @@ from sopdeploy.errors import ConfigError, ParityError
 from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import CALIBRATE, list_images, load_images
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import open_session
-from sopdeploy_export.precision.report import Accuracy, PrecisionOptions, PrecisionReport
+from sopdeploy_export.precision.report import Accuracy, PrecisionReport
 from sopdeploy_export.proof.networks import ExportSubject
 
 BATCH = 8
 Batch = tuple[NDArray[np.uint8], list[int]]  # images (B, H, W, 3), and labels if they are known
 
 
-def open_folders(subject: ExportSubject, options: PrecisionOptions) -> PreprocessedDataset | None:
+def open_folders(subject: ExportSubject, options: ExportOptions) -> PreprocessedDataset | None:
     """Open the images of `evaluate` with the classes of *subject* in output order; None if there are none.
 
     Raises `DataError` if they have other classes or if `calibrate` has no images, and `ConfigError` for
@@ -49,7 +50,7 @@ class AccuracyCheck:
 
     def __init__(
         self,
-        options: PrecisionOptions,
+        options: ExportOptions,
         preprocess: Preprocess,
         batch: BatchRange,
         labeled: PreprocessedDataset | None = None,

@@ -21,7 +21,7 @@ the captured program shows that nothing else reads the output of the convolution
 
 import copy
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,6 @@ from sopdeploy.layers.export_hints import export_hints
 from sopdeploy_export.graph import PREFIX, InFloat64, compute_outputs
 
 Part = TypeVar("Part", bound=nn.Module)
-Iteration = Literal["fp32", "fp16"]
-Calibration = Literal["minmax", "entropy", "percentile"]
 FOLD_TOLERANCE = 1e-9  # relative to the largest value; correct folds differ by 1e-15 to 1e-12
 LOW_PRECISION = {"fp16": torch.float16, "bf16-backbone": torch.bfloat16}
 

@@ -42,6 +42,7 @@ from sopdeploy_export.graph import (
     probe_images,
     value_parts,
 )
+from sopdeploy_export.options import Calibration, ExportOptions
 from sopdeploy_export.parity.compare import Gate, Run
 from sopdeploy_export.parity.onnx_file import (
     file_outputs,
@@ -54,7 +55,6 @@ from sopdeploy_export.parity.report import PartDrift, find_gate, gate_logits
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.casts import (
     LOW_PRECISION,
-    Calibration,
     float32_parts,
     weight_dtypes,
     with_precision,
@@ -64,7 +64,6 @@ from sopdeploy_export.precision.report import (
     Accuracy,
     Attempt,
     PartPrecision,
-    PrecisionOptions,
     PrecisionReport,
     Quantization,
 )
@@ -186,15 +185,6 @@ class ConvertedGraph:
     part_drifts: Callable[[Path, NDArray[np.uint8]], tuple[PartDrift, ...]] = lambda *_: ()
 
 
-def check_options(options: PrecisionOptions, *, autotune: bool) -> None:
-    """Raise `ConfigError` for options that exclude each other."""
-    if autotune and options.precision == "bf16-backbone":
-        raise ConfigError(
-            "--autotune: onnxruntime has no bfloat16 kernels on the CPU to time; remove it, or choose "
-            "--precision fp32 or fp16"
-        )
-
-
 def with_stored_roots(network: nn.Module, stored: Literal["float32", "float16"]) -> nn.Module:
     """Return *network*, or a copy that stores the matrices between two Newton-Schulz products as *stored*."""
     if stored == "float32":
@@ -207,7 +197,7 @@ def with_stored_roots(network: nn.Module, stored: Literal["float32", "float16"])
 
 
 def convert_types(
-    certified: CapturedGraph, preprocess: Preprocess, batch: BatchRange, options: PrecisionOptions
+    certified: CapturedGraph, preprocess: Preprocess, batch: BatchRange, options: ExportOptions
 ) -> CapturedGraph:
     """Place the casts of fp16 or bf16 in a copy of the certified network, and convert it to ONNX.
 
@@ -257,7 +247,7 @@ def convert_precision(
     certified: CapturedGraph,
     lowered: LoweredGraph,
     preprocess: Preprocess,
-    options: PrecisionOptions,
+    options: ExportOptions,
     accuracy: AccuracyCheck | None = None,
 ) -> ConvertedGraph:
     """Quantize *lowered* for int8, and check that its types are those in *options*.
@@ -295,7 +285,7 @@ def convert_precision(
 def _convert_int8(
     deployed: Deployed,
     lowered: LoweredGraph,
-    options: PrecisionOptions,
+    options: ExportOptions,
     check: AccuracyCheck,
 ) -> ConvertedGraph:
     model, quantization, accuracy = quantize_accurately(deployed.network, lowered.model, options, check)
@@ -320,7 +310,7 @@ def _convert_int8(
 
 
 def quantize_accurately(
-    network: nn.Module, model: onnx.ModelProto, options: PrecisionOptions, check: AccuracyCheck
+    network: nn.Module, model: onnx.ModelProto, options: ExportOptions, check: AccuracyCheck
 ) -> tuple[onnx.ModelProto, Quantization, Accuracy]:
     """Quantize *model*, the float32 graph of *network*; stop at the first attempt within `max_drop`.
 

@@ -44,8 +44,8 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.models.base import is_in
+from sopdeploy_export.options import Calibration
 from sopdeploy_export.parity.onnx_file import open_session
-from sopdeploy_export.precision.casts import Calibration
 
 METHODS: Mapping[Calibration, CalibrationMethod] = {  # in the order in which an export tries them
     "minmax": CalibrationMethod.MinMax,

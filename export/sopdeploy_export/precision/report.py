@@ -1,35 +1,10 @@
-"""Options of the precision of an export, and the report on types and accuracy."""
+"""The report on types and accuracy."""
 
 from collections import Counter
-from pathlib import Path
 
 from sopdeploy.bundle.manifest import Int8For, Precision
-from sopdeploy.config import NonNegative, StrictModel
-from sopdeploy_export.precision.casts import Calibration, Iteration
-
-
-class PrecisionOptions(StrictModel):
-    """The precision options of an export.
-
-    Attributes:
-        precision: Types in the graph.
-        newton_schulz: Type of the Newton-Schulz matrices between two products; fp16 needs precision fp16.
-        calibrate: Folder of images to measure int8 ranges on.
-        calibration: Method that finds the ranges; None tries all methods until one loses little enough.
-        int8_for: Runtime to quantize for.
-        keep_float: Parts whose convolutions stay in float32.
-        evaluate: Folder of images, one subfolder per class, to measure top-1 before and after.
-        max_drop: Allowed loss in points of top-1 on *evaluate*, or of agreement with float32 on *calibrate*.
-    """
-
-    precision: Precision = "fp32"
-    newton_schulz: Iteration = "fp32"
-    calibrate: Path | None = None
-    calibration: Calibration | None = None
-    int8_for: Int8For = "cpu"
-    keep_float: tuple[str, ...] = ()
-    evaluate: Path | None = None
-    max_drop: NonNegative = 1.0
+from sopdeploy.config import StrictModel
+from sopdeploy_export.options import Calibration, Iteration
 
 
 class PartPrecision(StrictModel):

@@ -8,6 +8,7 @@ import importlib
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,17 +16,16 @@ from torch import nn
 from sopdeploy.errors import ConfigError, first_line
 
 
-def network_builder(flag: str, import_path: str, settings: Sequence[str]) -> Callable[[], nn.Module]:
+def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> Callable[[], nn.Module]:
     """Create a function that builds the network *import_path*, `package.module:callable`, with *settings*.
 
-    *flag* is the option that named it, for messages. Raises `ConfigError` if *import_path* cannot be
+    *setting* is the one that named it, for messages. Raises `ConfigError` if *import_path* cannot be
     imported; the function raises it if the network cannot be built.
     """
+    wrong = partial(ConfigError, setting=setting, value=import_path)
     module_name, _, path = import_path.partition(":")
     if not module_name or not path:
-        raise ConfigError(
-            f"{flag} {import_path}: write package.module:callable, as in torchvision.models:googlenet"
-        )
+        raise wrong("write package.module:callable, as in torchvision.models:googlenet")
     if "" not in sys.path:
         sys.path.insert(0, "")  # finds modules in the current folder, as `python -m` does
     try:
@@ -33,42 +33,33 @@ def network_builder(flag: str, import_path: str, settings: Sequence[str]) -> Cal
         for attribute in path.split("."):
             found = getattr(found, attribute)
     except (Exception, SystemExit) as error:  # importing runs the user's code
-        raise ConfigError(
-            f"{flag} {import_path}: cannot be imported ({first_line(error)}); check the name and the Python "
-            "path"
-        ) from error
+        raise wrong(f"cannot be imported ({first_line(error)}); check its name") from error
     if not callable(found):
-        raise ConfigError(
-            f"{flag} {import_path}: is a {type(found).__name__}, not a function or a class; name one of these"
-        )
-    options = parse_settings(flag, settings)
+        raise wrong(f"is a {type(found).__name__}, not a function or a class; name one of these")
+    options = parse_settings(settings)
 
     def build() -> nn.Module:
         try:
             network = found(**options)
         except (Exception, SystemExit) as error:  # the user's code
-            raise ConfigError(
-                f"{flag} {import_path}: cannot be built ({first_line(error)}); check its options"
-            ) from error
+            raise wrong(f"cannot be built ({first_line(error)}); check its options") from error
         if not isinstance(network, nn.Module):
-            raise ConfigError(
-                f"{flag} {import_path}: returned a {type(network).__name__}, not a torch.nn.Module"
-            )
+            raise wrong(f"returned a {type(network).__name__}, not a torch.nn.Module")
         return network
 
     return build
 
 
-def parse_settings(flag: str, settings: Sequence[str]) -> dict[str, Any]:
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """Parse `key=value` options, such as `aux_logits=true`, `widths=[8, 16]` and `act=relu`.
 
-    Values are TOML; a value that is not TOML is text. Raises `ConfigError`, which names *flag*.
+    Values are TOML; a value that is not TOML is text. Raises `ConfigError` for other text.
     """
     options: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.isidentifier():
-            raise ConfigError(f"{flag}: option {setting!r}: write key=value")
+            raise ConfigError(f"option {setting!r} of a network: write key=value")
         try:
             options[key] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

@@ -18,7 +18,8 @@ from sopdeploy_export.graph import (
     Deployed,
     capture,
 )
-from sopdeploy_export.pipeline import Exported, ExportOptions, export_subject
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import Exported, export_subject
 from sopdeploy_export.proof.hashes import tensor_hash
 from sopdeploy_export.proof.networks import (
     Detachment,

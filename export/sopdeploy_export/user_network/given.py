@@ -18,7 +18,7 @@ from sopdeploy_export.graph import (
     capture_any_batch,
     probe_images,
 )
-from sopdeploy_export.pipeline import ExportOptions
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.proof.hashes import value_root
 from sopdeploy_export.state import Identity, modules, preserved, read_state, tensors
 from sopdeploy_export.user_network.checks import run

@@ -20,9 +20,9 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy_export import pipeline
 from sopdeploy_export.graph import probe_images
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.class_maps import check_class_maps
-from sopdeploy_export.pipeline import ExportOptions, export
-from sopdeploy_export.precision.report import PrecisionOptions
+from sopdeploy_export.pipeline import export
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
@@ -48,7 +48,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory):
     with proving_once():
-        return export(checkpoint, tmp_path_factory.mktemp("maps"), ExportOptions(batch=BATCH, with_cam=True))
+        return export(checkpoint, tmp_path_factory.mktemp("maps"), ExportOptions(max_batch=4, with_cam=True))
 
 
 def test_the_mean_of_a_map_plus_bias_is_the_logit_and_the_export_records_it(exported):
@@ -199,9 +199,13 @@ def test_maps_of_a_reduced_precision_are_exact_within_its_noise(checkpoint, tmp_
     folder.mkdir()
     for number, image in enumerate(probe_images(RULES)):
         Image.fromarray(image).save(folder / f"{number}.png")
-    reduced = PrecisionOptions(
-        precision=precision, calibrate=folder if precision == "int8" else None, max_drop=100.0
+    options = ExportOptions(
+        max_batch=4,
+        with_cam=True,
+        precision=precision,
+        calibrate=folder if precision == "int8" else None,
+        max_drop=100.0,
+        allow_drift=True,
     )
-    options = ExportOptions(batch=BATCH, with_cam=True, precision=reduced, allow_drift=True)
     found = export(checkpoint, tmp_path / "out", options).parity
     assert found.class_maps.deviation <= found.class_maps.tolerance

@@ -17,15 +17,16 @@ from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import CertificateError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import capture_any_batch
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.parity.torch_program import FILE, check_program, serialize_program
-from sopdeploy_export.pipeline import Exported, ExportOptions, export
+from sopdeploy_export.pipeline import Exported, export
 from sopdeploy_export.proof.certificate import Proof, certify
 from sopdeploy_export.proof.networks import detach
 from tests.export.conftest import BRANCHED, save, trained
 from tests.export.once import ALONE, proving_once
 
-WITH_FILE = ExportOptions(detach=True, batch=BRANCHED, pt2=True)
+WITH_FILE = ExportOptions(detach=True, max_batch=4, pt2=True)
 
 
 @pytest.fixture(scope="module")

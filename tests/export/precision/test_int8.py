@@ -20,14 +20,14 @@ from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy_export.graph import CALIBRATE, Deployed, generated_images, load_images, operator_counts, write
+from sopdeploy_export.options import Calibration, ExportOptions
 from sopdeploy_export.parity.compare import compare, compute_reference
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
-from sopdeploy_export.pipeline import Exported, ExportOptions, export
+from sopdeploy_export.pipeline import Exported, export
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck, accuracy
-from sopdeploy_export.precision.casts import Calibration, float32_parts
+from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.convert import run_unfused, weight_types
 from sopdeploy_export.precision.int8 import Int8Quantizer
-from sopdeploy_export.precision.report import PrecisionOptions
 from sopdeploy_export.tensorrt.lint import lint
 from sopdeploy_export.tensorrt.rewrites import graph_precision
 from tests.export.conftest import save, trained
@@ -91,10 +91,10 @@ def test_network_without_convolutions_to_quantize_is_rejected(preprocess: Prepro
 
 
 def run(name: str, folder: Path, preprocess: Preprocess, **options: object) -> Exported:
-    chosen = PrecisionOptions.model_validate({"precision": "int8", **options})
+    chosen = ExportOptions.model_validate({"precision": "int8", "max_batch": 1, **options})
     checkpoint = save(trained(name), name, folder / "c.pt", preprocess)
     with proving_once():
-        return export(checkpoint, folder / "out", ExportOptions(batch=ALONE, precision=chosen))
+        return export(checkpoint, folder / "out", chosen)
 
 
 def test_int8_bundle_records_its_accuracy_and_what_was_tried(
@@ -416,10 +416,14 @@ def test_int8_agrees_on_99_percent_of_digits_and_keeps_second_order_parts(
     learned: tuple[str, Path], digits: tuple[Path, Path], tmp_path: Path, runtime: Int8For
 ) -> None:
     family, checkpoint = learned
-    chosen: dict[str, Any] = {"precision": "int8", "int8_for": runtime}
-    options = PrecisionOptions(calibrate=digits[0], evaluate=digits[1], **chosen)
-    detach = family == "gmsop"
-    found = export(checkpoint, tmp_path, ExportOptions(detach=detach, precision=options))
+    options = ExportOptions(
+        detach=family == "gmsop",
+        precision="int8",
+        int8_for=runtime,
+        calibrate=digits[0],
+        evaluate=digits[1],
+    )
+    found = export(checkpoint, tmp_path, options)
     accuracy = found.precision.accuracy
     assert accuracy is not None
     assert accuracy.agree / accuracy.images >= 0.99

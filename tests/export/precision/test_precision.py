@@ -18,16 +18,16 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph import capture_any_batch, lower, probe_images
+from sopdeploy_export.options import ExportOptions, Iteration
 from sopdeploy_export.parity.onnx_file import open_session
-from sopdeploy_export.pipeline import Exported, ExportOptions, export
+from sopdeploy_export.pipeline import Exported, export
 from sopdeploy_export.precision import casts, convert
-from sopdeploy_export.precision.casts import Iteration, with_precision
+from sopdeploy_export.precision.casts import with_precision
 from sopdeploy_export.precision.convert import (
     CapturedGraph,
     check_weight_types,
     part_precisions,
 )
-from sopdeploy_export.precision.report import PrecisionOptions
 from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.replay import check_lowering
 from sopdeploy_export.rewrites.mixture import FORMS
@@ -62,7 +62,7 @@ def cast_graph(
 ) -> tuple[onnx.ModelProto, dict[str, set[str]]]:
     """Convert *network* to *precision*; return the ONNX graph and the types that each part computes in."""
     detached = detach(network) if network.training_only else network
-    options = PrecisionOptions(precision=precision, newton_schulz=iteration)
+    options = ExportOptions(precision=precision, newton_schulz=iteration)
     program = capture_any_batch(detached, preprocess, ALONE)
     certified = CapturedGraph(detached, program, lower(program, detached.outputs))
     source = convert.convert_types(certified, preprocess, ALONE, options)
@@ -232,18 +232,18 @@ def test_missing_casts_stop_the_export(preprocess: Preprocess) -> None:
     images = probe_images(preprocess)[:2]
     lowered = convert.apply_rules(certified, certified, images, BATCH)
     with pytest.raises(LoweringError, match="fp16 was requested"):
-        convert.convert_precision(certified, lowered, preprocess, PrecisionOptions(precision="fp16"))
+        convert.convert_precision(certified, lowered, preprocess, ExportOptions(precision="fp16"))
 
 
 def test_incompatible_options_are_rejected() -> None:
-    with pytest.raises(ConfigError, match="--autotune: onnxruntime has no bfloat16 kernels"):
-        convert.check_options(PrecisionOptions(precision="bf16-backbone"), autotune=True)
+    with pytest.raises(ConfigError, match="autotune: onnxruntime has no bfloat16 kernels"):
+        ExportOptions(precision="bf16-backbone", autotune=True)
 
 
 def exported(
     network: Classifier, name: str, folder: Path, preprocess: Preprocess, **options: object
 ) -> Exported:
-    chosen = ExportOptions(batch=ALONE, precision=PrecisionOptions.model_validate(options))
+    chosen = ExportOptions.model_validate({"max_batch": 1, **options})
     checkpoint = save(network, name, folder / "ckpt.pt", preprocess)
     with proving_once():
         return export(checkpoint, folder / "out", chosen)
@@ -286,8 +286,7 @@ def test_autotune_times_float16_forms_with_their_casts(
 ) -> None:
     network = make("gmsop-16-8-resnet18", **MIXTURE)
     checkpoint = save(network, "gmsop-16-8-resnet18", tmp_path / "ckpt.pt", preprocess)
-    precision = PrecisionOptions(precision="fp16")
-    options = ExportOptions(detach=True, batch=ALONE, precision=precision, autotune=True, allow_drift=True)
+    options = ExportOptions(detach=True, max_batch=1, precision="fp16", autotune=True, allow_drift=True)
     found = export(checkpoint, tmp_path / "out", options)
     (choice,) = found.lowering.choices
     assert (choice.by, choice.among) == ("autotune", FORMS)

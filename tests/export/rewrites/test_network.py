@@ -24,8 +24,9 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph import capture_any_batch, lower, value_parts
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import open_session
-from sopdeploy_export.pipeline import Exported, ExportOptions, export
+from sopdeploy_export.pipeline import Exported, export
 from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.replay import SOURCE, check_lowering
 from sopdeploy_export.rewrites import linear, mixture, newton_schulz
@@ -158,7 +159,7 @@ def mixture_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_second_export_of_a_mixture_gives_the_same_bytes(mixture_checkpoint: Path, tmp_path: Path) -> None:
-    options = ExportOptions(detach=True, batch=SMALL)
+    options = ExportOptions(detach=True, max_batch=4)
     once, again = (export(mixture_checkpoint, tmp_path / name, options) for name in ("once", "again"))
     assert (again.path / "model.onnx").read_bytes() == (once.path / "model.onnx").read_bytes()
     assert again.path.name == once.path.name
@@ -166,7 +167,7 @@ def test_second_export_of_a_mixture_gives_the_same_bytes(mixture_checkpoint: Pat
 
 @pytest.mark.slow
 def test_no_lowering_exports_the_certified_graph(mixture_checkpoint: Path, tmp_path: Path) -> None:
-    found = export(mixture_checkpoint, tmp_path, ExportOptions(detach=True, batch=SMALL, lowering=False))
+    found = export(mixture_checkpoint, tmp_path, ExportOptions(detach=True, max_batch=4, lowering=False))
     assert found.lowering.rules == ()
     assert found.manifest.lineage.onnx_root == found.certificate.roots.onnx
     assert "TopK" not in found.parity.operators
@@ -175,7 +176,7 @@ def test_no_lowering_exports_the_certified_graph(mixture_checkpoint: Path, tmp_p
 
 @pytest.mark.slow
 def test_autotune_chooses_one_of_the_equivalent_forms(mixture_checkpoint: Path, tmp_path: Path) -> None:
-    found = export(mixture_checkpoint, tmp_path, ExportOptions(detach=True, batch=SMALL, autotune=True))
+    found = export(mixture_checkpoint, tmp_path, ExportOptions(detach=True, max_batch=4, autotune=True))
     (choice,) = found.lowering.choices
     assert (choice.where, choice.by) == ("mixture", "autotune")
     assert choice.form in choice.among

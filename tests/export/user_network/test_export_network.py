@@ -17,14 +17,14 @@ import sopdeploy
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import SopdeployError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.pipeline import ExportOptions
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.proof.networks import ExportSubject
 from sopdeploy_export.user_network.export_network import export_network, unused_modules
 from sopdeploy_service.app import create_app
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
-from tests.export.once import ALONE, proving_once
+from tests.export.once import proving_once
 from tests.export.user_network import networks as n
 from tests.export.user_network.architectures import FULL, SMALL, Case
 
@@ -108,7 +108,7 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     ),
 }
 # Captured for one batch size, in a third of the time; other cases, and full sizes, use the whole range.
-QUICK = ExportOptions(batch=ALONE)
+QUICK = ExportOptions(max_batch=1)
 
 
 def test_one_pattern_may_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,11 +22,12 @@ from sopdeploy.decision import Decision, Rejection, Score, known_score
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.training.loop import train
 from sopdeploy_export.graph import probe_images
-from sopdeploy_export.pipeline import ExportOptions, export
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import export
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
-from tests.export.once import ALONE, proving_once
+from tests.export.once import proving_once
 from tests.sopdeploy.training.runs import few_digits, short_recipe
 
 RunServer = Callable[..., AbstractContextManager[httpx.Client]]
@@ -80,7 +81,7 @@ def bundle_of_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     with few_digits():
         best = train(short_recipe("loss.label_smoothing=0.5", "epochs=12"), folder / "run").best
     with proving_once():
-        return best, export(best, folder / "bundles", ExportOptions(detach=True, batch=ALONE)).path
+        return best, export(best, folder / "bundles", ExportOptions(detach=True, max_batch=1)).path
 
 
 def test_training_export_and_predict_share_one_decision(

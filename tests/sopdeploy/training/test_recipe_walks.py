@@ -19,7 +19,8 @@ from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, list_recipes, read_recipe
-from sopdeploy_export.pipeline import ExportOptions, export
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import export
 from tests.gpu_graphs import accepted
 from tests.sopdeploy.data.small_data import (
     tar_of,
@@ -105,7 +106,7 @@ def test_a_recipe_leads_from_its_data_to_a_bundle(name, tmp_path, monkeypatch, r
     best = train_and_evaluate(name, tmp_path, monkeypatch)
     stored = read_checkpoint(best)
     network = create_model(stored.model, num_classes=len(stored.labels), **stored.config)
-    options = ExportOptions(detach=bool(network.training_only), batch=BATCH_OF_ONE)
+    options = ExportOptions(detach=bool(network.training_only), max_batch=1)
     exported = export(best, tmp_path / "bundles", options)
     assert exported.parity.passed
     bundle = open_bundle(exported.path)

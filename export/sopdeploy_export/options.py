@@ -1,0 +1,119 @@
+"""Options of an export."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+
+from sopdeploy.bundle.manifest import BatchRange, Int8For, Precision
+from sopdeploy.config import NonNegative, Options
+from sopdeploy.errors import ConfigError
+
+Iteration = Literal["fp32", "fp16"]
+Calibration = Literal["minmax", "entropy", "percentile"]
+BatchSize = Annotated[int, pydantic.Field(ge=1, le=1_000_000)]
+USUAL_BATCH = 8  # the batch size that equivalent forms of a layer are chosen for
+
+
+class ExportOptions(Options):
+    """Options of `sopdeploy.export`, `sopdeploy.export_network` and `sopdeploy export`."""
+
+    detach: bool = False
+    """Remove training-only branches and prove equivalence."""
+    max_batch: BatchSize = 64
+    """Largest batch that the bundle must accept."""
+    probes: Path | None = None
+    """Folder of images to compare on, in addition to generated ones."""
+    allow_drift: bool = False
+    """Write the bundle although an output exceeds its tolerance, and record it."""
+    precision: Precision = "fp32"
+    """Precision of the graph."""
+    newton_schulz: Iteration = "fp32"
+    """Type of the Newton-Schulz matrices between two products; fp16 needs precision fp16."""
+    calibrate: Path | None = None
+    """Folder of images to calibrate int8 ranges."""
+    calibration: Calibration | None = None
+    """Calibration method for int8 ranges; by default the first that loses little enough."""
+    int8_for: Int8For = "cpu"
+    """Runtime to quantize for, with int8."""
+    keep_float: tuple[str, ...] = ()
+    """Network part whose convolutions stay in float32, with int8; repeatable."""
+    evaluate: Path | None = None
+    """Folder of images by class, to compare top-1 with that in float32."""
+    max_drop: NonNegative = 1.0
+    """Largest allowed loss of top-1 (or of agreement, without labels) in percentage points."""
+    lowering: bool = True
+    """Apply the rewrite rules, or export the certified graph as it is."""
+    autotune: bool = False
+    """Time equivalent forms of a layer and choose the fastest."""
+    measure_speed: bool = False
+    """Time the graph against the plain backbone; report.html then differs between exports."""
+    pt2: bool = False
+    """Also store the certified torch.export program in the bundle."""
+    with_cam: bool = False
+    """Add class activation maps, which the service returns for explain=1."""
+
+    @property
+    def batch(self) -> BatchRange:
+        """Batch sizes that the bundle must accept."""
+        return BatchRange(optimum=min(USUAL_BATCH, self.max_batch), maximum=self.max_batch)
+
+    @pydantic.model_validator(mode="after")
+    def _check_combinations(self) -> "ExportOptions":
+        if self.newton_schulz == "fp16" and self.precision != "fp16":
+            raise ConfigError("fp16 needs precision fp16", setting="newton_schulz")
+        if self.precision != "int8":
+            for name in ("calibrate", "int8_for", "keep_float"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ConfigError("only with precision int8", setting=name)
+        if self.autotune and not self.lowering:
+            raise ConfigError("without rewrite rules there are no forms to choose from", setting="autotune")
+        if self.autotune and self.precision == "bf16-backbone":
+            raise ConfigError(
+                "onnxruntime has no bfloat16 kernels on the CPU to time; choose precision fp32 or fp16",
+                setting="autotune",
+            )
+        return self
+
+
+class NetworkOptions(Options):
+    """How to build a network of the user and to read its weights from a file."""
+
+    model_config = pydantic.ConfigDict(title="A network of your own")
+
+    network: str | None = None
+    """Builder of the network, package.module:callable."""
+    set: tuple[str, ...] = ()
+    """Option key=value of --network; repeatable."""
+    preprocess: str | None = None
+    """timm:NAME, torchvision:WEIGHTS or FILE.json."""
+    weights: str | None = None
+    """Key of the state dict to use, if the file has several, such as model_ema."""
+    logits: str | None = None
+    """Attribute, key or index of the logits in the output."""
+
+
+class NetworkExportOptions(NetworkOptions):
+    """How to export a network of the user."""
+
+    plain: str | None = None
+    """Builder of the network without training-only parts, package.module:callable."""
+    plain_set: tuple[str, ...] = ()
+    """Option key=value of --plain; repeatable."""
+    training_only: tuple[str, ...] = ()
+    """Part to remove, or a pattern such as 'aux*'; repeatable."""
+    labels: Path | None = None
+    """File with one class name per line."""
+    allow_constants: bool = False
+    """Accept large tensors that are neither weights nor buffers, without --plain."""
+    name: str | None = None
+    """Name of the model; by default that of the builder."""
+
+    @pydantic.model_validator(mode="after")
+    def _check_combinations(self) -> "NetworkExportOptions":
+        for name in self.model_fields_set if self.network is None else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ConfigError("only for a network of your own", setting=name, remedies={"network": None})
+        if self.plain_set and self.plain is None:
+            raise ConfigError("only with a plain network", setting="plain_set", remedies={"plain": None})
+        return self
