@@ -3,12 +3,12 @@
 import asyncio
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, Unpack, overload
 
 import httpx
 
 from sopdeploy.client import requests
-from sopdeploy.client.requests import ImageLike
+from sopdeploy.client.requests import ClassifyOptions, ImageLike
 from sopdeploy.client.results import Classification, ServerInfo, parse_server_info
 from sopdeploy.client.retry import Flow, RunInThread, Send, Sleep
 
@@ -45,46 +45,19 @@ class AsyncClient:
 
     @overload
     async def classify(
-        self,
-        image: list[Any] | tuple[Any, ...],
-        *,
-        top_k: int | None = ...,
-        model: str | None = ...,
-        gates: bool = ...,
-        threshold: float | None = ...,
-        explain: bool | str = ...,
-        timeout: float | None = ...,
+        self, image: list[Any] | tuple[Any, ...], **options: Unpack[ClassifyOptions]
     ) -> list[Classification]: ...
     @overload
+    async def classify(self, image: ImageLike, **options: Unpack[ClassifyOptions]) -> Classification: ...
     async def classify(
-        self,
-        image: ImageLike,
-        *,
-        top_k: int | None = ...,
-        model: str | None = ...,
-        gates: bool = ...,
-        threshold: float | None = ...,
-        explain: bool | str = ...,
-        timeout: float | None = ...,
-    ) -> Classification: ...
-    async def classify(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        *,
-        top_k: int | None = None,
-        model: str | None = None,
-        gates: bool = False,
-        threshold: float | None = None,
-        explain: bool | str = False,
-        timeout: float | None = None,
+        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[ClassifyOptions]
     ) -> Classification | list[Classification]:
         """Classify *image* like `Client.classify`; files are read and arrays encoded in a thread.
 
         Example:
             result = await client.classify("photo.jpg", timeout=2.0)
         """
-        budget = self._options.budget(timeout)
-        return await self._run(requests.classify(image, top_k, model, gates, threshold, explain, budget))
+        return await self._run(requests.classify(image, self._options, **options))
 
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Request the server version and its models.

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import httpx
 import numpy as np
@@ -104,16 +104,30 @@ def httpx_arguments(send: Send) -> dict[str, Any]:
     }
 
 
-def classify(
+class ClassifyOptions(TypedDict, total=False):
+    """The options of `Client.classify`, which describes them."""
+
+    top_k: int | None
+    model: str | None
+    gates: bool
+    threshold: float | None
+    explain: bool | str
+    timeout: float | None
+
+
+def classify(  # noqa: PLR0913 - the options of `Client.classify`
     images: ImageLike | Sequence[ImageLike],
-    top_k: int | None,
-    model: str | None,
-    gates: bool,
-    threshold: float | None,
-    explain: bool | str,
-    budget: RetryBudget,
+    client: ClientOptions,
+    *,
+    top_k: int | None = None,
+    model: str | None = None,
+    gates: bool = False,
+    threshold: float | None = None,
+    explain: bool | str = False,
+    timeout: float | None = None,
 ) -> Flow[Classification | list[Classification]]:
-    """Classify one image, or a list of images in one request."""
+    """Classify one image, or a list of images in one request, with the options of `Client.classify`."""
+    budget = client.budget(timeout)
     is_list = isinstance(images, list | tuple)
     items: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
     if not items:

@@ -3,12 +3,12 @@
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, Unpack, overload
 
 import httpx
 
 from sopdeploy.client import requests
-from sopdeploy.client.requests import ImageLike
+from sopdeploy.client.requests import ClassifyOptions, ImageLike
 from sopdeploy.client.results import Classification, ServerInfo, parse_server_info
 from sopdeploy.client.retry import Flow, RunInThread, Send, Sleep
 
@@ -41,55 +41,29 @@ class Client:
 
     @overload
     def classify(
-        self,
-        image: list[Any] | tuple[Any, ...],
-        *,
-        top_k: int | None = ...,
-        model: str | None = ...,
-        gates: bool = ...,
-        threshold: float | None = ...,
-        explain: bool | str = ...,
-        timeout: float | None = ...,
+        self, image: list[Any] | tuple[Any, ...], **options: Unpack[ClassifyOptions]
     ) -> list[Classification]: ...
     @overload
+    def classify(self, image: ImageLike, **options: Unpack[ClassifyOptions]) -> Classification: ...
     def classify(
-        self,
-        image: ImageLike,
-        *,
-        top_k: int | None = ...,
-        model: str | None = ...,
-        gates: bool = ...,
-        threshold: float | None = ...,
-        explain: bool | str = ...,
-        timeout: float | None = ...,
-    ) -> Classification: ...
-    def classify(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        *,
-        top_k: int | None = None,
-        model: str | None = None,
-        gates: bool = False,
-        threshold: float | None = None,
-        explain: bool | str = False,
-        timeout: float | None = None,
+        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[ClassifyOptions]
     ) -> Classification | list[Classification]:
         """Classify *image*: a path, bytes, a PIL image, a uint8 array (H, W, 3) or (H, W), or a list of them.
 
-        A list is sent as one request; an image of the list that cannot be classified has `error` set. *gates*
-        requests the experts that a gated network selects. *threshold* replaces the thresholds of a
-        multi-label network. *explain* adds the class activation map of the best class (True) or of the class
-        with this label. Raises `ServiceError` if the server rejects the request, `OverloadedError` if it is
-        overloaded, `UnreachableError` without a response in time, and `DataError` or `ConfigError` for an
-        image that cannot be sent.
+        A list is sent as one request; an image of the list that cannot be classified has `error` set. *top_k*
+        is the number of classes, *model* the model to use if the server has several. *gates* requests the
+        experts that a gated network selects. *threshold* replaces the thresholds of a multi-label network.
+        *explain* adds the class activation map of the best class (True) or of the class with this label.
+        *timeout* replaces that of the client. Raises `ServiceError` if the server rejects the request,
+        `OverloadedError` if it is overloaded, `UnreachableError` without a response in time, and `DataError`
+        or `ConfigError` for an image that cannot be sent.
 
         Example:
             best = client.classify(np.asarray(frame), top_k=3, timeout=2.0).classes[0]
             for result in client.classify(["a.jpg", "b.jpg"], model="flowers"):
                 print(result.error.detail if result.error else result.classes[0].label)
         """
-        budget = self._options.budget(timeout)
-        return self._run(requests.classify(image, top_k, model, gates, threshold, explain, budget))
+        return self._run(requests.classify(image, self._options, **options))
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Request the server version and its models.

@@ -7,15 +7,9 @@ import sys
 
 import pytest
 
-from sopdeploy import client
 from sopdeploy.client import AsyncClient, Client
 
 NAMES = ["classify", "info", "metrics", "wait_ready"]
-
-
-def test_all_lists_existing_names_in_order():
-    assert client.__all__ == sorted(client.__all__)
-    assert all(hasattr(client, name) for name in client.__all__)
 
 
 def test_the_client_imports_neither_the_server_nor_torch():
