@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from math import prod
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -111,21 +112,23 @@ class DecoderProcesses:
 
 
 class _Pool:
-    """A process pool that starts again after one of its *workers* has died."""
+    """A process pool that starts again after one of its *workers* has died.
+
+    The workers end when the writing end of a pipe is closed: by `stop`, or because this process has ended.
+    """
 
     def __init__(
         self, workers: int, memory: Any, shape: tuple[int, ...], rules: Preprocess, settings: Settings
     ) -> None:
         self._workers = workers
         self._arguments = (memory, shape, rules, settings)
-        self._context = _DecoderContext()
         self._executor: ProcessPoolExecutor | None = None
-        self._ready: list[Future[None]] = []
 
     def start(self) -> None:
         """Start all processes."""
+        self._pipe = multiprocessing.Pipe(duplex=False)
         self._executor = ProcessPoolExecutor(
-            self._workers, self._context, initializer=start_worker, initargs=self._arguments
+            self._workers, _DecoderContext(), start_worker, (self._pipe[0], *self._arguments)
         )
         self._ready = [self._executor.submit(_do_nothing) for _ in range(self._workers)]
 
@@ -149,24 +152,10 @@ class _Pool:
 
     def stop(self) -> None:
         """End the processes without waiting for their images."""
-        for process in self._context.processes:
-            process.kill()
-        self._context.processes.clear()
         if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
-
-
-class _DecoderContext(SpawnContext):
-    """Creates the processes of a pool and keeps them in `processes`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.processes: list[SpawnProcess] = []
-
-    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
-        process = _DecoderProcess(*args, **kwargs)
-        self.processes.append(process)
-        return process
+            for end in self._pipe:
+                end.close()
+            self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 class _DecoderProcess(SpawnProcess):
@@ -184,6 +173,12 @@ class _DecoderProcess(SpawnProcess):
         finally:
             sys.modules["__main__"] = main
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+class _DecoderContext(SpawnContext):
+    """Lets a `ProcessPoolExecutor` start such processes."""
+
+    Process = _DecoderProcess
 
 
 class EntryDecoder:
@@ -215,9 +210,11 @@ class EntryDecoder:
 _worker: list[EntryDecoder] = []  # the decoder of a worker process
 
 
-def start_worker(memory: Any, shape: tuple[int, ...], rules: Preprocess, settings: Settings) -> None:
-    """Prepare a worker process; it ends when its parent ends."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def start_worker(
+    pipe: "Connection[Any, Any]", memory: Any, shape: tuple[int, ...], rules: Preprocess, settings: Settings
+) -> None:
+    """Prepare a worker process; it ends when the other end of *pipe* is closed."""
+    threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
     Image.core.set_blocks_max(2)  # type: ignore[attr-defined]
     _worker.append(EntryDecoder(np.frombuffer(memory, np.uint8).reshape(shape), rules, settings))
 
@@ -231,7 +228,6 @@ def _do_nothing() -> None:
     """Run when a worker process is ready."""
 
 
-def _end_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()
+def _end_with(pipe: "Connection[Any, Any]") -> None:
+    pipe.poll(None)
     os._exit(1)

@@ -22,7 +22,7 @@ import pydantic
 
 from sopdeploy.config import Count, StrictModel
 from sopdeploy.errors import ConfigError, DataError, StorageError
-from sopdeploy.files import PARTIAL, STORAGE_ERRNOS, atomic_write
+from sopdeploy.files import PARTIAL, atomic_write, writing
 from sopdeploy_service.commands.batch.reader import import_pyarrow
 
 OnProgress = Callable[[int, int, int], None]  # images done, with an error, and in total
@@ -61,12 +61,9 @@ class OutputFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Create the folder and reserve it for this process; raise `ConfigError` if another one uses it."""
-        try:
+        with writing(f"--out {self.path}", ConfigError):
             (self.path / ROWS).mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror}); choose another folder"
-            raise ConfigError(f"--out {self.path}: {reason}") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,24 +71,8 @@ class OutputFolder:
                 raise ConfigError(f"--out {self.path}: another run is writing to it; wait for it") from error
             for partial in (*self.path.glob(f"*{PARTIAL}"), *(self.path / ROWS).glob(f"*{PARTIAL}")):
                 partial.unlink()  # of a run that was killed
-            with self._storage_errors():
+            with writing(f"--out {self.path}", StorageError):  # errors of sources are no `OSError`
                 yield
-
-    @contextmanager
-    def _storage_errors(self) -> Iterator[None]:
-        """Raise `StorageError` for a full disk and other errors of the file system of the folder.
-
-        Errors of sources do not arrive here: they are already a `DataError` or a row with an error.
-        """
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in STORAGE_ERRNOS:
-                raise
-            raise StorageError(
-                f"--out {self.path}: cannot be written ({os.strerror(error.errno)}); free disk space or "
-                "check the folder, then run again to continue"
-            ) from error
 
     def read_state(self) -> RunState | None:
         """Read the state of the previous run; None for a new folder. Raises `ConfigError` for other files."""

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.config import StrictModel
@@ -14,7 +13,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.commands.batch.classifier import ClassifyOptions, PartClassifier, PartOutputs
 from sopdeploy_service.commands.batch.decoders import DecoderProcesses
 from sopdeploy_service.commands.batch.listing import Fingerprint, Listing, entries_of
-from sopdeploy_service.commands.batch.on_ray import RayOptions, ray_backend
+from sopdeploy_service.commands.batch.on_ray import RayBackend, RayOptions, ray_backend
 from sopdeploy_service.commands.batch.output import PAGE, ROWS, OnProgress, OutputFolder, Progress, RunState
 from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.commands.batch.sources import list_entries
@@ -78,20 +77,6 @@ class Classified(StrictModel):
         return page
 
 
-class Backend(Protocol):
-    """Classifies the parts of a list: in this process, or in actors of a cluster."""
-
-    def state(self) -> RunState:
-        """Describe what the rows depend on, without their images."""
-        ...
-
-    def write_parts(
-        self, folder: OutputFolder, listing: Listing, pending: Sequence[int], progress: Progress
-    ) -> None:
-        """Classify the parts *pending* of *listing*, write them to *folder*, and count their images."""
-        ...
-
-
 def classify(
     bundle: Path,
     sources: Sequence[str],
@@ -111,7 +96,7 @@ def classify(
     options, folder = options or ClassifyOptions(), OutputFolder(out)
     report = import_optional(REPORT, "jinja2", "sopdeploy[batch]", ConfigError, "classify")
     opened = open_bundle(bundle)
-    chosen: AbstractContextManager[Backend] = local_backend(bundle, settings, options)
+    chosen: AbstractContextManager[LocalBackend | RayBackend] = local_backend(bundle, settings, options)
     if ray is not None:
         chosen = ray_backend(bundle, settings, options, ray)
     with chosen as backend, folder.locked():
@@ -156,20 +141,11 @@ def _unfinished(folder: OutputFolder, listing: Listing, progress: Progress) -> l
     return pending
 
 
-@contextmanager
-def local_backend(bundle: Path, settings: Settings, options: ClassifyOptions) -> Iterator[Backend]:
-    """Load *bundle* in this process, and release it at the end; decoders start while images are listed."""
-    loaded = load_model(bundle, settings)
-    try:
-        classifier = PartClassifier(loaded, settings, options)
-        with classifier.decoders() as decoders:
-            yield LocalBackend(classifier, decoders, RowFormat(loaded.bundle, classifier.top_k, options))
-    finally:
-        loaded.runtime.close()
-
-
 class LocalBackend:
-    """Classifies in this process; another thread writes a part while the next one is classified."""
+    """Classifies in this process; another thread writes a part while the next one is classified.
+
+    `RayBackend` has the same methods.
+    """
 
     def __init__(self, classifier: PartClassifier, decoders: DecoderProcesses, row_format: RowFormat) -> None:
         self._classifier, self._decoders, self._row_format = classifier, decoders, row_format
@@ -195,3 +171,15 @@ class LocalBackend:
                 written = writer.submit(write, part)
             if written is not None:
                 written.result()
+
+
+@contextmanager
+def local_backend(bundle: Path, settings: Settings, options: ClassifyOptions) -> Iterator[LocalBackend]:
+    """Load *bundle* in this process, and release it at the end; decoders start while images are listed."""
+    loaded = load_model(bundle, settings)
+    try:
+        classifier = PartClassifier(loaded, settings, options)
+        with classifier.decoders() as decoders:
+            yield LocalBackend(classifier, decoders, RowFormat(loaded.bundle, classifier.top_k, options))
+    finally:
+        loaded.runtime.close()
