@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -30,61 +29,8 @@ UNITS = {"MB": 1e6, "GB": 1e9}  # of the sizes that `buildah images` prints
 OPEN_FILES = 4096  # buildah's default of 1024 is too low for a thousand connections
 
 
-class Builder(ABC):
-    """Builds the image *image*, runs one container of it and stops it."""
-
-    base: str  # name of the base image
-
-    def __init__(self, image: str) -> None:
-        self.image = image
-
-    @abstractmethod
-    def prepare(self) -> None:
-        """Download or create the base image."""
-
-    @abstractmethod
-    def build(self, source: Path, target: str) -> None:
-        """Build *target* of the Dockerfile from the checkout at *source*."""
-
-    @abstractmethod
-    def config(self) -> dict[str, Any]:
-        """Read the image's configuration, with Docker's keys."""
-
-    @abstractmethod
-    def added_bytes(self) -> int:
-        """Compute the size of the image minus that of its base."""
-
-    @abstractmethod
-    def start(self, bundles: Path, settings: dict[str, str]) -> None:
-        """Start the image's own command with *settings*, and *bundles* mounted read-only at /models."""
-
-    @abstractmethod
-    def execute(self, *command: str) -> tuple[int, str]:
-        """Run *command* in the container as its user; return exit code and output."""
-
-    @abstractmethod
-    def logs(self) -> str:
-        """Read the output of the server."""
-
-    @abstractmethod
-    def server_user(self) -> int:
-        """Read the effective user id of the server process."""
-
-    @abstractmethod
-    def wait(self) -> int:
-        """Wait until the server ends by itself and return its exit code."""
-
-    @abstractmethod
-    def stop(self) -> int:
-        """Send SIGTERM to the server and return its exit code."""
-
-    @abstractmethod
-    def clean(self) -> None:
-        """Remove the container and keep the image."""
-
-
-class Docker(Builder):
-    """Docker with its daemon, on the base image of the Dockerfile."""
+class Docker:
+    """Builds *image* with Docker on the base image of the Dockerfile, and runs one container of it."""
 
     base = next(
         line.partition("=")[2]
@@ -92,50 +38,64 @@ class Docker(Builder):
         if line.startswith("ARG PYTHON_IMAGE=")
     )
 
-    def prepare(self) -> None:  # noqa: D102
+    def __init__(self, image: str) -> None:
+        self.image = image
+
+    def prepare(self) -> None:
+        """Download or create the base image."""
         if exit_and_output(["docker", "image", "inspect", self.base])[0] != 0:
             run("docker", "pull", "--quiet", self.base)
 
-    def build(self, source: Path, target: str) -> None:  # noqa: D102
+    def build(self, source: Path, target: str) -> None:
+        """Build *target* of the Dockerfile from the checkout at *source*."""
         run("docker", "build", *secret_options(), f"--target={target}", f"--tag={self.image}", source)
 
-    def config(self) -> dict[str, Any]:  # noqa: D102
+    def config(self) -> dict[str, Any]:
+        """Read the image's configuration, with Docker's keys."""
         return dict(json.loads(run("docker", "image", "inspect", self.image))[0]["Config"])
 
-    def added_bytes(self) -> int:  # noqa: D102
+    def added_bytes(self) -> int:
+        """Compute the size of the image minus that of its base."""
         inspect = ["docker", "image", "inspect", "--format={{.Size}}"]
         return int(run(*inspect, self.image)) - int(run(*inspect, self.base))
 
-    def start(self, bundles: Path, settings: dict[str, str]) -> None:  # noqa: D102
+    def start(self, bundles: Path, settings: dict[str, str]) -> None:
+        """Start the image's own command with *settings*, and *bundles* mounted read-only at /models."""
         mount = f"--volume={bundles}:/models:ro"
         hardening = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
         port = settings["SOPDEPLOY_PORT"]
         network = [f"--publish=127.0.0.1:{port}:{port}", *environment_options(settings)]
         run("docker", "run", "--detach", f"--name={CONTAINER}", *hardening, mount, *network, self.image)
 
-    def execute(self, *command: str) -> tuple[int, str]:  # noqa: D102
+    def execute(self, *command: str) -> tuple[int, str]:
+        """Run *command* in the container as its user; return exit code and output."""
         return exit_and_output(["docker", "exec", CONTAINER, *command])
 
-    def logs(self) -> str:  # noqa: D102
+    def logs(self) -> str:
+        """Read the output of the server."""
         return exit_and_output(["docker", "logs", CONTAINER])[1]
 
-    def server_user(self) -> int:  # noqa: D102
+    def server_user(self) -> int:
+        """Read the effective user id of the server process."""
         code, status = self.execute("cat", "/proc/1/status")
         return effective_uid(status) if code == 0 else -1
 
-    def wait(self) -> int:  # noqa: D102
+    def wait(self) -> int:
+        """Wait until the server ends by itself and return its exit code."""
         return int(run("docker", "wait", CONTAINER))
 
-    def stop(self) -> int:  # noqa: D102
+    def stop(self) -> int:
+        """Send SIGTERM to the server and return its exit code."""
         run("docker", "stop", f"--time={STOP_SECONDS}", CONTAINER)
         return self.wait()
 
-    def clean(self) -> None:  # noqa: D102
+    def clean(self) -> None:
+        """Remove the container and keep the image."""
         exit_and_output(["docker", "rm", "--force", CONTAINER])
 
 
-class Buildah(Builder):
-    """buildah as root, without daemon and registry, with its own storage below *folder*.
+class Buildah:
+    """The same with buildah as root, without daemon and registry, with its own storage below *folder*.
 
     The base image consists of Debian packages, installed by debootstrap.
     """
@@ -143,8 +103,7 @@ class Buildah(Builder):
     base = "localhost/sopdeploy-base:debian"
 
     def __init__(self, image: str, folder: Path) -> None:
-        super().__init__(image)
-        self._folder = folder
+        self.image, self._folder = image, folder
         self._server: subprocess.Popen[str] | None = None
         self._log = folder / "server.log"
         storage = [f"--root={folder / 'storage'}", f"--runroot={folder / 'run'}", "--storage-driver=vfs"]
@@ -244,6 +203,9 @@ def environment_options(settings: dict[str, str]) -> list[str]:
 def effective_uid(status: str) -> int:
     """Read the effective user id from the text of `/proc/PID/status`."""
     return int(next(line.split()[2] for line in status.splitlines() if line.startswith("Uid:")))
+
+
+Builder = Docker | Buildah
 
 
 def choose_builder(image: str, folder: Path) -> Builder | str:

@@ -6,5 +6,5 @@ import sys
 UNWANTED = ("torch", "torchvision", "timm", "onnx", "onnxscript", "sklearn")
 
 if __name__ == "__main__":
-    found = [name for name in UNWANTED if importlib.util.find_spec(name)]
-    sys.exit(f"the server image must not contain {', '.join(found)}" if found else 0)
+    unwanted = [name for name in UNWANTED if importlib.util.find_spec(name)]
+    sys.exit(f"the server image must not contain {', '.join(unwanted)}" if unwanted else 0)

@@ -60,9 +60,7 @@ def test_pip_is_the_fallback_and_a_double_failure_is_one_line(
 
 SETTINGS = {
     "an index by the environment": ({"PIP_INDEX_URL": "https://index.example/simple"}, None, True),
-    "an index by a file": ({}, "[global]\nindex-url = https://index.example/simple\n", True),
     "an index for `install` only": ({}, "[install]\nindex-url = https://index.example/simple\n", True),
-    "no index at all": ({"PIP_NO_INDEX": "1"}, None, True),
     "one more index": ({"PIP_EXTRA_INDEX_URL": "https://index.example/simple"}, None, False),
     "nothing": ({}, None, False),
 }
@@ -79,7 +77,3 @@ def test_a_custom_index_is_detected(case: str, monkeypatch: pytest.MonkeyPatch, 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert install.has_custom_index() is expected
-
-
-def test_the_uv_requirement_comes_from_the_project() -> None:
-    assert install.uv_requirement().startswith("uv>=")
