@@ -137,7 +137,7 @@ def read_card(bundle: Bundle) -> Card:
     try:
         roots = certificate["roots"]
         summary = CertificateSummary(
-            proof=certificate.get("proof", "three-way"),  # bundles of older versions
+            proof=certificate.get("proof", "three-way"),
             compared=certificate["compared"],
             detached=certificate["detached"],
             removed=len(certificate["removed"]),

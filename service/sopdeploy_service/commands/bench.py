@@ -37,7 +37,7 @@ class Latency(StrictModel):
     images_per_s: float
 
 
-class Measured(StrictModel):
+class BundleLatencies(StrictModel):
     """One bundle, its runtime, and its latency at each batch size."""
 
     bundle: str
@@ -54,8 +54,8 @@ class Benchmark(StrictModel):
     machine: dict[str, str | int | float]
     versions: dict[str, str]
     threads: int | None
-    ours: Measured
-    other: Measured | None = None
+    ours: BundleLatencies
+    other: BundleLatencies | None = None
     ratios: dict[str, float] = pydantic.Field(default_factory=dict)
 
 
@@ -89,7 +89,7 @@ def bench(
         for rows, seconds in zip(latencies, _time_runs(bundles, batch), strict=True):
             rows.append(summarize(batch, seconds))
     measured = [
-        Measured(
+        BundleLatencies(
             bundle=loaded.bundle.name,
             id=loaded.bundle.manifest.id,
             precision=loaded.bundle.manifest.precision,
@@ -112,20 +112,19 @@ def bench(
 
 def _time_runs(bundles: Sequence[LoadedModel], batch: int) -> list[list[float]]:
     """Time alternating runs of the bundles on noise images within the budget."""
-    rng = [np.random.default_rng(SEED) for _ in bundles]
     shapes = [(batch, *loaded.bundle.manifest.image_shape) for loaded in bundles]
-    images = [one.integers(0, 256, shape, dtype=np.uint8) for one, shape in zip(rng, shapes, strict=True)]
+    images = [np.random.default_rng(SEED).integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
     seconds: list[list[float]] = [[] for _ in bundles]
     for _ in range(WARMUP_RUNS):
-        for loaded, given in zip(bundles, images, strict=True):
-            loaded.runtime.run(given)
+        for loaded, pixels in zip(bundles, images, strict=True):
+            loaded.runtime.run(pixels)
     while len(seconds[0]) < MAX_RUNS and (
         len(seconds[0]) < MIN_RUNS or max(map(sum, seconds)) < BUDGET_SECONDS
     ):
-        for loaded, given, taken in zip(bundles, images, seconds, strict=True):
+        for loaded, pixels, times in zip(bundles, images, seconds, strict=True):
             start = time.perf_counter()
-            loaded.runtime.run(given)
-            taken.append(time.perf_counter() - start)
+            loaded.runtime.run(pixels)
+            times.append(time.perf_counter() - start)
     return seconds
 
 

@@ -25,7 +25,7 @@ from sopdeploy.images.pixels import (
     visible_box,
 )
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.api.schema import Classes, ClassProbability
+from sopdeploy_service.api.schema import ClassProbability
 from sopdeploy_service.http.problems import Problem
 from sopdeploy_service.images.decode import Decoded, EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
@@ -77,14 +77,14 @@ def predict(
     if explain is not None and (len(images) != 1 or explain.suffix.lower() != ".png"):
         raise ConfigError(f"--explain {explain}: needs exactly one image, and the name of a .png file")
     loaded = load_model(bundle_path, settings)
-    found = []
+    predictions = []
     for number, image in enumerate(images):
         name = str(image if isinstance(image, Path) else getattr(image, "filename", "") or f"image {number}")
         read = read_image(image, settings.max_body_bytes) if isinstance(image, Path) else image
         if explain is not None:
             _explain_image(loaded, read, settings, explain)
-        found.append(_predict_image(loaded, read, name, settings))
-    return found
+        predictions.append(_predict_image(loaded, read, name, settings))
+    return predictions
 
 
 def _predict_image(
@@ -103,14 +103,10 @@ def _predict_image(
     limit = settings.classes_per_image(multi_label=thresholds is not None)
     (ranked,) = rank_images([logits], thresholds, limit)
     recognized = None if manifest.rejection is None else manifest.rejection.recognize(logits)
-    found = Classes(**format_prediction(ranked, loaded.bundle.labels, recognized=recognized))
-    return FilePrediction(
-        image=name,
-        classes=found.classes,
-        warnings=decoded.warnings,
-        known=found.known,
-        score=found.score,
+    prediction = format_prediction(
+        ranked, loaded.bundle.labels, warnings=decoded.warnings, recognized=recognized
     )
+    return FilePrediction(image=name, **prediction)
 
 
 def _explain_image(

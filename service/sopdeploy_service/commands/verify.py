@@ -71,10 +71,10 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
         device=loaded.runtime.device,
         replays=tuple(
             ReplayRecord(
-                batch=batch, images=found.images, deviation=found.deviation, tolerance=found.tolerance
+                batch=batch, images=replay.images, deviation=replay.deviation, tolerance=replay.tolerance
             )
-            for batch, found in loaded.replays.items()
+            for batch, replay in loaded.replays.items()
         ),
         golden=len(examples),
-        pixels=max(filter(None, differences), key=lambda one: one.drift, default=None),
+        pixels=max(filter(None, differences), key=lambda difference: difference.drift, default=None),
     )

@@ -9,7 +9,6 @@ import hashlib
 import hmac
 import os
 import secrets
-import tempfile
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ import pydantic
 
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import writing
+from sopdeploy.files import atomic_write, writing
 
 PREFIX = "sop_"  # lets secret scanners recognize leaked keys
 BITS = 256
@@ -55,11 +54,8 @@ class ApiKeys:
     def find(self, given: bytes) -> Key | None:
         """Look up the secret *given* in constant time: all keys are compared, even after a match."""
         digest = hashlib.sha256(given).hexdigest()
-        found = None
-        for key in self.keys:
-            if hmac.compare_digest(digest, key.sha256):
-                found = key
-        return found
+        matches = [key for key in self.keys if hmac.compare_digest(digest, key.sha256)]
+        return matches[0] if matches else None
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
@@ -68,7 +64,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     Raises `ConfigError` if it is missing or malformed, or if two keys have the same name or hash.
     """
     try:
-        found = KeyFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        keys = KeyFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).key
     except OSError as problem:
         hint = "`sopdeploy key` creates a key file"
         raise ConfigError(f"{path}: cannot read keys ({problem.strerror}); {hint}") from problem
@@ -77,11 +73,11 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     except pydantic.ValidationError as problem:
         raise ConfigError(f"{path}: {first_problem(problem)}") from problem
     for attribute in ("name", "sha256"):
-        values = [getattr(key, attribute) for key in found.key]
+        values = [getattr(key, attribute) for key in keys]
         duplicate = next((value for value in values if values.count(value) > 1), None)
         if duplicate is not None:
             raise ConfigError(f"{path}: two keys have the {attribute} {duplicate}; remove one")
-    return found.key
+    return keys
 
 
 def load_keys(path: Path) -> ApiKeys:
@@ -134,18 +130,7 @@ def _add_key(path: Path, name: str, *, rate: float | None, burst: int | None, ad
     limit = "# no rate: unlimited" if key.rate is None else f"rate = {key.rate!r}\nburst = {key.burst}"
     scopes = ", ".join(f'"{scope}"' for scope in key.scopes)
     entry = f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{limit}\nscopes = [{scopes}]\n'
-    _write_private(path, (path.read_text(encoding="utf-8") if path.exists() else "") + entry)
+    with atomic_write(path) as partial:
+        partial.touch(mode=0o600)
+        partial.write_text((path.read_text("utf-8") if path.exists() else "") + entry, "utf-8")
     return secret
-
-
-def _write_private(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

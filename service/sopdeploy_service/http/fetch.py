@@ -70,8 +70,7 @@ def check_url(url: str, settings: Settings) -> tuple[httpx.URL, str, int]:
         raise _rejected(NOT_ALLOWED, "user names and passwords are not supported")
     host = target.raw_host.decode("ascii").lower()
     port = target.port or PORTS[target.scheme]
-    place = f"{host}:{port}"
-    names = {place, host} if port == PORTS[target.scheme] else {place}
+    names = {f"{host}:{port}"} | ({host} if port == PORTS[target.scheme] else set())
     if names.isdisjoint(settings.url_hosts):
         raise _rejected(NOT_ALLOWED, f"{min(names)[:100]!r} is not among the allowed hosts of this server")
     return target, host, port
@@ -79,8 +78,8 @@ def check_url(url: str, settings: Settings) -> tuple[httpx.URL, str, int]:
 
 async def system_addresses(host: str, port: int) -> Sequence[str]:
     """Look up the addresses of *host* with the system's resolver."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=SOCK_STREAM)
-    return [str(entry[4][0]) for entry in found]
+    entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=SOCK_STREAM)
+    return [str(entry[4][0]) for entry in entries]
 
 
 async def public_address(host: str, port: int, resolve: Resolve) -> str:
@@ -98,10 +97,10 @@ async def public_address(host: str, port: int, resolve: Resolve) -> str:
 
 def is_public(address: str) -> bool:
     """Check that *address*, and the IPv4 address it may contain, belong to the public internet."""
-    found = ip_address(address.partition("%")[0])
-    if isinstance(found, IPv6Address) and (found not in PUBLIC_V6 or found.sixtofour or found.teredo):
+    parsed = ip_address(address.partition("%")[0])
+    if isinstance(parsed, IPv6Address) and (parsed not in PUBLIC_V6 or parsed.sixtofour or parsed.teredo):
         return False
-    return found.is_global and not found.is_multicast
+    return parsed.is_global and not parsed.is_multicast
 
 
 async def download(

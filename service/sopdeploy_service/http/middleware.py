@@ -115,24 +115,24 @@ class RequestContextMiddleware:
             self._record(context, scope["method"], inner.get("route"), status, seconds)
 
     def _record(
-        self, context: RequestContext, method: str, found: object, status: int, seconds: float
+        self, context: RequestContext, method: str, route: object, status: int, seconds: float
     ) -> None:
-        """Record a request to the route *found*, which took *seconds*, in metrics, trace and access log.
+        """Record a request to *route*, which took *seconds*, in metrics, trace and access log.
 
         *status* is 0 if no response was sent.
         """
-        route = getattr(found, "path", "other")  # the template: few values, whatever clients send
-        self.service.metrics.request(route, status, seconds, context.model_name)
+        path = getattr(route, "path", "other")  # the template: few values, whatever clients send
+        self.service.metrics.request(path, status, seconds, context.model_name)
         if context.trace is not None:
-            context.trace.end(route, status, context.spans)
-        level = logging.DEBUG if route in MONITORING and status < 400 else logging.INFO
+            context.trace.end(path, status, context.spans)
+        level = logging.DEBUG if path in MONITORING and status < 400 else logging.INFO
         if not access_log.isEnabledFor(level):
             return
         fields = {
             "request": context.request_id,
             "key": context.key_name,
             "method": method if method in METHODS else "other",
-            "route": route,
+            "route": path,
             "status": status,
             "code": context.code,
             "model": context.model_name or None,

@@ -68,12 +68,12 @@ def parts(raw: bytes) -> list[bytes]:
     if raw.count(b'"') > MAX_QUOTES:
         raise RejectedError(TOO_COMPLEX)
     masked = raw.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in raw else raw
-    found = []
+    pieces = []
     begin = 0
     while (end := masked.find(b'"', begin)) >= 0:  # releases the GIL more often than `split`
-        found.append(masked[begin:end])
+        pieces.append(masked[begin:end])
         begin = end + 1
-    return [*found, masked[begin:]]
+    return [*pieces, masked[begin:]]
 
 
 def decode_text(text: object, where: str) -> bytes:

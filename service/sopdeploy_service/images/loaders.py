@@ -117,9 +117,9 @@ class NvImageCodec:
         where = getattr(decoded, "buffer_kind", None)
         shape = tuple(getattr(decoded, "shape", ()))
         if where != self._library.ImageBufferKind.STRIDED_DEVICE or shape != (height, width, 3):
-            found = "nothing" if decoded is None else f"{shape} in {getattr(where, 'name', where)}"
+            result = "nothing" if decoded is None else f"{shape} in {getattr(where, 'name', where)}"
             raise RuntimeUnavailableError(
-                f"decode=nvimagecodec: the GPU did not decode a test JPEG (result: {found}); "
+                f"decode=nvimagecodec: the GPU did not decode a test JPEG (result: {result}); "
                 'run: pip install "sopdeploy[nvimagecodec]" (with nvJPEG), or serve with decode=exact'
             )
 

@@ -107,10 +107,10 @@ class Metrics:
 
     def show_drift(self, model: str, tests: Sequence[str]) -> None:
         """Show the drift of *model* in *tests*, NaN before its first full window."""
-        found = self.of(model)
+        model_metrics = self.of(model)
         for of in tests:
             for number, gauge in enumerate((self._drift_distance, self._drift_p_value)):
-                gauge.labels(model, of).set_function(partial(found.drift_value, of, number))
+                gauge.labels(model, of).set_function(partial(model_metrics.drift_value, of, number))
 
     def count_bundle(self, name: str, bundle: Bundle, runtime: Runtime, change: int) -> None:
         """Count *bundle* as loaded under *name* on *runtime* (*change* 1) or as unloaded (-1).

@@ -57,11 +57,11 @@ class RequestTrace:
 
         *traces* has one entry per image; several images may belong to one request.
         """
-        requests = {id(one): one for one in traces}
+        requests = {id(request): request for request in traces}
         span = self._tracer.start_span(
             "batch",
             context=trace.set_span_in_context(trace.INVALID_SPAN),
-            links=[trace.Link(one._span.get_span_context()) for one in requests.values()],
+            links=[trace.Link(request._span.get_span_context()) for request in requests.values()],
             attributes={"sopdeploy.images": len(traces)},
             start_time=_to_epoch(started),
         )

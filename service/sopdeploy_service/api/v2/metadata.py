@@ -39,15 +39,13 @@ IMAGE = Tensor("IMAGE", "BYTES", (-1, 1))
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """The tensors, labels and request size limit of a model.
+    """The tensors of a model, and the largest number of images in a request.
 
-    *labels* are those of the first output; *max_images* is the limit of one request.
     A request gives one of two inputs: *tensor* or `IMAGE`.
     """
 
     tensor: Tensor
     outputs: tuple[Tensor, ...]
-    labels: tuple[str, ...]
     max_images: int
 
 
@@ -58,7 +56,7 @@ def signature_of(bundle: Bundle, max_images: int) -> Signature:
         Tensor(record.name, DATATYPES[record.dtype], tuple(-1 if n is None else n for n in record.shape))
         for record in (manifest.inputs[0], *manifest.outputs)
     )
-    return Signature(tensor, tuple(outputs), bundle.labels, max_images)
+    return Signature(tensor, tuple(outputs), max_images)
 
 
 def platform(model: Model) -> str:
