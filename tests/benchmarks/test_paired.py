@@ -1,7 +1,5 @@
 """Paired differences equal SciPy's paired t test, and verdicts follow from intervals."""
 
-import math
-
 import pytest
 from gain.paired import Paired, paired
 from scipy import stats
@@ -31,14 +29,3 @@ def test_a_paired_difference_is_the_paired_t_test() -> None:
 )
 def test_the_verdict_follows_from_the_interval_alone(mean: float, half: float, verdict: str) -> None:
     assert Paired(5, mean, half, 3, 0.5).verdict == verdict
-
-
-def test_one_seed_has_no_verdict() -> None:
-    found = paired([90.0], [10.0])
-    assert found.verdict == "one seed"
-    assert math.isnan(found.p)
-
-
-def test_unequal_numbers_of_seeds_are_rejected() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        paired([1.0, 2.0], [1.0])

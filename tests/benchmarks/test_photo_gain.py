@@ -6,14 +6,10 @@ import timm
 import torch
 from gain import photos
 from gain.photos import RULES, PhotosConfig, write_maps
-from gain.run import Run, build, exported_network, open_task, train, train_and_measure
-from gain.studies import FINE_TUNED, FROZEN, PHOTO_EPOCHS, photographs
+from gain.run import Run, build, exported_network, open_task, train_and_measure
+from gain.studies import FINE_TUNED, photographs
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
-from sopdeploy.backbones.timm_backbone import TimmBackbone
 from sopdeploy.images.pixels import preprocess_image
 
 CLASSES = ("hat", "pants", "shoes")
@@ -61,43 +57,10 @@ def test_the_stored_maps_give_the_logits_of_the_whole_network(task: PhotosConfig
         assert min((logits - other).abs().max() for other in expected) < 0.01 * expected.abs().max()
 
 
-def test_all_arms_start_with_the_same_weights_and_photographs(task: PhotosConfig) -> None:
-    networks = {arm: build(run).state_dict() for arm, run in arms(task).items()}
-    plain = networks[FINE_TUNED]
-    for state in networks.values():
-        assert all(torch.equal(state[name], value) for name, value in plain.items())
-    tasks = [open_task(run) for run in arms(task).values()]
-    assert all(torch.equal(tasks[0].train, other.train) for other in tasks)
-    assert not {tuple(one.flatten().tolist()) for one in tasks[0].test} & {
-        tuple(one.flatten().tolist()) for one in tasks[0].train[:, 0]
-    }
-
-
-def test_training_starts_from_a_classifier_of_the_frozen_network(task: PhotosConfig) -> None:
-    run = arms(task)[FROZEN].model_copy(update={"epochs": 0})
-    network, found = build(run), open_task(run)
-    assert isinstance(network, TimmBackbone)
-    photos.start_from_probe(network, found)
-    features = network.features(found.train[:, 0])[0].mean(dim=(2, 3)).detach().numpy()
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=photos.PROBE_C, max_iter=5000))
-    expected = probe.fit(features, found.labels).predict_proba(features)
-    logits = network(found.train[:, 0])
-    assert torch.allclose(logits.softmax(dim=1), torch.from_numpy(expected).float(), atol=1e-3)
-    before = network.state_dict()["bn2.running_mean"].clone()
-    train(network, found, run.model_copy(update={"epochs": 1}))
-    assert torch.equal(network.state_dict()["bn2.running_mean"], before)
-
-
 def test_a_run_with_branches_is_measured_without_them(task: PhotosConfig) -> None:
     run = next(run for arm, run in arms(task).items() if arm.endswith("DSoP, detached"))
     assert 0 <= train_and_measure(run).accuracy <= 100
     assert not [name for name in exported_network(build(run), run).state_dict() if "branches" in name]
-
-
-def test_the_equal_time_control_trains_longer(task: PhotosConfig) -> None:
-    study = photographs(task, 10)
-    assert len(study.seeds) == 10
-    assert study.run(f"{FINE_TUNED}, equal time", 0).epochs > PHOTO_EPOCHS
 
 
 def test_real_needs_photographs_weights_and_a_cache(capsys: pytest.CaptureFixture[str]) -> None:

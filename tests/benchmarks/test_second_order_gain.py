@@ -8,40 +8,19 @@ import pytest
 import second_order_gain
 import torch
 from gain import runs
-from gain.gates import gates_on_cifar, kinds
+from gain.gates import kinds
 from gain.report import checks, print_studies, results_of
-from gain.run import TRUNK, Run, build, exported_network, open_task, train_and_measure
+from gain.run import Run, build, exported_network, open_task
 from gain.studies import (
     DSOP,
     HEAD,
     LINEAR,
     PLAIN,
-    cifar,
-    cifar_branches,
-    cifar_rates,
-    digits,
-    few_textures,
-    texture_rates,
     textures,
 )
 from gain.study import Study
-from gain.task import DigitsConfig
 from gain.textures import TextureConfig
 from rich.console import Console
-
-ARRAYS = Path("cifar10.npz")
-EVERY = [
-    texture_rates(),
-    textures(2, ablations=True),
-    few_textures(1),
-    digits(2),
-    kinds(2, tries=True),
-    cifar(ARRAYS, 2, whole=True),
-    cifar_branches(ARRAYS, 2),
-    cifar_rates(ARRAYS),
-    gates_on_cifar(ARRAYS, 1),
-]
-EVERY_ARM = [pytest.param(study, arm, id=f"{study.name}: {arm}") for study in EVERY for arm in study.arms]
 
 
 def miniature(*arms: str) -> Study:
@@ -76,19 +55,6 @@ def test_the_head_wins_linear_features_are_at_chance_and_the_cache_resumes(
     assert runs.run_studies([study], tmp_path, jobs=1) == results
 
 
-@pytest.mark.parametrize(("study", "arm"), EVERY_ARM)
-def test_every_arm_starts_with_the_weights_of_the_plain_network(study: Study, arm: str) -> None:
-    run = study.run(arm, 0)
-    network, again = build(run).state_dict(), build(run).state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in network.items())
-    trunk = {key: value for key, value in run.config.items() if key in TRUNK}
-    family = "textures" if "textures" in run.network else "resnet"
-    plain = build(run.model_copy(update={"network": family, "config": trunk})).state_dict()
-    same = [name for name in network if name in plain and network[name].shape == plain[name].shape]
-    assert same
-    assert all(torch.equal(network[name], plain[name]) for name in same)
-
-
 @pytest.mark.parametrize(
     ("run", "training_only"),
     [
@@ -106,24 +72,6 @@ def test_the_measured_network_is_the_trained_one_without_training_only_modules(
     exported = exported_network(network, run)
     assert not [name for name, _ in exported.named_modules() if name.startswith(training_only)]
     assert torch.equal(exported(images), network.eval()(images))
-
-
-def test_a_damaged_result_is_recomputed(tmp_path: Path) -> None:
-    run = Run(task=DigitsConfig(), network="textures", config={}, epochs=1, learning_rate=0.1, seed=0)
-    run = run.model_copy(update={"task": TextureConfig(train=64)})
-    outcome = train_and_measure(run)
-    runs.write_cached(tmp_path, run, outcome)
-    assert runs.read_cached(tmp_path, run) == outcome
-    (tmp_path / f"{run.key}.json").write_text("{", encoding="utf-8")
-    assert runs.read_cached(tmp_path, run) is None
-    assert runs.read_cached(None, run) is None
-
-
-def test_the_key_of_a_run_does_not_depend_on_the_location_of_the_images() -> None:
-    here, there = (cifar(Path(place), 1, whole=False).run(HEAD, 0) for place in ("a.npz", "b.npz"))
-    assert here.key == there.key
-    keys = [run.key for study in EVERY for _, _, run in study.runs()]
-    assert len(set(keys)) == len({run.model_dump_json() for study in EVERY for _, _, run in study.runs()})
 
 
 def test_a_missing_gain_fails() -> None:

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sopdeploy.errors import ImageError
 from sopdeploy.images.formats import prepare_decoders
+from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
-from tests.attacks.test_bad_images import BOMBS
 from tests.service.children import ONE_PROCESS, WAYS, serving
-from tests.service.conftest import picture_bytes, running
+from tests.service.conftest import RULES, picture_bytes, running
 from tests.service.raw import connect, post_of, read
 
 prepare_decoders()  # also registers the encoder of HEIC
@@ -99,12 +100,9 @@ BAD_BODIES = {
     (400, "empty_body"): {"empty body": b""},
     (413, "too_large"): {
         "one byte over the limit": JPEG_IMAGE + bytes(1_000_001 - len(JPEG_IMAGE)),
-        "far over the limit": bytes(30_000_000),
     },
     (413, "too_many_pixels"): {
         "PNG of 900 megapixels": png(30_000, 30_000),
-        "PNG of 169 megapixels": png(13_000, 13_000),
-        "PNG of 100 megapixels": png(10_000, 10_000),
         "PNG of 71 megapixels": png(71_000, 1000),
         "AVIF of 71 megapixels": with_size("AVIF", 8900, 8000),
         "AVIF whose frames are larger than it says": larger_avif(9000, 9000),
@@ -174,35 +172,35 @@ BAD_BODIES = {
     ("body", "expected"),
     [pytest.param(body, key, id=name) for key, bodies in BAD_BODIES.items() for name, body in bodies.items()],
 )
-def test_a_bad_body_is_rejected_and_the_next_request_succeeds(client, jpeg, body, expected):
+def test_a_bad_image_has_its_own_code(body, expected):
     started = time.monotonic()
-    reply = client.post("/v1/classify", content=body)
+    with pytest.raises(ImageError) as caught:
+        decode(EncodedImage(body), RULES, max_bytes=1_000_000, max_pixels=Settings().max_pixels)
     assert time.monotonic() - started < 10  # long before the deadline
-    assert (reply.status_code, reply.json()["code"]) == (expected[0], expected[1] or reply.json()["code"])
+    assert (caught.value.status, caught.value.code) == (expected[0], expected[1] or caught.value.code)
+
+
+@pytest.mark.parametrize("expected", [key for key in BAD_BODIES if key[1]], ids=lambda key: key[1])
+def test_a_bad_body_is_rejected_and_the_next_request_succeeds(client, jpeg, expected):
+    reply = client.post("/v1/classify", content=next(iter(BAD_BODIES[expected].values())))
+    assert (reply.status_code, reply.json()["code"]) == expected
     assert reply.headers["content-type"] == "application/problem+json"
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "image/png", "application/json", "x", "", "image/svg+xml"])
+@pytest.mark.parametrize("kind", ["text/plain", "application/json", ""])
 def test_the_format_is_detected_from_the_bytes(client, jpeg, kind):
     reply = client.post("/v1/classify", content=jpeg, headers={"Content-Type": kind})
     assert reply.status_code == 200
 
 
 @pytest.mark.parametrize("kind", ["ICO", "PDF", "EPS", "JPEG2000", "TGA", "PCX", "SGI", "DDS"])
-def test_an_unsupported_format_never_reaches_pillow(client, kind, monkeypatch):
+def test_an_unsupported_format_never_reaches_pillow(kind, monkeypatch):
     body = saved(kind)
-    opened = []  # by a server in this process
-    monkeypatch.setattr(Image, "open", lambda *given, **options: opened.append(given))
-    assert client.post("/v1/classify", content=body).status_code == 415
-    assert opened == []
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_a_pixel_bomb_is_refused_and_the_next_request_succeeds(client, jpeg, name):
-    reply = client.post("/v1/classify", content=BOMBS[name])
-    assert (reply.status_code, reply.json()["code"]) in {(413, "too_many_pixels"), (422, "damaged_image")}
-    assert client.post("/v1/classify", content=jpeg).status_code == 200
+    monkeypatch.setattr(Image, "open", lambda *given, **options: pytest.fail("was opened"))
+    with pytest.raises(ImageError) as caught:
+        decode(EncodedImage(body), RULES, max_bytes=1_000_000, max_pixels=1_000_000)
+    assert caught.value.status == 415
 
 
 @pytest.mark.parametrize(
@@ -269,12 +267,9 @@ def test_a_large_body_without_a_length_is_rejected_while_it_arrives(client, jpeg
 
 
 BAD_PATHS = {
-    405: ["GET /v1/classify", "PUT /v1/classify", "DELETE /v1/classify", "OPTIONS /v1/classify",
-          "TRACE /v1/classify", "POST /livez"],
-    404: ["POST /v1/classify/", "POST /v1//classify", "POST //v1/classify", "POST /v1/./classify",
-          "POST /v1/x/../classify", "POST /V1/classify", "POST /v1/classify%00", "POST /v1/..%2fclassify",
-          "POST /v2/models/..%2f..%2fetc%2fpasswd/infer", "GET /..%2f..%2f..%2fetc/passwd", "GET /%ff%fe",
-          "GET /livez/", "GET /wp-login.php"],
+    405: ["GET /v1/classify", "OPTIONS /v1/classify", "TRACE /v1/classify", "POST /livez"],
+    404: ["POST /v1/classify/", "POST //v1/classify", "POST /v1/x/../classify", "POST /v1/classify%00",
+          "POST /v2/models/..%2f..%2fetc%2fpasswd/infer", "GET /..%2f..%2f..%2fetc/passwd", "GET /%ff%fe"],
 }  # fmt: skip
 
 
@@ -303,21 +298,12 @@ def test_512_concurrent_images_get_200_or_429(serve_with, jpeg):
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-NEIGHBORS = {
-    "text": (b"I am no image", 415),
-    "JPEG cut in half": (JPEG_IMAGE[: len(JPEG_IMAGE) // 2], 422),
-    "pixel bomb": (png(30_000, 30_000), 413),
-    "text bomb": (png(8, 8, extra=ZTXT_BOMB), 422),
-}
-
-
-@pytest.mark.parametrize("bad", NEIGHBORS)
-def test_a_bad_image_does_not_affect_concurrent_images(client, jpeg, bad):
-    body, status = NEIGHBORS[bad]
-    with ThreadPoolExecutor(8) as pool:
-        for _ in range(10):
-            replies = pool.map(lambda body: client.post("/v1/classify", content=body), [jpeg] * 7 + [body])
-            assert [reply.status_code for reply in replies] == [200] * 7 + [status]
+def test_bad_images_do_not_affect_concurrent_images(client, jpeg):
+    bodies = [jpeg, JPEG_IMAGE[: len(JPEG_IMAGE) // 2], jpeg, png(30_000, 30_000), jpeg, jpeg]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(5):
+            replies = pool.map(lambda body: client.post("/v1/classify", content=body), bodies)
+            assert [reply.status_code for reply in replies] == [200, 422, 200, 413, 200, 200]
 
 
 def test_slow_requests_do_not_delay_others(client, jpeg):

@@ -119,14 +119,9 @@ def test_top_k_in_the_query_overrides_the_body(client, text):
 
 
 REJECTED = {
-    b"": (400, "malformed_json"),
     b"[" * 100_000: (400, "malformed_json"),
-    b'{"image": "", "image": ""}': (400, "duplicate_key"),
-    b"\xff": (400, "malformed_json"),
     b'{"image": ""}': (400, "empty_body"),
     b'{"image": "aGVsbG8="}': (415, "not_an_image"),
-    b'{"images": [' + b'"YQ==",' * 8 + b'"YQ=="]}': (400, "too_many_images"),
-    b'{"url": "https://img.example/a.jpg"}': (403, "url_input_off"),
     b'{"url": "file:///etc/passwd"}': (403, "url_input_off"),
     b'{"image": "' + b"A" * 1_000_000 + b'"}': (413, "too_large"),
 }

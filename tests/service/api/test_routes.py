@@ -146,10 +146,3 @@ def test_openapi_describes_all_kinds_of_bodies(client):
     schema = content["application/json"]["schema"]
     assert set(schema["properties"]) == {"image", "images", "url", "top_k"}
     assert schema["additionalProperties"] is False
-
-
-def test_servers_in_one_process_have_separate_metrics(serve_with, onnx_runtime, jpeg):
-    first, second = serve_with(onnx_runtime), serve_with(onnx_runtime)
-    first.post("/v1/classify", content=jpeg)
-    assert 'route="/v1/classify"' in first.get("/metrics").text
-    assert 'route="/v1/classify"' not in second.get("/metrics").text

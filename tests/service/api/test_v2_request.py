@@ -18,10 +18,9 @@ LIMIT = 100_000
 PIXELS = Signature(
     Tensor("images", "UINT8", (-1, 2, 2, 3)),
     (Tensor("logits", "FP32", (-1, 7)), Tensor("gate", "FP32", (-1, 4))),
-    ("ant", "bee"),
     max_images=4,
 )
-FLOATS = Signature(Tensor("x", "FP32", (-1, 3)), PIXELS.outputs, (), max_images=4)
+FLOATS = Signature(Tensor("x", "FP32", (-1, 3)), PIXELS.outputs, max_images=4)
 
 
 def read(

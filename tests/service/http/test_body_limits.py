@@ -1,17 +1,13 @@
 """The memory budget and the rate limit of request bodies."""
 
-import asyncio
 import time
 from contextlib import ExitStack
 
 import pytest
-from fastapi import FastAPI
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.http.middleware import BodyLimitsMiddleware, LimitedBody
-from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.fake import FakeRuntime
-from sopdeploy_service.settings import Settings, load_settings
+from sopdeploy_service.settings import load_settings
 from tests.service.raw import EXPECT, POST, connect, count, read
 
 
@@ -68,19 +64,3 @@ def test_a_blocked_server_does_not_reject_a_waiting_client(serve_with, jpeg, unt
         client.loop.call_soon_threadsafe(time.sleep, 0.6)  # the server blocks its event loop
         wire.sendall(jpeg[100:])
         assert read(wire, to_the_end=False).status == 200
-
-
-def test_data_received_while_the_loop_was_blocked_is_read_before_the_timeout():
-    async def read_once() -> bytes:
-        loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[bytes] = asyncio.Queue()
-        loop.call_later(0.01, time.sleep, 0.2)
-        loop.call_later(0.11, loop.call_soon, pieces.put_nowait, b"x")  # due after the timeout of 0.1 s
-
-        async def receive() -> dict[str, object]:
-            return {"type": "http.request", "body": await pieces.get(), "more_body": False}
-
-        shared = BodyLimitsMiddleware(FastAPI(), Settings(body_grace_seconds=0.1), Metrics())
-        return (await LimitedBody(receive, 1, shared).receive())["body"]
-
-    assert asyncio.run(read_once()) == b"x"

@@ -10,7 +10,7 @@ from sopdeploy_service.inference.results import CLIENT_GONE, RejectedError
 from sopdeploy_service.runtime.fake import FakeRuntime
 from tests.service.conftest import open_files
 from tests.service.held import Held
-from tests.service.raw import POST, connect, count, post_of
+from tests.service.raw import connect, count, post_of
 
 GONE = 'requests_total{code="499",model="tiny",route="/v1/classify"}'
 
@@ -27,18 +27,6 @@ def test_a_disconnect_after_some_bytes_of_the_body_is_counted(serve_with, jpeg, 
     assert (count(client, "cancelled_total"), count(client, "upload_bytes")) == (5, 0)
     assert runtime.batches == []
     assert client.post("/v1/classify", content=jpeg).status_code == 200
-
-
-def test_a_disconnect_in_a_form_is_counted(serve_with, until):
-    client = serve_with(FakeRuntime(classes=7))
-    with connect(client) as wire:
-        wire.sendall(
-            POST + b"Content-Type: multipart/form-data; boundary=XX\r\nTransfer-Encoding: chunked\r\n\r\n"
-            b'40\r\n--XX\r\nContent-Disposition: form-data; name="image"; filename="a"'
-        )
-        until(lambda: count(client, "upload_bytes") > 0)
-    until(lambda: count(client, GONE) == 1)
-    assert count(client, "upload_bytes") == 0
 
 
 def test_a_disconnect_while_queued_or_running_frees_the_queue(serve_with, jpeg, until):

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from sopdeploy_service.http.fetch import fetch, is_public
+from sopdeploy_service.http.fetch import fetch
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.settings import Settings
 
@@ -84,12 +84,6 @@ def test_the_connection_uses_the_resolved_address_and_the_host_name(address, por
     assert resolver.calls == [("img.example", port)]  # once: a second DNS response could differ
 
 
-def test_a_host_may_be_allowed_with_the_default_port():
-    settings = Settings(url_hosts=("img.example:443",))
-    assert got("https://img.example/a", settings=settings) == b"image"
-    assert rejected("https://img.example:8443/a", settings=settings) == ("url_not_allowed", 403)
-
-
 @pytest.mark.parametrize(
     ("host", "url"),
     [
@@ -129,11 +123,6 @@ def test_a_private_address_is_rejected_alone_and_among_public_ones(address):
         assert transport.requests == []
 
 
-@pytest.mark.parametrize("address", [PUBLIC, "8.8.8.8", "2606:4700::1111", "2a00:1450:4001::1"])
-def test_public_addresses_are_public(address):
-    assert is_public(address)
-
-
 FORBIDDEN = [
     *("", "//img.example/a", "img.example/a", "https://", "data:image/png;base64,YQ", "file:///etc/passwd"),
     *("http://img.example/a", "ftp://img.example/a", "gopher://img.example", "https://other.example/a"),
@@ -156,16 +145,6 @@ def test_other_urls_are_rejected_before_the_name_is_resolved(url):
 )
 def test_invalid_urls_are_rejected(url):
     assert rejected(url) == ("bad_url", 400)
-
-
-@pytest.mark.parametrize(
-    "url", ["https://127.0.0.1/", "https://0x7f.1/", "https://[::ffff:127.0.0.1]/", "https://localhost/"]
-)
-def test_an_allowed_host_must_be_public_for_the_system_resolver_too(url):
-    settings = Settings(url_hosts=("127.0.0.1", "0x7f.1", "::ffff:127.0.0.1", "localhost"))
-    with pytest.raises(RejectedError) as caught:
-        asyncio.run(fetch(url, settings))
-    assert caught.value.rejection.status in {403, 422}
 
 
 @pytest.mark.parametrize("resolver", [Resolver([]), Resolver(OSError("no such host"))], ids=["none", "error"])
@@ -209,13 +188,6 @@ def test_a_slow_stream_and_a_slow_resolver_end_at_the_timeout(slow):
     resolver = Resolver([PUBLIC] if slow == "stream" else 30.0)
     assert rejected(URL, transport, resolver, settings) == ("url_timeout", 504)
     assert time.monotonic() - began < 20
-
-
-def test_a_fetch_may_take_longer_than_the_default_timeout_of_httpx():
-    transport = Transport()
-    settings = ALLOWED.model_copy(update={"url_seconds": 60.0})
-    assert got(URL, transport, settings=settings) == b"image"
-    assert set(transport.requests[0].extensions["timeout"].values()) == {None}
 
 
 class EchoHost(BaseHTTPRequestHandler):

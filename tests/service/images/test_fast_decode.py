@@ -12,7 +12,6 @@ from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
 from sopdeploy_service.images.loaders import (
     MAX_DRIFT,
     check_fast_decode,
-    compare,
     load_reduced,
     synthetic_jpeg,
 )
@@ -69,14 +68,6 @@ def test_each_side_keeps_twice_the_pixels_of_the_resized_image(side, loaded):
         assert load_reduced(image, body, RULES).size == (loaded, loaded)
 
 
-def test_synthetic_jpegs_depend_only_on_the_seed():
-    assert synthetic_jpeg((64, 48), 1) == synthetic_jpeg((64, 48), 1) != synthetic_jpeg((64, 48), 2)
-
-
-def test_exact_decoding_needs_no_check(bundle, onnx_runtime):
-    assert check_fast_decode(bundle, onnx_runtime, Settings()) is None
-
-
 def test_a_robust_network_is_loaded_with_its_drift(bundle_path):
     found = load_model(bundle_path, FAST)
     assert found.fast_decode.pictures == 9
@@ -110,13 +101,6 @@ def test_only_jpegs_count_as_samples(bundle, onnx_runtime, tmp_path):
         load_settings(fast_decode_samples=tmp_path)
 
 
-def test_the_comparison_of_equal_and_of_opposite_logits():
-    logits = np.array([[1.0, 2.0], [4.0, 3.0]])
-    same, other = compare(logits, logits), compare(logits, logits[:, ::-1])
-    assert (same.drift, same.agreement, same.largest) == (0, 1, 0)
-    assert (other.drift, other.agreement, other.largest) == (2, 0, 1)
-
-
 def test_a_server_decodes_fast_and_reports_the_drift(run_server, bundle_path, jpeg):
     found = load_model(bundle_path, FAST)
     with run_server(found.runtime, found.bundle, FAST, fast_decode=found.fast_decode) as client:
@@ -128,7 +112,3 @@ def test_a_server_decodes_fast_and_reports_the_drift(run_server, bundle_path, jp
         logits = found.runtime.run(exact_and_fast(body)[1][None].astype(np.uint8))["logits"][0]
         best = client.post("/v1/classify?top_k=1", content=body).json()["classes"][0]
         assert best["probability"] == pytest.approx(float(np.exp(logits).max() / np.exp(logits).sum()))
-
-
-def test_a_server_with_exact_decoding_reports_no_drift(client):
-    assert "fast_decode" not in client.get("/info").json()["models"][0]

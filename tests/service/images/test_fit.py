@@ -157,7 +157,7 @@ def test_the_box_is_the_part_of_the_image_that_the_network_sees(fit, size, box):
 
 
 @pytest.mark.parametrize("fit", ["pad", "squash"])
-@pytest.mark.parametrize("size", [(801, 600), (600, 801), (300, 1201), (1203, 901), (63, 63)])
+@pytest.mark.parametrize("size", [(801, 600), (300, 1201)])
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_fast_decoding_keeps_the_position_of_the_image_and_almost_its_pixels(fit, size, orientation):
     file, exif, rules = io.BytesIO(), Image.Exif(), rules_for(fit)

@@ -13,7 +13,7 @@ from sopdeploy.errors import ImageError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode, is_truncated
 
-FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 RULES = Preprocess(resize=36, crop=32)
 LIMITS = {"max_bytes": 10**6, "max_pixels": 10**6}
 FRAMES = (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2")
@@ -58,7 +58,7 @@ def truncated(body: bytes) -> bool:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("size", [(160, 112), (176, 96), (160, 400), (900, 900)])
+@pytest.mark.parametrize("size", [(160, 112), (900, 900)])
 def test_a_jpeg_with_fewer_pixels_than_declared_is_truncated(variant: str, size: tuple[int, int]) -> None:
     body = encode(noise_image(), variant)
     assert not truncated(body)
@@ -68,7 +68,7 @@ def test_a_jpeg_with_fewer_pixels_than_declared_is_truncated(variant: str, size:
 
 
 @pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"progressive"}))
-@pytest.mark.parametrize("fraction", [0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("fraction", [0.3, 0.9])
 def test_a_jpeg_cut_and_closed_with_an_end_marker_is_rejected(variant: str, fraction: float) -> None:
     body = encode(noise_image((320, 240)), variant)
     with pytest.raises(ImageError) as caught:
@@ -93,8 +93,8 @@ def test_a_complete_jpeg_may_have_any_gray_area(
     assert not truncated(encode(image, variant, quality) + trailing)
 
 
-@pytest.mark.parametrize("segment", [b"Adobe", b"Adobe\0", b"Adobe\0d", b"Adobe\0d\0\0\0\0", b"Adob"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("segment", [b"Adobe", b"Adobe\0d\0\0\0\0", b"Adob"])
+@pytest.mark.parametrize("variant", ["baseline", "CMYK"])
 def test_a_short_adobe_segment_is_ignored(variant: str, segment: bytes) -> None:
     body = encode(noise_image(), variant)
     changed = body[:2] + b"\xff\xee" + struct.pack(">H", 2 + len(segment)) + segment + body[2:]

@@ -37,16 +37,15 @@ def decoded(codec, monkeypatch):
     return numbers
 
 
-ROTATED = [Image.Exif() for _ in range(8)]
-for orientation, exif in enumerate(ROTATED, 1):
-    exif[0x0112] = orientation
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6
 READ = [
     *(encode(size) for size in ((300, 200), (31, 17))),
     *(
         encode((300, 200), **options)
         for options in ({"mode": "L"}, {"progressive": True}, {"subsampling": 0})
     ),
-    *(encode((300, 200), exif=exif.tobytes()) for exif in ROTATED),
+    encode((300, 200), exif=ROTATED.tobytes()),
 ]
 OTHERS = [encode((300, 200), **options) for options in ({"kind": "PNG"}, {"mode": "CMYK"}, {"kind": "WEBP"})]
 
@@ -59,11 +58,10 @@ def test_it_decodes_rgb_and_gray_jpegs_to_the_pixels_of_pillow(codec, decoded, b
     assert found.warnings == expected.warnings
 
 
-@pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
-def test_a_truncated_jpeg_is_rejected(codec, keep):
+def test_a_truncated_jpeg_is_rejected(codec):
     complete = encode((300, 200))
     with pytest.raises(ImageError) as caught:
-        decode_with(codec, complete[: int(len(complete) * keep)])
+        decode_with(codec, complete[: len(complete) // 2])
     assert caught.value.code == "truncated_image"
 
 

@@ -6,13 +6,11 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
-import httpx
 import pytest
 
 from sopdeploy_service.http.api_keys import new_key
-from sopdeploy_service.http.middleware import ApiKeyMiddleware
 from sopdeploy_service.observability import logs
-from sopdeploy_service.observability.logs import Timeline, process_age
+from sopdeploy_service.observability.logs import Timeline
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 
@@ -135,22 +133,3 @@ def test_which_events_are_logged_by_default_and_with_settings(logged, settings, 
     logging.getLogger("urllib3").info("of another library")
     assert [word for word in ("hint", "started", "warn") if word in found.getvalue()] == expected
     assert found.getvalue().count("\n") == len(expected)
-
-
-def test_a_timeline_starts_with_the_process(monkeypatch):
-    assert 0 < process_age() < 86_400
-    now = 100.0
-    monkeypatch.setattr("sopdeploy_service.observability.logs.time.monotonic", lambda: now)
-    monkeypatch.setattr("sopdeploy_service.observability.logs.process_age", lambda: 0.5)
-    timeline = Timeline()
-    timeline.mark("imports")
-    now = 103.0
-    timeline.add([{"hashes": 1.0, "probes": 1.0}, {"probes": 0.75}])
-    timeline.mark("listen")
-    assert timeline.steps_ms == {"imports": 500.0, "hashes": 1000.0, "probes": 1750.0, "listen": 250.0}
-
-
-def test_an_app_without_keys_has_no_key_middleware(serve_with):
-    client = serve_with(FakeRuntime(classes=7))
-    assert ApiKeyMiddleware not in [layer.cls for layer in client.app.user_middleware]
-    assert client.get("/info").status_code == httpx.codes.OK
