@@ -13,7 +13,7 @@ from sopdeploy.backbones.timm_backbone import import_timm
 from sopdeploy.config import first_problem
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.import_weights import read_class_names
+from sopdeploy.user_files import read_class_names
 from sopdeploy_export.options import ExportOptions, NetworkExportOptions, NetworkOptions
 from sopdeploy_export.pipeline import Exported
 from sopdeploy_export.user_network.builder import network_builder

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.files import atomic_write, writing
+from sopdeploy.models.base import is_in
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.distributed.strategy import SingleProcess, select_device
 from sopdeploy.training.loop import train
@@ -32,7 +32,7 @@ from sopdeploy.training.procedure import select_split
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.run import create_run
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.start_weights import create_initial_model
+from sopdeploy.training.start_weights import InitialModel, create_initial_model
 
 PREDICTIONS = "last-right.npy"
 PLAN = "plan.json"
@@ -81,7 +81,7 @@ def compare(
         seeded = [(one.name, one.recipe.model_copy(update={"seed": seed})) for one in recipes]
         first = seeded[0][1]
         strategy = SingleProcess(select_device(first.device))
-        weights = random_weights(first, data.train.labels, strategy)
+        weights = random_weights(create_initial_model(first, data.train.labels, strategy))
         for name, recipe in seeded:
             on_run(name, seed)
             folder = destination / name / f"seed-{seed}"
@@ -145,25 +145,21 @@ def train_from(
         folder.check_free()
         initial = create_initial_model(recipe, data.train.labels, strategy)
         matching = {
-            name: given
-            for name, own in random_weights(recipe, data.train.labels, strategy).items()
-            if (given := weights.get(name)) is not None
-            and (given.shape, given.dtype) == (own.shape, own.dtype)
+            name: weights[name]
+            for name, own in random_weights(initial).items()
+            if name in weights and (weights[name].shape, weights[name].dtype) == (own.shape, own.dtype)
         }
         initial.model.load_state_dict(matching, strict=False)
         folder.save_last(create_run(recipe, data.train, strategy, initial=initial))
     train(recipe, path, resume=True, callback=callback)
 
 
-def random_weights(recipe: Recipe, labels: tuple[str, ...], strategy: SingleProcess) -> dict[str, Tensor]:
-    """Create the initial model of *recipe*; return those of its tensors that its start weights do not set."""
-    initial = create_initial_model(recipe, labels, strategy)
-    weights = initial.model.state_dict()
+def random_weights(initial: InitialModel) -> dict[str, Tensor]:
+    """Return the tensors of the parts of *initial* that its start weights do not set."""
+    tensors: dict[str, Tensor] = initial.model.state_dict()
     if initial.start is None:
-        return weights
-    without = create_initial_model(recipe.model_copy(update={"start": None}), labels, strategy)
-    random = without.model.state_dict()
-    return {name: tensor for name, tensor in weights.items() if torch.equal(tensor, random[name])}
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if is_in(name, *initial.start.new)}
 
 
 def predict_last_epoch(recipe: Recipe, path: Path, data: Split) -> NDArray[np.bool_]:

@@ -1,7 +1,6 @@
 """`sopdeploy import`: turn a published weight file into a checkpoint."""
 
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from sopdeploy.importers.resnets import convert_cifar_resnet, convert_torchvisio
 from sopdeploy.importers.source import ConvertedWeights, WeightFile
 from sopdeploy.importers.timm_network import convert_timm
 from sopdeploy.importers.vgg import convert_mpncov_vgg, convert_torchvision_vgg
-from sopdeploy.importers.weight_files import open_weights
+from sopdeploy.importers.weight_files import OwnCheckpointError, open_weights
+from sopdeploy.user_files import read_class_names
 
 Converter = Callable[[WeightFile, str], ConvertedWeights | None]  # None if the file is of another project
 CONVERTERS: tuple[tuple[str, Converter], ...] = (  # (project, function); the first result is used
@@ -36,7 +36,6 @@ CONVERTERS: tuple[tuple[str, Converter], ...] = (  # (project, function); the fi
     ("torchvision", convert_torchvision_resnet),
 )
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-MAX_LABEL_BYTES = 1 << 22
 
 
 class ImportOptions(StrictModel):
@@ -136,6 +135,15 @@ def import_weights(source: Path, model: str, destination: Path, options: ImportO
     )
 
 
+def convert_start_weights(path: Path, model: str) -> ConvertedWeights | None:
+    """Convert the weight file at *path* for catalog *model*; None for a checkpoint of sopdeploy."""
+    try:
+        file = open_weights(path)
+    except OwnCheckpointError:
+        return None
+    return convert(file, model)[1]
+
+
 def convert(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
     """Convert *file* for catalog *model*; returns the name of the file's project and the result.
 
@@ -183,19 +191,3 @@ def class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[s
         return tuple(weights.meta["categories"]), "ImageNet, as torchvision names them"
     width = len(str(count - 1))
     return tuple(f"class {index:0{width}}" for index in range(count)), "numbers; give --labels for names"
-
-
-def read_class_names(file: Path) -> tuple[str, ...]:
-    """Read one class name per line, or a JSON list, of `--labels`; raises `ConfigError`."""
-    try:
-        if file.stat().st_size > MAX_LABEL_BYTES:
-            raise ConfigError(
-                f"--labels {file}: larger than {MAX_LABEL_BYTES >> 20} MiB; give one name per line"
-            )
-        content = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
-        names = json.loads(content) if file.suffix == ".json" else content.split("\n")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--labels {file}: cannot be read ({error}); give one name per line") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f'--labels {file}: not a list of names; write for example ["cat", "dog"]')
-    return tuple(name.strip() for name in names if name.strip())

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from sopdeploy.errors import WeightsError
-from sopdeploy.importers.source import Layer, MappedTensor, WeightFile, check_tensors
+from sopdeploy.importers.source import Layer, MappedTensor, WeightFile
+from sopdeploy.user_files import check_tensors
 
 EPS = 1e-5  # of every batch norm of sopdeploy
 MATRIX_ROOT = "OBJ_ConvNet_Cov_Sqrtm"

@@ -32,6 +32,7 @@ PINNED = {  # complete hashes; of other files the digits in the name are compare
     "resnet50-0676ba61.pth": "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
 }
 TORCHVISION_VERSION = "IMAGENET1K_V1"  # fine-tunes better than V2, which is trained with label smoothing
+PUBLISHED_DEPTHS = {18, 26, 34, 50, 101}  # of ResNets
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z.]+$")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_FILE = "model.safetensors"
@@ -52,28 +53,30 @@ def fetch_imagenet_weights(model: str, config: StrictModel) -> Published:
     Raises `ConfigError` if none are published, `WeightsError` if the file cannot be downloaded or has another
     hash; such a file is removed.
     """
+    published = _published_network(model, config)
+    family, _, name = published.rpartition(":")
+    if family == "timm":
+        return Published(_fetch_timm(name), published)
+    weights = importlib.import_module("torchvision.models").get_model_weights(name)[TORCHVISION_VERSION]
+    return Published(_fetch_url(weights.url), name.replace("_", "-"))
+
+
+def _published_network(model: str, config: StrictModel) -> str:
+    """Name the network of torchvision, or `timm:NAME`, whose ImageNet weights fit the backbone of *model*."""
     family, _, name = model.rpartition(":")
-    network = entry(model).network
+    network, depth = entry(model).network, getattr(config, "depth", None)
     if family:
-        return Published(_fetch_timm(name), f"timm:{name}")
+        return f"timm:{name}"
     if issubclass(network, EfficientNet):
-        return Published(_fetch_timm("efficientnet_b0"), "timm:efficientnet_b0")
-    if issubclass(network, ResNet) and getattr(config, "depth", None) == 26:  # of timm only
-        return Published(_fetch_timm("resnet26"), "timm:resnet26")
-    models = importlib.import_module("torchvision.models")
-    names = {  # name in torchvision and in the catalog, and whether it applies
-        (f"resnet{getattr(config, 'depth', None)}",) * 2: issubclass(network, ResNet),
-        ("vgg16_bn", "vgg16-bn"): isinstance(config, VGGConfig) and config.batch_norm,
-        ("vgg16", "vgg16"): isinstance(config, VGGConfig),
-    }
-    published, ours = next((pair for pair, applies in names.items() if applies), ("", ""))
-    if published not in models.list_models():
-        raise ConfigError(
-            f"start.weights: no ImageNet weights are published for {model}; choose a network on ResNet-18, "
-            f"26, 34, 50 or 101, VGG-16 or EfficientNet-b0, timm:NAME or dsop-timm:NAME, {ADVICE}"
-        )
-    weights = models.get_model_weights(published)[TORCHVISION_VERSION]
-    return Published(_fetch_url(weights.url), ours)
+        return "timm:efficientnet_b0"
+    if isinstance(config, VGGConfig):
+        return "vgg16_bn" if config.batch_norm else "vgg16"
+    if issubclass(network, ResNet) and depth in PUBLISHED_DEPTHS:
+        return "timm:resnet26" if depth == 26 else f"resnet{depth}"
+    raise ConfigError(
+        f"start.weights: no ImageNet weights are published for {model}; choose a network on ResNet-18, "
+        f"26, 34, 50 or 101, VGG-16 or EfficientNet-b0, timm:NAME or dsop-timm:NAME, {ADVICE}"
+    )
 
 
 def _fetch_url(url: str) -> Path:

@@ -5,13 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
-
-MAX_BYTES = 4 << 30  # of all tensors of a file; the largest published file has 0.7 GB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,24 +59,6 @@ class WeightFile:
                 "; give the file of a classifier"
             )
         return weight
-
-
-def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Check that *tensors* are dense, real and not too large in total; raises `WeightsError`.
-
-    With strides of 0, a few bytes can declare a tensor of any shape.
-    """
-    total = 0
-    for name, tensor in tensors.items():
-        dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
-        if not dense or tensor.is_complex():
-            raise WeightsError(f"{path}: {name} is not a dense tensor of real numbers; save it as float32")
-        total += tensor.numel() * tensor.element_size()
-        if total > MAX_BYTES:
-            raise WeightsError(
-                f"{path}: its tensors have more than {MAX_BYTES >> 30} GiB, which is the limit"
-            )
-    return dict(tensors)
 
 
 class MappedTensor(NamedTuple):

@@ -4,25 +4,20 @@ No code of a file is run: `.pth` files go through the restricted reader of check
 a JSON header and numbers.
 """
 
-import argparse
-import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from sopdeploy.checkpoint import FORMAT, is_state_dict, load_plain
+from sopdeploy.checkpoint import FORMAT, is_state_dict
 from sopdeploy.data.matlab_file import read_hdf5, read_v5
-from sopdeploy.environment import import_optional
-from sopdeploy.errors import CheckpointError, WeightsError
+from sopdeploy.errors import WeightsError
 from sopdeploy.importers.matconvnet import read_dagnn
-from sopdeploy.importers.source import WeightFile, check_tensors
+from sopdeploy.importers.source import WeightFile
+from sopdeploy.user_files import ADVICE, check_tensors, opened, read_pytorch
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
-ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 MATLAB_MAGIC = b"MATLAB "
 USER_BLOCK = 512  # bytes before the HDF5 content of a MATLAB 7.3 file
@@ -34,7 +29,7 @@ class OwnCheckpointError(WeightsError):
 
 def open_weights(path: Path) -> WeightFile:
     """Read the weight file at *path*, whose format is detected; raises `WeightsError`."""
-    with _opened(path) as file:
+    with opened(path) as file:
         start = file.read(USER_BLOCK + len(HDF5_MAGIC))
     if HDF5_MAGIC in (start[: len(HDF5_MAGIC)], start[USER_BLOCK:]):
         return read_dagnn(path, read_hdf5(path))
@@ -51,43 +46,6 @@ def open_weights(path: Path) -> WeightFile:
         arch=arch if isinstance(arch, str) else None,
         other_keys=other_keys,
     )
-
-
-def read_pytorch(path: Path) -> tuple[Any, str]:
-    """Read a `.pth`, `.pth.tar`, `.th`, `.pt` or `.safetensors` file once; returns content and sha256.
-
-    A safetensors file is one table of tensors. Raises `WeightsError`.
-    """
-    with _opened(path) as file:
-        raw = file.read()
-    digest = hashlib.sha256(raw).hexdigest()
-    if raw[8:9] == b"{":
-        safetensors = import_optional(
-            "safetensors.torch", "safetensors", "sopdeploy[import]", WeightsError, str(path)
-        )
-        try:
-            return safetensors.load(raw), digest
-        except Exception as error:  # SafetensorError
-            raise WeightsError(f"{path}: damaged safetensors file ({error}); copy it again") from error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, in many checkpoints
-            return load_plain(path, ADVICE, raw=raw), digest
-    except CheckpointError as error:
-        raise WeightsError(str(error)) from error
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open the file at *path*; raises `WeightsError` if it cannot be opened or read."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; give a weight file")
-    try:
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise WeightsError(
-            f"{path}: cannot be read ({error.strerror or error}); check its permissions"
-        ) from error
 
 
 def _find_state_dict(path: Path, content: Any) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:

@@ -13,7 +13,6 @@ from sopdeploy.training.diagnostics import EpochRow
 Chart = tuple[Markup, str]  # a chart and its caption
 EPOCHS = Axis("epoch")
 ERROR = Axis("top-1 error in %")
-EIGENVALUES = tuple(10 ** (-4 + step / 8) for step in range(41))  # 0.0001 to 10
 
 
 def curve_charts(found: Reproduction) -> list[Chart]:
@@ -42,7 +41,6 @@ def figure_charts(found: Reproduction, figures: Sequence[Figure]) -> list[Chart]
         "alpha": _alpha_chart,
         "grid": _grid_charts,
         "spectra": _condition_charts,
-        "mapping": _mapping_charts,
     }
     done = [row for row in found.rows if row.runs]
     return [chart for figure in figures for chart in draw[figure](done)]
@@ -142,19 +140,3 @@ def _condition_charts(rows: list[RowResult]) -> Iterator[Chart]:
         title = "Condition numbers of the covariances"
         chart = bars("condition", title, entries, max(entry.value for entry in entries))
         yield chart, f"{title} before and after the square root, at the last recorded epoch; logarithmic."
-
-
-def _mapping_charts(_rows: list[RowResult]) -> Iterator[Chart]:
-    """Plot square root and logarithm of an eigenvalue, and their derivatives."""
-    functions: list[tuple[str, str, Callable[[float], float], Callable[[float], float], bool]] = [
-        ("mapping", "function value", math.sqrt, math.log, False),
-        ("gradient", "derivative", lambda value: 0.5 / math.sqrt(value), lambda value: 1 / value, True),
-    ]
-    for id_, label, power, logarithm, logarithmic in functions:
-        curves = [
-            Curve(name=name, points=tuple((value, function(value)) for value in EIGENVALUES))
-            for name, function in (("power 1/2", power), ("logarithm", logarithm))
-        ]
-        title = f"{label.capitalize()} over the eigenvalue"
-        axis = Axis(label, logarithmic=logarithmic)
-        yield plot(id_, title, curves, Axis("eigenvalue", logarithmic=True), axis), f"{title} (computed)."

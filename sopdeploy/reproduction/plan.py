@@ -10,7 +10,7 @@ import torch
 from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import PadCrop
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.describe import Description, describe
+from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import CatalogModel, create_model
 from sopdeploy.reproduction.facts import count_facts
 from sopdeploy.reproduction.small import SMALL_DATA, small_data, small_overrides
@@ -27,7 +27,7 @@ ASSUMPTION = (
     "images and evaluation are not counted"
 )
 NOT_TRAINED = {"counts": "counted, not trained", "times": "timed, not trained"}  # by what a table measures
-SHOWN_QUANTITIES = {
+QUANTITIES = {  # of `published.toml`, by key of a row
     "params": "parameters",
     "gflops": "operations",
     "train_params": "parameters",
@@ -172,32 +172,21 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
 
 def _count(table: PrintedTable, row: PrintedRow, recipe: Recipe) -> Counts:
     """Count parameters, operations and facts of the network that *recipe* trains."""
-    model = recipe.model
-    found = describe(
-        model.name,
-        image_size=recipe.preprocess.crop,
-        num_classes=DATA_SETS[table.data].classes,
-        **model.config,
-    )
+    model, side, classes = recipe.model, recipe.preprocess.crop, DATA_SETS[table.data].classes
+    described = describe(model.name, image_size=side, num_classes=classes, **model.config)
+    counts = {
+        "params": described.shipped.parameters / 1e6,
+        "gflops": described.shipped.macs / 1e9,
+        "train_params": described.training.parameters / 1e6,
+        "train_gflops": described.training.macs / 1e9,
+    }
+    for figure in reversed(described.published):  # the first figure decides
+        for key, quantity in QUANTITIES.items():
+            if figure.quantity.endswith(quantity) and figure.printed == getattr(row, key):
+                counts[key] = figure.ours
     facts: dict[str, float] = {}
     if row.facts:
         with torch.device("meta"):
-            network = create_model(model.name, num_classes=found.num_classes, **model.config)
-        facts = count_facts(network, recipe.preprocess.crop, row.facts)
-    return Counts(
-        params=_as_printed(row, "params", found, found.shipped.parameters / 1e6),
-        gflops=_as_printed(row, "gflops", found, found.shipped.macs / 1e9),
-        train_params=_as_printed(row, "train_params", found, found.training.parameters / 1e6),
-        train_gflops=_as_printed(row, "train_gflops", found, found.training.macs / 1e9),
-        dim=found.representation,
-        facts=facts,
-    )
-
-
-def _as_printed(row: PrintedRow, key: str, found: Description, count: float) -> float:
-    """Return *count*, or the count in the convention of the paper that prints the figure *key*."""
-    printed = getattr(row, key)
-    for figure in found.published:
-        if figure.quantity.endswith(SHOWN_QUANTITIES[key]) and figure.printed == printed:
-            return figure.ours
-    return count
+            network = create_model(model.name, num_classes=classes, **model.config)
+        facts = count_facts(network, side, row.facts)
+    return Counts(**counts, dim=described.representation, facts=facts)

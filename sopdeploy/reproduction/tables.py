@@ -15,7 +15,7 @@ from sopdeploy.config import Positive, StrictModel
 from sopdeploy.errors import ConfigError
 
 Percent = Annotated[float, pydantic.Field(ge=0, le=100)]
-Figure = Literal["heads", "usage", "alpha", "grid", "spectra", "mapping"]
+Figure = Literal["heads", "usage", "alpha", "grid", "spectra"]
 Measures = Literal["errors", "counts", "times"]
 
 

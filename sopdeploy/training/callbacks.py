@@ -96,8 +96,6 @@ class WeightsAndBiases(Callback):
         file, name = self.folder / WANDB_FILE, self.folder.name
         if file.exists():
             number = file.read_text(encoding="utf-8").strip()
-        elif counts["first_epoch"] > 0:
-            number = name  # a run of an earlier version
         else:
             number = secrets.token_hex(8)
             with writing(file, CheckpointError), atomic_write(file) as partial:

@@ -39,7 +39,7 @@ def resume_run(
             f"{source}: the run started with {state.get('train_count')} training images, now there are "
             f"{len(images)}; give the same data or start a new run"
         )
-    raw = state.get("weights", checkpoint.weights)
+    raw: Any = state.get("weights")
     damaged = f"{source}: its state to resume from is damaged; start a new run"
     if not is_state_dict(raw):
         raise CheckpointError(damaged)
@@ -66,8 +66,7 @@ def _load_state(run: Run, state: dict[str, Any]) -> None:
     Raises `KeyError` and the errors of `load_state_dict`.
     """
     run.optimizer.load_state_dict(state["optimizer"])
-    if "precision" in state:
-        run.precision.load_state_dict(state["precision"])
+    run.precision.load_state_dict(state["precision"])
     if run.ema is not None:
         run.ema.load_state_dict(state["average"])
     if run.teacher is not None and run.teacher.learns:

@@ -5,6 +5,7 @@ state and position are therefore enough to resume a run bit for bit.
 """
 
 import copy
+import operator
 import platform
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -123,26 +124,21 @@ class Run:
 
     def after_step(self, result: StepResult, count: int, seconds: float, waited: float) -> None:
         """Add a step of *count* samples to the position; it took *seconds*, *waited* of them for data."""
-        at = self.position
-        parts = {"loss": result.loss.total, **result.loss.parts}
-        sums = {name: at.sums.get(name, 0.0) + float(part) * count for name, part in parts.items()}
-        component_counts = (
-            [] if result.loss.component_counts is None else result.loss.component_counts.tolist()
-        )
+        at, loss = self.position, result.loss
+        sums = dict(at.sums)
+        for name, part in {"loss": loss.total, **loss.parts}.items():
+            sums[name] = sums.get(name, 0.0) + float(part) * count
+        component_counts = at.component_counts
+        if loss.component_counts is not None:
+            before = component_counts or (0,) * len(loss.component_counts)
+            component_counts = tuple(map(operator.add, before, loss.component_counts.tolist()))
         self.position = at.model_copy(
             update={
                 "step": at.step + 1,
                 "seen": at.seen + count,
                 "sums": sums,
                 "gradient": at.gradient + result.gradient * count,
-                "component_counts": tuple(
-                    map(
-                        sum,
-                        zip(
-                            at.component_counts or [0] * len(component_counts), component_counts, strict=True
-                        ),
-                    )
-                ),
+                "component_counts": component_counts,
                 "train_seconds": at.train_seconds + seconds,
                 "data_seconds": at.data_seconds + waited,
                 "seconds": at.seconds + seconds,

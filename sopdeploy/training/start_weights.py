@@ -6,6 +6,7 @@ branches, pooling, attention blocks, and the classifier, which is new when the c
 Preprocessing values that the recipe's `[preprocess]` does not set are those of the start weights.
 """
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,6 @@ from sopdeploy.data.base import derive_seed
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import expand_user, sha256
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.fit import COUNTER
-from sopdeploy.importers.import_weights import CIFAR10, convert
-from sopdeploy.importers.published import fetch_imagenet_weights
-from sopdeploy.importers.weight_files import OwnCheckpointError, open_weights
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD
@@ -94,21 +91,22 @@ def read_start_weights(recipe: Recipe, strategy: Strategy) -> StartWeights | Non
 
 
 def _read(recipe: Recipe) -> StartWeights:
-    """Read the file of `start.weights` with the importers, or as a checkpoint."""
+    """Read the file of `start.weights` with the importers, or without them as a checkpoint."""
     model = recipe.model.name.removeprefix("head:")  # the tensors of a network keep their names under a head
     chosen = recipe.start.weights if recipe.start is not None else None
     source_model = model.removeprefix("dsop-") if ":" in model else model
+    importers = _load_importers("import_weights")
     if isinstance(chosen, Path):
         path = expand_user(chosen)
+    elif importers is None:
+        raise ConfigError("start.weights: sopdeploy.importers is not installed; give a checkpoint")
     else:
-        path, source_model = fetch_imagenet_weights(
-            model, make_config(recipe.model.name, recipe.model.config)
-        )
+        config = make_config(recipe.model.name, recipe.model.config)
+        path, source_model = _load_importers("published").fetch_imagenet_weights(model, config)
     if not path.is_file():
         load_plain(path)  # raises the error for missing files, folders and bundles
-    try:
-        file = open_weights(path)
-    except OwnCheckpointError:
+    converted = importers and importers.convert_start_weights(path, source_model)
+    if converted is None:
         checkpoint = read_checkpoint(path)
         return StartWeights(
             file=path.name,
@@ -119,15 +117,21 @@ def _read(recipe: Recipe) -> StartWeights:
             labels=checkpoint.labels,
             training_only=entry(checkpoint.model).network.training_only,
         )
-    _, converted = convert(file, source_model)
     return StartWeights(
         file=path.name,
         sha256=sha256(path),
         network=converted.description,
         tensors={mapped.name: mapped.tensor for mapped in converted.tensors},
         preprocess=converted.preprocess,
-        labels=CIFAR10 if converted.labels == "cifar10" else None,
+        labels=importers.CIFAR10 if converted.labels == "cifar10" else None,
     )
+
+
+def _load_importers(module: str) -> Any:
+    """Import *module* of the importers, which are an optional part; None without them."""
+    if importlib.util.find_spec("sopdeploy.importers") is None:
+        return None
+    return importlib.import_module(f"sopdeploy.importers.{module}")
 
 
 def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
@@ -171,7 +175,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
             new[part] = None
         elif found is not None and is_in(name, classifier_name(model).rpartition(".")[0] or name + "."):
             new[name.rpartition(".")[0]] = None  # a classifier of several layers behind another pooling
-        elif found is not None or not name.endswith(COUNTER):
+        elif found is not None or not name.endswith("num_batches_tracked"):
             state = f"{tuple(found.shape)}, not {tuple(tensor.shape)}" if found is not None else "missing"
             raise _misfit(weights, f"{name} is {state}")
     unused: dict[str, None] = {}

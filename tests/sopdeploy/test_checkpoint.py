@@ -127,8 +127,6 @@ INTERRUPTIONS: dict[str, tuple[str, Callable[..., None], type[BaseException], st
         r"ckpt\.pt: cannot be written .*No space left",
     ),
     "Ctrl-C": ("torch.save", fail(KeyboardInterrupt("x"), b"half"), KeyboardInterrupt, "x"),
-    "no memory": ("torch.save", fail(MemoryError("x"), b"half"), MemoryError, "x"),
-    "another type": ("torch.save", fail(TypeError("no pickle"), b"half"), TypeError, "no pickle"),
 }
 
 
@@ -179,19 +177,10 @@ HEADERS: dict[str, tuple[Change, str]] = {
     "no format": (lambda c: c.pop("format"), "not a sopdeploy checkpoint"),
     "a newer version": (lambda c: c.update(version=2), "version: "),
     "an extra key": (lambda c: c.update(extra=1), "extra: unknown key"),
-    "a key that is not text": (lambda c: c.update({3: 1}), "[Kk]ey"),
-    "no model": (lambda c: c.pop("model"), "model: missing"),
-    "no labels": (lambda c: c.pop("labels"), "labels: missing"),
-    "an empty list of labels": (lambda c: c.update(labels=[]), "labels: "),
-    "labels that are numbers": (lambda c: c.update(labels=[1, 2, 3]), "labels.0: "),
     "duplicate labels": (lambda c: c.update(labels=["a", "b", "a"]), "labels: .*two classes have the same"),
     "a crop larger than resize": (lambda c: c["preprocess"].update(crop=99), r"crop \(99\) is larger"),
-    "no preprocess": (lambda c: c.pop("preprocess"), "preprocess: missing"),
-    "a tensor as the name": (lambda c: c["model"].update(name=torch.ones(2)), "model.name: "),
-    "no training": (lambda c: c.pop("training"), "training: missing"),
     "no weights": (lambda c: c.pop("weights"), "not a dict of tensors"),
     "a number among the weights": (lambda c: c["weights"].update(bias=3), "not a dict of tensors"),
-    "a weight without a name": (lambda c: c["weights"].update({3: torch.ones(1)}), "not a dict of tensors"),
 }
 
 
@@ -222,13 +211,10 @@ WEIGHTS: dict[str, tuple[Change, str]] = {
     "an unknown tensor": (with_weight("zzz.weight", torch.ones(2)), "has no tensor zzz.weight"),
     "another shape": (with_weight("fc.bias", torch.ones(4)), r"fc\.bias is \(4,\), not \(3,\)"),
     "not a number": (last_value("fc.weight", float("nan")), r"fc\.weight has values that are not finite"),
-    "complex": (with_weight("fc.bias", torch.ones(3, dtype=torch.complex64)), r"fc\.bias"),
-    "sparse": (with_weight("fc.bias", torch.ones(3).to_sparse()), r"fc\.bias"),
     "another dtype": (
         with_weight("fc.bias", torch.ones(3).double()),
         "is float64 strided on cpu, not float32",
     ),
-    "a meta tensor": (with_weight("fc.bias", torch.ones(3, device="meta")), r"fc\.bias"),
 }
 
 
@@ -244,11 +230,7 @@ def test_wrong_weights_are_rejected_by_name(checkpoint: Checkpoint, case: str) -
 MODELS: dict[str, tuple[str, Any, str]] = {
     "an unknown name": ("model", "dsop-resnet9", "did you mean dsop-resnet"),
     "an unknown config key": ("config", {"widht": 4}, "widht"),
-    "a config value of another type": ("config", {"base_width": "wide"}, "base_width"),
-    "another config value": ("config", {"base_width": 5}, r"\(.*\), not \(.*\)"),
     "another number of labels": ("labels", ("a", "b"), r"is \(3, .*, not \(2,"),
-    "the number of classes as a config key": ("config", {"num_classes": 3}, "num_classes"),
-    "a name as a config key": ("config", {"name": "plain-resnet8"}, "name"),
 }
 
 

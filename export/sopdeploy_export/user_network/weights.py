@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from sopdeploy.checkpoint import is_state_dict
 from sopdeploy.errors import WeightsError, first_line
-from sopdeploy.importers.source import check_tensors
-from sopdeploy.importers.weight_files import ADVICE, read_pytorch
+from sopdeploy.user_files import ADVICE, check_tensors, read_pytorch
 
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning
 AVERAGING_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel

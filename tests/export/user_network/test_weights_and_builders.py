@@ -13,7 +13,7 @@ from sopdeploy.api.user_network import read_preprocess
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.import_weights import read_class_names
+from sopdeploy.user_files import read_class_names
 from sopdeploy_export.user_network.builder import network_builder, parse_settings
 from sopdeploy_export.user_network.weights import load_weights
 from tests.export.user_network.networks import Small, trained

@@ -85,7 +85,13 @@ def test_the_runs_of_a_pair_keep_their_own_start_weights(tmp_path) -> None:
     for first, second in ((scratch, tuned), (tuned, scratch)):
         folder, stop = tmp_path / str(second is tuned), RecordingCallback(stop_at=("step", 0, 0))
         with pytest.raises(TrainingStoppedError):
-            train_from(random_weights(first, data.train.labels, processes), second, folder, data, stop)
+            train_from(
+                random_weights(create_initial_model(first, data.train.labels, processes)),
+                second,
+                folder,
+                data,
+                stop,
+            )
         own = create_initial_model(second, data.train.labels, processes).model.state_dict()
         assert same_bits(read_checkpoint(folder / "previous.pt").weights, own)
 

@@ -81,38 +81,23 @@ def nested(depth: int) -> bytes:
 
 
 WIDE = matrix(1, (300_000, 1), b"net", struct.pack("<II", 14, 0) * 300_000)
-NO_FIELDS = element(5, struct.pack("<i", 0)) + element(1, b"")
-FIELDS = element(5, struct.pack("<i", 1)) + element(1, b"a" * 300_000)
 HIDDEN = matrix(1, (1, 1), b"", b"") * 5000  # cells whose content lies behind them: scipy would nest them
 DAMAGED = {
-    "no byte order": (None, "no byte order"),
     "cut short": (matrix(6, (9, 9), b"net", element(9, b"12345678")), "more values than bytes|reshape"),
     "longer than the file": (struct.pack("<II", 14, 1 << 20), "it ends too early"),
     "deep": (matrix(1, (1, 1), b"net", nested(5000)), "nested deeper than 32"),
     "hidden depth": (matrix(1, (5000, 1), b"net", HIDDEN), "other parts than it declares"),
     "wide": (WIDE, "more than 200000 parts"),
-    "many fields": (matrix(2, (1, 1), b"net", FIELDS), "more than 200000 parts"),
-    "fields without names": (matrix(2, (1, 1), b"net", NO_FIELDS), "no names"),
     "huge cell": (matrix(1, (2**31 - 1, 2**31 - 1), b"net", b""), "more than 200000 parts"),
     "huge array": (matrix(6, (2**31 - 1, 1), b"net", element(9, b"12345678")), "more values than bytes"),
-    "huge text": (matrix(4, (1, 2**31 - 1), b"net", element(16, b"abc")), "more values than bytes"),
-    "negative": (matrix(6, (-1, 4), b"net", b""), "without class or sizes"),
-    "not a matrix in a cell": (
-        matrix(1, (1, 1), b"net", element(9, bytes(8))),
-        "other parts than it declares",
-    ),
-    "too many parts in a cell": (matrix(1, (1, 1), b"net", NUMBER * 2), "other parts than it declares"),
     "numbers of an unknown type": (matrix(6, (1, 1), b"net", element(77, b"12345678")), "unknown type"),
-    "text of an unknown type": (matrix(4, (1, 1), b"net", element(77, b"12345678")), "unknown type"),
-    "opaque object": (matrix(17, (1, 1), b"net", b""), "object, function handle or sparse"),
-    "not compressed": (struct.pack("<II", 15, 8) + b"12345678", "damaged MATLAB file"),
 }
 
 
 @pytest.mark.parametrize(("body", "message"), DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_file_is_one_line(tmp_path: Path, body: bytes | None, message: str) -> None:
+def test_a_damaged_file_is_one_line(tmp_path: Path, body: bytes, message: str) -> None:
     path = tmp_path / "a.mat"
-    path.write_bytes(b"MATLAB 5.0 MAT-file".ljust(200) if body is None else HEADER + body)
+    path.write_bytes(HEADER + body)
     with pytest.raises(WeightsError, match=message) as error:
         open_weights(path)
     assert "\n" not in str(error.value)
@@ -140,12 +125,8 @@ LAYER: dict[str, Any] = {"name": "l", "type": "dagnn.Conv", "block": {}}
     ("variables", "message"),
     [
         ({}, "holds no MatConvNet network"),
-        ({"net": {"layers": []}}, "holds no MatConvNet network"),
         ({"net": {"params": PARAM, "layers": []}}, "has no layers"),
-        ({"net": {"params": PARAM, "layers": [{"name": "l"}]}}, "a layer has no name or type"),
         ({"net": {"params": {"value": 1}, "layers": [LAYER]}}, "a parameter has no name"),
-        ({"net": {"params": PARAM | {"value": None}, "layers": [LAYER]}}, "parameter a holds no numbers"),
-        ({"net": {"params": PARAM | {"value": np.zeros((0, 0))}, "layers": [LAYER]}}, "holds no numbers"),
     ],
 )
 def test_variables_without_a_network_are_refused(variables: dict[str, Any], message: str) -> None:

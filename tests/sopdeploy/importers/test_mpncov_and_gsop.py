@@ -9,7 +9,6 @@ import torch
 
 from sopdeploy.backbones import vgg
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.importers.weight_files import open_weights
 from tests.sopdeploy.importers.released_torch import (
     BASE,
     SHORT,
@@ -114,22 +113,12 @@ def test_what_the_file_does_not_tell_must_be_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("arch", ["resnet50", "se_resnet18", "mpncovresnet50", "alexnet"])
-def test_stride_must_be_set_if_the_arch_is_not_one_of_the_network(tmp_path: Path, arch: str) -> None:
+def test_stride_must_be_set_if_the_arch_is_not_one_of_the_network(tmp_path: Path) -> None:
+    arch = "se_resnet18"
     file = training_file(tmp_path / "a.pth.tar", resnet(), arch)
     message = rf"its arch '{arch}' is unknown for ResNet-18.*add --set conv5_stride"
     with pytest.raises(ConfigError, match=message):
         imported(file, "isqrt-resnet18")
-
-
-@pytest.mark.parametrize("prefix", ["features.", "features.module.", "module.features."])
-def test_data_parallel_prefixes_are_removed_anywhere(tmp_path: Path, prefix: str) -> None:
-    state = numbered(resnet().state_dict())
-    torch.save(
-        {name.replace("features.module.", prefix): value for name, value in state.items()}, tmp_path / "a.pth"
-    )
-    names = open_weights(tmp_path / "a.pth").tensors.keys()
-    assert names == {name.replace("features.module.", "features.") for name in state}
 
 
 @pytest.mark.usefixtures("short")
@@ -182,11 +171,8 @@ def test_vgg_weights_give_the_same_logits(
     [
         ("mpncov-resnet18", {}, r"\(pooling.kind is mpncov, not isqrt\).*--as isqrt-resnet18"),
         ("isqrt-resnet18", {"fc.weight": torch.zeros(5, 8192)}, "into the 8192 inputs"),
-        ("isqrt-resnet18", {"bn1.num_batches_tracked": torch.zeros(2)}, r"has shape \(2,\), not \(\)"),
-        ("isqrt-resnet18", {"layer_reduce.weight": torch.ones(())}, "layer_reduce.weight is a single number"),
-        ("isqrt-resnet18", {"layer4.0.bn2.weight": torch.ones(())}, "layer4.0.bn2.weight is a single number"),
     ],
-    ids=["another pooling", "no pooling of this size", "counters", "number", "number in a batch norm"],
+    ids=["another pooling", "no pooling of this size"],
 )
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, model: str, change: Any, message: str) -> None:
     torch.save(resnet().state_dict() | change, tmp_path / "a.pth")
@@ -232,25 +218,11 @@ def test_the_classifier_of_gsop_net2_is_made_row_wise(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("short26")
-@pytest.mark.parametrize("name", ["layer1.0.conv_for_DR.weight", "layer_reduce.weight"])
-def test_a_number_in_place_of_a_tensor_of_gsop_is_named(tmp_path: Path, name: str) -> None:
-    gsop(tmp_path / "a.pth.tar", "1", d=12)
-    state = open_weights(tmp_path / "a.pth.tar").tensors
-    shortened = next(key for key in state if key.endswith(name.removeprefix("layer1.0")))
-    torch.save({**state, shortened: torch.ones(())}, tmp_path / "b.pth")
-    with pytest.raises(WeightsError, match=f"{shortened} is a single number"):
-        imported(tmp_path / "b.pth", "gsop-net2-resnet26")
-
-
-@pytest.mark.usefixtures("short26")
 @pytest.mark.parametrize(
     ("d", "name", "message"),
     [
         (0, "gsop-net2-resnet26", r"final_pooling is isqrt, not gap.*--as gsop-net1-resnet26"),
-        (12, "gsop-net1-resnet26", r"final_pooling is gap, not isqrt.*--as gsop-net2-resnet26"),
-        (0, "gsop-net1-resnet50", r"depth is 50, not 26"),
         (0, "resnet50", r"it looks like GSoP-Net1 on ResNet-26, channel blocks"),
-        (0, "isqrt-resnet20", r"looks like GSoP-Net1"),
     ],
 )
 def test_another_network_than_gsop_is_refused(tmp_path: Path, d: int, name: str, message: str) -> None:

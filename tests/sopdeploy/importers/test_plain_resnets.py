@@ -131,9 +131,6 @@ def test_a_hub_config_applies_to_the_importer_of_torchvision_too(tmp_path: Path)
     "change",
     [
         {"interpolation": "lanczos"},
-        {"crop_pct": 0},
-        {"crop_mode": "squash"},
-        {"mean": [1]},
         {"input_size": []},
     ],
 )
@@ -159,10 +156,7 @@ def test_cifar_weights_give_the_same_logits(tmp_path: Path, blocks: int, option:
     ("name", "message"),
     [
         ("resnet20", r"depth is 20, not 18.*looks like ResNet-18 of torchvision, import it --as resnet18"),
-        ("dsop-resnet18", r"layers|branches|not in the file|pooling"),
         ("isqrt-resnet18", r"pooling.kind is isqrt, not gap"),
-        ("gmsop-16-8-resnet18", r"depth is None, not 18"),
-        ("timm:resnet34", r"is not in the file"),
     ],
 )
 def test_another_network_is_refused(weights: Path, name: str, message: str) -> None:
@@ -176,16 +170,7 @@ def test_another_network_is_refused(weights: Path, name: str, message: str) -> N
         ({"extra.weight": torch.zeros(2)}, "no tensor for extra.weight"),
         ({"layer1.0.conv1.weight": torch.zeros(8, 8, 1, 1)}, r"\(8, 8, 1, 1\), not \(8, 8, 3, 3\)"),
         ({"bn1.bias": torch.full((8,), float("nan"))}, "bn1.bias has values that are not finite"),
-        ({"bn1.bias": torch.full((8,), 1e300, dtype=torch.float64)}, "not finite in torch.float32"),
-        ({"linear.weight": torch.zeros(5)}, r"linear.weight has shape \(5,\), not \(classes, features\)"),
-        ({"bn1.bias": torch.zeros(8, dtype=torch.complex64)}, "bn1.bias is not a dense tensor"),
-        ({"bn1.bias": torch.zeros(8).to_sparse()}, "not a dense tensor|damaged"),
         ({"bn1.bias": torch.zeros(1).expand(1 << 31)}, "more than 4 GiB"),
-        (
-            {"conv1.weight": torch.zeros(())},
-            r"conv1\.weight has shape \(\), not PyTorch's \(channels, 3, height, width\)",
-        ),
-        ({"module.bn1.bias": torch.zeros(8)}, "bn1.bias occurs twice"),
         ({"bn1.bias": None}, "bn1.bias is not in the file"),
     ],
 )
@@ -200,14 +185,9 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, A
     ("options", "message"),
     [
         ({"resize": 20}, r"crop \(32\) is larger than resize \(20\)"),
-        ({"interpolation": "lanczos"}, "interpolation"),
         ({"settings": {"depht": 18}}, "depht: unknown key"),
-        ({"settings": {"pooling": "gap", "pooling.kind": "gap"}}, "pooling is a value, not a table"),
         ({"n.txt": "a\nb\n"}, "2 names for 5 classes"),
-        ({"n.txt": "a\nb\nc\nd\na\n"}, "'a' occurs twice"),
         ({"n.json": "{}"}, "not a list of names"),
-        ({"n.json": "["}, "cannot be read"),
-        ({"labels": Path("missing")}, "cannot be read"),
     ],
 )
 def test_an_invalid_option_or_file_of_labels_is_refused(
@@ -230,11 +210,3 @@ def test_the_input_size_and_the_labels_can_be_given(narrow: Path, name: str, con
     rules = imported(narrow, "resnet8", **options)[1].preprocess
     assert (rules.resize, rules.crop, rules.interpolation, rules.mean) == (448, 448, "bicubic", IMAGENET[0])
     assert read_checkpoint(narrow.with_name("imported.pt")).labels == ("a", "b", "c", "d", "e")
-
-
-def test_a_transposed_stem_is_named(tmp_path: Path) -> None:
-    state = narrow_resnet8().state_dict()
-    state["conv1.weight"] = state["conv1.weight"].transpose(0, 1)
-    torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match=r"conv1\.weight has shape \(3, 8, 3, 3\), not PyTorch's"):
-        imported(tmp_path / "a.pth", "resnet8")

@@ -10,7 +10,7 @@ from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import centered_and_scaled, covariance
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.training.diagnostics import EpochRow, diagnose, history_csv, spectrum_epochs
+from sopdeploy.training.diagnostics import diagnose, spectrum_epochs
 from sopdeploy.training.loop import train
 from sopdeploy.training.run import Position
 from tests.sopdeploy.training.runs import short_recipe
@@ -102,10 +102,3 @@ def test_a_run_records_diagnostics_and_throughput(tmp_path) -> None:
         assert len(row.diagnostics.spectra) == 3
     header = result.history.read_text().splitlines()[0].split(",")
     assert {"gradient", "data_fraction", "images_per_second", "layer1_0_top1", "main_loss"} <= set(header)
-
-
-def test_rows_of_older_versions_can_be_written() -> None:
-    metrics = {"top1": 0.5, "top5": 1.0, "count": 4, "loss": 0.7}
-    row = {"epoch": 1, "lr": 0.1, "losses": {"loss": 1.0}, "metrics": metrics, "seconds": 2.0}
-    expected = "epoch,lr,train_loss,loss,top1,top5,seconds\n1,0.1,1.0,0.7,0.5,1.0,2.0\n"
-    assert history_csv([EpochRow.model_validate(row)]) == expected

@@ -6,8 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler
 from typer.testing import CliRunner
@@ -26,7 +24,6 @@ from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Run, StepResult
 from sopdeploy.training.schedule import Cosine, Milestones, OneCycle, Polynomial
 from sopdeploy.training.step.gradient import train_step
-from sopdeploy.training.step.losses import Loss
 from tests.sopdeploy.training.runs import SHORT, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -54,17 +51,6 @@ def test_a_dry_run_resolves_the_recipe_and_measures_memory() -> None:
     assert memory.total == pytest.approx(sum(memory.model_dump().values()))
     whole, split = (dry_run(short_recipe(f"accumulate={k}")).memory.activations for k in (1, 4))
     assert 0.2 * whole < split < 0.35 * whole
-
-
-def test_a_dry_run_has_the_micro_batches_of_a_training_step(monkeypatch) -> None:
-    sizes = []
-    monkeypatch.setattr(
-        dry_run_module, "activation_bytes", lambda _run, _batch, one: sizes.append(one.end - one.first) or 0
-    )
-    done = StepResult(Loss(torch.zeros(()), {}), 0.0)
-    monkeypatch.setattr(dry_run_module, "train_step", lambda *_: done)
-    dry_run(short_recipe("batch_size=400", "accumulate=200"))  # 205 images, at least two per micro-batch
-    assert sizes[0] == 3
 
 
 def test_training_crops_can_have_another_size_than_evaluation() -> None:
@@ -115,15 +101,6 @@ def test_the_commands_print_and_write_nothing(tmp_path, monkeypatch, command) ->
     for option in ("--dry-run", "--find-lr"):
         few = CliRunner().invoke(app, [*command, option, "--set", "few_shot={}"])
         assert FEW_SHOT in " ".join(few.stdout.split())
-
-
-def test_the_range_test_is_deterministic_and_a_clip_norm_of_0_does_not_clip(monkeypatch) -> None:
-    threads = []
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    gap = ("model.config.aux_pooling='gap'", "threads=1")
-    unclipped, rarely = (short_recipe(f"optimizer.clip_norm={norm}", *gap) for norm in (0.0, 1e9))
-    assert find_learning_rate(unclipped, steps=12) == find_learning_rate(rarely, steps=12)
-    assert threads == [1, 1]
 
 
 def test_the_range_test_and_the_dry_run_keep_the_statistics_of_a_frozen_backbone(monkeypatch) -> None:
@@ -201,17 +178,3 @@ def test_schedules_equal_those_of_pytorch(schedule, reference) -> None:
         assert 0.4 * schedule.factor(step / steps, epochs) == pytest.approx(expected, abs=tolerance)
         optimizer.step()
         theirs.step()
-
-
-@given(time=st.floats(0, 1), warmup=st.floats(0, 12), floor=st.floats(0, 1), power=st.floats(0.1, 4))
-def test_decaying_schedules_stay_between_0_and_1_after_a_linear_warm_up(time, warmup, floor, power) -> None:
-    for schedule in (
-        Cosine(kind="cosine", warmup_epochs=warmup, floor=floor),
-        Polynomial(kind="polynomial", warmup_epochs=warmup, floor=floor, power=power),
-    ):
-        factor = schedule.factor(time * 10, 10)
-        assert 0 <= factor <= 1 + 1e-12
-        if time * 10 >= warmup:
-            assert factor >= floor - 1e-12
-    schedule = Cosine(kind="cosine", warmup_epochs=4)
-    assert [schedule.factor(time, 10) for time in (0, 1, 2, 4)] == [0, 0.25, 0.5, 1]

@@ -59,7 +59,6 @@ def test_an_optimizer_without_kind_is_sgd_and_an_invalid_one_is_named() -> None:
 @pytest.mark.parametrize(
     ("network", "config"),
     [
-        ("dsop-resnet8", {"base_width": 4}),
         ("dsop-resnet8", {"base_width": 4, "prenorm": "frobenius"}),
         ("isqrt-resnet8", {"base_width": 4, "pooling": {"kind": "isqrt", "width": 8}}),
     ],
@@ -121,16 +120,6 @@ def test_a_step_on_a_quadratic_function_is_exact_and_averages_over_kernels() -> 
     optimizer.step()
     curvature = optimizer.state[kernel]["curvature"]
     assert torch.equal(curvature, curvature[:, :, :1, :1].expand_as(curvature))
-
-
-def test_parameters_without_gradient_or_curvature_are_allowed() -> None:
-    used, linear, idle = (nn.Parameter(torch.ones(2)) for _ in range(3))
-    optimizer = AdaHessian([used, linear, idle], lr=0.1)
-    optimizer.backward((used**2).sum() + linear.sum(), seed=0)
-    optimizer.step()
-    assert torch.equal(idle, torch.ones(2))
-    assert not torch.equal(used, torch.ones(2))
-    assert not torch.equal(linear, torch.ones(2))
 
 
 @pytest.fixture

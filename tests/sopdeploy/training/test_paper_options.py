@@ -14,7 +14,6 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.images.tta import TTA_PAD, tta_views
 from sopdeploy.training.loop import epoch_data, train
 from sopdeploy.training.recipe import Recipe
 from tests.sopdeploy.training.runs import interrupt, same_run, short_recipe
@@ -85,23 +84,6 @@ def test_an_epoch_of_doubled_images_has_each_image_and_its_mirror_image() -> Non
         padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
         crops = [padded[top : top + 8, left : left + 8] for top in range(9) for left in range(9)]
         assert any(np.array_equal(dataset[index][0], crop) for crop in crops)
-
-
-def test_pad_crop_is_a_crop_of_the_padded_image_that_depends_on_its_pixels() -> None:
-    rules, offsets = Preprocess(resize=8, crop=8), set()
-    for seed in range(20):
-        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        (view,) = tta_views(lambda _rules, pixels=pixels: pixels, rules, "pad-crop")
-        padded = np.pad(pixels, ((TTA_PAD, TTA_PAD), (TTA_PAD, TTA_PAD), (0, 0)))
-        found = [
-            (top, left)
-            for top in range(9)
-            for left in range(9)
-            if np.array_equal(view, padded[top : top + 8, left : left + 8])
-        ]
-        assert len(found) == 1
-        offsets.add(found[0])
-    assert len(offsets) > 10
 
 
 def test_color_jitter_depends_on_its_seed_only() -> None:

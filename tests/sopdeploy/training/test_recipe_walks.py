@@ -7,10 +7,8 @@ exports the networks that no other of its tests exports; `tests/export` exports 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
-from PIL import Image, ImageDraw
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import BatchRange
@@ -112,30 +110,3 @@ def test_a_recipe_leads_from_its_data_to_a_bundle(name, tmp_path, monkeypatch, r
     bundle = open_bundle(exported.path)
     assert bundle.labels == stored.labels
     accepted(record_property, stored.model, "fp32", onnx.load(bundle.onnx))
-
-
-def draw_image(number: int) -> Image.Image:
-    """Draw an image of class `number % 6`: a disc or a cross in one of three colors, on noise."""
-    rng = np.random.default_rng(number)
-    width, height = rng.integers(90, 160, 2).tolist()
-    image = Image.fromarray(rng.integers(90, 160, (height, width, 3), dtype=np.uint8))
-    pen, color = ImageDraw.Draw(image), ("red", "green", "blue")[number % 3]
-    x, y, r = (int(rng.integers(low, high)) for low, high in ((40, width - 40), (40, height - 40), (25, 40)))
-    if number % 6 < 3:
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=color)
-    else:
-        pen.line((x - r, y - r, x + r, y + r), fill=color, width=12)
-        pen.line((x - r, y + r, x + r, y - r), fill=color, width=12)
-    return image
-
-
-@pytest.mark.slow
-def test_the_folder_recipe_trains_on_sixty_photos_in_six_classes(tmp_path) -> None:
-    for number in range(60):
-        folder = tmp_path / "photos" / f"class {number % 6}"
-        folder.mkdir(parents=True, exist_ok=True)
-        draw_image(number).save(folder / f"{number}.jpg")
-    recipe = read_recipe("photos-dsop", [f"data.path={tmp_path / 'photos'}", "epochs=3"])
-    result = train(recipe, tmp_path / "run")
-    assert (result.train_count, result.held_out_count, result.classes) == (48, 12, 6)
-    assert result.best_top1 >= 1 / 6

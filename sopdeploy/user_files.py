@@ -1,0 +1,91 @@
+"""Files that users bring: weight files of PyTorch, and lists of class names. No code of a file is run."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from sopdeploy.checkpoint import load_plain
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
+
+ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
+MAX_BYTES = 4 << 30  # of all tensors of a file; the largest published file has 0.7 GB
+MAX_LABEL_BYTES = 1 << 22
+
+
+def read_pytorch(path: Path) -> tuple[Any, str]:
+    """Read a `.pth`, `.pth.tar`, `.th`, `.pt` or `.safetensors` file once; returns content and sha256.
+
+    A safetensors file is one table of tensors. Raises `WeightsError`.
+    """
+    with opened(path) as file:
+        raw = file.read()
+    digest = hashlib.sha256(raw).hexdigest()
+    if raw[8:9] == b"{":
+        safetensors = import_optional(
+            "safetensors.torch", "safetensors", "sopdeploy[import]", WeightsError, str(path)
+        )
+        try:
+            return safetensors.load(raw), digest
+        except Exception as error:  # SafetensorError
+            raise WeightsError(f"{path}: damaged safetensors file ({error}); copy it again") from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, in many checkpoints
+            return load_plain(path, ADVICE, raw=raw), digest
+    except CheckpointError as error:
+        raise WeightsError(str(error)) from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open the file at *path*; raises `WeightsError` if it cannot be opened or read."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; give a weight file")
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise WeightsError(
+            f"{path}: cannot be read ({error.strerror or error}); check its permissions"
+        ) from error
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Check that *tensors* are dense, real and not too large in total; raises `WeightsError`.
+
+    With strides of 0, a few bytes can declare a tensor of any shape.
+    """
+    total = 0
+    for name, tensor in tensors.items():
+        dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+        if not dense or tensor.is_complex():
+            raise WeightsError(f"{path}: {name} is not a dense tensor of real numbers; save it as float32")
+        total += tensor.numel() * tensor.element_size()
+        if total > MAX_BYTES:
+            raise WeightsError(
+                f"{path}: its tensors have more than {MAX_BYTES >> 30} GiB, which is the limit"
+            )
+    return dict(tensors)
+
+
+def read_class_names(file: Path) -> tuple[str, ...]:
+    """Read one class name per line, or a JSON list, of `--labels`; raises `ConfigError`."""
+    try:
+        if file.stat().st_size > MAX_LABEL_BYTES:
+            raise ConfigError(
+                f"--labels {file}: larger than {MAX_LABEL_BYTES >> 20} MiB; give one name per line"
+            )
+        content = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+        names = json.loads(content) if file.suffix == ".json" else content.split("\n")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--labels {file}: cannot be read ({error}); give one name per line") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f'--labels {file}: not a list of names; write for example ["cat", "dog"]')
+    return tuple(name.strip() for name in names if name.strip())
