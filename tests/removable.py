@@ -95,6 +95,15 @@ PARTS = {
         CLI,
         '"doctor": (',
     ),
+    "comparison": Part(
+        (
+            "sopdeploy/comparison",
+            "sopdeploy/cli/training/compare.py",
+            "tests/sopdeploy/evaluation/test_compare.py",
+        ),
+        CLI,
+        '"compare": (',
+    ),
     "client": Part(
         ("sopdeploy/client", "sopdeploy/evaluation/service.py", "tests/sopdeploy/client"),
         "sopdeploy/api/evaluation.py",

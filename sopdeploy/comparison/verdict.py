@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel
-from sopdeploy.evaluation.statistics import bootstrap, mcnemar, mean_and_sd, paired
+from sopdeploy.evaluation.statistics import bootstrap, mcnemar, paired
 
 NO_EFFECT = "no effect detected"
 
@@ -77,7 +78,7 @@ def compare_results(seeds: Sequence[int], results: Sequence[Results]) -> Compari
     arms = []
     for result in results:
         top1 = [int(row.sum()) / len(row) for row in result.correct]
-        mean, sd = mean_and_sd(top1)
+        mean, sd = fmean(top1), stdev(top1)
         arms.append(Arm(name=result.name, model=result.model, top1=tuple(top1), mean=mean, sd=sd))
     return Comparison(
         seeds=tuple(seeds),
@@ -90,29 +91,29 @@ def compare_results(seeds: Sequence[int], results: Sequence[Results]) -> Compari
 def _compare_pair(seeds: Sequence[int], first: Results, second: Results) -> Pair:
     gain_SN = second.correct.astype(np.int8) - first.correct.astype(np.int8)
     differences = [int(row.sum()) / len(row) for row in gain_SN]
-    found, resampled = paired(differences), bootstrap(gain_SN)
+    change, resampled = paired(differences), bootstrap(gain_SN)
     splits = []
     for seed, row in zip(seeds, gain_SN, strict=True):
         worse, better = int((row < 0).sum()), int((row > 0).sum())
         splits.append(Split(seed=seed, only_first=worse, only_second=better, p=mcnemar(worse, better)))
     verdict = NO_EFFECT
-    if found.interval.low > 0 or found.interval.high < 0:
+    if change.interval.low > 0 or change.interval.high < 0:
         verdict = (
-            f"{second.name} is {'better' if found.mean > 0 else 'worse'} than {first.name} by "
-            f"{100 * abs(found.mean):.2f} points "
-            f"({100 * found.interval.low:+.2f} to {100 * found.interval.high:+.2f})"
+            f"{second.name} is {'better' if change.mean > 0 else 'worse'} than {first.name} by "
+            f"{100 * abs(change.mean):.2f} points "
+            f"({100 * change.interval.low:+.2f} to {100 * change.interval.high:+.2f})"
         )
     return Pair(
         first=first.name,
         second=second.name,
         differences=tuple(differences),
-        mean=found.mean,
-        sd=found.sd,
-        low=found.interval.low,
-        high=found.interval.high,
-        wins=found.wins,
-        ties=found.ties,
-        losses=found.losses,
+        mean=change.mean,
+        sd=change.sd,
+        low=change.interval.low,
+        high=change.interval.high,
+        wins=change.wins,
+        ties=change.ties,
+        losses=change.losses,
         mcnemar=tuple(splits),
         bootstrap_low=resampled.low,
         bootstrap_high=resampled.high,

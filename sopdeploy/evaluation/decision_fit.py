@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
 from sopdeploy.evaluation.drift import PredictionCounts
 from sopdeploy.evaluation.metrics import calibration_error
-from sopdeploy.evaluation.statistics import auroc, wilson
+from sopdeploy.evaluation.statistics import wilson
 
 Logits = NDArray[np.float64]
 
@@ -154,6 +154,8 @@ def leave_one_class_out(logits: Logits, targets: NDArray[np.int64]) -> dict[Scor
     The logit of the class is masked; its images count as unknown, all others as known. The result is empty
     with fewer than three classes, where one logit would remain, or if only one class has images.
     """
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415  # its import takes a second
+
     if logits.shape[1] < 3 or len(np.unique(targets)) < 2:
         return {}
     rows, top = np.arange(len(logits)), logits.argmax(axis=1)
@@ -171,6 +173,6 @@ def leave_one_class_out(logits: Logits, targets: NDArray[np.int64]) -> dict[Scor
         energy = np.where(is_top, rest_energy, largest + np.log(without))
         log_probability = np.where(is_top, second, largest) - energy
         values: dict[Score, Logits] = {"max_probability": log_probability, "energy": energy}
-        for score, one in values.items():
-            areas[score].append(auroc(one[~unknown], one[unknown]))
+        for score, scores in values.items():
+            areas[score].append(float(roc_auc_score(~unknown, scores)))
     return {score: float(np.mean(all_areas)) for score, all_areas in areas.items()}

@@ -145,17 +145,22 @@ class PresenceCounts:
         return Drift(self.images, {"classes": self._compare_classes(reference), "per_image": per_image})
 
     def _compare_classes(self, reference: PresenceReference) -> Comparison:
-        """Test each class; return the largest distance and the smallest p-value, Bonferroni-corrected."""
-        sizes = np.array([reference.images, self.images])
-        distance, smallest, tests = 0.0, 1.0, 0
-        for present_2 in zip(reference.classes, self.classes.tolist(), strict=True):
-            counts_22 = np.array([sizes - present_2, present_2])
-            rarest = counts_22.sum(axis=1).min() * sizes.min() / sizes.sum()
-            found = compare(*counts_22.T)
-            distance = max(distance, found.distance)
-            if rarest >= MIN_EXPECTED:
-                smallest, tests = min(smallest, found.p_value), tests + 1
-        return Comparison(distance, min(1.0, smallest * tests) if tests else 1.0)
+        """Test each class; return the largest distance and the smallest p-value, Bonferroni-corrected.
+
+        A p-value counts only if at least `MIN_EXPECTED` images of the smaller sample are expected to show the
+        class, and as many not to show it.
+        """
+        smaller_share = min(reference.images, self.images) / (reference.images + self.images)
+        distances, p_values = [], []
+        for referenced, counted in zip(reference.classes, self.classes.tolist(), strict=True):
+            first = np.array([referenced, reference.images - referenced])
+            second = np.array([counted, self.images - counted])
+            result = compare(first, second)
+            distances.append(result.distance)
+            if (first + second).min() * smaller_share >= MIN_EXPECTED:
+                p_values.append(result.p_value)
+        corrected = min(p_values, default=1.0) * max(1, len(p_values))
+        return Comparison(max(distances), min(1.0, corrected))
 
 
 def counts_for(decision: Decision, classes: int) -> PredictionCounts | PresenceCounts:
@@ -177,23 +182,26 @@ def compare(first: Counts, second: Counts) -> Comparison:
 
     Rare categories are merged for the p-value. An empty sample has the distance 0 and the p-value 1.
     """
-    counts_2K = np.stack([first, second]).astype(np.float64)
-    sizes_2 = counts_2K.sum(axis=1)
-    if not sizes_2.all():
+    counts = np.stack([first, second]).astype(np.float64)
+    sizes = counts.sum(axis=1, keepdims=True)
+    if not sizes.all():
         return Comparison(0.0, 1.0)
-    shares_2K = counts_2K / sizes_2[:, None]
-    distance = float(np.abs(shares_2K[0] - shares_2K[1]).sum() / 2)
-    merged_2K = _merge_rare(counts_2K)
-    expected_2K = sizes_2[:, None] * merged_2K.sum(axis=0) / sizes_2.sum()
-    statistic = float((np.square(merged_2K - expected_2K) / expected_2K).sum())
-    return Comparison(distance, chi_square_tail(statistic, merged_2K.shape[1] - 1))
+    shares = counts / sizes
+    distance = float(np.abs(shares[0] - shares[1]).sum() / 2)
+    merged = _merge_rare(counts)
+    expected = sizes * merged.sum(axis=0) / sizes.sum()
+    statistic = float((np.square(merged - expected) / expected).sum())
+    return Comparison(distance, chi_square_tail(statistic, merged.shape[1] - 1))
 
 
-def _merge_rare(counts_2K: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Merge the categories whose expected count in the smaller sample is below `MIN_EXPECTED` into one."""
-    sizes_2, totals_K = counts_2K.sum(axis=1), counts_2K.sum(axis=0)
-    rare_K = totals_K * sizes_2.min() / sizes_2.sum() < MIN_EXPECTED
-    kept, rest = counts_2K[:, ~rare_K], counts_2K[:, rare_K].sum(axis=1, keepdims=True)
+def _merge_rare(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Merge the categories of *counts* (2, K) that are rare into one.
+
+    A category is rare if its expected count in the smaller sample is below `MIN_EXPECTED`.
+    """
+    sizes = counts.sum(axis=1)
+    rare = counts.sum(axis=0) * sizes.min() / sizes.sum() < MIN_EXPECTED
+    kept, rest = counts[:, ~rare], counts[:, rare].sum(axis=1, keepdims=True)
     return np.concatenate([kept, rest], axis=1) if rest.sum() else kept
 
 

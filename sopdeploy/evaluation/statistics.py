@@ -5,6 +5,7 @@ scipy is imported inside the functions that need it, because installations witho
 
 import math
 from collections.abc import Sequence
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -46,13 +47,6 @@ def wilson(successes: int, trials: int) -> Interval:
     return Interval(max(0.0, center - half), min(1.0, center + half))
 
 
-def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
-    """Compute mean and standard deviation over n - 1 of *values*; the deviation of one value is 0."""
-    mean = math.fsum(values) / len(values)
-    squares = math.fsum((value - mean) ** 2 for value in values)
-    return mean, math.sqrt(squares / (len(values) - 1)) if len(values) > 1 else 0.0
-
-
 def paired(differences: Sequence[float]) -> Paired:
     """Compute Student's t interval of the mean of at least two paired *differences*.
 
@@ -63,7 +57,7 @@ def paired(differences: Sequence[float]) -> Paired:
 
     if len(differences) < 2:
         raise ValueError("an interval needs at least two pairs")
-    mean, sd = mean_and_sd(differences)
+    mean, sd = fmean(differences), stdev(differences)
     half = float(t.ppf(0.5 + LEVEL / 2, len(differences) - 1)) * sd / math.sqrt(len(differences))
     return Paired(
         mean=mean,
@@ -104,15 +98,3 @@ def bootstrap(gain_SN: NDArray[np.int8], draws: int = 2000, seed: int = 0) -> In
     ]
     low, high = np.quantile(np.asarray(means) / (seeds * images), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(float(low), float(high))
-
-
-def auroc(positive: NDArray[np.float64], negative: NDArray[np.float64]) -> float:
-    """Compute the area under the ROC curve of the scores *positive* (P,) and *negative* (N,).
-
-    It is the probability that a positive score exceeds a negative one; equal scores count half (Mann and
-    Whitney, 1947).
-    """
-    ordered = np.sort(negative)
-    below = np.searchsorted(ordered, positive, side="left")
-    at_most = np.searchsorted(ordered, positive, side="right")
-    return float((below + at_most).sum()) / (2 * len(positive) * len(negative))

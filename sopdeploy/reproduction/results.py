@@ -7,7 +7,7 @@ from typing import Any
 import pydantic
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.evaluation.statistics import Interval, mean_and_sd, paired, wilson
+from sopdeploy.evaluation.statistics import Interval, paired, wilson
 from sopdeploy.models.stats import Counts as NetworkCounts
 from sopdeploy.reproduction.plan import Counts, Scale
 from sopdeploy.reproduction.tables import Measures, PrintedRow
@@ -107,7 +107,7 @@ def measure_errors(runs: Sequence[SeedResult], name: str) -> MeanError | None:
         found = paired(errors)
         mean, interval = found.mean, found.interval
     else:
-        mean = mean_and_sd(errors)[0]
+        mean = errors[0]
         count = runs[0].held_out_count
         interval = Interval(*wilson(round(mean * count), count))
     return MeanError(mean=100 * mean, low=100 * max(0.0, interval.low), high=100 * min(1.0, interval.high))
