@@ -112,16 +112,13 @@ class DecoderProcesses:
 
 
 class _Pool:
-    """A process pool that starts again after one of its *workers* has died.
+    """A process pool that starts again after one of its *workers* has died; *arguments* are for them.
 
     The workers end when the writing end of a pipe is closed: by `stop`, or because this process has ended.
     """
 
-    def __init__(
-        self, workers: int, memory: Any, shape: tuple[int, ...], rules: Preprocess, settings: Settings
-    ) -> None:
-        self._workers = workers
-        self._arguments = (memory, shape, rules, settings)
+    def __init__(self, workers: int, *arguments: Any) -> None:
+        self._workers, self._arguments = workers, arguments
         self._executor: ProcessPoolExecutor | None = None
 
     def start(self) -> None:

@@ -4,7 +4,9 @@ Each decoder process has its own `Reader`, which keeps the last archive or parqu
 entries of a list are usually in the same one.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import IO, Any, NamedTuple
 
 from sopdeploy.environment import import_optional
@@ -81,27 +83,25 @@ class ParquetRows:
         parquet = import_pyarrow("pyarrow.parquet")
         self._file = parquet.ParquetFile(file, buffer_size=1 << 20)
         groups = range(self._file.metadata.num_row_groups)
-        self._sizes = [self._file.metadata.row_group(group).num_rows for group in groups]
+        sizes = (self._file.metadata.row_group(group).num_rows for group in groups)
+        self._starts = list(accumulate(sizes, initial=0))  # the first row of each group, and the end
         self._column = image_column(self._file.schema_arrow)
         self._batches: Iterator[Any] = iter(())
-        self._values: Any = None
+        self._values: Any = []
         self._group, self._first = -1, 0  # `_first` is the row of the first value
 
     def read(self, row: int) -> bytes:
         """Read the image of *row*; raises `OSError` if the value is null or the row is missing."""
-        group, start = 0, 0
-        while group < len(self._sizes) and row >= start + self._sizes[group]:
-            start += self._sizes[group]
-            group += 1
-        if group == len(self._sizes):
+        if row >= self._starts[-1]:
             raise OSError(f"has no row {row}")
+        group = bisect_right(self._starts, row) - 1
         if group != self._group or row < self._first:
             self._batches = self._file.iter_batches(
                 ROWS_PER_READ, row_groups=[group], columns=[self._column], use_threads=False
             )
-            self._group, self._first, self._values = group, start, None
-        while self._values is None or row >= self._first + len(self._values):
-            self._first += 0 if self._values is None else len(self._values)
+            self._group, self._first, self._values = group, self._starts[group], []
+        while row >= self._first + len(self._values):
+            self._first += len(self._values)
             self._values = next(self._batches).column(0)
         value = self._values[row - self._first].as_py()
         content = value["bytes"] if isinstance(value, dict) else value

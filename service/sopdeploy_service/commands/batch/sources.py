@@ -12,7 +12,7 @@ import tarfile
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from sopdeploy.bundle.folder import is_bundle
@@ -62,7 +62,7 @@ def list_entries(sources: Sequence[str], options: OpenOptions) -> Iterator[Entry
 
 def _list_source(source: str, options: OpenOptions) -> Iterator[Entry]:
     if is_url(source):
-        yield from _list_url(source)
+        yield from _list_url(source, options)
         return
     path = expand_user(source)
     if is_bundle(path):
@@ -70,12 +70,12 @@ def _list_source(source: str, options: OpenOptions) -> Iterator[Entry]:
     if path.is_dir():
         yield from (_whole(file) for file in walk(path) if is_image(file.name))
     elif path.exists():
-        yield from _list_file(path, options)
+        yield from _list_file(_whole(path), options)
     elif any(sign in source for sign in PATTERN):
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - pathlib takes no absolute patterns
         for name in sorted(names):
             if not Path(name).is_dir():
-                yield from _list_file(Path(name), options)
+                yield from _list_file(_whole(Path(name)), options)
     else:
         raise DataError(f"{source}: not found; name a folder, a pattern, images, archives or lists of paths")
 
@@ -98,30 +98,36 @@ def _whole(path: Path, shown: str | None = None) -> Entry:
     return Entry(shown or str(path), str(path.absolute()), size=size)
 
 
-def _list_file(path: Path, options: OpenOptions) -> Iterator[Entry]:
-    """Yield the images in the file *path*: an archive, a list, a parquet file or an image, by its name."""
-    name = path.name.lower()
-    if archive_suffix(path):
-        archive = decompress(path, options).absolute()
-        yield from _list_tar(str(path), str(archive))
+def _list_file(file: Entry, options: OpenOptions) -> Iterator[Entry]:
+    """Yield the images in *file*: an archive, a list, a parquet file or an image, by its name."""
+    name, suffix = file.location.lower(), archive_suffix(Path(file.location))
+    if suffix == TAR and is_url(file.location):
+        yield from _list_tar(file.path, file.location)
+    elif suffix and is_url(file.location):
+        raise DataError(
+            f"{file.path}: is compressed; store the archive as .tar, so that images can be read alone"
+        )
+    elif suffix:
+        yield from _list_tar(file.path, str(decompress(Path(file.path), options).absolute()))
     elif name.endswith(LIST):
-        yield from _list_lines(str(path))
+        yield from _list_lines(file.path)
     elif name.endswith(PARQUET):
-        yield from _list_rows(str(path), str(path.absolute()))
+        yield from _list_rows(file.path, file.location)
     else:
-        yield _whole(path)
+        yield file
 
 
-def _list_url(url: str) -> Iterator[Entry]:
+def _list_url(url: str, options: OpenOptions) -> Iterator[Entry]:
     """Yield the images at *url*: below a folder, of a pattern, or in one object."""
     store, path = open_store(url)
     try:
         if any(sign in path for sign in PATTERN):
             for name, facts in sorted(store.glob(path, detail=True).items()):
                 if facts["type"] == "file":
-                    yield from _list_object(store.unstrip_protocol(name), facts)
+                    location = store.unstrip_protocol(name)
+                    yield from _list_file(_object(location, facts), options)
         elif store.isfile(path):
-            yield from _list_object(url, store.info(path))
+            yield from _list_file(_object(url, store.info(path)), options)
         else:
             yield from _walk_url(store, path)
     except FileNotFoundError as error:
@@ -144,28 +150,13 @@ def _walk_url(store: Any, folder: str) -> Iterator[Entry]:
             if not is_hidden(name):
                 folders[name] = facts
         for name in sorted(filter(is_image, files)):
-            location = store.unstrip_protocol(files[name]["name"])
-            yield Entry(location, location, size=_size(files[name]))
+            yield _object(store.unstrip_protocol(files[name]["name"]), files[name])
 
 
-def _list_object(url: str, facts: Any) -> Iterator[Entry]:
-    name = url.lower()
-    suffix = archive_suffix(Path(PurePosixPath(url).name))
-    if suffix == TAR:
-        yield from _list_tar(url, url)
-    elif suffix:
-        raise DataError(f"{url}: is compressed; store the archive as .tar, so that images can be read alone")
-    elif name.endswith(LIST):
-        yield from _list_lines(url)
-    elif name.endswith(PARQUET):
-        yield from _list_rows(url, url)
-    else:
-        yield Entry(url, url, size=_size(facts))
-
-
-def _size(facts: Any) -> int:
+def _object(url: str, facts: Any) -> Entry:
+    """Describe the object *url* of a store."""
     size = facts.get("size")
-    return UNKNOWN if size is None else int(size)
+    return Entry(url, url, size=UNKNOWN if size is None else int(size))
 
 
 def _list_tar(shown: str, location: str) -> Iterator[Entry]:
