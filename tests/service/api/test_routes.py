@@ -137,6 +137,7 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
         'route="other"',
     ):
         assert line in text, line
+    assert "_created" not in text
     assert "/nothing" not in text  # unknown paths share a label: clients cannot grow the metrics
 
 

@@ -33,8 +33,7 @@ async def report(registry: CollectorRegistry) -> None:
         await asyncio.sleep(METRICS_SECONDS)
         found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         for sample in itertools.chain.from_iterable(family.samples for family in registry.collect()):
-            if not sample.name.endswith("_created"):
-                found[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+            found[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
         for (name, labels), value in {**dict.fromkeys(known, 0.0), **found}.items():
             if known.get((name, labels)) != value:
                 if name not in gauges:
