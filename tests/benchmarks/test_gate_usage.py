@@ -9,15 +9,12 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.training.loop import train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "used", "imbalance"),
     [
         pytest.param([], range(10, 17), (0.0, 1.5), id="recipe"),
-        pytest.param(
-            *(["model.config.balance_weight=0"], range(4, 7), (3.0, 12.0)),
-            marks=pytest.mark.slow,
-            id="alpha = 0",
-        ),
+        pytest.param(["model.config.balance_weight=0"], range(4, 7), (3.0, 12.0), id="alpha = 0"),
     ],
 )
 def test_the_balance_loss_spreads_images_over_components(

@@ -6,7 +6,7 @@ import timm
 import torch
 from gain import photos
 from gain.photos import RULES, PhotosConfig, write_maps
-from gain.run import Run, build, exported_network, open_task, train_and_measure
+from gain.run import Run, build, exported_network, open_task
 from gain.studies import FINE_TUNED, photographs
 from PIL import Image
 
@@ -55,12 +55,6 @@ def test_the_stored_maps_give_the_logits_of_the_whole_network(task: PhotosConfig
     expected = whole(batch)
     for logits in network(found.test):
         assert min((logits - other).abs().max() for other in expected) < 0.01 * expected.abs().max()
-
-
-def test_a_run_with_branches_is_measured_without_them(task: PhotosConfig) -> None:
-    run = next(run for arm, run in arms(task).items() if arm.endswith("DSoP, detached"))
-    assert 0 <= train_and_measure(run).accuracy <= 100
-    assert not [name for name in exported_network(build(run), run).state_dict() if "branches" in name]
 
 
 def test_real_needs_photographs_weights_and_a_cache(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from gain.textures import TextureConfig, class_filters, gaussian_fields, textures
+from gain.textures import TextureConfig, class_filters, gaussian_fields
 from torch import Tensor
 
 CLEAN = TextureConfig(classes=4)
@@ -40,13 +40,3 @@ def test_classes_differ_in_channel_covariances() -> None:
             apart = covariances[first].mean(dim=0) - covariances[second].mean(dim=0)
             error = (covariances[first].var(dim=0) + covariances[second].var(dim=0)).div(COUNT).sqrt()
             assert (apart.abs() / error).max() > 8
-
-
-def test_a_task_depends_on_its_seed_only_and_has_balanced_classes() -> None:
-    config = TextureConfig(train=40)
-    task, again, other = textures(config, 5), textures(config, 5), textures(config, 6)
-    assert torch.equal(task.train, again.train)
-    assert not torch.equal(task.train, other.train)
-    assert task.labels.bincount().tolist() == [4] * 10
-    assert task.test_labels.bincount().tolist() == [400] * 10
-    assert not torch.equal(task.train[:10], task.test[:10])

@@ -1,7 +1,6 @@
 """Wrong options of benchmarks end in one line with the exit code 2."""
 
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -40,11 +39,3 @@ def test_a_wrong_option_is_a_one_line_error(
         runpy.run_path(script, run_name="__main__")
     assert isinstance(stopped.value.code, int)
     assert_one_line(script, stopped.value.code, *capsys.readouterr(), CASES[case])
-
-
-def test_the_command_exits_with_2_and_prints_nothing_else() -> None:
-    case = "classify.py --bundle ."
-    script, *options = case.split()
-    command = [sys.executable, script, *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=BENCHMARKS)
-    assert_one_line(script, done.returncode, done.stdout, done.stderr, CASES[case])

@@ -59,10 +59,8 @@ def test_pip_is_the_fallback_and_a_double_failure_is_one_line(
 
 
 SETTINGS = {
-    "an index by the environment": ({"PIP_INDEX_URL": "https://index.example/simple"}, None, True),
     "an index for `install` only": ({}, "[install]\nindex-url = https://index.example/simple\n", True),
     "one more index": ({"PIP_EXTRA_INDEX_URL": "https://index.example/simple"}, None, False),
-    "nothing": ({}, None, False),
 }
 
 

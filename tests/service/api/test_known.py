@@ -79,7 +79,7 @@ def bundle_of_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     """Train and export a network whose label smoothing makes it underconfident; return checkpoint, bundle."""
     folder = tmp_path_factory.mktemp("known")
     with few_digits():
-        best = train(short_recipe("loss.label_smoothing=0.5", "epochs=12"), folder / "run").best
+        best = train(short_recipe("loss.label_smoothing=0.5", "epochs=5"), folder / "run").best
     with proving_once():
         return best, export(best, folder / "bundles", ExportOptions(detach=True, max_batch=1)).path
 

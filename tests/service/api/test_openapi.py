@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 schemathesis = pytest.importorskip("schemathesis")
 
-EXAMPLES = 8
+EXAMPLES = 4
 NEEDS_MODEL_CONTROL = {"/v2/repository/models/{name}/load", "/v2/repository/models/{name}/unload"}
 
 

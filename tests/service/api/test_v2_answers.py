@@ -101,7 +101,7 @@ def test_statistics_count_requests_by_result_and_runs_by_batch_size():
     statistics.record([prediction(0, 2), prediction(1, 2)], stages, 1.0)
     statistics.record([prediction(0, 1)], stages, 0.5)
     statistics.record([prediction(0, 1), NONFINITE], stages, 2.0)
-    statistics.record(DEADLINE, stages, 4.0)
+    statistics.record([DEADLINE], stages, 4.0)
     assert (statistics.success, statistics.failure) == (Sum(2, 1.5), Sum(2, 6.0))
     assert statistics.stages == {"queue": Sum(2, 0.5)}
     assert statistics.batches == {2: Sum(2, 0.8), 1: Sum(2, 0.8)}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sopdeploy_service.api.v2.metadata import Signature, Tensor
@@ -274,6 +274,7 @@ def bodies(shape: list[int], data: Any) -> st.SearchStrategy[Any]:
     return st.fixed_dictionaries({}, optional=whole) | JSON
 
 
+@settings(max_examples=40)
 @given(text=bodies([1, 2, 2, 3], NESTED), binary=st.binary(max_size=30))
 def test_any_json_is_a_request_or_a_400(text, binary):
     status, images = 200, 1
