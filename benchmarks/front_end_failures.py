@@ -6,10 +6,10 @@ In every round, 24 connections have a request in flight; batches are simulated a
 real server, restarts are not delayed after several deaths within a minute.
 
 - `front end killed`: connections lost minus those that the front end held (limit: 0), seconds until its
-  replacement is ready (limit: 3), growth of the engine process and of the supervisor over the rounds.
-- `engine killed`: milliseconds until the last request has its 503 with Retry-After (limit: 100).
-- `engine stopped` (SIGSTOP): seconds until the first 503, milliseconds from the first to the last (limit:
-  100), which includes the time between the two front ends' checks.
+  replacement is ready (limit: 3), growth of the inference process and of the supervisor over the rounds.
+- `inference process killed`: milliseconds until the last request has its 503 with Retry-After (limit: 100).
+- `inference process stopped` (SIGSTOP): seconds until the first 503, milliseconds from the first to the last
+  (limit: 100).
 - `back`: seconds until a request gets 200 again.
 """
 
@@ -127,21 +127,24 @@ async def kill_front_end(server: Server, number: int) -> Round:
     return await fail(server, victim, signal.SIGKILL, is_back)
 
 
-async def end_engine(server: Server, signal_number: int) -> Round:
-    """Kill or stop the engine process; the supervisor kills a stopped one."""
+async def end_inference(server: Server, signal_number: int) -> Round:
+    """Kill or stop the inference process; the supervisor kills a stopped one."""
     async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
 
         async def is_back() -> bool:
-            return (await client.post("/v1/classify", content=BODY)).status_code == 200
+            try:
+                return (await client.post("/v1/classify", content=BODY)).status_code == 200
+            except httpx.TransportError:  # accepted by a front end that ends
+                return False
 
-        return await fail(server, server.processes(engines=True)[0], signal_number, is_back)
+        return await fail(server, server.processes(inference=True)[0], signal_number, is_back)
 
 
 def resources(server: Server) -> tuple[Resources, Resources, int]:
-    """Read the resources of the engine and the supervisor, and the number of mapped slot files."""
-    (engine,) = server.processes(engines=True)
-    mapped = Path(f"/proc/{engine}/maps").read_text().count("sopdeploy-slots")
-    return read_resources(engine), read_resources(server.child.pid), mapped
+    """Read the resources of the inference process and the supervisor, and the number of mapped files."""
+    (inference,) = server.processes(inference=True)
+    mapped = Path(f"/proc/{inference}/maps").read_text().count("sopdeploy-pixels")
+    return read_resources(inference), read_resources(server.child.pid), mapped
 
 
 def front_ends_killed(server: Server, rounds: int) -> list[Result]:
@@ -158,9 +161,10 @@ def front_ends_killed(server: Server, rounds: int) -> list[Result]:
             "requests",
         ),
         "replaced, median": (statistics.median(one.back for one in found), "s"),
-        "growth of mapped files of slots": (after[2] - before[2], ""),
+        "growth of mapped files": (after[2] - before[2], ""),
     }
-    for name, first, last in (("engine", before[0], after[0]), ("supervisor", before[1], after[1])):
+    names = ("inference process", "supervisor")
+    for name, first, last in zip(names, before[:2], after[:2], strict=True):
         values[f"growth of the {name}'s memory"] = (last.resident - first.resident) / 1e6, "MB"
         values[f"growth of the {name}'s descriptors"] = last.descriptors - first.descriptors, ""
         values[f"growth of the {name}'s threads"] = last.threads - first.threads, ""
@@ -172,11 +176,11 @@ def front_ends_killed(server: Server, rounds: int) -> list[Result]:
     return [limited("front end killed: replaced, slowest", slowest, 3.0, "s", rounds), *results]
 
 
-def engines_ended(server: Server, number: int, rounds: int) -> list[Result]:
-    """Kill (SIGKILL) or stop (SIGSTOP) the engine in *rounds* rounds."""
-    found = [asyncio.run(end_engine(server, number)) for _ in range(rounds)]
+def inference_ended(server: Server, number: int, rounds: int) -> list[Result]:
+    """Kill (SIGKILL) or stop (SIGSTOP) the inference process in *rounds* rounds."""
+    found = [asyncio.run(end_inference(server, number)) for _ in range(rounds)]
     stopped = number == signal.SIGSTOP
-    case = "engine stopped: " if stopped else "engine killed: "
+    case = "inference process stopped: " if stopped else "inference process killed: "
     moments = [sorted(answer.moment for answer in one.answers) for one in found]
     noticed = [times[0] if stopped else 0.0 for times in moments]
     settled = max(times[-1] - start for times, start in zip(moments, noticed, strict=True))
@@ -202,8 +206,8 @@ def measure(rounds: int, engine_rounds: int) -> list[Result]:
     with running(SETTINGS, BATCH) as server:
         return [
             *front_ends_killed(server, rounds),
-            *engines_ended(server, signal.SIGKILL, engine_rounds),
-            *engines_ended(server, signal.SIGSTOP, engine_rounds),
+            *inference_ended(server, signal.SIGKILL, engine_rounds),
+            *inference_ended(server, signal.SIGSTOP, engine_rounds),
         ]
 
 

@@ -2,8 +2,9 @@
 
     with running({"devices": "cpu,cpu"}, "20,2,8") as server: ...
 
-The string "20,2,8" means: a batch of n images takes 20 + 2 n ms, and a batch has at most 8 images. The
-supervisor starts this module for each worker and engine process, with its order in SOPDEPLOY_WORKER.
+The string "20,2,8" means: a batch of n images takes 20 + 2 n ms, and a batch has at most 8 images. With
+*decode_ms*, a decoder sleeps so long (C code without the interpreter lock) and then uses a tenth of it as CPU
+time with the lock. The supervisor starts this module for each process, with its config in SOPDEPLOY_WORKER.
 """
 
 import json
@@ -12,30 +13,30 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TextIO, cast
 
 import httpx
 from serving_ours import fake_model, replace_decoder
 from soak_accounts import children_of
 
-from sopdeploy_service.inference.engine_process import main as engine
-from sopdeploy_service.inference.engine_process.models import EngineModel
+from sopdeploy_service.front_ends import inference_process, worker
 from sopdeploy_service.server import process
+from sopdeploy_service.server.launch import run_program
 
 HERE = Path(__file__).resolve().parent
-BATCH_VARIABLE = "SIMULATED_BATCH"
+BATCH_VARIABLE, DECODE_VARIABLE = "SIMULATED_BATCH", "SIMULATED_DECODE_MS"
 SUPERVISOR = """
 import sys, json
-from sopdeploy_service.server import process, workers
+from sopdeploy_service.front_ends import supervisor
 from sopdeploy_service.settings import load_settings
-workers.SERVER = workers.ENGINE = "simulated_server"
-workers.STABLE_SECONDS = 0.0  # restart without delay, however often a process dies
-sys.exit(process.serve(["model=simulated"], load_settings(**json.loads(sys.argv[1]))))
+supervisor.HttpWorker.module = supervisor.InferenceWorker.module = "simulated_server"
+supervisor.STABLE_SECONDS = 0.0  # restart without delay, however often a process dies
+sys.exit(supervisor.serve(["model=simulated"], load_settings(**json.loads(sys.argv[1]))))
 """
 
 
@@ -47,9 +48,9 @@ class Server:
     url: str
     health: str
 
-    def processes(self, *, engines: bool = False) -> list[int]:
-        """List the processes that serve HTTP, or the engine processes."""
-        return [child for child in children_of(self.child.pid) if is_engine(child) == engines]
+    def processes(self, *, inference: bool = False) -> list[int]:
+        """List the processes that serve HTTP, or the inference processes."""
+        return [child for child in children_of(self.child.pid) if is_inference(child) == inference]
 
     def samples(self, metric: str, label: str) -> dict[str, float]:
         """Sum the samples of *metric* by *label*, from the health port."""
@@ -61,17 +62,17 @@ class Server:
         return found
 
 
-def is_engine(process: int) -> bool | None:
-    """Check whether *process* is an engine process; None if it is no worker or has ended."""
+def is_inference(process: int) -> bool | None:
+    """Check whether *process* is an inference process; None if it does not serve or has ended."""
     try:
-        order = Path(f"/proc/{process}/environ").read_bytes()
+        environment = Path(f"/proc/{process}/environ").read_bytes()
     except OSError:
         return None
-    return b'"listener"' not in order if b"SOPDEPLOY_WORKER" in order else None
+    return b'"listener"' not in environment if b"SOPDEPLOY_WORKER" in environment else None
 
 
 @contextmanager
-def running(settings: dict[str, Any], batch: str) -> Iterator[Server]:
+def running(settings: dict[str, Any], batch: str, decode_ms: float = 0.0) -> Iterator[Server]:
     """Start a server with *settings* and wait until it is ready; stop it at the end."""
     paths = [str(HERE), *sys.path]
     given = {"port": 0, "health_port": 0, **settings}
@@ -79,7 +80,12 @@ def running(settings: dict[str, Any], batch: str) -> Iterator[Server]:
         [sys.executable, "-c", SUPERVISOR, json.dumps(given)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, BATCH_VARIABLE: batch, "PYTHONPATH": os.pathsep.join(paths)},
+        env={
+            **os.environ,
+            BATCH_VARIABLE: batch,
+            DECODE_VARIABLE: str(decode_ms),
+            "PYTHONPATH": os.pathsep.join(paths),
+        },
     ) as child:
         try:
             lines = [cast(TextIO, child.stdout).readline().split() for _ in range(2)]
@@ -92,21 +98,25 @@ def running(settings: dict[str, Any], batch: str) -> Iterator[Server]:
             child.kill()
 
 
+def emulate_decoding() -> None:
+    """Sleep, then use CPU time of this thread while holding the interpreter lock."""
+    milliseconds = float(os.environ[DECODE_VARIABLE])
+    if milliseconds:
+        time.sleep(milliseconds / 1000)
+        end = time.thread_time() + milliseconds / 10_000
+        while time.thread_time() < end:
+            pass
+
+
 def main() -> int:
-    """Run the process that the supervisor's order describes."""
+    """Run the process that the supervisor has described."""
     fixed, each, largest = map(float, os.environ[BATCH_VARIABLE].split(","))
     model = fake_model(fixed, each, int(largest))
+    process.load_model = inference_process.load_model = lambda *_: model  # type: ignore[attr-defined]
     if "listener" in json.loads(os.environ["SOPDEPLOY_WORKER"]):
-        replace_decoder()
-        process.load_model = lambda *_: model  # type: ignore[attr-defined]
-        return process.main()
-
-    def table(_: Sequence[str], settings: Any, __: object) -> Any:
-        served = {"model": [EngineModel("model", 1, model, settings)]}
-        return SimpleNamespace(models=lambda: served)
-
-    engine.ModelTable = table  # type: ignore[assignment,attr-defined]
-    return engine.main()
+        replace_decoder(emulate_decoding)
+        return run_program(worker.serve)
+    return run_program(inference_process.serve)
 
 
 if __name__ == "__main__":

@@ -69,9 +69,12 @@ def parse_metrics(text: str) -> Scrape:
     try:
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
         own = tuple(sample for sample in samples if sample.name.startswith("sopdeploy_"))
-        devices = [sample.labels.get("device") for sample in own if sample.name == "sopdeploy_decoders"]
-        if devices:
-            return Scrape(own, len(devices), len(set(devices)))
+        processes = [
+            sample.labels.get("process", "") for sample in own if sample.name == "sopdeploy_decoders"
+        ]
+        devices = {process.partition(":")[0] for process in processes}  # a front end is DEVICE:NUMBER
+        if processes:
+            return Scrape(own, len(processes), len(devices))
     except ValueError as error:
         reason = str(error)
     raise ServiceError(

@@ -3,8 +3,9 @@
 import asyncio
 import json
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
@@ -35,12 +36,13 @@ from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
 from sopdeploy_service.inference.results import GATES, Prediction, RejectedError, Rejection
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability.metrics import Connect, collect
 from sopdeploy_service.observability.request_context import RequestContext
 
 router = APIRouter()
 
-CREDENTIALS = ("authorization", "x-api-key")  # forwarded to the other workers
+Collect: TypeAlias = Callable[[Mapping[str, str]], Awaitable[bytes]]
+
+CREDENTIALS = ("authorization", "x-api-key")  # forwarded to the other processes
 README = "README.md"
 
 
@@ -63,12 +65,12 @@ async def readyz(request: Request) -> Response:
 
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)
 async def metrics(request: Request, *, own: bool = False) -> Response:
-    """Return the metrics of this server: of all worker processes, or of this one only with *own*."""
-    siblings: dict[str, Connect] = request.app.state.siblings
-    if own or not siblings:
+    """Return the metrics of this server: of all its processes, or of this one only with *own*."""
+    collect: Collect | None = request.app.state.collect_metrics
+    if own or collect is None:
         return Response(generate_latest(service_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
     known = {name: request.headers[name] for name in CREDENTIALS if name in request.headers}
-    return Response(await collect(siblings, known), media_type=CONTENT_TYPE_LATEST)
+    return Response(await collect(known), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/info", summary="Loaded models", response_model=Info)

@@ -13,9 +13,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -25,7 +25,7 @@ from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import ApiKeys
 from sopdeploy_service.http.problems import INTERNAL, reject
-from sopdeploy_service.http.rate_limits import SharedSpending, TokenBucket
+from sopdeploy_service.http.rate_limits import TokenBucket
 from sopdeploy_service.inference.results import CLIENT_GONE, RejectedError, Rejection
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.metrics import Metrics
@@ -56,6 +56,7 @@ SLOW_BODY = Rejection("slow_body", 408, "the body arrives more slowly than this 
 UPLOADS_FULL = Rejection("uploads_full", 429, "too many bytes are being uploaded; retry later", 2)
 
 Value = TypeVar("Value")
+CreateBucket: TypeAlias = Callable[[float, int, int], TokenBucket]  # rate, burst, number of the key
 
 log = logging.getLogger("sopdeploy.http")
 access_log = logging.getLogger("sopdeploy.access")
@@ -165,14 +166,14 @@ class ApiKeyMiddleware:
         keys: ApiKeys,
         metrics: Metrics,
         open_paths: Collection[str],
-        shared: SharedSpending | None = None,
+        create_bucket: CreateBucket = TokenBucket,
     ) -> None:
         self._app = app
         self._keys = keys
         self._metrics = metrics
         self._open_paths = frozenset(open_paths)
         self._buckets = {
-            key.name: TokenBucket(key.rate, key.burst, shared, number)
+            key.name: create_bucket(key.rate, key.burst, number)
             for number, key in enumerate(keys.keys)
             if key.rate is not None
         }

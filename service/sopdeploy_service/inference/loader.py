@@ -24,10 +24,10 @@ from sopdeploy.bundle.signing import check_signed, signature_path
 from sopdeploy.errors import BundleError, RuntimeUnavailableError
 from sopdeploy_service.runtime.base import OutOfMemoryError, OverlappingRuntime, Runtime, padded_sizes
 from sopdeploy_service.runtime.selection import open_runtime
+from sopdeploy_service.settings import Settings
 
-if TYPE_CHECKING:  # an engine process imports no asyncio and no image library
+if TYPE_CHECKING:  # `verify` and `bench` need no image library
     from sopdeploy_service.images.loaders import FastDecode
-    from sopdeploy_service.settings import Settings
 
 SINGLE_PROBES = 2  # probes replayed alone at a start: a CUDA graph captures the first and runs the second
 LARGEST_ON_CPU = 4  # larger batches gain nothing on a CPU and delay the first image of the batch
@@ -55,7 +55,7 @@ class LoadedModel:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def load_model(path: Path, settings: "Settings", *, thorough: bool = False) -> LoadedModel:
+def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> LoadedModel:
     """Load the bundle at *path* and replay its probes.
 
     Every probe runs in a batch of the largest size, and `SINGLE_PROBES` of them also run alone. With
@@ -181,7 +181,7 @@ def replay_overlapping(probes: Probes, runtime: OverlappingRuntime, max_batch: i
         replay(probes, run, batch=max_batch)
 
 
-def largest_batch(runtime: Runtime, settings: "Settings") -> int:
+def largest_batch(runtime: Runtime, settings: Settings) -> int:
     """Return how many images the server may put into one batch of *runtime*."""
     limit = settings.max_batch
     if limit is None:

@@ -12,13 +12,14 @@ A batch that raises is halved until the image that causes it fails alone. An out
 only the image it belongs to.
 """
 
+import asyncio
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,8 @@ from sopdeploy_service.inference.results import (
     Ranking,
     Rejection,
 )
+from sopdeploy_service.observability.drift import DriftWindow
+from sopdeploy_service.observability.metrics import ModelMetrics
 from sopdeploy_service.runtime.base import (
     DeviceLostError,
     OutOfMemoryError,
@@ -42,11 +45,7 @@ from sopdeploy_service.runtime.base import (
     SelectiveRuntime,
 )
 
-if TYPE_CHECKING:  # an engine process imports no HTTP or metrics library; OpenTelemetry is optional
-    import asyncio
-
-    from sopdeploy_service.observability.drift import DriftWindow
-    from sopdeploy_service.observability.metrics import ModelMetrics
+if TYPE_CHECKING:  # OpenTelemetry is optional
     from sopdeploy_service.observability.tracing import RequestTrace
 
 MAX_FAILED_BATCHES = 5  # in a row; then a blank image tells whether the device still works
@@ -54,14 +53,6 @@ SMALLER_SECONDS = 60.0  # how long batches stay halved after the device ran out 
 
 Images = Sequence[NDArray[np.uint8]]
 Row = dict[str, NDArray[np.float32]] | Rejection
-
-
-class EventLoop(Protocol):
-    """The part of an event loop's interface that the worker thread uses."""
-
-    def call_soon_threadsafe(self, callback: Callable[..., None], /, *values: Any) -> object:
-        """Run *callback* with *values* in the thread of the loop."""
-        ...
 
 
 log = logging.getLogger("sopdeploy.engine")
@@ -84,7 +75,6 @@ class QueuedImage:
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
     trace: "RequestTrace | None" = None
-    slot: Any = None  # shared memory for the image, if an engine process runs it
 
     def is_over(self, now: float) -> bool:
         """Tell whether the request has ended or its deadline has passed at *now*."""
@@ -100,13 +90,11 @@ class QueuedImage:
 class RequestQueue:
     """Images in order of arrival. Thread-safe.
 
-    Admission counts images before they are decoded and bounds the length of the queue. *on_drop* gets the
-    images that leave the queue because their request is over.
+    Admission counts images before they are decoded and bounds the length of the queue.
     """
 
     max_delay: float = 0.0
     closed_with: Rejection | None = None
-    on_drop: Callable[[list[QueuedImage]], None] | None = None
     _items: deque[QueuedImage] = field(default_factory=deque)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -119,16 +107,6 @@ class RequestQueue:
     def images_elsewhere(self) -> int:
         """Images of other processes that run on the same device."""
         return 0
-
-    def reserve(self, items: Sequence[QueuedImage]) -> Rejection | None:  # noqa: ARG002
-        """Reserve memory for *items* before they are decoded; return a rejection if there is too little.
-
-        Without *items*, only check that there is memory for one image.
-        """
-        return None
-
-    def release(self, items: Sequence[QueuedImage]) -> None:
-        """Free the memory that `reserve` has reserved for *items*, unless an engine still uses it."""
 
     def put(self, item: QueuedImage) -> Rejection | None:
         """Add *item*; if the queue is closed, return its rejection instead."""
@@ -173,8 +151,6 @@ class RequestQueue:
         """
         if over := [item for item in self._items if item.is_over(now)]:
             self._items = deque(item for item in self._items if item not in over)
-            if self.on_drop is not None:
-                self.on_drop(over)
 
     def close(self, rejection: Rejection) -> list[QueuedImage]:
         """Give *rejection* to every image from now on; return those that are still queued."""
@@ -192,7 +168,7 @@ def settle(items: Sequence[QueuedImage], outcomes: Sequence[Outcome]) -> None:
         item.settle(outcome)
 
 
-def call_soon(loop: EventLoop, function: Callable[..., None], *values: object) -> None:
+def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *values: object) -> None:
     """Run *function* on *loop* from another thread; do nothing if the loop is closed."""
     try:
         loop.call_soon_threadsafe(function, *values)
@@ -213,7 +189,7 @@ class ModelWorker:
     """Runs batches of at most *max_batch* images until *queue* is closed.
 
     Calls *record_latency* with the images and seconds of each batch, on the event loop. Counts predictions in
-    *drift*. In an engine process, the front ends record metrics and drift.
+    *drift*.
     """
 
     def __init__(
@@ -221,11 +197,11 @@ class ModelWorker:
         runtime: Runtime,
         queue: RequestQueue,
         record_latency: Callable[[int, float], None],
-        metrics: "ModelMetrics | None",
+        metrics: ModelMetrics,
         *,
         outputs: Sequence[str],
         max_batch: int,
-        drift: "DriftWindow | None" = None,
+        drift: DriftWindow | None = None,
     ) -> None:
         self._runtime = runtime
         self._drift = drift
@@ -243,7 +219,7 @@ class ModelWorker:
         self.in_flight: list[_Batch] = []  # oldest first
         self.started: float | None = None  # when the oldest batch got the device to itself
 
-    def run(self, loop: EventLoop, on_end: Callable[[], None]) -> None:
+    def run(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) -> None:
         """Run batches until the queue is closed or the thread fails, then call *on_end* on *loop*."""
         try:
             while True:
@@ -276,7 +252,7 @@ class ModelWorker:
                     batch.error = error
         return bool(items)
 
-    def _complete_oldest(self, loop: EventLoop) -> None:
+    def _complete_oldest(self, loop: asyncio.AbstractEventLoop) -> None:
         """Wait for the outputs of the oldest batch and pass them to the event loop."""
         batch = self.in_flight[0]
         images = [item.image for item in batch.items]
@@ -334,13 +310,12 @@ class ModelWorker:
             outcomes.append(Prediction(row, waited, seconds, *details))
             logits.append(row[self._outputs[0]])
         settle(items, outcomes)
-        if self._drift is not None and self._metrics is not None:
+        if self._drift is not None:
             self._drift.add(logits)
             self._metrics.drift = self._drift.latest
         self._record_latency(len(items), ended - started)
-        if self._metrics is not None:
-            self._metrics.batch([started - item.arrived for item in items], self._max_batch, started, ended)
-            self._metrics.nonfinite.inc(sum(row is NONFINITE for row in rows))
+        self._metrics.batch([started - item.arrived for item in items], self._max_batch, started, ended)
+        self._metrics.nonfinite.inc(sum(row is NONFINITE for row in rows))
         traces = [item.trace for item in items if item.trace is not None]
         if traces:
             traces[0].record_batch(traces, started, ended)

@@ -56,7 +56,7 @@ class ModelRegistry:
         self._reserved: set[str] = set()
         self._by_name = {name: Versions(self._make_model(name, model)) for name, model in loaded.items()}
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Start the worker threads of every model."""
         for model in self.models():
             model.start()

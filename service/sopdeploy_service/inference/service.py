@@ -8,7 +8,7 @@ shares a batch with the images of other requests.
 import asyncio
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypeAlias
@@ -20,8 +20,6 @@ from sopdeploy.errors import ImageError
 from sopdeploy_service.images.decode import Decoded, DecodePool, EncodedImage, PoolClosedError
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.bundle_store import BundleStore
-from sopdeploy_service.inference.engine_process.client import EngineClient
-from sopdeploy_service.inference.engine_process.remote import RemoteRegistry
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, call_soon, settle
@@ -45,7 +43,8 @@ from sopdeploy_service.settings import Settings
 MAX_RETRY_SECONDS = 60
 
 Images: TypeAlias = Sequence[EncodedImage] | NDArray[np.uint8]
-State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead", "engine_restarting", "loop_blocked"]
+State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead", "loop_blocked"]
+CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
 
 
 class Observer(Protocol):
@@ -83,18 +82,16 @@ class Service:
         loaded: Mapping[str, LoadedModel],
         settings: Settings,
         store: BundleStore | None = None,
-        engine: EngineClient | None = None,
+        create_registry: CreateRegistry | None = None,
     ) -> None:
-        """Serve *loaded* in this process or, with *engine*, the models of an engine process."""
+        """Serve *loaded* in this process or, with *create_registry*, the models of another registry."""
         self.settings = settings
         self.metrics = Metrics()
         self.active_requests = 0  # counted by the middleware
-        self.engine = engine
-        self.registry = (
-            ModelRegistry(loaded, settings, self.metrics, store)
-            if engine is None
-            else RemoteRegistry(engine, settings, self.metrics)
-        )
+        if create_registry is None:
+            self.registry = ModelRegistry(loaded, settings, self.metrics, store)
+        else:
+            self.registry = create_registry(settings, self.metrics)
         self.observers: list[Observer] = []
         self.fetches = asyncio.Semaphore(settings.url_fetches)
         # Few threads: a JSON parser holds the interpreter lock.
@@ -107,24 +104,19 @@ class Service:
 
     @property
     def state(self) -> State:
-        """The health: `ok`, `draining` (also before `start`), `no_model` or `engine_dead`.
-
-        If an engine process is dead, another one replaces it: `engine_restarting`.
-        """
+        """The health: `ok`, `draining` (also before `start`), `no_model` or `engine_dead`."""
         models = self.registry.models()
         if any(model.dead for model in models):
-            return "engine_dead" if self.engine is None else "engine_restarting"
+            return "engine_dead"
         if self._draining:
             return "draining"
         return "ok" if models else "no_model"
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Start the threads and accept requests."""
-        self.registry.start()
+        await self.registry.start()
         for observer in self.observers:
             observer.start()
-        if self.engine is not None:
-            self.engine.start()
         self._decoders.start()
         self._draining = False
 
@@ -145,8 +137,6 @@ class Service:
         for observer in self.observers:
             await observer.stop()
         await self.registry.stop()
-        if self.engine is not None:
-            self.engine.stop()
 
     def check_admission(self, model: Model, deadline: float) -> None:
         """Raise `RejectedError` if a request cannot be admitted or meet its *deadline*.
@@ -158,9 +148,6 @@ class Service:
         if self._draining:
             raise RejectedError(DRAINING)
         self._check_queue(model, 1)
-        rejection = model.queue.reserve(())
-        if rejection is not None:
-            raise RejectedError(rejection)
         # An idle worker is always tried: an estimate that rejects everything could never be corrected.
         images = self.admitted + model.queue.images_elsewhere
         if images:
@@ -231,9 +218,6 @@ class Service:
         self, model: Model, items: list[QueuedImage], images: Images, seconds: float
     ) -> list[Outcome]:
         """Queue *items* with their *images* and wait for all outcomes, at most *seconds*."""
-        rejection = model.queue.reserve(items)
-        if rejection is not None:
-            raise RejectedError(rejection)
         timer = asyncio.get_running_loop().call_later(seconds, model.queue.reject, items, DEADLINE)
         try:
             for item, image in zip(items, images, strict=True):
@@ -243,7 +227,6 @@ class Service:
             model.queue.reject(items, CLIENT_GONE)
             raise
         finally:
-            model.queue.release(items)
             timer.cancel()
 
     def submit(self, model: Model, item: QueuedImage, image: EncodedImage | NDArray[np.uint8]) -> None:

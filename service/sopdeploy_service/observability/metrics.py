@@ -1,38 +1,22 @@
-"""The Prometheus metrics of one server, in their own registry, and merging the metrics of several workers."""
+"""The Prometheus metrics of one server process, in their own registry."""
 
-import asyncio
 import math
-import socket
 import threading
 import time
 from collections import Counter as Counts
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
-from types import SimpleNamespace
-from typing import cast
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    Metric,
-    disable_created_metrics,
-    generate_latest,
-)
-from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.evaluation.drift import Drift
 from sopdeploy_service.runtime.base import Runtime
 
-Connect = Callable[[], socket.socket]  # opens a connection to a worker process
-
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 WINDOW_SECONDS = 10.0
-SCRAPE_SECONDS = 2.0  # a worker that takes longer counts as down
 
 disable_created_metrics()  # one more series per counter and histogram, which nothing reads
 
@@ -197,49 +181,3 @@ class ModelMetrics:
             begin = max(self._created, now - WINDOW_SECONDS)
             busy = sum(max(0.0, ended - max(started, begin)) for started, ended in self.runs)
             return min(1.0, busy / max(now - begin, 1e-9))
-
-
-async def collect(workers: Mapping[str, Connect], headers: Mapping[str, str]) -> bytes:
-    """Scrape *workers* (by name) with *headers* and merge their pages."""
-    pages = await asyncio.gather(
-        *(get(connect, "/metrics?own=true", headers) for connect in workers.values())
-    )
-    return merge(dict(zip(workers, pages, strict=True)))
-
-
-async def get(connect: Connect, path: str, headers: Mapping[str, str]) -> str | None:
-    """Request *path* from the process that *connect* reaches; None if it does not answer with 200."""
-    lines = [
-        f"{name}: {value}" for name, value in {"Host": "worker", "Connection": "close", **headers}.items()
-    ]
-    try:
-        async with asyncio.timeout(SCRAPE_SECONDS):
-            reader, writer = await asyncio.open_connection(sock=connect())
-            writer.write("\r\n".join([f"GET {path} HTTP/1.1", *lines, "", ""]).encode("latin-1"))
-            response = await reader.read()
-            writer.close()
-    except (OSError, TimeoutError):
-        return None
-    head, _, page = response.partition(b"\r\n\r\n")
-    return page.decode() if head.startswith(b"HTTP/1.1 200 ") else None
-
-
-def merge(pages: Mapping[str, str | None]) -> bytes:
-    """Merge the metrics *pages* of processes by name; add labels and `sopdeploy_worker_up`.
-
-    A page is None if its process is down. The process of a device has the label `device`. The name of a front
-    end is `DEVICE:NUMBER`; its label `process` is the number, and without devices it has no label `device`.
-    """
-    up = Metric("sopdeploy_worker_up", "Whether the process of a device, or a front end, answers", "gauge")
-    families: dict[str, Metric] = {}
-    for name, page in pages.items():
-        device, _, process = name.partition(":")
-        added = {key: value for key, value in (("device", device), ("process", process)) if value}
-        up.add_sample(up.name, added, float(page is not None))
-        for family in text_string_to_metric_families(page or ""):
-            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            merged.samples += [
-                sample._replace(labels={**sample.labels, **added}) for sample in family.samples
-            ]
-    pages_merged = SimpleNamespace(collect=lambda: [up, *families.values()])
-    return generate_latest(cast(CollectorRegistry, pages_merged))  # which calls only `collect`

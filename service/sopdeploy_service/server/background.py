@@ -15,10 +15,11 @@ from typing import TextIO, cast
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.server.launch import start_process
 from sopdeploy_service.server.sockets import bind, url
-from sopdeploy_service.server.workers import start_process
 from sopdeploy_service.settings import Settings
 
+SERVER = "sopdeploy_service.server.process"
 MAX_LOG_LINES = 1000
 STOP_SECONDS = 10.0  # beyond the drain, before the process is killed
 ERROR = re.compile(r"error: device \S+: (.*) \[(\w+)\]")
@@ -54,17 +55,15 @@ class BackgroundServer:
             reading, self._lifeline = os.pipe()  # closed when this process ends, however it ends
             stack.callback(os.close, reading)
             self.url = url(listener)
-            order = {
+            launch_config = {
                 "sources": [str(source) for source in sources],
                 "settings": settings.model_dump(mode="json"),
                 "name": "background",
                 "listener": listener.fileno(),
                 "lifeline": reading,
-                "siblings": {},
-                "elsewhere": (),
-                "group": None,
             }
-            self._process = start_process(order, {}, stderr=subprocess.STDOUT)
+            files = (listener.fileno(), reading)
+            self._process = start_process(SERVER, launch_config, files, stderr=subprocess.STDOUT)
         self._reader = threading.Thread(target=self._read, name="server log", daemon=True)
         self._reader.start()
         try:

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -22,7 +22,7 @@ from starlette.routing import Route
 from sopdeploy_service.api.schema import Health
 from sopdeploy_service.http.middleware import BodyLimitsMiddleware
 from sopdeploy_service.inference.service import State
-from sopdeploy_service.observability.metrics import Connect, Metrics, collect, get
+from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
 from sopdeploy_service.settings import Settings
 
@@ -76,26 +76,11 @@ def health_app(
         body = Health(status=current).model_dump_json()
         return Response(body, status_code=200 if healthy else 503, media_type="application/json")
 
-    return _app(respond)
+    return monitoring_app(respond)
 
 
-def group_health_app(workers: Mapping[str, Connect]) -> Starlette:
-    """Create the app of the health port of several *workers*, by name: ready if one of them is."""
-
-    async def respond(request: Request) -> Response:
-        if request.url.path == "/metrics":
-            return Response(await collect(workers, {}), media_type=CONTENT_TYPE_LATEST)
-        status: State = "ok"
-        if request.url.path == "/readyz":
-            answers = await asyncio.gather(*(get(connect, "/readyz", {}) for connect in workers.values()))
-            status = "ok" if any(answers) else "draining"
-        body = Health(status=status).model_dump_json()
-        return Response(body, status_code=200 if status == "ok" else 503, media_type="application/json")
-
-    return _app(respond)
-
-
-def _app(respond: Callable[[Request], Awaitable[Response]]) -> Starlette:
+def monitoring_app(respond: Callable[[Request], Awaitable[Response]]) -> Starlette:
+    """Create an app in which *respond* handles liveness, readiness and metrics, with limits."""
     limits = Middleware(BodyLimitsMiddleware, settings=Settings.model_construct(**LIMITS), metrics=Metrics())
     return Starlette(
         routes=[Route(path, respond) for path in ("/livez", "/readyz", "/metrics")],

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import httptools
 from starlette.datastructures import Headers
@@ -20,7 +20,6 @@ from sopdeploy_service.http.middleware import request_id
 from sopdeploy_service.http.problems import problem_response
 from sopdeploy_service.inference.results import Rejection
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.server.balancing import Balancer
 from sopdeploy_service.server.sockets import SPARE
 from sopdeploy_service.settings import Settings
 
@@ -36,6 +35,18 @@ LONG_URL = Rejection("url_too_long", 414, "the URL is longer than the limit of t
 LARGE_HEADERS = Rejection(
     "headers_too_large", 431, "the request has more or larger headers than this server accepts"
 )
+
+
+class Balancer(Protocol):
+    """Distributes the connections of clients over several processes."""
+
+    def set_open(self, connections: int) -> None:
+        """Publish the number of open *connections* of this process."""
+        ...
+
+    def hand_over(self, connection: int) -> bool:
+        """Pass the file descriptor *connection* to another process; return False if it stays here."""
+        ...
 
 
 @dataclass

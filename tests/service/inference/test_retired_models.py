@@ -22,7 +22,7 @@ from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.server import process as server
-from sopdeploy_service.server.process import DrainingServer, Inherited, serve_on
+from sopdeploy_service.server.process import DrainingServer, serve_on
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
 from tests.service.raw import connect, post_of, read
@@ -135,7 +135,7 @@ def test_a_server_does_not_keep_its_first_runtime(
     monkeypatch.setattr(server, "load_model", opened)
     monkeypatch.setattr(DrainingServer, "run", run)
     with bind("127.0.0.1", 0) as listener:
-        assert serve_on([f"tiny={versions[0]}"], SETTINGS, Inherited(listener=listener)) == 0
+        assert serve_on([f"tiny={versions[0]}"], SETTINGS, listener) == 0
     assert gone == [True]
 
 

@@ -1,7 +1,9 @@
 """Arithmetic and diagnosis of the doctor, without a server."""
 
 import io
+import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +22,6 @@ from sopdeploy.doctor.measure import (
     ramp_to,
 )
 from sopdeploy.errors import ServiceError
-from sopdeploy_service.observability.metrics import merge
 
 BEFORE = """
 sopdeploy_decoders 2.0
@@ -74,12 +75,19 @@ def test_a_measurement_is_the_difference_of_two_scrapes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "engines", "busy"), [(("0", "1", "2"), 2, 0.5), ((":0", ":1", ":2"), 1, 1.0)]
+    ("names", "engines", "busy"), [(("0", "1"), 2, 0.5), (("default:0", "default:1"), 1, 1.0)]
 )
 def test_each_device_has_an_engine_and_front_ends_share_it(
-    names: tuple[str, str, str], engines: int, busy: float
+    names: tuple[str, str], engines: int, busy: float
 ) -> None:
-    pages = [merge(dict(zip(names, (text, text, None), strict=True))).decode() for text in (BEFORE, AFTER)]
+    def label(match: re.Match[str], name: str) -> str:
+        others = f"{match[2]}," if match[2] else ""
+        return f'{match[1]}{{{others}process="{name}"}} '
+
+    pages = [
+        "\n".join(re.sub(r"(?m)^(\w+)(?:\{(.*)\})? ", partial(label, name=name), text) for name in names)
+        for text in (BEFORE, AFTER)
+    ]
     interval = Interval(scrape(pages[0], 100.0), scrape(pages[1], 104.0))
     found = measure(interval, [0.01] * 200, {}, concurrency=8, client_seconds=0.4)
     assert (found.engines, found.processes, found.decoders) == (engines, 2, 4)

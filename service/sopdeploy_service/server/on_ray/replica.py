@@ -24,9 +24,10 @@ from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.request_context import open_tracing
 from sopdeploy_service.server.health_port import BEAT_SECONDS, LoopWatch
+from sopdeploy_service.server.launch import RUNTIME_DEAD
 from sopdeploy_service.server.memory import IdleTrigger
 from sopdeploy_service.server.on_ray.plan import UserConfig, check
-from sopdeploy_service.server.process import CLOSING_SECONDS, ENGINE_DEAD_EXIT, prepare_process
+from sopdeploy_service.server.process import CLOSING_SECONDS, prepare_process
 from sopdeploy_service.settings import load_settings
 
 LAST_RESPONSES_SECONDS = 0.2  # for complete responses on their way to Ray's proxy
@@ -97,4 +98,4 @@ class Replica:
         while self.service.active_requests and time.monotonic() < end:
             await asyncio.sleep(BEAT_SECONDS)
         await asyncio.sleep(LAST_RESPONSES_SECONDS)
-        self.leave(ENGINE_DEAD_EXIT)
+        self.leave(RUNTIME_DEAD)

@@ -1,4 +1,4 @@
-"""Two sandboxed front ends with an engine process respond, count and change models as one process does.
+"""Two sandboxed front ends with an inference process respond, count and change models as one process does.
 
 Both kinds of servers get the same requests. They run images one by one (`max_batch=1`), so outputs are equal
 to the last bit.
@@ -24,15 +24,13 @@ import pytest
 
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy_service.http.api_keys import new_key
-from sopdeploy_service.server import front_ends
-from sopdeploy_service.server.front_ends import EngineGroup, Peer
 from tests.attacks.test_bad_images import SEEDS
 from tests.service.api import test_warnings
 from tests.service.bundle_with_maps import write_bundle_with_maps
 from tests.service.children import FRONT_ENDS, ONE_PROCESS, START_SECONDS, WAYS, ServerClient, serving
 from tests.service.conftest import picture_bytes, write_bundle
+from tests.service.front_ends import gated_process
 from tests.service.raw import GET, connect, post_of, read
-from tests.service.server import gated_engine
 
 
 class Servers(NamedTuple):
@@ -199,19 +197,6 @@ def test_models_are_loaded_rolled_back_and_unloaded_as_in_one_process(servers: S
     assert codes == [403, 200, 200, 200, 200, 409, 400, 400, 200, 404, 404, 200, 200]
 
 
-def test_a_bundle_with_a_long_name_is_not_found(servers: Servers) -> None:
-    long = "\U0001f600" * 900  # in JSON longer than a slot
-    for client in servers[:2]:
-        folder = {"parameters": {"folder": long}}
-        replies = [
-            client.post("/v2/repository/models/swap/load", json=folder),
-            client.post(f"/v2/repository/models/{'x' * 5000}/load"),
-        ]
-        codes = [(reply.status_code, reply.headers["x-error-code"]) for reply in replies]
-        assert codes == [(400, "cannot_load")] * 2
-    assert servers.several.post("/v1/classify?model=tiny", content=JPEG).status_code == 200
-
-
 def test_images_during_a_swap_are_answered_by_one_of_the_two_bundles(servers: Servers) -> None:
     load, (old, new) = "/v2/repository/models/swap/load", servers.folders
     ended = threading.Event()
@@ -287,7 +272,7 @@ def test_sums_of_metrics_over_the_processes_are_those_of_one_process(servers: Se
         assert [reply.json() for reply in health] == [{"status": "ok"}] * 2
     assert changes[0] == changes[1]
     assert sum(changes[0].values()) > 15
-    assert set(re.findall(r'sopdeploy_connections{process="(\d)"}', pages[0])) == {"0", "1"}
+    assert set(re.findall(r'sopdeploy_connections{process="default:(\d)"}', pages[0])) == {"0", "1"}
 
 
 def test_a_drain_completes_the_requests_of_both_front_ends(bundle_path, tmp_path, monkeypatch, until) -> None:
@@ -295,7 +280,7 @@ def test_a_drain_completes_the_requests_of_both_front_ends(bundle_path, tmp_path
     monkeypatch.setenv("GATE", str(gate))
     options = (*WAYS[FRONT_ENDS], "--set", "batch_timeout_seconds=60", "--set", "drain_seconds=60")
     with (
-        serving(str(bundle_path), *options, program=gated_engine.SERVE) as client,
+        serving(str(bundle_path), *options, program=gated_process.SERVE) as client,
         ExitStack() as stack,
         ThreadPoolExecutor(16) as pool,
     ):
@@ -328,25 +313,5 @@ def test_killed_and_stopped_processes_lose_and_delay_no_more_than_they_may() -> 
     counts = [result for result in found.values() if result.unit in {"", "requests", "connections"}]
     assert {result.case: result.ours for result in counts if result.ours > 0} == {}
     assert len(counts) == 9
-    assert found["front end killed: growth of the engine's memory"].ours < 20
+    assert found["front end killed: growth of the inference process's memory"].ours < 20
     assert found["front end killed: growth of the supervisor's memory"].ours < 5
-
-
-def test_a_closed_group_watches_its_engine_no_more(monkeypatch) -> None:
-    monkeypatch.setattr(front_ends, "ENGINE_SECONDS", 100)  # it would report a hung engine then
-    group = EngineGroup(Peer("engine"), [])
-    with group.open_broker(group.engine):
-        before = set(threading.enumerate())
-        group.engine_ready()
-        (watch,) = set(threading.enumerate()) - before
-        group.close()
-        watch.join(50)
-    assert not watch.is_alive()
-
-
-def test_an_engine_that_is_ready_after_the_stop_is_not_watched() -> None:
-    group = EngineGroup(Peer("engine"), [])
-    group.open_broker(group.engine).close()
-    group.close()
-    group.engine_ready()
-    assert "engine watch" not in [thread.name for thread in threading.enumerate()]

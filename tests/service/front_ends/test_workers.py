@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import io
 import os
 import re
 import signal
@@ -17,10 +18,12 @@ import httpx
 import pytest
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.observability.metrics import merge
-from sopdeploy_service.server import front_ends, workers
-from sopdeploy_service.server.sockets import bind, bind_group
-from sopdeploy_service.server.workers import Supervisor, Worker, visible_devices
+from sopdeploy_service.front_ends import limits
+from sopdeploy_service.front_ends.monitoring import merge
+from sopdeploy_service.front_ends.supervisor import HttpWorker, Supervisor, visible_devices
+from sopdeploy_service.server.launch import OUTPUT
+from sopdeploy_service.server.process import serve
+from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import load_settings
 from tests.service.children import children_of, is_alive, line_of, module_of, spawn
 
@@ -52,8 +55,10 @@ def test_two_processes_share_a_port_and_a_page_of_metrics(start: Start, jpeg, un
         for one in clients * 2:  # each keeps its connection
             assert one.post("/v1/classify", content=jpeg).status_code == 200
         page = clients[0].get("/metrics").text
-    assert re.findall(r"^sopdeploy_worker_up\{device=.*$", page, re.M)
-    answered = re.findall(r'sopdeploy_requests_total\{code="200",device="\S+",.*classify"\} (\S+)', page)
+    assert re.findall(r"^sopdeploy_worker_up\{process=.*$", page, re.M)
+    answered = re.findall(
+        r'sopdeploy_requests_total\{code="200",.*process="\S+",route="/v1/classify"\} (\S+)', page
+    )
     assert answered == ["8.0", "8.0"]
     child.send_signal(signal.SIGTERM)
     out, err = child.communicate(timeout=30)
@@ -106,11 +111,13 @@ def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, 
         assert httpx.get(f"{health}/readyz").status_code == 200
         page = httpx.get(f"{health}/metrics").text
         assert (
-            re.findall(r'sopdeploy_requests_total\{code="200",.*process="\d",.*classify"\} (\S+)', page)
+            re.findall(
+                r'sopdeploy_requests_total\{code="200",.*process="default:\d",.*classify"\} (\S+)', page
+            )
             == ["4.0"] * 2
         )
         first = children_of(child.pid)
-        fronts = [pid for pid in first if module_of(pid).endswith("server.process")]
+        fronts = [pid for pid in first if module_of(pid).endswith("front_ends.worker")]
         (engine,) = set(first) - set(fronts)
         os.kill(fronts[0], signal.SIGKILL)
         until(lambda: not is_alive(fronts[0]))
@@ -121,10 +128,10 @@ def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, 
                 kept.append(connection)
         assert len(kept) == 4  # the others were connected to the killed process
         os.kill(engine, signal.SIGKILL)
-        until(lambda: classify(kept[0]) == (503, "5"))
-        assert httpx.get(f"{health}/readyz").status_code == 503
-        until(lambda: classify(kept[0]) == (200, None))
-        until(lambda: len(set(children_of(child.pid)) - set(first)) == 2)
+        until(lambda: httpx.get(f"{health}/readyz").status_code == 503)
+        assert classify(connect()) == (200, None)  # waits for the new processes
+        until(lambda: len(set(children_of(child.pid)) - set(first)) == 3)
+        until(lambda: httpx.get(f"{health}/readyz").status_code == 200)
         child.send_signal(signal.SIGTERM)
         assert child.wait(30) == 0
 
@@ -148,12 +155,12 @@ def test_auto_is_a_front_end_per_four_cores(case: str, monkeypatch, tmp_path) ->
     if quota is not None:
         file.write_text(quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.setattr(front_ends, "CPU_QUOTA", file)
-    assert front_ends.count_front_ends(load_settings(front_ends="auto", **given)) == expected
+    monkeypatch.setattr(limits, "CPU_QUOTA", file)
+    assert limits.count_front_ends(load_settings(front_ends="auto", **given)) == expected
     required = load_settings(front_ends="auto", sandbox="required", **given)
     if expected == 1:
         with pytest.raises(ConfigError, match="set front_ends=2 or more"):
-            front_ends.count_front_ends(required)
+            limits.count_front_ends(required)
 
 
 # Settings, front ends -> shares, or the end of the error message.
@@ -176,9 +183,9 @@ def test_the_share_of_a_front_end_holds_the_largest_request(case: str) -> None:
     settings = load_settings(**given)
     if isinstance(expected, str):
         with pytest.raises(ConfigError, match=f"{count} front ends share .* {expected}$"):
-            front_ends.share_limits(settings, count)
+            limits.share_limits(settings, count)
         return
-    assert front_ends.share_limits(settings, count) == expected
+    assert limits.share_limits(settings, count) == expected
     load_settings(**given, **expected)  # a front end accepts its settings
 
 
@@ -193,7 +200,7 @@ def test_workers_exit_when_their_parent_is_killed(start: Start, until) -> None:
 class Interrupted(Supervisor):
     """Receives a signal while it starts its only process."""
 
-    def _spawn(self, worker: Worker, lifeline: int) -> subprocess.Popen[str]:
+    def _spawn(self, worker: HttpWorker, lifeline: int) -> subprocess.Popen[str]:
         code = "import time; print(flush=True); time.sleep(20)"
         self.started = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         line_of(self.started)
@@ -211,21 +218,26 @@ def test_a_process_that_starts_during_a_signal_gets_it() -> None:
     assert supervisor.started.returncode == -signal.SIGTERM
 
 
-def test_a_front_end_is_told_the_places_of_those_with_another_engine(monkeypatch) -> None:
-    orders = []
-    monkeypatch.setattr(workers, "start_process", lambda order, _: orders.append(order))
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(one) for one in bind_group("127.0.0.1", 0, 4)]
-        supervisor = Supervisor(["bundle"], load_settings(devices="cpu,cpu", front_ends=2), listeners)
-        stack.callback(supervisor._group.close)
-        for name in ("cpu-0", "cpu-1"):
-            supervisor._add_device(name, "cpu", 2)
-        for worker in supervisor._workers:
-            supervisor._spawn(worker, lifeline=0)
-        for group in supervisor._engines:
-            group.close()
-    elsewhere = {order["name"]: order["elsewhere"] for order in orders if "listener" in order}
-    assert elsewhere == {"cpu-0:0": [2, 3], "cpu-0:1": [2, 3], "cpu-1:0": [0, 1], "cpu-1:1": [0, 1]}
+class ClosedPipe(io.StringIO):
+    """Standard output whose reader has gone."""
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def test_a_server_ends_if_nobody_reads_that_it_is_ready(
+    bundle_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start_process(*_: object, **__: object) -> subprocess.Popen[str]:
+        """Start a process that is not trusted: it decodes images of clients."""
+        command = ["sh", "-c", r"printf '\377\nready: -  tiny\n'; exec sleep 60"]
+        return subprocess.Popen(command, **OUTPUT)
+
+    monkeypatch.setattr("sopdeploy_service.front_ends.supervisor.start_process", start_process)
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    with pytest.raises(BrokenPipeError):
+        serve([bundle_path], load_settings(port=0, devices="cpu"))
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 IDS = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-b5a4e0c9-1c2d-5a30-9b0a-3a3b8a3f5c11"
@@ -278,12 +290,12 @@ def test_joint_metrics_have_every_sample_and_the_workers_that_are_down() -> None
     )
     text = merge({"0": page, "1": page, "2": None}).decode()
     for line in (
-        'a_total{device="0",route="/"} 2.0',
-        'a_total{device="1",route="/"} 2.0',
-        'b_bucket{device="1",le="+Inf"} 3.0',
-        'b_sum{device="0"} 4.5',
-        'sopdeploy_worker_up{device="1"} 1.0',
-        'sopdeploy_worker_up{device="2"} 0.0',
+        'a_total{process="0",route="/"} 2.0',
+        'a_total{process="1",route="/"} 2.0',
+        'b_bucket{le="+Inf",process="1"} 3.0',
+        'b_sum{process="0"} 4.5',
+        'sopdeploy_worker_up{process="1"} 1.0',
+        'sopdeploy_worker_up{process="2"} 0.0',
     ):
         assert line in text, text
     assert text.count("# TYPE a_total counter") == 1

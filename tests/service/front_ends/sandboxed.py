@@ -17,8 +17,8 @@ from starlette.applications import Starlette
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.front_ends import sandbox
 from sopdeploy_service.images.decode import EncodedImage, decode
-from sopdeploy_service.server import sandbox
 
 NUMBERS = {  # of calls without a function in Python
     "x86_64": {"ptrace": 101, "io_uring_setup": 425, "bpf": 321, "mount": 165, "keyctl": 250, "unshare": 272},

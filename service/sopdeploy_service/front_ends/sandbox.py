@@ -80,16 +80,8 @@ THREAD, NAMESPACES = 0x10000, 0x7E020080  # CLONE_THREAD; CLONE_NEW*
 
 def limits(process: int) -> tuple[Limit, ...]:
     """List the system calls that *process* may use with certain arguments only."""
-    descriptor_commands = (
-        0,
-        1,
-        2,
-        3,
-        4,
-        1030,
-        1033,
-        1034,
-    )  # duplicate, flags, seals; not F_SETOWN, which sends signals
+    # Duplicate, flags, seals; not F_SETOWN, which sends signals.
+    descriptor_commands = (0, 1, 2, 3, 4, 1030, 1033, 1034)
     return (
         Limit("mmap", (9, 222), 2, EXECUTABLE, (0,)),
         Limit("mprotect", (10, 226), 2, EXECUTABLE, (0,)),

@@ -3,9 +3,8 @@
 Every process accepts from a socket of its own (SO_REUSEPORT), and the kernel chooses the socket by a hash of
 the addresses: of 8 connections, one of two processes may get 7. A process that has accepted a connection
 therefore passes it to the process with the fewest open connections, before it reads a byte. A process that
-drains passes on all connections; so does a front end whose engine does not run, if front ends of another
-device accept connections. The socket of a process that is not running stays open, so the supervisor accepts
-its connections and passes them on.
+drains passes on all connections. The socket of a process that is not running stays open, so the supervisor
+accepts its connections and passes them on.
 
 The numbers of open connections are in shared memory, with the moments at which the event loops ran last. Each
 number has one writer, so no locks are needed.
@@ -33,13 +32,13 @@ FROM_CLIENT, FROM_PROCESS = b"c", b"p"
 class Balancer:
     """Passes connections from one process to the others, by the shared numbers of open connections.
 
-    *place* is the position of this process among those that read an inbox; the supervisor comes after the
+    *index* is the position of this process among those that read an inbox; the supervisor comes after the
     last of them. *counters* is a file descriptor of the shared numbers, *outboxes* are the writable ends of
     all inboxes.
     """
 
-    def __init__(self, place: int, counters: int, outboxes: Sequence[socket.socket]) -> None:
-        self._place = place
+    def __init__(self, index: int, counters: int, outboxes: Sequence[socket.socket]) -> None:
+        self._index = index
         self._outboxes = outboxes
         shape = (len(outboxes) + 1, SENT + len(outboxes))
         memory = mmap.mmap(counters, 8 * shape[0] * shape[1])
@@ -47,39 +46,34 @@ class Balancer:
 
     def join(self) -> None:
         """Start to accept connections, after the connections left in the inbox have been read."""
-        self._counts[self._place, TAKEN] = self._counts[:, SENT + self._place].sum()
+        self._counts[self._index, TAKEN] = self._counts[:, SENT + self._index].sum()
         self.beat()
-        self._counts[self._place, OPEN] = 0
+        self._counts[self._index, OPEN] = 0
 
-    def leave(self, place: int | None = None) -> None:
-        """Receive no more connections; the supervisor calls this for the ended process at *place*."""
-        self._counts[self._place if place is None else place, [OPEN, BEAT]] = CLOSED, 0
+    def leave(self, index: int | None = None) -> None:
+        """Receive no more connections; the supervisor calls this for the ended process *index*."""
+        self._counts[self._index if index is None else index, [OPEN, BEAT]] = CLOSED, 0
 
     def set_open(self, connections: int) -> None:
         """Publish the number of open *connections*."""
-        if self.accepts(self._place):
-            self._counts[self._place, OPEN] = connections
-
-    def set_accepting(self, connections: int, *, accepting: bool) -> None:
-        """Start or stop receiving new connections, and publish the number of open *connections*."""
-        if accepting != self.accepts(self._place):
-            self._counts[self._place, OPEN] = connections if accepting else CLOSED
+        if self.accepts(self._index):
+            self._counts[self._index, OPEN] = connections
 
     def beat(self) -> None:
         """Record that the event loop of this process runs."""
-        self._counts[self._place, BEAT] = time.monotonic_ns()
+        self._counts[self._index, BEAT] = time.monotonic_ns()
 
-    def last_beat(self, place: int) -> float:
-        """Return when the event loop at *place* ran last, as `time.monotonic`; 0 if it has left."""
-        return float(self._counts[place, BEAT]) / 1e9
+    def last_beat(self, index: int) -> float:
+        """Return when the event loop of process *index* ran last, as `time.monotonic`; 0 if it has left."""
+        return float(self._counts[index, BEAT]) / 1e9
 
     def set_taken(self) -> None:
         """Record that a connection from the inbox is now included in the published number of open ones."""
-        self._counts[self._place, TAKEN] += 1
+        self._counts[self._index, TAKEN] += 1
 
-    def accepts(self, place: int) -> bool:
-        """Tell whether the process at *place* accepts connections."""
-        return bool(self._counts[place, OPEN] != CLOSED)
+    def accepts(self, index: int) -> bool:
+        """Tell whether process *index* accepts connections."""
+        return bool(self._counts[index, OPEN] != CLOSED)
 
     def hand_over(self, connection: int) -> bool:
         """Pass the file descriptor *connection* to the process with the fewest open connections.
@@ -92,18 +86,18 @@ class Balancer:
         loads = opened + self._counts[:, SENT:].sum(axis=0) - self._counts[:count, TAKEN]
         loads[opened == CLOSED] = np.iinfo(np.int64).max
         target = int(loads.argmin())
-        if opened[target] == CLOSED or (self._place < count and loads[target] >= loads[self._place]):
+        if opened[target] == CLOSED or (self._index < count and loads[target] >= loads[self._index]):
             return False
-        self._counts[self._place, SENT + target] += 1  # before it can be received
+        self._counts[self._index, SENT + target] += 1  # before it can be received
         try:
             socket.send_fds(self._outboxes[target], [FROM_CLIENT], [connection])
         except OSError:
-            self._counts[self._place, SENT + target] -= 1
+            self._counts[self._index, SENT + target] -= 1
             return False
         return True
 
-    def connect(self, place: int) -> socket.socket:
-        """Open an internal connection to the process at *place*; balancing does not count it.
+    def connect(self, index: int) -> socket.socket:
+        """Open an internal connection to process *index*; balancing does not count it.
 
         Raises `OSError` if the inbox is full.
         """
@@ -111,20 +105,20 @@ class Balancer:
         ours.setblocking(False)
         with theirs:
             try:
-                socket.send_fds(self._outboxes[place], [FROM_PROCESS], [theirs.fileno()])
+                socket.send_fds(self._outboxes[index], [FROM_PROCESS], [theirs.fileno()])
             except OSError:
                 ours.close()
                 raise
         return ours
 
-    def relay(self, place: int, listener: socket.socket, inbox: socket.socket) -> None:
-        """Pass on connections that wait for the ended process at *place*, if other processes accept some."""
+    def relay(self, index: int, listener: socket.socket, inbox: socket.socket) -> None:
+        """Pass on connections that wait for the ended process *index*, if other processes accept some."""
         if not any(self.accepts(other) for other in range(len(self._outboxes))):
             return
         clients, processes = receive(inbox)
         for connection in processes:
             connection.close()
-        self._counts[self._place, SENT + place] -= len(clients)
+        self._counts[self._index, SENT + index] -= len(clients)
         for connection in (*clients, *accept_pending(listener)):
             with connection:
                 self.hand_over(connection.fileno())
@@ -174,16 +168,16 @@ class Group:
             inbox.reads.setblocking(False)
             inbox.writes.setblocking(False)
 
-    def member(self, place: int) -> Balancer:
-        """Create the balancer of the process at *place*, or of the supervisor after the last place."""
-        return Balancer(place, self.counters.fileno(), [inbox.writes for inbox in self.inboxes])
+    def member(self, index: int) -> Balancer:
+        """Create the balancer of process *index*, or of the supervisor after the last one."""
+        return Balancer(index, self.counters.fileno(), [inbox.writes for inbox in self.inboxes])
 
-    def order(self, place: int) -> dict[str, Any]:
-        """List the file descriptors and numbers that the process at *place* inherits, for `join_group`."""
+    def launch_config(self, index: int) -> dict[str, Any]:
+        """List the file descriptors and numbers that process *index* inherits, for `join_group`."""
         return {
-            "place": place,
+            "index": index,
             "counters": self.counters.fileno(),
-            "inbox": self.inboxes[place].reads.fileno(),
+            "inbox": self.inboxes[index].reads.fileno(),
             "outboxes": [inbox.writes.fileno() for inbox in self.inboxes],
         }
 
@@ -195,18 +189,18 @@ class Group:
             inbox.writes.close()
 
 
-def inherited_files(order: dict[str, Any]) -> tuple[int, ...]:
-    """List the file descriptors in *order*, a result of `Group.order`."""
-    return (order["counters"], order["inbox"], *order["outboxes"])
+def inherited_files(config: dict[str, Any]) -> tuple[int, ...]:
+    """List the file descriptors in *config*, a result of `Group.launch_config`."""
+    return (config["counters"], config["inbox"], *config["outboxes"])
 
 
-def join_group(order: dict[str, Any]) -> tuple[Balancer, socket.socket]:
-    """Create the balancer and the inbox of a process from *order*."""
-    outboxes = [socket.socket(fileno=number) for number in order["outboxes"]]
+def join_group(config: dict[str, Any]) -> tuple[Balancer, socket.socket]:
+    """Create the balancer and the inbox of a process from *config*."""
+    outboxes = [socket.socket(fileno=number) for number in config["outboxes"]]
     for outbox in outboxes:
         outbox.setblocking(False)
-    inbox = socket.socket(fileno=order["inbox"])
+    inbox = socket.socket(fileno=config["inbox"])
     inbox.setblocking(False)
-    balancer = Balancer(order["place"], order["counters"], outboxes)
-    os.close(order["counters"])
+    balancer = Balancer(config["index"], config["counters"], outboxes)
+    os.close(config["counters"])
     return balancer, inbox

@@ -1,4 +1,4 @@
-"""An engine process whose batches wait until the file that the variable GATE names exists."""
+"""An inference process whose batches wait until the file that the variable GATE names exists."""
 
 import os
 import sys
@@ -9,16 +9,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy_service.inference.engine_process import main, models
+from sopdeploy_service.front_ends import inference_process
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.server.launch import run_program
 from sopdeploy_service.settings import Settings
 
-# `sopdeploy serve` with such an engine process; flags follow.
+# `sopdeploy serve` with such an inference process; flags follow.
 SERVE = (
     "-c",
-    "import sys; from sopdeploy_service.server import workers; from sopdeploy.cli.app import main; "
-    "workers.ENGINE = 'tests.service.server.gated_engine'; sys.argv.insert(1, 'serve'); main()",
+    "import sys; from sopdeploy_service.front_ends.supervisor import InferenceWorker; "
+    "from sopdeploy.cli.app import main; "
+    "InferenceWorker.module = 'tests.service.front_ends.gated_process'; sys.argv.insert(1, 'serve'); main()",
 )
 
 
@@ -41,7 +43,7 @@ def load_gated(path: Path, settings: Settings) -> LoadedModel:
 
 
 if __name__ == "__main__":
-    models.load_model = load_gated
-    code = main.main()
+    inference_process.load_model = load_gated
+    code = run_program(inference_process.serve)
     sys.stdout.flush()
     os._exit(code)

@@ -1,0 +1,79 @@
+"""The small files of a bundle and the facts about its runtime, which a front end gets instead of the bundle.
+
+A front end therefore needs no access to files.
+"""
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.class_maps import read_class_maps
+from sopdeploy.bundle.folder import MANIFEST, Bundle
+from sopdeploy.bundle.manifest import Manifest
+from sopdeploy_service.images.loaders import FastDecode
+from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.inference.model import Model
+
+FILES = ("certificate.json", "probes.npz", "class_maps.npz", "README.md")
+FACTS, LABELS = "runtime.json", "labels.json"
+
+
+@dataclass(slots=True)
+class RemoteRuntime:
+    """Name and device of a runtime in the inference process."""
+
+    name: str
+    device: str
+    largest_batch: int
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """Raise an error: only the inference process runs images."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Do nothing: the inference process closes its runtime."""
+
+
+def write_archive(model: Model) -> bytes:
+    """Write the archive of *model*."""
+    loaded = model.loaded
+    facts: dict[str, Any] = {
+        "name": model.name,
+        "runtime": loaded.runtime.name,
+        "device": loaded.runtime.device,
+        "largest_batch": model.largest_batch,
+        "timings": loaded.timings,
+        "fast_decode": None if loaded.fast_decode is None else loaded.fast_decode.model_dump(),
+    }
+    output = io.BytesIO()
+    with zipfile.ZipFile(output, "w") as archive:
+        archive.writestr(FACTS, json.dumps(facts))
+        archive.writestr(MANIFEST, loaded.bundle.manifest.to_bytes())
+        archive.writestr(LABELS, json.dumps(loaded.bundle.labels))
+        for name in FILES:
+            if (loaded.bundle.path / name).is_file():
+                archive.write(loaded.bundle.path / name, name)
+    return output.getvalue()
+
+
+def read_archive(data: bytes) -> tuple[str, LoadedModel]:
+    """Read the result of `write_archive`; return the name of the model and the model."""
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    facts: dict[str, Any] = json.loads(archive.read(FACTS))
+    manifest = Manifest.from_bytes(archive.read(MANIFEST))
+    folder = cast(Path, zipfile.Path(archive))  # has the methods that readers of bundles use
+    fast_decode = facts["fast_decode"]
+    return facts["name"], LoadedModel(
+        bundle=Bundle(path=folder, manifest=manifest, labels=tuple(json.loads(archive.read(LABELS)))),
+        runtime=RemoteRuntime(facts["runtime"], facts["device"], facts["largest_batch"]),
+        replays={},
+        timings=tuple((images, seconds) for images, seconds in facts["timings"]),
+        fast_decode=None if fast_decode is None else FastDecode(**fast_decode),
+        class_maps=read_class_maps(folder, manifest),
+    )

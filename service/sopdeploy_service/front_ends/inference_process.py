@@ -1,0 +1,312 @@
+"""The inference process: it owns the runtimes of one device and runs the images of all its front ends.
+
+It loads, replaces and runs models as a single process does (`ModelRegistry`). Clients reach it only through
+front ends, which send pixels.
+
+Front ends decode images of untrusted clients and may be compromised, so everything that they send is checked.
+A front end that breaks the protocol is disconnected; a correct one then ends and is started again.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from sopdeploy.bundle.class_maps import FEATURES
+from sopdeploy_service.front_ends.archive import write_archive
+from sopdeploy_service.front_ends.channel import IMAGE, INLINE, RESULT, Channel, ChannelError, Kind
+from sopdeploy_service.front_ends.memory import PixelMemory
+from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.model_worker import QueuedImage
+from sopdeploy_service.inference.registry import ModelRegistry
+from sopdeploy_service.inference.results import (
+    CLIENT_GONE,
+    DEADLINE,
+    DRAINING,
+    ENGINE_DEAD,
+    ENGINE_FAILED,
+    NONFINITE,
+    OUT_OF_MEMORY,
+    Outcome,
+    RejectedError,
+    Rejection,
+)
+from sopdeploy_service.observability import logs
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.server.launch import RUNTIME_DEAD, run_program
+from sopdeploy_service.settings import Settings
+
+BEAT_SECONDS = 0.1
+APPLY_SECONDS = 2.0  # how long a change of models waits for slow front ends
+APPLY_CHECK_SECONDS = 0.005
+MAX_MESSAGE_BYTES = 1 << 27
+MAX_UNSENT_BYTES = 1 << 27  # results that a front end does not read
+REJECTIONS = (CLIENT_GONE, DEADLINE, DRAINING, ENGINE_DEAD, ENGINE_FAILED, NONFINITE, OUT_OF_MEMORY)
+CODES = {rejection.code: position for position, rejection in enumerate(REJECTIONS, 1)}  # 0: outputs
+
+log = logging.getLogger("sopdeploy.engine")
+
+
+@dataclass(eq=False)
+class FrontEnd:
+    """A front end: its channel and memory, its images, and the models that it may use, by number."""
+
+    name: str
+    channel: Channel
+    memory: PixelMemory
+    images: dict[int, tuple[Model, QueuedImage]] = field(default_factory=dict)
+    models: dict[int, Model] = field(default_factory=dict)
+    uses: dict[int, ExitStack] = field(default_factory=dict)
+    applied: int = 0  # number of the last change of models that it uses
+
+
+class InferenceProcess:
+    """Runs the images of all front ends with the models of *registry*.
+
+    The supervisor sends the channels of front ends over *broker*, and gets heartbeats. A front end may have
+    *max_images* images here.
+    """
+
+    def __init__(self, registry: ModelRegistry, broker: socket.socket, max_images: int) -> None:
+        self._registry = registry
+        self._broker = broker
+        self._max_images = max_images
+        self._ended = asyncio.Event()
+        self._numbers: dict[Model, int] = {}
+        self._last_number = 0
+        self._changes = 0
+        self._images = 0
+        self._front_ends: set[FrontEnd] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> int:
+        """Serve until the supervisor closes the broker; return the exit code, 70 if a runtime is dead."""
+        loop = asyncio.get_running_loop()
+        self._broker.setblocking(False)
+        loop.add_reader(self._broker, self._receive_front_end)
+        await self._registry.start()
+        dead = False
+        while not dead and not self._ended.is_set():
+            self._beat()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), BEAT_SECONDS)
+            dead = any(model.dead for model in self._registry.models())
+        loop.remove_reader(self._broker)
+        self._broker.close()
+        self._registry.close(DRAINING)
+        for task in self._tasks:
+            task.cancel()
+        if not dead:  # otherwise a thread may hang
+            await self._registry.stop()
+        return RUNTIME_DEAD if dead else 0
+
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError):  # the supervisor is busy, or has ended
+            self._broker.send(b"beat")
+        for front_end in self._front_ends:
+            front_end.channel.send(Kind.LOAD, self._images)
+
+    def _receive_front_end(self) -> None:
+        """Receive channel and memory of a front end, or detect that the supervisor has ended."""
+        try:
+            name, files, _, _ = socket.recv_fds(self._broker, 100, 2)
+        except BlockingIOError:
+            return
+        except OSError:
+            name, files = b"", []
+        if len(files) == 2:
+            connection, memory = socket.socket(fileno=files[0]), PixelMemory(files[1])
+            self._start(self.serve(name.decode(), connection, memory))
+        else:
+            self._ended.set()
+
+    def _start(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def serve(self, name: str, connection: socket.socket, memory: PixelMemory) -> None:
+        """Serve the front end *name* until it ends or breaks the protocol."""
+        front_end = FrontEnd(name, await Channel.open(connection), memory)
+        self._front_ends.add(front_end)
+        try:
+            self._announce(front_end)
+            while True:
+                self._handle(front_end, *await front_end.channel.receive(MAX_MESSAGE_BYTES))
+        except ConnectionError:
+            log.debug("front end %s has ended", name)
+        except Exception as error:  # whatever a front end sends must not end this process
+            expected = isinstance(error, (ChannelError, ValueError, struct.error))
+            log.error("front end %s: %s; it is disconnected", name, str(error), exc_info=not expected)
+        finally:
+            self._front_ends.discard(front_end)
+            front_end.channel.close()
+            front_end.memory.close()
+            for model, item in tuple(front_end.images.values()):
+                model.queue.reject([item], CLIENT_GONE)
+            for use in front_end.uses.values():
+                use.close()
+
+    def _handle(self, front_end: FrontEnd, kind: int, number: int, body: bytes) -> None:
+        """Handle one message; raises `ChannelError` for one that a correct front end never sends."""
+        if kind == Kind.IMAGE:
+            self._queue(front_end, number, body)
+        elif kind == Kind.CANCEL:
+            if number in front_end.images:
+                model, item = front_end.images[number]
+                model.queue.reject([item], CLIENT_GONE)
+        elif kind == Kind.COMMAND:
+            self._start(self._execute(front_end, number, json.loads(body)))
+        elif kind == Kind.APPLIED:
+            front_end.applied = number
+        elif kind == Kind.RELEASE:
+            front_end.models.pop(number, None)
+            front_end.uses.pop(number, ExitStack()).close()
+        else:
+            raise ChannelError(f"unknown message {kind}")
+
+    def _queue(self, front_end: FrontEnd, number: int, body: bytes) -> None:
+        """Queue an image of *front_end*; every value is checked."""
+        model_number, offset, features, arrived, deadline = IMAGE.unpack_from(body)
+        if number in front_end.images or len(front_end.images) >= self._max_images:
+            raise ChannelError(f"image {number} was sent twice, or too many images")
+        if front_end.channel.unsent_bytes > MAX_UNSENT_BYTES:
+            raise ChannelError("reads no results")
+        now = time.monotonic()
+        item = QueuedImage(
+            outcome=asyncio.get_running_loop().create_future(),
+            deadline=deadline,
+            features=bool(features),
+            arrived=arrived if now - 60 < arrived <= now else now,
+        )
+        item.outcome.add_done_callback(partial(self._send_result, front_end, number, item))
+        model = front_end.models.get(model_number)
+        if model is None:  # released: the request has ended while its image was decoded
+            item.settle(DRAINING)
+            return
+        front_end.images[number] = model, item
+        self._images += 1
+        shape = model.bundle.manifest.image_shape
+        if offset == INLINE:
+            item.image = np.frombuffer(body, np.uint8, offset=IMAGE.size).reshape(shape)
+        else:
+            item.image = front_end.memory.image(offset, shape)
+        rejection = model.queue.put(item)
+        if rejection is not None:
+            item.settle(rejection)
+
+    def _send_result(
+        self, front_end: FrontEnd, number: int, item: QueuedImage, done: "asyncio.Future[Outcome]"
+    ) -> None:
+        """Send the outcome of an image, unless its front end has ended."""
+        if front_end.images.pop(number, None) is not None:
+            self._images -= 1
+        if front_end not in self._front_ends:
+            return
+        outcome = done.result()
+        if isinstance(outcome, Rejection):
+            result = RESULT.pack(CODES[outcome.code], self._images, 0, 0, 0.0, 0.0)
+            front_end.channel.send(Kind.RESULT, number, result)
+            return
+        timings = outcome.queue_seconds, outcome.infer_seconds
+        outputs = [
+            values.tobytes() for name, values in outcome.outputs.items() if name != FEATURES or item.features
+        ]
+        result = RESULT.pack(0, self._images, outcome.batch, outcome.row, *timings)
+        front_end.channel.send(Kind.RESULT, number, result, *outputs)
+
+    async def _execute(self, front_end: FrontEnd, number: int, command: Mapping[str, Any]) -> None:
+        """Execute a command, and answer it when all front ends use the result."""
+        rejection = None
+        try:
+            await self._change(**command)
+        except RejectedError as error:
+            rejection = asdict(error.rejection)
+        except Exception:  # a bug must not leave the client waiting
+            log.exception("a command of front end %s failed", front_end.name)
+            rejection = asdict(ENGINE_FAILED)
+        else:
+            await self._apply()
+        if front_end in self._front_ends:
+            front_end.channel.send(Kind.ANSWER, number, json.dumps(rejection).encode())
+
+    async def _change(self, *, operation: str, name: str, folder: str | None) -> None:
+        if operation == "load":
+            await self._registry.load(name, folder)
+        elif operation == "unload":
+            await self._registry.unload(name)
+        else:
+            await self._registry.roll_back(name)
+
+    async def _apply(self) -> None:
+        """Announce the models to all front ends, and wait until they use them."""
+        self._changes += 1
+        for front_end in self._front_ends:
+            self._announce(front_end)
+        change, end = self._changes, time.monotonic() + APPLY_SECONDS
+        while time.monotonic() < end and any(one.applied < change for one in self._front_ends):
+            await asyncio.sleep(APPLY_CHECK_SECONDS)
+
+    def _announce(self, front_end: FrontEnd) -> None:
+        """Send the models to *front_end*; each stays loaded until the front end has released it."""
+        numbers: dict[str, list[int]] = {}
+        models = self._registry.models()
+        self._numbers = {model: self._numbers.get(model) or self._next_number() for model in models}
+        for model, number in self._numbers.items():
+            numbers.setdefault(model.name, []).append(number)
+            if number not in front_end.models:
+                front_end.models[number] = model
+                front_end.uses[number] = use = ExitStack()
+                use.enter_context(model.in_use())
+                front_end.channel.send(Kind.MODEL, number, write_archive(model))
+        front_end.channel.send(Kind.MODELS, self._changes, json.dumps(numbers).encode())
+
+    def _next_number(self) -> int:
+        self._last_number += 1
+        return self._last_number
+
+
+def load_models(sources: list[str], settings: Settings) -> tuple[BundleStore, dict[str, LoadedModel]]:
+    """Load the bundles at *sources* by name."""
+    store = BundleStore(sources)
+    return store, {name: load_model(path, settings) for name, path in store.bundles.items()}
+
+
+def serve(launch_config: Mapping[str, Any]) -> int:
+    """Load the models, print the `ready` line and serve; return the exit code."""
+    settings = Settings(**launch_config["settings"])
+    with logs.configured(settings):
+        store, models = load_models(launch_config["sources"], settings)
+        names = " ".join(model.bundle.name for model in models.values())
+        broker = socket.socket(fileno=launch_config["broker"])
+
+        async def run() -> int:
+            registry = ModelRegistry(models, settings, Metrics(), store if settings.model_control else None)
+            models.clear()  # a model that is replaced later must be freed
+            process = InferenceProcess(registry, broker, settings.queue_size)
+            sys.stdout.write(f"ready: -  {names}\n")
+            sys.stdout.flush()
+            return await process.run()
+
+        return asyncio.run(run())
+
+
+if __name__ == "__main__":
+    exit_code = run_program(serve)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)  # without waiting for a thread that hangs in a runtime

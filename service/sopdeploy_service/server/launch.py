@@ -1,0 +1,64 @@
+"""Start a server process from another process of sopdeploy, and be such a process.
+
+The new process gets its launch config, JSON with the settings, the bundles and the inherited file
+descriptors, in an environment variable.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sopdeploy.errors import SopdeployError
+from sopdeploy_service.settings import WORKER_VARIABLE
+
+USER_ERROR = 2
+RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
+OUTPUT: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "errors": "replace"}
+
+
+def start_process(
+    module: str,
+    launch_config: Mapping[str, Any],
+    files: Sequence[int],
+    variables: Mapping[str, str] | None = None,
+    *,
+    stderr: int | None = None,
+) -> subprocess.Popen[str]:
+    """Start *module* with *launch_config*, the inherited *files* and additional environment *variables*.
+
+    It ends when the pipe `lifeline` of *launch_config* closes.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", module],
+        **OUTPUT,
+        stderr=stderr,
+        start_new_session=True,  # Ctrl-C reaches the parent only, which forwards it
+        pass_fds=files,
+        env={**os.environ, **(variables or {}), WORKER_VARIABLE: json.dumps(launch_config)},
+    )
+
+
+def run_program(serve: Callable[[Mapping[str, Any]], int]) -> int:
+    """Call *serve* with the launch config of this process; return the exit code.
+
+    The process gets SIGTERM when the parent ends. An error is printed as one line.
+    """
+    launch_config: dict[str, Any] = json.loads(os.environ.pop(WORKER_VARIABLE))
+
+    def stop_with_parent() -> None:
+        os.read(launch_config["lifeline"], 1)  # returns when the parent closes the pipe, or dies
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_with_parent, name="lifeline", daemon=True).start()
+    try:
+        return serve(launch_config)
+    except ConnectionError:  # another process of the server has ended
+        return 1
+    except SopdeployError as problem:
+        sys.stderr.write(f"error: device {launch_config['name']}: {problem} [{problem.code}]\n")
+        return USER_ERROR
