@@ -27,7 +27,7 @@ from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy_export.graph import INPUT, Deployed, operator_counts, output_names, probe_images, write
+from sopdeploy_export.graph import INPUT, Deployed, lower, operator_counts, output_names, probe_images, write
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
 from sopdeploy_export.parity.class_maps import add_features_output, check_class_maps, class_map_layer
@@ -36,10 +36,11 @@ from sopdeploy_export.parity.compare import (
     add_spectral_records,
     compare,
     compute_reference,
-    spectral_records,
 )
 from sopdeploy_export.parity.onnx_file import run_one
-from sopdeploy_export.parity.report import LOGITS, ParityReport, find_gate, is_decided
+from sopdeploy_export.parity.report import LOGITS, ParityReport
+from sopdeploy_export.parity.routing import find_gate, is_decided
+from sopdeploy_export.parity.spectral import spectral_records
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck, open_folders
 from sopdeploy_export.precision.convert import (
     CapturedGraph,
@@ -49,8 +50,8 @@ from sopdeploy_export.precision.convert import (
     convert_types,
 )
 from sopdeploy_export.precision.report import PrecisionReport
-from sopdeploy_export.proof.certificate import Certificate, certify, lower_with_proof
-from sopdeploy_export.proof.networks import Detachment, ExportSubject, detach
+from sopdeploy_export.proof.certificate import Certificate, Proof, certify, certify_onnx
+from sopdeploy_export.proof.networks import Detachment, copy_module, detach
 from sopdeploy_export.replay import write_source
 from sopdeploy_export.report.network_summary import summarize_checkpoint
 from sopdeploy_export.report.page import render_model_card, render_report
@@ -60,6 +61,7 @@ from sopdeploy_export.report.results import (
     Speed,
     measure_speed,
 )
+from sopdeploy_export.subject import ExportSubject
 
 __all__ = ["ExportOptions", "Exported", "export"]
 
@@ -108,15 +110,15 @@ def export_subject(
     step: Callable[[str], None] = lambda _: None,
 ) -> Exported:
     """Export *subject* as a bundle in *destination*, as `export` does."""
-    options, trained, preprocess = options or ExportOptions(), subject.network, subject.preprocess
+    options = options or ExportOptions()
+    trained, preprocess, decision = subject.network, subject.preprocess, subject.decision
     check_exportable(trained, subject.detachment.training_only)
     labeled = open_folders(subject, options)
     if options.with_cam:
         add_features_output(trained, subject.training)
     images = probe_images(preprocess, options.probes)
-    temperature = subject.decision.temperature if subject.decision is not None else 1.0
-    if temperature != 1:
-        fold_temperature(trained, temperature, Deployed(trained, preprocess), images)
+    if decision is not None and decision.temperature != 1:
+        trained = fold_temperature(trained, decision.temperature, preprocess, images)
     accuracy = AccuracyCheck(options, preprocess, options.batch, labeled)
     job = _Job(subject, images, accuracy, options, step)
 
@@ -133,7 +135,7 @@ def export_subject(
         detachment=subject.detachment,
     )
     step("lowering to ONNX")
-    model, certificate = lower_with_proof(proof, output_names(detached))
+    model, certificate = lower_certified(proof, output_names(detached))
     certified = CapturedGraph(detached, proof.detached.any_batch, model)
     del trained, proof  # frees two networks and five of their six programs
     converted = _lower_and_convert(job, certified)
@@ -143,6 +145,16 @@ def export_subject(
         checks = _check_file(job, folder, certified, certificate, converted)
         step("writing the bundle")
         return _write_bundle(job, folder, destination, converted, checks)
+
+
+def lower_certified(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:
+    """Convert the detached network to ONNX, and certify that the compared networks give the same graph."""
+    model = lower(proof.detached.any_batch, outputs)
+    roots = {"detached": onnx_root(model)}
+    for role, captured in proof.captured.items():
+        if captured is not proof.detached:
+            roots[role] = onnx_root(lower(captured.any_batch, outputs))
+    return model, certify_onnx(proof, roots)
 
 
 class _Job(NamedTuple):
@@ -216,6 +228,7 @@ def compare_with_network(
     """Compare the ONNX *file* with the outputs of *detached* in float64 for *images*."""
     deployed = Deployed(detached, preprocess).eval()
     expected = compute_reference(deployed, images, converted.run, options.precision, converted.gate)
+    used = slice(None) if expected.routing is None else expected.routing.comparable
     parity = compare(
         file,
         expected,
@@ -223,12 +236,10 @@ def compare_with_network(
         options.batch,
         operator_counts(converted.model),
         allow_drift=options.allow_drift,
-        locate=lambda path: converted.find_first_drift(path, images, expected.floors),
+        parts=converted.part_drifts(file, images[used]),
     )
     records = spectral_records(converted.spectral, torch.from_numpy(images))
-    parts = converted.part_drifts(file, images[parity.compared_images])
-    parity = add_spectral_records(parity, records, allow_drift=options.allow_drift)
-    return expected, parity.model_copy(update={"parts": parts})
+    return expected, add_spectral_records(parity, records, allow_drift=options.allow_drift)
 
 
 def _write_bundle(
@@ -357,28 +368,27 @@ def check_exportable(network: nn.Module, training_only: tuple[str, ...] = ()) ->
 
 @torch.no_grad()
 def fold_temperature(
-    network: nn.Module, temperature: float, deployed: Deployed, images: NDArray[np.uint8]
-) -> None:
-    """Divide the weights and the bias of the last linear layer of *network* by *temperature*.
+    network: nn.Module, temperature: float, preprocess: Preprocess, images: NDArray[np.uint8]
+) -> nn.Module:
+    """Copy *network* with the weights and the bias of its last linear layer divided by *temperature*.
 
-    This divides the logits without any cost at inference; training-only heads keep their logits. *deployed*
-    contains *network* and computes the logits of *images* (N, H, W, 3) before and after. Raises
-    `LoweringError` if no linear layer computes the logits, or if dividing its weights does not divide them.
+    This divides the logits without any cost at inference; training-only heads keep their logits. Both
+    networks run on some of *images*, uint8 (N, H, W, 3). Raises `LoweringError` if no linear layer computes
+    the logits, or if dividing its weights does not divide them.
     """
-    layer = network.logits_layer() if isinstance(network, Classifier) else None
+    folded = copy_module(network)
+    layer = folded.logits_layer() if isinstance(folded, Classifier) else None
     problem = f"temperature {temperature:.3g}: cannot be folded"
     if layer is None:
         raise LoweringError(
             f"{problem}, no linear layer of {type(network).__name__} computes its logits; train again"
         )
-    pixels = torch.from_numpy(images[:FOLDED_PROBES])
-    before = deployed.eval()(pixels)[0]
     for parameter in layer.parameters():
         parameter.div_(temperature)
-    after = deployed(pixels)[0] * temperature
-    finite = (before.isfinite() & after.isfinite()).all(
-        dim=1
-    )  # the comparison with float64 names an overflow
+    pixels = torch.from_numpy(images[:FOLDED_PROBES])
+    before = Deployed(network, preprocess).eval()(pixels)[0]
+    after = Deployed(folded, preprocess).eval()(pixels)[0] * temperature
+    finite = (before.isfinite() & after.isfinite()).all(dim=1)  # `compute_reference` reports an overflow
     before, after = before[finite], after[finite]
     limit = FOLDED_TOLERANCE * float(before.abs().max()) if len(before) else 0.0
     if not torch.allclose(after, before, rtol=0.0, atol=limit):
@@ -386,3 +396,4 @@ def fold_temperature(
             f"{problem}, {type(network).__name__} does not return the outputs of its last linear layer; "
             "train again"
         )
+    return folded

@@ -8,13 +8,13 @@ the graph defines each name once. `verify` recomputes the root where `onnx` is i
 need it.
 """
 
-import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.merkle import hash_parts
 from sopdeploy.errors import BundleError, CertificateError
 
 if TYPE_CHECKING:
@@ -42,16 +42,6 @@ NUMBERS = {
 DATA = ("raw_data", *NUMBERS, "string_data")
 SUBGRAPHS = {"g", "graphs"}
 TENSOR_ATTRIBUTE = 4  # AttributeProto.TENSOR
-
-
-def hash_parts(*parts: str | bytes | memoryview) -> str:
-    """Compute the sha256 of *parts*, each preceded by its length, so that different lists never collide."""
-    digest = hashlib.sha256()
-    for part in parts:
-        content = part.encode() if isinstance(part, str) else part
-        digest.update(f"{len(content)}:".encode())
-        digest.update(content)
-    return digest.hexdigest()
 
 
 def onnx_file_root(content: bytes) -> str:

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
+from sopdeploy_export import pipeline
 from sopdeploy_export.graph import Captured, capture, capture_any_batch, lower
 from sopdeploy_export.proof import certificate
 from sopdeploy_export.proof.hashes import program_root
@@ -72,7 +73,7 @@ def proving_once(*, changes_program: bool = False, alone: bool = False) -> Itera
         if alone:
             patch.setitem(globals(), "CAPTURED", {})
         patch.setattr(certificate, "capture", partial(_capture_once, copied=changes_program))
-        patch.setattr(certificate, "lower", _lower_once)
+        patch.setattr(pipeline, "lower", _lower_once)
         yield
 
 

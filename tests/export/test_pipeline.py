@@ -185,11 +185,13 @@ def test_a_folded_temperature_divides_the_logits_and_no_other_output(
 ) -> None:
     gate = {"components": 4, "chosen": 2, "component_widths": (6,), "gate_widths": (), "blocks_per_stage": 1}
     network = trained(name, **({} if name == "dsop-resnet8" else gate))
-    deployed, images = Deployed(network, preprocess).eval(), probe_images(preprocess)
+    images, ones = probe_images(preprocess), torch.ones(2, 3, 16, 16)
+    folded = fold_temperature(network, 1.7, preprocess, images)
     with torch.no_grad():
-        before = [*deployed(torch.from_numpy(images)), *network.heads(torch.ones(2, 3, 16, 16)).values()]
-        fold_temperature(network, 1.7, deployed, images)
-        after = [*deployed(torch.from_numpy(images)), *network.heads(torch.ones(2, 3, 16, 16)).values()]
+        before, after = (
+            [*Deployed(each, preprocess).eval()(torch.from_numpy(images)), *each.heads(ones).values()]
+            for each in (network, folded)
+        )
     factors = [1.7, *(1.0 for _ in before[1:-1]), 1.7]  # logits, gates or branches, the main head
     for old, new, factor in zip(before, after, factors, strict=True):
         assert torch.allclose(new * factor, old, rtol=1e-5, atol=1e-5)
@@ -210,7 +212,7 @@ def test_a_temperature_that_cannot_be_folded_is_an_error(
     classify = network.classify
     network.classify = lambda features: classify(features).tanh()  # type: ignore[method-assign]
     with pytest.raises(LoweringError, match=message):
-        fold_temperature(network, 1.7, Deployed(network, preprocess), probe_images(preprocess))
+        fold_temperature(network, 1.7, preprocess, probe_images(preprocess))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -3,25 +3,12 @@
 The reference is the network in float64. The noise floor is the error of the network's own run in the exported
 precision. Every output must stay within its tolerance at every tested batch size, and must not depend on the
 other images of the batch. A changed top class or gate route is an error unless the network's margin is so
-small that rounding can change it. If the comparison fails, *locate* names the first module that is wrong.
-
-The matrix square roots of second-order modules are checked in the exported dtypes: symmetry, residual, and
-distance from R*, the result of N Newton-Schulz steps in float64 on the same feature maps. The comparison of
-outputs does not detect an inaccurate iteration, which raises the noise floor of the network as well.
-
-Bounds. For a root R, let e = ||R - R*|| / ||R*|| in Frobenius norms, and e0 the same error of the library's
-own implementation in the same dtypes. Two limits apply: e <= `ROOT_FLOORS` * e0, and e <= `_error_limit`, the
-largest error that rounding can cause in N steps. The second one detects errors of both implementations, such
-as TF32 products. The other bounds follow from e: R* is symmetric, so ||R - R^T|| <= 2 e ||R*||, and with
-S = R* R* <= covariance, ||R R - R* R*|| <= 2 e ||R*||_2 ||R*|| <= 2 e d^(1/4) ||covariance||, since
-||R*||_2^2 <= ||S|| and ||R*||^2 <= trace(S) <= sqrt(d) ||S||.
+small that rounding can change it.
 """
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +17,11 @@ import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.errors import ParityError
-from sopdeploy.layers.covariance import (
-    centered,
-    centered_and_scaled,
-    covariance,
-    covariance_trace,
-    frobenius_norm,
-)
-from sopdeploy.layers.export_hints import export_hints
-from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, covariance_root
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy_export.graph import PREFIX, Deployed, InFloat64, output_names
+from sopdeploy_export.graph import Deployed, InFloat64, output_names
 from sopdeploy_export.parity.onnx_file import EMULATION, file_outputs, has_bfloat16, open_session
 from sopdeploy_export.parity.report import (
     FLOORS_BY_PRECISION,
@@ -53,9 +30,12 @@ from sopdeploy_export.parity.report import (
     PROVIDER,
     OutputParity,
     ParityReport,
-    Routing,
+    PartDrift,
     SpectralRecord,
     agreement,
+)
+from sopdeploy_export.parity.routing import (
+    Routing,
     compared,
     find_gate,
     find_routes,
@@ -63,6 +43,7 @@ from sopdeploy_export.parity.report import (
     rerouted,
     routing_parity,
 )
+from sopdeploy_export.parity.spectral import violation
 
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Tensor], tuple[Tensor, ...]]
@@ -122,8 +103,7 @@ def compute_reference(
         if not np.isfinite(values).all():
             raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")
         if not (np.isfinite(batched[name]).all() and np.isfinite(single[name]).all()):
-            worst = int(np.isfinite(batched[name]).all(axis=1).argmin())
-            raise ParityError(_overflow(deployed, name, precision, images[worst : worst + 1]))
+            raise ParityError(_overflow(name, precision))
         floors[name] = max(
             4 * float(np.finfo(np.float32).eps) * float(np.abs(values).max()),
             float(np.abs(batched[name] - values)[kept].max(initial=0.0)),
@@ -141,104 +121,6 @@ def network_outputs(run: Run, names: Sequence[str], images: NDArray[np.uint8], b
     return dict(zip(names, joined, strict=True))
 
 
-ROOT_IMAGES = 4
-ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11}
-ROOT_FLOORS = {"float32": FLOORS_BY_PRECISION["fp32"], "float16": FLOORS_BY_PRECISION["fp16"]}
-
-
-def spectral_records(network: nn.Module, pixels: Tensor) -> tuple[SpectralRecord, ...]:
-    """Measure the roots of every second-order module of *network* on four images of *pixels* (P, H, W, 3)."""
-    seen: dict[str, tuple[Tensor, ...]] = {}
-
-    def keep(name: str, _part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.setdefault(name, inputs)
-
-    parts: dict[str, Any] = {
-        name: part for name, part in network.named_modules() if export_hints(part).computes_roots
-    }
-    handles = [part.register_forward_pre_hook(partial(keep, name)) for name, part in parts.items()]
-    try:
-        with torch.no_grad():
-            network(pixels[:ROOT_IMAGES])
-    finally:
-        for handle in handles:
-            handle.remove()
-    records = []
-    for name, inputs in seen.items():
-        if parts[name].config is None:
-            continue
-        inner = [child for child, part in parts[name].named_children() if export_hints(part).computes_roots]
-        records.append(measure_root(".".join([name.removeprefix(PREFIX), *inner]), parts[name], inputs))
-    return tuple(records)
-
-
-@torch.no_grad()
-def measure_root(name: str, part: Any, inputs: tuple[Tensor, ...]) -> SpectralRecord:
-    """Compare the roots that *part* computes from *inputs* with N Newton-Schulz steps in float64."""
-    config: NewtonSchulzConfig = part.config
-    maps, root = part.roots(*inputs)
-    exact = covariance_root(maps.double(), config)
-    squared = covariance(centered_and_scaled(maps.double()))
-    if not config.compensate:
-        norm = covariance_trace(squared) if config.prenorm == "trace" else frobenius_norm(squared)
-        squared = squared / norm.clamp_min(SMALLEST_NORM)
-    own_error = _relative_norm(covariance_root(maps, config) - exact, exact)
-    smallest = max(ROUNDOFF[config.stored], 8 * ROUNDOFF["float32"])
-    return SpectralRecord(
-        part=name,
-        iterations=config.iterations,
-        stored=config.stored,
-        asymmetry=_relative_norm(root - root.transpose(1, 2), exact),
-        residual=_relative_norm(root.double() @ root.double() - squared, squared),
-        residual_exact=_relative_norm(exact @ exact - squared, squared),
-        distance=_relative_norm(root - exact, exact),
-        allowed=min(ROOT_FLOORS[config.stored] * max(own_error, smallest), _error_limit(maps, config)),
-        width=maps.shape[1],
-    )
-
-
-def _error_limit(maps: Tensor, config: NewtonSchulzConfig) -> float:
-    """Bound the relative error that rounding can cause in the root of *maps* (P, d, H, W).
-
-    Each step has three products. Each product rounds its stored result once, and its sums of d terms lose
-    sqrt(d) roundoffs, because rounding errors have random signs (Higham and Mary, 2019). An error in a
-    direction without variance grows by 3/2 per step. Centering loses precision in proportion to the ratio
-    between the maps and their deviations from the mean.
-    """
-    products, sums = 3 * config.iterations, math.sqrt(maps.shape[1])
-    stored, float32 = ROUNDOFF[config.stored], ROUNDOFF["float32"]
-    deviations = centered(maps.double())
-    sizes = torch.linalg.vector_norm(deviations, dim=(1, 2)).clamp_min(SMALLEST_NORM)
-    offset = float((torch.linalg.vector_norm(maps.double(), dim=(1, 2, 3)) / sizes).max())
-    return 1.5**config.iterations * (products * (stored + sums * float32) + 4 * offset * float32)
-
-
-def violation(records: tuple[SpectralRecord, ...]) -> str | None:
-    """Describe the first violated invariant of *records*; None if all hold."""
-    for found in records:
-        moved = abs(found.residual - found.residual_exact)
-        steps, allowed = found.iterations, found.allowed
-        checks = (
-            ("the root is not symmetric: asymmetry", found.asymmetry, 2 * allowed),
-            (f"the residual of {steps} steps differs: by", moved, 2 * found.width**0.25 * allowed),
-            (f"the root differs from that of {steps} steps: by", found.distance, allowed),
-        )
-        for what, value, limit in checks:
-            if not value <= limit:  # also true for NaN
-                return f"{found.part}: {what} {value:.2g}, limit {limit:.2g}"
-    return None
-
-
-def _relative_norm(difference: Tensor, reference: Tensor) -> float:
-    """Compute the maximum of ||difference|| / ||reference|| over all matrices with a reference above 0."""
-    sizes = torch.linalg.matrix_norm(reference.double())
-    ratios = torch.linalg.matrix_norm(difference.double()) / sizes.clamp_min(1e-12)
-    return float(ratios[sizes > 1e-12].max()) if bool((sizes > 1e-12).any()) else 0.0
-
-
-Locate = Callable[[Path], str | None]
-
-
 def compare(
     path: Path,
     expected: Reference,
@@ -247,14 +129,14 @@ def compare(
     operators: dict[str, int],
     *,
     allow_drift: bool = False,
-    locate: Locate = lambda _: None,
+    parts: tuple[PartDrift, ...] = (),
 ) -> ParityReport:
     """Compare the ONNX file at *path* with *expected* on uint8 *images* (P, H, W, 3).
 
-    *operators*, the node counts of the file, go into the report. If the comparison fails, *locate* returns a
-    sentence about the first wrong module. Raises `ParityError` if an output exceeds its tolerance or is not
-    finite, or if a class or route changed despite a clear margin. With *allow_drift*, the report records
-    these errors instead; values that are not finite always raise.
+    *operators*, the node counts of the file, and *parts*, the drift of its modules, go into the report.
+    Raises `ParityError` if an output exceeds its tolerance or is not finite, or if a class or route changed
+    despite a clear margin. With *allow_drift*, the report records these errors instead; values that are not
+    finite always raise.
     """
     session = open_session(path)
     sizes = sorted({1, min(2, batch.maximum), batch.optimum, min(batch.maximum - 1, LARGEST_BATCH) or 1})
@@ -294,7 +176,7 @@ def compare(
         spread=logit_spread(expected.outputs[LOGITS][kept]) if expected.precision != "fp32" else None,
         top1=top1,
         routing=routing,
-        first_over_floor=None if passed else locate(path),
+        parts=parts,
         operators=operators,
         file_bytes=path.stat().st_size,
         passed=passed,
@@ -338,34 +220,15 @@ def add_spectral_records(
     return checked
 
 
-def _overflow(deployed: Deployed, output: str, precision: Precision, image: NDArray[np.uint8]) -> str:
-    """Build the error message for an *output* of *image* (1, H, W, 3) that is not finite in *precision*.
-
-    It suggests a precision with a wider range. Float32 has the widest, so its message names the first module
-    with an output that is not finite.
-    """
-    message = f"the network's own {output} are not finite in {precision} on the probe images"
-    if precision != "fp32":
-        wider = "bf16-backbone or fp32" if precision == "fp16" else "fp32"
-        return f"{message}: activations overflow; choose --precision {wider}"
-    infinite: list[str] = []
-
-    def record(name: str, _part: nn.Module, _inputs: Any, result: Any) -> None:
-        if isinstance(result, Tensor) and not bool(result.isfinite().all()):
-            infinite.append(name)
-
-    named = [(name, part) for name, part in deployed.network.named_modules() if name]
-    handles = [part.register_forward_hook(partial(record, name)) for name, part in named]
-    try:
-        with torch.no_grad():
-            deployed(torch.from_numpy(image))
-    finally:
-        for handle in handles:
-            handle.remove()
-    first, largest = next(iter(infinite), output), float(np.finfo(np.float32).max)
+def _overflow(output: str, precision: Precision) -> str:
+    """Build the error message for an *output* that is not finite in *precision*."""
+    remedy = {
+        "fp16": "choose --precision bf16-backbone or fp32",
+        "fp32": "train it again with weight decay or a lower learning rate",
+    }.get(precision, "choose --precision fp32")
     return (
-        f"{message}: activations exceed {largest:.2g} from {first} on, and no --precision has "
-        "a wider range; train it again with weight decay or a lower learning rate"
+        f"the network's own {output} are not finite in {precision} on the probe images: activations "
+        f"overflow; {remedy}"
     )
 
 
@@ -404,8 +267,12 @@ def _error_message(report: ParityReport) -> str:
         )
     if report.broken is not None:
         what = f"violates an invariant of a second-order module: {report.broken}"
-    if report.first_over_floor is not None:
-        what += f"; {report.first_over_floor}"
+    drifting = next((part for part in report.parts if part.in_floors > report.floors_allowed), None)
+    if drifting is not None:
+        what += (
+            f"; the first module over its limit is {drifting.part} ({drifting.in_floors:.0f}x noise floor): "
+            "try --no-lowering, or --precision fp32"
+        )
     elif routing is not None and routing.flips and routing.undecided == report.images:
         what += "; the gate is undecided on every image, so rounding decides: train longer"
     return f"the exported file {what}; nothing was written (--allow-drift records the error and continues)"

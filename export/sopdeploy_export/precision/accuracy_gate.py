@@ -17,7 +17,7 @@ from sopdeploy_export.graph import CALIBRATE, list_images, load_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.precision.report import Accuracy, PrecisionReport
-from sopdeploy_export.proof.networks import ExportSubject
+from sopdeploy_export.subject import ExportSubject
 
 BATCH = 8
 Batch = tuple[NDArray[np.uint8], list[int]]  # images (B, H, W, 3), and labels if they are known

@@ -65,24 +65,39 @@ def place_casts(network: Part, precision: Precision) -> Part:
     """Convert the weights of *network* in place and register hooks that cast activations."""
     low, dtypes = LOW_PRECISION[precision], weight_dtypes(network, precision)
     for name, part in network.named_modules():
-        hints, own = export_hints(part), dtypes[name]
-        for parameter in part.parameters(recurse=False):
-            parameter.data = parameter.data.to(own)
-        buffers = list(part.named_buffers(recurse=False))
-        for buffer_name, buffer in buffers:
-            if buffer.is_floating_point():
-                setattr(part, buffer_name, buffer.to(own))
-        weights = [*part.parameters(recurse=False), *(buffer for _, buffer in buffers)]
-        has_list = any(isinstance(child, nn.ParameterList) for child in part.children())
-        if has_list or any(tensor.is_floating_point() for tensor in weights):
-            part.register_forward_pre_hook(_input_cast(own))
-        elif isinstance(part, nn.LocalResponseNorm) or (
-            hints.cast_inputs and not any(hasattr(part, child) for child in hints.low_precision_children)
-        ):
-            part.register_forward_pre_hook(_input_cast(torch.float32))
-        if hints.keep_output_dtype or isinstance(part, nn.LocalResponseNorm):
+        _convert_own_tensors(part, dtypes[name])
+        dtype = _input_dtype(part, dtypes[name])
+        if dtype is not None:
+            part.register_forward_pre_hook(_input_cast(dtype))
+        if export_hints(part).keep_output_dtype or isinstance(part, nn.LocalResponseNorm):
             part.register_forward_hook(lambda _part, _inputs, output: _cast(output, low))
     return network.eval()
+
+
+def _convert_own_tensors(part: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the parameters and floating-point buffers of *part*, but not of its children, to *dtype*."""
+    for parameter in part.parameters(recurse=False):
+        parameter.data = parameter.data.to(dtype)
+    for name, buffer in list(part.named_buffers(recurse=False)):
+        setattr(part, name, _cast(buffer, dtype))
+
+
+def _input_dtype(part: nn.Module, weights: torch.dtype) -> torch.dtype | None:
+    """Return the dtype that *part* needs its first input in; None if it accepts every dtype.
+
+    A part with tensors of its own computes in their dtype, *weights*. Without them, float32 is needed where
+    squares of activations could overflow, and where a hint requests it.
+    """
+    tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+    if any(isinstance(child, nn.ParameterList) for child in part.children()):
+        return weights
+    if any(tensor.is_floating_point() for tensor in tensors):
+        return weights
+    hints = export_hints(part)
+    mixed = any(hasattr(part, child) for child in hints.low_precision_children)
+    if isinstance(part, nn.LocalResponseNorm) or (hints.cast_inputs and not mixed):
+        return torch.float32
+    return None
 
 
 def weight_dtypes(network: nn.Module, precision: Precision) -> dict[str, torch.dtype]:

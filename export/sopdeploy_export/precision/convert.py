@@ -46,12 +46,12 @@ from sopdeploy_export.options import Calibration, ExportOptions
 from sopdeploy_export.parity.compare import Gate, Run
 from sopdeploy_export.parity.onnx_file import (
     file_outputs,
-    find_first_drift,
     fixed_batch,
     open_session,
-    part_drifts,
 )
-from sopdeploy_export.parity.report import PartDrift, find_gate, gate_logits
+from sopdeploy_export.parity.part_drift import part_drifts
+from sopdeploy_export.parity.report import PartDrift
+from sopdeploy_export.parity.routing import find_gate, gate_logits
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.casts import (
     LOW_PRECISION,
@@ -168,7 +168,6 @@ class ConvertedGraph:
         float32_model: A graph in float32 that the accuracy of `model` is compared with.
         precision: Report of the types.
         opset: ONNX opset of `model`.
-        find_first_drift: Names the first part of a file that exceeds its noise floor; not in int8.
         part_drifts: Measures the drift of each part of a file; not in int8.
     """
 
@@ -181,7 +180,6 @@ class ConvertedGraph:
     float32_model: onnx.ModelProto
     precision: PrecisionReport
     opset: int
-    find_first_drift: Callable[[Path, NDArray[np.uint8], float], str | None] = lambda *_: None
     part_drifts: Callable[[Path, NDArray[np.uint8]], tuple[PartDrift, ...]] = lambda *_: ()
 
 
@@ -275,9 +273,6 @@ def convert_precision(
             parts=part_precisions(lowered.model, program),
         ),
         opset=source.opset,
-        find_first_drift=lambda path, images, floors: find_first_drift(
-            path, program, output_names(detached), images, floors
-        ),
         part_drifts=lambda path, images: part_drifts(path, program, output_names(detached), images),
     )
 

@@ -20,22 +20,19 @@ compared. Without a plain network, the proof cannot detect changes that both com
 buffers, constants and patched methods.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import onnx
-import pydantic
 import torch
 from torch import Tensor, nn
 
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy_export.graph import PREFIX, Captured, Deployed, capture, lower
+from sopdeploy_export.graph import PREFIX, Captured, Deployed, capture
 from sopdeploy_export.proof.hashes import ProgramRoot, program_root, tensor_hash, value_root
 from sopdeploy_export.proof.networks import (
     Detachment,
@@ -72,7 +69,7 @@ class Roots(StrictModel):
     """The Merkle roots that the three networks share.
 
     `operations` is the number of operations that `any_batch` covers. `onnx` is the root of the ONNX graphs;
-    it is empty until `lower_with_proof` has compared them.
+    it is empty until `certify_onnx` has compared them.
     """
 
     any_batch: str
@@ -86,7 +83,6 @@ class Certificate(StrictModel):
 
     `proof` is `three-way` (trained = detached = plain), `trained-detached` (no plain network was given),
     `trained-plain` (nothing to detach) or `trained-only`; `compared` lists the networks that were compared.
-    `certificate.json` omits `proof` if it is `three-way`.
     """
 
     model: str
@@ -99,11 +95,6 @@ class Certificate(StrictModel):
     batches: tuple[int, ...]
     images: int
     largest_difference: float = 0.0
-
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_usual_proof(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {key: value for key, value in fields.items() if (key, value) != ("proof", "three-way")}
 
     @property
     def bytes_removed(self) -> int:
@@ -182,20 +173,19 @@ def certify(
     return Proof(certificate=certificate, captured=captured)
 
 
-def lower_with_proof(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:
-    """Convert the detached network to ONNX and certify the root of the graph.
+def certify_onnx(proof: Proof, roots: Mapping[str, str]) -> Certificate:
+    """Add the root of the ONNX graphs of the compared networks, given by role in *roots*, to the certificate.
 
-    Raises `CertificateError` if the ONNX graphs of the compared networks differ.
+    Raises `CertificateError` if the roots differ.
     """
-    detached = lower(proof.detached.any_batch, outputs)
-    root = onnx_root(detached)
-    for role, captured in proof.captured.items():
-        if captured is not proof.detached and onnx_root(lower(captured.any_batch, outputs)) != root:
+    for role, root in roots.items():
+        if root != roots["detached"]:
             raise CertificateError(
                 f"the ONNX graph of the {role} network differs from that of the detached network"
             )
-    shared = proof.certificate.roots.model_copy(update={"onnx": root})
-    return detached, proof.certificate.model_copy(update={"roots": shared})
+    certificate = proof.certificate
+    shared = certificate.roots.model_copy(update={"onnx": roots["detached"]})
+    return certificate.model_copy(update={"roots": shared})
 
 
 def build_plain_network(

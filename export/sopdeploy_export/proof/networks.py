@@ -9,9 +9,9 @@ captured. The comparisons of the certificate could not detect it.
 """
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,10 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.decision import Decision
-from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError, first_line
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.errors import CertificateError, DetachError, LoweringError, first_line
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import Captured
 from sopdeploy_export.state import modules, tensors
-
-if TYPE_CHECKING:  # the report imports this module
-    from sopdeploy_export.report.network_summary import NetworkSummary
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -61,49 +56,6 @@ class Detachment:
             return built
 
         return cls(training_only=network.training_only, plain=plain)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportSubject:
-    """A trained network to export.
-
-    `pipeline.subject_of_checkpoint` creates one from a checkpoint, `export_network` from any network.
-
-    Attributes:
-        name: Name of the model in the bundle.
-        network: The network as it was trained, in eval mode.
-        detachment: The training-only parts, and the plain network that must remain without them.
-        labels: Class names, in the order of the logits.
-        preprocess: Converts an image to the input of the network.
-        config: The options that the network was built with, for the manifest.
-        sha256: Hash of the checkpoint or weight file; for a network in memory, of its tensors.
-        summary: Summarizes the modules and their costs, for the report.
-        decision: How logits become classes; `None` for softmax without thresholds.
-        training: Recipe, epoch and metrics, for the model card.
-        warnings: Findings of the checks that do not stop the export.
-    """
-
-    name: str
-    network: nn.Module
-    detachment: Detachment
-    labels: tuple[str, ...]
-    preprocess: Preprocess
-    config: Mapping[str, Any]
-    sha256: str
-    summary: "Callable[[], NetworkSummary]"
-    decision: Decision | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Raise `ConfigError` for a class name that no file of a bundle can hold."""
-        for label in self.labels:
-            try:
-                label.encode()
-            except UnicodeEncodeError as error:  # such as a folder name in Latin-1
-                raise ConfigError(
-                    f"class {label!r}: its name is not valid Unicode; rename the class and train again"
-                ) from error
 
 
 def detach(

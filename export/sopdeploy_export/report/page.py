@@ -17,9 +17,9 @@ from sopdeploy.training.procedure import read_record
 from sopdeploy_export.parity.report import Flip, ParityReport
 from sopdeploy_export.precision.report import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
-from sopdeploy_export.proof.networks import ExportSubject
 from sopdeploy_export.report.network_summary import draw_network
 from sopdeploy_export.report.results import ExportResults, Speed, describe_top1
+from sopdeploy_export.subject import ExportSubject
 
 MAX_CLASSES = 30  # larger confusion matrices are not readable
 Rows = list[tuple[str, ...]]
@@ -114,7 +114,7 @@ def _drift_tables(parity: ParityReport) -> dict[str, Rows]:
         for name, o in parity.outputs.items()
     ]
     parts: Rows = [
-        (part.part, short(part.drift), short(part.noise_floor), f"{part.in_floors:.2f}x", f"{part.share:.2g}")
+        (part.part, short(part.drift), short(part.noise_floor), f"{part.in_floors:.2f}x")
         for part in parity.parts
     ]
     spectral: Rows = [

@@ -26,9 +26,9 @@ from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.precision.report import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
-from sopdeploy_export.proof.networks import ExportSubject
 from sopdeploy_export.report.network_summary import NetworkSummary
 from sopdeploy_export.rewrites.apply import LoweringReport
+from sopdeploy_export.subject import ExportSubject
 
 WARMUPS, MIN_RUNS, MAX_RUNS = 2, 5, 200
 BUDGET_SECONDS = 1.0  # of timed runs per batch size

@@ -23,7 +23,6 @@ from sopdeploy_export.pipeline import Exported, export_subject
 from sopdeploy_export.proof.hashes import tensor_hash
 from sopdeploy_export.proof.networks import (
     Detachment,
-    ExportSubject,
     check_network_state,
     check_removed_memory,
     check_torch_state,
@@ -33,6 +32,7 @@ from sopdeploy_export.proof.networks import (
 )
 from sopdeploy_export.report.network_summary import NetworkSummary, summarize
 from sopdeploy_export.state import modules, tensors
+from sopdeploy_export.subject import ExportSubject
 from sopdeploy_export.user_network.checks import check_outputs, copy_for_export, unwrap
 from sopdeploy_export.user_network.given import capture_given, check_cache, check_constants, prepared
 from sopdeploy_export.user_network.usage import check_training_only, find_usage, outermost

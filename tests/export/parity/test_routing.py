@@ -11,7 +11,7 @@ from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import Deployed, probe_images
 from sopdeploy_export.parity.compare import compute_reference
-from sopdeploy_export.parity.report import (
+from sopdeploy_export.parity.routing import (
     Routing,
     compared,
     find_routes,

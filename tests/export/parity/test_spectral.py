@@ -15,8 +15,8 @@ from sopdeploy.layers import newton_schulz
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.graph import Deployed
-from sopdeploy_export.parity.compare import measure_root, spectral_records, violation
 from sopdeploy_export.parity.report import SpectralRecord
+from sopdeploy_export.parity.spectral import measure_root, spectral_records, violation
 from tests.sweep.smallest import NARROW
 from tests.sweep.steps import Small, agreed
 

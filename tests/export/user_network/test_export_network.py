@@ -18,7 +18,7 @@ from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import SopdeployError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.proof.networks import ExportSubject
+from sopdeploy_export.subject import ExportSubject
 from sopdeploy_export.user_network.export_network import export_network, unused_modules
 from sopdeploy_service.app import create_app
 from sopdeploy_service.commands.verify import verify

@@ -1,0 +1,58 @@
+"""The input of an export: a trained network with its classes, its preprocessing and its origin."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from sopdeploy.decision import Decision
+from sopdeploy.errors import ConfigError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.proof.networks import Detachment
+
+if TYPE_CHECKING:  # the report imports this module
+    from sopdeploy_export.report.network_summary import NetworkSummary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSubject:
+    """A trained network to export.
+
+    `pipeline.subject_of_checkpoint` creates one from a checkpoint, `export_network` from any network.
+
+    Attributes:
+        name: Name of the model in the bundle.
+        network: The network as it was trained, in eval mode.
+        detachment: The training-only parts, and the plain network that must remain without them.
+        labels: Class names, in the order of the logits.
+        preprocess: Converts an image to the input of the network.
+        config: The options that the network was built with, for the manifest.
+        sha256: Hash of the checkpoint or weight file; for a network in memory, of its tensors.
+        summary: Summarizes the modules and their costs, for the report.
+        decision: How logits become classes; `None` for softmax without thresholds.
+        training: Recipe, epoch and metrics, for the model card.
+        warnings: Findings of the checks that do not stop the export.
+    """
+
+    name: str
+    network: nn.Module
+    detachment: Detachment
+    labels: tuple[str, ...]
+    preprocess: Preprocess
+    config: Mapping[str, Any]
+    sha256: str
+    summary: "Callable[[], NetworkSummary]"
+    decision: Decision | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for a class name that no file of a bundle can hold."""
+        for label in self.labels:
+            try:
+                label.encode()
+            except UnicodeEncodeError as error:  # such as a folder name in Latin-1
+                raise ConfigError(
+                    f"class {label!r}: its name is not valid Unicode; rename the class and train again"
+                ) from error
