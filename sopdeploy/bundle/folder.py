@@ -21,7 +21,7 @@ from sopdeploy.errors import BundleError, StorageError
 from sopdeploy.files import FULL_ERRNOS, LATEST, link_latest, sha256, writing
 
 MANIFEST = "manifest.json"
-REQUIRED = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz")
+REQUIRED = ("model.onnx", "labels.json", "certificate.json", "lowering.json", "parity.json", "probes.npz")
 MAX_MANIFEST_BYTES = 4_000_000
 MAX_NAME_BYTES = 255  # limit of common file systems
 

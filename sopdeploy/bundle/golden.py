@@ -4,7 +4,7 @@
 pixels after preprocessing, (crop, crop, 3) uint8 in row-major order. A program that decodes and resizes as
 `Preprocess` does gets these pixels within one gray level, and from these pixels the logits within
 `tolerance`. `versions.pillow` of the manifest is the version of Pillow that computed the pixels. The folder
-deploy/samples has such programs. Bundles of older versions have no examples.
+deploy/samples has such programs.
 """
 
 import io

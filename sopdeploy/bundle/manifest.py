@@ -58,7 +58,7 @@ class Lineage(StrictModel):
 class Manifest(StrictModel):
     """Content of `manifest.json`.
 
-    Written only if set: `int8_for`, the runtime of int8 graphs, and `decision`, how logits become a decision.
+    `int8_for` is the runtime of an int8 graph, and `decision` says how logits become a decision.
     """
 
     format: Literal["sopdeploy-bundle"] = FORMAT

@@ -9,9 +9,8 @@ need it.
 """
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.merkle import hash_parts
@@ -20,26 +19,7 @@ from sopdeploy.errors import BundleError, CertificateError
 if TYPE_CHECKING:
     import onnx
 
-# For each TensorProto.DataType, the field of its numbers without `raw_data`, and their type in `raw_data`.
-TYPED: dict[int, tuple[str, str]] = {
-    1: ("float_data", "<f4"),
-    2: ("int32_data", "<u1"),
-    3: ("int32_data", "<i1"),
-    4: ("int32_data", "<u2"),
-    5: ("int32_data", "<i2"),
-    6: ("int32_data", "<i4"),
-    7: ("int64_data", "<i8"),
-    9: ("int32_data", "<u1"),
-    10: ("int32_data", "<u2"),
-    11: ("double_data", "<f8"),
-    12: ("uint64_data", "<u4"),
-    13: ("uint64_data", "<u8"),
-    16: ("int32_data", "<u2"),
-}
-NUMBERS = {
-    "float_data": "f4", "int32_data": "i4", "int64_data": "i8", "double_data": "f8", "uint64_data": "u8",
-}  # fmt: skip
-DATA = ("raw_data", *NUMBERS, "string_data")
+NUMBERS = {"raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"}
 SUBGRAPHS = {"g", "graphs"}
 TENSOR_ATTRIBUTE = 4  # AttributeProto.TENSOR
 
@@ -62,7 +42,7 @@ def onnx_file_root(content: bytes) -> str:
                 "the file has unknown or repeated fields, which a runtime may read in another way"
             )
         return onnx_root(model)
-    except (DecodeError, ValueError, KeyError) as error:
+    except (DecodeError, ValueError, KeyError, TypeError) as error:
         raise CertificateError("not a complete ONNX model; its root cannot be computed") from error
 
 
@@ -125,38 +105,33 @@ def _attribute_content(attribute: "onnx.AttributeProto", operator: str) -> str |
 
 def _tensor_hash(tensor: "onnx.TensorProto") -> str:
     """Hash dtype, shape and little-endian content of *tensor*, independent of the field that stores it."""
+    from onnx import numpy_helper  # noqa: PLC0415 # a server runs without it
+
     if tensor.data_location or tensor.external_data:
         raise CertificateError(f"the weight {tensor.name} is stored in another file")
-    shape, stored = tuple(tensor.dims), [name for name in DATA if _has(tensor, name)]
-    content: bytes | memoryview = b""
-    if stored == ["raw_data"]:
-        content = tensor.raw_data
-    elif stored:
-        name, form = TYPED[tensor.data_type]
-        if stored != [name]:
-            raise CertificateError(f"the weight {tensor.name} is stored twice, or in a field of another type")
-        content = np.array(getattr(tensor, name), NUMBERS[name]).astype(form).tobytes()
-    if not content and 0 not in shape:
+    if tensor.string_data:
+        raise CertificateError(f"the constant {tensor.name} contains text instead of numbers")
+    shape = tuple(tensor.dims)
+    stored = NUMBERS.intersection(field.name for field, _ in tensor.ListFields())
+    if len(stored) > 1:
+        raise CertificateError(f"the weight {tensor.name} is stored twice")
+    if not stored and 0 not in shape:
         raise CertificateError(f"the weight {tensor.name} has no values")
+    content = numpy_helper.to_array(tensor).tobytes()
     return hash_parts(f"constant {tensor.data_type} {shape}", content)
-
-
-def _has(tensor: "onnx.TensorProto", name: str) -> bool:
-    return tensor.HasField(name) if name == "raw_data" else len(getattr(tensor, name)) > 0
 
 
 def check_roots(bundle: Bundle) -> str | None:
     """Recompute the root of `model.onnx` and compare it with the manifest and the certificate.
 
-    Returns the root, or None if the root is not recomputed because `onnx` is not installed. The
-    certificate holds the root of the graph before rewrite rules and casts. `lowering.json` names the root
-    before and after the rules: in float32 the first one is certified, and unless the graph was quantized,
-    the last one is that of the file. A bundle without these roots must hold the certified graph itself.
-    `sopdeploy verify` also replays the rules between the two roots. Raises `BundleError` that names the
-    file with another root.
+    Returns the root, or None if the root is not recomputed because `onnx` is not installed. The certificate
+    holds the root of the graph before rewrite rules and casts. `lowering.json` names the root before and
+    after the rules: in float32 the first one is certified, and unless the graph was quantized, the last one
+    is that of the file. `sopdeploy verify` also replays the rules between the two roots. Raises `BundleError`
+    that names the file with another root.
     """
-    path, manifest = bundle.path, bundle.manifest
-    lineage, advice = manifest.lineage, "export the bundle again"
+    path, lineage, precision = bundle.path, bundle.manifest.lineage, bundle.manifest.precision
+    advice = "export the bundle again"
     try:
         root: str | None = onnx_file_root(bundle.onnx.read_bytes())
     except ImportError:
@@ -168,24 +143,28 @@ def check_roots(bundle: Bundle) -> str | None:
             f"{bundle.onnx}: its graph has the root {root[:16]}, the manifest says {lineage.onnx_root[:16]}; "
             f"the graph was replaced after the export: {advice}"
         )
-    names = [name for name in ("certificate.json", "lowering.json") if name in manifest.files]
-    roots: dict[str, dict[str, Any]] = {}
-    for name in names:
-        try:
-            content = json.loads((path / name).read_bytes())
-            roots[name] = content["roots"] if name == "certificate.json" else content
-            program = roots[name]["any_batch" if name == "certificate.json" else "certified_root"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise BundleError(f"{path / name}: contains no graph roots; {advice}") from error
+    certificate, lowering = path / "certificate.json", path / "lowering.json"
+    roots, rules = _read_object(certificate).get("roots"), _read_object(lowering)
+    if not isinstance(roots, dict) or not roots.keys() >= {"any_batch", "onnx"}:
+        raise BundleError(f"{certificate}: contains no graph roots; {advice}")
+    source, lowered = rules.get("source_onnx_root"), rules.get("lowered_onnx_root")
+    for file, program in ((certificate, roots["any_batch"]), (lowering, rules.get("certified_root"))):
         if program != lineage.program_root:
-            raise BundleError(f"{path / name}: belongs to another network than the manifest; {advice}")
-    lowering = roots.get("lowering.json", {})
-    certified = roots["certificate.json"].get("onnx")
-    source, lowered = (lowering.get(f"{when}_onnx_root", certified) for when in ("source", "lowered"))
-    rewritten = bool(lowering.get("rules"))
-    if manifest.precision == "fp32" and (source != certified or (not rewritten and lowered != source)):
-        raise BundleError(f"{path / 'lowering.json'}: starts from another graph than certified; {advice}")
-    known = manifest.precision == "fp32" or "lowered_onnx_root" in lowering
-    if known and manifest.precision != "int8" and lowered != lineage.onnx_root:
-        raise BundleError(f"{path / 'certificate.json'}: certifies another graph than model.onnx; {advice}")
+            raise BundleError(f"{file}: belongs to another network than the manifest; {advice}")
+    unchanged = lowered == source or bool(rules.get("rules"))
+    if precision == "fp32" and (source != roots["onnx"] or not unchanged):
+        raise BundleError(f"{lowering}: starts from another graph than certified; {advice}")
+    if precision != "int8" and lowered != lineage.onnx_root:
+        raise BundleError(f"{certificate}: certifies another graph than model.onnx; {advice}")
     return root
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object whose hash was checked."""
+    try:
+        fields = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        raise BundleError(f"{file}: contains no graph roots; export the bundle again")
+    return fields

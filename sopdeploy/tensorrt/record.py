@@ -6,7 +6,7 @@ rebuild can state its reason.
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 
@@ -75,7 +75,7 @@ class Receipt(StrictModel):
     """Requested and actual precision of the engine's layers per network part, from TensorRT's inspector.
 
     `operators` counts the operators of the graph, `operators_seen` those that the inspector names. `warnings`
-    says where the precisions differ or the inspector shows too little; it is omitted if it is empty.
+    says where the precisions differ or the inspector shows too little.
     """
 
     requested: str
@@ -84,11 +84,6 @@ class Receipt(StrictModel):
     operators: int
     operators_seen: int
     warnings: tuple[str, ...] = ()
-
-    @pydantic.model_serializer(mode="wrap")
-    def _omit_empty_warnings(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = dump(self)
-        return {name: value for name, value in fields.items() if name != "warnings" or value}
 
 
 class ProbeReplay(StrictModel):

@@ -20,7 +20,7 @@ from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.cli.app import app
 from sopdeploy.errors import CertificateError
-from tests.forged import FIELDS, LABELS, forge, write_hollow
+from tests.forged import FIELDS, LABELS, forge, proof_files, write_hollow
 
 SIDE = 16
 
@@ -57,21 +57,22 @@ def write_bundle(destination: Path, factor: float) -> Path:
     def fill(folder: Path) -> None:
         (folder / "model.onnx").write_bytes(graph(factor))
         (folder / "probes.npz").write_bytes(probes(factor))
-        (folder / "certificate.json").write_bytes(certificate(root))
+        write_proof(folder, root)
 
     root = onnx_file_root(graph(factor))
     return write_hollow(destination, fill, lineage=FIELDS["lineage"].model_copy(update={"onnx_root": root}))
 
 
-def certificate(root: str) -> bytes:
-    return to_json({"roots": {"any_batch": FIELDS["lineage"].program_root, "onnx": root}})
+def write_proof(folder: Path, root: str) -> None:
+    for name, content in proof_files(root).items():
+        (folder / name).write_bytes(content)
 
 
 def forge_with_root(bundle: Path) -> Path:
     """Forge *bundle* with a certificate and a lineage for its current graph, if that has a root."""
     with suppress(CertificateError):
         root = onnx_file_root((bundle / "model.onnx").read_bytes())
-        (bundle / "certificate.json").write_bytes(certificate(root))
+        write_proof(bundle, root)
         return forge(bundle, lineage={**FIELDS["lineage"].model_dump(), "onnx_root": root})
     return forge(bundle)
 

@@ -9,9 +9,10 @@ from onnx.reference import ReferenceEvaluator
 
 from sopdeploy.bundle.class_maps import FILE, ClassMapLayer, write_class_maps
 from sopdeploy.bundle.folder import open_bundle, publish, seal, staging
-from sopdeploy.bundle.manifest import TensorRecord, to_json
+from sopdeploy.bundle.manifest import TensorRecord
 from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.bundle.probes import Probes, write_probes
+from tests.forged import proof_files
 
 OUTPUTS = {"logits": (7,), "features": (3, 4, 4), "gates": (4,)}
 GRAPH = """
@@ -54,7 +55,8 @@ def write_bundle_with_maps(plain: Path, folder: Path) -> Path:
         for name in ("labels.json", "parity.json"):
             (stage / name).write_bytes((plain / name).read_bytes())
         (stage / "model.onnx").write_bytes(model.SerializeToString())
-        (stage / "certificate.json").write_bytes(to_json({"roots": {"any_batch": "1" * 64, "onnx": root}}))
+        for name, content in proof_files(root).items():
+            (stage / name).write_bytes(content)
         write_class_maps(stage / FILE, layer)
         write_probes(
             stage / "probes.npz",

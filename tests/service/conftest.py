@@ -39,6 +39,7 @@ from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.server.process import http_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
+from tests.forged import proof_files
 
 LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 RULES = Preprocess(resize=36, crop=32)
@@ -87,7 +88,8 @@ def write_bundle(
         (stage / "model.onnx").write_bytes(graph.SerializeToString())
         root = onnx_file_root(graph.SerializeToString())
         (stage / "labels.json").write_bytes(to_json(LABELS))
-        (stage / "certificate.json").write_bytes(to_json({"roots": {"any_batch": "1" * 64, "onnx": root}}))
+        for name, content in proof_files(root).items():
+            (stage / name).write_bytes(content)
         (stage / "parity.json").write_bytes(to_json({}))
         write_probes(
             stage / "probes.npz", Probes(images=images, expected={output: logits}, tolerance={output: 1e-4})

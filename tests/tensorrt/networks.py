@@ -14,6 +14,7 @@ from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.images.preprocess import Preprocess
+from tests.forged import proof_files
 
 SIDE, CHANNELS, CLASSES = 8, 4, 5
 
@@ -92,7 +93,7 @@ def write(
     files = {
         "model.onnx": model.SerializeToString(),
         "labels.json": to_json([f"class {i}" for i in range(CLASSES)]),
-        "certificate.json": to_json({"roots": {"any_batch": "1" * 64, "onnx": root}}),
+        **proof_files(root),
         "parity.json": to_json({}),
     }
     with staging(folder) as stage:

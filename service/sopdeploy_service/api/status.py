@@ -139,7 +139,7 @@ def read_card(bundle: Bundle) -> Card:
     try:
         roots = certificate["roots"]
         summary = CertificateSummary(
-            proof=certificate.get("proof", "three-way"),
+            proof=certificate["proof"],
             compared=certificate["compared"],
             detached=certificate["detached"],
             removed=len(certificate["removed"]),

@@ -1,5 +1,6 @@
 """`predict` gives the results of HTTP; `verify` detects changed files and outputs."""
 
+import json
 import os
 import shutil
 import sys
@@ -91,32 +92,35 @@ def replace_weight(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(graph.SerializeToString())
 
 
-def roots(name: str, **changes: str | list[str]) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(to_json(changes))
+def changed(name: str, **changes: object) -> Callable[[Path], object]:
+    """Change fields of a JSON file in a bundle."""
+
+    def change(folder: Path) -> None:
+        fields = json.loads((folder / name).read_bytes())
+        (folder / name).write_bytes(to_json({**fields, **changes}))
+
+    return change
 
 
 def certify(any_batch: str, root: str) -> Callable[[Path], object]:
-    content = {"roots": {"any_batch": any_batch * 64, "onnx": root * 64}}
-    return lambda folder: (folder / "certificate.json").write_bytes(to_json(content))
+    return changed("certificate.json", roots={"any_batch": any_batch * 64, "onnx": root * 64})
 
 
-RULE = {"rules": ["one"], "certified_root": "1" * 64}
 REPLACED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another weight": (replace_weight, r"model\.onnx: its graph has the root"),
     "a graph that is text": (lambda f: (f / "model.onnx").write_text("text"), "not a complete ONNX model"),
-    "another certified graph": (certify("1", "9"), r"certificate\.json: certifies another graph"),
+    "another certified graph": (certify("1", "9"), r"lowering\.json: starts from another graph"),
     "another certified program": (certify("9", "9"), r"certificate\.json: belongs to another network"),
-    "a certificate without roots": (roots("certificate.json"), r"certificate\.json: contains no graph roots"),
+    "a certificate without roots": (
+        changed("certificate.json", roots=None),
+        r"certificate\.json: contains no graph roots",
+    ),
     "rules for another program": (
-        roots("lowering.json", **{**RULE, "certified_root": "9" * 64}),
+        changed("lowering.json", certified_root="9" * 64),
         r"lowering\.json: belongs to another network",
     ),
-    "rules on another graph": (
-        roots("lowering.json", **RULE, source_onnx_root="9" * 64),
-        r"lowering\.json: starts from another graph than certified",
-    ),
     "rules that give another graph": (
-        roots("lowering.json", **RULE, lowered_onnx_root="9" * 64),
+        changed("lowering.json", rules=["one"], lowered_onnx_root="9" * 64),
         r"certificate\.json: certifies another graph",
     ),
 }
@@ -134,8 +138,7 @@ def test_verify_rejects_another_graph_than_the_certified_one(bundle_path, tmp_pa
 def test_verify_accepts_a_graph_that_rules_changed_after_the_certificate(bundle_path, bundle, tmp_path):
     copy = Path(shutil.copytree(bundle_path, tmp_path / "copy"))
     certify("1", "9")(copy)
-    given = {"source_onnx_root": "9" * 64, "lowered_onnx_root": bundle.manifest.lineage.onnx_root}
-    roots("lowering.json", **RULE, **given)(copy)
+    changed("lowering.json", rules=["one"], source_onnx_root="9" * 64)(copy)
     assert verify(forge(copy), ONE_THREAD).onnx_root == bundle.manifest.lineage.onnx_root
 
 
