@@ -51,8 +51,7 @@ def env(as_json: JsonOption = False) -> None:
 
 def accelerators() -> dict[str, str]:
     """List ONNX Runtime's execution providers and TensorRT's version and GPU, or the reasons for none."""
-    from sopdeploy.tensorrt.binding import import_tensorrt
-    from sopdeploy.tensorrt.cuda import open_cuda
+    from sopdeploy.environment import import_optional
 
     try:
         import onnxruntime
@@ -61,8 +60,13 @@ def accelerators() -> dict[str, str]:
     except ImportError as error:
         providers = f"none ({error})"
     try:
-        version = import_tensorrt().__version__
-        device = f"{version} on {open_cuda().gpu().name}"
+        binding, cuda = (
+            import_optional(
+                f"sopdeploy.tensorrt.{name}", "TensorRT", "sopdeploy[tensorrt]", RuntimeUnavailableError
+            )
+            for name in ("binding", "cuda")
+        )
+        device = f"{binding.import_tensorrt().__version__} on {cuda.open_cuda().gpu().name}"
     except RuntimeUnavailableError as error:
         device = f"none ({error})"
     return {"onnxruntime": providers, "tensorrt": device}

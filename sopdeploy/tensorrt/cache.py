@@ -6,13 +6,12 @@ can write to the folder can run code.
 """
 
 import hashlib
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import EngineError
+from sopdeploy.files import atomic_write, writing
 from sopdeploy.tensorrt.record import EngineKey, EngineRecord
 
 FOLDER = "engines"
@@ -51,20 +50,10 @@ def store(folder: Path, plan: bytes, record: EngineRecord) -> Path:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write *content* to *path* atomically, also if several processes write it; raise `EngineError`."""
-    try:
+    with writing(path, EngineError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(prefix=".engine-", suffix=".partial", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(partial).replace(path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise EngineError(f"{path}: cannot be written ({error.strerror}); choose another --cache") from error
+        with atomic_write(path, shared=True) as partial:
+            partial.write_bytes(content)
 
 
 def look(folder: Path, key: EngineKey) -> StoredEngine | NoEngine:

@@ -107,8 +107,8 @@ class EngineSession:
     ) -> None:
         """Load a verified *plan* of *key*.
 
-        Raises `RuntimeUnavailableError` if the engine does not match the manifest and the key, or if the GPU
-        has too little memory. On error, nothing stays allocated.
+        Raises `RuntimeUnavailableError` if TensorRT cannot load it or if the GPU has too little memory. On
+        error, nothing stays allocated.
         """
         self._cuda, self._profiles = cuda, key.profiles
         self._resources = CudaResources(cuda)
@@ -119,7 +119,6 @@ class EngineSession:
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
         try:
-            _check_tensors(trt, self._loaded.engine, manifest, key)
             self._stream, self._upload_stream = self._resources.stream(), self._resources.stream()
             tensors = (*manifest.inputs, *manifest.outputs)
             self._buffers = [
@@ -245,40 +244,3 @@ def _release(loaded: LoadedEngine, resources: CudaResources) -> None:
     resources.synchronize()
     loaded.close()
     resources.close()
-
-
-def _check_tensors(trt: Any, engine: Any, manifest: Manifest, key: EngineKey) -> None:
-    """Compare names, types, shapes and profiles of *engine* with *manifest* and *key*.
-
-    Raises `RuntimeUnavailableError` if tensors or profiles of *engine* differ.
-    """
-    tensors = (*manifest.inputs, *manifest.outputs)
-    found = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    declared = [tensor.name for tensor in tensors]
-    if sorted(found) != sorted(declared):
-        raise RuntimeUnavailableError(
-            f"the engine has the tensors {found}, the manifest says {declared}"
-            "; run: sopdeploy engine --rebuild"
-        )
-    dtypes = {trt.DataType.UINT8: "uint8", trt.DataType.FLOAT: "float32"}
-    for tensor in tensors:
-        dtype = dtypes.get(engine.get_tensor_dtype(tensor.name), "another type")
-        shape = tuple(int(size) for size in engine.get_tensor_shape(tensor.name))
-        if dtype != tensor.dtype or shape[1:] != tensor.shape[1:]:
-            raise RuntimeUnavailableError(
-                f"the engine's {tensor.name} is {dtype} {shape}, the manifest says {tensor.dtype} "
-                f"{tensor.shape}; run: sopdeploy engine --rebuild"
-            )
-    if engine.num_optimization_profiles != len(key.profiles):
-        raise RuntimeUnavailableError(
-            f"the engine has {engine.num_optimization_profiles} profiles, its record says {len(key.profiles)}"
-            "; run: sopdeploy engine --rebuild"
-        )
-    for index, profile in enumerate(key.profiles):
-        shapes = engine.get_tensor_profile_shape(manifest.inputs[0].name, index)
-        batches = [int(next(iter(shape))) for shape in shapes]
-        if batches != [profile.minimum, profile.optimum, profile.maximum]:
-            raise RuntimeUnavailableError(
-                f"profile {index} of the engine accepts batches {batches}, its record says {profile}"
-                "; run: sopdeploy engine --rebuild"
-            )

@@ -59,7 +59,7 @@ def test_every_release_builds_an_engine_that_reproduces_the_probes(
     assert [str(profile) for profile in built.record.key.profiles] == ["1", "2-4", "5-16"]
     assert [replay.batch for replay in built.record.replays] == [1, 2, 4, 5, 16]
     assert all(r.deviation["logits"] <= r.tolerance["logits"] for r in built.record.replays)
-    assert any("%" in text for text in told)
+    assert any(text.startswith("building, 0:") for text in told)
     assert not trt._config.get_flag(trt.BuilderFlag.TF32)
     assert (cuda.held, cuda.streams, cuda.events) == ({}, {}, {})
     cached = get_engine(bundle, OPTIONS)
@@ -79,7 +79,7 @@ def test_another_cache_folder_can_be_given_and_must_be_writable(
     built = get_engine(bundle, EngineOptions(cache=tmp_path / "mine"))
     assert built.path.parent == tmp_path / "mine" / bundle.name
     (tmp_path / "file").write_text("")
-    with pytest.raises(EngineError, match=r"cannot be written .*; choose another --cache"):
+    with pytest.raises(EngineError, match="cannot be written"):
         get_engine(bundle, EngineOptions(cache=tmp_path / "file"))
 
 

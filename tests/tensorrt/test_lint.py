@@ -46,65 +46,23 @@ def graph(
     constants: dict[str, Any] | None = None,
     opset: int = 18,
     kind: int = TensorProto.FLOAT,
-    domain: str = "",
     others: list[onnx.NodeProto] | None = None,
-    shape: tuple[Any, ...] = ("batch", 4, 4),
-    **attributes: Any,
 ) -> onnx.ModelProto:
     """A graph of one operator over x (batch, 4, 4)."""
-    results = ["y", "indices"] if operator == "TopK" else ["y"]
     made = helper.make_graph(
-        [
-            *(others or []),
-            helper.make_node(operator, inputs, results, name="it", domain=domain, **attributes),
-        ],
+        [*(others or []), helper.make_node(operator, inputs, ["y"], name="it")],
         "one",
         [helper.make_tensor_value_info("x", kind, ["batch", 4, 4])],
-        [helper.make_tensor_value_info("y", kind, shape)],
+        [helper.make_tensor_value_info("y", kind, ["batch", 4, 4])],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in (constants or {}).items()],
     )
-    opsets = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
-    return helper.make_model(made, opset_imports=opsets, ir_version=10)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
 
-def after(operator: str, output: str) -> list[onnx.NodeProto]:
-    """An operator on x whose result is the second input of the tested one."""
-    return [helper.make_node(operator, ["x"], [output])]
-
-
-UPDATES = {"i": np.array([[0]]), "u": np.zeros((1, 4, 4), np.float32)}
-Case = tuple[onnx.ModelProto, str, list[tuple[int, int]]]
-REFUSED: dict[str, Case] = {
-    "computed axes": (
-        graph("ReduceSum", ["x", "n"], others=after("Shape", "n")),
-        "axes of ReduceSum are",
-        EVERY,
-    ),
-    "a newer opset": (graph("Relu", ["x"], opset=21), "at most, the graph has 21", EVERY[:1]),
-    "an opset newer than all": (graph("Relu", ["x"], opset=26), "at most, the graph has 26", EVERY),
-    "doubles": (graph("Relu", ["x"], kind=TensorProto.DOUBLE), "double", EVERY),
-    "a determinant": (graph("Det", ["x"]), "Det is not supported", EVERY),
-    "a computed k": (graph("TopK", ["x", "k"], others=after("Size", "k")), "k of TopK is computed", EVERY),
-    "a large k": (graph("TopK", ["x", "k"], constants={"k": np.array([4000])}), "at most 3840", EVERY),
-    "a ScatterND with a reduction": (
-        graph("ScatterND", ["x", "i", "u"], constants=UPDATES, reduction="add"),
-        "ScatterND with a reduction",
-        EVERY,
-    ),
-    "a NonZero": (graph("NonZero", ["x"]), "makes shapes depend on data", EVERY),
-    "a plugin operator": (graph("Magic", ["x"], domain="acme"), "domain acme", EVERY),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("version", EVERY)
-def test_a_graph_that_a_release_misreads_is_rejected_for_it(case: str, version: tuple[int, int]) -> None:
-    model, message, versions = REFUSED[case]
-    if version in versions:
-        with pytest.raises(LoweringError, match=message):
-            lint(model, version, FREE)
-    else:
-        lint(model, version, FREE)
+def test_a_newer_opset_than_the_release_reads_is_rejected() -> None:
+    lint(graph("Relu", ["x"], opset=21), (10, 16), FREE)
+    with pytest.raises(LoweringError, match="at most, the graph has 21"):
+        lint(graph("Relu", ["x"], opset=21), (10, 13), FREE)
 
 
 def quantized(point: Any) -> onnx.ModelProto:
@@ -117,7 +75,7 @@ def quantized(point: Any) -> onnx.ModelProto:
 @pytest.mark.parametrize("version", EVERY)
 def test_only_signed_bytes_around_zero_are_accepted(version: tuple[int, int]) -> None:
     for point in (np.uint8(0), np.uint8(128), np.int8(3), None):
-        with pytest.raises(LoweringError, match="must be int8 with zero point 0"):
+        with pytest.raises(LoweringError, match="TensorRT needs int8 with zero point 0"):
             lint(quantized(point), version, FREE)
     safe, _ = lint(quantized(np.int8(0)), version, FREE)
     assert "QuantizeLinear" in {node.op_type for node in safe.graph.node}

@@ -19,7 +19,6 @@ from sopdeploy.errors import ConfigError, EngineError
 from sopdeploy.tensorrt.binding import parse_version
 from sopdeploy.tensorrt.profiles import index_for, parse_profiles
 from sopdeploy_export.tensorrt.progress import (
-    Phases,
     interrupts_recorded,
     make_monitor,
     progress_line,
@@ -52,33 +51,10 @@ def test_invalid_profiles_are_rejected(text: str) -> None:
         parse_profiles(text, RANGE)
 
 
-def test_the_completed_fraction_comes_from_nested_phases() -> None:
-    phases = Phases()
-    phases.start("build", None, 4)
-    phases.step("build", 0)
-    phases.start("tactics", "build", 2)
-    phases.step("tactics", 0)
-    assert phases.fraction == pytest.approx((1 + 0.5) / 4)
-    phases.finish("tactics")
-    phases.step("unknown", 3)
-    assert (phases.fraction, phases.innermost) == (0.25, "build")
-    phases.finish("build")
-    assert (phases.fraction, phases.innermost) == (0.0, "")
-
-
-@pytest.mark.parametrize(
-    ("fraction", "last", "text"),
-    [
-        (0.25, None, "building, 1:00, 25%, about 3:00 left"),
-        (0.001, None, "building, 1:00"),
-        (0.0, 90.0, "building, 1:00, about 0:30 left"),
-        (0.0, 30.0, "building, 1:00, about 0:00 left"),
-    ],
-)
-def test_the_estimate_uses_the_fraction_or_the_last_build(
-    fraction: float, last: float | None, text: str
-) -> None:
-    assert progress_line(60.0, fraction, last) == text
+def test_the_remaining_time_is_that_of_the_last_build() -> None:
+    assert progress_line(60.0, None) == "building, 1:00"
+    assert progress_line(60.0, 90.0, "tactics") == "building, 1:00, about 0:30 left (tactics)"
+    assert progress_line(60.0, 30.0) == "building, 1:00, about 0:00 left"
 
 
 def test_control_c_between_callbacks_stops_the_build_at_its_next_step() -> None:

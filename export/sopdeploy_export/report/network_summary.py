@@ -6,7 +6,7 @@ child, the children of that child are listed instead. The drawing is an SVG with
 and training-only modules beside it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -205,20 +205,6 @@ class Row:
     branches: tuple[Part, ...]
 
 
-def draw_network(network: NetworkSummary) -> list[tuple[Markup, str]]:
-    """Draw *network* before and after detaching, each with a caption; one drawing if nothing is removed."""
-    rows = network_rows(network)
-    if not any(row.branches for row in rows):
-        return [(_draw("network", "The network", rows, detached=False), "All modules are exported.")]
-    return [
-        (_draw("before", "The network during training", rows, detached=False), "During training."),
-        (
-            _draw("after", "The exported network", rows, detached=True),
-            "As exported: the gray, dashed modules were removed.",
-        ),
-    ]
-
-
 def network_rows(network: NetworkSummary) -> list[Row]:
     """Group the exported modules into rows; siblings without a branch between them share a row."""
     main = [part for part in network.parts if not part.training_only]
@@ -247,8 +233,9 @@ def network_rows(network: NetworkSummary) -> list[Row]:
     return rows
 
 
-def _draw(id: str, title: str, rows: Sequence[Row], *, detached: bool) -> Markup:
-    """Draw *rows* from top to bottom; *detached* grays the training-only modules."""
+def draw_network(network: NetworkSummary) -> Markup:
+    """Draw *network* from top to bottom, with removed modules beside the ones whose output they read."""
+    rows = network_rows(network)
     middle = MAIN_WIDTH / 2
 
     def arrow(top: float, bottom: float) -> Markup:
@@ -266,37 +253,34 @@ def _draw(id: str, title: str, rows: Sequence[Row], *, detached: bool) -> Markup
         ]
         shapes.append(element("g", *_box(0, top, MAIN_WIDTH, row, row.kind), *texts, class_="box"))
         for number, branch in enumerate(row.branches):
-            shapes += _draw_branch(top, top + number * ROW_HEIGHT, branch, detached=detached)
+            shapes += _draw_branch(top, top + number * ROW_HEIGHT, branch)
         below = top + max(1, len(row.branches)) * ROW_HEIGHT
         if below > top + ROW_HEIGHT:
             shapes.append(element("path", d=f"M{middle} {top + BOX_HEIGHT}V{below - gap}", class_="flow"))
         top = below
-    sides = ", ".join(f"{branch.name} at {row.name}" for row in rows for branch in row.branches)
-    state = "Removed" if detached else "Only for training"
+    removed = ", ".join(f"{branch.name} at {row.name}" for row in rows for branch in row.branches)
     order = ", then ".join(row.name for row in rows)
-    description = f"In order of execution: {order}. " + (f"{state}: {sides}." if sides else "")
-    return svg(id, title, description, (WIDTH, top - gap + 2), *shapes)
+    description = f"In order of execution: {order}. " + (f"Removed: {removed}." if removed else "")
+    return svg("network", "The network", description, (WIDTH, top - gap + 2), *shapes)
 
 
-def _draw_branch(row_top: float, top: float, branch: Part, *, detached: bool) -> list[Markup]:
-    """Draw the box of a training-only module at *top*, and its line from the row at *row_top*."""
+def _draw_branch(row_top: float, top: float, branch: Part) -> list[Markup]:
+    """Draw the box of a removed module at *top*, and its line from the row at *row_top*."""
     middle, start = top + BOX_HEIGHT / 2, row_top + BOX_HEIGHT / 2
     line = f"M{MAIN_WIDTH} {start}H{(MAIN_WIDTH + SIDE_LEFT) / 2}V{middle}H{SIDE_LEFT}"
-    state = "removed" if detached else branch.kind
     name = branch.name if len(branch.name) <= SIDE_NAME_LENGTH else branch.name.rpartition(".")[2]
-    details = f"{state} {DOT} {short_number(branch.parameters)}"
+    details = f"removed {DOT} {short_number(branch.parameters)}"
     texts = [
         text(SIDE_LEFT + 8, top + 15, shorten(name, SIDE_NAME_LENGTH), "name"),
         text(SIDE_LEFT + 8, top + 29, shorten(details, 22), "small"),
     ]
-    kind = "box gone" if detached else "box extra"
-    frame = _box(SIDE_LEFT, top, WIDTH - SIDE_LEFT, branch, state)
-    box = element("g", *frame, *texts, class_=kind)
-    return [element("path", d=line, class_="flow gone" if detached else "flow"), box]
+    frame = _box(SIDE_LEFT, top, WIDTH - SIDE_LEFT, branch, f"{branch.kind}, removed")
+    box = element("g", *frame, *texts, class_="box gone")
+    return [element("path", d=line, class_="flow gone"), box]
 
 
-def _box(x: float, y: float, width: float, what: Row | Part, state: str) -> list[Markup]:
+def _box(x: float, y: float, width: float, what: Row | Part, kind: str) -> list[Markup]:
     """Draw the frame of a box, with the full text as a tooltip."""
     shape, parameters = dimensions(what.shape), short_number(what.parameters)
-    title = element("title", f"{what.name}: {state}, output {shape}, {parameters} parameters")
+    title = element("title", f"{what.name}: {kind}, output {shape}, {parameters} parameters")
     return [title, element("rect", x=x + 1, y=y, width=width - 2, height=BOX_HEIGHT, rx=5)]

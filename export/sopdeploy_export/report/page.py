@@ -3,14 +3,13 @@
 The page needs no network and no script.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
 
 from sopdeploy.bundle.manifest import Int8For
-from sopdeploy.html.charts import Axis, Bar, Curve, bars, heat, interval, plot
+from sopdeploy.html.charts import Bar, bars
 from sopdeploy.html.templates import dimensions, percent, reduction, render, short_number
 from sopdeploy.training.epoch_choice import HeldOutEstimate
 from sopdeploy.training.procedure import read_record
@@ -18,10 +17,9 @@ from sopdeploy_export.parity.report import Flip, ParityReport
 from sopdeploy_export.precision.report import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.report.network_summary import draw_network
-from sopdeploy_export.report.results import ExportResults, Speed, describe_top1
+from sopdeploy_export.report.results import ExportResults, describe_top1
 from sopdeploy_export.subject import ExportSubject
 
-MAX_CLASSES = 30  # larger confusion matrices are not readable
 Rows = list[tuple[str, ...]]
 CAUSES = {
     "noise": "noise: the network's margin is within the tolerance",
@@ -32,30 +30,17 @@ CAUSES = {
 
 def render_report(results: ExportResults) -> str:
     """Render the page; equal *results* give equal text."""
-    top1, labels, decision = results.parity.top1, results.subject.labels, results.subject.decision
-    types = results.precision.summary()
-    agreement = interval(
-        "agreement", "Images with the same top class", top1.agree / top1.images, top1.low, top1.high
-    )
+    labels, decision = results.subject.labels, results.subject.decision
     charts_and_rows = {
-        "drawings": draw_network(results.network_summary),
+        "drawing": draw_network(results.network_summary),
         "network": _network_tables(results),
         "proof": _proof_tables(results),
         "drift": _drift_tables(results.parity),
         "drift_chart": _drift_chart(results.parity),
-        "agreement_chart": agreement,
-        "flip_rows": [flip_row(flip, labels) for flip in top1.flipped],
-        "flip_chart": flip_matrix(top1.flipped, labels),
+        "flip_rows": [flip_row(flip, labels) for flip in results.parity.top1.flipped],
         "gate_chart": _gate_chart(results.parity),
         "decision": [] if decision is None else decision.rows(labels),
         "precision": _precision_tables(results.precision),
-        "type_chart": bars(
-            "types",
-            "Modules by weight type",
-            [Bar(label=name, value=count, text=f"{count} modules") for name, count in types.items()],
-            max(types.values(), default=1),
-        ),
-        "speed_chart": None if results.speed is None else _speed_chart(results.speed),
     }
     return render("sopdeploy_export.report", "report.html", results=results, **charts_and_rows)
 
@@ -113,15 +98,11 @@ def _drift_tables(parity: ParityReport) -> dict[str, Rows]:
         (name, short(o.largest_drift), short(o.noise_floor), f"{o.drift_in_floors:.2f}x", short(o.tolerance))
         for name, o in parity.outputs.items()
     ]
-    parts: Rows = [
-        (part.part, short(part.drift), short(part.noise_floor), f"{part.in_floors:.2f}x")
-        for part in parity.parts
-    ]
     spectral: Rows = [
         (r.part, str(r.iterations), short(r.residual), short(r.residual_exact), short(r.asymmetry))
         for r in parity.spectral
     ]
-    return {"outputs": outputs, "parts": parts, "spectral": spectral}
+    return {"outputs": outputs, "spectral": spectral}
 
 
 def _drift_chart(parity: ParityReport) -> Markup | None:
@@ -141,19 +122,6 @@ def flip_row(flip: Flip, labels: tuple[str, ...]) -> tuple[str, ...]:
     """Describe one changed top class: image, class of the network, class of the file, margin, cause."""
     names = labels[flip.network], labels[flip.file]
     return str(flip.image), *names, f"{flip.margin:.3g}", CAUSES[flip.cause]
-
-
-def flip_matrix(flipped: Sequence[Flip], labels: tuple[str, ...]) -> Markup | None:
-    """Draw the confusion matrix of the changed top classes, for at most `MAX_CLASSES` classes."""
-    classes = sorted({number for flip in flipped for number in (flip.network, flip.file)})
-    if not 0 < len(classes) <= MAX_CLASSES:
-        return None
-    counts = Counter((flip.network, flip.file) for flip in flipped)
-    most = max(counts.values())
-    rows = [(labels[row], [counts[row, column] / most for column in classes]) for row in classes]
-    texts = [[str(counts[row, column]) for column in classes] for row in classes]
-    names = [labels[number] for number in classes]
-    return heat("flips", "Changed top classes", rows, names, texts, wrong_off_diagonal=True)
 
 
 def _gate_chart(parity: ParityReport) -> Markup | None:
@@ -189,23 +157,6 @@ def _precision_tables(report: PrecisionReport) -> dict[str, Rows]:
             for entry in report.quantisation.tried
         ]
     return {"accuracy": accuracy, "parts": parts, "tried": tried}
-
-
-def _speed_chart(speed: Speed) -> Markup:
-    curves = (
-        Curve(name="model.onnx", points=tuple((row.batch, row.ours_ms / row.batch) for row in speed.rows)),
-        Curve(
-            name="plain backbone, no rewrites",
-            points=tuple((row.batch, row.plain_ms / row.batch) for row in speed.rows),
-        ),
-    )
-    return plot(
-        "latency",
-        "Milliseconds per image by batch size",
-        curves,
-        Axis("batch size", logarithmic=True),
-        Axis("milliseconds per image", low=0.0),
-    )
 
 
 MAX_LABELS = 20

@@ -9,66 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 Report = Callable[[str], None]
-MIN_FRACTION = 0.02  # below it, an estimate of the remaining time would be a guess
 
 
-class Phases:
-    """The nested phases of a build, and the completed fraction of the outermost one."""
-
-    def __init__(self) -> None:
-        self._steps: dict[str, list[int]] = {}  # phase: [completed, total]
-        self._parent: dict[str, str | None] = {}
-
-    def start(self, phase: str, parent: str | None, steps: int) -> None:
-        """Begin *phase* with *steps* steps inside *parent*."""
-        self._steps[phase] = [0, max(1, steps)]
-        self._parent[phase] = parent
-
-    def step(self, phase: str, index: int) -> None:
-        """Complete step *index*, from 0, of *phase*."""
-        if phase in self._steps:
-            self._steps[phase][0] = index + 1
-
-    def finish(self, phase: str) -> None:
-        """End *phase*."""
-        self._steps.pop(phase, None)
-        self._parent.pop(phase, None)
-
-    @property
-    def innermost(self) -> str:
-        """The name of the phase that began last, or an empty string."""
-        return next(reversed(self._steps), "")
-
-    @property
-    def fraction(self) -> float:
-        """The completed fraction of the outermost phase, in [0, 1]."""
-        outermost = [phase for phase, parent in self._parent.items() if parent not in self._parent]
-        return self._fraction_of(outermost[0]) if outermost else 0.0
-
-    def _fraction_of(self, phase: str) -> float:
-        done, steps = self._steps[phase]
-        inside = [self._fraction_of(child) for child, parent in self._parent.items() if parent == phase]
-        return min(1.0, (done + max(inside, default=0.0)) / steps)
-
-
-def progress_line(elapsed: float, fraction: float, last_build: float | None, phase: str = "") -> str:
-    """Format elapsed seconds, completed fraction and an estimate of the remaining time.
-
-    The estimate uses *fraction*, or the seconds of the *last_build*.
-    """
+def progress_line(elapsed: float, last_build: float | None, phase: str = "") -> str:
+    """Format elapsed seconds, the remaining seconds according to the *last_build*, and the *phase*."""
 
     def minutes(seconds: float) -> str:
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
     text = f"building, {minutes(elapsed)}"
-    left = None
-    if fraction >= MIN_FRACTION:
-        text += f", {fraction:.0%}"
-        left = elapsed * (1 - fraction) / fraction
-    elif last_build is not None:
-        left = max(0.0, last_build - elapsed)
-    if left is not None:
-        text += f", about {minutes(left)} left"
+    if last_build is not None:
+        text += f", about {minutes(max(0.0, last_build - elapsed))} left"
     return f"{text} ({phase})" if phase else text
 
 
@@ -115,25 +66,26 @@ def make_monitor(trt: Any, report: Report, last_build: float | None, interrupt: 
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self._phases = Phases()
+            self._phases: list[str] = []  # from the outermost to the innermost
             self._begin = time.monotonic()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             """Begin a phase."""
-            self._phases.start(phase_name, parent_phase or None, num_steps)
+            del parent_phase, num_steps
+            self._phases.append(phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             """Complete a step; False stops the build."""
+            del phase_name, step
             try:
-                self._phases.step(phase_name, step)
                 elapsed = time.monotonic() - self._begin
-                report(progress_line(elapsed, self._phases.fraction, last_build, self._phases.innermost))
+                report(progress_line(elapsed, last_build, self._phases[-1] if self._phases else ""))
             except KeyboardInterrupt:
                 interrupt.received = True
             return not interrupt.received
 
         def phase_finish(self, phase_name: str) -> None:
             """End a phase."""
-            self._phases.finish(phase_name)
+            self._phases.remove(phase_name)
 
     return Monitor()

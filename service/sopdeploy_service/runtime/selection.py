@@ -4,9 +4,11 @@
 the server ends with an error instead of silently using the CPU.
 """
 
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.environment import import_optional
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.onnxruntime import (
@@ -16,10 +18,11 @@ from sopdeploy_service.runtime.onnxruntime import (
     OnnxRuntime,
     has_cuda,
 )
-from sopdeploy_service.runtime.tensorrt import TensorRTRuntime, is_set_up
 
 if TYPE_CHECKING:  # its library imports asyncio, which an engine process does not need
     from sopdeploy_service.settings import Settings
+
+TENSORRT = "sopdeploy_service.runtime.tensorrt"  # optional: a service without it uses ONNX Runtime
 
 
 def open_runtime(bundle: Bundle, settings: "Settings") -> Runtime:
@@ -28,14 +31,15 @@ def open_runtime(bundle: Bundle, settings: "Settings") -> Runtime:
     Raises `RuntimeUnavailableError` if the runtime cannot run *bundle*.
     """
     name: str = settings.runtime
-    if name == "auto" and is_set_up(bundle, settings):
+    if name == "auto" and find_spec(TENSORRT) and _tensorrt().is_set_up(bundle, settings):
         name = "tensorrt"
     elif name == "auto":
         name = "onnxruntime-cuda" if has_cuda() else "onnxruntime-cpu"
     provider = CUDA if name == "onnxruntime-cuda" else CPU
     try:
         if name == "tensorrt":
-            return TensorRTRuntime(bundle, settings)
+            runtime: Runtime = _tensorrt().TensorRTRuntime(bundle, settings)
+            return runtime
         options = CUDA_OPTIONS if provider == CUDA else {}
         return OnnxRuntime(bundle, threads=settings.threads, provider=provider, options=options)
     except RuntimeUnavailableError as error:
@@ -45,3 +49,7 @@ def open_runtime(bundle: Bundle, settings: "Settings") -> Runtime:
             f"{name} is set up here but does not work: {error} "
             "(SOPDEPLOY_RUNTIME=onnxruntime-cpu would serve from the CPU)"
         ) from error
+
+
+def _tensorrt() -> Any:
+    return import_optional(TENSORRT, "TensorRT", "sopdeploy[tensorrt]", RuntimeUnavailableError)

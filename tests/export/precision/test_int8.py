@@ -334,7 +334,7 @@ def test_gpu_runtimes_accept_the_form_for_tensorrt_and_the_lint_rejects_the_cpu_
     for version in ((10, 13), (10, 16), (11, 0)):
         safe, _ = lint(graphs[0]["tensorrt"], version, profiles)
         assert graph_precision(safe) == "int8"
-        with pytest.raises(LoweringError, match=r"quantised-for-a-cpu.*--int8-for tensorrt"):
+        with pytest.raises(LoweringError, match=r"quantized for CPUs.*--int8-for tensorrt"):
             lint(graphs[0]["cpu"], version, profiles)
 
 

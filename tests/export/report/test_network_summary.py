@@ -8,7 +8,6 @@ from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import entry, make_config
 from sopdeploy_export.report.network_summary import (
     NetworkSummary,
-    draw_network,
     network_rows,
     summarize_checkpoint,
 )
@@ -78,8 +77,3 @@ def test_siblings_without_a_branch_between_them_share_a_box() -> None:
     assert len(rows) < 30
     assert sum(len(row.branches) for row in rows) == 18
     assert sum(row.parameters for row in rows) == found.shipped.parameters
-
-
-def test_a_network_without_training_only_modules_is_drawn_once() -> None:
-    assert len(draw_network(summary_of("resnet18"))) == 1
-    assert len(draw_network(summary_of("dsop-resnet8"))) == 2
