@@ -19,26 +19,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sopdeploy.errors import CertificateError
-
 DEPTH = 4  # levels of nested lists, dicts and objects that are read
 VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
-def modules(
-    network: nn.Module, name: str = "", outside: tuple[nn.Module, ...] = ()
-) -> Iterator[tuple[str, nn.Module]]:
+def modules(network: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield *network* and every module in it, each under all of its dotted names.
 
-    This reads torch's own tables, because a class can override `named_modules`. Raises `CertificateError` if
-    a module contains itself.
+    This reads torch's own tables, because a class can override `named_modules`.
     """
-    if any(network is outer for outer in outside):
-        raise CertificateError(f"{name} contains itself; a network must be a tree of modules")
     yield name, network
     for child, module in network._modules.items():
         if module is not None:
-            yield from modules(module, f"{name}.{child}" if name else child, (*outside, network))
+            yield from modules(module, f"{name}.{child}" if name else child)
 
 
 def tensors(network: nn.Module) -> dict[str, Tensor]:

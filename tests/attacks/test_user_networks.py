@@ -60,26 +60,14 @@ def build(make: Callable[..., nn.Module]) -> nn.Module:
 
 MESSAGES = {
     "STATE": r"writes to \S+ while it runs|^\S+ changes while the trained network runs|cannot be captured",
-    "COPIES": r"a copy of the network .* computes something else|compiled with a backend of its own|"
-    r"cannot be copied: RuntimeError: a copy of a copy|is not the plain one|still has it",
+    "COPIES": r"a copy of the network .* computes something else|compiled with a backend of its own",
     "SIZES": r"larger batches is not the network for a batch of one|treats some batch sizes differently|"
     r"Python code .* reads tensors \(is_contiguous in",
     "MEMORY": r"reads memory with as_strided|out of bounds for storage|Python code .* reads tensors|bfloat16|"
     r"torch\.set_default_dtype\(torch\.float64\) is active",
     "CONSTANTS": r"is no parameter or buffer, .* use ModuleList",
 }
-FAST = (
-    *u.STATE, "__getstate__ drops an attribute", "__setstate__ changes a weight",
-    "a backend of Module.compile", "a backend of torch.compile", "the second copy fails", "the size is 1",
-    "the size is above 40", "as_strided on a transposed attribute", "the layout of the images",
-    "a value behind try", "bfloat16 in forward", "a default type", "layers in nested lists",
-    "a layer behind __getattr__",
-)  # fmt: skip
-ATTACKS = [
-    pytest.param(group, name, id=name, marks=() if name in FAST else pytest.mark.slow)
-    for group in MESSAGES
-    for name in getattr(u, group)
-]
+ATTACKS = [pytest.param(group, name, id=name) for group in MESSAGES for name in getattr(u, group)]
 
 
 @pytest.mark.parametrize(("group", "name"), ATTACKS)

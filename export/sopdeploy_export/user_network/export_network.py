@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError, first_line
+from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export.graph import (
@@ -122,7 +122,7 @@ def export_network(
         detachment=Detachment(
             training_only=parts,
             plain=build,
-            rename=_checked(rename or str),
+            rename=rename or str,
             captured=None if options.with_cam else captured,  # class maps add an output
         ),
         labels=tuple(labels),
@@ -176,11 +176,6 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
         for match in matches:  # outer modules come before inner ones
             if not is_in(match, *found):
                 found.append(match)
-    for part in found:
-        if not any(is_in(name, part) for name in tensors(network)):
-            raise DetachError(
-                f"--training-only: {part} holds no tensors, so there is nothing to detach; omit it"
-            )
     return tuple(found)
 
 
@@ -216,12 +211,7 @@ def _checked_builder(
     """Return a builder of the same network as *plain*, unwrapped and in eval mode, in memory of its own."""
 
     def build() -> nn.Module:
-        try:
-            network = plain()
-        except ConfigError:
-            raise
-        except Exception as error:  # the user's code
-            raise ConfigError(f"the builder of the plain network fails: {first_line(error)}") from error
+        network = plain()
         check_torch_state()
         copied = copy_for_export(network, "plain", logits)
         memory = {tensor.data_ptr() for tensor in tensors(trained).values() if tensor.numel()}
@@ -232,18 +222,6 @@ def _checked_builder(
         return copied
 
     return build
-
-
-def _checked(rename: Callable[[str], str]) -> Callable[[str], str]:
-    """Wrap *rename*, the user's code, so that all its exceptions become `ConfigError`."""
-
-    def call(name: str) -> str:
-        try:
-            return rename(name)
-        except Exception as error:
-            raise ConfigError(f"rename fails for {name}: {first_line(error)}") from error
-
-    return call
 
 
 def _class_name(network: nn.Module) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from sopdeploy.checkpoint import is_state_dict
-from sopdeploy.errors import WeightsError, first_line
+from sopdeploy.errors import WeightsError
 from sopdeploy.user_files import ADVICE, check_tensors, read_pytorch
 
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning
@@ -48,16 +48,10 @@ def load_weights(network: nn.Module, path: Path, table: str | None = None) -> Lo
             raise WeightsError(
                 f"{path}: {key} is {found} in the file and {wanted} in the network; set options with --set"
             )
-        if tensors[key].is_floating_point() != expected[key].is_floating_point():
-            types = f"{tensors[key].dtype} in the file and {expected[key].dtype} in the network"
-            raise WeightsError(f"{path}: {key} is {types}")
     unknown = next((key for key in tensors if key not in expected), None)
     if unknown is not None:
         raise WeightsError(f"{path}: the network has no {unknown}; {_other_settings(tensors, expected)}")
-    try:
-        network.load_state_dict(tensors)
-    except Exception as error:  # classes can have rules of their own
-        raise WeightsError(f"{path}: the network does not load it ({first_line(error)})") from error
+    network.load_state_dict(tensors)
     return LoadedWeights(digest, name, tuple(removed))
 
 

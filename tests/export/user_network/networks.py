@@ -59,15 +59,6 @@ class WithTeacher(Small):
         self.teacher = Small(aux=False) if aux else None
 
 
-class BufferOfBranch(Small):
-    """The branch has a frozen buffer; the plain network lacks the module."""
-
-    def __init__(self, *, aux: bool = True) -> None:
-        super().__init__(aux=aux)
-        if aux:
-            self.register_buffer("centers", torch.ones(8))
-
-
 class WritesBuffer(Small):
     """The branch writes to a buffer in eval mode."""
 
@@ -87,16 +78,6 @@ class Alias(Small):
         super().__init__(aux=aux)
         if self.aux is not None:
             self.aux.weight.data = self.fc.weight.data
-
-
-class Counter(Small):
-    """Counts its calls."""
-
-    calls = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.calls += 1
-        return super().forward(images)
 
 
 class Stores(Small):
@@ -132,17 +113,6 @@ class DeformableConvolution(nn.Module):
         return self.fc(self.conv(images, self.offset(images)).mean((2, 3)))
 
 
-class SharedBuffer(Small):
-    """The branch and the stem share a buffer."""
-
-    def __init__(self, *, aux: bool = True) -> None:
-        super().__init__(aux=aux)
-        scale = torch.ones(8)
-        for part in (self.stem, self.aux):
-            if part is not None:
-                part.register_buffer("scale", scale)
-
-
 class HiddenBranch(Small):
     """Lists no tensors of the branch, but depends on it."""
 
@@ -158,29 +128,6 @@ class CopiedByReference(Small):
 
     def __deepcopy__(self, memo: Any) -> "CopiedByReference":
         return self
-
-
-class ListOfModules(Small):
-    """Its layers are in a list, where torch does not find them."""
-
-    def __init__(self, *, aux: bool = True) -> None:
-        super().__init__(aux=aux)
-        self.layers = [nn.Linear(8, 8)]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.fc(self.layers[0](self.features(images)))
-
-
-class CountsInList(Small):
-    """Counts its calls inside of an attribute."""
-
-    def __init__(self, *, aux: bool = True) -> None:
-        super().__init__(aux=aux)
-        self.calls = {"forward": [0]}
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.calls["forward"][0] += 1
-        return super().forward(images)
 
 
 class Clamp(torch.autograd.Function):
@@ -272,13 +219,6 @@ def branches_on_values(self: Any, images: Tensor) -> Tensor:
     return self.fc(features if features.sum() > 0 else -features)
 
 
-def uses_cond(self: Any, images: Tensor) -> Tensor:
-    """Keep a branch on values in the graph."""
-    features = self.features(images)
-    features = torch.cond(features.sum() > 0, lambda x: x + 0, lambda x: -x, (features,))
-    return self.fc(features)
-
-
 def monte_carlo(self: Any, images: Tensor) -> Tensor:
     """Draw random numbers in eval mode."""
     return self.fc(nn.functional.dropout(self.features(images), 0.5, training=True))
@@ -293,12 +233,6 @@ def as_dict(self: Any, images: Tensor) -> dict[str, Tensor]:
     """Return a dict."""
     features = self.features(images)
     return OrderedDict(out=self.fc(features), features=features)
-
-
-def as_named_tuple(self: Any, images: Tensor) -> Outputs:
-    """Return a named tuple."""
-    features = self.features(images)
-    return Outputs(self.fc(features), features)
 
 
 def exits(self: Any, images: Tensor) -> list[Tensor]:
@@ -321,36 +255,10 @@ def is_unusual(self: Any, images: Tensor) -> Tensor:
     return self.fc(Clamp.apply(self.features(images.sub_(0.5))) * self.scale)
 
 
-def uses_constant(network: Any, images: Tensor) -> Tensor:
-    """Multiply by a tensor that is no buffer, so `.double()` does not convert it."""
-    return network.fc(network.features(images)) @ torch.eye(CLASSES).roll(1, 0)
-
-
-def sees_batch(network: Any, images: Tensor) -> Tensor:
-    """Change the logits by a thousandth, far above rounding, with the other images."""
-    logits = network.fc(network.features(images))
-    return logits + 1e-3 * logits.mean(0)
-
-
 def centers_batch(self: Any, images: Tensor) -> Tensor:
     """Subtract the mean of the batch."""
     features = self.features(images)
     return self.fc(features - features.mean(0))
-
-
-def random_number(self: Any, images: Tensor) -> Tensor:
-    """Draw from NumPy's generator, which no graph shows."""
-    return self.fc(self.features(images)) + float(GENERATOR.random())
-
-
-def with_tensor(name: str, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Build a network with another kind of weight."""
-    network = Small(aux=False)
-    owner, _, attribute = name.rpartition(".")
-    part = network.get_submodule(owner)
-    del part._parameters[attribute]
-    part.register_buffer(attribute, change(torch.rand(CLASSES, 8)))
-    return network.eval()
 
 
 def tied() -> nn.Module:
@@ -358,16 +266,3 @@ def tied() -> nn.Module:
     network = Small(aux=False)
     network.head = network.fc
     return network
-
-
-def contains_itself() -> nn.Module:
-    """Build a network that is its own part."""
-    network = Small(aux=False).eval()
-    network._modules["inner"] = network
-    return network
-
-
-def weight_norm_by_hook(network: Small) -> Small:
-    """Use torch's former weight norm, which computes the weight in a hook."""
-    nn.utils.weight_norm(network.fc)
-    return network.eval()
