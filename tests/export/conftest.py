@@ -16,6 +16,7 @@ from sopdeploy.models.registry import create_model
 from sopdeploy_export.graph import probe_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import Exported, export
+from sopdeploy_export.report import results
 from tests import quick_torch
 from tests.export.once import proving_once
 
@@ -87,7 +88,8 @@ def _exported(network: Classifier, name: str, folder: Path, **options: Any) -> E
     """Export *network* with class names that a report must escape."""
     checkpoint = save(network, name, folder / "ckpt.pt", Preprocess(resize=SIDE, crop=SIDE), HOSTILE)
     chosen = ExportOptions(detach=bool(network.training_only), **options)
-    with proving_once(changes_program=chosen.pt2):
+    with proving_once(changes_program=chosen.pt2), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "BUDGET_SECONDS", 0.0)
         return export(checkpoint, folder / "out", chosen)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
-from sopdeploy_export.tensorrt.precision_check import check_engine_precision, precision_of_format
+from sopdeploy_export.tensorrt.precision_check import check_engine_precision
 from sopdeploy_export.tensorrt.rewrites import graph_precision, operator_parts
 from tests.tensorrt.networks import network
 
@@ -138,12 +138,6 @@ def test_a_good_engine_whose_kernel_does_not_name_its_cast_is_only_warned_about(
     assert found.warnings == (expected,)
 
 
-def test_a_type_under_its_own_key_is_read() -> None:
-    text = json.dumps({"Layers": LAYOUTS["Myelin"]}).replace("Format/Datatype", "Datatype")
-    found = check_engine_precision(network(half=True), "fp16", text)
-    assert (found.warnings, found.parts["layer1"].actual) == ((), {"fp16": 1})
-
-
 def test_reformats_and_layers_without_operators_are_ignored() -> None:
     changes = {
         "node_mean": {"LayerType": "Reformat", "Outputs": tensor("Half")},
@@ -161,18 +155,6 @@ def test_an_inspector_without_types_is_a_warning(text: str) -> None:
     (warning,) = check_engine_precision(network(), "fp32", text).warnings
     assert warning.startswith("the engine's inspector")
     assert warning.endswith("precision is unknown")
-
-
-FORMATS: dict[str, str | None] = {
-    "Row major linear FP32": "fp32", "Row major linear FP16 format": "fp16", "Half": "fp16", "Float": "fp32",
-    "Channel major FP16 format where channel % 8 == 0": "fp16", "BFloat16": "bf16", "UInt8": None,
-    "Four wide channel vectorized row major Int8 format": "int8", "Int32": None, "Unknown format": None,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("text", FORMATS)
-def test_the_formats_of_every_release_are_parsed(text: str) -> None:
-    assert precision_of_format(text) == FORMATS[text]
 
 
 def test_a_quantized_weight_keeps_its_part() -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.errors import ConfigError
 from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
@@ -117,13 +116,6 @@ def test_a_batch_that_fails_to_begin_does_not_affect_the_other(
     check_outputs(following(), batch(2, 5))
 
 
-def test_a_batch_that_no_profile_accepts_occupies_no_buffer(runtime: TensorRTRuntime) -> None:
-    for _ in range(3):
-        with pytest.raises(ConfigError, match="no profile accepts 9 images"):
-            runtime.begin(list(batch(0, 9)))
-    check_outputs(runtime.begin(list(batch(1, 2)))(), batch(1, 2))
-
-
 def test_a_batch_that_fails_at_its_end_affects_no_other(runtime: TensorRTRuntime, cuda: FakeCuda) -> None:
     ends = [runtime.begin(list(batch(number, 5))) for number in range(2)]
     cuda.broken.add("cudaEventSynchronize")
@@ -144,11 +136,6 @@ def test_profiles_of_one_batch_size_become_graphs_with_the_same_outputs(
     assert len(cuda.graphs) == 4  # of each profile one for each buffer
 
 
-def test_nothing_is_captured_without_the_setting(built: Bundle, cuda: FakeCuda) -> None:
-    check_runs(TensorRTRuntime(built, PLAIN), 1, 1, 1)
-    assert (cuda.launched, cuda.graphs) == (0, {})
-
-
 @pytest.mark.parametrize("function", ["cudaStreamEndCapture", "cudaGraphInstantiate"])
 def test_a_profile_that_cannot_be_captured_runs_without_a_graph(
     built: Bundle, cuda: FakeCuda, function: str, caplog: pytest.LogCaptureFixture
@@ -161,19 +148,6 @@ def test_a_profile_that_cannot_be_captured_runs_without_a_graph(
     assert record.message.startswith("profile 1 runs without a CUDA graph: CUDA:")
 
 
-def test_an_engine_that_fails_during_capture_ends_the_capture(
-    built: Bundle, cuda: FakeCuda, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime, whole = TensorRTRuntime(built, GRAPHS), cuda.cudaStreamBeginCapture
-    monkeypatch.setattr(
-        cuda, "cudaStreamBeginCapture", lambda *given: trt._faults.add("fails") or whole(*given)
-    )
-    check_runs(runtime, 1)
-    trt._faults.clear()
-    check_runs(runtime, 1)
-    assert (captured_profiles(runtime), cuda.recording) == ([], None)
-
-
 def test_after_a_failed_graph_launch_the_profile_runs_without_a_graph(built: Bundle, cuda: FakeCuda) -> None:
     runtime = TensorRTRuntime(built, GRAPHS)
     check_runs(runtime, 1, 2)
@@ -183,11 +157,6 @@ def test_after_a_failed_graph_launch_the_profile_runs_without_a_graph(built: Bun
     check_runs(runtime, 1, 1)
     assert captured_profiles(runtime) == ["2"]
     assert len(cuda.graphs) == 2
-
-
-def test_the_startup_probes_run_through_the_graph(built: Bundle, cuda: FakeCuda) -> None:
-    load_model(built.path, GRAPHS)
-    assert cuda.launched == 4  # of 1 and 2 images the second warm-up run, and two single probes
 
 
 def held_by(cuda: FakeCuda, trt: FakeTensorRT) -> tuple[int, ...]:

@@ -103,7 +103,7 @@ def test_every_constant_of_tensorrt_exists_in_all_releases_or_is_asked_for() -> 
         for kind, name in re.findall(r"\btrt\.(\w+)\.([A-Z][A-Z0-9_]+)\b", path.read_text(encoding="utf-8"))
         if kind in SURFACE["classes"]
     }
-    assert len(places) >= 7
+    assert len(places) >= 5
     for (kind, name), place in places.items():
         for version in SURFACE["versions"]:
             found = members(kind, version)

@@ -64,7 +64,7 @@ def test_a_correct_file_drifts_nowhere_and_every_module_is_measured(
         "layer1.0",
         "layer2.0",
         "layer3.0",
-        "pooling.triangle",
+        "pooling.root",
         "fc",
     ]
     assert all(0 <= part.drift < FLOORS * part.noise_floor for part in parts)

@@ -144,15 +144,6 @@ def test_the_first_attempt_within_the_limit_is_exported_with_the_costliest_layer
     assert (types["layer2.0.conv1"], types["layer3.0.conv2"]) == ("float32", "int8")
 
 
-def test_the_layer_whose_int8_weights_are_wrong_costs_most(preprocess: Preprocess) -> None:
-    model = onnx.ModelProto.FromString(graph("resnet8", preprocess).SerializeToString())
-    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "layer2.0.conv1.weight")
-    values = numpy_helper.to_array(weight).copy()
-    values[:, 0, 0, 0] = 100  # one weight per channel makes the steps of all others coarse
-    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
-    assert next(iter(Int8Quantizer(model, generated_images(16)).layer_costs("minmax"))) == "layer2.0.conv1"
-
-
 def convolution(values: NDArray[np.float32], *after: str) -> onnx.ModelProto:
     """Build a graph of one convolution of 6 channels, then the operators *after*, then the mean."""
     nodes, last = [helper.make_node("Cast", ["images"], ["pixels"], to=1)], "raw"
