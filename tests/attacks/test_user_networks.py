@@ -60,7 +60,8 @@ def build(make: Callable[..., nn.Module]) -> nn.Module:
 
 MESSAGES = {
     "STATE": r"writes to \S+ while it runs|^\S+ changes while the trained network runs|cannot be captured",
-    "COPIES": r"a copy of the network .* computes something else|compiled with a backend of its own",
+    "COPIES": r"a copy of the network .* computes something else|compiled with a backend of its own|"
+    r"is not the plain one",
     "SIZES": r"larger batches is not the network for a batch of one|treats some batch sizes differently|"
     r"Python code .* reads tensors \(is_contiguous in",
     "MEMORY": r"reads memory with as_strided|out of bounds for storage|Python code .* reads tensors|bfloat16|"

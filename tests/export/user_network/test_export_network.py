@@ -124,7 +124,13 @@ def test_it_is_exported_verified_and_served_with_the_strength_of_its_proof(case:
         assert exported.lowering.rules
 
 
-@pytest.mark.parametrize("architecture", SMALL)
+QUICK_ARCHITECTURES = ("Swin", "Inception v3", "EfficientNet")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [name if name in QUICK_ARCHITECTURES else pytest.param(name, marks=pytest.mark.slow) for name in SMALL],
+)
 def test_a_small_version_is_exported_verified_and_served(architecture: str, tmp_path: Path) -> None:
     with proving_once(alone=True):
         check_architecture(SMALL[architecture], tmp_path, QUICK)
