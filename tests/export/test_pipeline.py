@@ -26,7 +26,7 @@ from sopdeploy_export.pipeline import Exported, export, fold_temperature
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
 from tests.export.conftest import LABELS, save, trained
-from tests.export.once import ALONE, proving_once
+from tests.export.once import proving_once
 
 SMALL = BatchRange(optimum=2, maximum=4)
 DETACH = ExportOptions(detach=True, max_batch=4)
@@ -227,4 +227,4 @@ def test_logits_that_overflow_are_the_same_error_with_a_temperature(
     write_checkpoint(path, replace(read_checkpoint(path), decision=Decision(calibration=fitted)))
     message = "not finite in fp32 on the probe images: activations overflow"
     with proving_once(), pytest.raises(ParityError, match=message):
-        export(path, tmp_path / "bundles", ExportOptions(batch=ALONE))
+        export(path, tmp_path / "bundles", ExportOptions(max_batch=1))
