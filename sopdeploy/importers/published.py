@@ -83,8 +83,8 @@ def _fetch_url(url: str) -> Path:
     """Download *url* to torch.hub's cache unless it is there; check the hash of the file."""
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    found = HASH_IN_NAME.search(name)
-    expected = PINNED.get(name, found[1] if found else "")
+    match = HASH_IN_NAME.search(name)
+    expected = PINNED.get(name, match[1] if match else "")
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,14 +139,14 @@ def _fetch_timm(name: str) -> Path:
 
 def _check_hash(path: Path, expected: str, advice: str) -> None:
     """Remove *path* and raise `WeightsError` unless its SHA-256 starts with *expected*."""
-    found = sha256(path)
-    if found.startswith(expected):
+    digest = sha256(path)
+    if digest.startswith(expected):
         return
     for file in {path, path.resolve()}:
         file.unlink(missing_ok=True)
     digits = len(expected)
     raise WeightsError(
-        f"{path.name}: removed, its SHA-256 is {found[:digits]}, not {expected} (an incomplete download or "
+        f"{path.name}: removed, its SHA-256 is {digest[:digits]}, not {expected} (an incomplete download or "
         f"another file); {advice}"
     )
 

@@ -55,19 +55,19 @@ def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeight
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= file.tensors.keys():
         return None
     depth = resnet_depth(file.path, file.tensors)
-    found = published_preprocess(f"resnet{depth}", sha256(file.path))
-    if found is None and (config := read_hub_config(file.path)):
-        found = hub_preprocess(file.path, config), FROM_HUB_CONFIG
+    published = published_preprocess(f"resnet{depth}", sha256(file.path))
+    if published is None and (config := read_hub_config(file.path)):
+        published = hub_preprocess(file.path, config), FROM_HUB_CONFIG
     return ConvertedWeights(
         description=f"ResNet-{depth} of torchvision",
         model=f"resnet{depth}",
         tensors=rename_tensors(file, lambda name: name if RESNET_TENSOR.fullmatch(name) else None),
         num_classes=len(file.classifier_weight("fc.weight")),
-        preprocess=found[0] if found else Preprocess(),
+        preprocess=published[0] if published else Preprocess(),
         required={"depth": depth, "pooling.kind": "gap"},
         detected={"base_width": stem_width(file)},
         labels="imagenet",
-        notes=(found[1],) if found else (),
+        notes=(published[1],) if published else (),
     )
 
 

@@ -33,17 +33,17 @@ def convert_torchvision_vgg(file: WeightFile, _model: str) -> ConvertedWeights |
             f"{file.path}: a VGG with {len(convolutions)} convolutions; the catalog has only VGG-16, with 13"
         )
     batch_norm = "features.1.running_mean" in file.tensors
-    found = published_preprocess("vgg16_bn" if batch_norm else "vgg16", sha256(file.path))
+    published = published_preprocess("vgg16_bn" if batch_norm else "vgg16", sha256(file.path))
     return ConvertedWeights(
         description=f"VGG-16 of torchvision, {'with' if batch_norm else 'without'} batch norm",
         model="vgg16-bn" if batch_norm else "vgg16",
         tensors=rename_tensors(file, _rename),
         num_classes=len(file.classifier_weight("classifier.6.weight")),
-        preprocess=found[0] if found else Preprocess(),
+        preprocess=published[0] if published else Preprocess(),
         required={"pooling.kind": "flatten", "classifier": "mlp"},
         detected={"batch_norm": batch_norm},
         labels="imagenet",
-        notes=(found[1],) if found else (),
+        notes=(published[1],) if published else (),
     )
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from sopdeploy.checkpoint import FORMAT, is_state_dict
-from sopdeploy.data.matlab_file import read_hdf5, read_v5
 from sopdeploy.errors import WeightsError
 from sopdeploy.importers.matconvnet import read_dagnn
+from sopdeploy.importers.matlab_file import read_hdf5, read_v5
 from sopdeploy.importers.source import WeightFile
 from sopdeploy.user_files import ADVICE, check_tensors, opened, read_pytorch
 

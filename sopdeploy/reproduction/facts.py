@@ -35,24 +35,24 @@ def count_facts(network: Classifier, side: int, names: Collection[str]) -> dict[
 
 def _sides(network: Classifier, side: int) -> dict[str, float]:
     """Return the side in pixels of the output of each module of `SIDES` that *network* has."""
-    found: dict[str, float] = {}
+    sides: dict[str, float] = {}
     for name, attribute in SIDES.items():
         module = getattr(network, attribute, None)
         if module is not None:
             last = module[-1] if isinstance(module, nn.Sequential) else module
             last.register_forward_hook(
-                lambda _module, _inputs, output, name=name: found.update({name: output.shape[-1]})
+                lambda _module, _inputs, output, name=name: sides.update({name: output.shape[-1]})
             )
     with torch.no_grad():
         network.eval()(torch.empty(1, 3, side, side, device="meta"))
-    return found
+    return sides
 
 
 def _convolutions(modules: Iterable[nn.Module]) -> int:
     return sum(
         isinstance(module, nn.Conv2d) and CONVOLUTION.search(name) is not None
-        for one in modules
-        for name, module in one.named_modules()
+        for part in modules
+        for name, module in part.named_modules()
     )
 
 

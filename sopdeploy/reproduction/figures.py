@@ -15,14 +15,14 @@ EPOCHS = Axis("epoch")
 ERROR = Axis("top-1 error in %")
 
 
-def curve_charts(found: Reproduction) -> list[Chart]:
+def curve_charts(reproduction: Reproduction) -> list[Chart]:
     """Plot training loss, top-1 and top-5 error over the epochs: one curve per row, for the first seed."""
     measures: list[tuple[str, str, Callable[[EpochRow], float | None]]] = [
         ("loss", "training loss", lambda row: row.losses.get("loss")),
         ("top1", "top-1 error in %", lambda row: 100 * (1 - row.metrics.top1)),  # type: ignore[union-attr]
         ("top5", "top-5 error in %", lambda row: 100 * (1 - row.metrics.top5)),  # type: ignore[union-attr]
     ]
-    done = [row for row in found.rows if row.runs]
+    done = [row for row in reproduction.rows if row.runs]
     charts = []
     for start in range(0, len(done), MAX_CURVES):
         part = done[start : start + MAX_CURVES]
@@ -33,7 +33,7 @@ def curve_charts(found: Reproduction) -> list[Chart]:
     return charts
 
 
-def figure_charts(found: Reproduction, figures: Sequence[Figure]) -> list[Chart]:
+def figure_charts(reproduction: Reproduction, figures: Sequence[Figure]) -> list[Chart]:
     """Draw the charts *figures*, which a table adds to its page, from the finished runs."""
     draw: dict[Figure, Callable[[list[RowResult]], Iterator[Chart]]] = {
         "heads": _head_charts,
@@ -42,7 +42,7 @@ def figure_charts(found: Reproduction, figures: Sequence[Figure]) -> list[Chart]
         "grid": _grid_charts,
         "spectra": _condition_charts,
     }
-    done = [row for row in found.rows if row.runs]
+    done = [row for row in reproduction.rows if row.runs]
     return [chart for figure in figures for chart in draw[figure](done)]
 
 

@@ -49,9 +49,9 @@ RUN_HEADS = (
 )
 
 
-def render_page(found: Reproduction, table: PrintedTable) -> str:
+def render_page(reproduction: Reproduction, table: PrintedTable) -> str:
     """Render the page as HTML; the same results always give the same text."""
-    done = [row for row in found.rows if row.runs]
+    done = [row for row in reproduction.rows if row.runs]
     heads = [
         (f"{row.printed.name}, {name}", *_head_figures(row, name))
         for row in done
@@ -59,31 +59,35 @@ def render_page(found: Reproduction, table: PrintedTable) -> str:
         if name != "main"
     ]
     interval = (
-        "Student's 95 % interval over seeds" if found.seeds > 1 else "Wilson's 95 % interval over images"
+        "Student's 95 % interval over seeds"
+        if reproduction.seeds > 1
+        else "Wilson's 95 % interval over images"
     )
     first = done[0].runs[0] if done else None
     return render(
         "sopdeploy.reproduction",
         "table.html",
-        found=found,
-        row_notes=[(row.printed.name, row.printed.note) for row in found.rows if row.printed.note],
+        reproduction=reproduction,
+        row_notes=[(row.printed.name, row.printed.note) for row in reproduction.rows if row.printed.note],
         table_note=table.note,
-        facts=[figures for row in found.rows for figures in fact_figures(row)],
+        facts=[figures for row in reproduction.rows for figures in fact_figures(row)],
         interval=interval,
         train_count=first.train_count if first else 0,
         held_out_count=first.held_out_count if first else 0,
-        machine=list((first.machine if first else machine() if found.measures == "times" else {}).items()),
-        about=ABOUT.get(found.measures),
+        machine=list(
+            (first.machine if first else machine() if reproduction.measures == "times" else {}).items()
+        ),
+        about=ABOUT.get(reproduction.measures),
         head_names=HEADS,
-        errors=[_error_figures(row) for row in found.rows if not row.printed.teacher],
+        errors=[_error_figures(row) for row in reproduction.rows if not row.printed.teacher],
         head_errors=heads,
         count_names=COUNT_HEADS,
-        counts=[_count_figures(row) for row in found.rows if row.counted is not None],
+        counts=[_count_figures(row) for row in reproduction.rows if row.counted is not None],
         run_names=RUN_HEADS,
         runs=[_run_figures(row) for row in done],
-        curves=curve_charts(found),
-        figures=figure_charts(found, table.figures),
-        commands=[(row.printed.name, row.command) for row in found.rows if row.command],
+        curves=curve_charts(reproduction),
+        figures=figure_charts(reproduction, table.figures),
+        commands=[(row.printed.name, row.command) for row in reproduction.rows if row.command],
     )
 
 
@@ -143,7 +147,7 @@ def fact_figures(row: RowResult) -> list[tuple[str, str, str, str]]:
     """Format the facts of *row* as (row name, fact name, printed value, measured value)."""
     printed, measured = row.printed.facts, row.facts
     names = (*printed, *(name for name in measured if name not in printed))
-    shown = [{name: number(value) for name, value in one.items()} for one in (printed, measured)]
+    shown = [{name: number(value) for name, value in facts.items()} for facts in (printed, measured)]
     return [(row.printed.name, name, shown[0].get(name, ""), shown[1].get(name, "")) for name in names]
 
 
@@ -157,6 +161,6 @@ def _run_figures(row: RowResult) -> tuple[str, ...]:
         f"{run.deployed.macs:,}",
         "" if row.printed.images_per_second is None else f"{row.printed.images_per_second:g}",
         f"{run.images_per_second:.0f}",
-        f"{sum(one.history[-1].seconds for one in row.runs):.0f}",
+        f"{sum(run.history[-1].seconds for run in row.runs):.0f}",
         str(len(row.runs)),
     )

@@ -73,7 +73,7 @@ class Job(StrictModel):
 
     def command(self, folder: Path, seed: int) -> str:
         """Format the command that trains the row alone."""
-        settings = (part for one in self.overrides_of(folder, seed) for part in ("--set", one))
+        settings = (word for override in self.overrides_of(folder, seed) for word in ("--set", override))
         out = str(run_path(folder, self.row.id, seed))
         return shlex.join(["sopdeploy", "train", "--recipe", self.source, *settings, "--out", out])
 
@@ -126,16 +126,7 @@ def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
         if table.measures == "counts":
             return Job(row=row, source=source, reason=NOT_TRAINED["counts"], counts=counts)
         if options.scale == "small":
-            own = [*table.small, *row.small]
-            chosen = read_recipe(source, [*overrides, *own])
-            kept = {parse_override(one)[0] for one in own}
-            reduced = small_overrides(chosen, small_data(options.out, options.data))
-            own += [
-                one
-                for one in reduced
-                if one.startswith(("model.", "teacher.")) or parse_override(one)[0] not in kept
-            ]
-            overrides = (*overrides, *own)
+            overrides = (*overrides, *_small_changes(table, row, source, overrides, options))
         elif options.data is not None:
             overrides = (*overrides, f"data.path={to_toml(str(options.data))}")
         overrides = (*overrides, *options.settings)
@@ -150,6 +141,20 @@ def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
         counts=counts,
         gpu_hours=estimate_hours(recipe, DATA_SETS[table.data] if options.scale == "paper" else SMALL_DATA),
     )
+
+
+def _small_changes(
+    table: PrintedTable, row: PrintedRow, source: str, overrides: tuple[str, ...], options: Options
+) -> list[str]:
+    """Build the changes that reduce a row to the small scale; those of the table win, except for networks."""
+    own = [*table.small, *row.small]
+    recipe = read_recipe(source, [*overrides, *own])
+    kept = {parse_override(override)[0] for override in own}
+    return own + [
+        override
+        for override in small_overrides(recipe, small_data(options.out, options.data))
+        if override.startswith(("model.", "teacher.")) or parse_override(override)[0] not in kept
+    ]
 
 
 def estimate_hours(recipe: Recipe, data: DataSet) -> float:

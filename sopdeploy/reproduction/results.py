@@ -104,8 +104,8 @@ def measure_errors(runs: Sequence[SeedResult], name: str) -> MeanError | None:
     if not errors:
         return None
     if len(errors) > 1:
-        found = paired(errors)
-        mean, interval = found.mean, found.interval
+        of_seeds = paired(errors)
+        mean, interval = of_seeds.mean, of_seeds.interval
     else:
         mean = errors[0]
         count = runs[0].held_out_count

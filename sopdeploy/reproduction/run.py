@@ -58,9 +58,9 @@ def reproduce(
         else:
             continue
         _write(_summarize(table, options, jobs, runs, times), table)
-    found = _summarize(table, options, jobs, runs, times)
-    _write(found, table)
-    return found
+    reproduction = _summarize(table, options, jobs, runs, times)
+    _write(reproduction, table)
+    return reproduction
 
 
 def _run(
@@ -166,12 +166,15 @@ def _summarize(
     )
 
 
-def _write(found: Reproduction, table: PrintedTable) -> None:
+def _write(reproduction: Reproduction, table: PrintedTable) -> None:
     """Write the page and the summary; of the processes of torchrun, the first one does."""
     if not is_main_process():
         return
-    summary = json.dumps(found.summary(), indent=2) + "\n"
-    found.page.parent.mkdir(parents=True, exist_ok=True)
-    for path, text in ((found.page, render_page(found, table)), (found.page.parent / RESULT, summary)):
+    summary = json.dumps(reproduction.summary(), indent=2) + "\n"
+    reproduction.page.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in (
+        (reproduction.page, render_page(reproduction, table)),
+        (reproduction.page.parent / RESULT, summary),
+    ):
         with atomic_write(path) as partial:
             partial.write_text(text, encoding="utf-8")

@@ -43,7 +43,7 @@ def _divided(divisor: int, least: int) -> Callable[[Any], Any]:
 
     def reduce(value: Any) -> Any:
         if isinstance(value, list | tuple):
-            return [reduce(one) for one in value]
+            return [reduce(number) for number in value]
         return max(least, value // divisor) if value else value
 
     return reduce

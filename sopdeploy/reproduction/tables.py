@@ -148,11 +148,11 @@ class PrintedTable(StrictModel):
 
 def _load_tables() -> dict[str, PrintedTable]:
     folder = files("sopdeploy.reproduction") / "tables"
-    found: dict[str, PrintedTable] = {}
+    tables: dict[str, PrintedTable] = {}
     for name in ("dsop", "gsop", "gmsop", "slides"):
         for values in tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))["tables"]:
-            found[values["id"]] = PrintedTable.model_validate(values)
-    return found
+            tables[values["id"]] = PrintedTable.model_validate(values)
+    return tables
 
 
 TABLES: dict[str, PrintedTable] = _load_tables()

@@ -210,7 +210,7 @@ def diagnose(
                 for name, (_, output) in gates.items():
                     weights.setdefault(name, []).append(output.float().cpu())
         few = subset[:: -(-count // MAX_SPECTRUM_IMAGES)]
-        found = _spectra(model, held_out, normalize, few) if spectra else {}
+        recorded = _spectra(model, held_out, normalize, few) if spectra else {}
     finally:
         model.train(was_training)
     labels = torch.cat(targets)
@@ -218,13 +218,13 @@ def diagnose(
     correct = (torch.cat(right).argmax(dim=1) == labels).tolist() if right else []
     return Diagnostics(
         images=count,
-        right="".join("01"[one] for one in correct),
+        right="".join("01"[right] for right in correct),
         heads={
             name: head_metrics(torch.cat(logits), torch.cat(targets), losses[name] / count)
             for name, logits in outputs.items()
         },
         gates={name: gate_metrics(batches) for name, batches in weights.items()},
-        spectra=found,
+        spectra=recorded,
     )
 
 
@@ -236,8 +236,8 @@ def head_metrics(logits: Tensor, labels: Tensor, loss: float) -> HeadMetrics | M
     if labels.ndim == 1:
         return HeadMetrics(top1=int((logits.argmax(dim=1) == labels).sum()) / len(labels), loss=loss)
     columns = zip(labels.numpy().T > 0, logits.double().numpy().T, strict=True)
-    found = [average_precision(true, scores) for true, scores in columns]
-    precisions = [one for one in found if one is not None]
+    of_classes = [average_precision(true, scores) for true, scores in columns]
+    precisions = [precision for precision in of_classes if precision is not None]
     return MultiLabelHeadMetrics(map=sum(precisions) / max(1, len(precisions)), loss=loss)
 
 

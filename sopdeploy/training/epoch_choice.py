@@ -74,10 +74,10 @@ def estimate_best(
     if alone:
         return HeldOutEstimate(top1=Rate.of(right, count), count=count, selected_by="nothing")
     recorded = [row.diagnostics.right for row in history if row.diagnostics is not None]
-    complete = len(recorded) == len(history) and all(len(one) == count for one in recorded)
+    complete = len(recorded) == len(history) and all(len(right_N) == count for right_N in recorded)
     if exports_average or not complete or count < 2:
         return HeldOutEstimate(top1=Rate.of(right, count), count=count, selected_by="same images")
-    right_EN = np.array([[image == "1" for image in one] for one in recorded])
+    right_EN = np.array([[image == "1" for image in right_N] for right_N in recorded])
     score = corrected_score(right_EN)
     return HeldOutEstimate(top1=Rate.of(round(score * count), count), count=count, selected_by="other images")
 

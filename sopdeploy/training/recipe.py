@@ -258,7 +258,7 @@ def parse_override(override: str) -> tuple[str, Any]:
 def to_toml(value: Any) -> str:
     """Format *value* as an inline TOML value; entries that are None are left out."""
     if isinstance(value, Mapping):
-        pairs = (f"{key}={to_toml(one)}" for key, one in value.items() if one is not None)
+        pairs = (f"{key}={to_toml(entry)}" for key, entry in value.items() if entry is not None)
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(to_toml, value)) + "]"

@@ -85,9 +85,9 @@ def read_start_weights(recipe: Recipe, strategy: Strategy) -> StartWeights | Non
         raise ConfigError(
             "start.weights: not set; give the checkpoint to start from, or --weights imagenet, FILE or none"
         )
-    found = _read(recipe) if strategy.rank == 0 else None
+    weights = _read(recipe) if strategy.rank == 0 else None
     strategy.all_reduce(torch.zeros(1))
-    return found or _read(recipe)
+    return weights or _read(recipe)
 
 
 def _read(recipe: Recipe) -> StartWeights:
@@ -163,20 +163,20 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     matching: dict[str, Tensor] = {}
     new: dict[str, None] = {}  # an ordered set
     for name, tensor in own.items():
-        found = weights.tensors.get(name)
-        if found is not None and found.shape == tensor.shape and not is_in(name, *heads):
-            if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+        given = weights.tensors.get(name)
+        if given is not None and given.shape == tensor.shape and not is_in(name, *heads):
+            if given.is_floating_point() and not bool(torch.isfinite(given).all()):
                 raise WeightsError(
                     f"start.weights: {weights.file}: {name} has values that are not finite"
                     "; choose another file"
                 )
-            matching[name] = found
+            matching[name] = given
         elif part := _added_part(name, (*heads, *training_only, *_classifiers(model))):
             new[part] = None
-        elif found is not None and is_in(name, classifier_name(model).rpartition(".")[0] or name + "."):
+        elif given is not None and is_in(name, classifier_name(model).rpartition(".")[0] or name + "."):
             new[name.rpartition(".")[0]] = None  # a classifier of several layers behind another pooling
-        elif found is not None or not name.endswith("num_batches_tracked"):
-            state = f"{tuple(found.shape)}, not {tuple(tensor.shape)}" if found is not None else "missing"
+        elif given is not None or not name.endswith("num_batches_tracked"):
+            state = f"{tuple(given.shape)}, not {tuple(tensor.shape)}" if given is not None else "missing"
             raise _misfit(weights, f"{name} is {state}")
     unused: dict[str, None] = {}
     for name in weights.tensors.keys() - own.keys():

@@ -55,8 +55,8 @@ def compose(losses: Sequence[Sequence[Array]], logits: Sequence[Sequence[Array]]
     composed = np.zeros(logits[0][0].shape[1:])
     for fold in range(int(folds_N.max()) + 1):
         tested = folds_N == fold
-        found = choose(losses, np.flatnonzero(~tested))
-        composed[tested] = logits[found.network][found.candidate][found.strength, tested]
+        choice = choose(losses, np.flatnonzero(~tested))
+        composed[tested] = logits[choice.network][choice.candidate][choice.strength, tested]
     return composed
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import scipy.io
 
-from sopdeploy.data.matlab_file import read_v5
 from sopdeploy.errors import WeightsError
 from sopdeploy.importers.matconvnet import read_dagnn
+from sopdeploy.importers.matlab_file import read_v5
 from sopdeploy.importers.weight_files import open_weights
 
 DATA = Path(scipy.io.matlab.__file__).parent / "tests" / "data"
@@ -107,7 +107,7 @@ def test_a_damaged_file_is_one_line(tmp_path: Path, body: bytes, message: str) -
 def test_a_file_above_the_size_limit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
 ) -> None:
-    monkeypatch.setattr("sopdeploy.data.matlab_file.MAX_BYTES", 1 << 20)
+    monkeypatch.setattr("sopdeploy.importers.matlab_file.MAX_BYTES", 1 << 20)
     body = matrix(9, (1 << 22, 1), b"net", element(2, bytes(1 << 22)))
     if compressed:
         data = zlib.compress(body)

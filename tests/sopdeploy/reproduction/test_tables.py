@@ -78,6 +78,7 @@ def test_the_counts_of_the_networks_are_the_printed_ones(name) -> None:
     assert disagreements(TABLES[name]) == {found for found in NOT_REACHED if found[0] == name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.measures == "counts"])
 def test_facts_of_networks_that_are_not_trained_are_the_printed_ones(name) -> None:
     for job in plan_rows(TABLES[name], Options()):

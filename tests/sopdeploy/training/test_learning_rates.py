@@ -1,12 +1,10 @@
 """Learning rate schedules compared with PyTorch's, `--dry-run`, `--find-lr` and the forms of `--resume`."""
 
-import contextlib
 import json
 from functools import partial
 
 import pytest
 import torch
-from torch import nn
 from torch.optim import lr_scheduler
 from typer.testing import CliRunner
 
@@ -15,15 +13,11 @@ from sopdeploy.cli.training.dry_run import FEW_SHOT
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import TrainingError
 from sopdeploy.models.describe import describe
-from sopdeploy.training import dry_run as dry_run_module
-from sopdeploy.training import lr_finder
 from sopdeploy.training.dry_run import dry_run, scheduled_rates
 from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.lr_finder import MAX_RATE, MIN_RATE, find_learning_rate, steepest_descent
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.run import Run, StepResult
 from sopdeploy.training.schedule import Cosine, Milestones, OneCycle, Polynomial
-from sopdeploy.training.step.gradient import train_step
 from tests.sopdeploy.training.runs import SHORT, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -101,25 +95,6 @@ def test_the_commands_print_and_write_nothing(tmp_path, monkeypatch, command) ->
     for option in ("--dry-run", "--find-lr"):
         few = CliRunner().invoke(app, [*command, option, "--set", "few_shot={}"])
         assert FEW_SHOT in " ".join(few.stdout.split())
-
-
-def test_the_range_test_and_the_dry_run_keep_the_statistics_of_a_frozen_backbone(monkeypatch) -> None:
-    runs: list[Run] = []
-
-    def record(run: Run, *step) -> StepResult:
-        runs.append(run)
-        return train_step(run, *step)
-
-    for module in (dry_run_module, lr_finder):
-        monkeypatch.setattr(module, "train_step", record)
-    recipe = short_recipe("start.weights=none", "start.learn=branches")
-    with contextlib.suppress(TrainingError):  # two steps need not lower the loss
-        find_learning_rate(recipe, steps=2)
-    dry_run(recipe)
-    for run in runs:
-        norms = {name: one for name, one in run.model.named_modules() if isinstance(one, nn.BatchNorm2d)}
-        learning = {name for name, norm in norms.items() if int(norm.num_batches_tracked)}
-        assert learning == {name for name in norms if name.startswith("branches.")} != set()
 
 
 def test_the_suggestion_is_the_steepest_descent_before_the_minimum() -> None:

@@ -5,13 +5,10 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sopdeploy.data.base import ArrayImages
-from sopdeploy.layers.mixture import gate
 from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.training.distributed.batch_sharding import shard_step
 from sopdeploy.training.distributed.torchrun import create_strategy
@@ -95,20 +92,6 @@ def learn(
     return {**run.trained().state_dict(), **{f"average of {name}": mean for name, mean in average.items()}}
 
 
-def sum_with_local_gradient(x: Tensor) -> Tensor:
-    """Sum over processes, but differentiate only the summand of this process."""
-    total = x.detach().clone()
-    dist.all_reduce(total)
-    return x + (total - x.detach())
-
-
-def learn_with_balance_sum(sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Learn with a wrong sum over processes in the balance loss."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate, "sum_over_ranks", sum_over_ranks)
-        return learn(build_recipe("gmsop", "sgd"), 1)
-
-
 # Rounding errors grow with the learning rate: those of GM-SOP reach 1.5e-9 after 100 steps at 0.05.
 LONG_CASES: dict[str, Case] = {
     f"{network} {optimizer} float64 100 steps": partial(learn, build_recipe(network, optimizer, rate), 100)
@@ -143,19 +126,3 @@ SHORT_CASES["distilled, doubled, colored, 2 micro-batches, float64 3 steps"] = p
     ),
     3,
 )
-
-# Wrong runs by name, and the short case from which they must differ.
-MISTAKES: dict[str, tuple[str, Case]] = {
-    **{
-        f"local batch norm, {network}": (
-            f"{network} sgd float64 1 step",
-            partial(learn, build_recipe(network, "sgd", "batch_norm=local"), 1),
-        )
-        for network in NETWORKS
-    },
-    "local balance loss": ("gmsop sgd float64 1 step", partial(learn_with_balance_sum, lambda x: x)),
-    "global balance loss with a local gradient": (
-        "gmsop sgd float64 1 step",
-        partial(learn_with_balance_sum, sum_with_local_gradient),
-    ),
-}
