@@ -248,29 +248,23 @@ def build_classifier(checkpoint: Checkpoint, where: Path) -> Classifier:
         network = create_model(checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config)
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    expected = network.state_dict()
-    for name, tensor in expected.items():
-        if name not in checkpoint.weights:
-            raise CheckpointError(
-                f"{where}: {checkpoint.model} needs a tensor {name}, which is missing"
-                "; train or import it again"
-            )
-        found = checkpoint.weights[name]
-        if found.shape != tensor.shape:
-            raise CheckpointError(
-                f"{where}: {name} is {tuple(found.shape)}, not {tuple(tensor.shape)}"
-                "; train or import it again"
-            )
-        if _layout(found) != _layout(tensor):
-            raise CheckpointError(
-                f"{where}: {name} is {_layout(found)}, not {_layout(tensor)}; train or import it again"
-            )
-        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
-            raise CheckpointError(f"{where}: {name} has values that are not finite; train again")
-    unknown = sorted(checkpoint.weights.keys() - expected.keys())
-    if unknown:
-        raise CheckpointError(
-            f"{where}: {checkpoint.model} has no tensor {unknown[0]}; train or import it again"
-        )
+    problem = _first_difference(network.state_dict(), checkpoint.weights)
+    if problem:
+        raise CheckpointError(f"{where}: {checkpoint.model}: {problem}; train or import it again")
     network.load_state_dict(checkpoint.weights)
     return network.eval()
+
+
+def _first_difference(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """Describe the first tensor of *weights* that does not fit *expected*; empty if all do."""
+    for name, tensor in expected.items():
+        if name not in weights:
+            return f"{name} is missing"
+        given = weights[name]
+        if given.shape != tensor.shape:
+            return f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}"
+        if _layout(given) != _layout(tensor):
+            return f"{name} is {_layout(given)}, not {_layout(tensor)}"
+        if given.is_floating_point() and not bool(torch.isfinite(given).all()):
+            return f"{name} has values that are not finite"
+    return next((f"the network has no {name}" for name in sorted(weights.keys() - expected.keys())), "")

@@ -158,8 +158,12 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     finite or does not exist in *model*.
     """
     own = model.state_dict()
-    heads = _head_names(model) if weights.labels not in (None, labels) else ()
+    layers, classifier = _class_layers(model), classifier_name(model)
+    classifiers = tuple(name for name in layers if name in {classifier, *CLASSIFIER_PARTS})
     training_only = (*model.training_only, *weights.training_only)
+    heads: tuple[str, ...] = ()
+    if weights.labels not in (None, labels):  # branches and classifier are those of other classes
+        heads = tuple(name for name in layers if name == classifier or is_in(name, *model.training_only))
     matching: dict[str, Tensor] = {}
     new: dict[str, None] = {}  # an ordered set
     for name, tensor in own.items():
@@ -171,9 +175,9 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
                     "; choose another file"
                 )
             matching[name] = given
-        elif part := _added_part(name, (*heads, *training_only, *_classifiers(model))):
+        elif part := _added_part(name, (*heads, *training_only, *classifiers)):
             new[part] = None
-        elif given is not None and is_in(name, classifier_name(model).rpartition(".")[0] or name + "."):
+        elif given is not None and "." in classifier and is_in(name, classifier.rpartition(".")[0]):
             new[name.rpartition(".")[0]] = None  # a classifier of several layers behind another pooling
         elif given is not None or not name.endswith("num_batches_tracked"):
             state = f"{tuple(given.shape)}, not {tuple(tensor.shape)}" if given is not None else "missing"
@@ -220,25 +224,11 @@ def create_initial_model(recipe: Recipe, labels: tuple[str, ...], strategy: Stra
     return InitialModel(model, completed, start)
 
 
-def _classifiers(model: Classifier) -> tuple[str, ...]:
-    """List the linear layers that compute class logits: the last one, and others of a distilled network."""
+def _class_layers(model: Classifier) -> tuple[str, ...]:
+    """List the linear layers of *model* with one output per class, and the last one that is deployed."""
     linear = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear))
-    others = (
-        name for name, part in linear if part.out_features == model.num_classes and name in CLASSIFIER_PARTS
-    )
-    return (*dict.fromkeys((*others, classifier_name(model))),)
-
-
-def _head_names(model: Classifier) -> tuple[str, ...]:
-    """List the linear layers of *model* and of its branches that compute class logits."""
-    branches = (
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module.out_features == model.num_classes
-        and is_in(name, *model.training_only)
-    )
-    return (*branches, classifier_name(model))
+    names = (name for name, part in linear if part.out_features == model.num_classes)
+    return (*names, classifier_name(model))
 
 
 def _added_part(name: str, parts: tuple[str, ...]) -> str | None:

@@ -191,8 +191,8 @@ def last_value(name: str, value: float) -> Change:
 
 
 WEIGHTS: dict[str, tuple[Change, str]] = {
-    "a missing tensor": (lambda w: w.pop("fc.weight"), "needs a tensor fc.weight, which is missing"),
-    "an unknown tensor": (with_weight("zzz.weight", torch.ones(2)), "has no tensor zzz.weight"),
+    "a missing tensor": (lambda w: w.pop("fc.weight"), "dsop-resnet8: fc.weight is missing"),
+    "an unknown tensor": (with_weight("zzz.weight", torch.ones(2)), "the network has no zzz.weight"),
     "another shape": (with_weight("fc.bias", torch.ones(4)), r"fc\.bias is \(4,\), not \(3,\)"),
     "not a number": (last_value("fc.weight", float("nan")), r"fc\.weight has values that are not finite"),
     "another dtype": (

@@ -164,18 +164,6 @@ def test_the_decay_grows_with_the_number_of_updates(updates, decay) -> None:
     assert float(ema.model.weight) == pytest.approx(1 - decay)
 
 
-def test_the_update_count_is_part_of_the_state(model) -> None:
-    first, second = (ExponentialMovingAverage(EmaConfig(), model) for _ in range(2))
-    for _ in range(3):
-        change(model)
-        first.update(model)
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert second.count == 3
-    for ema in (first, second):
-        ema.update(model)
-    assert same_bits(first.state_dict(), second.state_dict())
-
-
 @pytest.mark.parametrize("export", ["average", "raw"])
 def test_a_run_evaluates_both_weights_and_exports_the_configured_ones(tmp_path, export) -> None:
     result = train(short_recipe(f"ema={{decay=0.8, export='{export}'}}"), tmp_path / "run")

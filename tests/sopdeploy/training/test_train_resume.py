@@ -87,15 +87,6 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_a_finished_run_ignores_signals_and_is_resumed_to_the_same_result(tmp_path) -> None:
-    recipe, callback = short_recipe("epochs=1"), RecordingCallback()
-    first = train(recipe, tmp_path / "run", callback=RecordingCallback(("epoch", 0, 0)))
-    assert first.epochs == 1
-    assert train(recipe, tmp_path / "run", resume=True, callback=callback) == first
-    assert [name for name, _ in callback.events] == ["train_start", "evaluation", "evaluation"]
-
-
 class CheckpointWatcher(RecordingCallback):
     """Records the position in `last.pt` after each step."""
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from sopdeploy import create_model
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.errors import TrainingError
 from sopdeploy.models.base import TrainingOutput
@@ -170,16 +169,3 @@ def test_the_loss_is_the_weighted_sum_of_all_heads_and_penalties(weights, smooth
     )
     assert float(loss.total) == pytest.approx(expected, rel=1e-5)
     assert list(loss.parts) == ["main", "low", "high", "balance"]
-
-
-def test_the_loss_is_the_cross_entropy_or_reaches_every_parameter_of_dsop() -> None:
-    loss = training_loss(logits(0), LABELS, {"main": 1.0})
-    assert torch.equal(loss.total, cross_entropy(logits(0), LABELS))
-    assert list(loss.parts) == ["main"]
-    torch.manual_seed(0)
-    model = create_model("dsop-resnet8", num_classes=3, base_width=4)
-    loss = training_loss(model(torch.randn(4, 3, 16, 16)), LABELS, model.loss_weights())
-    assert set(model.loss_weights()) == set(loss.parts)
-    loss.total.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    assert not any(part.requires_grad for part in loss.parts.values())
