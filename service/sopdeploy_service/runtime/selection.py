@@ -5,7 +5,7 @@ the server ends with an error instead of silently using the CPU.
 """
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import import_optional
@@ -18,14 +18,12 @@ from sopdeploy_service.runtime.onnxruntime import (
     OnnxRuntime,
     has_cuda,
 )
-
-if TYPE_CHECKING:  # its library imports asyncio, which an engine process does not need
-    from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import Settings
 
 TENSORRT = "sopdeploy_service.runtime.tensorrt"  # optional: a service without it uses ONNX Runtime
 
 
-def open_runtime(bundle: Bundle, settings: "Settings") -> Runtime:
+def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
     """Open the runtime that *settings* name, or for `auto` the first one that is set up here.
 
     Raises `RuntimeUnavailableError` if the runtime cannot run *bundle*.

@@ -1,7 +1,6 @@
 """TensorRT on the GPU, with a checked engine from the cache; never builds one."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +13,7 @@ from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_service.runtime.base import translate_errors
-
-if TYPE_CHECKING:  # its library imports asyncio, which an engine process does not need
-    from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import Settings
 
 
 class TensorRTRuntime:
@@ -24,7 +21,7 @@ class TensorRTRuntime:
 
     device = "cuda:0"
 
-    def __init__(self, bundle: Bundle, settings: "Settings") -> None:
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
         """Load the engine of *bundle* from the cache.
 
         Raises `RuntimeUnavailableError` if TensorRT, a GPU or a matching engine is missing.
@@ -72,7 +69,7 @@ class TensorRTRuntime:
         self._session.close()
 
 
-def is_set_up(bundle: Bundle, settings: "Settings") -> bool:
+def is_set_up(bundle: Bundle, settings: Settings) -> bool:
     """Return whether TensorRT is installed and the cache has an engine of *bundle*."""
     if not records(cache_folder(bundle, settings.engine_cache)):
         return False
