@@ -38,17 +38,22 @@ def parse(raw: bytes, limit: int) -> Any:
     except orjson.JSONDecodeError as problem:
         raise bad_request("malformed_json", f"malformed JSON: {problem}") from problem
     keys = sum(part.lstrip().startswith(b":") for part in outside[1:])  # strings followed by a colon
-    pending = [value]
-    while pending:
-        item = pending.pop()
-        if type(item) is dict:
-            keys -= len(item)
-            pending.extend(item.values())
-        elif type(item) is list:
-            pending.extend(item)
-    if keys:
+    if keys != count_keys(value):
         raise bad_request("duplicate_key", "an object in the JSON has the same key twice")
     return value
+
+
+def count_keys(value: Any) -> int:
+    """Count the keys of all objects in *value*."""
+    keys, pending = 0, [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            keys += len(item)
+            pending.extend(item.values())
+        elif isinstance(item, list):
+            pending.extend(item)
+    return keys
 
 
 def check_length(raw: bytes, limit: int) -> None:
@@ -68,12 +73,7 @@ def parts(raw: bytes) -> list[bytes]:
     if raw.count(b'"') > MAX_QUOTES:
         raise RejectedError(TOO_COMPLEX)
     masked = raw.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in raw else raw
-    pieces = []
-    begin = 0
-    while (end := masked.find(b'"', begin)) >= 0:  # releases the GIL more often than `split`
-        pieces.append(masked[begin:end])
-        begin = end + 1
-    return [*pieces, masked[begin:]]
+    return masked.split(b'"')
 
 
 def decode_text(text: object, where: str) -> bytes:
