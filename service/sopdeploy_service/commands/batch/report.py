@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.config import StrictModel
@@ -93,7 +92,7 @@ class BatchReport(StrictModel):
 
 @dataclass(slots=True)
 class _Summary:
-    """Sums over parts; the least certain images with their part and row."""
+    """Sums over parts; `least` has (probability, part, row, path, class) of the least certain images."""
 
     labels: tuple[str, ...]
     counts: Counter[str] = field(default_factory=Counter)
@@ -101,7 +100,7 @@ class _Summary:
     examples: dict[str, list[str]] = field(default_factory=dict)
     images: int = 0
     unknown: int = 0
-    least: list[tuple[float, int, int, str, str]] = field(default_factory=list)  # a heap, most certain first
+    least: list[tuple[float, int, int, str, str]] = field(default_factory=list)
 
     def add(self, part: int, table: Any, predictions: PredictionCounts | PresenceCounts) -> None:
         """Add the rows of *part*; also count its *predictions*."""
@@ -126,18 +125,17 @@ class _Summary:
         predictions.add(indices, numbers.drop_null().to_numpy() if multi_label else probabilities)
         for entry in counted.value_counts().to_pylist():
             self.counts[entry["values"]] += entry["counts"]
-        self._keep_least(part, with_class, probabilities, chosen, best)
-
-    def _keep_least(
-        self, part: int, rows: NDArray[Any], probabilities: NDArray[Any], chosen: Any, best: Any
-    ) -> None:
-        for index in np.argsort(probabilities, kind="stable")[:LEAST_CERTAIN].tolist():
-            path, label = chosen["path"][index].as_py(), best[index].as_py()
-            item = (-float(probabilities[index]), -part, -int(rows[index]), path, label)
-            if len(self.least) < LEAST_CERTAIN:
-                heapq.heappush(self.least, item)
-            else:
-                heapq.heappushpop(self.least, item)
+        candidates = [
+            (
+                float(probabilities[index]),
+                part,
+                int(with_class[index]),
+                chosen["path"][index].as_py(),
+                best[index].as_py(),
+            )
+            for index in np.argsort(probabilities, kind="stable")[:LEAST_CERTAIN].tolist()
+        ]
+        self.least = heapq.nsmallest(LEAST_CERTAIN, [*self.least, *candidates])
 
 
 def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, settings: Settings) -> BatchReport:
@@ -150,7 +148,6 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
     for part in range(listing.parts()):
         summary.add(part, folder.read_columns(part, COLUMNS), predictions)
     drift = None if limited else compare_counts(predictions, decision)
-    least = sorted(summary.least, reverse=True)
     report = BatchReport(
         bundle=bundle.name,
         images=summary.images,
@@ -161,7 +158,8 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
         unknown=summary.unknown,
         counts={label: summary.counts[label] for label in bundle.labels},
         least_certain=tuple(
-            Uncertain(path=path, label=label, probability=-negative) for negative, _, _, path, label in least
+            Uncertain(path=path, label=label, probability=probability)
+            for probability, _, _, path, label in summary.least
         ),
         drift=None
         if drift is None
@@ -170,7 +168,7 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
             for name, test in drift.tests.items()
         },
     )
-    thumbnails = [_thumbnail(listing, -part, -row, bundle, settings) for _, part, row, _, _ in least]
+    thumbnails = [_thumbnail(listing, part, row, bundle, settings) for _, part, row, _, _ in summary.least]
     page = render(
         "sopdeploy_service.commands.batch",
         "batch.html",
