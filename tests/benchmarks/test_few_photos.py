@@ -32,11 +32,3 @@ def test_the_exit_status_follows_from_the_requirements(
     assert rows["5 per class, intervals that contain the test accuracy"]["ours"] == 3
     mean = sum(map(sum, gains.values())) / 6
     assert rows["all sizes, ours minus probe, mean"]["ours"] == pytest.approx(mean)
-
-
-def test_too_few_photographs_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "photos" / "cat").mkdir(parents=True)
-    folder = str(tmp_path / "photos")
-    with pytest.raises(SystemExit, match="2"):
-        few_photos.main(["--data", folder, "--test", folder, "--cache", str(tmp_path / "cache"), *OPTIONS])
-    assert "cat: 0 photographs, 5 are needed; give smaller --sizes" in capsys.readouterr().err

@@ -46,13 +46,6 @@ def store(cache: Path, tool: str, accuracies: tuple[float, ...], seconds: float)
         (cache / f"{tool}-10-{draw}.json").write_text(json.dumps(found))
 
 
-def test_a_larger_draw_contains_the_smaller_one_and_draws_differ(photos: Path) -> None:
-    small, large, other = (own_photos.draw(photos, n, seed) for n, seed in ((2, 0), (4, 0), (2, 1)))
-    assert [label for _, label in small] == ["hat", "hat", "shoes", "shoes"]
-    assert set(small) < set(large)
-    assert own_photos.draw(photos, 2, 0) == small != other
-
-
 def test_a_peer_runs_in_its_own_environment_and_its_result_is_kept(
     photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,22 +57,6 @@ def test_a_peer_runs_in_its_own_environment_and_its_result_is_kept(
     assert "| fastai fine_tune | 2 | 1 | 50.0 | | 12 |" in capsys.readouterr().out
     python.unlink()
     assert own_photos.main(given) == 0, "a kept result needs no peer"
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--tools", "fastai"], "error: fastai: give --fastai-python PYTHON, of an environment that"),
-        (["--tools", "autogluon-svm"], "error: autogluon-svm: give --autogluon-python PYTHON"),
-        (["--tools", "probe", "--per-class", "6"], "hat: 5 photographs, 6 are drawn; use fewer"),
-    ],
-)
-def test_what_is_missing_is_one_line(
-    photos: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        own_photos.main(arguments(photos, "--per-class", "2", *more))
-    assert message in capsys.readouterr().err
 
 
 def test_differences_are_paired_by_draw_and_the_tuning_draw_is_left_out(

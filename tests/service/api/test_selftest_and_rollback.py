@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
@@ -45,18 +44,6 @@ def test_the_model_must_be_known_and_rollback_be_enabled(client) -> None:
 def test_a_drifting_runtime_fails_the_self_test(serve_with, onnx_runtime, wrong, code) -> None:
     reply = serve_with(Drifting(onnx_runtime, wrong)).get("/selftest")
     assert (reply.status_code, reply.json()["code"]) == (500, code)
-
-
-@pytest.mark.parametrize(("burst", "left"), [(2, 0), (5, 2)])
-def test_a_self_test_costs_its_probes_but_never_more_than_the_burst_of_the_key(
-    serve_with, onnx_runtime, tmp_path: Path, burst: int, left: int
-) -> None:
-    keys = tmp_path / "keys.toml"
-    key = new_key(keys, "ops", rate=0.001, burst=burst, admin=False)
-    client = serve_with(onnx_runtime, keys=keys)
-    reply = client.get("/selftest", headers={"X-API-Key": key})
-    assert (reply.status_code, reply.headers["ratelimit-remaining"]) == (200, str(left))
-    assert client.get("/selftest", headers={"X-API-Key": key}).status_code == 429
 
 
 def test_rollback_activates_the_previous_version(

@@ -59,15 +59,6 @@ def test_only_a_large_jpeg_is_decoded_to_other_pixels_which_are_close(size, opti
     assert (fast == exact).all() if same else 0 < np.abs(fast - exact).mean() < 6
 
 
-@pytest.mark.parametrize(
-    ("side", "loaded"), [(143, 143), (144, 72), (200, 100), (288, 72), (576, 144), (1000, 250)]
-)
-def test_each_side_keeps_twice_the_pixels_of_the_resized_image(side, loaded):
-    body = encode((side, side))
-    with Image.open(io.BytesIO(body)) as image:
-        assert load_reduced(image, body, RULES).size == (loaded, loaded)
-
-
 def test_a_robust_network_is_loaded_with_its_drift(bundle_path):
     found = load_model(bundle_path, FAST)
     assert found.fast_decode.pictures == 9

@@ -26,11 +26,6 @@ def type_key(page, key):
     page.get_by_role("button", name="Use").click()
 
 
-def test_a_server_without_keys_shows_no_key_field(page):
-    page.locator("h1", has_text="tiny").wait_for()
-    assert page.get_by_label("Key", exact=True).is_hidden()
-
-
 def test_the_page_requests_a_key_and_works_with_it(open_page, locked, key, jpeg):
     page = open_page(locked.base_url)
     alert = page.get_by_role("alert")
@@ -46,15 +41,6 @@ def test_the_page_requests_a_key_and_works_with_it(open_page, locked, key, jpeg)
     headers = {"Authorization": f"Bearer {key}"}
     classes = locked.post("/v1/classify", content=jpeg, headers=headers).json()["classes"]
     assert [label for label, _ in shown(page)] == [entry["label"] for entry in classes]
-
-
-def test_an_image_given_before_the_key_is_classified_after_it(open_page, locked, key, jpeg):
-    page = open_page(locked.base_url)
-    page.get_by_role("alert").wait_for()
-    give(page, jpeg)
-    type_key(page, key)
-    page.wait_for_selector("#classes li")
-    assert len(shown(page)) == 5
 
 
 def test_the_key_survives_a_reload_but_not_the_tab(open_page, locked, key):
@@ -77,15 +63,6 @@ def test_the_docs_request_the_key_too(open_page, locked, key):
     type_key(page, key)
     page.wait_for_selector("#schemas section")
     assert page.get_by_role("alert").is_hidden()
-
-
-def test_a_revoked_key_is_reported_at_the_next_image(page, jpeg):
-    page.locator("h1", has_text="tiny").wait_for()
-    refused = '{"code": "unauthenticated", "detail": "send a key"}'
-    page.route("**/v1/classify**", lambda route: route.fulfill(status=401, body=refused))
-    give(page, jpeg)
-    assert "This server requires a key; enter it above." in page.get_by_role("alert").text_content()
-    assert page.get_by_label("Key", exact=True).is_visible()
 
 
 def test_a_swapped_model_is_detected_and_shown(
