@@ -1,6 +1,7 @@
 """Accuracy of `train` with few photographs per class, against logistic regression on the averages.
 
-    python benchmarks/few_photos.py --data DIR --test DIR --model NAME --weights FILE --cache DIR [--json]
+    python benchmarks/few_photos.py --data DIR --test DIR --model NAME --weights FILE --cache DIR
+        [--unknown DIR] [--json]
 
 --data and --test are folders of photographs, <class>/*.jpg. Each draw takes --sizes photographs per class
 from --data. Both arms see the same ones and are tested on all photographs in --test:
@@ -11,11 +12,14 @@ from --data. Both arms see the same ones and are tested on all photographs in --
 
 Intervals are Student's 95 % intervals of the paired difference over draws; for the mean over sizes, the draws
 of all sizes with the same number are averaged first. "estimate minus test" compares the printed estimate with
-the accuracy on the test photographs. Finished draws in --cache are not repeated. Exit status 1: ours is not
+the accuracy on the test photographs. With --unknown, photographs of other classes, <folder>/*.jpg, AUROC
+compares the scores of --test with theirs ("far"); "near" is the AUROC that `train` records, of heads that
+were fitted without one class. Finished draws in --cache are not repeated. Exit status 1: ours is not
 better by 1.5 points on average with an interval above 0, or worse than the probe at a size.
 """
 
 import argparse
+import copy
 import json
 import os
 import random
@@ -29,18 +33,20 @@ import numpy as np
 import torch
 from measure import Result, make_parser, one_line_errors, report
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from sopdeploy.checkpoint import build_classifier, load_plain, read_checkpoint, write_plain
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.decision import Score, known_score
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.statistics import paired
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import with_head
-from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead
+from sopdeploy.models.second_order_head import HeadConfig, PooledHead, SecondOrderHead
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
 
@@ -51,13 +57,13 @@ GAIN = 1.5  # points that the mean over sizes must exceed the probe by
 def draw(data: Path, folder: Path, size: int, seed: int) -> None:
     """Link *size* photographs of each class of *data* into *folder*."""
     source = random.Random(1000 * size + seed)  # noqa: S311  # not a secret
-    for one in sorted(path for path in data.iterdir() if path.is_dir()):
-        images = sorted(one.iterdir())
+    for label in sorted(path for path in data.iterdir() if path.is_dir()):
+        images = sorted(label.iterdir())
         if len(images) < size:
-            raise DataError(f"{one}: {len(images)} photographs, {size} are needed; give smaller --sizes")
-        (folder / one.name).mkdir(parents=True)
+            raise DataError(f"{label}: {len(images)} photographs, {size} are needed; give smaller --sizes")
+        (folder / label.name).mkdir(parents=True)
         for image in source.sample(images, size):
-            (folder / one.name / image.name).symlink_to(image.resolve())
+            (folder / label.name / image.name).symlink_to(image.resolve())
 
 
 @torch.no_grad()
@@ -65,16 +71,16 @@ def head_inputs(checkpoint: Path, folder: Path, name: str, cache: Path | None) -
     """Compute the vectors and feature maps of the photographs in *folder*, with their targets."""
     if cache is not None and cache.exists():
         return dict(load_plain(cache))
-    found = read_checkpoint(checkpoint)
-    model = build_classifier(found, checkpoint)
+    content = read_checkpoint(checkpoint)
+    model = build_classifier(content, checkpoint)
     taps = tuple(model.tap_channels)[-2:]
     network = with_head(name, model, HeadConfig(kind="gap+mean", taps=taps)).eval()
     assert isinstance(network, SecondOrderHead)  # noqa: S101  # by its name
     images = open_evaluation_images(
         folder, tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
     )
-    normalize, parts = Normalize(found.preprocess), []
-    dataset = PreprocessedDataset(images, found.preprocess)
+    normalize, parts = Normalize(content.preprocess), []
+    dataset = PreprocessedDataset(images, content.preprocess)
     for pixels, _ in load_batches(dataset, sequential_batches(len(images), BATCH), 0, torch.device("cpu")):
         parts.append(network.head_inputs(normalize(pixels)))
     inputs = {
@@ -107,28 +113,55 @@ def run_draw(given: argparse.Namespace, size: int, seed: int) -> dict[str, float
     test = head_inputs(result.best, given.test, given.model, given.cache / "test.pt")
     seen = head_inputs(result.best, folder, given.model, None)
     model = build_classifier(read_checkpoint(result.best), result.best)
-    if isinstance(model, SecondOrderHead):
-        logits = model.pooled_head(test["own"], test["maps"])
-    else:
-        logits = model.logits_layer()(test["own"])  # type: ignore[misc]  # a plain network has one
+    if not isinstance(model, SecondOrderHead):
+        raise DataError(f"{result.best}: the network has no second-order head")
+    logits = model.pooled_head(test["own"], test["maps"])
     scaler = StandardScaler().fit(seen["own"].numpy())
     probe = LogisticRegression(C=0.01, max_iter=2000)
     probe.fit(scaler.transform(seen["own"].numpy()), seen["targets"].numpy())
     targets = test["targets"].numpy()
     score: Rate = result.few_shot.top1
-    found: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "ours": 100 * float((logits.argmax(dim=1).numpy() == targets).mean()),
         "probe": 100 * float(np.mean(probe.predict(scaler.transform(test["own"].numpy())) == targets)),
         "estimate": 100 * score.share,
         "low": 100 * score.low,
         "high": 100 * score.high,
         "cpu_seconds": seconds,
-        "head": next(one.name for one in result.few_shot.candidates if one.kept),
+        "head": next(candidate.name for candidate in result.few_shot.candidates if candidate.kept),
     }
-    path.write_text(json.dumps(found))
-    print(f"{size} per class, draw {seed}: {found}", file=sys.stderr, flush=True)
+    if given.unknown is not None:
+        inputs = head_inputs(result.best, given.unknown, given.model, given.cache / "unknown.pt")
+        for score, area in result.few_shot.auroc.items():
+            measured[f"near, {score}"] = 100 * area
+        measured |= far_areas(model.pooled_head, test, inputs)
+    path.write_text(json.dumps(measured))
+    print(f"{size} per class, draw {seed}: {measured}", file=sys.stderr, flush=True)
     shutil.rmtree(run)
-    return found
+    return measured
+
+
+def far_areas(head: PooledHead, known: dict[str, Any], unknown: dict[str, Any]) -> dict[str, float]:
+    """Compute the AUROC of the scores of *known* and *unknown* inputs, in percent.
+
+    "energy, no distance" is the energy of the same head without the distance from the mean.
+    """
+    plain = copy.deepcopy(head)
+    if head.config.distance:
+        plain.fc.weight[:, -1] = 0
+    areas = {}
+    scores: tuple[tuple[str, PooledHead, Score], ...] = (
+        ("max_probability", head, "max_probability"),
+        ("energy, no distance", plain, "energy"),
+        ("energy", head, "energy"),
+    )
+    for name, scored, score in scores:
+        values = [
+            known_score(scored(inputs["own"], inputs["maps"]).numpy(), score) for inputs in (known, unknown)
+        ]
+        is_known = np.repeat([True, False], [len(column) for column in values])
+        areas[f"far, {name}"] = 100 * float(roc_auc_score(is_known, np.concatenate(values)))
+    return areas
 
 
 def main(arguments: list[str]) -> int:
@@ -139,8 +172,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model", required=True, help="network, such as timm:tf_efficientnet_lite0")
     parser.add_argument("--weights", type=Path, required=True, help="its weights")
     parser.add_argument("--cache", type=Path, required=True, help="folder of runs and results")
+    parser.add_argument("--unknown", type=Path, help="photographs of none of the classes, <folder>/*.jpg")
     parser.add_argument(
-        "--sizes", type=lambda text: [int(one) for one in text.split(",")], default=[5, 10, 20, 50]
+        "--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[5, 10, 20, 50]
     )
     parser.add_argument("--draws", type=int, default=6)
     given = parser.parse_args(arguments)
@@ -149,13 +183,15 @@ def main(arguments: list[str]) -> int:
     results, gains, hold = [], [], True
     with one_line_errors():
         for size in given.sizes:
-            found = [run_draw(given, size, seed) for seed in range(given.draws)]
-            gain = paired([one["ours"] - one["probe"] for one in found])
-            bias = paired([one["estimate"] - one["ours"] for one in found])
-            gains.append([one["ours"] - one["probe"] for one in found])
+            draws = [run_draw(given, size, seed) for seed in range(given.draws)]
+            gains.append([measured["ours"] - measured["probe"] for measured in draws])
+            gain = paired(gains[-1])
+            bias = paired([measured["estimate"] - measured["ours"] for measured in draws])
             hold &= gain.mean > 0
             means = {
-                key: float(np.mean([one[key] for one in found])) for key in ("ours", "probe", "cpu_seconds")
+                key: float(np.mean([measured[key] for measured in draws]))
+                for key in draws[0]
+                if key != "head"
             }
             name = f"{size} per class"
             results.append(
@@ -168,7 +204,7 @@ def main(arguments: list[str]) -> int:
                     runs=given.draws,
                 )
             )
-            inside = sum(one["low"] <= one["ours"] <= one["high"] for one in found)
+            inside = sum(measured["low"] <= measured["ours"] <= measured["high"] for measured in draws)
             for case, value, unit in (
                 ("ours minus probe, mean", gain.mean, "points"),
                 ("ours minus probe, low", gain.interval.low, "points"),
@@ -178,6 +214,7 @@ def main(arguments: list[str]) -> int:
                 ("estimate minus test, high", bias.interval.high, "points"),
                 ("intervals that contain the test accuracy", float(inside), "draws"),
                 ("processor time of train", means["cpu_seconds"], "s"),
+                *((f"AUROC {key}", means[key], "%") for key in means if key.startswith(("near", "far"))),
             ):
                 results.append(Result(case=f"{name}, {case}", ours=value, unit=unit, runs=given.draws))
         total = paired(np.mean(gains, axis=0).tolist())

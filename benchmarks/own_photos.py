@@ -63,11 +63,13 @@ PROGRAMS = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "probe": {"C": 0.01},
     "fastai": {
-        "epochs": 10,
+        "epochs": 5,
         "freeze_epochs": 5,
         "batch": 16,
         "rate": 0.01,
         "crop": 0.35,
+        "freeze_norms": True,
+        "learner": {},
     },
     "autogluon": {"problem_type": "multiclass", "hyperparameters": {"env.batch_size": 16, "optim.lr": 1e-3}},
     "autogluon-svm": {"problem_type": "few_shot_classification"},

@@ -5,8 +5,9 @@
 REQUEST is a JSON file: `train` [[file, class], ...], `test` [file, ...], `network` (timm's name), `weights`
 (its state dict), `seed`, `options`. ANSWER gets `seconds`, the processor seconds from the start of the
 process to the end of the training, and `predicted`, a class for each test file. `options`: `epochs`,
-`freeze_epochs`, `batch`, `rate` (0: the valley that `lr_find` suggests) and `crop`, the `min_scale` of
-`RandomResizedCrop`, which `aug_transforms()` follows.
+`freeze_epochs`, `batch`, `rate` (0: the valley that `lr_find` suggests), `crop`, the `min_scale` of
+`RandomResizedCrop`, which `aug_transforms()` follows, `freeze_norms` (batch norms of the network keep their
+statistics and weights, also after `unfreeze`) and `learner`, options of `vision_learner`.
 """
 
 import json
@@ -25,6 +26,7 @@ from fastai.vision.all import (  # type: ignore[import-not-found,unused-ignore]
     set_seed,
     vision_learner,
 )
+from timm.layers import freeze_batch_norm_2d  # type: ignore[import-untyped,unused-ignore]
 
 SIDE = 224
 
@@ -40,7 +42,10 @@ def main(request: Path, answer: Path) -> None:
     asked: dict[str, Any] = json.loads(request.read_text(encoding="utf-8"))
     options = asked["options"]
     # The published weights come from a file instead of a download.
-    timm.create_model = partial(timm.create_model, pretrained_cfg_overlay={"file": asked["weights"]})
+    load = partial(timm.create_model, pretrained_cfg_overlay={"file": asked["weights"]})
+    timm.create_model = load
+    if options["freeze_norms"]:
+        timm.create_model = lambda *args, **named: freeze_batch_norm_2d(load(*args, **named))
     set_seed(asked["seed"])
     files, labels = zip(*asked["train"], strict=True)
     loaders = ImageDataLoaders.from_lists(
@@ -53,7 +58,7 @@ def main(request: Path, answer: Path) -> None:
         bs=options["batch"],
         num_workers=0,
     )
-    learner = vision_learner(loaders, asked["network"]).to_channelslast(use_amp=False)
+    learner = vision_learner(loaders, asked["network"], **options["learner"]).to_channelslast(use_amp=False)
     rate = options["rate"]
     with learner.no_bar(), learner.no_logging():
         if not rate:
