@@ -22,7 +22,7 @@ from sopdeploy.data.batches import balanced_batches, load_batches, shuffled_batc
 from sopdeploy.data.image_files import hash_images, unreadable_images_error
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import Decision
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES
 from sopdeploy.evaluation.prediction import evaluate, predict_logits
 from sopdeploy.training.callbacks import Callback
@@ -106,10 +106,6 @@ def train(
     folder = RunFolder(out_dir, strategy)
     if resume == "auto":
         resume = folder.holds_run()
-    if recipe.few_shot is not None and strategy.world > 1:
-        raise ConfigError(
-            "few_shot: the procedure uses one process; start it without torchrun or remove the table"
-        )
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     try:

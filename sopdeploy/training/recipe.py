@@ -163,10 +163,6 @@ class Recipe(StrictModel):
             raise ValueError("optimizer.kind adahessian: needs compile=false and precision fp32 or bf16")
         if 2 * self.accumulate > self.batch_size:
             raise ValueError("accumulate: each micro-batch needs at least two samples; lower accumulate")
-        if self.few_shot is not None and (self.ema is not None or self.teacher is not None):
-            raise ValueError(
-                "few_shot: supports no average and no teacher; remove the tables ema and teacher"
-            )
         removal = self.model.remove_branches_at
         if removal is not None and removal >= self.epochs:
             raise ValueError(

@@ -25,11 +25,9 @@ from sopdeploy.training.few_shot.unknown import recognize_unknown
 from sopdeploy.training.run import Run
 from sopdeploy.training.start_weights import create_initial_model
 
-Progress = Callable[[str, int, int], None]  # name of the step, done, total
 
-
-def fit_few_shot(run: Run, images: LabeledImages, on: Progress) -> tuple[Targets, Array]:
-    """Run the procedure for *images*, starting from the model of *run*; *on* receives the progress.
+def fit_few_shot(run: Run, images: LabeledImages, on: Callable[..., None]) -> tuple[Targets, Array]:
+    """Run the procedure for *images*, starting from the model of *run*; *on* receives (step, done, total).
 
     *run* receives the network, the record and the out-of-fold logits (N, K), which are returned with the
     targets of *images*. Raises `ConfigError` if a network has no linear classifier, `DataError` if all images
@@ -79,7 +77,7 @@ def fit_few_shot(run: Run, images: LabeledImages, on: Progress) -> tuple[Targets
 
 
 def compare_heads(
-    run: Run, images: LabeledImages, targets: Targets, on: Progress
+    run: Run, images: LabeledImages, targets: Targets, on: Callable[..., None]
 ) -> tuple[list[Network], Indices, tuple[str, ...]]:
     """Cross-validate the heads of all networks; return the networks, the folds (N,) and what was skipped."""
     config, strategy, since = run.recipe.few_shot, run.strategy, time.monotonic()

@@ -1,7 +1,4 @@
-"""Run the few-shot procedure in a run folder: images, progress, stop signals, checkpoints and history.
-
-The run has one row in its history. Until the procedure is finished there is no checkpoint.
-"""
+"""Run the few-shot procedure in a run folder; the only checkpoints are those of the finished run."""
 
 import time
 from dataclasses import replace
@@ -59,9 +56,14 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
     """Run the procedure on the training images of *data* and write `best.pt`, `last.pt` and the history.
 
     A finished run is not trained again. The thresholds in `best.pt` are fitted to the out-of-fold
-    predictions and returned. Held-out images, if there are any, are used only for the score.
-    Raises `TrainingStoppedError` after Ctrl-C or SIGTERM, `DataError` for images that cannot be used.
+    predictions and returned. Held-out images, if there are any, are used only for the score. Raises
+    `ConfigError` for several processes, an average or a teacher, `TrainingStoppedError` after a stop signal,
+    `DataError` for images that cannot be used.
     """
+    if run.strategy.world > 1 or run.ema is not None or run.teacher is not None:
+        raise ConfigError(
+            "few_shot: needs one process; start it without torchrun, and remove the tables ema and teacher"
+        )
     if run.position.history:
         run.decision = _fit_decision(run, data.train)  # with another `rejection.accepts`
         run.strategy.save(folder.best, run.checkpoint(resumable=False))

@@ -7,8 +7,7 @@ Unlike a head whose logit is masked, this head has never seen the class.
 The logits of a linear classifier grow with the distance of an image from the mean of the training images,
 also for images that resemble none of them. A multiple of this distance is therefore subtracted from all
 logits, as ViM does with the norm of a residual (Wang et al., CVPR 2022, section 4). Probabilities do not
-change; the energy falls for remote images. SCALE (arXiv 2310.00227) was worse than the plain energy here
-(docs/benchmarks/few_photos.md).
+change; the energy falls for remote images. SCALE (arXiv 2310.00227) was worse (docs/benchmarks).
 """
 
 from dataclasses import replace

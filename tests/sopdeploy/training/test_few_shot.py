@@ -297,10 +297,10 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
 
 
 def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"few_shot: .* remove the tables ema and teacher"):
-        read_recipe("photos", ["ema={decay=0.9}"])
     data = paint(tmp_path / "photos", 2)
     settings = [*SMALL, f"data.path={data}"]
+    with pytest.raises(ConfigError, match=r"few_shot: .* remove the tables ema and teacher"):
+        train(read_recipe("photos", [*settings, "ema={decay=0.9}"]), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"few_shot\.max_images=1"):
         compare(["photos", "photos-dsop"], tmp_path / "comparison", seeds=2, overrides=settings)
     with pytest.raises(ConfigError, match="model 'resnet19' is not in the catalog"):

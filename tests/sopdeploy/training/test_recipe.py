@@ -49,7 +49,7 @@ def test_the_full_config_of_the_network_is_recorded() -> None:
 def test_the_imagenet_recipe_follows_the_paper() -> None:
     recipe = read_recipe("imagenet-dsop-resnet50")
     assert (recipe.epochs, recipe.batch_size) == (90, 256)
-    augment = {"kind": "random-side", "flip": 0.5, "draft": False, "sides": (256, 512)}
+    augment = {"kind": "random-side", "flip": 0.5, "draft": False, "crop": None, "sides": (256, 512)}
     assert recipe.augment.model_dump() == augment
     rates = [recipe.optimizer.lr * recipe.schedule.factor(epoch, 90) for epoch in (0, 29.99, 30, 60, 89.99)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001])

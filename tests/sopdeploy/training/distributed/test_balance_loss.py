@@ -4,26 +4,20 @@ GM-SOP, Eq. (4) and section 3.2: alpha is 100 for steps of 256 images. The relea
 number, so the weight beside a mean cross entropy is 100 / 256 = 0.390625.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from sopdeploy.data.base import ArrayImages
-from sopdeploy.layers.distributed import ShardRng
 from sopdeploy.layers.mixture import gate
 from sopdeploy.models import gmsop
 from sopdeploy.models.registry import CATALOG
 from sopdeploy.training.distributed.batch_sharding import shard_step
 from sopdeploy.training.distributed.strategy import SingleProcess, Strategy
-from sopdeploy.training.distributed.torchrun import create_strategy
 from sopdeploy.training.recipe import Recipe, list_recipes, read_recipe
 from sopdeploy.training.run import Run, create_run
-from sopdeploy.training.step.gradient import compute_gradient, train_step
-from tests.sopdeploy.training.distributed.cases import build_recipe
-from tests.sopdeploy.training.distributed.processes import run_in_processes
+from sopdeploy.training.step.gradient import train_step
 
 CPU = torch.device("cpu")
 GATED = [name for name in list_recipes() if CATALOG[read_recipe(name).model.name].network is gmsop.GMSOP]
@@ -76,55 +70,3 @@ def effective_weight(name: str, pieces: int, strategy: Strategy | None = None) -
 def test_recipes_weight_the_balance_loss_as_the_paper(name: str, pieces: int) -> None:
     assert read_recipe(name).batch_size == 256
     assert effective_weight(name, pieces) == pytest.approx(0.390625, rel=1e-4)
-
-
-def gradients(pieces: int, strategy: Strategy | None = None) -> dict[str, Tensor]:
-    """Compute losses, gradients and received images of 22 images whose gate selects different components.
-
-    Batch norm is frozen and there is neither dropout nor noise, which differ between pieces.
-    """
-    still = ["model.config.dropout=0.0", "batch_norm=frozen", f"accumulate={pieces}", "batch_size=22"]
-    recipe = build_recipe("gmsop", "sgd", *still)
-    data = random_images(22)
-    run = make_run(recipe, data, strategy)
-    torch.manual_seed(2)
-    torch.nn.init.normal_(run.model.gate.weight)
-    shard = shard_step(range(22), recipe, run.strategy)
-    images = torch.from_numpy(data.images[shard.samples])
-    batch = run.normalize(images), torch.from_numpy(data.targets[shard.samples])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardRng, "draw", lambda _self, like, _fill: torch.zeros_like(like))
-        loss = compute_gradient(run, batch, shard.micro_batches)
-    found = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
-    assert {"conv1.weight", "gate.weight"} <= found.keys()
-    assert loss.component_counts is not None
-    return {
-        **found,
-        "total": loss.total,
-        "balance": loss.parts["balance"],
-        "component_counts": loss.component_counts,
-    }
-
-
-def in_two_processes(_folder: Path) -> dict[str, dict[str, Tensor]]:
-    strategy = create_strategy(read_recipe(GATED[0], ["device=cpu"]))
-    found = {f"{pieces} pieces": gradients(pieces, strategy) for pieces in PIECES}
-    weights = [torch.tensor(effective_weight(name, pieces, strategy)) for name in GATED for pieces in PIECES]
-    return {**found, "weights": {str(number): weight for number, weight in enumerate(weights)}}
-
-
-def largest_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    assert left.keys() == right.keys()
-    return max(float((left[name].double() - right[name]).abs().max()) for name in left)
-
-
-def test_pieces_and_processes_give_the_gradient_of_the_whole_step(tmp_path) -> None:
-    whole = gradients(1)
-    assert float(whole["balance"]) > 0.1
-    assert len(set(whole["component_counts"].tolist())) > 1
-    assert largest_difference(gradients(4), whole) < 1e-10
-    first, second = run_in_processes(f"{__name__}:in_two_processes", tmp_path, world=2)
-    for pieces in PIECES:
-        assert largest_difference(first[f"{pieces} pieces"], whole) < 1e-10
-        assert largest_difference(second[f"{pieces} pieces"], whole) < 1e-10
-    assert [float(w) for w in first["weights"].values()] == pytest.approx([0.390625] * 4, rel=1e-4)
