@@ -5,9 +5,12 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from sopdeploy.bundle.class_maps import FEATURES
@@ -55,6 +58,7 @@ def test_every_image_gets_one_row_that_equals_its_prediction(complete, photos, b
             assert row["probabilities"] == pytest.approx(expected, abs=1e-6)
             assert row["warnings"] == list(one.warnings)
     assert {position for position, row in enumerate(rows) if row["error"]} == BAD.keys()
+    assert pq.read_table(complete).to_pylist() == rows  # of the whole folder
 
 
 def test_an_interrupted_run_continues_with_the_same_bytes(complete, bundle_path, photos, tmp_path):
@@ -252,6 +256,15 @@ def test_an_actor_that_does_not_fit_on_this_machine_is_rejected():
     check_resources({"CPU": 2.0}, RayOptions(cpus=2))
     with pytest.raises(ConfigError, match=r"--gpus-per-actor 0\.5: Ray has 0 GPUs here; give a smaller"):
         check_resources({"CPU": 2.0}, RayOptions(gpus=0.5))
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_runs_once(bundle_path, photos, tmp_path):
+    script = tmp_path / "script.py"
+    call = f"sopdeploy.classify({str(bundle_path)!r}, {str(photos)!r}, 'out', workers=2)"
+    script.write_text(f"import sopdeploy\nprint({call}.images)")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{COUNT}\n", "")
 
 
 @pytest.mark.slow
