@@ -19,23 +19,8 @@ Estimate = Literal["held-out", "cross-validation"]
 Occurrences = Annotated[int, pydantic.Field(ge=0)]
 # Bounds of the confidence histogram, closer together near 1, where most confidences are.
 CONFIDENCE_BOUNDS = (
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.7,
-    0.8,
-    0.9,
-    0.95,
-    0.98,
-    0.99,
-    0.995,
-    0.998,
-    0.999,
-    0.9999,
-)
+    0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999,
+)  # fmt: skip
 MAX_PER_IMAGE = 10  # images with at least this many present classes are counted together
 HARDLY, WELL = 0.65, 0.9  # values of the AUROC that `describe_auroc` distinguishes
 MAX_LISTED = 20  # with more classes, a report shows only the range of the thresholds
@@ -170,13 +155,13 @@ class Decision(StrictModel):
 
         *logits* (C,) are those of the bundle. A field is missing without a calibration or a rejection.
         """
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         if self.calibration is not None:
             raw = np.asarray(logits, np.float64) * self.temperature
-            found["uncalibrated"] = float(known_score(raw, "max_probability"))
+            fields["uncalibrated"] = float(known_score(raw, "max_probability"))
         if self.rejection is not None:
-            found["known"] = self.rejection.recognize(logits)[0]
-        return found
+            fields["known"] = self.rejection.recognize(logits)[0]
+        return fields
 
     def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
         """Describe calibration, rejection and thresholds in (name, text) rows for reports and model cards.

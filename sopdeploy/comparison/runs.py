@@ -69,16 +69,16 @@ def compare(
         raise ConfigError(
             "a comparison counts images with one class each; give --set data.path=DIR without labels.csv"
         )
-    for one in recipes:
-        if select_split(one.recipe, data)[1]:
+    for named in recipes:
+        if select_split(named.recipe, data)[1]:
             raise ConfigError(
-                f"{one.name}: its few-shot procedure holds no images out for a comparison; "
+                f"{named.name}: its few-shot procedure holds no images out for a comparison; "
                 "compare the training loop with --set few_shot.max_images=1"
             )
-    _write_plan(destination, {"recipes": [one.name for one in recipes], "seeds": seeds})
-    correct: dict[str, list[NDArray[np.bool_]]] = {one.name: [] for one in recipes}
+    _write_plan(destination, {"recipes": [named.name for named in recipes], "seeds": seeds})
+    correct: dict[str, list[NDArray[np.bool_]]] = {named.name: [] for named in recipes}
     for seed in range(seeds):
-        seeded = [(one.name, one.recipe.model_copy(update={"seed": seed})) for one in recipes]
+        seeded = [(named.name, named.recipe.model_copy(update={"seed": seed})) for named in recipes]
         first = seeded[0][1]
         strategy = SingleProcess(select_device(first.device))
         weights = random_weights(create_initial_model(first, data.train.labels, strategy))
@@ -88,8 +88,8 @@ def compare(
             train_from(weights, recipe, folder, data, callback)
             correct[name].append(predict_last_epoch(recipe, folder, data))
     results = [
-        Results(name=one.name, model=one.recipe.model.name, correct=np.stack(correct[one.name]))
-        for one in recipes
+        Results(name=named.name, model=named.recipe.model.name, correct=np.stack(correct[named.name]))
+        for named in recipes
     ]
     return compare_results(range(seeds), results)
 
@@ -99,15 +99,15 @@ def read_recipes(sources: Sequence[str], overrides: Sequence[str]) -> list[Named
     if len(sources) < 2:
         raise ConfigError("a comparison needs at least two recipes; `sopdeploy recipes` lists some")
     recipes = [NamedRecipe(name=Path(name).stem, recipe=read_recipe(name, overrides)) for name in sources]
-    names = [one.name for one in recipes]
+    names = [named.name for named in recipes]
     duplicate = next((name for name in names if names.count(name) > 1), None)
     if duplicate is not None:
         raise ConfigError(f"two recipes have the name {duplicate}; rename one of the files")
     first = recipes[0]
-    for one in recipes[1:]:
-        if one.recipe.data != first.recipe.data:
+    for named in recipes[1:]:
+        if named.recipe.data != first.recipe.data:
             raise ConfigError(
-                f"{one.name} and {first.name} have different data, but results are paired image by image; "
+                f"{named.name} and {first.name} have different data, but results are paired image by image; "
                 "give both the same with --set data.path=DIR"
             )
     return recipes

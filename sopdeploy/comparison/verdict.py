@@ -65,10 +65,10 @@ class Pair(StrictModel):
 
 
 class Comparison(StrictModel):
-    """The comparison of all other recipes with the first one; `pictures` is the number of held-out images."""
+    """The comparison of all other recipes with the first one; `images` is the number of held-out images."""
 
     seeds: tuple[int, ...]
-    pictures: int
+    images: int
     arms: tuple[Arm, ...]
     pairs: tuple[Pair, ...]
 
@@ -82,7 +82,7 @@ def compare_results(seeds: Sequence[int], results: Sequence[Results]) -> Compari
         arms.append(Arm(name=result.name, model=result.model, top1=tuple(top1), mean=mean, sd=sd))
     return Comparison(
         seeds=tuple(seeds),
-        pictures=results[0].correct.shape[1],
+        images=results[0].correct.shape[1],
         arms=tuple(arms),
         pairs=tuple(_compare_pair(seeds, results[0], other) for other in results[1:]),
     )

@@ -45,7 +45,7 @@ def torchvision_transforms() -> Any:
 class CenterCrop(StrictModel):
     """Center crop as in evaluation, mirrored with probability `flip`."""
 
-    kind: Literal["centre", "center"]
+    kind: Literal["center"]
     flip: Fraction = 0.0
 
 

@@ -116,8 +116,10 @@ def hold_out(keys: Sequence[str], targets: Sequence[int], fraction: float, seed:
         members.setdefault(target, []).append(index)
     held = [False] * len(keys)
     for indices in members.values():
-        order = sorted(indices, key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index]))
+        shuffled = sorted(
+            indices, key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index])
+        )
         count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
-        for index in order[:count]:
+        for index in shuffled[:count]:
             held[index] = True
     return held

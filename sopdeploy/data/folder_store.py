@@ -113,8 +113,8 @@ def walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
 def list_folder(folder: Path) -> list[os.DirEntry[str]]:
     """List the content of *folder*, sorted by name, without what is hidden; raises `DataError`."""
     try:
-        with os.scandir(folder) as found:
-            visible = [entry for entry in found if not is_hidden(entry.name)]
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not is_hidden(entry.name)]
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
     return sorted(visible, key=lambda entry: os.fsencode(entry.name))

@@ -101,7 +101,7 @@ def cached_unreadable(images: ImageFiles, cache: Path | None) -> list[int]:
         stored = json.loads(path.read_bytes())
         return sorted({int(index) for index in stored if 0 <= int(index) < len(images)})
     except (OSError, ValueError, TypeError):
-        found = list(find_unreadable(images))
+        unreadable = list(find_unreadable(images))
         with atomic_write(path, shared=True) as partial:
-            partial.write_text(json.dumps(found))
-        return found
+            partial.write_text(json.dumps(unreadable))
+        return unreadable

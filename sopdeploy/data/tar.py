@@ -147,7 +147,7 @@ def scan(file: IO[bytes], end: int, prefix: str = "") -> Iterator[tuple[bytes, i
     A later member replaces an earlier one of the same name. An archive inside the archive is treated as a
     folder of its name, as in ImageNet's official file.
     """
-    found: dict[str, tuple[int, int]] = {}
+    ranges: dict[str, tuple[int, int]] = {}
     archive: Any  # its list of members is not part of the typed interface
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
@@ -161,14 +161,13 @@ def scan(file: IO[bytes], end: int, prefix: str = "") -> Iterator[tuple[bytes, i
             if name.endswith(TAR) and member.isreg() and not prefix:
                 file.seek(member.offset_data)
                 yield from scan(file, member.offset_data + member.size, name.removesuffix(TAR) + "/")
-            elif is_image(base := name.rpartition("/")[2]) or base == LABELS_FILE:
-                if member.islnk():
-                    place = found.get(_visible_name(prefix + member.linkname) or "")
-                else:
-                    place = (member.offset_data, member.size)
-                if place is not None and (member.islnk() or (member.isreg() and member.sparse is None)):
-                    found[name] = place
-    for name, (offset, size) in found.items():
+            elif not is_image(base := name.rpartition("/")[2]) and base != LABELS_FILE:
+                continue
+            elif member.islnk() and (target := _visible_name(prefix + member.linkname)) in ranges:
+                ranges[name] = ranges[target]
+            elif member.isreg() and member.sparse is None:
+                ranges[name] = (member.offset_data, member.size)
+    for name, (offset, size) in ranges.items():
         yield os.fsencode(name), offset, size
 
 
@@ -208,16 +207,16 @@ class TarStore:
 
     def folders(self) -> list[str]:
         """List the names of the subfolders, sorted."""
-        found: list[str] = []
+        names: list[str] = []
         position, end = self._range(self.prefix)
         while position < end:
             head, slash, _ = bytes(self.names[position])[len(self.prefix) :].partition(b"/")
             if slash:
-                found.append(os.fsdecode(head))
+                names.append(os.fsdecode(head))
                 position = self._range(self.prefix + head + slash)[1]
             else:
                 position += 1
-        return sorted(found)
+        return sorted(names)
 
     def open_folder(self, folder: str) -> "TarStore":
         """Open a subfolder as a store."""
@@ -293,37 +292,47 @@ def open_tars(root: Path, paths: Sequence[Path], options: OpenOptions) -> TarSto
     """
     cache = cache_folder(options.cache) if options.cache else None
     archives = tuple(decompress(path, options) for path in paths)
-    found = [
+    contents = [
         _split_tables(load_index(archive, cache), path, archive)
         for path, archive in zip(paths, archives, strict=True)
     ]
-    listed = [
-        any(not table.folder and (len(paths) == 1 or lists_images(table.content)) for table in tables)
-        for _, tables in found
-    ]
-    has_table = any(listed) or any(lists_images(content) for _, content in read_label_file(root))
-    for number, (index, tables) in enumerate(found):
-        name = paths[number].name[: -len(archive_suffix(paths[number]))]
-        folder = os.fsencode(name) + b"/"
-        is_class = not has_table and bool((np.char.find(index.names, b"/") < 0).any())
-        is_part = bool(part_kind(name)) and not listed[number]
-        if (is_class or is_part) and not np.char.startswith(index.names, folder).all():
-            inside = [replace(table, folder=folder + table.folder) for table in tables]
-            found[number] = (replace(index, names=np.char.add(folder, index.names)), inside)
-    indices = [index for index, _ in found]
+    contents = _as_folders(root, paths, contents)
+    indices = [index for index, _ in contents]
     names = np.concatenate([index.names for index in indices])
     sources = np.repeat(np.arange(len(indices), dtype=np.int32), [len(index.names) for index in indices])
-    order = np.argsort(names, kind="stable")
-    names, sources = names[order], sources[order]
+    by_name = np.argsort(names, kind="stable")
+    names, sources = names[by_name], sources[by_name]
     duplicates = np.flatnonzero(names[1:] == names[:-1])
     if len(duplicates):
         first, second = (paths[sources[duplicates[0] + step]] for step in (0, 1))
         name = bytes(names[duplicates[0]]).decode("utf-8", "replace")
         raise DataError(f"{name}: is both in {first} and in {second}; remove one")
-    offsets = np.concatenate([index.offsets for index in indices])[order]
-    sizes = np.concatenate([index.sizes for index in indices])[order]
-    all_tables = tuple(table for _, tables in found for table in tables)
+    offsets = np.concatenate([index.offsets for index in indices])[by_name]
+    sizes = np.concatenate([index.sizes for index in indices])[by_name]
+    all_tables = tuple(table for _, tables in contents for table in tables)
     return TarStore(root, archives, names, sources, offsets, sizes, all_tables).unwrap()
+
+
+def _as_folders(
+    root: Path, paths: Sequence[Path], contents: list[tuple[Index, list[Table]]]
+) -> list[tuple[Index, list[Table]]]:
+    """Put the content of an archive that is a class or a part into a folder of its name (`open_tars`)."""
+    listed = [
+        any(not table.folder and (len(paths) == 1 or lists_images(table.content)) for table in tables)
+        for _, tables in contents
+    ]
+    has_table = any(listed) or any(lists_images(content) for _, content in read_label_file(root))
+    result = []
+    for path, (index, tables), has_own_table in zip(paths, contents, listed, strict=True):
+        name = path.name[: -len(archive_suffix(path))]
+        folder = os.fsencode(name) + b"/"
+        is_class = not has_table and bool((np.char.find(index.names, b"/") < 0).any())
+        is_part = bool(part_kind(name)) and not has_own_table
+        if (is_class or is_part) and not np.char.startswith(index.names, folder).all():
+            index = replace(index, names=np.char.add(folder, index.names))
+            tables = [replace(table, folder=folder + table.folder) for table in tables]
+        result.append((index, tables))
+    return result
 
 
 def _split_tables(index: Index, path: Path, archive: Path) -> tuple[Index, list[Table]]:

@@ -117,11 +117,11 @@ def load_images(folder: Path | None) -> list[bytes]:
 
 
 def _choose_model(models: tuple[ModelInfo, ...], name: str | None) -> ModelInfo:
-    found = [model for model in models if name in {None, model.name}]
-    if len(found) != 1:
+    chosen = [model for model in models if name in {None, model.name}]
+    if len(chosen) != 1:
         names = ", ".join(model.name for model in models) or "none"
         raise ConfigError(f"--model: choose one of the server's models ({names})")
-    return found[0]
+    return chosen[0]
 
 
 def _notes(url: str, best: LoadStep, models: int) -> list[str]:

@@ -38,8 +38,9 @@ class MeanPrecision(StrictModel):
     def of(cls, true_NC: NDArray[np.bool_], scores_NC: NDArray[np.float64], seed: int) -> "MeanPrecision":
         """Compute the mAP of *scores_NC*; the interval is that of images that are resampled."""
         count, columns = len(true_NC), list(zip(true_NC.T, scores_NC.T, strict=True))
-        found = [value for value in (average_precision(*column) for column in columns) if value is not None]
-        share = float(np.mean(found)) if found else 0.0
+        averages = (average_precision(true, scores) for true, scores in columns)
+        precisions = [average for average in averages if average is not None]
+        share = float(np.mean(precisions)) if precisions else 0.0
         draws_BN = np.random.default_rng(seed).multinomial(count, [1 / count] * count, RESAMPLES)
         precisions_BC = np.stack(
             [resampled_precision(true, scores, draws_BN) for true, scores in columns if true.any()], axis=1
@@ -123,7 +124,7 @@ class MultiLabelPredictions:
         if not len(self.targets):
             raise DataError(NO_IMAGES)
         true, predicted = self.targets > 0, self.probabilities >= np.asarray(self.thresholds)
-        hits, counts, answers = (found.sum(axis=0) for found in (true & predicted, true, predicted))
+        hits, counts, answers = (mask.sum(axis=0) for mask in (true & predicted, true, predicted))
         classes = [
             MultiLabelClass(
                 label=label,
@@ -137,13 +138,13 @@ class MultiLabelPredictions:
             )
             for index, label in sorted(enumerate(self.labels), key=lambda pair: pair[1])
         ]
-        precisions = [one.average_precision for one in classes if one.average_precision is not None]
+        precisions = [row.average_precision for row in classes if row.average_precision is not None]
         if not precisions:
             raise DataError("no image shows a class of the network; add images that do")
         return MultiLabelReport(
             count=len(true),
             map=float(np.mean(precisions)),
-            macro_f1=float(np.mean([one.f1 for one in classes if one.f1 is not None])),
+            macro_f1=float(np.mean([row.f1 for row in classes if row.f1 is not None])),
             micro_f1=float(2 * hits.sum() / (counts.sum() + answers.sum())),
             classes=tuple(classes),
         )

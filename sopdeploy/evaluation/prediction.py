@@ -127,7 +127,7 @@ def evaluate(
                 loss += classification_loss(logits, labels, activation, reduction="sum").cpu()
                 if activation == "softmax":
                     top = (logits.topk(min(k, logits.shape[1]), dim=1).indices for k in (1, 5))
-                    counts += torch.tensor([int((found == labels[:, None]).sum()) for found in top])
+                    counts += torch.tensor([int((classes == labels[:, None]).sum()) for classes in top])
                 else:
                     predictions[:, indices] = torch.stack([labels.double(), logits.sigmoid()]).cpu()
             on_batch(min(len(dataset), done * step))
@@ -202,8 +202,8 @@ def predict_logits(
     """
     logits, targets = [], []
     batches = _own_logits(model, dataset, preprocess, batch_size, workers, ProcessGroup())
-    for _, found, labels in filter(None, batches):
-        logits.append(found.cpu())
+    for _, of_batch, labels in filter(None, batches):
+        logits.append(of_batch.cpu())
         targets.append(labels.cpu())
         on_batch(sum(map(len, targets)))
     return torch.cat(logits).numpy(), torch.cat(targets).numpy()
@@ -264,9 +264,9 @@ def score_images(
         probabilities = logits.softmax(dim=2).mean(dim=1)
         # logits also rank classes whose probabilities are rounded to 0
         ranking = logits[:, 0] if logits.shape[1] == 1 else probabilities
-        order = ranking.argsort(dim=1, descending=True, stable=True).tolist()
+        rankings = ranking.argsort(dim=1, descending=True, stable=True).tolist()
         for image, (target, ranked, row) in enumerate(
-            zip(targets.tolist(), order, probabilities.tolist(), strict=True)
+            zip(targets.tolist(), rankings, probabilities.tolist(), strict=True)
         ):
             review = decision.review(logits[image, 0].cpu().numpy()) if logits.shape[1] == 1 else {}
             ranking_of_image = [(columns[column], row[column]) for column in ranked]

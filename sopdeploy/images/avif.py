@@ -40,10 +40,10 @@ def frame_sizes(body: bytes) -> Iterator[tuple[int, int]]:
 
 def _only(boxes: list[Box], kind: bytes) -> tuple[int, int]:
     """Find the range of the only box of *kind*; readers differ in which of two they take."""
-    found = [place for name, place in boxes if name == kind]
-    if len(found) != 1:
+    ranges = [content for name, content in boxes if name == kind]
+    if len(ranges) != 1:
         raise ValueError(DAMAGED)
-    return found[0]
+    return ranges[0]
 
 
 def _boxes(body: bytes, start: int, end: int) -> Iterator[Box]:
@@ -64,13 +64,13 @@ def _boxes(body: bytes, start: int, end: int) -> Iterator[Box]:
 
 def _items_of_type(body: bytes, start: int, end: int, wanted: bytes) -> set[int]:
     """Find the ids of the items of the type *wanted* in the item information box."""
-    found = set()
+    items = set()
     for _, (entry, _) in _boxes(body, start + (6 if body[start] == 0 else 8), end):
         length = 2 if body[entry] == 2 else 4  # version 3 has ids of 32 bits
-        place = entry + 4 + length + 2
-        if body[place : place + 4] == wanted:
-            found.add(int.from_bytes(body[entry + 4 : entry + 4 + length], "big"))
-    return found
+        position = entry + 4 + length + 2
+        if body[position : position + 4] == wanted:
+            items.add(int.from_bytes(body[entry + 4 : entry + 4 + length], "big"))
+    return items
 
 
 def _item_data(body: bytes, start: int, end: int, idat: tuple[int, int]) -> Iterator[tuple[int, bytes]]:

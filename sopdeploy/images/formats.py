@@ -151,7 +151,7 @@ def image_format(body: bytes) -> str:
 def _brand(body: bytes) -> str:
     """Detect HEIC and AVIF by the brands of an ISO base media file; empty for other files."""
     length = min(int.from_bytes(body[:4], "big"), 256)
-    brands = {body[8:12], *(body[place : place + 4] for place in range(16, length, 4))}
+    brands = {body[8:12], *(body[start : start + 4] for start in range(16, length, 4))}
     if body[8:12] not in AVIF_BRANDS | HEIF_BRANDS:
         return ""
     return "AVIF" if brands & AVIF_BRANDS else "HEIF"
@@ -254,8 +254,8 @@ def jpeg_segments(body: bytes) -> Iterator[tuple[int, int]]:
     The search for the segment after a scan skips the data of the scan.
     """
     position = 2
-    while found := MARKER.search(body, position):
-        position = found.end()
+    while marker := MARKER.search(body, position):
+        position = marker.end()
         yield body[position - 1], position
         position += int.from_bytes(body[position : position + 2], "big")
 

@@ -21,7 +21,7 @@ def draw_overlay(image: Image.Image, values: NDArray[Any], box: Box) -> Image.Im
     """
     scale = min(1.0, MAX_SIDE / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
-    picture = np.asarray(image.resize((width, height)), dtype=np.float32)
+    pixels = np.asarray(image.resize((width, height)), dtype=np.float32)
     left, top, right, bottom = (
         edge * side / old for edge, side, old in zip(box, (width, height) * 2, image.size * 2, strict=True)
     )
@@ -40,7 +40,7 @@ def draw_overlay(image: Image.Image, values: NDArray[Any], box: Box) -> Image.Im
     resized = heat.resize((end_x - x, end_y - y), Image.Resampling.BICUBIC, box=source)
     strength = np.clip(np.asarray(resized), 0, 1)[..., None]
     color = np.concatenate([np.full_like(strength, 255), 230 * strength, np.zeros_like(strength)], axis=2)
-    drawn = DIMMED * picture
-    inside = picture[y:end_y, x:end_x]
+    drawn = DIMMED * pixels
+    inside = pixels[y:end_y, x:end_x]
     drawn[y:end_y, x:end_x] = inside + STRENGTH * strength * (color - inside)
     return Image.fromarray(np.clip(np.rint(drawn), 0, 255).astype(np.uint8))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import SopdeployError, WeightsError
+from sopdeploy.errors import WeightsError
 
 VARIABLES = ("net", "params", "layers", "meta")
 MAX_DEPTH = 32
@@ -39,15 +39,13 @@ class DamagedError(Exception):
     """A file violates its format or exceeds a limit."""
 
 
-def read_v5(
-    path: Path, wanted: Collection[str] = VARIABLES, error_class: type[SopdeployError] = WeightsError
-) -> dict[str, Any]:
-    """Read the *wanted* variables of a MATLAB file of version 5 to 7; raises *error_class*.
+def read_v5(path: Path, wanted: Collection[str] = VARIABLES) -> dict[str, Any]:
+    """Read the *wanted* variables of a MATLAB file of version 5 to 7; raises `WeightsError`.
 
     A struct becomes a dict, a struct array a list of dicts, a cell a list, text a `str`, a real array a NumPy
     array with MATLAB's axes, anything else None. Objects, function handles and sparse matrices are refused.
     """
-    scipy_io = import_optional("scipy.io", "scipy", "sopdeploy[import]", error_class, str(path))
+    scipy_io = import_optional("scipy.io", "scipy", "sopdeploy[import]", WeightsError, str(path))
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DamagedError(f"more than {MAX_BYTES >> 30} GiB")
@@ -55,38 +53,38 @@ def read_v5(
         return {name: _plain_value(content[name]) for name in wanted if name in content}
     except Exception as error:  # scipy raises many types for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise error_class(f"{path}: damaged MATLAB file ({reason}); copy it again") from error
+        raise WeightsError(f"{path}: damaged MATLAB file ({reason}); copy it again") from error
 
 
 def _checked_v5(content: bytes, wanted: Collection[str]) -> bytes:
     """Build a MATLAB file with only the *wanted* variables of *content*, checked and decompressed."""
     if content[126:HEADER_SIZE] not in HEADERS:
         raise DamagedError("its header has no byte order")
-    order, version = HEADERS[content[126:HEADER_SIZE]]
+    byte_order, version = HEADERS[content[126:HEADER_SIZE]]
     left = MAX_BYTES
-    found: dict[str, bytes | memoryview] = {}
-    for kind, data in _elements(memoryview(content)[HEADER_SIZE:], order):
+    variables: dict[str, bytes | memoryview] = {}
+    for kind, data in _elements(memoryview(content)[HEADER_SIZE:], byte_order):
         if kind == COMPRESSED:
             start = memoryview(zlib.decompressobj().decompress(data[:PEEK], PEEK))
-            if _matrix_name(start[8:], order) not in wanted:
+            if _matrix_name(start[8:], byte_order) not in wanted:
                 continue
             inflate = zlib.decompressobj()
             plain = memoryview(inflate.decompress(data, left))
             if not inflate.eof and inflate.unconsumed_tail:
                 raise DamagedError(f"more than {MAX_BYTES >> 30} GiB after decompression")
-            kind, data = next(_elements(plain, order), (0, plain))
+            kind, data = next(_elements(plain, byte_order), (0, plain))
         left -= len(data)
-        if kind == MATRIX and (name := _matrix_name(data, order)) in wanted:
-            _check_matrix(data, order)
-            found[name] = struct.pack(f"{order}II", MATRIX, len(data)) + data
-    return b"".join([b"MATLAB 5.0 MAT-file".ljust(124), version, *found.values()])
+        if kind == MATRIX and (name := _matrix_name(data, byte_order)) in wanted:
+            _check_matrix(data, byte_order)
+            variables[name] = struct.pack(f"{byte_order}II", MATRIX, len(data)) + data
+    return b"".join([b"MATLAB 5.0 MAT-file".ljust(124), version, *variables.values()])
 
 
-def _elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
+def _elements(data: memoryview, byte_order: str) -> Iterator[tuple[int, memoryview]]:
     """Yield type and content of the tagged elements in *data*; up to four bytes are stored inside the tag."""
     position = 0
     while len(data) - position >= 8:
-        kind, size = struct.unpack_from(f"{order}II", data, position)
+        kind, size = struct.unpack_from(f"{byte_order}II", data, position)
         start, step = position + 8, 8 + size + (-size % 8 if kind != COMPRESSED else 0)
         if kind >> 16:
             kind, size, start, step = kind & 0xFFFF, kind >> 16, position + 4, 8
@@ -96,11 +94,11 @@ def _elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
         position += step
 
 
-def _matrix_name(matrix: memoryview, order: str) -> str:
-    return bytes(next(islice(_elements(matrix, order), 2, None), (0, b""))[1]).decode("latin-1")
+def _matrix_name(matrix: memoryview, byte_order: str) -> str:
+    return bytes(next(islice(_elements(matrix, byte_order), 2, None), (0, b""))[1]).decode("latin-1")
 
 
-def _check_matrix(variable: memoryview, order: str) -> None:
+def _check_matrix(variable: memoryview, byte_order: str) -> None:
     """Raise `DamagedError` if a nested matrix contradicts its header or exceeds a limit."""
     stack = [(variable, 0)]
     parts = 0
@@ -108,8 +106,8 @@ def _check_matrix(variable: memoryview, order: str) -> None:
         matrix, depth = stack.pop()
         if not matrix:
             continue
-        elements = _elements(matrix, order)
-        kind, complex_parts, count = _read_header(elements, order)
+        elements = _elements(matrix, byte_order)
+        kind, complex_parts, count = _read_header(elements, byte_order)
         if kind in {CELL, STRUCT}:
             parts += count
             if depth >= MAX_DEPTH or parts > MAX_PARTS:
@@ -130,7 +128,7 @@ def _check_matrix(variable: memoryview, order: str) -> None:
             )
 
 
-def _read_header(elements: Iterator[tuple[int, memoryview]], order: str) -> tuple[int, int, int]:
+def _read_header(elements: Iterator[tuple[int, memoryview]], byte_order: str) -> tuple[int, int, int]:
     """Read the array class, the number of value elements and the number of entries of a matrix.
 
     The entries of a struct are counted for each of its fields.
@@ -138,13 +136,16 @@ def _read_header(elements: Iterator[tuple[int, memoryview]], order: str) -> tupl
     kinds, contents = zip(*islice(elements, 3), strict=True)
     if kinds[0] != UINT32 or kinds[1] not in {INT32, UINT32} or kinds[2] not in {INT8, UTF8}:
         raise DamagedError("a matrix without class, sizes or name")
-    flags, sizes = np.frombuffer(contents[0], f"{order}u4"), np.frombuffer(contents[1], f"{order}i4").tolist()
+    flags, sizes = (
+        np.frombuffer(contents[0], f"{byte_order}u4"),
+        np.frombuffer(contents[1], f"{byte_order}i4").tolist(),
+    )
     if len(flags) != 2 or not 2 <= len(sizes) <= 32 or min(sizes) < 0:
         raise DamagedError("a matrix without class or sizes")
     kind, count = int(flags[0]) & 0xFF, math.prod(sizes)
     if kind == STRUCT:
         (width_kind, width), (names_kind, names) = islice(elements, 2)
-        length = int(struct.unpack(f"{order}i", width)[0])
+        length = int(struct.unpack(f"{byte_order}i", width)[0])
         if (width_kind, names_kind) != (INT32, INT8) or length < 1 or len(names) % length:
             raise DamagedError("a struct whose fields have no names")
         count *= len(names) // length

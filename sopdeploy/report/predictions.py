@@ -26,7 +26,7 @@ def predictions_context(predictions: Predictions | None) -> dict[str, Any]:
     intervals = [
         f"{percent(rate.share, 2)} ({percent(rate.low)} to {percent(rate.high)})" for rate in (top1, top5)
     ]
-    names = [one.label for one in metrics.classes]
+    names = [row.label for row in metrics.classes]
     frequent = sorted(
         (-count, names[true], names[predicted])
         for true, row in enumerate(metrics.confusion)
@@ -44,37 +44,37 @@ def predictions_context(predictions: Predictions | None) -> dict[str, Any]:
         "frequent": [(true, predicted, -count) for count, true, predicted in frequent[:MAX_CONFUSIONS]],
         "classes": [
             (
-                one.label,
-                one.count,
-                one.answered,
-                "none predicted" if one.precision is None else percent(one.precision),
-                "no images" if one.recall is None else percent(one.recall.share),
-                "" if one.recall is None else f"{percent(one.recall.low)} to {percent(one.recall.high)}",
+                row.label,
+                row.count,
+                row.answered,
+                "none predicted" if row.precision is None else percent(row.precision),
+                "no images" if row.recall is None else percent(row.recall.share),
+                "" if row.recall is None else f"{percent(row.recall.low)} to {percent(row.recall.high)}",
             )
-            for one in metrics.classes
+            for row in metrics.classes
         ],
         "calibration": _calibration_plot(metrics),
         "bins": [
             (
-                f"{one.low:.3f} to {one.high:.3f}",
-                one.count,
-                "" if one.confidence is None else f"{one.confidence:.4f}",
-                "" if one.accuracy is None else f"{one.accuracy:.4f}",
+                f"{group.low:.3f} to {group.high:.3f}",
+                group.count,
+                "" if group.confidence is None else f"{group.confidence:.4f}",
+                "" if group.accuracy is None else f"{group.accuracy:.4f}",
             )
-            for one in metrics.calibration.curve
+            for group in metrics.calibration.curve
         ],
     }
 
 
-def score_tile(found: Any) -> dict[str, str]:
+def score_tile(result: Any) -> dict[str, str]:
     """Format the score of a run with its interval, by name; the name says if the score is too high."""
-    name = "top-1" if found.map is None else "mAP"
-    score: Any = found.score
-    if isinstance(found, HeldOutEstimate):
-        name += ", too high" * (found.selected_by == "same images")
-        if found.top1 is None:
-            return {name: percent(found.score)}
-        score = found.top1
+    name = "top-1" if result.map is None else "mAP"
+    score: Any = result.score
+    if isinstance(result, HeldOutEstimate):
+        name += ", too high" * (result.selected_by == "same images")
+        if result.top1 is None:
+            return {name: percent(result.score)}
+        score = result.top1
     low, high = (f"{100 * end:.0f}" for end in (score.low, score.high))
     return {name: f"{percent(score.share)} ({low} to {high})"}
 
@@ -82,8 +82,8 @@ def score_tile(found: Any) -> dict[str, str]:
 def metric_tiles(metrics: ClassificationReport | MultiLabelReport) -> dict[str, str]:
     """Format the metrics that a summary shows, by name."""
     if isinstance(metrics, MultiLabelReport):
-        found = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
-        return {name: percent(value, 2) for name, value in found.items()}
+        values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
+        return {name: percent(value, 2) for name, value in values.items()}
     return {
         "top-1": percent(metrics.top1.share, 2),
         "top-5": percent(metrics.top5.share, 2),
@@ -102,19 +102,19 @@ def _multi_label_context(predictions: Predictions, metrics: MultiLabelReport) ->
         "accuracy_caption": f"{tiles}. A class counts as present if its probability reaches its threshold.",
         "classes": [
             (
-                one.label,
-                one.count,
-                one.answered,
-                f"{one.threshold:.3f}",
-                *("-" if getattr(one, name) is None else percent(getattr(one, name)) for name in columns),
+                row.label,
+                row.count,
+                row.answered,
+                f"{row.threshold:.3f}",
+                *("-" if getattr(row, name) is None else percent(getattr(row, name)) for name in columns),
             )
-            for one in metrics.classes
+            for row in metrics.classes
         ],
     }
 
 
 def _confusion_matrix(metrics: ClassificationReport) -> Markup:
-    names = [one.label for one in metrics.classes]
+    names = [row.label for row in metrics.classes]
     rows = [
         (name, [count / max(1, sum(row)) for count in row])
         for name, row in zip(names, metrics.confusion, strict=True)
@@ -125,9 +125,9 @@ def _confusion_matrix(metrics: ClassificationReport) -> Markup:
 
 def _calibration_plot(metrics: ClassificationReport) -> Markup:
     measured = [
-        (one.confidence, one.accuracy)
-        for one in metrics.calibration.curve
-        if one.confidence is not None and one.accuracy is not None
+        (row.confidence, row.accuracy)
+        for row in metrics.calibration.curve
+        if row.confidence is not None and row.accuracy is not None
     ]
     curves = (
         Curve(name="this network", points=tuple(measured)),

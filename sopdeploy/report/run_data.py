@@ -26,6 +26,7 @@ from sopdeploy.evaluation.prediction import predict_images, score_images
 from sopdeploy.html.templates import percent
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.base import Classifier
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.procedure import select_split
 from sopdeploy.training.recipe import Recipe, validate_recipe
@@ -96,33 +97,20 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
     history = read_history(stored, last)
     checkpoint = read_checkpoint(best)
     predictions, reason = None, ""
-    cross_validated = checkpoint.training.get("few_shot", {}).get("estimated_on") == "cross-validation"
-    out_of_fold = (stored.resume or {}).get("out_of_fold") if cross_validated and data is None else None
     try:
-        images, name = _open_images(recipe, checkpoint, data)
+        images, description = _open_images(recipe, checkpoint, data)
     except (ConfigError, DataError) as error:
         if data is not None:
             raise
         reason = str(error)
     else:
-        model, preprocess = build_classifier(checkpoint, best), checkpoint.preprocess
-        options: dict[str, Any] = {"workers": recipe.workers, "on_image": on_image}
-        thresholds = checkpoint.decision.thresholds if checkpoint.decision is not None else None
-        if thresholds is not None:
-            if out_of_fold is not None and len(out_of_fold) == len(images):
-                found, name = _predictions_out_of_fold(out_of_fold, images, thresholds), OUT_OF_FOLD
-            else:
-                found = predict_images(model, thresholds, images, preprocess, **options)
-            predictions = Predictions(metrics=found.report(), mistakes=(), images=name)
+        logits_NC = None if data is not None else _out_of_fold_logits(stored, checkpoint, len(images))
+        if logits_NC is None:
+            model, workers = build_classifier(checkpoint, best), recipe.workers
+            predicted = _predict(model, checkpoint, images, workers=workers, on_image=on_image)
         else:
-            if out_of_fold is not None and len(out_of_fold) == len(images):
-                scores = _scores_out_of_fold(out_of_fold, images, checkpoint.decision or Decision())
-                name = OUT_OF_FOLD
-            else:
-                scores = score_images(model, checkpoint, images, **options)
-            mistakes = tuple(worst_mistakes(scores, images, preprocess))
-            metrics = classification_report(images.labels, scores)
-            predictions = Predictions(metrics=metrics, mistakes=mistakes, images=name)
+            predicted, description = _predict_out_of_fold(logits_NC, checkpoint, images), OUT_OF_FOLD
+        predictions = _measure(predicted, images, checkpoint.preprocess, description)
     return RunData(
         recipe=recipe,
         model=checkpoint.model,
@@ -168,29 +156,58 @@ def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> t
     )
 
 
-def _scores_out_of_fold(logits_NC: Tensor, images: LabeledImages, decision: Decision) -> list[Score]:
-    """Score the training *images* by their out-of-fold logits (N, C)."""
+def _predict(
+    model: Classifier, checkpoint: Checkpoint, images: LabeledImages, **options: Any
+) -> list[Score] | MultiLabelPredictions:
+    """Predict *images* with *model*, the network of *checkpoint*."""
+    thresholds = checkpoint.decision.thresholds if checkpoint.decision is not None else None
+    if thresholds is None:
+        return score_images(model, checkpoint, images, **options)
+    return predict_images(model, thresholds, images, checkpoint.preprocess, **options)
+
+
+def _out_of_fold_logits(last: Checkpoint, best: Checkpoint, images: int) -> Tensor | None:
+    """Get the out-of-fold logits (N, C) of a cross-validated run; None unless there is a row per image."""
+    if best.training.get("few_shot", {}).get("estimated_on") != "cross-validation":
+        return None
+    logits_NC: Tensor | None = (last.resume or {}).get("out_of_fold")
+    return logits_NC if logits_NC is not None and len(logits_NC) == images else None
+
+
+def _predict_out_of_fold(
+    logits_NC: Tensor, checkpoint: Checkpoint, images: LabeledImages
+) -> list[Score] | MultiLabelPredictions:
+    """Predict the training *images* by their out-of-fold logits (N, C)."""
+    decision = checkpoint.decision or Decision()
+    if decision.thresholds is not None:
+        return MultiLabelPredictions(
+            labels=images.labels,
+            targets=images.targets.astype(np.float64),
+            probabilities=logits_NC.double().sigmoid().numpy(),
+            thresholds=decision.thresholds,
+        )
     scaled_NC = logits_NC.double() / decision.temperature
     probabilities = scaled_NC.softmax(dim=1)
-    order = probabilities.argsort(dim=1, descending=True, stable=True).tolist()
+    rankings = probabilities.argsort(dim=1, descending=True, stable=True).tolist()
     return [
         Score.from_ranking(target, [(column, row[column]) for column in ranked], **decision.review(logits))
         for target, ranked, row, logits in zip(
-            images.targets.tolist(), order, probabilities.tolist(), scaled_NC.numpy(), strict=True
+            images.targets.tolist(), rankings, probabilities.tolist(), scaled_NC.numpy(), strict=True
         )
     ]
 
 
-def _predictions_out_of_fold(
-    logits_NC: Tensor, images: LabeledImages, thresholds: Sequence[float]
-) -> MultiLabelPredictions:
-    """Predict the classes of the training *images* by their out-of-fold logits (N, C)."""
-    return MultiLabelPredictions(
-        labels=images.labels,
-        targets=images.targets.astype(np.float64),
-        probabilities=logits_NC.double().sigmoid().numpy(),
-        thresholds=thresholds,
-    )
+def _measure(
+    predicted: list[Score] | MultiLabelPredictions,
+    images: LabeledImages,
+    preprocess: Preprocess,
+    description: str,
+) -> Predictions:
+    if isinstance(predicted, MultiLabelPredictions):
+        return Predictions(metrics=predicted.report(), mistakes=(), images=description)
+    mistakes = tuple(worst_mistakes(predicted, images, preprocess))
+    metrics = classification_report(images.labels, predicted)
+    return Predictions(metrics=metrics, mistakes=mistakes, images=description)
 
 
 def worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: Preprocess) -> list[Mistake]:

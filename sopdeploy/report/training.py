@@ -45,42 +45,33 @@ def _head_names(history: Sequence[EpochRow]) -> list[str]:
 
 
 def _learning_figures(history: Sequence[EpochRow]) -> list[Figure]:
-    names = dict.fromkeys(name for row in history for name in row.losses)
-    losses = [
-        Curve(
-            name=name,
-            points=tuple((float(row.epoch), row.losses[name]) for row in history if name in row.losses),
-        )
-        for name in names
-    ]
-    shown = history[-1].metrics.score_name
-    name = "mAP" if shown == "mAP" else "Top-1 accuracy"
+    """Plot the training losses, and the score and loss of every head on the held-out images."""
+    losses = []
+    for name in dict.fromkeys(name for row in history for name in row.losses):
+        points = tuple((float(row.epoch), row.losses[name]) for row in history if name in row.losses)
+        losses.append(Curve(name=name, points=points))
     scores = [_curve(history, "deployed", lambda row: row.metrics.score)]
     held_out = [_curve(history, "deployed", lambda row: row.metrics.loss)]
     heads = _head_names(history)
     for head in heads if len(heads) > 1 else ():
         recorded = [(row.epoch, row.diagnostics.heads) for row in history if row.diagnostics]
-        found = [(epoch, metrics[head]) for epoch, metrics in recorded if head in metrics]
-        scores.append(Curve(name=head, points=tuple((float(epoch), one.score) for epoch, one in found)))
-        held_out.append(Curve(name=head, points=tuple((float(epoch), one.loss) for epoch, one in found)))
+        rows = [(float(epoch), metrics[head]) for epoch, metrics in recorded if head in metrics]
+        scores.append(Curve(name=head, points=tuple((epoch, metrics.score) for epoch, metrics in rows)))
+        held_out.append(Curve(name=head, points=tuple((epoch, metrics.loss) for epoch, metrics in rows)))
+    score = history[-1].metrics.score_name
+    title, label = ("mAP", "mAP") if score == "mAP" else ("Top-1 accuracy", "top-1 accuracy")
     return [
         (
             plot("losses", "Training loss", _join_others(losses), EPOCHS, Axis("loss")),
             'Losses of the heads, the penalties, and their weighted sum. "All numbers" lists every branch.',
         ),
         (
-            plot(
-                "top1",
-                f"{name} on held-out images",
-                _join_others(scores),
-                EPOCHS,
-                Axis("mAP" if shown == "mAP" else "top-1 accuracy"),
-            ),
-            f"{name.removeprefix('Top-1 a').replace('ccuracy', 'Accuracy')} on held-out images.",
+            plot("top1", f"{title} on held-out images", _join_others(scores), EPOCHS, Axis(label)),
+            f"{title} on held-out images.",
         ),
         (
             plot("held-out-loss", "Loss on held-out images", _join_others(held_out), EPOCHS, Axis("loss")),
-            f"If the loss rises and {shown} does not fall, the network is overconfident.",
+            f"If the loss rises and {score} does not fall, the network is overconfident.",
         ),
     ]
 
@@ -131,8 +122,8 @@ def _spectrum_figures(history: Sequence[EpochRow]) -> list[Figure]:
     ]
     figures = []
     for number, name in enumerate(dict.fromkeys(name for _, spectra in recorded for name in spectra)):
-        found = [(epoch, spectra[name]) for epoch, spectra in recorded if name in spectra]
-        ends = [found[0], found[-1]] if len(found) > 1 else found
+        of_layer = [(epoch, spectra[name]) for epoch, spectra in recorded if name in spectra]
+        ends = [of_layer[0], of_layer[-1]] if len(of_layer) > 1 else of_layer
         curves = [
             Curve(
                 name=f"{side}, epoch {epoch}",
@@ -163,20 +154,20 @@ def _gate_figures(history: Sequence[EpochRow]) -> list[list[Figure]]:
     ]
     groups = []
     for number, name in enumerate(recorded[-1][1] if recorded else ()):
-        found: list[tuple[int, GateMetrics]] = [
+        of_gate: list[tuple[int, GateMetrics]] = [
             (epoch, gates[name]) for epoch, gates in recorded if name in gates
         ]
-        usage = found[-1][1].chosen
+        usage = of_gate[-1][1].chosen
         components = [f"component {index}" for index in range(len(usage))]
         rows = [
             Bar(label=label, value=fraction, text=f"{fraction:.0%}")
             for label, fraction in zip(components, usage, strict=True)
         ]
-        shown = found[:: -(-len(found) // MAX_COLUMNS)]
+        shown = of_gate[:: -(-len(of_gate) // MAX_COLUMNS)]
         grid = [(label, [gate.chosen[i] for _, gate in shown]) for i, label in enumerate(components)]
         texts = [[f"{round(100 * fraction)}" for fraction in fractions] for _, fractions in grid]
         epochs = [str(epoch) for epoch, _ in shown]
-        imbalance = Curve(name=name, points=tuple((float(epoch), gate.imbalance) for epoch, gate in found))
+        imbalance = Curve(name=name, points=tuple((float(epoch), gate.imbalance) for epoch, gate in of_gate))
         groups.append(
             [
                 (

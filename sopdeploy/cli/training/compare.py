@@ -63,7 +63,7 @@ def _print_comparison(found: "Comparison") -> None:
         by_seed = [f"{accuracy:.2%}" for accuracy in arm.top1]
         table.add_row(plain_text(arm.name), f"{arm.mean:.2%}", f"{100 * arm.sd:.2f}", *by_seed)
     out.print(table)
-    out.print(f"last epoch, {found.pictures} held-out images; differences in points of top-1")
+    out.print(f"last epoch, {found.images} held-out images; differences in points of top-1")
     for pair in found.pairs:
         mcnemar = ", ".join(f"{one.only_second}:{one.only_first} (p {one.p:.2g})" for one in pair.mcnemar)
         low, high = 100 * pair.bootstrap_low, 100 * pair.bootstrap_high

@@ -91,8 +91,8 @@ def match_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
 
 def class_mismatches(store: FileStore, labels: tuple[str, ...]) -> list[str]:
     """Describe the folders of *store* that are not in *labels*, and the labels without a folder."""
-    found = set(store.folders())
-    unknown, missing = sorted(found - set(labels)), sorted(set(labels) - found)
+    folders = set(store.folders())
+    unknown, missing = sorted(folders - set(labels)), sorted(set(labels) - folders)
     problems = []
     if unknown:
         problems.append(f"classes {shorten(unknown)} are not training classes, remove them or train on them")
@@ -126,9 +126,9 @@ def scan_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
 
 def list_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
     """List the images of every class, sorted; a class may be empty."""
-    found = [store.list_files(label)[0] for label in labels]
-    paths = np.asarray([path for of_class in found for path in of_class], dtype=np.bytes_)
-    targets = np.repeat(np.arange(len(labels)), [len(of_class) for of_class in found])
+    by_class = [store.list_files(label)[0] for label in labels]
+    paths = np.asarray([path for files in by_class for path in files], dtype=np.bytes_)
+    targets = np.repeat(np.arange(len(labels)), [len(files) for files in by_class])
     return ImageFiles(store, labels, paths, targets)
 
 

@@ -87,13 +87,13 @@ def read_label_table(
     has_split = {row.part is not None for row in rows.values()}
     if len(has_split) > 1:
         raise DataError(f"{table}: only some archives have the column {SPLIT}; add it to all or to none")
-    found = set().union(*(row.classes for row in rows.values()))
+    listed = set().union(*(row.classes for row in rows.values()))
     if labels is None:
-        labels = tuple(sorted(found))
+        labels = tuple(sorted(listed))
         if len(labels) < 2:
-            listed = shorten(labels) or "none"
-            raise DataError(f"{table}: has fewer than two classes ({listed}); a network needs at least two")
-    unknown = sorted(found - set(labels))
+            names = shorten(labels) or "none"
+            raise DataError(f"{table}: has fewer than two classes ({names}); a network needs at least two")
+    unknown = sorted(listed - set(labels))
     if unknown:
         raise DataError(f"{table}: {shorten(unknown)} are not classes of the network; remove them")
     other = next((row for row in rows.values() if len(row.classes) != 1), None)
@@ -150,7 +150,7 @@ def hold_out_multi_label(
     iterative stratification of Sechidis et al. (ECML 2011), section 4. The selection depends on *seed* and
     the *keys* (N,) of the images only.
     """
-    order = sorted(
+    shuffled = sorted(
         range(len(keys)), key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index])
     )
     held, decided = np.zeros((2, len(keys)), dtype=np.bool_)
@@ -160,7 +160,7 @@ def hold_out_multi_label(
         count = int(members.sum())
         wanted = min(max(1, round(fraction * count)), count - 1) - int((held & members).sum())
         open_members = members & ~decided
-        free = [index for index in order if open_members[index]]
+        free = [index for index in shuffled if open_members[index]]
         held[free[: max(0, wanted)]] = True
         decided |= members
     return held

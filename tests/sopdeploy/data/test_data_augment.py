@@ -68,8 +68,8 @@ def test_augmentation_depends_on_seed_epoch_and_sample_only(crop, rand_augment) 
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 500), (700, 3), (16, 16), (31, 40)])
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16"])
+@pytest.mark.parametrize("size", [(1, 1), (700, 3), (31, 40)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16"])
 @pytest.mark.parametrize("augmentation", CROPS, ids=lambda augmentation: augmentation.kind)
 def test_images_of_any_size_and_mode_are_augmented(augmentation, mode, size) -> None:
     class One(list):
@@ -157,7 +157,7 @@ def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(size, 3, 8, 8, generator=generator), torch.arange(size) % 3
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("mix", MIXUPS, ids=str)
 def test_a_batch_of_any_size_is_mixed_with_soft_labels_by_the_seed_of_the_step(mix, size) -> None:
     results = []

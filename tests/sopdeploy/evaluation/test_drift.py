@@ -36,10 +36,7 @@ def zipf(classes: int) -> np.ndarray:
     ("shares", "reference", "images"),
     [
         (zipf(2), 50, 100_000),
-        (np.full(10, 0.1), 50, 1000),
-        (zipf(10), 5000, 1000),
         (zipf(100), 100, 20_000),
-        (zipf(100), 2000, 100_000),
         (np.full(1000, 0.001), 500, 1000),
         (zipf(1000), 50_000, 1000),
     ],
@@ -85,19 +82,19 @@ def scenes(rng, images: int, classes: int, more: float = 0.0) -> tuple[np.ndarra
 def presence_alarms(classes: int, held_out: int, images: int, more: float = 0.0) -> float:
     """Fraction of alarms of multi-label networks, whose thresholds are fitted to the held-out images."""
     rng, alarms = np.random.default_rng(0), 0
-    for _ in range(SAMPLES // 4):
+    for _ in range(SAMPLES // 5):
         targets, logits = scenes(rng, held_out, classes)
         decision = fit_presence(targets.astype(np.float64), sigmoid(logits))
         counts = counts_for(decision, classes)
         counts.add_logits(scenes(rng, images, classes, more)[1])
         alarms += compare_counts(counts, decision).alarm
-    return alarms / (SAMPLES // 4)
+    return alarms / (SAMPLES // 5)
 
 
-@pytest.mark.parametrize(("classes", "held_out", "images"), [(3, 200, 1000), (20, 300, 300), (40, 100, 1000)])
+@pytest.mark.parametrize(("classes", "held_out", "images"), [(3, 200, 1000), (20, 300, 300)])
 def test_without_drift_several_classes_per_image_raise_the_same_false_alarms(classes, held_out, images):
-    # 0.01 + 3 standard deviations of 250 samples
-    assert presence_alarms(classes, held_out, images) <= FALSE_ALARMS + 0.019
+    # 0.01 + 3 standard deviations of 200 samples
+    assert presence_alarms(classes, held_out, images) <= FALSE_ALARMS + 0.021
 
 
 def test_a_class_that_is_present_more_often_is_detected():
