@@ -12,7 +12,6 @@ from sopdeploy.data.check import check
 from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.data.sources import open_data
-from sopdeploy.doctor.examine import load_images as load_bodies
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import CALIBRATE, PROBES, load_images
@@ -68,7 +67,6 @@ def test_every_reader_of_a_folder_names_the_file(special: Path) -> None:
             f"{listed}cannot be read"
         )
     assert fails(lambda: read_image(special, 1000)).startswith(f"{listed}cannot be read (not a regular file)")
-    assert len(load_bodies(root)) == 16
 
 
 def test_classify_gives_the_file_a_row_with_an_error(special: Path) -> None:
@@ -81,7 +79,6 @@ def test_classify_gives_the_file_a_row_with_an_error(special: Path) -> None:
 def test_a_folder_with_an_image_suffix_is_no_image(tmp_path: Path) -> None:
     (write_classes(tmp_path, ("cat",), each=3) / "cat" / "9.jpg").mkdir()
     assert [len(load_images(tmp_path, RULES, option)) for option in (PROBES, CALIBRATE)] == [3, 3]
-    assert len(load_bodies(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".txt", ".parquet"])

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.io
-import torchvision
 from PIL import Image
 
 from sopdeploy.data.datasets.small import cifar_class
@@ -98,7 +96,7 @@ def write_places(root: Path, monkeypatch: Any) -> Path:
     images = [f"data_256_standard{line.split()[0]}" for line in train]
     images += [f"val_256/{line.split()[0]}" for line in held_out]
     write_lists(root, {name: "\n".join(lines) + "\n" for name, lines in lists.items()}, images, (64, 64))
-    monkeypatch.setattr(torchvision.datasets.Places365, "_check_integrity", lambda *_: True)
+    monkeypatch.setattr("torchvision.datasets.Places365._check_integrity", lambda *_: True)
     return root
 
 
@@ -122,6 +120,8 @@ CARS = ("AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Sedan 201
 
 def write_cars(root: Path) -> Path:
     """Write six training and three test images of three classes in the layout of Stanford Cars."""
+    import scipy.io
+
     folder = root / "stanford_cars"
     (folder / "devkit").mkdir(parents=True)
     names = np.empty((1, len(CARS)), dtype=object)

@@ -1,9 +1,11 @@
 """Arithmetic and diagnosis of the doctor, without a server."""
 
 import io
+import os
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from sopdeploy.doctor.measure import (
     percentile,
     ramp_to,
 )
-from sopdeploy.errors import ServiceError
+from sopdeploy.errors import DataError, ServiceError
 
 BEFORE = """
 sopdeploy_decoders 2.0
@@ -177,3 +179,12 @@ def test_loopback_addresses_are_local_and_generated_images_are_different_jpegs()
     found = load_images(None)
     assert len(set(found)) == len(found) > 1
     assert {Image.open(io.BytesIO(body)).size for body in found} == {(640, 480)}
+
+
+def test_images_of_a_folder_are_its_regular_files(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "cat.jpg").write_bytes(b"cat")
+    assert load_images(tmp_path) == [b"cat"]
+    with pytest.raises(DataError, match="contains no image"):
+        load_images(tmp_path / "empty.jpg")
