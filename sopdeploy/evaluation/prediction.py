@@ -231,13 +231,25 @@ def score_checkpoint(
     if warning := checkpoint.trained_on(images):
         log(f"{data}: {warning}")
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"tta": tta, "workers": workers, "on_image": on_image}
     try:
-        if thresholds:
-            return labels, predict_images(model, thresholds, images, checkpoint.preprocess, **options)
-        return images.labels, score_images(model, checkpoint, images, **options)
+        return images.labels, predict_checkpoint(
+            model, checkpoint, images, tta=tta, workers=workers, on_image=on_image
+        )
     except DataError as error:
         raise unreadable_images_error(error, images) from None
+
+
+def predict_checkpoint(
+    model: nn.Module, checkpoint: Checkpoint, images: LabeledImages, **options: Any
+) -> list[Score] | MultiLabelPredictions:
+    """Predict *images* with *model*, the network of *checkpoint*: `score_images`, or `predict_images`.
+
+    *options* are those of both.
+    """
+    thresholds = checkpoint.decision.thresholds if checkpoint.decision is not None else None
+    if thresholds is None:
+        return score_images(model, checkpoint, images, **options)
+    return predict_images(model, thresholds, images, checkpoint.preprocess, **options)
 
 
 @torch.no_grad()

@@ -22,11 +22,10 @@ from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
-from sopdeploy.evaluation.prediction import predict_images, score_images
+from sopdeploy.evaluation.prediction import predict_checkpoint
 from sopdeploy.html.templates import percent
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.base import Classifier
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.procedure import select_split
 from sopdeploy.training.recipe import Recipe, validate_recipe
@@ -107,7 +106,7 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
         logits_NC = None if data is not None else _out_of_fold_logits(stored, checkpoint, len(images))
         if logits_NC is None:
             model, workers = build_classifier(checkpoint, best), recipe.workers
-            predicted = _predict(model, checkpoint, images, workers=workers, on_image=on_image)
+            predicted = predict_checkpoint(model, checkpoint, images, workers=workers, on_image=on_image)
         else:
             predicted, description = _predict_out_of_fold(logits_NC, checkpoint, images), OUT_OF_FOLD
         predictions = _measure(predicted, images, checkpoint.preprocess, description)
@@ -154,16 +153,6 @@ def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> t
         held_out,
         "the held-out images, which also selected the epoch, so all scores of this section are too high",
     )
-
-
-def _predict(
-    model: Classifier, checkpoint: Checkpoint, images: LabeledImages, **options: Any
-) -> list[Score] | MultiLabelPredictions:
-    """Predict *images* with *model*, the network of *checkpoint*."""
-    thresholds = checkpoint.decision.thresholds if checkpoint.decision is not None else None
-    if thresholds is None:
-        return score_images(model, checkpoint, images, **options)
-    return predict_images(model, thresholds, images, checkpoint.preprocess, **options)
 
 
 def _out_of_fold_logits(last: Checkpoint, best: Checkpoint, images: int) -> Tensor | None:
