@@ -8,7 +8,7 @@ from sopdeploy_service.runtime.fake import FakeRuntime
 
 
 class Failing(FakeRuntime):
-    """Run number n, from 1, fails as `failures[n]` says: `raise`, `oom`, or `nan` for its first image."""
+    """Run number n, from 1, fails as `failures[n]` says: `oom`, or `nan` for its first image."""
 
     def __init__(self, failures: dict[int, str], *, fixed_ms: float = 0.0) -> None:
         super().__init__(classes=7, largest_batch=8, fixed_ms=fixed_ms)
@@ -18,8 +18,6 @@ class Failing(FakeRuntime):
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         self._runs += 1
         failure = self._failures.get(self._runs)
-        if failure == "raise":
-            raise RuntimeError("this run fails")
         if failure == "oom":
             raise OutOfMemoryError("no memory for this run")
         outputs = super().run(images)

@@ -200,8 +200,8 @@ class RemoteRegistry(ModelRegistry):
         """Send *item* for the *model*, with its pixels at *offset* or in the message; return its number."""
         number = next(self._numbers) % 0xFFFF_FFFF
         self._images[number] = queue, item, offset
-        place = INLINE if offset is None else offset
-        head = IMAGE.pack(model, place, item.features, item.arrived, item.deadline)
+        offset_or_inline = INLINE if offset is None else offset
+        head = IMAGE.pack(model, offset_or_inline, item.features, item.arrived, item.deadline)
         self.send(Kind.IMAGE, number, head, item.image.tobytes() if offset is None else b"")
         return number
 

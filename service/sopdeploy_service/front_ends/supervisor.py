@@ -91,7 +91,6 @@ class InferenceWorker(Worker):
         self.close_broker()
         self.broker, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.broker.setblocking(False)
-        self.beat = 0.0
         return theirs
 
     def connect(self, name: str) -> tuple[socket.socket, int]:
@@ -116,6 +115,7 @@ class InferenceWorker(Worker):
 
     def close_broker(self) -> None:
         """Close the broker, which ends the process."""
+        self.beat = 0.0
         if self.broker is not None:
             self.broker.close()
             self.broker = None
@@ -130,9 +130,9 @@ class HttpWorker(Worker):
 
     module: ClassVar[str] = "sopdeploy_service.front_ends.worker"
     kind: ClassVar[str] = "server"
-    index: int = -1
-    listener: socket.socket = field(default_factory=socket.socket)
-    inference: InferenceWorker | None = None
+    index: int = field(kw_only=True)
+    listener: socket.socket = field(kw_only=True)
+    inference: InferenceWorker | None = field(kw_only=True)
 
 
 class Supervisor:
@@ -186,6 +186,8 @@ class Supervisor:
             watch.start()
             self._join(self._servers)
             for inference in self._inference:
+                if inference.beat == 0 and inference.child is not None:  # it loads models
+                    inference.child.kill()
                 inference.close_broker()
             self._join(self._inference)
             self._stopping.set()
@@ -253,7 +255,8 @@ class Supervisor:
                     if self._kill_if_silent(worker, self._balancer.last_beat(worker.index), awake):
                         self._balancer.leave(worker.index)
                 for inference in self._inference:
-                    self._kill_if_silent(inference, inference.last_beat(), awake)
+                    if self._kill_if_silent(inference, inference.last_beat(), awake):
+                        inference.close_broker()
 
     def _kill_if_silent(self, worker: HttpWorker | InferenceWorker, beat: float, awake: float) -> bool:
         """Kill *worker* if its last *beat* (0: it does not run) is too old; return whether it was."""
@@ -280,6 +283,8 @@ class Supervisor:
             code = child.wait()
             if isinstance(worker, HttpWorker):
                 self._balancer.leave(worker.index)
+            else:
+                worker.close_broker()
             if self._stopping.is_set():
                 return
             if code == USER_ERROR and not self._announced:

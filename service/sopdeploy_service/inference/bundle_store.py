@@ -34,8 +34,8 @@ class BundleStore:
                 )
             path = follow_link(Path(text))  # every process must serve the same bundle
             is_bundle = not path.is_dir() or (path / MANIFEST).is_file() or bool(given)
-            found = [path] if is_bundle else _bundles_in(path)
-            if not found:
+            bundles = [path] if is_bundle else _bundles_in(path)
+            if not bundles:
                 raise BundleError(
                     f"{path}: no bundle here or in a folder directly below"
                     "; give the folder with a manifest.json"
@@ -44,8 +44,8 @@ class BundleStore:
             newest = None if is_bundle else _latest(path)
             if newest is not None:
                 later = _names(newest)[1]
-                found = [bundle for bundle in found if bundle == newest or _names(bundle)[1] != later]
-            for bundle in found:
+                bundles = [bundle for bundle in bundles if bundle == newest or _names(bundle)[1] != later]
+            for bundle in bundles:
                 name = given or _names(bundle)[0 if is_bundle else 1]
                 if name in self.bundles:
                     raise ConfigError(
@@ -63,27 +63,29 @@ class BundleStore:
         candidates = sorted({path for parent in self._folders for path in _bundles_in(parent)})
         if folder is not None:
             # Names are compared, never joined to a path, so that none can leave the folders.
-            found = [path for path in candidates if path.name == folder][:1]
+            matches = [path for path in candidates if path.name == folder][:1]
             name = repr(folder[:100])
         else:
-            found = [
+            matches = [
                 path for path in candidates if name in _names(path) and read_manifest(path).id != serving
             ]
-        if not found and folder is None and serving is not None:
+        if not matches and folder is None and serving is not None:
             raise BundleError(f"{name}: there is no bundle but the one being served; name another folder")
-        if not found:
+        if not matches:
             raise BundleError(f"{name}: no bundle of this name in the server's bundle folders")
-        if len(found) > 1:
-            names = shorten([path.name for path in found])
+        if len(matches) > 1:
+            names = shorten([path.name for path in matches])
             raise BundleError(f"{name}: several bundles have this name ({names}); name the folder")
-        return found[0]
+        return matches[0]
 
 
 def _latest(folder: Path) -> Path | None:
     """Return the bundle in *folder* to which its link `latest` leads."""
     link = folder / LATEST
-    found = folder / link.readlink().name if link.is_symlink() else None
-    return found if found is not None and (found / MANIFEST).is_file() else None
+    if not link.is_symlink():
+        return None
+    newest = folder / link.readlink().name
+    return newest if (newest / MANIFEST).is_file() else None
 
 
 def _bundles_in(folder: Path) -> list[Path]:

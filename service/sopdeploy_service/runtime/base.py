@@ -140,8 +140,8 @@ def translate_errors() -> Iterator[None]:
 
 def classify_error(message: str) -> DeviceLostError | OutOfMemoryError | None:
     """Convert an error *message* to `DeviceLostError` or `OutOfMemoryError`; None for other errors."""
-    found, lower = ERROR_CODE.search(message), message.lower()
-    code = int(found[1]) if found else None
+    match, lower = ERROR_CODE.search(message), message.lower()
+    code = int(match[1]) if match else None
     for error in (*STICKY_ERRORS, MEMORY_ERROR):
         names = tuple(filter(None, (error.runtime.lower(), error.driver.lower(), error.text.lower())))
         if code is None:

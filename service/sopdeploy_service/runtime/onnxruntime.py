@@ -229,10 +229,10 @@ def _open_session(
             "--runtime onnxruntime-cpu"
         )
     declared = [tensor.name for tensor in (*bundle.manifest.inputs, *bundle.manifest.outputs)]
-    found = [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())]
-    if found != declared:
+    tensors = [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())]
+    if tensors != declared:
         raise RuntimeUnavailableError(
-            f"{bundle.onnx}: the graph has the tensors {found}, the manifest says {declared}; "
+            f"{bundle.onnx}: the graph has the tensors {tensors}, the manifest says {declared}; "
             "export the bundle again"
         )
     return session

@@ -30,17 +30,17 @@ class TensorRTRuntime:
         cuda = open_cuda()
         gpu = cuda.gpu()
         self.name = f"tensorrt {trt.__version__}"
-        found = best_for(
+        engine = best_for(
             cache_folder(bundle, settings.engine_cache),
             bundle,
             tensorrt=str(trt.__version__),
             gpu=gpu.name,
             architecture=gpu.architecture,
         )
-        if isinstance(found, NoEngine):
-            raise RuntimeUnavailableError(f"{found.reason}; run: sopdeploy engine {bundle.path}")
-        key, graphs = found.record.key, settings.cuda_graphs
-        self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, key, graphs=graphs)
+        if isinstance(engine, NoEngine):
+            raise RuntimeUnavailableError(f"{engine.reason}; run: sopdeploy engine {bundle.path}")
+        key, graphs = engine.record.key, settings.cuda_graphs
+        self._session = EngineSession(trt, cuda, engine.plan, bundle.manifest, key, graphs=graphs)
         self.largest_batch = self._session.largest_batch
 
     @property

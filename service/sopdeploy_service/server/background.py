@@ -126,10 +126,10 @@ class BackgroundServer:
 
     def _error(self) -> SopdeployError:
         """Rebuild the error that ended the process from its log."""
-        found = [match for line in self._lines if (match := ERROR.search(line))]
-        if not found:
+        errors = [match for line in self._lines if (match := ERROR.search(line))]
+        if not errors:
             last = self._lines[-1].strip() if self._lines else "no message"
             return SopdeployError(f"{self.url}: the server ended with {self._process.returncode} ({last})")
-        message, code = found[-1].groups()
+        message, code = errors[-1].groups()
         kinds = {kind.code: kind for kind in SopdeployError.__subclasses__()}
         return kinds.get(code, SopdeployError)(message)

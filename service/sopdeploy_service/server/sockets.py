@@ -74,11 +74,11 @@ def accept_pending(listener: socket.socket) -> list[socket.socket]:
     Call it before closing the listener: the kernel completes connections on its own and resets those that are
     not accepted by then.
     """
-    found: list[socket.socket] = []
+    accepted: list[socket.socket] = []
     with contextlib.suppress(OSError):  # no pending connection is left, or no file descriptor
-        while len(found) < MAX_PENDING:
-            found.append(listener.accept()[0])
-    return found
+        while len(accepted) < MAX_PENDING:
+            accepted.append(listener.accept()[0])
+    return accepted
 
 
 def url(listener: socket.socket) -> str:

@@ -35,8 +35,6 @@ def serve(run_server, bundle, monkeypatch):
 @pytest.mark.parametrize(
     ("failure", "status", "code"),
     [
-        ("nan", 500, "nonfinite_output"),
-        ("raise", 500, "engine_failed"),
         ("oom", 503, "out_of_memory"),
         ("decoder", 500, "decoder_failed"),
     ],

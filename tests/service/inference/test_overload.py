@@ -155,13 +155,6 @@ def test_an_internal_error_is_a_problem_response(serve_with, jpeg, monkeypatch):
     assert 'requests_total{code="500"' in client.get("/metrics").text
 
 
-def test_a_body_that_does_not_arrive_in_time_is_408(serve_with):
-    client = serve_with(FakeRuntime(classes=7), request_timeout=0.3)
-    with connect(client) as wire:
-        wire.sendall(post_of(bytes(100))[:-96])
-        assert wire.recv(12) == b"HTTP/1.1 408"
-
-
 def test_a_stopped_server_leaves_no_threads(run_server, bundle, jpeg, until):
     def names() -> set[str]:
         return {thread.name.partition("_")[0] for thread in threading.enumerate()}

@@ -1,6 +1,5 @@
 """Connection limits on real sockets: slow, large and malformed requests."""
 
-import inspect
 import itertools
 import re
 import resource
@@ -12,11 +11,9 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.runtime.fake import FakeRuntime
-from sopdeploy_service.server.http_protocol import LimitedHttpProtocol
 from sopdeploy_service.server.sockets import allow_files
 from sopdeploy_service.settings import Settings
 from tests.service.raw import EXPECT, GET, POST, connect, count, post_of, read
@@ -41,31 +38,6 @@ def wire(client):
     """`wire()` opens a connection to the server of this test."""
     with ExitStack() as stack:
         yield lambda: stack.enter_context(connect(client))
-
-
-def test_uvicorn_still_has_what_the_protocol_overrides_and_uses():
-    """Fails on a uvicorn whose protocol differs from the one that `LimitedHttpProtocol` extends."""
-    overridden = {
-        *("connection_made", "connection_lost", "data_received", "on_message_begin", "on_url", "on_header"),
-        *("on_headers_complete", "on_body", "on_message_complete", "on_response_complete", "pause_writing"),
-        *("resume_writing", "timeout_keep_alive_handler"),
-    }
-    own = {name for name in vars(LimitedHttpProtocol) if not name.startswith("_")}
-    assert own - {"write", "close", "abort"} == overridden
-    for name in overridden:
-        ours, theirs = getattr(LimitedHttpProtocol, name), getattr(HttpToolsProtocol, name)
-        assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
-    used = {
-        HttpToolsProtocol: "config loop parser transport flow server_state pipeline scope headers cycle "
-        "timeout_keep_alive timeout_keep_alive_task",
-        RequestResponseCycle: "transport keep_alive disconnected message_event response_started "
-        "response_complete",
-    }
-    for cls, names in used.items():
-        set_by_init = re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", inspect.getsource(cls.__init__))
-        assert set(names.split()) <= set(set_by_init)
-    writes = set(re.findall(r"self\.transport\.(\w+)", inspect.getsource(RequestResponseCycle)))
-    assert writes == {"write", "close", "is_closing"}  # the protocol takes the place of the transport
 
 
 LARGE = b"".join(b"X-%d: 1\r\n" % number for number in range(1000))
@@ -302,17 +274,19 @@ def test_websockets_are_404_and_close_the_connection(wire):
 
 
 UPGRADE = b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"
-FOLLOWING = {
-    "nothing": b"",
-    "garbage": b"garbage",
-    "a body": post_of(b"x"),
-    "an offer": GET + UPGRADE + b"\r\n",
-}
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("kept", [0, 100])
-@pytest.mark.parametrize("following", FOLLOWING)
+@pytest.mark.parametrize(
+    ("chunked", "kept", "following"),
+    [
+        (False, 0, b""),
+        (True, 0, b""),
+        (False, 100, b""),
+        (True, 100, b"garbage"),
+        (False, 0, post_of(b"x")),
+        (False, 0, GET + UPGRADE + b"\r\n"),
+    ],
+)
 def test_a_request_that_offers_http_2_is_served_with_its_body(wire, jpeg, chunked, kept, following):
     """Java's `HttpClient` and `curl --http2` offer it with every request to an http:// URL."""
     good = wire()
@@ -321,9 +295,9 @@ def test_a_request_that_offers_http_2_is_served_with_its_body(wire, jpeg, chunke
         length, body = b"Transfer-Encoding: chunked", b"%x\r\n%s\r\n0\r\n\r\n" % (len(jpeg), jpeg)
     request = POST + UPGRADE + length + b"\r\n\r\n" + body
     end = len(request) - kept
-    good.sendall(request[:end] + (b"" if kept else FOLLOWING[following]))
+    good.sendall(request[:end] + (b"" if kept else following))
     if kept:
-        good.sendall(request[end:] + FOLLOWING[following])
+        good.sendall(request[end:] + following)
     assert read(good).status == 200
 
 
@@ -350,14 +324,6 @@ def test_expect_100_gets_100_continue_for_a_valid_request(wire, jpeg):
     assert good.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
     good.sendall(jpeg)
     assert read(good, to_the_end=False).status == 200
-
-
-def test_a_rejected_connection_gets_no_100_continue(client, wire, caplog):
-    bad = wire()
-    bad.sendall(POST + EXPECT + b"Transfer-Encoding: chunked\r\n\r\nno size\r\n")
-    assert read(bad).code == "malformed_request"
-    assert client.get("/livez").status_code == 200  # the loop has run everything that was due
-    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
 def is_open(wire: socket.socket) -> bool:
@@ -430,7 +396,7 @@ def test_the_limit_of_open_files_is_raised_for_the_connections(monkeypatch, soft
 VALID = POST + b"Content-Type: image/jpeg\r\nContent-Length: 20\r\nX-Request-ID: a\r\n\r\n" + bytes(20)
 
 
-@settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(
     edits=st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.binary(max_size=4)), max_size=4),
     cuts=st.lists(st.integers(1, len(VALID)), max_size=3),

@@ -60,7 +60,6 @@ def test_allocator_settings_of_the_environment_take_precedence(environment, take
     ("size", "tunables", "keeps"),
     [
         (2_000_000, "", False),
-        (2_000_000, "glibc.malloc.arena_max=8", True),  # the default of glibc
         (400_000, "", True),
     ],
 )

@@ -92,12 +92,11 @@ def start(bundle_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[st
         yield started
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_an_idle_server_prints_ready_and_exits_with_0(start, jpeg, stop) -> None:
+def test_an_idle_server_prints_ready_and_exits_with_0(start, jpeg) -> None:
     child, client = start()
     assert client.get("/readyz").status_code == 200
     assert client.post("/v1/classify", content=jpeg).status_code == 200
-    child.send_signal(stop)
+    child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=PATIENCE)
     assert (child.returncode, out, err) == (0, "", "")
 
@@ -135,7 +134,8 @@ def test_requests_unfinished_after_the_drain_get_503(loaded, ends_by) -> None:
         time.sleep(0.2)
         child.send_signal(signal.SIGTERM)
     replies = [reply.result() for reply in sent]
-    assert {reply.status_code for reply in replies} == {200, 503}
+    assert replies[-1].status_code == 503
+    assert {reply.status_code for reply in replies} <= {200, 503}
     assert all(reply.json()["code"] == "draining" for reply in replies if reply.status_code == 503)
     assert child.wait(PATIENCE) == 0
 
@@ -192,18 +192,14 @@ def test_a_hanging_runtime_exits_with_70(start, jpeg) -> None:
     assert [json.loads(line)["level"] for line in err.splitlines()] == ["critical"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "logged"),
-    [("log='json'", ["started", "request", "draining", "stopped"]), ("startup_timeline=True", ["started"])],
-)
-def test_the_log_has_startup_requests_drain_and_stop(start, jpeg, settings, logged) -> None:
-    child, client = start(settings=settings)
+def test_the_log_has_startup_requests_drain_and_stop(start, jpeg) -> None:
+    child, client = start(settings="log='json'")
     assert client.post("/v1/classify", content=jpeg).status_code == 200
     child.send_signal(signal.SIGTERM)
     out, err = child.communicate(timeout=PATIENCE)
     events = [json.loads(line) for line in err.splitlines()]
     assert (child.returncode, out) == (0, "")
-    assert [event["event"] for event in events] == logged
+    assert [event["event"] for event in events] == ["started", "request", "draining", "stopped"]
     steps = events[0]["steps_ms"]
     assert list(steps) == ["imports", "hashes", "session", "probes", "listen"]
     assert events[0]["ms"] == pytest.approx(sum(steps.values()), abs=0.2)

@@ -31,15 +31,15 @@ async def report(registry: CollectorRegistry) -> None:
     known: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
     while True:
         await asyncio.sleep(METRICS_SECONDS)
-        found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         for sample in itertools.chain.from_iterable(family.samples for family in registry.collect()):
-            found[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
-        for (name, labels), value in {**dict.fromkeys(known, 0.0), **found}.items():
+            values[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+        for (name, labels), value in {**dict.fromkeys(known, 0.0), **values}.items():
             if known.get((name, labels)) != value:
                 if name not in gauges:
                     gauges[name] = Gauge(name, tag_keys=(*(key for key, _ in labels), REPLICA))
                 gauges[name].set(value, tags={**dict(labels), REPLICA: replica})
-        known = found
+        known = values
 
 
 class Arguments(StrictModel):

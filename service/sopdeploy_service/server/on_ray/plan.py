@@ -160,8 +160,8 @@ def check(settings: Settings) -> None:
 
 def changed_settings(settings: Settings) -> dict[str, Any]:
     """Select the non-default *settings* of a replica, with absolute paths."""
-    found = settings.model_dump(mode="json", exclude_defaults=True, exclude={"host", "port"})
+    changed = settings.model_dump(mode="json", exclude_defaults=True, exclude={"host", "port"})
     for name in ("keys", "verify_key", "fast_decode_samples", "engine_cache"):
-        if name in found:
-            found[name] = str(Path(found[name]).resolve())
-    return found
+        if name in changed:
+            changed[name] = str(Path(changed[name]).resolve())
+    return changed

@@ -80,5 +80,5 @@ def deploy(serve: Any, application: Mapping[str, Any]) -> None:
         app = module.application(module.OnRay, application["args"]["settings"], **options)
         serve.run(app, name=application["name"], route_prefix=application["route_prefix"])
     except RuntimeError as problem:
-        found = OUR_ERROR.findall(str(problem))
-        raise ConfigError(found[-1] if found else f"Ray could not start it: {problem}") from problem
+        errors = OUR_ERROR.findall(str(problem))
+        raise ConfigError(errors[-1] if errors else f"Ray could not start it: {problem}") from problem

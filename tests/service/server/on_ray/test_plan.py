@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -12,7 +11,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy_service.server.on_ray import plan, run
+from sopdeploy_service.server.on_ray import plan
 from sopdeploy_service.settings import load_settings
 
 
@@ -149,20 +148,3 @@ def test_a_flag_overrides_an_assignment(bundle_path: Path) -> None:
     assert "port = 9001" in CliRunner().invoke(app, words).stdout.splitlines()
     flagged = emitted(bundle_path, "--set", "port=9001", "--port", 9002)
     assert flagged["http_options"]["port"] == 9002
-
-
-@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
-def test_the_ready_line_has_a_url(
-    bundle_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    host: str,
-    shown: str,
-) -> None:
-    serve = Mock(**{"status.return_value.applications": {}})
-    monkeypatch.setitem(sys.modules, "ray", Mock())
-    monkeypatch.setitem(sys.modules, "ray.serve", serve)
-    for name in ("deploy", "check_reachable", "signal", "threading"):
-        monkeypatch.setattr(run, name, Mock())  # its event is set at once
-    assert run.run({"tiny": bundle_path}, load_settings(host=host, port=9), plan.Scale()) == 0
-    assert capsys.readouterr().out == f"ready: http://{shown}:9  {bundle_path.name}\n"
