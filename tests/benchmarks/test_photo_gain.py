@@ -38,6 +38,7 @@ def arms(task: PhotosConfig) -> dict[str, Run]:
     return {arm: study.run(arm, 0).model_copy(update={"epochs": 1}) for arm in study.arms}
 
 
+@pytest.mark.slow
 def test_the_stored_maps_give_the_logits_of_the_whole_network(task: PhotosConfig) -> None:
     run = arms(task)[FINE_TUNED]
     network = exported_network(build(run), run)
