@@ -162,10 +162,16 @@ class Problem:
         weight_KD = head.weight @ self.basis.T * self.scale
         return LinearHead(weight_KD, head.bias - weight_KD @ self.center)
 
-    def distances(self) -> Array:
-        """Compute the distance (N,) of each input from the mean input."""
-        distances: Array = np.linalg.norm(self.reduced, axis=1)
-        return distances
+    def distances(self, folds_N: Indices, fitted: NDArray[np.bool_] | None = None) -> Array:
+        """Compute the distances (N,) of inputs from the mean of the *fitted* images of the other folds."""
+        distances_N = np.zeros(len(self.reduced))
+        for fold in range(int(folds_N.max()) + 1):
+            tested = folds_N == fold
+            images = ~tested if fitted is None else fitted & ~tested
+            if images.any():
+                center_R = self.reduced[images].mean(axis=0)
+                distances_N[tested] = np.linalg.norm(self.reduced[tested] - center_R, axis=1)
+        return distances_N
 
 
 def _fit_softmax(model: Any, inputs: Array, classes: Array, weights: Array) -> LinearHead:

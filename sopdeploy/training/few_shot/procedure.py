@@ -71,7 +71,7 @@ def fit_few_shot(run: Run, images: LabeledImages, on: Callable[..., None]) -> tu
     run.recipe = run.recipe.model_copy(update={"preprocess": network.recipe.preprocess})
     run.normalize = Normalize(run.recipe.preprocess).to(run.strategy.device)
     run.replace_model(head_name(network.recipe.model.name), model, model.config.model_dump(mode="json"))
-    out_of_fold = composed - weight * kept.problem.distances()[:, None]
+    out_of_fold = composed - weight * kept.problem.distances(folds_N)[:, None]
     run.out_of_fold = torch.from_numpy(out_of_fold)
     return targets, out_of_fold
 

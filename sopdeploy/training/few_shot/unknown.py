@@ -4,10 +4,9 @@ For each class, the head is fitted to the images of the other classes, and its l
 images of the left-out fold: images of the other classes count as known, images of the class as unknown.
 Unlike a head whose logit is masked, this head has never seen the class.
 
-The logits of a linear classifier grow with the distance of an image from the mean of the training images,
-also for images that resemble none of them. A multiple of this distance is therefore subtracted from all
-logits, as ViM does with the norm of a residual (Wang et al., CVPR 2022, section 4). Probabilities do not
-change; the energy falls for remote images. SCALE (arXiv 2310.00227) was worse (docs/benchmarks).
+The logits of a linear classifier grow with the distance from the mean of the training images, also for images
+that resemble none of them. A multiple of this distance is therefore subtracted from all logits, as ViM does
+with the norm of a residual (Wang et al., CVPR 2022, section 4): the energy falls, probabilities stay.
 """
 
 from dataclasses import replace
@@ -34,13 +33,13 @@ def recognize_unknown(
     shown = np.flatnonzero(problem.targets.classes.any(axis=0))
     if problem.targets.activation == "sigmoid" or len(shown) < 3:
         return {}, 0.0
-    distances = problem.distances()
     by_energy, by_probability, units = [], [], []
     for left_out in shown[np.linspace(0, len(shown) - 1, min(len(shown), MAX_CLASSES)).astype(int)]:
         classes = problem.targets.classes
         known, others = classes[:, left_out] == 0, np.delete(classes, left_out, axis=1)
         without = replace(problem, targets=replace(problem.targets, classes=others))
         (logits,) = without.cross_validate(folds_N, [strength], known)
+        distances = problem.distances(folds_N, known)
         energy, probability = known_score(logits, "energy"), known_score(logits, "max_probability")
         units.append(float(energy[known].std() / max(float(distances[known].std()), 1e-12)))
         remote = [energy - weight * units[-1] * distances for weight in WEIGHTS]
@@ -50,5 +49,4 @@ def recognize_unknown(
     best = int(means.argmax()) if with_distance else 0
     area, other = float(means[best]), float(np.mean(by_probability))
     areas: dict[Score, float] = {"energy": area, "max_probability": other}
-    useful = area >= other
-    return areas, WEIGHTS[best] * float(np.mean(units)) if useful else 0.0
+    return areas, WEIGHTS[best] * float(np.mean(units)) if area >= other else 0.0

@@ -129,6 +129,15 @@ def test_unknown_images_have_a_smaller_energy_far_from_the_training_images():
     assert areas["max_probability"] == plain["max_probability"]
 
 
+def test_distances_are_from_the_mean_of_the_fitted_images_of_the_other_folds():
+    random, classes, folds = np.random.default_rng(0), np.arange(30) % 3, np.arange(30) % 2
+    features = random.normal(size=(30, 8))
+    problem = Problem.create([features], softmax_targets(classes, 3))
+    inputs = (features - problem.center) * problem.scale
+    expected = np.linalg.norm(inputs[0] - inputs[(classes != 2) & (folds == 1)].mean(axis=0))
+    np.testing.assert_allclose(problem.distances(folds, classes != 2)[0], expected)
+
+
 def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_path: Path):
     recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 17)}"])
     stages: list[str] = []
