@@ -29,11 +29,9 @@ from sopdeploy.layers.mixture.components import Convolutions, make_components
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.graph import OPSET, export
-from sopdeploy_export.rewrites import mixture as routing
 from sopdeploy_export.rewrites.apply import lower_graph
 
 TOLERANCE = 2e-5  # relative to the largest value; both sides are float32
-BATCH = 8  # the usual batch size, for the default forms
 
 
 class Case(NamedTuple):
@@ -110,10 +108,8 @@ def as_in_the_papers(layer: nn.Module) -> nn.Module:
     return parent[0].eval()
 
 
-def converted(
-    layer: nn.Module, inputs: tuple[Tensor, ...], *, rules: bool = True, form: str = ""
-) -> onnx.ModelProto:
-    """Convert *layer* to ONNX, and apply the rewrite rules; a mixture gets *form*."""
+def converted(layer: nn.Module, inputs: tuple[Tensor, ...], *, rules: bool = True) -> onnx.ModelProto:
+    """Convert *layer* to ONNX, and apply the rewrite rules."""
     batch = Dim("batch", min=1)
     program = export(layer.eval(), inputs, tuple({0: batch} for _ in inputs))
     found = torch.onnx.export(
@@ -121,11 +117,7 @@ def converted(
     )
     if found is None:
         sys.exit("no ONNX form")
-    model = found.model_proto
-    if not rules:
-        return model
-    sums = [node.output[0] for node in model.graph.node if node.op_type == "ReduceSum"] if form else []
-    return lower_graph(model, BATCH, dict.fromkeys(sums, form)).model
+    return lower_graph(found.model_proto).model if rules else found.model_proto
 
 
 def features(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
@@ -176,13 +168,9 @@ def mixture_case() -> Case:
 
 
 def routed_case(chosen: int, target: float) -> Case:
-    """Create the case of K of 16 experts compared with all 16, both rewritten."""
-    ours, other = (
-        converted(Routed(chosen), routed_inputs(2), form=form) for form in (routing.WEIGHTS, routing.MASKED)
-    )
-    return Case(
-        f"mixture, K={chosen} of 16", "all 16, rewritten", ours, other, routed_inputs, (target, target)
-    )
+    """Create the case of K of 16 experts compared with all 16."""
+    ours, other = (converted(Routed(chosen), routed_inputs(2), rules=rules) for rules in (True, False))
+    return Case(f"mixture, K={chosen} of 16", "without rules", ours, other, routed_inputs, (target, target))
 
 
 def gsop_case() -> Case:

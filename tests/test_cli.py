@@ -241,10 +241,6 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "calibration images without int8": ((*EXPORT, "--calibrate", "d"), "only with precision int8"),
     "batch size zero": ((*EXPORT, "--max-batch", "0"), "--max-batch: Input should be greater than"),
-    "forms without rewrite rules": (
-        (*EXPORT, "--autotune", "--no-lowering"),
-        "--autotune: without rewrite rules",
-    ),
     "options of an absent builder": (
         (*EXPORT, "--plain-set", "a=1"),
         "--plain-set: only for a network of your own; try --network",

@@ -1,4 +1,4 @@
-"""Read, match and edit ONNX graphs.
+"""Read and edit ONNX graphs.
 
 A rule matches operators and constants, never layers or names. Whatever else a network computes is an operator
 that the pattern does not contain, and every reader of a value is an edge of the graph. Rules keep two
@@ -7,8 +7,7 @@ its readers. Operators that nothing reads any more are removed.
 """
 
 import itertools
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,20 +16,17 @@ import onnx_ir as ir
 from numpy.typing import ArrayLike, NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import ShapeInferencePass
+from onnxscript.rewriter.pattern import Pattern
 
 from sopdeploy.bundle.onnx_root import onnx_root
+from sopdeploy.errors import LoweringError
 
 ELEMENTWISE = frozenset(
-    {"Abs", "Add", "Cast", "Clip", "Div", "Elu", "Exp", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu"}
-    | {"Max", "Min", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Sigmoid", "Sqrt", "Sub", "Tanh"}
+    {"Abs", "Add", "Cast", "Clip", "Div", "Exp", "Identity", "Mul", "Neg", "Pow", "Relu", "Sqrt", "Sub"}
 )
-SHAPING = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
-ARITHMETIC: dict[str, Callable[..., int]] = {
-    "Add": operator.add, "Max": max, "Min": min, "Mul": operator.mul, "Sub": operator.sub,
-}  # fmt: skip
+REDUCTIONS = frozenset({"ReduceL2", "ReduceMean", "ReduceSum"})
 RANDOM = ("Random", "Bernoulli", "Multinomial", "Dropout")
 CONSTANT = "constant"  # the key of the content of a computed constant in `Value.meta`
-REDUCTIONS = frozenset({"ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"})
 
 
 class Graph:
@@ -43,10 +39,16 @@ class Graph:
         self.made: set[ir.Node] = set()
         self.names = itertools.count()
         self.infer_shapes()
-        for node in self.graph:  # the converter does not fold large constants
-            known = all(given is None or is_constant(given) for given in node.inputs)
-            if node.inputs and known and not node.op_type.startswith(RANDOM):
-                node.outputs[0].meta[CONSTANT] = None
+        for node in self.graph:
+            if node.op_type == "Tile" and repeats_per_image(node):  # ONNX does not infer its shape
+                node.outputs[0].shape = ir.Shape([None, *dims(node.inputs[0])[1:]])
+        self.infer_shapes()
+        for node in self.graph:
+            size = static_size(node)
+            if size is not None:
+                node.outputs[0].meta[CONSTANT] = size
+            elif computes_constant(node):
+                node.outputs[0].meta[CONSTANT] = None  # computed when a rule reads it
 
     def infer_shapes(self) -> None:
         """Compute the shapes of all values."""
@@ -62,19 +64,24 @@ class Graph:
         """List the operators in the order of computation."""
         return list(self.graph)
 
+    def match(self, pattern: Pattern, node: ir.Node) -> dict[str, ir.Value]:
+        """Return the values that *pattern* names, if it ends in *node*; otherwise an empty dict."""
+        matched = pattern.match(self.ir, self.graph, node, check_nodes_are_removable=False)
+        return dict(matched.bindings) if matched else {}
+
     def before(self, node: ir.Node) -> "Builder":
         """Insert operators ahead of *node*."""
         return Builder(self, node)
 
-    def constant(self, name: str, content: ArrayLike, like: ir.Value) -> ir.Value:
+    def constant(self, name: str, array: ArrayLike, like: ir.Value) -> ir.Value:
         """Add a constant; floats get the type of *like*. An equal constant is shared."""
-        array = np.asarray(content)
+        array = np.asarray(array)
         if array.dtype.kind == "f" and like.dtype is not None:
             array = array.astype(like.dtype.numpy())
         for value in self.graph.initializers.values():
             known = value.const_value
-            same = known.shape == array.shape and known.dtype == ir.DataType.from_numpy(array.dtype)
-            if same and known.numpy().tobytes() == array.tobytes():
+            same = known is not None and known.shape == array.shape and known.dtype.numpy() == array.dtype
+            if known is not None and same and known.numpy().tobytes() == array.tobytes():
                 return value
         while name in self.graph.initializers:
             name += "_folded"
@@ -94,7 +101,7 @@ class Graph:
         removed = []
         for node in reversed(self.nodes()):
             if not any(value.uses() or value.is_graph_output() for value in node.outputs):
-                removed.append(str(node.outputs[0].name).removesuffix("/before"))
+                removed.append(name_of(node).removesuffix("/before"))
                 self.graph.remove(node, safe=True)
                 self.made.discard(node)
         for name, value in list(self.graph.initializers.items()):
@@ -114,14 +121,14 @@ class Builder:
 
     def __getattr__(self, kind: str) -> Callable[..., ir.Value]:
         """Return a function that inserts an operator and returns its first result."""
-        return lambda *inputs, **attributes: self.insert(kind, inputs, attributes)
+        return lambda *inputs, **attributes: self.insert(kind, inputs, attributes).outputs[0]
 
     def insert(
-        self, kind: str, inputs: tuple[Any, ...], attributes: dict[str, Any], outputs: int = 1
-    ) -> ir.Value:
-        """Insert an operator; return its first result."""
+        self, kind: str, inputs: Sequence[Any], attributes: dict[str, Any], outputs: int = 1
+    ) -> ir.Node:
+        """Insert an operator."""
         first = next(given for given in inputs if isinstance(given, ir.Value))
-        name = f"{self.node.outputs[0].name}/{kind}_{next(self.graph.names)}"
+        name = f"{name_of(self.node)}/{kind}_{next(self.graph.names)}"
         values = [
             given
             if isinstance(given, ir.Value) or given is None
@@ -129,68 +136,104 @@ class Builder:
             for i, given in enumerate(inputs)
         ]
         node = ir.node(kind, values, attributes, num_outputs=outputs)
-        for position, value in enumerate(node.outputs):
-            value.name = name if position == 0 else f"{name}/result_{position}"
+        for i, value in enumerate(node.outputs):
+            value.name = name if i == 0 else f"{name}/result_{i}"
         node.outputs[0].type = ir.TensorType(ir.DataType(attributes["to"])) if kind == "Cast" else first.type
         self.graph.graph.insert_before(self.node, node)
         self.graph.made.add(node)
-        return node.outputs[0]
+        return node
 
     def copy(self, node: ir.Node, *inputs: ir.Value | None) -> ir.Value:
-        """Insert a copy of *node* that reads *inputs*; the rows of a copied Reshape follow those it reads."""
-        if node.op_type == "Reshape" and rows_factor(node) is not None:
-            return self.insert("Reshape", (inputs[0], any_rows(node)), {"allowzero": 1})
-        return self.insert(
-            node.op_type, inputs, {name: given.value for name, given in node.attributes.items()}
-        )
+        """Insert a copy of *node* that reads *inputs*; a Reshape keeps any number of rows."""
+        sizes = content(node.inputs[1]) if node.op_type == "Reshape" else None
+        if sizes is not None:
+            return self.Reshape(inputs[0], np.array([-1, *sizes[1:]]), allowzero=1)
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        return self.insert(node.op_type, inputs, attributes).outputs[0]
 
     def reshape(self, value: ir.Value, *sizes: int) -> ir.Value:
         """Insert a Reshape to constant sizes."""
-        return self.insert("Reshape", (value, np.array(sizes)), {"allowzero": 1})
+        return self.Reshape(value, np.array(sizes), allowzero=1)
+
+
+def name_of(node: ir.Node) -> str:
+    """Return the name of the first result of *node*."""
+    return str(node.outputs[0].name)
+
+
+def operand(node: ir.Node, index: int) -> ir.Value:
+    """Return input *index* of *node*, which its operator requires."""
+    value = node.inputs[index]
+    if value is None:
+        raise LoweringError(f"{name_of(node)}: input {index} is missing")
+    return value
 
 
 def producer(value: ir.Value | None, *operators: str) -> ir.Node | None:
     """Return the node that computes *value*, if it is one of *operators* (any, if none is given)."""
     node = None if value is None else value.producer()
-    known = node is not None and node.domain == "" and node.op_type in (operators or {node.op_type})
-    return node if known else None
-
-
-def only_reader(value: ir.Value, *operators: str) -> ir.Node | None:
-    """Return the only node that reads *value*, if it is one of *operators* (any, if none is given)."""
-    uses = value.uses()
-    if len(uses) != 1 or value.is_graph_output():
+    if node is None or node.domain or (operators and node.op_type not in operators):
         return None
-    return uses[0].node if uses[0].node.op_type in (operators or {uses[0].node.op_type}) else None
+    return node
+
+
+def repeats_per_image(tile: ir.Node) -> bool:
+    """Return whether *tile* repeats its input along the first axis only."""
+    counts = producer(tile.inputs[1], "Concat")
+    others = [content(given) for given in counts.inputs[1:]] if counts is not None else []
+    return bool(others) and all(array is not None and bool((array == 1).all()) for array in others)
+
+
+def static_size(node: ir.Node) -> NDArray[np.int64] | None:
+    """Return the sizes that *node* reads from a Shape, if they do not depend on the batch."""
+    shape = producer(node.inputs[0], "Shape") if node.op_type == "Gather" else None
+    if shape is None:
+        return None
+    sizes, index = dims(shape.inputs[0])[attribute(shape, "start", 0) :], content(node.inputs[1])
+    if index is None or index.ndim != 0 or index >= len(sizes) or sizes[int(index)] is None:
+        return None
+    return np.array(sizes[int(index)])
+
+
+def computes_constant(node: ir.Node) -> bool:
+    """Return whether *node* reads constants only and always computes the same."""
+    known = all(is_constant(given) for given in node.inputs if given is not None)
+    return bool(node.inputs) and known and not node.op_type.startswith(RANDOM)
 
 
 def is_constant(value: ir.Value | None) -> bool:
     """Return whether *value* is a constant, or computed from constants only."""
-    return (
-        value is not None
-        and not value.is_graph_input()
-        and (value.is_initializer() or CONSTANT in value.meta)
-    )
+    if value is None or value.is_graph_input():
+        return False
+    return value.is_initializer() or CONSTANT in value.meta
 
 
 def content(value: ir.Value | None) -> NDArray[Any] | None:
     """Return the content of *value* if it is a constant."""
     if value is None or not is_constant(value):
         return None
-    if value.is_initializer():
+    if value.const_value is not None:
         return value.const_value.numpy()
-    if value.meta[CONSTANT] is None:
-        node = value.producer()
-        names = [given.name for given in node.inputs if given is not None]
-        evaluator = ReferenceEvaluator(ir.to_proto(node))
-        operands = [content(given) for given in node.inputs if given is not None]
-        value.meta[CONSTANT] = evaluator.run(None, dict(zip(names, operands, strict=True)))[0]
-    return value.meta[CONSTANT]
+    node = value.producer()
+    if value.meta[CONSTANT] is None and node is not None:
+        feeds = {str(given.name): content(given) for given in node.inputs if given is not None}
+        results = list(ReferenceEvaluator(ir.to_proto(node)).run(None, feeds))
+        value.meta[CONSTANT] = np.asarray(results[0])
+    array: NDArray[Any] = value.meta[CONSTANT]
+    return array
+
+
+def square(value: ir.Value | None) -> NDArray[Any] | None:
+    """Return the square matrix that the constant *value* holds, without leading axes of size 1."""
+    array = content(value)
+    side = 0 if array is None or array.ndim < 2 else array.shape[-1]
+    known = array is not None and array.shape[-2:] == (side, side) and array.size == side**2
+    return array.reshape(side, side) if array is not None and known else None
 
 
 def scalar(value: ir.Value | None) -> float | None:
     """Return the number that the constant *value* holds; None if it holds several or is no constant."""
-    array = content(value) if is_constant(value) and set(dims(value)) <= {1} else None
+    array = content(value) if set(dims(value)) <= {1} else None
     return None if array is None or array.size != 1 else float(array.reshape(()))
 
 
@@ -203,31 +246,21 @@ def dims(value: ir.Value | None) -> list[int | None]:
 
 def attribute(node: ir.Node, name: str, default: Any) -> Any:
     """Return the value of an attribute of *node*."""
-    found = node.attributes.get(name)
-    return default if found is None else found.value
+    known = node.attributes.get(name)
+    return default if known is None else known.value
 
 
 def axes(node: ir.Node) -> list[int]:
-    """List the axes of a reduction, Squeeze or Unsqueeze, counted from 0; all axes if it names none."""
+    """List the axes of a reduction or Unsqueeze, counted from 0; all axes if it names none."""
     rank = len(dims(node.outputs[0] if node.op_type == "Unsqueeze" else node.inputs[0]))
     given = content(node.inputs[1]) if len(node.inputs) > 1 else None
     return sorted(int(axis) % rank for axis in (range(rank) if given is None else given)) if rank else []
 
 
-def permutation(node: ir.Node | None) -> list[int]:
-    """Return the order of axes of a Transpose."""
-    return [] if node is None else list(attribute(node, "perm", range(len(dims(node.inputs[0])))[::-1]))
-
-
-def per_row(value: ir.Value) -> int | None:
+def per_row(value: ir.Value | None) -> int | None:
     """Return the number of elements of each row of *value*, along its first axis; None if it is unknown."""
     sizes = [size for size in dims(value)[1:] if size is not None]
     return int(np.prod(sizes)) if dims(value) and len(sizes) == len(dims(value)) - 1 else None
-
-
-def any_rows(node: ir.Node) -> NDArray[np.int64]:
-    """Return the sizes that a Reshape makes, with -1 for its first axis."""
-    return np.array([-1, *content(node.inputs[1])[1:]], np.int64)
 
 
 def rows_factor(node: ir.Node) -> float | None:
@@ -235,61 +268,31 @@ def rows_factor(node: ir.Node) -> float | None:
 
     The converter writes -1 for the first axis if the batch size varies, and a number if it is fixed.
     """
-    target, before = content(node.inputs[1]), per_row(node.inputs[0])
-    if target is None or len(target) == 0 or (target[1:] < 1).any() or not before:
+    sizes, before = content(node.inputs[1]), per_row(node.inputs[0])
+    if sizes is None or len(sizes) == 0 or (sizes[1:] < 1).any() or not before:
         return None
-    fixed = target[0] > 0 and dims(node.inputs[0])[0] is not None
-    return before / int(np.prod(target[1:])) if target[0] == -1 or fixed else None
+    fixed = sizes[0] > 0 and dims(node.inputs[0])[0] is not None
+    return before / int(np.prod(sizes[1:])) if sizes[0] == -1 or fixed else None
 
 
 def is_row_wise(node: ir.Node) -> bool:
     """Return whether row i of the result depends only on row i of the operands and on constants."""
-    kind, value, rank = node.op_type, node.inputs[0], len(dims(node.outputs[0]))
-    if node.domain or not dims(value):
+    kind, rank = node.op_type, len(dims(node.outputs[0]))
+    first = len(dims(node.inputs[0]))
+    if node.domain or not first:
         return False
     if kind in ELEMENTWISE or (kind == "MatMul" and rank >= 3):
-        return all(
-            len(dims(given)) < rank or dims(given)[0] == 1
-            if content(given) is not None
-            else len(dims(given)) == rank
-            for given in node.inputs
-            if given is not None
-        )
+        for given in node.inputs:
+            aligned = len(dims(given)) == rank
+            if is_constant(given):
+                aligned = len(dims(given)) < rank or dims(given)[0] == 1
+            if given is not None and not aligned:
+                return False
+        return True
     if kind in REDUCTIONS:
-        return 0 not in axes(node) and (len(node.inputs) == 1 or content(node.inputs[1]) is not None)
-    if kind in {"Squeeze", "Unsqueeze"}:
-        return 0 not in axes(node)
+        return 0 not in axes(node) and (len(node.inputs) == 1 or is_constant(node.inputs[1]))
     if kind == "Transpose":
-        return permutation(node)[0] == 0
-    if kind == "Softmax":
-        return attribute(node, "axis", -1) % rank != 0
+        return bool(attribute(node, "perm", [1])[0] == 0)
     if kind == "Gather":
-        return attribute(node, "axis", 0) % len(dims(value)) != 0 and content(node.inputs[1]) is not None
+        return attribute(node, "axis", 0) % first != 0 and is_constant(node.inputs[1])
     return kind == "Reshape" and rows_factor(node) == 1
-
-
-def integers(value: ir.Value | None) -> list[int | None] | None:
-    """Compute the integers that *value* holds from the shapes of the graph; None for each unknown one."""
-    array = content(value)
-    if array is not None:
-        return (
-            [int(number) for number in array.reshape(-1)]
-            if array.dtype.kind in "iu" and array.size < 16
-            else None
-        )
-    node = producer(value, "Shape", "Gather", "Concat", *SHAPING, *ARITHMETIC)
-    if node is None:
-        return None
-    if node.op_type == "Shape":
-        sizes = dims(node.inputs[0])
-        return sizes[attribute(node, "start", 0) : attribute(node, "end", len(sizes))]
-    operands = [integers(given) for given in node.inputs[: 1 if node.op_type in SHAPING else None]]
-    known = [operand for operand in operands if operand is not None]
-    if len(known) < len(operands):
-        return None
-    if node.op_type == "Gather":
-        return [None if place is None else known[0][place] for place in known[1]]
-    if node.op_type in ARITHMETIC:
-        pairs = zip(*known, strict=False)
-        return [None if None in pair else ARITHMETIC[node.op_type](*pair) for pair in pairs]
-    return [number for operand in known for number in operand]

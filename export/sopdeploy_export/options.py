@@ -44,8 +44,6 @@ class ExportOptions(Options):
     """Largest allowed loss of top-1 (or of agreement, without labels) in percentage points."""
     lowering: bool = True
     """Apply the rewrite rules, or export the certified graph as it is."""
-    autotune: bool = False
-    """Time equivalent forms of a layer and choose the fastest."""
     measure_speed: bool = False
     """Time the graph against the plain backbone; report.html then differs between exports."""
     pt2: bool = False
@@ -66,13 +64,6 @@ class ExportOptions(Options):
             for name in ("calibrate", "int8_for", "keep_float"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ConfigError("only with precision int8", setting=name)
-        if self.autotune and not self.lowering:
-            raise ConfigError("without rewrite rules there are no forms to choose from", setting="autotune")
-        if self.autotune and self.precision == "bf16-backbone":
-            raise ConfigError(
-                "onnxruntime has no bfloat16 kernels on the CPU to time; choose precision fp32 or fp16",
-                setting="autotune",
-            )
         return self
 
 

@@ -179,7 +179,7 @@ def _lower_and_convert(job: _Job, certified: CapturedGraph) -> ConvertedGraph:
     if options.precision != "fp32":
         job.step(f"converting the graph to {options.precision}")
     source = convert_types(certified, preprocess, batch, options)
-    lowered = apply_rules(certified, source, job.images, batch, rules=options.lowering, tune=options.autotune)
+    lowered = apply_rules(certified, source, rules=options.lowering)
     converted = convert_precision(certified, lowered, preprocess, options, job.accuracy)
     if not options.allow_drift:
         job.accuracy.reject(converted.precision)

@@ -2,7 +2,7 @@
 
 `source.onnx.gz` is that graph. A weight that `model.onnx` also contains, with the same type, shape and bytes,
 is stored without its bytes and with the name that it has there, so the file is small: it holds the operators
-and the weights that a rule folded. A replay needs the packages onnx and onnx_ir, but no torch.
+and the weights that a rule folded. A replay needs the packages onnx, onnx_ir and onnxscript, but no torch.
 
 The chain that a replay closes: the root of the certificate is that of the source; the applications in
 `lowering.json` turn the source into a graph whose root is that of `model.onnx`. For fp16 and bf16, the source

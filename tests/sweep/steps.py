@@ -115,7 +115,7 @@ def measured(
     program = capture_any_batch(found.network, found.preprocess, batch)
     certified = CapturedGraph(found.network, program, lower(program, found.network.outputs))
     source = convert_types(certified, found.preprocess, batch, options)
-    lowered = apply_rules(certified, source, found.images, batch)
+    lowered = apply_rules(certified, source)
     shipping = convert_precision(certified, lowered, found.preprocess, options)
     write(shipping.model, destination)
     return compare_with_network(destination, found.network, shipping, found.preprocess, found.images, options)

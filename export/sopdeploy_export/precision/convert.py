@@ -68,7 +68,7 @@ from sopdeploy_export.precision.report import (
     Quantization,
 )
 from sopdeploy_export.proof.hashes import program_root
-from sopdeploy_export.rewrites.apply import Lowered, LoweringReport, autotune, lower_graph
+from sopdeploy_export.rewrites.apply import Lowered, LoweringReport, lower_graph
 
 FLOAT32_FRACTIONS = (0.1, 0.25, 0.5)  # of the layers, if int8 in all of them loses too much
 OBSERVED_IMAGES = 2  # the smallest batch of several images
@@ -217,23 +217,17 @@ def convert_types(
 def apply_rules(
     certified: CapturedGraph,
     source: CapturedGraph,
-    images: NDArray[np.uint8],
-    batch: BatchRange,
     *,
     rules: bool = True,
-    tune: bool = False,
 ) -> LoweredGraph:
     """Apply the rewrite rules to *source*: the certified graph, or its copy in another precision."""
-    parts = value_parts(source.program, output_names(certified.network), source.opset)
-    model, applied, choices = Lowered(source.model, ())
-    if rules and tune:
-        model, applied, choices = autotune(source.model, images[:OBSERVED_IMAGES], batch, parts)
-    elif rules:
-        model, applied, choices = lower_graph(source.model, batch.optimum, where=parts)
+    model, applied = Lowered(source.model, ())
+    if rules:
+        parts = value_parts(source.program, output_names(certified.network), source.opset)
+        model, applied = lower_graph(source.model, parts)
     check(model, source.opset)
     report = LoweringReport(
         rules=applied,
-        choices=choices,
         certified_root=program_root(certified.program).sha256,
         source_onnx_root=onnx_root(source.model),
         lowered_onnx_root=onnx_root(model),

@@ -85,9 +85,6 @@ def _proof_tables(results: ExportResults) -> dict[str, Rows]:
             for entry in results.certificate.removed
         ],
         "rules": [(rule.where, rule.name, rule.precondition, rule.effect) for rule in lowering.rules],
-        "choices": [
-            (choice.where, choice.form, "; ".join(choice.among), choice.by) for choice in lowering.choices
-        ],
         "files": [(name, f"{record.bytes:,}", record.sha256) for name, record in results.files.items()],
     }
 

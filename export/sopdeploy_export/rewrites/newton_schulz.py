@@ -1,32 +1,31 @@
-"""Rule: compute the matrix square root of iSQRT-COV with fewer operations, however it is written.
+"""Rule: compute the matrix square root of iSQRT-COV with fewer operations, however its loop is written.
 
-Let X (r, c) be a map and P = X X^T. A value of the graph that is computed from P and identities by sums,
-products, transposes and division by scalars is a polynomial f(P), and all polynomials of P are symmetric and
-commute. Values p(P) X = X p(X^T X) and p(X^T X) are included. So each value is known by one scalar function
-f(a, s), where a stands for P and s for the scalars, such as the trace. Two values are equal if their
-functions are.
+Let A = L R be a product of matrices of n rows and columns. A value that the graph computes from A, identities
+and scalars of each image by sums and products is a polynomial f(A), and all polynomials of A commute. So each
+value is known by a scalar function f(a, s), where a stands for A and s for the scalars, such as the trace.
+Two values are equal if their functions are.
 
-The rule computes the function of each operator, and compares that of the result with
-rho Y_N(alpha a), the N-th iterate of Newton-Schulz (iSQRT-COV, Eq. 4: Y_0 = A, Z_0 = I, T = (3 I - Z Y) / 2,
-Y <- Y T, Z <- T Z). So it recognizes every order of factors, `baddbmm`, and products with the identity. The
-functions are compared at points of the prime field of 2^521 - 1 elements, with floats as the exact fractions
-that they are. The points depend on the root of the graph. Two different polynomials of degree D agree at such
-a point with probability D / 2^521 (Schwartz and Zippel); for N = 15, D is 3^15.
+The rule compares the function of the result with rho Y_N(alpha a), the N-th iterate of Newton-Schulz
+(iSQRT-COV, Eq. 4: Y_0 = A, Z_0 = I, T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z). So it recognizes every order of
+factors, `baddbmm`, and products with the identity. Functions are compared at two points of the prime field of
+2^521 - 1 elements, which differ in a, with floats as exact fractions. The points depend on the root of the
+graph. Two polynomials of degree D agree at a point with probability D / 2^521 (Schwartz and Zippel); for
+N = 15, D is 3^15.
 
-The replacement takes these steps, where n = 1 / alpha is the norm:
+The replacement takes these steps:
 
 - The first step uses Z = I and the last one computes only Y or Z: 3N - 3 products.
 - With H = -Z / 2, T = 3/2 I + H Y, so no matrix is scaled.
-- Y_N(X X^T / n) = X Z_N(X^T X / n) X^T / n, which takes fewer products if c < r.
-- trace(X X^T) = trace(X^T X), and the sums of squares of both are equal. So constant factors of P, such as
-  1 / M, multiply scalars instead of matrices.
-- If X has the mean 0 along c, X X^T = X R^T for each R = X + m 1^T. `(x - mean) @ x.T` is therefore P, too.
+- If L has m < n columns: Y_N(alpha L R) = alpha L Z_N(alpha R L) R, because p(L R) L = L p(R L) for each
+  polynomial p. The iteration then runs on m rows.
+- trace(L R) = trace(R L).
+
+The layers of this library are written so already. The rule serves networks that contain the paper's loop.
 """
 
-import functools
 import hashlib
-import math
-import re
+import operator
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -34,511 +33,267 @@ import numpy as np
 import onnx_ir as ir
 
 from sopdeploy_export.onnx_graph import (
+    Builder,
     Graph,
     attribute,
     axes,
     content,
     dims,
-    integers,
-    is_constant,
-    permutation,
-    producer,
+    operand,
     scalar,
+    square,
 )
-from sopdeploy_export.rewrites.rule import Finding
 
 NAME = "Newton-Schulz in 3N-3 products"
 PRIME = 2**521 - 1
 LARGEST = 2**200
 MOST_STEPS = 15
-ROWS, COLUMNS = "rows", "columns"
-SCALAR, IDENTITY, DIAGONAL, SQUARE = ("scalar", ""), ("identity", ""), ("diagonal", ""), ("square", "")
-MATRICES = {(one, other) for one in (ROWS, COLUMNS) for other in (ROWS, COLUMNS)}
-PARTIAL = ("partial", "")  # sums over one axis of a diagonal matrix
-REPEATING = ("EyeLike", "Expand", "Mul", "Tile")
-OPAQUE = frozenset({"Abs", "Clip", "Max", "Min", "Pow", "Reciprocal", "Sqrt"})  # of scalars
+# Kinds: a scalar of each image, a multiple of the identity, a polynomial of A, a polynomial of A with zeros
+# outside of the diagonal, and sums along the rows of that.
+SCALAR, IDENTITY, MATRIX, DIAGONAL, SUMS = "scalar", "identity", "matrix", "diagonal", "sums"
+MATRICES = (MATRIX, IDENTITY)
+SUMS_AND_PRODUCTS = {(a, b): MATRIX if MATRIX in (a, b) else IDENTITY for a in MATRICES for b in MATRICES}
+SCALED = {(kind, SCALAR): kind for kind in MATRICES}
+ELEMENTWISE_PRODUCTS = SCALED | {(SCALAR, kind): kind for kind in MATRICES}
+ELEMENTWISE_PRODUCTS |= {(MATRIX, IDENTITY): DIAGONAL, (IDENTITY, MATRIX): DIAGONAL}
+OPERATORS = {
+    "Add": (operator.add, SUMS_AND_PRODUCTS),
+    "Sub": (operator.sub, SUMS_AND_PRODUCTS),
+    "MatMul": (operator.mul, SUMS_AND_PRODUCTS),
+    "Mul": (operator.mul, ELEMENTWISE_PRODUCTS),
+    "Div": (operator.truediv, SCALED),
+}
 
 
-class Term(NamedTuple):
-    """A function f(a, s): its *kind*, and its values at three points.
+@dataclass(frozen=True)
+class Function:
+    """The values of a function f(a, s) at two points of the field, which differ in a."""
 
-    The second point differs from the first in a, the third in s. A matrix of kind (rows, columns) is f(P) X.
-    """
+    first: int
+    second: int
 
-    kind: tuple[str, str]
-    at: tuple[int, ...]
+    def __add__(self, other: "Function") -> "Function":
+        return Function((self.first + other.first) % PRIME, (self.second + other.second) % PRIME)
 
-    def __mul__(self, other: "Term") -> "Term":
-        at = tuple(x * y % PRIME for x, y in zip(self.at, other.at, strict=True))
-        return Term(self.kind if other.kind == SCALAR else other.kind, at)
+    def __sub__(self, other: "Function") -> "Function":
+        return Function((self.first - other.first) % PRIME, (self.second - other.second) % PRIME)
 
-    def __add__(self, other: "Term") -> "Term":
-        at = tuple((x + y) % PRIME for x, y in zip(self.at, other.at, strict=True))
-        return Term(other.kind if self.kind == IDENTITY else self.kind, at)
+    def __mul__(self, other: "Function") -> "Function":
+        return Function(self.first * other.first % PRIME, self.second * other.second % PRIME)
 
-    def inverse(self) -> "Term":
-        """Compute 1 / f, and 0 where f is 0."""
-        return Term(self.kind, tuple(pow(x, PRIME - 2, PRIME) for x in self.at))
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether this is a polynomial of X X^T or of X^T X."""
-        return self.kind in {(ROWS, ROWS), (COLUMNS, COLUMNS)}
+    def __truediv__(self, other: "Function") -> "Function":  # 0 where *other* is 0
+        inverse = [pow(element, -1, PRIME) if element else 0 for element in (other.first, other.second)]
+        return self * Function(*inverse)
 
     @property
     def is_free(self) -> bool:
-        """Whether f does not depend on a."""
-        return self.at[0] == self.at[1]
+        """Whether f does not depend on a, and is not 0."""
+        return self.first == self.second != 0
 
     @property
-    def fraction(self) -> Fraction | None:
-        """The number that f is, if it is constant: the quotient of two integers below 2^200."""
-        if len(set(self.at)) != 1:
-            return None
-        (above, numerator), (below, denominator) = (PRIME, self.at[0]), (0, 1)
+    def fraction(self) -> float | None:
+        """The number that f is, if it is constant: a quotient of two integers below 2^200."""
+        (above, numerator), (below, denominator) = (PRIME, self.first), (0, 1)
         while abs(numerator) >= LARGEST:  # Euclid's algorithm, halfway
             quotient = above // numerator
             above, numerator = numerator, above - quotient * numerator
             below, denominator = denominator, below - quotient * denominator
-        return Fraction(numerator, denominator) if 0 < abs(denominator) < LARGEST else None
+        constant = self.is_free and 0 < abs(denominator) < LARGEST
+        return float(Fraction(numerator, denominator)) if constant else None
 
 
-def number(value: float) -> Term:
+def number(value: float) -> Function:
     """Return the constant function *value*, as the exact fraction that the float is."""
     exact = Fraction(value)
     element = exact.numerator * pow(exact.denominator, -1, PRIME) % PRIME
-    return Term(SCALAR, (element,) * 3)
+    return Function(element, element)
 
 
-def element(*parts: object) -> int:
-    """Derive an element of the field from *parts*."""
-    return int.from_bytes(hashlib.shake_256(repr(parts).encode()).digest(72), "big") % PRIME
+def variable(*parts: str) -> Function:
+    """Return a scalar that is free of a, with a value that is derived from *parts*."""
+    element = int.from_bytes(hashlib.shake_256(repr(parts).encode()).digest(72), "big") % PRIME
+    return Function(element, element)
 
 
-class Scaled(NamedTuple):
-    """A map that is *base*, transposed or not, times a number."""
+class Term(NamedTuple):
+    """The kind and the function of a value."""
 
-    base: ir.Value
-    transposed: bool
-    factor: float
-
-
-def swaps_last(node: ir.Node) -> bool:
-    """Return whether a Transpose exchanges the last two axes only."""
-    order = permutation(node)
-    return order == [*range(len(order) - 2), len(order) - 1, len(order) - 2]
-
-
-def operands(node: ir.Node) -> tuple[Scaled, Scaled] | None:
-    """Return the two maps that *node* multiplies: a MatMul, or an Einsum such as bim,bjm->bij."""
-    if node.op_type == "MatMul":
-        return peel(node.inputs[0]), peel(node.inputs[1])
-    equation = attribute(node, "equation", "").replace(" ", "") if node.op_type == "Einsum" else ""
-    known = re.fullmatch(r"(.)(.)(.),\1(.)(.)->\1(.)(.)", equation)
-    if known is None:
-        return None
-    _, *left, third, fourth, row, column = known.groups()
-    right = [third, fourth]
-    summed = (
-        ({*left} - {row}).pop()
-        if row in left and column in right and row != column and left[0] != left[1]
-        else ""
-    )
-    if {*right} != {summed, column} or {*left} != {summed, row}:
-        return None
-    first, second = peel(node.inputs[0]), peel(node.inputs[1])
-    return (
-        first._replace(transposed=first.transposed != (left[0] == summed)),
-        second._replace(transposed=second.transposed != (right[1] == summed)),
-    )
-
-
-def peel(value: ir.Value) -> Scaled:
-    """Find the map that *value* is a scaled transpose of."""
-    transposed, factor = False, 1.0
-    while (node := producer(value, "Mul", "Div", "Transpose", "Identity")) is not None:
-        if node.op_type in {"Mul", "Div"}:
-            left, right = scalar(node.inputs[0]), scalar(node.inputs[1])
-            if right is None and (left is None or node.op_type == "Div"):
-                break
-            factor *= (left if right is None else right) if node.op_type == "Mul" else 1 / right
-            value = node.inputs[1] if right is None else node.inputs[0]
-            continue
-        if node.op_type == "Transpose":
-            if not swaps_last(node):
-                break
-            transposed = not transposed
-        value = node.inputs[0]
-    return Scaled(value, transposed, factor)
-
-
-def centered_from(value: ir.Value) -> tuple[ir.Value, int] | None:
-    """Return (R, axis) if *value* is R minus its mean along one *axis*, which stays with size 1."""
-    node = producer(value, "Sub")
-    mean = producer(node.inputs[1], "ReduceMean") if node is not None else None
-    if (
-        node is None
-        or mean is None
-        or mean.inputs[0] is not node.inputs[0]
-        or not attribute(mean, "keepdims", 1)
-    ):
-        return None
-    return (node.inputs[0], axes(mean)[0]) if len(axes(mean)) == 1 else None
-
-
-class Region:
-    """The values that are functions of one map, and the reductions among them.
-
-    *anchor* is the first product of the map with its transpose.
-    """
-
-    def __init__(self, graph: Graph, anchor: ir.Node, factors: tuple[Scaled, Scaled]) -> None:
-        self.graph, self.anchor = graph, anchor
-        self.a = tuple(element(graph.root, anchor.outputs[0].name, point) for point in (0, 1, 0))
-        self.terms: dict[ir.Value, Term] = {}
-        self.roots: dict[Term, Term] = {}
-        self.reductions: dict[ir.Value, tuple[str, float]] = {}
-        left, right = factors
-        self.base = left.base
-        self.valid = left.transposed != right.transposed and len(dims(left.base)) == 3
-        if left.base is not right.base:
-            axis = 2 if right.transposed else 1
-            if centered_from(left.base) != (right.base, axis):
-                self.base = right.base
-                self.valid = self.valid and centered_from(right.base) == (left.base, axis)
-        if self.valid:
-            kind = (ROWS, ROWS) if right.transposed else (COLUMNS, COLUMNS)
-            self.terms[self.base] = Term((ROWS, COLUMNS), (1, 1, 1))
-            scale = number(left.factor) * number(right.factor)
-            self.terms[anchor.outputs[0]] = scale * Term(kind, self.a)
-            nodes = graph.nodes()
-            start = self.base.producer()
-            for node in nodes[nodes.index(start) if start is not None else 0 :]:
-                if node is not anchor and any(given in self.terms for given in node.inputs):
-                    found = self.evaluate(node)
-                    if found is not None:
-                        self.terms[node.outputs[0]] = found
-
-    def term(self, value: ir.Value | None) -> Term | None:
-        """Return the function of *value*; also of a constant number or a multiple of the identity."""
-        if value in self.terms:
-            return self.terms[value]
-        if not is_constant(value):
-            node = producer(value, *REPEATING)
-            return None if node is None else self.repeated(node)
-        if (single := scalar(value)) is not None:
-            return number(single) if math.isfinite(single) else None
-        sizes = dims(value)
-        if len(sizes) < 2 or sizes[-1] != sizes[-2] or any(size != 1 for size in sizes[:-2]):
-            return None
-        array = content(value)
-        if array is None:
-            return None
-        matrix = array.reshape(sizes[-2:])
-        known = np.array_equal(matrix, matrix[0, 0] * np.eye(len(matrix), dtype=matrix.dtype))
-        return number(float(matrix[0, 0]))._replace(kind=IDENTITY) if known else None
-
-    def repeated(self, node: ir.Node) -> Term | None:
-        """Return the function of a multiple of the identity that is made or repeated for each image."""
-        if node.op_type == "EyeLike":
-            shape = producer(node.inputs[0], "ConstantOfShape")
-            sizes = integers(shape.inputs[0]) if shape is not None else None
-            square = sizes is not None and len(sizes) == 2 and sizes[0] == sizes[1] is not None
-            return number(1.0)._replace(kind=IDENTITY) if square and attribute(node, "k", 0) == 0 else None
-        term = self.term(node.inputs[0])
-        if term is None or term.kind != IDENTITY:
-            return None
-        if node.op_type == "Mul":
-            factor = self.term(node.inputs[1])
-            return term * factor if factor is not None and factor.kind == SCALAR else None
-        repeats = integers(node.inputs[1])
-        return term if node.op_type == "Expand" or (repeats is not None and repeats[-2:] == [1, 1]) else None
-
-    def evaluate(self, node: ir.Node) -> Term | None:  # noqa: C901, PLR0911, PLR0912 # one case per operator
-        """Compute the function of the result of *node*; None if it is no function of this calculus."""
-        kind, first = node.op_type, self.term(node.inputs[0])
-        if first is None or node.domain:
-            return None
-        if kind in {"ReduceSum", "ReduceL2"}:
-            return self.reduced(node, first)
-        if kind == "Slice":
-            whole = [integers(given) for given in node.inputs[1:]]
-            return first if first.kind == PARTIAL and whole == [[0], dims(node.inputs[0])[1:], [1]] else None
-        if kind in {"Reshape", "Squeeze", "Unsqueeze"}:
-            return first if first.kind == SCALAR and per_image(node.outputs[0]) == 1 else None
-        if kind == "Expand":
-            return first if first.kind == SCALAR else None
-        if kind == "Einsum" and len(node.inputs) == 1:
-            return self.traced(node, first)
-        terms = [self.term(given) for given in node.inputs if given is not None]
-        if kind == "Pow" and first.is_matrix and scalar(node.inputs[1]) == 2:
-            return first._replace(kind=SQUARE)
-        if any(term is None for term in terms):
-            return None
-        known = [term for term in terms if term is not None]
-        second = known[-1]
-        if kind == "Identity":
-            return first
-        if kind == "Neg":
-            return first * number(-1.0)
-        if kind == "Transpose":
-            return (
-                first._replace(kind=first.kind[::-1]) if swaps_last(node) and first.kind in MATRICES else None
-            )
-        if all(term.kind == SCALAR for term in known):
-            return self.of_scalars(node, known)
-        if kind in {"Add", "Sub"}:
-            same = first.kind == second.kind or IDENTITY in {first.kind, second.kind}
-            matrices = {first.kind, second.kind} <= {IDENTITY, (ROWS, ROWS), (COLUMNS, COLUMNS)}
-            return first + (second * number(-1.0) if kind == "Sub" else second) if same and matrices else None
-        if kind in {"Mul", "Div"} and second.kind == SCALAR:
-            return first * (second.inverse() if kind == "Div" else second)
-        if kind == "Mul":
-            return first * second if first.kind == SCALAR else self.elementwise_product(node, first, second)
-        return self.product(first, second) if kind == "MatMul" else None
-
-    def product(self, left: Term, right: Term) -> Term | None:
-        """Compute the function of a matrix product; X X^T contributes the factor a."""
-        if IDENTITY in {left.kind, right.kind}:
-            other = right if left.kind == IDENTITY else left
-            return (left * right)._replace(kind=other.kind) if other.kind in MATRICES else None
-        if not {left.kind, right.kind} <= MATRICES or left.kind[1] != right.kind[0]:
-            return None
-        both = left * right
-        if not left.is_matrix and not right.is_matrix:
-            both = both * Term(SCALAR, self.a)
-        return both._replace(kind=(left.kind[0], right.kind[1]))
-
-    def elementwise_product(self, node: ir.Node, first: Term, second: Term) -> Term | None:
-        """Select the diagonal by a multiple of the identity, or square the elements."""
-        if IDENTITY in {first.kind, second.kind} and (first.is_matrix or second.is_matrix):
-            return (first * second)._replace(kind=DIAGONAL)
-        return first._replace(kind=SQUARE) if node.inputs[0] is node.inputs[1] and first.is_matrix else None
-
-    def reduced(self, node: ir.Node, term: Term) -> Term | None:
-        """Return the trace, the sum of squares or the norm of c P."""
-        if term.kind == DIAGONAL and axes(node) in ([1], [2]) and not attribute(node, "keepdims", 1):
-            return term._replace(kind=PARTIAL)
-        kinds = {DIAGONAL: "trace", PARTIAL: "trace", SQUARE: "squares"}
-        kind = kinds.get(term.kind) if node.op_type == "ReduceSum" else "norm" if term.is_matrix else None
-        return (
-            self.reduction(node, kind, term)
-            if axes(node) == ([1] if term.kind == PARTIAL else [1, 2])
-            else None
-        )
-
-    def traced(self, node: ir.Node, term: Term) -> Term | None:
-        """Return the trace of c P, written as an Einsum such as bii->b."""
-        before, _, after = attribute(node, "equation", "").replace(" ", "").partition("->")
-        diagonal = len(before) == 3 and before[1] == before[2] != before[0] == after
-        return self.reduction(node, "trace", term) if diagonal and term.is_matrix else None
-
-    def reduction(self, node: ir.Node, kind: str | None, term: Term) -> Term | None:
-        """Return a new scalar for the trace, sum of squares or norm of *term*, which must be c P."""
-        factor = (term * Term(SCALAR, self.a).inverse()).fraction
-        if kind is None or factor is None or len(dims(node.outputs[0])) not in {1, 3}:
-            return None
-        self.reductions[node.outputs[0]] = kind, float(factor)
-        return self.opaque(kind, factor)
-
-    def of_scalars(self, node: ir.Node, terms: list[Term]) -> Term | None:
-        """Compute with scalars exactly, or make the result of another function a new scalar."""
-        operator = node.op_type
-        if operator in {"Add", "Sub"}:
-            return terms[0] + (terms[1] * number(-1.0) if operator == "Sub" else terms[1])
-        if operator in {"Mul", "Div"}:
-            return terms[0] * (terms[1].inverse() if operator == "Div" else terms[1])
-        if operator == "Reciprocal":
-            return terms[0].inverse()
-        if operator == "Sqrt" and terms[0] in self.roots:
-            return self.roots[terms[0]]
-        if operator not in OPAQUE:
-            return None
-        described = sorted((name, str(value.value)) for name, value in node.attributes.items())
-        return self.opaque(operator, described, [term.at for term in terms])
-
-    def opaque(self, *parts: object) -> Term:
-        """Return a new scalar, a square in the field, that depends on *parts* only."""
-        root = [element(self.graph.root, point, *parts) for point in (0, 1)]
-        square = [value * value % PRIME for value in root]
-        found = Term(SCALAR, (square[0], square[0], square[1]))
-        self.roots[found] = Term(SCALAR, (root[0], root[0], root[1]))
-        return found
-
-    def result(self) -> ir.Value | None:
-        """Return the only matrix that an operator outside of the region reads."""
-        exposed = [
-            value
-            for value, term in self.terms.items()
-            if term.kind != SCALAR
-            and value is not self.base
-            and (
-                value.is_graph_output()
-                or any(
-                    use.node.outputs[0] not in self.terms and use.node.op_type != "Shape"
-                    for use in value.uses()
-                )
-            )
-        ]
-        inputs = {
-            value
-            for value in exposed
-            if self.terms[value].kind[0] != self.terms[value].kind[1] and peel(value).base is self.base
-        }
-        found = [value for value in exposed if value not in inputs]
-        return found[0] if len(found) == 1 and self.terms[found[0]].is_matrix else None
-
-    def express(self, wanted: Term, before: ir.Node) -> "Scale | None":
-        """Write the scalar *wanted* as a number, times or divided by a scalar computed by *before*."""
-        if (single := wanted.fraction) is not None:
-            return Scale(float(single), None, 1)
-        for value, term in self.terms.items():
-            if term.kind == SCALAR and dims(value)[1:] == [1, 1] and comes_first(self.graph, value, before):
-                for power, ratio in ((1, wanted * term.inverse()), (-1, wanted * term)):
-                    if (single := ratio.fraction) is not None:
-                        return Scale(float(single), value, power)
-        return None
-
-
-def per_image(value: ir.Value) -> int | None:
-    """Return the number of elements per image."""
-    sizes = dims(value)
-    return math.prod(size for size in sizes if size is not None) if sizes.count(None) <= 1 else None
-
-
-def comes_first(graph: Graph, value: ir.Value, node: ir.Node) -> bool:
-    """Return whether *value* is computed before *node*."""
-    order = graph.nodes()
-    start = value.producer()
-    return start is None or order.index(start) < order.index(node)
+    kind: str
+    function: Function
 
 
 class Scale(NamedTuple):
     """The scalar *number* * *value* ^ *power* of each image."""
 
     number: float
-    value: ir.Value | None
-    power: int
-
-
-def iterates(a: Term, steps: int) -> list[Term]:
-    """Return Y_1 .. Y_N of the scalar function *a*."""
-    y, z, found = a, number(1.0), []
-    for _ in range(steps):
-        t = (number(3.0) + z * y * number(-1.0)) * number(0.5)
-        y, z = y * t, t * z
-        found.append(y)
-    return found
+    value: ir.Value | None = None
+    power: int = 1
 
 
 class Root(NamedTuple):
-    """The root rho Y_N(alpha P) of N steps, with the scales rho and alpha."""
+    """The value rho Y_N(alpha A) of N steps."""
 
+    value: ir.Value
     steps: int
     rho: Scale
     alpha: Scale
 
 
-def recognize(region: Region, result: ir.Value) -> Root | None:
-    """Find N, rho and alpha of *result*."""
-    function = region.terms[result]._replace(kind=SCALAR)
-    end = result.producer()
-    candidates: dict[Term, None] = {}
-    for term in region.terms.values():
-        if term.is_matrix:
-            alpha = term._replace(kind=SCALAR) * Term(SCALAR, region.a).inverse()
-            if alpha.is_free:
-                candidates[alpha] = None
-    for alpha in reversed(candidates):
-        for step, y in enumerate(iterates(alpha * Term(SCALAR, region.a), MOST_STEPS), start=1):
-            ratio = function * y.inverse()
-            if ratio.is_free and end is not None:
-                scales = region.express(ratio, end), region.express(alpha, end)
-                return Root(step, *scales) if None not in scales else None
-    return None
+class Region:
+    """The values that are functions of the product *anchor*, and the traces among them."""
+
+    def __init__(self, graph: Graph, anchor: ir.Node) -> None:
+        self.root = graph.root
+        self.a = Function(variable(self.root, "first").first, variable(self.root, "second").second)
+        self.terms = {anchor.outputs[0]: Term(MATRIX, self.a)}
+        self.traces: dict[ir.Value, float] = {}
+        for node in graph.nodes():
+            term = None if node.domain or node is anchor or not node.inputs else self.evaluate(node)
+            if term is not None:
+                self.terms[node.outputs[0]] = term
+
+    def term(self, value: ir.Value | None) -> Term | None:
+        """Return the term of *value*: an operator's result, a constant or a scalar of each image."""
+        sizes, single = dims(value), scalar(value)
+        if value is None or value in self.terms or len(sizes) > 3:
+            return self.terms.get(value) if value is not None else None
+        if single is not None:
+            return Term(SCALAR, number(single)) if np.isfinite(single) and single else None
+        if len(sizes) == 3 and sizes[1:] == [1, 1]:
+            self.terms[value] = Term(SCALAR, variable(self.root, str(value.name)))
+            return self.terms[value]
+        matrix = square(value)
+        if matrix is None or not np.array_equal(
+            matrix, matrix[0, 0] * np.eye(len(matrix), dtype=matrix.dtype)
+        ):
+            return None
+        return Term(IDENTITY, number(float(matrix[0, 0])))
+
+    def evaluate(self, node: ir.Node) -> Term | None:
+        """Compute the term of the result of *node*; None if it is no function of this calculus."""
+        first = self.term(node.inputs[0])
+        if first is None:
+            return None
+        if node.op_type in {"ReduceSum", "Slice"}:
+            return self.diagonal_sum(node, first)
+        if node.op_type in {"Expand", "Tile", "Identity"}:
+            same = dims(node.inputs[0])[-2:] == dims(node.outputs[0])[-2:]
+            return first if first.kind == SCALAR or same else None
+        second = self.term(node.inputs[1]) if len(node.inputs) == 2 else None
+        if second is None or node.op_type not in OPERATORS:
+            return None
+        compute, kinds = OPERATORS[node.op_type]
+        kind = kinds.get((first.kind, second.kind))
+        return None if kind is None else Term(kind, compute(first.function, second.function))
+
+    def diagonal_sum(self, node: ir.Node, term: Term) -> Term | None:
+        """Recognize the trace of c A: its diagonal, summed over both axes at once or one after the other."""
+        if node.op_type == "Slice":  # of all elements
+            bounds = [content(given) for given in node.inputs[1:]]
+            whole = [None if array is None else array.tolist() for array in bounds]
+            return term if term.kind == SUMS and whole == [[0], dims(node.inputs[0])[1:], [1]] else None
+        over, keep = axes(node), attribute(node, "keepdims", 1)
+        if term.kind == DIAGONAL and over in ([1], [2]) and not keep:
+            return term._replace(kind=SUMS)
+        factor = (term.function / self.a).fraction
+        if factor is not None and (term.kind, over) in ((DIAGONAL, [1, 2]), (SUMS, [1])):
+            self.traces[node.outputs[0]] = factor
+        return None
+
+    def find_root(self) -> Root | None:
+        """Return the only value that others read, if it is rho Y_N(alpha A)."""
+        alphas, results = [], []
+        for value, (kind, function) in self.terms.items():
+            alpha = function / self.a
+            if kind == MATRIX and alpha.is_free:
+                alphas.append(alpha)
+            elif kind == MATRIX and self.is_read_outside(value):
+                results.append(value)
+        for alpha in reversed(alphas if len(results) == 1 else []):
+            y, z = alpha * self.a, number(1.0)
+            for steps in range(1, MOST_STEPS + 1):
+                t = number(1.5) - number(0.5) * z * y
+                y, z = y * t, t * z
+                ratio = self.terms[results[0]].function / y
+                if ratio.is_free:
+                    rho, scale = self.express(ratio), self.express(alpha)
+                    return Root(results[0], steps, rho, scale) if rho and scale else None
+        return None
+
+    def is_read_outside(self, value: ir.Value) -> bool:
+        """Return whether an operator outside of the region reads *value*."""
+        readers = {use.node.outputs[0] for use in value.uses() if use.node.op_type != "Shape"}
+        return value.is_graph_output() or not readers <= self.terms.keys()
+
+    def express(self, wanted: Function) -> Scale | None:
+        """Write the scalar *wanted* as a number, times or divided by a scalar of the region."""
+        if (factor := wanted.fraction) is not None:
+            return Scale(factor)
+        for value, (kind, function) in self.terms.items():
+            for power, ratio in ((1, wanted / function), (-1, wanted * function)):
+                if kind == SCALAR and (factor := ratio.fraction) is not None:
+                    return Scale(factor, value, power)
+        return None
 
 
-def apply(graph: Graph, anchor: ir.Node, _form: str) -> Finding | None:
+def apply(graph: Graph, anchor: ir.Node) -> tuple[str, str] | None:
     """Replace the root that starts with the product *anchor*."""
-    factors = (
-        operands(anchor) if anchor.op_type in {"MatMul", "Einsum"} and anchor not in graph.made else None
-    )
-    if factors is None:
+    sizes, left = dims(anchor.outputs[0]), dims(anchor.inputs[0]) if anchor.inputs else []
+    if anchor.op_type != "MatMul" or len(sizes) != 3 or not left:
         return None
-    region = Region(graph, anchor, factors)
-    result = region.result() if region.valid else None
-    found = recognize(region, result) if result is not None else None
-    sizes = dims(region.base)[1:]
-    if (
-        result is None
-        or found is None
-        or None in sizes
-        or region.base.dtype not in {ir.DataType.FLOAT, ir.DataType.DOUBLE}
-    ):
+    rows, inner = sizes[1], left[-1]
+    exact = anchor.outputs[0].dtype in {ir.DataType.FLOAT, ir.DataType.DOUBLE}
+    region = Region(graph, anchor) if exact and rows == sizes[2] else None
+    root = None if region is None else region.find_root()
+    if region is None or root is None or rows is None or inner is None:
         return None
-    rows = region.terms[result].kind == (ROWS, ROWS)
-    outer, inner = sizes if rows else sizes[::-1]
-    gram = gram_is_cheaper(outer, inner, found.steps)
-    write(graph, region, result, found, use_gram=gram)
-    products = max(1, 3 * found.steps - 3)
-    return Finding(
-        value=str(result.name).removesuffix("/before"),
-        precondition=f"the polynomial of N = {found.steps} steps on a map of {outer} x {inner}",
-        effect=f"{products} products of {inner if gram else outer} rows"
-        + (", in the Gram domain" if gram else ""),
-        reads=(str(region.base.name),),
+    before = sum(node.op_type == "MatMul" and node.outputs[0] in region.terms for node in graph.nodes()) - 1
+    products = max(1, 3 * root.steps - 3)
+    use_inner = 2 * rows * inner**2 + products * inner**3 < products * rows**3
+    if before <= products and not use_inner:
+        return None
+    write(graph, region, anchor, root, inner if use_inner else None)
+    return (
+        f"the polynomial of N = {root.steps} steps on a product of {rows} x {inner} elements",
+        f"{before} products of {rows} rows become {products} of {inner if use_inner else rows}",
     )
 
 
-def gram_is_cheaper(channels: int, positions: int, steps: int) -> bool:
-    """Decide whether the iteration on X^T X takes fewer multiply-adds than on X X^T."""
-    products = max(1, 3 * steps - 3)
-    return products * positions**3 + 2 * channels * positions**2 < products * channels**3
-
-
-def write(graph: Graph, region: Region, result: ir.Value, root: Root, *, use_gram: bool) -> None:
-    """Write the root in the fewest products, and replace *result* and the reductions of the region."""
-    x, op, rows = region.base, graph.before(region.anchor), region.terms[result].kind == (ROWS, ROWS)
-    flipped = op.Transpose(x, perm=[0, 2, 1])
-    left, right = (x, flipped) if rows else (flipped, x)  # the result has the rows of `left`
-    p = op.MatMul(right, left) if use_gram else op.MatMul(left, right)
-    eye = np.eye(dims(x)[1 if rows != use_gram else 2])
-    moved: dict[ir.Value | None, ir.Value] = {}
-    for value, (kind, factor) in region.reductions.items():
-        names = {"keepdims": int(len(dims(value)) == 3)}
-        if kind == "norm":
-            total, factor = op.ReduceL2(p, np.array([1, 2]), **names), abs(factor)
-        else:
-            total = op.ReduceSum(op.Mul(p, eye if kind == "trace" else p), np.array([1, 2]), **names)
-            factor = factor if kind == "trace" else factor**2
-        moved[value] = total if factor == 1 else op.Mul(total, factor)
-        graph.replace(value, moved[value])
-    op = graph.before(result.producer())
-
-    def scaled(matrix: ir.Value, *scales: Scale) -> ir.Value:
-        """Multiply *matrix* by *scales*, which are multiplied first."""
-        factor = math.prod(scale.number for scale in scales)
-        above = [moved.get(s.value, s.value) for s in scales if s.value is not None and s.power == 1]
-        below = [moved.get(s.value, s.value) for s in scales if s.value is not None and s.power == -1]
-        if not above and not below:
-            return matrix if factor == 1 else op.Mul(matrix, factor)
-        if not above:
-            by = functools.reduce(op.Mul, below)
-            return op.Div(matrix, by if factor == 1 else op.Mul(by, 1 / factor))
-        by = functools.reduce(op.Div, below, functools.reduce(op.Mul, above))
-        return op.Mul(matrix, by if factor == 1 else op.Mul(by, factor))
-
-    y, half = scaled(p, root.alpha), None
-    identity = graph.constant(f"{result.name}/identity", 1.5 * eye, x)
+def write(graph: Graph, region: Region, anchor: ir.Node, root: Root, inner: int | None) -> None:
+    """Replace the value of *root* by 3N - 3 products, on L R or on R L of *inner* rows, and the traces."""
+    left, right, p = operand(anchor, 0), operand(anchor, 1), anchor.outputs[0]
+    op, moved = graph.before(anchor), {}
+    if inner is not None:
+        p = op.MatMul(right, left)
+        for value, factor in region.traces.items():
+            keep = int(len(dims(value)) == 3)
+            diagonal = op.Mul(p, factor * np.eye(inner))
+            moved[value] = op.ReduceSum(diagonal, np.array([1, 2]), keepdims=keep)
+            graph.replace(value, moved[value])
+    rho, alpha = (
+        scale if scale.value is None else scale._replace(value=moved.get(scale.value, scale.value))
+        for scale in (root.rho, root.alpha)
+    )
+    op = graph.before(root.value.producer() or anchor)
+    identity = 1.5 * np.eye(inner or dims(p)[1] or 0)
+    y, half = scaled(op, p, alpha), None
     t = op.Sub(identity, op.Mul(y, 0.5))
     for _ in range(root.steps - 1):
         half = op.Mul(t, -0.5) if half is None else op.MatMul(t, half)
         y = op.MatMul(y, t)
         t = op.Add(op.MatMul(half, y), identity)
-    if use_gram:
-        z = t if half is None else op.MatMul(t, half)
-        z = scaled(z, root.alpha, root.rho, Scale(1.0 if half is None else -2.0, None, 1))
-        found = op.MatMul(op.MatMul(left, z), right)
-    else:
-        found = scaled(op.MatMul(y, t), root.rho)
-    graph.replace(result, found)
+    if inner is None:
+        graph.replace(root.value, scaled(op, op.MatMul(y, t), rho))
+        return
+    z = t if half is None else op.MatMul(t, half)
+    z = scaled(op, z, alpha, rho, Scale(1.0 if half is None else -2.0))
+    graph.replace(root.value, op.MatMul(op.MatMul(left, z), right))
+
+
+def scaled(op: Builder, matrix: ir.Value, *scales: Scale) -> ir.Value:
+    """Multiply *matrix* by *scales*, which are multiplied first."""
+    product: ir.Value | float = float(np.prod([scale.number for scale in scales]))
+    for scale in scales:
+        if scale.value is not None:
+            product = (op.Mul if scale.power == 1 else op.Div)(product, scale.value)
+    return matrix if product == 1.0 else op.Mul(matrix, product)

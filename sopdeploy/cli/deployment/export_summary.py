@@ -48,7 +48,6 @@ def _facts(exported: "Exported") -> dict[str, str]:
     certificate, parity, lowering = exported.certificate, exported.parity, exported.lowering
     precisions = ", ".join(f"{count} parts in {name}" for name, count in exported.precision.summary().items())
     rules = ", ".join(f"{name} ({times})" for name, times in lowering.summary.items()) or "none applies"
-    forms = "; ".join(f"{choice.where}: {choice.form} ({choice.by})" for choice in lowering.choices)
     trained, shipped = exported.network_summary.trained, exported.network_summary.shipped
     removed = "nothing: the network has no training-only parts"
     if certificate.removed:
@@ -64,7 +63,7 @@ def _facts(exported: "Exported") -> dict[str, str]:
         "graph": f"{' = '.join(certificate.compared)}, root {certificate.roots.any_batch[:16]} "
         f"({certificate.roots.operations} operations; also at batch 1, also as ONNX)",
         "logits": f"bitwise equal on {certificate.images} probe images",
-        "rules": f"{rules}; {forms}" if forms else rules,
+        "rules": rules,
         "types": f"{exported.precision.precision}: {precisions}",
         "drift": f"{parity.logits.largest_drift:.2g} = {parity.logits.drift_in_floors:.1f} noise floors "
         f"(allowed {parity.logits.tolerance:.2g})",

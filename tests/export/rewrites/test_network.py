@@ -8,10 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import numpy_helper
 from torch import nn
 
@@ -21,17 +19,15 @@ from sopdeploy.bundle.manifest import BatchRange, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.errors import BundleError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph import capture_any_batch, lower, value_parts
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.pipeline import Exported, export
 from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.replay import SOURCE, check_lowering
-from sopdeploy_export.rewrites import linear, mixture, newton_schulz
+from sopdeploy_export.rewrites import mixture
 from sopdeploy_export.rewrites.apply import Lowered, lower_graph
-from tests.export.conftest import SIDE, save, trained
+from tests.export.conftest import save, trained
 from tests.forged import forge
 
 Make = Callable[..., Classifier]
@@ -45,31 +41,10 @@ MIXTURE = {
 }
 NAMES = {
     "gmsop": ("gmsop-16-8-resnet18", MIXTURE),
-    "averaged": (
-        "avesop-16-resnet18",
-        {
-            "components": 3,
-            "component_widths": (6,),
-            "iterations": 2,
-            "blocks_per_stage": 1,
-            "conv5_stride": 1,
-        },
-    ),
     "isqrt": ("isqrt-resnet8", {"pooling": {"kind": "isqrt", "width": 8}}),
     "plain": ("resnet8", {}),
 }
-EXPECTED = {
-    "gmsop": {
-        (mixture.NAME, "mixture"),
-        (mixture.TRIANGLE, "mixture"),
-        (newton_schulz.NAME, "mixture.after"),
-        (newton_schulz.NAME, "gate.feature.2"),
-        (linear.FUSION_NORM, "head.fc"),
-    },
-    "averaged": {(newton_schulz.NAME, "mixture.after")},
-    "isqrt": {(newton_schulz.NAME, "pooling.root"), (linear.COMPENSATION, "fc")},
-    "plain": set(),
-}
+EXPECTED = {"gmsop": {(mixture.NAME, "mixture")}, "isqrt": set(), "plain": set()}
 
 
 def network(make: Make, which: str) -> Classifier:
@@ -89,7 +64,7 @@ def network(make: Make, which: str) -> Classifier:
 def lowered(made: nn.Module, preprocess: Preprocess, outputs: tuple[str, ...] = ("logits",)) -> Lowered:
     program = capture_any_batch(made, preprocess, SMALL)
     where = value_parts(program, outputs)
-    return lower_graph(lower(program, outputs), SMALL.optimum, where=where)
+    return lower_graph(lower(program, outputs), where)
 
 
 @pytest.mark.parametrize("which", EXPECTED)
@@ -98,29 +73,8 @@ def test_rules_are_reported_with_place_and_precondition(
 ) -> None:
     made = network(make, which)
     found = lowered(made, preprocess, made.outputs)
-    assert EXPECTED[which] <= {(rule.name, rule.where) for rule in found.rules}
+    assert EXPECTED[which] == {(rule.name, rule.where) for rule in found.rules}
     assert all(rule.precondition and rule.effect for rule in found.rules)
-
-
-@pytest.mark.parametrize("released", [False, True], ids=["the paper's block", "the released block"])
-@pytest.mark.parametrize("form", linear.ROW_FORMS)
-def test_row_norms_of_a_gsop_block_are_folded(released: bool, form: str, preprocess: Preprocess) -> None:
-    torch.manual_seed(0)
-    config = GSoPBlockConfig(attention="average", cov_width=32, **(RELEASED_BLOCK if released else {}))
-    block = GSoPBlock(config, 64, 1)
-    for part in block.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            nn.init.uniform_(part.running_var, 0.5, 1.5)
-            nn.init.normal_(part.running_mean, std=0.2)
-    made = nn.Sequential(nn.Conv2d(3, 64, 4, stride=4), block, nn.Flatten()).eval()
-    program = capture_any_batch(made, preprocess, SMALL)
-    model = lower(program, ["logits"])
-    forms = {node.output[0]: form for node in model.graph.node}
-    found = lower_graph(model, forms=forms)
-    assert [choice.form for choice in found.choices] == [form] * 2
-    images = {"images": np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)}
-    ours, plain = (open_session(graph).run(None, images)[0] for graph in (found.model, model))
-    np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_exporter_imports_no_paper() -> None:
@@ -146,7 +100,7 @@ def test_lowering_json_records_both_roots_and_every_rule(gated: Exported) -> Non
         == f"{len(gated.lowering.rules)} rewrite rules, replayed on the certified graph, give model.onnx"
     )
     assert gated.parity.passed
-    assert {mixture.NAME, linear.FUSION_NORM} <= gated.lowering.summary.keys()
+    assert gated.lowering.summary == {mixture.NAME: 1}
 
 
 @pytest.fixture(scope="module")
@@ -174,19 +128,10 @@ def test_no_lowering_exports_the_certified_graph(mixture_checkpoint: Path, tmp_p
     assert found.parity.passed
 
 
-@pytest.mark.slow
-def test_autotune_chooses_one_of_the_equivalent_forms(mixture_checkpoint: Path, tmp_path: Path) -> None:
-    found = export(mixture_checkpoint, tmp_path, ExportOptions(detach=True, max_batch=4, autotune=True))
-    (choice,) = found.lowering.choices
-    assert (choice.where, choice.by) == ("mixture", "autotune")
-    assert choice.form in choice.among
-    assert found.parity.passed
-
-
-def forge_source(folder: Path, weight: str) -> None:
+def forge_source(folder: Path) -> None:
     """Change one number of the stored graph, as if another network had been certified."""
     source = onnx.load_from_string(gzip.decompress((folder / SOURCE).read_bytes()))
-    tensor = next(tensor for tensor in source.graph.initializer if tensor.name == weight)
+    tensor = next(t for t in source.graph.initializer if t.raw_data and t.data_type == onnx.TensorProto.FLOAT)
     values = numpy_helper.to_array(tensor).copy()
     values.flat[0] += 1
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
@@ -210,7 +155,7 @@ def forge_report(folder: Path) -> None:
 
 
 FORGED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "another source": (lambda folder: forge_source(folder, "head.fc.weight"), "is not the certified graph"),
+    "another source": (forge_source, "is not the certified graph"),
     "a changed file": (forge_file, "is not the certified graph|rules do not give model.onnx"),
     "a missing application": (forge_report, "rewrite rules do not give model.onnx"),
     "a source that is no archive": (lambda folder: (folder / SOURCE).write_bytes(b"x"), "cannot be read"),

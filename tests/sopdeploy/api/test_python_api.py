@@ -128,7 +128,6 @@ def test_the_signature_and_the_docstring_of_a_function_list_its_options() -> Non
         ({"precision": "int4"}, r"^precision: Input should be 'fp32'.*\(got 'int4'\)$"),
         ({"newton_schulz": "fp16"}, r"^newton_schulz: fp16 needs precision fp16$"),
         ({"keep_float": ["conv1"]}, r"^keep_float: only with precision int8$"),
-        ({"autotune": True, "lowering": False}, r"^autotune: without rewrite rules"),
     ],
 )
 def test_an_invalid_option_of_an_export_is_one_line(options: dict[str, Any], message: str) -> None:
