@@ -31,8 +31,7 @@ from sopdeploy.training.fine_tuning import StartConfig
 from sopdeploy.training.recipe import ModelConfig, Recipe
 
 WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
-TIMED_IMAGES = 5
-BATCH = 16
+BATCH, TIMED_IMAGES = 16, 5
 PROJECTION_BATCHES = 8  # for the projections: with 49 positions per image, 6,272 rows
 
 

@@ -145,14 +145,13 @@ class Problem:
             )
 
     def cross_validate(
-        self, folds_N: Indices, grid: Sequence[float] = GRID, fitted: NDArray[np.bool_] | None = None
+        self, folds_N: Indices, grid: Sequence[float] = GRID, fitted: NDArray[np.bool_] | bool = True
     ) -> Array:
         """Compute the out-of-fold logits (G, N, K) of *grid* by fits to the images *fitted* (N,)."""
         logits_GNK = np.zeros((len(grid), *self.targets.classes.shape))
         for fold in range(int(folds_N.max()) + 1):
             tested = folds_N == fold
-            images = np.flatnonzero(~tested if fitted is None else fitted & ~tested)
-            for number, head in enumerate(self.fit(images, grid)):
+            for number, head in enumerate(self.fit(np.flatnonzero(fitted & ~tested), grid)):
                 logits_GNK[number, tested] = self.reduced[tested] @ head.weight.T + head.bias
         return logits_GNK
 
@@ -162,12 +161,12 @@ class Problem:
         weight_KD = head.weight @ self.basis.T * self.scale
         return LinearHead(weight_KD, head.bias - weight_KD @ self.center)
 
-    def distances(self, folds_N: Indices, fitted: NDArray[np.bool_] | None = None) -> Array:
+    def distances(self, folds_N: Indices, fitted: NDArray[np.bool_] | bool = True) -> Array:
         """Compute the distances (N,) of inputs from the mean of the *fitted* images of the other folds."""
         distances_N = np.zeros(len(self.reduced))
         for fold in range(int(folds_N.max()) + 1):
             tested = folds_N == fold
-            images = ~tested if fitted is None else fitted & ~tested
+            images = fitted & ~tested
             if images.any():
                 center_R = self.reduced[images].mean(axis=0)
                 distances_N[tested] = np.linalg.norm(self.reduced[tested] - center_R, axis=1)

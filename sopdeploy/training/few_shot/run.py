@@ -85,8 +85,7 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
         except DataError as error:
             raise unreadable_images_error(error, data.train, data.held_out) from None
     run.decision = _fit_decision(run, data.train)
-    seconds = time.monotonic() - since
-    lr = run.optimizer.param_groups[0]["lr"]
+    seconds, lr = time.monotonic() - since, run.optimizer.param_groups[0]["lr"]
     losses = {"loss": targets.mean_loss(logits)}
     row = EpochRow(epoch=1, lr=lr, losses=losses, metrics=metrics, seconds=seconds)
     run.position = Position(epoch=1, seconds=seconds, history=(row,))
