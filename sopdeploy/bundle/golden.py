@@ -8,7 +8,6 @@ deploy/samples has such programs.
 """
 
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,11 +139,9 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
         return ()
     path, shape = bundle.path, bundle.manifest.image_shape
     try:
-        index = GoldenIndex.model_validate(json.loads((path / GOLDEN).read_bytes()))
+        index = GoldenIndex.model_validate_json((path / GOLDEN).read_bytes())
     except pydantic.ValidationError as problem:
         raise BundleError(f"{path / GOLDEN}: {first_problem(problem)}; export the bundle again") from problem
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path / GOLDEN}: not JSON ({error}); export the bundle again") from error
     found = []
     for example in index.examples:
         names, records = (example.jpeg, example.pixels), bundle.manifest.files

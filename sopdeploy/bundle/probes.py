@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import BundleError, ParityError
 
+ANOTHER_NETWORK = "this runtime does not compute the exported network"
 Outputs = Mapping[str, NDArray[np.float32]]
 Run = Callable[[NDArray[np.uint8]], Outputs]
 
@@ -76,7 +77,7 @@ def replay(probes: Probes, run: Run, *, batch: int = 1) -> Replay:
         if not found <= probes.tolerance[name]:
             raise ParityError(
                 f"probes: output {name!r} deviates by {found:.3g}, the bound is "
-                f"{probes.tolerance[name]:.3g}; this runtime does not compute the exported network"
+                f"{probes.tolerance[name]:.3g}; {ANOTHER_NETWORK}"
             )
     return Replay(deviation=worst, tolerance=probes.tolerance, images=len(probes.images))
 
@@ -86,16 +87,9 @@ def deviation(name: str, outputs: Outputs, expected: NDArray[np.float32]) -> flo
 
     Raises `ParityError` if the output is missing, has another shape or is not finite.
     """
-    if name not in outputs:
-        raise ParityError(f"probes: no output {name!r}; this runtime does not compute the exported network")
-    values = outputs[name]
-    if values.shape != expected.shape:
+    values = outputs.get(name)
+    if values is None or values.shape != expected.shape or not np.isfinite(values).all():
         raise ParityError(
-            f"probes: output {name!r} is {values.shape}, not {expected.shape}"
-            "; this runtime does not compute the exported network"
-        )
-    if not np.isfinite(values).all():
-        raise ParityError(
-            f"probes: output {name!r} is not finite; this runtime does not compute the exported network"
+            f"probes: output {name!r} is missing, has another shape or is not finite; {ANOTHER_NETWORK}"
         )
     return float(np.abs(values.astype(np.float64) - expected).max(initial=0.0))

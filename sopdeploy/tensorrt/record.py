@@ -5,7 +5,6 @@ rebuild can state its reason.
 """
 
 import hashlib
-import json
 from typing import Annotated, Literal
 
 import pydantic
@@ -124,4 +123,4 @@ class EngineRecord(StrictModel):
     @classmethod
     def from_bytes(cls, raw: bytes) -> "EngineRecord":
         """Parse the JSON in *raw*; raise `ValueError` if it is not a valid record."""
-        return cls.model_validate_json(json.dumps(json.loads(raw)))
+        return cls.model_validate_json(raw)

@@ -59,10 +59,6 @@ WRONG: dict[str, tuple[bool, str, dict[str, Any], str]] = {
         True, "node_convolved", {"Inputs": tensor("Float"), "Outputs": tensor("Float")},
         r"^layer1: .* the graph asks for fp16",
     ),
-    "int8 instead of fp32": (
-        False, "node_convolved",
-        {"Inputs": tensor("Thirty-two wide channel vectorized row major Int8 format")}, "computes with int8",
-    ),
 }  # fmt: skip
 
 

@@ -246,17 +246,6 @@ def ends(drawn: Markup) -> list[tuple[float, float]]:
     return found
 
 
-def test_long_labels_and_values_of_bars_are_not_clipped() -> None:
-    rows = [
-        Bar(label="0.9 to 0.99", value=0.4, text="40.0 % (100.0 %)"),
-        Bar(label="1" * 30, value=1, text="1"),
-    ]
-    drawn = bars("b", "t", rows, 1.0)
-    assert "40.0 % (100.0 %)</text>" in drawn
-    assert len(ends(drawn)) == 4
-    assert all(start >= 0 and end < 360.1 for start, end in ends(drawn))
-
-
 @pytest.mark.parametrize("label", ["hat", "longsleeve", "a class with a long name"])
 @pytest.mark.parametrize("count", [2, 6, 14, 30])
 def test_a_confusion_matrix_shows_whole_names_inside_its_picture(label: str, count: int) -> None:

@@ -42,15 +42,6 @@ def variant(forward: Callable[[Any, Tensor], Any], *, aux: bool = True) -> Small
     return type("Variant", (Small,), {"forward": forward})(aux=aux)
 
 
-class Distilled(Small):
-    """The output averages both heads, as in DeiT: there is nothing to detach."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.features(images)
-        heads = [self.fc(features)] + ([] if self.aux is None else [self.aux(features)])
-        return torch.stack(heads).mean(0)
-
-
 class WithTeacher(Small):
     """Contains a whole second network."""
 
@@ -201,11 +192,6 @@ def leaks_at_batch_one(self: Any, images: Tensor) -> Tensor:
     features = self.features(images)
     leak = self.aux is not None and images.shape[0] == 1
     return self.fc(features) + (0 * self.aux(features) if leak else 0)
-
-
-def squeezes(self: Any, images: Tensor) -> Tensor:
-    """Drop the batch dimension of a single image."""
-    return self.fc(self.features(images)).squeeze()
 
 
 def uses_numpy(self: Any, images: Tensor) -> Tensor:

@@ -65,29 +65,17 @@ def lineage(**changes: Any) -> bytes:
 
 VALID = manifest().to_bytes()
 REFUSED: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"", "Expecting value"),
     "not JSON": (b"{]", "Expecting"),
     "a list": (b"[]\n", "not a JSON object"),
-    "an empty table": (b"{}\n", "model: missing"),
     "an unknown key": (edited(extra=1), "extra: unknown key"),
     "a newer version": (edited(version=2), r"version: .*\(got '2'\)"),
     "another format": (edited(format="zip"), "format: .*zip"),
     "an invalid hash": (lineage(onnx_root="xyz"), r"lineage\.onnx_root"),
     "a negative size": (edited(files={"a": {"bytes": -1, "sha256": "a" * 64}}), r"files\.a\.bytes"),
-    "an extra key of a file": (
-        edited(files={"a": {"bytes": 1, "sha256": "a" * 64, "mode": 7}}),
-        "mode: unknown",
-    ),
-    "code as a value": (edited(model={"$eval": "1"}), "model: "),
-    "no output": (edited(outputs=[]), r"outputs.*at least 1 item"),
     "batches out of order": (edited(batch={"minimum": 9, "optimum": 8}), "minimum <= optimum"),
     "another id": (edited(id="0" * 12), "was edited or damaged"),
     "no id": (to_json({k: v for k, v in json.loads(VALID).items() if k != "id"}), "was edited or damaged"),
-    "other whitespace": (json.dumps(json.loads(VALID)).encode(), "was edited or damaged"),
     "a duplicate key": (VALID.replace(b'  "opset": 18', b'  "opset": 17,\n  "opset": 18'), "was edited"),
-    "a byte order mark": (b"\xef\xbb\xbf" + VALID, "was edited or damaged"),
-    "a lone surrogate": (edited(model="@").replace(b'"@"', b'"\\ud800"'), "hex escape"),
-    "a number too long": (b'{"opset": ' + b"1" * 10_000 + b"}", "digits"),
 }
 
 

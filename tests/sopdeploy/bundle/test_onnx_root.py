@@ -20,16 +20,10 @@ def test_lists_of_parts_never_collide() -> None:
 
 NUMBERS: dict[int, list[float]] = {
     TensorProto.FLOAT: [1.5, -2.0],
-    TensorProto.DOUBLE: [1.5, -2.0],
     TensorProto.FLOAT16: [1.5, -2.0],
     TensorProto.BFLOAT16: [1.5, -2.0],
     TensorProto.INT8: [-1, 5],
-    TensorProto.UINT8: [255, 5],
-    TensorProto.INT16: [-1, 5],
-    TensorProto.INT32: [-1, 5],
     TensorProto.INT64: [-1, 5],
-    TensorProto.UINT32: [2**32 - 1, 5],
-    TensorProto.UINT64: [2**63 + 1, 5],
     TensorProto.BOOL: [True, False],
 }
 
@@ -133,7 +127,6 @@ REJECTED: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "control flow": (control_flow, "LeakyRelu contains a subgraph"),
     "its own operator": (lambda m: m.functions.add(name="Relu"), "defines its own operators"),
     "an unknown operand": (lambda m: m.graph.node[0].input.append("q"), "not a complete ONNX model"),
-    "no graph": (lambda m: m.ClearField("graph"), "not a complete ONNX model"),
 }
 
 
@@ -160,22 +153,6 @@ def field_number_that_overflows() -> bytes:
     return plain().SerializeToString() + b"\xba\x80\x80\x80\x10" + bytes([len(graph)]) + graph
 
 
-def operand_of_another_wire_type() -> bytes:
-    """A reader that ignores wire types finds a third operand, named by eight letters; a runtime finds two."""
-    model = plain()
-    model.graph.node[1].MergeFromString(b"\x09wwwwwwww")
-    assert len(model.graph.node[1].input) == 2
-    return model.SerializeToString()
-
-
-def weight_of_another_wire_type() -> bytes:
-    """A reader that ignores wire types finds two more numbers in `float_data`, here as one fixed64."""
-    model = model_of(helper.make_tensor("w", TensorProto.FLOAT, [2], [1.0, 2.0]))
-    model.graph.initializer[0].MergeFromString(b"\x21" + np.array([7, 8], np.float32).tobytes())
-    assert list(model.graph.initializer[0].float_data) == [1.0, 2.0]
-    return model.SerializeToString()
-
-
 def unpacked_numbers() -> bytes:
     """Every reader accepts this form, but the export never writes it."""
     packed = model_of(helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])).SerializeToString()
@@ -183,10 +160,7 @@ def unpacked_numbers() -> bytes:
     return packed.replace(b"\x22\x04" + number, b"\x25" + number)
 
 
-OTHER_BYTES = (
-    field_set_twice, field_number_that_overflows, operand_of_another_wire_type, weight_of_another_wire_type,
-    unpacked_numbers,
-)  # fmt: skip
+OTHER_BYTES = (field_set_twice, field_number_that_overflows, unpacked_numbers)
 
 
 @pytest.mark.parametrize("content", OTHER_BYTES, ids=lambda function: function.__name__)

@@ -58,20 +58,15 @@ def last_only(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 WRONG: dict[str, tuple[Wrong, str]] = {
     "slightly off": (changed(lambda v: v + 0.0011), r"'logits' deviates by 0\.0011, the bound is 0\.001"),
-    "too small": (changed(lambda v: v - 0.01), "deviates"),
     "wrong for the last image only": (changed(last_only), "deviates"),
     "wrong second output": (changed(lambda v: v + 0.0005, "gate"), "'gate' deviates"),
-    "NaN": (changed(lambda v: v * np.nan), "is not finite"),
-    "infinite": (changed(lambda v: v + np.inf), "is not finite"),
-    "a missing class": (changed(lambda v: v[:, :-1]), "is .*, not"),
-    "a missing image": (changed(lambda v: v[:-1]), "is .*, not"),
-    "an extra dimension": (changed(lambda v: v[..., None]), "is .*, not"),
-    "no output": (lambda images: {"gate": network(images)["gate"]}, "no output 'logits'"),
-    "classes swapped": (changed(lambda v: v[:, ::-1]), "deviates"),
+    "NaN": (changed(lambda v: v * np.nan), "not finite"),
+    "a missing class": (changed(lambda v: v[:, :-1]), "has another shape"),
+    "no output": (lambda images: {"gate": network(images)["gate"]}, "'logits' is missing"),
 }
 
 
-@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("case", WRONG)
 def test_other_outputs_are_rejected(case: str, batch: int) -> None:
     run, message = WRONG[case]
@@ -113,11 +108,7 @@ def zipped(name: str, body: bytes) -> bytes:
 UNREADABLE: dict[str, bytes | None] = {
     "missing": None,
     "empty": b"",
-    "random bytes": bytes(range(256)) * 4,
-    "a single array": b"\x93NUMPY\x01\x00" + bytes(100),
-    "a zip of text": zipped("images", b"hello"),
     "a zip of broken arrays": zipped("images.npy", b"\x93NUMPY\x01\x00\xff\xff"),
-    "an empty zip": b"PK\x05\x06" + bytes(18),
     "half a zip": saved(images=IMAGES, output_logits=LOGITS)[:300],
     "a pickled array": saved(images=np.array([{"a": 1}, None], dtype=object)),
     "a pickled output": saved(images=IMAGES, output_logits=np.array([{}]), tolerance_logits=1.0),
