@@ -113,8 +113,8 @@ def best_for(
         "architecture": architecture,
         "precision": bundle.manifest.precision,
     }
-    wanted = [record.key.model_copy(update=here) for record in found]
-    matching = [record.key for record, key in zip(found, wanted, strict=True) if record.key == key]
+    keys = [record.key for record in found]
+    matching = [key for key in keys if key.model_copy(update=here) == key]
     if not matching:
-        return NoEngine(_nearest(folder, wanted[0]))
+        return NoEngine(_nearest(folder, keys[0].model_copy(update=here)))
     return look(folder, max(matching, key=lambda key: (key.largest_batch, len(key.profiles), key.name)))
