@@ -15,9 +15,6 @@ from typing import Any
 
 import onnx
 
-from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.tensorrt.build import BuildRequest, build
-from sopdeploy_export.tensorrt.lint import check_precision, lint
 from tests.cuda.stand_in import ABSENT as NOT_HERE
 from tests.cuda.stand_in import opened
 
@@ -58,7 +55,8 @@ class RealTensorRT(ModuleType):
 @functools.cache
 def real_tensorrt() -> RealTensorRT | None:
     """Return the real builder; None where its package does not exist."""
-    return RealTensorRT() if importlib.util.find_spec("tensorrt_rtx") else None
+    packages = ("tensorrt_rtx", "sopdeploy_export.tensorrt")
+    return RealTensorRT() if all(map(importlib.util.find_spec, packages)) else None
 
 
 def accepted(record: Record, name: str, precision: str, model: onnx.ModelProto) -> None:
@@ -73,10 +71,14 @@ def accepted(record: Record, name: str, precision: str, model: onnx.ModelProto) 
 
 
 def built(model: onnx.ModelProto, precision: str) -> str:
-    """Build the plan of *model* with our own code."""
+    """Build the plan of *model* with our own code, an optional part."""
     trt = real_tensorrt()
     if trt is None:
         return ABSENT
+    from sopdeploy.tensorrt.profiles import Profile
+    from sopdeploy_export.tensorrt.build import BuildRequest, build
+    from sopdeploy_export.tensorrt.lint import check_precision, lint
+
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     sizes = (fixed, fixed, fixed) if fixed else (1, 2, 3)
     profiles = (Profile(minimum=sizes[0], optimum=sizes[1], maximum=sizes[2]),)

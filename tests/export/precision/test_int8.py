@@ -16,7 +16,6 @@ from sopdeploy.data.datasets.small import open_digits
 from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy_export.graph import CALIBRATE, Deployed, generated_images, load_images, operator_counts, write
@@ -28,8 +27,6 @@ from sopdeploy_export.precision.accuracy_gate import AccuracyCheck, accuracy
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.convert import run_unfused, weight_types
 from sopdeploy_export.precision.int8 import Int8Quantizer
-from sopdeploy_export.tensorrt.lint import lint
-from sopdeploy_export.tensorrt.rewrites import graph_precision
 from tests.export.conftest import save, trained
 from tests.export.once import ALONE, BATCH, graph_of, proving_once
 from tests.gpu_graphs import Record, accepted, without_kernel
@@ -321,12 +318,13 @@ def test_gpu_runtimes_accept_the_form_for_tensorrt_and_the_lint_rejects_the_cpu_
     accepted(record_property, name, "fp32", graph_of(name, preprocess, **NETWORKS[name]).model)
     accepted(record_property, name, "int8", graphs[0]["tensorrt"])
     assert "DequantizeLinear(int32)" in without_kernel(graphs[0]["cpu"])
-    profiles = [Profile(minimum=1, optimum=2, maximum=4)]
+    lint = pytest.importorskip("sopdeploy_export.tensorrt.lint").lint
+    graph_precision = pytest.importorskip("sopdeploy_export.tensorrt.rewrites").graph_precision
     for version in ((10, 13), (10, 16), (11, 0)):
-        safe, _ = lint(graphs[0]["tensorrt"], version, profiles)
+        safe, _ = lint(graphs[0]["tensorrt"], version, ())
         assert graph_precision(safe) == "int8"
         with pytest.raises(LoweringError, match=r"quantized for CPUs.*--int8-for tensorrt"):
-            lint(graphs[0]["cpu"], version, profiles)
+            lint(graphs[0]["cpu"], version, ())
 
 
 def test_tensorrt_form_is_symmetric_int8_with_float_biases(graphs: Graph) -> None:
