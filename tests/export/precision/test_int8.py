@@ -29,7 +29,7 @@ from sopdeploy_export.precision.convert import run_unfused, weight_types
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from tests.export.conftest import save, trained
 from tests.export.once import ALONE, BATCH, graph_of, proving_once
-from tests.gpu_graphs import Record, accepted, without_kernel
+from tests.gpu_graphs import Record, accepted
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +317,6 @@ def test_gpu_runtimes_accept_the_form_for_tensorrt_and_the_lint_rejects_the_cpu_
     name = request.node.callspec.params["graphs"]
     accepted(record_property, name, "fp32", graph_of(name, preprocess, **NETWORKS[name]).model)
     accepted(record_property, name, "int8", graphs[0]["tensorrt"])
-    assert "DequantizeLinear(int32)" in without_kernel(graphs[0]["cpu"])
     lint = pytest.importorskip("sopdeploy_export.tensorrt.lint").lint
     graph_precision = pytest.importorskip("sopdeploy_export.tensorrt.rewrites").graph_precision
     for version in ((10, 13), (10, 16), (11, 0)):
