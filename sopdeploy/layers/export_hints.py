@@ -19,7 +19,6 @@ class ExportHints:
         cast_inputs: A layer without weights of its own receives its first input in float32. It has no
             effect where one of `low_precision_children` exists: that child receives the input instead.
         keep_output_dtype: The output is cast to the network's own type, because it scales a feature map.
-        is_classifier: A linear classifier; `bf16-backbone` keeps it in float32.
         is_gate: A mixture gate with `feature`, `logits(feature)` and `chosen`; parity checks report routing.
         computes_roots: The layer computes matrix square roots, which parity checks measure. It has `config`
             (a `NewtonSchulzConfig`, or None without a root) and `roots(*inputs)`: the maps and the roots.
@@ -31,7 +30,6 @@ class ExportHints:
     low_precision_children: ClassVar[tuple[str, ...]] = ()
     cast_inputs: ClassVar[bool] = False
     keep_output_dtype: ClassVar[bool] = False
-    is_classifier: ClassVar[bool] = False
     is_gate: ClassVar[bool] = False
     computes_roots: ClassVar[bool] = False
     not_exportable: str | None = None

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.errors import TrainingError
-from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 
@@ -153,10 +152,8 @@ def pooling(kind: Kind, channels: int, root: NewtonSchulzConfig) -> tuple[nn.Mod
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
 
 
-class FusionHead(nn.Module, ExportHints):
+class FusionHead(nn.Module):
     """Map pooled vectors (B, D) to logits (B, classes) by a batch norm (if *norm*), dropout, linear layer."""
-
-    is_classifier = True
 
     def __init__(self, length: int, num_classes: int, *, norm: bool, dropout: float) -> None:
         super().__init__()
