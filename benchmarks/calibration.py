@@ -27,7 +27,8 @@ from sopdeploy.decision import Decision, known_score
 from sopdeploy.evaluation.decision_fit import fit_decision, leave_one_class_out
 from sopdeploy.evaluation.metrics import calibration_error
 from sopdeploy.evaluation.prediction import predict_logits
-from sopdeploy.importers.import_weights import ImportOptions, import_weights
+from sopdeploy.importers.import_weights import import_weights
+from sopdeploy.importers.options import ImportOptions
 from sopdeploy_export.pipeline import export
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings

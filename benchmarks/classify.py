@@ -41,7 +41,7 @@ from PIL import Image
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import DataError
 from sopdeploy_service.commands.batch import run
-from sopdeploy_service.commands.batch.classifier import ClassifyOptions
+from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.fake import FakeRuntime
@@ -180,7 +180,7 @@ def measure_throughput(bundle: Path, images: Path, scratch: Path) -> list[Result
 
 def command(bundle: Path, source: Path, out: Path) -> subprocess.Popen[bytes]:
     """Start `sopdeploy classify` with one thread and one decoder process."""
-    options = ["--workers", "1", "--batch", str(BATCH["real"]), "--set", "threads=1", "--json", *PART]
+    options = ["--workers", "1", "--set", f"max_batch={BATCH['real']}", "--set", "threads=1", "--json", *PART]
     words = [sys.executable, "-m", "sopdeploy", "classify", str(bundle), str(source), "--out", str(out)]
     return subprocess.Popen([*words, *options], stdout=subprocess.DEVNULL)
 

@@ -20,7 +20,8 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_export.graph import Deployed
 from sopdeploy_export.proof.networks import detach
-from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine, this_machine
+from sopdeploy_export.tensorrt.engine import get_engine, this_machine
+from sopdeploy_export.tensorrt.options import EngineOptions
 from sopdeploy_service.runtime.onnxruntime import CUDA, CUDA_OPTIONS, OnnxRuntime
 
 BATCHES = (1, 8, 32)

@@ -17,7 +17,8 @@ from measure import Result, existing, make_parser, one_line_errors, report
 
 import sopdeploy
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.importers.import_weights import ImportOptions, import_weights
+from sopdeploy.importers.import_weights import import_weights
+from sopdeploy.importers.options import ImportOptions
 from sopdeploy_service.commands.evaluate import scores_of_bundle
 from sopdeploy_service.commands.verify import verify
 

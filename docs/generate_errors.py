@@ -95,16 +95,17 @@ WHAT_TO_DO = {
 # One example per class; a test compares it with the messages in the source.
 EXAMPLES = {
     "SopdeployError": "demo: contains 9,999 demos; remove the folder",
-    "ConfigError": "runs/photos-dsop: holds a run; continue it with --resume or choose another --out",
+    "ConfigError": "--out: runs/photos-dsop holds a run; continue it or choose another folder; "
+    "try --resume always",
     "DataError": "photos/cups/7.jpg: the image is truncated; repair, convert or delete it",
     "CheckpointError": "last.pt: damaged or not a checkpoint; copy or train it again",
     "WeightsError": "resnet18-f37072fd.pth: cannot be downloaded (Network is unreachable); get "
     "https://download.pytorch.org/models/resnet18-f37072fd.pth and put it at "
-    "~/.cache/torch/hub/checkpoints/resnet18-f37072fd.pth, or pass --weights FILE, or --weights none to "
-    "train from scratch",
+    "~/.cache/torch/hub/checkpoints/resnet18-f37072fd.pth, or give a file of weights, or the weights none "
+    "to train from scratch",
     "TrainingError": "epoch 1, step 3: the buffer bn1.running_var is not finite; lower optimizer.lr or set "
     "optimizer.clip_norm (samples 45, 6, 23)",
-    "DetachError": "DSoPResNet still carries training-only parts (branches); add --detach to remove them",
+    "DetachError": "DSoPResNet still carries training-only parts (branches); try --detach",
     "CertificateError": "the detached network still has branches.layer1_0, which the plain one lacks",
     "LoweringError": "the network fixes the batch size to 8; it must accept any size from 1",
     "ParityError": "probes: output 'logits' deviates by 0.021, the bound is 0.00011; this runtime does not "

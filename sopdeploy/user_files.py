@@ -76,16 +76,20 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
-    """Read one class name per line, or a JSON list, of `--labels`; raises `ConfigError`."""
+    """Read one class name per line, or a JSON list, of class names; raises `ConfigError`."""
     try:
         if file.stat().st_size > MAX_LABEL_BYTES:
             raise ConfigError(
-                f"--labels {file}: larger than {MAX_LABEL_BYTES >> 20} MiB; give one name per line"
+                f"{file} is larger than {MAX_LABEL_BYTES >> 20} MiB; give one name per line", setting="labels"
             )
         content = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
         names = json.loads(content) if file.suffix == ".json" else content.split("\n")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--labels {file}: cannot be read ({error}); give one name per line") from error
+        raise ConfigError(
+            f"{file} cannot be read ({error}); give one name per line", setting="labels"
+        ) from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f'--labels {file}: not a list of names; write for example ["cat", "dog"]')
+        raise ConfigError(
+            f'{file} holds no list of names; write for example ["cat", "dog"]', setting="labels"
+        )
     return tuple(name.strip() for name in names if name.strip())

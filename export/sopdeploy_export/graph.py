@@ -72,7 +72,7 @@ SEED = 20_240_117
 GENERATED = 12
 MAX_PHOTOGRAPHS = 64
 MAX_CALIBRATION = 256
-PROBES, CALIBRATE = "--probes", "--calibrate"
+PROBES, CALIBRATE = "probes", "calibrate"
 
 
 class Deployed(nn.Module):
@@ -143,7 +143,9 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
         except (LookupError, TypeError) as error:
             raise LoweringError(f"the network returns {describe(output)}, without logits {key!r}") from error
     if not isinstance(output, Tensor):
-        raise LoweringError(f"the network returns {describe(output)}; choose one with --logits")
+        raise LoweringError(
+            f"the network returns {describe(output)}; choose one as the logits", remedies={"logits": None}
+        )
     return (output,)
 
 
@@ -247,7 +249,7 @@ def check_bfloat16(program: ExportedProgram) -> None:
         if node.op == "call_function" and not is_cast and {node, *node.all_input_nodes} & narrow:
             raise LoweringError(
                 f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
-                "from forward, and choose --precision bf16-backbone for GPUs"
+                "from forward, and choose precision bf16-backbone for GPUs"
             )
 
 
@@ -397,22 +399,22 @@ def generated_images(side: int) -> NDArray[np.uint8]:
 
 
 def list_images(folder: Path, option: str) -> list[Path]:
-    """List the images below *folder*, sorted; *option* is the flag that names the folder.
+    """List the images below *folder*, sorted; *option* is the setting that names the folder.
 
     Raises `DataError` if *folder* does not exist or holds no image.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; {option} needs a folder of images")
+        raise DataError(f"{folder}: no such folder; give a folder of images", setting=option)
     paths = [path for path in walk(folder) if is_image(path.name)]
     if not paths:
-        raise DataError(f"{folder}: contains no images; {option} needs a folder of JPEG or PNG files")
+        raise DataError(f"{folder}: contains no images; give a folder of JPEG or PNG files", setting=option)
     return paths
 
 
 def load_images(folder: Path, preprocess: Preprocess, option: str) -> NDArray[np.uint8]:
     """Load images of *folder* as uint8 (P, crop, crop, 3).
 
-    *option* is the flag that names the folder. `--probes` loads the first 64 images; `--calibrate` loads at
+    *option* is the setting that names the folder. `probes` loads the first 64 images; `calibrate` loads at
     most 256, spread evenly over the sorted paths so that they cover every class. Raises `DataError` if
     *folder* does not exist, holds no image or holds one that cannot be read.
     """

@@ -17,7 +17,7 @@ import pydantic
 from sopdeploy.bundle.folder import Bundle, staging
 from sopdeploy.bundle.manifest import TensorRecord
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.config import Count, StrictModel
+from sopdeploy.config import Count, Options, StrictModel
 from sopdeploy.errors import BundleError
 from sopdeploy.files import sha256
 
@@ -25,16 +25,18 @@ TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 WARMUP = "image"
 LABELS = "labels.txt"
 
+TIMEOUT_MICROSECONDS = 1_000_000  # Triton rejects requests that wait longer
+MAX_QUEUE_SIZE = 256
 Microseconds = Annotated[int, pydantic.Field(ge=0)]
 
 
-class TritonOptions(StrictModel):
-    """Batching and queueing in Triton, which rejects requests that wait longer than *timeout*."""
+class TritonOptions(Options):
+    """Options of `sopdeploy triton`."""
 
-    max_queue_delay: Microseconds = 1000
-    timeout: Microseconds = 1_000_000
-    max_queue_size: Count = 256
     instances: Count = 1
+    """Model instances per device."""
+    max_queue_delay: Microseconds = 1000
+    """Microseconds to wait for a larger batch."""
 
 
 class TritonModel(StrictModel):
@@ -143,9 +145,9 @@ def model_config(bundle: Bundle, options: TritonOptions) -> dict[str, Value]:
             "max_queue_delay_microseconds": options.max_queue_delay,
             "default_queue_policy": {
                 "timeout_action": Literal("REJECT"),
-                "default_timeout_microseconds": options.timeout,
+                "default_timeout_microseconds": TIMEOUT_MICROSECONDS,
                 "allow_timeout_override": True,
-                "max_queue_size": options.max_queue_size,
+                "max_queue_size": MAX_QUEUE_SIZE,
             },
         }
     return config

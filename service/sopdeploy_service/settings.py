@@ -209,7 +209,7 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
     named = os.environ.get(FILE_VARIABLE)
     path = file or (Path(named) if named else None)
     if path is not None and not path.is_file():
-        raise ConfigError(f"{path}: settings file not found; check --config or SOPDEPLOY_CONFIG")
+        raise ConfigError(f"{path}: settings file not found; check its name and SOPDEPLOY_CONFIG")
 
     class FileSettings(Settings):
         model_config = SettingsConfigDict(toml_file=path)
@@ -238,7 +238,7 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
         if not equals or name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "`--print-config` lists all settings"
-            raise ConfigError(f"--set {name}: expected name=value with the name of a setting; {hint}")
+            raise ConfigError(f"{name}: expected name=value with the name of a setting; {hint}")
         assigned[name] = value
     return {**assigned, **{name: value for name, value in flags.items() if value is not None}}
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sopdeploy.api.options import CalibrateOptions
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
+from sopdeploy.config import expand_options
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
@@ -42,31 +44,30 @@ class Calibrated:
     notes: tuple[str, ...] = ()
 
 
+@expand_options
 def calibrate(
     checkpoint: str | Path,
     data: str | Path,
     out: str | Path | None = None,
     *,
-    accepts: float = 0.95,
-    workers: int = 0,
+    options: CalibrateOptions,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Calibrated:
     """Fit temperature and rejection threshold of a checkpoint to images, and write a new checkpoint.
 
     `train` does this at the end of a run; use `calibrate` for imported weights, or for other images. Fitted
     values that the checkpoint already contains are replaced. A network that predicts several classes per
-    image gets a threshold per class instead. The parameters and defaults are those of `sopdeploy calibrate`.
+    image gets a threshold per class instead.
 
     Args:
         checkpoint: A checkpoint of `train` or of `sopdeploy import`.
         data: Images that were not used for training, `DIR/<class>/*.jpg` or with `labels.csv`.
         out: The checkpoint to write; the default is `<name>-calibrated.pt` next to *checkpoint*.
-        accepts: Fraction of images of known classes to accept as known; 1 rejects no image.
-        workers: Data loading processes.
+        options: The fields of `CalibrateOptions`, each as a keyword argument.
         on_image: Called with the numbers of images done and in total.
 
     Raises:
-        ConfigError: *out* is the checkpoint itself, or *accepts* is not a fraction.
+        ConfigError: *out* is the checkpoint itself, or an option is invalid.
         CheckpointError: The checkpoint cannot be read.
         DataError: The classes do not match, an image cannot be read, or there are fewer than 50 images.
         TrainingError: The outputs of the network are not finite.
@@ -75,9 +76,9 @@ def calibrate(
     read = read_checkpoint(source)
     destination = source.with_name(f"{source.stem}-calibrated.pt") if out is None else Path(out)
     if destination.exists() and source.exists() and destination.samefile(source):
-        raise ConfigError(f"--out {destination}: is the checkpoint to calibrate; give another name")
-    if not 0 < accepts <= 1:
-        raise ConfigError(f"--accepts {accepts:g}: give a fraction of the images, above 0 and at most 1")
+        raise ConfigError(
+            "is the checkpoint to calibrate; give another name", setting="out", value=str(destination)
+        )
     multi_label = read.decision is not None and read.decision.thresholds is not None
     notes: list[str] = []
     images = open_evaluation_images(folder, read.labels, multi_label=multi_label, log=notes.append)
@@ -88,7 +89,7 @@ def calibrate(
     network = build_classifier(read, source).to("cuda" if torch.cuda.is_available() else "cpu")
     fit = _fit_thresholds if multi_label else _fit_temperature
     try:
-        decision = fit(network, read, images, accepts, workers, on_image)
+        decision = fit(network, read, images, options, on_image)
     except DataError as error:
         raise unreadable_images_error(error, images) from None
     write_checkpoint(destination, replace(read, decision=decision))
@@ -106,8 +107,7 @@ def _fit_temperature(
     network: Classifier,
     checkpoint: Checkpoint,
     images: ImageFiles,
-    accepts: float,
-    workers: int,
+    options: CalibrateOptions,
     on_image: Callable[[int, int], None],
 ) -> Decision:
     """Fit temperature and rejection threshold to *images* with one class each."""
@@ -115,24 +115,25 @@ def _fit_temperature(
         network,
         PreprocessedDataset(images, checkpoint.preprocess),
         checkpoint.preprocess,
-        workers=workers,
+        workers=options.workers,
         on_batch=lambda done: on_image(done, len(images)),
     )
     if not np.isfinite(logits).all():
         raise TrainingError("the logits are not finite; train again with a lower learning rate")
     scalable = network.logits_layer() is not None
-    return fit_decision(logits, targets, estimated_on="held-out", accepts=accepts, scalable=scalable)
+    return fit_decision(logits, targets, estimated_on="held-out", accepts=options.accepts, scalable=scalable)
 
 
 def _fit_thresholds(
     network: Classifier,
     checkpoint: Checkpoint,
     images: ImageFiles,
-    _accepts: float,
-    workers: int,
+    options: CalibrateOptions,
     on_image: Callable[[int, int], None],
 ) -> Decision:
     """Fit the thresholds to *images* with any number of classes each."""
     half = [0.5] * len(checkpoint.labels)
-    found = predict_images(network, half, images, checkpoint.preprocess, workers=workers, on_image=on_image)
+    found = predict_images(
+        network, half, images, checkpoint.preprocess, workers=options.workers, on_image=on_image
+    )
     return fit_presence(found.targets, found.probabilities)

@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+from sopdeploy.api.options import EvaluateOptions
+from sopdeploy.config import expand_options
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.heads import HeadAccuracy, score_heads
@@ -70,31 +72,20 @@ class Evaluation:
         )
 
 
+@expand_options
 def evaluate(
     source: str | Path,
     data: str | Path,
     *,
-    tta: Literal["none", "flip", "ten-crop", "pad-crop"] = "none",
-    heads: bool = False,
-    runtime: str | None = None,
-    model: str | None = None,
-    api_key: str | None = None,
-    workers: int = 0,
+    options: EvaluateOptions,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Evaluation:
     """Evaluate a checkpoint, a bundle or a running server on a folder of images.
 
-    The parameters and defaults are those of `sopdeploy eval`.
-
     Args:
         source: A checkpoint, a bundle, or the URL of a server.
         data: Folder of images, `DIR/<class>/*.jpg` or with `labels.csv`; classes are matched by name.
-        tta: Test-time augmentation: average over views. Not for servers.
-        heads: Also evaluate every branch of a checkpoint.
-        runtime: Runtime of a bundle, as for `sopdeploy serve`.
-        model: Model name, if the server has several.
-        api_key: API key of the server.
-        workers: Data loading processes for a checkpoint.
+        options: The fields of `EvaluateOptions`, each as a keyword argument.
         on_image: Called with the numbers of images done and in total.
 
     Returns:
@@ -106,35 +97,25 @@ def evaluate(
     """
     name, data = str(source), Path(data)
     kind, facts = detect_source(name), {}
-    if runtime is not None and kind != "bundle":
-        raise ConfigError(
-            f"--runtime {runtime}: only a bundle has a choice of runtimes, this is a {kind}; omit it"
-        )
-    if kind != "service" and (model is not None or api_key is not None):
-        option = "--api-key" if model is None else f"--model {model}"
-        raise ConfigError(f"{option}: only for servers, this is a {kind}; omit it")
-    if tta != "none" and kind == "service":
-        raise ConfigError(f"--tta {tta}: not supported by servers; evaluate the bundle")
-    if heads and (kind != "checkpoint" or tta != "none"):
-        problem = f"not with --tta {tta}" if kind == "checkpoint" else f"a {kind} has no branches"
-        raise ConfigError(f"--heads: {problem}; evaluate the checkpoint, such as runs/latest/best.pt")
+    _check_options(kind, options)
+    tta, workers = options.tta, options.workers
     accuracies: tuple[HeadAccuracy, ...] = ()
     notes: list[str] = []
     if kind == "service":
         labels, scores = import_module(SERVICE).score_service(
-            name, data, api_key=api_key, model=model, on_image=on_image, log=notes.append
+            name, data, api_key=options.api_key, model=options.model, on_image=on_image, log=notes.append
         )
     elif kind == "bundle":
         from sopdeploy_service.commands.evaluate import scores_of_bundle
         from sopdeploy_service.settings import load_settings
 
-        settings = load_settings(runtime=runtime)
+        settings = load_settings(runtime=options.runtime)
         bundle = scores_of_bundle(
             Path(name), data, tta=tta, settings=settings, on_image=on_image, log=notes.append
         )
         labels, scores = bundle.labels, bundle.scores
         facts = {"bundle": bundle.bundle, "runtime": bundle.runtime, "device": bundle.device}
-    elif heads:
+    elif options.heads:
         labels, scores, accuracies = score_heads(
             Path(name), data, workers=workers, on_image=on_image, log=notes.append
         )
@@ -156,3 +137,19 @@ def evaluate(
         heads=accuracies,
         notes=tuple(notes),
     )
+
+
+def _check_options(kind: str, options: EvaluateOptions) -> None:
+    """Raise `ConfigError` for an option that a source of this *kind* does not have."""
+    if options.runtime is not None and kind != "bundle":
+        raise ConfigError(
+            f"only a bundle has a choice of runtimes, this is a {kind}; omit it", setting="runtime"
+        )
+    for setting in ("model", "api_key"):
+        if getattr(options, setting) is not None and kind != "service":
+            raise ConfigError(f"only for servers, this is a {kind}; omit it", setting=setting)
+    if options.tta != "none" and kind == "service":
+        raise ConfigError("not supported by servers; evaluate the bundle", setting="tta")
+    if options.heads and (kind != "checkpoint" or options.tta != "none"):
+        problem = "not with test-time augmentation" if kind == "checkpoint" else f"a {kind} has no branches"
+        raise ConfigError(f"{problem}; evaluate the checkpoint, such as runs/latest/best.pt", setting="heads")

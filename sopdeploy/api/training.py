@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.progress import ProgressBars
 from sopdeploy.api.training_result import TrainedRun
+from sopdeploy.config import expand_options
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.pooling.registry import check_name
 from sopdeploy.training.callbacks import Callback, CallbackList, create_loggers
@@ -21,44 +23,27 @@ FOLDER_RECIPE = "photos"
 OPTIONAL_TABLES = {name for name, field in Recipe.model_fields.items() if field.default is None}
 
 
+@expand_options
 def train(
     data: str | Path | None = None,
     recipe: str | Path | None = None,
     out: str | Path | None = None,
     *,
-    weights: str | Path | None = None,
-    pooling: str | None = None,
-    models: str | None = None,
-    budget: float | str | None = None,
-    resume: Literal["never", "always", "auto"] = "never",
-    log: Sequence[str] = (),
+    options: TrainOptions,
     assignments: Sequence[str] = (),
     progress: bool | None = None,
-    verbose: bool = False,
     callback: Callback | None = None,
     **settings: Any,
 ) -> TrainedRun:
     """Train a network with a recipe and write the run to a folder.
 
-    The parameters and defaults are those of `sopdeploy train`.
-
     Args:
         data: Folder of images, `DIR/<class>/*.jpg`. It sets `data.path` of the recipe.
         recipe: A recipe of `sopdeploy recipes`, or a .toml file. The default is the recipe for photos.
         out: Folder of the run. The default is `runs/<recipe>-<number>`; `runs/latest` links to it.
-        weights: Weights to start from: "imagenet" (the default of the recipe for photos), "none" for random
-            ones, a checkpoint, or a weight file that `sopdeploy import` reads. It sets `start.weights`.
-        pooling: Global pooling, short for the setting `model.config.pooling`.
-        resume: "always" continues the run in *out*, by default the newest one of the recipe; "auto" continues
-            it or starts a new one.
-        log: Names of further loggers, "tensorboard" or "wandb".
-        models: Networks to compare, names separated by commas, each with `=FILE` if it has weights of its
-            own. They set `model.name` and `few_shot.models`.
-        budget: Seconds after which the few-shot procedure tries no further head, such as 60 or "60s". It sets
-            `few_shot.budget`.
+        options: The fields of `TrainOptions`, each as a keyword argument.
         assignments: Settings as text, `key=value`, as for the option `--set`.
         progress: Print progress on stderr. By default only on a terminal and in a notebook.
-        verbose: Also print the training loss of every branch.
         callback: Receives the events of the run.
         **settings: Values of the recipe, for example `epochs=5`, `optimizer={"lr": 0.1}` or
             `**{"optimizer.lr": 0.1}`. An empty dict adds an optional table with its defaults: `ema={}`.
@@ -75,16 +60,21 @@ def train(
     """
     with ExitStack() as stack:
         stack.enter_context(join_processes())
-        given = [*assignments, *_assignments(settings), *few_shot_settings(models, budget)]
-        loaded, name = configure(data, recipe, weights=weights, pooling=pooling, assignments=given)
+        given = [*assignments, *_assignments(settings), *few_shot_settings(options)]
+        loaded, name = configure(data, recipe, options, assignments=given)
         strategy = create_strategy(loaded)
-        folder = Path(out) if out is not None else numbered_folder(name, strategy, resume=resume != "never")
-        callbacks: list[Any] = create_loggers(log, folder) if is_main_process() else []
+        folder = (
+            Path(out)
+            if out is not None
+            else numbered_folder(name, strategy, resume=options.resume != "never")
+        )
+        callbacks: list[Any] = create_loggers(options.log, folder) if is_main_process() else []
         console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         shown = console.is_terminal or console.is_jupyter if progress is None else progress
         if shown and is_main_process():
-            callbacks.append(stack.enter_context(ProgressBars(console, verbose=verbose)))
+            callbacks.append(stack.enter_context(ProgressBars(console, verbose=options.verbose)))
         callbacks += [callback] if callback is not None and is_main_process() else []
+        resume = options.resume
         again: bool | Literal["auto"] = "auto" if resume == "auto" else resume == "always"
         result = run(
             loaded,
@@ -100,9 +90,8 @@ def train(
 def configure(
     data: str | Path | None,
     recipe: str | Path | None,
+    options: TrainOptions | None = None,
     *,
-    weights: str | Path | None = None,
-    pooling: str | None = None,
     assignments: Sequence[str] = (),
 ) -> tuple[Recipe, str]:
     """Read *recipe* and change the given values; returns it with its name.
@@ -110,32 +99,38 @@ def configure(
     Raises `ConfigError` if there are no data and no recipe, or if a value is invalid.
     """
     if recipe is None and data is None:
-        raise ConfigError("no training data: give --data DIR for a folder of images, or --recipe NAME")
-    source = recipe or FOLDER_RECIPE
+        raise ConfigError("no training data", remedies={"data": None, "recipe": None})
+    options, source = options or TrainOptions(), recipe or FOLDER_RECIPE
     chosen = {
         "data.path": str(data) if data else None,
-        "start.weights": None if weights is None else str(weights),
-        "model.config.pooling": None if pooling is None else check_name(pooling),
+        "start.weights": options.weights,
+        "model.config.pooling": None if options.pooling is None else check_name(options.pooling),
     }
     given = {key: text for key, text in chosen.items() if text is not None}
     return read_recipe(source, [*assignments, *_assignments(given)]), Path(source).stem
 
 
-def few_shot_settings(models: str | None, budget: float | str | None) -> list[str]:
+def few_shot_settings(options: TrainOptions) -> list[str]:
     """Convert the options `models` and `budget` to assignments; raises `ConfigError` for a wrong value."""
     found: dict[str, Any] = {}
-    if models is not None:
-        first, *others = [text.strip() for text in models.split(",")]
+    if options.models is not None:
+        first, *others = [text.strip() for text in options.models.split(",")]
         name, equals, file = first.partition("=")
         if not name or not all(others):
-            raise ConfigError(f"models {models!r}: a name is empty; write NAME,NAME or NAME=FILE,NAME=FILE")
+            raise ConfigError(
+                "a name is empty; write NAME,NAME or NAME=FILE,NAME=FILE",
+                setting="models",
+                value=options.models,
+            )
         found |= {"model.name": name, "few_shot.models": others}
         found |= {"start.weights": file} if equals else {}
-    if budget is not None:
+    if options.budget is not None:
         try:
-            found["few_shot.budget"] = float(str(budget).removesuffix("s"))
+            found["few_shot.budget"] = float(options.budget.removesuffix("s"))
         except ValueError as error:
-            raise ConfigError(f"budget {budget!r}: not a number of seconds; write 60 or 60s") from error
+            raise ConfigError(
+                "not a number of seconds; write 60 or 60s", setting="budget", value=options.budget
+            ) from error
     return list(_assignments(found))
 
 

@@ -115,7 +115,7 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
             link_latest(target)
             return target
     if open_bundle(target).manifest != manifest:
-        raise BundleError(f"{target}: exists with another manifest; choose another --out")
+        raise BundleError(f"{target} exists with another manifest; choose another folder", setting="out")
     link_latest(target)
     return target
 

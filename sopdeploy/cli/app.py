@@ -28,7 +28,7 @@ COMMANDS = {
     "models": ("Train", "training.models:models", "list the networks of the catalog"),
     "describe": ("Train", "training.models:describe", "count parameters and multiply-adds of a network"),
     "import": ("Train", "training.import_weights:import_file", "convert published weights to a checkpoint"),
-    "train": ("Train", "training.train:command", "train a network"),
+    "train": ("Train", "training.train:train_command", "train a network"),
     "eval": ("Train", "training.evaluate:evaluate", "evaluate a checkpoint, a bundle or a server"),
     "calibrate": ("Train", "training.calibrate:calibrate", "fit temperature and thresholds of a checkpoint"),
     "report": ("Train", "training.report:report", "write an HTML report on a run"),

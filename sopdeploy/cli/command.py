@@ -9,14 +9,11 @@ from typing import Annotated, Any, get_args, get_origin
 import pydantic
 import typer
 
-from sopdeploy.cli.console import one_line_errors, print_json
+from sopdeploy.cli.console import JsonOption, err, one_line_errors, print_json
 from sopdeploy.config import Options, expand_options, with_signature
 
 JSON_PARAMETER = inspect.Parameter(
-    "as_json",
-    inspect.Parameter.KEYWORD_ONLY,
-    default=False,
-    annotation=Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")],
+    "as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=JsonOption
 )
 
 
@@ -43,7 +40,11 @@ def command(
                     expanded(**keywords)
                     return
                 keywords.pop("as_json")
-                result = expanded(**keywords)
+                err.quiet = as_json  # no progress
+                try:
+                    result = expanded(**keywords)
+                finally:
+                    err.quiet = False
                 if as_json:
                     print_json(_as_data(result if summarize is None else summarize(result)))
                 else:

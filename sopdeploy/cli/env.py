@@ -10,7 +10,8 @@ from typing import Any
 from rich.text import Text
 
 from sopdeploy import __version__
-from sopdeploy.cli.console import JsonOption, one_line_errors, out, plain_text, print_json
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import out, plain_text
 from sopdeploy.errors import RuntimeUnavailableError
 
 PACKAGES = (
@@ -24,29 +25,30 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|HEADERS|CREDENTIAL|AUTH|COOKIE", re.
 HIDDEN = "(hidden)"
 
 
-def env(as_json: JsonOption = False) -> None:
-    """Print versions, system, processor, GPU and environment for a bug report; secrets are hidden.
-
-    Example: [bold]sopdeploy env[/bold]
-    """
-    with one_line_errors(as_json):
-        from sopdeploy.environment import installed, machine
-
-        python = f"{platform.python_implementation()} {platform.python_version()}"
-        libc = " ".join(platform.libc_ver()).strip()
-        sections: dict[str, dict[str, Any]] = {
-            "versions": {"sopdeploy": __version__, "python": python, **installed(PACKAGES)},
-            "machine": {**machine(), "release": platform.release(), "libc": libc},
-            "accelerators": accelerators(),
-            "environment": relevant_variables(os.environ),
-        }
-    if as_json:
-        print_json(sections)
-        return
+def show(sections: dict[str, dict[str, Any]]) -> None:
+    """Print one line per value."""
     for section, values in sections.items():
         out.print(Text(section, "bold"))
         for name, value in values.items():
             out.print(Text.assemble("  ", f"{plain_text(name).plain:<20} ", plain_text(str(value))))
+
+
+@command(show)
+def env() -> dict[str, dict[str, Any]]:
+    """Print versions, system, processor, GPU and environment for a bug report; secrets are hidden.
+
+    Example: [bold]sopdeploy env[/bold]
+    """
+    from sopdeploy.environment import installed, machine
+
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    libc = " ".join(platform.libc_ver()).strip()
+    return {
+        "versions": {"sopdeploy": __version__, "python": python, **installed(PACKAGES)},
+        "machine": {**machine(), "release": platform.release(), "libc": libc},
+        "accelerators": accelerators(),
+        "environment": relevant_variables(os.environ),
+    }
 
 
 def accelerators() -> dict[str, str]:

@@ -96,7 +96,7 @@ def score_heads(
     """
     checkpoint = read_checkpoint(path)
     if checkpoint.decision is not None and checkpoint.decision.thresholds:
-        raise ConfigError(f"--heads: {path} predicts several classes per image; evaluate it without --heads")
+        raise ConfigError(f"{path} predicts several classes per image; omit it", setting="heads")
     images = open_evaluation_images(data, tuple(sorted(checkpoint.labels)), log=log)
     if warning := checkpoint.trained_on(images):
         log(f"{data}: {warning}")

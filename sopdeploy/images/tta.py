@@ -17,16 +17,20 @@ def check_tta_mode(mode: str, preprocess: Preprocess) -> TtaMode:
     """Validate the test-time augmentation *mode*; raises `ConfigError`."""
     known: dict[str, TtaMode] = {name: name for name in get_args(TtaMode)}
     if mode not in known:
-        raise ConfigError(f"--tta {mode}: not one of {', '.join(known)}")
+        raise ConfigError(f"not one of {', '.join(known)}", setting="tta", value=mode)
     if mode == "ten-crop" and preprocess.fit != "crop":
         raise ConfigError(
-            f"--tta ten-crop: the network sees the whole image (fit = {preprocess.fit}), so there are no "
-            "corners to crop; use --tta flip"
+            f"the network sees the whole image (fit = {preprocess.fit}), so there are no corners to crop",
+            setting="tta",
+            value=mode,
+            remedies={"tta": "flip"},
         )
     if mode == "ten-crop" and preprocess.crop == preprocess.resize:
         raise ConfigError(
-            f"--tta ten-crop: resize and crop are both {preprocess.resize}, so there are no corners to crop; "
-            "use --tta flip"
+            f"resize and crop are both {preprocess.resize}, so there are no corners to crop",
+            setting="tta",
+            value=mode,
+            remedies={"tta": "flip"},
         )
     return known[mode]
 

@@ -1,7 +1,7 @@
 """`sopdeploy import`: turn a published weight file into a checkpoint."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sopdeploy.importers.fast_mpncov import convert_mpncov_resnet
 from sopdeploy.importers.fit import choose_config, fit_tensors
 from sopdeploy.importers.gmsop import convert_gmsop
 from sopdeploy.importers.gsop import convert_gsop
+from sopdeploy.importers.options import ImportOptions
 from sopdeploy.importers.resnets import convert_cifar_resnet, convert_torchvision_resnet
 from sopdeploy.importers.source import ConvertedWeights, WeightFile
 from sopdeploy.importers.timm_network import convert_timm
@@ -36,17 +37,6 @@ CONVERTERS: tuple[tuple[str, Converter], ...] = (  # (project, function); the fi
     ("torchvision", convert_torchvision_resnet),
 )
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-
-class ImportOptions(StrictModel):
-    """Options for values that a weight file does not contain: config, class names, input size."""
-
-    settings: dict[str, Any] = pydantic.Field(default_factory=dict)
-    labels: Path | None = None
-    resize: int | None = None
-    crop: int | None = None
-    interpolation: str | None = None
-    fit: str | None = None
 
 
 class Row(StrictModel):
@@ -81,13 +71,21 @@ class ImportReport(StrictModel):
     checkpoint: str
 
 
-def import_weights(source: Path, model: str, destination: Path, options: ImportOptions) -> ImportReport:
+def import_weights(
+    source: Path,
+    model: str,
+    destination: Path,
+    options: ImportOptions,
+    settings: Mapping[str, Any] | None = None,
+) -> ImportReport:
     """Write the weight file *source* as a checkpoint of catalog *model* to *destination*.
+
+    *settings* are values of the model's config that the file does not contain.
 
     Raises a `SopdeployError` if the file cannot be read, is of an unknown project or of another network.
     """
     if destination.exists() and source.exists() and destination.samefile(source):
-        raise ConfigError(f"--out {destination}: is the file to import; give another name")
+        raise ConfigError(f"{destination} is the file to import; give another name", setting="out")
     file = open_weights(source)
     project, converted = convert(file, model)
     if converted.num_classes == 0:
@@ -95,7 +93,7 @@ def import_weights(source: Path, model: str, destination: Path, options: ImportO
             f"{source}: has no classifier, so it cannot classify; train one: sopdeploy train "
             f"--weights {source} --set model.name={model}"
         )
-    config = choose_config(file, converted, model, options.settings)
+    config = choose_config(file, converted, model, settings or {})
     state, mapped = fit_tensors(file, converted, model, config)
     labels, label_origin = class_names(converted, options.labels)
     preprocess = _override_preprocess(converted.preprocess, options)
@@ -166,7 +164,7 @@ def _override_preprocess(preprocess: Preprocess, options: ImportOptions) -> Prep
     try:
         return Preprocess(**{**preprocess.model_dump(), **changes})
     except pydantic.ValidationError as error:
-        raise ConfigError(f"--resize, --crop, --interpolation, --fit: {first_problem(error)}") from error
+        raise ConfigError(f"preprocessing: {first_problem(error)}") from error
 
 
 def class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[str, ...], str]:
@@ -179,10 +177,12 @@ def class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[s
     if file is not None:
         names = read_class_names(file)
         if len(names) != count:
-            raise ConfigError(f"--labels {file}: {len(names)} names for {count} classes; give one per class")
+            raise ConfigError(
+                f"{file} has {len(names)} names for {count} classes; give one per class", setting="labels"
+            )
         duplicate = next((name for name in names if names.count(name) > 1), None)
         if duplicate is not None:
-            raise ConfigError(f"--labels {file}: {duplicate!r} occurs twice; names must be unique")
+            raise ConfigError(f"{file}: {duplicate!r} occurs twice; names must be unique", setting="labels")
         return names, str(file)
     if converted.labels == "cifar10" and count == len(CIFAR10):
         return CIFAR10, "CIFAR-10"

@@ -37,7 +37,7 @@ HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z.]+$")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_FILE = "model.safetensors"
 STALLED_SECONDS = 60  # without a byte from the server
-ADVICE = "or pass --weights FILE, or --weights none to train from scratch"
+ADVICE = "or give a file of weights, or the weights none to train from scratch"
 
 
 class Published(NamedTuple):
@@ -128,8 +128,8 @@ def _fetch_timm(name: str) -> Path:
         except Exception as error:  # the errors of the hub and of its HTTP client have no common class
             raise WeightsError(
                 f"{repository}/{where['filename']}: cannot be downloaded ({_reason(error)}); get "
-                f"{hub.hf_hub_url(**where)} and pass it as --weights FILE, or pass --weights none to train "
-                "from scratch"
+                f"{hub.hf_hub_url(**where)} and give it as weights, or the weights none to train from "
+                "scratch"
             ) from error
     path = Path(cached)
     blob = path.resolve().name  # the hub's cache names large files by their hash

@@ -35,7 +35,7 @@ def write_report(
         with atomic_write(path) as partial:
             partial.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); give another --out") from error
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); give another file") from error
     return path
 
 

@@ -133,7 +133,7 @@ def read_history(checkpoint: Checkpoint, source: Path) -> tuple[EpochRow, ...]:
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{source}: holds no history; give the last.pt of a run") from error
     if not history:
-        raise CheckpointError(f"{source}: no epoch of the run is finished; continue it with --resume")
+        raise CheckpointError(f"{source}: no epoch of the run is finished; resume it")
     return history
 
 
@@ -146,7 +146,7 @@ def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> t
     split, few_shot = select_split(recipe, open_data(recipe.data))
     held_out = split.held_out if len(split.held_out) else split.train
     if set(held_out.labels) != set(checkpoint.labels):
-        raise DataError("the classes of the data have changed since the run started; give --data")
+        raise DataError("the classes of the data have changed since the run started; give the images as data")
     if few_shot:
         return held_out, "the held-out images"
     return (

@@ -2,7 +2,6 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
 
 import pydantic
 import torch
@@ -13,11 +12,11 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import CatalogModel, create_model
 from sopdeploy.reproduction.facts import count_facts
+from sopdeploy.reproduction.options import ReproduceOptions
 from sopdeploy.reproduction.small import SMALL_DATA, small_data, small_overrides
 from sopdeploy.reproduction.tables import DATA_SETS, DataSet, PrintedRow, PrintedTable
 from sopdeploy.training.recipe import Recipe, parse_override, read_recipe, to_toml
 
-Scale = Literal["paper", "small"]
 # Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as
 # the forward pass, and a multiply-add is two operations.
 STEP_COST = 3 * 2
@@ -83,37 +82,12 @@ def run_path(folder: Path, row: str, seed: int) -> Path:
     return folder / row / f"seed-{seed}"
 
 
-class Options(StrictModel):
-    """The options of `sopdeploy reproduce`.
-
-    `rows` are ids separated by commas, None for all. `seeds` is the number of runs per row, by default that
-    of the paper. `data` is the folder of the table's images, in class folders or an official layout. At the
-    small scale it is any such folder, from which a few images are used; the default are the bundled digits.
-    `settings` are changes to the recipes of all rows, as for `sopdeploy train --set`.
-    """
-
-    out: Path = Path("runs/reproduce")
-    rows: str | None = None
-    seeds: Annotated[int, pydantic.Field(ge=1)] | None = None
-    scale: Scale = "paper"
-    data: Path | None = None
-    settings: tuple[str, ...] = ()
-
-    def runs_per_row(self, table: PrintedTable) -> int:
-        """Return `seeds`, or the number of runs that the paper of *table* averages; 1 at the small scale."""
-        return self.seeds or (table.seeds if self.scale == "paper" else 1)
-
-    def folder(self, table: PrintedTable) -> Path:
-        """Return the folder of the runs and the page of *table*."""
-        return self.out / f"{table.id}-{self.scale}"
-
-
-def plan_rows(table: PrintedTable, options: Options) -> tuple[Job, ...]:
+def plan_rows(table: PrintedTable, options: ReproduceOptions) -> tuple[Job, ...]:
     """Plan the selected rows of *table*; raise `ConfigError` for unknown rows."""
     return tuple(_plan_row(table, row, options) for row in table.select(options.rows))
 
 
-def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
+def _plan_row(table: PrintedTable, row: PrintedRow, options: ReproduceOptions) -> Job:
     if row.layer is not None:
         return Job(row=row, reason=NOT_TRAINED["times"])
     trained = table.recipe_of(row)
@@ -129,7 +103,7 @@ def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
             overrides = (*overrides, *_small_changes(table, row, source, overrides, options))
         elif options.data is not None:
             overrides = (*overrides, f"data.path={to_toml(str(options.data))}")
-        overrides = (*overrides, *options.settings)
+        overrides = (*overrides, *options.set)
         recipe = read_recipe(source, overrides)
     except ConfigError as error:
         return Job(row=row, source=source, overrides=overrides, reason=f"not available: {error}")
@@ -144,7 +118,7 @@ def _plan_row(table: PrintedTable, row: PrintedRow, options: Options) -> Job:
 
 
 def _small_changes(
-    table: PrintedTable, row: PrintedRow, source: str, overrides: tuple[str, ...], options: Options
+    table: PrintedTable, row: PrintedRow, source: str, overrides: tuple[str, ...], options: ReproduceOptions
 ) -> list[str]:
     """Build the changes that reduce a row to the small scale; those of the table win, except for networks."""
     own = [*table.small, *row.small]

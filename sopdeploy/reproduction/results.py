@@ -9,7 +9,8 @@ import pydantic
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.evaluation.statistics import Interval, paired, wilson
 from sopdeploy.models.stats import Counts as NetworkCounts
-from sopdeploy.reproduction.plan import Counts, Scale
+from sopdeploy.reproduction.options import Scale
+from sopdeploy.reproduction.plan import Counts
 from sopdeploy.reproduction.tables import Measures, PrintedRow
 from sopdeploy.training.diagnostics import EpochRow
 

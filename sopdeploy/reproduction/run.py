@@ -14,8 +14,9 @@ from sopdeploy.models.describe import describe
 from sopdeploy.report.run_data import read_history
 from sopdeploy.reproduction.layer_times import time_layer
 from sopdeploy.reproduction.measure import condition_numbers, measure_heads
+from sopdeploy.reproduction.options import ReproduceOptions
 from sopdeploy.reproduction.page import render_page
-from sopdeploy.reproduction.plan import Job, Options, plan_rows, run_path
+from sopdeploy.reproduction.plan import Job, plan_rows, run_path
 from sopdeploy.reproduction.results import Reproduction, RowResult, SeedResult, measure_errors
 from sopdeploy.reproduction.small import small_data, statement, write_small_images
 from sopdeploy.reproduction.tables import PrintedTable
@@ -29,7 +30,7 @@ RESULT, PAGE = "result.json", "index.html"
 
 def reproduce(
     table: PrintedTable,
-    options: Options,
+    options: ReproduceOptions,
     *,
     callback: Callback | None = None,
     on_run: Callable[[str, int], None] = lambda _row, _seed: None,
@@ -129,7 +130,7 @@ def _measure(recipe: Recipe, trained: TrainingResult) -> SeedResult:
 
 def _summarize(
     table: PrintedTable,
-    options: Options,
+    options: ReproduceOptions,
     jobs: tuple[Job, ...],
     runs: dict[str, list[SeedResult]],
     times: dict[str, dict[str, float]],

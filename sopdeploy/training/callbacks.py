@@ -68,7 +68,7 @@ class TensorBoard(Callback):
             "tensorboard",
             "sopdeploy[tensorboard]",
             ConfigError,
-            "--log tensorboard",
+            "the tensorboard logger",
         )
         self.writer: Any = None
 
@@ -87,7 +87,7 @@ class WeightsAndBiases(Callback):
     """Log metrics to Weights & Biases, one W&B run per run; its id is in the run folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.wandb = import_optional("wandb", "wandb", "wandb", ConfigError, "--log wandb")
+        self.wandb = import_optional("wandb", "wandb", "wandb", ConfigError, "the wandb logger")
         self.folder = folder
         self.run: Any = None
 
@@ -115,7 +115,7 @@ def create_loggers(names: Sequence[str], folder: Path) -> list[Callback]:
     }
     for name in names:
         if name not in loggers:
-            raise ConfigError(f"--log {name}: unknown; choose one of {', '.join(loggers)}")
+            raise ConfigError(f"unknown; choose one of {', '.join(loggers)}", setting="log", value=name)
     return [loggers[name](folder) for name in names]
 
 

@@ -145,7 +145,7 @@ def _train_to_end(
             folder.save_last(run)
             raise TrainingStoppedError(
                 f"stopped in epoch {run.position.epoch + 1} of {recipe.epochs} after "
-                f"{run.position.step} steps of it; {folder.last} is saved, continue with --resume",
+                f"{run.position.step} steps of it; {folder.last} is saved and can be resumed",
                 signals.signal_number,
             ) from None
         except DataError as error:

@@ -144,7 +144,7 @@ class Recipe(StrictModel):
             if few_shot
             else "the training loop runs, not the few-shot procedure; remove them, or see few_shot.max_images"
         )
-        raise ConfigError(f"--set {', '.join(ignored)}: without effect, because {reason}")
+        raise ConfigError(f"{', '.join(ignored)}: without effect, because {reason}")
 
     @property
     def training_crop(self) -> int:
@@ -225,7 +225,7 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         for name in tables:
             table = table.setdefault(name, {})
             if not isinstance(table, dict):
-                raise ConfigError(f"--set {override}: {name} is a value, not a table with keys")
+                raise ConfigError(f"{override}: {name} is a value, not a table with keys")
         table[last] = value
     return validate_recipe(values, str(source))
 
@@ -243,7 +243,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     """
     key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not all(key.split(".")):
-        raise ConfigError(f"--set {override}: write key=value, for example optimizer.lr=0.05")
+        raise ConfigError(f"{override}: write key=value, for example optimizer.lr=0.05")
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:

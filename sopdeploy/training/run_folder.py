@@ -74,8 +74,8 @@ class RunFolder:
         free = self.strategy.rank != 0 or self._try_lock()
         if int(self.strategy.all_reduce(torch.tensor(int(free)))) != self.strategy.world:
             raise ConfigError(
-                f"{self.path}: another process trains in this folder; wait for its end or choose another "
-                "--out"
+                f"{self.path}: another process trains in this folder; wait for its end or choose another",
+                setting="out",
             )
 
     def _try_lock(self) -> bool:
@@ -128,14 +128,18 @@ class RunFolder:
     def check_free(self) -> None:
         """Raise `ConfigError` unless a new run can be written here."""
         if self.holds_run():
-            raise ConfigError(f"{self.path}: holds a run; continue it with --resume or choose another --out")
+            raise ConfigError(
+                f"{self.path} holds a run; continue it or choose another folder",
+                setting="out",
+                remedies={"resume": "always"},
+            )
         if os.path.lexists(self.path) and not (
             self.path.is_dir() and all(map(_is_restartable, self.path.iterdir()))
         ):
-            raise ConfigError(f"{self.path}: exists and is not an empty folder; choose another --out")
+            raise ConfigError(f"{self.path} exists and is not an empty folder; choose another", setting="out")
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise ConfigError(f"{self.path}: cannot be created in {nearest}; choose another --out")
+            raise ConfigError(f"{self.path} cannot be created in {nearest}; choose another", setting="out")
 
     def read_last(self) -> tuple[Checkpoint, Path]:
         """Lock the folder, read `last.pt`, or `previous.pt` if it is damaged, and return its path too.
@@ -143,7 +147,7 @@ class RunFolder:
         Raises `ConfigError` if there is no checkpoint, `CheckpointError` if none can be read.
         """
         if not self.holds_run():
-            raise ConfigError(f"{self.path}: holds no run to resume; start one without --resume")
+            raise ConfigError(f"{self.path} holds no run; start one first", setting="resume")
         self.lock()
         try:
             checkpoint = read_checkpoint(self.last)

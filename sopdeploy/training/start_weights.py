@@ -83,7 +83,8 @@ def read_start_weights(recipe: Recipe, strategy: Strategy) -> StartWeights | Non
         return None
     if recipe.start.weights is None:
         raise ConfigError(
-            "start.weights: not set; give the checkpoint to start from, or --weights imagenet, FILE or none"
+            "start.weights: not set; give the checkpoint to start from",
+            remedies={"weights": "imagenet"},
         )
     weights = _read(recipe) if strategy.rank == 0 else None
     strategy.all_reduce(torch.zeros(1))

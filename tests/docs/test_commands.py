@@ -50,25 +50,6 @@ def test_a_mentioned_command_exists_with_its_options(page: Path, words: list[str
     assert given <= options_of(command)
 
 
-def test_commands_are_found_in_all_kinds_of_blocks() -> None:
-    pages = {name(page) for page, _ in SHOWN}
-    assert {"README.md", "docs/quickstart.md", "docs/training.md", "docs/howto/tensorrt.md"} <= pages
-    distributed = [words for page, words in SHOWN if page.name == "distributed.md"]
-    assert len(distributed) == 3
-    assert all(words[0] == "train" for words in distributed)
-
-
-def test_a_wrong_option_is_detected(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("1. This:\n\n    ```sh\n    SOPDEPLOY_PORT=1 sopdeploy serve b --prot 2  # no\n    ```\n")
-    words = command_lines(page)[0]
-    assert words == ["serve", "b", "--prot", "2"]
-    with pytest.raises(AssertionError):
-        test_a_mentioned_command_exists_with_its_options(page, words)
-    with pytest.raises(Exception, match="No such option"):
-        test_a_shown_command_line_parses(page, words)
-
-
 def test_every_command_is_documented() -> None:
     pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/cli.md")]
     assert [command for command in COMMANDS.commands if f"\n## sopdeploy {command}" not in pages[1]] == []

@@ -57,13 +57,6 @@ def test_notebooks_have_no_outputs_and_their_pages_are_up_to_date(path: Path) ->
     assert page == GENERATE.notebook_page(path), "run `make docs`"
 
 
-def test_a_notebook_with_outputs_is_rejected(tmp_path: Path) -> None:
-    book = {"cells": [{"cell_type": "code", "source": ["1"], "outputs": [{"text": "1"}]}]}
-    (tmp_path / "b.ipynb").write_text(json.dumps(book), encoding="utf-8")
-    with pytest.raises(ValueError, match="contains outputs"):
-        GENERATE.notebook_page(tmp_path / "b.ipynb")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_all_cells_run_in_order_without_warnings(path: Path, tmp_path: Path) -> None:

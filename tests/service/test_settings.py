@@ -58,7 +58,7 @@ def test_an_invalid_environment_variable_or_assignment_is_named(monkeypatch):
         load_settings()
     for text in ("port", "prot=1", "=1"):
         name = re.escape(text.partition("=")[0])
-        with pytest.raises(ConfigError, match=f"--set {name}: expected name=value"):
+        with pytest.raises(ConfigError, match=f"{name}: expected name=value"):
             parse_assignments([text])
 
 

@@ -107,7 +107,7 @@ def test_it_is_trained_detached_certified_and_exported(tmp_path: Path) -> None:
 
 def test_export_without_detach_is_rejected(tmp_path: Path) -> None:
     checkpoint = SMALL.trained(tmp_path / "ckpt.pt")
-    with pytest.raises(DetachError, match=r"MadeUp still carries .*helper.*add --detach"):
+    with pytest.raises(DetachError, match=r"MadeUp still carries .*helper.*try detach=True"):
         export(checkpoint, tmp_path / "bundles", ExportOptions())
 
 

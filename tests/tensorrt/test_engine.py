@@ -21,7 +21,8 @@ from sopdeploy.tensorrt.profiles import parse_profiles
 from sopdeploy.tensorrt.record import EngineRecord
 from sopdeploy_export.tensorrt import engine as engine_module
 from sopdeploy_export.tensorrt.build import BuildRequest
-from sopdeploy_export.tensorrt.engine import Engine, EngineOptions, get_engine, make_key
+from sopdeploy_export.tensorrt.engine import Engine, get_engine, make_key
+from sopdeploy_export.tensorrt.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.selection import open_runtime
 from sopdeploy_service.settings import Settings

@@ -59,14 +59,12 @@ def test_the_config_matches_the_manifest_and_the_files_the_bundle(bundle: Bundle
 
 
 def test_requests_are_batched_and_time_out_in_the_queue(bundle: Bundle, tmp_path: Path) -> None:
-    config = config_of(
-        bundle, tmp_path, max_queue_delay=500, timeout=2_000_000, max_queue_size=7, instances=2
-    )
+    config = config_of(bundle, tmp_path, max_queue_delay=500, instances=2)
     batching, policy = config.dynamic_batching, config.dynamic_batching.default_queue_policy
     assert list(batching.preferred_batch_size) == [4, 16]
     assert batching.max_queue_delay_microseconds == 500
     timeout = (policy.timeout_action, policy.default_timeout_microseconds, policy.max_queue_size)
-    assert timeout == (0, 2_000_000, 7)
+    assert timeout == (0, 1_000_000, 256)
     assert policy.allow_timeout_override
     (group,) = config.instance_group
     assert (group.count, group.kind) == (2, 0)  # on every GPU, or on the CPU

@@ -31,11 +31,10 @@ def add_features_output(network: nn.Module, training: Mapping[str, Any]) -> None
         end, remedy = f"{type(network).__name__} does not end in average pooling and one linear layer", ""
         if pooling != "gap":
             end = f"{type(network).__name__} ends in {pooling} pooling instead of average pooling"
-            choice = "--set 'few_shot.heads=[\"gap\"]'" if "few_shot" in training else "--pooling gap"
-            remedy = f"train with {choice}, or "
-        raise LoweringError(
-            f"--with-cam: {end}, so no map adds up to its logits; {remedy}export it without --with-cam"
-        )
+            remedy = "; train it with the pooling gap"
+            if "few_shot" in training:
+                remedy = '; train it with few_shot.heads=["gap"]'
+        raise LoweringError(f"{end}, so no map adds up to its logits{remedy}", setting="with_cam")
     network.outputs = (LOGITS, FEATURES)
 
 
@@ -64,9 +63,10 @@ def check_class_maps(
     logits = parity.logits
     if not deviation <= logits.tolerance:  # also true for NaN
         raise ParityError(
-            f"--with-cam: the class activation maps deviate from the logits by {deviation:.3g} "
+            f"the class activation maps deviate from the logits by {deviation:.3g} "
             f"({deviation / logits.noise_floor:.1f}x noise floor, limit {parity.floors_allowed:.0f}x = "
-            f"{logits.tolerance:.3g}); nothing was written: export without --with-cam"
+            f"{logits.tolerance:.3g}); nothing was written",
+            setting="with_cam",
         )
     record = ClassMapParity(deviation=deviation, tolerance=logits.tolerance)
     return parity.model_copy(update={"class_maps": record})

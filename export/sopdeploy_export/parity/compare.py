@@ -49,7 +49,7 @@ Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 Gate = Callable[[Tensor], NDArray[Any]]
 SINGLE_IMAGES, BATCH, LARGEST_BATCH = 4, 16, 63  # batches larger than LARGEST_BATCH may exceed the memory
-UNDECIDED = "add --probes DIR with images from the target domain, or train longer"
+UNDECIDED = "add probes: images from the target domain, or train longer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,9 +223,9 @@ def add_spectral_records(
 def _overflow(output: str, precision: Precision) -> str:
     """Build the error message for an *output* that is not finite in *precision*."""
     remedy = {
-        "fp16": "choose --precision bf16-backbone or fp32",
+        "fp16": "choose precision bf16-backbone or fp32",
         "fp32": "train it again with weight decay or a lower learning rate",
-    }.get(precision, "choose --precision fp32")
+    }.get(precision, "choose precision fp32")
     return (
         f"the network's own {output} are not finite in {precision} on the probe images: activations "
         f"overflow; {remedy}"
@@ -263,7 +263,7 @@ def _error_message(report: ParityReport) -> str:
             f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "
             f"{floor / max(report.spread or 0.0, floor * 1e-6):.0%} of the spread of the logits, and at "
             f"{0.5 / report.floors_allowed:.1%} or more a file that ignores its input would pass; train "
-            "longer, or choose --precision fp32"
+            "longer, or choose precision fp32"
         )
     if report.broken is not None:
         what = f"violates an invariant of a second-order module: {report.broken}"
@@ -271,8 +271,8 @@ def _error_message(report: ParityReport) -> str:
     if drifting is not None:
         what += (
             f"; the first module over its limit is {drifting.part} ({drifting.in_floors:.0f}x noise floor): "
-            "try --no-lowering, or --precision fp32"
+            "export it without lowering, or in precision fp32"
         )
     elif routing is not None and routing.flips and routing.undecided == report.images:
         what += "; the gate is undecided on every image, so rounding decides: train longer"
-    return f"the exported file {what}; nothing was written (--allow-drift records the error and continues)"
+    return f"the exported file {what}; nothing was written"

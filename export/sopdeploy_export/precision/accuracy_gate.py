@@ -35,8 +35,9 @@ def open_folders(subject: ExportSubject, options: ExportOptions) -> Preprocessed
         return None
     if subject.decision is not None and subject.decision.activation == "sigmoid":
         raise ConfigError(
-            "--evaluate: measures top-1, but this network predicts several classes per image; omit it and "
-            "compare `sopdeploy eval` of the checkpoint and the bundle"
+            "measures top-1, but this network predicts several classes per image; omit it and evaluate the "
+            "checkpoint and the bundle",
+            setting="evaluate",
         )
     return PreprocessedDataset(open_evaluation_images(options.evaluate, subject.labels), subject.preprocess)
 
@@ -87,10 +88,11 @@ class AccuracyCheck:
         tried = ""
         if report.quantisation is not None:
             attempts = ", ".join(map(str, report.quantisation.tried))
-            tried = f"; tried: {attempts}; add images like those of production to --calibrate"
+            tried = f"; tried: {attempts}; add images like those of production"
         raise ParityError(
             f"{report.precision} loses {found.drop:.2f} points of {metric} on {found.images} images, "
-            f"but only {limit:g} are allowed (--max-drop){tried}"
+            f"more than {limit:g}{tried}",
+            setting="max_drop",
         )
 
     def _batches(self) -> Iterator[Batch]:

@@ -54,7 +54,7 @@ def with_precision(network: Part, program: ExportedProgram, precision: Precision
     if not difference <= FOLD_TOLERANCE:
         raise LoweringError(
             f"batch norms folded into the convolutions change the output by {difference:.2g} of its largest "
-            "value in float64; nothing was written; choose --precision fp32"
+            "value in float64; nothing was written; choose precision fp32"
         )
     folded = copy.deepcopy(network)
     fold_batch_norms(folded, program)

@@ -308,7 +308,9 @@ def quantize_accurately(
     """
     images = check.calibration
     if images is None:
-        raise ConfigError("--precision int8 needs images to measure ranges on: add --calibrate DIR")
+        raise ConfigError(
+            "int8 needs images to measure ranges on", setting="precision", remedies={"calibrate": None}
+        )
     check_part_names(model, options.keep_float)
     in_float = [*float32_parts(network), *options.keep_float]
     quantizer = Int8Quantizer(model, images, in_float, options.int8_for)

@@ -110,7 +110,7 @@ class Int8Quantizer:
             node.name = node.name or f"node {position}"
         self.chosen = self._convolutions(in_float)
         if not self.chosen:
-            raise LoweringError("the network has no convolution to quantize; export it with --precision fp16")
+            raise LoweringError("the network has no convolution to quantize; export it in precision fp16")
         self._separate_biases()
         self._ranges: dict[Calibration, TensorsData] = {}
 
@@ -309,7 +309,8 @@ def check_part_names(model: onnx.ModelProto, parts: Sequence[str]) -> None:
         if not any(is_in(weight, part) for weight in weights):
             examples = ", ".join(part_of(weight) for weight in weights[:EXAMPLES])
             raise ConfigError(
-                f"--keep-float: {part!r} contains no convolution; choose for example one of {examples}"
+                f"{part!r} contains no convolution; choose for example {examples}",
+                setting="keep_float",
             )
 
 

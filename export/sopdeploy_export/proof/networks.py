@@ -77,7 +77,7 @@ def detach(
     if not requested:
         if detachable:
             raise DetachError(
-                f"{kind} still carries training-only parts ({names}); add --detach to remove them"
+                f"{kind} still carries training-only parts ({names})", remedies={"detach": True}
             )
         return network
     if not detachable:

@@ -17,7 +17,6 @@ import onnx
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import Probes, read_probes, replay
-from sopdeploy.config import StrictModel
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import import_tensorrt, version_of
 from sopdeploy.tensorrt.cache import NoEngine, cache_folder, look, records, store, write_whole
@@ -27,21 +26,11 @@ from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeRepl
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_export.tensorrt.build import BuildRequest, build, inspect
 from sopdeploy_export.tensorrt.lint import GRAPH_PRECISION, check_precision, lint
+from sopdeploy_export.tensorrt.options import EngineOptions
 from sopdeploy_export.tensorrt.precision_check import check_engine_precision
 from sopdeploy_export.tensorrt.progress import Report
 
 WORKSPACE_DIVISOR = 4  # the builder may use a quarter of the GPU's memory
-
-
-class EngineOptions(StrictModel):
-    """The options of an engine build; None selects the bundle's own value."""
-
-    precision: str | None = None
-    profiles: str | None = None
-    level: int = 3
-    cache: Path | None = None  # None: beside the bundle
-    rebuild: bool = False
-    strict: bool = False  # warnings of the precision check are errors
 
 
 @dataclass(frozen=True)

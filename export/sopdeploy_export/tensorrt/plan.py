@@ -11,8 +11,9 @@ from sopdeploy.tensorrt.binding import import_tensorrt, parse_version
 from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy.tensorrt.profiles import Profile, parse_profiles
 from sopdeploy.tensorrt.record import Hazard
-from sopdeploy_export.tensorrt.engine import EngineOptions, make_key
+from sopdeploy_export.tensorrt.engine import make_key
 from sopdeploy_export.tensorrt.lint import check_precision, lint
+from sopdeploy_export.tensorrt.options import EngineOptions
 
 SUPPORTED = ("10.13.0", "10.16.0", "11.0.0")
 

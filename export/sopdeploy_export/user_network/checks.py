@@ -86,7 +86,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         kind = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout} on {tensor.device}"
         raise LoweringError(
             f"{name} is a {kind}; the exporter accepts dense tensors of float32 or integers: convert it, "
-            "for example with .float(), and choose --precision for the export"
+            "for example with .float(), and choose the precision of the export"
         )
     if inexact and not bool(torch.isfinite(tensor).all()):
         raise LoweringError(f"{name} holds NaN or infinite values; train again or use an earlier checkpoint")

@@ -140,12 +140,14 @@ def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -
     """Raise `ConfigError` for an argument of the wrong kind."""
     if not NAME.fullmatch(name):
         raise ConfigError(
-            f"--name {name}: use at most 200 letters, digits, `.`, `_` and `-`, the first not `.`"
+            "use at most 200 letters, digits, `.`, `_` and `-`, the first not `.`", setting="name", value=name
         )
     if not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels) or not labels:
-        raise ConfigError("--labels: give one name per class, each once")
+        raise ConfigError("give one name per class, each once", setting="labels")
     if not isinstance(preprocess, Preprocess):
-        raise ConfigError(f"--preprocess: is a {type(preprocess).__name__}, not a sopdeploy.Preprocess")
+        raise ConfigError(
+            f"is a {type(preprocess).__name__}, not a sopdeploy.Preprocess", setting="preprocess"
+        )
 
 
 def unused_modules(
@@ -172,7 +174,9 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
             close = ", ".join(name for name, _ in network.named_children())
-            raise DetachError(f"--training-only {pattern}: no such part; the network has {close}")
+            raise DetachError(
+                f"no such part; the network has {close}", setting="training_only", value=pattern
+            )
         for match in matches:  # outer modules come before inner ones
             if not is_in(match, *found):
                 found.append(match)
@@ -196,8 +200,8 @@ def _check_usage(
     undeclared = outermost(network, frozenset(name for name in usage.unused if not is_in(name, *parts)))
     if undeclared and options.pt2:
         raise LoweringError(
-            f"the output does not depend on {', '.join(undeclared)}; network.pt2 would contain its weights: "
-            "add it to --training-only"
+            f"the output does not depend on {', '.join(undeclared)}; network.pt2 would contain its weights",
+            remedies={"training_only": undeclared[0]},
         )
     if not undeclared:
         return ()

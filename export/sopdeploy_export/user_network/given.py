@@ -97,7 +97,8 @@ def check_constants(captured: Captured, network: nn.Module) -> None:
                 )
                 raise LoweringError(
                     f"the output depends on {where}, which is no parameter or buffer, so no weight file "
-                    "contains it; use ModuleList, ModuleDict or register_buffer, or add --allow-constants"
+                    "contains it; use ModuleList, ModuleDict or register_buffer",
+                    remedies={"allow_constants": True},
                 )
 
 

@@ -59,5 +59,6 @@ def check_training_only(usage: Usage, training_only: Sequence[str]) -> None:
         more = f" and {len(reached) - SHOWN} more" if len(reached) > SHOWN else ""
         raise CertificateError(
             f"the output of the trained network depends on {', '.join(reached[:SHOWN])}{more}, so "
-            f"{', '.join(parts)} cannot be detached; remove it from --training-only"
+            f"{', '.join(parts)} cannot be detached; omit it",
+            setting="training_only",
         )

@@ -46,7 +46,7 @@ def load_weights(network: nn.Module, path: Path, table: str | None = None) -> Lo
         if tensors[key].shape != expected[key].shape:
             found, wanted = tuple(tensors[key].shape), tuple(expected[key].shape)
             raise WeightsError(
-                f"{path}: {key} is {found} in the file and {wanted} in the network; set options with --set"
+                f"{path}: {key} is {found} in the file and {wanted} in the network; check its options"
             )
     unknown = next((key for key in tensors if key not in expected), None)
     if unknown is not None:
@@ -59,7 +59,9 @@ def _choose_table(path: Path, content: Any, wanted: str | None) -> tuple[str, Ma
     """Choose the only table of tensors in *content*, or the one named *wanted*."""
     if is_state_dict(content):
         if wanted is not None:
-            raise WeightsError(f"{path}: is a single table of tensors; omit --weights {wanted}")
+            raise WeightsError(
+                f"{path} is a single table of tensors; omit it", setting="weights", value=wanted
+            )
         return "", content
     tables = {}
     if isinstance(content, dict):
@@ -69,10 +71,10 @@ def _choose_table(path: Path, content: Any, wanted: str | None) -> tuple[str, Ma
         raise WeightsError(f"{path}: holds no table of tensors; {ADVICE}")
     if wanted is None and len(tables) > 1:
         raise WeightsError(
-            f"{path}: holds several tables of tensors ({names}); choose one with --weights NAME"
+            f"{path}: holds several tables of tensors ({names}); choose one", remedies={"weights": None}
         )
     if wanted is not None and wanted not in tables:
-        raise WeightsError(f"{path}: --weights {wanted}: no such table; the file has {names}")
+        raise WeightsError(f"{path} has only {names}", setting="weights", value=wanted)
     name = wanted or names
     return name, tables[name]
 
@@ -89,6 +91,6 @@ def _shared_prefix(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 def _other_settings(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     shared = len(tensors.keys() & expected.keys())
     return (
-        f"{shared} of {len(expected)} tensors fit: check --network and its options (--set), or choose "
-        "another table with --weights"
+        f"{shared} of {len(expected)} tensors fit: check the network and its options, or choose "
+        "another table of weights"
     )

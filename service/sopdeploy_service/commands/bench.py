@@ -80,7 +80,7 @@ def bench(
         wrong = [batch for batch in batches if not 1 <= batch <= largest]
         if wrong:
             raise ConfigError(
-                f"--batch: {loaded.bundle.name} takes batches of 1 to {largest}, not of {wrong[0]}"
+                f"{loaded.bundle.name} takes batches of 1 to {largest}, not of {wrong[0]}"
                 "; choose sizes in this range"
             )
     latencies: list[list[Latency]] = [[] for _ in bundles]

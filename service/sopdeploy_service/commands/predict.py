@@ -75,7 +75,7 @@ def predict(
     """
     settings = settings or load_settings()
     if explain is not None and (len(images) != 1 or explain.suffix.lower() != ".png"):
-        raise ConfigError(f"--explain {explain}: needs exactly one image, and the name of a .png file")
+        raise ConfigError("needs exactly one image, and the name of a .png file", setting="explain")
     loaded = load_model(bundle_path, settings)
     predictions = []
     for number, image in enumerate(images):
@@ -116,7 +116,7 @@ def _explain_image(
     rules, layer = loaded.bundle.manifest.preprocess, loaded.class_maps
     if layer is None:
         raise ConfigError(
-            f"--explain: {loaded.bundle.path} has no class activation maps; export it with --with-cam"
+            f"{loaded.bundle.path} has no class activation maps; export it with_cam", setting="explain"
         )
     try:
         decoded = _decode(image, rules, settings)

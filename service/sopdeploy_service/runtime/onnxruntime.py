@@ -215,7 +215,7 @@ def _open_session(
         if bundle.manifest.precision == "bf16-backbone":
             reason = (
                 f"has no bfloat16 kernels on {DEVICES[provider]}; build an engine for a GPU "
-                "(sopdeploy engine), or export with --precision fp16 or fp32"
+                "(sopdeploy engine), or export it in precision fp16 or fp32"
             )
         raise RuntimeUnavailableError(f"{bundle.onnx}: onnxruntime {version} {reason}") from error
     if session.get_providers()[0] != provider:
@@ -225,8 +225,8 @@ def _open_session(
     if provider != CPU and (operators := operators_on_cpu(session)):
         raise RuntimeUnavailableError(
             f"{bundle.onnx}: onnxruntime {version} runs {', '.join(operators)} on the CPU instead of "
-            f"{DEVICES[provider]}; export the checkpoint again, for int8 with --int8-for tensorrt, or choose "
-            "--runtime onnxruntime-cpu"
+            f"{DEVICES[provider]}; export the checkpoint again, for int8 with int8_for=tensorrt",
+            remedies={"runtime": "onnxruntime-cpu"},
         )
     declared = [tensor.name for tensor in (*bundle.manifest.inputs, *bundle.manifest.outputs)]
     tensors = [tensor.name for tensor in (*session.get_inputs(), *session.get_outputs())]

@@ -4,20 +4,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sopdeploy.cli.console import (
-    BundleArgument,
-    JsonOption,
-    err,
-    one_line_errors,
-    plain_text,
-    print_field,
-    print_json,
-)
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import BundleArgument, err, plain_text, print_field
+from sopdeploy_export.tensorrt.options import EngineOptions
 
 if TYPE_CHECKING:
     from sopdeploy_export.tensorrt.engine import Engine
@@ -27,74 +20,70 @@ LOG_INTERVAL = 30.0  # seconds between two progress lines in a log
 _field = partial(print_field, width=9)
 
 
+def show(result: "Engine | EnginePlan") -> None:
+    """Print the engine that was built or found, or the plan of a build."""
+    from sopdeploy_export.tensorrt.plan import EnginePlan
+
+    if isinstance(result, EnginePlan):
+        _show_plan(result)
+    else:
+        _show_engine(result)
+
+
+def summarize(result: "Engine | EnginePlan") -> dict[str, Any]:
+    """Build the JSON output."""
+    from sopdeploy_export.tensorrt.plan import EnginePlan
+
+    if isinstance(result, EnginePlan):
+        return result.model_dump(mode="json")
+    record, is_new = result.record.model_dump(mode="json"), result.reason is not None
+    return {"plan": str(result.path), "built": is_new, "reason": result.reason, "record": record}
+
+
+@command(show, summarize=summarize)
 def engine(
     bundle: BundleArgument,
-    precision: Annotated[
-        str | None, typer.Option(help="Required precision of the engine. [dim]default: the bundle's[/dim]")
-    ] = None,
-    profiles: Annotated[
-        str | None, typer.Option(metavar="1,8,32", help="Largest batch of each optimization profile.")
-    ] = None,
-    level: Annotated[int, typer.Option(min=0, max=5, help="TensorRT builder optimization level.")] = 3,
-    cache: Annotated[
-        Path | None, typer.Option(help="Engine cache folder. [dim]default: engines/ beside the bundle[/dim]")
-    ] = None,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build even if the cache has one.")] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Fail if a layer may run in another precision than requested.")
-    ] = False,
+    *,
+    options: EngineOptions,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what a build would do; needs no GPU.")
     ] = False,
-    as_json: JsonOption = False,
-) -> None:
+) -> "Engine | EnginePlan":
     """Build the TensorRT engine of a bundle for this GPU, or find it in the cache, and check its outputs.
 
     Example: [bold]sopdeploy engine bundles/dsop-resnet20-3f6c01d2a4b7 --profiles 1,8,32[/bold]
     """
-    with one_line_errors(as_json):
-        from sopdeploy.environment import import_optional
-        from sopdeploy.errors import RuntimeUnavailableError
+    from sopdeploy.environment import import_optional
+    from sopdeploy.errors import RuntimeUnavailableError
 
-        import_optional("onnx", "onnx", "sopdeploy[tensorrt]", RuntimeUnavailableError)
-        from sopdeploy.bundle.folder import open_bundle
-        from sopdeploy_export.tensorrt.engine import EngineOptions, get_engine
-        from sopdeploy_export.tensorrt.plan import plan_engine
+    import_optional("onnx", "onnx", "sopdeploy[tensorrt]", RuntimeUnavailableError)
+    from sopdeploy.bundle.folder import open_bundle
+    from sopdeploy_export.tensorrt.engine import get_engine
+    from sopdeploy_export.tensorrt.plan import plan_engine
 
-        options = EngineOptions(
-            precision=precision, profiles=profiles, level=level, cache=cache, rebuild=rebuild, strict=strict
-        )
-        opened = open_bundle(bundle)
-        if dry_run:
-            plan = plan_engine(opened, options)
-            return print_json(plan.model_dump(mode="json")) if as_json else _show_plan(plan)
-        with _progress(quiet=as_json) as report:
-            built = get_engine(opened, options, report)
-    if not as_json:
-        return _show_engine(built)
-    record = built.record.model_dump(mode="json")
-    is_new = built.reason is not None
-    return print_json({"plan": str(built.path), "built": is_new, "reason": built.reason, "record": record})
+    opened = open_bundle(bundle)
+    if dry_run:
+        return plan_engine(opened, options)
+    with _progress() as report:
+        return get_engine(opened, options, report)
 
 
 @contextmanager
-def _progress(*, quiet: bool) -> Iterator[Any]:
+def _progress() -> Iterator[Any]:
     """Yield a progress callback: a status line on a terminal, a line every `LOG_INTERVAL` s in a log."""
-    if quiet:
-        yield lambda _: None
-    elif err.is_terminal:
+    if err.is_terminal:
         with err.status("engine") as status:
             yield lambda text: status.update(plain_text(text))
-    else:
-        last = float("-inf")
+        return
+    last = float("-inf")
 
-        def report(text: str) -> None:
-            nonlocal last
-            if time.monotonic() - last >= LOG_INTERVAL:
-                last = time.monotonic()
-                err.print(plain_text(text))
+    def report(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LOG_INTERVAL:
+            last = time.monotonic()
+            err.print(plain_text(text))
 
-        yield report
+    yield report
 
 
 def _show_engine(built: "Engine") -> None:

@@ -2,55 +2,49 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sopdeploy.cli.console import (
-    BundleArgument,
-    JsonOption,
-    err,
-    one_line_errors,
-    plain_text,
-    print_field,
-    print_json,
-)
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import BundleArgument, err, plain_text, print_field
 
 
+def show(signed: dict[str, Any]) -> None:
+    """Print the signature file, and the public key if it is new."""
+    if signed["public_key"] is not None:
+        print_field("key", f"distribute {signed['public_key']}, keep the other file secret", style="")
+    print_field("signed", str(signed["signature"]), style="")
+
+
+@command(show)
 def sign(
     bundle: BundleArgument,
     key: Annotated[Path, typer.Option(help="Secret key file of sopdeploy or minisign, without a password.")],
     new_key: Annotated[
         bool, typer.Option("--new-key", help="Create the key first; the public key is written to KEY.pub.")
     ] = False,
-    as_json: JsonOption = False,
-) -> None:
+) -> dict[str, Any]:
     """Sign a bundle: write BUNDLE.minisig beside it, for --verify-key of `pull` and `serve`.
 
     Example: [bold]sopdeploy sign bundles/dsop-resnet20-3f6c01d2a4b7 --key release.key[/bold]
     """
-    with one_line_errors(as_json):
-        from sopdeploy.bundle.signing import make_key
-        from sopdeploy.bundle.signing import sign as run
+    from sopdeploy.bundle.signing import make_key
+    from sopdeploy.bundle.signing import sign as run
 
-        public = make_key(key) if new_key else None
-        signature = run(bundle, key)
-    if as_json:
-        print_json({"signature": signature, "public_key": public})
-        return
-    if public is not None:
-        print_field("key", f"{key}: keep it secret; distribute {public}", style="")
-    print_field("signed", str(signature), style="")
+    public = make_key(key) if new_key else None
+    return {"signature": run(bundle, key), "public_key": public}
 
 
+@command()
 def key(
     name: Annotated[str, typer.Argument(help="Name of the client; it appears in the server's log.")],
     file: Annotated[Path, typer.Option(help="Key file; created if it is missing.")],
     rate: Annotated[
-        float | None, typer.Option(help="Largest number of images per second. [dim]default: no limit[/dim]")
+        float | None, typer.Option(help="Largest number of images per second; by default no limit.")
     ] = None,
     burst: Annotated[
-        int | None, typer.Option(min=1, help="Images allowed at once after a pause. [dim]default: 32[/dim]")
+        int | None, typer.Option(min=1, help="Images allowed at once after a pause; by default 32.")
     ] = None,
     admin: Annotated[bool, typer.Option("--admin", help="Allow the key to load and swap models.")] = False,
 ) -> None:
@@ -58,9 +52,8 @@ def key(
 
     Example: [bold]sopdeploy key phone-app --file keys.toml --rate 100[/bold]
     """
-    with one_line_errors():
-        from sopdeploy_service.http.api_keys import new_key
+    from sopdeploy_service.http.api_keys import new_key
 
-        created = new_key(file, name, rate=rate, burst=burst, admin=admin)
+    created = new_key(file, name, rate=rate, burst=burst, admin=admin)
     sys.stdout.write(created + "\n")
     err.print(plain_text(f"{file} stores only a hash: keep the key, it is not shown again"))

@@ -1,63 +1,70 @@
 """`sopdeploy push` and `sopdeploy pull`: upload a bundle as one archive, download and check it."""
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sopdeploy.cli.console import BundleArgument, JsonOption, one_line_errors, print_field, print_json
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import BundleArgument, print_field
 
-URLS = "oci://HOST/REPOSITORY[:TAG] or hf://OWNER/NAME[@REVISION]"
+if TYPE_CHECKING:
+    from sopdeploy.bundle.transfer import Pulled, Pushed
+
+LOCATIONS = "oci://HOST/REPOSITORY[:TAG] or hf://OWNER/NAME[@REVISION]"
 
 
+def show_pushed(pushed: "Pushed") -> None:
+    """Print the location of the archive and its hash."""
+    signed = "with its signature" if pushed.signed else "not signed"
+    print_field("pushed", f"{pushed.url} ({pushed.bytes:,} bytes, {signed})", style="")
+    print_field("sha256", pushed.sha256, style="")
+
+
+@command(show_pushed)
 def push(
     bundle: BundleArgument,
-    destination: Annotated[str, typer.Argument(metavar="DEST", help=f"A folder, s3://BUCKET/PATH, {URLS}.")],
+    destination: Annotated[
+        str, typer.Argument(metavar="DEST", help=f"A folder, s3://BUCKET/PATH, {LOCATIONS}.")
+    ],
     license_id: Annotated[
         str | None,
         typer.Option("--license", help="License in the model card on the Hub, such as apache-2.0."),
     ] = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> "Pushed":
     """Upload a bundle as one reproducible archive, with its signature if there is one.
 
     Example: [bold]sopdeploy push bundles/dsop-resnet20-3f6c01d2a4b7 s3://models/flowers[/bold]
 
     Example: [bold]sopdeploy push bundles/dsop-resnet20-3f6c01d2a4b7 hf://owner/flowers --license mit[/bold]
     """
-    with one_line_errors(as_json):
-        from sopdeploy.bundle.transfer import push as run
+    from sopdeploy.bundle.transfer import push as run
 
-        pushed = run(bundle, destination, license_id=license_id)
-    if as_json:
-        print_json(asdict(pushed))
-        return
-    signed = "with its signature" if pushed.signed else "not signed"
-    print_field("pushed", f"{pushed.url} ({pushed.bytes:,} bytes, {signed})", style="")
-    print_field("sha256", pushed.sha256, style="")
+    return run(bundle, destination, license_id=license_id)
 
 
+def show_pulled(pulled: "Pulled") -> None:
+    """Print the folder of the bundle and what was checked."""
+    checked = "signature and hashes" if pulled.verified else "hashes"
+    print_field("pulled", f"{pulled.path} ({checked} checked)", style="")
+
+
+@command(show_pulled)
 def pull(
-    source: Annotated[str, typer.Argument(help=f"Location printed by `push`: a path, s3://..., {URLS}.")],
+    source: Annotated[
+        str, typer.Argument(help=f"Location printed by `push`: a path, s3://..., {LOCATIONS}.")
+    ],
     destination: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the bundle.")],
     sha256: Annotated[str | None, typer.Option(help="Expected sha256 of the archive.")] = None,
     verify_key: Annotated[Path | None, typer.Option(help="Require a signature by this key.")] = None,
     max_bytes: Annotated[int, typer.Option(min=1, help="Largest archive size.")] = 8_000_000_000,
-    as_json: JsonOption = False,
-) -> None:
+) -> "Pulled":
     """Download a bundle, check signature and hashes, and only then move it to its final name.
 
     Example: [bold]sopdeploy pull s3://models/flowers/dsop-resnet20-3f6c01d2a4b7.tar bundles[/bold]
 
     Example: [bold]sopdeploy pull hf://owner/flowers bundles[/bold]
     """
-    with one_line_errors(as_json):
-        from sopdeploy.bundle.transfer import pull as run
+    from sopdeploy.bundle.transfer import pull as run
 
-        pulled = run(source, destination, sha256=sha256, verify_key=verify_key, max_bytes=max_bytes)
-    if as_json:
-        print_json(asdict(pulled))
-        return
-    checked = "signature and hashes" if pulled.verified else "hashes"
-    print_field("pulled", f"{pulled.path} ({checked} checked)", style="")
+    return run(source, destination, sha256=sha256, verify_key=verify_key, max_bytes=max_bytes)

@@ -1,34 +1,18 @@
 """`sopdeploy verify`: check a bundle on this machine."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sopdeploy.cli.console import BundleArgument, JsonOption, one_line_errors, print_field, print_json, steps
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import BundleArgument, print_field, steps
 
-
-def replay_rules(bundle: Path) -> str | None:
-    """Replay the rewrite rules of *bundle* if the packages that they need are installed."""
-    try:
-        from sopdeploy_export.replay import check_lowering
-    except ImportError:  # without onnx_ir
-        return None
-    from sopdeploy.bundle.folder import open_bundle
-
-    return check_lowering(open_bundle(bundle))
+if TYPE_CHECKING:
+    from sopdeploy_service.commands.verify import Verification
 
 
-def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
-    """Check every file of a bundle, its probes and its golden examples on this machine, offline.
-
-    Example: [bold]sopdeploy verify bundles/dsop-resnet20-3f6c01d2a4b7[/bold]
-    """
-    with one_line_errors(as_json), steps("verifying", quiet=as_json):
-        from sopdeploy_service.commands.verify import verify as run
-
-        result = run(bundle)
-        lowering = replay_rules(bundle) if result.onnx_root is not None else None
-    if as_json:
-        print_json({**result.model_dump(mode="json"), "lowering": lowering})
-        return
+def show(verified: "tuple[Verification, str | None]") -> None:
+    """Print one line per check."""
+    result, lowering = verified
     print_field("files", f"{result.files} complete, {result.bytes:,} bytes, sha256 equal, id {result.id}")
     graph = "its root was not recomputed, because onnx is not installed: pip install onnx"
     if result.onnx_root is not None:
@@ -49,3 +33,33 @@ def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     if result.pixels is not None:
         print_field("note", result.pixels.describe(), style="bold yellow")
     print_field("verified", str(result.bundle), style="bold green")
+
+
+def summarize(verified: "tuple[Verification, str | None]") -> dict[str, Any]:
+    """Build the JSON output."""
+    result, lowering = verified
+    return {**result.model_dump(mode="json"), "lowering": lowering}
+
+
+def replay_rules(bundle: Path) -> str | None:
+    """Replay the rewrite rules of *bundle* if the packages that they need are installed."""
+    try:
+        from sopdeploy_export.replay import check_lowering
+    except ImportError:  # without onnx_ir
+        return None
+    from sopdeploy.bundle.folder import open_bundle
+
+    return check_lowering(open_bundle(bundle))
+
+
+@command(show, summarize=summarize)
+def verify(bundle: BundleArgument) -> "tuple[Verification, str | None]":
+    """Check every file of a bundle, its probes and its golden examples on this machine, offline.
+
+    Example: [bold]sopdeploy verify bundles/dsop-resnet20-3f6c01d2a4b7[/bold]
+    """
+    with steps("verifying"):
+        from sopdeploy_service.commands.verify import verify as run
+
+        result = run(bundle)
+        return result, replay_rules(bundle) if result.onnx_root is not None else None

@@ -5,52 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sopdeploy.cli.console import (
-    BundleArgument,
-    JsonOption,
-    one_line_errors,
-    out,
-    plain_text,
-    print_json,
-    steps,
-)
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import BundleArgument, out, plain_text, steps
 from sopdeploy.errors import ConfigError
 
 if TYPE_CHECKING:
     from sopdeploy_service.commands.bench import Benchmark
 
 
-def bench(
-    bundle: BundleArgument,
-    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the runtime.")] = None,
-    against: Annotated[Path | None, typer.Option(help="A second bundle, timed alternately.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure latency (median, p95, p99) and images per second of a bundle on this machine, after a warm-up.
-
-    Example: [bold]sopdeploy bench bundles/dsop-resnet20-3f6c01d2a4b7 --batch 1,8[/bold]
-    """
-    with one_line_errors(as_json), steps("timing", quiet=as_json) as step:
-        from sopdeploy_service.commands.bench import bench as run
-        from sopdeploy_service.settings import load_settings
-
-        result = run(bundle, load_settings(threads=threads), batch_sizes(batch), against, step)
-    if as_json:
-        print_json(result.model_dump(mode="json"))
-    else:
-        _show(result)
-
-
-def batch_sizes(text: str) -> tuple[int, ...]:
-    """Parse batch sizes such as "1,8", without duplicates; raise `ConfigError` for other text."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdigit() and 0 < len(word) < 7 for word in words):
-        raise ConfigError(f"--batch {text!r}: not a list of batch sizes; write it as 1,8")
-    return tuple(dict.fromkeys(int(word) for word in words))
-
-
-def _show(result: "Benchmark") -> None:
+def show(result: "Benchmark") -> None:
+    """Print the machine, and one line per batch size."""
     facts = {**result.machine, **result.versions}
     out.print(plain_text(", ".join(f"{key} {value}" for key, value in facts.items())))
     for side in filter(None, (result.ours, result.other)):
@@ -62,3 +26,29 @@ def _show(result: "Benchmark") -> None:
             )
     for size, ratio in result.ratios.items():
         out.print(f"[bold]batch {size}[/] takes {ratio:.2f} of the other bundle's time (1 : {1 / ratio:.2f})")
+
+
+@command(show)
+def bench(
+    bundle: BundleArgument,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the runtime.")] = None,
+    against: Annotated[Path | None, typer.Option(help="A second bundle, timed alternately.")] = None,
+) -> "Benchmark":
+    """Measure latency (median, p95, p99) and images per second of a bundle on this machine, after a warm-up.
+
+    Example: [bold]sopdeploy bench bundles/dsop-resnet20-3f6c01d2a4b7 --batch 1,8[/bold]
+    """
+    with steps("timing") as step:
+        from sopdeploy_service.commands.bench import bench as run
+        from sopdeploy_service.settings import load_settings
+
+        return run(bundle, load_settings(threads=threads), batch_sizes(batch), against, step)
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Parse batch sizes such as "1,8", without duplicates; raise `ConfigError` for other text."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and 0 < len(word) < 7 for word in words):
+        raise ConfigError("not a list of batch sizes; write it as 1,8", setting="batch", value=text)
+    return tuple(dict.fromkeys(int(word) for word in words))

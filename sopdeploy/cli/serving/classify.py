@@ -3,19 +3,18 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sopdeploy.cli.console import (
-    BundleArgument,
-    JsonOption,
-    err,
-    one_line_errors,
-    print_field,
-    print_json,
-)
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import BundleArgument, err, print_field
+from sopdeploy.cli.serving.serve import ConfigOption, SettingOption
+from sopdeploy_service.commands.batch.options import ClassifyOptions, RayOptions
+
+if TYPE_CHECKING:
+    from sopdeploy_service.commands.batch.run import Classified
 
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ends, as in a shell
 
@@ -28,43 +27,28 @@ SourcesArgument = Annotated[
 ]
 
 
+def show(classified: "Classified") -> None:
+    """Print the numbers of images and errors, and the files."""
+    done, images = classified.classified, classified.images
+    new = "" if done == images else f", {done:,} of them in this run"
+    print_field("images", f"{images:,}{new}; {classified.errors:,} with an error")
+    if classified.drift is not None:
+        print_field("drift", classified.drift_text)
+    print_field("rows", f"{classified.rows}: {classified.parts} parquet files", style="bold green")
+    print_field("report", str(classified.report))
+
+
+@command(show)
 def classify(
     bundle: BundleArgument,
     sources: SourcesArgument,
     out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run is continued.")],
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images per batch. [dim]default: 4 on a CPU, else the largest[/dim]"),
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Classes per image.")] = None,
-    logits: Annotated[bool, typer.Option("--logits", help="Add a column with the logits.")] = False,
-    features: Annotated[
-        bool, typer.Option("--features", help="Add a column with the mean features; needs --with-cam.")
-    ] = False,
-    max_errors: Annotated[
-        int | None, typer.Option(min=0, help="Stop when more images have an error. [dim]default: never[/dim]")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Decoder processes. [dim]default: one per core, up to 16[/dim]")
-    ] = None,
-    part_images: Annotated[int, typer.Option(min=1, help="Images per parquet file.")] = 4096,
-    runtime: Annotated[str | None, typer.Option(help="Runtime, as for `serve`.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with settings, as for `serve`.")] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting of `serve` as name=value; repeatable.")
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Classify on a Ray cluster; `auto` joins or starts one here."),
-    ] = None,
-    actors: Annotated[int, typer.Option(min=1, help="With --ray: processes that run the network.")] = 1,
-    cpus_per_actor: Annotated[int, typer.Option(min=1, help="With --ray: cores per actor.")] = 1,
-    gpus_per_actor: Annotated[
-        float,
-        typer.Option(min=0, help="With --ray: GPUs per actor; 0.5 lets two share one, 0 uses the CPU."),
-    ] = 0.0,
-    as_json: JsonOption = False,
-) -> None:
+    *,
+    options: ClassifyOptions,
+    config: ConfigOption = None,
+    assignments: SettingOption = None,
+    cluster: RayOptions,
+) -> "Classified":
     """Classify any number of images into parquet files, one row per image.
 
     Repeat the command to continue an interrupted run. An image that cannot be used gets a row with its error.
@@ -74,45 +58,29 @@ def classify(
 
     Example: [bold]sopdeploy classify bundles/dsop-resnet20-3f6c01d2a4b7 'shards/*.tar' --out results[/bold]
     """
-    with one_line_errors(as_json):
-        from sopdeploy.api.batch import classify as run
-        from sopdeploy_service.settings import parse_assignments
+    from sopdeploy.api.batch import classify as run
+    from sopdeploy_service.settings import parse_assignments
 
-        try:
-            with _progress(quiet=as_json) as on_progress:
-                found = run(
-                    bundle,
-                    sources,
-                    out,
-                    logits=logits,
-                    features=features,
-                    max_errors=max_errors,
-                    workers=workers,
-                    part_images=part_images,
-                    config=config,
-                    ray=ray,
-                    actors=actors,
-                    cpus_per_actor=cpus_per_actor,
-                    gpus_per_actor=gpus_per_actor,
-                    on_progress=on_progress,
-                    **parse_assignments(assignments or (), max_batch=batch, top_k=top_k, runtime=runtime),
-                )
-        except KeyboardInterrupt:
-            err.print("stopped; run the same command again to continue")
-            raise typer.Exit(INTERRUPTED) from None
-    if as_json:
-        print_json(found.model_dump(mode="json"))
-        return
-    new = "" if found.classified == found.images else f", {found.classified:,} of them in this run"
-    print_field("images", f"{found.images:,}{new}; {found.errors:,} with an error")
-    if found.drift is not None:
-        print_field("drift", found.drift_text)
-    print_field("rows", f"{found.rows}: {found.parts} parquet files", style="bold green")
-    print_field("report", str(found.report))
+    settings = parse_assignments(assignments or ())
+    try:
+        with _progress() as report:
+            return run(
+                bundle,
+                sources,
+                out,
+                options=options,
+                cluster=cluster,
+                config=config,
+                on_progress=report,
+                **settings,
+            )
+    except KeyboardInterrupt:
+        err.print("stopped; run the same command again to continue")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @contextmanager
-def _progress(*, quiet: bool) -> Iterator[Callable[[int, int, int], None]]:
+def _progress() -> Iterator[Callable[[int, int, int], None]]:
     """Yield a callback (done, errors, total) that draws a progress bar on a terminal."""
     with Progress(
         TextColumn("{task.completed}/{task.total} images"),
@@ -121,7 +89,7 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[int, int, int], None]]:
         TimeRemainingColumn(),
         console=err,
         transient=True,
-        disable=quiet or not err.is_terminal,
+        disable=not err.is_terminal,
     ) as progress:
         task = progress.add_task("", total=None, rate="", errors="")
 

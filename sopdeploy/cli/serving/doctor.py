@@ -7,44 +7,15 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from sopdeploy.cli.console import JsonOption, err, one_line_errors, out, plain_text, print_json, steps
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import err, out, plain_text, steps
 
 if TYPE_CHECKING:
     from sopdeploy.doctor.examine import Diagnosis
 
 
-def doctor(
-    url: Annotated[str, typer.Option(help="URL of the server.")],
-    images: Annotated[
-        Path | None,
-        typer.Option(help="Folder of images to send. [dim]default: generated images, 640 x 480[/dim]"),
-    ] = None,
-    seconds: Annotated[float, typer.Option(min=1, max=300, help="Duration of the load.")] = 20.0,
-    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Maximum of concurrent requests.")] = 32,
-    model: Annotated[str | None, typer.Option(help="Model name, if the server has several.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="API key of the server.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Find the bottleneck of a running server: decoding, queue, engine, network or the client itself.
-
-    Sends images with an increasing number of clients and reads /metrics. A client whose request is rejected
-    waits as long as the server asks; the first other error ends the load.
-
-    Example: [bold]sopdeploy doctor --url http://127.0.0.1:8000 --images photos --seconds 20[/bold]
-    """
-    with one_line_errors(as_json), steps(f"measuring for {seconds:.0f} s", quiet=as_json):
-        from sopdeploy.doctor.examine import examine
-
-        diagnosis = examine(
-            url, images=images, seconds=seconds, concurrency=concurrency, model=model, api_key=api_key
-        )
-    if as_json:
-        print_json(diagnosis.model_dump(mode="json"))
-    else:
-        _show(diagnosis)
-
-
-def _show(diagnosis: "Diagnosis") -> None:
+def show(diagnosis: "Diagnosis") -> None:
+    """Print a line per number of clients, the time of each stage, and the advice."""
     out.print(plain_text(f"{diagnosis.model} at {diagnosis.url}, {diagnosis.device}"))
     table = Table(
         "clients", "img/s", "p50 ms", "p95", "p99", "engine", "decode", "client", "batch", "refused",
@@ -70,3 +41,30 @@ def _show(diagnosis: "Diagnosis") -> None:
         out.print(Text.assemble(("note:", "dim"), " ", plain_text(note)))
     if diagnosis.stopped is not None:
         err.print(Text.assemble(("stopped early:", "yellow"), " ", plain_text(diagnosis.stopped)))
+
+
+@command(show)
+def doctor(
+    url: Annotated[str, typer.Option(help="URL of the server.")],
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images to send; by default generated images, 640 x 480."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, max=300, help="Duration of the load.")] = 20.0,
+    concurrency: Annotated[int, typer.Option(min=1, max=256, help="Maximum of concurrent requests.")] = 32,
+    model: Annotated[str | None, typer.Option(help="Model name, if the server has several.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="API key of the server.")] = None,
+) -> "Diagnosis":
+    """Find the bottleneck of a running server: decoding, queue, engine, network or the client itself.
+
+    Sends images with an increasing number of clients and reads /metrics. A client whose request is rejected
+    waits as long as the server asks; the first other error ends the load.
+
+    Example: [bold]sopdeploy doctor --url http://127.0.0.1:8000 --images photos --seconds 20[/bold]
+    """
+    with steps(f"measuring for {seconds:.0f} s"):
+        from sopdeploy.doctor.examine import examine
+
+        return examine(
+            url, images=images, seconds=seconds, concurrency=concurrency, model=model, api_key=api_key
+        )

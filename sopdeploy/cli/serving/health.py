@@ -17,7 +17,7 @@ NOT_READY = 1  # Docker reserves every other nonzero exit code of a health check
 def health(
     url: Annotated[
         str | None,
-        typer.Option(help="URL of the server. [dim]default: this machine, port SOPDEPLOY_PORT or 8000[/dim]"),
+        typer.Option(help="URL of the server; by default this machine, port SOPDEPLOY_PORT or 8000."),
     ] = None,
     timeout: Annotated[
         float, typer.Option(min=0.1, max=3600, help="Seconds to wait for the response.")

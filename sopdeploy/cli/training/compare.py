@@ -1,6 +1,5 @@
 """`sopdeploy compare`: train recipes over the same seeds and test whether one is better."""
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,54 +8,16 @@ from rich.table import Table
 from rich.text import Text
 
 from sopdeploy.api.progress import ProgressBars
-from sopdeploy.cli.console import JsonOption, err, one_line_errors, out, plain_text, print_json
-from sopdeploy.cli.training.train import exit_on_signal
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import err, out, plain_text
+from sopdeploy.cli.training.train import SetOption, exit_on_signal
 
 if TYPE_CHECKING:
     from sopdeploy.comparison.verdict import Comparison
 
 
-def compare(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Two or more recipes.")],
-    seeds: Annotated[int, typer.Option(help="Runs per recipe: seeds 0, 1 and so on.")] = 5,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of all recipes.")
-    ] = None,
-    destination: Annotated[Path, typer.Option("--out", help="Folder of the runs.")] = Path("runs/compare"),
-    as_json: JsonOption = False,
-) -> None:
-    """Train recipes over the same seeds and report whether one is better than the first.
-
-    Runs with the same seed have the same data order and, where names match, the same random initial weights.
-    The weights of the last epoch are evaluated. Repeat the command to continue an interrupted comparison.
-
-    Example: [bold]sopdeploy compare digits-plain digits-dsop --seeds 5[/bold]
-
-    Example: [bold]sopdeploy compare mine.toml other.toml --set data.path=photos --out runs/mine[/bold]
-    """
-    with (
-        one_line_errors(as_json),
-        exit_on_signal(hint=" or with the same command"),
-        ExitStack() as stack,
-    ):
-        from sopdeploy.comparison.runs import compare as run
-
-        progress: Any = None if as_json else stack.enter_context(ProgressBars(err))
-        found = run(
-            recipes,
-            destination,
-            seeds=seeds,
-            overrides=settings or (),
-            callback=progress,
-            on_run=lambda name, seed: None if as_json else err.print(plain_text(f"{name}, seed {seed}")),
-        )
-    if as_json:
-        print_json(found.model_dump(mode="json"))
-    else:
-        _print_comparison(found)
-
-
-def _print_comparison(found: "Comparison") -> None:
+def show(found: "Comparison") -> None:
+    """Print top-1 of every run, and the differences with their intervals."""
     seeds = [f"seed {seed}" for seed in found.seeds]
     table = Table("recipe", "top-1", "sd", *seeds, box=None, pad_edge=False)
     for arm in found.arms:
@@ -78,3 +39,34 @@ def _print_comparison(found: "Comparison") -> None:
         out.print(Text.assemble("  ", (pair.verdict, "bold")))
     if len(found.pairs) > 1:
         out.print(f"{len(found.pairs)} comparisons, each at the 95 % level: one in twenty is wrong by chance")
+
+
+@command(show)
+def compare(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Two or more recipes.")],
+    seeds: Annotated[int, typer.Option(help="Runs per recipe: seeds 0, 1 and so on.")] = 5,
+    settings: SetOption = None,
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the runs.")] = Path("runs/compare"),
+) -> "Comparison":
+    """Train recipes over the same seeds and report whether one is better than the first.
+
+    Runs with the same seed have the same data order and, where names match, the same random initial weights.
+    The weights of the last epoch are evaluated. Repeat the command to continue an interrupted comparison.
+
+    Example: [bold]sopdeploy compare digits-plain digits-dsop --seeds 5[/bold]
+
+    Example: [bold]sopdeploy compare mine.toml other.toml --set data.path=photos --out runs/mine[/bold]
+    """
+    with exit_on_signal(hint=" or with the same command"), ProgressBars(err) as bars:
+        from sopdeploy.comparison.runs import compare as run
+
+        progress: Any = bars  # implements the events that it shows
+
+        return run(
+            recipes,
+            folder,
+            seeds=seeds,
+            overrides=settings or (),
+            callback=progress,
+            on_run=lambda name, seed: err.print(plain_text(f"{name}, seed {seed}")),
+        )

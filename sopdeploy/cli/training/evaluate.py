@@ -2,22 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from sopdeploy.cli.console import (
-    JsonOption,
-    err,
-    image_progress,
-    one_line_errors,
-    out,
-    plain_text,
-    print_json,
-)
+from sopdeploy.api.options import EvaluateOptions
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import err, image_progress, out, plain_text
 
 if TYPE_CHECKING:
+    from sopdeploy.api.evaluation import Evaluation
     from sopdeploy.evaluation.heads import HeadAccuracy
     from sopdeploy.evaluation.metrics import ClassificationReport
     from sopdeploy.evaluation.multi_label import MultiLabelReport
@@ -27,26 +22,42 @@ MAX_COLUMNS = 12  # with more classes, the terminal shows no confusion matrix
 MAX_MISTAKES = 5
 
 
+def show(evaluation: "Evaluation") -> None:
+    """Print the metrics, and the frequent mistakes."""
+    from sopdeploy.evaluation.metrics import ClassificationReport
+
+    for note in evaluation.notes:
+        err.print(plain_text(f"warning: {note}"))
+    if isinstance(evaluation.metrics, ClassificationReport):
+        _print_report(evaluation.metrics)
+        _print_heads(evaluation.heads)
+    else:
+        _print_multi_label_report(evaluation.metrics)
+
+
+def summarize(evaluation: "Evaluation") -> dict[str, Any]:
+    """Build the JSON output."""
+    heads = [head.model_dump(mode="json") for head in evaluation.heads]
+    return {
+        "source": evaluation.source,
+        "kind": evaluation.kind,
+        "tta": evaluation.tta,
+        **evaluation.facts,
+        "notes": list(evaluation.notes),
+        **({"heads": heads} if heads else {}),
+        **evaluation.metrics.model_dump(mode="json"),
+    }
+
+
+@command(show, summarize=summarize)
 def evaluate(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="A checkpoint, a bundle, or the URL of a server.")
     ],
     data: Annotated[Path, typer.Option(help="Folder of images, DIR/<class>/*.jpg or with labels.csv.")],
-    tta: Annotated[
-        Literal["none", "flip", "ten-crop", "pad-crop"],
-        typer.Option(help="Test-time augmentation: average over views. Not for servers."),
-    ] = "none",
-    heads: Annotated[
-        bool, typer.Option("--heads", help="Also evaluate every branch of a checkpoint.")
-    ] = False,
-    runtime: Annotated[
-        str | None, typer.Option(help="Runtime of a bundle, as for `serve`; tensorrt uses the engine.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Model name, if the server has several.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="API key of the server.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Data loading processes for a checkpoint.")] = 0,
-    as_json: JsonOption = False,
-) -> None:
+    *,
+    options: EvaluateOptions,
+) -> "Evaluation":
     """Evaluate a checkpoint, a bundle or a running server on a folder of images.
 
     Classes are matched by name; classes without images are named and left out. Accuracies have Wilson 95 %
@@ -62,35 +73,10 @@ def evaluate(
 
     Example: [bold]sopdeploy eval http://127.0.0.1:8000 --data test-photos --json[/bold]
     """
-    with one_line_errors(as_json):
+    with image_progress() as on_image:
         from sopdeploy.api.evaluation import evaluate as run
-        from sopdeploy.evaluation.metrics import ClassificationReport
 
-        with image_progress(quiet=as_json) as on_image:
-            found = run(
-                source,
-                data,
-                tta=tta,
-                heads=heads,
-                runtime=runtime,
-                model=model,
-                api_key=api_key,
-                workers=workers,
-                on_image=on_image,
-            )
-    for note in found.notes:
-        err.print(plain_text(f"warning: {note}"))
-    if as_json:
-        head: dict[str, Any] = {"source": found.source, "kind": found.kind, "tta": found.tta, **found.facts}
-        head["notes"] = list(found.notes)
-        if heads:
-            head["heads"] = [one.model_dump(mode="json") for one in found.heads]
-        print_json({**head, **found.metrics.model_dump(mode="json")})
-    elif isinstance(found.metrics, ClassificationReport):
-        _print_report(found.metrics)
-        _print_heads(found.heads)
-    else:
-        _print_multi_label_report(found.metrics)
+        return run(source, data, options=options, on_image=on_image)
 
 
 def _print_report(found: "ClassificationReport") -> None:

@@ -1,24 +1,23 @@
 """`sopdeploy models` and `sopdeploy describe`."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from sopdeploy.cli.console import JsonOption, one_line_errors, out, plain_text, print_json
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import out, plain_text
+from sopdeploy.cli.training.train import SetOption
+
+if TYPE_CHECKING:
+    from sopdeploy.models.describe import Description
 
 
-def models(as_json: JsonOption = False) -> None:
-    """List the networks of the catalog.
-
-    Example: [bold]sopdeploy models[/bold]
-    """
+def show_models(_: list[dict[str, str]]) -> None:
+    """Print a table per family, with image size and number of classes."""
     from sopdeploy.models.registry import CATALOG, FAMILIES, title
 
-    if as_json:
-        print_json([{"name": name, "summary": entry.summary} for name, entry in CATALOG.items()])
-        return
     for family in FAMILIES:
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(min_width=max(map(len, CATALOG)), no_wrap=True)
@@ -31,38 +30,19 @@ def models(as_json: JsonOption = False) -> None:
     out.print("[bold]First-order and second-order head[/], 'head:NAME' for every NAME without branches")
 
 
-def describe(
-    name: Annotated[str, typer.Argument(help="A name of `sopdeploy models`.")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config value.")
-    ] = None,
-    pooling: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Global pooling: short for --set pooling=NAME.")
-    ] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image in pixels.")] = None,
-    num_classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Count parameters and multiply-adds of a network, in training and deployed.
+@command(show_models)
+def models() -> list[dict[str, str]]:
+    """List the networks of the catalog.
 
-    Example: [bold]sopdeploy describe dsop-resnet18 --set aux_stride=table[/bold]
-
-    Example: [bold]sopdeploy describe resnet50 --pooling isqrt --set conv5_stride=1[/bold]
+    Example: [bold]sopdeploy models[/bold]
     """
-    with one_line_errors(as_json):
-        from sopdeploy.layers.pooling.registry import check_name
-        from sopdeploy.models.describe import describe as describe_model
-        from sopdeploy.models.registry import make_config
-        from sopdeploy.training.recipe import parse_override
+    from sopdeploy.models.registry import CATALOG
 
-        config: dict[str, Any] = dict(parse_override(setting) for setting in settings or [])
-        if pooling is not None:
-            config["pooling"] = check_name(pooling)
-        make_config(name, config)  # rejects keys that are also parameters of describe_model
-        found = describe_model(name, image_size=image_size, num_classes=num_classes, **config)
-    if as_json:
-        print_json(found.model_dump(mode="json"))
-        return
+    return [{"name": name, "summary": entry.summary} for name, entry in CATALOG.items()]
+
+
+def show_description(found: "Description") -> None:
+    """Print the counts, and the published numbers."""
     table = Table("", "parameters", "multiply-adds", box=None, pad_edge=False)
     parts = {f"  {part}": counts for part, counts in found.parts.items()}
     for label, counts in {"training": found.training, **parts, "deployed": found.shipped}.items():
@@ -73,3 +53,29 @@ def describe(
     out.print(f"features: {found.representation}")
     for figure in found.published:
         out.print(plain_text(figure.sentence()), highlight=False)
+
+
+@command(show_description)
+def describe(
+    name: Annotated[str, typer.Argument(help="A name of `sopdeploy models`.")],
+    settings: SetOption = None,
+    pooling: Annotated[str | None, typer.Option(help="Global pooling: short for --set pooling=NAME.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image in pixels.")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
+) -> "Description":
+    """Count parameters and multiply-adds of a network, in training and deployed.
+
+    Example: [bold]sopdeploy describe dsop-resnet18 --set aux_stride=table[/bold]
+
+    Example: [bold]sopdeploy describe resnet50 --pooling isqrt --set conv5_stride=1[/bold]
+    """
+    from sopdeploy.layers.pooling.registry import check_name
+    from sopdeploy.models.describe import describe as describe_model
+    from sopdeploy.models.registry import make_config
+    from sopdeploy.training.recipe import parse_override
+
+    config: dict[str, Any] = dict(parse_override(setting) for setting in settings or ())
+    if pooling is not None:
+        config["pooling"] = check_name(pooling)
+    make_config(name, config)  # rejects keys that are also parameters of describe_model
+    return describe_model(name, image_size=image_size, num_classes=num_classes, **config)

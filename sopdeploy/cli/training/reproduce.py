@@ -1,51 +1,32 @@
 """`sopdeploy reproduce`: train the rows of a paper's table and compare printed with measured figures."""
 
 from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from sopdeploy.api.progress import ProgressBars
-from sopdeploy.cli.console import JsonOption, err, one_line_errors, out, plain_text, print_json
-from sopdeploy.cli.training.train import SetOption, exit_on_signal
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import JsonOption, err, out, plain_text, print_json
+from sopdeploy.cli.training.train import exit_on_signal
+from sopdeploy.reproduction.options import ReproduceOptions
 
 if TYPE_CHECKING:
-    from sopdeploy.reproduction.plan import Options
     from sopdeploy.reproduction.results import Reproduction
     from sopdeploy.reproduction.tables import PrintedTable
 
 LIST = "list"
 
 
+@command()
 def reproduce(
     table: Annotated[str, typer.Argument(metavar="list|TABLE", help="A table of `reproduce list`.")],
-    rows: Annotated[
-        str | None, typer.Option(metavar="ID,ID", help="Run only these rows and those they need.")
-    ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs per row: seeds 0, 1 and so on. [dim]default: the paper's[/dim]"),
-    ] = None,
-    scale: Annotated[
-        Literal["paper", "small"],
-        typer.Option(help="small trains narrow networks on few small images, in minutes on a CPU."),
-    ] = "paper",
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Images: class folders or an official layout. With --scale small, any images; by default "
-            "the bundled digits."
-        ),
-    ] = None,
-    settings: SetOption = None,
+    *,
+    options: ReproduceOptions,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print rows, commands and estimated GPU hours; write nothing.")
     ] = False,
-    destination: Annotated[Path, typer.Option("--out", help="Folder of runs and pages.")] = Path(
-        "runs/reproduce"
-    ),
     as_json: JsonOption = False,
 ) -> None:
     """Train the rows of a paper's table, and write a page with printed and measured figures.
@@ -58,20 +39,16 @@ def reproduce(
 
     Example: [bold]sopdeploy reproduce dsop-9a --scale small[/bold]
     """
-    with one_line_errors(as_json), exit_on_signal(hint=" or with the same command"), ExitStack() as stack:
-        from sopdeploy.reproduction.plan import Options
-        from sopdeploy.reproduction.tables import TABLES, find_table
+    from sopdeploy.reproduction.tables import TABLES, find_table
 
-        if table == LIST:
-            _print_tables(list(TABLES.values()), as_json=as_json)
-            return
-        printed = find_table(table)
-        options = Options(
-            out=destination, rows=rows, seeds=seeds, scale=scale, data=data, settings=tuple(settings or ())
-        )
-        if dry_run:
-            _print_plan(printed, options, as_json=as_json)
-            return
+    if table == LIST:
+        _print_tables(list(TABLES.values()), as_json=as_json)
+        return
+    printed = find_table(table)
+    if dry_run:
+        _print_plan(printed, options, as_json=as_json)
+        return
+    with exit_on_signal(hint=" or with the same command"), ExitStack() as stack:
         from sopdeploy.reproduction.run import reproduce as run
         from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
 
@@ -110,7 +87,7 @@ def _print_tables(tables: "list[PrintedTable]", *, as_json: bool) -> None:
     out.print("errors in percent; sopdeploy reproduce TABLE --dry-run prints commands and estimated times")
 
 
-def _print_plan(table: "PrintedTable", options: "Options", *, as_json: bool) -> None:
+def _print_plan(table: "PrintedTable", options: ReproduceOptions, *, as_json: bool) -> None:
     from sopdeploy.reproduction.plan import ASSUMPTION, plan_rows
     from sopdeploy.reproduction.small import statement
 

@@ -5,16 +5,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from typer.core import TyperCommand
 
+from sopdeploy.api.options import TrainOptions
 from sopdeploy.cli.app import SETTINGS
-from sopdeploy.cli.console import JsonOption, err, one_line_errors, out, plain_text, print_json
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import JsonOption, err, out, plain_text, print_json
 from sopdeploy.cli.training.dry_run import print_dry_run, print_learning_rates
 
+if TYPE_CHECKING:
+    from sopdeploy.api.training_result import TrainedRun
+
+RESUME = ("never", "always", "auto")
 SIGNAL_EXIT_CODE = 128  # plus the signal number, as shells expect
 
 SetOption = Annotated[
@@ -27,17 +33,18 @@ class TrainCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Replace `--resume` without a value by `--resume=always`."""
-        following = zip_longest(args, args[1:])
+        pairs = zip_longest(args, args[1:])
         return super().parse_args(
             ctx,
-            ["--resume=always" if arg == "--resume" and value != "auto" else arg for arg, value in following],
+            ["--resume=always" if arg == "--resume" and value not in RESUME else arg for arg, value in pairs],
         )
 
 
-command = typer.Typer(add_completion=False, **SETTINGS)
+train_command = typer.Typer(add_completion=False, **SETTINGS)
 
 
-@command.command("train", cls=TrainCommand)
+@train_command.command("train", cls=TrainCommand)
+@command()
 def train(
     recipe: Annotated[
         str | None, typer.Option(help="A recipe of `sopdeploy recipes`, or a .toml file.")
@@ -45,46 +52,12 @@ def train(
     data: Annotated[
         Path | None, typer.Option(help="Folder of images, DIR/<class>/*.jpg; sets `data.path`.")
     ] = None,
-    destination: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder of the run. [dim]default runs/<recipe>-<number>[/dim]"),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            metavar="imagenet|none|FILE",
-            help="Start weights: imagenet, none (random), a checkpoint or a weight file; sets "
-            "`start.weights`. [dim]default imagenet for --data without --recipe[/dim]",
-        ),
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the run; by default runs/<recipe>-<number>.")
     ] = None,
     settings: SetOption = None,
-    pooling: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Global pooling: short for --set model.config.pooling=NAME."),
-    ] = None,
-    models: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,...",
-            help="Networks to compare, each NAME or NAME=FILE with its weights; sets `model.name` and "
-            "`few_shot.models`.",
-        ),
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SECONDS",
-            help="Time after which no further head is tried, such as 60s; sets `few_shot.budget`.",
-        ),
-    ] = None,
-    resume: Annotated[
-        Literal["never", "always", "auto"],
-        typer.Option(
-            metavar="[auto]",
-            help="Continue the run in --out, by default the newest of the recipe; with [bold]auto[/bold], "
-            "start a new one if there is none.",
-        ),
-    ] = "never",
+    *,
+    options: TrainOptions,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -94,13 +67,6 @@ def train(
     find_learning_rate: Annotated[
         bool,
         typer.Option("--find-lr", help="Print the learning rate at which the loss falls fastest."),
-    ] = False,
-    logs: Annotated[
-        list[str] | None,
-        typer.Option("--log", metavar="NAME", help="Also log to tensorboard or wandb."),
-    ] = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Also print the training loss of every branch.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -116,40 +82,38 @@ def train(
 
     Example: [bold]sopdeploy train --recipe digits-dsop --dry-run[/bold]
     """
-    with one_line_errors(as_json), exit_on_signal():
-        from sopdeploy.api.training import configure, few_shot_settings
+    with exit_on_signal():
         from sopdeploy.api.training import train as run
-        from sopdeploy.errors import ConfigError
-        from sopdeploy.training.distributed.torchrun import is_distributed, is_main_process, join_processes
+        from sopdeploy.training.distributed.torchrun import is_main_process
 
+        given = settings or []
         if dry_run or find_learning_rate:
-            with join_processes():
-                changes = {"weights": weights, "pooling": pooling}
-                assignments = [*(settings or ()), *few_shot_settings(models, budget)]
-                loaded, _ = configure(data, recipe, **changes, assignments=assignments)
-                if is_distributed():
-                    raise ConfigError("--dry-run and --find-lr use one process; start them without torchrun")
-                (print_learning_rates if find_learning_rate else print_dry_run)(loaded, as_json=as_json)
+            show = print_learning_rates if find_learning_rate else print_dry_run
+            show(_configure(data, recipe, options, given), as_json=as_json)
             return
-        result = run(
-            data,
-            recipe,
-            destination,
-            weights=weights,
-            pooling=pooling,
-            models=models,
-            budget=budget,
-            resume=resume,
-            log=logs or (),
-            assignments=settings or (),
-            progress=not as_json,
-            verbose=verbose,
-        )
-        if not is_main_process():
-            return
+        result = run(data, recipe, folder, options=options, assignments=given, progress=not as_json)
+    if not is_main_process():
+        return
     if as_json:
         print_json(result.model_dump(mode="json"))
-        return
+    else:
+        _print_result(result)
+
+
+def _configure(data: Path | None, recipe: str | None, options: TrainOptions, settings: list[str]) -> Any:
+    """Read the recipe with the changes of a run that is not started; raises `ConfigError`."""
+    from sopdeploy.api.training import configure, few_shot_settings
+    from sopdeploy.errors import ConfigError
+    from sopdeploy.training.distributed.torchrun import is_distributed, join_processes
+
+    with join_processes():
+        loaded, _ = configure(data, recipe, options, assignments=[*settings, *few_shot_settings(options)])
+        if is_distributed():
+            raise ConfigError("a run that is not started uses one process; start it without torchrun")
+    return loaded
+
+
+def _print_result(result: "TrainedRun") -> None:
     if result.few_shot is not None:
         for line in result.few_shot.lines():
             out.print(plain_text(line))
@@ -175,20 +139,21 @@ def exit_on_signal(hint: str = "") -> Iterator[None]:
         raise typer.Exit(SIGNAL_EXIT_CODE + stopped.signal_number) from stopped
 
 
-def recipes(as_json: JsonOption = False) -> None:
+def show_recipes(summaries: list[dict[str, str]]) -> None:
+    """Print a table of names and summaries."""
+    table = Table("recipe", "summary", box=None, pad_edge=False)
+    for row in summaries:
+        table.add_row(row["name"], row["summary"])
+    out.print(table)
+
+
+@command(show_recipes)
+def recipes() -> list[dict[str, str]]:
     """List the packaged recipes.
 
     Example: [bold]sopdeploy recipes[/bold]
     """
-    with one_line_errors(as_json):
-        from sopdeploy.training.recipe import list_recipes, recipe_text
+    from sopdeploy.training.recipe import list_recipes, recipe_text
 
-        # Validating the recipes would import timm, whose networks some of them train.
-        summaries = {name: tomllib.loads(recipe_text(name))["summary"] for name in list_recipes()}
-    if as_json:
-        print_json([{"name": name, "summary": summary} for name, summary in summaries.items()])
-        return
-    table = Table("recipe", "summary", box=None, pad_edge=False)
-    for name, summary in summaries.items():
-        table.add_row(name, summary)
-    out.print(table)
+    # Validating the recipes would import timm, whose networks some of them train.
+    return [{"name": name, "summary": tomllib.loads(recipe_text(name))["summary"]} for name in list_recipes()]

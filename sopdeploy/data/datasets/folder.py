@@ -49,7 +49,9 @@ def open_folder(config: FolderConfig, options: OpenOptions | None = None) -> Spl
     `DataError` if the images cannot be used.
     """
     if config.path is None:
-        raise ConfigError("data.path: not set; give --data DIR, the folder with one subfolder per class")
+        raise ConfigError(
+            "data.path: not set; give the folder with one subfolder per class", remedies={"data": None}
+        )
     options = options or OpenOptions(config.cache)
     store = open_store(expand_user(config.path), options)
     if has_label_table(store):

@@ -56,7 +56,7 @@ def join_processes() -> Iterator[None]:
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
-        lost = TrainingError("another process of the run ended, see its message; continue with --resume")
+        lost = TrainingError("another process of the run ended, see its message and resume it")
         lost.reported = _is_reported(PrefixStore("reported", store), str(lost))
         raise lost from error
     else:
@@ -112,5 +112,5 @@ def check_same_step(run: Run, folder: Path) -> None:
     position = torch.tensor([run.position.epoch, run.position.step])
     if not torch.equal(run.strategy.all_reduce(position), position * run.strategy.world):
         raise ConfigError(
-            f"{folder}: the processes find different checkpoints; put --out on a disk that all machines share"
+            f"{folder}: the processes find different checkpoints; use a disk that all machines share"
         )

@@ -137,7 +137,7 @@ def test_predict_draws_the_map_over_the_image(exported, branched, tmp_path):
     cases = [
         (exported.path, [photo, photo], drawing, "needs exactly one image"),
         (exported.path, [photo], tmp_path / "map.jpg", "the name of a .png file"),
-        (branched.path, [photo], drawing, "has no class activation maps; export it with --with-cam"),
+        (branched.path, [photo], drawing, "has no class activation maps; export it with_cam"),
     ]
     for bundle, images, target, message in cases:
         with pytest.raises(ConfigError, match=message):
@@ -158,8 +158,8 @@ COVARIANCE = "ends in isqrt pooling instead of average pooling, so no map adds u
 @pytest.mark.parametrize(
     ("name", "training", "message"),
     [
-        ("isqrt-resnet8", {}, f"{COVARIANCE}; train with --pooling gap, or export it without --with-cam"),
-        ("isqrt-resnet8", {"few_shot": {}}, f"{COVARIANCE}; train with --set 'few_shot.heads=[\"gap\"]', or"),
+        ("isqrt-resnet8", {}, f"{COVARIANCE}; train it with the pooling gap"),
+        ("isqrt-resnet8", {"few_shot": {}}, f'{COVARIANCE}; train it with few_shot.heads=["gap"]'),
         ("gmgap-16-8-resnet18", {}, "does not end in average pooling and one linear layer, so no map"),
     ],
     ids=["covariance", "covariance chosen by the few-shot procedure", "another head"],
@@ -171,7 +171,7 @@ def test_a_network_without_average_pooling_and_linear_layer_stops_before_any_com
     network = create_model(name, num_classes=10).eval()
     path = save(network, name, tmp_path / "ckpt.pt", RULES)
     write_checkpoint(path, replace(read_checkpoint(path), training=training))
-    with pytest.raises(LoweringError, match=rf"--with-cam: .* {re.escape(message)}"):
+    with pytest.raises(LoweringError, match=rf"^with_cam: .* {re.escape(message)}"):
         export(path, tmp_path / "out", ExportOptions(detach=bool(network.training_only), with_cam=True))
     assert not (tmp_path / "out").exists()
 

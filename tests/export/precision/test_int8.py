@@ -240,16 +240,16 @@ def test_keep_float_keeps_parts_in_float32_for_single_images(
 def test_unknown_parts_and_missing_calibration_images_are_rejected(
     preprocess: Preprocess, tmp_path: Path, images: Path
 ) -> None:
-    message = r"'layer3\.0\.conv' contains no convolution; choose for example one of conv1, layer1\.0\.conv1"
+    message = r"'layer3\.0\.conv' contains no convolution; choose for example conv1, layer1\.0\.conv1"
     with pytest.raises(ConfigError, match=message):
         run("resnet8", tmp_path, preprocess, calibrate=images, keep_float=("layer3.0.conv",))
-    with pytest.raises(ConfigError, match="add --calibrate DIR"):
+    with pytest.raises(ConfigError, match="precision: int8 needs images to measure ranges on; try calibrate"):
         run("resnet8", tmp_path, preprocess)
 
 
 def test_calibration_uses_the_whole_folder(preprocess: Preprocess, images: Path) -> None:
     assert len(load_images(images, preprocess, CALIBRATE)) == 20
-    with pytest.raises(DataError, match="--calibrate needs a folder"):
+    with pytest.raises(DataError, match=r"calibrate: .*: no such folder"):
         load_images(images / "nowhere", preprocess, CALIBRATE)
 
 

@@ -265,7 +265,7 @@ def test_bundle_records_its_precision_and_its_noise_floor(
         with pytest.raises(RuntimeUnavailableError, match=NO_KERNELS) as problem:
             OnnxRuntime(open_bundle(found.path))
         assert "\n" not in str(problem.value)
-        assert "--precision fp16 or fp32" in str(problem.value)
+        assert "precision fp16 or fp32" in str(problem.value)
 
 
 def test_overflow_in_float16_is_rejected_with_advice(make: Make, tmp_path: Path) -> None:

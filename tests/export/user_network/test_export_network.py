@@ -209,7 +209,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a dict without a name": (
         lambda: n.variant(n.as_dict),
         {},
-        r"a dict with 'out', 'features'; choose one with --logits",
+        r"a dict with 'out', 'features'; choose one as the logits; try logits",
     ),
     "a part that does not exist": (
         n.Small,
@@ -224,7 +224,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "an operator without ONNX form": (n.DeformableConvolution, {}, r"no ONNX form in opset 18: .*DeformConv"),
     "a branch that is not listed": (n.HiddenBranch, {"training_only": ["aux"]}, r"output .* depends on aux"),
     "a mean over the batch": (lambda: n.variant(n.centers_batch), {}, r"for an image alone than in a batch"),
-    "a name with a slash": (n.Small, {"name": "a/b"}, r"name a/b: use at most 200 letters"),
+    "a name with a slash": (n.Small, {"name": "a/b"}, r"name='a/b': use at most 200 letters"),
 }
 
 

@@ -208,7 +208,7 @@ def test_crop_is_the_default(bundle):
 
 @pytest.mark.parametrize("fit", ["pad", "squash"])
 def test_ten_crops_need_a_network_that_crops(fit):
-    with pytest.raises(ConfigError, match=f"the network sees the whole image .fit = {fit}.* use --tta flip"):
+    with pytest.raises(ConfigError, match=f"the network sees the whole image .fit = {fit}.*; try tta='flip'"):
         check_tta_mode("ten-crop", rules_for(fit))
     image = Image.new("RGB", (40, 20))
     mode = check_tta_mode("flip", rules_for(fit))

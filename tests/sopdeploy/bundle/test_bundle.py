@@ -133,7 +133,7 @@ def test_equal_content_is_published_once_and_nothing_replaces_a_bundle(tmp_path:
         write_hollow(tmp_path)
     shutil.rmtree(path)
     other.rename(path)
-    with pytest.raises(BundleError, match="exists with another manifest; choose another --out"):
+    with pytest.raises(BundleError, match="exists with another manifest; choose another folder"):
         write_hollow(tmp_path)
 
 

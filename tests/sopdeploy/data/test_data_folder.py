@@ -142,7 +142,9 @@ def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, message) -> N
 def test_a_missing_or_unreadable_folder_is_named(tmp_path, monkeypatch) -> None:
     with pytest.raises(DataError, match="nowhere: no such folder; give a folder or tar file"):
         open_at(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"data\.path: not set; give --data DIR"):
+    with pytest.raises(
+        ConfigError, match=r"data\.path: not set; give the folder with one subfolder per class; try data"
+    ):
         open_folder(FolderConfig(kind="folder"))
 
     def refuse(_path):

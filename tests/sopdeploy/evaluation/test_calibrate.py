@@ -95,7 +95,7 @@ def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
 
 PROBLEMS = {
     "the checkpoint itself": ({"out": "ckpt.pt"}, "is the checkpoint to calibrate; give another name"),
-    "no images to accept": ({"accepts": 0.0}, r"accepts.0: give a fraction of the images"),
+    "no images to accept": ({"accepts": 0.0}, "accepts: Input should be greater than 0"),
     "few images": ({"data": "few"}, "few: has 2 images; give at least 50 to fit to"),
     "no checkpoint": ({"checkpoint": "x.pt"}, "x.pt: no such file"),
 }

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.importers.fit import nest_settings
-from sopdeploy.importers.import_weights import ImportOptions, ImportReport, import_weights
+from sopdeploy.importers.import_weights import ImportReport, import_weights
+from sopdeploy.importers.options import ImportOptions
 from sopdeploy.models.base import Classifier
 
 NOISE = 3.0  # times the original's own distance from float64
@@ -270,7 +271,7 @@ def imported(source: Path, name: str, **options: Any) -> tuple[Classifier, Impor
     """Import *source* as *name*; `settings` has dotted keys."""
     settings = nest_settings(options.pop("settings", {}))
     out = source.with_name("imported.pt")
-    report = import_weights(source, name, out, ImportOptions(settings=settings, **options))
+    report = import_weights(source, name, out, ImportOptions(**options), settings)
     return build_classifier(read_checkpoint(out), out), report
 
 

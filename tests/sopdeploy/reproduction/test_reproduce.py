@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
 from sopdeploy.reproduction import small
-from sopdeploy.reproduction.plan import Options
+from sopdeploy.reproduction.options import ReproduceOptions
 from sopdeploy.reproduction.results import Reproduction
 from sopdeploy.reproduction.run import reproduce
 from sopdeploy.reproduction.small import STATEMENT
@@ -65,8 +65,8 @@ def results(found: Reproduction) -> list[list[dict[str, object]]]:
 
 
 def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(tmp_path) -> None:
-    whole = reproduce(TINY, Options(out=tmp_path / "whole", scale="small", seeds=2))
-    options = Options(out=tmp_path / "parts", scale="small", seeds=2)
+    whole = reproduce(TINY, ReproduceOptions(out=tmp_path / "whole", scale="small", seeds=2))
+    options = ReproduceOptions(out=tmp_path / "parts", scale="small", seeds=2)
     stop = RecordingCallback(stop_at=("step", 1, 0))
     with pytest.raises(TrainingStoppedError):
         reproduce(TINY, options, callback=stop)
@@ -119,7 +119,7 @@ IMAGENET_TABLES = [
 def test_a_row_of_an_imagenet_table_runs_on_its_folders(name: str, tmp_path: Path) -> None:
     data, table = write_imagenet(tmp_path / "imagenet"), TABLES[name]
     row = next(one.id for one in table.rows if table.recipe_of(one) is not None)
-    options = Options(out=tmp_path / "out", scale="small", data=data, rows=row, settings=("epochs=2",))
+    options = ReproduceOptions(out=tmp_path / "out", scale="small", data=data, rows=row, set=("epochs=2",))
     (run,) = reproduce(table, options).rows[0].runs
     assert (run.train_count, run.held_out_count, len(run.history)) == (60, 30, 2)
 
@@ -130,7 +130,7 @@ def test_a_given_folder_is_reduced_to_a_few_images_per_class(tmp_path) -> None:
         for number in range(12):
             image = Image.new("RGB", (20, 16), (20 * number, 40, 200))
             image.save(tmp_path / "photos" / label / f"{number}.png")
-    options = Options(out=tmp_path / "out", scale="small", data=tmp_path / "photos", rows="plain")
+    options = ReproduceOptions(out=tmp_path / "out", scale="small", data=tmp_path / "photos", rows="plain")
     found = reproduce(TINY, options)
     (run,) = found.rows[0].runs
     assert (run.train_count, run.held_out_count) == (18, 6)
@@ -142,7 +142,7 @@ def test_a_given_folder_is_reduced_to_a_few_images_per_class(tmp_path) -> None:
 
 def test_a_row_that_cannot_be_run_is_refused_by_name(tmp_path) -> None:
     with pytest.raises(ConfigError, match="--rows other: cannot be run"):
-        reproduce(TINY, Options(out=tmp_path / "out", scale="small", rows="other"))
+        reproduce(TINY, ReproduceOptions(out=tmp_path / "out", scale="small", rows="other"))
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import ROWS
-from sopdeploy.reproduction.plan import Options, plan_rows
+from sopdeploy.reproduction.options import ReproduceOptions
+from sopdeploy.reproduction.plan import plan_rows
 from sopdeploy.reproduction.tables import DATA_SETS, TABLES, PrintedTable, find_table
 
 COUNTS = ("params", "gflops", "train_params", "train_gflops", "dim")
@@ -63,7 +64,7 @@ def test_the_figures_of_describe_are_those_of_the_tables() -> None:
 
 def disagreements(table: PrintedTable) -> set[tuple[str, str, str]]:
     found = set()
-    for job in plan_rows(table, Options()):
+    for job in plan_rows(table, ReproduceOptions()):
         for name in COUNTS if job.counts is not None else ():
             printed, counted = getattr(job.row, name), getattr(job.counts, name)
             if printed is not None and abs(counted / printed - 1) > TOLERANCE:
@@ -81,7 +82,7 @@ def test_the_counts_of_the_networks_are_the_printed_ones(name) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.measures == "counts"])
 def test_facts_of_networks_that_are_not_trained_are_the_printed_ones(name) -> None:
-    for job in plan_rows(TABLES[name], Options()):
+    for job in plan_rows(TABLES[name], ReproduceOptions()):
         assert job.counts is not None
         assert job.counts.facts == job.row.facts
 
@@ -91,7 +92,7 @@ def test_facts_of_networks_that_are_not_trained_are_the_printed_ones(name) -> No
     "name", [name if name == "dsop-9a" else pytest.param(name, marks=pytest.mark.slow) for name in TABLES]
 )
 def test_every_row_of_the_paper_can_be_run(name, scale) -> None:
-    for job in plan_rows(TABLES[name], Options(scale=scale)):
+    for job in plan_rows(TABLES[name], ReproduceOptions(scale=scale)):
         untrained = job.row.cited or TABLES[name].measures != "errors"
         assert job.recipe is not None or untrained, (job.row.id, job.reason)
         assert (job.gpu_hours > 0) == (job.recipe is not None)
@@ -99,8 +100,10 @@ def test_every_row_of_the_paper_can_be_run(name, scale) -> None:
 
 def test_a_row_runs_as_often_as_the_paper_averages_unless_told_otherwise() -> None:
     table = TABLES["gmsop-2"]
-    runs = [Options(**values).runs_per_row(table) for values in ({}, {"seeds": 2}, {"scale": "small"})]
-    assert (*runs, Options().runs_per_row(TABLES["dsop-2"])) == (3, 2, 1, 1)
+    runs = [
+        ReproduceOptions(**values).runs_per_row(table) for values in ({}, {"seeds": 2}, {"scale": "small"})
+    ]
+    assert (*runs, ReproduceOptions().runs_per_row(TABLES["dsop-2"])) == (3, 2, 1, 1)
 
 
 def test_a_dry_run_prints_commands_and_hours_and_writes_nothing(tmp_path, monkeypatch) -> None:
@@ -115,7 +118,7 @@ def test_a_dry_run_prints_commands_and_hours_and_writes_nothing(tmp_path, monkey
         "start.weights=out/dsop-3-paper/resnet50-s1/seed-1/best.pt --set seed=1 "
         "--out out/dsop-3-paper/two-phase/seed-1"
     )
-    macs = plan_rows(TABLES["dsop-3"], Options(rows="two-phase"))[1].counts.train_gflops  # type: ignore[union-attr]
+    macs = plan_rows(TABLES["dsop-3"], ReproduceOptions(rows="two-phase"))[1].counts.train_gflops  # type: ignore[union-attr]
     assert second["gpu_hours"] == pytest.approx(
         6e9 * macs * DATA_SETS["imagenet"].images * 15 / 20e12 / 3600, rel=0.02
     )
@@ -140,4 +143,4 @@ def test_unknown_tables_and_rows_are_named_with_their_neighbors() -> None:
     with pytest.raises(ConfigError, match=r"'dsop-12': no such table; did you mean dsop-"):
         find_table("dsop-12")
     with pytest.raises(ConfigError, match="--rows sdg: no row of dsop-9a; choose one of sgd, sgd-dsop"):
-        plan_rows(TABLES["dsop-9a"], Options(rows="sdg"))
+        plan_rows(TABLES["dsop-9a"], ReproduceOptions(rows="sdg"))

@@ -115,7 +115,7 @@ def test_resume_takes_an_optional_value(command) -> None:
     command += ["--set", "epochs=1"]
     refused = CliRunner().invoke(app, [*command, "--resume", "--json"])
     assert refused.exit_code == 2
-    assert "holds no run to resume" in refused.stderr
+    assert "holds no run; start one first" in refused.stderr
     for words in (["--resume", "auto", "--json"], ["--resume=auto", "--json"], ["--json", "--resume"]):
         assert json.loads(CliRunner().invoke(app, [*command, *words]).stdout)["epochs"] == 1
 

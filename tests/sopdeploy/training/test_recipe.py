@@ -91,8 +91,8 @@ INVALID_OVERRIDES = [
     ("seed=abc", "seed: Input should be a valid integer"),
     ("optimizer.lr=nan", "optimizer.lr: Input should be"),
     ("preprocess.crop=99", "crop (99) is larger than resize (16)"),
-    ("epochs", "--set epochs: write key=value, for example optimizer.lr=0.05"),
-    ("epochs.a=1", "--set epochs.a=1: epochs is a value, not a table with keys"),
+    ("epochs", "epochs: write key=value, for example optimizer.lr=0.05"),
+    ("epochs.a=1", "epochs.a=1: epochs is a value, not a table with keys"),
 ]
 
 

@@ -23,7 +23,8 @@ from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers import published
-from sopdeploy.importers.import_weights import ImportOptions, import_weights
+from sopdeploy.importers.import_weights import import_weights
+from sopdeploy.importers.options import ImportOptions
 from sopdeploy.training.distributed.strategy import SingleProcess
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
@@ -117,10 +118,10 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(
     server.fault = fault
     with pytest.raises(WeightsError) as error:
         start()
-    place = f"get http://.*/models/{name} and put it at {tmp_path}/torch/hub/checkpoints/{name}, or pass"
+    place = f"get http://.*/models/{name} and put it at {tmp_path}/torch/hub/checkpoints/{name}, or give"
     expected = place if fault == "not found" else f"{name}: not kept, .* another SHA-256 than {name[9:17]}"
     assert re.search(expected, str(error.value))
-    assert str(error.value).endswith("or pass --weights FILE, or --weights none to train from scratch")
+    assert str(error.value).endswith("or give a file of weights, or the weights none to train from scratch")
     assert "\n" not in str(error.value)
     assert [path for path in (tmp_path / "torch").rglob("*") if path.is_file()] == []
 
@@ -160,7 +161,7 @@ def test_timm_weights_come_from_its_hub_and_then_from_its_cache(server, tmp_path
     blob.write_bytes(server.content[:-4] + b"\0\0\0\1")
     with pytest.raises(WeightsError, match=r"model.safetensors: removed, its SHA-256 is"):
         start(f"model.name={model}")
-    with pytest.raises(WeightsError, match=r"timm/test_resnet.*/model.safetensors and pass it as --weights"):
+    with pytest.raises(WeightsError, match=r"timm/test_resnet.*/model.safetensors and give it as weights"):
         start(f"model.name={model}")
 
 

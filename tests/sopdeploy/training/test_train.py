@@ -222,5 +222,5 @@ def test_a_missing_or_unknown_logger_is_named(monkeypatch, tmp_path) -> None:
         message = f'^--log {name}: {name} is not installed; run: pip install "{source}"$'
         with pytest.raises(ConfigError, match=message):
             create_loggers([name], tmp_path)
-    with pytest.raises(ConfigError, match="--log x: unknown; choose one of tensorboard, wandb"):
+    with pytest.raises(ConfigError, match="log='x': unknown; choose one of tensorboard, wandb"):
         create_loggers(["x"], tmp_path)

@@ -9,18 +9,17 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-import pydantic
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.bundle.probes import Outputs
-from sopdeploy.config import StrictModel
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_service.commands.batch.decoders import DecoderProcesses, Read
+from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import RunState
 from sopdeploy_service.commands.batch.reader import Entry
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
@@ -29,30 +28,11 @@ from sopdeploy_service.inference.results import ENGINE_FAILED, OUT_OF_MEMORY, Re
 from sopdeploy_service.runtime.base import DeviceLostError, OverlappingRuntime, SelectiveRuntime
 from sopdeploy_service.settings import Settings
 
-PART_IMAGES = 4096
 BLOCK_IMAGES = 32  # at least, so that messages between processes cost little
 MAX_WORKERS = 16  # unless more are requested: their blocks need memory
 DECODER_SETTINGS = {"decode", "max_body_bytes", "max_pixels"}
 
 Part = tuple[int, Sequence[Entry]]  # its number and its images
-
-
-class ClassifyOptions(StrictModel):
-    """Options of a run.
-
-    Attributes:
-        logits: Add a column with the logits.
-        features: Add a column with the last feature map, averaged over positions.
-        max_errors: Stop when more images than this have an error; `None` never stops.
-        workers: Decoder processes; `None` is one per core, at most `MAX_WORKERS`.
-        part_images: Images of one parquet file, rounded up to full batches.
-    """
-
-    logits: bool = False
-    features: bool = False
-    max_errors: Annotated[int, pydantic.Field(ge=0)] | None = None
-    workers: Annotated[int, pydantic.Field(ge=1, le=1024)] | None = None
-    part_images: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)] = PART_IMAGES
 
 
 @dataclass(slots=True)
@@ -87,7 +67,8 @@ class PartClassifier:
         names = [output.name for output in loaded.bundle.manifest.outputs]
         if options.features and FEATURES not in names:
             raise ConfigError(
-                f"--features: {loaded.bundle.path} has no output `{FEATURES}`; export it with --with-cam"
+                f"{loaded.bundle.path} has no output `{FEATURES}`; export it with class activation maps",
+                setting="features",
             )
         self._names = (names[0], FEATURES) if options.features else (names[0],)
         self._overlapping = loaded.runtime if isinstance(loaded.runtime, OverlappingRuntime) else None
@@ -197,8 +178,8 @@ class PartClassifier:
         failed = sum(row is ENGINE_FAILED for row in rows)
         if any(row is OUT_OF_MEMORY for row in rows) or (failed == len(rows) > 1):
             raise RuntimeUnavailableError(
-                f"{self._runtime.name} failed on a batch of {len(rows)}; run again to continue, or give a "
-                "smaller --batch with another --out"
+                f"{self._runtime.name} failed on a batch of {len(rows)}; run again to continue, or choose "
+                "a smaller max_batch and another folder"
             )
         for row in rows:
             if not isinstance(row, Rejection) and FEATURES in row:  # maps would fill the memory

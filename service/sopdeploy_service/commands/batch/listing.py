@@ -83,7 +83,7 @@ class Listing:
         try:
             return self._parquet.ParquetFile(self._path)
         except (OSError, ValueError) as error:  # pyarrow's own error is a ValueError
-            raise DataError(f"{self._path}: missing or damaged; choose another --out") from error
+            raise DataError(f"{self._path}: missing or damaged; choose another folder") from error
 
 
 def entries_of(table: Any) -> list[Entry]:

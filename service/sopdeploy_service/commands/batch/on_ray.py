@@ -11,15 +11,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import pydantic
-
-from sopdeploy.config import Count, StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, SopdeployError
-from sopdeploy_service.commands.batch.classifier import ClassifyOptions, PartClassifier
+from sopdeploy_service.commands.batch.classifier import PartClassifier
 from sopdeploy_service.commands.batch.listing import Listing, entries_of
+from sopdeploy_service.commands.batch.options import ClassifyOptions, RayOptions
 from sopdeploy_service.commands.batch.output import OutputFolder, Progress, RunState
 from sopdeploy_service.commands.batch.reader import import_pyarrow
 from sopdeploy_service.commands.batch.rows import RowFormat
@@ -29,15 +27,6 @@ from sopdeploy_service.settings import Settings, load_settings
 AUTO = "auto"  # the cluster of this machine or of RAY_ADDRESS; without one, Ray starts here
 USAGE_VARIABLE = "RAY_USAGE_STATS_ENABLED"
 PATHS = ("verify_key", "fast_decode_samples", "engine_cache")  # settings that are paths
-
-
-class RayOptions(StrictModel):
-    """A cluster, the number of actors, and the resources that Ray reserves for each of them."""
-
-    address: str = AUTO
-    actors: Count = 1
-    cpus: Count = 1
-    gpus: Annotated[float, pydantic.Field(ge=0, le=64)] = 0.0  # 0.5: two actors share a GPU
 
 
 class RayClassifier:
@@ -65,9 +54,9 @@ def ray_backend(
 
     Raises `ConfigError` if Ray is not installed or the cluster cannot be reached.
     """
-    ray = import_optional("ray", "Ray", "sopdeploy[batch,ray]", ConfigError, "--ray")
+    ray = import_optional("ray", "Ray", "sopdeploy[batch,ray]", ConfigError, "classification on a cluster")
     os.environ.setdefault(USAGE_VARIABLE, "0")  # no usage statistics
-    address = {} if chosen.address == AUTO else {"address": chosen.address}
+    address = {} if chosen.ray in (None, AUTO) else {"address": chosen.ray}
     joined = not ray.is_initialized()
     if joined:
         try:
@@ -75,10 +64,10 @@ def ray_backend(
         except (ConnectionError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(
-                f"--ray {chosen.address}: no Ray cluster can be joined ({reason}); check the address"
+                f"{chosen.ray}: no Ray cluster can be joined ({reason}); check the address"
             ) from error
     try:
-        if chosen.address == AUTO and len(ray.nodes()) == 1:  # a larger cluster may add machines
+        if chosen.ray in (None, AUTO) and len(ray.nodes()) == 1:  # a larger cluster may add machines
             check_resources(ray.cluster_resources(), chosen)
         yield RayBackend(bundle, settings, options, chosen)
     finally:
@@ -88,7 +77,7 @@ def ray_backend(
 
 def check_resources(available: Mapping[str, float], chosen: RayOptions) -> None:
     """Raise `ConfigError` if no actor fits on this machine; Ray would wait for another one forever."""
-    for kind, wanted in (("CPU", chosen.cpus), ("GPU", chosen.gpus)):
+    for kind, wanted in (("CPU", chosen.cpus_per_actor), ("GPU", chosen.gpus_per_actor)):
         if wanted > available.get(kind, 0.0):
             raise ConfigError(
                 f"--{kind.lower()}s-per-actor {wanted:g}: Ray has {available.get(kind, 0.0):g} {kind}s here; "
@@ -106,8 +95,8 @@ class RayBackend:
         for name in PATHS:
             if given.get(name):
                 given[name] = str(Path(given[name]).resolve())
-        given["threads"] = settings.threads or chosen.cpus
-        workers = options.workers or max(1, chosen.cpus)
+        given["threads"] = settings.threads or chosen.cpus_per_actor
+        workers = options.workers or max(1, chosen.cpus_per_actor)
         self._arguments = (
             str(bundle.resolve()),
             given,
@@ -118,7 +107,9 @@ class RayBackend:
     def state(self) -> RunState:
         """Return the run state of a process of the cluster, whose runtime may differ from the local one."""
         ray = import_optional("ray", "Ray", "sopdeploy[batch,ray]", ConfigError)
-        task = ray.remote(num_cpus=self._chosen.cpus, num_gpus=self._chosen.gpus)(describe)
+        task = ray.remote(num_cpus=self._chosen.cpus_per_actor, num_gpus=self._chosen.gpus_per_actor)(
+            describe
+        )
         with _errors_without_ray():
             state: RunState = ray.get(task.remote(*self._arguments))
         return state
@@ -136,8 +127,8 @@ class RayBackend:
                 RayClassifier,
                 fn_constructor_args=self._arguments,
                 compute=data.ActorPoolStrategy(size=self._chosen.actors, max_tasks_in_flight_per_actor=1),
-                num_cpus=self._chosen.cpus,
-                num_gpus=self._chosen.gpus,
+                num_cpus=self._chosen.cpus_per_actor,
+                num_gpus=self._chosen.gpus_per_actor,
             )
             for row in classified.iter_rows():
                 table = unpack(row["rows"])

@@ -28,7 +28,7 @@ from sopdeploy_service.commands.batch.reader import import_pyarrow
 OnProgress = Callable[[int, int, int], None]  # images done, with an error, and in total
 
 ROWS, STATE, PAGE, DATA = "rows", "_run.json", "_report.html", "_report.json"
-IDENTITY_ADVICE = "continue with the same options, or choose another --out"
+IDENTITY_ADVICE = "continue with the same options, or choose another folder"
 
 
 class RunState(StrictModel):
@@ -61,17 +61,19 @@ class OutputFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Create the folder and reserve it for this process; raise `ConfigError` if another one uses it."""
-        with writing(f"--out {self.path}", ConfigError):
+        with writing(str(self.path), ConfigError):
             (self.path / ROWS).mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise ConfigError(f"--out {self.path}: another run is writing to it; wait for it") from error
+                raise ConfigError(
+                    f"another run is writing to {self.path}; wait for it", setting="out"
+                ) from error
             for partial in (*self.path.glob(f"*{PARTIAL}"), *(self.path / ROWS).glob(f"*{PARTIAL}")):
                 partial.unlink()  # of a run that was killed
-            with writing(f"--out {self.path}", StorageError):  # errors of sources are no `OSError`
+            with writing(str(self.path), StorageError):  # errors of sources are no `OSError`
                 yield
 
     def read_state(self) -> RunState | None:
@@ -79,12 +81,16 @@ class OutputFolder:
         file = self.path / STATE
         if not file.exists():
             if next((self.path / ROWS).iterdir(), None) is not None:
-                raise ConfigError(f"--out {self.path}: has rows, but no {STATE}; choose another folder")
+                raise ConfigError(
+                    f"{self.path} has rows, but no {STATE}; choose another folder", setting="out"
+                )
             return None
         try:
             return RunState.model_validate_json(file.read_bytes())
         except pydantic.ValidationError as error:
-            raise ConfigError(f"{file}: not written by this version; choose another --out") from error
+            raise ConfigError(
+                f"{file}: not written by this version; choose another folder", setting="out"
+            ) from error
 
     def begin(self, state: RunState) -> None:
         """Write *state*, or compare it with that of the run to continue; raises `ConfigError`."""
@@ -98,12 +104,13 @@ class OutputFolder:
             old = before.model_dump()[name]
             if name == "source" and old != value:
                 raise ConfigError(
-                    f"--out {self.path}: was begun with other images ({before.images:,} then, "
-                    f"{state.images:,} now; names and sizes matter, too); choose another --out"
+                    f"{self.path} was begun with other images ({before.images:,} then, "
+                    f"{state.images:,} now; names and sizes matter, too); choose another folder",
+                    setting="out",
                 )
             if old != value:
                 raise ConfigError(
-                    f"--out {self.path}: was begun with {name} {old}, not {value}; {IDENTITY_ADVICE}"
+                    f"{self.path} was begun with {name} {old}, not {value}; {IDENTITY_ADVICE}", setting="out"
                 )
 
     def part(self, number: int) -> Path:
@@ -154,8 +161,9 @@ class Progress:
         self.show(self.done, self.errors, self.total)
         if self.max_errors is not None and self.errors > self.max_errors:
             raise DataError(
-                f"{self.errors} of {self.done} images have an error, more than --max-errors "
-                f"{self.max_errors}; run again with a higher limit to continue"
+                f"{self.errors} of {self.done} images have an error; run again with a higher limit",
+                setting="max_errors",
+                value=self.max_errors,
             )
 
 

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import known_score
-from sopdeploy_service.commands.batch.classifier import ClassifyOptions, PartOutputs
+from sopdeploy_service.commands.batch.classifier import PartOutputs
 from sopdeploy_service.commands.batch.listing import printable
+from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.reader import import_pyarrow
 from sopdeploy_service.inference.results import Rejection, rank_images
 

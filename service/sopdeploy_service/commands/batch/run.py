@@ -10,10 +10,11 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.commands.batch.classifier import ClassifyOptions, PartClassifier, PartOutputs
+from sopdeploy_service.commands.batch.classifier import PartClassifier, PartOutputs
 from sopdeploy_service.commands.batch.decoders import DecoderProcesses
 from sopdeploy_service.commands.batch.listing import Fingerprint, Listing, entries_of
-from sopdeploy_service.commands.batch.on_ray import RayBackend, RayOptions, ray_backend
+from sopdeploy_service.commands.batch.on_ray import RayBackend, ray_backend
+from sopdeploy_service.commands.batch.options import ClassifyOptions, RayOptions
 from sopdeploy_service.commands.batch.output import PAGE, ROWS, OnProgress, OutputFolder, Progress, RunState
 from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.commands.batch.sources import list_entries

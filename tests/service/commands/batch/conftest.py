@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from sopdeploy_service.commands.batch.classifier import ClassifyOptions
+from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.run import classify
 from sopdeploy_service.settings import Settings
 from tests.service.conftest import picture_bytes

@@ -17,9 +17,10 @@ from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy_service.commands.batch import decoders
-from sopdeploy_service.commands.batch.classifier import ClassifyOptions, PartClassifier, PartOutputs
+from sopdeploy_service.commands.batch.classifier import PartClassifier, PartOutputs
 from sopdeploy_service.commands.batch.decoders import DecoderProcesses, Read
-from sopdeploy_service.commands.batch.on_ray import RayOptions, check_resources
+from sopdeploy_service.commands.batch.on_ray import check_resources
+from sopdeploy_service.commands.batch.options import ClassifyOptions, RayOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.reader import Entry
 from sopdeploy_service.commands.batch.rows import RowFormat
@@ -119,7 +120,7 @@ def test_too_many_errors_stop_the_run_and_a_higher_limit_continues_it(
     complete, bundle_path, photos, tmp_path
 ):
     limited = OPTIONS.model_copy(update={"max_errors": 2})
-    with pytest.raises(DataError, match=r"3 of 44 images have an error, more than --max-errors 2; run again"):
+    with pytest.raises(DataError, match=r"max_errors=2: 3 of 44 images have an error; run again"):
         classify(bundle_path, [str(photos)], tmp_path, SETTINGS, limited)
     found = classify(
         bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS.model_copy(update={"max_errors": 3})
@@ -129,7 +130,7 @@ def test_too_many_errors_stop_the_run_and_a_higher_limit_continues_it(
 
 
 def test_features_need_a_bundle_that_has_them(bundle_path, photos, tmp_path):
-    with pytest.raises(ConfigError, match=r"--features: .* has no output `features`; export it with"):
+    with pytest.raises(ConfigError, match=r"features: .* has no output `features`; export it with"):
         classify(bundle_path, [str(photos)], tmp_path, SETTINGS, ClassifyOptions(features=True, workers=1))
     assert not list(tmp_path.iterdir())
 
@@ -253,9 +254,9 @@ def test_nothing_is_left_of_a_run_that_could_not_list_its_images(bundle_path, tm
 
 
 def test_an_actor_that_does_not_fit_on_this_machine_is_rejected():
-    check_resources({"CPU": 2.0}, RayOptions(cpus=2))
+    check_resources({"CPU": 2.0}, RayOptions(cpus_per_actor=2))
     with pytest.raises(ConfigError, match=r"--gpus-per-actor 0\.5: Ray has 0 GPUs here; give a smaller"):
-        check_resources({"CPU": 2.0}, RayOptions(gpus=0.5))
+        check_resources({"CPU": 2.0}, RayOptions(gpus_per_actor=0.5))
 
 
 @pytest.mark.slow

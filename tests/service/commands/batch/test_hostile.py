@@ -125,7 +125,7 @@ def test_a_full_disk_is_a_one_line_error_and_the_run_continues(
         write_part(folder, number, table)
 
     monkeypatch.setattr(OutputFolder, "write_part", full)
-    with pytest.raises(StorageError, match=r"--out .*: cannot be written \(No space left on device\); check"):
+    with pytest.raises(StorageError, match=r": cannot be written \(No space left on device\); check"):
         classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
     monkeypatch.undo()
     found = classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
@@ -137,7 +137,7 @@ def test_a_run_whose_list_is_damaged_is_rejected(bundle_path, photos, tmp_path):
     with pytest.raises(StopError):
         classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, stop_at(40))
     (tmp_path / "_list.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match=r"_list\.parquet: missing or damaged; choose another --out"):
+    with pytest.raises(DataError, match=r"_list\.parquet: missing or damaged; choose another folder"):
         classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
 
 

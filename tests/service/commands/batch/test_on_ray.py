@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sopdeploy_service.commands.batch.on_ray import RayOptions
+from sopdeploy_service.commands.batch.options import RayOptions
 from sopdeploy_service.commands.batch.run import classify
 from tests.service.children import START_SECONDS
 from tests.service.commands.batch.conftest import OPTIONS, SETTINGS, part_bytes

@@ -114,5 +114,5 @@ def test_processes_that_resume_from_different_steps_are_refused(tmp_path) -> Non
     run = create_run(build_recipe("dsop", "sgd"), dataset(), processes)
     torchrun.check_same_step(run, tmp_path)
     processes.offset = 1.0
-    with pytest.raises(ConfigError, match="find different checkpoints; put --out on a disk that all"):
+    with pytest.raises(ConfigError, match="find different checkpoints; use a disk that all"):
         torchrun.check_same_step(run, tmp_path)

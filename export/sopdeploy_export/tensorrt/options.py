@@ -1,0 +1,25 @@
+"""Options of an engine build."""
+
+from pathlib import Path
+from typing import Annotated
+
+import pydantic
+
+from sopdeploy.config import Options
+
+
+class EngineOptions(Options):
+    """Options of `sopdeploy engine`."""
+
+    precision: str | None = None
+    """Required precision of the engine; by default that of the bundle."""
+    profiles: str | None = None
+    """Largest batch of each optimization profile, such as 1,8,32."""
+    level: Annotated[int, pydantic.Field(ge=0, le=5)] = 3
+    """TensorRT builder optimization level."""
+    cache: Path | None = None
+    """Engine cache folder; by default engines/ beside the bundle."""
+    rebuild: bool = False
+    """Build even if the cache has one."""
+    strict: bool = False
+    """Fail if a layer may run in another precision than requested."""

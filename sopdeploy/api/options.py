@@ -1,0 +1,63 @@
+"""Options of `train`, `evaluate` and `calibrate`; imports neither torch nor the packages that they use."""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from sopdeploy.config import Options
+
+
+def _as_text(value: Any) -> Any:
+    return value if value is None else str(value)
+
+
+Text = Annotated[str | None, pydantic.BeforeValidator(_as_text)]  # also a path or a number
+Workers = Annotated[int, pydantic.Field(ge=0)]
+
+
+class TrainOptions(Options):
+    """Options of `sopdeploy.train` and `sopdeploy train`."""
+
+    weights: Text = None
+    """Start weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By default
+    imagenet for a folder of images without a recipe."""
+    pooling: str | None = None
+    """Global pooling: short for the setting `model.config.pooling`."""
+    models: str | None = None
+    """Networks to compare, NAME or NAME=FILE with its weights, separated by commas; sets `model.name` and
+    `few_shot.models`."""
+    budget: Text = None
+    """Seconds after which no further head is tried, such as 60s; sets `few_shot.budget`."""
+    resume: Literal["never", "always", "auto"] = "never"
+    """Continue the run in the folder, by default the newest of the recipe; auto starts a new one if there is
+    none."""
+    log: tuple[str, ...] = ()
+    """Also log to tensorboard or wandb; repeatable."""
+    verbose: bool = False
+    """Also print the training loss of every branch."""
+
+
+class EvaluateOptions(Options):
+    """Options of `sopdeploy.evaluate` and `sopdeploy eval`."""
+
+    tta: Literal["none", "flip", "ten-crop", "pad-crop"] = "none"
+    """Test-time augmentation: average over views. Not for servers."""
+    heads: bool = False
+    """Also evaluate every branch of a checkpoint."""
+    runtime: str | None = None
+    """Runtime of a bundle, as for `serve`; tensorrt uses the engine."""
+    model: str | None = None
+    """Model name, if the server has several."""
+    api_key: str | None = None
+    """API key of the server."""
+    workers: Workers = 0
+    """Data loading processes for a checkpoint."""
+
+
+class CalibrateOptions(Options):
+    """Options of `sopdeploy.calibrate` and `sopdeploy calibrate`."""
+
+    accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95
+    """Fraction of images of known classes to accept as known; 1 rejects none."""
+    workers: Workers = 0
+    """Data loading processes."""
