@@ -402,8 +402,9 @@ def main(arguments: list[str]) -> int:
     with one_line_errors():
         measure(given)
     points = summarize(read_results(given.cache))
+    page = "\n".join(table(points))
     if given.chart is not None and points:
-        given.chart.write_text(chart(points) + "\n", encoding="utf-8")
+        given.chart.write_text(chart(read_table(page)) + "\n", encoding="utf-8")
     if given.json:
         report(
             [
@@ -416,7 +417,7 @@ def main(arguments: list[str]) -> int:
             as_json=True,
         )
     else:
-        print("\n".join(table(points)))
+        print(page)
     return 0
 
 

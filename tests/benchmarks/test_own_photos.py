@@ -78,3 +78,11 @@ def test_differences_are_paired_by_draw_and_the_tuning_draw_is_left_out(
     drawn = chart.read_text()
     assert "fastai fine_tune: 10 per class 60.0 % in 100 s" in drawn
     assert drawn == own_photos.chart(own_photos.read_table(table)) + "\n"
+
+
+def test_the_chart_shows_the_values_of_the_page() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    points = own_photos.read_table((docs / "benchmarks" / "own_photos.md").read_text(encoding="utf-8"))
+    assert {point.tool for point in points} == {"sopdeploy", "probe", "fastai", "autogluon-svm"}
+    drawn = (docs / "pictures" / "own-photos.svg").read_text(encoding="utf-8")
+    assert drawn == own_photos.chart(points) + "\n"
