@@ -125,7 +125,7 @@ class Settings(BaseSettings):
     front_ends: FrontEnds = 1  # processes for HTTP and decoding, per device; auto: cores / 4, at most 8
     verify_key: Path | None = None  # serve only bundles signed by this public key; see `sopdeploy sign`
     runtime: RuntimeName = "auto"  # auto: TensorRT if set up, else onnxruntime on CUDA, else on the CPU
-    engine_cache: Path | None = None  # TensorRT engine cache; not set: next to the bundle
+    engine_cache: Path | None = None  # where TensorRT engines are looked for first; then next to the bundle
     cuda_graphs: bool = False  # TensorRT: capture profiles with one batch size, such as 1, as CUDA graphs
     threads: Threads | None = None  # CPU threads of the runtime; not set: one per core
     max_batch: Count | None = None  # not set: 4 on a CPU, otherwise the largest verified batch

@@ -8,7 +8,9 @@ import torch
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import PadCrop
+from sopdeploy.data.datasets.official import detect_kind
 from sopdeploy.errors import ConfigError
+from sopdeploy.files import expand_user
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import CatalogModel, create_model
 from sopdeploy.reproduction.facts import count_facts
@@ -102,7 +104,9 @@ def _plan_row(table: PrintedTable, row: PrintedRow, options: ReproduceOptions) -
         if options.scale == "small":
             overrides = (*overrides, *_small_changes(table, row, source, overrides, options))
         elif options.data is not None:
-            overrides = (*overrides, f"data.path={to_toml(str(options.data))}")
+            kind = detect_kind(expand_user(options.data)) if full.data.kind == "folder" else None
+            layout = () if kind is None else (f"data.kind={kind}",)
+            overrides = (*overrides, *layout, f"data.path={to_toml(str(options.data))}")
         overrides = (*overrides, *options.set)
         recipe = read_recipe(source, overrides)
     except ConfigError as error:

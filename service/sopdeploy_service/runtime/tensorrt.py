@@ -1,6 +1,7 @@
 """TensorRT on the GPU, with a checked engine from the cache; never builds one."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ class TensorRTRuntime:
         gpu = cuda.gpu()
         self.name = f"tensorrt {trt.__version__}"
         engine = best_for(
-            cache_folder(bundle, settings.engine_cache),
+            engine_folder(bundle, settings),
             bundle,
             tensorrt=str(trt.__version__),
             gpu=gpu.name,
@@ -69,9 +70,15 @@ class TensorRTRuntime:
         self._session.close()
 
 
+def engine_folder(bundle: Bundle, settings: Settings) -> Path:
+    """Return the folder with engines of *bundle*: the cache, or next to the bundle if the cache has none."""
+    folder = cache_folder(bundle, settings.engine_cache)
+    return folder if records(folder) else cache_folder(bundle)
+
+
 def is_set_up(bundle: Bundle, settings: Settings) -> bool:
-    """Return whether TensorRT is installed and the cache has an engine of *bundle*."""
-    if not records(cache_folder(bundle, settings.engine_cache)):
+    """Return whether TensorRT is installed and there is an engine of *bundle*."""
+    if not records(engine_folder(bundle, settings)):
         return False
     try:
         import_tensorrt()

@@ -1,34 +1,36 @@
-"""FGVC-Aircraft, Stanford Cars and Places365 in the layouts that `torchvision.datasets` reads.
+"""Aircraft, Cars and Places365 as `torchvision.datasets` reads them, and ImageNet as it is distributed.
 
-torchvision reads the lists of files and classes; the images are opened as those of any folder. As in
+torchvision reads the lists of files and classes; the images are opened as those of any folder. The validation
+images of ImageNet (Russakovsky et al., 2015) are in one folder, and a file lists their WordNet IDs. As in
 fast-MPN-COV, the whole images are used: no bounding boxes, and the line of text below the photos of aircraft
 stays. Sources: Maji et al. (2013), Krause et al. (2013), Zhou et al. (2017).
 """
 
 import importlib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from sopdeploy.data.base import Split
-from sopdeploy.data.datasets.folder import open_store
+from sopdeploy.data.datasets.folder import match_classes, open_store
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.subset import ClassSubset
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import expand_user
 
 
 class OfficialConfig(ClassSubset):
-    """`path` is the `root` of the class in `torchvision.datasets`.
+    """`path` is the `root` of the class in `torchvision.datasets`; for ImageNet, it holds train/ and val/.
 
     The official test images, of Places365 the validation images, are the held-out ones. `cache` and
     `skip_corrupt` are those of `FolderConfig`.
     """
 
-    kind: Literal["aircraft", "cars", "places365"]
+    kind: Literal["aircraft", "cars", "places365", "imagenet"]
     path: Path | None = None
     cache: Path | None = None
     skip_corrupt: bool = False
@@ -50,15 +52,22 @@ LAYOUTS = {
 }
 
 
+IMAGENET_LISTS = ("val.txt", "LOC_val_solution.csv")
+WORDNET_ID = re.compile(r"n\d{8}")
+
+
 def detect_kind(root: Path) -> str | None:
     """Find the `data.kind` of the official layout in the folder *root*, if there is one."""
+    if _imagenet_list(root) is not None:
+        return "imagenet"
     return next((kind for kind, layout in LAYOUTS.items() if (root / layout.content).exists()), None)
 
 
 def open_official(config: OfficialConfig, options: OpenOptions | None = None) -> Split:
     """Open the official training and held-out images; raises `DataError` if torchvision cannot."""
     if config.path is None:
-        raise ConfigError(f"data.path: not set; give the folder that holds {LAYOUTS[config.kind].content}")
+        content = "train and val" if config.kind == "imagenet" else LAYOUTS[config.kind].content
+        raise ConfigError(f"data.path: not set; give the folder that holds {content}")
     root, options = expand_user(config.path), options or OpenOptions(config.cache)
     return Split(
         train=open_part(config.kind, "train", root, options),
@@ -68,6 +77,8 @@ def open_official(config: OfficialConfig, options: OpenOptions | None = None) ->
 
 def open_part(kind: str, part: Literal["train", "held_out"], root: Path, options: OpenOptions) -> ImageFiles:
     """Open a part of the official layout *kind* in *root*; raises `DataError` if torchvision cannot."""
+    if kind == "imagenet":
+        return _open_imagenet(part, root, options)
     layout = LAYOUTS[kind]
     split = getattr(layout, part)
     dataset_class: Any = getattr(importlib.import_module("torchvision.datasets"), layout.class_name)
@@ -89,4 +100,42 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path, options
         tuple(labels),
         np.asarray(paths, dtype=np.bytes_),
         np.asarray(targets, dtype=np.int64),
+    )
+
+
+def _imagenet_list(root: Path) -> Path | None:
+    """Find the file with the classes of the validation images, if these are not in class folders."""
+    if not (root / "val").is_dir() or any(path.is_dir() for path in (root / "val").iterdir()):
+        return None
+    return next((root / name for name in IMAGENET_LISTS if (root / name).is_file()), None)
+
+
+def _open_imagenet(part: str, root: Path, options: OpenOptions) -> ImageFiles:
+    """Open class folders for training, or the listed validation images.
+
+    Lines are `ILSVRC2012_val_00000001.JPEG n01751748`, or as in LOC_val_solution.csv.
+    """
+    listing = _imagenet_list(root)
+    if listing is None:
+        raise DataError(f"{root}: holds no {IMAGENET_LISTS[0]} for the images in val; add it")
+    entries = []
+    for count, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
+        name, wordnet_id, *_ = [*re.split(r"[,\s]+", line.strip()), ""]
+        if WORDNET_ID.fullmatch(wordnet_id):
+            entries.append((name if Path(name).suffix else f"{name}.JPEG", wordnet_id))
+        elif line.strip() and not line.startswith("ImageId,"):
+            raise DataError(
+                f"{listing}: line {count}: no WordNet ID such as n01751748; use the official file"
+            )
+    labels = tuple(sorted({wordnet_id for _, wordnet_id in entries}))
+    if part == "train":
+        return match_classes(open_store(root / "train", options), labels)
+    missing = [name for name, _ in entries if not (root / "val" / Path(name).name).is_file()]
+    if missing:
+        raise DataError(f"{root / 'val'}: {shorten(missing)} missing; unpack the official archive there")
+    return ImageFiles(
+        open_store(root / "val", options),
+        labels,
+        np.asarray([os.fsencode(Path(name).name) for name, _ in entries], dtype=np.bytes_),
+        np.asarray([labels.index(wordnet_id) for _, wordnet_id in entries], dtype=np.int64),
     )

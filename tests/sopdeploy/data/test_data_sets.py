@@ -8,6 +8,7 @@ import numpy as np
 import pydantic
 import pytest
 import torchvision
+from PIL import Image
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
@@ -77,6 +78,33 @@ def test_an_official_layout_is_read_and_recognized(tmp_path, monkeypatch, kind) 
     assert [part["count"] for part in json.loads(checked.stdout)["parts"]] == [3 * each, 3]
     with pytest.raises(ConfigError, match=rf"is an official layout; set data.kind={kind}"):
         open_at("folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "line"),
+    [
+        ("val.txt", "", "ILSVRC2012_val_{:08}.JPEG {}"),
+        ("LOC_val_solution.csv", "ImageId,PredictionString\n", "ILSVRC2012_val_{:08},{} 1 2 3 4 "),
+    ],
+)
+def test_listed_validation_images_of_imagenet_are_read_and_recognized(
+    tmp_path, name: str, header: str, line: str
+) -> None:
+    classes = ("n01440764", "n01443537")
+    (tmp_path / "val").mkdir()
+    for number, wordnet_id in enumerate(classes):
+        (tmp_path / "train" / wordnet_id).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / wordnet_id / "1.JPEG")
+        Image.new("RGB", (8, 8)).save(tmp_path / "val" / f"ILSVRC2012_val_{number:08}.JPEG")
+    lines = [line.format(number, classes[1 - number]) for number in range(2)]
+    (tmp_path / name).write_text(header + "\n".join(lines) + "\n")
+    split = open_at("imagenet", tmp_path)
+    assert split.train.labels == split.held_out.labels == classes
+    assert split.held_out.targets.tolist() == [1, 0]
+    assert open_evaluation_images(tmp_path, classes).targets.tolist() == [1, 0]
+    (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").unlink()
+    with pytest.raises(DataError, match=r"val: ILSVRC2012_val_00000001.JPEG missing; unpack"):
+        open_at("imagenet", tmp_path)
 
 
 def test_a_missing_or_damaged_official_file_is_one_line(tmp_path, monkeypatch) -> None:

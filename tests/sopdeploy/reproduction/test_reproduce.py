@@ -1,6 +1,5 @@
 """Running a table: interruption, resumption, the page, and every table at the small scale."""
 
-import itertools
 import json
 import re
 from pathlib import Path
@@ -98,12 +97,20 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
 
 
 def write_imagenet(root: Path) -> Path:
-    """Write a few images of eleven classes in the folders of ImageNet."""
-    for number, (part, count) in itertools.product(range(11), (("train", 8), ("val", 3))):
-        folder = root / part / f"n{number:08}"
-        folder.mkdir(parents=True)
-        for image in range(count):
-            Image.new("RGB", (32, 32), (20 * number, 30 * image, 200)).save(folder / f"{image}.JPEG")
+    """Write a few images of eleven classes as ImageNet is distributed: `val` has no class folders."""
+    lines = []
+    (root / "val").mkdir(parents=True)
+    for number in range(11):
+        wordnet_id = f"n{number:08}"
+        (root / "train" / wordnet_id).mkdir(parents=True)
+        for image in range(8):
+            pixels = Image.new("RGB", (32, 32), (20 * number, 30 * image, 200))
+            pixels.save(root / "train" / wordnet_id / f"{image}.JPEG")
+        for image in range(3):
+            name = f"ILSVRC2012_val_{3 * number + image:08}.JPEG"
+            Image.new("RGB", (32, 32), (20 * number, 90, 30 * image)).save(root / "val" / name)
+            lines.append(f"{name} {wordnet_id}")
+    (root / "val.txt").write_text("\n".join(lines) + "\n")
     return root
 
 
@@ -116,7 +123,7 @@ IMAGENET_TABLES = [
     "name",
     [name if name == "dsop-7" else pytest.param(name, marks=pytest.mark.slow) for name in IMAGENET_TABLES],
 )
-def test_a_row_of_an_imagenet_table_runs_on_its_folders(name: str, tmp_path: Path) -> None:
+def test_a_row_of_an_imagenet_table_runs_on_the_official_layout(name: str, tmp_path: Path) -> None:
     data, table = write_imagenet(tmp_path / "imagenet"), TABLES[name]
     row = next(one.id for one in table.rows if table.recipe_of(one) is not None)
     options = ReproduceOptions(out=tmp_path / "out", scale="small", data=data, rows=row, set=("epochs=2",))
