@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.cli.app import app
 from sopdeploy.errors import EngineError, LoweringError, ParityError, RuntimeUnavailableError
-from sopdeploy.tensorrt.cache import NoEngine, StoredEngine, best_for
+from sopdeploy.tensorrt.cache import NoEngine, StoredEngine, best_for, cache_folder
 from sopdeploy.tensorrt.cuda import Gpu
 from sopdeploy.tensorrt.profiles import parse_profiles
 from sopdeploy.tensorrt.record import EngineRecord
@@ -25,7 +25,8 @@ from sopdeploy_export.tensorrt.engine import Engine, get_engine, make_key
 from sopdeploy_export.tensorrt.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.selection import open_runtime
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.runtime.tensorrt import is_set_up
+from sopdeploy_service.settings import Settings, load_settings
 from tests.tensorrt.conftest import Install
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
@@ -288,6 +289,22 @@ def test_the_command_builds_what_the_dry_run_planned_and_then_uses_the_cache(
     assert "built     no, it was in the cache" in run(bundle.path).stdout
     assert "--rebuild was given" in run(bundle.path, "--rebuild").stdout
     assert trt._builds == 2
+
+
+def test_engines_are_built_in_the_configured_cache_and_found_next_to_the_bundle_too(
+    install: Install, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install()
+    monkeypatch.setenv("SOPDEPLOY_ENGINE_CACHE", str(tmp_path / "cache"))
+    plan = Path(json.loads(run(bundle.path, "--json").stdout)["plan"])
+    assert plan.is_relative_to(tmp_path / "cache")
+    settings = load_settings()
+    assert is_set_up(bundle, settings)
+    shutil.copytree(plan.parent, cache_folder(bundle))
+    shutil.rmtree(plan.parent)
+    assert is_set_up(bundle, settings)
+    shutil.rmtree(cache_folder(bundle))
+    assert not is_set_up(bundle, settings)
 
 
 MISSES: dict[str, tuple[Callable[[Engine, Install], object], str]] = {  # of the server

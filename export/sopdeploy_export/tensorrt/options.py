@@ -18,7 +18,7 @@ class EngineOptions(Options):
     level: Annotated[int, pydantic.Field(ge=0, le=5)] = 3
     """TensorRT builder optimization level."""
     cache: Path | None = None
-    """Engine cache folder; by default engines/ beside the bundle."""
+    """Engine cache folder; by default $SOPDEPLOY_ENGINE_CACHE, or engines/ next to the bundle."""
     rebuild: bool = False
     """Build even if the cache has one."""
     strict: bool = False

@@ -1,9 +1,11 @@
 """`sopdeploy engine`: build the TensorRT engine of a bundle for the GPU of this machine."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,6 +64,9 @@ def engine(
     from sopdeploy_export.tensorrt.plan import plan_engine
 
     opened = open_bundle(bundle)
+    configured = os.environ.get("SOPDEPLOY_ENGINE_CACHE")  # where servers with this variable look
+    if options.cache is None and configured:
+        options = options.model_copy(update={"cache": Path(configured)})
     if dry_run:
         return plan_engine(opened, options)
     with _progress() as report:
