@@ -31,6 +31,11 @@ OTHER_COPY = (
     "not depend on the memory layout, and its classes must not define how they are copied"
 )
 
+NOT_FINITE = (
+    "the network gives NaN or infinite logits for a probe image; the probes include images of one color, so "
+    "add a small constant wherever it divides, such as by the norm of a covariance"
+)
+
 
 @contextmanager
 def prepared(given: nn.Module, logits: str | int | None) -> Iterator[None]:
@@ -62,8 +67,10 @@ def capture_given(
     for batch in (images, images[:1]):
         with preserved(given), preserved(copied):  # caches are empty again when they are captured
             expected = run(deployed, batch.to(next(iter(devices))), "given", classes).cpu()
-            found = run(Deployed(copied, preprocess).eval(), batch, "trained", classes)
-        if not bool(((found - expected).abs() <= allowed * expected.abs().max()).all()):
+            logits = run(Deployed(copied, preprocess).eval(), batch, "trained", classes)
+        if not bool(expected.isfinite().all()):
+            raise LoweringError(NOT_FINITE)
+        if not bool(((logits - expected).abs() <= allowed * expected.abs().max()).all()):
             raise LoweringError(OTHER_COPY)
     if same_memory and not options.with_cam:
         return capture(given, preprocess, options.batch)

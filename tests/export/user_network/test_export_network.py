@@ -224,6 +224,11 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "an operator without ONNX form": (n.DeformableConvolution, {}, r"no ONNX form in opset 18: .*DeformConv"),
     "a branch that is not listed": (n.HiddenBranch, {"training_only": ["aux"]}, r"output .* depends on aux"),
     "a mean over the batch": (lambda: n.variant(n.centers_batch), {}, r"for an image alone than in a batch"),
+    "a division by zero": (
+        lambda: n.variant(n.divides_by_zero),
+        {},
+        r"NaN or infinite logits for a probe image",
+    ),
     "a name with a slash": (n.Small, {"name": "a/b"}, r"name='a/b': use at most 200 letters"),
 }
 
