@@ -10,6 +10,7 @@ process to the end of the training, and `predicted`, a class for each test file.
 statistics and weights, also after `unfreeze`) and `learner`, options of `vision_learner`.
 """
 
+import importlib
 import json
 import resource
 import sys
@@ -26,7 +27,6 @@ from fastai.vision.all import (  # type: ignore[import-not-found,unused-ignore]
     set_seed,
     vision_learner,
 )
-from timm.layers import freeze_batch_norm_2d  # type: ignore[import-untyped,unused-ignore]
 
 SIDE = 224
 
@@ -45,7 +45,8 @@ def main(request: Path, answer: Path) -> None:
     load = partial(timm.create_model, pretrained_cfg_overlay={"file": asked["weights"]})
     timm.create_model = load
     if options["freeze_norms"]:
-        timm.create_model = lambda *args, **named: freeze_batch_norm_2d(load(*args, **named))
+        layers: Any = importlib.import_module("timm.layers")  # untyped
+        timm.create_model = lambda *args, **named: layers.freeze_batch_norm_2d(load(*args, **named))
     set_seed(asked["seed"])
     files, labels = zip(*asked["train"], strict=True)
     loaders = ImageDataLoaders.from_lists(
