@@ -30,7 +30,7 @@ class StrictModel(pydantic.BaseModel):
 class Options(StrictModel):
     """Options of a command and of its Python function; the text below a field describes it for both."""
 
-    model_config = pydantic.ConfigDict(use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(use_attribute_docstrings=True, coerce_numbers_to_str=True)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
+from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.training import few_shot_settings
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.comparison.runs import compare
@@ -337,6 +338,6 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
 def test_options_for_networks_and_time_become_settings(models, budget, expected):
     if isinstance(expected, str):
         with pytest.raises(ConfigError, match=expected):
-            few_shot_settings(models, budget)
+            few_shot_settings(TrainOptions(models=models, budget=budget))
     else:
-        assert few_shot_settings(models, budget) == expected
+        assert few_shot_settings(TrainOptions(models=models, budget=budget)) == expected

@@ -219,7 +219,7 @@ def test_a_missing_or_unknown_logger_is_named(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     for name, source in (("wandb", "wandb"), ("tensorboard", r"sopdeploy\[tensorboard\]")):
-        message = f'^--log {name}: {name} is not installed; run: pip install "{source}"$'
+        message = f'^the {name} logger: {name} is not installed; run: pip install "{source}"$'
         with pytest.raises(ConfigError, match=message):
             create_loggers([name], tmp_path)
     with pytest.raises(ConfigError, match="log='x': unknown; choose one of tensorboard, wandb"):
