@@ -17,7 +17,8 @@ def test_every_picture_of_the_first_pages_exists_and_is_small() -> None:
         for page in (ROOT / "README.md", ROOT / "docs" / "index.md")
         for path in re.findall(r"!\[.+?\]\((\S+)\)", page.read_text(encoding="utf-8"))
     }
-    assert {path.name for path in named} == {"prediction.png", "export-report.png", "throughput.svg"}
+    pictures = {"prediction.png", "export-report.png", "throughput.svg", "own-photos.svg"}
+    assert {path.name for path in named} == pictures
     assert all(path.stat().st_size < LARGEST for path in named)
 
 
