@@ -2,11 +2,11 @@
 
 `train`, `evaluate`, `calibrate`, `export`, `predict`, `classify` and `serve` do what the commands of the same
 names do, with the same defaults. `export_network` exports any PyTorch classifier, `unused_modules` lists the
-parts that its output does not need, `dsop` attaches training branches to your own network, and
-`register_model` gives your network a name that `train` accepts. `create_model(name, num_classes=...,
-**config)` builds a network of the catalog, `list_models()` lists the names, and `describe(name, **config)`
-counts parameters and multiply-adds. Importing sopdeploy does not import torch; `predict`, `classify` and
-`serve` do not need it.
+parts that its output does not need. `dsop`, `gsop`, `gmsop`, `psdr` and `isqrt` apply the papers' methods to
+your own network, and `register_model` gives it a name that `train` accepts. `create_model(name,
+num_classes=..., **config)` builds a network of the catalog, `list_models()` lists the names, and
+`describe(name, **config)` counts parameters and multiply-adds. Importing sopdeploy does not import torch;
+`predict`, `classify` and `serve` do not need it.
 """
 
 import importlib
@@ -14,7 +14,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sopdeploy.api.batch import classify as classify
     from sopdeploy.api.calibration import calibrate as calibrate
     from sopdeploy.api.deployment import export as export
     from sopdeploy.api.evaluation import evaluate as evaluate
@@ -26,10 +25,15 @@ if TYPE_CHECKING:
     from sopdeploy.models.registry import create_model as create_model
     from sopdeploy.models.registry import list_models as list_models
     from sopdeploy.models.user_network import dsop as dsop
+    from sopdeploy.models.user_network import gmsop as gmsop
+    from sopdeploy.models.user_network import gsop as gsop
+    from sopdeploy.models.user_network import isqrt as isqrt
+    from sopdeploy.models.user_network import psdr as psdr
     from sopdeploy.models.user_network import register_model as register_model
     from sopdeploy_export.options import ExportOptions as ExportOptions
     from sopdeploy_export.user_network.export_network import export_network as export_network
     from sopdeploy_export.user_network.export_network import unused_modules as unused_modules
+    from sopdeploy_service.commands.batch.run import classify as classify
 
 __version__ = "0.1.0"
 
@@ -38,7 +42,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _MODULES = {
     "calibrate": "sopdeploy.api.calibration",
-    "classify": "sopdeploy.api.batch",
+    "classify": "sopdeploy_service.commands.batch.run",
     "ExportOptions": "sopdeploy_export.options",
     "Preprocess": "sopdeploy.images.preprocess",
     "create_model": "sopdeploy.models.registry",
@@ -47,8 +51,12 @@ _MODULES = {
     "evaluate": "sopdeploy.api.evaluation",
     "export": "sopdeploy.api.deployment",
     "export_network": "sopdeploy_export.user_network.export_network",
+    "gmsop": "sopdeploy.models.user_network",
+    "gsop": "sopdeploy.models.user_network",
+    "isqrt": "sopdeploy.models.user_network",
     "list_models": "sopdeploy.models.registry",
     "predict": "sopdeploy.api.serving",
+    "psdr": "sopdeploy.models.user_network",
     "register_model": "sopdeploy.models.user_network",
     "serve": "sopdeploy.api.serving",
     "train": "sopdeploy.api.training",

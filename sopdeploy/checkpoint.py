@@ -10,16 +10,17 @@ import io
 import os
 import pickle  # for the exception type of torch.load
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import pydantic
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.config import first_problem
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.image_files import hash_images
 from sopdeploy.decision import Decision
@@ -33,40 +34,12 @@ FORMAT = "sopdeploy-checkpoint"
 VERSION = 1
 
 
-class ModelRecord(StrictModel):
-    """Catalog name and full config of the network."""
-
-    name: str
-    config: dict[str, Any]
-
-
-class Header(StrictModel):
-    """All checkpoint fields except weights and resume state."""
-
-    format: Literal["sopdeploy-checkpoint"]
-    version: Literal[1]
-    model: ModelRecord
-    labels: tuple[str, ...] = pydantic.Field(min_length=1)
-    preprocess: Preprocess
-    training: dict[str, Any]
-    decision: Decision | None = None
-
-    @pydantic.field_validator("labels")
-    @classmethod
-    def _labels_differ(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(labels)) != len(labels):
-            raise ValueError("two classes have the same name")
-        return labels
-
-    @pydantic.model_validator(mode="after")
-    def _check_decision(self) -> "Header":
-        problem = None if self.decision is None else self.decision.problem_with(len(self.labels))
-        if problem is not None:
-            raise ValueError(f"{problem} classes")
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(
+    frozen=True,
+    kw_only=True,
+    slots=True,
+    config=pydantic.ConfigDict(arbitrary_types_allowed=True, extra="forbid"),
+)
 class Checkpoint:
     """A trained network and everything needed to use it.
 
@@ -86,13 +59,22 @@ class Checkpoint:
     model: str
     config: dict[str, Any]
     weights: dict[str, Tensor]
-    labels: tuple[str, ...]
+    labels: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
     preprocess: Preprocess
     training: dict[str, Any]
     resume: dict[str, Any] | None = None
     decision: Decision | None = None
     image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), compare=False)
     sha256: str = field(default="", compare=False)
+
+    @pydantic.model_validator(mode="after")
+    def _check_labels(self) -> "Checkpoint":
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels: two classes have the same name")
+        problem = None if self.decision is None else self.decision.problem_with(len(self.labels))
+        if problem is not None:
+            raise ValueError(f"decision: {problem} classes")
+        return self
 
     def trained_on(self, images: LabeledImages) -> str:
         """Say how many of *images* are training images, by the hashes of their files; empty if none are."""
@@ -109,21 +91,16 @@ class Checkpoint:
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write *checkpoint* to *path* atomically; raise `CheckpointError` on failure."""
-    content: dict[str, Any] = {
+    decision = checkpoint.decision
+    content = {
         "format": FORMAT,
         "version": VERSION,
-        "model": {"name": checkpoint.model, "config": checkpoint.config},
+        **{entry.name: getattr(checkpoint, entry.name) for entry in fields(checkpoint)},
         "weights": {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()},
-        "labels": list(checkpoint.labels),
         "preprocess": checkpoint.preprocess.model_dump(mode="json"),
-        "training": checkpoint.training,
+        "decision": None if decision is None else decision.model_dump(mode="json"),
     }
-    if checkpoint.resume is not None:
-        content["resume"] = checkpoint.resume
-    if len(checkpoint.image_hashes):
-        content["image_hashes"] = checkpoint.image_hashes
-    if checkpoint.decision is not None:
-        content["decision"] = checkpoint.decision.model_dump(mode="json")
+    del content["sha256"]
     write_plain(path, content)
 
 
@@ -160,33 +137,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ) from error
     digest, content = hashlib.sha256(raw).hexdigest(), load_plain(path, raw=raw)
     del raw  # frees the memory before the network is built
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise CheckpointError(
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
             "`sopdeploy import` for weights of other projects"
         )
-    weights, resume = content.pop("weights", None), content.pop("resume", None)
-    hashes = content.pop("image_hashes", torch.zeros(0, dtype=torch.int64))
+    if (version := content.pop("version", None)) != VERSION:
+        raise CheckpointError(f"{path}: version: {version!r}, but this version of sopdeploy reads {VERSION}")
     try:
-        header = Header.model_validate(content)
+        return pydantic.TypeAdapter(Checkpoint).validate_python({**content, "sha256": digest})
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{path}: {first_problem(error)}; train or import it again") from error
-    if not isinstance(hashes, Tensor) or hashes.dtype != torch.int64 or hashes.ndim != 1:
-        raise CheckpointError(f"{path}: its hashes of training images are damaged; train it again")
-    if not is_state_dict(weights):
-        raise CheckpointError(f"{path}: its weights are not a dict of tensors; train or import it again")
-    return Checkpoint(
-        model=header.model.name,
-        config=header.model.config,
-        weights=weights,
-        labels=header.labels,
-        preprocess=header.preprocess,
-        training=header.training,
-        resume=resume,
-        decision=header.decision,
-        image_hashes=hashes,
-        sha256=digest,
-    )
 
 
 def load_plain(

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Self, TypeVar
 
 import pydantic
@@ -57,8 +57,16 @@ def expand_options(
     models: dict[str, type[Options]] = {}
     for parameter in inspect.signature(function).parameters.values():
         if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, Options):
-            models[parameter.name] = parameter.annotation
-            parameters += _parameters_of(parameter.annotation, annotate)
+            model = models[parameter.name] = parameter.annotation
+            parameters += [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=inspect.Parameter.empty if field.is_required() else field.default,
+                    annotation=field.annotation if annotate is None else annotate(model, name),
+                )
+                for name, field in model.model_fields.items()
+            ]
         else:
             parameters.append(parameter)
     parameters.sort(key=lambda parameter: parameter.kind)  # `**settings` stays last
@@ -91,27 +99,16 @@ def with_signature(
     return function
 
 
-def _parameters_of(
-    model: type[Options], annotate: Callable[[type[Options], str], Any] | None
-) -> Iterator[inspect.Parameter]:
-    for name, field in model.model_fields.items():
-        yield inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.is_required() else field.default,
-            annotation=field.annotation if annotate is None else annotate(model, name),
-        )
-
-
 def first_problem(error: pydantic.ValidationError) -> str:
     """Describe the first problem in *error* as `key: reason (got value)` on one line."""
     problem: Any = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"]) or "value"
     if problem["type"] == "missing":
         return f"{where}: missing"
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: unknown key"
-    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # raised by a model validator
+    by_model = not problem["loc"] or isinstance(problem["input"], dict)
+    if problem["type"] == "value_error" and by_model:  # raised by a validator of the whole model
         reason = str(problem["ctx"]["error"])
         return f"{where}: {reason}" if problem["loc"] else reason
     return f"{where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"

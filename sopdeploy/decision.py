@@ -5,7 +5,7 @@ of a bundle are already calibrated, and thresholds refer to them. This module do
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pydantic
@@ -150,18 +150,9 @@ class Decision(StrictModel):
             return f"predictions of {len(self.reference.classes)} classes for {classes}"
         return None
 
-    def review(self, logits: NDArray[np.floating]) -> dict[str, Any]:
-        """Compute the fields `uncalibrated` and `known` of `evaluation.metrics.Score`.
-
-        *logits* (C,) are those of the bundle. A field is missing without a calibration or a rejection.
-        """
-        fields: dict[str, Any] = {}
-        if self.calibration is not None:
-            raw = np.asarray(logits, np.float64) * self.temperature
-            fields["uncalibrated"] = float(known_score(raw, "max_probability"))
-        if self.rejection is not None:
-            fields["known"] = self.rejection.recognize(logits)[0]
-        return fields
+    def is_known(self, logits: NDArray[np.floating]) -> bool | None:
+        """Return whether an image with *logits* (C,) of the bundle is accepted; None without a rejection."""
+        return None if self.rejection is None else self.rejection.recognize(logits)[0]
 
     def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
         """Describe calibration, rejection and thresholds in (name, text) rows for reports and model cards.
@@ -220,3 +211,12 @@ def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     values = logits.astype(np.float64)
     small = np.exp(-np.abs(values))
     return np.where(values >= 0, 1.0, small) / (1.0 + small)
+
+
+def softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the probabilities (..., C) float64 of finite *logits* (..., C), without overflow."""
+    exponentials = logits.astype(np.float64)
+    exponentials -= exponentials.max(axis=-1, keepdims=True)
+    np.exp(exponentials, out=exponentials)
+    exponentials /= exponentials.sum(axis=-1, keepdims=True)
+    return exponentials

@@ -1,25 +1,4 @@
-"""All errors that sopdeploy raises for users. Exit codes, codes and HTTP statuses: docs/errors.md.
-
-SopdeployError
- +- ConfigError             invalid value in a recipe, config or option
- +- DataError               unusable data folder or image file
- +- CheckpointError         not a sopdeploy checkpoint, unsafe or damaged
- +- WeightsError            weight file of another project, unreadable or for another network
- +- TrainingError           training cannot continue
- +- DetachError             training-only modules left, or an unknown one
- +- CertificateError        detached network differs from the plain network
- +- LoweringError           no ONNX form that all runtimes accept
- +- ParityError             exported file and network compute different numbers
- +- BundleError             bundle files and manifest do not match
- +- EngineError             TensorRT engine cannot be built or differs from the request
- +- RuntimeUnavailableError no runtime on this machine can run the bundle
- +- StorageError            file cannot be read or written
- +- NoMemoryError           memory of the machine or of the GPU is too small
- +- ImageError              unusable image, with an HTTP status
- +- ServiceError            error response of a server
- +- OverloadedError         a ServiceError: overload or rate limit, every attempt was rejected (429, 503)
- +- UnreachableError        a ServiceError: no response, or none before the deadline
-"""
+"""All errors that sopdeploy raises for users. Exit codes, codes and HTTP statuses: docs/errors.md."""
 
 from collections.abc import Callable, Mapping, Sequence
 

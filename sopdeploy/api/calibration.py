@@ -8,18 +8,17 @@ import numpy as np
 import torch
 
 from sopdeploy.api.options import CalibrateOptions
-from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
+from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.config import expand_options
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.datasets.layouts import open_evaluation_images
-from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
-from sopdeploy.decision import Decision
+from sopdeploy.data.image_files import unreadable_images_error
+from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import ConfigError, DataError, TrainingError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.multi_label import fit_presence
-from sopdeploy.evaluation.prediction import predict_images, predict_logits
+from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.files import expand_user
-from sopdeploy.models.base import Classifier
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,11 +86,25 @@ def calibrate(
     if warning := read.trained_on(images):
         notes.append(f"{folder}: {warning}")
     network = build_classifier(read, source).to("cuda" if torch.cuda.is_available() else "cpu")
-    fit = _fit_thresholds if multi_label else _fit_temperature
     try:
-        decision = fit(network, read, images, options, on_image)
+        logits, targets = predict_logits(
+            network,
+            PreprocessedDataset(images, read.preprocess),
+            read.preprocess,
+            workers=options.workers,
+            on_batch=lambda done: on_image(done, len(images)),
+        )
     except DataError as error:
         raise unreadable_images_error(error, images) from None
+    if not np.isfinite(logits).all():
+        raise TrainingError("the logits are not finite; train again with a lower learning rate")
+    if multi_label:
+        decision = fit_presence(targets.astype(np.float64), sigmoid(logits))
+    else:
+        scalable = network.logits_layer() is not None
+        decision = fit_decision(
+            logits, targets, estimated_on="held-out", accepts=options.accepts, scalable=scalable
+        )
     write_checkpoint(destination, replace(read, decision=decision))
     return Calibrated(
         path=destination,
@@ -101,39 +114,3 @@ def calibrate(
         training_only=bool(network.training_only),
         notes=tuple(notes),
     )
-
-
-def _fit_temperature(
-    network: Classifier,
-    checkpoint: Checkpoint,
-    images: ImageFiles,
-    options: CalibrateOptions,
-    on_image: Callable[[int, int], None],
-) -> Decision:
-    """Fit temperature and rejection threshold to *images* with one class each."""
-    logits, targets = predict_logits(
-        network,
-        PreprocessedDataset(images, checkpoint.preprocess),
-        checkpoint.preprocess,
-        workers=options.workers,
-        on_batch=lambda done: on_image(done, len(images)),
-    )
-    if not np.isfinite(logits).all():
-        raise TrainingError("the logits are not finite; train again with a lower learning rate")
-    scalable = network.logits_layer() is not None
-    return fit_decision(logits, targets, estimated_on="held-out", accepts=options.accepts, scalable=scalable)
-
-
-def _fit_thresholds(
-    network: Classifier,
-    checkpoint: Checkpoint,
-    images: ImageFiles,
-    options: CalibrateOptions,
-    on_image: Callable[[int, int], None],
-) -> Decision:
-    """Fit the thresholds to *images* with any number of classes each."""
-    half = [0.5] * len(checkpoint.labels)
-    found = predict_images(
-        network, half, images, checkpoint.preprocess, workers=options.workers, on_image=on_image
-    )
-    return fit_presence(found.targets, found.probabilities)

@@ -1,12 +1,27 @@
-"""Export a checkpoint: `sopdeploy.export` and `sopdeploy export`."""
+"""Export a checkpoint or a network of the user: `sopdeploy export` and `sopdeploy inspect`."""
 
-from collections.abc import Callable
+import importlib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from sopdeploy.config import expand_options
-from sopdeploy_export.options import ExportOptions
+import pydantic
+from torch import nn
+
+from sopdeploy.backbones.timm_backbone import import_timm
+from sopdeploy.config import expand_options, first_problem
+from sopdeploy.errors import ConfigError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.user_files import read_class_names
+from sopdeploy_export.options import ExportOptions, NetworkExportOptions, NetworkOptions
 from sopdeploy_export.pipeline import Exported
 from sopdeploy_export.pipeline import export as run
+from sopdeploy_export.user_network.builder import network_builder
+from sopdeploy_export.user_network.export_network import export_network, unused_modules
+from sopdeploy_export.user_network.weights import LoadedWeights, load_weights
+
+EXAMPLE = "timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.json"
 
 
 @expand_options
@@ -35,3 +50,119 @@ def export(
         SopdeployError: A step failed; *out* contains nothing new.
     """
     return run(Path(checkpoint), Path(out), options, on_step)
+
+
+def load_network(weights: Path, options: NetworkOptions) -> tuple[nn.Module, LoadedWeights]:
+    """Build the network of *options* and load its weights from the file *weights*."""
+    network = _builder("network", options.network, options.set)()
+    return network, load_weights(network, weights, options.weights)
+
+
+def export_weights(
+    weights: Path,
+    network_options: NetworkExportOptions,
+    destination: Path,
+    options: ExportOptions,
+    on_step: Callable[[str], None],
+) -> Exported:
+    """Export the network of *network_options*; after a `SopdeployError`, *destination* holds nothing new."""
+    if options.detach:
+        raise ConfigError(
+            "name the parts of the network to remove", setting="detach", remedies={"training_only": None}
+        )
+    given = network_options
+    if given.labels is None:
+        raise ConfigError(
+            "missing; give a file with one class name per line, in the order of the logits", setting="labels"
+        )
+    labels, preprocess = read_class_names(given.labels), read_preprocess(given.preprocess)
+    plain = None if given.plain is None else _builder("plain", given.plain, given.plain_set)
+    on_step("building the network")
+    network, loaded = load_network(weights, given)
+    return export_network(
+        network,
+        plain=plain,
+        training_only=given.training_only,
+        labels=labels,
+        preprocess=preprocess,
+        destination=destination,
+        name=given.name or str(given.network).rpartition(":")[2].rpartition(".")[2],
+        logits=_index_or_name(given.logits),
+        allow_constants=given.allow_constants,
+        options=options,
+        config={
+            "network": given.network,
+            "settings": list(given.set),
+            "plain": given.plain,
+            "plain_settings": list(given.plain_set),
+            "training_only": list(given.training_only),
+            "logits": given.logits,
+            "allow_constants": given.allow_constants,
+            "table": loaded.table,
+            "prefixes_removed": list(loaded.removed),
+        },
+        sha256=loaded.sha256,
+        on_step=on_step,
+    )
+
+
+def inspect(weights: Path, options: NetworkOptions) -> dict[str, Any]:
+    """List the parts of the network of *options* that its output does not depend on; writes nothing."""
+    network, loaded = load_network(weights, options)
+    logits = _index_or_name(options.logits)
+    unused = unused_modules(network, read_preprocess(options.preprocess), logits=logits)
+    return {
+        "network": options.network,
+        "tensors": len(network.state_dict()),
+        "table": loaded.table,
+        "prefixes_removed": list(loaded.removed),
+        "unused": list(unused),
+    }
+
+
+def _builder(setting: str, name: str | None, settings: Sequence[str]) -> Callable[[], nn.Module]:
+    if name is None:
+        raise ConfigError("missing; give package.module:callable", setting=setting)
+    return network_builder(setting, name, settings)
+
+
+def read_preprocess(text: str | None) -> Preprocess:
+    """Read the preprocessing rules that *text* names: `timm:NAME`, `torchvision:WEIGHTS` or a JSON file.
+
+    Raises `ConfigError` for an unknown name and for a file that is not a `Preprocess`.
+    """
+    if not text:
+        raise ConfigError(f"missing; give {EXAMPLE}", setting="preprocess")
+    kind, _, name = text.partition(":")
+    if kind == "timm":
+        config = import_timm(name).get_pretrained_cfg(name)
+        if config is None:
+            raise ConfigError(
+                "timm publishes no preprocessing for it; give FILE.json", setting="preprocess", value=text
+            )
+        return Preprocess.from_timm(config.to_dict())
+    if kind == "torchvision":
+        try:
+            weights = importlib.import_module("torchvision.models").get_weight(name)
+        except (ValueError, AttributeError, KeyError) as error:
+            raise ConfigError(
+                f"torchvision has no weights {name}; write for example "
+                "torchvision:ResNet18_Weights.IMAGENET1K_V1",
+                setting="preprocess",
+                value=text,
+            ) from error
+        return Preprocess.from_torchvision(weights.transforms())
+    try:
+        return Preprocess.model_validate(json.loads(Path(text).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = first_problem(error) if isinstance(error, pydantic.ValidationError) else str(error)
+        raise ConfigError(
+            f"cannot be read ({reason}); give {EXAMPLE}", setting="preprocess", value=text
+        ) from error
+
+
+def _index_or_name(logits: str | None) -> str | int | None:
+    try:
+        return logits if logits is None else int(logits)
+    except ValueError:
+        return logits

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sopdeploy.api.options import EvaluateOptions
 from sopdeploy.config import expand_options
@@ -14,7 +14,6 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.heads import HeadAccuracy, score_heads
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
-from sopdeploy.evaluation.sources import detect_source
 from sopdeploy.html.templates import render
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.report.predictions import metric_tiles, predictions_context
@@ -52,6 +51,19 @@ class Evaluation:
     scores: tuple[Score, ...] | MultiLabelPredictions = field(repr=False)
     heads: tuple[HeadAccuracy, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """Return the output of `sopdeploy eval --json`."""
+        heads = [head.model_dump(mode="json") for head in self.heads]
+        return {
+            "source": self.source,
+            "kind": self.kind,
+            "tta": self.tta,
+            **self.facts,
+            "notes": list(self.notes),
+            **({"heads": heads} if heads else {}),
+            **self.metrics.model_dump(mode="json"),
+        }
 
     def _repr_html_(self) -> str:
         mistakes: tuple[Mistake, ...] = ()
@@ -96,60 +108,71 @@ def evaluate(
         DataError: The classes do not match, or an image cannot be read.
     """
     name, data = str(source), Path(data)
-    kind, facts = detect_source(name), {}
+    kind = detect_source(name)
     _check_options(kind, options)
-    tta, workers = options.tta, options.workers
-    accuracies: tuple[HeadAccuracy, ...] = ()
     notes: list[str] = []
+    facts: dict[str, str] = {}
+    heads: tuple[HeadAccuracy, ...] = ()
+    shared: Any = {"on_image": on_image, "log": notes.append}
     if kind == "service":
         labels, scores = import_module(SERVICE).score_service(
-            name, data, api_key=options.api_key, model=options.model, on_image=on_image, log=notes.append
+            name, data, api_key=options.api_key, model=options.model, **shared
         )
     elif kind == "bundle":
         from sopdeploy_service.commands.evaluate import scores_of_bundle
         from sopdeploy_service.settings import load_settings
 
         settings = load_settings(runtime=options.runtime)
-        bundle = scores_of_bundle(
-            Path(name), data, tta=tta, settings=settings, on_image=on_image, log=notes.append
+        labels, scores, facts = scores_of_bundle(
+            Path(name), data, tta=options.tta, settings=settings, **shared
         )
-        labels, scores = bundle.labels, bundle.scores
-        facts = {"bundle": bundle.bundle, "runtime": bundle.runtime, "device": bundle.device}
     elif options.heads:
-        labels, scores, accuracies = score_heads(
-            Path(name), data, workers=workers, on_image=on_image, log=notes.append
-        )
+        labels, scores, heads = score_heads(Path(name), data, workers=options.workers, **shared)
     else:
         from sopdeploy.evaluation.prediction import score_checkpoint
 
         labels, scores = score_checkpoint(
-            Path(name), data, tta=tta, workers=workers, on_image=on_image, log=notes.append
+            Path(name), data, tta=options.tta, workers=options.workers, **shared
         )
     return Evaluation(
         source=name,
         kind=kind,
-        tta=tta,
+        tta=options.tta,
         data=data,
         facts=facts,
         metrics=classification_report(labels, scores) if isinstance(scores, list) else scores.report(),
         labels=labels,
         scores=tuple(scores) if isinstance(scores, list) else scores,
-        heads=accuracies,
+        heads=heads,
         notes=tuple(notes),
+    )
+
+
+def detect_source(source: str) -> Literal["checkpoint", "bundle", "service"]:
+    """Detect what *source* names; raises `ConfigError` if it cannot be evaluated."""
+    if source.startswith(("http://", "https://")):
+        return "service"
+    if "://" in source:
+        raise ConfigError(f"{source}: only services on http:// and https:// can be evaluated")
+    path = Path(source)
+    if not path.is_dir():
+        return "checkpoint"
+    if (path / "manifest.json").is_file():
+        return "bundle"
+    if (path / "best.pt").is_file():
+        raise ConfigError(f"{source}: is a run folder; give {path / 'best.pt'}")
+    raise ConfigError(
+        f"{source}: not a bundle, it has no manifest.json; give a checkpoint, a bundle or a URL"
     )
 
 
 def _check_options(kind: str, options: EvaluateOptions) -> None:
     """Raise `ConfigError` for an option that a source of this *kind* does not have."""
-    if options.runtime is not None and kind != "bundle":
-        raise ConfigError(
-            f"only a bundle has a choice of runtimes, this is a {kind}; omit it", setting="runtime"
-        )
-    for setting in ("model", "api_key"):
-        if getattr(options, setting) is not None and kind != "service":
-            raise ConfigError(f"only for servers, this is a {kind}; omit it", setting=setting)
+    kinds = {"runtime": "bundle", "model": "service", "api_key": "service", "heads": "checkpoint"}
+    for setting, needed in kinds.items():
+        if getattr(options, setting) and kind != needed:
+            raise ConfigError(f"only for a {needed}, this is a {kind}; omit it", setting=setting)
     if options.tta != "none" and kind == "service":
         raise ConfigError("not supported by servers; evaluate the bundle", setting="tta")
-    if options.heads and (kind != "checkpoint" or options.tta != "none"):
-        problem = "not with test-time augmentation" if kind == "checkpoint" else f"a {kind} has no branches"
-        raise ConfigError(f"{problem}; evaluate the checkpoint, such as runs/latest/best.pt", setting="heads")
+    if options.heads and options.tta != "none":
+        raise ConfigError("not with test-time augmentation", setting="heads")

@@ -12,9 +12,9 @@ from sopdeploy.api.progress import ProgressBars
 from sopdeploy.api.training_result import TrainedRun
 from sopdeploy.config import expand_options
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.pooling.registry import check_name
 from sopdeploy.training.callbacks import Callback, CallbackList, create_loggers
-from sopdeploy.training.distributed.torchrun import create_strategy, is_main_process, join_processes
+from sopdeploy.training.distributed.strategy import Strategy, select_device
+from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
 from sopdeploy.training.loop import train as run
 from sopdeploy.training.recipe import Recipe, parse_override, read_recipe, to_toml
 from sopdeploy.training.run_folder import numbered_folder
@@ -62,7 +62,7 @@ def train(
         stack.enter_context(join_processes())
         given = [*assignments, *_assignments(settings), *few_shot_settings(options)]
         loaded, name = configure(data, recipe, options, assignments=given)
-        strategy = create_strategy(loaded)
+        strategy = Strategy(select_device(loaded.device))
         folder = (
             Path(out)
             if out is not None
@@ -104,7 +104,7 @@ def configure(
     chosen = {
         "data.path": str(data) if data else None,
         "start.weights": options.weights,
-        "model.config.pooling": None if options.pooling is None else check_name(options.pooling),
+        "model.config.pooling": options.pooling,
     }
     given = {key: text for key, text in chosen.items() if text is not None}
     return read_recipe(source, [*assignments, *_assignments(given)]), Path(source).stem

@@ -41,7 +41,11 @@ class AlexNetConfig(StrictModel):
 
 
 class AlexNet(Backbone):
-    """Five convolutions in one stage, global pooling, classifier."""
+    """Five convolutions in one stage, global pooling, classifier.
+
+    Assumptions, because the slides do not show the layers: a second-order pooling replaces the last max
+    pooling, and the classifier keeps its three layers, as in fast-MPN-COV's VGG-D.
+    """
 
     stem_parts = ()
     stage_names = ("layers",)
@@ -67,11 +71,3 @@ class AlexNet(Backbone):
         self.pooling = config.pooling.build(channels)
         self.classifier = build_classifier(self.pooling, config.classifier, config.dropout, num_classes)
         initialize(self)
-
-    def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        """Build a 3x3 convolution, batch norm and ReLU."""
-        return nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 3, stride, padding=1),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )

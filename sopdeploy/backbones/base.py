@@ -1,18 +1,17 @@
 """Backbone interface: computes class logits, and the feature maps of its stages on request."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
-from sopdeploy.layers.pooling.base import GlobalAverage
+from sopdeploy.layers.pooling.base import GlobalAverage, GlobalPooling, PoolingConfig
 
 FEATURES = "features"  # the output with the last feature map, for class activation maps
 
 
-class Backbone(nn.Module, ABC):
+class Backbone(nn.Module):
     """Base class of networks whose intermediate feature maps can be tapped.
 
     Attributes:
@@ -37,11 +36,11 @@ class Backbone(nn.Module, ABC):
         self.num_classes = num_classes
         self.tap_channels = {}
 
-    @abstractmethod
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        """Build a block of the backbone's own kind, for a branch."""
+        """Build a block of the backbone's own kind, for a stage or a branch."""
+        raise NotImplementedError(f"{type(self).__name__} must define branch_block for DSoP")
 
-    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute the last feature map (B, C, h, w) and those of *taps*, in the order of computation."""
         x = images
         for part in self.stem_parts:
@@ -63,31 +62,44 @@ class Backbone(nn.Module, ABC):
 
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) float logits of normalized (B, 3, H, W) images."""
-        return self.classify(self.features(images)[0])
+        return self.classify(self.feature_maps(images)[0])
 
     def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the exported outputs in eval mode, one tensor per name in `outputs`."""
         if FEATURES not in self.outputs:
             return (self(images),)
-        features, _ = self.features(images)
+        features, _ = self.feature_maps(images)
         return self.classify(features), features
 
     def averaged_classifier(self) -> nn.Linear | None:
         """Find the linear layer that maps the mean of the last feature map to logits; None if there is none.
 
-        If it exists, `features` returns that map (B, C, h, w), and only dropout lies between map and layer.
+        If it exists, `feature_maps` returns that map (B, C, h, w); only dropout lies between map and layer.
         """
         pooling, *others, last = (getattr(self, part, None) for part in self.classifier_parts)
         only_dropout = all(isinstance(part, nn.Dropout | nn.Identity) for part in others)
-        exact = type(pooling) is GlobalAverage and isinstance(last, nn.Linear) and only_dropout
-        return last if exact and isinstance(last, nn.Linear) else None
+        averaged = type(pooling) is GlobalAverage and only_dropout
+        return last if averaged and isinstance(last, nn.Linear) else None
 
-    def add_stage(self, name: str, in_channels: int, out_channels: int, blocks: int, stride: int) -> None:
-        """Add a stage of blocks, each of which can be tapped; only the first has *stride*."""
-        first = self.branch_block(in_channels, out_channels, stride)
-        rest = [self.branch_block(out_channels, out_channels, 1) for _ in range(blocks - 1)]
-        self.add_module(name, nn.Sequential(first, *rest))
-        self.tap_channels |= {f"{name}.{position}": out_channels for position in range(blocks)}
+    def add_stages(
+        self, channels: int, widths: Sequence[int], blocks: Sequence[int], strides: Sequence[int]
+    ) -> None:
+        """Add the stages, from *channels* to *widths*, of *blocks* each of which can be tapped.
+
+        Only the first block of a stage has the stride in *strides*.
+        """
+        for name, width, count, stride in zip(self.stage_names, widths, blocks, strides, strict=True):
+            first = self.branch_block(channels, width, stride)
+            rest = [self.branch_block(width, width, 1) for _ in range(count - 1)]
+            self.add_module(name, nn.Sequential(first, *rest))
+            self.tap_channels |= {f"{name}.{index}": width for index in range(count)}
+            channels = width
+
+    def add_classifier(self, config: PoolingConfig) -> None:
+        """Add the global pooling of the last stage's map, and the classifier of its vector."""
+        pooling = config.build(list(self.tap_channels.values())[-1])
+        self.pooling: nn.Module = pooling
+        self.fc = pooling.classifier(self.num_classes)
 
 
 def initialize(network: nn.Module) -> None:
@@ -105,3 +117,6 @@ def initialize(network: nn.Module) -> None:
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+    for module in network.modules():
+        if isinstance(module, GlobalPooling):
+            module.finish_initialization()

@@ -53,12 +53,8 @@ class SmallResNet(Backbone):
         self.conv1 = conv3x3(3, widths[0])
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU(inplace=True)
-        channels = widths[0]
-        for stage, width, stride in zip(self.stage_names, widths, (1, 2, 2), strict=True):
-            self.add_stage(stage, channels, width, (config.depth - 2) // 6, stride)
-            channels = width
-        self.pooling = config.pooling.build(channels)
-        self.fc = self.pooling.classifier(num_classes)
+        self.add_stages(widths[0], widths, [(config.depth - 2) // 6] * 3, (1, 2, 2))
+        self.add_classifier(config.pooling)
         initialize(self)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -95,13 +91,9 @@ class PreActResNet(Backbone):
         expansion = PreActBottleneck.expansion if config.block == "bottleneck" else 1
         widths = [STEM_CHANNELS * config.widen * factor * expansion for factor in (1, 2, 4)]
         self.conv1 = conv3x3(3, STEM_CHANNELS)
-        channels = STEM_CHANNELS
-        for stage, width, stride in zip(self.stage_names, widths, (1, 2, config.last_stride), strict=True):
-            self.add_stage(stage, channels, width, config.blocks, stride)
-            channels = width
-        self.bn = nn.BatchNorm2d(channels)
-        self.pooling = config.pooling.build(channels)
-        self.fc = self.pooling.classifier(num_classes)
+        self.add_stages(STEM_CHANNELS, widths, [config.blocks] * 3, (1, 2, config.last_stride))
+        self.bn = nn.BatchNorm2d(widths[-1])
+        self.add_classifier(config.pooling)
         initialize(self)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -109,9 +101,9 @@ class PreActResNet(Backbone):
         kind = PreActBottleneck if self.config.block == "bottleneck" else PreActBasicBlock
         return kind(in_channels, out_channels, stride)
 
-    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute the activated last feature map, and the output of tapped blocks before activation."""
-        x, tapped = super().features(images, taps)
+        x, tapped = super().feature_maps(images, taps)
         return F.relu(self.bn(x)), tapped
 
 
@@ -133,12 +125,8 @@ class ResNeXt(Backbone):
         self.conv1 = conv3x3(3, 64)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        channels = 64
-        for stage, width, stride in zip(self.stage_names, WIDTHS, (1, 2, 2), strict=True):
-            self.add_stage(stage, channels, width, BLOCKS, stride)
-            channels = width
-        self.pooling = config.pooling.build(channels)
-        self.fc = self.pooling.classifier(num_classes)
+        self.add_stages(64, WIDTHS, [BLOCKS] * 3, (1, 2, 2))
+        self.add_classifier(config.pooling)
         initialize(self)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:

@@ -7,14 +7,15 @@ Table 1.
 from collections.abc import Collection
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.config import FractionBelowOne, StrictModel
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import ConfigError
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
-from sopdeploy.layers.residual import DepthwiseSeparable, MBConv, conv1x1
+from sopdeploy.layers.residual import mbconv
 
 
 class Stage(NamedTuple):
@@ -24,10 +25,11 @@ class Stage(NamedTuple):
     stride: int
     channels: int
     blocks: int
+    expansion: int = 6
 
 
 STAGES = {
-    "blocks.0": Stage(3, 1, 16, 1),
+    "blocks.0": Stage(3, 1, 16, 1, expansion=1),
     "blocks.1": Stage(3, 2, 24, 2),
     "blocks.2": Stage(5, 2, 40, 2),
     "blocks.3": Stage(3, 2, 80, 3),
@@ -36,7 +38,7 @@ STAGES = {
     "blocks.6": Stage(3, 1, 320, 1),
 }
 KERNELS = {stage.channels: stage.kernel for stage in STAGES.values()}
-STEM_CHANNELS, HEAD_CHANNELS = 32, 1280
+HEAD_CHANNELS = 1280
 
 
 class EfficientNetConfig(StrictModel):
@@ -51,32 +53,29 @@ class EfficientNetConfig(StrictModel):
 
 
 class EfficientNet(Backbone):
-    """Stem, seven stages, a 1x1 convolution to 1280 channels, global pooling, one linear layer."""
+    """timm's stem, stages and 1x1 convolution to 1280 channels, global pooling, one linear layer."""
 
-    stem_parts = ()
+    stem_parts = ("conv_stem", "bn1")
     stage_names = tuple(STAGES)
     classifier_parts: tuple[str, ...] = ("pooling", "dropout", "classifier")
     config: EfficientNetConfig
 
     def __init__(self, config: EfficientNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.conv_stem = nn.Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
-        self.blocks = nn.Sequential()
-        channels, depth = STEM_CHANNELS, 0
-        total = sum(stage.blocks for stage in STAGES.values())
+        timm = import_optional("timm.models.efficientnet", "timm", "sopdeploy[train]", ConfigError)
+        rows = [
+            f"{'ir' if expansion > 1 else 'ds'}_r{blocks}_k{kernel}_s{stride}_e{expansion}_c{channels}_se0.25"
+            for kernel, stride, channels, blocks, expansion in STAGES.values()
+        ]
+        network = timm.EfficientNet(
+            timm.decode_arch_def([[row] for row in rows]),
+            act_layer=nn.SiLU,
+            drop_path_rate=config.stochastic_depth,
+        )
+        self.conv_stem, self.bn1, self.blocks = network.conv_stem, network.bn1, network.blocks
+        self.conv_head, self.bn2 = network.conv_head, network.bn2
         for name, stage in STAGES.items():
-            blocks = nn.Sequential()
-            for position in range(stage.blocks):
-                kind = DepthwiseSeparable if name == "blocks.0" else MBConv
-                stride = stage.stride if position == 0 else 1
-                drop = config.stochastic_depth * depth / total
-                blocks.append(kind(channels, stage.channels, stage.kernel, stride, drop))
-                self.tap_channels[f"{name}.{position}"] = stage.channels
-                channels, depth = stage.channels, depth + 1
-            self.blocks.append(blocks)
-        self.conv_head = conv1x1(channels, HEAD_CHANNELS)
-        self.bn2 = nn.BatchNorm2d(HEAD_CHANNELS)
+            self.tap_channels |= {f"{name}.{index}": stage.channels for index in range(stage.blocks)}
         self.dropout = nn.Dropout(config.dropout)
         self.pooling = config.pooling.build(HEAD_CHANNELS)
         self.classifier = self.pooling.classifier(num_classes)
@@ -84,13 +83,13 @@ class EfficientNet(Backbone):
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build an MBConv with the kernel of the stage of *out_channels*, without stochastic depth."""
-        return MBConv(in_channels, out_channels, KERNELS[out_channels], stride)
+        return mbconv(in_channels, out_channels, stride, KERNELS[out_channels])
 
-    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute the last feature map (B, 1280, h, w) after its activation, and the outputs of *taps*.
 
         A tap is a block, or `conv_head` for the last feature map itself.
         """
-        x, tapped = super().features(F.silu(self.bn1(self.conv_stem(images))), taps)
-        last = F.silu(self.bn2(self.conv_head(x)))
+        x, tapped = super().feature_maps(images, taps)
+        last: Tensor = self.bn2(self.conv_head(x))
         return last, [*tapped, last] if "conv_head" in taps else tapped

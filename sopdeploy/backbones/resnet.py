@@ -63,13 +63,9 @@ class ResNet(Backbone):
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        widths = [config.base_width * factor for factor in (1, 2, 4, 8)]
-        strides = (1, 2, 2, config.conv5_stride)
-        for stage, width, blocks, stride in zip(STAGES, widths, BLOCKS[config.depth], strides, strict=True):
-            self.add_stage(stage, channels, width * expansion, blocks, stride)
-            channels = width * expansion
-        self.pooling = config.pooling.build(channels)
-        self.fc = self.pooling.classifier(num_classes)
+        widths = [config.base_width * factor * expansion for factor in (1, 2, 4, 8)]
+        self.add_stages(channels, widths, BLOCKS[config.depth], (1, 2, 2, config.conv5_stride))
+        self.add_classifier(config.pooling)
         initialize(self)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -140,24 +136,23 @@ class LowResolutionResNet(Backbone):
         self.conv1 = nn.Conv2d(3, channels, 3, padding=1)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
-        strides = (1, 2, 2, config.conv5_stride)
-        for stage, base, stride in zip(STAGES, LOW_RESOLUTION_WIDTHS, strides, strict=True):
-            width = base * config.widen
-            self.add_stage(stage, channels, width, config.blocks_per_stage, stride)
-            first: Any = self.get_submodule(f"{stage}.0")
-            if config.project_first_stage and first.downsample is None:
-                first.downsample = nn.Sequential(conv1x1(channels, width), nn.BatchNorm2d(width))
-            channels = width
-        self.channels = channels
+        widths = [base * config.widen for base in LOW_RESOLUTION_WIDTHS]
+        self.add_stages(channels, widths, [config.blocks_per_stage] * 4, (1, 2, 2, config.conv5_stride))
+        first: Any = self.get_submodule("layer1.0")
+        if config.project_first_stage and first.downsample is None:
+            first.downsample = nn.Sequential(conv1x1(channels, channels), nn.BatchNorm2d(channels))
+        self.channels = widths[-1]
         initialize_by_fan_in(self)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build a basic block."""
         return BasicBlock(in_channels, out_channels, stride)
 
-    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute the output of conv5_x and of every tapped block."""
-        return super().features(images * RAW_SCALE if self.config.input_scaling == "raw" else images, taps)
+        return super().feature_maps(
+            images * RAW_SCALE if self.config.input_scaling == "raw" else images, taps
+        )
 
 
 def initialize_by_fan_in(network: nn.Module) -> None:

@@ -8,8 +8,9 @@ norm after the blocks.
 
 import difflib
 import math
-from collections.abc import Callable, Collection
-from functools import cache
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
@@ -20,7 +21,7 @@ from sopdeploy.backbones.base import Backbone
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.residual import BasicBlock, Bottleneck, MBConv
+from sopdeploy.layers.residual import BasicBlock, Bottleneck, mbconv
 
 FIRST_STRIDE = 4  # stages of smaller stride belong to the stem
 
@@ -34,15 +35,8 @@ class TimmConfig(StrictModel):
 def import_timm(name: str) -> Any:
     """Import `timm`; raise `ConfigError` if it is missing or has no network *name* (with its tag, if any)."""
     timm = import_optional("timm", "timm", "sopdeploy[train]", ConfigError, f"timm:{name}")
-    architecture, dot, tag = name.partition(".")
-    names = timm.list_models()
-    known = timm.is_model(architecture) and bool(tag) == bool(dot)
-    if known and tag:
-        try:
-            timm.get_pretrained_cfg(name)
-        except RuntimeError:  # an unknown tag
-            known, names = False, timm.list_pretrained(f"{architecture}.*")
-    if not known:
+    names = [*timm.list_models(), *timm.list_pretrained()]
+    if name not in names:
         near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "one of timm.list_models()"
         raise ConfigError(f"timm:{name}: timm {timm.__version__} has no such network; did you mean {near}?")
     return timm
@@ -95,20 +89,20 @@ def find_taps(name: str) -> dict[str, Tap]:
         _, outputs = run_tapped(network, network.forward_features, torch.empty(1, 3, side, side), tapped)
     channels.setdefault("norm", network.num_features)
     prefix = getattr(network, "num_prefix_tokens", 0)
-    taps = {tap: find_layout(output, channels[tap], prefix) for tap, output in outputs.items()}
-    for tap, found in taps.items():
-        if found is None:
+    taps = {}
+    for tap, output in outputs.items():
+        layout = _find_layout(output, channels[tap], prefix)
+        if layout is None:
             raise ConfigError(
-                f"timm:{name} has no feature maps to pool: {tap} gives {tuple(outputs[tap].shape)}, not "
+                f"timm:{name} has no feature maps to pool: {tap} gives {tuple(output.shape)}, not "
                 f"(batch, {channels[tap]}, height, width) or patch tokens; choose another network"
             )
-    last = taps.get("norm")
-    if last is not None and last.layout == "NCHW":  # the output of the last stage after a norm
-        del taps["norm"]
-    return {tap: found for tap, found in taps.items() if found is not None}
+        if tap != "norm" or layout.layout != "NCHW":  # that is the output of the last stage after a norm
+            taps[tap] = layout
+    return taps
 
 
-def find_layout(output: Tensor, channels: int, prefix: int) -> Tap | None:
+def _find_layout(output: Tensor, channels: int, prefix: int) -> Tap | None:
     """Find how *output* holds a feature map of *channels* channels; `None` if it does not.
 
     *prefix* is the number of class and register tokens, which the outputs of some networks do not contain.
@@ -125,30 +119,28 @@ def find_layout(output: Tensor, channels: int, prefix: int) -> Tap | None:
     return None
 
 
-@cache
-def tappable(name: str) -> dict[str, int]:
-    """Find the taps of the convolutional network *name* of timm, with their channels.
-
-    Raises `ConfigError` if a stage has no name or its output is not a (B, C, H, W) feature map.
-    """
-    taps = find_taps(name)
-    for tap, found in taps.items():
-        if found.layout != "NCHW":
-            raise ConfigError(
-                f"timm:{name} has no feature maps for branches: {tap} gives {found.layout}, not (batch, "
-                f"{found.channels}, height, width); choose a convolutional network"
-            )
-    return {tap: found.channels for tap, found in taps.items()}
-
-
-@cache
 def has_feature_maps(name: str) -> bool:
     """Check whether the stages of timm's network *name* output feature maps, not tokens as in a ViT."""
-    import_timm(name)
     try:
-        return bool(tappable(name))
+        return all(tap.layout == "NCHW" for tap in find_taps(name).values())
     except ConfigError:
         return False
+
+
+@contextmanager
+def hooked(network: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Add forward hooks to modules of *network*, by name, and remove them afterwards.
+
+    A hook that returns a value replaces the output of its module. Hooks added later run first.
+    """
+    handles = [
+        network.get_submodule(name).register_forward_hook(hook, prepend=True) for name, hook in hooks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def run_tapped(
@@ -156,29 +148,25 @@ def run_tapped(
 ) -> tuple[Any, dict[str, Any]]:
     """Return `run(images)` and the outputs of the modules *taps* of *network*, in order of computation."""
     outputs: dict[str, Any] = {}
-    handles = [
-        network.get_submodule(tap).register_forward_hook(
-            lambda _module, _inputs, output, tap=tap: outputs.update({tap: output})
-        )
-        for tap in taps
-    ]
-    try:
+
+    def store(tap: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs[tap] = output
+
+    with hooked(network, {tap: partial(store, tap) for tap in taps}):
         return run(images), outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def nearest_block(network: nn.Module, taps: Collection[str]) -> type[MBConv | Bottleneck | BasicBlock]:
-    """Select the block of this package that is most like those of *network*'s stages.
+def nearest_block(network: nn.Module, taps: Collection[str]) -> Callable[[int, int, int], nn.Module]:
+    """Select the residual block that is most like those of *network*'s stages.
 
-    The result is MBConv if the stages have depthwise convolutions, Bottleneck if they have 1x1 convolutions
-    besides shortcuts, and otherwise BasicBlock.
+    The result is `mbconv` if the stages have depthwise convolutions, `Bottleneck` if they have 1x1
+    convolutions besides shortcuts, and otherwise `BasicBlock`. It builds a block from the channels of input
+    and output and the stride.
     """
     parts = [part for tap in taps for part in network.get_submodule(tap).modules()]
     convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
     if any(part.groups == part.in_channels > 1 for part in convolutions):
-        return MBConv
+        return mbconv
     if any(part.kernel_size == (1, 1) and part.stride == (1, 1) for part in convolutions):
         return Bottleneck
     return BasicBlock
@@ -197,12 +185,6 @@ class TimmBackbone(Backbone):
     def __init__(self, config: TimmConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         network = import_timm(config.backbone).create_model(config.backbone, num_classes=num_classes)
-        taken = [part for part in network._modules if hasattr(Backbone, part)]
-        if taken:
-            raise ConfigError(
-                f"timm:{config.backbone}: its module {taken[0]!r} has a name that sopdeploy uses itself; "
-                "choose another network"
-            )
         self._modules, self._parameters = network._modules, network._parameters
         self._buffers = network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
@@ -223,10 +205,9 @@ class TimmBackbone(Backbone):
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build the block that `nearest_block` selects."""
-        kind = nearest_block(self.outside[0], self.tap_channels)
-        return kind(in_channels, out_channels, stride=stride)
+        return nearest_block(self.outside[0], self.tap_channels)(in_channels, out_channels, stride)
 
-    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute the output of timm's `forward_features`, and the map (B, C, H, W) of every tapped stage.
 
         Raises `ConfigError` if the network has position embeddings for another image size.

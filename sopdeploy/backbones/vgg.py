@@ -49,27 +49,19 @@ class VGG(Backbone):
         for position, stage in enumerate(STAGES):
             if position > 0:
                 layers.append(nn.MaxPool2d(2, stride=2))
-            for width in stage:
-                layers += self._convolution(channels, width, 1)
+            for (
+                width
+            ) in stage:  # the bias is redundant before a batch norm, but the published weights have it
+                layers.append(nn.Conv2d(channels, width, 3, padding=1))
+                if config.batch_norm:
+                    layers.append(nn.BatchNorm2d(width))
+                layers.append(nn.ReLU(inplace=True))
                 self.tap_channels[f"layers.{len(layers) - 1}"] = width
                 channels = width
         self.layers = nn.Sequential(*layers)
         self.pooling = config.pooling.build(channels)
         self.classifier = build_classifier(self.pooling, config.classifier, config.dropout, num_classes)
         initialize(self)
-
-    def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-        """Build a convolution as in the backbone."""
-        return nn.Sequential(*self._convolution(in_channels, out_channels, stride))
-
-    def _convolution(self, in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
-        """Build a 3x3 convolution, batch norm and ReLU.
-
-        The bias of the convolution is redundant before a batch norm, but the published weights have it.
-        """
-        norm = [nn.BatchNorm2d(out_channels)] if self.config.batch_norm else []
-        conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
-        return [conv, *norm, nn.ReLU(inplace=True)]
 
 
 def build_classifier(

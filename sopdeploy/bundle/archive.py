@@ -34,7 +34,7 @@ def write_archive(bundle: Bundle, file: BinaryIO) -> None:
 
 
 def archived_manifest(archive: Path) -> Manifest:
-    """Read the manifest at the start of *archive* and check the total size.
+    """Read the manifest at the start of *archive*.
 
     Raises `BundleError` if the file is not a bundle archive.
     """
@@ -53,13 +53,6 @@ def archived_manifest(archive: Path) -> Manifest:
         raise BundleError(
             f"{archive.name}: not an archive of `sopdeploy push` ({error}); give the .tar file that it wrote"
         ) from error
-    sizes = [len(raw), *(record.bytes for record in manifest.files.values())]
-    expected = sum(BLOCK + size + len(padding(size)) for size in sizes) + len(END)
-    found = archive.stat().st_size
-    if found != expected:
-        raise BundleError(
-            f"{archive.name}: has {found} bytes, its manifest says {expected}; push the bundle again"
-        )
     return manifest
 
 
@@ -96,6 +89,8 @@ def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
                     size -= len(block)
             expect(padding(record.bytes), name)
         expect(END, "end of archive")
+        if file.read(1):
+            raise BundleError(f"{archive.name}: has data after its end; push the bundle again")
 
 
 def header(name: str, size: int) -> bytes:

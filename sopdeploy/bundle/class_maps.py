@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.manifest import Manifest
+from sopdeploy.bundle.manifest import FEATURES, Manifest
 from sopdeploy.errors import BundleError
 
-FEATURES = "features"  # name of the output with the last feature map
 FILE = "class_maps.npz"
 
 
@@ -36,8 +35,8 @@ class ClassMapLayer:
         return values
 
     def logits(self, features: NDArray[Any]) -> NDArray[np.float64]:
-        """Compute (P, classes) logits from feature maps (P, C, h, w): the mean of each map plus the bias."""
-        means = features.astype(np.float64).mean(axis=(2, 3))
+        """Compute (P, classes) logits from maps (P, C, h, w), averaged over positions, or vectors (P, C)."""
+        means = features.reshape(*features.shape[:2], -1).mean(axis=2, dtype=np.float64)
         logits: NDArray[np.float64] = means @ self.weight.T.astype(np.float64) + self.bias
         return logits
 
@@ -58,14 +57,12 @@ def read_class_maps(folder: Path, manifest: Manifest) -> ClassMapLayer | None:
         return None
     classes, channels = manifest.outputs[0].shape[-1], shapes[FEATURES][0]
     path = folder / FILE
-    if FILE not in manifest.files:
-        raise BundleError(f"{path}: missing, but the graph has an output {FEATURES!r}; export it again")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # it may be in an archive
             layer = ClassMapLayer(arrays["weight"], arrays["bias"])
     except Exception as error:  # numpy raises many types for damaged files
         raise BundleError(f"{path}: not a file of class activation maps; export the bundle again") from error
     fits = layer.weight.shape == (classes, channels) and layer.bias.shape == (classes,)
-    if not fits or any(values.dtype.name != "float32" for values in (layer.weight, layer.bias)):
+    if not fits or FILE not in manifest.files:
         raise BundleError(f"{path}: its layer does not fit the outputs of the graph; export the bundle again")
     return layer

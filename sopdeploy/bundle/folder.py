@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pydantic
+
 from sopdeploy.bundle.manifest import FORMAT, FileRecord, Manifest
 from sopdeploy.errors import BundleError, StorageError
 from sopdeploy.files import FULL_ERRNOS, LATEST, link_latest, sha256, writing
 
 MANIFEST = "manifest.json"
+PROGRAM = "network.pt2"  # optional
 REQUIRED = ("model.onnx", "labels.json", "certificate.json", "lowering.json", "parity.json", "probes.npz")
 MAX_MANIFEST_BYTES = 4_000_000
 MAX_NAME_BYTES = 255  # limit of common file systems
@@ -207,16 +210,14 @@ def check_name(bundle: Path, name: str) -> None:
 
 
 def _read_labels(file: Path, manifest: Manifest) -> tuple[str, ...]:
-    try:
-        labels = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{file}: not JSON ({error}); copy or export the bundle again") from error
     classes = manifest.outputs[0].shape[-1]
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise BundleError(f"{file}: not a list of class names; export the bundle again")
+    try:
+        labels = pydantic.TypeAdapter(tuple[str, ...]).validate_json(file.read_bytes())
+    except pydantic.ValidationError as error:
+        raise BundleError(f"{file}: not a list of class names; export the bundle again") from error
     if len(labels) != classes:
         raise BundleError(f"{file}: {len(labels)} class names for {classes} outputs; export the bundle again")
     problem = None if manifest.decision is None else manifest.decision.problem_with(len(labels))
     if problem is not None:
         raise BundleError(f"{file.parent}: {problem} outputs; export it again")
-    return tuple(labels)
+    return labels

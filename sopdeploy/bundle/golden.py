@@ -21,7 +21,7 @@ from PIL import Image
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import to_json
-from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
@@ -51,13 +51,10 @@ class GoldenIndex(StrictModel):
 
 
 class PixelDifference(StrictModel):
-    """How the pixels of a golden example differ from those of the export.
+    """How the pixels of a golden example differ from those of the export, made by Pillow *pillow*.
 
-    Attributes:
-        pillow: Version of Pillow of the export.
-        values: Number of values that differ by more than `MAX_LEVELS` gray levels, of `of`.
-        levels: The largest difference in gray levels.
-        drift: Root mean square difference of the logits, relative to their spread.
+    Of `of` values, `values` differ by more than `MAX_LEVELS` gray levels, by at most `levels`. `drift` is the
+    root mean square difference of the logits, relative to their spread.
     """
 
     pillow: str
@@ -137,22 +134,20 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
     """
     if GOLDEN not in bundle.manifest.files:
         return ()
-    path, shape = bundle.path, bundle.manifest.image_shape
+    path, records = bundle.path, bundle.manifest.files
+    examples = []
     try:
         index = GoldenIndex.model_validate_json((path / GOLDEN).read_bytes())
-    except pydantic.ValidationError as problem:
-        raise BundleError(f"{path / GOLDEN}: {first_problem(problem)}; export the bundle again") from problem
-    found = []
-    for example in index.examples:
-        names, records = (example.jpeg, example.pixels), bundle.manifest.files
-        wrong_length = len(example.logits) != len(bundle.labels)
-        if wrong_length or not set(names) <= set(records) or records[example.pixels].bytes != np.prod(shape):
-            raise BundleError(f"{path / GOLDEN}: {example.jpeg} does not fit the bundle; export it again")
-        jpeg, raw = ((path / name).read_bytes() for name in names)
-        pixels = np.frombuffer(raw, np.uint8).reshape(shape)
-        logits = np.array(example.logits, np.float32)
-        found.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
-    return tuple(found)
+        for example in index.examples:
+            if not {example.jpeg, example.pixels} <= records.keys():
+                raise ValueError("a file that the manifest does not list")
+            jpeg, raw = ((path / name).read_bytes() for name in (example.jpeg, example.pixels))
+            pixels = np.frombuffer(raw, np.uint8).reshape(bundle.manifest.image_shape)
+            logits = np.array(example.logits, np.float32).reshape(len(bundle.labels))
+            examples.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
+    except ValueError as error:
+        raise BundleError(f"{path / GOLDEN}: does not fit the bundle; export the bundle again") from error
+    return tuple(examples)
 
 
 def check_golden(
@@ -165,10 +160,10 @@ def check_golden(
     describes the difference; it is `None` if no pixel is more than `MAX_LEVELS` gray levels off. Raises
     `ParityError` for other pixels, and for logits outside of the tolerance.
     """
-    difference = float(np.abs(run(example.pixels) - example.logits).max())
-    if not difference <= example.tolerance:
+    deviation = float(np.abs(run(example.pixels) - example.logits).max())
+    if not deviation <= example.tolerance:
         raise ParityError(
-            f"{example.name}: a logit deviates by {difference:.3g}, the bound is {example.tolerance:.3g}; "
+            f"{example.name}: a logit deviates by {deviation:.3g}, the bound is {example.tolerance:.3g}; "
             "this runtime does not compute the exported network"
         )
     levels = np.abs(pixels.astype(np.int16) - example.pixels)
@@ -176,7 +171,7 @@ def check_golden(
         return None
     logits = example.logits.astype(np.float64)
     spread = max(float(logits.std()), example.tolerance)
-    found = PixelDifference(
+    difference = PixelDifference(
         pillow=exporter or "an unknown version",
         values=int((levels > MAX_LEVELS).sum()),
         of=levels.size,
@@ -185,12 +180,13 @@ def check_golden(
     )
     if exporter == PIL.__version__:
         raise ParityError(
-            f"{example.name}: its pixels differ by {found.levels} gray levels, although Pillow is that of "
-            "the export; this machine decodes or resizes differently; install Pillow from its wheel on PyPI"
+            f"{example.name}: its pixels differ by {difference.levels} gray levels, although Pillow is that "
+            "of the export; this machine decodes or resizes differently; install Pillow from its wheel on "
+            "PyPI"
         )
-    if not found.drift <= MAX_DRIFT:
+    if not difference.drift <= MAX_DRIFT:
         raise ParityError(
-            f"{example.name}: {found.describe()} (at most {100 * MAX_DRIFT:g} %); install that version, or "
-            "export the bundle again"
+            f"{example.name}: {difference.describe()} (at most {100 * MAX_DRIFT:g} %); install that version, "
+            "or export the bundle again"
         )
-    return found
+    return difference

@@ -12,6 +12,10 @@ from sopdeploy.images.preprocess import Preprocess
 
 FORMAT: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
 ID_LENGTH = 12
+# Names of outputs that the service computes and copies only for requests that need them.
+FEATURES = "features"  # (C, h, w): the last feature map; `export --with-cam`
+EMBEDDING = "embedding"  # (D,): the vector that the last linear layer receives; `export --with-features`
+ON_REQUEST = frozenset({FEATURES, EMBEDDING})
 
 Precision = Literal["fp32", "fp16", "bf16-backbone", "int8"]
 Int8For = Literal["cpu", "tensorrt"]

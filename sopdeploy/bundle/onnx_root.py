@@ -9,8 +9,7 @@ need it.
 """
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.merkle import hash_parts
@@ -144,27 +143,18 @@ def check_roots(bundle: Bundle) -> str | None:
             f"the graph was replaced after the export: {advice}"
         )
     certificate, lowering = path / "certificate.json", path / "lowering.json"
-    roots, rules = _read_object(certificate).get("roots"), _read_object(lowering)
-    if not isinstance(roots, dict) or not roots.keys() >= {"any_batch", "onnx"}:
-        raise BundleError(f"{certificate}: contains no graph roots; {advice}")
-    source, lowered = rules.get("source_onnx_root"), rules.get("lowered_onnx_root")
-    for file, program in ((certificate, roots["any_batch"]), (lowering, rules.get("certified_root"))):
-        if program != lineage.program_root:
+    try:  # files whose hashes were checked
+        roots, rules = json.loads(certificate.read_bytes())["roots"], json.loads(lowering.read_bytes())
+        certified, program = roots["onnx"], roots["any_batch"]
+        source, lowered = rules.get("source_onnx_root"), rules.get("lowered_onnx_root")
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise BundleError(f"{certificate}: contains no graph roots; {advice}") from error
+    for file, root_of_file in ((certificate, program), (lowering, rules.get("certified_root"))):
+        if root_of_file != lineage.program_root:
             raise BundleError(f"{file}: belongs to another network than the manifest; {advice}")
     unchanged = lowered == source or bool(rules.get("rules"))
-    if precision == "fp32" and (source != roots["onnx"] or not unchanged):
+    if precision == "fp32" and (source != certified or not unchanged):
         raise BundleError(f"{lowering}: starts from another graph than certified; {advice}")
     if precision != "int8" and lowered != lineage.onnx_root:
         raise BundleError(f"{certificate}: certifies another graph than model.onnx; {advice}")
     return root
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    """Read a JSON object whose hash was checked."""
-    try:
-        fields = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
-        raise BundleError(f"{file}: contains no graph roots; export the bundle again")
-    return fields

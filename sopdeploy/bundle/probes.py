@@ -71,12 +71,12 @@ def replay(probes: Probes, run: Run, *, batch: int = 1) -> Replay:
     for start in range(0, len(probes.images), batch):
         outputs = run(probes.images[start : start + batch])
         for name, expected in probes.expected.items():
-            found = deviation(name, outputs, expected[start : start + batch])
-            worst[name] = float(np.maximum(worst[name], found))  # unlike max(), propagates NaN
-    for name, found in worst.items():
-        if not found <= probes.tolerance[name]:
+            difference = deviation(name, outputs, expected[start : start + batch])
+            worst[name] = float(np.maximum(worst[name], difference))  # unlike max(), propagates NaN
+    for name, difference in worst.items():
+        if not difference <= probes.tolerance[name]:
             raise ParityError(
-                f"probes: output {name!r} deviates by {found:.3g}, the bound is "
+                f"probes: output {name!r} deviates by {difference:.3g}, the bound is "
                 f"{probes.tolerance[name]:.3g}; {ANOTHER_NETWORK}"
             )
     return Replay(deviation=worst, tolerance=probes.tolerance, images=len(probes.images))

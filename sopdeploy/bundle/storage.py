@@ -3,9 +3,8 @@
 Stores are not trusted. The archive is checked by its hashes, and by a signature if one is required.
 """
 
-import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -17,7 +16,7 @@ from sopdeploy.files import BLOCK_BYTES, atomic_write, sha256, writing
 
 OCI = "oci://"
 ARCHIVE_TYPE = "application/vnd.sopdeploy.bundle.v1.tar"
-SIGNATURE_TYPE = "application/vnd.sopdeploy.bundle.v1.minisig"
+SIGNATURE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 ANNOTATIONS = {"org.opencontainers.image.title": "sopdeploy bundle"}
 CONNECT_TIMEOUT = 10  # seconds; the OCI client itself retries for two minutes
 
@@ -44,41 +43,42 @@ def get(source: str, file: Path, limit: int) -> None:
     """Copy *source*, a path or URL, to *file*; raise `BundleError` if it is larger than *limit* bytes."""
     if "://" in source:
         with _filesystem(source) as (store, path), store.open(path, "rb") as remote:
-            write_blocks(_blocks(remote), file, source, limit)
+            _copy(remote, file, source, limit)
         return
     if not Path(source).is_file():
         raise BundleError(f"{source}: is not an archive; give the path of the .tar file that `push` wrote")
-    if not os.access(source, os.R_OK):
-        raise BundleError(f"{source}: cannot be read; check its permissions")
     with Path(source).open("rb") as local:
-        write_blocks(_blocks(local), file, source, limit)
+        _copy(local, file, source, limit)
 
 
-def _blocks(source: IO[bytes] | BinaryIO) -> Iterator[bytes]:
-    return iter(lambda: source.read(BLOCK_BYTES), b"")
-
-
-def write_blocks(blocks: Iterable[bytes], file: Path, name: str, limit: int) -> None:
-    """Write *blocks* to *file*; raise `BundleError` naming *name* if they exceed *limit* bytes."""
+def _copy(source: IO[bytes] | BinaryIO, file: Path, name: str, limit: int) -> None:
+    """Copy *source* to *file*; raise `BundleError` naming *name* if it exceeds *limit* bytes."""
     size = 0
     with file.open("wb") as target:
-        for block in blocks:
+        while block := source.read(BLOCK_BYTES):
             size += len(block)
-            if size > limit:
-                raise BundleError(f"{name}: larger than {limit} bytes; `--max-bytes` allows more")
+            check_size(size, name, limit)
             target.write(block)
 
 
+def check_size(size: int, name: str, limit: int) -> None:
+    """Raise `BundleError` naming *name* if *size* exceeds *limit* bytes."""
+    if size > limit:
+        raise BundleError(f"{name}: larger than {limit} bytes; `--max-bytes` allows more")
+
+
 @contextmanager
-def _remote_errors(url: str) -> Iterator[None]:
-    """Convert errors of the client of a store or registry to `BundleError`; clients raise their own types."""
+def remote_errors(url: str) -> Iterator[None]:
+    """Convert errors of the client of a store to `BundleError`; clients raise types of several libraries."""
     try:
         yield
     except (BundleError, ConfigError):
         raise
     except Exception as error:
+        cause = error.__cause__ or error  # clients wrap errors of uploads
+        text = " ".join(str(cause).split())
         raise BundleError(
-            f"{url}: {type(error).__name__}: {error}; check the address and the credentials"
+            f"{url}: {type(cause).__name__}: {text}; check the address, the network and the credentials"
         ) from error
 
 
@@ -86,7 +86,7 @@ def _remote_errors(url: str) -> Iterator[None]:
 def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
     """Yield the fsspec file system of *url* and the path in it; convert its errors to `BundleError`."""
     fsspec = import_optional("fsspec", "fsspec", "sopdeploy[s3]", ConfigError, url)
-    with _remote_errors(url):
+    with remote_errors(url):
         yield fsspec.core.url_to_fs(url)
 
 
@@ -101,7 +101,7 @@ def push_artifact(archive: Path, signature: Path | None, url: str, tag: str) -> 
         target = f"{target}:{tag}"
     files = [f"{archive}:{ARCHIVE_TYPE}"] + ([f"{signature}:{SIGNATURE_TYPE}"] if signature else [])
     client = _registry_client(target)
-    with _remote_errors(f"{OCI}{target}"):
+    with remote_errors(f"{OCI}{target}"):
         client.push(
             target, files=files, manifest_annotations=ANNOTATIONS, disable_path_validation=True, quiet=True
         )
@@ -112,11 +112,11 @@ def pull_artifact(reference: str, archive: Path, signature: Path, limit: int) ->
     """Download the layers of *reference* to *archive* and, if present, *signature*.
 
     Raises `BundleError` for layers that are missing, differ from their digest or are too large: an archive
-    above *limit* bytes, or a signature above that of minisign's format.
+    above *limit* bytes, or a signature above `MAX_FILE_BYTES`.
     """
     target = reference.removeprefix(OCI)
     client = _registry_client(target)
-    with _remote_errors(reference):
+    with remote_errors(reference):
         container = client.get_container(target)
         client.auth.load_configs(container)
         layers = client.get_manifest(container)["layers"]
@@ -130,7 +130,7 @@ def pull_artifact(reference: str, archive: Path, signature: Path, limit: int) ->
             if kind in digests:
                 with client.get_blob(container, digests[kind], stream=True) as response:
                     response.raise_for_status()
-                    write_blocks(_blocks(response.raw), file, reference, most)
+                    _copy(response.raw, file, reference, most)
                 if f"sha256:{sha256(file)}" != digests[kind]:
                     raise BundleError(
                         f"{reference}: the registry sent other bytes than its digest says"

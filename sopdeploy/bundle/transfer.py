@@ -9,7 +9,7 @@ from pathlib import Path
 from sopdeploy.bundle.archive import archived_manifest, unpack, write_archive
 from sopdeploy.bundle.folder import open_bundle, publish, staging
 from sopdeploy.bundle.hub import HUB, pull_from_hub, push_to_hub
-from sopdeploy.bundle.signing import MAX_FILE_BYTES, SUFFIX, check_signed, signature_path
+from sopdeploy.bundle.signing import MAX_FILE_BYTES, SUFFIX, check_signature, signature_path
 from sopdeploy.bundle.storage import OCI, get, pull_artifact, push_artifact, put
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import sha256 as sha256_of
@@ -46,7 +46,7 @@ def push(path: Path, destination: str, *, license_id: str | None = None) -> Push
     bundle or a failed upload, and `ConfigError` if a license is given and *destination* is not on the Hub.
     """
     if license_id is not None and not destination.startswith(HUB):
-        raise ConfigError(f"--license: is written to a model card, which only {HUB} has; omit it")
+        raise ConfigError(f"is written to a model card, which only {HUB} has; omit it", setting="license")
     bundle = open_bundle(path)
     signature = signature_path(path) if signature_path(path).is_file() else None
     with tempfile.TemporaryDirectory(prefix="sopdeploy-") as folder:
@@ -75,18 +75,19 @@ def pull(
     destination: Path,
     *,
     sha256: str | None = None,
-    verify_key: Path | None = None,
+    require_signature: Path | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Pulled:
     """Download the archive at *source* and write its bundle into the folder *destination*.
 
     Order of checks: at most *max_bytes* are downloaded to a hidden folder; their hash must equal *sha256* if
-    given; *verify_key* must have signed the manifest if given; only then are files unpacked and their hashes
-    checked. The bundle gets its name last. Raises `BundleError` if a check fails, and `ConfigError` if
-    *sha256* is not a hash or *verify_key* is not a key file.
+    given; files are unpacked into the hidden folder and their hashes checked; the public key file
+    *require_signature*, if given, must verify the signature of the files. The bundle gets its name last.
+    Without a key, an existing signature is kept. Raises `BundleError` if a check fails, and `ConfigError` if
+    *sha256* is not a hash or *require_signature* is not a key file.
     """
     if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise ConfigError(f"--sha256 {sha256}: use the 64 hexadecimal digits that `push` printed")
+        raise ConfigError("use the 64 hexadecimal digits that `push` printed", setting="sha256", value=sha256)
     with staging(destination) as download, staging(destination) as folder:
         name = re.sub(r"[^\w.-]", "_", source.rpartition("/")[2])[-100:] or "archive"  # shown in errors
         archive, signature = download / name, download / (name + SUFFIX)
@@ -96,27 +97,27 @@ def pull(
             pull_from_hub(source, archive, signature, max_bytes)
         else:
             get(source, archive, max_bytes)
-            if verify_key is not None:
+            if require_signature is not None:
                 try:
                     get(source + SUFFIX, signature, MAX_FILE_BYTES)
                 except BundleError as error:
                     raise BundleError(
                         f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
                     ) from error
-        found = sha256_of(archive)
-        if sha256 is not None and not hmac.compare_digest(found, sha256):
+        digest = sha256_of(archive)
+        if sha256 is not None and not hmac.compare_digest(digest, sha256):
             raise BundleError(
-                f"{source}: its sha256 is {found}, not that of --sha256; check both and download it again"
+                f"that of {source} is {digest}; check both and download it again", setting="sha256"
             )
         manifest = archived_manifest(archive)
-        if verify_key is not None:
-            check_signed(manifest, signature, verify_key)
         unpack(archive, manifest, folder)
         try:
             open_bundle(folder)
+            if require_signature is not None:
+                check_signature(folder, signature, require_signature)
         except BundleError as error:  # users know the source, not the hidden folder
             raise BundleError(str(error).replace(str(folder), source)) from error
         path = publish(folder, manifest, destination)
-        if signature.is_file():
+        if signature.is_file() and (require_signature is not None or not signature_path(path).exists()):
             signature.replace(signature_path(path))
-    return Pulled(path=path, sha256=found, verified=verify_key is not None)
+    return Pulled(path=path, sha256=digest, verified=require_signature is not None)

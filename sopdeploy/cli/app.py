@@ -35,7 +35,7 @@ COMMANDS = {
     "compare": ("Train", "training.compare:compare", "test whether one recipe is better than another"),
     "reproduce": ("Train", "training.reproduce:reproduce", "train the rows of a paper's table"),
     "export": ("Export", "deployment.export:export", "convert a checkpoint to a bundle, with a proof"),
-    "inspect": ("Export", "deployment.inspect:inspect", "list parts of your network that have no effect"),
+    "inspect": ("Export", "deployment.export:inspect", "list parts of your network that have no effect"),
     "verify": ("Export", "deployment.verify:verify", "check files and outputs of a bundle"),
     "engine": ("Export", "deployment.engine:engine", "build the TensorRT engine of a bundle"),
     "triton": ("Export", "deployment.triton:triton", "add a bundle to a Triton model repository"),

@@ -5,7 +5,7 @@ External text (paths, names, error messages) is printed as `rich.text.Text`: ric
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Column, Table
 from rich.text import Text
 
 from sopdeploy.api.progress import plain_text as plain_text
@@ -66,10 +67,24 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
             message = error.describe(command_line_option)
             print_error(message, error.code)
             if as_json:
+                lists = {"lists": error.lists} if error.lists else {}
                 with suppress(OSError):  # stdout may be what cannot be written
-                    found = {"code": error.code, "message": message}
-                    print_json({"error": {**found, "lists": error.lists} if error.lists else found})
+                    print_json({"error": {"code": error.code, "message": message, **lists}})
         raise typer.Exit(USER_ERROR) from error
+
+
+def say(*lines: str, style: str | None = None) -> None:
+    """Print *lines* on stdout without markup."""
+    for line in lines:
+        out.print(plain_text(line), style=style)
+
+
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[str | Text]]) -> None:
+    """Print *rows* below the names of *columns*, aligned and without markup."""
+    table = Table(*(Column(plain_text(name)) for name in columns), box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(plain_text(cell) if isinstance(cell, str) else cell for cell in row))
+    out.print(table)
 
 
 def print_field(label: str, text: str, *, style: str = "bold", width: int = 8) -> None:
@@ -88,9 +103,9 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def steps(title: str, *, quiet: bool = False) -> Iterator[Any]:
+def steps(title: str) -> Iterator[Any]:
     """Yield a callback for step names that updates a spinner on a terminal and otherwise does nothing."""
-    if quiet or not err.is_terminal:
+    if not err.is_terminal:
         yield lambda _: None
         return
     with err.status(title) as status:
@@ -98,9 +113,9 @@ def steps(title: str, *, quiet: bool = False) -> Iterator[Any]:
 
 
 @contextmanager
-def image_progress(*, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+def image_progress() -> Iterator[Callable[[int, int], None]]:
     """Yield a callback (done, total) that draws a progress bar on a terminal and otherwise does nothing."""
-    if quiet or not err.is_terminal:
+    if not err.is_terminal:
         yield lambda _done, _total: None
         return
     with Progress(console=err, transient=True) as progress:

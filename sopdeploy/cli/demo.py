@@ -1,25 +1,21 @@
 """`sopdeploy demo`: train, export, verify and serve a small network with the commands a user would type."""
 
 import io
-import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from sopdeploy.cli.console import err, one_line_errors, out, plain_text
+import sopdeploy
+from sopdeploy.cli.console import err, one_line_errors, out, plain_text, print_table
 from sopdeploy.errors import SopdeployError
+from sopdeploy.files import writing
 
 ROWS = 10  # predictions to print
 MIN_ACCURACY = 0.98
-READY_TIMEOUT = 60  # seconds
-STOP_TIMEOUT = 30
+TIMEOUT = 60  # seconds
 
 
 def demo(
@@ -38,8 +34,10 @@ def demo(
         _sopdeploy("export", str(run / "best.pt"), "--detach", "--out", str(folder))
         bundle = next(folder.glob("dsop-*"))
         _sopdeploy("verify", str(bundle))
-        with _server(bundle) as url:
-            accuracy = _classify_digits(url)
+        _show_command("serve", str(bundle), "--port", "0")
+        with sopdeploy.serve(bundle, background=True, port=0) as server:
+            out.print(f"ready: {server.url} {bundle.name}")
+            accuracy = _classify_digits(server.url)
         if accuracy < MIN_ACCURACY:
             raise SopdeployError(
                 f"only {accuracy:.1%} of the digits were classified correctly over HTTP, at least "
@@ -52,54 +50,23 @@ def demo(
 
 
 def _new_folder(parent: Path) -> Path:
-    for number in range(1, 10_000):
+    with writing(parent, SopdeployError):
+        parent.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0)
         folder = parent / str(number)
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise SopdeployError(
-                f"{parent}: cannot be written ({error.strerror}); choose another --out"
-            ) from error
-        return folder
-    raise SopdeployError(f"{parent}: contains 9,999 demos; remove the folder")
+        folder.mkdir()
+    return folder
 
 
-def _show_command(*arguments: str) -> list[str]:
-    """Print `sopdeploy` with *arguments* and return the command line that runs it in this Python."""
+def _show_command(*arguments: str) -> None:
     out.print(f"\n[bold cyan]$ sopdeploy {' '.join(arguments)}[/]")
-    return [sys.executable, "-m", "sopdeploy", *arguments]
 
 
 def _sopdeploy(*arguments: str) -> None:
-    code = subprocess.run(_show_command(*arguments), check=False).returncode
+    _show_command(*arguments)
+    code = subprocess.run([sys.executable, "-m", "sopdeploy", *arguments], check=False).returncode
     if code:
         raise typer.Exit(code)
-
-
-@contextmanager
-def _server(bundle: Path) -> Iterator[str]:
-    """Serve *bundle* on a free port and yield its URL; at the end, SIGTERM must stop it with exit code 0."""
-    command = _show_command("serve", str(bundle), "--port", "0")
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        line = process.stdout.readline() if process.stdout else ""
-        if not line.startswith("ready: "):
-            raise SopdeployError(
-                f"the server exited before it was ready (exit code {process.wait()}); see its error above"
-            )
-        out.print(line.strip())
-        yield line.split()[1]
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(STOP_TIMEOUT)
-        if code:
-            raise SopdeployError(f"the server stopped with exit code {code}, not 0; see its log above")
-        out.print("stopped cleanly")
-    finally:
-        process.kill()
-        process.wait()
 
 
 def _classify_digits(url: str) -> float:
@@ -110,9 +77,8 @@ def _classify_digits(url: str) -> float:
     from sopdeploy.evaluation.metrics import Rate
 
     digits = open_digits().held_out
-    table = Table("digit", "prediction", "probability", "", box=None, pad_edge=False)
-    correct = 0
-    with httpx.Client(base_url=url, timeout=READY_TIMEOUT) as client:
+    rows, correct = [], 0
+    with httpx.Client(base_url=url, timeout=TIMEOUT) as client:
         for index in range(len(digits)):
             image, target = digits[index]
             body = io.BytesIO()
@@ -126,12 +92,11 @@ def _classify_digits(url: str) -> float:
                 )
             best, truth = response.json()["classes"][0], digits.labels[target]
             correct += best["label"] == truth
-            if index < ROWS:
-                mark = "[green]correct[/]" if best["label"] == truth else "[red]wrong[/]"
-                table.add_row(truth, best["label"], f"{best['probability']:.4f}", mark)
-    out.print(table)
-    found = Rate.of(correct, len(digits))
+            mark = "correct" if best["label"] == truth else "wrong"
+            rows.append((truth, best["label"], f"{best['probability']:.4f}", mark))
+    print_table(("digit", "prediction", "probability", ""), rows[:ROWS])
+    rate = Rate.of(correct, len(digits))
     right = f"{correct} of {len(digits)} held-out digits classified correctly over HTTP"
-    interval = f"95 % interval {100 * found.low:.1f} to {100 * found.high:.1f} %"
-    out.print(f"{right}: [bold]{found.share:.2%}[/] ({interval}; too high: they also selected the epoch)")
-    return found.share
+    interval = f"95 % interval {100 * rate.low:.1f} to {100 * rate.high:.1f} %"
+    out.print(f"{right}: [bold]{rate.share:.2%}[/] ({interval}; too high: they also selected the epoch)")
+    return rate.share

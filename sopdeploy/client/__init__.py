@@ -1,15 +1,23 @@
 """Blocking and asyncio clients of `sopdeploy serve`, which import neither torch nor the server."""
 
-from sopdeploy.client.asynchronous import AsyncClient
+from sopdeploy.client.clients import AsyncClient, Client
 from sopdeploy.client.requests import ImageLike
-from sopdeploy.client.results import Classification, ClassProbability, Expert, ModelInfo, Problem, ServerInfo
-from sopdeploy.client.synchronous import Client
+from sopdeploy.client.results import (
+    Classification,
+    ClassProbability,
+    Embedding,
+    Expert,
+    ModelInfo,
+    Problem,
+    ServerInfo,
+)
 
 __all__ = [
     "AsyncClient",
     "ClassProbability",
     "Classification",
     "Client",
+    "Embedding",
     "Expert",
     "ImageLike",
     "ModelInfo",

@@ -1,62 +1,77 @@
-"""Client options, image encoding and API requests, shared by both clients."""
+"""What both clients share: options, image encoding, and the requests of a call with retries, without I/O.
+
+A flow is a generator that yields a request to send or seconds to sleep, and receives the response or the
+exception of a request. Both clients run the same flows.
+"""
 
 import io
-from collections.abc import Sequence
+import random
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, NoReturn, TypeAlias, TypedDict, TypeVar
 
 import httpx
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.client.results import Classification, parse_classifications
-from sopdeploy.client.retry import Flow, RetryBudget, RunInThread, Send, Sleep, send_with_retries
-from sopdeploy.errors import ConfigError, DataError, ServiceError, UnreachableError
+from sopdeploy.client.results import (
+    Classification,
+    Embedding,
+    Result,
+    ServerInfo,
+    parse_error,
+    parse_info,
+    parse_results,
+)
+from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
 
+Value = TypeVar("Value")
+Flow: TypeAlias = Generator[httpx.Request | float, Any, Value]
 ImageLike: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
 CONTENT_TYPE = "application/octet-stream"  # the server detects the format; a wrong type causes a warning
-FORM_FIELD = "image"
 MAX_TIMEOUT = 86_400  # seconds
 READY_INTERVAL = 0.2
 READY_REQUEST_TIMEOUT = 5.0
+FIRST_DELAY = 0.2  # seconds
+MAX_DELAY = 5.0
+RETRY_STATUSES = {429, 503}  # the server did not process the request
+RETRY_ERRORS = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 
 
-class ClientOptions:
-    """Validated options of a client."""
-
-    def __init__(self, url: str, api_key: str | None, timeout: float, retries: int) -> None:
-        """Validate the options; raise `ConfigError` for an invalid URL, key, timeout or number of retries."""
-        if retries < 0:
-            raise ConfigError(f"retries={retries}: use 0 or more")
-        try:
-            self.url = httpx.URL(url)
-        except (httpx.InvalidURL, TypeError) as error:
-            raise ConfigError(f"{url!r}: not a URL ({error}); write it as http://host:8000") from error
-        if self.url.scheme not in {"http", "https"} or not self.url.host:
-            raise ConfigError(f"{url!r}: not the URL of a server; write it as http://host:8000")
-        self.headers: dict[str, str] = {}
-        if api_key is not None:
-            if not api_key.isascii() or not api_key.isprintable() or " " in api_key or not api_key:
-                raise ConfigError(
-                    "the API key contains characters that are not allowed in a header"
-                    "; copy the key that `sopdeploy key` printed"
-                )
-            self.headers["Authorization"] = f"Bearer {api_key}"
-        self._retries = retries
-        self._timeout = timeout
-        self.budget(None)
-
-    def budget(self, timeout: float | None) -> RetryBudget:
-        """Start the time budget of a call; raise `ConfigError` for an invalid *timeout* (seconds)."""
-        seconds = self._timeout if timeout is None else timeout
-        if not 0 < seconds <= MAX_TIMEOUT:
-            raise ConfigError(f"timeout={seconds}: use more than 0 and at most {MAX_TIMEOUT} seconds")
-        return RetryBudget(seconds=seconds, retries=self._retries)
+def connection(url: str, api_key: str | None) -> dict[str, Any]:
+    """Return address and headers for `httpx`; raise `ConfigError` for an invalid URL or key."""
+    try:
+        address = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError) as error:
+        raise ConfigError(f"{url!r}: not a URL ({error}); write it as http://host:8000") from error
+    if address.scheme not in {"http", "https"} or not address.host:
+        raise ConfigError(f"{url!r}: not the URL of a server; write it as http://host:8000")
+    if api_key is None:
+        return {"base_url": address}
+    if not api_key.isascii() or not api_key.isprintable() or " " in api_key or not api_key:
+        raise ConfigError(
+            "the API key contains characters that are not allowed in a header"
+            "; copy the key that `sopdeploy key` printed"
+        )
+    return {"base_url": address, "headers": {"Authorization": f"Bearer {api_key}"}}
 
 
-def encode_image(image: ImageLike) -> bytes:
+def encode_images(images: ImageLike | Sequence[ImageLike]) -> bytes | list[bytes]:
+    """Encode one image, or each image of a list or tuple; raises the errors of `encode_image`."""
+    return (
+        [encode_image(image) for image in images]
+        if isinstance(images, list | tuple)
+        else encode_image(images)
+    )
+
+
+def encode_image(image: Any) -> bytes:
     """Encode *image* as the bytes of an image file.
 
     Files and bytes are sent unchanged. PIL images and uint8 arrays (H, W, 3) or (H, W) are encoded as PNG,
@@ -90,20 +105,6 @@ def encode_image(image: ImageLike) -> bytes:
     return file.getvalue()
 
 
-def httpx_arguments(send: Send) -> dict[str, Any]:
-    """Convert *send* to the arguments of `httpx.Client.request`."""
-    files = [(FORM_FIELD, ("image", body, CONTENT_TYPE)) for body in send.form]
-    return {
-        "method": send.method,
-        "url": send.path,
-        "headers": dict(send.headers),
-        "params": dict(send.params),
-        "content": send.body,
-        "files": files or None,
-        "timeout": httpx.Timeout(send.seconds),
-    }
-
-
 class ClassifyOptions(TypedDict, total=False):
     """The options of `Client.classify`, which describes them."""
 
@@ -115,73 +116,162 @@ class ClassifyOptions(TypedDict, total=False):
     timeout: float | None
 
 
-def classify(  # noqa: PLR0913 - the options of `Client.classify`
-    images: ImageLike | Sequence[ImageLike],
-    client: ClientOptions,
-    *,
-    top_k: int | None = None,
-    model: str | None = None,
-    gates: bool = False,
-    threshold: float | None = None,
-    explain: bool | str = False,
-    timeout: float | None = None,
-) -> Flow[Classification | list[Classification]]:
-    """Classify one image, or a list of images in one request, with the options of `Client.classify`."""
-    budget = client.budget(timeout)
-    is_list = isinstance(images, list | tuple)
-    items: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
-    if not items:
-        return []
-    bodies = tuple(item for item in items if isinstance(item, bytes))
-    if len(bodies) < len(items):  # bytes need no encoding
-        bodies = yield RunInThread(lambda: tuple(map(encode_image, items)))
-    options: dict[str, Any] = {
-        "top_k": top_k,
-        "model": model,
-        "gates": "true" if gates else None,
-        "threshold": threshold,
-    }
-    options["explain_label" if isinstance(explain, str) else "explain"] = explain or None
-    send = Send(
-        method="POST",
-        path="/v1/classify",
-        seconds=budget.seconds,
-        headers={} if is_list else {"Content-Type": CONTENT_TYPE},
-        params={
-            name: str(value).lower() if value is True else str(value)
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """The end of a call, *seconds* after its start."""
+
+    seconds: float
+    started: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        """Return the seconds until the end."""
+        return self.started + self.seconds - time.monotonic()
+
+
+class Calls:
+    """The calls of a client as flows; *timeout* (seconds) and *retries* are those of the client.
+
+    Raises `ConfigError` if they are out of range.
+    """
+
+    def __init__(self, http: httpx.Client | httpx.AsyncClient, timeout: float, retries: int) -> None:
+        self._http, self._timeout, self._retries = http, timeout, retries
+        if retries < 0:
+            raise ConfigError(f"retries={retries}: use 0 or more")
+        self._begin(None)
+
+    def classify(
+        self, body: bytes | list[bytes], **options: Any
+    ) -> Flow[Classification | list[Classification]]:
+        """Classify one encoded image, or a list of them in one request."""
+        explain = options.pop("explain", False)
+        options["explain_label" if isinstance(explain, str) else "explain"] = explain
+        return self._post("/v1/classify", body, Classification, options)
+
+    def embed(self, body: bytes | list[bytes], **options: Any) -> Flow[Embedding | list[Embedding]]:
+        """Compute the embedding of one encoded image, or of a list of them in one request."""
+        return self._post("/v1/embed", body, Embedding, {**options, "encoding_format": "base64"})
+
+    def _post(
+        self, path: str, body: bytes | list[bytes], kind: type[Result], options: dict[str, Any]
+    ) -> Flow[Result | list[Result]]:
+        deadline = self._begin(options.pop("timeout", None))
+        if not body:
+            return []
+        content: dict[str, Any] = {"content": body, "headers": {"Content-Type": CONTENT_TYPE}}
+        if isinstance(body, list):
+            content = {"files": [("image", ("image", image, CONTENT_TYPE)) for image in body]}
+        params = {
+            name: "true" if value is True else str(value)
             for name, value in options.items()
-            if value is not None
-        },
-        body=None if is_list else bodies[0],
-        form=bodies if is_list else (),
-    )
-    response = yield from send_with_retries(send, budget)
-    results = parse_classifications(response)
-    if len(results) != len(bodies):
-        raise ServiceError(
-            f"{send.path}: {len(results)} results for {len(bodies)} images; check that the URL is that of a "
-            "sopdeploy server",
-            code="foreign_answer",
-            status=response.status_code,
+            if value is not None and value is not False
+        }
+        response = yield from self._send("POST", path, deadline, params=params, **content)
+        results = parse_results(response, kind)
+        expected = len(body) if isinstance(body, list) else 1
+        if len(results) != expected:
+            raise ServiceError(
+                f"{response.request.url}: {len(results)} results for {expected} images; check the URL",
+                code="foreign_answer",
+                status=response.status_code,
+            )
+        return results if isinstance(body, list) else results[0]
+
+    def info(self, timeout: float | None) -> Flow[ServerInfo]:
+        """Request the server version and its models."""
+        return parse_info((yield from self._send("GET", "/info", self._begin(timeout))))
+
+    def metrics(self, timeout: float | None) -> Flow[str]:
+        """Request the metrics."""
+        response = yield from self._send("GET", "/metrics", self._begin(timeout))
+        return response.text
+
+    def wait_ready(self, timeout: float) -> Flow[None]:
+        """Poll until the server is ready; raise `UnreachableError` with the last response at the deadline."""
+        deadline, last = self._begin(timeout), "no request was sent"
+        while (left := deadline.left()) > 0:
+            try:
+                yield from self._send("GET", "/readyz", Deadline(min(READY_REQUEST_TIMEOUT, left)), retries=0)
+            except ServiceError as error:
+                last = str(error)
+            else:
+                return
+            yield min(READY_INTERVAL, max(0.0, deadline.left()))
+        raise UnreachableError(f"not ready after {timeout:.3g} s: {last}", code="not_ready", status=0)
+
+    def _begin(self, timeout: float | None) -> Deadline:
+        seconds = self._timeout if timeout is None else timeout
+        if not 0 < seconds <= MAX_TIMEOUT:
+            raise ConfigError(f"timeout={seconds}: use more than 0 and at most {MAX_TIMEOUT} seconds")
+        return Deadline(seconds)
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        deadline: Deadline,
+        retries: int | None = None,
+        headers: dict[str, str] | None = None,
+        **content: Any,
+    ) -> Flow[httpx.Response]:
+        """Send a request and return its successful response, with retries before *deadline*.
+
+        Each request tells the server the remaining time. Retries follow 429, 503 and connections that broke
+        before a response, after a delay of at least `Retry-After`. Raises `OverloadedError` or
+        `UnreachableError` when time or attempts are used up, and `ServiceError` for responses that a retry
+        would not change.
+        """
+        retries, attempt = self._retries if retries is None else retries, 0
+        while True:
+            left = max(0.001, deadline.left())
+            sent = {**(headers or {}), "X-Request-Timeout-Ms": str(int(left * 1000))}
+            request = self._http.build_request(method, path, timeout=left, headers=sent, **content)
+            outcome = yield request
+            if isinstance(outcome, httpx.Response):
+                if outcome.is_success:
+                    return outcome
+                retry = outcome.status_code in RETRY_STATUSES
+            else:
+                retry = isinstance(outcome, RETRY_ERRORS)
+            delay = backoff(attempt, outcome)
+            if not retry or attempt == retries or delay >= deadline.left():
+                _raise_error(request, outcome, deadline)
+            yield delay
+            attempt += 1
+
+
+def _raise_error(request: httpx.Request, outcome: httpx.Response | Exception, deadline: Deadline) -> NoReturn:
+    if isinstance(outcome, httpx.Response):
+        error = parse_error(outcome)
+        if outcome.status_code not in RETRY_STATUSES:
+            raise error
+        raise OverloadedError(
+            str(error), code=error.code, status=error.status, retry_after=retry_after(outcome)
         )
-    return results if is_list else results[0]
+    if isinstance(outcome, httpx.TimeoutException | TimeoutError):
+        message = f"{request.url}: no response within {deadline.seconds:.3g} s"
+        raise UnreachableError(message, code="timeout", status=0) from outcome
+    reason = str(outcome) or type(outcome).__name__
+    message = f"{request.url}: no response ({reason}); is a server running there?"
+    raise UnreachableError(message, code="unreachable", status=0) from outcome
 
 
-def get(path: str, budget: RetryBudget) -> Flow[httpx.Response]:
-    """Request *path*."""
-    return send_with_retries(Send("GET", path, budget.seconds), budget)
+def backoff(attempt: int, outcome: httpx.Response | Exception) -> float:
+    """Compute the delay in seconds before the next attempt: exponential with jitter, plus `Retry-After`."""
+    longest = min(MAX_DELAY, FIRST_DELAY * 2.0 ** min(attempt, 10))
+    requested = retry_after(outcome) if isinstance(outcome, httpx.Response) else 0.0
+    return requested + random.uniform(0.5, 1.0) * longest  # noqa: S311 - jitter needs no secure randomness
 
 
-def wait_ready(budget: RetryBudget) -> Flow[None]:
-    """Poll until the server is ready; raise `UnreachableError` with the last response at the deadline."""
-    last = "no request was sent"
-    while budget.left() > 0:
-        attempt = RetryBudget(seconds=min(READY_REQUEST_TIMEOUT, budget.left()), retries=0)
-        try:
-            yield from send_with_retries(Send("GET", "/readyz", attempt.seconds), attempt)
-        except ServiceError as error:
-            last = str(error)
-        else:
-            return
-        yield Sleep(min(READY_INTERVAL, max(0.0, budget.left())))
-    raise UnreachableError(f"not ready after {budget.seconds:.3g} s: {last}", code="not_ready", status=0)
+def retry_after(response: httpx.Response) -> float:
+    """Parse `Retry-After`, a number of seconds or a date; 0 without a valid value."""
+    text = response.headers.get("Retry-After", "")
+    if text.isascii() and text.isdecimal():
+        return float(text[:9])
+    try:
+        moment = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):  # OverflowError: a number of more digits than a date can have
+        return 0.0
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())

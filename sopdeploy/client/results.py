@@ -1,15 +1,18 @@
 """Typed responses of the server. Unknown keys are ignored, so that newer servers can add keys."""
 
+import base64
 import re
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import httpx
+import numpy as np
 import pydantic
+from numpy.typing import NDArray
 
-from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import ServiceError
 
-Model = TypeVar("Model", bound="Response")
+Result = TypeVar("Result", bound="ImageResult")
 DURATION = re.compile(r"([a-z]+);dur=(\d+(?:\.\d+)?)")
 
 
@@ -56,31 +59,68 @@ class Problem(Response):
     detail: str
 
 
-class Classification(Response):
-    """The result for one image.
+class ImageResult(Response):
+    """What every result for one image has.
+
+    Attributes:
+        warnings: codes of the decoder's warnings, such as first_frame_only.
+        error: set if the server has no result for this image of a list.
+        model_digest: id of the bundle that computed the result.
+        timing_ms: server time per stage (receive, decode, queue, infer); for a list, of its slowest image.
+    """
+
+    warnings: tuple[str, ...] = ()
+    error: Problem | None = None
+    model_digest: str = ""
+    timing_ms: dict[str, float] = pydantic.Field(default_factory=dict)
+
+
+class Embedding(ImageResult):
+    """The features of one image in front of the classifier.
+
+    Attributes:
+        values: (D,) float32, read-only; empty if `error` is set.
+    """
+
+    model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
+
+    values: NDArray[np.float32] = pydantic.Field(np.zeros(0, np.float32), validation_alias="embedding")
+
+    @pydantic.field_validator("values", mode="before")
+    @classmethod
+    def _decode(cls, text: str) -> NDArray[np.float32]:
+        return np.frombuffer(base64.b64decode(text), "<f4")
+
+    @pydantic.model_validator(mode="after")
+    def _has_result(self) -> "Embedding":
+        if not self.model_fields_set & {"values", "error"}:
+            raise ValueError("neither an embedding nor an error")
+        return self
+
+
+class Classification(ImageResult):
+    """The result for one image, with the attributes of `ImageResult`.
 
     Attributes:
         classes: most probable classes, best first; empty if `error` is set. For a multi-label network, the
             classes whose probability reaches their threshold.
         gates: selected experts of a gated network, best first, if requested.
         class_map: class activation map of the explained class, if requested.
-        warnings: codes of the decoder's warnings, such as first_frame_only.
         known: false if the image probably shows none of the classes; `None` if the bundle has no threshold.
         score: the number that decides `known`; larger is more certainly known.
-        error: set if this image of a list could not be classified.
-        model_digest: id of the bundle that computed the result.
-        timing_ms: server time per stage (receive, decode, queue, infer); for a list, of its slowest image.
     """
 
     classes: tuple[ClassProbability, ...] = ()
     gates: tuple[Expert, ...] | None = None
     class_map: ClassMap | None = None
-    warnings: tuple[str, ...] = ()
     known: bool | None = None
     score: float | None = None
-    error: Problem | None = None
-    model_digest: str = ""
-    timing_ms: dict[str, float] = pydantic.Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="after")
+    def _has_result(self) -> "Classification":
+        if not self.model_fields_set & {"classes", "error"}:
+            raise ValueError("neither classes nor an error")
+        return self
 
 
 class ModelInfo(Response):
@@ -108,27 +148,26 @@ class ServerInfo(Response):
     models: tuple[ModelInfo, ...]
 
 
-def parse_classifications(response: httpx.Response) -> list[Classification]:
+def parse_results(response: httpx.Response, kind: type[Result]) -> list[Result]:
     """Parse the results in *response*, in the order of the images; raise `ServiceError` if invalid."""
     shared = {
         "model_digest": response.headers.get("X-Model-Digest", ""),
-        "timing_ms": {
-            stage: float(milliseconds)
-            for stage, milliseconds in DURATION.findall(response.headers.get("Server-Timing", ""))
-        },
+        "timing_ms": dict(DURATION.findall(response.headers.get("Server-Timing", ""))),
     }
-    body = _json_object(response)
-    rows = body.get("results", [body])
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and ("classes" in row or "error" in row) for row in rows
-    ):
-        raise _unexpected(response, "no results")
-    return [_validate(Classification, {**row, **shared}, response) for row in rows]
+    try:
+        body = response.json()
+        rows = body.get("results", [body])
+        return [kind.model_validate({**row, **shared}) for row in rows]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _foreign(response) from error
 
 
-def parse_server_info(response: httpx.Response) -> ServerInfo:
+def parse_info(response: httpx.Response) -> ServerInfo:
     """Parse the response of `/info`; raise `ServiceError` if it is invalid."""
-    return _validate(ServerInfo, _json_object(response), response)
+    try:
+        return ServerInfo.model_validate_json(response.content)
+    except pydantic.ValidationError as error:
+        raise _foreign(response) from error
 
 
 def parse_error(response: httpx.Response) -> ServiceError:
@@ -142,27 +181,10 @@ def parse_error(response: httpx.Response) -> ServiceError:
     return ServiceError(message, code=problem.code, status=status)
 
 
-def _json_object(response: httpx.Response) -> dict[str, Any]:
-    try:
-        value = response.json()
-    except ValueError as error:
-        raise _unexpected(response, "not JSON") from error
-    if not isinstance(value, dict):
-        raise _unexpected(response, "not a JSON object")
-    return value
-
-
-def _validate(kind: type[Model], value: dict[str, Any], response: httpx.Response) -> Model:
-    try:
-        return kind.model_validate(value)
-    except pydantic.ValidationError as error:
-        raise _unexpected(response, first_problem(error)) from error
-
-
-def _unexpected(response: httpx.Response, reason: str) -> ServiceError:
+def _foreign(response: httpx.Response) -> ServiceError:
     status = response.status_code
     return ServiceError(
-        f"{response.request.url}: status {status}, but not a sopdeploy response ({reason}); check the URL",
+        f"{response.request.url}: status {status}, but not a sopdeploy response; check the URL",
         code="foreign_answer",
         status=status,
     )

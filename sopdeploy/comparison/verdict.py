@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel
-from sopdeploy.evaluation.statistics import bootstrap, mcnemar, paired
+from sopdeploy.evaluation.statistics import bootstrap, paired
 
 NO_EFFECT = "no effect detected"
 
@@ -32,15 +32,6 @@ class Arm(StrictModel):
     sd: float
 
 
-class Split(StrictModel):
-    """One seed: the numbers of images that only one network classifies correctly, and McNemar's p-value."""
-
-    seed: int
-    only_first: int
-    only_second: int
-    p: float
-
-
 class Pair(StrictModel):
     """Top-1 of `second` minus top-1 of `first`, paired by seed, as fractions.
 
@@ -58,7 +49,6 @@ class Pair(StrictModel):
     wins: int
     ties: int
     losses: int
-    mcnemar: tuple[Split, ...]
     bootstrap_low: float
     bootstrap_high: float
     verdict: str
@@ -84,37 +74,28 @@ def compare_results(seeds: Sequence[int], results: Sequence[Results]) -> Compari
         seeds=tuple(seeds),
         images=results[0].correct.shape[1],
         arms=tuple(arms),
-        pairs=tuple(_compare_pair(seeds, results[0], other) for other in results[1:]),
+        pairs=tuple(_compare_pair(results[0], other) for other in results[1:]),
     )
 
 
-def _compare_pair(seeds: Sequence[int], first: Results, second: Results) -> Pair:
+def _compare_pair(first: Results, second: Results) -> Pair:
     gain_SN = second.correct.astype(np.int8) - first.correct.astype(np.int8)
     differences = [int(row.sum()) / len(row) for row in gain_SN]
-    change, resampled = paired(differences), bootstrap(gain_SN)
-    splits = []
-    for seed, row in zip(seeds, gain_SN, strict=True):
-        worse, better = int((row < 0).sum()), int((row > 0).sum())
-        splits.append(Split(seed=seed, only_first=worse, only_second=better, p=mcnemar(worse, better)))
+    resampled, change = bootstrap(gain_SN), paired(differences)._asdict()
+    mean, (low, high) = change["mean"], change.pop("interval")
     verdict = NO_EFFECT
-    if change.interval.low > 0 or change.interval.high < 0:
+    if low > 0 or high < 0:
         verdict = (
-            f"{second.name} is {'better' if change.mean > 0 else 'worse'} than {first.name} by "
-            f"{100 * abs(change.mean):.2f} points "
-            f"({100 * change.interval.low:+.2f} to {100 * change.interval.high:+.2f})"
+            f"{second.name} is {'better' if mean > 0 else 'worse'} than {first.name} by "
+            f"{100 * abs(mean):.2f} points ({100 * low:+.2f} to {100 * high:+.2f})"
         )
     return Pair(
         first=first.name,
         second=second.name,
         differences=tuple(differences),
-        mean=change.mean,
-        sd=change.sd,
-        low=change.interval.low,
-        high=change.interval.high,
-        wins=change.wins,
-        ties=change.ties,
-        losses=change.losses,
-        mcnemar=tuple(splits),
+        **change,
+        low=low,
+        high=high,
         bootstrap_low=resampled.low,
         bootstrap_high=resampled.high,
         verdict=verdict,

@@ -34,12 +34,21 @@ PositiveFraction = Annotated[float, pydantic.Field(gt=0, le=1)]
 # Far beyond useful values, so that float32 can represent what is computed from them.
 Strength = Annotated[float, pydantic.Field(ge=0, le=1000)]
 Ratio = Annotated[float, pydantic.Field(ge=1e-3, le=1000)]
-MIN_ALPHA = 1e-6
 
 
 def torchvision_transforms() -> Any:
     """Import `torchvision.transforms.v2` on first use: the import takes as long as that of torch."""
     return importlib.import_module("torchvision.transforms.v2")
+
+
+def _transform(array: NDArray[np.uint8], seed: int, *transforms: Any) -> NDArray[np.uint8]:
+    """Apply random *transforms* to an (H, W, 3) *array*: a function of *seed* that keeps torch's state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        image = torch.from_numpy(array.copy()).permute(2, 0, 1)
+        for transform in transforms:
+            image = transform(image)
+        return image.permute(1, 2, 0).contiguous().numpy()
 
 
 class CenterCrop(StrictModel):
@@ -156,18 +165,12 @@ class RandAugment(StrictModel):
         """Augment the (H, W, 3) uint8 *array*; depends on *seed* only and keeps torch's random state."""
         if self.ops == 0 and self.erase == 0:
             return array
-        before = torch.get_rng_state()
-        try:
-            torch.default_generator.manual_seed(seed)
-            image = torch.from_numpy(array.copy()).permute(2, 0, 1)
-            mean = [float(round(255 * value)) for value in rules.mean]
-            if self.ops:
-                image = torchvision_transforms().RandAugment(self.ops, self.magnitude, fill=mean)(image)
-            if self.erase:
-                image = torchvision_transforms().RandomErasing(self.erase, value=mean)(image)
-            return image.permute(1, 2, 0).contiguous().numpy()
-        finally:
-            torch.set_rng_state(before)
+        mean = [float(round(255 * value)) for value in rules.mean]
+        v2 = torchvision_transforms()
+        transforms = [v2.RandAugment(self.ops, self.magnitude, fill=mean)] if self.ops else []
+        if self.erase:
+            transforms.append(v2.RandomErasing(self.erase, value=mean))
+        return _transform(array, seed, *transforms)
 
 
 class ColorJitter(StrictModel):
@@ -188,14 +191,7 @@ class ColorJitter(StrictModel):
         """Change the colors of the (H, W, 3) uint8 *array*; depends on *seed* only."""
         jitter = (self.brightness, self.contrast, self.saturation, self.hue)
         if any(jitter):
-            before = torch.get_rng_state()
-            try:
-                torch.default_generator.manual_seed(seed)
-                image = torch.from_numpy(array.copy()).permute(2, 0, 1)
-                changed = torchvision_transforms().ColorJitter(*jitter)(image)
-                array = changed.permute(1, 2, 0).contiguous().numpy()
-            finally:
-                torch.set_rng_state(before)
+            array = _transform(array, seed, torchvision_transforms().ColorJitter(*jitter))
         if self.lighting:
             multiples = np.random.default_rng(seed).normal(0.0, self.lighting, 3) * COLOR_DEVIATIONS
             shifted = np.rint(array + 255 * (COLOR_COMPONENTS @ multiples))
@@ -212,13 +208,6 @@ class Mixup(StrictModel):
 
     mixup: Strength = 0.0
     cutmix: Strength = 0.0
-
-    @pydantic.field_validator("mixup", "cutmix")
-    @classmethod
-    def _check_alpha(cls, alpha: float) -> float:
-        if 0 < alpha < MIN_ALPHA:
-            raise ValueError(f"must be 0 or at least {MIN_ALPHA:g}")
-        return alpha
 
     def __call__(self, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         """Mix float *images* (B, 3, H, W); returns them with labels (B,) or mixed labels (B, classes).

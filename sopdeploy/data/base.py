@@ -7,7 +7,7 @@ number of loader processes.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -96,6 +96,10 @@ class ArrayImages:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images[index]), int(self.targets[index])
 
+    def select(self, mask: NDArray[np.bool_]) -> "ArrayImages":
+        """Keep the images where *mask* (N,) is true."""
+        return replace(self, images=self.images[mask], targets=self.targets[mask])
+
 
 def derive_seed(*keys: int | str) -> int:
     """Hash *keys* to a 63-bit seed that is the same on every machine and in every version."""
@@ -104,22 +108,32 @@ def derive_seed(*keys: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def hold_out(keys: Sequence[str], targets: Sequence[int], fraction: float, seed: int) -> list[bool]:
-    """Select *fraction* of every class for the held-out set, at least one image and never all.
+def hold_out(
+    keys: Sequence[str], targets: NDArray[np.int64] | NDArray[np.float32], fraction: float, seed: int
+) -> NDArray[np.bool_]:
+    """Select about *fraction* of every class for the held-out set, at least one image and never all.
 
-    Returns True for every held-out image. The selection depends on *seed* and the images' *keys* only. It is
-    the same on every machine and in every version, so that an image used for training is never used for
-    evaluation later.
+    Returns a mask (N,). The selection depends on *seed* and the images' *keys* only. It is the same on every
+    machine and in every version, so that an image used for training is never used for evaluation later.
+    *targets* are class indices (N,), or (N, C) with 1 for every class of an image. The latter are processed
+    from the rarest class to the most frequent one, then the images without a class, as in the iterative
+    stratification of Sechidis et al. (ECML 2011), section 4.
     """
-    members: dict[int, list[int]] = {}
-    for index, target in enumerate(targets):
-        members.setdefault(target, []).append(index)
-    held = [False] * len(keys)
-    for indices in members.values():
-        shuffled = sorted(
-            indices, key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index])
-        )
-        count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
-        for index in shuffled[:count]:
-            held[index] = True
+    order = sorted(
+        range(len(keys)), key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index])
+    )
+    rank = np.argsort(order)
+    if targets.ndim == 1:
+        by_class = np.argsort(targets, kind="stable")
+        groups = np.split(by_class, np.flatnonzero(np.diff(targets[by_class])) + 1)
+    else:
+        by_count = np.argsort(np.count_nonzero(targets, axis=0), kind="stable")
+        groups = [np.flatnonzero(targets[:, target]) for target in by_count]
+        groups.append(np.flatnonzero(~targets.any(axis=1)))
+    held, decided = np.zeros((2, len(keys)), dtype=np.bool_)
+    for members in groups:
+        wanted = min(max(1, round(fraction * len(members))), len(members) - 1) - held[members].sum()
+        free = members[~decided[members]]
+        held[free[np.argsort(rank[free])][: max(0, wanted)]] = True
+        decided[members] = True
     return held

@@ -4,26 +4,17 @@ import hashlib
 import io
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.datasets import official
-from sopdeploy.data.datasets.folder import (
-    class_mismatches,
-    class_names,
-    describe_empty_classes,
-    describe_nested,
-    describe_parts,
-    list_classes,
-    open_store,
-)
+from sopdeploy.data.datasets.folder import UNSPLIT, ClassFolders, open_class_folders, open_store
 from sopdeploy.data.datasets.label_table import (
     SEPARATOR,
     TRAIN,
@@ -32,8 +23,7 @@ from sopdeploy.data.datasets.label_table import (
     read_label_table,
 )
 from sopdeploy.data.folder_store import LABELS_FILE, OpenOptions
-from sopdeploy.data.image_files import ImageFiles, count_ignored_files, load_pixels, map_threaded, open_image
-from sopdeploy.data.parts import find_parts, open_part
+from sopdeploy.data.image_files import ImageFiles, load_pixels, map_threaded, open_image
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.files import expand_user
 from sopdeploy.images.pixels import ROTATED, SIXTEEN_BIT, exif_orientation, to_rgb
@@ -42,7 +32,6 @@ from sopdeploy.images.preprocess import Preprocess
 MIN_SIDE = 32  # pixels; smaller images are reported
 MAX_ASPECT_RATIO = 4.0  # of the longer side to the shorter one; the center crop cuts off most of the image
 RULES = Preprocess()  # for the conversion to upright RGB
-UNSPLIT = "all"  # the name of the only part if there are no folders train and val
 
 
 class Part(StrictModel):
@@ -124,104 +113,65 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
     Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
     """
     notes: list[str] = []
-    layout, parts = _open_parts(expand_user(path), OpenOptions(cache, notes.append))
-    with_class_folders = list(parts.values()) if layout == "class folders" else []
+    folders, unlisted = _open_parts(expand_user(path), OpenOptions(cache, notes.append))
+    parts = folders.parts
     infos = [
         info
         for name, images in parts.items()
         for info in map_threaded(partial(_inspect_file, images, name), len(images))
     ]
     readable = [info for info in infos if not info.error]
-    unusual = _unusual_files(readable)
-    if layout == "table" and (unlisted := _unlisted_files(list(parts.values()))):
+    unusual: dict[str, list[str]] = defaultdict(list)
+    for info in readable:
+        for reason in info.unusual:
+            unusual[reason].append(info.file)
+    if unlisted:
         unusual[f"not listed in {LABELS_FILE}"] = unlisted
-    ignored: Counter[str] = Counter()
-    for images in with_class_folders:
-        ignored.update(count_ignored_files(images.store, images.labels))
-    shorter, longer = _side_ranges(readable)
+    shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T
     return DataReport(
         path=path,
-        parts=tuple(_count_classes(name, images, infos) for name, images in parts.items()),
+        parts=tuple(_describe_part(name, images, infos) for name, images in parts.items()),
         formats=dict(Counter(info.format for info in readable).most_common()),
         modes=dict(Counter(info.mode for info in readable).most_common()),
-        shorter_side=shorter,
-        longer_side=longer,
-        classes=tuple(_class_problems(with_class_folders)),
+        shorter_side=(int(shorter.min()), int(np.median(shorter)), int(shorter.max())),
+        longer_side=(int(longer.min()), int(np.median(longer)), int(longer.max())),
+        classes=tuple(folders.problems),
         unreadable=tuple(info.error for info in infos if info.error),
-        too_few=tuple(_single_images(parts)),
+        too_few=tuple(_single_images(*parts.values()) if len(parts) == 1 else ()),
         duplicates=tuple(_find_duplicates(readable)),
         strange={reason: tuple(files) for reason, files in unusual.items()},
-        passed_over=dict(ignored),
-        notes=(*notes, *filter(None, map(describe_nested, with_class_folders))),
+        passed_over=dict(folders.ignored),
+        notes=(*notes, *folders.notes),
     )
 
 
-def _open_parts(
-    path: Path, options: OpenOptions
-) -> tuple[Literal["official", "table", "class folders"], dict[str, ImageFiles]]:
-    """Detect the layout of *path* and open its parts by name, training images first."""
+def _open_parts(path: Path, options: OpenOptions) -> tuple[ClassFolders, list[str]]:
+    """Detect the layout of *path* and open its parts; also returns the images that `labels.csv` lacks."""
     kind = official.detect_kind(path)
     if kind is not None:
-        return "official", {
-            "train": official.open_part(kind, "train", path, options),
-            "test": official.open_part(kind, "held_out", path, options),
-        }
+        train = official.open_part(kind, "train", path, options)
+        test = official.open_part(kind, "held_out", path, options)
+        return ClassFolders({"train": train, "test": test}), []
     store = open_store(path, options)
-    if has_label_table(store):
-        table = read_label_table(store)
-        if table.is_split:
-            return "table", {name: table.part(name) for name in (TRAIN, VAL)}
-        return "table", {UNSPLIT: table.images}
-    folders = find_parts(store)
-    for line in describe_parts(store, folders):
-        options.log(line)
-    if not folders.train:
-        return "class folders", {UNSPLIT: list_classes(store, class_names(store))}
-    train = open_part(store, folders.train)
-    parts = {folders.train: list_classes(train, class_names(train))}
-    for name in folders.held_out:
-        part = open_part(store, name)
-        parts[name] = list_classes(part, tuple(part.folders()))
-    return "class folders", parts
+    if not has_label_table(store):
+        return open_class_folders(store), []
+    table = read_label_table(store)
+    listed = set(table.images.paths.tolist())
+    unlisted = [str(store.root / os.fsdecode(name)) for name in store.list_files("")[0] if name not in listed]
+    parts = {name: table.part(name) for name in (TRAIN, VAL)} if table.is_split else {UNSPLIT: table.images}
+    return ClassFolders(parts), unlisted
 
 
-def _count_classes(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) -> Part:
+def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) -> Part:
     counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
     size = sum(info.length for info in infos if info.part == name)
     return Part(name=name, count=len(images), bytes=size, classes=counts)
 
 
-def _side_ranges(infos: Sequence[_FileInfo]) -> list[tuple[int, int, int]]:
-    """Compute minimum, median and maximum of the shorter sides, and of the longer sides, in pixels."""
-    sides = np.sort([info.size for info in infos] or [(0, 0)], axis=1).T
-    return [(int(row.min()), int(np.median(row)), int(row.max())) for row in sides]
-
-
-def _class_problems(parts: Sequence[ImageFiles]) -> Iterator[str]:
-    """Describe empty class folders of *parts*, and classes that differ from those of the first part."""
-    for images in parts:
-        if images is not parts[0]:
-            mismatches = class_mismatches(images.store, parts[0].labels)
-            yield from (f"{images.store.root}: {mismatch}" for mismatch in mismatches)
-        empty = describe_empty_classes(images)
-        if empty:
-            yield empty
-
-
-def _single_images(parts: Mapping[str, ImageFiles]) -> Iterator[str]:
+def _single_images(images: ImageFiles) -> Iterator[str]:
     """Describe the classes with a single image, of which none could be held out."""
-    if len(parts) > 1:
-        return
-    for images in parts.values():
-        for target in np.flatnonzero(images.class_counts() == 1):
-            yield f"{images.store.root / images.labels[target]}: only one image; add another"
-
-
-def _unlisted_files(parts: Sequence[ImageFiles]) -> list[str]:
-    """List the image files in the folder of *parts* that its `labels.csv` does not list."""
-    listed = {path for images in parts for path in images.paths.tolist()}
-    store = parts[0].store
-    return [str(store.root / os.fsdecode(path)) for path in store.list_files("")[0] if path not in listed]
+    for target in np.flatnonzero(images.class_counts() == 1):
+        yield f"{images.store.root / images.labels[target]}: only one image; add another"
 
 
 def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:
@@ -244,7 +194,7 @@ def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:
         size=pixels.size,
         file_hash=hashlib.sha256(data).digest()[:16],
         pixel_hash=hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()[:16],
-        unusual=tuple(_unusual_properties(image, pixels, mode, _count_frames(data))),
+        unusual=_unusual_properties(image, pixels, mode, _count_frames(data)),
     )
 
 
@@ -256,35 +206,22 @@ def _count_frames(data: bytes) -> int:
         return 2
 
 
-def _unusual_properties(image: Image.Image, pixels: Image.Image, mode: str, frames: int) -> Iterator[str]:
-    """Yield what is unusual about a decoded *image*, whose upright RGB form is *pixels*.
+def _unusual_properties(image: Image.Image, pixels: Image.Image, mode: str, frames: int) -> tuple[str, ...]:
+    """List what is unusual about a decoded *image*, whose upright RGB form is *pixels*.
 
     The texts are keys of the JSON output.
     """
     shorter, longer = sorted(image.size)
-    if shorter < MIN_SIDE:
-        yield f"shorter side under {MIN_SIDE} pixels"
-    if longer > MAX_ASPECT_RATIO * shorter:
-        yield f"longer side over {MAX_ASPECT_RATIO:g} times the shorter one"
-    if pixels.getcolors(maxcolors=1) is not None:
-        yield "one colour only"
-    if frames > 1:
-        yield "several frames, the first one counts"
-    if mode == "CMYK":
-        yield "printing colours (CMYK)"
-    if mode in SIXTEEN_BIT:
-        yield "16 bits a pixel"
-    if exif_orientation(image) in ROTATED:
-        yield "turned by its EXIF orientation"
-
-
-def _unusual_files(infos: Sequence[_FileInfo]) -> dict[str, list[str]]:
-    """List the unusual files by reason."""
-    files = defaultdict[str, list[str]](list)
-    for info in infos:
-        for reason in info.unusual:
-            files[reason].append(info.file)
-    return files
+    conditions = {
+        f"shorter side under {MIN_SIDE} pixels": shorter < MIN_SIDE,
+        f"longer side over {MAX_ASPECT_RATIO:g} times the shorter one": longer > MAX_ASPECT_RATIO * shorter,
+        "one colour only": pixels.getcolors(maxcolors=1) is not None,
+        "several frames, the first one counts": frames > 1,
+        "printing colours (CMYK)": mode == "CMYK",
+        "16 bits a pixel": mode in SIXTEEN_BIT,
+        "turned by its EXIF orientation": exif_orientation(image) in ROTATED,
+    }
+    return tuple(reason for reason, applies in conditions.items() if applies)
 
 
 def _find_duplicates(infos: Sequence[_FileInfo]) -> Iterator[Duplicates]:

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.data.base import LabeledImages, Target
+from sopdeploy.data.base import LabeledImages, Target, hold_out
 from sopdeploy.data.folder_store import FolderStore
 from sopdeploy.data.tar import TarStore
 from sopdeploy.environment import usable_cores
@@ -21,7 +22,6 @@ from sopdeploy.errors import DataError, ImageError, shorten
 from sopdeploy.images import formats
 
 FileStore = FolderStore | TarStore
-ADVICE = "repair, convert or delete it"
 CHUNK = 64  # images per task; decoding releases the GIL
 Result = TypeVar("Result")
 
@@ -94,20 +94,38 @@ class ImageFiles:
         return replace(self, paths=self.paths[mask], targets=self.targets[mask])
 
 
+def divide(images: ImageFiles, fraction: float, seed: int) -> tuple[ImageFiles, ImageFiles]:
+    """Split *images* into training and held-out ones, *fraction* of every class by *seed*.
+
+    Raises `DataError` for a class with a single image.
+    """
+    single = np.flatnonzero(images.class_counts() == 1)
+    if single.size:
+        name = images.labels[single[0]]
+        raise DataError(f"{images.store.root}: only one image of {name}; add another, one has to be held out")
+    keys = [path.decode("utf-8", "surrogateescape") for path in images.paths.tolist()]
+    held = hold_out(keys, images.targets, fraction, seed)
+    return images.select(~held), images.select(held)
+
+
 def open_image(data: bytes, path: Path) -> Image.Image:
     """Open the encoded image *data* without decoding its pixels; raises `DataError` naming *path*."""
-    try:
+    with _naming(path):
         return formats.open_image(data)
-    except ImageError as error:
-        raise DataError(f"{path}: {error}; {ADVICE}") from error
 
 
 def load_pixels(image: Image.Image, path: Path) -> Image.Image:
     """Decode the pixels of *image* in place and return it; raises `DataError` naming *path*."""
-    try:
+    with _naming(path):
         return formats.load_pixels(image)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
     except ImageError as error:
-        raise DataError(f"{path}: {error}; {ADVICE}") from error
+        raise DataError(f"{path}: {error}; repair, convert or delete it") from error
 
 
 def map_threaded(function: Callable[[int], Result], count: int) -> Iterator[Result]:

@@ -22,7 +22,7 @@ from sopdeploy.data.folder_store import Log, OpenOptions, ignore
 from sopdeploy.data.image_files import ImageFiles, find_unreadable
 from sopdeploy.data.subset import select_subset
 from sopdeploy.data.tar import cache_folder
-from sopdeploy.errors import ConfigError, DataError, shorten
+from sopdeploy.errors import DataError, shorten
 from sopdeploy.files import atomic_write, expand_user
 
 DataConfig = Annotated[
@@ -43,11 +43,10 @@ def open_data(config: DataConfig, log: Log = ignore) -> Split:
             return select_subset(open_cifar(config), config.classes)
     options = OpenOptions(config.cache, log)
     if isinstance(config, OfficialConfig):
-        split = open_official(config, options)
+        split = open_official(config.kind, config.path, options)
+    elif config.path is not None and (kind := detect_kind(expand_user(config.path))):
+        split = open_official(kind, config.path, options)
     else:
-        kind = None if config.path is None else detect_kind(expand_user(config.path))
-        if kind is not None:
-            raise ConfigError(f"data.path: {config.path} is an official layout; set data.kind={kind}")
         split = open_folder(config, options)
     split = select_subset(split, config.classes)
     return _drop_unreadable(split, options) if config.skip_corrupt else split
@@ -97,11 +96,10 @@ def cached_unreadable(images: ImageFiles, cache: Path | None) -> list[int]:
             size = -1
         digest.update(b"%s %d\n" % (name, size))
     path = cache_folder(cache) / f"unreadable.{digest.hexdigest()[:16]}.json"
-    try:
-        stored = json.loads(path.read_bytes())
-        return sorted({int(index) for index in stored if 0 <= int(index) < len(images)})
-    except (OSError, ValueError, TypeError):
-        unreadable = list(find_unreadable(images))
-        with atomic_write(path, shared=True) as partial:
-            partial.write_text(json.dumps(unreadable))
-        return unreadable
+    if path.is_file():
+        stored: list[int] = json.loads(path.read_bytes())
+        return stored
+    unreadable = list(find_unreadable(images))
+    with atomic_write(path, shared=True) as partial:
+        partial.write_text(json.dumps(unreadable))
+    return unreadable

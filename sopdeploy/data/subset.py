@@ -1,17 +1,14 @@
 """A subset of the classes of any data set, such as the 250 classes of ImageNet in GSoP's Tables 3 and 4."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pydantic
-from numpy.typing import NDArray
-from PIL import Image
 
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import LabeledImages, Split, Target, derive_seed
-from sopdeploy.data.image_files import ImageFiles
+from sopdeploy.data.base import Split, derive_seed
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import expand_user
 
@@ -27,22 +24,6 @@ class ClassSubset(StrictModel):
     classes: Annotated[int, pydantic.Field(ge=2)] | Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SelectedImages:
-    """Some of the images of `base`, at `indices` (N,), with their own `labels` and `targets` (N,)."""
-
-    base: LabeledImages
-    labels: tuple[str, ...]
-    indices: NDArray[np.int64]
-    targets: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
-        return self.base[int(self.indices[index])][0], int(self.targets[index])
-
-
 def select_subset(split: Split, classes: int | Path | None) -> Split:
     """Keep the images of *classes*: a number to draw, or a file of names; `None` keeps all.
 
@@ -56,24 +37,16 @@ def select_subset(split: Split, classes: int | Path | None) -> Split:
     labels = split.train.labels
     names = _draw(labels, classes) if isinstance(classes, int) else _read_names(expand_user(classes), labels)
     kept = tuple(label for label in labels if label in names)
-    return replace(
-        split, train=select_classes(split.train, kept), held_out=select_classes(split.held_out, kept)
-    )
+    train, held_out = (_select_classes(images, kept) for images in (split.train, split.held_out))
+    return replace(split, train=train, held_out=held_out)
 
 
-def select_classes(images: LabeledImages, labels: tuple[str, ...]) -> LabeledImages:
-    """Keep the images of the classes *labels*, all of which *images* has, with targets in this order."""
-    targets = _new_targets(images, labels)
-    if isinstance(images, ImageFiles):
-        return replace(images.select(targets >= 0), labels=labels, targets=targets[targets >= 0])
-    return SelectedImages(images, labels, np.flatnonzero(targets >= 0), targets[targets >= 0])
-
-
-def _new_targets(images: LabeledImages, labels: tuple[str, ...]) -> NDArray[np.int64]:
-    """Compute the index in *labels* of the class of every image (N,), -1 for other classes."""
+def _select_classes(images: Any, labels: tuple[str, ...]) -> Any:
+    """Keep the images of the classes *labels*, with targets in this order."""
     position = {label: index for index, label in enumerate(labels)}
     new = np.asarray([position.get(label, -1) for label in images.labels], dtype=np.int64)
-    return new[images.targets.astype(np.int64)]
+    targets = new[images.targets.astype(np.int64)]
+    return replace(images.select(targets >= 0), labels=labels, targets=targets[targets >= 0])
 
 
 def _draw(labels: tuple[str, ...], count: int) -> set[str]:

@@ -9,14 +9,13 @@ import hashlib
 import lzma
 import os
 import shutil
-import stat
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,17 +30,28 @@ from sopdeploy.data.folder_store import (
 )
 from sopdeploy.data.parts import part_kind
 from sopdeploy.errors import DataError
-from sopdeploy.files import atomic_write, expand_user
+from sopdeploy.files import atomic_write, expand_user, open_regular, writing
 
 TAR = ".tar"
-DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
-    ".tar.xz": lzma.LZMAFile,
-    ".tar.gz": gzip.GzipFile,
-    ".tgz": gzip.GzipFile,
+DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
+    ".tar.xz": lzma.open,
+    ".tar.gz": gzip.open,
+    ".tgz": gzip.open,
 }
 CHUNK = 1 << 20  # bytes
 AFTER_SLASH = b"0"  # the byte after `/`: upper bound of the names inside a folder
-MAX_KEPT_MEMBERS = 4096  # tarfile would keep all members in memory
+TABLE = os.fsencode(LABELS_FILE)
+
+
+class Members(NamedTuple):
+    """Files in archives: `names` (N,) bytes; `ranges` (N, 3) int64: number of the archive, offset, size."""
+
+    names: NDArray[np.bytes_]
+    ranges: NDArray[np.int64]
+
+    def select(self, which: NDArray[Any]) -> "Members":
+        """Keep the files at the indices, or of the mask, *which*."""
+        return Members(self.names[which], self.ranges[which])
 
 
 def archive_suffix(path: Path) -> str:
@@ -56,89 +66,50 @@ def cache_folder(folder: Path | None) -> Path:
     Raises `DataError` if it cannot be created, or if other users can write to the default folder.
     """
     path = expand_user(folder) if folder else Path(tempfile.gettempdir()) / f"sopdeploy-{os.getuid()}"
-    try:
+    with writing(path, DataError):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be created ({error.strerror}); set data.cache to your own folder"
-        ) from error
     if folder is None and (status.st_uid != os.getuid() or status.st_mode & 0o022):
         raise DataError(f"{path}: other users can write there; set data.cache to your own folder")
     return path
 
 
-@dataclass(frozen=True, slots=True)
-class Index:
-    """Images and tables of one archive: `names` (N,) bytes, `offsets` and `sizes` (N,) int64 in bytes."""
-
-    names: NDArray[np.bytes_]
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-
-
-def load_index(path: Path, cache: Path | None) -> Index:
-    """Load the index of the tar file at *path* from *cache*, or build and store it.
-
-    Raises `DataError` if the file is damaged or not a tar file.
-    """
-    if cache is None:
-        return _build_index(path)
-    stored = cache / f"{path.name}.{fingerprint(path)}.files.npz"
-    index = read_index(stored, path.stat().st_size)
-    if index is None:
-        index = _build_index(path)
-        try:
-            with atomic_write(stored, shared=True) as partial, partial.open("wb") as file:
-                np.savez(file, names=index.names, offsets=index.offsets, sizes=index.sizes)
-        except OSError as error:
-            raise DataError(
-                f"{stored}: cannot be written ({error.strerror}); set data.cache to another folder"
-            ) from error
-    return index
-
-
 def fingerprint(path: Path) -> str:
-    """Hash the path, size and modification time of a regular file; raises `DataError`."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise DataError(f"{path}: not a regular file; name a tar file")
+    """Hash the path, size and modification time of a file."""
+    status = path.stat()
     text = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def read_index(path: Path, archive_size: int) -> Index | None:
-    """Read a stored index; None if it is missing, damaged or points outside the archive."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            index = Index(names=stored["names"], offsets=stored["offsets"], sizes=stored["sizes"])
-    except Exception:  # a damaged file can make numpy raise anything; the index is rebuilt
-        return None
-    arrays = (index.names, index.offsets, index.sizes)
-    if index.names.dtype.kind != "S" or any(array.shape != (len(index.names),) for array in arrays):
-        return None
-    if any(array.dtype != np.int64 or (array < 0).any() for array in arrays[1:]):
-        return None
-    return index if (index.offsets + index.sizes <= archive_size).all() else None
+def list_members(path: Path, cache: Path | None) -> Members:
+    """List the images and tables of the tar file at *path*, or read the list from *cache*.
+
+    Raises `DataError` if the file is damaged or not a tar file.
+    """
+    if cache is None:
+        return _scan_members(path)
+    stored = cache / f"{path.name}.{fingerprint(path)}.npz"
+    if not stored.is_file():
+        members = _scan_members(path)
+        with (
+            writing(stored, DataError),
+            atomic_write(stored, shared=True) as partial,
+            partial.open("wb") as file,
+        ):
+            np.savez(file, allow_pickle=False, **members._asdict())
+    with np.load(stored) as arrays:
+        return Members(**arrays)
 
 
-def _build_index(path: Path) -> Index:
+def _scan_members(path: Path) -> Members:
     try:
         with path.open("rb") as file:
             entries = list(scan(file, path.stat().st_size))
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-    except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
+    except (DataError, tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
         raise DataError(f"{path}: damaged or not a tar file ({error}); copy or unpack it again") from error
-    names, offsets, sizes = zip(*entries, strict=True) if entries else ((), (), ())
-    return Index(
-        names=np.asarray(names, dtype=np.bytes_),
-        offsets=np.asarray(offsets, dtype=np.int64),
-        sizes=np.asarray(sizes, dtype=np.int64),
-    )
+    names = np.asarray([name for name, *_ in entries], dtype=np.bytes_)
+    ranges = np.asarray([(0, offset, size) for _, offset, size in entries], dtype=np.int64)
+    return Members(names, ranges.reshape(-1, 3))
 
 
 def scan(file: IO[bytes], end: int, prefix: str = "") -> Iterator[tuple[bytes, int, int]]:
@@ -151,8 +122,7 @@ def scan(file: IO[bytes], end: int, prefix: str = "") -> Iterator[tuple[bytes, i
     archive: Any  # its list of members is not part of the typed interface
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
-            if len(archive.members) > MAX_KEPT_MEMBERS:
-                archive.members.clear()
+            archive.members.clear()  # tarfile would keep all members in memory
             if member.isreg() and member.offset_data + member.size > end:
                 raise DataError(f"{member.name} is truncated; copy the archive again")
             name = _visible_name(prefix + member.name)
@@ -180,29 +150,19 @@ def _visible_name(name: str) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """A `labels.csv`: its path as if the archive were a folder, the folder that it is in, its content."""
-
-    path: Path
-    folder: bytes
-    content: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class TarStore:
-    """Images of several archives below the folder `prefix`; `sources` (N,) are indices into `archives`.
+    """Images of several archives below the folder `prefix`.
 
-    `names` is sorted. Each read opens its archive, so that processes share no position. `tables` are those of
-    all folders.
+    `images` are sorted by name. `paths` are those of the archives as the user names them, `archives` those
+    that are read. `tables` are the label tables of all folders. Each read opens its archive, so that
+    processes share no position.
     """
 
     root: Path
+    paths: tuple[Path, ...]
     archives: tuple[Path, ...]
-    names: NDArray[np.bytes_]
-    sources: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    tables: tuple[Table, ...] = ()
+    images: Members
+    tables: Members
     prefix: bytes = b""
 
     def folders(self) -> list[str]:
@@ -210,7 +170,7 @@ class TarStore:
         names: list[str] = []
         position, end = self._range(self.prefix)
         while position < end:
-            head, slash, _ = bytes(self.names[position])[len(self.prefix) :].partition(b"/")
+            head, slash, _ = bytes(self.images.names[position])[len(self.prefix) :].partition(b"/")
             if slash:
                 names.append(os.fsdecode(head))
                 position = self._range(self.prefix + head + slash)[1]
@@ -228,55 +188,61 @@ class TarStore:
         The second list, other files, is empty, since the index has only images and tables.
         """
         first, last = self._range(self.prefix + (os.fsencode(folder) + b"/" if folder else b""))
-        return [bytes(name)[len(self.prefix) :] for name in self.names[first:last]], []
+        return [bytes(name)[len(self.prefix) :] for name in self.images.names[first:last]], []
 
     def read(self, name: bytes) -> bytes:
         """Read a file; raises `OSError`."""
-        position = self._find(name)
-        with self.archives[self.sources[position]].open("rb", buffering=0) as file:
-            file.seek(int(self.offsets[position]))
-            return file.read(int(self.sizes[position])) or b""
+        return self._read(self._find(name))
 
     def size(self, name: bytes) -> int:
         """Get the size of a file in bytes; raises `OSError`."""
-        return int(self.sizes[self._find(name)])
+        return int(self._find(name)[2])
 
     def has_file(self, name: str) -> bool:
         """Check whether the store contains the file *name*."""
-        wanted = self.prefix + os.fsencode(name)
-        position = int(np.searchsorted(self.names, wanted))
-        return position < len(self.names) and bool(self.names[position] == wanted)
+        try:
+            self._find(os.fsencode(name))
+        except FileNotFoundError:
+            return False
+        return True
 
     def label_tables(self) -> list[tuple[Path, bytes]]:
         """Read the `labels.csv` next to the archives and those in the store's folder: path and content."""
-        inside = [(table.path, table.content) for table in self.tables if table.folder == self.prefix]
-        return [*read_label_file(self.root), *inside]
+        tables = read_label_file(self.root)
+        for name, where in zip(*self.tables, strict=True):
+            if name == self.prefix + TABLE:
+                tables.append((self.paths[where[0]] / os.fsdecode(name), self._read(where)))
+        return tables
 
-    def _lists_images(self) -> bool:
-        return any(lists_images(content) for _, content in self.label_tables())
-
-    def _find(self, name: bytes) -> int:
-        wanted = self.prefix + name
-        position = int(np.searchsorted(self.names, wanted))
-        if position == len(self.names) or self.names[position] != wanted:
+    def _find(self, name: bytes) -> NDArray[np.int64]:
+        names, wanted = self.images.names, self.prefix + name
+        position = int(np.searchsorted(names, wanted))
+        if position == len(names) or names[position] != wanted:
             raise FileNotFoundError(2, "No such file in the archive", wanted)
-        return position
+        where: NDArray[np.int64] = self.images.ranges[position]
+        return where
+
+    def _read(self, where: NDArray[np.int64]) -> bytes:
+        archive, offset, size = where.tolist()
+        with self.archives[archive].open("rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(size) or b""
 
     def _range(self, prefix: bytes) -> tuple[int, int]:
         """Find the range of the names in the folder *prefix* (ends with a slash)."""
+        names = self.images.names
         if not prefix:
-            return 0, len(self.names)
-        first, last = np.searchsorted(self.names, [prefix, prefix[:-1] + AFTER_SLASH])
+            return 0, len(names)
+        first, last = np.searchsorted(names, [prefix, prefix[:-1] + AFTER_SLASH])
         return int(first), int(last)
 
     def unwrap(self) -> "TarStore":
         """Descend into folders that contain all files, except a part such as train and the only class."""
         store, folders = self, self.folders()
-        while len(folders) == 1 and not part_kind(folders[0]) and not store._lists_images():
+        while len(folders) == 1 and not part_kind(folders[0]) and not store.label_tables():
             inside = replace(store.open_folder(folders[0]), root=self.root)
-            first, last = inside._range(inside.prefix)
-            has_files = (np.char.find(inside.names[first:last], b"/", len(inside.prefix)) < 0).any()
-            if has_files and not inside._lists_images():
+            has_files = any(b"/" not in name for name in inside.list_files("")[0])
+            if has_files and not inside.label_tables():
                 break
             store, folders = inside, inside.folders()
         return store
@@ -292,63 +258,27 @@ def open_tars(root: Path, paths: Sequence[Path], options: OpenOptions) -> TarSto
     """
     cache = cache_folder(options.cache) if options.cache else None
     archives = tuple(decompress(path, options) for path in paths)
-    contents = [
-        _split_tables(load_index(archive, cache), path, archive)
-        for path, archive in zip(paths, archives, strict=True)
-    ]
-    contents = _as_folders(root, paths, contents)
-    indices = [index for index, _ in contents]
-    names = np.concatenate([index.names for index in indices])
-    sources = np.repeat(np.arange(len(indices), dtype=np.int32), [len(index.names) for index in indices])
-    by_name = np.argsort(names, kind="stable")
-    names, sources = names[by_name], sources[by_name]
-    duplicates = np.flatnonzero(names[1:] == names[:-1])
-    if len(duplicates):
-        first, second = (paths[sources[duplicates[0] + step]] for step in (0, 1))
-        name = bytes(names[duplicates[0]]).decode("utf-8", "replace")
-        raise DataError(f"{name}: is both in {first} and in {second}; remove one")
-    offsets = np.concatenate([index.offsets for index in indices])[by_name]
-    sizes = np.concatenate([index.sizes for index in indices])[by_name]
-    all_tables = tuple(table for _, tables in contents for table in tables)
-    return TarStore(root, archives, names, sources, offsets, sizes, all_tables).unwrap()
-
-
-def _as_folders(
-    root: Path, paths: Sequence[Path], contents: list[tuple[Index, list[Table]]]
-) -> list[tuple[Index, list[Table]]]:
-    """Put the content of an archive that is a class or a part into a folder of its name (`open_tars`)."""
-    listed = [
-        any(not table.folder and (len(paths) == 1 or lists_images(table.content)) for table in tables)
-        for _, tables in contents
-    ]
-    has_table = any(listed) or any(lists_images(content) for _, content in read_label_file(root))
-    result = []
-    for path, (index, tables), has_own_table in zip(paths, contents, listed, strict=True):
+    lists = [list_members(archive, cache) for archive in archives]
+    has_tables = [TABLE in members.names.tolist() for members in lists]
+    has_table = any(has_tables) or any(lists_images(content) for _, content in read_label_file(root))
+    for number, (path, members, has_own_table) in enumerate(zip(paths, lists, has_tables, strict=True)):
+        members.ranges[:, 0] = number
         name = path.name[: -len(archive_suffix(path))]
         folder = os.fsencode(name) + b"/"
-        is_class = not has_table and bool((np.char.find(index.names, b"/") < 0).any())
+        is_class = not has_table and bool((np.char.find(members.names, b"/") < 0).any())
         is_part = bool(part_kind(name)) and not has_own_table
-        if (is_class or is_part) and not np.char.startswith(index.names, folder).all():
-            index = replace(index, names=np.char.add(folder, index.names))
-            tables = [replace(table, folder=folder + table.folder) for table in tables]
-        result.append((index, tables))
-    return result
-
-
-def _split_tables(index: Index, path: Path, archive: Path) -> tuple[Index, list[Table]]:
-    """Separate the tables in *index* of *archive*, shown as *path*, from the images; read the tables."""
-    suffix, tables = os.fsencode(LABELS_FILE), []
-    is_table = (index.names == suffix) | np.char.endswith(index.names, b"/" + suffix)
-    for position in np.flatnonzero(is_table):
-        name = bytes(index.names[position])
-        with archive.open("rb") as file:
-            file.seek(int(index.offsets[position]))
-            content = file.read(int(index.sizes[position]))
-        tables.append(Table(path / os.fsdecode(name), name.removesuffix(suffix), content))
-    images = Index(
-        names=index.names[~is_table], offsets=index.offsets[~is_table], sizes=index.sizes[~is_table]
-    )
-    return images, tables
+        if (is_class or is_part) and not np.char.startswith(members.names, folder).all():
+            lists[number] = members._replace(names=np.char.add(folder, members.names))
+    every = Members(*(np.concatenate(arrays) for arrays in zip(*lists, strict=True)))
+    every = every.select(np.argsort(every.names, kind="stable"))
+    is_table = (every.names == TABLE) | np.char.endswith(every.names, b"/" + TABLE)
+    images = every.select(~is_table)
+    duplicates = np.flatnonzero(images.names[1:] == images.names[:-1])
+    if len(duplicates):
+        first, second = (paths[images.ranges[duplicates[0] + step, 0]] for step in (0, 1))
+        name = bytes(images.names[duplicates[0]]).decode("utf-8", "replace")
+        raise DataError(f"{name}: is both in {first} and in {second}; remove one")
+    return TarStore(root, tuple(paths), archives, images, every.select(is_table)).unwrap()
 
 
 def decompress(path: Path, options: OpenOptions) -> Path:
@@ -364,15 +294,14 @@ def decompress(path: Path, options: OpenOptions) -> Path:
     try:
         with (
             atomic_write(target, shared=True) as partial,
-            DECOMPRESSORS[suffix](path) as source,
+            open_regular(path) as compressed,
+            DECOMPRESSORS[suffix](compressed) as source,
             partial.open("wb") as sink,
         ):
             shutil.copyfileobj(source, sink, CHUNK)
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: damaged ({error}); copy it again") from error
-    except OSError as error:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise DataError(
-            f"{path}: cannot be decompressed to {folder} ({error.strerror}); set data.cache to a folder with "
-            "enough space"
+            f"{path}: cannot be decompressed to {folder} ({error}); copy it again, or set data.cache to a "
+            "folder with enough space"
         ) from error
     return target

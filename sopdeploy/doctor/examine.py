@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import ipaddress
 import os
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -120,7 +119,7 @@ def _choose_model(models: tuple[ModelInfo, ...], name: str | None) -> ModelInfo:
     chosen = [model for model in models if name in {None, model.name}]
     if len(chosen) != 1:
         names = ", ".join(model.name for model in models) or "none"
-        raise ConfigError(f"--model: choose one of the server's models ({names})")
+        raise ConfigError(f"choose one of the server's models ({names})", setting="model", value=name)
     return chosen[0]
 
 
@@ -141,9 +140,5 @@ def _notes(url: str, best: LoadStep, models: int) -> list[str]:
 
 
 def is_local(url: str) -> bool:
-    """Check whether the host of *url* is a loopback address."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    """Check whether the host of *url* is this machine."""
+    return urlsplit(url).hostname in {"localhost", "127.0.0.1", "::1"}

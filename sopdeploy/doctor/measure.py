@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
@@ -25,15 +26,10 @@ MAX_REJECTED = 0.5  # with more rejections, additional clients would only be rej
 
 @dataclass(frozen=True, slots=True)
 class Scrape:
-    """The samples of `/metrics` at *moment* (`time.monotonic`).
-
-    `processes` counts the server processes behind the port. Each has an engine of its own, but front ends
-    share the one of their device.
-    """
+    """The samples of `/metrics` at *moment* (`time.monotonic`), and the labels of the server processes."""
 
     samples: tuple[Sample, ...]
-    processes: int
-    engines: int
+    processes: tuple[str, ...]
     moment: float = field(default_factory=time.monotonic)
 
     def total(self, name: str, **labels: str) -> float:
@@ -46,42 +42,24 @@ class Scrape:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """The difference between two scrapes."""
-
-    before: Scrape
-    after: Scrape
-
-    def increase(self, name: str, **labels: str) -> float:
-        """Compute the increase of a counter; 0 if the server restarted."""
-        return max(0.0, self.after.total(name, **labels) - self.before.total(name, **labels))
-
-    def mean(self, name: str, **labels: str) -> float:
-        """Compute the mean observation of a histogram; 0 without observations."""
-        count = self.increase(f"{name}_count", **labels)
-        return self.increase(f"{name}_sum", **labels) / count if count else 0.0
-
-
 def parse_metrics(text: str) -> Scrape:
     """Parse the text of `/metrics`; raise `ServiceError` if it is not from a sopdeploy server."""
     reason = "its metrics are missing"
     try:
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-        own = tuple(sample for sample in samples if sample.name.startswith("sopdeploy_"))
-        processes = [
-            sample.labels.get("process", "") for sample in own if sample.name == "sopdeploy_decoders"
-        ]
-        devices = {process.partition(":")[0] for process in processes}  # a front end is DEVICE:NUMBER
-        if processes:
-            return Scrape(own, len(processes), len(devices))
     except ValueError as error:
-        reason = str(error)
-    raise ServiceError(
-        f"/metrics: not from a sopdeploy server of this version ({reason}); check the URL and the version",
-        code="foreign_answer",
-        status=200,
+        samples, reason = [], str(error)
+    own = tuple(sample for sample in samples if sample.name.startswith("sopdeploy_"))
+    processes = tuple(
+        sample.labels.get("process", "") for sample in own if sample.name == "sopdeploy_decoders"
     )
+    if not processes:
+        raise ServiceError(
+            f"/metrics: not from a sopdeploy server of this version ({reason}); check the URL",
+            code="foreign_answer",
+            status=200,
+        )
+    return Scrape(own, processes)
 
 
 class LoadStep(StrictModel):
@@ -122,50 +100,55 @@ class LoadStep(StrictModel):
 
 
 def measure(
-    interval: Interval,
+    before: Scrape,
+    after: Scrape,
     latencies: Sequence[float],
     refused: Mapping[str, int],
     *,
     concurrency: int,
     client_seconds: float,
 ) -> LoadStep:
-    """Combine client *latencies* (seconds) and rejections by code with the metrics of *interval*.
+    """Combine client *latencies* (seconds) and rejections by code with the difference of two scrapes.
 
     *client_seconds* is the processor time of this client.
     """
-    seconds = interval.after.moment - interval.before.moment
-    engines = interval.after.engines
-    decoders = int(interval.after.total("decoders"))
-    stage_ms = {name: 1000 * interval.mean("stage_duration_seconds", stage=name) for name in STAGES}
+
+    def increase(name: str, **labels: str) -> float:
+        return max(0.0, after.total(name, **labels) - before.total(name, **labels))  # 0 after a restart
+
+    def mean(name: str, **labels: str) -> float:
+        count = increase(f"{name}_count", **labels)
+        return increase(f"{name}_sum", **labels) / count if count else 0.0
+
+    seconds, decoders = after.moment - before.moment, int(after.total("decoders"))
+    # Each process has an engine of its own, but front ends (DEVICE:NUMBER) share the one of their device.
+    engines = len({process.partition(":")[0] for process in after.processes})
+    stage_ms = {name: 1000 * mean("stage_duration_seconds", stage=name) for name in STAGES}
     mean_ms = 1000 * statistics.fmean(latencies) if latencies else 0.0
-    infer_seconds = interval.increase("stage_duration_seconds_sum", stage="infer")
+    quantiles = np.quantile(latencies or [0.0], (0.50, 0.95, 0.99), method="inverted_cdf")
+    p50_ms, p95_ms, p99_ms = (1000 * quantiles).tolist()
+    infer_seconds = increase("stage_duration_seconds_sum", stage="infer")
     return LoadStep(
         concurrency=concurrency,
         seconds=seconds,
         answered=len(latencies),
         rate=len(latencies) / seconds,
-        p50_ms=1000 * percentile(latencies, 0.50),
-        p95_ms=1000 * percentile(latencies, 0.95),
-        p99_ms=1000 * percentile(latencies, 0.99),
+        p50_ms=p50_ms,
+        p95_ms=p95_ms,
+        p99_ms=p99_ms,
         refused=dict(refused),
         engines=engines,
-        processes=interval.after.processes,
+        processes=len(after.processes),
         engine_busy=infer_seconds / (seconds * engines),
-        decoder_busy=interval.increase("decode_seconds_total") / (seconds * max(1, decoders)),
+        decoder_busy=increase("decode_seconds_total") / (seconds * max(1, decoders)),
         decoders=decoders,
         client_busy=client_seconds / seconds,
-        batches=int(interval.increase("batch_size_count")),
-        mean_batch=interval.mean("batch_size"),
+        batches=int(increase("batch_size_count")),
+        mean_batch=mean("batch_size"),
         infer_ms_per_batch=stage_ms["infer"],
         stage_ms=stage_ms,
         elsewhere_ms=max(0.0, mean_ms - sum(stage_ms.values())),
     )
-
-
-def percentile(values: Sequence[float], fraction: float) -> float:
-    """Return the value that *fraction* of *values* do not exceed; 0 if there is none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))] if ordered else 0.0
 
 
 def bare_ratio(best: LoadStep, steps: Sequence[LoadStep]) -> float:
@@ -194,7 +177,8 @@ class Load:
 
     async def run(self, concurrency: int, seconds: float) -> list[LoadStep]:
         """Measure 1, 2, 4, ... up to *concurrency* clients within about *seconds* in total."""
-        ramp = ramp_to(concurrency)
+        powers = [2**n for n in range(concurrency.bit_length()) if 2**n < concurrency]
+        ramp = [*powers, concurrency]
         steps: list[LoadStep] = []
         workers: list[asyncio.Task[None]] = []
         try:
@@ -209,7 +193,8 @@ class Load:
                     await asyncio.wait_for(self.ended.wait(), seconds / len(ramp))
                 after = parse_metrics(await self.client.metrics())
                 step = measure(
-                    Interval(before, after),
+                    before,
+                    after,
                     self.latencies,
                     self.refused,
                     concurrency=clients,
@@ -240,9 +225,3 @@ class Load:
                 self.ended.set()
             else:
                 self.latencies.append(time.monotonic() - started)
-
-
-def ramp_to(concurrency: int) -> list[int]:
-    """Return 1, 2, 4, ... and *concurrency*."""
-    powers = [2**n for n in range(concurrency.bit_length()) if 2**n < concurrency]
-    return [*powers, concurrency]

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
 
 from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
 from sopdeploy.evaluation.drift import PredictionCounts
@@ -32,8 +33,8 @@ Logits = NDArray[np.float64]
 MIN_IMAGES = 50  # with fewer predictions, a temperature or a 5 % quantile is mostly noise
 MAX_TEMPERATURE = 20.0  # the smallest temperature is 1 / MAX_TEMPERATURE
 SIGNIFICANT = 1.920729  # half the 95 % quantile of chi-square with one degree of freedom
-NEWTON_STEPS = 50
 NESTED_FOLDS = 5
+MAX_LEFT_OUT = 100  # classes, evenly spaced
 SCORES: tuple[Score, ...] = ("max_probability", "energy")
 
 
@@ -118,61 +119,37 @@ def negative_log_likelihood(logits: Logits, targets: NDArray[np.int64]) -> float
 def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
     """Find the temperature with the smallest negative log-likelihood, in [1/20, 20].
 
-    The likelihood is concave in the inverse temperature, so Newton's method with bisection finds its maximum.
     The result is 1 where the data do not determine a temperature: no prediction is wrong (the likelihood then
     grows until the bound), the optimum is at a bound, or a likelihood ratio test at the 5 % level does not
     reject 1 (Wilks, 1938).
     """
-    wrong = logits.argmax(axis=1) != targets
-    if not wrong.any():
+    if (logits.argmax(axis=1) == targets).all():
         return 1.0
-    centered = logits - logits.max(axis=1, keepdims=True)
-    chosen = centered[np.arange(len(targets)), targets]
-    low, high, inverse, start = 1 / MAX_TEMPERATURE, MAX_TEMPERATURE, 1.0, math.nan
-    for step in range(NEWTON_STEPS):
-        weights = np.exp(inverse * centered)
-        sums = weights.sum(axis=1)
-        weights /= sums[:, None]
-        mean = (weights * centered).sum(axis=1)
-        slope = float((mean - chosen).sum())  # derivative of the loss by the inverse temperature
-        curvature = float(((weights * np.square(centered)).sum(axis=1) - mean**2).sum())
-        loss = float((np.log(sums) - inverse * chosen).sum())
-        start = loss if step == 0 else start
-        low, high = (low, inverse) if slope > 0 else (inverse, high)
-        newton = inverse - slope / curvature if curvature > 0 else math.nan
-        following = newton if low < newton < high else math.sqrt(low * high)
-        if abs(following - inverse) <= 1e-6 * inverse:
-            break
-        inverse = following
-    at_bound = not 1.01 / MAX_TEMPERATURE < inverse < MAX_TEMPERATURE / 1.01
-    return 1.0 if at_bound or start - loss < SIGNIFICANT else 1.0 / inverse
+
+    def loss(log_temperature: float) -> float:
+        return negative_log_likelihood(logits / math.exp(log_temperature), targets)
+
+    bound = math.log(MAX_TEMPERATURE)
+    optimum = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6})
+    at_bound = abs(optimum.x) > bound - 0.01
+    significant = loss(0.0) - optimum.fun >= SIGNIFICANT
+    return math.exp(optimum.x) if significant and not at_bound else 1.0
 
 
 def leave_one_class_out(logits: Logits, targets: NDArray[np.int64]) -> dict[Score, float]:
-    """Compute the AUROC of each score with one class left out, averaged over the classes.
+    """Compute the AUROC of each score with one class left out, averaged over up to `MAX_LEFT_OUT` classes.
 
     The logit of the class is masked; its images count as unknown, all others as known. The result is empty
     with fewer than three classes, where one logit would remain, or if only one class has images.
     """
     from sklearn.metrics import roc_auc_score  # noqa: PLC0415  # its import takes a second
 
-    if logits.shape[1] < 3 or len(np.unique(targets)) < 2:
+    classes = np.unique(targets)
+    if logits.shape[1] < 3 or len(classes) < 2:
         return {}
-    rows, top = np.arange(len(logits)), logits.argmax(axis=1)
-    largest = logits[rows, top]
-    weights = np.exp(logits - largest[:, None])
-    sums = weights.sum(axis=1)
-    rest = logits.copy()
-    rest[rows, top] = -np.inf
-    second, rest_energy = rest.max(axis=1), known_score(rest, "energy")
     areas: dict[Score, list[float]] = {score: [] for score in SCORES}
-    for left_out in np.unique(targets):
-        is_top, unknown = top == left_out, targets == left_out
-        # Subtracting the largest term of a sum would be inaccurate; `rest_energy` is computed without it.
-        without = np.where(is_top, 1.0, sums - weights[:, left_out])
-        energy = np.where(is_top, rest_energy, largest + np.log(without))
-        log_probability = np.where(is_top, second, largest) - energy
-        values: dict[Score, Logits] = {"max_probability": log_probability, "energy": energy}
-        for score, scores in values.items():
-            areas[score].append(float(roc_auc_score(~unknown, scores)))
-    return {score: float(np.mean(all_areas)) for score, all_areas in areas.items()}
+    for left_out in classes[np.linspace(0, len(classes) - 1, min(len(classes), MAX_LEFT_OUT)).astype(int)]:
+        masked = np.delete(logits, left_out, axis=1)
+        for score, of_classes in areas.items():
+            of_classes.append(float(roc_auc_score(targets != left_out, known_score(masked, score))))
+    return {score: float(np.mean(of_classes)) for score, of_classes in areas.items()}

@@ -24,6 +24,7 @@ from sopdeploy.decision import (
     Decision,
     PresenceReference,
     Reference,
+    known_score,
     sigmoid,
 )
 
@@ -74,9 +75,7 @@ class PredictionCounts:
 
     def add_logits(self, logits: NDArray[Any]) -> None:
         """Count predictions with finite *logits* (n, C)."""
-        top = logits.argmax(axis=1)
-        shifted = logits - logits[np.arange(len(logits)), top][:, None]
-        self.add(top, 1.0 / np.exp(shifted).sum(axis=1))
+        self.add(logits.argmax(axis=1), known_score(logits, "max_probability"))
 
     def add(self, classes: NDArray[np.integer], confidences: NDArray[np.floating]) -> None:
         """Count predictions of *classes* (n,) with the largest probabilities *confidences* (n,)."""
@@ -170,11 +169,8 @@ def counts_for(decision: Decision, classes: int) -> PredictionCounts | PresenceC
 
 def compare_counts(counts: PredictionCounts | PresenceCounts, decision: Decision) -> Drift | None:
     """Compare *counts*, created by `counts_for`, with the reference of *decision*; None without one."""
-    if isinstance(counts, PresenceCounts) and isinstance(decision.reference, PresenceReference):
-        return counts.compare(decision.reference)
-    if isinstance(counts, PredictionCounts) and isinstance(decision.reference, Reference):
-        return counts.compare(decision.reference)
-    return None
+    reference: Any = decision.reference  # of the kind of *counts*
+    return None if reference is None else counts.compare(reference)
 
 
 def compare(first: Counts, second: Counts) -> Comparison:

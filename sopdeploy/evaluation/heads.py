@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, NonNegative, StrictModel
-from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.folder_store import Log, ignore
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.metrics import TOP_K, Rate, Score
-from sopdeploy.evaluation.prediction import score_images
+from sopdeploy.evaluation.metrics import TOP_K, Rate
+from sopdeploy.evaluation.prediction import open_images_of, predict_images
+from sopdeploy.evaluation.predictions import Predictions
 from sopdeploy.models.base import Classifier
 
 
@@ -88,7 +88,7 @@ class HeadCounter(nn.Module):
 
 def score_heads(
     path: Path, data: Path, *, workers: int = 0, on_image: Callable[[int, int], None], log: Log = ignore
-) -> tuple[tuple[str, ...], list[Score], tuple[HeadAccuracy, ...]]:
+) -> tuple[tuple[str, ...], Predictions, tuple[HeadAccuracy, ...]]:
     """Score all heads of the checkpoint at *path* on the images below *data* in one pass.
 
     Returns the sorted class names and the scores of the exported network, as `score_checkpoint` does, and
@@ -97,14 +97,12 @@ def score_heads(
     checkpoint = read_checkpoint(path)
     if checkpoint.decision is not None and checkpoint.decision.thresholds:
         raise ConfigError(f"{path} predicts several classes per image; omit it", setting="heads")
-    images = open_evaluation_images(data, tuple(sorted(checkpoint.labels)), log=log)
-    if warning := checkpoint.trained_on(images):
-        log(f"{data}: {warning}")
+    images = open_images_of(checkpoint, data, log)
     columns = [checkpoint.labels.index(images.labels[target]) for target in images.targets]
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
     counter = HeadCounter(model, torch.tensor(columns))
     try:
-        scores = score_images(counter.eval(), checkpoint, images, workers=workers, on_image=on_image)
+        scores = predict_images(counter.eval(), checkpoint, images, workers=workers, on_image=on_image)
     except DataError as error:
         raise unreadable_images_error(error, images) from None
     return images.labels, scores, counter.accuracies()

@@ -30,31 +30,24 @@ class Score:
     """Prediction for one image; classes are indices into the sorted class names.
 
     `top5` are the five most probable classes, best first. `confidence` is the probability of the first one,
-    `likelihood` the probability of the true class `target`. `uncalibrated` is the confidence without the
-    temperature, if one was fitted. `known` is whether the image is accepted as one of the classes; `None`
-    without a threshold.
+    `likelihood` the probability of the true class `target`. `known` is whether the image is accepted as one
+    of the classes; `None` without a threshold.
     """
 
     target: int
     top5: tuple[int, ...]
     confidence: float
     likelihood: float
-    uncalibrated: float | None = None
     known: bool | None = None
 
     @classmethod
     def from_ranking(
-        cls,
-        target: int,
-        ranked: Sequence[tuple[int, float]],
-        *,
-        uncalibrated: float | None = None,
-        known: bool | None = None,
+        cls, target: int, ranked: Sequence[tuple[int, float]], *, known: bool | None = None
     ) -> "Score":
         """Score an image of class *target* from all (class, probability) pairs, most probable first."""
         likelihood = next(probability for index, probability in ranked if index == target)
         top5 = tuple(index for index, _ in ranked[:TOP_K])
-        return cls(target, top5, ranked[0][1], likelihood, uncalibrated, known)
+        return cls(target, top5, ranked[0][1], likelihood, known)
 
     @property
     def correct(self) -> bool:
@@ -115,9 +108,8 @@ class ClassificationReport(StrictModel):
 
     `nll` is the mean negative log-likelihood. `classes` are those with an image or a prediction, sorted by
     name; the rows of `confusion` are true classes and its columns predicted classes, in the same order. With
-    fewer than five classes `top5` covers all of them. `uncalibrated_error` is the calibration error without
-    the temperature, `accepted` the fraction of images that are accepted as known; each is `None` if no
-    temperature or threshold was fitted.
+    fewer than five classes `top5` covers all of them. `accepted` is the fraction of images that are accepted
+    as known; `None` if no threshold was fitted.
     """
 
     count: int
@@ -127,8 +119,17 @@ class ClassificationReport(StrictModel):
     calibration: Calibration
     classes: tuple[ClassFigures, ...]
     confusion: tuple[tuple[int, ...], ...]
-    uncalibrated_error: Fraction | None = None
     accepted: Rate | None = None
+
+    def mistakes(self) -> list[tuple[str, str, int]]:
+        """List (true class, predicted class, number of images), the most frequent mistake first."""
+        confusions = [
+            (row.label, column.label, count)
+            for row, counts in zip(self.classes, self.confusion, strict=True)
+            for column, count in zip(self.classes, counts, strict=True)
+            if count and row is not column
+        ]
+        return sorted(confusions, key=lambda confusion: -confusion[2])
 
 
 def classification_report(labels: Sequence[str], scores: Sequence[Score]) -> ClassificationReport:
@@ -152,40 +153,39 @@ def classification_report(labels: Sequence[str], scores: Sequence[Score]) -> Cla
         )
         for number, (index, row, answered) in enumerate(zip(shown, confusion, predicted, strict=True))
     )
-    correct = [score.correct for score in scores]
-    uncalibrated = [score.uncalibrated for score in scores if score.uncalibrated is not None]
     known = [score.known for score in scores if score.known is not None]
     return ClassificationReport(
         count=count,
         top1=Rate.of(sum(score.correct for score in scores), count),
         top5=Rate.of(sum(score.target in score.top5 for score in scores), count),
         nll=math.fsum(-math.log(max(score.likelihood, MIN_PROBABILITY)) for score in scores) / count,
-        calibration=_calibration([score.confidence for score in scores], correct),
+        calibration=_calibration(
+            np.array([score.confidence for score in scores]), np.array([score.correct for score in scores])
+        ),
         classes=tuple(classes),
         confusion=tuple(map(tuple, confusion)),
-        uncalibrated_error=_calibration(uncalibrated, correct).error if len(uncalibrated) == count else None,
         accepted=Rate.of(sum(known), count) if len(known) == count else None,
     )
 
 
 def calibration_error(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
     """Compute the expected calibration error of *logits* (N, C) on images of the classes *targets* (N,)."""
-    correct = logits.argmax(axis=1) == targets
-    return _calibration(known_score(logits, "max_probability").tolist(), correct.tolist()).error
+    return _calibration(known_score(logits, "max_probability"), logits.argmax(axis=1) == targets).error
 
 
-def _calibration(confidences: Sequence[float], correct: Sequence[bool]) -> Calibration:
-    members: list[list[int]] = [[] for _ in range(BINS)]
-    for image, value in enumerate(confidences):
-        members[min(BINS - 1, max(0, math.ceil(value * BINS) - 1))].append(image)
-    curve = []
-    gaps = []
-    for index, inside in enumerate(members):
-        count, confidence, accuracy = len(inside), None, None
-        if count:
-            confidence = min(1.0, math.fsum(confidences[image] for image in inside) / count)
-            accuracy = sum(correct[image] for image in inside) / count
-            gaps.append(count * abs(confidence - accuracy))
-        low, high = index / BINS, (index + 1) / BINS
-        curve.append(Bin(low=low, high=high, count=count, confidence=confidence, accuracy=accuracy))
-    return Calibration(error=min(1.0, math.fsum(gaps) / len(confidences)), bins=BINS, curve=tuple(curve))
+def _calibration(confidences: NDArray[np.float64], correct: NDArray[np.bool_]) -> Calibration:
+    bins = np.clip(np.ceil(confidences * BINS).astype(int) - 1, 0, BINS - 1)
+    counts = np.bincount(bins, minlength=BINS)
+    expected, right = (np.bincount(bins, values, BINS) for values in (confidences, correct))
+    error = float(np.abs(expected - right).sum()) / len(confidences)
+    curve = [
+        Bin(
+            low=index / BINS,
+            high=(index + 1) / BINS,
+            count=count,
+            confidence=min(1.0, float(expected[index]) / count) if count else None,
+            accuracy=float(right[index]) / count if count else None,
+        )
+        for index, count in enumerate(counts.tolist())
+    ]
+    return Calibration(error=min(1.0, error), bins=BINS, curve=tuple(curve))

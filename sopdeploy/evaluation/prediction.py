@@ -1,7 +1,7 @@
 """Evaluation of networks: metrics during training, and per-image scores of a checkpoint."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,20 +14,21 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.data.base import ImagesDataset, LabeledImages, PreprocessedDataset, Target
+from sopdeploy.data.base import Dataset, ImagesDataset, LabeledImages, PreprocessedDataset, Target
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.folder_store import Log, ignore
-from sopdeploy.data.image_files import unreadable_images_error
-from sopdeploy.decision import Activation, Decision
+from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
+from sopdeploy.decision import Activation, Decision, sigmoid
 from sopdeploy.errors import DataError, TrainingError
-from sopdeploy.evaluation.metrics import NO_IMAGES, Score
+from sopdeploy.evaluation.metrics import NO_IMAGES
 from sopdeploy.evaluation.multi_label import (
     DEFAULT_THRESHOLD,
     MultiLabelMetrics,
     MultiLabelPredictions,
     fit_presence,
 )
+from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.images.tta import TtaMode, check_tta_mode, tta_views
@@ -92,70 +93,68 @@ def classification_loss(
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
-@torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    dataset: PreprocessedDataset,
-    preprocess: Preprocess,
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-    processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # has no state
-    on_batch: Callable[[int], None] = lambda _done: None,
+    model: nn.Module, dataset: PreprocessedDataset, preprocess: Preprocess, **options: Any
 ) -> HeldOutMetrics:
     """Evaluate the main head of *model* on *dataset*, on the device of the model.
 
-    Each of *processes* evaluates a different part of the images; each returns the metrics of all images.
-    *on_batch* is called after every batch with the number of images done, the same number of times in each
-    process. The model is in eval mode during the evaluation. Raises `DataError` if there are no images,
-    `TrainingError` if the loss is not finite.
+    *options* are those of `predict_logits`. The model is in eval mode during the evaluation. Raises
+    `DataError` if there are no images, `TrainingError` if the loss is not finite.
     """
     if not len(dataset):
         raise DataError(NO_IMAGES)
-    activation: Activation = "sigmoid" if dataset.images.targets.ndim == 2 else "softmax"
-    loss, counts = torch.zeros((), dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
-    classes = len(dataset.labels) if activation == "sigmoid" else 0
-    predictions = torch.zeros(2, len(dataset), classes, dtype=torch.float64)
-    step, was_training = batch_size * processes.world, model.training
+    was_training = model.training
     model.eval()
     try:
-        for done, batch in enumerate(
-            _own_logits(model, dataset, preprocess, batch_size, workers, processes), 1
-        ):
-            if batch is not None:
-                indices, logits, labels = batch
-                loss += classification_loss(logits, labels, activation, reduction="sum").cpu()
-                if activation == "softmax":
-                    top = (logits.topk(min(k, logits.shape[1]), dim=1).indices for k in (1, 5))
-                    counts += torch.tensor([int((classes == labels[:, None]).sum()) for classes in top])
-                else:
-                    predictions[:, indices] = torch.stack([labels.double(), logits.sigmoid()]).cpu()
-            on_batch(min(len(dataset), done * step))
+        logits, targets = predict_logits(model, dataset, preprocess, **options)
     finally:
         model.train(was_training)
-    mean_loss, count = float(processes.all_reduce(loss)) / len(dataset), len(dataset)
-    if not math.isfinite(mean_loss):
+    return held_out_metrics(dataset.labels, logits, targets)
+
+
+def held_out_metrics(
+    labels: tuple[str, ...], logits: NDArray[np.float64], targets: NDArray[np.int64] | NDArray[np.float32]
+) -> HeldOutMetrics:
+    """Compute the metrics of *logits* (N, C) for *targets*, (N,) or (N, C); F1 is at a threshold of 0.5.
+
+    Raises `TrainingError` if the loss is not finite.
+    """
+    activation: Activation = "sigmoid" if targets.ndim == 2 else "softmax"
+    logits_NC, labels_N = torch.from_numpy(logits), torch.from_numpy(targets)
+    loss = float(classification_loss(logits_NC, labels_N, activation))
+    if not math.isfinite(loss):
         raise TrainingError(
             "the loss on the held-out images is not finite, training has diverged; lower the learning rate"
         )
-    if activation == "sigmoid":
-        targets, probabilities = processes.all_reduce(predictions).numpy()
-        return multi_label_metrics(dataset.labels, targets, probabilities, mean_loss)
-    top1, top5 = processes.all_reduce(counts).tolist()
-    return EvalMetrics(top1=top1 / count, top5=top5 / count, count=count, loss=mean_loss)
+    if activation == "softmax":
+        right = logits_NC.topk(min(5, len(labels)), dim=1).indices == labels_N[:, None]
+        top1, top5 = int(right[:, 0].sum()) / len(right), int(right.any(dim=1).sum()) / len(right)
+        return EvalMetrics(top1=top1, top5=top5, count=len(right), loss=loss)
+    half, probabilities = [DEFAULT_THRESHOLD] * len(labels), sigmoid(logits)
+    report = MultiLabelPredictions(
+        labels=labels, targets=targets.astype(np.float64), probabilities=probabilities, thresholds=half
+    ).report()
+    fitted = fit_presence(targets.astype(np.float64), probabilities)
+    return MultiLabelMetrics(
+        **report.model_dump(include={"map", "macro_f1", "micro_f1", "count"}),
+        loss=loss,
+        thresholds=fitted.thresholds,
+        present=fitted.reference,
+    )
 
 
 def _own_logits(
     model: nn.Module,
-    dataset: PreprocessedDataset,
+    dataset: Dataset,
     preprocess: Preprocess,
     batch_size: int,
     workers: int,
     processes: ProcessGroup,
 ) -> Iterator[tuple[list[int], Tensor, Tensor] | None]:
-    """Yield the indices, logits (B, C) float64 and labels of each batch of this process.
+    """Yield the indices, logits float64 and labels of each batch of this process.
 
-    All processes yield the same number of times; a process that has no batch left yields None.
+    The logits are (B, C), or (B, V, C) for a dataset of V views per image. All processes yield the same
+    number of times; a process that has no batch left yields None.
     """
     device = next(model.parameters()).device
     normalize = Normalize(preprocess).to(device)
@@ -164,26 +163,10 @@ def _own_logits(
     for indices, (images, labels) in zip(
         batches, load_batches(dataset, batches, workers, device), strict=True
     ):
-        yield indices, model(normalize(images)).double(), labels
+        logits = model(normalize(images.flatten(end_dim=-4))).double()
+        yield indices, logits.unflatten(0, images.shape[:-3]), labels
     rounds = -(-len(dataset) // (batch_size * processes.world))
     yield from [None] * (rounds - len(batches))
-
-
-def multi_label_metrics(
-    labels: tuple[str, ...], targets: NDArray[np.float64], probabilities: NDArray[np.float64], loss: float
-) -> MultiLabelMetrics:
-    """Compute the metrics of *probabilities* (N, C) for *targets* (N, C), with F1 at a threshold of 0.5."""
-    half = [DEFAULT_THRESHOLD] * len(labels)
-    predictions = MultiLabelPredictions(
-        labels=labels, targets=targets, probabilities=probabilities, thresholds=half
-    )
-    fitted = fit_presence(targets, probabilities)
-    return MultiLabelMetrics(
-        **predictions.report().model_dump(include={"map", "macro_f1", "micro_f1", "count"}),
-        loss=loss,
-        thresholds=fitted.thresholds,
-        present=fitted.reference,
-    )
 
 
 @torch.no_grad()
@@ -194,19 +177,26 @@ def predict_logits(
     *,
     batch_size: int = 64,
     workers: int = 0,
+    processes: ProcessGroup = ProcessGroup(),  # noqa: B008  # has no state
     on_batch: Callable[[int], None] = lambda _done: None,
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.float64], NDArray[Any]]:
     """Compute the logits (N, C) of *model* on *dataset*; return them and the targets of its images.
 
-    The model must be in eval mode. *on_batch* receives the number of images done after every batch.
+    The model must be in eval mode. Each of *processes* computes a different part of the images; each returns
+    the logits of all images. *on_batch* is called after every batch with the number of images done, the same
+    number of times in each process.
     """
-    logits, targets = [], []
-    batches = _own_logits(model, dataset, preprocess, batch_size, workers, ProcessGroup())
-    for _, of_batch, labels in filter(None, batches):
-        logits.append(of_batch.cpu())
-        targets.append(labels.cpu())
-        on_batch(sum(map(len, targets)))
-    return torch.cat(logits).numpy(), torch.cat(targets).numpy()
+    parts: list[tuple[list[int], Tensor]] = []
+    batches = _own_logits(model, dataset, preprocess, batch_size, workers, processes)
+    for done, batch in enumerate(batches, 1):
+        if batch is not None:
+            parts.append((batch[0], batch[1].cpu()))
+        on_batch(min(len(dataset), done * batch_size * processes.world))
+    classes = parts[0][1].shape[1] if parts else len(dataset.labels)
+    logits = torch.zeros(len(dataset), classes, dtype=torch.float64)
+    for indices, part in parts:
+        logits[indices] = part
+    return processes.all_reduce(logits).numpy(), dataset.images.targets
 
 
 def score_checkpoint(
@@ -217,43 +207,39 @@ def score_checkpoint(
     workers: int = 0,
     on_image: Callable[[int, int], None],
     log: Log = ignore,
-) -> tuple[tuple[str, ...], list[Score] | MultiLabelPredictions]:
-    """Score the checkpoint at *path* on the images below *data*, one subfolder per class or `labels.csv`.
+) -> tuple[tuple[str, ...], Predictions]:
+    """Predict the images below *data*, one subfolder per class or `labels.csv`, by the checkpoint at *path*.
 
     Returns the sorted class names and one score per image or, for a multi-label network, all its predictions
     of the classes in output order. *on_image* receives the numbers of images done and in total, *log* lines
     about the folder.
     """
     checkpoint = read_checkpoint(path)
-    thresholds = checkpoint.decision.thresholds if checkpoint.decision is not None else None
-    labels = checkpoint.labels if thresholds else tuple(sorted(checkpoint.labels))
-    images = open_evaluation_images(data, labels, multi_label=bool(thresholds), log=log)
-    if warning := checkpoint.trained_on(images):
-        log(f"{data}: {warning}")
+    images = open_images_of(checkpoint, data, log)
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return images.labels, predict_checkpoint(
+        return images.labels, predict_images(
             model, checkpoint, images, tta=tta, workers=workers, on_image=on_image
         )
     except DataError as error:
         raise unreadable_images_error(error, images) from None
 
 
-def predict_checkpoint(
-    model: nn.Module, checkpoint: Checkpoint, images: LabeledImages, **options: Any
-) -> list[Score] | MultiLabelPredictions:
-    """Predict *images* with *model*, the network of *checkpoint*: `score_images`, or `predict_images`.
+def open_images_of(checkpoint: Checkpoint, data: Path, log: Log = ignore) -> ImageFiles:
+    """Open the images below *data* with the classes of *checkpoint*, sorted unless an image has several.
 
-    *options* are those of both.
+    *log* receives lines about the folder, also about images that the network was trained on.
     """
-    thresholds = checkpoint.decision.thresholds if checkpoint.decision is not None else None
-    if thresholds is None:
-        return score_images(model, checkpoint, images, **options)
-    return predict_images(model, thresholds, images, checkpoint.preprocess, **options)
+    multi_label = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
+    labels = checkpoint.labels if multi_label else tuple(sorted(checkpoint.labels))
+    images = open_evaluation_images(data, labels, multi_label=multi_label, log=log)
+    if warning := checkpoint.trained_on(images):
+        log(f"{data}: {warning}")
+    return images
 
 
 @torch.no_grad()
-def score_images(
+def predict_images(
     model: nn.Module,
     checkpoint: Checkpoint,
     images: LabeledImages,
@@ -261,71 +247,23 @@ def score_images(
     tta: str = "none",
     workers: int = 0,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
-) -> list[Score]:
-    """Score *model*, the network of *checkpoint*, on *images*; classes are matched by name.
+) -> Predictions:
+    """Predict *images* with *model*, the network of *checkpoint* in eval mode; it stays on its device.
 
-    The temperature divides the logits, as in an exported bundle. Probabilities are averaged over the views of
-    *tta*; a rejection threshold applies to single views only. The model must be in eval mode.
+    The temperature divides the logits, as in an exported bundle.
     """
     preprocess, decision = checkpoint.preprocess, checkpoint.decision or Decision()
-    columns = [images.labels.index(label) for label in checkpoint.labels]
     dataset = _TtaDataset(images, preprocess, check_tta_mode(tta, preprocess))
-    scores: list[Score] = []
-    for unscaled, targets in _view_logits(model, dataset, workers):
-        logits = unscaled / decision.temperature
-        probabilities = logits.softmax(dim=2).mean(dim=1)
-        # logits also rank classes whose probabilities are rounded to 0
-        ranking = logits[:, 0] if logits.shape[1] == 1 else probabilities
-        rankings = ranking.argsort(dim=1, descending=True, stable=True).tolist()
-        for image, (target, ranked, row) in enumerate(
-            zip(targets.tolist(), rankings, probabilities.tolist(), strict=True)
-        ):
-            review = decision.review(logits[image, 0].cpu().numpy()) if logits.shape[1] == 1 else {}
-            ranking_of_image = [(columns[column], row[column]) for column in ranked]
-            scores.append(Score.from_ranking(target, ranking_of_image, **review))
-        on_image(len(scores), len(dataset))
-    return scores
 
+    def calibrated_logits() -> Iterator[NDArray[np.float64]]:
+        batches = _own_logits(model, dataset, preprocess, SCORE_BATCH, workers, ProcessGroup())
+        for indices, logits, _ in filter(None, batches):
+            if not bool(torch.isfinite(logits).all()):
+                raise TrainingError("the logits are not finite; train again with a lower learning rate")
+            yield from (logits / decision.temperature).cpu().numpy()
+            on_image(indices[-1] + 1, len(images))
 
-@torch.no_grad()
-def predict_images(
-    model: nn.Module,
-    thresholds: Sequence[float],
-    images: LabeledImages,
-    preprocess: Preprocess,
-    *,
-    tta: str = "none",
-    workers: int = 0,
-    on_image: Callable[[int, int], None] = lambda _done, _total: None,
-) -> MultiLabelPredictions:
-    """Predict any number of classes per image; *model* has one output per label of *images*.
-
-    Probabilities are averaged over the views of *tta*. The model must be in eval mode; it stays on its
-    device.
-    """
-    dataset = _TtaDataset(images, preprocess, check_tta_mode(tta, preprocess))
-    probabilities: list[Tensor] = []
-    for logits, _ in _view_logits(model, dataset, workers):
-        probabilities += logits.sigmoid().mean(dim=1).cpu()
-        on_image(len(probabilities), len(dataset))
-    return MultiLabelPredictions(
-        labels=images.labels,
-        targets=images.targets.astype(np.float64),
-        probabilities=torch.stack(probabilities).numpy(),
-        thresholds=thresholds,
-    )
-
-
-def _view_logits(model: nn.Module, dataset: "_TtaDataset", workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the logits (B, V, C) float64 of the views of *dataset*, and the labels, by batches."""
-    device = next(model.parameters()).device
-    normalize = Normalize(dataset.preprocess).to(device)
-    batches = sequential_batches(len(dataset), SCORE_BATCH)
-    for views, targets in load_batches(dataset, batches, workers, device):
-        logits = model(normalize(views.flatten(end_dim=1))).double()
-        if not bool(torch.isfinite(logits).all()):
-            raise TrainingError("the logits are not finite; train again with a lower learning rate")
-        yield logits.unflatten(0, views.shape[:2]), targets
+    return make_predictions(calibrated_logits(), images, checkpoint.labels, decision)
 
 
 @dataclass(frozen=True, slots=True)

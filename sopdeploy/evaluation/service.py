@@ -33,42 +33,30 @@ def score_service(
     """
     with Client(url, api_key=api_key) as client:
         served = [info for info in client.info().models if model in (None, info.name)]
-        if served and served[0].thresholds is not None:
-            thresholds = dict(sorted(served[0].thresholds.items()))
-            return tuple(thresholds), _predict_multi_label(client, data, model, thresholds, on_image)
-        first = _classify(client, open_any_images(data), 0, model)
-        labels = tuple(sorted(entry.label for entry in first.classes))
-        images = open_evaluation_images(data, labels, log=log)
+        thresholds = served[0].thresholds if served else None
+        if thresholds is None:
+            first = _classify(client, open_any_images(data), 0, model)
+            labels = tuple(sorted(entry.label for entry in first.classes))
+        else:
+            labels = tuple(sorted(thresholds))
+        images = open_evaluation_images(data, labels, multi_label=thresholds is not None, log=log)
         scores = []
+        probabilities = np.zeros((len(images), len(labels)))
         for index in range(len(images)):
-            response = _classify(client, images, index, model)
+            response = _classify(client, images, index, model, None if thresholds is None else 0.0)
             ranked = [(labels.index(entry.label), entry.probability) for entry in response.classes]
-            scores.append(Score.from_ranking(int(images.targets[index]), ranked, known=response.known))
+            if thresholds is None:
+                scores.append(Score.from_ranking(int(images.targets[index]), ranked, known=response.known))
+            for column, probability in ranked:
+                probabilities[index, column] = probability
             on_image(index + 1, len(images))
+    if thresholds is None:
         return labels, scores
-
-
-def _predict_multi_label(
-    client: Client,
-    data: Path,
-    model: str | None,
-    thresholds: dict[str, float],
-    on_image: Callable[[int, int], None],
-) -> MultiLabelPredictions:
-    """Request the probabilities of all classes, those of *thresholds*, for every image of *data*."""
-    labels = tuple(thresholds)
-    images = open_evaluation_images(data, labels, multi_label=True)
-    probabilities = np.zeros((len(images), len(labels)))
-    for index in range(len(images)):
-        response = _classify(client, images, index, model, threshold=0.0)
-        by_label = {entry.label: entry.probability for entry in response.classes}
-        probabilities[index] = [by_label[label] for label in labels]
-        on_image(index + 1, len(images))
-    return MultiLabelPredictions(
+    return labels, MultiLabelPredictions(
         labels=labels,
         targets=images.targets.astype(np.float64),
         probabilities=probabilities,
-        thresholds=tuple(thresholds.values()),
+        thresholds=tuple(thresholds[label] for label in labels),
     )
 
 

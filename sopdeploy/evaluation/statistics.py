@@ -69,18 +69,6 @@ def paired(differences: Sequence[float]) -> Paired:
     )
 
 
-def mcnemar(only_first: int, only_second: int) -> float:
-    """Compute the exact two-sided McNemar p-value.
-
-    *only_first* and *only_second* count the images that only the first or only the second network classifies
-    correctly.
-    """
-    from scipy.stats import binomtest  # noqa: PLC0415  # not part of the base installation
-
-    count = only_first + only_second
-    return float(binomtest(only_first, count).pvalue) if count else 1.0
-
-
 def bootstrap(gain_SN: NDArray[np.int8], draws: int = 2000, seed: int = 0) -> Interval:
     """Compute the percentile bootstrap interval of the mean of *gain_SN* over seeds and images.
 

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, readable on a phone: bars, interval, heat map, line plot.
+"""Charts as inline SVG, readable on a phone: bars and line plots.
 
 SVG elements are built with escaped text and attributes and closed tags.
 """
@@ -17,13 +17,8 @@ _SMALL_LETTER = 5.8  # average width of a letter of class `small`
 
 # Labels of bars, rows and columns, and heights of bars in SVG units.
 _LONGEST_LABEL = 24  # characters
-_BAR_STEP, _MARKS_HEIGHT = 18.0, 30.0
+_BAR_STEP = 18.0
 
-# Heat map: the space above the columns, the largest cell, and the most columns that leave room for numbers.
-_HEAT_TOP = 14.0
-_CELL_WIDTH, _CELL_HEIGHT = 60.0, 26.0
-_MAX_NUMBERED_COLUMNS = 14
-_SLANT = math.sqrt(0.5)  # sine and cosine of the angle of long column labels
 
 # Line plot: the plotting area, the line styles (`.c0` to `.c5` in style.css) and the legend.
 _PLOT_LEFT, _PLOT_RIGHT, _PLOT_TOP, _PLOT_BOTTOM = 46.0, 346.0, 44.0, 190.0
@@ -127,6 +122,24 @@ def svg(id: str, title: str, description: str, size: tuple[float, float], *shape
     )
 
 
+def svg_file(title: str, description: str, style: str, size: tuple[float, float], *shapes: str) -> Markup:
+    """Build an SVG file of *size* (width, height) with a white background."""
+    width, height = size
+    return element(
+        "svg",
+        element("title", title),
+        element("desc", description),
+        element("style", style),
+        element("rect", width=width, height=height, rx=8, fill="#ffffff"),
+        *shapes,
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {width} {height}",
+        width=width,
+        height=height,
+        role="img",
+    )
+
+
 def _coordinate(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
 
@@ -136,33 +149,17 @@ def _label_width(labels: Iterable[str]) -> float:
     return 8 + _SMALL_LETTER * min(_LONGEST_LABEL, max(map(len, labels), default=0))
 
 
-def bars(
-    id: str,
-    title: str,
-    rows: Sequence[Bar],
-    largest: float,
-    marks: Sequence[tuple[float, str]] = (),
-) -> Markup:
-    """Draw horizontal bars; *largest* is the value of a bar of full width.
-
-    Each of *marks*, a value and its label, is a vertical line across the bars.
-    """
-
+def bars(id: str, title: str, rows: Sequence[Bar], largest: float) -> Markup:
+    """Draw horizontal bars; *largest* is the value of a bar of full width."""
     left = _label_width(row.label for row in rows)
     right = max(left + 6, WIDTH - 2 - _SMALL_LETTER * max((len(row.text) for row in rows), default=0))
 
     def length(value: float) -> float:
         return (right - 6 - left) * min(value, largest) / largest if largest > 0 else 0.0
 
-    top = _MARKS_HEIGHT if marks else 2.0
-    height = top + _BAR_STEP * len(rows)
     shapes = []
-    for value, label in marks:
-        x = left + length(value)
-        shapes.append(element("path", d=f"M{x:.2f} 18V{height - 2}", class_="mark"))
-        shapes.append(text(x, 13, label, anchor="end" if value > largest / 2 else "start"))
     for number, row in enumerate(rows):
-        y = top + _BAR_STEP * number
+        y = 2.0 + _BAR_STEP * number
         shapes.append(
             element(
                 "g",
@@ -173,82 +170,7 @@ def bars(
             )
         )
     description = "; ".join(f"{row.label} {row.text}" for row in rows) + "."
-    description += "".join(f" A line marks {label}." for _, label in marks)
-    return svg(id, title, description, (WIDTH, height), *shapes)
-
-
-def interval(id: str, title: str, fraction: float, low: float, high: float) -> Markup:
-    """Draw a *fraction* in [0, 1] with its confidence interval."""
-    left, right, y = 12.0, WIDTH - 20, 22.0
-    marked = (0.0, 0.25, 0.5, 0.75, 1.0)
-    x = {value: left + value * (right - left) for value in (*marked, low, fraction, high)}
-    ticks = []
-    for value in marked:
-        ticks.append(element("path", d=f"M{x[value]} {y + 8}v5", class_="axis"))
-        ticks.append(text(x[value], y + 26, f"{100 * value:.0f} %", anchor="middle"))
-    width = max(2.0, x[high] - x[low])
-    return svg(
-        id,
-        title,
-        f"{100 * fraction:.1f} %, with a confidence interval between {100 * low:.1f} and {100 * high:.1f} %.",
-        (WIDTH, 54),
-        element("path", d=f"M{left} {y + 8}H{right}", class_="axis"),
-        element("rect", x=x[low], y=y - 6, width=width, height=10, class_="band"),
-        element("circle", cx=x[fraction], cy=y - 1, r=5, class_="bar"),
-        *ticks,
-    )
-
-
-def heat(
-    id: str,
-    title: str,
-    rows: Sequence[tuple[str, Sequence[float]]],
-    columns: Sequence[str],
-    texts: Sequence[Sequence[str]],
-    *,
-    wrong_off_diagonal: bool = False,
-) -> Markup:
-    """Draw a heat map of *rows*: each has a label and one value in [0, 1] per column.
-
-    *texts* are the numbers to write into the cells. *wrong_off_diagonal* gives the cells off the diagonal the
-    color of errors, as in a confusion matrix.
-    """
-    left, numbered = _label_width(label for label, _ in rows), len(columns) <= _MAX_NUMBERED_COLUMNS
-    names = [shorten(column, _LONGEST_LABEL) for column in columns]
-    longest = _SMALL_LETTER * max(map(len, names))
-    width = min(_CELL_WIDTH, (WIDTH - left) / len(columns))
-    slanted, top = longest > width, _HEAT_TOP
-    if slanted:  # half of the last cell and the space on the right hold the last label
-        width = min(width, (WIDTH - left - longest * _SLANT) / (len(columns) - 0.5))
-        top += longest * _SLANT
-    height = min(width, _CELL_HEIGHT)
-    shapes = []
-    for column, name in enumerate(names):
-        if numbered or column % 5 == 0:
-            x, y = left + width * (column + 0.5), top - 4
-            turn = f"rotate(-45 {_coordinate(x)} {_coordinate(y)})" if slanted else None
-            anchor = "start" if slanted else "middle"
-            shapes.append(element("text", name, x=x, y=y, class_="small", text_anchor=anchor, transform=turn))
-    for row, (label, values) in enumerate(rows):
-        y = top + height * row
-        shapes.append(text(left - 5, y + height / 2 + 4, shorten(label, _LONGEST_LABEL), anchor="end"))
-        for column, value in enumerate(values):
-            number = texts[row][column]
-            x = left + width * column
-            cell = {"x": x, "y": y, "width": width - 1, "height": height - 1}
-            kind = "cell wrong" if wrong_off_diagonal and column != row else "cell"
-            children = [
-                element("title", f"{label}, {columns[column]}: {number}"),
-                element("rect", **cell, class_="empty"),
-                element("rect", **cell, class_=kind, fill_opacity=value),
-            ]
-            if numbered and number != "0":
-                style = "small dark" if value > 0.5 else "small"
-                children.append(text(x + width / 2, y + height / 2 + 4, number, style, "middle"))
-            shapes.append(element("g", *children))
-    cells = "; ".join(f"{label}: {', '.join(texts[row])}" for row, (label, _) in enumerate(rows))
-    size = (WIDTH, top + height * len(rows) + 4)
-    return svg(id, title, f"Columns are {', '.join(columns)}. {cells}.", size, *shapes)
+    return svg(id, title, description, (WIDTH, 2.0 + _BAR_STEP * len(rows)), *shapes)
 
 
 def plot(id: str, title: str, curves: Sequence[Curve], x_axis: Axis, y_axis: Axis) -> Markup:

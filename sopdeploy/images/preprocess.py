@@ -20,7 +20,6 @@ Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Channel = Annotated[int, pydantic.Field(ge=0, le=255)]
 Pixels = NDArray[np.uint8]
 Fit = Literal["crop", "pad", "squash"]
-INTERPOLATIONS = ("bilinear", "bicubic")
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright image
 
 TIMM_CROP_MODES: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
@@ -103,11 +102,6 @@ class Preprocess(StrictModel):
 
     @classmethod
     def _published(cls, source: str, **fields: Any) -> "Preprocess":
-        if fields["interpolation"] not in INTERPOLATIONS:
-            raise ConfigError(
-                f"{source}: interpolation {fields['interpolation']!r}; supported are "
-                f"{', '.join(INTERPOLATIONS)}"
-            )
         try:
             return cls(**fields)
         except pydantic.ValidationError as error:

@@ -18,16 +18,9 @@ def check_tta_mode(mode: str, preprocess: Preprocess) -> TtaMode:
     known: dict[str, TtaMode] = {name: name for name in get_args(TtaMode)}
     if mode not in known:
         raise ConfigError(f"not one of {', '.join(known)}", setting="tta", value=mode)
-    if mode == "ten-crop" and preprocess.fit != "crop":
+    if mode == "ten-crop" and (preprocess.fit != "crop" or preprocess.crop == preprocess.resize):
         raise ConfigError(
-            f"the network sees the whole image (fit = {preprocess.fit}), so there are no corners to crop",
-            setting="tta",
-            value=mode,
-            remedies={"tta": "flip"},
-        )
-    if mode == "ten-crop" and preprocess.crop == preprocess.resize:
-        raise ConfigError(
-            f"resize and crop are both {preprocess.resize}, so there are no corners to crop",
+            "the network sees the whole image, so there are no corners to crop",
             setting="tta",
             value=mode,
             remedies={"tta": "flip"},

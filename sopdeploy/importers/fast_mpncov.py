@@ -12,7 +12,7 @@ import re
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fit import triangle_side
-from sopdeploy.importers.resnets import RESNET_TENSOR, resnet_depth, stem_width
+from sopdeploy.importers.resnets import resnet_depth, stem_width
 from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile, rename_tensors
 from sopdeploy.models.registry import CATALOG
 
@@ -41,8 +41,8 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
     mapped = rename_tensors(file, _rename_resnet)
     renamed = WeightFile(path=file.path, tensors={entry.name: entry.tensor for entry in mapped})
     depth = resnet_depth(file.path, renamed.tensors)
-    classes, length = renamed.classifier_weight("fc.weight").shape
-    channels = renamed.length(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight")
+    classes, length = renamed.tensor("fc.weight").shape
+    channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
     pooling = detect_pooling(file, mapped, channels, length)
     kind = str(pooling["pooling.kind"])
     reduced = {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys()
@@ -65,15 +65,14 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
     )
 
 
-def _rename_resnet(source: str) -> str | None:
+def _rename_resnet(source: str) -> str:
     part, _, leaf = source.rpartition(".")
     if part in REDUCTION or part in REDUCTION.values():
         return f"pooling.{REDUCTION.get(part, part)}.{leaf}"
     if part == "classifier":
         return f"fc.{leaf}"
     match = NUMBERED_TENSOR.fullmatch(source)
-    name = f"{STAGES[match['stage']]}.{match['rest']}" if match else source
-    return name if RESNET_TENSOR.fullmatch(name) else None
+    return f"{STAGES[match['stage']]}.{match['rest']}" if match else source
 
 
 def detect_pooling(
@@ -81,7 +80,7 @@ def detect_pooling(
 ) -> dict[str, str | int]:
     """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers."""
     reduced = [
-        file.length(entry.sources[0]) for entry in mapped if entry.name == "pooling.layer_reduce.weight"
+        len(file.tensor(entry.sources[0])) for entry in mapped if entry.name == "pooling.layer_reduce.weight"
     ]
     width = reduced[0] if reduced else channels
     if triangle_side(length) == width:

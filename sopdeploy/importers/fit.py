@@ -1,5 +1,6 @@
 """Matching of converted weights with the network that the user named: config first, then each tensor."""
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -20,23 +21,42 @@ def choose_config(
 ) -> StrictModel:
     """Build the config of *model* from defaults, the user's *settings* and the values detected in the file.
 
-    The defaults are those of the catalog and of the project that published the file. Raises `WeightsError`
-    if the file belongs to another network, `ConfigError` if a setting contradicts the file or is missing.
+    *settings* are values by dotted key, such as `pooling.iterations`. The defaults are those of the catalog
+    and of the project that published the file. Raises `WeightsError` if the file belongs to another network,
+    `ConfigError` if a setting contradicts the file or is missing.
     """
     defaults = entry(model).defaults
-    config = make_config(model, _merge(defaults, settings)).model_dump(mode="json")
+    config = make_config(model, _set_values(defaults, settings))
     for key, value in converted.required.items():
-        if _look_up(config, key) != value:
-            raise _misfit(file, converted, model, f"{key} is {_look_up(config, key)}, not {value}")
+        given: Any = config
+        for part in key.split("."):
+            given = getattr(given, part, None)
+        if given != value:
+            raise _misfit(file, converted, model, f"{key} is {given}, not {value}")
     for key, reason in converted.undetermined.items():
         if key not in settings:
             raise ConfigError(f"{file.path}: {reason}; add --set {key}=..")
     for key, value in converted.detected.items():
-        setting = _look_up(settings, key)
-        if setting is not None and setting != value:
-            raise ConfigError(f"--set {key}={setting}: {file.path} holds {value}; leave the setting out")
-    values = _merge(_merge(defaults, converted.defaults), settings)
-    return make_config(model, _merge(values, nest_settings(converted.detected)))
+        if settings.get(key, value) != value:
+            raise ConfigError(
+                f"--set {key}={settings[key]}: {file.path} holds {value}; leave the setting out"
+            )
+    values = {**converted.defaults, **settings, **converted.detected}
+    return make_config(model, _set_values(defaults, values))
+
+
+def _set_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Set *values* by dotted key; a name in place of a table, such as `pooling=gap`, is its `kind`."""
+    config = copy.deepcopy(dict(base))
+    for key, value in values.items():
+        *tables, last = key.split(".")
+        table = config
+        for name in tables:
+            inner = table.get(name, {})
+            table[name] = inner if isinstance(inner, dict) else {"kind": inner}
+            table = table[name]
+        table[last] = value
+    return config
 
 
 def fit_tensors(
@@ -51,12 +71,10 @@ def fit_tensors(
         network = create_model(model, num_classes=converted.num_classes, **values)
     expected = network.state_dict()
     by_name = {mapped.name: mapped for mapped in converted.tensors}
-    used = {source for mapped in converted.tensors for source in mapped.sources} | converted.ignored.keys()
+    used = {source for name in by_name.keys() & expected.keys() for source in by_name[name].sources}
     for source in file.tensors:
         if source not in used:
             raise _misfit(file, converted, model, f"it has no tensor for {source}")
-    for name in by_name.keys() - expected.keys():
-        raise _misfit(file, converted, model, f"it has no {name} for {by_name[name].sources[0]}")
     state: dict[str, Tensor] = {}
     rows: list[MappedTensor] = []
     for name, wanted in expected.items():
@@ -80,21 +98,6 @@ def fit_tensors(
     return state, rows
 
 
-def nest_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert dotted keys to nested tables: `pooling.iterations` becomes a key of `pooling`."""
-    tree: dict[str, Any] = {}
-    for key, value in settings.items():
-        *tables, last = key.split(".")
-        here = tree
-        for table in tables:
-            below = here.setdefault(table, {})
-            if not isinstance(below, dict):
-                raise ConfigError(f"--set {key}: {table} is a value, not a table with keys")
-            here = below
-        here[last] = value
-    return tree
-
-
 def _misfit(file: WeightFile, converted: ConvertedWeights, model: str, difference: str) -> WeightsError:
     if converted.model == model:
         return WeightsError(f"{file.path}: does not fit {model} ({difference})")
@@ -102,28 +105,6 @@ def _misfit(file: WeightFile, converted: ConvertedWeights, model: str, differenc
     return WeightsError(
         f"{file.path}: does not fit {model} ({difference}); it looks like {converted.description}, {advice}"
     )
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested tables; a name in place of a table, such as `pooling=gap`, is read as its `kind`."""
-    result = dict(base)
-    for key, value in over.items():
-        if isinstance(value, Mapping):
-            below = result.get(key, {})
-            result[key] = _merge(below if isinstance(below, Mapping) else {"kind": below}, value)
-        else:
-            result[key] = value
-    return result
-
-
-def _look_up(values: Mapping[str, Any], key: str) -> Any:
-    """Get the value of the dotted *key*; None if it is missing."""
-    here: Any = values
-    for part in key.split("."):
-        if isinstance(here, str) and part == "kind":
-            return here
-        here = here.get(part) if isinstance(here, Mapping) else None
-    return here
 
 
 def row_wise_order(channels: int) -> Tensor:

@@ -9,13 +9,11 @@ each tensor with such an axis is made row-wise.
 from collections.abc import Iterator
 from typing import Any
 
-import pydantic
 import torch
 from torch import Tensor
 
 from sopdeploy.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
 from sopdeploy.backbones.resnet import RAW_SCALE
-from sopdeploy.config import first_problem
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fit import row_wise_order, triangle_side
@@ -82,18 +80,12 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     mean = tuple(channel / 255.0 for channel in file.average_color)
     deviation = 1 / 255  # the mean is subtracted from pixels of 0 to 255, which are not divided
     rules = {"resize": side, "crop": side, "mean": mean, "std": (deviation,) * 3}
-    try:
-        preprocess = Preprocess.model_validate(rules)
-    except pydantic.ValidationError as error:
-        raise WeightsError(
-            f"{file.path}: meta.normalization, {first_problem(error)}; save the network with valid meta"
-        ) from error
     return ConvertedWeights(
         description=f"{TITLES[kind][component]}, {blocks} blocks per stage, {widen} times as wide",
         model=MODELS.get((kind, component, blocks, widen)),
         tensors=tuple(tensors),
         num_classes=len(pointwise_kernel(file, "prediction_f")),
-        preprocess=preprocess,
+        preprocess=Preprocess.model_validate(rules),
         required=required,
         detected=config,
         notes=NOTES,
@@ -105,14 +97,9 @@ def _gate_config(file: WeightFile) -> dict[str, Any]:
     gate_layers = sum(name.startswith("gating") and name[6:-2].isdigit() for name in file.tensors)
     component = [name for letter in LETTERS if (name := f"CM_1_{letter}_f") in file.tensors]
     norm = "CM_1_a_bn_w" in file.tensors
-    components = int(layer_number(file, "gating", "CM_num", integer=True))
-    if components > len(file.tensors):
-        raise WeightsError(
-            f"{file.path}: layer gating has CM_num {components}, more than the file has tensors"
-        )
     return {
-        "components": components,
-        "chosen": int(layer_number(file, "gating", "topk", integer=True)),
+        "components": file.tensor("gating_w").shape[1],
+        "chosen": int(layer_number(file, "gating", "topk")),
         "component_widths": [len(conv_kernel(file, name)) for name in component],
         "component_bias": "CM_1_a_b" in file.tensors,
         "component_norm": norm,
@@ -168,11 +155,6 @@ def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Itera
     width = config["gate_widths"][-1] if second_order and config["gate_widths"] else None
     for source, name in (("gating_w", "gate.weight"), ("gating_noise_w", "gate.noise.weight")):
         weight = file.tensor(source)
-        if weight.dim() != 2:
-            raise WeightsError(
-                f"{file.path}: {source} has shape {tuple(weight.shape)}, not (features, components); give a "
-                "network of the released code"
-            )
         yield MappedTensor(name, (source,), *reorder(weight.T, _order(width, weight.T), 1, TRANSPOSED))
     components = [
         [name for letter in LETTERS if (name := f"CM_{component}_{letter}_f") in file.tensors]
@@ -180,8 +162,6 @@ def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Itera
     ]
     for step, names in enumerate(zip(*components, strict=False)):
         matrices = [pointwise_kernel(file, name) for name in names]
-        if len({matrix.shape for matrix in matrices}) != 1:
-            raise WeightsError(f"{file.path}: {names[0]} has another size in other components")
         yield MappedTensor(f"mixture.weights.{step}", names, torch.stack(matrices), f"{TRANSPOSED}, stacked")
         sources = [name.removesuffix("_f") for name in names]
         rows: list[tuple[MappedTensor, ...]] = []

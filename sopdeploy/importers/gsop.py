@@ -14,7 +14,7 @@ import torch
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fit import row_wise_order, triangle_side
-from sopdeploy.importers.resnets import RESNET_TENSOR, resnet_depth, stem_width
+from sopdeploy.importers.resnets import resnet_depth, stem_width
 from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile, rename_tensors
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.registry import CATALOG
@@ -49,14 +49,14 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     detected = {"base_width": stem_width(file), **_block_config(file)}
     detected["final_pooling"] = "gap" if net == 1 else "isqrt"
     if net == 2:
-        detected["final_width"] = file.length("layer_reduce.weight")
+        detected["final_width"] = len(file.tensor("layer_reduce.weight"))
     attention = detected.get("attention")
     model = f"gsop-net{net}-resnet{depth}"
     return ConvertedWeights(
         description=f"GSoP-Net{net} on ResNet-{depth}, {attention or 'sum or maximum'} blocks",
         model=model if model in CATALOG else None,
         tensors=tuple(_make_row_wise(file, mapped) for mapped in rename_tensors(file, _rename)),
-        num_classes=len(file.classifier_weight("fc.weight")),
+        num_classes=len(file.tensor("fc.weight")),
         preprocess=Preprocess(),
         required={"depth": depth, "final_pooling": detected["final_pooling"]},
         detected=detected,
@@ -66,13 +66,13 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     )
 
 
-def _rename(source: str) -> str | None:
+def _rename(source: str) -> str:
     if source.startswith(("layer_reduce.", "layer_reduce_bn.")):
         return f"pooling.{source}"
     match = BLOCK_TENSOR.fullmatch(source)
     if match and match["part"] in BLOCK:
         return f"{match['stage']}.{match['block']}.attention.{BLOCK[match['part']]}.{match['leaf']}"
-    return source if RESNET_TENSOR.fullmatch(source) else None
+    return source
 
 
 def _block_config(file: WeightFile) -> dict[str, Any]:
@@ -83,12 +83,12 @@ def _block_config(file: WeightFile) -> dict[str, Any]:
         match for match in matches if match["part"].startswith("conv_for_DR") and match["leaf"] == "weight"
     ]
     config: dict[str, Any] = {
-        "cov_width": file.length(reductions[0][0]),
+        "cov_width": len(file.tensor(reductions[0][0])),
         "block_stages": sorted({match["stage"] for match in reductions}),
     }
     for name in file.tensors:
         if name.endswith(".row_bn_for_spatial.weight"):
-            config["position_side"] = math.isqrt(file.length(name))
+            config["position_side"] = math.isqrt(len(file.tensor(name)))
     if "dilate_conv_for_concat1" in parts:
         config["attention"] = "concatenation"
     elif not {"conv_for_DR", "conv_for_DR_spatial"} <= parts:  # both halves without it: sum or maximum
@@ -100,8 +100,8 @@ def _make_row_wise(file: WeightFile, mapped: MappedTensor) -> MappedTensor:
     """Permute the classifier of GSoP-Net2 from column-wise to row-wise triangles."""
     if mapped.name != "fc.weight" or "layer_reduce.weight" not in file.tensors:
         return mapped
-    width = file.length("layer_reduce.weight")
-    if triangle_side(file.classifier_weight("fc.weight").shape[1]) != width:
+    width = len(file.tensor("layer_reduce.weight"))
+    if triangle_side(file.tensor("fc.weight").shape[1]) != width:
         raise WeightsError(f"{file.path}: fc.weight does not fit the triangle of {width} channels")
     permuted = torch.index_select(mapped.tensor, 1, row_wise_order(width))
     return mapped._replace(tensor=permuted, how="triangle made row-wise")

@@ -51,8 +51,7 @@ class Row(StrictModel):
 class ImportReport(StrictModel):
     """Result of an import.
 
-    `labels` is the origin of the class names. `ignored` maps tensors that were not imported to the reason,
-    `beside` lists other content of the file that was not imported.
+    `labels` is the origin of the class names, `beside` lists content of the file that was not imported.
     """
 
     file: str
@@ -65,7 +64,6 @@ class ImportReport(StrictModel):
     labels: str
     preprocess: Preprocess
     rows: tuple[Row, ...]
-    ignored: dict[str, str]
     beside: tuple[str, ...]
     notes: tuple[str, ...]
     checkpoint: str
@@ -80,7 +78,7 @@ def import_weights(
 ) -> ImportReport:
     """Write the weight file *source* as a checkpoint of catalog *model* to *destination*.
 
-    *settings* are values of the model's config that the file does not contain.
+    *settings* are values of the model's config, by dotted key, that the file does not contain.
 
     Raises a `SopdeployError` if the file cannot be read, is of an unknown project or of another network.
     """
@@ -126,7 +124,6 @@ def import_weights(
             Row(name=entry.name, of=entry.sources, how=entry.how, shape=tuple(entry.tensor.shape))
             for entry in mapped
         ),
-        ignored=dict(converted.ignored),
         beside=file.other_keys,
         notes=converted.notes,
         checkpoint=str(destination),
@@ -148,7 +145,13 @@ def convert(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
     Raises `WeightsError` if no importer recognizes the file.
     """
     for project, converter in CONVERTERS:
-        converted = converter(file, model)
+        try:
+            converted = converter(file, model)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:  # of tensors with other axes
+            reason = str(error).partition("\n")[0]
+            raise WeightsError(
+                f"{file.path}: differs from the networks of {project} ({reason}); give a released network"
+            ) from error
         if converted is not None:
             return project, converted
     some = ", ".join(list(file.tensors)[:3])

@@ -11,7 +11,6 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import HTTPError
@@ -83,27 +82,12 @@ def _fetch_url(url: str) -> Path:
     """Download *url* to torch.hub's cache unless it is there; check the hash of the file."""
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    match = HASH_IN_NAME.search(name)
-    expected = PINNED.get(name, match[1] if match else "")
     if not path.is_file():
-        try:
+        with _downloading(name, f"get {url} and put it at {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _stall_limit():
-                torch.hub.download_url_to_file(
-                    url, str(path), hash_prefix=expected or None, progress=sys.stderr.isatty()
-                )
-        except RuntimeError as error:  # the hash differs; torch has removed the download
-            raise WeightsError(
-                f"{name}: not kept, the download from {url} has another SHA-256 than {expected} (incomplete "
-                f"or changed on the way); run the command again, {ADVICE}"
-            ) from error
-        except (OSError, HTTPException) as error:
-            if isinstance(error, HTTPError):
-                error.close()
-            raise WeightsError(
-                f"{name}: cannot be downloaded ({_reason(error)}); get {url} and put it at {path}, {ADVICE}"
-            ) from error
-    _check_hash(path, expected, f"get {url} again, {ADVICE}")
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+    match = HASH_IN_NAME.search(name)
+    _check_hash(path, PINNED.get(name, match[1] if match else ""))
     return path
 
 
@@ -122,49 +106,44 @@ def _fetch_timm(name: str) -> Path:
     where |= {"revision": revision} if revision else {}
     cached = hub.try_to_load_from_cache(**where)
     if not isinstance(cached, str):
-        try:
-            with _stall_limit():
-                cached = hub.hf_hub_download(**where)
-        except Exception as error:  # the errors of the hub and of its HTTP client have no common class
-            raise WeightsError(
-                f"{repository}/{where['filename']}: cannot be downloaded ({_reason(error)}); get "
-                f"{hub.hf_hub_url(**where)} and give it as weights, or the weights none to train from "
-                "scratch"
-            ) from error
+        url = hub.hf_hub_url(**where)
+        with _downloading(f"{repository}/{where['filename']}", f"get {url} and give it as weights"):
+            cached = hub.hf_hub_download(**where)
     path = Path(cached)
     blob = path.resolve().name  # the hub's cache names large files by their hash
-    _check_hash(path, blob if SHA256.fullmatch(blob) else "", f"run the command again, {ADVICE}")
+    _check_hash(path, blob if SHA256.fullmatch(blob) else "")
     return path
 
 
-def _check_hash(path: Path, expected: str, advice: str) -> None:
+@contextmanager
+def _downloading(name: str, advice: str) -> Iterator[None]:
+    """Let connections fail if no byte arrives for `STALLED_SECONDS`; convert errors to `WeightsError`."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALLED_SECONDS)
+    try:
+        yield
+    except Exception as error:  # the errors of torch, of the hub and of its client have no common class
+        if isinstance(error, HTTPError):
+            error.close()
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        text = str(getattr(cause, "reason", "") or cause).strip() or type(cause).__name__
+        raise WeightsError(
+            f"{name}: cannot be downloaded ({text.splitlines()[0]}); {advice}, {ADVICE}"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _check_hash(path: Path, expected: str) -> None:
     """Remove *path* and raise `WeightsError` unless its SHA-256 starts with *expected*."""
     digest = sha256(path)
     if digest.startswith(expected):
         return
     for file in {path, path.resolve()}:
         file.unlink(missing_ok=True)
-    digits = len(expected)
     raise WeightsError(
-        f"{path.name}: removed, its SHA-256 is {digest[:digits]}, not {expected} (an incomplete download or "
-        f"another file); {advice}"
+        f"{path.name}: removed, its SHA-256 is {digest[: len(expected)]}, not {expected} (an incomplete "
+        f"download or another file); run the command again, {ADVICE}"
     )
-
-
-@contextmanager
-def _stall_limit() -> Iterator[None]:
-    """Let connections fail if no byte arrives for `STALLED_SECONDS`."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALLED_SECONDS)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _reason(error: BaseException) -> str:
-    """Describe the first cause of a failed download on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(getattr(error, "reason", "") or error).strip() or type(error).__name__
-    return text.splitlines()[0]

@@ -6,7 +6,6 @@ crop of 224.
 """
 
 import importlib
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,13 +14,10 @@ from sopdeploy.errors import WeightsError
 from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.source import ConvertedWeights, WeightFile, rename_tensors
-from sopdeploy.importers.timm_network import FROM_HUB_CONFIG, hub_preprocess, read_hub_config
+from sopdeploy.importers.timm_network import FROM_HUB_CONFIG, read_hub_config
 
 BASIC_BLOCK_DEPTHS = {18, 34}
-RESNET_TENSOR = re.compile(r"(conv1|bn1|layer[1-4]\.\d+\.(conv[123]|bn[123]|downsample\.[01])|fc)\.[a-z_]+")
-CIFAR_TENSOR = re.compile(r"(conv1|bn1|layer[123]\.\d+\.(conv[12]|bn[12]|downsample\.[01])|fc)\.[a-z_]+")
 CIFAR_SIDE = 32
-COLORS = 3
 
 
 def resnet_depth(path: Path, names: Iterable[str]) -> int:
@@ -41,13 +37,8 @@ def resnet_depth(path: Path, names: Iterable[str]) -> int:
 
 
 def stem_width(file: WeightFile) -> int:
-    """Return the number of channels of `conv1`, the network's `base_width`; raises `WeightsError`."""
-    shape = tuple(file.tensor("conv1.weight").shape)
-    if len(shape) != 4 or shape[1] != COLORS:
-        raise WeightsError(
-            f"{file.path}: conv1.weight has shape {shape}, not PyTorch's (channels, {COLORS}, height, width)"
-        )
-    return shape[0]
+    """Return the number of channels of `conv1`, the network's `base_width`."""
+    return len(file.tensor("conv1.weight"))
 
 
 def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
@@ -57,12 +48,12 @@ def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeight
     depth = resnet_depth(file.path, file.tensors)
     published = published_preprocess(f"resnet{depth}", sha256(file.path))
     if published is None and (config := read_hub_config(file.path)):
-        published = hub_preprocess(file.path, config), FROM_HUB_CONFIG
+        published = Preprocess.from_timm(config), FROM_HUB_CONFIG
     return ConvertedWeights(
         description=f"ResNet-{depth} of torchvision",
         model=f"resnet{depth}",
-        tensors=rename_tensors(file, lambda name: name if RESNET_TENSOR.fullmatch(name) else None),
-        num_classes=len(file.classifier_weight("fc.weight")),
+        tensors=rename_tensors(file),
+        num_classes=len(file.tensor("fc.weight")),
         preprocess=published[0] if published else Preprocess(),
         required={"depth": depth, "pooling.kind": "gap"},
         detected={"base_width": stem_width(file)},
@@ -79,14 +70,7 @@ def published_preprocess(name: str, digest: str) -> tuple[Preprocess, str] | Non
     models = importlib.import_module("torchvision.models")
     for weights in models.get_model_weights(name) if name in models.list_models() else ():
         if weights.url.endswith(f"-{digest[:8]}.pth"):
-            rules = weights.transforms()
-            preprocess = Preprocess(
-                resize=rules.resize_size[0],
-                crop=rules.crop_size[0],
-                interpolation=rules.interpolation.value,
-                mean=tuple(rules.mean),
-                std=tuple(rules.std),
-            )
+            preprocess = Preprocess.from_torchvision(weights.transforms())
             return preprocess, f"preprocessing of torchvision's {weights}"
     return None
 
@@ -102,15 +86,13 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
         return None
     depth = 6 * len({source.split(".")[1] for source in sources if source.startswith("layer1.")}) + 2
     projects = any(".shortcut." in source for source in sources)
-    names = {
-        source: source.replace("linear.", "fc.").replace(".shortcut.", ".downsample.") for source in sources
-    }
-    names = {source: name for source, name in names.items() if CIFAR_TENSOR.fullmatch(name)}
     return ConvertedWeights(
         description=f"ResNet-{depth} for CIFAR of pytorch_resnet_cifar10",
         model=f"resnet{depth}",
-        tensors=rename_tensors(file, names.get),
-        num_classes=len(file.classifier_weight("linear.weight")),
+        tensors=rename_tensors(
+            file, lambda name: name.replace("linear.", "fc.").replace(".shortcut.", ".downsample.")
+        ),
+        num_classes=len(file.tensor("linear.weight")),
         preprocess=Preprocess(resize=CIFAR_SIDE, crop=CIFAR_SIDE),
         required={"depth": depth, "pooling.kind": "gap"},
         detected={

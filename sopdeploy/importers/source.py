@@ -43,23 +43,6 @@ class WeightFile:
             raise WeightsError(f"{self.path}: has no {name}; give the file of a whole network")
         return self.tensors[name]
 
-    def length(self, name: str) -> int:
-        """Get the size of the first axis of the tensor *name*; raises `WeightsError` if there is none."""
-        tensor = self.tensor(name)
-        if tensor.dim() == 0:
-            raise WeightsError(f"{self.path}: {name} is a single number; give the file of a whole network")
-        return len(tensor)
-
-    def classifier_weight(self, name: str) -> Tensor:
-        """Get the matrix *name* (classes, features); raises `WeightsError` if there is none."""
-        weight = self.tensor(name)
-        if weight.dim() != 2:
-            raise WeightsError(
-                f"{self.path}: {name} has shape {tuple(weight.shape)}, not (classes, features)"
-                "; give the file of a classifier"
-            )
-        return weight
-
 
 class MappedTensor(NamedTuple):
     """A tensor of a sopdeploy network: its name, the source tensors it was computed from, and how."""
@@ -77,9 +60,8 @@ class ConvertedWeights:
     `model` is the catalog name (with settings), None if the catalog has no such network. `required` are
     config values, by dotted key, that the model chosen by the user must have. `detected` are config values
     read from the file, by dotted key, `defaults` those fixed by the project's code. `undetermined` maps keys
-    that the user must set, because neither the file nor the code determines them, to the reason. `ignored`
-    maps tensors of the file that are not imported to the reason. `labels` names the class order if it is a
-    known one. `num_classes` is 0 for a file without a classifier.
+    that the user must set, because neither the file nor the code determines them, to the reason. `labels`
+    names the class order if it is a known one. `num_classes` is 0 for a file without a classifier.
     """
 
     description: str
@@ -91,14 +73,12 @@ class ConvertedWeights:
     detected: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     undetermined: Mapping[str, str] = field(default_factory=dict)
-    ignored: Mapping[str, str] = field(default_factory=dict)
     labels: Literal["imagenet", "cifar10"] | None = None
     notes: tuple[str, ...] = ()
 
 
-def rename_tensors(file: WeightFile, rename: Callable[[str], str | None]) -> tuple[MappedTensor, ...]:
-    """Rename the tensors of *file*; those for which *rename* returns None are left out."""
-    names = ((source, rename(source)) for source in file.tensors)
-    return tuple(
-        MappedTensor(name, (source,), file.tensors[source]) for source, name in names if name is not None
-    )
+def rename_tensors(
+    file: WeightFile, rename: Callable[[str], str] = lambda name: name
+) -> tuple[MappedTensor, ...]:
+    """Rename the tensors of *file*; by default the names stay."""
+    return tuple(MappedTensor(rename(name), (name,), tensor) for name, tensor in file.tensors.items())

@@ -6,21 +6,16 @@ timm's default weights is used.
 
 import importlib
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pydantic
-
 from sopdeploy.backbones.timm_backbone import import_timm
-from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.source import ConvertedWeights, WeightFile, rename_tensors
 
 PREFIX = "timm:"
 HUB_CONFIG = "config.json"
-MAX_CONFIG_BYTES = 1 << 16
 FROM_HUB_CONFIG = f"preprocessing from {HUB_CONFIG} next to the file"
 NO_HUB_CONFIG = f"no {HUB_CONFIG} next to the file: preprocessing of timm's default weights"
 
@@ -39,9 +34,9 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     return ConvertedWeights(
         description=f"timm's {backbone}",
         model=model,
-        tensors=rename_tensors(file, lambda name: name),
-        num_classes=len(file.classifier_weight(weight)) if weight in file.tensors else 0,
-        preprocess=hub_preprocess(file.path, {**pretrained, **config}),
+        tensors=rename_tensors(file),
+        num_classes=len(file.tensor(weight)) if weight in file.tensors else 0,
+        preprocess=Preprocess.from_timm({**pretrained, **config}),
         labels="imagenet",
         notes=(FROM_HUB_CONFIG if config else NO_HUB_CONFIG,),
     )
@@ -49,33 +44,9 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
 
 def read_hub_config(weights: Path) -> Mapping[str, Any]:
     """Read `pretrained_cfg` of the config.json next to *weights*; empty if there is none."""
-    path = weights.with_name(HUB_CONFIG)
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            return {}
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(weights.with_name(HUB_CONFIG).read_bytes())
     except (OSError, ValueError):
         return {}
     config = content.get("pretrained_cfg") if isinstance(content, dict) else None
     return config if isinstance(config, dict) else {}
-
-
-def hub_preprocess(path: Path, config: Mapping[str, Any]) -> Preprocess:
-    """Convert timm's evaluation transform in *config*; raises `WeightsError` if it is not supported."""
-    if config.get("crop_mode", "center") != "center":
-        raise WeightsError(
-            f"{path}: timm's crop_mode {config['crop_mode']!r} is not supported; use weights with center"
-        )
-    try:
-        crop = int(config["input_size"][-1])
-        return Preprocess(
-            resize=max(crop, math.floor(crop / float(config["crop_pct"]))),
-            crop=crop,
-            interpolation=config["interpolation"],
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
-        )
-    except (LookupError, TypeError, ValueError, ArithmeticError, pydantic.ValidationError) as error:
-        raise WeightsError(
-            f"{path}: timm's preprocessing is not supported; see {HUB_CONFIG} next to it"
-        ) from error

@@ -3,8 +3,6 @@
 All store the convolutions under `features`, with the same numbers as `layers` here.
 """
 
-import re
-
 from sopdeploy.errors import WeightsError
 from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
@@ -16,8 +14,6 @@ CHANNELS = 512
 CONVOLUTIONS = 13
 FLATTENED = CHANNELS * 7 * 7  # inputs of the classifier of the plain network
 MODELS = {"isqrt": "isqrt-vgg16", "bcnn": "bcnn-vgg16"}
-CONV = re.compile(r"features\.(?P<index>\d+)\.(?P<leaf>[a-z_]+)")
-CLASSIFIER = re.compile(r"classifier\.([036]\.)?(weight|bias)")
 
 
 def convert_torchvision_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
@@ -38,7 +34,7 @@ def convert_torchvision_vgg(file: WeightFile, _model: str) -> ConvertedWeights |
         description=f"VGG-16 of torchvision, {'with' if batch_norm else 'without'} batch norm",
         model="vgg16-bn" if batch_norm else "vgg16",
         tensors=rename_tensors(file, _rename),
-        num_classes=len(file.classifier_weight("classifier.6.weight")),
+        num_classes=len(file.tensor("classifier.6.weight")),
         preprocess=published[0] if published else Preprocess(),
         required={"pooling.kind": "flatten", "classifier": "mlp"},
         detected={"batch_norm": batch_norm},
@@ -59,7 +55,7 @@ def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None
     mapped = rename_tensors(file, _rename)
     linear = "classifier.weight" in file.tensors
     first, last = ("classifier.weight",) * 2 if linear else ("classifier.0.weight", "classifier.6.weight")
-    pooling = detect_pooling(file, mapped, CHANNELS, file.classifier_weight(first).shape[1])
+    pooling = detect_pooling(file, mapped, CHANNELS, file.tensor(first).shape[1])
     kind = str(pooling["pooling.kind"])
     if kind == "gap":
         raise WeightsError(
@@ -73,7 +69,7 @@ def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None
         description=f"{TITLES[kind]} on VGG-16 of fast-MPN-COV",
         model=model if classifier == default else f"{model} --set classifier={classifier}",
         tensors=mapped,
-        num_classes=len(file.classifier_weight(last)),
+        num_classes=len(file.tensor(last)),
         preprocess=Preprocess(),
         required={"pooling.kind": kind},
         detected=pooling | {"classifier": classifier},
@@ -81,10 +77,8 @@ def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None
     )
 
 
-def _rename(source: str) -> str | None:
+def _rename(source: str) -> str:
     part, _, leaf = source.rpartition(".")
     if part.startswith("representation.") and part in REDUCTION:
         return f"pooling.{REDUCTION[part]}.{leaf}"
-    if match := CONV.fullmatch(source):
-        return f"layers.{match['index']}.{match['leaf']}"
-    return source if CLASSIFIER.fullmatch(source) else None
+    return f"layers.{source.removeprefix('features.')}" if source.startswith("features.") else source

@@ -42,7 +42,7 @@ def open_weights(path: Path) -> WeightFile:
     arch = content.get("arch") if other_keys else None
     return WeightFile(
         path=path,
-        tensors=check_tensors(path, _strip_data_parallel(path, state)),
+        tensors=check_tensors(path, _strip_data_parallel(state)),
         arch=arch if isinstance(arch, str) else None,
         other_keys=other_keys,
     )
@@ -59,12 +59,9 @@ def _find_state_dict(path: Path, content: Any) -> tuple[Mapping[str, Tensor], tu
     raise WeightsError(f"{path}: holds no table of tensors, by itself or as `state_dict`; {ADVICE}")
 
 
-def _strip_data_parallel(path: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _strip_data_parallel(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove `module` from names such as `module.conv1.weight` or `features.module.0.weight`."""
-    stripped: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        short = ".".join(part for part in name.split(".") if part != "module")
-        if short in stripped:
-            raise WeightsError(f"{path}: {short} occurs twice, with and without `module`; keep one")
-        stripped[short] = tensor
-    return stripped
+    return {
+        ".".join(part for part in name.split(".") if part != "module"): tensor
+        for name, tensor in state.items()
+    }

@@ -32,8 +32,17 @@ def centered_and_scaled(features_BCHW: Tensor) -> Tensor:
     return x_BCM.mul_(1.0 / math.sqrt(x_BCM.shape[2]))
 
 
+def scaled(features_BCHW: Tensor) -> Tensor:
+    """Divide a map by sqrt(M) without centering it, as (B, C, M)."""
+    x_BCM = features_BCHW.flatten(start_dim=2)
+    return x_BCM * (1.0 / math.sqrt(x_BCM.shape[2]))
+
+
 def covariance(centered_BCM: Tensor) -> Tensor:
-    """Compute the covariance (B, C, C) of the output of `centered_and_scaled`."""
+    """Compute the covariance (B, C, C) of the output of `centered_and_scaled`.
+
+    That of the output of `scaled` is the matrix of second moments, X X^T / M.
+    """
     return centered_BCM @ centered_BCM.transpose(1, 2)
 
 

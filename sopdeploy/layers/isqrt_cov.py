@@ -1,7 +1,8 @@
 """iSQRT-COV: covariance pooling with an iterative matrix square root ("fast MPN-COV", "SR-SOP").
 
 Paper: iSQRT-COV, section 3; DSoP section III-A uses it in every branch.
-Letters: B images, d channels, M positions, N iterations; X is the map, centered and divided by sqrt(M).
+Letters: B images, d channels, M positions, N iterations; X is the map, centered (by default) and divided by
+sqrt(M).
 
 The iteration runs on A = X X^T / n or on the M x M Gram matrix G = X^T X / n. Every iterate is a polynomial
 in A, so with Z_N the second iterate of Newton-Schulz on G, Y_N(A) = X Z_N(G) X^T / n. This is the same
@@ -21,20 +22,18 @@ from sopdeploy.layers.covariance import (
     covariance,
     covariance_trace,
     frobenius_norm,
+    scaled,
     upper_triangle_indices,
     without_autocast,
 )
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.newton_schulz import (
-    MAX_ITERATIONS,
     NewtonSchulzConfig,
-    Prenorm,
     Step,
     steps,
     steps_adjoint,
 )
 
-NOISE_FLOORS = 16  # as in the parity checks of an export
 SMALLEST_NORM = 1e-12  # a constant map has norm 0; its root is then 0, with finite gradients
 
 
@@ -81,6 +80,12 @@ def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
     return products * positions**3 + 2 * channels * positions**2 < products * channels**3
 
 
+def deviations(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Tensor:
+    """Flatten a map to (B, d, M) and subtract its mean, if *config* says so."""
+    map_BdHW = at_least_float32(features_BdHW)
+    return centered(map_BdHW) if config.centered else map_BdHW.flatten(start_dim=2)
+
+
 class Prenormalized(NamedTuple):
     """Input of the Newton-Schulz iteration: X (B, d, M), its norm n (B, 1, 1), and A or G as `matrix`.
 
@@ -94,11 +99,12 @@ class Prenormalized(NamedTuple):
 
 
 def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormalized:
-    """Center the map, multiply it with itself, and divide by the trace or Frobenius norm.
+    """Center the map if *config* says so, multiply it with itself, divide by the trace or Frobenius norm.
 
     X X^T and X^T X have the same trace and the same Frobenius norm.
     """
-    x_BdM = centered_and_scaled(at_least_float32(features_BdHW))
+    map_BdHW = at_least_float32(features_BdHW)
+    x_BdM = centered_and_scaled(map_BdHW) if config.centered else scaled(map_BdHW)
     use_gram = gram_is_cheaper(x_BdM.shape[1], x_BdM.shape[2], config.iterations)
     use_gram = use_gram and config.stored == "float32"
     matrix_Bnn = covariance(x_BdM.transpose(1, 2) if use_gram else x_BdM)
@@ -113,38 +119,6 @@ def covariance_root(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Tensor
     for step in steps(as_stored(start.matrix, config), config.iterations):  # noqa: B007 - the last one
         pass
     return _root(start, step, config)
-
-
-@torch.no_grad()
-def sufficient_iterations(features_BdHW: Tensor, prenorm: Prenorm = "trace") -> int:
-    """Choose N for maps like *features_BdHW*, so that the iteration gives the exact root as float32 knows it.
-
-    It is the smallest N whose truncation changes no element of the root by more than `NOISE_FLOORS` times the
-    change by rounding the covariance in float32; at most `MAX_ITERATIONS`, which keep float32 finite. The
-    roots are those of the covariance divided by its norm, by eigenvalues in float64.
-    """
-    doubled, norm = features_BdHW.double(), NewtonSchulzConfig(prenorm=prenorm)
-    matrix_Bdd = _normalized(doubled, norm)
-    exact_Bdd = _exact_root(matrix_Bdd)
-    rounded_Bdd = _exact_root(_normalized(features_BdHW.float(), norm).double())
-    allowed = NOISE_FLOORS * (rounded_Bdd - exact_Bdd).abs().max()
-    for n, step in enumerate(steps(matrix_Bdd, MAX_ITERATIONS), start=1):
-        if (step.next_y() - exact_Bdd).abs().max() <= allowed:
-            return n
-    return MAX_ITERATIONS
-
-
-def _normalized(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Tensor:
-    """Compute the covariance (B, d, d) of a map, divided by its norm."""
-    matrix_Bdd = covariance(centered_and_scaled(features_BdHW))
-    norm_B11 = covariance_trace(matrix_Bdd) if config.prenorm == "trace" else frobenius_norm(matrix_Bdd)
-    return matrix_Bdd / norm_B11.clamp_min(SMALLEST_NORM)
-
-
-def _exact_root(matrix_Bdd: Tensor) -> Tensor:
-    values_Bd, vectors_Bdd = torch.linalg.eigh(matrix_Bdd)
-    root_Bdd: Tensor = (vectors_Bdd * values_Bd.clamp_min(0).sqrt()[:, None, :]) @ vectors_Bdd.transpose(1, 2)
-    return root_Bdd
 
 
 def isqrt_vector(features_BdHW: Tensor, triangle: Tensor, config: NewtonSchulzConfig) -> Tensor:
@@ -226,8 +200,8 @@ def _channel_adjoint(saved: _Saved, root_grad_Bdd: Tensor, norm_term_B11: Tensor
         product_grad_Bdd = _product_adjoint(saved, root_grad_Bdd * saved.norm.sqrt(), 0.5 * norm_term_B11)
     else:
         product_grad_Bdd = _product_adjoint(saved, root_grad_Bdd, torch.zeros_like(norm_term_B11))
-    centered_BdM = centered(at_least_float32(saved.features))  # not saved: it is as large as the map
-    return product_grad_Bdd.mul_(2.0 / centered_BdM.shape[2]) @ centered_BdM
+    deviation_BdM = deviations(saved.features, saved.config)  # not saved: it is as large as the map
+    return product_grad_Bdd.mul_(2.0 / deviation_BdM.shape[2]) @ deviation_BdM
 
 
 def _gram_adjoint(saved: _Saved, root_grad_Bdd: Tensor, norm_term_B11: Tensor) -> Tensor:
@@ -238,14 +212,14 @@ def _gram_adjoint(saved: _Saved, root_grad_Bdd: Tensor, norm_term_B11: Tensor) -
     power = -0.5 if saved.config.compensate else -1.0
     last_f = saved.fs[-1]
     z_BMM = saved.ts[-1] if last_f is None else saved.ts[-1] @ last_f
-    centered_BdM = centered(at_least_float32(saved.features))
-    scale_B11 = saved.norm.pow(power) / centered_BdM.shape[2]
-    outer_grad_BdM = root_grad_Bdd @ centered_BdM
-    inner_grad_BMM = (centered_BdM.transpose(1, 2) @ outer_grad_BdM) * scale_B11
+    deviation_BdM = deviations(saved.features, saved.config)
+    scale_B11 = saved.norm.pow(power) / deviation_BdM.shape[2]
+    outer_grad_BdM = root_grad_Bdd @ deviation_BdM
+    inner_grad_BMM = (deviation_BdM.transpose(1, 2) @ outer_grad_BdM) * scale_B11
     product_grad_BMM = _product_adjoint(saved, inner_grad_BMM, power * norm_term_B11)
     z_BMM = z_BMM * (2.0 * scale_B11)
-    product_grad_BMM *= 2.0 / centered_BdM.shape[2]
-    return torch.baddbmm(outer_grad_BdM @ z_BMM, centered_BdM, product_grad_BMM)
+    product_grad_BMM *= 2.0 / deviation_BdM.shape[2]
+    return torch.baddbmm(outer_grad_BdM @ z_BMM, deviation_BdM, product_grad_BMM)
 
 
 def _product_adjoint(saved: _Saved, f_grad_Bnn: Tensor, norm_term_B11: Tensor) -> Tensor:

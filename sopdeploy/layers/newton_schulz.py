@@ -31,6 +31,7 @@ class NewtonSchulzConfig(StrictModel):
         iterations: N. The papers and fast-MPN-COV use 5, the released GSoP-Net2 and GM-SOP 3.
         prenorm: The norm that divides the covariance before the iteration.
         compensate: Multiply the root by the square root of that norm after the iteration.
+        centered: Subtract the mean of the map; without it, the root is that of X X^T / M.
         stored: Type of the matrices between two products; the exporter may choose float16. A network in
             float64 (the reference of the parity checks) ignores it.
     """
@@ -38,6 +39,7 @@ class NewtonSchulzConfig(StrictModel):
     iterations: Iterations = 5
     prenorm: Prenorm = "trace"
     compensate: bool = True
+    centered: bool = True
     stored: Literal["float32", "float16"] = "float32"
 
 
@@ -47,9 +49,11 @@ class NewtonSchulzOptions(StrictModel):
     iterations: Iterations = 5
     prenorm: Prenorm = "trace"
 
-    def newton_schulz(self, *, compensate: bool = True) -> NewtonSchulzConfig:
+    def newton_schulz(self, *, compensate: bool = True, centered: bool = True) -> NewtonSchulzConfig:
         """Build the configuration of the matrix square root."""
-        return NewtonSchulzConfig(iterations=self.iterations, prenorm=self.prenorm, compensate=compensate)
+        return NewtonSchulzConfig(
+            iterations=self.iterations, prenorm=self.prenorm, compensate=compensate, centered=centered
+        )
 
 
 class Step(NamedTuple):

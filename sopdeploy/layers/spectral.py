@@ -8,7 +8,6 @@ dead channels and for fewer positions than channels. This module computes the sa
 U (K * U^T G U) U^T with K_ij = (f(l_i) - f(l_j)) / (l_i - l_j), or f' if l_i and l_j are too close to divide.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -57,20 +56,6 @@ class Logarithm(NamedTuple):
         """Compute f and f' of ascending eigenvalues (B, C)."""
         shifted_BC = lambda_BC.clamp_min(0.0) + self.eps
         return shifted_BC.log(), shifted_BC.reciprocal()
-
-
-def eigenvalue_mapping(
-    function: Power | Logarithm, eigenvalues: Sequence[float]
-) -> tuple[list[float], list[float]]:
-    """Compute f and f' of the *eigenvalues* of one covariance, in their order.
-
-    f' is the factor of the gradient of an eigenvalue. The logarithm has a large f' at small eigenvalues, so
-    it is less stable than a power (MPN-COV, section 3).
-    """
-    ascending_C, order_C = torch.tensor(eigenvalues, dtype=torch.float64).sort()
-    place_C = order_C.argsort()
-    value_C, slope_C = (row_1C[0, place_C].tolist() for row_1C in function(ascending_C[None]))
-    return value_C, slope_C
 
 
 class SpectralFunction(torch.autograd.Function):
@@ -125,16 +110,55 @@ class MatrixRootConfig(StrictModel):
     """The matrix square root: exact, by eigenvalues, or by N = `iterations` steps, which can be exported.
 
     The steps start from the matrix divided by its Frobenius norm, because N steps then end nearer to the root
-    than after a division by the trace.
+    than after a division by the trace. Their gradient is that of the steps ("autograd"), or the solution X of
+    Lyapunov's equation R X + X R = G for the root R and its gradient G, by as many steps ("lyapunov", Lin and
+    Maji 2017). The gradient by eigenvalues is the exact solution.
     """
 
     root: Literal["eigen", "newton-schulz"] = "eigen"
     iterations: Iterations = 5
+    backward: Literal["autograd", "lyapunov"] = "autograd"
 
 
 def square_root(a_BCC: Tensor, config: MatrixRootConfig) -> Tensor:
     """Compute the root (B, C, C) of positive semi-definite matrices."""
     if config.root == "eigen":
         return spectral(a_BCC, Power(0.5))[0]
+    if config.backward == "lyapunov" and not torch.compiler.is_compiling():
+        root_BCC: Tensor = LyapunovRoot.apply(a_BCC, config.iterations)
+        return root_BCC
+    return _iterated_root(a_BCC, config.iterations)
+
+
+def _iterated_root(a_BCC: Tensor, iterations: int) -> Tensor:
     norm_B11 = frobenius_norm(a_BCC).clamp_min(SMALLEST_NORM)
-    return newton_schulz(a_BCC / norm_B11, config.iterations) * norm_B11.sqrt()
+    return newton_schulz(a_BCC / norm_B11, iterations) * norm_B11.sqrt()
+
+
+class LyapunovRoot(torch.autograd.Function):
+    """Autograd function: N Newton-Schulz steps forward, N steps for Lyapunov's equation backward.
+
+    The steps compute the sign of [[R, G], [0, -R]] / |R|, whose upper right block is 2 X, and converge if R
+    is positive definite. Paper: Lin and Maji, "Improved Bilinear Pooling with CNNs" (BMVC 2017), section 3.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a_BCC: Tensor, iterations: int) -> Tensor:
+        """Compute the root (B, C, C)."""
+        root_BCC = _iterated_root(a_BCC, iterations)
+        ctx.iterations = iterations
+        ctx.save_for_backward(root_BCC)
+        return root_BCC
+
+    @staticmethod
+    def backward(ctx: Any, grad_BCC: Tensor) -> tuple[Tensor, None]:
+        """Compute X, the gradient of the matrix."""
+        (root_BCC,) = ctx.saved_tensors
+        norm_B11 = frobenius_norm(root_BCC).clamp_min(SMALLEST_NORM)
+        a_BCC, q_BCC = root_BCC / norm_B11, grad_BCC / norm_B11
+        triple_CC = 3.0 * torch.eye(a_BCC.shape[1], dtype=a_BCC.dtype, device=a_BCC.device)
+        for _ in range(ctx.iterations):
+            t_BCC = 0.5 * (triple_CC - a_BCC @ a_BCC)
+            q_BCC = q_BCC @ t_BCC - 0.5 * a_BCC @ (a_BCC @ q_BCC - q_BCC @ a_BCC)
+            a_BCC = a_BCC @ t_BCC
+        return 0.5 * q_BCC, None

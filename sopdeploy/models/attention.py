@@ -12,62 +12,42 @@ from torch import nn
 from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
-from sopdeploy.config import StrictModel
-from sopdeploy.layers.attention.first_order import CBAM, Extent, GatherExcite, Parameters, SqueezeExcite
+from sopdeploy.layers.attention.first_order import CBAM, GatherExcite, SqueezeExcite
 from sopdeploy.models.base import Classifier, Entry
 
 Reduction = Annotated[int, pydantic.Field(ge=1)]
 
 
-class SEConfig(StrictModel):
-    """Squeeze-and-Excitation; its hidden layer has C / `reduction` channels."""
+class SEResNetConfig(ResNetConfig):
+    """A ResNet with Squeeze-and-Excitation; its hidden layers have C / `reduction` channels."""
 
     reduction: Reduction = 16
 
 
-class CBAMConfig(StrictModel):
-    """CBAM; `reduction` is r, `kernel` the side of the convolution over positions."""
+class CBAMResNetConfig(ResNetConfig):
+    """A ResNet with CBAM; `reduction` is r, `kernel` the side of the convolution over positions."""
 
     reduction: Reduction = 16
-    kernel: Annotated[int, pydantic.Field(ge=1, le=15)] = 7
-
-    @pydantic.field_validator("kernel")
-    @classmethod
-    def _odd(cls, kernel: int) -> int:
-        if kernel % 2 == 0:
-            raise ValueError("kernel must be odd, so that the map keeps its size")
-        return kernel
+    kernel: Literal[3, 5, 7] = 7
 
 
-class GEConfig(StrictModel):
-    """Gather-Excite: its extent, its parameters and, for "gather+excite", r.
+class GEResNetConfig(ResNetConfig):
+    """A ResNet with Gather-Excite: with parameters and global extent, as in GSoP's Table 5.
 
-    The default is the network of GSoP's Table 5 (1.3 times the parameters of ResNet-50). Global gathering
-    with parameters ties the network to images of `side` pixels, the only use of this option.
+    `reduction` is r. The network accepts images of `side` pixels only.
     """
 
-    extent: Extent = "global"
-    parameters: Parameters = "gather+excite"
+    extent: Literal["global"] = "global"
+    parameters: Literal["gather+excite"] = "gather+excite"
     reduction: Reduction = 16
     side: Annotated[int, pydantic.Field(ge=32)] = 224
 
 
-class SEResNetConfig(ResNetConfig, SEConfig):
-    """A ResNet with Squeeze-and-Excitation."""
-
-
-class CBAMResNetConfig(ResNetConfig, CBAMConfig):
-    """A ResNet with CBAM."""
-
-
-class GEResNetConfig(ResNetConfig, GEConfig):
-    """A ResNet with Gather-Excite."""
-
-
-class SEPreActResNetConfig(PreActResNetConfig, SEConfig):
+class SEPreActResNetConfig(PreActResNetConfig):
     """A pre-activation ResNet of bottlenecks for 32-pixel images with Squeeze-and-Excitation."""
 
     block: Literal["bottleneck"] = "bottleneck"
+    reduction: Reduction = 16
 
 
 AttendedConfig = SEResNetConfig | CBAMResNetConfig | GEResNetConfig | SEPreActResNetConfig
@@ -88,9 +68,7 @@ class Attended(Classifier):
                 case GEResNetConfig():
                     reduced_by = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 16 * config.conv5_stride}
                     side = -(-config.side // reduced_by[tap.partition(".")[0]])
-                    attention = GatherExcite(
-                        channels, side, config.extent, config.parameters, config.reduction
-                    )
+                    attention = GatherExcite(channels, side, config.reduction)
             initialize(attention)
             block: Any = self.get_submodule(tap)
             block.attention = attention

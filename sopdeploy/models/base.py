@@ -17,6 +17,18 @@ def is_in(name: str, *modules: str) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
+def last_linear(module: nn.Module, outputs: int, training_only: Sequence[str] = ()) -> nn.Linear | None:
+    """Find the last part of *module* with parameters outside of *training_only*.
+
+    `None` if it is not a linear layer with this number of *outputs*.
+    """
+    exported = [
+        part for name, part in module.named_modules() if part._parameters and not is_in(name, *training_only)
+    ]
+    last = exported[-1] if exported else None
+    return last if isinstance(last, nn.Linear) and last.out_features == outputs else None
+
+
 class TrainingOutput(NamedTuple):
     """Output in train mode of a network with training-only parts.
 
@@ -42,13 +54,11 @@ class Classifier(Backbone):
         inference_class: Class of the inference model; `None` is this class, for networks that are exported
             with all parts.
         classifier_input: Dotted name of the length of the vector that the exported classifier reads.
-        inference_config: Config class of the inference model; `None` is the config of this network.
     """
 
     training_only: ClassVar[tuple[str, ...]] = ()
     classifier_input: ClassVar[str] = "pooling.out_features"
     inference_class: ClassVar[type[Backbone] | None] = None
-    inference_config: ClassVar[type[StrictModel] | None] = None
 
     def inference_model(self) -> Backbone:
         """Build the network to export from the config, with fresh weights.
@@ -57,11 +67,7 @@ class Classifier(Backbone):
         """
         if self.training_only and self.inference_class is None:
             raise TypeError(f"{type(self).__name__} has training-only parts; set inference_class")
-        config = self.config
-        if self.inference_config is not None:
-            names = self.inference_config.model_fields
-            config = self.inference_config(**{name: getattr(config, name) for name in names})
-        return (self.inference_class or type(self))(config, self.num_classes)
+        return (self.inference_class or type(self))(self.config, self.num_classes)
 
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) logits, or with training-only heads in train mode a `TrainingOutput`."""
@@ -85,13 +91,9 @@ class Classifier(Backbone):
         is the last one of the network that is not training-only. It must have one output per class.
         """
         part = self._modules.get(self.classifier_parts[-1])
-        exported = [
-            module
-            for name, module in (self if part is None else part).named_modules()
-            if module._parameters and (part is not None or not is_in(name, *self.training_only))
-        ]
-        last = exported[-1] if exported else None
-        return last if isinstance(last, nn.Linear) and last.out_features == self.num_classes else None
+        if part is not None:
+            return last_linear(part, self.num_classes)
+        return last_linear(self, self.num_classes, self.training_only)
 
     def map_channels(self, taps: Sequence[str] | None, image_size: int) -> dict[str, int]:
         """Look up the channels of the feature maps at *taps*, in the order of computation.
@@ -134,7 +136,7 @@ class Entry:
     """One line of the catalog.
 
     `image_size` is the side in pixels of the images in the network's paper. `feature_maps` is false if
-    `features` does not compute a map (B, C, h, w).
+    `Backbone.feature_maps` does not compute a map (B, C, h, w).
     """
 
     network: type[Classifier]
@@ -144,3 +146,10 @@ class Entry:
     image_size: int = 224
     num_classes: int = 1000
     feature_maps: bool = True
+
+    @classmethod
+    def at_32(
+        cls, network: type[Classifier], config: type[StrictModel], defaults: Mapping[str, Any], title: str
+    ) -> "Entry":
+        """Build the entry of a network for the 32-pixel images of CIFAR-10."""
+        return cls(network, config, defaults, f"{title} for 32-pixel images", 32, 10)

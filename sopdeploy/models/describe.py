@@ -29,8 +29,6 @@ class Row(StrictModel):
     params: float | None = None
     ops: float | None = None
     dim: float | None = None
-    top1_error: float | None = None
-    top5_error: float | None = None
     times_resnet50: bool = False
     dsop_ops: bool = False
     extra_ops: int = 0
@@ -105,19 +103,12 @@ def _figures(row: Row, tally: Tally, representation: int) -> list[Published]:
         ("representation", "K", row.dim, representation / 1e3),
     )
     note = "; ".join(filter(None, (row.note, "cut off, not rounded" if row.cut else "")))
-    return [
-        Published(
-            source=row.source,
-            quantity=quantity,
-            unit=unit,
-            printed=figure,
-            ours=round(ours, 4),
-            reached=row.reached,
-            note=note,
-        )
-        for quantity, unit, figure, ours in printed
-        if figure is not None
-    ]
+    figures = []
+    for quantity, unit, figure, ours in printed:
+        if figure is not None:
+            values = {"printed": figure, "ours": round(ours, 4), "reached": row.reached, "note": note}
+            figures.append(Published(source=row.source, quantity=quantity, unit=unit, **values))
+    return figures
 
 
 class Description(StrictModel):

@@ -9,7 +9,8 @@ to branches whose a_conv3_x and a_conv4_x have stride 2. `aux_stride="text"` fol
 reproduces the printed counts (ResNet-50 then needs 3, 4, 7, 3 blocks and four heads of 256).
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections import OrderedDict
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import pydantic
 from torch import Tensor, nn
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, STAGES, EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
-from sopdeploy.config import NonNegative, Positive, StrictModel
+from sopdeploy.config import NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, NewtonSchulzOptions
+from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GlobalPooling
 from sopdeploy.layers.pooling.covariance import LogEuclideanConfig, MpnCovConfig
 from sopdeploy.layers.residual import dimension_reduction
@@ -30,43 +31,22 @@ Count = Annotated[int, pydantic.Field(ge=0)]
 Width = Annotated[int, pydantic.Field(ge=1)]
 
 
-class LogPooling(StrictModel):
-    """The matrix logarithm of a branch's covariance; `eps` is added to its eigenvalues."""
+class LogPooling(LogEuclideanConfig):
+    """The matrix logarithm of a branch's covariance."""
 
-    kind: Literal["log"] = "log"
-    eps: Positive = 1e-3
-
-    def build(self, width: int) -> GlobalPooling:
-        """Build the pooling for maps of *width* channels."""
-        return LogEuclideanConfig(width=None, eps=self.eps).build(width)
+    kind: Literal["log"] = "log"  # type: ignore[assignment]
+    width: None = None  # `aux_widths` sets it
 
 
-class PowerPooling(StrictModel):
-    """The matrix power of a branch's covariance; the options are those of the pooling `mpncov`."""
+class PowerPooling(MpnCovConfig):
+    """The matrix power of a branch's covariance."""
 
-    kind: Literal["power"] = "power"
-    power: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
-    normalise: Literal["none", "M-l2", "M-Fro"] = "none"
-
-    def build(self, width: int) -> GlobalPooling:
-        """Build the pooling for maps of *width* channels."""
-        return MpnCovConfig(width=None, power=self.power, normalise=self.normalise).build(width)
+    kind: Literal["power"] = "power"  # type: ignore[assignment]
+    width: None = None  # `aux_widths` sets it
 
 
-def _named(pooling: Any) -> Any:
-    """Convert the name "log" or "power" to a table with this `kind`; refuse unknown names."""
-    kind = pooling.get("kind") if isinstance(pooling, dict) else pooling
-    if kind in {"isqrt", "gap"} and kind == pooling:
-        return pooling
-    if isinstance(kind, str) and kind not in {"log", "power"}:
-        raise ValueError("choose isqrt, gap, log or power; only the last two have options")
-    return {"kind": kind} if isinstance(pooling, str) else pooling
-
-
-BranchPooling = Annotated[
-    Literal["isqrt", "gap"] | Annotated[LogPooling | PowerPooling, pydantic.Field(discriminator="kind")],
-    pydantic.BeforeValidator(_named),
-]
+EIGEN = {"log": LogPooling(), "power": PowerPooling()}
+BranchPooling = Literal["isqrt", "gap", "log", "power"] | LogPooling | PowerPooling
 
 
 class DSoPConfig(NewtonSchulzOptions):
@@ -90,63 +70,30 @@ class DSoPConfig(NewtonSchulzOptions):
     keep_unused_branches: bool = False
 
 
-class PaperBranches(StrictModel):
-    """The paper's branches on one backbone, stage by stage.
+class PaperBranches(NamedTuple):
+    """The paper's branches on one backbone, stage by stage; *weights* and *strides* are 1 if empty.
 
     `dropout_rate` applies to covariances of at least `dropout_from` channels.
     """
 
     blocks: tuple[int | tuple[int, ...], ...]
     widths: tuple[int, ...]
-    weights: tuple[float, ...]
-    strides: tuple[int, ...]
+    weights: tuple[float, ...] = ()
+    strides: tuple[int, ...] = ()
     dropout_rate: float = 0.0
     dropout_from: int = 1
 
 
-class BranchPlan(StrictModel):
-    """One branch: its tap and its layers.
-
-    Its pooling is `newton_schulz`, the iterated square root, or `eigen`, a function of eigenvalues; without
-    both it is global average pooling. A branch that is not `used` has parameters, but is never computed.
-    """
+class BranchPlan(NamedTuple):
+    """One branch: its tap and its layers; without `used`, it has parameters but is never computed."""
 
     tap: str
     used: bool
     blocks: int
     stride: int
     weight: float
-    dropout: float
     width: int
-    newton_schulz: NewtonSchulzConfig | None
-    eigen: LogPooling | PowerPooling | None = None
-
-
-class Branch(nn.Module):
-    """Map features (B, C, H, W) of the backbone to (B, classes) logits.
-
-    `blocks` are of the backbone's kind, `ending` is what the backbone has between its last block and
-    its pooling, `reduction` reduces the channels to those of the covariance.
-    """
-
-    def __init__(
-        self,
-        blocks: nn.Module,
-        ending: nn.Module,
-        reduction: nn.Module,
-        pooling: nn.Module,
-        dropout: nn.Module,
-        fc: nn.Module,
-    ) -> None:
-        super().__init__()
-        self.blocks, self.ending, self.reduction = blocks, ending, reduction
-        self.pooling, self.dropout, self.fc = pooling, dropout, fc
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Compute the logits (B, classes) of the branch."""
-        pooled = self.pooling(self.reduction(self.ending(self.blocks(features))))
-        logits: Tensor = self.fc(self.dropout(pooled.flatten(start_dim=1)))
-        return logits
+    dropout: float
 
 
 class DSoP(Classifier):
@@ -171,9 +118,9 @@ class DSoP(Classifier):
 
     def __init__(self, config: DSoPConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.attach_branches()
+        self.attach()
 
-    def attach_branches(self) -> None:
+    def attach(self) -> None:
         """Build the branches for the taps in `tap_channels`."""
         self.tap_stages: dict[str, list[str]] = {}
         for tap in self.tap_channels:
@@ -186,18 +133,52 @@ class DSoP(Classifier):
         self.taps = {plan.tap: name for name, plan in self.plans.items() if plan.used}
 
     def paper_branches(self) -> PaperBranches:
-        """Return the paper's branches on this backbone."""
-        raise NotImplementedError(f"{type(self).__name__} must define paper_branches")
+        """Return the paper's branches on this backbone.
+
+        Assumption for backbones that the paper does not cover: two blocks and at most 256 channels for every
+        stage, and all losses have the same weight.
+        """
+        stages = len(self.tap_stages)
+        return PaperBranches(blocks=(2,) * stages, widths=(256,) * stages)
 
     def plan(self) -> list[BranchPlan]:
-        """Plan the branches in the order of computation; raise `ConfigError` for invalid options."""
-        return plan_branches(self.config, self.paper_branches(), self.tap_stages, self.tap_channels)
+        """Plan the branches in the order of computation: the config's values, else the paper's.
+
+        Raises `ConfigError` for options that do not match the stages.
+        """
+        config, paper, stages = self.config, self.paper_branches(), self.tap_stages
+        aux_blocks = paper.blocks if config.aux_blocks is None else config.aux_blocks
+        widths = config.aux_widths or paper.widths
+        weights = config.aux_weights or paper.weights or (1.0,) * len(stages)
+        strides = paper.strides or (1,) * len(stages)
+        for key, values in (("aux_blocks", aux_blocks), ("aux_widths", widths), ("aux_weights", weights)):
+            if len(values) != len(stages):
+                raise ConfigError(f"{key}: {len(values)} values for {len(stages)} stages; give one per stage")
+        plans = []
+        for stage, (name, taps) in enumerate(stages.items()):
+            counts = aux_blocks[stage]
+            if isinstance(counts, int):
+                counts = (0,) * (len(taps) - 1) + (counts,)
+            if len(counts) != len(taps):
+                raise ConfigError(
+                    f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {name}; give one each"
+                )
+            for tap, blocks in zip(taps, counts, strict=True):
+                if blocks == 0 and not (config.keep_unused_branches and tap == taps[-1]):
+                    continue
+                width = min(widths[stage], self.tap_channels[tap])
+                dropout = paper.dropout_rate if width >= paper.dropout_from else 0.0
+                if config.aux_dropout is not None:
+                    dropout = config.aux_dropout
+                used, stride, weight = blocks > 0, strides[stage], weights[stage]
+                plans.append(BranchPlan(tap, used, blocks, stride, weight, width, dropout))
+        return plans
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the logits of every branch and of the network itself."""
         if "branches" not in self._modules:
             return super().heads(images)
-        features, tapped = self.features(images, self.taps)
+        features, tapped = self.feature_maps(images, self.taps)
         logits = {
             name: self.branches[name](feature)
             for name, feature in zip(self.taps.values(), tapped, strict=True)
@@ -209,8 +190,13 @@ class DSoP(Classifier):
         betas = {name: self.plans[name].weight for name in self.taps.values()}
         return {"main": self.config.main_weight, **betas}
 
-    def _branch(self, plan: BranchPlan) -> Branch:
-        channels = features = self.tap_channels[plan.tap]
+    def _branch(self, plan: BranchPlan) -> nn.Sequential:
+        """Build a branch, which maps features (B, C, H, W) of the backbone to (B, classes) logits.
+
+        `blocks` are of the backbone's kind, `ending` is what the backbone has between its last block and its
+        pooling, `reduction` reduces the channels to those of the covariance.
+        """
+        channels = length = self.tap_channels[plan.tap]
         count = plan.blocks if plan.used else 1  # an unused branch has one block
         strides = [plan.stride if block == 0 else 1 for block in range(count)]
         reduction: nn.Module = nn.Identity()
@@ -218,61 +204,28 @@ class DSoP(Classifier):
         if self.normalize_branches:
             ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
-        if plan.newton_schulz is not None or plan.eigen is not None:
+        if self.config.aux_pooling != "gap":
             if channels > plan.width:
                 reduction = dimension_reduction(channels, plan.width, self.branch_activation)
-            eigen = plan.eigen
-            second = ISqrtCov(plan.width, plan.newton_schulz) if eigen is None else eigen.build(plan.width)
-            pooling, features = second, second.out_features
-        return Branch(
-            nn.Sequential(*(self.branch_block(channels, channels, stride) for stride in strides)),
-            ending,
-            reduction,
-            pooling,
-            nn.Dropout(plan.dropout),
-            nn.Linear(features, self.num_classes),
-        )
+            second = self._second_order_pooling(plan.width)
+            pooling, length = second, second.out_features
+        layers = {
+            "blocks": nn.Sequential(*(self.branch_block(channels, channels, stride) for stride in strides)),
+            "ending": ending,
+            "reduction": reduction,
+            "pooling": pooling,
+            "flatten": nn.Flatten(),
+            "dropout": nn.Dropout(plan.dropout),
+            "fc": nn.Linear(length, self.num_classes),
+        }
+        return nn.Sequential(OrderedDict(layers))
 
-
-def plan_branches(
-    config: DSoPConfig, paper: PaperBranches, stages: dict[str, list[str]], channels: dict[str, int]
-) -> list[BranchPlan]:
-    """Plan the branches in the order of computation: the config's values, else the paper's.
-
-    *stages* holds the taps of each stage, *channels* the channels at each tap. Raises `ConfigError`.
-    """
-    aux_blocks = config.aux_blocks if config.aux_blocks is not None else paper.blocks
-    widths, weights = config.aux_widths or paper.widths, config.aux_weights or paper.weights
-    for key, values in (("aux_blocks", aux_blocks), ("aux_widths", widths), ("aux_weights", weights)):
-        if len(values) != len(stages):
-            raise ConfigError(f"{key}: {len(values)} values for {len(stages)} stages; give one per stage")
-    plans = []
-    for stage, (name, taps) in enumerate(stages.items()):
-        counts = aux_blocks[stage]
-        if isinstance(counts, int):
-            counts = (0,) * (len(taps) - 1) + (counts,)
-        if len(counts) != len(taps):
-            raise ConfigError(
-                f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {name}; give one per block"
-            )
-        for tap, blocks in zip(taps, counts, strict=True):
-            if blocks == 0 and not (config.keep_unused_branches and tap == taps[-1]):
-                continue
-            width = min(widths[stage], channels[tap])
-            dropout = paper.dropout_rate if width >= paper.dropout_from else 0.0
-            plan = BranchPlan(
-                tap=tap,
-                used=blocks > 0,
-                blocks=blocks,
-                stride=paper.strides[stage],
-                weight=weights[stage],
-                width=width,
-                newton_schulz=config.newton_schulz() if config.aux_pooling == "isqrt" else None,
-                eigen=None if isinstance(config.aux_pooling, str) else config.aux_pooling,
-                dropout=dropout if config.aux_dropout is None else config.aux_dropout,
-            )
-            plans.append(plan)
-    return plans
+    def _second_order_pooling(self, width: int) -> ISqrtCov | GlobalPooling:
+        choice = self.config.aux_pooling
+        if choice == "isqrt":
+            return ISqrtCov(width, self.config.newton_schulz())
+        config = EIGEN[choice] if isinstance(choice, str) else choice
+        return config.build(width)
 
 
 class DSoPResNetConfig(ResNetConfig, DSoPConfig):
@@ -289,7 +242,6 @@ class DSoPResNet(DSoP, ResNet):
     """
 
     inference_class = ResNet
-    inference_config = ResNetConfig
     config: DSoPResNetConfig
 
     def paper_branches(self) -> PaperBranches:
@@ -300,7 +252,7 @@ class DSoPResNet(DSoP, ResNet):
             blocks = (3, 4, 7, 3) if table else (3, 4, 6, 3)
             widths = (256, 256, 256, 256) if table else (64, 256, 256, 256)
         strides = (1, 2, 2, 1) if table else (1, 1, 1, 1)
-        return PaperBranches(blocks=blocks, widths=widths, weights=(1.0,) * 4, strides=strides)
+        return PaperBranches(blocks, widths, strides=strides)
 
 
 class DSoPEfficientNetConfig(EfficientNetConfig, DSoPConfig):
@@ -325,7 +277,6 @@ class DSoPEfficientNet(DSoP, EfficientNet):
     """
 
     inference_class = EfficientNet
-    inference_config = EfficientNetConfig
     branch_activation = nn.SiLU
     config: DSoPEfficientNetConfig
 
@@ -334,8 +285,6 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         return PaperBranches(
             blocks=(0, 0, 0, 0, STAGES["blocks.4"].blocks, 0, STAGES["blocks.6"].blocks),
             widths=(64,) * 7,
-            weights=(1.0,) * 7,
-            strides=(1,) * 7,
             dropout_rate=0.2,
         )
 
@@ -346,9 +295,10 @@ class DSoPEfficientNet(DSoP, EfficientNet):
             return plans
         self.tap_channels["conv_head"] = HEAD_CHANNELS
         width = min((self.config.aux_widths or self.paper_branches().widths)[-1], HEAD_CHANNELS)
-        end = {"tap": "conv_head", "blocks": 0, "width": width}
         return [
-            plan.model_copy(update=end) if plan.used and plan.tap.startswith("blocks.6.") else plan
+            plan._replace(tap="conv_head", blocks=0, width=width)
+            if plan.used and plan.tap.startswith("blocks.6.")
+            else plan
             for plan in plans
         ]
 

@@ -17,7 +17,7 @@ from sopdeploy.backbones.cifar_resnet import (
 )
 from sopdeploy.models.base import Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
-from sopdeploy.models.plain import AT_32, PREACT_NETWORKS
+from sopdeploy.models.plain import PREACT_NETWORKS
 
 PATTERNS = {3: (1, 0, 2), 4: (0, 2, 0, 2), 18: (0, 0, 3) * 6}  # Table IV, by the number of blocks of a stage
 
@@ -38,7 +38,6 @@ class DSoPThreeStages(DSoP):
             blocks=(self.patterns.get(count, min(2, count)),) * 3,
             widths=(128,) * 3,
             weights=(0.1, 0.2, 0.3),
-            strides=(1,) * 3,
             dropout_rate=0.5,
             dropout_from=128,
         )
@@ -57,7 +56,6 @@ class DSoPSmallResNet(DSoPThreeStages, SmallResNet):
     """
 
     inference_class = SmallResNet
-    inference_config = SmallResNetConfig
     patterns: ClassVar[dict[int, tuple[int, ...]]] = {3: PATTERNS[3]}
     config: DSoPSmallResNetConfig
 
@@ -75,7 +73,6 @@ class DSoPPreActResNet(DSoPThreeStages, PreActResNet):
     """
 
     inference_class = PreActResNet
-    inference_config = PreActResNetConfig
     normalize_branches = True
     config: DSoPPreActResNetConfig
 
@@ -88,31 +85,23 @@ class DSoPResNeXt(DSoPThreeStages, ResNeXt):
     """DSoP on ResNeXt-29 8x64d and 16x64d (the paper's ResNeXt-64-8 and ResNeXt-64-16)."""
 
     inference_class = ResNeXt
-    inference_config = ResNeXtConfig
     config: DSoPResNeXtConfig
 
 
 ENTRIES = {
     **{
-        f"dsop-resnet{depth}": Entry(
-            DSoPSmallResNet,
-            DSoPSmallResNetConfig,
-            {"depth": depth},
-            f"DSoP on ResNet-{depth} {AT_32}",
-            image_size=32,
-            num_classes=10,
+        f"dsop-resnet{depth}": Entry.at_32(
+            DSoPSmallResNet, DSoPSmallResNetConfig, {"depth": depth}, f"DSoP on ResNet-{depth}"
         )
         for depth in (8, 20, 32, 44, 56, 110)
     },
     **{
-        f"dsop-{name}": Entry(
-            DSoPPreActResNet, DSoPPreActResNetConfig, defaults, f"DSoP on {title} {AT_32}", 32, 10
-        )
+        f"dsop-{name}": Entry.at_32(DSoPPreActResNet, DSoPPreActResNetConfig, defaults, f"DSoP on {title}")
         for name, (defaults, title) in PREACT_NETWORKS.items()
     },
     **{
-        f"dsop-resnext29-{n}x64d": Entry(
-            DSoPResNeXt, DSoPResNeXtConfig, {"cardinality": n}, f"DSoP on ResNeXt-29 {n}x64d {AT_32}", 32, 10
+        f"dsop-resnext29-{n}x64d": Entry.at_32(
+            DSoPResNeXt, DSoPResNeXtConfig, {"cardinality": n}, f"DSoP on ResNeXt-29 {n}x64d"
         )
         for n in (8, 16)
     },

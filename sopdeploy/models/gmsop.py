@@ -4,7 +4,7 @@ Paper: Wang et al., "Global Gated Mixture of Second-order Pooling for Improving 
 Networks" (NeurIPS 2018), section 2. GM-GAP has average poolings instead. The one-layer SG-MoE of Table 3 has
 linear experts and a gate on the averaged features.
 
-The inference model is `GatedResNet`; `GMSOP` adds the training-only parts, the gate's noise (Wn of Eq. 2) and
+The inference model is `Gated`; `GMSOP` adds the training-only parts, the gate's noise (Wn of Eq. 2) and
 the balance loss (Eq. 4). Multiply-adds count K of N components and not the gate's Wg f.
 
 Where paper and released code differ the default is the paper's: 5 Newton-Schulz iterations (code 3), stride 2
@@ -25,9 +25,10 @@ from typing import Annotated, Any, Literal
 import pydantic
 from torch import Tensor, nn
 
+from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig, initialize_by_fan_in
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.mixture.components import Convolutions, FusionHead, Kind, make_components, pooling
+from sopdeploy.layers.mixture.components import Components, Convolutions, FusionHead, Kind, pooling
 from sopdeploy.layers.mixture.gate import GateNoise, NoisePer, SparseGate, balance_loss, keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.residual import dimension_reduction
@@ -36,12 +37,13 @@ from sopdeploy.models.base import Classifier, Entry, TrainingOutput
 Width = Annotated[int, pydantic.Field(ge=1)]
 
 
-class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
+class GMSOPOptions(NewtonSchulzOptions):
     """The mixture evaluates `chosen` of `components` poolings per image (the paper's K and N).
 
     `component_widths` are the channels of a component's 1x1 convolutions. `component_activation` follows each
     of them: ReLU as in the released code, or "none" for the linear form of Eq. (6). `component_bias` and
     `component_norm` add a bias and a batch norm to them; the latter needs `evaluation="dense"`.
+    `component_centered=false` pools X^T Q X without centering, as Eq. (6), instead of the covariance (Eq. 5).
     `gate_widths` are the channels of the gate's prediction layers; `None` selects the architecture of a
     component, as in section 2.3. `gate_norm` adds a batch norm and a ReLU to each, as in the released code.
     `fusion_norm` is the batch norm of the mixed vector (section 2.3). `noise_per` selects how the gate's
@@ -58,6 +60,7 @@ class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     component_activation: Literal["relu", "none"] = "relu"
     component_bias: bool = False
     component_norm: bool = False
+    component_centered: bool = True
     gate_widths: tuple[Width, ...] | None = None
     gate_norm: bool = False
     fusion_norm: bool = True
@@ -67,7 +70,7 @@ class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     evaluation: Literal["routed", "dense"] = "routed"
 
     @pydantic.model_validator(mode="after")
-    def _chosen_among_components(self) -> "GMSOPConfig":
+    def _chosen_among_components(self) -> "GMSOPOptions":
         if self.chosen > self.components:
             raise ValueError(f"chosen ({self.chosen}) is more than components ({self.components})")
         if self.component_norm and self.evaluation == "routed":
@@ -75,18 +78,30 @@ class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
         return self
 
 
-class GatedResNet(LowResolutionResNet):
-    """Inference model: computes logits and the gate's weights, with K of N components per image."""
+class GMSOPConfig(LowResolutionResNetConfig, GMSOPOptions):
+    """The ResNet for 64-pixel images and the options of the mixture."""
+
+
+class Gated(Backbone):
+    """Mixin that computes logits and the gate's weights from a backbone's last map.
+
+    Put it before the backbone in the bases. K of N components are used per image.
+    """
 
     outputs = ("logits", "gates")
-    config: GMSOPConfig
+    config: GMSOPOptions
 
-    def __init__(self, config: GMSOPConfig, num_classes: int) -> None:
+    def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.gate = make_gate(config, self.channels)
-        self.mixture, length = make_components(
+        self.attach()
+
+    def attach(self) -> None:
+        """Build the gate, the components and the classifier for the last map in `tap_channels`."""
+        config, channels = self.config, list(self.tap_channels.values())[-1]
+        self.gate = make_gate(config, channels)
+        self.mixture = Components(
             config.component,
-            self.channels,
+            channels,
             Convolutions(
                 config.component_widths,
                 rectified=config.component_activation == "relu",
@@ -95,9 +110,11 @@ class GatedResNet(LowResolutionResNet):
             ),
             components=config.components,
             counted=config.chosen,
-            root=config.newton_schulz(),
+            root=config.newton_schulz(centered=config.component_centered),
         )
-        self.head = FusionHead(length, num_classes, norm=config.fusion_norm, dropout=config.dropout)
+        self.head = FusionHead(
+            self.mixture.out_features, self.num_classes, norm=config.fusion_norm, dropout=config.dropout
+        )
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute (B, classes) logits from the last feature map (B, C, h, w)."""
@@ -106,13 +123,19 @@ class GatedResNet(LowResolutionResNet):
 
     def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute logits (B, classes) and the gate's weights (B, N), K of them not 0, without noise."""
-        features, _ = self.features(images)
+        features, _ = self.feature_maps(images)
         weights_BN = self.gate(features)
         return self.head(self.mixture(features, weights_BN)), weights_BN
 
 
-class GMSOP(Classifier, GatedResNet):
-    """`GatedResNet` with its training-only parts.
+class GatedResNet(Gated, LowResolutionResNet):
+    """Inference model on the ResNet for 64-pixel images."""
+
+    config: GMSOPConfig
+
+
+class GMSOP(Gated, Classifier):
+    """`Gated` with its training-only parts.
 
     Attributes:
         step_load: The gate's weights (N,), summed over all images of the step, if the step has several
@@ -120,13 +143,13 @@ class GMSOP(Classifier, GatedResNet):
     """
 
     training_only = ("gate.noise",)
-    inference_class = GatedResNet
     classifier_input = "head.fc.in_features"
 
-    def __init__(self, config: GMSOPConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        features = self.gate.weight.shape[1]
-        self.gate.add_module("noise", GateNoise(features, config.components, config.noise_per))
+    def attach(self) -> None:
+        """Build the gate's noise, too."""
+        super().attach()
+        components, features = self.gate.weight.shape
+        self.gate.add_module("noise", GateNoise(features, components, self.config.noise_per))
         self.step_load: Tensor | None = None
 
     def forward(self, images: Tensor) -> Any:
@@ -150,13 +173,20 @@ class GMSOP(Classifier, GatedResNet):
 
     def noisy_gate(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the last feature map (B, C, H, W) and the gate's weights (B, N) with noise."""
-        features, _ = self.features(images)
+        features, _ = self.feature_maps(images)
         feature_BD = self.gate.feature(features)
         noise: Tensor = self.gate.get_submodule("noise")(feature_BD)
         return features, keep_largest(self.gate.logits(feature_BD) + noise, self.config.chosen)
 
 
-def make_gate(config: GMSOPConfig, channels: int) -> SparseGate:
+class GMSOPResNet(GMSOP, GatedResNet):
+    """GM-SOP on the ResNet for 64-pixel images."""
+
+    inference_class = GatedResNet
+    config: GMSOPConfig
+
+
+def make_gate(config: GMSOPOptions, channels: int) -> SparseGate:
     """Build the gate: prediction layers, the components' kind of pooling, Wg, top K."""
     chosen_widths = config.component_widths if config.gate_widths is None else config.gate_widths
     widths = (channels, *chosen_widths)
@@ -164,7 +194,8 @@ def make_gate(config: GMSOPConfig, channels: int) -> SparseGate:
     if not config.gate_norm:
         rectified = config.component_activation == "relu"
         layers = [nn.Sequential(layer[0], *[layer[2]][:rectified]) for layer in layers]
-    pool, length = pooling(config.component, widths[-1], config.newton_schulz())
+    root = config.newton_schulz(centered=config.component_centered)
+    pool, length = pooling(config.component, widths[-1], root)
     gate = SparseGate(nn.Sequential(*layers, pool), length, config.components, config.chosen)
     initialize_by_fan_in(gate)
     return gate
@@ -187,7 +218,7 @@ RELEASED_GATE: dict[str, Any] = {
 }  # of all networks except for WRN
 
 ENTRIES = {
-    name: Entry(GMSOP, GMSOPConfig, defaults, f"{title} for 64-pixel images", image_size=64)
+    name: Entry(GMSOPResNet, GMSOPConfig, defaults, f"{title} for 64-pixel images", image_size=64)
     for name, title, defaults in (
         ("gmsop-16-8-resnet18", "GM-SOP (8 of 16 poolings) on ResNet-18", {}),
         ("gmsop-16-8-resnet50", "GM-SOP (8 of 16 poolings) on ResNet-50", {"blocks_per_stage": 6}),

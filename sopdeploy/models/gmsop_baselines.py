@@ -16,7 +16,7 @@ import pydantic
 from torch import Tensor
 
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig
-from sopdeploy.layers.mixture.components import Convolutions, FusionHead, make_components
+from sopdeploy.layers.mixture.components import Components, Convolutions, FusionHead
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.codebook import GMSOPNetVLAD
 from sopdeploy.models.base import Classifier, Entry
@@ -51,7 +51,7 @@ class AveragedResNet(Classifier, LowResolutionResNet):
 
     def __init__(self, config: AveragedResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.mixture, length = make_components(
+        self.mixture = Components(
             config.component,
             self.channels,
             Convolutions(config.component_widths),
@@ -59,7 +59,9 @@ class AveragedResNet(Classifier, LowResolutionResNet):
             counted=config.components,
             root=config.newton_schulz(),
         )
-        self.head = FusionHead(length, num_classes, norm=config.fusion_norm, dropout=config.dropout)
+        self.head = FusionHead(
+            self.mixture.out_features, num_classes, norm=config.fusion_norm, dropout=config.dropout
+        )
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute (B, classes) logits from the last feature map (B, C, h, w)."""

@@ -1,6 +1,7 @@
 """First-order networks: baselines, and the networks that remain after detaching."""
 
 from sopdeploy.backbones.alexnet import AlexNet, AlexNetConfig
+from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.cifar_resnet import (
     PreActResNet,
     PreActResNetConfig,
@@ -16,59 +17,18 @@ from sopdeploy.layers.pooling.base import FlattenConfig
 from sopdeploy.models.base import Classifier, Entry
 
 
-class PlainResNet(Classifier, ResNet):
-    """ResNet-18/34/50/101 for 224-pixel images."""
-
-    inference_class = ResNet
-
-
-class PlainDilatedResNet(Classifier, DilatedResNet):
-    """DRN-A on ResNet-18/34/50/101 (Table 5 of GSoP)."""
-
-    inference_class = DilatedResNet
+def plain(backbone: type[Backbone]) -> type[Classifier]:
+    """Build the class of the catalog's network that is *backbone* alone; it is exported as *backbone*."""
+    parts = {"inference_class": backbone, "__doc__": backbone.__doc__}
+    return type(f"Plain{backbone.__name__}", (Classifier, backbone), parts)
 
 
-class PlainAlexNet(Classifier, AlexNet):
-    """AlexNet for 224-pixel images, with any global pooling.
-
-    Assumptions, because the slides do not show the layers: a second-order pooling replaces the last max
-    pooling, and the classifier keeps its three layers, as in fast-MPN-COV's VGG-D.
-    """
-
-    inference_class = AlexNet
-
-
-class PlainVGG(Classifier, VGG):
-    """VGG-16 for 224-pixel images, with any global pooling."""
-
-    inference_class = VGG
-
-
-class PlainSmallResNet(Classifier, SmallResNet):
-    """ResNet-20/32/44/56/110 for 32-pixel images."""
-
-    inference_class = SmallResNet
-
-
-class PlainPreActResNet(Classifier, PreActResNet):
-    """Pre-activation ResNet-110/164 and WRN for 32-pixel images."""
-
-    inference_class = PreActResNet
-
-
-class PlainResNeXt(Classifier, ResNeXt):
-    """ResNeXt-29 for 32-pixel images."""
-
-    inference_class = ResNeXt
-
-
-class PlainEfficientNet(Classifier, EfficientNet):
-    """EfficientNet-b0 for 224-pixel images."""
-
-    inference_class = EfficientNet
-
-
-AT_32 = "for 32-pixel images"
+PlainResNet = plain(ResNet)
+PlainAlexNet = plain(AlexNet)
+PlainVGG = plain(VGG)
+PlainSmallResNet = plain(SmallResNet)
+PlainPreActResNet = plain(PreActResNet)
+PlainResNeXt = plain(ResNeXt)
 PREACT_NETWORKS: dict[str, tuple[dict[str, int | str], str]] = {
     "preact-resnet110": ({"blocks": 18, "block": "basic"}, "pre-activation ResNet-110"),
     "preact-resnet164": ({"blocks": 18, "block": "bottleneck"}, "pre-activation ResNet-164"),
@@ -83,27 +43,27 @@ ENTRIES = {
         for depth in (18, 34, 50, 101)
     },
     "drn-a-50": Entry(
-        PlainDilatedResNet, DilatedResNetConfig, {"depth": 50}, "DRN-A-50: dilated ResNet-50, stride 8"
+        plain(DilatedResNet), DilatedResNetConfig, {"depth": 50}, "DRN-A-50: dilated ResNet-50, stride 8"
     ),
     "alexnet": Entry(PlainAlexNet, AlexNetConfig, {}, "plain AlexNet"),
     **{
         name: Entry(PlainVGG, VGGConfig, {"pooling": FlattenConfig(), "batch_norm": norm}, f"plain {title}")
         for name, norm, title in (("vgg16", False, "VGG-16"), ("vgg16-bn", True, "VGG-16 with batch norm"))
     },
-    "efficientnet-b0": Entry(PlainEfficientNet, EfficientNetConfig, {}, "plain EfficientNet-b0"),
+    "efficientnet-b0": Entry(plain(EfficientNet), EfficientNetConfig, {}, "plain EfficientNet-b0"),
     **{
-        f"resnet{depth}": Entry(
-            PlainSmallResNet, SmallResNetConfig, {"depth": depth}, f"plain ResNet-{depth} {AT_32}", 32, 10
+        f"resnet{depth}": Entry.at_32(
+            PlainSmallResNet, SmallResNetConfig, {"depth": depth}, f"plain ResNet-{depth}"
         )
         for depth in (8, 20, 32, 44, 56, 110)
     },
     **{
-        name: Entry(PlainPreActResNet, PreActResNetConfig, defaults, f"plain {title} {AT_32}", 32, 10)
+        name: Entry.at_32(PlainPreActResNet, PreActResNetConfig, defaults, f"plain {title}")
         for name, (defaults, title) in PREACT_NETWORKS.items()
     },
     **{
-        f"resnext29-{n}x64d": Entry(
-            PlainResNeXt, ResNeXtConfig, {"cardinality": n}, f"plain ResNeXt-29 {n}x64d {AT_32}", 32, 10
+        f"resnext29-{n}x64d": Entry.at_32(
+            PlainResNeXt, ResNeXtConfig, {"cardinality": n}, f"plain ResNeXt-29 {n}x64d"
         )
         for n in (8, 16)
     },

@@ -14,7 +14,7 @@ from torch import nn
 from sopdeploy.backbones.alexnet import AlexNetConfig
 from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
-from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
+from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.backbones.vgg import VGGConfig
 from sopdeploy.layers.isqrt_cov import ISqrtCov
@@ -44,7 +44,7 @@ class SecondOrderEfficientNet(Classifier, EfficientNet):
 
     def __init__(self, config: SecondOrderEfficientNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.reduction = dimension_reduction(self.pooling.out_features, config.width, nn.SiLU)
+        self.reduction = dimension_reduction(HEAD_CHANNELS, config.width, nn.SiLU)
         self.root = ISqrtCov(config.width, config.newton_schulz())
         self.classifier = nn.Linear(self.root.out_features, num_classes)
         initialize(self.reduction)
@@ -61,13 +61,11 @@ def _resnet(pooling: str, depth: int, title: str) -> tuple[str, Entry]:
 ENTRIES = {
     **dict(_resnet("isqrt", depth, ISQRT) for depth in (18, 34, 50, 101)),
     **{
-        f"isqrt-resnet{depth}": Entry(
+        f"isqrt-resnet{depth}": Entry.at_32(
             PlainSmallResNet,
             SmallResNetConfig,
             {"depth": depth, "pooling": "isqrt"},
-            f"{ISQRT} on ResNet-{depth} for 32-pixel images",
-            image_size=32,
-            num_classes=10,
+            f"{ISQRT} on ResNet-{depth}",
         )
         for depth in (8, 20, 32, 44, 56, 110)
     },

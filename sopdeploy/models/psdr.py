@@ -10,7 +10,7 @@ Assumption: the convolutions of the chain have no bias, as in iSQRT-COV's DR.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from torch import Tensor, nn
@@ -25,18 +25,23 @@ from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry
 
 
-class PSDRConfig(ResNetConfig, NewtonSchulzOptions):
-    """The backbone, the target `width`, and delta, the `decay` of channels from step to step.
+class PSDROptions(NewtonSchulzOptions):
+    """The target `width`, and delta, the `decay` of channels from step to step.
 
     `main_weight` and `aux_weight` are lambda and gamma, the weights of the losses.
     """
 
-    conv5_stride: Literal[1, 2] = 1
-    pooling: GapConfig = GapConfig()  # fixed: this network has its own second-order pooling
     width: Annotated[int, pydantic.Field(ge=1)] = 64
     decay: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.25
     main_weight: Annotated[float, pydantic.Field(ge=0)] = 1.0
     aux_weight: Annotated[float, pydantic.Field(ge=0)] = 1.0
+
+
+class PSDRConfig(ResNetConfig, PSDROptions):
+    """The backbone, whose conv5_x keeps its size, and the options of PSDR."""
+
+    conv5_stride: Literal[1, 2] = 1
+    pooling: GapConfig = GapConfig()  # fixed: this network has its own second-order pooling
 
 
 def intermediate_widths(channels: int, target: int, decay: float) -> list[int]:
@@ -52,7 +57,7 @@ def intermediate_widths(channels: int, target: int, decay: float) -> list[int]:
 class ProgressivePooling(GlobalPooling):
     """Pool (B, C, H, W) maps to the triangle (B, d (d + 1) / 2) of their reduced covariance's root."""
 
-    def __init__(self, channels: int, config: PSDRConfig) -> None:
+    def __init__(self, channels: int, config: PSDROptions) -> None:
         super().__init__()
         if config.width >= channels:
             raise ConfigError(f"width: {config.width} is not smaller than {channels} channels; reduce it")
@@ -75,31 +80,39 @@ class ProgressivePooling(GlobalPooling):
         return vector
 
 
-class PSDRResNet(Classifier, ResNet):
-    """ResNet, progressive reduction, covariance root, one linear layer; exported with all parts."""
+class PSDR(Classifier):
+    """Mixin with progressive reduction, covariance root and one linear layer after a backbone's last map.
 
-    config: PSDRConfig
+    Put it before the backbone in the bases. It is exported with all parts.
+    """
+
+    config: PSDROptions
     pooling: ProgressivePooling
 
-    def __init__(self, config: PSDRConfig, num_classes: int) -> None:
+    def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.pooling = ProgressivePooling(list(self.tap_channels.values())[-1], config)
-        self.fc = self.pooling.classifier(num_classes)
+        self.attach()
+
+    def attach(self) -> None:
+        """Build the pooling and the classifier of the last map in `tap_channels`."""
+        self.pooling = ProgressivePooling(list(self.tap_channels.values())[-1], self.config)
+        self.fc = self.pooling.classifier(self.num_classes)
         initialize(self.pooling)
 
 
-class SupervisedPSDRResNet(PSDRResNet):
-    """`PSDRResNet` with a training-only auxiliary head after every step but the last."""
+class SupervisedPSDR(PSDR):
+    """`PSDR` with a training-only auxiliary head after every step but the last."""
 
     training_only = ("auxiliary",)
-    inference_class = PSDRResNet
 
-    def __init__(self, config: PSDRConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
+    def attach(self) -> None:
+        """Build the auxiliary heads, too."""
+        super().attach()
+        config = self.config
         self.auxiliary = nn.ModuleDict()
         for step, channels in enumerate(self.pooling.widths, start=1):
             root = ISqrtCov(config.width, config.newton_schulz())
-            fc = nn.Linear(root.out_features, num_classes)
+            fc = nn.Linear(root.out_features, self.num_classes)
             self.auxiliary[f"step{step}"] = nn.Sequential(
                 dimension_reduction(channels, config.width), root, fc
             )
@@ -109,7 +122,7 @@ class SupervisedPSDRResNet(PSDRResNet):
         """Compute the logits of every auxiliary head and of the network itself."""
         if "auxiliary" not in self._modules:
             return super().heads(images)
-        *intermediate, last = self.pooling.steps(self.features(images)[0])
+        *intermediate, last = self.pooling.steps(self.feature_maps(images)[0])
         logits = {
             name: head(step) for (name, head), step in zip(self.auxiliary.items(), intermediate, strict=True)
         }
@@ -119,6 +132,19 @@ class SupervisedPSDRResNet(PSDRResNet):
         """Return lambda as `main` and gamma of every head."""
         weights = {f"step{n}": self.config.aux_weight for n in range(1, len(self.pooling.widths) + 1)}
         return {"main": self.config.main_weight, **weights}
+
+
+class PSDRResNet(PSDR, ResNet):
+    """PSDR on a ResNet without auxiliary heads."""
+
+    config: PSDRConfig
+
+
+class SupervisedPSDRResNet(SupervisedPSDR, ResNet):
+    """PSDR on a ResNet."""
+
+    inference_class = PSDRResNet
+    config: PSDRConfig
 
 
 ENTRIES = {

@@ -8,7 +8,7 @@ from typing import Any
 import pydantic
 
 from sopdeploy.config import StrictModel, first_problem
-from sopdeploy.errors import ConfigError, first_line
+from sopdeploy.errors import ConfigError
 from sopdeploy.models import (
     attention,
     dsop,
@@ -91,18 +91,13 @@ def create_model(name: str, *, num_classes: int | None = None, **config: Any) ->
     """Build network *name* of the catalog with fresh weights, in train mode.
 
     *num_classes* defaults to the catalog's (1000, 100 or 10); *config* sets options of the model's config
-    class. Raises `ConfigError` for an unknown name, key or value, and for a network that memory cannot hold.
+    class. Raises `ConfigError` for an unknown name, key or value.
     """
-    classes = entry(name).num_classes if num_classes is None else num_classes
+    line = entry(name)
+    classes = line.num_classes if num_classes is None else num_classes
     if classes < 1:
         raise ConfigError(f"num_classes: must be at least 1 (got {classes})")
-    options = make_config(name, config)
-    try:
-        return entry(name).network(options, classes)
-    except (RuntimeError, TypeError) as error:  # TypeError: a size of 2^63 or more
-        raise ConfigError(
-            f"{name}: cannot be built ({first_line(error)}); choose fewer classes or smaller options"
-        ) from error
+    return line.network(make_config(name, config), classes)
 
 
 def with_head(name: str, model: Classifier, head: HeadConfig) -> Classifier:

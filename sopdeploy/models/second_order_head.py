@@ -14,7 +14,7 @@ Letters: B images, C channels, H height, W width, d channels after the projectio
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import pydantic
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
-from sopdeploy.layers.isqrt_cov import sufficient_iterations
 from sopdeploy.layers.newton_schulz import Iterations, NewtonSchulzOptions
 from sopdeploy.layers.pooling.covariance import ISqrtPooling, ISqrtPoolingConfig
 from sopdeploy.layers.pooling.projection import PrincipalComponents
@@ -49,13 +48,6 @@ class HeadConfig(NewtonSchulzOptions):
     iterations: Iterations = 7
     compensation: Literal["norm", "none"] = "none"
     distance: bool = False
-
-    @pydantic.field_validator("taps")
-    @classmethod
-    def _taps_differ(cls, taps: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if taps is not None and len(set(taps)) != len(taps):
-            raise ValueError("two taps are the same")
-        return taps
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -124,9 +116,7 @@ class PooledHead(nn.Module, ExportHints):
 
     def pooling(self, tap: str) -> ISqrtPooling:
         """Return the covariance pooling of *tap*."""
-        pooling: Any = self.poolings[tap.replace(".", "_")]
-        found: ISqrtPooling = pooling
-        return found
+        return cast(ISqrtPooling, self.poolings[tap.replace(".", "_")])
 
     def forward(self, own_BD: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         """Compute the (B, classes) logits."""
@@ -137,26 +127,17 @@ class PooledHead(nn.Module, ExportHints):
         """Set the projection of every tap to the principal components of its maps, batch by batch.
 
         *batches* give maps (B, C, H, W) by tap, as `head_inputs` returns them. A tap with at most `width`
-        channels has no projection. Raises `DataError` without maps, or if they have NaN or infinite values.
+        channels has no projection. Raises `DataError` if the maps have NaN or infinite values.
         """
         projected = {tap: n for tap, n in self.channels.items() if self.poolings and n > self.config.width}
         sums = {tap: PrincipalComponents(channels) for tap, channels in projected.items()}
         for maps in batches if sums else ():
-            for tap, found in sums.items():
-                found.add(maps[tap])
+            for tap, components in sums.items():
+                components.add(maps[tap])
         with torch.no_grad():
-            for tap, found in sums.items():
+            for tap, components in sums.items():
                 convolution: Any = self.pooling(tap).layer_reduce
-                convolution.weight.copy_(found.components(self.config.width)[:, :, None, None])
-
-    def sufficient_iterations(self, maps: Mapping[str, Tensor]) -> int:
-        """Choose N for the projected *maps* (B, C, H, W) by tap, by `isqrt_cov.sufficient_iterations`."""
-        found = (
-            sufficient_iterations(self.pooling(tap).reduce(maps[tap]), self.config.prenorm)
-            for tap in self.channels
-            if self.poolings
-        )
-        return max(found, default=self.config.iterations)
+                convolution.weight.copy_(components.components(self.config.width)[:, :, None, None])
 
 
 class SecondOrderHead(Classifier):
@@ -169,7 +150,6 @@ class SecondOrderHead(Classifier):
 
     base: ClassVar[Entry]
     inference_class = None
-    inference_config = None
 
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -195,17 +175,17 @@ class SecondOrderHead(Classifier):
         return self.pooled_head.fc if exact else None
 
     def own_vector(self, features: Tensor) -> Tensor:
-        """Compute the vector (B, D_0) of the network's own pooling from the output of `features`."""
+        """Compute the vector (B, D_0) of the network's own pooling from the output of `feature_maps`."""
         return super().classify(features)
 
     def classify(self, features: Tensor) -> Tensor:
-        """Compute (B, classes) logits from the output of `features`; only the kind `gap` needs no taps."""
+        """Compute (B, classes) logits from `feature_maps`; only the kind `gap` needs no taps."""
         logits: Tensor = self.pooled_head(self.own_vector(features), {})
         return logits
 
     def head_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute what the head reads: the network's own vector (B, D_0), and maps (B, C, H, W) by tap."""
-        last, tapped = self.features(images, self.maps)
+        last, tapped = self.feature_maps(images, self.maps)
         return self.own_vector(last), dict(zip(self.maps, tapped, strict=True))
 
     def forward(self, images: Tensor) -> Any:

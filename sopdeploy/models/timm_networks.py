@@ -7,10 +7,11 @@ timm's key names, so timm's weight files fit.
 from sopdeploy.backbones.timm_backbone import (
     TimmBackbone,
     TimmConfig,
+    find_taps,
     has_feature_maps,
-    tappable,
     timm_image_size,
 )
+from sopdeploy.errors import ConfigError
 from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
 
@@ -41,18 +42,24 @@ class DSoPTimm(DSoP, TimmBackbone):
     """
 
     inference_class = TimmBackbone
-    inference_config = TimmConfig
     classifier_input = "head_channels"
     taps_are_stages = True
     normalize_branches = True
     config: DSoPTimmConfig
 
     def paper_branches(self) -> PaperBranches:
-        """Return two blocks and at most 256 channels for every stage."""
-        stages = len(tappable(self.config.backbone))  # raises the error for networks without feature maps
-        return PaperBranches(
-            blocks=(2,) * stages, widths=(256,) * stages, weights=(1.0,) * stages, strides=(1,) * stages
-        )
+        """Return two blocks and at most 256 channels for every stage.
+
+        Raises `ConfigError` if a stage has no name or its output is not a (B, C, H, W) feature map.
+        """
+        name = self.config.backbone
+        for module, tap in find_taps(name).items():
+            if tap.layout != "NCHW":
+                raise ConfigError(
+                    f"timm:{name} has no feature maps for branches: {module} gives {tap.layout}, not "
+                    f"(batch, {tap.channels}, height, width); choose a convolutional network"
+                )
+        return super().paper_branches()
 
 
 def timm_entry(family: str, name: str) -> Entry:

@@ -1,47 +1,72 @@
-"""DSoP's branches on a convolutional network of the user, trained by any loop.
+"""The papers' methods on a convolutional network of the user, trained by any loop.
 
-`dsop` attaches branches to a network in memory. `register_model` gives a network a name, so that training,
-evaluation and export of this package accept it as one of the catalog. Only the process that registers a
-network knows it: reading a checkpoint never imports code.
+`dsop`, `gsop`, `gmsop`, `psdr` and `isqrt` apply one to a network in memory. `register_model` gives a network
+a name, so that training, evaluation and export of this package accept it as one of the catalog. Only the
+process that registers a network knows it: reading a checkpoint never imports code.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone
-from sopdeploy.backbones.timm_backbone import nearest_block, run_tapped
+from sopdeploy.backbones.base import Backbone, initialize
+from sopdeploy.backbones.timm_backbone import hooked, nearest_block, run_tapped
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, first_line
+from sopdeploy.layers.attention.gsop_attention import GSoPBlockConfig
+from sopdeploy.layers.attention.gsop_block import GSoPBlock
+from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
+from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier, Entry
-from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
+from sopdeploy.models.dsop import DSoP, DSoPConfig
+from sopdeploy.models.gmsop import GMSOP, Gated, GMSOPOptions
+from sopdeploy.models.psdr import PSDR, PSDROptions, SupervisedPSDR
 from sopdeploy.models.registry import CATALOG, REGISTERED
+from sopdeploy.models.user_maps import evaluated, find_taps, last_map, remove_after
 
 NAME = re.compile(r"[A-Za-z0-9._-]+")
-BLOCKS, WIDTH = 2, 256  # of a branch: number of blocks, largest number of channels of the covariance
 
 
-class NoOptions(StrictModel):
-    """A registered network without branches has no options."""
+class Source(NamedTuple):
+    """Where a network of the user comes from: its builder, the method's taps, an image size it accepts."""
+
+    build: Callable[[int], nn.Module]
+    taps: tuple[str, ...]
+    image_size: int
 
 
 class UserNetwork(Classifier):
     """A network of the user as a classifier; its tensors are under `network`."""
 
-    def __init__(self, network: nn.Module, config: StrictModel, num_classes: int) -> None:
+    def __init__(self, config: StrictModel, num_classes: int, source: Source) -> None:
         super().__init__(config, num_classes)
-        self.network = network
+        self.network = source.build(num_classes)
+        self.find_maps(source)
+        self.attach()
+
+    def find_maps(self, source: Source) -> None:
+        """Set `tap_channels` to the channels of the taps; check the number of logits if there are taps."""
+        if source.taps:
+            self.tap_channels, logits = find_taps(self.network, source.taps, source.image_size)
+            if logits != self.num_classes:
+                raise ConfigError(
+                    f"taps: the network returns {logits} logits for {self.num_classes} classes"
+                    "; use the number that the builder receives"
+                )
+
+    def attach(self) -> None:
+        """Build the modules of a method; subclasses that apply one define it."""
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build the block that `nearest_block` selects."""
-        return nearest_block(self.network, self.tap_channels)(in_channels, out_channels, stride=stride)
+        return nearest_block(self.network, self.tap_channels)(in_channels, out_channels, stride)
 
-    def features(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute the logits, in place of the last feature map, and the outputs of *taps*."""
         logits, outputs = run_tapped(self.network, self.network, images, taps)
         if not isinstance(logits, Tensor):
@@ -53,7 +78,7 @@ class UserNetwork(Classifier):
         return logits, list(outputs.values())
 
     def classify(self, features: Tensor) -> Tensor:
-        """Return the logits, which `features` computes."""
+        """Return the logits, which `feature_maps` computes."""
         return features
 
     def map_channels(self, taps: Sequence[str] | None, image_size: int) -> dict[str, int]:
@@ -92,22 +117,125 @@ class DSoPNetwork(DSoP, UserNetwork):
     the same weight.
     """
 
+    __init__ = UserNetwork.__init__
     taps_are_stages = True
     normalize_branches = True
     config: DSoPConfig
 
-    def __init__(self, network: nn.Module, taps: Sequence[str], config: DSoPConfig, image_size: int) -> None:
-        channels, num_classes = find_taps(network, taps, image_size)
-        UserNetwork.__init__(self, network, config, num_classes)
-        self.tap_channels = channels
-        self.attach_branches()
 
-    def paper_branches(self) -> PaperBranches:
-        """Return two blocks and at most 256 channels for every tap."""
-        count = len(self.tap_channels)
-        return PaperBranches(
-            blocks=(BLOCKS,) * count, widths=(WIDTH,) * count, weights=(1.0,) * count, strides=(1,) * count
-        )
+class GSoPNetwork(UserNetwork):
+    """A network of the user with GSoP blocks and the shortcuts around them; tensors are under `attention`."""
+
+    classifier_parts = ("attention", "network")  # the last one contains the classifier
+    config: GSoPBlockConfig
+
+    def attach(self) -> None:
+        """Build one block per tap."""
+        blocks = {
+            tap.replace(".", "_"): GSoPBlock(self.config, channels, dr_stride=1)
+            for tap, channels in self.tap_channels.items()
+        }
+        self.attention = nn.ModuleDict(blocks)
+        initialize(self.attention)
+
+    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Compute the logits, in place of the last feature map, and the outputs of *taps*."""
+
+        def scale(block: nn.Module, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            scaled: Tensor = output + block(output)
+            return scaled
+
+        blocks = zip(self.tap_channels, self.attention.values(), strict=True)
+        with hooked(self.network, {tap: partial(scale, block) for tap, block in blocks}):
+            return super().feature_maps(images, taps)
+
+
+class MapNetwork(UserNetwork):
+    """A network of the user up to a feature map, its last one or the tap; a pooling and a classifier follow.
+
+    The modules with parameters that run after the map are replaced by the identity.
+    """
+
+    classify = Backbone.classify
+    remove_classifier = Classifier.remove_classifier
+
+    def find_maps(self, source: Source) -> None:
+        """Find the map and remove what follows it."""
+        if len(source.taps) > 1:
+            raise ConfigError(f"taps: this method reads one feature map, not {len(source.taps)}")
+        self.tap_channels = self.map_channels(source.taps or None, source.image_size)
+        (self.tap,) = self.tap_channels
+        remove_after(self.network, self.tap, source.image_size)
+
+    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Compute the map (B, C, h, w) and the outputs of *taps*."""
+        _, outputs = run_tapped(self.network, self.network, images, {self.tap, *taps})
+        return outputs[self.tap], [output for tap, output in outputs.items() if tap in taps]
+
+
+class PooledOptions(StrictModel):
+    """Any global pooling of the package, iSQRT-COV by default."""
+
+    pooling: Pooling = ISqrtPoolingConfig()
+
+
+class PooledNetwork(MapNetwork):
+    """The last feature map of a user's network, a global pooling, a linear layer."""
+
+    config: PooledOptions
+
+    def attach(self) -> None:
+        """Build the pooling and the classifier."""
+        self.add_classifier(self.config.pooling)
+        initialize(self.pooling)
+
+
+class PSDRNetwork(PSDR, MapNetwork):
+    """The last feature map of a user's network, progressive reduction, iSQRT-COV, a linear layer."""
+
+    __init__ = UserNetwork.__init__
+
+
+class SupervisedPSDRNetwork(SupervisedPSDR, MapNetwork):
+    """`PSDRNetwork` with its auxiliary heads."""
+
+    __init__ = UserNetwork.__init__
+
+
+class GatedNetwork(Gated, MapNetwork):
+    """The last feature map of a user's network, a gated mixture of poolings, a linear layer."""
+
+    __init__ = UserNetwork.__init__
+
+
+class GMSOPNetwork(GMSOP, MapNetwork):
+    """`GatedNetwork` with the noise of its gate."""
+
+    __init__ = UserNetwork.__init__
+
+
+class NoOptions(StrictModel):
+    """A registered network without a method has no options."""
+
+
+class Method(NamedTuple):
+    """The network that is trained, the one that is exported, and the options."""
+
+    trained: type[UserNetwork]
+    exported: type[UserNetwork]
+    options: type[StrictModel]
+
+
+MethodName = Literal["none", "dsop", "gsop", "gmsop", "psdr", "isqrt"]
+METHODS: dict[MethodName, Method] = {
+    "none": Method(UserNetwork, UserNetwork, NoOptions),
+    "dsop": Method(DSoPNetwork, UserNetwork, DSoPConfig),
+    "gsop": Method(GSoPNetwork, GSoPNetwork, GSoPBlockConfig),
+    "gmsop": Method(GMSOPNetwork, GatedNetwork, GMSOPOptions),
+    "psdr": Method(SupervisedPSDRNetwork, PSDRNetwork, PSDROptions),
+    "isqrt": Method(PooledNetwork, PooledNetwork, PooledOptions),
+}
+NEEDS_TAPS = ("dsop", "gsop")
 
 
 def dsop(network: nn.Module, taps: Sequence[str], *, image_size: int = 224, **config: Any) -> DSoPNetwork:
@@ -133,16 +261,92 @@ def dsop(network: nn.Module, taps: Sequence[str], *, image_size: int = 224, **co
         ConfigError: An unknown tap, a tap without a feature map, an invalid option, or a network that cannot
             run.
     """
+    attached: DSoPNetwork = _apply("dsop", network, taps, image_size, config)
+    return attached
+
+
+def gsop(network: nn.Module, taps: Sequence[str], *, image_size: int = 224, **config: Any) -> GSoPNetwork:
+    """Put GSoP blocks with shortcuts behind the modules *taps* of *network*: GSoP-Net1.
+
+    Each block scales the output x of its module by weights from the covariance of x, and the network goes on
+    with the sum of both. `isqrt(gsop(...))` is GSoP-Net2. The options are those of `GSoPBlockConfig`; other
+    arguments and errors as for `dsop`.
+    """
+    attached: GSoPNetwork = _apply("gsop", network, taps, image_size, config)
+    return attached
+
+
+def gmsop(
+    network: nn.Module, *, tap: str | None = None, image_size: int = 224, **config: Any
+) -> GMSOPNetwork:
+    """Replace what follows a feature map of *network* by GM-SOP: a gated mixture of covariance poolings.
+
+    In train mode the result returns a `TrainingOutput`; add its `penalties`, the balance loss, to the loss of
+    its `logits`. `export_network(..., training_only=["gate.noise"])` removes the noise of the gate.
+
+    Args:
+        network: As for `dsop`; the modules with parameters behind the map are removed from it.
+        tap: Name of the module that returns the map (B, C, h, w), by default the last one that does.
+        image_size: Side in pixels of an image that the network accepts.
+        **config: Options of `GMSOPOptions`, such as `components=8`.
+
+    Raises:
+        ConfigError: No such module or map, an invalid option, or a network that cannot run.
+    """
+    attached: GMSOPNetwork = _apply("gmsop", network, _taps(tap), image_size, config)
+    return attached
+
+
+def psdr(
+    network: nn.Module, *, tap: str | None = None, image_size: int = 224, **config: Any
+) -> SupervisedPSDRNetwork:
+    """Replace what follows a feature map of *network* by PSDR: supervised reduction, then iSQRT-COV.
+
+    In train mode the result returns a `TrainingOutput`, as that of `dsop`;
+    `export_network(..., training_only=["auxiliary"])` removes the auxiliary heads. The options are those of
+    `PSDROptions`; other arguments and errors as for `gmsop`.
+    """
+    attached: SupervisedPSDRNetwork = _apply("psdr", network, _taps(tap), image_size, config)
+    return attached
+
+
+def isqrt(
+    network: nn.Module, *, tap: str | None = None, image_size: int = 224, **config: Any
+) -> PooledNetwork:
+    """Replace what follows a feature map of *network* by iSQRT-COV and a linear layer.
+
+    The option `pooling` selects another pooling or its options, such as `{"kind": "isqrt", "width": 128}` or
+    "bcnn". Other arguments and errors as for `gmsop`.
+    """
+    attached: PooledNetwork = _apply("isqrt", network, _taps(tap), image_size, config)
+    return attached
+
+
+def _taps(tap: str | None) -> tuple[str, ...]:
+    return () if tap is None else (tap,)
+
+
+def _apply(
+    name: MethodName, network: nn.Module, taps: Sequence[str], image_size: int, config: dict[str, Any]
+) -> Any:
+    """Apply method *name* to *network*, whose logits tell the number of classes."""
+    trained, _, options = METHODS[name]
     try:
-        options = DSoPConfig(**config)
+        parsed = options(**config)
     except pydantic.ValidationError as problem:
-        known = ", ".join(DSoPConfig.model_fields)
-        raise ConfigError(f"dsop: {first_problem(problem)}; its keys are {known}") from problem
-    return DSoPNetwork(network, taps, options, image_size)
+        known = ", ".join(options.model_fields)
+        raise ConfigError(f"{name}: {first_problem(problem)}; its keys are {known}") from problem
+    classes = find_taps(network, taps, image_size)[1]
+    return trained(parsed, classes, Source(lambda _: network, tuple(taps), image_size))
 
 
 def register_model(
-    name: str, build: Callable[[int], nn.Module], *, taps: Sequence[str] = (), image_size: int = 224
+    name: str,
+    build: Callable[[int], nn.Module],
+    *,
+    taps: Sequence[str] = (),
+    image_size: int = 224,
+    method: MethodName | None = None,
 ) -> None:
     """Give a network of the user the *name* under which this process trains, evaluates and exports it.
 
@@ -152,121 +356,39 @@ def register_model(
     Args:
         name: Name for `model.name` of a recipe: letters, digits, `.`, `_` and `-`.
         build: Builds the network for a number of classes, with new parts in every call.
-        taps: As for `dsop`; the options of the branches are `model.config` of a recipe. Without taps, the
-            network is trained without branches.
+        taps: The modules at which the method is applied: for "dsop" and "gsop" one or more, for the others
+            the feature map that is pooled, by default the last one.
         image_size: Side in pixels of an image that the network accepts.
+        method: The method of the function of this name, whose options are `model.config` of a recipe. By
+            default "dsop" with taps; "none" without, which trains the network as it is.
 
     Raises:
-        ConfigError: *name* is that of a network of the catalog, or has other characters.
+        ConfigError: *name* is that of a network of the catalog, or has other characters, or the method needs
+            taps.
     """
     if not NAME.fullmatch(name) or name in CATALOG:
         reason = "is a network of the catalog" if name in CATALOG else "use letters, digits, `.`, `_` and `-`"
         raise ConfigError(f"register_model: name {name!r}: {reason}")
+    chosen: MethodName = method or ("dsop" if taps else "none")
+    if chosen in NEEDS_TAPS and not taps:
+        raise ConfigError(f"register_model: method {chosen!r} needs taps; name modules of the network")
+    trained, exported, options = METHODS[chosen]
+    source = Source(partial(_build, name, build), tuple(taps), image_size)
 
-    def plain(config: StrictModel, num_classes: int) -> UserNetwork:
-        return UserNetwork(_build(name, build, num_classes), config, num_classes)
+    def bound(kind: type[UserNetwork], inference_class: type[Classifier] | None) -> type[UserNetwork]:
+        def construct(self: UserNetwork, config: StrictModel, num_classes: int) -> None:
+            kind.__init__(self, config, num_classes, source)
 
-    class Plain(UserNetwork):
-        def __init__(self, config: StrictModel, num_classes: int) -> None:
-            super().__init__(_build(name, build, num_classes), config, num_classes)
+        return type(kind.__name__, (kind,), {"__init__": construct, "inference_class": inference_class})
 
-    class Branched(DSoPNetwork):
-        def __init__(self, config: DSoPConfig, num_classes: int) -> None:
-            super().__init__(_build(name, build, num_classes), taps, config, image_size)
-            if self.num_classes != num_classes:
-                raise ConfigError(
-                    f"{name}: returns {self.num_classes} logits for {num_classes} classes"
-                    "; use the number that the builder receives"
-                )
-
-        def inference_model(self) -> Backbone:
-            return plain(self.config, self.num_classes)
-
-    kinds: tuple[type[Classifier], type[StrictModel]] = (Branched, DSoPConfig) if taps else (Plain, NoOptions)
-    REGISTERED[name] = Entry(*kinds, {}, "registered in this process", image_size, feature_maps=False)
+    inference = bound(exported, None) if trained.training_only else None
+    REGISTERED[name] = Entry(
+        bound(trained, inference), options, {}, "registered in this process", image_size, feature_maps=False
+    )
 
 
 def _build(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn.Module:
     try:
-        network = build(num_classes)
+        return build(num_classes)
     except Exception as error:  # the user's code
         raise ConfigError(f"{name}: cannot be built ({first_line(error)}); correct the builder") from error
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"{name}: its builder returned a {type(network).__name__}, not a torch.nn.Module")
-    return network
-
-
-def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple[dict[str, int], int]:
-    """Run *network* on one black image to find the channels at *taps* and the number of classes.
-
-    The taps are returned in the order of computation. Train and eval modes are restored afterwards. Raises
-    `ConfigError` as `dsop` does.
-    """
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"dsop: the network is a {type(network).__name__}, not a torch.nn.Module")
-    names = dict(network.named_modules())
-    parts = ", ".join(name for name, _ in network.named_children())
-    if not taps or isinstance(taps, str):
-        raise ConfigError(f"taps: give a list of names of modules; the network has {parts}")
-    for tap in taps:
-        if tap not in names or not tap:
-            raise ConfigError(f"taps: the network has no module {tap!r}; it has {parts}")
-    with evaluated(network, image_size) as images:
-        logits, outputs = run_tapped(network, network, images, taps)
-    for tap in taps:
-        shape = tuple(outputs[tap].shape) if isinstance(outputs.get(tap), Tensor) else ()
-        if len(shape) != 4 or shape[2] != shape[3]:
-            given = shape or "no tensor"
-            raise ConfigError(
-                f"taps: {tap} gives {given}, not a feature map (batch, channels, side, side)"
-                "; choose another module"
-            )
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ConfigError(f"dsop: the network returns {given} for one image, not (1, classes)")
-    return {tap: outputs[tap].shape[1] for tap in outputs}, logits.shape[1]
-
-
-@contextmanager
-def evaluated(network: nn.Module, image_size: int) -> Iterator[Tensor]:
-    """Put *network* into eval mode and yield one black image (1, 3, side, side) on its device.
-
-    Train and eval modes are restored afterwards. Raises `ConfigError` if the network cannot run.
-    """
-    modes = {part: part.training for part in network.modules()}
-    device = next((parameter.device for parameter in network.parameters()), None)
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield torch.zeros(1, 3, image_size, image_size, device=device)
-    except Exception as error:  # the user's code
-        raise ConfigError(
-            f"taps: the network fails for an image of 3 x {image_size} x {image_size} "
-            f"({first_line(error)}); give the image_size that it accepts"
-        ) from error
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
-def last_map(network: nn.Module, image_size: int) -> str:
-    """Find the module of *network* that computes the last feature map (1, C, side, side), side > 1.
-
-    Of modules that return the same tensor, it is the outermost one. Raises `ConfigError` if there is none, or
-    if tokens (1, N, C) follow: the map may then be the weights of an attention.
-    """
-    names = [name for name, _ in network.named_modules() if name]
-    with evaluated(network, image_size) as images:
-        _, outputs = run_tapped(network, network, images, names)
-    shapes: dict[str, tuple[int, ...]] = {
-        name: tuple(output.shape) if isinstance(output, Tensor) else () for name, output in outputs.items()
-    }
-    for name, shape in reversed(shapes.items()):
-        if len(shape) == 4 and shape[2] == shape[3] > 1:
-            return name
-        if len(shape) == 3:
-            break
-    raise ConfigError(
-        "head.taps: the network does not end in a feature map; name modules that return one, or set "
-        "head.kind=gap"
-    )

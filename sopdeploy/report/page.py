@@ -41,7 +41,7 @@ def write_report(
 
 def render_report(data: RunData) -> str:
     """Render the page as HTML; the same data always gives the same text."""
-    recipe, record = data.recipe, data.record
+    recipe, best, record = data.recipe, data.best, data.best.training
     few_shot = read_record(record)
     tiles = {"seed": str(recipe.seed), "time": f"{data.history[-1].seconds:.0f} s"}
     estimate = estimate_best(
@@ -50,12 +50,12 @@ def render_report(data: RunData) -> str:
         exports_average=recipe.ema is not None and recipe.ema.export == "average",
     )
     if few_shot is None:
-        best = best_epoch(data.history, frozen_backbone=recipe.frozen_backbone)
-        tiles = {"epoch": f"{best.epoch} of {recipe.epochs}", **tiles}
+        epoch = best_epoch(data.history, frozen_backbone=recipe.frozen_backbone).epoch
+        tiles = {"epoch": f"{epoch} of {recipe.epochs}", **tiles}
     tiles = {**score_tile(few_shot or estimate), **tiles}
     if data.predictions is not None and isinstance(data.predictions.metrics, ClassificationReport):
         tiles["calibration error"] = f"{data.predictions.metrics.calibration.error:.4f}"
-    values = [*flatten(recipe.model_dump(mode="json")), *flatten(data.config, "network.")]
+    values = [*flatten(recipe.model_dump(mode="json")), *flatten(best.config, "network.")]
     environment = {f"{name} version": version for name, version in record.get("versions", {}).items()}
     environment |= record.get("machine", {})
     environment["weights in best.pt"] = f"{record.get('weights', 'raw')}, of epoch {record.get('epoch')}"
@@ -63,14 +63,14 @@ def render_report(data: RunData) -> str:
         "sopdeploy.report",
         "run.html",
         recipe=recipe,
-        model=data.model,
+        model=best.model,
         training=_describe_training(data, few_shot),
-        labels=data.labels,
+        labels=best.labels,
         few_shot=few_shot,
         estimate=estimate,
         history=data.history,
         tiles=tiles,
-        decision=[] if data.decision is None else data.decision.rows(data.labels),
+        decision=[] if best.decision is None else best.decision.rows(best.labels),
         reason=data.reason,
         recipe_values=[
             (key, value)
@@ -85,7 +85,7 @@ def render_report(data: RunData) -> str:
 
 def _describe_training(data: RunData, few_shot: Any) -> str:
     """Describe in a sentence what was trained: the start weights, the images and the procedure."""
-    start, side = data.record.get("start"), data.recipe.preprocess.crop
+    start, side = data.best.training.get("start"), data.recipe.preprocess.crop
     weights = "random weights" if start is None else f"the weights of {start['file']} ({start['network']})"
     epochs, finished = data.recipe.epochs, len(data.history)
     how = "by the few-shot procedure"

@@ -6,7 +6,7 @@ from markupsafe import Markup
 
 from sopdeploy.evaluation.metrics import ClassificationReport
 from sopdeploy.evaluation.multi_label import MultiLabelReport
-from sopdeploy.html.charts import Axis, Curve, heat, interval, plot
+from sopdeploy.html.charts import Axis, Curve, plot
 from sopdeploy.html.templates import percent
 from sopdeploy.report.run_data import Predictions
 from sopdeploy.training.epoch_choice import HeldOutEstimate
@@ -20,28 +20,24 @@ def predictions_context(predictions: Predictions | None) -> dict[str, Any]:
     if predictions is None:
         return {"predictions": None}
     metrics = predictions.metrics
+    context = {"predictions": predictions, "metrics": metrics}
     if isinstance(metrics, MultiLabelReport):
-        return _multi_label_context(predictions, metrics)
-    top1, top5 = metrics.top1, metrics.top5
+        return {**context, "multi_label": True, **_multi_label_context(metrics)}
+    return {**context, "multi_label": False, **_classification_context(metrics)}
+
+
+def _classification_context(metrics: ClassificationReport) -> dict[str, Any]:
+    """Build the template variables that describe predictions of one class per image."""
     intervals = [
-        f"{percent(rate.share, 2)} ({percent(rate.low)} to {percent(rate.high)})" for rate in (top1, top5)
+        f"{percent(rate.share, 2)} ({percent(rate.low)} to {percent(rate.high)})"
+        for rate in (metrics.top1, metrics.top5)
     ]
     names = [row.label for row in metrics.classes]
-    frequent = sorted(
-        (-count, names[true], names[predicted])
-        for true, row in enumerate(metrics.confusion)
-        for predicted, count in enumerate(row)
-        if count and true != predicted
-    )
     return {
-        "predictions": predictions,
-        "multi_label": False,
-        "metrics": metrics,
-        "accuracy": interval("accuracy", "Top-1 accuracy", top1.share, top1.low, top1.high),
         "accuracy_caption": f"Top-1 {intervals[0]}, top-5 {intervals[1]}, negative log-likelihood "
         f"{metrics.nll:.4f}.",
-        "confusion": _confusion_matrix(metrics) if len(names) <= MAX_MATRIX_CLASSES else None,
-        "frequent": [(true, predicted, -count) for count, true, predicted in frequent[:MAX_CONFUSIONS]],
+        "names": names if len(names) <= MAX_MATRIX_CLASSES else [],
+        "frequent": metrics.mistakes()[:MAX_CONFUSIONS],
         "classes": [
             (
                 row.label,
@@ -54,15 +50,6 @@ def predictions_context(predictions: Predictions | None) -> dict[str, Any]:
             for row in metrics.classes
         ],
         "calibration": _calibration_plot(metrics),
-        "bins": [
-            (
-                f"{group.low:.3f} to {group.high:.3f}",
-                group.count,
-                "" if group.confidence is None else f"{group.confidence:.4f}",
-                "" if group.accuracy is None else f"{group.accuracy:.4f}",
-            )
-            for group in metrics.calibration.curve
-        ],
     }
 
 
@@ -91,36 +78,16 @@ def metric_tiles(metrics: ClassificationReport | MultiLabelReport) -> dict[str, 
     }
 
 
-def _multi_label_context(predictions: Predictions, metrics: MultiLabelReport) -> dict[str, Any]:
+def _multi_label_context(metrics: MultiLabelReport) -> dict[str, Any]:
     """Build the template variables that describe predictions of several classes per image."""
-    columns = ("average_precision", "precision", "recall", "f1")
     tiles = ", ".join(f"{name} {value}" for name, value in metric_tiles(metrics).items())
-    return {
-        "predictions": predictions,
-        "multi_label": True,
-        "metrics": metrics,
-        "accuracy_caption": f"{tiles}. A class counts as present if its probability reaches its threshold.",
-        "classes": [
-            (
-                row.label,
-                row.count,
-                row.answered,
-                f"{row.threshold:.3f}",
-                *("-" if getattr(row, name) is None else percent(getattr(row, name)) for name in columns),
-            )
-            for row in metrics.classes
-        ],
-    }
-
-
-def _confusion_matrix(metrics: ClassificationReport) -> Markup:
-    names = [row.label for row in metrics.classes]
-    rows = [
-        (name, [count / max(1, sum(row)) for count in row])
-        for name, row in zip(names, metrics.confusion, strict=True)
-    ]
-    counts = [[str(count) for count in row] for row in metrics.confusion]
-    return heat("confusion", "Confusion matrix", rows, names, counts, wrong_off_diagonal=True)
+    rows = []
+    for row in metrics.classes:
+        values = (row.average_precision, row.precision, row.recall, row.f1)
+        cells = ("-" if value is None else percent(value) for value in values)
+        rows.append((row.label, row.count, row.answered, f"{row.threshold:.3f}", *cells))
+    caption = f"{tiles}. A class counts as present if its probability reaches its threshold."
+    return {"accuracy_caption": caption, "classes": rows}
 
 
 def _calibration_plot(metrics: ClassificationReport) -> Markup:

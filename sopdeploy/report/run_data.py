@@ -6,23 +6,20 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pydantic
 from torch import Tensor
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import first_problem
 from sopdeploy.data.base import LabeledImages
-from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
-from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
-from sopdeploy.evaluation.prediction import predict_checkpoint
+from sopdeploy.evaluation.prediction import open_images_of, predict_images
+from sopdeploy.evaluation.predictions import make_predictions
 from sopdeploy.html.templates import percent
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
@@ -65,20 +62,15 @@ class Predictions:
 class RunData:
     """The contents of a report; if images are missing, `predictions` is None and `reason` explains why.
 
-    `model` is the name of the trained network, `config` its complete config, and `train_count` the number of
-    its training images.
+    `best` is the checkpoint of the best epoch, `train_count` the number of training images.
     """
 
     recipe: Recipe
-    model: str
-    config: dict[str, Any]
+    best: Checkpoint
     train_count: int
-    labels: tuple[str, ...]
     history: tuple[EpochRow, ...]
-    record: dict[str, Any]
     predictions: Predictions | None
     reason: str = ""
-    decision: Decision | None = None
 
 
 def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None]) -> RunData:
@@ -88,39 +80,41 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
     Raises `ConfigError` for a folder without a finished epoch, `CheckpointError` for invalid checkpoints, and
     `DataError` for an invalid *data*.
     """
-    last, best = run / "last.pt", run / "best.pt"
-    if not last.is_file() or not best.is_file():
+    path, best_path = run / "last.pt", run / "best.pt"
+    if not path.is_file() or not best_path.is_file():
         raise ConfigError(f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`")
-    stored = read_checkpoint(last)
-    recipe = validate_recipe(stored.training.get("recipe", {}), str(last))
-    history = read_history(stored, last)
-    checkpoint = read_checkpoint(best)
+    last, best = read_checkpoint(path), read_checkpoint(best_path)
+    recipe = validate_recipe(last.training.get("recipe", {}), str(path))
+    history = read_history(last, path)
     predictions, reason = None, ""
     try:
-        images, description = _open_images(recipe, checkpoint, data)
+        images, description = _open_images(recipe, best, data)
     except (ConfigError, DataError) as error:
         if data is not None:
             raise
         reason = str(error)
     else:
-        logits_NC = None if data is not None else _out_of_fold_logits(stored, checkpoint, len(images))
+        logits_NC = None if data is not None else _out_of_fold_logits(last, best, len(images))
         if logits_NC is None:
-            model, workers = build_classifier(checkpoint, best), recipe.workers
-            predicted = predict_checkpoint(model, checkpoint, images, workers=workers, on_image=on_image)
+            model = build_classifier(best, best_path)
+            predicted = predict_images(model, best, images, workers=recipe.workers, on_image=on_image)
         else:
-            predicted, description = _predict_out_of_fold(logits_NC, checkpoint, images), OUT_OF_FOLD
-        predictions = _measure(predicted, images, checkpoint.preprocess, description)
+            logits_N1C = logits_NC.double().numpy()[:, None]  # without a temperature
+            predicted = make_predictions(logits_N1C, images, images.labels, best.decision)
+            description = OUT_OF_FOLD
+        if isinstance(predicted, MultiLabelPredictions):
+            predictions = Predictions(metrics=predicted.report(), mistakes=(), images=description)
+        else:
+            metrics = classification_report(images.labels, predicted)
+            mistakes = worst_mistakes(predicted, images, best.preprocess)
+            predictions = Predictions(metrics=metrics, mistakes=tuple(mistakes), images=description)
     return RunData(
         recipe=recipe,
-        model=checkpoint.model,
-        config=checkpoint.config,
-        train_count=int((stored.resume or {}).get("train_count", 0)),
-        labels=stored.labels,
+        best=best,
+        train_count=int((last.resume or {}).get("train_count", 0)),
         history=history,
-        record=checkpoint.training,
         predictions=predictions,
         reason=reason,
-        decision=checkpoint.decision,
     )
 
 
@@ -140,19 +134,13 @@ def read_history(checkpoint: Checkpoint, source: Path) -> tuple[EpochRow, ...]:
 def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> tuple[LabeledImages, str]:
     """Open the images to evaluate; return them and a description."""
     if data is not None:
-        multi_label = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
-        labels = checkpoint.labels if multi_label else tuple(sorted(checkpoint.labels))
-        return open_evaluation_images(data, labels, multi_label=multi_label), f"the images in {data.name}"
+        return open_images_of(checkpoint, data), f"the images in {data.name}"
     split, few_shot = select_split(recipe, open_data(recipe.data))
     held_out = split.held_out if len(split.held_out) else split.train
     if set(held_out.labels) != set(checkpoint.labels):
         raise DataError("the classes of the data have changed since the run started; give the images as data")
-    if few_shot:
-        return held_out, "the held-out images"
-    return (
-        held_out,
-        "the held-out images, which also selected the epoch, so all scores of this section are too high",
-    )
+    note = "" if few_shot else ", which also selected the epoch, so all scores of this section are too high"
+    return held_out, f"the held-out images{note}"
 
 
 def _out_of_fold_logits(last: Checkpoint, best: Checkpoint, images: int) -> Tensor | None:
@@ -161,42 +149,6 @@ def _out_of_fold_logits(last: Checkpoint, best: Checkpoint, images: int) -> Tens
         return None
     logits_NC: Tensor | None = (last.resume or {}).get("out_of_fold")
     return logits_NC if logits_NC is not None and len(logits_NC) == images else None
-
-
-def _predict_out_of_fold(
-    logits_NC: Tensor, checkpoint: Checkpoint, images: LabeledImages
-) -> list[Score] | MultiLabelPredictions:
-    """Predict the training *images* by their out-of-fold logits (N, C)."""
-    decision = checkpoint.decision or Decision()
-    if decision.thresholds is not None:
-        return MultiLabelPredictions(
-            labels=images.labels,
-            targets=images.targets.astype(np.float64),
-            probabilities=logits_NC.double().sigmoid().numpy(),
-            thresholds=decision.thresholds,
-        )
-    scaled_NC = logits_NC.double() / decision.temperature
-    probabilities = scaled_NC.softmax(dim=1)
-    rankings = probabilities.argsort(dim=1, descending=True, stable=True).tolist()
-    return [
-        Score.from_ranking(target, [(column, row[column]) for column in ranked], **decision.review(logits))
-        for target, ranked, row, logits in zip(
-            images.targets.tolist(), rankings, probabilities.tolist(), scaled_NC.numpy(), strict=True
-        )
-    ]
-
-
-def _measure(
-    predicted: list[Score] | MultiLabelPredictions,
-    images: LabeledImages,
-    preprocess: Preprocess,
-    description: str,
-) -> Predictions:
-    if isinstance(predicted, MultiLabelPredictions):
-        return Predictions(metrics=predicted.report(), mistakes=(), images=description)
-    mistakes = tuple(worst_mistakes(predicted, images, preprocess))
-    metrics = classification_report(images.labels, predicted)
-    return Predictions(metrics=metrics, mistakes=mistakes, images=description)
 
 
 def worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: Preprocess) -> list[Mistake]:

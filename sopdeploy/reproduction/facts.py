@@ -11,13 +11,13 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop import DSoP
 
 CONVOLUTION = re.compile(r"conv\d$")  # of a block, not of its shortcut or a reduction of channels
-SIDES = {  # a layer as a paper names it, and the module that computes it; for a stage, its last block
-    "side after conv1": "conv1",
-    "side after pool1": "maxpool",
-    "side after conv2_x": "layer1",
-    "side after conv3_x": "layer2",
-    "side after conv4_x": "layer3",
-    "side after conv5_x": "layer4",
+LAYERS = {  # a layer as a paper names it, and the module that computes it; for a stage, its last block
+    "conv1": "conv1",
+    "pool1": "maxpool",
+    "conv2_x": "layer1",
+    "conv3_x": "layer2",
+    "conv4_x": "layer3",
+    "conv5_x": "layer4",
 }
 
 
@@ -28,24 +28,26 @@ def count_facts(network: Classifier, side: int, names: Collection[str]) -> dict[
     that cannot be counted, such as hours on other GPUs, are left out.
     """
     counted: dict[str, float] = {name: count(network) for name, count in COUNTED.items() if name in names}
-    if any(name in SIDES for name in names):
-        counted |= _sides(network, side)
+    if any(" after " in name for name in names):
+        counted |= _map_sizes(network, side)
     return {name: counted[name] for name in names if name in counted}
 
 
-def _sides(network: Classifier, side: int) -> dict[str, float]:
-    """Return the side in pixels of the output of each module of `SIDES` that *network* has."""
-    sides: dict[str, float] = {}
-    for name, attribute in SIDES.items():
+def _map_sizes(network: Classifier, side: int) -> dict[str, float]:
+    """Return the side in pixels and the channels of the output of each layer of `LAYERS` that it has."""
+    sizes: dict[str, float] = {}
+    for name, attribute in LAYERS.items():
         module = getattr(network, attribute, None)
         if module is not None:
             last = module[-1] if isinstance(module, nn.Sequential) else module
             last.register_forward_hook(
-                lambda _module, _inputs, output, name=name: sides.update({name: output.shape[-1]})
+                lambda _module, _inputs, output, name=name: sizes.update(
+                    {f"side after {name}": output.shape[-1], f"channels after {name}": output.shape[1]}
+                )
             )
     with torch.no_grad():
         network.eval()(torch.empty(1, 3, side, side, device="meta"))
-    return sides
+    return sizes
 
 
 def _convolutions(modules: Iterable[nn.Module]) -> int:

@@ -6,7 +6,6 @@ The slides on iSQRT-COV print these figures for AlexNet's last feature map: 256 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from statistics import median
-from time import process_time
 from timeit import repeat
 from typing import Any
 from unittest.mock import patch
@@ -34,23 +33,17 @@ class HeldMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.held: dict[StorageWeakRef, int] = {}
+        self.held: dict[Any, int] = {}
         self.peak: int = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run *func* and record the size of its results."""
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 storage = value.untyped_storage()
                 self.held[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
-        self.held = {
-            storage: size
-            for storage, size in self.held.items()
-            if not storage.expired()  # type: ignore[no-untyped-call]
-        }
+        self.held = {storage: size for storage, size in self.held.items() if not storage.expired()}
         self.peak = max(self.peak, sum(self.held.values()))
         return result
 
@@ -78,17 +71,17 @@ def singular_values() -> Iterator[None]:
 class MetaLayer:
     """A pooling and *batch* feature maps of the size of AlexNet's last one, with the calls that are timed.
 
-    *pooling* holds the options of a pooling of the registry. If its key `svd` is true, eigenvalues are
-    computed by SVD.
+    They are on *device*. *pooling* holds the options of a pooling of the registry. If its key `svd` is true,
+    eigenvalues are computed by SVD.
     """
 
-    def __init__(self, pooling: dict[str, Any], batch: int = BATCH) -> None:
+    def __init__(self, pooling: dict[str, Any], batch: int = BATCH, device: str = "cpu") -> None:
         torch.manual_seed(0)
         options = {key: value for key, value in pooling.items() if key != "svd"}
         self.svd = bool(pooling.get("svd"))
-        self.layer = pydantic.TypeAdapter(Pooling).validate_python(options).build(CHANNELS)
-        self.features = torch.randn(batch, CHANNELS, SIDE, SIDE).relu().requires_grad_()
-        self.grad = torch.randn(batch, self.layer.out_features)
+        self.layer = pydantic.TypeAdapter(Pooling).validate_python(options).build(CHANNELS).to(device)
+        self.features = torch.randn(batch, CHANNELS, SIDE, SIDE).relu().to(device).requires_grad_()
+        self.grad = torch.randn(batch, self.layer.out_features).to(device)
         self.output = self.forward()
 
     def forward(self) -> Tensor:
@@ -106,32 +99,39 @@ class MetaLayer:
         return torch.autograd.grad(self.output, self.features, self.grad, retain_graph=True)[0]
 
 
-def time_layer(layer: dict[str, Any]) -> dict[str, float]:
-    """Time *layer*, a pooling or a decomposition `{kind = "eig"}`, on one thread of the CPU.
+def time_layer(layer: dict[str, Any], device: str, threads: int) -> dict[str, float]:
+    """Time *layer*, a pooling or a decomposition `{kind = "eig"}`, on *device*, "cpu" or "cuda".
 
-    The result for a pooling is, per image, the time of a forward and backward pass, the time of the backward
-    pass alone (ms), and the peak memory (MiB); for a decomposition, the time of one 256 x 256 covariance.
+    *threads* is the number of CPU threads. The result for a pooling is, per image, the time of a forward and
+    backward pass, the time of the backward pass alone (ms), and the peak memory (MiB); for a decomposition,
+    the time of one 256 x 256 covariance.
     """
     if layer["kind"] in DECOMPOSITIONS:
         torch.manual_seed(0)
         features = torch.randn(CHANNELS, SIDE * SIDE).relu()
-        covariance = features.cov(correction=0)
+        covariance = features.cov(correction=0).to(device)
         decompose = DECOMPOSITIONS[layer["kind"]]
-        return {"this CPU, ms": _milliseconds(lambda: decompose(covariance))}
-    measured = MetaLayer(layer)
+        return {f"this machine, {device}, ms": milliseconds(lambda: decompose(covariance), device, threads)}
+    measured = MetaLayer(layer, device=device)
     return {
-        "FP+BP, ms": _milliseconds(measured.both) / BATCH,
-        "BP alone, ms": _milliseconds(measured.backward) / BATCH,
+        "FP+BP, ms": milliseconds(measured.both, device, threads) / BATCH,
+        "BP alone, ms": milliseconds(measured.backward, device, threads) / BATCH,
         "memory, MiB": peak_mebibytes(measured.both) / BATCH,
     }
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
-    """Time *call* in milliseconds of CPU time: the median of `RUNS` calls on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+def milliseconds(call: Callable[[], object], device: str, threads: int) -> float:
+    """Time *call* on *device* with *threads* CPU threads in milliseconds: the median of `RUNS` calls."""
+
+    def call_and_wait() -> None:
         call()
-        return 1000 * median(repeat(call, timer=process_time, repeat=RUNS, number=1))
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        call_and_wait()
+        return 1000 * median(repeat(call_and_wait, repeat=RUNS, number=1))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)

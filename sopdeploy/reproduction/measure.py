@@ -1,41 +1,69 @@
-"""Measure a finished run: errors of all heads, and condition numbers of covariances."""
+"""Measure a finished run: errors of all heads, condition numbers of covariances, counts of the network."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from sopdeploy.checkpoint import Checkpoint, build_classifier
+from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.evaluation.heads import HeadCounter, loss_shares
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.reproduction.results import HeadError
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.describe import describe
+from sopdeploy.report.run_data import read_history
+from sopdeploy.reproduction.layer_times import milliseconds
+from sopdeploy.reproduction.results import HeadError, SeedResult
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed.strategy import select_device
+from sopdeploy.training.loop import TrainingResult
 from sopdeploy.training.recipe import Recipe
 
 
-@torch.no_grad()
-def measure_heads(
-    checkpoint: Checkpoint, recipe: Recipe, source: Path, losses: dict[str, float]
-) -> dict[str, HeadError]:
-    """Compute the errors of all heads of *checkpoint* on all held-out images; empty for a single head.
+def measure_run(recipe: Recipe, trained: TrainingResult, *, timed: bool) -> SeedResult:
+    """Measure what the table and the charts show of a finished run; *timed* times its network, too."""
+    checkpoint: Checkpoint = read_checkpoint(trained.last)
+    history = read_history(checkpoint, trained.last)
+    counts = describe(
+        checkpoint.model,
+        image_size=recipe.preprocess.crop,
+        num_classes=len(checkpoint.labels),
+        **checkpoint.config,
+    )
+    model = build_classifier(checkpoint, trained.last)
+    return SeedResult(
+        seed=recipe.seed,
+        recipe=recipe.model_dump(mode="json"),
+        network=checkpoint.config,
+        history=history,
+        train_count=trained.train_count,
+        held_out_count=trained.held_out_count,
+        training=counts.training,
+        deployed=counts.shipped,
+        heads=_head_errors(model, recipe, history[-1].losses),
+        usage=history[-1].component_counts,
+        condition=_condition_numbers(history),
+        milliseconds=_time_per_image(model, recipe) if timed else None,
+        machine=checkpoint.training.get("machine", {}),
+    )
 
-    *losses* are the training losses of the last epoch, by head. *source* is the file of *checkpoint*, which
-    error messages name.
+
+@torch.no_grad()
+def _head_errors(model: Classifier, recipe: Recipe, losses: dict[str, float]) -> dict[str, HeadError]:
+    """Compute the errors of all heads of *model* on all held-out images; empty for a single head.
+
+    *losses* are the training losses of the last epoch, by head.
     """
-    device = select_device(recipe.device)
-    model = build_classifier(checkpoint, source).to(device)
     weights = model.loss_weights()
     if len(weights) < 2:
         return {}
+    device = select_device(recipe.device)
     images = open_data(recipe.data).held_out
     batches = sequential_batches(len(images), recipe.batch_size)
     dataset = PreprocessedDataset(images, recipe.preprocess)
     normalize = Normalize(recipe.preprocess).to(device)
-    counter = HeadCounter(model, torch.from_numpy(images.targets))
+    counter = HeadCounter(model.to(device), torch.from_numpy(images.targets))
     for batch, _ in load_batches(dataset, batches, recipe.workers, device):
         counter(normalize(batch))
     shares = loss_shares(weights, {name: losses[name] for name in counter.right})
@@ -45,7 +73,17 @@ def measure_heads(
     }
 
 
-def condition_numbers(history: Sequence[EpochRow]) -> dict[str, tuple[float, float]]:
+@torch.no_grad()
+def _time_per_image(model: Classifier, recipe: Recipe) -> float:
+    """Time the deployed network of *model* per image of a batch of the recipe's size, in milliseconds."""
+    device, side = select_device(recipe.device), recipe.preprocess.crop
+    network = model.inference_model().eval().to(device)
+    images = torch.randn(recipe.batch_size, 3, side, side, device=device)
+    of_batch = milliseconds(lambda: network(images), device.type, torch.get_num_threads())
+    return of_batch / recipe.batch_size
+
+
+def _condition_numbers(history: Sequence[EpochRow]) -> dict[str, tuple[float, float]]:
     """Compute the condition numbers before and after each matrix square root, from the last spectra.
 
     Square roots whose smallest eigenvalue is 0 are left out.

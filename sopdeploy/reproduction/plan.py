@@ -1,22 +1,23 @@
-"""The plan of a reproduction: for every row its recipe, its counts and its estimated time."""
+"""The rows of a reproduced table: the recipe of each, its counts, its estimated time, and its results."""
 
 import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import pydantic
 import torch
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import PadCrop
-from sopdeploy.data.datasets.official import detect_kind
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import expand_user
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import CatalogModel, create_model
 from sopdeploy.reproduction.facts import count_facts
 from sopdeploy.reproduction.options import ReproduceOptions
-from sopdeploy.reproduction.small import SMALL_DATA, small_data, small_overrides
-from sopdeploy.reproduction.tables import DATA_SETS, DataSet, PrintedRow, PrintedTable
+from sopdeploy.reproduction.results import MeanError, SeedResult, measure_errors
+from sopdeploy.reproduction.small import SMALL_DATA, STATEMENT, small_data, small_overrides
+from sopdeploy.reproduction.tables import DATA_SETS, DataSet, PrintedRow, PrintedTable, find_table
+from sopdeploy.training.distributed.strategy import select_device
 from sopdeploy.training.recipe import Recipe, parse_override, read_recipe, to_toml
 
 # Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as
@@ -27,7 +28,7 @@ ASSUMPTION = (
     "estimate: a step costs three forward passes, and a GPU sustains 20e12 operations per second; reading "
     "images and evaluation are not counted"
 )
-NOT_TRAINED = {"counts": "counted, not trained", "times": "timed, not trained"}  # by what a table measures
+PAGE = "index.html"
 QUANTITIES = {  # of `published.toml`, by key of a row
     "params": "parameters",
     "gflops": "operations",
@@ -40,8 +41,7 @@ class Counts(StrictModel):
     """Counts of the network of a row, as `describe` computes them.
 
     The keys are those of `PrintedRow`. Where a paper counts differently, as `published.toml` records, the
-    values follow its convention. `dim` is the length of the classified vector. `facts` are the counted values
-    of `PrintedRow.facts`.
+    values follow its convention. `dim` is the length of the classified vector.
     """
 
     params: float
@@ -49,34 +49,119 @@ class Counts(StrictModel):
     train_params: float
     train_gflops: float
     dim: int
-    facts: dict[str, float] = pydantic.Field(default_factory=dict)
 
 
-class Job(StrictModel):
-    """A row and the recipe that trains it; if the row is not trained, `recipe` is None and `reason` says why.
+@dataclass(kw_only=True)
+class Row:
+    """What is printed in a row, how it is trained, and its results so far.
 
-    `overrides` are the changes to the recipe `source`, without seed and start weights. `gpu_hours` is the
-    estimated time of one run.
+    `recipe` is None for a row that is not trained, and `reason` says why. `overrides` are the changes to the
+    recipe `source`, without seed and start weights. `gpu_hours` is the estimated time of one run. `facts` are
+    counted or timed figures, by the names of `PrintedRow.facts`.
     """
 
-    row: PrintedRow
+    printed: PrintedRow
     source: str = ""
     overrides: tuple[str, ...] = ()
     recipe: Recipe | None = None
     reason: str = ""
     counts: Counts | None = None
     gpu_hours: float = 0.0
+    facts: dict[str, float] = field(default_factory=dict)
+    runs: list[SeedResult] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """Return "measured", "not run", or the reason for which the row cannot be run."""
+        return "measured" if self.runs else self.reason or "not run"
+
+    @property
+    def top1(self) -> MeanError | None:
+        """The mean top-1 error in percent."""
+        return measure_errors(self.runs, "top1")
+
+    @property
+    def top5(self) -> MeanError | None:
+        """The mean top-5 error in percent."""
+        return measure_errors(self.runs, "top5")
 
     def overrides_of(self, folder: Path, seed: int) -> tuple[str, ...]:
         """Return `overrides` with *seed* and the checkpoints of other rows; *folder* holds all runs."""
-        needed = (f"{key}={run_path(folder, row, seed) / 'best.pt'}" for key, row in self.row.needs.items())
+        needed = (
+            f"{key}={run_path(folder, row, seed) / 'best.pt'}" for key, row in self.printed.needs.items()
+        )
         return (*self.overrides, *needed, f"seed={seed}")
 
     def command(self, folder: Path, seed: int) -> str:
-        """Format the command that trains the row alone."""
+        """Format the command that trains the row alone; empty if it is not trained."""
+        if self.recipe is None:
+            return ""
         settings = (word for override in self.overrides_of(folder, seed) for word in ("--set", override))
-        out = str(run_path(folder, self.row.id, seed))
+        out = str(run_path(folder, self.printed.id, seed))
         return shlex.join(["sopdeploy", "train", "--recipe", self.source, *settings, "--out", out])
+
+
+@dataclass
+class Reproduction:
+    """A table, the options, and the selected rows with the results so far."""
+
+    table: PrintedTable
+    options: ReproduceOptions
+    rows: tuple[Row, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the runs and the page."""
+        return self.options.folder(self.table)
+
+    @property
+    def page(self) -> Path:
+        """Path of the page."""
+        return self.folder / PAGE
+
+    @property
+    def seeds(self) -> int:
+        """Number of runs per row."""
+        return self.options.runs_per_row(self.table)
+
+    @property
+    def layer_device(self) -> tuple[str, int]:
+        """The device, "cpu" or "cuda", and the number of CPU threads for timed layers."""
+        device = select_device(self.options.device or "auto").type
+        return device, self.options.threads or torch.get_num_threads()
+
+    @property
+    def statement(self) -> str:
+        """Why small-scale results are not the paper's; empty if nothing is trained."""
+        return STATEMENT if self.options.scale == "small" and self.table.measures == "errors" else ""
+
+    def summary(self) -> dict[str, Any]:
+        """Return the results without the epochs of the runs and their recipes, for `--json`."""
+        hidden = {"recipe", "network", "history", "machine"}
+        rows = [
+            {
+                "printed": row.printed.model_dump(mode="json"),
+                "status": row.status,
+                "command": row.command(self.folder, 0),
+                "counted": None if row.counts is None else row.counts.model_dump(),
+                "facts": row.facts,
+                "network": "" if row.recipe is None else row.recipe.model.name,
+                "top1": None if row.top1 is None else row.top1.model_dump(),
+                "top5": None if row.top5 is None else row.top5.model_dump(),
+                "runs": [run.model_dump(mode="json", exclude=hidden) for run in row.runs],
+            }
+            for row in self.rows
+        ]
+        return {
+            "table": self.table.id,
+            **self.table.model_dump(include={"source", "title", "measures"}),
+            "scale": self.options.scale,
+            "statement": self.statement,
+            "seeds": self.seeds,
+            "data": None if self.options.data is None else str(self.options.data),
+            "page": str(self.page),
+            "rows": rows,
+        }
 
 
 def run_path(folder: Path, row: str, seed: int) -> Path:
@@ -84,55 +169,68 @@ def run_path(folder: Path, row: str, seed: int) -> Path:
     return folder / row / f"seed-{seed}"
 
 
-def plan_rows(table: PrintedTable, options: ReproduceOptions) -> tuple[Job, ...]:
+def plan(table: PrintedTable, options: ReproduceOptions) -> Reproduction:
     """Plan the selected rows of *table*; raise `ConfigError` for unknown rows."""
-    return tuple(_plan_row(table, row, options) for row in table.select(options.rows))
+    rows = (_plan_row(table, printed, options) for printed in table.select(options.rows))
+    return Reproduction(table, options, tuple(rows))
 
 
-def _plan_row(table: PrintedTable, row: PrintedRow, options: ReproduceOptions) -> Job:
-    if row.layer is not None:
-        return Job(row=row, reason=NOT_TRAINED["times"])
-    trained = table.recipe_of(row)
+def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOptions) -> Row:
+    row = Row(printed=printed)
+    if printed.layer is not None:
+        row.reason = "timed, not trained"
+        return row
+    trained = table.recipe_of(printed)
     if trained is None:
-        return Job(row=row, reason="cited: no network of the catalog")
-    source, overrides = trained
+        row.reason = "cited: no network of the catalog"
+        return row
+    row.source, row.overrides = trained
     try:
-        full = read_recipe(source, overrides)
-        counts = _count(table, row, full)
+        recipe = read_recipe(row.source, row.overrides)
+        row.counts = _count(recipe, printed, table)
+        if printed.facts:
+            row.facts = _count_facts(row, recipe, table)
         if table.measures == "counts":
-            return Job(row=row, source=source, reason=NOT_TRAINED["counts"], counts=counts)
-        if options.scale == "small":
-            overrides = (*overrides, *_small_changes(table, row, source, overrides, options))
-        elif options.data is not None:
-            kind = detect_kind(expand_user(options.data)) if full.data.kind == "folder" else None
-            layout = () if kind is None else (f"data.kind={kind}",)
-            overrides = (*overrides, *layout, f"data.path={to_toml(str(options.data))}")
-        overrides = (*overrides, *options.set)
-        recipe = read_recipe(source, overrides)
+            row.reason = "counted, not trained"
+            return row
+        row.overrides += (
+            *_scale_overrides(row, table, options),
+            *_start_weights(printed, options),
+            *options.recipe_overrides(),
+        )
+        row.recipe = read_recipe(row.source, row.overrides)
     except ConfigError as error:
-        return Job(row=row, source=source, overrides=overrides, reason=f"not available: {error}")
-    return Job(
-        row=row,
-        source=source,
-        overrides=overrides,
-        recipe=recipe,
-        counts=counts,
-        gpu_hours=estimate_hours(recipe, DATA_SETS[table.data] if options.scale == "paper" else SMALL_DATA),
-    )
+        row.reason = f"not available: {error}"
+        return row
+    data = DATA_SETS[table.data] if options.scale == "paper" else SMALL_DATA
+    row.gpu_hours = estimate_hours(row.recipe, data)
+    return row
 
 
-def _small_changes(
-    table: PrintedTable, row: PrintedRow, source: str, overrides: tuple[str, ...], options: ReproduceOptions
-) -> list[str]:
-    """Build the changes that reduce a row to the small scale; those of the table win, except for networks."""
-    own = [*table.small, *row.small]
-    recipe = read_recipe(source, [*overrides, *own])
-    kept = {parse_override(override)[0] for override in own}
-    return own + [
-        override
-        for override in small_overrides(recipe, small_data(options.out, options.data))
-        if override.startswith(("model.", "teacher.")) or parse_override(override)[0] not in kept
-    ]
+def _scale_overrides(row: Row, table: PrintedTable, options: ReproduceOptions) -> list[str]:
+    """Build the changes to *row* for the scale and the data of *options*.
+
+    At the small scale, those of the table win, except for networks.
+    """
+    if options.scale == "small":
+        own = [*table.small, *row.printed.small]
+        recipe = read_recipe(row.source, [*row.overrides, *own])
+        kept = {parse_override(override)[0] for override in own}
+        return own + [
+            override
+            for override in small_overrides(recipe, small_data(options.out, options.data))
+            if override.startswith(("model.", "teacher.")) or parse_override(override)[0] not in kept
+        ]
+    return [] if options.data is None else [f"data.path={to_toml(str(options.data))}"]
+
+
+def _start_weights(printed: PrintedRow, options: ReproduceOptions) -> list[str]:
+    """Build the change that starts the row from the weights of its `pretrained` row, if that has been run."""
+    if printed.pretrained is None:
+        return []
+    table, row = printed.pretrained.split("/")
+    path = run_path(options.folder(find_table(table)), row, 0) / "best.pt"
+    return [f"start.weights={to_toml(str(path))}"] if path.is_file() else []
 
 
 def estimate_hours(recipe: Recipe, data: DataSet) -> float:
@@ -153,8 +251,8 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
     return macs * STEP_COST * images / GPU_OPERATIONS / 3600
 
 
-def _count(table: PrintedTable, row: PrintedRow, recipe: Recipe) -> Counts:
-    """Count parameters, operations and facts of the network that *recipe* trains."""
+def _count(recipe: Recipe, printed: PrintedRow, table: PrintedTable) -> Counts:
+    """Count parameters and operations of the network that *recipe* trains, for the row *printed*."""
     model, side, classes = recipe.model, recipe.preprocess.crop, DATA_SETS[table.data].classes
     described = describe(model.name, image_size=side, num_classes=classes, **model.config)
     counts = {
@@ -165,11 +263,22 @@ def _count(table: PrintedTable, row: PrintedRow, recipe: Recipe) -> Counts:
     }
     for figure in reversed(described.published):  # the first figure decides
         for key, quantity in QUANTITIES.items():
-            if figure.quantity.endswith(quantity) and figure.printed == getattr(row, key):
+            if figure.quantity.endswith(quantity) and figure.printed == getattr(printed, key):
                 counts[key] = figure.ours
-    facts: dict[str, float] = {}
-    if row.facts:
-        with torch.device("meta"):
-            network = create_model(model.name, num_classes=classes, **model.config)
-        facts = count_facts(network, side, row.facts)
-    return Counts(**counts, dim=described.representation, facts=facts)
+    return Counts(**counts, dim=described.representation)
+
+
+def _count_facts(row: Row, recipe: Recipe, table: PrintedTable) -> dict[str, float]:
+    """Count the printed facts of *row*: those of the recipe, of the network, and extra costs."""
+    printed, model = row.printed, recipe.model
+    with torch.device("meta"):
+        network = create_model(model.name, num_classes=DATA_SETS[table.data].classes, **model.config)
+    facts: dict[str, float] = {"epochs": recipe.epochs}
+    facts |= count_facts(network, recipe.preprocess.crop, printed.facts)
+    if printed.baseline is not None and row.counts is not None:
+        baseline = next(other for other in table.rows if other.id == printed.baseline)
+        source, overrides = table.recipe_of(baseline) or ("", ())
+        without = _count(read_recipe(source, overrides), baseline, table)
+        facts["extra GFLOPs"] = row.counts.gflops - without.gflops
+        facts["extra parameters (M)"] = row.counts.params - without.params
+    return {name: facts[name] for name in printed.facts if name in facts}

@@ -1,18 +1,15 @@
-"""The measured results of a reproduction, as stored and as printed with `--json`."""
+"""The measured results of runs: what is stored beside each run, and mean errors over seeds."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from statistics import mean
 from typing import Any
-
-import pydantic
 
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.evaluation.statistics import Interval, paired, wilson
 from sopdeploy.models.stats import Counts as NetworkCounts
-from sopdeploy.reproduction.options import Scale
-from sopdeploy.reproduction.plan import Counts
-from sopdeploy.reproduction.tables import Measures, PrintedRow
 from sopdeploy.training.diagnostics import EpochRow
+
+HOURS, MILLISECONDS = "training, hours", "inference, ms per image"  # facts of tables
 
 
 class HeadError(StrictModel):
@@ -30,6 +27,7 @@ class SeedResult(StrictModel):
     `deployed` count this network. `heads` holds the errors of all heads if there are several. `usage` counts,
     for a gated network, the training images that each component received in the last epoch. `condition` holds
     the ratios of the largest to the smallest recorded eigenvalue before and after each matrix function.
+    `milliseconds` is the time of the deployed network per image, where the paper prints one.
     """
 
     seed: int
@@ -43,6 +41,7 @@ class SeedResult(StrictModel):
     heads: dict[str, HeadError]
     usage: tuple[int, ...]
     condition: dict[str, tuple[float, float]]
+    milliseconds: float | None = None
     machine: dict[str, Any]
 
     @property
@@ -60,45 +59,6 @@ class MeanError(StrictModel):
     high: float
 
 
-class RowResult(StrictModel):
-    """The printed figures of a row beside the measured ones; errors are percentages.
-
-    `status` is "measured", "not run" or the reason for which the row cannot be run. `command` trains the row
-    alone with the first seed. `network` is the catalog name of the trained network. `facts` are the counted
-    or timed figures, by the names of `PrintedRow.facts`.
-    """
-
-    printed: PrintedRow
-    status: str
-    command: str = ""
-    counted: Counts | None = None
-    facts: dict[str, float] = pydantic.Field(default_factory=dict)
-    network: str = ""
-    top1: MeanError | None = None
-    top5: MeanError | None = None
-    runs: tuple[SeedResult, ...] = ()
-
-
-class Reproduction(StrictModel):
-    """A table with the results so far; `statement` explains why small-scale results are not the paper's."""
-
-    table: str
-    source: str
-    title: str
-    scale: Scale
-    measures: Measures = "errors"
-    statement: str
-    seeds: int
-    data: str | None
-    page: Path
-    rows: tuple[RowResult, ...]
-
-    def summary(self) -> dict[str, Any]:
-        """Return the result without the epochs of the runs and their recipes, for `--json`."""
-        runs = {"recipe": True, "network": True, "history": True, "machine": True}
-        return self.model_dump(mode="json", exclude={"rows": {"__all__": {"runs": {"__all__": runs}}}})
-
-
 def measure_errors(runs: Sequence[SeedResult], name: str) -> MeanError | None:
     """Compute the mean error *name*, "top1" or "top5", of *runs* after the last epoch, in percent."""
     errors = [1 - getattr(run.history[-1].metrics, name) for run in runs]
@@ -112,3 +72,16 @@ def measure_errors(runs: Sequence[SeedResult], name: str) -> MeanError | None:
         count = runs[0].held_out_count
         interval = Interval(*wilson(round(mean * count), count))
     return MeanError(mean=100 * mean, low=100 * max(0.0, interval.low), high=100 * min(1.0, interval.high))
+
+
+def measure_facts(runs: Sequence[SeedResult], baseline: Sequence[SeedResult]) -> dict[str, float]:
+    """Compute the facts of *runs* that papers print: times, and increments over *baseline* in points."""
+    facts = {HOURS: mean(run.history[-1].seconds for run in runs) / 3600}
+    times = [run.milliseconds for run in runs if run.milliseconds is not None]
+    if times:
+        facts[MILLISECONDS] = mean(times)
+    for name, label in {"top1": "top-1 increment", "top5": "top-5 increment"}.items():
+        error, reference = measure_errors(runs, name), measure_errors(baseline, name)
+        if error is not None and reference is not None:
+            facts[label] = reference.mean - error.mean
+    return facts

@@ -7,22 +7,20 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pydantic
 
 from sopdeploy.backbones.alexnet import AlexNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.backbones.vgg import VGGConfig
 from sopdeploy.bundle.folder import staging
-from sopdeploy.data.datasets.official import detect_kind
+from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.datasets.small import open_digits
-from sopdeploy.data.sources import DataConfig, open_data
+from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
-from sopdeploy.files import expand_user
 from sopdeploy.models.registry import entry, make_config
-from sopdeploy.reproduction.tables import DataSet, PrintedTable
+from sopdeploy.reproduction.tables import DataSet
 from sopdeploy.training.recipe import Recipe, to_toml
 
 EPOCHS, BATCH_SIZE = 4, 32
@@ -99,11 +97,6 @@ def small_overrides(recipe: Recipe, images: Path) -> list[str]:
     return overrides
 
 
-def statement(table: PrintedTable, scale: Literal["paper", "small"]) -> str:
-    """Explain why small-scale results of *table* are not the paper's; empty if nothing is trained."""
-    return STATEMENT if scale == "small" and table.measures == "errors" else ""
-
-
 def small_data(out: Path, data: Path | None) -> Path:
     """Return the folder in *out* for the small images from *data*, by default from the bundled digits.
 
@@ -123,11 +116,7 @@ def write_small_images(source: Path | None, folder: Path) -> None:
     """
     if folder.exists():
         return
-    if source is None:
-        split = open_digits()
-    else:
-        kind = detect_kind(expand_user(source)) or "folder"
-        split = open_data(pydantic.TypeAdapter(DataConfig).validate_python({"kind": kind, "path": source}))
+    split = open_digits() if source is None else open_data(FolderConfig(kind="folder", path=source))
     if split.train.targets.ndim == 2:
         raise DataError(f"{source}: lists several classes per image; give a folder with one class each")
     with staging(folder.parent) as partial:

@@ -15,7 +15,6 @@ from sopdeploy.config import Positive, StrictModel
 from sopdeploy.errors import ConfigError
 
 Percent = Annotated[float, pydantic.Field(ge=0, le=100)]
-Figure = Literal["heads", "usage", "alpha", "grid", "spectra"]
 Measures = Literal["errors", "counts", "times"]
 
 
@@ -45,11 +44,13 @@ class PrintedRow(StrictModel):
     Errors (`top1`, `top5`) are percentages; `heads` has the errors of the branch of each stage. `params` and
     `gflops` describe the deployed network in millions and billions, `train_params` and `train_gflops` the
     network in training; with `times` they are multiples of ResNet-50's. `dim` is the length of the vector
-    that is classified. `facts` are other printed figures by name: `facts.py` counts the facts of a network,
-    `layer_times.py` measures those of a timed `layer`. None stands for a figure that is not printed.
+    that is classified. `facts` are other printed figures by name: `facts.py` counts or measures those of a
+    network, `layer_times.py` those of a timed `layer`. Extra costs and increments are relative to the row
+    `baseline`. None stands for a figure that is not printed.
 
     `set` are changes to the table's recipe, as for `sopdeploy train --set`; `small` are further changes at
-    the small scale. `needs` maps a key of the recipe to the row whose `best.pt` is its value. A `cited` row
+    the small scale. `needs` maps a key of the recipe to the row whose `best.pt` is its value. `pretrained` is
+    a row of another table, "TABLE/ROW", whose `best.pt` gives the start weights if it exists. A `cited` row
     was not trained by the paper; it can be trained only if it has its own `recipe` or `set`. A `teacher` is
     not printed, but other rows need it.
     """
@@ -60,6 +61,8 @@ class PrintedRow(StrictModel):
     set: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
     needs: dict[str, str] = pydantic.Field(default_factory=dict)
+    pretrained: str | None = None
+    baseline: str | None = None
     cited: bool = False
     teacher: bool = False
     top1: Percent | None = None
@@ -81,10 +84,9 @@ class PrintedTable(StrictModel):
     """A table or figure of a paper; `source` is its name in `published.toml`, too.
 
     `measures` is what its rows print: "errors" of trained networks, "counts" of networks that are only
-    built, or "times" of single layers on the CPU. `recipe`, `set` and `small` apply to all rows. `data` is a
-    key of `DATA_SETS`. `seeds` is the number of runs that the paper averages. `figures` are further charts of
-    the page. If `accuracy` is true, `top1` and `top5` in
-    the file are the printed accuracies; they are converted to errors.
+    built, or "times" of single layers. `recipe`, `set` and `small` apply to all rows. `data` is a
+    key of `DATA_SETS`. `seeds` is the number of runs that the paper averages. If `accuracy` is true, `top1`
+    and `top5` in the file are the printed accuracies; they are converted to errors.
     """
 
     id: str
@@ -96,7 +98,6 @@ class PrintedTable(StrictModel):
     set: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
     seeds: Annotated[int, pydantic.Field(ge=1)] = 1
-    figures: tuple[Figure, ...] = ()
     accuracy: bool = False
     note: str = ""
     rows: tuple[PrintedRow, ...]
@@ -111,18 +112,6 @@ class PrintedTable(StrictModel):
             for row in values["rows"]
         ]
         return {**values, "rows": rows}
-
-    @pydantic.model_validator(mode="after")
-    def _check_rows(self) -> "PrintedTable":
-        ids = [row.id for row in self.rows]
-        if len(set(ids)) != len(ids):
-            raise ValueError(f"{self.id}: two rows have the same id")
-        for number, row in enumerate(self.rows):
-            if not set(row.needs.values()) <= set(ids[:number]):
-                raise ValueError(f"{self.id}, {row.id}: needs a row that does not precede it")
-        if self.data not in DATA_SETS:
-            raise ValueError(f"{self.id}: unknown data set {self.data}")
-        return self
 
     def recipe_of(self, row: PrintedRow) -> tuple[str, tuple[str, ...]] | None:
         """Return the recipe of *row* and its changes; None for a row that is only cited or timed."""
@@ -141,7 +130,9 @@ class PrintedTable(StrictModel):
         wanted: set[str] = set()
         for name in (part.strip() for part in names.split(",")):
             if name not in by_id:
-                raise ConfigError(f"--rows {name}: no row of {self.id}; choose one of {', '.join(by_id)}")
+                raise ConfigError(
+                    f"no row of {self.id}; choose one of {', '.join(by_id)}", setting="rows", value=name
+                )
             wanted |= {name, *by_id[name].needs.values()}
         return tuple(row for row in self.rows if row.id in wanted)
 

@@ -5,7 +5,7 @@ from collections import deque
 from typing import Any, ClassVar, Literal
 
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import EngineError, RuntimeUnavailableError
+from sopdeploy.errors import RuntimeUnavailableError
 
 OLDEST = (10, 13)
 Version = tuple[int, int]  # major, minor
@@ -25,12 +25,9 @@ def version_of(trt: Any) -> Version:
 
 
 def parse_version(text: str) -> Version:
-    """Parse `10.16.1.11` as (10, 16); raise `EngineError` for other text."""
-    parts = text.split(".")
-    try:
-        return int(parts[0]), int(parts[1])
-    except (ValueError, IndexError) as error:
-        raise EngineError(f"{text}: not a TensorRT version, such as 10.16") from error
+    """Parse `10.16.1.11` as (10, 16)."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
 
 
 def make_logger(trt: Any) -> Any:

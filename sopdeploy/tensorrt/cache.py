@@ -6,32 +6,24 @@ can write to the folder can run code.
 """
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.manifest import to_json
 from sopdeploy.errors import EngineError
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.tensorrt.record import EngineKey, EngineRecord
 
 FOLDER = "engines"
-MAX_RECORD_BYTES = 4_000_000
 EMPTY = "no engine of this bundle was built here yet"
 
 
-@dataclass(frozen=True)
-class StoredEngine:
+class StoredEngine(NamedTuple):
     """A cached plan whose key and hash were verified, and its record."""
 
     plan: bytes
     record: EngineRecord
-
-
-@dataclass(frozen=True)
-class NoEngine:
-    """A cache miss and its reason."""
-
-    reason: str
 
 
 def cache_folder(bundle: Bundle, folder: Path | None = None) -> Path:
@@ -44,7 +36,7 @@ def store(folder: Path, plan: bytes, record: EngineRecord) -> Path:
     """Write *plan* and then its *record* atomically; return the path of the plan."""
     path = folder / f"{record.key.name}.plan"
     write_whole(path, plan)
-    write_whole(path.with_suffix(".json"), record.to_bytes())
+    write_whole(path.with_suffix(".json"), to_json(record.model_dump(mode="json")))
     return path
 
 
@@ -56,37 +48,33 @@ def write_whole(path: Path, content: bytes) -> None:
             partial.write_bytes(content)
 
 
-def look(folder: Path, key: EngineKey) -> StoredEngine | NoEngine:
+def look(folder: Path, key: EngineKey) -> StoredEngine | str:
     """Look up the plan of *key* in *folder* and verify it; return the reason if there is none."""
     path = folder / f"{key.name}.plan"
     if not path.with_suffix(".json").is_file():
-        return NoEngine(_nearest(folder, key))
+        return _nearest(folder, key)
     record = _read_record(path.with_suffix(".json"))
-    if isinstance(record, NoEngine):
-        return record
+    if record is None or not path.is_file():
+        return f"{path.stem} has no valid record or no plan"
     if record.key != key:
-        return NoEngine(f"{path.name} is an engine of another key: {'; '.join(key.differences(record.key))}")
-    if not path.is_file() or path.is_symlink():
-        return NoEngine(f"{path.name} is missing or a link")
+        return f"{path.name} is an engine of another key: {'; '.join(key.differences(record.key))}"
     plan = path.read_bytes()
     if hashlib.sha256(plan).hexdigest() != record.plan_sha256:
-        return NoEngine(f"{path.name} does not have the sha256 of its record: it was damaged or replaced")
-    return StoredEngine(plan=plan, record=record)
+        return f"{path.name} does not have the sha256 of its record: it was damaged or replaced"
+    return StoredEngine(plan, record)
 
 
-def _read_record(path: Path) -> EngineRecord | NoEngine:
+def _read_record(path: Path) -> EngineRecord | None:
     try:
-        if path.is_symlink() or path.stat().st_size > MAX_RECORD_BYTES:
-            return NoEngine(f"{path.name} is a link, or larger than {MAX_RECORD_BYTES} bytes")
-        return EngineRecord.from_bytes(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return NoEngine(f"{path.name} is not an engine record")
+        return EngineRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def records(folder: Path) -> list[EngineRecord]:
     """Read every valid record in *folder*, sorted by file name."""
-    found = [_read_record(path) for path in sorted(folder.glob("*.json"))]
-    return [record for record in found if isinstance(record, EngineRecord)]
+    read = (_read_record(path) for path in sorted(folder.glob("*.json")))
+    return [record for record in read if record is not None]
 
 
 def _nearest(folder: Path, key: EngineKey) -> str:
@@ -97,14 +85,14 @@ def _nearest(folder: Path, key: EngineKey) -> str:
 
 def best_for(
     folder: Path, bundle: Bundle, *, tensorrt: str, gpu: str, architecture: str
-) -> StoredEngine | NoEngine:
+) -> StoredEngine | str:
     """Load the engine of *bundle* with the largest batch size for the given TensorRT version and GPU.
 
     *architecture* is the compute capability, such as `sm_90`. A miss returns its reason.
     """
-    found = records(folder)
-    if not found:
-        return NoEngine(EMPTY)
+    keys = [record.key for record in records(folder)]
+    if not keys:
+        return EMPTY
     here = {
         "bundle": bundle.name,
         "bundle_onnx": bundle.manifest.files[bundle.onnx.name].sha256,
@@ -113,8 +101,7 @@ def best_for(
         "architecture": architecture,
         "precision": bundle.manifest.precision,
     }
-    keys = [record.key for record in found]
     matching = [key for key in keys if key.model_copy(update=here) == key]
     if not matching:
-        return NoEngine(_nearest(folder, keys[0].model_copy(update=here)))
+        return _nearest(folder, keys[0].model_copy(update=here))
     return look(folder, max(matching, key=lambda key: (key.largest_batch, len(key.profiles), key.name)))

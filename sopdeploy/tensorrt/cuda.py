@@ -1,7 +1,6 @@
 """The CUDA runtime calls that an engine needs, through `cuda-python`."""
 
 import ctypes
-import importlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,10 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.environment import install_hint
+from sopdeploy.environment import import_optional
 from sopdeploy.errors import RuntimeUnavailableError
-
-MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # of cuda-python 12.6 and later, and of older versions
 
 
 @dataclass(frozen=True)
@@ -150,20 +147,16 @@ class CudaResources:
 
 def open_cuda() -> Cuda:
     """Open CUDA; raise `RuntimeUnavailableError` if cuda-python, the driver or a GPU is missing."""
-    for name in MODULES:
-        with suppress(ImportError):
-            cuda = Cuda(importlib.import_module(name))
-            break
-    else:
-        raise RuntimeUnavailableError(install_hint("cuda-python", "sopdeploy[tensorrt]"))
+    runtime = import_optional(
+        "cuda.bindings.runtime", "cuda-python", "sopdeploy[tensorrt]", RuntimeUnavailableError
+    )
+    cuda = Cuda(runtime)
+    reason = "CUDA sees 0 devices"
     try:
-        count = cuda.call("cudaGetDeviceCount")
+        if cuda.call("cudaGetDeviceCount"):
+            return cuda
     except RuntimeUnavailableError as error:
-        raise RuntimeUnavailableError(
-            f"no NVIDIA GPU can be used here ({error}); check the driver with nvidia-smi"
-        ) from error
-    if not count:
-        raise RuntimeUnavailableError(
-            "no NVIDIA GPU can be used here (CUDA sees 0 devices); check the driver with nvidia-smi"
-        )
-    return cuda
+        reason = str(error)
+    raise RuntimeUnavailableError(
+        f"no NVIDIA GPU can be used here ({reason}); check the driver with nvidia-smi"
+    )

@@ -10,8 +10,6 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.config import Count, StrictModel
 from sopdeploy.errors import ConfigError
 
-MAX_PROFILES = 8  # each one adds build time and memory
-
 
 class Profile(StrictModel):
     """The batch sizes of a profile; it is tuned for `optimum`."""
@@ -36,20 +34,24 @@ def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
         try:
             sizes = [int(part) for part in text.split(",")]
         except ValueError as error:
-            raise ConfigError(f"--profiles {text}: write batch sizes such as 1,8,32") from error
+            raise ConfigError("write batch sizes such as 1,8,32", setting="profiles", value=text) from error
     ordered = sorted(set(sizes))
     if ordered[0] < batch.minimum or ordered[-1] > batch.maximum:
         raise ConfigError(
-            f"--profiles {','.join(map(str, sizes))}: the bundle was verified for batches of "
-            f"{batch.minimum} to {batch.maximum}; choose sizes in this range"
+            f"the bundle was verified for batches of {batch.minimum} to {batch.maximum}; choose from these",
+            setting="profiles",
+            value=text,
         )
-    if len(ordered) > MAX_PROFILES:
-        raise ConfigError(f"--profiles: {len(ordered)} batch sizes; give at most {MAX_PROFILES}")
     starts = [batch.minimum, *(size + 1 for size in ordered[:-1])]
     return tuple(
         Profile(minimum=start, optimum=size, maximum=size)
         for start, size in zip(starts, ordered, strict=True)
     )
+
+
+def merge_profiles(profiles: Sequence[Profile]) -> Profile:
+    """Return one profile for all batches of *profiles*, tuned for the largest."""
+    return Profile(minimum=profiles[0].minimum, optimum=profiles[-1].optimum, maximum=profiles[-1].maximum)
 
 
 def index_for(profiles: Sequence[Profile], batch: int) -> int:

@@ -15,18 +15,6 @@ from sopdeploy.tensorrt.profiles import Profile
 
 NAME_LENGTH = 16
 
-FIELD_NAMES = {
-    "bundle": "bundle",
-    "bundle_onnx": "graph",
-    "tensorrt": "TensorRT",
-    "gpu": "GPU",
-    "architecture": "GPU architecture",
-    "precision": "precision",
-    "profiles": "profiles",
-    "level": "optimization level",
-    "builder": "engine builder version",
-}
-
 
 class EngineKey(StrictModel):
     """Cache key of a plan: bundle, TensorRT version, GPU, precision, profiles and builder options."""
@@ -39,6 +27,7 @@ class EngineKey(StrictModel):
     precision: str
     profiles: Annotated[tuple[Profile, ...], pydantic.Field(min_length=1)]
     level: Annotated[int, pydantic.Field(ge=0, le=5)] = 3
+    via: Literal["onnx", "torch-tensorrt"] = "onnx"  # TensorRT's ONNX parser, or torch-tensorrt
     builder: Literal[1] = 1  # increased when the lint or the builder flags change what a plan computes
 
     @property
@@ -53,33 +42,27 @@ class EngineKey(StrictModel):
 
     def differences(self, other: "EngineKey") -> list[str]:
         """Describe each field in which *other* differs from this key; hashes are shortened."""
-        found = []
-        for field, name in FIELD_NAMES.items():
-            values = [getattr(key, field) for key in (other, self)]
-            if values[0] != values[1]:
-                texts = [",".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values]
+        texts = []
+        for field in EngineKey.model_fields:
+            there, here = getattr(other, field), getattr(self, field)
+            if field == "profiles":
+                there, here = (",".join(map(str, profiles)) for profiles in (there, here))
+            if there != here:
                 length = NAME_LENGTH if field == "bundle_onnx" else None
-                found.append(f"{name} {texts[0][:length]}, not {texts[1][:length]}")
-        return found
-
-
-class PartPrecision(StrictModel):
-    """Precisions of a network part: requested by the graph, and the number of engine layers by precision."""
-
-    requested: tuple[str, ...]
-    actual: dict[str, int]
+                texts.append(f"{field.replace('_', ' ')} {str(there)[:length]}, not {str(here)[:length]}")
+        return texts
 
 
 class Receipt(StrictModel):
-    """Requested and actual precision of the engine's layers per network part, from TensorRT's inspector.
+    """Requested and actual precision of the engine, from TensorRT's inspector.
 
-    `operators` counts the operators of the graph, `operators_seen` those that the inspector names. `warnings`
-    says where the precisions differ or the inspector shows too little.
+    `layers` counts the layers by the floating types at their inputs and outputs. `operators` counts the
+    operators of the graph, `operators_seen` those that the inspector names. `warnings` says where the
+    precisions differ or the inspector shows too little.
     """
 
     requested: str
-    parts: dict[str, PartPrecision]
-    layers: int
+    layers: dict[str, int]
     operators: int
     operators_seen: int
     warnings: tuple[str, ...] = ()
@@ -103,24 +86,15 @@ class Hazard(StrictModel):
 
 
 class EngineRecord(StrictModel):
-    """Content of `<name>.json`; `parsed_onnx_sha256` is the hash of the builder's input."""
+    """Content of `<name>.json`; `source_sha256` is the hash of the builder's input."""
 
     format: Literal["sopdeploy-engine"] = "sopdeploy-engine"
     version: Literal[1] = 1
     key: EngineKey
     plan_sha256: Sha256
     plan_bytes: Count
-    parsed_onnx_sha256: Sha256
+    source_sha256: Sha256
     build_seconds: NonNegative
     hazards: tuple[Hazard, ...]
     receipt: Receipt
     replays: tuple[ProbeReplay, ...]
-
-    def to_bytes(self) -> bytes:
-        """Serialize to JSON."""
-        return to_json(self.model_dump(mode="json"))
-
-    @classmethod
-    def from_bytes(cls, raw: bytes) -> "EngineRecord":
-        """Parse the JSON in *raw*; raise `ValueError` if it is not a valid record."""
-        return cls.model_validate_json(raw)

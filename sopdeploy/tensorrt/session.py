@@ -5,7 +5,7 @@ the other of two buffers. Each profile has its own execution context, because sw
 Kernels run in order on one stream, so both buffers share a context.
 
 With *graphs*, each profile of a single batch size is captured as a CUDA graph per buffer after its first run,
-so one call starts all kernels and copies. Addresses and shapes are set before the capture: TensorRT may
+so one call starts all kernels. Addresses and shapes are set before the capture: TensorRT may
 synchronize when they change, which would abort the capture. Other profiles change shapes between batches and
 cannot be captured. If a graph fails, its profile runs without graphs from then on.
 """
@@ -63,23 +63,20 @@ class LoadedEngine:
         """Create the contexts; raise `RuntimeUnavailableError` if TensorRT cannot run one of *profiles*."""
         size = int(self.engine.device_memory_size_v2)
         shared = resources.device_memory(max(1, size))
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         for index, profile in enumerate(profiles):
             try:
-                self._add_context(shared, size)
+                # No local variable: a traceback would keep the context alive.
+                self.contexts.append(self.engine.create_execution_context(strategy))
+                if self.contexts[-1] is None:
+                    raise RuntimeError(last_error(self.logger))
+                self.contexts[-1].set_device_memory(shared, size)
                 if not self.contexts[-1].set_optimization_profile_async(index, int(stream)):
                     raise RuntimeError(last_error(self.logger))
                 cuda.synchronize(stream)
             except RuntimeError as error:  # TensorRT raises it without the reason
                 reason = self.logger.errors[-1] if self.logger.errors else error
                 raise RuntimeUnavailableError(f"TensorRT cannot run profile {profile}: {reason}") from error
-
-    def _add_context(self, shared: int, size: int) -> None:
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        # No local variable: a traceback would keep the context alive.
-        self.contexts.append(self.engine.create_execution_context(strategy))
-        if self.contexts[-1] is None:
-            raise RuntimeError(last_error(self.logger))
-        self.contexts[-1].set_device_memory(shared, size)
 
     def close(self) -> None:
         """Destroy the contexts, then the engine, then the TensorRT runtime."""
@@ -146,16 +143,19 @@ class EngineSession:
         """Compute all outputs by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
         return self.begin(list(images))()
 
-    def begin(self, images: Sequence[NDArray[np.uint8]]) -> Callable[[], dict[str, NDArray[np.float32]]]:
+    def begin(
+        self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None
+    ) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Start a batch of *images* (H, W, 3) uint8; return a function that waits for its outputs.
 
-        Call this function once; it returns the outputs by name, (n, ...) float32. The images are copied
-        before `begin` returns. Raises `RuntimeError` if two batches are already in flight, `ConfigError` if
-        no profile accepts that many images.
+        Call this function once; it returns the outputs *names*, by default all, by name, (n, ...) float32;
+        others are not copied from the GPU. The images are copied before `begin` returns. Raises
+        `RuntimeError` if two batches are already in flight, `ConfigError` if no profile accepts that many
+        images.
         """
         if not self._free:
             raise RuntimeError(f"{BUFFERS} batches are in flight; wait for the first one")
-        count = len(images)
+        count, names = len(images), self._outputs if names is None else names
         index = index_for(self._profiles, count)
         buffer, call = self._free.pop(), self._cuda.call
         try:
@@ -167,12 +167,14 @@ class EngineSession:
             graph = self._graphs.get((index, buffer))
             if graph is None:
                 self._bind(index, buffer, count)
-                self._launch(index, buffer, count)
+                self._launch(index)
             else:
                 try:
                     call("cudaGraphLaunch", graph, self._stream)
                 except RuntimeUnavailableError as error:
                     raise self._drop_graphs(index, error) from error
+            for name in names:
+                self._cuda.copy(buffer.host[name][:count], buffer.device[name], self._stream, upload=False)
             call("cudaEventRecord", buffer.done, self._stream)
         except BaseException:
             with suppress(RuntimeUnavailableError):  # the buffer must not be reused during a copy
@@ -180,7 +182,7 @@ class EngineSession:
                 call("cudaStreamSynchronize", self._stream)
             self._free.append(buffer)
             raise
-        return partial(self._end, index, buffer, count)
+        return partial(self._end, index, buffer, count, names)
 
     def _bind(self, index: int, buffer: BatchBuffer, count: int) -> None:
         """Set tensor addresses and input shape of a profile's context; a graph capture needs them set."""
@@ -193,19 +195,19 @@ class EngineSession:
         if not context.set_input_shape(self._input, shape):
             raise RuntimeError(f"TensorRT rejects images of shape {shape}: {last_error(self._loaded.logger)}")
 
-    def _launch(self, index: int, buffer: BatchBuffer, count: int) -> None:
-        """Enqueue the kernels and the copies of the outputs."""
+    def _launch(self, index: int) -> None:
+        """Enqueue the kernels."""
         if not self._loaded.contexts[index].execute_async_v3(int(self._stream)):
             self._cuda.synchronize(self._stream)  # raises if the device failed
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._loaded.logger)}")
-        for name in self._outputs:
-            self._cuda.copy(buffer.host[name][:count], buffer.device[name], self._stream, upload=False)
 
-    def _end(self, index: int, buffer: BatchBuffer, count: int) -> dict[str, NDArray[np.float32]]:
+    def _end(
+        self, index: int, buffer: BatchBuffer, count: int, names: Sequence[str]
+    ) -> dict[str, NDArray[np.float32]]:
         """Wait for a batch, copy its outputs and capture its profile if that is due."""
         try:
             self._cuda.call("cudaEventSynchronize", buffer.done)
-            outputs = {name: buffer.host[name][:count].copy() for name in self._outputs}
+            outputs = {name: buffer.host[name][:count].copy() for name in names}
         except RuntimeUnavailableError as error:
             if (index, buffer) in self._graphs:
                 raise self._drop_graphs(index, error) from error
@@ -222,7 +224,7 @@ class EngineSession:
         try:
             for buffer in self._buffers:
                 self._bind(index, buffer, count)
-                launch = partial(self._launch, index, buffer, count)
+                launch = partial(self._launch, index)
                 launch()
                 self._cuda.synchronize(self._stream)
                 self._graphs[index, buffer] = self._resources.capture(launch, self._stream)

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import Dataset
 from sopdeploy.data.batches import load_batches
-from sopdeploy.decision import Activation
-from sopdeploy.evaluation.multi_label import average_precision
-from sopdeploy.evaluation.prediction import HeldOutMetrics, classification_loss
-from sopdeploy.layers.covariance import centered_and_scaled, covariance
-from sopdeploy.layers.isqrt_cov import ISqrtCov
+from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics
+from sopdeploy.layers.covariance import covariance
+from sopdeploy.layers.isqrt_cov import ISqrtCov, deviations
 from sopdeploy.layers.mixture.gate import SparseGate
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
@@ -35,27 +33,17 @@ MAX_EIGENVALUES = 48  # recorded per spectrum, denser for the large ones
 
 
 class HeadMetrics(StrictModel):
-    """Top-1 accuracy and mean loss of one head."""
+    """Accuracies, or mean average precision with several classes per image, and mean loss of one head."""
 
-    top1: Fraction
+    top1: Fraction | None = None
+    top5: Fraction | None = None
+    map: Fraction | None = None
     loss: float
 
     @property
     def score(self) -> float:
-        """The top-1 accuracy."""
-        return self.top1
-
-
-class MultiLabelHeadMetrics(StrictModel):
-    """Mean average precision and mean loss of one head."""
-
-    map: Fraction
-    loss: float
-
-    @property
-    def score(self) -> float:
-        """The mean average precision."""
-        return self.map
+        """The top-1 accuracy or the mean average precision."""
+        return (self.map if self.top1 is None else self.top1) or 0.0
 
 
 class GateMetrics(StrictModel):
@@ -90,7 +78,7 @@ class Diagnostics(StrictModel):
 
     images: int
     right: str = ""
-    heads: dict[str, HeadMetrics | MultiLabelHeadMetrics]
+    heads: dict[str, HeadMetrics]
     gates: dict[str, GateMetrics]
     spectra: dict[str, Spectrum]
 
@@ -155,7 +143,7 @@ def epoch_metrics(row: EpochRow) -> dict[str, float]:
         metrics |= row.speed.model_dump()
     if row.diagnostics is not None:
         for name, head in row.diagnostics.heads.items():
-            metrics |= {f"{name}_{key}": value for key, value in head.model_dump().items()}
+            metrics |= {f"{name}_{key}": value for key, value in head.model_dump(exclude_none=True).items()}
         metrics |= {f"{name}_imbalance": gate.imbalance for name, gate in row.diagnostics.gates.items()}
     return {**metrics, "seconds": round(row.seconds, 3)}
 
@@ -193,7 +181,6 @@ def diagnose(
     device = next(model.parameters()).device
     outputs: dict[str, list[Tensor]] = {}
     targets: list[Tensor] = []
-    losses: dict[str, float] = {}
     weights: dict[str, list[Tensor]] = {}
     was_training = model.training
     model.eval()
@@ -202,11 +189,8 @@ def diagnose(
         with torch.random.fork_rng(devices=[]), _record_calls(model, SparseGate) as gates:
             for images, labels in load_batches(held_out, batches, 0, device):
                 targets.append(labels.cpu())
-                activation: Activation = "sigmoid" if labels.ndim == 2 else "softmax"
                 for name, logits in model.heads(normalize(images)).items():
-                    loss = classification_loss(logits.float(), labels, activation, reduction="sum")
-                    outputs.setdefault(name, []).append(logits.float().cpu())
-                    losses[name] = losses.get(name, 0.0) + float(loss)
+                    outputs.setdefault(name, []).append(logits.double().cpu())
                 for name, (_, output) in gates.items():
                     weights.setdefault(name, []).append(output.float().cpu())
         few = subset[:: -(-count // MAX_SPECTRUM_IMAGES)]
@@ -214,31 +198,19 @@ def diagnose(
     finally:
         model.train(was_training)
     labels = torch.cat(targets)
-    right = outputs["main"] if labels.ndim == 1 else []
-    correct = (torch.cat(right).argmax(dim=1) == labels).tolist() if right else []
+    logits_NC = {name: torch.cat(batches) for name, batches in outputs.items()}
+    right = logits_NC["main"].argmax(dim=1) == labels if labels.ndim == 1 else labels.new_empty(0)
+    heads = {}
+    for name, logits in logits_NC.items():
+        metrics = held_out_metrics(held_out.labels, logits.numpy(), labels.numpy())
+        heads[name] = HeadMetrics(**metrics.model_dump(include={"top1", "top5", "map", "loss"}))
     return Diagnostics(
         images=count,
-        right="".join("01"[right] for right in correct),
-        heads={
-            name: head_metrics(torch.cat(logits), torch.cat(targets), losses[name] / count)
-            for name, logits in outputs.items()
-        },
+        right="".join("01"[correct] for correct in right.tolist()),
+        heads=heads,
         gates={name: gate_metrics(batches) for name, batches in weights.items()},
         spectra=recorded,
     )
-
-
-def head_metrics(logits: Tensor, labels: Tensor, loss: float) -> HeadMetrics | MultiLabelHeadMetrics:
-    """Compute the metrics of one head from *logits* (N, C) and *labels*, (N,) or (N, C).
-
-    The mAP covers the classes that at least one image shows, and is 0 if there are none.
-    """
-    if labels.ndim == 1:
-        return HeadMetrics(top1=int((logits.argmax(dim=1) == labels).sum()) / len(labels), loss=loss)
-    columns = zip(labels.numpy().T > 0, logits.double().numpy().T, strict=True)
-    of_classes = [average_precision(true, scores) for true, scores in columns]
-    precisions = [precision for precision in of_classes if precision is not None]
-    return MultiLabelHeadMetrics(map=sum(precisions) / max(1, len(precisions)), loss=loss)
 
 
 def gate_metrics(batches: Sequence[Tensor]) -> GateMetrics:
@@ -264,7 +236,8 @@ def _spectra(
         if not isinstance(root, ISqrtCov) or name not in calls:
             continue
         features_BdHW, vector = calls[name]
-        before_Bdd = covariance(centered_and_scaled(features_BdHW.double()))
+        x_BdM = deviations(features_BdHW.double(), root.config)
+        before_Bdd = covariance(x_BdM) / x_BdM.shape[2]
         d = before_Bdd.shape[1]
         upper_Bdd = vector.new_zeros(len(vector), d * d, dtype=torch.float64)
         upper_Bdd = upper_Bdd.index_copy(1, root.triangle, vector.double()).view(-1, d, d)

@@ -12,14 +12,15 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.models.describe import describe
 from sopdeploy.models.stats import Counts
 from sopdeploy.training.distributed.batch_sharding import MicroBatch, shard_step
-from sopdeploy.training.distributed.strategy import SingleProcess, select_device
+from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.precision import named_tensors
 from sopdeploy.training.procedure import select_split
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Run, create_run
-from sopdeploy.training.schedule import Milestones, OneCycle
 from sopdeploy.training.step.gradient import memory_advice, train_step
+
+RATES = 9  # evenly spaced times, from the start of the run to its end
 
 
 class Memory(StrictModel):
@@ -40,7 +41,7 @@ class Memory(StrictModel):
 class DryRun(StrictModel):
     """The result of a dry run.
 
-    `rates` are pairs (epoch, learning rate) at the corners of the schedule, such as the end of the warm-up.
+    `rates` are pairs (epoch, learning rate) at `RATES` times of the run.
     `step_seconds` and `loss` belong to the second step. All figures describe the training loop; with
     `few_shot`, the few-shot procedure replaces it for these images.
     """
@@ -66,7 +67,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     data = open_data(recipe.data)
-    run = create_run(recipe, data.train, SingleProcess(select_device(recipe.device)))
+    run = create_run(recipe, data.train, Strategy(select_device(recipe.device)))
     recipe = run.recipe
     dataset, batches = epoch_data(recipe, data.train, 0)
     since = time.monotonic()
@@ -84,6 +85,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         side: describe(recipe.model.name, image_size=side, num_classes=len(run.labels), **recipe.model.config)
         for side in {recipe.preprocess.crop, recipe.training_crop}
     }
+    times = [recipe.epochs * number / (RATES - 1) for number in range(RATES)]
     resolved = recipe.model_dump(mode="json")
     resolved["model"]["config"] = recipe.model.full_config()
     return DryRun(
@@ -93,7 +95,9 @@ def dry_run(recipe: Recipe) -> DryRun:
         held_out_count=len(data.held_out),
         classes=len(run.labels),
         steps=len(batches),
-        rates=scheduled_rates(recipe),
+        rates=tuple(
+            (time, recipe.optimizer.lr * recipe.schedule.factor(time, recipe.epochs)) for time in times
+        ),
         training=described[recipe.training_crop].training,
         shipped=described[recipe.preprocess.crop].shipped,
         memory=measure_memory(run, activations),
@@ -102,22 +106,6 @@ def dry_run(recipe: Recipe) -> DryRun:
         loss=loss,
         few_shot=select_split(recipe, data)[1],
     )
-
-
-def scheduled_rates(recipe: Recipe) -> tuple[tuple[float, float], ...]:
-    """Return (epoch, learning rate) at the corners of the schedule, such as the end of the warm-up.
-
-    For a decay, the list includes its middle and its end; for one cycle, its start, peak and end.
-    """
-    schedule, epochs = recipe.schedule, float(recipe.epochs)
-    if isinstance(schedule, Milestones):
-        times = [0.0, schedule.warmup_epochs, *(float(m) for m in schedule.milestones if m < epochs)]
-    elif isinstance(schedule, OneCycle):
-        times = [0.0, schedule.rise * epochs, epochs]
-    else:
-        times = [0.0, schedule.warmup_epochs, (schedule.warmup_epochs + epochs) / 2, epochs]
-    shown = sorted({time for time in times if time <= epochs})
-    return tuple((time, recipe.optimizer.lr * schedule.factor(time, recipe.epochs)) for time in shown)
 
 
 def measure_memory(run: Run, activations: int) -> Memory:

@@ -66,20 +66,17 @@ def estimate_best(
     recorded predictions are not those of the exported weights.
     """
     metrics = best_epoch(history, frozen_backbone=frozen_backbone).metrics
-    alone = len(history) == 1 or frozen_backbone
+    count, alone = metrics.count, len(history) == 1 or frozen_backbone
+    by: Literal["nothing", "other images", "same images"] = "nothing" if alone else "same images"
     if metrics.score_name == "mAP":
-        by: Literal["nothing", "same images"] = "nothing" if alone else "same images"
-        return HeldOutEstimate(map=metrics.score, count=metrics.count, selected_by=by)
-    right, count = round(metrics.score * metrics.count), metrics.count
-    if alone:
-        return HeldOutEstimate(top1=Rate.of(right, count), count=count, selected_by="nothing")
+        return HeldOutEstimate(map=metrics.score, count=count, selected_by=by)
+    right = round(metrics.score * count)
     recorded = [row.diagnostics.right for row in history if row.diagnostics is not None]
     complete = len(recorded) == len(history) and all(len(right_N) == count for right_N in recorded)
-    if exports_average or not complete or count < 2:
-        return HeldOutEstimate(top1=Rate.of(right, count), count=count, selected_by="same images")
-    right_EN = np.array([[image == "1" for image in right_N] for right_N in recorded])
-    score = corrected_score(right_EN)
-    return HeldOutEstimate(top1=Rate.of(round(score * count), count), count=count, selected_by="other images")
+    if complete and count > 1 and not alone and not exports_average:
+        right_EN = np.array([[image == "1" for image in right_N] for right_N in recorded])
+        right, by = round(corrected_score(right_EN) * count), "other images"
+    return HeldOutEstimate(top1=Rate.of(right, count), count=count, selected_by=by)
 
 
 def corrected_score(right_EN: NDArray[np.bool_]) -> float:

@@ -6,7 +6,6 @@ uninterrupted one: bit for bit on a CPU with the same number of threads.
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,18 +19,17 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import AugmentedDataset, PadCrop, PadCroppedDataset
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
 from sopdeploy.data.batches import balanced_batches, load_batches, shuffled_batches, with_wait_time
-from sopdeploy.data.image_files import ImageFiles, hash_images, unreadable_images_error
+from sopdeploy.data.image_files import hash_images, unreadable_images_error
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.decision_fit import MIN_IMAGES
+from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.prediction import evaluate, predict_logits
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import best_epoch, diagnose, spectrum_epochs
 from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_step
-from sopdeploy.training.distributed.strategy import Strategy
-from sopdeploy.training.distributed.torchrun import check_same_step, create_strategy
+from sopdeploy.training.distributed.strategy import Strategy, select_device
+from sopdeploy.training.distributed.torchrun import check_same_step
 from sopdeploy.training.epoch_choice import HeldOutEstimate
 from sopdeploy.training.fine_tuning import set_train_mode
 from sopdeploy.training.procedure import run_procedure, select_split
@@ -43,9 +41,6 @@ from sopdeploy.training.signals import SignalState, StopRequested, TrainingStopp
 from sopdeploy.training.start_weights import StartReport
 from sopdeploy.training.step.gradient import train_step
 
-PHOTO_SIDE = 128  # pixels; networks with a smaller input are for small images
-MUCH_LARGER = 3  # ratio of the images' shorter side to the input
-SIZED_IMAGES = 50
 MAX_HASHED = 50_000  # training images; hashing more delays the start by more than a minute
 
 
@@ -105,7 +100,7 @@ def train(
     Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a loss, gradient or buffer is
     not finite, `TrainingStoppedError` after Ctrl-C or SIGTERM.
     """
-    strategy = strategy or create_strategy(recipe)
+    strategy = strategy or Strategy(select_device(recipe.device))
     if callback is None or strategy.rank != 0:
         callback = Callback()
     folder = RunFolder(out_dir, strategy)
@@ -175,18 +170,15 @@ def start_or_resume(
     if checkpoint is None:
         run = create_run(recipe, data.train, strategy)
         folder.lock()
-        folder.check_free()  # another run may have ended here since the first check
         if run.start is not None:
             callback.on_start_weights(run.start)
     else:
-        run = resume_run(recipe, data.train, strategy, *checkpoint)
+        run = resume_run(recipe, data.train, strategy, checkpoint, folder.last)
     check_same_step(run, folder.path)
     if strategy.rank == 0 and len(data.train) <= MAX_HASHED:
         run.image_hashes = torch.from_numpy(np.unique(hash_images(data.train)))
     if checkpoint is not None:
         folder.save_derived_files(run)
-    if folder.warning is not None:
-        callback.on_warning(folder.warning)
     callback.on_train_start(
         epochs=recipe.epochs,
         first_epoch=run.position.epoch,
@@ -194,26 +186,7 @@ def start_or_resume(
         held_out_count=len(data.held_out),
         input_side=run.recipe.preprocess.crop,
     )
-    if checkpoint is None and (warning := describe_small_input(run.recipe.preprocess, data.train)):
-        callback.on_warning(warning)
     return run, data, few_shot
-
-
-def describe_small_input(rules: Preprocess, images: LabeledImages) -> str:
-    """Say that *images* are much larger than the input of a network for small images; empty if not."""
-    if rules.crop >= PHOTO_SIDE or not isinstance(images, ImageFiles):
-        return ""
-    sides = []
-    for index in np.linspace(0, len(images) - 1, min(len(images), SIZED_IMAGES)).astype(int).tolist():
-        with suppress(DataError):  # reported when the image is used
-            sides.append(min(images.open(index).size))
-    side = int(np.median(sides)) if sides else 0
-    if side <= MUCH_LARGER * rules.crop:
-        return ""
-    return (
-        f"the network sees {rules.crop} x {rules.crop} pixels, but the shorter side of the images has {side} "
-        "(median): details are lost; use the recipe photos, or a larger preprocess.resize and preprocess.crop"
-    )
 
 
 def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[AugmentedDataset, list[list[int]]]:
@@ -302,7 +275,13 @@ def fit_best(
         workers=run.recipe.workers,
         on_batch=lambda done: callback.on_evaluation_batch(epoch=run.recipe.epochs - 1, done=done),
     )
-    decision = run.fit_decision(logits, targets, "held-out")
+    decision = fit_decision(
+        logits,
+        targets,
+        estimated_on="held-out",
+        accepts=run.recipe.rejection.accepts,
+        scalable=model.logits_layer() is not None,
+    )
     write_checkpoint(folder.best, replace(checkpoint, decision=decision))
     return decision
 

@@ -15,7 +15,7 @@ from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.batches import load_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import TrainingError
-from sopdeploy.training.distributed.strategy import SingleProcess, select_device
+from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.procedure import select_split
 from sopdeploy.training.recipe import Recipe
@@ -62,7 +62,7 @@ def find_learning_rate(recipe: Recipe, steps: int = 100) -> LearningRateResult:
     _, batches = epoch_data(recipe, data.train, 0)
     schedule = ExponentialRange(recipe.optimizer.lr, steps / len(batches))
     recipe = recipe.model_copy(update={"schedule": schedule, "ema": None})
-    run = create_run(recipe, data.train, SingleProcess(select_device(recipe.device)))
+    run = create_run(recipe, data.train, Strategy(select_device(recipe.device)))
     rates: list[float] = []
     losses: list[float] = []
     mean = 0.0

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from sopdeploy.errors import TrainingError
 
 MAX_SKIPPED_STEPS = 20  # in a row; the first scale is 2^16, so 20 halvings end far below 1
-_SAMPLES_IN_MESSAGE = 16
 
 
 class Precision:
@@ -82,14 +81,3 @@ def named_tensors(nested: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(nested, dict | list | tuple):
         for key, value in nested.items() if isinstance(nested, dict) else enumerate(nested):
             yield from named_tensors(value, f"{prefix}.{key}")
-
-
-def non_finite_error(name: str, epoch: int, step: int, samples: list[int]) -> TrainingError:
-    """Build the error for the tensor *name* in a step (from 0) with these *samples*."""
-    shown = ", ".join(map(str, samples[:_SAMPLES_IN_MESSAGE]))
-    if len(samples) > _SAMPLES_IN_MESSAGE:
-        shown += f" and {len(samples) - _SAMPLES_IN_MESSAGE} more"
-    return TrainingError(
-        f"epoch {epoch + 1}, step {step + 1}: {name} is not finite; lower optimizer.lr or set "
-        f"optimizer.clip_norm (samples {shown})"
-    )

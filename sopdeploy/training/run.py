@@ -10,10 +10,8 @@ import platform
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import pydantic
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,10 +19,9 @@ import sopdeploy
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import LabeledImages
-from sopdeploy.decision import Activation, Decision, Estimate
+from sopdeploy.decision import Activation, Decision
 from sopdeploy.environment import machine
 from sopdeploy.errors import ConfigError, DataError, TrainingError, first_line, is_out_of_memory
-from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize
@@ -55,8 +52,8 @@ class StepResult(NamedTuple):
     gradient: float
 
 
-class Position(StrictModel):
-    """The progress of a run, as checkpoints contain it.
+class Position(StrictModel, frozen=False):
+    """The progress of a run, as checkpoints contain it; steps change it in place.
 
     `sums` (parts of the loss) and `gradient` (norms) are sums over the `seen` images of the current epoch.
     `component_counts` counts the images that each component of a gated network received. `train_seconds` is
@@ -125,25 +122,17 @@ class Run:
     def after_step(self, result: StepResult, count: int, seconds: float, waited: float) -> None:
         """Add a step of *count* samples to the position; it took *seconds*, *waited* of them for data."""
         at, loss = self.position, result.loss
-        sums = dict(at.sums)
         for name, part in {"loss": loss.total, **loss.parts}.items():
-            sums[name] = sums.get(name, 0.0) + float(part) * count
-        component_counts = at.component_counts
+            at.sums[name] = at.sums.get(name, 0.0) + float(part) * count
         if loss.component_counts is not None:
-            before = component_counts or (0,) * len(loss.component_counts)
-            component_counts = tuple(map(operator.add, before, loss.component_counts.tolist()))
-        self.position = at.model_copy(
-            update={
-                "step": at.step + 1,
-                "seen": at.seen + count,
-                "sums": sums,
-                "gradient": at.gradient + result.gradient * count,
-                "component_counts": component_counts,
-                "train_seconds": at.train_seconds + seconds,
-                "data_seconds": at.data_seconds + waited,
-                "seconds": at.seconds + seconds,
-            }
-        )
+            before = at.component_counts or (0,) * len(loss.component_counts)
+            at.component_counts = tuple(map(operator.add, before, loss.component_counts.tolist()))
+        at.step += 1
+        at.seen += count
+        at.gradient += result.gradient * count
+        at.train_seconds += seconds
+        at.data_seconds += waited
+        at.seconds += seconds
 
     def after_epoch(
         self, raw: HeldOutMetrics, average: HeldOutMetrics | None, diagnostics: Diagnostics, seconds: float
@@ -211,24 +200,6 @@ class Run:
             averages = self.ema.model.state_dict()
             self.ema.model = copy.deepcopy(self.model).requires_grad_(False)
             self.ema.model.load_state_dict({name: averages[name] for name in self.model.state_dict()})
-
-    def fit_decision(
-        self, logits: NDArray[np.float64], targets: NDArray[np.int64], estimated_on: Estimate
-    ) -> Decision | None:
-        """Fit temperature and rejection threshold to *logits* (N, C) of the classes *targets* (N,).
-
-        Out-of-fold logits get no temperature, because heads that saw fewer images are less certain than the
-        final one. Returns `None` if neither temperature nor threshold could be fitted.
-        """
-        decision = fit_decision(
-            logits,
-            targets,
-            estimated_on=estimated_on,
-            accepts=self.recipe.rejection.accepts,
-            scalable=estimated_on == "held-out" and self.model.logits_layer() is not None,
-            refitted={} if self.few_shot is None else self.few_shot.auroc,
-        )
-        return None if decision == Decision() else decision
 
     def checkpoint(self, *, resumable: bool) -> Checkpoint:
         """Build a checkpoint; raise `TrainingError` if it would contain a NaN or infinity."""

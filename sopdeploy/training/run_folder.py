@@ -3,9 +3,9 @@
 Without `--out`, runs of a recipe are numbered: `runs/photos-1`, `runs/photos-2`. The link `runs/latest` leads
 to the newest run in `runs` that has a `best.pt`.
 
-`last.pt` is the checkpoint to resume from and `previous.pt` the one before it, `best.pt` the one to export,
-`epoch-0010.pt` a kept one; `history.csv` lists all epochs. Every file is written atomically. `last.pt` is
-written first; all other files are derived from it and are written again when the run is resumed.
+`last.pt` is the checkpoint to resume from, `best.pt` the one to export, `epoch-0010.pt` a kept one;
+`history.csv` lists all epochs. Every file is written atomically. `last.pt` is written first; all other files
+are derived from it and are written again when the run is resumed.
 """
 
 import fcntl
@@ -15,6 +15,7 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -33,36 +34,26 @@ RESTARTABLE = {LOCK_FILE, TENSORBOARD_FOLDER, WANDB_FILE}  # written before a ch
 
 
 def numbered_folder(name: str, strategy: Strategy, *, resume: bool) -> Path:
-    """Choose `runs/<name>-<number>`: the newest one to *resume*, otherwise the next one.
-
-    A run that was stopped before its first checkpoint leaves no run to resume; its folder is used again.
-    """
+    """Choose `runs/<name>-<number>`: the newest one to *resume*, otherwise the next one."""
     number = 0
     if strategy.rank == 0:  # the other processes adopt its choice
         pattern = re.compile(rf"{re.escape(name)}-([1-9][0-9]*)")
-        names = [path.name for path in RUNS.iterdir()] if RUNS.is_dir() else []
-        last = max((int(found[1]) for found in map(pattern.fullmatch, names) if found), default=0)
-        again = last > 0 and (resume or RunFolder(RUNS / f"{name}-{last}", strategy).is_free())
-        number = last if again else last + 1
+        matches = [pattern.fullmatch(path.name) for path in RUNS.iterdir()] if RUNS.is_dir() else []
+        last = max((int(match[1]) for match in matches if match), default=0)
+        number = last if resume and last else last + 1
     return RUNS / f"{name}-{int(strategy.all_reduce(torch.tensor(number)))}"
 
 
 class RunFolder:
-    """The folder of a run; it is created with the first checkpoint.
-
-    `warning` is set if `previous.pt` replaces a damaged `last.pt`.
-    """
+    """The folder of a run; it is created with the first checkpoint."""
 
     def __init__(self, path: Path, strategy: Strategy) -> None:
         self.path, self.strategy = path, strategy
         self.last = path / "last.pt"
-        self.previous = path / "previous.pt"
         self.best = path / "best.pt"
         self.history = path / "history.csv"
-        self.warning: str | None = None
         self.saved_at = time.monotonic()
-        self._last_is_valid = False
-        self._lock: int | None = None
+        self._lock: IO[bytes] | None = None
         self._created = False
 
     def lock(self) -> None:
@@ -80,50 +71,32 @@ class RunFolder:
 
     def _try_lock(self) -> bool:
         path = self.path / LOCK_FILE
-        while True:
-            with writing(path, CheckpointError):
-                self._created = self._created or not self.path.exists()
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                os.close(self._lock)
-                self._lock = None
-                return False
-            except OSError:  # this file system has no locks
-                return True
-            with suppress(FileNotFoundError):
-                if path.stat().st_ino == os.fstat(self._lock).st_ino:
-                    return True
-            os.close(self._lock)  # another run ended and removed the file between the two calls
+        with writing(path, CheckpointError):
+            self._created = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = path.open("wb")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            return False
+        except OSError:  # this file system has no locks
+            pass
+        self._lock = file
+        return True
 
     def unlock(self) -> None:
         """Release the lock, if this process holds it; an empty folder that `lock` created is removed."""
-        if self._lock is None:
-            return
-        with suppress(OSError):
-            (self.path / LOCK_FILE).unlink()
-            if self._created:
-                self.path.rmdir()
-        os.close(self._lock)
-        self._lock = None
-
-    def is_free(self) -> bool:
-        """Check whether a new run can be written here, and no other process is about to."""
-        try:
-            self.check_free()
-        except ConfigError:
-            return False
-        if not (self.path / LOCK_FILE).exists():
-            return True
-        free = self._try_lock()
-        self.unlock()
-        return free
+        if self._lock is not None:
+            self._lock.close()
+            with suppress(OSError):
+                (self.path / LOCK_FILE).unlink()
+                if self._created:
+                    self.path.rmdir()
 
     def holds_run(self) -> bool:
         """Check whether there is a checkpoint to resume from."""
-        return self.last.exists() or self.previous.exists()
+        return self.last.exists()
 
     def check_free(self) -> None:
         """Raise `ConfigError` unless a new run can be written here."""
@@ -133,32 +106,20 @@ class RunFolder:
                 setting="out",
                 remedies={"resume": "always"},
             )
-        if os.path.lexists(self.path) and not (
-            self.path.is_dir() and all(map(_is_restartable, self.path.iterdir()))
-        ):
+        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        others = {name for name in names - RESTARTABLE if not name.endswith(PARTIAL)}
+        if others or (os.path.lexists(self.path) and not self.path.is_dir()):
             raise ConfigError(f"{self.path} exists and is not an empty folder; choose another", setting="out")
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise ConfigError(f"{self.path} cannot be created in {nearest}; choose another", setting="out")
 
-    def read_last(self) -> tuple[Checkpoint, Path]:
-        """Lock the folder, read `last.pt`, or `previous.pt` if it is damaged, and return its path too.
-
-        Raises `ConfigError` if there is no checkpoint, `CheckpointError` if none can be read.
-        """
+    def read_last(self) -> Checkpoint:
+        """Lock the folder and read `last.pt`; raise `ConfigError` if there is none."""
         if not self.holds_run():
             raise ConfigError(f"{self.path} holds no run; start one first", setting="resume")
         self.lock()
-        try:
-            checkpoint = read_checkpoint(self.last)
-        except CheckpointError as error:
-            if not self.previous.exists():
-                raise
-            checkpoint = read_checkpoint(self.previous)
-            self.warning = f"{error}; resuming from {self.previous}"
-            return checkpoint, self.previous
-        self._last_is_valid = True
-        return checkpoint, self.last
+        return read_checkpoint(self.last)
 
     def is_save_due(self, config: SaveConfig, step: int) -> bool:
         """Check whether the recipe asks for a checkpoint after *step* steps of the epoch."""
@@ -168,11 +129,7 @@ class RunFolder:
 
     def save_last(self, run: Run) -> None:
         """Write `last.pt`; the run may be between any two steps."""
-        checkpoint = run.checkpoint(resumable=True)
-        if self._last_is_valid and self.strategy.rank == 0:
-            _link_or_copy(self.last, self.previous)
-        self.strategy.save(self.last, checkpoint)
-        self._last_is_valid = True
+        self.strategy.save(self.last, run.checkpoint(resumable=True))
         self.saved_at = time.monotonic()
 
     def save_derived_files(self, run: Run) -> None:
@@ -188,26 +145,12 @@ class RunFolder:
         if self.strategy.rank != 0:
             return
         if every and at.step == 0 and at.epoch and at.epoch % every == 0:
-            saved = self.last if self._last_is_valid else self.previous
-            _link_or_copy(saved, self.path / f"epoch-{at.epoch:04}.pt")
+            kept = self.path / f"epoch-{at.epoch:04}.pt"
+            with writing(kept, CheckpointError), atomic_write(kept) as partial:
+                shutil.copyfile(self.last, partial)
         if at.history:
             with writing(self.history, CheckpointError), atomic_write(self.history) as partial:
                 partial.write_text(history_csv(at.history), encoding="utf-8")
             if self.path.absolute().parent == RUNS.absolute():
                 with writing(self.path.parent, CheckpointError):
                     link_latest(self.path)
-
-
-def _is_restartable(file: Path) -> bool:
-    """Check whether *file* is one that a run leaves behind before its first checkpoint."""
-    return file.name.endswith(PARTIAL) or file.name in RESTARTABLE
-
-
-def _link_or_copy(path: Path, name: Path) -> None:
-    """Create *name* as a hard link to *path*, or as a copy."""
-    with writing(name, CheckpointError), atomic_write(name) as partial:
-        partial.unlink(missing_ok=True)
-        try:
-            os.link(path, partial)
-        except OSError:
-            shutil.copyfile(path, partial)

@@ -166,7 +166,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     if weights.labels not in (None, labels):  # branches and classifier are those of other classes
         heads = tuple(name for name in layers if name == classifier or is_in(name, *model.training_only))
     matching: dict[str, Tensor] = {}
-    new: dict[str, None] = {}  # an ordered set
+    new: set[str] = set()
     for name, tensor in own.items():
         given = weights.tensors.get(name)
         if given is not None and given.shape == tensor.shape and not is_in(name, *heads):
@@ -177,18 +177,18 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
                 )
             matching[name] = given
         elif part := _added_part(name, (*heads, *training_only, *classifiers)):
-            new[part] = None
+            new.add(part)
         elif given is not None and "." in classifier and is_in(name, classifier.rpartition(".")[0]):
-            new[name.rpartition(".")[0]] = None  # a classifier of several layers behind another pooling
+            new.add(name.rpartition(".")[0])  # a classifier of several layers behind another pooling
         elif given is not None or not name.endswith("num_batches_tracked"):
             state = f"{tuple(given.shape)}, not {tuple(tensor.shape)}" if given is not None else "missing"
             raise _misfit(weights, f"{name} is {state}")
-    unused: dict[str, None] = {}
+    unused: set[str] = set()
     for name in weights.tensors.keys() - own.keys():
         part = _added_part(name, (*training_only, *CLASSIFIER_PARTS))
         if part is None:
             raise _misfit(weights, f"the network of the recipe has no {name}")
-        unused[part] = None
+        unused.add(part)
     model.load_state_dict(matching, strict=False)
     return StartReport(
         file=weights.file,

@@ -26,10 +26,7 @@ def show(result: "Engine | EnginePlan") -> None:
     """Print the engine that was built or found, or the plan of a build."""
     from sopdeploy_export.tensorrt.plan import EnginePlan
 
-    if isinstance(result, EnginePlan):
-        _show_plan(result)
-    else:
-        _show_engine(result)
+    _show_plan(result) if isinstance(result, EnginePlan) else _show_engine(result)
 
 
 def summarize(result: "Engine | EnginePlan") -> dict[str, Any]:
@@ -99,17 +96,14 @@ def _show_engine(built: "Engine") -> None:
     _field("profiles", f"batches {', '.join(map(str, key.profiles))}")
     for hazard in record.hazards:
         _field("rewritten", f"{hazard.operators} operators: {hazard.done}")
-    for name, part in record.receipt.parts.items():
-        layers = ", ".join(f"{precision} in {count}" for precision, count in part.actual.items())
-        _field("precision", f"{name}: requested {', '.join(part.requested)}; layers: {layers or 'fused'}")
+    layers = ", ".join(f"{precision} in {count}" for precision, count in record.receipt.layers.items())
+    _field("precision", f"requested {record.receipt.requested}; layers: {layers or 'fused'}")
     for warning in record.receipt.warnings:
         _field("warning", warning, style="yellow")
     for replay in record.replays:
         for name, deviation in replay.deviation.items():
-            bound = replay.tolerance[name]
-            _field(
-                "probes", f"batch {replay.batch}: {name} deviates by {deviation:.2g} (allowed {bound:.2g})"
-            )
+            allowed = f"(allowed {replay.tolerance[name]:.2g})"
+            _field("probes", f"batch {replay.batch}: {name} deviates by {deviation:.2g} {allowed}")
     _field("ready", f"{built.path} ({record.plan_bytes:,} bytes)", style="bold green")
 
 

@@ -1,17 +1,31 @@
-"""`sopdeploy export`: convert a checkpoint to a bundle."""
+"""`sopdeploy export` and `sopdeploy inspect`: convert a checkpoint or a network of your own to a bundle."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import steps
-from sopdeploy.cli.deployment.export_summary import show
-from sopdeploy_export.options import ExportOptions, NetworkExportOptions
+from sopdeploy.cli.console import print_field, steps
+from sopdeploy.environment import SLOW_INT8, lacks_vnni
+from sopdeploy_export.options import ExportOptions, NetworkExportOptions, NetworkOptions
 
 if TYPE_CHECKING:
     from sopdeploy_export.pipeline import Exported
+
+
+def show(exported: "Exported") -> None:
+    """Print what was removed, proved, rewritten and measured, one line per fact, and the warnings."""
+    page = exported.path / "report.html"
+    for name, text in {**exported.facts(), "bundle": str(exported.path), "page": str(page)}.items():
+        print_field(name, text)
+    warnings = list(exported.warnings)
+    if exported.manifest.int8_for == "cpu" and lacks_vnni():
+        warnings.insert(0, SLOW_INT8)
+    if exported.parity.drift_allowed:
+        warnings.insert(0, "the numbers drift; the bundle records that this was allowed")
+    for warning in warnings:
+        print_field("warning", warning, style="bold yellow")
 
 
 @command(show, summarize=lambda exported: exported.summary())
@@ -32,9 +46,36 @@ def export(
     """
     with steps("exporting") as step:
         if source.network is not None:
-            from sopdeploy.api.user_network import export_weights
+            from sopdeploy.api.deployment import export_weights
 
             return export_weights(checkpoint, source, out, options, step)
         from sopdeploy.api.deployment import export as run
 
         return run(checkpoint, out, options=options, on_step=step)
+
+
+def show_unused(inspected: dict[str, Any]) -> None:
+    """Print which tensors fit, the unused parts, and the next command."""
+    removed = ", ".join(inspected["prefixes_removed"]) or "nothing"
+    print_field("weights", f"{inspected['tensors']} tensors fit; removed from the names: {removed}")
+    unused = inspected["unused"]
+    print_field("unused", ", ".join(unused) if unused else "nothing; the output depends on every part")
+    if unused:
+        flags = " ".join(f"--training-only {part}" for part in unused)
+        print_field("next", f"sopdeploy export .. --network {inspected['network']} {flags}", style="dim")
+
+
+@command(show_unused)
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A weight file.")], *, options: NetworkOptions
+) -> dict[str, Any]:
+    """List the parts of a network of your own that its output does not depend on; writes nothing.
+
+    They are candidates for `sopdeploy export --training-only`.
+
+    Example: [bold]sopdeploy inspect w.pth --network my_code:build --preprocess rules.json[/bold]
+    """
+    with steps("inspecting"):
+        from sopdeploy.api.deployment import inspect as run
+
+        return run(file, options)

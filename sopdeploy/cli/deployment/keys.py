@@ -20,12 +20,14 @@ def show(signed: dict[str, Any]) -> None:
 @command(show)
 def sign(
     bundle: BundleArgument,
-    key: Annotated[Path, typer.Option(help="Secret key file of sopdeploy or minisign, without a password.")],
+    key: Annotated[Path, typer.Option(help="Private key in a PEM file: an elliptic curve key.")],
     new_key: Annotated[
         bool, typer.Option("--new-key", help="Create the key first; the public key is written to KEY.pub.")
     ] = False,
 ) -> dict[str, Any]:
-    """Sign a bundle: write BUNDLE.minisig beside it, for --verify-key of `pull` and `serve`.
+    """Sign a bundle: write BUNDLE.sig beside it, for --require-signature of `pull` and `serve`.
+
+    The signature has the format of OpenSSF Model Signing; `model_signing verify key` accepts it, too.
 
     Example: [bold]sopdeploy sign bundles/dsop-resnet20-3f6c01d2a4b7 --key release.key[/bold]
     """

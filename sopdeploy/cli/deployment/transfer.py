@@ -56,7 +56,9 @@ def pull(
     ],
     destination: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the bundle.")],
     sha256: Annotated[str | None, typer.Option(help="Expected sha256 of the archive.")] = None,
-    verify_key: Annotated[Path | None, typer.Option(help="Require a signature by this key.")] = None,
+    require_signature: Annotated[
+        Path | None, typer.Option(help="Require a signature that this public key verifies.")
+    ] = None,
     max_bytes: Annotated[int, typer.Option(min=1, help="Largest archive size.")] = 8_000_000_000,
 ) -> "Pulled":
     """Download a bundle, check signature and hashes, and only then move it to its final name.
@@ -67,4 +69,4 @@ def pull(
     """
     from sopdeploy.bundle.transfer import pull as run
 
-    return run(source, destination, sha256=sha256, verify_key=verify_key, max_bytes=max_bytes)
+    return run(source, destination, sha256=sha256, require_signature=require_signature, max_bytes=max_bytes)

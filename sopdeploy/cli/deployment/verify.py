@@ -1,7 +1,7 @@
 """`sopdeploy verify`: check a bundle on this machine."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import BundleArgument, print_field, steps
@@ -21,24 +21,16 @@ def show(verified: "tuple[Verification, str | None]") -> None:
     if lowering is not None:
         print_field("lowering", lowering)
     for replay in result.replays:
-        for name, deviation in replay.deviation.items():
-            print_field(
-                "probes",
-                f"batch {replay.batch}: {name} of {replay.images} images deviate by {deviation:.2g} "
-                f"(allowed {replay.tolerance[name]:.2g}) on {result.runtime}",
-            )
+        for name, deviation in replay["deviation"].items():
+            allowed = f"(allowed {replay['tolerance'][name]:.2g}) on {result.runtime}"
+            images = f"batch {replay['batch']}: {name} of {replay['images']} images"
+            print_field("probes", f"{images} deviate by {deviation:.2g} {allowed}")
     if result.golden:
         same = "pixels and logits" if result.pixels is None else "logits"
         print_field("golden", f"{result.golden} JPEG files give the exporter's {same}")
     if result.pixels is not None:
         print_field("note", result.pixels.describe(), style="bold yellow")
     print_field("verified", str(result.bundle), style="bold green")
-
-
-def summarize(verified: "tuple[Verification, str | None]") -> dict[str, Any]:
-    """Build the JSON output."""
-    result, lowering = verified
-    return {**result.model_dump(mode="json"), "lowering": lowering}
 
 
 def replay_rules(bundle: Path) -> str | None:
@@ -52,7 +44,7 @@ def replay_rules(bundle: Path) -> str | None:
     return check_lowering(open_bundle(bundle))
 
 
-@command(show, summarize=summarize)
+@command(show, summarize=lambda verified: {**verified[0].model_dump(mode="json"), "lowering": verified[1]})
 def verify(bundle: BundleArgument) -> "tuple[Verification, str | None]":
     """Check every file of a bundle, its probes and its golden examples on this machine, offline.
 

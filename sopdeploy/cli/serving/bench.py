@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import BundleArgument, out, plain_text, steps
+from sopdeploy.cli.console import BundleArgument, out, say, steps
 from sopdeploy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def show(result: "Benchmark") -> None:
     """Print the machine, and one line per batch size."""
     facts = {**result.machine, **result.versions}
-    out.print(plain_text(", ".join(f"{key} {value}" for key, value in facts.items())))
+    say(", ".join(f"{key} {value}" for key, value in facts.items()))
     for side in filter(None, (result.ours, result.other)):
-        out.print(plain_text(f"{side.bundle} ({side.precision}) on {side.runtime}, {side.device}"))
+        say(f"{side.bundle} ({side.precision}) on {side.runtime}, {side.device}")
         for row in side.latencies:
             out.print(
                 f"  batch {row.batch:<4} median {row.median_ms:9.2f} ms  p95 {row.p95_ms:9.2f}  "

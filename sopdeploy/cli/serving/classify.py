@@ -1,15 +1,12 @@
 """`sopdeploy classify`: classify any number of images into parquet files."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import BundleArgument, err, print_field
+from sopdeploy.cli.console import BundleArgument, err, image_progress, print_field
 from sopdeploy.cli.serving.serve import ConfigOption, SettingOption
 from sopdeploy_service.commands.batch.options import ClassifyOptions, RayOptions
 
@@ -58,12 +55,12 @@ def classify(
 
     Example: [bold]sopdeploy classify bundles/dsop-resnet20-3f6c01d2a4b7 'shards/*.tar' --out results[/bold]
     """
-    from sopdeploy.api.batch import classify as run
+    from sopdeploy_service.commands.batch.run import classify as run
     from sopdeploy_service.settings import parse_assignments
 
     settings = parse_assignments(assignments or ())
     try:
-        with _progress() as report:
+        with image_progress() as on_image:
             return run(
                 bundle,
                 sources,
@@ -71,36 +68,9 @@ def classify(
                 options=options,
                 cluster=cluster,
                 config=config,
-                on_progress=report,
+                on_progress=lambda done, _errors, total: on_image(done, total),
                 **settings,
             )
     except KeyboardInterrupt:
         err.print("stopped; run the same command again to continue")
         raise typer.Exit(INTERRUPTED) from None
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, int], None]]:
-    """Yield a callback (done, errors, total) that draws a progress bar on a terminal."""
-    with Progress(
-        TextColumn("{task.completed}/{task.total} images"),
-        BarColumn(28),
-        TextColumn("{task.fields[rate]}{task.fields[errors]}"),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    ) as progress:
-        task = progress.add_task("", total=None, rate="", errors="")
-
-        def show(done: int, errors: int, total: int) -> None:
-            speed = progress.tasks[0].speed
-            progress.update(
-                task,
-                completed=done,
-                total=total,
-                rate="" if speed is None else f"{speed:,.0f} per second",
-                errors=f", {errors:,} with an error" if errors else "",
-            )
-
-        yield show

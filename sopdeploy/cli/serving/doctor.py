@@ -4,41 +4,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import err, out, plain_text, steps
+from sopdeploy.cli.console import err, out, plain_text, print_table, say, steps
 
 if TYPE_CHECKING:
     from sopdeploy.doctor.examine import Diagnosis
 
+COLUMNS = ("clients", "img/s", "p50 ms", "p95", "p99", "engine", "decode", "client", "batch", "refused")
+
 
 def show(diagnosis: "Diagnosis") -> None:
     """Print a line per number of clients, the time of each stage, and the advice."""
-    out.print(plain_text(f"{diagnosis.model} at {diagnosis.url}, {diagnosis.device}"))
-    table = Table(
-        "clients", "img/s", "p50 ms", "p95", "p99", "engine", "decode", "client", "batch", "refused",
-        box=None, pad_edge=False,
-    )  # fmt: skip
-    for step in diagnosis.steps:
-        table.add_row(
-            f"{step.concurrency}{' *' if step == diagnosis.best else ''}",
-            f"{step.rate:.1f}",
-            *(f"{value:.1f}" for value in (step.p50_ms, step.p95_ms, step.p99_ms)),
+    say(f"{diagnosis.model} at {diagnosis.url}, {diagnosis.device}")
+    rows = (
+        (
+            f"{step.concurrency}{' *' * (step == diagnosis.best)}",
+            *(f"{value:.1f}" for value in (step.rate, step.p50_ms, step.p95_ms, step.p99_ms)),
             *(f"{busy:.0%}" for busy in (step.engine_busy, step.decoder_busy, step.client_busy)),
             f"{step.mean_batch:.1f}",
             f"{step.refused_share:.0%}",
         )
-    out.print(table)
+        for step in diagnosis.steps
+    )
+    print_table(COLUMNS, rows)
     stages = {**diagnosis.best.stage_ms, "elsewhere": diagnosis.best.elsewhere_ms}
     out.print("per request: " + ", ".join(f"{name} {value:.1f} ms" for name, value in stages.items()))
     out.print(f"{diagnosis.bare_ratio:.2f} of the rate of the bare engine\n")
-    out.print(Text.assemble((plain_text(diagnosis.advice.why).plain, "bold")))
-    for line in (diagnosis.advice.change, diagnosis.advice.gain):
-        out.print(Text.assemble("  ", plain_text(line)))
-    for note in diagnosis.notes:
-        out.print(Text.assemble(("note:", "dim"), " ", plain_text(note)))
+    say(diagnosis.advice.why, style="bold")
+    say(diagnosis.advice.change, diagnosis.advice.gain, *(f"note: {note}" for note in diagnosis.notes))
     if diagnosis.stopped is not None:
         err.print(Text.assemble(("stopped early:", "yellow"), " ", plain_text(diagnosis.stopped)))
 

@@ -7,11 +7,10 @@ import typer
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import out, plain_text
-from sopdeploy.cli.serving.serve import BundlesArgument, ConfigOption, SettingOption
-from sopdeploy.config import Options
+from sopdeploy.cli.serving.serve import BundlesArgument, ConfigOption, SettingOption, flags_of_settings
 
 
-class RayServeOptions(Options):
+class RayServeOptions(flags_of_settings("host", "port")):  # type: ignore[misc]
     """Where Ray serves, and on how many replicas."""
 
     replicas: int | None = None
@@ -24,10 +23,6 @@ class RayServeOptions(Options):
     """GPUs of a replica: 0.5 lets two share one, 0 uses the CPU."""
     cpus_per_replica: int = 1
     """Cores that Ray reserves; also the default number of threads."""
-    host: str | None = None
-    """Address of Ray's HTTP proxies; by default 127.0.0.1."""
-    port: int | None = None
-    """Port; by default 8000."""
 
 
 @command()

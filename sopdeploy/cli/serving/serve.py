@@ -2,14 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import pydantic
 import typer
 from rich.text import Text
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text
 from sopdeploy.config import Options
+from sopdeploy_service.settings import Settings, load_settings, parse_assignments, to_toml, unused_variables
 
 BundlesArgument = Annotated[
     list[str], typer.Argument(metavar="BUNDLE...", help="A bundle, a folder of bundles, or NAME=BUNDLE.")
@@ -20,35 +22,25 @@ SettingOption = Annotated[
 ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with settings.")]
 
 
-class ServeOptions(Options):
-    """The settings that have an option of their own; `Settings` validates them."""
+def flags_of_settings(*names: str) -> type[Options]:
+    """Create options without defaults for the settings *names*; `Settings` validates their values."""
+    fields: dict[str, Any] = {}
+    for name in names:
+        field = Settings.model_fields[name]
+        kind = field.annotation if field.annotation in {bool, int} else str
+        default = "" if field.default in {None, ()} or kind is bool else f"; default: {field.default}"
+        given = False if kind is bool else None
+        fields[name] = (kind | None, pydantic.Field(given, description=f"{field.description}{default}."))
+    return pydantic.create_model("Flags", __base__=Options, **fields)
 
-    host: str | None = None
-    """Address to listen on; by default 127.0.0.1."""
-    port: int | None = None
-    """Port; 0 selects a free port; by default 8000."""
-    runtime: str | None = None
-    """auto, onnxruntime-cpu, onnxruntime-cuda or tensorrt; by default auto."""
-    devices: str | None = None
-    """One process per device: `0,1`, UUIDs, MIG ids or `cpu`; by default one process."""
-    front_ends: str | None = None
-    """Processes per device for HTTP and decoding, or `auto`; by default one for all."""
-    threads: int | None = None
-    """CPU threads of the runtime."""
-    max_batch: int | None = None
-    """Largest batch."""
-    queue_size: int | None = None
-    """Images that may wait in the queue."""
-    shadow: str | None = None
-    """NAME=SHARE: also send a share of the requests, such as 0.05, to the bundle NAME."""
-    model_control: bool = False
-    """Allow clients to load, unload and swap models."""
-    keys: Path | None = None
-    """Require an API key from this file; see `sopdeploy key`."""
-    verify_key: Path | None = None
-    """Serve only bundles signed with this public key."""
-    log: str | None = None
-    """Request log format: json or console; by default console on a terminal."""
+
+class ServeOptions(
+    flags_of_settings(  # type: ignore[misc] # mypy does not know the class
+        *("host", "port", "runtime", "devices", "front_ends", "threads", "max_batch", "queue_size"),
+        *("memory_budget", "pin", "shadow", "model_control", "keys", "require_signature", "log"),
+    )
+):
+    """The settings that have an option of their own."""
 
 
 @command()
@@ -73,8 +65,6 @@ def serve(
 
     Example: [bold]sopdeploy serve live=bundles/dsop-resnet20-3f6c01d2a4b7 new=other --shadow new=0.05[/bold]
     """
-    from sopdeploy_service.settings import load_settings, parse_assignments, to_toml, unused_variables
-
     given = options.model_dump(exclude_defaults=True)
     settings = load_settings(config, **parse_assignments(assignments or (), **given))
     for name in unused_variables():

@@ -7,7 +7,7 @@ import typer
 
 from sopdeploy.api.options import CalibrateOptions
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import err, image_progress, out, plain_text
+from sopdeploy.cli.console import err, image_progress, plain_text, say
 
 if TYPE_CHECKING:
     from sopdeploy.api.calibration import Calibrated
@@ -17,10 +17,8 @@ def show(calibrated: "Calibrated") -> None:
     """Print the fitted values and the next command."""
     for note in calibrated.notes:
         err.print(plain_text(f"warning: {note}"))
-    for name, text in calibrated.decision.rows(calibrated.labels):
-        out.print(plain_text(f"{name}: {text}"))
-    detach = " --detach" if calibrated.training_only else ""
-    out.print(plain_text(f"next: sopdeploy export {calibrated.path}{detach}"))
+    say(*(f"{name}: {text}" for name, text in calibrated.decision.rows(calibrated.labels)))
+    say(f"next: sopdeploy export {calibrated.path}{' --detach' * calibrated.training_only}")
 
 
 def summarize(calibrated: "Calibrated") -> dict[str, Any]:

@@ -4,41 +4,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from sopdeploy.api.progress import ProgressBars
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import err, out, plain_text
+from sopdeploy.cli.console import err, out, plain_text, print_table, say
 from sopdeploy.cli.training.train import SetOption, exit_on_signal
 
 if TYPE_CHECKING:
     from sopdeploy.comparison.verdict import Comparison
 
 
-def show(found: "Comparison") -> None:
+def show(comparison: "Comparison") -> None:
     """Print top-1 of every run, and the differences with their intervals."""
-    seeds = [f"seed {seed}" for seed in found.seeds]
-    table = Table("recipe", "top-1", "sd", *seeds, box=None, pad_edge=False)
-    for arm in found.arms:
-        by_seed = [f"{accuracy:.2%}" for accuracy in arm.top1]
-        table.add_row(plain_text(arm.name), f"{arm.mean:.2%}", f"{100 * arm.sd:.2f}", *by_seed)
-    out.print(table)
-    out.print(f"last epoch, {found.images} held-out images; differences in points of top-1")
-    for pair in found.pairs:
-        mcnemar = ", ".join(f"{one.only_second}:{one.only_first} (p {one.p:.2g})" for one in pair.mcnemar)
+    seeds = (f"seed {seed}" for seed in comparison.seeds)
+    rows = (
+        (arm.name, f"{arm.mean:.2%}", f"{100 * arm.sd:.2f}", *(f"{accuracy:.2%}" for accuracy in arm.top1))
+        for arm in comparison.arms
+    )
+    print_table(("recipe", "top-1", "sd", *seeds), rows)
+    say(f"last epoch, {comparison.images} held-out images; differences in points of top-1")
+    for pair in comparison.pairs:
         low, high = 100 * pair.bootstrap_low, 100 * pair.bootstrap_high
         out.print()
-        out.print(
-            plain_text(f"{pair.second} - {pair.first}: {100 * pair.mean:+.2f} (sd {100 * pair.sd:.2f})")
-        )
+        say(f"{pair.second} - {pair.first}: {100 * pair.mean:+.2f} (sd {100 * pair.sd:.2f})")
         out.print(f"  paired t, 95 %         {100 * pair.low:+.2f} to {100 * pair.high:+.2f}")
         out.print(f"  bootstrap, 95 %        {low:+.2f} to {high:+.2f}")
         out.print(f"  wins, ties, losses     {pair.wins}, {pair.ties}, {pair.losses}")
-        out.print(f"  McNemar by seed        {mcnemar}")
-        out.print(Text.assemble("  ", (pair.verdict, "bold")))
-    if len(found.pairs) > 1:
-        out.print(f"{len(found.pairs)} comparisons, each at the 95 % level: one in twenty is wrong by chance")
+        say(pair.verdict, style="bold")
+    if len(comparison.pairs) > 1:
+        say(f"{len(comparison.pairs)} comparisons, each at the 95 % level: one in twenty is wrong by chance")
 
 
 @command(show)

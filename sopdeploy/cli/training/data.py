@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from sopdeploy.cli.app import SETTINGS
-from sopdeploy.cli.console import JsonOption, one_line_errors, out, plain_text, print_json
+from sopdeploy.cli.console import JsonOption, one_line_errors, print_json, print_table, say
 
 if TYPE_CHECKING:
     from sopdeploy.data.check import DataReport
@@ -42,54 +41,51 @@ def check(
     with one_line_errors(as_json):
         from sopdeploy.data.check import check as check_data
 
-        found = check_data(path, cache)
+        report = check_data(path, cache)
         if as_json:
-            print_json(found.model_dump(mode="json"))
+            print_json(report.model_dump(mode="json"))
         else:
-            _print_report(found)
+            _print_report(report)
     with one_line_errors():  # without as_json: the report was printed, and stdout holds one JSON document
-        found.must_be_usable()
+        report.must_be_usable()
 
 
-def _print_report(found: "DataReport") -> None:
+def _print_report(report: "DataReport") -> None:
     from sopdeploy.data.image_files import describe_ignored_files
     from sopdeploy.errors import shorten
 
-    table = Table("part", "images", "MB", "classes", "fewest", "most", box=None, pad_edge=False)
-    for part in found.parts:
-        counts = part.classes.values()
-        sizes = [str(number) for number in (len(counts), min(counts, default=0), max(counts, default=0))]
-        table.add_row(part.name, str(part.count), f"{part.bytes / 1e6:.1f}", *sizes)
-    out.print(table)
-    lines = []
-    for part in found.parts:
+    rows, lines = [], []
+    for part in report.parts:
         rarest = sorted(part.classes.items(), key=lambda pair: pair[1])
+        counts = [count for _, count in rarest] or [0]
+        sizes = map(str, (len(rarest), counts[0], counts[-1]))
+        rows.append((part.name, str(part.count), f"{part.bytes / 1e6:.1f}", *sizes))
         classes = shorten([f"{label} {count}" for label, count in rarest])
         lines.append(f"{part.name}, rarest classes first: {classes}")
-    formats, modes = (
-        ", ".join(f"{name} {count}" for name, count in counts.items())
-        for counts in (found.formats, found.modes)
-    )
-    if found.formats:
+    print_table(("part", "images", "MB", "classes", "fewest", "most"), rows)
+    if report.formats:
+        formats, modes = (
+            ", ".join(f"{name} {count}" for name, count in counts.items())
+            for counts in (report.formats, report.modes)
+        )
         lines.append(f"formats: {formats}; color modes: {modes}")
-        for name, (low, median, high) in (("shorter", found.shorter_side), ("longer", found.longer_side)):
+        for name, (low, median, high) in (("shorter", report.shorter_side), ("longer", report.longer_side)):
             lines.append(f"{name} side: {low} to {high} pixels, median {median}")
-        lines += _duplicate_lines(found)
-    for reason, files in found.strange.items():
+        lines += _duplicate_lines(report)
+    for reason, files in report.strange.items():
         lines.append(f"{len(files)} image{'s' * (len(files) > 1)}: {reason}: {shorten(files)}")
-    if found.passed_over:
-        lines.append(f"ignored, no image suffix: {describe_ignored_files(found.passed_over)}")
-    lines += [*found.notes, *found.classes]
-    unreadable = len(found.unreadable)
-    if found.formats or unreadable:
+    if report.passed_over:
+        lines.append(f"ignored, no image suffix: {describe_ignored_files(report.passed_over)}")
+    lines += [*report.notes, *report.classes]
+    unreadable = len(report.unreadable)
+    if report.formats or unreadable:
         lines.append(f"{unreadable} cannot be read" if unreadable else "every image can be read")
-    for line in lines:
-        out.print(plain_text(line), highlight=False)
+    say(*lines)
 
 
-def _duplicate_lines(found: "DataReport") -> list[str]:
+def _duplicate_lines(report: "DataReport") -> list[str]:
     """Summarize the groups of equal images and list them, the most harmful ones first."""
-    groups = found.duplicates
+    groups = report.duplicates
     if not groups:
         return ["duplicates: none"]
     across, differ = sum(group.across for group in groups), sum(group.labels_differ for group in groups)

@@ -2,9 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
-from sopdeploy.cli.console import out, plain_text, print_json
+from sopdeploy.cli.console import out, print_json, print_table, say
 
 if TYPE_CHECKING:
     from sopdeploy.training.recipe import Recipe
@@ -41,8 +39,7 @@ def print_dry_run(recipe: "Recipe", *, as_json: bool) -> None:
         f"{dry.load_seconds:.3f} s",
         *([FEW_SHOT] if dry.few_shot else []),
     ]
-    for line in lines:
-        out.print(plain_text(line))
+    say(*lines)
 
 
 def print_learning_rates(recipe: "Recipe", *, as_json: bool) -> None:
@@ -53,12 +50,9 @@ def print_learning_rates(recipe: "Recipe", *, as_json: bool) -> None:
     if as_json:
         print_json(result.model_dump(mode="json"))
         return
-    table = Table("learning rate", "loss", box=None, pad_edge=False)
-    pairs = list(zip(result.rates, result.losses, strict=True))
-    for rate, loss in pairs[:: max(1, len(pairs) // MAX_ROWS)]:
-        table.add_row(f"{rate:.2e}", f"{loss:.4f}")
-    out.print(table)
+    pairs = list(zip(result.rates, result.losses, strict=True))[:: max(1, len(result.rates) // MAX_ROWS)]
+    print_table(("learning rate", "loss"), ((f"{rate:.2e}", f"{loss:.4f}") for rate, loss in pairs))
     suggestion = f"{result.suggestion:.2g}"
     out.print(f"the loss falls fastest at [bold]{suggestion}[/]: try --set optimizer.lr={suggestion}")
     if result.few_shot:
-        out.print(FEW_SHOT)
+        say(FEW_SHOT)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import JsonOption, out, plain_text, print_field, print_json, steps
+from sopdeploy.cli.console import print_field, say, steps
 from sopdeploy.cli.training.train import SetOption
 from sopdeploy.importers.options import ImportOptions
 
@@ -14,7 +14,30 @@ if TYPE_CHECKING:
     from sopdeploy.importers.import_weights import ImportReport
 
 
-@command()
+def show(imported: "tuple[ImportReport, bool]") -> None:
+    """Print what was mapped and written, and on request the source of every tensor."""
+    report, with_tensors = imported
+    for row in report.rows if with_tensors else ():
+        source = " .. ".join(dict.fromkeys((row.of[0], row.of[-1]))) if row.of else "-"
+        say(f"{row.name} {row.shape} <- {source}: {row.how}")
+    absent = sum(not row.of for row in report.rows)
+    rules = report.preprocess
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (rules.mean, rules.std))
+    crop = f"resize {rules.resize}, crop {rules.crop}"
+    geometry = crop if rules.fit == "crop" else f"{rules.fit} to {rules.crop}"
+    print_field("found", report.looks_like)
+    print_field(
+        "mapped", f"{len(report.rows) - absent} tensors as {report.model}, {absent} counters set to 0"
+    )
+    print_field("ignored", ", ".join(report.beside) or "nothing")
+    print_field("input", f"{geometry}, {rules.interpolation}, mean {mean}, std {std}")
+    print_field("classes", f"{report.num_classes}: {report.labels}")
+    print_field("written", report.checkpoint)
+    for note in report.notes:
+        print_field("note", note)
+
+
+@command(show, summarize=lambda imported: imported[0].model_dump(mode="json"))
 def import_file(
     file: Annotated[
         Path, typer.Argument(help="Weights: .pth, .pth.tar, .th, .safetensors, or MatConvNet's .mat.")
@@ -25,45 +48,16 @@ def import_file(
     *,
     options: ImportOptions,
     keys: Annotated[bool, typer.Option("--keys", help="List the source of every tensor.")] = False,
-    as_json: JsonOption = False,
-) -> None:
+) -> "tuple[ImportReport, bool]":
     """Convert published weights: fast-MPN-COV, GSoP, GM-SOP, torchvision, timm, CIFAR ResNets.
 
     Example: [bold]sopdeploy import mpncovresnet50-15991845.pth --as isqrt-resnet50[/bold]
 
     Example: [bold]sopdeploy import net-epoch-60.mat --as gmsop-16-8-resnet18 --labels names.txt[/bold]
     """
-    with steps("importing", quiet=as_json):
-        from sopdeploy.importers.fit import nest_settings
+    with steps("importing"):
         from sopdeploy.importers.import_weights import import_weights
         from sopdeploy.training.recipe import parse_override
 
-        config = nest_settings(dict(map(parse_override, settings or ())))
-        report = import_weights(file, name, checkpoint, options, config)
-    if as_json:
-        print_json(report.model_dump(mode="json"))
-    else:
-        _show(report, with_tensors=keys)
-
-
-def _show(report: "ImportReport", *, with_tensors: bool) -> None:
-    for row in report.rows if with_tensors else ():
-        source = " .. ".join(dict.fromkeys((row.of[0], row.of[-1]))) if row.of else "-"
-        out.print(plain_text(f"{row.name} {row.shape} <- {source}: {row.how}"))
-    absent = sum(not row.of for row in report.rows)
-    rules = report.preprocess
-    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (rules.mean, rules.std))
-    geometry = f"resize {rules.resize}, crop {rules.crop}"
-    if rules.fit != "crop":
-        geometry = f"{rules.fit} to {rules.crop}"
-    fields = [
-        ("found", report.looks_like),
-        ("mapped", f"{len(report.rows) - absent} tensors as {report.model}, {absent} counters set to 0"),
-        ("ignored", ", ".join([*report.ignored, *report.beside]) or "nothing"),
-        ("input", f"{geometry}, {rules.interpolation}, mean {mean}, std {std}"),
-        ("classes", f"{report.num_classes}: {report.labels}"),
-        ("written", report.checkpoint),
-        *(("note", note) for note in report.notes),
-    ]
-    for title, text in fields:
-        print_field(title, text)
+        config = dict(map(parse_override, settings or ()))
+        return import_weights(file, name, checkpoint, options, config), keys

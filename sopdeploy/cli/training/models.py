@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import out, plain_text
+from sopdeploy.cli.console import out, print_table, say
 from sopdeploy.cli.training.train import SetOption
 
 if TYPE_CHECKING:
@@ -41,18 +41,15 @@ def models() -> list[dict[str, str]]:
     return [{"name": name, "summary": entry.summary} for name, entry in CATALOG.items()]
 
 
-def show_description(found: "Description") -> None:
+def show_description(description: "Description") -> None:
     """Print the counts, and the published numbers."""
-    table = Table("", "parameters", "multiply-adds", box=None, pad_edge=False)
-    parts = {f"  {part}": counts for part, counts in found.parts.items()}
-    for label, counts in {"training": found.training, **parts, "deployed": found.shipped}.items():
-        table.add_row(label, f"{counts.parameters:,}", f"{counts.macs:,}")
-    out.print(f"[bold]{found.name}[/] for {found.num_classes} classes at {found.image_size} pixels")
-    out.print(table)
-    out.print(f"training only: {', '.join(found.training_only) or 'nothing'}")
-    out.print(f"features: {found.representation}")
-    for figure in found.published:
-        out.print(plain_text(figure.sentence()), highlight=False)
+    parts = {f"  {part}": counts for part, counts in description.parts.items()}
+    counted = {"training": description.training, **parts, "deployed": description.shipped}
+    say(f"{description.name} for {description.num_classes} classes at {description.image_size} pixels")
+    rows = ((Text(name), f"{counts.parameters:,}", f"{counts.macs:,}") for name, counts in counted.items())
+    print_table(("", "parameters", "multiply-adds"), rows)
+    say(f"training only: {', '.join(description.training_only) or 'nothing'}")
+    say(f"features: {description.representation}", *(figure.sentence() for figure in description.published))
 
 
 @command(show_description)
@@ -69,13 +66,12 @@ def describe(
 
     Example: [bold]sopdeploy describe resnet50 --pooling isqrt --set conv5_stride=1[/bold]
     """
-    from sopdeploy.layers.pooling.registry import check_name
     from sopdeploy.models.describe import describe as describe_model
     from sopdeploy.models.registry import make_config
     from sopdeploy.training.recipe import parse_override
 
     config: dict[str, Any] = dict(parse_override(setting) for setting in settings or ())
     if pooling is not None:
-        config["pooling"] = check_name(pooling)
+        config["pooling"] = pooling
     make_config(name, config)  # rejects keys that are also parameters of describe_model
     return describe_model(name, image_size=image_size, num_classes=num_classes, **config)

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 import typer
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import image_progress, out, plain_text
+from sopdeploy.cli.console import image_progress, say
 
 
 def show(written: dict[str, Any]) -> None:
     """Print the page and its size."""
-    out.print(plain_text(f"{written['report']}: {written['bytes']:,} bytes, opens offline"))
+    say(f"{written['report']}: {written['bytes']:,} bytes, opens offline")
 
 
 @command(show)

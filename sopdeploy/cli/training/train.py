@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from typer.core import TyperCommand
 
 from sopdeploy.api.options import TrainOptions
 from sopdeploy.cli.app import SETTINGS
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import JsonOption, err, out, plain_text, print_json
+from sopdeploy.cli.console import JsonOption, err, plain_text, print_json, print_table, say
 from sopdeploy.cli.training.dry_run import print_dry_run, print_learning_rates
 
 if TYPE_CHECKING:
@@ -115,15 +114,13 @@ def _configure(data: Path | None, recipe: str | None, options: TrainOptions, set
 
 def _print_result(result: "TrainedRun") -> None:
     if result.few_shot is not None:
-        for line in result.few_shot.lines():
-            out.print(plain_text(line))
+        say(*result.few_shot.lines())
     elif result.estimate is not None:
         epoch = f"epoch {result.best_epoch} of {result.epochs}"
-        out.print(f"{epoch}: {result.estimate.describe()}, {result.seconds:.0f} s")
-    for name, text in result.decision.rows() if result.decision is not None else ():
-        out.print(plain_text(f"{name}: {text}"))
-    detach = " --detach" if result.training_only else ""
-    out.print(plain_text(f"next: sopdeploy export {result.best}{detach}"))
+        say(f"{epoch}: {result.estimate.describe()}, {result.seconds:.0f} s")
+    if result.decision is not None:
+        say(*(f"{name}: {text}" for name, text in result.decision.rows()))
+    say(f"next: sopdeploy export {result.best}{' --detach' * bool(result.training_only)}")
 
 
 @contextmanager
@@ -141,10 +138,7 @@ def exit_on_signal(hint: str = "") -> Iterator[None]:
 
 def show_recipes(summaries: list[dict[str, str]]) -> None:
     """Print a table of names and summaries."""
-    table = Table("recipe", "summary", box=None, pad_edge=False)
-    for row in summaries:
-        table.add_row(row["name"], row["summary"])
-    out.print(table)
+    print_table(("recipe", "summary"), (row.values() for row in summaries))
 
 
 @command(show_recipes)

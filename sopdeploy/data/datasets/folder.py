@@ -5,23 +5,32 @@ that this table lists with their classes (`label_table`).
 """
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pydantic
 
-from sopdeploy.data.base import Split, hold_out
+from sopdeploy.data.base import Split
 from sopdeploy.data.datasets.label_table import has_label_table, read_label_table, split_table
-from sopdeploy.data.folder_store import LABELS_FILE, FolderStore, Log, OpenOptions
-from sopdeploy.data.image_files import FileStore, ImageFiles, count_ignored_files, describe_ignored_files
+from sopdeploy.data.folder_store import LABELS_FILE, FolderStore, OpenOptions
+from sopdeploy.data.image_files import (
+    FileStore,
+    ImageFiles,
+    count_ignored_files,
+    describe_ignored_files,
+    divide,
+)
 from sopdeploy.data.parts import TRAIN, Parts, find_parts, open_part
 from sopdeploy.data.subset import ClassSubset
 from sopdeploy.data.tar import archive_suffix, open_tars
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import expand_user
 from sopdeploy.images.limits import SUFFIXES
+
+UNSPLIT = "all"  # the name of the only part if there are no folders train and val
 
 
 class FolderConfig(ClassSubset):
@@ -59,11 +68,19 @@ def open_folder(config: FolderConfig, options: OpenOptions | None = None) -> Spl
         if split.train.targets.ndim == 1:
             options.log(f"{store.root / LABELS_FILE}: every image has one class, so the network predicts one")
         return split
-    split = _open_split(store, config, options.log)
-    ignored = count_ignored_files(store, store.folders())
-    if ignored:
-        options.log(f"{store.root}: ignored files without an image suffix: {describe_ignored_files(ignored)}")
-    return split
+    folders = open_class_folders(store, held_out=1)
+    for line in folders.notes:
+        options.log(line)
+    if folders.ignored:
+        ignored = describe_ignored_files(folders.ignored)
+        options.log(f"{store.root}: ignored files without an image suffix: {ignored}")
+    if folders.problems:
+        raise DataError("; ".join(folders.problems))
+    train, *held_out = folders.parts.values()
+    if held_out:
+        return Split(train=train, held_out=held_out[0])
+    train, divided = divide(train, config.hold_out, config.hold_out_seed)
+    return Split(train=train, held_out=divided, divided=True)
 
 
 def open_store(path: Path, options: OpenOptions) -> FileStore:
@@ -83,24 +100,62 @@ def open_store(path: Path, options: OpenOptions) -> FileStore:
     return store
 
 
-def match_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
-    """Open the images of *store*, whose folders must be exactly *labels*; raises `DataError`."""
-    problems = class_mismatches(store, labels)
-    if problems:
-        raise DataError(f"{store.root}: {'; '.join(problems)}")
-    return scan_classes(store, labels)
+class ClassFolders(NamedTuple):
+    """Images of a folder with class folders, by part, the training images first.
+
+    `problems` say why it cannot be used for training, `notes` what may not be as intended. `ignored` counts
+    the files without an image suffix by suffix.
+    """
+
+    parts: dict[str, ImageFiles]
+    problems: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    ignored: Mapping[str, int] = {}
 
 
-def class_mismatches(store: FileStore, labels: tuple[str, ...]) -> list[str]:
-    """Describe the folders of *store* that are not in *labels*, and the labels without a folder."""
-    folders = set(store.folders())
+def open_class_folders(store: FileStore, held_out: int | None = None) -> ClassFolders:
+    """Open the class folders of *store*, or those in its training and first *held_out* held-out folders.
+
+    Raises `DataError` if there are fewer than two classes, or held-out images only.
+    """
+    folders = find_parts(store)
+    notes = list(_describe_parts(store, folders))
+    if folders.held_out and not folders.train and not folders.others:
+        raise DataError(
+            f"{store.root}: holds {folders.held_out[0]} but no {TRAIN}; put the training images there"
+        )
+    if folders.train:
+        names = (folders.train, *folders.held_out[:held_out])
+        stores = {name: open_part(store, name) for name in names}
+    else:
+        stores = {UNSPLIT: store}
+    labels = class_names(next(iter(stores.values())))
+    parts = {name: list_classes(part, tuple(part.folders())) for name, part in stores.items()}
+    problems = [problem for images in parts.values() for problem in class_problems(images, labels)]
+    notes += filter(None, map(_describe_nested, parts.values()))
+    ignored = Counter[str]()
+    for images in parts.values():
+        ignored.update(count_ignored_files(images.store, images.labels))
+    return ClassFolders(parts, problems, notes, ignored)
+
+
+def class_problems(images: ImageFiles, labels: tuple[str, ...]) -> Iterator[str]:
+    """Describe classes of *images* that are not in *labels*, labels without a folder, and empty folders."""
+    root, folders = images.store.root, set(images.labels)
     unknown, missing = sorted(folders - set(labels)), sorted(set(labels) - folders)
-    problems = []
     if unknown:
-        problems.append(f"classes {shorten(unknown)} are not training classes, remove them or train on them")
+        yield f"{root}: classes {shorten(unknown)} are not training classes, remove them or train on them"
     if missing:
-        problems.append(f"training classes {shorten(missing)} are missing, add them")
-    return problems
+        yield f"{root}: training classes {shorten(missing)} are missing, add them"
+    empty = [images.labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
+    if empty:
+        same = f" (also in {shorten(empty[1:])})" if len(empty) > 1 else ""
+        ignored = describe_ignored_files(count_ignored_files(images.store, empty[:1]))
+        others = f", only other files ({ignored})" if ignored else ""
+        yield (
+            f"{root / empty[0]}: no images in this class folder{same}{others}; "
+            f"add some ({', '.join(SUFFIXES)}) or remove the folder"
+        )
 
 
 def class_names(store: FileStore) -> tuple[str, ...]:
@@ -117,15 +172,6 @@ def class_names(store: FileStore) -> tuple[str, ...]:
     raise DataError(f"{store.root}: holds no class folders; sort the images into one subfolder per class")
 
 
-def scan_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
-    """List the images of every class, sorted; raises `DataError` naming the classes without images."""
-    images = list_classes(store, labels)
-    problem = describe_empty_classes(images)
-    if problem:
-        raise DataError(problem)
-    return images
-
-
 def list_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
     """List the images of every class, sorted; a class may be empty."""
     by_class = [store.list_files(label)[0] for label in labels]
@@ -134,48 +180,7 @@ def list_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
     return ImageFiles(store, labels, paths, targets)
 
 
-def describe_empty_classes(images: ImageFiles) -> str:
-    """Name the classes without images and what to do; empty if there are none."""
-    counts = np.bincount(images.targets, minlength=len(images.labels))
-    empty = [images.labels[index] for index in np.flatnonzero(counts == 0)]
-    if not empty:
-        return ""
-    same = f" (also in {shorten(empty[1:])})" if len(empty) > 1 else ""
-    ignored = describe_ignored_files(count_ignored_files(images.store, empty[:1]))
-    others = f", only other files ({ignored})" if ignored else ""
-    return (
-        f"{images.store.root / empty[0]}: no images in this class folder{same}{others}; "
-        f"add some ({', '.join(SUFFIXES)}) or remove the folder"
-    )
-
-
-def _open_split(store: FileStore, config: FolderConfig, log: Log) -> Split:
-    parts = find_parts(store)
-    for line in describe_parts(store, parts):
-        log(line)
-    if parts.train:
-        train = open_part(store, parts.train)
-        if parts.held_out:
-            labels = class_names(train)
-            held_images = match_classes(open_part(store, parts.held_out[0]), labels)
-            return Split(train=_scan(train, labels, log), held_out=held_images)
-        store = train
-    elif parts.held_out and not parts.others:
-        raise DataError(
-            f"{store.root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there"
-        )
-    labels = class_names(store)
-    images = _scan(store, labels, log)
-    counts = np.bincount(images.targets)
-    if counts.min() == 1:
-        single = store.root / labels[int(counts.argmin())]
-        raise DataError(f"{single}: only one image; add another, one has to be held out")
-    keys = [path.decode("utf-8", "surrogateescape") for path in images.paths.tolist()]
-    held = np.asarray(hold_out(keys, images.targets.tolist(), config.hold_out, config.hold_out_seed))
-    return Split(train=images.select(~held), held_out=images.select(held), divided=True)
-
-
-def describe_parts(store: FileStore, parts: Parts) -> Iterator[str]:
+def _describe_parts(store: FileStore, parts: Parts) -> Iterator[str]:
     """Say which folders of *store* training does not use, or uses as classes despite their names."""
     unused = (*parts.held_out[1:], *parts.others)
     if parts.train and unused:
@@ -185,7 +190,7 @@ def describe_parts(store: FileStore, parts: Parts) -> Iterator[str]:
         yield f"{store.root}: {shorten(parts.held_out)} counts as a class, because there is no folder {TRAIN}"
 
 
-def describe_nested(images: ImageFiles) -> str:
+def _describe_nested(images: ImageFiles) -> str:
     """Name the folders with images inside the class folders of *images*; empty if there are none."""
     deep = images.paths[np.char.count(images.paths, b"/") > 1] if len(images) else images.paths
     nested = sorted({"/".join(os.fsdecode(path).split("/")[:2]) for path in deep.tolist()})
@@ -195,11 +200,3 @@ def describe_nested(images: ImageFiles) -> str:
         f"{images.store.root}: images of folders in a class folder count as images of that class: "
         f"{shorten(nested)}; move these folders up if they are classes"
     )
-
-
-def _scan(store: FileStore, labels: tuple[str, ...], log: Log) -> ImageFiles:
-    """List the images of every class as `scan_classes`, and log the folders inside class folders."""
-    images = scan_classes(store, labels)
-    if nested := describe_nested(images):
-        log(nested)
-    return images

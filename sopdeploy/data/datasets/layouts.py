@@ -7,7 +7,6 @@ import numpy as np
 
 from sopdeploy.data.datasets import official
 from sopdeploy.data.datasets.folder import list_classes, open_store
-from sopdeploy.data.datasets.imagenet_classes import class_aliases
 from sopdeploy.data.datasets.label_table import has_label_table, read_label_table
 from sopdeploy.data.folder_store import LABELS_FILE, Log, OpenOptions, ignore
 from sopdeploy.data.image_files import FileStore, ImageFiles
@@ -82,7 +81,7 @@ def _match(root: Path, images: ImageFiles, labels: tuple[str, ...], *, must_matc
     if not images.labels:
         raise DataError(f"{root}: holds no class folders; sort the images into one subfolder per class")
     indices = {label: index for index, label in enumerate(labels)}
-    aliases = class_aliases()
+    aliases = official.class_aliases()
     new_targets = [indices.get(name, indices.get(aliases.get(name, ""), -1)) for name in images.labels]
     unknown = [name for name, target in zip(images.labels, new_targets, strict=True) if target < 0]
     if unknown and (must_match or len(unknown) == len(new_targets)):

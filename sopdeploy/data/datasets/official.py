@@ -9,13 +9,15 @@ stays. Sources: Maji et al. (2013), Krause et al. (2013), Zhou et al. (2017).
 import importlib
 import os
 import re
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from sopdeploy.data.base import Split
-from sopdeploy.data.datasets.folder import match_classes, open_store
+from sopdeploy.data.datasets.folder import class_problems, list_classes, open_store
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.subset import ClassSubset
@@ -50,9 +52,10 @@ LAYOUTS = {
     "cars": _Layout("StanfordCars", "stanford_cars", "train", "test"),
     "places365": _Layout("Places365", "categories_places365.txt", "train-standard", "val"),
 }
-
-
 IMAGENET_LISTS = ("val.txt", "LOC_val_solution.csv")
+IMAGENET_CLASSES = (
+    "imagenet_classes.txt"  # WordNet ID and name of each class, as published weights order them
+)
 WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -63,15 +66,14 @@ def detect_kind(root: Path) -> str | None:
     return next((kind for kind, layout in LAYOUTS.items() if (root / layout.content).exists()), None)
 
 
-def open_official(config: OfficialConfig, options: OpenOptions | None = None) -> Split:
-    """Open the official training and held-out images; raises `DataError` if torchvision cannot."""
-    if config.path is None:
-        content = "train and val" if config.kind == "imagenet" else LAYOUTS[config.kind].content
+def open_official(kind: str, path: Path | None, options: OpenOptions) -> Split:
+    """Open the official training and held-out images at *path*; raises `DataError` if torchvision cannot."""
+    if path is None:
+        content = "train and val" if kind == "imagenet" else LAYOUTS[kind].content
         raise ConfigError(f"data.path: not set; give the folder that holds {content}")
-    root, options = expand_user(config.path), options or OpenOptions(config.cache)
+    root = expand_user(path)
     return Split(
-        train=open_part(config.kind, "train", root, options),
-        held_out=open_part(config.kind, "held_out", root, options),
+        train=open_part(kind, "train", root, options), held_out=open_part(kind, "held_out", root, options)
     )
 
 
@@ -103,11 +105,20 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path, options
     )
 
 
+@cache
+def class_aliases() -> dict[str, str]:
+    """Map the WordNet ID of each ImageNet class to the name that published weights have, and back."""
+    text = resources.files("sopdeploy.data.datasets").joinpath(IMAGENET_CLASSES).read_text("utf-8")
+    pairs = [line.split(" ", 1) for line in text.splitlines()]
+    return {first: second for pair in pairs for first, second in (pair, pair[::-1])}
+
+
 def _imagenet_list(root: Path) -> Path | None:
     """Find the file with the classes of the validation images, if these are not in class folders."""
-    if not (root / "val").is_dir() or any(path.is_dir() for path in (root / "val").iterdir()):
+    listing = next((root / name for name in IMAGENET_LISTS if (root / name).is_file()), None)
+    if listing is None or not (root / "val").is_dir():
         return None
-    return next((root / name for name in IMAGENET_LISTS if (root / name).is_file()), None)
+    return None if any(path.is_dir() for path in (root / "val").iterdir()) else listing
 
 
 def _open_imagenet(part: str, root: Path, options: OpenOptions) -> ImageFiles:
@@ -118,24 +129,37 @@ def _open_imagenet(part: str, root: Path, options: OpenOptions) -> ImageFiles:
     listing = _imagenet_list(root)
     if listing is None:
         raise DataError(f"{root}: holds no {IMAGENET_LISTS[0]} for the images in val; add it")
-    entries = []
+    names, wordnet_ids = _read_imagenet_list(listing)
+    labels = tuple(sorted(set(wordnet_ids)))
+    if part == "train":
+        store = open_store(root / "train", options)
+        images = list_classes(store, tuple(store.folders()))
+        if problems := [*class_problems(images, labels)]:
+            raise DataError("; ".join(problems))
+        return images
+    missing = [name for name in names if not (root / "val" / name).is_file()]
+    if missing:
+        raise DataError(f"{root / 'val'}: {shorten(missing)} missing; unpack the official archive there")
+    indices = {label: index for index, label in enumerate(labels)}
+    return ImageFiles(
+        open_store(root / "val", options),
+        labels,
+        np.asarray([os.fsencode(name) for name in names], dtype=np.bytes_),
+        np.asarray([indices[wordnet_id] for wordnet_id in wordnet_ids], dtype=np.int64),
+    )
+
+
+def _read_imagenet_list(listing: Path) -> tuple[list[str], list[str]]:
+    """Read the file names in `val` and their WordNet IDs; raises `DataError` for a line without an ID."""
+    names, wordnet_ids = [], []
     for count, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
         name, wordnet_id, *_ = [*re.split(r"[,\s]+", line.strip()), ""]
         if WORDNET_ID.fullmatch(wordnet_id):
-            entries.append((name if Path(name).suffix else f"{name}.JPEG", wordnet_id))
+            name = Path(name).name
+            names.append(name if Path(name).suffix else f"{name}.JPEG")
+            wordnet_ids.append(wordnet_id)
         elif line.strip() and not line.startswith("ImageId,"):
             raise DataError(
                 f"{listing}: line {count}: no WordNet ID such as n01751748; use the official file"
             )
-    labels = tuple(sorted({wordnet_id for _, wordnet_id in entries}))
-    if part == "train":
-        return match_classes(open_store(root / "train", options), labels)
-    missing = [name for name, _ in entries if not (root / "val" / Path(name).name).is_file()]
-    if missing:
-        raise DataError(f"{root / 'val'}: {shorten(missing)} missing; unpack the official archive there")
-    return ImageFiles(
-        open_store(root / "val", options),
-        labels,
-        np.asarray([os.fsencode(Path(name).name) for name, _ in entries], dtype=np.bytes_),
-        np.asarray([labels.index(wordnet_id) for _, wordnet_id in entries], dtype=np.int64),
-    )
+    return names, wordnet_ids

@@ -65,8 +65,6 @@ def open_digits() -> Split:
     targets = stored.target.astype(np.int64)
     labels = tuple(str(digit) for digit in range(10))
     keys = [str(index) for index in range(len(targets))]
-    held = np.asarray(hold_out(keys, targets.tolist(), DIGITS_HELD_OUT, DIGITS_SEED))
-    return Split(
-        train=ArrayImages(labels, images[~held], targets[~held]),
-        held_out=ArrayImages(labels, images[held], targets[held]),
-    )
+    held = hold_out(keys, targets, DIGITS_HELD_OUT, DIGITS_SEED)
+    digits = ArrayImages(labels, images, targets)
+    return Split(train=digits.select(~held), held_out=digits.select(held))

@@ -4,17 +4,9 @@ Papers: Hu et al., "Squeeze-and-Excitation Networks" (CVPR 2018), section 3; Woo
 Hu et al., "Gather-Excite" (NeurIPS 2018). Linear layers on channel means are 1x1 convolutions with bias here.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from sopdeploy.layers.attention.gsop_attention import nearest_rows, resample
-
-Extent = Literal["global", 2, 4, 8]
-Parameters = Literal["none", "gather", "gather+excite"]
-HALVINGS = {2: 1, 4: 2, 8: 3}
 
 
 class SqueezeExcite(nn.Module):
@@ -63,43 +55,17 @@ class CBAM(nn.Module):
 
 
 class GatherExcite(nn.Module):
-    """Scale a feature map (B, C, H, W) by a function of its surroundings.
+    """Scale a feature map (B, C, H, W) by a function of all positions of each channel.
 
-    *extent* is the ratio of the map's side to the gathered one's; "global" gathers to one pixel. Global
-    gathering with parameters has one weight per position, so it requires maps of *side* x *side*; other
-    extents gather by 3x3 convolutions that halve the map.
+    Gathering has one weight per position, so it requires maps of *side* x *side*.
     """
 
-    def __init__(
-        self, channels: int, side: int, extent: Extent, parameters: Parameters, reduction: int
-    ) -> None:
+    def __init__(self, channels: int, side: int, reduction: int) -> None:
         super().__init__()
-        self.gather: nn.Module | None = None  # the mean over all positions
-        if parameters == "none":
-            if extent != "global":  # windows of side 2 * extent - 1, averaged without padding
-                self.gather = nn.AvgPool2d(
-                    2 * extent - 1, stride=extent, padding=extent - 1, count_include_pad=False
-                )
-        elif extent == "global":
-            conv = nn.Conv2d(channels, channels, side, groups=channels, bias=False)
-            self.gather = nn.Sequential(conv, nn.BatchNorm2d(channels))
-        else:
-            layers: list[nn.Module] = []
-            for _ in range(HALVINGS[extent]):
-                conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False)
-                layers += [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
-            self.gather = nn.Sequential(*layers[:-1])
-        self.mlp = _mlp(channels, reduction) if parameters == "gather+excite" else nn.Identity()
-        self.whole = extent == "global"
+        conv = nn.Conv2d(channels, channels, side, groups=channels, bias=False)
+        self.gather = nn.Sequential(conv, nn.BatchNorm2d(channels))
+        self.mlp = _mlp(channels, reduction)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Scale (B, C, H, W) features; gathered weights are upsampled by nearest neighbor."""
-        if self.gather is None:
-            gathered_BChw = features_BCHW.mean(dim=(2, 3), keepdim=True)
-        else:
-            gathered_BChw = self.gather(features_BCHW)
-        weights_BChw = torch.sigmoid(self.mlp(gathered_BChw))
-        if not self.whole:
-            height, width = features_BCHW.shape[2:]
-            weights_BChw = resample(weights_BChw, height, width, nearest_rows)
-        return features_BCHW * weights_BChw
+        """Scale (B, C, H, W) features by channel."""
+        return features_BCHW * torch.sigmoid(self.mlp(self.gather(features_BCHW)))

@@ -14,8 +14,9 @@ channel-wise half both give the printed 0.72 M, so the paper's text decides for 
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
+import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +26,42 @@ from sopdeploy.layers.covariance import at_least_float32, centered_and_scaled, c
 from sopdeploy.layers.export_hints import ExportHints
 
 Activation = Literal["none", "relu", "lrelu"]
+FusionKind = Literal["average", "sum", "maximum", "concatenation"]
 OUTPUTS_PER_ROW = 4
+
+
+class GSoPBlockConfig(StrictModel):
+    """Options of the block; defaults are the paper's.
+
+    `attention` selects the weights that scale the map: of channels, of positions, or of both, with the way to
+    fuse the two results. `cov_width` is d. `position_side` is the side of the map whose positions are
+    correlated (6, 8 and 12 are Table 4's 36, 64 and 144). `channel_norm` and `position_norm` add a batch norm
+    after the row-wise convolution (Table 2); the printed parameters of the position-wise block are those
+    without it. `RELEASED_BLOCK` lists the options in which the released code differs from the paper.
+    """
+
+    attention: Literal["channel", "position"] | FusionKind = "channel"
+    cov_width: Annotated[int, pydantic.Field(ge=32, le=256)] = 128
+    position_side: Annotated[int, pydantic.Field(ge=2, le=16)] = 8
+    pre_relu: bool = False
+    channel_norm: bool = True
+    position_norm: bool = False
+    channel_activation: Activation = "lrelu"
+    position_activation: Activation = "lrelu"
+    position_rectify: Literal["reduced", "scaled"] = "reduced"
+    position_covariance: Literal["centred", "uncentred"] = "centred"
+    position_upsampling: Literal["nearest", "average"] = "nearest"
+
+
+RELEASED_BLOCK = {
+    "pre_relu": True,
+    "channel_norm": False,
+    "channel_activation": "none",
+    "position_activation": "relu",
+    "position_rectify": "scaled",
+    "position_covariance": "uncentred",
+    "position_upsampling": "average",
+}
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -83,19 +119,17 @@ class ChannelAttention(nn.Module, ExportHints):
 
     keep_output_dtype = True
 
-    def __init__(
-        self, channels: int, width: int, dr_stride: int, activation: Activation, *, pre_relu: bool, norm: bool
-    ) -> None:
+    def __init__(self, config: GSoPBlockConfig, channels: int, dr_stride: int) -> None:
         super().__init__()
-        self.pre_relu = pre_relu
+        self.config, width = config, config.cov_width
         self.reduction = nn.Sequential(
             nn.Conv2d(channels, width, 1, stride=dr_stride), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
         )
-        self.excitation = Excitation(width, channels, activation, norm=norm)
+        self.excitation = Excitation(width, channels, config.channel_activation, norm=config.channel_norm)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Compute the weights; the covariance is float32 or float64."""
-        reduced_BdHW = self.reduction(F.relu(features_BCHW) if self.pre_relu else features_BCHW)
+        reduced_BdHW = self.reduction(F.relu(features_BCHW) if self.config.pre_relu else features_BCHW)
         with without_autocast(reduced_BdHW):
             cov_Bdd = covariance(centered_and_scaled(at_least_float32(reduced_BdHW)))
         weights_BC11: Tensor = self.excitation(cov_Bdd)
@@ -129,48 +163,36 @@ def resample(x_BCHW: Tensor, height: int, width: int, rows: RowBuilder) -> Tenso
     return down @ x_BCHW @ across.T
 
 
-class PositionSwitches(StrictModel):
-    """Options of the position-wise half; defaults are the paper's."""
-
-    side: int = 8
-    activation: Activation = "lrelu"
-    rectify: Literal["reduced", "scaled"] = "reduced"
-    covariance: Literal["centred", "uncentred"] = "centred"
-    upsampling: Literal["nearest", "average"] = "nearest"
-    pre_relu: bool = False
-    norm: bool = False
-
-
 class PositionAttention(nn.Module, ExportHints):
     """Map features (B, C, H, W) to position weights (B, 1, H, W)."""
 
     keep_output_dtype = True
 
-    def __init__(self, channels: int, width: int, switches: PositionSwitches) -> None:
+    def __init__(self, config: GSoPBlockConfig, channels: int) -> None:
         super().__init__()
-        self.switches = switches
+        self.config, width = config, config.cov_width
         self.reduction = nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width))
-        positions = switches.side**2
-        self.excitation = Excitation(positions, positions, switches.activation, norm=switches.norm)
+        positions = config.position_side**2
+        self.excitation = Excitation(
+            positions, positions, config.position_activation, norm=config.position_norm
+        )
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Compute the weights; the covariance is float32 or float64."""
-        switches, side = self.switches, self.switches.side
+        config, side = self.config, self.config.position_side
         height, width = features_BCHW.shape[2:]
-        reduced_BdHW = self.reduction(F.relu(features_BCHW) if switches.pre_relu else features_BCHW)
-        if switches.rectify == "reduced":
+        reduced_BdHW = self.reduction(F.relu(features_BCHW) if config.pre_relu else features_BCHW)
+        if config.position_rectify == "reduced":
             reduced_BdHW = F.relu(reduced_BdHW)
         with without_autocast(reduced_BdHW):
             small_Bdss = resample(at_least_float32(reduced_BdHW), side, side, averaging_rows)
             small_BdP = small_Bdss.flatten(start_dim=2)
-            uncentered = switches.covariance == "uncentred"
-            cov_BPP = (
-                released_covariance(small_BdP)
-                if uncentered
-                else covariance(centered_and_scaled(small_BdP.transpose(1, 2)))
-            )
+            if config.position_covariance == "uncentred":
+                cov_BPP = released_covariance(small_BdP)
+            else:
+                cov_BPP = covariance(centered_and_scaled(small_BdP.transpose(1, 2)))
         weights_B1ss = self.excitation(cov_BPP).reshape(-1, 1, side, side)
-        rows = nearest_rows if switches.upsampling == "nearest" else averaging_rows
+        rows = nearest_rows if config.position_upsampling == "nearest" else averaging_rows
         return resample(weights_B1ss, height, width, rows)
 
 

@@ -14,23 +14,14 @@ Names in released checkpoints, under `layerS.B.`, and here, under `layerS.B.atte
 """
 
 import math
-from typing import Annotated, Literal
 
-import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.attention.gsop_attention import (
-    Activation,
-    ChannelAttention,
-    PositionAttention,
-    PositionSwitches,
-)
+from sopdeploy.layers.attention.gsop_attention import ChannelAttention, GSoPBlockConfig, PositionAttention
 
-FusionKind = Literal["average", "sum", "maximum", "concatenation"]
 CHANNELS_PER_GROUP = 64
 MOST_GROUPS = 32
 
@@ -62,40 +53,6 @@ class Concatenation(nn.Module):
         return fused
 
 
-class GSoPBlockConfig(StrictModel):
-    """Options of the block; defaults are the paper's.
-
-    `attention` selects the weights that scale the map: of channels, of positions, or of both, with the way to
-    fuse the two results. `cov_width` is d. `position_side` is the side of the map whose positions are
-    correlated (6, 8 and 12 are Table 4's 36, 64 and 144). `channel_norm` and `position_norm` add a batch norm
-    after the row-wise convolution (Table 2); the printed parameters of the position-wise block are those
-    without it. `RELEASED_BLOCK` lists the options in which the released code differs from the paper.
-    """
-
-    attention: Literal["channel", "position"] | FusionKind = "channel"
-    cov_width: Annotated[int, pydantic.Field(ge=32, le=256)] = 128
-    position_side: Annotated[int, pydantic.Field(ge=2, le=16)] = 8
-    pre_relu: bool = False
-    channel_norm: bool = True
-    position_norm: bool = False
-    channel_activation: Activation = "lrelu"
-    position_activation: Activation = "lrelu"
-    position_rectify: Literal["reduced", "scaled"] = "reduced"
-    position_covariance: Literal["centred", "uncentred"] = "centred"
-    position_upsampling: Literal["nearest", "average"] = "nearest"
-
-
-RELEASED_BLOCK = {
-    "pre_relu": True,
-    "channel_norm": False,
-    "channel_activation": "none",
-    "position_activation": "relu",
-    "position_rectify": "scaled",
-    "position_covariance": "uncentred",
-    "position_upsampling": "average",
-}
-
-
 class GSoPBlock(nn.Module):
     """Scale a feature map (B, C, H, W); the shortcut is not part of the block."""
 
@@ -109,25 +66,9 @@ class GSoPBlock(nn.Module):
         kind = config.attention
         self.channel = self.position = self.fusion = None
         if kind != "position":
-            self.channel = ChannelAttention(
-                channels,
-                config.cov_width,
-                dr_stride,
-                config.channel_activation,
-                pre_relu=config.pre_relu,
-                norm=config.channel_norm,
-            )
+            self.channel = ChannelAttention(config, channels, dr_stride)
         if kind != "channel":
-            switches = PositionSwitches(
-                side=config.position_side,
-                activation=config.position_activation,
-                rectify=config.position_rectify,
-                covariance=config.position_covariance,
-                upsampling=config.position_upsampling,
-                pre_relu=config.pre_relu,
-                norm=config.position_norm,
-            )
-            self.position = PositionAttention(channels, config.cov_width, switches)
+            self.position = PositionAttention(config, channels)
             if kind == "concatenation":
                 self.fusion = Concatenation(channels)
 
@@ -140,17 +81,14 @@ class GSoPBlock(nn.Module):
             by_position = features_BCHW * self.position(features_BCHW)
             if self.config.position_rectify == "scaled":
                 by_position = F.relu(by_position)
-        match self.config.attention:
-            case "channel":
-                return by_channel
-            case "position":
-                return by_position
-            case "maximum":
-                return torch.maximum(by_channel, by_position)
-            case "sum":
-                return by_channel + by_position
-            case "average":
-                return (by_channel + by_position) * 0.5
-        assert self.fusion is not None  # noqa: S101 - the concatenation has parameters
-        fused: Tensor = self.fusion(by_channel, by_position)
-        return fused
+        if self.position is None:
+            return by_channel
+        if self.channel is None:
+            return by_position
+        if self.fusion is not None:
+            fused: Tensor = self.fusion(by_channel, by_position)
+            return fused
+        if self.config.attention == "maximum":
+            return torch.maximum(by_channel, by_position)
+        total = by_channel + by_position
+        return total if self.config.attention == "sum" else total * 0.5

@@ -3,9 +3,10 @@
 Paper: Wang et al., GM-SOP (NeurIPS 2018), Eq. (1) and section 2.2.
 Letters: B images, C channels, H height, W width, N components, D length of a pooled vector.
 
-Parametric SR-SOP is two 1x1 convolutions on the channels, then SR-SOP. Eq. (6) writes it without centering;
-the paper's text and the released code run centered SR-SOP (Eq. 5) after the convolutions. The released code
-has a ReLU after each and neither bias nor batch norm; without it a component is linear in X, as in Eq. (6).
+Parametric SR-SOP is two 1x1 convolutions on the channels, then SR-SOP. Eq. (6) writes it without centering
+(`centered=False` in the configuration of the root); the paper's text and the released code run centered
+SR-SOP (Eq. 5) after the convolutions. The released code has a ReLU after each and neither bias nor batch
+norm; without it a component is linear in X, as in Eq. (6).
 The ReLU is the default, because Table 3 distinguishes GM-GAP from a mixture of linear experts (SG-MoE).
 
 All weights of a step are one (N, out, in) tensor. So every parameter has a gradient in every step, zero for a
@@ -19,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.errors import TrainingError
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 
@@ -41,22 +41,24 @@ class Convolutions(NamedTuple):
 class Components(nn.Module):
     """Map (B, C, H, W) features to every component's vector (B, N, D), or with weights (B, N) to their sum.
 
-    A component consists of `before`, its own chain of 1x1 convolutions and `after`; see `make_components`.
+    A component of the kind "gap" is convolutions, ReLU, global average; "sop" is parametric SR-SOP with the
+    configuration *root*; "linear" is a linear map of the averaged features, the expert of a one-layer SG-MoE.
     *counted* is the number of components that a routed mixture evaluates per image; `macs` counts these.
     """
 
     def __init__(
         self,
+        kind: Kind,
         channels: int,
         convolutions: Convolutions,
         *,
         components: int,
         counted: int,
-        before: nn.Module,
-        after: nn.Module,
+        root: NewtonSchulzConfig,
     ) -> None:
         super().__init__()
-        self.components, self.counted, self.rectified = components, counted, convolutions.rectified
+        self.components, self.counted = components, counted
+        self.rectified = convolutions.rectified and kind != "linear"
         widths = convolutions.widths
         inputs = (channels, *widths)[: len(widths)]
         self.weights = nn.ParameterList(
@@ -66,7 +68,8 @@ class Components(nn.Module):
         sizes = [components * width for width in widths]
         self.biases = nn.ParameterList(torch.zeros(size) for size in sizes if convolutions.bias)
         self.norms = nn.ModuleList(nn.BatchNorm2d(size) for size in sizes if convolutions.norm)
-        self.before, self.after = before, after
+        self.before = nn.AdaptiveAvgPool2d(1) if kind == "linear" else nn.Identity()
+        self.after, self.out_features = pooling(kind, (channels, *widths)[-1], root)
 
     def forward(self, features_BCHW: Tensor, weights_BN: Tensor | None = None) -> Tensor:
         """Evaluate all components on all images; no shape depends on the data.
@@ -118,32 +121,6 @@ class Components(nn.Module):
         return self.counted * positions * weights
 
 
-def make_components(
-    kind: Kind,
-    channels: int,
-    convolutions: Convolutions,
-    *,
-    components: int,
-    counted: int,
-    root: NewtonSchulzConfig,
-) -> tuple[Components, int]:
-    """Build components of *kind*; return them and D.
-
-    "gap" is convolutions, ReLU, global average; "sop" parametric SR-SOP with the configuration *root*;
-    "linear" a linear map of the averaged features, the expert of a one-layer SG-MoE.
-    """
-    after, length = pooling(kind, (channels, *convolutions.widths)[-1], root)
-    bank = Components(
-        channels,
-        convolutions._replace(rectified=False) if kind == "linear" else convolutions,
-        components=components,
-        counted=counted,
-        before=nn.AdaptiveAvgPool2d(1) if kind == "linear" else nn.Identity(),
-        after=after,
-    )
-    return bank, length
-
-
 def pooling(kind: Kind, channels: int, root: NewtonSchulzConfig) -> tuple[nn.Module, int]:
     """Build the pooling of a map of *channels*; return it and the length of its vector."""
     if kind == "sop":
@@ -157,16 +134,11 @@ class FusionHead(nn.Module):
 
     def __init__(self, length: int, num_classes: int, *, norm: bool, dropout: float) -> None:
         super().__init__()
-        self.bn: nn.Module = nn.BatchNorm1d(length) if norm else nn.Identity()
+        self.bn = nn.BatchNorm1d(length) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(length, num_classes)
 
     def forward(self, pooled_BD: Tensor) -> Tensor:
-        """Compute the logits; raise `TrainingError` for a training batch of one image."""
-        if self.training and isinstance(self.bn, nn.BatchNorm1d) and pooled_BD.shape[0] == 1:
-            raise TrainingError(
-                "a training batch of one image has no batch statistics for the fusion batch norm; "
-                "drop the last, incomplete batch or choose another batch size"
-            )
+        """Compute the logits."""
         logits: Tensor = self.fc(self.dropout(self.bn(pooled_BD)))
         return logits

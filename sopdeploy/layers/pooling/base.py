@@ -40,6 +40,9 @@ class GlobalPooling(nn.Module, ExportHints):
                 features = self.get_submodule(name)(features)
         return features
 
+    def finish_initialization(self) -> None:
+        """Set weights that depend on other weights, after `initialize` has set those of all layers."""
+
     def pool(self, features: Tensor) -> Tensor:
         """Compute the vectors (B, `out_features`) of a float32 or float64 map (B, d, H, W)."""
         raise NotImplementedError(f"{type(self).__name__}: pool of {tuple(features.shape)}")

@@ -4,7 +4,6 @@ Papers: Lin et al., "Bilinear CNN Models for Fine-grained Visual Recognition" (I
 "Improved Bilinear Pooling with CNNs" (BMVC 2017). Letters: B images, C channels, M positions.
 """
 
-import math
 from typing import Annotated, Literal
 
 import pydantic
@@ -12,15 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sopdeploy.layers.covariance import covariance, scaled
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_signed_root
 from sopdeploy.layers.spectral import NO_ROOT_FORM, MatrixRootConfig, square_root
-
-
-def bilinear(features_BCHW: Tensor) -> Tensor:
-    """Compute X X^T / M as (B, C, C); X is not centered."""
-    x_BCM = features_BCHW.flatten(start_dim=2)
-    x_BCM = x_BCM * (1.0 / math.sqrt(x_BCM.shape[2]))
-    return x_BCM @ x_BCM.transpose(1, 2)
 
 
 class Bilinear(GlobalPooling):
@@ -38,7 +31,7 @@ class Bilinear(GlobalPooling):
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the (B, C^2) vector of *features* (B, C, H, W)."""
-        matrix_BCC = bilinear(features)
+        matrix_BCC = covariance(scaled(features))
         if self.root is not None:
             matrix_BCC = square_root(matrix_BCC, self.root)
         return unit_signed_root(matrix_BCC.flatten(start_dim=1))
@@ -52,7 +45,7 @@ class BilinearConfig(PoolingConfig):
 
 
 class ImprovedBilinearConfig(PoolingConfig, MatrixRootConfig):
-    """Options of improved B-CNN: the matrix square root, exact or iterated; the paper compares both."""
+    """Options of improved B-CNN: the matrix square root and its gradient; the paper compares all three."""
 
     layer = Bilinear
     kind: Literal["improved-bcnn"] = "improved-bcnn"
@@ -73,7 +66,7 @@ class GaussianEmbedding(GlobalPooling):
         Sigma + mu mu^T is X X^T / M.
         """
         mean_B1C = features.mean(dim=(2, 3))[:, None, :]
-        left_BDC = torch.cat([bilinear(features), mean_B1C], dim=1)
+        left_BDC = torch.cat([covariance(scaled(features)), mean_B1C], dim=1)
         right_BD1 = F.pad(mean_B1C, (0, 1), value=1.0).transpose(1, 2)
         embedded_BDD = torch.cat([left_BDC, right_BD1], dim=2)
         return square_root(embedded_BDD, self.config).flatten(start_dim=1)
@@ -100,7 +93,7 @@ class LowRankBilinear(GlobalPooling):
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the bilinear matrix of the features, reduced to m channels, as a vector (B, m^2)."""
-        return bilinear(features).flatten(start_dim=1)
+        return covariance(scaled(features)).flatten(start_dim=1)
 
     def classifier(self, num_classes: int) -> nn.Module:
         """Build the low-rank classifier."""

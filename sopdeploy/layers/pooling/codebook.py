@@ -3,6 +3,7 @@
 Papers: Arandjelovic et al., "NetVLAD: CNN Architecture for Weakly Supervised Place Recognition" (CVPR
 2016), Eq. (4); NetFV, the Fisher vector in the same form, as Miech et al., "Learnable pooling with Context
 Gating" (2017), Eqs. (6) and (7), write it. 64 words make 32768 dimensions of VGG's 512 channels.
+The slides on iSQRT-COV define the assignment from the centers, and the simple NetFV.
 Letters: B images, C channels, M positions, K words.
 """
 
@@ -11,6 +12,7 @@ from typing import Annotated, Literal
 
 import pydantic
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_length
@@ -20,19 +22,69 @@ SMALLEST_DEVIATION = 1e-3
 Words = Annotated[int, pydantic.Field(ge=1)]
 
 
-class Codebook(GlobalPooling):
-    """Soft assignment of positions to words: 1x1 convolution with bias, softmax over words."""
+def assignment_of(centres_KC: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Compute the weight w = 2 alpha c (K, C, 1, 1) and the bias b = -alpha |c|^2 (K,) of the assignment.
 
-    def __init__(self, config: "NetVLADConfig | NetFVConfig", channels: int) -> None:
+    The softmax of w x + b is that of -alpha |x - c|^2.
+    """
+    return 2 * alpha * centres_KC[:, :, None, None], -alpha * centres_KC.square().sum(dim=1)
+
+
+@torch.no_grad()
+def start_at_centres(assignment: nn.Conv2d, centres_KC: Tensor, alpha: float) -> None:
+    """Set weight and bias of the 1x1 convolution *assignment* to those of `assignment_of`."""
+    weight, bias = assignment_of(centres_KC, alpha)
+    assignment.weight.copy_(weight)
+    assignment.get_parameter("bias").copy_(bias)
+
+
+class Codebook(GlobalPooling):
+    """Soft assignment of positions to words: 1x1 convolution with bias, softmax over words.
+
+    The convolution starts as the assignment to the nearest centers. If it is tied, it is computed from them.
+    """
+
+    def __init__(self, config: "CodebookConfig", channels: int) -> None:
         super().__init__()
-        self.assignment = nn.Conv2d(channels, config.words, 1)
+        self.alpha = config.alpha
+        self.assignment = None if config.tied else nn.Conv2d(channels, config.words, 1)
         self.centres = nn.Parameter(torch.rand(config.words, channels))
         self.out_features = config.words * channels
+        self.finish_initialization()
 
-    def assigned(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute assignments (B, K, M), positions (B, M, C) and each word's total (B, K, 1)."""
-        a_BKM = self.assignment(features).flatten(start_dim=2).softmax(dim=1)
-        return a_BKM, features.flatten(start_dim=2).transpose(1, 2), a_BKM.sum(dim=2, keepdim=True)
+    def finish_initialization(self) -> None:
+        """Set the convolution from the centers."""
+        if self.assignment is not None:
+            start_at_centres(self.assignment, self.centres, self.alpha)
+
+    def word_logits(self, features: Tensor) -> Tensor:
+        """Compute the logits of the words (B, K, H, W) at every position."""
+        if self.assignment is None:
+            return F.conv2d(features, *assignment_of(self.centres, self.alpha))
+        logits: Tensor = self.assignment(features)
+        return logits
+
+
+class CodebookConfig(PoolingConfig):
+    """`words` is K. The soft assignment starts as the softmax of -`alpha` |x - c|^2; `tied` keeps it so.
+
+    Assumption, because the papers print no value for these features: alpha is 0.1.
+    """
+
+    words: Words = 64
+    alpha: Annotated[float, pydantic.Field(gt=0)] = 0.1
+    tied: bool = False
+
+
+def residual_vector(features_BCHW: Tensor, logits_BKHW: Tensor, centres_KC: Tensor) -> Tensor:
+    """Compute each word's sum of a (x - c), scaled to unit length per word, then as a whole vector (B, K C).
+
+    The shares a are the softmax over words. The sum over positions is (sum of a x) - (sum of a) c.
+    """
+    a_BKM = logits_BKHW.flatten(start_dim=2).softmax(dim=1)
+    x_BMC = features_BCHW.flatten(start_dim=2).transpose(1, 2)
+    residual_BKC = a_BKM @ x_BMC - a_BKM.sum(dim=2, keepdim=True) * centres_KC
+    return unit_length(unit_length(residual_BKC, dim=2).flatten(start_dim=1), dim=1)
 
 
 class NetVLAD(Codebook):
@@ -42,18 +94,15 @@ class NetVLAD(Codebook):
     """
 
     def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector (B, K C): the sum of a (x - c) over positions is (sum of a x) - (sum of a) c."""
-        a_BKM, x_BMC, total_BK1 = self.assigned(features)
-        residuals_BKC = a_BKM @ x_BMC - total_BK1 * self.centres
-        return unit_length(unit_length(residuals_BKC, dim=2).flatten(start_dim=1), dim=1)
+        """Compute the vector (B, K C)."""
+        return residual_vector(features, self.word_logits(features), self.centres)
 
 
-class NetVLADConfig(PoolingConfig):
-    """Options of NetVLAD: `words` is K, the number of centers."""
+class NetVLADConfig(CodebookConfig):
+    """Options of NetVLAD."""
 
     layer = NetVLAD
     kind: Literal["netvlad"] = "netvlad"
-    words: Words = 64
 
 
 class NetFV(Codebook):
@@ -61,27 +110,35 @@ class NetFV(Codebook):
 
     def __init__(self, config: "NetFVConfig", channels: int) -> None:
         super().__init__(config, channels)
-        self.deviations = nn.Parameter(torch.ones(config.words, channels))
+        if not config.simple:
+            self.deviations = nn.Parameter(torch.ones(config.words, channels))
+        self.simple = config.simple
         self.out_features = 2 * config.words * channels
 
     def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector (B, 2 K C): the sums of a (x - c) / s and of a ((x - c)^2 / s^2 - 1)."""
-        a_BKM, x_BMC, total_BK1 = self.assigned(features)
-        deviations_KC = self.deviations.abs().clamp_min(SMALLEST_DEVIATION)
+        """Compute the vector (B, 2 K C): the sums of a (x - c) / s and of a ((x - c)^2 / s^2 - 1).
+
+        The simple form sums a (x - c) and a (x - c)^2.
+        """
+        a_BKM = self.word_logits(features).flatten(start_dim=2).softmax(dim=1)
+        x_BMC, total_BK1 = features.flatten(start_dim=2).transpose(1, 2), a_BKM.sum(dim=2, keepdim=True)
         sum_BKC = a_BKM @ x_BMC
-        first_BKC = (sum_BKC - total_BK1 * self.centres) / deviations_KC
-        spread_BKC = a_BKM @ x_BMC.square() - 2.0 * sum_BKC * self.centres + total_BK1 * self.centres.square()
-        second_BKC = spread_BKC / deviations_KC.square() - total_BK1
+        first_BKC = sum_BKC - total_BK1 * self.centres
+        second_BKC = a_BKM @ x_BMC.square() - 2.0 * sum_BKC * self.centres + total_BK1 * self.centres.square()
+        if not self.simple:
+            deviations_KC = self.deviations.abs().clamp_min(SMALLEST_DEVIATION)
+            first_BKC = first_BKC / deviations_KC
+            second_BKC = second_BKC / deviations_KC.square() - total_BK1
         halves = [unit_length(half, dim=2).flatten(start_dim=1) for half in (first_BKC, second_BKC)]
         return unit_length(torch.cat([unit_length(half, dim=1) for half in halves], dim=1), dim=1)
 
 
-class NetFVConfig(PoolingConfig):
-    """Options of NetFV: `words` is K, the number of Gaussian components."""
+class NetFVConfig(CodebookConfig):
+    """Options of NetFV, whose words are Gaussians; `simple` is the slides' form without deviations."""
 
     layer = NetFV
     kind: Literal["netfv"] = "netfv"
-    words: Words = 64
+    simple: bool = False
 
 
 class GMSOPNetVLAD(nn.Module):
@@ -91,11 +148,9 @@ class GMSOPNetVLAD(nn.Module):
         super().__init__()
         self.assign = nn.Conv2d(channels, words, 1)
         self.centres = nn.Parameter(torch.randn(words, channels) / math.sqrt(channels))
+        start_at_centres(self.assign, self.centres, alpha=0.5)  # weights as large as the centers
         self.out_features = words * channels
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Compute the residuals (B, K C), scaled to unit length per word, then as a whole vector."""
-        assigned_BKM = self.assign(features_BCHW).flatten(start_dim=2).softmax(dim=1)
-        x_BMC = features_BCHW.flatten(start_dim=2).transpose(1, 2)
-        residual_BKC = assigned_BKM @ x_BMC - assigned_BKM.sum(dim=2, keepdim=True) * self.centres
-        return unit_length(unit_length(residual_BKC, dim=2).flatten(start_dim=1), dim=1)
+        return residual_vector(features_BCHW, self.assign(features_BCHW), self.centres)

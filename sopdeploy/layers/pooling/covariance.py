@@ -18,6 +18,7 @@ from sopdeploy.layers.covariance import (
     centered_and_scaled,
     covariance,
     frobenius_norm,
+    scaled,
     upper_triangle_indices,
 )
 from sopdeploy.layers.isqrt_cov import ISqrtCov
@@ -34,7 +35,8 @@ class ISqrtPooling(ReducedPooling):
 
     def __init__(self, config: "ISqrtPoolingConfig", channels: int) -> None:
         super().__init__(channels, config.width, linear=config.reduction == "linear")
-        self.root = ISqrtCov(self.channels, config.newton_schulz(compensate=config.compensation == "norm"))
+        root = config.newton_schulz(compensate=config.compensation == "norm", centered=config.centered)
+        self.root = ISqrtCov(self.channels, root)
         self.out_features = self.root.out_features
         by_batch = config.compensation == "batch_norm"
         self.batch_norm: nn.Module = nn.BatchNorm1d(self.out_features) if by_batch else nn.Identity()
@@ -51,6 +53,7 @@ class ISqrtPoolingConfig(PoolingConfig, NewtonSchulzOptions):
     It multiplies by the root of the norm ("norm"), applies batch norm to the vector ("batch_norm", a percent
     worse in the paper), or does nothing ("none", which the paper could not train). `reduction` to d channels
     is the papers' convolution with batch norm and ReLU ("normalized"), or the convolution alone ("linear").
+    Without `centered` the root is that of the second moments X X^T / M.
     """
 
     layer = ISqrtPooling
@@ -58,6 +61,7 @@ class ISqrtPoolingConfig(PoolingConfig, NewtonSchulzOptions):
     width: Width = 256
     compensation: Literal["norm", "batch_norm", "none"] = "norm"
     reduction: Literal["normalized", "linear"] = "normalized"
+    centered: bool = True
 
 
 class GapISqrtPooling(GlobalPooling):
@@ -97,12 +101,14 @@ class EigenPooling(ReducedPooling):
             self.function, self.normalise = Power(config.power), config.normalise
         else:
             self.function, self.normalise = Logarithm(config.eps), "none"
+        self.centered = isinstance(config, MpnCovConfig) or config.centered
         self.out_features = self.channels * (self.channels + 1) // 2
         self.register_buffer("triangle", upper_triangle_indices(self.channels), persistent=False)
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the triangle (B, d (d + 1) / 2) of f(covariance) of a map (B, d, H, W)."""
-        value_Bdd, lambda_Bd = spectral(covariance(centered_and_scaled(features)), self.function)
+        x_BdM = centered_and_scaled(features) if self.centered else scaled(features)
+        value_Bdd, lambda_Bd = spectral(covariance(x_BdM), self.function)
         if self.normalise == "M-l2":
             largest_B1 = self.function(lambda_Bd)[0][:, -1:]
             value_Bdd = value_Bdd / largest_B1.clamp_min(SMALLEST)[:, :, None]
@@ -124,11 +130,12 @@ class MpnCovConfig(PoolingConfig):
 class LogEuclideanConfig(PoolingConfig):
     """DeepO2P; `eps` is added to the eigenvalues, because the logarithm requires positive ones.
 
-    DeepO2P does not center; here the covariance is that of all other poolings, as in the MPN-COV paper's
-    comparison with the log-Euclidean metric.
+    DeepO2P neither centers nor reduces channels: `centered=false`, `width=null`. By default the covariance is
+    that of all other poolings, as in the MPN-COV paper's comparison with the log-Euclidean metric.
     """
 
     layer = EigenPooling
     kind: Literal["deepo2p"] = "deepo2p"
     width: Width = 256
     eps: Annotated[float, pydantic.Field(gt=0)] = 1e-3
+    centered: bool = True

@@ -34,10 +34,8 @@ class PrincipalComponents:
         """Compute the first *width* components (d, C) float64, each of length 1, in descending order.
 
         The largest element of each component is positive, so that the result does not depend on the library.
-        Raises `DataError` without maps, or if their values are not finite.
+        Raises `DataError` if the values of the maps are not finite.
         """
-        if self.count == 0:
-            raise DataError("principal components: no feature maps were given")
         mean_C = self.sum_C / self.count
         covariance_CC = self.products_CC / self.count - torch.outer(mean_C, mean_C)
         if not bool(torch.isfinite(covariance_CC).all()):

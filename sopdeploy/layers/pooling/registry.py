@@ -7,7 +7,6 @@ from typing import Annotated, get_args
 
 import pydantic
 
-from sopdeploy.errors import ConfigError
 from sopdeploy.layers.pooling.base import FlattenConfig, GapConfig
 from sopdeploy.layers.pooling.bilinear import (
     BilinearConfig,
@@ -49,10 +48,3 @@ Pooling = Annotated[
     pydantic.Field(discriminator="kind"),
     pydantic.BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
 ]
-
-
-def check_name(pooling: str) -> str:
-    """Return *pooling* if it is a known name, else raise `ConfigError` with the known names."""
-    if pooling not in POOLINGS:
-        raise ConfigError(f"pooling {pooling!r}: unknown; choose one of {', '.join(POOLINGS)}")
-    return pooling

@@ -1,12 +1,11 @@
-"""The devices and processes of a run, as an interface for the training loop.
+"""The device and the processes of a run, as an interface for the training loop.
 
-`SingleProcess` is one process on one device, `DataParallel` one of several processes, each of which computes
-a shard of every batch. A data-parallel step equals that of one process with the whole batch: gradients are
-summed, and the loss of a process is weighted by its number of samples. Layers that couple samples
-(`batch_norm = "global"`, balance loss) sum their statistics over the processes themselves.
+Each process computes a shard of every batch. A step of several processes equals that of one process with the
+whole batch: gradients are summed, and the loss of a process is weighted by its number of samples. Layers that
+couple samples (`batch_norm = "global"`, balance loss) sum their statistics over the processes themselves.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,11 +17,9 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import ProcessGroup
 from sopdeploy.layers.distributed import ShardRng
 
-BUCKET_BYTES = 64 * 2**20  # limits the memory used in addition to the gradients
-
 
 class Strategy(ProcessGroup):
-    """The processes of a run; the base class is one process on one device.
+    """The processes that `join_processes` connected, each with its own device; otherwise one process.
 
     The loss of a step is the sum of the losses that the processes compute. `shard_rng` makes layers draw
     random numbers for the whole batch and use those of this process.
@@ -31,6 +28,17 @@ class Strategy(ProcessGroup):
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.shard_rng = ShardRng()
+        self.joined = dist.is_available() and dist.is_initialized()
+        if self.joined:
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum *values* over the processes; the sum is on the device of *values*."""
+        if not self.joined:
+            return values
+        total = values.detach().to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(values.device)
 
     def backward(self, loss: Tensor, model: nn.Module, *, last: bool) -> None:
         """Add the gradient of *loss* to `grad` in *model*; with *last*, sum it over processes.
@@ -44,6 +52,7 @@ class Strategy(ProcessGroup):
             for parameter, gradient in zip(parameters, sums, strict=True):
                 parameter.grad = gradient
 
+    @torch.no_grad()
     def all_reduce_list(
         self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]
     ) -> list[Tensor | None]:
@@ -51,8 +60,18 @@ class Strategy(ProcessGroup):
 
         None counts as 0. The sum is None if all processes pass None: weight decay must skip such parameters.
         """
-        del likes
-        return list(tensors)
+        if not self.joined or not likes:
+            return list(tensors)
+        counts = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int())
+        used = [number for number, count in enumerate(counts.tolist()) if count]
+        zeros_or_tensors = ((tensors[number], likes[number]) for number in used)
+        flat = [like.new_zeros(like.numel()) if t is None else t.reshape(-1) for t, like in zeros_or_tensors]
+        total = torch.cat(flat)
+        dist.all_reduce(total)
+        sums: list[Tensor | None] = [None] * len(likes)
+        for number, part in zip(used, torch.split(total, [part.numel() for part in flat]), strict=True):
+            sums[number] = torch.empty_like(likes[number]).copy_(part.view_as(likes[number]))
+        return sums
 
     def shard(self, samples: Sequence[int]) -> list[int]:
         """Select this process' part of *samples*; the sizes differ by at most one."""
@@ -63,58 +82,6 @@ class Strategy(ProcessGroup):
         """Write *checkpoint* atomically, in the first process only."""
         if self.rank == 0:
             write_checkpoint(path, checkpoint)
-
-
-class SingleProcess(Strategy):
-    """One process on one device."""
-
-
-class DataParallel(Strategy):
-    """One of the processes that `join_processes` connected, on its own device."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-
-    def all_reduce(self, values: Tensor) -> Tensor:  # noqa: D102
-        total = values.detach().to(self.device, copy=True)
-        dist.all_reduce(total)
-        return total.to(values.device)
-
-    @torch.no_grad()
-    def all_reduce_list(  # noqa: D102
-        self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        if not likes:
-            return []
-        counts = torch.tensor([tensor is not None for tensor in tensors], dtype=torch.int32)
-        counts = counts.to(likes[0].device)
-        dist.all_reduce(counts)
-        sums = [
-            (torch.zeros_like(like) if tensor is None else tensor) if count else None
-            for tensor, like, count in zip(tensors, likes, counts.tolist(), strict=True)
-        ]
-        for bucket in _buckets([tensor for tensor in sums if tensor is not None]):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            dist.all_reduce(flat)
-            parts = torch.split(flat, [tensor.numel() for tensor in bucket])
-            for tensor, part in zip(bucket, parts, strict=True):
-                tensor.copy_(part.view_as(tensor))
-        return sums
-
-
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield consecutive *tensors* of one dtype, up to BUCKET_BYTES at a time."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > BUCKET_BYTES):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
 
 
 def select_device(name: str) -> torch.device:

@@ -15,8 +15,6 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from sopdeploy.errors import ConfigError, SopdeployError, TrainingError
-from sopdeploy.training.distributed.strategy import DataParallel, SingleProcess, Strategy, select_device
-from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Run
 from sopdeploy.training.signals import TrainingStoppedError
 
@@ -99,12 +97,6 @@ def _is_reported(store: Store, message: str) -> bool:
         key = hashlib.blake2b(message.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
         return bool(store.add(key, 1) > 1)
     return True
-
-
-def create_strategy(recipe: Recipe) -> Strategy:
-    """Create the strategy for the joined processes on the device of *recipe*."""
-    device = select_device(recipe.device)
-    return DataParallel(device) if dist.is_available() and dist.is_initialized() else SingleProcess(device)
 
 
 def check_same_step(run: Run, folder: Path) -> None:

@@ -10,10 +10,10 @@ from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
 from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.decision_fit import missing_threshold
+from sopdeploy.evaluation.decision_fit import fit_decision, missing_threshold
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import fit_presence
-from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, multi_label_metrics, predict_logits
+from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.callbacks import Callback
@@ -77,7 +77,7 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
 
         try:
             targets, logits = fit_few_shot(run, data.train, on_part)
-            metrics = _evaluate(run, data.held_out, targets, logits)
+            metrics = _evaluate(run, data, logits)
         except StopRequested:
             raise TrainingStoppedError(
                 "stopped before the first checkpoint; start the same command again", signals.signal_number
@@ -95,27 +95,21 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
     return run.decision
 
 
-def _evaluate(run: Run, held_out: LabeledImages, targets: Targets, logits: Array) -> HeldOutMetrics:
-    """Compute the metrics on *held_out* or, without such images, of the out-of-fold *logits* with *targets*.
+def _evaluate(run: Run, data: Split, logits: Array) -> HeldOutMetrics:
+    """Compute the metrics on the held-out images or, without such images, of the out-of-fold *logits*.
 
     With held-out images, their score replaces the cross-validated score in `run.few_shot`.
     """
-    recipe = run.recipe
-    if len(held_out):
-        dataset = PreprocessedDataset(held_out, recipe.preprocess)
-        sizes: dict[str, Any] = {"batch_size": recipe.batch_size, "workers": recipe.workers}
-        logits, _ = predict_logits(run.model.eval(), dataset, recipe.preprocess, **sizes)
-        targets = Targets.of(held_out, recipe.few_shot.balance_above)
-        score = estimate(targets, logits, recipe.seed)
-        name = "top1" if isinstance(score, Rate) else "map"
-        run.few_shot = run.few_shot.model_copy(update={name: score, "estimated_on": "held-out"})
-    loss = targets.mean_loss(logits)
-    if targets.activation == "sigmoid":
-        return multi_label_metrics(run.labels, targets.classes, sigmoid(logits), loss)
-    best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-    right = best == targets.classes.argmax(axis=1)[:, None]
-    top1, top5 = float(right[:, 0].mean()), float(right.any(axis=1).mean())
-    return EvalMetrics(top1=top1, top5=top5, count=len(logits), loss=loss)
+    recipe, images = run.recipe, data.held_out
+    if not len(images):
+        return held_out_metrics(run.labels, logits, data.train.targets)
+    dataset = PreprocessedDataset(images, recipe.preprocess)
+    sizes: dict[str, Any] = {"batch_size": recipe.batch_size, "workers": recipe.workers}
+    logits, targets = predict_logits(run.model.eval(), dataset, recipe.preprocess, **sizes)
+    score = estimate(Targets.of(images, recipe.few_shot.balance_above), logits, recipe.seed)
+    name = "top1" if isinstance(score, Rate) else "map"
+    run.few_shot = run.few_shot.model_copy(update={name: score, "estimated_on": "held-out"})
+    return held_out_metrics(run.labels, logits, targets)
 
 
 def _fit_decision(run: Run, images: LabeledImages) -> Decision | None:
@@ -127,4 +121,12 @@ def _fit_decision(run: Run, images: LabeledImages) -> Decision | None:
         return fit_presence(images.targets.astype(np.float64), sigmoid(logits))
     reason = missing_threshold(len(logits), logits.shape[1], run.recipe.rejection.accepts)
     run.few_shot = run.few_shot.model_copy(update={"unknown": reason})
-    return run.fit_decision(logits, images.targets.astype(np.int64), "cross-validation")
+    decision = fit_decision(
+        logits,
+        images.targets.astype(np.int64),
+        estimated_on="cross-validation",
+        accepts=run.recipe.rejection.accepts,
+        scalable=False,  # heads that saw fewer images are less certain than the final one
+        refitted=run.few_shot.auroc,
+    )
+    return None if decision == Decision() else decision

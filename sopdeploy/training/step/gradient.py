@@ -9,12 +9,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import Batch
-from sopdeploy.errors import NoMemoryError, first_line, is_out_of_memory
+from sopdeploy.errors import NoMemoryError, TrainingError, first_line, is_out_of_memory, shorten
 from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.training.distributed.batch_sharding import MicroBatch, shard_step
 from sopdeploy.training.fine_tuning import LR_FACTOR
 from sopdeploy.training.optimizers import AdaHessian
-from sopdeploy.training.precision import first_non_finite, gradients, non_finite_error
+from sopdeploy.training.precision import first_non_finite, gradients
 from sopdeploy.training.run import Run, StepResult
 from sopdeploy.training.step.losses import Loss, training_loss
 
@@ -156,4 +156,7 @@ def _check_finite_step(run: Run, loss: Loss, norm: Tensor, samples: list[int]) -
     if name is None and run.recipe.precision == "fp16":
         return False
     name = name or first_non_finite(gradients(run.trained()).items()) or "the gradient"
-    raise non_finite_error(name, run.position.epoch, run.position.step, samples)
+    raise TrainingError(
+        f"epoch {run.position.epoch + 1}, step {run.position.step + 1}: {name} is not finite; lower "
+        f"optimizer.lr or set optimizer.clip_norm (samples {shorten([str(sample) for sample in samples])})"
+    )

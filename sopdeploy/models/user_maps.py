@@ -1,0 +1,111 @@
+"""Feature maps in a network of the user: where they are, their channels, and what runs after them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.backbones.timm_backbone import hooked, run_tapped
+from sopdeploy.errors import ConfigError, first_line
+from sopdeploy.models.base import is_in
+
+
+def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple[dict[str, int], int]:
+    """Run *network* on one black image to find the channels at *taps* and the number of classes.
+
+    The taps are returned in the order of computation. Train and eval modes are restored afterwards. Raises
+    `ConfigError` as `dsop` does.
+    """
+    names = dict(network.named_modules())
+    parts = ", ".join(name for name, _ in network.named_children())
+    for tap in taps:
+        if tap not in names:
+            raise ConfigError(f"taps: the network has no module {tap!r}; it has {parts}")
+    with evaluated(network, image_size) as images:
+        logits, outputs = run_tapped(network, network, images, taps)
+    for tap in taps:
+        shape = _shape(outputs.get(tap))
+        if len(shape) != 4 or shape[2] != shape[3]:
+            raise ConfigError(
+                f"taps: {tap} gives {shape or 'no tensor'}, not a feature map (batch, channels, side, side)"
+                "; choose another module"
+            )
+    if len(_shape(logits)) != 2:
+        raise ConfigError(f"taps: the network returns {_shape(logits)} for one image, not (1, classes)")
+    return {tap: outputs[tap].shape[1] for tap in outputs}, logits.shape[1]
+
+
+def _shape(output: Any) -> tuple[int, ...]:
+    return tuple(output.shape) if isinstance(output, Tensor) else ()
+
+
+@contextmanager
+def evaluated(network: nn.Module, image_size: int) -> Iterator[Tensor]:
+    """Put *network* into eval mode and yield one black image (1, 3, side, side) on its device.
+
+    Train and eval modes are restored afterwards. Raises `ConfigError` if the network cannot run.
+    """
+    modes = {part: part.training for part in network.modules()}
+    device = next((parameter.device for parameter in network.parameters()), None)
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield torch.zeros(1, 3, image_size, image_size, device=device)
+    except Exception as error:  # the user's code
+        raise ConfigError(
+            f"taps: the network fails for an image of 3 x {image_size} x {image_size} "
+            f"({first_line(error)}); give the image_size that it accepts"
+        ) from error
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def last_map(network: nn.Module, image_size: int) -> str:
+    """Find the module of *network* that computes the last feature map (1, C, side, side), side > 1.
+
+    Of modules that return the same tensor, it is the outermost one. Raises `ConfigError` if there is none, or
+    if tokens (1, N, C) follow: the map may then be the weights of an attention.
+    """
+    names = [name for name, _ in network.named_modules() if name]
+    with evaluated(network, image_size) as images:
+        _, outputs = run_tapped(network, network, images, names)
+    for name, output in reversed(outputs.items()):
+        shape = _shape(output)
+        if len(shape) == 4 and shape[2] == shape[3] > 1:
+            return name
+        if len(shape) == 3:
+            break
+    raise ConfigError(
+        "taps: the network does not end in a feature map; name modules that return one, or, for a head, set "
+        "head.kind=gap"
+    )
+
+
+def remove_after(network: nn.Module, tap: str, image_size: int) -> None:
+    """Replace modules with parameters that run only after the module *tap* by the identity.
+
+    Raises `ConfigError` if the network cannot run without them.
+    """
+    runs: list[str] = []  # names in the order in which modules start, and "" where *tap* ends
+    names = [name for name, _ in network.named_modules() if name]
+    handles = [
+        network.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: runs.append(name))
+        for name in names
+    ]
+    try:
+        with evaluated(network, image_size) as images, hooked(network, {tap: lambda *_: runs.append("")}):
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    end = runs.index("")
+    later = [name for name in dict.fromkeys(runs[end + 1 :]) if name not in runs[:end]]
+    removed = [name for name in later if next(network.get_submodule(name).parameters(), None) is not None]
+    for name in removed:
+        if not is_in(name.rpartition(".")[0], *removed):
+            network.set_submodule(name, nn.Identity())
+    with evaluated(network, image_size) as images:
+        network(images)
