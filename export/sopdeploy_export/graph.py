@@ -10,6 +10,7 @@ fields at several scales, ramps, checkerboards, constants) exercise many parts o
 on every machine. Photographs from the deployment domain are more representative.
 """
 
+import ast
 import io
 import re
 import warnings
@@ -19,7 +20,6 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnx
@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.bundle.manifest import EMBEDDING, BatchRange
 from sopdeploy.data.folder_store import is_image, walk
 from sopdeploy.data.image_files import load_pixels, open_image
 from sopdeploy.errors import DataError, LoweringError, first_line
@@ -48,25 +48,15 @@ from sopdeploy_export.state import first_written_tensor, preserved, read_state
 OPSET = 18
 OPSET_OF_BFLOAT16 = 22  # the first opset with bfloat16 convolutions
 INPUT = "images"
-EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog, see `compute_outputs`
+EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog, see `network_outputs`
+EXPORT_EMBEDDING = "export_embedding"  # attribute of any network, see `compute_outputs`
 # How torch.export says that code depends on the batch size, with the condition if it names one.
 BATCH_GUARD = re.compile(r"generated guard (?P<guard>[^\n]*)|to be a constant|marked \w+ as dynamic")
-# Parts of lines in torch's messages that speak of torch, not of the network.
-ADVICE_OF_TORCH = (
-    "file an issue",
-    "TORCH_LOGS",
-    "TORCHDYNAMO",
-    "torch._check",
-    "For more information",
-    "Potential framework",
-)
 STATELESS = "an exported network must be stateless"
 PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
-# Converting a ResNet-50 takes as long as the parity check, so the conversion of a program is cached with it.
-_CONVERTED: WeakKeyDictionary[ExportedProgram, tuple[int, ExportedProgram]] = WeakKeyDictionary()
 
 SEED = 20_240_117
 GENERATED = 12
@@ -123,11 +113,31 @@ def in_float64(value: Any) -> Any:
 
 def output_names(network: nn.Module) -> tuple[str, ...]:
     """Return the names of the exported outputs of *network*, class logits first."""
-    return network.outputs if isinstance(network, Backbone) else Backbone.outputs
+    names = network.outputs if isinstance(network, Backbone) else Backbone.outputs
+    return (*names, EMBEDDING) if EXPORT_EMBEDDING in vars(network) else names
 
 
 def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """Compute the exported outputs of *network*, in eval mode, for normalized *pixels* (B, 3, H, W).
+
+    Its attribute `export_embedding` is the name of a linear layer whose input (B, D) is the last output.
+    Raises `LoweringError` as `network_outputs` does, or if that layer does not run once on vectors.
+    """
+    name, inputs = vars(network).get(EXPORT_EMBEDDING), []
+    if name is None:
+        return network_outputs(network, pixels)
+    hook = network.get_submodule(name).register_forward_pre_hook(lambda _, values: inputs.append(values[0]))
+    try:
+        outputs = network_outputs(network, pixels)
+    finally:
+        hook.remove()
+    if len(inputs) != 1 or inputs[0].ndim != 2:
+        raise LoweringError(f"{name} does not receive one vector per image", setting="with_features")
+    return (*outputs, inputs[0])
+
+
+def network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
+    """Compute the outputs of *network*, without an embedding, for normalized *pixels* (B, 3, H, W).
 
     If a network outside of the catalog returns a container, its attribute `export_logits` is the attribute,
     key or index of the logits in that container. Raises `LoweringError` if there are no logits.
@@ -227,15 +237,11 @@ def export(module: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any)
 
 
 def _capture_problem(error: Exception) -> str:
-    """Describe an *error* of torch.export without its advice on debugging torch."""
+    """Describe an *error* of torch.export."""
     text = "\n".join(str(cause) for cause in (error, error.__cause__, error.__context__) if cause is not None)
     if found := BATCH_GUARD.search(text):
         return f"its code treats some batch sizes differently ({found['guard'] or 'it fixes the size'})"
-    if "data-dependent" in text:
-        return "its Python code depends on values of the images; compute with tensors, as torch.where does"
-    lines = [line.strip() for line in text.splitlines()]
-    useful = (line for line in lines if line and not any(part in line for part in ADVICE_OF_TORCH))
-    return next(useful, type(error).__name__)
+    return first_line(error)
 
 
 def check_bfloat16(program: ExportedProgram) -> None:
@@ -256,27 +262,14 @@ def check_bfloat16(program: ExportedProgram) -> None:
 def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) -> onnx.ModelProto:
     """Convert *program* to ONNX with input `images` and a symbolic batch dimension.
 
-    Raises `LoweringError` if an operator has no ONNX form or the weights exceed 2 GB.
+    The metadata `part` of a node names the part of the network that computes it, until `clear_parts`. Raises
+    `LoweringError` if an operator has no ONNX form or the weights exceed 2 GB.
     """
     if opset < OPSET_OF_BFLOAT16:
         check_bfloat16(program)
     model = _convert(program, outputs, opset).model
-    ClearMetadataAndDocStringPass()(model)
-    for name in list(model.graph.initializers):
-        value = model.graph.initializers[name]
-        value.name = name.removeprefix(PREFIX)
-        value.metadata_props.clear()
-    for node in model.graph:
-        for output in node.outputs:
-            if not output.is_graph_output():
-                output.shape, output.type = None, None
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        value.metadata_props.clear()
-        if value.shape is not None and not isinstance(value.shape[0], int):
-            value.shape[0] = ir.SymbolicDim("batch")
+    _keep_names_only(model)
     model.graph.name = "sopdeploy"
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     if size > MAX_BYTES:
         raise LoweringError(f"the weights take {size} bytes; one ONNX file holds at most {MAX_BYTES}")
@@ -285,30 +278,32 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
     return proto
 
 
-def with_converter_names(
-    program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET
-) -> ExportedProgram | None:
-    """Return the program that the ONNX converter made of *program*; its values are named as in the file.
+def _keep_names_only(model: ir.Model) -> None:
+    """Remove what the converter notes about *model*: source lines, shapes of inner values, other metadata."""
+    scopes = {node: node.metadata_props.get("pkg.torch.onnx.name_scopes") for node in model.graph}
+    ClearMetadataAndDocStringPass()(model)
+    for node, scope in scopes.items():
+        if scope is not None:  # the modules from the outermost to the innermost, then the operation
+            node.metadata_props["part"] = ast.literal_eval(scope)[-2].removeprefix(PREFIX)
+        for output in node.outputs:
+            if not output.is_graph_output():
+                output.shape, output.type = None, None
+    for name in list(model.graph.initializers):
+        value = model.graph.initializers[name]
+        value.name = name.removeprefix(PREFIX)
+        value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.metadata_props.clear()
+        if value.shape is not None and not isinstance(value.shape[0], int):
+            value.shape[0] = ir.SymbolicDim("batch")
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
 
-    It comes from the cache, or from a new conversion. None if the converter does not return one.
-    """
-    cached = _CONVERTED.get(program)
-    if cached is not None and cached[0] == opset:
-        return cached[1]
-    return _convert(program, outputs, opset).exported_program
 
-
-def value_parts(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) -> dict[str, str]:
-    """Map the values of the ONNX graph of *program* to the parts of the network that compute them."""
-    converted = with_converter_names(program, outputs, opset)
-    nodes = [] if converted is None else list(converted.graph.nodes)
-    results = {node: node.args[0] for node in nodes if node.op == "output"}
-    named = {value: name for values in results.values() for value, name in zip(values, outputs, strict=True)}
-    return {
-        named.get(node, node.name): str(stack[-1][0]).removeprefix(PREFIX)
-        for node in nodes
-        if (stack := list((node.meta.get("nn_module_stack") or {}).values()))
-    }
+def clear_parts(model: onnx.ModelProto) -> None:
+    """Remove the metadata of the nodes of *model*, in place."""
+    for node in model.graph.node:
+        del node.metadata_props[:]
 
 
 def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> torch.onnx.ONNXProgram:
@@ -332,8 +327,6 @@ def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> to
             raise LoweringError(f"no ONNX form: {first_line(cause)}") from error
     if converted is None:
         raise LoweringError("no ONNX form: the converter returned nothing")
-    if converted.exported_program is not None:
-        _CONVERTED[program] = (opset, converted.exported_program)
     return converted
 
 

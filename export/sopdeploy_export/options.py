@@ -44,17 +44,22 @@ class ExportOptions(Options):
     """Largest allowed loss of top-1 (or of agreement, without labels) in percentage points."""
     lowering: bool = True
     """Apply the rewrite rules, or export the certified graph as it is."""
-    measure_speed: bool = False
-    """Time the graph against the plain backbone; report.html then differs between exports."""
     pt2: bool = False
     """Also store the certified torch.export program in the bundle."""
     with_cam: bool = False
     """Add class activation maps, which the service returns for explain=1."""
+    with_features: bool = False
+    """Add the vector in front of the last linear layer, which the service returns for /v1/embed."""
 
     @property
     def batch(self) -> BatchRange:
         """Batch sizes that the bundle must accept."""
         return BatchRange(optimum=min(USUAL_BATCH, self.max_batch), maximum=self.max_batch)
+
+    @property
+    def more_outputs(self) -> bool:
+        """Whether the graph has more outputs than the network."""
+        return self.with_cam or self.with_features
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "ExportOptions":

@@ -27,40 +27,25 @@ from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy_export.graph import INPUT, Deployed, lower, operator_counts, output_names, probe_images, write
+from sopdeploy_export.graph import INPUT, Deployed, lower, output_names, probe_images, write
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
 from sopdeploy_export.parity.class_maps import add_features_output, check_class_maps, class_map_layer
-from sopdeploy_export.parity.compare import (
-    Reference,
-    add_spectral_records,
-    compare,
-    compute_reference,
-)
+from sopdeploy_export.parity.compare import Reference, compare, compute_reference
+from sopdeploy_export.parity.embedding import add_embedding_output, check_embedding
 from sopdeploy_export.parity.onnx_file import run_one
 from sopdeploy_export.parity.report import LOGITS, ParityReport
 from sopdeploy_export.parity.routing import find_gate, is_decided
 from sopdeploy_export.parity.spectral import spectral_records
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck, open_folders
-from sopdeploy_export.precision.convert import (
-    CapturedGraph,
-    ConvertedGraph,
-    apply_rules,
-    convert_precision,
-    convert_types,
-)
-from sopdeploy_export.precision.report import PrecisionReport
+from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, convert
 from sopdeploy_export.proof.certificate import Certificate, Proof, certify, certify_onnx
 from sopdeploy_export.proof.networks import Detachment, copy_module, detach
 from sopdeploy_export.replay import write_source
 from sopdeploy_export.report.network_summary import summarize_checkpoint
 from sopdeploy_export.report.page import render_model_card, render_report
-from sopdeploy_export.report.results import (
-    Exported,
-    ExportResults,
-    Speed,
-    measure_speed,
-)
+from sopdeploy_export.report.results import Exported, Results
+from sopdeploy_export.report.statement import export_statement
 from sopdeploy_export.subject import ExportSubject
 
 __all__ = ["ExportOptions", "Exported", "export"]
@@ -115,7 +100,9 @@ def export_subject(
     check_exportable(trained, subject.detachment.training_only)
     labeled = open_folders(subject, options)
     if options.with_cam:
-        add_features_output(trained, subject.training)
+        add_features_output(trained)
+    if options.with_features:
+        add_embedding_output(trained, len(subject.labels), subject.detachment.training_only)
     images = probe_images(preprocess, options.probes)
     if decision is not None and decision.temperature != 1:
         trained = fold_temperature(trained, decision.temperature, preprocess, images)
@@ -138,13 +125,16 @@ def export_subject(
     model, certificate = lower_certified(proof, output_names(detached))
     certified = CapturedGraph(detached, proof.detached.any_batch, model)
     del trained, proof  # frees two networks and five of their six programs
-    converted = _lower_and_convert(job, certified)
-
+    if options.precision != "fp32":
+        step(f"converting the graph to {options.precision}")
+    converted = convert(certified, preprocess, options, accuracy)
+    if not options.allow_drift:
+        accuracy.reject(converted.precision)
     with bundle.staging(destination) as folder:
         write(converted.model, folder / ONNX_FILE)
-        checks = _check_file(job, folder, certified, certificate, converted)
+        expected, results = _check_file(job, folder, certified, certificate, converted)
         step("writing the bundle")
-        return _write_bundle(job, folder, destination, converted, checks)
+        return _write_bundle(job, folder, destination, converted, expected, results)
 
 
 def lower_certified(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:
@@ -165,31 +155,10 @@ class _Job(NamedTuple):
     step: Callable[[str], None]
 
 
-class _Checks(NamedTuple):
-    certificate: Certificate
-    expected: Reference
-    parity: ParityReport
-    precision: PrecisionReport
-    speed: Speed | None
-
-
-def _lower_and_convert(job: _Job, certified: CapturedGraph) -> ConvertedGraph:
-    """Convert the *certified* graph to the requested precision and apply the rewrite rules."""
-    options, preprocess, batch = job.options, job.subject.preprocess, job.options.batch
-    if options.precision != "fp32":
-        job.step(f"converting the graph to {options.precision}")
-    source = convert_types(certified, preprocess, batch, options)
-    lowered = apply_rules(certified, source, rules=options.lowering)
-    converted = convert_precision(certified, lowered, preprocess, options, job.accuracy)
-    if not options.allow_drift:
-        job.accuracy.reject(converted.precision)
-    return converted
-
-
 def _check_file(
     job: _Job, folder: Path, certified: CapturedGraph, certificate: Certificate, converted: ConvertedGraph
-) -> _Checks:
-    """Compare the file in *folder* with the network; time it and write `network.pt2` if requested."""
+) -> tuple[Reference, Results]:
+    """Compare the file in *folder* with the network, and write `network.pt2` if requested."""
     images, options, step = job.images, job.options, job.step
     file, batch, precision = folder / ONNX_FILE, options.batch, converted.precision
     step("comparing the file with the network")
@@ -200,21 +169,27 @@ def _check_file(
         layer = class_map_layer(certified.network)
         parity = check_class_maps(file, layer, images[parity.compared_images], parity)
         write_class_maps(folder / CLASS_MAPS, layer)
+    if options.with_features:
+        check_embedding(file, certified.network, images[parity.compared_images], parity)
     if options.evaluate is not None and precision.accuracy is None:
         found = job.accuracy.measure(converted.float32_model, file)
         precision = precision.model_copy(update={"accuracy": found})
         if not options.allow_drift:
             job.accuracy.reject(precision)
-    speed = None
-    if options.measure_speed:
-        step("timing it against the plain backbone")
-        speed = measure_speed(file, certified.model, images, batch)
     if options.pt2:
         step("writing and checking network.pt2")
         content = torch_program.serialize_program(certified.program, certificate)
         torch_program.check_outputs(content, expected, parity, images, batch.maximum)
-        (folder / torch_program.FILE).write_bytes(content)
-    return _Checks(certificate, expected, parity, precision, speed)
+        (folder / bundle.PROGRAM).write_bytes(content)
+    results = Results(
+        certificate=certificate,
+        lowering=converted.lowering,
+        parity=parity,
+        precision=precision,
+        network_summary=job.subject.summary(),
+        decision=job.subject.decision,
+    )
+    return expected, results
 
 
 def compare_with_network(
@@ -228,66 +203,44 @@ def compare_with_network(
     """Compare the ONNX *file* with the outputs of *detached* in float64 for *images*."""
     deployed = Deployed(detached, preprocess).eval()
     expected = compute_reference(deployed, images, converted.run, options.precision, converted.gate)
-    used = slice(None) if expected.routing is None else expected.routing.comparable
-    parity = compare(
-        file,
-        expected,
-        images,
-        options.batch,
-        operator_counts(converted.model),
-        allow_drift=options.allow_drift,
-        parts=converted.part_drifts(file, images[used]),
-    )
-    records = spectral_records(converted.spectral, torch.from_numpy(images))
-    return expected, add_spectral_records(parity, records, allow_drift=options.allow_drift)
+    roots = spectral_records(converted.spectral, torch.from_numpy(images))
+    parity = compare(file, expected, images, options.batch, spectral=roots, allow_drift=options.allow_drift)
+    return expected, parity
 
 
 def _write_bundle(
-    job: _Job, folder: Path, destination: Path, converted: ConvertedGraph, checks: _Checks
+    job: _Job,
+    folder: Path,
+    destination: Path,
+    converted: ConvertedGraph,
+    expected: Reference,
+    results: Results,
 ) -> Exported:
     """Complete the bundle in *folder* and move it to *destination*."""
-    subject, (certificate, expected, parity, precision, speed) = job.subject, checks
+    subject, parity = job.subject, results.parity
     reports = {
-        "certificate": certificate,
+        "certificate": results.certificate,
         "parity": parity,
-        "precision": precision,
-        "lowering": converted.lowering,
+        "precision": results.precision,
+        "lowering": results.lowering,
     }
     for name, report in reports.items():
         (folder / f"{name}.json").write_bytes(to_json(report.model_dump(mode="json")))
-    if converted.source is not None and converted.lowering.rules:
+    if converted.source is not None and results.lowering.rules:
         write_source(folder, converted.source, converted.model)
     (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
     probes = as_probes(job.images, expected, parity)
     write_probes(folder / "probes.npz", probes)
     write_golden_examples(job, folder, converted, parity, probes.tolerance[LOGITS])
-    fields = _manifest_fields(job, folder, converted, checks)
-    card = render_model_card(subject, certificate, parity, precision, fields)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    results = ExportResults(
-        subject=subject,
-        network_summary=subject.summary(),
-        certificate=certificate,
-        lowering=converted.lowering,
-        parity=parity,
-        precision=precision,
-        speed=speed,
-        fields=fields,
-        files=bundle.file_records(folder),
-    )
-    (folder / "report.html").write_text(render_report(results), encoding="utf-8")
+    fields = _manifest_fields(job, folder, converted, expected, results)
+    statement = export_statement(folder / ONNX_FILE, fields["lineage"], results)
+    (folder / "statement.json").write_bytes(to_json(statement))
+    (folder / "README.md").write_text(render_model_card(subject, results, fields), encoding="utf-8")
+    page = render_report(subject, results, fields, bundle.file_records(folder))
+    (folder / "report.html").write_text(page, encoding="utf-8")
     manifest = bundle.seal(folder, fields)
-    return Exported(
-        path=bundle.publish(folder, manifest, destination),
-        manifest=manifest,
-        certificate=certificate,
-        parity=parity,
-        precision=precision,
-        lowering=converted.lowering,
-        network_summary=results.network_summary,
-        speed=speed,
-        warnings=subject.warnings,
-    )
+    path = bundle.publish(folder, manifest, destination)
+    return Exported(path=path, manifest=manifest, warnings=subject.warnings, **vars(results))
 
 
 def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityReport) -> Probes:
@@ -323,17 +276,19 @@ def write_golden_examples(
     write_golden(folder, job.subject.preprocess, run, 2 * tolerance, decided)
 
 
-def _manifest_fields(job: _Job, folder: Path, converted: ConvertedGraph, checks: _Checks) -> dict[str, Any]:
+def _manifest_fields(
+    job: _Job, folder: Path, converted: ConvertedGraph, expected: Reference, results: Results
+) -> dict[str, Any]:
     """Collect the fields of the manifest, without `files`."""
-    subject, certificate, side = job.subject, checks.certificate, job.subject.preprocess.crop
-    precision = checks.precision.precision
+    subject, certificate, side = job.subject, results.certificate, job.subject.preprocess.crop
+    precision = results.precision.precision
     return {
         "model": subject.name,
         "config": json.loads(json.dumps(subject.config)),
         "inputs": (TensorRecord(name=INPUT, dtype="uint8", shape=(None, side, side, 3)),),
         "outputs": tuple(
             TensorRecord(name=name, dtype="float32", shape=(None, *values.shape[1:]))
-            for name, values in checks.expected.outputs.items()
+            for name, values in expected.outputs.items()
         ),
         "preprocess": subject.preprocess,
         "decision": subject.decision,
@@ -354,7 +309,7 @@ def _manifest_fields(job: _Job, folder: Path, converted: ConvertedGraph, checks:
         },
         "precision": precision,
         "int8_for": job.options.int8_for if precision == "int8" else None,
-        "opset": converted.opset,
+        "opset": converted.model.opset_import[0].version,
     }
 
 

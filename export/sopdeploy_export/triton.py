@@ -8,7 +8,6 @@ and is ready only after warm-up batches have run.
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -48,13 +47,6 @@ class TritonModel(StrictModel):
     files: tuple[str, ...]
 
 
-class Literal(str):
-    """A value of the protobuf text format that is written without quotes, such as an enum name."""
-
-
-Value = str | int | bool | Mapping[str, "Value"] | Sequence["Value"]
-
-
 def write_triton(bundle: Bundle, repository: Path, options: TritonOptions | None = None) -> TritonModel:
     """Write *bundle* as a model folder in *repository*, atomically.
 
@@ -80,7 +72,7 @@ def write_triton(bundle: Bundle, repository: Path, options: TritonOptions | None
         shutil.copyfile(bundle.onnx, folder / "1" / "model.onnx")
         (folder / LABELS).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
         (folder / "warmup" / WARMUP).write_bytes(read_probes(bundle.probes).images[0].tobytes())
-        config = _text_format(model_config(bundle, options or TritonOptions()))
+        config = model_config(bundle, options or TritonOptions())
         (folder / "config.pbtxt").write_text(config, encoding="utf-8")
         files = _file_hashes(folder)
         folder.chmod(0o755)
@@ -98,84 +90,84 @@ def _file_hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
 
 
-def model_config(bundle: Bundle, options: TritonOptions) -> dict[str, Value]:
-    """Create Triton's ModelConfig message for *bundle*."""
-    manifest = bundle.manifest
+CONFIG = """\
+name: {name}
+backend: "onnxruntime"
+max_batch_size: {batch.maximum}
+{tensors}
+# On every GPU, or on the CPU; fp32 in the graph stays fp32.
+instance_group {{ count: {options.instances} kind: KIND_AUTO }}
+optimization {{
+  execution_accelerators {{
+    gpu_execution_accelerator {{ name: "cuda" parameters {{ key: "use_tf32" value: "0" }} }}
+  }}
+}}
+# By heuristic: a search takes seconds for every new batch size.
+parameters {{ key: "cudnn_conv_algo_search" value {{ string_value: "1" }} }}
+parameters {{ key: "sopdeploy_bundle" value {{ string_value: {name} }} }}
+parameters {{ key: "sopdeploy_precision" value {{ string_value: "{precision}" }} }}
+parameters {{ key: "sopdeploy_onnx_sha256" value {{ string_value: "{onnx_sha256}" }} }}
+"""
+WARMUP_CONFIG = """\
+model_warmup {{
+  name: "batch of {size}"
+  batch_size: {size}
+  inputs {{ key: {name} value {{ data_type: {kind} dims: {dims} input_data_file: "{file}" }} }}
+}}
+"""
+BATCHING = """\
+dynamic_batching {{
+  preferred_batch_size: {preferred}
+  max_queue_delay_microseconds: {delay}
+  default_queue_policy {{
+    timeout_action: REJECT
+    default_timeout_microseconds: {timeout}
+    allow_timeout_override: true
+    max_queue_size: {queue}
+  }}
+}}
+"""
+
+
+def model_config(bundle: Bundle, options: TritonOptions) -> str:
+    """Write Triton's ModelConfig message for *bundle* in the protobuf text format."""
+    manifest, image = bundle.manifest, bundle.manifest.inputs[0]
     batch = manifest.batch
-    outputs = [_tensor(record) for record in manifest.outputs]
-    outputs[0]["label_filename"] = LABELS
-    image = _tensor(manifest.inputs[0])
-    # Triton repeats one probe image to the batch size.
-    warmup = {"data_type": image["data_type"], "dims": image["dims"], "input_data_file": WARMUP}
-    parameters = {
-        "cudnn_conv_algo_search": "1",  # by heuristic: a search takes seconds for every new batch size
-        "sopdeploy_bundle": bundle.name,
-        "sopdeploy_precision": manifest.precision,
-        "sopdeploy_onnx_sha256": manifest.files[bundle.onnx.name].sha256,
-    }
-    config: dict[str, Value] = {
-        "name": bundle.name,
-        "backend": "onnxruntime",
-        "max_batch_size": batch.maximum,
-        "input": [_tensor(record) for record in manifest.inputs],
-        "output": outputs,
-        # On every GPU, or on the CPU; fp32 in the graph stays fp32.
-        "instance_group": [{"count": options.instances, "kind": Literal("KIND_AUTO")}],
-        "optimization": {
-            "execution_accelerators": {
-                "gpu_execution_accelerator": {
-                    "name": "cuda",
-                    "parameters": {"key": "use_tf32", "value": "0"},
-                }
-            }
-        },
-        "model_warmup": [
-            {
-                "name": f"batch of {size}",
-                "batch_size": size,
-                "inputs": {"key": image["name"], "value": warmup},
-            }
-            for size in sorted({1, batch.optimum, batch.maximum})
-        ],
-        "parameters": [{"key": key, "value": {"string_value": value}} for key, value in parameters.items()],
-    }
+    tensors = [_tensor("input", record) for record in manifest.inputs]
+    tensors += [
+        _tensor("output", record, f' label_filename: "{LABELS}"' if position == 0 else "")
+        for position, record in enumerate(manifest.outputs)
+    ]
+    text = CONFIG.format(
+        name=json.dumps(bundle.name),  # JSON strings are valid in the text format
+        batch=batch,
+        tensors="\n".join(tensors),
+        options=options,
+        precision=manifest.precision,
+        onnx_sha256=manifest.files[bundle.onnx.name].sha256,
+    )
+    for size in sorted({1, batch.optimum, batch.maximum}):  # Triton repeats one probe image to this size
+        text += WARMUP_CONFIG.format(
+            size=size,
+            name=json.dumps(image.name),
+            kind=TYPES[image.dtype],
+            dims=_dims(image),
+            file=WARMUP,
+        )
     if batch.maximum > 1:
-        config["dynamic_batching"] = {
-            "preferred_batch_size": sorted({size for size in (batch.optimum, batch.maximum) if size > 1}),
-            "max_queue_delay_microseconds": options.max_queue_delay,
-            "default_queue_policy": {
-                "timeout_action": Literal("REJECT"),
-                "default_timeout_microseconds": TIMEOUT_MICROSECONDS,
-                "allow_timeout_override": True,
-                "max_queue_size": MAX_QUEUE_SIZE,
-            },
-        }
-    return config
+        text += BATCHING.format(
+            preferred=sorted({size for size in (batch.optimum, batch.maximum) if size > 1}),
+            delay=options.max_queue_delay,
+            timeout=TIMEOUT_MICROSECONDS,
+            queue=MAX_QUEUE_SIZE,
+        )
+    return text
 
 
-def _tensor(record: TensorRecord) -> dict[str, Value]:
-    # Triton adds the batch axis itself.
-    return {
-        "name": record.name,
-        "data_type": Literal(TYPES[record.dtype]),
-        "dims": [int(size or -1) for size in record.shape[1:]],
-    }
+def _tensor(field: str, record: TensorRecord, more: str = "") -> str:
+    name, kind = json.dumps(record.name), TYPES[record.dtype]
+    return f"{field} {{ name: {name} data_type: {kind} dims: {_dims(record)}{more} }}"
 
 
-def _text_format(message: Mapping[str, Value], indent: str = "") -> str:
-    """Format *message* in the protobuf text format."""
-    lines = []
-    for name, value in message.items():
-        repeated = isinstance(value, Sequence) and not isinstance(value, str)
-        for item in value if repeated else [value]:  # type: ignore[union-attr]
-            if isinstance(item, Mapping):
-                lines.append(f"{indent}{name} {{\n{_text_format(item, indent + '  ')}{indent}}}\n")
-                continue
-            if isinstance(item, bool):
-                text = "true" if item else "false"
-            elif isinstance(item, Literal | int):
-                text = str(item)
-            else:
-                text = json.dumps(item)  # JSON strings are valid in the text format
-            lines.append(f"{indent}{name}: {text}\n")
-    return "".join(lines)
+def _dims(record: TensorRecord) -> list[int]:
+    return [int(size or -1) for size in record.shape[1:]]  # Triton adds the batch axis itself

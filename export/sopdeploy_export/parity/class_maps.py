@@ -4,37 +4,31 @@
 from the mean of the feature map. The mean of the map of a class plus the bias of the class is then its logit.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.bundle.class_maps import FEATURES, ClassMapLayer
+from sopdeploy.bundle.class_maps import ClassMapLayer
+from sopdeploy.bundle.manifest import FEATURES
 from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.parity.report import LOGITS, ClassMapParity, ParityReport
 
 
-def add_features_output(network: nn.Module, training: Mapping[str, Any]) -> None:
+def add_features_output(network: nn.Module) -> None:
     """Make the last feature map an output of *network*, for `--with-cam`.
 
-    *training* is the record of the training. Raises `LoweringError` unless a linear layer computes the logits
-    from the mean of that map.
+    Raises `LoweringError` unless a linear layer computes the logits from the mean of that map.
     """
     if not isinstance(network, Backbone) or network.averaged_classifier() is None:
-        config = getattr(network, "config", None)
-        pooling = getattr(getattr(config, "head", getattr(config, "pooling", None)), "kind", "gap")
-        end, remedy = f"{type(network).__name__} does not end in average pooling and one linear layer", ""
-        if pooling != "gap":
-            end = f"{type(network).__name__} ends in {pooling} pooling instead of average pooling"
-            remedy = "; train it with the pooling gap"
-            if "few_shot" in training:
-                remedy = '; train it with few_shot.heads=["gap"]'
-        raise LoweringError(f"{end}, so no map adds up to its logits{remedy}", setting="with_cam")
+        raise LoweringError(
+            f"{type(network).__name__} does not end in average pooling and one linear layer, so no map adds "
+            'up to its logits; train it with the pooling gap, or with few_shot.heads=["gap"]',
+            setting="with_cam",
+        )
     network.outputs = (LOGITS, FEATURES)
 
 
@@ -43,6 +37,11 @@ def class_map_layer(network: nn.Module) -> ClassMapLayer:
     linear = network.averaged_classifier() if isinstance(network, Backbone) else None
     if linear is None:
         raise LoweringError(f"{type(network).__name__}: no linear layer after average pooling")
+    return copy_linear(linear)
+
+
+def copy_linear(linear: nn.Linear) -> ClassMapLayer:
+    """Copy the weights of *linear*."""
     weight = linear.weight.detach().numpy().astype(np.float32)
     bias = np.zeros(len(weight), np.float32)
     if linear.bias is not None:
@@ -58,15 +57,19 @@ def check_class_maps(
     *layer* computes the maps; *images* are uint8 (P, H, W, 3). Returns *parity* with the measured deviation.
     Raises `ParityError` if the deviation exceeds the tolerance of the logits in *parity*.
     """
-    outputs = file_outputs(open_session(path), images, 1)
-    deviation = float(np.abs(layer.logits(outputs[FEATURES]) - outputs[LOGITS]).max())
-    logits = parity.logits
-    if not deviation <= logits.tolerance:  # also true for NaN
+    deviation, tolerance = logits_deviation(path, layer, FEATURES, images), parity.logits.tolerance
+    if not deviation <= tolerance:  # also true for NaN
         raise ParityError(
             f"the class activation maps deviate from the logits by {deviation:.3g} "
-            f"({deviation / logits.noise_floor:.1f}x noise floor, limit {parity.floors_allowed:.0f}x = "
-            f"{logits.tolerance:.3g}); nothing was written",
+            f"({deviation / parity.logits.noise_floor:.1f}x noise floor, limit "
+            f"{parity.floors_allowed:.0f}x = {tolerance:.3g}); nothing was written",
             setting="with_cam",
         )
-    record = ClassMapParity(deviation=deviation, tolerance=logits.tolerance)
+    record = ClassMapParity(deviation=deviation, tolerance=tolerance)
     return parity.model_copy(update={"class_maps": record})
+
+
+def logits_deviation(path: Path, layer: ClassMapLayer, output: str, images: NDArray[np.uint8]) -> float:
+    """Measure how much *layer* on *output* of the file at *path* deviates from its logits on *images*."""
+    outputs = file_outputs(open_session(path), images, 1)
+    return float(np.abs(layer.logits(outputs[output]) - outputs[LOGITS]).max())

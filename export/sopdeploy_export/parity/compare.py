@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.errors import ParityError
-from sopdeploy_export.graph import Deployed, InFloat64, output_names
+from sopdeploy_export.graph import Deployed, InFloat64, operator_counts, output_names
 from sopdeploy_export.parity.onnx_file import EMULATION, file_outputs, has_bfloat16, open_session
 from sopdeploy_export.parity.report import (
     FLOORS_BY_PRECISION,
@@ -30,7 +30,6 @@ from sopdeploy_export.parity.report import (
     PROVIDER,
     OutputParity,
     ParityReport,
-    PartDrift,
     SpectralRecord,
     agreement,
 )
@@ -126,19 +125,17 @@ def compare(
     expected: Reference,
     images: NDArray[np.uint8],
     batch: BatchRange,
-    operators: dict[str, int],
     *,
+    spectral: tuple[SpectralRecord, ...] = (),
     allow_drift: bool = False,
-    parts: tuple[PartDrift, ...] = (),
 ) -> ParityReport:
     """Compare the ONNX file at *path* with *expected* on uint8 *images* (P, H, W, 3).
 
-    *operators*, the node counts of the file, and *parts*, the drift of its modules, go into the report.
-    Raises `ParityError` if an output exceeds its tolerance or is not finite, or if a class or route changed
-    despite a clear margin. With *allow_drift*, the report records these errors instead; values that are not
-    finite always raise.
+    Raises `ParityError` if an output exceeds its tolerance or is not finite, if a class or route changed
+    despite a clear margin, or if one of the *spectral* records of second-order modules exceeds its limit.
+    With *allow_drift*, the report records these errors instead; values that are not finite always raise.
     """
-    session = open_session(path)
+    session, model = open_session(path), onnx.load(path)
     sizes = sorted({1, min(2, batch.maximum), batch.optimum, min(batch.maximum - 1, LARGEST_BATCH) or 1})
     found = {size: file_outputs(session, images, size) for size in sizes}
     routes, other = expected.routing, np.zeros(len(images), dtype=bool)
@@ -162,28 +159,29 @@ def compare(
     routing = None if routes is None else routing_parity(other, routes)
     passed = (
         all(max(o.largest_drift, o.batch_difference) <= o.tolerance for o in outputs.values())
-        and top1.flips == 0
+        and top1.flips("error") == 0
         and (routing is None or routing.wrong == 0)
     )
     report = ParityReport(
         precision=expected.precision,
         runtime=f"onnxruntime {ort.__version__}",
         provider=PROVIDER,
-        emulation=EMULATION if has_bfloat16(onnx.load(path)) else None,
+        emulation=EMULATION if has_bfloat16(model) else None,
         images=len(images),
         floors_allowed=expected.floors,
         outputs=outputs,
         spread=logit_spread(expected.outputs[LOGITS][kept]) if expected.precision != "fp32" else None,
         top1=top1,
         routing=routing,
-        parts=parts,
-        operators=operators,
+        spectral=spectral,
+        broken=violation(spectral),
+        operators=operator_counts(model),
         file_bytes=path.stat().st_size,
         passed=passed,
-        drift_allowed=allow_drift and not passed,
+        drift_allowed=False,
     )
-    if report.unverifiable:
-        report = report.model_copy(update={"passed": False, "drift_allowed": allow_drift})
+    passed = passed and report.broken is None and not report.unverifiable
+    report = report.model_copy(update={"passed": passed, "drift_allowed": allow_drift and not passed})
     if not report.passed and not allow_drift:
         raise ParityError(_error_message(report))
     return report
@@ -196,28 +194,6 @@ def logit_spread(logits: NDArray[Any]) -> float:
     an error of at least half of this range.
     """
     return float(np.ptp(logits, axis=0 if len(logits) > 1 else 1).max())
-
-
-def add_spectral_records(
-    report: ParityReport, records: tuple[SpectralRecord, ...], *, allow_drift: bool
-) -> ParityReport:
-    """Add the *records* of second-order modules to *report*.
-
-    Raises `ParityError` if a record violates an invariant, unless *allow_drift* is set.
-    """
-    broken = violation(records)
-    passed = report.passed and broken is None
-    checked = report.model_copy(
-        update={
-            "spectral": records,
-            "broken": broken,
-            "passed": passed,
-            "drift_allowed": allow_drift and not passed,
-        }
-    )
-    if broken is not None and not allow_drift:
-        raise ParityError(_error_message(checked))
-    return checked
 
 
 def _overflow(output: str, precision: Precision) -> str:
@@ -245,7 +221,7 @@ def max_drift(name: str, values: NDArray[Any], expected: NDArray[Any], kept: NDA
 
 
 def _error_message(report: ParityReport) -> str:
-    what = f"changes the top class of {report.top1.flips} of {report.images} images"
+    what = f"changes the top class of {report.top1.flips('error')} of {report.images} images"
     for name, output in report.outputs.items():
         if output.largest_drift > output.tolerance:
             what = (
@@ -267,12 +243,6 @@ def _error_message(report: ParityReport) -> str:
         )
     if report.broken is not None:
         what = f"violates an invariant of a second-order module: {report.broken}"
-    drifting = next((part for part in report.parts if part.in_floors > report.floors_allowed), None)
-    if drifting is not None:
-        what += (
-            f"; the first module over its limit is {drifting.part} ({drifting.in_floors:.0f}x noise floor): "
-            "export it without lowering, or in precision fp32"
-        )
-    elif routing is not None and routing.flips and routing.undecided == report.images:
+    if routing is not None and routing.flips and routing.undecided == report.images:
         what += "; the gate is undecided on every image, so rounding decides: train longer"
     return f"the exported file {what}; nothing was written"

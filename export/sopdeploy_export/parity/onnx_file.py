@@ -6,7 +6,7 @@ which could remove the casts. As on a GPU, results are rounded to bfloat16 and s
 and kernels differ. Reports of such files contain the sentence `EMULATION`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def has_bfloat16(model: onnx.ModelProto) -> bool:
 def emulate_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto:
     """Copy *model* with every bfloat16 operator computed in float32 between two casts."""
     typed = onnx.shape_inference.infer_shapes(model)
-    narrow = _bfloat16_values(typed)
+    narrow = {v.name for v in typed.graph.value_info if v.type.tensor_type.elem_type == BFLOAT16}
     narrow |= {tensor.name for tensor in model.graph.initializer if tensor.data_type == BFLOAT16}
     nodes: list[onnx.NodeProto] = []
     widened: set[str] = set()
@@ -121,36 +121,5 @@ def emulate_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto:
     return typed
 
 
-def cast_to_float32(model: onnx.ModelProto, names: Sequence[str]) -> tuple[onnx.ModelProto, list[str]]:
-    """Copy *model* and cast the bfloat16 values among *names* to float32, because numpy cannot read them.
-
-    Returns the copy and, for each of *names*, the name of the readable value.
-    """
-    typed = onnx.shape_inference.infer_shapes(model)
-    narrow = _bfloat16_values(typed)
-    existing = {output for node in typed.graph.node for output in node.output}
-    for name in narrow.intersection(names):
-        if f"{name}:wide" not in existing:
-            typed.graph.node.append(_cast(name, f"{name}:wide", onnx.TensorProto.FLOAT))
-    return typed, [f"{name}:wide" if name in narrow else name for name in names]
-
-
-def _bfloat16_values(typed: onnx.ModelProto) -> set[str]:
-    return {v.name for v in typed.graph.value_info if v.type.tensor_type.elem_type == BFLOAT16}
-
-
 def _cast(source: str, target: str, to: int) -> onnx.NodeProto:
     return onnx.helper.make_node("Cast", [source], [target], to=to)
-
-
-def run_file(model: onnx.ModelProto, names: Sequence[str], images: NDArray[np.uint8]) -> Arrays:
-    """Run *model* on *images* and read the intermediate values *names*."""
-    if emulated := has_bfloat16(model):
-        probed, wanted = cast_to_float32(emulate_bfloat16(model), names)
-    else:
-        probed, wanted = onnx.shape_inference.infer_shapes(model), list(names)
-    outputs = {value.name for value in probed.graph.output}
-    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in outputs)
-    session = open_session(probed, optimized=not emulated)
-    values = session.run(wanted, {session.get_inputs()[0].name: images})
-    return dict(zip(names, values, strict=True))

@@ -7,7 +7,6 @@ norms cause 1 to 4; 4 in a reduced precision, where the floor already contains t
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from sopdeploy.evaluation.statistics import wilson
 PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"
 GATES = "gates"
+FlipCause = Literal["noise", "routing", "error"]
 FLOORS = 16.0
 FLOORS_BY_PRECISION: Mapping[Precision, float] = {
     "fp32": FLOORS,
@@ -30,39 +30,35 @@ FLOORS_BY_PRECISION: Mapping[Precision, float] = {
 }
 
 
-def in_floors(drift: float, noise_floor: float) -> float:
-    """Express *drift* in units of *noise_floor*, which is 0 if the outputs do not depend on the image."""
-    if noise_floor == 0:
-        return math.inf if drift else 0.0
-    return drift / noise_floor
-
-
 class Flip(StrictModel):
-    """A probe image whose top class changed, and the network's margin between the two classes."""
+    """A probe image whose top class changed, and the network's margin between the two classes.
+
+    The cause is `noise` if the margin is at most twice the tolerance, `routing` if the image is excluded for
+    its route, and otherwise `error`.
+    """
 
     image: int
     network: int
     file: int
     margin: float
-    cause: Literal["noise", "routing", "error"]
+    cause: FlipCause
 
 
 class Agreement(StrictModel):
     """Top-1 agreement between the file and the network.
 
-    `flips_within_noise` counts changed top classes where the network's margin is at most twice the tolerance,
-    `flips_by_routing` those of images excluded for their route, `flips` all other ones, which are errors.
     `low` and `high` are the 95 % Wilson interval of the agreement rate.
     """
 
     images: int
     agree: int
-    flips_within_noise: int
-    flips_by_routing: int = 0
-    flips: int
     flipped: tuple[Flip, ...] = ()
     low: float
     high: float
+
+    def flips(self, cause: FlipCause) -> int:
+        """Count the changed top classes with this *cause*."""
+        return sum(flip.cause == cause for flip in self.flipped)
 
 
 class OutputParity(StrictModel):
@@ -85,7 +81,9 @@ class OutputParity(StrictModel):
     @property
     def drift_in_floors(self) -> float:
         """The maximum drift in multiples of the noise floor."""
-        return in_floors(self.largest_drift, self.noise_floor)
+        if self.noise_floor == 0:  # the output does not depend on the image
+            return math.inf if self.largest_drift else 0.0
+        return self.largest_drift / self.noise_floor
 
 
 class RoutingParity(StrictModel):
@@ -108,35 +106,16 @@ class RoutingParity(StrictModel):
     usage: tuple[int, ...] = ()
 
 
-class PartDrift(StrictModel):
-    """Drift and noise floor of the output of one module, in the units of that output."""
-
-    part: str
-    drift: float
-    noise_floor: float
-
-    @property
-    def in_floors(self) -> float:
-        """The drift in multiples of the noise floor."""
-        return in_floors(self.drift, self.noise_floor)
-
-
 class SpectralRecord(StrictModel):
-    """Errors of the matrix square root R of one second-order module, measured in torch.
+    """Error of the matrix square root R of one second-order module, measured in torch.
 
-    `asymmetry` is max ||R - R^T|| / ||R||. `residual` is max ||R R - S|| / ||S|| for the covariance S of
-    `width` channels; `residual_exact` is the residual of N iterations in float64.
-    `distance` is max ||R - R*|| / ||R*|| for N iterations R* in float64, and `allowed` is its limit, from
-    which the other limits follow. `stored` is the dtype of matrices between products.
+    `distance` is max ||R - R*|| / ||R*|| for N iterations R* in float64, and `allowed` is its limit. `stored`
+    is the dtype of matrices between products.
     """
 
     part: str
-    width: int
     iterations: int
     stored: Literal["float32", "float16"]
-    asymmetry: float
-    residual: float
-    residual_exact: float
     distance: float
     allowed: float
 
@@ -166,7 +145,6 @@ class ParityReport(StrictModel):
     spread: float | None = None
     top1: Agreement
     routing: RoutingParity | None = None
-    parts: tuple[PartDrift, ...] = ()
     spectral: tuple[SpectralRecord, ...] = ()
     broken: str | None = None
     class_maps: ClassMapParity | None = None
@@ -213,7 +191,7 @@ def agreement(
     margin = expected[rows, network] - expected[rows, file]
     flipped = []
     for image in np.flatnonzero(network != file):
-        cause: Literal["noise", "routing", "error"] = "noise" if margin[image] <= 2 * tolerance else "error"
+        cause: FlipCause = "noise" if margin[image] <= 2 * tolerance else "error"
         if rerouted is not None and rerouted[image]:
             cause = "routing"
         flipped.append(
@@ -225,15 +203,11 @@ def agreement(
                 cause=cause,
             )
         )
-    counts = Counter(flip.cause for flip in flipped)
     agree = len(expected) - len(flipped)
     low, high = wilson(agree, len(expected))
     return Agreement(
         images=len(expected),
         agree=agree,
-        flips_within_noise=counts["noise"],
-        flips_by_routing=counts["routing"],
-        flips=counts["error"],
         flipped=tuple(flipped),
         low=low,
         high=high,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import fx
 from torch.export import ExportedProgram
 
+from sopdeploy.bundle.folder import PROGRAM
 from sopdeploy.errors import CertificateError, ParityError
 from sopdeploy_export.graph import PREFIX
 from sopdeploy_export.parity.compare import Reference, max_drift, network_outputs
@@ -22,7 +23,6 @@ from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.proof.hashes import program_root, tensor_hash
 
-FILE = "network.pt2"
 SOURCE_KEYS = ("stack_trace", "from_node", "source_fn_stack", "torch_fn")  # may contain file paths
 NORMALIZE_PREFIX = "normalise."  # tensors of the wrapper module, which are not part of the network
 BATCH = 8
@@ -59,7 +59,7 @@ def check_program(content: bytes, certificate: Certificate) -> None:
     loaded = _load(content)
     root = program_root(loaded).sha256
     if root != certificate.roots.any_batch:
-        raise CertificateError(f"{FILE}: its graph hash {root[:16]} is not the certified one")
+        raise CertificateError(f"{PROGRAM}: its graph hash {root[:16]} is not the certified one")
     kept = {entry.name: entry for entry in certificate.kept}
     constants = loaded.graph_signature.lifted_tensor_constants  # created in `forward`, covered by the root
     stored = 0
@@ -67,17 +67,19 @@ def check_program(content: bytes, certificate: Certificate) -> None:
         name = full_name.removeprefix(PREFIX)
         stored += tensor.numel() * tensor.element_size()
         if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
-            raise CertificateError(f"{FILE}: the storage of {name} is larger than the tensor")
+            raise CertificateError(f"{PROGRAM}: the storage of {name} is larger than the tensor")
         if name.startswith(NORMALIZE_PREFIX) or full_name in constants:
             continue
         if name not in kept:
-            raise CertificateError(f"{FILE}: contains {name}, which was removed")
+            raise CertificateError(f"{PROGRAM}: contains {name}, which was removed")
         if tensor_hash(tensor) != kept[name].sha256:
-            raise CertificateError(f"{FILE}: {name} differs from the tensor that was kept")
+            raise CertificateError(f"{PROGRAM}: {name} differs from the tensor that was kept")
     entries = zipfile.ZipFile(io.BytesIO(content)).infolist()
     written = sum(entry.file_size for entry in entries if WEIGHTS in entry.filename)
     if written > stored:
-        raise CertificateError(f"{FILE}: holds {written - stored} bytes of weights that belong to no tensor")
+        raise CertificateError(
+            f"{PROGRAM}: holds {written - stored} bytes of weights that belong to no tensor"
+        )
 
 
 def check_outputs(
@@ -96,4 +98,4 @@ def check_outputs(
         exact, tolerance = expected.outputs[name][used], parity.outputs[name].tolerance
         drift = max_drift(name, values, exact, np.ones(len(exact), dtype=bool))
         if drift > tolerance:
-            raise ParityError(f"{FILE}: {name} drifts by {drift:.3g}, limit {tolerance:.3g}")
+            raise ParityError(f"{PROGRAM}: {name} drifts by {drift:.3g}, limit {tolerance:.3g}")

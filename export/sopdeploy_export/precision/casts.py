@@ -158,12 +158,25 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
             str(weight).removeprefix(PREFIX).rpartition(".")[0] for weight in weights
         )
         convolution, norm = network.get_submodule(convolution_name), network.get_submodule(norm_name)
-        if type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+        remaining = without_normalization(norm)
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and remaining is not None:
             fold(convolution, norm)
             owner, _, leaf = norm_name.rpartition(".")
-            setattr(network.get_submodule(owner), leaf, nn.Identity())
+            setattr(network.get_submodule(owner), leaf, remaining)
             folds += 1
     return folds
+
+
+def without_normalization(norm: nn.Module) -> nn.Module | None:
+    """Return what *norm* computes after its normalization; None for unknown classes, which are not folded.
+
+    timm's `BatchNormAct2d` applies dropout and an activation.
+    """
+    if type(norm) is nn.BatchNorm2d:
+        return nn.Identity()
+    if type(norm).__name__ == "BatchNormAct2d":
+        return nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
+    return None
 
 
 @torch.no_grad()

@@ -11,19 +11,17 @@ the captured program. A graph whose types differ from the requested ones is reje
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Literal, NamedTuple
 
-import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from sopdeploy.bundle.manifest import BatchRange, Precision
+from sopdeploy.bundle.manifest import Precision
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
@@ -37,10 +35,10 @@ from sopdeploy_export.graph import (
     Deployed,
     capture_any_batch,
     check,
+    clear_parts,
     lower,
     output_names,
     probe_images,
-    value_parts,
 )
 from sopdeploy_export.options import Calibration, ExportOptions
 from sopdeploy_export.parity.compare import Gate, Run
@@ -49,8 +47,6 @@ from sopdeploy_export.parity.onnx_file import (
     fixed_batch,
     open_session,
 )
-from sopdeploy_export.parity.part_drift import part_drifts
-from sopdeploy_export.parity.report import PartDrift
 from sopdeploy_export.parity.routing import find_gate, gate_logits
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.casts import (
@@ -86,15 +82,6 @@ class CapturedGraph(NamedTuple):
     network: nn.Module
     program: ExportedProgram
     model: onnx.ModelProto
-    opset: int = OPSET
-
-
-class LoweredGraph(NamedTuple):
-    """The graph that the rewrite rules made of *source*, and their report."""
-
-    source: CapturedGraph
-    model: onnx.ModelProto
-    report: LoweringReport
 
 
 def part_precisions(model: onnx.ModelProto, program: ExportedProgram) -> tuple[PartPrecision, ...]:
@@ -167,8 +154,6 @@ class ConvertedGraph:
         source: The graph that the rules were applied to, if they made `model`; `None` for int8.
         float32_model: A graph in float32 that the accuracy of `model` is compared with.
         precision: Report of the types.
-        opset: ONNX opset of `model`.
-        part_drifts: Measures the drift of each part of a file; not in int8.
     """
 
     model: onnx.ModelProto
@@ -179,8 +164,6 @@ class ConvertedGraph:
     source: onnx.ModelProto | None
     float32_model: onnx.ModelProto
     precision: PrecisionReport
-    opset: int
-    part_drifts: Callable[[Path, NDArray[np.uint8]], tuple[PartDrift, ...]] = lambda *_: ()
 
 
 def with_stored_roots(network: nn.Module, stored: Literal["float32", "float16"]) -> nn.Module:
@@ -194,9 +177,7 @@ def with_stored_roots(network: nn.Module, stored: Literal["float32", "float16"])
     return copied
 
 
-def convert_types(
-    certified: CapturedGraph, preprocess: Preprocess, batch: BatchRange, options: ExportOptions
-) -> CapturedGraph:
+def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: ExportOptions) -> CapturedGraph:
     """Place the casts of fp16 or bf16 in a copy of the certified network, and convert it to ONNX.
 
     int8 quantizes the graph that the rewrite rules make, so the graph stays in float32 here.
@@ -204,97 +185,63 @@ def convert_types(
     if options.precision not in LOW_PRECISION:
         return certified
     pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:OBSERVED_IMAGES]))
-    network = with_stored_roots(
-        certified.network, "float16" if options.newton_schulz == "fp16" else "float32"
-    )
+    stored: Literal["float32", "float16"] = "float16" if options.newton_schulz == "fp16" else "float32"
+    network = with_stored_roots(certified.network, stored)
     cast = with_precision(network, certified.program, options.precision, pixels)
-    program = capture_any_batch(cast, preprocess, batch)
+    program = capture_any_batch(cast, preprocess, options.batch)
     opset = OPSET_OF_BFLOAT16 if options.precision == "bf16-backbone" else OPSET
-    model = lower(program, output_names(certified.network), opset)
-    return CapturedGraph(cast, program, model, opset)
+    return CapturedGraph(cast, program, lower(program, output_names(certified.network), opset))
 
 
-def apply_rules(
+def convert(
     certified: CapturedGraph,
-    source: CapturedGraph,
-    *,
-    rules: bool = True,
-) -> LoweredGraph:
-    """Apply the rewrite rules to *source*: the certified graph, or its copy in another precision."""
-    model, applied = Lowered(source.model, ())
-    if rules:
-        parts = value_parts(source.program, output_names(certified.network), source.opset)
-        model, applied = lower_graph(source.model, parts)
-    check(model, source.opset)
-    report = LoweringReport(
+    preprocess: Preprocess,
+    options: ExportOptions,
+    accuracy: AccuracyCheck | None = None,
+) -> ConvertedGraph:
+    """Convert the *certified* graph to the precision in *options* and apply the rewrite rules.
+
+    *accuracy* measures int8 graphs, by default on the images of `calibrate`. Raises `ConfigError` for int8
+    without calibration images, and `LoweringError` if the types in the graph are not the requested ones.
+    """
+    source, detached = cast_types(certified, preprocess, options), certified.network
+    model, applied = lower_graph(source.model) if options.lowering else Lowered(source.model, ())
+    for graph in (source.model, model):
+        clear_parts(graph)
+    check(model, source.model.opset_import[0].version)
+    lowering = LoweringReport(
         rules=applied,
         certified_root=program_root(certified.program).sha256,
         source_onnx_root=onnx_root(source.model),
         lowered_onnx_root=onnx_root(model),
     )
-    return LoweredGraph(source, model, report)
-
-
-def convert_precision(
-    certified: CapturedGraph,
-    lowered: LoweredGraph,
-    preprocess: Preprocess,
-    options: ExportOptions,
-    accuracy: AccuracyCheck | None = None,
-) -> ConvertedGraph:
-    """Quantize *lowered* for int8, and check that its types are those in *options*.
-
-    *accuracy* measures int8 graphs, by default on the images of `calibrate`. Raises `ConfigError` for int8
-    without calibration images, and `LoweringError` if the types in the graph are not the requested ones.
-    """
-    source, detached = lowered.source, certified.network
+    own, float32_model = Deployed(source.network, preprocess).eval(), certified.model
+    run: Run = own
+    gate: Gate | None = None
+    quantization, measured = None, None
     if options.precision == "int8":
-        accuracy = accuracy or AccuracyCheck(options, preprocess, BatchRange())
-        return _convert_int8(Deployed(detached, preprocess).eval(), lowered, options, accuracy)
-    check_weight_types(lowered.model, detached, options.precision)
-    own, program = Deployed(source.network, preprocess).eval(), source.program
+        accuracy = accuracy or AccuracyCheck(options, preprocess, options.batch)
+        float32_model = model
+        model, quantization, measured = quantize_accurately(detached, model, options, accuracy)
+        run, gate = run_unfused(model), _gate_of_file(model, detached)
+    elif find_gate(detached) is not None:
+        gate = partial(gate_logits, own)
+    check_weight_types(model, detached, options.precision)
     return ConvertedGraph(
-        model=lowered.model,
-        run=own,
-        gate=(lambda pixels: gate_logits(own, pixels)) if find_gate(detached) is not None else None,
+        model=model,
+        run=run,
+        gate=gate,
         spectral=own,
-        lowering=lowered.report,
-        source=source.model,
-        float32_model=certified.model,
+        lowering=lowering,
+        source=None if options.precision == "int8" else source.model,
+        float32_model=float32_model,
         precision=PrecisionReport(
             precision=options.precision,
             newton_schulz=options.newton_schulz,
-            parts=part_precisions(lowered.model, program),
-        ),
-        opset=source.opset,
-        part_drifts=lambda path, images: part_drifts(path, program, output_names(detached), images),
-    )
-
-
-def _convert_int8(
-    deployed: Deployed,
-    lowered: LoweredGraph,
-    options: ExportOptions,
-    check: AccuracyCheck,
-) -> ConvertedGraph:
-    model, quantization, accuracy = quantize_accurately(deployed.network, lowered.model, options, check)
-    check_weight_types(model, deployed.network, "int8")
-    return ConvertedGraph(
-        model=model,
-        run=run_unfused(model),
-        gate=_gate_of_file(model, deployed.network),
-        spectral=deployed,
-        lowering=lowered.report,
-        source=None,
-        float32_model=lowered.model,
-        precision=PrecisionReport(
-            precision="int8",
-            newton_schulz="fp32",
-            parts=part_precisions(model, lowered.source.program),
+            parts=part_precisions(model, source.program),
             quantisation=quantization,
-            accuracy=accuracy,
+            accuracy=measured,
         ),
-        opset=OPSET,
     )
 
 

@@ -32,7 +32,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy_export.graph import PREFIX, Captured, Deployed, capture
+from sopdeploy_export.graph import EXPORT_EMBEDDING, PREFIX, Captured, Deployed, capture
 from sopdeploy_export.proof.hashes import ProgramRoot, program_root, tensor_hash, value_root
 from sopdeploy_export.proof.networks import (
     Detachment,
@@ -199,6 +199,9 @@ def build_plain_network(
     to one.
     """
     plain = build()
+    embedded = vars(detached).get(EXPORT_EMBEDDING)
+    if embedded is not None:
+        vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedded}.weight").removesuffix(".weight")
     source = {rename(name): tensor for name, tensor in tensors(detached).items()}
     target = tensors(plain)
     if len(source) != len(tensors(detached)):

@@ -10,7 +10,8 @@ time.
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -51,18 +52,19 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
             raise CertificateError(
                 f"the eval graph writes to {spec.target or spec.arg}; an exported network must be stateless"
             )
-    hasher = _GraphHasher(leaves=_leaf_hashes(program))
     outputs = next(node for node in program.graph.nodes if node.op == "output")
     side_effects = [  # such as an assertion, whose result no node uses
         node
         for node in program.graph.nodes
         if node.op == "call_function" and not node.users and node.is_impure()
     ]
-    lines = [hasher.encode(outputs.args[0]), *(hasher.encode(node) for node in side_effects)]
+    needed = [*outputs.all_input_nodes, *side_effects]
+    hashes, operations = _hash_nodes(program.graph, _leaf_hashes(program), needed)
+    lines = [_encode(value, hashes.__getitem__) for value in (outputs.args[0], *side_effects)]
     signature = program.graph_signature
     names = signature.inputs_to_parameters | signature.inputs_to_buffers
-    reached = frozenset(names[node.name] for node in hasher.hashes if node.name in names)
-    return ProgramRoot(sha256=hash_parts(*lines), nodes=hasher.operations, state=reached)
+    reached = frozenset(names[node.name] for node in hashes if node.name in names)
+    return ProgramRoot(sha256=hash_parts(*lines), nodes=operations, state=reached)
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -98,66 +100,68 @@ def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:
     return leaves
 
 
-@dataclass(kw_only=True, slots=True)
-class _GraphHasher:
-    """Compute the hashes of the nodes of one graph, and record the module of each operation."""
+def _encode(value: Any, hash_of: Callable[[fx.Node], str]) -> str:
+    """Encode *value*, an argument of an operation, as text; *hash_of* gives the hashes of operands."""
+    if isinstance(value, fx.Node):
+        return hash_of(value)
+    if isinstance(value, Tensor):
+        return tensor_hash(value)
+    if isinstance(value, list | tuple):
+        return hash_parts("list", *(_encode(item, hash_of) for item in value))
+    if isinstance(value, dict):
+        return hash_parts("dict", *(f"{key}={_encode(value[key], hash_of)}" for key in sorted(value)))
+    if isinstance(value, float):
+        return f"float {value.hex()}"
+    if value is None or isinstance(value, SCALARS):
+        return f"{type(value).__name__} {value}"
+    raise CertificateError(f"an operation has a {type(value).__name__} argument, which cannot be hashed")
 
-    leaves: dict[str, str]
-    hashes: dict[fx.Node, str] = field(default_factory=dict)
-    operations: dict[str, str] = field(default_factory=dict)
 
-    def encode(self, value: Any) -> str:
-        """Encode *value*, an argument of an operation, as text."""
-        if isinstance(value, fx.Node):
-            return self._node_hash(value)
-        if isinstance(value, list | tuple):
-            return hash_parts("list", *(self.encode(item) for item in value))
-        if isinstance(value, dict):
-            return hash_parts("dict", *(f"{key}={self.encode(value[key])}" for key in sorted(value)))
-        if isinstance(value, float):
-            return f"float {value.hex()}"
-        if value is None or isinstance(value, SCALARS):
-            return f"{type(value).__name__} {value}"
-        raise CertificateError(f"an operation has a {type(value).__name__} argument, which cannot be hashed")
+def _hash_nodes(
+    graph: fx.Graph, leaves: dict[str, str], results: Iterable[fx.Node]
+) -> tuple[dict[fx.Node, str], dict[str, str]]:
+    """Hash the nodes that *results* depend on; return the hashes, and operation and module of each hash.
 
-    def _node_hash(self, target: fx.Node) -> str:
-        stack = [target]  # explicit, because networks are deeper than Python's recursion limit
-        while stack:
-            node = stack[-1]
-            missing = [operand for operand in node.all_input_nodes if operand not in self.hashes]
-            if missing:
-                stack.extend(missing)
-                continue
-            stack.pop()
-            if node not in self.hashes:
-                self.hashes[node] = self._hash_with_known_operands(node)
-        return self.hashes[target]
-
-    def _hash_with_known_operands(self, node: fx.Node) -> str:
+    *leaves* are the hashes of the placeholders by name.
+    """
+    needed = set(results)
+    for node in reversed(graph.nodes):
+        needed.update(node.all_input_nodes if node in needed else ())
+    hashes: dict[fx.Node, str] = {}
+    operations: dict[str, str] = {}
+    for node in graph.nodes:  # in topological order
+        if node not in needed:
+            continue
         if node.op == "placeholder":
-            return self.leaves[node.name]
-        if node.op == "get_attr":
-            return _attribute_hash(node)
-        if node.op != "call_function":
-            raise CertificateError(f"{node.name}: a graph must contain only operations, not {node.op}")
-        target: Any = node.target
-        if _is_random(node):
-            raise CertificateError(
-                f"the eval graph draws random numbers with {target} in {_module_of(node)}; an exported "
-                "network must be deterministic"
-            )
-        if str(target).startswith("aten.as_strided"):
-            raise CertificateError(
-                f"{_module_of(node)} reads memory with as_strided, whose result depends on the layout of its "
-                "operand; use reshape, permute, unfold or slices"
-            )
-        operation = f"python {getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
-        if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
-            operation = str(target)
-        found = hash_parts(operation, *(self.encode(value) for value in _arguments(node)))
-        if found not in self.operations:
-            self.operations[found] = f"{operation} in {_module_of(node)}"
-        return found
+            hashes[node] = leaves[node.name]
+        elif node.op == "get_attr":
+            hashes[node] = _attribute_hash(node)
+        else:
+            operation = _operation(node)
+            arguments = (_encode(value, hashes.__getitem__) for value in _arguments(node))
+            hashes[node] = hash_parts(operation, *arguments)
+            operations.setdefault(hashes[node], f"{operation} in {_module_of(node)}")
+    return hashes, operations
+
+
+def _operation(node: fx.Node) -> str:
+    """Return the name of the operation of *node*; raises `CertificateError` for one that no proof covers."""
+    target: Any = node.target
+    if node.op != "call_function":
+        raise CertificateError(f"{node.name}: a graph must contain only operations, not {node.op}")
+    if _is_random(node):
+        raise CertificateError(
+            f"the eval graph draws random numbers with {target} in {_module_of(node)}; an exported "
+            "network must be deterministic"
+        )
+    if str(target).startswith("aten.as_strided"):
+        raise CertificateError(
+            f"{_module_of(node)} reads memory with as_strided, whose result depends on the layout of its "
+            "operand; use reshape, permute, unfold or slices"
+        )
+    if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+        return str(target)
+    return f"python {getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
 
 
 VALUE_LAYOUT = frozenset(
@@ -207,7 +211,7 @@ class _ValueHasher:
             else:
                 self.hashes[node] = _attribute_hash(node)
         elif node.op == "output":
-            self.root = self._encode(node.args[0])
+            self.root = _encode(node.args[0], self._hash)
         else:
             self._visit_call(node)
 
@@ -247,7 +251,7 @@ class _ValueHasher:
         arguments = _arguments(node)
         if name == "aten.expand":
             arguments = [arguments[0], shape]
-        self.hashes[node] = hash_parts(str(target), *(self._encode(value) for value in arguments))
+        self.hashes[node] = hash_parts(str(target), *(_encode(value, self._hash) for value in arguments))
         self.operations[self.hashes[node]] = f"{target} in {_module_of(node)}"
 
     def _shape(self, node: fx.Node) -> str:
@@ -258,18 +262,7 @@ class _ValueHasher:
         return str([size if isinstance(size, int) else size.node.expr.subs(self.sizes) for size in sizes])
 
     def _hash(self, node: fx.Node) -> str:
-        return self._encode(self.known[node]) if node in self.known else self.hashes[node]
-
-    def _encode(self, value: Any) -> str:
-        if isinstance(value, fx.Node):
-            return self._hash(value)
-        if isinstance(value, Tensor):
-            return tensor_hash(value)
-        if isinstance(value, list | tuple):
-            return hash_parts("list", *(self._encode(item) for item in value))
-        if isinstance(value, dict):
-            return hash_parts("dict", *(f"{key}={self._encode(value[key])}" for key in sorted(value)))
-        return f"{type(value).__name__} {value.hex() if isinstance(value, float) else value}"
+        return _encode(self.known[node], self._hash) if node in self.known else self.hashes[node]
 
 
 def _module_of(node: fx.Node) -> str:
@@ -301,9 +294,10 @@ def _attribute_hash(node: fx.Node) -> str:
         raise CertificateError(f"{node.name}: the graph depends on an object that is not a tensor")
     # inputs of a subgraph are hashed by position
     placeholders = [inner for inner in value.graph.nodes if inner.op == "placeholder"]
-    hasher = _GraphHasher(leaves={n.name: hash_parts("argument", str(i)) for i, n in enumerate(placeholders)})
+    leaves = {node.name: hash_parts("argument", str(i)) for i, node in enumerate(placeholders)}
     outputs = next(inner for inner in value.graph.nodes if inner.op == "output")
-    return hash_parts("graph", hasher.encode(outputs.args[0]))
+    hashes, _ = _hash_nodes(value.graph, leaves, outputs.all_input_nodes)
+    return hash_parts("graph", _encode(outputs.args[0], hashes.__getitem__))
 
 
 def _arguments(node: fx.Node) -> list[Any]:

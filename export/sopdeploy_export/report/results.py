@@ -1,147 +1,85 @@
-"""The results of an export, and the speed of the exported file against the plain backbone.
+"""The results of an export, and their description in words for terminals, notebooks and model cards."""
 
-Speed is measured only on request, because timings differ between runs, so two exports of one checkpoint would
-differ. The plain backbone is converted without rewrites. Both graphs run in turn, in alternating order, so
-that other load on the machine slows both; the result is the median of the runs after the warm-up.
-"""
-
-import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import numpy as np
-import onnx
-import onnxruntime as ort
-from numpy.typing import NDArray
-
-from sopdeploy.bundle.manifest import BatchRange, FileRecord, Manifest
-from sopdeploy.config import StrictModel
-from sopdeploy.environment import machine
+from sopdeploy.bundle.manifest import Int8For, Manifest
+from sopdeploy.decision import Decision
 from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.html.templates import render
-from sopdeploy_export.parity.onnx_file import open_session
-from sopdeploy_export.parity.report import ParityReport
+from sopdeploy_export.parity.report import FlipCause, ParityReport
 from sopdeploy_export.precision.report import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.report.network_summary import NetworkSummary
 from sopdeploy_export.rewrites.apply import LoweringReport
-from sopdeploy_export.subject import ExportSubject
 
-WARMUPS, MIN_RUNS, MAX_RUNS = 2, 5, 200
-BUDGET_SECONDS = 1.0  # of timed runs per batch size
-LARGEST_BATCH = 32
-
-
-class SpeedRow(StrictModel):
-    """Median times of the exported file and of the plain graph, over `runs` runs with `batch` images."""
-
-    batch: int
-    runs: int
-    ours_ms: float
-    plain_ms: float
-
-    @property
-    def ratio(self) -> float:
-        """The exported file's time divided by the plain graph's."""
-        return self.ours_ms / self.plain_ms
+WEAKER_PROOFS = {
+    "trained-detached": "no plain network was given; the detached network was compared with the trained one",
+    "trained-only": "nothing was detached and no plain network was given: only the conversion was checked",
+}
+TARGETS: Mapping[Int8For, str] = {
+    "cpu": "for CPUs (TensorRT does not accept this form)",
+    "tensorrt": "for TensorRT (CPUs run this form slower than float32)",
+}
 
 
-class Speed(StrictModel):
-    """The timings on one machine, by batch size."""
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What an export removed, proved, rewrote and measured."""
 
-    runtime: str
-    machine: dict[str, str | int | float]
-    rows: tuple[SpeedRow, ...]
-
-
-def measure_speed(path: Path, plain: onnx.ModelProto, images: NDArray[np.uint8], batch: BatchRange) -> Speed:
-    """Time the file at *path* and the *plain* graph on *images* (P, H, W, 3), for batches of 1, 2, 4, ..."""
-    sessions = (open_session(path), open_session(plain))
-    name = sessions[0].get_inputs()[0].name, sessions[1].get_inputs()[0].name
-    rows = []
-    for power in range(min(batch.maximum, LARGEST_BATCH).bit_length()):
-        size = 2**power
-        pixels = images[np.arange(size) % len(images)]
-        seconds: tuple[list[float], list[float]] = ([], [])
-        sides = [(session, {name[i]: pixels}, seconds[i]) for i, session in enumerate(sessions)]
-        for _ in range(WARMUPS):
-            for session, feed, _taken in sides:
-                session.run(None, feed)
-        while len(seconds[0]) < MAX_RUNS and (
-            len(seconds[0]) < MIN_RUNS or sum(map(sum, seconds)) < BUDGET_SECONDS
-        ):
-            sides.reverse()  # the graph that runs first changes the caches for the second
-            for session, feed, taken in sides:
-                start = time.perf_counter()
-                session.run(None, feed)
-                taken.append(time.perf_counter() - start)
-        ours, other = (statistics.median(taken) * 1e3 for taken in seconds)
-        rows.append(SpeedRow(batch=size, runs=len(seconds[0]), ours_ms=ours, plain_ms=other))
-    return Speed(runtime=f"onnxruntime {ort.__version__}", machine=machine(), rows=tuple(rows))
-
-
-def describe_top1(share: float, images: int) -> str:
-    """Format a top-1 accuracy on *images* with its 95 % interval (Wilson)."""
-    low, high = wilson(round(share * images), images)
-    return f"{100 * share:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportResults:
-    """The results shown in `report.html`.
-
-    `fields` are those of the manifest; `files` are the files of the bundle except the page and the manifest.
-    """
-
-    subject: ExportSubject
-    network_summary: NetworkSummary
     certificate: Certificate
     lowering: LoweringReport
     parity: ParityReport
     precision: PrecisionReport
-    speed: Speed | None
-    fields: Mapping[str, Any]
-    files: Mapping[str, FileRecord]
+    network_summary: NetworkSummary
+    decision: Decision | None
+
+    def facts(self) -> dict[str, str]:
+        """Describe the results, one line for each."""
+        certificate, parity, lowering = self.certificate, self.parity, self.lowering
+        trained, shipped = self.network_summary.trained, self.network_summary.shipped
+        types = ", ".join(f"{count} parts in {name}" for name, count in self.precision.summary().items())
+        drift = (
+            f"{parity.logits.largest_drift:.2g} = {parity.logits.drift_in_floors:.1f} noise floors "
+            f"(allowed {parity.logits.tolerance:.2g})"
+        )
+        if not parity.passed:
+            drift += "; THE COMPARISON DID NOT PASS, which was allowed"
+        if parity.emulation is not None:
+            drift += f"; {parity.emulation}"
+        return {
+            **_proof_facts(certificate),
+            "rules": ", ".join(f"{rule} ({times})" for rule, times in lowering.summary.items())
+            or "none applies",
+            "types": f"{self.precision.precision}: {types}",
+            "drift": drift,
+            "answers": _agreement(parity),
+            **_precision_facts(self.precision),
+            **_class_map_facts(parity),
+            **_decision_facts(self.decision),
+            "costs": f"{shipped.parameters:,} of {trained.parameters:,} parameters, "
+            f"{shipped.macs:,} of {trained.macs:,} multiply-adds per image",
+            "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
+        }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Exported:
+@dataclass(frozen=True, kw_only=True)
+class Exported(Results):
     """The bundle that an export wrote, and its results."""
 
     path: Path
     manifest: Manifest
-    certificate: Certificate
-    parity: ParityReport
-    precision: PrecisionReport
-    lowering: LoweringReport
-    network_summary: NetworkSummary
-    speed: Speed | None
     warnings: tuple[str, ...] = ()
 
     def _repr_html_(self) -> str:
-        """Render the main facts and a link to the report for a notebook."""
-        certificate, parity, summary = self.certificate, self.parity, self.network_summary
-        decision = self.manifest.decision
-        facts = [
-            ("removed", ", ".join(certificate.detached) or "nothing"),
-            ("kept", f"{len(certificate.kept)} tensors, sha256 equal before and after"),
-            ("graph", f"{' = '.join(certificate.compared)}, root {certificate.roots.any_batch[:16]}"),
-            ("logits", f"bitwise equal on {certificate.images} probe images"),
-            ("drift", f"{parity.logits.largest_drift:.2g}, allowed {parity.logits.tolerance:.2g}"),
-            ("top class", f"equal on {parity.top1.agree} of {parity.top1.images} probe images"),
-            ("parameters", f"{summary.shipped.parameters:,} of {summary.trained.parameters:,}"),
-            ("precision", self.precision.precision),
-            *([] if decision is None else decision.rows()),
-            ("bundle", str(self.path)),
-        ]
+        """Render the results and a link to the report for a notebook."""
+        facts = [*self.facts().items(), ("bundle", str(self.path))]
         return render("sopdeploy_export.report", "notebook_export.html", path=self.path, facts=facts)
 
     def summary(self) -> dict[str, Any]:
         """Build the output of `sopdeploy export --json`; `decision` only if one was fitted."""
-        decision = self.manifest.decision
         return {
             "bundle": str(self.path),
             "id": self.manifest.id,
@@ -155,9 +93,89 @@ class Exported:
             "parity": self.parity.model_dump(),
             "precision": self.precision.model_dump(),
             "lowering": self.lowering.model_dump(),
-            **({} if decision is None else {"decision": decision.model_dump(mode="json")}),
+            **({} if self.decision is None else {"decision": self.decision.model_dump(mode="json")}),
             "trained": self.network_summary.trained.model_dump(),
             "shipped": self.network_summary.shipped.model_dump(),
-            "speed": None if self.speed is None else self.speed.model_dump(),
             "warnings": list(self.warnings),
         }
+
+
+def _proof_facts(certificate: Certificate) -> dict[str, str]:
+    removed = "nothing: the network has no training-only parts"
+    if certificate.removed:
+        tensors = f"{len(certificate.removed)} tensors, {certificate.bytes_removed:,} bytes saved"
+        removed = f"{', '.join(certificate.detached)} ({tensors})"
+    weaker = {}
+    if certificate.proof in WEAKER_PROOFS:
+        weaker["proof"] = f"{certificate.proof}: {WEAKER_PROOFS[certificate.proof]}"
+    return {
+        "removed": removed,
+        "kept": f"{len(certificate.kept)} tensors, sha256 equal before and after",
+        **weaker,
+        "graph": f"{' = '.join(certificate.compared)}, root {certificate.roots.any_batch[:16]} "
+        f"({certificate.roots.operations} operations; also at batch 1, also as ONNX)",
+        "logits": f"bitwise equal on {certificate.images} probe images",
+    }
+
+
+def _agreement(parity: ParityReport) -> str:
+    """Describe how often the top class equals that of the network, and the reasons for differences."""
+    top1, routing = parity.top1, parity.routing
+    line = (
+        f"top class equal on {top1.agree} of {top1.images} probe images ({top1.low:.1%} to {top1.high:.1%})"
+    )
+    if top1.flipped:
+        noise, routed, wrong = (top1.flips(cause) for cause in get_args(FlipCause))
+        line += f"; flips: {noise} noise, {routed} routing, {wrong} wrong"
+    return line if routing is None else f"{line}; {routing.flips} routes flipped, {routing.wrong} wrong"
+
+
+def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
+    """Describe the measured accuracy loss and the attempts to keep it small."""
+    rows = {}
+    if (accuracy := precision.accuracy) is not None:
+        top1 = ""
+        if accuracy.before is not None and accuracy.after is not None:
+            before, after = (_top1(share, accuracy.images) for share in (accuracy.before, accuracy.after))
+            top1 = f"top-1 {before} before, {after} after; "
+        rows["images"] = (
+            f"{top1}same class as float32 on {accuracy.agree} of {accuracy.images} images "
+            f"({accuracy.low:.1%} to {accuracy.high:.1%})"
+        )
+    if (int8 := precision.quantisation) is not None:
+        kept = ", ".join((*int8.kept, *int8.in_float32)) or "none"
+        rows["int8"] = (
+            f"{int8.layers} layers {TARGETS[int8.runtime]}, ranges by {int8.calibration} on "
+            f"{int8.images} images; in float32: {kept}"
+        )
+        if len(int8.tried) > 1:
+            rows["tried"] = f"{', '.join(map(str, int8.tried))} points lost"
+    return rows
+
+
+def _top1(share: float, images: int) -> str:
+    low, high = wilson(round(share * images), images)
+    return f"{100 * share:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+
+
+def _class_map_facts(parity: ParityReport) -> dict[str, str]:
+    if parity.class_maps is None:
+        return {}
+    deviation = f"{parity.class_maps.deviation:.2g} (allowed {parity.class_maps.tolerance:.2g})"
+    return {"maps": f"mean of each class activation map + bias = logit, deviation {deviation}"}
+
+
+def _decision_facts(decision: Decision | None) -> dict[str, str]:
+    """Describe the folded temperature and the thresholds; empty without a fitted decision."""
+    rows, facts = dict(decision.rows() if decision is not None else ()), {}
+    if "temperature" in rows:
+        facts["scale"] = f"temperature {rows['temperature']}, folded into the last layer"
+    elif "calibration error" in rows:
+        facts["scale"] = f"calibration error {rows['calibration error']}"
+    if "unknown images" in rows:
+        auroc = rows.get("AUROC, one class left out")
+        measured = f"; AUROC with one class left out {auroc}" if auroc else ""
+        facts["unknown"] = f"{rows['unknown images']}{measured}"
+    if "thresholds" in rows:
+        facts["present"] = f"probability of at least {rows['thresholds']}"
+    return facts

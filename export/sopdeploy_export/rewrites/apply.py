@@ -6,7 +6,7 @@ more is an error.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import onnx
@@ -21,7 +21,6 @@ from sopdeploy_export.rewrites import linear, mixture, newton_schulz
 Rule = Callable[[Graph, ir.Node], tuple[str, str] | None]
 RULES: dict[str, Rule] = {
     linear.EINSUM: linear.einsum_as_product,
-    linear.POSITIONS: linear.gather_pairs,
     linear.CENTERING: linear.center_by_mean,
     newton_schulz.NAME: newton_schulz.apply,
     mixture.NAME: mixture.apply,
@@ -80,8 +79,8 @@ class Lowered(NamedTuple):
     rules: tuple[Application, ...]
 
 
-def apply_rule(graph: Graph, name: str, node: ir.Node, where: Mapping[str, str]) -> Application | None:
-    """Apply rule *name* at *node*; *where* maps values to parts of the network, for the report."""
+def apply_rule(graph: Graph, name: str, node: ir.Node) -> Application | None:
+    """Apply rule *name* at *node*; None if it does not match."""
     result, before = name_of(node), set(graph.made)
     applied = RULES[name](graph, node)
     if applied is None:
@@ -90,7 +89,7 @@ def apply_rule(graph: Graph, name: str, node: ir.Node, where: Mapping[str, str])
     graph.infer_shapes()
     return Application(
         name=name,
-        where=where.get(result, result),
+        where=node.metadata_props.get("part", result),
         precondition=applied[0],
         effect=applied[1],
         node=result,
@@ -99,13 +98,13 @@ def apply_rule(graph: Graph, name: str, node: ir.Node, where: Mapping[str, str])
     )
 
 
-def lower_graph(model: onnx.ModelProto, where: Mapping[str, str] | None = None) -> Lowered:
-    """Apply every rule wherever it matches; *where* maps values to parts of the network, for the report."""
+def lower_graph(model: onnx.ModelProto) -> Lowered:
+    """Apply every rule wherever it matches."""
     graph, applied = Graph(model), []
     for name in RULES:
         for node in graph.nodes():
             removed = node.graph is None
-            application = None if removed else apply_rule(graph, name, node, where or {})
+            application = None if removed else apply_rule(graph, name, node)
             if application is not None:
                 applied.append(application)
     return Lowered(graph.to_proto() if applied else model, tuple(applied))
@@ -116,6 +115,6 @@ def replay(model: onnx.ModelProto, applications: Sequence[Application]) -> onnx.
     graph = Graph(model)
     for step in applications:
         node = next((node for node in graph.nodes() if name_of(node) == step.node), None)
-        if node is None or step.name not in RULES or apply_rule(graph, step.name, node, {}) is None:
+        if node is None or step.name not in RULES or apply_rule(graph, step.name, node) is None:
             raise LoweringError(f"rule {step.name!r} does not match at {step.node}")
     return graph.to_proto()

@@ -2,7 +2,6 @@
 
 - Centering: X (alpha I + beta 11^T) = alpha X + beta (X 1) 1^T. If alpha + n beta = 0, the rows of the
   constant sum to zero and the product is alpha (X - mean(X)): n additions per row, not n^2 multiply-adds.
-- Positions: element (i, j) of a matrix of n columns is element i n + j of the matrix in one row.
 - Einsum: `bim,bjm->bij` and its relatives are products of matrices, of which some are transposed.
 """
 
@@ -10,12 +9,10 @@ import re
 
 import numpy as np
 import onnx_ir as ir
-from onnxscript.rewriter.pattern import Pattern
 
-from sopdeploy_export.onnx_graph import Graph, attribute, content, dims, operand, producer, square
+from sopdeploy_export.onnx_graph import Graph, attribute, dims, operand, producer, square
 
 CENTERING = "centering by mean"
-POSITIONS = "constant positions in one gather"
 EINSUM = "einsum as a matrix product"
 ROUNDING = 16 * float(np.finfo(np.float32).eps)
 
@@ -46,27 +43,6 @@ def center_by_mean(graph: Graph, node: ir.Node) -> tuple[str, str] | None:
     centered = op.Sub(x, op.ReduceMean(x, np.array([-1]), keepdims=1))
     graph.replace(node.outputs[0], op.Mul(centered, alpha))
     return f"a constant alpha (I - 11^T / {size})", f"{size**2} multiply-adds per row become {size}"
-
-
-PAIRS = Pattern(
-    lambda op, x, index: op.Transpose(op.GatherND(op.Transpose(x, perm=[1, 2, 0]), index), perm=[1, 0])
-)
-
-
-def gather_pairs(graph: Graph, node: ir.Node) -> tuple[str, str] | None:
-    """Read elements [:, i, j] with one Gather instead of GatherND between two transposes."""
-    matched = graph.match(PAIRS, node)
-    index = content(matched["index"]) if matched else None
-    sizes = dims(matched["x"])[1:] if matched else []
-    batched = attribute(producer(node.inputs[0]) or node, "batch_dims", 0)
-    if index is None or index.ndim != 2 or index.shape[1] != 2 or batched or None in sizes:
-        return None
-    rows, columns = int(sizes[0] or 0), int(sizes[1] or 0)
-    places = np.where(index < 0, index + np.array([rows, columns]), index).astype(np.int64)
-    op = graph.before(node)
-    flat = op.reshape(matched["x"], -1, rows * columns)
-    graph.replace(node.outputs[0], op.Gather(flat, places[:, 0] * columns + places[:, 1], axis=1))
-    return f"{len(index)} constant positions of a matrix of {rows} x {columns}", "one Gather, no transposes"
 
 
 def einsum_as_product(graph: Graph, node: ir.Node) -> tuple[str, str] | None:

@@ -2,37 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import create, deserialize, last_error, make_logger
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.tensorrt.progress import (
-    Interrupt,
-    Report,
-    interrupts_recorded,
-    make_monitor,
-)
+from sopdeploy_export.tensorrt.progress import Report, interrupts_recorded, make_monitor
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """The inputs of one build.
-
-    *workspace* is in bytes; *last_build* is the duration of an earlier build in seconds, for the progress.
-    """
+    """The inputs of one build; *workspace* is in bytes."""
 
     onnx: bytes
     profiles: tuple[Profile, ...]
     level: int = 3
     workspace: int = 1 << 32
     timing_cache: bytes = b""
-    last_build: float | None = None
 
 
-@dataclass(frozen=True)
-class BuiltPlan:
-    """The outputs of one build: the plan and the timing cache."""
+class BuiltPlan(NamedTuple):
+    """The plan and the timing cache that one build made."""
 
     plan: bytes
     timing_cache: bytes
@@ -44,11 +34,6 @@ def build(trt: Any, request: BuildRequest, report: Report) -> BuiltPlan:
     Raises `EngineError` with TensorRT's own message if the graph cannot be parsed or built, and
     `KeyboardInterrupt` after Ctrl-C.
     """
-    with interrupts_recorded() as interrupt:
-        return _build(trt, request, report, interrupt)
-
-
-def _build(trt: Any, request: BuildRequest, report: Report, interrupt: Interrupt) -> BuiltPlan:
     logger = make_logger(trt)
     builder = create(trt, "Builder", logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -60,15 +45,14 @@ def _build(trt: Any, request: BuildRequest, report: Report, interrupt: Interrupt
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default in every release
     _add_profiles(builder, config, network, request.profiles)
     set_timing_cache(config, request.timing_cache)
-    monitor = make_monitor(trt, report, request.last_build, interrupt)
-    config.progress_monitor = monitor
-    memory = builder.build_serialized_network(network, config)
+    with interrupts_recorded() as interrupt:
+        monitor = make_monitor(trt, report, interrupt)
+        config.progress_monitor = monitor
+        memory = builder.build_serialized_network(network, config)
     if memory is None:
         raise EngineError(f"TensorRT {trt.__version__} cannot build the engine: {last_error(logger)}")
     timings = config.get_timing_cache()
-    return BuiltPlan(
-        plan=bytes(memory), timing_cache=bytes(timings.serialize()) if timings is not None else b""
-    )
+    return BuiltPlan(bytes(memory), bytes(timings.serialize()) if timings is not None else b"")
 
 
 def set_timing_cache(config: Any, content: bytes) -> None:

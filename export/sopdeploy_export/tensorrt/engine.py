@@ -1,4 +1,4 @@
-"""Build or find the TensorRT engine of a bundle for this machine, without torch.
+"""Build or find the TensorRT engine of a bundle for this machine; without torch, unless by torch-tensorrt.
 
 An engine is kept only if it reproduces the bundle's probes. A layer with another precision than requested
 causes a warning, or an error with `strict`.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -19,15 +19,15 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import Probes, read_probes, replay
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import import_tensorrt, version_of
-from sopdeploy.tensorrt.cache import NoEngine, cache_folder, look, records, store, write_whole
+from sopdeploy.tensorrt.cache import cache_folder, look, store, write_whole
 from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
-from sopdeploy.tensorrt.profiles import Profile, parse_profiles
+from sopdeploy.tensorrt.profiles import Profile, merge_profiles, parse_profiles
 from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_export.tensorrt.build import BuildRequest, build, inspect
 from sopdeploy_export.tensorrt.lint import GRAPH_PRECISION, check_precision, lint
 from sopdeploy_export.tensorrt.options import EngineOptions
-from sopdeploy_export.tensorrt.precision_check import check_engine_precision
+from sopdeploy_export.tensorrt.precision_check import check_engine_precision, list_precisions
 from sopdeploy_export.tensorrt.progress import Report
 
 WORKSPACE_DIVISOR = 4  # the builder may use a quarter of the GPU's memory
@@ -49,6 +49,15 @@ class Machine:
     trt: Any
     cuda: Cuda
     gpu: Gpu
+
+
+class BuiltEngine(NamedTuple):
+    """A plan, the sha256 of its source, what the lint changed, and the precision of the layers."""
+
+    plan: bytes
+    source_sha256: str
+    hazards: tuple[Hazard, ...]
+    receipt: Receipt
 
 
 def this_machine() -> Machine:
@@ -80,6 +89,7 @@ def make_key(
         precision=own if requested == GRAPH_PRECISION.get(own) else requested,
         profiles=tuple(profiles),
         level=options.level,
+        via=options.via,
     )
 
 
@@ -91,30 +101,22 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     the probes.
     """
     profiles = parse_profiles(options.profiles, bundle.manifest.batch)
+    if options.via == "torch-tensorrt":
+        profiles = (merge_profiles(profiles),)  # it builds plans with one profile
     machine = this_machine()
     key = make_key(bundle, options, profiles, str(machine.trt.__version__), machine.gpu)
     folder = cache_folder(bundle, options.cache)
-    found = NoEngine("--rebuild was given") if options.rebuild else look(folder, key)
-    if not isinstance(found, NoEngine):
+    found = "--rebuild was given" if options.rebuild else look(folder, key)
+    if not isinstance(found, str):
         report("replaying the probes on the cached engine")
         check_receipt(found.record.receipt, strict=options.strict)
         replay_probes(machine, bundle, found.plan, key)
         return Engine(path=folder / f"{key.name}.plan", record=found.record, reason=None)
-    report(f"building: {found.reason}")
-    begin = time.monotonic()
-    built = _build_plan(machine, bundle, key, folder, report)
-    check_receipt(built.receipt, strict=options.strict)
-    record = EngineRecord(
-        key=key,
-        plan_sha256=hashlib.sha256(built.plan).hexdigest(),
-        plan_bytes=len(built.plan),
-        parsed_onnx_sha256=built.onnx_sha256,
-        build_seconds=round(time.monotonic() - begin, 3),
-        hazards=built.hazards,
-        receipt=built.receipt,
-        replays=replay_probes(machine, bundle, built.plan, key),
-    )
-    return Engine(path=store(folder, built.plan, record), record=record, reason=found.reason)
+    report(f"building: {found}")
+    plan, record = _build(machine, bundle, key, folder, report)
+    check_receipt(record.receipt, strict=options.strict)
+    record = record.model_copy(update={"replays": replay_probes(machine, bundle, plan, key)})
+    return Engine(path=store(folder, plan, record), record=record, reason=found)
 
 
 def check_receipt(receipt: Receipt, *, strict: bool) -> None:
@@ -124,19 +126,41 @@ def check_receipt(receipt: Receipt, *, strict: bool) -> None:
         raise EngineError(f"{receipt.warnings[0]}{more}; without --strict this is only a warning")
 
 
-@dataclass(frozen=True)
-class BuildResult:
-    """A plan, the sha256 of the linted graph, the lint's rewrites, and the precision of the layers."""
-
-    plan: bytes
-    onnx_sha256: str
-    hazards: tuple[Hazard, ...]
-    receipt: Receipt
-
-
-def _build_plan(
+def _build(
     machine: Machine, bundle: Bundle, key: EngineKey, folder: Path, report: Report
-) -> BuildResult:
+) -> tuple[bytes, EngineRecord]:
+    """Build the plan for *key*; return it with its record, without replays."""
+    begin = time.monotonic()
+    if key.via == "torch-tensorrt":
+        made = _build_from_program(machine, bundle, key)
+    else:
+        made = _build_from_onnx(machine, bundle, key, folder, report)
+    record = EngineRecord(
+        key=key,
+        plan_sha256=hashlib.sha256(made.plan).hexdigest(),
+        plan_bytes=len(made.plan),
+        source_sha256=made.source_sha256,
+        build_seconds=round(time.monotonic() - begin, 3),
+        hazards=made.hazards,
+        receipt=made.receipt,
+        replays=(),
+    )
+    return made.plan, record
+
+
+def _build_from_program(machine: Machine, bundle: Bundle, key: EngineKey) -> BuiltEngine:
+    from sopdeploy_export.tensorrt.from_program import build_from_program, program_of  # noqa: PLC0415 # torch
+
+    workspace = machine.gpu.memory // WORKSPACE_DIVISOR
+    source = bundle.manifest.files[program_of(bundle).name].sha256
+    plan = build_from_program(bundle, key.profiles[0], key.level, workspace)
+    receipt = list_precisions(key.precision, inspect(machine.trt, plan))
+    return BuiltEngine(plan, source, (), receipt)
+
+
+def _build_from_onnx(
+    machine: Machine, bundle: Bundle, key: EngineKey, folder: Path, report: Report
+) -> BuiltEngine:
     trt, model = machine.trt, onnx.load(bundle.onnx)
     version = version_of(trt)
     check_precision(model, key.precision, version)
@@ -151,14 +175,13 @@ def _build_plan(
         level=key.level,
         workspace=machine.gpu.memory // WORKSPACE_DIVISOR,
         timing_cache=timings.read_bytes() if timings.is_file() else b"",
-        last_build=max((record.build_seconds for record in records(folder)), default=None),
     )
-    built = build(trt, request, report)
-    if built.timing_cache:
-        write_whole(timings, built.timing_cache)
+    plan, timing_cache = build(trt, request, report)
+    if timing_cache:
+        write_whole(timings, timing_cache)
     report("checking precision and outputs")
-    receipt = check_engine_precision(safe, key.precision, inspect(trt, built.plan))
-    return BuildResult(built.plan, hashlib.sha256(graph).hexdigest(), hazards, receipt)
+    receipt = check_engine_precision(safe, key.precision, inspect(trt, plan))
+    return BuiltEngine(plan, hashlib.sha256(graph).hexdigest(), hazards, receipt)
 
 
 def replay_probes(machine: Machine, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[ProbeReplay, ...]:

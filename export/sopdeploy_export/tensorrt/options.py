@@ -1,7 +1,7 @@
 """Options of an engine build."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic
 
@@ -13,6 +13,8 @@ class EngineOptions(Options):
 
     precision: str | None = None
     """Required precision of the engine; by default that of the bundle."""
+    via: Literal["onnx", "torch-tensorrt"] = "onnx"
+    """Converter: TensorRT's ONNX parser, or torch-tensorrt (of a bundle made with --pt2)."""
     profiles: str | None = None
     """Largest batch of each optimization profile, such as 1,8,32."""
     level: Annotated[int, pydantic.Field(ge=0, le=5)] = 3

@@ -2,21 +2,20 @@
 
 A build may succeed with another precision than requested. TensorRT's inspector lists the ONNX operators of
 every layer. The check warns if a layer has a floating type that none of its operators has, or if a low
-precision of the graph appears nowhere in its part of the engine. It cannot prove that an engine is wrong: the
-inspector's layout differs between releases, and fused layers hide types. The bundle's probes decide.
+precision of the graph appears nowhere in the engine. It cannot prove that an engine is wrong: the inspector's
+layout differs between releases, and fused layers hide types. The bundle's probes decide.
 """
 
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import onnx
 
-from sopdeploy.tensorrt.record import PartPrecision, Receipt
-from sopdeploy_export.tensorrt.rewrites import PRECISIONS, operator_parts, operator_precisions, value_types
+from sopdeploy.tensorrt.record import Receipt
+from sopdeploy_export.tensorrt.rewrites import PRECISIONS, operator_precisions, value_types
 
 ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 NAME_PARTS = re.compile(r"[\s+(),]+")  # separates the names in "conv + relu" and "PWN(PWN(relu), add)"
@@ -36,15 +35,6 @@ WORDS = (
 )
 
 
-@dataclass(frozen=True)
-class Requested:
-    """What the graph requests, by operator: precision, part, floating types of inputs and outputs."""
-
-    precision: Mapping[str, str]
-    part: Mapping[str, str]
-    border: Mapping[str, "frozenset[str]"]
-
-
 def precision_of_format(text: str) -> str | None:
     """Parse the floating precision in the inspector's *text*; None for integers."""
     lowered = text.lower()
@@ -59,58 +49,63 @@ def check_engine_precision(model: onnx.ModelProto, requested: str, information: 
     *information* is the inspector's JSON. The receipt holds a warning for each difference, and one if the
     inspector shows too little to compare.
     """
-    types = value_types(model)
+    types, wanted = value_types(model), operator_precisions(model)
     border = {
-        node.name: frozenset(
+        node.name: {
             PRECISIONS[types[name]] for name in (*node.input, *node.output) if types.get(name) in PRECISIONS
-        )
+        }
         for node in model.graph.node
     }
-    wanted = Requested(precision=operator_precisions(model), part=operator_parts(model), border=border)
     layers, warnings = _inspected_layers(information)
-    actual: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    actual: Counter[str] = Counter()
     seen: set[str] = set()
     for layer in layers:
         operators = ONNX_LAYER.findall(str(layer.get("Metadata", "")))
         operators = operators or NAME_PARTS.split(str(layer.get("Name", "")))
-        names = [name for name in operators if name in wanted.precision]
+        names = [name for name in operators if name in wanted]
         if not names or str(layer.get("LayerType")) in MOVES_ONLY:
             continue
         seen.update(names)
-        found = _floating_types(layer)
-        warning = _layer_warning(layer, found, operators, wanted)
-        warnings += [warning] if warning else []
-        for part in {wanted.part[name] for name in names}:
-            actual[part].update(found)
+        types_of_layer = _floating_types(layer)
+        actual.update(types_of_layer)
+        asked_for = {wanted[name] for name in names}
+        allowed = asked_for.union(*(border.get(name, ()) for name in operators))
+        wrong = _wrong_type(layer, types_of_layer, asked_for, allowed)
+        if wrong is not None:
+            expected = ", ".join(sorted(asked_for))
+            warnings.append(f"layer {layer.get('Name')} computes with {wrong}, the graph asks for {expected}")
     if layers and not seen:
         warnings.append("the engine's inspector names no operator of the graph; its precision is unknown")
-    parts = _part_precisions(wanted, actual)
-    for part, both in parts.items():
-        missing = (set(both.requested) & LOW) - set(both.actual)
-        if missing and both.actual:
-            computed = ", ".join(both.actual)
-            warnings.append(f"{part}: the graph asks for {min(missing)}, the engine computes in {computed}")
+    missing = sorted((set(wanted.values()) & LOW) - set(actual))
+    if missing and actual:
+        warnings.append(
+            f"the graph asks for {missing[0]}, the engine computes in {', '.join(sorted(actual))}"
+        )
     return Receipt(
         requested=requested,
-        parts=parts,
-        layers=len(layers),
-        operators=len(wanted.precision),
+        layers=dict(sorted(actual.items())),
+        operators=len(wanted),
         operators_seen=len(seen),
         warnings=tuple(dict.fromkeys(warnings)),
     )
 
 
-def _part_precisions(wanted: Requested, actual: Mapping[str, Counter[str]]) -> dict[str, PartPrecision]:
-    """Collect requested and actual precisions by part, in graph order."""
-    requested: dict[str, set[str]] = {}
-    for name, precision in wanted.precision.items():
-        requested.setdefault(wanted.part[name], set()).add(precision)
-    return {
-        part: PartPrecision(
-            requested=tuple(sorted(precisions)), actual=dict(sorted(actual.get(part, Counter()).items()))
-        )
-        for part, precisions in requested.items()
-    }
+def list_precisions(requested: str, information: str) -> Receipt:
+    """List the floating types of the layers of an engine whose layers have other names than the ONNX graph.
+
+    *information* is the inspector's JSON. A warning names lower precisions than the *requested* float32.
+    """
+    layers, warnings = _inspected_layers(information)
+    types = Counter(precision for layer in layers for precision in _floating_types(layer))
+    if lower := sorted(set(types) & LOW):
+        warnings.append(f"layers compute with {', '.join(lower)}, the program asks for {requested}")
+    return Receipt(
+        requested=requested,
+        layers=dict(sorted(types.items())),
+        operators=len(layers),
+        operators_seen=len(layers),
+        warnings=tuple(warnings),
+    )
 
 
 def _inspected_layers(information: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -124,7 +119,7 @@ def _inspected_layers(information: str) -> tuple[list[dict[str, Any]], list[str]
     return list(layers), []
 
 
-def _floating_types(layer: dict[str, Any]) -> list[str]:
+def _floating_types(layer: Mapping[str, Any]) -> list[str]:
     """List the floating types at the inputs and outputs of *layer*."""
     tensors = [*layer.get("Inputs", []), *layer.get("Outputs", [])]
     shown = (next((tensor[key] for key in TYPE_KEYS if key in tensor), "") for tensor in tensors)
@@ -132,21 +127,17 @@ def _floating_types(layer: dict[str, Any]) -> list[str]:
     return sorted(precision for precision in types if precision is not None)
 
 
-def _layer_warning(
-    layer: dict[str, Any], found: Sequence[str], operators: Sequence[str], wanted: Requested
+def _wrong_type(
+    layer: Mapping[str, Any], types: Sequence[str], requested: set[str], allowed: set[str]
 ) -> str | None:
-    """Compare the types *found* at *layer* with those of its *operators*; None if they agree."""
-    names = [name for name in operators if name in wanted.precision]
-    requested = {wanted.precision[name] for name in names}
-    allowed = requested.union(*(wanted.border.get(name, frozenset()) for name in operators))
-    wrong = None
-    if foreign := [precision for precision in found if precision not in allowed]:
-        wrong = foreign[0]
-    elif len(requested) == 1 and requested <= LOW and found and not requested & set(found):
-        wrong = ", ".join(found)
-    elif "fp32" in requested and "tf32" in str(layer.get("TacticName", "")).lower():
-        wrong = "tf32"
-    if wrong is None:
-        return None
-    part, expected = wanted.part[names[0]], ", ".join(sorted(requested))
-    return f"{part}: layer {layer.get('Name')} computes with {wrong}, the graph asks for {expected}"
+    """Name a type of *layer* that its operators, which compute in *requested*, do not have; None if all fit.
+
+    *allowed* also contains the types at the inputs and outputs of the operators.
+    """
+    if foreign := [precision for precision in types if precision not in allowed]:
+        return foreign[0]
+    if len(requested) == 1 and requested <= LOW and types and not requested & set(types):
+        return ", ".join(types)
+    if "fp32" in requested and "tf32" in str(layer.get("TacticName", "")).lower():
+        return "tf32"
+    return None

@@ -24,8 +24,6 @@ PRECISIONS: dict[int, str] = {
 PRODUCTS = frozenset({"Conv", "MatMul", "Gemm"})
 MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 COMPUTES_NOTHING = MOVES | {"Cast", "Constant", "DequantizeLinear", "QuantizeLinear"}
-CENTERING = MOVES | {"Cast", "Div", "MatMul", "Mul", "ReduceMean", "ReduceSum", "Sub"}
-SECOND_ORDER = "second order"
 
 
 def constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
@@ -76,56 +74,14 @@ def graph_precision(model: onnx.ModelProto) -> str:
     return next((precision for precision in ("int8", "bf16", "fp16") if precision in found), "fp32")
 
 
-def operator_parts(model: onnx.ModelProto) -> dict[str, str]:
-    """Assign every operator of *model*, by name, to a part of the network.
-
-    An operator with weights belongs to the module that its weight's name begins with, such as `layer3` or
-    `fc`. The second-order part consists of a product of two computed matrices, of the centering whose result
-    only this product reads, and of the operators after it. Any other operator belongs to the part of its
-    first operand.
-    """
-    fixed = constants(model)
-    weights = {name: name for name in fixed if "." in name}  # other names do not contain a module
-    part_of = {value.name: "input" for value in model.graph.input}
-    found = {}
-    for node in model.graph.node:
-        own = [weights[name] for name in node.input if name in weights]
-        computed = [name for name in node.input if name and name not in fixed and name not in weights]
-        if own and node.op_type in {"Cast", "DequantizeLinear"}:  # the output is still that weight
-            weights[node.output[0]] = own[0]
-        if own:
-            part = own[0].partition(".")[0]
-        elif node.op_type == "MatMul" and len(computed) == 2:
-            part = SECOND_ORDER
-        else:
-            part = part_of.get(computed[0], "input") if computed else "constants"
-        part_of.update(dict.fromkeys(node.output, part))
-        found[node.output[0]] = part
-    for node in reversed(model.graph.node):
-        after = {found[user.output[0]] for user in model.graph.node if node.output[0] in user.input}
-        if node.op_type in CENTERING and after == {SECOND_ORDER} and not weights.keys() & set(node.input):
-            found[node.output[0]] = SECOND_ORDER
-    return {node.name: found[node.output[0]] for node in model.graph.node if node.name}
-
-
 def cast_bytes_first(model: onnx.ModelProto) -> Hazard | None:
-    """Cast every uint8 input before the operators that move its values or read its shape, in place.
+    """Cast a uint8 input before the operators that move its values or read its shape, in place.
 
     Raises `LoweringError` if another operator reads uint8 values.
     """
-    inputs = [v.name for v in model.graph.input if v.type.tensor_type.elem_type == TensorProto.UINT8]
-    moved = sum(_cast_input_first(model, name) for name in inputs)
-    if not moved:
+    name = model.graph.input[0].name
+    if model.graph.input[0].type.tensor_type.elem_type != TensorProto.UINT8:
         return None
-    return Hazard(
-        rule="uint8-beyond-the-border",
-        operators=moved,
-        done="TensorRT accepts unsigned bytes only as an input: the cast now comes first",
-    )
-
-
-def _cast_input_first(model: onnx.ModelProto, name: str) -> int:
-    """Cast the input *name* before all other operators, and count those that read uint8 values before."""
     graph, unsigned = model.graph, [name]
     passed: list[onnx.NodeProto] = []
     casts: list[onnx.NodeProto] = []
@@ -144,7 +100,7 @@ def _cast_input_first(model: onnx.ModelProto, name: str) -> int:
     if borders & {*unsigned, *(cast.output[0] for cast in casts)} or len(targets) != 1:
         raise LoweringError(f"{name}: is not cast to one floating type, so TensorRT cannot read its bytes")
     if not passed:
-        return 0
+        return None
     widened = f"{name}_widened"
     renamed = {cast.output[0]: cast.input[0] for cast in casts}
     first = onnx.NodeProto.FromString(casts[0].SerializeToString())
@@ -159,4 +115,8 @@ def _cast_input_first(model: onnx.ModelProto, name: str) -> int:
     del graph.node[:], graph.value_info[:]
     graph.node.extend([*nodes[:position], first, *nodes[position:]])
     graph.value_info.extend(copies)
-    return len(passed)
+    return Hazard(
+        rule="uint8-beyond-the-border",
+        operators=len(passed),
+        done="TensorRT accepts unsigned bytes only as an input: the cast now comes first",
+    )

@@ -113,8 +113,7 @@ def check_outputs(
         raise LoweringError(f"{written} changes while the {role} network runs; {STATELESS}")
     if reads.found is not None:
         raise LoweringError(f"Python code of the {role} network reads tensors ({reads.found}); {NO_GRAPH}")
-    if not bool(torch.isfinite(logits).all()):
-        raise LoweringError(f"the {role} network returns NaN or infinite logits for probe images")
+    check_finite(logits, role)
     if not torch.equal(first, logits):
         raise LoweringError(f"the {role} network returns other logits in a second run, as random numbers do")
     exact = copy_module(deployed).double()  # without rounding, which would hide small influences
@@ -126,6 +125,15 @@ def check_outputs(
     found = {SAME_LOGITS: torch.equal(logits, logits[:1].expand_as(logits)), SOFTMAX: bool(is_softmax)}
     warnings = tuple(f"the {role} network {text}" for text, holds in found.items() if holds)
     return first_change(new, before), warnings
+
+
+def check_finite(logits: Tensor, role: str) -> None:
+    """Raise `LoweringError` if *logits* of probe images are not finite."""
+    if not bool(torch.isfinite(logits).all()):
+        raise LoweringError(
+            f"the {role} network returns NaN or infinite logits for a probe image; the probes include "
+            "images of one color, so add a small constant wherever it divides, such as by a norm"
+        )
 
 
 def run(deployed: nn.Module, images: Tensor, role: str, classes: int, where: str = "") -> Tensor:

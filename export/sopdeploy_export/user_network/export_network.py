@@ -123,7 +123,7 @@ def export_network(
             training_only=parts,
             plain=build,
             rename=rename or str,
-            captured=None if options.with_cam else captured,  # class maps add an output
+            captured=None if options.more_outputs else captured,
         ),
         labels=tuple(labels),
         preprocess=preprocess,

@@ -21,7 +21,7 @@ from sopdeploy_export.graph import (
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.proof.hashes import value_root
 from sopdeploy_export.state import Identity, modules, preserved, read_state, tensors
-from sopdeploy_export.user_network.checks import run
+from sopdeploy_export.user_network.checks import check_finite, run
 
 MAX_CONSTANT = 16  # numbers of a tensor that is no parameter or buffer, such as a mean and a deviation
 LAYOUT_TOLERANCE = 1e-4  # of the largest logit, because rounding depends on the layout of weights
@@ -29,11 +29,6 @@ GPU_TOLERANCE = 1e-2  # of the largest logit, because a GPU may use TF32
 OTHER_COPY = (
     "a copy of the network with contiguous weights computes something else than the network: its code must "
     "not depend on the memory layout, and its classes must not define how they are copied"
-)
-
-NOT_FINITE = (
-    "the network gives NaN or infinite logits for a probe image; the probes include images of one color, so "
-    "add a small constant wherever it divides, such as by the norm of a covariance"
 )
 
 
@@ -68,11 +63,10 @@ def capture_given(
         with preserved(given), preserved(copied):  # caches are empty again when they are captured
             expected = run(deployed, batch.to(next(iter(devices))), "given", classes).cpu()
             logits = run(Deployed(copied, preprocess).eval(), batch, "trained", classes)
-        if not bool(expected.isfinite().all()):
-            raise LoweringError(NOT_FINITE)
+        check_finite(expected, "given")
         if not bool(((logits - expected).abs() <= allowed * expected.abs().max()).all()):
             raise LoweringError(OTHER_COPY)
-    if same_memory and not options.with_cam:
+    if same_memory and not options.more_outputs:
         return capture(given, preprocess, options.batch)
     captured = capture(copied, preprocess, options.batch)
     if on_cpu:

@@ -1,0 +1,45 @@
+"""Embeddings in the export: the input of the last linear layer as an output, checked against the logits."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from sopdeploy.bundle.manifest import EMBEDDING
+from sopdeploy.errors import LoweringError, ParityError
+from sopdeploy.models.base import Classifier, last_linear
+from sopdeploy_export.graph import EXPORT_EMBEDDING
+from sopdeploy_export.parity.class_maps import copy_linear, logits_deviation
+from sopdeploy_export.parity.report import ParityReport
+
+WRONG_LAYER = "no last linear layer computes the logits of {}, so it has no features in front of it"
+
+
+def add_embedding_output(network: nn.Module, classes: int, training_only: Sequence[str]) -> None:
+    """Make the input of the last linear layer of *network* an output, for `--with-features`.
+
+    Raises `LoweringError` unless the last layer outside of *training_only* is linear with *classes* outputs.
+    """
+    if isinstance(network, Classifier):
+        layer = network.logits_layer()
+    else:
+        layer = last_linear(network, classes, training_only)
+    if layer is None:
+        raise LoweringError(WRONG_LAYER.format(type(network).__name__), setting="with_features")
+    name = next(name for name, module in network.named_modules() if module is layer)
+    vars(network)[EXPORT_EMBEDDING] = name
+
+
+def check_embedding(path: Path, network: nn.Module, images: NDArray[np.uint8], parity: ParityReport) -> None:
+    """Check that the last linear layer of *network* maps embeddings of the ONNX file at *path* to its logits.
+
+    *images* are uint8 (P, H, W, 3). Raises `ParityError` above the tolerance of the logits in *parity*.
+    """
+    layer = cast(nn.Linear, network.get_submodule(vars(network)[EXPORT_EMBEDDING]))
+    deviation = logits_deviation(path, copy_linear(layer), EMBEDDING, images)
+    if not deviation <= parity.logits.tolerance:  # also true for NaN
+        kind = type(network).__name__
+        raise ParityError(f"{WRONG_LAYER.format(kind)}; nothing was written", setting="with_features")

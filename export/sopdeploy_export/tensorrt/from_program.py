@@ -1,0 +1,85 @@
+"""Build a TensorRT plan from the certified program, `network.pt2`, with torch-tensorrt.
+
+This is a second way to a plan, beside TensorRT's ONNX parser. torch-tensorrt converts the operators of torch;
+the plan has the tensors of the bundle, so that the same runtime serves it after the same probes.
+"""
+
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from sopdeploy.bundle.folder import PROGRAM, Bundle
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import EngineError, RuntimeUnavailableError, first_line
+from sopdeploy.tensorrt.profiles import Profile
+
+
+def program_of(bundle: Bundle) -> Path:
+    """Return the path of the program of *bundle*; raise `EngineError` if it has none in its own precision."""
+    if PROGRAM not in bundle.manifest.files:
+        raise EngineError(f"{bundle.path}: has no {PROGRAM}; export the checkpoint again with --pt2")
+    if bundle.manifest.precision != "fp32":
+        raise EngineError(
+            f"{bundle.path}: is in {bundle.manifest.precision}, but {PROGRAM} is in float32; omit --via, "
+            "or export in precision fp32"
+        )
+    return bundle.path / PROGRAM
+
+
+def build_from_program(bundle: Bundle, profile: Profile, level: int, workspace: int) -> bytes:
+    """Convert the program of *bundle* to a plan for the batches of *profile*; *workspace* is in bytes.
+
+    Raises `RuntimeUnavailableError` without torch-tensorrt or a GPU, and `EngineError` if an operator has no
+    converter or the build fails.
+    """
+    path = program_of(bundle)
+    try:
+        torch_tensorrt = import_optional(
+            "torch_tensorrt", "torch-tensorrt", "sopdeploy[torch-tensorrt]", RuntimeUnavailableError
+        )
+    except RuntimeError as error:  # it asks for the GPU when it is imported
+        raise RuntimeUnavailableError(f"torch-tensorrt: {first_line(error)}") from error
+    program = cast_images_first(torch.export.load(path))
+    manifest = bundle.manifest
+    images = torch_tensorrt.Input(
+        min_shape=(profile.minimum, *manifest.image_shape),
+        opt_shape=(profile.optimum, *manifest.image_shape),
+        max_shape=(profile.maximum, *manifest.image_shape),
+        dtype=torch.uint8,
+    )
+    names = [output.name for output in manifest.outputs]
+    try:
+        return bytes(
+            torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
+                program,
+                arg_inputs=[images],
+                arg_input_binding_names=(manifest.inputs[0].name,),
+                output_binding_names=pytree.tree_unflatten(names, program.call_spec.out_spec),
+                disable_tf32=True,
+                require_full_compilation=True,
+                min_block_size=1,
+                optimization_level=level,
+                workspace_size=workspace,
+            )
+        )
+    except Exception as error:  # its errors have no common base class
+        raise EngineError(f"{path}: torch-tensorrt cannot build the engine: {first_line(error)}") from error
+
+
+def cast_images_first(program: ExportedProgram) -> ExportedProgram:
+    """Cast the uint8 images of *program* to float32 before all other operators, in place.
+
+    TensorRT only casts tensors of uint8. Moving pixels before or after the cast gives the same values.
+    """
+    (name,) = program.graph_signature.user_inputs
+    images = next(node for node in program.graph.nodes if node.name == name)
+    with program.graph.inserting_after(images):
+        cast = program.graph.call_function(
+            torch.ops.aten._to_copy.default, (images,), {"dtype": torch.float32}
+        )
+    cast.meta["val"] = images.meta["val"].to(torch.float32)
+    images.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    program.graph_module.recompile()
+    return program
