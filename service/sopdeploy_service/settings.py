@@ -52,7 +52,16 @@ def _check_shadow(value: str) -> str:
     return value
 
 
-RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
+def _parse_budget(value: Any) -> Any:
+    if value is None or value == "auto":
+        return value
+    try:
+        return int(pydantic.TypeAdapter(PositiveBytes).validate_python(value))
+    except pydantic.ValidationError as problem:
+        raise ValueError("write a size such as 20GB, or auto") from problem
+
+
+RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "openvino", "tensorrt"]
 DecodeWay = Literal["exact", "fast", "nvimagecodec"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
@@ -65,12 +74,20 @@ Hosts = Annotated[tuple[Host, ...], NoDecode, pydantic.BeforeValidator(_split_co
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80})$")]
 Shadow = Annotated[str, pydantic.AfterValidator(_check_shadow)]
 FrontEnds = Annotated[int, pydantic.Field(ge=1, le=64)] | Literal["auto"]
+Names = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(_split_commas)]
+PositiveBytes = Annotated[pydantic.ByteSize, pydantic.Field(gt=0)]
+Budget = Annotated[int | Literal["auto"] | None, pydantic.BeforeValidator(_parse_budget)]
 Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(_split_commas)]
 
 PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
 WORKER_VARIABLE = "SOPDEPLOY_WORKER"  # passed by `Supervisor` to its worker processes
 PILLOW_PIXELS = 178_956_970  # Pillow rejects larger images itself
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """Declare a setting; *meaning* is the help of its flag and its description in the documentation."""
+    return pydantic.Field(default, description=meaning)
 
 
 class Settings(BaseSettings):
@@ -83,64 +100,73 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
     )
 
-    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: every address of this machine
-    port: Port = 8000  # 0: any free port
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: every address of this machine")
+    port: Port = setting(8000, "port to listen on; 0: any free port")
 
-    health_port: Port | None = None  # health checks and metrics on a separate thread, without keys
-    max_loop_lag_seconds: Seconds = 5.0  # the process is not live if its event loop lags more than this
+    health_port: Port | None = setting(None, "health checks and metrics on a separate thread, without keys")
+    max_loop_lag_seconds: Seconds = setting(5.0, "not live if the event loop lags more than this")
 
-    max_connections: Count = 1000  # one more closes the longest idle connection, or gets 503
-    max_idle_connections: Count = 500  # one more closes the longest idle connection
-    keep_alive_seconds: Count = 65  # longer than the idle timeout of common load balancers
-    header_timeout: Seconds = 10.0  # seconds from the first to the last byte of a request's headers
-    max_url_bytes: Count = 8192  # path and query
-    max_headers: Count = 100  # per request
-    max_header_bytes: Count = 32_768  # all headers of one request
-    write_timeout: Seconds = 30.0  # seconds; connections whose client reads nothing for this long are closed
+    max_connections: Count = setting(1000, "one more closes the longest idle connection, or gets 503")
+    keep_alive_seconds: Count = setting(65, "longer than the idle timeout of common load balancers")
+    header_timeout: Seconds = setting(10.0, "seconds from the first to the last byte of a request's headers")
+    max_url_bytes: Count = setting(8192, "path and query")
+    max_headers: Count = setting(100, "per request")
+    max_header_bytes: Count = setting(32_768, "all headers of one request")
+    write_timeout: Seconds = setting(30.0, "seconds; a client that reads nothing for so long is disconnected")
 
-    max_body_bytes: Count = MAX_BYTES  # per request
-    max_json_bytes: Count = 16_000_000  # a JSON body, or the JSON before binary tensors
-    max_upload_bytes: Count = 256_000_000  # all bodies of unfinished requests
-    min_body_rate: Count = 10_000  # bytes per second of a request body, after body_grace_seconds
-    body_grace_seconds: Seconds = 5.0  # a body may be slower than min_body_rate for this long
-    max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = MAX_PIXELS  # per image
-    max_images: Count = 32  # per request
-    top_k: Count = 5  # classes in a response, unless the request sets its own top_k
+    max_body_bytes: Count = setting(MAX_BYTES, "per request")
+    max_json_bytes: Count = setting(16_000_000, "a JSON body, or the JSON before binary tensors")
+    max_upload_bytes: Count = setting(256_000_000, "all bodies of unfinished requests")
+    min_body_rate: Count = setting(10_000, "bytes per second of a request body, after body_grace_seconds")
+    body_grace_seconds: Seconds = setting(5.0, "a body may be slower than min_body_rate for this long")
+    max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = setting(MAX_PIXELS, "per image")
+    max_images: Count = setting(32, "per request")
+    top_k: Count = setting(5, "classes in a response, unless the request sets its own top_k")
 
-    url_hosts: Hosts = ()  # `host` or `host:port` to fetch images from; empty: URLs are rejected
-    url_plain_http: bool = False  # also fetch from http://
-    url_seconds: Seconds = 5.0  # from DNS lookup to the last byte
-    url_fetches: Count = 16  # concurrent fetches; one more gets 429
+    url_hosts: Hosts = setting((), "`host` or `host:port` to fetch images from; empty: URLs are rejected")
+    url_plain_http: bool = setting(False, "also fetch from http://")
+    url_seconds: Seconds = setting(5.0, "from DNS lookup to the last byte")
+    url_fetches: Count = setting(16, "concurrent fetches; one more gets 429")
 
-    queue_size: Count = 256  # images admitted and not finished; one more gets 429
-    request_timeout: Seconds = 30.0  # seconds from the first byte of a request to its response
-    drain_seconds: Seconds = 20.0  # time after SIGTERM to finish admitted requests
+    queue_size: Count = setting(256, "images admitted and not finished; one more gets 429")
+    request_timeout: Seconds = setting(30.0, "seconds from the first byte of a request to its response")
+    drain_seconds: Seconds = setting(20.0, "time after SIGTERM to finish admitted requests")
 
-    decoders: Threads = 2  # image decoding threads
-    decode: DecodeWay = "exact"  # fast: decode large JPEGs at reduced size; nvimagecodec: decode on the GPU
-    fast_decode_samples: Path | None = None  # directory with more JPEGs to check decode=fast or nvimagecodec
-    parsers: Threads = 2  # JSON parsing threads
-    sandbox: Sandbox = "auto"  # for front ends; auto: if the system supports it; required: start only with it
-    devices: Devices = ()  # one process per device: `cpu`, GPU number, UUID, MIG id; empty: this process
-    front_ends: FrontEnds = 1  # processes for HTTP and decoding, per device; auto: cores / 4, at most 8
-    verify_key: Path | None = None  # serve only bundles signed by this public key; see `sopdeploy sign`
-    runtime: RuntimeName = "auto"  # auto: TensorRT if set up, else onnxruntime on CUDA, else on the CPU
-    engine_cache: Path | None = None  # where TensorRT engines are looked for first; then next to the bundle
-    cuda_graphs: bool = False  # TensorRT: capture profiles with one batch size, such as 1, as CUDA graphs
-    threads: Threads | None = None  # CPU threads of the runtime; not set: one per core
-    max_batch: Count | None = None  # not set: 4 on a CPU, otherwise the largest verified batch
-    max_queue_delay_ms: Delay = 0.0  # how long an idle runtime waits for more images
-    batch_timeout_seconds: Seconds | None = None  # per batch; not set: 20 times the usual time, >= 4 s
-    shadow: Shadow | None = None  # NAME=0.05: the bundle NAME also gets 5 % of the requests, without effect
-    model_control: bool = False  # clients may load, unload and swap models; needs keys on public addresses
+    decoders: Threads | Literal["auto"] = setting(
+        "auto", "image decoding threads per process; auto: 2 beside CPU inference, else one per core, up to 8"
+    )
+    decode: DecodeWay = setting("exact", "fast: large JPEGs at reduced size; nvimagecodec: on the GPU")
+    parsers: Threads = setting(2, "JSON parsing threads")
+    sandbox: Sandbox = setting("auto", "of front ends; auto: if supported; required: start only with it")
+    devices: Devices = setting((), "one process each: `0,1`, UUIDs, MIG ids or `cpu`; empty: one process")
+    front_ends: FrontEnds = setting(1, "processes per device for HTTP and decoding; auto: cores / 4, up to 8")
+    require_signature: Path | None = setting(None, "serve only bundles signed with this public key")
+    runtime: RuntimeName = setting(
+        "auto", "tensorrt, onnxruntime-cuda, onnxruntime-cpu, openvino; auto: first usable"
+    )
+    engine_cache: Path | None = setting(
+        None, "TensorRT engines, speeds of runtimes; not set: beside the bundle"
+    )
+    cuda_graphs: bool = setting(False, "TensorRT: run profiles of one batch size as CUDA graphs")
+    threads: Threads | None = setting(None, "CPU threads of the runtime; not set: one per core")
+    max_batch: Count | None = setting(None, "images in a batch; not set: 4 on a CPU, else those verified")
+    memory_budget: Budget = setting(
+        None, "such as 20GB, or auto: load bundles at first use, release unused ones"
+    )
+    pin: Names = setting((), "names of bundles to load at the start and never release, with memory_budget")
+    max_queue_delay_ms: Delay = setting(0.0, "how long an idle runtime waits for more images")
+    batch_timeout_seconds: Seconds | None = setting(None, "not set: 20 times the usual time, >= 4 s")
+    shadow: Shadow | None = setting(None, "NAME=0.05: also send 5 % of the requests to the bundle NAME")
+    model_control: bool = setting(False, "clients may swap models; needs keys on public addresses")
 
-    keys: Path | None = None  # API key file of `sopdeploy key`; not set: no authentication
-    metrics_need_key: bool = False  # otherwise /metrics is public, like /livez and /readyz
+    keys: Path | None = setting(None, "API key file, see `sopdeploy key`; not set: no authentication")
+    metrics_need_key: bool = setting(False, "otherwise /metrics is public, like /livez and /readyz")
 
-    log: LogForm | None = None  # json, console; not set: console on a terminal, else JSON of warnings
-    log_level: Literal["debug", "info", "warning", "error"] = "info"  # debug: also health checks, scrapes
-    startup_timeline: bool = False  # log the duration of each startup step at any log level
-    tracing: bool = False  # send OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `otel`
+    log: LogForm | None = setting(
+        None, "lines as json or console; not set: console on terminals, else warnings"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "debug: also health checks")
+    tracing: bool = setting(False, "send spans to OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `otel`")
 
     @classmethod
     def settings_customise_sources(
@@ -160,22 +186,25 @@ class Settings(BaseSettings):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Settings":
-        if "cpu" in self.devices and self.runtime not in {"auto", "onnxruntime-cpu"}:
+        if "cpu" in self.devices and self.runtime not in {"auto", "onnxruntime-cpu", "openvino"}:
             raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
         if self.model_control and (len(self.devices) > 1 or (self.devices and self.front_ends == 1)):
             raise ValueError(
                 "model_control needs a single process or device; restart the server with other bundles"
             )
-        if self.metrics_need_key and self.health_port is not None and (self.devices or self.front_ends != 1):
-            raise ValueError("metrics_need_key needs a single process if there is a health_port; remove one")
         if self.front_ends == 1 and self.sandbox == "required":
             raise ValueError("sandbox=required needs front ends, which only decode; set front_ends=2 or more")
         if self.front_ends not in (1, "auto") and self.shadow is not None:
             raise ValueError("shadow needs a single process; remove front_ends")
-        if self.fast_decode_samples is not None and self.decode == "exact":
+        if self.memory_budget is not None and (
+            self.front_ends not in (1, "auto") or self.devices or self.shadow or self.model_control
+        ):
             raise ValueError(
-                "fast_decode_samples needs decode=fast or decode=nvimagecodec; exact has no check"
+                "memory_budget needs a single process without shadow and model_control; remove front_ends, "
+                "devices, shadow and model_control"
             )
+        if self.pin and self.memory_budget is None:
+            raise ValueError("pin needs memory_budget; without it, no bundle is released")
         if self.max_images > self.queue_size:
             raise ValueError(
                 f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size}); lower it"

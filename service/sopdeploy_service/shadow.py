@@ -12,13 +12,11 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError, shorten
 from sopdeploy_service.api.schema import ModelInfo, ShadowInfo
@@ -30,16 +28,8 @@ from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
-from sopdeploy_service.inference.results import (
-    DRAINING,
-    Outcome,
-    Prediction,
-    RejectedError,
-    Rejection,
-    present_classes,
-)
+from sopdeploy_service.inference.results import Outcome, Prediction, RejectedError, Rejection, rank_classes
 from sopdeploy_service.inference.service import Images, Service
-from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import RequestContext
 
 MAX_WAITING = 32  # images
@@ -56,10 +46,13 @@ def install(app: FastAPI, service: Service) -> None:
     Raises `ConfigError` for a shadow that is not among the models or has other classes.
     """
     app.router.routes += router.routes
+    app.state.shadow = None
     if service.settings.shadow is not None:
         name, _, share = service.settings.shadow.partition("=")
         live = find_live_model(service.registry.models(), name)
-        service.observers.append(Shadow(service, name, live, float(share)))
+        shadow = app.state.shadow = Shadow(service, name, live, float(share))
+        service.observers.append(shadow.observe)
+        service.more_info["shadow"] = shadow.info
 
 
 @router.post(
@@ -74,10 +67,14 @@ async def promote(request: Request, name: str) -> Response:
     service = service_of(request)
     if not service.settings.model_control:
         raise RejectedError(NOT_CONTROLLED)
-    for observer in service.observers:
-        if isinstance(observer, Shadow) and observer.name == name:
-            return json_response(model_info(use_model(request, await observer.promote())))
-    raise RejectedError(Rejection("no_shadow", 409, f"{name[:100]!r}: is not the shadow of a model"))
+    shadow: Shadow | None = request.app.state.shadow
+    if shadow is None or shadow.name != name:
+        raise RejectedError(Rejection("no_shadow", 409, f"{name[:100]!r}: is not the shadow of a model"))
+    if shadow.model.dead:
+        message = f"{name}: the model worker of this shadow has stopped"
+        raise RejectedError(Rejection("shadow_failed", 409, message))
+    request.app.state.shadow = None
+    return json_response(model_info(use_model(request, await shadow.promote())))
 
 
 def find_live_model(models: Sequence[Model], name: str) -> str:
@@ -97,16 +94,13 @@ def find_live_model(models: Sequence[Model], name: str) -> str:
         raise ConfigError(
             f"shadow {name}: its classes differ from those of {live}; use bundles with the same classes"
         )
-    if _activation(shadow) != _activation(bundle):
+    kinds = {(each.manifest.decision or Decision()).activation for each in (shadow, bundle)}
+    if len(kinds) > 1:
         raise ConfigError(
             f"shadow {name}: only one of {name} and {live} has several classes per image"
             "; use bundles of the same kind"
         )
     return live
-
-
-def _activation(bundle: Bundle) -> str:
-    return (bundle.manifest.decision or Decision()).activation
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -129,31 +123,18 @@ class Shadow:
         """Take the model *name* out of the models that *service* serves."""
         self.name, self._live, self._share = name, live, share
         self._service = service
-        loaded = service.registry.withdraw(name)
-        self.model = Model(name, loaded, service.settings, Metrics())  # its batches are not those of requests
+        self.model = service.registry.hide(name)
         metrics = service.metrics
         self.counts = dict.fromkeys(("agree", "differ", "failed", "dropped"), 0)
         self._images = {result: metrics.shadow_images.labels(name, result) for result in self.counts}
         self._seconds = {side: metrics.shadow_seconds.labels(name, side) for side in ("live", "shadow")}
         self._waiting: deque[_Waiting] = deque()
-        self._waiting_bytes = 0
         self._running: asyncio.Future[Outcome] | None = None
-        self._ended = False
 
-    def start(self) -> None:
-        """Start the worker thread of the model."""
-        self.model.start()
-
-    async def stop(self) -> None:
-        """Stop the model and release its runtime."""
-        self._ended = True
-        self.model.close(DRAINING)
-        await self.model.stop()
-
-    def info(self) -> dict[str, Any]:
+    def info(self) -> ShadowInfo:
         """Describe the shadow for `/info`."""
         bundle = self.model.bundle
-        facts = ShadowInfo(
+        return ShadowInfo(
             name=self.name,
             bundle=bundle.name,
             id=bundle.manifest.id,
@@ -161,7 +142,6 @@ class Shadow:
             share=self._share,
             images=self.counts,
         )
-        return {"shadow": facts}
 
     def observe(
         self,
@@ -185,26 +165,11 @@ class Shadow:
         return int.from_bytes(digest) < self._share * 2**32
 
     async def promote(self) -> Model:
-        """Serve the shadow instead of the live model, which stays loaded for a rollback.
-
-        The shadow is not loaded again: its runtime serves requests after its last shadow batch. Raises
-        `RejectedError` if the shadow has failed.
-        """
-        registry = self._service.registry
-        async with registry.changing:
-            self._service.observers.remove(self)
-            self._ended = True
-            self._waiting.clear()
-            if self._running is not None:
-                await asyncio.wait([self._running])
-            await self.model.stop(keep_runtime=True)
-            loaded = self.model.loaded
-            self._service.metrics.count_bundle(self.name, loaded.bundle, loaded.runtime, -1)
-            if self.model.dead:
-                message = f"{self.name}: the model worker of this shadow has stopped"
-                raise RejectedError(Rejection("shadow_failed", 409, message))
-            registry.release_name(self.name)
-            return registry.serve(self._live, loaded)
+        """Serve the shadow instead of the live model, which stays loaded for a rollback."""
+        self._service.observers.remove(self.observe)
+        del self._service.more_info["shadow"]
+        self._waiting.clear()
+        return await self._service.registry.promote(self.name, self._live)
 
     def _offer(
         self, model: Model, items: Sequence[QueuedImage], images: Images, outcomes: Sequence[Outcome]
@@ -220,24 +185,18 @@ class Shadow:
             used: Image = item.image if same else image
             size = len(used.body) if isinstance(used, EncodedImage) else used.nbytes
             fits = same or isinstance(used, EncodedImage)  # a tensor has the size of the live model's input
-            full = len(self._waiting) >= MAX_WAITING or self._waiting_bytes + size > MAX_WAITING_BYTES
+            waiting_bytes = sum(entry.size for entry in self._waiting)
+            full = len(self._waiting) >= MAX_WAITING or waiting_bytes + size > MAX_WAITING_BYTES
             if full or not fits or self.model.dead:
                 self._count("dropped")
                 continue
             self._waiting.append(_Waiting(used, size, model, outcome))
-            self._waiting_bytes += size
 
     def _advance(self) -> None:
         """Begin the next image if the live model is idle; call it after every event that can make it idle."""
-        if (
-            self._running is not None
-            or not self._waiting
-            or self._ended
-            or not self._service.registry.is_idle
-        ):
+        if self._running is not None or not self._waiting or not self._service.registry.is_idle:
             return
         entry = self._waiting.popleft()
-        self._waiting_bytes -= entry.size
         item = QueuedImage(outcome=asyncio.get_running_loop().create_future(), deadline=math.inf)
         self._running = item.outcome
         item.outcome.add_done_callback(lambda done: self._compare(entry, done.result()))
@@ -245,8 +204,6 @@ class Shadow:
 
     def _compare(self, entry: _Waiting, outcome: Outcome) -> None:
         self._running = None
-        if self._ended:
-            return
         if isinstance(outcome, Rejection):
             self._count("failed")
         else:
@@ -264,6 +221,5 @@ class Shadow:
 def _predicted(model: Model, outcome: Prediction) -> set[str]:
     """Return the label of the best class; for several classes per image, those of all present classes."""
     logits = outcome.outputs[model.bundle.manifest.outputs[0].name]
-    if model.thresholds is None:
-        return {model.labels[int(logits.argmax())]}
-    return {model.labels[index] for index, _ in present_classes(logits, model.thresholds)}
+    top_k = 1 if model.thresholds is None else None
+    return {model.labels[index] for index, _ in rank_classes(logits, top_k, model.thresholds)}

@@ -1,6 +1,6 @@
 """Request and response bodies of the HTTP API; `sopdeploy predict` prints the same classes."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic
 
@@ -14,7 +14,10 @@ SOURCES = ("image", "images", "url")
 
 
 class ClassifyRequest(pydantic.BaseModel):
-    """JSON body of `/v1/classify`: exactly one of `image`, `images` and `url`."""
+    """JSON body of `/v1/classify`, and of `/v1/embed`, which ignores `top_k`.
+
+    It has exactly one of `image`, `images` and `url`.
+    """
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid")
 
@@ -44,6 +47,16 @@ class ClassifyQuery(pydantic.BaseModel):
     )
     explain: bool = pydantic.Field(False, description="Include the class activation map of the best class.")
     explain_label: str | None = pydantic.Field(None, description="The class to explain instead of the best.")
+
+
+class EmbedQuery(pydantic.BaseModel):
+    """Query parameters of `/v1/embed`; unknown ones are ignored."""
+
+    model: str | None = pydantic.Field(None, description="Required if several models are loaded.")
+    version: str | None = pydantic.Field(None, description="Bundle ID; default: the current version.")
+    encoding_format: Literal["float", "base64"] = pydantic.Field(
+        "float", description="A list of numbers, or base64 of little-endian float32."
+    )
 
 
 class ClassProbability(StrictModel):
@@ -94,6 +107,13 @@ class Classes(StrictModel):
     score: float | None = None
 
 
+class Embedding(StrictModel):
+    """Features of one image: the D numbers that the classifier reads, or base64 of little-endian float32."""
+
+    embedding: tuple[float, ...] | str
+    warnings: tuple[str, ...] = ()
+
+
 class Failed(StrictModel):
     """The error of one image among several."""
 
@@ -106,6 +126,12 @@ class Results(StrictModel):
     results: tuple[Classes | Failed, ...]
 
 
+class Embeddings(StrictModel):
+    """Embeddings of several images, in the order of the request."""
+
+    results: tuple[Embedding | Failed, ...]
+
+
 class Health(StrictModel):
     """Response of `/livez` and `/readyz`."""
 
@@ -116,7 +142,8 @@ class ModelInfo(StrictModel):
     """A loaded network and its runtime.
 
     `fast_decode` is set if JPEGs are decoded at reduced size, `thresholds` (by class) for a multi-label
-    network.
+    network. The last three fields are set with a memory budget; `memory_bytes` is an estimate before the
+    first load.
     """
 
     name: str
@@ -133,6 +160,9 @@ class ModelInfo(StrictModel):
     fast_decode: FastDecode | None = None
     thresholds: dict[str, float] | None = None
     class_maps: bool = False
+    loaded: bool | None = None
+    pinned: bool | None = None
+    memory_bytes: int | None = None
 
 
 class ShadowInfo(StrictModel):

@@ -3,46 +3,34 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
+from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.probes import deviation, read_probes
+from sopdeploy.bundle.manifest import FEATURES
+from sopdeploy.bundle.probes import Outputs, read_probes, replay
 from sopdeploy.errors import BundleError, ParityError
-from sopdeploy_service.api.schema import (
-    Card,
-    CertificateSummary,
-    Health,
-    Info,
-    ModelInfo,
-    SelfTest,
-)
-from sopdeploy_service.api.upload import (
-    admit,
-    json_response,
-    prediction_of,
-    service_of,
-    use_model,
-)
+from sopdeploy_service.api.schema import Card, CertificateSummary, Health, Info, ModelInfo, SelfTest
+from sopdeploy_service.api.upload import admit, json_response, service_of, use_model
+from sopdeploy_service.api.v2.response import stack_outputs
 from sopdeploy_service.http.middleware import require_admin
 from sopdeploy_service.http.problems import problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
-from sopdeploy_service.inference.results import GATES, Prediction, RejectedError, Rejection
+from sopdeploy_service.inference.results import GATES, RejectedError, Rejection
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.request_context import RequestContext
 
 router = APIRouter()
 
-Collect: TypeAlias = Callable[[Mapping[str, str]], Awaitable[bytes]]
+Collect: TypeAlias = Callable[[], Awaitable[bytes]]
 
-CREDENTIALS = ("authorization", "x-api-key")  # forwarded to the other processes
 README = "README.md"
 
 
@@ -64,13 +52,12 @@ async def readyz(request: Request) -> Response:
 
 
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)
-async def metrics(request: Request, *, own: bool = False) -> Response:
-    """Return the metrics of this server: of all its processes, or of this one only with *own*."""
+async def metrics(request: Request) -> Response:
+    """Return the metrics of all processes of this server."""
     collect: Collect | None = request.app.state.collect_metrics
-    if own or collect is None:
-        return Response(generate_latest(service_of(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
-    known = {name: request.headers[name] for name in CREDENTIALS if name in request.headers}
-    return Response(await collect(known), media_type=CONTENT_TYPE_LATEST)
+    page = await collect() if collect is not None else b""
+    page = page or generate_latest(service_of(request).metrics.registry)
+    return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/info", summary="Loaded models", response_model=Info)
@@ -79,15 +66,12 @@ async def info(request: Request) -> Response:
     service = service_of(request)
     loaded = service.registry.models()
     current = [model for model in loaded if service.registry.find(model.name) is model]
-    more: dict[str, Any] = {}
-    for observer in service.observers:
-        more |= observer.info()
     return json_response(
         Info(
             server=request.app.version,
             models=tuple(model_info(model) for model in current),
             previous={model.name: model.version for model in loaded if model not in current},
-            **more,
+            **{name: describe() for name, describe in service.more_info.items()},
         )
     )
 
@@ -95,7 +79,7 @@ async def info(request: Request) -> Response:
 def model_info(model: Model) -> ModelInfo:
     """Describe *model* for `/info`."""
     manifest, runtime = model.bundle.manifest, model.loaded.runtime
-    thresholds = model.thresholds
+    thresholds, memory = model.thresholds, model.memory
     return ModelInfo(
         name=model.name,
         bundle=model.bundle.name,
@@ -110,7 +94,10 @@ def model_info(model: Model) -> ModelInfo:
         versions=manifest.versions,
         fast_decode=model.loaded.fast_decode,
         thresholds=None if thresholds is None else dict(zip(model.labels, thresholds, strict=True)),
-        class_maps=model.loaded.class_maps is not None,
+        class_maps=any(output.name == FEATURES for output in manifest.outputs),
+        loaded=None if memory is None else model.is_loaded,
+        pinned=None if memory is None else memory.pinned,
+        memory_bytes=None if memory is None else memory.bytes,
     )
 
 
@@ -122,8 +109,7 @@ def model_info(model: Model) -> ModelInfo:
 )
 async def card(request: Request, model: str | None = None) -> Response:
     """Return the model card of *model* (required if several are loaded) and a summary of its certificate."""
-    chosen = service_of(request).registry.find(model)
-    with chosen.in_use():  # a replaced model closes its files
+    with service_of(request).registry.use(model) as chosen:  # a replaced model closes its files
         return json_response(await asyncio.to_thread(read_card, chosen.bundle))
 
 
@@ -165,8 +151,7 @@ def read_card(bundle: Bundle) -> Card:
 )
 async def selftest(request: Request, model: str | None = None) -> Response:
     """Replay the probes of the bundle through the runtime, between the requests of clients."""
-    chosen, deadline = admit(request, model)
-    with chosen.in_use():
+    async with admit(request, model) as (chosen, deadline):
         return json_response(await self_test(service_of(request), chosen, deadline, request.state.context))
 
 
@@ -175,48 +160,30 @@ async def self_test(service: Service, model: Model, deadline: float, context: Re
 
     Raises `RejectedError` if they differ or cannot be replayed.
     """
+    started, loop = time.monotonic(), asyncio.get_running_loop()
+    unlimited = replace(context, rate_limit=None)
+
+    def run(images: NDArray[np.uint8]) -> Outputs:
+        work = service.infer(model, images, deadline, unlimited, features=True)
+        return stack_outputs(asyncio.run_coroutine_threadsafe(work, loop).result())
+
     try:
         probes = await asyncio.to_thread(read_probes, model.bundle.probes)
-    except BundleError as problem:  # the files changed after the start; the runtime has its own copy
-        raise selftest_failed(f"the probes cannot be read: {problem}") from problem
-    started = time.monotonic()
-    images, features = probes.images, FEATURES in probes.expected
-    if context.rate_limit is not None:  # a key whose burst is smaller could never pay for all probes
-        context.rate_limit.spend(min(len(images), context.rate_limit.burst))
-    paid = replace(context, rate_limit=None)
-    context.images = len(images)
-    size = min(len(images), service.settings.queue_size, model.largest_batch)
-    predictions: list[Prediction] = []
-    for start in range(0, len(images), size):
-        part = images[start : start + size]
-        outcomes = await service.infer(model, part, deadline, paid, features=features)
-        predictions += [prediction_of(outcome) for outcome in outcomes]
-    measured = {}
-    for name, expected in probes.expected.items():
-        outputs = {name: np.stack([prediction.outputs[name] for prediction in predictions])}
-        try:
-            measured[name] = deviation(name, outputs, expected)
-        except ParityError as problem:
-            raise selftest_failed(str(problem)) from problem
-        if not measured[name] <= probes.tolerance[name]:
-            message = (
-                f"output {name!r} deviates by {measured[name]:.3g}, but the tolerance is "
-                f"{probes.tolerance[name]:.3g}; stop this server and check its device"
-            )
-            raise selftest_failed(message)
+        if context.rate_limit is not None:  # a key whose burst is smaller could never pay for all probes
+            context.rate_limit.spend(min(len(probes.images), context.rate_limit.burst))
+        batch = min(service.settings.queue_size, model.largest_batch)
+        found = await asyncio.to_thread(replay, probes, run, batch=batch)
+    except (BundleError, ParityError) as problem:
+        raise RejectedError(Rejection("selftest_failed", 500, str(problem))) from problem
+    context.images = found.images
     return SelfTest(
         model=model.name,
         version=model.version,
-        images=len(predictions),
-        deviation=measured,
-        tolerance=probes.tolerance,
+        images=found.images,
+        deviation=found.deviation,
+        tolerance=found.tolerance,
         seconds=round(time.monotonic() - started, 3),
     )
-
-
-def selftest_failed(message: str) -> RejectedError:
-    """Create the error of a self-test, status 500."""
-    return RejectedError(Rejection("selftest_failed", 500, message))
 
 
 @router.post(

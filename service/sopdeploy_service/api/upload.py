@@ -15,20 +15,13 @@ from sopdeploy.images.formats import FIRST_BYTES, too_large_error
 from sopdeploy_service.api.schema import ClassifyRequest
 from sopdeploy_service.http.fetch import fetch
 from sopdeploy_service.http.forms import ImageForm
-from sopdeploy_service.http.middleware import require
+from sopdeploy_service.http.middleware import cancel_on_disconnect, require
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import (
-    CLIENT_GONE,
-    DEADLINE,
-    Outcome,
-    Prediction,
-    RejectedError,
-    Rejection,
-)
-from sopdeploy_service.inference.service import Service
+from sopdeploy_service.inference.results import CLIENT_GONE, DEADLINE, Outcome, RejectedError, Rejection
+from sopdeploy_service.inference.service import Images, Service
 from sopdeploy_service.observability.request_context import RequestContext
 
 Value = TypeVar("Value")
@@ -46,24 +39,21 @@ NOT_A_FORM = Rejection("unsupported_multipart", 415, "send the image itself or m
 
 
 class Upload(NamedTuple):
-    """The images of one request. *is_list* selects a list as response; *top_k* is from a JSON body."""
+    """The images of one request, or the *url* of one.
+
+    *is_list* selects a list as response; *top_k* is from a JSON body.
+    """
 
     images: list[EncodedImage]
     is_list: bool = False
     top_k: int | None = None
+    url: str | None = None
 
 
 def service_of(request: Request) -> Service:
     """Return the `Service` of the app that handles *request*."""
     service: Service = request.app.state.service
     return service
-
-
-def prediction_of(outcome: Outcome) -> Prediction:
-    """Return *outcome* if it is a prediction; raises `RejectedError` if it is a rejection."""
-    if isinstance(outcome, Rejection):
-        raise RejectedError(outcome)
-    return outcome
 
 
 def json_response(
@@ -76,21 +66,33 @@ def json_response(
     return Response(orjson.dumps(value), status_code=status, headers=headers, media_type="application/json")
 
 
-def admit(request: Request, name: str | None = None, version: str | None = None) -> tuple[Model, float]:
+@asynccontextmanager
+async def admit(
+    request: Request, name: str | None = None, version: str | None = None
+) -> AsyncIterator[tuple[Model, float]]:
     """Choose the model and the deadline (`time.monotonic`) of *request* before its body is read.
 
-    Raises `RejectedError` if the key lacks the scope, the model is not loaded, the deadline cannot be met, or
-    the queue or the rate limit is full.
+    With a memory budget, the request may wait until the model is loaded. The model stays loaded during the
+    block. Raises `RejectedError` if the key lacks the scope, the model is
+    not loaded, the deadline cannot be met, or the queue or the rate limit is full.
     """
     context: RequestContext = request.state.context
     service = service_of(request)
     require(context, "classify")
     deadline = time.monotonic() + timeout_of(request, service.settings.request_timeout)
-    model = use_model(request, service.registry.find(name, version))
-    service.check_admission(model, deadline)
-    if context.rate_limit is not None:
-        context.rate_limit.spend(1, check_only=True)
-    return model, deadline
+    with service.registry.use(name, version) as model:
+        use_model(request, model)
+        service.check_admission(model, deadline)
+        if context.rate_limit is not None:
+            context.rate_limit.spend(1, check_only=True)
+        if not model.is_loaded:
+            began = time.monotonic()
+            async with preparing(service, model, deadline):
+                model = await service.registry.wait_until_loaded(model)
+            waited = time.monotonic() - began
+            service.metrics.stage("load", waited)
+            context.record_stage("load", waited)
+        yield model, deadline
 
 
 def use_model(request: Request, model: Model) -> Model:
@@ -112,8 +114,8 @@ def timeout_of(request: Request, longest: float) -> float:
 
 
 @asynccontextmanager
-async def parsing(service: Service, model: Model, deadline: float) -> AsyncIterator[None]:
-    """Count a request as one queued image while its body is parsed or its URL is fetched.
+async def preparing(service: Service, model: Model, deadline: float) -> AsyncIterator[None]:
+    """Count a request as one queued image while its model is loaded, its body parsed or its URL fetched.
 
     Raises `RejectedError` if the queue is full or the block does not end before *deadline*.
     """
@@ -123,6 +125,25 @@ async def parsing(service: Service, model: Model, deadline: float) -> AsyncItera
                 yield
         except TimeoutError as problem:
             raise RejectedError(DEADLINE) from problem
+
+
+async def run(
+    request: Request,
+    model: Model,
+    images: Images,
+    deadline: float,
+    started: float,
+    *,
+    features: bool,
+) -> list[Outcome]:
+    """Run `Service.infer` for a request that was received since *started*; a disconnect cancels it."""
+    service, context = service_of(request), request.state.context
+    received = time.monotonic()
+    seconds = received - started - context.stage_seconds.get("load", 0.0)
+    service.metrics.stage("receive", seconds)
+    context.record_stage("receive", seconds, received)
+    work = service.infer(model, images, deadline, context, features=features)
+    return await cancel_on_disconnect(work, request.receive)
 
 
 async def read_upload(request: Request, service: Service, model: Model, deadline: float) -> Upload:
@@ -149,21 +170,19 @@ async def read_upload(request: Request, service: Service, model: Model, deadline
     body = await read_body(request, limit, deadline)
     if body.startswith(FIRST_BYTES):
         return Upload([EncodedImage(body, content_type)])
-    async with parsing(service, model, deadline):
-        given = (body, limit, settings.max_images)
-        loop = asyncio.get_running_loop()
-        upload, url = await loop.run_in_executor(service.parsers, parse_upload, *given)
-        if url is None:
+    async with preparing(service, model, deadline):
+        loop, given = asyncio.get_running_loop(), (body, limit, settings.max_images)
+        upload = await loop.run_in_executor(service.parsers, parse_upload, *given)
+        if upload.url is None:
             return upload
         if service.fetches.locked():
             raise RejectedError(FETCHES_FULL)
         async with service.fetches:
-            image = await fetch(url, settings)
-        return upload._replace(images=[EncodedImage(image)])
+            return upload._replace(images=[EncodedImage(await fetch(upload.url, settings))])
 
 
-def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> tuple[Upload, str | None]:
-    """Parse a JSON body; return its images, or no images and the URL of one. Call it in a thread.
+def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
+    """Parse a JSON body. Call it in a thread.
 
     Raises `RejectedError` for anything that is not a `ClassifyRequest` with base64 images.
     """
@@ -175,13 +194,13 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> tuple[Upload, s
     top_k = None if body.top_k is None else min(body.top_k, MAX_TOP_K)
     if body.images is None:
         images = [] if body.image is None else [EncodedImage(decode_text(body.image, "image"))]
-        return Upload(images, top_k=top_k), body.url
+        return Upload(images, top_k=top_k, url=body.url)
     if not body.images:
         raise RejectedError(NO_IMAGE)
     if len(body.images) > max_images:
         raise bad_request("too_many_images", f"images: more than {max_images}, the limit of this server")
     images = [EncodedImage(decode_text(text, f"images[{i}]")) for i, text in enumerate(body.images)]
-    return Upload(images, is_list=True, top_k=top_k), None
+    return Upload(images, is_list=True, top_k=top_k)
 
 
 async def read_body(

@@ -1,71 +1,84 @@
-"""`POST /v1/classify`: read the images of a request, run them and format the predictions."""
+"""`POST /v1/classify` and `/v1/embed`: read the images of a request, run them and format the outputs."""
 
+import base64
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import pydantic
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.types import Receive, Scope, Send
 
-from sopdeploy_service.api.schema import Classes, ClassifyQuery, ClassifyRequest, Results
-from sopdeploy_service.api.upload import (
-    admit,
-    json_response,
-    prediction_of,
-    read_upload,
-    service_of,
+from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
+from sopdeploy.images.pixels import visible_box
+from sopdeploy_service.api.schema import (
+    Classes,
+    ClassifyQuery,
+    ClassifyRequest,
+    Embedding,
+    Embeddings,
+    EmbedQuery,
+    Results,
 )
-from sopdeploy_service.http.middleware import cancel_on_disconnect
-from sopdeploy_service.http.problems import Problem, problem_responses
-from sopdeploy_service.inference.explain import check_explainable, format_class_map
+from sopdeploy_service.api.upload import Upload, admit, json_response, read_upload, run, service_of
+from sopdeploy_service.http.problems import Problem, bad_request, problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import (
     GATES,
+    Outcome,
     Prediction,
     RejectedError,
     Rejection,
     format_prediction,
-    present_classes,
+    rank_classes,
 )
 
 
 class DirectRoute(APIRoute):
-    """Route that calls its endpoint directly, without FastAPI's validation of parameters and responses.
+    """Route that calls its endpoint without FastAPI's validation of parameters and responses.
 
-    A request takes 0.52 ms of CPU time instead of 0.63 (`benchmarks/request_cpu.py`).
+    The endpoint takes the request only. Exceptions are handled by the app's middleware.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Use the endpoint itself instead of FastAPI's wrapper."""
-        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
-        return handler
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response of the endpoint."""
+        if scope["method"] not in (self.methods or ()):
+            await super().handle(scope, receive, send)  # status 405
+            return
+        response: Response = await self.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
 
 
 router = APIRouter(route_class=DirectRoute)
+Query = TypeVar("Query", bound=pydantic.BaseModel)
 
 BINARY = {"type": "string", "format": "binary"}
 FORM = {"type": "object", "properties": {"image": {"type": "array", "items": BINARY}}, "required": ["image"]}
-PARAMETERS = [
-    {"name": name, "in": "query", "required": False, "schema": schema}
-    for name, schema in ClassifyQuery.model_json_schema()["properties"].items()
-]
 BODIES = {
     "image/*": {"schema": BINARY},
     "multipart/form-data": {"schema": FORM},
     "application/json": {"schema": ClassifyRequest.model_json_schema()},
 }
+STATUSES = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+
+
+def describe(query: type[pydantic.BaseModel]) -> dict[str, Any]:
+    """Describe the parameters *query* and the body of a request in OpenAPI."""
+    parameters = [
+        {"name": name, "in": "query", "required": False, "schema": schema}
+        for name, schema in query.model_json_schema()["properties"].items()
+    ]
+    return {"parameters": parameters, "requestBody": {"required": True, "content": BODIES}}
 
 
 @router.post(
     "/v1/classify",
     summary="Classify one image or several",
-    responses={
-        200: {"model": Classes | Results},
-        **problem_responses(400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504),
-    },
-    openapi_extra={"parameters": PARAMETERS, "requestBody": {"required": True, "content": BODIES}},
+    responses={200: {"model": Classes | Results}, **problem_responses(*STATUSES)},
+    openapi_extra=describe(ClassifyQuery),
 )
 async def classify(request: Request) -> Response:
     """Classify the image in the body, or 1..n images in a form (fields `image`) or in JSON.
@@ -76,44 +89,97 @@ async def classify(request: Request) -> Response:
     threshold, at most `top_k` if the request sets it. `warnings` next to the classes name changes made while
     decoding, such as `exif_rotated`. Bundles with a rejection threshold add `known` and `score`.
     """
-    service, context = service_of(request), request.state.context
-    started = time.monotonic()
-    try:  # much faster than parameters of the function, which FastAPI validates one by one
-        query = ClassifyQuery.model_validate(dict(request.query_params))
+    service, started = service_of(request), time.monotonic()
+    query = _parse_query(request, ClassifyQuery)
+    async with admit(request, query.model, query.version) as (chosen, deadline):
+        explained = _check_query(query, chosen)
+        upload = await read_upload(request, service, chosen, deadline)
+        outcomes = await run(request, chosen, upload.images, deadline, started, features=explained)
+    top_k = query.top_k or upload.top_k or (service.settings.top_k if chosen.thresholds is None else None)
+
+    def format_classes(outcome: Prediction) -> dict[str, Any]:
+        result = _format_result(outcome, chosen, query, top_k)
+        if result.get("known") is False:
+            service.metrics.unknown_images.labels(chosen.name).inc()
+        return result
+
+    return _respond(request, upload, outcomes, format_classes)
+
+
+@router.post(
+    "/v1/embed",
+    summary="Compute the features in front of the classifier",
+    responses={200: {"model": Embedding | Embeddings}, **problem_responses(*STATUSES)},
+    openapi_extra=describe(EmbedQuery),
+)
+async def embed(request: Request) -> Response:
+    """Compute the embedding of the image in the body, or of 1..n images in a form or in JSON.
+
+    Requests, limits and errors are those of `/v1/classify`; each image has `embedding` instead of `classes`.
+    The bundle must have been exported with `--with-features`.
+    """
+    service, started = service_of(request), time.monotonic()
+    query = _parse_query(request, EmbedQuery)
+    async with admit(request, query.model, query.version) as (chosen, deadline):
+        if not any(output.name == EMBEDDING for output in chosen.bundle.manifest.outputs):
+            message = f"{chosen.name}: has no features; export it with --with-features"
+            raise bad_request("no_features", message)
+        upload = await read_upload(request, service, chosen, deadline)
+        outcomes = await run(request, chosen, upload.images, deadline, started, features=True)
+
+    def format_embedding(outcome: Prediction) -> dict[str, Any]:
+        vector = outcome.outputs[EMBEDDING]
+        if query.encoding_format == "float":
+            return {"embedding": vector.tolist(), "warnings": outcome.warnings}
+        encoded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
+        return {"embedding": encoded, "warnings": outcome.warnings}
+
+    return _respond(request, upload, outcomes, format_embedding)
+
+
+def _parse_query(request: Request, kind: type[Query]) -> Query:
+    """Parse the query parameters of *request*, much faster than FastAPI, which validates them one by one."""
+    try:
+        return kind.model_validate(dict(request.query_params))
     except pydantic.ValidationError as problem:
         errors = [{**error, "loc": ("query", *error["loc"])} for error in problem.errors()]
         raise RequestValidationError(errors) from problem
-    chosen, deadline = admit(request, query.model, query.version)
-    if query.gates and not any(output.name == GATES for output in chosen.bundle.manifest.outputs):
-        raise RejectedError(Rejection("no_gates", 400, f"{chosen.name}: has no gate; omit gates=true"))
-    if query.threshold is not None and chosen.thresholds is None:
-        message = f"{chosen.name}: predicts one class per image; omit threshold"
-        raise RejectedError(Rejection("no_thresholds", 400, message))
-    explained = query.explain or query.explain_label is not None
-    if explained:
-        names = (chosen.name, chosen.loaded.class_maps, chosen.labels)
-        check_explainable(*names, query.explain_label)
-    with chosen.in_use():  # while the body arrives, the model may be replaced
-        upload = await read_upload(request, service, chosen, deadline)
-        received = time.monotonic()
-        service.metrics.stage("receive", received - started)
-        context.record_stage("receive", received - started, received)
-        work = service.infer(chosen, upload.images, deadline, context, features=explained)
-        outcomes = await cancel_on_disconnect(work, request.receive)
-    if not upload.is_list:
-        prediction_of(outcomes[0])
-    top_k = query.top_k or upload.top_k or (service.settings.top_k if chosen.thresholds is None else None)
+
+
+def _respond(
+    request: Request,
+    upload: Upload,
+    outcomes: Sequence[Outcome],
+    format_result: Callable[[Prediction], dict[str, Any]],
+) -> Response:
+    """Create the response with the *outcomes* of *upload*; an image of its own that is invalid raises."""
+    if not upload.is_list and isinstance(outcomes[0], Rejection):
+        raise RejectedError(outcomes[0])
     results: list[dict[str, Any]] = []
     for outcome in outcomes:
         if isinstance(outcome, Rejection):
-            service.metrics.rejected.labels(outcome.code).inc()
+            service_of(request).metrics.rejected.labels(outcome.code).inc()
             results.append({"error": Problem.of(outcome).model_dump()})
-            continue
-        results.append(_format_result(outcome, chosen, query, top_k))
-        if results[-1].get("known") is False:
-            service.metrics.unknown_images.labels(chosen.name).inc()
+        else:
+            results.append(format_result(outcome))
     body = {"results": results} if upload.is_list else results[0]
-    return json_response(body, headers={"Server-Timing": context.server_timing()})
+    return json_response(body, headers={"Server-Timing": request.state.context.server_timing()})
+
+
+def _check_query(query: ClassifyQuery, chosen: Model) -> bool:
+    """Raise `RejectedError` if *chosen* cannot do what *query* requests; tell whether it requests a map."""
+    if query.gates and not any(output.name == GATES for output in chosen.bundle.manifest.outputs):
+        raise bad_request("no_gates", f"{chosen.name}: has no gate; omit gates=true")
+    if query.threshold is not None and chosen.thresholds is None:
+        raise bad_request("no_thresholds", f"{chosen.name}: predicts one class per image; omit threshold")
+    explained = query.explain or query.explain_label is not None
+    if explained and chosen.loaded.class_maps is None:
+        message = f"{chosen.name}: has no class activation maps; export it with --with-cam, or omit explain"
+        raise bad_request("no_class_maps", message)
+    if query.explain_label is not None and query.explain_label not in chosen.labels:
+        message = f"explain_label: the model has no class {query.explain_label[:100]!r}"
+        raise bad_request("unknown_label", message)
+    return explained
 
 
 def _format_result(
@@ -121,11 +187,10 @@ def _format_result(
 ) -> dict[str, Any]:
     """Build the JSON object of one prediction, with the gates and the class map that *query* requests."""
     logits = outcome.outputs[chosen.bundle.manifest.outputs[0].name]
-    if chosen.thresholds is None:
-        ranked = outcome.ranking.top_k(outcome.row, top_k or len(chosen.labels))
-    else:
-        same = None if query.threshold is None else [query.threshold] * len(chosen.labels)
-        ranked = present_classes(logits, same or chosen.thresholds, top_k)
+    thresholds = chosen.thresholds
+    if query.threshold is not None:
+        thresholds = (query.threshold,) * len(chosen.labels)
+    ranked = rank_classes(logits, top_k, thresholds)
     weights = outcome.outputs[GATES] if query.gates else None
     recognized = None if chosen.rejection is None else chosen.rejection.recognize(logits)
     result = format_prediction(
@@ -133,7 +198,14 @@ def _format_result(
     )
     label, layer = query.explain_label, chosen.loaded.class_maps
     if layer is not None and (query.explain or label is not None):
-        index = int(logits.argmax()) if label is None else chosen.labels.index(label)
         rules = chosen.bundle.manifest.preprocess
-        result["class_map"] = format_class_map(outcome, layer, index, chosen.labels, rules)
+        size = outcome.size or (rules.crop, rules.crop)
+        index = int(logits.argmax()) if label is None else chosen.labels.index(label)
+        result["class_map"] = {
+            "label": chosen.labels[index],
+            "values": layer.map_of(outcome.outputs[FEATURES], index).astype(np.float32).tolist(),
+            "bias": float(layer.bias[index]),
+            "box": visible_box(size, rules),
+            "image_size": size,
+        }
     return result

@@ -72,22 +72,18 @@ def bench(
     size that a bundle does not support.
     """
     step("opening and replaying the probes")
-    bundles = [load_model(path, settings)]
-    if against is not None:
-        bundles.append(load_model(against, settings))
+    bundles = [load_model(each, settings) for each in (path, against) if each is not None]
     for loaded in bundles:
         largest = loaded.runtime.largest_batch
-        wrong = [batch for batch in batches if not 1 <= batch <= largest]
-        if wrong:
+        if wrong := [batch for batch in batches if not 1 <= batch <= largest]:
             raise ConfigError(
                 f"{loaded.bundle.name} takes batches of 1 to {largest}, not of {wrong[0]}"
                 "; choose sizes in this range"
             )
-    latencies: list[list[Latency]] = [[] for _ in bundles]
+    seconds = {}
     for batch in batches:
         step(f"timing batches of {batch}")
-        for rows, seconds in zip(latencies, _time_runs(bundles, batch), strict=True):
-            rows.append(summarize(batch, seconds))
+        seconds[batch] = _time_runs(bundles, batch)
     measured = [
         BundleLatencies(
             bundle=loaded.bundle.name,
@@ -95,18 +91,19 @@ def bench(
             precision=loaded.bundle.manifest.precision,
             runtime=loaded.runtime.name,
             device=loaded.runtime.device,
-            latencies=tuple(rows),
+            latencies=tuple(summarize(batch, times[index]) for batch, times in seconds.items()),
         )
-        for loaded, rows in zip(bundles, latencies, strict=True)
+        for index, loaded in enumerate(bundles)
     ]
-    pairs = zip(latencies[0], latencies[-1], strict=True) if against is not None else ()
+    ours, other = measured[0], measured[1] if against is not None else None
+    pairs = zip(ours.latencies, other.latencies, strict=True) if other is not None else ()
     return Benchmark(
         machine=machine(),
         versions={"python": platform.python_version(), **installed(PACKAGES)},
         threads=settings.threads,
-        ours=measured[0],
-        other=measured[1] if against is not None else None,
-        ratios={str(ours.batch): ours.median_ms / other.median_ms for ours, other in pairs},
+        ours=ours,
+        other=other,
+        ratios={str(first.batch): first.median_ms / second.median_ms for first, second in pairs},
     )
 
 

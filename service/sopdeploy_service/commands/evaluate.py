@@ -4,7 +4,6 @@ Images run one by one, as in `predict`, so that a prediction does not depend on 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,30 +12,13 @@ from numpy.typing import NDArray
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.folder_store import Log, ignore
 from sopdeploy.data.image_files import ImageFiles
-from sopdeploy.decision import sigmoid
 from sopdeploy.errors import DataError, ImageError
-from sopdeploy.evaluation.metrics import Score
-from sopdeploy.evaluation.multi_label import MultiLabelPredictions
+from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.images.tta import TtaMode, check_tta_mode, tta_views
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel, load_model
-from sopdeploy_service.inference.results import RankedClasses, softmax
 from sopdeploy_service.settings import Settings, load_settings
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BundleScores:
-    """The scores of a bundle on a data set, and the runtime and device that ran it.
-
-    `labels` are sorted. `scores` has one entry per image; for a multi-label network, it is all predictions.
-    """
-
-    labels: tuple[str, ...]
-    scores: list[Score] | MultiLabelPredictions
-    bundle: str
-    runtime: str
-    device: str
 
 
 def scores_of_bundle(
@@ -47,20 +29,20 @@ def scores_of_bundle(
     settings: Settings | None = None,
     on_image: Callable[[int, int], None],
     log: Log = ignore,
-) -> BundleScores:
+) -> tuple[tuple[str, ...], Predictions, dict[str, str]]:
     """Score the bundle at *path* on the images below *data*, one subfolder per class or `labels.csv`.
 
-    Calls *on_image* with the number of finished images and of all images, *log* with lines about the folder.
-    Raises `DataError` for folders that are no class of the network and for images that the server would
-    reject, and the errors of `load_model`.
+    Returns the sorted class names, one score per image (all predictions of a multi-label network), and the
+    names of bundle, runtime and device. Calls *on_image* with the number of finished images and of all
+    images, *log* with lines about the folder. Raises `DataError` for folders that are no class of the network
+    and for images that the server would reject, and the errors of `load_model`.
     """
     settings = settings or load_settings()
     loaded = load_model(path, settings)
     tta_mode = check_tta_mode(tta, loaded.bundle.manifest.preprocess)
     labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
-    thresholds = decision.thresholds if decision is not None else None
     sorted_labels = tuple(sorted(labels))
-    multi_label = thresholds is not None
+    multi_label = decision is not None and decision.thresholds is not None
     images = open_evaluation_images(
         data, labels if multi_label else sorted_labels, multi_label=multi_label, log=log
     )
@@ -68,28 +50,8 @@ def scores_of_bundle(
     for index in range(len(images)):
         logits.append(_view_logits(loaded, images, index, tta_mode, settings))
         on_image(index + 1, len(images))
-    scores: list[Score] | MultiLabelPredictions
-    if thresholds is None:
-        columns = [sorted_labels.index(label) for label in labels]
-        scores = []
-        for target, views in zip(images.targets.tolist(), logits, strict=True):
-            ranked = [(columns[column], value) for column, value in _rank_classes(views)]
-            review = decision.review(views[0]) if decision is not None and len(views) == 1 else {}
-            scores.append(Score.from_ranking(target, ranked, **review))
-    else:
-        scores = MultiLabelPredictions(
-            labels=labels,
-            targets=images.targets.astype(np.float64),
-            probabilities=np.stack([sigmoid(views).mean(axis=0) for views in logits]),
-            thresholds=thresholds,
-        )
-    return BundleScores(
-        labels=sorted_labels,
-        scores=scores,
-        bundle=loaded.bundle.name,
-        runtime=loaded.runtime.name,
-        device=loaded.runtime.device,
-    )
+    facts = {"bundle": loaded.bundle.name, "runtime": loaded.runtime.name, "device": loaded.runtime.device}
+    return sorted_labels, make_predictions(logits, images, labels, decision), facts
 
 
 def _view_logits(
@@ -107,11 +69,3 @@ def _view_logits(
     if not all(np.isfinite(row).all() for row in logits):
         raise DataError(f"{path}: the network's output is not finite; verify the bundle")
     return np.stack(logits)
-
-
-def _rank_classes(logits: NDArray[np.float32]) -> RankedClasses:
-    """Rank the classes of one image by the mean probability of its views, from *logits* (V, C)."""
-    probabilities = softmax(logits).mean(axis=0)
-    # Logits still differ where probabilities have become 0.
-    order = np.argsort(-(logits[0] if len(logits) == 1 else probabilities), kind="stable")
-    return [(int(index), float(probabilities[index])) for index in order]

@@ -8,12 +8,12 @@ import numpy as np
 import pydantic
 from PIL import Image
 
-from sopdeploy.bundle.class_maps import FEATURES
 from sopdeploy.bundle.folder import MANIFEST
+from sopdeploy.bundle.manifest import FEATURES
 from sopdeploy.config import StrictModel
 from sopdeploy.data.folder_store import is_image
 from sopdeploy.errors import ConfigError, DataError, ImageError
-from sopdeploy.files import atomic_write, open_regular, read_at_most
+from sopdeploy.files import atomic_write, open_regular, read_at_most, writing
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.overlay import draw_overlay
 from sopdeploy.images.pixels import (
@@ -30,12 +30,8 @@ from sopdeploy_service.http.problems import Problem
 from sopdeploy_service.images.decode import Decoded, EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel, load_model
-from sopdeploy_service.inference.results import (
-    NONFINITE,
-    Rejection,
-    format_prediction,
-    rank_images,
-)
+from sopdeploy_service.inference.results import NONFINITE, Rejection, format_prediction, rank_classes
+from sopdeploy_service.runtime.base import must_run
 from sopdeploy_service.settings import Settings, load_settings
 
 
@@ -77,65 +73,51 @@ def predict(
     if explain is not None and (len(images) != 1 or explain.suffix.lower() != ".png"):
         raise ConfigError("needs exactly one image, and the name of a .png file", setting="explain")
     loaded = load_model(bundle_path, settings)
+    if explain is not None and loaded.class_maps is None:
+        raise ConfigError(
+            f"{bundle_path} has no class activation maps; export it with_cam", setting="explain"
+        )
     predictions = []
     for number, image in enumerate(images):
         name = str(image if isinstance(image, Path) else getattr(image, "filename", "") or f"image {number}")
         read = read_image(image, settings.max_body_bytes) if isinstance(image, Path) else image
-        if explain is not None:
-            _explain_image(loaded, read, settings, explain)
-        predictions.append(_predict_image(loaded, read, name, settings))
+        predictions.append(_predict_image(loaded, read, name, settings, explain))
     return predictions
 
 
 def _predict_image(
-    loaded: LoadedModel, image: EncodedImage | Image.Image, name: str, settings: Settings
+    loaded: LoadedModel,
+    image: EncodedImage | Image.Image,
+    name: str,
+    settings: Settings,
+    explain: Path | None,
 ) -> FilePrediction:
     manifest = loaded.bundle.manifest
     try:
         decoded = _decode(image, manifest.preprocess, settings)
     except ImageError as error:
         return FilePrediction(image=name, error=Problem.of(Rejection.of(error)))
-    outputs = loaded.runtime.run(decoded.pixels[None])
+    with must_run(loaded.runtime):
+        outputs = loaded.runtime.run(decoded.pixels[None])
     if not all(np.isfinite(values).all() for values in outputs.values()):
         return FilePrediction(image=name, error=Problem.of(NONFINITE))
     logits = outputs[manifest.outputs[0].name][0]
+    if explain is not None and loaded.class_maps is not None:
+        values = loaded.class_maps.map_of(outputs[FEATURES][0], int(logits.argmax()))
+        if isinstance(image, EncodedImage):
+            image = open_image(image.body, max_bytes=len(image.body), max_pixels=settings.max_pixels)
+        rules = manifest.preprocess
+        drawing = draw_overlay(to_rgb(image, rules), values, visible_box(decoded.size, rules))
+        with writing(explain, DataError), atomic_write(explain) as partial:
+            drawing.save(partial, "PNG")
     thresholds = None if manifest.decision is None else manifest.decision.thresholds
     limit = settings.classes_per_image(multi_label=thresholds is not None)
-    (ranked,) = rank_images([logits], thresholds, limit)
+    ranked = rank_classes(logits, limit, thresholds)
     recognized = None if manifest.rejection is None else manifest.rejection.recognize(logits)
     prediction = format_prediction(
         ranked, loaded.bundle.labels, warnings=decoded.warnings, recognized=recognized
     )
     return FilePrediction(image=name, **prediction)
-
-
-def _explain_image(
-    loaded: LoadedModel, image: EncodedImage | Image.Image, settings: Settings, destination: Path
-) -> None:
-    """Write the class activation map of the best class of *image*; write nothing for an invalid image."""
-    rules, layer = loaded.bundle.manifest.preprocess, loaded.class_maps
-    if layer is None:
-        raise ConfigError(
-            f"{loaded.bundle.path} has no class activation maps; export it with_cam", setting="explain"
-        )
-    try:
-        decoded = _decode(image, rules, settings)
-    except ImageError:  # reported with the prediction
-        return
-    outputs = loaded.runtime.run(decoded.pixels[None])
-    logits = outputs[loaded.bundle.manifest.outputs[0].name][0]
-    values = layer.map_of(outputs[FEATURES][0], int(logits.argmax()))
-    if isinstance(image, EncodedImage):
-        source = open_image(image.body, max_bytes=len(image.body), max_pixels=settings.max_pixels)
-    else:
-        source = image
-    drawing = draw_overlay(to_rgb(source, rules), values, visible_box(decoded.size, rules))
-    try:
-        with atomic_write(destination) as partial:
-            drawing.save(partial, "PNG")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError(f"{destination}: cannot be written ({reason}); name another file") from error
 
 
 def _decode(image: EncodedImage | Image.Image, preprocess: Preprocess, settings: Settings) -> Decoded:

@@ -1,25 +1,21 @@
 """`sopdeploy verify`: check a bundle's files and its outputs on this machine."""
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sopdeploy.bundle.golden import PixelDifference, check_golden, read_golden
 from sopdeploy.config import StrictModel
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.runtime.base import must_run
 from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
-
-
-class ReplayRecord(StrictModel):
-    """The deviation and tolerance of each output at one batch size."""
-
-    batch: int
-    images: int
-    deviation: dict[str, float]
-    tolerance: dict[str, float]
 
 
 class Verification(StrictModel):
     """The facts of a bundle that passed every check; `golden` counts its golden examples.
+
+    `replays` has the deviation and the tolerance of each output by batch size.
 
     `onnx_root` is the root that was recomputed from `model.onnx`; None if `onnx` is not installed. `pixels`
     is the largest difference of the pixels of golden examples; None if they are those of the export.
@@ -33,7 +29,7 @@ class Verification(StrictModel):
     bytes: int
     runtime: str
     device: str
-    replays: tuple[ReplayRecord, ...]
+    replays: tuple[dict[str, Any], ...]
     golden: int
     pixels: PixelDifference | None = None
 
@@ -52,14 +48,14 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
         image = EncodedImage(example.jpeg)
         rules, size = bundle.manifest.preprocess, len(example.jpeg)
         decoded = decode(image, rules, max_bytes=size, max_pixels=PILLOW_PIXELS)
-        differences.append(
-            check_golden(
+        with must_run(loaded.runtime):
+            difference = check_golden(
                 example,
                 decoded.pixels,
                 lambda image: loaded.runtime.run(image[None])[output][0],
                 bundle.manifest.versions.get("pillow"),
             )
-        )
+        differences.append(difference)
     return Verification(
         bundle=bundle.name,
         id=bundle.manifest.id,
@@ -69,12 +65,7 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
         bytes=sum(record.bytes for record in bundle.manifest.files.values()),
         runtime=loaded.runtime.name,
         device=loaded.runtime.device,
-        replays=tuple(
-            ReplayRecord(
-                batch=batch, images=replay.images, deviation=replay.deviation, tolerance=replay.tolerance
-            )
-            for batch, replay in loaded.replays.items()
-        ),
+        replays=tuple({"batch": batch, **asdict(replay)} for batch, replay in loaded.replays.items()),
         golden=len(examples),
         pixels=max(filter(None, differences), key=lambda difference: difference.drift, default=None),
     )

@@ -9,16 +9,16 @@ import struct
 from enum import IntEnum
 
 HEADER = struct.Struct("=BII")  # kind, number, bytes of the body
-IMAGE = struct.Struct("=IqBdd")  # model, offset in the shared memory, features, arrived, deadline
-RESULT = struct.Struct("=BIIIdd")  # rejection or 0, images, batch, row, queue seconds, inference seconds
-INLINE = -1  # offset: the pixels follow in the message, because the shared memory is full
+IMAGE = struct.Struct("=I?dd")  # model, features, arrived, deadline
+RESULT = struct.Struct("=BIIdd")  # rejection or 0, batch, row, queue seconds, inference seconds
 BUFFER_BYTES = 1 << 20
+MAX_MESSAGE_BYTES = 1 << 27
 
 
 class Kind(IntEnum):
     """Kinds of messages and what their number counts; the first group is sent by front ends."""
 
-    IMAGE = 1  # images of this front end; `IMAGE`
+    IMAGE = 1  # images of this front end; `IMAGE` and the pixels
     CANCEL = 2  # an image whose request has ended
     COMMAND = 3  # commands of this front end; JSON
     APPLIED = 4  # the last change of the models that is in use
@@ -35,47 +35,32 @@ class ChannelError(Exception):
     """The other process has violated the protocol of the channel."""
 
 
-class Channel:
-    """One end of the stream between two processes, on an event loop."""
+async def open_channel(connection: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Open an end of the channel on the event loop."""
+    return await asyncio.open_unix_connection(sock=connection, limit=BUFFER_BYTES)
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
 
-    @classmethod
-    async def open(cls, connection: socket.socket) -> "Channel":
-        """Open the channel on a connected socket."""
-        return cls(*await asyncio.open_unix_connection(sock=connection, limit=BUFFER_BYTES))
+def send(writer: asyncio.StreamWriter, kind: Kind, number: int, *parts: bytes) -> None:
+    """Send a message whose body are *parts*, without waiting."""
+    writer.write(b"".join((HEADER.pack(kind, number, sum(map(len, parts))), *parts)))
 
-    def send(self, kind: Kind, number: int, *parts: bytes) -> None:
-        """Send a message whose body are *parts*, without waiting."""
-        size = sum(map(len, parts))
-        self._writer.write(b"".join((HEADER.pack(kind, number, size), *parts)))
 
-    async def receive(self, max_bytes: int) -> tuple[int, int, bytes]:
-        """Wait for the next message; return kind, number and body.
+async def receive(reader: asyncio.StreamReader) -> tuple[int, int, bytes]:
+    """Wait for the next message; return kind, number and body.
 
-        Raises `ConnectionError` at the end of the stream, and `ChannelError` for a body above *max_bytes*.
-        """
-        try:
-            kind, number, size = HEADER.unpack(await self._reader.readexactly(HEADER.size))
-            if size > max_bytes:
-                raise ChannelError(f"a message of {size} bytes")
-            return kind, number, await self._reader.readexactly(size)
-        except asyncio.IncompleteReadError as error:
-            raise ConnectionResetError("the other process has ended") from error
-
-    @property
-    def unsent_bytes(self) -> int:
-        """The number of bytes that the other process has not read."""
-        return self._writer.transport.get_write_buffer_size()
-
-    def close(self) -> None:
-        """End the stream."""
-        self._writer.close()
+    Raises `ConnectionError` at the end of the stream, and `ChannelError` for a body that is too long.
+    """
+    try:
+        kind, number, size = HEADER.unpack(await reader.readexactly(HEADER.size))
+        if size > MAX_MESSAGE_BYTES:
+            raise ChannelError(f"a message of {size} bytes")
+        return kind, number, await reader.readexactly(size)
+    except asyncio.IncompleteReadError as error:
+        raise ConnectionResetError("the other process has ended") from error
 
 
 def receive_blocking(connection: socket.socket) -> tuple[int, int, bytes]:
-    """Receive a message from a blocking socket, before there is an event loop; see `Channel.receive`."""
+    """Receive a message from a blocking socket, before there is an event loop; see `receive`."""
     kind, number, size = HEADER.unpack(_receive_exactly(connection, HEADER.size))
     return kind, number, _receive_exactly(connection, size)
 

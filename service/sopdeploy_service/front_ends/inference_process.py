@@ -9,6 +9,7 @@ A front end that breaks the protocol is disconnected; a correct one then ends an
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,12 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from sopdeploy.bundle.class_maps import FEATURES
+from sopdeploy.bundle.manifest import ON_REQUEST
+from sopdeploy_service.front_ends import channel, control
 from sopdeploy_service.front_ends.archive import write_archive
-from sopdeploy_service.front_ends.channel import IMAGE, INLINE, RESULT, Channel, ChannelError, Kind
-from sopdeploy_service.front_ends.memory import PixelMemory
+from sopdeploy_service.front_ends.channel import IMAGE, RESULT, ChannelError, Kind
 from sopdeploy_service.inference.bundle_store import BundleStore
-from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage
 from sopdeploy_service.inference.registry import ModelRegistry
@@ -47,13 +48,12 @@ from sopdeploy_service.inference.results import (
 )
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.server.health_port import BEAT_SECONDS
 from sopdeploy_service.server.launch import RUNTIME_DEAD, run_program
 from sopdeploy_service.settings import Settings
 
-BEAT_SECONDS = 0.1
 APPLY_SECONDS = 2.0  # how long a change of models waits for slow front ends
 APPLY_CHECK_SECONDS = 0.005
-MAX_MESSAGE_BYTES = 1 << 27
 MAX_UNSENT_BYTES = 1 << 27  # results that a front end does not read
 REJECTIONS = (CLIENT_GONE, DEADLINE, DRAINING, ENGINE_DEAD, ENGINE_FAILED, NONFINITE, OUT_OF_MEMORY)
 CODES = {rejection.code: position for position, rejection in enumerate(REJECTIONS, 1)}  # 0: outputs
@@ -63,11 +63,10 @@ log = logging.getLogger("sopdeploy.engine")
 
 @dataclass(eq=False)
 class FrontEnd:
-    """A front end: its channel and memory, its images, and the models that it may use, by number."""
+    """A front end: the writer of its channel, its images, and the models that it may use, by number."""
 
     name: str
-    channel: Channel
-    memory: PixelMemory
+    writer: asyncio.StreamWriter
     images: dict[int, tuple[Model, QueuedImage]] = field(default_factory=dict)
     models: dict[int, Model] = field(default_factory=dict)
     uses: dict[int, ExitStack] = field(default_factory=dict)
@@ -77,27 +76,33 @@ class FrontEnd:
 class InferenceProcess:
     """Runs the images of all front ends with the models of *registry*.
 
-    The supervisor sends the channels of front ends over *broker*, and gets heartbeats. A front end may have
+    The *supervisor* sends the channels of front ends, and gets status reports. A front end may have
     *max_images* images here.
     """
 
-    def __init__(self, registry: ModelRegistry, broker: socket.socket, max_images: int) -> None:
+    def __init__(self, registry: ModelRegistry, supervisor: socket.socket, max_images: int) -> None:
         self._registry = registry
-        self._broker = broker
+        self._operations: dict[str, Callable[..., Awaitable[object]]] = {
+            "load": registry.load,
+            "unload": registry.unload,
+            "roll_back": registry.roll_back,
+        }
+        self._supervisor = supervisor
+        bundles = " ".join(model.bundle.name for model in registry.models())
+        self._status = control.STATUS.pack(0, 0, True) + bundles.encode()
         self._max_images = max_images
         self._ended = asyncio.Event()
         self._numbers: dict[Model, int] = {}
-        self._last_number = 0
+        self._next_number = itertools.count(1)
         self._changes = 0
         self._images = 0
         self._front_ends: set[FrontEnd] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
-        """Serve until the supervisor closes the broker; return the exit code, 70 if a runtime is dead."""
+        """Serve until the supervisor closes its socket; return the exit code, 70 if a runtime is dead."""
         loop = asyncio.get_running_loop()
-        self._broker.setblocking(False)
-        loop.add_reader(self._broker, self._receive_front_end)
+        loop.add_reader(self._supervisor, self._receive_front_end)
         await self._registry.start()
         dead = False
         while not dead and not self._ended.is_set():
@@ -105,8 +110,8 @@ class InferenceProcess:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), BEAT_SECONDS)
             dead = any(model.dead for model in self._registry.models())
-        loop.remove_reader(self._broker)
-        self._broker.close()
+        loop.remove_reader(self._supervisor)
+        self._supervisor.close()
         self._registry.close(DRAINING)
         for task in self._tasks:
             task.cancel()
@@ -115,23 +120,16 @@ class InferenceProcess:
         return RUNTIME_DEAD if dead else 0
 
     def _beat(self) -> None:
-        with contextlib.suppress(OSError):  # the supervisor is busy, or has ended
-            self._broker.send(b"beat")
+        control.send(self._supervisor, self._status)
         for front_end in self._front_ends:
-            front_end.channel.send(Kind.LOAD, self._images)
+            channel.send(front_end.writer, Kind.LOAD, self._images)
 
     def _receive_front_end(self) -> None:
-        """Receive channel and memory of a front end, or detect that the supervisor has ended."""
-        try:
-            name, files, _, _ = socket.recv_fds(self._broker, 100, 2)
-        except BlockingIOError:
-            return
-        except OSError:
-            name, files = b"", []
-        if len(files) == 2:
-            connection, memory = socket.socket(fileno=files[0]), PixelMemory(files[1])
-            self._start(self.serve(name.decode(), connection, memory))
-        else:
+        """Receive the channel of a front end, or detect that the supervisor has ended."""
+        name, files = control.receive(self._supervisor)
+        for file in files:
+            self._start(self.serve(name.decode(), socket.socket(fileno=file)))
+        if not files:
             self._ended.set()
 
     def _start(self, work: Any) -> None:
@@ -139,14 +137,15 @@ class InferenceProcess:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def serve(self, name: str, connection: socket.socket, memory: PixelMemory) -> None:
+    async def serve(self, name: str, connection: socket.socket) -> None:
         """Serve the front end *name* until it ends or breaks the protocol."""
-        front_end = FrontEnd(name, await Channel.open(connection), memory)
+        reader, writer = await channel.open_channel(connection)
+        front_end = FrontEnd(name, writer)
         self._front_ends.add(front_end)
         try:
             self._announce(front_end)
             while True:
-                self._handle(front_end, *await front_end.channel.receive(MAX_MESSAGE_BYTES))
+                self._handle(front_end, *await channel.receive(reader))
         except ConnectionError:
             log.debug("front end %s has ended", name)
         except Exception as error:  # whatever a front end sends must not end this process
@@ -154,8 +153,7 @@ class InferenceProcess:
             log.error("front end %s: %s; it is disconnected", name, str(error), exc_info=not expected)
         finally:
             self._front_ends.discard(front_end)
-            front_end.channel.close()
-            front_end.memory.close()
+            writer.close()
             for model, item in tuple(front_end.images.values()):
                 model.queue.reject([item], CLIENT_GONE)
             for use in front_end.uses.values():
@@ -170,7 +168,8 @@ class InferenceProcess:
                 model, item = front_end.images[number]
                 model.queue.reject([item], CLIENT_GONE)
         elif kind == Kind.COMMAND:
-            self._start(self._execute(front_end, number, json.loads(body)))
+            operation, arguments = json.loads(body)
+            self._start(self._execute(front_end, number, operation, arguments))
         elif kind == Kind.APPLIED:
             front_end.applied = number
         elif kind == Kind.RELEASE:
@@ -181,16 +180,16 @@ class InferenceProcess:
 
     def _queue(self, front_end: FrontEnd, number: int, body: bytes) -> None:
         """Queue an image of *front_end*; every value is checked."""
-        model_number, offset, features, arrived, deadline = IMAGE.unpack_from(body)
+        model_number, features, arrived, deadline = IMAGE.unpack_from(body)
         if number in front_end.images or len(front_end.images) >= self._max_images:
             raise ChannelError(f"image {number} was sent twice, or too many images")
-        if front_end.channel.unsent_bytes > MAX_UNSENT_BYTES:
+        if front_end.writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             raise ChannelError("reads no results")
         now = time.monotonic()
         item = QueuedImage(
             outcome=asyncio.get_running_loop().create_future(),
             deadline=deadline,
-            features=bool(features),
+            features=features,
             arrived=arrived if now - 60 < arrived <= now else now,
         )
         item.outcome.add_done_callback(partial(self._send_result, front_end, number, item))
@@ -200,11 +199,8 @@ class InferenceProcess:
             return
         front_end.images[number] = model, item
         self._images += 1
-        shape = model.bundle.manifest.image_shape
-        if offset == INLINE:
-            item.image = np.frombuffer(body, np.uint8, offset=IMAGE.size).reshape(shape)
-        else:
-            item.image = front_end.memory.image(offset, shape)
+        pixels = np.frombuffer(body, np.uint8, offset=IMAGE.size)
+        item.image = pixels.reshape(model.bundle.manifest.image_shape)
         rejection = model.queue.put(item)
         if rejection is not None:
             item.settle(rejection)
@@ -219,21 +215,25 @@ class InferenceProcess:
             return
         outcome = done.result()
         if isinstance(outcome, Rejection):
-            result = RESULT.pack(CODES[outcome.code], self._images, 0, 0, 0.0, 0.0)
-            front_end.channel.send(Kind.RESULT, number, result)
+            result = RESULT.pack(CODES[outcome.code], 0, 0, 0.0, 0.0)
+            channel.send(front_end.writer, Kind.RESULT, number, result)
             return
         timings = outcome.queue_seconds, outcome.infer_seconds
         outputs = [
-            values.tobytes() for name, values in outcome.outputs.items() if name != FEATURES or item.features
+            values.tobytes()
+            for name, values in outcome.outputs.items()
+            if name not in ON_REQUEST or item.features
         ]
-        result = RESULT.pack(0, self._images, outcome.batch, outcome.row, *timings)
-        front_end.channel.send(Kind.RESULT, number, result, *outputs)
+        result = RESULT.pack(0, outcome.batch, outcome.row, *timings)
+        channel.send(front_end.writer, Kind.RESULT, number, result, *outputs)
 
-    async def _execute(self, front_end: FrontEnd, number: int, command: Mapping[str, Any]) -> None:
+    async def _execute(
+        self, front_end: FrontEnd, number: int, operation: str, arguments: Sequence[Any]
+    ) -> None:
         """Execute a command, and answer it when all front ends use the result."""
         rejection = None
         try:
-            await self._change(**command)
+            await self._operations[operation](*arguments)
         except RejectedError as error:
             rejection = asdict(error.rejection)
         except Exception:  # a bug must not leave the client waiting
@@ -242,15 +242,7 @@ class InferenceProcess:
         else:
             await self._apply()
         if front_end in self._front_ends:
-            front_end.channel.send(Kind.ANSWER, number, json.dumps(rejection).encode())
-
-    async def _change(self, *, operation: str, name: str, folder: str | None) -> None:
-        if operation == "load":
-            await self._registry.load(name, folder)
-        elif operation == "unload":
-            await self._registry.unload(name)
-        else:
-            await self._registry.roll_back(name)
+            channel.send(front_end.writer, Kind.ANSWER, number, json.dumps(rejection).encode())
 
     async def _apply(self) -> None:
         """Announce the models to all front ends, and wait until they use them."""
@@ -265,44 +257,30 @@ class InferenceProcess:
         """Send the models to *front_end*; each stays loaded until the front end has released it."""
         numbers: dict[str, list[int]] = {}
         models = self._registry.models()
-        self._numbers = {model: self._numbers.get(model) or self._next_number() for model in models}
+        self._numbers = {model: self._numbers.get(model) or next(self._next_number) for model in models}
         for model, number in self._numbers.items():
             numbers.setdefault(model.name, []).append(number)
             if number not in front_end.models:
                 front_end.models[number] = model
                 front_end.uses[number] = use = ExitStack()
                 use.enter_context(model.in_use())
-                front_end.channel.send(Kind.MODEL, number, write_archive(model))
-        front_end.channel.send(Kind.MODELS, self._changes, json.dumps(numbers).encode())
-
-    def _next_number(self) -> int:
-        self._last_number += 1
-        return self._last_number
-
-
-def load_models(sources: list[str], settings: Settings) -> tuple[BundleStore, dict[str, LoadedModel]]:
-    """Load the bundles at *sources* by name."""
-    store = BundleStore(sources)
-    return store, {name: load_model(path, settings) for name, path in store.bundles.items()}
+                channel.send(front_end.writer, Kind.MODEL, number, write_archive(model))
+        channel.send(front_end.writer, Kind.MODELS, self._changes, json.dumps(numbers).encode())
 
 
 def serve(launch_config: Mapping[str, Any]) -> int:
-    """Load the models, print the `ready` line and serve; return the exit code."""
+    """Load the models and serve; return the exit code."""
     settings = Settings(**launch_config["settings"])
+    supervisor = socket.socket(fileno=launch_config["control"])
     with logs.configured(settings):
-        store, models = load_models(launch_config["sources"], settings)
-        names = " ".join(model.bundle.name for model in models.values())
-        broker = socket.socket(fileno=launch_config["broker"])
-
-        async def run() -> int:
-            registry = ModelRegistry(models, settings, Metrics(), store if settings.model_control else None)
-            models.clear()  # a model that is replaced later must be freed
-            process = InferenceProcess(registry, broker, settings.queue_size)
-            sys.stdout.write(f"ready: -  {names}\n")
-            sys.stdout.flush()
-            return await process.run()
-
-        return asyncio.run(run())
+        store = BundleStore(launch_config["sources"])
+        registry = ModelRegistry(
+            {name: load_model(path, settings) for name, path in store.bundles.items()},
+            settings,
+            Metrics(),
+            store if settings.model_control else None,
+        )
+        return asyncio.run(InferenceProcess(registry, supervisor, settings.queue_size).run())
 
 
 if __name__ == "__main__":

@@ -1,41 +1,30 @@
 """How many front ends a server has, and their shares of its limits."""
 
-from pathlib import Path
-
-from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.cores import cores_within_quota
 from sopdeploy_service.settings import Settings
 
 MAX_AUTO, CORES_PER_FRONT_END = 8, 4
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: microseconds per period
 
 
 def count_front_ends(settings: Settings) -> int:
     """Return the number of front ends per device.
 
-    `auto` is a quarter of the cores, at most 8, divided by the number of devices. With a shadow, which needs
-    a single process, `auto` is 1. Raises `ConfigError` if `auto` is 1 and a sandbox is required.
+    `auto` is a quarter of the cores, at most 8, divided by the number of devices. With a shadow or a memory
+    budget, which need a single process, `auto` is 1. Raises `ConfigError` if `auto` is 1 and a sandbox is
+    required.
     """
     if settings.front_ends != "auto":
         return settings.front_ends
     cores = cores_within_quota()
     count = max(1, min(MAX_AUTO, cores // CORES_PER_FRONT_END) // max(1, len(settings.devices)))
-    if settings.shadow is not None:
+    if settings.shadow is not None or settings.memory_budget is not None:
         count = 1
     if count == 1 and settings.sandbox == "required":
         raise ConfigError(
             f"sandbox=required: front_ends=auto is one process on {cores} cores; set front_ends=2 or more"
         )
     return count
-
-
-def cores_within_quota() -> int:
-    """Count the usable cores, at most the CPU time of the container's quota."""
-    try:
-        most, period = CPU_QUOTA.read_text().split()
-        return min(usable_cores(), max(1, int(most) // int(period)))
-    except (OSError, ValueError):  # no cgroup, or no quota: `max 100000`
-        return usable_cores()
 
 
 def share_limits(settings: Settings, front_ends: int) -> dict[str, int]:

@@ -1,8 +1,7 @@
 """Rate limits of API keys that several front ends share.
 
-Every front end writes the images that it has charged into its own row of the shared memory and reads the rows
-of the others, so no lock is needed. Two requests at the same moment may both get the last tokens; the bucket
-then goes below zero, and the limit holds on average.
+The state of every bucket is in shared memory, without a lock: if two front ends charge a key in the same
+microsecond, one of the charges is lost.
 """
 
 import mmap
@@ -14,52 +13,44 @@ from sopdeploy_service.http.rate_limits import TokenBucket
 MAX_KEYS = 4096
 
 
-class SharedSpending:
-    """Shared memory with the images that each front end has charged; *row* is that of this front end."""
+class SharedBuckets:
+    """Shared memory with tokens and time of the last fill of each key."""
 
-    def __init__(self, file: int, row: int, rows: int) -> None:
+    def __init__(self, file: int) -> None:
         """Map the memory *file* of `create`; the file may be closed afterwards."""
-        self._sums = memoryview(mmap.mmap(file, 8 * MAX_KEYS * rows)).cast("d")
-        self._own, self._rows = row, rows
+        self._values = memoryview(mmap.mmap(file, 16 * MAX_KEYS)).cast("d")
 
     @staticmethod
-    def create(rows: int) -> int:
-        """Create a memory file for *rows* front ends."""
+    def create() -> int:
+        """Create a memory file for all front ends."""
         file = os.memfd_create("sopdeploy-limits", os.MFD_CLOEXEC)
-        os.ftruncate(file, 8 * MAX_KEYS * rows)
+        os.ftruncate(file, 16 * MAX_KEYS)
         return file
-
-    def add(self, key: int, images: int) -> None:
-        """Charge *images* to the key with number *key*."""
-        self._sums[self._own * MAX_KEYS + key] += images
-
-    def others(self, key: int) -> float:
-        """Return what the other front ends have charged to *key* since the server started."""
-        return sum(self._sums[row * MAX_KEYS + key] for row in range(self._rows) if row != self._own)
 
     def create_bucket(self, rate: float, burst: int, number: int) -> "SharedTokenBucket":
         """Create the bucket of the key *number*; raises `ConfigError` if it is too large."""
         if number >= MAX_KEYS:
             raise ConfigError(f"more than {MAX_KEYS} keys, the limit with front_ends; remove some")
-        return SharedTokenBucket(rate, burst, number, self)
+        return SharedTokenBucket(rate, burst, self._values[2 * number : 2 * number + 2])
 
 
 class SharedTokenBucket(TokenBucket):
-    """A token bucket from which the other front ends take tokens, too."""
+    """A token bucket whose *state*, tokens and time of the last fill, is shared."""
 
-    def __init__(self, rate: float, burst: int, number: int, shared: SharedSpending) -> None:
-        super().__init__(rate, burst, number)
-        self._shared, self._number = shared, number
-        self._seen = shared.others(number)
+    def __init__(self, rate: float, burst: int, state: "memoryview[float]") -> None:
+        super().__init__(rate, burst)
+        self._state = state
+        if not state[1]:  # this is the first process
+            self._share()
 
     def spend(self, images: int, *, check_only: bool = False) -> None:
         """Take the tokens of *images*, as `TokenBucket.spend` does."""
         super().spend(images, check_only=check_only)
-        if not check_only:
-            self._shared.add(self._number, images)
+        self._share()
 
     def _fill(self) -> None:
+        self._tokens, self._filled = self._state
         super()._fill()
-        seen, self._seen = self._seen, self._shared.others(self._number)
-        if self._seen > seen:  # a wrong sum from a compromised front end takes at most one burst
-            self._tokens -= min(self._seen - seen, float(self.burst))
+
+    def _share(self) -> None:
+        self._state[0], self._state[1] = self._tokens, self._filled

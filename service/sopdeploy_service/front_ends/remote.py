@@ -15,20 +15,19 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.class_maps import FEATURES
+from sopdeploy.bundle.manifest import ON_REQUEST
+from sopdeploy_service.front_ends import channel
 from sopdeploy_service.front_ends.archive import read_archive
-from sopdeploy_service.front_ends.channel import IMAGE, INLINE, RESULT, Channel, Kind, receive_blocking
-from sopdeploy_service.front_ends.inference_process import MAX_MESSAGE_BYTES, REJECTIONS
-from sopdeploy_service.front_ends.memory import PixelMemory
+from sopdeploy_service.front_ends.channel import IMAGE, RESULT, Kind
+from sopdeploy_service.front_ends.inference_process import REJECTIONS
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, call_soon
-from sopdeploy_service.inference.registry import NOT_CONTROLLED, ModelRegistry, Versions
+from sopdeploy_service.inference.registry import NOT_CONTROLLED, ModelRegistry
 from sopdeploy_service.inference.results import (
     ENGINE_DEAD,
     NONFINITE,
     Prediction,
-    Ranking,
     RejectedError,
     Rejection,
 )
@@ -47,7 +46,6 @@ class RemoteQueue(RequestQueue):
         self._model, self._registry, self._metrics = model, registry, metrics
         self._counts = metrics.of(model.name)
         self._drift = drift_window(model.bundle)
-        self._numbers: dict[QueuedImage, int] = {}  # of the images without a result
         outputs = model.bundle.manifest.outputs
         self._shapes = {output.name: tuple(side or 1 for side in output.shape[1:]) for output in outputs}
         self._logits = outputs[0].name
@@ -58,42 +56,31 @@ class RemoteQueue(RequestQueue):
         return self._registry.images_elsewhere
 
     def put(self, item: QueuedImage) -> Rejection | None:
-        """Copy the image of *item* to the shared memory, and send it from the event loop."""
-        if self.closed_with is not None:
-            return self.closed_with
-        offset = self._registry.memory.take(item.image.nbytes)
-        if offset is not None:
-            np.copyto(self._registry.memory.image(offset, item.image.shape), item.image)
-        call_soon(item.outcome.get_loop(), self._send, item, offset)
-        return None
+        """Send the image of *item* from the event loop."""
+        if self.closed_with is None:
+            call_soon(item.outcome.get_loop(), self._send, item)
+        return self.closed_with
 
-    def _send(self, item: QueuedImage, offset: int | None) -> None:
+    def _send(self, item: QueuedImage) -> None:
         if self.closed_with is not None:
             item.settle(self.closed_with)
-        if item.outcome.done():  # its request has ended, too
-            if offset is not None:
-                self._registry.memory.give_back(offset)
-            return
-        self._numbers[item] = self._registry.send_image(self, self._model.number, item, offset)
+        if not item.outcome.done():  # otherwise its request has ended, too
+            self._registry.send_image(self, self._model.number, item)
 
     def reject(self, items: Sequence[QueuedImage], rejection: Rejection) -> None:
         """Give *rejection* to all *items* without an outcome, and cancel those that were sent."""
         for item in items:
             item.settle(rejection)
-            if item in self._numbers:
-                self._registry.send(Kind.CANCEL, self._numbers.pop(item))
+        self._registry.cancel(items)
 
     def close(self, rejection: Rejection) -> list[QueuedImage]:
         """Give *rejection* to every image from now on; return those that have no result."""
         self.closed_with = rejection
-        items = list(self._numbers)
-        self._numbers.clear()
-        return items
+        return self._registry.items_of(self)
 
     def settle(self, item: QueuedImage, result: bytes) -> None:
         """Settle *item* with its *result*, and count the image and, for the first of a batch, the batch."""
-        code, _, batch, row, queue_seconds, infer_seconds = RESULT.unpack_from(result)
-        self._numbers.pop(item, None)
+        code, batch, row, queue_seconds, infer_seconds = RESULT.unpack_from(result)
         if code:
             rejection = REJECTIONS[code - 1]
             if rejection is NONFINITE:
@@ -113,14 +100,14 @@ class RemoteQueue(RequestQueue):
             self._counts.drift = self._drift.latest
         if item.trace is not None:
             item.trace.record_batch([item.trace], started, ended)
-        details = (Ranking(logits), 0, item.warnings, item.size)
-        item.settle(Prediction(outputs, queue_seconds, infer_seconds, batch, *details))
+        timings = queue_seconds, infer_seconds
+        item.settle(Prediction(outputs, *timings, batch, row, item.warnings, item.size))
 
     def _read_outputs(self, item: QueuedImage, result: bytes) -> dict[str, NDArray[np.float32]]:
         values = np.frombuffer(result, np.uint8, offset=RESULT.size).view(np.float32)
         outputs, end = {}, 0
         for name, shape in self._shapes.items():
-            if name != FEATURES or item.features:
+            if name not in ON_REQUEST or item.features:
                 start, end = end, end + math.prod(shape)
                 outputs[name] = values[start:end].reshape(shape)
         return outputs
@@ -145,65 +132,70 @@ class RemoteModel(Model):
     def start(self) -> None:
         """Do nothing: the model runs in the inference process."""
 
-    async def stop(self, *, keep_runtime: bool = False) -> None:
+    async def stop(self) -> None:
         """Close the model and let the inference process release it."""
-        await super().stop(keep_runtime=keep_runtime)
+        await super().stop()
         self._registry.send(Kind.RELEASE, self.number)
 
 
 class RemoteRegistry(ModelRegistry):
     """The models of the inference process; changes are made there and announced to all front ends."""
 
-    def __init__(
-        self, connection: socket.socket, memory: PixelMemory, settings: Settings, metrics: Metrics
-    ) -> None:
+    def __init__(self, connection: socket.socket, settings: Settings, metrics: Metrics) -> None:
         """Wait for the models of the inference process at the other end of *connection*.
 
-        *memory* is shared with it. Raises `ConnectionError` if it ends.
+        Raises `ConnectionError` if it ends.
         """
         super().__init__({}, settings, metrics, None)
-        self.memory = memory
         self.images_elsewhere = 0
         self._connection = connection
-        self._channel: Channel | None = None
+        self._writer: asyncio.StreamWriter | None = None
         self._receiving: asyncio.Task[None] | None = None
         self._models: dict[int, RemoteModel] = {}
         self._numbers = itertools.count(1)
-        self._images: dict[int, tuple[RemoteQueue, QueuedImage, int | None]] = {}
+        self._images: dict[int, tuple[RemoteQueue, QueuedImage]] = {}
         self._answers: dict[int, asyncio.Future[Rejection | None]] = {}
         self._applied = 0
         kind = 0
         while kind != Kind.MODELS:
-            kind, number, body = receive_blocking(connection)
+            kind, number, body = channel.receive_blocking(connection)
             self._handle(kind, number, body)
 
     async def start(self) -> None:
         """Open the channel and handle the messages of the inference process."""
-        self._channel = await Channel.open(self._connection)
+        reader, self._writer = await channel.open_channel(self._connection)
         self.send(Kind.APPLIED, self._applied)
-        self._receiving = asyncio.get_running_loop().create_task(self._receive(self._channel))
+        self._receiving = asyncio.get_running_loop().create_task(self._receive(reader))
 
     async def stop(self) -> None:
         """Stop every model and close the channel."""
         await super().stop()
         if self._receiving is not None:
             self._receiving.cancel()
-        if self._channel is not None:
-            self._channel.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def send(self, kind: Kind, number: int, *parts: bytes) -> None:
         """Send a message to the inference process."""
-        if self._channel is not None:
-            self._channel.send(kind, number, *parts)
+        if self._writer is not None:
+            channel.send(self._writer, kind, number, *parts)
 
-    def send_image(self, queue: RemoteQueue, model: int, item: QueuedImage, offset: int | None) -> int:
-        """Send *item* for the *model*, with its pixels at *offset* or in the message; return its number."""
+    def send_image(self, queue: RemoteQueue, model: int, item: QueuedImage) -> None:
+        """Send *item* of *queue* for the *model*."""
         number = next(self._numbers) % 0xFFFF_FFFF
-        self._images[number] = queue, item, offset
-        offset_or_inline = INLINE if offset is None else offset
-        head = IMAGE.pack(model, offset_or_inline, item.features, item.arrived, item.deadline)
-        self.send(Kind.IMAGE, number, head, item.image.tobytes() if offset is None else b"")
-        return number
+        self._images[number] = queue, item
+        head = IMAGE.pack(model, item.features, item.arrived, item.deadline)
+        self.send(Kind.IMAGE, number, head, item.image.tobytes())
+
+    def items_of(self, queue: RemoteQueue) -> list[QueuedImage]:
+        """List the images of *queue* without a result."""
+        return [item for sender, item in self._images.values() if sender is queue]
+
+    def cancel(self, items: Sequence[QueuedImage]) -> None:
+        """Remove *items* from the queue of the inference process."""
+        for number, (_, item) in self._images.items():
+            if item in items:
+                self.send(Kind.CANCEL, number)
 
     async def load(self, name: str, folder: str | None = None) -> Model:
         """Make the inference process load a bundle as *name*."""
@@ -219,22 +211,21 @@ class RemoteRegistry(ModelRegistry):
         """Make the inference process stop serving *name*."""
         await self._command("unload", name)
 
-    async def _command(self, operation: str, name: str, folder: str | None = None) -> None:
+    async def _command(self, operation: str, *arguments: str | None) -> None:
         if not self._settings.model_control:
             raise RejectedError(NOT_CONTROLLED)
         number = next(self._numbers)
         answer: asyncio.Future[Rejection | None] = asyncio.get_running_loop().create_future()
         self._answers[number] = answer
-        command = {"operation": operation, "name": name, "folder": folder}
-        self.send(Kind.COMMAND, number, json.dumps(command).encode())
+        self.send(Kind.COMMAND, number, json.dumps([operation, arguments]).encode())
         rejection = await answer
         if rejection is not None:
             raise RejectedError(rejection)
 
-    async def _receive(self, channel: Channel) -> None:
+    async def _receive(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
-                self._handle(*await channel.receive(MAX_MESSAGE_BYTES))
+                self._handle(*await channel.receive(reader))
         except ConnectionError:
             log.error("the inference process has ended")
         except Exception:
@@ -247,9 +238,7 @@ class RemoteRegistry(ModelRegistry):
 
     def _handle(self, kind: int, number: int, body: bytes) -> None:
         if kind == Kind.RESULT:
-            queue, item, offset = self._images.pop(number)
-            if offset is not None:
-                self.memory.give_back(offset)
+            queue, item = self._images.pop(number)
             queue.settle(item, body)
         elif kind == Kind.LOAD:
             self.images_elsewhere = max(0, number - len(self._images))
@@ -269,7 +258,7 @@ class RemoteRegistry(ModelRegistry):
         """Serve the models *numbers* by name, current one first; retire those that are not listed."""
         before = self.models()
         self._by_name = {
-            name: Versions(*(self._models[number] for number in listed)) for name, listed in numbers.items()
+            name: [self._models[number] for number in listed] for name, listed in numbers.items()
         }
         kept = set(self.models())
         self._models = {number: model for number, model in self._models.items() if model in kept}

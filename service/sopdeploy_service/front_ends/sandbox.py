@@ -118,27 +118,22 @@ def apply(settings: Settings, config: uvicorn.Config) -> None:
     """
     if settings.sandbox == "off":
         return
-    problem = f"{', '.join(needs)} needs files or sockets" if (needs := obstacles(settings)) else ""
-    if not problem:
-        preload(config)
-        try:
-            log.info("sandboxed", extra={"applied": enter()})
-        except OSError as error:
-            problem = str(error.strerror)
-    if problem and settings.sandbox == "required":
-        raise ConfigError(f"sandbox=required: {problem}; change this, or set sandbox=auto")
-    if problem:
-        log.warning("images are decoded without a sandbox: %s", problem)
-
-
-def obstacles(settings: Settings) -> list[str]:
-    """List the options in *settings* that need files, sockets or devices, which the sandbox forbids."""
     needs = {
         "url_hosts": bool(settings.url_hosts),
         "tracing": settings.tracing,
         "decode=nvimagecodec": settings.decode == "nvimagecodec",
     }
-    return [name for name, needed in needs.items() if needed]
+    problem = "".join(f"{name} needs files or sockets; " for name, needed in needs.items() if needed)
+    if not problem:
+        preload(config)
+        try:
+            log.info("sandboxed", extra={"applied": enter()})
+        except OSError as error:
+            problem = f"{error.strerror}; "
+    if problem and settings.sandbox == "required":
+        raise ConfigError(f"sandbox=required: {problem}change this, or set sandbox=auto")
+    if problem:
+        log.warning("images are decoded without a sandbox: %s", problem.rstrip("; "))
 
 
 def preload(config: uvicorn.Config) -> None:

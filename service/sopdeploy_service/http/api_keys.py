@@ -4,14 +4,10 @@ A key has 256 random bits, so the file stores its plain SHA-256: a slow hash pro
 guessed. `sopdeploy key` creates keys and prints each one once.
 """
 
-import fcntl
 import hashlib
 import hmac
-import os
 import secrets
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -96,41 +92,25 @@ def new_key(path: Path, name: str, *, rate: float | None, burst: int | None, adm
     The write is atomic. Raises `ConfigError` if the name is invalid or in use, or if the file cannot be
     written.
     """
-    with writing(path, ConfigError), _locked(path.parent):
-        return _add_key(path, name, rate=rate, burst=burst, admin=admin)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let other processes wait that add a key to a file in *folder*, if its file system supports locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _add_key(path: Path, name: str, *, rate: float | None, burst: int | None, admin: bool) -> str:
-    secret = PREFIX + secrets.token_urlsafe(BITS // 8)
-    known = read_keys(path) if path.exists() else ()
-    if any(other.name == name for other in known):
-        raise ConfigError(f"{path}: key {name} exists; choose another name or remove its entry first")
-    fields = {
-        "name": name,
-        "sha256": hashlib.sha256(secret.encode()).hexdigest(),
-        "rate": rate,
-        "scopes": ("classify", "admin") if admin else ("classify",),
-    }
-    try:
-        key = Key.model_validate(fields if burst is None else fields | {"burst": burst})
-    except pydantic.ValidationError as problem:
-        raise ConfigError(f"key: {first_problem(problem)}") from problem
-    limit = "# no rate: unlimited" if key.rate is None else f"rate = {key.rate!r}\nburst = {key.burst}"
-    scopes = ", ".join(f'"{scope}"' for scope in key.scopes)
-    entry = f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{limit}\nscopes = [{scopes}]\n'
-    with atomic_write(path) as partial:
-        partial.touch(mode=0o600)
-        partial.write_text((path.read_text("utf-8") if path.exists() else "") + entry, "utf-8")
-    return secret
+    with writing(path, ConfigError):
+        secret = PREFIX + secrets.token_urlsafe(BITS // 8)
+        known = read_keys(path) if path.exists() else ()
+        if any(other.name == name for other in known):
+            raise ConfigError(f"{path}: key {name} exists; choose another name or remove its entry first")
+        fields = {
+            "name": name,
+            "sha256": hashlib.sha256(secret.encode()).hexdigest(),
+            "rate": rate,
+            "scopes": ("classify", "admin") if admin else ("classify",),
+        }
+        try:
+            key = Key.model_validate(fields if burst is None else fields | {"burst": burst})
+        except pydantic.ValidationError as problem:
+            raise ConfigError(f"key: {first_problem(problem)}") from problem
+        limit = "# no rate: unlimited" if key.rate is None else f"rate = {key.rate!r}\nburst = {key.burst}"
+        scopes = ", ".join(f'"{scope}"' for scope in key.scopes)
+        entry = f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{limit}\nscopes = [{scopes}]\n'
+        with atomic_write(path) as partial:
+            partial.touch(mode=0o600)
+            partial.write_text((path.read_text("utf-8") if path.exists() else "") + entry, "utf-8")
+        return secret

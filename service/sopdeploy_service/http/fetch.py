@@ -7,7 +7,6 @@ effect. Redirects are not followed; bytes and time are limited.
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from ipaddress import IPv6Address, ip_address, ip_network
@@ -18,8 +17,6 @@ import httpx
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.inference.results import RejectedError, Rejection
 from sopdeploy_service.settings import Settings
-
-Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 system_certificates = cache(ssl.create_default_context)
 
@@ -33,32 +30,23 @@ OFF = Rejection("url_input_off", 403, "this server does not fetch URLs; send the
 TIMEOUT = Rejection("url_timeout", 504, "fetching the image from the URL took too long")
 
 
-async def fetch(
-    url: str,
-    settings: Settings,
-    *,
-    resolve: Resolve | None = None,
-    transport: httpx.AsyncBaseTransport | None = None,
-) -> bytes:
+async def fetch(url: str, settings: Settings) -> bytes:
     """Fetch the bytes of *url*.
 
-    *resolve* looks up the addresses of a host and *transport* sends the request; both default to the
-    system's. Raises `RejectedError`: 403 not allowed, 400 invalid URL, 413 too large, 422 not reachable, 504
-    timeout.
+    Raises `RejectedError`: 403 not allowed, 400 invalid URL, 413 too large, 422 not reachable, 504 timeout.
     """
     if not settings.url_hosts:
         raise RejectedError(OFF)
-    target, host, port = check_url(url, settings)
+    target = check_url(url, settings)
     try:
         async with asyncio.timeout(settings.url_seconds):
-            address = await public_address(host, port, resolve or system_addresses)
-            return await download(target, address, settings.max_body_bytes, transport)
+            return await download(target, await public_address(target), settings.max_body_bytes)
     except TimeoutError as problem:
         raise RejectedError(TIMEOUT) from problem
 
 
-def check_url(url: str, settings: Settings) -> tuple[httpx.URL, str, int]:
-    """Parse *url* and check it against *settings*; return it with its host and port."""
+def check_url(url: str, settings: Settings) -> httpx.URL:
+    """Parse *url* and check it against *settings*."""
     try:
         target = httpx.URL(url)
     except (httpx.InvalidURL, ValueError) as problem:
@@ -68,31 +56,33 @@ def check_url(url: str, settings: Settings) -> tuple[httpx.URL, str, int]:
         raise _rejected(NOT_ALLOWED, f"the scheme must be {' or '.join(schemes)}")
     if target.userinfo:
         raise _rejected(NOT_ALLOWED, "user names and passwords are not supported")
-    host = target.raw_host.decode("ascii").lower()
-    port = target.port or PORTS[target.scheme]
-    names = {f"{host}:{port}"} | ({host} if port == PORTS[target.scheme] else set())
+    host = _host(target)
+    names = {f"{host}:{target.port or PORTS[target.scheme]}"}
+    if target.port in {None, PORTS[target.scheme]}:
+        names.add(host)
     if names.isdisjoint(settings.url_hosts):
         raise _rejected(NOT_ALLOWED, f"{min(names)[:100]!r} is not among the allowed hosts of this server")
-    return target, host, port
+    return target
 
 
-async def system_addresses(host: str, port: int) -> Sequence[str]:
-    """Look up the addresses of *host* with the system's resolver."""
-    entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=SOCK_STREAM)
-    return [str(entry[4][0]) for entry in entries]
-
-
-async def public_address(host: str, port: int, resolve: Resolve) -> str:
+async def public_address(target: httpx.URL) -> str:
     """Choose the address to connect to; one private address among several forbids all."""
+    host, port = _host(target), target.port or PORTS[target.scheme]
     try:
         addresses = await resolve(host, port)
-    except (OSError, UnicodeError) as problem:
-        raise _rejected(UNREACHABLE, f"{host} has no address") from problem
+    except (OSError, UnicodeError):
+        addresses = []
     if not addresses:
         raise _rejected(UNREACHABLE, f"{host} has no address")
     if not all(is_public(address) for address in addresses):
         raise _rejected(NOT_ALLOWED, f"{host} is not a public host")
     return addresses[0]
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """Look up the addresses of *host* with the system's resolver."""
+    entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=SOCK_STREAM)
+    return [str(entry[4][0]) for entry in entries]
 
 
 def is_public(address: str) -> bool:
@@ -103,25 +93,18 @@ def is_public(address: str) -> bool:
     return parsed.is_global and not parsed.is_multicast
 
 
-async def download(
-    target: httpx.URL, address: str, limit: int, transport: httpx.AsyncBaseTransport | None
-) -> bytes:
+async def download(target: httpx.URL, address: str, limit: int) -> bytes:
     """Download *target* from *address*; the TLS certificate must be valid for the host of *target*."""
-    host = target.raw_host.decode("ascii").lower()
+    host = _host(target)
     headers = {**HEADERS, "Host": target.netloc.decode("ascii")}
-    body = bytearray()
+    url, body = target.copy_with(host=address), bytearray()
+    # trust_env=False: a proxy or .netrc of the environment would connect to another address.
+    # `fetch` limits the time; httpx ends every wait after 5 seconds.
+    client = httpx.AsyncClient(trust_env=False, verify=system_certificates(), timeout=None)  # noqa: S113
     try:
         async with (
-            # trust_env=False: a proxy or .netrc of the environment would connect to another address
-            httpx.AsyncClient(
-                transport=transport,
-                trust_env=False,
-                verify=system_certificates(),
-                timeout=None,  # noqa: S113 - `fetch` limits the time; httpx ends every wait after 5 seconds
-            ) as client,
-            client.stream(
-                "GET", target.copy_with(host=address), headers=headers, extensions={"sni_hostname": host}
-            ) as response,
+            client,
+            client.stream("GET", url, headers=headers, extensions={"sni_hostname": host}) as response,
         ):
             if response.is_redirect:
                 raise _rejected(NOT_ALLOWED, "redirects are not followed")
@@ -135,6 +118,10 @@ async def download(
     except httpx.HTTPError as problem:
         raise _rejected(UNREACHABLE, f"{host} did not respond ({type(problem).__name__})") from problem
     return bytes(body)
+
+
+def _host(target: httpx.URL) -> str:
+    return target.raw_host.decode("ascii").lower()
 
 
 def _rejected(kind: Rejection, reason: str) -> RejectedError:

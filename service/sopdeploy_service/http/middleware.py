@@ -7,7 +7,6 @@ request. It does not count announced bytes, because a client could then use up t
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import re
@@ -32,16 +31,15 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import OpenTrace, RequestContext
 from sopdeploy_service.settings import Settings
 
-VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # other characters could forge log lines
-PROCESS_ID = secrets.token_hex(8)  # random once per process: random bytes per request need a system call
+PROCESS_ID = secrets.token_hex(8)  # once per process: a system call per request would release the GIL
 NUMBERS = itertools.count()
+VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # other characters could forge log lines
 
 PROBES = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 PAGES = frozenset({"/", "/docs", "/errors"})  # the form for the key and error pages, without model data
 METRICS = "/metrics"
 OPEN = PROBES | PAGES  # without a key
 MONITORING = PROBES | {METRICS}  # not traced; successful requests are logged at debug level
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 CHALLENGE = {"WWW-Authenticate": 'Bearer realm="sopdeploy"'}
 
 NO_KEY = Rejection(
@@ -49,8 +47,6 @@ NO_KEY = Rejection(
 )
 
 SMALL_BODY = 1_000_000  # most images are smaller; the last eighth of the budget is reserved for such bodies
-RECHECK_SECONDS = 0.05
-MAX_LENGTH_DIGITS = 20
 
 SLOW_BODY = Rejection("slow_body", 408, "the body arrives more slowly than this server allows")
 UPLOADS_FULL = Rejection("uploads_full", 429, "too many bytes are being uploaded; retry later", 2)
@@ -132,7 +128,7 @@ class RequestContextMiddleware:
         fields = {
             "request": context.request_id,
             "key": context.key_name,
-            "method": method if method in METHODS else "other",
+            "method": method,
             "route": path,
             "status": status,
             "code": context.code,
@@ -154,45 +150,42 @@ def request_id(headers: Headers) -> str:
     return given if VALID_ID.fullmatch(given) else f"{PROCESS_ID}{next(NUMBERS):016x}"
 
 
+@dataclass(eq=False)
 class ApiKeyMiddleware:
     """Rejects requests without a known key with 401, except those for *open_paths*.
 
     It runs before the body of a request is read.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        keys: ApiKeys,
-        metrics: Metrics,
-        open_paths: Collection[str],
-        create_bucket: CreateBucket = TokenBucket,
-    ) -> None:
-        self._app = app
-        self._keys = keys
-        self._metrics = metrics
-        self._open_paths = frozenset(open_paths)
+    app: ASGIApp
+    keys: ApiKeys
+    metrics: Metrics
+    open_paths: Collection[str]
+    create_bucket: CreateBucket = TokenBucket
+
+    def __post_init__(self) -> None:
+        """Create the token buckets of the keys."""
         self._buckets = {
-            key.name: create_bucket(key.rate, key.burst, number)
-            for number, key in enumerate(keys.keys)
+            key.name: self.create_bucket(key.rate, key.burst, number)
+            for number, key in enumerate(self.keys.keys)
             if key.rate is not None
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        if scope["type"] == "http" and scope["path"] not in self._open_paths:
+        if scope["type"] == "http" and scope["path"] not in self.open_paths:
             headers = Headers(scope=scope)
             scheme, _, token = headers.get("authorization", "").partition(" ")
             given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-            key = self._keys.find(given.encode("latin-1"))
+            key = self.keys.find(given.encode("latin-1"))
             if key is None:
-                self._metrics.rejected.labels(NO_KEY.code).inc()
+                self.metrics.rejected.labels(NO_KEY.code).inc()
                 await reject(scope, NO_KEY, CHALLENGE)(scope, receive, send)
                 return
             context: RequestContext = scope["state"]["context"]
             context.key_name, context.scopes = key.name, key.scopes
             context.rate_limit = self._buckets.get(key.name)
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 def require(context: RequestContext, scope: api_keys.Scope) -> None:
@@ -206,34 +199,36 @@ async def require_admin(request: Request) -> None:
     require(request.scope["state"]["context"], "admin")
 
 
+@dataclass(eq=False)
 class BodyLimitsMiddleware:
     """Rejects bodies that announce too many bytes (413) and limits all others while the app reads them.
 
     `held` counts the bytes of all bodies in memory; used on one event loop only.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        self.held = 0
-        self.settings = settings
-        self._app = app
-        self._metrics = metrics
-        metrics.upload_bytes.set_function(lambda: self.held)
+    app: ASGIApp
+    settings: Settings
+    metrics: Metrics
+    held: int = 0
+
+    def __post_init__(self) -> None:
+        """Show `held` in the metrics."""
+        self.metrics.upload_bytes.set_function(lambda: self.held)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
-        text = Headers(scope=scope).get("content-length", "")
-        length = int(text[:MAX_LENGTH_DIGITS]) if text.isascii() and text.isdigit() else 0
+        length = int(Headers(scope=scope).get("content-length", "0"))  # valid: the server has checked it
         if length > self.settings.max_body_bytes:
             rejection = Rejection.of(too_large_error(self.settings.max_body_bytes))
-            self._metrics.rejected.labels(rejection.code).inc()
+            self.metrics.rejected.labels(rejection.code).inc()
             await reject(scope, rejection)(scope, receive, send)
             return
         body = LimitedBody(receive, length, self)
         try:
-            await self._app(scope, body.receive, send)
+            await self.app(scope, body.receive, send)
         finally:
             self.held -= body.held
             context = scope["state"].get("context") if "state" in scope else None
@@ -259,22 +254,17 @@ class LimitedBody:
         The announced size is checked before the first byte is requested, so that a client that waits for
         `100 Continue` does not send a body that will be rejected. The minimum rate is enforced by a token
         bucket of seconds: waiting for data removes seconds, received bytes add some, up to the grace period.
-        After the event loop was blocked, the timeout fires before the data is read, so a timeout is followed
-        by a short second attempt.
         """
         if not self._more:
             return await self._receive()
         self._more = False  # stays so after an error
         self._check_budget(max(0, self._length - self.held))
         started = time.monotonic()
-        message: Message | None = None
-        for seconds in (max(0.0, self._patience), RECHECK_SECONDS):
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    message = await self._receive()
-                break
-        if message is None:
-            raise RejectedError(SLOW_BODY)
+        try:
+            async with asyncio.timeout(self._patience):
+                message = await self._receive()
+        except TimeoutError as problem:
+            raise RejectedError(SLOW_BODY) from problem
         count = len(message.get("body", b""))
         earned = count / self._limits.min_body_rate - (time.monotonic() - started)
         self._patience = min(self._limits.body_grace_seconds, self._patience + earned)

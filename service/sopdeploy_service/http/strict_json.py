@@ -2,7 +2,7 @@
 
 orjson rejects deep nesting, NaN, Infinity and numbers beyond float64. It keeps the last of several equal
 keys; two parsers that keep different ones see different requests, so duplicate keys are rejected here. orjson
-holds the GIL, also in a thread: limits on the number of strings and on the bytes between them keep that
+holds the GIL, also in a thread: limits on strings, lists, objects and the bytes between strings keep that
 short.
 """
 
@@ -15,23 +15,33 @@ from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.inference.results import RejectedError, Rejection
 
 MAX_QUOTES = 10_000
+MAX_BRACKETS = 1_000_000  # opening ones; 20 nested images of 224 x 224 pixels have as many
 MAX_STRUCTURE = 100_000  # bytes outside of strings
+NUMBERS = frozenset({int, float})
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 WHITESPACE = b" \t\r\n\f\v"
 
-TOO_COMPLEX = Rejection(  # more strings, numbers or brackets than any valid request
-    "json_too_complex", 400, "the JSON has too many values; only lists under `data` may contain many numbers"
+TOO_COMPLEX = Rejection(  # more than any valid request has
+    "json_too_complex", 400, "the JSON has too many strings, lists, objects or numbers"
 )
 
 
-def parse(raw: bytes, limit: int) -> Any:
+def parse(raw: bytes, limit: int, *, max_structure: int = MAX_STRUCTURE) -> Any:
     """Parse the JSON document *raw* of at most *limit* bytes; call it in a thread.
 
-    Raises `RejectedError` if it is too large, too complex, malformed or has duplicate keys.
+    Raises `RejectedError` if it is too large, malformed or has duplicate keys, and if it is too complex: more
+    than *max_structure* bytes outside of strings, or too many strings, lists and objects.
     """
-    check_length(raw, limit)
-    outside = parts(raw)[0::2]
-    if sum(map(len, outside)) > MAX_STRUCTURE:
+    if len(raw) > limit:
+        message = (
+            f"the JSON is larger than {limit} bytes, the limit of this server; send binary images or tensors"
+        )
+        raise RejectedError(Rejection("json_too_large", 413, message))
+    if raw.count(b'"') > MAX_QUOTES or raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
+        raise RejectedError(TOO_COMPLEX)
+    masked = raw.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in raw else raw
+    outside = masked.split(b'"')[0::2]  # text outside and inside of strings alternates
+    if sum(map(len, outside)) > max_structure:
         raise RejectedError(TOO_COMPLEX)
     try:
         value = orjson.loads(raw)
@@ -51,29 +61,9 @@ def count_keys(value: Any) -> int:
         if isinstance(item, dict):
             keys += len(item)
             pending.extend(item.values())
-        elif isinstance(item, list):
+        elif isinstance(item, list) and not NUMBERS.issuperset(map(type, item)):
             pending.extend(item)
     return keys
-
-
-def check_length(raw: bytes, limit: int) -> None:
-    """Raise `RejectedError` (413) if the document *raw* has more than *limit* bytes."""
-    if len(raw) > limit:
-        message = (
-            f"the JSON is larger than {limit} bytes, the limit of this server; send binary images or tensors"
-        )
-        raise RejectedError(Rejection("json_too_large", 413, message))
-
-
-def parts(raw: bytes) -> list[bytes]:
-    """Split the document *raw* at quotation marks: text outside and inside of strings alternates.
-
-    Escape sequences are masked, all lengths are kept. Raises `RejectedError` for too many strings.
-    """
-    if raw.count(b'"') > MAX_QUOTES:
-        raise RejectedError(TOO_COMPLEX)
-    masked = raw.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in raw else raw
-    return masked.split(b'"')
 
 
 def decode_text(text: object, where: str) -> bytes:

@@ -1,20 +1,14 @@
-"""Decode the bytes of a request to the network's input, in threads.
+"""Decode the bytes of a request to the network's input.
 
 Each step is cheaper than the next and may reject the image: opening the file (`sopdeploy.images.formats`, as
 in training), decoding, preprocessing. The bytes decide the format; a content type that disagrees is a
 warning. Invalid bytes raise `ImageError` and no other exception.
 """
 
-import contextlib
 import io
-import logging
-import queue
 import random
 import re
-import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -40,8 +34,6 @@ ANIMATED = {"AVIF", "GIF", "PNG", "TIFF", "WEBP"}  # the second image of a JPEG 
 FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
 NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")
-
-log = logging.getLogger("sopdeploy.service")
 
 
 class EncodedImage(NamedTuple):
@@ -143,69 +135,10 @@ def _file_warnings(image: Image.Image, kind: str, media_type: str) -> list[str]:
     return warnings
 
 
-class PoolClosedError(Exception):
-    """The pool was stopped before it decoded the image."""
+def keep_freed_blocks(count: int) -> None:
+    """Let Pillow keep *count* freed memory blocks of 16 MB for the next images.
 
-
-class _Job(NamedTuple):
-    image: EncodedImage
-    preprocess: Preprocess
-    on_done: Callable[[Decoded | Exception, float], None]
-    cancelled: Callable[[], bool]
-
-
-@dataclass(slots=True)
-class DecodePool:
-    """Runs *decode* in daemon *threads*, so that a hung decoder cannot block an exit."""
-
-    decode: Decode
-    threads: int
-    _jobs: queue.SimpleQueue[_Job | None] = field(init=False, default_factory=queue.SimpleQueue)
-
-    def start(self) -> None:
-        """Start the threads, and let Pillow keep a few freed memory blocks of 16 MB for the next images.
-
-        Without these, every page of the next image is mapped and cleared again: a quarter of the time of a
-        500 x 375 JPEG.
-        """
-        Image.core.set_blocks_max(2 * self.threads)  # type: ignore[attr-defined]
-        for number in range(self.threads):
-            threading.Thread(target=self._run, name=f"decoder_{number}", daemon=True).start()
-
-    def submit(
-        self,
-        image: EncodedImage,
-        preprocess: Preprocess,
-        on_done: Callable[[Decoded | Exception, float], None],
-        *,
-        cancelled: Callable[[], bool],
-    ) -> None:
-        """Decode *image* in a thread, which calls *on_done* with the result and the seconds.
-
-        Nothing happens if *cancelled* returns True when a thread is free.
-        """
-        self._jobs.put(_Job(image, preprocess, on_done, cancelled))
-
-    def stop(self) -> None:
-        """End the threads; queued jobs that no thread has begun fail with `PoolClosedError`."""
-        with contextlib.suppress(queue.Empty):
-            while job := self._jobs.get_nowait():
-                job.on_done(PoolClosedError(), 0.0)
-        for _ in range(self.threads):
-            self._jobs.put(None)
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if not job.cancelled():
-                started = time.monotonic()
-                result: Decoded | Exception
-                try:
-                    result = self.decode(job.image, job.preprocess)
-                except ImageError as error:
-                    result = error
-                except Exception as error:  # a bug fails its own image, not the others of the request
-                    log.exception("the decoder failed on an image of %d bytes", len(job.image.body))
-                    result = error
-                job.on_done(result, time.monotonic() - started)
-                del result
-            del job  # an idle thread must not keep an image or a model alive
+    Without these, every page of the next image is mapped and cleared again: a quarter of the time of a 500 x
+    375 JPEG.
+    """
+    Image.core.set_blocks_max(count)  # type: ignore[attr-defined]

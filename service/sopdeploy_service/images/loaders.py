@@ -3,14 +3,13 @@
 `decode=fast` lets libjpeg skip the highest frequencies of a large image, and `decode=nvimagecodec` rounds as
 NVIDIA's decoders do, so the network gets slightly different pixels than in training. The effect depends on
 the network; a server does not start if the effect exceeds the limits below. The probes of the bundle are
-decoded pixels and cannot show it, so the check uses synthetic JPEGs, the same ones at every start, and those
-of the setting `fast_decode_samples`.
+decoded pixels and cannot show it, so the check uses synthetic JPEGs, the same ones at every start.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
-from itertools import islice, product
+from itertools import product
 from threading import local
 from typing import Any
 
@@ -21,7 +20,7 @@ from PIL import Image
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import ConfigError, ParityError, RuntimeUnavailableError
+from sopdeploy.errors import ParityError, RuntimeUnavailableError
 from sopdeploy.images.pixels import resized_size
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import Decoded, EncodedImage, decode, load_exact
@@ -39,21 +38,22 @@ MIN_AGREEMENT = 0.9  # fraction of images whose best class stays the same
 SCALES = (4, 6, 8)  # shorter side / resized shorter side; libjpeg decodes at 1/2 from 4 on, at 1/4 from 8 on
 SEEDS = 3
 OCTAVES = (4, 16, 64, 256)  # noise cells along the longer side; one more octave has cells of 2 pixels
-MAX_SAMPLES = 500
-JPEG_SIGNATURE = b"\xff\xd8\xff"
 
 
-def make_decoder(settings: Settings) -> partial[Decoded]:
+def make_decoder(settings: Settings, on_failure: Callable[[], None] = lambda: None) -> partial[Decoded]:
     """Create the decoder with the limits and the pixel loader of *settings*.
 
-    Raises `RuntimeUnavailableError` if nvImageCodec or its GPU is missing.
+    Calls *on_failure* for each JPEG that Pillow decodes because the GPU could not. Raises
+    `RuntimeUnavailableError` if nvImageCodec or its GPU is missing.
     """
     loaders = {"exact": load_exact, "fast": load_reduced}
     return partial(
         decode,
         max_bytes=settings.max_body_bytes,
         max_pixels=settings.max_pixels,
-        load=_gpu_loader() if settings.decode == "nvimagecodec" else loaders[settings.decode],
+        load=partial(_gpu_loader(), on_failure=on_failure)
+        if settings.decode == "nvimagecodec"
+        else loaders[settings.decode],
     )
 
 
@@ -63,18 +63,14 @@ def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> Ima
     Each side keeps at least twice the pixels of the resized image; `check_fast_decode` measures the effect.
     The scale of a padded image must not change its resized size, so that its position stays the same.
     """
-    if preprocess.fit == "crop":
-        side = max(2 * preprocess.resize, -(-min(image.size) // MAX_REDUCTION))
-        image.draft(image.mode, (side, side))
-    else:
-        width, height = image.size
-        target = resized_size(image.size, preprocess)
-        for scale in (MAX_REDUCTION, 2):
-            reduced = (-(-width // scale), -(-height // scale))
-            enough = reduced[0] >= 2 * target[0] and reduced[1] >= 2 * target[1]
-            if enough and resized_size(reduced, preprocess) == target:
-                image.draft(image.mode, (width // scale, height // scale))
-                break
+    width, height = image.size
+    target = resized_size(image.size, preprocess)
+    for scale in (MAX_REDUCTION, 2):
+        reduced = (-(-width // scale), -(-height // scale))
+        is_large = reduced[0] >= 2 * target[0] and reduced[1] >= 2 * target[1]
+        if is_large and (preprocess.fit == "crop" or resized_size(reduced, preprocess) == target):
+            image.draft(image.mode, (width // scale, height // scale))
+            break
     image.load()
     return image
 
@@ -95,8 +91,17 @@ class NvImageCodec:
         self._threads = local()
         self._decoder()
 
-    def __call__(self, image: Image.Image, body: bytes, preprocess: Preprocess) -> Image.Image:  # noqa: ARG002
-        """Load *image*, whose file is *body*; Pillow loads what is not an RGB or gray JPEG."""
+    def __call__(
+        self,
+        image: Image.Image,
+        body: bytes,
+        preprocess: Preprocess,  # noqa: ARG002
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> Image.Image:
+        """Load *image*, whose file is *body*; Pillow loads what is not an RGB or gray JPEG.
+
+        Calls *on_failure* if Pillow loads a JPEG that the library could not decode.
+        """
         if image.format == "JPEG" and image.mode in GPU_MODES:
             decoded = self._decoder().decode(body, params=self._params)
             pixels = np.asarray(decoded.cpu()) if decoded is not None else None
@@ -104,6 +109,7 @@ class NvImageCodec:
                 loaded = Image.fromarray(pixels)
                 loaded.info = image.info  # includes the EXIF orientation, which preprocessing applies
                 return loaded
+            on_failure()
         image.load()
         return image
 
@@ -168,8 +174,7 @@ class FastDecode(StrictModel):
 def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode | None:
     """Measure how the setting `decode` changes the outputs; None if it is exact.
 
-    Raises `ParityError` if a change exceeds its limit, `ConfigError` if `fast_decode_samples` has no JPEG,
-    `ImageError` for a damaged sample, and the errors of `make_decoder`.
+    Raises `ParityError` if a change exceeds its limit, and the errors of `make_decoder`.
     """
     if settings.decode == "exact":
         return None
@@ -178,7 +183,7 @@ def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings) -> F
     exact: list[NDArray[np.float32]] = []
     fast: list[NDArray[np.float32]] = []
     rules = bundle.manifest.preprocess
-    for jpeg in _test_jpegs(rules.resize if rules.fit == "crop" else rules.crop, settings):
+    for jpeg in _test_jpegs(rules.resize if rules.fit == "crop" else rules.crop, settings.max_pixels):
         for logits, load in ((exact, load_exact), (fast, decoder.keywords["load"])):
             image = EncodedImage(jpeg)
             decoded = decoder(image, rules, max_bytes=len(jpeg), load=load)
@@ -205,23 +210,13 @@ def compare(exact: NDArray[np.float64], fast: NDArray[np.float64]) -> FastDecode
     )
 
 
-def _test_jpegs(side: int, settings: Settings) -> Iterator[bytes]:
-    """Yield synthetic JPEGs large enough for fast decoding, then the samples, sorted by path."""
+def _test_jpegs(side: int, max_pixels: int) -> Iterator[bytes]:
+    """Yield synthetic JPEGs large enough for fast decoding."""
     for scale, seed in product(SCALES, range(SEEDS)):
         short = scale * side
         size = (short, short * 4 // 3) if seed % 2 else (short * 4 // 3, short)
-        if size[0] * size[1] <= settings.max_pixels:
+        if size[0] * size[1] <= max_pixels:
             yield synthetic_jpeg(size, seed)
-    folder = settings.fast_decode_samples
-    if folder is not None:
-        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-        bodies = (path.read_bytes() for path in files if path.stat().st_size <= settings.max_body_bytes)
-        samples = islice((body for body in bodies if body.startswith(JPEG_SIGNATURE)), MAX_SAMPLES)
-        first = next(samples, None)
-        if first is None:
-            raise ConfigError(f"fast_decode_samples: no JPEG in {folder}; choose a folder with photographs")
-        yield first
-        yield from samples
 
 
 def synthetic_jpeg(size: tuple[int, int], seed: int) -> bytes:

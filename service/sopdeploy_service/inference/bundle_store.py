@@ -6,6 +6,7 @@ the folder has its default name. Of several bundles of one network there, the on
 `latest` leads.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,34 +26,29 @@ class BundleStore:
         self.bundles: dict[str, Path] = {}
         self._folders: list[Path] = []
         for source in map(str, sources):
-            given, equals, text = source.partition("=")
+            name, equals, text = source.partition("=")
             if not equals or Path(source).exists():
-                given, text = "", source
-            elif not given.replace("-", "").replace("_", "").replace(".", "").isalnum():
+                name, text = "", source
+            elif re.fullmatch(r"[\w.-]+", name) is None:
                 raise ConfigError(
                     f"{source}: a model name may contain only letters, digits, `-`, `_` and `.`"
                 )
             path = follow_link(Path(text))  # every process must serve the same bundle
-            is_bundle = not path.is_dir() or (path / MANIFEST).is_file() or bool(given)
-            bundles = [path] if is_bundle else _bundles_in(path)
-            if not bundles:
-                raise BundleError(
-                    f"{path}: no bundle here or in a folder directly below"
-                    "; give the folder with a manifest.json"
-                )
-            self._folders.append(path.resolve().parent if is_bundle else path)
-            newest = None if is_bundle else _latest(path)
-            if newest is not None:
-                later = _names(newest)[1]
-                bundles = [bundle for bundle in bundles if bundle == newest or _names(bundle)[1] != later]
-            for bundle in bundles:
-                name = given or _names(bundle)[0 if is_bundle else 1]
-                if name in self.bundles:
-                    raise ConfigError(
-                        f"{bundle}: the name {name} is already used by {self.bundles[name]}; "
-                        f"choose another one: NAME={bundle}"
-                    )
-                self.bundles[name] = bundle
+            if name or not path.is_dir() or (path / MANIFEST).is_file():
+                self._folders.append(path.resolve().parent)
+                self._add(name or _names(path)[0], path)
+            else:
+                self._folders.append(path)
+                for bundle in _served_in(path):
+                    self._add(_names(bundle)[1], bundle)
+
+    def _add(self, name: str, bundle: Path) -> None:
+        if name in self.bundles:
+            raise ConfigError(
+                f"{bundle}: the name {name} is already used by {self.bundles[name]}; "
+                f"choose another one: NAME={bundle}"
+            )
+        self.bundles[name] = bundle
 
     def find(self, name: str, folder: str | None = None, *, serving: str | None = None) -> Path:
         """Find the bundle to load as *name*: the one in *folder*, or the only one that is not served yet.
@@ -79,13 +75,18 @@ class BundleStore:
         return matches[0]
 
 
-def _latest(folder: Path) -> Path | None:
-    """Return the bundle in *folder* to which its link `latest` leads."""
-    link = folder / LATEST
-    if not link.is_symlink():
-        return None
-    newest = folder / link.readlink().name
-    return newest if (newest / MANIFEST).is_file() else None
+def _served_in(folder: Path) -> list[Path]:
+    """List the bundles in *folder*; of those with one name, only that to which the link `latest` leads."""
+    bundles, link = _bundles_in(folder), folder / LATEST
+    if not bundles:
+        raise BundleError(
+            f"{folder}: no bundle here or in a folder directly below; give the folder with a manifest.json"
+        )
+    newest = folder / link.readlink().name if link.is_symlink() else None
+    if newest not in bundles:
+        return bundles
+    name = _names(newest)[1]
+    return [bundle for bundle in bundles if bundle == newest or _names(bundle)[1] != name]
 
 
 def _bundles_in(folder: Path) -> list[Path]:

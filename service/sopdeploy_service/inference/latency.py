@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 MIN_HANG_SECONDS = 4.0  # tolerates a clock that jumps and a machine that stalls
 HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
-NEW_SIZE_SECONDS = 60.0  # for the first batch of a size on a GPU, where libraries may choose kernels for it
 SMOOTHING = 0.2  # weight of the newest batch in the moving average
 
 
@@ -35,15 +34,9 @@ class LatencyTable:
             return known[largest] * images / largest
         return known[min(size for size in known if size > images)]
 
-    def has_measured(self, images: int) -> bool:
-        """Tell whether a batch of exactly *images* was measured."""
-        return images in self._seconds
-
-    def hang_seconds(self, images: int, *, on_gpu: bool) -> float:
+    def hang_seconds(self, images: int) -> float:
         """Compute after how many seconds a batch of *images* counts as hung."""
-        limit = max(MIN_HANG_SECONDS, HANG_FACTOR * self.batch_seconds(images))
-        is_new = images > 0 and on_gpu and not self.has_measured(images)
-        return max(limit, NEW_SIZE_SECONDS) if is_new else limit
+        return max(MIN_HANG_SECONDS, HANG_FACTOR * self.batch_seconds(images))
 
     def total_seconds(self, images: int, max_batch: int) -> float:
         """Estimate the seconds of *images* in batches of at most *max_batch*."""

@@ -6,10 +6,8 @@ computes wrongly.
 
 import logging
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +18,15 @@ from sopdeploy.bundle.class_maps import ClassMapLayer, read_class_maps
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.onnx_root import check_roots
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
-from sopdeploy.bundle.signing import check_signed, signature_path
+from sopdeploy.bundle.signing import check_signature, signature_path
 from sopdeploy.errors import BundleError, RuntimeUnavailableError
-from sopdeploy_service.runtime.base import OutOfMemoryError, OverlappingRuntime, Runtime, padded_sizes
+from sopdeploy_service.runtime.base import (
+    OutOfMemoryError,
+    OverlappingRuntime,
+    Runtime,
+    must_run,
+    padded_sizes,
+)
 from sopdeploy_service.runtime.selection import open_runtime
 from sopdeploy_service.settings import Settings
 
@@ -41,8 +45,7 @@ class LoadedModel:
 
     `replays` maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
     `fast_decode` is None if images are decoded exactly, `class_maps` is None if the bundle has no class
-    activation maps. `onnx_root` is the root of the graph, if it was recomputed. `seconds` maps the steps of
-    loading to their durations.
+    activation maps. `onnx_root` is the root of the graph, if it was recomputed.
     """
 
     bundle: Bundle
@@ -52,7 +55,6 @@ class LoadedModel:
     fast_decode: "FastDecode | None" = None
     class_maps: ClassMapLayer | None = None
     onnx_root: str | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> LoadedModel:
@@ -65,12 +67,8 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
     Raises `BundleError`, `RuntimeUnavailableError`, `ParityError`, `ConfigError` for an invalid key file, and
     the errors of `check_fast_decode`.
     """
-    moments = [time.monotonic()]
-    bundle = open_bundle(path)
+    bundle = open_checked(path, settings)
     root = check_roots(bundle) if thorough else None
-    if settings.verify_key is not None:
-        check_signed(bundle.manifest, signature_path(path), settings.verify_key)
-    moments.append(time.monotonic())
     smallest = bundle.manifest.batch.minimum
     if smallest > 1:
         raise RuntimeUnavailableError(
@@ -80,21 +78,17 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
     with ExitStack() as stack:
         runtime = open_runtime(bundle, settings)
         stack.callback(runtime.close)  # unless everything below succeeds
-        moments.append(time.monotonic())
-        probes, max_batch = _read_probes(bundle), largest_batch(runtime, settings)
-        timings = warm_up(probes, runtime, max_batch)
-        replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
-        moments.append(time.monotonic())
-        fast_decode = None
-        if settings.decode != "exact":
-            from sopdeploy_service.images.loaders import check_fast_decode  # noqa: PLC0415
+        with must_run(runtime):
+            probes, max_batch = _read_probes(bundle), largest_batch(runtime, settings)
+            timings = warm_up(probes, runtime, max_batch)
+            replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
+            fast_decode = None
+            if settings.decode != "exact":
+                from sopdeploy_service.images.loaders import check_fast_decode  # noqa: PLC0415
 
-            fast_decode = check_fast_decode(bundle, runtime, settings)
-        moments.append(time.monotonic())
+                fast_decode = check_fast_decode(bundle, runtime, settings)
         class_maps = read_class_maps(bundle.path, bundle.manifest)
         stack.pop_all()
-    steps = ("hashes", "session", "probes", "fast_decode")[: 3 if fast_decode is None else 4]
-    spent = (after - before for before, after in pairwise(moments))
     return LoadedModel(
         bundle=bundle,
         runtime=runtime,
@@ -103,8 +97,17 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
         fast_decode=fast_decode,
         class_maps=class_maps,
         onnx_root=root,
-        seconds=dict(zip(steps, spent, strict=False)),
     )
+
+
+def open_checked(path: Path, settings: Settings) -> Bundle:
+    """Check the files of the bundle at *path* and, if *settings* require it, the signature; open it.
+
+    Raises `BundleError`, and `ConfigError` for an invalid key file.
+    """
+    if settings.require_signature is not None:
+        check_signature(path, signature_path(path), settings.require_signature)
+    return open_bundle(path)
 
 
 def _read_probes(bundle: Bundle) -> Probes:
@@ -133,6 +136,8 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
                 runtime.run(images)
                 timings.append((size, time.monotonic() - started))
         except OutOfMemoryError:
+            if size == 1:
+                raise
             log.warning("out of memory for a batch of %d; the server will halve such batches", size)
             break
     return timings

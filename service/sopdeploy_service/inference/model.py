@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from sopdeploy_service.inference.latency import LatencyTable
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
@@ -34,13 +35,19 @@ class Sum:
     count: int = 0
     seconds: float = 0.0
 
+    def add(self, seconds: float) -> None:
+        """Count something that took *seconds*."""
+        self.count += 1
+        self.seconds += seconds
+
 
 @dataclass(slots=True)
 class ModelStatistics:
     """Sums over the requests of one model; used on the event loop only.
 
     *stages* sums the time of the slowest image of each request, by stage. *batches* sums over images, by the
-    size of their batch. Requests that are rejected before they reach the model are not counted.
+    size of their batch. A request that finds a full queue is a failure of 0 seconds; requests that are
+    rejected for other reasons before they reach the model are not counted.
     """
 
     success: Sum = field(default_factory=Sum)
@@ -52,20 +59,30 @@ class ModelStatistics:
     def record(self, outcomes: Sequence[Outcome], stages: Mapping[str, float], seconds: float) -> None:
         """Count a request with its *outcomes*; one rejected image makes it a failure."""
         predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
-        spent = [(self.batches[prediction.batch], prediction.infer_seconds) for prediction in predictions]
+        for prediction in predictions:
+            self.batches[prediction.batch].add(prediction.infer_seconds)
         if len(predictions) < len(outcomes):
-            spent.append((self.failure, seconds))
-        else:
-            self.last = time.time()
-            spent.append((self.success, seconds))
-            spent += [(self.stages[stage], stage_seconds) for stage, stage_seconds in stages.items()]
-        for total, more in spent:
-            total.count += 1
-            total.seconds += more
+            self.failure.add(seconds)
+            return
+        self.last = time.time()
+        self.success.add(seconds)
+        for stage, stage_seconds in stages.items():
+            self.stages[stage].add(stage_seconds)
+
+
+@dataclass(slots=True)
+class ModelMemory:
+    """The bytes of a model, estimated before its first load, and whether it is never released."""
+
+    bytes: int
+    pinned: bool
 
 
 class Model:
     """A bundle being served; every method is called on the event loop."""
+
+    is_loaded: ClassVar[bool] = True
+    memory: ModelMemory | None = None  # with a memory budget
 
     def __init__(self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:
         self.name = name
@@ -81,7 +98,6 @@ class Model:
         self.dead = False
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
         self._timeout = settings.batch_timeout_seconds
-        self._on_gpu = loaded.runtime.device.startswith("cuda")
         self.latency = LatencyTable(loaded.timings)
         self._worker = ModelWorker(
             loaded.runtime,
@@ -133,8 +149,18 @@ class Model:
             items = [*self.queue.close(rejection), *(item for batch in batches for item in batch.items)]
             settle(items, [rejection] * len(items))
 
-    async def stop(self, *, keep_runtime: bool = False) -> None:
-        """Close the model, end its worker thread and, unless *keep_runtime*, release its runtime."""
+    def rename(self, name: str, metrics: Metrics) -> None:
+        """Serve as *name* and count batches in *metrics* from now on."""
+        self.name = name
+        self._worker.metrics = metrics.of(name)
+
+    def continue_from(self, previous: "Model") -> None:
+        """Take over the statistics, drift window and memory of *previous*, which has the same bundle."""
+        self.statistics, self.memory = previous.statistics, previous.memory
+        self._worker.drift = previous._worker.drift
+
+    async def stop(self) -> None:
+        """Close the model, end its worker thread and release its runtime."""
         self.close(DRAINING)
         if self._watchdog is not None:
             self._watchdog.cancel()
@@ -142,9 +168,7 @@ class Model:
                 await self._watchdog
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 0.0 if self.dead else JOIN_SECONDS)
-            if (
-                not keep_runtime and not self.dead and not self._thread.is_alive()
-            ):  # otherwise a batch may still use the memory
+            if not self.dead and not self._thread.is_alive():  # otherwise a batch may still use the memory
                 await asyncio.to_thread(self.loaded.runtime.close)
 
     def _declare_dead(self, hung_seconds: float | None = None) -> None:
@@ -163,7 +187,7 @@ class Model:
 
     def hang_seconds(self, images: int) -> float:
         """Compute after how many seconds a batch of *images* counts as hung."""
-        return self._timeout or self.latency.hang_seconds(images, on_gpu=self._on_gpu)
+        return self._timeout or self.latency.hang_seconds(images)
 
     async def _watch(self) -> None:
         while not self.dead:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.class_maps import FEATURES
+from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy.bundle.probes import Outputs
 from sopdeploy_service.inference.results import (
     ENGINE_FAILED,
@@ -32,7 +32,6 @@ from sopdeploy_service.inference.results import (
     OUT_OF_MEMORY,
     Outcome,
     Prediction,
-    Ranking,
     Rejection,
 )
 from sopdeploy_service.observability.drift import DriftWindow
@@ -62,8 +61,8 @@ log = logging.getLogger("sopdeploy.engine")
 class QueuedImage:
     """One image and the future that gets its outcome; times are those of `time.monotonic`.
 
-    *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue. *features* requests the output
-    of class activation maps; *size* is the (width, height) of the upright image in its file.
+    *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue. *features* requests the
+    outputs `ON_REQUEST`; *size* is the (width, height) of the upright image in its file.
     """
 
     outcome: "asyncio.Future[Outcome]"
@@ -75,10 +74,6 @@ class QueuedImage:
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
     trace: "RequestTrace | None" = None
-
-    def is_over(self, now: float) -> bool:
-        """Tell whether the request has ended or its deadline has passed at *now*."""
-        return self.outcome.done() or self.deadline <= now
 
     def settle(self, outcome: Outcome) -> None:
         """Set the outcome unless there is one. Call it on the event loop."""
@@ -145,11 +140,11 @@ class RequestQueue:
                 self._changed.wait(wait)
 
     def _drop_over(self, now: float) -> None:
-        """Remove the images whose request is over.
+        """Remove the images whose request has ended or whose deadline has passed at *now*.
 
         This is not a part of `take`, because its local variables would keep the images alive while it waits.
         """
-        if over := [item for item in self._items if item.is_over(now)]:
+        if over := [item for item in self._items if item.outcome.done() or item.deadline <= now]:
             self._items = deque(item for item in self._items if item not in over)
 
     def close(self, rejection: Rejection) -> list[QueuedImage]:
@@ -204,13 +199,13 @@ class ModelWorker:
         drift: DriftWindow | None = None,
     ) -> None:
         self._runtime = runtime
-        self._drift = drift
+        self.drift = drift
         self._overlapping = runtime if isinstance(runtime, OverlappingRuntime) else None
         self._queue = queue
         self._record_latency = record_latency
-        self._metrics = metrics
+        self.metrics = metrics
         self._outputs = tuple(outputs)
-        self._always = tuple(name for name in outputs if name != FEATURES)
+        self._always = tuple(name for name in outputs if name not in ON_REQUEST)
         self._selective = runtime if isinstance(runtime, SelectiveRuntime) else None
         self._max_batch = self._limit = max_batch
         self._limited_until = 0.0
@@ -247,7 +242,9 @@ class ModelWorker:
             self.in_flight.append(batch)  # before it begins: the watchdog must see a call that hangs
             if self._overlapping is not None:
                 try:
-                    batch.wait = self._overlapping.begin([item.image for item in items])
+                    batch.wait = self._overlapping.begin(
+                        [item.image for item in items], self._names_of(items)
+                    )
                 except Exception as error:  # handled when this batch is the oldest; an earlier one may run
                     batch.error = error
         return bool(items)
@@ -256,7 +253,7 @@ class ModelWorker:
         """Wait for the outputs of the oldest batch and pass them to the event loop."""
         batch = self.in_flight[0]
         images = [item.image for item in batch.items]
-        names = self._outputs if any(item.features for item in batch.items) else self._always
+        names = self._names_of(batch.items)
         rows = run_bisected(lambda part: self._run_images(part, batch, names), images, names)
         started, ended = self.started or 0.0, time.monotonic()
         failed = all(row is ENGINE_FAILED or row is OUT_OF_MEMORY for row in rows)
@@ -265,6 +262,10 @@ class ModelWorker:
         del self.in_flight[0]
         self.started = ended if self.in_flight else None
         call_soon(loop, self._settle, batch.items, rows, started, ended)
+
+    def _names_of(self, items: Sequence[QueuedImage]) -> Sequence[str]:
+        """Return the outputs that *items* need."""
+        return self._outputs if any(item.features for item in items) else self._always
 
     def _check_device(self) -> None:
         """Run a blank image after too many failed batches; raise `DeviceLostError` if it fails too.
@@ -286,11 +287,13 @@ class ModelWorker:
         try:
             if error is not None:
                 raise error
-            if self._selective is not None and len(names) < len(self._outputs):
+            if wait is not None:
+                return wait()
+            if self._overlapping is not None:
+                return self._overlapping.begin(images, names)()
+            if self._selective is not None:
                 return self._selective.run_outputs(np.stack(images), names)
-            if self._overlapping is None:
-                return self._runtime.run(np.stack(images))
-            return (wait or self._overlapping.begin(images))()
+            return self._runtime.run(np.stack(images))
         except OutOfMemoryError:
             self._limit = max(1, len(images) // 2)
             self._limited_until = time.monotonic() + SMALLER_SECONDS
@@ -299,23 +302,22 @@ class ModelWorker:
     def _settle(self, items: list[QueuedImage], rows: list[Row], started: float, ended: float) -> None:
         """Settle and count a batch. Runs on the event loop while the worker runs the next batch."""
         logits: list[NDArray[np.float32]] = []
-        ranking = Ranking(logits)
         outcomes: list[Outcome] = []
         for item, row in zip(items, rows, strict=True):
             if isinstance(row, Rejection):
                 outcomes.append(row)
                 continue
             waited, seconds = started - item.arrived, ended - started
-            details = (len(items), ranking, len(logits), item.warnings, item.size)
+            details = (len(items), len(logits), item.warnings, item.size)
             outcomes.append(Prediction(row, waited, seconds, *details))
             logits.append(row[self._outputs[0]])
         settle(items, outcomes)
-        if self._drift is not None:
-            self._drift.add(logits)
-            self._metrics.drift = self._drift.latest
+        if self.drift is not None:
+            self.drift.add(logits)
+            self.metrics.drift = self.drift.latest
         self._record_latency(len(items), ended - started)
-        self._metrics.batch([started - item.arrived for item in items], self._max_batch, started, ended)
-        self._metrics.nonfinite.inc(sum(row is NONFINITE for row in rows))
+        self.metrics.batch([started - item.arrived for item in items], self._max_batch, started, ended)
+        self.metrics.nonfinite.inc(sum(row is NONFINITE for row in rows))
         traces = [item.trace for item in items if item.trace is not None]
         if traces:
             traces[0].record_batch(traces, started, ended)
@@ -324,36 +326,23 @@ class ModelWorker:
 def run_bisected(run: Callable[[Images], Outputs], images: Images, outputs: Sequence[str]) -> list[Row]:
     """Run *images* (H, W, 3) as one batch; halve it as long as it fails.
 
-    Returns for each image its row of each of *outputs*, or a rejection.
-    Makes at most 1 + 4 * ceil(log2(n)) runs, enough to find two bad images among n. Raises `DeviceLostError`,
-    because another run would fail too.
+    Returns for each image its row of each of *outputs*, or a rejection. Raises `DeviceLostError`, because
+    another run would fail too.
     """
-    runs_left = 1 + 4 * (len(images) - 1).bit_length()
-    rows: list[Row] = []
-    parts = [images]  # a stack: the first images are on top
-    while parts:
-        part = parts.pop()
-        if runs_left == 0:
-            rows += [ENGINE_FAILED] * len(part)
-            continue
-        runs_left -= 1
-        rejection = ENGINE_FAILED
-        try:
-            rows += _split_rows(run(part), outputs, len(part))
-            continue
-        except DeviceLostError:
-            raise
-        except OutOfMemoryError:
-            log.warning("out of memory for a batch of %d", len(part))
-            rejection = OUT_OF_MEMORY
-        except Exception:  # a runtime may raise anything
-            log.exception("inference failed on a batch of %d", len(part))
-        if len(part) == 1:
-            rows.append(rejection)
-        else:
-            middle = len(part) // 2
-            parts += [part[middle:], part[:middle]]
-    return rows
+    rejection = ENGINE_FAILED
+    try:
+        return _split_rows(run(images), outputs, len(images))
+    except DeviceLostError:
+        raise
+    except OutOfMemoryError:
+        log.warning("out of memory for a batch of %d", len(images))
+        rejection = OUT_OF_MEMORY
+    except Exception:  # a runtime may raise anything
+        log.exception("inference failed on a batch of %d", len(images))
+    if len(images) == 1:
+        return [rejection]
+    halves = images[: len(images) // 2], images[len(images) // 2 :]
+    return [row for half in halves for row in run_bisected(run, half, outputs)]
 
 
 def _split_rows(values: Outputs, outputs: Sequence[str], images: int) -> list[Row]:

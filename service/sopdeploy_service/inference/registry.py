@@ -7,9 +7,8 @@ step. The version before that is stopped when its last request has its response.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from sopdeploy.bundle.folder import read_manifest
@@ -29,14 +28,6 @@ NOT_CONTROLLED = Rejection(
 log = logging.getLogger("sopdeploy.models")
 
 
-@dataclass(slots=True)
-class Versions:
-    """The current model of a name and the one a rollback returns to."""
-
-    current: Model
-    previous: Model | None = None
-
-
 class ModelRegistry:
     """The loaded models. Every method is called on the event loop."""
 
@@ -53,18 +44,18 @@ class ModelRegistry:
         self._store = store
         self.changing = asyncio.Lock()  # held while a model is loaded, replaced or removed
         self._retiring: dict[Model, asyncio.Task[None]] = {}
-        self._reserved: set[str] = set()
-        self._by_name = {name: Versions(self._make_model(name, model)) for name, model in loaded.items()}
+        self._hidden: dict[str, Model] = {}
+        # The current version of a name and, once it was replaced, the previous one.
+        self._by_name = {name: [self._make_model(name, model)] for name, model in loaded.items()}
 
     async def start(self) -> None:
         """Start the worker threads of every model."""
-        for model in self.models():
+        for model in (*self.models(), *self._hidden.values()):
             model.start()
 
     def models(self) -> list[Model]:
         """Return every loaded model, by name, the current version before the previous one."""
-        pairs = [(versions.current, versions.previous) for _, versions in sorted(self._by_name.items())]
-        return [model for pair in pairs for model in pair if model is not None]
+        return [model for _, versions in sorted(self._by_name.items()) for model in versions]
 
     @property
     def is_idle(self) -> bool:
@@ -78,16 +69,32 @@ class ModelRegistry:
         """
         if name is None:
             name = self._only_name()
-        if name not in self._by_name:
+        versions = self._by_name.get(name)
+        if versions is None:
             listed = shorten(sorted(self._by_name)) or "none"
             raise RejectedError(
                 Rejection("unknown_model", 404, f"no model {name[:100]!r}; available: {listed}")
             )
-        model = self._loaded_version(name, version)
-        if model is None:
-            current = self._by_name[name].current.version
-            message = f"{name}: no version {str(version)[:100]!r}; the current one is {current}"
-            raise RejectedError(Rejection("unknown_version", 404, message))
+        if version is None:
+            return versions[0]
+        for model in versions:
+            if model.version == version:
+                return model
+        message = f"{name}: no version {version[:100]!r}; the current one is {versions[0].version}"
+        raise RejectedError(Rejection("unknown_version", 404, message))
+
+    @contextmanager
+    def use(self, name: str | None = None, version: str | None = None) -> Iterator[Model]:
+        """Find a model as `find` does, and keep it loaded during the block.
+
+        Every request gets its model here.
+        """
+        model = self.find(name, version)
+        with model.in_use():
+            yield model
+
+    async def wait_until_loaded(self, model: Model) -> Model:
+        """Return *model*, which is loaded already."""
         return model
 
     def _only_name(self) -> str:
@@ -100,15 +107,10 @@ class ModelRegistry:
             raise RejectedError(Rejection("model_needed", 400, message))
         return next(iter(self._by_name))
 
-    def _loaded_version(self, name: str, version: str | None) -> Model | None:
-        """Return the model with *name* and *version* (None: the current one), or None if it is not loaded."""
-        versions = self._by_name.get(name)
-        if versions is None:
-            return None
-        for model in (versions.current, versions.previous):
-            if model is not None and version in {None, model.version}:
-                return model
-        return None
+    def _loaded_version(self, name: str, version: str) -> Model | None:
+        """Return the model with *name* and *version*, or None if it is not loaded."""
+        models = (model for model in self._by_name.get(name, ()) if model.version == version)
+        return next(models, None)
 
     async def load(self, name: str, folder: str | None = None) -> Model:
         """Serve the bundle in *folder*, or the only new bundle of that *name*, as *name*.
@@ -119,21 +121,19 @@ class ModelRegistry:
         async with self.changing:
             if self._store is None:
                 raise RejectedError(NOT_CONTROLLED)
-            if name in self._reserved:
+            if name in self._hidden:
                 message = f"{name}: is the shadow; promote it, or choose another name"
                 raise RejectedError(Rejection("cannot_load", 400, message))
             versions = self._by_name.get(name)
             try:
-                serving = versions.current.version if versions else None
-                path = self._store.find(name, folder, serving=serving)
+                path = self._store.find(name, folder, serving=versions[0].version if versions else None)
                 # By its id: a folder may have got another bundle.
-                known = self._loaded_version(name, read_manifest(path).id)
-                if versions is not None and known is not None:
-                    return known if known is versions.current else self._swap(versions)
-                loaded = await asyncio.to_thread(load_model, path, self._settings)
+                model: Model | LoadedModel | None = self._loaded_version(name, read_manifest(path).id)
+                if model is None:
+                    model = await asyncio.to_thread(load_model, path, self._settings)
             except SopdeployError as error:
                 raise RejectedError(Rejection("cannot_load", 400, str(error))) from error
-            return self.serve(name, loaded)
+            return self._make_current(name, model)
 
     async def follow(self, bundles: Mapping[str, Path], load: Callable[[Path], LoadedModel]) -> None:
         """Serve exactly *bundles*, by name; versions that are already loaded are not loaded again.
@@ -154,10 +154,7 @@ class ModelRegistry:
                         stack.callback(loaded.runtime.close)  # unless all of them can be loaded
                 stack.pop_all()
             for name, model in wanted.items():
-                if isinstance(model, LoadedModel):
-                    self.serve(name, model)
-                elif model is not self._by_name[name].current:
-                    self._swap(self._by_name[name])
+                self._make_current(name, model)
             for name in set(self._by_name) - set(bundles):
                 self._remove(name)
 
@@ -165,11 +162,11 @@ class ModelRegistry:
         """Serve the previous version of *name* again; raises `RejectedError` if none is loaded."""
         async with self.changing:
             self.find(name)
-            versions = self._by_name[name]
-            if versions.previous is None:
+            _, *previous = self._by_name[name]
+            if not previous:
                 message = f"{name}: no previous version is loaded"
                 raise RejectedError(Rejection("no_previous_version", 409, message))
-            return self._swap(versions)
+            return self._make_current(name, previous[0])
 
     async def unload(self, name: str) -> None:
         """Stop serving *name*; requests that use it still get their responses.
@@ -182,28 +179,37 @@ class ModelRegistry:
             self.find(name)
             self._remove(name)
 
-    def withdraw(self, name: str) -> LoadedModel:
-        """Stop serving *name*, which has not started; no bundle can be loaded under this name.
+    def hide(self, name: str) -> Model:
+        """Let no request choose *name*, which has not started, and load no bundle under this name.
 
-        Its bundle is still counted as loaded in the metrics.
+        The model runs without being counted in the metrics of requests.
         """
-        self._reserved.add(name)
-        return self._by_name.pop(name).current.loaded
+        (model,) = self._by_name.pop(name)
+        self._hidden[name] = Model(name, model.loaded, self._settings, Metrics())
+        return self._hidden[name]
 
-    def release_name(self, name: str) -> None:
-        """Let clients load bundles under the *name* of a model that was withdrawn."""
-        self._reserved.discard(name)
+    async def promote(self, hidden: str, name: str) -> Model:
+        """Serve the *hidden* model as *name*; the current version stays loaded for a rollback."""
+        async with self.changing:
+            model = self._hidden.pop(hidden)
+            self._metrics.count_bundle(hidden, model.bundle, model.loaded.runtime, -1)
+            self._count(name, model.loaded)
+            model.rename(name, self._metrics)
+            return self._make_current(name, model)
 
     def close(self, rejection: Rejection) -> None:
         """Give *rejection* to every image without an outcome."""
-        for model in (*self.models(), *self._retiring):
+        for model in self._all():
             model.close(rejection)
 
     async def stop(self) -> None:
         """Stop every model."""
         for task in self._retiring.values():
             task.cancel()
-        await asyncio.gather(*(model.stop() for model in (*self.models(), *self._retiring)))
+        await asyncio.gather(*(model.stop() for model in self._all()))
+
+    def _all(self) -> list[Model]:
+        return [*self.models(), *self._hidden.values(), *self._retiring]
 
     def _make_model(self, name: str, loaded: LoadedModel) -> Model:
         self._count(name, loaded)
@@ -214,36 +220,28 @@ class ModelRegistry:
         self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, 1)
         if loaded.bundle.manifest.rejection is not None:
             self._metrics.unknown_images.labels(name)  # shows 0 before the first unknown image
-        if loaded.fast_decode is not None:
-            self._metrics.fast_drift.labels(name).set(loaded.fast_decode.drift)
-            self._metrics.fast_agreement.labels(name).set(loaded.fast_decode.agreement)
         decision = loaded.bundle.manifest.decision
         if decision is not None and decision.reference is not None:
             self._metrics.show_drift(name, counts_for(decision, len(loaded.bundle.labels)).tests)
 
-    def serve(self, name: str, loaded: LoadedModel) -> Model:
-        """Start *loaded* as the current version of *name*; `changing` must be held."""
-        model = self._make_model(name, loaded)
-        model.start()
-        before = self._by_name.get(name)
-        self._by_name[name] = Versions(model, before.current if before else None)
-        if before is not None and before.previous is not None:
-            self._retire(before.previous)
+    def _make_current(self, name: str, model: Model | LoadedModel) -> Model:
+        """Make *model* the current version of *name*; start it if it is new. `changing` must be held."""
+        if isinstance(model, LoadedModel):
+            model = self._make_model(name, model)
+            model.start()
+        versions = self._by_name.get(name, [])
+        if model in versions[:1]:
+            return model
+        self._by_name[name] = [model, *versions[:1]]
+        for other in versions[1:]:
+            if other is not model:
+                self._retire(other)
         log.info("%s: now serving %s", name, model.bundle.name)
         return model
 
-    def _swap(self, versions: Versions) -> Model:
-        """Exchange the current and the previous version; return the new current one."""
-        if versions.previous is not None:
-            versions.current, versions.previous = versions.previous, versions.current
-            log.info("%s: back to %s", versions.current.name, versions.current.bundle.name)
-        return versions.current
-
     def _remove(self, name: str) -> None:
-        versions = self._by_name.pop(name)
-        for model in (versions.current, versions.previous):
-            if model is not None:
-                self._retire(model)
+        for model in self._by_name.pop(name):
+            self._retire(model)
         log.info("%s: unloaded", name)
 
     def _retire(self, model: Model) -> None:

@@ -6,76 +6,35 @@ of the server.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import sigmoid
+from sopdeploy.decision import sigmoid, softmax
 from sopdeploy.errors import ImageError
 
 GATES = "gates"  # name of the output with the weights of a gate's experts
-SMALL_K = 10  # up to this k, repeated argmax over the batch is faster than sorting each image
 
 RankedClasses = list[tuple[int, float]]  # class index and probability, best first
 
 
-@dataclass(slots=True)
-class Ranking:
-    """Ranks the classes of a batch by its *logits*, one (C,) array per image. Not thread-safe."""
-
-    logits: Sequence[NDArray[np.float32]]
-    _cache: dict[int, list[RankedClasses]] = field(default_factory=dict)
-
-    def top_k(self, image: int, k: int) -> RankedClasses:
-        """Rank the min(k, C) most probable classes of *image*; ties keep their order."""
-        if k in self._cache:
-            return self._cache[k][image]
-        if k > SMALL_K:
-            batch = self.logits[image][None]
-            indices = top_indices(batch[0], k)[None]
-        else:
-            batch = np.stack(self.logits)
-            remaining, rows = batch.copy(), np.arange(len(batch))
-            indices = np.empty((len(batch), min(k, batch.shape[1])), np.intp)
-            for column in indices.T:
-                column[:] = remaining.argmax(axis=1)
-                remaining[rows, column] = -np.inf
-        probabilities = np.take_along_axis(softmax(batch), indices, axis=1)
-        pairs = zip(indices.tolist(), probabilities.tolist(), strict=True)
-        ranked = [list(zip(*pair, strict=True)) for pair in pairs]
-        if k > SMALL_K:
-            return ranked[0]
-        self._cache[k] = ranked
-        return ranked[image]
-
-
-def present_classes(
-    logits: NDArray[np.float32], thresholds: Sequence[float], top_k: int | None = None
+def rank_classes(
+    logits: NDArray[np.float32], top_k: int | None, thresholds: Sequence[float] | None = None
 ) -> RankedClasses:
-    """Rank the classes whose probability reaches their threshold, at most *top_k* of them.
+    """Rank the classes of an image with *logits* (C,), at most *top_k* of them; ties keep their order.
 
-    *logits* (C,) are independent: the probability of a class is the sigmoid of its logit.
+    With *thresholds* the classes are independent: the probability of a class is the sigmoid of its logit, and
+    only classes whose probability reaches their threshold are listed.
     """
+    if thresholds is None:
+        indices = top_indices(logits, top_k or len(logits))
+        return list(zip(indices.tolist(), softmax(logits)[indices].tolist(), strict=True))
     probabilities = sigmoid(logits).tolist()
     ranked = top_indices(logits, len(logits)).tolist()
-    return [(index, probabilities[index]) for index in ranked if probabilities[index] >= thresholds[index]][
-        :top_k
-    ]
-
-
-def rank_images(
-    logits: Sequence[NDArray[np.float32]], thresholds: Sequence[float] | None, top_k: int | None
-) -> list[RankedClasses]:
-    """Rank the classes of images with *logits* (C,), at most *top_k* of them.
-
-    With *thresholds*, rank only the classes whose probability reaches their threshold.
-    """
-    if thresholds is not None:
-        return [present_classes(one, thresholds, top_k) for one in logits]
-    ranking = Ranking(logits)
-    return [ranking.top_k(image, top_k or len(one)) for image, one in enumerate(logits)]
+    present = [(index, probabilities[index]) for index in ranked if probabilities[index] >= thresholds[index]]
+    return present[:top_k]
 
 
 def top_indices(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
@@ -90,19 +49,10 @@ def top_indices(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
     return indices[np.argsort(-values[indices], kind="stable")[:k]]
 
 
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the probabilities (..., C) float64 of finite *logits* (..., C), without overflow."""
-    exponentials = logits.astype(np.float64)
-    exponentials -= exponentials.max(axis=-1, keepdims=True)
-    np.exp(exponentials, out=exponentials)
-    exponentials /= exponentials.sum(axis=-1, keepdims=True)
-    return exponentials
-
-
 class Prediction(NamedTuple):
     """The outputs of one image by name, (...) float32, logits first, with its timings.
 
-    *batch* is the size of the batch it ran in; *row* is its row in *ranking*, which covers the whole batch.
+    *batch* is the size of the batch it ran in; *row* is its position among the predictions of the batch.
     *warnings* name what decoding changed in the image; *size* is the (width, height) of the upright image in
     its file, None for a tensor.
     """
@@ -111,7 +61,6 @@ class Prediction(NamedTuple):
     queue_seconds: float
     infer_seconds: float
     batch: int
-    ranking: Ranking
     row: int
     warnings: tuple[str, ...] = ()
     size: tuple[int, int] | None = None

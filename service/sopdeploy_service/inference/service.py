@@ -6,23 +6,27 @@ shares a batch with the images of other requests.
 """
 
 import asyncio
+import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, TypeAlias
+from queue import SimpleQueue
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import ImageError
-from sopdeploy_service.images.decode import Decoded, DecodePool, EncodedImage, PoolClosedError
+from sopdeploy_service.cores import DECODERS_BESIDE_CPU_INFERENCE, cores_within_quota, decoders_per_process
+from sopdeploy_service.images.decode import EncodedImage, keep_freed_blocks
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.model_worker import QueuedImage, call_soon, settle
+from sopdeploy_service.inference.model_worker import QueuedImage, call_soon
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import (
     CLIENT_GONE,
@@ -45,33 +49,10 @@ MAX_RETRY_SECONDS = 60
 Images: TypeAlias = Sequence[EncodedImage] | NDArray[np.uint8]
 State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead", "loop_blocked"]
 CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
+# Observes the outcomes of a request before its response; the items have the decoded pixels.
+Observe: TypeAlias = Callable[[Model, RequestContext, Sequence[QueuedImage], Images, Sequence[Outcome]], None]
 
-
-class Observer(Protocol):
-    """Observes the outcomes of requests, between `start` and `stop` of a service."""
-
-    def info(self) -> dict[str, Any]:
-        """Return additional fields of `/info`."""
-        ...
-
-    def start(self) -> None:
-        """Start, after the models."""
-        ...
-
-    def observe(
-        self,
-        model: Model,
-        context: RequestContext,
-        items: Sequence[QueuedImage],
-        images: Images,
-        outcomes: Sequence[Outcome],
-    ) -> None:
-        """Observe the *outcomes* of a request before its response; *items* have the decoded pixels."""
-        ...
-
-    async def stop(self) -> None:
-        """Stop, before the models."""
-        ...
+log = logging.getLogger("sopdeploy.service")
 
 
 class Service:
@@ -92,15 +73,25 @@ class Service:
             self.registry = ModelRegistry(loaded, settings, self.metrics, store)
         else:
             self.registry = create_registry(settings, self.metrics)
-        self.observers: list[Observer] = []
+        self.observers: list[Observe] = []
+        self.more_info: dict[str, Callable[[], object]] = {}  # more fields of `/info`
         self.fetches = asyncio.Semaphore(settings.url_fetches)
         # Few threads: a JSON parser holds the interpreter lock.
         self.parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
         self.admitted = 0  # images; a request whose images are not known yet counts as one
-        self._decoders = DecodePool(make_decoder(settings), settings.decoders)
-        self.metrics.decoders.set(settings.decoders)
+        self._decode = make_decoder(settings, self.metrics.failed_gpu_decodes.inc)
+        self._encoded: SimpleQueue[tuple[Model, QueuedImage, EncodedImage] | None] = SimpleQueue()
+        self._decoders = self._count_decoders()
+        self.metrics.decoders.set(self._decoders)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self._draining = True
+
+    def _count_decoders(self) -> int:
+        if self.settings.decoders != "auto":
+            return self.settings.decoders
+        if all(model.loaded.runtime.device == "cpu" for model in self.registry.models()):
+            return DECODERS_BESIDE_CPU_INFERENCE
+        return decoders_per_process(cores_within_quota(), 1)
 
     @property
     def state(self) -> State:
@@ -115,9 +106,9 @@ class Service:
     async def start(self) -> None:
         """Start the threads and accept requests."""
         await self.registry.start()
-        for observer in self.observers:
-            observer.start()
-        self._decoders.start()
+        keep_freed_blocks(2 * self._decoders)
+        for number in range(self._decoders):  # daemons: a decoder that hangs cannot block an exit
+            threading.Thread(target=self._run_decoder, name=f"decoder_{number}", daemon=True).start()
         self._draining = False
 
     def drain(self, *, abort: bool = False) -> None:
@@ -132,10 +123,9 @@ class Service:
     async def stop(self) -> None:
         """End the threads."""
         self.drain(abort=True)
-        self._decoders.stop()
+        for _ in range(self._decoders):
+            self._encoded.put(None)
         self.parsers.shutdown(wait=False, cancel_futures=True)
-        for observer in self.observers:
-            await observer.stop()
         await self.registry.stop()
 
     def check_admission(self, model: Model, deadline: float) -> None:
@@ -167,6 +157,7 @@ class Service:
 
     def _check_queue(self, model: Model, images: int) -> None:
         if self.admitted + images > self.settings.queue_size:
+            model.statistics.failure.add(0.0)
             waiting = self.admitted + model.queue.images_elsewhere
             seconds = math.ceil(model.latency.total_seconds(waiting, model.largest_batch))
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
@@ -184,95 +175,84 @@ class Service:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
         Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`; *features*
-        requests the output of class activation maps. Cancelling the call removes its images from the queue.
+        requests the outputs `ON_REQUEST`. Cancelling the call removes its images from the queue.
         Raises `RejectedError` if the queue is full, the rate limit of *context* is exceeded, or the deadline
         has passed.
         """
-        started = time.monotonic()
+        started, loop = time.monotonic(), asyncio.get_running_loop()
         with self.admitting(model, len(images)):
             context.images += len(images)
             if context.rate_limit is not None:
                 context.rate_limit.spend(len(images))
-            items = self._create_items(images, deadline, context, features=features)
-            outcomes = await self._run(model, items, images, deadline - started)
-        stages = _record_stages(context, items, outcomes)
-        model.statistics.record(outcomes, stages, time.monotonic() - started)
+            items = [
+                QueuedImage(
+                    outcome=loop.create_future(), deadline=deadline, trace=context.trace, features=features
+                )
+                for _ in images
+            ]
+            timer = loop.call_later(deadline - started, model.queue.reject, items, DEADLINE)
+            try:
+                for item, image in zip(items, images, strict=True):
+                    self.submit(model, item, image)
+                outcomes = [await item.outcome for item in items]
+            except asyncio.CancelledError:
+                model.queue.reject(items, CLIENT_GONE)
+                raise
+            finally:
+                timer.cancel()
+        _record_stages(context, items, outcomes)
+        model.statistics.record(outcomes, context.stage_seconds, time.monotonic() - started)
         if any(outcome is DEADLINE for outcome in outcomes):
             raise RejectedError(DEADLINE)
-        for observer in self.observers:
-            observer.observe(model, context, items, images, outcomes)
+        for observe in self.observers:
+            observe(model, context, items, images, outcomes)
         return outcomes
-
-    def _create_items(
-        self, images: Images, deadline: float, context: RequestContext, *, features: bool
-    ) -> list[QueuedImage]:
-        loop = asyncio.get_running_loop()
-        return [
-            QueuedImage(
-                outcome=loop.create_future(), deadline=deadline, trace=context.trace, features=features
-            )
-            for _ in images
-        ]
-
-    async def _run(
-        self, model: Model, items: list[QueuedImage], images: Images, seconds: float
-    ) -> list[Outcome]:
-        """Queue *items* with their *images* and wait for all outcomes, at most *seconds*."""
-        timer = asyncio.get_running_loop().call_later(seconds, model.queue.reject, items, DEADLINE)
-        try:
-            for item, image in zip(items, images, strict=True):
-                self.submit(model, item, image)
-            return [await item.outcome for item in items]
-        except asyncio.CancelledError:
-            model.queue.reject(items, CLIENT_GONE)
-            raise
-        finally:
-            timer.cancel()
 
     def submit(self, model: Model, item: QueuedImage, image: EncodedImage | NDArray[np.uint8]) -> None:
         """Queue a decoded *image* at *model*, or decode it first in a decoder thread."""
-        if not isinstance(image, EncodedImage):
-            item.image = image
-            rejection = model.queue.put(item)
-            if rejection is not None:
-                settle([item], [rejection])
+        if isinstance(image, EncodedImage):
+            self._encoded.put((model, item, image))
             return
-        loop = asyncio.get_running_loop()
+        item.image = image
+        rejection = model.queue.put(item)
+        if rejection is not None:
+            item.settle(rejection)
 
-        def on_done(result: Decoded | Exception, seconds: float) -> None:  # in a decoder thread
-            self.metrics.decode_seconds.inc(seconds)
-            rejection: Rejection | None = DECODER_FAILED
-            if isinstance(result, Decoded):
-                ended = time.monotonic()
-                item.image, item.warnings, item.size = result
-                item.decode_seconds, item.arrived = ended - item.arrived, ended
-                self.metrics.stage("decode", item.decode_seconds)
-                rejection = model.queue.put(item)
-            elif isinstance(result, PoolClosedError):
-                rejection = DRAINING
-            elif isinstance(result, ImageError):
-                rejection = Rejection.of(result)
+    def _run_decoder(self) -> None:
+        """Decode images in this thread until None is queued."""
+        while (job := self._encoded.get()) is not None:
+            rejection = self._decode_and_queue(*job)
             if rejection is not None:
-                call_soon(loop, settle, [item], [rejection])
+                call_soon(job[1].outcome.get_loop(), job[1].settle, rejection)
+            del job, rejection  # an idle thread must not keep an image or a model alive
 
-        preprocess = model.bundle.manifest.preprocess
-        self._decoders.submit(image, preprocess, on_done, cancelled=item.outcome.done)
+    def _decode_and_queue(self, model: Model, item: QueuedImage, image: EncodedImage) -> Rejection | None:
+        """Decode *image* and queue *item*; return the rejection of an image that is not queued."""
+        if item.outcome.done() or model.queue.closed_with is not None:
+            return model.queue.closed_with
+        started = time.monotonic()
+        try:
+            item.image, item.warnings, item.size = self._decode(image, model.bundle.manifest.preprocess)
+        except ImageError as error:
+            return Rejection.of(error)
+        except Exception:  # a bug fails its own image, not the others of the request
+            log.exception("the decoder failed on an image of %d bytes", len(image.body))
+            return DECODER_FAILED
+        finally:
+            ended = time.monotonic()
+            self.metrics.decode_seconds.inc(ended - started)
+        item.decode_seconds, item.arrived = ended - item.arrived, ended
+        self.metrics.stage("decode", item.decode_seconds)
+        return model.queue.put(item)
 
 
 def _record_stages(
     context: RequestContext, items: Sequence[QueuedImage], outcomes: Sequence[Outcome]
-) -> dict[str, float]:
-    """Record the stages of *items*; return the seconds of the slowest image in each stage."""
-    slowest: dict[str, float] = {}
+) -> None:
     for item, outcome in zip(items, outcomes, strict=True):
-        stages = []
         if item.decode_seconds is not None:
-            stages.append(("decode", item.decode_seconds, item.arrived))
+            context.record_stage("decode", item.decode_seconds, item.arrived)
         if isinstance(outcome, Prediction):
             begun = item.arrived + outcome.queue_seconds
-            stages.append(("queue", outcome.queue_seconds, begun))
-            stages.append(("infer", outcome.infer_seconds, begun + outcome.infer_seconds))
-        for stage, seconds, ended in stages:
-            context.record_stage(stage, seconds, ended)
-            slowest[stage] = max(seconds, slowest.get(stage, 0.0))
-    return slowest
+            context.record_stage("queue", outcome.queue_seconds, begun)
+            context.record_stage("infer", outcome.infer_seconds, begun + outcome.infer_seconds)

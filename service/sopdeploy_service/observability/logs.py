@@ -1,18 +1,14 @@
-"""Logging: JSON lines or readable lines, and the timeline of a start.
+"""Logging: JSON lines or readable lines.
 
 Modules log with the standard library; the fields of `extra` become fields of the line. Text from clients
 never starts a new line: JSON escapes it, and console output replaces unprintable characters.
 """
 
 import logging
-import os
 import sys
-import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TextIO
 
 import structlog
@@ -21,7 +17,6 @@ from structlog.typing import Processor
 from sopdeploy_service.settings import Settings
 
 ROOT = "sopdeploy"
-START_UP = "sopdeploy.start_up"  # the timeline, which a setting enables at any log level
 
 
 @contextmanager
@@ -53,13 +48,11 @@ def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[Non
     logging.getLogger().addHandler(handler)  # also for other libraries, whose level stays at warning
     level = settings.log_level.upper()
     logging.getLogger(ROOT).setLevel("WARNING" if quiet and level != "ERROR" else level)
-    logging.getLogger(START_UP).setLevel("INFO" if settings.startup_timeline else logging.NOTSET)
     try:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-        for name in (ROOT, START_UP):
-            logging.getLogger(name).setLevel(logging.NOTSET)
+        logging.getLogger(ROOT).setLevel(logging.NOTSET)
 
 
 def _printable(value: object, name: str = "") -> object:
@@ -80,39 +73,3 @@ def _write_traceback(stream: TextIO, exc_info: structlog.typing.ExcInfo) -> None
     """Write an indented traceback, so that no text in it looks like a log line."""
     lines = "".join(traceback.format_exception(*exc_info)).splitlines()
     stream.write("".join(f"\n    {_printable(line)}" for line in lines))
-
-
-@dataclass
-class Timeline:
-    """The steps of a server's start in milliseconds; the first step begins with the process."""
-
-    steps_ms: dict[str, float] = field(default_factory=dict)
-    _last: float = field(default_factory=lambda: time.monotonic() - process_age())
-
-    def mark(self, step: str) -> None:
-        """Record that *step* ends now."""
-        now = time.monotonic()
-        self.add([{step: now - self._last}])
-        self._last = now
-
-    def add(self, bundles: Iterable[Mapping[str, float]]) -> None:
-        """Add the seconds of each step of loading *bundles*."""
-        for seconds in bundles:
-            for step, spent in seconds.items():
-                self.steps_ms[step] = round(self.steps_ms.get(step, 0.0) + spent * 1000, 1)
-                self._last += spent
-
-    def log(self) -> None:
-        """Log the steps and their sum."""
-        total = round(sum(self.steps_ms.values()), 1)
-        logging.getLogger(START_UP).info("started", extra={"ms": total, "steps_ms": self.steps_ms})
-
-
-def process_age() -> float:
-    """Return the age of this process in seconds, 0 if the system does not tell."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        ticks = int(fields[19])  # field 22 of the line: start time since boot, see proc(5)
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, AttributeError, ValueError, IndexError):
-        return 0.0

@@ -34,10 +34,16 @@ class Metrics:
             "request_duration_seconds", "From request to response", ("route",), buckets=SECONDS_BUCKETS
         )
         self._stage_seconds = histogram(
-            "stage_duration_seconds", "Receive, decode, queue, infer", ("stage",), buckets=SECONDS_BUCKETS
+            "stage_duration_seconds",
+            "Load (wait for the model), receive, decode, queue, infer",
+            ("stage",),
+            buckets=SECONDS_BUCKETS,
         )
         self.decode_seconds = counter("decode_seconds", "Busy time, sum over all decoders")
         self.decoders = gauge("decoders", "Decoder threads")
+        self.failed_gpu_decodes = counter(
+            "failed_gpu_decodes", "JPEGs decoded by Pillow, because nvImageCodec could not"
+        )
         self.batch_size = histogram("batch_size", "Images in a batch", ("model",), buckets=BATCH_BUCKETS)
         self.batch_close = counter(
             "batch_close", "Why a batch closed: full, or the worker was idle", ("model", "reason")
@@ -59,21 +65,14 @@ class Metrics:
             ("model", "side"),
             buckets=SECONDS_BUCKETS,
         )
+        self.memory_budget = gauge("memory_budget_bytes", "For all loaded models; 0: no budget")
+        self.model_memory = gauge("model_memory_bytes", "With a memory budget; 0: not loaded", ("model",))
+        self.model_loads = counter("model_loads", "Loads with a memory budget", ("model",))
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
         self._busy = gauge("engine_busy_ratio", "Busy fraction of the last 10 s", ("model",))
         self.connections = gauge("connections", "Open connections")
         self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
         self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
-        self.fast_drift = gauge(
-            "fast_decode_drift",
-            "RMS change of the logits over their spread, measured at the start",
-            ("model",),
-        )
-        self.fast_agreement = gauge(
-            "fast_decode_agreement",
-            "Fraction of images whose best class stays, measured at the start",
-            ("model",),
-        )
         self._drift_distance = gauge(
             "drift_distance",
             "Distance (0 to 1) of 1,000 predictions to those of the held-out images",
@@ -126,7 +125,7 @@ class Metrics:
         self._request_seconds_of(route).observe(seconds)
 
     def stage(self, stage: str, seconds: float) -> None:
-        """Count *seconds* spent in `receive`, `decode`, `queue` or `infer`."""
+        """Count *seconds* spent in `load`, `receive`, `decode`, `queue` or `infer`."""
         self._stage_seconds_of(stage).observe(seconds)
 
 

@@ -9,34 +9,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.settings import Settings
 
 if TYPE_CHECKING:  # OpenTelemetry is optional
+    from sopdeploy_service.http.rate_limits import TokenBucket
     from sopdeploy_service.observability.tracing import RequestTrace
 
 # (request headers, start time) -> trace, or None if the request is not sampled.
 OpenTrace: TypeAlias = Callable[[Mapping[str, str], float], "RequestTrace | None"]
-
-
-class RateLimit(Protocol):
-    """The rate limit of one API key, in images; *burst* is the most that it allows at once."""
-
-    burst: int
-
-    def spend(self, images: int, *, check_only: bool = False) -> None:
-        """Take the tokens of *images*, unless *check_only*.
-
-        Raises the error that rejects the request, and takes none, if *images* exceed the limit now.
-        """
-        ...
-
-    def headers(self) -> dict[str, str]:
-        """Format the `RateLimit-*` response headers."""
-        ...
 
 
 @dataclass(slots=True)
@@ -52,7 +36,7 @@ class RequestContext:
     trace: "RequestTrace | None" = None
     key_name: str | None = None
     scopes: tuple[str, ...] | None = None
-    rate_limit: RateLimit | None = None
+    rate_limit: "TokenBucket | None" = None
     model_name: str = ""
     model_version: str = ""
     bytes: int = 0

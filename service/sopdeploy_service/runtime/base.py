@@ -3,10 +3,12 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sopdeploy.errors import RuntimeUnavailableError, SopdeployError
 
 
 def padded_sizes(largest: int) -> tuple[int, ...]:
@@ -46,8 +48,10 @@ class Runtime(Protocol):
 class OverlappingRuntime(Runtime, Protocol):
     """A runtime that accepts a batch while another one runs."""
 
-    def begin(self, images: Sequence[NDArray[np.uint8]]) -> Callable[[], dict[str, NDArray[np.float32]]]:
-        """Begin a batch of *images* (H, W, 3); return a function that waits for it.
+    def begin(
+        self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None
+    ) -> Callable[[], dict[str, NDArray[np.float32]]]:
+        """Begin a batch of *images* (H, W, 3); return a function that waits for its outputs *names*, or all.
 
         At most two batches may be in flight; they end in the order they began. *images* may be overwritten
         after this returns. Raises as `run` does, here or in the returned function.
@@ -57,67 +61,43 @@ class OverlappingRuntime(Runtime, Protocol):
 
 @runtime_checkable
 class SelectiveRuntime(Runtime, Protocol):
-    """A runtime that can omit outputs, unlike TensorRT, which computes and copies all of them."""
+    """A runtime that can omit outputs, or at least does not copy them."""
 
     def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8 as `run` does; return only the outputs *names*."""
         ...
 
 
-class CudaError(NamedTuple):
-    """A CUDA error: its code, API names, and the text that libraries print."""
-
-    code: int
-    runtime: str
-    driver: str
-    text: str
-
-
-STICKY_ERRORS = (
-    CudaError(46, "cudaErrorDevicesUnavailable", "CUDA_ERROR_DEVICE_UNAVAILABLE", "busy or unavailable"),
-    CudaError(100, "cudaErrorNoDevice", "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"),
-    CudaError(214, "cudaErrorECCUncorrectable", "CUDA_ERROR_ECC_UNCORRECTABLE", "uncorrectable ECC error"),
-    CudaError(
-        220, "cudaErrorNvlinkUncorrectable", "CUDA_ERROR_NVLINK_UNCORRECTABLE", "uncorrectable NVLink error"
-    ),
-    CudaError(226, "cudaErrorContained", "CUDA_ERROR_CONTAINED", "access of peer GPU memory over nvlink"),
-    CudaError(700, "cudaErrorIllegalAddress", "CUDA_ERROR_ILLEGAL_ADDRESS", "illegal memory access"),
-    CudaError(702, "cudaErrorLaunchTimeout", "CUDA_ERROR_LAUNCH_TIMEOUT", "launch timed out"),
-    CudaError(709, "cudaErrorContextIsDestroyed", "CUDA_ERROR_CONTEXT_IS_DESTROYED", "context is destroyed"),
-    CudaError(710, "cudaErrorAssert", "CUDA_ERROR_ASSERT", "device-side assert triggered"),
-    CudaError(714, "cudaErrorHardwareStackError", "CUDA_ERROR_HARDWARE_STACK_ERROR", "hardware stack error"),
-    CudaError(715, "cudaErrorIllegalInstruction", "CUDA_ERROR_ILLEGAL_INSTRUCTION", "illegal instruction"),
-    CudaError(716, "cudaErrorMisalignedAddress", "CUDA_ERROR_MISALIGNED_ADDRESS", "misaligned address"),
-    CudaError(
-        717, "cudaErrorInvalidAddressSpace", "CUDA_ERROR_INVALID_ADDRESS_SPACE", "shared address space"
-    ),
-    CudaError(718, "cudaErrorInvalidPc", "CUDA_ERROR_INVALID_PC", "invalid program counter"),
-    CudaError(719, "cudaErrorLaunchFailure", "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"),
-    CudaError(
-        721,
-        "cudaErrorTensorMemoryLeak",
-        "CUDA_ERROR_TENSOR_MEMORY_LEAK",
-        "tensor memory not completely freed",
-    ),
-    CudaError(
-        810,
-        "cudaErrorMpsClientTerminated",
-        "CUDA_ERROR_MPS_CLIENT_TERMINATED",
-        "the MPS client has been terminated by the server",
-    ),
-    CudaError(
-        811, "cudaErrorCdpNotSupported", "CUDA_ERROR_CDP_NOT_SUPPORTED", "is using CUDA Dynamic Parallelism"
-    ),
-    CudaError(
-        911, "cudaErrorExternalDevice", "CUDA_ERROR_EXTERNAL_DEVICE", "external entity outside of CUDA"
-    ),
-    CudaError(
-        999, "cudaErrorUnknown", "CUDA_ERROR_UNKNOWN", ""
-    ),  # its text, `unknown error`, is not specific
-)
-MEMORY_ERROR = CudaError(2, "cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY", "out of memory")
+# CUDA errors after which nothing can run in this process: code, API names, and the text that libraries print.
+LOST_DEVICE = {
+    46: ("cudaErrorDevicesUnavailable", "cudaErrorDeviceUnavailable", "busy or unavailable"),
+    100: ("cudaErrorNoDevice", "no CUDA-capable device is detected"),
+    214: ("cudaErrorECCUncorrectable", "uncorrectable ECC error"),
+    220: ("cudaErrorNvlinkUncorrectable", "uncorrectable NVLink error"),
+    226: ("cudaErrorContained", "access of peer GPU memory over nvlink"),
+    700: ("cudaErrorIllegalAddress", "illegal memory access"),
+    702: ("cudaErrorLaunchTimeout", "launch timed out"),
+    709: ("cudaErrorContextIsDestroyed", "context is destroyed"),
+    710: ("cudaErrorAssert", "device-side assert triggered"),
+    714: ("cudaErrorHardwareStackError", "hardware stack error"),
+    715: ("cudaErrorIllegalInstruction", "illegal instruction"),
+    716: ("cudaErrorMisalignedAddress", "misaligned address"),
+    717: ("cudaErrorInvalidAddressSpace", "shared address space"),
+    718: ("cudaErrorInvalidPc", "invalid program counter"),
+    719: ("cudaErrorLaunchFailure", "cudaErrorLaunchFailed", "unspecified launch failure"),
+    721: ("cudaErrorTensorMemoryLeak", "tensor memory not completely freed"),
+    810: ("cudaErrorMpsClientTerminated", "the MPS client has been terminated by the server"),
+    811: ("cudaErrorCdpNotSupported", "is using CUDA Dynamic Parallelism"),
+    911: ("cudaErrorExternalDevice", "external entity outside of CUDA"),
+    999: ("cudaErrorUnknown",),  # its text, `unknown error`, is not specific
+}
+# What matters in messages that contain several lines of C++ signatures.
+REASON = re.compile(r"(CUDA|CUDNN|CUDNN_FE|CUBLAS|CUBLASLT) failure \d+: [^;]+|Failed to allocate memory .*")
 ERROR_CODE = re.compile(r"\bCUDA (?:failure|error) (\d+)", re.IGNORECASE)
-LIBRARY_MEMORY_ERRORS = (
+MEMORY_TEXTS = (
+    "cudaerrormemoryallocation",
+    "cuda_error_out_of_memory",
+    "out of memory",
     "outofmemory",  # TensorRT's own code
     "failed to allocate memory",  # onnxruntime's arena
     "smaller than requested bytes",
@@ -138,21 +118,39 @@ def translate_errors() -> Iterator[None]:
         raise known from error
 
 
+@contextmanager
+def must_run(runtime: Runtime) -> Iterator[None]:
+    """Translate any error of *runtime* to `RuntimeUnavailableError`: it cannot run what it must run here."""
+    try:
+        yield
+    except SopdeployError:
+        raise
+    except Exception as error:  # the libraries' errors share no base class
+        reason = f"{type(error).__name__}: {reason_of(error)}"
+        raise RuntimeUnavailableError(
+            f"{runtime.name} cannot run a batch on {runtime.device}: {reason}"
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the part of a library's *error* that a user understands, in one line."""
+    known = REASON.search(str(error))
+    return " ".join((known[0] if known else str(error)).split())
+
+
 def classify_error(message: str) -> DeviceLostError | OutOfMemoryError | None:
     """Convert an error *message* to `DeviceLostError` or `OutOfMemoryError`; None for other errors."""
-    match, lower = ERROR_CODE.search(message), message.lower()
-    code = int(match[1]) if match else None
-    for error in (*STICKY_ERRORS, MEMORY_ERROR):
-        names = tuple(filter(None, (error.runtime.lower(), error.driver.lower(), error.text.lower())))
-        if code is None:
-            matches = any(re.search(rf"\b{re.escape(name)}\b", lower) for name in names)
-        else:
-            matches = code == error.code
-        if matches:
-            kind = OutOfMemoryError if error is MEMORY_ERROR else DeviceLostError
-            return kind(f"CUDA {error.code}, {error.runtime}: {error.text}")
-    positions = [lower.find(text) for text in LIBRARY_MEMORY_ERRORS if text in lower]
-    if positions:
-        start = min(positions) if "/onnxruntime_src/" in message else 0  # after C++ signatures
-        return OutOfMemoryError(" ".join(message[start:].split())[:200])
-    return None
+    lower, match = message.lower(), ERROR_CODE.search(message)
+    for code, texts in LOST_DEVICE.items():
+        if match:
+            lost = int(match[1]) == code
+        else:  # the driver writes CUDA_ERROR_ASSERT, the runtime cudaErrorAssert
+            plain = lower.replace("_", "")
+            lost = any(re.search(rf"\b{re.escape(text.lower())}\b", plain) for text in texts)
+        if lost:
+            return DeviceLostError(f"CUDA {code}, {texts[0]}: {texts[-1]}")
+    positions = [lower.find(text) for text in MEMORY_TEXTS if text in lower]
+    if not positions:
+        return None
+    start = min(positions) if "/onnxruntime_src/" in message else 0  # after C++ signatures
+    return OutOfMemoryError(" ".join(message[start:].split())[:200])

@@ -59,7 +59,11 @@ class FakeOverlappingRuntime(FakeRuntime):
 
     _free_at = 0.0  # when the device has finished everything it was given
 
-    def begin(self, images: Sequence[NDArray[np.uint8]]) -> Callable[[], dict[str, NDArray[np.float32]]]:
+    def begin(
+        self,
+        images: Sequence[NDArray[np.uint8]],
+        names: Sequence[str] | None = None,  # noqa: ARG002
+    ) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Begin a batch of *images* (H, W, 3); return a function that sleeps until it is done."""
         outputs, seconds = self._compute(np.stack(images))
         done_at = self._free_at = max(time.monotonic(), self._free_at) + seconds

@@ -1,7 +1,6 @@
 """onnxruntime on the CPU, or on a GPU with CUDA."""
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import EXACT_INT8, SLOW_INT8, import_optional, lacks_vnni, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy_service.runtime.base import classify_error, padded_sizes
+from sopdeploy_service.runtime.base import padded_sizes, reason_of, translate_errors
 from sopdeploy_service.runtime.cuda_libraries import load_cuda_libraries
 
 log = logging.getLogger("sopdeploy.service")
@@ -23,10 +22,11 @@ CUDA_OPTIONS = {
     "use_tf32": "0",  # fp32 in the graph stays fp32
     "cudnn_conv_algo_search": "HEURISTIC",  # the default measures every algorithm whenever the size changes
 }
-# What matters in messages that contain several lines of C++ signatures.
-REASON = re.compile(r"CUDA failure \d+: [^;]+|Failed to allocate memory .*")
 # onnxruntime runs these on the CPU if they compute a shape, and only then: all have CUDA kernels.
 SHAPE_OPERATORS = {"Shape", "Gather", "Slice", "Squeeze", "Unsqueeze", "Concat", "Cast", "Add", "Mul"}
+PREFER_NHWC = {
+    "prefer_nhwc": "1"
+}  # the layout of tensor cores: otherwise cuDNN transposes around convolutions
 DEVICES = {CPU: "cpu", CUDA: "cuda:0"}
 
 
@@ -41,6 +41,11 @@ class Binding:
     images: Any
     outputs: Mapping[str, Any]
     io_binding: Any
+
+
+def cuda_options(precision: str) -> dict[str, str]:
+    """Return the options of the CUDA provider for a graph in *precision*."""
+    return CUDA_OPTIONS | PREFER_NHWC if precision == "fp16" else CUDA_OPTIONS
 
 
 class BoundSession:
@@ -112,6 +117,7 @@ class OnnxRuntime:
         manifest = bundle.manifest
         if provider != CPU and provider in onnxruntime.get_available_providers():
             load_cuda_libraries(onnxruntime)
+            onnxruntime.set_default_logger_severity(4)  # as below, for the provider
         self.name = f"onnxruntime {onnxruntime.__version__}"
         self.device = DEVICES[provider]
         self.largest_batch = manifest.batch.maximum
@@ -133,15 +139,10 @@ class OnnxRuntime:
 
     def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return only the outputs *names* (n, ...) float32."""
-        try:
+        with translate_errors():
             if self._bound is not None:
                 return self._bound.run(images, names)
             values = self._session.run(list(names), {self._input: images})
-        except Exception as error:
-            known = classify_error(str(error))
-            if known is None:
-                raise
-            raise known from error
         return dict(zip(names, values, strict=True))
 
     def close(self) -> None:
@@ -159,7 +160,7 @@ def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only; they are raised as exceptions too
+    options.log_severity_level = 4  # errors are raised as exceptions
     # Spinning threads would take the cores from the decoders.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry(*EXACT_INT8)
@@ -210,12 +211,11 @@ def _open_session(
             enable_fallback=0,  # otherwise it falls back to the CPU after errors
         )
     except Exception as error:  # onnxruntime's errors share no base class
-        known = REASON.search(str(error))
-        reason = f"cannot load the graph: {' '.join((known[0] if known else str(error)).split())}"
+        reason = f"cannot load the graph: {reason_of(error)}"
         if bundle.manifest.precision == "bf16-backbone":
             reason = (
-                f"has no bfloat16 kernels on {DEVICES[provider]}; build an engine for a GPU "
-                "(sopdeploy engine), or export it in precision fp16 or fp32"
+                f"has no bfloat16 kernels on {DEVICES[provider]}; install sopdeploy[openvino] or build "
+                "an engine for a GPU (sopdeploy engine), or export it in precision fp16 or fp32"
             )
         raise RuntimeUnavailableError(f"{bundle.onnx}: onnxruntime {version} {reason}") from error
     if session.get_providers()[0] != provider:

@@ -1,5 +1,6 @@
 """TensorRT on the GPU, with a checked engine from the cache; never builds one."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,12 +10,14 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import import_tensorrt
-from sopdeploy.tensorrt.cache import NoEngine, best_for, cache_folder, records
+from sopdeploy.tensorrt.cache import best_for, cache_folder, records
 from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_service.runtime.base import translate_errors
 from sopdeploy_service.settings import Settings
+
+log = logging.getLogger("sopdeploy.service")
 
 
 class TensorRTRuntime:
@@ -38,8 +41,8 @@ class TensorRTRuntime:
             gpu=gpu.name,
             architecture=gpu.architecture,
         )
-        if isinstance(engine, NoEngine):
-            raise RuntimeUnavailableError(f"{engine.reason}; run: sopdeploy engine {bundle.path}")
+        if isinstance(engine, str):
+            raise RuntimeUnavailableError(f"{engine}; run: sopdeploy engine {bundle.path}")
         key, graphs = engine.record.key, settings.cuda_graphs
         self._session = EngineSession(trt, cuda, engine.plan, bundle.manifest, key, graphs=graphs)
         self.largest_batch = self._session.largest_batch
@@ -54,10 +57,16 @@ class TensorRTRuntime:
         with translate_errors():
             return self._session.run(images)
 
-    def begin(self, images: Sequence[NDArray[np.uint8]]) -> Callable[[], dict[str, NDArray[np.float32]]]:
-        """Begin a batch of *images* (H, W, 3); return a function that waits for its outputs."""
+    def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Run *images* (n, H, W, 3) uint8; return only the outputs *names* (n, ...) float32."""
+        return self.begin(list(images), names)()
+
+    def begin(
+        self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None
+    ) -> Callable[[], dict[str, NDArray[np.float32]]]:
+        """Begin a batch of *images* (H, W, 3); return a function that waits for *names*, by default all."""
         with translate_errors():
-            end = self._session.begin(images)
+            end = self._session.begin(images, names)
 
         def wait() -> dict[str, NDArray[np.float32]]:
             with translate_errors():
@@ -82,6 +91,7 @@ def is_set_up(bundle: Bundle, settings: Settings) -> bool:
         return False
     try:
         import_tensorrt()
-    except RuntimeUnavailableError:
+    except RuntimeUnavailableError as error:
+        log.warning("%s: its TensorRT engines are not used: %s", bundle.name, error)
         return False
     return True

@@ -12,9 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO, cast
 
-from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import ConfigError, SopdeployError
-from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.server.launch import start_process
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
@@ -44,8 +42,6 @@ class BackgroundServer:
             raise ConfigError(
                 f"{name}: not supported with background=True; start `sopdeploy serve` with this setting"
             )
-        for path in BundleStore(sources).bundles.values():
-            open_bundle(path)  # errors of bundles are raised here with their own type
         self.bundles: tuple[str, ...] = ()
         self._lines: deque[str] = deque(maxlen=MAX_LOG_LINES)
         self._ready = threading.Event()
@@ -63,7 +59,14 @@ class BackgroundServer:
                 "lifeline": reading,
             }
             files = (listener.fileno(), reading)
-            self._process = start_process(SERVER, launch_config, files, stderr=subprocess.STDOUT)
+            self._process = start_process(
+                SERVER,
+                launch_config,
+                files,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                errors="replace",
+            )
         self._reader = threading.Thread(target=self._read, name="server log", daemon=True)
         self._reader.start()
         try:

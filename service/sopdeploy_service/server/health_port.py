@@ -61,13 +61,13 @@ class LoopWatch:
 
 
 def health_app(
-    state: Callable[[], State], render: Callable[[], bytes], watch: LoopWatch, max_lag: float
+    state: Callable[[], State], render: Callable[[], Awaitable[bytes]], watch: LoopWatch, max_lag: float
 ) -> Starlette:
     """Create the app of the health port; it calls *state* and *render* on another thread."""
 
     async def respond(request: Request) -> Response:
         if request.url.path == "/metrics":
-            return Response(render(), media_type=CONTENT_TYPE_LATEST)
+            return Response(await render(), media_type=CONTENT_TYPE_LATEST)
         current: State = "loop_blocked" if watch.lag() > max_lag else state()
         if request.url.path == "/readyz":
             healthy = current == "ok"
@@ -76,11 +76,6 @@ def health_app(
         body = Health(status=current).model_dump_json()
         return Response(body, status_code=200 if healthy else 503, media_type="application/json")
 
-    return monitoring_app(respond)
-
-
-def monitoring_app(respond: Callable[[Request], Awaitable[Response]]) -> Starlette:
-    """Create an app in which *respond* handles liveness, readiness and metrics, with limits."""
     limits = Middleware(BodyLimitsMiddleware, settings=Settings.model_construct(**LIMITS), metrics=Metrics())
     return Starlette(
         routes=[Route(path, respond) for path in ("/livez", "/readyz", "/metrics")],

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import httptools
 from starlette.datastructures import Headers
@@ -37,31 +37,17 @@ LARGE_HEADERS = Rejection(
 )
 
 
-class Balancer(Protocol):
-    """Distributes the connections of clients over several processes."""
-
-    def set_open(self, connections: int) -> None:
-        """Publish the number of open *connections* of this process."""
-        ...
-
-    def hand_over(self, connection: int) -> bool:
-        """Pass the file descriptor *connection* to another process; return False if it stays here."""
-        ...
-
-
 @dataclass
 class Connections:
     """The open and idle connections of one server; used on its event loop only.
 
     With `short_lived`, the oldest connection is aborted at the limit, idle or not, so that a client cannot
-    block the port by holding connections open; else the longest idle one is closed. *balancer*
-    distributes connections over several processes.
+    block the port by holding connections open; else the longest idle one is closed.
     """
 
     settings: Settings
     metrics: Metrics
     short_lived: bool = False
-    balancer: Balancer | None = None
     open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by arrival
     idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by start of idle time
 
@@ -76,12 +62,14 @@ class Connections:
             self.idle.pop(oldest, None)
             oldest.abort()
         self.open[connection] = None
-        self.count()
+        self.metrics.connections.set(len(self.open))
         excess = len(self.open) - self.settings.max_connections
         if excess <= 0:
             return None
         if self.idle:
-            self.close_longest_idle()
+            longest_idle = next(iter(self.idle))
+            del self.idle[longest_idle]
+            longest_idle.close()
             return None
         if excess > SPARE:
             connection.abort()
@@ -91,36 +79,14 @@ class Connections:
         """Remove *connection*, which is closed."""
         self.open.pop(connection, None)
         self.idle.pop(connection, None)
-        self.count()
-
-    def count(self) -> None:
-        """Publish the number of open connections."""
         self.metrics.connections.set(len(self.open))
-        if self.balancer is not None:
-            self.balancer.set_open(len(self.open))
-
-    def hand_over(self, transport: asyncio.Transport) -> bool:
-        """Pass the connection of *transport* to a process with fewer connections, if there is one."""
-        if self.balancer is None:
-            return False
-        return self.balancer.hand_over(transport.get_extra_info("socket").fileno())
-
-    def close_longest_idle(self) -> None:
-        """Close the connection that has been idle for the longest time."""
-        connection = next(iter(self.idle))
-        del self.idle[connection]
-        connection.close()
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """One HTTP/1.1 connection; all connections of a server share one `Connections` and its settings.
+    """One HTTP/1.1 connection; all connections of a server share one `Connections` and its settings."""
 
-    A connection *received* from another process stays in this one.
-    """
-
-    def __init__(self, shared: Connections, *, received: bool = False, **uvicorn: Any) -> None:
+    def __init__(self, shared: Connections, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
-        self._received = received
         self.url = b""  # uvicorn sets it with the first byte of a request
         self._shared = shared
         self._limits = shared.settings
@@ -131,23 +97,19 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._ignores_input = self._closed = False
         self._ignored_bytes = 0
         self._output: list[bytes] = []
-        self._timer: asyncio.TimerHandle | None = (
-            None  # of the headers, then of the rest of the body, then of closing
-        )
+        # Of the headers, then of the rest of the body, then of closing.
+        self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Accept, reject or hand over the connection and start the header timeout."""
+        """Accept or reject the connection and start the header timeout."""
         super().connection_made(cast(asyncio.Transport, transport))
         self.is_closing = self.transport.is_closing
-        if not self._received and self._shared.hand_over(self.transport):
-            self.transport.abort()  # closes this process's descriptor only
-            return
         rejection = self._shared.add(self)
         if rejection is not None:
             self._reject(rejection)
         else:
-            self._restart_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
+            self._limit_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop all timers and drop queued requests."""
@@ -183,7 +145,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._rejection is not None:
             self._reject(self._rejection)
         elif self._timer is None and not self._in_body and not responding:
-            self._restart_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
+            self._limit_headers()
 
     def _feed(self, data: bytes) -> None:
         """Parse *data*; answer a request for an upgrade as if it had not asked for one, then close.
@@ -265,7 +227,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
-            self._set_idle()
+            self._shared.idle[self] = None
 
     def on_response_complete(self) -> None:
         """Continue with the next request, after the rest of this request's body."""
@@ -281,14 +243,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._restart_timer(LINGER_SECONDS, self.abort)
         elif self._in_headers:
             self._unset_keepalive_if_required()
-            self._restart_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
+            self._limit_headers()
         else:
-            self._set_idle()
-
-    def _set_idle(self) -> None:
-        self._shared.idle[self] = None
-        if len(self._shared.idle) > self._limits.max_idle_connections:
-            self._shared.close_longest_idle()
+            self._shared.idle[self] = None
 
     def pause_writing(self) -> None:
         """Start the write timeout: the client does not read."""
@@ -375,6 +332,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             lines += [name, b": ", value, b"\r\n"]
         body = b"" if self.parser.get_method() == b"HEAD" else bytes(response.body)
         self.write(b"".join([*lines, b"\r\n", body]))
+
+    def _limit_headers(self) -> None:
+        """Start the timeout of the headers of a request."""
+        self._restart_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
 
     def _restart_timer(self, seconds: float | None, callback: Callable[[], None] | None = None) -> None:
         if self._timer is not None:

@@ -18,7 +18,6 @@ from sopdeploy_service.settings import WORKER_VARIABLE
 
 USER_ERROR = 2
 RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
-OUTPUT: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "errors": "replace"}
 
 
 def start_process(
@@ -26,17 +25,17 @@ def start_process(
     launch_config: Mapping[str, Any],
     files: Sequence[int],
     variables: Mapping[str, str] | None = None,
-    *,
-    stderr: int | None = None,
+    **output: Any,
 ) -> subprocess.Popen[str]:
     """Start *module* with *launch_config*, the inherited *files* and additional environment *variables*.
 
-    It ends when the pipe `lifeline` of *launch_config* closes.
+    *output* says where its output goes, as for `subprocess.Popen`. The process ends when the pipe `lifeline`
+    of *launch_config* closes.
     """
     return subprocess.Popen(
         [sys.executable, "-m", module],
-        **OUTPUT,
-        stderr=stderr,
+        text=True,
+        **output,
         start_new_session=True,  # Ctrl-C reaches the parent only, which forwards it
         pass_fds=files,
         env={**os.environ, **(variables or {}), WORKER_VARIABLE: json.dumps(launch_config)},

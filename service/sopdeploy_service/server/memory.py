@@ -9,8 +9,9 @@ libraries other than glibc these functions do nothing.
 import asyncio
 import ctypes
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+
+from sopdeploy_service.runtime.device_memory import trim_heaps
 
 IDLE_SECONDS = 1.0
 MIB = 1 << 20
@@ -36,19 +37,10 @@ def limit_heaps(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     )
 
 
-def trim_heaps() -> None:
-    """Return all free pages of all heaps to the system; takes milliseconds and releases the GIL."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-@dataclass
 class IdleTrigger:
-    """Calls `callback`, by default `trim_heaps` in a thread, after each `IDLE_SECONDS` without requests."""
+    """Calls `trim_heaps` in a thread after each `IDLE_SECONDS` without requests."""
 
-    callback: Callable[[], object] | None = None
-    _last_busy: float | None = None  # None after the callback was called
+    _last_busy: float | None = None  # None after the call
 
     def tick(self, now: float, requests: int) -> None:
         """Update with the number of active *requests* at *now* (seconds)."""
@@ -56,7 +48,4 @@ class IdleTrigger:
             self._last_busy = now
         elif self._last_busy is not None and now - self._last_busy >= IDLE_SECONDS:
             self._last_busy = None
-            if self.callback is None:
-                asyncio.get_running_loop().run_in_executor(None, trim_heaps)
-            else:
-                self.callback()
+            asyncio.get_running_loop().run_in_executor(None, trim_heaps)

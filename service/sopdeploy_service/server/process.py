@@ -27,9 +27,9 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.inference.memory_budget import BudgetedRegistry
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
-from sopdeploy_service.observability.logs import Timeline
 from sopdeploy_service.observability.request_context import OpenTrace, open_tracing
 from sopdeploy_service.server.health_port import LoopWatch, health_app, run_in_thread
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
@@ -69,16 +69,19 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
 
 def serve_on(sources: Sequence[str | Path], settings: Settings, listener: socket.socket) -> int:
     """Serve the bundles at *sources* in this process on *listener*; see `serve`."""
-    with configured_process(settings) as (timeline, open_trace), ExitStack() as stack:
+    with configured_process(settings) as open_trace, ExitStack() as stack:
         health = None
         if settings.health_port is not None:
             health = stack.enter_context(bind(settings.host, settings.health_port))
-        app, names = load_app(sources, settings, timeline, open_trace=open_trace)
-        server = DrainingServer(app, settings, ready_line(listener, names), timeline)
+        app, names = load_app(sources, settings, open_trace=open_trace)
+        server = DrainingServer(app, settings, names)
         if health is not None:
             sys.stdout.write(f"health: {url(health)}\n")
             service: Service = app.state.service
-            render = functools.partial(generate_latest, service.metrics.registry)
+
+            async def render() -> bytes:
+                return generate_latest(service.metrics.registry)
+
             probes = health_app(lambda: service.state, render, server.watch, settings.max_loop_lag_seconds)
             stack.enter_context(run_in_thread(probes, health))
         if settings.sandbox == "auto":
@@ -87,30 +90,24 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, listener: socket
 
 
 @contextmanager
-def configured_process(settings: Settings) -> Iterator[tuple[Timeline, OpenTrace | None]]:
-    """Configure memory, log and tracing of a server process; yield its timeline and how to open a trace."""
-    timeline = Timeline()
-    timeline.mark("imports")
+def configured_process(settings: Settings) -> Iterator[OpenTrace | None]:
+    """Configure memory, log and tracing of a server process; yield how to open a trace."""
     prepare_process()
     allow_files(settings.max_connections)
     with logs.configured(settings), open_tracing(settings) as open_trace:
-        yield timeline, open_trace
+        yield open_trace
 
 
-def load_app(
-    sources: Sequence[str | Path], settings: Settings, timeline: Timeline, **options: Any
-) -> tuple[FastAPI, list[str]]:
+def load_app(sources: Sequence[str | Path], settings: Settings, **options: Any) -> tuple[FastAPI, list[str]]:
     """Load the bundles at *sources*; return the app that serves them, and their names."""
     store = BundleStore(sources)
+    if settings.memory_budget is not None:
+        options["create_registry"] = functools.partial(BudgetedRegistry, store.bundles)
+        app = create_app({}, settings, **options)
+        return app, [model.bundle.name for model in app.state.service.registry.models()]
     models = {name: load_model(path, settings) for name, path in store.bundles.items()}
-    timeline.add(model.seconds for model in models.values())
     app = create_app(models, settings, store if settings.model_control else None, **options)
     return app, [model.bundle.name for model in models.values()]
-
-
-def ready_line(listener: socket.socket, names: Sequence[str]) -> str:
-    """Format the line that a server prints when it is ready."""
-    return f"ready: {url(listener)}  {' '.join(names)}"
 
 
 def prepare_process() -> None:
@@ -123,9 +120,9 @@ def prepare_process() -> None:
     warnings.filterwarnings("ignore", module="PIL")  # about damaged metadata, which is not used
 
 
-def http_config(app: FastAPI, settings: Settings, connections: Connections | None = None) -> uvicorn.Config:
+def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """Create the uvicorn configuration of *app* with the connection limits of *settings*."""
-    shared = connections or Connections(settings, app.state.service.metrics)
+    shared = Connections(settings, app.state.service.metrics)
     protocol = functools.partial(LimitedHttpProtocol, shared)
     return uvicorn.Config(
         app,
@@ -149,18 +146,10 @@ class DrainingServer(uvicorn.Server):
     which gets 503. A second signal ends the drain: unfinished requests get 503.
     """
 
-    def __init__(
-        self,
-        app: FastAPI,
-        settings: Settings,
-        ready: str,
-        timeline: Timeline,
-        connections: Connections | None = None,
-    ) -> None:
-        super().__init__(http_config(app, settings, connections))
+    def __init__(self, app: FastAPI, settings: Settings, bundles: Sequence[str]) -> None:
+        super().__init__(http_config(app, settings))
+        self.bundles = " ".join(bundles)
         self._service: Service = app.state.service
-        self._ready = ready
-        self._timeline = timeline
         self._output_error: OSError | None = None  # ends the server: nobody learns that it is ready
         self._drain_until: float | None = None
         self._is_draining = False
@@ -168,12 +157,12 @@ class DrainingServer(uvicorn.Server):
         self.watch = LoopWatch()
         self._service.metrics.loop_lag.set_function(self.watch.worst)
 
-    def serve_until_end(self, listener: socket.socket) -> int:
-        """Serve on *listener* until a signal or the death of a runtime; return the exit code.
+    def serve_until_end(self, *listeners: socket.socket) -> int:
+        """Serve on *listeners* until a signal or the death of a runtime; return the exit code.
 
         Raises the error of the `ready` line if it cannot be printed.
         """
-        self.run(sockets=[listener])
+        self.run(sockets=list(listeners))
         if self._output_error is not None:
             raise self._output_error
         state = self._service.state
@@ -186,28 +175,24 @@ class DrainingServer(uvicorn.Server):
             await super().startup(sockets)
         except OSError as problem:
             raise ConfigError(f"cannot listen ({problem.strerror}); choose another port") from problem
-        await self.on_open()
+        self.on_open(sockets or [])
+        log.info("started", extra={"bundles": self.bundles})
+
+    def on_open(self, sockets: Sequence[socket.socket]) -> None:
+        """Print that the server is ready on *sockets*."""
         try:
-            sys.stdout.write(self._ready + "\n")
+            sys.stdout.write(f"ready: {url(sockets[0])}  {self.bundles}\n")
             sys.stdout.flush()
         except OSError as problem:
             self._output_error = problem
-        self._timeline.mark("listen")
-        self._timeline.log()
 
-    async def on_open(self) -> None:
-        """Do what is needed when the port is open, before the server is ready."""
-
-    async def serve_connections(
-        self, connections: Sequence[socket.socket], *, received: bool = False
-    ) -> None:
-        """Serve accepted *connections*; if *received* from another process, they are not passed on."""
+    async def serve_connections(self, connections: Sequence[socket.socket]) -> None:
+        """Serve accepted *connections*."""
         create_protocol = functools.partial(
             cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class),
             config=self.config,
             server_state=self.server_state,
             app_state=self.lifespan.state,
-            received=received,
         )
         for connection in connections:
             await asyncio.get_running_loop().connect_accepted_socket(create_protocol, connection)
@@ -226,19 +211,15 @@ class DrainingServer(uvicorn.Server):
             return True
         if self._drain_until is not None:
             if not self._is_draining:
-                self._is_draining = True
-                self.start_drain()
+                self._is_draining = True  # logged here: a signal handler may interrupt another log line
+                seconds = self._service.settings.drain_seconds
+                log.info("draining", extra={"requests": self._service.active_requests, "seconds": seconds})
             expired = time.monotonic() >= self._drain_until
             if expired:
                 self._service.drain(abort=True)
             if expired or self._service.active_requests == 0:
                 return True
         return await super().on_tick(counter)
-
-    def start_drain(self) -> None:
-        """Log the drain; a signal handler must not log, because it may interrupt another log line."""
-        seconds = self._service.settings.drain_seconds
-        log.info("draining", extra={"requests": self._service.active_requests, "seconds": seconds})
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port and respond to the connections that were pending, unless a runtime has died."""
@@ -247,7 +228,6 @@ class DrainingServer(uvicorn.Server):
             for server in self.servers:
                 server.close()
             await self.serve_connections(pending)
-            await self.serve_last()
             end = time.monotonic() + LAST_SECONDS
             busy = True
             while busy and time.monotonic() < end:
@@ -255,9 +235,6 @@ class DrainingServer(uvicorn.Server):
                 protocols = cast(set[LimitedHttpProtocol], self.server_state.connections)
                 busy = any(protocol.timeout_keep_alive_task is None for protocol in protocols)
         await super().shutdown(sockets)
-
-    async def serve_last(self) -> None:
-        """Serve connections that came in other ways than through the port."""
 
 
 def serve_inherited(launch_config: Mapping[str, Any]) -> int:

@@ -49,25 +49,6 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def bind_group(host: str, port: int, count: int) -> list[socket.socket]:
-    """Bind *count* sockets to the same address, so that each process can listen on its own.
-
-    The first socket is bound without SO_REUSEPORT, so that two servers cannot share a port by accident.
-    Raises `ConfigError` as `bind` does.
-    """
-    listeners = [bind(host, port)]
-    first = listeners[0]
-    first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    for _ in range(count - 1):
-        listener = socket.socket(first.family, first.type)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind(first.getsockname())
-        listeners.append(listener)
-    for listener in listeners:
-        listener.setblocking(False)
-    return listeners
-
-
 def accept_pending(listener: socket.socket) -> list[socket.socket]:
     """Accept all pending connections of the non-blocking *listener*.
 

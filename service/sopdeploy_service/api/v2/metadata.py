@@ -89,7 +89,7 @@ def model_config(model: Model, settings: Settings) -> dict[str, Any]:
         {"name": tensor.name, "data_type": CONFIG_TYPES[tensor.datatype], "dims": list(tensor.shape[1:])}
         for tensor in (signature.tensor, IMAGE, *signature.outputs)
     ]
-    kind = "KIND_CPU" if model.loaded.runtime.device == "cpu" else "KIND_GPU"
+    kinds = {"cpu": "KIND_CPU", "none": "KIND_AUTO"}  # none: not loaded
     return {
         "name": model.name,
         "platform": platform(model),
@@ -101,7 +101,7 @@ def model_config(model: Model, settings: Settings) -> dict[str, Any]:
         ],
         "output": described[2:],
         "dynamic_batching": {"max_queue_delay_microseconds": round(settings.max_queue_delay_ms * 1000)},
-        "instance_group": [{"count": 1, "kind": kind}],
+        "instance_group": [{"count": 1, "kind": kinds.get(model.loaded.runtime.device, "KIND_GPU")}],
     }
 
 

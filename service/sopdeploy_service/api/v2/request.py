@@ -6,6 +6,7 @@ of the JSON.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from struct import unpack_from
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -15,17 +16,13 @@ import pydantic
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, WithJsonSchema
 
-from sopdeploy.bundle.class_maps import FEATURES
+from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy.config import first_problem
-from sopdeploy_service.api.v2.json_tensors import (
-    NumberList,
-    check_finite,
-    extract_lists,
-    wrong_count_error,
-)
 from sopdeploy_service.api.v2.metadata import DTYPES, IMAGE, Signature, Tensor
 from sopdeploy_service.http.problems import bad_request
-from sopdeploy_service.http.strict_json import check_length, decode_text, parse
+from sopdeploy_service.http.strict_json import NUMBERS, decode_text, parse
+from sopdeploy_service.images.decode import EncodedImage
+from sopdeploy_service.inference.results import RejectedError
 
 MICROSECONDS = 1e6
 MAX_DIGITS = 20  # of the header; `int` rejects thousands of digits
@@ -105,7 +102,7 @@ class InferRequest:
     """A valid request: *images* are encoded files or uint8 (n, H, W, 3)."""
 
     id: str | None
-    images: list[bytes] | NDArray[np.uint8]
+    images: list[EncodedImage] | NDArray[np.uint8]
     outputs: tuple[RequestedOutput, ...]
     timeout_seconds: float | None
 
@@ -129,21 +126,12 @@ def parse_body(body: bytes, header_length: str | None, signature: Signature, max
     text, binary = body, memoryview(b"")
     if header_length is not None:
         digits = header_length.strip()
-        if not (digits.isascii() and digits.isdecimal() and len(digits) <= MAX_DIGITS):
-            message = "Inference-Header-Content-Length must be a whole number"
-            raise bad_request("bad_header_length", message)
-        if int(digits) > len(body):
-            message = f"Inference-Header-Content-Length is {digits}, but the body has {len(body)} bytes"
+        is_number = digits.isascii() and digits.isdecimal() and len(digits) <= MAX_DIGITS
+        if not is_number or int(digits) > len(body):
+            message = f"Inference-Header-Content-Length must be a number of bytes, at most {len(body)}"
             raise bad_request("bad_header_length", message)
         text, binary = body[: int(digits)], memoryview(body)[int(digits) :]
-    check_length(text, max_json)
-    rest, lists = extract_lists(text)
-    value = parse(rest, max_json)
-    inputs = value.get("inputs") if isinstance(value, dict) else None
-    for item in inputs if isinstance(inputs, list) else ():
-        if isinstance(item, dict) and isinstance(item.get("data"), str):
-            item["data"] = lists.get(item["data"], item["data"])
-    request = validate(InferBody, value)
+    request = validate(InferBody, parse(text, max_json, max_structure=max_json))
     parameters = request.parameters or RequestParameters()
     return InferRequest(
         id=request.id,
@@ -170,7 +158,7 @@ def _check_names(what: str, names: Iterable[str], known: Mapping[str, Tensor]) -
 def _requested_outputs(
     outputs: Sequence[OutputTensor], signature: Signature, *, binary: bool
 ) -> tuple[RequestedOutput, ...]:
-    """Return the requested outputs, or all except the large `FEATURES` if none is requested.
+    """Return the requested outputs, or all except `ON_REQUEST` if none is requested.
 
     *binary* is the format of outputs that do not choose one.
     """
@@ -182,13 +170,13 @@ def _requested_outputs(
         own = "binary_data" in parameters.model_fields_set
         as_binary = bool(parameters.binary_data) if own else binary
         requested.append(RequestedOutput(known[output.name], as_binary, parameters.classification))
-    by_default = (tensor for tensor in signature.outputs if tensor.name != FEATURES)
+    by_default = (tensor for tensor in signature.outputs if tensor.name not in ON_REQUEST)
     return tuple(requested) or tuple(RequestedOutput(tensor, binary, 0) for tensor in by_default)
 
 
 def _read_images(
     inputs: Sequence[InputTensor], binary: memoryview, signature: Signature
-) -> list[bytes] | NDArray[np.uint8]:
+) -> list[EncodedImage] | NDArray[np.uint8]:
     """Return the images of the only input, from its JSON or from *binary*."""
     known = {tensor.name: tensor for tensor in (signature.tensor, IMAGE)}
     _check_names("input", (item.name for item in inputs), known)
@@ -200,15 +188,13 @@ def _read_images(
             "(BYTES [n], encoded images)",
         )
     item, tensor = inputs[0], known[inputs[0].name]
-    where = f"input {tensor.name!r}"
     if item.datatype != tensor.datatype:
-        message = f"{where}: the datatype must be {tensor.datatype}, not {item.datatype[:20]!r}"
-        raise bad_request("wrong_datatype", message)
+        message = f"the datatype must be {tensor.datatype}, not {item.datatype[:20]!r}"
+        raise _invalid("wrong_datatype", tensor, message)
     shape = _check_shape(item.shape, tensor, signature.max_images)
     size = item.parameters.binary_data_size if item.parameters else None
     if (size is None) != ("data" in item.model_fields_set):
-        message = f"{where}: must have either `data` or the parameter `binary_data_size`"
-        raise bad_request("wrong_data", message)
+        raise _invalid("wrong_data", tensor, "must have either `data` or the parameter `binary_data_size`")
     if len(binary) != (size or 0):
         raise bad_request(
             "wrong_binary_size",
@@ -216,63 +202,91 @@ def _read_images(
             "header Inference-Header-Content-Length must be the length of the JSON",
         )
     if tensor is IMAGE:
-        return _files_from_json(item.data, shape) if size is None else _files_from_binary(binary, shape)
-    if size is not None:
-        return _array_from_binary(binary, tensor, shape)
-    if not isinstance(item.data, NumberList):
-        kind = "whole numbers" if DTYPES[tensor.datatype].kind in "iu" else "numbers"
-        raise bad_request("wrong_data", f"{where}: data must be a list of {kind}")
-    return item.data.read(tensor, shape)
+        files = _split_elements(binary, shape[0]) if size is not None else _decode_texts(item.data, shape)
+        return [EncodedImage(file) for file in files]
+    values = _array_from_json(item.data, tensor, shape) if size is None else _array(binary, tensor, shape)
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise _invalid("wrong_data", tensor, f"every number must be a finite {tensor.datatype}")
+    return values
+
+
+def _invalid(code: str, tensor: Tensor, message: str) -> RejectedError:
+    return bad_request(code, f"input {tensor.name!r}: {message}")
 
 
 def _check_shape(value: Any, tensor: Tensor, max_images: int) -> tuple[int, ...]:
     """Return the shape *value* if *tensor* may have it; `IMAGE` may be [n] or [n, 1]."""
-    rule = f"input {tensor.name!r}: the shape must be {tensor.expected_shape} with n from 1 to {max_images}"
+    rule = f"the shape must be {tensor.expected_shape} with n from 1 to {max_images}"
     if type(value) is not list or not all(type(size) is int for size in value):
-        raise bad_request("wrong_shape", rule)
+        raise _invalid("wrong_shape", tensor, rule)
     allowed = {tensor.shape[1:], ()} if tensor is IMAGE else {tensor.shape[1:]}
     if not value or value[0] < 1 or tuple(value[1:]) not in allowed:
-        raise bad_request("wrong_shape", f"{rule}, not {str(value)[:100]}")
+        raise _invalid("wrong_shape", tensor, f"{rule}, not {str(value)[:100]}")
     if value[0] > max_images:
-        raise bad_request("too_many_images", f"{rule}, the limit of this server")
+        raise _invalid("too_many_images", tensor, f"{rule}, the limit of this server")
     return tuple(value)
 
 
-def _array_from_binary(raw: memoryview, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[Any]:
+def _array(raw: memoryview, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[Any]:
     """Read a little-endian array of *shape*."""
     dtype = DTYPES[tensor.datatype]
     expected = prod(shape) * dtype.itemsize
     if len(raw) != expected:
-        raise bad_request(
-            "wrong_binary_size",
-            f"input {tensor.name!r}: {list(shape)} {tensor.datatype} is {expected} bytes, not {len(raw)}",
+        message = f"{list(shape)} {tensor.datatype} is {expected} bytes, not {len(raw)}"
+        raise _invalid("wrong_binary_size", tensor, message)
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def _array_from_json(data: Any, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Convert *data*, a list of numbers that is flat or nested like *shape*, to an array of *shape*."""
+    dtype = DTYPES[tensor.datatype]
+    numbers = data if isinstance(data, list) else []
+    if isinstance(next(iter(numbers), None), list):
+        for size in shape[1:]:
+            if not all(isinstance(row, list) and len(row) == size for row in numbers):
+                raise _invalid("wrong_data", tensor, _wrong_count(shape))
+            numbers = list(chain.from_iterable(numbers))
+    if len(numbers) != prod(shape):
+        raise _invalid("wrong_data", tensor, _wrong_count(shape))
+    if dtype.kind == "f":
+        if not NUMBERS.issuperset(map(type, numbers)):
+            raise _invalid("wrong_data", tensor, "data must be a list of numbers")
+    elif set(map(type, numbers)) != {int}:
+        raise _invalid("wrong_data", tensor, "data must be a list of whole numbers")
+    elif min(numbers) < np.iinfo(dtype).min or max(numbers) > np.iinfo(dtype).max:
+        raise _invalid(
+            "wrong_data", tensor, f"values must be between {np.iinfo(dtype).min} and {np.iinfo(dtype).max}"
         )
-    return check_finite(np.frombuffer(raw, dtype).reshape(shape), tensor)
+    with np.errstate(over="ignore"):  # floats beyond the range become infinite
+        return np.array(numbers, dtype).reshape(shape)
 
 
-def _files_from_json(data: Any, shape: tuple[int, ...]) -> list[bytes]:
+def _wrong_count(shape: tuple[int, ...]) -> str:
+    return f"shape {list(shape)} needs {prod(shape)} elements in `data`, flat or nested like the shape"
+
+
+def _decode_texts(data: Any, shape: tuple[int, ...]) -> list[bytes]:
     """Decode a list of base64 texts, flat or each in its own list."""
     texts = data if isinstance(data, list) else []
     if len(shape) == 2 and all(isinstance(text, list) and len(text) == 1 for text in texts):
         texts = [text[0] for text in texts]
     if len(texts) != shape[0]:
-        raise wrong_count_error(IMAGE, shape)
+        raise _invalid("wrong_data", IMAGE, _wrong_count(shape))
     return [decode_text(text, f"input 'IMAGE'[{index}]") for index, text in enumerate(texts)]
 
 
-def _files_from_binary(raw: memoryview, shape: tuple[int, ...]) -> list[bytes]:
-    """Split a BYTES tensor: each element is its length, 4 bytes little-endian, and its bytes."""
-    files = []
-    position = 0
-    for number in range(prod(shape)):
+def _split_elements(raw: memoryview, count: int) -> list[bytes]:
+    """Split a BYTES tensor: each of *count* elements is its length, 4 bytes little-endian, and its bytes."""
+    elements, position = [], 0
+    for number in range(count):
         begin = position + LENGTH_BYTES
         length = unpack_from("<I", raw, position)[0] if begin <= len(raw) else 0
-        if begin + length > len(raw):
-            message = f"input 'IMAGE': element {number} does not fit into {len(raw)} bytes"
-            raise bad_request("wrong_binary_size", message)
-        files.append(bytes(raw[begin : begin + length]))
         position = begin + length
+        if position > len(raw):
+            message = f"element {number} does not fit into {len(raw)} bytes"
+            raise _invalid("wrong_binary_size", IMAGE, message)
+        elements.append(bytes(raw[begin:position]))
     if position != len(raw):
-        message = f"input 'IMAGE': {len(raw) - position} bytes remain after element {prod(shape) - 1}"
-        raise bad_request("wrong_binary_size", message)
-    return files
+        message = f"{len(raw) - position} bytes remain after element {count - 1}"
+        raise _invalid("wrong_binary_size", IMAGE, message)
+    return elements

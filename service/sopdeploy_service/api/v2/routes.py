@@ -9,12 +9,13 @@ from typing import Any
 import pydantic
 from fastapi import APIRouter, Depends, Request, Response
 
-from sopdeploy.bundle.class_maps import FEATURES
+from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy_service.api.upload import (
     admit,
     json_response,
-    parsing,
+    preparing,
     read_body,
+    run,
     service_of,
     use_model,
 )
@@ -22,9 +23,8 @@ from sopdeploy_service.api.v2 import metadata
 from sopdeploy_service.api.v2.metadata import EXTENSIONS, signature_of
 from sopdeploy_service.api.v2.request import Body, InferBody, ParsedBody, parse_body, validate
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
-from sopdeploy_service.http.middleware import cancel_on_disconnect, require_admin
+from sopdeploy_service.http.middleware import require_admin
 from sopdeploy_service.http.strict_json import parse
-from sopdeploy_service.images.decode import EncodedImage
 
 MAX_BODY_BYTES = 100_000  # of a repository request
 ADMIN = [Depends(require_admin)]
@@ -188,25 +188,18 @@ async def model_infer(request: Request, name: str, version: str | None) -> Respo
     """Return the outputs of 1..n images, sent as a tensor or as encoded files."""
     service, context = service_of(request), request.state.context
     started = time.monotonic()
-    model, deadline = admit(request, name, version)
-    signature = signature_of(model.bundle, service.settings.max_images)
-    with model.in_use():  # while the body arrives, the model may be replaced
+    async with admit(request, name, version) as (model, deadline):
+        signature = signature_of(model.bundle, service.settings.max_images)
         body = await read_body(request, service.settings.max_body_bytes, deadline)
         length = request.headers.get(HEADER_LENGTH)
-        async with parsing(service, model, deadline):
+        async with preparing(service, model, deadline):
             given = (body, length, signature, service.settings.max_json_bytes)
             loop = asyncio.get_running_loop()
             parsed = await loop.run_in_executor(service.parsers, parse_body, *given)
-        received = time.monotonic()
-        service.metrics.stage("receive", received - started)
-        context.record_stage("receive", received - started, received)
         if parsed.timeout_seconds is not None:
             deadline = min(deadline, started + parsed.timeout_seconds)
-        images = parsed.images
-        encoded = [EncodedImage(image) for image in images] if isinstance(images, list) else images
-        features = any(output.tensor.name == FEATURES for output in parsed.outputs)
-        work = service.infer(model, encoded, deadline, context, features=features)
-        outcomes = await cancel_on_disconnect(work, request.receive)
+        features = any(output.tensor.name in ON_REQUEST for output in parsed.outputs)
+        outcomes = await run(request, model, parsed.images, deadline, started, features=features)
     head = {"model_name": model.name, "model_version": model.version}
     if parsed.id is not None:
         head = {"id": parsed.id, **head}
@@ -217,11 +210,13 @@ async def model_infer(request: Request, name: str, version: str | None) -> Respo
 
 @router.post("/v2/repository/index", openapi_extra=request_body(IndexBody))
 async def index(request: Request) -> Response:
-    """List the loaded models; with `{"ready": true}` only those that can predict."""
+    """List the models; with `{"ready": true}` only those that can predict, if necessary after a load."""
     only_ready = (await read_json(request, IndexBody)).ready
     entries = []
     for model in service_of(request).registry.models():
         state, reason = ("UNAVAILABLE", "the model worker has stopped") if model.dead else ("READY", "")
+        if not model.is_loaded:
+            reason = "not loaded; the next request loads it"
         if not (only_ready and model.dead):
             entry = {"name": model.name, "version": model.version, "state": state, "reason": reason}
             entries.append(entry)

@@ -1,4 +1,4 @@
-"""Decode images in worker processes, which write the pixels into memory shared with this process.
+"""Decode images in worker processes.
 
 Blocks of images are decoded in advance and arrive in order. If a worker dies, for example because a decoder
 crashes on an image, the blocks in work are decoded again in another process, image by image. An image that
@@ -15,11 +15,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from math import prod
-from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +32,6 @@ from sopdeploy_service.inference.results import DECODER_FAILED
 from sopdeploy_service.settings import Settings
 
 BLOCKS_PER_WORKER = 2  # one is decoded, one waits
-BLOCKS_IN_USE = 2  # the runtime may still need the pixels of the previous block
 
 
 class Read(NamedTuple):
@@ -50,31 +47,21 @@ class Read(NamedTuple):
     message: str = ""
 
 
-class Block(NamedTuple):
-    """Consecutive decoded images of a part: *pixels* (n, H, W, 3) uint8, zeros for an image with an error.
-
-    The pixels are overwritten when the block after the next one is requested.
-    """
-
-    reads: list[Read]
-    pixels: NDArray[np.uint8]
+# Results of a block, and its pixels (n, H, W, 3) uint8, zeros for an image with an error.
+DecodedBlock: TypeAlias = tuple[list[Read], NDArray[np.uint8]]
 
 
 class DecoderProcesses:
-    """Several *workers*, processes that decode blocks of at most *block* images as a server with *settings*.
+    """Several *workers*, processes that decode blocks as a server with *settings* does.
 
     Use it as a context manager; the processes start in the background. `decode` raises
     `RuntimeUnavailableError` if they do not start.
     """
 
-    def __init__(self, rules: Preprocess, settings: Settings, *, workers: int, block: int) -> None:
-        self.block = block
-        self._slots = BLOCKS_PER_WORKER * workers + BLOCKS_IN_USE
-        shape = (self._slots, block, rules.crop, rules.crop, 3)
-        memory = multiprocessing.RawArray("B", prod(shape))
-        self._pixels = np.frombuffer(memory, np.uint8).reshape(shape)
-        self._pool = _Pool(workers, memory, shape, rules, settings)
-        self._single = _Pool(1, memory, shape, rules, settings)
+    def __init__(self, rules: Preprocess, settings: Settings, workers: int) -> None:
+        self._crop, self._ahead = rules.crop, BLOCKS_PER_WORKER * workers
+        self._pool = _Pool(workers, rules, settings)
+        self._single = _Pool(1, rules, settings)
 
     def __enter__(self) -> "DecoderProcesses":
         self._pool.start()
@@ -84,74 +71,60 @@ class DecoderProcesses:
         self._pool.stop()
         self._single.stop()
 
-    def decode(self, tasks: Iterable[Sequence[Entry]]) -> Iterator[Block]:
-        """Decode *tasks* of at most `block` images in advance; yield their blocks in order."""
-        self._pool.wait_until_ready()
-        waiting: deque[tuple[int, Sequence[Entry], Future[list[Read]]]] = deque()
-        for number, entries in enumerate(tasks):
-            slot = number % self._slots
-            waiting.append((slot, entries, self._pool.submit(slot, 0, entries)))
-            if len(waiting) > self._slots - BLOCKS_IN_USE:
-                yield self._finish(*waiting.popleft())
+    def decode(self, blocks: Iterable[Sequence[Entry]]) -> Iterator[DecodedBlock]:
+        """Decode *blocks* in advance; yield their results in order."""
+        waiting: deque[tuple[Sequence[Entry], Future[DecodedBlock]]] = deque()
+        for entries in blocks:
+            waiting.append((entries, self._pool.submit(entries)))
+            if len(waiting) > self._ahead:
+                yield self._result(*waiting.popleft())
         while waiting:
-            yield self._finish(*waiting.popleft())
+            yield self._result(*waiting.popleft())
 
-    def _finish(self, slot: int, entries: Sequence[Entry], reads: "Future[list[Read]]") -> Block:
-        pixels = self._pixels[slot, : len(entries)]
+    def _result(self, entries: Sequence[Entry], decoded: "Future[DecodedBlock]") -> DecodedBlock:
         try:
-            return Block(reads.result(), pixels)
+            return decoded.result()
         except BrokenProcessPool:
-            return Block([self._decode_alone(slot, n, entry) for n, entry in enumerate(entries)], pixels)
+            reads, pixels = zip(*map(self._decode_alone, entries), strict=True)
+            return [read for (read,) in reads], np.concatenate(pixels)
 
-    def _decode_alone(self, slot: int, position: int, entry: Entry) -> Read:
+    def _decode_alone(self, entry: Entry) -> DecodedBlock:
         try:
-            return self._single.submit(slot, position, [entry]).result()[0]
+            return self._single.submit([entry]).result()
         except BrokenProcessPool:
-            self._pixels[slot, position] = 0
-            return Read("", error=DECODER_FAILED.code, message=DECODER_FAILED.message)
+            failed = Read("", error=DECODER_FAILED.code, message=DECODER_FAILED.message)
+            return [failed], np.zeros((1, self._crop, self._crop, 3), np.uint8)
 
 
 class _Pool:
-    """A process pool that starts again after one of its *workers* has died; *arguments* are for them.
+    """A process pool that starts again after one of its *workers* has died."""
 
-    The workers end when the writing end of a pipe is closed: by `stop`, or because this process has ended.
-    """
-
-    def __init__(self, workers: int, *arguments: Any) -> None:
-        self._workers, self._arguments = workers, arguments
+    def __init__(self, workers: int, rules: Preprocess, settings: Settings) -> None:
+        self._workers, self._arguments = workers, (rules, settings)
         self._executor: ProcessPoolExecutor | None = None
 
-    def start(self) -> None:
+    def start(self) -> ProcessPoolExecutor:
         """Start all processes."""
-        self._pipe = multiprocessing.Pipe(duplex=False)
-        self._executor = ProcessPoolExecutor(
-            self._workers, _DecoderContext(), start_worker, (self._pipe[0], *self._arguments)
-        )
+        self._executor = ProcessPoolExecutor(self._workers, _DecoderContext(), start_worker, self._arguments)
         self._ready = [self._executor.submit(_do_nothing) for _ in range(self._workers)]
+        return self._executor
 
-    def wait_until_ready(self) -> None:
-        """Wait until a process can decode; raise `RuntimeUnavailableError` if it ends instead."""
+    def submit(self, entries: Sequence[Entry]) -> "Future[DecodedBlock]":
+        """Decode *entries*; raise `RuntimeUnavailableError` if a process ends before it can decode."""
+        executor = self._executor or self.start()
         try:
             self._ready[0].result()
         except BrokenProcessPool as error:
             raise RuntimeUnavailableError("a decoder process did not start; see its message above") from error
-
-    def submit(self, slot: int, position: int, entries: Sequence[Entry]) -> "Future[list[Read]]":
-        """Decode *entries* into the pixels of *slot* from *position* on."""
-        if self._executor is not None:
-            try:
-                return self._executor.submit(decode_entries, slot, position, entries)
-            except BrokenProcessPool:
-                self.stop()
-        self.start()
-        self.wait_until_ready()
-        return self.submit(slot, position, entries)
+        try:
+            return executor.submit(decode_entries, entries)
+        except BrokenProcessPool:
+            self._executor = None
+            return self.submit(entries)
 
     def stop(self) -> None:
-        """End the processes without waiting for their images."""
+        """End the processes after their current blocks."""
         if self._executor is not None:
-            for end in self._pipe:
-                end.close()
             self._executor.shutdown(wait=False, cancel_futures=True)
 
 
@@ -179,15 +152,14 @@ class _DecoderContext(SpawnContext):
 
 
 class EntryDecoder:
-    """Reads, hashes and decodes images as the server does, into *pixels* (slots, n, H, W, 3)."""
+    """Reads, hashes and decodes images as the server does."""
 
-    def __init__(self, pixels: NDArray[np.uint8], rules: Preprocess, settings: Settings) -> None:
-        self._pixels, self._rules, self._max_bytes = pixels, rules, settings.max_body_bytes
+    def __init__(self, rules: Preprocess, settings: Settings) -> None:
+        self._rules, self._max_bytes = rules, settings.max_body_bytes
         self._reader, self._decode = Reader(settings.max_body_bytes), make_decoder(settings)
 
-    def __call__(self, slot: int, position: int, entry: Entry) -> Read:
-        """Write the network's input of *entry* to *position* of *slot*, zeros if it has an error."""
-        pixels = self._pixels[slot, position]
+    def __call__(self, entry: Entry, pixels: NDArray[np.uint8]) -> Read:
+        """Write the network's input of *entry* to *pixels* (H, W, 3), unless it has an error."""
         digest = ""
         try:
             body = self._reader.read(entry)
@@ -195,36 +167,38 @@ class EntryDecoder:
                 digest = hashlib.sha256(body).hexdigest()
             decoded = self._decode(EncodedImage(body), self._rules)
         except ImageError as error:
-            pixels[:] = 0
             return Read(digest, error=error.code, message=str(error))
         except Exception:  # a bug of the decoder fails its own image only
-            pixels[:] = 0
             return Read(digest, error=DECODER_FAILED.code, message=DECODER_FAILED.message)
         pixels[:] = decoded.pixels
         return Read(digest, decoded.warnings)
+
+    def decode(self, entries: Sequence[Entry]) -> DecodedBlock:
+        """Decode the block *entries*."""
+        pixels = np.zeros((len(entries), self._rules.crop, self._rules.crop, 3), np.uint8)
+        return list(map(self, entries, pixels)), pixels
 
 
 _worker: list[EntryDecoder] = []  # the decoder of a worker process
 
 
-def start_worker(
-    pipe: "Connection[Any, Any]", memory: Any, shape: tuple[int, ...], rules: Preprocess, settings: Settings
-) -> None:
-    """Prepare a worker process; it ends when the other end of *pipe* is closed."""
-    threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
+def start_worker(rules: Preprocess, settings: Settings) -> None:
+    """Prepare a worker process; it ends when its parent has ended."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     Image.core.set_blocks_max(2)  # type: ignore[attr-defined]
-    _worker.append(EntryDecoder(np.frombuffer(memory, np.uint8).reshape(shape), rules, settings))
+    _worker.append(EntryDecoder(rules, settings))
 
 
-def decode_entries(slot: int, position: int, entries: Sequence[Entry]) -> list[Read]:
+def decode_entries(entries: Sequence[Entry]) -> DecodedBlock:
     """Decode *entries* in a worker process."""
-    return [_worker[0](slot, number, entry) for number, entry in enumerate(entries, position)]
+    return _worker[0].decode(entries)
 
 
 def _do_nothing() -> None:
     """Run when a worker process is ready."""
 
 
-def _end_with(pipe: "Connection[Any, Any]") -> None:
-    pipe.poll(None)
-    os._exit(1)
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)

@@ -15,7 +15,7 @@ class ClassifyOptions(Options):
     logits: bool = False
     """Add a column with the logits."""
     features: bool = False
-    """Add a column with the mean features; the bundle must have class activation maps."""
+    """Add a column with the features; the bundle must have been exported with_features or with_cam."""
     max_errors: Annotated[int | None, pydantic.Field(ge=0)] = None
     """Stop when more images have an error; by default never."""
     workers: Annotated[int | None, pydantic.Field(ge=1, le=1024)] = None

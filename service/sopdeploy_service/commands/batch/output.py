@@ -28,7 +28,6 @@ from sopdeploy_service.commands.batch.reader import import_pyarrow
 OnProgress = Callable[[int, int, int], None]  # images done, with an error, and in total
 
 ROWS, STATE, PAGE, DATA = "rows", "_run.json", "_report.html", "_report.json"
-IDENTITY_ADVICE = "continue with the same options, or choose another folder"
 
 
 class RunState(StrictModel):
@@ -100,17 +99,18 @@ class OutputFolder:
                 partial.write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
                 _flush(partial)
             return
+        if before.source != state.source:
+            raise ConfigError(
+                f"{self.path} was begun with other images ({before.images:,} then, {state.images:,} now; "
+                "names and sizes matter, too); choose another folder",
+                setting="out",
+            )
         for name, value in state.model_dump().items():
-            old = before.model_dump()[name]
-            if name == "source" and old != value:
+            if (old := getattr(before, name)) != value:
                 raise ConfigError(
-                    f"{self.path} was begun with other images ({before.images:,} then, "
-                    f"{state.images:,} now; names and sizes matter, too); choose another folder",
+                    f"{self.path} was begun with {name} {old}, not {value}; continue with the same options, "
+                    "or choose another folder",
                     setting="out",
-                )
-            if old != value:
-                raise ConfigError(
-                    f"{self.path} was begun with {name} {old}, not {value}; {IDENTITY_ADVICE}", setting="out"
                 )
 
     def part(self, number: int) -> Path:

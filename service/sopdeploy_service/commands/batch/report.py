@@ -6,12 +6,10 @@ It reads the rows part by part, so it also covers the parts of interrupted runs 
 import base64
 import heapq
 import io
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -34,7 +32,7 @@ from sopdeploy.images.formats import open_image
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy_service.commands.batch.listing import Listing, entries_of
 from sopdeploy_service.commands.batch.output import DATA, PAGE, OutputFolder
-from sopdeploy_service.commands.batch.reader import Reader, import_pyarrow
+from sopdeploy_service.commands.batch.reader import Reader
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.settings import Settings
@@ -90,85 +88,53 @@ class BatchReport(StrictModel):
     false_alarm_rate: float = FALSE_ALARMS
 
 
-@dataclass(slots=True)
-class _Summary:
-    """Sums over parts; `least` has (probability, part, row, path, class) of the least certain images."""
-
-    labels: tuple[str, ...]
-    counts: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    images: int = 0
-    unknown: int = 0
-    least: list[tuple[float, int, int, str, str]] = field(default_factory=list)
-
-    def add(self, part: int, table: Any, predictions: PredictionCounts | PresenceCounts) -> None:
-        """Add the rows of *part*; also count its *predictions*."""
-        compute = import_pyarrow("pyarrow.compute")
-        self.images += len(table)
-        failed = table.filter(compute.is_valid(table["error"])).select(["path", "error"]).to_pydict()
-        for path, code in zip(failed["path"], failed["error"], strict=True):
-            self.errors[code] += 1
-            examples = self.examples.setdefault(code, [])
-            if len(examples) < MAX_EXAMPLES:
-                examples.append(path)
-        self.unknown += compute.sum(compute.equal(table["known"], False)).as_py() or 0
-        numbers = compute.list_value_length(table["classes"])
-        some = compute.greater(numbers, 0)
-        with_class = np.flatnonzero(compute.fill_null(some, False).to_numpy())
-        chosen = table.take(with_class)
-        best = compute.list_element(chosen["classes"], 0)
-        probabilities = compute.list_element(chosen["probabilities"], 0).to_numpy()
-        multi_label = isinstance(predictions, PresenceCounts)
-        counted = compute.list_flatten(chosen["classes"]) if multi_label else best
-        indices = compute.index_in(counted, value_set=import_pyarrow("pyarrow").array(self.labels)).to_numpy()
-        predictions.add(indices, numbers.drop_null().to_numpy() if multi_label else probabilities)
-        for entry in counted.value_counts().to_pylist():
-            self.counts[entry["values"]] += entry["counts"]
-        candidates = [
-            (
-                float(probabilities[index]),
-                part,
-                int(with_class[index]),
-                chosen["path"][index].as_py(),
-                best[index].as_py(),
-            )
-            for index in np.argsort(probabilities, kind="stable")[:LEAST_CERTAIN].tolist()
-        ]
-        self.least = heapq.nsmallest(LEAST_CERTAIN, [*self.least, *candidates])
-
-
 def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, settings: Settings) -> BatchReport:
     """Write the report of the finished run in *folder* with the images of *listing*."""
     decision = bundle.manifest.decision or Decision()
     multi_label = decision.thresholds is not None
     limited = multi_label and settings.classes_per_image(multi_label=True) is not None
     predictions = counts_for(decision, len(bundle.labels))
-    summary = _Summary(bundle.labels)
+    indices = {label: index for index, label in enumerate(bundle.labels)}
+    images = unknown = 0
+    errors, examples = Counter[str](), defaultdict[str, list[str]](list)
+    least: list[tuple[float, int, int, str, str]] = []  # probability, part, row, path, class
     for part in range(listing.parts()):
-        summary.add(part, folder.read_columns(part, COLUMNS), predictions)
+        counted: list[int] = []
+        numbers: list[float] = []  # the probability of the best class, or how many classes are present
+        for number, row in enumerate(folder.read_columns(part, COLUMNS).to_pylist()):
+            images += 1
+            if (code := row["error"]) is not None:
+                errors[code] += 1
+                if errors[code] <= MAX_EXAMPLES:
+                    examples[code].append(row["path"])
+                continue
+            unknown += row["known"] is False
+            classes, probabilities = row["classes"], row["probabilities"]
+            counted += [indices[label] for label in (classes if multi_label else classes[:1])]
+            numbers.append(len(classes) if multi_label else probabilities[0])
+            if classes:
+                least.append((probabilities[0], part, number, row["path"], classes[0]))
+        predictions.add(np.array(counted, int), np.array(numbers, int if multi_label else float))
+        least = heapq.nsmallest(LEAST_CERTAIN, least)
     drift = None if limited else compare_counts(predictions, decision)
     report = BatchReport(
         bundle=bundle.name,
-        images=summary.images,
+        images=images,
         errors=tuple(
-            ErrorKind(code=code, images=count, examples=tuple(summary.examples[code]))
-            for code, count in summary.errors.most_common()
+            ErrorKind(code=code, images=count, examples=tuple(examples[code]))
+            for code, count in errors.most_common()
         ),
-        unknown=summary.unknown,
-        counts={label: summary.counts[label] for label in bundle.labels},
+        unknown=unknown,
+        counts=dict(zip(bundle.labels, predictions.classes.tolist(), strict=True)),
         least_certain=tuple(
             Uncertain(path=path, label=label, probability=probability)
-            for probability, _, _, path, label in summary.least
+            for probability, _, _, path, label in least
         ),
         drift=None
         if drift is None
-        else {
-            name: DriftTest(distance=test.distance, p_value=test.p_value, alarm=test.alarm)
-            for name, test in drift.tests.items()
-        },
+        else {name: DriftTest(**test._asdict(), alarm=test.alarm) for name, test in drift.tests.items()},
     )
-    thumbnails = [_thumbnail(listing, part, row, bundle, settings) for _, part, row, _, _ in summary.least]
+    thumbnails = [_thumbnail(listing, part, row, bundle, settings) for _, part, row, _, _ in least]
     page = render(
         "sopdeploy_service.commands.batch",
         "batch.html",

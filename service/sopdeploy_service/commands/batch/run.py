@@ -1,25 +1,23 @@
 """`sopdeploy classify`: classify all images of some sources into parquet files; continue after a stop."""
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.config import StrictModel
+from sopdeploy.config import StrictModel, expand_options
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.commands.batch.classifier import PartClassifier, PartOutputs
-from sopdeploy_service.commands.batch.decoders import DecoderProcesses
-from sopdeploy_service.commands.batch.listing import Fingerprint, Listing, entries_of
-from sopdeploy_service.commands.batch.on_ray import RayBackend, ray_backend
+from sopdeploy_service.commands.batch.classifier import PartClassifier
+from sopdeploy_service.commands.batch.listing import Fingerprint, Listing
+from sopdeploy_service.commands.batch.on_ray import ClusterClassifier, ray_classifier
 from sopdeploy_service.commands.batch.options import ClassifyOptions, RayOptions
 from sopdeploy_service.commands.batch.output import PAGE, ROWS, OnProgress, OutputFolder, Progress, RunState
-from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.commands.batch.sources import list_entries
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import load_settings
 
 SHOWN_CLASSES = 20  # in a notebook
 REPORT = "sopdeploy_service.commands.batch.report"  # needs jinja2
@@ -78,37 +76,66 @@ class Classified(StrictModel):
         return page
 
 
+@expand_options
 def classify(
-    bundle: Path,
-    sources: Sequence[str],
-    out: Path,
-    settings: Settings,
-    options: ClassifyOptions | None = None,
+    bundle: str | Path,
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    options: ClassifyOptions,
+    cluster: RayOptions,
+    config: str | Path | None = None,
     on_progress: OnProgress = lambda _done, _errors, _total: None,
-    ray: RayOptions | None = None,
+    **settings: Any,
 ) -> Classified:
-    """Classify the images of *sources* with *bundle* and write one row per image below *out*.
+    """Classify any number of images into parquet files, one row per image; continue a run that was stopped.
 
-    Continues a run that was stopped: parts that are complete are kept. An image that cannot be decoded gets a
-    row with its error. Calls *on_progress* with the numbers of images done, with an error, and in total. With
-    *ray*, actors of a cluster classify the images. Raises `DataError` for unusable sources and too many
-    errors, `ConfigError` for a folder of another run, and the errors of `load_model`.
+    The memory depends on `workers` and `part_images`, not on the number of images.
+
+    Args:
+        bundle: A bundle written by `sopdeploy.export`.
+        sources: One or several of: folders, patterns, images, tar archives, lists of paths (`.txt`), parquet
+            files, URLs.
+        out: Folder for the rows and the report; an interrupted run in it continues.
+        options: The fields of `ClassifyOptions`, each as a keyword argument.
+        cluster: The fields of `RayOptions`, each as a keyword argument.
+        config: TOML file with settings, as for `serve`.
+        on_progress: Called with the numbers of images done, with an error, and in total.
+        **settings: Settings of the server that apply to decoding and inference, for example `threads=1`,
+            `max_batch=8` or `top_k=1`.
+
+    Returns:
+        The folder, the numbers of images, errors and images per class, and whether the predictions drift; a
+        notebook shows them with a link to the report.
+
+    Raises:
+        DataError: A source is missing, damaged or has no images, or too many images have an error.
+        ConfigError: Invalid options, or *out* belongs to another run.
+        BundleError: The bundle is damaged.
+        StorageError: *out* cannot be written.
+        RuntimeUnavailableError: No runtime can run the bundle, or its device failed.
     """
-    options, folder = options or ClassifyOptions(), OutputFolder(out)
+    names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
+    loaded = load_settings(None if config is None else Path(config), **settings)
+    bundle, folder = Path(bundle), OutputFolder(Path(out))
     report = import_optional(REPORT, "jinja2", "sopdeploy[batch]", ConfigError, "classify")
     opened = open_bundle(bundle)
-    chosen: AbstractContextManager[LocalBackend | RayBackend] = local_backend(bundle, settings, options)
-    if ray is not None:
-        chosen = ray_backend(bundle, settings, options, ray)
-    with chosen as backend, folder.locked():
-        listing, images = _begin(folder, sources, backend.state())
+    chosen: AbstractContextManager[PartClassifier | ClusterClassifier]
+    if cluster.ray is None:
+        chosen = PartClassifier(load_model(bundle, loaded), loaded, options)
+    else:
+        chosen = ray_classifier(bundle, loaded, options, cluster)
+    with chosen as classifier, folder.locked():
+        listing, images = _begin(folder, names, classifier.state)
         progress = Progress(images, options.max_errors, on_progress)
         pending = _unfinished(folder, listing, progress)
         if pending:
-            backend.write_parts(folder, listing, pending, progress)
-        written = report.write_report(folder, listing, opened, settings)
+            parts = ((number, listing.read_table(number)) for number in pending)
+            for number, table in classifier.tables(parts, progress.add):
+                folder.write_part(number, table)
+        written = report.write_report(folder, listing, opened, loaded)
         return Classified(
-            out=out,
+            out=folder.path,
             bundle=opened.name,
             images=images,
             errors=progress.errors,
@@ -140,47 +167,3 @@ def _unfinished(folder: OutputFolder, listing: Listing, progress: Progress) -> l
         else:
             progress.add(images, errors)
     return pending
-
-
-class LocalBackend:
-    """Classifies in this process; another thread writes a part while the next one is classified.
-
-    `RayBackend` has the same methods.
-    """
-
-    def __init__(self, classifier: PartClassifier, decoders: DecoderProcesses, row_format: RowFormat) -> None:
-        self._classifier, self._decoders, self._row_format = classifier, decoders, row_format
-
-    def state(self) -> RunState:
-        """Describe what the rows depend on, without their images."""
-        return self._classifier.state()
-
-    def write_parts(
-        self, folder: OutputFolder, listing: Listing, pending: Sequence[int], progress: Progress
-    ) -> None:
-        """Classify the parts *pending* of *listing*, write them to *folder*, and count their images."""
-        parts = ((number, entries_of(listing.read_table(number))) for number in pending)
-        written: Future[None] | None = None
-
-        def write(part: PartOutputs) -> None:
-            folder.write_part(part.number, self._row_format.table(part))
-
-        with ThreadPoolExecutor(1, thread_name_prefix="writer") as writer:
-            for part in self._classifier.run(parts, self._decoders, progress.add):
-                if written is not None:
-                    written.result()
-                written = writer.submit(write, part)
-            if written is not None:
-                written.result()
-
-
-@contextmanager
-def local_backend(bundle: Path, settings: Settings, options: ClassifyOptions) -> Iterator[LocalBackend]:
-    """Load *bundle* in this process, and release it at the end; decoders start while images are listed."""
-    loaded = load_model(bundle, settings)
-    try:
-        classifier = PartClassifier(loaded, settings, options)
-        with classifier.decoders() as decoders:
-            yield LocalBackend(classifier, decoders, RowFormat(loaded.bundle, classifier.top_k, options))
-    finally:
-        loaded.runtime.close()

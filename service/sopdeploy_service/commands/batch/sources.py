@@ -7,10 +7,9 @@ and rows as stored.
 """
 
 import glob
+import io
 import os
 import tarfile
-from codecs import BOM_UTF8
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,14 +39,10 @@ PATHS_PER_READ = 4096
 def list_entries(sources: Sequence[str], options: OpenOptions) -> Iterator[Entry]:
     """Yield the images of *sources*; *options* say where compressed archives are unpacked.
 
-    Raises `DataError` for a source that does not exist, is given twice, is damaged or has no images.
+    Raises `DataError` for a source that does not exist, is damaged or has no images.
     """
     if "" in sources:
         raise DataError("a source is empty; name a folder, or . for this one")
-    names = Counter(source if is_url(source) else str(Path(source)) for source in sources)
-    twice = [name for name, count in names.items() if count > 1]
-    if twice:
-        raise DataError(f"{twice[0]}: is given twice; name every source once")
     for source in sources:
         empty = True
         try:
@@ -57,7 +52,9 @@ def list_entries(sources: Sequence[str], options: OpenOptions) -> Iterator[Entry
         except OSError as error:
             raise DataError(f"{source}: cannot be read ({error.strerror}); check its permissions") from error
         if empty:
-            raise DataError(f"{source}: has no images; {_hint(source)}")
+            raise DataError(
+                f"{source}: has no images ({', '.join(SUFFIXES)}); name archives and parquet files themselves"
+            )
 
 
 def _list_source(source: str, options: OpenOptions) -> Iterator[Entry]:
@@ -78,15 +75,6 @@ def _list_source(source: str, options: OpenOptions) -> Iterator[Entry]:
                 yield from _list_file(_whole(Path(name)), options)
     else:
         raise DataError(f"{source}: not found; name a folder, a pattern, images, archives or lists of paths")
-
-
-def _hint(source: str) -> str:
-    if not is_url(source) and Path(source).is_dir():
-        suffixes = Counter(path.suffix.lower() for path in Path(source).iterdir() if path.is_file())
-        for suffix in (TAR, ".gz", ".tgz", ".xz", PARQUET):
-            if suffixes[suffix]:
-                return f"name its files: '{source}/*{suffix}'"
-    return f"images end with {', '.join(SUFFIXES)}"
 
 
 def _whole(path: Path, shown: str | None = None) -> Entry:
@@ -181,21 +169,12 @@ def _list_lines(location: str) -> Iterator[Entry]:
 
     Paths are relative to the folder of the list.
     """
-    with open_location(location) as file:
-        folder = location.rpartition("/")[0] if is_url(location) else Path(location).parent
-        for raw in _lines(file):
-            line = os.fsdecode(raw).strip()
-            if line:
-                yield _listed(folder, line)
-
-
-def _lines(file: Any) -> Iterator[bytes]:
-    """Yield the lines of a binary *file*, which may be unbuffered and begin with a byte order mark."""
-    rest = file.read(len(BOM_UTF8)).removeprefix(BOM_UTF8)
-    while block := file.read(1 << 20):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    yield rest
+    folder = location.rpartition("/")[0] if is_url(location) else Path(location).parent
+    opened = io.BufferedReader(open_location(location))
+    with io.TextIOWrapper(opened, "utf-8-sig", "surrogateescape") as lines:
+        for line in lines:
+            if name := line.strip():
+                yield _listed(folder, name)
 
 
 def _listed(folder: str | Path, name: str) -> Entry:
@@ -211,29 +190,28 @@ def _listed(folder: str | Path, name: str) -> Entry:
 def _list_rows(shown: str, location: str) -> Iterator[Entry]:
     """Yield the images of the parquet file *location*: its bytes, or the files that `path` names."""
     parquet = import_pyarrow("pyarrow.parquet")
+    folder = location.rpartition("/")[0] if is_url(location) else Path(shown).parent
     with open_location(location) as opened:
         try:
-            yield from _rows_of(parquet.ParquetFile(opened, buffer_size=1 << 20), shown, location)
+            file = parquet.ParquetFile(opened, buffer_size=1 << 20)
+            names = file.schema_arrow.names
+            has_bytes, has_names = image_column(file.schema_arrow) is not None, "path" in names
+            if not has_bytes and not has_names:
+                columns = ", ".join(names)
+                raise DataError(
+                    f"{shown}: has no column `bytes`, `image` or `path` (columns: {columns}); rename one"
+                )
+            if not has_names:
+                yield from (Entry(f"{shown}/{row}", location, row) for row in range(file.metadata.num_rows))
+                return
+            batches = file.iter_batches(PATHS_PER_READ, columns=["path"], use_threads=False)
+            listed = (name for batch in batches for name in batch.column(0).to_pylist())
+            for row, name in enumerate(listed):
+                if has_bytes:
+                    yield Entry(f"{shown}/{row}" if name is None else str(name), location, row)
+                else:
+                    yield _listed(folder, str(name))
         except DataError:
             raise
         except Exception as error:  # pyarrow raises types of its own
             raise DataError(f"{shown}: damaged or not a parquet file; write or copy it again") from error
-
-
-def _rows_of(file: Any, shown: str, location: str) -> Iterator[Entry]:
-    bytes_column, has_names = image_column(file.schema_arrow), "path" in file.schema_arrow.names
-    if bytes_column is None and not has_names:
-        columns = ", ".join(file.schema_arrow.names)
-        raise DataError(f"{shown}: has no column `bytes`, `image` or `path` (columns: {columns}); rename one")
-    if not has_names:
-        for row in range(file.metadata.num_rows):
-            yield Entry(f"{shown}/{row}", location, row)
-        return
-    row, folder = 0, location.rpartition("/")[0] if is_url(location) else Path(shown).parent
-    for batch in file.iter_batches(PATHS_PER_READ, columns=["path"], use_threads=False):
-        for name in batch.column(0).to_pylist():
-            if bytes_column is not None:
-                yield Entry(f"{shown}/{row}" if name is None else str(name), location, row)
-            else:
-                yield _listed(folder, str(name))
-            row += 1

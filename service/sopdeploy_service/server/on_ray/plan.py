@@ -28,6 +28,15 @@ HEAD = (
     "# `serve deploy` again, with other bundles in user_config, swaps them and drops no request.\n"
 )
 
+SINGLE_PROCESS = {  # settings that must have their default, and what to use instead
+    "devices": "Ray assigns a device to each replica; use --gpus-per-replica and --replicas",
+    "front_ends": "a replica is one process; use --replicas",
+    "health_port": "replicas of one machine would conflict; Ray checks their health itself",
+    "memory_budget": "Ray multiplexes models itself; serve the bundles with `sopdeploy serve`",
+    "model_control": "it would change one replica only; deploy another user_config instead",
+    "shadow": "it needs a server of its own: start `sopdeploy serve --shadow` beside the cluster",
+}
+
 Gpus = Annotated[float, pydantic.Field(ge=0, le=64)]
 
 
@@ -138,22 +147,9 @@ def scale_of(replicas: int | None, fewest: int | None, most: int | None, *, cpus
 
 def check(settings: Settings) -> None:
     """Raise `ConfigError` for *settings* that need a single process: Ray starts several."""
-    if settings.devices:
-        raise ConfigError(
-            "devices: Ray assigns a device to each replica; use --gpus-per-replica and --replicas"
-        )
-    if settings.front_ends not in (1, "auto"):
-        raise ConfigError("front_ends: a replica is one process; use --replicas")
-    if settings.health_port is not None:
-        raise ConfigError(
-            "health_port: replicas of one machine would conflict; Ray checks their health itself"
-        )
-    if settings.model_control:
-        raise ConfigError("model_control would change one replica only; deploy another user_config instead")
-    if settings.shadow is not None:
-        raise ConfigError(
-            "shadow needs a server of its own: start `sopdeploy serve --shadow` beside the cluster"
-        )
+    for name, advice in SINGLE_PROCESS.items():
+        if getattr(settings, name) not in {Settings.model_fields[name].default, "auto"}:
+            raise ConfigError(f"{name}: {advice}")
     if settings.port == 0:
         raise ConfigError("port 0: Ray's proxies on all machines listen on the same port; choose one")
 
@@ -161,7 +157,7 @@ def check(settings: Settings) -> None:
 def changed_settings(settings: Settings) -> dict[str, Any]:
     """Select the non-default *settings* of a replica, with absolute paths."""
     changed = settings.model_dump(mode="json", exclude_defaults=True, exclude={"host", "port"})
-    for name in ("keys", "verify_key", "fast_decode_samples", "engine_cache"):
+    for name in ("keys", "require_signature", "engine_cache"):
         if name in changed:
             changed[name] = str(Path(changed[name]).resolve())
     return changed

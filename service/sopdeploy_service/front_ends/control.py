@@ -1,0 +1,65 @@
+"""The socket between the supervisor and one of its processes.
+
+The supervisor sends file descriptors: connections of clients, and the channels of front ends. The process
+reports its status ten times per second. Both may ask the other for metrics. An empty message means that the
+other one has ended or left.
+"""
+
+import asyncio
+import contextlib
+import socket
+import struct
+
+CLIENT, METRICS = b"client", b"metrics"  # messages with a file
+STATUS = struct.Struct("=QI?")  # connections received, open ones, ready for images; then names of bundles
+METRICS_SECONDS = 2.0  # a process that takes longer counts as down
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Create the ends of the supervisor and of a process."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    return ours, theirs
+
+
+def receive(control: socket.socket) -> tuple[bytes, list[int]]:
+    """Receive a waiting message and its files."""
+    try:
+        data, files, _, _ = socket.recv_fds(control, 4096, 2)
+    except OSError:
+        return b"", []
+    return data, files
+
+
+def send(control: socket.socket, message: bytes, *files: int) -> bool:
+    """Send *message* with *files*; return whether the other end gets it."""
+    try:
+        socket.send_fds(control, [message], files)
+    except OSError:
+        return False
+    return True
+
+
+async def request_metrics(control: socket.socket | None) -> bytes:
+    """Return the metrics of the process or supervisor at the other end; empty if it does not answer."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        if control is None or not send(control, METRICS, theirs.fileno()):
+            return b""
+        theirs.close()
+        ours.setblocking(False)
+        with contextlib.suppress(OSError):  # also a TimeoutError
+            async with asyncio.timeout(METRICS_SECONDS):
+                page = b""
+                while piece := await asyncio.get_running_loop().sock_recv(ours, 1 << 16):
+                    page += piece
+                return page
+    return b""
+
+
+async def send_metrics(file: int, page: bytes) -> None:
+    """Answer `request_metrics`, which sent the socket *file*, with *page*."""
+    with contextlib.suppress(OSError), socket.socket(fileno=file) as connection:
+        connection.setblocking(False)
+        await asyncio.get_running_loop().sock_sendall(connection, page)

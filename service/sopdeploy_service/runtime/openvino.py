@@ -1,0 +1,61 @@
+"""OpenVINO on the CPU, in the types of the graph: `bf16-backbone` has convolutions in bfloat16."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.environment import import_optional, usable_cores
+from sopdeploy.errors import RuntimeUnavailableError
+
+
+class OpenVINORuntime:
+    """`model.onnx` of a bundle, compiled for this CPU."""
+
+    device = "cpu"
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        """Compile the graph of *bundle*; *threads* defaults to one per core.
+
+        Raises `RuntimeUnavailableError` if OpenVINO is not installed, cannot compile the graph, or finds
+        other tensors in it than the manifest.
+        """
+        openvino = import_optional("openvino", "openvino", "sopdeploy[openvino]", RuntimeUnavailableError)
+        version = openvino.__version__.partition("-")[0]
+        self.name = f"openvino {version}"
+        self.largest_batch = bundle.manifest.batch.maximum
+        options = {
+            # float32 in the graph stays float32, such as a matrix square root; OpenVINO would use bfloat16.
+            "EXECUTION_MODE_HINT": "ACCURACY",
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": threads or usable_cores(),
+            "NUM_STREAMS": 1,
+        }
+        try:
+            model = openvino.Core().compile_model(str(bundle.onnx), "CPU", options)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise RuntimeUnavailableError(
+                f"{bundle.onnx}: openvino {version} cannot compile the graph: {reason}"
+            ) from error
+        declared = {tensor.name for tensor in (*bundle.manifest.inputs, *bundle.manifest.outputs)}
+        if any(not port.names & declared for port in (*model.inputs, *model.outputs)):
+            raise RuntimeUnavailableError(
+                f"{bundle.onnx}: has other tensors than the manifest; export it again"
+            )
+        self._outputs = {next(iter(port.names & declared)): port for port in model.outputs}
+        self._request = model.create_infer_request()
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
+        return self.run_outputs(images, list(self._outputs))
+
+    def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Run *images* (n, H, W, 3) uint8; return only the outputs *names* (n, ...) float32."""
+        values = self._request.infer([images])  # copies of the outputs
+        return {name: values[self._outputs[name]] for name in names}
+
+    def close(self) -> None:
+        """Release the compiled graph."""
+        self._request = None
