@@ -17,6 +17,8 @@ from measure import make_parser
 from numpy.typing import NDArray
 from scipy.stats import poisson
 
+from sopdeploy_service.cores import decoders_per_process
+
 Floats = NDArray[np.float64]
 
 QUEUED = 300  # states for waiting images beyond a batch; more are very rare below `MAX_LOAD`
@@ -29,8 +31,8 @@ HEAD = (
 MACHINE_HEAD = (
     "| input | cores | one process | limit | front ends | images/s | limit |\n|---|---|---|---|---|---|---|"
 )
-BATCH_LOCK_MS = 0.016  # queue and batching of an image, with the interpreter lock
-FRONT_END_MS = 0.11  # additional CPU time of an image that passes two processes
+BATCH_MS = 0.016  # queue and batching of an image, with the interpreter lock
+SEND_MS, INFERENCE_MS = 0.1, 0.11  # an image of a front end: sending it; the inference process, with its lock
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +56,8 @@ class Replica:
     @property
     def cpu_ms(self) -> float:
         """CPU milliseconds of an image without the runtime."""
-        return self.decode_ms + self.loop_ms + BATCH_LOCK_MS
+        behind = BATCH_MS if self.front_ends == 1 else SEND_MS + INFERENCE_MS
+        return self.decode_ms + self.loop_ms + behind
 
     def batch_ms(self, images: int) -> float:
         """Compute the milliseconds of a batch of *images* images."""
@@ -64,14 +67,14 @@ class Replica:
     def limits(self) -> dict[str, float]:
         """Images per second of each stage, by name."""
         alone = self.front_ends == 1
-        lock_ms = self.loop_ms + self.decode_lock_ms + (BATCH_LOCK_MS if alone else 0.0)
+        lock_ms = self.loop_ms + self.decode_lock_ms + (BATCH_MS if alone else SEND_MS)
         limits = {
             "engine": 1000 * self.largest / self.batch_ms(self.largest),
             "interpreter lock": 1000 * self.front_ends / lock_ms,
         }
         if self.decode_ms:
             limits["decoders"] = 1000 * self.front_ends * self.decoders / self.decode_ms
-        return limits if alone else limits | {"engine process": 1000 / BATCH_LOCK_MS}
+        return limits if alone else limits | {"inference process": 1000 / INFERENCE_MS}
 
     @property
     def capacity(self) -> float:
@@ -230,12 +233,11 @@ def machine() -> list[str]:
                     largest=1,
                     decode_ms=decode_ms,
                     decode_lock_ms=decode_lock_ms,
-                    loop_ms=loop_ms + (FRONT_END_MS if front_ends > 1 else 0.0),
-                    decoders=cores,
+                    loop_ms=loop_ms,
+                    decoders=decoders_per_process(cores, front_ends),
                     front_ends=front_ends,
                 )
                 limits = replica.limits | {"cores": 1000 * cores / replica.cpu_ms}
-                limits.pop("decoders", None)  # as many as needed
                 stage = min(limits, key=limits.__getitem__)
                 cells += [f"{float(f'{limits[stage]:.2g}'):,.0f}", stage]
             cells.insert(4, automatic)

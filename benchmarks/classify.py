@@ -41,7 +41,6 @@ from PIL import Image
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import DataError
 from sopdeploy_service.commands.batch import run
-from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.fake import FakeRuntime
@@ -112,9 +111,10 @@ def throughput(name: str, loaded: LoadedModel, source: Path, scratch: Path, kind
             loaded.bundle.path,
             [str(source)],
             scratch,
-            Settings(threads=1, max_batch=batch),
-            ClassifyOptions(workers=1),
-            on_progress,
+            workers=1,
+            threads=1,
+            max_batch=batch,
+            on_progress=on_progress,
         )
     whole = found.images / (time.perf_counter() - started)
     alone.append(bare(loaded.runtime, batch, side))

@@ -140,11 +140,10 @@ async def end_inference(server: Server, signal_number: int) -> Round:
         return await fail(server, server.processes(inference=True)[0], signal_number, is_back)
 
 
-def resources(server: Server) -> tuple[Resources, Resources, int]:
-    """Read the resources of the inference process and the supervisor, and the number of mapped files."""
+def resources(server: Server) -> tuple[Resources, Resources]:
+    """Read the resources of the inference process and the supervisor."""
     (inference,) = server.processes(inference=True)
-    mapped = Path(f"/proc/{inference}/maps").read_text().count("sopdeploy-pixels")
-    return read_resources(inference), read_resources(server.child.pid), mapped
+    return read_resources(inference), read_resources(server.child.pid)
 
 
 def front_ends_killed(server: Server, rounds: int) -> list[Result]:
@@ -161,10 +160,9 @@ def front_ends_killed(server: Server, rounds: int) -> list[Result]:
             "requests",
         ),
         "replaced, median": (statistics.median(one.back for one in found), "s"),
-        "growth of mapped files": (after[2] - before[2], ""),
     }
     names = ("inference process", "supervisor")
-    for name, first, last in zip(names, before[:2], after[:2], strict=True):
+    for name, first, last in zip(names, before, after, strict=True):
         values[f"growth of the {name}'s memory"] = (last.resident - first.resident) / 1e6, "MB"
         values[f"growth of the {name}'s descriptors"] = last.descriptors - first.descriptors, ""
         values[f"growth of the {name}'s threads"] = last.threads - first.threads, ""

@@ -89,7 +89,7 @@ def usage(recipe: Recipe) -> dict[str, tuple[float, str]]:
                 if name == "training":
                     sums[name] += model.noisy_gate(normalize(pixels))[1].sum(dim=0)
                 else:
-                    features, _ = model.features(normalize(pixels))
+                    features, _ = model.feature_maps(normalize(pixels))
                     sums[name] += (model.gate(features) > 0).sum(dim=0)
     full = int((sums["training"] >= WEIGHT * sums["training"].sum()).sum())
     selected = int((sums["held-out"] >= SELECTED * len(data.held_out)).sum())

@@ -32,7 +32,9 @@ def make_checkpoint(name: str, folder: Path) -> Path:
 def make_bundle(source: Path, precision: str, folder: Path) -> Path:
     """Export *source* in *precision*, detached if it has training-only modules."""
     network = build_classifier(read_checkpoint(source), source)
-    options = ExportOptions(detach=bool(network.training_only), max_batch=32, precision=precision)
+    options = ExportOptions(
+        detach=bool(network.training_only), max_batch=32, precision=precision, pt2=precision == "fp32"
+    )
     return export(source, folder, options).path
 
 

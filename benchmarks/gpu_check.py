@@ -11,7 +11,6 @@ and the others use ONNX Runtime.
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from measure import existing, machine, versions
+from measure import commit, existing, machine, versions
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("cuda", "decode-fast", "decode-nvimagecodec", "training", "server", "tensorrt", "speed")
@@ -93,15 +92,6 @@ def page(results: list[dict[str, Any]]) -> str:
         lines += ["", "Machine and versions of the last stage:", ""]
         lines += [f"- {key}: {value}" for key, value in facts.items()]
     return "\n".join(lines) + "\n"
-
-
-def commit() -> str:
-    """Read the checked commit."""
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
-    answer = subprocess.run([git, "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown"
 
 
 def stored(out: Path) -> dict[str, dict[str, Any]]:

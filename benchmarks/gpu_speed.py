@@ -22,7 +22,7 @@ from sopdeploy_export.graph import Deployed
 from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.tensorrt.engine import get_engine, this_machine
 from sopdeploy_export.tensorrt.options import EngineOptions
-from sopdeploy_service.runtime.onnxruntime import CUDA, CUDA_OPTIONS, OnnxRuntime
+from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime, cuda_options
 
 BATCHES = (1, 8, 32)
 Run = Callable[[NDArray[np.uint8]], Any]
@@ -31,7 +31,7 @@ Run = Callable[[NDArray[np.uint8]], Any]
 def speed_table(bundle: Bundle, runs: int, *, with_tensorrt: bool) -> dict[str, Any]:
     """Measure the median milliseconds per batch of *bundle* on each runtime."""
     with ExitStack() as stack:
-        runtime = OnnxRuntime(bundle, provider=CUDA, options=CUDA_OPTIONS)
+        runtime = OnnxRuntime(bundle, provider=CUDA, options=cuda_options(bundle.manifest.precision))
         stack.callback(runtime.close)
         sides: dict[str, Run] = {"onnxruntime CUDA": runtime.run, **torch_sides(bundle)}
         text = f"Milliseconds per batch, medians of {runs} runs, copies to and from the GPU included."

@@ -82,7 +82,13 @@ def check_tensorrt(folder: Path) -> str:
         raise CheckFailedError(
             f"of the profiles {PROFILES}, {captured or 'none'} became CUDA graphs instead of 1 and 2"
         )
-    return f"{runtime.name}: probes {_deviations(loaded.replays)}; CUDA graphs of the profiles 1 and 2"
+    sentence = f"{runtime.name}: probes {_deviations(loaded.replays)}; CUDA graphs of the profiles 1 and 2"
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        return f"{sentence}; torch-tensorrt is not installed"
+    program = next(bundle for bundle in bundles_in(folder) if bundle.manifest.precision == "fp32")
+    engine = get_engine(program, EngineOptions(profiles="8", via="torch-tensorrt"))
+    deviation = max(replay.deviation["logits"] for replay in engine.record.replays)
+    return f"{sentence}; torch-tensorrt: logits deviate by {deviation:.2g}"
 
 
 def _deviations(replays: dict[int, Replay]) -> str:

@@ -21,11 +21,11 @@ from measure import Result, compare, parse, report
 from torch import Tensor, nn
 from torch.export import Dim
 
-from sopdeploy.layers.attention.gsop_attention import ChannelAttention, RowConv
-from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
+from sopdeploy.layers.attention.gsop_attention import ChannelAttention, GSoPBlockConfig, RowConv
+from sopdeploy.layers.attention.gsop_block import GSoPBlock
 from sopdeploy.layers.covariance import covariance_trace
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov
-from sopdeploy.layers.mixture.components import Convolutions, make_components
+from sopdeploy.layers.mixture.components import Components, Convolutions
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.graph import OPSET, export
@@ -144,7 +144,7 @@ class Routed(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.chosen = chosen
-        self.experts, _ = make_components(
+        self.experts = Components(
             "sop", 256, Convolutions((256, 128)), components=16, counted=chosen, root=NewtonSchulzConfig()
         )
 

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -145,6 +146,15 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """List the versions of Python and of the installed packages that affect results."""
     return {"python": platform.python_version(), **installed(PACKAGES)}
+
+
+def commit() -> str:
+    """Describe the measured commit; `-dirty` marks uncommitted changes."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    described = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return described.stdout.strip() or "unknown"
 
 
 def document(results: Sequence[Result], **facts: object) -> dict[str, Any]:

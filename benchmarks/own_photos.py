@@ -42,7 +42,7 @@ from scipy.stats import t
 
 from sopdeploy.errors import DataError, SopdeployError
 from sopdeploy.evaluation.prediction import score_checkpoint
-from sopdeploy.html.charts import Axis, element
+from sopdeploy.html.charts import Axis, element, svg_file
 
 NETWORK = "tf_efficientnet_lite0"
 OURS = "sopdeploy"
@@ -346,19 +346,8 @@ def chart(points: Sequence[Point]) -> Markup:
             f"{point.per_class} per class {point.accuracy:.1f} % in {point.seconds:.0f} s" for point in line
         )
         told.append(f"{NAMES[tool]}: {values}")
-    return element(
-        "svg",
-        element("title", title),
-        element("desc", "; ".join(told)),
-        element("style", "text{font:14px sans-serif}text:not([fill]){fill:#1b2a2f}.axis{fill:#5b6b70}"),
-        element("rect", width=WIDTH, height=HEIGHT, rx=8, fill="#ffffff"),
-        *shapes,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        width=WIDTH,
-        height=HEIGHT,
-        role="img",
-    )
+    style = "text{font:14px sans-serif}text:not([fill]){fill:#1b2a2f}.axis{fill:#5b6b70}"
+    return svg_file(title, "; ".join(told), style, (WIDTH, HEIGHT), *shapes)
 
 
 def numbers(text: str) -> list[int]:

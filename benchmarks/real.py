@@ -40,7 +40,7 @@ def measure(checkpoint: Path, calibration: Path, test: Path, folder: Path) -> li
         exported = sopdeploy.export(checkpoint, folder / name.replace(" ", "-"), **options, **images)
         seconds = time.process_time() - begin
         verify(exported.path)
-        scores = scores_of_bundle(exported.path, test, on_image=lambda _done, _total: None).scores
+        _, scores, _ = scores_of_bundle(exported.path, test, on_image=lambda _done, _total: None)
         if not isinstance(scores, list):
             raise TypeError("the network has several classes per image")
         predicted = [score.top5[0] for score in scores]

@@ -23,7 +23,6 @@ import argparse
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ from gain.studies import (
 )
 from gain.study import Study
 from gain.task import write_arrays
-from measure import existing, machine, make_parser, one_line_errors, report, versions
+from measure import commit, existing, machine, make_parser, one_line_errors, report, versions
 from rich.console import Console
 
 NAMES = (
@@ -116,13 +115,6 @@ def real_studies(given: argparse.Namespace) -> list[Study]:
         write_maps(given.photos, given.weights, maps)
     task = PhotosConfig(maps=maps, weights=given.weights.resolve(), classes=count_classes(maps))
     return [photo_rates(task), photographs(task, 10)]
-
-
-def commit() -> str:
-    """Describe the measured commit; `-dirty` marks uncommitted changes."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def facts(jobs: int) -> dict[str, Any]:

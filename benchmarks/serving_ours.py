@@ -136,10 +136,10 @@ class TimedRuntime:
 class TimedOverlappingRuntime(TimedRuntime):
     """A timed runtime that accepts the next batch while one is running."""
 
-    def begin(self, images: Any) -> Any:
+    def begin(self, images: Any, names: Any = None) -> Any:
         """Start a batch; the returned function waits for its outputs."""
         with self._times.measure("engine_s"):
-            wait = self._runtime.begin(images)
+            wait = self._runtime.begin(images, names)
 
         def timed_wait() -> Any:
             with self._times.measure("engine_s"):

@@ -32,9 +32,9 @@ HERE = Path(__file__).resolve().parent
 BATCH_VARIABLE, DECODE_VARIABLE = "SIMULATED_BATCH", "SIMULATED_DECODE_MS"
 SUPERVISOR = """
 import sys, json
-from sopdeploy_service.front_ends import supervisor
+from sopdeploy_service.front_ends import processes, supervisor
 from sopdeploy_service.settings import load_settings
-supervisor.HttpWorker.module = supervisor.InferenceWorker.module = "simulated_server"
+processes.MODULES.update(dict.fromkeys(processes.MODULES, "simulated_server"))
 supervisor.STABLE_SECONDS = 0.0  # restart without delay, however often a process dies
 sys.exit(supervisor.serve(["model=simulated"], load_settings(**json.loads(sys.argv[1]))))
 """
@@ -68,7 +68,7 @@ def is_inference(process: int) -> bool | None:
         environment = Path(f"/proc/{process}/environ").read_bytes()
     except OSError:
         return None
-    return b'"listener"' not in environment if b"SOPDEPLOY_WORKER" in environment else None
+    return b'"buckets"' not in environment if b"SOPDEPLOY_WORKER" in environment else None
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def main() -> int:
     fixed, each, largest = map(float, os.environ[BATCH_VARIABLE].split(","))
     model = fake_model(fixed, each, int(largest))
     process.load_model = inference_process.load_model = lambda *_: model  # type: ignore[attr-defined]
-    if "listener" in json.loads(os.environ["SOPDEPLOY_WORKER"]):
+    if "buckets" in json.loads(os.environ["SOPDEPLOY_WORKER"]):
         replace_decoder(emulate_decoding)
         return run_program(worker.serve)
     return run_program(inference_process.serve)

@@ -1,13 +1,12 @@
-"""Start-up time and memory of the server, by step.
+"""Start-up time and memory of the server.
 
 Starts `sopdeploy serve` several times for a detached DSoP ResNet-18 (random weights, exported here unless
---bundle names another bundle) and reads the server's timeline, processor time and resident memory when it
-prints `ready:`. On a busy machine, processor time is more reliable than wall time.
+--bundle names another bundle) and reads the server's processor time and resident memory when it prints
+`ready:`. On a busy machine, processor time is more reliable than wall time.
 
     python benchmarks/start_up.py [--bundle BUNDLE] [--quick] [--json]
 """
 
-import json
 import os
 import signal
 import statistics
@@ -38,7 +37,7 @@ def random_bundle(folder: Path) -> Path:
 
 def start(bundle: Path) -> dict[str, Any]:
     """Start a server for *bundle*, measure it when it is ready, and stop it."""
-    command = [sys.executable, "-m", "sopdeploy", "serve", str(bundle), "--port", "0", "--log", "json"]
+    command = [sys.executable, "-m", "sopdeploy", "serve", str(bundle), "--port", "0"]
     began = time.perf_counter()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
@@ -52,14 +51,12 @@ def start(bundle: Path) -> dict[str, Any]:
         resident = int(proc.joinpath("statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         torch = "libtorch" in proc.joinpath("maps").read_text()
         server.send_signal(signal.SIGTERM)
-        events = [json.loads(text) for text in server.communicate()[1].splitlines()]
-    steps = next(event["steps_ms"] for event in events if event["event"] == "started")
+        server.communicate()
     return {
         "ready_ms": ready * 1000,
         "processor_ms": sum(map(int, fields[11:13])) * 1000 / os.sysconf("SC_CLK_TCK"),
         "resident_mb": resident / 1e6,
         "torch": torch,
-        **{f"step {name}": spent for name, spent in steps.items()},
     }
 
 

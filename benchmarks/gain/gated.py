@@ -13,7 +13,7 @@ from gain.networks import TextureNet, TextureNetConfig
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.cifar_resnet import SmallResNet, SmallResNetConfig
 from sopdeploy.config import StrictModel
-from sopdeploy.layers.mixture.components import Convolutions, FusionHead, make_components
+from sopdeploy.layers.mixture.components import Components, Convolutions, FusionHead
 from sopdeploy.layers.mixture.gate import GateNoise, SparseGate, balance_loss, keep_largest
 from sopdeploy.models.base import Classifier, TrainingOutput
 from sopdeploy.models.gmsop import GMSOPConfig, make_gate
@@ -70,7 +70,7 @@ class Gated(Classifier):
             component=mixing.gate_kind, components=max(2, mixing.components), gate_widths=mixing.gate_widths,
             gate_norm=True, chosen=mixing.chosen,
         )  # fmt: skip
-        self.mixture, length = make_components(
+        self.mixture = Components(
             "sop", channels, Convolutions(mixing.widths), components=mixing.components, counted=mixing.chosen,
             root=as_paper.newton_schulz(),
         )  # fmt: skip
@@ -78,7 +78,9 @@ class Gated(Classifier):
             self.mixture.rectified = False
             norm = ExpertNorm(mixing.components, mixing.widths[-1])
             self.mixture.after = nn.Sequential(norm, nn.ReLU(), self.mixture.after)
-        self.head = FusionHead(length, self.num_classes, norm=mixing.head_norm, dropout=mixing.dropout)
+        self.head = FusionHead(
+            self.mixture.out_features, self.num_classes, norm=mixing.head_norm, dropout=mixing.dropout
+        )
         if mixing.gate == "sparse":
             self.gate = self.make_gate(as_paper, channels)
             self.training_only = ("gate.noise",)
@@ -111,7 +113,7 @@ class Gated(Classifier):
 
     def forward(self, images: Tensor) -> Any:
         """Compute logits; in train mode with a gate, also the balance loss."""
-        features, _ = self.features(images)
+        features, _ = self.feature_maps(images)
         if not self.training or self.mixing.gate == "none":
             return self.classify(features)
         weights_BN = self.weights(features)

@@ -5,14 +5,14 @@ from typing import Literal
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialize
-from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
+from sopdeploy.backbones.cifar_resnet import SmallResNet, SmallResNetConfig
 from sopdeploy.config import StrictModel
-from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
+from sopdeploy.layers.attention.gsop_attention import GSoPBlockConfig
+from sopdeploy.layers.attention.gsop_block import GSoPBlock
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
-from sopdeploy.models.plain import PlainSmallResNet
 
 
 class TextureNetConfig(StrictModel):
@@ -73,12 +73,11 @@ class DSoPTextureNet(DSoP, TextureNet):
     """Branches after the first convolution and at the end; the control uses average pooling in them."""
 
     inference_class = TextureNet
-    inference_config = TextureNetConfig
     config: DSoPTextureNetConfig
 
     def paper_branches(self) -> PaperBranches:
         """Return the branches for the texture network, which no paper describes."""
-        return PaperBranches(blocks=(1, 1), widths=(32, 32), weights=(1.0, 1.0), strides=(1, 1))
+        return PaperBranches(blocks=(1, 1), widths=(32, 32))
 
 
 class AttendedStage(nn.Module):
@@ -94,13 +93,11 @@ class AttendedStage(nn.Module):
         return x + attended
 
 
-class GSoPSmallResNet(PlainSmallResNet):
+class GSoPSmallResNet(Classifier, SmallResNet):
     """The small ResNet with a GSoP block of 32 channels after the second and the third stage.
 
     The first stage has fewer channels than the smallest covariance of the block.
     """
-
-    inference_class = None  # the whole network is exported
 
     def __init__(self, config: SmallResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -116,10 +113,9 @@ class ExtraConvSmallResNetConfig(SmallResNetConfig):
     extra: int = 192
 
 
-class ExtraConvSmallResNet(PlainSmallResNet):
+class ExtraConvSmallResNet(Classifier, SmallResNet):
     """Control for capacity: average pooling with the parameters and multiply-adds of a second-order head."""
 
-    inference_class = None  # the whole network is exported
     config: ExtraConvSmallResNetConfig
 
     def __init__(self, config: ExtraConvSmallResNetConfig, num_classes: int) -> None:

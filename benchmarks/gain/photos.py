@@ -66,8 +66,6 @@ class DSoPLastStagesConfig(LastStagesConfig, DSoPConfig):
 class DSoPLastStages(DSoPTimm):
     """DSoP on the network whose first stages are frozen."""
 
-    inference_config = LastStagesConfig
-
 
 def load_weights(network: TimmBackbone, file: Path) -> None:
     """Load the weights in *file* into *network*, except for those of the classifier."""
@@ -122,7 +120,7 @@ def count_classes(maps: Path) -> int:
 def start_from_probe(network: TimmBackbone, task: Task) -> None:
     """Set the classifier of *network* to a logistic regression on the center crops for training."""
     network.eval()
-    maps = network.features(task.train[:, 0])[0]
+    maps = network.feature_maps(task.train[:, 0])[0]
     features = network.outside[0].forward_head(maps, pre_logits=True).numpy()
     scaler = StandardScaler().fit(features)
     fitted = LogisticRegression(C=PROBE_C, max_iter=5000).fit(scaler.transform(features), task.labels)

@@ -247,5 +247,5 @@ def accuracy(network: Backbone, task: Task) -> float:
 @torch.no_grad()
 def effective_experts(network: Gated, images: Tensor) -> float:
     """Compute the exponential of the entropy of the mean weights over the first 500 *images*."""
-    load = network.weights(network.features(images[:500])[0]).mean(dim=0)
+    load = network.weights(network.feature_maps(images[:500])[0]).mean(dim=0)
     return float((-(load * load.clamp_min(1e-12).log()).sum()).exp())
