@@ -25,7 +25,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     sh install_image.sh cpu
 
 FROM build AS gpu-build
-# Further requirements, without hashes: --build-arg TENSORRT="tensorrt-cu13==... cuda-python==13..." if the index has its libraries.
+# Further requirements, without hashes: --build-arg TENSORRT="sopdeploy[tensorrt]" if the index has its libraries.
 ARG TENSORRT=
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \

@@ -76,11 +76,12 @@ test-models: $(STAMP)  ## the slow tests: every network at full width through tr
 	$(BIN)/pytest --slow -m slow
 	$(MAKE) removable
 
-cuda-stand-in: $(CUDA)/.built  ## the CUDA provider of ONNX Runtime on a stand-in for CUDA; needs gcc, 250 MB
+cuda-stand-in: $(CUDA)/.built  ## ONNX Runtime with CUDA and torch-tensorrt, on a stand-in for CUDA; needs gcc, 260 MB
 
 $(CUDA)/.built: $(STAMP) deploy/lock/gpu.txt tests/cuda/build.py tests/cuda/cudart.c
 	$(BIN)/uv pip install --quiet --no-deps --target $(CUDA) "$$(grep -o '^onnxruntime-gpu==[0-9.]*' deploy/lock/gpu.txt)"
 	$(BIN)/uv pip install --quiet --no-deps --target $(CUDA)/headers nvidia-cuda-runtime nvidia-cuda-crt
+	$(BIN)/uv pip install --quiet --no-deps --target $(CUDA)/torch-tensorrt 'torch-tensorrt-rtx>=2.14,<2.15' dllist psutil
 	$(BIN)/python tests/cuda/build.py $(CUDA)
 	touch $@
 

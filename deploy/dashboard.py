@@ -53,14 +53,6 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [(f"sum by (reason) (rate(sopdeploy_batch_close_total{RATE}))", "{{reason}}")],
     ),
     (
-        "Fast decoding: drift and agreement",
-        "percentunit",
-        [
-            ("sopdeploy_fast_decode_drift", "drift {{model}}"),
-            ("sopdeploy_fast_decode_agreement", "agreement {{model}}"),
-        ],
-    ),
-    (
         "Shadow: images by result",
         "ops",
         [(f"sum by (model, result) (rate(sopdeploy_shadow_images_total{RATE}))", "{{model}} {{result}}")],
@@ -84,10 +76,11 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [(f"sum by (reason) (rate(sopdeploy_rejected_total{RATE}))", "{{reason}}")],
     ),
     (
-        "Disconnected clients, non-finite outputs",
+        "Disconnected clients, failed GPU decodes, non-finite outputs",
         "ops",
         [
             (f"sum(rate(sopdeploy_cancelled_total{RATE}))", "disconnected clients"),
+            (f"sum(rate(sopdeploy_failed_gpu_decodes_total{RATE}))", "failed GPU decodes"),
             (f"sum by (model) (rate(sopdeploy_nonfinite_outputs_total{RATE}))", "non-finite {{model}}"),
         ],
     ),
@@ -104,6 +97,16 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ("Drift: p-values; below 0.005 is an alarm", "none", [("sopdeploy_drift_p_value", "{{model}} {{of}}")]),
     ("Maximum event loop lag", "s", [("sopdeploy_event_loop_lag_seconds", "{{instance}}")]),
     ("Open connections", "none", [("sopdeploy_connections", "{{instance}}")]),
+    (
+        "Memory of loaded models",
+        "bytes",
+        [("sopdeploy_model_memory_bytes", "{{model}}"), ("sopdeploy_memory_budget_bytes", "budget")],
+    ),
+    (
+        "Loads of models",
+        "ops",
+        [(f"sum by (model) (rate(sopdeploy_model_loads_total{RATE}))", "{{model}}")],
+    ),
     ("Request bodies in memory", "bytes", [("sopdeploy_upload_bytes", "{{instance}}")]),
 ]
 

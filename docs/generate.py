@@ -3,6 +3,7 @@
 Tests check that the pages are up to date.
 """
 
+import argparse
 import re
 import textwrap
 from pathlib import Path
@@ -59,6 +60,7 @@ def cli_page() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     from generate_errors import SERVED, errors_page, served_page
     from generate_models import models_page
     from generate_notebook import notebook_page, notebooks

@@ -62,8 +62,7 @@ WHAT_TO_DO = {
     "ConfigError": "Correct the value that the message names; it often suggests one. "
     "`sopdeploy train --dry-run` shows a recipe with all values.",
     "DataError": "Repair or remove the named image or folder. Folders have the form `DIR/<class>/*.jpg`.",
-    "CheckpointError": "Use a file written by `sopdeploy train` or `sopdeploy import`; after a crash, use "
-    "`previous.pt` in the same folder.",
+    "CheckpointError": "Use a file written by `sopdeploy train` or `sopdeploy import`.",
     "WeightsError": "Pass the network that the message suggests as `--as`; "
     "`sopdeploy import FILE --as NAME --keys` shows each tensor. If start weights cannot be downloaded, put "
     "the file where the message says, or pass `--weights FILE` or `--weights none`.",
@@ -94,7 +93,8 @@ WHAT_TO_DO = {
 
 # One example per class; a test compares it with the messages in the source.
 EXAMPLES = {
-    "SopdeployError": "demo: contains 9,999 demos; remove the folder",
+    "SopdeployError": "only 92.0% of the digits were classified correctly over HTTP, at least 98% are "
+    "expected; check the installation with `sopdeploy env`",
     "ConfigError": "--out: runs/photos-dsop holds a run; continue it or choose another folder; "
     "try --resume always",
     "DataError": "photos/cups/7.jpg: the image is truncated; repair, convert or delete it",
@@ -119,8 +119,8 @@ EXAMPLES = {
     "Tried to allocate 1.53 GiB.); raise accumulate (now 1), which keeps the batch size, or lower batch_size",
     "ImageError": "notes.txt: this is not an image; use JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and GIF "
     "[not_an_image]",
-    "ServiceError": "http://127.0.0.1:8000/info: status 200, but not a sopdeploy response (not JSON); "
-    "check the URL [foreign_answer]",
+    "ServiceError": "http://127.0.0.1:8000/info: status 200, but not a sopdeploy response; check the URL "
+    "[foreign_answer]",
     "OverloadedError": "http://127.0.0.1:8000/v1/classify: 429 queue_full: the queue is full; retry later "
     "[queue_full]",
     "UnreachableError": "http://127.0.0.1:8000/info: no response (Connection refused); is a server "

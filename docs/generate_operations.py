@@ -1,10 +1,5 @@
 """Generate the tables of `docs/operations.md`: settings and metrics."""
 
-import ast
-import inspect
-import io
-import re
-import tokenize
 from pathlib import Path
 
 from prometheus_client.metrics import MetricWrapperBase
@@ -15,25 +10,14 @@ from sopdeploy_service.settings import PREFIX, Settings
 PAGE = Path(__file__).parent / "operations.md"
 
 
-def comments() -> dict[str, str]:
-    """Read the comment of each field of `Settings`."""
-    source = inspect.getsource(Settings)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    by_line = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
-    fields = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.AnnAssign)]
-    found = {ast.unparse(node.target): by_line.get(node.end_lineno or 0, "") for node in fields}
-    return {name: re.sub(r"^#\s*(noqa.*)?", "", text) for name, text in found.items()}
-
-
 def settings_table() -> str:
     """Build one table row per setting: name, default and meaning."""
-    notes = comments()
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = "not set" if field.default in (None, ()) else f"`{str(field.default).lower()}`"
         if isinstance(field.default, str):
             default = f"`{field.default}`"
-        rows.append(f"| `{name}` | {default} | {notes[name].replace('|', chr(92) + '|')} |")
+        rows.append(f"| `{name}` | {default} | {(field.description or '').replace('|', chr(92) + '|')} |")
     return "\n".join([*rows, "", f"Environment variables have the prefix `{PREFIX}` and upper-case names."])
 
 

@@ -18,7 +18,7 @@ from playwright.sync_api import sync_playwright
 
 import sopdeploy
 from sopdeploy.checkpoint import load_plain
-from sopdeploy.html.charts import element
+from sopdeploy.html.charts import element, svg_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.real.conftest import PHOTOS, timm_names
@@ -108,20 +108,8 @@ def chart(shares: dict[str, dict[str, float]]) -> Markup:
                 element("text", percentages[name], x=left + full + 12, y=y + 16),
             ]
             y += step
-    width, height = left + full + 64, y + 8
-    return element(
-        "svg",
-        element("title", CAPTION),
-        element("desc", "; ".join(values)),
-        element("style", "text{font:14px sans-serif;fill:#1b2a2f}"),
-        element("rect", width=width, height=height, rx=8, fill="#ffffff"),
-        *shapes,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {width} {height}",
-        width=width,
-        height=height,
-        role="img",
-    )
+    style = "text{font:14px sans-serif;fill:#1b2a2f}"
+    return svg_file(CAPTION, "; ".join(values), style, (left + full + 64, y + 8), *shapes)
 
 
 def main(folder: Path) -> None:
