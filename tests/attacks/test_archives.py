@@ -88,33 +88,18 @@ def replaced_header(archive: bytes, entry: tarfile.TarInfo) -> bytes:
 
 TARS: dict[str, Callable[[bytes], bytes]] = {
     "a file above": lambda a: replaced_header(a, entry("../pwned")),
-    "a file elsewhere": lambda a: replaced_header(a, entry(str(PWNED))),
     "a link out": lambda a: replaced_header(a, entry("certificate.json", tarfile.SYMTYPE, "/etc/passwd")),
-    "a hard link": lambda a: replaced_header(a, entry("certificate.json", tarfile.LNKTYPE, "/etc/passwd")),
-    "a device": lambda a: replaced_header(a, entry("certificate.json", tarfile.CHRTYPE)),
-    "a folder": lambda a: replaced_header(a, entry("certificate.json", tarfile.DIRTYPE)),
-    "a long name": lambda a: replaced_header(a, entry("certificate.json", tarfile.GNUTYPE_LONGNAME)),
-    "an extended header": lambda a: replaced_header(a, entry("certificate.json", tarfile.XHDTYPE)),
-    "a sparse file": lambda a: replaced_header(a, entry("certificate.json", tarfile.GNUTYPE_SPARSE)),
     "one more file": lambda a: a[: -len(END)] + header("more", 0) + END,
     "one file twice": lambda a: parts(a)[0] * 2 + parts(a)[1],
     "something behind the end": lambda a: a + b"more",
-    "zeros behind the end": lambda a: a + bytes(BLOCK),
     "no end": lambda a: a[: -len(END)],
-    "half of it": lambda a: a[: len(a) // 2],
     "something in the padding": lambda a: parts(a)[0][:-1] + b"x" + parts(a)[1],
     "a compressed one": lambda a: gzip.compress(a),
     "a plain tar of other files": lambda _: tar((entry("../pwned"), b"x")),
-    "a tar of folders and links": lambda _: tar(
-        (entry("a", tarfile.SYMTYPE, str(PWNED.parent)), b""), (entry("a/pwned"), b"x")
-    ),
     "a manifest that is none": lambda _: header("manifest.json", 2) + b"{}" + padding(2) + END,
     "a manifest of gigabytes": lambda _: header("manifest.json", 8_000_000_000) + END,
-    "a manifest of a negative size": lambda a: a[:124] + b"-0000000001\0" + a[136:],
     "a size that is no number": lambda a: a[:124] + b"\x80" + bytes(10) + b"\x05" + a[136:],
     "deep JSON": lambda _: header("manifest.json", 200_000) + b"[" * 200_000 + padding(200_000) + END,
-    "nothing": lambda _: b"",
-    "text": lambda _: b"trust me" * 200,
 }
 
 
@@ -123,10 +108,7 @@ def test_malicious_archives_are_rejected(archive: bytes, attack: str) -> None:
     assert ARCHIVE in rejection(TARS[attack](archive))
 
 
-NAMES = [
-    "../pwned", str(PWNED), "a/b", "..", ".", "", "a\\b", "manifest.json", "Manifest.JSON", "x" * 300,
-    "x" * 150,
-]  # fmt: skip
+NAMES = ["../pwned", str(PWNED), "..", "", "a\\b", "Manifest.JSON", "x" * 150]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,7 +124,7 @@ def test_a_manifest_with_an_unsafe_file_name_is_rejected(bundle: Path, tmp_path:
     rejection(body)
 
 
-FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 @FUZZ
@@ -162,7 +144,7 @@ def test_an_archive_above_the_size_limit_is_rejected(archive: bytes) -> None:
 
 
 def test_another_sha256_is_rejected(archive: bytes) -> None:
-    assert "not that of --sha256" in rejection(archive, "--sha256", "0" * 64)
+    assert "check both and download it again" in rejection(archive, "--sha256", "0" * 64)
     assert "64 hexadecimal digits" in rejection(archive, "--sha256", "abc")
 
 
@@ -178,35 +160,33 @@ def signed(bundle: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def signature_of(archive: Path) -> Path:
-    return archive.with_name(archive.name + ".minisig")
+    return archive.with_name(archive.name + ".sig")
 
 
-def not_prehashed(text: str) -> str:
-    comment, first, *rest = text.splitlines()
-    body = b"Ed" + base64.b64decode(first)[2:]
-    return "\n".join([comment, base64.b64encode(body).decode(), *rest])
+def change_payload(text: str) -> str:
+    """Allow another hash of a file, but keep the signature."""
+    signature = json.loads(text)
+    payload = json.loads(base64.b64decode(signature["dsseEnvelope"]["payload"]))
+    payload["predicate"]["resources"][0]["digest"] = "0" * 64
+    signature["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(payload).encode()).decode()
+    return json.dumps(signature)
 
 
-SIGNATURES: dict[str, tuple[Callable[[str], str], str]] = {
-    "nothing": (lambda _: "", "minisign's format"),
-    "text": (lambda _: "trust me\n" * 4, "minisign's format"),
-    "another comment": (lambda s: s.replace("bundle tiny", "bundle huge"), "does not match"),
-    "no comment": (lambda s: "\n".join(s.splitlines()[:2]), "minisign's format"),
-    "another signature": (lambda s: s.replace(s.splitlines()[1][30:40], "AAAAAAAAAA"), "does not match"),
-    "a shorter signature": (lambda s: s.replace(s.splitlines()[1], "AAAA"), "minisign's format"),
-    "a signature that is not prehashed": (not_prehashed, "not prehashed"),
-    "control characters": (lambda s: s + "\x1b[31m", "minisign's format"),
+SIGNATURES: dict[str, Callable[[str], str]] = {
+    "nothing": lambda _: "",
+    "no signature": lambda _: "{}",
+    "another payload": change_payload,
+    "deep JSON": lambda _: "[" * 100_000,
 }
 
 
 @pytest.mark.parametrize("attack", SIGNATURES)
 def test_invalid_signatures_are_rejected(signed: tuple[Path, Path], attack: str) -> None:
     archive, public = signed
-    change, said = SIGNATURES[attack]
     text = signature_of(archive).read_text()
     body = archive.read_bytes()
-    Path(ARCHIVE + ".minisig").write_text(change(text))
-    assert said in rejection(body, "--verify-key", str(public))
+    Path(ARCHIVE + ".sig").write_text(SIGNATURES[attack](text))
+    assert "is not valid" in rejection(body, "--require-signature", str(public))
 
 
 def test_missing_and_foreign_signatures_are_rejected(
@@ -214,19 +194,19 @@ def test_missing_and_foreign_signatures_are_rejected(
 ) -> None:
     archive, public = signed
     body = archive.read_bytes()
-    assert "no signature beside it" in rejection(body, "--verify-key", str(public))
+    assert "no signature beside it" in rejection(body, "--require-signature", str(public))
     other = write_hollow(tmp_path / "others", config={"width": 5})
-    Path(ARCHIVE + ".minisig").write_text(sign(other, tmp_path / "release.key").read_text())
-    assert "does not match" in rejection(body, "--verify-key", str(public))
-    Path(ARCHIVE + ".minisig").write_bytes(signature_of(archive).read_bytes())
-    assert "another key" in rejection(body, "--verify-key", str(make_key(tmp_path / "second.key")))
-    Path(ARCHIVE + ".minisig").write_bytes(b"\xff" * 100)
-    assert "minisign's format" in rejection(body, "--verify-key", str(public))
-    Path(ARCHIVE + ".minisig").write_bytes(b"x" * 5000)
-    assert "larger than" in rejection(body, "--verify-key", str(public))
+    Path(ARCHIVE + ".sig").write_text(sign(other, tmp_path / "release.key").read_text())
+    assert "Signature mismatch" in rejection(body, "--require-signature", str(public))
+    Path(ARCHIVE + ".sig").write_bytes(signature_of(archive).read_bytes())
+    assert "Key mismatch" in rejection(body, "--require-signature", str(make_key(tmp_path / "second.key")))
+    Path(ARCHIVE + ".sig").write_bytes(b"\xff" * 100)
+    assert "is not valid" in rejection(body, "--require-signature", str(public))
+    Path(ARCHIVE + ".sig").write_bytes(b"x" * 1_000_001)
+    assert "larger than" in rejection(body, "--require-signature", str(public))
 
 
 def test_the_original_archive_is_accepted(signed: tuple[Path, Path]) -> None:
     archive, public = signed
-    pulled = pull(str(archive), Path("out"), verify_key=public)
+    pulled = pull(str(archive), Path("out"), require_signature=public)
     assert open_bundle(pulled.path).name == pulled.path.name

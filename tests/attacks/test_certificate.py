@@ -70,13 +70,13 @@ def prove(trained: Classifier, detached: nn.Module | None = None, batch: BatchRa
 
 def branch_logits(found: Any, images: Tensor) -> Tensor:
     """Compute the logits of the last branch of *found*, which has the shortest graph."""
-    *_, feature = found.features(images, found.taps)[1]
+    *_, feature = found.feature_maps(images, found.taps)[1]
     logits: Tensor = found.branches[list(found.taps.values())[-1]](feature)
     return logits
 
 
 def plain_logits(found: Any, images: Tensor) -> Tensor:
-    return found.classify(found.features(images)[0])
+    return found.classify(found.feature_maps(images)[0])
 
 
 def with_forward(answer: Callable[[Any, Tensor], Tensor]) -> Classifier:
@@ -100,7 +100,7 @@ def leaks_at(when: Callable[[int], bool]) -> Callable[[Any, Tensor], Tensor]:
 
 
 def writes_into_shared_feature(found: Any, images: Tensor) -> Tensor:
-    features, tapped = found.features(images, found.taps)
+    features, tapped = found.feature_maps(images, found.taps)
     tapped[-1].clamp_(min=0)  # rectified already: no number changes
     return found.classify(features)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.mixture.components import Components, Convolutions, FusionHead, make_components
+from sopdeploy.layers.mixture.components import Components, Convolutions, FusionHead
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy.layers.normalize import Normalize
@@ -65,22 +65,6 @@ class Released(nn.Module):
         return root.flatten(1).index_select(1, rows * WIDTH + columns)
 
 
-class ByEinsum(nn.Module):
-    """The loop written with `einsum`, without compensation, and with the Frobenius norm."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        x = features.flatten(2)
-        x = x - x.mean(dim=-1, keepdim=True)
-        a = torch.einsum("bim,bjm->bij", x, x)
-        y = a / torch.linalg.matrix_norm(a, keepdim=True)
-        z = torch.eye(WIDTH).expand_as(y)
-        for _ in range(3):
-            t = 1.5 * torch.eye(WIDTH) - 0.5 * torch.einsum("bij,bjk->bik", z, y)
-            y, z = torch.einsum("bij,bjk->bik", y, t), torch.einsum("bij,bjk->bik", t, z)
-        rows, columns = torch.triu_indices(WIDTH, WIDTH)
-        return y[:, rows, columns]
-
-
 class Clamped(Textbook):
     def forward(self, features: Tensor) -> Tensor:
         return super().forward(features).clamp(max=0.3)
@@ -109,14 +93,6 @@ class ZeroAbove(Network):
         return torch.where(v.amax(dim=1, keepdim=True) > 0.3, 0 * y, y)
 
 
-class Twice(Network):
-    """One classifier and one root, read twice."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.conv(images).relu()
-        return self.fc(self.root(x)) + self.root(-x)[:, :CLASSES]
-
-
 class Experts(nn.Module):
     """Experts that a gate weighs; the gate leaves 2 of 8 weights other than 0, or those above a threshold."""
 
@@ -125,21 +101,14 @@ class Experts(nn.Module):
         self.kind = kind
         self.conv = nn.Conv2d(3, WIDTH, 3)
         self.gate = nn.Linear(WIDTH, 8)
-        self.experts: Components = make_components(
-            "sop", WIDTH, Convolutions((5, 4)), components=8, counted=2, root=ROOT
-        )[0]
+        self.experts = Components("sop", WIDTH, Convolutions((5, 4)), components=8, counted=2, root=ROOT)
         self.fc = FusionHead(10, CLASSES, norm=True, dropout=0.5)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv(images).relu()
         logits = self.gate(x.mean((2, 3)))
-        if self.kind == "rank":
-            weights = keep_largest(logits, 2)
-        elif self.kind == "threshold":
-            weights = logits.softmax(dim=1) * (logits > 3)
-        else:
-            kept, index = logits.topk(2, dim=1)
-            weights = torch.zeros_like(logits).scatter(1, index, kept.softmax(dim=1))
+        above_threshold = logits.softmax(dim=1) * (logits > 3)
+        weights = keep_largest(logits, 2) if self.kind == "rank" else above_threshold
         return self.fc(self.experts(x, weights))
 
 
@@ -150,12 +119,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "another reader in plain code": (lambda: ZeroAbove(Textbook()), {ROOTS}),
     "a threshold gate": (lambda: Experts("threshold"), set()),
     "a gate of ranks": (lambda: Experts("rank"), {ROUTED}),
-    "a gate of TopK and Scatter": (lambda: Experts("topk"), {ROUTED}),
     "the loop of the paper": (lambda: Network(Textbook()), {ROOTS}),
     "the loop with repeated matrices": (lambda: Network(Released()), {ROOTS}),
-    "the loop by einsum": (lambda: Network(ByEinsum()), {ROOTS}),
-    "channels last": (lambda: Network(Textbook()).to(memory_format=torch.channels_last), {ROOTS}),
-    "one classifier for two roots": (lambda: Twice(Textbook()), {ROOTS}),
 }
 
 

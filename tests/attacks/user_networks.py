@@ -264,16 +264,6 @@ CONSTANTS: dict[str, type[Small]] = {
 }
 
 
-class Clamp(torch.autograd.Function):
-    @staticmethod
-    def forward(_context: Any, features: Tensor) -> Tensor:
-        return features.clamp(max=2.0)
-
-    @staticmethod
-    def backward(_context: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
 def prepared(change: Callable[[Any], Any]) -> Callable[[], nn.Module]:
     def build(branch: bool = True) -> nn.Module:
         network = Small(branch)
@@ -300,7 +290,6 @@ def ties(network: Any) -> None:
 
 
 VALID: dict[str, Callable[..., nn.Module]] = {
-    "nothing unusual": Small,
     "a choice by value": small(lambda n, f: torch.where(n.fc(f) > n.limit, n.fc(f) * 0.5, n.fc(f))),
     "channels last": prepared(lambda n: n.to(memory_format=torch.channels_last)),
     "a transposed weight": prepared(transpose_weight),
@@ -309,22 +298,12 @@ VALID: dict[str, Callable[..., nn.Module]] = {
         lambda n, f: n.fc(f * n.scale), buffer("scale", torch.arange(float(WIDTH)), persistent=False)
     ),
     "weight norm": prepared(lambda n: parametrizations.weight_norm(n.fc)),
-    "a custom function": small(lambda n, f: n.fc(Clamp.apply(f))),
     "a cache of a weight": small(fills_cache, holds("cache", dict)),
-    "a gate of the two largest": small(
-        lambda n, f: n.fc(torch.zeros_like(f).scatter(1, f.topk(2).indices, f.topk(2).values.softmax(1)))
-    ),
     "multi-head attention": with_forward(
         multi_head, lambda n: n.add_module("mix", nn.MultiheadAttention(WIDTH, 2, batch_first=True))
     ),
     "a recurrent layer": with_forward(
         lambda n, x: n.fc(n.rows(n.conv(x).mean(2).transpose(1, 2))[0][:, -1]),
         lambda n: n.add_module("rows", nn.GRU(WIDTH, WIDTH, batch_first=True)),
-    ),
-    "a small constant": small(lambda n, f: n.fc(f * torch.tensor([0.5] * WIDTH))),
-    "upsampling": with_forward(
-        lambda n, x: n.fc(
-            nn.functional.interpolate(n.conv(x), scale_factor=2, mode="bilinear").relu().mean((2, 3))
-        )
     ),
 }

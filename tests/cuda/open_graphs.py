@@ -1,4 +1,4 @@
-"""Open graphs with the CUDA provider on the stand-in: one path per line, one answer per line."""
+"""Open graphs with the CUDA provider on the stand-in: precision and path per line, one answer per line."""
 
 import json
 import sys
@@ -6,15 +6,16 @@ import sys
 import onnxruntime
 
 from sopdeploy_service.runtime.cuda_libraries import load_cuda_libraries
-from sopdeploy_service.runtime.onnxruntime import CUDA, CUDA_OPTIONS, operators_on_cpu, session_options
+from sopdeploy_service.runtime.onnxruntime import CUDA, cuda_options, operators_on_cpu, session_options
 
 load_cuda_libraries(onnxruntime)
 for line in sys.stdin:
+    precision, _, path = line.strip().partition(" ")
     try:
         session = onnxruntime.InferenceSession(
-            line.strip(),
+            path,
             session_options(onnxruntime, 1, CUDA),
-            providers=[(CUDA, CUDA_OPTIONS)],
+            providers=[(CUDA, cuda_options(precision))],
             enable_fallback=0,
         )
         answer = ", ".join(operators_on_cpu(session)) or "ok"

@@ -21,7 +21,7 @@ def installed() -> bool:
     return (FOLDER / ".built").is_file()
 
 
-def start(*command: str) -> subprocess.Popen[str]:
+def start(*command: str, stderr: int | None = None) -> subprocess.Popen[str]:
     """Start Python with *command*, so that it finds the provider and the stand-in."""
     paths = [FOLDER, ROOT, ROOT / "export", ROOT / "service"]
     environment = {
@@ -29,9 +29,15 @@ def start(*command: str) -> subprocess.Popen[str]:
         "LD_LIBRARY_PATH": str(FOLDER / "driver"),
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "PYTHONWARNINGS": "ignore",
+        "SOPDEPLOY_RUNTIME": "auto",
     }
     return subprocess.Popen(
-        [sys.executable, *command], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, *command],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
     )
 
 
@@ -42,7 +48,7 @@ def _opener() -> subprocess.Popen[str]:
     return process
 
 
-def opened(model: onnx.ModelProto) -> str:
+def opened(model: onnx.ModelProto, precision: str = "fp32") -> str:
     """Open *model* with the options of the service; return "ok" or the message of the provider."""
     if not installed():
         return ABSENT
@@ -52,7 +58,7 @@ def opened(model: onnx.ModelProto) -> str:
     with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
         file.write(model.SerializeToString())
         file.flush()
-        opener.stdin.write(f"{file.name}\n")
+        opener.stdin.write(f"{precision} {file.name}\n")
         opener.stdin.flush()
         answer: str = json.loads(opener.stdout.readline())
     return answer

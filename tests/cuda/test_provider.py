@@ -1,6 +1,7 @@
 """The real CUDA provider of ONNX Runtime: what it opens, and its errors as the service shows them."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import onnx
@@ -36,7 +37,7 @@ def without_convolution() -> onnx.ModelProto:
 
 @pytest.mark.parametrize("half", [False, True])
 def test_a_second_order_graph_opens(half: bool) -> None:
-    assert opened(network(half=half)) == "ok"
+    assert opened(network(half=half), "fp16" if half else "fp32") == "ok"
 
 
 def test_an_operator_without_a_cuda_kernel_is_named() -> None:
@@ -65,3 +66,17 @@ def test_a_failure_of_cuda_is_one_line_of_the_right_kind(
     assert kind == error
     assert message in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("command", [("serve", "--port", "0"), ("verify",)])
+def test_a_first_batch_that_fails_ends_a_command_in_one_line(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Convolutions fail: the stand-in has no cuDNN."""
+    name, *options = command
+    bundle = write(tmp_path / "bundle", network())
+    process = start("-m", "sopdeploy", name, str(bundle.path), *options, stderr=subprocess.PIPE)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "cannot run a batch on cuda:0: RuntimeError: CUDNN_FE failure 11" in stderr
+    assert len(stderr.splitlines()) == 1

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -28,18 +29,31 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 KUBERNETES = "1.33"
 ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - a container's port is published, or not
 COMMANDS: Any = get_command(app)
+SCALED_OBJECT = json.loads((Path(__file__).parent / "scaled_object.json").read_text(encoding="utf-8"))
+KEDA = {"prometheus": "http://prometheus:9090", "requestsPerSecond": "50", "requestsQuery": ""}
+AUTOSCALING = {
+    "enabled": True,
+    "minReplicas": 1,
+    "maxReplicas": 3,
+    "queueDepth": "8",
+    "keda": {"prometheus": ""},
+}
 VALUES: dict[str, dict[str, Any]] = {
     "with defaults": {},
     "on GPUs": yaml.safe_load((CHART / "values-gpu.yaml").read_text()),
     "with everything": {
         "models": {"claim": "", "pull": {"source": "oci://host/flowers:1", "sha256": "0" * 64}},
-        "verifyKey": {"configMap": "release"},
+        "requireSignature": {"configMap": "release"},
         "keys": {"secret": "keys"},
         "settings": {"SOPDEPLOY_THREADS": "2", "SOPDEPLOY_MAX_BATCH": "8"},
         "maxSurge": "10%",
-        "autoscaling": {"enabled": True, "minReplicas": 1, "maxReplicas": 3, "queueDepth": "8"},
+        "autoscaling": AUTOSCALING,
         "nodeSelector": {"disk": "fast"},
         "tolerations": [{"key": "gpu", "operator": "Exists"}],
+    },
+    "with KEDA": {"autoscaling": AUTOSCALING | {"keda": KEDA}},
+    "with KEDA and a proxy's requests": {
+        "autoscaling": AUTOSCALING | {"minReplicas": 0, "keda": KEDA | {"requestsQuery": "sum(proxy)"}}
     },
 }
 
@@ -72,9 +86,26 @@ def test_manifests_match_the_kubernetes_schemas(name: str) -> None:
     kinds = [document["kind"] for document in CLUSTER[name]]
     assert {"Deployment", "Service", "PodDisruptionBudget"} <= set(kinds)
     without_autoscaler = {"the chart with defaults", "the chart on GPUs"}
-    assert ("HorizontalPodAutoscaler" in kinds) == (name not in without_autoscaler)
+    autoscaler = "ScaledObject" if "KEDA" in name else "HorizontalPodAutoscaler"
+    assert (autoscaler in kinds) == (name not in without_autoscaler)
+    assert not {"ScaledObject", "HorizontalPodAutoscaler"} <= set(kinds)
     for document in CLUSTER[name]:
-        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+        if document["kind"] == "ScaledObject":
+            jsonschema.validate(document, SCALED_OBJECT)
+        else:
+            kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "requests"),
+    [("with KEDA", "sopdeploy_requests_total"), ("with KEDA and a proxy's requests", "sum(proxy)")],
+)
+def test_keda_scales_by_queue_depth_and_requests(case: str, requests: str) -> None:
+    (found,) = [document for document in chart(case) if document["kind"] == "ScaledObject"]
+    queue, rate = (trigger["metadata"] for trigger in found["spec"]["triggers"])
+    assert "sopdeploy_queue_depth" in queue["query"]
+    assert requests in rate["query"]
+    assert (queue["threshold"], rate["threshold"]) == ("8", "50")
 
 
 def kserve_pod() -> dict[str, Any]:

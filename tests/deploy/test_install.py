@@ -1,6 +1,5 @@
 """deploy/install.py chooses between uv and pip and reports failures."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -56,22 +55,3 @@ def test_pip_is_the_fallback_and_a_double_failure_is_one_line(
         install.install(PYTHON, "x")
     assert [command[0] for command in ran] == ["bin/uv", sys.executable]
     assert capsys.readouterr().out == "uv failed; trying pip\n"
-
-
-SETTINGS = {
-    "an index for `install` only": ({}, "[install]\nindex-url = https://index.example/simple\n", True),
-    "one more index": ({"PIP_EXTRA_INDEX_URL": "https://index.example/simple"}, None, False),
-}
-
-
-@pytest.mark.parametrize("case", SETTINGS)
-def test_a_custom_index_is_detected(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    environment, text, expected = SETTINGS[case]
-    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX"):
-        monkeypatch.delenv(name, raising=False)
-    file = tmp_path / "pip.conf"
-    file.write_text(text or "")
-    monkeypatch.setenv("PIP_CONFIG_FILE", str(file) if text else os.devnull)  # hides all other files
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert install.has_custom_index() is expected

@@ -27,6 +27,7 @@ ONLY_EXPLAINED = (
 TEXT_BLOCKS = {  # commands in blocks that are not extracted: why
     "docker run -v /srv/weights/torch:/cache/torch -e TORCH_HOME=/cache/torch ...": "a part of a command",
     "curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/classify?explain=1'": "needs a bundle with maps",
+    "curl --data-binary @photo.jpg http://127.0.0.1:8000/v1/embed": "needs a bundle with features",
 }
 
 

@@ -8,6 +8,7 @@ import capacity
 import pytest
 import yaml
 
+from sopdeploy_service.cores import decoders_per_process
 from sopdeploy_service.settings import Settings
 from tests.docs.reading import ROOT
 
@@ -50,3 +51,25 @@ def test_every_named_chart_value_exists() -> None:
         value = chart
         for part in path.split("."):
             value = value[part]
+
+
+@pytest.mark.parametrize("path", ["compose.yaml", "deploy/helm/sopdeploy/values-gpu.yaml", "docs/deploy.md"])
+def test_promised_rates_are_those_of_the_table(path: str) -> None:
+    table = "\n".join(capacity.machine())
+    promises = re.findall(
+        r"(\d+) cores(?: carry)? ([\d,]+)(?: JPEGs/s)?(?: of 500 x 375)?(?: or ([\d,]+) tensors/s)?",
+        (ROOT / path).read_text(encoding="utf-8"),
+    )
+    assert promises
+    for cores, jpegs, tensors in promises:
+        for kind, rate in (("JPEG 500 x 375", jpegs), ("uint8 tensor over V2", tensors)):
+            row = rf"^\| {kind} \| {cores} .* {rate} \| [a-z ]+ \|$"
+            assert not rate or re.search(row, table, re.MULTILINE)
+
+
+def test_the_chart_for_gpus_has_the_decoders_of_the_table() -> None:
+    chart: Any = yaml.safe_load((ROOT / "deploy/helm/sopdeploy/values-gpu.yaml").read_text(encoding="utf-8"))
+    front_ends = int(chart["settings"]["SOPDEPLOY_FRONT_ENDS"])
+    cores = int(chart["resources"]["requests"]["cpu"])
+    assert (front_ends, cores) == (4, 16)
+    assert int(chart["settings"]["SOPDEPLOY_DECODERS"]) == decoders_per_process(cores, front_ends)

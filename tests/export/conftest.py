@@ -16,7 +16,6 @@ from sopdeploy.models.registry import create_model
 from sopdeploy_export.graph import probe_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import Exported, export
-from sopdeploy_export.report import results
 from tests import quick_torch
 from tests.export.once import proving_once
 
@@ -84,19 +83,18 @@ def save(
     return path
 
 
-def _exported(network: Classifier, name: str, folder: Path, **options: Any) -> Exported:
+def exported_bundle(network: Classifier, name: str, folder: Path, **options: Any) -> Exported:
     """Export *network* with class names that a report must escape."""
     checkpoint = save(network, name, folder / "ckpt.pt", Preprocess(resize=SIDE, crop=SIDE), HOSTILE)
     chosen = ExportOptions(detach=bool(network.training_only), **options)
-    with proving_once(changes_program=chosen.pt2), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "BUDGET_SECONDS", 0.0)
+    with proving_once(changes_program=chosen.pt2):
         return export(checkpoint, folder / "out", chosen)
 
 
 @pytest.fixture(scope="session")
 def branched(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("branched")
-    return _exported(trained(), "dsop-resnet8", folder, max_batch=4, measure_speed=True, pt2=True)
+    return exported_bundle(trained(), "dsop-resnet8", folder, max_batch=4, pt2=True)
 
 
 @pytest.fixture(scope="session")
@@ -104,4 +102,4 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     widths = {"component_widths": (6,), "gate_widths": (), "blocks_per_stage": 1, "conv5_stride": 1}
     network = trained("gmgap-16-8-resnet18", components=4, chosen=2, **widths)
     torch.nn.init.normal_(network.gate.weight, std=0.1)
-    return _exported(network, "gmgap-16-8-resnet18", tmp_path_factory.mktemp("gated"), max_batch=1)
+    return exported_bundle(network, "gmgap-16-8-resnet18", tmp_path_factory.mktemp("gated"), max_batch=1)

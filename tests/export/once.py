@@ -21,7 +21,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export import pipeline
-from sopdeploy_export.graph import Captured, capture, capture_any_batch, lower
+from sopdeploy_export.graph import Captured, capture, capture_any_batch, lower, output_names
 from sopdeploy_export.proof import certificate
 from sopdeploy_export.proof.hashes import program_root
 
@@ -78,7 +78,7 @@ def proving_once(*, changes_program: bool = False, alone: bool = False) -> Itera
 
 
 def _capture_once(network: nn.Module, preprocess: Preprocess, batch: BatchRange, *, copied: bool) -> Captured:
-    key = digest(repr((preprocess, batch, type(network) if copied else None)), network)
+    key = digest(repr((preprocess, batch, type(network) if copied else None, output_names(network))), network)
     if key not in CAPTURED:
         CAPTURED[key] = capture(network, preprocess, batch)
     return copy.deepcopy(CAPTURED[key]) if copied else CAPTURED[key]

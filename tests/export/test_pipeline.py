@@ -1,11 +1,13 @@
-from collections.abc import Callable
-from dataclasses import replace
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from google.protobuf.json_format import ParseDict
+from in_toto_attestation.v1 import statement_pb2
+from in_toto_attestation.v1.statement import Statement
 from PIL import Image
 
 from sopdeploy.bundle.folder import open_bundle
@@ -13,11 +15,8 @@ from sopdeploy.bundle.golden import read_golden
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
-from sopdeploy.decision import Calibration, Decision
 from sopdeploy.errors import ConfigError, DataError, DetachError, LoweringError, ParityError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy_export import pipeline
 from sopdeploy_export.graph import Deployed, probe_images
@@ -56,6 +55,9 @@ def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
     assert bundle.manifest.lineage.program_root == exported.certificate.roots.any_batch
     assert {path.name for path in exported.path.iterdir()} == {*bundle.manifest.files, "manifest.json"}
     assert len(read_golden(bundle)) == verify(exported.path, Settings(threads=1)).golden == 3
+    probes = read_probes(exported.path / "probes.npz")
+    assert probes.images.shape == (12, 16, 16, 3)
+    assert probes.tolerance["logits"] == exported.parity.logits.tolerance
     names = [tensor.name for tensor in onnx.load(bundle.onnx).graph.initializer]
     assert not [name for name in names if "branch" in name]
     assert {entry.name.split(".")[0] for entry in exported.certificate.removed} == {"branches"}
@@ -92,11 +94,15 @@ def test_exports_of_one_checkpoint_are_byte_identical(
         assert (again.path / name).read_bytes() == (exported.path / name).read_bytes(), name
 
 
-def test_probes_hold_the_networks_outputs(exported: Exported) -> None:
-    probes = read_probes(exported.path / "probes.npz")
-    assert probes.images.shape == (12, 16, 16, 3)
-    assert probes.expected["logits"].shape == (12, 10)
-    assert probes.tolerance["logits"] == exported.parity.logits.tolerance
+def test_the_in_toto_statement_names_the_file_its_checkpoint_and_what_was_proved(exported: Exported) -> None:
+    text = json.loads((exported.path / "statement.json").read_text())
+    statement = ParseDict(text, statement_pb2.Statement())
+    Statement.copy_from_pb(statement).validate()
+    ((subject,), predicate) = statement.subject, text["predicate"]
+    assert subject.digest["sha256"] == exported.manifest.files["model.onnx"].sha256
+    assert predicate["checkpoint"]["digest"]["sha256"] == exported.manifest.lineage.checkpoint_sha256
+    assert predicate["certificate"]["roots"]["onnx"] == exported.certificate.roots.onnx
+    assert (predicate["parity"]["passed"], predicate["parity"]["precision"]) == (True, "fp32")
 
 
 def test_photographs_are_added_to_the_probes_and_steps_are_reported(checkpoint: Path, tmp_path: Path) -> None:
@@ -116,16 +122,6 @@ def test_no_file_of_a_bundle_contains_a_local_path(exported: Exported, checkpoin
     for path in exported.path.iterdir():
         content = path.read_bytes()
         assert not [place for place in here if len(place) > 1 and place.encode() in content], path.name
-
-
-def test_plain_network_is_certified_without_detaching(
-    make: Callable[..., Classifier], preprocess: Preprocess, tmp_path: Path
-) -> None:
-    path = save(make("resnet8"), "resnet8", tmp_path / "plain.pt", preprocess)
-    with proving_once():
-        found = export(path, tmp_path / "out", ExportOptions(max_batch=4))
-    assert found.certificate.removed == ()
-    assert found.manifest.detached == ()
 
 
 def test_failed_comparison_leaves_no_files(
@@ -213,18 +209,3 @@ def test_a_temperature_that_cannot_be_folded_is_an_error(
     network.classify = lambda features: classify(features).tanh()  # type: ignore[method-assign]
     with pytest.raises(LoweringError, match=message):
         fold_temperature(network, 1.7, preprocess, probe_images(preprocess))
-
-
-def test_logits_that_overflow_are_the_same_error_with_a_temperature(
-    preprocess: Preprocess, tmp_path: Path
-) -> None:
-    network = trained("resnet8")
-    network.get_parameter("layer2.0.bn2.weight").data.fill_(3e38)
-    path = save(network, "resnet8", tmp_path / "c.pt", preprocess)
-    fitted = Calibration(
-        temperature=2.0, error_before=0.2, error_after=0.1, images=9, estimated_on="held-out"
-    )
-    write_checkpoint(path, replace(read_checkpoint(path), decision=Decision(calibration=fitted)))
-    message = "not finite in fp32 on the probe images: activations overflow"
-    with proving_once(), pytest.raises(ParityError, match=message):
-        export(path, tmp_path / "bundles", ExportOptions(max_batch=1))

@@ -8,9 +8,9 @@ from sopdeploy_service.runtime.fake import FakeRuntime
 
 
 class Failing(FakeRuntime):
-    """Run number n, from 1, fails as `failures[n]` says: `oom`, or `nan` for its first image."""
+    """Run number n, from 1, fails as `failures[n]` says: `oom`, `nan` for its first image, or an error."""
 
-    def __init__(self, failures: dict[int, str], *, fixed_ms: float = 0.0) -> None:
+    def __init__(self, failures: dict[int, str | Exception], *, fixed_ms: float = 0.0) -> None:
         super().__init__(classes=7, largest_batch=8, fixed_ms=fixed_ms)
         self._failures = failures
         self._runs = 0
@@ -20,6 +20,8 @@ class Failing(FakeRuntime):
         failure = self._failures.get(self._runs)
         if failure == "oom":
             raise OutOfMemoryError("no memory for this run")
+        if isinstance(failure, Exception):
+            raise failure
         outputs = super().run(images)
         if failure == "nan":
             outputs["logits"][0] = np.nan

@@ -21,12 +21,7 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import Reference
 from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.pipeline import Exported, compare_with_network, export
-from sopdeploy_export.precision.convert import (
-    CapturedGraph,
-    apply_rules,
-    convert_precision,
-    convert_types,
-)
+from sopdeploy_export.precision.convert import CapturedGraph, convert
 from sopdeploy_export.proof.certificate import (
     Detachment,
     assert_equal_outputs,
@@ -114,9 +109,7 @@ def measured(
     options = ExportOptions(precision=precision, max_batch=batch.maximum)
     program = capture_any_batch(found.network, found.preprocess, batch)
     certified = CapturedGraph(found.network, program, lower(program, found.network.outputs))
-    source = convert_types(certified, found.preprocess, batch, options)
-    lowered = apply_rules(certified, source)
-    shipping = convert_precision(certified, lowered, found.preprocess, options)
+    shipping = convert(certified, found.preprocess, options)
     write(shipping.model, destination)
     return compare_with_network(destination, found.network, shipping, found.preprocess, found.images, options)
 

@@ -14,22 +14,21 @@ import torch
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.registry import CATALOG, create_model, entry
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.models.registry import CATALOG, entry
 from sopdeploy_export.graph import probe_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import detach, export
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import Int8Quantizer
-from tests.gpu_graphs import Record, accepted
-from tests.sopdeploy.training.small_recipes import SMALL, few_blocks
+from tests.gpu_graphs import accepted
+from tests.sopdeploy.training.small_recipes import few_blocks
 from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
 from tests.sweep.steps import Small, agreed, detached, exported
 
 OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
 BY_EIGENVALUES = ("mpncov-", "deepo2p-", "improved-bcnn-", "g2denet-")
-# `psdr-resnet50` and `gsop-net2` contain the root of the first. The others have a gate: recipe tests compare
-# their files with the networks, `export/precision/test_int8.py` builds both graphs of `gmsop` for GPUs.
+# `psdr-resnet50` and `gsop-net2` contain the root of the first. The others have a gate:
+# `export/precision/test_int8.py` builds both graphs of `gmsop` for GPUs.
 COVERED = ("isqrt-resnet8", "gmgap-16-8-resnet18", "gmsop-16-8-resnet18")
 NEEDS_EIGENVALUES = {name for name in CATALOG if name.startswith(BY_EIGENVALUES)}
 
@@ -49,14 +48,13 @@ def outputs_of(model: str) -> set[str]:
     return OUTPUTS.get(model.partition("-")[0], {"logits"})
 
 
-@pytest.mark.gpu_graph(lambda small: [(small.name, "fp32"), (small.name, "int8")])
 @pytest.mark.parametrize(
     "small",
     [pytest.param(s, marks=[pytest.mark.slow] * (s.name in COVERED)) for s in (*LOWERED, *WALKED)],
     ids=name,
 )
 def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
-    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few_blocks(monkeypatch)
     small = narrow(small)
@@ -64,12 +62,12 @@ def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     assert report.passed
     assert set(report.outputs) == outputs_of(small.name)
     model = onnx.load(tmp_path / "model.onnx")
-    accepted(record_property, small.name, "fp32", model)
+    accepted(model, "fp32")
     network = small.build()
     images = probe_images(Preprocess(resize=small.side, crop=small.side))[:4]
     kept = float32_parts(detach(network) if network.training_only else network)
     quantizer = Int8Quantizer(model, images, kept, "tensorrt")
-    accepted(record_property, small.name, "int8", quantizer.quantize("minmax"))
+    accepted(quantizer.quantize("minmax"), "int8")
 
 
 @pytest.mark.parametrize("small", DETACHED, ids=name)
@@ -95,16 +93,6 @@ def test_every_inference_class_is_lowered() -> None:
     assert {shipped_class(small) for small in DETACHED} - lowered == set(TOO_LONG)
 
 
-def test_classes_not_lowered_here_are_exported_by_the_recipe_tests() -> None:
-    models = [read_recipe(recipe, settings).model for recipe, settings in SMALL.items()]
-    with torch.device("meta"):
-        walked = {
-            type(create_model(model.name, num_classes=3, **model.config).inference_model())
-            for model in models
-        }
-    assert {shipped_class(small) for small in WALKED} <= walked
-
-
 @pytest.mark.parametrize("pooling", ["mpncov", "deepo2p", "improved-bcnn", "g2denet", "kernel"])
 def test_a_pooling_without_an_onnx_form_trains_but_is_not_exported(pooling: str, tmp_path: Path) -> None:
     checkpoint = Small("resnet8", 16, {"pooling": {"kind": pooling}}).trained(tmp_path / "ckpt.pt")
@@ -124,27 +112,28 @@ def test_the_smallest_is_certified(small: Small, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.gpu_graph(lambda small, precision: [(small.name, precision)])
 @pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
 @pytest.mark.parametrize("small", [*WALKED, *LOWERED], ids=name)
-def test_the_smallest_agrees_in_half_precision(
-    small: Small, precision: Precision, tmp_path: Path, record_property: Record
-) -> None:
+def test_the_smallest_agrees_in_half_precision(small: Small, precision: Precision, tmp_path: Path) -> None:
     report = agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", precision)
     assert report.passed
     assert report.precision == precision
-    accepted(record_property, small.name, precision, onnx.load(tmp_path / "model.onnx"))
+    accepted(onnx.load(tmp_path / "model.onnx"), precision)
 
 
-@pytest.mark.gpu_graph(lambda pooling, precision: [(f"resnet8 with {pooling}", precision)])
 @pytest.mark.parametrize(
     "precision",
     ["fp32", *(pytest.param(p, marks=pytest.mark.slow) for p in ("fp16", "bf16-backbone", "int8"))],
 )
-@pytest.mark.parametrize("pooling", ["gap", "gap+isqrt", "bcnn", "low-rank-bilinear", "netvlad", "netfv"])
-def test_every_other_pooling_agrees(
-    pooling: str, precision: Precision, tmp_path: Path, record_property: Record
-) -> None:
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        "gap+isqrt",
+        "low-rank-bilinear",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gap", "bcnn", "netvlad", "netfv")),
+    ],
+)
+def test_every_other_pooling_agrees(pooling: str, precision: Precision, tmp_path: Path) -> None:
     small = Small("resnet8", 16, {"pooling": pooling})
     wanted: Precision = "fp32" if precision == "int8" else precision
     assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", wanted).passed
@@ -153,7 +142,7 @@ def test_every_other_pooling_agrees(
         images = probe_images(Preprocess(resize=small.side, crop=small.side))[:4]
         kept = float32_parts(small.build())
         model = Int8Quantizer(model, images, kept, "tensorrt").quantize("minmax")
-    accepted(record_property, f"resnet8 with {pooling}", precision, model)
+    accepted(model, precision)
 
 
 def full_width(model: str) -> Small:

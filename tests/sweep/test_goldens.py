@@ -9,7 +9,6 @@ import pytest
 
 from sopdeploy import models
 from sopdeploy.models import second_order_head
-from sopdeploy.models.describe import ROWS
 from sopdeploy.models.registry import FAMILIES
 from tests.sweep.goldens import FOLDER, golden, path_of, small_models
 
@@ -42,14 +41,3 @@ def test_every_file_with_entries_is_a_family_with_a_golden() -> None:
     with_entries = {p.stem for p in folder.glob("*.py") if "\nENTRIES = {" in p.read_text(encoding="utf-8")}
     assert {name(family) for family in FAMILIES} == with_entries
     assert {path.stem for path in FOLDER.glob("*.json")} == {name(family) for family in WITH_GOLDENS}
-
-
-def test_golden_outputs_are_neither_constant_nor_extreme() -> None:
-    for family in WITH_GOLDENS:
-        for model, figures in json.loads(path_of(family).read_text(encoding="utf-8")).items():
-            first, second = figures["outputs"]["logits"]
-            assert 1e-6 < max(abs(a - b) for a, b in zip(first, second, strict=True)) < 1e6, model
-
-
-def test_every_published_row_is_of_a_model_of_the_catalog() -> None:
-    assert {row.model for row in ROWS} <= {model for family in FAMILIES for model in family.ENTRIES}

@@ -9,7 +9,6 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from sopdeploy_service.runtime import onnxruntime as with_onnxruntime
 from sopdeploy_service.runtime.base import padded_sizes
 from sopdeploy_service.runtime.onnxruntime import BoundSession
 
@@ -56,19 +55,6 @@ def test_every_batch_gets_its_own_outputs_in_any_order_of_sizes(session: Any) ->
         np.testing.assert_array_equal(found["doubled"], images * np.float32(2))
 
 
-def test_images_that_are_not_contiguous_are_read_correctly(session: Any) -> None:
-    images = some_images(4)[::2, :, ::-1]
-    found = over(session).run(images, ["doubled"])["doubled"]
-    np.testing.assert_array_equal(found, images * np.float32(2))
-
-
-@pytest.mark.parametrize(
-    ("largest", "sizes"), [(1, (1,)), (2, (1, 2)), (5, (1, 2, 4, 5)), (64, (1, 2, 4, 8, 16, 32, 64))]
-)
-def test_batches_are_padded_to_few_sizes(largest: int, sizes: tuple[int, ...]) -> None:
-    assert padded_sizes(largest) == sizes
-
-
 def test_tensors_on_the_device_exist_once_per_padded_size(session: Any) -> None:
     runs: list[Any] = []
     counted = SimpleNamespace(
@@ -82,21 +68,3 @@ def test_tensors_on_the_device_exist_once_per_padded_size(session: Any) -> None:
         np.testing.assert_array_equal(found["doubled"], images * np.float32(2))
     assert [len({id(run) for run in runs}), len(runs)] == [5, 8]
     assert runs[2] is runs[3]
-
-
-def test_the_gpu_runtime_uses_bound_tensors(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    class Recorded:
-        def __init__(self, *given: Any) -> None:
-            asked.append(given[2:])
-
-        def run(self, images: Any, names: Any) -> Any:
-            return dict.fromkeys(names, images)
-
-    monkeypatch.setattr(with_onnxruntime, "BoundSession", Recorded)
-    monkeypatch.setattr(with_onnxruntime, "_open_session", lambda *given: None)
-    monkeypatch.setattr(with_onnxruntime, "load_cuda_libraries", lambda module: None)
-    runtime = with_onnxruntime.OnnxRuntime(bundle, provider=with_onnxruntime.CUDA)
-    assert runtime.run(some_images(1))["logits"].shape == (1, 2, 2, 3)
-    assert asked == [("cuda:0", "images", {"logits": (5,)}, (1, 2, 4, 8, 16))]

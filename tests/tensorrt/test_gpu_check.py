@@ -4,18 +4,14 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gpu_check
-import gpu_speed
 import gpu_stages
 import numpy as np
 import pytest
 from onnx import numpy_helper
 
-import sopdeploy
-from sopdeploy.api.training_result import TrainedRun
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
 from tests.tensorrt.networks import network, write
@@ -63,13 +59,6 @@ def test_a_failed_stage_does_not_prevent_the_others_and_only_it_is_repeated(
     assert "ok   cuda: done before" in capsys.readouterr().err
 
 
-def test_a_stage_without_a_gpu_fails_in_one_line(bundles: Path) -> None:
-    result = gpu_check.run_stage("cuda", bundles, quick=True)
-    assert not result["passed"]
-    assert "CUDA" in result["text"]
-    assert not gpu_check.run_stage("cuda", bundles, quick=True, seconds=0.01)["passed"]
-
-
 def test_the_engine_stage_captures_the_profiles_of_one_batch_size(
     install: Callable[..., FakeTensorRT], cuda: FakeCuda, bundles: Path
 ) -> None:
@@ -92,28 +81,3 @@ def test_the_server_stage_swaps_two_bundles(
     monkeypatch.setattr(gpu_stages, "bundles_in", lambda _: [first, first])
     with pytest.raises(gpu_stages.CheckFailedError, match="a swap did not load the other bundle"):
         gpu_stages.check_server(bundles)
-
-
-def test_the_speed_table_has_a_row_for_each_batch_size(
-    install: Callable[..., FakeTensorRT], bundles: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install()
-    monkeypatch.setattr(gpu_speed, "BATCHES", (1, 8))
-    monkeypatch.setattr(
-        gpu_speed, "OnnxRuntime", lambda bundle, **_: SimpleNamespace(run=len, close=lambda: None)
-    )
-    monkeypatch.setattr(gpu_speed, "torch_sides", lambda bundle: {"torch eager": len})
-    table = gpu_speed.speed_table(gpu_stages.bundles_in(bundles)[0], 2, with_tensorrt=True)
-    assert table["columns"] == ["batch", "TensorRT", "onnxruntime CUDA", "torch eager"]
-    assert [row[0] for row in table["rows"]] == [1, 8]
-    assert "two in flight" in table["text"]
-
-
-def test_a_training_run_must_reach_the_required_accuracy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sopdeploy, "train", lambda **_: TrainedRun.model_construct(best_top1=0.99))
-    assert gpu_stages.check_training(tmp_path) == "digits-dsop on CUDA: 99.0% accuracy"
-    monkeypatch.setattr(sopdeploy, "train", lambda **_: TrainedRun.model_construct(best_top1=0.94))
-    with pytest.raises(gpu_stages.CheckFailedError, match=r"94\.0% accuracy on CUDA, at least 95% is"):
-        gpu_stages.check_training(tmp_path)

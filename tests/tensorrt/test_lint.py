@@ -81,12 +81,6 @@ def test_only_signed_bytes_around_zero_are_accepted(version: tuple[int, int]) ->
     assert "QuantizeLinear" in {node.op_type for node in safe.graph.node}
 
 
-def test_weights_in_signed_bytes_need_no_zero_point() -> None:
-    codes = {"w": np.ones((4, 4), np.int8), "s": np.float32(0.1)}
-    weight = helper.make_node("DequantizeLinear", ["w", "s"], ["wide"], name="widen")
-    lint(graph("MatMul", ["x", "wide"], constants=codes, others=[weight]), (11, 0), FREE)
-
-
 def test_a_shape_of_the_images_is_taken_after_their_cast() -> None:
     model, images = network(), some_images(5)
     dynamic = helper.make_node("Shape", ["images"], ["count"], name="count", start=0, end=1)

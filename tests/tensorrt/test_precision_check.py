@@ -9,7 +9,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from sopdeploy_export.tensorrt.precision_check import check_engine_precision
-from sopdeploy_export.tensorrt.rewrites import graph_precision, operator_parts
+from sopdeploy_export.tensorrt.rewrites import graph_precision
 from tests.tensorrt.networks import network
 
 
@@ -35,46 +35,41 @@ def tensor(word: str) -> list[dict[str, str]]:
     return [{"Name": "t", "Format/Datatype": word}]
 
 
-def test_requested_and_realized_precisions_are_listed_by_part() -> None:
+def test_layers_are_counted_by_precision() -> None:
     found = check_engine_precision(network(half=True), "fp16", inspected(half=True))
-    assert found.warnings == ()
-    assert {name: (part.requested, part.actual) for name, part in found.parts.items()} == {
-        "layer1": (("fp16",), {"fp16": 2}),
-        "second order": (("fp32",), {"fp32": 3}),
-        "fc": (("fp32",), {"fp32": 1}),
-    }
+    assert (found.warnings, found.layers) == ((), {"fp16": 2, "fp32": 4})
     assert (found.operators, found.operators_seen) == (6, 6)
 
 
 WRONG: dict[str, tuple[bool, str, dict[str, Any], str]] = {
     "fp16 instead of fp32": (
         False, "node_covariance", {"Outputs": tensor("Half")},
-        r"^second order: layer .* computes with fp16, the graph asks for fp32",
+        r"^layer .* computes with fp16, the graph asks for fp32",
     ),
     "tf32": (
         False, "node_covariance", {"TacticName": "sm80_xmma_gemm_f32f32_tf32f32_f32_nn_n"},
-        r"^second order: .*tf32, the graph asks for fp32",
+        r"tf32, the graph asks for fp32",
     ),
     "fp32 instead of fp16": (
         True, "node_convolved", {"Inputs": tensor("Float"), "Outputs": tensor("Float")},
-        r"^layer1: .* the graph asks for fp16",
+        r"the graph asks for fp16",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_another_precision_than_the_graphs_is_a_warning_with_the_part(case: str) -> None:
+def test_another_precision_than_the_graphs_is_a_warning(case: str) -> None:
     half, node, change, message = WRONG[case]
     information = inspected({node: change}, half=half)
     found = check_engine_precision(network(half=half), "fp16" if half else "fp32", information)
     assert re.search(message, found.warnings[0])
 
 
-def test_a_low_precision_that_no_layer_of_its_part_has_is_a_warning() -> None:
+def test_a_low_precision_that_no_layer_has_is_a_warning() -> None:
     exact = {"Inputs": tensor("Float"), "Outputs": tensor("Float")}
     changes = {"node_convolved": exact, "node_features": exact}
     found = check_engine_precision(network(half=True), "fp16", inspected(changes, half=True))
-    assert found.warnings[-1] == "layer1: the graph asks for fp16, the engine computes in fp32"
+    assert found.warnings[-1] == "the graph asks for fp16, the engine computes in fp32"
 
 
 def shown(kind: str, name: str, types: str, *operators: str, separator: str = "") -> dict[str, Any]:
@@ -85,8 +80,7 @@ def shown(kind: str, name: str, types: str, *operators: str, separator: str = ""
     return {"Name": name, "LayerType": kind, **borders} | ({"Metadata": metadata} if operators else {})
 
 
-# The layouts that engine explorers show: names joined by " + ", point-wise fusions and reformatting copies
-# (8.x); metadata with separators (10); Myelin's kernels, whose metadata has no separators (10 and 11).
+# Layouts of the inspector: metadata with separators (10); Myelin's kernels without separators (10 and 11).
 WORDS = {
     "HWC": "Channel major FP16 format where channel % 8 == 0",
     "LINEAR": "Row major linear FP32",
@@ -95,13 +89,6 @@ WORDS = {
     "UInt8": "UInt8",
 }
 LAYOUTS: dict[str, list[dict[str, Any]]] = {
-    "names joined by a plus": [
-        shown("Reformat", "Reformatting CopyNode for Input Tensor 0 to node_convolved", "LINEAR -> HWC"),
-        shown("CaskConvolution", "node_convolved + node_features", "HWC -> HWC"),
-        shown("PointWiseV2", "PWN(PWN(node_mean), node_centered)", "LINEAR -> LINEAR"),
-        shown("MatrixMultiply", "node_covariance", "LINEAR -> LINEAR"),
-        shown("MatrixMultiply", "node_logits", "LINEAR -> LINEAR"),
-    ],
     "metadata with separators": [
         shown("CaskConvActPool", "conv", "HWC -> HWC", "convolved", "features", separator="\x1e"),
         shown("Shuffle", "copy", "LINEAR -> HWC"),
@@ -123,15 +110,6 @@ def test_the_layouts_of_every_release_are_understood(layout: str) -> None:
     found = check_engine_precision(network(half=True), "fp16", json.dumps({"Layers": LAYOUTS[layout]}))
     assert found.warnings == ()
     assert (found.operators, found.operators_seen) == (6, 6)
-    assert found.parts["layer1"].actual == {"fp16": 1}
-
-
-def test_a_good_engine_whose_kernel_does_not_name_its_cast_is_only_warned_about() -> None:
-    fused = shown("kgen", "__myl_CastMeanSub_myl0_2", "Half -> Float", "mean", "centered")
-    layers = [*LAYOUTS["Myelin"][:2], fused, *LAYOUTS["Myelin"][3:]]
-    found = check_engine_precision(network(half=True), "fp16", json.dumps({"Layers": layers}))
-    expected = "second order: layer __myl_CastMeanSub_myl0_2 computes with fp16, the graph asks for fp32"
-    assert found.warnings == (expected,)
 
 
 def test_reformats_and_layers_without_operators_are_ignored() -> None:
@@ -143,40 +121,21 @@ def test_reformats_and_layers_without_operators_are_ignored() -> None:
     assert (found.warnings, found.operators_seen) == ((), 5)
 
 
-OTHERS = '{"Layers": [{"Name": "other", "LayerType": "gemm"}]}'  # no operator of the graph
-
-
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"Layers": ["conv1", "conv2"]}', '{"Layers": []}', OTHERS])
+@pytest.mark.parametrize("text", ["", "{}", '{"Layers": [{"Name": "other", "LayerType": "gemm"}]}'])
 def test_an_inspector_without_types_is_a_warning(text: str) -> None:
     (warning,) = check_engine_precision(network(), "fp32", text).warnings
     assert warning.startswith("the engine's inspector")
     assert warning.endswith("precision is unknown")
 
 
-def test_a_quantized_weight_keeps_its_part() -> None:
+def test_the_precision_of_a_graph_is_the_lowest_of_its_products() -> None:
     model = network()
     weight = next(t for t in model.graph.initializer if t.name == "layer1.weight")
     scale = numpy_helper.from_array(np.float32(1e-3), "scale")
     codes = numpy_helper.from_array(np.ones(tuple(weight.dims), np.int8), "layer1.weight_quantized")
     model.graph.initializer.extend([scale, codes])
-    convolution = model.graph.node[2]
-    convolution.input[1] = "widened"
-    back = helper.make_node(
-        "DequantizeLinear", ["layer1.weight_quantized", "scale"], ["widened"], name="back"
-    )
+    model.graph.node[2].input[1] = "widened"
+    back = helper.make_node("DequantizeLinear", [codes.name, "scale"], ["widened"], name="back")
     model.graph.node.insert(2, back)
-    found = operator_parts(model)
-    assert (found["node_convolved"], found["node_features"]) == ("layer1", "layer1")
-    assert graph_precision(model) == "int8"
-
-
-PARTS = {
-    "input": "moved pixels", "layer1": "convolved features", "fc": "logits",
-    "second order": "exact matrix mean centered turned covariance vector",
-}  # fmt: skip
-
-
-def test_parts_are_named_by_weights_and_by_the_product_of_two_computed_matrices() -> None:
-    expected = {f"node_{name}": part for part, names in PARTS.items() for name in names.split()}
-    assert operator_parts(network()) == expected
-    assert (graph_precision(network()), graph_precision(network(half=True))) == ("fp32", "fp16")
+    graphs = network(), network(half=True), model
+    assert [graph_precision(graph) for graph in graphs] == ["fp32", "fp16", "int8"]

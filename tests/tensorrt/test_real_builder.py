@@ -64,15 +64,6 @@ def test_control_c_stops_a_build(trt: RealTensorRT) -> None:
         build(trt, request(safe), interrupt)
 
 
-def test_mixed_types_that_the_graph_does_not_cast_are_an_error(trt: RealTensorRT) -> None:
-    safe, _ = lint(network(half=True), (11, 0), PROFILES)
-    cast = next(node for node in safe.graph.node if node.name == "node_exact")
-    matrix = next(node for node in safe.graph.node if node.name == "node_logits")
-    matrix.input[0] = cast.input[0]  # float16 times float32 in a strongly typed network
-    with pytest.raises(EngineError, match="TensorRT 11"):
-        build(trt, request(safe), lambda _: None)
-
-
 @pytest.mark.parametrize("rejected", ["damaged", "of another machine"])
 def test_a_timing_cache_that_tensorrt_rejects_is_ignored(rejected: str) -> None:
     """TensorRT-RTX has no timing cache."""

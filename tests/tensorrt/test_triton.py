@@ -47,6 +47,8 @@ def test_the_config_matches_the_manifest_and_the_files_the_bundle(bundle: Bundle
     assert outputs == [("logits", [CLASSES], "labels.txt")]
     assert config.parameters["sopdeploy_bundle"].string_value == bundle.name
     assert [warm.batch_size for warm in config.model_warmup] == [1, 4, 16]
+    (cuda,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert (cuda.name, dict(cuda.parameters)) == ("cuda", {"use_tf32": "0"})
     written = write_triton(bundle, tmp_path / "models")
     value = config.model_warmup[0].inputs["images"]
     raw = (written.path / "warmup" / value.input_data_file).read_bytes()
@@ -68,15 +70,6 @@ def test_requests_are_batched_and_time_out_in_the_queue(bundle: Bundle, tmp_path
     assert policy.allow_timeout_override
     (group,) = config.instance_group
     assert (group.count, group.kind) == (2, 0)  # on every GPU, or on the CPU
-
-
-def test_fp32_is_not_computed_in_tf32_and_no_batch_size_is_measured_first(
-    bundle: Bundle, tmp_path: Path
-) -> None:
-    config = config_of(bundle, tmp_path)
-    (cuda,) = config.optimization.execution_accelerators.gpu_execution_accelerator
-    assert (cuda.name, dict(cuda.parameters)) == ("cuda", {"use_tf32": "0"})
-    assert config.parameters["cudnn_conv_algo_search"].string_value == "1"
 
 
 def test_a_bundle_for_single_images_is_not_batched(tmp_path: Path) -> None:

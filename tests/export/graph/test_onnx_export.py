@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
@@ -19,7 +18,7 @@ from sopdeploy_export.graph import (
     lower,
     operator_counts,
 )
-from tests.export.once import ALONE, BATCH, graph_of
+from tests.export.once import BATCH, graph_of
 
 Make = Callable[..., Classifier]
 
@@ -64,20 +63,6 @@ def test_any_batch_size_gives_the_networks_logits(preprocess: Preprocess, batch:
     np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=2e-5)
 
 
-def test_root_depends_on_weights_but_not_on_names(preprocess: Preprocess) -> None:
-    model = graph_of("resnet8", preprocess).model
-    root = onnx_root(model)
-    for node in model.graph.node:
-        node.name = f"renamed_{node.name}"
-        node.doc_string = "renamed"
-    assert onnx_root(model) == root
-    last = model.graph.initializer[-1]
-    weights = onnx.numpy_helper.to_array(last).copy()
-    weights.flat[0] = np.nextafter(weights.flat[0], np.float32(1))
-    last.CopyFrom(onnx.numpy_helper.from_array(weights, last.name))
-    assert onnx_root(model) != root
-
-
 class Minimal(nn.Module):
     """A network of one function."""
 
@@ -102,11 +87,6 @@ def test_network_that_restricts_the_batch_size_is_rejected(
 ) -> None:
     with pytest.raises(LoweringError):
         capture(Minimal(function).eval(), preprocess, BATCH)
-
-
-def test_bundle_for_single_images_has_a_batch_of_one(make: Make, preprocess: Preprocess) -> None:
-    graph = lowered(make("resnet8"), preprocess, ALONE).graph
-    assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
 
 
 def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preprocess) -> None:

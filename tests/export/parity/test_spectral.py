@@ -1,6 +1,5 @@
-"""Correct roots satisfy the invariants; injected errors are detected and stop the export."""
+"""Correct roots are within their limits; injected errors are detected and stop the export."""
 
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,9 +35,7 @@ def root(iterations: int = 5, stored: str = "float32", **config: object) -> ISqr
 
 CORRECT = {
     "shifted maps": (root(), maps(3, 24, 6, 6, offset=30.0)),
-    "fewer positions than channels": (root(), maps(3, 24, 3, 3)),
     "many steps on a singular covariance": (root(15), maps(3, 24, 3, 3)),
-    "one step": (root(1), maps(3, 24, 6, 6)),
     "Frobenius norm, not compensated": (
         root(prenorm="frobenius", compensate=False),
         maps(3, 24, 6, 6),
@@ -50,7 +47,7 @@ CORRECT = {
 
 
 @pytest.mark.parametrize("case", CORRECT)
-def test_every_correct_root_satisfies_the_invariants(case: str) -> None:
+def test_every_correct_root_is_within_its_limit(case: str) -> None:
     part, given = CORRECT[case]
     found = measure_root("here", part.eval(), (given,))
     assert violation((found,)) is None, found
@@ -64,34 +61,24 @@ def rounded_operands(correct: Callable, left: Tensor, right: Tensor) -> Tensor:
     return correct(left, right)
 
 
-def asymmetric(correct: Callable, features: Tensor, config: NewtonSchulzConfig) -> Tensor:
-    """Change the upper triangle of the float32 root."""
-    found = correct(features, config)
-    return found if features.dtype == torch.float64 else found - 1e-3 * found.triu(1)
-
-
 def one_step_less(correct: Callable, features: Tensor, config: NewtonSchulzConfig) -> Tensor:
     """Stop one step early, in float32 only."""
     fewer = config.iterations - (features.dtype != torch.float64)
     return correct(features, config.model_copy(update={"iterations": fewer}))
 
 
-ANY = "not symmetric|another residual|of 5 steps"
 ERRORS = {
-    "a root that is not symmetric": (layer, "covariance_root", asymmetric, root(), "root is not symmetric"),
-    "one step too few": (layer, "covariance_root", one_step_less, root(), "the residual of 5 steps differs"),
-    "TF32 in the products": (newton_schulz, "_product", rounded_operands, root(), ANY),
+    "one step too few": (layer, "covariance_root", one_step_less),
+    "TF32 in the products": (newton_schulz, "_product", rounded_operands),
 }
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_a_violated_invariant_is_detected_and_named(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, name, wrong, part, message = ERRORS[error]
+def test_a_wrong_root_is_detected_and_named(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, wrong = ERRORS[error]
     monkeypatch.setattr(owner, name, partial(wrong, getattr(owner, name)))
-    found = measure_root("pooling.root", part, (maps(3, 24, 6, 6),))
-    named = violation((found,))
-    assert named is not None, found
-    assert re.match(rf"pooling\.root: .*({message})", named)
+    found = measure_root("pooling.root", root(), (maps(3, 24, 6, 6),))
+    assert str(violation((found,))).startswith("pooling.root: the root differs from that of 5 steps: by ")
 
 
 @pytest.mark.slow
@@ -101,7 +88,7 @@ def test_noise_that_also_raises_the_noise_floor_stops_the_export(
     checkpoint = ISQRT.trained(tmp_path / "ckpt.pt")
     wrong = partial(rounded_operands, newton_schulz._product)
     monkeypatch.setattr(newton_schulz, "_product", wrong)
-    with pytest.raises(ParityError, match=r"second-order module: fc\.root: .* limit .*; nothing was"):
+    with pytest.raises(ParityError, match=r"second-order module: pooling\.root: .* limit .*; nothing was"):
         agreed(checkpoint, tmp_path / "model.onnx", "fp16")
 
 
@@ -110,14 +97,11 @@ def test_every_second_order_module_is_measured(probes: Tensor, preprocess: objec
 
     records = spectral_records(Deployed(trained("isqrt-resnet8"), preprocess).eval(), probes)
     (found,) = records
-    assert (found.part, found.iterations, found.width) == ("pooling.root", 5, 64)
-    assert found.asymmetry < 1e-5
-    assert found.residual == pytest.approx(found.residual_exact, rel=1e-3)
+    assert (found.part, found.iterations) == ("pooling.root", 5)
     assert violation(records) is None
 
 
 def test_the_first_violation_is_named() -> None:
-    errors = {"asymmetry": 0, "residual": 0.2, "residual_exact": 0.2, "distance": 1e-7, "allowed": 1e-5}
-    correct = SpectralRecord(part="one", width=4, iterations=3, stored="float32", **errors)
+    correct = SpectralRecord(part="one", iterations=3, stored="float32", distance=1e-7, allowed=1e-5)
     broken = correct.model_copy(update={"part": "two", "distance": float("nan")})
     assert violation((correct, broken)) == "two: the root differs from that of 3 steps: by nan, limit 1e-05"

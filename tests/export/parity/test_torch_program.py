@@ -9,22 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.export import ExportedProgram
 
-from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle.folder import PROGRAM, open_bundle
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import CertificateError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import capture_any_batch
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.report import ParityReport
-from sopdeploy_export.parity.torch_program import FILE, check_program, serialize_program
+from sopdeploy_export.parity.torch_program import check_program, serialize_program
 from sopdeploy_export.pipeline import Exported, export
 from sopdeploy_export.proof.certificate import Proof, certify
 from sopdeploy_export.proof.networks import detach
 from tests.export.conftest import BRANCHED, save, trained
-from tests.export.once import ALONE, proving_once
+from tests.export.once import proving_once
 
 WITH_FILE = ExportOptions(detach=True, max_batch=4, pt2=True)
 
@@ -38,9 +37,9 @@ def proof(preprocess: Preprocess, probes: torch.Tensor) -> Proof:
 
 def test_the_file_is_part_of_the_bundle_and_gives_its_logits(branched: Exported) -> None:
     bundle = open_bundle(branched.path)
-    assert FILE in bundle.manifest.files
+    assert PROGRAM in bundle.manifest.files
     probes = read_probes(bundle.probes)
-    program = torch.export.load(bundle.path / FILE)
+    program = torch.export.load(bundle.path / PROGRAM)
     for count in (1, 3):
         (logits,) = program.module()(torch.from_numpy(probes.images[:count]))
         drift = np.abs(logits.detach().numpy() - probes.expected["logits"][:count]).max()
@@ -48,12 +47,12 @@ def test_the_file_is_part_of_the_bundle_and_gives_its_logits(branched: Exported)
 
 
 def test_the_file_holds_the_kept_tensors_and_no_removed_one(branched: Exported) -> None:
-    program = torch.export.load(branched.path / FILE)
+    program = torch.export.load(branched.path / PROGRAM)
     removed = {entry.name for entry in branched.certificate.removed}
     names = {name.removeprefix("network.") for name in program.state_dict}
     assert removed
     assert not names & removed
-    with zipfile.ZipFile(branched.path / FILE) as archive:
+    with zipfile.ZipFile(branched.path / PROGRAM) as archive:
         written = sum(i.file_size for i in archive.infolist() if "/data/weights/weight_" in i.filename)
         text = b"".join(archive.read(name) for name in archive.namelist())
     normalization = 2 * 3 * 4  # scale and offset per channel
@@ -62,7 +61,7 @@ def test_the_file_holds_the_kept_tensors_and_no_removed_one(branched: Exported) 
 
 
 def test_the_file_contains_no_path_no_source_line_and_no_pickle(branched: Exported) -> None:
-    with zipfile.ZipFile(branched.path / FILE) as archive:
+    with zipfile.ZipFile(branched.path / PROGRAM) as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
     here = str(Path(__file__).resolve().parents[3]).encode()
     for name, raw in content.items():
@@ -76,8 +75,8 @@ def test_the_file_is_reproducible_and_written_only_on_request(
     branched: Exported, gated: Exported, preprocess: Preprocess
 ) -> None:
     again = capture_any_batch(detach(trained()), preprocess, BRANCHED)
-    assert serialize_program(again, branched.certificate) == (branched.path / FILE).read_bytes()
-    assert not (gated.path / FILE).exists()
+    assert serialize_program(again, branched.certificate) == (branched.path / PROGRAM).read_bytes()
+    assert not (gated.path / PROGRAM).exists()
 
 
 def saved(program: ExportedProgram) -> bytes:
@@ -93,23 +92,6 @@ def another_weight(proof: Proof) -> ExportedProgram:
     return changed
 
 
-class Scaled(nn.Module):
-    """Creates a constant in `forward`, which torch.export stores beside the weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(3, 2)
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.fc(pixels.mean((2, 3))) * torch.tensor([2.0, 3.0])
-
-
-def test_constants_of_forward_are_no_removed_tensors(preprocess: Preprocess, probes: torch.Tensor) -> None:
-    network = Scaled().eval()
-    proof = certify(network, network, preprocess, probes, batch=ALONE)
-    check_program(serialize_program(proof.detached.any_batch, proof.certificate), proof.certificate)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -119,7 +101,7 @@ def test_constants_of_forward_are_no_removed_tensors(preprocess: Preprocess, pro
     ids=["the trained program", "another weight"],
 )
 def test_another_program_is_refused(proof: Proof, change: Any, message: str) -> None:
-    with pytest.raises(CertificateError, match=f"{FILE}: .*{message}"):
+    with pytest.raises(CertificateError, match=f"{PROGRAM}: .*{message}"):
         check_program(saved(change(proof)), proof.certificate)
 
 
@@ -142,7 +124,7 @@ def test_outputs_other_than_those_of_the_bundle_stop_the_export(
     monkeypatch.setattr("sopdeploy_export.parity.torch_program.max_drift", lambda *_: float("inf"))
     with (
         proving_once(changes_program=True),
-        pytest.raises(ParityError, match=rf"{FILE}: logits drifts by inf"),
+        pytest.raises(ParityError, match=rf"{PROGRAM}: logits drifts by inf"),
     ):
         export(checkpoint, tmp_path / "out", WITH_FILE)
     assert not list((tmp_path / "out").iterdir())

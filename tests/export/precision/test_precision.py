@@ -12,7 +12,7 @@ from torch import nn
 from sopdeploy.backbones import resnet
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import Precision
-from sopdeploy.bundle.probes import read_probes
+from sopdeploy.bundle.probes import read_probes, replay
 from sopdeploy.errors import LoweringError, ParityError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
@@ -23,17 +23,14 @@ from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.pipeline import Exported, export
 from sopdeploy_export.precision import casts, convert
 from sopdeploy_export.precision.casts import with_precision
-from sopdeploy_export.precision.convert import (
-    CapturedGraph,
-    check_weight_types,
-    part_precisions,
-)
+from sopdeploy_export.precision.convert import CapturedGraph
 from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.replay import check_lowering
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from tests.export.conftest import save
 from tests.export.once import ALONE, graph_of, proving_once
-from tests.gpu_graphs import Record, accepted
+from tests.gpu_graphs import accepted
 from tests.sweep import steps
 
 Make = Callable[..., Classifier]
@@ -60,20 +57,15 @@ def cast_graph(
 ) -> tuple[onnx.ModelProto, dict[str, set[str]]]:
     """Convert *network* to *precision*; return the ONNX graph and the types that each part computes in."""
     detached = detach(network) if network.training_only else network
-    options = ExportOptions(precision=precision, newton_schulz=iteration)
+    options = ExportOptions(precision=precision, newton_schulz=iteration, lowering=rules, max_batch=1)
     program = capture_any_batch(detached, preprocess, ALONE)
     certified = CapturedGraph(detached, program, lower(program, detached.outputs))
-    source = convert.convert_types(certified, preprocess, ALONE, options)
-    lowered = convert.apply_rules(certified, source, rules=rules)
-    check_weight_types(lowered.model, detached, precision)
-    parts = part_precisions(lowered.model, source.program)
-    return lowered.model, {part.part: set(part.operations) for part in parts}
+    converted = convert.convert(certified, preprocess, options)
+    return converted.model, {part.part: set(part.operations) for part in converted.precision.parts}
 
 
 HALF, BF16, FLOAT = "float16", "bfloat16", "float32"
 GSOP = {"cov_width": 32, "block_stages": ("layer4",), "base_width": 16}
-SLOW = {"GM-SOP's NetVLAD", "averaged components keep their roots"}  # the parts are those of other cases
-ONE_BLOCK = {"blocks_per_stage": 1, "conv5_stride": 1}
 CASTS: dict[str, tuple[str, dict[str, Any], Precision, dict[str, set[str]]]] = {
     "fp16 keeps only the root": (
         "isqrt-resnet8",
@@ -105,31 +97,12 @@ CASTS: dict[str, tuple[str, dict[str, Any], Precision, dict[str, set[str]]]] = {
         "fp16",
         {"pooling": {FLOAT}, "layer1.0.conv1": {HALF}, "fc": {HALF}},
     ),
-    "GM-SOP's NetVLAD": (
-        "netvlad-64-resnet18",
-        {"words": 3, **ONE_BLOCK},
-        "fp16",
-        {"layer1.0.conv1": {HALF}},
-    ),
-    "averaged components keep their roots": (
-        "avesop-16-resnet18",
-        {"components": 3, "component_widths": (6,), "iterations": 2, **ONE_BLOCK},
-        "fp16",
-        {"layer1.0.conv1": {HALF}},
-    ),
 }
 
 
-def cells(case: str) -> list[tuple[str, Precision]]:
-    name, config, precision, _ = CASTS[case]
-    kind = config.get("pooling", {}).get("kind")
-    return [(f"{name} with {kind}" if kind else name, precision)]
-
-
-@pytest.mark.gpu_graph.with_args(cells)
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in CASTS])
+@pytest.mark.parametrize("case", CASTS)
 def test_second_order_parts_keep_float32_in_a_copy(
-    make: Make, preprocess: Preprocess, case: str, record_property: Record, monkeypatch: pytest.MonkeyPatch
+    make: Make, preprocess: Preprocess, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(resnet.BLOCKS, 26, (1, 1, 1, 1))
     name, config, precision, expected = CASTS[case]
@@ -137,7 +110,7 @@ def test_second_order_parts_keep_float32_in_a_copy(
     before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
     model, types = cast_graph(network, preprocess, precision)
     assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
-    accepted(record_property, *cells(case)[0], model)
+    accepted(model, precision)
     assert {part: types[part] for part in expected} == expected
     assert {value.type.tensor_type.elem_type for value in model.graph.output} == {onnx.TensorProto.FLOAT}
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
@@ -217,18 +190,33 @@ def test_layers_that_run_twice_are_not_folded(convolutions: int, norms: int, pre
     assert casts.fold_batch_norms(network, program) == 1
 
 
-def test_fp32_graph_is_rejected_as_fp16(preprocess: Preprocess) -> None:
-    network, _, model = graph_of("isqrt-resnet8", preprocess)
-    with pytest.raises(LoweringError, match=r"fp16 was requested, but the graph holds conv1 in float32"):
-        check_weight_types(model, network, "fp16")
+class BatchNormAct2d(nn.BatchNorm2d):
+    """A batch norm with an activation, named and built as timm's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU6()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(super().forward(input)))
 
 
-def test_missing_casts_stop_the_export(preprocess: Preprocess) -> None:
+def test_a_batch_norm_with_an_activation_is_folded_and_the_activation_stays(preprocess: Preprocess) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), BatchNormAct2d(3), nn.Flatten()).eval()
+    nn.init.constant_(network[1].weight, 40.0)  # ReLU6 cuts values off
+    program = capture_any_batch(network, preprocess, ALONE)
+    pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
+    expected = network(pixels)
+    assert casts.fold_batch_norms(network, program) == 1
+    torch.testing.assert_close(network(pixels), expected)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in network.modules())
+
+
+def test_missing_casts_stop_the_export(preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "cast_types", lambda certified, *_: certified)
     network, program, model = graph_of("resnet8", preprocess)
-    certified = CapturedGraph(network, program, model)
-    lowered = convert.apply_rules(certified, certified)
-    with pytest.raises(LoweringError, match="fp16 was requested"):
-        convert.convert_precision(certified, lowered, preprocess, ExportOptions(precision="fp16"))
+    with pytest.raises(LoweringError, match="fp16 was requested, but the graph holds conv1 in float32"):
+        convert.convert(CapturedGraph(network, program, model), preprocess, ExportOptions(precision="fp16"))
 
 
 def exported(
@@ -266,6 +254,7 @@ def test_bundle_records_its_precision_and_its_noise_floor(
             OnnxRuntime(open_bundle(found.path))
         assert "\n" not in str(problem.value)
         assert "precision fp16 or fp32" in str(problem.value)
+        replay(probes, OpenVINORuntime(open_bundle(found.path), threads=1).run)
 
 
 def test_overflow_in_float16_is_rejected_with_advice(make: Make, tmp_path: Path) -> None:
@@ -276,13 +265,10 @@ def test_overflow_in_float16_is_rejected_with_advice(make: Make, tmp_path: Path)
         steps.agreed(checkpoint, tmp_path / "model.onnx", "fp16", ALONE)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
-def test_alexnet_exports_with_its_local_response_norms_in_float32(
-    make: Make, tmp_path: Path, precision: str
-) -> None:
+def test_alexnet_exports_with_its_local_response_norms_in_float32(make: Make, tmp_path: Path) -> None:
     network = make("alexnet", pooling={"kind": "gap"}, classifier="linear")
     sizes = Preprocess(resize=64, crop=64)
-    found = exported(network, "alexnet", tmp_path, sizes, precision=precision)
+    found = exported(network, "alexnet", tmp_path, sizes, precision="fp16")
     operations = {part.part: set(part.operations) for part in found.precision.parts}
     assert FLOAT in operations["layers.2"]
     assert FLOAT not in operations["layers.4"]

@@ -115,13 +115,6 @@ def einsum_case(net: Net) -> onnx.ModelProto:
     return net.model(net.Einsum(first, second, equation=f"b{left},b{right}->bij"))
 
 
-def positions_case(net: Net) -> onnx.ModelProto:
-    n = net.draw(st.integers(2, 5))
-    (rows, columns), x = np.triu_indices(n), net.image(n, n)
-    found = net.GatherND(net.Transpose(x, perm=[1, 2, 0]), np.stack([rows, columns], axis=1))
-    return net.model(net.Transpose(found, perm=[1, 0]))
-
-
 def gate(net: Net, count: int, chosen: int) -> str:
     """Compute softmax weights of which *chosen* of *count* are not 0."""
     logits = net.image(count)
@@ -152,7 +145,6 @@ def mixture_case(net: Net) -> onnx.ModelProto:
 
 CASES: dict[str, Callable[[Net], onnx.ModelProto]] = {
     linear.EINSUM: einsum_case,
-    linear.POSITIONS: positions_case,
     linear.CENTERING: centering_case,
     newton_schulz.NAME: newton_schulz_case,
     mixture.NAME: mixture_case,

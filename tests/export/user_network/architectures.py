@@ -6,14 +6,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import timm
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.levit import Levit
 from torch import Tensor, nn
 from torchvision import models
-from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.efficientnet import EfficientNet, MBConvConfig
-from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import Bottleneck, ResNet
 
 CLASSES = 4
 
@@ -34,34 +30,14 @@ class Head(nn.Module):
         return self.fc(features.mean((2, 3)))
 
 
-def widths(channels: int, *counts: int) -> nn.Module:
-    """Build GoogLeNet's block: four paths, two of them with a reduction before."""
-    one, _, three, _, five, pooled = counts
-    return mix(channels, one + three + five + pooled)
-
-
 def to(out: int) -> Callable[..., nn.Module]:
     return lambda channels, **_: mix(channels, out)
 
 
-GOOGLENET = [nn.Conv2d, widths, Head]
 INCEPTION = [
     nn.Conv2d, lambda channels, pool_features: mix(channels, 224 + pool_features), to(768), to(768),
     to(1280), to(2048), Head,
 ]  # fmt: skip
-
-
-class Thin(nn.Module):
-    """One convolution in place of a residual block."""
-
-    expansion = 1
-
-    def __init__(self, channels: int, out: int, stride: int = 1, *_: Any) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, out, 3, stride, 1, groups=math.gcd(channels, out))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.conv(features).relu()
 
 
 class TwoBranches(ResNet):
@@ -105,31 +81,11 @@ def two_branches(block: Any, layers: list[int], side: int) -> Case:
 
 
 SMALL = {
-    "GoogLeNet": auxiliary(models.GoogLeNet, "aux*", 32, blocks=GOOGLENET),
     "Inception v3": auxiliary(models.Inception3, "AuxLogits", 32, inception_blocks=INCEPTION),
-    "ResNet with two branches": two_branches(Thin, [1, 1, 1, 1], 32),
-    "ConvNeXt": whole(
-        lambda: ConvNeXt([CNBlockConfig(4, 8, 1), CNBlockConfig(8, None, 1)], num_classes=CLASSES)
-    ),
-    "MobileNetV3": whole(
-        lambda: MobileNetV3(
-            [InvertedResidualConfig(16, 3, 16, 16, True, "HS", 2, 1, 1.0)],
-            8,
-            num_classes=CLASSES,
-        )
-    ),
     "EfficientNet": whole(
         lambda: EfficientNet([MBConvConfig(4, 3, 2, 8, 8, 1)], 0.2, num_classes=CLASSES, last_channel=8)
     ),
-    "ViT": whole(lambda: models.VisionTransformer(32, 16, 1, 2, 8, 8, num_classes=CLASSES)),
     "Swin": whole(lambda: models.SwinTransformer([4, 4], 4, [1, 1], [2, 2], [4, 4], num_classes=CLASSES)),
-    "LeViT": whole(
-        partial(Levit, 64, num_classes=CLASSES, embed_dim=(16,), key_dim=4, depth=(1,), num_heads=(2,)),
-        64,
-    ),
-    "distilled DeiT": whole(
-        lambda: VisionTransformerDistilled(32, 16, num_classes=CLASSES, embed_dim=8, depth=1, num_heads=2)
-    ),
 }
 
 
@@ -144,7 +100,6 @@ def of_torchvision(name: str) -> Case:
 FULL = {
     "GoogLeNet": auxiliary(models.GoogLeNet, "aux*", 224),
     "Inception v3": auxiliary(models.Inception3, "AuxLogits", 299),
-    "ResNet-18 with two branches": two_branches(BasicBlock, [2, 2, 2, 2], 224),
     "ResNet-50 with two branches": two_branches(Bottleneck, [3, 4, 6, 3], 224),
     "ConvNeXt": of_torchvision("convnext_tiny"),
     "MobileNetV3": of_torchvision("mobilenet_v3_small"),

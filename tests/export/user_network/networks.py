@@ -1,21 +1,18 @@
 """Small networks outside of the catalog, as users write them: some to export, some to reject."""
 
 import types
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 from torchvision.ops import DeformConv2d
 
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 
 CLASSES = 4
-GENERATOR = np.random.default_rng(0)
-Outputs = namedtuple("Outputs", ["scores", "aux"])
 
 
 class Small(nn.Module):
@@ -40,43 +37,6 @@ class Small(nn.Module):
 def variant(forward: Callable[[Any, Tensor], Any], *, aux: bool = True) -> Small:
     """Build a `Small` of a class with another *forward*."""
     return type("Variant", (Small,), {"forward": forward})(aux=aux)
-
-
-class WithTeacher(Small):
-    """Contains a whole second network."""
-
-    def __init__(self, *, aux: bool = True) -> None:
-        super().__init__(aux=False)
-        self.teacher = Small(aux=False) if aux else None
-
-
-class WritesBuffer(Small):
-    """The branch writes to a buffer in eval mode."""
-
-    def __init__(self, *, aux: bool = True) -> None:
-        super().__init__(aux=aux)
-        self.register_buffer("seen", torch.zeros(1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.seen.add_(1)
-        return super().forward(images)
-
-
-class Alias(Small):
-    """The auxiliary head and the classifier share one weight."""
-
-    def __init__(self, *, aux: bool = True) -> None:
-        super().__init__(aux=aux)
-        if self.aux is not None:
-            self.aux.weight.data = self.fc.weight.data
-
-
-class Stores(Small):
-    """Stores its features on the module."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.last = self.features(images)
-        return self.fc(self.last)
 
 
 class SecondOrder(nn.Module):
@@ -114,13 +74,6 @@ class HiddenBranch(Small):
         return leaks(self, images)
 
 
-class CopiedByReference(Small):
-    """A copy of it is the same object."""
-
-    def __deepcopy__(self, memo: Any) -> "CopiedByReference":
-        return self
-
-
 class Clamp(torch.autograd.Function):
     """A function with a gradient of its own."""
 
@@ -131,13 +84,6 @@ class Clamp(torch.autograd.Function):
     @staticmethod
     def backward(_context: Any, gradient: Tensor) -> Tensor:
         return gradient
-
-
-class StuckInTraining(nn.Dropout):
-    """Ignores `eval()`: Monte Carlo dropout by its mode."""
-
-    def train(self, mode: bool = True) -> "StuckInTraining":
-        return super().train(True)
 
 
 def trained(network: nn.Module) -> nn.Module:
@@ -156,21 +102,9 @@ def patched(network: Small) -> Small:
     return network
 
 
-def hooked(network: Small) -> Small:
-    """Register a forward hook."""
-    network.fc.register_forward_hook(lambda _module, _inputs, output: output + 1)
-    return network
-
-
 def with_nan(network: Small) -> Small:
     """Damage one weight."""
     network.stem[0].weight.data[0, 0, 0, 0] = float("nan")
-    return network
-
-
-def with_dropout(network: Small) -> Small:
-    """Add a dropout that stays in train mode."""
-    network.stem.append(StuckInTraining(0.5))
     return network
 
 
@@ -187,27 +121,9 @@ def leaks(self: Any, images: Tensor) -> Tensor:
     return self.fc(features) + (0 if self.aux is None else 0 * self.aux(features))
 
 
-def leaks_at_batch_one(self: Any, images: Tensor) -> Tensor:
-    """Leak for a single image only."""
-    features = self.features(images)
-    leak = self.aux is not None and images.shape[0] == 1
-    return self.fc(features) + (0 * self.aux(features) if leak else 0)
-
-
 def uses_numpy(self: Any, images: Tensor) -> Tensor:
     """Leave torch."""
     return self.fc(torch.from_numpy(np.tanh(self.features(images).numpy())))
-
-
-def branches_on_values(self: Any, images: Tensor) -> Tensor:
-    """Depend on the values of the images."""
-    features = self.features(images)
-    return self.fc(features if features.sum() > 0 else -features)
-
-
-def monte_carlo(self: Any, images: Tensor) -> Tensor:
-    """Draw random numbers in eval mode."""
-    return self.fc(nn.functional.dropout(self.features(images), 0.5, training=True))
 
 
 def probabilities(self: Any, images: Tensor) -> Tensor:
@@ -228,12 +144,6 @@ def exits(self: Any, images: Tensor) -> list[Tensor]:
     return [early, self.fc(features)]
 
 
-def weight_norm(network: Small) -> Small:
-    """Parametrize the classifier by weight norm."""
-    parametrizations.weight_norm(network.fc)
-    return network
-
-
 def is_unusual(self: Any, images: Tensor) -> Tensor:
     """Write to its input, fill a cache, and use a function with a gradient of its own."""
     if not hasattr(self, "scale"):
@@ -250,10 +160,3 @@ def centers_batch(self: Any, images: Tensor) -> Tensor:
 def divides_by_zero(self: Any, images: Tensor) -> Tensor:
     """Divide by the deviation of the image, which is 0 for an image of one color."""
     return self.fc(self.features(images) / images.std((2, 3)).mean(1, keepdim=True))
-
-
-def tied() -> nn.Module:
-    """Build a network with one layer under two names."""
-    network = Small(aux=False)
-    network.head = network.fc
-    return network

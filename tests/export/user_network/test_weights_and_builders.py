@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from sopdeploy.api.user_network import read_preprocess
+from sopdeploy.api.deployment import read_preprocess
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess

@@ -1,6 +1,5 @@
 """The Python client against real servers."""
 
-import asyncio
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,10 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sopdeploy.client import AsyncClient, Client
-from sopdeploy.errors import OverloadedError, ServiceError, UnreachableError
+from sopdeploy.client import Client
+from sopdeploy.errors import OverloadedError, ServiceError
 from sopdeploy_service.commands.predict import predict
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.conftest import LABELS
 from tests.service.held import Held
@@ -57,18 +55,6 @@ def test_a_bad_image_raises_alone_and_is_a_result_among_others(sdk, jpeg):
     good, bad = sdk.classify([jpeg, jpeg[:300]])
     assert good.error is None
     assert bad.error.code == "truncated_image"
-
-
-def test_a_timeout_ends_an_async_call(serve_with, jpeg):
-    server = serve_with(FakeRuntime(classes=7, fixed_ms=1500))
-
-    async def run():
-        async with AsyncClient(str(server.base_url)) as sdk:
-            await sdk.classify(jpeg, timeout=0.2)
-
-    with pytest.raises((UnreachableError, ServiceError)) as caught:
-        asyncio.run(run())
-    assert caught.value.code in {"timeout", "deadline"}
 
 
 def test_a_full_queue_is_retried(serve_with, jpeg, until):

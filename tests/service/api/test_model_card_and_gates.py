@@ -8,7 +8,6 @@ import pytest
 
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX
-from sopdeploy_service.settings import Settings
 
 RED = (255, 0, 0)
 
@@ -69,16 +68,6 @@ def test_the_content_security_policy_allows_exactly_the_inline_scripts(client, p
         assert f"'sha256-{digest}'" in policy
     assert not re.search(r"\son\w+=|\sstyle=|javascript:|(src|href)=\"(https?:)?//", reply.text)
     assert reply.text == page.html
-
-
-def test_the_pages_are_in_the_metrics_but_not_in_openapi(serve_with, onnx_runtime):
-    client = serve_with(onnx_runtime, **Settings().model_dump(include={"top_k"}))
-    client.get("/")
-    client.get("/docs")
-    metrics = client.get("/metrics").text
-    assert 'route="/"' in metrics
-    assert 'route="/docs"' in metrics
-    assert not {"/", "/docs"} & set(client.get("/openapi.json").json()["paths"])
 
 
 def test_openapi_describes_every_error_as_a_problem(client):

@@ -3,9 +3,6 @@
 import re
 
 import pytest
-from starlette.datastructures import Headers
-
-from sopdeploy_service.http.middleware import request_id
 
 
 def test_a_raw_image_gives_its_classes_best_first(client, jpeg):
@@ -49,46 +46,31 @@ def test_a_bad_image_among_several_is_an_error_in_its_place(client, jpeg):
     assert (bad["error"]["code"], bad["error"]["status"]) == ("not_an_image", 415)
 
 
-QUERIES = {
-    **{"top_k=1": 1, "top_k=3": 3, "top_k=7": 7, "top_k=1000": 7, "top_k=%32": 2, "top_k=02": 2},
-    **{"top_k=7&top_k=2": 2, "top_k=2&unknown=1": 2, "gates=0": 5, "model=t%69ny": 5},
-}
+@pytest.mark.parametrize(
+    ("query", "listed"),
+    [("top_k=3", 3), ("top_k=1000", 7), ("top_k=2&unknown=1", 2), ("gates=0", 5), ("model=t%69ny", 5)],
+)
+def test_query_parameters_select_classes_and_model(client, jpeg, query, listed):
+    assert len(client.post(f"/v1/classify?{query}", content=jpeg).json()["classes"]) == listed
 
 
-@pytest.mark.parametrize("query", QUERIES)
-def test_query_parameters_select_classes_and_model(client, jpeg, query):
-    classes = client.post(f"/v1/classify?{query}", content=jpeg).json()["classes"]
-    assert len(classes) == QUERIES[query]
-
-
-UNKNOWN = {
-    **dict.fromkeys(["model=other", "model=%6fther", "model=" + "a" * 600], (404, "unknown_model")),
+REJECTED = {
+    "model=" + "a" * 600: (404, "unknown_model"),
     "version=abc": (404, "unknown_version"),
-    **dict.fromkeys(["gates=true", "gates=on"], (400, "no_gates")),
+    "gates=true": (400, "no_gates"),
     "threshold=0.5": (400, "no_thresholds"),
+    **dict.fromkeys(
+        ["top_k=x", "top_k=0", "top_k=1000001", "top_k=", "gates=perhaps"], (422, "invalid_parameter")
+    ),
 }
 
 
-@pytest.mark.parametrize("query", UNKNOWN)
-def test_unknown_models_versions_gates_and_thresholds_are_rejected(client, jpeg, query):
+@pytest.mark.parametrize("query", REJECTED)
+def test_invalid_parameters_and_unknown_models_and_versions_are_rejected(client, jpeg, query):
     reply = client.post(f"/v1/classify?{query}", content=jpeg)
-    assert (reply.status_code, reply.json()["code"]) == UNKNOWN[query]
-
-
-INVALID = {
-    "top_k=x": "query.top_k: Input should be a valid integer, unable to parse string as an integer",
-    "top_k=0": "query.top_k: Input should be greater than or equal to 1",
-    "top_k=1000001": "query.top_k: Input should be less than or equal to 1000000",
-    "gates=perhaps": "query.gates: Input should be a valid boolean, unable to interpret input",
-    **dict.fromkeys(["top_k=-1", "top_k=1e3", "top_k=99999999999999999999", "top_k="], "query.top_k: "),
-}
-
-
-@pytest.mark.parametrize("query", INVALID)
-def test_an_invalid_parameter_is_named(client, jpeg, query):
-    reply = client.post(f"/v1/classify?{query}", content=jpeg)
-    assert (reply.status_code, reply.json()["code"]) == (422, "invalid_parameter")
-    assert reply.json()["detail"].startswith(INVALID[query])
+    assert (reply.status_code, reply.json()["code"]) == REJECTED[query]
+    if reply.status_code == 422:
+        assert reply.json()["detail"].startswith(f"query.{query.partition('=')[0]}: Input should be")
 
 
 def test_response_headers_have_bundle_request_id_and_timing(client, jpeg, bundle):
@@ -99,12 +81,11 @@ def test_response_headers_have_bundle_request_id_and_timing(client, jpeg, bundle
     assert stages == ["receive", "decode", "queue", "infer"]
 
 
-@pytest.mark.parametrize("sent", ["", "a b", "x" * 65, "id;drop", "é".encode()])
-def test_an_invalid_request_id_is_replaced_by_a_unique_one(client, sent):
-    found = client.get("/livez", headers={"X-Request-ID": sent}).headers["x-request-id"]
-    ids = {found, *(request_id(Headers(raw=[])) for _ in range(1000))}
-    assert len(ids) == 1001
-    assert all(re.fullmatch(r"[0-9a-f]{32}", one) for one in ids)
+def test_an_invalid_request_id_is_replaced_by_a_unique_one(client):
+    sent = ["", "a b", "x" * 65, "id;drop", "é".encode()]
+    ids = {client.get("/livez", headers={"X-Request-ID": value}).headers["x-request-id"] for value in sent}
+    assert len(ids) == len(sent)
+    assert all(re.fullmatch(r"[0-9a-f]{32}", request_id) for request_id in ids)
 
 
 def test_health_and_info(client, bundle):
@@ -139,11 +120,3 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
         assert line in text, line
     assert "_created" not in text
     assert "/nothing" not in text  # unknown paths share a label: clients cannot grow the metrics
-
-
-def test_openapi_describes_all_kinds_of_bodies(client):
-    content = client.get("/openapi.json").json()["paths"]["/v1/classify"]["post"]["requestBody"]["content"]
-    assert set(content) == {"image/*", "multipart/form-data", "application/json"}
-    schema = content["application/json"]["schema"]
-    assert set(schema["properties"]) == {"image", "images", "url", "top_k"}
-    assert schema["additionalProperties"] is False

@@ -1,23 +1,14 @@
 """Responses of the Open Inference Protocol keep every bit of the outputs, as JSON and as binary."""
 
-import struct
-
 import numpy as np
 import orjson
 import pytest
 
 from sopdeploy_service.api.v2.metadata import Tensor
 from sopdeploy_service.api.v2.request import RequestedOutput
-from sopdeploy_service.api.v2.response import HEADER_LENGTH, classify, format_response, stack_outputs
+from sopdeploy_service.api.v2.response import classify, format_response, stack_outputs
 from sopdeploy_service.inference.model import ModelStatistics, Sum
-from sopdeploy_service.inference.results import (
-    DEADLINE,
-    ENGINE_FAILED,
-    NONFINITE,
-    Prediction,
-    Ranking,
-    RejectedError,
-)
+from sopdeploy_service.inference.results import DEADLINE, ENGINE_FAILED, NONFINITE, Prediction, RejectedError
 
 LOGITS = Tensor("logits", "FP32", (-1, 3))
 GATE = Tensor("gate", "FP32", (-1, 2))
@@ -29,32 +20,14 @@ LABELS = {"logits": ("ant", "bee: the big one", "çat")}
 HEAD = {"model_name": "tiny", "model_version": "abc"}
 
 
-def split_response(body: bytes, headers: dict[str, str]) -> tuple[dict, bytes]:
-    length = int(headers.get(HEADER_LENGTH, len(body)))
-    return orjson.loads(body[:length]), body[length:]
-
-
 def test_json_numbers_are_the_same_float32_when_parsed():
     body, headers = format_response(HEAD, VALUES, [RequestedOutput(LOGITS, False, 0)], LABELS)
-    text, rest = split_response(body, headers)
+    text = orjson.loads(body)
     assert headers == {"Content-Type": "application/json"}
-    assert rest == b""
     (output,) = text.pop("outputs")
     assert text == HEAD
     assert (output["name"], output["datatype"], output["shape"]) == ("logits", "FP32", [2, 3])
     assert np.array_equal(np.float32(output["data"]), VALUES["logits"].ravel())
-
-
-@pytest.mark.parametrize("gate_is_binary", [True, False])
-def test_binary_outputs_follow_the_json_in_order(gate_is_binary):
-    requested = [RequestedOutput(GATE, gate_is_binary, 0), RequestedOutput(LOGITS, True, 0)]
-    body, headers = format_response(HEAD, VALUES, requested, LABELS)
-    text, rest = split_response(body, headers)
-    gate, logits = text["outputs"]
-    assert headers["Content-Type"] == "application/octet-stream"
-    assert ("data" in gate, "data" in logits) == (not gate_is_binary, False)
-    assert logits["parameters"] == {"binary_data_size": 24}
-    assert rest == (VALUES["gate"].tobytes() if gate_is_binary else b"") + VALUES["logits"].tobytes()
 
 
 def test_classes_are_value_index_label_and_ties_keep_their_order():
@@ -64,25 +37,16 @@ def test_classes_are_value_index_label_and_ties_keep_their_order():
     ]
 
 
-@pytest.mark.parametrize(("requested", "returned"), [(1, 1), (2, 2), (1000, 2)])
-def test_an_output_without_labels_has_value_and_index_of_at_most_its_classes(requested, returned):
-    body, headers = format_response(HEAD, VALUES, [RequestedOutput(GATE, False, requested)], LABELS)
-    (output,) = split_response(body, headers)[0]["outputs"]
-    assert (output["datatype"], output["shape"]) == ("BYTES", [2, returned])
+def test_an_output_without_labels_has_value_and_index_of_at_most_its_classes():
+    body, _ = format_response(HEAD, VALUES, [RequestedOutput(GATE, False, 1000)], LABELS)
+    (output,) = orjson.loads(body)["outputs"]
+    assert (output["datatype"], output["shape"]) == ("BYTES", [2, 2])
     assert output["data"][0] == "1.0:1"
-
-
-def test_binary_classes_are_preceded_by_their_length():
-    body, headers = format_response(HEAD, VALUES, [RequestedOutput(LOGITS, True, 1)], LABELS)
-    text, rest = split_response(body, headers)
-    texts = [b"0.1:0:ant", "5.0:2:çat".encode()]
-    assert rest == b"".join(struct.pack("<I", len(raw)) + raw for raw in texts)
-    assert text["outputs"][0]["parameters"] == {"binary_data_size": len(rest)}
 
 
 def prediction(index: int, batch: int) -> Prediction:
     outputs = {name: values[index] for name, values in VALUES.items()}
-    return Prediction(outputs, 0.1, 0.4, batch, Ranking([]), index)
+    return Prediction(outputs, 0.1, 0.4, batch, index)
 
 
 def test_outputs_are_stacked_by_name_or_the_first_rejection_is_raised():

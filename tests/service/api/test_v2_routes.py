@@ -19,9 +19,7 @@ def post(client, body, path: str = INFER, **headers: str):
 
 BAD_REQUESTS = {
     "an empty body": (b"", {}, 400, "malformed_json"),
-    "an unknown output": ({**GOOD, "outputs": [{"name": "x"}]}, {}, 400, "unknown_output"),
     "a header length beyond the body": (GOOD, {LENGTH: "999999"}, 400, "bad_header_length"),
-    "too many images": ({"inputs": [{**ZEROS, "shape": [9, 32, 32, 3]}]}, {}, 400, "too_many_images"),
     "a body above the limit": (bytes(1_000_001), {}, 413, "too_large"),
     "gzip": (GOOD, {"Content-Encoding": "gzip"}, 415, "unsupported_encoding"),
     "an invalid timeout": (GOOD, {"X-Request-Timeout-Ms": "-5"}, 400, "invalid_timeout"),
@@ -40,13 +38,9 @@ def test_a_bad_request_gets_an_error_object_and_its_code_in_a_header(client, cas
 MISSING = {
     ("GET", "/v2/models/other"): (404, "unknown_model"),
     ("GET", "/v2/models/tiny/versions/1"): (404, "unknown_version"),
-    ("GET", "/v2/models/tiny/versions/1/config"): (404, "unknown_version"),
-    ("GET", "/v2/models/other/stats"): (404, "unknown_model"),
     ("POST", "/v2/models/other/infer"): (404, "unknown_model"),
-    ("POST", "/v2/models/tiny/versions/1/infer"): (404, "unknown_version"),
     ("POST", "/v2/models/..%2ftiny/infer"): (404, "not_found"),
     ("GET", "/v2/models/tiny/infer"): (405, "method_not_allowed"),
-    ("GET", "/v2/"): (404, "not_found"),
     ("GET", "/v2/logging"): (404, "not_found"),
     ("POST", "/v2/repository/models/tiny/load"): (403, "model_control_off"),
     ("POST", "/v2/repository/models/tiny/unload"): (403, "model_control_off"),
@@ -60,12 +54,9 @@ def test_missing_resources_get_an_error_object(client, target):
     assert list(reply.json()) == ["error"]
 
 
-BAD_INDEX = [b"[]", b"{", b'{"ready": 1}', b'"x"', b'{"ready": true, "ready": true}']
-
-
-@pytest.mark.parametrize("body", BAD_INDEX)
-def test_the_index_accepts_an_object_or_no_body(client, body):
-    assert post(client, body, "/v2/repository/index").status_code == 400
+def test_the_index_accepts_an_object_or_no_body(client):
+    for body in (b"[]", b"{", b'{"ready": 1}'):
+        assert post(client, body, "/v2/repository/index").status_code == 400
     assert len(post(client, b"", "/v2/repository/index").json()) == 1
     assert len(post(client, b'{"ready": true}', "/v2/repository/index").json()) == 1
 

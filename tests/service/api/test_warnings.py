@@ -32,10 +32,9 @@ def with_alpha(alpha: int) -> bytes:
 
 
 FRAMES = {"save_all": True, "append_images": [Image.new("RGB", SIZE, (0, 0, 99))]}
-ANIMATED = {kind: saved(PLAIN, kind, **FRAMES) for kind in ("GIF", "PNG", "WEBP")}
+ANIMATED = saved(PLAIN, "GIF", **FRAMES)
 CASES = {
     "plain": (saved(PLAIN, "JPEG"), []),
-    "orientation 1": (rotated(1), []),
     "orientation 6": (rotated(6), ["exif_rotated"]),
     "invalid orientation": (rotated(99), []),
     "opaque alpha channel": (with_alpha(255), []),
@@ -44,9 +43,8 @@ CASES = {
         saved(Image.fromarray(np.full(SIZE, 40_000, dtype=np.uint16)), "PNG"),
         ["sixteen_bit_scaled"],
     ),
-    "GIF": (saved(PLAIN, "GIF"), []),
-    **{f"animated {kind}": (body, ["first_frame_only"]) for kind, body in ANIMATED.items()},
-    "damaged second frame": (ANIMATED["GIF"][:-40], ["first_frame_only"]),
+    "animated": (ANIMATED, ["first_frame_only"]),
+    "damaged second frame": (ANIMATED[:-40], ["first_frame_only"]),
 }
 
 
@@ -58,23 +56,16 @@ def test_warnings_name_the_changes_to_the_image(client, bundle_path, tmp_path, n
     assert list(predict(bundle_path, [tmp_path / "x"], Settings(threads=1))[0].warnings) == expected
 
 
-@pytest.mark.parametrize(
-    ("media_type", "warned"),
-    [
-        ("image/jpeg", False),
-        ("IMAGE/JPG; charset=x", False),
-        ("image/*", False),
-        ("application/octet-stream", False),
-        ("application/x-www-form-urlencoded", False),  # the default of curl
-        ("image/png", True),
-        ("image/svg+xml", True),
-    ],
-)
-def test_a_content_type_of_another_format_is_a_warning(client, jpeg, media_type, warned):
-    expected = ["content_type_mismatch"] if warned else []
-    raw = client.post("/v1/classify", content=jpeg, headers={"Content-Type": media_type})
-    form = client.post("/v1/classify", files={"image": ("x", jpeg, media_type)})
-    assert raw.json()["warnings"] == form.json()["warnings"] == expected
+def test_a_content_type_of_another_format_is_a_warning(client, jpeg):
+    for media_type, expected in (
+        ("IMAGE/JPG; charset=x", []),
+        ("image/*", []),
+        ("application/x-www-form-urlencoded", []),  # the default of curl
+        ("image/png", ["content_type_mismatch"]),
+    ):
+        raw = client.post("/v1/classify", content=jpeg, headers={"Content-Type": media_type})
+        form = client.post("/v1/classify", files={"image": ("x", jpeg, media_type)})
+        assert raw.json()["warnings"] == form.json()["warnings"] == expected
 
 
 def test_each_image_of_a_form_has_its_own_warnings(client, jpeg):

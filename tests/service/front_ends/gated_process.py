@@ -18,9 +18,10 @@ from sopdeploy_service.settings import Settings
 # `sopdeploy serve` with such an inference process; flags follow.
 SERVE = (
     "-c",
-    "import sys; from sopdeploy_service.front_ends.supervisor import InferenceWorker; "
+    "import sys; from sopdeploy_service.front_ends import processes; "
     "from sopdeploy.cli.app import main; "
-    "InferenceWorker.module = 'tests.service.front_ends.gated_process'; sys.argv.insert(1, 'serve'); main()",
+    "processes.MODULES[processes.INFERENCE] = 'tests.service.front_ends.gated_process'; "
+    "sys.argv.insert(1, 'serve'); main()",
 )
 
 

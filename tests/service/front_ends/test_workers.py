@@ -2,14 +2,9 @@
 
 import contextlib
 import http.client
-import io
 import os
 import re
 import signal
-import subprocess
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,75 +12,54 @@ import httpx
 import pytest
 
 from sopdeploy.errors import ConfigError
+from sopdeploy_service import cores as usable
 from sopdeploy_service.front_ends import limits
 from sopdeploy_service.front_ends.monitoring import merge
-from sopdeploy_service.front_ends.supervisor import visible_devices
-from sopdeploy_service.server.launch import OUTPUT
-from sopdeploy_service.server.process import serve
+from sopdeploy_service.front_ends.processes import SERVER, list_processes, visible_devices
 from sopdeploy_service.settings import load_settings
 from tests.service.children import children_of, is_alive, line_of, module_of, spawn
 
-Start = Callable[..., tuple[subprocess.Popen[str], httpx.Client]]
 
-
-@pytest.fixture
-def start(bundle_path: Path) -> Iterator[Start]:
-    with ExitStack() as stack:
-
-        def started(*options: str) -> tuple[subprocess.Popen[str], httpx.Client]:
-            child = stack.enter_context(
-                spawn(str(bundle_path), "--devices", "cpu,cpu", "--threads", "1", *options)
-            )
-            stack.callback(child.kill)
-            found = re.fullmatch(r"ready: (\S+)  (\S+)\n", line_of(child))
-            assert found, child.communicate(timeout=20)
-            return child, stack.enter_context(httpx.Client(base_url=found[1], timeout=20))
-
-        yield started
-
-
-def test_two_processes_share_a_port_and_a_page_of_metrics(start: Start, jpeg, until) -> None:
-    child, client = start()
-    variables = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children_of(child.pid)]
-    assert [b"CUDA_VISIBLE_DEVICES=" in found for found in variables] == [True, True]  # no GPU
-    with ExitStack() as stack:
-        clients = [stack.enter_context(httpx.Client(base_url=client.base_url, timeout=20)) for _ in range(8)]
-        for one in clients * 2:  # each keeps its connection
-            assert one.post("/v1/classify", content=jpeg).status_code == 200
+def test_two_processes_share_a_port_and_dead_or_hanging_ones_are_replaced(
+    bundle_path: Path, jpeg, until
+) -> None:
+    options = ("--devices", "cpu,cpu", "--threads", "1", "--set", "max_loop_lag_seconds=2")
+    with spawn(str(bundle_path), *options) as child, ExitStack() as stack:
+        stack.callback(child.kill)
+        found = re.fullmatch(r"ready: (\S+)  (\S+)\n", line_of(child))
+        assert found, child.communicate(timeout=20)
+        url = found[1]
+        for pid in children_of(child.pid):
+            assert b"CUDA_VISIBLE_DEVICES=" in Path(f"/proc/{pid}/environ").read_bytes().split(
+                b"\0"
+            )  # no GPU
+        clients = [stack.enter_context(httpx.Client(base_url=url, timeout=20)) for _ in range(8)]
+        for client in clients * 2:  # each keeps its connection
+            assert client.post("/v1/classify", content=jpeg).status_code == 200
         page = clients[0].get("/metrics").text
-    assert re.findall(r"^sopdeploy_worker_up\{process=.*$", page, re.M)
-    answered = re.findall(
-        r'sopdeploy_requests_total\{code="200",.*process="\S+",route="/v1/classify"\} (\S+)', page
-    )
-    assert answered == ["8.0", "8.0"]
-    child.send_signal(signal.SIGTERM)
-    out, err = child.communicate(timeout=30)
-    assert (child.returncode, out, err) == (0, "", "")
+        answered = r'sopdeploy_requests_total\{code="200",.*process="\S+",route="/v1/classify"\} (\S+)'
+        assert re.findall(answered, page) == ["8.0", "8.0"]
+
+        def send_to_the_oldest(number: signal.Signals) -> None:
+            before = children_of(child.pid)
+            os.kill(before[0], number)
+            until(lambda: not is_alive(before[0]))
+            codes = {httpx.post(f"{url}/v1/classify", content=jpeg).status_code for _ in range(5)}
+            assert codes == {200}
+            until(lambda: len(set(children_of(child.pid)) - set(before)) == 1)
+
+        send_to_the_oldest(signal.SIGKILL)
+        up = re.compile(r"^sopdeploy_worker_up\{.*\} 1\.0$", re.MULTILINE)
+        until(lambda: len(up.findall(httpx.get(f"{url}/metrics").text)) == 2)
+        send_to_the_oldest(signal.SIGSTOP)
+        orphans = children_of(child.pid)
+        child.kill()
+        until(lambda: not any(is_alive(process) for process in orphans))
 
 
-def test_dead_and_hanging_processes_are_replaced_while_the_other_serves(start: Start, jpeg, until) -> None:
-    child, client = start("--set", "max_loop_lag_seconds=2")
-
-    def send_to_the_oldest(number: signal.Signals) -> None:
-        before = children_of(child.pid)
-        os.kill(before[0], number)
-        until(lambda: not is_alive(before[0]))
-        codes = Counter(
-            httpx.post(f"{client.base_url}/v1/classify", content=jpeg).status_code for _ in range(5)
-        )
-        assert codes == {200: 5}
-        until(lambda: len(set(children_of(child.pid)) - set(before)) == 1)
-
-    send_to_the_oldest(signal.SIGKILL)
-    up = re.compile(r"^sopdeploy_worker_up\{.*\} 1\.0$", re.MULTILINE)
-    until(lambda: len(up.findall(httpx.get(f"{client.base_url}/metrics").text)) == 2)
-    send_to_the_oldest(signal.SIGSTOP)
-    orphans = children_of(child.pid)
-    child.kill()
-    until(lambda: not any(is_alive(process) for process in orphans))
-
-
-def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, jpeg, until) -> None:
+def test_front_ends_and_their_inference_process_are_replaced_one_by_one(
+    bundle_path: Path, jpeg, until
+) -> None:
     options = ("--front-ends", "2", "--threads", "1", "--set", "health_port=0", "--set", "sandbox=required")
     with spawn(str(bundle_path), *options) as child, ExitStack() as stack:
         stack.callback(child.kill)
@@ -117,7 +91,7 @@ def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, 
         )
         first = children_of(child.pid)
         fronts = [pid for pid in first if module_of(pid).endswith("front_ends.worker")]
-        (engine,) = set(first) - set(fronts)
+        (inference,) = set(first) - set(fronts)
         os.kill(fronts[0], signal.SIGKILL)
         until(lambda: not is_alive(fronts[0]))
         kept = []
@@ -126,7 +100,7 @@ def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, 
                 assert classify(connection) == (200, None)
                 kept.append(connection)
         assert len(kept) == 4  # the others were connected to the killed process
-        os.kill(engine, signal.SIGKILL)
+        os.kill(inference, signal.SIGKILL)
         until(lambda: httpx.get(f"{health}/readyz").status_code == 503)
         assert classify(connect()) == (200, None)  # waits for the new processes
         until(lambda: len(set(children_of(child.pid)) - set(first)) == 3)
@@ -138,10 +112,8 @@ def test_front_ends_and_their_engine_are_replaced_one_by_one(bundle_path: Path, 
 # Cores, content of cpu.max, settings -> number of front ends of each device.
 AUTO: dict[str, tuple[int, str | None, dict[str, object], int]] = {
     "16 cores": (16, None, {}, 4),
-    "no quota": (16, "max 100000\n", {}, 4),
     "a quota of 8 cores": (16, "800000 100000\n", {}, 2),
     "a quota of half a core": (16, "50000 100000\n", {}, 1),
-    "many cores": (128, None, {}, 8),
     "many cores and two devices": (128, None, {"devices": "0,1"}, 4),
     "a shadow": (128, None, {"shadow": "new=0.1"}, 1),
 }
@@ -154,7 +126,7 @@ def test_auto_is_a_front_end_per_four_cores(case: str, monkeypatch, tmp_path) ->
     if quota is not None:
         file.write_text(quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.setattr(limits, "CPU_QUOTA", file)
+    monkeypatch.setattr(usable, "CPU_QUOTA", file)
     assert limits.count_front_ends(load_settings(front_ends="auto", **given)) == expected
     required = load_settings(front_ends="auto", sandbox="required", **given)
     if expected == 1:
@@ -162,10 +134,25 @@ def test_auto_is_a_front_end_per_four_cores(case: str, monkeypatch, tmp_path) ->
             limits.count_front_ends(required)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"front_ends": 4}, [4, 4, 4, 4]),
+        ({"front_ends": 2, "devices": "0,1"}, [4, 4, 4, 4]),
+        ({"front_ends": 2, "decoders": 3}, [3, 3]),
+        ({"devices": "0,cpu"}, [8, "auto"]),
+    ],
+)
+def test_front_ends_and_devices_divide_the_cores_among_their_decoders(given, expected, monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    settings = load_settings(**given)
+    processes = [process for process in list_processes(settings) if process.kind == SERVER]
+    assert [process.settings.get("decoders", settings.decoders) for process in processes] == expected
+
+
 # Settings, front ends -> shares, or the end of the error message.
 SHARES: dict[str, tuple[dict[str, object], int, dict[str, int] | str]] = {
     "two": ({}, 2, {"queue_size": 128, "max_upload_bytes": 128_000_000}),
-    "eight": ({}, 8, {"queue_size": 32, "max_upload_bytes": 32_000_000}),
     "nine": ({}, 9, "set queue_size=288 or start fewer front ends"),
     "twelve": ({}, 12, "set queue_size=384, max_upload_bytes=274285716 or start fewer front ends"),
     "twelve for small requests": (
@@ -188,41 +175,16 @@ def test_the_share_of_a_front_end_holds_the_largest_request(case: str) -> None:
     load_settings(**given, **expected)  # a front end accepts its settings
 
 
-class ClosedPipe(io.StringIO):
-    """Standard output whose reader has gone."""
-
-    def flush(self) -> None:
-        raise BrokenPipeError
-
-
-def test_a_server_ends_if_nobody_reads_that_it_is_ready(
-    bundle_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def start_process(*_: object, **__: object) -> subprocess.Popen[str]:
-        """Start a process that is not trusted: it decodes images of clients."""
-        command = ["sh", "-c", r"printf '\377\nready: -  tiny\n'; exec sleep 60"]
-        return subprocess.Popen(command, **OUTPUT)
-
-    monkeypatch.setattr("sopdeploy_service.front_ends.supervisor.start_process", start_process)
-    monkeypatch.setattr(sys, "stdout", ClosedPipe())
-    with pytest.raises(BrokenPipeError):
-        serve([bundle_path], load_settings(port=0, devices="cpu"))
-    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
-
-
 IDS = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-b5a4e0c9-1c2d-5a30-9b0a-3a3b8a3f5c11"
 VISIBLE: dict[str, tuple[str, str | None, dict[str, str] | None]] = {
     "a number": ("1", None, {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
     "a UUID": (IDS[0], None, {"CUDA_VISIBLE_DEVICES": IDS[0], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
-    "a MIG id": (IDS[1], None, {"CUDA_VISIBLE_DEVICES": IDS[1], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
     "the cpu": ("cpu", "2,3", {"CUDA_VISIBLE_DEVICES": ""}),
     "a position": ("1", "2,3", {"CUDA_VISIBLE_DEVICES": "3"}),
     "a listed UUID": (IDS[0], f"{IDS[1]}, {IDS[0]}", {"CUDA_VISIBLE_DEVICES": IDS[0]}),
-    "a position in UUIDs": ("0", ",".join(IDS), {"CUDA_VISIBLE_DEVICES": IDS[0]}),
     "a number, not a position": ("2", "2,3", None),
     "a UUID that is not listed": (IDS[0], IDS[1], None),
     "a position after an invalid entry": ("1", "0,-1,1", None),
-    "a GPU where all are hidden": ("0", "", None),
 }
 
 
@@ -238,12 +200,6 @@ def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(case:
         visible_devices(device, environment)
 
 
-def test_an_inherited_device_order_stays() -> None:
-    assert (
-        visible_devices("0", {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"})["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
-    )
-
-
 def test_a_missing_bundle_is_a_one_line_error_with_exit_code_2(tmp_path) -> None:
     child = spawn(str(tmp_path), "--set", "devices=cpu")
     out, err = child.communicate(timeout=60)
@@ -254,11 +210,11 @@ def test_a_missing_bundle_is_a_one_line_error_with_exit_code_2(tmp_path) -> None
 
 def test_joint_metrics_have_every_sample_and_the_workers_that_are_down() -> None:
     page = (
-        "# HELP a_total x\n# TYPE a_total counter\n"
-        'a_total{route="/"} 2.0\n# TYPE b histogram\n# HELP b y\nb_bucket{le="1.0"} 1.0\n'
-        'b_bucket{le="+Inf"} 3.0\nb_count 3.0\nb_sum 4.5\n'
+        b"# HELP a_total x\n# TYPE a_total counter\n"
+        b'a_total{route="/"} 2.0\n# TYPE b histogram\n# HELP b y\nb_bucket{le="1.0"} 1.0\n'
+        b'b_bucket{le="+Inf"} 3.0\nb_count 3.0\nb_sum 4.5\n'
     )
-    text = merge({"0": page, "1": page, "2": None}).decode()
+    text = merge({"0": page, "1": page, "2": b""}).decode()
     for line in (
         'a_total{process="0",route="/"} 2.0',
         'a_total{process="1",route="/"} 2.0',

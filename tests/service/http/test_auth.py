@@ -12,11 +12,9 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app as cli
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.http.api_keys import Key, load_keys, new_key, read_keys
-from sopdeploy_service.http.middleware import require
+from sopdeploy_service.http.api_keys import Key, load_keys, new_key
 from sopdeploy_service.http.rate_limits import TokenBucket
 from sopdeploy_service.inference.results import RejectedError
-from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import load_settings
 
@@ -65,24 +63,18 @@ def test_a_new_key_keeps_comments_and_an_invalid_one_changes_nothing(tmp_path: P
         (entry() + entry("b"), "two keys have the sha256"),
         (entry(sha256="abc"), "key.0.sha256"),
         (entry(more="rate = 0"), "key.0.rate"),
-        (entry(more='scopes = ["root"]'), "key.0.scopes.0"),
         (entry(more='secret = "x"'), "key.0.secret: unknown key"),
         ("", "has no key"),
     ],
 )
 def test_an_invalid_key_file_is_a_one_line_error(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "keys.toml"
+    with pytest.raises(ConfigError, match="`sopdeploy key` creates"):
+        load_keys(path)
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as caught:
         load_keys(path)
     assert "\n" not in str(caught.value)
-
-
-def test_a_missing_key_file_is_a_one_line_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="sopdeploy key"):
-        read_keys(tmp_path / "none.toml")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        new_key(tmp_path / "none" / "keys.toml", "a", rate=None, burst=None, admin=False)
 
 
 def test_the_command_prints_only_the_key_on_stdout(tmp_path: Path) -> None:
@@ -97,16 +89,13 @@ def test_the_command_prints_only_the_key_on_stdout(tmp_path: Path) -> None:
     assert "another name" in again.stderr
 
 
-@pytest.mark.parametrize("host", ["::", "10.1.2.3", "example.org"])
-def test_model_control_on_a_public_address_needs_keys(host: str) -> None:
-    with pytest.raises(ConfigError, match=r"^settings: model_control on .* without keys[^\n]*admin"):
-        load_settings(model_control=True, host=host)
-    assert load_settings(model_control=True, host=host, keys="keys.toml").model_control
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
-def test_model_control_on_a_loopback_address_needs_no_keys(host: str) -> None:
-    assert load_settings(model_control=True, host=host).keys is None
+def test_model_control_on_a_public_address_needs_keys() -> None:
+    for host in ("::", "10.1.2.3", "example.org"):
+        with pytest.raises(ConfigError, match=r"^settings: model_control on .* without keys[^\n]*admin"):
+            load_settings(model_control=True, host=host)
+        assert load_settings(model_control=True, host=host, keys="keys.toml").model_control
+    for host in ("127.9.9.9", "::1", "localhost"):
+        assert load_settings(model_control=True, host=host).keys is None
 
 
 @pytest.fixture(scope="module")
@@ -141,20 +130,15 @@ def test_requests_without_a_key_are_401_except_probes_metrics_and_pages(locked, 
     assert 'rejected_total{reason="unauthenticated"} 4.0' in locked.get("/metrics").text
 
 
-def test_a_key_is_accepted_as_bearer_token_and_as_x_api_key_and_other_bytes_are_401(
-    locked, keys, jpeg
-) -> None:
+def test_a_key_is_accepted_as_bearer_token_and_as_x_api_key(locked, keys, jpeg) -> None:
     key = keys["free"].encode()
-    accepted = [
-        {b"Authorization": b"Bearer " + key},
-        {b"Authorization": b"bearer  " + key},
-        {b"X-API-Key": key},
-        {b"Authorization": b"Basic abc", b"X-API-Key": key},
-    ]
-    wrong = [b"Bearer", b"", b"Bearer sop_wrong", b"Bearer \xfcml\xe4ut", b"\xff\xfe", b"Bearer a b"]
-    for headers in [*accepted, *({b"Authorization": value} for value in wrong)]:
-        status = locked.post("/v1/classify", content=jpeg, headers=headers).status_code
-        assert status == (200 if headers in accepted else 401), headers
+    for headers, status in (
+        ({b"Authorization": b"bearer  " + key}, 200),
+        ({b"Authorization": b"Basic abc", b"X-API-Key": key}, 200),
+        ({b"Authorization": b"Bearer"}, 401),
+        ({b"Authorization": b"Bearer \xfcml\xe4ut"}, 401),
+    ):
+        assert locked.post("/v1/classify", content=jpeg, headers=headers).status_code == status, headers
 
 
 def test_a_key_without_the_scope_is_403(locked, keys, jpeg) -> None:
@@ -162,16 +146,9 @@ def test_a_key_without_the_scope_is_403(locked, keys, jpeg) -> None:
     reply = locked.post("/v1/classify", content=jpeg, headers=mine)
     assert (reply.status_code, reply.json()["code"]) == (403, "forbidden")
     assert locked.get("/info", headers=mine).status_code == 200
-
-
-@pytest.mark.parametrize(("scopes", "allowed"), [(("admin",), True), (("classify",), False), (None, True)])
-def test_admin_routes_require_the_scope_unless_the_server_has_no_keys(scopes, allowed) -> None:
-    context = RequestContext("id", scopes=scopes)
-    if allowed:
-        require(context, "admin")
-    else:
-        with pytest.raises(RejectedError, match="admin"):
-            require(context, "admin")
+    free = {"x-api-key": keys["free"]}
+    reply = locked.post("/v1/models/tiny/rollback", headers=free)
+    assert (reply.status_code, reply.json()["code"]) == (403, "forbidden")
 
 
 def test_metrics_can_require_a_key(serve_with, keys) -> None:

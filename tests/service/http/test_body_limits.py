@@ -1,6 +1,5 @@
 """The memory budget and the rate limit of request bodies."""
 
-import time
 from contextlib import ExitStack
 
 import pytest
@@ -20,17 +19,17 @@ def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, j
         uploads = [stack.enter_context(connect(client)) for _ in range(12)]
         for wire in uploads:
             wire.sendall(POST + b"Content-Length: 1900000\r\n\r\n")
-        for _ in range(18):
+        for _ in range(9):
             for wire in list(uploads):
                 try:
-                    wire.sendall(bytes(100_000))
+                    wire.sendall(bytes(200_000))
                 except OSError:
                     uploads.remove(wire)
             assert count(client, "upload_bytes") <= 7_000_000
             assert client.post("/v1/classify", content=jpeg).status_code == 200
         until(lambda: count(client, 'rejected_total{reason="uploads_full"}') >= 8)
         for wire in uploads:
-            wire.settimeout(1)
+            wire.settimeout(0.2)
             try:
                 codes.append(read(wire, to_the_end=False).code)
             except TimeoutError:
@@ -54,13 +53,3 @@ def test_an_upload_without_budget_is_429_before_the_body_is_sent(serve_with, unt
 def test_a_body_limit_above_the_budget_is_an_invalid_setting():
     with pytest.raises(ConfigError, match=r"max_body_bytes .* larger than 7/8 of max_upload_bytes"):
         load_settings(max_body_bytes=900, max_upload_bytes=1000)
-
-
-def test_a_blocked_server_does_not_reject_a_waiting_client(serve_with, jpeg, until):
-    client = serve_with(FakeRuntime(classes=7), body_grace_seconds=0.3)
-    with connect(client) as wire:
-        wire.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(jpeg) + jpeg[:100])
-        until(lambda: count(client, "upload_bytes") == 100)
-        client.loop.call_soon_threadsafe(time.sleep, 0.6)  # the server blocks its event loop
-        wire.sendall(jpeg[100:])
-        assert read(wire, to_the_end=False).status == 200

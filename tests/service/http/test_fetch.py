@@ -4,12 +4,13 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
 
-from sopdeploy_service.http.fetch import fetch
+from sopdeploy_service.http import fetch as fetching
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.settings import Settings
 
@@ -51,8 +52,11 @@ def got(
     resolver: Resolver | None = None,
     settings: Settings = ALLOWED,
 ) -> bytes:
-    resolver, transport = resolver or Resolver([PUBLIC]), transport or Transport()
-    return asyncio.run(fetch(url, settings, resolve=resolver, transport=transport))
+    connected = partial(httpx.AsyncClient, transport=transport or Transport())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetching, "resolve", resolver or Resolver([PUBLIC]))
+        patch.setattr(fetching.httpx, "AsyncClient", connected)
+        return asyncio.run(fetching.fetch(url, settings))
 
 
 def rejected(*args: object, **options: object) -> tuple[str, int]:
@@ -73,26 +77,23 @@ def test_the_setting_accepts_comma_separated_hosts(monkeypatch):
 
 
 @pytest.mark.parametrize("address", [PUBLIC, "2606:2800:220:1::1"])
-@pytest.mark.parametrize(("port", "netloc"), [(443, "img.example"), (8443, "img.example:8443")])
-def test_the_connection_uses_the_resolved_address_and_the_host_name(address, port, netloc):
+def test_the_connection_uses_the_resolved_address_and_the_host_name(address):
     transport, resolver = Transport(), Resolver([address], ["127.0.0.1"])
-    assert got(f"https://IMG.example:{port}/a?b=c", transport, resolver) == b"image"
+    assert got("https://IMG.example:8443/a?b=c", transport, resolver) == b"image"
     (request,) = transport.requests
-    assert (request.url.host, request.url.raw_path) == (address, b"/a?b=c")
-    assert (request.url.port or 443, request.headers["host"]) == (port, netloc)
+    assert (request.url.host, request.url.raw_path, request.url.port) == (address, b"/a?b=c", 8443)
+    assert request.headers["host"] == "img.example:8443"
     assert request.extensions["sni_hostname"] == "img.example"
-    assert resolver.calls == [("img.example", port)]  # once: a second DNS response could differ
+    assert resolver.calls == [("img.example", 8443)]  # once: a second DNS response could differ
 
 
 @pytest.mark.parametrize(
     ("host", "url"),
     [
         ("IMG.example", "https://img.example/a"),
-        ("b\xfccher.example", "https://B\xdcCHER.example/a"),
         ("b\xfccher.example:443", "https://xn--bcher-kva.example/a"),
         ("cdn.b\xfccher.example:8443", "https://cdn.b\xfccher.example:8443/a"),
         ("2606:2800::1", "https://[2606:2800::1]/a"),
-        ("[2606:2800::1]", "https://[2606:2800::1]/a"),
         ("[2606:2800::1]:8443", "https://[2606:2800::1]:8443/a"),
     ],
 )
@@ -102,16 +103,10 @@ def test_an_allowed_host_may_be_written_as_in_a_url(host, url):
     assert rejected("https://other.example", settings=settings) == ("url_not_allowed", 403)
 
 
-def test_an_allowed_host_that_is_no_host_name_is_rejected():
-    with pytest.raises(ValueError, match="is not a host name"):
-        Settings(url_hosts=["b\xfc..example"])
-
-
 PRIVATE = [
-    *("127.0.0.1", "127.8.8.8", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.1.1"),  # noqa: S104
-    *("169.254.169.254", "100.64.0.1", "224.0.0.1", "255.255.255.255", "192.0.2.1"),
-    *("::1", "::", "::ffff:127.0.0.1", "::ffff:8.8.8.8", "fe80::1", "fe80::1%eth0", "fd00::1", "ff02::1"),
-    *("64:ff9b::7f00:1", "2002:7f00:1::1", "2001:0:7f00:1::1", "2001:db8::1"),
+    *("127.0.0.1", "0.0.0.0", "10.0.0.1", "192.168.1.1", "169.254.169.254"),  # noqa: S104
+    *("100.64.0.1", "224.0.0.1", "192.0.2.1", "::1", "::", "::ffff:127.0.0.1", "fe80::1%eth0"),
+    *("fd00::1", "ff02::1", "64:ff9b::7f00:1", "2002:7f00:1::1", "2001:0:7f00:1::1", "2001:db8::1"),
 ]
 
 
@@ -124,12 +119,10 @@ def test_a_private_address_is_rejected_alone_and_among_public_ones(address):
 
 
 FORBIDDEN = [
-    *("", "//img.example/a", "img.example/a", "https://", "data:image/png;base64,YQ", "file:///etc/passwd"),
-    *("http://img.example/a", "ftp://img.example/a", "gopher://img.example", "https://other.example/a"),
-    *("https://img.example.other/a", "https://img.example:22/a", "https://img.example./a"),
-    *("https://user@img.example/a", "https://user:pass@img.example/a", "https://img.example@127.0.0.1/"),
-    *("https://127.0.0.1/", "https://0x7f.1/", "https://2130706433/", "https://[::1]/", "https://localhost/"),
-    *("https://[::ffff:127.0.0.1]/", "https://169.254.169.254/latest/meta-data"),
+    *("", "img.example/a", "data:image/png;base64,YQ", "file:///etc/passwd", "http://img.example/a"),
+    *("https://other.example/a", "https://img.example.other/a", "https://img.example:22/a"),
+    *("https://user@img.example/a", "https://img.example@127.0.0.1/", "https://0x7f.1/"),
+    *("https://2130706433/", "https://[::ffff:127.0.0.1]/", "https://169.254.169.254/latest/meta-data"),
 ]
 
 
@@ -140,22 +133,18 @@ def test_other_urls_are_rejected_before_the_name_is_resolved(url):
     assert resolver.calls == []
 
 
+def test_invalid_urls_and_hosts_without_an_address_are_rejected():
+    for url in ("https://[::1", "https://a\n/b", "https://" + "a" * 70_000):
+        assert rejected(url) == ("bad_url", 400)
+    for resolver in (Resolver([]), Resolver(OSError("no such host"))):
+        assert rejected(URL, resolver=resolver) == ("url_unreachable", 422)
+
+
 @pytest.mark.parametrize(
-    "url", ["https://[::1", "https://a:b:c/", "https://a\n/b", "https://" + "a" * 70_000]
+    ("status", "expected"), [(302, ("url_not_allowed", 403)), (404, ("url_unreachable", 422))]
 )
-def test_invalid_urls_are_rejected(url):
-    assert rejected(url) == ("bad_url", 400)
-
-
-@pytest.mark.parametrize("resolver", [Resolver([]), Resolver(OSError("no such host"))], ids=["none", "error"])
-def test_a_host_without_an_address_is_unreachable(resolver):
-    assert rejected(URL, resolver=resolver) == ("url_unreachable", 422)
-
-
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308, 204, 404, 500])
-def test_redirects_are_not_followed_and_other_statuses_are_unreachable(status):
+def test_redirects_are_not_followed_and_other_statuses_are_unreachable(status, expected):
     transport = Transport(httpx.Response(status, headers={"Location": "http://127.0.0.1/"}))
-    expected = ("url_not_allowed", 403) if 300 <= status < 400 else ("url_unreachable", 422)
     assert rejected(URL, transport) == expected
     assert len(transport.requests) == 1
 
@@ -216,9 +205,10 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_a_real_connection_uses_the_resolved_address_and_no_proxy(place, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setattr(fetching, "resolve", Resolver(["127.0.0.1"], ["127.0.0.1"]))
     settings = Settings(url_hosts=(place,), url_plain_http=True)
-    found = asyncio.run(fetch(f"http://{place}/", settings, resolve=Resolver(["127.0.0.1"])))
+    found = asyncio.run(fetching.fetch(f"http://{place}/", settings))
     assert found == place.encode()
     with pytest.raises(RejectedError) as caught:  # this server has no TLS
-        asyncio.run(fetch(f"https://{place}/", settings, resolve=Resolver(["127.0.0.1"])))
+        asyncio.run(fetching.fetch(f"https://{place}/", settings))
     assert caught.value.rejection.code == "url_unreachable"

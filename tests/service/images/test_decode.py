@@ -5,9 +5,8 @@ import io
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image, features
+from PIL import Image
 
-from sopdeploy.errors import ImageError
 from sopdeploy.images.formats import prepare_decoders
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
@@ -27,8 +26,6 @@ def pixels_of(body: bytes) -> NDArray[np.uint8]:
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    if kind == "WEBP" and not features.check("webp"):
-        pytest.skip("this Pillow has no WebP")
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
@@ -41,16 +38,12 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
         ("BMP", {}, 0),
         ("JPEG", {"quality": 95}, 8),
         ("JPEG", {"quality": 95, "progressive": True}, 8),
-        ("JPEG", {"quality": 95, "subsampling": 0}, 8),
         ("WEBP", {"quality": 95}, 8),
-        ("WEBP", {"lossless": True}, 0),
         ("GIF", {}, 8),
         ("AVIF", {"quality": 95}, 8),
         ("HEIF", {"quality": 95}, 8),
         ("TIFF", {}, 0),
         ("TIFF", {"compression": "tiff_lzw"}, 0),
-        ("TIFF", {"compression": "tiff_adobe_deflate"}, 0),
-        ("TIFF", {"compression": "packbits"}, 0),
         ("PPM", {}, 0),
     ],
 )
@@ -79,10 +72,3 @@ def test_the_first_frame_of_an_animation_is_decoded(kind: str) -> None:
     found = pixels_of(encode(frames[0], kind, save_all=True, append_images=frames[1:]))
     assert found[..., 0].mean() > 200
     assert found[..., 2].mean() < 50
-
-
-def test_the_number_of_pixels_is_limited() -> None:
-    assert pixels_of(encode(Image.new("1", (1000, 1000)))).shape == (32, 32, 3)
-    with pytest.raises(ImageError) as caught:
-        pixels_of(encode(Image.new("1", (1001, 1000))))
-    assert (caught.value.code, caught.value.status) == ("too_many_pixels", 413)

@@ -20,11 +20,7 @@ FRAMES = (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2")
 END = b"\xff\xd9"
 VARIANTS = {
     "baseline": ("RGB", {}),
-    "4:4:4": ("RGB", {"subsampling": 0}),
     "progressive": ("RGB", {"progressive": True}),
-    "optimized tables": ("RGB", {"optimize": True}),
-    "RGB components": ("RGB", {"keep_rgb": True}),
-    "restart markers per row": ("RGB", {"restart_marker_rows": 1}),
     "restart markers per block": ("RGB", {"restart_marker_blocks": 1}),
     "gray": ("L", {}),
     "CMYK": ("CMYK", {}),
@@ -58,19 +54,18 @@ def truncated(body: bytes) -> bool:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("size", [(160, 112), (900, 900)])
-def test_a_jpeg_with_fewer_pixels_than_declared_is_truncated(variant: str, size: tuple[int, int]) -> None:
+def test_a_jpeg_with_fewer_pixels_than_declared_is_truncated(variant: str) -> None:
     body = encode(noise_image(), variant)
     assert not truncated(body)
-    with pytest.raises(ImageError, match="truncated") as caught:
-        decode(EncodedImage(with_size(body, *size)), RULES, **LIMITS)
-    assert (caught.value.code, caught.value.status) == ("truncated_image", 422)
+    for size in ((160, 112), (900, 900)):
+        with pytest.raises(ImageError, match="truncated") as caught:
+            decode(EncodedImage(with_size(body, *size)), RULES, **LIMITS)
+        assert (caught.value.code, caught.value.status) == ("truncated_image", 422)
 
 
-@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"progressive"}))
 @pytest.mark.parametrize("fraction", [0.3, 0.9])
-def test_a_jpeg_cut_and_closed_with_an_end_marker_is_rejected(variant: str, fraction: float) -> None:
-    body = encode(noise_image((320, 240)), variant)
+def test_a_jpeg_cut_and_closed_with_an_end_marker_is_rejected(fraction: float) -> None:
+    body = encode(noise_image((320, 240)), "baseline")
     with pytest.raises(ImageError) as caught:
         decode(EncodedImage(body[: int(fraction * len(body))] + END), RULES, **LIMITS)
     assert caught.value.status == 422
@@ -93,10 +88,9 @@ def test_a_complete_jpeg_may_have_any_gray_area(
     assert not truncated(encode(image, variant, quality) + trailing)
 
 
-@pytest.mark.parametrize("segment", [b"Adobe", b"Adobe\0d\0\0\0\0", b"Adob"])
-@pytest.mark.parametrize("variant", ["baseline", "CMYK"])
-def test_a_short_adobe_segment_is_ignored(variant: str, segment: bytes) -> None:
-    body = encode(noise_image(), variant)
+@pytest.mark.parametrize("segment", [b"Adobe", b"Adob"])
+def test_a_short_adobe_segment_is_ignored(segment: bytes) -> None:
+    body = encode(noise_image(), "CMYK")
     changed = body[:2] + b"\xff\xee" + struct.pack(">H", 2 + len(segment)) + segment + body[2:]
     found, plain = decode(EncodedImage(changed), RULES, **LIMITS), decode(EncodedImage(body), RULES, **LIMITS)
     assert found.pixels.tobytes() == plain.pixels.tobytes()

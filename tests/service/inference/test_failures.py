@@ -4,58 +4,49 @@ import itertools
 import time
 
 import pytest
+from typer.testing import CliRunner
 
+from sopdeploy.cli.app import app
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference import model, service
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.failing import Failing
 
 
-@pytest.fixture
-def serve(run_server, bundle, monkeypatch):
-    """`serve(failure, number)` runs a server whose run or decoded image *number* fails."""
+def failing_decoder(monkeypatch, number):
+    """Let the decoding of image *number*, from 1, raise an unknown error."""
+    numbers = itertools.count(1)
 
-    def start(failure: str, number: int):
-        if failure == "decoder":
-            numbers = itertools.count(1)
+    def make_failing_decoder(settings: Settings, on_failure):
+        decode = make_decoder(settings, on_failure)
+        return lambda *given, **more: decode(*given, **more) if next(numbers) != number else 1 / 0
 
-            def make_failing_decoder(settings: Settings):
-                decode = make_decoder(settings)
-                return lambda *given, **more: decode(*given, **more) if next(numbers) != number else 1 / 0
-
-            monkeypatch.setattr(service, "make_decoder", make_failing_decoder)
-        return run_server(Failing({number: failure}), bundle, Settings())
-
-    return start
+    monkeypatch.setattr(service, "make_decoder", make_failing_decoder)
 
 
-@pytest.mark.parametrize(
-    ("failure", "status", "code"),
-    [
-        ("oom", 503, "out_of_memory"),
-        ("decoder", 500, "decoder_failed"),
-    ],
-)
-def test_a_failure_affects_only_its_image(serve, jpeg, failure, status, code):
-    with serve(failure, 2) as client:
-        responses = [client.post("/v1/classify", content=jpeg) for _ in range(4)]
-    assert [response.status_code for response in responses] == [200, status, 200, 200]
-    assert responses[1].json()["code"] == code
+def test_a_run_out_of_memory_fails_only_its_image(serve_with, jpeg):
+    client = serve_with(Failing({2: "oom"}))
+    responses = [client.post("/v1/classify", content=jpeg) for _ in range(3)]
+    assert [response.status_code for response in responses] == [200, 503, 200]
+    assert responses[1].json()["code"] == "out_of_memory"
 
 
-@pytest.mark.parametrize("failure", ["decoder", "nan"])
-def test_other_images_of_a_form_keep_their_predictions(serve, jpeg, failure):
-    with serve(failure, 1) as client:
-        results = client.post("/v1/classify", files=[("image", jpeg)] * 5).json()["results"]
-    assert sum("classes" in result for result in results) == 4
-    assert sum("error" in result for result in results) == 1
+def test_a_failing_decoder_fails_only_its_image(serve_with, jpeg, monkeypatch):
+    failing_decoder(monkeypatch, 2)
+    client = serve_with(FakeRuntime(classes=7))
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
+    reply = client.post("/v1/classify", content=jpeg)
+    assert (reply.status_code, reply.json()["code"]) == (500, "decoder_failed")
+    results = client.post("/v1/classify", files=[("image", jpeg)] * 3).json()["results"]
+    assert all("classes" in result for result in results)
 
 
 def test_out_of_memory_halves_batches_for_a_while(serve_with, jpeg, monkeypatch):
-    monkeypatch.setattr("sopdeploy_service.inference.model_worker.SMALLER_SECONDS", 1.0)
+    monkeypatch.setattr("sopdeploy_service.inference.model_worker.SMALLER_SECONDS", 0.3)
     runtime = Failing({1: "oom"}, fixed_ms=5)
 
     def eight() -> list[int]:
@@ -64,27 +55,43 @@ def test_out_of_memory_halves_batches_for_a_while(serve_with, jpeg, monkeypatch)
         assert all("classes" in result for result in reply.json()["results"])
         return runtime.batches[:]
 
-    delay = 3_000  # longer than decoding
+    delay = 500  # longer than decoding
     client = serve_with(runtime, max_batch=8, max_queue_delay_ms=delay)
     assert eight() == [4, 4]
     assert eight() == [4, 4]
-    time.sleep(1.0)
+    time.sleep(0.3)
     assert eight() in ([4, 4], [8])  # the worker may have asked for four already
     assert eight() == [8]
 
 
+def test_a_batch_counts_as_hung_after_twenty_times_its_usual_time(bundle):
+    runtime = FakeRuntime(classes=7)
+    loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 0.01), (8, 9.0), (8, 0.5)))
+    for timeout, images, seconds in ((None, 8, 10.0), (None, 3, 10.0), (None, 1, 4.0), (2.5, 3, 2.5)):
+        served = model.Model("tiny", loaded, Settings(batch_timeout_seconds=timeout), Metrics())
+        assert served.hang_seconds(images) == seconds
+
+
+@pytest.mark.parametrize("command", [["serve", "--port", "0"], ["verify"], ["predict"]])
 @pytest.mark.parametrize(
-    ("device", "timeout", "images", "seconds"),
+    "error",
     [
-        ("cuda:0", None, 8, 10.0),  # 20 times the measured half second
-        ("cuda:0", None, 1, 4.0),
-        ("cuda:0", None, 3, 60.0),  # a library may choose kernels for this size
-        ("cuda:0", 2.5, 3, 2.5),
-        ("cpu", None, 3, 10.0),
+        OutOfMemoryError("Failed to allocate memory for a buffer of size 9"),
+        DeviceLostError("CUDA 719, cudaErrorLaunchFailure: unspecified launch failure"),
+        RuntimeError("CUDNN failure 8: CUDNN_STATUS_EXECUTION_FAILED\nfile=cudnn.cc"),
     ],
 )
-def test_the_first_batch_of_a_size_may_take_longer_on_a_gpu(bundle, device, timeout, images, seconds):
-    runtime = FakeRuntime(classes=7, device=device)
-    loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 0.01), (8, 9.0), (8, 0.5)))
-    served = model.Model("tiny", loaded, Settings(batch_timeout_seconds=timeout), Metrics())
-    assert served.hang_seconds(images) == seconds
+def test_a_first_batch_that_fails_ends_every_command_in_one_line(
+    bundle_path, jpeg, tmp_path, monkeypatch, command, error
+):
+    runtime = Failing(dict.fromkeys(range(99), error))
+    monkeypatch.setattr("sopdeploy_service.inference.loader.open_runtime", lambda *_: runtime)
+    (tmp_path / "image.jpg").write_bytes(jpeg)
+    name, *options = command
+    images = [str(tmp_path / "image.jpg")] if name == "predict" else []
+    result = CliRunner().invoke(app, [name, str(bundle_path), *images, *options])
+    assert result.exit_code == 2
+    reason = " ".join(str(error).split())
+    assert result.stderr.splitlines() == [
+        f"error: fake cannot run a batch on fake: {type(error).__name__}: {reason} [no_runtime]"
+    ]

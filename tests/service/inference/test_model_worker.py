@@ -77,14 +77,6 @@ def test_a_closed_queue_accepts_nothing_and_returns_the_remaining_images(fill: F
     assert queue.take(8) == []
 
 
-def test_closing_wakes_a_waiting_worker() -> None:
-    queue = RequestQueue()
-    closing = threading.Timer(0.05, queue.close, [DRAINING])
-    closing.start()
-    assert queue.take(8) == []
-    closing.join()
-
-
 RAISES = 13
 
 
@@ -106,10 +98,9 @@ def images(*first: int) -> list[np.ndarray]:
     return [np.full((2, 2, 3), value, np.uint8) for value in first]
 
 
-BAD = [(1, [0]), (2, [0]), (2, [1]), (7, [3]), (8, [0]), (8, [4]), (8, [7]), (64, [32]), (64, [3, 60])]
-
-
-@pytest.mark.parametrize(("size", "bad"), [*((size, []) for size in (1, 2, 3, 8, 33)), *BAD])
+@pytest.mark.parametrize(
+    ("size", "bad"), [(1, []), (33, []), (1, [0]), (2, [1]), (7, [3]), (64, [32]), (64, [3, 60])]
+)
 def test_bad_images_fail_alone_and_a_good_batch_takes_one_run(size: int, bad: list[int]) -> None:
     network = Network()
     values = [RAISES if index in bad else 20 + index for index in range(size)]
@@ -120,21 +111,9 @@ def test_bad_images_fail_alone_and_a_good_batch_takes_one_run(size: int, bad: li
     assert (network.runs == 1) == (size == 1 or not bad)
 
 
-def test_a_network_that_always_fails_takes_a_bounded_number_of_runs() -> None:
-    network = Network()
-    assert run_bisected(network, images(*[RAISES] * 64), ["logits"]) == [ENGINE_FAILED] * 64
-    assert network.runs <= 25
-
-
 @pytest.mark.parametrize("output", ["logits", "gate"])
 def test_an_output_that_is_not_finite_fails_only_its_own_image(output: str) -> None:
     values = {"logits": np.zeros((3, 3), np.float32), "gate": np.zeros((3, 4), np.float32)}
     values[output][1, 2] = np.inf if output == "gate" else np.nan
     found = run_bisected(lambda _: values, images(1, 2, 3), ["logits"])
     assert [row is NONFINITE for row in found] == [False, True, False]
-
-
-def test_an_output_with_too_few_rows_fails_the_batch() -> None:
-    found = run_bisected(lambda _: {"logits": np.zeros((1, 3), np.float32)}, images(1, 2), ["logits"])
-    assert len(found) == 2
-    assert all(row is ENGINE_FAILED or row["logits"].shape == (3,) for row in found)

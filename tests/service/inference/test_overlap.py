@@ -9,7 +9,7 @@ import pytest
 from sopdeploy.bundle.probes import Probes
 from sopdeploy.errors import ParityError
 from sopdeploy_service.inference.loader import replay_overlapping
-from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
+from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.runtime.fake import FakeOverlappingRuntime
 
 MAX_BATCH = 2
@@ -28,7 +28,7 @@ class Scripted(FakeOverlappingRuntime):
         self.gate = threading.Event()
         self.calls: list[str] = []
 
-    def begin(self, images):
+    def begin(self, images, names=None):
         number = len(self.batches) + 1
         self.calls.append(f"begin {number}")
         wait = super().begin(images)
@@ -82,8 +82,7 @@ def test_a_full_batch_begins_while_another_runs_and_a_partial_one_waits(classify
     assert runtime.calls[2:] == ["begin 2", "begin 3", "wait 2", "wait 3", "begin 4", "wait 4"]
 
 
-@pytest.mark.parametrize("where", [0, 1], ids=["begin", "end"])
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize(("number", "where"), [(2, 0), (3, 1)], ids=["begin", "end"])
 def test_a_failed_batch_is_halved_and_other_batches_are_unaffected(classify, number, where):
     runtime = Scripted({(number, where): RuntimeError("once")})
     replies, _ = classify(runtime, 5)
@@ -91,20 +90,10 @@ def test_a_failed_batch_is_halved_and_other_batches_are_unaffected(classify, num
     assert sorted(runtime.batches) == [1, 1, 1, 2, 2]
 
 
-def test_less_memory_makes_batches_smaller_and_a_lost_device_ends_the_model(classify):
-    replies, client = classify(Scripted({(2, 1): OutOfMemoryError("no memory")}), 5)
-    assert [reply.status_code for reply in replies] == [200] * 5
+def test_a_lost_device_ends_the_model(classify):
     replies, client = classify(Scripted({(2, 1): DeviceLostError("gone")}), 6)
     assert [reply.status_code for reply in replies] == [200] + [503] * 5
     assert client.get("/livez").status_code == 503
-
-
-def test_the_busy_spans_of_a_device_do_not_overlap(serve_with, jpeg, pool):
-    client = serve_with(FakeOverlappingRuntime(classes=7, fixed_ms=10, per_image_ms=1, largest_batch=4))
-    replies = list(pool.map(lambda _: client.post("/v1/classify", content=jpeg), range(200)))
-    spans = client.app.state.service.metrics.of("tiny").runs
-    assert all(reply.status_code == 200 for reply in replies)
-    assert all(before[1] <= after[0] for before, after in zip(spans, list(spans)[1:], strict=False))
 
 
 class Leaking(FakeOverlappingRuntime):
@@ -114,7 +103,7 @@ class Leaking(FakeOverlappingRuntime):
         super().__init__(classes=7)
         self.begun = []
 
-    def begin(self, images):
+    def begin(self, images, names=None):
         self.begun.append(super().begin(images))
         return self.begun[-2] if len(self.begun) % 2 == 0 else self.begun[-1]
 

@@ -1,8 +1,6 @@
 """Several models in one server, and versions that replace each other under load."""
 
 import asyncio
-import base64
-import json
 import shutil
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -12,18 +10,18 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from fastapi import Request
 
 from sopdeploy.bundle.folder import open_bundle, read_manifest
 from sopdeploy.errors import BundleError, ConfigError
-from sopdeploy_service.api.upload import TIMEOUT_HEADER, timeout_of
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.settings import Settings
+from tests.service.failing import Failing
 
 SETTINGS = Settings(threads=1, model_control=True)
 IMAGE = np.zeros((1, 32, 32, 3), np.uint8)
@@ -38,13 +36,11 @@ def versions(tmp_path: Path, make_bundle: Callable[..., Path]) -> list[Path]:
 def run_with_registry(
     first: Path,
     scenario: Callable[[ModelRegistry], Awaitable[None]],
-    *,
-    control: bool = True,
 ) -> None:
     """Run *scenario* with a started registry of the bundle *first*, named `tiny`."""
 
     async def run() -> None:
-        store = BundleStore([f"tiny={first}"]) if control else None
+        store = BundleStore([f"tiny={first}"])
         loaded = {"tiny": load_model(first, SETTINGS)}
         registry = ModelRegistry(loaded, SETTINGS, Metrics(), store)
         for model in registry.models():
@@ -133,10 +129,20 @@ def test_a_version_with_wrong_outputs_is_never_served(versions, make_bundle) -> 
     run_with_registry(versions[0], scenario)
 
 
-@pytest.mark.parametrize("name", ["../tiny", "/etc", "", "nothing", "a\0b", "x" * 10_000])
-def test_only_folders_beside_the_bundles_can_be_loaded(versions, name) -> None:
+def test_a_version_whose_first_batch_fails_is_never_served(versions, monkeypatch) -> None:
     async def scenario(registry: ModelRegistry) -> None:
-        assert await code(registry.load("tiny", name)) == "cannot_load"
+        before, runtime = registry.find(), Failing(dict.fromkeys(range(99), DeviceLostError("CUDA 719")))
+        monkeypatch.setattr("sopdeploy_service.inference.loader.open_runtime", lambda *_: runtime)
+        assert await code(registry.load("tiny", versions[1].name)) == "cannot_load"
+        assert registry.find() is before
+
+    run_with_registry(versions[0], scenario)
+
+
+def test_only_folders_beside_the_bundles_can_be_loaded(versions) -> None:
+    async def scenario(registry: ModelRegistry) -> None:
+        for name in ("../tiny", "/etc", "", "nothing", "a\0b", "x" * 10_000):
+            assert await code(registry.load("tiny", name)) == "cannot_load"
 
     run_with_registry(versions[0], scenario)
 
@@ -153,14 +159,6 @@ def test_an_unloaded_model_can_be_loaded_again(versions) -> None:
         assert await code(registry.roll_back("tiny")) == "no_previous_version"
 
     run_with_registry(versions[0], scenario)
-
-
-def test_without_model_control_nothing_can_be_loaded(versions) -> None:
-    async def scenario(registry: ModelRegistry) -> None:
-        for change in (registry.load("tiny"), registry.unload("tiny")):
-            assert await code(change) == "model_control_off"
-
-    run_with_registry(versions[0], scenario, control=False)
 
 
 def test_swaps_under_load_fail_no_request_and_responses_name_their_version(
@@ -192,30 +190,26 @@ def test_swaps_under_load_fail_no_request_and_responses_name_their_version(
     assert set(responses) == {(200, open_bundle(path).manifest.id) for path in versions}
 
 
-@pytest.mark.parametrize("path", ["/v1/classify", "/v2/models/tiny/infer"])
 def test_a_slow_request_is_served_by_the_version_that_admitted_it(
-    versions, make_bundle, run_server, jpeg, until, path
+    versions, make_bundle, run_server, jpeg, until
 ) -> None:
     third = make_bundle(versions[0].parent, probes=5)
     first = load_model(versions[0], SETTINGS)
     store = BundleStore([f"tiny={versions[0]}"])
-    data = [base64.b64encode(jpeg).decode()]
-    tensor = {"name": "IMAGE", "datatype": "BYTES", "shape": [1], "data": data}
-    body = jpeg if path.startswith("/v1") else json.dumps({"inputs": [tensor]}).encode()
     with run_server(first.runtime, first.bundle, SETTINGS, shelf=store) as client:
         oldest = client.app.state.service.registry.find()
 
         def slow_body() -> Iterator[bytes]:
-            yield body[:10]
+            yield jpeg[:10]
             until(lambda: not oldest.unused.is_set())  # the request is admitted
             for folder in (versions[1].name, third.name):
                 load = {"parameters": {"folder": folder}}
                 assert client.post("/v2/repository/models/tiny/load", json=load).status_code == 200
             newest = client.post("/v1/classify", content=jpeg)
             assert newest.headers["x-model-digest"] == open_bundle(third).manifest.id
-            yield body[10:]
+            yield jpeg[10:]
 
-        reply = client.post(path, content=slow_body())
+        reply = client.post("/v1/classify", content=slow_body())
         assert reply.status_code == 200, reply.text
         assert reply.headers["x-model-digest"] == oldest.version
 
@@ -227,7 +221,6 @@ def two(versions, run_server, onnx_runtime) -> Iterator[httpx.Client]:
 
 
 def test_with_several_models_a_request_must_name_one(two, jpeg) -> None:
-    assert "ants, bees" in two.post("/v1/classify", content=jpeg).json()["detail"]
     for query, status, code in (
         ("", 400, "model_needed"),
         ("?model=bees", 200, None),
@@ -241,23 +234,11 @@ def test_with_several_models_a_request_must_name_one(two, jpeg) -> None:
 
 
 def test_an_invalid_timeout_is_400_and_a_long_one_is_limited_by_the_server(two, jpeg) -> None:
-    for value, status in {"0": 400, "-1": 400, "1.5": 400, "soon": 400, "٣": 400, "9" * 20_000: 200}.items():
+    for value, status in {"0": 400, "1.5": 400, "٣": 400, "0020000": 200, "9" * 20_000: 200}.items():
         headers = {"X-Request-Timeout-Ms": value.encode()}
         reply = two.post("/v1/classify?model=ants", content=jpeg, headers=headers)
         code = "invalid_timeout" if status == 400 else None
         assert (reply.status_code, reply.json().get("code")) == (status, code)
-
-
-def test_a_timeout_only_shortens_the_deadline() -> None:
-    for value, seconds in {
-        "1": 0.001,
-        "0001500": 1.5,
-        "29999": 29.999,
-        "30001": 30,
-        "9" * 20_000: 30,
-    }.items():
-        scope = {"type": "http", "headers": [(TIMEOUT_HEADER.encode(), value.encode())]}
-        assert timeout_of(Request(scope), longest=30.0) == seconds
 
 
 def test_a_folder_of_bundles_is_served_by_name(tmp_path, make_bundle) -> None:

@@ -1,17 +1,17 @@
-"""Ranking of logits and the JSON of predictions."""
+"""rank_classes of logits and the JSON of predictions."""
 
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from sopdeploy.decision import softmax
 from sopdeploy_service.api.schema import Classes
-from sopdeploy_service.inference.results import SMALL_K, Ranking, format_prediction, softmax, top_indices
+from sopdeploy_service.inference.results import format_prediction, rank_classes, top_indices
 
 SMALL = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-3, 3).map(float))
-LARGE = arrays.arrays(np.float32, 300, elements=st.floats(-50, 50, width=32))
 
 
 @given(SMALL, st.integers(1, 50))
@@ -19,22 +19,10 @@ def test_top_indices_equals_a_stable_sort(values, count):
     assert top_indices(values, count).tolist() == np.argsort(-values, kind="stable")[:count].tolist()
 
 
-@settings(max_examples=30)
-@given(st.lists(LARGE, min_size=1, max_size=4), st.integers(1, 2 * SMALL_K))
-def test_ranking_a_batch_equals_ranking_each_image(images, count):
-    batch = Ranking(images)
-    for row, logits in enumerate(images):
-        indices = top_indices(logits, count)
-        expected = list(zip(indices.tolist(), softmax(logits)[indices].tolist(), strict=True))
-        assert batch.top_k(row, count) == expected
-
-
 @given(SMALL, st.integers(1, 50), st.none() | SMALL, st.lists(st.sampled_from(["exif_rotated", "x"])))
 def test_the_json_of_a_prediction_is_a_valid_response_model(logits, top_k, gates, warnings):
     labels = [f"class {index}" for index in range(len(logits))]
-    found = format_prediction(
-        Ranking([logits]).top_k(0, top_k), labels, warnings=tuple(warnings), gates=gates
-    )
+    found = format_prediction(rank_classes(logits, top_k), labels, warnings=tuple(warnings), gates=gates)
     model = Classes.model_validate(found, strict=False)
     assert orjson.dumps(found) == orjson.dumps(model.model_dump(exclude_none=True))
 
@@ -50,7 +38,7 @@ def test_the_json_of_a_prediction_is_a_valid_response_model(logits, top_k, gates
     ],
 )
 def test_classes_are_sorted_and_ties_keep_the_label_order(logits, top_k, labels):
-    found = format_prediction(Ranking([np.array(logits, np.float32)]).top_k(0, top_k), ["a", "b", "c"])
+    found = format_prediction(rank_classes(np.array(logits, np.float32), top_k), ["a", "b", "c"])
     assert [entry["label"] for entry in found["classes"]] == labels
 
 

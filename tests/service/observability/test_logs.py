@@ -10,7 +10,6 @@ import pytest
 
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.observability import logs
-from sopdeploy_service.observability.logs import Timeline
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 
@@ -116,20 +115,17 @@ def test_client_text_in_a_traceback_starts_no_line(logged, form):
     ("settings", "stream", "expected"),
     [
         ({}, io.StringIO, ["warn"]),
-        ({"startup_timeline": True}, io.StringIO, ["started", "warn"]),
-        ({"log": "json"}, io.StringIO, ["hint", "started", "warn"]),
-        ({"log": "console"}, io.StringIO, ["hint", "started", "warn"]),
-        ({"log": "json", "log_level": "error"}, io.StringIO, []),
+        ({"log": "json"}, io.StringIO, ["hint", "warn"]),
+        ({"log": "console"}, io.StringIO, ["hint", "warn"]),
         ({"log_level": "error"}, io.StringIO, []),
-        ({}, Terminal, ["hint", "started", "warn"]),
+        ({}, Terminal, ["hint", "warn"]),
         ({"log_level": "warning"}, Terminal, ["warn"]),
     ],
 )
 def test_which_events_are_logged_by_default_and_with_settings(logged, settings, stream, expected):
     found = logged(stream(), **settings)
     logging.getLogger("sopdeploy.server").info("hint")
-    Timeline().log()
     logging.getLogger("sopdeploy.engine").warning("warn")
     logging.getLogger("urllib3").info("of another library")
-    assert [word for word in ("hint", "started", "warn") if word in found.getvalue()] == expected
+    assert [word for word in ("hint", "warn") if word in found.getvalue()] == expected
     assert found.getvalue().count("\n") == len(expected)

@@ -41,12 +41,6 @@ def test_post_endpoints_reject_head(client, path):
     assert (head.status_code, head.headers["allow"], head.content) == (405, "POST", b"")
 
 
-@pytest.mark.parametrize("path", ["/", "/readyz", "/openapi.json", f"{MODEL}/config"])
-def test_get_endpoints_allow_get_and_head(client, path):
-    reply = client.delete(path)
-    assert (reply.status_code, reply.headers["allow"]) == (405, "GET, HEAD")
-
-
 def test_no_body_precedes_the_next_response(client):
     with connect(client) as wire:
         for _ in range(3):  # the connection must stay usable

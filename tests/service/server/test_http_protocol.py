@@ -16,7 +16,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.server.sockets import allow_files
 from sopdeploy_service.settings import Settings
-from tests.service.raw import EXPECT, GET, POST, connect, count, post_of, read
+from tests.service.raw import EXPECT, GET, POST, connect, count, read
 
 LIMITS = {
     "max_body_bytes": 1_000_000,
@@ -48,39 +48,29 @@ REJECTED = {
         "a header of 100 kB": GET + b"X: " + b"x" * 100_000 + b"\r\n\r\n",
         "an endless header": GET + b"X: " + b"x" * 1_000_000,
         "1000 headers": GET + LARGE + b"\r\n",
-        "1000 trailers": CHUNKED + b"5\r\nhello\r\n0\r\n" + LARGE + b"\r\n",
     },
     (414, "url_too_long"): {
         "a URL of 64 kB": b"GET /" + b"x" * 65_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-        "an endless URL": b"GET /" + b"x" * 1_000_000,
     },
     (413, "too_large"): {
         "a length of 1 TB": POST + b"Content-Length: 1000000000000\r\n\r\n",
-        "a length one over the limit": POST + b"Content-Length: 1000001\r\n\r\n",
         "a length one over, on a GET": GET + b"Content-Length: 1000001\r\n\r\n",
     },
     (400, "malformed_request"): {
         "a length over 64 bits": POST + b"Content-Length: 1" + b"0" * 30 + b"\r\n\r\n",
         "a negative length": POST + b"Content-Length: -1\r\n\r\n",
-        "a length of letters": POST + b"Content-Length: five\r\n\r\n",
-        "two lengths": POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
         "a length and chunks": POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         "another transfer encoding": POST + b"Transfer-Encoding: gzip\r\n\r\nhello",
         "a chunk without a size": CHUNKED + b"hello\r\n",
-        "a chunk with a negative size": CHUNKED + b"-5\r\nhello\r\n",
         "a space in a header's name": GET + b"A b: c\r\n\r\n",
-        "a header over two lines": GET + b"A: b\r\n c\r\n\r\n",
         "a zero byte in a header": GET + b"A: b\0c\r\n\r\n",
         "an invalid URL": b"GET livez HTTP/1.1\r\nHost: x\r\n\r\n",
         "a URL with a broken host": b"GET http://[::1/a HTTP/1.1\r\n\r\n",
         "no host": b"GET /livez HTTP/1.1\r\n\r\n",
         "two hosts": GET + b"Host: y\r\n\r\n",
-        "an upgrade without a host": b"GET / HTTP/1.1\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\n",
         "a tunnel": b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
         "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        "HTTP/0.9": b"GET /livez HTTP/0.9\r\n\r\n",
         "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        "zeros": b"\0" * 100,
     },
 }
 
@@ -104,14 +94,6 @@ def test_an_invalid_request_is_rejected_immediately(client, wire, jpeg, status, 
     assert len(reply.headers["x-request-id"]) == 32
     assert count(client, f'rejected_total{{reason="{code}"}}') == before + 1
     assert client.post("/v1/classify", content=jpeg).status_code == 200
-
-
-def test_a_rejected_request_is_in_the_metrics_and_keeps_its_id(client, wire):
-    before = count(client, 'requests_total{code="413",model="",route="other"}')
-    bad = wire()
-    bad.sendall(POST + b"X-Request-ID: mine\r\nContent-Length: 9000000\r\n\r\n")
-    assert read(bad).headers["x-request-id"] == "mine"
-    assert count(client, 'requests_total{code="413",model="",route="other"}') == before + 1
 
 
 SLOW = {
@@ -190,13 +172,6 @@ def test_an_idle_connection_is_closed_after_the_keep_alive_time(serve_with):
         assert 0.5 < time.monotonic() - started < 10
 
 
-def test_the_header_timeout_applies_to_the_second_request(wire):
-    bad = wire()
-    bad.sendall(GET + b"\r\n" + GET)
-    assert read(bad, to_the_end=False).status == 200
-    assert read(bad).code == "slow_request"
-
-
 def test_a_client_that_does_not_read_is_disconnected(client, wire, until):
     bad = wire()
     bad.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -264,15 +239,6 @@ def test_trailers_are_not_headers_of_the_request(wire):
     assert reply.headers["x-request-id"] != "late"
 
 
-def test_websockets_are_404_and_close_the_connection(wire):
-    bad = wire()
-    bad.sendall(
-        b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n\x81\x05hello"
-    )
-    reply = read(bad)
-    assert (reply.status, reply.code) == (404, "not_found")
-
-
 UPGRADE = b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"
 
 
@@ -280,10 +246,8 @@ UPGRADE = b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Setting
     ("chunked", "kept", "following"),
     [
         (False, 0, b""),
-        (True, 0, b""),
         (False, 100, b""),
         (True, 100, b"garbage"),
-        (False, 0, post_of(b"x")),
         (False, 0, GET + UPGRADE + b"\r\n"),
     ],
 )
@@ -306,10 +270,7 @@ def test_a_request_that_offers_http_2_is_served_with_its_body(wire, jpeg, chunke
     [
         ("/v1/classify", b"Content-Length: 2000000\r\n", 413),
         ("/v1/classify", b"Content-Length: 100\r\nContent-Encoding: gzip\r\n", 415),
-        ("/v1/classify", b"Content-Length: 100\r\nContent-Type: multipart/mixed\r\n", 415),
-        ("/v1/classify?top_k=no", b"Content-Length: 100\r\n", 422),
         ("/nowhere", b"Content-Length: 100\r\n", 404),
-        ("/livez", b"Content-Length: 100\r\n", 405),
     ],
 )
 def test_expect_100_gets_the_rejection_before_the_body(wire, path, headers, status):
@@ -334,18 +295,15 @@ def is_open(wire: socket.socket) -> bool:
         return True
 
 
-@pytest.mark.parametrize(
-    ("limits", "number", "closed"), [({"max_connections": 4}, 6, 2), ({"max_idle_connections": 2}, 5, 3)]
-)
-def test_a_connection_over_the_limit_closes_the_longest_idle_one(serve_with, limits, number, closed):
-    client = serve_with(FakeRuntime(classes=7), **limits)
+def test_a_connection_over_the_limit_closes_the_longest_idle_one(serve_with):
+    client = serve_with(FakeRuntime(classes=7), max_connections=4)
     with ExitStack() as stack:
         wires = []
-        for _ in range(number):  # each is idle when the next one connects
+        for _ in range(6):  # each is idle when the next one connects
             wires.append(stack.enter_context(connect(client)))
             wires[-1].sendall(GET + b"\r\n")
             assert read(wires[-1], to_the_end=False).status == 200
-        assert [is_open(wire) for wire in wires] == [False] * closed + [True] * (number - closed)
+        assert [is_open(wire) for wire in wires] == [False] * 2 + [True] * 4
 
 
 def test_a_connection_over_the_limit_is_503_if_none_is_idle(serve_with, until):
@@ -363,24 +321,9 @@ def test_a_connection_over_the_limit_is_503_if_none_is_idle(serve_with, until):
     until(lambda: count(client, "connections") == 1)
 
 
-def test_the_server_recovers_from_hundreds_of_connections_over_the_limit(serve_with, jpeg, until):
-    client = serve_with(FakeRuntime(classes=7), max_connections=50, header_timeout=0.5)
-
-    def responds() -> bool:
-        try:
-            return client.post("/v1/classify", content=jpeg).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    with ExitStack() as stack:
-        wires = [stack.enter_context(connect(client)) for _ in range(300)]
-        assert any(not is_open(wire) for wire in wires[-2:])
-        until(responds)
-
-
 @pytest.mark.parametrize(
     ("soft", "hard", "raised"),
-    [(100, 10_000, 756), (100, 756, 756), (10_000, 10_000, None), (100, -1, 756), (-1, -1, None)],
+    [(100, 756, 756), (10_000, 10_000, None), (100, -1, 756)],
 )
 def test_the_limit_of_open_files_is_raised_for_the_connections(monkeypatch, soft, hard, raised):
     calls = []

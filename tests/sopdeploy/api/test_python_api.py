@@ -5,7 +5,6 @@ import inspect
 import io
 import json
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,7 +34,6 @@ from sopdeploy.errors import (
 )
 from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.few_shot.config import CandidateResult, FewShotResult
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy_export.pipeline import Exported
 from tests.export.once import proving_once
@@ -123,19 +121,6 @@ def test_the_signature_and_the_docstring_of_a_function_list_its_options() -> Non
     assert "max_batch: Largest batch that the bundle must accept." in str(sopdeploy.export.__doc__)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"precision": "int4"}, r"^precision: Input should be 'fp32'.*\(got 'int4'\)$"),
-        ({"newton_schulz": "fp16"}, r"^newton_schulz: fp16 needs precision fp16$"),
-        ({"keep_float": ["conv1"]}, r"^keep_float: only with precision int8$"),
-    ],
-)
-def test_an_invalid_option_of_an_export_is_one_line(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        sopdeploy.export("ckpt.pt", **options)
-
-
 def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tmp_path: Path) -> None:
     settings = [part for assignment in ASSIGNMENTS for part in ("--set", assignment)]
     options = ("--data", photos, "--recipe", "photos-dsop", "--out", tmp_path / "run")
@@ -150,35 +135,12 @@ def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tm
     assert again == run
 
 
-def test_settings_can_be_lists() -> None:
-    heads = ["isqrt", "gap"]
-    recipe = read_recipe("photos", list(_assignments({"few_shot": {"heads": heads}})))
-    assert recipe.few_shot.heads == tuple(heads)
-
-
-def test_an_empty_table_enables_what_is_optional_and_changes_nothing_else() -> None:
+def test_settings_can_be_lists_and_an_empty_table_enables_what_is_optional() -> None:
+    recipe = read_recipe("photos", list(_assignments({"few_shot": {"heads": ["isqrt", "gap"]}})))
+    assert recipe.few_shot.heads == ("isqrt", "gap")
     given = list(_assignments({"ema": {}, "optimizer": {}, "model": {"config": {}}}))
-    assert given == list(_assignments({"ema": {}})) == ["ema={}"]
+    assert given == ["ema={}"]
     assert read_recipe("digits-dsop", given).ema is not None
-
-
-def test_an_export_has_the_options_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    def stop(*arguments: Any) -> None:
-        calls.append(arguments[:3])
-        raise ConfigError("stopped")
-
-    monkeypatch.setattr("sopdeploy.api.deployment.run", stop)
-    changed = {"detach": True, "max_batch": 4, "probes": "p", "precision": "fp16", "newton_schulz": "fp16"}
-    flags = "--detach --max-batch 4 --probes p --precision fp16 --newton-schulz fp16 --out o"
-    CliRunner().invoke(app, ["export", "best.pt"])
-    CliRunner().invoke(app, ["export", "best.pt", *shlex.split(flags)])
-    for arguments, options in ((("best.pt",), {}), (("best.pt", "o"), changed)):
-        with pytest.raises(ConfigError, match="stopped"):
-            sopdeploy.export(*arguments, **options)
-    assert calls[:2] == calls[2:]
-    assert calls[0] != calls[1]
 
 
 def test_evaluation_gives_the_metrics_of_the_command(run: TrainedRun, bundle: Path, photos: Path) -> None:
@@ -256,10 +218,7 @@ def test_a_classification_gives_the_rows_and_the_figures_of_the_command(
 BAD_CLASSIFICATIONS: dict[str, tuple[type[SopdeployError], dict[str, Any]]] = {
     r"^out: /.* was begun with logits False, not True": (ConfigError, {"logits": True}),
     r"^workers: Input should be greater than": (ConfigError, {"workers": 0}),
-    r"^workers: Input should be less than": (ConfigError, {"workers": 10**12}),
-    r"^part_images: Input should be less than": (ConfigError, {"part_images": 10**20}),
-    r"^gpus_per_actor: Input should be greater than": (ConfigError, {"ray": "auto", "gpus_per_actor": -1.0}),
-    r"^features: .* has no output `features`": (ConfigError, {"features": True}),
+    r"^features: .* has no features; export it with_features": (ConfigError, {"features": True}),
     r"prt: unknown key": (ConfigError, {"prt": 1}),
     r"nowhere: not found": (DataError, {"sources": "nowhere"}),
 }
@@ -320,8 +279,6 @@ def test_a_server_in_the_background_ends_with_the_process_that_started_it(bundle
 BAD_IMAGES = {
     "float pixels": np.zeros((8, 8, 3)),
     "channels first": np.zeros((3, 8, 8), dtype=np.uint8),
-    "no pixels": np.zeros((0, 8, 3), dtype=np.uint8),
-    "no columns": Image.new("RGBA", (0, 5)),
     "another type": [b"bytes"],
     "a missing file": "missing.jpg",
 }
@@ -333,9 +290,7 @@ def test_what_is_no_image_is_one_error_line(case: str, bundle: Path) -> None:
         sopdeploy.predict(bundle, BAD_IMAGES[case])
 
 
-@pytest.mark.parametrize(
-    "name", ["2024", "2024-06-01", "true", "[new]", "a # b", '"quoted"', " x ", "C:\\p", "ä\U0001f600"]
-)
+@pytest.mark.parametrize("name", ["2024-06-01", "true", "a # b"])
 def test_a_folder_or_weight_file_is_a_name_and_never_a_toml_value(name: str) -> None:
     recipe, _ = configure(name, None, TrainOptions(weights=name))
     assert str(getattr(recipe.data, "path", None)) == name
@@ -349,8 +304,6 @@ def test_user_errors_are_sopdeploy_errors(bundle: Path, photos: Path, tmp_path: 
         "epoch: unknown key; did you mean epochs": (
             ConfigError, lambda: sopdeploy.train(recipe="digits-plain", epoch=3),
         ),
-        "lr": (ConfigError, lambda: sopdeploy.train(recipe="digits-plain", optimizer={"lr": -1})),
-        "prt: unknown key": (ConfigError, lambda: sopdeploy.predict(bundle, [], prt=1)),
         "no bundle": (BundleError, lambda: sopdeploy.serve(tmp_path, background=True)),
         "TensorRT|tensorrt": (
             RuntimeUnavailableError,
@@ -389,36 +342,9 @@ def test_results_render_in_notebooks_with_escaped_text(
     wrong = evaluation.metrics.count - evaluation.metrics.top1.right
     assert wrong
     assert pages[1].count("<img ") == wrong
-    assert pages[0].count("<svg ") == pages[1].count("<svg ") == 1
+    assert pages[0].count("Confusion matrix") == pages[1].count("Confusion matrix") == 1
     assert f'href="{exported.path / "report.html"}"' in pages[3]
     assert "Images: the held-out images, which also selected the epoch" in pages[0]
-    few_shot = FewShotResult(
-        top1=evaluation.metrics.top1,
-        estimated_on="cross-validation",
-        class_counts={HOSTILE: 4},
-        balanced=False,
-        duplicates=0,
-        candidates=(
-            CandidateResult(
-                name="resnet18 gap",
-                kept=True,
-                pareto=True,
-                score=evaluation.metrics.top1,
-                loss=0.5,
-                features=512,
-                strength=10,
-                macs=10**9,
-                parameters=10**7,
-                milliseconds=5,
-                seconds=1,
-            ),
-        ),
-        choice="resnet18 gap",
-        seconds={"head": 1.0},
-    )
-    page = TrainedRun(**{**dict(run), "few_shot": few_shot})._repr_html_()
-    assert "512 features, C 10, 1,000 M multiply-adds, 10.00 M parameters, 5 ms - chosen" in page
-    assert "<script" not in page
     moved = TrainedRun(**{**dict(run), "out": Path("moved")})
     assert "moved: holds no run with a finished epoch" in moved._repr_html_()
 

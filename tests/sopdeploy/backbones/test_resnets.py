@@ -44,7 +44,7 @@ def test_features_gives_every_tapped_block_in_the_order_of_computing() -> None:
         network.get_submodule(name).register_forward_hook(
             lambda _module, _inputs, out, name=name: seen.update({name: out})
         )
-    last, tapped = network.features(images, ["layer3.0", "layer1.1"])
+    last, tapped = network.feature_maps(images, ["layer3.0", "layer1.1"])
     assert torch.equal(tapped[0], seen["layer1.1"])
     assert torch.equal(tapped[1], seen["layer3.0"])
     assert torch.equal(last, seen["layer4.1"])
@@ -65,12 +65,3 @@ def test_raw_input_is_sixty_times_the_standardized_one() -> None:
     raw.load_state_dict(standard.state_dict())
     images = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(raw.eval()(images * 60), standard.eval()(images), rtol=1e-4, atol=1e-4)
-
-
-def test_convolutions_start_by_fan_in() -> None:
-    torch.manual_seed(0)
-    network = trunk(blocks_per_stage=1)
-    conv = network.get_parameter("layer4.0.conv2.weight")
-    assert conv.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
-    assert network.conv1.bias is not None
-    assert network.conv1.bias.abs().max() == 0

@@ -23,7 +23,6 @@ from sopdeploy.bundle.folder import (
 )
 from sopdeploy.bundle.manifest import Manifest, to_json
 from sopdeploy.errors import BundleError, StorageError
-from sopdeploy.files import sha256
 from tests.forged import FIELDS, LABELS, fill, flip, forge, write_hollow
 
 FILES = (*REQUIRED, "README.md")
@@ -47,9 +46,9 @@ def rename_entry(bundle: Path, old: str, new: str) -> None:
     (bundle / MANIFEST).write_bytes(Manifest.model_validate_json(json.dumps(fields)).to_bytes())
 
 
-@pytest.mark.parametrize("error", [None, BundleError("x"), ValueError("x"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [None, BundleError("x"), KeyboardInterrupt()])
 def test_the_staging_folder_is_hidden_and_never_stays(tmp_path: Path, error: BaseException | None) -> None:
-    with suppress(BundleError, ValueError, KeyboardInterrupt), staging(tmp_path / "out") as folder:
+    with suppress(BundleError, KeyboardInterrupt), staging(tmp_path / "out") as folder:
         assert folder.parent == tmp_path / "out"
         assert folder.name.startswith(".")
         fill(folder)
@@ -71,17 +70,7 @@ def test_an_unwritable_destination_is_an_error(tmp_path: Path, below: str) -> No
         pass
 
 
-def test_a_published_bundle_is_named_by_its_content_and_opens(tmp_path: Path) -> None:
-    path = write_hollow(tmp_path)
-    bundle = open_bundle(path)
-    assert path.name == bundle.name == f"tiny-{bundle.manifest.id}"
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "latest", path]
-    assert bundle.labels == tuple(LABELS)
-    assert set(bundle.manifest.files) == set(FILES)
-    assert (bundle.onnx, bundle.probes) == (path / "model.onnx", path / "probes.npz")
-
-
-def test_published_files_are_renamed_and_readable_by_everyone_with_any_umask(tmp_path: Path) -> None:
+def test_a_published_bundle_is_named_by_its_content_and_readable_by_everyone(tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
         with staging(tmp_path) as folder:
@@ -93,21 +82,9 @@ def test_published_files_are_renamed_and_readable_by_everyone_with_any_umask(tmp
     assert (path / "model.onnx").stat().st_ino == inode
     assert stat.S_IMODE(path.stat().st_mode) == 0o755
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o644}
-
-
-def test_two_processes_may_publish_the_same_bundle_at_the_same_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def publish_meanwhile(_: int) -> None:
-        monkeypatch.undo()
-        write_hollow(tmp_path)
-
-    with staging(tmp_path) as folder:
-        fill(folder)
-        monkeypatch.setattr(os, "fsync", publish_meanwhile)
-        path = publish(folder, seal(folder, FIELDS), tmp_path)
-    assert open_bundle(path).path == path
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "latest", path]
+    bundle = open_bundle(path)
+    assert path.name == bundle.name == f"tiny-{bundle.manifest.id}"
+    assert (bundle.labels, set(bundle.manifest.files)) == (tuple(LABELS), set(FILES))
 
 
 def test_latest_is_a_relative_link_to_the_bundle_that_was_published_last(tmp_path: Path) -> None:
@@ -137,20 +114,8 @@ def test_equal_content_is_published_once_and_nothing_replaces_a_bundle(tmp_path:
         write_hollow(tmp_path)
 
 
-def test_a_renamed_bundle_with_an_unlisted_file_opens(bundle: Path) -> None:
-    renamed = bundle.rename(bundle.parent / "mine")
-    (renamed / "notes.txt").write_text("mine")
-    opened = open_bundle(renamed)
-    assert opened.path == renamed
-    assert "notes.txt" not in opened.manifest.files
-
-
 def grow(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"\0")
-
-
-def shorten(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1])
 
 
 def replace_with(create: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -190,9 +155,7 @@ def test_a_path_without_a_bundle_is_rejected(tmp_path: Path, place: str) -> None
         open_bundle(tmp_path / place)
 
 
-NAMES = [
-    "", "..", "../outside", "/etc/passwd", "deeper/file", "..\\outside", "nul\0byte", "README.md/",
-]  # fmt: skip
+NAMES = ["", "..", "../outside", "/etc/passwd", "deeper/file", "..\\outside", "nul\0byte"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -220,9 +183,7 @@ def test_a_bundle_without_a_required_file_is_neither_sealed_nor_opened(
     assert not (tmp_path / "new" / MANIFEST).exists()
 
 
-BODIES = {
-    "empty": b"", "not text": b"\xff\xfe", "another format": b'{"format": "zip"}', "deep lists": b"[" * 9_000,
-}  # fmt: skip
+BODIES = {"empty": b"", "another format": b'{"format": "zip"}', "deep lists": b"[" * 9_000}
 
 
 @pytest.mark.parametrize("case", BODIES)
@@ -239,6 +200,12 @@ def test_a_huge_manifest_is_rejected_without_reading_it(bundle: Path) -> None:
         read_manifest(bundle)
 
 
+def test_a_file_is_parsed_only_if_its_hash_matches(bundle: Path) -> None:
+    flip(bundle / "labels.json", 0)
+    with pytest.raises(BundleError, match=r"labels\.json: its sha256 is not the one in the manifest"):
+        open_bundle(bundle)
+
+
 LABEL_FILES: dict[str, tuple[bytes, str]] = {
     "one too few": (to_json(LABELS[:-1]), "2 class names for 3 outputs"),
     "an object": (to_json({"0": "ant"}), "not a list of class names"),
@@ -253,38 +220,3 @@ def test_invalid_labels_are_rejected_even_with_the_right_hash(bundle: Path, case
     forge(bundle)
     with pytest.raises(BundleError, match=rf"labels\.json: .*{message}"):
         open_bundle(bundle)
-
-
-def test_checks_run_in_order_and_the_first_failure_is_reported(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Damage everything at once, then repair one check at a time."""
-    hashed: list[str] = []
-    monkeypatch.setattr(
-        "sopdeploy.bundle.folder.sha256", lambda path: hashed.append(path.name) or sha256(path)
-    )
-
-    def error() -> str:
-        hashed.clear()
-        with pytest.raises(BundleError) as caught:
-            open_bundle(bundle)
-        return str(caught.value)
-
-    (bundle / "labels.json").write_bytes(to_json(["ant"]))
-    forge(bundle)
-    flip(bundle / "model.onnx", 3)
-    grow(bundle / "parity.json")
-    good = (bundle / MANIFEST).read_bytes()
-    rename_entry(bundle, "README.md", "../README.md")
-    bad_path = (bundle / MANIFEST).read_bytes()
-    (bundle / MANIFEST).write_bytes(bad_path + b" ")
-    assert "edited or damaged" in error()
-    (bundle / MANIFEST).write_bytes(bad_path)
-    assert "not a plain" in error()
-    (bundle / MANIFEST).write_bytes(good)
-    assert "bytes, the manifest says" in error()
-    assert hashed == []
-    shorten(bundle / "parity.json")
-    assert "sha256" in error()
-    flip(bundle / "model.onnx", 3)
-    assert "class names for" in error()

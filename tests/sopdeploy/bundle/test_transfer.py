@@ -1,8 +1,5 @@
 """Push, pull and sign with folders, object stores and registries."""
 
-import base64
-import hashlib
-import io
 import json
 import os
 import shutil
@@ -15,26 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from sopdeploy.bundle import storage
-from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.bundle.signing import (
-    MAX_FILE_BYTES,
-    check_signed,
-    make_key,
-    read_public,
-    read_secret,
-    sign,
-    signature_path,
-)
-from sopdeploy.bundle.storage import ARCHIVE_TYPE, SIGNATURE_TYPE, pull_artifact
+from sopdeploy.bundle.signing import check_signature, make_key, sign, signature_path
 from sopdeploy.bundle.transfer import pull, push
 from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError, ConfigError
@@ -115,74 +99,78 @@ def test_a_signature_is_pushed_with_its_bundle_and_checked_on_pull(
     sign(bundle, key)
     pushed = push(bundle, store)
     assert (pushed.signed, pushed.url) == (True, f"{store}/{bundle.name}.tar")
-    pulled = pull(pushed.url, tmp_path / "here", verify_key=public)
+    pulled = pull(pushed.url, tmp_path / "here", require_signature=public)
     assert pulled.verified
     assert contents(pulled.path) == contents(bundle)
     assert signature_path(pulled.path).read_bytes() == signature_path(bundle).read_bytes()
-    check_signed(open_bundle(pulled.path).manifest, signature_path(pulled.path), public)
+    check_signature(pulled.path, signature_path(pulled.path), public)
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "untrusted comment: x\ntrust me\n", "untrusted comment: x\nRWQ=\n", "\x00\xff"],
-    ids=["nothing", "text", "another length", "no text"],
+    "text", ["", "no key", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"]
 )
-def test_invalid_key_files_are_rejected(text: str, tmp_path: Path) -> None:
-    file = tmp_path / "key"
-    file.write_text(text, encoding="latin-1")
-    for read in (read_public, read_secret):
-        with pytest.raises(ConfigError, match="not a minisign key file"):
-            read(file)
+def test_invalid_key_files_are_rejected(text: str, bundle: Path, key: Path, tmp_path: Path) -> None:
+    signature, file = sign(bundle, key), tmp_path / "other"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="not a PEM file with a private"):
+        sign(bundle, file)
+    with pytest.raises(ConfigError, match="not a PEM file with a public"):
+        check_signature(bundle, signature, file)
     with pytest.raises(ConfigError, match="key file cannot be read"):
-        read_public(tmp_path / "none")
+        check_signature(bundle, signature, tmp_path / "none")
 
 
-def test_secret_keys_are_private_and_damaged_or_encrypted_ones_are_rejected(key: Path) -> None:
+def test_private_keys_are_readable_by_their_owner_only_and_never_replaced(key: Path) -> None:
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    content, public = key.read_bytes(), key.with_name(f"{key.name}.pub")
     with pytest.raises(ConfigError, match="never replaced"):
         make_key(key)
-    moved, public = key.rename(key.with_name("moved")), key.with_name(f"{key.name}.pub").read_bytes()
+    assert key.read_bytes() == content
+    key.unlink()
     with pytest.raises(ConfigError, match=r"\.pub: exists already, a key is never replaced"):
         make_key(key)
-    assert key.with_name(f"{key.name}.pub").read_bytes() == public
+    assert public.is_file()
     assert not key.exists()
-    moved.rename(key)
-    comment, line = key.read_text().splitlines()
-    for place, said in ((70, "do not match"), (2, "password")):
-        body = bytearray(base64.b64decode(line))
-        body[place] ^= 1
-        key.write_text(f"{comment}\n{base64.b64encode(body).decode()}\n")
-        with pytest.raises(ConfigError, match=said):
-            read_secret(key)
 
 
-@pytest.mark.skipif(shutil.which("minisign") is None, reason="minisign is not installed")
-def test_minisign_and_sopdeploy_accept_each_others_keys_and_signatures(
+def test_model_signing_and_sopdeploy_accept_each_others_signatures(
     bundle: Path, key: Path, tmp_path: Path
 ) -> None:
-    def minisign(*arguments: object) -> str:
-        return subprocess.run(["minisign", *arguments], capture_output=True, text=True, check=True).stdout
+    def model_signing(*arguments: object) -> str:
+        command = [sys.executable, "-m", "model_signing", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
-    file, theirs = bundle / "manifest.json", tmp_path / "theirs"
-    output = minisign("-V", "-m", file, "-x", sign(bundle, key), "-p", f"{key}.pub")
-    assert "Signature and comment signature verified" in output
-    assert f"sopdeploy bundle {bundle.name}" in output
-    secret, public = tmp_path / "m.key", tmp_path / "m.pub"
-    minisign("-G", "-W", "-s", secret, "-p", public)
-    minisign("-S", "-s", secret, "-m", file, "-x", theirs)
-    for signature in (sign(bundle, secret), theirs):
-        check_signed(open_bundle(bundle).manifest, signature, public)
+    public, theirs = key.with_name("release.key.pub"), tmp_path / "theirs.sig"
+    verify = ("verify", "key", bundle, "--public_key", public, "--signature")
+    assert "Verification succeeded" in model_signing(*verify, sign(bundle, key))
+    model_signing("sign", "key", bundle, "--private_key", key, "--signature", theirs)
+    check_signature(bundle, theirs, public)
+    for name in sorted(path.name for path in bundle.iterdir()):
+        file = bundle / name
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(BundleError, match=r"is not valid \(Signature mismatch"):
+            check_signature(bundle, theirs, public)
+        if name == "model.onnx":
+            assert "Verification succeeded" not in model_signing(*verify, theirs)
+        file.write_bytes(content)
+    check_signature(bundle, theirs, public)
 
 
-@pytest.mark.parametrize("url", ["memory://models/none.tar", "nosuchstore://models/x.tar"])
-def test_a_missing_archive_is_one_error_line(url: str, tmp_path: Path) -> None:
-    assert url in cli_error("pull", url, tmp_path / "here")
+def test_a_pull_without_a_key_keeps_an_existing_signature(bundle: Path, key: Path, tmp_path: Path) -> None:
+    sign(bundle, key)
+    archive = Path(push(bundle, str(tmp_path / "store")).url)
+    public, here = key.with_name("release.key.pub"), tmp_path / "here"
+    path = pull(str(archive), here, require_signature=public).path
+    archive.with_name(f"{archive.name}.sig").write_text("unchecked")
+    assert pull(str(archive), here).path == path
+    check_signature(path, signature_path(path), public)
 
 
 MISSING: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "fsspec": ("s3", lambda bundle, _: pull("memory://m/x.tar", bundle.parent / "here")),
     "oras": ("oci", lambda bundle, _: pull("oci://127.0.0.1:9/x", bundle.parent / "here")),
-    "cryptography": ("sign", sign),
+    "model_signing": ("sign", sign),
 }
 
 
@@ -233,28 +221,13 @@ def test_a_signed_bundle_is_pushed_to_and_pulled_from_a_registry(
     assert push(bundle, f"{registry}/models/flowers:latest").sha256 == pushed.sha256
     public = key.with_name("release.key.pub")
     for reference in (pushed.url, f"{registry}/models/flowers:latest"):
-        pulled = pull(reference, tmp_path / "here", sha256=pushed.sha256, verify_key=public)
+        pulled = pull(reference, tmp_path / "here", sha256=pushed.sha256, require_signature=public)
         assert contents(pulled.path) == contents(bundle)
     with pytest.raises(BundleError, match="larger than 100 bytes"):
         pull(pushed.url, tmp_path / "small", max_bytes=100)
     with pytest.raises(BundleError, match="none"):
         pull(f"{registry}/models/flowers:none", tmp_path / "small")
     assert list((tmp_path / "small").iterdir()) == []
-
-
-def test_a_registry_cannot_send_a_huge_signature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = bytes(MAX_FILE_BYTES + 1)
-    digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
-    layers = [{"mediaType": kind, "digest": digest} for kind in (ARCHIVE_TYPE, SIGNATURE_TYPE)]
-    client = MagicMock()
-    client.get_manifest.return_value = {"layers": layers}
-    client.get_blob.return_value.__enter__.side_effect = lambda: SimpleNamespace(
-        raw=io.BytesIO(body), raise_for_status=lambda: None
-    )
-    monkeypatch.setattr(storage, "_registry_client", lambda _: client)
-    with pytest.raises(BundleError, match=f"larger than {MAX_FILE_BYTES} bytes"):
-        pull_artifact("oci://host/x:1", tmp_path / "archive", tmp_path / "signature", len(body))
-    assert (tmp_path / "archive").read_bytes() == body
 
 
 def test_an_unreachable_registry_or_destination_is_one_error_line(bundle: Path, tmp_path: Path) -> None:
@@ -264,6 +237,8 @@ def test_an_unreachable_registry_or_destination_is_one_error_line(bundle: Path, 
     (tmp_path / "file").write_text("")
     assert "file" in cli_error("push", bundle, tmp_path / "file")
     assert bundle.name in cli_error("pull", bundle, tmp_path / "x")
+    for url in ("memory://models/none.tar", "nosuchstore://models/x.tar"):
+        assert url in cli_error("pull", url, tmp_path / "x")
 
 
 def test_the_commands_print_what_they_did(bundle: Path, tmp_path: Path) -> None:
@@ -276,6 +251,6 @@ def test_the_commands_print_what_they_did(bundle: Path, tmp_path: Path) -> None:
     text = cli("push", bundle, tmp_path / "a").stdout
     assert pushed["sha256"] in text
     assert "with its signature" in text
-    options = ("--verify-key", f"{key}.pub", "--sha256", pushed["sha256"])
+    options = ("--require-signature", f"{key}.pub", "--sha256", pushed["sha256"])
     pulled = cli("pull", pushed["url"], tmp_path / "here", *options)
     assert "(signature and hashes checked)" in pulled.stdout

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from sopdeploy.client import AsyncClient, Client, retry
+from sopdeploy.client import AsyncClient, Client, requests
 
 
 class Script:
@@ -53,9 +53,9 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def sleep(seconds: float) -> None:
         found.append(seconds)
 
-    monkeypatch.setattr("sopdeploy.client.synchronous.time.sleep", found.append)
-    monkeypatch.setattr("sopdeploy.client.asynchronous.asyncio.sleep", sleep)
-    monkeypatch.setattr(retry.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr("sopdeploy.client.clients.time.sleep", found.append)
+    monkeypatch.setattr("sopdeploy.client.clients.asyncio.sleep", sleep)
+    monkeypatch.setattr(requests.random, "uniform", lambda low, high: high)
     return found
 
 

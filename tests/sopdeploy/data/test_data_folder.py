@@ -87,28 +87,6 @@ def test_a_split_depends_on_the_names_and_its_own_seed_only(tmp_path) -> None:
     assert not set(held) & set(names(split.train))
 
 
-SPECIAL = {"train__b": 3, "train__a": 2}
-
-
-@pytest.mark.parametrize(
-    ("counts", "labels", "sizes"),
-    [
-        (SPECIAL | {"dev__a": 1, "dev__b": 1}, "ab", (5, 2)),
-        (SPECIAL | {"val__a": 1, "val__b": 1, "test__a": 3, "test__b": 3}, "ab", (5, 2)),
-        ({"train__a": 5, "train__b": 5}, "ab", (8, 2)),
-        ({"test": 3, "rest": 3}, ("rest", "test"), (4, 2)),
-    ],
-    ids=["dev", "val is preferred to test", "train alone is split", "a class named test"],
-)
-def test_train_and_held_out_folders_are_mapped_by_name(tmp_path, counts, labels, sizes) -> None:
-    split = open_at(make(tmp_path, **counts))
-    assert split.train.labels == split.held_out.labels == tuple(labels)
-    assert (len(split.train), len(split.held_out)) == sizes
-    for part in (split.train, split.held_out):
-        folders = [Path(name).parent.name for name in names(part)]
-        assert folders == [labels[part[index][1]] for index in range(len(part))]
-
-
 BAD_FOLDERS = [
     ({}, "holds no class folders; sort the images into one subfolder per class"),
     ({"a": 3}, "holds only one class (a); a classifier needs at least two"),
@@ -117,7 +95,7 @@ BAD_FOLDERS = [
         "(in); a classifier needs at least two; to use the folders in it as classes, give ",
     ),
     ({"a": 3, "b": 0}, "b: no images in this class folder; add some"),
-    ({"a": 3, "b": 1}, "b: only one image; add another"),
+    ({"a": 3, "b": 1}, "only one image of b; add another"),
     ({"train": 0}, "train: holds no class folders"),
     ({"train__a": 2, "train__b": 2, "val__a": 1}, "val: training classes b are missing, add them"),
     (

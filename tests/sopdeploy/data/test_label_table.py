@@ -54,13 +54,12 @@ PROBLEMS = {
     "file,labels\na.png,cat\n": "has the columns file, labels; write file,classes",
     "file;classes\na.png;cat\n": "has the columns file;classes; write file,classes",
     "file,classes\n": "lists no images",
-    "file,classes\na.png,cat|dog\na.png,dog\n": "line 3: a.png is listed in line 2 already",
+    "file,classes\na.png,cat|dog\na.png,dog\n": "line 3: a.png is listed in .*labels.csv, line 2, too",
     "file,classes\na.png,cat|dog\nx.png,cat\ny.png,\n": "line 3: x.png does not exist, and 1 more files",
-    "file,classes\n../a.png,cat\n": "line 2: ../a.png is outside the folder",
-    "file,classes\n/etc/a.png,cat\n": "line 2: /etc/a.png is outside the folder",
-    "file,classes\nsub,cat\n": "line 2: sub has no suffix of an image",
+    "file,classes\n../a.png,cat\n": "line 2: '../a.png' is not the path of an image, relative to",
+    "file,classes\nsub,cat\n": "line 2: 'sub' is not the path of an image",
     "file,classes\na.png,cat||dog\n": "line 2: 'cat||dog' has an empty class name",
-    "file,classes\na.png,cat,dog\n": "line 2: has 3 columns, not 2",
+    "file,classes\na.png,cat,dog\n": "line 2: does not have 2 columns",
     "file,classes\na.png,cat\nb.png,\n": r"has fewer than two classes \(cat\)",
     "file,classes,split\na.png,cat|dog,test\n": "line 2: split is 'test'; write train or val",
     "file,classes,split\na.png,cat|dog,train\n": "no image of split val has a class",
@@ -74,7 +73,7 @@ def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str, packe
     path = write(folder, text)
     if packed:
         path = tar_of(path, folder.parent / f"{folder.name}.tar")
-    with pytest.raises(DataError, match=f"{path}/labels.csv: {PROBLEMS[text]}") as caught:
+    with pytest.raises(DataError, match=f"{path}(/labels.csv)?: {PROBLEMS[text]}") as caught:
         open_folder(FolderConfig(kind="folder", path=path))
     assert "\n" not in str(caught.value)
 

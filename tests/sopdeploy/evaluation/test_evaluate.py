@@ -1,7 +1,6 @@
 """Evaluation of networks and checkpoints; metrics by hand and by definition; sources; views of an image."""
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,17 @@ from typer.testing import CliRunner
 
 import sopdeploy
 from sopdeploy import create_model
+from sopdeploy.api.evaluation import detect_source
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.data.base import ArrayImages, PreprocessedDataset
-from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.errors import ConfigError, DataError, TrainingError
 from sopdeploy.evaluation.metrics import BINS, ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.prediction import evaluate, score_checkpoint
-from sopdeploy.evaluation.sources import detect_source
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.images.tta import check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
-from tests.sopdeploy.data.small_data import write_classes
 from tests.sopdeploy.data.test_data_folder import make
 
 TINY, RULES = Preprocess(resize=4, crop=4), Preprocess(resize=18, crop=16)
@@ -167,33 +164,16 @@ def test_heads_are_evaluated_on_every_image(stored, tmp_path) -> None:
     command = ["eval", str(stored), "--data", str(tmp_path / "val"), "--heads"]
     shown = CliRunner().invoke(app, [*command, "--json"])
     assert json.loads(shown.stdout)["heads"] == [one.model_dump(mode="json") for one in found.heads]
-    row = next(line for line in CliRunner().invoke(app, command).stdout.splitlines() if "layer3_0" in line)
-    assert row.split()[1] == f"{found.heads[2].top1.share:.2%}"
     refused = CliRunner().invoke(app, [*command, "--tta", "flip"])
     assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
-    with pytest.raises(ConfigError, match="a service has no branches; evaluate the checkpoint"):
+    with pytest.raises(ConfigError, match="heads: only for a checkpoint, this is a service"):
         sopdeploy.evaluate("http://127.0.0.1:1", tmp_path, heads=True)
 
 
-@pytest.mark.parametrize(
-    ("counts", "message"),
-    [
-        ({"a": 1, "b": 1, "c": 1}, "c is no class of the network, which knows a, b; remove or rename"),
-        ({"a": 0, "b": 0}, "val: holds no images of these classes"),
-        (None, "val: no such folder"),
-    ],
-)
-def test_a_folder_with_other_classes_is_refused(stored, tmp_path, counts, message) -> None:
-    if counts is not None:
-        make(tmp_path / "val", **counts)
-    with pytest.raises(DataError, match=message):
+def test_a_folder_with_other_classes_is_refused(stored, tmp_path) -> None:
+    make(tmp_path / "val", a=1, b=1, c=1)
+    with pytest.raises(DataError, match="c is no class of the network, which knows a, b; remove or rename"):
         measured(stored, tmp_path / "val")
-
-
-def test_a_class_name_need_not_be_utf_8(tmp_path) -> None:
-    labels = ("a", os.fsdecode(b"\xff"))
-    folder = write_classes(tmp_path / "photos", labels, 1)
-    assert open_evaluation_images(folder, labels).labels == labels
 
 
 LABELS = ("a", "b", "c")

@@ -103,7 +103,7 @@ def test_a_gated_run_shows_usage_and_imbalance(tmp_path: Path) -> None:
     page = write_report(tmp_path / "run").read_text(encoding="utf-8")
     texts = {text for _, text in Reader(page).texts}
     assert "gate: fraction of images that select each component after the last epoch." in texts
-    assert {"Usage over the epochs", "Imbalance"} <= texts
+    assert {"Usage of the components of gate", "Imbalance"} <= texts
 
 
 def test_other_images_are_evaluated_and_hostile_class_names_are_escaped(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from sopdeploy.images import pixels
 from sopdeploy.images.pixels import SIXTEEN_BIT, list_changes, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
-FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 PILLOW_MAY_WARN = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 GREEN = (0, 200, 0)
@@ -44,7 +44,7 @@ OVERSHOOT = {"bilinear": 2, "bicubic": 40}
 
 
 @pytest.mark.parametrize("interpolation", MODES)
-@settings(FUZZ, max_examples=120)
+@settings(FUZZ, max_examples=60)
 @given(
     size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     sides=st.tuples(st.integers(1, 60), st.integers(0, 30)),
@@ -143,30 +143,6 @@ BAD_EXIF = {
 def test_an_image_with_damaged_exif_data_is_not_rotated(exif: bytes) -> None:
     image = with_exif(exif)
     assert np.array_equal(preprocess_image(image, WHOLE), np.asarray(image.convert("RGB")))
-
-
-@PILLOW_MAY_WARN
-@settings(FUZZ, max_examples=120)
-@given(
-    entries=st.lists(
-        st.tuples(
-            st.sampled_from([0x0112, 0x8769, 0x8825, 0xA005, 0x927C, 0x011A, 0x010F, 0xEA1C, 0x02BC]),
-            st.integers(0, 14),
-            st.sampled_from([0, 1, 2, 3, 4, 100, 2**31, 2**32 - 1]),
-            st.sampled_from([0, 1, 6, 8, 26, 2**16, 2**32 - 1]),
-        ),
-        max_size=5,
-    ),
-    rest=st.binary(max_size=60),
-)
-def test_any_exif_data_is_accepted(entries: list[tuple[int, int, int, int]], rest: bytes) -> None:
-    turn = struct.pack("<HHII", 0x0112, 3, 1, 6)
-    directory = (
-        struct.pack("<H", len(entries) + 1) + turn + b"".join(struct.pack("<HHII", *e) for e in entries)
-    )
-    image = with_exif(TIFF + directory + bytes(4) + rest)
-    assert to_rgb(image, WHOLE).size == (8, 8)
-    assert preprocess_image(image, WHOLE).shape == (8, 8, 3)
 
 
 SIZES = st.tuples(st.integers(1, 70), st.integers(1, 70)) | st.sampled_from([(1, 300), (300, 1), (1, 1)])

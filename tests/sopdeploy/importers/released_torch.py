@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.importers.fit import nest_settings
 from sopdeploy.importers.import_weights import ImportReport, import_weights
 from sopdeploy.importers.options import ImportOptions
 from sopdeploy.models.base import Classifier
@@ -269,7 +268,7 @@ def prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def imported(source: Path, name: str, **options: Any) -> tuple[Classifier, ImportReport]:
     """Import *source* as *name*; `settings` has dotted keys."""
-    settings = nest_settings(options.pop("settings", {}))
+    settings = options.pop("settings", {})
     out = source.with_name("imported.pt")
     report = import_weights(source, name, out, ImportOptions(**options), settings)
     return build_classifier(read_checkpoint(out), out), report

@@ -104,21 +104,14 @@ def test_training_checkpoints_give_the_same_logits(
 def test_what_the_file_does_not_tell_must_be_set(tmp_path: Path) -> None:
     network = resnet(stride=2, steps=3)
     file = training_file(tmp_path / "a.pth.tar", network, None)
-    with pytest.raises(ConfigError, match=r"stride of conv5_x.*add --set conv5_stride"):
-        imported(file, "isqrt-resnet18")
+    for arch, message in ((None, "stride of conv5_x"), ("se_resnet18", "its arch 'se_resnet18' is unknown")):
+        training_file(file, network, arch)
+        with pytest.raises(ConfigError, match=rf"{message}.*add --set conv5_stride"):
+            imported(file, "isqrt-resnet18")
     with pytest.raises(ConfigError, match=r"--set pooling.width=64: .* holds 12; leave the setting out"):
         imported(file, "isqrt-resnet18", settings={"conv5_stride": 2, "pooling.width": 64})
     ours, _ = imported(file, "isqrt-resnet18", settings={"conv5_stride": 2, "pooling.iterations": 3})
     assert_same_logits(ours, network, random_images(48))
-
-
-@pytest.mark.usefixtures("short")
-def test_stride_must_be_set_if_the_arch_is_not_one_of_the_network(tmp_path: Path) -> None:
-    arch = "se_resnet18"
-    file = training_file(tmp_path / "a.pth.tar", resnet(), arch)
-    message = rf"its arch '{arch}' is unknown for ResNet-18.*add --set conv5_stride"
-    with pytest.raises(ConfigError, match=message):
-        imported(file, "isqrt-resnet18")
 
 
 @pytest.mark.usefixtures("short")

@@ -18,7 +18,6 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.resnets import published_preprocess
-from sopdeploy.importers.timm_network import hub_preprocess
 from tests.sopdeploy.importers.released_torch import (
     SHORT,
     CifarResNet,
@@ -125,18 +124,6 @@ def test_a_hub_config_applies_to_the_importer_of_torchvision_too(tmp_path: Path)
     write_hub_config(tmp_path, {"input_size": [3, 288, 288], **HUB})
     rules = imported(tmp_path / "model.pth", "resnet18")[1].preprocess
     assert (rules.resize, rules.crop) == (320, 288)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"interpolation": "lanczos"},
-        {"input_size": []},
-    ],
-)
-def test_an_unsupported_hub_config_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(WeightsError, match=r"model\.safetensors: timm's .* not supported"):
-        hub_preprocess(Path("model.safetensors"), {"input_size": [3, 288, 288], **HUB, **change})
 
 
 @pytest.mark.parametrize(("blocks", "option", "base"), [(1, "A", 16), (3, "A", 8), (1, "B", 8)])

@@ -1,6 +1,5 @@
 """The GSoP block against its formulas, its scaling and its ONNX file."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.layers.attention.first_order import CBAM, GatherExcite, SqueezeExcite
-from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, Concatenation, GSoPBlock, GSoPBlockConfig
+from sopdeploy.layers.attention.gsop_attention import RELEASED_BLOCK, GSoPBlockConfig
+from sopdeploy.layers.attention.gsop_block import Concatenation, GSoPBlock
 from sopdeploy.layers.residual import Bottleneck
 
 EPS = 1e-5
@@ -108,13 +107,7 @@ def test_paper_position_block(cov_side: int, norm: bool) -> None:
     torch.testing.assert_close(block(x), x * weights, rtol=1e-10, atol=1e-10)
 
 
-def test_the_average_is_half_the_sum() -> None:
-    average, total = (random_block(64, attention=attention) for attention in ("average", "sum"))
-    x = torch.randn(2, 64, 6, 6, dtype=torch.float64)
-    torch.testing.assert_close(2 * average(x), total(x))
-
-
-@pytest.mark.parametrize("channels", [64, 256, 512, 1024, 2048])
+@pytest.mark.parametrize("channels", [64, 256])
 def test_concatenation_is_one_convolution_of_the_concatenated_tensors(channels: int) -> None:
     torch.manual_seed(0)
     fusion = Concatenation(channels).double().eval()
@@ -177,16 +170,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own deprecat
 CHANNELS, SIDE = 64, 14  # 14 and 8 do not divide each other
 
 
-def block(attention: str, **switches: object) -> Callable[[], nn.Module]:
-    config = GSoPBlockConfig(attention=attention, cov_width=32, **switches)
-    return lambda: nn.Sequential(nn.Conv2d(3, CHANNELS, 1), GSoPBlock(config, CHANNELS, dr_stride=2))
-
-
-def baselines() -> nn.Module:
-    modules = (SqueezeExcite(64, 16), CBAM(64, 16, 7), GatherExcite(64, SIDE, "global", "gather+excite", 16))
-    return nn.Sequential(nn.Conv2d(3, CHANNELS, 1), *modules, GatherExcite(64, SIDE, 4, "none", 16))
-
-
 def exported(network: nn.Module, images: torch.Tensor, path: Path) -> onnx.ModelProto:
     batch = torch.export.Dim("batch", min=1, max=64)
     torch.onnx.export(
@@ -202,24 +185,19 @@ def exported(network: nn.Module, images: torch.Tensor, path: Path) -> onnx.Model
     return onnx.load(path)
 
 
-@pytest.mark.parametrize(
-    ("build", "side"),
-    [
-        pytest.param(block("concatenation"), SIDE, id="paper"),
-        pytest.param(block("concatenation", **RELEASED_BLOCK), SIDE, id="released", marks=pytest.mark.slow),
-        pytest.param(baselines, SIDE, id="baselines"),
-    ],
-)
-def test_exported_network_gives_the_same_numbers_for_every_batch(build, side: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("released", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_exported_block_gives_the_same_numbers_for_every_batch(released: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = build().eval()
-    model = exported(network, torch.randn(2, 3, side, side), tmp_path / "model.onnx")
+    switches = RELEASED_BLOCK if released else {}
+    config = GSoPBlockConfig(attention="concatenation", cov_width=32, **switches)
+    network = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), GSoPBlock(config, CHANNELS, dr_stride=2)).eval()
+    model = exported(network, torch.randn(2, 3, SIDE, SIDE), tmp_path / "model.onnx")
     operators = {node.op_type for node in model.graph.node}
     assert operators.isdisjoint({"Loop", "If", "Scan", "Resize"})
     assert not model.functions
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     for batch in (1, 3):
-        images = torch.randn(batch, 3, side, side)
+        images = torch.randn(batch, 3, SIDE, SIDE)
         with torch.no_grad():
             expected = network(images).numpy()
         (found,) = session.run(None, {"images": images.numpy()})

@@ -1,4 +1,3 @@
-import pydantic
 import pytest
 import torch
 from hypothesis import given
@@ -44,19 +43,9 @@ def test_layer_equals_a_reference_in_float64(prenorm, compensate: bool, width: i
         torch.testing.assert_close(layer(features).double(), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_layer_has_no_state_to_save() -> None:
-    assert not ISqrtCov(4).state_dict()
-
-
 @given(scale=st.floats(1e-3, 1e4), shift=st.floats(-10, 10), seed=st.integers(0, 99))
 def test_output_scales_with_the_features_and_ignores_their_mean(scale, shift, seed) -> None:
     layer = ISqrtCov(5)
     features = torch.randn(1, 5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     expected = scale * layer(features)
     torch.testing.assert_close(layer(scale * (features + shift)), expected, rtol=1e-6, atol=1e-8 * scale)
-
-
-@pytest.mark.parametrize("wrong", [{"iterations": 0}, {"iterations": 16}, {"prenorm": "none"}, {"depth": 3}])
-def test_config_rejects_invalid_values(wrong: dict[str, object]) -> None:
-    with pytest.raises(pydantic.ValidationError):
-        NewtonSchulzConfig(**wrong)

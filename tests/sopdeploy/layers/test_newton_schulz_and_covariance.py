@@ -40,14 +40,6 @@ def test_trace_of_a_constant_map_is_never_negative(level: float) -> None:
     assert 0 <= covariance_trace(covariance(x)).item() <= (abs(level) * 1e-5) ** 2 * 64
 
 
-def test_half_precision_products_stay_in_range_at_large_maps() -> None:
-    features = 50 * torch.randn(1, 4, 56, 56)
-    exact = covariance(centered_and_scaled(features))
-    half = covariance(centered_and_scaled(features.half()))
-    assert torch.isfinite(half).all()
-    torch.testing.assert_close(half.float(), exact, rtol=5e-3, atol=5)
-
-
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
 
 

@@ -6,31 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sopdeploy.layers.pooling.base import unit_length
+from sopdeploy.backbones.base import initialize
 from sopdeploy.layers.pooling.codebook import GMSOPNetVLAD
 from sopdeploy.layers.pooling.compact_bilinear import draw_sketches
+from sopdeploy.layers.spectral import square_root
 from tests.sopdeploy.layers.numerics.all_poolings import EACH_POOLING, build
 from tests.sopdeploy.layers.numerics.references import relu_features
 
 CHANNELS = 5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_unit_length_gives_the_bits_of_normalize_and_of_its_gradient(dtype: torch.dtype) -> None:
-    values = torch.randn(3, 4, 7, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    values[0, 0] = 0
-    ours, theirs = values.clone().requires_grad_(), values.clone().requires_grad_()
-    found, expected = unit_length(ours, 2), torch.nn.functional.normalize(theirs, dim=2)
-    (found * values).sum().backward()
-    (expected * values).sum().backward()
-    assert found.equal(expected)
-    assert ours.grad.equal(theirs.grad)
-
-
-def test_zeros_stay_zeros_in_float16_too() -> None:
-    zeros = torch.zeros(2, 3, dtype=torch.float16)
-    assert unit_length(zeros, 1).equal(zeros)
-    assert torch.nn.functional.normalize(zeros, dim=1).isnan().all()  # its 1e-12 is 0 in float16
 
 
 def columns(features: Tensor, image: int) -> list[Tensor]:
@@ -74,8 +57,8 @@ def largest_power(features, image) -> Tensor:
     return torch.linalg.eigvalsh(second_moment(features, image, centred=True))[-1].sqrt()
 
 
-def deepo2p(features, image) -> Tensor:
-    cov = second_moment(features, image, centred=True)
+def deepo2p(features, image, *, centred: bool = True) -> Tensor:
+    cov = second_moment(features, image, centred=centred)
     return function_of(cov, lambda values: torch.log(values + 1e-3))
 
 
@@ -111,6 +94,10 @@ REFERENCES = [
     ({"kind": "mpncov", "normalise": "M-l2"}, lambda f, i: triangle(mpncov(f, i) / largest_power(f, i))),
     ({"kind": "mpncov", "normalise": "M-Fro"}, lambda f, i: triangle(mpncov(f, i) / mpncov(f, i).norm())),
     ("deepo2p", lambda f, i: triangle(deepo2p(f, i))),
+    (
+        {"kind": "deepo2p", "centered": False, "width": None},
+        lambda f, i: triangle(deepo2p(f, i, centred=False)),
+    ),
     ("bcnn", lambda f, i: unit_signed_root(bilinear(f, i).flatten())),
     ("improved-bcnn", lambda f, i: unit_signed_root(root(bilinear(f, i)).flatten())),
     (
@@ -212,6 +199,50 @@ def test_netvlad_sums_assigned_residuals_and_normalizes_twice(kind: str) -> None
     assert torch.autograd.gradcheck(layer, (maps,), fast_mode=True)
 
 
+@pytest.mark.parametrize("kind", ["netvlad", "netfv"])
+def test_words_are_assigned_by_distance_at_first_and_always_if_tied(kind: str) -> None:
+    maps = torch.randn(2, 4, 2, 5, dtype=torch.float64)
+    for tied in (False, True):
+        layer = build({"kind": kind, "words": 3, "alpha": 0.7, "tied": tied}, 4)
+        initialize(layer)  # as the backbones do
+        if tied:
+            torch.nn.init.normal_(layer.centres)
+        layer = layer.double()
+        distances = (maps[:, None] - layer.centres[None, :, :, None, None]).square().sum(dim=2)
+        found = layer.word_logits(maps).softmax(dim=1)
+        torch.testing.assert_close(found, (-0.7 * distances).softmax(dim=1), rtol=0, atol=1e-6)
+        assert ("assignment.weight" in layer.state_dict()) is not tied
+
+
+def test_simple_netfv_sums_differences_and_their_squares() -> None:
+    features = relu_features(1, CHANNELS, 4)
+    pooling = build({"kind": "netfv", "words": 3, "simple": True}, CHANNELS).double()
+    halves = []
+    for power in (1, 2):
+        words = [
+            sum(soft_words(pooling, x)[k] * (x - pooling.centres[k]) ** power for x in columns(features, 0))
+            for k in range(3)
+        ]
+        half = torch.cat([word / word.norm() for word in words])
+        halves.append(half / half.norm())
+    torch.testing.assert_close(pooling(features)[0], torch.cat(halves) / torch.cat(halves).norm())
+
+
+@pytest.mark.parametrize("kind", ["improved-bcnn", "g2denet"])
+def test_the_lyapunov_gradient_solves_the_equation_of_the_root(kind: str) -> None:
+    layer = build({"kind": kind, "root": "newton-schulz", "iterations": 15, "backward": "lyapunov"}, 3)
+    config = layer.root if kind == "improved-bcnn" else layer.config
+    torch.manual_seed(6)
+    matrix = torch.randn(2, 4, 6, dtype=torch.float64)
+    matrix = (matrix @ matrix.transpose(1, 2)).requires_grad_()
+    grad = torch.randn(2, 4, 4, dtype=torch.float64)
+    found = torch.autograd.grad(square_root(matrix, config), matrix, grad)[0]
+    for image in range(2):
+        r, eye = root(matrix[image].detach()).contiguous(), torch.eye(4, dtype=torch.float64)
+        solved = torch.linalg.solve(torch.kron(r, eye) + torch.kron(eye, r), grad[image].flatten())
+        torch.testing.assert_close(found[image].flatten(), solved, rtol=1e-6, atol=1e-8)
+
+
 def test_netfv_adds_the_second_order_residuals() -> None:
     torch.manual_seed(3)
     features = relu_features(1, CHANNELS, 4)
@@ -249,12 +280,3 @@ def test_batch_norm_can_replace_the_compensation() -> None:
     bare = build({"kind": "isqrt", "compensation": "none"}, 6)
     features = torch.rand(2, 6, 4, 4)
     torch.testing.assert_close(bare(9.0 * features), bare(features))
-
-
-@EACH_POOLING
-def test_vector_length_is_out_features(choice) -> None:
-    pooling = build(choice, 6)
-    vector = pooling(torch.rand(3, 6, 4, 4))
-    assert vector.shape == (3, pooling.out_features)
-    assert pooling.classifier(10)(vector).shape == (3, 10)
-    assert pooling.classifier(10).in_features == pooling.out_features

@@ -1,11 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from sopdeploy import create_model
-from sopdeploy.errors import ConfigError
-from sopdeploy.layers.attention.first_order import CBAM, GatherExcite, SqueezeExcite
+from sopdeploy.layers.attention.first_order import CBAM, SqueezeExcite
 
 FEATURES = torch.randn(2, 32, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -27,28 +25,6 @@ def test_cbam_scales_channels_then_positions() -> None:
     torch.testing.assert_close(block(FEATURES), by_channel * by_position)
 
 
-def test_gather_excite_without_parameters_scales_by_the_means() -> None:
-    block = GatherExcite(32, 7, "global", "none", 16)
-    assert list(block.parameters()) == []
-    expected = FEATURES * torch.sigmoid(FEATURES.mean(dim=(2, 3), keepdim=True))
-    torch.testing.assert_close(block(FEATURES), expected)
-
-
-@pytest.mark.parametrize(("extent", "side"), [(2, 4), (4, 2), (8, 1)])
-@pytest.mark.parametrize("parameters", ["none", "gather", "gather+excite"])
-def test_extents_set_the_gathered_size(extent: int, side: int, parameters: str) -> None:
-    block = GatherExcite(32, 7, extent, parameters, 16).double().eval()
-    gathered = block.gather(FEATURES)
-    assert gathered.shape == (2, 32, side, side)
-    weights = F.interpolate(torch.sigmoid(block.mlp(gathered)), size=(7, 7), mode="nearest")
-    torch.testing.assert_close(block(FEATURES), FEATURES * weights)
-
-
-def test_gathering_without_parameters_ignores_padding() -> None:
-    gathered = GatherExcite(32, 7, 4, "none", 16).gather(FEATURES)
-    torch.testing.assert_close(gathered[:, :, 0, 0], FEATURES[:, :, :4, :4].mean(dim=(2, 3)))
-
-
 @pytest.mark.parametrize("kind", ["se", "cbam", "ge"])
 def test_every_block_has_an_attention_and_torchvisions_keys(kind: str) -> None:
     with torch.device("meta"):
@@ -66,28 +42,3 @@ def test_global_gathering_is_as_large_as_the_maps(conv5_stride: int) -> None:
         network = create_model("ge-resnet50", conv5_stride=conv5_stride)
         sides = [network.get_submodule(f"layer{s}.0.attention.gather.0").kernel_size[0] for s in (1, 2, 3, 4)]
     assert sides == [56, 28, 14, 7 if conv5_stride == 2 else 14]
-
-
-def test_global_gathering_rejects_other_image_sizes() -> None:
-    network = create_model("ge-resnet18", side=64).eval()
-    with pytest.raises(RuntimeError):
-        network(torch.zeros(1, 3, 96, 96))
-
-
-@pytest.mark.parametrize("kind", ["se", "cbam", "ge"])
-def test_a_hidden_layer_has_at_least_one_channel(kind: str) -> None:
-    options = {"side": 64} if kind == "ge" else {}
-    network = create_model(f"{kind}-resnet18", reduction=128, base_width=8, num_classes=3, **options).eval()
-    assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
-
-
-def test_an_even_kernel_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="kernel must be odd"):
-        create_model("cbam-resnet18", kernel=4)
-
-
-def test_attention_starts_with_kaimings_deviation() -> None:
-    torch.manual_seed(0)
-    fc1 = create_model("se-resnet18").layer4[0].attention.fc1
-    assert isinstance(fc1, nn.Conv2d)
-    assert fc1.weight.std().item() == pytest.approx((2 / 32) ** 0.5, rel=0.1)

@@ -5,44 +5,15 @@ import json
 import math
 
 import pytest
-from torch import nn
 
 from sopdeploy import describe
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import ROWS, Published, Row
-from sopdeploy.models.stats import tally
-
-S1 = {"conv5_stride": 1}
-TABLE = {"aux_stride": "table"}
 
 
-@pytest.mark.parametrize(
-    ("name", "config", "parameters", "macs"),
-    [
-        ("resnet18", S1, 11_689_512, 3_047_198_720),
-        ("resnet50", S1, 25_557_032, 6_208_618_496),
-        ("dsop-resnet18", {}, 100_494_536, 6_385_970_944),
-        ("dsop-resnet18", TABLE, 100_577_224, 5_698_760_448),
-        ("dsop-resnet50", TABLE, 181_917_384, 10_537_324_544),
-        ("dsop-resnet50", {}, 148_686_920, 12_076_816_640),
-    ],
-)
-def test_training_counts_are_the_expected_integers(name, config, parameters: int, macs: int) -> None:
-    counted = describe(name, **config).training
-    assert (counted.parameters, counted.macs) == (parameters, macs)
-
-
-@pytest.mark.parametrize("depth", [18, 34, 50])
-def test_dsop_inference_model_counts_equal_the_plain_network(depth: int) -> None:
-    plain = describe(f"resnet{depth}", conv5_stride=1)
-    assert plain.training == plain.shipped
-    assert describe(f"dsop-resnet{depth}").shipped == plain.shipped
-    assert describe(f"dsop-resnet{depth}", aux_stride="table").shipped == plain.shipped
-
-
-def test_branches_of_table_x_without_unused_ones_are_smaller() -> None:
-    blocks = (8, 0, 0, 0)
-    assert describe("dsop-resnet18", aux_blocks=blocks, **TABLE).training.parameters == 14_362_384
+def test_dsop_inference_model_counts_equal_the_plain_network() -> None:
+    plain = describe("resnet18", conv5_stride=1)
+    assert plain.training == plain.shipped == describe("dsop-resnet18").shipped
 
 
 def row_id(row: Row) -> str:
@@ -51,7 +22,9 @@ def row_id(row: Row) -> str:
 
 def meets(figure: Published, cut: bool) -> bool:
     """Say whether ours is the printed figure to its last digit."""
-    digits = len(str(figure.printed).partition(".")[2].removesuffix("0")) if figure.printed % 1 else 0
+    digits = len(str(figure.printed).partition(".")[2].removesuffix("0"))
+    if figure.unit == "x":  # multiples are printed with one digit, 1.0 too
+        digits = max(digits, 1)
     if cut:
         return math.floor(figure.ours * 10**digits) / 10**digits == figure.printed
     return round(figure.ours, digits) == figure.printed
@@ -93,19 +66,6 @@ def test_parts_sum_to_the_whole(name: str) -> None:
     assert sum(part.macs for part in found.parts.values()) == found.training.macs
 
 
-def test_branches_are_parts_of_their_own() -> None:
-    parts = describe("dsop-resnet18").parts
-    assert [part for part in parts if part.startswith("branches")] == [
-        f"branches.layer{stage}_1" for stage in (1, 2, 3, 4)
-    ]
-    assert parts["fc"].parameters == 513_000
-    assert parts["branches.layer1_1"].macs == 4 * 64 * 64 * 9 * 56**2 + 2080 * 1000
-
-
-def test_counting_allocates_nothing() -> None:
-    assert describe("dsop-resnet18", num_classes=10**9).training.parameters > 10**12
-
-
 def test_description_contains_name_config_and_size() -> None:
     told = describe("dsop-resnet20", num_classes=7, image_size=16, aux_pooling="gap")
     assert (told.name, told.num_classes, told.image_size) == ("dsop-resnet20", 7, 16)
@@ -115,20 +75,6 @@ def test_description_contains_name_config_and_size() -> None:
     assert told.representation == 64
     assert told.loss_weights["layer3_2"] == 0.3
     assert told.model_dump(mode="json")["training"]["macs"] > told.shipped.macs
-
-
-@pytest.mark.parametrize(
-    ("layer", "channels", "macs"),
-    [
-        (nn.Conv2d(4, 6, 3, padding=1), 4, 6 * 4 * 9 * 25),
-        (nn.Conv2d(4, 6, 3, padding=1, groups=2), 4, 6 * 2 * 9 * 25),
-        (nn.Conv2d(4, 6, 1, stride=2), 4, 6 * 4 * 9),
-    ],
-    ids=["3x3", "grouped", "strided"],
-)
-def test_multiply_adds_of_a_convolution(layer: nn.Conv2d, channels: int, macs: int) -> None:
-    network = nn.Sequential(nn.Conv2d(3, channels, 1), layer).to("meta")
-    assert tally(network, 5).total().macs - 3 * channels * 25 == macs
 
 
 @pytest.mark.parametrize(("name", "side"), [("resnet18", 0), ("alexnet", 16), ("ge-resnet18", 448)])

@@ -4,7 +4,6 @@ from torch import nn
 
 from sopdeploy import create_model
 from sopdeploy.errors import ConfigError, LoweringError
-from sopdeploy.models.dsop import Branch
 from sopdeploy_export.pipeline import check_exportable
 from tests.sopdeploy.layers.numerics.all_poolings import build
 from tests.sopdeploy.training.small_recipes import few_blocks
@@ -13,22 +12,10 @@ FOUR = ["layer1_1", "layer2_1", "layer3_1", "layer4_1"]
 NARROW = {"aux_widths": (8, 8, 8, 8), "aux_blocks": (1, 1, 1, 1)}
 
 
-def branches_of(name: str, **config: object) -> dict[str, Branch]:
+def branches_of(name: str, **config: object) -> dict[str, nn.Module]:
     with torch.device("meta"):
         network = create_model(name, **config)
     return dict(network.branches.items())
-
-
-def test_branches_do_not_change_the_running_statistics_of_the_backbone() -> None:
-    torch.manual_seed(0)
-    network = create_model("dsop-resnet8")
-    plain = network.inference_model()
-    plain.load_state_dict({k: v for k, v in network.state_dict().items() if not k.startswith("branches.")})
-    images = torch.randn(4, 3, 16, 16)
-    network(images)
-    plain(images)
-    for name, buffer in plain.named_buffers():
-        assert torch.equal(buffer, network.get_buffer(name)), name
 
 
 @pytest.mark.parametrize(
@@ -40,12 +27,10 @@ def test_branches_do_not_change_the_running_statistics_of_the_backbone() -> None
         ("dsop-resnet32", {}, ["layer1_4", "layer2_4", "layer3_4"]),
         ("dsop-resnet8", {}, ["layer1_0", "layer2_0", "layer3_0"]),
         ("dsop-preact-resnet110", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in range(2, 18, 3)]),
-        ("dsop-preact-resnet164", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in range(2, 18, 3)]),
         ("dsop-preact-resnet164", {"blocks": 5}, ["layer1_4", "layer2_4", "layer3_4"]),
         ("dsop-wrn-22-10", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
         ("dsop-wrn-28-10", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (1, 3)]),
         ("dsop-resnext29-8x64d", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
-        ("dsop-resnext29-16x64d", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
         ("dsop-efficientnet-b0", {}, ["blocks_4_2", "conv_head"]),
         ("dsop-efficientnet-b0", {"end_tap": "blocks.6"}, ["blocks_4_2", "blocks_6_0"]),
         ("dsop-resnet18", {"aux_blocks": (0, 1, (2, 0), (0, 3))}, ["layer2_1", "layer3_0", "layer4_1"]),
@@ -59,9 +44,7 @@ def test_branches_start_where_the_paper_says(name: str, config: dict, expected: 
     ("name", "config", "blocks", "widths"),
     [
         ("dsop-resnet18", {}, [2, 2, 2, 2], [64, 128, 256, 256]),
-        ("dsop-resnet34", {}, [2, 2, 2, 2], [64, 128, 256, 256]),
         ("dsop-resnet50", {}, [3, 4, 6, 3], [64, 256, 256, 256]),
-        ("dsop-resnet101", {}, [3, 4, 6, 3], [64, 256, 256, 256]),
         ("dsop-resnet50", {"aux_stride": "table"}, [3, 4, 7, 3], [256, 256, 256, 256]),
         ("dsop-resnet18", {"aux_widths": (128,) * 4}, [2, 2, 2, 2], [64, 128, 128, 128]),
         ("dsop-resnet20", {}, [1, 2, 1, 2, 1, 2], [16, 16, 32, 32, 64, 64]),
@@ -131,24 +114,8 @@ def test_the_branch_at_the_end_of_efficientnet_trains_the_whole_backbone(monkeyp
     assert sum(parameter.numel() for parameter in branch.parameters()) == own
 
 
-def test_efficientnets_branches_reduce_with_swish_and_drop_a_fifth() -> None:
-    branches = branches_of("dsop-efficientnet-b0")
-    assert all(isinstance(branch.reduction[2], nn.SiLU) for branch in branches.values())
-    assert [branch.dropout.p for branch in branches.values()] == [0.2, 0.2]
-    assert [branch.fc.in_features for branch in branches.values()] == [2080, 2080]
-
-
-def test_gap_branches_reduce_no_channels_and_take_no_covariance() -> None:
-    for branch in branches_of("dsop-resnet18", aux_pooling="gap").values():
-        assert isinstance(branch.reduction, nn.Identity)
-        assert isinstance(branch.pooling, nn.AdaptiveAvgPool2d)
-    assert branch.fc.in_features == 512
-
-
 EIGEN = [
     ("log", {"kind": "deepo2p", "width": None}),
-    ({"kind": "log", "eps": 0.1}, {"kind": "deepo2p", "width": None, "eps": 0.1}),
-    ("power", {"kind": "mpncov", "width": None}),
     (
         {"kind": "power", "power": 0.3, "normalise": "M-l2"},
         {"kind": "mpncov", "width": None, "power": 0.3, "normalise": "M-l2"},
@@ -183,15 +150,6 @@ def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
     assert list(network.loss_weights()) == ["main", "layer4_1"]
 
 
-def test_an_unused_branch_of_efficientnets_last_stage_is_a_block_of_this_stage() -> None:
-    with torch.device("meta"):
-        network = create_model(
-            "dsop-efficientnet-b0", aux_blocks=(0, 0, 0, 0, 3, 0, 0), keep_unused_branches=True
-        )
-    assert [len(branch.blocks) for branch in network.branches.values()] == [1, 1, 1, 1, 3, 1, 1]
-    assert list(network.loss_weights()) == ["main", "blocks_4_2"]
-
-
 @pytest.mark.parametrize(
     ("config", "key"),
     [
@@ -199,7 +157,7 @@ def test_an_unused_branch_of_efficientnets_last_stage_is_a_block_of_this_stage()
         ({"aux_blocks": ((1, 2, 3), 1, 1, 1)}, "aux_blocks"),
         ({"aux_widths": (64,)}, "aux_widths"),
         ({"aux_weights": (1.0,) * 5}, "aux_weights"),
-        ({"aux_pooling": "mpncov"}, "choose isqrt, gap, log or power"),
+        ({"aux_pooling": "mpncov"}, "aux_pooling.*should be 'isqrt', 'gap', 'log' or 'power'"),
         ({"aux_pooling": {"kind": "gap"}}, "aux_pooling"),
         ({"aux_pooling": {"kind": "power", "power": 2}}, "aux_pooling.*power"),
     ],

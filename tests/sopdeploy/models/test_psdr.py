@@ -53,14 +53,6 @@ def test_every_step_but_the_last_has_a_training_only_head(decay: float, heads: i
     assert found.training.parameters - found.shipped.parameters == sum(head_parameters)
 
 
-def test_train_forward_gives_logits_of_every_head() -> None:
-    torch.manual_seed(0)
-    network = create_model("psdr-resnet50", num_classes=5, main_weight=2, aux_weight=0.5, **SMALL)
-    out = network(torch.randn(2, 3, 64, 64))
-    assert list(out.branches) == ["step1", "step2", "step3", "step4"]
-    assert network.loss_weights() == {"main": 2.0, **dict.fromkeys(out.branches, 0.5)}
-
-
 def test_a_target_width_without_reduction_is_rejected() -> None:
     with pytest.raises(ConfigError, match="width: 512 is not smaller than 512 channels"):
         create_model("psdr-resnet50", depth=18, width=512)

@@ -4,17 +4,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 from sopdeploy import create_model
 from sopdeploy.backbones.base import FEATURES
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.layers.covariance import upper_triangle_indices
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import describe
-from sopdeploy.models.registry import REGISTERED, entry, with_head
+from sopdeploy.models.registry import REGISTERED, with_head
 from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead
 from sopdeploy.models.user_network import register_model
 
@@ -57,7 +55,7 @@ def with_statistics(name: str, side: int, head: HeadConfig = EVERYTHING) -> tupl
         ("resnet8", 32, {"layer3.0": (64, 8)}),
         ("timm:test_efficientnet", 64, {"blocks.4": (64, 2)}),
         ("timm:test_vit", 160, {"norm": (64, 10)}),
-        ("timm:swin_tiny_patch4_window7_224", 224, {"norm": (768, 7)}),
+        ("timm:test_mambaout", 160, {"stages.3": (64, 5)}),
     ],
 )
 @torch.no_grad()
@@ -76,20 +74,6 @@ def test_the_vector_joins_the_networks_own_vector_the_means_and_the_roots(name, 
     assert torch.equal(vector[:, own.shape[1] : -36], values.mean(dim=(2, 3)))
     assert vector[:, -36:].shape == (2, 8 * 9 // 2)
     assert torch.equal(network.pooled_head.fc(vector), network(images))
-
-
-def test_the_root_is_that_of_the_covariance_divided_by_its_trace() -> None:
-    _, network, _ = with_statistics("resnet8", 32, HeadConfig(kind="isqrt", width=4, iterations=15))
-    maps = torch.randn(2, 64, 8, 8)
-    x = network.pooled_head.pooling("layer3.0").layer_reduce(maps).flatten(2).double()
-    x = x - x.mean(dim=2, keepdim=True)
-    covariance = x @ x.transpose(1, 2)
-    covariance /= covariance.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors @ torch.diag_embed(values.sqrt()) @ vectors.transpose(1, 2)
-    vector = network.pooled_head.vector(torch.empty(2, 0), {"layer3.0": maps})
-    expected = root.flatten(1)[:, upper_triangle_indices(4)].float()
-    assert torch.allclose(vector, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +125,6 @@ def test_the_projection_is_that_to_the_principal_components_of_all_batches() -> 
     _, _, components = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
     weight = network.pooled_head.pooling("layer3.0").layer_reduce.weight[:, :, 0, 0].double()
     assert torch.allclose((weight @ components[:5].T).abs(), torch.eye(5, dtype=torch.float64), atol=1e-5)
-    with pytest.raises(DataError, match="no feature maps were given"):
-        network.pooled_head.fit_projection([])
     with pytest.raises(DataError, match="not finite"):
         network.pooled_head.fit_projection([{"layer3.0": torch.full((1, 64, 2, 2), torch.nan)}])
 
@@ -169,7 +151,6 @@ def test_a_network_of_the_user_has_a_head_on_its_last_map_or_on_named_ones(regis
         (Small, {"taps": ("middle",)}, "no module 'middle'"),
         (Small, {"taps": ("hidden",)}, r"hidden gives \(1, 9\), not a feature map"),
         (Small, {"taps": ()}, "at least 1"),
-        (Small, {"taps": ("first", "first")}, "two taps are the same"),
         (lambda n: nn.Sequential(nn.Flatten(), nn.Linear(3072, n)), {}, "does not end in a feature map"),
         (
             lambda n: nn.Sequential(nn.Conv2d(3, n, 32), nn.Flatten()),
@@ -200,5 +181,3 @@ def test_every_parameter_of_the_head_is_trained() -> None:
     assert all(
         grad is not None and bool(grad.abs().sum() > 0) for name, grad in gradients.items() if "head" in name
     )
-    assert entry("head:timm:test_vit").image_size == 160
-    assert timm.create_model("test_vit").num_features == 64

@@ -4,13 +4,13 @@ import importlib
 import pytest
 import timm
 import torch
+from timm.models._efficientnet_blocks import InvertedResidual
 from torch import nn
 
 from sopdeploy import create_model
-from sopdeploy.api.user_network import read_preprocess
-from sopdeploy.backbones.timm_backbone import nearest_block, tappable
+from sopdeploy.api.deployment import read_preprocess
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.residual import BasicBlock, Bottleneck, MBConv
+from sopdeploy.layers.residual import BasicBlock, Bottleneck
 from sopdeploy.models.registry import entry
 
 NAMES = ["resnet18", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_100", "regnety_002"]
@@ -41,9 +41,21 @@ def test_the_inference_model_is_timms_network_with_timms_keys(name: str) -> None
         ("resnet18", {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512}, BasicBlock),
         ("resnet50", {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": 2048}, Bottleneck),
         ("regnety_002", {"s1": 24, "s2": 56, "s3": 152, "s4": 368}, Bottleneck),
-        ("convnext_tiny", {"stages.0": 96, "stages.1": 192, "stages.2": 384, "stages.3": 768}, MBConv),
-        ("efficientnet_b0", {"blocks.1": 24, "blocks.2": 40, "blocks.4": 112, "blocks.6": 320}, MBConv),
-        ("mobilenetv3_small_100", {"blocks.0": 16, "blocks.1": 24, "blocks.3": 48, "blocks.5": 576}, MBConv),
+        (
+            "convnext_tiny",
+            {"stages.0": 96, "stages.1": 192, "stages.2": 384, "stages.3": 768},
+            InvertedResidual,
+        ),
+        (
+            "efficientnet_b0",
+            {"blocks.1": 24, "blocks.2": 40, "blocks.4": 112, "blocks.6": 320},
+            InvertedResidual,
+        ),
+        (
+            "mobilenetv3_small_100",
+            {"blocks.0": 16, "blocks.1": 24, "blocks.3": 48, "blocks.5": 576},
+            InvertedResidual,
+        ),
     ],
 )
 def test_branches_follow_timms_stages_in_the_nearest_kind_of_block(name, taps, kind) -> None:
@@ -57,12 +69,7 @@ def test_branches_follow_timms_stages_in_the_nearest_kind_of_block(name, taps, k
         assert isinstance(branch.reduction, nn.Identity) == (channels <= 256)
 
 
-def test_nearest_block_of_plain_convolutions_is_the_basic_block() -> None:
-    network = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()))
-    assert nearest_block(network, ["0"]) is BasicBlock
-
-
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s16_224"])
+@pytest.mark.parametrize("name", ["test_vit", "test_mambaout"])
 def test_networks_without_feature_maps_are_plain_and_have_no_branches(name: str) -> None:
     with pytest.raises(
         ConfigError, match=rf"timm:{name} has no feature maps for branches: .* gives (tok|NHWC)"
@@ -71,7 +78,7 @@ def test_networks_without_feature_maps_are_plain_and_have_no_branches(name: str)
     assert not entry(f"timm:{name}").feature_maps
     with torch.device("meta"):
         network = create_model(f"timm:{name}", num_classes=3)
-        assert network(torch.empty(2, 3, 224, 224)).shape == (2, 3)
+        assert network(torch.empty(2, 3, 160, 160)).shape == (2, 3)
 
 
 def test_a_network_of_fixed_size_says_which() -> None:
@@ -88,29 +95,25 @@ def test_a_tag_selects_the_same_network_with_other_weights() -> None:
         create_model("resnet18.a1_in1k")
 
 
-@pytest.mark.parametrize(
-    "name", ["resnet181", "", "hf-hub:timm/resnet18.a1_in1k", "local-dir:/tmp", "resnet18.a1", "resnet18."]
-)
+@pytest.mark.parametrize("name", ["resnet181", "", "hf-hub:timm/resnet18.a1_in1k", "resnet18.a1"])
 def test_names_that_timm_does_not_build_are_rejected(name: str) -> None:
     with pytest.raises(ConfigError, match=f"timm:{name}: timm .* has no such network"):
         create_model(f"timm:{name}")
 
 
 @pytest.mark.parametrize("name", ["densenet121", "vgg11"])
-def test_networks_whose_parts_conflict_with_backbone_are_rejected(name: str) -> None:
-    message = f"timm:{name}: its module 'features' has a name that sopdeploy uses itself"
-    with torch.device("meta"), pytest.raises(ConfigError, match=message):
-        create_model(f"timm:{name}")
+def test_networks_with_a_module_called_features_keep_its_name_and_can_be_captured(name: str) -> None:
+    with torch.device("meta"):
+        network = create_model(f"dsop-timm:{name}", num_classes=3)
+        assert len(network(torch.empty(2, 3, 64, 64)).branches) == 4
+        plain = network.inference_model().eval()
+        assert list(plain.state_dict()) == list(timm.create_model(name, num_classes=3).state_dict())
+        torch.export.export(plain, (torch.empty(2, 3, 64, 64),), strict=False)
 
 
 def test_a_network_that_does_not_name_its_stages_has_no_branches() -> None:
     with pytest.raises(ConfigError, match="timm:hrnet_w18_small does not name its stages"):
         create_model("dsop-timm:hrnet_w18_small")
-
-
-def test_another_family_than_timm_is_unknown() -> None:
-    with pytest.raises(ConfigError, match="not in the catalog"):
-        create_model("torchvision:resnet18")
 
 
 def test_without_timm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,11 +125,6 @@ def test_without_timm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
         ConfigError, match=r'timm:resnet18: timm is not installed; run: pip install "sopdeploy\[train\]"'
     ):
         create_model("timm:resnet18")
-
-
-def test_image_size_comes_from_timm() -> None:
-    assert entry("timm:resnet18").image_size == 224
-    assert entry("dsop-timm:inception_v3").image_size == 299
 
 
 def test_train_and_eval_mode_reach_timms_own_module() -> None:
@@ -149,11 +147,6 @@ def test_a_copy_is_independent() -> None:
     assert detached(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
-def test_moving_the_network_moves_timms_own_module() -> None:
-    network = create_model("timm:resnet18", num_classes=3).eval().double()
-    assert network(torch.randn(1, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
-
-
 @pytest.mark.parametrize("name", [*EXPORTED, *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)])
 def test_the_inference_model_can_be_exported(name: str) -> None:
     network = create_model(f"timm:{name}", num_classes=3).eval()
@@ -161,12 +154,3 @@ def test_the_inference_model_can_be_exported(name: str) -> None:
     program = torch.export.export(network, (images,), strict=False)
     assert set(program.state_dict) == set(network.state_dict())
     torch.testing.assert_close(program.module()(images), network(images))
-
-
-def test_reading_the_stages_draws_no_random_numbers() -> None:
-    tappable.cache_clear()
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    tappable("resnet18")
-    assert torch.equal(torch.rand(1), expected)

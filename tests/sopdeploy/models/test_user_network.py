@@ -1,15 +1,17 @@
-"""DSoP's branches on networks of the user, and their names for training."""
+"""The papers' methods on networks of the user, and their names for training."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sopdeploy
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.models.registry import CATALOG, REGISTERED
+from tests.sweep.steps import save
 
 THIN: dict[str, Any] = {"aux_blocks": (1, 1), "aux_widths": (3, 4)}
 
@@ -56,13 +58,11 @@ def test_branches_train_the_network_and_leave_its_output_alone() -> None:
     ("network", "taps", "config", "message"),
     [
         (Stages(), ["middle"], {}, r"no module 'middle'; it has early, late, fc"),
-        (Stages(), "late", {}, r"^taps: give a list of names of modules"),
         (Stages(), ["fc"], {}, r"^taps: fc gives \(1, 5\), not a feature map"),
         (Stages(), ["late"], {"image_size": 1}, r"fails for an image of 3 x 1 x 1 .*image_size"),
         (Stages(), ["late"], {"aux_width": 3}, r"^dsop: aux_width: unknown key; its keys are .*aux_widths"),
         (Stages(), ["late"], THIN, r"^aux_blocks: 2 values for 1 stages"),
         (nn.Sequential(nn.Conv2d(3, 4, 1)), ["0"], {}, r"returns \(1, 4, 8, 8\) for one image"),
-        (None, ["late"], {}, r"the network is a NoneType, not a torch\.nn\.Module"),
     ],
 )
 def test_a_wrong_argument_is_one_line(network: Any, taps: Any, config: dict[str, Any], message: str) -> None:
@@ -76,20 +76,96 @@ def test_auxiliary_outputs_in_train_mode_are_refused() -> None:
         network(torch.rand(2, 3, 8, 8))
 
 
+METHODS: dict[Any, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "dsop": ({"aux_blocks": [1, 0], "aux_widths": [3, 3]}, ("branches",)),
+    "gsop": ({"cov_width": 32}, ()),
+    "gmsop": ({"components": 3, "chosen": 2, "component_widths": [4]}, ("gate.noise",)),
+    "psdr": ({"width": 2}, ("auxiliary",)),
+    "isqrt": ({"pooling": {"kind": "isqrt", "width": 4}}, ()),
+}
+SLOW = ("psdr", "isqrt")  # their network and export are like those of gmsop
+
+
 @pytest.mark.usefixtures("few_digits")
-def test_a_registered_network_is_trained_and_exported_with_proof(registered: str, tmp_path: Path) -> None:
-    config = {"aux_blocks": [1, 0], "aux_widths": [3, 3]}
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in METHODS]
+)
+def test_a_registered_network_is_trained_and_exported_with_proof(
+    registered: str, tmp_path: Path, method: Any
+) -> None:
+    config, training_only = METHODS[method]
+    taps = ["early", "late"] if method in {"dsop", "gsop"} else []
+    sopdeploy.register_model(registered, Stages, taps=taps, image_size=8, method=method)
     run = sopdeploy.train(
         recipe="digits-dsop", out=tmp_path / "run", epochs=1, batch_size=256,
         model={"name": registered, "config": config}, preprocess={"resize": 8, "crop": 8},
     )  # fmt: skip
-    assert run.training_only == ("branches",)
-    exported = sopdeploy.export(run.best, tmp_path / "out", detach=True, max_batch=1)
-    assert (exported.certificate.proof, exported.certificate.detached) == ("three-way", ("branches",))
+    assert run.training_only == training_only
+    exported = sopdeploy.export(run.best, tmp_path / "out", detach=bool(training_only), max_batch=1)
+    assert (exported.certificate.proof, exported.certificate.detached) == (
+        "three-way" if training_only else "trained-plain",
+        training_only,
+    )
     assert exported.manifest.model == registered
+
+
+def test_a_checkpoint_of_an_unregistered_network_is_one_line(registered: str, tmp_path: Path) -> None:
+    save(sopdeploy.create_model(registered), registered, 8, tmp_path / "ckpt.pt")
     REGISTERED.pop(registered)
     with pytest.raises(CheckpointError, match=r"model 'stages' is not in the catalog"):
-        sopdeploy.export(run.best, tmp_path / "again", detach=True)
+        sopdeploy.export(tmp_path / "ckpt.pt", tmp_path / "again", detach=True)
+
+
+def gated_sum(model: Any, maps: Tensor) -> Tensor:
+    """Sum two of three covariance roots by the softmax of the largest two logits of the gate."""
+    kept, chosen = model.gate.logits(model.gate.feature(maps)).topk(2)
+    roots = torch.stack(
+        [root(F.conv2d(maps, weight[:, :, None, None]).relu()) for weight in model.mixture.weights[0]], dim=1
+    )
+    picked = roots.gather(1, chosen[:, :, None].expand(-1, -1, roots.shape[2]))
+    return (picked * kept.softmax(dim=1)[:, :, None]).sum(dim=1)
+
+
+def root(maps: Tensor) -> Tensor:
+    """Compute the triangle of the root of the covariance by five Newton-Schulz steps as in the paper."""
+    y, size = torch.stack([x.cov(correction=0) for x in maps.flatten(2)]), maps.shape[1]
+    trace, eye = y.diagonal(dim1=1, dim2=2).sum(1)[:, None, None], torch.eye(size, dtype=y.dtype)
+    y, z = y / trace, eye
+    for _ in range(5):
+        t = (3 * eye - z @ y) / 2
+        y, z = y @ t, t @ z
+    rows, columns = torch.triu_indices(size, size)
+    return (y * trace.sqrt())[:, rows, columns]
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("isqrt", lambda model, maps: model.fc(root(model.pooling.reduce(maps)))),
+        ("psdr", lambda model, maps: model.fc(root(nn.Sequential(*model.pooling.chain)(maps)))),
+        ("gmsop", lambda model, maps: model.head(gated_sum(model, maps))),
+    ],
+)
+def test_a_method_replaces_what_follows_the_last_feature_map(method: str, expected: Any) -> None:
+    inner = Stages().eval()
+    model = getattr(sopdeploy, method)(inner, image_size=8, **METHODS[method][0]).double().eval()
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    maps = inner.late(inner.early(images))
+    torch.testing.assert_close(model(images), expected(model, maps), rtol=0, atol=1e-12)
+    assert isinstance(inner.fc, nn.Identity), "the classifier is gone"
+
+
+def test_gsop_scales_maps_inside_the_network_and_net2_pools_the_result() -> None:
+    images = torch.rand(2, 3, 8, 8)
+    inner = Stages()
+    model = sopdeploy.gsop(inner, ["early", "late"], image_size=8, cov_width=32).eval()
+    early = inner.early(images)
+    late = inner.late(early + model.attention.early(early))
+    late = late + model.attention.late(late)
+    torch.testing.assert_close(model(images), inner.fc(late.mean((2, 3))))
+    assert model.logits_layer() is inner.fc
+    model = sopdeploy.isqrt(model, image_size=8, pooling={"kind": "isqrt", "width": None}).eval()
+    torch.testing.assert_close(model(images), model.fc(root(late.double()).float()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +176,11 @@ def test_a_name_must_be_free_and_fit_a_folder(name: str, message: str) -> None:
         sopdeploy.register_model(name, Stages)
 
 
+def test_gsop_needs_taps() -> None:
+    with pytest.raises(ConfigError, match=r"^register_model: method 'gsop' needs taps"):
+        sopdeploy.register_model("mine", Stages, method="gsop")
+
+
 def test_a_builder_that_fails_is_one_line(registered: str) -> None:
     sopdeploy.register_model(registered, lambda classes: 1 / 0)
     with pytest.raises(
@@ -107,5 +188,5 @@ def test_a_builder_that_fails_is_one_line(registered: str) -> None:
     ):
         sopdeploy.create_model(registered)
     sopdeploy.register_model(registered, lambda classes: Stages(), taps=["late"], image_size=8)
-    with pytest.raises(ConfigError, match=r"^stages: returns 5 logits for 7 classes"):
+    with pytest.raises(ConfigError, match=r"the network returns 5 logits for 7 classes"):
         sopdeploy.create_model(registered, num_classes=7)

@@ -5,18 +5,22 @@ import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
+import torch
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
 from sopdeploy.reproduction import small
+from sopdeploy.reproduction.layer_times import DECOMPOSITIONS
 from sopdeploy.reproduction.options import ReproduceOptions
-from sopdeploy.reproduction.results import Reproduction
+from sopdeploy.reproduction.page import number
+from sopdeploy.reproduction.plan import Reproduction
+from sopdeploy.reproduction.results import HOURS, MILLISECONDS
 from sopdeploy.reproduction.run import reproduce
 from sopdeploy.reproduction.small import STATEMENT
 from sopdeploy.reproduction.tables import TABLES, PrintedRow, PrintedTable
 from sopdeploy.training.signals import TrainingStoppedError
+from tests.sopdeploy.data.small_data import write_classes, write_imagenet
 from tests.sopdeploy.training.runs import RecordingCallback
 
 TINY = PrintedTable(
@@ -26,7 +30,6 @@ TINY = PrintedTable(
     data="cifar10",
     recipe="cifar10-dsop-resnet20",
     small=("epochs=2", "model.config.depth=8", "preprocess.resize=8", "preprocess.crop=8"),
-    figures=("heads", "spectra"),
     rows=(
         PrintedRow(id="plain", name="Plain", set=("model.name=resnet20",), top1=12.34),
         PrintedRow(
@@ -36,6 +39,8 @@ TINY = PrintedTable(
             top1=11.98,
             top5=0.5,
             heads={"layer2": (45.67, 8.9)},
+            baseline="plain",
+            facts={HOURS: 3.5, MILLISECONDS: 2.5, "top-1 increment": 0.36},
         ),
         PrintedRow(id="other", name="Other", cited=True, top1=10.5, params=2.0),
     ),
@@ -48,18 +53,18 @@ def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small, "IMAGES_PER_CLASS", {"train": 6, "val": 3})
 
 
-def results(found: Reproduction) -> list[list[dict[str, object]]]:
+def results(finished: Reproduction) -> list[list[dict[str, object]]]:
     """Return the runs without what depends on the clock and the folder."""
     timed = {"seconds", "speed"}
     return [
         [
             {
-                **run.model_dump(exclude={"recipe", "machine"}),
+                **run.model_dump(exclude={"recipe", "machine", "milliseconds"}),
                 "history": [epoch.model_dump(exclude=timed) for epoch in run.history],
             }
             for run in one.runs
         ]
-        for one in found.rows
+        for one in finished.rows
     ]
 
 
@@ -90,28 +95,17 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
     assert set(branches) == {"main", "layer1_0", "layer2_0", "layer3_0"}
     assert re.search(r"With DSoP, layer2_0 45\.67 \d+\.\d\d 8\.90 \d+\.\d\d ", text)
     assert sum(head.share for head in branches.values()) == pytest.approx(1)
+    plain, dsop = (one.top1.mean for one in resumed.rows[:2] if one.top1 is not None)
+    assert resumed.rows[1].facts["top-1 increment"] == pytest.approx(plain - dsop)
+    for fact, printed in TINY.rows[1].facts.items():
+        assert f"With DSoP {fact} {printed} {number(resumed.rows[1].facts[fact])} " in text
+    assert resumed.rows[1].facts[HOURS] > 0 < resumed.rows[1].facts[MILLISECONDS]
+    for error in ("top-1", "top-5"):
+        assert f"Heads of With DSoP: {error} error in % on a fixed subset of 30 held-out images." in text
     assert json.loads((resumed.page.parent / "result.json").read_text()) == resumed.summary()
 
     with pytest.raises(ConfigError, match=r"result\.json: the row was trained with another recipe"):
         reproduce(TINY.model_copy(update={"set": ("optimizer.momentum=0.8",)}), options)
-
-
-def write_imagenet(root: Path) -> Path:
-    """Write a few images of eleven classes as ImageNet is distributed: `val` has no class folders."""
-    lines = []
-    (root / "val").mkdir(parents=True)
-    for number in range(11):
-        wordnet_id = f"n{number:08}"
-        (root / "train" / wordnet_id).mkdir(parents=True)
-        for image in range(8):
-            pixels = Image.new("RGB", (32, 32), (20 * number, 30 * image, 200))
-            pixels.save(root / "train" / wordnet_id / f"{image}.JPEG")
-        for image in range(3):
-            name = f"ILSVRC2012_val_{3 * number + image:08}.JPEG"
-            Image.new("RGB", (32, 32), (20 * number, 90, 30 * image)).save(root / "val" / name)
-            lines.append(f"{name} {wordnet_id}")
-    (root / "val.txt").write_text("\n".join(lines) + "\n")
-    return root
 
 
 IMAGENET_TABLES = [
@@ -124,7 +118,7 @@ IMAGENET_TABLES = [
     [name if name == "dsop-7" else pytest.param(name, marks=pytest.mark.slow) for name in IMAGENET_TABLES],
 )
 def test_a_row_of_an_imagenet_table_runs_on_the_official_layout(name: str, tmp_path: Path) -> None:
-    data, table = write_imagenet(tmp_path / "imagenet"), TABLES[name]
+    data, table = write_imagenet(tmp_path / "imagenet", 11, 8, 3), TABLES[name]
     row = next(one.id for one in table.rows if table.recipe_of(one) is not None)
     options = ReproduceOptions(out=tmp_path / "out", scale="small", data=data, rows=row, set=("epochs=2",))
     (run,) = reproduce(table, options).rows[0].runs
@@ -132,11 +126,7 @@ def test_a_row_of_an_imagenet_table_runs_on_the_official_layout(name: str, tmp_p
 
 
 def test_a_given_folder_is_reduced_to_a_few_images_per_class(tmp_path) -> None:
-    for label in ("cat", "dog", "owl"):
-        (tmp_path / "photos" / label).mkdir(parents=True)
-        for number in range(12):
-            image = Image.new("RGB", (20, 16), (20 * number, 40, 200))
-            image.save(tmp_path / "photos" / label / f"{number}.png")
+    write_classes(tmp_path / "photos", ("cat", "dog", "owl"), 12)
     options = ReproduceOptions(out=tmp_path / "out", scale="small", data=tmp_path / "photos", rows="plain")
     found = reproduce(TINY, options)
     (run,) = found.rows[0].runs
@@ -147,8 +137,24 @@ def test_a_given_folder_is_reduced_to_a_few_images_per_class(tmp_path) -> None:
     assert copied.name.startswith("photos-")
 
 
+def test_layers_are_timed_on_the_given_device_with_the_given_threads(tmp_path, monkeypatch) -> None:
+    used = set()
+    monkeypatch.setitem(DECOMPOSITIONS, "eig", lambda _matrix: used.add(torch.get_num_threads()))
+    options = ReproduceOptions(out=tmp_path, rows="eig", device="cpu", threads=2)
+    (row,) = reproduce(TABLES["slides-decomposition"], options).rows
+    assert used == {2}
+    assert set(row.facts) == {"this machine, cpu, ms"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_missing_gpu_is_an_error(tmp_path) -> None:
+    arguments = ["reproduce", "slides-decomposition", "--device", "cuda", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, "no CUDA device on this machine" in result.output) == (2, True)
+
+
 def test_a_row_that_cannot_be_run_is_refused_by_name(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="--rows other: cannot be run"):
+    with pytest.raises(ConfigError, match="rows='other': cannot be run"):
         reproduce(TINY, ReproduceOptions(out=tmp_path / "out", scale="small", rows="other"))
     assert not (tmp_path / "out").exists()
 

@@ -52,23 +52,6 @@ SMALL: dict[str, list[str]] = {
     "places365-gmsop-resnet18": [f"model.config={{{GATED}}}", *AT_16, "augment.sides=[20,20]"],
 }
 
-# Recipes whose small network is also another's, which is exported for both.
-EXPORTED_AS = {
-    "cifar10-dsop-resnet20-adahessian": "cifar10-dsop-resnet20",
-    "cifar10-dsop-resnet20-radam": "cifar10-dsop-resnet20",
-    "cifar100-dsop-resnet20": "cifar10-dsop-resnet20",
-    "fine-grained-isqrt-resnet50": "imagenet-isqrt-resnet50",
-    "imagenet-distilled-resnet50": "imagenet-resnet50",
-    "imagenet-distilled-seresnext101": "imagenet-resnet50",
-    "imagenet-dsop-resnet18-adahessian": "imagenet-dsop-resnet18",
-    "imagenet-dsop-resnet18-radam": "imagenet-dsop-resnet18",
-    "imagenet-dsop-resnet50": "imagenet-dsop-resnet18",
-    "imagenet-dsop-two-phase": "imagenet-dsop-resnet18",
-    "imagenet64-gmsop-resnet18": "places365-gmsop-resnet18",
-    "photos": "imagenet-dsop-resnet18",
-    "photos-dsop": "imagenet-dsop-resnet18",
-}
-
 
 def few_blocks(patch: pytest.MonkeyPatch) -> None:
     """Reduce nearly all stages to one block, because each block adds a second to an export."""

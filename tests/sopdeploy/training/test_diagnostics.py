@@ -101,4 +101,11 @@ def test_a_run_records_diagnostics_and_throughput(tmp_path) -> None:
         assert row.diagnostics.heads["main"].loss == pytest.approx(row.metrics.loss, rel=1e-4)
         assert len(row.diagnostics.spectra) == 3
     header = result.history.read_text().splitlines()[0].split(",")
-    assert {"gradient", "data_fraction", "images_per_second", "layer1_0_top1", "main_loss"} <= set(header)
+    assert {
+        "gradient",
+        "data_fraction",
+        "images_per_second",
+        "layer1_0_top1",
+        "layer1_0_top5",
+        "main_loss",
+    } <= set(header)

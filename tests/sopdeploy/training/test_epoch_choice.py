@@ -72,11 +72,9 @@ MULTI_LABEL = MultiLabelMetrics(map=0.5, macro_f1=0.5, micro_f1=0.5, count=8, lo
         (2, False, {}, None, f"of {BIASED}"),
         (2, True, {"exports_average": True}, None, f"of {BIASED}"),
         (2, True, {}, MULTI_LABEL, f"mAP 50.0 % of {BIASED}"),
-        (1, True, {}, MULTI_LABEL, "mAP 50.0 % of 8 held-out images"),
     ],
     ids=[
         "one epoch", "a frozen backbone", "too many images to record", "averaged weights", "several classes",
-        "several classes, one epoch",
     ],
 )  # fmt: skip
 def test_a_score_that_selected_the_epoch_says_so(

@@ -15,7 +15,6 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.comparison.runs import compare
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
-from sopdeploy.decision import known_score
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.evaluation.prediction import score_checkpoint
@@ -130,15 +129,6 @@ def test_unknown_images_have_a_smaller_energy_far_from_the_training_images():
     assert areas["max_probability"] == plain["max_probability"]
 
 
-def test_distances_are_from_the_mean_of_the_fitted_images_of_the_other_folds():
-    random, classes, folds = np.random.default_rng(0), np.arange(30) % 3, np.arange(30) % 2
-    features = random.normal(size=(30, 8))
-    problem = Problem.create([features], softmax_targets(classes, 3))
-    inputs = (features - problem.center) * problem.scale
-    expected = np.linalg.norm(inputs[0] - inputs[(classes != 2) & (folds == 1)].mean(axis=0))
-    np.testing.assert_allclose(problem.distances(folds, classes != 2)[0], expected)
-
-
 def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_path: Path):
     recipe = read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 17)}"])
     stages: list[str] = []
@@ -186,28 +176,6 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     assert all(torch.equal(after.weights[name], checkpoint.weights[name]) for name in checkpoint.weights)
 
 
-@pytest.mark.parametrize("head", ["gap", "gap+isqrt"])
-def test_the_network_computes_the_logits_of_the_fitted_head_and_has_no_branches(tmp_path: Path, head: str):
-    settings = [*SMALL, f'few_shot.heads=["{head}"]', f"data.path={paint(tmp_path / 'photos', 20)}"]
-    result = train(read_recipe("photos", settings), tmp_path / "run")
-    checkpoint = read_checkpoint(result.best)
-    assert checkpoint.model == "head:resnet8"
-    model = build_classifier(checkpoint, result.best)
-    image = torch.randn(3, 3, 16, 16)
-    with torch.no_grad():
-        logits = model(image)
-        if checkpoint.config["head"]["distance"]:
-            pooled = model.pooled_head
-            pooled.fc.weight[:, -1] = 0.0
-            without = model(image)
-            change = (without - logits).numpy()
-            assert np.allclose(change, change[:, :1], atol=1e-4)
-            assert (known_score(without.numpy(), "energy") > known_score(logits.numpy(), "energy")).all()
-    assert logits.shape == (3, 3)
-    _, scores = score_checkpoint(result.best, tmp_path / "photos", on_image=lambda _done, _total: None)
-    assert np.mean([score.correct for score in scores]) > 0.9
-
-
 def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: Path):
     paint(tmp_path / "photos" / "train", 6)
     paint(tmp_path / "photos" / "val", 2, seed=1)
@@ -240,7 +208,6 @@ def test_every_image_trains_the_network_also_if_there_are_more_than_a_hundred(tm
     expected = [f"{name}/{number}.png" for name in COLORS for number in range(40)]
     assert sorted("/".join(joined.train.path(index).parts[-2:]) for index in range(120)) == sorted(expected)
     assert select_split(read_recipe("photos", [*settings, "few_shot.max_images=10"]), data) == (data, False)
-    assert select_split(read_recipe("photos", settings), replace(data, divided=False))[0] is not joined
     other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
     assert select_split(other, data) == (data, False)
 
@@ -254,10 +221,6 @@ def test_several_networks_are_compared_and_the_budget_limits_the_heads(tmp_path:
     assert networks == ["resnet8", "resnet20", "timm:test_resnet"]
     assert sum(one.kept for one in found.candidates) == 1
     assert any(one.pareto for one in found.candidates)
-    best = max(found.candidates, key=lambda one: one.score.share)
-    assert best.pareto or any(
-        one.score.share == best.score.share for one in found.candidates if one is not best
-    )
     assert len(found.skipped) == 6
     assert any("time budget is used up: resnet8 gap+isqrt" in line for line in found.lines())
     checkpoint = read_checkpoint(result.best)
@@ -275,10 +238,6 @@ def test_the_interval_of_the_map_is_that_of_resampled_images():
     both = np.stack([true, ~true], axis=1)
     found = MeanPrecision.of(both, np.stack([scores, 1 - scores], axis=1), 0)
     assert found.low < found.share < found.high
-    rare = np.zeros((20, 2), np.bool_)
-    rare[[0, 1], [0, 1]] = True
-    found = MeanPrecision.of(rare, np.random.default_rng(0).random((20, 2)), 0)
-    assert 0 < found.low < found.share < found.high < 0.5
 
 
 def test_several_classes_per_image_take_the_same_path(tmp_path: Path):

@@ -19,24 +19,20 @@ pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 @pytest.mark.parametrize(
-    ("kind", "optimizer_class", "lr", "group"),
+    ("kind", "optimizer_class", "group"),
     [
-        ("sgd", torch.optim.SGD, 0.05, {"momentum": 0.9, "weight_decay": 0.0}),
-        ("adamw", torch.optim.AdamW, 0.01, {"betas": (0.9, 0.999), "weight_decay": 0.01}),
-        ("radam", torch.optim.RAdam, 0.01, {"decoupled_weight_decay": True, "weight_decay": 0.0}),
-        ("rmsprop", torch.optim.RMSprop, 0.003, {"alpha": 0.9, "eps": 1e-3, "momentum": 0.9}),
-        ("adahessian", AdaHessian, 0.05, {"eps": 1e-4, "power": 1.0}),
+        ("sgd", torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.0}),
+        ("adamw", torch.optim.AdamW, {"betas": (0.9, 0.999), "weight_decay": 0.01}),
+        ("radam", torch.optim.RAdam, {"decoupled_weight_decay": True, "weight_decay": 0.0}),
+        ("rmsprop", torch.optim.RMSprop, {"alpha": 0.9, "eps": 1e-3, "momentum": 0.9}),
+        ("adahessian", AdaHessian, {"eps": 1e-4, "power": 1.0}),
     ],
 )
-def test_each_optimizer_reduces_the_loss(tmp_path, kind, optimizer_class, lr, group) -> None:
-    settings = f"optimizer={{kind='{kind}', lr={lr}}}", "model.config.aux_dropout=0.0"
-    recipe = short_recipe(*settings, "epochs=2")
+def test_a_recipe_selects_an_optimizer_and_its_arguments(kind, optimizer_class, group) -> None:
+    recipe = short_recipe(f"optimizer={{kind='{kind}', lr=0.05}}")
     optimizer = recipe.optimizer.create([nn.Parameter(torch.zeros(1))])
     assert type(optimizer) is optimizer_class
-    assert {"lr": lr, **group}.items() <= optimizer.param_groups[0].items()
-    result = train(recipe, tmp_path / "run")
-    losses = [float(line.split(",")[2]) for line in result.history.read_text().splitlines()[1:]]
-    assert losses[-1] < losses[0]
+    assert {"lr": 0.05, **group}.items() <= optimizer.param_groups[0].items()
 
 
 def test_an_optimizer_without_kind_is_sgd_and_an_invalid_one_is_named() -> None:
@@ -56,16 +52,10 @@ def test_an_optimizer_without_kind_is_sgd_and_an_invalid_one_is_named() -> None:
             short_recipe("optimizer={kind='adahessian', lr=0.1}", override)
 
 
-@pytest.mark.parametrize(
-    ("network", "config"),
-    [
-        ("dsop-resnet8", {"base_width": 4, "prenorm": "frobenius"}),
-        ("isqrt-resnet8", {"base_width": 4, "pooling": {"kind": "isqrt", "width": 8}}),
-    ],
-)
-def test_hessian_vector_products_match_finite_differences(network, config) -> None:
+def test_hessian_vector_products_match_finite_differences() -> None:
     torch.manual_seed(0)
-    model = create_model(network, num_classes=3, **config).double().train()
+    config = {"base_width": 4, "prenorm": "frobenius"}
+    model = create_model("dsop-resnet8", num_classes=3, **config).double().train()
     images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 3
     optimizer = AdaHessian(model.parameters(), lr=0.1)
     parameters = list(model.parameters())
@@ -87,21 +77,6 @@ def test_hessian_vector_products_match_finite_differences(network, config) -> No
         expected = (plus - minus) / (2 * step)
         scale = float(expected.abs().max()) + 1e-3
         assert float((optimizer.curvatures[parameter] - expected).abs().max()) < 1e-3 * scale
-
-
-def test_micro_batches_add_up_to_the_whole_batch() -> None:
-    weights = nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
-    inputs = torch.randn(8, 5, dtype=torch.float64)
-    whole, split = AdaHessian([weights], lr=0.1), AdaHessian([weights], lr=0.1)
-    whole.backward((inputs @ weights).pow(4).mean(), seed=3)
-    gradient = weights.grad
-    assert gradient is not None
-    weights.grad = None
-    for part in inputs.split([3, 5]):
-        split.backward((part @ weights).pow(4).mean() * len(part) / 8, seed=3)
-    assert weights.grad is not None
-    torch.testing.assert_close(weights.grad, gradient)
-    torch.testing.assert_close(split.curvatures[weights], whole.curvatures[weights])
 
 
 def test_a_step_on_a_quadratic_function_is_exact_and_averages_over_kernels() -> None:

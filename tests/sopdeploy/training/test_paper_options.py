@@ -12,7 +12,7 @@ from sopdeploy.data.augment import COLOR_COMPONENTS, COLOR_DEVIATIONS, Augmented
 from sopdeploy.data.base import ArrayImages
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
-from sopdeploy.evaluation.prediction import score_images
+from sopdeploy.evaluation.prediction import predict_images
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.loop import epoch_data, train
 from sopdeploy.training.recipe import Recipe
@@ -64,7 +64,7 @@ def test_held_out_images_are_cropped_as_eval_crops_them(finished: Path) -> None:
     held_out = open_data(all_options().data).held_out
     found = {
         tta: np.mean(
-            [score.top5[0] == score.target for score in score_images(model, checkpoint, held_out, tta=tta)]
+            [score.top5[0] == score.target for score in predict_images(model, checkpoint, held_out, tta=tta)]
         )
         for tta in ("pad-crop", "none")
     }

@@ -88,8 +88,6 @@ INVALID_OVERRIDES = [
     ("accumulate=360", "accumulate: each micro-batch needs at least two samples"),
     ("model.remove_branches_at=99", "remove_branches_at: the run has only"),
     ("epochs=0", "epochs: Input should be greater than or equal to 1 (got '0')"),
-    ("seed=abc", "seed: Input should be a valid integer"),
-    ("optimizer.lr=nan", "optimizer.lr: Input should be"),
     ("preprocess.crop=99", "crop (99) is larger than resize (16)"),
     ("epochs", "epochs: write key=value, for example optimizer.lr=0.05"),
     ("epochs.a=1", "epochs.a=1: epochs is a value, not a table with keys"),

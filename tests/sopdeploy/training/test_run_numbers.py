@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,29 +62,6 @@ def test_resume_continues_the_newest_run_of_the_recipe(photos: Path) -> None:
         os.link("runs/photos-1/last.pt", f"runs/photos-{number}/last.pt")
     assert train("--resume", settings=LOOP) == Path("runs/photos-10")
     assert train(settings=LOOP) == Path("runs/photos-11")
-
-
-def test_a_folder_without_a_checkpoint_is_used_again_unless_a_process_holds_it(photos: Path) -> None:
-    Path("runs/photos-3").mkdir(parents=True)
-    Path("runs/photos-3/.lock").touch()  # of a run that was killed before its first checkpoint
-    holder = (
-        "import fcntl, sys\n"
-        "with open(sys.argv[1], 'w') as file:\n"
-        "    fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", holder, "runs/photos-3/.lock"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    with other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        assert train(settings=LOOP) == Path("runs/photos-4")
-        other.communicate(b"\n")
-    Path("runs/photos-5").mkdir()
-    Path("runs/photos-5/.lock").touch()
-    assert train(settings=LOOP) == Path("runs/photos-5")
 
 
 @pytest.mark.parametrize(

@@ -181,54 +181,32 @@ def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch) 
     assert all(bool(torch.isfinite(tensor).all()) for tensor in last.weights.values())
 
 
-@pytest.mark.parametrize(
-    ("number", "damage", "message"),
-    [
-        (
-            8,
-            lambda run: run.model.get_buffer("bn1.running_var").fill_(float("inf")),
-            r"epoch 2, step 2: the buffer \S+running_var is not finite; .* \(samples \d+, ",
-        ),
-        (
-            1,
-            lambda run: run.model.get_parameter("fc.weight").grad[0].fill_(NAN),
-            r"epoch 1, step 1: the gradient of fc\.weight is not",
-        ),
-    ],
-)
-def test_a_non_finite_buffer_or_gradient_is_named(tmp_path, monkeypatch, number, damage, message) -> None:
+def test_a_non_finite_buffer_is_named_with_the_step_and_its_samples(tmp_path, monkeypatch) -> None:
     calls = []
 
     def compute_gradient(run, *rest):
         loss = original(run, *rest)
         calls.append(run.position)
-        if len(calls) == number:
-            damage(run)
+        if len(calls) == 8:
+            run.model.get_buffer("bn1.running_var").fill_(float("inf"))
         return loss
 
     original = gradient.compute_gradient
     monkeypatch.setattr(gradient, "compute_gradient", compute_gradient)
+    message = r"epoch 2, step 2: the buffer bn1.running_var is not finite; .* \(samples \d+, "
     with pytest.raises(TrainingError, match=message):
         train(short_recipe("save.every_steps=1"), tmp_path / "run")
-    if number == 1:
-        assert not (tmp_path / "run").exists()
-    else:
-        last = read_checkpoint(tmp_path / "run" / "last.pt")
-        assert (last.training["epoch"], last.training["step"]) == (1, 1)
+    last = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert (last.training["epoch"], last.training["step"]) == (1, 1)
 
 
-@pytest.mark.parametrize("where", ["weights", "optimizer"])
-def test_no_checkpoint_with_a_non_finite_number_is_written(tmp_path, monkeypatch, where) -> None:
+def test_no_checkpoint_with_a_non_finite_number_is_written(tmp_path, monkeypatch) -> None:
     runs = []
 
     class Damage(RecordingCallback):
         def on_evaluation_batch(self, **progress) -> None:
-            (run,) = runs
-            tensors = {
-                "weights": run.model.get_parameter("fc.weight").data,
-                "optimizer": next(iter(run.optimizer.state.values()))["momentum_buffer"],
-            }
-            tensors[where].view(-1)[0] = float("nan")
+            optimizer = runs[0].optimizer
+            next(iter(optimizer.state.values()))["momentum_buffer"].view(-1)[0] = float("nan")
 
     original = loop.create_run
     monkeypatch.setattr(loop, "create_run", lambda *given: runs.append(original(*given)) or runs[0])

@@ -1,4 +1,4 @@
-"""A checkpoint knows its training images, and a run says if its network sees too few of their pixels."""
+"""A checkpoint knows its training images."""
 
 from pathlib import Path
 
@@ -8,8 +8,6 @@ import sopdeploy
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
-from tests.sopdeploy.data.small_data import jpeg, write_classes
-from tests.sopdeploy.training.runs import RecordingCallback
 from tests.sopdeploy.training.test_few_shot import SMALL, paint
 
 LOOP = [
@@ -38,17 +36,3 @@ def test_measuring_on_training_images_is_a_warning(tmp_path: Path, recipe: str, 
     fitted = sopdeploy.calibrate(result.best, seen, tmp_path / "fitted.pt")
     assert fitted.notes == found.notes
     assert read_checkpoint(fitted.path).image_hashes.equal(stored.image_hashes)
-
-
-@pytest.mark.parametrize(("side", "warned"), [(200, True), (20, False)])
-def test_a_small_network_on_photographs_is_a_warning(tmp_path: Path, side: int, warned: bool) -> None:
-    folder = write_classes(tmp_path / "photos", ("a", "b"), 4)
-    for number, file in enumerate(sorted(folder.rglob("*.jpg"))):
-        file.write_bytes(jpeg(number, (side, 2 * side)))
-    callback = RecordingCallback()
-    train(read_recipe("digits-plain", [*LOOP, f"data.path={folder}"]), tmp_path / "run", callback=callback)
-    facts = [one for name, one in callback.events if name == "train_start"]
-    assert facts[0]["input_side"] == 8
-    warnings = [one["warning"] for name, one in callback.events if name == "warning"]
-    line = "the network sees 8 x 8 pixels, but the shorter side of the images has 200 (median)"
-    assert [one.startswith(line) for one in warnings] == [True] * warned

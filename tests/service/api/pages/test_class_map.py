@@ -1,14 +1,12 @@
 """The class activation map over the image, in a real browser."""
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sopdeploy.bundle.class_maps import FEATURES, FILE, ClassMapLayer, write_class_maps
-from sopdeploy.bundle.manifest import TensorRecord
+from sopdeploy.bundle.class_maps import FILE, ClassMapLayer, write_class_maps
+from sopdeploy.bundle.manifest import FEATURES, TensorRecord
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.api.pages.conftest import give
@@ -57,9 +55,6 @@ def test_the_page_draws_the_map_over_its_part_of_the_image_until_it_is_switched_
         "place": [28, 6, 44, 89],
         "alphas": [0, 0, 64, 255],
     }
-    folder = os.environ.get("SOPDEPLOY_SCREENSHOTS")
-    if folder:
-        page.screenshot(path=Path(folder) / "class-map.png")
     assert "explain=true" in page.locator("#code-curl").text_content()
     page.locator("#explain").uncheck()
     page.wait_for_selector("#map", state="hidden")

@@ -21,8 +21,6 @@ PHONE = {"width": 380, "height": 800}
     ("name", "traits"),
     [
         ("light", {}),
-        pytest.param("dark", {"color_scheme": "dark"}, marks=pytest.mark.slow),
-        pytest.param("phone", {"viewport": PHONE}, marks=pytest.mark.slow),
         ("phone-dark", {"viewport": PHONE, "color_scheme": "dark"}),
     ],
 )
@@ -56,16 +54,3 @@ def test_the_docs_show_every_operation_and_body(open_page, client):
         "all => all.filter(e => !document.querySelector(e.getAttribute('href'))).map(e => e.href)"
     )
     assert dead == []
-
-
-def test_the_policy_blocks_other_scripts(chromium, client):
-    page = chromium.new_page()
-    page.goto(str(client.base_url))
-    page.evaluate(
-        "document.body.append(Object.assign(document.createElement('div'), {id: 'mark'}));"
-        "const script = document.createElement('script');"
-        "try { script.text = 'document.querySelector(`#mark`).remove()'; document.body.append(script); }"
-        "catch { /* trusted types refuse the text itself */ }"
-    )
-    assert page.locator("#mark").count() == 1
-    page.close()

@@ -54,7 +54,10 @@ def test_the_page_works_by_keyboard_alone(page, client, jpeg):
 
 
 def test_the_page_is_accessible_to_screen_readers(page, client, jpeg):
-    give(page, jpeg)
+    give(page, jpeg, type="image/png")
+    assert page.locator("#warnings li").text_content().startswith("The content type names another format")
+    rows = page.locator("#waterfall li > span:first-child").all_text_contents()
+    assert rows == ["receive", "decode", "queue", "infer", "connection"]
     label, percent = expected(client, jpeg)[0]
     assert page.get_by_role("status").text_content().startswith(f"Prediction: {label} {percent}, ")
     nameless = page.locator("button, a, input, select").evaluate_all(
@@ -62,16 +65,6 @@ def test_the_page_is_accessible_to_screen_readers(page, client, jpeg):
     )
     assert nameless == 0
     assert page.get_by_label("Drop another image").count() == 1
-
-
-def test_the_waterfall_adds_up_to_the_total_time(page, jpeg):
-    give(page, jpeg)
-    rows = page.locator("#waterfall li > span:first-child").all_text_contents()
-    assert rows == ["receive", "decode", "queue", "infer", "connection"]
-    times = [text.split()[0] for text in page.locator("#waterfall .ms").all_text_contents()]
-    total = page.locator("#total").text_content().split()[0]
-    rounding = sum(0.05 if "." in time else 0.5 for time in [*times, total])
-    assert sum(map(float, times)) == pytest.approx(float(total), abs=rounding)
 
 
 def test_a_bad_file_shows_the_error_and_the_next_image_a_prediction(page, client, jpeg):
@@ -89,13 +82,6 @@ def test_an_unreachable_server_is_reported(page, jpeg):
     page.route("**/v1/classify**", lambda route: route.fulfill(status=200, body="not JSON"))
     give(page, jpeg)
     assert "cannot be reached" in page.get_by_role("alert").text_content()
-
-
-def test_warnings_are_sentences(page, make_picture):
-    give(page, make_picture(kind="PNG"))
-    found = page.locator("#warnings li").all_text_contents()
-    assert len(found) == 1
-    assert found[0].startswith("The content type names another format")
 
 
 HARMFUL = 'it\'s "x" $(touch owned) `b` <img src=x onerror=alert(1)>.jpg'

@@ -2,12 +2,15 @@
 
 import os
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sopdeploy_service.commands.batch import decoders
 
 
 class CrashingDecoder(decoders.EntryDecoder):
-    def __call__(self, slot: int, position: int, entry: decoders.Entry) -> decoders.Read:
-        return os._exit(1) if entry.path.endswith("017.jpg") else super().__call__(slot, position, entry)
+    def __call__(self, entry: decoders.Entry, pixels: NDArray[np.uint8]) -> decoders.Read:
+        return os._exit(1) if entry.path.endswith("017.jpg") else super().__call__(entry, pixels)
 
 
 def start_crashing_worker(*arguments: object) -> None:

@@ -7,35 +7,37 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from sopdeploy.bundle.class_maps import FEATURES
+from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy_service.commands.batch import decoders
-from sopdeploy_service.commands.batch.classifier import PartClassifier, PartOutputs
 from sopdeploy_service.commands.batch.decoders import DecoderProcesses, Read
 from sopdeploy_service.commands.batch.on_ray import check_resources
 from sopdeploy_service.commands.batch.options import ClassifyOptions, RayOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.reader import Entry
 from sopdeploy_service.commands.batch.rows import RowFormat
-from sopdeploy_service.commands.batch.run import classify
 from sopdeploy_service.commands.predict import predict
-from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.images.decode import EncodedImage
+from sopdeploy_service.images.loaders import make_decoder
+from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.results import NONFINITE
-from sopdeploy_service.runtime.fake import FakeOverlappingRuntime, FakeRuntime
 from sopdeploy_service.settings import Settings
+from tests.service.bundle_with_maps import write_bundle_with_maps
 from tests.service.commands.batch.conftest import (
     BAD,
     COUNT,
     OPTIONS,
     SETTINGS,
     StopError,
+    classify,
     part_bytes,
     rows_of,
     stop_at,
@@ -86,18 +88,15 @@ def test_a_finished_run_is_not_repeated_and_a_damaged_part_is(complete, bundle_p
     assert part_bytes(out) == part_bytes(complete)
 
 
-OTHER_RUNS = {
-    "top_k": (Settings(threads=1, top_k=2), OPTIONS, r"was begun with top_k 5, not 2; continue with"),
-    "logits": (SETTINGS, OPTIONS.model_copy(update={"logits": True}), r"was begun with logits False"),
-    "decoder": (Settings(threads=1, max_pixels=99), OPTIONS, r"was begun with settings \{.*'max_pixels': "),
-}
-
-
-@pytest.mark.parametrize("case", OTHER_RUNS)
-def test_a_folder_of_a_run_with_other_options_is_rejected(case, complete, bundle_path, photos):
-    settings, options, message = OTHER_RUNS[case]
-    with pytest.raises(ConfigError, match=message):
-        classify(bundle_path, [str(photos)], complete, settings, options)
+def test_a_folder_of_a_run_with_other_options_is_rejected(complete, bundle_path, photos):
+    for settings, logits, message in (
+        (Settings(threads=1, top_k=2), False, r"was begun with top_k 5, not 2; continue with"),
+        (SETTINGS, True, r"was begun with logits False"),
+        (Settings(threads=1, max_pixels=99), False, r"was begun with settings \{.*'max_pixels': "),
+    ):
+        options = OPTIONS.model_copy(update={"logits": logits})
+        with pytest.raises(ConfigError, match=message):
+            classify(bundle_path, [str(photos)], complete, settings, options)
 
 
 def test_a_folder_of_another_bundle_or_of_other_images_is_rejected(
@@ -120,7 +119,7 @@ def test_too_many_errors_stop_the_run_and_a_higher_limit_continues_it(
     complete, bundle_path, photos, tmp_path
 ):
     limited = OPTIONS.model_copy(update={"max_errors": 2})
-    with pytest.raises(DataError, match=r"max_errors=2: 3 of 44 images have an error; run again"):
+    with pytest.raises(DataError, match=r"max_errors=2: 3 of 64 images have an error; run again"):
         classify(bundle_path, [str(photos)], tmp_path, SETTINGS, limited)
     found = classify(
         bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS.model_copy(update={"max_errors": 3})
@@ -130,18 +129,34 @@ def test_too_many_errors_stop_the_run_and_a_higher_limit_continues_it(
 
 
 def test_features_need_a_bundle_that_has_them(bundle_path, photos, tmp_path):
-    with pytest.raises(ConfigError, match=r"features: .* has no output `features`; export it with"):
+    with pytest.raises(ConfigError, match=r"features: .* has no features; export it with_features"):
         classify(bundle_path, [str(photos)], tmp_path, SETTINGS, ClassifyOptions(features=True, workers=1))
     assert not list(tmp_path.iterdir())
 
 
-def decode_all(tasks: list[list[Entry]]) -> list[tuple[str, bool]]:
-    """Decode *tasks* in two processes; list the error of each image and whether it has pixels."""
-    with DecoderProcesses(RULES, SETTINGS, workers=2, block=6) as processes:
+@pytest.mark.parametrize("maps", [True, False])
+def test_logits_and_features_are_those_of_the_bundle(bundle_path, photos, tmp_path, maps):
+    path = write_bundle_with_maps(bundle_path, tmp_path, maps=maps)
+    options = ClassifyOptions(logits=True, features=True, workers=1)
+    sources = [str(photos / name) for name in ("001.jpg", "017.jpg")]
+    classify(path, sources, tmp_path / "out", SETTINGS, options)
+    first, bad = rows_of(tmp_path / "out")
+    loaded = load_model(path, SETTINGS)
+    body = (photos / "001.jpg").read_bytes()
+    pixels = make_decoder(SETTINGS)(EncodedImage(body), loaded.bundle.manifest.preprocess).pixels
+    outputs = loaded.runtime.run(pixels[None])
+    np.testing.assert_allclose(first["logits"], outputs["logits"][0], rtol=1e-5)
+    np.testing.assert_allclose(first["features"], outputs[EMBEDDING][0], rtol=1e-5)
+    assert (bad["error"], bad["logits"], bad["features"]) == ("not_an_image", None, None)
+
+
+def decode_all(batches: list[list[Entry]]) -> list[tuple[str, bool]]:
+    """Decode *batches* in two processes; list the error of each image and whether it has pixels."""
+    with DecoderProcesses(RULES, SETTINGS, workers=2) as processes:
         return [
             (read.error, bool(pixels.any()))
-            for block in processes.decode(tasks)
-            for read, pixels in zip(block.reads, block.pixels, strict=True)
+            for reads, batch in processes.decode(batches)
+            for read, pixels in zip(reads, batch, strict=True)
         ]
 
 
@@ -165,85 +180,27 @@ def test_a_killed_decoder_process_is_replaced(photos):
     assert decode_all(tasks()) == [("", True)] * 10
 
 
-class ThreePhotos:
-    """Decodes three blocks of generated pixels without processes."""
-
-    block = 4
-
-    def decode(self, tasks):
-        for number, entries in enumerate(tasks):
-            pixels = np.full((len(entries), 32, 32, 3), 10 * number, np.uint8)
-            yield decoders.Block([Read("0") for _ in entries], pixels)
-
-
-def test_batches_of_an_overlapping_runtime_give_the_same_outputs(bundle):
-    found = []
-    for kind in (FakeRuntime, FakeOverlappingRuntime):
-        runtime = kind(classes=7)
-        parts = [(0, [Entry("x", "x")] * 6), (1, [Entry("x", "x")] * 3)]
-        loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={})
-        classifier = PartClassifier(loaded, Settings(max_batch=2), OPTIONS)
-        found.append(list(classifier.run(iter(parts), ThreePhotos())))
-        assert runtime.batches == [2, 2, 2, 2, 1]
-    ours, other = found
-    assert [part.number for part in ours] == [0, 1]
-    for one, two in zip(ours, other, strict=True):
-        for row, same in zip(one.rows, two.rows, strict=True):
-            np.testing.assert_array_equal(row["logits"], same["logits"])
-
-
-class MapRuntime(FakeRuntime):
-    """Also returns feature maps (n, 3, 2, 2), whose mean is the number of the image in its batch."""
-
-    def run(self, images):
-        maps = np.arange(len(images), dtype=np.float32)[:, None, None, None] + np.array([[-1, 1], [1, -1]])
-        return {**super().run(images), FEATURES: np.broadcast_to(maps, (len(images), 3, 2, 2))}
-
-
-def test_features_are_averaged_over_positions(bundle):
-    record = bundle.manifest.outputs[0].model_copy(update={"name": FEATURES, "shape": (None, 3, 2, 2)})
-    outputs = (*bundle.manifest.outputs, record)
-    manifest = bundle.manifest.model_copy(update={"outputs": outputs})
-    loaded = LoadedModel(
-        bundle=type(bundle)(path=bundle.path, manifest=manifest, labels=bundle.labels),
-        runtime=MapRuntime(classes=7),
-        replays={},
-    )
-    classifier = PartClassifier(loaded, SETTINGS, ClassifyOptions(features=True))
-    (part,) = classifier.run(iter([(0, [Entry("x", "x")] * 4)]), ThreePhotos())
-    assert [row[FEATURES].tolist() for row in part.rows] == [[float(n)] * 3 for n in range(4)]
-
-
-def test_rows_have_logits_features_and_the_decision_of_the_bundle(bundle):
+def test_rows_follow_the_decision_of_the_bundle(bundle):
     logits = np.array([[0, 1, 5, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1.0]], np.float32)
-    means = np.arange(6, dtype=np.float32).reshape(2, 3)
-    outputs = [{"logits": one, FEATURES: two} for one, two in zip(logits, means, strict=True)]
-    entries = [Entry(name, name) for name in "abc"]
-    reads = [Read("1"), Read("2", ("exif_rotated",)), Read("3")]
-    part = PartOutputs(0, entries, reads, [outputs[0], outputs[1], NONFINITE])
-
+    entries, reads = (
+        [Entry(name, name) for name in "abc"],
+        [Read("1"), Read("2", ("exif_rotated",)), Read("3")],
+    )
+    outputs = [{"logits": logits[0]}, {"logits": logits[1]}, NONFINITE]
     rule = Rejection(score="max_probability", threshold=0.5)
-    thresholds = (0.6,) * 7
+    present = Decision(activation="sigmoid", thresholds=(0.6,) * 7)
     for decision, top_k, classes, known in (
         (None, 2, (["cat", "dog"], ["ant", "bee"]), [None, None]),
         (Decision(rejection=rule), 1, (["cat"], ["ant"]), [True, False]),
-        (
-            Decision(activation="sigmoid", thresholds=thresholds),
-            None,
-            (["cat", "dog", "bee"], list(bundle.labels)),
-            [None, None],
-        ),
+        (present, None, (["cat", "dog", "bee"], list(bundle.labels)), [None, None]),
     ):
         manifest = bundle.manifest.model_copy(update={"decision": decision})
-        changed = type(bundle)(path=bundle.path, manifest=manifest, labels=bundle.labels)
-        table = RowFormat(changed, top_k, ClassifyOptions(logits=True, features=True)).table(part)
+        table = RowFormat(replace(bundle, manifest=manifest), top_k, OPTIONS).table(entries, reads, outputs)
         first, second, bad = table.to_pylist()
         assert (first["classes"], second["classes"]) == classes
         assert [first["known"], second["known"]] == known
         assert second["warnings"] == ["exif_rotated"]
-        assert first["logits"] == logits[0].tolist()
-        assert second["features"] == means[1].tolist()
-        assert (bad["error"], bad["classes"], bad["logits"]) == ("nonfinite_output", None, None)
+        assert (bad["error"], bad["classes"]) == ("nonfinite_output", None)
         assert table.schema.metadata == {b"errors": b"1"}
 
 
@@ -255,7 +212,7 @@ def test_nothing_is_left_of_a_run_that_could_not_list_its_images(bundle_path, tm
 
 def test_an_actor_that_does_not_fit_on_this_machine_is_rejected():
     check_resources({"CPU": 2.0}, RayOptions(cpus_per_actor=2))
-    with pytest.raises(ConfigError, match=r"--gpus-per-actor 0\.5: Ray has 0 GPUs here; give a smaller"):
+    with pytest.raises(ConfigError, match=r"gpus_per_actor=0\.5: Ray has 0 GPUs here; give less"):
         check_resources({"CPU": 2.0}, RayOptions(gpus_per_actor=0.5))
 
 

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from sopdeploy_service.commands.batch.options import RayOptions
-from sopdeploy_service.commands.batch.run import classify
 from tests.service.children import START_SECONDS
-from tests.service.commands.batch.conftest import OPTIONS, SETTINGS, part_bytes
+from tests.service.commands.batch.conftest import OPTIONS, SETTINGS, classify, part_bytes
 from tests.service.server.on_ray.clusters import below
 
 pytestmark = [
@@ -121,8 +120,8 @@ def test_a_run_on_two_nodes_of_which_one_is_killed_writes_the_same_rows(
     with two_nodes() as nodes:
         killer = threading.Thread(target=kill_a_node, args=nodes)
         killer.start()
-        options = RayOptions(actors=2)
-        found = classify(bundle_path, [str(names)], tmp_path / "out", SETTINGS, OPTIONS, ray=options)
+        cluster = RayOptions(ray="auto", actors=2)
+        found = classify(bundle_path, [str(names)], tmp_path / "out", cluster=cluster)
         killer.join(START_SECONDS)
         assert not killer.is_alive()
     assert (found.images, found.classified) == (100, 100)

@@ -42,7 +42,6 @@ def sources(tmp_path: Path) -> Path:
     (tmp_path / "list.txt").write_text("".join(f"folder/{name}\n\n" for name in BODIES))
     windows = "\r\n".join(f"folder/{name}" for name in BODIES)
     (tmp_path / "windows.txt").write_text(windows, encoding="utf-8-sig", newline="")
-    (tmp_path / "urls.txt").write_text("\n".join(f"{MEMORY}/{name}" for name in BODIES))
     bodies, names = list(BODIES.values()), [f"folder/{name}" for name in BODIES]
     pq.write_table(pa.table({"bytes": bodies, "n": [1, 2, 3, 4]}), tmp_path / "b.parquet", row_group_size=3)
     images = [{"bytes": body, "path": name} for name, body in BODIES.items()]
@@ -58,12 +57,10 @@ SORTED, STORED = ["a.png", "b/2.jpg", "b/c/3.JPEG", "z.gif"], list(BODIES)
 LISTS = {  # source: (prefix of the names, names)
     "folder": ("folder/", SORTED),
     "folder/b/**/*.jp*g": ("folder/b/", ["2.jpg"]),
-    "folder/b/2.jpg": ("folder/b/", ["2.jpg"]),
     "x.tar": ("x.tar/", STORED),
     "*.tar.gz": ("x.tar.gz/", STORED),
     "list.txt": ("folder/", STORED),
     "windows.txt": ("folder/", STORED),
-    "urls.txt": (f"{MEMORY}/", STORED),
     "b.parquet": ("b.parquet/", ["0", "1", "2", "3"]),
     "i.parquet": ("i.parquet/", ["0", "1", "2", "3"]),
     "p.parquet": ("folder/", STORED),
@@ -99,17 +96,13 @@ def test_a_source_lists_its_images_in_order_and_they_can_be_read(source, sources
 BAD_SOURCES = {
     "nowhere": "nowhere: not found; name a folder",
     "~nobody-here/x": "~nobody-here/x: not found; name a folder",
-    "none-*.jpg": r"none-\*.jpg: has no images",
-    "shards": r"shards: has no images; name its files: 'shards/\*.tar'",
+    "shards": r"shards: has no images \(.*; name archives and parquet files themselves",
     "damaged.tar": "damaged.tar: damaged or not a tar file",
     "damaged.parquet": "damaged.parquet: damaged or not a parquet file",
     "damaged-paths.parquet": "damaged-paths.parquet: damaged or not a parquet file",
-    "latin-paths.parquet": "latin-paths.parquet: damaged or not a parquet file",
     "other.parquet": r"other.parquet: has no column `bytes`, `image` or `path` \(columns: n\); rename one",
     "memory://absent": "memory://absent: not found",
-    "memory://no-keys": "memory://no-keys: has no images; images end with",
-    "memory://no-keys/*.jpg": r"memory://no-keys/\*.jpg: has no images",
-    "no-keys.tar": r"no-keys.tar: has no images",
+    "memory://no-keys": r"memory://no-keys: has no images",
     "no-keys.txt": r"no-keys.txt: has no images",
     "bundle": "bundle: a bundle, not images; name one bundle, then folders",
 }
@@ -127,10 +120,7 @@ def test_a_source_without_images_is_a_one_line_error(source, tmp_path, monkeypat
     damaged = bytearray(written.read_bytes())
     damaged[30:50] = bytes(20)
     written.write_bytes(damaged)
-    latin = pa.array([b"caf\xe9.jpg"]).view(pa.string())
-    pq.write_table(pa.table({"path": latin}), tmp_path / "latin-paths.parquet")
     fsspec.filesystem("memory").makedirs("/no-keys", exist_ok=True)
-    tarfile.open(tmp_path / "no-keys.tar", "w").close()
     (tmp_path / "no-keys.txt").touch()
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "golden-0.jpg").touch()
@@ -139,19 +129,15 @@ def test_a_source_without_images_is_a_one_line_error(source, tmp_path, monkeypat
         list(list_entries([source], OpenOptions()))
 
 
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        (Entry("x", "/nowhere/x.jpg"), r"cannot be read \(No such file or directory\)"),
-        (Entry("x", "memory://sources/none.jpg"), r"cannot be read \("),
-        (Entry("x", "b.parquet", 9), r"cannot be read \(has no row 9\)"),
-    ],
-)
-def test_an_image_that_cannot_be_read_has_the_code_of_unusable_data(entry, message, sources, monkeypatch):
+def test_an_image_that_cannot_be_read_has_the_code_of_unusable_data(sources, monkeypatch):
     monkeypatch.chdir(sources)
-    with pytest.raises(ImageError, match=message) as raised:
-        Reader(max_bytes=9).read(entry)
-    assert raised.value.code == "unusable_data"
+    for entry, message in (
+        (Entry("x", "/nowhere/x.jpg"), r"cannot be read \(No such file or directory\)"),
+        (Entry("x", "b.parquet", 9), r"cannot be read \(has no row 9\)"),
+    ):
+        with pytest.raises(ImageError, match=message) as raised:
+            Reader(max_bytes=9).read(entry)
+        assert raised.value.code == "unusable_data"
 
 
 def test_the_list_is_read_in_parts_and_its_fingerprint_changes_with_names_and_sizes(tmp_path):
@@ -167,13 +153,3 @@ def test_the_list_is_read_in_parts_and_its_fingerprint_changes_with_names_and_si
     assert Fingerprint(entries).sha256 == fingerprint.sha256
     changes = [entries[:2], entries[::-1], [*entries[:2], Entry("c", "s3://x/c", size=1)]]
     assert fingerprint.sha256 not in [Fingerprint(changed).sha256 for changed in changes]
-
-
-@pytest.mark.timeout(30)  # a reader that waits for the writer of a pipe waits forever
-def test_a_named_pipe_in_a_folder_given_as_url_is_an_unreadable_image(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jpg")
-    (tmp_path / "z.jpg").write_bytes(b"image")
-    pipe, image = list_entries([f"file://{tmp_path}"], OpenOptions())
-    with pytest.raises(ImageError, match="not a regular file"):
-        Reader(100).read(pipe)
-    assert Reader(100).read(image) == b"image"

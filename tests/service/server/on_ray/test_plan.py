@@ -18,6 +18,7 @@ from sopdeploy_service.settings import load_settings
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SOPDEPLOY_RUNTIME", raising=False)
 
 
 def ray(*words: object) -> Result:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import wraps
 from pathlib import Path
@@ -142,23 +142,20 @@ async def test_an_invalid_user_config_is_rejected(given: Any) -> None:
             await replica.reconfigure(given)
 
 
-def test_settings_for_a_single_process_are_rejected() -> None:
-    with pytest.raises(ConfigError, match="health_port"):
-        Replica({"health_port": 9000})
-
-
 @in_event_loop
 async def test_a_dead_runtime_exits_the_process_after_its_responses(
     versions: list[Path], jpeg: bytes, monkeypatch: pytest.MonkeyPatch, until: Callable[..., None]
 ) -> None:
-    run = OnnxRuntime.run
+    run = OnnxRuntime.run_outputs
 
-    def hang(runtime: OnnxRuntime, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+    def hang(
+        runtime: OnnxRuntime, images: NDArray[np.uint8], names: Sequence[str]
+    ) -> dict[str, NDArray[np.float32]]:
         if threading.current_thread().name == "model_worker":  # not when the probes are replayed
             time.sleep(2.0)
-        return run(runtime, images)
+        return run(runtime, images, names)
 
-    monkeypatch.setattr(OnnxRuntime, "run", hang)
+    monkeypatch.setattr(OnnxRuntime, "run_outputs", hang)
     others = set(threading.enumerate())
     ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     async with started(batch_timeout_seconds=0.2) as replica, client_of(replica) as client:

@@ -13,6 +13,7 @@ CHOICES = [
     {"kind": "isqrt", "width": 5, "iterations": 3, "prenorm": "frobenius", "compensation": "batch_norm"},
     {"kind": "isqrt", "compensation": "none"},
     {"kind": "isqrt", "width": 3, "reduction": "linear"},
+    {"kind": "isqrt", "centered": False},
     "gap+isqrt",
     "mpncov",
     {"kind": "mpncov", "width": 5, "normalise": "M-Fro"},
@@ -26,7 +27,9 @@ CHOICES = [
     {"kind": "kernel", "dim": 16},
     {"kind": "low-rank-bilinear", "width": 5},
     {"kind": "netvlad", "words": 3},
+    {"kind": "netvlad", "words": 3, "tied": True},
     {"kind": "netfv", "words": 3},
+    {"kind": "netfv", "words": 3, "simple": True},
 ]
 
 

@@ -55,17 +55,6 @@ def test_constant_maps_are_finite_forward_and_backward(choice, level: float) -> 
 
 
 @EACH_POOLING
-def test_nan_in_a_map_reaches_the_vector_without_an_exception(choice) -> None:
-    pooling = build(choice, 8)
-    features = torch.randn(2, 8, 4, 4)
-    features[1, 0, 0, 0] = torch.nan
-    features.requires_grad_()
-    vector = pooling(features)
-    vector.sum().backward()
-    assert vector[1].isnan().any()
-
-
-@EACH_POOLING
 def test_a_zero_image_does_not_change_other_images(choice) -> None:
     torch.manual_seed(0)
     pooling = build(choice, 8).eval()
@@ -73,9 +62,3 @@ def test_a_zero_image_does_not_change_other_images(choice) -> None:
     alone = pooling(features[[0, 2]])
     features[1] = 0
     torch.testing.assert_close(pooling(features)[[0, 2]], alone, rtol=1e-4, atol=1e-6)
-
-
-def test_the_root_of_a_constant_map_is_within_rounding_of_zero() -> None:
-    pooling = build("isqrt", 8)
-    for level in (1e-3, 0.1, 7.7, 1e4):
-        assert pooling(torch.full((1, 8, 7, 7), level)).abs().max() <= 1e-5 * level

@@ -42,15 +42,6 @@ def test_equal_eigenvalues_use_the_derivative(function) -> None:
     torch.testing.assert_close(found, slope * direction)
 
 
-def test_root_and_log_are_those_of_the_eigenvalues() -> None:
-    features = relu_features(1, 6, 5).flatten(2)
-    a = features @ features.transpose(1, 2)
-    root, eigenvalues = spectral(a, Power(0.5))
-    torch.testing.assert_close(root @ root, a)
-    torch.testing.assert_close(eigenvalues, torch.linalg.eigvalsh(a))
-    torch.testing.assert_close(torch.linalg.matrix_exp(spectral(a, Logarithm(1e-12))[0]), a)
-
-
 def test_second_derivatives_are_rejected() -> None:
     features = relu_features(1, 4, 4).requires_grad_()
     loss = MpnCovConfig().build(4)(features).sum()

@@ -11,7 +11,7 @@ from torch import Tensor
 from sopdeploy.data.base import ArrayImages
 from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.training.distributed.batch_sharding import shard_step
-from sopdeploy.training.distributed.torchrun import create_strategy
+from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.run import create_run
@@ -67,7 +67,7 @@ def learn(
 ) -> dict[str, Tensor]:
     """Return all weights and buffers after *steps* steps, in this process and those it is joined with."""
     data = several_classes(dataset()) if multi_label else dataset()
-    run = create_run(recipe, data, create_strategy(recipe))
+    run = create_run(recipe, data, Strategy(select_device(recipe.device)))
     run.model.to(dtype)
     run.normalize.to(dtype)
     if run.teacher is not None:

@@ -14,15 +14,16 @@ from sopdeploy.layers.mixture import gate
 from sopdeploy.models import gmsop
 from sopdeploy.models.registry import CATALOG
 from sopdeploy.training.distributed.batch_sharding import shard_step
-from sopdeploy.training.distributed.strategy import SingleProcess, Strategy
-from sopdeploy.training.recipe import Recipe, list_recipes, read_recipe
-from sopdeploy.training.run import Run, create_run
+from sopdeploy.training.distributed.strategy import Strategy
+from sopdeploy.training.recipe import list_recipes, read_recipe
+from sopdeploy.training.run import create_run
 from sopdeploy.training.step.gradient import train_step
 
 CPU = torch.device("cpu")
-GATED = [name for name in list_recipes() if CATALOG[read_recipe(name).model.name].network is gmsop.GMSOP]
+GATED = [
+    name for name in list_recipes() if issubclass(CATALOG[read_recipe(name).model.name].network, gmsop.GMSOP)
+]
 SMALL = ["blocks_per_stage=1", "conv5_stride=1", "component_widths=[5]", "gate_widths=[]", "iterations=2"]
-PIECES = (1, 4)
 SIDE = 8
 
 
@@ -32,19 +33,14 @@ def random_images(count: int) -> ArrayImages:
     return ArrayImages(tuple("abcd"), images, np.arange(count) % 4)
 
 
-def make_run(recipe: Recipe, data: ArrayImages, strategy: Strategy | None = None) -> Run:
-    run = create_run(recipe, data, strategy or SingleProcess(CPU))
-    run.model.double()
-    run.normalize.double()
-    return run
-
-
-def effective_weight(name: str, pieces: int, strategy: Strategy | None = None) -> float:
+def effective_weight(name: str, pieces: int) -> float:
     """Divide what the first step of a recipe adds to its cross entropy by (std / mean)^2 of the loads."""
     settings = [f"model.config.{setting}" for setting in SMALL]
     recipe = read_recipe(name, [*settings, f"accumulate={pieces}", "workers=0", "device=cpu"])
     data = random_images(recipe.batch_size)
-    run = make_run(recipe, data, strategy)
+    run = create_run(recipe, data, Strategy(CPU))
+    run.model.double()
+    run.normalize.double()
     samples = list(range(recipe.batch_size))
     shard = shard_step(samples, recipe, run.strategy)
     images, targets = data.images[shard.samples], data.targets[shard.samples]
@@ -65,8 +61,7 @@ def effective_weight(name: str, pieces: int, strategy: Strategy | None = None) -
     return added / float(load.var(correction=1) / load.mean().square())
 
 
-@pytest.mark.parametrize("pieces", PIECES)
-@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize(("name", "pieces"), list(zip(GATED, (1, 4), strict=True)))
 def test_recipes_weight_the_balance_loss_as_the_paper(name: str, pieces: int) -> None:
     assert read_recipe(name).batch_size == 256
     assert effective_weight(name, pieces) == pytest.approx(0.390625, rel=1e-4)

@@ -11,14 +11,14 @@ from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm, Shard
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed import torchrun
 from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_layers, shard_step
-from sopdeploy.training.distributed.strategy import SingleProcess
+from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.run import create_run
 from tests.sopdeploy.training.distributed.cases import build_recipe, dataset
 
 CPU = torch.device("cpu")
 
 
-class TwoProcesses(SingleProcess):
+class TwoProcesses(Strategy):
     """One of two processes; the values of the other one are those of this one plus *offset*."""
 
     world, offset = 2, 0.0
@@ -27,9 +27,9 @@ class TwoProcesses(SingleProcess):
         return 2 * values + self.offset
 
 
-def fake_process(rank: int, world: int) -> SingleProcess:
+def fake_process(rank: int, world: int) -> Strategy:
     """Build the strategy of one of *world* processes without the others."""
-    process = SingleProcess(CPU)
+    process = Strategy(CPU)
     process.rank, process.world = rank, world
     return process
 

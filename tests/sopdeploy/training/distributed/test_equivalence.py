@@ -11,7 +11,7 @@ from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.evaluation.prediction import ProcessGroup, evaluate
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
-from sopdeploy.training.distributed.strategy import DataParallel
+from sopdeploy.training.distributed.strategy import Strategy
 from tests.sopdeploy.training.distributed.cases import (
     LONG_CASES,
     SHORT_CASES,
@@ -100,7 +100,7 @@ def evaluate_fixed_network(group) -> dict[str, float]:
 
 
 def evaluate_shard(_folder: Path) -> dict[str, float]:
-    return evaluate_fixed_network(DataParallel(torch.device("cpu")))
+    return evaluate_fixed_network(Strategy(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])

@@ -54,7 +54,7 @@ def test_a_signal_to_one_process_stops_both_and_one_process_resumes(tmp_path, mo
     shards = run_in_processes(f"{__name__}:train_until_signal", tmp_path, world=2)
     assert [len(steps) for steps in shards] == [8, 8]
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"best.pt", "history.csv", "last.pt", "previous.pt"}
+    assert names == {"best.pt", "history.csv", "last.pt"}
     resumed, single = RecordingLoader(), RecordingLoader()
     monkeypatch.setattr(loop, "load_batches", resumed)
     result = loop.train(short_recipe(GLOBAL, "epochs=3"), tmp_path / "run", resume=True)
@@ -83,7 +83,10 @@ def test_a_killed_process_ends_the_other_one_with_one_line(tmp_path) -> None:
         lines = [first.stderr.readline(), first.stderr.readline()]
         second.kill()
         (code, out, err), (killed, _, silent) = wait_for(processes)
-    assert (lines[0], lines[1][:12]) == ("1438 training images, 359 held out\n", "epoch   1/40")
+    assert (lines[0], lines[1][:12]) == (
+        "1438 training images, 359 held out; the network sees 8 x 8 pixels\n",
+        "epoch   1/40",
+    )
     assert (code, killed, out, silent) == (2, -signal.SIGKILL, "", "")
     (error,) = [line for line in err.splitlines() if not line.startswith("epoch ")]
     assert error.startswith("error: another process of the run ended, see its message; continue with ")

@@ -1,0 +1,137 @@
+"""Embeddings from a network to HTTP: the input of the last linear layer, on request only."""
+
+import asyncio
+import base64
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sopdeploy.bundle.manifest import EMBEDDING
+from sopdeploy.bundle.probes import read_probes
+from sopdeploy.client import AsyncClient, Client
+from sopdeploy.errors import CertificateError, LoweringError, ParityError, ServiceError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import export
+from sopdeploy_export.user_network.export_network import export_network
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.settings import Settings
+from tests.export.conftest import save, trained
+from tests.export.once import proving_once
+from tests.export.user_network.networks import CLASSES, Small, variant
+from tests.service.conftest import picture_bytes, running
+
+RULES = Preprocess(resize=16, crop=16)
+SETTINGS = Settings(threads=1)
+SMALLER = {"component_widths": (6,), "gate_widths": (), "blocks_per_stage": 1, "conv5_stride": 1}
+CATALOG = {
+    "dsop-resnet8": ({}, {"with_cam": True, "precision": "fp16"}, ["logits", "features", EMBEDDING]),
+    "gmgap-16-8-resnet18": ({"components": 4, "chosen": 2, **SMALLER}, {}, ["logits", "gates", EMBEDDING]),
+}
+
+
+def export_with_features(name, folder, config=(), **options):
+    network = trained(name, **dict(config))
+    chosen = ExportOptions(detach=bool(network.training_only), max_batch=2, with_features=True, **options)
+    with proving_once():
+        return network, export(save(network, name, folder / "ckpt.pt", RULES), folder / "out", chosen)
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_the_last_linear_layer_maps_the_embedding_to_the_logits(name, tmp_path):
+    config, options, names = CATALOG[name]
+    network, exported = export_with_features(name, tmp_path, config, **options)
+    assert [output.name for output in exported.manifest.outputs] == names
+    expected = read_probes(exported.path / "probes.npz").expected
+    with torch.no_grad():
+        logits = network.logits_layer()(torch.from_numpy(expected[EMBEDDING]))
+    assert np.abs(logits.numpy() - expected["logits"]).max() <= exported.parity.logits.tolerance
+
+
+@pytest.mark.parametrize("plain", [None, lambda: Small(aux=False)])
+def test_a_network_of_a_user_has_the_embedding_of_its_classifier(plain, tmp_path):
+    exported = export_user_network(Small(), tmp_path, plain=plain, training_only=["aux"])
+    assert exported.manifest.outputs[1].shape == (None, 8)
+
+
+REJECTED = {
+    "ends in another layer": (
+        nn.Sequential(nn.Conv2d(3, CLASSES, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        LoweringError,
+        "no last linear layer",
+    ),
+    "softmax after the layer": (
+        variant(lambda n, x: n.fc(n.features(x)).softmax(1), aux=False),
+        ParityError,
+        "no last linear layer",
+    ),
+    "runs twice": (
+        variant(lambda n, x: n.fc(n.features(x)) + n.fc(n.features(-x)), aux=False),
+        CertificateError,
+        "fc does not receive one",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_a_network_whose_last_linear_layer_does_not_compute_the_logits_is_rejected(case, tmp_path):
+    network, error, message = REJECTED[case]
+    with pytest.raises(error, match=message):
+        export_user_network(network, tmp_path, plain=None)
+
+
+def export_user_network(network, folder, **arguments):
+    return export_network(
+        network.eval(),
+        labels=list("abcd"),
+        preprocess=RULES,
+        destination=folder / "out",
+        name="mine",
+        options=ExportOptions(max_batch=2, with_features=True),
+        **arguments,
+    )
+
+
+def test_the_service_and_both_clients_return_embeddings(tmp_path, monkeypatch):
+    _, exported = export_with_features("isqrt-resnet8", tmp_path)
+    loaded, body = load_model(exported.path, SETTINGS), picture_bytes()
+    with running(loaded.runtime, loaded.bundle, SETTINGS, names=["mine"]) as client:
+        numbers = client.post("/v1/embed", content=body).json()
+        text = client.post("/v1/embed?encoding_format=base64", content=body).json()["embedding"]
+        listed = client.post("/v1/embed", files=[("image", body), ("image", b"no")]).json()["results"]
+        assert client.post("/v1/embed", content=b"no").json()["code"] == "not_an_image"
+        assert (
+            client.post("/v1/embed?encoding_format=hex", content=body).json()["code"] == "invalid_parameter"
+        )
+        monkeypatch.setattr(loaded.runtime, "run", None)  # classification must not compute all outputs
+        assert client.post("/v1/classify", content=body).json().keys() == {"classes", "warnings"}
+        monkeypatch.undo()
+        tensor = {"name": "images", "shape": [1, 16, 16, 3], "datatype": "UINT8", "data": [7] * 768}
+        by_default = client.post("/v2/models/mine/infer", json={"inputs": [tensor]}).json()["outputs"]
+        with Client(str(client.base_url)) as python:
+            found = python.embed(body)
+            good, bad = python.embed([body, b"no"], model="mine")
+
+        async def embed():
+            async with AsyncClient(str(client.base_url)) as python:
+                return await python.embed(body)
+
+        again = asyncio.run(embed())
+    decoded = np.frombuffer(base64.b64decode(text), "<f4")
+    assert decoded.shape == exported.manifest.outputs[1].shape[1:]
+    for values in (numbers["embedding"], listed[0]["embedding"], found.values, good.values, again.values):
+        np.testing.assert_allclose(values, decoded, rtol=1e-4, atol=1e-5)
+    assert (numbers["warnings"], listed[1].keys()) == ([], {"error"})
+    assert (bad.error.code, bad.values.size, found.model_digest) == ("not_an_image", 0, exported.manifest.id)
+    assert [output["name"] for output in by_default] == ["logits"]
+
+
+def test_a_bundle_without_features_answers_with_a_code(branched):
+    loaded = load_model(branched.path, SETTINGS)
+    with running(loaded.runtime, loaded.bundle, SETTINGS) as client:
+        answer = client.post("/v1/embed", content=picture_bytes())
+        with Client(str(client.base_url)) as python, pytest.raises(ServiceError, match="--with-features"):
+            python.embed(picture_bytes())
+    assert (answer.status_code, answer.json()["code"]) == (400, "no_features")

@@ -1,0 +1,83 @@
+"""`sopdeploy engine --via torch-tensorrt`: real converters and a real build; loading a plan needs a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.errors import EngineError, RuntimeUnavailableError
+from sopdeploy.models.base import Classifier
+from sopdeploy.tensorrt.profiles import Profile
+from sopdeploy_export.pipeline import Exported
+from sopdeploy_export.tensorrt.from_program import build_from_program
+from sopdeploy_export.tensorrt.precision_check import list_precisions
+from tests.export.conftest import exported_bundle
+from tests.service.children import PYTHONPATH
+
+FOLDER = Path(__file__).parents[2] / ".venv" / "cuda" / "torch-tensorrt"
+PROFILE = Profile(minimum=1, optimum=4, maximum=4)
+needs_converters = pytest.mark.skipif(
+    not FOLDER.is_dir(), reason="torch-tensorrt is not installed (`make cuda-stand-in`)"
+)
+
+
+def converted(bundle: Path) -> dict[str, object]:
+    """Build the program of *bundle* in a process of its own."""
+    paths = f"{PYTHONPATH}{os.pathsep}{FOLDER}"
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(Path(__file__).with_name("convert_program.py")), str(bundle)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+@needs_converters
+def test_torch_tensorrt_converts_every_operator_and_keeps_the_names_of_tensors(branched: Exported) -> None:
+    answer = converted(branched.path)
+    assert answer["tensors"] == ["images", "logits"]
+    assert int(str(answer["bytes"])) > 100_000
+
+
+@needs_converters
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "outputs"),
+    [
+        ("isqrt-resnet8", ["logits"]),
+        ("gsop-net2-preact-resnet29", ["logits"]),
+        ("gmsop-16-8-resnet18", ["logits", "gates"]),
+    ],
+)
+def test_torch_tensorrt_converts_every_family(
+    name: str, outputs: list[str], make: Callable[..., Classifier], tmp_path: Path
+) -> None:
+    bundle = exported_bundle(make(name), name, tmp_path, max_batch=4, pt2=True).path
+    assert converted(bundle)["tensors"] == ["images", *outputs]
+
+
+def test_what_is_missing_is_one_line(
+    branched: Exported, gated: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(EngineError, match=r"has no network\.pt2; export the checkpoint again with --pt2"):
+        build_from_program(open_bundle(gated.path), PROFILE, 3, 1 << 30)
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
+    with pytest.raises(RuntimeUnavailableError, match=r"sopdeploy\[torch-tensorrt\]"):
+        build_from_program(open_bundle(branched.path), PROFILE, 3, 1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("types", "warning"),
+    [(("Float", "Float"), None), (("Float", "Half"), "compute with fp16"), ((), "shows no types")],
+)
+def test_lower_precisions_of_a_plan_are_a_warning(types: tuple[str, ...], warning: str | None) -> None:
+    layers = [{"Name": f"layer {n}", "Outputs": [{"Format/Datatype": text}]} for n, text in enumerate(types)]
+    receipt = list_precisions("fp32", json.dumps({"Layers": layers}))
+    assert receipt.layers.get("fp32", 0) == types.count("Float")
+    assert (warning is None) == (not receipt.warnings)
+    assert warning is None or warning in receipt.warnings[0]

@@ -1,0 +1,278 @@
+"""More models than memory: loaded at first use, released by last use, never above the budget."""
+
+import asyncio
+import ctypes
+import threading
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.errors import BundleError, ConfigError, SopdeployError
+from sopdeploy_service.inference import memory_budget
+from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.inference.memory_budget import BudgetedRegistry, budget_bytes, load_measured
+from sopdeploy_service.inference.results import DRAINING, RejectedError
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.runtime import device_memory
+from sopdeploy_service.runtime.device_memory import MemoryMeter
+from sopdeploy_service.runtime.fake import FakeRuntime
+from sopdeploy_service.settings import Settings, load_settings
+
+MB = 1_000_000
+SIZE = 60 * MB  # of a simulated model; its load, from a tiny file, needs 64 MB
+
+open_once = cache(open_bundle)
+
+
+class Device:
+    """Simulates the memory: `load` loads models of `SIZE`, `occupied` is what the loaded ones occupy."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget, self.occupied, self.loads = budget, 0, 0
+        self.size, self.errors = SIZE, list[SopdeployError]()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def load(self, path: Path, _settings: Settings) -> tuple[LoadedModel, int]:
+        assert self.gate.wait(60)
+        if self.errors:
+            raise self.errors[0]
+        self.loads += 1
+        self.occupied += self.size
+        assert self.occupied <= self.budget or self.size > SIZE
+        runtime = FakeRuntime(classes=7)
+        runtime.close = self._release  # type: ignore[method-assign]
+        return LoadedModel(bundle=open_once(path), runtime=runtime, replays={}), self.size
+
+    def _release(self) -> None:
+        self.occupied -= SIZE
+
+
+def run_with_registry(
+    bundles: Mapping[str, Path],
+    device: Device,
+    scenario: Callable[[BudgetedRegistry], Awaitable[None]],
+    **settings: object,
+) -> None:
+    """Run *scenario* with a started registry of *bundles* on *device*."""
+
+    async def run() -> None:
+        given = Settings.model_validate({"memory_budget": device.budget, **settings})
+        registry = BudgetedRegistry(bundles, given, Metrics(), device.load)
+        await registry.start()
+        await scenario(registry)
+        await registry.stop()
+
+    asyncio.run(run())
+    assert device.occupied == 0
+
+
+async def request(registry: BudgetedRegistry, name: str) -> bool:
+    """Use the model *name*; return whether it was loaded already."""
+    with registry.use(name) as model:
+        assert (await registry.wait_until_loaded(model) if not model.is_loaded else model).is_loaded
+        return model.is_loaded
+
+
+def test_a_hundred_models_share_the_memory_of_ten_like_an_ideal_cache(bundle_path) -> None:
+    device = Device(budget=10 * SIZE + 5 * MB)
+    names = [f"model{number}" for number in range(100)]
+    popularity = 1 / np.arange(1, 101)
+    drawn = np.random.default_rng(0).choice(100, 500, p=popularity / popularity.sum())
+
+    async def scenario(registry: BudgetedRegistry) -> None:
+        ideal, ideal_hits, hits = OrderedDict[str, None](), 0, 0
+        for name in (names[number] for number in drawn):
+            hits += await request(registry, name)
+            ideal_hits += name in ideal
+            ideal[name] = None
+            ideal.move_to_end(name)
+            if len(ideal) > 10:
+                ideal.popitem(last=False)
+        assert hits >= 0.95 * ideal_hits > 0
+        assert device.loads == len(drawn) - hits
+        assert len(registry.models()) == 100
+
+    run_with_registry(dict.fromkeys(names, bundle_path), device, scenario)
+
+
+def test_pinned_models_stay_and_models_in_use_are_waited_for(bundle_path, monkeypatch) -> None:
+    device = Device(budget=2 * SIZE + 5 * MB)
+
+    async def scenario(registry: BudgetedRegistry) -> None:
+        assert device.loads == 1
+        assert await request(registry, "pinned")
+        with registry.use("a") as model:
+            await registry.wait_until_loaded(model)
+            monkeypatch.setattr(memory_budget, "ROOM_SECONDS", 0.0)
+            with pytest.raises(RejectedError) as error:
+                await request(registry, "b")
+            assert (error.value.rejection.status, error.value.rejection.code) == (503, "memory_full")
+            assert error.value.rejection.retry_after
+            monkeypatch.undo()
+            waiting = asyncio.create_task(request(registry, "b"))
+            await asyncio.sleep(0)
+        await waiting
+        assert not await request(registry, "a")
+        assert await request(registry, "pinned")
+
+    run_with_registry(dict.fromkeys(("pinned", "a", "b"), bundle_path), device, scenario, pin="pinned")
+
+
+def test_a_model_that_turns_out_to_be_too_large_is_released(bundle_path) -> None:
+    device = Device(budget=2 * SIZE)
+
+    async def scenario(registry: BudgetedRegistry) -> None:
+        device.size = 3 * SIZE
+        for _ in range(2):
+            with pytest.raises(RejectedError, match="in use or pinned"):
+                await request(registry, "a")
+        assert device.loads == 1  # its size is known now
+        assert not registry.find("a").is_loaded
+        device.occupied = 0
+
+    run_with_registry({"a": bundle_path}, device, scenario)
+
+
+def test_requests_wait_for_one_load_and_see_its_time(run_server, bundle, jpeg, until) -> None:
+    device = Device(budget=70 * MB)
+    bundles = {"a": bundle.path, "b": bundle.path}
+    registry = partial(BudgetedRegistry, bundles, load=device.load)
+    settings = Settings.model_validate({"memory_budget": device.budget})
+    with (
+        run_server(FakeRuntime(classes=7), bundle, settings, names=(), create_registry=registry) as client,
+        ThreadPoolExecutor() as threads,
+    ):
+        assert client.get("/readyz").status_code == client.get("/v2/models/a/ready").status_code == 200
+        assert client.get("/v2/models/a").json()["outputs"][0]["shape"] == [-1, 7]
+        device.gate.clear()
+        post = partial(client.post, "/v1/classify?model=a", content=jpeg)
+        answers = [threads.submit(post) for _ in range(4)]
+        until(lambda: client.app.state.service.admitted == 4)
+        device.gate.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 4
+        assert all("load;dur=" in answer.result().headers["server-timing"] for answer in answers)
+        assert device.loads == 1
+        assert "load;dur=" not in post().headers["server-timing"]
+
+        client.post("/v1/classify?model=b", content=jpeg).raise_for_status()
+        index = client.post("/v2/repository/index", json={"ready": True}).json()
+        assert [(entry["state"], "not loaded" in entry["reason"]) for entry in index] == [
+            ("READY", True),
+            ("READY", False),
+        ]
+        models = client.get("/info").json()["models"]
+        assert [(model["loaded"], model["memory_bytes"]) for model in models] == [(False, SIZE), (True, SIZE)]
+        stats = client.get("/v2/models/a/stats").json()["model_stats"][0]
+        assert stats["inference_count"] == 5
+        metrics = client.get("/metrics").text
+        for line in (
+            'model_memory_bytes{model="a"} 0.0',
+            'model_memory_bytes{model="b"} 6e+07',
+            'model_loads_total{model="a"} 1.0',
+            'stage_duration_seconds_count{stage="load"} 5.0',
+            "memory_budget_bytes 7e+07",
+        ):
+            assert f"sopdeploy_{line}" in metrics
+    assert device.occupied == 0
+
+
+def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_at_every_request(
+    run_server, bundle, jpeg
+) -> None:
+    device = Device(budget=150 * MB)
+    bundles = {"a": bundle.path, "b": bundle.path}
+    registry = partial(BudgetedRegistry, bundles, load=device.load)
+    settings = Settings.model_validate({"memory_budget": device.budget})
+    with run_server(FakeRuntime(classes=7), bundle, settings, names=(), create_registry=registry) as client:
+        device.errors.append(BundleError("damaged"))
+        codes = [client.post("/v1/classify?model=a", content=jpeg).json()["code"]]
+        device.errors.clear()
+        codes += [client.post("/v1/classify?model=a", content=jpeg).json()["code"]]
+        assert codes == ["load_failed", "load_failed"]
+        assert client.post("/v1/classify?model=b", content=jpeg).status_code == 200
+        assert client.get("/readyz").status_code == 200
+
+
+def test_the_end_of_a_drain_rejects_requests_that_wait_for_a_load(bundle_path) -> None:
+    device = Device(budget=70 * MB)
+
+    async def scenario(registry: BudgetedRegistry) -> None:
+        device.gate.clear()
+        waiting = asyncio.create_task(request(registry, "a"))
+        for _ in range(5):  # until the load has begun
+            await asyncio.sleep(0)
+        registry.close(DRAINING)
+        with pytest.raises(RejectedError, match="shutting down"):
+            await waiting
+        device.errors.append(BundleError("ends the load"))
+        device.gate.set()
+
+    run_with_registry({"a": bundle_path}, device, scenario)
+
+
+def test_a_real_bundle_is_loaded_and_its_memory_measured(bundle_path) -> None:
+    model, size = load_measured(bundle_path, Settings(runtime="onnxruntime-cpu", threads=1))
+    assert size >= model.bundle.manifest.files["model.onnx"].bytes
+    model.runtime.close()
+
+
+def test_an_automatic_budget_is_a_share_of_what_the_container_may_still_use(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(device_memory, "CGROUP", tmp_path)
+    settings = Settings(memory_budget="auto", runtime="onnxruntime-cpu")
+    assert budget_bytes(settings) > MB
+    for name, text in (
+        ("memory.max", "90000000"),
+        ("memory.current", "50000000"),
+        ("memory.stat", "anon 20000000\ninactive_file 10000000"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert budget_bytes(settings) == 40 * MB
+
+
+def test_the_memory_of_a_gpu_is_what_its_driver_says(monkeypatch) -> None:
+    free = iter([50 * MB, 20 * MB])
+
+    class Driver:
+        def __init__(self, name: str) -> None:
+            assert name in (None, "libcuda.so.1")
+
+        def cuMemGetInfo_v2(self, free_bytes, _total) -> int:  # noqa: N802
+            free_bytes._obj.value = next(free)
+            return 0
+
+        def __getattr__(self, _name: str):
+            return lambda *_: 0
+
+    monkeypatch.setattr(ctypes, "CDLL", Driver)
+    meter = MemoryMeter(on_gpu=True)
+    assert meter.growth(FakeRuntime(classes=7, device="cuda:0")) == 30 * MB
+
+
+def test_budgets_that_cannot_work_are_refused_at_the_start(bundle_path) -> None:
+    for settings, message in (
+        ({"memory_budget": "20MB"}, "memory_budget: a and the pinned bundles need about 0.06 GB"),
+        ({"memory_budget": "1GB", "pin": "b"}, "pin: no bundle b; the bundles are a"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            BudgetedRegistry({"a": bundle_path}, load_settings(**settings), Metrics(), Device(0).load)
+    for settings in (
+        {"front_ends": 2},
+        {"devices": "cpu"},
+        {"shadow": "new=0.5"},
+        {"model_control": True},
+    ):
+        with pytest.raises(ConfigError, match="memory_budget needs a single process"):
+            load_settings(memory_budget="auto", **settings)
+    for budget in ("much", "0GB"):
+        with pytest.raises(ConfigError, match=r"memory_budget: .*such as 20GB, or auto"):
+            load_settings(memory_budget=budget)
+    with pytest.raises(ConfigError, match="pin needs memory_budget"):
+        load_settings(pin="a")
+    assert load_settings(memory_budget="20GB").memory_budget == 20_000_000_000
