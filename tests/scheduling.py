@@ -36,6 +36,20 @@ class GroupScheduling(LoadFileScheduling):  # type: ignore[misc]
         folders = (folder for folder in ONE_GROUP_PER_FOLDER if nodeid.startswith(folder))
         return next(folders, nodeid.partition("::")[0])
 
+    def remove_node(self, node: Any) -> str | None:
+        """Forget the completed groups of a crashed worker: a worker that gets one of them waits forever."""
+        self.assigned_work[node] = {
+            scope: tests for scope, tests in self.assigned_work[node].items() if not all(tests.values())
+        }
+        crashed: str | None = super().remove_node(node)
+        return crashed
+
+    def schedule(self) -> None:
+        """Assign groups; a worker that replaces a crashed one learns at once that no other group follows."""
+        super().schedule()
+        for node in self.nodes:
+            self._reschedule(node)
+
 
 def start_position(nodeid: str) -> int:
     """Return the sort key of a test: groups that take long start first."""
