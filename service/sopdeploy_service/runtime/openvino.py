@@ -1,6 +1,9 @@
 """OpenVINO on the CPU, in the types of the graph: `bf16-backbone` has convolutions in bfloat16."""
 
+import functools
+import importlib.metadata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +11,17 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import import_optional, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
+
+
+@functools.cache
+def shared_core() -> Any:
+    """Return the one `openvino.Core` of this process, which is never released.
+
+    Its CPU plugin replaces the signal stack of the thread that loads it, and unmaps the new one when it is
+    released, in whichever thread. The next signal would end the process with a segmentation fault. Raises
+    `RuntimeUnavailableError` if OpenVINO is not installed.
+    """
+    return import_optional("openvino", "openvino", "sopdeploy[openvino]", RuntimeUnavailableError).Core()
 
 
 class OpenVINORuntime:
@@ -21,8 +35,8 @@ class OpenVINORuntime:
         Raises `RuntimeUnavailableError` if OpenVINO is not installed, cannot compile the graph, or finds
         other tensors in it than the manifest.
         """
-        openvino = import_optional("openvino", "openvino", "sopdeploy[openvino]", RuntimeUnavailableError)
-        version = openvino.__version__.partition("-")[0]
+        core = shared_core()
+        version = importlib.metadata.version("openvino")
         self.name = f"openvino {version}"
         self.largest_batch = bundle.manifest.batch.maximum
         options = {
@@ -33,7 +47,7 @@ class OpenVINORuntime:
             "NUM_STREAMS": 1,
         }
         try:
-            model = openvino.Core().compile_model(str(bundle.onnx), "CPU", options)
+            model = core.compile_model(str(bundle.onnx), "CPU", options)
         except Exception as error:
             reason = str(error).strip().splitlines()[-1]
             raise RuntimeUnavailableError(

@@ -1,6 +1,8 @@
 """OpenVINO runs the graph in its own types; `auto` takes it where it is faster and agrees with the probes."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -142,3 +144,24 @@ def test_auto_measures_on_a_cpu_except_for_bfloat16(
     monkeypatch.setattr(selection, "fastest", lambda _bundle, _settings, names: next(iter(names)))
     runtime = selection.open_runtime(replace(bundle, manifest=manifest), Settings(runtime="auto"))
     assert runtime.name.startswith(name.partition("-")[0])
+
+
+RELEASED_BEFORE_A_SIGNAL = """
+import gc, os, signal, sys, threading
+from pathlib import Path
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy_service.runtime.openvino import OpenVINORuntime
+
+runtimes = [OpenVINORuntime(open_bundle(Path(sys.argv[1])), threads=1)]
+release = threading.Thread(target=lambda: (runtimes.pop().close(), gc.collect()))
+release.start()
+release.join()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_signal_is_handled_after_a_thread_has_released_a_runtime(bundle_path: Path) -> None:
+    command = [sys.executable, "-c", RELEASED_BEFORE_A_SIGNAL, str(bundle_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert (done.returncode, done.stderr.strip()) == (1, "ended by SIGTERM")
