@@ -89,14 +89,6 @@ def test_shell_completion_suggests_commands() -> None:
     assert not any(text in suggestions for text in ("train", "\x1b", "[bold]"))
 
 
-def test_completion_is_installed_for_the_program_name(tmp_path: Path) -> None:
-    variables = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
-    output = in_process("--install-completion", "bash", **variables)
-    script = tmp_path / ".bash_completions" / "sopdeploy.sh"
-    assert script.as_posix() in output
-    assert "complete -o default -F _sopdeploy_completion sopdeploy" in script.read_text(encoding="utf-8")
-
-
 HEAVY = ("rich", "pydantic", "numpy", "torch", "onnx", "onnxruntime", "fastapi", "sklearn", "timm")
 SHOW_HELP = f"""
 import sys

@@ -1,6 +1,5 @@
 """The capacity model: known results of queueing theory, and rejected arguments."""
 
-import capacity
 import pytest
 from capacity import Replica, forecast
 
@@ -20,20 +19,3 @@ def test_batches_grow_until_they_carry_the_rate() -> None:
     # n images arrive during a batch of n: n = r (a + b n)
     assert heavy.batch == pytest.approx(0.24 * 20 / (1 - 0.24 * 2), rel=0.02)
     assert heavy.p99_ms > heavy.p50_ms > light.p50_ms
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--engine", "20,2", "--p99-ms", "20"], "an image takes 24.9 ms without waiting"),
-        (["--engine", "20"], "not enough values"),
-        (["--rate", "-5"], "argument --rate"),
-    ],
-)
-def test_an_impossible_plan_is_rejected_with_one_line(
-    capsys: pytest.CaptureFixture[str], words: list[str], message: str
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        capacity.main(words)
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]

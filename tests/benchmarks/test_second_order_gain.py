@@ -5,7 +5,6 @@ import io
 from pathlib import Path
 
 import pytest
-import second_order_gain
 import torch
 from gain import runs
 from gain.gates import kinds
@@ -72,17 +71,3 @@ def test_the_measured_network_is_the_trained_one_without_training_only_modules(
     exported = exported_network(network, run)
     assert not [name for name, _ in exported.named_modules() if name.startswith(training_only)]
     assert torch.equal(exported(images), network.eval()(images))
-
-
-def test_a_missing_gain_fails() -> None:
-    study = miniature(LINEAR, PLAIN, HEAD)
-    poor = runs.Outcome(accuracy=20.0, seconds=1.0, loss=1.0)
-    found = checks(study, {arm: [poor, poor] for arm in study.arms})
-    assert [holds for _, holds in found] == [False, False]
-
-
-def test_cifar_needs_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        second_order_gain.main(["--cifar", str(tmp_path)])
-    assert left.value.code == 2
-    assert "--cifar needs --cache" in capsys.readouterr().err

@@ -1,11 +1,15 @@
-"""Every command on every page exists with its options. `test_page_commands` runs them."""
+"""Commands, targets and extras on every page exist. `test_page_commands` runs the commands."""
 
+import re
+import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.docs.reading import COMMANDS, PAGES, ROOT, command_lines, mentions, name
+from tests.docs.page_commands import steps
+from tests.docs.reading import COMMANDS, PAGES, ROOT, blocks, command_lines, mentions, name
 
 ROOT_OPTIONS = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
 SHOWN = [(page, words) for page in PAGES for words in command_lines(page)]
@@ -55,3 +59,26 @@ def test_every_command_is_documented() -> None:
     assert [command for command in COMMANDS.commands if f"\n## sopdeploy {command}" not in pages[1]] == []
     table = " ".join(line for line in pages[0].splitlines() if line.startswith("| `") or "sopdeploy" in line)
     assert [command for command in COMMANDS.commands if command not in table] == []
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_every_make_target_and_every_extra_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    made = [step for page in PAGES for step in steps(page) if step.startswith("make ")]
+    targets = {word for step in made for word in shlex.split(step, comments=True)[1:] if "=" not in word}
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    extras = set(",".join(re.findall(r"sopdeploy\[([\w,-]+)\]", text)).split(","))
+    assert len(targets) > 3 < len(extras)
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
+    assert extras <= set(PROJECT["optional-dependencies"])
+
+
+def test_the_readme_states_the_description_the_versions_and_the_workflow_of_the_python_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert PROJECT["description"].rstrip(".") in readme.replace("*", "")
+    assert PROJECT["requires-python"] == ">=3.11,<3.14"
+    assert "Python 3.11 to 3.13" in readme
+    (block,) = blocks(ROOT / "README.md", "py")
+    assert f"```python\n{block}" in (ROOT / "docs" / "python.md").read_text(encoding="utf-8")

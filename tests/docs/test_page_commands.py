@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.page_commands import FIRST_BUNDLE, SERVE, Workspace, steps
+from tests.docs.page_commands import SERVE, Workspace, steps
 from tests.docs.reading import PAGES, ROOT, name
 from tests.service.conftest import write_bundle
 
@@ -83,10 +83,3 @@ def test_the_commands_of_a_page_work(page: str, request: pytest.FixtureRequest, 
         for folder in ("runs", "bundles"):
             shutil.copytree(trained.folder / folder, tmp_path / folder)
     assert run_page(RUNNABLE[page], workspace) >= 1
-
-
-def test_pages_with_example_bundle_names_say_so() -> None:
-    said = re.compile("your bundles?|bundle of the", re.IGNORECASE)
-    shows = [path for path in RUNNABLE.values() if any(FIRST_BUNDLE in step for step in steps(path))]
-    assert len(shows) > 6
-    assert [name(path) for path in shows if not said.search(path.read_text(encoding="utf-8"))] == []
