@@ -60,7 +60,7 @@ def train(
     """
     with ExitStack() as stack:
         stack.enter_context(join_processes())
-        given = [*assignments, *_assignments(settings), *few_shot_settings(options)]
+        given = [*assignments, *to_assignments(settings), *few_shot_settings(options)]
         loaded, name = configure(data, recipe, options, assignments=given)
         strategy = Strategy(select_device(loaded.device))
         folder = (
@@ -107,7 +107,7 @@ def configure(
         "model.config.pooling": options.pooling,
     }
     given = {key: text for key, text in chosen.items() if text is not None}
-    return read_recipe(source, [*assignments, *_assignments(given)]), Path(source).stem
+    return read_recipe(source, [*assignments, *to_assignments(given)]), Path(source).stem
 
 
 def few_shot_settings(options: TrainOptions) -> list[str]:
@@ -131,15 +131,15 @@ def few_shot_settings(options: TrainOptions) -> list[str]:
             raise ConfigError(
                 "not a number of seconds; write 60 or 60s", setting="budget", value=options.budget
             ) from error
-    return list(_assignments(found))
+    return list(to_assignments(found))
 
 
-def _assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def to_assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield `key=value` with a TOML value for each of the nested *settings*."""
     for name, value in settings.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and (value or key not in OPTIONAL_TABLES):
-            yield from _assignments(value, f"{key}.")
+            yield from to_assignments(value, f"{key}.")
             continue
         try:
             yield f"{key}={to_toml(value)}"

@@ -19,11 +19,12 @@ def render(package: str, name: str, **context: object) -> str:
 
     Equal arguments give equal text. Raises `jinja2.UndefinedError` if *context* lacks a name.
     """
-    return _environment(package).get_template(name).render(context)
+    return create_environment(package).get_template(name).render(context)
 
 
 @cache
-def _environment(package: str) -> Environment:
+def create_environment(package: str) -> Environment:
+    """Return the environment for the templates of *package*; it escapes all text."""
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader(__package__)]),
         autoescape=True,

@@ -55,7 +55,7 @@ class AdaHessian(Optimizer):
         products = torch.autograd.grad(
             [g for _, g in curved],
             [p for p, _ in curved],
-            grad_outputs=[_random_signs(seed, number, p) for number, (p, _) in enumerate(curved)],
+            grad_outputs=[random_signs(seed, number, p) for number, (p, _) in enumerate(curved)],
             allow_unused=True,
         )
         for parameter, gradient in used:
@@ -106,7 +106,7 @@ class AdaHessian(Optimizer):
             parameter.addcdiv_(state["mean"], root.add_(group["eps"]), value=-rate / (1 - first**count))
 
 
-def _random_signs(seed: int, number: int, like: Tensor) -> Tensor:
+def random_signs(seed: int, number: int, like: Tensor) -> Tensor:
     """Draw random signs with shape, dtype and device of *like*; they depend only on *seed* and *number*."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "signs", number))
     drawn = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)

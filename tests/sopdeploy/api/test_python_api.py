@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import sopdeploy
 from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.progress import LINE_WIDTH, ProgressBars
-from sopdeploy.api.training import _assignments, configure
+from sopdeploy.api.training import configure, to_assignments
 from sopdeploy.api.training_result import TrainedRun
 from sopdeploy.cli.app import app
 from sopdeploy.client import Client
@@ -136,9 +136,9 @@ def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tm
 
 
 def test_settings_can_be_lists_and_an_empty_table_enables_what_is_optional() -> None:
-    recipe = read_recipe("photos", list(_assignments({"few_shot": {"heads": ["isqrt", "gap"]}})))
+    recipe = read_recipe("photos", list(to_assignments({"few_shot": {"heads": ["isqrt", "gap"]}})))
     assert recipe.few_shot.heads == ("isqrt", "gap")
-    given = list(_assignments({"ema": {}, "optimizer": {}, "model": {"config": {}}}))
+    given = list(to_assignments({"ema": {}, "optimizer": {}, "model": {"config": {}}}))
     assert given == ["ema={}"]
     assert read_recipe("digits-dsop", given).ema is not None
 

@@ -22,14 +22,6 @@ def test_option_a_takes_every_second_pixel_and_pads_channels_on_either_side() ->
     assert not out[:, [0, 3, 4]].any()
 
 
-def test_option_a_has_no_parameters_and_option_b_has() -> None:
-    pad = SmallResNet(SmallResNetConfig(depth=8), 10)
-    projection = SmallResNet(SmallResNetConfig(depth=8, shortcut="projection"), 10)
-    assert not any("downsample" in name for name in pad.state_dict())
-    assert any("layer2.0.downsample" in name for name in projection.state_dict())
-    assert not any("layer1.0.downsample" in name for name in projection.state_dict())
-
-
 @pytest.mark.parametrize(
     ("network", "config", "width", "side"),
     [

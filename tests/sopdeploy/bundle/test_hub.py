@@ -1,7 +1,6 @@
 """Push to and pull from a stand-in for the Hugging Face Hub."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.hub import model_card
 from sopdeploy.bundle.signing import make_key, sign, signature_path
 from sopdeploy.bundle.transfer import pull, push
-from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.errors import BundleError
 from tests.forged import LABELS, write_hollow
 from tests.sopdeploy.bundle.test_transfer import cli, cli_error, contents
 
@@ -123,14 +122,6 @@ def test_errors_of_the_hub_are_one_line(hub: Hub, bundle: Path, tmp_path: Path) 
     assert "only hf://" in cli_error("push", bundle, tmp_path / "folder", "--license", "mit")
     result = json.loads(cli("push", bundle, URL, "--license", "apache-2.0", "--json").stdout)
     assert result["url"].startswith(f"{URL}@")
-
-
-def test_a_missing_package_has_an_install_hint(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ConfigError, match=r"sopdeploy\[hub\]"):
-        push(bundle, URL)
 
 
 def test_the_card_has_labels_task_license_and_the_text_of_the_bundle(tmp_path: Path) -> None:

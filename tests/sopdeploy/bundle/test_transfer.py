@@ -171,6 +171,7 @@ MISSING: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "fsspec": ("s3", lambda bundle, _: pull("memory://m/x.tar", bundle.parent / "here")),
     "oras": ("oci", lambda bundle, _: pull("oci://127.0.0.1:9/x", bundle.parent / "here")),
     "model_signing": ("sign", sign),
+    "huggingface_hub": ("hub", lambda bundle, _: push(bundle, "hf://owner/flowers")),
 }
 
 

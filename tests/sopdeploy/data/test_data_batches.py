@@ -63,11 +63,6 @@ def test_an_epoch_is_a_permutation_in_batches_of_nearly_equal_size(samples, size
     assert shuffled_batches(samples, size, seed, epoch) == batches
 
 
-def test_an_odd_number_of_samples_in_batches_of_two_gives_one_batch_of_three() -> None:
-    assert sorted(map(len, shuffled_batches(9, 2, 0, 0))) == [2, 2, 2, 3]
-    assert sorted(map(len, balanced_batches(np.arange(9) % 2, 2, 0, 0))) == [2, 2, 2, 3]
-
-
 def test_the_order_changes_with_seed_and_epoch() -> None:
     orders = [shuffled_batches(50, 50, seed, epoch)[0] for seed in range(3) for epoch in range(3)]
     assert len({tuple(order) for order in orders}) == 9

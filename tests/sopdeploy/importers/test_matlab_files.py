@@ -65,19 +65,6 @@ PARAM = {"name": "a", "value": np.ones((2, 2))}
 LAYER: dict[str, Any] = {"name": "l", "type": "dagnn.Conv", "block": {}}
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({}, "holds no MatConvNet network"),
-        ({"net": {"params": {"value": 1}, "layers": [LAYER]}}, "holds no MatConvNet network"),
-        ({"net": {"params": {"name": "a", "value": None}, "layers": [LAYER]}}, "a holds no numbers"),
-    ],
-)
-def test_variables_without_a_network_are_refused(variables: dict[str, Any], message: str) -> None:
-    with pytest.raises(WeightsError, match=message):
-        read_dagnn(Path("a.mat"), variables)
-
-
 COLOR = np.array([10.0, 20.0, 30.0])
 
 

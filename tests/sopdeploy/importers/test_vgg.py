@@ -7,10 +7,8 @@ import pytest
 import torch
 import torchvision
 
-from sopdeploy.backbones.vgg import VGGConfig
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers import published
 from sopdeploy.importers.import_weights import convert
 from sopdeploy.importers.source import WeightFile
 from sopdeploy.models.registry import create_model
@@ -77,14 +75,3 @@ def test_the_convolutions_start_a_network_with_another_pooling(
     assert {part for part in report.new if not part.startswith("pooling")} == new
     convolutions = [tensor for name, tensor in network.state_dict().items() if name.startswith("layers.")]
     assert all(bool((tensor == 1).all()) for tensor in convolutions)
-
-
-@pytest.mark.parametrize(
-    ("batch_norm", "file"), [(True, "vgg16_bn-6c64b313.pth"), (False, "vgg16-397923af.pth")]
-)
-def test_imagenet_weights_are_those_of_torchvision_with_the_same_layers(
-    monkeypatch, batch_norm, file
-) -> None:
-    monkeypatch.setattr(published, "_fetch_url", lambda url: Path(url).name)
-    found = published.fetch_imagenet_weights("isqrt-vgg16", VGGConfig(batch_norm=batch_norm))
-    assert found == (file, "vgg16-bn" if batch_norm else "vgg16")

@@ -146,25 +146,6 @@ def test_attention_inside_does_not_scale_the_shortcut() -> None:
     torch.testing.assert_close(block(x), F.relu(block.attention(residual) + x))
 
 
-KINDS = ["channel", "position", "average", "sum", "maximum", "concatenation"]
-
-
-def small(attention: str, **switches: object) -> GSoPBlock:
-    torch.manual_seed(0)
-    config = GSoPBlockConfig(attention=attention, cov_width=32, position_side=4, **switches)
-    return GSoPBlock(config, 64, dr_stride=1).double()
-
-
-@pytest.mark.parametrize("released", [False, True])
-@pytest.mark.parametrize("attention", KINDS)
-def test_the_input_is_not_modified(attention: str, *, released: bool) -> None:
-    block = small(attention, **(RELEASED_BLOCK if released else {}))
-    features = torch.randn(2, 64, 6, 6, dtype=torch.float64)
-    before = features.clone()
-    assert block(features).shape == features.shape
-    assert torch.equal(features, before)
-
-
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
 
 CHANNELS, SIDE = 64, 14  # 14 and 8 do not divide each other

@@ -66,17 +66,6 @@ def test_parts_sum_to_the_whole(name: str) -> None:
     assert sum(part.macs for part in found.parts.values()) == found.training.macs
 
 
-def test_description_contains_name_config_and_size() -> None:
-    told = describe("dsop-resnet20", num_classes=7, image_size=16, aux_pooling="gap")
-    assert (told.name, told.num_classes, told.image_size) == ("dsop-resnet20", 7, 16)
-    assert told.config["aux_pooling"] == "gap"
-    assert told.config["depth"] == 20
-    assert told.training_only == ("branches",)
-    assert told.representation == 64
-    assert told.loss_weights["layer3_2"] == 0.3
-    assert told.model_dump(mode="json")["training"]["macs"] > told.shipped.macs
-
-
 @pytest.mark.parametrize(("name", "side"), [("resnet18", 0), ("alexnet", 16), ("ge-resnet18", 448)])
 def test_an_image_that_a_network_cannot_compute_is_a_config_error(name: str, side: int) -> None:
     with pytest.raises(ConfigError, match=f"image_size: {name} cannot compute images of {side} pixels \\(.*"):

@@ -44,13 +44,6 @@ def test_block_place_is_after_the_bottleneck_or_inside_it() -> None:
         assert after == {place == "after"}
 
 
-def test_keys_of_the_backbone_stay_torchvisions() -> None:
-    plain, ours = on_meta("resnet50"), on_meta("gsop-net1-resnet50")
-    shapes = {key: tensor.shape for key, tensor in ours.state_dict().items()}
-    assert all(shapes[key] == tensor.shape for key, tensor in plain.state_dict().items())
-    assert all(".attention." in key for key in shapes.keys() - plain.state_dict().keys())
-
-
 def test_dr_strides_only_where_the_config_asks() -> None:
     network = on_meta("gsop-net1-resnet50", **RELEASED)
     strides = [network.get_submodule(f"{p}.attention.channel.reduction.0").stride for p in places(network)]

@@ -1,4 +1,3 @@
-import copy
 import importlib
 
 import pytest
@@ -125,26 +124,6 @@ def test_without_timm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
         ConfigError, match=r'timm:resnet18: timm is not installed; run: pip install "sopdeploy\[train\]"'
     ):
         create_model("timm:resnet18")
-
-
-def test_train_and_eval_mode_reach_timms_own_module() -> None:
-    network = create_model("timm:resnet18", num_classes=3)
-    inside = nn.Sequential(network)
-    for mode in (False, True):
-        inside.train(mode)
-        assert network.outside[0].training is mode
-        assert network.layer1.training is mode
-
-
-def test_a_copy_is_independent() -> None:
-    network = create_model("dsop-timm:resnet18", num_classes=3, **FEW).eval()
-    detached = copy.deepcopy(network)
-    del detached.branches
-    nn.init.zeros_(detached.conv1.weight)
-    assert "branches" in network._modules
-    assert network.conv1.weight.any()
-    assert detached.outside[0].conv1 is detached.conv1
-    assert detached(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
 @pytest.mark.parametrize("name", [*EXPORTED, *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)])

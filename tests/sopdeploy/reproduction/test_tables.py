@@ -32,26 +32,6 @@ COUNTED_FACTS = ("dsop-2", "dsop-4", "gsop-3", "gmsop-1")
 COUNTED = ("dsop-8",)  # in every run; describing all networks takes a minute
 
 
-def test_every_printed_row_has_figures_and_every_other_row_is_used() -> None:
-    for table in TABLES.values():
-        needed = {name for one in table.rows for name in one.needs.values()}
-        ids = [one.id for one in table.rows]
-        assert len(set(ids)) == len(ids)
-        for number, one in enumerate(table.rows):
-            place = f"{table.id}/{one.id}"
-            assert one.baseline is None or one.baseline in ids[: number + 1], place
-            assert set(one.needs.values()) <= set(ids[:number]), place
-            if table.measures != "errors":
-                assert one.facts or one.params is not None, place
-                continue
-            assert one.top5 is None or (one.top1 is not None and one.top5 < one.top1), place
-            assert all(top5 < top1 for top1, top5 in one.heads.values()), place
-            assert (one.id in needed and one.top1 is None) or not one.teacher, place
-            without_numbers = table.data == "imagenet64" or "without numbers" in table.note
-            if not without_numbers and not one.teacher and one.note == "":
-                assert one.top1 is not None or one.params is not None, place
-
-
 def test_the_figures_of_describe_are_those_of_the_tables() -> None:
     """Every figure of `published.toml` from a table that is also here occurs in it: two transcriptions."""
     sources = {table.source: {table.source} for table in TABLES.values()}

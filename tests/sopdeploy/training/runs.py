@@ -2,7 +2,6 @@
 
 import functools
 import multiprocessing
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,9 +55,16 @@ def short_recipe(*overrides: str) -> Recipe:
     return read_recipe("digits-dsop", [*SHORT, *overrides])
 
 
+def deliver(number: int) -> None:
+    """Call the handler of the signal *number*; `test_two_processes` sends real signals to other processes."""
+    handler = signal.getsignal(number)
+    assert callable(handler)
+    handler(number, None)
+
+
 @dataclass
 class RecordingCallback(Callback):
-    """Records all events, and sends this process a signal at the event `stop_at` (name, epoch, number)."""
+    """Records all events, and delivers a signal at the event `stop_at` (name, epoch, number)."""
 
     stop_at: tuple[str, int, int] | None = None
     signal_number: int = signal.SIGINT
@@ -82,7 +88,7 @@ class RecordingCallback(Callback):
     def record(self, name: str, values: dict[str, Any], epoch: int, number: int) -> None:
         self.events.append((name, values))
         if (name, epoch, number) == self.stop_at:
-            os.kill(os.getpid(), self.signal_number)
+            deliver(self.signal_number)
 
 
 def interrupt(

@@ -10,7 +10,7 @@ from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import centered_and_scaled, covariance
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.training.diagnostics import diagnose, spectrum_epochs
+from sopdeploy.training.diagnostics import diagnose
 from sopdeploy.training.loop import train
 from sopdeploy.training.run import Position
 from tests.sopdeploy.training.runs import short_recipe
@@ -79,11 +79,6 @@ def test_a_gate_reports_the_usage_of_its_components() -> None:
     assert gate.imbalance == pytest.approx(load.var(ddof=1) / load.mean() ** 2)
     assert set(found.heads) == {"main"}
     assert set(found.spectra) == {"gate.feature.1", "mixture.after"}
-
-
-def test_the_first_the_last_and_a_few_other_epochs_record_spectra() -> None:
-    expected = {1: {1}, 2: {1, 2}, 5: {1, 2, 3, 4, 5}, 90: {1, 23, 46, 68, 90}}
-    assert {epochs: spectrum_epochs(epochs) for epochs in expected} == expected
 
 
 @pytest.mark.usefixtures("few_digits")

@@ -11,7 +11,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError
 from sopdeploy.training.ema import EmaConfig, ExponentialMovingAverage
 from sopdeploy.training.loop import train
-from sopdeploy.training.optimizers import AdaHessian, _random_signs
+from sopdeploy.training.optimizers import AdaHessian, random_signs
 from sopdeploy.training.step.losses import training_loss
 from tests.sopdeploy.training.runs import same_bits, short_recipe
 
@@ -67,7 +67,7 @@ def test_hessian_vector_products_match_finite_differences() -> None:
     def gradients_at(distance: float) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
             for number, parameter in enumerate(parameters):
-                parameter.add_(_random_signs(7, number, parameter), alpha=distance)
+                parameter.add_(random_signs(7, number, parameter), alpha=distance)
         return torch.autograd.grad(loss(), parameters)
 
     optimizer.backward(loss(), seed=7)

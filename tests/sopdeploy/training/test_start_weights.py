@@ -76,7 +76,6 @@ def start(*settings: str) -> InitialModel:
 
 
 BACKBONE = {"conv1.weight", "bn1.running_var", "layer4.1.conv2.weight"}
-GSOP = "gsop-net1-resnet18"
 NETWORKS = [
     ("dsop-resnet18", ("branches", "fc")),
     ("isqrt-resnet18", ("pooling", "fc")),

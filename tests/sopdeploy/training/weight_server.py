@@ -5,9 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Literal
-
-Fault = Literal["none", "interrupted", "changed", "not found"]
+from typing import Any
 
 
 class WeightServer(ThreadingHTTPServer):

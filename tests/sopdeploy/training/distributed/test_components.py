@@ -4,13 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm, ShardRng
-from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed import torchrun
-from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_layers, shard_step
+from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_step
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.run import create_run
 from tests.sopdeploy.training.distributed.cases import build_recipe, dataset
@@ -74,26 +71,6 @@ def test_a_batch_that_cannot_be_divided_is_refused(overrides, count, world, mess
     with pytest.raises(ConfigError, match=message):
         check_divisible(build_recipe("dsop", "sgd", *overrides), count, world)
     check_divisible(build_recipe("dsop", "sgd"), 52, 2)
-
-
-@pytest.mark.parametrize(
-    ("kind", "world", "expected"),
-    [("local", 2, None), ("global", 1, None), ("global", 2, GlobalBatchNorm), ("frozen", 1, FrozenBatchNorm)],
-)
-@pytest.mark.parametrize("name", ["dsop-resnet8", "timm:resnet18"])
-def test_replaced_batch_norms_keep_names_and_parameters(name, kind, world, expected) -> None:
-    with torch.device("meta"):
-        network = create_model(name, num_classes=3)
-        keys, parameters = list(network.state_dict()), list(network.parameters())
-        shard_layers(network, kind, world, ShardRng())
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    assert list(network.state_dict()) == keys
-    assert all(new is old for new, old in zip(network.parameters(), parameters, strict=True))
-    assert norms
-    if expected:
-        assert all(isinstance(norm, expected) for norm in norms)
-    else:
-        assert not any(type(norm) is GlobalBatchNorm for norm in norms)
 
 
 @pytest.mark.parametrize(("kind", "mean"), [("local", 3.0), ("global", 0.0)])
