@@ -81,7 +81,7 @@ def test_a_folder_with_an_image_suffix_is_no_image(tmp_path: Path) -> None:
     assert [len(load_images(tmp_path, RULES, option)) for option in (PROBES, CALIBRATE)] == [3, 3]
 
 
-@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".txt", ".parquet"])
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".txt"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_classify_rejects_a_source_that_is_no_regular_file(
     suffix: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,6 @@ from tests.service.conftest import write_bundle
 NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a GPU, or hours
     r"pip (install|wheel)",
     r"(git|make|docker|helm) ",
-    r"sopdeploy classify .*--ray",
     r".* s3://",
     r"sopdeploy ray .*--replicas",
     r".*(--profiles|--runtime tensorrt)",

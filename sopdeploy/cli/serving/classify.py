@@ -8,7 +8,7 @@ import typer
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import BundleArgument, err, image_progress, print_field
 from sopdeploy.cli.serving.serve import ConfigOption, SettingOption
-from sopdeploy_service.commands.batch.options import ClassifyOptions, RayOptions
+from sopdeploy_service.commands.batch.options import ClassifyOptions
 
 if TYPE_CHECKING:
     from sopdeploy_service.commands.batch.run import Classified
@@ -19,7 +19,7 @@ SourcesArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="SOURCE...",
-        help="Folders, quoted patterns, images, tar archives, lists of paths (.txt), parquet files, URLs.",
+        help="Folders, quoted patterns, images, tar archives, lists of paths (.txt), URLs.",
     ),
 ]
 
@@ -44,7 +44,6 @@ def classify(
     options: ClassifyOptions,
     config: ConfigOption = None,
     assignments: SettingOption = None,
-    cluster: RayOptions,
 ) -> "Classified":
     """Classify any number of images into parquet files, one row per image.
 
@@ -66,7 +65,6 @@ def classify(
                 sources,
                 out,
                 options=options,
-                cluster=cluster,
                 config=config,
                 on_progress=lambda done, _errors, total: on_image(done, total),
                 **settings,

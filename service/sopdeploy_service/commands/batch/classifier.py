@@ -19,7 +19,6 @@ from sopdeploy.bundle.probes import Outputs
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_service.commands.batch.decoders import DecoderProcesses, Read
-from sopdeploy_service.commands.batch.listing import entries_of
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import RunState
 from sopdeploy_service.commands.batch.reader import Entry
@@ -87,10 +86,10 @@ class PartClassifier:
 
     def tables(
         self,
-        parts: Iterable[tuple[int, Any]],
-        on_block: Callable[[int, int], None] = lambda _images, _errors: None,
+        parts: Iterable[tuple[int, list[Entry]]],
+        on_block: Callable[[int, int], None],
     ) -> Iterator[tuple[int, Any]]:
-        """Classify *parts*, tables of the list by number; yield the table of rows of each part, in order.
+        """Classify *parts*, lists of images by number; yield the table of rows of each part, in order.
 
         Calls *on_block* with the images and errors of each decoded block. Raises `RuntimeUnavailableError` if
         the device fails.
@@ -100,8 +99,8 @@ class PartClassifier:
         block = self._batch * math.ceil(BLOCK_IMAGES / self._batch)
 
         def blocks() -> Iterator[Sequence[Entry]]:
-            for number, listed in parts:
-                part = _Part(number, entries_of(listed))
+            for number, entries in parts:
+                part = _Part(number, entries)
                 open_parts.append(part)
                 for first in range(0, len(part.entries), block):
                     yield part.entries[first : first + block]

@@ -74,9 +74,11 @@ class Listing:
         """Count the images of *part*."""
         return int(self._file.metadata.row_group(part).num_rows)
 
-    def read_table(self, part: int) -> Any:
-        """Read *part* as a table; `entries_of` converts it."""
-        return self._file.read_row_group(part, use_threads=False)
+    def read(self, part: int) -> list[Entry]:
+        """Read the entries of *part*."""
+        columns = self._file.read_row_group(part, use_threads=False).to_pydict()
+        locations = map(os.fsdecode, columns["location"])
+        return list(map(Entry, columns["path"], locations, columns["offset"], columns["size"]))
 
     @cached_property
     def _file(self) -> Any:
@@ -84,13 +86,6 @@ class Listing:
             return self._parquet.ParquetFile(self._path)
         except (OSError, ValueError) as error:  # pyarrow's own error is a ValueError
             raise DataError(f"{self._path}: missing or damaged; choose another folder") from error
-
-
-def entries_of(table: Any) -> list[Entry]:
-    """Convert a *table* of the list to entries."""
-    columns = table.to_pydict()
-    locations = map(os.fsdecode, columns["location"])
-    return list(map(Entry, columns["path"], locations, columns["offset"], columns["size"]))
 
 
 def printable(path: str) -> str:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import pydantic
 
-from sopdeploy.config import Count, Options
+from sopdeploy.config import Options
 
 PART_IMAGES = 4096
 
@@ -22,18 +22,3 @@ class ClassifyOptions(Options):
     """Decoder processes; by default one per core, up to 16."""
     part_images: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)] = PART_IMAGES
     """Images per parquet file, rounded up to full batches."""
-
-
-class RayOptions(Options):
-    """The Ray cluster of a run, and what it reserves for each actor."""
-
-    model_config = pydantic.ConfigDict(title="Ray")
-
-    ray: str | None = None
-    """Address of a Ray cluster that classifies the images; `auto` joins or starts one here."""
-    actors: Count = 1
-    """Processes on Ray that run the network."""
-    cpus_per_actor: Count = 1
-    """Cores per actor."""
-    gpus_per_actor: Annotated[float, pydantic.Field(ge=0, le=64)] = 0.0
-    """GPUs per actor; 0.5 lets two share one, 0 uses the CPU."""

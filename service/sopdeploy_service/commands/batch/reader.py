@@ -1,12 +1,9 @@
-"""Read the bytes of listed images: files, members of tar archives, rows of parquet files, objects of a store.
+"""Read the bytes of listed images: files, members of tar archives, objects of a store.
 
-Each decoder process has its own `Reader`, which keeps the last archive or parquet file open: neighboring
-entries of a list are usually in the same one.
+Each decoder process has its own `Reader`, which keeps the last archive open: neighboring entries of a list
+are usually in the same one.
 """
 
-from bisect import bisect_right
-from collections.abc import Iterator
-from itertools import accumulate
 from typing import IO, Any, NamedTuple
 
 from sopdeploy.environment import import_optional
@@ -15,17 +12,14 @@ from sopdeploy.files import open_regular, read_at_most
 
 WHOLE = -1  # offset of an image that is a whole file
 UNKNOWN = -1  # size of an image that is not known before it is read
-PARQUET = ".parquet"
-ROWS_PER_READ = 64
 LOCAL = "file"  # the protocol of the file system of this machine
-IMAGE_COLUMNS = ("bytes", "image")  # the second one as Hugging Face writes it: {bytes, path}
 
 
 class Entry(NamedTuple):
     """One image of a list.
 
     *path* is its name in the output. *location* is the file or URL with its bytes; *offset* is a position in
-    bytes in a tar archive, a row number in a parquet file, or `WHOLE`. *size* is in bytes, or `UNKNOWN`.
+    bytes in a tar archive, or `WHOLE`. *size* is in bytes, or `UNKNOWN`.
     """
 
     path: str
@@ -41,7 +35,6 @@ class Reader:
         self._limit = max_bytes + 1
         self._open_location = ""
         self._file: IO[bytes] | None = None
-        self._rows: ParquetRows | None = None
 
     def read(self, entry: Entry) -> bytes:
         """Read the bytes of *entry*; raise `ImageError` with the code `unusable_data` if that fails."""
@@ -50,76 +43,21 @@ class Reader:
                 with open_location(entry.location) as file:
                     return read_at_most(file, self._limit)
             if self._file is None or entry.location != self._open_location:
-                self._file = self._open(entry.location)
-            if self._rows is not None:
-                return self._rows.read(entry.offset)[: self._limit]
+                self.close()
+                self._file, self._open_location = open_location(entry.location), entry.location
             self._file.seek(entry.offset)
             return read_at_most(self._file, min(entry.size, self._limit))
-        except Exception as error:  # object stores and pyarrow raise types of their own
+        except Exception as error:  # object stores raise types of their own
             self.close()
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             message = f"cannot be read ({' '.join(reason.split()) or type(error).__name__})"
             raise ImageError(message, code="unusable_data", status=422) from error
 
     def close(self) -> None:
-        """Close the open archive or parquet file."""
+        """Close the open archive."""
         if self._file is not None:
             self._file.close()
-        self._file, self._rows, self._open_location = None, None, ""
-
-    def _open(self, location: str) -> IO[bytes]:
-        self.close()
-        file: IO[bytes] = open_location(location)
-        if location.lower().endswith(PARQUET):
-            self._rows = ParquetRows(file)
-        self._open_location = location
-        return file
-
-
-class ParquetRows:
-    """The images of a parquet *file*, read forwards in small batches; reading backwards starts again."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        parquet = import_pyarrow("pyarrow.parquet")
-        self._file = parquet.ParquetFile(file, buffer_size=1 << 20)
-        groups = range(self._file.metadata.num_row_groups)
-        sizes = (self._file.metadata.row_group(group).num_rows for group in groups)
-        self._starts = list(accumulate(sizes, initial=0))  # the first row of each group, and the end
-        self._column = image_column(self._file.schema_arrow)
-        self._batches: Iterator[Any] = iter(())
-        self._values: Any = []
-        self._group, self._first = -1, 0  # `_first` is the row of the first value
-
-    def read(self, row: int) -> bytes:
-        """Read the image of *row*; raises `OSError` if the value is null or the row is missing."""
-        if row >= self._starts[-1]:
-            raise OSError(f"has no row {row}")
-        group = bisect_right(self._starts, row) - 1
-        if group != self._group or row < self._first:
-            self._batches = self._file.iter_batches(
-                ROWS_PER_READ, row_groups=[group], columns=[self._column], use_threads=False
-            )
-            self._group, self._first, self._values = group, self._starts[group], []
-        while row >= self._first + len(self._values):
-            self._first += len(self._values)
-            self._values = next(self._batches).column(0)
-        value = self._values[row - self._first].as_py()
-        content = value["bytes"] if isinstance(value, dict) else value
-        if content is None:
-            raise OSError(f"row {row} has no bytes")
-        return bytes(content)
-
-
-def image_column(schema: Any) -> str | None:
-    """Find the column of a parquet *schema* with the bytes of images; None if there is none."""
-    types = import_pyarrow("pyarrow").types
-    for name in (name for name in IMAGE_COLUMNS if name in schema.names):
-        kind = schema.field(name).type
-        if types.is_binary(kind) or types.is_large_binary(kind):
-            return name
-        if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            return f"{name}.bytes"
-    return None
+        self._file, self._open_location = None, ""
 
 
 def import_pyarrow(module: str) -> Any:

@@ -30,7 +30,7 @@ from sopdeploy.html.charts import Bar, bars
 from sopdeploy.html.templates import percent, render
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.pixels import to_rgb
-from sopdeploy_service.commands.batch.listing import Listing, entries_of
+from sopdeploy_service.commands.batch.listing import Listing
 from sopdeploy_service.commands.batch.output import DATA, PAGE, OutputFolder
 from sopdeploy_service.commands.batch.reader import Reader
 from sopdeploy_service.images.decode import EncodedImage
@@ -184,7 +184,7 @@ def _confidence_bars(predictions: PredictionCounts | PresenceCounts, decision: D
 def _thumbnail(listing: Listing, part: int, row: int, bundle: Bundle, settings: Settings) -> Markup | None:
     """Build a thumbnail of an image; None if it does not exist any more."""
     rules = bundle.manifest.preprocess
-    (entry,) = entries_of(listing.read_table(part).slice(row, 1))
+    entry = listing.read(part)[row]
     reader = Reader(settings.max_body_bytes)
     try:
         body = reader.read(entry)

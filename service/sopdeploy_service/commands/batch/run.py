@@ -1,7 +1,6 @@
 """`sopdeploy classify`: classify all images of some sources into parquet files; continue after a stop."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.commands.batch.classifier import PartClassifier
 from sopdeploy_service.commands.batch.listing import Fingerprint, Listing
-from sopdeploy_service.commands.batch.on_ray import ClusterClassifier, ray_classifier
-from sopdeploy_service.commands.batch.options import ClassifyOptions, RayOptions
+from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import PAGE, ROWS, OnProgress, OutputFolder, Progress, RunState
 from sopdeploy_service.commands.batch.sources import list_entries
 from sopdeploy_service.inference.loader import load_model
@@ -83,7 +81,6 @@ def classify(
     out: str | Path,
     *,
     options: ClassifyOptions,
-    cluster: RayOptions,
     config: str | Path | None = None,
     on_progress: OnProgress = lambda _done, _errors, _total: None,
     **settings: Any,
@@ -94,11 +91,9 @@ def classify(
 
     Args:
         bundle: A bundle written by `sopdeploy.export`.
-        sources: One or several of: folders, patterns, images, tar archives, lists of paths (`.txt`), parquet
-            files, URLs.
+        sources: One or several of: folders, patterns, images, tar archives, lists of paths (`.txt`), URLs.
         out: Folder for the rows and the report; an interrupted run in it continues.
         options: The fields of `ClassifyOptions`, each as a keyword argument.
-        cluster: The fields of `RayOptions`, each as a keyword argument.
         config: TOML file with settings, as for `serve`.
         on_progress: Called with the numbers of images done, with an error, and in total.
         **settings: Settings of the server that apply to decoding and inference, for example `threads=1`,
@@ -120,17 +115,12 @@ def classify(
     bundle, folder = Path(bundle), OutputFolder(Path(out))
     report = import_optional(REPORT, "jinja2", "sopdeploy[batch]", ConfigError, "classify")
     opened = open_bundle(bundle)
-    chosen: AbstractContextManager[PartClassifier | ClusterClassifier]
-    if cluster.ray is None:
-        chosen = PartClassifier(load_model(bundle, loaded), loaded, options)
-    else:
-        chosen = ray_classifier(bundle, loaded, options, cluster)
-    with chosen as classifier, folder.locked():
+    with PartClassifier(load_model(bundle, loaded), loaded, options) as classifier, folder.locked():
         listing, images = _begin(folder, names, classifier.state)
         progress = Progress(images, options.max_errors, on_progress)
         pending = _unfinished(folder, listing, progress)
         if pending:
-            parts = ((number, listing.read_table(number)) for number in pending)
+            parts = ((number, listing.read(number)) for number in pending)
             for number, table in classifier.tables(parts, progress.add):
                 folder.write_part(number, table)
         written = report.write_report(folder, listing, opened, loaded)

@@ -1,9 +1,8 @@
 """List the images of the sources of `sopdeploy classify`, in an order that does not change between runs.
 
 A source is a folder, a pattern such as `photos/**/*.jpg`, an image, a tar archive, a list of paths (`.txt`),
-a parquet file, or the URL of any of them in an object store. Folders are walked one by one, so that a list of
-any length needs little memory. Order: sources as given, names sorted within a folder, members of an archive
-and rows as stored.
+or the URL of any of them in an object store. Folders are walked one by one, so that a list of any length
+needs little memory. Order: sources as given, names sorted within a folder, members of an archive as stored.
 """
 
 import glob
@@ -20,20 +19,10 @@ from sopdeploy.data.tar import TAR, archive_suffix, decompress, scan
 from sopdeploy.errors import DataError
 from sopdeploy.files import expand_user
 from sopdeploy.images.limits import SUFFIXES
-from sopdeploy_service.commands.batch.reader import (
-    PARQUET,
-    UNKNOWN,
-    Entry,
-    image_column,
-    import_pyarrow,
-    is_url,
-    open_location,
-    open_store,
-)
+from sopdeploy_service.commands.batch.reader import UNKNOWN, Entry, is_url, open_location, open_store
 
 LIST = ".txt"
 PATTERN = "*?["
-PATHS_PER_READ = 4096
 
 
 def list_entries(sources: Sequence[str], options: OpenOptions) -> Iterator[Entry]:
@@ -52,9 +41,7 @@ def list_entries(sources: Sequence[str], options: OpenOptions) -> Iterator[Entry
         except OSError as error:
             raise DataError(f"{source}: cannot be read ({error.strerror}); check its permissions") from error
         if empty:
-            raise DataError(
-                f"{source}: has no images ({', '.join(SUFFIXES)}); name archives and parquet files themselves"
-            )
+            raise DataError(f"{source}: has no images ({', '.join(SUFFIXES)}); name archives themselves")
 
 
 def _list_source(source: str, options: OpenOptions) -> Iterator[Entry]:
@@ -87,8 +74,8 @@ def _whole(path: Path, shown: str | None = None) -> Entry:
 
 
 def _list_file(file: Entry, options: OpenOptions) -> Iterator[Entry]:
-    """Yield the images in *file*: an archive, a list, a parquet file or an image, by its name."""
-    name, suffix = file.location.lower(), archive_suffix(Path(file.location))
+    """Yield the images in *file*: an archive, a list or an image, by its name."""
+    suffix = archive_suffix(Path(file.location))
     if suffix == TAR and is_url(file.location):
         yield from _list_tar(file.path, file.location)
     elif suffix and is_url(file.location):
@@ -97,10 +84,8 @@ def _list_file(file: Entry, options: OpenOptions) -> Iterator[Entry]:
         )
     elif suffix:
         yield from _list_tar(file.path, str(decompress(Path(file.path), options).absolute()))
-    elif name.endswith(LIST):
+    elif file.location.lower().endswith(LIST):
         yield from _list_lines(file.path)
-    elif name.endswith(PARQUET):
-        yield from _list_rows(file.path, file.location)
     else:
         yield file
 
@@ -178,40 +163,10 @@ def _list_lines(location: str) -> Iterator[Entry]:
 
 
 def _listed(folder: str | Path, name: str) -> Entry:
-    """Describe the image *name* of a list or a parquet file in *folder*."""
+    """Describe the image *name* of a list in *folder*."""
     if is_url(name):
         return Entry(name, name)
     if isinstance(folder, str):
         location = f"{folder}/{name}"
         return Entry(location, location)
     return _whole(folder / name, str(folder / name))
-
-
-def _list_rows(shown: str, location: str) -> Iterator[Entry]:
-    """Yield the images of the parquet file *location*: its bytes, or the files that `path` names."""
-    parquet = import_pyarrow("pyarrow.parquet")
-    folder = location.rpartition("/")[0] if is_url(location) else Path(shown).parent
-    with open_location(location) as opened:
-        try:
-            file = parquet.ParquetFile(opened, buffer_size=1 << 20)
-            names = file.schema_arrow.names
-            has_bytes, has_names = image_column(file.schema_arrow) is not None, "path" in names
-            if not has_bytes and not has_names:
-                columns = ", ".join(names)
-                raise DataError(
-                    f"{shown}: has no column `bytes`, `image` or `path` (columns: {columns}); rename one"
-                )
-            if not has_names:
-                yield from (Entry(f"{shown}/{row}", location, row) for row in range(file.metadata.num_rows))
-                return
-            batches = file.iter_batches(PATHS_PER_READ, columns=["path"], use_threads=False)
-            listed = (name for batch in batches for name in batch.column(0).to_pylist())
-            for row, name in enumerate(listed):
-                if has_bytes:
-                    yield Entry(f"{shown}/{row}" if name is None else str(name), location, row)
-                else:
-                    yield _listed(folder, str(name))
-        except DataError:
-            raise
-        except Exception as error:  # pyarrow raises types of its own
-            raise DataError(f"{shown}: damaged or not a parquet file; write or copy it again") from error

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sopdeploy_service.commands.batch import run
-from sopdeploy_service.commands.batch.options import ClassifyOptions, RayOptions
+from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.settings import Settings
 from tests.service.conftest import picture_bytes
 
@@ -16,7 +16,6 @@ COUNT = 100
 BAD = {17: b"text", 40: b"", 41: picture_bytes()[:300]}  # by position
 SETTINGS = Settings(threads=1)
 OPTIONS = ClassifyOptions(workers=1, part_images=32)
-HERE = RayOptions()  # no cluster
 
 
 def classify(
@@ -26,12 +25,9 @@ def classify(
     settings: Settings = SETTINGS,
     options: ClassifyOptions = OPTIONS,
     on_progress: Callable[[int, int, int], None] = lambda _done, _errors, _total: None,
-    cluster: RayOptions = HERE,
 ) -> run.Classified:
     given = settings.model_dump(exclude_unset=True)
-    return run.classify(
-        bundle, sources, out, options=options, cluster=cluster, on_progress=on_progress, **given
-    )
+    return run.classify(bundle, sources, out, options=options, on_progress=on_progress, **given)
 
 
 def write_photos(folder: Path, count: int = COUNT) -> Path:

@@ -19,8 +19,7 @@ from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy_service.commands.batch import decoders
 from sopdeploy_service.commands.batch.decoders import DecoderProcesses, Read
-from sopdeploy_service.commands.batch.on_ray import check_resources
-from sopdeploy_service.commands.batch.options import ClassifyOptions, RayOptions
+from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.reader import Entry
 from sopdeploy_service.commands.batch.rows import RowFormat
@@ -208,12 +207,6 @@ def test_nothing_is_left_of_a_run_that_could_not_list_its_images(bundle_path, tm
     with pytest.raises(DataError, match=r"nowhere: not found; name a folder"):
         classify(bundle_path, ["nowhere"], tmp_path / "out", SETTINGS)
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] == [".lock"]
-
-
-def test_an_actor_that_does_not_fit_on_this_machine_is_rejected():
-    check_resources({"CPU": 2.0}, RayOptions(cpus_per_actor=2))
-    with pytest.raises(ConfigError, match=r"gpus_per_actor=0\.5: Ray has 0 GPUs here; give less"):
-        check_resources({"CPU": 2.0}, RayOptions(gpus_per_actor=0.5))
 
 
 @pytest.mark.slow

@@ -6,13 +6,11 @@ import tarfile
 from pathlib import Path
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.errors import DataError, ImageError
-from sopdeploy_service.commands.batch.listing import Fingerprint, Listing, entries_of
+from sopdeploy_service.commands.batch.listing import Fingerprint, Listing
 from sopdeploy_service.commands.batch.reader import Entry, Reader
 from sopdeploy_service.commands.batch.sources import list_entries
 
@@ -22,7 +20,7 @@ MEMORY = "memory://sources"
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """The same four images as a folder, archives, lists, parquet files, and in an object store."""
+    """The same four images as a folder, archives, lists, and in an object store."""
     folder = tmp_path / "folder"
     store = fsspec.filesystem("memory")
     for name, body in BODIES.items():
@@ -42,13 +40,7 @@ def sources(tmp_path: Path) -> Path:
     (tmp_path / "list.txt").write_text("".join(f"folder/{name}\n\n" for name in BODIES))
     windows = "\r\n".join(f"folder/{name}" for name in BODIES)
     (tmp_path / "windows.txt").write_text(windows, encoding="utf-8-sig", newline="")
-    bodies, names = list(BODIES.values()), [f"folder/{name}" for name in BODIES]
-    pq.write_table(pa.table({"bytes": bodies, "n": [1, 2, 3, 4]}), tmp_path / "b.parquet", row_group_size=3)
-    images = [{"bytes": body, "path": name} for name, body in BODIES.items()]
-    pq.write_table(pa.table({"image": images}), tmp_path / "i.parquet")
-    pq.write_table(pa.table({"path": names}), tmp_path / "p.parquet")
-    for name in ("x.tar", "b.parquet"):
-        store.pipe(f"/sources/shards/{name}", (tmp_path / name).read_bytes())
+    store.pipe("/sources/shards/x.tar", (tmp_path / "x.tar").read_bytes())
     yield tmp_path
     store.rm("/sources", recursive=True)
 
@@ -61,20 +53,14 @@ LISTS = {  # source: (prefix of the names, names)
     "*.tar.gz": ("x.tar.gz/", STORED),
     "list.txt": ("folder/", STORED),
     "windows.txt": ("folder/", STORED),
-    "b.parquet": ("b.parquet/", ["0", "1", "2", "3"]),
-    "i.parquet": ("i.parquet/", ["0", "1", "2", "3"]),
-    "p.parquet": ("folder/", STORED),
     f"{MEMORY}/b": ("memory:///sources/b/", ["2.jpg", "c/3.JPEG"]),
     f"{MEMORY}/*.*": ("memory:///sources/", ["a.png", "z.gif"]),
     f"{MEMORY}/shards/x.tar": (f"{MEMORY}/shards/x.tar/", STORED),
-    f"{MEMORY}/shards/b.parquet": (f"{MEMORY}/shards/b.parquet/", ["0", "1", "2", "3"]),
 }
 
 
 def body_of(prefix: str, name: str) -> bytes:
-    """Return the body of an image by its name below one of `sources`, or by its row."""
-    if name.isdigit():
-        return list(BODIES.values())[int(name)]
+    """Return the body of an image by its name below one of `sources`."""
     return next(body for path, body in BODIES.items() if f"{prefix}{name}".endswith(path))
 
 
@@ -96,11 +82,8 @@ def test_a_source_lists_its_images_in_order_and_they_can_be_read(source, sources
 BAD_SOURCES = {
     "nowhere": "nowhere: not found; name a folder",
     "~nobody-here/x": "~nobody-here/x: not found; name a folder",
-    "shards": r"shards: has no images \(.*; name archives and parquet files themselves",
+    "shards": r"shards: has no images \(.*; name archives themselves",
     "damaged.tar": "damaged.tar: damaged or not a tar file",
-    "damaged.parquet": "damaged.parquet: damaged or not a parquet file",
-    "damaged-paths.parquet": "damaged-paths.parquet: damaged or not a parquet file",
-    "other.parquet": r"other.parquet: has no column `bytes`, `image` or `path` \(columns: n\); rename one",
     "memory://absent": "memory://absent: not found",
     "memory://no-keys": r"memory://no-keys: has no images",
     "no-keys.txt": r"no-keys.txt: has no images",
@@ -112,14 +95,8 @@ BAD_SOURCES = {
 def test_a_source_without_images_is_a_one_line_error(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shards").mkdir()
-    for name in ("shards/x.tar", "damaged.tar", "damaged.parquet"):
+    for name in ("shards/x.tar", "damaged.tar"):
         (tmp_path / name).write_bytes(b"nothing" * 100)
-    pq.write_table(pa.table({"n": [1]}), tmp_path / "other.parquet")
-    written = tmp_path / "damaged-paths.parquet"
-    pq.write_table(pa.table({"path": ["a.jpg", "b.jpg"]}), written, compression="gzip", use_dictionary=False)
-    damaged = bytearray(written.read_bytes())
-    damaged[30:50] = bytes(20)
-    written.write_bytes(damaged)
     fsspec.filesystem("memory").makedirs("/no-keys", exist_ok=True)
     (tmp_path / "no-keys.txt").touch()
     (tmp_path / "bundle").mkdir()
@@ -131,13 +108,9 @@ def test_a_source_without_images_is_a_one_line_error(source, tmp_path, monkeypat
 
 def test_an_image_that_cannot_be_read_has_the_code_of_unusable_data(sources, monkeypatch):
     monkeypatch.chdir(sources)
-    for entry, message in (
-        (Entry("x", "/nowhere/x.jpg"), r"cannot be read \(No such file or directory\)"),
-        (Entry("x", "b.parquet", 9), r"cannot be read \(has no row 9\)"),
-    ):
-        with pytest.raises(ImageError, match=message) as raised:
-            Reader(max_bytes=9).read(entry)
-        assert raised.value.code == "unusable_data"
+    with pytest.raises(ImageError, match=r"cannot be read \(No such file or directory\)") as raised:
+        Reader(max_bytes=9).read(Entry("x", "/nowhere/x.jpg"))
+    assert raised.value.code == "unusable_data"
 
 
 def test_the_list_is_read_in_parts_and_its_fingerprint_changes_with_names_and_sizes(tmp_path):
@@ -147,7 +120,7 @@ def test_the_list_is_read_in_parts_and_its_fingerprint_changes_with_names_and_si
     fingerprint = listing.write(iter(entries), 2)
     assert (fingerprint.images, listing.parts()) == (3, 2)
     assert [listing.images_of(part) for part in range(2)] == [2, 1]
-    first, second, third = (entry for part in range(2) for entry in entries_of(listing.read_table(part)))
+    first, second, third = (entry for part in range(2) for entry in listing.read(part))
     assert (first.path, first.location) == ("/caf�.jpg", latin)
     assert [second, third] == entries[1:]
     assert Fingerprint(entries).sha256 == fingerprint.sha256
