@@ -57,18 +57,13 @@ def _copy(source: IO[bytes] | BinaryIO, file: Path, name: str, limit: int) -> No
     with file.open("wb") as target:
         while block := source.read(BLOCK_BYTES):
             size += len(block)
-            check_size(size, name, limit)
+            if size > limit:
+                raise BundleError(f"{name}: larger than {limit} bytes; `--max-bytes` allows more")
             target.write(block)
 
 
-def check_size(size: int, name: str, limit: int) -> None:
-    """Raise `BundleError` naming *name* if *size* exceeds *limit* bytes."""
-    if size > limit:
-        raise BundleError(f"{name}: larger than {limit} bytes; `--max-bytes` allows more")
-
-
 @contextmanager
-def remote_errors(url: str) -> Iterator[None]:
+def _remote_errors(url: str) -> Iterator[None]:
     """Convert errors of the client of a store to `BundleError`; clients raise types of several libraries."""
     try:
         yield
@@ -86,7 +81,7 @@ def remote_errors(url: str) -> Iterator[None]:
 def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
     """Yield the fsspec file system of *url* and the path in it; convert its errors to `BundleError`."""
     fsspec = import_optional("fsspec", "fsspec", "sopdeploy[s3]", ConfigError, url)
-    with remote_errors(url):
+    with _remote_errors(url):
         yield fsspec.core.url_to_fs(url)
 
 
@@ -101,7 +96,7 @@ def push_artifact(archive: Path, signature: Path | None, url: str, tag: str) -> 
         target = f"{target}:{tag}"
     files = [f"{archive}:{ARCHIVE_TYPE}"] + ([f"{signature}:{SIGNATURE_TYPE}"] if signature else [])
     client = _registry_client(target)
-    with remote_errors(f"{OCI}{target}"):
+    with _remote_errors(f"{OCI}{target}"):
         client.push(
             target, files=files, manifest_annotations=ANNOTATIONS, disable_path_validation=True, quiet=True
         )
@@ -116,7 +111,7 @@ def pull_artifact(reference: str, archive: Path, signature: Path, limit: int) ->
     """
     target = reference.removeprefix(OCI)
     client = _registry_client(target)
-    with remote_errors(reference):
+    with _remote_errors(reference):
         container = client.get_container(target)
         client.auth.load_configs(container)
         layers = client.get_manifest(container)["layers"]

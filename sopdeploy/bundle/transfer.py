@@ -1,4 +1,4 @@
-"""Push bundles to folders, object stores, registries and the Hub, and pull them back, with all checks."""
+"""Push bundles to folders, object stores and OCI registries, and pull them back, with all checks."""
 
 import hmac
 import re
@@ -8,7 +8,6 @@ from pathlib import Path
 
 from sopdeploy.bundle.archive import archived_manifest, unpack, write_archive
 from sopdeploy.bundle.folder import open_bundle, publish, staging
-from sopdeploy.bundle.hub import HUB, pull_from_hub, push_to_hub
 from sopdeploy.bundle.signing import MAX_FILE_BYTES, SUFFIX, check_signature, signature_path
 from sopdeploy.bundle.storage import OCI, get, pull_artifact, push_artifact, put
 from sopdeploy.errors import BundleError, ConfigError
@@ -37,16 +36,13 @@ class Pulled:
     verified: bool
 
 
-def push(path: Path, destination: str, *, license_id: str | None = None) -> Pushed:
+def push(path: Path, destination: str) -> Pushed:
     """Pack the bundle at *path* and upload it.
 
-    *destination* is a folder, an fsspec URL, `oci://...` or `hf://...`. *license_id* is written to the model
-    card on the Hub. A signature beside the bundle is uploaded first, or in the same commit, so a reader who
-    sees the archive also finds it. Raises `BundleError` for a damaged
-    bundle or a failed upload, and `ConfigError` if a license is given and *destination* is not on the Hub.
+    *destination* is a folder, an fsspec URL such as `s3://...` and `hf://...`, or `oci://...`. A signature
+    beside the bundle is uploaded first, or in the same artifact, so a reader who sees the archive also finds
+    it. Raises `BundleError` for a damaged bundle or a failed upload.
     """
-    if license_id is not None and not destination.startswith(HUB):
-        raise ConfigError(f"is written to a model card, which only {HUB} has; omit it", setting="license")
     bundle = open_bundle(path)
     signature = signature_path(path) if signature_path(path).is_file() else None
     with tempfile.TemporaryDirectory(prefix="sopdeploy-") as folder:
@@ -55,8 +51,6 @@ def push(path: Path, destination: str, *, license_id: str | None = None) -> Push
             write_archive(bundle, file)
         if destination.startswith(OCI):
             url = push_artifact(archive, signature, destination, bundle.manifest.id)
-        elif destination.startswith(HUB):
-            url = push_to_hub(bundle, archive, signature, destination, license_id)
         else:
             name = bundle.manifest.name + ARCHIVE_SUFFIX
             if signature is not None:
@@ -93,8 +87,6 @@ def pull(
         archive, signature = download / name, download / (name + SUFFIX)
         if source.startswith(OCI):
             pull_artifact(source, archive, signature, max_bytes)
-        elif source.startswith(HUB):
-            pull_from_hub(source, archive, signature, max_bytes)
         else:
             get(source, archive, max_bytes)
             if require_signature is not None:

@@ -11,7 +11,7 @@ from sopdeploy.cli.console import BundleArgument, print_field
 if TYPE_CHECKING:
     from sopdeploy.bundle.transfer import Pulled, Pushed
 
-LOCATIONS = "oci://HOST/REPOSITORY[:TAG] or hf://OWNER/NAME[@REVISION]"
+OCI = "oci://HOST/REPOSITORY[:TAG]"
 
 
 def show_pushed(pushed: "Pushed") -> None:
@@ -25,22 +25,16 @@ def show_pushed(pushed: "Pushed") -> None:
 def push(
     bundle: BundleArgument,
     destination: Annotated[
-        str, typer.Argument(metavar="DEST", help=f"A folder, s3://BUCKET/PATH, {LOCATIONS}.")
+        str, typer.Argument(metavar="DEST", help=f"A folder, s3://BUCKET/PATH, hf://OWNER/NAME or {OCI}.")
     ],
-    license_id: Annotated[
-        str | None,
-        typer.Option("--license", help="License in the model card on the Hub, such as apache-2.0."),
-    ] = None,
 ) -> "Pushed":
     """Upload a bundle as one reproducible archive, with its signature if there is one.
 
     Example: [bold]sopdeploy push bundles/dsop-resnet20-3f6c01d2a4b7 s3://models/flowers[/bold]
-
-    Example: [bold]sopdeploy push bundles/dsop-resnet20-3f6c01d2a4b7 hf://owner/flowers --license mit[/bold]
     """
     from sopdeploy.bundle.transfer import push as run
 
-    return run(bundle, destination, license_id=license_id)
+    return run(bundle, destination)
 
 
 def show_pulled(pulled: "Pulled") -> None:
@@ -52,7 +46,7 @@ def show_pulled(pulled: "Pulled") -> None:
 @command(show_pulled)
 def pull(
     source: Annotated[
-        str, typer.Argument(help=f"Location printed by `push`: a path, s3://..., {LOCATIONS}.")
+        str, typer.Argument(help=f"Location printed by `push`: a path, s3://..., hf://... or {OCI}.")
     ],
     destination: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the bundle.")],
     sha256: Annotated[str | None, typer.Option(help="Expected sha256 of the archive.")] = None,
@@ -64,8 +58,6 @@ def pull(
     """Download a bundle, check signature and hashes, and only then move it to its final name.
 
     Example: [bold]sopdeploy pull s3://models/flowers/dsop-resnet20-3f6c01d2a4b7.tar bundles[/bold]
-
-    Example: [bold]sopdeploy pull hf://owner/flowers bundles[/bold]
     """
     from sopdeploy.bundle.transfer import pull as run
 

@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
@@ -104,6 +106,18 @@ def test_a_signature_is_pushed_with_its_bundle_and_checked_on_pull(
     assert contents(pulled.path) == contents(bundle)
     assert signature_path(pulled.path).read_bytes() == signature_path(bundle).read_bytes()
     check_signature(pulled.path, signature_path(pulled.path), public)
+
+
+def test_fsspec_has_a_store_for_the_hugging_face_hub(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, files = fsspec.get_filesystem_class("hf"), fsspec.filesystem("memory")
+    monkeypatch.setattr(store, "put_file", lambda _, file, path: files.put_file(file, f"/hub/{path}"))
+    monkeypatch.setattr(store, "open", lambda _, path, mode: files.open(f"/hub/{path}", mode))
+    monkeypatch.setattr(store, "resolve_path", lambda _, path, **__: SimpleNamespace(unresolve=lambda: path))
+    pushed = push(bundle, "hf://owner/flowers")
+    assert pushed.url == f"hf://owner/flowers/{bundle.name}.tar"
+    assert contents(pull(pushed.url, tmp_path / "here").path) == contents(bundle)
 
 
 @pytest.mark.parametrize(
