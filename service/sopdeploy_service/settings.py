@@ -82,6 +82,7 @@ Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(_spli
 PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
 WORKER_VARIABLE = "SOPDEPLOY_WORKER"  # passed by `Supervisor` to its worker processes
+SINGLE_PROCESS = ("shadow", "model_control", "memory_budget")  # settings that need a single process
 PILLOW_PIXELS = 178_956_970  # Pillow rejects larger images itself
 
 
@@ -188,21 +189,14 @@ class Settings(BaseSettings):
     def _check_combinations(self) -> "Settings":
         if "cpu" in self.devices and self.runtime not in {"auto", "onnxruntime-cpu", "openvino"}:
             raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
-        if self.model_control and (len(self.devices) > 1 or (self.devices and self.front_ends == 1)):
-            raise ValueError(
-                "model_control needs a single process or device; restart the server with other bundles"
-            )
+        for name in SINGLE_PROCESS:
+            several = self.front_ends not in (1, "auto") or (self.devices and name != "shadow")
+            if getattr(self, name) and several:
+                raise ValueError(f"{name} needs a single process; remove devices and front_ends")
         if self.front_ends == 1 and self.sandbox == "required":
             raise ValueError("sandbox=required needs front ends, which only decode; set front_ends=2 or more")
-        if self.front_ends not in (1, "auto") and self.shadow is not None:
-            raise ValueError("shadow needs a single process; remove front_ends")
-        if self.memory_budget is not None and (
-            self.front_ends not in (1, "auto") or self.devices or self.shadow or self.model_control
-        ):
-            raise ValueError(
-                "memory_budget needs a single process without shadow and model_control; remove front_ends, "
-                "devices, shadow and model_control"
-            )
+        if self.memory_budget is not None and (self.shadow or self.model_control):
+            raise ValueError("memory_budget excludes shadow and model_control; remove them")
         if self.pin and self.memory_budget is None:
             raise ValueError("pin needs memory_budget; without it, no bundle is released")
         if self.max_images > self.queue_size:

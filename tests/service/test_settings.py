@@ -31,7 +31,8 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
         ({"devices": "gpu"}, "devices"),
         ({"sandbox": "required"}, "set front_ends=2 or more"),
         ({"devices": "0,cpu", "runtime": "tensorrt"}, "needs a GPU; remove cpu from devices"),
-        ({"devices": "0,0", "model_control": True}, "single process"),
+        ({"devices": "0", "model_control": True}, "single process"),
+        ({"front_ends": 2, "model_control": True}, "single process"),
         ({"front_ends": 2, "shadow": "new=0.1"}, "single process"),
     ],
 )

@@ -20,15 +20,10 @@ class Kind(IntEnum):
 
     IMAGE = 1  # images of this front end; `IMAGE` and the pixels
     CANCEL = 2  # an image whose request has ended
-    COMMAND = 3  # commands of this front end; JSON
-    APPLIED = 4  # the last change of the models that is in use
-    RELEASE = 5  # a model that is no longer used
 
-    RESULT = 16  # an image; `RESULT` and its outputs, float32, one after the other
-    ANSWER = 17  # a command; the JSON of a rejection, or null
-    MODEL = 18  # a model; its archive
-    MODELS = 19  # a change of the models; JSON: the numbers of the models by name, the current one first
-    LOAD = 20  # images in the inference process
+    MODEL = 16  # a model, counted backwards to 0; its archive
+    RESULT = 17  # an image; `RESULT` and its outputs, float32, one after the other
+    LOAD = 18  # images in the inference process
 
 
 class ChannelError(Exception):

@@ -1,7 +1,7 @@
 """The inference process: it owns the runtimes of one device and runs the images of all its front ends.
 
-It loads, replaces and runs models as a single process does (`ModelRegistry`). Clients reach it only through
-front ends, which send pixels.
+It loads and runs models as a single process does (`ModelRegistry`). Clients reach it only through front ends,
+which send pixels.
 
 Front ends decode images of untrusted clients and may be compromised, so everything that they send is checked.
 A front end that breaks the protocol is disconnected; a correct one then ends and is started again.
@@ -9,17 +9,14 @@ A front end that breaks the protocol is disconnected; a correct one then ends an
 
 import asyncio
 import contextlib
-import itertools
-import json
 import logging
 import os
 import socket
 import struct
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -43,7 +40,6 @@ from sopdeploy_service.inference.results import (
     NONFINITE,
     OUT_OF_MEMORY,
     Outcome,
-    RejectedError,
     Rejection,
 )
 from sopdeploy_service.observability import logs
@@ -52,8 +48,6 @@ from sopdeploy_service.server.health_port import BEAT_SECONDS
 from sopdeploy_service.server.launch import RUNTIME_DEAD, run_program
 from sopdeploy_service.settings import Settings
 
-APPLY_SECONDS = 2.0  # how long a change of models waits for slow front ends
-APPLY_CHECK_SECONDS = 0.005
 MAX_UNSENT_BYTES = 1 << 27  # results that a front end does not read
 REJECTIONS = (CLIENT_GONE, DEADLINE, DRAINING, ENGINE_DEAD, ENGINE_FAILED, NONFINITE, OUT_OF_MEMORY)
 CODES = {rejection.code: position for position, rejection in enumerate(REJECTIONS, 1)}  # 0: outputs
@@ -63,14 +57,11 @@ log = logging.getLogger("sopdeploy.engine")
 
 @dataclass(eq=False)
 class FrontEnd:
-    """A front end: the writer of its channel, its images, and the models that it may use, by number."""
+    """A front end: the writer of its channel, and its images by number."""
 
     name: str
     writer: asyncio.StreamWriter
     images: dict[int, tuple[Model, QueuedImage]] = field(default_factory=dict)
-    models: dict[int, Model] = field(default_factory=dict)
-    uses: dict[int, ExitStack] = field(default_factory=dict)
-    applied: int = 0  # number of the last change of models that it uses
 
 
 class InferenceProcess:
@@ -82,19 +73,12 @@ class InferenceProcess:
 
     def __init__(self, registry: ModelRegistry, supervisor: socket.socket, max_images: int) -> None:
         self._registry = registry
-        self._operations: dict[str, Callable[..., Awaitable[object]]] = {
-            "load": registry.load,
-            "unload": registry.unload,
-            "roll_back": registry.roll_back,
-        }
+        self._models = registry.models()
         self._supervisor = supervisor
-        bundles = " ".join(model.bundle.name for model in registry.models())
+        bundles = " ".join(model.bundle.name for model in self._models)
         self._status = control.STATUS.pack(0, 0, True) + bundles.encode()
         self._max_images = max_images
         self._ended = asyncio.Event()
-        self._numbers: dict[Model, int] = {}
-        self._next_number = itertools.count(1)
-        self._changes = 0
         self._images = 0
         self._front_ends: set[FrontEnd] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -109,7 +93,7 @@ class InferenceProcess:
             self._beat()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), BEAT_SECONDS)
-            dead = any(model.dead for model in self._registry.models())
+            dead = any(model.dead for model in self._models)
         loop.remove_reader(self._supervisor)
         self._supervisor.close()
         self._registry.close(DRAINING)
@@ -128,14 +112,11 @@ class InferenceProcess:
         """Receive the channel of a front end, or detect that the supervisor has ended."""
         name, files = control.receive(self._supervisor)
         for file in files:
-            self._start(self.serve(name.decode(), socket.socket(fileno=file)))
+            task = asyncio.create_task(self.serve(name.decode(), socket.socket(fileno=file)))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         if not files:
             self._ended.set()
-
-    def _start(self, work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def serve(self, name: str, connection: socket.socket) -> None:
         """Serve the front end *name* until it ends or breaks the protocol."""
@@ -143,7 +124,8 @@ class InferenceProcess:
         front_end = FrontEnd(name, writer)
         self._front_ends.add(front_end)
         try:
-            self._announce(front_end)
+            for number in reversed(range(len(self._models))):
+                channel.send(writer, Kind.MODEL, number, write_archive(self._models[number]))
             while True:
                 self._handle(front_end, *await channel.receive(reader))
         except ConnectionError:
@@ -156,8 +138,6 @@ class InferenceProcess:
             writer.close()
             for model, item in tuple(front_end.images.values()):
                 model.queue.reject([item], CLIENT_GONE)
-            for use in front_end.uses.values():
-                use.close()
 
     def _handle(self, front_end: FrontEnd, kind: int, number: int, body: bytes) -> None:
         """Handle one message; raises `ChannelError` for one that a correct front end never sends."""
@@ -167,14 +147,6 @@ class InferenceProcess:
             if number in front_end.images:
                 model, item = front_end.images[number]
                 model.queue.reject([item], CLIENT_GONE)
-        elif kind == Kind.COMMAND:
-            operation, arguments = json.loads(body)
-            self._start(self._execute(front_end, number, operation, arguments))
-        elif kind == Kind.APPLIED:
-            front_end.applied = number
-        elif kind == Kind.RELEASE:
-            front_end.models.pop(number, None)
-            front_end.uses.pop(number, ExitStack()).close()
         else:
             raise ChannelError(f"unknown message {kind}")
 
@@ -183,6 +155,8 @@ class InferenceProcess:
         model_number, features, arrived, deadline = IMAGE.unpack_from(body)
         if number in front_end.images or len(front_end.images) >= self._max_images:
             raise ChannelError(f"image {number} was sent twice, or too many images")
+        if model_number >= len(self._models):
+            raise ChannelError(f"unknown model {model_number}")
         if front_end.writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             raise ChannelError("reads no results")
         now = time.monotonic()
@@ -193,10 +167,7 @@ class InferenceProcess:
             arrived=arrived if now - 60 < arrived <= now else now,
         )
         item.outcome.add_done_callback(partial(self._send_result, front_end, number, item))
-        model = front_end.models.get(model_number)
-        if model is None:  # released: the request has ended while its image was decoded
-            item.settle(DRAINING)
-            return
+        model = self._models[model_number]
         front_end.images[number] = model, item
         self._images += 1
         pixels = np.frombuffer(body, np.uint8, offset=IMAGE.size)
@@ -227,46 +198,6 @@ class InferenceProcess:
         result = RESULT.pack(0, outcome.batch, outcome.row, *timings)
         channel.send(front_end.writer, Kind.RESULT, number, result, *outputs)
 
-    async def _execute(
-        self, front_end: FrontEnd, number: int, operation: str, arguments: Sequence[Any]
-    ) -> None:
-        """Execute a command, and answer it when all front ends use the result."""
-        rejection = None
-        try:
-            await self._operations[operation](*arguments)
-        except RejectedError as error:
-            rejection = asdict(error.rejection)
-        except Exception:  # a bug must not leave the client waiting
-            log.exception("a command of front end %s failed", front_end.name)
-            rejection = asdict(ENGINE_FAILED)
-        else:
-            await self._apply()
-        if front_end in self._front_ends:
-            channel.send(front_end.writer, Kind.ANSWER, number, json.dumps(rejection).encode())
-
-    async def _apply(self) -> None:
-        """Announce the models to all front ends, and wait until they use them."""
-        self._changes += 1
-        for front_end in self._front_ends:
-            self._announce(front_end)
-        change, end = self._changes, time.monotonic() + APPLY_SECONDS
-        while time.monotonic() < end and any(one.applied < change for one in self._front_ends):
-            await asyncio.sleep(APPLY_CHECK_SECONDS)
-
-    def _announce(self, front_end: FrontEnd) -> None:
-        """Send the models to *front_end*; each stays loaded until the front end has released it."""
-        numbers: dict[str, list[int]] = {}
-        models = self._registry.models()
-        self._numbers = {model: self._numbers.get(model) or next(self._next_number) for model in models}
-        for model, number in self._numbers.items():
-            numbers.setdefault(model.name, []).append(number)
-            if number not in front_end.models:
-                front_end.models[number] = model
-                front_end.uses[number] = use = ExitStack()
-                use.enter_context(model.in_use())
-                channel.send(front_end.writer, Kind.MODEL, number, write_archive(model))
-        channel.send(front_end.writer, Kind.MODELS, self._changes, json.dumps(numbers).encode())
-
 
 def serve(launch_config: Mapping[str, Any]) -> int:
     """Load the models and serve; return the exit code."""
@@ -278,7 +209,7 @@ def serve(launch_config: Mapping[str, Any]) -> int:
             {name: load_model(path, settings) for name, path in store.bundles.items()},
             settings,
             Metrics(),
-            store if settings.model_control else None,
+            store=None,
         )
         return asyncio.run(InferenceProcess(registry, supervisor, settings.queue_size).run())
 

@@ -2,7 +2,7 @@
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.cores import cores_within_quota
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import SINGLE_PROCESS, Settings
 
 MAX_AUTO, CORES_PER_FRONT_END = 8, 4
 
@@ -10,15 +10,14 @@ MAX_AUTO, CORES_PER_FRONT_END = 8, 4
 def count_front_ends(settings: Settings) -> int:
     """Return the number of front ends per device.
 
-    `auto` is a quarter of the cores, at most 8, divided by the number of devices. With a shadow or a memory
-    budget, which need a single process, `auto` is 1. Raises `ConfigError` if `auto` is 1 and a sandbox is
-    required.
+    `auto` is a quarter of the cores, at most 8, divided by the number of devices. With a setting that needs a
+    single process, `auto` is 1. Raises `ConfigError` if `auto` is 1 and a sandbox is required.
     """
     if settings.front_ends != "auto":
         return settings.front_ends
     cores = cores_within_quota()
     count = max(1, min(MAX_AUTO, cores // CORES_PER_FRONT_END) // max(1, len(settings.devices)))
-    if settings.shadow is not None or settings.memory_budget is not None:
+    if any(getattr(settings, name) for name in SINGLE_PROCESS):
         count = 1
     if count == 1 and settings.sandbox == "required":
         raise ConfigError(

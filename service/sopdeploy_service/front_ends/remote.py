@@ -6,7 +6,6 @@ deadlines and responses are the same code with one process and with several.
 
 import asyncio
 import itertools
-import json
 import logging
 import math
 import socket
@@ -23,14 +22,8 @@ from sopdeploy_service.front_ends.inference_process import REJECTIONS
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, call_soon
-from sopdeploy_service.inference.registry import NOT_CONTROLLED, ModelRegistry
-from sopdeploy_service.inference.results import (
-    ENGINE_DEAD,
-    NONFINITE,
-    Prediction,
-    RejectedError,
-    Rejection,
-)
+from sopdeploy_service.inference.registry import ModelRegistry
+from sopdeploy_service.inference.results import ENGINE_DEAD, NONFINITE, Prediction, Rejection
 from sopdeploy_service.observability.drift import drift_window
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
@@ -126,20 +119,15 @@ class RemoteModel(Model):
         registry: "RemoteRegistry",
     ) -> None:
         super().__init__(name, loaded, settings, metrics)
-        self.number, self._registry = number, registry
+        self.number = number
         self.queue = RemoteQueue(self, registry, metrics)
 
     def start(self) -> None:
         """Do nothing: the model runs in the inference process."""
 
-    async def stop(self) -> None:
-        """Close the model and let the inference process release it."""
-        await super().stop()
-        self._registry.send(Kind.RELEASE, self.number)
-
 
 class RemoteRegistry(ModelRegistry):
-    """The models of the inference process; changes are made there and announced to all front ends."""
+    """The models of the inference process."""
 
     def __init__(self, connection: socket.socket, settings: Settings, metrics: Metrics) -> None:
         """Wait for the models of the inference process at the other end of *connection*.
@@ -151,20 +139,18 @@ class RemoteRegistry(ModelRegistry):
         self._connection = connection
         self._writer: asyncio.StreamWriter | None = None
         self._receiving: asyncio.Task[None] | None = None
-        self._models: dict[int, RemoteModel] = {}
         self._numbers = itertools.count(1)
         self._images: dict[int, tuple[RemoteQueue, QueuedImage]] = {}
-        self._answers: dict[int, asyncio.Future[Rejection | None]] = {}
-        self._applied = 0
-        kind = 0
-        while kind != Kind.MODELS:
-            kind, number, body = channel.receive_blocking(connection)
-            self._handle(kind, number, body)
+        number = -1
+        while number != 0:  # that of the last model, before other messages
+            _, number, body = channel.receive_blocking(connection)
+            name, loaded = read_archive(body)
+            self._count(name, loaded)
+            self._by_name[name] = [RemoteModel(name, number, loaded, settings, metrics, self)]
 
     async def start(self) -> None:
         """Open the channel and handle the messages of the inference process."""
         reader, self._writer = await channel.open_channel(self._connection)
-        self.send(Kind.APPLIED, self._applied)
         self._receiving = asyncio.get_running_loop().create_task(self._receive(reader))
 
     async def stop(self) -> None:
@@ -197,31 +183,6 @@ class RemoteRegistry(ModelRegistry):
             if item in items:
                 self.send(Kind.CANCEL, number)
 
-    async def load(self, name: str, folder: str | None = None) -> Model:
-        """Make the inference process load a bundle as *name*."""
-        await self._command("load", name, folder)
-        return self.find(name)
-
-    async def roll_back(self, name: str) -> Model:
-        """Make the inference process serve the previous version of *name* again."""
-        await self._command("roll_back", name)
-        return self.find(name)
-
-    async def unload(self, name: str) -> None:
-        """Make the inference process stop serving *name*."""
-        await self._command("unload", name)
-
-    async def _command(self, operation: str, *arguments: str | None) -> None:
-        if not self._settings.model_control:
-            raise RejectedError(NOT_CONTROLLED)
-        number = next(self._numbers)
-        answer: asyncio.Future[Rejection | None] = asyncio.get_running_loop().create_future()
-        self._answers[number] = answer
-        self.send(Kind.COMMAND, number, json.dumps([operation, arguments]).encode())
-        rejection = await answer
-        if rejection is not None:
-            raise RejectedError(rejection)
-
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
@@ -230,11 +191,9 @@ class RemoteRegistry(ModelRegistry):
             log.error("the inference process has ended")
         except Exception:
             log.exception("a message of the inference process cannot be handled")
-        for model in (*self.models(), *self._retiring):
+        for model in self.models():
             model.dead = True
             model.close(ENGINE_DEAD)
-        for answer in self._answers.values():
-            answer.set_result(ENGINE_DEAD)
 
     def _handle(self, kind: int, number: int, body: bytes) -> None:
         if kind == Kind.RESULT:
@@ -242,26 +201,3 @@ class RemoteRegistry(ModelRegistry):
             queue.settle(item, body)
         elif kind == Kind.LOAD:
             self.images_elsewhere = max(0, number - len(self._images))
-        elif kind == Kind.MODEL:
-            name, loaded = read_archive(body)
-            self._count(name, loaded)
-            self._models[number] = RemoteModel(name, number, loaded, self._settings, self._metrics, self)
-        elif kind == Kind.MODELS:
-            self._serve(json.loads(body))
-            self._applied = number
-            self.send(Kind.APPLIED, number)
-        elif kind == Kind.ANSWER:
-            rejection = json.loads(body)
-            self._answers.pop(number).set_result(None if rejection is None else Rejection(**rejection))
-
-    def _serve(self, numbers: dict[str, list[int]]) -> None:
-        """Serve the models *numbers* by name, current one first; retire those that are not listed."""
-        before = self.models()
-        self._by_name = {
-            name: [self._models[number] for number in listed] for name, listed in numbers.items()
-        }
-        kept = set(self.models())
-        self._models = {number: model for number, model in self._models.items() if model in kept}
-        for model in before:
-            if model not in kept:
-                self._retire(model)

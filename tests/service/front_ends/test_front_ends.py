@@ -1,4 +1,4 @@
-"""Two sandboxed front ends with an inference process respond, count and change models as one process does.
+"""Two sandboxed front ends with an inference process respond and count as one process does.
 
 Both kinds of servers get the same requests. They run images one by one (`max_batch=1`), so outputs are equal
 to the last bit.
@@ -9,7 +9,6 @@ import json
 import random
 import re
 import signal
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,12 +33,11 @@ from tests.service.raw import GET, connect, post_of, read
 
 
 class Servers(NamedTuple):
-    """A client of each kind of server; `keys` are API keys by name, `folders` the bundles of a model."""
+    """A client of each kind of server; `keys` are API keys by name."""
 
     one: ServerClient
     several: ServerClient
     keys: dict[str, str]
-    folders: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +45,11 @@ def servers(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     folder = tmp_path_factory.mktemp("servers")
     labels = Decision(activation="sigmoid", thresholds=(0.4, 0.6, 0.3, 0.5, 0.5, 0.7, 1.0))
     known = Decision(rejection=Rejection(score="energy", threshold=3.0))
-    swapped = [write_bundle(folder / "swap", seed=seed) for seed in (0, 2)]
     models = {
         "tiny": bundle_path,
         "labels": write_bundle(folder / "labels", decision=labels),
         "known": write_bundle(folder / "known", decision=known),
         "maps": write_bundle_with_maps(bundle_path, folder / "maps"),
-        "swap": swapped[0],
     }
     file = folder / "keys.toml"
     keys = {
@@ -64,7 +60,7 @@ def servers(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             ("limited", 1e-6, 5, False),
         )
     }
-    settings = {"max_batch": 1, "model_control": True, "keys": file, "max_images": 8}
+    settings = {"max_batch": 1, "keys": file, "max_images": 8}
     options = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     sources = [f"{name}={path}" for name, path in models.items()]
     with ExitStack() as stack:
@@ -73,7 +69,7 @@ def servers(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         ]
         for client in found:
             client.headers["x-api-key"] = keys["admin"]
-        yield Servers(*found, keys, [path.name for path in swapped])
+        yield Servers(*found, keys)
 
 
 JPEG = picture_bytes()
@@ -171,57 +167,6 @@ def test_every_response_is_that_of_one_process(servers: Servers, case: str) -> N
     expected, found = (shown(client.request(method, path, **content)) for client in servers[:2])
     assert found == expected
     assert expected[0] < 500
-
-
-def test_models_are_loaded_rolled_back_and_unloaded_as_in_one_process(servers: Servers) -> None:
-    load, folders = "/v2/repository/models/swap/load", servers.folders
-    user = {"x-api-key": servers.keys["user"]}
-    steps: list[Sent] = [
-        ("POST", load, {"headers": user}),
-        ("POST", load, {"json": {"parameters": {"folder": folders[1]}}}),
-        image("swap"),
-        ("POST", "/v1/models/swap/rollback", {}),
-        image("swap"),
-        ("POST", "/v1/models/tiny/rollback", {}),
-        ("POST", load, {"json": {"parameters": {"folder": "../swap"}}}),
-        ("POST", "/v2/repository/models/none/load", {}),
-        ("POST", "/v2/repository/models/swap/unload", {}),
-        image("swap"),
-        ("GET", "/v2/models/swap/ready", {}),
-        ("POST", load, {"json": {"parameters": {"folder": folders[0]}}}),
-        image("swap"),
-    ]
-    answers = [[shown(client.request(*step[:2], **step[2])) for step in steps] for client in servers[:2]]
-    assert answers[1] == answers[0]
-    codes = [status for status, _, _ in answers[0]]
-    assert codes == [403, 200, 200, 200, 200, 409, 400, 400, 200, 404, 404, 200, 200]
-
-
-def test_images_during_a_swap_are_answered_by_one_of_the_two_bundles(servers: Servers) -> None:
-    load, (old, new) = "/v2/repository/models/swap/load", servers.folders
-    ended = threading.Event()
-    with ThreadPoolExecutor(8) as pool:
-
-        def ask() -> list[tuple[int, str]]:
-            found = []
-            while not ended.is_set():
-                reply = servers.several.post("/v1/classify?model=swap", content=JPEG)
-                found.append((reply.status_code, reply.headers.get("x-model-digest", "")))
-            return found
-
-        asking = [pool.submit(ask) for _ in range(8)]
-        digests = []
-        for folder in (new, old, new, old):
-            loaded = servers.several.post(load, json={"parameters": {"folder": folder}})
-            assert loaded.status_code == 200, loaded.text
-            replies = [servers.several.post("/v1/classify?model=swap", content=JPEG) for _ in range(8)]
-            assert len({reply.headers["x-model-digest"] for reply in replies}) == 1  # of both front ends
-            digests.append(replies[0].headers["x-model-digest"])
-        ended.set()
-        answers = [answer for one in asking for answer in one.result()]
-    assert digests[:2] == digests[2:]
-    assert digests[0] != digests[1]
-    assert set(answers) <= {(200, digest) for digest in digests}
 
 
 def test_a_rate_limit_counts_the_images_of_both_front_ends(servers: Servers) -> None:

@@ -17,11 +17,10 @@ import pytest
 from sopdeploy.bundle.class_maps import read_class_maps
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy_service.front_ends import control
-from sopdeploy_service.front_ends.channel import HEADER, IMAGE, RESULT, Kind, receive_blocking
-from sopdeploy_service.front_ends.inference_process import CODES, InferenceProcess
+from sopdeploy_service.front_ends.channel import HEADER, IMAGE, Kind, receive_blocking
+from sopdeploy_service.front_ends.inference_process import InferenceProcess
 from sopdeploy_service.front_ends.remote import RemoteRegistry
-from sopdeploy_service.inference.bundle_store import BundleStore
-from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import Runtime
@@ -38,14 +37,11 @@ IMAGE_BYTES = 32 * 32 * 3
 class Group:
     """An inference process and what connects front ends to it, as the supervisor does."""
 
-    def __init__(
-        self, models: dict[str, LoadedModel], settings: Settings, store: BundleStore | None = None
-    ) -> None:
-        self.settings = settings
+    def __init__(self, models: dict[str, LoadedModel]) -> None:
         self.control, theirs = control.pair()
 
         async def run() -> None:
-            registry = ModelRegistry(models, settings, Metrics(), store)
+            registry = ModelRegistry(models, Settings(), Metrics(), store=None)
             self.code = await InferenceProcess(registry, theirs, max_images=16).run()
 
         self.thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
@@ -72,7 +68,7 @@ def group(bundle: Bundle) -> Iterator[Callable[..., Group]]:
         def start(runtime: Runtime, used: Bundle = bundle) -> Group:
             maps = read_class_maps(used.path, used.manifest)
             loaded = LoadedModel(bundle=used, runtime=runtime, replays={}, class_maps=maps)
-            started = Group({"tiny": loaded}, Settings())
+            started = Group({"tiny": loaded})
             stack.callback(started.stop)
             return started
 
@@ -84,32 +80,9 @@ def front_end(group: Group, bundle: Bundle) -> Iterator[Client]:
     """A server without a runtime of its own."""
     create_registry = partial(RemoteRegistry, group.connect())
     with running(
-        FakeRuntime(classes=7), bundle, group.settings, names=(), create_registry=create_registry
+        FakeRuntime(classes=7), bundle, Settings(), names=(), create_registry=create_registry
     ) as client:
         yield client
-
-
-def test_models_are_released_after_their_last_request(bundle, make_bundle, tmp_path, jpeg, until) -> None:
-    settings = Settings(model_control=True, threads=1)
-    paths = [make_bundle(tmp_path, seed=seed) for seed in range(3)]
-    model = load_model(paths[0], settings)
-    threads = set(threading.enumerate())
-    shared = Group({"tiny": model}, settings, BundleStore([f"tiny={paths[0]}"]))
-
-    def workers() -> int:
-        return sum(thread.name == "model_worker" for thread in set(threading.enumerate()) - threads)
-
-    with front_end(shared, bundle) as client, front_end(shared, bundle) as other:
-        for path in paths[1:]:
-            load = {"parameters": {"folder": path.name}}
-            assert client.post("/v2/repository/models/tiny/load", json=load).status_code == 200
-            assert other.post("/v1/classify", content=jpeg).headers["x-model-digest"] in path.name
-        until(lambda: workers() == 2)  # the current and the previous version
-        assert client.post("/v2/repository/models/tiny/unload").status_code == 200
-        assert other.get("/readyz").json() == {"status": "no_model"}
-        until(lambda: workers() == 0)
-    shared.stop()
-    assert shared.code == 0
 
 
 def test_images_of_ended_requests_leave_the_queue(group, bundle, jpeg, until) -> None:
@@ -147,7 +120,7 @@ def message(kind: int, number: int, body: bytes = b"") -> bytes:
     return HEADER.pack(kind, number, len(body)) + body
 
 
-def image(model: int = 1, size: int = IMAGE_BYTES) -> bytes:
+def image(model: int = 0, size: int = IMAGE_BYTES) -> bytes:
     return IMAGE.pack(model, False, 0.0, float("inf")) + bytes(size)
 
 
@@ -158,7 +131,7 @@ ATTACKS = {
     "an image that is sent twice": message(Kind.IMAGE, 1, image()) * 2,
     "too many images": b"".join(message(Kind.IMAGE, number, image()) for number in range(17)),
     "an unknown message": message(99, 0),
-    "a command without JSON": message(Kind.COMMAND, 1, b"{"),
+    "an image for an unknown model": message(Kind.IMAGE, 1, image(model=1)),
     "a body of 4 GB": HEADER.pack(Kind.IMAGE, 1, 0xFFFF_FFFF),
 }
 
@@ -175,15 +148,6 @@ def test_a_front_end_that_breaks_the_protocol_is_disconnected(group, bundle, jpe
     runtime.gate.set()
     with front_end(shared, bundle) as client:
         assert client.post("/v1/classify", content=jpeg).status_code == 200
-
-
-def test_an_image_for_a_model_that_was_released_is_rejected(group) -> None:
-    with group(FakeRuntime(classes=7)).connect() as connection:
-        connection.sendall(message(Kind.RELEASE, 1) + message(Kind.IMAGE, 5, image()))
-        kind = 0
-        while kind != Kind.RESULT:
-            kind, number, body = receive_blocking(connection)
-        assert (number, RESULT.unpack(body)[0]) == (5, CODES["draining"])
 
 
 @pytest.mark.parametrize("seed", range(2))
