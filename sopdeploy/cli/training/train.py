@@ -14,7 +14,7 @@ from sopdeploy.api.options import TrainOptions
 from sopdeploy.cli.app import SETTINGS
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import JsonOption, err, plain_text, print_json, print_table, say
-from sopdeploy.cli.training.dry_run import print_dry_run, print_learning_rates
+from sopdeploy.cli.training.dry_run import print_dry_run
 
 if TYPE_CHECKING:
     from sopdeploy.api.training_result import TrainedRun
@@ -58,14 +58,7 @@ def train(
     *,
     options: TrainOptions,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print recipe, learning rates, counts, memory and step time; write nothing."
-        ),
-    ] = False,
-    find_learning_rate: Annotated[
-        bool,
-        typer.Option("--find-lr", help="Print the learning rate at which the loss falls fastest."),
+        bool, typer.Option("--dry-run", help="Print recipe, counts and step time; write nothing.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -86,9 +79,8 @@ def train(
         from sopdeploy.training.distributed.torchrun import is_main_process
 
         given = settings or []
-        if dry_run or find_learning_rate:
-            show = print_learning_rates if find_learning_rate else print_dry_run
-            show(_configure(data, recipe, options, given), as_json=as_json)
+        if dry_run:
+            print_dry_run(_configure(data, recipe, options, given), as_json=as_json)
             return
         result = run(data, recipe, folder, options=options, assignments=given, progress=not as_json)
     if not is_main_process():

@@ -1,7 +1,6 @@
 """One step of training: the gradient of all micro-batches and processes, and the update of the weights."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,15 +24,8 @@ def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepRe
     Raises `TrainingError` if the loss, the gradient or a buffer is not finite; the weights are then
     unchanged. Raises `NoMemoryError` if the device has too little memory.
     """
-    with memory_advice(run):
-        return _train_step(run, batch, samples, steps)
-
-
-@contextmanager
-def memory_advice(run: Run) -> Iterator[None]:
-    """Raise `NoMemoryError` with the settings to change if the device has too little memory for a step."""
     try:
-        yield
+        return _train_step(run, batch, samples, steps)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
