@@ -135,12 +135,7 @@ class GatedResNet(Gated, LowResolutionResNet):
 
 
 class GMSOP(Gated, Classifier):
-    """`Gated` with its training-only parts.
-
-    Attributes:
-        step_load: The gate's weights (N,), summed over all images of the step, if the step has several
-            micro-batches; otherwise `None`.
-    """
+    """`Gated` with its training-only parts."""
 
     training_only = ("gate.noise",)
     classifier_input = "head.fc.in_features"
@@ -150,7 +145,6 @@ class GMSOP(Gated, Classifier):
         super().attach()
         components, features = self.gate.weight.shape
         self.gate.add_module("noise", GateNoise(features, components, self.config.noise_per))
-        self.step_load: Tensor | None = None
 
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) logits in eval mode, a `TrainingOutput` in train mode.
@@ -168,7 +162,7 @@ class GMSOP(Gated, Classifier):
         else:
             mixed = self.mixture(features, weights_BN)
         logits: Tensor = self.head(mixed)
-        balance = balance_loss(weights_BN, self.config.balance_weight, self.step_load)
+        balance = balance_loss(weights_BN, self.config.balance_weight)
         return TrainingOutput(logits, {}, {"balance": balance}, (weights_BN > 0).sum(dim=0))
 
     def noisy_gate(self, images: Tensor) -> tuple[Tensor, Tensor]:

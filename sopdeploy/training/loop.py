@@ -217,9 +217,7 @@ def train_epoch(
         run.after_step(result, len(batches[step]), now - since, waited)
         since = now
         callback.on_step_end(epoch=epoch, step=step, steps=len(batches), loss=float(result.loss.total))
-        signals.check(save=folder.is_save_due(recipe.save, step + 1))
-        if signals.save_requested:
-            signals.save_requested = False
+        if signals.check(save=folder.is_save_due(recipe.save, step + 1)):
             folder.save_last(run)
 
 

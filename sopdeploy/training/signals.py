@@ -1,7 +1,7 @@
 """Handle signals between two training steps.
 
-Ctrl-C and SIGTERM save the run and end it. SIGUSR1 saves it and continues; batch systems send it before they
-preempt a job. With several processes, a signal to one of them takes effect in all after the same step.
+Ctrl-C and SIGTERM save the run and end it. With several processes, a signal to one of them takes effect in
+all after the same step.
 """
 
 import signal
@@ -17,7 +17,6 @@ from sopdeploy.errors import TrainingError
 from sopdeploy.evaluation.prediction import ProcessGroup
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAVE_SIGNAL = signal.SIGUSR1
 
 
 class StopRequested(Exception):  # noqa: N818  # not an error: `train` handles it
@@ -34,29 +33,26 @@ class TrainingStoppedError(TrainingError):
 
 @dataclass(slots=True)
 class SignalState:
-    """The signals received by any process; all processes agree on them in `check`.
+    """The stop signals received by any process; all processes agree on them in `check`.
 
-    `signal_number` is the stop signal, or 0. The training loop clears `save_requested` after it has saved.
+    `signal_number` is the stop signal, or 0.
     """
 
     processes: ProcessGroup
     received: set[int] = field(default_factory=set)
-    save_requested: bool = False
     signal_number: int = 0
 
-    def check(self, *, save: bool = False) -> None:
-        """Raise `StopRequested` after a stop signal; *save* requests a checkpoint.
+    def check(self, *, save: bool = False) -> bool:
+        """Raise `StopRequested` after a stop signal; return whether any process calls it with *save*.
 
         All processes must call it the same number of times.
         """
-        requests = [number in self.received for number in STOP_SIGNALS]
-        requests.append(SAVE_SIGNAL in self.received or save)
-        self.received.discard(SAVE_SIGNAL)
+        requests = [*(number in self.received for number in STOP_SIGNALS), save]
         *stops, saves = self.processes.all_reduce(torch.tensor(requests).int()).tolist()
-        self.save_requested = self.save_requested or bool(saves)
         self.signal_number = next((number for number, n in zip(STOP_SIGNALS, stops, strict=True) if n), 0)
         if self.signal_number:
             raise StopRequested
+        return bool(saves)
 
 
 @contextmanager
@@ -71,11 +67,11 @@ def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
     if threading.current_thread() is not threading.main_thread():
         yield state
         return
-    previous = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, SAVE_SIGNAL)}
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def record(number: int, _frame: FrameType | None) -> None:
         state.received.add(number)
-        if number != SAVE_SIGNAL and processes.world == 1:
+        if processes.world == 1:
             for stop in STOP_SIGNALS:
                 signal.signal(stop, previous[stop])
 

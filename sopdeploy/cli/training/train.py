@@ -62,7 +62,7 @@ def train(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a network; Ctrl-C and SIGTERM save and stop, SIGUSR1 saves, --resume continues bit for bit.
+    """Train a network; Ctrl-C and SIGTERM save and stop, --resume continues bit for bit.
 
     Example: [bold]sopdeploy train --data photos/[/bold]
 

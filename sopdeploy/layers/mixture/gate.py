@@ -90,7 +90,7 @@ def keep_largest(logits_BN: Tensor, chosen: int) -> Tensor:
     return logits_BN.masked_fill(rank(logits_BN) >= chosen, float("-inf")).softmax(dim=1)
 
 
-def balance_loss(weights_BN: Tensor, alpha: float, step_load_N: Tensor | None = None) -> Tensor:
+def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
     """Compute Eq. (4): alpha / S times (std / mean)^2 of the summed weights of all S images of the step.
 
     The sum includes all ranks where `torch.distributed` is initialized, so the loss does not depend on how a
@@ -98,18 +98,7 @@ def balance_loss(weights_BN: Tensor, alpha: float, step_load_N: Tensor | None = 
     fraction of the images. alpha is divided by S because the released trainer sums the cross entropy over the
     batch and then divides every gradient by its size: with a mean cross entropy Eq. (4) has the weight
     alpha / S, 0.39 for the paper's 100 and 256.
-
-    Where a step has several micro-batches, *step_load_N* is the sum over all micro-batches and ranks, and
-    *weights_BN* are the weights of one micro-batch on one rank. The result is then the tangent of Eq. (4) at
-    that sum: the average over micro-batches and ranks, weighted by images, has the value and the gradient of
-    the whole step.
     """
-    if step_load_N is not None:
-        images, mean = step_load_N.sum(), step_load_N.mean()  # the weights of an image have the sum 1
-        spread = step_load_N.var(correction=1) / mean.square()
-        slope_N = 2 * ((step_load_N - mean) / (len(step_load_N) - 1) / mean.square() - spread / images)
-        moved_N = images * weights_BN.mean(dim=0) - step_load_N
-        return alpha / images * (spread + (slope_N * moved_N).sum())
     count = weights_BN.new_full((1,), weights_BN.shape[0])
     summed = sum_over_ranks(torch.cat([weights_BN.sum(dim=0), count]))
     load_N, images = summed[:-1], summed[-1].detach()

@@ -9,7 +9,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import Batch
 from sopdeploy.errors import NoMemoryError, TrainingError, first_line, is_out_of_memory, shorten
-from sopdeploy.models.gmsop import GMSOP
 from sopdeploy.training.distributed.batch_sharding import MicroBatch, shard_step
 from sopdeploy.training.fine_tuning import LR_FACTOR
 from sopdeploy.training.optimizers import AdaHessian
@@ -60,18 +59,17 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
     """Compute the gradient of a step and return the loss over all processes.
 
     Micro-batches are weighted by their numbers of samples, so that the sum of their losses is the mean over
-    the whole batch. Batch norm uses the statistics of a micro-batch; the balance loss of a gate uses the
-    whole step.
+    the whole batch. Batch norm uses the statistics of a micro-batch.
     """
     images, targets = batch
     at, optimizer, strategy = run.position, run.optimizer, run.strategy
     count = sum(micro_batch.total for micro_batch in micro_batches)
-    measure_gate_load(run, images, micro_batches)
     sums: dict[str, Tensor] = {}
     component_counts: list[Tensor] = []
-    for number, micro_batch in enumerate(micro_batches):
+    for micro_batch in micro_batches:
         last = micro_batch is micro_batches[-1]
-        start_micro_batch(run, micro_batch, number)
+        strategy.shard_rng.start = micro_batch.total * strategy.rank // strategy.world
+        strategy.shard_rng.total = micro_batch.total
         inputs, labels = (tensor[micro_batch.first : micro_batch.end] for tensor in (images, targets))
         with run.precision.autocast():
             output = run.network(inputs)
@@ -95,42 +93,6 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
     parts = dict(zip(sums, reduced, strict=True))
     counts = strategy.all_reduce(torch.stack(component_counts).sum(dim=0)) if component_counts else None
     return Loss(parts.pop("total"), parts, counts)
-
-
-def measure_gate_load(run: Run, images: Tensor, micro_batches: Sequence[MicroBatch]) -> None:
-    """Store the gate weights, summed over all *micro_batches*, in a gated network for its balance loss.
-
-    This is an additional forward pass of backbone and gate without gradient. If the step has only one
-    micro-batch, it is not needed and nothing is stored.
-    """
-    if not isinstance(run.model, GMSOP):
-        return
-    run.model.step_load = None
-    if len(micro_batches) == 1:
-        return
-    buffers = [buffer.clone() for buffer in run.model.buffers()]
-    loads = []
-    with torch.no_grad(), run.precision.autocast():
-        for number, micro_batch in enumerate(micro_batches):
-            start_micro_batch(run, micro_batch, number)
-            _, weights_BN = run.model.noisy_gate(images[micro_batch.first : micro_batch.end])
-            loads.append(weights_BN.sum(dim=0))
-        for buffer, before in zip(run.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
-    run.model.step_load = run.strategy.all_reduce(torch.stack(loads).sum(dim=0))
-
-
-def start_micro_batch(run: Run, micro_batch: MicroBatch, number: int) -> None:
-    """Set the random numbers of micro-batch *number*.
-
-    If a step has several micro-batches, a gated network runs twice on each of them (`measure_gate_load`); the
-    seed makes both runs draw the same noise.
-    """
-    at, strategy = run.position, run.strategy
-    strategy.shard_rng.start = micro_batch.total * strategy.rank // strategy.world
-    strategy.shard_rng.total = micro_batch.total
-    if isinstance(run.model, GMSOP) and run.recipe.accumulate > 1:
-        torch.manual_seed(derive_seed(run.recipe.seed, "micro-batch", at.epoch, at.step, number))
 
 
 def _check_finite_step(run: Run, loss: Loss, norm: Tensor, samples: list[int]) -> bool:
