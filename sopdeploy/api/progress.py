@@ -92,10 +92,7 @@ class ProgressBars:
         if not self.verbose:
             return
         parts = (f"{name} {loss:.3f}" for name, loss in row.losses.items() if name != "loss")
-        details = "training loss: " + ", ".join(parts)
-        if row.average is not None:
-            details += f"; {name} {row.raw.score:.2%} raw, {row.average.score:.2%} average of the weights"
-        for line in textwrap.wrap(details, LINE_WIDTH - 2):
+        for line in textwrap.wrap("training loss: " + ", ".join(parts), LINE_WIDTH - 2):
             self.console.print(f"  {line}", markup=False)
 
     def _update(self, epoch: int, done: int, total: int | None, note: str) -> None:

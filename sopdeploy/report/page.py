@@ -44,11 +44,7 @@ def render_report(data: RunData) -> str:
     recipe, best, record = data.recipe, data.best, data.best.training
     few_shot = read_record(record)
     tiles = {"seed": str(recipe.seed), "time": f"{data.history[-1].seconds:.0f} s"}
-    estimate = estimate_best(
-        data.history,
-        frozen_backbone=recipe.frozen_backbone,
-        exports_average=recipe.ema is not None and recipe.ema.export == "average",
-    )
+    estimate = estimate_best(data.history, frozen_backbone=recipe.frozen_backbone)
     if few_shot is None:
         epoch = best_epoch(data.history, frozen_backbone=recipe.frozen_backbone).epoch
         tiles = {"epoch": f"{epoch} of {recipe.epochs}", **tiles}

@@ -93,11 +93,10 @@ class Throughput(StrictModel):
 class EpochRow(StrictModel):
     """The record of one epoch; `epoch` counts from 1.
 
-    `losses` are means over the training images. `metrics` are the held-out metrics of the exported weights;
-    with EMA, `raw` and `average` are the metrics of both sets of weights. `gradient` is the mean gradient
-    norm before clipping, with 0 for skipped float16 steps. `component_counts` counts, for a gated network,
-    the training images that each component received, with the gate's noise. `diagnostics` are those of the
-    raw weights.
+    `losses` are means over the training images. `metrics` and `diagnostics` are those of the exported
+    weights. `gradient` is the mean gradient norm before clipping, with 0 for skipped float16 steps.
+    `component_counts` counts, for a gated network, the training images that each component received, with
+    the gate's noise.
     """
 
     epoch: int
@@ -108,8 +107,6 @@ class EpochRow(StrictModel):
     component_counts: tuple[int, ...] = ()
     speed: Throughput | None = None
     diagnostics: Diagnostics | None = None
-    raw: HeldOutMetrics | None = None
-    average: HeldOutMetrics | None = None
     seconds: float
 
 
@@ -134,9 +131,7 @@ def epoch_metrics(row: EpochRow) -> dict[str, float]:
     metrics: dict[str, float] = {"epoch": row.epoch, "lr": row.lr}
     metrics |= {f"train_{name}": loss for name, loss in row.losses.items()}
     names = ("loss", "top1", "top5", "map", "macro_f1", "micro_f1")
-    for prefix, held_out in {"": row.metrics, "raw_": row.raw, "average_": row.average}.items():
-        if held_out is not None:
-            metrics |= {prefix + name: getattr(held_out, name) for name in names if hasattr(held_out, name)}
+    metrics |= {name: getattr(row.metrics, name) for name in names if hasattr(row.metrics, name)}
     if row.gradient is not None:
         metrics["gradient"] = row.gradient
     if row.speed is not None:

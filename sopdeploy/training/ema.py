@@ -6,7 +6,7 @@ Source: Polyak and Juditsky (1992). The warm-up of the decay is that of TensorFl
 
 import copy
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pydantic
 import torch
@@ -16,15 +16,9 @@ from sopdeploy.config import StrictModel
 
 
 class EmaConfig(StrictModel):
-    """Decay of the average, and which weights are exported.
-
-    With `warmup`, the decay of update n is at most (1 + n) / (10 + n). `export` selects the weights of
-    `best.pt`; their metrics also decide which epoch is best.
-    """
+    """Decay of the average that is evaluated and exported; that of update n is at most (1 + n) / (10 + n)."""
 
     decay: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.999
-    warmup: bool = True
-    export: Literal["average", "raw"] = "average"
 
 
 class ExponentialMovingAverage:
@@ -36,16 +30,14 @@ class ExponentialMovingAverage:
 
     def __init__(self, config: EmaConfig, model: nn.Module) -> None:
         self.config = config
-        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.model: Any = copy.deepcopy(model).requires_grad_(False)
         self.count = 0
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Update the averages with the weights of *model*."""
         self.count += 1
-        decay = self.config.decay
-        if self.config.warmup:
-            decay = min(decay, (1 + self.count) / (10 + self.count))
+        decay = min(self.config.decay, (1 + self.count) / (10 + self.count))
         averages, values = self.model.state_dict(), model.state_dict()
         floating = [name for name, tensor in averages.items() if tensor.is_floating_point()]
         for name in averages.keys() - set(floating):

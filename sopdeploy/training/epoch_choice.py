@@ -3,7 +3,7 @@
 The score of the epoch that some images select is too high on these images. Therefore, resamples of the images
 select an epoch, and the images outside of each resample measure it (bootstrap bias corrected
 cross-validation: Tsamardinos et al., Machine Learning 107, 2018). This needs the predictions of all epochs
-for all images, which runs record for the raw weights and at most `MAX_IMAGES` images.
+for all images, which runs record for at most `MAX_IMAGES` images.
 
 Letters: N images, E epochs, B resamples.
 """
@@ -57,13 +57,10 @@ class HeldOutEstimate(StrictModel):
         return f"{score}{interval} of {self.count} held-out images{note}"
 
 
-def estimate_best(
-    history: Sequence[EpochRow], *, frozen_backbone: bool = False, exports_average: bool = False
-) -> HeldOutEstimate:
+def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False) -> HeldOutEstimate:
     """Estimate the score of the best epoch of *history*, which has at least one epoch.
 
-    With *frozen_backbone*, the exported network is the same in all epochs. With *exports_average*, the
-    recorded predictions are not those of the exported weights.
+    With *frozen_backbone*, the exported network is the same in all epochs.
     """
     metrics = best_epoch(history, frozen_backbone=frozen_backbone).metrics
     count, alone = metrics.count, len(history) == 1 or frozen_backbone
@@ -73,7 +70,7 @@ def estimate_best(
     right = round(metrics.score * count)
     recorded = [row.diagnostics.right for row in history if row.diagnostics is not None]
     complete = len(recorded) == len(history) and all(len(right_N) == count for right_N in recorded)
-    if complete and count > 1 and not alone and not exports_average:
+    if complete and count > 1 and not alone:
         right_EN = np.array([[image == "1" for image in right_N] for right_N in recorded])
         right, by = round(corrected_score(right_EN) * count), "other images"
     return HeldOutEstimate(top1=Rate.of(right, count), count=count, selected_by=by)

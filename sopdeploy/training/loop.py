@@ -7,7 +7,6 @@ uninterrupted one: bit for bit on a CPU with the same number of threads.
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -222,7 +221,7 @@ def train_epoch(
 
 
 def evaluate_epoch(run: Run, held_out: PreprocessedDataset, signals: SignalState, callback: Callback) -> None:
-    """Evaluate the weights and their average on held-out images; finish the epoch."""
+    """Evaluate the exported weights on held-out images; finish the epoch."""
     since, epoch, recipe = time.monotonic(), run.position.epoch, run.recipe
     run.synchronize_buffers()
 
@@ -230,20 +229,18 @@ def evaluate_epoch(run: Run, held_out: PreprocessedDataset, signals: SignalState
         callback.on_evaluation_batch(epoch=epoch, done=done)
         signals.check()
 
-    measure = partial(
-        evaluate,
-        dataset=held_out,
-        preprocess=recipe.preprocess,
+    metrics = evaluate(
+        run.exported,
+        held_out,
+        recipe.preprocess,
         batch_size=recipe.batch_size // run.strategy.world,
         workers=recipe.workers,
         processes=run.strategy,
         on_batch=on_batch,
     )
-    raw = measure(run.model)
-    average = measure(run.ema.model) if run.ema is not None else None
     spectra = epoch + 1 in spectrum_epochs(recipe.epochs)
-    diagnostics = diagnose(run.model, held_out, run.normalize, recipe.batch_size, spectra=spectra)
-    run.after_epoch(raw, average, diagnostics, time.monotonic() - since)
+    diagnostics = diagnose(run.exported, held_out, run.normalize, recipe.batch_size, spectra=spectra)
+    run.after_epoch(metrics, diagnostics, time.monotonic() - since)
 
 
 def fit_best(

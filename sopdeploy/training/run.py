@@ -76,10 +76,9 @@ class Position(StrictModel, frozen=False):
 class Run:
     """A run in progress; `network` is `model` or its compiled form.
 
-    `name` is the catalog name of the network. `exported_weights` are the weights for export in a checkpoint:
-    `raw` or `average`. `few_shot` is the record of the few-shot procedure, `out_of_fold` (images, classes)
-    the logits on which its estimate is based, and `decision` the one that was fitted to these logits.
-    `image_hashes` are those of a checkpoint.
+    `name` is the catalog name of the network. `few_shot` is the record of the few-shot procedure,
+    `out_of_fold` (images, classes) the logits on which its estimate is based, and `decision` the one that was
+    fitted to these logits. `image_hashes` are those of a checkpoint.
     """
 
     recipe: Recipe
@@ -94,7 +93,6 @@ class Run:
     model: Classifier
     network: nn.Module
     optimizer: Optimizer
-    exported_weights: str
     ema: ExponentialMovingAverage | None = None
     teacher: Teacher | None = None
     start: StartReport | None = None
@@ -107,11 +105,13 @@ class Run:
     @property
     def estimate(self) -> HeldOutEstimate:
         """The score of the best of the finished epochs, at least one."""
-        return estimate_best(
-            self.position.history,
-            frozen_backbone=self.recipe.frozen_backbone,
-            exports_average=self.exported_weights == "average",
-        )
+        return estimate_best(self.position.history, frozen_backbone=self.recipe.frozen_backbone)
+
+    @property
+    def exported(self) -> Classifier:
+        """The model with the weights that are evaluated and exported: their average, if there is one."""
+        model: Classifier = self.model if self.ema is None else self.ema.model
+        return model
 
     def trained(self) -> nn.Module:
         """Return the module that learns: the model, together with its teacher if both are trained jointly."""
@@ -134,9 +134,7 @@ class Run:
         at.data_seconds += waited
         at.seconds += seconds
 
-    def after_epoch(
-        self, raw: HeldOutMetrics, average: HeldOutMetrics | None, diagnostics: Diagnostics, seconds: float
-    ) -> None:
+    def after_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
         """Record the metrics of an epoch, whose evaluation took *seconds*."""
         at = self.position
         time = max(at.train_seconds, 1e-9)
@@ -144,15 +142,13 @@ class Run:
             epoch=at.epoch + 1,
             lr=self.optimizer.param_groups[0]["lr"],
             losses={name: total / at.seen for name, total in at.sums.items()},
-            metrics=average if average is not None and self.exported_weights == "average" else raw,
+            metrics=metrics,
             gradient=at.gradient / at.seen,
             component_counts=at.component_counts,
             speed=Throughput(
                 images_per_second=at.seen / time, data_fraction=min(1.0, at.data_seconds / time)
             ),
             diagnostics=diagnostics,
-            raw=raw if average is not None else None,
-            average=average,
             seconds=at.seconds + seconds,
         )
         self.position = Position(epoch=at.epoch + 1, seconds=row.seconds, history=(*at.history, row))
@@ -230,7 +226,7 @@ class Run:
         return Checkpoint(
             model=self.name,
             config=self.config,
-            weights=average["weights"] if average and self.exported_weights == "average" else raw,
+            weights=average["weights"] if average else raw,
             labels=self.labels,
             preprocess=self.recipe.preprocess,
             training=self._training_record(),
@@ -258,7 +254,7 @@ class Run:
             "seed": self.recipe.seed,
             "epoch": self.position.epoch,
             "step": self.position.step,
-            "weights": self.exported_weights,
+            "weights": "raw" if self.ema is None else "average",
             "metrics": history[-1].metrics.model_dump() if history else None,
             **({} if self.few_shot is None else {"few_shot": self.few_shot.model_dump(mode="json")}),
             "versions": {
@@ -315,7 +311,6 @@ def create_run(
         model=model,
         network=network,
         optimizer=optimizer,
-        exported_weights=recipe.ema.export if recipe.ema is not None else "raw",
         ema=ExponentialMovingAverage(recipe.ema, model) if recipe.ema is not None else None,
         teacher=teacher,
         start=start,

@@ -70,13 +70,10 @@ MULTI_LABEL = MultiLabelMetrics(map=0.5, macro_f1=0.5, micro_f1=0.5, count=8, lo
         (1, True, {}, None, FAIR),
         (2, True, {"frozen_backbone": True}, None, FAIR),
         (2, False, {}, None, f"of {BIASED}"),
-        (2, True, {"exports_average": True}, None, f"of {BIASED}"),
         (2, True, {}, MULTI_LABEL, f"mAP 50.0 % of {BIASED}"),
     ],
-    ids=[
-        "one epoch", "a frozen backbone", "too many images to record", "averaged weights", "several classes",
-    ],
-)  # fmt: skip
+    ids=["one epoch", "a frozen backbone", "too many images to record", "several classes"],
+)
 def test_a_score_that_selected_the_epoch_says_so(
     epochs: int, recorded: bool, options: dict[str, bool], metrics: HeldOutMetrics | None, text: str
 ) -> None:

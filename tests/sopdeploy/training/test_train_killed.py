@@ -38,7 +38,7 @@ CASES = {
         "optimizer.lr=0.01",
     ),
     REMOVED_BRANCHES: (
-        "ema={decay=0.9, export='raw'}",
+        "ema={decay=0.9}",
         "model.remove_branches_at=3",
         "save.keep_every=2",
     ),
