@@ -216,7 +216,7 @@ def train_epoch(
         run.after_step(result, len(batches[step]), now - since, waited)
         since = now
         callback.on_step_end(epoch=epoch, step=step, steps=len(batches), loss=float(result.loss.total))
-        if signals.check(save=folder.is_save_due(recipe.save, step + 1)):
+        if signals.check(save=folder.is_save_due(recipe.save)):
             folder.save_last(run)
 
 

@@ -35,9 +35,7 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "data.cache",
     "data.path",
     "start.weights",
-    "save.every_steps",
     "save.every_minutes",
-    "save.keep_every",
     "rejection.accepts",
 }
 # Keys, and tables of keys, that only the training loop reads, or only the few-shot procedure.
@@ -77,14 +75,9 @@ class LossConfig(StrictModel):
 
 
 class SaveConfig(StrictModel):
-    """When to write `last.pt` in addition to the end of each epoch; 0 disables a rule.
+    """How often to write `last.pt` besides at the end of each epoch; 0 is never."""
 
-    `keep_every` keeps the checkpoint of every n-th epoch as `epoch-0010.pt`.
-    """
-
-    every_steps: Count = 0
     every_minutes: NonNegative = 15.0
-    keep_every: Count = 0
 
 
 class RejectionConfig(StrictModel):

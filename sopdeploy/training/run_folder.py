@@ -3,15 +3,14 @@
 Without `--out`, runs of a recipe are numbered: `runs/photos-1`, `runs/photos-2`. The link `runs/latest` leads
 to the newest run in `runs` that has a `best.pt`.
 
-`last.pt` is the checkpoint to resume from, `best.pt` the one to export, `epoch-0010.pt` a kept one;
-`history.csv` lists all epochs. Every file is written atomically. `last.pt` is written first; all other files
-are derived from it and are written again when the run is resumed.
+`last.pt` is the checkpoint to resume from, `best.pt` the one to export; `history.csv` lists all epochs. Every
+file is written atomically. `last.pt` is written first; all other files are derived from it and are written
+again when the run is resumed.
 """
 
 import fcntl
 import os
 import re
-import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -121,11 +120,10 @@ class RunFolder:
         self.lock()
         return read_checkpoint(self.last)
 
-    def is_save_due(self, config: SaveConfig, step: int) -> bool:
-        """Check whether the recipe asks for a checkpoint after *step* steps of the epoch."""
+    def is_save_due(self, config: SaveConfig) -> bool:
+        """Check whether the last checkpoint is as old as the recipe allows."""
         elapsed = time.monotonic() - self.saved_at
-        by_time = config.every_minutes > 0 and elapsed >= config.every_minutes * 60
-        return by_time or (config.every_steps > 0 and step % config.every_steps == 0)
+        return config.every_minutes > 0 and elapsed >= config.every_minutes * 60
 
     def save_last(self, run: Run) -> None:
         """Write `last.pt`; the run may be between any two steps."""
@@ -133,21 +131,16 @@ class RunFolder:
         self.saved_at = time.monotonic()
 
     def save_derived_files(self, run: Run) -> None:
-        """Write the history and, after an epoch, `best.pt` and the kept checkpoint.
+        """Write the history and, after an epoch, `best.pt`.
 
         A resumed run does this first, because the process may have been killed before it wrote these files.
         """
-        at, every = run.position, run.recipe.save.keep_every
-        frozen = run.recipe.frozen_backbone
+        at, frozen = run.position, run.recipe.frozen_backbone
         best = best_epoch(at.history, frozen_backbone=frozen).epoch if at.history else None
         if at.step == 0 and best == at.epoch:
             self.strategy.save(self.best, run.checkpoint(resumable=False))
         if self.strategy.rank != 0:
             return
-        if every and at.step == 0 and at.epoch and at.epoch % every == 0:
-            kept = self.path / f"epoch-{at.epoch:04}.pt"
-            with writing(kept, CheckpointError), atomic_write(kept) as partial:
-                shutil.copyfile(self.last, partial)
         if at.history:
             with writing(self.history, CheckpointError), atomic_write(self.history) as partial:
                 partial.write_text(history_csv(at.history), encoding="utf-8")

@@ -99,7 +99,7 @@ def test_the_options_of_the_loop_change_nothing_in_the_few_shot_procedure(photos
             "rand_augment.ops=1",
         ),
         *("sampler=balanced", "mix.mixup=0.2", 'augment={kind="pad-crop"}', "optimizer.lr=5"),
-        *("schedule.rise=0.5", "loss.label_smoothing=0.5", "start.head_factor=3", "save.keep_every=1"),
+        *("schedule.rise=0.5", "loss.label_smoothing=0.5", "start.head_factor=3", "save.every_minutes=1"),
         *("color.brightness=0.4", "compile=true"),
     ]
     found = [

@@ -171,7 +171,7 @@ def test_a_non_finite_buffer_is_named_with_the_step_and_its_samples(tmp_path, mo
     monkeypatch.setattr(gradient, "compute_gradient", compute_gradient)
     message = r"epoch 2, step 2: the buffer bn1.running_var is not finite; .* \(samples \d+, "
     with pytest.raises(TrainingError, match=message):
-        train(short_recipe("save.every_steps=1"), tmp_path / "run")
+        train(short_recipe("save.every_minutes=1e-9"), tmp_path / "run")
     last = read_checkpoint(tmp_path / "run" / "last.pt")
     assert (last.training["epoch"], last.training["step"]) == (1, 1)
 
