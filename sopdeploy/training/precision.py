@@ -4,13 +4,13 @@ Second-order layers disable autocast themselves (`sopdeploy.layers.covariance`).
 the optimizer's state stay in float32.
 """
 
-from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import TrainingError
 
@@ -60,24 +60,7 @@ class Precision:
         self.skipped = int(state["skipped"])
 
 
-def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Return the name of the first tensor with a NaN or infinity, or None."""
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            return name
-    return None
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Return the gradients of *model* by name; the names are those that error messages show."""
-    named = model.named_parameters()
-    return {f"the gradient of {name}": value.grad for name, value in named if value.grad is not None}
-
-
-def named_tensors(nested: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in nested dicts and lists with dotted names."""
-    if isinstance(nested, Tensor):
-        yield prefix, nested
-    elif isinstance(nested, dict | list | tuple):
-        for key, value in nested.items() if isinstance(nested, dict) else enumerate(nested):
-            yield from named_tensors(value, f"{prefix}.{key}")
+def all_finite(nested: Any) -> bool:
+    """Check whether no tensor in nested dicts and lists has a NaN or infinity."""
+    tensors = (leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor))
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -34,7 +34,7 @@ from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.epoch_choice import HeldOutEstimate, estimate_best
 from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
-from sopdeploy.training.precision import Precision, first_non_finite, named_tensors
+from sopdeploy.training.precision import Precision, all_finite
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.start_weights import (
     InitialModel,
@@ -217,10 +217,9 @@ class Run:
             if self.teacher is not None and self.teacher.learns:
                 resume["teacher"] = self.teacher.model.state_dict()
         state = {"weights": raw, "average": average, **(resume or {})}
-        name = first_non_finite(named_tensors(state, ""))
-        if name is not None:
+        if not all_finite(state):
             raise TrainingError(
-                f"{name.removeprefix('.')} is not finite; nothing was saved, lower optimizer.lr or set "
+                "weights or optimizer state are not finite; nothing was saved, lower optimizer.lr or set "
                 "optimizer.clip_norm"
             )
         return Checkpoint(

@@ -8,11 +8,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import Batch
-from sopdeploy.errors import NoMemoryError, TrainingError, first_line, is_out_of_memory, shorten
+from sopdeploy.errors import NoMemoryError, TrainingError, first_line, is_out_of_memory
 from sopdeploy.training.distributed.batch_sharding import MicroBatch, shard_step
 from sopdeploy.training.fine_tuning import LR_FACTOR
 from sopdeploy.training.optimizers import AdaHessian
-from sopdeploy.training.precision import first_non_finite, gradients
 from sopdeploy.training.run import Run, StepResult
 from sopdeploy.training.step.losses import Loss, training_loss
 
@@ -46,8 +45,9 @@ def _train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepR
     run.optimizer.zero_grad()
     loss = compute_gradient(run, mixed, shard_step(samples, recipe, run.strategy).micro_batches)
     run.precision.scaler.unscale_(run.optimizer)
-    norm = get_total_norm(gradients(run.trained()).values())
-    finite = _check_finite_step(run, loss, norm, samples)
+    gradients = [parameter.grad for parameter in run.trained().parameters() if parameter.grad is not None]
+    norm = get_total_norm(gradients)
+    finite = _check_finite_step(run, loss, norm)
     if recipe.optimizer.clip_norm and finite:
         clip_grads_with_norm_(run.trained().parameters(), recipe.optimizer.clip_norm, norm)
     if run.precision.step(run.optimizer, finite=finite) and run.ema is not None:
@@ -95,22 +95,20 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
     return Loss(parts.pop("total"), parts, counts)
 
 
-def _check_finite_step(run: Run, loss: Loss, norm: Tensor, samples: list[int]) -> bool:
+def _check_finite_step(run: Run, loss: Loss, norm: Tensor) -> bool:
     """Return False if a float16 gradient overflowed; raise `TrainingError` for all other NaNs.
 
     At this point, batch norm's running statistics include the batch, but the weights are unchanged.
     """
-    named = run.trained().named_buffers()
-    buffers = {f"the buffer {name}": buffer for name, buffer in named if buffer.is_floating_point()}
-    values = [loss.total, norm, *buffers.values()]
-    finite = torch.stack([value.isfinite().all() for value in values]).all()  # only one synchronization
-    if int(run.strategy.all_reduce(finite.int())) == run.strategy.world:
+    buffers = [buffer for buffer in run.trained().buffers() if buffer.is_floating_point()]
+    finite = torch.stack([value.isfinite().all() for value in (norm, loss.total, *buffers)])
+    if int(run.strategy.all_reduce(finite.all().int())) == run.strategy.world:  # the only synchronization
         return True
-    name = first_non_finite([*loss.parts.items(), ("the total loss", loss.total), *buffers.items()])
-    if name is None and run.recipe.precision == "fp16":
+    if run.recipe.precision == "fp16" and bool(finite[1:].all()):
         return False
-    name = name or first_non_finite(gradients(run.trained()).items()) or "the gradient"
+    damaged = (name for name, part in loss.parts.items() if not bool(part.isfinite()))
     raise TrainingError(
-        f"epoch {run.position.epoch + 1}, step {run.position.step + 1}: {name} is not finite; lower "
-        f"optimizer.lr or set optimizer.clip_norm (samples {shorten([str(sample) for sample in samples])})"
+        f"epoch {run.position.epoch + 1}, step {run.position.step + 1}: "
+        f"{next(damaged, 'the gradient or a running statistic')} is not finite; lower optimizer.lr or set "
+        "optimizer.clip_norm"
     )

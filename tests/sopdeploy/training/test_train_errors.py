@@ -157,7 +157,7 @@ def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch) 
     assert all(bool(torch.isfinite(tensor).all()) for tensor in last.weights.values())
 
 
-def test_a_non_finite_buffer_is_named_with_the_step_and_its_samples(tmp_path, monkeypatch) -> None:
+def test_a_non_finite_buffer_ends_the_run(tmp_path, monkeypatch) -> None:
     calls = []
 
     def compute_gradient(run, *rest):
@@ -169,7 +169,7 @@ def test_a_non_finite_buffer_is_named_with_the_step_and_its_samples(tmp_path, mo
 
     original = gradient.compute_gradient
     monkeypatch.setattr(gradient, "compute_gradient", compute_gradient)
-    message = r"epoch 2, step 2: the buffer bn1.running_var is not finite; .* \(samples \d+, "
+    message = r"epoch 2, step 2: the gradient or a running statistic is not finite; lower optimizer.lr"
     with pytest.raises(TrainingError, match=message):
         train(short_recipe("save.every_minutes=1e-9"), tmp_path / "run")
     last = read_checkpoint(tmp_path / "run" / "last.pt")
