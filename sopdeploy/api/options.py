@@ -26,8 +26,6 @@ class TrainOptions(Options):
     models: str | None = None
     """Networks to compare, NAME or NAME=FILE with its weights, separated by commas; sets `model.name` and
     `few_shot.models`."""
-    budget: Text = None
-    """Seconds after which no further head is tried, such as 60s; sets `few_shot.budget`."""
     resume: Literal["never", "always", "auto"] = "never"
     """Continue the run in the folder, by default the newest of the recipe; auto starts a new one if there is
     none."""

@@ -111,27 +111,17 @@ def configure(
 
 
 def few_shot_settings(options: TrainOptions) -> list[str]:
-    """Convert the options `models` and `budget` to assignments; raises `ConfigError` for a wrong value."""
-    found: dict[str, Any] = {}
-    if options.models is not None:
-        first, *others = [text.strip() for text in options.models.split(",")]
-        name, equals, file = first.partition("=")
-        if not name or not all(others):
-            raise ConfigError(
-                "a name is empty; write NAME,NAME or NAME=FILE,NAME=FILE",
-                setting="models",
-                value=options.models,
-            )
-        found |= {"model.name": name, "few_shot.models": others}
-        found |= {"start.weights": file} if equals else {}
-    if options.budget is not None:
-        try:
-            found["few_shot.budget"] = float(options.budget.removesuffix("s"))
-        except ValueError as error:
-            raise ConfigError(
-                "not a number of seconds; write 60 or 60s", setting="budget", value=options.budget
-            ) from error
-    return list(to_assignments(found))
+    """Convert the option `models` to assignments; raises `ConfigError` for an empty name."""
+    if options.models is None:
+        return []
+    first, *others = [text.strip() for text in options.models.split(",")]
+    name, equals, file = first.partition("=")
+    if not name or not all(others):
+        raise ConfigError(
+            "a name is empty; write NAME,NAME or NAME=FILE,NAME=FILE", setting="models", value=options.models
+        )
+    found: dict[str, Any] = {"model.name": name, "few_shot.models": others}
+    return list(to_assignments({**found, **({"start.weights": file} if equals else {})}))
 
 
 def to_assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

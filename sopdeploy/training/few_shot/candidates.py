@@ -4,7 +4,7 @@ import hashlib
 import statistics
 import time
 import timeit
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,14 +195,3 @@ def list_heads(full: SecondOrderHead, config: FewShotConfig) -> list[HeadConfig]
         for kind in kinds
         for some in ((None,) if kind == "gap" else dict.fromkeys((taps, taps[-1:])))
     ]
-
-
-def mark_candidates(candidates: Sequence[Candidate], kept: Candidate) -> tuple[CandidateResult, ...]:
-    """Mark the candidate *kept*, and those that no other one beats in accuracy, latency and size."""
-    results = [candidate.result for candidate in candidates]
-    costs = [(-result.score.share, result.milliseconds, result.parameters) for result in results]
-    beaten = [any(other != cost and np.less_equal(other, cost).all() for other in costs) for cost in costs]
-    return tuple(
-        candidate.result.model_copy(update={"kept": candidate is kept, "pareto": not worse})
-        for candidate, worse in zip(candidates, beaten, strict=True)
-    )

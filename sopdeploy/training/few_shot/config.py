@@ -23,8 +23,6 @@ class FewShotConfig(StrictModel):
             the last two feature maps and of the last one, and "gap".
         models: Further networks to compare with `model.name`, as NAME or NAME=FILE with a file of weights.
             Without a file they start from `start.weights`.
-        budget: Seconds after which no further head is tried; the first head of each network always is. 0 is
-            no limit. With a limit, the result depends on the speed of the machine.
         balance_above: Ratio of the largest class to the smallest above which classes get equal weights.
     """
 
@@ -32,7 +30,6 @@ class FewShotConfig(StrictModel):
     folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 5
     heads: tuple[HeadKind, ...] = ()
     models: tuple[str, ...] = ()
-    budget: NonNegative = 0.0
     balance_above: Annotated[float, pydantic.Field(ge=1)] = 1.5
 
 
@@ -42,7 +39,6 @@ class CandidateResult(StrictModel):
     Attributes:
         name: The network, and the statistics that the classifier reads.
         kept: Whether the candidate was chosen.
-        pareto: Whether no candidate of at most the same latency and size is more accurate.
         features: Length of the vector that the classifier reads.
         strength: The chosen inverse strength of the regularization, scikit-learn's C.
         macs: Multiply-adds of the convolutions and linear layers for one image.
@@ -53,7 +49,6 @@ class CandidateResult(StrictModel):
 
     name: str
     kept: bool = False
-    pareto: bool = False
     score: Rate | MeanPrecision
     loss: NonNegative
     features: Count
@@ -66,12 +61,11 @@ class CandidateResult(StrictModel):
     def line(self) -> str:
         """Describe the candidate in one line for the terminal and the report."""
         score, name = self.score, "top-1" if isinstance(self.score, Rate) else "mAP"
-        marks = " - chosen" * self.kept + " - Pareto front" * self.pareto
         return (
             f"{self.name}: {name} {100 * score.share:.1f} % ({100 * score.low:.0f} to {100 * score.high:.0f} "
             f"%), loss {self.loss:.3f}, {self.features:,} features, C {self.strength:g}, "
             f"{self.macs / 1e6:,.0f} M multiply-adds, {self.parameters / 1e6:.2f} M parameters, "
-            f"{self.milliseconds:.0f} ms{marks}"
+            f"{self.milliseconds:.0f} ms{' - chosen' * self.kept}"
         )
 
 
@@ -87,7 +81,6 @@ class FewShotResult(StrictModel):
         duplicates: Training images with the same pixels as an earlier one; they share its fold.
         candidates: What was tried.
         choice: Why the candidate was chosen.
-        skipped: Candidates that the time budget left out.
         auroc: AUROC of the scores for unknown images, by heads fitted without one class at a time.
         unknown: Why no threshold for unknown images was fitted; empty if there is one.
         seconds: Time of each step.
@@ -101,7 +94,6 @@ class FewShotResult(StrictModel):
     duplicates: int
     candidates: tuple[CandidateResult, ...]
     choice: str
-    skipped: tuple[str, ...] = ()
     auroc: dict[Score, Fraction] = pydantic.Field(default_factory=dict)
     unknown: str = ""
     seconds: dict[str, float]
@@ -114,8 +106,6 @@ class FewShotResult(StrictModel):
     def lines(self) -> tuple[str, ...]:
         """Describe the result in lines for the terminal and the report."""
         lines = [f"images: {self.describe_images()}", *(candidate.line() for candidate in self.candidates)]
-        if self.skipped:
-            lines.append(f"not tried, the time budget is used up: {', '.join(self.skipped)}")
         lines.append(f"chosen: {self.choice}")
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")

@@ -17,7 +17,7 @@ from sopdeploy.data.base import LabeledImages, derive_seed
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.second_order_head import head_name
-from sopdeploy.training.few_shot.candidates import Network, list_heads, mark_candidates, other_recipe
+from sopdeploy.training.few_shot.candidates import Network, list_heads, other_recipe
 from sopdeploy.training.few_shot.classifier import GRID, Array, Indices, Targets
 from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.few_shot.estimates import choose, compose, estimate
@@ -34,7 +34,7 @@ def fit_few_shot(run: Run, images: LabeledImages, on: Callable[..., None]) -> tu
     have the same pixels.
     """
     targets = Targets.of(images, run.recipe.few_shot.balance_above)
-    networks, folds_N, skipped = compare_heads(run, images, targets, on)
+    networks, folds_N = compare_heads(run, images, targets, on)
     losses = [[candidate.losses for candidate in network.candidates] for network in networks]
     logits = [[candidate.logits for candidate in network.candidates] for network in networks]
     chosen, composed = choose(losses, np.arange(len(images))), compose(losses, logits, folds_N)
@@ -61,9 +61,10 @@ def fit_few_shot(run: Run, images: LabeledImages, on: Callable[..., None]) -> tu
         class_counts=dict(zip(images.labels, targets.classes.sum(axis=0).astype(int).tolist(), strict=True)),
         balanced=targets.balanced,
         duplicates=len(images) - len(set(network.hashes)),
-        candidates=mark_candidates(candidates, kept),
+        candidates=tuple(
+            candidate.result.model_copy(update={"kept": candidate is kept}) for candidate in candidates
+        ),
         choice=f"{network.describe(kept.head)}, {why}",
-        skipped=skipped,
         auroc=areas,
         seconds={step: round(value, 3) for step, value in seconds.items()},
     )
@@ -78,11 +79,10 @@ def fit_few_shot(run: Run, images: LabeledImages, on: Callable[..., None]) -> tu
 
 def compare_heads(
     run: Run, images: LabeledImages, targets: Targets, on: Callable[..., None]
-) -> tuple[list[Network], Indices, tuple[str, ...]]:
-    """Cross-validate the heads of all networks; return the networks, the folds (N,) and what was skipped."""
-    config, strategy, since = run.recipe.few_shot, run.strategy, time.monotonic()
+) -> tuple[list[Network], Indices]:
+    """Cross-validate the heads of all networks; return the networks and the folds (N,)."""
+    config, strategy = run.recipe.few_shot, run.strategy
     networks: list[Network] = []
-    skipped: list[str] = []
     for text in ("", *config.models):
         model, recipe = run.model, run.recipe
         if text:
@@ -94,8 +94,5 @@ def compare_heads(
         heads = list_heads(network.full, config)
         for number, head in enumerate(heads):
             on(f"cross-validation of {name}", number, len(heads))
-            if number and config.budget and time.monotonic() - since > config.budget:
-                skipped.append(network.describe(head))
-            else:
-                network.cross_validate(head, targets, folds_N)
-    return networks, folds_N, tuple(skipped)
+            network.cross_validate(head, targets, folds_N)
+    return networks, folds_N
