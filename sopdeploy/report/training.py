@@ -1,4 +1,4 @@
-"""Charts of a training run: losses, accuracies, learning rate, spectra, gates, throughput."""
+"""Charts of a training run: losses, accuracies, learning rate, spectra, components, throughput."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def training_context(history: Sequence[EpochRow]) -> dict[str, Any]:
         "columns": columns,
         "rows": [[f"{row[name]:.5g}" if name in row else "" for name in columns] for row in rows],
         "spectra": _spectrum_figures(history),
-        "gates": _gate_figures(history),
+        "components": _component_figures(history),
     }
 
 
@@ -137,20 +137,10 @@ def _spectrum_figures(history: Sequence[EpochRow]) -> list[Figure]:
     return figures
 
 
-def _gate_figures(history: Sequence[EpochRow]) -> list[list[Figure]]:
-    """Draw, for each gate, its usage after the last epoch, and its imbalance over the epochs."""
-    recorded = [(row.epoch, row.diagnostics.gates) for row in history if row.diagnostics]
-    groups = []
-    for number, name in enumerate(recorded[-1][1] if recorded else ()):
-        of_gate = [(epoch, gates[name]) for epoch, gates in recorded if name in gates]
-        usage = [
-            Bar(label=f"component {index}", value=fraction, text=f"{fraction:.0%}")
-            for index, fraction in enumerate(of_gate[-1][1].chosen)
-        ]
-        chart = bars(f"gate-{number}", f"Usage of the components of {name}", usage, 1.0)
-        imbalance = Curve(name=name, points=tuple((float(epoch), gate.imbalance) for epoch, gate in of_gate))
-        y_axis = Axis("(deviation / mean) squared", low=0.0)
-        curve = plot(f"imbalance-{number}", "Imbalance", [imbalance], EPOCHS, y_axis)
-        caption = f"{name}: fraction of images that select each component after the last epoch."
-        groups.append([(chart, caption), (curve, "Imbalance of the weights.")])
-    return groups
+def _component_figures(history: Sequence[EpochRow]) -> list[Figure]:
+    """Draw how many training images each component of a gated network received in the last epoch."""
+    counts = history[-1].component_counts
+    if not counts:
+        return []
+    usage = [Bar(label=f"component {n}", value=float(c), text=f"{c:,}") for n, c in enumerate(counts)]
+    return [(bars("components", "Images per component", usage, float(max(counts))), "In the last epoch.")]

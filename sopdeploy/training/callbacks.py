@@ -128,6 +128,6 @@ def grouped_metrics(row: EpochRow) -> dict[str, float]:
         if name.startswith("train_"):
             metrics[f"train/{name.removeprefix('train_')}"] = value
         elif name != "epoch":
-            is_head = name.endswith(("_top1", "_top5", "_map", "_loss", "_imbalance"))
+            is_head = name.endswith(("_top1", "_top5", "_map", "_loss"))
             metrics[f"{groups.get(name, 'heads' if is_head else 'course')}/{name}"] = value
     return metrics

@@ -22,11 +22,10 @@ from sopdeploy.data.batches import load_batches
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics
 from sopdeploy.layers.covariance import covariance
 from sopdeploy.layers.isqrt_cov import ISqrtCov, deviations
-from sopdeploy.layers.mixture.gate import SparseGate
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 
-MAX_IMAGES = 512  # images for the diagnostics of heads and gates
+MAX_IMAGES = 512  # images for the diagnostics of heads
 MAX_SPECTRUM_IMAGES = 16
 SPECTRUM_EPOCHS = 5  # epochs of a run that record spectra
 MAX_EIGENVALUES = 48  # recorded per spectrum, denser for the large ones
@@ -44,18 +43,6 @@ class HeadMetrics(StrictModel):
     def score(self) -> float:
         """The top-1 accuracy or the mean average precision."""
         return (self.map if self.top1 is None else self.top1) or 0.0
-
-
-class GateMetrics(StrictModel):
-    """Usage of the components of a gate.
-
-    `chosen` is the fraction of images that select each component, `weights` the mean weight of each.
-    `imbalance` is (std / mean)^2 of the mean weights, Eq. (4) of GM-SOP without its factor.
-    """
-
-    chosen: tuple[Fraction, ...]
-    weights: tuple[float, ...]
-    imbalance: float
 
 
 class Spectrum(StrictModel):
@@ -79,7 +66,6 @@ class Diagnostics(StrictModel):
     images: int
     right: str = ""
     heads: dict[str, HeadMetrics]
-    gates: dict[str, GateMetrics]
     spectra: dict[str, Spectrum]
 
 
@@ -139,7 +125,6 @@ def epoch_metrics(row: EpochRow) -> dict[str, float]:
     if row.diagnostics is not None:
         for name, head in row.diagnostics.heads.items():
             metrics |= {f"{name}_{key}": value for key, value in head.model_dump(exclude_none=True).items()}
-        metrics |= {f"{name}_imbalance": gate.imbalance for name, gate in row.diagnostics.gates.items()}
     return {**metrics, "seconds": round(row.seconds, 3)}
 
 
@@ -176,18 +161,14 @@ def diagnose(
     device = next(model.parameters()).device
     outputs: dict[str, list[Tensor]] = {}
     targets: list[Tensor] = []
-    weights: dict[str, list[Tensor]] = {}
     was_training = model.training
     model.eval()
     try:
-        # fork_rng, because the data loader draws a seed
-        with torch.random.fork_rng(devices=[]), _record_calls(model, SparseGate) as gates:
+        with torch.random.fork_rng(devices=[]):  # the data loader draws a seed
             for images, labels in load_batches(held_out, batches, 0, device):
                 targets.append(labels.cpu())
                 for name, logits in model.heads(normalize(images)).items():
                     outputs.setdefault(name, []).append(logits.double().cpu())
-                for name, (_, output) in gates.items():
-                    weights.setdefault(name, []).append(output.float().cpu())
         few = subset[:: -(-count // MAX_SPECTRUM_IMAGES)]
         recorded = _spectra(model, held_out, normalize, few) if spectra else {}
     finally:
@@ -203,19 +184,7 @@ def diagnose(
         images=count,
         right="".join("01"[correct] for correct in right.tolist()),
         heads=heads,
-        gates={name: gate_metrics(batches) for name, batches in weights.items()},
         spectra=recorded,
-    )
-
-
-def gate_metrics(batches: Sequence[Tensor]) -> GateMetrics:
-    """Summarize the weights (images, components) of a gate in all *batches*."""
-    weights_BN = torch.cat(list(batches)).double()
-    load_N = weights_BN.mean(dim=0)
-    return GateMetrics(
-        chosen=tuple((weights_BN > 0).double().mean(dim=0).tolist()),
-        weights=tuple(load_N.tolist()),
-        imbalance=float(load_N.var(correction=1) / load_N.mean().square()),
     )
 
 
@@ -224,11 +193,11 @@ def _spectra(
 ) -> dict[str, Spectrum]:
     """Compute the spectra of all covariance square roots in *model*, by module name."""
     images = torch.from_numpy(np.stack([held_out[index][0] for index in indices]))
-    with _record_calls(model, ISqrtCov) as calls:
+    with _record_calls(model) as calls:
         model.heads(normalize(images.to(next(model.parameters()).device)))
     spectra = {}
     for name, root in model.named_modules():
-        if not isinstance(root, ISqrtCov) or name not in calls:
+        if name not in calls or not isinstance(root, ISqrtCov):
             continue
         features_BdHW, vector = calls[name]
         x_BdM = deviations(features_BdHW.double(), root.config)
@@ -252,10 +221,10 @@ def _spectra(
 
 
 @contextmanager
-def _record_calls(model: nn.Module, kind: type[nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Record the last input and output of each module of type *kind*, by module name."""
+def _record_calls(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Record the last input and output of each covariance square root of *model*, by module name."""
     calls: dict[str, tuple[Tensor, Tensor]] = {}
-    names = {module: name for name, module in model.named_modules() if isinstance(module, kind)}
+    names = {module: name for name, module in model.named_modules() if isinstance(module, ISqrtCov)}
 
     def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
         calls[names[module]] = inputs[0], output

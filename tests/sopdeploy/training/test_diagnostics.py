@@ -1,4 +1,4 @@
-"""Diagnostics of heads, gates and spectra, which must not change the run."""
+"""Diagnostics of heads and spectra, which must not change the run."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_every_head_is_evaluated_and_the_model_is_unchanged(branched) -> None:
     assert found.heads["main"].top1 == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
     loss = float(torch.nn.functional.cross_entropy(logits, labels))
     assert found.heads["main"].loss == pytest.approx(loss, rel=1e-5)
-    assert (found.images, found.gates, found.spectra) == (7, {}, {})
+    assert (found.images, found.spectra) == (7, {})
 
 
 def test_spectra_match_the_covariance_and_its_square_root(branched) -> None:
@@ -65,20 +65,6 @@ def test_spectra_match_the_covariance_and_its_square_root(branched) -> None:
     root = float(eigenvalues.clamp_min(0).sqrt().mean(0)[0])
     assert spectrum.after[0] == pytest.approx(root, rel=0.02)  # five iterations are not exact
     assert list(spectrum.after) == sorted(spectrum.after, reverse=True)
-
-
-def test_a_gate_reports_the_usage_of_its_components() -> None:
-    torch.manual_seed(0)
-    small = {"components": 4, "chosen": 2, "component_widths": (8,), "gate_widths": (8,)}
-    model = create_model("gmsop-16-8-resnet18", num_classes=3, **small)
-    found = diagnose(model, dataset(5), NORMALIZE, 4, spectra=True)
-    gate = found.gates["gate"]
-    assert sum(gate.chosen) == pytest.approx(2)
-    assert sum(gate.weights) == pytest.approx(1)
-    load = np.asarray(gate.weights)
-    assert gate.imbalance == pytest.approx(load.var(ddof=1) / load.mean() ** 2)
-    assert set(found.heads) == {"main"}
-    assert set(found.spectra) == {"gate.feature.1", "mixture.after"}
 
 
 @pytest.mark.usefixtures("few_digits")
