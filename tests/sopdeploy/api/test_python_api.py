@@ -353,7 +353,7 @@ def test_a_line_per_epoch_has_at_most_80_columns_and_branches_are_shown_if_verbo
     losses = {"loss": 123.456, "main": 3.0, **{f"layer{n}_0": 1.5 for n in range(9)}}
     metrics = EvalMetrics(top1=1.0, top5=1.0, count=2, loss=123.456)
     row = EpochRow(
-        epoch=1000, lr=0.1, losses=losses, metrics=metrics, raw=metrics, average=metrics, gradient=1.0,
+        epoch=1000, lr=0.1, losses=losses, metrics=metrics, gradient=1.0,
         seconds=99999.9,
     )  # fmt: skip
     for verbose in (False, True):
