@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel
-from sopdeploy.evaluation.statistics import bootstrap, paired
+from sopdeploy.evaluation.statistics import paired
 
 NO_EFFECT = "no effect detected"
 
@@ -35,8 +35,8 @@ class Arm(StrictModel):
 class Pair(StrictModel):
     """Top-1 of `second` minus top-1 of `first`, paired by seed, as fractions.
 
-    `low` and `high` are Student's 95 % interval over seeds, which decides the verdict. `bootstrap_low` and
-    `bootstrap_high` result from resampling seeds and images. `wins`, `ties` and `losses` count seeds.
+    `low` and `high` are Student's 95 % interval over seeds, which decides the verdict. `wins`, `ties` and
+    `losses` count seeds.
     """
 
     first: str
@@ -49,8 +49,6 @@ class Pair(StrictModel):
     wins: int
     ties: int
     losses: int
-    bootstrap_low: float
-    bootstrap_high: float
     verdict: str
 
 
@@ -81,7 +79,7 @@ def compare_results(seeds: Sequence[int], results: Sequence[Results]) -> Compari
 def _compare_pair(first: Results, second: Results) -> Pair:
     gain_SN = second.correct.astype(np.int8) - first.correct.astype(np.int8)
     differences = [int(row.sum()) / len(row) for row in gain_SN]
-    resampled, change = bootstrap(gain_SN), paired(differences)._asdict()
+    change = paired(differences)._asdict()
     mean, (low, high) = change["mean"], change.pop("interval")
     verdict = NO_EFFECT
     if low > 0 or high < 0:
@@ -96,7 +94,5 @@ def _compare_pair(first: Results, second: Results) -> Pair:
         **change,
         low=low,
         high=high,
-        bootstrap_low=resampled.low,
-        bootstrap_high=resampled.high,
         verdict=verdict,
     )

@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
 LEVEL = 0.95
 
@@ -67,22 +64,3 @@ def paired(differences: Sequence[float]) -> Paired:
         ties=sum(value == 0 for value in differences),
         losses=sum(value < 0 for value in differences),
     )
-
-
-def bootstrap(gain_SN: NDArray[np.int8], draws: int = 2000, seed: int = 0) -> Interval:
-    """Compute the percentile bootstrap interval of the mean of *gain_SN* over seeds and images.
-
-    Rows are training seeds and columns images: 1 where only the second network is correct, -1 where only the
-    first is, 0 elsewhere. Rows and columns are both resampled with replacement: the interval holds for other
-    seeds and other images.
-    """
-    generator = np.random.default_rng(seed)
-    seeds, images = gain_SN.shape
-    wide_SN = gain_SN.astype(np.float64)
-    even_S, even_N = np.full(seeds, 1 / seeds), np.full(images, 1 / images)
-    means = [
-        generator.multinomial(seeds, even_S) @ (wide_SN @ generator.multinomial(images, even_N))
-        for _ in range(draws)
-    ]
-    low, high = np.quantile(np.asarray(means) / (seeds * images), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(low), float(high))

@@ -24,11 +24,9 @@ def show(comparison: "Comparison") -> None:
     print_table(("recipe", "top-1", "sd", *seeds), rows)
     say(f"last epoch, {comparison.images} held-out images; differences in points of top-1")
     for pair in comparison.pairs:
-        low, high = 100 * pair.bootstrap_low, 100 * pair.bootstrap_high
         out.print()
         say(f"{pair.second} - {pair.first}: {100 * pair.mean:+.2f} (sd {100 * pair.sd:.2f})")
         out.print(f"  paired t, 95 %         {100 * pair.low:+.2f} to {100 * pair.high:+.2f}")
-        out.print(f"  bootstrap, 95 %        {low:+.2f} to {high:+.2f}")
         out.print(f"  wins, ties, losses     {pair.wins}, {pair.ties}, {pair.losses}")
         say(pair.verdict, style="bold")
     if len(comparison.pairs) > 1:
