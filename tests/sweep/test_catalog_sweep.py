@@ -128,7 +128,6 @@ def test_the_smallest_agrees_in_half_precision(small: Small, precision: Precisio
 @pytest.mark.parametrize(
     "pooling",
     [
-        "gap+isqrt",
         "low-rank-bilinear",
         *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gap", "bcnn", "netvlad", "netfv")),
     ],

@@ -10,11 +10,9 @@ Letters: B images, d channels, H height, W width; Sigma = U diag(l) U^T.
 from typing import Annotated, Literal
 
 import pydantic
-import torch
 from torch import Tensor, nn
 
 from sopdeploy.layers.covariance import (
-    at_least_float32,
     centered_and_scaled,
     covariance,
     frobenius_norm,
@@ -23,7 +21,7 @@ from sopdeploy.layers.covariance import (
 )
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
-from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, ReducedPooling
+from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 from sopdeploy.layers.spectral import NO_EIGEN_FORM, Logarithm, Power, spectral
 
 SMALLEST = 1e-12  # lower bound of divisors
@@ -62,30 +60,6 @@ class ISqrtPoolingConfig(PoolingConfig, NewtonSchulzOptions):
     compensation: Literal["norm", "batch_norm", "none"] = "norm"
     reduction: Literal["normalized", "linear"] = "normalized"
     centered: bool = True
-
-
-class GapISqrtPooling(GlobalPooling):
-    """Concatenate the averages of (B, C, H, W) maps with the vector of `ISqrtPooling`."""
-
-    def __init__(self, config: "GapISqrtConfig", channels: int) -> None:
-        super().__init__()
-        self.isqrt = config.isqrt.build(channels)
-        self.out_features = channels + self.isqrt.out_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Compute the vector in float32 or float64."""
-        return torch.cat([at_least_float32(features).mean(dim=(2, 3)), self.isqrt(features)], dim=1)
-
-
-class GapISqrtConfig(PoolingConfig):
-    """First-order and second-order statistics of the same map; `isqrt` has the options of the second ones.
-
-    `head:NAME` has them at several maps, with the vector of the network's own pooling.
-    """
-
-    layer = GapISqrtPooling
-    kind: Literal["gap+isqrt"] = "gap+isqrt"
-    isqrt: ISqrtPoolingConfig = ISqrtPoolingConfig()
 
 
 class EigenPooling(ReducedPooling):

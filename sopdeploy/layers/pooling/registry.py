@@ -17,7 +17,6 @@ from sopdeploy.layers.pooling.bilinear import (
 from sopdeploy.layers.pooling.codebook import NetFVConfig, NetVLADConfig
 from sopdeploy.layers.pooling.compact_bilinear import CompactBilinearConfig, KernelPoolingConfig
 from sopdeploy.layers.pooling.covariance import (
-    GapISqrtConfig,
     ISqrtPoolingConfig,
     LogEuclideanConfig,
     MpnCovConfig,
@@ -27,7 +26,6 @@ AnyPoolingConfig = (
     GapConfig
     | FlattenConfig
     | ISqrtPoolingConfig
-    | GapISqrtConfig
     | MpnCovConfig
     | LogEuclideanConfig
     | BilinearConfig

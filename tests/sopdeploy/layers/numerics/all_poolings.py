@@ -14,7 +14,6 @@ CHOICES = [
     {"kind": "isqrt", "compensation": "none"},
     {"kind": "isqrt", "width": 3, "reduction": "linear"},
     {"kind": "isqrt", "centered": False},
-    "gap+isqrt",
     "mpncov",
     {"kind": "mpncov", "width": 5, "normalise": "M-Fro"},
     "deepo2p",
