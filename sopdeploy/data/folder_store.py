@@ -62,10 +62,6 @@ class FolderStore:
         with open_regular(self.root / os.fsdecode(name)) as file:
             return file.read()
 
-    def size(self, name: bytes) -> int:
-        """Get the size of a file in bytes; raises `OSError`."""
-        return (self.root / os.fsdecode(name)).stat().st_size
-
     def has_file(self, name: str) -> bool:
         """Check whether the store contains the file *name*."""
         return (self.root / name).is_file()

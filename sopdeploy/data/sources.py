@@ -4,11 +4,7 @@ Unreadable images are left out (`skip_corrupt`) before the first step, so that t
 depends on (seed, epoch) only, also after a resume and for any number of processes.
 """
 
-import hashlib
-import json
-import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -21,9 +17,8 @@ from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar,
 from sopdeploy.data.folder_store import Log, OpenOptions, ignore
 from sopdeploy.data.image_files import ImageFiles, find_unreadable
 from sopdeploy.data.subset import select_subset
-from sopdeploy.data.tar import cache_folder
 from sopdeploy.errors import DataError, shorten
-from sopdeploy.files import atomic_write, expand_user
+from sopdeploy.files import expand_user
 
 DataConfig = Annotated[
     DigitsConfig | FolderConfig | CifarConfig | OfficialConfig, pydantic.Field(discriminator="kind")
@@ -63,7 +58,7 @@ def _drop_unreadable(split: Split, options: OpenOptions) -> Split:
         if not isinstance(images, ImageFiles):
             parts.append(images)
             continue
-        unreadable = cached_unreadable(images, options.cache)
+        unreadable = list(find_unreadable(images))
         mask = np.ones(len(images), dtype=np.bool_)
         mask[unreadable] = False
         readable = images.select(mask)
@@ -79,27 +74,3 @@ def _drop_unreadable(split: Split, options: OpenOptions) -> Split:
     if skipped:
         options.log(f"{len(skipped)} unreadable images are left out: {shorten(skipped)}")
     return replace(split, train=parts[0], held_out=parts[1], skipped=tuple(skipped))
-
-
-def cached_unreadable(images: ImageFiles, cache: Path | None) -> list[int]:
-    """Find the indices of unreadable images; the result is stored in the *cache* folder, if any.
-
-    The name of the cache file depends on the names and sizes of all files.
-    """
-    if cache is None:
-        return list(find_unreadable(images))
-    digest = hashlib.sha256(os.fsencode(images.store.root))
-    for name in images.paths.tolist():
-        try:
-            size = images.store.size(name)
-        except OSError:
-            size = -1
-        digest.update(b"%s %d\n" % (name, size))
-    path = cache_folder(cache) / f"unreadable.{digest.hexdigest()[:16]}.json"
-    if path.is_file():
-        stored: list[int] = json.loads(path.read_bytes())
-        return stored
-    unreadable = list(find_unreadable(images))
-    with atomic_write(path, shared=True) as partial:
-        partial.write_text(json.dumps(unreadable))
-    return unreadable

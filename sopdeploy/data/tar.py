@@ -194,10 +194,6 @@ class TarStore:
         """Read a file; raises `OSError`."""
         return self._read(self._find(name))
 
-    def size(self, name: bytes) -> int:
-        """Get the size of a file in bytes; raises `OSError`."""
-        return int(self._find(name)[2])
-
     def has_file(self, name: str) -> bool:
         """Check whether the store contains the file *name*."""
         try:

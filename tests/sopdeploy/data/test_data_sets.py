@@ -119,14 +119,12 @@ def test_a_missing_or_damaged_official_file_is_one_line(tmp_path) -> None:
 
 def test_a_run_on_two_of_three_variants_is_evaluated_on_the_official_test_images(tmp_path) -> None:
     root = write_aircraft(tmp_path)
-    names = tmp_path / "two.txt"
-    names.write_text("F-16A/B\n707-320\n")
-    recipe = short_recipe("epochs=1", "data.kind=aircraft", f"data.path={root}", f"data.classes={names}")
+    recipe = short_recipe("epochs=1", "data.kind=aircraft", f"data.path={root}", "data.classes=2")
     best = train(recipe, tmp_path / "run").best
     done = CliRunner().invoke(app, ["eval", str(best), "--data", str(root), "--heads", "--json"])
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
-    assert [row["label"] for row in found["classes"]] == ["707-320", "F-16A/B"]
+    assert len(found["classes"]) == 2
     assert (found["count"], found["heads"][0]["top1"]["count"]) == (2, 2)
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.image_files import unreadable_images_error
-from sopdeploy.data.sources import cached_unreadable, open_data
+from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.training.loop import train
@@ -79,14 +79,3 @@ def test_a_class_without_readable_images_is_named(spoilt) -> None:
         file.write_bytes(b"")
     with pytest.raises(DataError, match="no readable image in the classes dog"):
         open_data(FolderConfig(kind="folder", path=spoilt, skip_corrupt=True))
-
-
-def test_unreadable_images_are_cached_until_a_file_changes(spoilt, tmp_path, monkeypatch) -> None:
-    images = open_folder(FolderConfig(kind="folder", path=spoilt)).train
-    cache = tmp_path / "cache"
-    assert cached_unreadable(images, cache) == [1, 6]
-    with monkeypatch.context() as patch:
-        patch.setattr("sopdeploy.data.sources.find_unreadable", lambda _: {0: "asked again"})
-        assert cached_unreadable(images, cache) == [1, 6]
-        (spoilt / "train" / "cat" / "1.jpg").write_bytes(jpeg(1))
-        assert cached_unreadable(images, cache) == [0]
