@@ -165,16 +165,8 @@ def test_a_subset_of_classes_keeps_images_and_order_of_every_kind_of_data(tmp_pa
     assert digits(4).train.labels == ("2", "3", "6", "9")
 
 
-def test_an_invalid_subset_is_one_line(tmp_path) -> None:
-    (tmp_path / "names.txt").write_text("1\nten\n")
-    (tmp_path / "one.txt").write_text("1\n1\n")
-    for classes, message in (
-        (11, "11, but the data have 10 classes"),
-        (tmp_path / "names.txt", "'ten' is no class of the data; write names such as '0'"),
-        (tmp_path / "one.txt", "names fewer than two classes"),
-        (tmp_path / "none.txt", "none.txt: cannot be read"),
-    ):
-        with pytest.raises(DataError, match=message):
-            digits(classes)
+def test_an_invalid_subset_is_one_line() -> None:
+    with pytest.raises(DataError, match="11, but the data have 10 classes"):
+        digits(11)
     with pytest.raises(ConfigError, match="hold_out: unknown key"):
         read_recipe("photos", ["data.kind=cars", "data.hold_out=0.1"])
