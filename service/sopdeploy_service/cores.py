@@ -7,6 +7,7 @@ from sopdeploy.environment import usable_cores
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: microseconds per period
 DECODERS_BESIDE_CPU_INFERENCE = 2
 MAX_DECODERS = 8  # of one process; more would wait for Python's interpreter lock
+LARGEST_DECODE_BATCH = 16  # JPEGs that a GPU decodes at once; a H100 has seven units for it
 
 
 def cores_within_quota() -> int:
@@ -18,6 +19,10 @@ def cores_within_quota() -> int:
         return usable_cores()
 
 
-def decoders_per_process(cores: int, processes: int) -> int:
-    """Return the decoding threads of each of *processes* that share *cores* with no other work."""
-    return max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, cores // processes))
+def decoders_per_process(cores: int, processes: int, *, gpu_batches: bool = False) -> int:
+    """Return the decoding threads of each of *processes* that share *cores* with no other work.
+
+    With *gpu_batches*, more threads only wait: for the batch that a GPU decodes, and for the next one.
+    """
+    decoders = max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, cores // processes))
+    return decoders + 2 * LARGEST_DECODE_BATCH if gpu_batches else decoders

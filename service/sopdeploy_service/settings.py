@@ -136,7 +136,9 @@ class Settings(BaseSettings):
     decoders: Threads | Literal["auto"] = setting(
         "auto", "image decoding threads per process; auto: 2 beside CPU inference, else one per core, up to 8"
     )
-    decode: DecodeWay = setting("exact", "fast: large JPEGs at reduced size; nvimagecodec: on the GPU")
+    decode: DecodeWay = setting(
+        "exact", "fast: large JPEGs at reduced size; nvimagecodec: in batches on the GPU"
+    )
     parsers: Threads = setting(2, "JSON parsing threads")
     sandbox: Sandbox = setting("auto", "of front ends; auto: if supported; required: start only with it")
     devices: Devices = setting((), "one process each: `0,1`, UUIDs, MIG ids or `cpu`; empty: one process")

@@ -85,7 +85,7 @@ def claim_cuda(monkeypatch: pytest.MonkeyPatch, session: Callable[..., Any]) -> 
     """Let the real onnxruntime claim CUDA, and open *session* instead of one on CUDA."""
     changes = {"get_available_providers": lambda: [CUDA, CPU], "InferenceSession": session}
     changed = SimpleNamespace(**vars(onnxruntime) | changes)
-    monkeypatch.setattr(with_onnxruntime, "_import_onnxruntime", lambda: changed)
+    monkeypatch.setattr(with_onnxruntime, "import_onnxruntime", lambda: changed)
     monkeypatch.setattr(with_onnxruntime, "load_cuda_libraries", lambda module: None)
 
 

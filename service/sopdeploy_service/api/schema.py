@@ -141,7 +141,7 @@ class Health(StrictModel):
 class ModelInfo(StrictModel):
     """A loaded network and its runtime.
 
-    `fast_decode` is set if JPEGs are decoded at reduced size, `thresholds` (by class) for a multi-label
+    `fast_decode` is set if JPEGs are not decoded exactly, `thresholds` (by class) for a multi-label
     network. The last three fields are set with a memory budget; `memory_bytes` is an estimate before the
     first load.
     """

@@ -92,7 +92,11 @@ def list_processes(settings: Settings) -> list[Process]:
         if device == "cpu" and settings.runtime == "auto":
             changed["runtime"] = "onnxruntime-cpu"
         if device != "cpu" and settings.decoders == "auto":
-            changed["decoders"] = decoders_per_process(cores_within_quota(), front_ends * len(devices))
+            changed["decoders"] = decoders_per_process(
+                cores_within_quota(),
+                front_ends * len(devices),
+                gpu_batches=settings.decode == "nvimagecodec",
+            )
         if front_ends == 1:
             processes.append(Process(name, SERVER, variables, changed))
             continue

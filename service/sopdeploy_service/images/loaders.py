@@ -3,38 +3,39 @@
 `decode=fast` lets libjpeg skip the highest frequencies of a large image, and `decode=nvimagecodec` rounds as
 NVIDIA's decoders do, so the network gets slightly different pixels than in training. The effect depends on
 the network; a server does not start if the effect exceeds the limits below. The probes of the bundle are
-decoded pixels and cannot show it, so the check uses synthetic JPEGs, the same ones at every start.
+decoded pixels and cannot show it, so the check uses synthetic JPEGs, the same ones at every start, and for
+the GPU the golden examples of the bundle.
 """
 
 import io
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import product
-from threading import local
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.golden import read_golden
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ParityError, RuntimeUnavailableError
 from sopdeploy.images.pixels import resized_size
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.images.decode import Decoded, EncodedImage, decode, load_exact
+from sopdeploy_service.images.decode import Decode, Decoded, EncodedImage, decode, load_exact
+from sopdeploy_service.images.device_resize import DeviceResize
+from sopdeploy_service.images.nvimagecodec import NvImageCodec
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.settings import Settings
 
-GPU_MODES = {"RGB", "L"}
 GPU_BACKENDS = ("HW_GPU_ONLY", "GPU_ONLY", "HYBRID_CPU_GPU")  # never fall back to the CPU silently
 CHECKED_SIZE = (96, 64)  # width and height of the JPEG that the GPU must decode at the start
-OPTIONS = ":fancy_upsampling=1"  # chroma interpolation as in libjpeg
 MAX_REDUCTION = 4  # per side; 1/8 would need a check on images of 16 times the network's input
 
 MAX_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread
 MIN_AGREEMENT = 0.9  # fraction of images whose best class stays the same
+MAX_GRAY_LEVELS = 1.0  # mean difference of the GPU's pixels; a wrong filter, color or offset has several
 SCALES = (4, 6, 8)  # shorter side / resized shorter side; libjpeg decodes at 1/2 from 4 on, at 1/4 from 8 on
 SEEDS = 3
 OCTAVES = (4, 16, 64, 256)  # noise cells along the longer side; one more octave has cells of 2 pixels
@@ -75,74 +76,6 @@ def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> Ima
     return image
 
 
-class NvImageCodec:
-    """Loads JPEGs with nvImageCodec; each calling thread gets its own decoder.
-
-    *device* is a CUDA device number or a constant of *library*; *backends* are names of its decoder backends.
-    Raises `RuntimeUnavailableError` if no decoder can be created.
-    """
-
-    def __init__(self, library: Any, device: int, backends: tuple[str, ...]) -> None:
-        self._library, self._device = library, device
-        self._backends = [library.Backend(getattr(library, name)) for name in backends]
-        self._params = library.DecodeParams(
-            color_spec=library.ColorSpec.SRGB, apply_exif_orientation=False, allow_any_depth=False
-        )
-        self._threads = local()
-        self._decoder()
-
-    def __call__(
-        self,
-        image: Image.Image,
-        body: bytes,
-        preprocess: Preprocess,  # noqa: ARG002
-        on_failure: Callable[[], None] = lambda: None,
-    ) -> Image.Image:
-        """Load *image*, whose file is *body*; Pillow loads what is not an RGB or gray JPEG.
-
-        Calls *on_failure* if Pillow loads a JPEG that the library could not decode.
-        """
-        if image.format == "JPEG" and image.mode in GPU_MODES:
-            decoded = self._decoder().decode(body, params=self._params)
-            pixels = np.asarray(decoded.cpu()) if decoded is not None else None
-            if pixels is not None and pixels.shape == (image.height, image.width, 3):
-                loaded = Image.fromarray(pixels)
-                loaded.info = image.info  # includes the EXIF orientation, which preprocessing applies
-                return loaded
-            on_failure()
-        image.load()
-        return image
-
-    def check_device(self) -> None:
-        """Decode a generated JPEG; raise `RuntimeUnavailableError` unless the pixels are in GPU memory.
-
-        Without this, Pillow would silently decode every image if the GPU decoder could decode none.
-        """
-        width, height = CHECKED_SIZE
-        decoded = self._decoder().decode(synthetic_jpeg((width, height), 0), params=self._params)
-        where = getattr(decoded, "buffer_kind", None)
-        shape = tuple(getattr(decoded, "shape", ()))
-        if where != self._library.ImageBufferKind.STRIDED_DEVICE or shape != (height, width, 3):
-            result = "nothing" if decoded is None else f"{shape} in {getattr(where, 'name', where)}"
-            raise RuntimeUnavailableError(
-                f"decode=nvimagecodec: the GPU did not decode a test JPEG (result: {result}); "
-                'run: pip install "sopdeploy[nvimagecodec]" (with nvJPEG), or serve with decode=exact'
-            )
-
-    def _decoder(self) -> Any:
-        if not hasattr(self._threads, "decoder"):
-            try:
-                self._threads.decoder = self._library.Decoder(
-                    device_id=self._device, max_num_cpu_threads=1, backends=self._backends, options=OPTIONS
-                )
-            except RuntimeError as error:
-                raise RuntimeUnavailableError(
-                    "decode=nvimagecodec: no GPU that can decode "
-                    f"({' '.join(str(error).split())}); serve with decode=exact"
-                ) from error
-        return self._threads.decoder
-
-
 @cache
 def _gpu_loader() -> NvImageCodec:
     """Create the loader of this process's first GPU, once."""
@@ -153,8 +86,8 @@ def _gpu_loader() -> NvImageCodec:
         RuntimeUnavailableError,
         "decode=nvimagecodec",
     )
-    loader = NvImageCodec(library, library.NVIMGCODEC_DEVICE_CURRENT, GPU_BACKENDS)
-    loader.check_device()
+    loader = NvImageCodec(library, library.NVIMGCODEC_DEVICE_CURRENT, GPU_BACKENDS, DeviceResize())
+    loader.check_device(synthetic_jpeg(CHECKED_SIZE, 0), CHECKED_SIZE)
     return loader
 
 
@@ -162,13 +95,15 @@ class FastDecode(StrictModel):
     """How inexact decoding changed the outputs on *pictures* images at the start.
 
     *largest* is the largest difference of a logit, *drift* the root mean square difference relative to the
-    spread of the logits, *agreement* the fraction of images whose best class stayed the same.
+    spread of the logits, *agreement* the fraction of images whose best class stayed the same. *gray_levels*
+    is the mean difference of pixels from a golden example, the largest of all examples, if a GPU decodes.
     """
 
     pictures: int
     largest: float
     drift: float
     agreement: float
+    gray_levels: float | None = None
 
 
 def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode | None:
@@ -189,6 +124,8 @@ def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings) -> F
             decoded = decoder(image, rules, max_bytes=len(jpeg), load=load)
             logits.append(runtime.run(decoded.pixels[None])[output][0])
     result = compare(np.stack(exact).astype(np.float64), np.stack(fast).astype(np.float64))
+    if settings.decode == "nvimagecodec":
+        result = result.model_copy(update={"gray_levels": _check_gray_levels(bundle, decoder)})
     if result.drift <= MAX_DRIFT and result.agreement >= MIN_AGREEMENT:
         return result
     raise ParityError(
@@ -196,6 +133,21 @@ def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings) -> F
         f"(at most {MAX_DRIFT:g}) and keeps {result.agreement:.1%} of the best classes "
         f"(at least {MIN_AGREEMENT:.0%}) on {result.pictures} JPEGs; serve it with decode=exact"
     )
+
+
+def _check_gray_levels(bundle: Bundle, decode_one: Decode) -> float | None:
+    """Compare pixels with the golden examples of *bundle*; raise `ParityError` if they differ too much."""
+    differences = []
+    for golden in read_golden(bundle):
+        pixels = decode_one(EncodedImage(golden.jpeg), bundle.manifest.preprocess).pixels
+        differences.append(float(np.abs(pixels.astype(np.int16) - golden.pixels).mean()))
+    largest = max(differences, default=None)
+    if largest is not None and largest > MAX_GRAY_LEVELS:
+        raise ParityError(
+            f"{bundle.path}: on the GPU, the pixels of a golden example differ by {largest:.1f} gray levels "
+            f"on average (at most {MAX_GRAY_LEVELS:g}); serve it with decode=exact"
+        )
+    return largest
 
 
 def compare(exact: NDArray[np.float64], fast: NDArray[np.float64]) -> FastDecode:

@@ -89,9 +89,11 @@ class Service:
     def _count_decoders(self) -> int:
         if self.settings.decoders != "auto":
             return self.settings.decoders
-        if all(model.loaded.runtime.device == "cpu" for model in self.registry.models()):
+        gpu_batches = self.settings.decode == "nvimagecodec"
+        cpu = all(model.loaded.runtime.device == "cpu" for model in self.registry.models())
+        if cpu and not gpu_batches:
             return DECODERS_BESIDE_CPU_INFERENCE
-        return decoders_per_process(cores_within_quota(), 1)
+        return decoders_per_process(cores_within_quota(), 1, gpu_batches=gpu_batches)
 
     @property
     def state(self) -> State:

@@ -113,7 +113,7 @@ class OnnxRuntime:
         Raises `RuntimeUnavailableError` if onnxruntime is not installed, cannot load the graph, or would run
         it on another provider.
         """
-        onnxruntime = _import_onnxruntime()
+        onnxruntime = import_onnxruntime()
         manifest = bundle.manifest
         if provider != CPU and provider in onnxruntime.get_available_providers():
             load_cuda_libraries(onnxruntime)
@@ -150,7 +150,8 @@ class OnnxRuntime:
         self._session = self._bound = None
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """Import onnxruntime; raise `RuntimeUnavailableError` if it is not installed."""
     return import_optional("onnxruntime", "onnxruntime", "sopdeploy[cpu]", RuntimeUnavailableError)
 
 
@@ -241,6 +242,6 @@ def _open_session(
 def has_cuda() -> bool:
     """Return whether the installed onnxruntime supports CUDA."""
     try:
-        return CUDA in _import_onnxruntime().get_available_providers()
+        return CUDA in import_onnxruntime().get_available_providers()
     except RuntimeUnavailableError:
         return False

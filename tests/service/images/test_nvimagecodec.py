@@ -1,39 +1,58 @@
-"""nvImageCodec on the CPU, with the calls used for a GPU: same pixels, limits and errors as Pillow."""
+"""nvImageCodec on the CPU, with the calls used for a GPU: batches, Pillow's pixels, limits and errors."""
 
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.errors import ParityError, RuntimeUnavailableError
 from sopdeploy_service.images import loaders
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
-from sopdeploy_service.images.loaders import NvImageCodec, _gpu_loader
+from sopdeploy_service.images.device_resize import DeviceResize
+from sopdeploy_service.images.loaders import CHECKED_SIZE, _gpu_loader, synthetic_jpeg
+from sopdeploy_service.images.nvimagecodec import LARGEST_DECODE_BATCH, NvImageCodec
 from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.runtime.onnxruntime import CPU
 from sopdeploy_service.settings import Settings
+from tests.service.conftest import write_bundle
 from tests.service.images.test_fast_decode import RULES, encode
 
 GPU = Settings(decode="nvimagecodec", threads=1)
 
 
+class Decoder:
+    """Counts the images of each batch; decodes nothing after `fail`, and only while `open` is set."""
+
+    def __init__(self, decoder):
+        self.decoder, self.batches = decoder, []
+        self.open, self.fail = threading.Event(), None
+        self.open.set()
+
+    def decode(self, bodies, params):
+        self.batches.append(len(bodies))
+        assert self.open.wait(60)
+        return self.fail(bodies) if self.fail else self.decoder.decode(bodies, params=params)
+
+
 @pytest.fixture(scope="module")
-def codec():
-    library = pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
-    return NvImageCodec(library, library.NVIMGCODEC_DEVICE_CPU_ONLY, ("CPU_ONLY",))
-
-
-def decode_with(load, body):
-    return decode(EncodedImage(body), RULES, max_bytes=10**8, max_pixels=10**8, load=load)
+def library():
+    return pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
 
 
 @pytest.fixture
-def decoded(codec, monkeypatch):
-    """A list that grows with each image that the library decodes."""
-    numbers, decoder = [], codec._decoder
-    monkeypatch.setattr(codec, "_decoder", lambda: (numbers.append(len(numbers)), decoder())[1])
-    return numbers
+def codec(library, monkeypatch):
+    codec = NvImageCodec(library, library.NVIMGCODEC_DEVICE_CPU_ONLY, ("CPU_ONLY",), DeviceResize(CPU))
+    codec._decoder = Decoder(codec._decoder)
+    monkeypatch.setattr(loaders, "_gpu_loader", lambda: codec)
+    return codec
+
+
+def decode_with(load, body, rules=RULES):
+    return decode(EncodedImage(body), rules, max_bytes=10**8, max_pixels=10**8, load=load)
 
 
 ROTATED = Image.Exif()
@@ -44,59 +63,121 @@ READ = [
     encode((300, 200), progressive=True),
     encode((300, 200), exif=ROTATED.tobytes()),
 ]
-OTHERS = [encode((300, 200), kind="PNG"), encode((300, 200), mode="CMYK")]
+OTHERS = [
+    encode((300, 200), kind="PNG"),
+    encode((300, 200), mode="CMYK"),
+    encode((20, 2000)),  # of a strip, Pillow resizes only what the network sees
+    READ[0] + b"data after the end",
+]
 
 
-@pytest.mark.parametrize(("body", "count"), [*((body, 1) for body in READ), *((body, 0) for body in OTHERS)])
-def test_it_decodes_rgb_and_gray_jpegs_to_the_pixels_of_pillow(codec, decoded, body, count):
-    found, expected = decode_with(codec, body), decode_with(load_exact, body)
-    assert len(decoded) == count
-    np.testing.assert_array_equal(found.pixels, expected.pixels)
-    assert found.warnings == expected.warnings
+@pytest.mark.parametrize("fit", ["crop", "pad", "squash"])
+@pytest.mark.parametrize("body", READ, ids=["RGB", "gray", "progressive", "rotated"])
+def test_rgb_and_gray_jpegs_get_the_pixels_of_pillow_within_a_gray_level(codec, body, fit):
+    rules = RULES.model_copy(update={"fit": fit})
+    found, expected = decode_with(codec, body, rules), decode_with(load_exact, body, rules)
+    assert codec._decoder.batches == [1]
+    assert np.abs(found.pixels.astype(int) - expected.pixels).max() <= 1
+    assert (found.warnings, found.size) == (expected.warnings, expected.size)
 
 
-def test_loading_a_model_measures_the_drift(bundle_path, codec, decoded, monkeypatch):
-    monkeypatch.setattr(loaders, "_gpu_loader", lambda: codec)
-    found = load_model(bundle_path, GPU)
-    assert (found.fast_decode.drift, found.fast_decode.agreement) == (0, 1)
-    assert len(decoded) == found.fast_decode.pictures == 9
+@pytest.mark.parametrize("body", OTHERS, ids=["PNG", "CMYK", "strip", "data after the end"])
+def test_pillow_decodes_other_images(codec, body):
+    np.testing.assert_array_equal(decode_with(codec, body).pixels, decode_with(load_exact, body).pixels)
+    assert codec._decoder.batches == []
 
 
-def test_a_server_decodes_with_it(run_server, bundle, onnx_runtime, codec, decoded, monkeypatch):
-    monkeypatch.setattr(loaders, "_gpu_loader", lambda: codec)
-    answers = []
-    for settings in (Settings(threads=1), GPU):
-        with run_server(onnx_runtime, bundle, settings) as client:
-            answers.append(client.post("/v1/classify", content=encode((300, 200))).json()["classes"])
-    assert answers[0] == answers[1]
-    assert len(decoded) == 1
+def test_images_that_wait_become_one_batch_and_further_ones_are_left_to_pillow(codec):
+    decoder, bodies = codec._decoder, [encode((300 + number, 200)) for number in range(20)]
+    decoder.open.clear()
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        found = [pool.submit(decode_with, codec, bodies[0])]
+        while not decoder.batches:
+            threading.Event().wait(0.001)
+        found += [pool.submit(decode_with, codec, body) for body in bodies[1:]]
+        while sum(future.done() for future in found) < len(bodies) - 1 - LARGEST_DECODE_BATCH:
+            threading.Event().wait(0.001)
+        decoder.open.set()
+    assert decoder.batches == [1, LARGEST_DECODE_BATCH]
+    for body, future in zip(bodies, found, strict=True):
+        expected = decode_with(load_exact, body).pixels
+        assert np.abs(future.result().pixels.astype(int) - expected).max() <= 1
 
 
+def test_large_images_do_not_share_a_batch(codec, monkeypatch):
+    monkeypatch.setattr("sopdeploy_service.images.nvimagecodec.MAX_BATCH_PIXELS", 70_000)
+    codec._decoder.open.clear()
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(decode_with, codec, READ[0])
+        while not codec._decoder.batches:
+            threading.Event().wait(0.001)
+        others = [pool.submit(decode_with, codec, encode((300, 200))) for _ in range(2)]
+        while not any(future.done() for future in others):  # the second of them
+            threading.Event().wait(0.001)
+        codec._decoder.open.set()
+    assert codec._decoder.batches == [1, 1]
+    assert first.result().size == (31, 17)
+
+
+def broken(bodies):
+    raise RuntimeError("CUDA error 719")
+
+
+@pytest.mark.parametrize("fail", [lambda bodies: [None] * len(bodies), broken])
 def test_a_jpeg_that_the_gpu_cannot_decode_is_decoded_by_pillow_and_counted(
-    run_server, bundle, onnx_runtime, codec, monkeypatch
+    run_server, bundle, onnx_runtime, codec, fail
 ):
-    monkeypatch.setattr(loaders, "_gpu_loader", lambda: codec)
-    monkeypatch.setattr(codec, "_decoder", lambda: SimpleNamespace(decode=lambda body, params: None))
+    codec._decoder.fail = fail
     with run_server(onnx_runtime, bundle, GPU) as client:
         assert client.post("/v1/classify", content=encode((300, 200))).status_code == 200
         assert "sopdeploy_failed_gpu_decodes_total 1.0" in client.get("/metrics").text
 
 
-def test_a_decoder_that_uses_the_cpu_or_decodes_nothing_is_rejected_at_the_start(codec, monkeypatch):
+def test_a_server_decodes_with_it(run_server, bundle, onnx_runtime, codec):
+    with run_server(onnx_runtime, bundle, GPU) as client:
+        assert client.post("/v1/classify", content=encode((300, 200))).status_code == 200
+        assert "sopdeploy_failed_gpu_decodes_total 0.0" in client.get("/metrics").text
+    assert codec._decoder.batches == [1]
+
+
+def test_loading_a_model_measures_drift_and_gray_levels(tmp_path, codec):
+    found = load_model(write_bundle(tmp_path, golden=True), GPU).fast_decode
+    assert found.drift < 0.02
+    assert found.agreement == 1
+    assert 0 < found.gray_levels < 0.1
+
+
+def test_a_model_is_not_loaded_if_the_pixels_of_the_golden_examples_differ(tmp_path, codec, monkeypatch):
+    path, resize = write_bundle(tmp_path, golden=True), codec._resize
+    monkeypatch.setattr(codec, "_resize", lambda *given: np.roll(resize(*given), 1, axis=1))
+    with pytest.raises(ParityError, match=r"golden example differ by .* gray levels .* decode=exact"):
+        load_model(path, GPU)
+
+
+def test_a_decoder_that_uses_the_cpu_or_decodes_nothing_is_rejected_at_the_start(codec, library):
+    jpeg = synthetic_jpeg(CHECKED_SIZE, 0)
     message = r"the GPU did not decode a test JPEG \(result: \(64, 96, 3\) in STRIDED_HOST\).*decode=exact"
     with pytest.raises(RuntimeUnavailableError, match=message):
-        codec.check_device()  # the library's own decoder, on the CPU
-    monkeypatch.setattr(codec, "_decoder", lambda: SimpleNamespace(decode=lambda body, params: None))
+        codec.check_device(jpeg, CHECKED_SIZE)  # the library's own decoder, on the CPU
+    codec._decoder.fail = lambda bodies: [None]
     with pytest.raises(RuntimeUnavailableError, match="result: nothing"):
-        codec.check_device()
-    library = codec._library
+        codec.check_device(jpeg, CHECKED_SIZE)
     kind = SimpleNamespace(buffer_kind=library.ImageBufferKind.STRIDED_DEVICE, shape=[64, 96, 3])
-    monkeypatch.setattr(codec, "_decoder", lambda: SimpleNamespace(decode=lambda body, params: kind))
-    codec.check_device()
+    codec._decoder.fail = lambda bodies: [kind]
+    codec.check_device(jpeg, CHECKED_SIZE)
 
 
-def test_without_the_library_the_error_says_how_to_install_it(bundle_path, monkeypatch):
+ABSENT = {
+    "nvidia.nvimgcodec": r'pip install "sopdeploy\[nvimagecodec\]"',
+    "": r'pip install "sopdeploy\[gpu\]"',
+}
+
+
+@pytest.mark.parametrize("module", ABSENT)
+def test_what_is_missing_is_named(bundle_path, monkeypatch, library, module):
+    """The tests have onnxruntime without CUDA."""
     _gpu_loader.cache_clear()
-    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
-    with pytest.raises(RuntimeUnavailableError, match=r'pip install "sopdeploy\[nvimagecodec\]"'):
+    if module:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(RuntimeUnavailableError, match=ABSENT[module]):
         load_model(bundle_path, GPU)

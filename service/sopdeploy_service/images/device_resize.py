@@ -1,0 +1,67 @@
+"""Resize images on a device with ONNX Runtime: Pillow's filters, at most one gray level off.
+
+`bilinear.onnx` and `bicubic.onnx` beside this file consist of the operator `Resize` with antialiasing, which
+computes with the same integers as Pillow. tests/service/images/test_device_resize.py builds them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy_service.runtime.cuda_libraries import load_cuda_libraries
+from sopdeploy_service.runtime.onnxruntime import CPU, CUDA, import_onnxruntime, session_options
+
+FILTERS = ("bilinear", "bicubic")
+# The default stream: nvImageCodec makes it wait for its images, so no image is resized before it is decoded.
+OPTIONS = {CPU: {}, CUDA: {"user_compute_stream": "1"}}
+INTERFACES = {CPU: ("cpu", "__array_interface__"), CUDA: ("cuda", "__cuda_array_interface__")}
+
+
+class DeviceResize:
+    """Resizes images in the memory of *provider*; one thread at a time.
+
+    Raises `RuntimeUnavailableError` if onnxruntime does not have *provider* here.
+    """
+
+    def __init__(self, provider: str = CUDA) -> None:
+        onnxruntime = import_onnxruntime()
+        if provider not in onnxruntime.get_available_providers():
+            raise RuntimeUnavailableError(
+                f"decode=nvimagecodec: onnxruntime {onnxruntime.__version__} has no {provider} here; "
+                'run: pip install "sopdeploy[gpu]" without [cpu], or serve with decode=exact'
+            )
+        if provider == CUDA:
+            load_cuda_libraries(onnxruntime)
+        self._kind, self._interface = INTERFACES[provider]
+        options = session_options(onnxruntime, 1, provider)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self._sessions = {
+            name: onnxruntime.InferenceSession(
+                Path(__file__).with_name(f"{name}.onnx").read_bytes(),
+                options,
+                providers=[(provider, OPTIONS[provider])],
+                enable_fallback=0,
+            )
+            for name in FILTERS
+        }
+
+    def __call__(self, image: Any, size: tuple[int, int], interpolation: str) -> NDArray[np.uint8]:
+        """Resize *image* (H, W, 3) uint8 to *size* (width, height); return its pixels on the host.
+
+        *image* has NumPy's array interface or, on a GPU, that of CUDA.
+        """
+        source = getattr(image, self._interface)
+        if source["strides"] is not None:
+            raise ValueError("the rows of a decoded image are not contiguous")
+        address, _ = source["data"]
+        session = self._sessions[interpolation]
+        binding = session.io_binding()
+        binding.bind_input("image", self._kind, 0, np.uint8, source["shape"], address)
+        binding.bind_cpu_input("size", np.array([1, 3, size[1], size[0]]))
+        binding.bind_output("pixels", "cpu")
+        session.run_with_iobinding(binding)
+        pixels: NDArray[np.uint8] = binding.copy_outputs_to_cpu()[0]
+        return pixels

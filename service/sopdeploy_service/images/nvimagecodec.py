@@ -1,0 +1,149 @@
+"""Load JPEGs in batches with NVIDIA's nvImageCodec, and resize them on the same device.
+
+Each decoder thread loads one image. While a batch is on the device, the images of other threads become the
+next batch. If that is full, a thread returns to Pillow: the cores decode what the device cannot.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Condition
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.images.pixels import MAX_ASPECT_RATIO, resized_size
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.cores import LARGEST_DECODE_BATCH
+from sopdeploy_service.images.device_resize import DeviceResize
+
+MODES = {"RGB", "L"}
+END = b"\xff\xd9"  # of a complete JPEG; NVIDIA's decoders do not report that data is missing
+OPTIONS = ":fancy_upsampling=1"  # chroma interpolation as in libjpeg
+THREADS = 4  # of the library, for what its decoders do on the CPU
+MAX_BATCH_PIXELS = 100_000_000  # 300 MB of the device, unless a single image has more
+
+log = logging.getLogger("sopdeploy.service")
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A JPEG *body* of *size* to decode and resize to *target*; sizes are (width, height).
+
+    *pixels* (h, w, 3) is set before *done*, unless the device could not decode the image.
+    """
+
+    body: bytes
+    size: tuple[int, int]
+    target: tuple[int, int]
+    interpolation: str
+    pixels: NDArray[np.uint8] | None = None
+    done: bool = False
+
+    @property
+    def area(self) -> int:
+        """The pixels of the file."""
+        return self.size[0] * self.size[1]
+
+
+class NvImageCodec:
+    """Loads JPEGs at the size to which preprocessing resizes them. Thread-safe.
+
+    *device* is a CUDA device number or a constant of *library*; *backends* are names of its decoder backends.
+    *resize* must be on the same device. Raises `RuntimeUnavailableError` if no decoder can be created.
+    """
+
+    def __init__(self, library: Any, device: int, backends: tuple[str, ...], resize: DeviceResize) -> None:
+        self._library, self._resize = library, resize
+        self._params = library.DecodeParams(
+            color_spec=library.ColorSpec.SRGB, apply_exif_orientation=False, allow_any_depth=False
+        )
+        try:
+            self._decoder = library.Decoder(
+                device_id=device,
+                max_num_cpu_threads=THREADS,
+                backends=[library.Backend(getattr(library, name)) for name in backends],
+                options=OPTIONS,
+            )
+        except RuntimeError as error:
+            raise RuntimeUnavailableError(
+                "decode=nvimagecodec: no GPU that can decode "
+                f"({' '.join(str(error).split())}); serve with decode=exact"
+            ) from error
+        self._changed = Condition()
+        self._waiting: list[Job] = []  # the next batch
+        self._busy = False  # a thread runs a batch
+
+    def __call__(
+        self,
+        image: Image.Image,
+        body: bytes,
+        preprocess: Preprocess,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> Image.Image:
+        """Load *image*, whose file is *body*; Pillow loads at full size what the device does not.
+
+        Calls *on_failure* if the device could not decode an RGB or gray JPEG.
+        """
+        strip = preprocess.fit == "crop" and max(image.size) > MAX_ASPECT_RATIO * min(image.size)
+        if image.format == "JPEG" and image.mode in MODES and body.endswith(END) and not strip:
+            target = resized_size(image.size, preprocess)
+            job = Job(body, image.size, target, preprocess.interpolation)
+            if self._join(job):
+                if job.pixels is not None:
+                    loaded = Image.fromarray(job.pixels)
+                    loaded.info = image.info  # includes the EXIF orientation, which preprocessing applies
+                    return loaded
+                on_failure()
+        image.load()
+        return image
+
+    def check_device(self, jpeg: bytes, size: tuple[int, int]) -> None:
+        """Decode *jpeg* of *size*; raise `RuntimeUnavailableError` unless the pixels are in GPU memory.
+
+        Without this, Pillow would silently decode every image if the GPU decoder could decode none.
+        """
+        (decoded,) = self._decoder.decode([jpeg], params=self._params)
+        where = getattr(decoded, "buffer_kind", None)
+        shape = tuple(getattr(decoded, "shape", ()))
+        if where != self._library.ImageBufferKind.STRIDED_DEVICE or shape != (size[1], size[0], 3):
+            result = "nothing" if decoded is None else f"{shape} in {getattr(where, 'name', where)}"
+            raise RuntimeUnavailableError(
+                f"decode=nvimagecodec: the GPU did not decode a test JPEG (result: {result}); "
+                'run: pip install "sopdeploy[nvimagecodec]" (with nvJPEG), or serve with decode=exact'
+            )
+
+    def _join(self, job: Job) -> bool:
+        """Wait until *job* was in a batch, which one of its threads runs; return False if it is full."""
+        with self._changed:
+            area = sum(waiting.area for waiting in self._waiting)
+            full = len(self._waiting) >= LARGEST_DECODE_BATCH
+            if full or (self._waiting and area + job.area > MAX_BATCH_PIXELS):
+                return False
+            self._waiting.append(job)
+            while self._busy and not job.done:
+                self._changed.wait()
+            if job.done:
+                return True
+            jobs, self._waiting, self._busy = self._waiting, [], True
+        try:
+            self._run(jobs)
+        except Exception as error:  # the libraries' errors share no base class
+            log.warning("%d JPEGs are decoded on the CPU: %s", len(jobs), " ".join(str(error).split()))
+        finally:
+            with self._changed:
+                for ended in jobs:
+                    ended.done = True
+                self._busy = False
+                self._changed.notify_all()
+        return True
+
+    def _run(self, jobs: list[Job]) -> None:
+        """Decode *jobs* in one call and resize what could be decoded."""
+        decoded = self._decoder.decode([job.body for job in jobs], params=self._params)
+        for job, image in zip(jobs, decoded, strict=True):
+            if image is not None and tuple(image.shape) == (job.size[1], job.size[0], 3):
+                job.pixels = self._resize(image, job.target, job.interpolation)

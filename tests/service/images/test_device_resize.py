@@ -1,0 +1,106 @@
+"""Resizing on the device, with the CPU as the device: the same operator, memory addresses instead of copies.
+
+`python -m tests.service.images.test_device_resize` writes the graphs.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from PIL import Image
+
+from sopdeploy.images.pixels import RESAMPLING
+from sopdeploy_service.images import device_resize
+from sopdeploy_service.images.device_resize import FILTERS, DeviceResize
+from sopdeploy_service.runtime.onnxruntime import CPU
+from tests.cuda.stand_in import ABSENT, installed, opened, start
+
+FOLDER = Path(device_resize.__file__).parent
+MODES = {"bilinear": "linear", "bicubic": "cubic"}
+SIZES = [  # of the file, of the resized image
+    ((500, 375), (341, 256)),
+    ((1000, 700), (366, 256)),
+    ((192, 256), (256, 341)),
+    ((390, 263), (379, 256)),
+    ((40, 30), (40, 30)),
+    ((7, 5), (2, 1)),
+]
+
+
+def build(interpolation: str) -> onnx.ModelProto:
+    """Build the graph: image (H, W, 3) and size (1, 3, h, w) to pixels (h, w, 3)."""
+    nodes = [
+        helper.make_node("Unsqueeze", ["image", "batch"], ["rows"]),
+        helper.make_node("Transpose", ["rows"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node(
+            "Resize",
+            ["planes", "", "", "size"],
+            ["resized"],
+            mode=MODES[interpolation],
+            antialias=1,
+            exclude_outside=1,  # Pillow cuts the filter at the edges
+            cubic_coeff_a=-0.5,
+        ),
+        helper.make_node("Transpose", ["resized"], ["resized_rows"], perm=[0, 2, 3, 1]),
+        helper.make_node("Squeeze", ["resized_rows", "batch"], ["pixels"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("image", TensorProto.UINT8, ["H", "W", 3]),
+        helper.make_tensor_value_info("size", TensorProto.INT64, [4]),
+    ]
+    outputs = [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["h", "w", 3])]
+    batch = helper.make_tensor("batch", TensorProto.INT64, [1], [0])
+    graph = helper.make_graph(nodes, interpolation, inputs, outputs, [batch])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+
+
+@pytest.fixture(scope="module")
+def resize() -> DeviceResize:
+    return DeviceResize(CPU)
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize(("size", "target"), SIZES)
+def test_pixels_are_at_most_one_gray_level_from_those_of_pillow(
+    resize: DeviceResize, interpolation: str, size: tuple[int, int], target: tuple[int, int]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(noise).resize(target, RESAMPLING[interpolation]))
+    difference = np.abs(resize(noise, target, interpolation).astype(int) - expected)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_the_graph_is_what_its_source_builds(interpolation: str) -> None:
+    stored = (FOLDER / f"{interpolation}.onnx").read_bytes()
+    assert stored == build(interpolation).SerializeToString()
+
+
+@pytest.mark.skipif(not installed(), reason=ABSENT)
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_the_cuda_provider_runs_every_operator(interpolation: str) -> None:
+    assert opened(build(interpolation)) == "ok"
+
+
+ON_CUDA = """
+from types import SimpleNamespace
+import numpy as np
+from sopdeploy_service.images.device_resize import DeviceResize
+pixels = np.zeros((5, 7, 3), np.uint8)
+facts = {"shape": pixels.shape, "strides": None, "data": (pixels.ctypes.data, False)}
+resize = DeviceResize()
+print(resize(SimpleNamespace(__cuda_array_interface__=facts), (4, 3), "bicubic").shape)
+"""
+
+
+@pytest.mark.skipif(not installed(), reason=ABSENT)
+def test_the_cuda_provider_reads_the_memory_of_the_decoder() -> None:
+    assert start("-c", ON_CUDA).communicate(timeout=120)[0] == "(3, 4, 3)\n"
+
+
+if __name__ == "__main__":
+    for name in FILTERS:
+        (FOLDER / f"{name}.onnx").write_bytes(build(name).SerializeToString())
