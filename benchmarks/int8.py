@@ -37,7 +37,7 @@ def graphs(name: str) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     preprocess = Preprocess()
     plain = lower(capture(detached, preprocess, BatchRange(maximum=8)).any_batch, detached.outputs)
     quantizer = Int8Quantizer(plain, generated_images(preprocess.crop), float32_parts(detached))
-    return quantizer.quantize("minmax"), plain
+    return quantizer.quantize(), plain
 
 
 def session(model: onnx.ModelProto) -> ort.InferenceSession:

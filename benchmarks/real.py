@@ -47,7 +47,6 @@ def measure(checkpoint: Path, calibration: Path, test: Path, folder: Path) -> li
         reference = reference or predicted
         right = sum(score.target == score.top5[0] for score in scores)
         equal = sum(a == b for a, b in zip(predicted, reference, strict=True))
-        found = exported.precision.quantisation
         rows.append(
             {
                 "form": name,
@@ -55,7 +54,6 @@ def measure(checkpoint: Path, calibration: Path, test: Path, folder: Path) -> li
                 "agreement": Rate.of(equal, len(scores)),
                 "megabytes": (exported.path / "model.onnx").stat().st_size / 1e6,
                 "seconds": seconds,
-                "method": "" if found is None else found.calibration,
             }
         )
     return rows
@@ -67,7 +65,7 @@ def line(row: dict[str, Any]) -> str:
         f"{100 * rate.share:.1f} % ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
         for rate in (row["top1"], row["agreement"])
     )
-    cells = (row["form"], row["method"], *shares, f"{row['megabytes']:.1f}", f"{row['seconds']:.0f}")
+    cells = (row["form"], *shares, f"{row['megabytes']:.1f}", f"{row['seconds']:.0f}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -93,9 +91,7 @@ def main() -> None:
         ]
         report(values, as_json=True)
         return
-    print(
-        "| form | calibration | top-1 | agreement with fp32 | MB | export, CPU s |\n|---|---|---|---|---|---|"
-    )
+    print("| form | top-1 | agreement with fp32 | MB | export, CPU s |\n|---|---|---|---|---|")
     print(*map(line, rows), sep="\n")
 
 

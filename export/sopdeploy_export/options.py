@@ -1,7 +1,7 @@
 """Options of an export."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import pydantic
 
@@ -9,8 +9,6 @@ from sopdeploy.bundle.manifest import BatchRange, Int8For, Precision
 from sopdeploy.config import NonNegative, Options
 from sopdeploy.errors import ConfigError
 
-Iteration = Literal["fp32", "fp16"]
-Calibration = Literal["minmax", "entropy", "percentile"]
 BatchSize = Annotated[int, pydantic.Field(ge=1, le=1_000_000)]
 USUAL_BATCH = 8  # the batch size that equivalent forms of a layer are chosen for
 
@@ -28,16 +26,10 @@ class ExportOptions(Options):
     """Write the bundle although an output exceeds its tolerance, and record it."""
     precision: Precision = "fp32"
     """Precision of the graph."""
-    newton_schulz: Iteration = "fp32"
-    """Type of the Newton-Schulz matrices between two products; fp16 needs precision fp16."""
     calibrate: Path | None = None
     """Folder of images to calibrate int8 ranges."""
-    calibration: Calibration | None = None
-    """Calibration method for int8 ranges; by default the first that loses little enough."""
     int8_for: Int8For = "cpu"
     """Runtime to quantize for, with int8."""
-    keep_float: tuple[str, ...] = ()
-    """Network part whose convolutions stay in float32, with int8; repeatable."""
     evaluate: Path | None = None
     """Folder of images by class, to compare top-1 with that in float32."""
     max_drop: NonNegative = 1.0
@@ -63,10 +55,8 @@ class ExportOptions(Options):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "ExportOptions":
-        if self.newton_schulz == "fp16" and self.precision != "fp16":
-            raise ConfigError("fp16 needs precision fp16", setting="newton_schulz")
         if self.precision != "int8":
-            for name in ("calibrate", "int8_for", "keep_float"):
+            for name in ("calibrate", "int8_for"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ConfigError("only with precision int8", setting=name)
         return self

@@ -36,7 +36,6 @@ from sopdeploy_export.parity.embedding import add_embedding_output, check_embedd
 from sopdeploy_export.parity.onnx_file import run_one
 from sopdeploy_export.parity.report import LOGITS, ParityReport
 from sopdeploy_export.parity.routing import find_gate, is_decided
-from sopdeploy_export.parity.spectral import spectral_records
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck, open_folders
 from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, convert
 from sopdeploy_export.proof.certificate import Certificate, Proof, certify, certify_onnx
@@ -203,8 +202,7 @@ def compare_with_network(
     """Compare the ONNX *file* with the outputs of *detached* in float64 for *images*."""
     deployed = Deployed(detached, preprocess).eval()
     expected = compute_reference(deployed, images, converted.run, options.precision, converted.gate)
-    roots = spectral_records(converted.spectral, torch.from_numpy(images))
-    parity = compare(file, expected, images, options.batch, spectral=roots, allow_drift=options.allow_drift)
+    parity = compare(file, expected, images, options.batch, allow_drift=options.allow_drift)
     return expected, parity
 
 

@@ -20,8 +20,6 @@ class ExportHints:
             effect where one of `low_precision_children` exists: that child receives the input instead.
         keep_output_dtype: The output is cast to the network's own type, because it scales a feature map.
         is_gate: A mixture gate with `feature`, `logits(feature)` and `chosen`; parity checks report routing.
-        computes_roots: The layer computes matrix square roots, which parity checks measure. It has `config`
-            (a `NewtonSchulzConfig`, or None without a root) and `roots(*inputs)`: the maps and the roots.
         not_exportable: Why the layer has no ONNX form that every runtime accepts, and what to use instead.
             The exporter refuses the network with this message.
     """
@@ -31,7 +29,6 @@ class ExportHints:
     cast_inputs: ClassVar[bool] = False
     keep_output_dtype: ClassVar[bool] = False
     is_gate: ClassVar[bool] = False
-    computes_roots: ClassVar[bool] = False
     not_exportable: str | None = None
 
 

@@ -45,7 +45,6 @@ class ISqrtCov(nn.Module, ExportHints):
     """
 
     keep_float32 = True
-    computes_roots = True
     triangle: Tensor
 
     def __init__(self, width: int = 256, config: NewtonSchulzConfig | None = None) -> None:
@@ -63,10 +62,6 @@ class ISqrtCov(nn.Module, ExportHints):
                 vector: Tensor = ISqrtVector.apply(features_BdHW, self.triangle, self.config)
                 return vector
             return isqrt_vector(features_BdHW, self.triangle, self.config)
-
-    def roots(self, features_BdHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the maps whose roots are computed, and the roots (B, d, d), for the parity checks."""
-        return features_BdHW, covariance_root(features_BdHW, self.config)
 
 
 def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
@@ -106,7 +101,6 @@ def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormal
     map_BdHW = at_least_float32(features_BdHW)
     x_BdM = centered_and_scaled(map_BdHW) if config.centered else scaled(map_BdHW)
     use_gram = gram_is_cheaper(x_BdM.shape[1], x_BdM.shape[2], config.iterations)
-    use_gram = use_gram and config.stored == "float32"
     matrix_Bnn = covariance(x_BdM.transpose(1, 2) if use_gram else x_BdM)
     norm_B11 = covariance_trace(matrix_Bnn) if config.prenorm == "trace" else frobenius_norm(matrix_Bnn)
     norm_B11 = norm_B11.clamp_min(SMALLEST_NORM)
@@ -116,7 +110,7 @@ def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormal
 def covariance_root(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Tensor:
     """Compute the root (B, d, d) of the covariance of a map with operations that autograd differentiates."""
     start = prenormalize(features_BdHW, config)
-    for step in steps(as_stored(start.matrix, config), config.iterations):  # noqa: B007 - the last one
+    for step in steps(start.matrix, config.iterations):  # noqa: B007 - the last one
         pass
     return _root(start, step, config)
 
@@ -126,18 +120,12 @@ def isqrt_vector(features_BdHW: Tensor, triangle: Tensor, config: NewtonSchulzCo
     return covariance_root(features_BdHW, config).flatten(start_dim=1).index_select(1, triangle)
 
 
-def as_stored(matrix_Bnn: Tensor, config: NewtonSchulzConfig) -> Tensor:
-    """Convert a float32 matrix to the type in which *config* stores it; float64 stays."""
-    half = config.stored == "float16" and matrix_Bnn.dtype == torch.float32
-    return matrix_Bnn.half() if half else matrix_Bnn
-
-
 def _root(start: Prenormalized, last: Step, config: NewtonSchulzConfig) -> Tensor:
     """Compute the root (B, d, d) from the last step: Y_N, times sqrt(n) with compensation."""
     if start.use_gram:
         inner_BMM = last.next_z() / (start.norm.sqrt() if config.compensate else start.norm)
         return start.x @ inner_BMM @ start.x.transpose(1, 2)
-    y_Bdd = at_least_float32(last.next_y())
+    y_Bdd = last.next_y()
     return y_Bdd * start.norm.sqrt() if config.compensate else y_Bdd
 
 

@@ -6,8 +6,6 @@ Shapes: B matrices of C rows and columns.
 The first step uses Z = I and the last one needs only one of Y and Z, so N steps take 3N - 3 products (N = 1
 takes one for Y and none for Z). The result is the truncated iterate, not the square root: at N = 5 it differs
 from the root by 18 to 42 % on ReLU features. N is therefore part of the trained network and never changes.
-
-Matrices stored in float16 (an export option) are multiplied in float32: only the stored values are rounded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,15 +30,12 @@ class NewtonSchulzConfig(StrictModel):
         prenorm: The norm that divides the covariance before the iteration.
         compensate: Multiply the root by the square root of that norm after the iteration.
         centered: Subtract the mean of the map; without it, the root is that of X X^T / M.
-        stored: Type of the matrices between two products; the exporter may choose float16. A network in
-            float64 (the reference of the parity checks) ignores it.
     """
 
     iterations: Iterations = 5
     prenorm: Prenorm = "trace"
     compensate: bool = True
     centered: bool = True
-    stored: Literal["float32", "float16"] = "float32"
 
 
 class NewtonSchulzOptions(StrictModel):
@@ -65,17 +60,11 @@ class Step(NamedTuple):
 
     def next_y(self) -> Tensor:
         """Compute Y_(k+1) = Y_k T_k, (B, C, C)."""
-        return _product(self.y, self.t)
+        return self.y @ self.t
 
     def next_z(self) -> Tensor:
         """Compute Z_(k+1) = T_k Z_k, (B, C, C)."""
-        return self.t if self.z is None else _product(self.t, self.z)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    if left.dtype != torch.float16:
-        return left @ right
-    return (left.float() @ right.float()).half()
+        return self.t if self.z is None else self.t @ self.z
 
 
 def steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
@@ -85,11 +74,7 @@ def steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
     yield step
     for _ in range(iterations - 1):
         y_BCC, z_BCC = step.next_y(), step.next_z()
-        if y_BCC.dtype == torch.float16:
-            t_BCC = (1.5 * identity.float() - 0.5 * (z_BCC.float() @ y_BCC.float())).half()
-        else:
-            t_BCC = torch.baddbmm(identity, z_BCC, y_BCC, beta=1.5, alpha=-0.5)
-        step = Step(y_BCC, z_BCC, t_BCC)
+        step = Step(y_BCC, z_BCC, torch.baddbmm(identity, z_BCC, y_BCC, beta=1.5, alpha=-0.5))
         yield step
 
 

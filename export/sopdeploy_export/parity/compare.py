@@ -30,7 +30,6 @@ from sopdeploy_export.parity.report import (
     PROVIDER,
     OutputParity,
     ParityReport,
-    SpectralRecord,
     agreement,
 )
 from sopdeploy_export.parity.routing import (
@@ -42,7 +41,6 @@ from sopdeploy_export.parity.routing import (
     rerouted,
     routing_parity,
 )
-from sopdeploy_export.parity.spectral import violation
 
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Tensor], tuple[Tensor, ...]]
@@ -126,14 +124,13 @@ def compare(
     images: NDArray[np.uint8],
     batch: BatchRange,
     *,
-    spectral: tuple[SpectralRecord, ...] = (),
     allow_drift: bool = False,
 ) -> ParityReport:
     """Compare the ONNX file at *path* with *expected* on uint8 *images* (P, H, W, 3).
 
-    Raises `ParityError` if an output exceeds its tolerance or is not finite, if a class or route changed
-    despite a clear margin, or if one of the *spectral* records of second-order modules exceeds its limit.
-    With *allow_drift*, the report records these errors instead; values that are not finite always raise.
+    Raises `ParityError` if an output exceeds its tolerance or is not finite, or if a class or route changed
+    despite a clear margin. With *allow_drift*, the report records these errors instead; values that are not
+    finite always raise.
     """
     session, model = open_session(path), onnx.load(path)
     sizes = sorted({1, min(2, batch.maximum), batch.optimum, min(batch.maximum - 1, LARGEST_BATCH) or 1})
@@ -173,14 +170,12 @@ def compare(
         spread=logit_spread(expected.outputs[LOGITS][kept]) if expected.precision != "fp32" else None,
         top1=top1,
         routing=routing,
-        spectral=spectral,
-        broken=violation(spectral),
         operators=operator_counts(model),
         file_bytes=path.stat().st_size,
         passed=passed,
         drift_allowed=False,
     )
-    passed = passed and report.broken is None and not report.unverifiable
+    passed = passed and not report.unverifiable
     report = report.model_copy(update={"passed": passed, "drift_allowed": allow_drift and not passed})
     if not report.passed and not allow_drift:
         raise ParityError(_error_message(report))
@@ -241,8 +236,6 @@ def _error_message(report: ParityReport) -> str:
             f"{0.5 / report.floors_allowed:.1%} or more a file that ignores its input would pass; train "
             "longer, or choose precision fp32"
         )
-    if report.broken is not None:
-        what = f"violates an invariant of a second-order module: {report.broken}"
     if routing is not None and routing.flips and routing.undecided == report.images:
         what += "; the gate is undecided on every image, so rounding decides: train longer"
     return f"the exported file {what}; nothing was written"

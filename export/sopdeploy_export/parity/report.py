@@ -106,20 +106,6 @@ class RoutingParity(StrictModel):
     usage: tuple[int, ...] = ()
 
 
-class SpectralRecord(StrictModel):
-    """Error of the matrix square root R of one second-order module, measured in torch.
-
-    `distance` is max ||R - R*|| / ||R*|| for N iterations R* in float64, and `allowed` is its limit. `stored`
-    is the dtype of matrices between products.
-    """
-
-    part: str
-    iterations: int
-    stored: Literal["float32", "float16"]
-    distance: float
-    allowed: float
-
-
 class ClassMapParity(StrictModel):
     """The maximum difference between logits and the mean of their class activation maps plus bias."""
 
@@ -131,8 +117,8 @@ class ParityReport(StrictModel):
     """The comparison of the exported file with its network.
 
     `spread` is the largest range of a logit over the images; None in float32. `emulation` describes how the
-    runtime computed operators for which it has no kernels; None if it ran the file unchanged. `broken` names
-    the first violated invariant of `spectral`. `class_maps` is None without `--with-cam`.
+    runtime computed operators for which it has no kernels; None if it ran the file unchanged. `class_maps` is
+    None without `--with-cam`.
     """
 
     precision: Precision = "fp32"
@@ -145,8 +131,6 @@ class ParityReport(StrictModel):
     spread: float | None = None
     top1: Agreement
     routing: RoutingParity | None = None
-    spectral: tuple[SpectralRecord, ...] = ()
-    broken: str | None = None
     class_maps: ClassMapParity | None = None
     operators: dict[str, int]
     file_bytes: int

@@ -8,10 +8,7 @@ in float32. A local response norm also computes in float32, because squares of a
 float16. All outputs are float32.
 
 `fp16` converts everything else to float16, including the classifier. `bf16-backbone` converts the layers that
-compute feature maps to bfloat16, but not the classifier. Newton-Schulz in float16 is a separate option: its
-matrices are stored in float16 and multiplied in float32, which TensorRT runs as one float16 product with a
-float32 accumulator. The relative error of the iteration is 7e-4 in float16. It would be 5e-3 in bfloat16, so
-bfloat16 is not offered.
+compute feature maps to bfloat16, but not the classifier.
 
 Before the casts, batch norms are folded in float64 into the convolutions before them: y = s (W x) + t is the
 convolution (s W) x + t. Rounding the weights once, after folding, is more accurate than the ONNX converter,

@@ -8,13 +8,12 @@ Types are read from the exported graph, not from the options: weights from its i
 the captured program. A graph whose types differ from the requested ones is rejected.
 """
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import onnx
 import torch
@@ -25,8 +24,6 @@ from sopdeploy.bundle.manifest import Precision
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.export_hints import export_hints
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.graph import (
     OPSET,
@@ -40,7 +37,7 @@ from sopdeploy_export.graph import (
     output_names,
     probe_images,
 )
-from sopdeploy_export.options import Calibration, ExportOptions
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import Gate, Run
 from sopdeploy_export.parity.onnx_file import (
     file_outputs,
@@ -55,7 +52,7 @@ from sopdeploy_export.precision.casts import (
     weight_dtypes,
     with_precision,
 )
-from sopdeploy_export.precision.int8 import METHODS, Int8Quantizer, check_part_names
+from sopdeploy_export.precision.int8 import Int8Quantizer
 from sopdeploy_export.precision.report import (
     Accuracy,
     Attempt,
@@ -149,7 +146,6 @@ class ConvertedGraph:
         model: The graph in the requested precision.
         run: Runs the same computation without the runtime's fusions; its error is the noise floor.
         gate: Computes the gate's logits in the same precision; `None` without a gate.
-        spectral: The network whose matrix square roots are exported.
         lowering: Report of the rewrite rules.
         source: The graph that the rules were applied to, if they made `model`; `None` for int8.
         float32_model: A graph in float32 that the accuracy of `model` is compared with.
@@ -159,22 +155,10 @@ class ConvertedGraph:
     model: onnx.ModelProto
     run: Run
     gate: Gate | None
-    spectral: nn.Module
     lowering: LoweringReport
     source: onnx.ModelProto | None
     float32_model: onnx.ModelProto
     precision: PrecisionReport
-
-
-def with_stored_roots(network: nn.Module, stored: Literal["float32", "float16"]) -> nn.Module:
-    """Return *network*, or a copy that stores the matrices between two Newton-Schulz products as *stored*."""
-    if stored == "float32":
-        return network
-    copied = copy.deepcopy(network)
-    for part in copied.modules():
-        if export_hints(part).computes_roots and isinstance(part.config, NewtonSchulzConfig):
-            part.config = part.config.model_copy(update={"stored": stored})
-    return copied
 
 
 def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: ExportOptions) -> CapturedGraph:
@@ -185,9 +169,7 @@ def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: Export
     if options.precision not in LOW_PRECISION:
         return certified
     pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:OBSERVED_IMAGES]))
-    stored: Literal["float32", "float16"] = "float16" if options.newton_schulz == "fp16" else "float32"
-    network = with_stored_roots(certified.network, stored)
-    cast = with_precision(network, certified.program, options.precision, pixels)
+    cast = with_precision(certified.network, certified.program, options.precision, pixels)
     program = capture_any_batch(cast, preprocess, options.batch)
     opset = OPSET_OF_BFLOAT16 if options.precision == "bf16-backbone" else OPSET
     return CapturedGraph(cast, program, lower(program, output_names(certified.network), opset))
@@ -231,13 +213,11 @@ def convert(
         model=model,
         run=run,
         gate=gate,
-        spectral=own,
         lowering=lowering,
         source=None if options.precision == "int8" else source.model,
         float32_model=float32_model,
         precision=PrecisionReport(
             precision=options.precision,
-            newton_schulz=options.newton_schulz,
             parts=part_precisions(model, source.program),
             quantisation=quantization,
             accuracy=measured,
@@ -250,38 +230,31 @@ def quantize_accurately(
 ) -> tuple[onnx.ModelProto, Quantization, Accuracy]:
     """Quantize *model*, the float32 graph of *network*; stop at the first attempt within `max_drop`.
 
-    The attempts are the calibration methods, then the best of them with 10, 25 and 50 % of the layers in
-    float32, those with the largest effect on the logits. If all lose more, the best one is returned.
+    The attempts are int8 in all layers, then float32 in 10, 25 and 50 % of them, those that change the logits
+    most. If all lose more, the best one is returned.
     """
     images = check.calibration
     if images is None:
         raise ConfigError(
             "int8 needs images to measure ranges on", setting="precision", remedies={"calibrate": None}
         )
-    check_part_names(model, options.keep_float)
-    in_float = [*float32_parts(network), *options.keep_float]
-    quantizer = Int8Quantizer(model, images, in_float, options.int8_for)
+    quantizer = Int8Quantizer(model, images, float32_parts(network), options.int8_for)
     tried: list[tuple[Attempt, onnx.ModelProto, Accuracy]] = []
 
-    def attempt(method: Calibration, layers: Sequence[str] = ()) -> bool:
-        quantized = quantizer.quantize(method, layers)
+    def attempt(layers: Sequence[str] = ()) -> bool:
+        quantized = quantizer.quantize(layers)
         found = check.measure(model, quantized)
-        entry = Attempt(calibration=method, in_float32=tuple(layers), drop=found.drop)
-        tried.append((entry, quantized, found))
+        tried.append((Attempt(in_float32=tuple(layers), drop=found.drop), quantized, found))
         return found.drop <= options.max_drop
 
-    methods = tuple(METHODS) if options.calibration is None else (options.calibration,)
-    if not any(attempt(method) for method in methods):
-        best = min(tried, key=lambda entry: entry[0].drop)[0].calibration
-        layers = list(quantizer.layer_costs(best))
+    if not attempt():
+        layers = list(quantizer.layer_costs())
         counts = sorted({math.ceil(part * len(layers)) for part in FLOAT32_FRACTIONS} - {len(layers)})
-        any(attempt(best, layers[:count]) for count in counts)
+        any(attempt(layers[:count]) for count in counts)
     chosen, quantized, accuracy = min(tried, key=lambda entry: (entry[0].drop, len(entry[0].in_float32)))
     quantization = Quantization(
         runtime=options.int8_for,
-        kept=options.keep_float,
         in_float32=chosen.in_float32,
-        calibration=chosen.calibration,
         images=len(images),
         layers=len(quantizer.layers) - len(chosen.in_float32),
         tried=tuple(entry for entry, _, _ in tried),

@@ -27,7 +27,7 @@ each channel by E[(W' - W) x], which is subtracted from the bias.
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import redirect_stdout
-from functools import partial
+from functools import cached_property, partial
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,22 +42,13 @@ from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from sopdeploy.bundle.manifest import Int8For
-from sopdeploy.errors import ConfigError, LoweringError
+from sopdeploy.errors import LoweringError
 from sopdeploy.models.base import is_in
-from sopdeploy_export.options import Calibration
 from sopdeploy_export.parity.onnx_file import open_session
 
-METHODS: Mapping[Calibration, CalibrationMethod] = {  # in the order in which an export tries them
-    "minmax": CalibrationMethod.MinMax,
-    "percentile": CalibrationMethod.Percentile,
-    "entropy": CalibrationMethod.Entropy,
-}
-PERCENTILE = 99.999
 ACTIVATIONS = ("Clip", "Relu")  # become part of the convolution before them
 IMAGE_CHANNELS = 3
 SMALLEST = "smallest_float32"
-EXAMPLES = 3  # number of layer names in an error message
-HISTOGRAM_IMAGES = 64
 CORRECTION_IMAGES = 64
 COST_IMAGES = 8
 
@@ -86,7 +77,7 @@ FORMS: Mapping[Int8For, Form] = {
 
 
 class Int8Quantizer:
-    """Quantizes a float32 graph with ranges that are measured once per calibration method.
+    """Quantizes a float32 graph with ranges that are measured once.
 
     `quantize_static` of ONNX Runtime does the same in one call. Its two steps, calibration and insertion of
     nodes, are separate here, so that several choices of float32 layers share one calibration.
@@ -112,7 +103,6 @@ class Int8Quantizer:
         if not self.chosen:
             raise LoweringError("the network has no convolution to quantize; export it in precision fp16")
         self._separate_biases()
-        self._ranges: dict[Calibration, TensorsData] = {}
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -123,11 +113,8 @@ class Int8Quantizer:
             )
         )
 
-    def quantize(self, method: Calibration, in_float: Collection[str] = ()) -> onnx.ModelProto:
-        """Quantize the graph with ranges by *method* and corrected biases.
-
-        The layers named in *in_float* stay in float32, too.
-        """
+    def quantize(self, in_float: Collection[str] = ()) -> onnx.ModelProto:
+        """Quantize the graph, with corrected biases; the layers named in *in_float* stay in float32, too."""
         chosen = {
             node.name
             for node in self.model.graph.node
@@ -147,7 +134,7 @@ class Int8Quantizer:
             reduce_range=False,
             weight_qType=QuantType.QInt8,
             activation_qType=self.form.activations,
-            tensors_range=self.ranges(method),
+            tensors_range=self.ranges,
             nodes_to_quantize=sorted(chosen | {name for name in activations if name not in self.chosen}),
             nodes_to_exclude=[],
             op_types_to_quantize=list(self.form.operators),
@@ -172,40 +159,31 @@ class Int8Quantizer:
         onnx.checker.check_model(quantized, full_check=True)
         return quantized
 
-    def ranges(self, method: Calibration) -> TensorsData:
-        """Measure the ranges of the inputs and outputs of the operators on the images, once per *method*."""
-        if method not in self._ranges:
-            with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # it prints progress
-                path = Path(folder) / "float.onnx"
-                onnx.save(self.model, path)
-                calibrator = create_calibrator(
-                    path,
-                    list(self.form.operators),
-                    augmented_model_path=str(Path(folder) / "augmented.onnx"),
-                    calibrate_method=METHODS[method],
-                    extra_options={"percentile": PERCENTILE} if method == "percentile" else {},
-                )
-                name = self.model.graph.input[0].name
-                images = self.images
-                if method != "minmax":  # histograms of all values take five times as long
-                    images = images[_spread(len(images), HISTOGRAM_IMAGES)]
-                for image in images:  # one per reader, because a reader's activations stay in memory
-                    reader = SimpleNamespace(get_next=partial(next, iter([{name: image[None]}]), None))
-                    calibrator.collect_data(reader)
-                self._ranges[method] = calibrator.compute_data()
-        return self._ranges[method]
+    @cached_property
+    def ranges(self) -> TensorsData:
+        """The smallest and largest inputs and outputs of the operators on the images."""
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # it prints progress
+            path = Path(folder) / "float.onnx"
+            onnx.save(self.model, path)
+            calibrator = create_calibrator(
+                path,
+                list(self.form.operators),
+                augmented_model_path=str(Path(folder) / "augmented.onnx"),
+                calibrate_method=CalibrationMethod.MinMax,
+            )
+            name = self.model.graph.input[0].name
+            for image in self.images:  # one per reader, because a reader's activations stay in memory
+                reader = SimpleNamespace(get_next=partial(next, iter([{name: image[None]}]), None))
+                calibrator.collect_data(reader)
+            return calibrator.compute_data()
 
-    def layer_costs(self, method: Calibration) -> dict[str, float]:
+    def layer_costs(self) -> dict[str, float]:
         """Measure the root mean square change of the logits if only one layer is int8, largest first."""
         images = self.images[_spread(len(self.images), COST_IMAGES)]
         plain = _logits(self.original, images)
         costs = {
             layer: float(
-                np.sqrt(
-                    np.square(
-                        _logits(self.quantize(method, set(self.layers) - {layer}), images) - plain
-                    ).mean()
-                )
+                np.sqrt(np.square(_logits(self.quantize(set(self.layers) - {layer}), images) - plain).mean())
             )
             for layer in self.layers
         }
@@ -300,18 +278,6 @@ class Int8Quantizer:
 def part_of(weight: str) -> str:
     """Return the name of the part that holds the tensor *weight*."""
     return weight.rpartition(".")[0] or weight
-
-
-def check_part_names(model: onnx.ModelProto, parts: Sequence[str]) -> None:
-    """Raise `ConfigError` if a part named in *parts* contains no convolution of *model*."""
-    weights = [node.input[1] for node in model.graph.node if node.op_type == "Conv"]
-    for part in parts:
-        if not any(is_in(weight, part) for weight in weights):
-            examples = ", ".join(part_of(weight) for weight in weights[:EXAMPLES])
-            raise ConfigError(
-                f"{part!r} contains no convolution; choose for example {examples}",
-                setting="keep_float",
-            )
 
 
 def _protect_float_convolutions(graph: onnx.GraphProto) -> None:

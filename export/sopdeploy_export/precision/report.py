@@ -4,7 +4,6 @@ from collections import Counter
 
 from sopdeploy.bundle.manifest import Int8For, Precision
 from sopdeploy.config import StrictModel
-from sopdeploy_export.options import Calibration, Iteration
 
 
 class PartPrecision(StrictModel):
@@ -20,42 +19,34 @@ class PartPrecision(StrictModel):
 
 
 class Attempt(StrictModel):
-    """One choice of ranges and float32 layers that was tried for int8.
+    """One choice of float32 layers that was tried for int8.
 
     Attributes:
-        calibration: Method that found the ranges.
-        in_float32: Layers that stay in float32, in addition to those of `--keep-float`.
+        in_float32: Layers that stay in float32.
         drop: Lost points of top-1, or of agreement without labels.
     """
 
-    calibration: Calibration
     in_float32: tuple[str, ...] = ()
     drop: float
 
     def __str__(self) -> str:
         """Describe the attempt in a few words."""
-        count = len(self.in_float32)
-        kept = f" with {count} layers in float32" if count else ""
-        return f"{self.calibration}{kept} {self.drop:.2f}"
+        return f"{len(self.in_float32) or 'no'} layers in float32 {self.drop:.2f}"
 
 
 class Quantization(StrictModel):
-    """The quantization to int8: method and calibration data.
+    """The quantization to int8.
 
     Attributes:
         runtime: The runtime that the graph is quantized for.
-        kept: Parts that `--keep-float` keeps in float32.
         in_float32: Layers that stay in float32 because the accuracy dropped too much with int8 in all layers.
-        calibration: Method that found the ranges.
         images: Number of calibration images.
         layers: Number of parts with int8 convolutions.
         tried: All attempts, in the order in which they were measured.
     """
 
     runtime: Int8For
-    kept: tuple[str, ...]
     in_float32: tuple[str, ...] = ()
-    calibration: Calibration
     images: int
     layers: int
     tried: tuple[Attempt, ...] = ()
@@ -87,7 +78,6 @@ class PrecisionReport(StrictModel):
     """The content of `precision.json`."""
 
     precision: Precision
-    newton_schulz: Iteration
     parts: tuple[PartPrecision, ...]
     quantisation: Quantization | None = None
     accuracy: Accuracy | None = None

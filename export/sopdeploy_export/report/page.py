@@ -114,10 +114,6 @@ def _parity_tables(parity: ParityReport, labels: tuple[str, ...]) -> dict[str, R
             (f"component {number}", percent(count / parity.images, 0))
             for number, count in enumerate(parity.routing.usage if parity.routing is not None else ())
         ],
-        "roots": [
-            (root.part, str(root.iterations), short(root.distance), short(root.allowed))
-            for root in parity.spectral
-        ],
     }
 
 

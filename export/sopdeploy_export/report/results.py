@@ -143,10 +143,10 @@ def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
             f"({accuracy.low:.1%} to {accuracy.high:.1%})"
         )
     if (int8 := precision.quantisation) is not None:
-        kept = ", ".join((*int8.kept, *int8.in_float32)) or "none"
+        kept = ", ".join(int8.in_float32) or "none"
         rows["int8"] = (
-            f"{int8.layers} layers {TARGETS[int8.runtime]}, ranges by {int8.calibration} on "
-            f"{int8.images} images; in float32: {kept}"
+            f"{int8.layers} layers {TARGETS[int8.runtime]}, ranges of {int8.images} images; "
+            f"in float32: {kept}"
         )
         if len(int8.tried) > 1:
             rows["tried"] = f"{', '.join(map(str, int8.tried))} points lost"

@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from PIL import Image
 
-from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export.graph import CALIBRATE, generated_images, load_images
-from sopdeploy_export.options import Calibration, ExportOptions
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.pipeline import Exported, export
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck, accuracy
@@ -24,7 +23,7 @@ from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.convert import weight_types
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from tests.export.conftest import save, trained
-from tests.export.once import ALONE, graph_of, proving_once
+from tests.export.once import graph_of, proving_once
 from tests.gpu_graphs import accepted
 
 
@@ -45,12 +44,9 @@ def graph(name: str, preprocess: Preprocess) -> onnx.ModelProto:
     return graph_of(name, preprocess).model
 
 
-@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
-def test_convolutions_become_int8_but_not_second_order_parts(
-    preprocess: Preprocess, method: Calibration
-) -> None:
+def test_convolutions_become_int8_but_not_second_order_parts(preprocess: Preprocess) -> None:
     network, _, plain = graph_of("isqrt-resnet8", preprocess)
-    model = Int8Quantizer(plain, generated_images(16), float32_parts(network)).quantize(method)
+    model = Int8Quantizer(plain, generated_images(16), float32_parts(network)).quantize()
     types = weight_types(model)
     assert {types[part] for part in types if part.startswith("layer")} == {"int8"}
     assert (types["conv1"], types["fc"]) == ("float32", "float32")  # conv1 reads the image
@@ -85,21 +81,21 @@ def test_int8_bundle_records_its_accuracy_and_what_was_tried(
     assert report.accuracy.drop == pytest.approx(100 * (report.accuracy.before - report.accuracy.after))
     assert report.quantisation.layers == 6
     assert found.manifest.int8_for == report.quantisation.runtime == "cpu"
-    assert [attempt.calibration for attempt in report.quantisation.tried] == ["minmax"]
+    assert len(report.quantisation.tried) == 1
     page = (found.path / "report.html").read_text(encoding="utf-8")
-    assert "ranges by minmax on 20 images" in page
+    assert "ranges of 20 images" in page
     assert found.parity.passed
 
 
-def test_all_methods_are_tried_before_layers_stay_in_float32_and_the_error_lists_them(
+def test_an_error_lists_the_numbers_of_layers_in_float32_that_were_tried(
     preprocess: Preprocess, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     truth = np.zeros(50, dtype=np.int64)
     worse = accuracy(truth, np.repeat([0, 1], 25), truth)
     monkeypatch.setattr(AccuracyCheck, "measure", lambda *_: worse)
     tried = (
-        "tried: minmax 50.00, percentile 50.00, entropy 50.00, minmax with 1 layers in float32 50.00, "
-        "minmax with 2 layers in float32 50.00, minmax with 3 layers in float32 50.00; add images"
+        "tried: no layers in float32 50.00, 1 layers in float32 50.00, 2 layers in float32 50.00, "
+        "3 layers in float32 50.00; add images"
     )
     with pytest.raises(ParityError, match=rf"loses 50\.00 points of top-1 on 50 images.*{tried}"):
         run("resnet8", tmp_path, preprocess, calibrate=images)
@@ -114,9 +110,9 @@ def test_the_first_attempt_within_the_limit_is_exported_with_the_costliest_layer
     monkeypatch.setattr(AccuracyCheck, "measure", lambda *_: next(outcomes))
     costs = {"layer2.0.conv1": 2.0, "layer3.0.conv2": 1.0, "layer1.0.conv1": 0.5}
     monkeypatch.setattr(Int8Quantizer, "layer_costs", lambda *_: costs)
-    report = run("resnet8", tmp_path, preprocess, calibrate=images, calibration="entropy").precision
+    report = run("resnet8", tmp_path, preprocess, calibrate=images).precision
     found = report.quantisation
-    assert (found.calibration, found.in_float32, found.layers) == ("entropy", ("layer2.0.conv1",), 5)
+    assert (found.in_float32, found.layers) == (("layer2.0.conv1",), 5)
     assert [attempt.drop for attempt in found.tried] == [50, 0]
     types = {part.part: part.weights for part in report.parts}
     assert (types["layer2.0.conv1"], types["layer3.0.conv2"]) == ("float32", "int8")
@@ -151,7 +147,7 @@ def convolution(values: NDArray[np.float32], *after: str) -> onnx.ModelProto:
 def test_a_convolution_and_its_activation_have_one_range(kind: str) -> None:
     weight = np.zeros((2, 6, 3, 3), np.float32)
     weight[0, :, 1, 1], weight[1, :, 1, 1] = 0.003, -9  # one channel is far below 0
-    quantized = Int8Quantizer(convolution(weight, kind), generated_images(16)).quantize("minmax")
+    quantized = Int8Quantizer(convolution(weight, kind), generated_images(16)).quantize()
     scales = [
         float(numpy_helper.to_array(tensor))
         for tensor in quantized.graph.initializer
@@ -167,7 +163,7 @@ def test_biases_remove_the_mean_error_of_rounded_weights(runtime: Int8For, group
     weight = np.full((6, 6 // groups, 3, 3), 0.0035, np.float32)  # less than half a step, so it becomes 0
     weight[:, 0, 1, 1] = 1
     plain, images = convolution(weight), generated_images(16)
-    quantized = Int8Quantizer(plain, images, (), runtime).quantize("minmax")
+    quantized = Int8Quantizer(plain, images, (), runtime).quantize()
     exact, found = (
         open_session(model).run(None, {"images": images})[0].mean(axis=0) for model in (plain, quantized)
     )
@@ -182,33 +178,14 @@ def test_onnx_runtime_does_not_quantize_a_layer_that_stays_in_float32(preprocess
     values[0] *= 1000  # rounding per tensor would lose the other channels
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
     images = generated_images(16)
-    model = Int8Quantizer(plain, images).quantize("minmax", ["layer2.0.conv1"])
+    model = Int8Quantizer(plain, images).quantize(["layer2.0.conv1"])
     whole, plainly = (
         file_outputs(open_session(model, optimized=asked), images, 4)["logits"] for asked in (True, False)
     )
     assert np.abs(whole - plainly).max() < 0.1 * plainly.std()
 
 
-def test_keep_float_keeps_parts_in_float32_for_single_images(
-    preprocess: Preprocess, tmp_path: Path, images: Path
-) -> None:
-    options = {"calibrate": images, "max_drop": 100.0, "keep_float": ("layer3", "conv1")}
-    found = run("resnet8", tmp_path, preprocess, **options)
-    assert found.parity.passed
-    assert open_bundle(found.path).manifest.batch == ALONE
-    types = {part.part: part.weights for part in found.precision.parts if part.weights}
-    assert {name for name, kind in types.items() if kind == "int8"} == {
-        *("layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2")
-    }
-    assert found.precision.quantisation.kept == ("layer3", "conv1")
-
-
-def test_unknown_parts_and_missing_calibration_images_are_rejected(
-    preprocess: Preprocess, tmp_path: Path, images: Path
-) -> None:
-    message = r"'layer3\.0\.conv' contains no convolution; choose for example conv1, layer1\.0\.conv1"
-    with pytest.raises(ConfigError, match=message):
-        run("resnet8", tmp_path, preprocess, calibrate=images, keep_float=("layer3.0.conv",))
+def test_missing_calibration_images_are_rejected(preprocess: Preprocess, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="precision: int8 needs images to measure ranges on; try calibrate"):
         run("resnet8", tmp_path, preprocess)
 
@@ -244,8 +221,7 @@ def graphs(request: pytest.FixtureRequest, preprocess: Preprocess) -> Graph:
     made = {runtime: graph_of(request.param, preprocess, **NETWORKS[request.param]) for runtime in RUNTIMES}
     kept, few = float32_parts(made["cpu"].network), generated_images(16)[:4]
     return {
-        runtime: Int8Quantizer(made[runtime].model, few, kept, runtime).quantize("minmax")
-        for runtime in RUNTIMES
+        runtime: Int8Quantizer(made[runtime].model, few, kept, runtime).quantize() for runtime in RUNTIMES
     }, kept
 
 
@@ -286,7 +262,7 @@ def test_gpu_runtimes_accept_the_form_for_tensorrt_and_the_lint_rejects_the_cpu_
 
 def test_tensorrt_form_quantizes_convolutions_in_shortcuts(preprocess: Preprocess) -> None:
     plain = graph_of("resnet8", preprocess, shortcut="projection").model
-    model = Int8Quantizer(plain, generated_images(16)[:4], (), "tensorrt").quantize("minmax")
+    model = Int8Quantizer(plain, generated_images(16)[:4], (), "tensorrt").quantize()
     made = {name: node for node in model.graph.node for name in node.output}
     quantized = [made[node.input[0]] for node in model.graph.node if node.op_type == "QuantizeLinear"]
     dequantized = [made[node.input[1]].input[0] for node in quantized if node.op_type == "Conv"]

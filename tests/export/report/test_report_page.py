@@ -159,18 +159,18 @@ def test_the_page_shows_the_decision(branched: Exported) -> None:
 
 def test_the_page_of_an_int8_bundle_shows_the_accuracy_and_what_was_tried(branched: Exported) -> None:
     tried = (
-        Attempt(calibration="minmax", drop=5.5),
-        Attempt(calibration="minmax", in_float32=("conv1",), drop=5.0),
+        Attempt(drop=5.5),
+        Attempt(in_float32=("conv1",), drop=5.0),
     )
-    settings = {"runtime": "cpu", "kept": (), "calibration": "minmax", "images": 20, "layers": 7}
+    settings = {"runtime": "cpu", "images": 20, "layers": 7}
     accuracy = Accuracy(images=20, before=0.9, after=0.85, agree=19, low=0.76, high=0.99, drop=5.0)
     quantisation = Quantization(**settings, in_float32=("conv1",), tried=tried)
     precision = branched.precision.model_copy(
         update={"precision": "int8", "quantisation": quantisation, "accuracy": accuracy}
     )
     page = rendered(branched, precision=precision)
-    assert "7 layers for CPUs (TensorRT does not accept this form), ranges by minmax on 20 images" in page
-    assert "minmax 5.50, minmax with 1 layers in float32 5.00 points lost" in page
+    assert "7 layers for CPUs (TensorRT does not accept this form), ranges of 20 images" in page
+    assert "no layers in float32 5.50, 1 layers in float32 5.00 points lost" in page
     assert "top-1 90.00 % (95 % interval 69.9 to 97.2 %) before" in page
 
 
