@@ -150,7 +150,7 @@ class Settings(BaseSettings):
     engine_cache: Path | None = setting(
         None, "TensorRT engines, speeds of runtimes; not set: beside the bundle"
     )
-    cuda_graphs: bool = setting(False, "TensorRT: run profiles of one batch size as CUDA graphs")
+    cuda_graphs: bool = setting(False, "TensorRT: pad batches to the profiles, run these as CUDA graphs")
     threads: Threads | None = setting(None, "CPU threads of the runtime; not set: one per core")
     max_batch: Count | None = setting(None, "images in a batch; not set: 4 on a CPU, else those verified")
     memory_budget: Budget = setting(

@@ -4,10 +4,10 @@ Two batches can be in flight: while one is computed, the next is copied to the G
 the other of two buffers. Each profile has its own execution context, because switching profiles takes time.
 Kernels run in order on one stream, so both buffers share a context.
 
-With *graphs*, each profile of a single batch size is captured as a CUDA graph per buffer after its first run,
-so one call starts all kernels. Addresses and shapes are set before the capture: TensorRT may
-synchronize when they change, which would abort the capture. Other profiles change shapes between batches and
-cannot be captured. If a graph fails, its profile runs without graphs from then on.
+With *graphs*, each profile is captured as a CUDA graph per buffer after its first run, so one call starts all
+kernels. Addresses and shapes are set before the capture: TensorRT may synchronize when they change, which
+would abort the capture. A graph has one shape, so batches are padded to the largest of their profile. If a
+graph fails, its profile runs without graphs and padding from then on.
 """
 
 import logging
@@ -126,8 +126,7 @@ class EngineSession:
             self.close()
             raise
         self._free = list(self._buffers)
-        exact = (index for index, profile in enumerate(self._profiles) if profile.minimum == profile.maximum)
-        self._to_capture = set(exact) if graphs else set()
+        self._to_capture = set(range(len(self._profiles))) if graphs else set()
         self._graphs: dict[tuple[int, BatchBuffer], Any] = {}  # by profile and buffer
 
     def close(self) -> None:
@@ -166,7 +165,8 @@ class EngineSession:
             call("cudaStreamWaitEvent", self._stream, buffer.uploaded, 0)
             graph = self._graphs.get((index, buffer))
             if graph is None:
-                self._bind(index, buffer, count)
+                padded = index in self._to_capture
+                self._bind(index, buffer, self._profiles[index].maximum if padded else count)
                 self._launch(index)
             else:
                 try:
@@ -216,14 +216,14 @@ class EngineSession:
             self._free.append(buffer)
         if index in self._to_capture and len(self._free) == BUFFERS:
             self._to_capture.discard(index)
-            self._capture(index, count)
+            self._capture(index)
         return outputs
 
-    def _capture(self, index: int, count: int) -> None:
+    def _capture(self, index: int) -> None:
         """Capture a graph per buffer for a profile, each after a normal run that initializes TensorRT."""
         try:
             for buffer in self._buffers:
-                self._bind(index, buffer, count)
+                self._bind(index, buffer, self._profiles[index].maximum)
                 launch = partial(self._launch, index)
                 launch()
                 self._cuda.synchronize(self._stream)

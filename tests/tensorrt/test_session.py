@@ -132,14 +132,14 @@ def test_a_batch_that_fails_to_begin_does_not_affect_the_other(
     check_outputs(following(), batch(2, 5))
 
 
-def test_profiles_of_one_batch_size_become_graphs_with_the_same_outputs(
+def test_every_profile_becomes_a_graph_for_its_largest_batch_with_the_same_outputs(
     built: Bundle, cuda: FakeCuda
 ) -> None:
     runtime = TensorRTRuntime(built, GRAPHS)
     check_runs(runtime, 1, 5, 1, 2, 8, 2, 1, 3)
-    assert captured_profiles(runtime) == ["1", "2"]
-    assert cuda.launched == 3  # the first run of each size is without
-    assert len(cuda.graphs) == 4  # of each profile one for each buffer
+    assert captured_profiles(runtime) == ["1", "2", "3-8"]
+    assert cuda.launched == 5  # the first run of each profile is without
+    assert len(cuda.graphs) == 6  # of each profile one for each buffer
 
 
 @pytest.mark.parametrize("function", ["cudaStreamEndCapture", "cudaGraphInstantiate"])
@@ -163,6 +163,17 @@ def test_after_a_failed_graph_launch_the_profile_runs_without_a_graph(built: Bun
     check_runs(runtime, 1, 1)
     assert captured_profiles(runtime) == ["2"]
     assert len(cuda.graphs) == 2
+
+
+def test_without_its_graph_a_profile_runs_batches_of_their_own_size(
+    built: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda.broken.add("cudaGraphInstantiate")
+    runtime, sizes = TensorRTRuntime(built, GRAPHS), list[int]()
+    bind = runtime._session._bind
+    monkeypatch.setattr(runtime._session, "_bind", lambda *given: (sizes.append(given[2]), bind(*given)))
+    check_runs(runtime, 5, 5)
+    assert sizes == [8, 8, 5]  # the first run, the failed capture, the second run
 
 
 def held_by(cuda: FakeCuda, trt: FakeTensorRT) -> tuple[int, ...]:
