@@ -30,15 +30,6 @@ def test_the_rewritten_graph_gives_the_same_outputs_and_casts_its_input_first(
     assert hazards[0].rule == "uint8-beyond-the-border"
 
 
-def test_every_operator_gets_a_unique_name() -> None:
-    model = network()
-    model.graph.node[3].name = ""
-    model.graph.node[4].name = model.graph.node[5].name = "twice"
-    names = [node.name for node in lint(model, (10, 16), FREE)[0].graph.node]
-    assert "" not in names
-    assert len(set(names)) == len(names)
-
-
 def graph(
     operator: str,
     inputs: list[str],

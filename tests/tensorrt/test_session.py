@@ -193,17 +193,6 @@ def test_a_replaced_model_releases_its_engine(built: Bundle, cuda: FakeCuda, trt
         model.loaded.runtime.close()  # a second time
 
 
-def test_a_runtime_that_nobody_closes_is_released_by_the_garbage_collector(
-    built: Bundle, cuda: FakeCuda, trt: FakeTensorRT
-) -> None:
-    runtime = TensorRTRuntime(built, GRAPHS)
-    check_runs(runtime, 1)
-    assert all(held_by(cuda, trt))
-    del runtime
-    gc.collect()
-    assert held_by(cuda, trt) == (0, 0, 0, 0, 0)
-
-
 FAILED_OPENS = {
     "a profile": ("no profile", "", "TensorRT cannot run profile 1: Error in set optimization profile async"),
     "memory": ("", "cudaMalloc", "cudaHostAlloc failed"),
@@ -222,17 +211,6 @@ def test_a_model_that_fails_to_load_holds_nothing(
         load_model(built.path, GRAPHS)
     gc.collect()  # the traceback knows methods of the simulated contexts
     assert held_by(cuda, trt) == (0, 0, 0, 0, 0)
-
-
-def test_the_contexts_of_all_profiles_share_their_memory(
-    built: Bundle, cuda: FakeCuda, trt: FakeTensorRT
-) -> None:
-    runtime = TensorRTRuntime(built, PLAIN)
-    name = f"tensorrt {trt.__version__}"
-    assert (runtime.name, runtime.device, runtime.largest_batch) == (name, "cuda:0", 8)
-    blocks = {context._memory for context in trt._contexts}
-    assert (len(blocks), len(trt._contexts)) == (1, 3)
-    check_runs(runtime, 1, 8, 2)
 
 
 @pytest.mark.parametrize(

@@ -67,14 +67,6 @@ def test_a_fitted_decision_is_printed_and_part_of_the_json(
     assert all(text in with_decision._repr_html_() for text in lines.values())
 
 
-def test_network_without_branches_has_removed_nothing(
-    branched: Exported, capsys: pytest.CaptureFixture[str]
-) -> None:
-    certificate = branched.certificate.model_copy(update={"removed": (), "detached": ()})
-    lines = shown(replace(branched, certificate=certificate), capsys).splitlines()
-    assert lines[0] == "removed  nothing: the network has no training-only parts"
-
-
 def test_the_rules_and_the_routes_are_named(gated: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     screen = shown(gated, capsys)
     assert "K of N experts (1)" in screen

@@ -6,19 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.html.charts import Axis, Bar, Curve, bars, plot
 from sopdeploy_export.parity.report import Flip
 from sopdeploy_export.pipeline import Exported
 from sopdeploy_export.precision.report import Accuracy, Attempt, Quantization
 from sopdeploy_export.report.page import (
-    CAUSES,
-    flip_row,
     render_model_card,
     render_report,
     training_rows,
@@ -124,11 +119,6 @@ def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Expo
     assert f"bitwise equal on {branched.certificate.images} probe images" in card
 
 
-def test_a_flip_is_described_with_class_names_and_cause() -> None:
-    flip = Flip(image=3, network=0, file=5, margin=1.5e-7, cause="noise")
-    assert flip_row(flip, HOSTILE) == ("3", HOSTILE[0], HOSTILE[5], "1.5e-07", CAUSES["noise"])
-
-
 def rendered(exported: Exported, **changes: Any) -> str:
     """Render the page of *exported* with some results changed."""
     subject: Any = SimpleNamespace(name="dsop-resnet8", labels=HOSTILE)
@@ -172,20 +162,3 @@ def test_the_page_of_an_int8_bundle_shows_the_accuracy_and_what_was_tried(branch
     assert "7 layers for CPUs (TensorRT does not accept this form), ranges of 20 images" in page
     assert "no layers in float32 5.50, 1 layers in float32 5.00 points lost" in page
     assert "top-1 90.00 % (95 % interval 69.9 to 97.2 %) before" in page
-
-
-@given(st.lists(st.tuples(st.text(), st.floats(0, 1e6)), min_size=1, max_size=5), st.floats(0, 1e6))
-def test_bars_stay_inside_their_chart(rows: list[tuple[str, float]], largest: float) -> None:
-    drawn = bars("b", "t", [Bar(label=name, value=value, text="x") for name, value in rows], largest)
-    widths = [float(found["width"] or "nan") for name, found in Reader(drawn).met if name == "rect"]
-    assert len(widths) == len(rows)
-    assert all(0 <= width <= 360 for width in widths)
-
-
-@given(st.lists(st.floats(0, 1e9), min_size=1, max_size=6))
-def test_curves_stay_inside_their_chart(values: list[float]) -> None:
-    points = tuple((float(2**power), value) for power, value in enumerate(values))
-    drawn = plot("c", "t", [Curve(name="n", points=points)], Axis("n", logarithmic=True), Axis("ms", low=0.0))
-    drawn_points = [found for name, found in Reader(drawn).met if name == "circle"]
-    assert len(drawn_points) == len(values)
-    assert all(40 <= float(found["cy"] or "nan") <= 190 for found in drawn_points)

@@ -15,13 +15,6 @@ def test_batch_sizes_are_parsed() -> None:
             batch_sizes(text)
 
 
-def test_latencies_have_percentiles_and_rates() -> None:
-    found = timing.summarize(4, [0.001 * n for n in range(1, 101)])
-    assert found.median_ms == pytest.approx(50.5)
-    assert found.p95_ms < found.p99_ms <= 100
-    assert found.images_per_s == pytest.approx(4 / 0.0505)
-
-
 def test_one_bundle_or_two_are_timed_at_every_batch_size(
     bundle_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy.evaluation.service import score_service
 from sopdeploy_service.commands.evaluate import scores_of_bundle
@@ -87,8 +87,3 @@ def test_a_class_without_images_is_a_note_and_the_others_are_measured(client, bu
     assert notes == [f"{folder}: no images of 2 of 7 classes: fox, gnu"] * 2
     counts = {one.label: one.count for one in classification_report(labels, scores).classes if one.count}
     assert list(counts) == ["ant", "bee", "cat", "dog", "eel"]
-
-
-def test_an_unknown_tta_mode_is_an_error(bundle_path, folder) -> None:
-    with pytest.raises(ConfigError, match="not one of none, flip, ten-crop"):
-        scores_of_bundle(bundle_path, folder, tta="x", settings=ONE_THREAD, on_image=silent)

@@ -29,7 +29,7 @@ def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, j
             assert client.post("/v1/classify", content=jpeg).status_code == 200
         until(lambda: count(client, 'rejected_total{reason="uploads_full"}') >= 8)
         for wire in uploads:
-            wire.settimeout(0.2)
+            wire.settimeout(1)
             try:
                 codes.append(read(wire, to_the_end=False).code)
             except TimeoutError:

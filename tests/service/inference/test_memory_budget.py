@@ -1,7 +1,6 @@
 """More models than memory: loaded at first use, released by last use, never above the budget."""
 
 import asyncio
-import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
@@ -20,7 +19,6 @@ from sopdeploy_service.inference.memory_budget import BudgetedRegistry, budget_b
 from sopdeploy_service.inference.results import DRAINING, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime import device_memory
-from sopdeploy_service.runtime.device_memory import MemoryMeter
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -234,25 +232,6 @@ def test_an_automatic_budget_is_a_share_of_what_the_container_may_still_use(tmp_
     ):
         (tmp_path / name).write_text(text)
     assert budget_bytes(settings) == 40 * MB
-
-
-def test_the_memory_of_a_gpu_is_what_its_driver_says(monkeypatch) -> None:
-    free = iter([50 * MB, 20 * MB])
-
-    class Driver:
-        def __init__(self, name: str) -> None:
-            assert name in (None, "libcuda.so.1")
-
-        def cuMemGetInfo_v2(self, free_bytes, _total) -> int:  # noqa: N802
-            free_bytes._obj.value = next(free)
-            return 0
-
-        def __getattr__(self, _name: str):
-            return lambda *_: 0
-
-    monkeypatch.setattr(ctypes, "CDLL", Driver)
-    meter = MemoryMeter(on_gpu=True)
-    assert meter.growth(FakeRuntime(classes=7, device="cuda:0")) == 30 * MB
 
 
 def test_budgets_that_cannot_work_are_refused_at_the_start(bundle_path) -> None:

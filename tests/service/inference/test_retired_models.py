@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,14 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
-from prometheus_client import generate_latest
 
-from sopdeploy.bundle.folder import open_bundle
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.registry import ModelRegistry
-from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.raw import connect, post_of, read
@@ -92,35 +87,3 @@ def test_a_replaced_model_is_released_though_idle_connections_stay(
         until(lambda: client.get("/metrics").text.count("bundle_info{") == 2)
         for wire in idle:
             wire.close()
-
-
-def test_a_version_that_fails_to_stop_is_logged_and_forgotten(
-    versions: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def life() -> None:
-        metrics = Metrics()
-        store = BundleStore([f"tiny={versions[0]}"])
-        registry = ModelRegistry({"tiny": load_model(versions[0], SETTINGS)}, SETTINGS, metrics, store)
-        for model in registry.models():
-            model.start()
-        first = registry.find()
-        assert isinstance(first, Model)
-        stop = first.stop
-
-        async def fails() -> None:
-            await stop()
-            raise OSError("the device is gone")
-
-        monkeypatch.setattr(first, "stop", fails)
-        for path in versions[1:3]:
-            await registry.load("tiny", path.name)
-        gone = open_bundle(versions[0]).manifest.id
-        end = time.monotonic() + 20
-        while gone in generate_latest(metrics.registry).decode():
-            assert time.monotonic() < end
-            await asyncio.sleep(0.01)
-        await registry.stop()  # would stop it once more, and fail
-
-    with caplog.at_level(logging.ERROR, "sopdeploy.models"):
-        asyncio.run(life())
-    assert "tiny: a replaced version did not stop cleanly" in caplog.text

@@ -3,13 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 
-from sopdeploy_service.server import memory
-from sopdeploy_service.server.memory import IDLE_SECONDS, MALLOPT, limit_heaps
+from sopdeploy_service.server.memory import MALLOPT, limit_heaps
 
 NAMES = [name for name, _, _ in MALLOPT]
 HAS_GLIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names
@@ -68,18 +65,3 @@ def test_large_blocks_return_immediately_and_all_others_when_idle(size, keeps):
     assert (at_once > 90) is keeps
     assert at_once > 90 or at_once < 10
     assert when_idle < 10
-
-
-def test_the_heaps_are_trimmed_once_after_each_busy_period(monkeypatch):
-    seen = []
-    monkeypatch.setattr(memory, "trim_heaps", lambda: seen.append(number))
-    monkeypatch.setattr(memory.asyncio, "get_running_loop", lambda: SimpleNamespace(run_in_executor=run))
-    trigger = memory.IdleTrigger()
-    requests = [0] * 20 + [1, 2, 0, 0, 1] + [0] * 20 + [3] * 30 + [0] * 20
-    for number, count in enumerate(requests):
-        trigger.tick(number * IDLE_SECONDS / 10, count)
-    assert seen == [34, 84]
-
-
-def run(_: None, function: Callable[[], None]) -> None:
-    function()

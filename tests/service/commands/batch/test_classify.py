@@ -127,12 +127,6 @@ def test_too_many_errors_stop_the_run_and_a_higher_limit_continues_it(
     assert part_bytes(tmp_path) == part_bytes(complete)
 
 
-def test_features_need_a_bundle_that_has_them(bundle_path, photos, tmp_path):
-    with pytest.raises(ConfigError, match=r"features: .* has no features; export it with_features"):
-        classify(bundle_path, [str(photos)], tmp_path, SETTINGS, ClassifyOptions(features=True, workers=1))
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("maps", [True, False])
 def test_logits_and_features_are_those_of_the_bundle(bundle_path, photos, tmp_path, maps):
     path = write_bundle_with_maps(bundle_path, tmp_path, maps=maps)
