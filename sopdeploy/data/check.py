@@ -22,7 +22,7 @@ from sopdeploy.data.datasets.label_table import (
     has_label_table,
     read_label_table,
 )
-from sopdeploy.data.folder_store import LABELS_FILE, OpenOptions
+from sopdeploy.data.folder_store import LABELS_FILE
 from sopdeploy.data.image_files import ImageFiles, load_pixels, map_threaded, open_image
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.files import expand_user
@@ -104,16 +104,15 @@ class _FileInfo:
     unusual: tuple[str, ...] = ()
 
 
-def check(path: Path, cache: Path | None = None) -> DataReport:
+def check(path: Path) -> DataReport:
     """Decode every image below *path* and report contents and problems.
 
     *path* is a folder or tar archive with one folder per class or with `labels.csv`, or the root of an
-    official layout (`official`). Archives are indexed in the folder *cache*.
+    official layout (`official`).
 
     Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
     """
-    notes: list[str] = []
-    folders, unlisted = _open_parts(expand_user(path), OpenOptions(cache, notes.append))
+    folders, unlisted = _open_parts(expand_user(path))
     parts = folders.parts
     infos = [
         info
@@ -141,18 +140,18 @@ def check(path: Path, cache: Path | None = None) -> DataReport:
         duplicates=tuple(_find_duplicates(readable)),
         strange={reason: tuple(files) for reason, files in unusual.items()},
         passed_over=dict(folders.ignored),
-        notes=(*notes, *folders.notes),
+        notes=tuple(folders.notes),
     )
 
 
-def _open_parts(path: Path, options: OpenOptions) -> tuple[ClassFolders, list[str]]:
+def _open_parts(path: Path) -> tuple[ClassFolders, list[str]]:
     """Detect the layout of *path* and open its parts; also returns the images that `labels.csv` lacks."""
     kind = official.detect_kind(path)
     if kind is not None:
-        train = official.open_part(kind, "train", path, options)
-        test = official.open_part(kind, "held_out", path, options)
+        train = official.open_part(kind, "train", path)
+        test = official.open_part(kind, "held_out", path)
         return ClassFolders({"train": train, "test": test}), []
-    store = open_store(path, options)
+    store = open_store(path)
     if not has_label_table(store):
         return open_class_folders(store), []
     table = read_label_table(store)

@@ -1,8 +1,8 @@
-"""Folders of files, the table `labels.csv` in them, and the options for opening data."""
+"""Folders of files, and the table `labels.csv` in them."""
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,6 @@ Log = Callable[[str], None]
 
 def ignore(_line: str) -> None:
     """Discard a log message."""
-
-
-@dataclass(frozen=True, slots=True)
-class OpenOptions:
-    """Options for opening data: the cache folder for archives, and a function for log messages."""
-
-    cache: Path | None = None
-    log: Log = field(default=ignore)
 
 
 @dataclass(frozen=True, slots=True)

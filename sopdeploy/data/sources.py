@@ -14,7 +14,7 @@ from sopdeploy.data.base import LabeledImages, Split
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.official import OfficialConfig, detect_kind, open_official
 from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
-from sopdeploy.data.folder_store import Log, OpenOptions, ignore
+from sopdeploy.data.folder_store import Log, ignore
 from sopdeploy.data.image_files import ImageFiles, find_unreadable
 from sopdeploy.data.subset import select_subset
 from sopdeploy.errors import DataError, shorten
@@ -36,18 +36,17 @@ def open_data(config: DataConfig, log: Log = ignore) -> Split:
             return select_subset(open_digits(), config.classes)
         case CifarConfig():
             return select_subset(open_cifar(config), config.classes)
-    options = OpenOptions(config.cache, log)
     if isinstance(config, OfficialConfig):
-        split = open_official(config.kind, config.path, options)
+        split = open_official(config.kind, config.path)
     elif config.path is not None and (kind := detect_kind(expand_user(config.path))):
-        split = open_official(kind, config.path, options)
+        split = open_official(kind, config.path)
     else:
-        split = open_folder(config, options)
+        split = open_folder(config, log)
     split = select_subset(split, config.classes)
-    return _drop_unreadable(split, options) if config.skip_corrupt else split
+    return _drop_unreadable(split, log) if config.skip_corrupt else split
 
 
-def _drop_unreadable(split: Split, options: OpenOptions) -> Split:
+def _drop_unreadable(split: Split, log: Log) -> Split:
     """Remove unreadable images from *split* and list their files in `skipped`.
 
     Raises `DataError` if a class has no readable image.
@@ -72,5 +71,5 @@ def _drop_unreadable(split: Split, options: OpenOptions) -> Split:
         parts.append(readable)
         skipped += [str(images.path(index)) for index in unreadable]
     if skipped:
-        options.log(f"{len(skipped)} unreadable images are left out: {shorten(skipped)}")
+        log(f"{len(skipped)} unreadable images are left out: {shorten(skipped)}")
     return replace(split, train=parts[0], held_out=parts[1], skipped=tuple(skipped))

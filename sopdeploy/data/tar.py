@@ -1,18 +1,11 @@
 """Tar archives as one folder of files, read in place without unpacking.
 
-Each archive has an index of its images and tables (`labels.csv`), so reading a file takes one seek. With a
-cache folder, the index is stored under a name that changes with the archive.
+Each archive has an index of its images and tables (`labels.csv`), so reading a file takes one seek.
 """
 
-import gzip
-import hashlib
-import lzma
 import os
-import shutil
 import tarfile
-import tempfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
@@ -22,7 +15,6 @@ from numpy.typing import NDArray
 
 from sopdeploy.data.folder_store import (
     LABELS_FILE,
-    OpenOptions,
     is_hidden,
     is_image,
     lists_images,
@@ -30,15 +22,8 @@ from sopdeploy.data.folder_store import (
 )
 from sopdeploy.data.parts import part_kind
 from sopdeploy.errors import DataError
-from sopdeploy.files import atomic_write, expand_user, open_regular, writing
 
 TAR = ".tar"
-DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
-    ".tar.xz": lzma.open,
-    ".tar.gz": gzip.open,
-    ".tgz": gzip.open,
-}
-CHUNK = 1 << 20  # bytes
 AFTER_SLASH = b"0"  # the byte after `/`: upper bound of the names inside a folder
 TABLE = os.fsencode(LABELS_FILE)
 
@@ -54,54 +39,13 @@ class Members(NamedTuple):
         return Members(self.names[which], self.ranges[which])
 
 
-def archive_suffix(path: Path) -> str:
-    """Get the suffix of a tar file, compressed or not; empty if *path* has another suffix."""
-    name = path.name.lower()
-    return next((suffix for suffix in (TAR, *DECOMPRESSORS) if name.endswith(suffix)), "")
+def is_tar(path: Path) -> bool:
+    """Check whether the name of *path* is that of an uncompressed tar file."""
+    return path.name.lower().endswith(TAR)
 
 
-def cache_folder(folder: Path | None) -> Path:
-    """Create the cache *folder*, by default a private one among the temporary files.
-
-    Raises `DataError` if it cannot be created, or if other users can write to the default folder.
-    """
-    path = expand_user(folder) if folder else Path(tempfile.gettempdir()) / f"sopdeploy-{os.getuid()}"
-    with writing(path, DataError):
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
-    if folder is None and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-        raise DataError(f"{path}: other users can write there; set data.cache to your own folder")
-    return path
-
-
-def fingerprint(path: Path) -> str:
-    """Hash the path, size and modification time of a file."""
-    status = path.stat()
-    text = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def list_members(path: Path, cache: Path | None) -> Members:
-    """List the images and tables of the tar file at *path*, or read the list from *cache*.
-
-    Raises `DataError` if the file is damaged or not a tar file.
-    """
-    if cache is None:
-        return _scan_members(path)
-    stored = cache / f"{path.name}.{fingerprint(path)}.npz"
-    if not stored.is_file():
-        members = _scan_members(path)
-        with (
-            writing(stored, DataError),
-            atomic_write(stored, shared=True) as partial,
-            partial.open("wb") as file,
-        ):
-            np.savez(file, allow_pickle=False, **members._asdict())
-    with np.load(stored) as arrays:
-        return Members(**arrays)
-
-
-def _scan_members(path: Path) -> Members:
+def list_members(path: Path) -> Members:
+    """List the images and tables of the tar file at *path*; raises `DataError` if it is damaged or no tar."""
     try:
         with path.open("rb") as file:
             entries = list(scan(file, path.stat().st_size))
@@ -153,13 +97,11 @@ def _visible_name(name: str) -> str | None:
 class TarStore:
     """Images of several archives below the folder `prefix`.
 
-    `images` are sorted by name. `paths` are those of the archives as the user names them, `archives` those
-    that are read. `tables` are the label tables of all folders. Each read opens its archive, so that
-    processes share no position.
+    `images` are sorted by name. `tables` are the label tables of all folders. Each read opens its archive, so
+    that processes share no position.
     """
 
     root: Path
-    paths: tuple[Path, ...]
     archives: tuple[Path, ...]
     images: Members
     tables: Members
@@ -207,7 +149,7 @@ class TarStore:
         tables = read_label_file(self.root)
         for name, where in zip(*self.tables, strict=True):
             if name == self.prefix + TABLE:
-                tables.append((self.paths[where[0]] / os.fsdecode(name), self._read(where)))
+                tables.append((self.archives[where[0]] / os.fsdecode(name), self._read(where)))
         return tables
 
     def _find(self, name: bytes) -> NDArray[np.int64]:
@@ -244,7 +186,7 @@ class TarStore:
         return store
 
 
-def open_tars(root: Path, paths: Sequence[Path], options: OpenOptions) -> TarStore:
+def open_tars(root: Path, paths: Sequence[Path]) -> TarStore:
     """Open the tar files *paths* as one folder, named *root* in error messages.
 
     An archive with images at its top level, or named like a part (train, val), becomes a folder of its name.
@@ -252,14 +194,12 @@ def open_tars(root: Path, paths: Sequence[Path], options: OpenOptions) -> TarSto
     are named like a part and have no table become folders. A single folder that contains all files is
     skipped. Raises `DataError` if an archive is unreadable or two archives contain the same file.
     """
-    cache = cache_folder(options.cache) if options.cache else None
-    archives = tuple(decompress(path, options) for path in paths)
-    lists = [list_members(archive, cache) for archive in archives]
+    lists = [list_members(path) for path in paths]
     has_tables = [TABLE in members.names.tolist() for members in lists]
     has_table = any(has_tables) or any(lists_images(content) for _, content in read_label_file(root))
     for number, (path, members, has_own_table) in enumerate(zip(paths, lists, has_tables, strict=True)):
         members.ranges[:, 0] = number
-        name = path.name[: -len(archive_suffix(path))]
+        name = path.name[: -len(TAR)]
         folder = os.fsencode(name) + b"/"
         is_class = not has_table and bool((np.char.find(members.names, b"/") < 0).any())
         is_part = bool(part_kind(name)) and not has_own_table
@@ -274,30 +214,4 @@ def open_tars(root: Path, paths: Sequence[Path], options: OpenOptions) -> TarSto
         first, second = (paths[images.ranges[duplicates[0] + step, 0]] for step in (0, 1))
         name = bytes(images.names[duplicates[0]]).decode("utf-8", "replace")
         raise DataError(f"{name}: is both in {first} and in {second}; remove one")
-    return TarStore(root, tuple(paths), archives, images, every.select(is_table)).unwrap()
-
-
-def decompress(path: Path, options: OpenOptions) -> Path:
-    """Decompress *path* into the cache folder once; returns the path of the tar file to read."""
-    suffix = archive_suffix(path)
-    if suffix == TAR:
-        return path
-    folder = cache_folder(options.cache)
-    target = folder / f"{path.name[: -len(suffix)]}.{fingerprint(path)}.tar"
-    if target.exists():
-        return target
-    options.log(f"decompressing {path} once to {target}" + ("" if options.cache else "; or set data.cache"))
-    try:
-        with (
-            atomic_write(target, shared=True) as partial,
-            open_regular(path) as compressed,
-            DECOMPRESSORS[suffix](compressed) as source,
-            partial.open("wb") as sink,
-        ):
-            shutil.copyfileobj(source, sink, CHUNK)
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(
-            f"{path}: cannot be decompressed to {folder} ({error}); copy it again, or set data.cache to a "
-            "folder with enough space"
-        ) from error
-    return target
+    return TarStore(root, tuple(paths), images, every.select(is_table)).unwrap()

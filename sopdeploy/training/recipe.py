@@ -32,7 +32,6 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "workers",
     "threads",
     "device",
-    "data.cache",
     "data.path",
     "start.weights",
     "save.every_minutes",

@@ -29,7 +29,6 @@ def check(
     path: Annotated[
         Path, typer.Argument(metavar="DIR|TAR", help="Folder with one subfolder per class, or a tar file.")
     ],
-    cache: Annotated[Path | None, typer.Option(help="Folder for decompressed archives and indexes.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Decode every image and report sizes, formats, classes, duplicates and unreadable files.
@@ -41,7 +40,7 @@ def check(
     with one_line_errors(as_json):
         from sopdeploy.data.check import check as check_data
 
-        report = check_data(path, cache)
+        report = check_data(path)
         if as_json:
             print_json(report.model_dump(mode="json"))
         else:

@@ -15,7 +15,7 @@ import pydantic
 
 from sopdeploy.data.base import Split
 from sopdeploy.data.datasets.label_table import has_label_table, read_label_table, split_table
-from sopdeploy.data.folder_store import LABELS_FILE, FolderStore, OpenOptions
+from sopdeploy.data.folder_store import LABELS_FILE, FolderStore, Log, ignore
 from sopdeploy.data.image_files import (
     FileStore,
     ImageFiles,
@@ -25,7 +25,7 @@ from sopdeploy.data.image_files import (
 )
 from sopdeploy.data.parts import TRAIN, Parts, find_parts, open_part
 from sopdeploy.data.subset import ClassSubset
-from sopdeploy.data.tar import archive_suffix, open_tars
+from sopdeploy.data.tar import is_tar, open_tars
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import expand_user
 from sopdeploy.images.limits import SUFFIXES
@@ -37,19 +37,18 @@ class FolderConfig(ClassSubset):
     """Location of the images and selection of the held-out ones.
 
     Without a folder of held-out images, the fraction `hold_out` of every class is selected by
-    `hold_out_seed`. It is not the seed of the run, so all runs are evaluated on the same images. `cache`
-    stores archive indexes and decompressed archives. `skip_corrupt` leaves out unreadable images.
+    `hold_out_seed`. It is not the seed of the run, so all runs are evaluated on the same images.
+    `skip_corrupt` leaves out unreadable images.
     """
 
     kind: Literal["folder"]
     path: Path | None = None
-    cache: Path | None = None
     hold_out: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
     hold_out_seed: int = 0
     skip_corrupt: bool = False
 
 
-def open_folder(config: FolderConfig, options: OpenOptions | None = None) -> Split:
+def open_folder(config: FolderConfig, log: Log = ignore) -> Split:
     """Open the training and held-out images of a folder, with classes sorted by name.
 
     If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of class indices.
@@ -61,19 +60,18 @@ def open_folder(config: FolderConfig, options: OpenOptions | None = None) -> Spl
         raise ConfigError(
             "data.path: not set; give the folder with one subfolder per class", remedies={"data": None}
         )
-    options = options or OpenOptions(config.cache)
-    store = open_store(expand_user(config.path), options)
+    store = open_store(expand_user(config.path))
     if has_label_table(store):
         split = split_table(read_label_table(store), config.hold_out, config.hold_out_seed)
         if split.train.targets.ndim == 1:
-            options.log(f"{store.root / LABELS_FILE}: every image has one class, so the network predicts one")
+            log(f"{store.root / LABELS_FILE}: every image has one class, so the network predicts one")
         return split
     folders = open_class_folders(store, held_out=1)
     for line in folders.notes:
-        options.log(line)
+        log(line)
     if folders.ignored:
         ignored = describe_ignored_files(folders.ignored)
-        options.log(f"{store.root}: ignored files without an image suffix: {ignored}")
+        log(f"{store.root}: ignored files without an image suffix: {ignored}")
     if folders.problems:
         raise DataError("; ".join(folders.problems))
     train, *held_out = folders.parts.values()
@@ -83,20 +81,20 @@ def open_folder(config: FolderConfig, options: OpenOptions | None = None) -> Spl
     return Split(train=train, held_out=divided, divided=True)
 
 
-def open_store(path: Path, options: OpenOptions) -> FileStore:
+def open_store(path: Path) -> FileStore:
     """Open a folder, a tar archive, or a folder that holds archives and no subfolders."""
-    if path.is_file() and archive_suffix(path):
-        return open_tars(path, [path], options)
+    if path.is_file() and is_tar(path):
+        return open_tars(path, [path])
     if not path.is_dir():
-        problem = "neither a folder nor a tar file" if path.exists() else "no such folder"
+        problem = "neither a folder nor an uncompressed tar file" if path.exists() else "no such folder"
         raise DataError(
             f"{path}: {problem}; give a folder or tar file with one subfolder of images per class"
         )
-    store = FolderStore(path, lambda folder: open_store(path / folder, options))
+    store = FolderStore(path, lambda folder: open_store(path / folder))
     if not store.folders():
-        archives = sorted(file for file in path.iterdir() if file.is_file() and archive_suffix(file))
+        archives = sorted(file for file in path.iterdir() if file.is_file() and is_tar(file))
         if archives:
-            return open_tars(path, archives, options)
+            return open_tars(path, archives)
     return store
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from sopdeploy.data.datasets import official
 from sopdeploy.data.datasets.folder import list_classes, open_store
 from sopdeploy.data.datasets.label_table import has_label_table, read_label_table
-from sopdeploy.data.folder_store import LABELS_FILE, Log, OpenOptions, ignore
+from sopdeploy.data.folder_store import LABELS_FILE, Log, ignore
 from sopdeploy.data.image_files import FileStore, ImageFiles
 from sopdeploy.data.parts import find_parts, open_part
 from sopdeploy.errors import DataError, shorten
@@ -31,7 +31,7 @@ def open_evaluation_images(
     """
     root = expand_user(root)
     if multi_label:
-        store = open_store(root, OpenOptions(log=log))
+        store = open_store(root)
         if not store.label_tables():
             raise DataError(
                 f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
@@ -39,11 +39,9 @@ def open_evaluation_images(
             )
         return read_label_table(store, labels, multi_label=True).held_out()
     if (kind := official.detect_kind(root)) is not None:
-        images = _match(
-            root, official.open_part(kind, "held_out", root, OpenOptions(log=log)), labels, must_match=False
-        )
+        images = _match(root, official.open_part(kind, "held_out", root), labels, must_match=False)
     else:
-        store = _open_held_out(open_store(root, OpenOptions(log=log)), labels, log)
+        store = _open_held_out(open_store(root), labels, log)
         if has_label_table(store):
             stored = read_label_table(store, labels, multi_label=False).held_out()
         else:
@@ -57,7 +55,7 @@ def open_evaluation_images(
 
 def open_any_images(root: Path) -> ImageFiles:
     """Open all images below *root*, without their classes; raises `DataError` if there are none."""
-    store = open_store(expand_user(root), OpenOptions())
+    store = open_store(expand_user(root))
     paths = np.asarray(store.list_files("")[0], dtype=np.bytes_)
     if not len(paths):
         raise DataError(f"{root}: holds no images; sort images into one subfolder per class")

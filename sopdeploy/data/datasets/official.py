@@ -18,7 +18,6 @@ import numpy as np
 
 from sopdeploy.data.base import Split
 from sopdeploy.data.datasets.folder import class_problems, list_classes, open_store
-from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.subset import ClassSubset
 from sopdeploy.errors import ConfigError, DataError, shorten
@@ -28,13 +27,12 @@ from sopdeploy.files import expand_user
 class OfficialConfig(ClassSubset):
     """`path` is the `root` of the class in `torchvision.datasets`; for ImageNet, it holds train/ and val/.
 
-    The official test images, of Places365 the validation images, are the held-out ones. `cache` and
-    `skip_corrupt` are those of `FolderConfig`.
+    The official test images, of Places365 the validation images, are the held-out ones. `skip_corrupt` is
+    that of `FolderConfig`.
     """
 
     kind: Literal["aircraft", "cars", "places365", "imagenet"]
     path: Path | None = None
-    cache: Path | None = None
     skip_corrupt: bool = False
 
 
@@ -66,21 +64,19 @@ def detect_kind(root: Path) -> str | None:
     return next((kind for kind, layout in LAYOUTS.items() if (root / layout.content).exists()), None)
 
 
-def open_official(kind: str, path: Path | None, options: OpenOptions) -> Split:
+def open_official(kind: str, path: Path | None) -> Split:
     """Open the official training and held-out images at *path*; raises `DataError` if torchvision cannot."""
     if path is None:
         content = "train and val" if kind == "imagenet" else LAYOUTS[kind].content
         raise ConfigError(f"data.path: not set; give the folder that holds {content}")
     root = expand_user(path)
-    return Split(
-        train=open_part(kind, "train", root, options), held_out=open_part(kind, "held_out", root, options)
-    )
+    return Split(train=open_part(kind, "train", root), held_out=open_part(kind, "held_out", root))
 
 
-def open_part(kind: str, part: Literal["train", "held_out"], root: Path, options: OpenOptions) -> ImageFiles:
+def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> ImageFiles:
     """Open a part of the official layout *kind* in *root*; raises `DataError` if torchvision cannot."""
     if kind == "imagenet":
-        return _open_imagenet(part, root, options)
+        return _open_imagenet(part, root)
     layout = LAYOUTS[kind]
     split = getattr(layout, part)
     dataset_class: Any = getattr(importlib.import_module("torchvision.datasets"), layout.class_name)
@@ -98,7 +94,7 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path, options
         labels = [name.strip("/").partition("/")[2].replace("/", "-") for name in labels]
     paths = [os.fsencode(file.removeprefix(f"{root}/")) for file in files]
     return ImageFiles(
-        open_store(root, options),
+        open_store(root),
         tuple(labels),
         np.asarray(paths, dtype=np.bytes_),
         np.asarray(targets, dtype=np.int64),
@@ -121,7 +117,7 @@ def _imagenet_list(root: Path) -> Path | None:
     return None if any(path.is_dir() for path in (root / "val").iterdir()) else listing
 
 
-def _open_imagenet(part: str, root: Path, options: OpenOptions) -> ImageFiles:
+def _open_imagenet(part: str, root: Path) -> ImageFiles:
     """Open class folders for training, or the listed validation images.
 
     Lines are `ILSVRC2012_val_00000001.JPEG n01751748`, or as in LOC_val_solution.csv.
@@ -132,7 +128,7 @@ def _open_imagenet(part: str, root: Path, options: OpenOptions) -> ImageFiles:
     names, wordnet_ids = _read_imagenet_list(listing)
     labels = tuple(sorted(set(wordnet_ids)))
     if part == "train":
-        store = open_store(root / "train", options)
+        store = open_store(root / "train")
         images = list_classes(store, tuple(store.folders()))
         if problems := [*class_problems(images, labels)]:
             raise DataError("; ".join(problems))
@@ -142,7 +138,7 @@ def _open_imagenet(part: str, root: Path, options: OpenOptions) -> ImageFiles:
         raise DataError(f"{root / 'val'}: {shorten(missing)} missing; unpack the official archive there")
     indices = {label: index for index, label in enumerate(labels)}
     return ImageFiles(
-        open_store(root / "val", options),
+        open_store(root / "val"),
         labels,
         np.asarray([os.fsencode(name) for name in names], dtype=np.bytes_),
         np.asarray([indices[wordnet_id] for wordnet_id in wordnet_ids], dtype=np.int64),

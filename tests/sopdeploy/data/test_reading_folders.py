@@ -12,7 +12,6 @@ from sopdeploy.data.check import check
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.datasets.official import class_aliases
-from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.errors import DataError
 from tests.sopdeploy.data.small_data import tar_of, write_classes
 from tests.sopdeploy.data.test_data_folder import make
@@ -27,7 +26,7 @@ def below(*parts: str) -> dict[str, int]:
 
 def open_logged(path: Path) -> tuple[Split, str]:
     lines: list[str] = []
-    split = open_folder(FolderConfig(kind="folder", path=path), OpenOptions(log=lines.append))
+    split = open_folder(FolderConfig(kind="folder", path=path), lines.append)
     return split, "\n".join(lines)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.config import StrictModel, expand_options
-from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.commands.batch.classifier import PartClassifier
@@ -139,7 +138,7 @@ def classify(
 def _begin(folder: OutputFolder, sources: Sequence[str], state: RunState) -> tuple[Listing, int]:
     """List the images of *sources*; write the state of a new run, or compare it with the run to continue."""
     listing = Listing(folder.path)
-    entries = list_entries(sources, OpenOptions())
+    entries = list_entries(sources)
     is_new = folder.read_state() is None
     source = listing.write(entries, state.part_images) if is_new else Fingerprint(entries)
     folder.begin(state.model_copy(update={"source": source.sha256, "images": source.images}))

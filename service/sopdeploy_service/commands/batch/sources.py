@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from sopdeploy.bundle.folder import is_bundle
-from sopdeploy.data.folder_store import OpenOptions, is_hidden, is_image, walk
-from sopdeploy.data.tar import TAR, archive_suffix, decompress, scan
+from sopdeploy.data.folder_store import is_hidden, is_image, walk
+from sopdeploy.data.tar import is_tar, scan
 from sopdeploy.errors import DataError
 from sopdeploy.files import expand_user
 from sopdeploy.images.limits import SUFFIXES
 from sopdeploy_service.commands.batch.reader import UNKNOWN, Entry, is_url, open_location, open_store
 
 LIST = ".txt"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.xz")
 PATTERN = "*?["
 
 
-def list_entries(sources: Sequence[str], options: OpenOptions) -> Iterator[Entry]:
-    """Yield the images of *sources*; *options* say where compressed archives are unpacked.
+def list_entries(sources: Sequence[str]) -> Iterator[Entry]:
+    """Yield the images of *sources*.
 
     Raises `DataError` for a source that does not exist, is damaged or has no images.
     """
@@ -35,7 +36,7 @@ def list_entries(sources: Sequence[str], options: OpenOptions) -> Iterator[Entry
     for source in sources:
         empty = True
         try:
-            for entry in _list_source(source, options):
+            for entry in _list_source(source):
                 empty = False
                 yield entry
         except OSError as error:
@@ -44,9 +45,9 @@ def list_entries(sources: Sequence[str], options: OpenOptions) -> Iterator[Entry
             raise DataError(f"{source}: has no images ({', '.join(SUFFIXES)}); name archives themselves")
 
 
-def _list_source(source: str, options: OpenOptions) -> Iterator[Entry]:
+def _list_source(source: str) -> Iterator[Entry]:
     if is_url(source):
-        yield from _list_url(source, options)
+        yield from _list_url(source)
         return
     path = expand_user(source)
     if is_bundle(path):
@@ -54,12 +55,12 @@ def _list_source(source: str, options: OpenOptions) -> Iterator[Entry]:
     if path.is_dir():
         yield from (_whole(file) for file in walk(path) if is_image(file.name))
     elif path.exists():
-        yield from _list_file(_whole(path), options)
+        yield from _list_file(_whole(path))
     elif any(sign in source for sign in PATTERN):
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - pathlib takes no absolute patterns
         for name in sorted(names):
             if not Path(name).is_dir():
-                yield from _list_file(_whole(Path(name)), options)
+                yield from _list_file(_whole(Path(name)))
     else:
         raise DataError(f"{source}: not found; name a folder, a pattern, images, archives or lists of paths")
 
@@ -73,24 +74,19 @@ def _whole(path: Path, shown: str | None = None) -> Entry:
     return Entry(shown or str(path), str(path.absolute()), size=size)
 
 
-def _list_file(file: Entry, options: OpenOptions) -> Iterator[Entry]:
+def _list_file(file: Entry) -> Iterator[Entry]:
     """Yield the images in *file*: an archive, a list or an image, by its name."""
-    suffix = archive_suffix(Path(file.location))
-    if suffix == TAR and is_url(file.location):
+    if is_tar(Path(file.location)):
         yield from _list_tar(file.path, file.location)
-    elif suffix and is_url(file.location):
-        raise DataError(
-            f"{file.path}: is compressed; store the archive as .tar, so that images can be read alone"
-        )
-    elif suffix:
-        yield from _list_tar(file.path, str(decompress(Path(file.path), options).absolute()))
+    elif file.location.lower().endswith(COMPRESSED):
+        raise DataError(f"{file.path}: is compressed; unpack it, so that images can be read alone")
     elif file.location.lower().endswith(LIST):
         yield from _list_lines(file.path)
     else:
         yield file
 
 
-def _list_url(url: str, options: OpenOptions) -> Iterator[Entry]:
+def _list_url(url: str) -> Iterator[Entry]:
     """Yield the images at *url*: below a folder, of a pattern, or in one object."""
     store, path = open_store(url)
     try:
@@ -98,9 +94,9 @@ def _list_url(url: str, options: OpenOptions) -> Iterator[Entry]:
             for name, facts in sorted(store.glob(path, detail=True).items()):
                 if facts["type"] == "file":
                     location = store.unstrip_protocol(name)
-                    yield from _list_file(_object(location, facts), options)
+                    yield from _list_file(_object(location, facts))
         elif store.isfile(path):
-            yield from _list_file(_object(url, store.info(path)), options)
+            yield from _list_file(_object(url, store.info(path)))
         else:
             yield from _walk_url(store, path)
     except FileNotFoundError as error:

@@ -9,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.data.folder_store import OpenOptions
 from sopdeploy.errors import DataError, StorageError
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.sources import list_entries
@@ -75,7 +74,7 @@ def test_members_of_an_archive_stay_below_its_name(tmp_path):
             special = tarfile.TarInfo("special.jpg")
             special.type, special.linkname = kind, "/etc/passwd"
             tar.addfile(special)
-    found = {entry.path: entry.size for entry in list_entries([str(archive)], OpenOptions())}
+    found = {entry.path: entry.size for entry in list_entries([str(archive)])}
     assert found == {f"{archive}/{name}": size for name, size in
                      {"abs.jpg": 0, "a.jpg": 4, "b.jpg": 5, "c\udce9.jpg": 7}.items()}  # fmt: skip
 
@@ -94,7 +93,7 @@ def test_lines_of_a_list_that_are_no_images_have_errors(bundle_path, tmp_path):
 
 def test_an_empty_source_is_rejected():
     with pytest.raises(DataError, match="a source is empty; name a folder"):
-        list(list_entries([""], OpenOptions()))
+        list(list_entries([""]))
 
 
 def test_a_full_disk_is_a_one_line_error_and_the_run_continues(
