@@ -21,7 +21,6 @@ Occurrences = Annotated[int, pydantic.Field(ge=0)]
 CONFIDENCE_BOUNDS = (
     0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999,
 )  # fmt: skip
-MAX_PER_IMAGE = 10  # images with at least this many present classes are counted together
 HARDLY, WELL = 0.65, 0.9  # values of the AUROC that `describe_auroc` distinguishes
 MAX_LISTED = 20  # with more classes, a report shows only the range of the thresholds
 
@@ -89,25 +88,6 @@ class Reference(StrictModel):
     ]
 
 
-class PresenceReference(StrictModel):
-    """The reference of `evaluation.drift` for a network with several classes per image.
-
-    A class is present if its probability reaches its threshold.
-
-    Attributes:
-        images: Number of images.
-        classes: For each class, the number of images in which it is present.
-        per_image: Number of images with 0, 1, 2, ... and with at least `MAX_PER_IMAGE` present classes.
-    """
-
-    images: Count
-    classes: tuple[Occurrences, ...]
-    per_image: Annotated[
-        tuple[Occurrences, ...],
-        pydantic.Field(min_length=MAX_PER_IMAGE + 1, max_length=MAX_PER_IMAGE + 1),
-    ]
-
-
 class Decision(StrictModel):
     """Rules that turn logits into classes.
 
@@ -116,25 +96,22 @@ class Decision(StrictModel):
         calibration: How the temperature was fitted; `None` if it was not.
         rejection: How images of unknown classes are recognized; `None` accepts every image.
         thresholds: Smallest probability at which a class is present, one per class; only with "sigmoid".
-        reference: Distribution of predictions with which later ones are compared, a `PresenceReference` with
-            "sigmoid"; `None` if nothing was fitted.
+        reference: Distribution of predictions with which later ones are compared, only with "softmax"; `None`
+            if nothing was fitted.
     """
 
     activation: Activation = "softmax"
     calibration: Calibration | None = None
     rejection: Rejection | None = None
     thresholds: tuple[Fraction, ...] | None = None
-    reference: Reference | PresenceReference | None = None
+    reference: Reference | None = None
 
     @pydantic.model_validator(mode="after")
     def _check_activation(self) -> "Decision":
         if (self.thresholds is not None) != (self.activation == "sigmoid"):
             raise ValueError("thresholds: required with activation sigmoid, not allowed with softmax")
-        if self.rejection is not None and self.activation == "sigmoid":
-            raise ValueError("rejection: not supported with activation sigmoid")
-        expected = PresenceReference if self.activation == "sigmoid" else Reference
-        if not isinstance(self.reference, expected | None):
-            raise ValueError(f"reference: belongs to another activation than {self.activation}")
+        if self.activation == "sigmoid" and (self.rejection or self.reference):
+            raise ValueError("rejection, reference: not supported with activation sigmoid")
         return self
 
     @property

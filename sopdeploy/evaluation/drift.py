@@ -5,30 +5,18 @@ distributed. Each is Pearson's chi-square test of homogeneity of two samples, be
 a sample, often a small one. Categories that are rare in both samples are merged, because the test needs an
 expected count of about 5 (Cochran, "Some methods for strengthening the common chi-square tests", Biometrics
 1954).
-
-With several classes per image, the tests compare the share of images in which each class is present, and the
-number of classes per image. The first one tests each class alone, with a Bonferroni correction, because the
-classes of an image depend on each other.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import (
-    CONFIDENCE_BOUNDS,
-    MAX_PER_IMAGE,
-    Decision,
-    PresenceReference,
-    Reference,
-    known_score,
-    sigmoid,
-)
+from sopdeploy.decision import CONFIDENCE_BOUNDS, Reference, known_score
 
 FALSE_ALARMS = 0.01  # without drift, the largest probability that one of the two tests raises an alarm
+TESTS = ("classes", "confidences")
 LEVEL = FALSE_ALARMS / 2  # significance level of each test (Bonferroni)
 MIN_EXPECTED = 5.0
 
@@ -62,8 +50,6 @@ class Drift(NamedTuple):
 class PredictionCounts:
     """Counts predictions by class and by confidence."""
 
-    tests = ("classes", "confidences")
-
     def __init__(self, classes: int) -> None:
         self.classes: Counts = np.zeros(classes, np.int64)
         self.confidences: Counts = np.zeros(len(CONFIDENCE_BOUNDS) + 1, np.int64)
@@ -89,88 +75,9 @@ class PredictionCounts:
 
     def compare(self, reference: Reference) -> Drift:
         """Compare the counts with *reference*, which must have the same classes."""
-        return Drift(
-            self.images,
-            {
-                "classes": compare(np.array(reference.classes), self.classes),
-                "confidences": compare(np.array(reference.confidences), self.confidences),
-            },
-        )
-
-
-class PresenceCounts:
-    """Counts the classes that a multi-label network predicts as present, by class and per image.
-
-    A class is present if its probability is at least its entry in *thresholds*.
-    """
-
-    tests = ("classes", "per_image")
-
-    def __init__(self, thresholds: Sequence[float]) -> None:
-        self._thresholds = np.asarray(thresholds)
-        self.classes: Counts = np.zeros(len(thresholds), np.int64)
-        self.per_image: Counts = np.zeros(MAX_PER_IMAGE + 1, np.int64)
-
-    @property
-    def images(self) -> int:
-        """Number of predictions."""
-        return int(self.per_image.sum())
-
-    def add_logits(self, logits: NDArray[Any]) -> None:
-        """Count predictions with finite *logits* (n, C)."""
-        self.add_probabilities(sigmoid(logits))
-
-    def add_probabilities(self, probabilities: NDArray[np.float64]) -> None:
-        """Count predictions with *probabilities* (n, C)."""
-        present = probabilities >= self._thresholds
-        self.add(present.nonzero()[1], present.sum(axis=1))
-
-    def add(self, classes: NDArray[np.integer], numbers: NDArray[np.integer]) -> None:
-        """Count n images: *numbers* (n,) of present classes, and *classes*, their indices in one array."""
-        self.classes += np.bincount(classes, minlength=len(self.classes))
-        self.per_image += np.bincount(np.minimum(numbers, MAX_PER_IMAGE), minlength=MAX_PER_IMAGE + 1)
-
-    def reference(self) -> PresenceReference:
-        """Return the counts as the reference of later predictions."""
-        return PresenceReference(
-            images=self.images,
-            classes=tuple(self.classes.tolist()),
-            per_image=tuple(self.per_image.tolist()),
-        )
-
-    def compare(self, reference: PresenceReference) -> Drift:
-        """Compare the counts with *reference*, which must have the same classes."""
-        per_image = compare(np.array(reference.per_image), self.per_image)
-        return Drift(self.images, {"classes": self._compare_classes(reference), "per_image": per_image})
-
-    def _compare_classes(self, reference: PresenceReference) -> Comparison:
-        """Test each class; return the largest distance and the smallest p-value, Bonferroni-corrected.
-
-        A p-value counts only if at least `MIN_EXPECTED` images of the smaller sample are expected to show the
-        class, and as many not to show it.
-        """
-        smaller_share = min(reference.images, self.images) / (reference.images + self.images)
-        distances, p_values = [], []
-        for referenced, counted in zip(reference.classes, self.classes.tolist(), strict=True):
-            first = np.array([referenced, reference.images - referenced])
-            second = np.array([counted, self.images - counted])
-            result = compare(first, second)
-            distances.append(result.distance)
-            if (first + second).min() * smaller_share >= MIN_EXPECTED:
-                p_values.append(result.p_value)
-        corrected = min(p_values, default=1.0) * max(1, len(p_values))
-        return Comparison(max(distances), min(1.0, corrected))
-
-
-def counts_for(decision: Decision, classes: int) -> PredictionCounts | PresenceCounts:
-    """Create empty counts for *classes* classes, of the kind that the reference of *decision* has."""
-    return PredictionCounts(classes) if decision.thresholds is None else PresenceCounts(decision.thresholds)
-
-
-def compare_counts(counts: PredictionCounts | PresenceCounts, decision: Decision) -> Drift | None:
-    """Compare *counts*, created by `counts_for`, with the reference of *decision*; None without one."""
-    reference: Any = decision.reference  # of the kind of *counts*
-    return None if reference is None else counts.compare(reference)
+        classes = compare(np.array(reference.classes), self.classes)
+        confidences = compare(np.array(reference.confidences), self.confidences)
+        return Drift(self.images, dict(zip(TESTS, (classes, confidences), strict=True)))
 
 
 def compare(first: Counts, second: Counts) -> Comparison:

@@ -14,9 +14,8 @@ import pydantic
 from numpy.typing import NDArray
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.decision import Decision, PresenceReference
+from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.drift import PresenceCounts
 from sopdeploy.evaluation.metrics import NO_IMAGES
 from sopdeploy.evaluation.statistics import LEVEL
 
@@ -54,8 +53,7 @@ class MeanPrecision(StrictModel):
 class MultiLabelMetrics(StrictModel):
     """Mean average precision, F1 at a threshold of 0.5, and mean loss over `count` images.
 
-    `thresholds` are those that maximize F1 on these images, one per class (`fit_thresholds`). `present`
-    counts the classes that are present at these thresholds.
+    `thresholds` are those that maximize F1 on these images, one per class (`fit_thresholds`).
     """
 
     score_name: ClassVar[str] = "mAP"
@@ -65,7 +63,6 @@ class MultiLabelMetrics(StrictModel):
     count: int
     loss: float
     thresholds: tuple[Fraction, ...]
-    present: PresenceReference | None = None
 
     @property
     def score(self) -> float:
@@ -182,11 +179,8 @@ def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> f
 
 
 def fit_presence(targets: NDArray[np.floating], probabilities: NDArray[np.float64]) -> Decision:
-    """Fit the thresholds and the drift reference of a `Decision` to *probabilities* and *targets* (N, C)."""
-    thresholds = fit_thresholds(targets, probabilities)
-    counts = PresenceCounts(thresholds)
-    counts.add_probabilities(probabilities)
-    return Decision(activation="sigmoid", thresholds=thresholds, reference=counts.reference())
+    """Build the `Decision` with the thresholds of `fit_thresholds`."""
+    return Decision(activation="sigmoid", thresholds=fit_thresholds(targets, probabilities))
 
 
 def fit_thresholds(targets: NDArray[np.floating], probabilities: NDArray[np.float64]) -> tuple[float, ...]:

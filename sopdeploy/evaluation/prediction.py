@@ -26,7 +26,7 @@ from sopdeploy.evaluation.multi_label import (
     DEFAULT_THRESHOLD,
     MultiLabelMetrics,
     MultiLabelPredictions,
-    fit_presence,
+    fit_thresholds,
 )
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.images.pixels import preprocess_image
@@ -134,12 +134,10 @@ def held_out_metrics(
     report = MultiLabelPredictions(
         labels=labels, targets=targets.astype(np.float64), probabilities=probabilities, thresholds=half
     ).report()
-    fitted = fit_presence(targets.astype(np.float64), probabilities)
     return MultiLabelMetrics(
         **report.model_dump(include={"map", "macro_f1", "micro_f1", "count"}),
         loss=loss,
-        thresholds=fitted.thresholds,
-        present=fitted.reference,
+        thresholds=fit_thresholds(targets.astype(np.float64), probabilities),
     )
 
 

@@ -239,9 +239,8 @@ class Run:
         if self.activation == "softmax":
             return None
         metrics = self.position.history[-1].metrics if self.position.history else None
-        if isinstance(metrics, MultiLabelMetrics):
-            return Decision(activation="sigmoid", thresholds=metrics.thresholds, reference=metrics.present)
-        return Decision(activation="sigmoid", thresholds=(DEFAULT_THRESHOLD,) * len(self.labels))
+        fitted = metrics.thresholds if isinstance(metrics, MultiLabelMetrics) else None
+        return Decision(activation="sigmoid", thresholds=fitted or (DEFAULT_THRESHOLD,) * len(self.labels))
 
     def _training_record(self) -> dict[str, Any]:
         """Describe how the weights were trained."""

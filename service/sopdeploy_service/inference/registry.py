@@ -13,7 +13,6 @@ from pathlib import Path
 
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.errors import SopdeployError, shorten
-from sopdeploy.evaluation.drift import counts_for
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.model import Model
@@ -222,7 +221,7 @@ class ModelRegistry:
             self._metrics.unknown_images.labels(name)  # shows 0 before the first unknown image
         decision = loaded.bundle.manifest.decision
         if decision is not None and decision.reference is not None:
-            self._metrics.show_drift(name, counts_for(decision, len(loaded.bundle.labels)).tests)
+            self._metrics.show_drift(name)
 
     def _make_current(self, name: str, model: Model | LoadedModel) -> Model:
         """Make *model* the current version of *name*; start it if it is new. `changing` must be held."""

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.decision import Decision
-from sopdeploy.evaluation.drift import Drift, compare_counts, counts_for
+from sopdeploy.decision import Reference
+from sopdeploy.evaluation.drift import Drift, PredictionCounts
 
 WINDOW_IMAGES = 1000
 
@@ -21,18 +21,15 @@ def drift_window(bundle: Bundle) -> "DriftWindow | None":
     decision = bundle.manifest.decision
     if decision is None or decision.reference is None:
         return None
-    return DriftWindow(decision, len(bundle.labels))
+    return DriftWindow(decision.reference)
 
 
 class DriftWindow:
-    """Counts predictions, and compares every full window with the held-out predictions of *decision*.
+    """Counts predictions, and compares every full window with the held-out ones. Not thread-safe."""
 
-    *classes* is the number of classes. Not thread-safe.
-    """
-
-    def __init__(self, decision: Decision, classes: int) -> None:
-        self._decision, self._classes = decision, classes
-        self._counts = counts_for(decision, classes)
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+        self._counts = PredictionCounts(len(reference.classes))
         self.latest: Drift | None = None  # of the last full window
 
     def add(self, logits: Sequence[NDArray[np.float32]]) -> None:
@@ -41,5 +38,5 @@ class DriftWindow:
             return
         self._counts.add_logits(np.stack(logits))
         if self._counts.images >= WINDOW_IMAGES:
-            self.latest = compare_counts(self._counts, self._decision)
-            self._counts = counts_for(self._decision, self._classes)
+            self.latest = self._counts.compare(self._reference)
+            self._counts = PredictionCounts(len(self._reference.classes))

@@ -11,7 +11,7 @@ from functools import cache, partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.evaluation.drift import Drift
+from sopdeploy.evaluation.drift import TESTS, Drift
 from sopdeploy_service.runtime.base import Runtime
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -98,10 +98,10 @@ class Metrics:
             self._busy.labels(model).set_function(created.busy_ratio)
         return self._models[model]
 
-    def show_drift(self, model: str, tests: Sequence[str]) -> None:
-        """Show the drift of *model* in *tests*, NaN before its first full window."""
+    def show_drift(self, model: str) -> None:
+        """Show the drift of *model*, NaN before its first full window."""
         model_metrics = self.of(model)
-        for of in tests:
+        for of in TESTS:
             for number, gauge in enumerate((self._drift_distance, self._drift_p_value)):
                 gauge.labels(model, of).set_function(partial(model_metrics.drift_value, of, number))
 
@@ -169,9 +169,7 @@ class ModelMetrics:
 
     def drift_value(self, of: str, number: int) -> float:
         """Return the distance (*number* 0) or p-value (1) of the drift test *of*; NaN if there is none."""
-        if self.drift is None or of not in self.drift.tests:  # a version of another kind ran the last batch
-            return math.nan
-        return float(self.drift.tests[of][number])
+        return math.nan if self.drift is None else float(self.drift.tests[of][number])
 
     def busy_ratio(self) -> float:
         """Compute the fraction of the last `WINDOW_SECONDS` in which a batch ran. Thread-safe."""

@@ -18,14 +18,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.config import StrictModel
 from sopdeploy.decision import CONFIDENCE_BOUNDS, Decision, Reference
 from sopdeploy.errors import ImageError
-from sopdeploy.evaluation.drift import (
-    FALSE_ALARMS,
-    LEVEL,
-    PredictionCounts,
-    PresenceCounts,
-    compare_counts,
-    counts_for,
-)
+from sopdeploy.evaluation.drift import FALSE_ALARMS, LEVEL, PredictionCounts
 from sopdeploy.html.charts import Bar, bars
 from sopdeploy.html.templates import percent, render
 from sopdeploy.images.formats import open_image
@@ -74,8 +67,8 @@ class BatchReport(StrictModel):
 
     *counts* maps each class to the number of images with this most probable class or, for a multi-label
     network, with this class among others. *unknown* counts the images below the rejection threshold. *drift*
-    maps what is compared to the result of the test. It is None if the bundle has no held-out predictions, or
-    if `top_k` limits the classes of a multi-label network.
+    maps what is compared to the result of the test. It is None if the bundle has no held-out predictions, as
+    those of multi-label networks.
     """
 
     bundle: str
@@ -92,15 +85,14 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
     """Write the report of the finished run in *folder* with the images of *listing*."""
     decision = bundle.manifest.decision or Decision()
     multi_label = decision.thresholds is not None
-    limited = multi_label and settings.classes_per_image(multi_label=True) is not None
-    predictions = counts_for(decision, len(bundle.labels))
+    predictions, counts = PredictionCounts(len(bundle.labels)), Counter[str]()
     indices = {label: index for index, label in enumerate(bundle.labels)}
     images = unknown = 0
     errors, examples = Counter[str](), defaultdict[str, list[str]](list)
     least: list[tuple[float, int, int, str, str]] = []  # probability, part, row, path, class
     for part in range(listing.parts()):
-        counted: list[int] = []
-        numbers: list[float] = []  # the probability of the best class, or how many classes are present
+        best: list[int] = []
+        confidences: list[float] = []
         for number, row in enumerate(folder.read_columns(part, COLUMNS).to_pylist()):
             images += 1
             if (code := row["error"]) is not None:
@@ -110,13 +102,15 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
                 continue
             unknown += row["known"] is False
             classes, probabilities = row["classes"], row["probabilities"]
-            counted += [indices[label] for label in (classes if multi_label else classes[:1])]
-            numbers.append(len(classes) if multi_label else probabilities[0])
+            counts.update(classes if multi_label else classes[:1])
+            if not multi_label:
+                best.append(indices[classes[0]])
+                confidences.append(probabilities[0])
             if classes:
                 least.append((probabilities[0], part, number, row["path"], classes[0]))
-        predictions.add(np.array(counted, int), np.array(numbers, int if multi_label else float))
+        predictions.add(np.array(best, int), np.array(confidences))
         least = heapq.nsmallest(LEAST_CERTAIN, least)
-    drift = None if limited else compare_counts(predictions, decision)
+    drift = None if decision.reference is None else predictions.compare(decision.reference)
     report = BatchReport(
         bundle=bundle.name,
         images=images,
@@ -125,7 +119,7 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
             for code, count in errors.most_common()
         ),
         unknown=unknown,
-        counts=dict(zip(bundle.labels, predictions.classes.tolist(), strict=True)),
+        counts={label: counts[label] for label in bundle.labels},
         least_certain=tuple(
             Uncertain(path=path, label=label, probability=probability)
             for probability, _, _, path, label in least
@@ -141,13 +135,12 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
         report=report,
         rejects=bundle.manifest.rejection is not None,
         multi_label=multi_label,
-        limited=limited,
         failed=sum(kind.images for kind in report.errors),
         classes=_class_bars(report),
         hidden=max(0, len(report.counts) - MAX_BARS),
         least=list(zip(thumbnails, report.least_certain, strict=True)),
         level=LEVEL,
-        confidences=_confidence_bars(predictions, decision),
+        confidences=_confidence_bars(predictions, decision.reference),
     )
     folder.write_text(DATA, report.model_dump_json(indent=2) + "\n")
     folder.write_text(PAGE, page)
@@ -160,15 +153,14 @@ def _class_bars(report: BatchReport) -> Markup:
     return bars("classes-chart", "Images per class", rows, max(1.0, rows[0].value if rows else 1.0))
 
 
-def _confidence_bars(predictions: PredictionCounts | PresenceCounts, decision: Decision) -> Markup | None:
+def _confidence_bars(predictions: PredictionCounts, reference: Reference | None) -> Markup | None:
     """Draw the distribution of the confidences; the text of a bar adds the share of the held-out images."""
-    if isinstance(predictions, PresenceCounts) or not predictions.images:
+    if not predictions.images:
         return None
     bounds = (0.0, *CONFIDENCE_BOUNDS, 1.0)
     shares = predictions.confidences / predictions.images
     held_out: Sequence[float | None] = [None] * len(shares)
-    reference = decision.reference
-    if isinstance(reference, Reference) and (total := sum(reference.confidences)):
+    if reference is not None and (total := sum(reference.confidences)):
         held_out = [count / total for count in reference.confidences]
     rows = [
         Bar(
