@@ -1,7 +1,6 @@
 """`sopdeploy data check`: the content and the problems of a folder or archive of images."""
 
 import hashlib
-import io
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from sopdeploy.data.folder_store import LABELS_FILE
 from sopdeploy.data.image_files import ImageFiles, load_pixels, map_threaded, open_image
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.files import expand_user
-from sopdeploy.images.pixels import ROTATED, SIXTEEN_BIT, exif_orientation, to_rgb
+from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
 MIN_SIDE = 32  # pixels; smaller images are reported
@@ -44,14 +43,13 @@ class Part(StrictModel):
 
 
 class Duplicates(StrictModel):
-    """Files with identical pixels; `same_bytes` if the files are identical, too.
+    """Files with identical pixels.
 
     `across`: the files are in different parts (train/test leakage). `labels_differ`: they have different
     labels.
     """
 
     files: tuple[str, ...]
-    same_bytes: bool
     across: bool
     labels_differ: bool
 
@@ -69,7 +67,6 @@ class DataReport(StrictModel):
     path: Path
     parts: tuple[Part, ...]
     formats: dict[str, int]
-    modes: dict[str, int]
     shorter_side: tuple[int, int, int]
     longer_side: tuple[int, int, int]
     classes: tuple[str, ...] = ()
@@ -97,9 +94,7 @@ class _FileInfo:
     length: int = 0
     error: str = ""
     format: str = ""
-    mode: str = ""
     size: tuple[int, int] = (0, 0)
-    file_hash: bytes = b""
     pixel_hash: bytes = b""
     unusual: tuple[str, ...] = ()
 
@@ -131,7 +126,6 @@ def check(path: Path) -> DataReport:
         path=path,
         parts=tuple(_describe_part(name, images, infos) for name, images in parts.items()),
         formats=dict(Counter(info.format for info in readable).most_common()),
-        modes=dict(Counter(info.mode for info in readable).most_common()),
         shorter_side=(int(shorter.min()), int(np.median(shorter)), int(shorter.max())),
         longer_side=(int(longer.min()), int(np.median(longer)), int(longer.max())),
         classes=tuple(folders.problems),
@@ -179,7 +173,7 @@ def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:
     try:
         data = images.read(index)
         image = open_image(data, path)
-        mode, image_format = image.mode, image.format or ""  # before decoding, which may change the mode
+        image_format = image.format or ""
         pixels = to_rgb(load_pixels(image, path), RULES)
     except DataError as error:
         return _FileInfo(str(path), part, label, len(data), str(error))
@@ -189,36 +183,19 @@ def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:
         label=label,
         length=len(data),
         format=image_format,
-        mode=mode,
         size=pixels.size,
-        file_hash=hashlib.sha256(data).digest()[:16],
         pixel_hash=hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()[:16],
-        unusual=_unusual_properties(image, pixels, mode, _count_frames(data)),
+        unusual=_unusual_properties(pixels),
     )
 
 
-def _count_frames(data: bytes) -> int:
-    """Count the frames of an image; 2 if a later frame is damaged. Training reads only the first one."""
-    try:  # on an object of its own, because counting moves to other frames
-        return getattr(Image.open(io.BytesIO(data)), "n_frames", 1)
-    except Exception:  # Pillow raises many types for damaged frames
-        return 2
-
-
-def _unusual_properties(image: Image.Image, pixels: Image.Image, mode: str, frames: int) -> tuple[str, ...]:
-    """List what is unusual about a decoded *image*, whose upright RGB form is *pixels*.
-
-    The texts are keys of the JSON output.
-    """
-    shorter, longer = sorted(image.size)
+def _unusual_properties(pixels: Image.Image) -> tuple[str, ...]:
+    """List what is unusual about the upright RGB image *pixels*; the texts are keys of the JSON output."""
+    shorter, longer = sorted(pixels.size)
     conditions = {
         f"shorter side under {MIN_SIDE} pixels": shorter < MIN_SIDE,
         f"longer side over {MAX_ASPECT_RATIO:g} times the shorter one": longer > MAX_ASPECT_RATIO * shorter,
-        "one colour only": pixels.getcolors(maxcolors=1) is not None,
-        "several frames, the first one counts": frames > 1,
-        "printing colours (CMYK)": mode == "CMYK",
-        "16 bits a pixel": mode in SIXTEEN_BIT,
-        "turned by its EXIF orientation": exif_orientation(image) in ROTATED,
+        "one color only": pixels.getcolors(maxcolors=1) is not None,
     }
     return tuple(reason for reason, applies in conditions.items() if applies)
 
@@ -232,7 +209,6 @@ def _find_duplicates(infos: Sequence[_FileInfo]) -> Iterator[Duplicates]:
         if len(group) > 1:
             yield Duplicates(
                 files=tuple(info.file for info in group),
-                same_bytes=len({info.file_hash for info in group}) == 1,
                 across=len({info.part for info in group}) > 1,
                 labels_differ=len({info.label for info in group}) > 1,
             )

@@ -63,11 +63,7 @@ def _print_report(report: "DataReport") -> None:
         lines.append(f"{part.name}, rarest classes first: {classes}")
     print_table(("part", "images", "MB", "classes", "fewest", "most"), rows)
     if report.formats:
-        formats, modes = (
-            ", ".join(f"{name} {count}" for name, count in counts.items())
-            for counts in (report.formats, report.modes)
-        )
-        lines.append(f"formats: {formats}; color modes: {modes}")
+        lines.append("formats: " + ", ".join(f"{name} {count}" for name, count in report.formats.items()))
         for name, (low, median, high) in (("shorter", report.shorter_side), ("longer", report.longer_side)):
             lines.append(f"{name} side: {low} to {high} pixels, median {median}")
         lines += _duplicate_lines(report)
@@ -88,10 +84,9 @@ def _duplicate_lines(report: "DataReport") -> list[str]:
     if not groups:
         return ["duplicates: none"]
     across, differ = sum(group.across for group in groups), sum(group.labels_differ for group in groups)
-    equal = sum(group.same_bytes for group in groups)
     summary = (
-        f"duplicates: {len(groups)} group{'s' * (len(groups) > 1)} with equal pixels, {equal} of "
-        f"them equal files; {across} in both training and held-out data, {differ} in different classes"
+        f"duplicates: {len(groups)} group{'s' * (len(groups) > 1)} with equal pixels, {across} in both "
+        f"training and held-out data, {differ} in different classes"
     )
     worst_first = sorted(groups, key=lambda group: (not group.across, not group.labels_differ))
     return [summary, *(" = ".join(group.files) for group in worst_first[:MAX_GROUPS])]
