@@ -64,10 +64,10 @@ WHAT_TO_DO = {
     "DataError": "Repair or remove the named image or folder. Folders have the form `DIR/<class>/*.jpg`.",
     "CheckpointError": "Use a file written by `sopdeploy train` or `sopdeploy import`.",
     "WeightsError": "Pass the network that the message suggests as `--as`; "
-    "`sopdeploy import FILE --as NAME --keys` shows each tensor. If start weights cannot be downloaded, put "
+    "The message names the first tensor that does not fit. If start weights cannot be downloaded, put "
     "the file where the message says, or pass `--weights FILE` or `--weights none`.",
-    "TrainingError": "The message names the module, the step and its images. Lower `optimizer.lr`, check "
-    "those images, then continue with `--resume auto`.",
+    "TrainingError": "The message names the step and what was not finite. Lower `optimizer.lr` or set "
+    "`optimizer.clip_norm`, then continue with `--resume auto`.",
     "DetachError": "Add `--detach`; it may also stand where there is nothing to detach.",
     "CertificateError": "Do not deploy this network. The message names the training-only weights that the "
     "output depends on; change the model's code.",

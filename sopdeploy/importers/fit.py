@@ -61,8 +61,8 @@ def _set_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
 
 def fit_tensors(
     file: WeightFile, converted: ConvertedWeights, model: str, config: StrictModel
-) -> tuple[dict[str, Tensor], list[MappedTensor]]:
-    """Build the state dict of *model*, with the origin of each tensor.
+) -> dict[str, Tensor]:
+    """Build the state dict of *model*; a missing counter of a batch norm is 0.
 
     Raises `WeightsError` naming the first tensor that is unused, missing, not finite or of another shape.
     """
@@ -76,11 +76,10 @@ def fit_tensors(
         if source not in used:
             raise _misfit(file, converted, model, f"it has no tensor for {source}")
     state: dict[str, Tensor] = {}
-    rows: list[MappedTensor] = []
     for name, wanted in expected.items():
         mapped = by_name.get(name)
         if mapped is None and name.endswith(COUNTER):
-            mapped = MappedTensor(name, (), torch.zeros((), dtype=wanted.dtype), "absent, set to 0")
+            mapped = MappedTensor(name, (), torch.zeros((), dtype=wanted.dtype))
         if mapped is None:
             raise _misfit(file, converted, model, f"{name} is not in the file")
         if name.endswith(COUNTER) and mapped.tensor.numel() == 1:
@@ -94,8 +93,7 @@ def fit_tensors(
                 f"{file.path}: {mapped.sources[0]} has values that are not finite in {wanted.dtype}"
             )
         state[name] = tensor
-        rows.append(mapped)
-    return state, rows
+    return state
 
 
 def _misfit(file: WeightFile, converted: ConvertedWeights, model: str, difference: str) -> WeightsError:

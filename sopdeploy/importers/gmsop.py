@@ -30,7 +30,6 @@ from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFil
 STAGES = (2, 3, 4, 5)
 LETTERS = "abcdefgh"  # of the convolutions of a component
 SIDE = 64
-TRANSPOSED = "axes transposed"
 MODELS = {
     ("gated", "gap", 2, 1): "gmgap-16-8-resnet18",
     ("gated", "sop", 2, 1): "gmsop-16-8-resnet18",
@@ -122,7 +121,7 @@ def _backbone_and_head(file: WeightFile, blocks: int, width: int | None) -> Iter
     prediction = pointwise_kernel(file, "prediction_f")
     order = _order(width, prediction)
     kernel = conv_kernel(file, "conv1_f") / RAW_SCALE
-    yield MappedTensor("conv1.weight", ("conv1_f",), kernel, f"{TRANSPOSED}, times 60")
+    yield MappedTensor("conv1.weight", ("conv1_f",), kernel)
     yield MappedTensor("conv1.bias", ("conv1_b",), file.tensor("conv1_b").reshape(-1))
     yield from batch_norm(file, "conv1_bn", "bn1")
     for stage in STAGES:
@@ -135,13 +134,12 @@ def _backbone_and_head(file: WeightFile, blocks: int, width: int | None) -> Iter
                 yield from _conv_bn(file, f"{source}_adapt_conv", f"{shortcut}.0", f"{shortcut}.1")
     if "fusion_bn_bn_w" in file.tensors:
         yield from batch_norm(file, "fusion_bn_bn", "head.bn", order)
-    weight = reorder(prediction, order, 1, TRANSPOSED)
-    yield MappedTensor("head.fc.weight", ("prediction_f",), *weight)
+    yield MappedTensor("head.fc.weight", ("prediction_f",), reorder(prediction, order, 1))
     yield MappedTensor("head.fc.bias", ("prediction_b",), file.tensor("prediction_b").reshape(-1))
 
 
 def _conv_bn(file: WeightFile, source: str, name: str, norm: str) -> Iterator[MappedTensor]:
-    yield MappedTensor(f"{name}.weight", (f"{source}_f",), conv_kernel(file, f"{source}_f"), TRANSPOSED)
+    yield MappedTensor(f"{name}.weight", (f"{source}_f",), conv_kernel(file, f"{source}_f"))
     yield from batch_norm(file, f"{source}_bn", norm)
 
 
@@ -149,20 +147,20 @@ def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Itera
     """Convert the gate and the components; the convolutions of all components are stacked."""
     for layer in range(len(config["gate_widths"])):
         source, name = f"gating{layer + 1}", f"gate.feature.{layer}"
-        yield MappedTensor(f"{name}.0.weight", (f"{source}_f",), conv_kernel(file, f"{source}_f"), TRANSPOSED)
+        yield MappedTensor(f"{name}.0.weight", (f"{source}_f",), conv_kernel(file, f"{source}_f"))
         if config["gate_norm"]:
             yield from batch_norm(file, f"{source}_bn", f"{name}.1")
     width = config["gate_widths"][-1] if second_order and config["gate_widths"] else None
     for source, name in (("gating_w", "gate.weight"), ("gating_noise_w", "gate.noise.weight")):
         weight = file.tensor(source)
-        yield MappedTensor(name, (source,), *reorder(weight.T, _order(width, weight.T), 1, TRANSPOSED))
+        yield MappedTensor(name, (source,), reorder(weight.T, _order(width, weight.T), 1))
     components = [
         [name for letter in LETTERS if (name := f"CM_{component}_{letter}_f") in file.tensors]
         for component in range(1, config["components"] + 1)
     ]
     for step, names in enumerate(zip(*components, strict=False)):
         matrices = [pointwise_kernel(file, name) for name in names]
-        yield MappedTensor(f"mixture.weights.{step}", names, torch.stack(matrices), f"{TRANSPOSED}, stacked")
+        yield MappedTensor(f"mixture.weights.{step}", names, torch.stack(matrices))
         sources = [name.removesuffix("_f") for name in names]
         rows: list[tuple[MappedTensor, ...]] = []
         if config["component_bias"]:
@@ -178,4 +176,4 @@ def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Itera
             rows += zip(*(batch_norm(file, f"{source}_bn", norm) for source in sources), strict=True)
         for row in rows:
             of = tuple(name for part in row for name in part.sources)
-            yield MappedTensor(row[0].name, of, torch.cat([part.tensor for part in row]), "joined")
+            yield MappedTensor(row[0].name, of, torch.cat([part.tensor for part in row]))

@@ -9,8 +9,6 @@ import math
 import re
 from typing import Any
 
-import torch
-
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fit import row_wise_order, triangle_side
@@ -103,5 +101,4 @@ def _make_row_wise(file: WeightFile, mapped: MappedTensor) -> MappedTensor:
     width = len(file.tensor("layer_reduce.weight"))
     if triangle_side(file.tensor("fc.weight").shape[1]) != width:
         raise WeightsError(f"{file.path}: fc.weight does not fit the triangle of {width} channels")
-    permuted = torch.index_select(mapped.tensor, 1, row_wise_order(width))
-    return mapped._replace(tensor=permuted, how="triangle made row-wise")
+    return mapped._replace(tensor=mapped.tensor.index_select(1, row_wise_order(width)))

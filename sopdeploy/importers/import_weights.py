@@ -39,19 +39,11 @@ CONVERTERS: tuple[tuple[str, Converter], ...] = (  # (project, function); the fi
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-class Row(StrictModel):
-    """A tensor of the checkpoint, the source tensors it was computed from, and how."""
-
-    name: str
-    of: tuple[str, ...]
-    how: str
-    shape: tuple[int, ...]
-
-
 class ImportReport(StrictModel):
     """Result of an import.
 
-    `labels` is the origin of the class names, `beside` lists content of the file that was not imported.
+    `tensors` is the number of tensors of the checkpoint, `labels` the origin of the class names; `beside`
+    lists content of the file that was not imported.
     """
 
     file: str
@@ -63,7 +55,7 @@ class ImportReport(StrictModel):
     num_classes: int
     labels: str
     preprocess: Preprocess
-    rows: tuple[Row, ...]
+    tensors: int
     beside: tuple[str, ...]
     notes: tuple[str, ...]
     checkpoint: str
@@ -92,7 +84,7 @@ def import_weights(
             f"--weights {source} --set model.name={model}"
         )
     config = choose_config(file, converted, model, settings or {})
-    state, mapped = fit_tensors(file, converted, model, config)
+    state = fit_tensors(file, converted, model, config)
     labels, label_origin = class_names(converted, options.labels)
     preprocess = _override_preprocess(converted.preprocess, options)
     digest = sha256(source)
@@ -120,10 +112,7 @@ def import_weights(
         num_classes=converted.num_classes,
         labels=label_origin,
         preprocess=preprocess,
-        rows=tuple(
-            Row(name=entry.name, of=entry.sources, how=entry.how, shape=tuple(entry.tensor.shape))
-            for entry in mapped
-        ),
+        tensors=len(state),
         beside=file.other_keys,
         notes=converted.notes,
         checkpoint=str(destination),

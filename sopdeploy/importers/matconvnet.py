@@ -104,22 +104,22 @@ def batch_norm(file: WeightFile, source: str, name: str, order: Tensor | None = 
     variance = (deviation.square() - EPS).clamp_min(0.0)
     factor = torch.where(variance > 0, torch.ones_like(deviation), (variance + EPS).sqrt() / deviation)
     parts = (
-        ("weight", "w", file.tensor(f"{source}_w").reshape(-1) * factor, "unchanged"),
-        ("bias", "b", file.tensor(f"{source}_b").reshape(-1), "unchanged"),
-        ("running_mean", "m", mean, "column 1"),
-        ("running_var", "m", variance, f"column 2 squared, less {EPS:g}"),
+        ("weight", "w", file.tensor(f"{source}_w").reshape(-1) * factor),
+        ("bias", "b", file.tensor(f"{source}_b").reshape(-1)),
+        ("running_mean", "m", mean),
+        ("running_var", "m", variance),
     )
     return [
-        MappedTensor(f"{name}.{leaf}", (f"{source}_{suffix}",), *reorder(values, order, 0, how))
-        for leaf, suffix, values, how in parts
+        MappedTensor(f"{name}.{leaf}", (f"{source}_{suffix}",), reorder(values, order, 0))
+        for leaf, suffix, values in parts
     ]
 
 
-def reorder(values: Tensor, order: Tensor | None, axis: int, how: str) -> tuple[Tensor, str]:
-    """Permute *axis* of *values* by *order* from column-wise to row-wise triangles; adds this to *how*."""
+def reorder(values: Tensor, order: Tensor | None, axis: int) -> Tensor:
+    """Permute *axis* of *values* by *order* from column-wise to row-wise triangles."""
     if order is None or values.shape[axis] != len(order):  # `fit_tensors` reports a wrong shape
-        return values, how
-    return values.index_select(axis, order), f"{how}, triangle made row-wise".removeprefix("unchanged, ")
+        return values
+    return values.index_select(axis, order)
 
 
 def layer_number(file: WeightFile, name: str, key: str) -> float:

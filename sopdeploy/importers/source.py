@@ -45,12 +45,11 @@ class WeightFile:
 
 
 class MappedTensor(NamedTuple):
-    """A tensor of a sopdeploy network: its name, the source tensors it was computed from, and how."""
+    """A tensor of a sopdeploy network: its name, and the source tensors it was computed from."""
 
     name: str
     sources: tuple[str, ...]
     tensor: Tensor
-    how: str = "unchanged"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

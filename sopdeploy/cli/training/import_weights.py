@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import print_field, say, steps
+from sopdeploy.cli.console import print_field, steps
 from sopdeploy.cli.training.train import SetOption
 from sopdeploy.importers.options import ImportOptions
 
@@ -14,21 +14,14 @@ if TYPE_CHECKING:
     from sopdeploy.importers.import_weights import ImportReport
 
 
-def show(imported: "tuple[ImportReport, bool]") -> None:
-    """Print what was mapped and written, and on request the source of every tensor."""
-    report, with_tensors = imported
-    for row in report.rows if with_tensors else ():
-        source = " .. ".join(dict.fromkeys((row.of[0], row.of[-1]))) if row.of else "-"
-        say(f"{row.name} {row.shape} <- {source}: {row.how}")
-    absent = sum(not row.of for row in report.rows)
+def show(report: "ImportReport") -> None:
+    """Print what was mapped and written."""
     rules = report.preprocess
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (rules.mean, rules.std))
     crop = f"resize {rules.resize}, crop {rules.crop}"
     geometry = crop if rules.fit == "crop" else f"{rules.fit} to {rules.crop}"
     print_field("found", report.looks_like)
-    print_field(
-        "mapped", f"{len(report.rows) - absent} tensors as {report.model}, {absent} counters set to 0"
-    )
+    print_field("mapped", f"{report.tensors} tensors as {report.model}")
     print_field("ignored", ", ".join(report.beside) or "nothing")
     print_field("input", f"{geometry}, {rules.interpolation}, mean {mean}, std {std}")
     print_field("classes", f"{report.num_classes}: {report.labels}")
@@ -37,7 +30,7 @@ def show(imported: "tuple[ImportReport, bool]") -> None:
         print_field("note", note)
 
 
-@command(show, summarize=lambda imported: imported[0].model_dump(mode="json"))
+@command(show)
 def import_file(
     file: Annotated[
         Path, typer.Argument(help="Weights: .pth, .pth.tar, .th, .safetensors, or MatConvNet's .mat.")
@@ -47,8 +40,7 @@ def import_file(
     settings: SetOption = None,
     *,
     options: ImportOptions,
-    keys: Annotated[bool, typer.Option("--keys", help="List the source of every tensor.")] = False,
-) -> "tuple[ImportReport, bool]":
+) -> "ImportReport":
     """Convert published weights: fast-MPN-COV, GSoP, GM-SOP, torchvision, timm, CIFAR ResNets.
 
     Example: [bold]sopdeploy import mpncovresnet50-15991845.pth --as isqrt-resnet50[/bold]
@@ -60,4 +52,4 @@ def import_file(
         from sopdeploy.training.recipe import parse_override
 
         config = dict(map(parse_override, settings or ()))
-        return import_weights(file, name, checkpoint, options, config), keys
+        return import_weights(file, name, checkpoint, options, config)

@@ -89,7 +89,6 @@ def test_logits_are_equal_in_float64_and_within_float32_noise(
         expected |= {"chosen": 8, "components": 16, "balance_weight": 100.0, "dropout": dropout}
         expected |= {"gate_norm": True, "fusion_norm": True, "component_norm": False, "noise_per": "image"}
     assert expected.items() <= report.config.items()
-    assert {theirs for row in report.rows for theirs in row.of} == net.params.keys()
     noise = (reference_logits(net, images().float()).double() - exact).abs().max()
     assert (ours(images().float()).double() - exact).abs().max() <= NOISE * noise
 

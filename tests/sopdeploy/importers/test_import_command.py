@@ -27,19 +27,18 @@ def small(folder: Path) -> Path:
 
 def test_the_command_reports_what_it_found_mapped_and_ignored(tmp_path: Path) -> None:
     arguments = ["import", str(small(tmp_path)), "--as", "resnet8", "--out", str(tmp_path / "c.pt")]
-    output = run(*arguments, "--keys").stdout
+    output = run(*arguments).stdout
     for text in (
         "found    ResNet-8 for CIFAR of pytorch_resnet_cifar10",
-        "mapped   44 tensors as resnet8, 0 counters set to 0",
+        "mapped   44 tensors as resnet8",
         "ignored  best_prec1",
         "resize 32, crop 32",
         "classes  10: CIFAR-10",
-        "fc.weight (10, 64) <- linear.weight: unchanged",
     ):
         assert text in output
     report = json.loads(run(*arguments, "--json").stdout)
     stored = read_checkpoint(tmp_path / "c.pt")
-    assert {row["name"] for row in report["rows"]} == stored.weights.keys()
+    assert report["tensors"] == len(stored.weights)
     assert report["model"] == stored.model == "resnet8"
     assert report["sha256"] == stored.training["imported_sha256"]
     assert report["beside"] == ["best_prec1"]
