@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,8 +12,7 @@ from sopdeploy.client import AsyncClient, ModelInfo
 from sopdeploy.client.requests import encode_image
 from sopdeploy.config import StrictModel
 from sopdeploy.doctor.advice import Advice, judge
-from sopdeploy.doctor.measure import Load, LoadStep, bare_ratio
-from sopdeploy.environment import usable_cores
+from sopdeploy.doctor.measure import Load, LoadStep
 from sopdeploy.errors import ConfigError, DataError, ServiceError
 from sopdeploy.images.limits import SUFFIXES
 
@@ -27,17 +25,14 @@ REQUEST_TIMEOUT = 30.0  # seconds
 class Diagnosis(StrictModel):
     """Measurements per number of clients, the *best* of them and the *advice*.
 
-    `bare_ratio` is the best rate as a fraction of the rate that the engines alone would reach. `stopped` is
-    the error that ended the load early, if any.
+    `stopped` is the error that ended the load early, if any.
     """
 
     url: str
     model: str
     device: str
-    largest_batch: int
     steps: tuple[LoadStep, ...]
     best: LoadStep
-    bare_ratio: float
     advice: Advice
     notes: tuple[str, ...]
     stopped: str | None
@@ -75,17 +70,14 @@ def examine(
             message = f"{url}: no request was completed under load ({reason})"
             raise ServiceError(message, code="nothing_answered", status=0)
         best = max(completed, key=lambda step: step.rate)
-        cores = usable_cores() if is_local(url) else None
         return Diagnosis(
             url=url,
             model=chosen.name,
             device=f"{chosen.runtime} on {chosen.device}",
-            largest_batch=chosen.largest_batch,
             steps=tuple(steps),
             best=best,
-            bare_ratio=bare_ratio(best, completed),
-            advice=judge(best, completed, largest_batch=chosen.largest_batch, cores=cores),
-            notes=tuple(_notes(url, best, len(info.models))),
+            advice=judge(best, completed),
+            notes=tuple(_notes(url, len(info.models))),
             stopped=load.stopped,
         )
 
@@ -123,17 +115,11 @@ def _choose_model(models: tuple[ModelInfo, ...], name: str | None) -> ModelInfo:
     return chosen[0]
 
 
-def _notes(url: str, best: LoadStep, models: int) -> list[str]:
+def _notes(url: str, models: int) -> list[str]:
     """List conditions that distort the measurements."""
     notes = []
     if is_local(url):
         notes.append("client and server share this machine and slow each other down; use another machine")
-        load, cores = os.getloadavg()[0], usable_cores()
-        if load > cores:
-            notes.append(f"this machine is overloaded (load {load:.1f}, {cores} cores): all stages wait")
-    others = best.mean_batch * best.batches - best.answered
-    if others > 0.1 * best.answered + best.concurrency:
-        notes.append(f"about {others:.0f} images in the best step came from other clients and are included")
     if models > 1:
         notes.append("the server has several models; stage times include all of them")
     return notes

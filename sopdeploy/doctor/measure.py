@@ -77,7 +77,6 @@ class LoadStep(StrictModel):
     answered: int
     rate: float
     p50_ms: float
-    p95_ms: float
     p99_ms: float
     refused: dict[str, int]
     engines: int
@@ -86,9 +85,7 @@ class LoadStep(StrictModel):
     decoder_busy: float
     decoders: int
     client_busy: float
-    batches: int
     mean_batch: float
-    infer_ms_per_batch: float
     stage_ms: dict[str, float]
     elsewhere_ms: float
 
@@ -125,8 +122,8 @@ def measure(
     engines = len({process.partition(":")[0] for process in after.processes})
     stage_ms = {name: 1000 * mean("stage_duration_seconds", stage=name) for name in STAGES}
     mean_ms = 1000 * statistics.fmean(latencies) if latencies else 0.0
-    quantiles = np.quantile(latencies or [0.0], (0.50, 0.95, 0.99), method="inverted_cdf")
-    p50_ms, p95_ms, p99_ms = (1000 * quantiles).tolist()
+    quantiles = np.quantile(latencies or [0.0], (0.50, 0.99), method="inverted_cdf")
+    p50_ms, p99_ms = (1000 * quantiles).tolist()
     infer_seconds = increase("stage_duration_seconds_sum", stage="infer")
     return LoadStep(
         concurrency=concurrency,
@@ -134,7 +131,6 @@ def measure(
         answered=len(latencies),
         rate=len(latencies) / seconds,
         p50_ms=p50_ms,
-        p95_ms=p95_ms,
         p99_ms=p99_ms,
         refused=dict(refused),
         engines=engines,
@@ -143,21 +139,10 @@ def measure(
         decoder_busy=increase("decode_seconds_total") / (seconds * max(1, decoders)),
         decoders=decoders,
         client_busy=client_seconds / seconds,
-        batches=int(increase("batch_size_count")),
         mean_batch=mean("batch_size"),
-        infer_ms_per_batch=stage_ms["infer"],
         stage_ms=stage_ms,
         elsewhere_ms=max(0.0, mean_ms - sum(stage_ms.values())),
     )
-
-
-def bare_ratio(best: LoadStep, steps: Sequence[LoadStep]) -> float:
-    """Compute the rate of *best* as a fraction of the rate that the engines alone would reach.
-
-    The rate of the engines alone follows from the smallest engine time per image of all *steps*.
-    """
-    alone = [step.infer_ms_per_batch / step.mean_batch for step in steps if step.mean_batch]
-    return best.rate * min(alone) / 1000 / best.engines if alone else 0.0
 
 
 @dataclass(slots=True)

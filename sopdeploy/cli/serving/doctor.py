@@ -12,7 +12,7 @@ from sopdeploy.cli.console import err, out, plain_text, print_table, say, steps
 if TYPE_CHECKING:
     from sopdeploy.doctor.examine import Diagnosis
 
-COLUMNS = ("clients", "img/s", "p50 ms", "p95", "p99", "engine", "decode", "client", "batch", "refused")
+COLUMNS = ("clients", "img/s", "p50 ms", "p99", "engine", "decode", "client", "batch", "refused")
 
 
 def show(diagnosis: "Diagnosis") -> None:
@@ -21,7 +21,7 @@ def show(diagnosis: "Diagnosis") -> None:
     rows = (
         (
             f"{step.concurrency}{' *' * (step == diagnosis.best)}",
-            *(f"{value:.1f}" for value in (step.rate, step.p50_ms, step.p95_ms, step.p99_ms)),
+            *(f"{value:.1f}" for value in (step.rate, step.p50_ms, step.p99_ms)),
             *(f"{busy:.0%}" for busy in (step.engine_busy, step.decoder_busy, step.client_busy)),
             f"{step.mean_batch:.1f}",
             f"{step.refused_share:.0%}",
@@ -31,7 +31,6 @@ def show(diagnosis: "Diagnosis") -> None:
     print_table(COLUMNS, rows)
     stages = {**diagnosis.best.stage_ms, "elsewhere": diagnosis.best.elsewhere_ms}
     out.print("per request: " + ", ".join(f"{name} {value:.1f} ms" for name, value in stages.items()))
-    out.print(f"{diagnosis.bare_ratio:.2f} of the rate of the bare engine\n")
     say(diagnosis.advice.why, style="bold")
     say(diagnosis.advice.change, diagnosis.advice.gain, *(f"note: {note}" for note in diagnosis.notes))
     if diagnosis.stopped is not None:
