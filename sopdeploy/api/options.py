@@ -30,7 +30,7 @@ class TrainOptions(Options):
     """Continue the run in the folder, by default the newest of the recipe; auto starts a new one if there is
     none."""
     log: tuple[str, ...] = ()
-    """Also log to tensorboard or wandb; repeatable."""
+    """Also log to tensorboard; `wandb sync` reads its files."""
     verbose: bool = False
     """Also print the training loss of every branch."""
 

@@ -1,18 +1,16 @@
-"""Callbacks that observe a run: progress display, TensorBoard, Weights & Biases."""
+"""Callbacks that observe a run: progress display and TensorBoard."""
 
-import secrets
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import CheckpointError, ConfigError
-from sopdeploy.files import atomic_write, writing
+from sopdeploy.errors import ConfigError
 from sopdeploy.training.diagnostics import EpochRow, epoch_metrics
 from sopdeploy.training.start_weights import StartReport
 
-TENSORBOARD_FOLDER, WANDB_FILE = "tensorboard", "wandb-run-id.txt"  # in the run folder
+TENSORBOARD_FOLDER = "tensorboard"  # in the run folder
 
 
 class Callback:
@@ -83,40 +81,12 @@ class TensorBoard(Callback):
         self.writer.flush()
 
 
-class WeightsAndBiases(Callback):
-    """Log metrics to Weights & Biases, one W&B run per run; its id is in the run folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.wandb = import_optional("wandb", "wandb", "wandb", ConfigError, "the wandb logger")
-        self.folder = folder
-        self.run: Any = None
-
-    def on_train_start(self, **counts: int) -> None:
-        """Open the W&B run, or continue it if this run is resumed."""
-        file, name = self.folder / WANDB_FILE, self.folder.name
-        if file.exists():
-            number = file.read_text(encoding="utf-8").strip()
-        else:
-            number = secrets.token_hex(8)
-            with writing(file, CheckpointError), atomic_write(file) as partial:
-                partial.write_text(number, encoding="utf-8")
-        self.run = self.wandb.init(name=name, id=number, resume="allow", config=counts)
-
-    def on_epoch_end(self, row: EpochRow) -> None:
-        """Log the metrics of an epoch."""
-        self.run.log(grouped_metrics(row), step=row.epoch)
-
-
 def create_loggers(names: Sequence[str], folder: Path) -> list[Callback]:
     """Create the loggers *names*; raise `ConfigError` for unknown names and missing packages."""
-    loggers: dict[str, type[TensorBoard | WeightsAndBiases]] = {
-        "tensorboard": TensorBoard,
-        "wandb": WeightsAndBiases,
-    }
     for name in names:
-        if name not in loggers:
-            raise ConfigError(f"unknown; choose one of {', '.join(loggers)}", setting="log", value=name)
-    return [loggers[name](folder) for name in names]
+        if name != "tensorboard":
+            raise ConfigError("unknown; choose tensorboard", setting="log", value=name)
+    return [TensorBoard(folder) for _ in names]
 
 
 def grouped_metrics(row: EpochRow) -> dict[str, float]:

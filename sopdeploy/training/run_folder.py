@@ -21,7 +21,7 @@ import torch
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import PARTIAL, atomic_write, link_latest, writing
-from sopdeploy.training.callbacks import TENSORBOARD_FOLDER, WANDB_FILE
+from sopdeploy.training.callbacks import TENSORBOARD_FOLDER
 from sopdeploy.training.diagnostics import best_epoch, history_csv
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.recipe import SaveConfig
@@ -29,7 +29,7 @@ from sopdeploy.training.run import Run
 
 LOCK_FILE = ".lock"  # remains after a run was killed, without a lock
 RUNS = Path("runs")
-RESTARTABLE = {LOCK_FILE, TENSORBOARD_FOLDER, WANDB_FILE}  # written before a checkpoint
+RESTARTABLE = {LOCK_FILE, TENSORBOARD_FOLDER}  # written before a checkpoint
 
 
 def numbered_folder(name: str, strategy: Strategy, *, resume: bool) -> Path:
