@@ -21,7 +21,17 @@ from typing import Any
 from measure import commit, existing, machine, versions
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("cuda", "decode-fast", "decode-nvimagecodec", "training", "server", "tensorrt", "speed")
+STAGES = (
+    "cuda",
+    "decode-fast",
+    "decode-nvimagecodec",
+    "decoding",
+    "training",
+    "server",
+    "http",
+    "tensorrt",
+    "speed",
+)
 STAGE_SECONDS = 300.0
 
 

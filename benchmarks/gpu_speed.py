@@ -24,7 +24,8 @@ from sopdeploy_export.tensorrt.engine import get_engine, this_machine
 from sopdeploy_export.tensorrt.options import EngineOptions
 from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime, cuda_options
 
-BATCHES = (1, 8, 32)
+BATCHES = (1, 8, 32)  # the profiles of the engine
+MEASURED = (1, 5, 8, 20, 32)  # graphs pad 5 to 8 and 20 to 32 images
 Run = Callable[[NDArray[np.uint8]], Any]
 
 
@@ -40,12 +41,16 @@ def speed_table(bundle: Bundle, runs: int, *, with_tensorrt: bool) -> dict[str, 
             engine = get_engine(bundle, EngineOptions(profiles=",".join(map(str, BATCHES))))
             text += f" The engine was built in {time.monotonic() - begin:.0f} s."
             plan, key = engine.path.read_bytes(), engine.record.key
-            session = EngineSession(here.trt, here.cuda, plan, bundle.manifest, key, graphs=True)
+            session, plain = (
+                EngineSession(here.trt, here.cuda, plan, bundle.manifest, key, graphs=graphs)
+                for graphs in (True, False)
+            )
             stack.callback(session.close)
-            sides = {"TensorRT": session.run, **sides}
+            stack.callback(plain.close)
+            sides = {"TensorRT, graphs": session.run, "TensorRT": plain.run, **sides}
             alone, two = back_to_back(session, bundle, max(BATCHES), runs)
             text += f" TensorRT reaches {alone} images/s one batch at a time, {two} with two in flight."
-        rows = [[batch, *timed(bundle, sides, batch, runs)] for batch in BATCHES]
+        rows = [[batch, *timed(bundle, sides, batch, runs)] for batch in MEASURED]
     title = f"{bundle.name}, {bundle.manifest.precision}"
     return {"title": title, "text": text, "columns": ["batch", *sides], "rows": rows}
 

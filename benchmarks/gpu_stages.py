@@ -1,4 +1,4 @@
-"""The stages of `gpu_check.py`: runtimes, decoders, a training run, a server with model swaps, speed.
+"""The stages of `gpu_check.py`: runtimes, decoders, a training run, a server, speed.
 
     python benchmarks/gpu_stages.py STAGE BUNDLES [--quick]
 
@@ -200,11 +200,18 @@ def _classify(client: httpx.Client, jpeg: bytes) -> list[float]:
     return [entry["probability"] for entry in reply.json()["classes"]]
 
 
-def speed_tables(folder: Path, runs: int) -> list[dict[str, Any]]:
-    """Measure every bundle in *folder* on each runtime that is installed."""
-    from gpu_speed import speed_table  # noqa: PLC0415  needs torch
+def tables_of(stage: str, folder: Path, *, quick: bool) -> list[dict[str, Any]]:
+    """Measure the tables of a *stage* that is not a check; nothing else needs their imports."""
+    if stage == "speed":
+        from gpu_speed import speed_table  # noqa: PLC0415  needs torch
 
-    return [speed_table(bundle, runs, with_tensorrt=has_tensorrt()) for bundle in bundles_in(folder)]
+        runs = 20 if quick else 200
+        return [speed_table(bundle, runs, with_tensorrt=has_tensorrt()) for bundle in bundles_in(folder)]
+    import gpu_jpegs  # noqa: PLC0415
+
+    if stage == "decoding":
+        return [gpu_jpegs.decoding_table()]
+    return [gpu_jpegs.http_table(bundles_in(folder)[0])]
 
 
 CHECKS: dict[str, Callable[[Path], str]] = {
@@ -215,20 +222,21 @@ CHECKS: dict[str, Callable[[Path], str]] = {
     "server": check_server,
     "tensorrt": check_tensorrt,
 }
+MEASUREMENTS = ("decoding", "http", "speed")
 
 
 def main() -> int:
     """Run one stage; return the exit code."""
     parser = make_parser(__doc__)
-    parser.add_argument("stage", choices=[*CHECKS, "speed"])
+    parser.add_argument("stage", choices=[*CHECKS, *MEASUREMENTS])
     parser.add_argument("bundles", type=existing)
     parser.add_argument("--quick", action="store_true", help="fewer timed runs")
     options = parser.parse_args()
     tables: list[dict[str, Any]] = []
     try:
-        if options.stage == "speed":
-            tables = speed_tables(options.bundles, 20 if options.quick else 200)
-            text = f"{len(tables)} bundles, below"
+        if options.stage in MEASUREMENTS:
+            tables = tables_of(options.stage, options.bundles, quick=options.quick)
+            text = "measured, below"
         else:
             text = CHECKS[options.stage](options.bundles)
         gpu = open_cuda().gpu()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_check
+import gpu_jpegs
 import gpu_stages
 import numpy as np
 import pytest
@@ -81,3 +82,20 @@ def test_the_server_stage_swaps_two_bundles(
     monkeypatch.setattr(gpu_stages, "bundles_in", lambda _: [first, first])
     with pytest.raises(gpu_stages.CheckFailedError, match="a swap did not load the other bundle"):
         gpu_stages.check_server(bundles)
+
+
+def test_the_measured_stages_count_images(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the ways of a machine without a GPU."""
+    monkeypatch.setattr(gpu_jpegs, "SIZES", ((60, 40),))
+    monkeypatch.setattr(gpu_jpegs, "CLIENTS", 1)
+    monkeypatch.setenv("SOPDEPLOY_RUNTIME", "onnxruntime-cpu")
+    ((size, *rates),) = gpu_jpegs.decoding_table(("exact", "fast"), 0.05)["rows"]
+    assert size == "60 x 40"
+    assert len(rates) == 3
+    assert min(rates) > 0
+    ((way, rate, p50, p99, codes),) = gpu_jpegs.http_table(
+        gpu_stages.bundles_in(bundles)[0], ("exact",), 0.5
+    )["rows"]
+    assert (way, codes) == ("exact", "200")
+    assert rate > 0
+    assert p99 >= p50 > 0
