@@ -20,9 +20,8 @@ import sopdeploy
 from sopdeploy.cli.app import COMMANDS as REGISTERED
 from sopdeploy.cli.app import QUICK_START, app
 from sopdeploy.cli.console import one_line_errors, plain_text, print_error, print_field
-from sopdeploy.errors import ConfigError
 from sopdeploy.models.registry import CATALOG, FAMILIES, title
-from sopdeploy.training.recipe import Recipe, list_recipes
+from sopdeploy.training.recipe import list_recipes
 
 ROOT = Path(sopdeploy.__file__).parents[1]
 COMMANDS: Any = get_command(app)
@@ -138,18 +137,6 @@ def test_describe_accepts_a_pooling_an_image_size_and_a_number_of_classes() -> N
     assert (short["num_classes"], short["image_size"]) == (7, 24)
     options = ("--set", "pooling=isqrt", "--num-classes", "7", "--image-size", "24")
     assert short == as_json("describe", "resnet20", *options)
-
-
-def test_train_accepts_a_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Recipe] = []
-
-    def stop(recipe: Recipe, *_: Any, **__: Any) -> None:
-        seen.append(recipe)
-        raise ConfigError("stopped")
-
-    monkeypatch.setattr("sopdeploy.api.training.run", stop)
-    assert "stopped" in error_line("train", "--recipe", "digits-plain", "--pooling", "netvlad")
-    assert seen[0].model.full_config()["pooling"]["kind"] == "netvlad"
 
 
 def test_recipes_lists_every_recipe_with_its_summary() -> None:

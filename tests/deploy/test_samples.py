@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -121,15 +120,6 @@ def test_verify_prints_how_many_pixels_differ_with_another_pillow(
     assert re.search(
         r"note     another Pillow \(.*: 62 of 3,072 pixel values differ, by at most 5", done.stdout
     )
-
-
-def test_the_pillow_of_the_project_is_the_one_that_tests_and_images_use() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    (wanted,) = (line for line in project["dependencies"] if line.startswith("pillow"))
-    major = int(PIL.__version__.partition(".")[0])
-    assert wanted == f"pillow>={major},<{major + 1}"
-    for lock in (ROOT / "deploy" / "lock").glob("[cg]pu.txt"):
-        assert f"\npillow=={major}." in lock.read_text(encoding="utf-8")
 
 
 def run_sample(command: list[str | Path], bundle: Path, photo: Path) -> None:

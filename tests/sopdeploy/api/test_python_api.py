@@ -1,7 +1,6 @@
 """The Python API gives the results of the command line, with the same defaults, and renders in notebooks."""
 
 import asyncio
-import inspect
 import io
 import json
 import re
@@ -113,12 +112,6 @@ def test_an_error_writes_settings_as_python_or_as_the_command_line(message: str)
     on_the_command_line, settings = ERRORS[message]
     error = ConfigError("too small" if "too small" in message else "x", **settings)
     assert (str(error), error.describe(command_line_option)) == (message, on_the_command_line)
-
-
-def test_the_signature_and_the_docstring_of_a_function_list_its_options() -> None:
-    parameters = inspect.signature(sopdeploy.export).parameters
-    assert (parameters["max_batch"].default, parameters["max_batch"].annotation) == (64, int)
-    assert "max_batch: Largest batch that the bundle must accept." in str(sopdeploy.export.__doc__)
 
 
 def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tmp_path: Path) -> None:

@@ -78,23 +78,6 @@ def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str, packe
     assert "\n" not in str(caught.value)
 
 
-def test_the_tables_of_shards_name_the_shard_and_agree_about_the_split(folder: Path) -> None:
-    shards = folder / "shards"
-    shards.mkdir()
-    (folder / "sub" / "c.png").unlink()
-    for number, text in enumerate(("file,classes\na.png,cat|dog\n", "file,classes,split\nb.png,dog,val\n")):
-        tar_of(write(folder / "sub", text), shards / f"{number}.tar")
-    with pytest.raises(
-        DataError, match=r"shards/0\.tar/labels\.csv: line 2: a\.png does not exist, and 1 more"
-    ):
-        open_evaluation_images(shards, ("cat", "dog"), multi_label=True)
-    for name in ("a.png", "b.png"):
-        with tarfile.open(shards / f"{name}.tar", "w") as archive:
-            archive.add(folder / name, arcname=name)
-    with pytest.raises(DataError, match="only some archives have the column split; add it to"):
-        open_evaluation_images(shards, ("cat", "dog"), multi_label=True)
-
-
 def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> None:
     for content in (b"file,classes\n\xff.png,a\n", b'file,classes\n"a.png,cat\n'):
         (folder / "labels.csv").write_bytes(content)

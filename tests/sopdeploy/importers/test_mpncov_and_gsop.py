@@ -207,17 +207,3 @@ def test_the_classifier_of_gsop_net2_is_made_row_wise(tmp_path: Path) -> None:
     assert_same_logits(ours, network, random_images(64))
     assert report.config["iterations"] == 3
     assert not torch.equal(ours.fc.weight.float(), network.fc.weight.float())
-
-
-@pytest.mark.usefixtures("short26")
-@pytest.mark.parametrize(
-    ("d", "name", "message"),
-    [
-        (0, "gsop-net2-resnet26", r"final_pooling is isqrt, not gap.*--as gsop-net1-resnet26"),
-        (0, "resnet50", r"it looks like GSoP-Net1 on ResNet-26, channel blocks"),
-    ],
-)
-def test_another_network_than_gsop_is_refused(tmp_path: Path, d: int, name: str, message: str) -> None:
-    gsop(tmp_path / "a.pth.tar", "1", d=d)
-    with pytest.raises(WeightsError, match=message):
-        imported(tmp_path / "a.pth.tar", name)

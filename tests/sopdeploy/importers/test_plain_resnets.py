@@ -21,7 +21,6 @@ from sopdeploy.importers.resnets import published_preprocess
 from tests.sopdeploy.importers.released_torch import (
     SHORT,
     CifarResNet,
-    ResNet,
     assert_same_logits,
     imported,
     prefixed,
@@ -116,14 +115,6 @@ def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) 
     assert (rules.resize, rules.crop, rules.interpolation) == expected
     assert rules.mean == ((0.5,) * 3 if beside else stored.mean)
     assert report.notes[0].startswith("preprocessing from config.json" if beside else "no config.json")
-
-
-@pytest.mark.usefixtures("short")
-def test_a_hub_config_applies_to_the_importer_of_torchvision_too(tmp_path: Path) -> None:
-    torch.save(ResNet(SHORT).state_dict(), tmp_path / "model.pth")
-    write_hub_config(tmp_path, {"input_size": [3, 288, 288], **HUB})
-    rules = imported(tmp_path / "model.pth", "resnet18")[1].preprocess
-    assert (rules.resize, rules.crop) == (320, 288)
 
 
 @pytest.mark.parametrize(("blocks", "option", "base"), [(1, "A", 16), (3, "A", 8), (1, "B", 8)])

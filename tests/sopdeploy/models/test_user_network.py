@@ -176,11 +176,6 @@ def test_a_name_must_be_free_and_fit_a_folder(name: str, message: str) -> None:
         sopdeploy.register_model(name, Stages)
 
 
-def test_gsop_needs_taps() -> None:
-    with pytest.raises(ConfigError, match=r"^register_model: method 'gsop' needs taps"):
-        sopdeploy.register_model("mine", Stages, method="gsop")
-
-
 def test_a_builder_that_fails_is_one_line(registered: str) -> None:
     sopdeploy.register_model(registered, lambda classes: 1 / 0)
     with pytest.raises(

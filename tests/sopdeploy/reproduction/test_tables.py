@@ -87,27 +87,6 @@ def test_facts_that_need_no_training_are_the_printed_ones(name) -> None:
             )
 
 
-def test_printed_increments_are_the_differences_of_the_printed_errors() -> None:
-    by_id = {row.id: row for row in TABLES["slides-imagenet64"].rows}
-    increments = 0
-    for row in by_id.values():
-        for name in ("top1", "top5"):
-            increment = row.facts.get(f"{name[:3]}-{name[3]} increment")
-            if increment is not None:
-                difference = getattr(by_id[row.baseline or ""], name) - getattr(row, name)
-                assert increment == pytest.approx(difference, abs=0.001)
-                increments += 1
-    assert increments == 10
-
-
-def test_the_slides_print_the_errors_of_the_paper_on_places365() -> None:
-    slides, paper = (
-        {(row.top1, row.top5, table.recipe_of(row)) for row in table.rows}
-        for table in (TABLES["slides-places365"], TABLES["gmsop-4"])
-    )
-    assert slides == paper
-
-
 def test_fine_tuning_starts_from_the_second_order_network_of_another_table_once_that_is_trained(
     tmp_path,
 ) -> None:
