@@ -7,7 +7,15 @@ from typing import Any, Self, TypeVar, Unpack, overload
 
 import httpx
 
-from sopdeploy.client.requests import Calls, ClassifyOptions, Flow, ImageLike, connection, encode_images
+from sopdeploy.client.requests import (
+    CallOptions,
+    Calls,
+    ClassifyOptions,
+    Flow,
+    ImageLike,
+    connection,
+    encode_images,
+)
 from sopdeploy.client.results import Classification, Embedding, ServerInfo
 
 Value = TypeVar("Value")
@@ -63,18 +71,12 @@ class Client:
 
     @overload
     def embed(
-        self, image: list[Any] | tuple[Any, ...], *, model: str | None = None, timeout: float | None = None
+        self, image: list[Any] | tuple[Any, ...], **options: Unpack[CallOptions]
     ) -> list[Embedding]: ...
     @overload
+    def embed(self, image: ImageLike, **options: Unpack[CallOptions]) -> Embedding: ...
     def embed(
-        self, image: ImageLike, *, model: str | None = None, timeout: float | None = None
-    ) -> Embedding: ...
-    def embed(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        *,
-        model: str | None = None,
-        timeout: float | None = None,
+        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[CallOptions]
     ) -> Embedding | list[Embedding]:
         """Compute the features of *image*, or of a list of images, in front of the classifier.
 
@@ -85,7 +87,7 @@ class Client:
             first, second = (result.values for result in client.embed(["a.jpg", "b.jpg"]))
             cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
         """
-        return self._run(self._calls.embed(encode_images(image), model=model, timeout=timeout))
+        return self._run(self._calls.embed(encode_images(image), **options))
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Request the server version and its models.
@@ -178,22 +180,16 @@ class AsyncClient:
 
     @overload
     async def embed(
-        self, image: list[Any] | tuple[Any, ...], *, model: str | None = None, timeout: float | None = None
+        self, image: list[Any] | tuple[Any, ...], **options: Unpack[CallOptions]
     ) -> list[Embedding]: ...
     @overload
+    async def embed(self, image: ImageLike, **options: Unpack[CallOptions]) -> Embedding: ...
     async def embed(
-        self, image: ImageLike, *, model: str | None = None, timeout: float | None = None
-    ) -> Embedding: ...
-    async def embed(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        *,
-        model: str | None = None,
-        timeout: float | None = None,
+        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[CallOptions]
     ) -> Embedding | list[Embedding]:
         """Compute the features of *image* like `Client.embed`."""
         body = image if isinstance(image, bytes) else await asyncio.to_thread(encode_images, image)
-        return await self._run(self._calls.embed(body, model=model, timeout=timeout))
+        return await self._run(self._calls.embed(body, **options))
 
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Like `Client.info`."""

@@ -9,8 +9,6 @@ import random
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypedDict, TypeVar
 
@@ -105,15 +103,20 @@ def encode_image(image: Any) -> bytes:
     return file.getvalue()
 
 
-class ClassifyOptions(TypedDict, total=False):
-    """The options of `Client.classify`, which describes them."""
+class CallOptions(TypedDict, total=False):
+    """The options of every call with images; `Client.classify` describes them."""
+
+    model: str | None
+    timeout: float | None
+
+
+class ClassifyOptions(CallOptions, total=False):
+    """The options of `Client.classify`."""
 
     top_k: int | None
-    model: str | None
     gates: bool
     threshold: float | None
     explain: bool | str
-    timeout: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,14 +267,6 @@ def backoff(attempt: int, outcome: httpx.Response | Exception) -> float:
 
 
 def retry_after(response: httpx.Response) -> float:
-    """Parse `Retry-After`, a number of seconds or a date; 0 without a valid value."""
+    """Parse `Retry-After` in seconds, as the server writes it; 0 without a valid value."""
     text = response.headers.get("Retry-After", "")
-    if text.isascii() and text.isdecimal():
-        return float(text[:9])
-    try:
-        moment = parsedate_to_datetime(text)
-    except (ValueError, OverflowError):  # OverflowError: a number of more digits than a date can have
-        return 0.0
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+    return float(text[:9]) if text.isascii() and text.isdecimal() else 0.0

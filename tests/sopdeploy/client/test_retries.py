@@ -1,8 +1,5 @@
 """Retries, deadlines and errors, the same for both clients."""
 
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
-
 import httpx
 import pytest
 
@@ -71,15 +68,9 @@ def test_the_server_is_told_the_remaining_time(call, script, success, delays):
     assert 0 < second <= first <= 10_000
 
 
-TOMORROW = format_datetime(datetime.now(UTC) + timedelta(days=1), usegmt=True)
-PAST = "Wed, 21 Oct 2015 07:28:00 -0000"
-HEADERS = {"": 0, "7": 7, "soon": 0, PAST: 0, TOMORROW: 86_400, "Wed, 21 Oct 99999999999 07:28:00 GMT": 0}
-
-
-@pytest.mark.parametrize(("header", "seconds"), HEADERS.items(), ids=range(len(HEADERS)))
-def test_retry_after_is_a_number_or_a_date_and_zero_otherwise(header, seconds):
-    response = httpx.Response(429, headers={"Retry-After": header})
-    assert retry_after(response) == pytest.approx(seconds, rel=0.05)
+@pytest.mark.parametrize(("header", "seconds"), [("", 0), ("7", 7), ("soon", 0)])
+def test_retry_after_is_a_number_and_zero_otherwise(header, seconds):
+    assert retry_after(httpx.Response(429, headers={"Retry-After": header})) == seconds
 
 
 def test_delays_are_bounded_and_jittered():
