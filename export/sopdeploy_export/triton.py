@@ -9,14 +9,11 @@ and is ready only after warm-up batches have run.
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
-
-import pydantic
 
 from sopdeploy.bundle.folder import Bundle, staging
 from sopdeploy.bundle.manifest import TensorRecord
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.config import Count, Options, StrictModel
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import BundleError
 from sopdeploy.files import sha256
 
@@ -25,17 +22,8 @@ WARMUP = "image"
 LABELS = "labels.txt"
 
 TIMEOUT_MICROSECONDS = 1_000_000  # Triton rejects requests that wait longer
+MAX_DELAY_MICROSECONDS = 1000  # to wait for a larger batch
 MAX_QUEUE_SIZE = 256
-Microseconds = Annotated[int, pydantic.Field(ge=0)]
-
-
-class TritonOptions(Options):
-    """Options of `sopdeploy triton`."""
-
-    instances: Count = 1
-    """Model instances per device."""
-    max_queue_delay: Microseconds = 1000
-    """Microseconds to wait for a larger batch."""
 
 
 class TritonModel(StrictModel):
@@ -47,7 +35,7 @@ class TritonModel(StrictModel):
     files: tuple[str, ...]
 
 
-def write_triton(bundle: Bundle, repository: Path, options: TritonOptions | None = None) -> TritonModel:
+def write_triton(bundle: Bundle, repository: Path) -> TritonModel:
     """Write *bundle* as a model folder in *repository*, atomically.
 
     An existing folder with the same content is kept. Raises `BundleError` if it has other content, if the
@@ -72,8 +60,7 @@ def write_triton(bundle: Bundle, repository: Path, options: TritonOptions | None
         shutil.copyfile(bundle.onnx, folder / "1" / "model.onnx")
         (folder / LABELS).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
         (folder / "warmup" / WARMUP).write_bytes(read_probes(bundle.probes).images[0].tobytes())
-        config = model_config(bundle, options or TritonOptions())
-        (folder / "config.pbtxt").write_text(config, encoding="utf-8")
+        (folder / "config.pbtxt").write_text(model_config(bundle), encoding="utf-8")
         files = _file_hashes(folder)
         folder.chmod(0o755)
         if not target.exists():
@@ -96,7 +83,7 @@ backend: "onnxruntime"
 max_batch_size: {batch.maximum}
 {tensors}
 # On every GPU, or on the CPU; fp32 in the graph stays fp32.
-instance_group {{ count: {options.instances} kind: KIND_AUTO }}
+instance_group {{ count: 1 kind: KIND_AUTO }}
 optimization {{
   execution_accelerators {{
     gpu_execution_accelerator {{ name: "cuda" parameters {{ key: "use_tf32" value: "0" }} }}
@@ -129,7 +116,7 @@ dynamic_batching {{
 """
 
 
-def model_config(bundle: Bundle, options: TritonOptions) -> str:
+def model_config(bundle: Bundle) -> str:
     """Write Triton's ModelConfig message for *bundle* in the protobuf text format."""
     manifest, image = bundle.manifest, bundle.manifest.inputs[0]
     batch = manifest.batch
@@ -142,7 +129,6 @@ def model_config(bundle: Bundle, options: TritonOptions) -> str:
         name=json.dumps(bundle.name),  # JSON strings are valid in the text format
         batch=batch,
         tensors="\n".join(tensors),
-        options=options,
         precision=manifest.precision,
         onnx_sha256=manifest.files[bundle.onnx.name].sha256,
     )
@@ -157,7 +143,7 @@ def model_config(bundle: Bundle, options: TritonOptions) -> str:
     if batch.maximum > 1:
         text += BATCHING.format(
             preferred=sorted({size for size in (batch.optimum, batch.maximum) if size > 1}),
-            delay=options.max_queue_delay,
+            delay=MAX_DELAY_MICROSECONDS,
             timeout=TIMEOUT_MICROSECONDS,
             queue=MAX_QUEUE_SIZE,
         )

@@ -15,7 +15,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError
-from sopdeploy_export.triton import TritonOptions, write_triton
+from sopdeploy_export.triton import write_triton
 from tests.tensorrt.networks import CLASSES, SIDE, some_images, write
 
 
@@ -32,8 +32,8 @@ def load_schema() -> Any:
 SCHEMA = load_schema()
 
 
-def config_of(bundle: Bundle, folder: Path, **options: int) -> Any:
-    written = write_triton(bundle, folder / "models", TritonOptions(**options))
+def config_of(bundle: Bundle, folder: Path) -> Any:
+    written = write_triton(bundle, folder / "models")
     return text_format.Parse((written.path / "config.pbtxt").read_text(), SCHEMA.ModelConfig())
 
 
@@ -61,15 +61,15 @@ def test_the_config_matches_the_manifest_and_the_files_the_bundle(bundle: Bundle
 
 
 def test_requests_are_batched_and_time_out_in_the_queue(bundle: Bundle, tmp_path: Path) -> None:
-    config = config_of(bundle, tmp_path, max_queue_delay=500, instances=2)
+    config = config_of(bundle, tmp_path)
     batching, policy = config.dynamic_batching, config.dynamic_batching.default_queue_policy
     assert list(batching.preferred_batch_size) == [4, 16]
-    assert batching.max_queue_delay_microseconds == 500
+    assert batching.max_queue_delay_microseconds == 1000
     timeout = (policy.timeout_action, policy.default_timeout_microseconds, policy.max_queue_size)
     assert timeout == (0, 1_000_000, 256)
     assert policy.allow_timeout_override
     (group,) = config.instance_group
-    assert (group.count, group.kind) == (2, 0)  # on every GPU, or on the CPU
+    assert (group.count, group.kind) == (1, 0)  # on every GPU, or on the CPU
 
 
 def test_a_bundle_for_single_images_is_not_batched(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import BundleArgument, print_field
-from sopdeploy_export.triton import TritonModel, TritonOptions
+from sopdeploy_export.triton import TritonModel
 
 
 def show(written: TritonModel) -> None:
@@ -20,8 +20,6 @@ def show(written: TritonModel) -> None:
 def triton(
     bundle: BundleArgument,
     repository: Annotated[Path, typer.Argument(help="Triton model repository; created if it is missing.")],
-    *,
-    options: TritonOptions,
 ) -> TritonModel:
     """Write a bundle into a Triton model repository: config, labels, warm-up and graph.
 
@@ -30,4 +28,4 @@ def triton(
     from sopdeploy.bundle.folder import open_bundle
     from sopdeploy_export.triton import write_triton
 
-    return write_triton(open_bundle(bundle), repository, options)
+    return write_triton(open_bundle(bundle), repository)
