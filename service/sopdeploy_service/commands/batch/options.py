@@ -16,8 +16,6 @@ class ClassifyOptions(Options):
     """Add a column with the logits."""
     features: bool = False
     """Add a column with the features; the bundle must have been exported with_features or with_cam."""
-    max_errors: Annotated[int | None, pydantic.Field(ge=0)] = None
-    """Stop when more images have an error; by default never."""
     workers: Annotated[int | None, pydantic.Field(ge=1, le=1024)] = None
     """Decoder processes; by default one per core, up to 16."""
     part_images: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)] = PART_IMAGES

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import pydantic
 
 from sopdeploy.config import Count, StrictModel
-from sopdeploy.errors import ConfigError, DataError, StorageError
+from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.files import PARTIAL, atomic_write, writing
 from sopdeploy_service.commands.batch.reader import import_pyarrow
 
@@ -149,22 +149,15 @@ class Progress:
     """Counts finished images and errors; calls *show* with both and the number of all images."""
 
     total: int
-    max_errors: int | None
     show: OnProgress
     done: int = 0
     errors: int = 0
 
     def add(self, images: int, errors: int) -> None:
-        """Count *images*, of which *errors* have an error; raise `DataError` for more than `max_errors`."""
+        """Count *images*, of which *errors* have an error."""
         self.done += images
         self.errors += errors
         self.show(self.done, self.errors, self.total)
-        if self.max_errors is not None and self.errors > self.max_errors:
-            raise DataError(
-                f"{self.errors} of {self.done} images have an error; run again with a higher limit",
-                setting="max_errors",
-                value=self.max_errors,
-            )
 
 
 def _flush(path: Path) -> None:

@@ -7,8 +7,6 @@ import base64
 import heapq
 import io
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +14,11 @@ from markupsafe import Markup
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.config import StrictModel
-from sopdeploy.decision import CONFIDENCE_BOUNDS, Decision, Reference
+from sopdeploy.decision import Decision
 from sopdeploy.errors import ImageError
 from sopdeploy.evaluation.drift import FALSE_ALARMS, LEVEL, PredictionCounts
 from sopdeploy.html.charts import Bar, bars
-from sopdeploy.html.templates import percent, render
+from sopdeploy.html.templates import render
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy_service.commands.batch.listing import Listing
@@ -140,7 +138,6 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
         hidden=max(0, len(report.counts) - MAX_BARS),
         least=list(zip(thumbnails, report.least_certain, strict=True)),
         level=LEVEL,
-        confidences=_confidence_bars(predictions, decision.reference),
     )
     folder.write_text(DATA, report.model_dump_json(indent=2) + "\n")
     folder.write_text(PAGE, page)
@@ -151,26 +148,6 @@ def _class_bars(report: BatchReport) -> Markup:
     largest = sorted(report.counts.items(), key=lambda item: -item[1])[:MAX_BARS]
     rows = [Bar(label=label, value=float(count), text=f"{count:,}") for label, count in largest]
     return bars("classes-chart", "Images per class", rows, max(1.0, rows[0].value if rows else 1.0))
-
-
-def _confidence_bars(predictions: PredictionCounts, reference: Reference | None) -> Markup | None:
-    """Draw the distribution of the confidences; the text of a bar adds the share of the held-out images."""
-    if not predictions.images:
-        return None
-    bounds = (0.0, *CONFIDENCE_BOUNDS, 1.0)
-    shares = predictions.confidences / predictions.images
-    held_out: Sequence[float | None] = [None] * len(shares)
-    if reference is not None and (total := sum(reference.confidences)):
-        held_out = [count / total for count in reference.confidences]
-    rows = [
-        Bar(
-            label=f"{low:g} to {high:g}",
-            value=float(share),
-            text=percent(share) if before is None else f"{percent(share)} ({percent(before)})",
-        )
-        for (low, high), share, before in zip(pairwise(bounds), shares, held_out, strict=True)
-    ]
-    return bars("confidence-chart", "Probability of the best class", rows, max(row.value for row in rows))
 
 
 def _thumbnail(listing: Listing, part: int, row: int, bundle: Bundle, settings: Settings) -> Markup | None:

@@ -103,7 +103,7 @@ def classify(
         notebook shows them with a link to the report.
 
     Raises:
-        DataError: A source is missing, damaged or has no images, or too many images have an error.
+        DataError: A source is missing, damaged or has no images.
         ConfigError: Invalid options, or *out* belongs to another run.
         BundleError: The bundle is damaged.
         StorageError: *out* cannot be written.
@@ -116,7 +116,7 @@ def classify(
     opened = open_bundle(bundle)
     with PartClassifier(load_model(bundle, loaded), loaded, options) as classifier, folder.locked():
         listing, images = _begin(folder, names, classifier.state)
-        progress = Progress(images, options.max_errors, on_progress)
+        progress = Progress(images, on_progress)
         pending = _unfinished(folder, listing, progress)
         if pending:
             parts = ((number, listing.read(number)) for number in pending)

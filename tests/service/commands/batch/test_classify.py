@@ -114,19 +114,6 @@ def test_a_folder_of_another_bundle_or_of_other_images_is_rejected(
         classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
 
 
-def test_too_many_errors_stop_the_run_and_a_higher_limit_continues_it(
-    complete, bundle_path, photos, tmp_path
-):
-    limited = OPTIONS.model_copy(update={"max_errors": 2})
-    with pytest.raises(DataError, match=r"max_errors=2: 3 of 64 images have an error; run again"):
-        classify(bundle_path, [str(photos)], tmp_path, SETTINGS, limited)
-    found = classify(
-        bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS.model_copy(update={"max_errors": 3})
-    )
-    assert found.classified == COUNT - 32
-    assert part_bytes(tmp_path) == part_bytes(complete)
-
-
 @pytest.mark.parametrize("maps", [True, False])
 def test_logits_and_features_are_those_of_the_bundle(bundle_path, photos, tmp_path, maps):
     path = write_bundle_with_maps(bundle_path, tmp_path, maps=maps)
