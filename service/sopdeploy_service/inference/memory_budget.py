@@ -65,7 +65,7 @@ class NoRuntime:
 
 
 class UnloadedModel(Model):
-    """A model that is known and not loaded: it has a bundle and statistics, but no worker."""
+    """A model that is known and not loaded: it has a bundle, but no worker."""
 
     is_loaded: ClassVar[bool] = False
 
@@ -202,7 +202,7 @@ class BudgetedRegistry(ModelRegistry):
             entry.loading = None
 
     def _set_loaded(self, entry: Entry, loaded: LoadedModel, size: int) -> None:
-        """Serve *entry* with *loaded*, which occupies *size* bytes; its statistics go on."""
+        """Serve *entry* with *loaded*, which occupies *size* bytes; its drift window goes on."""
         name, entry.memory.bytes = entry.model.name, size
         model = entry.model = self._make_model(name, loaded)
         model.continue_from(entry.unloaded)

@@ -1,4 +1,4 @@
-"""A loaded bundle with its queue, worker thread, statistics and latency estimates.
+"""A loaded bundle with its queue, worker thread and latency estimates.
 
 A watchdog notices when the worker thread dies or hangs. Then every queued image is rejected at once and
 `dead` stays true: a server that cannot predict must not look healthy.
@@ -9,15 +9,14 @@ import contextlib
 import logging
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 from sopdeploy_service.inference.latency import LatencyTable
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model_worker import ModelWorker, RequestQueue, settle
-from sopdeploy_service.inference.results import DRAINING, ENGINE_DEAD, Outcome, Prediction, Rejection
+from sopdeploy_service.inference.results import DRAINING, ENGINE_DEAD, Rejection
 from sopdeploy_service.observability.drift import drift_window
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
@@ -26,48 +25,6 @@ JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue w
 WATCH_SECONDS = 1.0  # longest time between two checks of the worker
 
 log = logging.getLogger("sopdeploy.engine")
-
-
-@dataclass(slots=True)
-class Sum:
-    """A count and the total seconds."""
-
-    count: int = 0
-    seconds: float = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count something that took *seconds*."""
-        self.count += 1
-        self.seconds += seconds
-
-
-@dataclass(slots=True)
-class ModelStatistics:
-    """Sums over the requests of one model; used on the event loop only.
-
-    *stages* sums the time of the slowest image of each request, by stage. *batches* sums over images, by the
-    size of their batch. A request that finds a full queue is a failure of 0 seconds; requests that are
-    rejected for other reasons before they reach the model are not counted.
-    """
-
-    success: Sum = field(default_factory=Sum)
-    failure: Sum = field(default_factory=Sum)
-    stages: defaultdict[str, Sum] = field(default_factory=lambda: defaultdict(Sum))
-    batches: defaultdict[int, Sum] = field(default_factory=lambda: defaultdict(Sum))
-    last: float = 0.0  # time.time() of the last successful request
-
-    def record(self, outcomes: Sequence[Outcome], stages: Mapping[str, float], seconds: float) -> None:
-        """Count a request with its *outcomes*; one rejected image makes it a failure."""
-        predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
-        for prediction in predictions:
-            self.batches[prediction.batch].add(prediction.infer_seconds)
-        if len(predictions) < len(outcomes):
-            self.failure.add(seconds)
-            return
-        self.last = time.time()
-        self.success.add(seconds)
-        for stage, stage_seconds in stages.items():
-            self.stages[stage].add(stage_seconds)
 
 
 @dataclass(slots=True)
@@ -94,7 +51,6 @@ class Model:
         self.rejection = loaded.bundle.manifest.rejection
         self.version = loaded.bundle.manifest.id
         self.largest_batch = largest_batch(loaded.runtime, settings)
-        self.statistics = ModelStatistics()
         self.dead = False
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
         self._timeout = settings.batch_timeout_seconds
@@ -155,8 +111,8 @@ class Model:
         self._worker.metrics = metrics.of(name)
 
     def continue_from(self, previous: "Model") -> None:
-        """Take over the statistics, drift window and memory of *previous*, which has the same bundle."""
-        self.statistics, self.memory = previous.statistics, previous.memory
+        """Take over the drift window and the memory of *previous*, which has the same bundle."""
+        self.memory = previous.memory
         self._worker.drift = previous._worker.drift
 
     async def stop(self) -> None:

@@ -159,7 +159,6 @@ class Service:
 
     def _check_queue(self, model: Model, images: int) -> None:
         if self.admitted + images > self.settings.queue_size:
-            model.statistics.failure.add(0.0)
             waiting = self.admitted + model.queue.images_elsewhere
             seconds = math.ceil(model.latency.total_seconds(waiting, model.largest_batch))
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
@@ -203,7 +202,6 @@ class Service:
             finally:
                 timer.cancel()
         _record_stages(context, items, outcomes)
-        model.statistics.record(outcomes, context.stage_seconds, time.monotonic() - started)
         if any(outcome is DEADLINE for outcome in outcomes):
             raise RejectedError(DEADLINE)
         for observe in self.observers:

@@ -112,28 +112,6 @@ def test_server_and_model_metadata(triton, bundle):
     assert config["output"] == [{"name": "logits", "data_type": "TYPE_FP32", "dims": [7]}]
 
 
-def test_statistics_count_requests_images_and_runs(triton, pixels):
-    def stats() -> dict[str, Any]:
-        (found,) = triton.get_inference_statistics("tiny")["model_stats"]
-        return found
-
-    before = stats()
-    triton.infer("tiny", [infer_input("images", pixels[:1], "UINT8", True)])
-    with pytest.raises(InferenceServerException):
-        triton.infer("tiny", [infer_input("IMAGE", np.array([b"no image"], dtype=object), "BYTES", True)])
-    after = stats()
-    assert after["inference_count"] == before["inference_count"] + 1
-    assert after["execution_count"] == before["execution_count"] + 1
-    for name, more in {"success": 1, "fail": 1, "compute_infer": 1, "compute_input": 0}.items():
-        old, new = before["inference_stats"][name], after["inference_stats"][name]
-        assert new["count"] == old["count"] + more
-        assert (new["ns"] > old["ns"]) == bool(more)
-    assert after["last_inference"] >= max(before["last_inference"], 1.6e12)
-    images = sum(batch["batch_size"] * batch["compute_infer"]["count"] for batch in after["batch_stats"])
-    assert images == after["inference_count"]
-    assert triton.get_inference_statistics()["model_stats"] == [after]
-
-
 def test_errors_reach_the_client(triton, pixels, images):
     for name, sent, message in (
         ("tiny", infer_input("images", pixels[:, :5], "UINT8", True), r"\[n, 32, 32, 3\]"),

@@ -7,8 +7,7 @@ import pytest
 from sopdeploy_service.api.v2.metadata import Tensor
 from sopdeploy_service.api.v2.request import RequestedOutput
 from sopdeploy_service.api.v2.response import classify, format_response, stack_outputs
-from sopdeploy_service.inference.model import ModelStatistics, Sum
-from sopdeploy_service.inference.results import DEADLINE, ENGINE_FAILED, NONFINITE, Prediction, RejectedError
+from sopdeploy_service.inference.results import ENGINE_FAILED, NONFINITE, Prediction, RejectedError
 
 LOGITS = Tensor("logits", "FP32", (-1, 3))
 GATE = Tensor("gate", "FP32", (-1, 2))
@@ -58,14 +57,3 @@ def test_outputs_are_stacked_by_name_or_the_first_rejection_is_raised():
     rejection = caught.value.rejection
     assert (rejection.code, rejection.status) == (NONFINITE.code, 500)
     assert rejection.message == f"image 1: {NONFINITE.message}"
-
-
-def test_statistics_count_requests_by_result_and_runs_by_batch_size():
-    statistics, stages = ModelStatistics(), {"queue": 0.25}
-    statistics.record([prediction(0, 2), prediction(1, 2)], stages, 1.0)
-    statistics.record([prediction(0, 1)], stages, 0.5)
-    statistics.record([prediction(0, 1), NONFINITE], stages, 2.0)
-    statistics.record([DEADLINE], stages, 4.0)
-    assert (statistics.success, statistics.failure) == (Sum(2, 1.5), Sum(2, 6.0))
-    assert statistics.stages == {"queue": Sum(2, 0.5)}
-    assert statistics.batches == {2: Sum(2, 0.8), 1: Sum(2, 0.8)}

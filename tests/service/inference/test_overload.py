@@ -76,9 +76,6 @@ def test_a_full_queue_is_429_with_a_retry_time_and_every_image_of_a_form_counts(
     assert [reply.result().status_code for reply in replies] == [200] * 3
     assert client.post("/v1/classify", files=files).status_code == 200
     assert 'rejected_total{reason="queue_full"} 2.0' in client.get("/metrics").text
-    (statistics,) = client.get("/v2/models/tiny/stats").json()["model_stats"]
-    counts = {name: statistics["inference_stats"][name]["count"] for name in ("success", "fail")}
-    assert counts == {"success": 4, "fail": 2}
 
 
 def test_an_image_that_misses_its_deadline_is_504_and_never_runs(serve_with, pool, jpeg):

@@ -1,4 +1,4 @@
-"""Metadata, configuration and statistics of models in the form that Triton clients read."""
+"""Metadata and configuration of models in the form that Triton clients read."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "INT64": np.dtype("<i8"),
 }
 CONFIG_TYPES = {"UINT8": "TYPE_UINT8", "FP32": "TYPE_FP32", "INT64": "TYPE_INT64", "BYTES": "TYPE_STRING"}
-EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics")
+EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,45 +102,4 @@ def model_config(model: Model, settings: Settings) -> dict[str, Any]:
         "output": described[2:],
         "dynamic_batching": {"max_queue_delay_microseconds": round(settings.max_queue_delay_ms * 1000)},
         "instance_group": [{"count": 1, "kind": kinds.get(model.loaded.runtime.device, "KIND_GPU")}],
-    }
-
-
-def model_statistics(model: Model) -> dict[str, Any]:
-    """Build the statistics of *model* since it was loaded; durations are in nanoseconds.
-
-    `compute_input` is decoding. `compute_output` is 0, because responses are built outside of the model. The
-    images of a batch share one run and its time, so images and seconds are divided by the batch size.
-    """
-    statistics = model.statistics
-    stages = statistics.stages
-    nothing = {"count": 0, "ns": 0}
-    totals = {
-        "success": statistics.success,
-        "fail": statistics.failure,
-        "queue": stages.get("queue"),
-        "compute_input": stages.get("decode"),
-        "compute_infer": stages.get("infer"),
-    }
-    durations = {
-        name: {"count": total.count, "ns": round(total.seconds * 1e9)} if total else nothing
-        for name, total in totals.items()
-    }
-    runs = {
-        size: {"count": round(images.count / size), "ns": round(images.seconds / size * 1e9)}
-        for size, images in sorted(statistics.batches.items())
-    }
-    return {
-        "name": model.name,
-        "version": model.version,
-        "last_inference": round(statistics.last * 1000),
-        "inference_count": sum(images.count for images in statistics.batches.values()),
-        "execution_count": sum(run["count"] for run in runs.values()),
-        "inference_stats": {
-            **durations,
-            **dict.fromkeys(("compute_output", "cache_hit", "cache_miss"), nothing),
-        },
-        "batch_stats": [
-            {"batch_size": size, "compute_input": nothing, "compute_infer": run, "compute_output": nothing}
-            for size, run in runs.items()
-        ],
     }

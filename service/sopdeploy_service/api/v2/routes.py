@@ -143,13 +143,6 @@ async def ready(request: Request) -> Response:
     return json_response({"ready": is_ready}, 200 if is_ready else 503)
 
 
-@router.get("/v2/models/stats")
-async def all_statistics(request: Request) -> Response:
-    """Return the statistics of every model."""
-    models = service_of(request).registry.models()
-    return json_response({"model_stats": [metadata.model_statistics(model) for model in models]})
-
-
 @model_endpoint("GET", "/ready")
 async def model_ready(request: Request, name: str, version: str | None) -> Response:
     """Respond with 200 while the model can predict."""
@@ -165,13 +158,6 @@ async def model_config(request: Request, name: str, version: str | None) -> Resp
     service = service_of(request)
     model = use_model(request, service.registry.find(name, version))
     return json_response(metadata.model_config(model, service.settings))
-
-
-@model_endpoint("GET", "/stats")
-async def model_statistics(request: Request, name: str, version: str | None) -> Response:
-    """Return the statistics of the model since it was loaded."""
-    model = use_model(request, service_of(request).registry.find(name, version))
-    return json_response({"model_stats": [metadata.model_statistics(model)]})
 
 
 @model_endpoint("GET", "")
