@@ -271,7 +271,7 @@ def running(
         assert not thread.is_alive()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until *condition* holds; fail after *seconds*."""
     end = time.monotonic() + seconds
     while not condition():

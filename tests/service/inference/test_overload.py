@@ -48,7 +48,7 @@ def test_images_queued_during_a_batch_share_the_next_one(serve_with, pool, jpeg,
     runtime = Held(largest_batch=8)
     client = serve_with(runtime)
     replies = [pool.submit(post, client, jpeg)]
-    assert runtime.entered.wait(10)
+    assert runtime.entered.wait(60)
     replies += [pool.submit(post, client, jpeg) for _ in range(10)]
     decoded = 'stage_duration_seconds_count{stage="decode"} 11.0'
     until(lambda: decoded in client.get("/metrics").text)

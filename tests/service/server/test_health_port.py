@@ -54,7 +54,7 @@ def health():
             listener = stack.enter_context(bind("127.0.0.1", 0))
             app = health_app(lambda: state, render, watch, max_lag)
             stack.enter_context(run_in_thread(app, listener))
-            return stack.enter_context(httpx.Client(base_url=url(listener), timeout=10)), watch
+            return stack.enter_context(httpx.Client(base_url=url(listener), timeout=60)), watch
 
         yield start
 
@@ -108,7 +108,7 @@ def test_probes_work_while_200_connections_are_open(health, said):
 
         hold(200)
         for path in ("/livez", "/readyz", "/metrics") * 3:
-            assert httpx.get(address.join(path), timeout=10).status_code == 200
+            assert httpx.get(address.join(path), timeout=60).status_code == 200
             hold(20)
 
 
@@ -133,7 +133,7 @@ def test_the_health_port_works_while_the_event_loop_is_blocked(bundle_path, tmp_
         try:
             health = re.fullmatch(r"health: (\S+)\n", line_of(child))[1]
             service = re.match(r"ready: (\S+)  ", line_of(child))[1]
-            with httpx.Client(timeout=10) as client:
+            with httpx.Client(timeout=60) as client:
                 assert client.get(f"{health}/livez").json() == {"status": "ok"}
                 form = {"files": [("image", b"x")], "timeout": START_SECONDS}
                 asking = threading.Thread(target=httpx.post, args=[f"{service}/v1/classify"], kwargs=form)

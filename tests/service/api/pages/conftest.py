@@ -30,7 +30,7 @@ def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
         host = str(url).rstrip("/")
         context = chromium.new_context(**{"viewport": DESK, **traits})
         contexts.append(context)
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(60_000)
         context.route(
             lambda target: not target.startswith((host, "blob:", "data:")),
             lambda route: (errors.append(f"target {route.request.url}"), route.abort()),

@@ -1,6 +1,6 @@
 """Page layout on desktop and phone, light and dark; `/docs` shows the whole API.
 
-`SOPDEPLOY_SCREENSHOTS=folder` keeps the screenshots.
+`SOPDEPLOY_SCREENSHOTS=folder` takes screenshots.
 """
 
 import os
@@ -24,17 +24,14 @@ PHONE = {"width": 380, "height": 800}
         ("phone-dark", {"viewport": PHONE, "color_scheme": "dark"}),
     ],
 )
-def test_the_pages_fit_desktop_and_phone_in_light_and_dark(
-    open_page, client, jpeg, tmp_path, path, name, traits
-):
+def test_the_pages_fit_desktop_and_phone_in_light_and_dark(open_page, client, jpeg, path, name, traits):
     page = open_page(client.base_url, path, **traits)
     if path == "/":
         give(page, jpeg, name="a-file-with-a-long-name-and-nowhere-to-break-it-" * 3 + ".jpg")
     else:
         page.wait_for_selector("#schemas section")
-    folder = Path(os.environ.get("SOPDEPLOY_SCREENSHOTS", tmp_path))
-    screenshot = page.screenshot(path=folder / f"{path.strip('/') or 'page'}-{name}.png", full_page=True)
-    assert len(screenshot) > 10_000
+    if folder := os.environ.get("SOPDEPLOY_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{path.strip('/') or 'page'}-{name}.png", full_page=True)
     wide, there = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert wide <= there
     ground = page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor")
