@@ -140,6 +140,7 @@ def test_auto_is_a_front_end_per_four_cores(case: str, monkeypatch, tmp_path) ->
         ({"front_ends": 4}, [4, 4, 4, 4]),
         ({"front_ends": 2, "devices": "0,1"}, [4, 4, 4, 4]),
         ({"front_ends": 2, "decoders": 3}, [3, 3]),
+        ({"front_ends": 4, "decode": "nvimagecodec"}, [36, 36, 36, 36]),  # 32 wait for the GPU
         ({"devices": "0,cpu"}, [8, "auto"]),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from sopdeploy.errors import ParityError, RuntimeUnavailableError
+from sopdeploy_service.cores import cores_within_quota, decoders_per_process
 from sopdeploy_service.images import loaders
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
 from sopdeploy_service.images.device_resize import DeviceResize
@@ -136,7 +137,10 @@ def test_a_jpeg_that_the_gpu_cannot_decode_is_decoded_by_pillow_and_counted(
 def test_a_server_decodes_with_it(run_server, bundle, onnx_runtime, codec):
     with run_server(onnx_runtime, bundle, GPU) as client:
         assert client.post("/v1/classify", content=encode((300, 200))).status_code == 200
-        assert "sopdeploy_failed_gpu_decodes_total 0.0" in client.get("/metrics").text
+        metrics = client.get("/metrics").text
+    assert "sopdeploy_failed_gpu_decodes_total 0.0" in metrics
+    decoders = decoders_per_process(cores_within_quota(), 1, gpu_batches=True)
+    assert f"sopdeploy_decoders {decoders:.1f}" in metrics
     assert codec._decoder.batches == [1]
 
 
