@@ -42,8 +42,9 @@ def compare(
 ) -> "Comparison":
     """Train recipes over the same seeds and report whether one is better than the first.
 
-    Runs with the same seed have the same data order and, where names match, the same random initial weights.
-    The weights of the last epoch are evaluated. Repeat the command to continue an interrupted comparison.
+    Runs with the same seed have the same data order and, with and without branches, the same initial
+    backbone. The weights of the last epoch are evaluated. Repeat the command to continue an interrupted
+    comparison.
 
     Example: [bold]sopdeploy compare digits-plain digits-dsop --seeds 5[/bold]
 

@@ -1,6 +1,5 @@
 """Comparing recipes over the same seeds, and the statistics against published values and scipy."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
-from sopdeploy.comparison import Comparison, compare, runs
-from sopdeploy.comparison.runs import random_weights, train_from
+from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.comparison import Comparison, compare
 from sopdeploy.comparison.verdict import NO_EFFECT, Results, compare_results
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.statistics import paired, wilson
 from sopdeploy.training.distributed.strategy import Strategy
-from sopdeploy.training.run import create_run
 from sopdeploy.training.signals import TrainingStoppedError
 from sopdeploy.training.start_weights import create_initial_model
 from tests.sopdeploy.training.runs import RecordingCallback, same_bits, short_recipe
@@ -57,34 +54,14 @@ def test_every_other_recipe_is_compared_with_the_first_by_its_interval() -> None
     ]
 
 
-def test_the_runs_of_a_pair_start_with_the_same_backbone(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(runs, "train", lambda *_arguments, **_options: None)
+def test_a_network_with_and_without_branches_starts_with_the_same_backbone() -> None:
     branched = short_recipe("model.config.aux_dropout=0.0")
     plain = short_recipe("model.config.aux_dropout=0.0", "model.config.aux_blocks=[0,0,0]")
     labels, processes = open_data(plain.data).train.labels, Strategy(torch.device("cpu"))
-    weights = create_initial_model(plain, labels, processes).model.state_dict()
-    train_from(weights, branched, tmp_path / "run", open_data(plain.data), None)
-    initial = read_checkpoint(tmp_path / "run" / "last.pt").weights
-    branches = {name for name in initial if name.startswith("branches.")}
-    assert initial.keys() - weights.keys() == branches
-    assert all(torch.equal(initial[name], tensor) for name, tensor in weights.items())
-    own = create_initial_model(branched, labels, processes).model.state_dict()
-    assert all(torch.equal(initial[name], own[name]) for name in branches)
-
-
-def test_the_runs_of_a_pair_keep_their_own_start_weights(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(runs, "train", lambda *_arguments, **_options: None)
-    stored, processes = tmp_path / "stored.pt", Strategy(torch.device("cpu"))
-    scratch, tuned = short_recipe(), short_recipe(f"start.weights={stored}")
-    data = open_data(scratch.data)
-    other_seed = create_run(short_recipe("seed=1"), data.train, processes)
-    write_checkpoint(stored, other_seed.checkpoint(resumable=False))
-    for first, second in ((scratch, tuned), (tuned, scratch)):
-        first_weights = random_weights(create_initial_model(first, data.train.labels, processes))
-        train_from(first_weights, second, tmp_path / str(second is tuned), data, None)
-        own = create_initial_model(second, data.train.labels, processes).model.state_dict()
-        initial = read_checkpoint(tmp_path / str(second is tuned) / "last.pt").weights
-        assert same_bits(initial, own)
+    without, with_branches = (
+        create_initial_model(recipe, labels, processes).model.state_dict() for recipe in (plain, branched)
+    )
+    assert all(torch.equal(with_branches[name], tensor) for name, tensor in without.items())
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +75,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison
 def test_a_finished_comparison_is_not_run_again(finished) -> None:
     out, found, started = finished
     assert started == [("digits-plain", 0), ("digits-dsop", 0), ("digits-plain", 1), ("digits-dsop", 1)]
-    assert json.loads((out / "plan.json").read_text()) == {"recipes": PAIR, "seeds": 2}
     assert (found.images, len(found.pairs)) == (52, 1)
     stored = read_checkpoint(out / "digits-dsop" / "seed-1" / "last.pt")
     assert stored.training["seed"] == 1
@@ -106,8 +82,6 @@ def test_a_finished_comparison_is_not_run_again(finished) -> None:
     written = {path: path.stat().st_mtime_ns for path in out.rglob("last.pt")}
     assert compare(PAIR, out, seeds=2, overrides=TINY) == found
     assert {path: path.stat().st_mtime_ns for path in out.rglob("last.pt")} == written
-    with pytest.raises(ConfigError, match="another comparison was started here"):
-        compare(PAIR, out, seeds=3, overrides=TINY)
 
 
 def test_an_interrupted_comparison_continues_bit_for_bit(finished, tmp_path) -> None:
@@ -133,9 +107,6 @@ def test_invalid_comparisons_are_refused_before_anything_runs(sources, seeds, me
     with pytest.raises(ConfigError, match=message):
         compare(sources, tmp_path / "out", seeds=seeds)
     assert not (tmp_path / "out").exists()
-    (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"plan\.json: cannot be used"):
-        compare(PAIR, tmp_path, seeds=2, overrides=TINY)
 
 
 DIFFERENCES = st.floats(-1, 1, allow_nan=False, allow_subnormal=False)
