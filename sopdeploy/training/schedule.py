@@ -35,9 +35,13 @@ class Milestones(StrictModel):
         return decayed * min(1.0, time / self.warmup_epochs) if self.warmup_epochs else decayed
 
 
-class _Decay(StrictModel):
-    """A linear warm-up from 0, then a decay from 1 to `floor` at the end of the run."""
+class Cosine(StrictModel):
+    """A linear warm-up from 0, then half a cosine from 1 to `floor` at the end of the run.
 
+    Source: Loshchilov and Hutter, "SGDR" (ICLR 2017).
+    """
+
+    kind: Literal["cosine"]
     warmup_epochs: Epochs = 0.0
     floor: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
 
@@ -47,29 +51,7 @@ class _Decay(StrictModel):
             return time / self.warmup_epochs
         remaining = epochs - self.warmup_epochs
         progress = min(1.0, (time - self.warmup_epochs) / remaining) if remaining > 0 else 1.0
-        return self.floor + (1 - self.floor) * self._decay(progress)
-
-    def _decay(self, progress: float, /) -> float:
-        raise NotImplementedError
-
-
-class Cosine(_Decay):
-    """Decay as half a cosine. Source: Loshchilov and Hutter, "SGDR" (ICLR 2017)."""
-
-    kind: Literal["cosine"]
-
-    def _decay(self, progress: float, /) -> float:
-        return (1 + math.cos(math.pi * progress)) / 2
-
-
-class Polynomial(_Decay):
-    """Decay as (1 - progress) to the `power`; 1 is linear."""
-
-    kind: Literal["polynomial"]
-    power: Annotated[float, pydantic.Field(gt=0)] = 1.0
-
-    def _decay(self, progress: float, /) -> float:
-        return math.pow(1 - progress, self.power)
+        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class OneCycle(StrictModel):
@@ -91,4 +73,4 @@ class OneCycle(StrictModel):
         return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
 
 
-Schedule = Annotated[Milestones | Cosine | Polynomial | OneCycle, pydantic.Field(discriminator="kind")]
+Schedule = Annotated[Milestones | Cosine | OneCycle, pydantic.Field(discriminator="kind")]

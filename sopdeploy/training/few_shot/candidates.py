@@ -1,9 +1,7 @@
 """A network with the features of the images, and the heads that are compared on them."""
 
 import hashlib
-import statistics
 import time
-import timeit
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -23,7 +21,6 @@ from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import with_head
 from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead
-from sopdeploy.models.stats import tally
 from sopdeploy.training.few_shot.classifier import GRID, Array, Indices, LinearHead, Problem, Targets
 from sopdeploy.training.few_shot.config import CandidateResult, FewShotConfig
 from sopdeploy.training.few_shot.estimates import estimate
@@ -31,7 +28,7 @@ from sopdeploy.training.fine_tuning import StartConfig
 from sopdeploy.training.recipe import ModelConfig, Recipe
 
 WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
-BATCH, TIMED_IMAGES = 16, 5
+BATCH = 16
 PROJECTION_BATCHES = 8  # for the projections: with 49 positions per image, 6,272 rows
 
 
@@ -48,21 +45,16 @@ class Candidate(NamedTuple):
 class Network:
     """A network of *recipe*, its copy `full` with all statistics, and its candidates.
 
-    `vectors` are those of *images*, `hashes` the ones of their pixels; they took `seconds`. `milliseconds` is
-    the time of one image with all statistics.
+    `vectors` are those of *images*, `hashes` the ones of their pixels; they took `seconds`.
     """
 
     def __init__(
         self, recipe: Recipe, model: Classifier, images: LabeledImages, on_image: Callable[[int, int], None]
     ) -> None:
-        since, side = time.monotonic(), recipe.preprocess.crop
+        since = time.monotonic()
         self.recipe, self.model, self.full = recipe, model, full_head(recipe, model)
         self.vectors, self.hashes = compute_features(self.full, images, recipe, on_image)
         self.seconds = time.monotonic() - since
-        image = torch.zeros(1, 3, side, side, device=next(model.parameters()).device)
-        with torch.no_grad():
-            times = timeit.repeat(lambda: self.full(image).cpu(), number=1, repeat=TIMED_IMAGES)
-        self.milliseconds = round(1000 * statistics.median(times), 2)
         self.candidates: list[Candidate] = []
 
     def columns(self, head: HeadConfig) -> list[slice]:
@@ -90,17 +82,12 @@ class Network:
         logits = problem.cross_validate(folds_N)
         losses, seconds = targets.losses(logits), round(time.monotonic() - since, 3)
         best = int(losses.mean(axis=1).argmin())
-        network = with_head(self.recipe.model.name, self.model, head)
-        counts = tally(network, self.recipe.preprocess.crop).total()
         result = CandidateResult(
             name=self.describe(head),
             score=estimate(targets, logits[best], self.recipe.seed),
             loss=float(losses[best].mean()),
-            features=network.num_features(),
+            features=len(problem.center),
             strength=GRID[best],
-            macs=counts.macs,
-            parameters=counts.parameters,
-            milliseconds=self.milliseconds,
             seconds=seconds,
         )
         self.candidates.append(Candidate(head, problem, logits, losses, result))

@@ -41,9 +41,6 @@ class CandidateResult(StrictModel):
         kept: Whether the candidate was chosen.
         features: Length of the vector that the classifier reads.
         strength: The chosen inverse strength of the regularization, scikit-learn's C.
-        macs: Multiply-adds of the convolutions and linear layers for one image.
-        parameters: Number of learnable parameters.
-        milliseconds: Median time of one image in PyTorch on the device of the run, with all statistics.
         seconds: Time of its cross-validation.
     """
 
@@ -53,9 +50,6 @@ class CandidateResult(StrictModel):
     loss: NonNegative
     features: Count
     strength: Positive
-    macs: Count
-    parameters: Count
-    milliseconds: NonNegative
     seconds: NonNegative
 
     def line(self) -> str:
@@ -63,9 +57,8 @@ class CandidateResult(StrictModel):
         score, name = self.score, "top-1" if isinstance(self.score, Rate) else "mAP"
         return (
             f"{self.name}: {name} {100 * score.share:.1f} % ({100 * score.low:.0f} to {100 * score.high:.0f} "
-            f"%), loss {self.loss:.3f}, {self.features:,} features, C {self.strength:g}, "
-            f"{self.macs / 1e6:,.0f} M multiply-adds, {self.parameters / 1e6:.2f} M parameters, "
-            f"{self.milliseconds:.0f} ms{' - chosen' * self.kept}"
+            f"%), loss {self.loss:.3f}, {self.features:,} features, C {self.strength:g}"
+            f"{' - chosen' * self.kept}"
         )
 
 

@@ -15,7 +15,7 @@ from sopdeploy.models.describe import describe
 from sopdeploy.training.dry_run import dry_run
 from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.schedule import Cosine, Milestones, OneCycle, Polynomial
+from sopdeploy.training.schedule import Cosine, Milestones, OneCycle
 from tests.sopdeploy.training.runs import SHORT, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -81,10 +81,6 @@ def test_milestones_multiply_after_a_linear_warm_up() -> None:
         (OneCycle(kind="one-cycle"), partial(lr_scheduler.OneCycleLR, max_lr=0.4, total_steps=101)),
         (Cosine(kind="cosine"), partial(lr_scheduler.CosineAnnealingLR, T_max=20)),
         (Cosine(kind="cosine", floor=0.1), partial(lr_scheduler.CosineAnnealingLR, T_max=20, eta_min=0.04)),
-        (
-            Polynomial(kind="polynomial", power=2.0),
-            partial(lr_scheduler.PolynomialLR, total_iters=20, power=2.0),
-        ),
     ],
 )
 def test_schedules_equal_those_of_pytorch(schedule, reference) -> None:
