@@ -1,17 +1,16 @@
-"""Layers for training on several processes: batch norms, and random numbers per shard of a batch.
+"""Batch norms for training on several processes, and sums over them.
 
 torch's SyncBatchNorm does not run on CPUs and needs a process group even for one process. Here the mean and
 then the squared deviations from it are summed over ranks, which avoids cancellation, and autograd
 differentiates both sums. In eval mode all batch norms here equal the ordinary one.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sopdeploy.errors import ConfigError
@@ -114,34 +113,3 @@ class GlobalBatchNorm(Replacement):
             if self.affine:
                 y = y * self.weight.view(shape) + self.bias.view(shape)
             return y.to(x.dtype)
-
-
-class ShardRng:
-    """Random numbers for one shard of a batch, equal to those of a single process with the whole batch.
-
-    The shard starts at row `start` of `total` rows; `total=None` is the whole batch. All random layers of a
-    network share one object, which is set before each forward pass.
-    """
-
-    start: int = 0
-    total: int | None = None
-
-    def draw(self, like: Tensor, fill: Callable[[Tensor], Tensor]) -> Tensor:
-        """Draw for the whole batch with *fill*, in place; return the shard's rows, shaped like *like*."""
-        total = len(like) if self.total is None else self.total
-        return fill(like.new_empty((total, *like.shape[1:])))[self.start : self.start + len(like)]
-
-
-class ShardedDropout(nn.Dropout):
-    """Dropout whose mask is drawn for the whole batch."""
-
-    def __init__(self, p: float, shard_rng: ShardRng) -> None:
-        super().__init__(p)
-        self.shard_rng = shard_rng
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Set a fraction p of *x* to 0 and scale the rest by 1 / (1 - p), in train mode."""
-        if not self.training or self.p == 0:
-            return x
-        kept = self.shard_rng.draw(x.detach(), lambda mask: mask.bernoulli_(1 - self.p))
-        return x * kept.div_(1 - self.p)

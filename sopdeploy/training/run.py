@@ -30,7 +30,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow, Throughput
-from sopdeploy.training.distributed.batch_sharding import shard_layers
+from sopdeploy.training.distributed.batch_sharding import replace_batch_norms
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.epoch_choice import HeldOutEstimate, estimate_best
@@ -343,14 +343,14 @@ def _place(
     """Move *model* and *teacher* to the device; return the model, the module to call, and an optimizer."""
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     model = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
-    shard_layers(model, recipe.batch_norm, strategy.world, strategy.shard_rng)
+    replace_batch_norms(model, recipe.batch_norm, strategy.world)
     _check_image_sizes(recipe, model, strategy.device)
     set_train_mode(model, recipe.start)
     groups = parameter_groups(model, recipe.start)
     if teacher is not None:
         teacher.model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
         if teacher.learns:
-            shard_layers(teacher.model, recipe.batch_norm, strategy.world, strategy.shard_rng)
+            replace_batch_norms(teacher.model, recipe.batch_norm, strategy.world)
             groups.append({"params": list(teacher.model.parameters())})
     network: Any = torch.compile(model) if recipe.compile else model
     return model, network, recipe.optimizer.create(groups)

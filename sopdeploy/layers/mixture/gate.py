@@ -20,30 +20,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.layers.covariance import at_least_float32, without_autocast
-from sopdeploy.layers.distributed import ShardRng, sum_over_ranks
+from sopdeploy.layers.distributed import sum_over_ranks
 from sopdeploy.layers.export_hints import ExportHints
 
 NoisePer = Literal["image", "component"]
 
 
 class GateNoise(nn.Module):
-    """Noise gamma softplus(Wn f) (B, N) of the gate, computed from f (B, D); only for training.
-
-    `shard_rng` describes the shard of the batch if the batch is divided among processes.
-    """
+    """Noise gamma softplus(Wn f) (B, N) of the gate, computed from f (B, D); only for training."""
 
     def __init__(self, features: int, components: int, per: NoisePer) -> None:
         super().__init__()
         self.per = per
-        self.shard_rng = ShardRng()
         self.weight = nn.Parameter(torch.full((components, features), 1.0 / features))
 
     def forward(self, feature_BD: Tensor) -> Tensor:
         """Draw the noise that is added to the gate's logits."""
         with without_autocast(feature_BD):
             size_BN = F.softplus(F.linear(at_least_float32(feature_BD), self.weight))
-            shape = size_BN[:, :1] if self.per == "image" else size_BN
-            return self.shard_rng.draw(shape.detach(), Tensor.normal_) * size_BN
+            return torch.randn_like(size_BN[:, :1] if self.per == "image" else size_BN) * size_BN
 
 
 class SparseGate(nn.Module, ExportHints):

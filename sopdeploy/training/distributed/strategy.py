@@ -15,19 +15,16 @@ from torch import Tensor, nn
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import ProcessGroup
-from sopdeploy.layers.distributed import ShardRng
 
 
 class Strategy(ProcessGroup):
     """The processes that `join_processes` connected, each with its own device; otherwise one process.
 
-    The loss of a step is the sum of the losses that the processes compute. `shard_rng` makes layers draw
-    random numbers for the whole batch and use those of this process.
+    The loss of a step is the sum of the losses that the processes compute.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.shard_rng = ShardRng()
         self.joined = dist.is_available() and dist.is_initialized()
         if self.joined:
             self.rank, self.world = dist.get_rank(), dist.get_world_size()

@@ -37,7 +37,8 @@ def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepRe
 
 def _train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepResult:
     recipe, at = run.recipe, run.position
-    torch.manual_seed(derive_seed(recipe.seed, "step", at.epoch, at.step))
+    of_process = (run.strategy.rank,) if run.strategy.rank else ()
+    torch.manual_seed(derive_seed(recipe.seed, "step", at.epoch, at.step, *of_process))
     factor = recipe.schedule.factor(at.epoch + at.step / steps, recipe.epochs)
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.optimizer.lr * factor * group.get(LR_FACTOR, 1.0)
@@ -68,8 +69,6 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
     component_counts: list[Tensor] = []
     for micro_batch in micro_batches:
         last = micro_batch is micro_batches[-1]
-        strategy.shard_rng.start = micro_batch.total * strategy.rank // strategy.world
-        strategy.shard_rng.total = micro_batch.total
         inputs, labels = (tensor[micro_batch.first : micro_batch.end] for tensor in (images, targets))
         # Second-order layers turn autocast off themselves; weights and optimizer state stay in float32.
         with torch.autocast(strategy.device.type, torch.bfloat16, enabled=run.recipe.precision == "bf16"):

@@ -1,13 +1,10 @@
-"""Batch norms over all ranks, and random numbers per shard of a batch."""
+"""Batch norms over all ranks."""
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
-from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm, ShardedDropout, ShardRng
-from sopdeploy.layers.mixture.gate import GateNoise
+from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm
 
 CASES = [
     (lambda: nn.BatchNorm2d(5), (6, 5, 3, 4)),
@@ -69,32 +66,3 @@ def test_half_precision_maps_are_summed_in_float32() -> None:
     y = GlobalBatchNorm(nn.BatchNorm2d(2))(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y[0].float(), torch.full((2, 16, 16), -1.0), rtol=0, atol=1e-2)
-
-
-def in_shares(module, x, world: int) -> torch.Tensor:
-    """Return what *world* processes compute, each its rows of *x* from the same seed."""
-    outputs = []
-    for rank in range(world):
-        first, end = (len(x) * place // world for place in (rank, rank + 1))
-        module.shard_rng.start, module.shard_rng.total = first, len(x)
-        torch.manual_seed(7)
-        outputs.append(module(x[first:end]))
-    return torch.cat(outputs)
-
-
-@settings(deadline=None, max_examples=40)
-@given(samples=st.integers(1, 12), world=st.integers(1, 5), width=st.integers(1, 6))
-def test_random_numbers_do_not_depend_on_the_number_of_processes(samples, world, width) -> None:
-    x = torch.randn(samples, width, dtype=torch.float64)
-    noises = [GateNoise(width, 3, per).double() for per in ("image", "component")]
-    for module in [ShardedDropout(0.5, ShardRng()), *noises]:
-        torch.testing.assert_close(in_shares(module, x, world), in_shares(module, x, 1), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dropout_of_a_whole_batch_equals_torch(dtype) -> None:
-    x = torch.randn(4, 300, dtype=dtype)
-    torch.manual_seed(3)
-    expected = torch.nn.functional.dropout(x, 0.3)
-    torch.manual_seed(3)
-    assert torch.equal(ShardedDropout(0.3, ShardRng())(x), expected)

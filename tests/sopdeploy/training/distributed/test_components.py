@@ -36,12 +36,11 @@ def fake_process(rank: int, world: int) -> Strategy:
     steps=st.integers(1, 8),
     world=st.integers(1, 5),
     accumulate=st.integers(1, 3),
-    mixup=st.sampled_from([0.0, 0.3]),
     extra=st.integers(0, 4),
 )
-def test_the_processes_compute_each_sample_of_a_step_once(steps, world, accumulate, mixup, extra) -> None:
+def test_the_processes_compute_each_sample_of_a_step_once(steps, world, accumulate, extra) -> None:
     samples = [10 * index for index in range(max(2, world) * accumulate * steps + extra)]
-    recipe = build_recipe("dsop", "sgd", f"accumulate={accumulate}", f"mix.mixup={mixup}", "batch_size=600")
+    recipe = build_recipe("dsop", "sgd", f"accumulate={accumulate}", "batch_size=600")
     single = shard_step(samples, recipe, fake_process(0, 1))
     assert single.samples == samples
     shards = [shard_step(samples, recipe, fake_process(rank, world)) for rank in range(world)]
@@ -53,8 +52,6 @@ def test_the_processes_compute_each_sample_of_a_step_once(steps, world, accumula
             assert total == whole.total
             assert end > first
             micro_batch += shard.samples[first:end]
-            if mixup and world > 1:  # the neighbor that the first sample is mixed with
-                assert shard.samples[first - 1] == samples[samples.index(shard.samples[first]) - 1]
         assert micro_batch == samples[whole.first : whole.end]
         computed += micro_batch
     assert computed == samples
