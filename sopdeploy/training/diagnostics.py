@@ -226,7 +226,7 @@ def _record_calls(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]
     calls: dict[str, tuple[Tensor, Tensor]] = {}
     names = {module: name for name, module in model.named_modules() if isinstance(module, ISqrtCov)}
 
-    def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def record(module: Any, inputs: Any, output: Tensor) -> None:
         calls[names[module]] = inputs[0], output
 
     handles = [module.register_forward_hook(record) for module in names]
