@@ -83,15 +83,16 @@ def test_a_network_whose_last_linear_layer_does_not_compute_the_logits_is_reject
 
 
 def export_user_network(network, folder, **arguments):
-    return export_network(
-        network.eval(),
-        labels=list("abcd"),
-        preprocess=RULES,
-        destination=folder / "out",
-        name="mine",
-        options=ExportOptions(max_batch=2, with_features=True),
-        **arguments,
-    )
+    with proving_once(alone=True):
+        return export_network(
+            network.eval(),
+            labels=list("abcd"),
+            preprocess=RULES,
+            destination=folder / "out",
+            name="mine",
+            options=ExportOptions(max_batch=2, with_features=True),
+            **arguments,
+        )
 
 
 def test_the_service_and_both_clients_return_embeddings(tmp_path, monkeypatch):
