@@ -56,7 +56,6 @@ def show_description(description: "Description") -> None:
 def describe(
     name: Annotated[str, typer.Argument(help="A name of `sopdeploy models`.")],
     settings: SetOption = None,
-    pooling: Annotated[str | None, typer.Option(help="Global pooling: short for --set pooling=NAME.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image in pixels.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
 ) -> "Description":
@@ -64,14 +63,12 @@ def describe(
 
     Example: [bold]sopdeploy describe dsop-resnet18 --set aux_stride=table[/bold]
 
-    Example: [bold]sopdeploy describe resnet50 --pooling isqrt --set conv5_stride=1[/bold]
+    Example: [bold]sopdeploy describe resnet50 --set pooling=isqrt --set conv5_stride=1[/bold]
     """
     from sopdeploy.models.describe import describe as describe_model
     from sopdeploy.models.registry import make_config
     from sopdeploy.training.recipe import parse_override
 
     config: dict[str, Any] = dict(parse_override(setting) for setting in settings or ())
-    if pooling is not None:
-        config["pooling"] = pooling
     make_config(name, config)  # rejects keys that are also parameters of describe_model
     return describe_model(name, image_size=image_size, num_classes=num_classes, **config)
