@@ -31,8 +31,6 @@ class TrainOptions(Options):
     none."""
     log: tuple[str, ...] = ()
     """Also log to tensorboard; `wandb sync` reads its files."""
-    verbose: bool = False
-    """Also print the training loss of every branch."""
 
 
 class EvaluateOptions(Options):

@@ -1,13 +1,10 @@
 """Progress of a training run on a terminal or in a notebook."""
 
-import textwrap
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
-
-LINE_WIDTH = 80  # columns of a plain terminal
 
 
 def plain_text(text: str) -> Text:
@@ -17,13 +14,10 @@ def plain_text(text: str) -> Text:
 
 
 class ProgressBars:
-    """A training callback that draws a progress bar and prints a line per epoch.
+    """A training callback that draws a progress bar and prints a line per epoch."""
 
-    With *verbose*, it also prints the training loss of every branch.
-    """
-
-    def __init__(self, console: Console, *, verbose: bool = False) -> None:
-        self.console, self.verbose = console, verbose
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self.epochs, self.stage = 0, ""
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -89,11 +83,6 @@ class ProgressBars:
             f"epoch {row.epoch:>3}/{self.epochs}  {name} [bold]{row.metrics.score:7.2%}[/]  "
             f"loss {row.metrics.loss:.3f} (training {loss:.3f})  {row.seconds:.1f} s"
         )
-        if not self.verbose:
-            return
-        parts = (f"{name} {loss:.3f}" for name, loss in row.losses.items() if name != "loss")
-        for line in textwrap.wrap("training loss: " + ", ".join(parts), LINE_WIDTH - 2):
-            self.console.print(f"  {line}", markup=False)
 
     def _update(self, epoch: int, done: int, total: int | None, note: str) -> None:
         if self.task is not None:

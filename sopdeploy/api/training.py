@@ -72,7 +72,7 @@ def train(
         console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         shown = console.is_terminal or console.is_jupyter if progress is None else progress
         if shown and is_main_process():
-            callbacks.append(stack.enter_context(ProgressBars(console, verbose=options.verbose)))
+            callbacks.append(stack.enter_context(ProgressBars(console)))
         callbacks += [callback] if callback is not None and is_main_process() else []
         resume = options.resume
         again: bool | Literal["auto"] = "auto" if resume == "auto" else resume == "always"
