@@ -216,26 +216,32 @@ def max_drift(name: str, values: NDArray[Any], expected: NDArray[Any], kept: NDA
 
 
 def _error_message(report: ParityReport) -> str:
-    what = f"changes the top class of {report.top1.flips('error')} of {report.images} images"
-    for name, output in report.outputs.items():
-        if output.largest_drift > output.tolerance:
-            what = (
-                f"drifts by {output.largest_drift:.3g} in {name} ({output.drift_in_floors:.1f}x noise floor, "
-                f"limit {report.floors_allowed:.0f}x = {output.tolerance:.3g})"
-            )
-        elif output.batch_difference > output.tolerance:
-            what = f"changes {name} by {output.batch_difference:.3g} when images are batched"
+    undecided = ""
     routing = report.routing
-    if routing is not None and routing.wrong:
-        what = f"routes {routing.wrong} of {report.images} images to components that the gate did not choose"
+    if routing is not None and routing.flips and routing.undecided == report.images:
+        undecided = "; the gate is undecided on every image, so rounding decides: train longer"
+    return f"the exported file {_first_violation(report)}{undecided}; nothing was written"
+
+
+def _first_violation(report: ParityReport) -> str:
+    """Describe the first limit that *report* exceeds; the order is from the cause to its effects."""
     if report.unverifiable:
         floor = report.logits.noise_floor
-        what = (
+        return (
             f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "
             f"{floor / max(report.spread or 0.0, floor * 1e-6):.0%} of the spread of the logits, and at "
             f"{0.5 / report.floors_allowed:.1%} or more a file that ignores its input would pass; train "
             "longer, or choose precision fp32"
         )
-    if routing is not None and routing.flips and routing.undecided == report.images:
-        what += "; the gate is undecided on every image, so rounding decides: train longer"
-    return f"the exported file {what}; nothing was written"
+    if report.routing is not None and report.routing.wrong:
+        wrong = report.routing.wrong
+        return f"routes {wrong} of {report.images} images to components that the gate did not choose"
+    for name, output in report.outputs.items():
+        if output.largest_drift > output.tolerance:
+            return (
+                f"drifts by {output.largest_drift:.3g} in {name} ({output.drift_in_floors:.1f}x noise floor, "
+                f"limit {report.floors_allowed:.0f}x = {output.tolerance:.3g})"
+            )
+        if output.batch_difference > output.tolerance:
+            return f"changes {name} by {output.batch_difference:.3g} when images are batched"
+    return f"changes the top class of {report.top1.flips('error')} of {report.images} images"

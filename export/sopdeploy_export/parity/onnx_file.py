@@ -66,16 +66,13 @@ def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch
     return dict(zip(names, joined, strict=True))
 
 
-def run_one(path: Path, batch: int) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
-    """Build a function that computes the logits (C,) of one image (H, W, 3) with the file at *path*.
-
-    The image is repeated *batch* times.
-    """
+def run_one(path: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+    """Build a function that computes the logits (C,) of one image (H, W, 3) with the file at *path*."""
     session = open_session(path)
     source, output = session.get_inputs()[0].name, session.get_outputs()[0].name
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = session.run([output], {source: np.repeat(pixels[None], batch, 0)})[0][0]
+        logits: NDArray[np.float32] = session.run([output], {source: pixels[None]})[0][0]
         return logits
 
     return run

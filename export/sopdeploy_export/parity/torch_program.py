@@ -2,30 +2,24 @@
 
 torch.export records the source lines of every operation and may store tensors that the program does not need.
 Both are removed. The serialized bytes are then verified: loaded again, they have the certified graph hash,
-exactly the kept tensors, each in its own storage, and the bundle's outputs. The same program gives the same
-bytes.
+and exactly the kept tensors, each in its own storage. The same program gives the same bytes.
 """
 
 import io
 import zipfile
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import fx
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle.folder import PROGRAM
-from sopdeploy.errors import CertificateError, ParityError
+from sopdeploy.errors import CertificateError
 from sopdeploy_export.graph import PREFIX
-from sopdeploy_export.parity.compare import Reference, max_drift, network_outputs
-from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.proof.hashes import program_root, tensor_hash
 
 SOURCE_KEYS = ("stack_trace", "from_node", "source_fn_stack", "torch_fn")  # may contain file paths
 NORMALIZE_PREFIX = "normalise."  # tensors of the wrapper module, which are not part of the network
-BATCH = 8
 WEIGHTS = "/data/weights/weight_"
 
 
@@ -80,22 +74,3 @@ def check_program(content: bytes, certificate: Certificate) -> None:
         raise CertificateError(
             f"{PROGRAM}: holds {written - stored} bytes of weights that belong to no tensor"
         )
-
-
-def check_outputs(
-    content: bytes, expected: Reference, parity: ParityReport, images: NDArray[np.uint8], largest: int
-) -> None:
-    """Verify that the program in *content* gives the bundle's outputs within the bundle's tolerance.
-
-    *images* are the uint8 probes (P, H, W, 3), run in batches of at most *largest*. Raises `ParityError`
-    otherwise.
-    """
-    used = parity.compared_images
-    program = _load(content).module()
-    for name, values in network_outputs(
-        program, tuple(expected.outputs), images[used], min(BATCH, largest)
-    ).items():
-        exact, tolerance = expected.outputs[name][used], parity.outputs[name].tolerance
-        drift = max_drift(name, values, exact, np.ones(len(exact), dtype=bool))
-        if drift > tolerance:
-            raise ParityError(f"{PROGRAM}: {name} drifts by {drift:.3g}, limit {tolerance:.3g}")

@@ -4,12 +4,11 @@ fp32 exports the graph that the rewrite rules make of the certified graph. For f
 are placed in a copy of the certified network, which is captured and converted again; the rules apply to that
 graph. int8 quantizes the convolutions of the float32 graph that the rules made.
 
-Types are read from the exported graph, not from the options: weights from its initializers, operations from
-the captured program. A graph whose types differ from the requested ones is rejected.
+Types are read from the initializers of the exported graph, not from the options. A graph whose types differ
+from the requested ones is rejected.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,6 @@ from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.graph import (
     OPSET,
     OPSET_OF_BFLOAT16,
-    PREFIX,
     Deployed,
     capture_any_batch,
     check,
@@ -56,7 +54,6 @@ from sopdeploy_export.precision.int8 import Int8Quantizer
 from sopdeploy_export.precision.report import (
     Accuracy,
     Attempt,
-    PartPrecision,
     PrecisionReport,
     Quantization,
 )
@@ -79,27 +76,6 @@ class CapturedGraph(NamedTuple):
     network: nn.Module
     program: ExportedProgram
     model: onnx.ModelProto
-
-
-def part_precisions(model: onnx.ModelProto, program: ExportedProgram) -> tuple[PartPrecision, ...]:
-    """List the types of every named part, in the order of computation."""
-    weights = weight_types(model)
-    operations: dict[str, Counter[str]] = {}
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        if node.op == "call_function" and stack and isinstance(value, torch.Tensor):
-            part = stack[-1][0].removeprefix(PREFIX)
-            if value.is_floating_point():
-                operations.setdefault(part, Counter())[str(value.dtype).removeprefix("torch.")] += 1
-    return tuple(
-        PartPrecision(
-            part=name,
-            weights=weights.get(name),
-            operations=dict(sorted(operations.get(name, Counter[str]()).items())),
-        )
-        for name in dict.fromkeys([*operations, *weights])
-    )
 
 
 def weight_types(model: onnx.ModelProto) -> dict[str, str]:
@@ -218,7 +194,7 @@ def convert(
         float32_model=float32_model,
         precision=PrecisionReport(
             precision=options.precision,
-            parts=part_precisions(model, source.program),
+            parts=weight_types(model),
             quantisation=quantization,
             accuracy=measured,
         ),

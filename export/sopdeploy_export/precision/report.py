@@ -6,18 +6,6 @@ from sopdeploy.bundle.manifest import Int8For, Precision
 from sopdeploy.config import StrictModel
 
 
-class PartPrecision(StrictModel):
-    """Floating-point types of one part of the network in the exported file.
-
-    `weights` is the type of its weights, None if it has none. `operations` maps each result type to the
-    number of operations.
-    """
-
-    part: str
-    weights: str | None
-    operations: dict[str, int]
-
-
 class Attempt(StrictModel):
     """One choice of float32 layers that was tried for int8.
 
@@ -75,13 +63,13 @@ class Accuracy(StrictModel):
 
 
 class PrecisionReport(StrictModel):
-    """The content of `precision.json`."""
+    """The content of `precision.json`; `parts` has the type of the weights of each part that has any."""
 
     precision: Precision
-    parts: tuple[PartPrecision, ...]
+    parts: dict[str, str]
     quantisation: Quantization | None = None
     accuracy: Accuracy | None = None
 
     def summary(self) -> dict[str, int]:
         """Count the parts by the type of their weights."""
-        return dict(sorted(Counter(part.weights for part in self.parts if part.weights).items()))
+        return dict(sorted(Counter(self.parts.values()).items()))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sopdeploy.bundle.manifest import FileRecord
-from sopdeploy.html.templates import dimensions, percent, reduction, render, short_number
+from sopdeploy.html.templates import dimensions, percent, reduction, render
 from sopdeploy.training.epoch_choice import HeldOutEstimate
 from sopdeploy.training.procedure import read_record
 from sopdeploy_export.parity.report import Flip, ParityReport
@@ -38,10 +38,7 @@ def render_report(
         **_proof_tables(results, fields),
         **_parity_tables(results.parity, labels),
         "decision": [] if decision is None else decision.rows(labels),
-        "types": [
-            (part.part, part.weights or "none", ", ".join(f"{n} in {t}" for t, n in part.operations.items()))
-            for part in results.precision.parts
-        ],
+        "types": list(results.precision.parts.items()),
         "files": [(name, f"{record.bytes:,}", record.sha256) for name, record in files.items()],
     }
     return render(
@@ -64,16 +61,6 @@ def _network_tables(results: Results) -> dict[str, Rows]:
                 ("parameters", trained.parameters, shipped.parameters),
                 ("multiply-adds", trained.macs, shipped.macs),
             )
-        ],
-        "modules": [
-            (
-                part.name,
-                part.kind,
-                short_number(part.parameters),
-                short_number(part.macs),
-                "removed" if part.training_only else "exported",
-            )
-            for part in results.network_summary.parts
         ],
     }
 

@@ -242,4 +242,4 @@ def _summarize(trained: nn.Module, parts: tuple[str, ...], preprocess: Preproces
     """Summarize copies of the network for the report, because a summary changes their mode."""
     network = copy_for_export(trained, "trained")
     shipped = detach(network, parts) if parts else copy_for_export(trained, "trained")
-    return summarize(network, shipped, parts, preprocess.crop)
+    return summarize(network, shipped, preprocess.crop)

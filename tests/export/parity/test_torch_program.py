@@ -13,16 +13,15 @@ from torch.export import ExportedProgram
 
 from sopdeploy.bundle.folder import PROGRAM, open_bundle
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.errors import CertificateError, ParityError
+from sopdeploy.errors import CertificateError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import capture_any_batch
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.report import ParityReport
 from sopdeploy_export.parity.torch_program import check_program, serialize_program
-from sopdeploy_export.pipeline import Exported, export
+from sopdeploy_export.pipeline import Exported
 from sopdeploy_export.proof.certificate import Proof, certify
 from sopdeploy_export.proof.networks import detach
-from tests.export.conftest import BRANCHED, save, trained
+from tests.export.conftest import BRANCHED, trained
 from tests.export.once import proving_once
 
 WITH_FILE = ExportOptions(detach=True, max_batch=4, pt2=True)
@@ -114,17 +113,3 @@ def test_a_tensor_in_a_larger_storage_is_refused(proof: Proof, monkeypatch: Any)
     monkeypatch.setattr("sopdeploy_export.parity.torch_program._load", lambda _: program)
     with pytest.raises(CertificateError, match=r"storage of fc.bias is larger"):
         check_program(content, proof.certificate)
-
-
-def test_outputs_other_than_those_of_the_bundle_stop_the_export(
-    preprocess: Preprocess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint = save(trained(), "dsop-resnet8", tmp_path / "ckpt.pt", preprocess)
-    monkeypatch.setattr(ParityReport, "compared_images", property(lambda self: [0]))
-    monkeypatch.setattr("sopdeploy_export.parity.torch_program.max_drift", lambda *_: float("inf"))
-    with (
-        proving_once(changes_program=True),
-        pytest.raises(ParityError, match=rf"{PROGRAM}: logits drifts by inf"),
-    ):
-        export(checkpoint, tmp_path / "out", WITH_FILE)
-    assert not list((tmp_path / "out").iterdir())

@@ -114,7 +114,7 @@ def test_the_first_attempt_within_the_limit_is_exported_with_the_costliest_layer
     found = report.quantisation
     assert (found.in_float32, found.layers) == (("layer2.0.conv1",), 5)
     assert [attempt.drop for attempt in found.tried] == [50, 0]
-    types = {part.part: part.weights for part in report.parts}
+    types = report.parts
     assert (types["layer2.0.conv1"], types["layer3.0.conv2"]) == ("float32", "int8")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from torch import nn
+from torch.export import ExportedProgram
 
 from sopdeploy.backbones import resnet
 from sopdeploy.bundle.folder import open_bundle
@@ -17,7 +18,7 @@ from sopdeploy.errors import LoweringError, ParityError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph import capture_any_batch, lower, probe_images
+from sopdeploy_export.graph import PREFIX, capture_any_batch, lower, probe_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.pipeline import Exported, export
@@ -47,6 +48,17 @@ MIXTURE = {
 NO_KERNELS = r"onnxruntime .* has no bfloat16 kernels"
 
 
+def computed_types(program: ExportedProgram) -> dict[str, set[str]]:
+    """List the floating-point types that each part of *program* computes in."""
+    types: dict[str, set[str]] = {}
+    for node in program.graph.nodes:
+        stack, value = list((node.meta.get("nn_module_stack") or {}).values()), node.meta.get("val")
+        if node.op == "call_function" and stack and torch.is_tensor(value) and value.is_floating_point():
+            part = stack[-1][0].removeprefix(PREFIX)
+            types.setdefault(part, set()).add(str(value.dtype).removeprefix("torch."))
+    return types
+
+
 def cast_graph(
     network: Classifier,
     preprocess: Preprocess,
@@ -59,8 +71,8 @@ def cast_graph(
     options = ExportOptions(precision=precision, lowering=rules, max_batch=1)
     program = capture_any_batch(detached, preprocess, ALONE)
     certified = CapturedGraph(detached, program, lower(program, detached.outputs))
-    converted = convert.convert(certified, preprocess, options)
-    return converted.model, {part.part: set(part.operations) for part in converted.precision.parts}
+    types = computed_types(convert.cast_types(certified, preprocess, options).program)
+    return convert.convert(certified, preprocess, options).model, types
 
 
 HALF, BF16, FLOAT = "float16", "bfloat16", "float32"
@@ -252,7 +264,7 @@ def test_overflow_in_float16_is_rejected_with_advice(make: Make, tmp_path: Path)
 def test_alexnet_exports_with_its_local_response_norms_in_float32(make: Make, tmp_path: Path) -> None:
     network = make("alexnet", pooling={"kind": "gap"}, classifier="linear")
     sizes = Preprocess(resize=64, crop=64)
-    found = exported(network, "alexnet", tmp_path, sizes, precision="fp16")
-    operations = {part.part: set(part.operations) for part in found.precision.parts}
-    assert FLOAT in operations["layers.2"]
-    assert FLOAT not in operations["layers.4"]
+    assert exported(network, "alexnet", tmp_path, sizes, precision="fp16").parity.passed
+    _, types = cast_graph(network, sizes, "fp16")
+    assert FLOAT in types["layers.2"]
+    assert FLOAT not in types["layers.4"]
