@@ -5,11 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.data.base import PreprocessedDataset
-from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.evaluation.heads import HeadCounter, loss_shares
-from sopdeploy.layers.normalize import Normalize
+from sopdeploy.evaluation.prediction import predict_images
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import describe
 from sopdeploy.report.run_data import read_history
@@ -41,7 +39,7 @@ def measure_run(recipe: Recipe, trained: TrainingResult, *, timed: bool) -> Seed
         held_out_count=trained.held_out_count,
         training=counts.training,
         deployed=counts.shipped,
-        heads=_head_errors(model, recipe, history[-1].losses),
+        heads=_head_errors(model, checkpoint, recipe, history[-1].losses),
         usage=history[-1].component_counts,
         condition=_condition_numbers(history),
         milliseconds=_time_per_image(model, recipe) if timed else None,
@@ -49,8 +47,9 @@ def measure_run(recipe: Recipe, trained: TrainingResult, *, timed: bool) -> Seed
     )
 
 
-@torch.no_grad()
-def _head_errors(model: Classifier, recipe: Recipe, losses: dict[str, float]) -> dict[str, HeadError]:
+def _head_errors(
+    model: Classifier, checkpoint: Checkpoint, recipe: Recipe, losses: dict[str, float]
+) -> dict[str, HeadError]:
     """Compute the errors of all heads of *model* on all held-out images; empty for a single head.
 
     *losses* are the training losses of the last epoch, by head.
@@ -58,14 +57,9 @@ def _head_errors(model: Classifier, recipe: Recipe, losses: dict[str, float]) ->
     weights = model.loss_weights()
     if len(weights) < 2:
         return {}
-    device = select_device(recipe.device)
     images = open_data(recipe.data).held_out
-    batches = sequential_batches(len(images), recipe.batch_size)
-    dataset = PreprocessedDataset(images, recipe.preprocess)
-    normalize = Normalize(recipe.preprocess).to(device)
-    counter = HeadCounter(model.to(device), torch.from_numpy(images.targets))
-    for batch, _ in load_batches(dataset, batches, recipe.workers, device):
-        counter(normalize(batch))
+    counter = HeadCounter(model.to(select_device(recipe.device)), torch.from_numpy(images.targets))
+    predict_images(counter.eval(), checkpoint, images, workers=recipe.workers)
     shares = loss_shares(weights, {name: losses[name] for name in counter.right})
     return {
         head.name: HeadError(top1=1 - head.top1.share, top5=1 - head.top5.share, share=shares[head.name])
