@@ -1,8 +1,8 @@
 """CPU time of a request without decoding and inference, for this checkout and another.
 
 The server decodes no images and returns constant outputs, so HTTP, admission, threads and response remain.
-With `--other FOLDER` (another checkout of this project), both are measured alternately. Every round starts a
-new server; the value is the median of the rounds.
+With `--other FOLDER` (another checkout of this project, which runs its own copy of this file), both are
+measured alternately. Every round starts a new server; the value is the median of the rounds.
 
     python benchmarks/request_cpu.py --other ../before --rounds 5
 """
@@ -65,8 +65,8 @@ def main() -> None:
 def measure(tree: Path, folder: Path, arguments: argparse.Namespace) -> float:
     """Measure the CPU milliseconds per request of the server in *tree* under load."""
     port = free_port()
-    places = {"PYTHONPATH": os.pathsep.join([str(tree), str(tree / "service"), str(HERE.parent)])}
-    command = [sys.executable, str(HERE), "--serve", str(port)]
+    places = {"PYTHONPATH": os.pathsep.join([str(tree), str(tree / "service")])}
+    command = [sys.executable, str(tree / "benchmarks" / HERE.name), "--serve", str(port)]
     with started(command, OURS, port, places, folder) as process:
         server = f"http://127.0.0.1:{port}"
         url = f"{server}/v1/classify" + (f"?{arguments.query}" if arguments.query else "")

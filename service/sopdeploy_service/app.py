@@ -17,6 +17,7 @@ from sopdeploy_service.http.middleware import (
     ApiKeyMiddleware,
     BodyLimitsMiddleware,
     CreateBucket,
+    DirectMiddleware,
     RequestContextMiddleware,
 )
 from sopdeploy_service.http.rate_limits import TokenBucket
@@ -74,15 +75,10 @@ def create_app(
     for part in PARTS:
         import_module(part).install(app, service)
     problems.install(app)
+    app.add_middleware(DirectMiddleware, routes=v1.router.routes)
     if keys is not None:  # the middleware that is added last runs first
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS}
-        app.add_middleware(
-            ApiKeyMiddleware,
-            keys=keys,
-            metrics=service.metrics,
-            open_paths=open_paths,
-            create_bucket=create_bucket,
-        )
+        app.add_middleware(ApiKeyMiddleware, keys=keys, open_paths=open_paths, create_bucket=create_bucket)
     app.add_middleware(BodyLimitsMiddleware, settings=settings, metrics=service.metrics)
     app.add_middleware(RequestContextMiddleware, service=service, open_trace=open_trace)
     return app

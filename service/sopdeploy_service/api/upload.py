@@ -32,7 +32,6 @@ MAX_TOP_K = 1_000_000
 
 BAD_TIMEOUT = Rejection("invalid_timeout", 400, "X-Request-Timeout-Ms: must be an integer of at least 1 (ms)")
 NO_IMAGE = Rejection("no_image", 422, "the list `images` is empty")
-SLOW_BODY = Rejection("slow_body", 408, "the body did not arrive before the deadline")
 ENCODED = Rejection("unsupported_encoding", 415, "send the image itself, without a Content-Encoding")
 FETCHES_FULL = Rejection("fetches_full", 429, "too many URLs are being fetched; retry later", 1)
 NOT_A_FORM = Rejection("unsupported_multipart", 415, "send the image itself or multipart/form-data")
@@ -104,7 +103,7 @@ def use_model(request: Request, model: Model) -> Model:
 
 def timeout_of(request: Request, longest: float) -> float:
     """Return the timeout of *request* in seconds: its `X-Request-Timeout-Ms`, at most *longest*."""
-    given = request.headers.get(TIMEOUT_HEADER)
+    given = request.state.context.headers.get(TIMEOUT_HEADER)
     if given is None:
         return longest
     digits = given.lstrip("0")
@@ -152,10 +151,11 @@ async def read_upload(request: Request, service: Service, model: Model, deadline
     Raises `RejectedError` for errors of the request as a whole; single images may still be invalid.
     """
     settings = service.settings
-    content_type = request.headers.get("content-type", "")
+    headers: Mapping[str, str] = request.state.context.headers
+    content_type = headers.get("content-type", "")
     kind = content_type.partition(";")[0].strip().lower()
     if kind.startswith("multipart/"):
-        if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        if headers.get("content-encoding", "identity").strip().lower() != "identity":
             raise RejectedError(ENCODED)
         if kind != "multipart/form-data":
             raise RejectedError(NOT_A_FORM)
@@ -211,23 +211,21 @@ async def read_body(
     Returns the body, empty with *consume*. Raises `RejectedError`: 408 too slow, 413 too large, 415 for a
     Content-Encoding, 499 client disconnected.
     """
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
+    context: RequestContext = request.state.context
+    if context.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise RejectedError(ENCODED)
+    context.deadline = deadline
     pieces: list[bytes] = []
     size, more = 0, True
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            while more:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise RejectedError(CLIENT_GONE)
-                piece = message.get("body", b"")
-                size += len(piece)
-                if size > limit:
-                    raise RejectedError(Rejection.of(too_large_error(limit)))
-                if piece:
-                    (consume or pieces.append)(piece)
-                more = message.get("more_body", False)
-    except TimeoutError as problem:
-        raise RejectedError(SLOW_BODY) from problem
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise RejectedError(CLIENT_GONE)
+        piece = message.get("body", b"")
+        size += len(piece)
+        if size > limit:
+            raise RejectedError(Rejection.of(too_large_error(limit)))
+        if piece:
+            (consume or pieces.append)(piece)
+        more = message.get("more_body", False)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)

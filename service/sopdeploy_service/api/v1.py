@@ -4,13 +4,11 @@ import base64
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 import numpy as np
 import pydantic
 from fastapi import APIRouter, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
-from starlette.types import Receive, Scope, Send
 
 from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
 from sopdeploy.images.pixels import visible_box
@@ -24,7 +22,7 @@ from sopdeploy_service.api.schema import (
     Results,
 )
 from sopdeploy_service.api.upload import Upload, admit, json_response, read_upload, run, service_of
-from sopdeploy_service.http.problems import Problem, bad_request, problem_responses
+from sopdeploy_service.http.problems import Problem, bad_request, invalid_parameter, problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import (
     GATES,
@@ -36,23 +34,7 @@ from sopdeploy_service.inference.results import (
     rank_classes,
 )
 
-
-class DirectRoute(APIRoute):
-    """Route that calls its endpoint without FastAPI's validation of parameters and responses.
-
-    The endpoint takes the request only. Exceptions are handled by the app's middleware.
-    """
-
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response of the endpoint."""
-        if scope["method"] not in (self.methods or ()):
-            await super().handle(scope, receive, send)  # status 405
-            return
-        response: Response = await self.endpoint(Request(scope, receive, send))
-        await response(scope, receive, send)
-
-
-router = APIRouter(route_class=DirectRoute)
+router = APIRouter()  # `DirectMiddleware` calls its endpoints
 Query = TypeVar("Query", bound=pydantic.BaseModel)
 
 BINARY = {"type": "string", "format": "binary"}
@@ -139,11 +121,12 @@ async def embed(request: Request) -> Response:
 
 def _parse_query(request: Request, kind: type[Query]) -> Query:
     """Parse the query parameters of *request*, much faster than FastAPI, which validates them one by one."""
+    query = request.scope["query_string"].decode("latin-1")
     try:
-        return kind.model_validate(dict(request.query_params))
+        return kind.model_validate(dict(parse_qsl(query, keep_blank_values=True)))
     except pydantic.ValidationError as problem:
-        errors = [{**error, "loc": ("query", *error["loc"])} for error in problem.errors()]
-        raise RequestValidationError(errors) from problem
+        first = problem.errors()[0]
+        raise RejectedError(invalid_parameter({**first, "loc": ("query", *first["loc"])})) from problem
 
 
 def _respond(

@@ -12,12 +12,14 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy.images.formats import too_large_error
@@ -40,7 +42,6 @@ PAGES = frozenset({"/", "/docs", "/errors"})  # the form for the key and error p
 METRICS = "/metrics"
 OPEN = PROBES | PAGES  # without a key
 MONITORING = PROBES | {METRICS}  # not traced; successful requests are logged at debug level
-CHALLENGE = {"WWW-Authenticate": 'Bearer realm="sopdeploy"'}
 
 NO_KEY = Rejection(
     "unauthenticated", 401, "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
@@ -49,6 +50,7 @@ NO_KEY = Rejection(
 SMALL_BODY = 1_000_000  # most images are smaller; the last eighth of the budget is reserved for such bodies
 
 SLOW_BODY = Rejection("slow_body", 408, "the body arrives more slowly than this server allows")
+LATE_BODY = Rejection("slow_body", 408, "the body did not arrive before the deadline")
 UPLOADS_FULL = Rejection("uploads_full", 429, "too many bytes are being uploaded; retry later", 2)
 
 Value = TypeVar("Value")
@@ -67,7 +69,7 @@ class RequestContextMiddleware:
     open_trace: OpenTrace | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request; an exception becomes a 500 problem unless the response has started.
+        """Handle one request; an exception becomes a problem unless the response has started.
 
         The app handles `HEAD` like `GET`; the server omits the body.
         """
@@ -75,8 +77,8 @@ class RequestContextMiddleware:
             await self.app(scope, receive, send)
             return
         started = time.monotonic()
-        headers = Headers(scope=scope)
-        context = RequestContext(request_id(headers))
+        headers = dict(reversed(Headers(scope=scope).items()))  # the first of several with one name
+        context = RequestContext(request_id(headers), headers)
         if self.open_trace is not None and scope["path"] not in MONITORING:
             context.trace = self.open_trace(headers, started)
         scope.setdefault("state", {})["context"] = context
@@ -101,15 +103,26 @@ class RequestContextMiddleware:
         self.service.active_requests += 1
         try:
             await self.app(inner, receive, send_with_headers)
-        except Exception:
-            log.exception("internal error in %s", getattr(inner.get("route"), "path", "other"))
+        except Exception as error:
+            rejection = self._rejection_of(error, inner)
             if status:
                 raise  # part of the response was sent: the connection must be closed
-            await reject(scope, INTERNAL)(scope, receive, send_with_headers)
+            await reject(scope, rejection)(scope, receive, send_with_headers)
         finally:
             self.service.active_requests -= 1
             seconds = time.monotonic() - started
             self._record(context, scope["method"], inner.get("route"), status, seconds)
+
+    def _rejection_of(self, error: Exception, scope: Scope) -> Rejection:
+        """Count or log the *error* that has ended a request."""
+        if not isinstance(error, RejectedError):
+            log.exception("internal error in %s", getattr(scope.get("route"), "path", "other"))
+            return INTERNAL
+        if error.rejection is CLIENT_GONE:
+            self.service.metrics.cancelled.inc()
+        else:
+            self.service.metrics.rejected.labels(error.rejection.code).inc()
+        return error.rejection
 
     def _record(
         self, context: RequestContext, method: str, route: object, status: int, seconds: float
@@ -144,7 +157,7 @@ class RequestContextMiddleware:
         access_log.log(level, "request", extra=extra)
 
 
-def request_id(headers: Headers) -> str:
+def request_id(headers: Mapping[str, str]) -> str:
     """Return the client's `X-Request-ID` if it is valid, or a new ID of 32 hexadecimal digits."""
     given = headers.get("x-request-id", "")
     return given if VALID_ID.fullmatch(given) else f"{PROCESS_ID}{next(NUMBERS):016x}"
@@ -159,7 +172,6 @@ class ApiKeyMiddleware:
 
     app: ASGIApp
     keys: ApiKeys
-    metrics: Metrics
     open_paths: Collection[str]
     create_bucket: CreateBucket = TokenBucket
 
@@ -174,18 +186,41 @@ class ApiKeyMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
         if scope["type"] == "http" and scope["path"] not in self.open_paths:
-            headers = Headers(scope=scope)
+            context: RequestContext = scope["state"]["context"]
+            headers = context.headers
             scheme, _, token = headers.get("authorization", "").partition(" ")
             given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
             key = self.keys.find(given.encode("latin-1"))
             if key is None:
-                self.metrics.rejected.labels(NO_KEY.code).inc()
-                await reject(scope, NO_KEY, CHALLENGE)(scope, receive, send)
-                return
-            context: RequestContext = scope["state"]["context"]
+                raise RejectedError(NO_KEY)
             context.key_name, context.scopes = key.name, key.scopes
             context.rate_limit = self._buckets.get(key.name)
         await self.app(scope, receive, send)
+
+
+@dataclass(eq=False)
+class DirectMiddleware:
+    """Calls the endpoints of *routes* without FastAPI's routing and validation.
+
+    They have the method POST and no parameters in their path, and their endpoints take the request only.
+    """
+
+    app: ASGIApp
+    routes: Collection[BaseRoute]
+
+    def __post_init__(self) -> None:
+        """Find the routes by path."""
+        self._by_path = {route.path: route for route in self.routes if isinstance(route, APIRoute)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        route = self._by_path.get(scope["path"]) if scope["type"] == "http" else None
+        if route is None or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        scope["route"] = route
+        response: Response = await route.endpoint(Request(scope, receive, send))
+        await response(scope, receive, send)
 
 
 def require(context: RequestContext, scope: api_keys.Scope) -> None:
@@ -226,21 +261,20 @@ class BodyLimitsMiddleware:
             self.metrics.rejected.labels(rejection.code).inc()
             await reject(scope, rejection)(scope, receive, send)
             return
-        body = LimitedBody(receive, length, self)
+        context = scope.get("state", {}).get("context") or RequestContext("")  # the health port has none
         try:
-            await self.app(scope, body.receive, send)
+            await self.app(scope, LimitedBody(receive, length, self, context).receive, send)
         finally:
-            self.held -= body.held
-            context = scope["state"].get("context") if "state" in scope else None
-            if context is not None:
-                context.bytes = body.held
+            self.held -= context.bytes
 
 
 class LimitedBody:
     """The body of one request; *length* is its announced size, 0 if unknown."""
 
-    def __init__(self, receive: Receive, length: int, shared: BodyLimitsMiddleware) -> None:
-        self.held = 0
+    def __init__(
+        self, receive: Receive, length: int, shared: BodyLimitsMiddleware, context: RequestContext
+    ) -> None:
+        self._context = context
         self._receive = receive
         self._length = length
         self._shared = shared
@@ -249,7 +283,7 @@ class LimitedBody:
         self._more = True
 
     async def receive(self) -> Message:
-        """Receive the next message; raises `RejectedError` for a slow body and for a full budget.
+        """Receive the next message; raises `RejectedError` for a slow or late body and for a full budget.
 
         The announced size is checked before the first byte is requested, so that a client that waits for
         `100 Continue` does not send a body that will be rejected. The minimum rate is enforced by a token
@@ -258,26 +292,27 @@ class LimitedBody:
         if not self._more:
             return await self._receive()
         self._more = False  # stays so after an error
-        self._check_budget(max(0, self._length - self.held))
+        self._check_budget(max(0, self._length - self._context.bytes))
         started = time.monotonic()
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(min(self._patience, self._context.deadline - started)):
                 message = await self._receive()
         except TimeoutError as problem:
-            raise RejectedError(SLOW_BODY) from problem
+            late = time.monotonic() >= self._context.deadline
+            raise RejectedError(LATE_BODY if late else SLOW_BODY) from problem
         count = len(message.get("body", b""))
         earned = count / self._limits.min_body_rate - (time.monotonic() - started)
         self._patience = min(self._limits.body_grace_seconds, self._patience + earned)
         self._check_budget(count)
         self._shared.held += count
-        self.held += count
+        self._context.bytes += count
         self._more = message.get("more_body", False)
         return message
 
     def _check_budget(self, more: int) -> None:
         """Raise `RejectedError` (429) if the body may not grow by *more* bytes."""
         size = self._limits.max_upload_bytes
-        if self.held + more > SMALL_BODY:
+        if self._context.bytes + more > SMALL_BODY:
             size = size * 7 // 8
         if self._shared.held + more > size:
             raise RejectedError(UPLOADS_FULL)

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from sopdeploy.config import StrictModel
-from sopdeploy_service.inference.results import CLIENT_GONE, RejectedError, Rejection
+from sopdeploy_service.inference.results import RejectedError, Rejection
 
 PROBLEM_JSON = "application/problem+json"
 INTERNAL = Rejection("internal_error", 500, "internal error; the server log has the details")
@@ -60,6 +60,8 @@ def problem_response(
         headers["Retry-After"] = str(rejection.retry_after)
     if rejection.status in {408, 413, 503}:
         headers["Connection"] = "close"
+    if rejection.status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="sopdeploy"'
     if path == "/v2" or path.startswith("/v2/"):
         headers["X-Error-Code"] = rejection.code
         body, media_type = orjson.dumps({"error": rejection.message}), "application/json"
@@ -86,16 +88,7 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def install(app: FastAPI) -> None:
-    """Make *app* respond to every error with a problem instead of FastAPI's default response."""
-
-    @app.exception_handler(RejectedError)
-    async def rejected(request: Request, error: RejectedError) -> Response:
-        metrics = request.app.state.service.metrics
-        if error.rejection is CLIENT_GONE:
-            metrics.cancelled.inc()
-        else:
-            metrics.rejected.labels(error.rejection.code).inc()
-        return reject(request.scope, error.rejection)
+    """Make *app* respond to FastAPI's errors with problems; `RequestContextMiddleware` handles all others."""
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -107,7 +100,11 @@ def install(app: FastAPI) -> None:
         return reject(request.scope, Rejection(code, error.status_code, str(error.detail)), headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid_parameter(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return reject(request.scope, Rejection("invalid_parameter", 422, f"{where}: {first['msg']}"))
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return reject(request.scope, invalid_parameter(error.errors()[0]))
+
+
+def invalid_parameter(error: Mapping[str, Any]) -> Rejection:
+    """Convert an *error* of pydantic."""
+    where = ".".join(str(part) for part in error["loc"])
+    return Rejection("invalid_parameter", 422, f"{where}: {error['msg']}")

@@ -71,12 +71,12 @@ class Model:
         self.unused.set()
 
     @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self) -> Iterator["Model"]:
         """Keep `unused` cleared while a request uses the model."""
         self._users += 1
         self.unused.clear()
         try:
-            yield
+            yield self
         finally:
             self._users -= 1
             if not self._users:

@@ -7,8 +7,8 @@ step. The version before that is stopped when its last request has its response.
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from sopdeploy.bundle.folder import read_manifest
@@ -82,15 +82,12 @@ class ModelRegistry:
         message = f"{name}: no version {version[:100]!r}; the current one is {versions[0].version}"
         raise RejectedError(Rejection("unknown_version", 404, message))
 
-    @contextmanager
-    def use(self, name: str | None = None, version: str | None = None) -> Iterator[Model]:
+    def use(self, name: str | None = None, version: str | None = None) -> AbstractContextManager[Model]:
         """Find a model as `find` does, and keep it loaded during the block.
 
         Every request gets its model here.
         """
-        model = self.find(name, version)
-        with model.in_use():
-            yield model
+        return self.find(name, version).in_use()
 
     async def wait_until_loaded(self, model: Model) -> Model:
         """Return *model*, which is loaded already."""

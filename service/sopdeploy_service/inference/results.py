@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import sigmoid, softmax
+from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ImageError
 
 GATES = "gates"  # name of the output with the weights of a gate's experts
@@ -30,23 +30,28 @@ def rank_classes(
     """
     if thresholds is None:
         indices = top_indices(logits, top_k or len(logits))
-        return list(zip(indices.tolist(), softmax(logits)[indices].tolist(), strict=True))
+        # The softmax in float64, of the listed classes only.
+        exponentials = np.exp(np.subtract(logits, logits[indices[0]], dtype=np.float64))
+        total = float(exponentials.sum())
+        return [(index, float(exponentials[index]) / total) for index in indices]
     probabilities = sigmoid(logits).tolist()
-    ranked = top_indices(logits, len(logits)).tolist()
+    ranked = top_indices(logits, len(logits))
     present = [(index, probabilities[index]) for index in ranked if probabilities[index] >= thresholds[index]]
     return present[:top_k]
 
 
-def top_indices(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
+def top_indices(values: NDArray[np.float32], k: int) -> list[int]:
     """Return the indices of the *k* largest of finite *values* (C,), largest first.
 
-    Only the largest values are sorted, not all C.
+    Only the largest values are sorted, not all C, in Python: `numpy.argsort` releases the interpreter lock.
     """
     if k >= len(values):
-        return np.argsort(-values, kind="stable")
+        order: list[int] = np.argsort(-values, kind="stable").tolist()
+        return order
     threshold = np.partition(values, -k)[-k]
-    indices = np.flatnonzero(values >= threshold)  # more than k if several equal the threshold
-    return indices[np.argsort(-values[indices], kind="stable")[:k]]
+    (indices,) = (values >= threshold).nonzero()  # more than k if several equal the threshold
+    ordered = sorted(zip((-values[indices]).tolist(), indices.tolist(), strict=True))
+    return [index for _, index in ordered[:k]]
 
 
 class Prediction(NamedTuple):
@@ -120,6 +125,6 @@ def format_prediction(
     if recognized is not None:
         response["known"], response["score"] = recognized
     if gates is not None:
-        experts = [index for index in top_indices(gates, len(gates)).tolist() if gates[index] != 0]
+        experts = [index for index in top_indices(gates, len(gates)) if gates[index] != 0]
         response["gates"] = [{"expert": index, "weight": float(gates[index])} for index in experts]
     return response

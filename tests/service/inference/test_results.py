@@ -16,7 +16,7 @@ SMALL = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-3, 3
 
 @given(SMALL, st.integers(1, 50))
 def test_top_indices_equals_a_stable_sort(values, count):
-    assert top_indices(values, count).tolist() == np.argsort(-values, kind="stable")[:count].tolist()
+    assert top_indices(values, count) == np.argsort(-values, kind="stable")[:count].tolist()
 
 
 @given(SMALL, st.integers(1, 50), st.none() | SMALL, st.lists(st.sampled_from(["exif_rotated", "x"])))
