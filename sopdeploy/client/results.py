@@ -127,6 +127,7 @@ class ModelInfo(Response):
     """A served model; `id` is its bundle id, `labels` the number of classes.
 
     `thresholds` are the smallest probabilities by class of a multi-label network; None for other networks.
+    `embedding_size` is the length of an embedding; None if the bundle has no features.
     """
 
     name: str
@@ -139,6 +140,8 @@ class ModelInfo(Response):
     device: str
     largest_batch: int
     thresholds: dict[str, float] | None = None
+    class_maps: bool = False
+    embedding_size: int | None = None
 
 
 class ServerInfo(Response):

@@ -142,8 +142,8 @@ class ModelInfo(StrictModel):
     """A loaded network and its runtime.
 
     `fast_decode` is set if JPEGs are not decoded exactly, `thresholds` (by class) for a multi-label
-    network. The last three fields are set with a memory budget; `memory_bytes` is an estimate before the
-    first load.
+    network, and `embedding_size`, the length of a vector of `/v1/embed`, if the bundle has features. The
+    last three fields are set with a memory budget; `memory_bytes` is an estimate before the first load.
     """
 
     name: str
@@ -160,6 +160,7 @@ class ModelInfo(StrictModel):
     fast_decode: FastDecode | None = None
     thresholds: dict[str, float] | None = None
     class_maps: bool = False
+    embedding_size: int | None = None
     loaded: bool | None = None
     pinned: bool | None = None
     memory_bytes: int | None = None

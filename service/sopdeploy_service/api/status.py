@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.manifest import FEATURES
+from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
 from sopdeploy.bundle.probes import Outputs, read_probes, replay
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy_service.api.schema import Card, CertificateSummary, Health, Info, ModelInfo, SelfTest
@@ -80,6 +80,7 @@ def model_info(model: Model) -> ModelInfo:
     """Describe *model* for `/info`."""
     manifest, runtime = model.bundle.manifest, model.loaded.runtime
     thresholds, memory = model.thresholds, model.memory
+    shapes = {output.name: output.shape for output in manifest.outputs}
     return ModelInfo(
         name=model.name,
         bundle=model.bundle.name,
@@ -94,7 +95,8 @@ def model_info(model: Model) -> ModelInfo:
         versions=manifest.versions,
         fast_decode=model.loaded.fast_decode,
         thresholds=None if thresholds is None else dict(zip(model.labels, thresholds, strict=True)),
-        class_maps=any(output.name == FEATURES for output in manifest.outputs),
+        class_maps=FEATURES in shapes,
+        embedding_size=shapes[EMBEDDING][-1] if EMBEDDING in shapes else None,
         loaded=None if memory is None else model.is_loaded,
         pinned=None if memory is None else memory.pinned,
         memory_bytes=None if memory is None else memory.bytes,

@@ -114,6 +114,7 @@ def test_the_service_and_both_clients_return_embeddings(tmp_path, monkeypatch):
         with Client(str(client.base_url)) as python:
             found = python.embed(body)
             good, bad = python.embed([body, b"no"], model="mine")
+            described = python.info().models[0]
 
         async def embed():
             async with AsyncClient(str(client.base_url)) as python:
@@ -121,7 +122,8 @@ def test_the_service_and_both_clients_return_embeddings(tmp_path, monkeypatch):
 
         again = asyncio.run(embed())
     decoded = np.frombuffer(base64.b64decode(text), "<f4")
-    assert decoded.shape == exported.manifest.outputs[1].shape[1:]
+    assert decoded.shape == exported.manifest.outputs[1].shape[1:] == (described.embedding_size,)
+    assert not described.class_maps
     for values in (numbers["embedding"], listed[0]["embedding"], found.values, good.values, again.values):
         np.testing.assert_allclose(values, decoded, rtol=1e-4, atol=1e-5)
     assert (numbers["warnings"], listed[1].keys()) == ([], {"error"})
