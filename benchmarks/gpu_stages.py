@@ -34,7 +34,7 @@ from sopdeploy_service.images.loaders import synthetic_jpeg
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
-from sopdeploy_service.server.process import http_config
+from sopdeploy_service.server.draining_server import http_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
 

@@ -24,7 +24,7 @@ from serving_ours import CLASSES, count_answered, fake_model, replace_decoder
 from serving_peers import OURS, cpu_seconds, free_port, started
 
 from sopdeploy_service.app import create_app
-from sopdeploy_service.server.process import http_config
+from sopdeploy_service.server.draining_server import http_config
 from sopdeploy_service.settings import load_settings
 
 HERE = Path(__file__).resolve()

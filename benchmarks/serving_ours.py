@@ -31,7 +31,8 @@ from sopdeploy_service.images.decode import Decoded
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import OverlappingRuntime
 from sopdeploy_service.runtime.fake import FakeOverlappingRuntime
-from sopdeploy_service.server.process import http_config, prepare_process
+from sopdeploy_service.server.draining_server import freeze_objects, http_config
+from sopdeploy_service.server.process import prepare_process
 from sopdeploy_service.settings import Settings, load_settings
 
 CLASSES = 1000
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--shadow", help="with --fake: share of the requests for a second simulated model")
     arguments = parser.parse_args()
     prepare_process()
+    freeze_objects()
     share = None if arguments.shadow is None else f"shadow={arguments.shadow}"
     settings = settings_for(
         arguments.largest, decoders=arguments.decoders, threads=arguments.threads, shadow=share

@@ -1,12 +1,15 @@
 """Start-up time and memory of the server.
 
 Starts `sopdeploy serve` several times for a detached DSoP ResNet-18 (random weights, exported here unless
---bundle names another bundle) and reads the server's processor time and resident memory when it prints
-`ready:`. On a busy machine, processor time is more reliable than wall time.
+--bundle names another bundle) in ONNX Runtime on the CPU, and measures the time until the server prints
+`ready:` and until it has classified the first image. Processor time and resident memory are those at
+`ready:`. --against starts the server of another checkout alternately. On a busy machine, processor time is
+more reliable than wall time.
 
-    python benchmarks/start_up.py [--bundle BUNDLE] [--quick] [--json]
+    python benchmarks/start_up.py [--bundle BUNDLE] [--against CHECKOUT] [--quick] [--json]
 """
 
+import http.client
 import os
 import signal
 import statistics
@@ -15,16 +18,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from detached_latency import checkpoint
-from measure import Result, make_parser, report
+from measure import Result, existing, make_parser, report
 
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export
 
+CHECKOUT = Path(__file__).resolve().parents[1]
+PACKAGES = (".", "export", "service")  # folders of a checkout on the module path
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("SOPDEPLOY_")}
 
 
@@ -35,12 +40,20 @@ def random_bundle(folder: Path) -> Path:
     return export(path, folder, ExportOptions(detach=True)).path
 
 
-def start(bundle: Path) -> dict[str, Any]:
-    """Start a server for *bundle*, measure it when it is ready, and stop it."""
-    command = [sys.executable, "-m", "sopdeploy", "serve", str(bundle), "--port", "0"]
+def start(bundle: Path, checkout: Path) -> dict[str, float]:
+    """Start the server of *checkout* for *bundle*, classify an image, and stop it."""
+    command = [sys.executable, "-m", "sopdeploy", "serve", str(bundle.resolve()), "--port", "0"]
+    command += ["--runtime", "onnxruntime-cpu"]
+    path = os.pathsep.join(str(checkout / package) for package in PACKAGES)
+    image = (bundle / "golden-0.jpg").read_bytes()
     began = time.perf_counter()
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": path},
+        cwd=checkout,
     ) as server:
         line = server.stdout.readline() if server.stdout is not None else ""
         ready = time.perf_counter() - began
@@ -49,30 +62,50 @@ def start(bundle: Path) -> dict[str, Any]:
         proc = Path(f"/proc/{server.pid}")
         fields = proc.joinpath("stat").read_text().rpartition(")")[2].split()
         resident = int(proc.joinpath("statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        torch = "libtorch" in proc.joinpath("maps").read_text()
+        began_request = time.perf_counter()
+        classify(line.split()[1], image)
+        answered = ready + time.perf_counter() - began_request
+        if "libtorch" in proc.joinpath("maps").read_text():
+            sys.exit("the server loaded torch")
         server.send_signal(signal.SIGTERM)
         server.communicate()
     return {
         "ready_ms": ready * 1000,
+        "first_answer_ms": answered * 1000,
         "processor_ms": sum(map(int, fields[11:13])) * 1000 / os.sysconf("SC_CLK_TCK"),
         "resident_mb": resident / 1e6,
-        "torch": torch,
     }
 
 
-def run(bundle: Path, runs: int) -> list[Result]:
-    """Measure *runs* starts after one warm-up; values are medians except for the fastest start."""
-    found = [start(bundle) for _ in range(runs + 1)][1:]
-    if any(one.pop("torch") for one in found):
-        sys.exit("the server loaded torch")
-    values = {name: statistics.median(one[name] for one in found) for name in found[0]}
-    values["fastest ready_ms"] = min(one["ready_ms"] for one in found)
-    values["model_mb"] = (bundle / "model.onnx").stat().st_size / 1e6
-    values["resident_without_model_mb"] = values["resident_mb"] - values["model_mb"]
-    return [
-        Result(case=name, ours=round(value, 1), unit="MB" if name.endswith("_mb") else "ms", runs=runs)
-        for name, value in values.items()
-    ]
+def classify(url: str, image: bytes) -> None:
+    """Classify *image* at the server *url*; end the program if that fails."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc)
+    connection.request("POST", "/v1/classify", image)
+    response = connection.getresponse()
+    if response.status != http.HTTPStatus.OK:
+        sys.exit(f"status {response.status}: {response.read().decode()}")
+    response.read()
+    connection.close()
+
+
+def run(bundle: Path, other: Path | None, runs: int) -> list[Result]:
+    """Measure *runs* starts after one warm-up, alternately with those of *other*; return medians."""
+    checkouts = [CHECKOUT] if other is None else [CHECKOUT, other.resolve()]
+    rounds = [[start(bundle, checkout) for checkout in checkouts] for _ in range(runs + 1)][1:]
+    results = []
+    for name in rounds[0][0]:
+        ours, *others = ([one[name] for one in side] for side in zip(*rounds, strict=True))
+        results.append(
+            Result(
+                case=name,
+                against="" if other is None else other.name,
+                ours=round(statistics.median(ours), 1),
+                other=round(statistics.median(others[0]), 1) if others else None,
+                unit="MB" if name.endswith("_mb") else "ms",
+                runs=runs,
+            )
+        )
+    return results
 
 
 def main() -> None:
@@ -81,11 +114,12 @@ def main() -> None:
     parser.add_argument(
         "--bundle", type=Path, help="a bundle; by default one is exported, which takes a minute"
     )
+    parser.add_argument("--against", type=existing, help="another checkout of this repository")
     parser.add_argument("--quick", action="store_true", help="3 starts instead of 9")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = arguments.bundle or random_bundle(Path(folder))
-        results = run(bundle, 3 if arguments.quick else 9)
+        results = run(bundle, arguments.against, 3 if arguments.quick else 9)
     report(results, as_json=arguments.json, load=os.getloadavg()[0])
 
 

@@ -10,18 +10,12 @@ import ipaddress
 import json
 import os
 import re
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic_settings import (
-    BaseSettings,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
 
 from sopdeploy.config import Count, first_problem
 from sopdeploy.errors import ConfigError
@@ -70,14 +64,14 @@ LogForm = Literal["json", "console"]
 Threads = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 Host = Annotated[str, pydantic.AfterValidator(_canonical_host)]
-Hosts = Annotated[tuple[Host, ...], NoDecode, pydantic.BeforeValidator(_split_commas)]
+Hosts = Annotated[tuple[Host, ...], pydantic.BeforeValidator(_split_commas)]
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80})$")]
 Shadow = Annotated[str, pydantic.AfterValidator(_check_shadow)]
 FrontEnds = Annotated[int, pydantic.Field(ge=1, le=64)] | Literal["auto"]
-Names = Annotated[tuple[str, ...], NoDecode, pydantic.BeforeValidator(_split_commas)]
+Names = Annotated[tuple[str, ...], pydantic.BeforeValidator(_split_commas)]
 PositiveBytes = Annotated[pydantic.ByteSize, pydantic.Field(gt=0)]
 Budget = Annotated[int | Literal["auto"] | None, pydantic.BeforeValidator(_parse_budget)]
-Devices = Annotated[tuple[Device, ...], NoDecode, pydantic.BeforeValidator(_split_commas)]
+Devices = Annotated[tuple[Device, ...], pydantic.BeforeValidator(_split_commas)]
 
 PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
@@ -91,15 +85,10 @@ def setting(default: Any, meaning: str) -> Any:
     return pydantic.Field(default, description=meaning)
 
 
-class Settings(BaseSettings):
+class Settings(pydantic.BaseModel):
     """Network, limits, batching, devices and logging of one server process."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-    )
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: every address of this machine")
     port: Port = setting(8000, "port to listen on; 0: any free port")
@@ -171,18 +160,6 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "debug: also health checks")
     tracing: bool = setting(False, "send spans to OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `otel`")
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """List the sources of settings in order of precedence: arguments, environment, TOML file."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
-
     def classes_per_image(self, *, multi_label: bool) -> int | None:
         """Return `top_k`, or None (all classes) if *multi_label* and `top_k` is not set."""
         return None if multi_label and "top_k" not in self.model_fields_set else self.top_k
@@ -236,12 +213,12 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
     if path is not None and not path.is_file():
         raise ConfigError(f"{path}: settings file not found; check its name and SOPDEPLOY_CONFIG")
 
-    class FileSettings(Settings):
-        model_config = SettingsConfigDict(toml_file=path)
-
     try:
-        loaded = FileSettings(**{name: value for name, value in given.items() if value is not None})
-        return Settings(**loaded.model_dump(exclude_unset=True))  # other processes can unpickle it
+        values = {} if path is None else tomllib.loads(path.read_text("utf-8"))
+        for name in Settings.model_fields:
+            if (text := os.environ.get(f"{PREFIX}{name}".upper())) is not None:
+                values[name] = text
+        return Settings(**values | {name: value for name, value in given.items() if value is not None})
     except pydantic.ValidationError as problem:
         hint = ""
         if str(problem.errors()[0].get("input", "")).startswith("tcp://"):

@@ -133,6 +133,8 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
     # On shared cores, spinning OpenMP threads slow each other down. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The search for plugins of pydantic reads the metadata of every installed package, which takes 50 ms.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     code: Any = 0
     try:
         try:

@@ -36,7 +36,7 @@ from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
-from sopdeploy_service.server.process import http_config
+from sopdeploy_service.server.draining_server import http_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
 from tests.forged import proof_files

@@ -44,8 +44,8 @@ from sopdeploy_service.inference.results import (
 )
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.server.health_port import BEAT_SECONDS
 from sopdeploy_service.server.launch import RUNTIME_DEAD, run_program
+from sopdeploy_service.server.loop_watch import BEAT_SECONDS
 from sopdeploy_service.settings import Settings
 
 MAX_UNSENT_BYTES = 1 << 27  # results that a front end does not read

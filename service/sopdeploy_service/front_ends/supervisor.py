@@ -20,23 +20,22 @@ import sys
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
-
-from starlette.applications import Starlette
+from typing import TYPE_CHECKING, Any
 
 from sopdeploy_service.front_ends import control
 from sopdeploy_service.front_ends.limits import count_front_ends
-from sopdeploy_service.front_ends.monitoring import merge
 from sopdeploy_service.front_ends.processes import MODULES, SERVER, Process, list_processes
 from sopdeploy_service.front_ends.rate_limits import SharedBuckets
-from sopdeploy_service.inference.service import State
 from sopdeploy_service.observability import logs
-from sopdeploy_service.server.health_port import BEAT_SECONDS, LoopWatch, health_app, run_in_thread
 from sopdeploy_service.server.launch import USER_ERROR, start_process
+from sopdeploy_service.server.loop_watch import BEAT_SECONDS, LoopWatch
 from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, url
 from sopdeploy_service.settings import Settings
+
+if TYPE_CHECKING:  # a server of one process starts without these modules
+    from sopdeploy_service.inference.service import State
 
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 30.0
@@ -96,8 +95,8 @@ class Supervisor:
             watch = LoopWatch()
             if self._settings.health_port is not None:
                 health = stack.enter_context(bind(self._settings.host, self._settings.health_port))
+                stack.enter_context(self._serve_health(health, watch))
                 sys.stdout.write(f"health: {url(health)}\n")
-                stack.enter_context(run_in_thread(self._health_app(watch), health))
             self._start_task(self._watch(watch))
             supervised = {process: self._start_task(self._supervise(process)) for process in self._processes}
             await asyncio.gather(*(supervised[process] for process in self._servers))
@@ -116,17 +115,19 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _health_app(self, watch: LoopWatch) -> Starlette:
-        """Create the app of the health port: ready if a process is."""
+    def _serve_health(self, listener: socket.socket, watch: LoopWatch) -> AbstractContextManager[None]:
+        """Serve health and metrics on *listener* during a block: ready if a process is."""
+        from sopdeploy_service.server.health_port import health_app, run_in_thread  # noqa: PLC0415
 
-        def state() -> State:
+        def state() -> "State":
             return "ok" if any(process.ready for process in self._servers) else "draining"
 
         async def render() -> bytes:
             collecting = asyncio.run_coroutine_threadsafe(self._collect_metrics(), self._loop)
             return await asyncio.wrap_future(collecting)
 
-        return health_app(state, render, watch, self._settings.max_loop_lag_seconds)
+        app = health_app(state, render, watch, self._settings.max_loop_lag_seconds)
+        return run_in_thread(app, listener)
 
     def _stop(self) -> None:
         """Let the servers drain; inference processes end after them."""
@@ -269,6 +270,8 @@ class Supervisor:
 
     async def _collect_metrics(self) -> bytes:
         pages = await asyncio.gather(*(control.request_metrics(process.control) for process in self._servers))
+        from sopdeploy_service.front_ends.monitoring import merge  # noqa: PLC0415
+
         return merge({process.name: page for process, page in zip(self._servers, pages, strict=True)})
 
     async def _answer(self, file: int) -> None:

@@ -18,8 +18,9 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.front_ends import control, sandbox
 from sopdeploy_service.front_ends.rate_limits import SharedBuckets
 from sopdeploy_service.front_ends.remote import RemoteRegistry
+from sopdeploy_service.server.draining_server import DrainingServer
 from sopdeploy_service.server.launch import run_program
-from sopdeploy_service.server.process import DrainingServer, configured_process, load_app
+from sopdeploy_service.server.process import configured_process, load_app
 from sopdeploy_service.settings import Settings
 
 

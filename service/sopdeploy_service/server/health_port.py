@@ -4,11 +4,8 @@ import asyncio
 import functools
 import socket
 import threading
-import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import uvicorn
@@ -24,10 +21,9 @@ from sopdeploy_service.http.middleware import BodyLimitsMiddleware
 from sopdeploy_service.inference.service import State
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
+from sopdeploy_service.server.loop_watch import LoopWatch
 from sopdeploy_service.settings import Settings
 
-BEAT_SECONDS = 0.1  # interval of uvicorn's ticks
-BEATS = 100  # the last ten seconds
 JOIN_SECONDS = 5.0
 MAX_CONNECTIONS = 64  # included in `OTHER_FILES`, with as many pending ones
 # Health checks are small and come from nearby; these limits do not depend on the service's settings.
@@ -37,27 +33,6 @@ LIMITS: dict[str, Any] = {
     "write_timeout": 5.0,
     "max_body_bytes": 1000,
 }
-
-
-@dataclass
-class LoopWatch:
-    """Measures how late an event loop is. `beat` runs on that loop, the other methods on any thread."""
-
-    _last: float = field(default_factory=lambda: time.monotonic())
-    _lags: deque[float] = field(default_factory=lambda: deque(maxlen=BEATS))
-
-    def beat(self) -> None:
-        """Record that the loop is running; call it every `BEAT_SECONDS`."""
-        self._lags.append(self.lag())
-        self._last = time.monotonic()
-
-    def lag(self) -> float:
-        """Seconds by which the next beat is overdue."""
-        return max(0.0, time.monotonic() - self._last - BEAT_SECONDS)
-
-    def worst(self) -> float:
-        """Largest lag in seconds of the last ten seconds of beats."""
-        return max([*tuple(self._lags), self.lag()])
 
 
 def health_app(

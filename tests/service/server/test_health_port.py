@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from sopdeploy_service.server import health_port
-from sopdeploy_service.server.health_port import LoopWatch, health_app, run_in_thread
+from sopdeploy_service.server import loop_watch
+from sopdeploy_service.server.health_port import health_app, run_in_thread
+from sopdeploy_service.server.loop_watch import LoopWatch
 from sopdeploy_service.server.sockets import bind, url
 from tests.service.children import START_SECONDS, line_of
 from tests.service.raw import GET, connect, read
@@ -37,7 +38,7 @@ sys.exit(server.serve([Path(sys.argv[1])], load_settings(
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The clock of the health port; a test sets its time `now`."""
     clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(health_port, "time", clock)
+    monkeypatch.setattr(loop_watch, "time", clock)
     return clock
 
 

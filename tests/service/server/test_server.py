@@ -54,7 +54,7 @@ HANGS = BATCH.format(before="time.sleep(1000 if threading.current_thread().name 
 
 HALTS = """
 import os, signal
-from sopdeploy_service.server.process import (DrainingServer)
+from sopdeploy_service.server.draining_server import (DrainingServer)
 original = DrainingServer.on_tick
 async def halt(self, counter):
     ends = await original(self, counter)

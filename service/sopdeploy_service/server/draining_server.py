@@ -1,0 +1,158 @@
+"""A uvicorn server with the limits of the settings, which drains before it ends."""
+
+import asyncio
+import functools
+import gc
+import logging
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import cast
+
+import uvicorn
+from fastapi import FastAPI
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.inference.service import Service
+from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
+from sopdeploy_service.server.launch import RUNTIME_DEAD
+from sopdeploy_service.server.loop_watch import LoopWatch
+from sopdeploy_service.server.memory import IdleTrigger
+from sopdeploy_service.server.sockets import accept_pending, url
+from sopdeploy_service.settings import Settings
+
+CLOSING_SECONDS = 2  # for sending the last responses after the drain
+LAST_SECONDS = 1.0  # for connections that are open without a request when the port closes
+POLL_SECONDS = 0.02
+YOUNG_OBJECTS = 10_000  # threshold of the youngest garbage collector generation; Python's default is 700
+
+log = logging.getLogger("sopdeploy.server")
+
+
+def freeze_objects() -> None:
+    """Make garbage collections rare and exclude the objects that exist; call it after the imports.
+
+    A collection stops all threads; scanning imported objects takes 45 ms, and a request leaves no garbage.
+    """
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
+
+
+def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """Create the uvicorn configuration of *app* with the connection limits of *settings*."""
+    shared = Connections(settings, app.state.service.metrics)
+    protocol = functools.partial(LimitedHttpProtocol, shared)
+    return uvicorn.Config(
+        app,
+        http=cast(type[asyncio.Protocol], protocol),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # client addresses are not used
+        timeout_keep_alive=settings.keep_alive_seconds,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
+    )
+
+
+class DrainingServer(uvicorn.Server):
+    """A uvicorn server that responds while it drains, and exits when a runtime is dead.
+
+    The first signal makes the server not ready: new requests get 503, admitted ones are completed within
+    `drain_seconds`, then the port is closed. Connections that are open by then may send one more request,
+    which gets 503. A second signal ends the drain: unfinished requests get 503.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings, bundles: Sequence[str]) -> None:
+        super().__init__(http_config(app, settings))
+        self.bundles = " ".join(bundles)
+        self._service: Service = app.state.service
+        self._output_error: OSError | None = None  # ends the server: nobody learns that it is ready
+        self._drain_until: float | None = None
+        self._is_draining = False
+        self._idle = IdleTrigger()
+        self.watch = LoopWatch()
+        self._service.metrics.loop_lag.set_function(self.watch.worst)
+
+    def serve_until_end(self, *listeners: socket.socket) -> int:
+        """Serve on *listeners* until a signal or the death of a runtime; return the exit code.
+
+        Raises the error of the `ready` line if it cannot be printed.
+        """
+        freeze_objects()
+        self.run(sockets=list(listeners))
+        if self._output_error is not None:
+            raise self._output_error
+        state = self._service.state
+        log.info("stopped", extra={"state": state})
+        return RUNTIME_DEAD if state == "engine_dead" else 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the port and print the `ready` line."""
+        try:
+            await super().startup(sockets)
+        except OSError as problem:
+            raise ConfigError(f"cannot listen ({problem.strerror}); choose another port") from problem
+        self.on_open(sockets or [])
+        log.info("started", extra={"bundles": self.bundles})
+
+    def on_open(self, sockets: Sequence[socket.socket]) -> None:
+        """Print that the server is ready on *sockets*."""
+        try:
+            sys.stdout.write(f"ready: {url(sockets[0])}  {self.bundles}\n")
+            sys.stdout.flush()
+        except OSError as problem:
+            self._output_error = problem
+
+    async def serve_connections(self, connections: Sequence[socket.socket]) -> None:
+        """Serve accepted *connections*."""
+        create_protocol = functools.partial(
+            cast(Callable[..., asyncio.Protocol], self.config.http_protocol_class),
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        for connection in connections:
+            await asyncio.get_running_loop().connect_accepted_socket(create_protocol, connection)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Start to drain, or end the drain; uvicorn would exit with the code of the signal."""
+        again = self._drain_until is not None
+        self._drain_until = time.monotonic() + (0.0 if again else self._service.settings.drain_seconds)
+        self._service.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Decide ten times per second whether to close the port."""
+        self.watch.beat()
+        self._idle.tick(time.monotonic(), self._service.active_requests)
+        if self._service.state == "engine_dead" or self._output_error is not None:
+            return True
+        if self._drain_until is not None:
+            if not self._is_draining:
+                self._is_draining = True  # logged here: a signal handler may interrupt another log line
+                seconds = self._service.settings.drain_seconds
+                log.info("draining", extra={"requests": self._service.active_requests, "seconds": seconds})
+            expired = time.monotonic() >= self._drain_until
+            if expired:
+                self._service.drain(abort=True)
+            if expired or self._service.active_requests == 0:
+                return True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the port and respond to the connections that were pending, unless a runtime has died."""
+        if self._is_draining:
+            pending = [connection for listener in sockets or [] for connection in accept_pending(listener)]
+            for server in self.servers:
+                server.close()
+            await self.serve_connections(pending)
+            end = time.monotonic() + LAST_SECONDS
+            busy = True
+            while busy and time.monotonic() < end:
+                await asyncio.sleep(POLL_SECONDS)  # the loop reads what has arrived
+                protocols = cast(set[LimitedHttpProtocol], self.server_state.connections)
+                busy = any(protocol.timeout_keep_alive_task is None for protocol in protocols)
+        await super().shutdown(sockets)
