@@ -103,7 +103,7 @@ class Recipe(StrictModel):
     workers: Count = 0
     threads: Annotated[int, pydantic.Field(ge=0, le=1024)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     compile: bool = False
     batch_norm: Literal["local", "global", "frozen"] = "local"
@@ -151,8 +151,8 @@ class Recipe(StrictModel):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Recipe":
-        if self.optimizer.kind == "adahessian" and self.compile:
-            raise ValueError("optimizer.kind adahessian: needs compile=false")
+        if self.optimizer.kind == "adahessian" and (self.compile or self.precision == "fp16"):
+            raise ValueError("optimizer.kind adahessian: needs compile=false and precision fp32 or bf16")
         if 2 * self.accumulate > self.batch_size:
             raise ValueError("accumulate: each micro-batch needs at least two samples; lower accumulate")
         if self.accumulate > 1 and "balance_weight" in entry(self.model.name).config.model_fields:

@@ -61,11 +61,12 @@ def resume_run(
 
 
 def _load_state(run: Run, state: dict[str, Any]) -> None:
-    """Load optimizer, averages, teacher and position into *run* from *state*.
+    """Load optimizer, scaler, averages, teacher and position into *run* from *state*.
 
     Raises `KeyError` and the errors of `load_state_dict`.
     """
     run.optimizer.load_state_dict(state["optimizer"])
+    run.precision.load_state_dict(state["precision"])
     if run.ema is not None:
         run.ema.load_state_dict(state["average"])
     if run.teacher is not None and run.teacher.learns:

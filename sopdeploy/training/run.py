@@ -14,7 +14,6 @@ import pydantic
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 import sopdeploy
 from sopdeploy.checkpoint import Checkpoint
@@ -35,6 +34,7 @@ from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.epoch_choice import HeldOutEstimate, estimate_best
 from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
+from sopdeploy.training.precision import Precision, all_finite
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.start_weights import (
     InitialModel,
@@ -88,6 +88,7 @@ class Run:
     strategy: Strategy
     name: str
     normalize: Normalize
+    precision: Precision
     config: dict[str, Any]
     model: Classifier
     network: nn.Module
@@ -207,6 +208,7 @@ class Run:
                 "position": self.position.model_dump(mode="json"),
                 "optimizer": self.optimizer.state_dict(),
                 "train_count": self.train_count,
+                "precision": self.precision.state_dict(),
                 "weights": raw,
                 "average": average,
             }
@@ -215,8 +217,7 @@ class Run:
             if self.teacher is not None and self.teacher.learns:
                 resume["teacher"] = self.teacher.model.state_dict()
         state = {"weights": raw, "average": average, **(resume or {})}
-        tensors = (leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        if not all_finite(state):
             raise TrainingError(
                 "weights or optimizer state are not finite; nothing was saved, lower optimizer.lr or set "
                 "optimizer.clip_norm"
@@ -303,6 +304,7 @@ def create_run(
         strategy=strategy,
         name=recipe.model.name,
         normalize=Normalize(recipe.preprocess).to(strategy.device),
+        precision=Precision(recipe.precision, strategy.device),
         config=recipe.model.full_config() if config is None else config,
         model=model,
         network=network,
