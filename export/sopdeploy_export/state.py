@@ -48,15 +48,15 @@ def tensors(network: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Identity:
-    """An object, and what shows a write to it: the version and the address of a tensor."""
+    """An object, compared by `is`, with numbers that a write to it changes, such as a tensor's version."""
 
     value: object
-    written: tuple[int, ...] = ()
+    changed_by_writes: tuple[int, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Identity):
             return False
-        return self.value is other.value and self.written == other.written
+        return self.value is other.value and self.changed_by_writes == other.changed_by_writes
 
 
 def read_state(network: nn.Module) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def read_state(network: nn.Module) -> dict[str, Any]:
 
     Attributes of the modules and of their classes are read, with lists, dicts and objects in them, and the
     global variables that the methods use. Two states differ if anything was assigned, added, removed or
-    written in module between them.
+    written in place between them.
     """
     state: dict[str, Any] = {}
     owners = list(modules(network))
@@ -143,7 +143,7 @@ def _leaves(path: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple
 
 
 def _identify(value: object) -> Identity:
-    """Identify *value*; the tensors that torch.export uses in module of others have no address."""
+    """Identify *value*; the tensors that torch.export uses in place of others have no address."""
     if type(value) in (Tensor, nn.Parameter) and isinstance(value, Tensor) and value.layout == torch.strided:
         return Identity(value, (-1 if value.is_inference() else value._version, value.data_ptr()))
     return Identity(value, (len(value),) if isinstance(value, set) else ())

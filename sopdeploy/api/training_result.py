@@ -27,28 +27,33 @@ class TrainedRun(TrainingResult):
             self._evaluated = read_run(self.out, None, lambda _done, _total: None)
         return self._evaluated.predictions
 
+    def _predictions_or_reason(self) -> tuple[Predictions | None, str]:
+        """Return `predictions`, and the reason to show if there are none."""
+        if self.held_out_count > MAX_EVALUATED:
+            return None, f"more than {MAX_EVALUATED} held-out images; call sopdeploy.evaluate"
+        try:
+            return self.predictions, "the held-out images are not available"
+        except SopdeployError as error:  # the run was moved or deleted
+            return None, str(error)
+
     def _repr_html_(self) -> str:
-        epoch = {} if self.few_shot is not None else {"epoch": f"{self.best_epoch} of {self.epochs}"}
-        found = self.few_shot or self.estimate
+        tiles: dict[str, str] = {}
         notes: tuple[str, ...] = ()
         if self.few_shot is not None:
+            tiles |= score_tile(self.few_shot)
             notes = self.few_shot.lines()
-        elif self.estimate is not None:
-            notes = (self.estimate.describe(),)
-        tiles = {
-            **epoch,
-            **({} if found is None else score_tile(found)),
+        else:
+            tiles["epoch"] = f"{self.best_epoch} of {self.epochs}"
+            if self.estimate is not None:
+                tiles |= score_tile(self.estimate)
+                notes = (self.estimate.describe(),)
+        tiles |= {
             "training images": str(self.train_count),
             "held-out images": str(self.held_out_count),
             "classes": str(self.classes),
             "time": f"{self.seconds:.0f} s",
         }
-        predictions, reason = None, f"{self.held_out_count} held-out images; sopdeploy.evaluate does it"
-        if self.held_out_count <= MAX_EVALUATED:
-            try:
-                predictions, reason = self.predictions, "the held-out images are not available"
-            except SopdeployError as error:  # the run was moved or deleted
-                reason = str(error)
+        predictions, reason = self._predictions_or_reason()
         return render(
             "sopdeploy.api",
             "scores.html",

@@ -84,16 +84,17 @@ def lists_images(table: bytes) -> bool:
 def walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Yield the files below *folder*, sorted by name in each folder, without hidden files and folders.
 
-    Links to folders are followed, except those to a folder that contains them: *above* are the real paths of
-    these. Raises `DataError` for a folder that cannot be listed.
+    Links to folders are followed, except a link to a folder that contains the link. *above* are the real
+    paths of the folders that contain *folder*. Raises `DataError` for a folder that cannot be listed.
     """
     real = os.path.realpath(folder)
     if real in above:
         return
+    above |= {real, *map(str, Path(real).parents)}
     for entry in list_folder(folder):
         path = folder / entry.name
         if _is_folder(entry):
-            yield from walk(path, above | {real, *map(str, Path(real).parents)})
+            yield from walk(path, above)
         else:
             yield path
 
@@ -109,7 +110,7 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Check whether *entry* is a folder or a link to one; a link to itself is none."""
+    """Check whether *entry* is a folder or a link to one; a link that leads to itself is not."""
     return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))  # noqa: PTH112
 
 

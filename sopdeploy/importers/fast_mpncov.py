@@ -66,9 +66,11 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
 
 
 def _rename_resnet(source: str) -> str:
+    """Return the name that the tensor *source* has in the ResNets of this library."""
     part, _, leaf = source.rpartition(".")
-    if part in REDUCTION or part in REDUCTION.values():
-        return f"pooling.{REDUCTION.get(part, part)}.{leaf}"
+    part = REDUCTION.get(part, part)
+    if part in REDUCTION.values():
+        return f"pooling.{part}.{leaf}"
     if part == "classifier":
         return f"fc.{leaf}"
     match = NUMBERED_TENSOR.fullmatch(source)

@@ -136,11 +136,12 @@ def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> t
     if data is not None:
         return open_images_of(checkpoint, data), f"the images in {data.name}"
     split, few_shot = select_split(recipe, open_data(recipe.data))
-    held_out = split.held_out if len(split.held_out) else split.train
-    if set(held_out.labels) != set(checkpoint.labels):
+    # Without held-out images, the score was cross-validated on the training images.
+    images = split.held_out if len(split.held_out) else split.train
+    if set(images.labels) != set(checkpoint.labels):
         raise DataError("the classes of the data have changed since the run started; give the images as data")
     note = "" if few_shot else ", which also selected the epoch, so all scores of this section are too high"
-    return held_out, f"the held-out images{note}"
+    return images, f"the held-out images{note}"
 
 
 def _out_of_fold_logits(last: Checkpoint, best: Checkpoint, images: int) -> Tensor | None:

@@ -76,20 +76,19 @@ def error_table(rows: Sequence[Row]) -> Table:
 
 
 def fact_table(rows: Sequence[Row]) -> Table:
-    """Format the printed counts, and all facts, of *rows* beside the counted or timed ones."""
+    """Format the printed counts and facts of *rows*, each beside the one that was counted or measured."""
     lines = []
     for row in rows:
-        unit = " x ResNet-50" if row.printed.times else ""
+        unit = " x ResNet-50" if row.printed.times else ""  # some papers print multiples
         for key, name in COUNTED.items():
             printed = getattr(row.printed, key)
             if printed is not None and row.counts is not None:
                 counted = getattr(row.counts, key)
                 lines.append((row.printed.name, name, f"{number(printed)}{unit}", number(counted)))
-        for name in dict.fromkeys((*row.printed.facts, *row.facts)):
-            printed, counted = (
-                number(facts[name]) if name in facts else "" for facts in (row.printed.facts, row.facts)
-            )
-            lines.append((row.printed.name, name, printed, counted))
+        for name in row.printed.facts | row.facts:
+            values = row.printed.facts.get(name), row.facts.get(name)
+            cells = ("" if value is None else number(value) for value in values)
+            lines.append((row.printed.name, name, *cells))
     return ("row", "figure", "printed", "counted or measured"), lines
 
 

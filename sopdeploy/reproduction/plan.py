@@ -208,24 +208,24 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
 
 
 def _scale_overrides(row: Row, table: PrintedTable, options: ReproduceOptions) -> list[str]:
-    """Build the changes to *row* for the scale and the data of *options*.
+    """Build the overrides of the recipe of *row* for the scale and the data of *options*.
 
-    At the small scale, those of the table win, except for networks.
+    At the small scale, overrides of the table replace the general ones, except for networks.
     """
     if options.scale == "small":
-        own = [*table.small, *row.printed.small]
-        recipe = read_recipe(row.source, [*row.overrides, *own])
-        kept = {parse_override(override)[0] for override in own}
-        return own + [
+        of_table = [*table.small, *row.printed.small]
+        recipe = read_recipe(row.source, [*row.overrides, *of_table])
+        replaced = {parse_override(override)[0] for override in of_table}
+        return of_table + [
             override
             for override in small_overrides(recipe, small_data(options.out, options.data))
-            if override.startswith(("model.", "teacher.")) or parse_override(override)[0] not in kept
+            if override.startswith(("model.", "teacher.")) or parse_override(override)[0] not in replaced
         ]
     return [] if options.data is None else [f"data.path={to_toml(str(options.data))}"]
 
 
 def _start_weights(printed: PrintedRow, options: ReproduceOptions) -> list[str]:
-    """Build the change that starts the row from the weights of its `pretrained` row, if that has been run."""
+    """Build the override that starts a row from the weights of its `pretrained` row, if that row has run."""
     if printed.pretrained is None:
         return []
     table, row = printed.pretrained.split("/")
@@ -269,16 +269,16 @@ def _count(recipe: Recipe, printed: PrintedRow, table: PrintedTable) -> Counts:
 
 
 def _count_facts(row: Row, recipe: Recipe, table: PrintedTable) -> dict[str, float]:
-    """Count the printed facts of *row*: those of the recipe, of the network, and extra costs."""
+    """Count the facts that the paper prints for *row*, without those that only training measures."""
     printed, model = row.printed, recipe.model
     with torch.device("meta"):
         network = create_model(model.name, num_classes=DATA_SETS[table.data].classes, **model.config)
     facts: dict[str, float] = {"epochs": recipe.epochs}
     facts |= count_facts(network, recipe.preprocess.crop, printed.facts)
-    if printed.baseline is not None and row.counts is not None:
-        baseline = next(other for other in table.rows if other.id == printed.baseline)
-        source, overrides = table.recipe_of(baseline) or ("", ())
-        without = _count(read_recipe(source, overrides), baseline, table)
-        facts["extra GFLOPs"] = row.counts.gflops - without.gflops
-        facts["extra parameters (M)"] = row.counts.params - without.params
+    baseline = next((other for other in table.rows if other.id == printed.baseline), None)
+    baseline_recipe = None if baseline is None else table.recipe_of(baseline)
+    if baseline is not None and baseline_recipe is not None and row.counts is not None:
+        baseline_counts = _count(read_recipe(*baseline_recipe), baseline, table)
+        facts["extra GFLOPs"] = row.counts.gflops - baseline_counts.gflops
+        facts["extra parameters (M)"] = row.counts.params - baseline_counts.params
     return {name: facts[name] for name in printed.facts if name in facts}

@@ -77,11 +77,15 @@ def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False)
 
 
 def corrected_score(right_EN: NDArray[np.bool_]) -> float:
-    """Estimate the accuracy of the best of E epochs from their right predictions for the same N images."""
+    """Estimate the accuracy of the best of E epochs by the bootstrap of the module's docstring.
+
+    *right_EN* tells which images each epoch classifies correctly.
+    """
     count = right_EN.shape[1]
     resamples_BN = np.random.default_rng(0).multinomial(count, [1 / count] * count, RESAMPLES)
     selected_B = (resamples_BN @ right_EN.T).argmax(axis=1)
     outside_BN = resamples_BN == 0
-    measured_B = outside_BN.sum(axis=1)
-    found_B = (right_EN[selected_B] & outside_BN).sum(axis=1)[measured_B > 0] / measured_B[measured_B > 0]
-    return float(found_B.mean())
+    num_outside_B = outside_BN.sum(axis=1)
+    num_right_B = (right_EN[selected_B] & outside_BN).sum(axis=1)
+    usable_B = num_outside_B > 0
+    return float((num_right_B[usable_B] / num_outside_B[usable_B]).mean())

@@ -162,36 +162,37 @@ def convert(
     *accuracy* measures int8 graphs, by default on the images of `calibrate`. Raises `ConfigError` for int8
     without calibration images, and `LoweringError` if the types in the graph are not the requested ones.
     """
-    source, detached = cast_types(certified, preprocess, options), certified.network
-    model, applied = lower_graph(source.model) if options.lowering else Lowered(source.model, ())
-    for graph in (source.model, model):
+    detached = certified.network
+    source = cast_types(certified, preprocess, options)
+    lowered, rules = lower_graph(source.model) if options.lowering else Lowered(source.model, ())
+    for graph in (source.model, lowered):
         clear_parts(graph)
-    check(model, source.model.opset_import[0].version)
+    check(lowered, source.model.opset_import[0].version)
     lowering = LoweringReport(
-        rules=applied,
+        rules=rules,
         certified_root=program_root(certified.program).sha256,
         source_onnx_root=onnx_root(source.model),
-        lowered_onnx_root=onnx_root(model),
+        lowered_onnx_root=onnx_root(lowered),
     )
-    own, float32_model = Deployed(source.network, preprocess).eval(), certified.model
-    run: Run = own
-    gate: Gate | None = None
-    quantization, measured = None, None
-    if options.precision == "int8":
+    is_int8 = options.precision == "int8"
+    run: Run
+    gate: Gate | None
+    if is_int8:
         accuracy = accuracy or AccuracyCheck(options, preprocess, options.batch)
-        float32_model = model
-        model, quantization, measured = quantize_accurately(detached, model, options, accuracy)
+        model, quantization, measured = quantize_accurately(detached, lowered, options, accuracy)
         run, gate = run_unfused(model), _gate_of_file(model, detached)
-    elif find_gate(detached) is not None:
-        gate = partial(gate_logits, own)
+    else:
+        model, quantization, measured = lowered, None, None
+        run = deployed = Deployed(source.network, preprocess).eval()
+        gate = None if find_gate(detached) is None else partial(gate_logits, deployed)
     check_weight_types(model, detached, options.precision)
     return ConvertedGraph(
         model=model,
         run=run,
         gate=gate,
         lowering=lowering,
-        source=None if options.precision == "int8" else source.model,
-        float32_model=float32_model,
+        source=None if is_int8 else source.model,
+        float32_model=lowered if is_int8 else certified.model,
         precision=PrecisionReport(
             precision=options.precision,
             parts=weight_types(model),

@@ -19,13 +19,13 @@ from sopdeploy.errors import ConfigError, first_line
 def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> Callable[[], nn.Module]:
     """Create a function that builds the network *import_path*, `package.module:callable`, with *settings*.
 
-    *setting* is the one that named it, for messages. Raises `ConfigError` if *import_path* cannot be
-    imported; the function raises it if the network cannot be built.
+    Messages say that *import_path* is the value of *setting*. Raises `ConfigError` if it cannot be imported;
+    the created function raises `ConfigError` if the network cannot be built.
     """
-    wrong = partial(ConfigError, setting=setting, value=import_path)
+    invalid = partial(ConfigError, setting=setting, value=import_path)
     module_name, _, path = import_path.partition(":")
     if not module_name or not path:
-        raise wrong("write package.module:callable, as in torchvision.models:googlenet")
+        raise invalid("write package.module:callable, as in torchvision.models:googlenet")
     if "" not in sys.path:
         sys.path.insert(0, "")  # finds modules in the current folder, as `python -m` does
     try:
@@ -33,18 +33,18 @@ def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> 
         for attribute in path.split("."):
             found = getattr(found, attribute)
     except (Exception, SystemExit) as error:  # importing runs the user's code
-        raise wrong(f"cannot be imported ({first_line(error)}); check its name") from error
+        raise invalid(f"cannot be imported ({first_line(error)}); check its name") from error
     if not callable(found):
-        raise wrong(f"is a {type(found).__name__}, not a function or a class; name one of these")
+        raise invalid(f"is a {type(found).__name__}, not a function or a class; name one of these")
     options = parse_settings(settings)
 
     def build() -> nn.Module:
         try:
             network = found(**options)
         except (Exception, SystemExit) as error:  # the user's code
-            raise wrong(f"cannot be built ({first_line(error)}); check its options") from error
+            raise invalid(f"cannot be built ({first_line(error)}); check its options") from error
         if not isinstance(network, nn.Module):
-            raise wrong(f"returned a {type(network).__name__}, not a torch.nn.Module")
+            raise invalid(f"returned a {type(network).__name__}, not a torch.nn.Module")
         return network
 
     return build

@@ -105,10 +105,12 @@ def _bundles_in(folder: Path) -> list[Path]:
 
 
 def _names(bundle: Path) -> tuple[str, str]:
-    """Return the name of the network, fit for a URL, and the own name of *bundle*.
+    """Return two names of *bundle* for clients: of its network, fit for a URL, and of its folder.
 
-    The own name is that of the folder, or of the network if the folder has its default name.
+    For a folder with its default name, both are the name of the network.
     """
     manifest, folder = read_manifest(bundle), bundle.resolve().name
     network = manifest.model.replace(":", "-")
-    return network, network if folder == manifest.name else folder
+    if folder == manifest.name:
+        return network, network
+    return network, folder

@@ -91,7 +91,7 @@ class Model:
         """Start the worker thread and its watchdog."""
         self._thread = threading.Thread(
             target=self._worker.run,
-            args=(asyncio.get_running_loop(), self._declare_dead),
+            args=(asyncio.get_running_loop(), self._on_thread_end),
             name="model_worker",
             daemon=True,
         )
@@ -127,16 +127,13 @@ class Model:
             if not self.dead and not self._thread.is_alive():  # otherwise a batch may still use the memory
                 await asyncio.to_thread(self.loaded.runtime.close)
 
-    def _declare_dead(self, hung_seconds: float | None = None) -> None:
-        """Reject every image from now on, because a batch exceeds *hung_seconds* or the thread has ended.
+    def _on_thread_end(self) -> None:
+        """Declare the model dead if its worker thread has ended without being told to."""
+        if self.queue.closed_with is None:
+            self._declare_dead("the model worker has ended")
 
-        Do nothing for the end of the thread of a closed model, which is expected.
-        """
-        if hung_seconds is None and self.queue.closed_with is not None:
-            return
-        reason = "the model worker has ended"
-        if hung_seconds is not None:
-            reason = f"a batch has been running for more than {hung_seconds:.1f} s"
+    def _declare_dead(self, reason: str) -> None:
+        """Log *reason* and reject every image from now on."""
         log.critical("%s; the model rejects every image from now on", reason)
         self.dead = True
         self.close(ENGINE_DEAD)
@@ -147,11 +144,11 @@ class Model:
 
     async def _watch(self) -> None:
         while not self.dead:
-            # The worker thread changes both.
+            # The worker thread changes both attributes at any time.
             started, batches = self._worker.started, tuple(self._worker.in_flight)
             images = len(batches[0].items) if batches and started is not None else 0
             seconds = 0.0 if started is None else time.monotonic() - started
             limit = self.hang_seconds(images)
             if seconds > limit:
-                self._declare_dead(limit)
+                self._declare_dead(f"a batch has been running for more than {limit:.1f} s")
             await asyncio.sleep(min(WATCH_SECONDS, max(limit - seconds, limit / 20)))

@@ -251,8 +251,8 @@ def _record_stages(
 ) -> None:
     for item, outcome in zip(items, outcomes, strict=True):
         if item.decode_seconds is not None:
-            context.record_stage("decode", item.decode_seconds, item.arrived)
+            context.record_stage("decode", item.decode_seconds, ended=item.arrived)
         if isinstance(outcome, Prediction):
-            begun = item.arrived + outcome.queue_seconds
-            context.record_stage("queue", outcome.queue_seconds, begun)
-            context.record_stage("infer", outcome.infer_seconds, begun + outcome.infer_seconds)
+            left_queue = item.arrived + outcome.queue_seconds
+            context.record_stage("queue", outcome.queue_seconds, ended=left_queue)
+            context.record_stage("infer", outcome.infer_seconds, ended=left_queue + outcome.infer_seconds)

@@ -59,14 +59,15 @@ class LabelTable:
 
 
 def has_label_table(store: FileStore) -> bool:
-    """Check whether *store* has a `labels.csv` that lists images.
+    """Check whether the classes of *store* are those of its `labels.csv`, not its class folders.
 
-    A file of this name with other columns is ignored next to class folders.
+    A `labels.csv` with other columns counts only without class folders; reading it then raises an error.
     """
     tables, folders = store.label_tables(), store.folders()
     if any(lists_images(content) for _, content in tables):
         return True
-    return bool(tables) and len(folders) < 2 and TRAIN not in folders
+    has_class_folders = len(folders) >= 2 or TRAIN in folders
+    return bool(tables) and not has_class_folders
 
 
 def read_label_table(
@@ -74,9 +75,9 @@ def read_label_table(
 ) -> LabelTable:
     """Read the `labels.csv` of *store*; its classes must be among *labels*, by default all classes, sorted.
 
-    *multi_label*: images may have no class or several ones; by default the table itself decides. If
-    several archives contain a `labels.csv`, their rows are joined. Raises `DataError` naming the line of
-    the first invalid row, or the files that do not exist.
+    With *multi_label*, images may have any number of classes; by default, they may if an image of the table
+    does not have exactly one. If several archives contain a `labels.csv`, their rows are joined. Raises
+    `DataError` naming the line of the first invalid row, or the files that do not exist.
     """
     table = store.root / LABELS_FILE
     rows: dict[str, _Row] = {}

@@ -35,10 +35,11 @@ class GateNoise(nn.Module):
         self.weight = nn.Parameter(torch.full((components, features), 1.0 / features))
 
     def forward(self, feature_BD: Tensor) -> Tensor:
-        """Draw the noise that is added to the gate's logits."""
+        """Draw the noise (B, N) that is added to the gate's logits."""
         with without_autocast(feature_BD):
-            size_BN = F.softplus(F.linear(at_least_float32(feature_BD), self.weight))
-            return torch.randn_like(size_BN[:, :1] if self.per == "image" else size_BN) * size_BN
+            scale_BN = F.softplus(F.linear(at_least_float32(feature_BD), self.weight))
+            like = scale_BN[:, :1] if self.per == "image" else scale_BN
+            return torch.randn_like(like) * scale_BN
 
 
 class SparseGate(nn.Module, ExportHints):
