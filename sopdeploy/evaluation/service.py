@@ -27,13 +27,13 @@ def score_service(
 ) -> tuple[tuple[str, ...], list[Score] | MultiLabelPredictions]:
     """Score the service at *url* on the images below *data*, one subfolder per class or `labels.csv`.
 
-    Returns the sorted class names, read from the first response, and the scores, or all predictions of a
-    multi-label network. *on_image* receives the numbers of images done and in total, *log* lines about the
-    folder. Raises `DataError` if the folder has other classes or the service rejects an image.
+    Returns the sorted names of the service's classes, and the scores or, for a multi-label network, all
+    predictions. *on_image* receives the numbers of images done and in total, *log* lines about the folder.
+    Raises `DataError` if the folder has other classes or the service rejects an image.
     """
     with Client(url, api_key=api_key) as client:
         served = [info for info in client.info().models if model in (None, info.name)]
-        thresholds = served[0].thresholds if served else None
+        thresholds = served[0].thresholds if served else None  # those of a multi-label network
         if thresholds is None:
             first = _classify(client, open_any_images(data), 0, model)
             labels = tuple(sorted(entry.label for entry in first.classes))
@@ -43,12 +43,14 @@ def score_service(
         scores = []
         probabilities = np.zeros((len(images), len(labels)))
         for index in range(len(images)):
-            response = _classify(client, images, index, model, None if thresholds is None else 0.0)
+            threshold = None if thresholds is None else 0.0  # 0 requests every class of a multi-label network
+            response = _classify(client, images, index, model, threshold)
             ranked = [(labels.index(entry.label), entry.probability) for entry in response.classes]
             if thresholds is None:
                 scores.append(Score.from_ranking(int(images.targets[index]), ranked, known=response.known))
-            for column, probability in ranked:
-                probabilities[index, column] = probability
+            else:
+                for column, probability in ranked:
+                    probabilities[index, column] = probability
             on_image(index + 1, len(images))
     if thresholds is None:
         return labels, scores

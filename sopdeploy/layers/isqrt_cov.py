@@ -173,29 +173,30 @@ class ISqrtVector(torch.autograd.Function):
         upper = grad.new_zeros(len(grad), channels * channels).index_add_(1, triangle, grad)
         upper_Bdd = upper.view(-1, channels, channels)
         root_grad_Bdd = (upper_Bdd + upper_Bdd.transpose(1, 2)).mul_(0.5)
-        norm_term_B11 = (grad * vector).sum(dim=1)[:, None, None]
+        root_dot_grad_B11 = (grad * vector).sum(dim=1)[:, None, None]
         adjoint = _gram_adjoint if ctx.use_gram else _channel_adjoint
-        gradient = adjoint(saved, root_grad_Bdd, norm_term_B11)
+        gradient = adjoint(saved, root_grad_Bdd, root_dot_grad_B11)
         return gradient.view_as(features).to(features.dtype), None, None
 
 
-def _channel_adjoint(saved: _Saved, root_grad_Bdd: Tensor, norm_term_B11: Tensor) -> Tensor:
-    """Compute the gradient (B, d, M) of the map after the iteration on A.
+def _channel_adjoint(saved: _Saved, root_grad_Bdd: Tensor, root_dot_grad_B11: Tensor) -> Tensor:
+    """Compute the gradient (B, d, M) of the map if the iteration runs on A.
 
-    The root is Y_N, times sqrt(n) with compensation.
+    With compensation the root is n^(1/2) Y_N, so n receives 1/2 <root, its gradient> / n. Without it the root
+    is Y_N, and n receives nothing here. *root_dot_grad_B11* is this inner product.
     """
     if saved.config.compensate:
-        product_grad_Bdd = _product_adjoint(saved, root_grad_Bdd * saved.norm.sqrt(), 0.5 * norm_term_B11)
+        product_grad_Bdd = _product_adjoint(saved, root_grad_Bdd * saved.norm.sqrt(), 0.5 * root_dot_grad_B11)
     else:
-        product_grad_Bdd = _product_adjoint(saved, root_grad_Bdd, torch.zeros_like(norm_term_B11))
+        product_grad_Bdd = _product_adjoint(saved, root_grad_Bdd, torch.zeros_like(root_dot_grad_B11))
     deviation_BdM = deviations(saved.features, saved.config)  # not saved: it is as large as the map
     return product_grad_Bdd.mul_(2.0 / deviation_BdM.shape[2]) @ deviation_BdM
 
 
-def _gram_adjoint(saved: _Saved, root_grad_Bdd: Tensor, norm_term_B11: Tensor) -> Tensor:
-    """Compute the gradient (B, d, M) of the map after the iteration on G.
+def _gram_adjoint(saved: _Saved, root_grad_Bdd: Tensor, root_dot_grad_B11: Tensor) -> Tensor:
+    """Compute the gradient (B, d, M) of the map if the iteration runs on G.
 
-    The root is X P X^T, where P is Z_N times a power of n.
+    The root is n^power X Z_N X^T, so n receives power <root, its gradient> / n.
     """
     power = -0.5 if saved.config.compensate else -1.0
     last_f = saved.fs[-1]
@@ -204,7 +205,7 @@ def _gram_adjoint(saved: _Saved, root_grad_Bdd: Tensor, norm_term_B11: Tensor) -
     scale_B11 = saved.norm.pow(power) / deviation_BdM.shape[2]
     outer_grad_BdM = root_grad_Bdd @ deviation_BdM
     inner_grad_BMM = (deviation_BdM.transpose(1, 2) @ outer_grad_BdM) * scale_B11
-    product_grad_BMM = _product_adjoint(saved, inner_grad_BMM, power * norm_term_B11)
+    product_grad_BMM = _product_adjoint(saved, inner_grad_BMM, power * root_dot_grad_B11)
     z_BMM = z_BMM * (2.0 * scale_B11)
     product_grad_BMM *= 2.0 / deviation_BdM.shape[2]
     return torch.baddbmm(outer_grad_BdM @ z_BMM, deviation_BdM, product_grad_BMM)

@@ -95,15 +95,16 @@ def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor 
     matrix where F is Y, and `None`, the identity, where F is Z.
 
     With W_k = Z_k Y_k, W_(k+1) = T W_k T and T = (3 I - W_k) / 2, the gradient of T receives
-    Q W_k + (Q W_k)^T from W_(k+1), where Q = W_grad T and Q W_k = 3 Q - 2 Q T.
+    Q W_k + (Q W_k)^T from W_(k+1), where Q = W_grad T and Q W_k = 3 Q - 2 Q T. So the gradient of W_k is
+    T Q - H - H^T, where H = T_grad / 4 + Q W_k / 2.
     """
     f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, fs[-1], ts[-1])
     w_grad_BCC = -0.25 * (t_grad_BCC + t_grad_BCC.transpose(1, 2))
     for t_BCC, f_BCC in zip(reversed(ts[:-1]), reversed(fs[:-1]), strict=True):
         f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, f_BCC, t_BCC)
         q_BCC = w_grad_BCC @ t_BCC
-        half_BCC = torch.baddbmm(t_grad_BCC, q_BCC, t_BCC, beta=0.25, alpha=-1.0).add_(q_BCC, alpha=1.5)
-        w_grad_BCC = torch.baddbmm(half_BCC, t_BCC, q_BCC, beta=-1.0).sub_(half_BCC.transpose(1, 2))
+        h_BCC = torch.baddbmm(t_grad_BCC, q_BCC, t_BCC, beta=0.25, alpha=-1.0).add_(q_BCC, alpha=1.5)
+        w_grad_BCC = torch.baddbmm(h_BCC, t_BCC, q_BCC, beta=-1.0).sub_(h_BCC.transpose(1, 2))
     if fs[0] is None:
         return w_grad_BCC
     return w_grad_BCC + 0.5 * (f_grad_BCC + f_grad_BCC.transpose(1, 2))

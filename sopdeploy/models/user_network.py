@@ -67,7 +67,10 @@ class UserNetwork(Classifier):
         return nearest_block(self.network, self.tap_channels)(in_channels, out_channels, stride)
 
     def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the logits, in place of the last feature map, and the outputs of *taps*."""
+        """Compute the logits and the outputs of *taps*.
+
+        The logits take the place of the last feature map, because the network contains its classifier.
+        """
         logits, outputs = run_tapped(self.network, self.network, images, taps)
         if not isinstance(logits, Tensor):
             mode = "train" if self.training else "eval"
@@ -139,14 +142,14 @@ class GSoPNetwork(UserNetwork):
         initialize(self.attention)
 
     def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the logits, in place of the last feature map, and the outputs of *taps*."""
+        """Compute the logits and the outputs of *taps* as a `UserNetwork` does, with the blocks added."""
 
-        def scale(block: nn.Module, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            scaled: Tensor = output + block(output)
-            return scaled
+        def add_block(block: nn.Module, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            replaced: Tensor = output + block(output)
+            return replaced
 
         blocks = zip(self.tap_channels, self.attention.values(), strict=True)
-        with hooked(self.network, {tap: partial(scale, block) for tap, block in blocks}):
+        with hooked(self.network, {tap: partial(add_block, block) for tap, block in blocks}):
             return super().feature_maps(images, taps)
 
 

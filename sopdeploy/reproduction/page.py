@@ -77,7 +77,7 @@ def error_table(rows: Sequence[Row]) -> Table:
 
 def fact_table(rows: Sequence[Row]) -> Table:
     """Format the printed counts and facts of *rows*, each beside the one that was counted or measured."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in rows:
         unit = " x ResNet-50" if row.printed.times else ""  # some papers print multiples
         for key, name in COUNTED.items():

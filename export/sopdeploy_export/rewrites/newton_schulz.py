@@ -140,7 +140,11 @@ class Root(NamedTuple):
 
 
 class Region:
-    """The values that are functions of the product *anchor*, and the traces among them."""
+    """The values of *graph* that are functions of A, the result of the product *anchor*.
+
+    `terms` maps these values to their terms, and `traces` maps each trace of c A to the number c. `a` is the
+    function of A itself.
+    """
 
     def __init__(self, graph: Graph, anchor: ir.Node) -> None:
         self.root = graph.root
@@ -154,31 +158,36 @@ class Region:
 
     def term(self, value: ir.Value | None) -> Term | None:
         """Return the term of *value*: an operator's result, a constant or a scalar of each image."""
+        if value is None:
+            return None
+        if value in self.terms:
+            return self.terms[value]
         sizes, single = dims(value), scalar(value)
-        if value is None or value in self.terms or len(sizes) > 3:
-            return self.terms.get(value) if value is not None else None
+        if len(sizes) > 3:
+            return None
         if single is not None:
             return Term(SCALAR, number(single)) if np.isfinite(single) and single else None
         if len(sizes) == 3 and sizes[1:] == [1, 1]:
             self.terms[value] = Term(SCALAR, variable(self.root, str(value.name)))
             return self.terms[value]
         matrix = square(value)
-        if matrix is None or not np.array_equal(
-            matrix, matrix[0, 0] * np.eye(len(matrix), dtype=matrix.dtype)
-        ):
+        if matrix is None:
+            return None
+        multiple_of_identity = matrix[0, 0] * np.eye(len(matrix), dtype=matrix.dtype)
+        if not np.array_equal(matrix, multiple_of_identity):
             return None
         return Term(IDENTITY, number(float(matrix[0, 0])))
 
     def evaluate(self, node: ir.Node) -> Term | None:
-        """Compute the term of the result of *node*; None if it is no function of this calculus."""
+        """Compute the term of the result of *node*; None if it has none."""
         first = self.term(node.inputs[0])
         if first is None:
             return None
         if node.op_type in {"ReduceSum", "Slice"}:
             return self.diagonal_sum(node, first)
         if node.op_type in {"Expand", "Tile", "Identity"}:
-            same = dims(node.inputs[0])[-2:] == dims(node.outputs[0])[-2:]
-            return first if first.kind == SCALAR or same else None
+            keeps_shape = dims(node.inputs[0])[-2:] == dims(node.outputs[0])[-2:]
+            return first if first.kind == SCALAR or keeps_shape else None
         second = self.term(node.inputs[1]) if len(node.inputs) == 2 else None
         if second is None or node.op_type not in OPERATORS:
             return None
@@ -187,11 +196,15 @@ class Region:
         return None if kind is None else Term(kind, compute(first.function, second.function))
 
     def diagonal_sum(self, node: ir.Node, term: Term) -> Term | None:
-        """Recognize the trace of c A: its diagonal, summed over both axes at once or one after the other."""
-        if node.op_type == "Slice":  # of all elements
-            bounds = [content(given) for given in node.inputs[1:]]
-            whole = [None if array is None else array.tolist() for array in bounds]
-            return term if term.kind == SUMS and whole == [[0], dims(node.inputs[0])[1:], [1]] else None
+        """Compute the term of a sum of a diagonal over one axis; record a sum over both as a trace of c A.
+
+        A trace is one sum over both axes, or two sums, maybe with a slice of all elements between them.
+        """
+        if node.op_type == "Slice":
+            constants = [content(bound) for bound in node.inputs[1:]]
+            bounds = [None if constant is None else constant.tolist() for constant in constants]
+            all_elements = [[0], dims(node.inputs[0])[1:], [1]]  # from, to, axes
+            return term if term.kind == SUMS and bounds == all_elements else None
         over, keep = axes(node), attribute(node, "keepdims", 1)
         if term.kind == DIAGONAL and over in ([1], [2]) and not keep:
             return term._replace(kind=SUMS)
@@ -201,7 +214,10 @@ class Region:
         return None
 
     def find_root(self) -> Root | None:
-        """Return the only value that others read, if it is rho Y_N(alpha A)."""
+        """Return the root, if operators outside of the region read only one polynomial and it is a root.
+
+        Multiples alpha A, which the root starts from, may be read, too.
+        """
         alphas, results = [], []
         for value, (kind, function) in self.terms.items():
             alpha = function / self.a
@@ -209,15 +225,18 @@ class Region:
                 alphas.append(alpha)
             elif kind == MATRIX and self.is_read_outside(value):
                 results.append(value)
-        for alpha in reversed(alphas if len(results) == 1 else []):
+        if len(results) != 1:
+            return None
+        (result,) = results
+        for alpha in reversed(alphas):
             y, z = alpha * self.a, number(1.0)
             for steps in range(1, MOST_STEPS + 1):
                 t = number(1.5) - number(0.5) * z * y
                 y, z = y * t, t * z
-                ratio = self.terms[results[0]].function / y
-                if ratio.is_free:
-                    rho, scale = self.express(ratio), self.express(alpha)
-                    return Root(results[0], steps, rho, scale) if rho and scale else None
+                rho = self.terms[result].function / y
+                if rho.is_free:
+                    rho_scale, alpha_scale = self.express(rho), self.express(alpha)
+                    return Root(result, steps, rho_scale, alpha_scale) if rho_scale and alpha_scale else None
         return None
 
     def is_read_outside(self, value: ir.Value) -> bool:
@@ -229,9 +248,10 @@ class Region:
         """Write the scalar *wanted* as a number, times or divided by a scalar of the region."""
         if (factor := wanted.fraction) is not None:
             return Scale(factor)
-        for value, (kind, function) in self.terms.items():
+        scalars = [(value, function) for value, (kind, function) in self.terms.items() if kind == SCALAR]
+        for value, function in scalars:
             for power, ratio in ((1, wanted / function), (-1, wanted * function)):
-                if kind == SCALAR and (factor := ratio.fraction) is not None:
+                if (factor := ratio.fraction) is not None:
                     return Scale(factor, value, power)
         return None
 
@@ -243,9 +263,11 @@ def apply(graph: Graph, anchor: ir.Node) -> tuple[str, str] | None:
         return None
     rows, inner = sizes[1], left[-1]
     exact = anchor.outputs[0].dtype in {ir.DataType.FLOAT, ir.DataType.DOUBLE}
-    region = Region(graph, anchor) if exact and rows == sizes[2] else None
-    root = None if region is None else region.find_root()
-    if region is None or root is None or rows is None or inner is None:
+    if rows is None or inner is None or rows != sizes[2] or not exact:
+        return None
+    region = Region(graph, anchor)
+    root = region.find_root()
+    if root is None:
         return None
     before = sum(node.op_type == "MatMul" and node.outputs[0] in region.terms for node in graph.nodes()) - 1
     products = max(1, 3 * root.steps - 3)

@@ -196,18 +196,21 @@ class Supervisor:
             process.control, process.ready = None, False
 
     def _receive(self, process: Process) -> None:
-        """Handle a message of *process*; a front end may send anything."""
+        """Handle a message of *process*: its status or, with a file, a request for the metrics.
+
+        An invalid message ends the connection, because a front end is not trusted.
+        """
         if process.control is None:
             return
         message, files = control.receive(process.control)
-        for file in files:
-            self._start_task(self._answer(file))
         if files:
+            for file in files:
+                self._start_task(self._send_metrics(file))
             return
         is_new = process.bundles is None
         try:
             process.report(message)
-        except struct.error:  # also if it has left or ended
+        except struct.error:  # invalid, or empty because the process drains or has ended
             self._leave(process)
             return
         if is_new:
@@ -274,7 +277,7 @@ class Supervisor:
 
         return merge({process.name: page for process, page in zip(self._servers, pages, strict=True)})
 
-    async def _answer(self, file: int) -> None:
+    async def _send_metrics(self, file: int) -> None:
         await control.send_metrics(file, await self._collect_metrics())
 
 

@@ -35,7 +35,7 @@ FILE_FACTOR, ACTIVATION_BYTES = 2, 64_000_000
 AUTO_SHARE = 0.8  # of the free memory; images, HTTP and batches need the rest
 ROOM_SECONDS = 5.0  # how long a load waits for a model that is in use
 POLL_SECONDS = 0.01
-RETRY_SECONDS = 60.0  # a bundle that cannot be loaded is not tried again for so long
+RETRY_SECONDS = 60.0  # after a failed load, the bundle is not loaded again for this long
 
 MEMORY_FULL = Rejection("memory_full", 503, "every loaded model is in use or pinned; retry later", 1)
 
@@ -83,7 +83,7 @@ class Entry:
     load_bytes: int
     users: int = 0
     loading: asyncio.Task[Rejection | None] | None = None
-    failed: tuple[float, Rejection] | None = None  # until when its load is not tried again
+    failed: tuple[float, Rejection] | None = None  # of the last load; until the time, none is tried
 
 
 class BudgetedRegistry(ModelRegistry):
@@ -126,7 +126,7 @@ class BudgetedRegistry(ModelRegistry):
 
     @contextmanager
     def use(self, name: str | None = None, version: str | None = None) -> Iterator[Model]:
-        """Find a model, which may not be loaded; if it is or gets loaded, it stays so during the block."""
+        """Find a model, loaded or not; during the block it is not released."""
         model = self.find(name, version)
         entry = self._entries[model.name] = self._entries.pop(model.name)  # moves it to the end
         entry.users += 1
@@ -136,7 +136,7 @@ class BudgetedRegistry(ModelRegistry):
             entry.users -= 1
 
     async def wait_until_loaded(self, model: Model) -> Model:
-        """Load *model*, which must be in use, unless that has begun; return the loaded one.
+        """Load *model*, which must be in use, or wait for a load that has begun; return the loaded model.
 
         Raises `RejectedError` if it cannot be loaded or no other model can be released for it.
         """
@@ -170,7 +170,7 @@ class BudgetedRegistry(ModelRegistry):
         return sum(entry.memory.bytes for entry in self._entries.values() if entry.model.is_loaded)
 
     async def _load_entry(self, entry: Entry) -> Rejection | None:
-        """Load *entry*, one after the other; return the rejection of the requests that wait for it."""
+        """Load *entry* after earlier loads; return the rejection for waiting requests if it fails."""
         name = entry.model.name
         try:
             async with self.changing:
@@ -202,7 +202,7 @@ class BudgetedRegistry(ModelRegistry):
             entry.loading = None
 
     def _set_loaded(self, entry: Entry, loaded: LoadedModel, size: int) -> None:
-        """Serve *entry* with *loaded*, which occupies *size* bytes; its drift window goes on."""
+        """Serve *entry* with *loaded*, which occupies *size* bytes, and continue its drift window."""
         name, entry.memory.bytes = entry.model.name, size
         model = entry.model = self._make_model(name, loaded)
         model.continue_from(entry.unloaded)
@@ -212,16 +212,16 @@ class BudgetedRegistry(ModelRegistry):
 
     async def _make_room(self, entry: Entry) -> None:
         """Release models until *entry* fits, too; raises `RejectedError` if that is impossible."""
-        needed = 0 if entry.model.is_loaded else max(entry.load_bytes, entry.memory.bytes)
+        load_bytes = 0 if entry.model.is_loaded else max(entry.load_bytes, entry.memory.bytes)
         others = [other for other in self._entries.values() if other is not entry]
         pinned = sum(other.memory.bytes for other in others if other.memory.pinned)
-        fits = pinned + max(needed, entry.memory.bytes) <= self.budget
+        can_fit = pinned + max(load_bytes, entry.memory.bytes) <= self.budget
         end = time.monotonic() + ROOM_SECONDS
-        while self._used() + needed > self.budget:
+        while self._used() + load_bytes > self.budget:
+            if not can_fit or time.monotonic() >= end:
+                raise RejectedError(MEMORY_FULL)
             loaded = [other for other in others if other.model.is_loaded and not other.memory.pinned]
             unused = [other for other in loaded if not other.users and other.model.is_idle]
-            if not fits or time.monotonic() >= end:
-                raise RejectedError(MEMORY_FULL)
             if unused:
                 await self._release(unused[0])
             else:

@@ -10,7 +10,6 @@ Letters: B images, C channels, M positions, D sketch dimensions, E entries of th
 
 import math
 import random
-from itertools import pairwise
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -114,15 +113,20 @@ class KernelPooling(GlobalPooling):
         """Compute the vector (B, 1 + C + (order - 1) D): one part per order, each with a learned weight."""
         x_BMC = features.flatten(start_dim=2).transpose(1, 2)
         orders = [x_BMC.new_ones(len(x_BMC), 1), x_BMC.mean(dim=1)]
-        starts = [0, 2, 5, 9][: self.config.order]
-        orders += [self.tensor_sketch(x_BMC, range(start, stop)) for start, stop in pairwise(starts)]
-        weighted = [weight * order for weight, order in zip(self.order_weights, orders, strict=True)]
+        first = 0
+        for order in range(2, self.config.order + 1):
+            orders.append(self.tensor_sketch(x_BMC, range(first, first + order)))
+            first += order
+        weighted = [weight * part for weight, part in zip(self.order_weights, orders, strict=True)]
         vector_BD = torch.cat(weighted, dim=1)
         # x / sqrt(|x| + 1e-8) is continuous; `unit_signed_root` jumps by 2e-4 at 0, which amplifies rounding
         return unit_length(vector_BD * torch.rsqrt(vector_BD.abs() + 1e-8), dim=1)
 
     def tensor_sketch(self, x_BMC: Tensor, sketches: range) -> Tensor:
-        """Compute the mean over positions (B, D) of the circular convolution of *sketches*."""
+        """Compute the circular convolution (B, D) of the sketches with the numbers *sketches*.
+
+        It is averaged over positions.
+        """
         spectrum_BMF = torch.ones((), dtype=torch.complex64, device=x_BMC.device)
         for s in sketches:
             empty_BMD = x_BMC.new_zeros(*x_BMC.shape[:2], self.config.dim)

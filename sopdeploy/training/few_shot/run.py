@@ -31,16 +31,16 @@ from sopdeploy.training.signals import StopRequested, TrainingStoppedError, hand
 def select_split(recipe: Recipe, data: Split) -> tuple[Split, bool]:
     """Return the images to train on, and whether the few-shot procedure applies to them.
 
-    Images that were split off the training images are trained on, too, because cross-validation on all
-    images is more precise. A held-out folder of the user is used only for the score. The training loop trains
-    networks with training-only parts other than the branches of DSoP.
+    It applies to at most `max_images` images, and not to networks with training-only parts other than the
+    branches of DSoP. It also trains on images that were split off the training images, because
+    cross-validation on all images is more precise, but not on a held-out folder of the user.
     """
     config: FewShotConfig | None = recipe.few_shot
     if config is None or len(data.train) > config.max_images:
         return data, False
     try:
         entry(head_name(recipe.model.name))
-    except ConfigError:
+    except ConfigError:  # the procedure has no head for this network
         return data, False
     train, held_out = data.train, data.held_out
     if not (data.divided and isinstance(train, ImageFiles) and isinstance(held_out, ImageFiles)):
@@ -49,7 +49,8 @@ def select_split(recipe: Recipe, data: Split) -> tuple[Split, bool]:
     order = np.argsort(paths, kind="stable")
     targets = np.concatenate([train.targets, held_out.targets])
     joined = replace(train, paths=paths[order], targets=targets[order])
-    return replace(data, train=joined, held_out=joined.select(np.zeros(len(joined), np.bool_))), True
+    no_images = joined.select(np.zeros(len(joined), np.bool_))
+    return replace(data, train=joined, held_out=no_images), True
 
 
 def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -> Decision | None:

@@ -23,30 +23,35 @@ WEIGHTS = (0.0, 0.25, 0.5, 1.0)  # of the distance, in standard deviations of th
 def recognize_unknown(
     problem: Problem, folds_N: Indices, strength: float, *, with_distance: bool
 ) -> tuple[dict[Score, float], float]:
-    """Leave out up to `MAX_CLASSES` evenly spaced classes, one at a time, and choose the weight.
+    """Leave out up to `MAX_CLASSES` classes, one at a time, and choose the weight of the distance.
 
-    *strength* is C. Returns the AUROC of each score, averaged over left-out classes, and the weight. Nothing
-    is found for fewer than three classes, because one logit would remain, and for several classes per image.
+    *strength* is C. Returns the AUROC of each score, averaged over left-out classes, and the weight. They are
+    empty and 0 for fewer than three classes, because one logit would remain, and for several classes per
+    image. The weight is 0, too, if the probability separates unknown images better than the energy.
     """
     from sklearn.metrics import roc_auc_score  # noqa: PLC0415  # part of an extra
 
-    shown = np.flatnonzero(problem.targets.classes.any(axis=0))
+    classes = problem.targets.classes
+    shown = np.flatnonzero(classes.any(axis=0))
     if problem.targets.activation == "sigmoid" or len(shown) < 3:
         return {}, 0.0
-    by_energy, by_probability, units = [], [], []
-    for left_out in shown[np.linspace(0, len(shown) - 1, min(len(shown), MAX_CLASSES)).astype(int)]:
-        classes = problem.targets.classes
-        known, others = classes[:, left_out] == 0, np.delete(classes, left_out, axis=1)
+    evenly_spaced = np.linspace(0, len(shown) - 1, min(len(shown), MAX_CLASSES)).astype(int)
+    energy_aurocs, probability_aurocs, units = [], [], []
+    for left_out in shown[evenly_spaced]:
+        known = classes[:, left_out] == 0
+        others = np.delete(classes, left_out, axis=1)
         without = replace(problem, targets=replace(problem.targets, classes=others))
         (logits,) = without.cross_validate(folds_N, [strength], known)
-        distances = problem.distances(folds_N, known)
-        energy, probability = known_score(logits, "energy"), known_score(logits, "max_probability")
-        units.append(float(energy[known].std() / max(float(distances[known].std()), 1e-12)))
-        remote = [energy - weight * units[-1] * distances for weight in WEIGHTS]
-        by_energy.append([float(roc_auc_score(known, score)) for score in remote])
-        by_probability.append(float(roc_auc_score(known, probability)))
-    means = np.mean(by_energy, axis=0)
-    best = int(means.argmax()) if with_distance else 0
-    area, other = float(means[best]), float(np.mean(by_probability))
-    areas: dict[Score, float] = {"energy": area, "max_probability": other}
-    return areas, WEIGHTS[best] * float(np.mean(units)) if area >= other else 0.0
+        distances, energy = problem.distances(folds_N, known), known_score(logits, "energy")
+        unit = float(energy[known].std() / max(float(distances[known].std()), 1e-12))
+        scores = [energy - weight * unit * distances for weight in WEIGHTS]
+        units.append(unit)
+        energy_aurocs.append([float(roc_auc_score(known, score)) for score in scores])
+        probability_aurocs.append(float(roc_auc_score(known, known_score(logits, "max_probability"))))
+    mean_by_weight = np.mean(energy_aurocs, axis=0)
+    best = int(mean_by_weight.argmax()) if with_distance else 0
+    energy_auroc, probability_auroc = float(mean_by_weight[best]), float(np.mean(probability_aurocs))
+    aurocs: dict[Score, float] = {"energy": energy_auroc, "max_probability": probability_auroc}
+    if energy_auroc < probability_auroc:
+        return aurocs, 0.0
+    return aurocs, WEIGHTS[best] * float(np.mean(units))
