@@ -28,12 +28,15 @@ MOST_BYTES = 2**31 - 1  # of an ONNX file
 
 
 def write_source(folder: Path, source: onnx.ModelProto, exported: onnx.ModelProto) -> None:
-    """Write *source* into *folder*, without the weights that *exported* contains."""
-    known = {_key(tensor): tensor.name for tensor in exported.graph.initializer}
+    """Write *source* into *folder*, without the weights that *exported* contains.
+
+    The `doc_string` of such a weight is its name in *exported*, where `_read` finds it.
+    """
+    exported_names = {_key(tensor): tensor.name for tensor in exported.graph.initializer}
     stored = onnx.ModelProto()
     stored.CopyFrom(source)
     for tensor in stored.graph.initializer:
-        name = known.get(_key(tensor))
+        name = exported_names.get(_key(tensor))
         if name is not None and tensor.raw_data:
             tensor.ClearField("raw_data")
             tensor.doc_string = name

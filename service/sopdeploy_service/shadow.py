@@ -178,19 +178,20 @@ class Shadow:
 
         *items* have the decoded pixels. Images that the live model rejects are not compared.
         """
-        same = model.bundle.manifest.preprocess == self.model.bundle.manifest.preprocess
+        same_preprocess = model.bundle.manifest.preprocess == self.model.bundle.manifest.preprocess
         for item, image, outcome in zip(items, images, outcomes, strict=True):
             if not isinstance(outcome, Prediction):
                 continue
-            used: Image = item.image if same else image
-            size = len(used.body) if isinstance(used, EncodedImage) else used.nbytes
-            fits = same or isinstance(used, EncodedImage)  # a tensor has the size of the live model's input
+            offered: Image = item.image if same_preprocess else image
+            # A tensor in a request is preprocessed for the live model.
+            fits = same_preprocess or isinstance(offered, EncodedImage)
+            size = len(offered.body) if isinstance(offered, EncodedImage) else offered.nbytes
             waiting_bytes = sum(entry.size for entry in self._waiting)
             full = len(self._waiting) >= MAX_WAITING or waiting_bytes + size > MAX_WAITING_BYTES
             if full or not fits or self.model.dead:
                 self._count("dropped")
                 continue
-            self._waiting.append(_Waiting(used, size, model, outcome))
+            self._waiting.append(_Waiting(offered, size, model, outcome))
 
     def _advance(self) -> None:
         """Begin the next image if the live model is idle; call it after every event that can make it idle."""

@@ -60,23 +60,23 @@ def load_network(weights: Path, options: NetworkOptions) -> tuple[nn.Module, Loa
 
 def export_weights(
     weights: Path,
-    network_options: NetworkExportOptions,
+    given: NetworkExportOptions,
     destination: Path,
     options: ExportOptions,
     on_step: Callable[[str], None],
 ) -> Exported:
-    """Export the network of *network_options*; after a `SopdeployError`, *destination* holds nothing new."""
+    """Export the network that *given* names; after a `SopdeployError`, *destination* holds nothing new."""
     if options.detach:
         raise ConfigError(
             "name the parts of the network to remove", setting="detach", remedies={"training_only": None}
         )
-    given = network_options
     if given.labels is None:
         raise ConfigError(
             "missing; give a file with one class name per line, in the order of the logits", setting="labels"
         )
     labels, preprocess = read_class_names(given.labels), read_preprocess(given.preprocess)
     plain = None if given.plain is None else _builder("plain", given.plain, given.plain_set)
+    attribute = str(given.network).rpartition(":")[2].rpartition(".")[2]  # of package.module:path.attribute
     on_step("building the network")
     network, loaded = load_network(weights, given)
     return export_network(
@@ -86,7 +86,7 @@ def export_weights(
         labels=labels,
         preprocess=preprocess,
         destination=destination,
-        name=given.name or str(given.network).rpartition(":")[2].rpartition(".")[2],
+        name=given.name or attribute,
         logits=_index_or_name(given.logits),
         allow_constants=given.allow_constants,
         options=options,

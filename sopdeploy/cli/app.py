@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext, suppress
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -141,8 +140,11 @@ def main() -> None:
             app(prog_name="sopdeploy")
         except SystemExit as stop:
             code = stop.code
-        with suppress(OSError) if code else nullcontext():  # the command has printed its error
+        try:
             sys.stdout.flush()  # the interpreter flushes it too late to handle an error
+        except OSError:
+            if not code:  # otherwise the command has printed its own error
+                raise
     except BrokenPipeError:
         code = OUTPUT_CLOSED
     except Exception as error:

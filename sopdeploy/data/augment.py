@@ -289,14 +289,14 @@ def _crop_box(
     """Crop a random box and resize it; with `draft`, the image is decoded no larger than needed."""
     if augmentation.draft and isinstance(images, ImageFiles):
         source, target = images.open(index), images.target(index)
-        width, height = source.size
-        size = upright_size(source, rules)
-        left, top, right, bottom = draw_box(augmentation, size, rules, random)
+        width, height = source.size  # before the rotation by EXIF
+        upright = upright_size(source, rules)
+        left, top, right, bottom = draw_box(augmentation, upright, rules, random)
         factor = max(1, int(min(right - left, bottom - top) / rules.crop))
         source.draft(None, (width // factor, height // factor))
         image = to_rgb(load_pixels(source, images.path(index)), rules)
-        x, y = image.width / size[0], image.height / size[1]
-        box = (left * x, top * y, right * x, bottom * y)
+        scale_x, scale_y = image.width / upright[0], image.height / upright[1]
+        box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
     else:
         source, target = images[index]
         image = to_rgb(source, rules)
@@ -317,15 +317,16 @@ def draw_box(
     """
     if rules.fit == "crop":
         return augmentation.box(size, rules.crop, random)
+    width, height = size
     side = max(size)
     if rules.fit == "squash":
         left, top, right, bottom = augmentation.box((side, side), rules.crop, random)
-        x, y = size[0] / side, size[1] / side
-        return left * x, top * y, min(size[0], right * x), min(size[1], bottom * y)
-    margins = (side - size[0]) / 2, (side - size[1]) / 2
+        scale_x, scale_y = width / side, height / side
+        return left * scale_x, top * scale_y, min(width, right * scale_x), min(height, bottom * scale_y)
+    margin_x, margin_y = (side - width) / 2, (side - height) / 2
     for _ in range(10):
         left, top, right, bottom = augmentation.box((side, side), rules.crop, random)
-        box = (left - margins[0], top - margins[1], right - margins[0], bottom - margins[1])
-        if 0 <= (box[0] + box[2]) / 2 <= size[0] and 0 <= (box[1] + box[3]) / 2 <= size[1]:
+        box = (left - margin_x, top - margin_y, right - margin_x, bottom - margin_y)
+        if 0 <= (box[0] + box[2]) / 2 <= width and 0 <= (box[1] + box[3]) / 2 <= height:
             return box
-    return -margins[0], -margins[1], size[0] + margins[0], size[1] + margins[1]
+    return -margin_x, -margin_y, width + margin_x, height + margin_y

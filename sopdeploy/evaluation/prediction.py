@@ -141,7 +141,7 @@ def held_out_metrics(
     )
 
 
-def _own_logits(
+def _process_logits(
     model: nn.Module,
     dataset: Dataset,
     preprocess: Preprocess,
@@ -156,8 +156,9 @@ def _own_logits(
     """
     device = next(model.parameters()).device
     normalize = Normalize(preprocess).to(device)
-    own = range(processes.rank, len(dataset), processes.world)
-    batches = [[own[index] for index in batch] for batch in sequential_batches(len(own), batch_size)]
+    images_here = range(processes.rank, len(dataset), processes.world)
+    positions = sequential_batches(len(images_here), batch_size)
+    batches = [[images_here[position] for position in batch] for batch in positions]
     for indices, (images, labels) in zip(
         batches, load_batches(dataset, batches, workers, device), strict=True
     ):
@@ -185,7 +186,7 @@ def predict_logits(
     number of times in each process.
     """
     parts: list[tuple[list[int], Tensor]] = []
-    batches = _own_logits(model, dataset, preprocess, batch_size, workers, processes)
+    batches = _process_logits(model, dataset, preprocess, batch_size, workers, processes)
     for done, batch in enumerate(batches, 1):
         if batch is not None:
             parts.append((batch[0], batch[1].cpu()))
@@ -254,8 +255,8 @@ def predict_images(
     dataset = _TtaDataset(images, preprocess, check_tta_mode(tta, preprocess))
 
     def calibrated_logits() -> Iterator[NDArray[np.float64]]:
-        batches = _own_logits(model, dataset, preprocess, SCORE_BATCH, workers, ProcessGroup())
-        for indices, logits, _ in filter(None, batches):
+        batches = _process_logits(model, dataset, preprocess, SCORE_BATCH, workers, ProcessGroup())
+        for indices, logits, _ in filter(None, batches):  # with one process, no batch is None
             if not bool(torch.isfinite(logits).all()):
                 raise TrainingError("the logits are not finite; train again with a lower learning rate")
             yield from (logits / decision.temperature).cpu().numpy()

@@ -47,12 +47,13 @@ class SignalState:
 
         All processes must call it the same number of times.
         """
-        requests = [*(number in self.received for number in STOP_SIGNALS), save]
-        *stops, saves = self.processes.all_reduce(torch.tensor(requests).int()).tolist()
-        self.signal_number = next((number for number, n in zip(STOP_SIGNALS, stops, strict=True) if n), 0)
-        if self.signal_number:
-            raise StopRequested
-        return bool(saves)
+        flags = [number in self.received for number in STOP_SIGNALS] + [save]
+        *counts, save_count = self.processes.all_reduce(torch.tensor(flags).int()).tolist()
+        for number, count in zip(STOP_SIGNALS, counts, strict=True):
+            if count:
+                self.signal_number = number
+                raise StopRequested
+        return bool(save_count)
 
 
 @contextmanager

@@ -255,6 +255,7 @@ class _ValueHasher:
         self.operations[self.hashes[node]] = f"{target} in {_module_of(node)}"
 
     def _shape(self, node: fx.Node) -> str:
+        """Format the shape of the value of *node*; a symbolic batch size is replaced as in `sizes`."""
         if node in self.known and isinstance(self.known[node], Tensor):
             return str(list(self.known[node].shape))
         value = node.meta.get("val")

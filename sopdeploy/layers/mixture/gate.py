@@ -91,9 +91,10 @@ def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
 
     The sum includes all ranks where `torch.distributed` is initialized, so the loss does not depend on how a
     batch is divided. The gradient is exact when the ranks' gradients are averaged, each weighted by its
-    fraction of the images. alpha is divided by S because the released trainer sums the cross entropy over the
-    batch and then divides every gradient by its size: with a mean cross entropy Eq. (4) has the weight
-    alpha / S, 0.39 for the paper's 100 and 256.
+    fraction of the images.
+
+    The released trainer sums the cross entropy over the batch and then divides every gradient by S. With a
+    mean cross entropy, the weight alpha of Eq. (4) is therefore alpha / S, in the paper 100 / 256 = 0.39.
     """
     count = weights_BN.new_full((1,), weights_BN.shape[0])
     summed = sum_over_ranks(torch.cat([weights_BN.sum(dim=0), count]))

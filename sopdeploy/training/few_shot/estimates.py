@@ -51,12 +51,16 @@ def _choose_head(network: int, losses: Sequence[Array], images: Indices) -> Choi
 
 
 def compose(losses: Sequence[Sequence[Array]], logits: Sequence[Sequence[Array]], folds_N: Indices) -> Array:
-    """Choose for each fold on the other folds; return the out-of-fold logits (N, K) of these choices."""
+    """Choose a candidate for each fold by its losses on the other folds; join their logits to (N, K).
+
+    *losses* are (G, N) and *logits* are (G, N, K), both by network and candidate.
+    """
     composed = np.zeros(logits[0][0].shape[1:])
     for fold in range(int(folds_N.max()) + 1):
         tested = folds_N == fold
         choice = choose(losses, np.flatnonzero(~tested))
-        composed[tested] = logits[choice.network][choice.candidate][choice.strength, tested]
+        chosen_GNK = logits[choice.network][choice.candidate]
+        composed[tested] = chosen_GNK[choice.strength, tested]
     return composed
 
 
