@@ -148,7 +148,10 @@ class Calls:
     ) -> Flow[Classification | list[Classification]]:
         """Classify one encoded image, or a list of them in one request."""
         explain = options.pop("explain", False)
-        options["explain_label" if isinstance(explain, str) else "explain"] = explain
+        if isinstance(explain, str):
+            options["explain_label"] = explain
+        else:
+            options["explain"] = explain
         return self._post("/v1/classify", body, Classification, options)
 
     def embed(self, body: bytes | list[bytes], **options: Any) -> Flow[Embedding | list[Embedding]]:

@@ -186,9 +186,9 @@ def fit_presence(targets: NDArray[np.floating], probabilities: NDArray[np.float6
 def fit_thresholds(targets: NDArray[np.floating], probabilities: NDArray[np.float64]) -> tuple[float, ...]:
     """Choose the threshold of each class that maximizes F1 of *probabilities* (N, C) for *targets* (N, C).
 
-    A threshold lies half-way between two neighboring logits. Its logit is then multiplied by
-    n / (n + PRIOR_IMAGES), where n images show the class: few images determine it only roughly, so it moves
-    towards 0.5. It is 0.5 if no image or every image shows the class.
+    A threshold lies half-way between two neighboring logits; of several best ones, the nearest to 0.5 is
+    taken. Its logit is then multiplied by n / (n + PRIOR_IMAGES), where n images show the class: few images
+    determine it only roughly, so it moves towards 0.5. It is 0.5 if no image or every image shows the class.
     """
     thresholds = []
     for true, scores in zip(targets.T > 0, probabilities.T, strict=True):
@@ -199,8 +199,9 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: NDArray[np.floa
                 logits = np.clip(np.log(distinct) - np.log1p(-distinct), -MAX_LOGIT, MAX_LOGIT)
             between = (logits + np.append(logits[1:], logits[-1])) / 2
             f1 = 2 * hits / (ranks + count)
-            best = np.flatnonzero(f1 >= f1.max() - 1e-12)
-            logit = float(between[best[np.abs(between[best]).argmin()]]) * count / (count + PRIOR_IMAGES)
+            best = between[f1 >= f1.max() - 1e-12]
+            nearest_to_half = best[np.abs(best).argmin()]
+            logit = float(nearest_to_half) * count / (count + PRIOR_IMAGES)
         thresholds.append(1 / (1 + float(np.exp(-logit))))
     return tuple(thresholds)
 

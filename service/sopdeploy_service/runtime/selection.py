@@ -46,7 +46,7 @@ def _choose(bundle: Bundle, settings: Settings) -> str:
         return "onnxruntime-cuda"
     if find_spec("openvino") is None:
         return "onnxruntime-cpu"
-    if bundle.manifest.precision == "bf16-backbone":
+    if bundle.manifest.precision == "bf16-backbone":  # ONNX Runtime has no such convolutions for CPUs
         return "openvino"
     return fastest(bundle, settings, {name: partial(_open, name, bundle, settings) for name in ON_CPU})
 

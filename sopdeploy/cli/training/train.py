@@ -32,11 +32,11 @@ class TrainCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Replace `--resume` without a value by `--resume=always`."""
-        pairs = zip_longest(args, args[1:])
-        return super().parse_args(
-            ctx,
-            ["--resume=always" if arg == "--resume" and value not in RESUME else arg for arg, value in pairs],
-        )
+        completed = [
+            "--resume=always" if arg == "--resume" and following not in RESUME else arg
+            for arg, following in zip_longest(args, args[1:])
+        ]
+        return super().parse_args(ctx, completed)
 
 
 train_command = typer.Typer(add_completion=False, **SETTINGS)

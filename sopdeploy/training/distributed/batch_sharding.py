@@ -53,9 +53,8 @@ def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
             f"batch_size: a step of {recipe.batch_size} samples cannot be divided among {world} processes; "
             f"choose a multiple of {world} (batch_size counts the samples of all processes)"
         )
-    smallest = train_count // count_batches(
-        train_count, recipe.batch_size
-    )  # sizes of steps differ by at most one
+    steps = count_batches(train_count, recipe.batch_size)
+    smallest = train_count // steps  # the sizes of steps differ by at most one
     if smallest // recipe.accumulate < world:
         raise ConfigError(
             f"batch_size: steps of {smallest} samples in {recipe.accumulate} micro-batches leave some of "

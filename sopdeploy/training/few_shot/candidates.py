@@ -134,10 +134,10 @@ def compute_features(
             on_image(number * BATCH + len(indices), count)
 
     inputs = compute_inputs()
-    first = list(islice(inputs, PROJECTION_BATCHES))
-    head.fit_projection([maps for _, _, maps in first])
+    projection_inputs = list(islice(inputs, PROJECTION_BATCHES))
+    head.fit_projection([maps for _, _, maps in projection_inputs])
     vectors = np.zeros((count, network.num_features()), np.float32)
-    for indices, own, maps in chain(first, inputs):
+    for indices, own, maps in chain(projection_inputs, inputs):
         vectors[indices] = head.vector(own, maps).float().cpu().numpy()
     return vectors, hashes
 
