@@ -25,7 +25,7 @@ from sopdeploy_service.settings import Settings
 from tests.forged import forge
 from tests.service.bundle_with_maps import write_bundle_with_maps
 
-ONE_THREAD = Settings(threads=1)
+ONE_THREAD = Settings(threads=1, runtime="onnxruntime-cpu")
 
 
 def test_predict_returns_every_path_in_order_with_its_error(bundle_path, jpeg, tmp_path):
