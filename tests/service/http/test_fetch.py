@@ -12,7 +12,7 @@ import pytest
 
 from sopdeploy_service.http import fetch as fetching
 from sopdeploy_service.inference.results import RejectedError
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import Settings, load_settings
 
 PUBLIC = "93.184.216.34"
 ALLOWED = Settings(url_hosts=("img.example", "img.example:8443"), url_seconds=2, max_body_bytes=1000)
@@ -71,7 +71,7 @@ def test_no_url_is_fetched_without_allowed_hosts():
 
 def test_the_setting_accepts_comma_separated_hosts(monkeypatch):
     monkeypatch.setenv("SOPDEPLOY_URL_HOSTS", "IMG.example, other.example:8443,")
-    assert Settings().url_hosts == ("img.example", "other.example:8443")
+    assert load_settings().url_hosts == ("img.example", "other.example:8443")
     assert Settings(url_hosts=["img.example"]).url_hosts == ("img.example",)
     assert Settings(url_hosts="").url_hosts == ()
 
