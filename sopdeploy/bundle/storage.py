@@ -81,6 +81,8 @@ def _remote_errors(url: str) -> Iterator[None]:
 def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
     """Yield the fsspec file system of *url* and the path in it; convert its errors to `BundleError`."""
     fsspec = import_optional("fsspec", "fsspec", "sopdeploy[s3]", ConfigError, url)
+    if url.startswith("hf://"):
+        import_optional("huggingface_hub", "huggingface_hub", "sopdeploy[hub]", ConfigError, url)
     with _remote_errors(url):
         yield fsspec.core.url_to_fs(url)
 
