@@ -114,7 +114,7 @@ class RequestContextMiddleware:
             self._record(context, scope["method"], inner.get("route"), status, seconds)
 
     def _rejection_of(self, error: Exception, scope: Scope) -> Rejection:
-        """Count or log the *error* that has ended a request."""
+        """Return the rejection that answers *error*; count it, or log an *error* that is a defect."""
         if not isinstance(error, RejectedError):
             log.exception("internal error in %s", getattr(scope.get("route"), "path", "other"))
             return INTERNAL

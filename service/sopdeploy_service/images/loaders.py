@@ -96,7 +96,8 @@ class FastDecode(StrictModel):
 
     *largest* is the largest difference of a logit, *drift* the root mean square difference relative to the
     spread of the logits, *agreement* the fraction of images whose best class stayed the same. *gray_levels*
-    is the mean difference of pixels from a golden example, the largest of all examples, if a GPU decodes.
+    is the mean difference between the GPU's pixels and those of the golden example that differs most; it is
+    None if no GPU decodes or the bundle has no golden examples.
     """
 
     pictures: int

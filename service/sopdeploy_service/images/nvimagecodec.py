@@ -117,7 +117,10 @@ class NvImageCodec:
             )
 
     def _join(self, job: Job) -> bool:
-        """Wait until *job* was in a batch, which one of its threads runs; return False if it is full."""
+        """Wait until *job* has run in a batch; return False if the next batch is full.
+
+        One of the waiting threads runs the batch for all of them.
+        """
         with self._changed:
             area = sum(waiting.area for waiting in self._waiting)
             full = len(self._waiting) >= LARGEST_DECODE_BATCH

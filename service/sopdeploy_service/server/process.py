@@ -95,7 +95,7 @@ def load_app(
 ) -> "tuple[FastAPI, list[str]]":
     """Load the bundles at *sources*; return the app that serves them, and their names.
 
-    The modules of the app and of its server are imported at the same time, which takes about as long.
+    The modules of the app and its server are imported while a thread loads the bundles.
     """
     store = BundleStore(sources)
     if settings.memory_budget is not None:
