@@ -59,7 +59,7 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     ("Shadow: batch time of the same images", "s", quantiles("sopdeploy_shadow_duration_seconds", "side")),
     ("Queued images", "none", [("sum by (instance) (sopdeploy_queue_depth)", "{{instance}}")]),
-    ("Runtime utilization", "percentunit", [("sopdeploy_engine_busy_ratio", "{{instance}} {{model}}")]),
+    ("Runtime utilization", "percentunit", [("sopdeploy_runtime_busy_ratio", "{{instance}} {{model}}")]),
     (
         "Decoder utilization",
         "percentunit",
@@ -130,7 +130,7 @@ def panel(number: int, title: str, unit: str, queries: list[tuple[str, str]]) ->
 
 def bundle_table(number: int) -> dict[str, Any]:
     """Build the table of loaded bundles with their precision and engine."""
-    columns = "digest, model, precision, engine, instance"
+    columns = "digest, model, precision, runtime, instance"
     table = panel(number, "Loaded bundles", "none", [(f"sum by ({columns}) (sopdeploy_bundle_info)", "")])
     table["type"] = "table"
     table["targets"][0] |= {"instant": True, "format": "table"}

@@ -30,9 +30,9 @@ class ClassProbability(Response):
 
 
 class Expert(Response):
-    """Index and mixture weight of an expert that the gate selected."""
+    """Index and mixture weight of a component that the gate selected."""
 
-    expert: int
+    component: int
     weight: float
 
 
@@ -104,7 +104,7 @@ class Classification(ImageResult):
     Attributes:
         classes: most probable classes, best first; empty if `error` is set. For a multi-label network, the
             classes whose probability reaches their threshold.
-        gates: selected experts of a gated network, best first, if requested.
+        gates: selected components of a gated network, best first, if requested.
         class_map: class activation map of the explained class, if requested.
         known: false if the image probably shows none of the classes; `None` if the bundle has no threshold.
         score: the number that decides `known`; larger is more certainly known.

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 from sopdeploy.config import StrictModel
 from sopdeploy.doctor.measure import LoadStep
 
-Limit: TypeAlias = Literal["engine", "decode", "queue", "client", "network", "load"]
+Limit: TypeAlias = Literal["runtime", "decode", "queue", "client", "network", "load"]
 
 BUSY = 0.85  # a stage with a higher utilization is saturated
 MIN_UTILIZATION = 0.05  # lower bound of utilizations, which limits the estimated gain
@@ -25,25 +25,25 @@ def judge(best: LoadStep, steps: Sequence[LoadStep]) -> Advice:
     """Derive the advice from *best*, the step with the highest rate of all *steps*."""
     stages_ms = sum(best.stage_ms.values()) - best.stage_ms["receive"]
     transfer_ms = best.elsewhere_ms + best.stage_ms["receive"]
-    headroom = 1 / max(best.engine_busy, best.decoder_busy, MIN_UTILIZATION) - 1
-    gain = f"expected: up to +{headroom:.0%}, until engine or decoders are the bottleneck"
+    headroom = 1 / max(best.runtime_busy, best.decoder_busy, MIN_UTILIZATION) - 1
+    gain = f"expected: up to +{headroom:.0%}, until runtime or decoders are the bottleneck"
     fullest = max(steps, key=lambda step: step.refused.get("queue_full", 0))
-    engine, decoders = f"{min(1.0, best.engine_busy):.0%}", f"{min(1.0, best.decoder_busy):.0%}"
-    if best.engine_busy >= BUSY:
+    runtime, decoders = f"{min(1.0, best.runtime_busy):.0%}", f"{min(1.0, best.decoder_busy):.0%}"
+    if best.runtime_busy >= BUSY:
         return Advice(
-            limit="engine",
-            why=f"the engine is the bottleneck: busy for {engine} of the time, with batches of "
+            limit="runtime",
+            why=f"the runtime is the bottleneck: busy for {runtime} of the time, with batches of "
             f"{best.mean_batch:.1f}",
             change="a larger --max-batch, a bundle of --precision fp16 or int8, more --threads, or a GPU",
-            gain="the engine determines the rate; no other setting changes it",
+            gain="the runtime determines the rate; no other setting changes it",
         )
     if best.decoder_busy >= BUSY:
         of_process = best.decoders // best.processes  # the setting counts those of one process
-        more = min(2.0, 1 / max(best.engine_busy, MIN_UTILIZATION)) - 1
+        more = min(2.0, 1 / max(best.runtime_busy, MIN_UTILIZATION)) - 1
         return Advice(
             limit="decode",
             why=f"decoders are the bottleneck: all {best.decoders} are busy for {decoders} of the time, the "
-            f"engine for {engine}",
+            f"runtime for {runtime}",
             change=f"--set decoders={2 * of_process} on a machine with as many cores, or send smaller images",
             gain=f"expected: up to +{more:.0%}",
         )
@@ -51,7 +51,7 @@ def judge(best: LoadStep, steps: Sequence[LoadStep]) -> Advice:
         return Advice(
             limit="queue",
             why=f"the queue is the bottleneck: {fullest.refused_share:.0%} of the requests were rejected "
-            f"while the engine was busy for only {fullest.engine_busy:.0%} of the time",
+            f"while the runtime was busy for only {fullest.runtime_busy:.0%} of the time",
             change=f"--queue-size {max(64, 2 * fullest.concurrency)}",
             gain=gain,
         )
@@ -60,7 +60,7 @@ def judge(best: LoadStep, steps: Sequence[LoadStep]) -> Advice:
             limit="client",
             why=f"this client is the bottleneck: its core is {min(1.0, best.client_busy):.0%} busy",
             change="run doctor on a faster machine, or on several at once",
-            gain=f"the engine was busy for only {engine}: the server can handle more load",
+            gain=f"the runtime was busy for only {runtime}: the server can handle more load",
         )
     if transfer_ms > stages_ms:
         return Advice(
@@ -72,8 +72,8 @@ def judge(best: LoadStep, steps: Sequence[LoadStep]) -> Advice:
         )
     return Advice(
         limit="load",
-        why=f"no bottleneck with {best.concurrency} clients: the engine was busy for {engine}, the decoders "
-        f"for {decoders}",
+        why=f"no bottleneck with {best.concurrency} clients: the runtime was busy for {runtime}, the "
+        f"decoders for {decoders}",
         change=f"more load (--concurrency {2 * best.concurrency}); if the rate does not grow with it, more "
         "processor cores",
         gain=gain,

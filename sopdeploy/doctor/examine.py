@@ -60,7 +60,7 @@ def examine(
         ) as client:
             info = await client.info()
             chosen = _choose_model(info.models, model)
-            for body in bodies:  # reports a bad image before the load, and warms up the engine
+            for body in bodies:  # reports a bad image before the load, and warms up the runtime
                 await client.classify(body, model=chosen.name)
             load = Load(client, bodies, chosen.name)
             steps = await load.run(concurrency, seconds)

@@ -65,8 +65,8 @@ def parse_metrics(text: str) -> Scrape:
 class LoadStep(StrictModel):
     """Measurement of one step with a constant number of clients.
 
-    Rates are images per second, times milliseconds. `engine_busy`, `decoder_busy` and `client_busy` are the
-    fractions of time for which the engines (one per device), the decoders and the one core of this client
+    Rates are images per second, times milliseconds. `runtime_busy`, `decoder_busy` and `client_busy` are the
+    fractions of time for which the runtimes (one per device), the decoders and the one core of this client
     were busy. `decoders` is the sum over all `processes`. `stage_ms` is the mean time of an image per stage.
     `elsewhere_ms` is the rest of a request: network, HTTP and event loops. `refused` counts rejections by
     error code.
@@ -79,9 +79,9 @@ class LoadStep(StrictModel):
     p50_ms: float
     p99_ms: float
     refused: dict[str, int]
-    engines: int
+    runtimes: int
     processes: int
-    engine_busy: float
+    runtime_busy: float
     decoder_busy: float
     decoders: int
     client_busy: float
@@ -118,8 +118,8 @@ def measure(
         return increase(f"{name}_sum", **labels) / count if count else 0.0
 
     seconds, decoders = after.moment - before.moment, int(after.total("decoders"))
-    # Each process has an engine of its own, but front ends (DEVICE:NUMBER) share the one of their device.
-    engines = len({process.partition(":")[0] for process in after.processes})
+    # Each process has a runtime of its own, but front ends (DEVICE:NUMBER) share the one of their device.
+    runtimes = len({process.partition(":")[0] for process in after.processes})
     stage_ms = {name: 1000 * mean("stage_duration_seconds", stage=name) for name in STAGES}
     mean_ms = 1000 * statistics.fmean(latencies) if latencies else 0.0
     quantiles = np.quantile(latencies or [0.0], (0.50, 0.99), method="inverted_cdf")
@@ -133,9 +133,9 @@ def measure(
         p50_ms=p50_ms,
         p99_ms=p99_ms,
         refused=dict(refused),
-        engines=engines,
+        runtimes=runtimes,
         processes=len(after.processes),
-        engine_busy=infer_seconds / (seconds * engines),
+        runtime_busy=infer_seconds / (seconds * runtimes),
         decoder_busy=increase("decode_seconds_total") / (seconds * max(1, decoders)),
         decoders=decoders,
         client_busy=client_seconds / seconds,

@@ -155,7 +155,7 @@ A **linear** layer over the mean colour. <img src=x onerror=alert(1)>
 
 @pytest.fixture(scope="session")
 def gated_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The tiny bundle with a model card, a certificate, and four experts behind a gate."""
+    """The tiny bundle with a model card, a certificate, and four components behind a gate."""
     from sopdeploy_export.proof.certificate import Certificate, Roots, TensorEntry  # imports torch
 
     folder = tmp_path_factory.mktemp("gated")
@@ -180,7 +180,7 @@ def gated_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bu
 
 
 class GatedRuntime(FakeRuntime):
-    """Experts 0 to 3 want red, green, blue and grey; those that an image gives nothing stay out."""
+    """Components 0 to 3 want red, green, blue and grey; those that an image gives nothing stay out."""
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         colour = images.mean(axis=(1, 2)).astype(np.float32) / 255

@@ -40,7 +40,9 @@ class ClassifyQuery(pydantic.BaseModel):
     top_k: Annotated[int, pydantic.Field(ge=1, le=1_000_000)] | None = None
     model: str | None = pydantic.Field(None, description="Required if several models are loaded.")
     version: str | None = pydantic.Field(None, description="Bundle ID; default: the current version.")
-    gates: bool = pydantic.Field(False, description="Include the selected experts of a network with a gate.")
+    gates: bool = pydantic.Field(
+        False, description="Include the selected components of a network with a gate."
+    )
     threshold: Annotated[float, pydantic.Field(ge=0, le=1)] | None = pydantic.Field(
         None,
         description="Smallest probability of a class, instead of the thresholds of a multi-label network.",
@@ -67,9 +69,9 @@ class ClassProbability(StrictModel):
 
 
 class Expert(StrictModel):
-    """One expert selected by the gate: its index and its weight in the sum."""
+    """One component selected by the gate: its index and its weight in the sum."""
 
-    expert: int
+    component: int
     weight: float
 
 
@@ -93,10 +95,10 @@ class Classes(StrictModel):
 
     A multi-label network lists the classes whose probability reaches their threshold, possibly none.
     `warnings` name changes made while decoding: `alpha_flattened`, `content_type_mismatch`, `exif_rotated`,
-    `first_frame_only`, `sixteen_bit_scaled`. If requested, `gates` lists the selected experts, largest weight
-    first, and `class_map` explains a class. `known` is false if the image probably shows none of the classes,
-    because its `score` is below the threshold of the bundle. Without a threshold, `known` and `score` are
-    absent.
+    `first_frame_only`, `sixteen_bit_scaled`. If requested, `gates` lists the selected components, largest
+    weight first, and `class_map` explains a class. `known` is false if the image probably shows none of the
+    classes, because its `score` is below the threshold of the bundle. Without a threshold, `known` and
+    `score` are absent.
     """
 
     classes: tuple[ClassProbability, ...]
@@ -217,9 +219,9 @@ class CertificateSummary(StrictModel):
 
 
 class Card(StrictModel):
-    """The model card as Markdown; `experts` is the number of experts of the gate, 0 without a gate."""
+    """The model card as Markdown; `components` is the number of components of the gate, 0 without a gate."""
 
     bundle: str
     text: str
     certificate: CertificateSummary | None
-    experts: int
+    components: int

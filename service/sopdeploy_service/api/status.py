@@ -38,7 +38,7 @@ README = "README.md"
 async def livez(request: Request) -> Response:
     """Return status 200, or 503 if the runtime is dead and the process must be restarted."""
     state = service_of(request).state
-    return json_response(Health(status=state), status=503 if state == "engine_dead" else 200)
+    return json_response(Health(status=state), status=503 if state == "runtime_dead" else 200)
 
 
 @router.get("/readyz", summary="Readiness", response_model=Health)
@@ -142,7 +142,7 @@ def read_card(bundle: Bundle) -> Card:
     except (KeyError, TypeError, ValueError):
         summary = None
     sizes = [output.shape[-1] for output in bundle.manifest.outputs if output.name == GATES]
-    return Card(bundle=bundle.name, text=text, certificate=summary, experts=next(iter(sizes), 0) or 0)
+    return Card(bundle=bundle.name, text=text, certificate=summary, components=next(iter(sizes), 0) or 0)
 
 
 @router.get(

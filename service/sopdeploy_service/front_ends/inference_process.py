@@ -35,24 +35,24 @@ from sopdeploy_service.inference.results import (
     CLIENT_GONE,
     DEADLINE,
     DRAINING,
-    ENGINE_DEAD,
-    ENGINE_FAILED,
+    INFERENCE_FAILED,
     NONFINITE,
     OUT_OF_MEMORY,
+    RUNTIME_DEAD,
     Outcome,
     Rejection,
 )
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.server.launch import RUNTIME_DEAD, run_program
+from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD, run_program
 from sopdeploy_service.server.loop_watch import BEAT_SECONDS
 from sopdeploy_service.settings import Settings
 
 MAX_UNSENT_BYTES = 1 << 27  # results that a front end does not read
-REJECTIONS = (CLIENT_GONE, DEADLINE, DRAINING, ENGINE_DEAD, ENGINE_FAILED, NONFINITE, OUT_OF_MEMORY)
+REJECTIONS = (CLIENT_GONE, DEADLINE, DRAINING, RUNTIME_DEAD, INFERENCE_FAILED, NONFINITE, OUT_OF_MEMORY)
 CODES = {rejection.code: position for position, rejection in enumerate(REJECTIONS, 1)}  # 0: outputs
 
-log = logging.getLogger("sopdeploy.engine")
+log = logging.getLogger("sopdeploy.inference")
 
 
 @dataclass(eq=False)
@@ -101,7 +101,7 @@ class InferenceProcess:
             task.cancel()
         if not dead:  # otherwise a thread may hang
             await self._registry.stop()
-        return RUNTIME_DEAD if dead else 0
+        return EXIT_RUNTIME_DEAD if dead else 0
 
     def _beat(self) -> None:
         control.send(self._supervisor, self._status)

@@ -23,12 +23,12 @@ from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, call_soon
 from sopdeploy_service.inference.registry import ModelRegistry
-from sopdeploy_service.inference.results import ENGINE_DEAD, NONFINITE, Prediction, Rejection
+from sopdeploy_service.inference.results import NONFINITE, RUNTIME_DEAD, Prediction, Rejection
 from sopdeploy_service.observability.drift import drift_window
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
-log = logging.getLogger("sopdeploy.engine")
+log = logging.getLogger("sopdeploy.inference")
 
 
 class RemoteQueue(RequestQueue):
@@ -193,7 +193,7 @@ class RemoteRegistry(ModelRegistry):
             log.exception("a message of the inference process cannot be handled")
         for model in self.models():
             model.dead = True
-            model.close(ENGINE_DEAD)
+            model.close(RUNTIME_DEAD)
 
     def _handle(self, kind: int, number: int, body: bytes) -> None:
         if kind == Kind.RESULT:

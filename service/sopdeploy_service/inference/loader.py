@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # `verify` and `bench` need no image library
 SINGLE_PROBES = 2  # probes replayed alone at a start: a CUDA graph captures the first and runs the second
 LARGEST_ON_CPU = 4  # larger batches gain nothing on a CPU and delay the first image of the batch
 
-log = logging.getLogger("sopdeploy.engine")
+log = logging.getLogger("sopdeploy.inference")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

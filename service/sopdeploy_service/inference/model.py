@@ -16,7 +16,7 @@ from typing import ClassVar
 from sopdeploy_service.inference.latency import LatencyTable
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model_worker import ModelWorker, RequestQueue, settle
-from sopdeploy_service.inference.results import DRAINING, ENGINE_DEAD, Rejection
+from sopdeploy_service.inference.results import DRAINING, RUNTIME_DEAD, Rejection
 from sopdeploy_service.observability.drift import drift_window
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
@@ -24,7 +24,7 @@ from sopdeploy_service.settings import Settings
 JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue was closed
 WATCH_SECONDS = 1.0  # longest time between two checks of the worker
 
-log = logging.getLogger("sopdeploy.engine")
+log = logging.getLogger("sopdeploy.inference")
 
 
 @dataclass(slots=True)
@@ -136,7 +136,7 @@ class Model:
         """Log *reason* and reject every image from now on."""
         log.critical("%s; the model rejects every image from now on", reason)
         self.dead = True
-        self.close(ENGINE_DEAD)
+        self.close(RUNTIME_DEAD)
 
     def hang_seconds(self, images: int) -> float:
         """Compute after how many seconds a batch of *images* counts as hung."""

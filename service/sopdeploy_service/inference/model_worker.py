@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy.bundle.probes import Outputs
 from sopdeploy_service.inference.results import (
-    ENGINE_FAILED,
+    INFERENCE_FAILED,
     NONFINITE,
     OUT_OF_MEMORY,
     Outcome,
@@ -54,7 +54,7 @@ Images = Sequence[NDArray[np.uint8]]
 Row = dict[str, NDArray[np.float32]] | Rejection
 
 
-log = logging.getLogger("sopdeploy.engine")
+log = logging.getLogger("sopdeploy.inference")
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -256,7 +256,7 @@ class ModelWorker:
         names = self._names_of(batch.items)
         rows = run_bisected(lambda part: self._run_images(part, batch, names), images, names)
         started, ended = self.started or 0.0, time.monotonic()
-        failed = all(row is ENGINE_FAILED or row is OUT_OF_MEMORY for row in rows)
+        failed = all(row is INFERENCE_FAILED or row is OUT_OF_MEMORY for row in rows)
         self._failed_batches = self._failed_batches + 1 if failed else 0
         self._image_shape = images[0].shape
         del self.in_flight[0]
@@ -329,7 +329,7 @@ def run_bisected(run: Callable[[Images], Outputs], images: Images, outputs: Sequ
     Returns for each image its row of each of *outputs*, or a rejection. Raises `DeviceLostError`, because
     another run would fail too.
     """
-    rejection = ENGINE_FAILED
+    rejection = INFERENCE_FAILED
     try:
         return _split_rows(run(images), outputs, len(images))
     except DeviceLostError:

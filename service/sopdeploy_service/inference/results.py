@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ImageError
 
-GATES = "gates"  # name of the output with the weights of a gate's experts
+GATES = "gates"  # name of the output with the weights of a gate's components
 
 RankedClasses = list[tuple[int, float]]  # class index and probability, best first
 
@@ -97,9 +97,9 @@ class RejectedError(Exception):
 Outcome: TypeAlias = Prediction | Rejection
 
 DRAINING = Rejection("draining", 503, "the server is shutting down; retry on another one", 1)
-ENGINE_DEAD = Rejection("engine_dead", 503, "the model worker has stopped; the server is restarting", 5)
+RUNTIME_DEAD = Rejection("runtime_dead", 503, "the model worker has stopped; the server is restarting", 5)
 DEADLINE = Rejection("deadline", 504, "no prediction before the deadline; the server is overloaded")
-ENGINE_FAILED = Rejection("engine_failed", 500, "inference failed on this image")
+INFERENCE_FAILED = Rejection("inference_failed", 500, "inference failed on this image")
 DECODER_FAILED = Rejection("decoder_failed", 500, "the decoder failed on this image")
 NONFINITE = Rejection("nonfinite_output", 500, "the network's output for this image is not finite")
 TOO_LATE = Rejection("deadline_unreachable", 503, "the queue is too long to meet the deadline", 1)
@@ -117,7 +117,7 @@ def format_prediction(
 ) -> dict[str, Any]:
     """Build the JSON object `schema.Classes` of *ranked* classes.
 
-    *gates* (N,) are the weights of a gate's experts: experts with a weight other than 0 are listed, the
+    *gates* (N,) are the weights of a gate's components: components with a weight other than 0 are listed, the
     largest weight first. *recognized* is whether the image is known, and its score.
     """
     classes = [{"label": labels[index], "probability": probability} for index, probability in ranked]
@@ -125,6 +125,6 @@ def format_prediction(
     if recognized is not None:
         response["known"], response["score"] = recognized
     if gates is not None:
-        experts = [index for index in top_indices(gates, len(gates)) if gates[index] != 0]
-        response["gates"] = [{"expert": index, "weight": float(gates[index])} for index in experts]
+        components = [index for index in top_indices(gates, len(gates)) if gates[index] != 0]
+        response["gates"] = [{"component": index, "weight": float(gates[index])} for index in components]
     return response

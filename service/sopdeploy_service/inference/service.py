@@ -33,7 +33,7 @@ from sopdeploy_service.inference.results import (
     DEADLINE,
     DECODER_FAILED,
     DRAINING,
-    ENGINE_DEAD,
+    RUNTIME_DEAD,
     TOO_LATE,
     Outcome,
     Prediction,
@@ -47,7 +47,7 @@ from sopdeploy_service.settings import Settings
 MAX_RETRY_SECONDS = 60
 
 Images: TypeAlias = Sequence[EncodedImage] | NDArray[np.uint8]
-State: TypeAlias = Literal["ok", "draining", "no_model", "engine_dead", "loop_blocked"]
+State: TypeAlias = Literal["ok", "draining", "no_model", "runtime_dead", "loop_blocked"]
 CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
 # Observes the outcomes of a request before its response; the items have the decoded pixels.
 Observe: TypeAlias = Callable[[Model, RequestContext, Sequence[QueuedImage], Images, Sequence[Outcome]], None]
@@ -97,10 +97,10 @@ class Service:
 
     @property
     def state(self) -> State:
-        """The health: `ok`, `draining` (also before `start`), `no_model` or `engine_dead`."""
+        """The health: `ok`, `draining` (also before `start`), `no_model` or `runtime_dead`."""
         models = self.registry.models()
         if any(model.dead for model in models):
-            return "engine_dead"
+            return "runtime_dead"
         if self._draining:
             return "draining"
         return "ok" if models else "no_model"
@@ -136,7 +136,7 @@ class Service:
         Call it before the body is read.
         """
         if model.dead:
-            raise RejectedError(ENGINE_DEAD)
+            raise RejectedError(RUNTIME_DEAD)
         if self._draining:
             raise RejectedError(DRAINING)
         self._check_queue(model, 1)

@@ -69,7 +69,7 @@ class Metrics:
         self.model_memory = gauge("model_memory_bytes", "With a memory budget; 0: not loaded", ("model",))
         self.model_loads = counter("model_loads", "Loads with a memory budget", ("model",))
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
-        self._busy = gauge("engine_busy_ratio", "Busy fraction of the last 10 s", ("model",))
+        self._busy = gauge("runtime_busy_ratio", "Busy fraction of the last 10 s", ("model",))
         self.connections = gauge("connections", "Open connections")
         self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
         self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
@@ -87,7 +87,7 @@ class Metrics:
         self._requests_of = cache(self._requests.labels)
         self._request_seconds_of = cache(self._request_seconds.labels)
         self._stage_seconds_of = cache(self._stage_seconds.labels)
-        self._info = gauge("bundle_info", "Always 1", ("digest", "model", "precision", "engine"))
+        self._info = gauge("bundle_info", "Always 1", ("digest", "model", "precision", "runtime"))
         self._models: dict[str, ModelMetrics] = {}
         self._loaded: Counts[tuple[str, ...]] = Counts()
 

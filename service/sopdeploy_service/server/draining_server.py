@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
-from sopdeploy_service.server.launch import RUNTIME_DEAD
+from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD
 from sopdeploy_service.server.loop_watch import LoopWatch
 from sopdeploy_service.server.memory import IdleTrigger
 from sopdeploy_service.server.sockets import accept_pending, url
@@ -88,7 +88,7 @@ class DrainingServer(uvicorn.Server):
             raise self._output_error
         state = self._service.state
         log.info("stopped", extra={"state": state})
-        return RUNTIME_DEAD if state == "engine_dead" else 0
+        return EXIT_RUNTIME_DEAD if state == "runtime_dead" else 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the port and print the `ready` line."""
@@ -128,7 +128,7 @@ class DrainingServer(uvicorn.Server):
         """Decide ten times per second whether to close the port."""
         self.watch.beat()
         self._idle.tick(time.monotonic(), self._service.active_requests)
-        if self._service.state == "engine_dead" or self._output_error is not None:
+        if self._service.state == "runtime_dead" or self._output_error is not None:
             return True
         if self._drain_until is not None:
             if not self._is_draining:

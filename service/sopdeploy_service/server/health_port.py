@@ -47,7 +47,7 @@ def health_app(
         if request.url.path == "/readyz":
             healthy = current == "ok"
         else:
-            healthy = current not in {"engine_dead", "loop_blocked"}
+            healthy = current not in {"runtime_dead", "loop_blocked"}
         body = Health(status=current).model_dump_json()
         return Response(body, status_code=200 if healthy else 503, media_type="application/json")
 

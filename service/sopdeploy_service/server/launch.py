@@ -17,7 +17,7 @@ from sopdeploy.errors import SopdeployError
 from sopdeploy_service.settings import WORKER_VARIABLE
 
 USER_ERROR = 2
-RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
+EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
 
 
 def start_process(

@@ -12,7 +12,7 @@ from sopdeploy.cli.console import err, out, plain_text, print_table, say, steps
 if TYPE_CHECKING:
     from sopdeploy.doctor.examine import Diagnosis
 
-COLUMNS = ("clients", "img/s", "p50 ms", "p99", "engine", "decode", "client", "batch", "refused")
+COLUMNS = ("clients", "img/s", "p50 ms", "p99", "runtime", "decode", "client", "batch", "refused")
 
 
 def show(diagnosis: "Diagnosis") -> None:
@@ -22,7 +22,7 @@ def show(diagnosis: "Diagnosis") -> None:
         (
             f"{step.concurrency}{' *' * (step == diagnosis.best)}",
             *(f"{value:.1f}" for value in (step.rate, step.p50_ms, step.p99_ms)),
-            *(f"{busy:.0%}" for busy in (step.engine_busy, step.decoder_busy, step.client_busy)),
+            *(f"{busy:.0%}" for busy in (step.runtime_busy, step.decoder_busy, step.client_busy)),
             f"{step.mean_batch:.1f}",
             f"{step.refused_share:.0%}",
         )
@@ -49,7 +49,7 @@ def doctor(
     model: Annotated[str | None, typer.Option(help="Model name, if the server has several.")] = None,
     api_key: Annotated[str | None, typer.Option(help="API key of the server.")] = None,
 ) -> "Diagnosis":
-    """Find the bottleneck of a running server: decoding, queue, engine, network or the client itself.
+    """Find the bottleneck of a running server: decoding, queue, runtime, network or the client itself.
 
     Sends images with an increasing number of clients and reads /metrics. A client whose request is rejected
     waits as long as the server asks; the first other error ends the load.

@@ -15,7 +15,7 @@ RED = (255, 0, 0)
 def test_the_card_has_readme_certificate_and_experts(gated_client, gated_bundle):
     card = gated_client.get("/v1/card").json()
     assert card["text"].startswith("# tiny\n")
-    assert (card["bundle"], card["experts"]) == (gated_bundle.name, 4)
+    assert (card["bundle"], card["components"]) == (gated_bundle.name, 4)
     assert card["certificate"] == {
         "proof": "three-way",
         "compared": ["trained", "detached", "plain"],
@@ -33,7 +33,7 @@ def test_the_card_has_readme_certificate_and_experts(gated_client, gated_bundle)
 
 def test_the_card_of_a_bundle_without_readme_is_empty_and_that_of_an_unknown_model_404(client, bundle):
     card = read_card(bundle)
-    assert (card.text, card.certificate, card.experts) == ("", None, 0)
+    assert (card.text, card.certificate, card.components) == ("", None, 0)
     reply = client.get("/v1/card?model=other")
     assert (reply.status_code, reply.json()["code"]) == (404, "unknown_model")
 
@@ -41,10 +41,10 @@ def test_the_card_of_a_bundle_without_readme_is_empty_and_that_of_an_unknown_mod
 def test_gates_lists_the_selected_experts_best_first_if_requested(gated_client, make_picture):
     red, yellow = (make_picture(color, kind="PNG") for color in (RED, (200, 190, 20)))
     found = gated_client.post("/v1/classify?gates=true", content=red).json()
-    assert [entry["expert"] for entry in found["gates"]] == [0]
+    assert [entry["component"] for entry in found["gates"]] == [0]
     files = [("image", yellow), ("image", b"no image")]
     both = gated_client.post("/v1/classify?gates=true", files=files).json()["results"]
-    assert [entry["expert"] for entry in both[0]["gates"]] == [0, 1, 3]
+    assert [entry["component"] for entry in both[0]["gates"]] == [0, 1, 3]
     weights = [entry["weight"] for entry in both[0]["gates"]]
     assert weights == sorted(weights, reverse=True)
     assert both[1]["error"]["code"] == "not_an_image"

@@ -7,7 +7,7 @@ import pytest
 from sopdeploy_service.api.v2.metadata import Tensor
 from sopdeploy_service.api.v2.request import RequestedOutput
 from sopdeploy_service.api.v2.response import classify, format_response, stack_outputs
-from sopdeploy_service.inference.results import ENGINE_FAILED, NONFINITE, Prediction, RejectedError
+from sopdeploy_service.inference.results import INFERENCE_FAILED, NONFINITE, Prediction, RejectedError
 
 LOGITS = Tensor("logits", "FP32", (-1, 3))
 GATE = Tensor("gate", "FP32", (-1, 2))
@@ -53,7 +53,7 @@ def test_outputs_are_stacked_by_name_or_the_first_rejection_is_raised():
     assert list(found) == ["logits", "gate"]
     assert all(np.array_equal(found[name], VALUES[name]) for name in VALUES)
     with pytest.raises(RejectedError) as caught:
-        stack_outputs([prediction(0, 1), NONFINITE, ENGINE_FAILED])
+        stack_outputs([prediction(0, 1), NONFINITE, INFERENCE_FAILED])
     rejection = caught.value.rejection
     assert (rejection.code, rejection.status) == (NONFINITE.code, 500)
     assert rejection.message == f"image 1: {NONFINITE.message}"

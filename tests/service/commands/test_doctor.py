@@ -14,8 +14,8 @@ from sopdeploy_service.settings import Settings
 def test_a_slow_model_is_found(serve_with):
     server = serve_with(FakeRuntime(classes=7, fixed_ms=100, largest_batch=2))
     found = examine(str(server.base_url), seconds=4, concurrency=8)
-    assert found.advice.limit == "engine"
-    assert found.best.engine_busy > 0.85
+    assert found.advice.limit == "runtime"
+    assert found.best.runtime_busy > 0.85
     assert found.best.mean_batch > 1.5
     assert "--max-batch" in found.advice.change
     assert "this machine" in found.notes[0]
@@ -48,7 +48,7 @@ def test_an_error_ends_the_load_immediately(serve_with):
     runtime = Breaks(classes=7, fixed_ms=20)
     server = serve_with(runtime)
     found = examine(str(server.base_url), seconds=60, concurrency=1)
-    assert "engine_failed" in found.stopped
+    assert "inference_failed" in found.stopped
     assert found.best.seconds < 30
     assert -10 < runtime.left < 0
 
@@ -56,7 +56,7 @@ def test_an_error_ends_the_load_immediately(serve_with):
 def test_no_response_under_load_is_an_error(serve_with):
     runtime = Breaks(classes=7)
     runtime.left = 4  # those before the load
-    with pytest.raises(ServiceError, match=r"no request was completed under load.*engine_failed"):
+    with pytest.raises(ServiceError, match=r"no request was completed under load.*inference_failed"):
         examine(str(serve_with(runtime).base_url), seconds=2, concurrency=2)
 
 

@@ -112,8 +112,8 @@ def test_when_the_inference_process_dies_its_requests_get_503_and_the_front_end_
         reply = held.result()
         assert (reply.status_code, reply.headers["retry-after"]) in {(503, "5"), (503, "1")}
         shared.thread.join(20)
-        assert client.post("/v1/classify", content=jpeg).json()["code"] == "engine_dead"
-        assert client.get("/livez").json() == {"status": "engine_dead"}
+        assert client.post("/v1/classify", content=jpeg).json()["code"] == "runtime_dead"
+        assert client.get("/livez").json() == {"status": "runtime_dead"}
 
 
 def message(kind: int, number: int, body: bytes = b"") -> bytes:

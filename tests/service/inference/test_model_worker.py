@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, run_bisected, settle
-from sopdeploy_service.inference.results import DEADLINE, DRAINING, ENGINE_FAILED, NONFINITE
+from sopdeploy_service.inference.results import DEADLINE, DRAINING, INFERENCE_FAILED, NONFINITE
 
 Fill = Callable[..., list[QueuedImage]]
 
@@ -105,7 +105,7 @@ def test_bad_images_fail_alone_and_a_good_batch_takes_one_run(size: int, bad: li
     network = Network()
     values = [RAISES if index in bad else 20 + index for index in range(size)]
     found = run_bisected(network, images(*values), ["logits"])
-    assert [index for index, row in enumerate(found) if row is ENGINE_FAILED] == bad
+    assert [index for index, row in enumerate(found) if row is INFERENCE_FAILED] == bad
     good = [index for index in range(size) if index not in bad]
     assert [found[index]["logits"][0] for index in good] == [values[index] for index in good]
     assert (network.runs == 1) == (size == 1 or not bad)

@@ -91,7 +91,7 @@ def test_an_image_that_misses_its_deadline_is_504_and_never_runs(serve_with, poo
     assert runtime.batches == [1, 1]
 
 
-@pytest.mark.parametrize(("color", "code"), [(DARK, "engine_failed"), (BLUE, "nonfinite_output")])
+@pytest.mark.parametrize(("color", "code"), [(DARK, "inference_failed"), (BLUE, "nonfinite_output")])
 def test_a_bad_image_fails_alone(serve_with, pool, jpeg, make_picture, color, code):
     client = serve_with(FailingRuntime(RuntimeError("no")))
     bodies = [jpeg] * 7 + [make_picture(color, kind="PNG")]
@@ -106,18 +106,18 @@ def test_a_dead_worker_rejects_everything_and_fails_the_health_checks(serve_with
     client = serve_with(FailingRuntime(SystemExit("the device is gone")))
     assert post(client, jpeg).status_code == 200
     reply = post(client, make_picture(DARK, kind="PNG"))
-    assert (reply.status_code, reply.json()["code"]) == (503, "engine_dead")
+    assert (reply.status_code, reply.json()["code"]) == (503, "runtime_dead")
     for path in ("/readyz", "/livez"):
         assert client.get(path).status_code == 503
-    assert post(client, jpeg).json()["code"] == "engine_dead"
+    assert post(client, jpeg).json()["code"] == "runtime_dead"
 
 
 def test_a_hung_runtime_is_detected_and_queued_images_are_rejected(serve_with, pool, jpeg):
     runtime = Held(largest_batch=1)
     client = serve_with(runtime, batch_timeout_seconds=0.4)
     replies = pool.map(lambda _: post(client, jpeg), range(3))
-    assert [reply.json()["code"] for reply in replies] == ["engine_dead"] * 3
-    assert client.get("/readyz").json() == {"status": "engine_dead"}
+    assert [reply.json()["code"] for reply in replies] == ["runtime_dead"] * 3
+    assert client.get("/readyz").json() == {"status": "runtime_dead"}
     runtime.gate.set()
 
 
@@ -156,8 +156,8 @@ class Broken(FakeRuntime):
 def test_a_device_that_fails_every_batch_ends_the_server_whatever_its_error_is(serve_with, jpeg, until):
     client = serve_with(Broken(classes=7))
     codes = [post(client, jpeg).json()["code"] for _ in range(MAX_FAILED_BATCHES)]
-    assert set(codes) == {"engine_failed"}
-    until(lambda: client.app.state.service.state == "engine_dead")
+    assert set(codes) == {"inference_failed"}
+    until(lambda: client.app.state.service.state == "runtime_dead")
 
 
 def test_images_that_fail_in_a_row_do_not_stop_a_working_device(serve_with, jpeg):
@@ -165,7 +165,7 @@ def test_images_that_fail_in_a_row_do_not_stop_a_working_device(serve_with, jpeg
     runtime.everywhere = False
     client = serve_with(runtime)
     codes = [post(client, jpeg).json()["code"] for _ in range(2 * MAX_FAILED_BATCHES + 1)]
-    assert set(codes) == {"engine_failed"}
+    assert set(codes) == {"inference_failed"}
     runtime.broken = False
     assert post(client, jpeg).status_code == 200
     assert runtime.batches == [1, 1, 1]  # two blank images, then the image

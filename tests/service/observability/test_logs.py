@@ -125,7 +125,7 @@ def test_client_text_in_a_traceback_starts_no_line(logged, form):
 def test_which_events_are_logged_by_default_and_with_settings(logged, settings, stream, expected):
     found = logged(stream(), **settings)
     logging.getLogger("sopdeploy.server").info("hint")
-    logging.getLogger("sopdeploy.engine").warning("warn")
+    logging.getLogger("sopdeploy.inference").warning("warn")
     logging.getLogger("urllib3").info("of another library")
     assert [word for word in ("hint", "warn") if word in found.getvalue()] == expected
     assert found.getvalue().count("\n") == len(expected)

@@ -62,7 +62,7 @@ def health():
 
 @pytest.mark.parametrize(
     ("state", "live", "ready"),
-    [("ok", 200, 200), ("draining", 200, 503), ("no_model", 200, 503), ("engine_dead", 503, 503)],
+    [("ok", 200, 200), ("draining", 200, 503), ("no_model", 200, 503), ("runtime_dead", 503, 503)],
 )
 def test_every_state_has_its_status(health, state, live, ready):
     client, _ = health(state, max_lag=60)

@@ -172,7 +172,7 @@ def test_silent_connections_do_not_delay_the_shutdown(start) -> None:
 def test_a_hanging_runtime_exits_with_70(start, jpeg) -> None:
     child, client = start(HANGS, "batch_timeout_seconds=0.5")
     reply = client.post("/v1/classify", content=jpeg)
-    assert (reply.status_code, reply.json()["code"]) == (503, "engine_dead")
+    assert (reply.status_code, reply.json()["code"]) == (503, "runtime_dead")
     err = child.communicate(timeout=PATIENCE)[1]
     assert child.returncode == 70
     assert [json.loads(line)["level"] for line in err.splitlines()] == ["critical"]

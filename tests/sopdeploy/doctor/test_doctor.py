@@ -43,7 +43,7 @@ def scrape(text: str, moment: float) -> Scrape:
 def step(**changes: Any) -> LoadStep:
     facts: dict[str, Any] = {
         "concurrency": 8, "seconds": 1.0, "answered": 100, "rate": 100.0, "p50_ms": 10,
-        "p99_ms": 30, "refused": {}, "engines": 1, "processes": 1, "engine_busy": 0.3, "decoder_busy": 0.3,
+        "p99_ms": 30, "refused": {}, "runtimes": 1, "processes": 1, "runtime_busy": 0.3, "decoder_busy": 0.3,
         "decoders": 2, "client_busy": 0.3, "mean_batch": 2.0, "elsewhere_ms": 1.0,
         "stage_ms": {"receive": 1.0, "decode": 3.0, "queue": 3.0, "infer": 5.0},
     }  # fmt: skip
@@ -54,7 +54,7 @@ def test_a_measurement_is_the_difference_of_two_scrapes() -> None:
     latencies, refused = [0.010] * 90 + [0.110] * 10, {"queue_full": 25}
     before, after = scrape(BEFORE, 100.0), scrape(AFTER, 104.0)
     found = measure(before, after, latencies, refused, concurrency=8, client_seconds=0.4)
-    assert (found.rate, found.engine_busy, found.decoder_busy, found.client_busy) == (25.0, 0.5, 0.375, 0.1)
+    assert (found.rate, found.runtime_busy, found.decoder_busy, found.client_busy) == (25.0, 0.5, 0.375, 0.1)
     assert found.mean_batch == 4.0
     assert found.stage_ms["infer"] == pytest.approx(200)
     assert found.stage_ms["decode"] == pytest.approx(100)
@@ -66,10 +66,10 @@ def test_a_measurement_is_the_difference_of_two_scrapes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "engines", "busy"), [(("0", "1"), 2, 0.5), (("default:0", "default:1"), 1, 1.0)]
+    ("names", "runtimes", "busy"), [(("0", "1"), 2, 0.5), (("default:0", "default:1"), 1, 1.0)]
 )
 def test_each_device_has_an_engine_and_front_ends_share_it(
-    names: tuple[str, str], engines: int, busy: float
+    names: tuple[str, str], runtimes: int, busy: float
 ) -> None:
     def labelled(text: str, name: str) -> str:
         return re.sub(r"(?m)^(\w+)(?:\{(.*)\})? ", rf'\1{{process="{name}",\2}} ', text)
@@ -78,8 +78,8 @@ def test_each_device_has_an_engine_and_front_ends_share_it(
     found = measure(
         scrape(before, 100.0), scrape(after, 104.0), [0.01] * 200, {}, concurrency=8, client_seconds=0.4
     )
-    assert (found.engines, found.processes, found.decoders) == (engines, 2, 4)
-    assert (found.engine_busy, found.decoder_busy) == (busy, 0.375)
+    assert (found.runtimes, found.processes, found.decoders) == (runtimes, 2, 4)
+    assert (found.runtime_busy, found.decoder_busy) == (busy, 0.375)
 
 
 @pytest.mark.parametrize("text", ["python_info 1.0", 'a{b="c'])
@@ -91,8 +91,8 @@ def test_metrics_of_other_servers_are_rejected(text: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "limit", "change"),
     [
-        ({"engine_busy": 0.97}, "engine", "a larger --max-batch"),
-        ({"decoder_busy": 0.95, "engine_busy": 0.5}, "decode", "--set decoders=4"),
+        ({"runtime_busy": 0.97}, "runtime", "a larger --max-batch"),
+        ({"decoder_busy": 0.95, "runtime_busy": 0.5}, "decode", "--set decoders=4"),
         ({"refused": {"queue_full": 9}}, "queue", "--queue-size 64"),
         ({"client_busy": 0.97}, "client", "run doctor on a faster machine"),
         ({"elsewhere_ms": 50.0}, "network", "smaller files"),

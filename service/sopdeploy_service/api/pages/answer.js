@@ -1,5 +1,5 @@
 "use strict";
-// The prediction for one image: classes, warnings, experts, timing.
+// The prediction for one image: classes, warnings, components, timing.
 
 const WARNINGS = {
   alpha_flattened: "Transparent pixels were replaced by the background color of the network.",
@@ -13,8 +13,8 @@ const STAGES = { receive: "receive", decode: "decode", queue: "queue", infer: "i
 const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 2 : 1)} %`;
 const milliseconds = (value) => `${value.toFixed(value < 99.5 ? 1 : 0)} ms`;
 
-/** Show `body`, the JSON of a successful response; `experts` is the number of experts, 0 without a gate. */
-function showAnswer(body, experts) {
+/** Show `body`, the JSON of a successful response; `components` is the number of components, 0 without a gate. */
+function showAnswer(body, components) {
   byId("classes").replaceChildren(...body.classes.map(classBar));
   byId("warnings").replaceChildren(
     ...body.warnings.map((code) => make("li", {}, WARNINGS[code] ?? sentence(code.replaceAll("_", " ")))),
@@ -22,8 +22,8 @@ function showAnswer(body, experts) {
   showMap(body.class_map);
   byId("unknown").hidden = body.known !== false;
   byId("unknown-score").textContent = body.known === false ? body.score.toFixed(3) : "";
-  byId("experts").hidden = !body.gates;
-  if (body.gates) byId("gates").replaceChildren(...expertColumns(body.gates, experts));
+  byId("components").hidden = !body.gates;
+  if (body.gates) byId("gates").replaceChildren(...componentColumns(body.gates, components));
   byId("none").hidden = body.classes.length > 0;
   const unknown = body.known === false ? "Probably none of the classes. " : "";
   byId("status").textContent = body.classes.length === 0 ? byId("none").textContent : `${unknown}Prediction: ${body.classes
@@ -41,19 +41,19 @@ function classBar({ label, probability }) {
   );
 }
 
-/** Columns of `count` experts; those in `gates` are selected. */
-function expertColumns(gates, count) {
-  const weights = new Map(gates.map(({ expert, weight }) => [expert, weight]));
+/** Columns of `count` components; those in `gates` are selected. */
+function componentColumns(gates, count) {
+  const weights = new Map(gates.map(({ component, weight }) => [component, weight]));
   const largest = Math.max(...weights.values());
-  return Array.from({ length: count }, (_, expert) => {
-    const weight = weights.get(expert);
-    const title = `expert ${expert}: ${weight === undefined ? "not selected" : weight.toFixed(4)}`;
+  return Array.from({ length: count }, (_, component) => {
+    const weight = weights.get(component);
+    const title = `component ${component}: ${weight === undefined ? "not selected" : weight.toFixed(4)}`;
     return make(
       "li", { title, className: weight === undefined ? "" : "chosen" },
       make("span", { className: "unseen" }, title),
       make("small", { "aria-hidden": "true" }, weight === undefined ? "" : weight.toFixed(2).replace("0.", ".")),
       make("span", { className: "column", "aria-hidden": "true", "--part": (weight ?? 0) / largest }),
-      make("small", { "aria-hidden": "true" }, String(expert)),
+      make("small", { "aria-hidden": "true" }, String(component)),
     );
   });
 }
@@ -104,7 +104,7 @@ function showMap(map) {
 function clearAnswer() {
   byId("map").hidden = true;
   for (const id of ["classes", "warnings", "gates", "waterfall"]) byId(id).replaceChildren();
-  for (const id of ["experts", "time", "error", "empty", "none", "unknown"]) byId(id).hidden = true;
+  for (const id of ["components", "time", "error", "empty", "none", "unknown"]) byId(id).hidden = true;
   byId("status").textContent = "";
 }
 

@@ -8,7 +8,7 @@ function classifyUrl() {
   const url = new URL("v1/classify", document.baseURI);
   url.searchParams.set("top_k", String(topK()));
   if (state.info && state.server.models.length > 1) url.searchParams.set("model", state.info.name);
-  if (state.card?.experts) url.searchParams.set("gates", "true");
+  if (state.card?.components) url.searchParams.set("gates", "true");
   if (state.info?.class_maps && byId("explain").checked) url.searchParams.set("explain", "true");
   return url.href;
 }
@@ -50,7 +50,7 @@ async function ask() {
       showError(noKey(), body.code);
     } else if (reply.ok) {
       void followSwap(reply.headers.get("X-Model-Digest"));
-      showAnswer(body, state.card?.experts ?? 0);
+      showAnswer(body, state.card?.components ?? 0);
       showTime(reply.headers.get("Server-Timing") ?? "", total);
     } else {
       const again = reply.headers.get("Retry-After");

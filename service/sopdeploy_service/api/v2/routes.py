@@ -132,7 +132,7 @@ async def server() -> Response:
 @router.get("/v2/health/live")
 async def live(request: Request) -> Response:
     """Respond with 200 unless a model worker is dead."""
-    alive = service_of(request).state != "engine_dead"
+    alive = service_of(request).state != "runtime_dead"
     return json_response({"live": alive}, 200 if alive else 503)
 
 

@@ -25,7 +25,7 @@ from sopdeploy_service.commands.batch.reader import Entry
 from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model_worker import Images, Row, run_bisected
-from sopdeploy_service.inference.results import ENGINE_FAILED, OUT_OF_MEMORY, Rejection
+from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, Rejection
 from sopdeploy_service.runtime.base import DeviceLostError, SelectiveRuntime
 from sopdeploy_service.settings import Settings
 
@@ -130,7 +130,7 @@ class PartClassifier:
             rows = run_bisected(run, cast(Any, pixels), self._names)
         except DeviceLostError as error:
             raise RuntimeUnavailableError(f"the device is lost ({error}); run again to continue") from error
-        failed = sum(row is ENGINE_FAILED for row in rows)
+        failed = sum(row is INFERENCE_FAILED for row in rows)
         if any(row is OUT_OF_MEMORY for row in rows) or (failed == len(rows) > 1):
             raise RuntimeUnavailableError(
                 f"{self._runtime.name} failed on a batch of {len(rows)}; run again to continue, or choose "

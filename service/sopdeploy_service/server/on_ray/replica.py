@@ -24,7 +24,7 @@ from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.request_context import open_tracing
 from sopdeploy_service.server.draining_server import CLOSING_SECONDS, freeze_objects
-from sopdeploy_service.server.launch import RUNTIME_DEAD
+from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD
 from sopdeploy_service.server.loop_watch import BEAT_SECONDS, LoopWatch
 from sopdeploy_service.server.memory import IdleTrigger
 from sopdeploy_service.server.on_ray.plan import UserConfig, check
@@ -91,7 +91,7 @@ class Replica:
 
     async def _exit_with_runtime(self) -> None:
         idle = IdleTrigger()
-        while self.service.state != "engine_dead":
+        while self.service.state != "runtime_dead":
             await asyncio.sleep(BEAT_SECONDS)
             self._watch.beat()
             idle.tick(time.monotonic(), self.service.active_requests)
@@ -100,4 +100,4 @@ class Replica:
         while self.service.active_requests and time.monotonic() < end:
             await asyncio.sleep(BEAT_SECONDS)
         await asyncio.sleep(LAST_RESPONSES_SECONDS)
-        self.leave(RUNTIME_DEAD)
+        self.leave(EXIT_RUNTIME_DEAD)

@@ -122,7 +122,9 @@ def test_the_experts_of_a_gate_are_shown(open_page, gated_client, make_picture):
     give(page, picture, type="image/png")
     chosen = page.locator("#gates li.chosen .unseen").all_text_contents()
     gates = gated_client.post("/v1/classify?gates=true", content=picture).json()["gates"]
-    assert sorted(chosen) == sorted(f"expert {entry['expert']}: {entry['weight']:.4f}" for entry in gates)
+    assert sorted(chosen) == sorted(
+        f"component {entry['component']}: {entry['weight']:.4f}" for entry in gates
+    )
     assert page.locator("#gates li").count() == 4
 
 

@@ -163,8 +163,8 @@ async def test_a_dead_runtime_exits_the_process_after_its_responses(
         replica.watch()
         await replica.reconfigure(config_of(versions[0]))
         answers = await asyncio.gather(*(client.post("/v1/classify", content=jpeg) for _ in range(3)))
-        assert {answer.json()["code"] for answer in answers} == {"engine_dead"}
-        with pytest.raises(RuntimeUnavailableError, match="engine_dead"):
+        assert {answer.json()["code"] for answer in answers} == {"runtime_dead"}
+        with pytest.raises(RuntimeUnavailableError, match="runtime_dead"):
             await replica.check_health()
         assert await ended == 70
     workers = [t for t in set(threading.enumerate()) - others if t.name == "model_worker"]
