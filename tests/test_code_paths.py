@@ -17,6 +17,7 @@ from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests import quick_torch
 from tests.export.conftest import SIDE, save, trained
+from tests.export.once import proving_once
 from tests.service.conftest import picture_bytes, running, write_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +80,7 @@ def export_files(folder: Path) -> set[str]:
     """Export a small DSoP network, detached; leave out the files of the network itself."""
     preprocess = Preprocess(resize=SIDE, crop=SIDE)
     checkpoint = save(trained(), "dsop-resnet8", folder / "ckpt.pt", preprocess)
-    with quick_torch.one_thread(), recorded() as take:
+    with quick_torch.one_thread(), proving_once(), recorded() as take:
         export(checkpoint, folder / "out", ExportOptions(detach=True, max_batch=1))
         return {file for file in take() if not file.startswith(OF_THE_NETWORK)}
 

@@ -27,9 +27,19 @@ from tests.sweep.steps import Small, agreed, detached, exported
 
 OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
 BY_EIGENVALUES = ("mpncov-", "deepo2p-", "improved-bcnn-", "g2denet-")
-# `psdr-resnet50` and `gsop-net2` contain the root of the first. The others have a gate:
-# `export/precision/test_int8.py` builds both graphs of `gmsop` for GPUs.
-COVERED = ("isqrt-resnet8", "gmgap-16-8-resnet18", "gmsop-16-8-resnet18")
+# Their operators are those of others here: `psdr-resnet50` and `gsop-net2` contain the root of the first, and
+# `export/precision/test_int8.py` builds both graphs of `gmsop`, whose mixture the next two have, for GPUs.
+# `gsop-net1` has the block of `gsop-net2`, CBAM and squeeze-and-excitation have gates as EfficientNet does.
+COVERED = (
+    "isqrt-resnet8",
+    "gmsop-16-8-resnet18",
+    "gmgap-16-8-resnet18",
+    "avesop-16-resnet18",
+    "gsop-net1-resnet26",
+    "cbam-resnet18",
+    "se-preact-resnet164",
+    "resnext29-8x64d",
+)
 NEEDS_EIGENVALUES = {name for name in CATALOG if name.startswith(BY_EIGENVALUES)}
 
 

@@ -39,7 +39,9 @@ def export_with_features(name, folder, config=(), **options):
         return network, export(save(network, name, folder / "ckpt.pt", RULES), folder / "out", chosen)
 
 
-@pytest.mark.parametrize("name", CATALOG)
+@pytest.mark.parametrize(
+    "name", ["dsop-resnet8", pytest.param("gmgap-16-8-resnet18", marks=pytest.mark.slow)]
+)
 def test_the_last_linear_layer_maps_the_embedding_to_the_logits(name, tmp_path):
     config, options, names = CATALOG[name]
     network, exported = export_with_features(name, tmp_path, config, **options)

@@ -261,6 +261,7 @@ def test_overflow_in_float16_is_rejected_with_advice(make: Make, tmp_path: Path)
         steps.agreed(checkpoint, tmp_path / "model.onnx", "fp16", ALONE)
 
 
+@pytest.mark.slow
 def test_alexnet_exports_with_its_local_response_norms_in_float32(make: Make, tmp_path: Path) -> None:
     network = make("alexnet", pooling={"kind": "gap"}, classifier="linear")
     sizes = Preprocess(resize=64, crop=64)

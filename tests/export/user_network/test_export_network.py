@@ -111,7 +111,9 @@ def test_it_is_exported_verified_and_served_with_the_strength_of_its_proof(case:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("architecture", SMALL)
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=[pytest.mark.slow] * (name == "Swin")) for name in SMALL]
+)
 def test_a_small_version_is_exported_verified_and_served(architecture: str, tmp_path: Path) -> None:
     with proving_once(alone=True):
         check_architecture(SMALL[architecture], tmp_path, QUICK)

@@ -103,20 +103,21 @@ LONG_CASES: dict[str, Case] = {
 
 SHORT_CASES: dict[str, Case] = {}
 for _network in NETWORKS:
-    _sgd = build_recipe(_network, "sgd")
     _pieces = 1 if _network == "gmsop" else 2
     _split = build_recipe(_network, "sgd", f"accumulate={_pieces}", "ema={}")
     _frozen = build_recipe(_network, "sgd", "batch_norm=frozen")
     SHORT_CASES |= {
-        f"{_network} sgd float64 1 step": partial(learn, _sgd, 1),
-        f"{_network} sgd float32 1 step": partial(learn, _sgd, 1, torch.float32),
+        f"{_network} sgd float32 1 step": partial(learn, build_recipe(_network, "sgd"), 1, torch.float32),
         f"{_network} adamw float64 3 steps": partial(learn, build_recipe(_network, "adamw"), 3),
-        f"{_network} adahessian float64 2 steps": partial(learn, build_recipe(_network, "adahessian"), 2),
         f"{_network} with an average, {_pieces} micro-batches, float64 3 steps": partial(learn, _split, 3),
         f"{_network} frozen batch norm float64 3 steps": partial(learn, _frozen, 3),
-        f"{_network} several classes per image, float64 3 steps": partial(learn, _split, 3, multi_label=True),
     }
 
+_adahessian = build_recipe("dsop", "adahessian")
+SHORT_CASES["dsop adahessian float64 2 steps"] = partial(learn, _adahessian, 2)
+SHORT_CASES["gmsop several classes per image, float64 3 steps"] = partial(
+    learn, build_recipe("gmsop", "sgd", "ema={}"), 3, multi_label=True
+)
 SHORT_CASES["distilled, doubled, colored, 2 micro-batches, float64 3 steps"] = partial(
     learn,
     build_recipe(
