@@ -5,10 +5,10 @@ Therefore batches are fixed ranges of a part, and zeros replace an image that ca
 The outputs of an image then depend neither on interruptions nor on errors of other images.
 """
 
+import itertools
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +18,7 @@ from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
 from sopdeploy.bundle.probes import Outputs
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
-from sopdeploy_service.commands.batch.decoders import DecoderProcesses, Read
+from sopdeploy_service.commands.batch.decoders import DecoderProcesses
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import RunState
 from sopdeploy_service.commands.batch.reader import Entry
@@ -34,14 +34,6 @@ MAX_WORKERS = 16  # unless more are requested: their blocks need memory
 DECODER_SETTINGS = {"decode", "max_body_bytes", "max_pixels"}
 
 
-@dataclass(slots=True)
-class _Part:
-    number: int
-    entries: Sequence[Entry]
-    reads: list[Read] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-
-
 class PartClassifier:
     """Classifies parts in this process; as a context manager, it owns the decoders and the loaded bundle.
 
@@ -49,32 +41,22 @@ class PartClassifier:
     """
 
     def __init__(self, loaded: LoadedModel, settings: Settings, options: ClassifyOptions) -> None:
-        manifest, self._runtime = loaded.bundle.manifest, loaded.runtime
+        manifest = loaded.bundle.manifest
         names = [output.name for output in manifest.outputs]
         features = [name for name in (FEATURES, EMBEDDING) if name in names][:1]
         if options.features and not features:
             message = f"{loaded.bundle.path} has no features; export it with_features"
             raise ConfigError(message, setting="features")
-        self._names = (names[0], *(features if options.features else ()))
+        self._outputs = (names[0], *(features if options.features else ()))
+        self._runtime, self._bundle_id = loaded.runtime, manifest.id
+        self._settings, self._options = settings, options
         self._batch = largest_batch(loaded.runtime, settings)
+        self.part_images = self._batch * math.ceil(options.part_images / self._batch)
         multi_label = manifest.decision is not None and manifest.decision.thresholds is not None
-        top_k = settings.classes_per_image(multi_label=multi_label)
-        self._format = RowFormat(loaded.bundle, top_k, options)
-        self._decoders = DecoderProcesses(
-            manifest.preprocess, settings, options.workers or min(usable_cores(), MAX_WORKERS)
-        )
-        self.state = RunState(
-            bundle=manifest.id,
-            runtime=f"{loaded.runtime.name} on {loaded.runtime.device}",
-            source="",
-            images=1,
-            part_images=self._batch * math.ceil(options.part_images / self._batch),
-            batch=self._batch,
-            top_k=top_k,
-            logits=options.logits,
-            features=options.features,
-            settings=settings.model_dump(mode="json", include=DECODER_SETTINGS),
-        )
+        self._top_k = settings.classes_per_image(multi_label=multi_label)
+        self._format = RowFormat(loaded.bundle, self._top_k, options)
+        workers = options.workers or min(usable_cores(), MAX_WORKERS)
+        self._decoders = DecoderProcesses(manifest.preprocess, settings, workers)
 
     def __enter__(self) -> "PartClassifier":
         self._decoders.__enter__()
@@ -84,38 +66,47 @@ class PartClassifier:
         self._decoders.__exit__()
         self._runtime.close()
 
+    def run_state(self, source: str, images: int) -> RunState:
+        """Return what the rows of a run depend on; *source* is the hash of the list of its *images*."""
+        return RunState(
+            bundle=self._bundle_id,
+            runtime=f"{self._runtime.name} on {self._runtime.device}",
+            source=source,
+            images=images,
+            part_images=self.part_images,
+            batch=self._batch,
+            top_k=self._top_k,
+            logits=self._options.logits,
+            features=self._options.features,
+            settings=self._settings.model_dump(mode="json", include=DECODER_SETTINGS),
+        )
+
     def tables(
         self,
-        parts: Iterable[tuple[int, list[Entry]]],
+        parts: Iterable[tuple[int, Sequence[Entry]]],
         on_block: Callable[[int, int], None],
     ) -> Iterator[tuple[int, Any]]:
         """Classify *parts*, lists of images by number; yield the table of rows of each part, in order.
 
-        Calls *on_block* with the images and errors of each decoded block. Raises `RuntimeUnavailableError` if
-        the device fails.
+        Calls *on_block* with the images and errors of each block. Raises `RuntimeUnavailableError` if the
+        device fails.
         """
-        open_parts: deque[_Part] = deque()
-
-        block = self._batch * math.ceil(BLOCK_IMAGES / self._batch)
-
-        def blocks() -> Iterator[Sequence[Entry]]:
-            for number, entries in parts:
-                part = _Part(number, entries)
-                open_parts.append(part)
-                for first in range(0, len(part.entries), block):
-                    yield part.entries[first : first + block]
-
-        for reads, pixels in self._decoders.decode(blocks()):
-            part, rows = open_parts[0], list[Row]()
-            for first in range(0, len(reads), self._batch):
-                rows += self._run(pixels[first : first + self._batch])
-            part.reads += reads
-            part.rows += rows
-            pairs = zip(reads, rows, strict=True)
-            on_block(len(rows), sum(bool(read.error) or isinstance(row, Rejection) for read, row in pairs))
-            if len(part.rows) == len(part.entries):
-                open_parts.popleft()
-                yield part.number, self._format.table(part.entries, part.reads, part.rows)
+        block_images = self._batch * math.ceil(BLOCK_IMAGES / self._batch)
+        blocks = (
+            (number, entries[first : first + block_images])
+            for number, entries in parts
+            for first in range(0, len(entries), block_images)
+        )
+        for number, part in itertools.groupby(self._decoders.decode(blocks), key=itemgetter(0)):
+            rows: list[dict[str, Any]] = []
+            for _, (images, pixels) in part:
+                outputs: list[Row] = []
+                for first in range(0, len(images), self._batch):
+                    outputs += self._run(pixels[first : first + self._batch])
+                added = list(map(self._format.row, images, outputs))
+                on_block(len(added), sum(row["error"] is not None for row in added))
+                rows += added
+            yield number, self._format.table(rows)
 
     def _run(self, pixels: NDArray[np.uint8]) -> list[Row]:
         """Return the outputs of a batch; if it fails, halve it until the image that fails is alone."""
@@ -123,15 +114,15 @@ class PartClassifier:
         def run(images: Images) -> Outputs:
             batch = cast(NDArray[np.uint8], images)
             if isinstance(self._runtime, SelectiveRuntime):
-                return self._runtime.run_outputs(batch, self._names)
+                return self._runtime.run_outputs(batch, self._outputs)
             return self._runtime.run(batch)
 
         try:
-            rows = run_bisected(run, cast(Any, pixels), self._names)
+            rows = run_bisected(run, cast(Any, pixels), self._outputs)
         except DeviceLostError as error:
             raise RuntimeUnavailableError(f"the device is lost ({error}); run again to continue") from error
-        failed = sum(row is INFERENCE_FAILED for row in rows)
-        if any(row is OUT_OF_MEMORY for row in rows) or (failed == len(rows) > 1):
+        all_failed = len(rows) > 1 and all(row is INFERENCE_FAILED for row in rows)
+        if all_failed or any(row is OUT_OF_MEMORY for row in rows):
             raise RuntimeUnavailableError(
                 f"{self._runtime.name} failed on a batch of {len(rows)}; run again to continue, or choose "
                 "a smaller max_batch and another folder"

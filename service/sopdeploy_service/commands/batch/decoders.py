@@ -34,21 +34,21 @@ from sopdeploy_service.settings import Settings
 BLOCKS_PER_WORKER = 2  # one is decoded, one waits
 
 
-class Read(NamedTuple):
-    """Result of decoding one image, without its pixels.
+class DecodedImage(NamedTuple):
+    """The columns of an image that are known after decoding.
 
-    *sha256* is empty if the image was not read to its end; *error* (a code) and *message* are empty if there
-    is no error.
+    *sha256* is None if the image was not read to its end; *error* is a code, or None.
     """
 
-    sha256: str
+    path: str
+    sha256: str | None
     warnings: tuple[str, ...] = ()
-    error: str = ""
-    message: str = ""
+    error: str | None = None
+    error_message: str | None = None
 
 
-# Results of a block, and its pixels (n, H, W, 3) uint8, zeros for an image with an error.
-DecodedBlock: TypeAlias = tuple[list[Read], NDArray[np.uint8]]
+# The images of a block, and their pixels (n, H, W, 3) uint8, zeros for an image with an error.
+DecodedBlock: TypeAlias = tuple[list[DecodedImage], NDArray[np.uint8]]
 
 
 class DecoderProcesses:
@@ -59,73 +59,67 @@ class DecoderProcesses:
     """
 
     def __init__(self, rules: Preprocess, settings: Settings, workers: int) -> None:
-        self._crop, self._ahead = rules.crop, BLOCKS_PER_WORKER * workers
-        self._pool = _Pool(workers, rules, settings)
-        self._single = _Pool(1, rules, settings)
+        self._rules, self._settings, self._workers = rules, settings, workers
 
     def __enter__(self) -> "DecoderProcesses":
-        self._pool.start()
+        self._executor = self._start(self._workers)
+        self._single: ProcessPoolExecutor | None = None  # for images that may crash it
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.stop()
-        self._single.stop()
+        for executor in (self._executor, self._single):
+            if executor is not None:
+                executor.shutdown(wait=False, cancel_futures=True)
 
-    def decode(self, blocks: Iterable[Sequence[Entry]]) -> Iterator[DecodedBlock]:
-        """Decode *blocks* in advance; yield their results in order."""
-        waiting: deque[tuple[Sequence[Entry], Future[DecodedBlock]]] = deque()
-        for entries in blocks:
-            waiting.append((entries, self._pool.submit(entries)))
-            if len(waiting) > self._ahead:
-                yield self._result(*waiting.popleft())
+    def decode(self, blocks: Iterable[tuple[int, Sequence[Entry]]]) -> Iterator[tuple[int, DecodedBlock]]:
+        """Decode *blocks*, each with the number of its part, in advance; yield them in order."""
+        waiting: deque[tuple[int, Sequence[Entry], Future[DecodedBlock]]] = deque()
+        for number, entries in blocks:
+            waiting.append((number, entries, self._submit(entries)))
+            if len(waiting) > BLOCKS_PER_WORKER * self._workers:
+                yield self._wait(*waiting.popleft())
         while waiting:
-            yield self._result(*waiting.popleft())
+            yield self._wait(*waiting.popleft())
 
-    def _result(self, entries: Sequence[Entry], decoded: "Future[DecodedBlock]") -> DecodedBlock:
+    def _start(self, workers: int) -> ProcessPoolExecutor:
+        executor = ProcessPoolExecutor(
+            workers, _DecoderContext(), start_worker, (self._rules, self._settings)
+        )
+        for _ in range(workers):  # a process starts with the first task that waits for it
+            executor.submit(os.getpid)
+        return executor
+
+    def _submit(self, entries: Sequence[Entry]) -> "Future[DecodedBlock]":
         try:
-            return decoded.result()
+            return self._executor.submit(decode_entries, entries)
+        except BrokenProcessPool:  # a worker has died
+            self._executor = self._start(self._workers)
+            return self._executor.submit(decode_entries, entries)
+
+    def _wait(
+        self, number: int, entries: Sequence[Entry], decoded: "Future[DecodedBlock]"
+    ) -> tuple[int, DecodedBlock]:
+        try:
+            return number, decoded.result()
         except BrokenProcessPool:
-            reads, pixels = zip(*map(self._decode_alone, entries), strict=True)
-            return [read for (read,) in reads], np.concatenate(pixels)
+            images, pixels = zip(*map(self._decode_alone, entries), strict=True)
+            return number, ([image for (image,) in images], np.concatenate(pixels))
 
     def _decode_alone(self, entry: Entry) -> DecodedBlock:
+        if self._single is None:
+            self._single = self._start(1)
+            try:
+                self._single.submit(os.getpid).result()
+            except BrokenProcessPool as error:
+                raise RuntimeUnavailableError(
+                    "a decoder process did not start; see its message above"
+                ) from error
         try:
-            return self._single.submit([entry]).result()
+            return self._single.submit(decode_entries, [entry]).result()
         except BrokenProcessPool:
-            failed = Read("", error=DECODER_FAILED.code, message=DECODER_FAILED.message)
-            return [failed], np.zeros((1, self._crop, self._crop, 3), np.uint8)
-
-
-class _Pool:
-    """A process pool that starts again after one of its *workers* has died."""
-
-    def __init__(self, workers: int, rules: Preprocess, settings: Settings) -> None:
-        self._workers, self._arguments = workers, (rules, settings)
-        self._executor: ProcessPoolExecutor | None = None
-
-    def start(self) -> ProcessPoolExecutor:
-        """Start all processes."""
-        self._executor = ProcessPoolExecutor(self._workers, _DecoderContext(), start_worker, self._arguments)
-        self._ready = [self._executor.submit(_do_nothing) for _ in range(self._workers)]
-        return self._executor
-
-    def submit(self, entries: Sequence[Entry]) -> "Future[DecodedBlock]":
-        """Decode *entries*; raise `RuntimeUnavailableError` if a process ends before it can decode."""
-        executor = self._executor or self.start()
-        try:
-            self._ready[0].result()
-        except BrokenProcessPool as error:
-            raise RuntimeUnavailableError("a decoder process did not start; see its message above") from error
-        try:
-            return executor.submit(decode_entries, entries)
-        except BrokenProcessPool:
-            self._executor = None
-            return self.submit(entries)
-
-    def stop(self) -> None:
-        """End the processes after their current blocks."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._single = None
+            failed = DecodedImage(entry.path, None, (), DECODER_FAILED.code, DECODER_FAILED.message)
+            return [failed], np.zeros((1, self._rules.crop, self._rules.crop, 3), np.uint8)
 
 
 class _DecoderProcess(SpawnProcess):
@@ -155,28 +149,23 @@ class EntryDecoder:
     """Reads, hashes and decodes images as the server does."""
 
     def __init__(self, rules: Preprocess, settings: Settings) -> None:
-        self._rules, self._max_bytes = rules, settings.max_body_bytes
+        self.rules, self._max_bytes = rules, settings.max_body_bytes
         self._reader, self._decode = Reader(settings.max_body_bytes), make_decoder(settings)
 
-    def __call__(self, entry: Entry, pixels: NDArray[np.uint8]) -> Read:
+    def __call__(self, entry: Entry, pixels: NDArray[np.uint8]) -> DecodedImage:
         """Write the network's input of *entry* to *pixels* (H, W, 3), unless it has an error."""
-        digest = ""
+        sha256 = None
         try:
             body = self._reader.read(entry)
             if len(body) <= self._max_bytes:
-                digest = hashlib.sha256(body).hexdigest()
-            decoded = self._decode(EncodedImage(body), self._rules)
+                sha256 = hashlib.sha256(body).hexdigest()
+            decoded = self._decode(EncodedImage(body), self.rules)
         except ImageError as error:
-            return Read(digest, error=error.code, message=str(error))
+            return DecodedImage(entry.path, sha256, (), error.code, str(error))
         except Exception:  # a bug of the decoder fails its own image only
-            return Read(digest, error=DECODER_FAILED.code, message=DECODER_FAILED.message)
+            return DecodedImage(entry.path, sha256, (), DECODER_FAILED.code, DECODER_FAILED.message)
         pixels[:] = decoded.pixels
-        return Read(digest, decoded.warnings)
-
-    def decode(self, entries: Sequence[Entry]) -> DecodedBlock:
-        """Decode the block *entries*."""
-        pixels = np.zeros((len(entries), self._rules.crop, self._rules.crop, 3), np.uint8)
-        return list(map(self, entries, pixels)), pixels
+        return DecodedImage(entry.path, sha256, decoded.warnings)
 
 
 _worker: list[EntryDecoder] = []  # the decoder of a worker process
@@ -191,11 +180,9 @@ def start_worker(rules: Preprocess, settings: Settings) -> None:
 
 def decode_entries(entries: Sequence[Entry]) -> DecodedBlock:
     """Decode *entries* in a worker process."""
-    return _worker[0].decode(entries)
-
-
-def _do_nothing() -> None:
-    """Run when a worker process is ready."""
+    (decoder,) = _worker
+    pixels = np.zeros((len(entries), decoder.rules.crop, decoder.rules.crop, 3), np.uint8)
+    return list(map(decoder, entries, pixels)), pixels
 
 
 def _end_with_parent() -> None:

@@ -7,64 +7,17 @@ is on disk, because a list of millions of images does not fit into memory.
 import hashlib
 import os
 from collections.abc import Iterable
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from sopdeploy.errors import DataError
-from sopdeploy.files import atomic_write
 from sopdeploy_service.commands.batch.reader import Entry, import_pyarrow
-
-FILE = "_list.parquet"
-
-
-class Fingerprint:
-    """The number of `images` of a list, and a hash of their names, positions and sizes."""
-
-    def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self.images, self._hash = 0, hashlib.sha256()
-        for entry in entries:
-            self.add(entry)
-
-    def add(self, entry: Entry) -> None:
-        """Count and hash *entry*."""
-        self.images += 1
-        self._hash.update(f"{entry.path}\0{entry.offset} {entry.size}\n".encode(errors="surrogateescape"))
-
-    @property
-    def sha256(self) -> str:
-        """The hash of all entries so far."""
-        return self._hash.hexdigest()
 
 
 class Listing:
-    """The list in the folder *out*, which is read part by part."""
+    """The list in *file*, which is read part by part."""
 
-    def __init__(self, out: Path) -> None:
-        self._path = out / FILE
-        self._parquet = import_pyarrow("pyarrow.parquet")
-        self._arrow = import_pyarrow("pyarrow")
-
-    def write(self, entries: Iterable[Entry], part_images: int) -> Fingerprint:
-        """Write *entries* in parts of *part_images*."""
-        text, number = self._arrow.string(), self._arrow.int64()
-        location = self._arrow.binary()  # a path may not be UTF-8
-        schema = self._arrow.schema(
-            [("path", text), ("location", location), ("offset", number), ("size", number)]
-        )
-        fingerprint, entries = Fingerprint(), iter(entries)
-        with (
-            atomic_write(self._path) as partial,
-            self._parquet.ParquetWriter(partial, schema, compression="zstd") as writer,
-        ):
-            while part := list(islice(entries, part_images)):
-                for entry in part:
-                    fingerprint.add(entry)
-                paths, locations, offsets, sizes = zip(*part, strict=True)
-                columns = [list(map(printable, paths)), list(map(os.fsencode, locations)), offsets, sizes]
-                writer.write_table(self._arrow.table(columns, schema=schema))
-        return fingerprint
+    def __init__(self, file: Path) -> None:
+        self._file = import_pyarrow("pyarrow.parquet").ParquetFile(file)
 
     def parts(self) -> int:
         """Count the parts."""
@@ -80,14 +33,30 @@ class Listing:
         locations = map(os.fsdecode, columns["location"])
         return list(map(Entry, columns["path"], locations, columns["offset"], columns["size"]))
 
-    @cached_property
-    def _file(self) -> Any:
-        try:
-            return self._parquet.ParquetFile(self._path)
-        except (OSError, ValueError) as error:  # pyarrow's own error is a ValueError
-            raise DataError(f"{self._path}: missing or damaged; choose another folder") from error
 
+def write_list(file: Path, entries: Iterable[Entry], part_images: int) -> tuple[str, int]:
+    """Write *entries* to *file* in parts of *part_images*.
 
-def printable(path: str) -> str:
-    """Replace bytes of *path* that are not UTF-8 by U+FFFD."""
-    return os.fsencode(path).decode("utf-8", "replace")
+    Returns a hash of their names, positions and sizes, and their number.
+    """
+    arrow, parquet = import_pyarrow("pyarrow"), import_pyarrow("pyarrow.parquet")
+    schema = arrow.schema(
+        {
+            "path": arrow.string(),
+            "location": arrow.binary(),  # a path may not be UTF-8
+            "offset": arrow.int64(),
+            "size": arrow.int64(),
+        }
+    )
+    remaining, images, digest = iter(entries), 0, hashlib.sha256()
+    with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+        while part := list(islice(remaining, part_images)):
+            images += len(part)
+            for entry in part:
+                line = f"{entry.path}\0{entry.offset} {entry.size}\n"
+                digest.update(line.encode(errors="surrogateescape"))
+            paths, locations, offsets, sizes = zip(*part, strict=True)
+            printable = [os.fsencode(path).decode("utf-8", "replace") for path in paths]
+            columns = [printable, list(map(os.fsencode, locations)), offsets, sizes]
+            writer.write_table(arrow.table(columns, schema=schema))
+    return digest.hexdigest(), images

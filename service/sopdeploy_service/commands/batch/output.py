@@ -27,7 +27,8 @@ from sopdeploy_service.commands.batch.reader import import_pyarrow
 
 OnProgress = Callable[[int, int, int], None]  # images done, with an error, and in total
 
-ROWS, STATE, PAGE, DATA = "rows", "_run.json", "_report.html", "_report.json"
+ROWS, STATE, LIST, PAGE, DATA = "rows", "_run.json", "_list.parquet", "_report.html", "_report.json"
+OTHER_FOLDER = "; choose another folder"
 
 
 class RunState(StrictModel):
@@ -51,10 +52,10 @@ class RunState(StrictModel):
 
 
 class OutputFolder:
-    """The folder *out* of one run."""
+    """The folder *path* of one run."""
 
-    def __init__(self, out: Path) -> None:
-        self.path = out
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._parquet = import_pyarrow("pyarrow.parquet")
 
     @contextmanager
@@ -75,38 +76,28 @@ class OutputFolder:
             with writing(str(self.path), StorageError):  # errors of sources are no `OSError`
                 yield
 
-    def read_state(self) -> RunState | None:
-        """Read the state of the previous run; None for a new folder. Raises `ConfigError` for other files."""
-        file = self.path / STATE
-        if not file.exists():
-            if next((self.path / ROWS).iterdir(), None) is not None:
-                raise ConfigError(
-                    f"{self.path} has rows, but no {STATE}; choose another folder", setting="out"
-                )
-            return None
-        try:
-            return RunState.model_validate_json(file.read_bytes())
-        except pydantic.ValidationError as error:
-            raise ConfigError(
-                f"{file}: not written by this version; choose another folder", setting="out"
-            ) from error
-
     def begin(self, state: RunState) -> None:
         """Write *state*, or compare it with that of the run to continue; raises `ConfigError`."""
-        before = self.read_state()
-        if before is None:
-            with atomic_write(self.path / STATE) as partial:
+        file = self.path / STATE
+        if not file.exists():
+            if any((self.path / ROWS).iterdir()):
+                raise ConfigError(f"{self.path} has rows, but no {STATE}{OTHER_FOLDER}", setting="out")
+            with atomic_write(file) as partial:
                 partial.write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
                 _flush(partial)
             return
-        if before.source != state.source:
+        try:
+            previous = RunState.model_validate_json(file.read_bytes())
+        except pydantic.ValidationError as error:
+            raise ConfigError(f"{file}: not written by this version{OTHER_FOLDER}", setting="out") from error
+        if previous.source != state.source:
             raise ConfigError(
-                f"{self.path} was begun with other images ({before.images:,} then, {state.images:,} now; "
-                "names and sizes matter, too); choose another folder",
+                f"{self.path} was begun with other images ({previous.images:,} then, {state.images:,} now; "
+                f"names and sizes matter, too){OTHER_FOLDER}",
                 setting="out",
             )
-        for name, value in state.model_dump().items():
-            if (old := getattr(before, name)) != value:
+        for name, value in state:
+            if (old := getattr(previous, name)) != value:
                 raise ConfigError(
                     f"{self.path} was begun with {name} {old}, not {value}; continue with the same options, "
                     "or choose another folder",

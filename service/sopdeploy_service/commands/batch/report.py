@@ -23,7 +23,7 @@ from sopdeploy.images.formats import open_image
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy_service.commands.batch.listing import Listing
 from sopdeploy_service.commands.batch.output import DATA, PAGE, OutputFolder
-from sopdeploy_service.commands.batch.reader import Reader
+from sopdeploy_service.commands.batch.reader import Entry, Reader
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.settings import Settings
@@ -81,15 +81,37 @@ class BatchReport(StrictModel):
 
 def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, settings: Settings) -> BatchReport:
     """Write the report of the finished run in *folder* with the images of *listing*."""
+    report, positions = _summarize(folder, listing.parts(), bundle)
+    thumbnails = [_thumbnail(listing.read(part)[row], bundle, settings) for part, row in positions]
+    decision = bundle.manifest.decision
+    page = render(
+        "sopdeploy_service.commands.batch",
+        "batch.html",
+        report=report,
+        rejects=bundle.manifest.rejection is not None,
+        multi_label=decision is not None and decision.thresholds is not None,
+        failed=sum(kind.images for kind in report.errors),
+        classes=_class_bars(report),
+        hidden=max(0, len(report.counts) - MAX_BARS),
+        least=list(zip(thumbnails, report.least_certain, strict=True)),
+        level=LEVEL,
+    )
+    folder.write_text(DATA, report.model_dump_json(indent=2) + "\n")
+    folder.write_text(PAGE, page)
+    return report
+
+
+def _summarize(folder: OutputFolder, parts: int, bundle: Bundle) -> tuple[BatchReport, list[tuple[int, int]]]:
+    """Read all rows; return the report, and part and row of the least certain images."""
     decision = bundle.manifest.decision or Decision()
     multi_label = decision.thresholds is not None
-    predictions, counts = PredictionCounts(len(bundle.labels)), Counter[str]()
     indices = {label: index for index, label in enumerate(bundle.labels)}
-    images = unknown = 0
+    predictions, counts = PredictionCounts(len(bundle.labels)), Counter[str]()
     errors, examples = Counter[str](), defaultdict[str, list[str]](list)
+    images = unknown = 0
     least: list[tuple[float, int, int, str, str]] = []  # probability, part, row, path, class
-    for part in range(listing.parts()):
-        best: list[int] = []
+    for part in range(parts):
+        classes: list[int] = []
         confidences: list[float] = []
         for number, row in enumerate(folder.read_columns(part, COLUMNS).to_pylist()):
             images += 1
@@ -99,16 +121,19 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
                     examples[code].append(row["path"])
                 continue
             unknown += row["known"] is False
-            classes, probabilities = row["classes"], row["probabilities"]
-            counts.update(classes if multi_label else classes[:1])
+            labels, probabilities = row["classes"], row["probabilities"]
+            counts.update(labels if multi_label else labels[:1])
             if not multi_label:
-                best.append(indices[classes[0]])
+                classes.append(indices[labels[0]])
                 confidences.append(probabilities[0])
-            if classes:
-                least.append((probabilities[0], part, number, row["path"], classes[0]))
-        predictions.add(np.array(best, int), np.array(confidences))
+            if labels:
+                least.append((probabilities[0], part, number, row["path"], labels[0]))
+        predictions.add(np.array(classes, int), np.array(confidences))
         least = heapq.nsmallest(LEAST_CERTAIN, least)
-    drift = None if decision.reference is None else predictions.compare(decision.reference)
+    drift = None
+    if decision.reference is not None:
+        tests = predictions.compare(decision.reference).tests
+        drift = {name: DriftTest(**test._asdict(), alarm=test.alarm) for name, test in tests.items()}
     report = BatchReport(
         bundle=bundle.name,
         images=images,
@@ -122,26 +147,9 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
             Uncertain(path=path, label=label, probability=probability)
             for probability, _, _, path, label in least
         ),
-        drift=None
-        if drift is None
-        else {name: DriftTest(**test._asdict(), alarm=test.alarm) for name, test in drift.tests.items()},
+        drift=drift,
     )
-    thumbnails = [_thumbnail(listing, part, row, bundle, settings) for _, part, row, _, _ in least]
-    page = render(
-        "sopdeploy_service.commands.batch",
-        "batch.html",
-        report=report,
-        rejects=bundle.manifest.rejection is not None,
-        multi_label=multi_label,
-        failed=sum(kind.images for kind in report.errors),
-        classes=_class_bars(report),
-        hidden=max(0, len(report.counts) - MAX_BARS),
-        least=list(zip(thumbnails, report.least_certain, strict=True)),
-        level=LEVEL,
-    )
-    folder.write_text(DATA, report.model_dump_json(indent=2) + "\n")
-    folder.write_text(PAGE, page)
-    return report
+    return report, [(part, row) for _, part, row, _, _ in least]
 
 
 def _class_bars(report: BatchReport) -> Markup:
@@ -150,10 +158,9 @@ def _class_bars(report: BatchReport) -> Markup:
     return bars("classes-chart", "Images per class", rows, max(1.0, rows[0].value if rows else 1.0))
 
 
-def _thumbnail(listing: Listing, part: int, row: int, bundle: Bundle, settings: Settings) -> Markup | None:
-    """Build a thumbnail of an image; None if it does not exist any more."""
+def _thumbnail(entry: Entry, bundle: Bundle, settings: Settings) -> Markup | None:
+    """Build a thumbnail of the image *entry*; None if it does not exist any more."""
     rules = bundle.manifest.preprocess
-    entry = listing.read(part)[row]
     reader = Reader(settings.max_body_bytes)
     try:
         body = reader.read(entry)

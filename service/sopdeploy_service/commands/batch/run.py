@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.config import StrictModel, expand_options
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
+from sopdeploy.files import atomic_write
 from sopdeploy_service.commands.batch.classifier import PartClassifier
-from sopdeploy_service.commands.batch.listing import Fingerprint, Listing
+from sopdeploy_service.commands.batch.listing import Listing, write_list
 from sopdeploy_service.commands.batch.options import ClassifyOptions
-from sopdeploy_service.commands.batch.output import PAGE, ROWS, OnProgress, OutputFolder, Progress, RunState
+from sopdeploy_service.commands.batch.output import LIST, PAGE, ROWS, OnProgress, OutputFolder, Progress
 from sopdeploy_service.commands.batch.sources import list_entries
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import load_settings
@@ -110,22 +110,30 @@ def classify(
         RuntimeUnavailableError: No runtime can run the bundle, or its device failed.
     """
     names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
-    loaded = load_settings(None if config is None else Path(config), **settings)
-    bundle, folder = Path(bundle), OutputFolder(Path(out))
+    loaded_settings = load_settings(None if config is None else Path(config), **settings)
+    folder = OutputFolder(Path(out))
     report = import_optional(REPORT, "jinja2", "sopdeploy[batch]", ConfigError, "classify")
-    opened = open_bundle(bundle)
-    with PartClassifier(load_model(bundle, loaded), loaded, options) as classifier, folder.locked():
-        listing, images = _begin(folder, names, classifier.state)
+    loaded = load_model(Path(bundle), loaded_settings)
+    with PartClassifier(loaded, loaded_settings, options) as classifier, folder.locked():
+        with atomic_write(folder.path / LIST) as partial:
+            source, images = write_list(partial, list_entries(names), classifier.part_images)
+            folder.begin(classifier.run_state(source, images))  # rejects a folder of another run
+        listing = Listing(folder.path / LIST)
         progress = Progress(images, on_progress)
-        pending = _unfinished(folder, listing, progress)
-        if pending:
-            parts = ((number, listing.read(number)) for number in pending)
-            for number, table in classifier.tables(parts, progress.add):
-                folder.write_part(number, table)
-        written = report.write_report(folder, listing, opened, loaded)
+        pending = []
+        for part in range(listing.parts()):
+            errors = folder.errors_in(part, listing.images_of(part))
+            if errors is None:
+                pending.append(part)
+            else:
+                progress.add(listing.images_of(part), errors)
+        parts = ((number, listing.read(number)) for number in pending)
+        for number, table in classifier.tables(parts, progress.add):
+            folder.write_part(number, table)
+        written = report.write_report(folder, listing, loaded.bundle, loaded_settings)
         return Classified(
             out=folder.path,
-            bundle=opened.name,
+            bundle=loaded.bundle.name,
             images=images,
             errors=progress.errors,
             parts=listing.parts(),
@@ -133,26 +141,3 @@ def classify(
             drift=None if written.drift is None else any(test.alarm for test in written.drift.values()),
             counts=written.counts,
         )
-
-
-def _begin(folder: OutputFolder, sources: Sequence[str], state: RunState) -> tuple[Listing, int]:
-    """List the images of *sources*; write the state of a new run, or compare it with the run to continue."""
-    listing = Listing(folder.path)
-    entries = list_entries(sources)
-    is_new = folder.read_state() is None
-    source = listing.write(entries, state.part_images) if is_new else Fingerprint(entries)
-    folder.begin(state.model_copy(update={"source": source.sha256, "images": source.images}))
-    return listing, source.images
-
-
-def _unfinished(folder: OutputFolder, listing: Listing, progress: Progress) -> list[int]:
-    """Return the parts that are not complete, and add the images of complete parts to *progress*."""
-    pending = []
-    for part in range(listing.parts()):
-        images = listing.images_of(part)
-        errors = folder.errors_in(part, images)
-        if errors is None:
-            pending.append(part)
-        else:
-            progress.add(images, errors)
-    return pending

@@ -31,8 +31,8 @@ def list_entries(sources: Sequence[str]) -> Iterator[Entry]:
 
     Raises `DataError` for a source that does not exist, is damaged or has no images.
     """
-    if "" in sources:
-        raise DataError("a source is empty; name a folder, or . for this one")
+    if not sources or "" in sources:
+        raise DataError("no source, or an empty one; name a folder, or . for this one")
     for source in sources:
         empty = True
         try:
@@ -53,25 +53,25 @@ def _list_source(source: str) -> Iterator[Entry]:
     if is_bundle(path):
         raise DataError(f"{source}: a bundle, not images; name one bundle, then folders or files of images")
     if path.is_dir():
-        yield from (_whole(file) for file in walk(path) if is_image(file.name))
+        yield from (_file_entry(file) for file in walk(path) if is_image(file.name))
     elif path.exists():
-        yield from _list_file(_whole(path))
+        yield from _list_file(_file_entry(path))
     elif any(sign in source for sign in PATTERN):
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - pathlib takes no absolute patterns
-        for name in sorted(names):
-            if not Path(name).is_dir():
-                yield from _list_file(_whole(Path(name)))
+        for file in map(Path, sorted(names)):
+            if not file.is_dir():
+                yield from _list_file(_file_entry(file))
     else:
         raise DataError(f"{source}: not found; name a folder, a pattern, images, archives or lists of paths")
 
 
-def _whole(path: Path, shown: str | None = None) -> Entry:
-    """Describe an image file; *shown* is its name in the output. A missing file gets an error row later."""
+def _file_entry(path: Path) -> Entry:
+    """Describe an image file; a missing file gets an error row later."""
     try:
         size = path.stat().st_size
     except (OSError, ValueError):  # a name of a list may have null bytes
         size = UNKNOWN
-    return Entry(shown or str(path), str(path.absolute()), size=size)
+    return Entry(str(path), str(path.absolute()), size=size)
 
 
 def _list_file(file: Entry) -> Iterator[Entry]:
@@ -93,10 +93,9 @@ def _list_url(url: str) -> Iterator[Entry]:
         if any(sign in path for sign in PATTERN):
             for name, facts in sorted(store.glob(path, detail=True).items()):
                 if facts["type"] == "file":
-                    location = store.unstrip_protocol(name)
-                    yield from _list_file(_object(location, facts))
+                    yield from _list_file(_object_entry(store.unstrip_protocol(name), facts))
         elif store.isfile(path):
-            yield from _list_file(_object(url, store.info(path)))
+            yield from _list_file(_object_entry(url, store.info(path)))
         else:
             yield from _walk_url(store, path)
     except FileNotFoundError as error:
@@ -119,30 +118,30 @@ def _walk_url(store: Any, folder: str) -> Iterator[Entry]:
             if not is_hidden(name):
                 folders[name] = facts
         for name in sorted(filter(is_image, files)):
-            yield _object(store.unstrip_protocol(files[name]["name"]), files[name])
+            yield _object_entry(store.unstrip_protocol(files[name]["name"]), files[name])
 
 
-def _object(url: str, facts: Any) -> Entry:
+def _object_entry(url: str, facts: Any) -> Entry:
     """Describe the object *url* of a store."""
     size = facts.get("size")
     return Entry(url, url, size=UNKNOWN if size is None else int(size))
 
 
-def _list_tar(shown: str, location: str) -> Iterator[Entry]:
-    """Yield the images of the tar archive *location* as if it were a folder named *shown*."""
+def _list_tar(name: str, location: str) -> Iterator[Entry]:
+    """Yield the images of the tar archive *location* as if it were a folder with this *name*."""
     try:
         with open_location(location) as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(0)
-            for name, offset, size in scan(file, end):
-                inside = os.fsdecode(name)
-                if is_image(inside.rpartition("/")[2]):
-                    yield Entry(f"{shown}/{inside}", location, offset, size)
+            for member, offset, size in scan(file, end):
+                path = os.fsdecode(member)
+                if is_image(path.rpartition("/")[2]):
+                    yield Entry(f"{name}/{path}", location, offset, size)
     except DataError as error:
-        raise DataError(f"{shown}: {error}") from error
+        raise DataError(f"{name}: {error}") from error
     except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
         reason = f"damaged or not a tar file ({error}); copy or unpack it again"
-        raise DataError(f"{shown}: {reason}") from error
+        raise DataError(f"{name}: {reason}") from error
 
 
 def _list_lines(location: str) -> Iterator[Entry]:
@@ -150,19 +149,13 @@ def _list_lines(location: str) -> Iterator[Entry]:
 
     Paths are relative to the folder of the list.
     """
-    folder = location.rpartition("/")[0] if is_url(location) else Path(location).parent
-    opened = io.BufferedReader(open_location(location))
-    with io.TextIOWrapper(opened, "utf-8-sig", "surrogateescape") as lines:
-        for line in lines:
-            if name := line.strip():
-                yield _listed(folder, name)
-
-
-def _listed(folder: str | Path, name: str) -> Entry:
-    """Describe the image *name* of a list in *folder*."""
-    if is_url(name):
-        return Entry(name, name)
-    if isinstance(folder, str):
-        location = f"{folder}/{name}"
-        return Entry(location, location)
-    return _whole(folder / name, str(folder / name))
+    file = io.BufferedReader(open_location(location))
+    with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape") as lines:
+        for name in filter(None, map(str.strip, lines)):
+            if is_url(name):
+                yield Entry(name, name)
+            elif is_url(location):
+                url = f"{location.rpartition('/')[0]}/{name}"
+                yield Entry(url, url)
+            else:
+                yield _file_entry(Path(location).parent / name)

@@ -18,7 +18,7 @@ from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy_service.commands.batch import decoders
-from sopdeploy_service.commands.batch.decoders import DecoderProcesses, Read
+from sopdeploy_service.commands.batch.decoders import DecodedImage, DecoderProcesses
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.reader import Entry
@@ -130,13 +130,13 @@ def test_logits_and_features_are_those_of_the_bundle(bundle_path, photos, tmp_pa
     assert (bad["error"], bad["logits"], bad["features"]) == ("not_an_image", None, None)
 
 
-def decode_all(batches: list[list[Entry]]) -> list[tuple[str, bool]]:
+def decode_all(batches: list[list[Entry]]) -> list[tuple[str | None, bool]]:
     """Decode *batches* in two processes; list the error of each image and whether it has pixels."""
     with DecoderProcesses(RULES, SETTINGS, workers=2) as processes:
         return [
-            (read.error, bool(pixels.any()))
-            for reads, batch in processes.decode(batches)
-            for read, pixels in zip(reads, batch, strict=True)
+            (image.error, bool(pixels.any()))
+            for _, (images, batch) in processes.decode(enumerate(batches))
+            for image, pixels in zip(images, batch, strict=True)
         ]
 
 
@@ -145,7 +145,7 @@ def test_an_image_that_crashes_the_decoder_gets_an_error_and_no_other(photos, mo
     paths = [photos / f"{number:03d}.jpg" for number in range(14, 32)]
     entries = [Entry(str(path), str(path)) for path in paths]
     found = decode_all([entries[:6], entries[6:12], entries[12:]])
-    assert found == [("decoder_failed", False) if path.name == "017.jpg" else ("", True) for path in paths]
+    assert found == [("decoder_failed", False) if path.name == "017.jpg" else (None, True) for path in paths]
 
 
 def test_a_killed_decoder_process_is_replaced(photos):
@@ -157,15 +157,12 @@ def test_a_killed_decoder_process_is_replaced(photos):
             process.kill()
         yield entries[5:]
 
-    assert decode_all(tasks()) == [("", True)] * 10
+    assert decode_all(tasks()) == [(None, True)] * 10
 
 
 def test_rows_follow_the_decision_of_the_bundle(bundle):
     logits = np.array([[0, 1, 5, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1.0]], np.float32)
-    entries, reads = (
-        [Entry(name, name) for name in "abc"],
-        [Read("1"), Read("2", ("exif_rotated",)), Read("3")],
-    )
+    images = [DecodedImage("a", "1"), DecodedImage("b", "2", ("exif_rotated",)), DecodedImage("c", "3")]
     outputs = [{"logits": logits[0]}, {"logits": logits[1]}, NONFINITE]
     rule = Rejection(score="max_probability", threshold=0.5)
     present = Decision(activation="sigmoid", thresholds=(0.6,) * 7)
@@ -175,7 +172,8 @@ def test_rows_follow_the_decision_of_the_bundle(bundle):
         (present, None, (["cat", "dog", "bee"], list(bundle.labels)), [None, None]),
     ):
         manifest = bundle.manifest.model_copy(update={"decision": decision})
-        table = RowFormat(replace(bundle, manifest=manifest), top_k, OPTIONS).table(entries, reads, outputs)
+        rows = RowFormat(replace(bundle, manifest=manifest), top_k, OPTIONS)
+        table = rows.table(list(map(rows.row, images, outputs)))
         first, second, bad = table.to_pylist()
         assert (first["classes"], second["classes"]) == classes
         assert [first["known"], second["known"]] == known

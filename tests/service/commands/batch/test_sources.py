@@ -9,7 +9,7 @@ import fsspec
 import pytest
 
 from sopdeploy.errors import DataError, ImageError
-from sopdeploy_service.commands.batch.listing import Fingerprint, Listing
+from sopdeploy_service.commands.batch.listing import Listing, write_list
 from sopdeploy_service.commands.batch.reader import Entry, Reader
 from sopdeploy_service.commands.batch.sources import list_entries
 
@@ -110,16 +110,16 @@ def test_an_image_that_cannot_be_read_has_the_code_of_unusable_data(sources, mon
     assert raised.value.code == "unusable_data"
 
 
-def test_the_list_is_read_in_parts_and_its_fingerprint_changes_with_names_and_sizes(tmp_path):
+def test_the_list_is_read_in_parts_and_its_hash_changes_with_names_and_sizes(tmp_path):
     latin = os.fsdecode(b"/caf\xe9.jpg")
     entries = [Entry(latin, latin, size=3), Entry("b", "/b", 512, 7), Entry("c", "s3://x/c")]
-    listing = Listing(tmp_path)
-    fingerprint = listing.write(iter(entries), 2)
-    assert (fingerprint.images, listing.parts()) == (3, 2)
+    source, images = write_list(tmp_path / "list", iter(entries), 2)
+    listing = Listing(tmp_path / "list")
+    assert (images, listing.parts()) == (3, 2)
     assert [listing.images_of(part) for part in range(2)] == [2, 1]
     first, second, third = (entry for part in range(2) for entry in listing.read(part))
     assert (first.path, first.location) == ("/caf�.jpg", latin)
     assert [second, third] == entries[1:]
-    assert Fingerprint(entries).sha256 == fingerprint.sha256
+    assert write_list(tmp_path / "again", entries, 3)[0] == source
     changes = [entries[:2], entries[::-1], [*entries[:2], Entry("c", "s3://x/c", size=1)]]
-    assert fingerprint.sha256 not in [Fingerprint(changed).sha256 for changed in changes]
+    assert source not in [write_list(tmp_path / "changed", changed, 2)[0] for changed in changes]
