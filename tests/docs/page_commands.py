@@ -68,7 +68,7 @@ class Workspace:
         with Image.open(folder / "photos" / "rings" / "0.jpg") as image:
             image.save(folder / "photo.jpg")
             image.save(folder / "other.png")
-        with tarfile.open(folder / "photos.tar.xz", "w:xz") as archive:
+        with tarfile.open(folder / "photos.tar", "w") as archive:
             archive.add(folder / "photos", "photos")
         self.ports = {shown: str(free_port()) for shown in ("8000", "9000")}
 
