@@ -2,17 +2,15 @@
 
     python benchmarks/training_throughput.py [--quick] [--json]
 
-Synthetic JPEGs of ImageNet's size (500 x 375) and larger ones (1200 x 900), stored as files and in one
-archive; they are filtered noise with the spectrum and approximate file size of photographs. The rate of one
-core is measured in processor time of one thread, alternating between the augmentations. The error of draft
-decoding is the mean and the 99th percentile of the difference in gray levels. The waiting time is measured
-with the real loader, one process per core, and a simulated GPU. A GPU that takes 2,500 images per second is
-assumed to have 16 cores; its rate is scaled to the available cores.
+Synthetic JPEGs of ImageNet's size (500 x 375) and larger ones (1200 x 900), which are filtered noise with the
+spectrum and approximate file size of photographs. The rate of one core is measured in processor time of one
+thread, alternating between the augmentations. The error of draft decoding is the mean and the 99th percentile
+of the difference in gray levels. The waiting time is measured with the real loader, one process per core, and
+a simulated GPU. A GPU that takes 2,500 images per second is assumed to have 16 cores; its rate is scaled to
+the available cores.
 """
 
-import io
 import statistics
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -53,38 +51,25 @@ def photo(size: tuple[int, int], seed: int) -> Image.Image:
 
 
 def write(root: Path, size: tuple[int, int], quality: int, count: int) -> int:
-    """Write *count* JPEGs below *root*/files and into *root*/all.tar; return their mean size in bytes."""
+    """Write *count* JPEGs below *root*; return their mean size in bytes."""
     lengths = []
-    with tarfile.open(root / "all.tar", "w") as archive:
-        for number in range(count):
-            stream = io.BytesIO()
-            photo(size, number).save(stream, "JPEG", quality=quality)
-            name, data = f"{CLASSES[number % 2]}/{number}.jpg", stream.getvalue()
-            path = root / "files" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-            lengths.append(len(data))
+    for number in range(count):
+        path = root / CLASSES[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(size, number).save(path, "JPEG", quality=quality)
+        lengths.append(path.stat().st_size)
     return int(statistics.mean(lengths))
 
 
-def view(root: Path, augmentation: Augmentation, source: str = "files", epoch: int = 0) -> AugmentedDataset:
+def view(root: Path, augmentation: Augmentation, epoch: int = 0) -> AugmentedDataset:
     """Open the images below *root* with *augmentation*."""
-    return AugmentedDataset(
-        open_evaluation_images(root / source, CLASSES), augmentation, Preprocess(), 0, epoch
-    )
+    return AugmentedDataset(open_evaluation_images(root, CLASSES), augmentation, Preprocess(), 0, epoch)
 
 
 def per_core(root: Path, runs: int) -> dict[str, float]:
     """Measure the images per second of one core for each augmentation."""
     views = {name: (view(root, augmentation), PILLOW_BLOCKS) for name, augmentation in AUGMENTATIONS.items()}
     views["random-resized-crop, without memory reuse"] = (view(root, AUGMENTATIONS["random-resized-crop"]), 0)
-    views["random-resized-crop from a tar"] = (
-        view(root, AUGMENTATIONS["random-resized-crop"], "all.tar"),
-        PILLOW_BLOCKS,
-    )
 
     def pass_over(images: AugmentedDataset, blocks: int) -> None:
         Image.core.set_blocks_max(blocks)  # type: ignore[attr-defined]

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import EMBEDDING, BatchRange
-from sopdeploy.data.folder_store import is_image, walk
+from sopdeploy.data.folders import is_image, walk
 from sopdeploy.data.image_files import load_pixels, open_image
 from sopdeploy.errors import DataError, LoweringError, first_line
 from sopdeploy.files import open_regular

@@ -1,4 +1,4 @@
-"""`sopdeploy data check`: the content and the problems of a folder or archive of images."""
+"""`sopdeploy data check`: the content and the problems of a folder of images."""
 
 import hashlib
 import os
@@ -13,18 +13,18 @@ from PIL import Image
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.datasets import official
-from sopdeploy.data.datasets.folder import UNSPLIT, ClassFolders, open_class_folders, open_store
+from sopdeploy.data.datasets.folder import UNSPLIT, ClassFolders, open_class_folders
 from sopdeploy.data.datasets.label_table import (
+    LABELS_FILE,
     SEPARATOR,
     TRAIN,
     VAL,
     has_label_table,
     read_label_table,
 )
-from sopdeploy.data.folder_store import LABELS_FILE
+from sopdeploy.data.folders import data_folder, list_images
 from sopdeploy.data.image_files import ImageFiles, load_pixels, map_threaded, open_image
 from sopdeploy.errors import DataError, shorten
-from sopdeploy.files import expand_user
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
@@ -57,11 +57,15 @@ class Duplicates(StrictModel):
 class DataReport(StrictModel):
     """Result of a check.
 
-    Sides are (minimum, median, maximum) in pixels. `classes` names the folders that a training run would
-    reject: those without images, and held-out classes that differ from the training classes. `too_few` names
-    the classes with a single image. `strange` lists readable but unusual files by reason, `passed_over`
-    counts the files without an image suffix by their suffix. `notes` are lines about folders that are not
-    used, or that may not be what they seem.
+    Attributes:
+        shorter_side: Minimum, median and maximum in pixels; likewise `longer_side`.
+        classes: Problems of class folders that stop a training run: a folder has no images, or the held-out
+            classes differ from the training classes.
+        unreadable: Errors of the files that cannot be decoded.
+        too_few: Classes with a single image.
+        strange: Readable but unusual files, by reason.
+        passed_over: Number of files without an image suffix, by suffix.
+        notes: What the user may not have intended, such as folders that are not used.
     """
 
     path: Path
@@ -86,7 +90,7 @@ class DataReport(StrictModel):
 
 @dataclass(frozen=True, slots=True)
 class _FileInfo:
-    """Properties of one file; an unreadable one has an `error`, and no others but its length in bytes."""
+    """Properties of one file; of an unreadable file only its length in bytes and the `error` are set."""
 
     file: str
     part: str
@@ -102,12 +106,10 @@ class _FileInfo:
 def check(path: Path) -> DataReport:
     """Decode every image below *path* and report contents and problems.
 
-    *path* is a folder or tar archive with one folder per class or with `labels.csv`, or the root of an
-    official layout (`official`).
-
-    Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
+    *path* is a folder with one subfolder per class or with `labels.csv`, or the root of an official layout
+    (`official`). Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
     """
-    folders, unlisted = _open_parts(expand_user(path))
+    folders, unlisted = _open_parts(data_folder(path))
     parts = folders.parts
     infos = [
         info
@@ -138,19 +140,18 @@ def check(path: Path) -> DataReport:
     )
 
 
-def _open_parts(path: Path) -> tuple[ClassFolders, list[str]]:
-    """Detect the layout of *path* and open its parts; also returns the images that `labels.csv` lacks."""
-    kind = official.detect_kind(path)
+def _open_parts(root: Path) -> tuple[ClassFolders, list[str]]:
+    """Detect the layout of *root* and open its parts; also return the images that `labels.csv` lacks."""
+    kind = official.detect_kind(root)
     if kind is not None:
-        train = official.open_part(kind, "train", path)
-        test = official.open_part(kind, "held_out", path)
+        train = official.open_part(kind, "train", root)
+        test = official.open_part(kind, "held_out", root)
         return ClassFolders({"train": train, "test": test}), []
-    store = open_store(path)
-    if not has_label_table(store):
-        return open_class_folders(store), []
-    table = read_label_table(store)
+    if not has_label_table(root):
+        return open_class_folders(root), []
+    table = read_label_table(root)
     listed = set(table.images.paths.tolist())
-    unlisted = [str(store.root / os.fsdecode(name)) for name in store.list_files("")[0] if name not in listed]
+    unlisted = [str(root / os.fsdecode(path)) for path in list_images(root)[0] if path not in listed]
     parts = {name: table.part(name) for name in (TRAIN, VAL)} if table.is_split else {UNSPLIT: table.images}
     return ClassFolders(parts), unlisted
 
@@ -162,9 +163,9 @@ def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) ->
 
 
 def _single_images(images: ImageFiles) -> Iterator[str]:
-    """Describe the classes with a single image, of which none could be held out."""
+    """Describe the classes with a single image, which cannot be divided into training and held-out images."""
     for target in np.flatnonzero(images.class_counts() == 1):
-        yield f"{images.store.root / images.labels[target]}: only one image; add another"
+        yield f"{images.root / images.labels[target]}: only one image; add another"
 
 
 def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:

@@ -1,4 +1,4 @@
-"""Labeled image files in a folder or archive, and the detection of unreadable ones."""
+"""Labeled image files, and the detection of unreadable ones."""
 
 import hashlib
 import os
@@ -15,20 +15,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.data.base import LabeledImages, Target, hold_out
-from sopdeploy.data.folder_store import FolderStore
-from sopdeploy.data.tar import TarStore
+from sopdeploy.data.folders import list_images
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError, ImageError, shorten
+from sopdeploy.files import open_regular
 from sopdeploy.images import formats
 
-FileStore = FolderStore | TarStore
 CHUNK = 64  # images per task; decoding releases the GIL
 Result = TypeVar("Result")
 
 
-def count_ignored_files(store: FileStore, folders: Sequence[str]) -> dict[str, int]:
-    """Count the files below *folders* without an image suffix, by suffix."""
-    names = [name for folder in folders for name in store.list_files(folder)[1]]
+def count_ignored_files(root: Path, folders: Sequence[str]) -> dict[str, int]:
+    """Count the files below the subfolders *folders* of *root* without an image suffix, by suffix."""
+    names = [name for folder in folders for name in list_images(root, folder)[1]]
     return dict(Counter(Path(name).suffix.lower() or "without an ending" for name in names).most_common())
 
 
@@ -39,12 +38,12 @@ def describe_ignored_files(counts: Mapping[str, int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ImageFiles:
-    """Image files of a store; `paths` is one array of bytes, which loader processes can share.
+    """Image files below `root`; `paths` is one array of bytes, which loader processes can share.
 
     `targets` are class indices (N,), or (N, C) with 1 for every class of an image.
     """
 
-    store: FileStore
+    root: Path
     labels: tuple[str, ...]
     paths: NDArray[np.bytes_]
     targets: NDArray[np.int64] | NDArray[np.float32]
@@ -78,16 +77,17 @@ class ImageFiles:
         return open_image(self.read(index), self.path(index))
 
     def read(self, index: int) -> bytes:
-        """Read the bytes of a file, also one in an archive; raises `DataError` naming it."""
+        """Read the bytes of a file; raises `DataError` naming it."""
+        path = self.path(index)
         try:
-            return self.store.read(bytes(self.paths[index]))
+            with open_regular(path) as file:
+                return file.read()
         except OSError as error:
-            reason = error.strerror or error
-            raise DataError(f"{self.path(index)}: cannot be read ({reason}); repair or delete it") from error
+            raise DataError(f"{path}: cannot be read ({error.strerror}); repair or delete it") from error
 
     def path(self, index: int) -> Path:
-        """Path of a file; inside an archive, the path as if the archive were a folder."""
-        return self.store.root / os.fsdecode(self.paths[index])
+        """Return the path of a file."""
+        return self.root / os.fsdecode(self.paths[index])
 
     def select(self, mask: NDArray[np.bool_]) -> "ImageFiles":
         """Keep the images where *mask* (N,) is true."""
@@ -102,7 +102,7 @@ def divide(images: ImageFiles, fraction: float, seed: int) -> tuple[ImageFiles, 
     single = np.flatnonzero(images.class_counts() == 1)
     if single.size:
         name = images.labels[single[0]]
-        raise DataError(f"{images.store.root}: only one image of {name}; add another, one has to be held out")
+        raise DataError(f"{images.root}: only one image of {name}; add another, one has to be held out")
     keys = [path.decode("utf-8", "surrogateescape") for path in images.paths.tolist()]
     held = hold_out(keys, images.targets, fraction, seed)
     return images.select(~held), images.select(held)
@@ -110,18 +110,19 @@ def divide(images: ImageFiles, fraction: float, seed: int) -> tuple[ImageFiles, 
 
 def open_image(data: bytes, path: Path) -> Image.Image:
     """Open the encoded image *data* without decoding its pixels; raises `DataError` naming *path*."""
-    with _naming(path):
+    with _image_errors(path):
         return formats.open_image(data)
 
 
 def load_pixels(image: Image.Image, path: Path) -> Image.Image:
     """Decode the pixels of *image* in place and return it; raises `DataError` naming *path*."""
-    with _naming(path):
+    with _image_errors(path):
         return formats.load_pixels(image)
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _image_errors(path: Path) -> Iterator[None]:
+    """Convert an `ImageError` to a `DataError` naming *path*."""
     try:
         yield
     except ImageError as error:

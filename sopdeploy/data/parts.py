@@ -4,20 +4,23 @@ Any case is accepted, and the usual affixes: `Training/`, `Val/`, `seg_train/seg
 """
 
 import re
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
+from sopdeploy.data.folders import list_subfolders
 from sopdeploy.errors import DataError, shorten
 
 TRAIN = "train"
 TRAINING = (TRAIN, "training")
-HELD_OUT = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")  # in this order
+HELD_OUT = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")  # best first
 AFFIXES = {"set", "seg", "data", "images", "photos", "split"}
 
 
 class Parts(NamedTuple):
-    """Names of folders: that of the training images (empty if there is none), held-out ones, best first.
+    """Names of the subfolders of a data set.
 
-    `others` are neither; they are not read if there is a training folder.
+    `train` holds the training images and is empty if there is no such folder. `held_out` is sorted as
+    `HELD_OUT` is. `others` are all other subfolders.
     """
 
     train: str
@@ -26,27 +29,25 @@ class Parts(NamedTuple):
 
 
 def part_kind(name: str) -> str:
-    """Find the usual name that the folder *name* stands for, one of `TRAINING` or `HELD_OUT`, or ""."""
+    """Return the word of `TRAINING` or `HELD_OUT` that the folder *name* contains, or ""."""
     words = [word for word in re.split(r"[\s_.-]+", name.lower()) if word and word not in AFFIXES]
-    known = words[0].removesuffix("set") if len(words) == 1 else ""
-    return known if known in TRAINING or known in HELD_OUT else ""
+    kind = words[0].removesuffix("set") if len(words) == 1 else ""
+    return kind if kind in TRAINING or kind in HELD_OUT else ""
 
 
-def find_parts(store: Any) -> Parts:
-    """Find the parts of *store*, a `FileStore`; raises `DataError` for two folders of training images.
+def find_parts(root: Path) -> Parts:
+    """Find the parts of the data set in *root*; raises `DataError` for two folders of training images.
 
-    A folder that has the name of a part next to classes, but no folders in it, is a class.
+    A folder with the name of a part is a class if it is next to classes and contains no folders.
     """
-    names = store.folders()
+    names = list_subfolders(root)
     kinds = {name: part_kind(name) for name in names}
     only_parts = all(kinds.values())
     training = [
-        name for name in names if kinds[name] in TRAINING and (only_parts or has_folders(store, name))
+        name for name in names if kinds[name] in TRAINING and (only_parts or list_subfolders(root / name))
     ]
     if len(training) > 1:
-        raise DataError(
-            f"{store.root}: {shorten(training)} may all hold the training images; rename all but one"
-        )
+        raise DataError(f"{root}: {shorten(training)} may all hold the training images; rename all but one")
     held_out = sorted(
         (name for name in names if kinds[name] in HELD_OUT), key=lambda name: HELD_OUT.index(kinds[name])
     )
@@ -54,14 +55,9 @@ def find_parts(store: Any) -> Parts:
     return Parts(train, tuple(held_out), tuple(name for name in names if name not in (train, *held_out)))
 
 
-def has_folders(store: Any, name: str) -> bool:
-    """Check whether the folder *name* of *store* contains folders."""
-    return bool(store.open_folder(name).folders())
-
-
-def open_part(store: Any, name: str) -> Any:
-    """Open the part *name* of *store*; of `seg_train/seg_train/` the inner folder."""
-    part = store.open_folder(name)
-    while len(inside := part.folders()) == 1 and part_kind(inside[0]) == part_kind(name):
-        part = part.open_folder(inside[0])
-    return part
+def part_folder(root: Path, name: str) -> Path:
+    """Return the folder of the part *name* in *root*; for `seg_train/seg_train/`, the inner folder."""
+    folder = root / name
+    while len(inner := list_subfolders(folder)) == 1 and part_kind(inner[0]) == part_kind(name):
+        folder /= inner[0]
+    return folder

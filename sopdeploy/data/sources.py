@@ -14,7 +14,7 @@ from sopdeploy.data.base import LabeledImages, Split
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.official import OfficialConfig, detect_kind, open_official
 from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
-from sopdeploy.data.folder_store import Log, ignore
+from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import ImageFiles, find_unreadable
 from sopdeploy.data.subset import select_subset
 from sopdeploy.errors import DataError, shorten
@@ -65,7 +65,7 @@ def _drop_unreadable(split: Split, log: Log) -> Split:
         if empty.size:
             names = [images.labels[target] for target in empty]
             raise DataError(
-                f"{images.store.root}: no readable image in the classes {shorten(names)}; repair the files",
+                f"{images.root}: no readable image in the classes {shorten(names)}; repair the files",
                 lists={"classes": names},
             )
         parts.append(readable)

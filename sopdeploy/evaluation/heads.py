@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, NonNegative, StrictModel
-from sopdeploy.data.folder_store import Log, ignore
+from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import TOP_K, Rate

@@ -17,7 +17,7 @@ from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import Dataset, ImagesDataset, LabeledImages, PreprocessedDataset, Target
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.datasets.layouts import open_evaluation_images
-from sopdeploy.data.folder_store import Log, ignore
+from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
 from sopdeploy.decision import Activation, Decision, sigmoid
 from sopdeploy.errors import DataError, TrainingError

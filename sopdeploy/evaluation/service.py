@@ -7,7 +7,7 @@ import numpy as np
 
 from sopdeploy.client import Classification, Client
 from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_images
-from sopdeploy.data.folder_store import Log, ignore
+from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import DataError, OverloadedError, ServiceError, UnreachableError
 from sopdeploy.evaluation.metrics import Score

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.data.datasets.layouts import open_evaluation_images
-from sopdeploy.data.folder_store import Log, ignore
+from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.predictions import Predictions, make_predictions

@@ -11,7 +11,7 @@ from PIL import Image
 from sopdeploy.bundle.folder import MANIFEST
 from sopdeploy.bundle.manifest import FEATURES
 from sopdeploy.config import StrictModel
-from sopdeploy.data.folder_store import is_image
+from sopdeploy.data.folders import is_image
 from sopdeploy.errors import ConfigError, DataError, ImageError
 from sopdeploy.files import atomic_write, open_regular, read_at_most, writing
 from sopdeploy.images.formats import open_image

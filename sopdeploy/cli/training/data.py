@@ -1,4 +1,4 @@
-"""`sopdeploy data check`: inspect a folder or archive of images before training."""
+"""`sopdeploy data check`: inspect a folder of images before training."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,9 +26,7 @@ def inspect_images() -> None:
 
 @data.command("check")
 def check(
-    path: Annotated[
-        Path, typer.Argument(metavar="DIR|TAR", help="Folder with one subfolder per class, or a tar file.")
-    ],
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with one subfolder per class.")],
     as_json: JsonOption = False,
 ) -> None:
     """Decode every image and report sizes, formats, classes, duplicates and unreadable files.

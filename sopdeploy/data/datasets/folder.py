@@ -1,7 +1,6 @@
 """Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/ (`parts`).
 
-DIR, train/ and val/ may also be tar archives or folders of archives. A folder with `labels.csv` holds images
-that this table lists with their classes (`label_table`).
+A folder with `labels.csv` holds images that this table lists with their classes (`label_table`).
 """
 
 import os
@@ -14,20 +13,17 @@ import numpy as np
 import pydantic
 
 from sopdeploy.data.base import Split
-from sopdeploy.data.datasets.label_table import has_label_table, read_label_table, split_table
-from sopdeploy.data.folder_store import LABELS_FILE, FolderStore, Log, ignore
-from sopdeploy.data.image_files import (
-    FileStore,
-    ImageFiles,
-    count_ignored_files,
-    describe_ignored_files,
-    divide,
+from sopdeploy.data.datasets.label_table import (
+    LABELS_FILE,
+    has_label_table,
+    read_label_table,
+    split_table,
 )
-from sopdeploy.data.parts import TRAIN, Parts, find_parts, open_part
+from sopdeploy.data.folders import Log, data_folder, ignore, list_images, list_subfolders
+from sopdeploy.data.image_files import ImageFiles, count_ignored_files, describe_ignored_files, divide
+from sopdeploy.data.parts import TRAIN, Parts, find_parts, part_folder
 from sopdeploy.data.subset import ClassSubset
-from sopdeploy.data.tar import is_tar, open_tars
 from sopdeploy.errors import ConfigError, DataError, shorten
-from sopdeploy.files import expand_user
 from sopdeploy.images.limits import SUFFIXES
 
 UNSPLIT = "all"  # the name of the only part if there are no folders train and val
@@ -52,26 +48,25 @@ def open_folder(config: FolderConfig, log: Log = ignore) -> Split:
     """Open the training and held-out images of a folder, with classes sorted by name.
 
     If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of class indices.
-
-    Hidden folders and files without an image suffix are ignored; what else is not used is logged. Raises
+    Hidden files are ignored. *log* receives a line about every other file and folder that is not used. Raises
     `DataError` if the images cannot be used.
     """
     if config.path is None:
         raise ConfigError(
             "data.path: not set; give the folder with one subfolder per class", remedies={"data": None}
         )
-    store = open_store(expand_user(config.path))
-    if has_label_table(store):
-        split = split_table(read_label_table(store), config.hold_out, config.hold_out_seed)
+    root = data_folder(config.path)
+    if has_label_table(root):
+        split = split_table(read_label_table(root), config.hold_out, config.hold_out_seed)
         if split.train.targets.ndim == 1:
-            log(f"{store.root / LABELS_FILE}: every image has one class, so the network predicts one")
+            log(f"{root / LABELS_FILE}: every image has one class, so the network predicts one")
         return split
-    folders = open_class_folders(store, held_out=1)
+    folders = open_class_folders(root, held_out=1)
     for line in folders.notes:
         log(line)
     if folders.ignored:
         ignored = describe_ignored_files(folders.ignored)
-        log(f"{store.root}: ignored files without an image suffix: {ignored}")
+        log(f"{root}: ignored files without an image suffix: {ignored}")
     if folders.problems:
         raise DataError("; ".join(folders.problems))
     train, *held_out = folders.parts.values()
@@ -81,28 +76,13 @@ def open_folder(config: FolderConfig, log: Log = ignore) -> Split:
     return Split(train=train, held_out=divided, divided=True)
 
 
-def open_store(path: Path) -> FileStore:
-    """Open a folder, a tar archive, or a folder that holds archives and no subfolders."""
-    if path.is_file() and is_tar(path):
-        return open_tars(path, [path])
-    if not path.is_dir():
-        problem = "neither a folder nor an uncompressed tar file" if path.exists() else "no such folder"
-        raise DataError(
-            f"{path}: {problem}; give a folder or tar file with one subfolder of images per class"
-        )
-    store = FolderStore(path, lambda folder: open_store(path / folder))
-    if not store.folders():
-        archives = sorted(file for file in path.iterdir() if file.is_file() and is_tar(file))
-        if archives:
-            return open_tars(path, archives)
-    return store
-
-
 class ClassFolders(NamedTuple):
-    """Images of a folder with class folders, by part, the training images first.
+    """The images of class folders by part, the training images first.
 
-    `problems` say why it cannot be used for training, `notes` what may not be as intended. `ignored` counts
-    the files without an image suffix by suffix.
+    Attributes:
+        problems: Why a network cannot be trained on them.
+        notes: What the user may not have intended.
+        ignored: Number of files without an image suffix, by suffix.
     """
 
     parts: dict[str, ImageFiles]
@@ -111,35 +91,34 @@ class ClassFolders(NamedTuple):
     ignored: Mapping[str, int] = {}
 
 
-def open_class_folders(store: FileStore, held_out: int | None = None) -> ClassFolders:
-    """Open the class folders of *store*, or those in its training and first *held_out* held-out folders.
+def open_class_folders(root: Path, held_out: int | None = None) -> ClassFolders:
+    """Open the class folders in *root*, or in its training folder and its first *held_out* held-out folders.
 
-    Raises `DataError` if there are fewer than two classes, or held-out images only.
+    By default, all held-out folders are opened. Raises `DataError` if there are fewer than two classes, or
+    held-out images only.
     """
-    folders = find_parts(store)
-    notes = list(_describe_parts(store, folders))
-    if folders.held_out and not folders.train and not folders.others:
-        raise DataError(
-            f"{store.root}: holds {folders.held_out[0]} but no {TRAIN}; put the training images there"
-        )
-    if folders.train:
-        names = (folders.train, *folders.held_out[:held_out])
-        stores = {name: open_part(store, name) for name in names}
+    parts = find_parts(root)
+    notes = list(_describe_parts(root, parts))
+    if parts.held_out and not parts.train and not parts.others:
+        raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
+    if parts.train:
+        names = (parts.train, *parts.held_out[:held_out])
+        folders = {name: part_folder(root, name) for name in names}
     else:
-        stores = {UNSPLIT: store}
-    labels = class_names(next(iter(stores.values())))
-    parts = {name: list_classes(part, tuple(part.folders())) for name, part in stores.items()}
-    problems = [problem for images in parts.values() for problem in class_problems(images, labels)]
-    notes += filter(None, map(_describe_nested, parts.values()))
+        folders = {UNSPLIT: root}
+    labels = class_names(next(iter(folders.values())))
+    opened = {name: list_classes(folder) for name, folder in folders.items()}
+    problems = [problem for images in opened.values() for problem in class_problems(images, labels)]
+    notes += filter(None, map(_describe_nested, opened.values()))
     ignored = Counter[str]()
-    for images in parts.values():
-        ignored.update(count_ignored_files(images.store, images.labels))
-    return ClassFolders(parts, problems, notes, ignored)
+    for images in opened.values():
+        ignored.update(count_ignored_files(images.root, images.labels))
+    return ClassFolders(opened, problems, notes, ignored)
 
 
 def class_problems(images: ImageFiles, labels: tuple[str, ...]) -> Iterator[str]:
     """Describe classes of *images* that are not in *labels*, labels without a folder, and empty folders."""
-    root, folders = images.store.root, set(images.labels)
+    root, folders = images.root, set(images.labels)
     unknown, missing = sorted(folders - set(labels)), sorted(set(labels) - folders)
     if unknown:
         yield f"{root}: classes {shorten(unknown)} are not training classes, remove them or train on them"
@@ -148,7 +127,7 @@ def class_problems(images: ImageFiles, labels: tuple[str, ...]) -> Iterator[str]
     empty = [images.labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
     if empty:
         same = f" (also in {shorten(empty[1:])})" if len(empty) > 1 else ""
-        ignored = describe_ignored_files(count_ignored_files(images.store, empty[:1]))
+        ignored = describe_ignored_files(count_ignored_files(root, empty[:1]))
         others = f", only other files ({ignored})" if ignored else ""
         yield (
             f"{root / empty[0]}: no images in this class folder{same}{others}; "
@@ -156,36 +135,35 @@ def class_problems(images: ImageFiles, labels: tuple[str, ...]) -> Iterator[str]
         )
 
 
-def class_names(store: FileStore) -> tuple[str, ...]:
-    """List the class folders of *store*; raises `DataError` if there are fewer than two."""
-    names = store.folders()
+def class_names(root: Path) -> tuple[str, ...]:
+    """List the class folders in *root*; raises `DataError` if there are fewer than two."""
+    names = list_subfolders(root)
     if len(names) > 1:
         return tuple(names)
     if names:
-        inner = store.open_folder(names[0]).folders()
-        hint = f"; to use the folders in it as classes, give {store.root / names[0]}" if inner[1:] else ""
-        raise DataError(
-            f"{store.root}: holds only one class ({names[0]}); a classifier needs at least two{hint}"
-        )
-    raise DataError(f"{store.root}: holds no class folders; sort the images into one subfolder per class")
+        nested = list_subfolders(root / names[0])
+        hint = f"; to use the folders in it as classes, give {root / names[0]}" if len(nested) > 1 else ""
+        raise DataError(f"{root}: holds only one class ({names[0]}); a classifier needs at least two{hint}")
+    raise DataError(f"{root}: holds no class folders; sort the images into one subfolder per class")
 
 
-def list_classes(store: FileStore, labels: tuple[str, ...]) -> ImageFiles:
-    """List the images of every class, sorted; a class may be empty."""
-    by_class = [store.list_files(label)[0] for label in labels]
-    paths = np.asarray([path for files in by_class for path in files], dtype=np.bytes_)
-    targets = np.repeat(np.arange(len(labels)), [len(files) for files in by_class])
-    return ImageFiles(store, labels, paths, targets)
+def list_classes(root: Path) -> ImageFiles:
+    """List the images of every class folder in *root*, sorted; a class may be empty."""
+    labels = tuple(list_subfolders(root))
+    paths_by_class = [list_images(root, label)[0] for label in labels]
+    paths = np.asarray([path for paths in paths_by_class for path in paths], dtype=np.bytes_)
+    targets = np.repeat(np.arange(len(labels)), [len(paths) for paths in paths_by_class])
+    return ImageFiles(root, labels, paths, targets)
 
 
-def _describe_parts(store: FileStore, parts: Parts) -> Iterator[str]:
-    """Say which folders of *store* training does not use, or uses as classes despite their names."""
+def _describe_parts(root: Path, parts: Parts) -> Iterator[str]:
+    """Say which folders of *root* training does not use, or uses as classes despite their names."""
     unused = (*parts.held_out[1:], *parts.others)
     if parts.train and unused:
         used = " and ".join((parts.train, *parts.held_out[:1]))
-        yield f"{store.root}: training uses {used} only, not {shorten(unused)}"
+        yield f"{root}: training uses {used} only, not {shorten(unused)}"
     elif parts.held_out and parts.others:
-        yield f"{store.root}: {shorten(parts.held_out)} counts as a class, because there is no folder {TRAIN}"
+        yield f"{root}: {shorten(parts.held_out)} counts as a class, because there is no folder {TRAIN}"
 
 
 def _describe_nested(images: ImageFiles) -> str:
@@ -195,6 +173,6 @@ def _describe_nested(images: ImageFiles) -> str:
     if not nested:
         return ""
     return (
-        f"{images.store.root}: images of folders in a class folder count as images of that class: "
+        f"{images.root}: images of folders in a class folder count as images of that class: "
         f"{shorten(nested)}; move these folders up if they are classes"
     )

@@ -1,18 +1,19 @@
 """The labeled images of a folder, for commands without a recipe: `eval`, `calibrate`, `data check`."""
 
 from dataclasses import replace
+from functools import cache
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
 from sopdeploy.data.datasets import official
-from sopdeploy.data.datasets.folder import list_classes, open_store
-from sopdeploy.data.datasets.label_table import has_label_table, read_label_table
-from sopdeploy.data.folder_store import LABELS_FILE, Log, ignore
-from sopdeploy.data.image_files import FileStore, ImageFiles
-from sopdeploy.data.parts import find_parts, open_part
+from sopdeploy.data.datasets.folder import list_classes
+from sopdeploy.data.datasets.label_table import LABELS_FILE, has_label_table, read_label_table
+from sopdeploy.data.folders import Log, data_folder, ignore, list_images, list_subfolders
+from sopdeploy.data.image_files import ImageFiles
+from sopdeploy.data.parts import find_parts, part_folder
 from sopdeploy.errors import DataError, shorten
-from sopdeploy.files import expand_user
 
 
 def open_evaluation_images(
@@ -29,49 +30,56 @@ def open_evaluation_images(
     images of an official layout that are of no class of the network. Raises `DataError` for folders that are
     no class of the network, or if there are no images.
     """
-    root = expand_user(root)
+    root = data_folder(root)
     if multi_label:
-        store = open_store(root)
-        if not store.label_tables():
+        if not (root / LABELS_FILE).is_file():
             raise DataError(
                 f"{root}: has no {LABELS_FILE}, but the network predicts several classes per image; list the "
                 "images and their classes in this file"
             )
-        return read_label_table(store, labels, multi_label=True).held_out()
+        return read_label_table(root, labels, multi_label=True).held_out()
     if (kind := official.detect_kind(root)) is not None:
         images = _match(root, official.open_part(kind, "held_out", root), labels, must_match=False)
     else:
-        store = _open_held_out(open_store(root), labels, log)
-        if has_label_table(store):
-            stored = read_label_table(store, labels, multi_label=False).held_out()
+        folder = _held_out_folder(root, labels, log)
+        if has_label_table(folder):
+            images = read_label_table(folder, labels, multi_label=False).held_out()
         else:
-            stored = list_classes(store, tuple(store.folders()))
-        images = _match(root, stored, labels, must_match=True)
+            images = list_classes(folder)
+        images = _match(root, images, labels, must_match=True)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
     if empty:
         log(f"{root}: no images of {len(empty)} of {len(labels)} classes: {shorten(empty)}")
     return images
 
 
+@cache
+def class_aliases() -> dict[str, str]:
+    """Map the WordNet ID of each ImageNet class to the name that published weights have, and back."""
+    text = resources.files("sopdeploy.data.datasets").joinpath("imagenet_classes.txt").read_text("utf-8")
+    pairs = [line.split(" ", 1) for line in text.splitlines()]
+    return {first: second for pair in pairs for first, second in (pair, pair[::-1])}
+
+
 def open_any_images(root: Path) -> ImageFiles:
     """Open all images below *root*, without their classes; raises `DataError` if there are none."""
-    store = open_store(expand_user(root))
-    paths = np.asarray(store.list_files("")[0], dtype=np.bytes_)
+    root = data_folder(root)
+    paths = np.asarray(list_images(root)[0], dtype=np.bytes_)
     if not len(paths):
         raise DataError(f"{root}: holds no images; sort images into one subfolder per class")
-    return ImageFiles(store, ("",), paths, np.zeros(len(paths), dtype=np.int64))
+    return ImageFiles(root, ("",), paths, np.zeros(len(paths), dtype=np.int64))
 
 
-def _open_held_out(store: FileStore, labels: tuple[str, ...], log: Log) -> FileStore:
-    """Open the part of *store* with the held-out images, if its folders are parts and not classes."""
-    if set(store.folders()) <= set(labels):
-        return store
-    parts = find_parts(store)
+def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
+    """Return the folder with the held-out images in *root*; *root* itself if its folders are classes."""
+    if set(list_subfolders(root)) <= set(labels):
+        return root
+    parts = find_parts(root)
     if not parts.held_out or (not parts.train and parts.others):
-        return store
-    part: FileStore = open_part(store, parts.held_out[0])
-    log(f"{part.root}: the images in this folder are used")
-    return part
+        return root
+    folder = part_folder(root, parts.held_out[0])
+    log(f"{folder}: the images in this folder are used")
+    return folder
 
 
 def _match(root: Path, images: ImageFiles, labels: tuple[str, ...], *, must_match: bool) -> ImageFiles:
@@ -79,7 +87,7 @@ def _match(root: Path, images: ImageFiles, labels: tuple[str, ...], *, must_matc
     if not images.labels:
         raise DataError(f"{root}: holds no class folders; sort the images into one subfolder per class")
     indices = {label: index for index, label in enumerate(labels)}
-    aliases = official.class_aliases()
+    aliases = class_aliases()
     new_targets = [indices.get(name, indices.get(aliases.get(name, ""), -1)) for name in images.labels]
     unknown = [name for name, target in zip(images.labels, new_targets, strict=True) if target < 0]
     if unknown and (must_match or len(unknown) == len(new_targets)):

@@ -10,7 +10,6 @@ from sopdeploy.evaluation.service import score_service
 from sopdeploy_service.commands.evaluate import scores_of_bundle
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.settings import Settings
-from tests.sopdeploy.data.small_data import tar_of
 
 ONE_THREAD = Settings(threads=1)
 COLORS = {"ant": (200, 30, 60), "bee": (90, 160, 30), "cat": (10, 90, 220), "dog": (200, 200, 20)}
@@ -35,16 +34,12 @@ def folder(tmp_path, make_picture):
 
 def test_a_bundle_a_service_and_predict_agree_exactly(client, bundle_path, folder) -> None:
     progress: list[tuple[int, int]] = []
-    ours = scores_of_bundle(
+    labels, scores, facts = scores_of_bundle(
         bundle_path, folder, settings=ONE_THREAD, on_image=lambda *done: progress.append(done)
     )
-    labels, scores, facts = ours
     assert facts["bundle"] == bundle_path.name
-    packed = tar_of(folder, folder.with_suffix(".tar"))
     url = str(client.base_url)
     assert score_service(url, folder, on_image=silent) == (labels, scores)
-    assert score_service(url, packed, on_image=silent) == (labels, scores)
-    assert scores_of_bundle(bundle_path, packed, settings=ONE_THREAD, on_image=silent) == ours
     assert progress == [(done, 14) for done in range(1, 15)]
     paths = [path for label in labels for path in sorted((folder / label).iterdir())]
     predictions = predict(bundle_path, paths, Settings(threads=1, top_k=7))

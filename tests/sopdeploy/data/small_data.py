@@ -3,7 +3,6 @@
 import hashlib
 import io
 import pickle  # noqa: TID251  # the official files are pickles
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,6 @@ def write_photos(root: Path) -> Path:
     write_classes(root / "train", ("cat", "dog"), 4)
     write_classes(root / "val", ("cat", "dog"), 2, seed=500)
     return root
-
-
-def tar_of(folder: Path, path: Path, name: str = ".") -> Path:
-    """Write the content of *folder* to the tar file *path*, below *name*."""
-    with tarfile.open(path, "w") as archive:
-        archive.add(folder, arcname=name)
-    return path
 
 
 def write_pickle(path: Path, content: Any, protocol: int = 4) -> str:
@@ -112,16 +104,6 @@ def write_aircraft(root: Path) -> Path:
     }
     images = [f"images/{number}.jpg" for number in numbers]
     write_lists(root / "fgvc-aircraft-2013b" / "data", texts, images, (24, 20))
-    return root
-
-
-def write_imagenet(root: Path, classes: int, train: int, held_out: int) -> Path:
-    """Write images of WordNet IDs as ImageNet is distributed: `val` has no class folders, but a list."""
-    ids = [f"n{number:08}" for number in range(classes)]
-    images = [f"train/{wordnet_id}/{count}.JPEG" for wordnet_id in ids for count in range(train)]
-    listed = [f"ILSVRC2012_val_{number:08}.JPEG" for number in range(classes * held_out)]
-    lines = [f"{name} {ids[number % classes]}\n" for number, name in enumerate(listed)]
-    write_lists(root, {"val.txt": "".join(lines)}, [*images, *(f"val/{name}" for name in listed)], (32, 32))
     return root
 
 

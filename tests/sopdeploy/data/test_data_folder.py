@@ -118,7 +118,7 @@ def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, message) -> N
 
 
 def test_a_missing_or_unreadable_folder_is_named(tmp_path, monkeypatch) -> None:
-    with pytest.raises(DataError, match="nowhere: no such folder; give a folder or tar file"):
+    with pytest.raises(DataError, match="nowhere: no such folder; give a folder with one subfolder"):
         open_at(tmp_path / "nowhere")
     with pytest.raises(
         ConfigError, match=r"data\.path: not set; give the folder with one subfolder per class; try data"
@@ -147,7 +147,7 @@ def test_a_missing_or_unreadable_folder_is_named(tmp_path, monkeypatch) -> None:
 )
 def test_an_unreadable_image_is_named(tmp_path, spoil, message) -> None:
     split = open_at(make(tmp_path, a=4, b=4))
-    path = split.train.store.root / os.fsdecode(split.train.paths[2])
+    path = split.train.root / os.fsdecode(split.train.paths[2])
     spoil(path)
     with pytest.raises(DataError, match=message) as problem:
         split.train[2]

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ from sopdeploy.data.check import check
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.errors import DataError
-from tests.sopdeploy.data.small_data import tar_of
 from tests.two_objects import CLASSES, draw_scenes
 
 GOOD = "file,classes\na.png,cat|dog\nb.png,\nsub/c.png, dog \n"
@@ -54,7 +51,7 @@ PROBLEMS = {
     "file,labels\na.png,cat\n": "has the columns file, labels; write file,classes",
     "file;classes\na.png;cat\n": "has the columns file;classes; write file,classes",
     "file,classes\n": "lists no images",
-    "file,classes\na.png,cat|dog\na.png,dog\n": "line 3: a.png is listed in .*labels.csv, line 2, too",
+    "file,classes\na.png,cat|dog\na.png,dog\n": "line 3: a.png is listed in line 2, too",
     "file,classes\na.png,cat|dog\nx.png,cat\ny.png,\n": "line 3: x.png does not exist, and 1 more files",
     "file,classes\n../a.png,cat\n": "line 2: '../a.png' is not the path of an image, relative to",
     "file,classes\nsub,cat\n": "line 2: 'sub' is not the path of an image",
@@ -68,11 +65,9 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize(("text", "packed"), [*((text, False) for text in PROBLEMS), (GOOD, True)])
-def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str, packed: bool) -> None:
+@pytest.mark.parametrize("text", PROBLEMS)
+def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str) -> None:
     path = write(folder, text)
-    if packed:
-        path = tar_of(path, folder.parent / f"{folder.name}.tar")
     with pytest.raises(DataError, match=f"{path}(/labels.csv)?: {PROBLEMS[text]}") as caught:
         open_folder(FolderConfig(kind="folder", path=path))
     assert "\n" not in str(caught.value)
@@ -83,38 +78,6 @@ def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> N
         (folder / "labels.csv").write_bytes(content)
         with pytest.raises(DataError, match=r"labels\.csv: cannot be read .*; write a CSV file in UTF-8"):
             open_folder(FolderConfig(kind="folder", path=folder))
-
-
-def one_shard_per_image(folder: Path, out: Path, *, table: str) -> Path:
-    """Write a shard for every image; the table is next to them, or each has its own lines (*table*)."""
-    out.mkdir()
-    header, *lines = GOOD.splitlines()
-    for number, line in enumerate([*lines, "d.png"]):
-        name = line.partition(",")[0]
-        with tarfile.open(out / f"{number}.tar", "w") as archive:
-            archive.add(folder / name, arcname=name)
-            if table == "inside" and name != "d.png":
-                (folder / "rows.csv").write_text(f"{header}\n{line}\n")
-                archive.add(folder / "rows.csv", arcname="labels.csv")
-    return write(out, GOOD) if table == "next to them" else out
-
-
-ARCHIVES = {
-    "one": lambda folder, out: tar_of(folder, out.with_suffix(".tar")),
-    "named train": lambda folder, out: tar_of(folder, out.with_name("train.tar")),
-    "wrapped": lambda folder, out: tar_of(folder, out.with_suffix(".tar"), "my photos"),
-    "shards with a table each": lambda folder, out: one_shard_per_image(folder, out, table="inside"),
-    "shards next to a table": lambda folder, out: one_shard_per_image(folder, out, table="next to them"),
-}
-
-
-@pytest.mark.parametrize("pack", ARCHIVES.values(), ids=ARCHIVES)
-def test_archives_equal_the_folder_they_were_made_of(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory, pack: Callable[[Path, Path], Path]
-) -> None:
-    packed = pack(write(folder, GOOD), tmp_path_factory.mktemp("packed") / "photos")
-    assert rows(packed) == rows(folder)
-    assert check(packed).strange["not listed in labels.csv"] == (str(packed / "d.png"),)
 
 
 def test_networks_reject_tables_of_other_classes_and_the_other_kind_of_data(folder: Path) -> None:

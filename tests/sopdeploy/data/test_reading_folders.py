@@ -10,10 +10,9 @@ from sopdeploy.cli.app import app
 from sopdeploy.data.base import Split
 from sopdeploy.data.check import check
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
-from sopdeploy.data.datasets.layouts import open_evaluation_images
-from sopdeploy.data.datasets.official import class_aliases
+from sopdeploy.data.datasets.layouts import class_aliases, open_evaluation_images
 from sopdeploy.errors import DataError
-from tests.sopdeploy.data.small_data import tar_of, write_classes
+from tests.sopdeploy.data.small_data import write_classes
 from tests.sopdeploy.data.test_data_folder import make
 
 PETS = {"cats": 3, "dogs": 3}
@@ -39,13 +38,9 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("layout", "packed"), [*((layout, False) for layout in LAYOUTS), (LAYOUTS[2], True)], ids=str
-)
-def test_the_usual_names_of_parts_are_recognized_in_any_case(tmp_path, layout, packed) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_the_usual_names_of_parts_are_recognized_in_any_case(tmp_path, layout) -> None:
     path = make(tmp_path / "photos", **layout)
-    if packed:
-        path = tar_of(path, tmp_path / "photos.tar")
     split, log = open_logged(path)
     assert (split.train.labels, len(split.train), len(split.held_out)) == (("cats", "dogs"), 6, 6)
     assert (split.divided, log) == (False, "")
@@ -90,9 +85,8 @@ def test_folders_of_file_systems_and_programs_are_no_classes(tmp_path) -> None:
     make(tmp_path / "photos", **PETS)
     for junk in ("__MACOSX", "@eaDir", "lost+found", "cats/@eaDir", ".thumbnails"):
         make(tmp_path / "photos" / junk, inside=2)
-    for path in (tmp_path / "photos", tar_of(tmp_path / "photos", tmp_path / "p.tar")):
-        split, _ = open_logged(path)
-        assert (split.train.labels, len(split.train) + len(split.held_out)) == (("cats", "dogs"), 6)
+    split, _ = open_logged(tmp_path / "photos")
+    assert (split.train.labels, len(split.train) + len(split.held_out)) == (("cats", "dogs"), 6)
 
 
 @pytest.mark.parametrize(

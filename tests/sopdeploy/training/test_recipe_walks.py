@@ -9,7 +9,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import list_recipes, read_recipe
-from tests.sopdeploy.data.small_data import tar_of, write_cifar, write_classes, write_photos, write_places
+from tests.sopdeploy.data.small_data import write_cifar, write_classes, write_photos, write_places
 from tests.sopdeploy.training.runs import interrupt
 from tests.sopdeploy.training.small_recipes import SMALL, few_blocks
 
@@ -19,14 +19,13 @@ def write_data(name: str, root: Path, monkeypatch: Any) -> list[str]:
     kind = read_recipe(name).data.kind
     if kind == "digits":
         return ["batch_size=104"]  # two steps of `few_digits`
-    path = root
     if kind.startswith("cifar"):
         write_cifar(root, kind, monkeypatch)
     elif kind == "places365":
         write_places(root, monkeypatch)
     else:
-        path = tar_of(write_photos(root), root / "all.tar") if "gsop" in name else write_photos(root)
-    return [f"data.path={path}"]
+        write_photos(root)
+    return [f"data.path={root}"]
 
 
 # Recipes that start from another one.

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from sopdeploy.bundle.folder import is_bundle
-from sopdeploy.data.folder_store import is_hidden, is_image, walk
-from sopdeploy.data.tar import is_tar, scan
+from sopdeploy.data.folders import is_hidden, is_image, walk
 from sopdeploy.errors import DataError
 from sopdeploy.files import expand_user
 from sopdeploy.images.limits import SUFFIXES
 from sopdeploy_service.commands.batch.reader import UNKNOWN, Entry, is_url, open_location, open_store
+from sopdeploy_service.commands.batch.tar import TAR, list_members
 
 LIST = ".txt"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.xz")
@@ -76,7 +76,7 @@ def _file_entry(path: Path) -> Entry:
 
 def _list_file(file: Entry) -> Iterator[Entry]:
     """Yield the images in *file*: an archive, a list or an image, by its name."""
-    if is_tar(Path(file.location)):
+    if file.location.lower().endswith(TAR):
         yield from _list_tar(file.path, file.location)
     elif file.location.lower().endswith(COMPRESSED):
         raise DataError(f"{file.path}: is compressed; unpack it, so that images can be read alone")
@@ -133,10 +133,8 @@ def _list_tar(name: str, location: str) -> Iterator[Entry]:
         with open_location(location) as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(0)
-            for member, offset, size in scan(file, end):
-                path = os.fsdecode(member)
-                if is_image(path.rpartition("/")[2]):
-                    yield Entry(f"{name}/{path}", location, offset, size)
+            for path, offset, size in list_members(file, end):
+                yield Entry(f"{name}/{path}", location, offset, size)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
