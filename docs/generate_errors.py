@@ -117,7 +117,7 @@ EXAMPLES = {
     "another file or folder",
     "NoMemoryError": "cuda:0: out of memory for 256 images at once (OutOfMemoryError: CUDA out of memory. "
     "Tried to allocate 1.53 GiB.); raise accumulate (now 1), which keeps the batch size, or lower batch_size",
-    "ImageError": "notes.txt: this is not an image; use JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and GIF "
+    "ImageError": "notes.txt: this is not an image; use JPEG, PNG, WebP, HEIC, TIFF, PPM, BMP and GIF "
     "[not_an_image]",
     "ServiceError": "http://127.0.0.1:8000/info: status 200, but not a sopdeploy response; check the URL "
     "[foreign_answer]",
