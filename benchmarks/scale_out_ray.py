@@ -15,7 +15,8 @@ from ray import serve
 from serving_ours import fake_model, settings_for
 
 from sopdeploy_service.server.on_ray.application import OnRay, application
-from sopdeploy_service.server.on_ray.plan import NAME, Scale, changed_settings, deployment, http_options
+from sopdeploy_service.server.on_ray.plan import NAME, changed_settings, deployment, http_options
+from sopdeploy_service.server.on_ray.scale import ScaleOptions
 
 
 def replica_of(fixed_ms: float, per_image_ms: float, largest: int) -> type[OnRay]:
@@ -43,7 +44,7 @@ def main() -> None:
     try:
         settings = settings_for(arguments.largest, decoders=arguments.decoders, threads=1)
         settings = settings.model_copy(update={"port": arguments.port})
-        options = deployment({}, settings, Scale(fewest=arguments.replicas, most=arguments.replicas))
+        options = deployment({}, settings, ScaleOptions(replicas=arguments.replicas))
         del options["user_config"]  # the model is passed to the replica
         fixed, each = map(float, arguments.fake.split(","))
         serve.start(http_options=http_options(settings))

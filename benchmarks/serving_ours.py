@@ -32,7 +32,7 @@ from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import OverlappingRuntime
 from sopdeploy_service.runtime.fake import FakeOverlappingRuntime
 from sopdeploy_service.server.draining_server import freeze_objects, http_config
-from sopdeploy_service.server.process import prepare_process
+from sopdeploy_service.server.memory import limit_heaps
 from sopdeploy_service.settings import Settings, load_settings
 
 CLASSES = 1000
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--cpu-times", type=Path, help="file for the CPU times of decoding and runtime")
     parser.add_argument("--shadow", help="with --fake: share of the requests for a second simulated model")
     arguments = parser.parse_args()
-    prepare_process()
+    limit_heaps()
     freeze_objects()
     share = None if arguments.shadow is None else f"shadow={arguments.shadow}"
     settings = settings_for(

@@ -16,11 +16,10 @@ from sopdeploy_service.http.middleware import (
     OPEN,
     ApiKeyMiddleware,
     BodyLimitsMiddleware,
-    CreateBucket,
     DirectMiddleware,
     RequestContextMiddleware,
 )
-from sopdeploy_service.http.rate_limits import TokenBucket
+from sopdeploy_service.http.rate_limits import CreateBucketState, local_state
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import CreateRegistry, Service
@@ -39,13 +38,14 @@ def create_app(
     *,
     open_trace: OpenTrace | None = None,
     create_registry: CreateRegistry | None = None,
-    create_bucket: CreateBucket = TokenBucket,
+    create_bucket_state: CreateBucketState = local_state,
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`.
 
     *store* has the bundles that clients may load later, and *open_trace* starts the trace of a request.
-    *create_registry* replaces the registry of models in this process, and *create_bucket* creates the token
-    bucket of a key. `app.state.service` is the `Service` of the app; it runs once, from startup to shutdown.
+    *create_registry* replaces the registry of models in this process, and *create_bucket_state* creates the
+    state of a key's token bucket. `app.state.service` is the `Service` of the app; it runs once, from startup
+    to shutdown.
     Raises `ConfigError` if the key file of *settings* cannot be used.
     """
     keys = None if settings.keys is None else load_keys(settings.keys)
@@ -78,7 +78,9 @@ def create_app(
     app.add_middleware(DirectMiddleware, routes=v1.router.routes)
     if keys is not None:  # the middleware that is added last runs first
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS}
-        app.add_middleware(ApiKeyMiddleware, keys=keys, open_paths=open_paths, create_bucket=create_bucket)
+        app.add_middleware(
+            ApiKeyMiddleware, keys=keys, open_paths=open_paths, create_bucket_state=create_bucket_state
+        )
     app.add_middleware(BodyLimitsMiddleware, settings=settings, metrics=service.metrics)
     app.add_middleware(RequestContextMiddleware, service=service, open_trace=open_trace)
     return app

@@ -49,6 +49,7 @@ from sopdeploy_service.server.loop_watch import BEAT_SECONDS
 from sopdeploy_service.settings import Settings
 
 MAX_UNSENT_BYTES = 1 << 27  # results that a front end does not read
+MAX_AGE_SECONDS = 60.0  # of an image when it gets here; an earlier arrival is not believed
 REJECTIONS = (CLIENT_GONE, DEADLINE, DRAINING, RUNTIME_DEAD, INFERENCE_FAILED, NONFINITE, OUT_OF_MEMORY)
 CODES = {rejection.code: position for position, rejection in enumerate(REJECTIONS, 1)}  # 0: outputs
 
@@ -79,7 +80,7 @@ class InferenceProcess:
         self._status = control.STATUS.pack(0, 0, True) + bundles.encode()
         self._max_images = max_images
         self._ended = asyncio.Event()
-        self._images = 0
+        self._queued_images = 0
         self._front_ends: set[FrontEnd] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -106,7 +107,7 @@ class InferenceProcess:
     def _beat(self) -> None:
         control.send(self._supervisor, self._status)
         for front_end in self._front_ends:
-            channel.send(front_end.writer, Kind.LOAD, self._images)
+            channel.send(front_end.writer, Kind.LOAD, self._queued_images)
 
     def _receive_front_end(self) -> None:
         """Receive the channel of a front end, or detect that the supervisor has ended."""
@@ -154,7 +155,7 @@ class InferenceProcess:
         """Queue an image of *front_end*; every value is checked."""
         model_number, features, arrived, deadline = IMAGE.unpack_from(body)
         if number in front_end.images or len(front_end.images) >= self._max_images:
-            raise ChannelError(f"image {number} was sent twice, or too many images")
+            raise ChannelError(f"image {number}: was sent twice, or is one too many")
         if model_number >= len(self._models):
             raise ChannelError(f"unknown model {model_number}")
         if front_end.writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
@@ -164,12 +165,12 @@ class InferenceProcess:
             outcome=asyncio.get_running_loop().create_future(),
             deadline=deadline,
             features=features,
-            arrived=arrived if now - 60 < arrived <= now else now,
+            arrived=arrived if now - MAX_AGE_SECONDS < arrived <= now else now,
         )
         item.outcome.add_done_callback(partial(self._send_result, front_end, number, item))
         model = self._models[model_number]
         front_end.images[number] = model, item
-        self._images += 1
+        self._queued_images += 1
         pixels = np.frombuffer(body, np.uint8, offset=IMAGE.size)
         item.image = pixels.reshape(model.bundle.manifest.image_shape)
         rejection = model.queue.put(item)
@@ -181,7 +182,7 @@ class InferenceProcess:
     ) -> None:
         """Send the outcome of an image, unless its front end has ended."""
         if front_end.images.pop(number, None) is not None:
-            self._images -= 1
+            self._queued_images -= 1
         if front_end not in self._front_ends:
             return
         outcome = done.result()

@@ -1,6 +1,7 @@
-"""The processes of a server with several: which there are, and what the supervisor knows of each."""
+"""The processes of a server with several: which there are, their shares, and what the supervisor knows."""
 
 import itertools
+import math
 import os
 import socket
 import subprocess
@@ -10,8 +11,7 @@ from dataclasses import dataclass
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.cores import cores_within_quota, decoders_per_process
 from sopdeploy_service.front_ends import control
-from sopdeploy_service.front_ends.limits import count_front_ends, share_limits
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import SINGLE_PROCESS, Settings
 
 SERVER, INFERENCE = "server", "inference process"
 MODULES = {
@@ -19,6 +19,7 @@ MODULES = {
     INFERENCE: "sopdeploy_service.front_ends.inference_process",
 }
 MAX_ON_THE_WAY = 16  # connections that a process has not received
+MAX_AUTO, CORES_PER_FRONT_END = 8, 4
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 
@@ -37,7 +38,6 @@ class Process:
     inference: "Process | None" = None
     child: subprocess.Popen[str] | None = None
     control: socket.socket | None = None  # until the process has ended or left
-    early_deaths: int = 0
     sent: int = 0  # connections
     received: int = 0  # this and the following: reported by the child
     open: int = 0
@@ -59,9 +59,9 @@ class Process:
         """The number of open connections, with those that the process has not received."""
         return self.sent - self.received + self.open
 
-    def begin(self, end: socket.socket) -> None:
-        """Forget what the previous child reported; *end* is of its control socket."""
-        self.control, self.bundles, self.ready = end, None, False
+    def begin(self, control_socket: socket.socket) -> None:
+        """Reset what the previous child reported; the other end of *control_socket* is in a new child."""
+        self.control, self.bundles, self.ready = control_socket, None, False
         self.sent = self.received = self.open = self.silent_beats = 0
 
     def report(self, status: bytes) -> None:
@@ -107,6 +107,44 @@ def list_processes(settings: Settings) -> list[Process]:
             Process(f"{name}:{number}", SERVER, variables, changed, inference) for number in range(front_ends)
         ]
     return processes
+
+
+def count_front_ends(settings: Settings) -> int:
+    """Return the number of front ends per device.
+
+    `auto` is a quarter of the cores, at most 8, divided by the number of devices. With a setting that needs a
+    single process, `auto` is 1. Raises `ConfigError` if `auto` is 1 and a sandbox is required.
+    """
+    if settings.front_ends != "auto":
+        return settings.front_ends
+    cores = cores_within_quota()
+    count = max(1, min(MAX_AUTO, cores // CORES_PER_FRONT_END) // max(1, len(settings.devices)))
+    if any(getattr(settings, name) for name in SINGLE_PROCESS):
+        count = 1
+    if count == 1 and settings.sandbox == "required":
+        raise ConfigError(
+            f"sandbox=required: front_ends=auto is one process on {cores} cores; set front_ends=2 or more"
+        )
+    return count
+
+
+def share_limits(settings: Settings, front_ends: int) -> dict[str, int]:
+    """Divide the limits of the whole server among its *front_ends*.
+
+    Raises `ConfigError` if the share of a front end is too small for the largest request.
+    """
+    needed = {
+        "queue_size": settings.max_images * front_ends,
+        # An eighth of the bytes is reserved for small bodies.
+        "max_upload_bytes": math.ceil(settings.max_body_bytes * 8 / 7) * front_ends,
+    }
+    changes = [f"{name}={value}" for name, value in needed.items() if getattr(settings, name) < value]
+    if changes:
+        raise ConfigError(
+            f"{front_ends} front ends share queue_size and max_upload_bytes, and the largest request "
+            f"does not fit into a share; set {', '.join(changes)} or start fewer front ends"
+        )
+    return {name: getattr(settings, name) // front_ends for name in needed}
 
 
 def visible_devices(device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -25,9 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sopdeploy_service.front_ends import control
-from sopdeploy_service.front_ends.limits import count_front_ends
-from sopdeploy_service.front_ends.processes import MODULES, SERVER, Process, list_processes
-from sopdeploy_service.front_ends.rate_limits import SharedBuckets
+from sopdeploy_service.front_ends.processes import (
+    MODULES,
+    SERVER,
+    Process,
+    count_front_ends,
+    list_processes,
+)
+from sopdeploy_service.front_ends.rate_limits import create_memory
 from sopdeploy_service.observability import logs
 from sopdeploy_service.server.launch import USER_ERROR, start_process
 from sopdeploy_service.server.loop_watch import BEAT_SECONDS, LoopWatch
@@ -89,14 +94,12 @@ class Supervisor:
             self._loop.add_signal_handler(number, self._stop)
         with ExitStack() as stack:
             self._lifeline, writing = os.pipe()  # closed when this process ends, however it ends
-            self._buckets = SharedBuckets.create()
+            self._buckets = create_memory()
             for file in (self._lifeline, writing, self._buckets):
                 stack.callback(os.close, file)
             watch = LoopWatch()
             if self._settings.health_port is not None:
-                health = stack.enter_context(bind(self._settings.host, self._settings.health_port))
-                stack.enter_context(self._serve_health(health, watch))
-                sys.stdout.write(f"health: {url(health)}\n")
+                stack.enter_context(self._serve_health(watch))
             self._start_task(self._watch(watch))
             supervised = {process: self._start_task(self._supervise(process)) for process in self._processes}
             await asyncio.gather(*(supervised[process] for process in self._servers))
@@ -115,19 +118,18 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _serve_health(self, listener: socket.socket, watch: LoopWatch) -> AbstractContextManager[None]:
-        """Serve health and metrics on *listener* during a block: ready if a process is."""
-        from sopdeploy_service.server.health_port import health_app, run_in_thread  # noqa: PLC0415
+    def _serve_health(self, watch: LoopWatch) -> AbstractContextManager[str]:
+        """Serve health and metrics during a block: ready if a process is."""
+        from sopdeploy_service.server.health_port import serve_health  # noqa: PLC0415
 
         def state() -> "State":
             return "ok" if any(process.ready for process in self._servers) else "draining"
 
-        async def render() -> bytes:
+        async def collect_metrics() -> bytes:
             collecting = asyncio.run_coroutine_threadsafe(self._collect_metrics(), self._loop)
             return await asyncio.wrap_future(collecting)
 
-        app = health_app(state, render, watch, self._settings.max_loop_lag_seconds)
-        return run_in_thread(app, listener)
+        return serve_health(self._settings, state, collect_metrics, watch)
 
     def _stop(self) -> None:
         """Let the servers drain; inference processes end after them."""
@@ -138,6 +140,7 @@ class Supervisor:
 
     async def _supervise(self, process: Process) -> None:
         """Start *process* whenever it has ended, until the server stops."""
+        early_deaths = 0
         while not self._stopping.is_set():
             if process.inference is not None and process.inference.control is None:
                 await asyncio.sleep(BEAT_SECONDS)
@@ -152,9 +155,8 @@ class Supervisor:
                 self._code = USER_ERROR
                 self._stop()
                 return
-            early = time.monotonic() - started < STABLE_SECONDS
-            process.early_deaths = process.early_deaths + 1 if early else 0
-            delay = min(MAX_RESTART_DELAY_SECONDS, 2.0 ** max(0, process.early_deaths - 1) - 1)
+            early_deaths = early_deaths + 1 if time.monotonic() - started < STABLE_SECONDS else 0
+            delay = min(MAX_RESTART_DELAY_SECONDS, 2.0 ** max(0, early_deaths - 1) - 1)
             log.error("%s: exited with code %d; restart in %.0f s", process, code, delay)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)

@@ -16,7 +16,7 @@ from prometheus_client import generate_latest
 
 from sopdeploy_service.app import create_app
 from sopdeploy_service.front_ends import control, sandbox
-from sopdeploy_service.front_ends.rate_limits import SharedBuckets
+from sopdeploy_service.front_ends.rate_limits import SharedBucketStates
 from sopdeploy_service.front_ends.remote import RemoteRegistry
 from sopdeploy_service.server.draining_server import DrainingServer
 from sopdeploy_service.server.launch import run_program
@@ -37,7 +37,7 @@ class FrontServer(DrainingServer):
         super().__init__(app, settings, bundles)
         self._supervisor = supervisor
         self._received = 0  # connections
-        self._left = asyncio.Event()
+        self._supervisor_left = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def on_open(self, sockets: Sequence[socket.socket]) -> None:  # noqa: ARG002
@@ -55,7 +55,7 @@ class FrontServer(DrainingServer):
         message, files = control.receive(self._supervisor)
         if not message:
             self._loop.remove_reader(self._supervisor)
-            self._left.set()
+            self._supervisor_left.set()
         for file in files:
             if message == control.METRICS:
                 page = generate_latest(self._service.metrics.registry)
@@ -77,7 +77,7 @@ class FrontServer(DrainingServer):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Get no more connections, and serve those that are on their way."""
         self._supervisor.shutdown(socket.SHUT_WR)
-        await self._left.wait()
+        await self._supervisor_left.wait()
         if self._tasks:
             await asyncio.wait(self._tasks)
         await super().shutdown(sockets)
@@ -87,10 +87,10 @@ def serve(launch_config: Mapping[str, Any]) -> int:
     """Serve until SIGTERM, or until a runtime or the inference process is dead; return the exit code."""
     settings = Settings(**launch_config["settings"])
     supervisor = socket.socket(fileno=launch_config["control"])
-    buckets = SharedBuckets(launch_config["buckets"])
+    bucket_states = SharedBucketStates(launch_config["buckets"])
     is_front_end = "channel" in launch_config
     with configured_process(settings) as open_trace:
-        options: dict[str, Any] = {"open_trace": open_trace, "create_bucket": buckets.create_bucket}
+        options: dict[str, Any] = {"open_trace": open_trace, "create_bucket_state": bucket_states}
         if is_front_end:
             connection = socket.socket(fileno=launch_config["channel"])
             app = create_app({}, settings, create_registry=partial(RemoteRegistry, connection), **options)

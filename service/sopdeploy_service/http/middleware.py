@@ -12,9 +12,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -26,7 +26,7 @@ from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import ApiKeys
 from sopdeploy_service.http.problems import INTERNAL, reject
-from sopdeploy_service.http.rate_limits import TokenBucket
+from sopdeploy_service.http.rate_limits import CreateBucketState, TokenBucket
 from sopdeploy_service.inference.results import CLIENT_GONE, RejectedError, Rejection
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.metrics import Metrics
@@ -54,7 +54,6 @@ LATE_BODY = Rejection("slow_body", 408, "the body did not arrive before the dead
 UPLOADS_FULL = Rejection("uploads_full", 429, "too many bytes are being uploaded; retry later", 2)
 
 Value = TypeVar("Value")
-CreateBucket: TypeAlias = Callable[[float, int, int], TokenBucket]  # rate, burst, number of the key
 
 log = logging.getLogger("sopdeploy.http")
 access_log = logging.getLogger("sopdeploy.access")
@@ -173,12 +172,12 @@ class ApiKeyMiddleware:
     app: ASGIApp
     keys: ApiKeys
     open_paths: Collection[str]
-    create_bucket: CreateBucket = TokenBucket
+    create_bucket_state: CreateBucketState
 
     def __post_init__(self) -> None:
         """Create the token buckets of the keys."""
         self._buckets = {
-            key.name: self.create_bucket(key.rate, key.burst, number)
+            key.name: TokenBucket(key.rate, key.burst, self.create_bucket_state(number))
             for number, key in enumerate(self.keys.keys)
             if key.rate is not None
         }

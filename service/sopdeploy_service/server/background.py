@@ -8,13 +8,11 @@ import subprocess
 import threading
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO, cast
 
-from sopdeploy.errors import ConfigError, SopdeployError
+from sopdeploy.errors import SopdeployError
 from sopdeploy_service.server.launch import start_process
-from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
 
 SERVER = "sopdeploy_service.server.process"
@@ -37,36 +35,28 @@ class BackgroundServer:
         Raises `ConfigError` if it cannot listen, and what `BundleStore`, `open_bundle` and `load_model`
         raise.
         """
-        if settings.devices or settings.front_ends not in (1, "auto"):
-            name = "devices" if settings.devices else "front_ends"
-            raise ConfigError(
-                f"{name}: not supported with background=True; start `sopdeploy serve` with this setting"
-            )
-        self.bundles: tuple[str, ...] = ()
+        self.url, self.bundles = f"http://{settings.host}:{settings.port}", tuple[str, ...]()
         self._lines: deque[str] = deque(maxlen=MAX_LOG_LINES)
         self._ready = threading.Event()
         self._drain_seconds = settings.drain_seconds
-        with ExitStack() as stack:
-            listener = stack.enter_context(bind(settings.host, settings.port))
-            reading, self._lifeline = os.pipe()  # closed when this process ends, however it ends
-            stack.callback(os.close, reading)
-            self.url = url(listener)
-            launch_config = {
-                "sources": [str(source) for source in sources],
-                "settings": settings.model_dump(mode="json"),
-                "name": "background",
-                "listener": listener.fileno(),
-                "lifeline": reading,
-            }
-            files = (listener.fileno(), reading)
+        reading, self._lifeline = os.pipe()  # closed when this process ends, however it ends
+        launch_config = {
+            "sources": [str(source) for source in sources],
+            "settings": settings.model_dump(mode="json"),
+            "name": "background",
+            "lifeline": reading,
+        }
+        try:
             self._process = start_process(
                 SERVER,
                 launch_config,
-                files,
+                [reading],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 errors="replace",
             )
+        finally:
+            os.close(reading)
         self._reader = threading.Thread(target=self._read, name="server log", daemon=True)
         self._reader.start()
         try:
@@ -123,7 +113,8 @@ class BackgroundServer:
             for line in output:
                 self._lines.append(line)
                 if line.startswith("ready: "):
-                    self.bundles = tuple(line.split()[2:])
+                    _, self.url, *bundles = line.split()
+                    self.bundles = tuple(bundles)
                     self._ready.set()
         self._ready.set()
 

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
+from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol, limited_config
 from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD
 from sopdeploy_service.server.loop_watch import LoopWatch
 from sopdeploy_service.server.memory import IdleTrigger
@@ -42,17 +42,9 @@ def freeze_objects() -> None:
 
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """Create the uvicorn configuration of *app* with the connection limits of *settings*."""
-    shared = Connections(settings, app.state.service.metrics)
-    protocol = functools.partial(LimitedHttpProtocol, shared)
-    return uvicorn.Config(
+    return limited_config(
         app,
-        http=cast(type[asyncio.Protocol], protocol),
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # client addresses are not used
+        Connections(settings, app.state.service.metrics),
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
@@ -70,7 +62,6 @@ class DrainingServer(uvicorn.Server):
         super().__init__(http_config(app, settings))
         self.bundles = " ".join(bundles)
         self._service: Service = app.state.service
-        self._output_error: OSError | None = None  # ends the server: nobody learns that it is ready
         self._drain_until: float | None = None
         self._is_draining = False
         self._idle = IdleTrigger()
@@ -80,12 +71,10 @@ class DrainingServer(uvicorn.Server):
     def serve_until_end(self, *listeners: socket.socket) -> int:
         """Serve on *listeners* until a signal or the death of a runtime; return the exit code.
 
-        Raises the error of the `ready` line if it cannot be printed.
+        Raises `OSError` if the `ready` line cannot be printed, because nobody would learn that it is ready.
         """
         freeze_objects()
         self.run(sockets=list(listeners))
-        if self._output_error is not None:
-            raise self._output_error
         state = self._service.state
         log.info("stopped", extra={"state": state})
         return EXIT_RUNTIME_DEAD if state == "runtime_dead" else 0
@@ -101,11 +90,8 @@ class DrainingServer(uvicorn.Server):
 
     def on_open(self, sockets: Sequence[socket.socket]) -> None:
         """Print that the server is ready on *sockets*."""
-        try:
-            sys.stdout.write(f"ready: {url(sockets[0])}  {self.bundles}\n")
-            sys.stdout.flush()
-        except OSError as problem:
-            self._output_error = problem
+        sys.stdout.write(f"ready: {url(sockets[0])}  {self.bundles}\n")
+        sys.stdout.flush()
 
     async def serve_connections(self, connections: Sequence[socket.socket]) -> None:
         """Serve accepted *connections*."""
@@ -128,7 +114,7 @@ class DrainingServer(uvicorn.Server):
         """Decide ten times per second whether to close the port."""
         self.watch.beat()
         self._idle.tick(time.monotonic(), self._service.active_requests)
-        if self._service.state == "runtime_dead" or self._output_error is not None:
+        if self._service.state == "runtime_dead":
             return True
         if self._drain_until is not None:
             if not self._is_draining:

@@ -4,10 +4,9 @@ As a program, this module is the process of a `BackgroundServer`.
 """
 
 import logging
-import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sopdeploy_service.inference.bundle_store import BundleStore
-from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.request_context import OpenTrace, open_tracing
 from sopdeploy_service.server.launch import run_program
 from sopdeploy_service.server.memory import limit_heaps
-from sopdeploy_service.server.sockets import allow_files, bind, url
+from sopdeploy_service.server.sockets import allow_files, bind
 from sopdeploy_service.settings import Settings
 
 if TYPE_CHECKING:  # imported while the bundles are loaded
@@ -49,33 +48,27 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
         code: int | None = import_module(part).serve(sources, settings)
         if code is not None:
             return code
-    with bind(settings.host, settings.port) as listener:
-        return serve_on(sources, settings, listener)
-
-
-def serve_on(sources: Sequence[str | Path], settings: Settings, listener: socket.socket) -> int:
-    """Serve the bundles at *sources* in this process on *listener*; see `serve`."""
-    with configured_process(settings) as open_trace, ExitStack() as stack:
-        health = None
-        if settings.health_port is not None:
-            health = stack.enter_context(bind(settings.host, settings.health_port))
+    with (
+        bind(settings.host, settings.port) as listener,
+        configured_process(settings) as open_trace,
+        ExitStack() as stack,
+    ):
         app, names = load_app(sources, settings, open_trace=open_trace)
         from sopdeploy_service.server.draining_server import DrainingServer  # noqa: PLC0415 - see `load_app`
 
         server = DrainingServer(app, settings, names)
-        if health is not None:
+        if settings.health_port is not None:
             from prometheus_client import generate_latest  # noqa: PLC0415
 
-            from sopdeploy_service.server.health_port import health_app, run_in_thread  # noqa: PLC0415
+            from sopdeploy_service.server.health_port import serve_health  # noqa: PLC0415
 
-            sys.stdout.write(f"health: {url(health)}\n")
             service: Service = app.state.service
 
-            async def render() -> bytes:
+            async def collect_metrics() -> bytes:
                 return generate_latest(service.metrics.registry)
 
-            probes = health_app(lambda: service.state, render, server.watch, settings.max_loop_lag_seconds)
-            stack.enter_context(run_in_thread(probes, health))
+            health = serve_health(settings, lambda: service.state, collect_metrics, server.watch)
+            stack.enter_context(health)
         if settings.sandbox == "auto":
             log.debug("not sandboxed: a single process also runs the models, which needs files and threads")
         return server.serve_until_end(listener)
@@ -83,8 +76,10 @@ def serve_on(sources: Sequence[str | Path], settings: Settings, listener: socket
 
 @contextmanager
 def configured_process(settings: Settings) -> Iterator[OpenTrace | None]:
-    """Configure memory, log and tracing of a server process; yield how to open a trace."""
-    prepare_process()
+    """Configure memory, open files, log and tracing before threads start; yield how to open a trace."""
+    limit_heaps()
+    # Pillow warns about large images, which `max_pixels` rejects, and about metadata, which is not used.
+    warnings.filterwarnings("ignore", module="PIL")
     allow_files(settings.max_connections)
     with logs.configured(settings), open_tracing(settings) as open_trace:
         yield open_trace
@@ -98,44 +93,21 @@ def load_app(
     The modules of the app and its server are imported while a thread loads the bundles.
     """
     store = BundleStore(sources)
+    bundles = store.bundles
     if settings.memory_budget is not None:
         from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415
 
-        options["create_registry"] = partial(BudgetedRegistry, store.bundles)
-    with loading({} if settings.memory_budget is not None else store.bundles, settings) as wait:
+        options["create_registry"] = partial(BudgetedRegistry, bundles)
+        bundles = {}  # the registry loads them
+    with ThreadPoolExecutor(1, thread_name_prefix="loader") as loader:
+        loaded = loader.map(lambda path: load_model(path, settings), bundles.values())
         from sopdeploy_service.app import create_app  # noqa: PLC0415
 
         import_module("sopdeploy_service.server.draining_server")
-        models = wait()
+        models = dict(zip(bundles, loaded, strict=True))
     app = create_app(models, settings, store if settings.model_control else None, **options)
     return app, [model.bundle.name for model in app.state.service.registry.models()]
 
 
-@contextmanager
-def loading(
-    bundles: Mapping[str, Path], settings: Settings
-) -> Iterator[Callable[[], dict[str, LoadedModel]]]:
-    """Load *bundles* in a thread during a block; yield a function that waits for them."""
-    executor = ThreadPoolExecutor(1, thread_name_prefix="loader")
-    try:
-        futures = {name: executor.submit(load_model, path, settings) for name, path in bundles.items()}
-        yield lambda: {name: future.result() for name, future in futures.items()}
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def prepare_process() -> None:
-    """Configure memory and Pillow's warnings; call it before threads start."""
-    limit_heaps()
-    # About large images, which `max_pixels` rejects, and about damaged metadata, which is not used.
-    warnings.filterwarnings("ignore", module="PIL")
-
-
-def serve_inherited(launch_config: Mapping[str, Any]) -> int:
-    """Serve in a process that `server.launch.start_process` has started."""
-    listener = socket.socket(fileno=launch_config["listener"])
-    return serve_on(launch_config["sources"], Settings(**launch_config["settings"]), listener)
-
-
 if __name__ == "__main__":
-    sys.exit(run_program(serve_inherited))
+    sys.exit(run_program(lambda config: serve(config["sources"], Settings(**config["settings"]))))

@@ -8,21 +8,11 @@ import typer
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import out, plain_text
 from sopdeploy.cli.serving.serve import BundlesArgument, ConfigOption, SettingOption, flags_of_settings
+from sopdeploy_service.server.on_ray.scale import ScaleOptions
 
 
-class RayServeOptions(flags_of_settings("host", "port")):  # type: ignore[misc]
+class RayServeOptions(ScaleOptions, flags_of_settings("host", "port")):  # type: ignore[misc]
     """Where Ray serves, and on how many replicas."""
-
-    replicas: int | None = None
-    """Number of replicas; by default 1."""
-    min_replicas: int | None = None
-    """Fewest replicas, with --max-replicas."""
-    max_replicas: int | None = None
-    """Scale with the load, up to this number of replicas."""
-    gpus_per_replica: float = 0.0
-    """GPUs of a replica: 0.5 lets two share one, 0 uses the CPU."""
-    cpus_per_replica: int = 1
-    """Cores that Ray reserves; also the default number of threads."""
 
 
 @command()
@@ -49,19 +39,12 @@ def ray(
 
     given = parse_assignments(assignments or (), host=options.host, port=options.port)
     settings = load_settings(config, **given)
-    scale = plan.scale_of(
-        options.replicas,
-        options.min_replicas,
-        options.max_replicas,
-        cpus=options.cpus_per_replica,
-        gpus=options.gpus_per_replica,
-    )
     paths = BundleStore(bundles).bundles
     for path in paths.values():
         open_bundle(path)  # report a damaged bundle here instead of on every machine
     if emit is None:
         from sopdeploy_service.server.on_ray.run import run
 
-        raise typer.Exit(run(paths, settings, scale))
-    plan.write(emit, plan.config(paths, settings, scale))
+        raise typer.Exit(run(paths, settings, options))
+    plan.write_config(emit, plan.build_config(paths, settings, options))
     out.print(plain_text(f"{emit}: `serve run {emit}` starts it here, `serve deploy {emit}` on a cluster"))

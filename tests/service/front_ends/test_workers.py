@@ -13,7 +13,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service import cores as usable
-from sopdeploy_service.front_ends import limits
+from sopdeploy_service.front_ends import processes
 from sopdeploy_service.front_ends.monitoring import merge
 from sopdeploy_service.front_ends.processes import SERVER, list_processes, visible_devices
 from sopdeploy_service.settings import load_settings
@@ -127,11 +127,11 @@ def test_auto_is_a_front_end_per_four_cores(case: str, monkeypatch, tmp_path) ->
         file.write_text(quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setattr(usable, "CPU_QUOTA", file)
-    assert limits.count_front_ends(load_settings(front_ends="auto", **given)) == expected
+    assert processes.count_front_ends(load_settings(front_ends="auto", **given)) == expected
     required = load_settings(front_ends="auto", sandbox="required", **given)
     if expected == 1:
         with pytest.raises(ConfigError, match="set front_ends=2 or more"):
-            limits.count_front_ends(required)
+            processes.count_front_ends(required)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +170,9 @@ def test_the_share_of_a_front_end_holds_the_largest_request(case: str) -> None:
     settings = load_settings(**given)
     if isinstance(expected, str):
         with pytest.raises(ConfigError, match=f"{count} front ends share .* {expected}$"):
-            limits.share_limits(settings, count)
+            processes.share_limits(settings, count)
         return
-    assert limits.share_limits(settings, count) == expected
+    assert processes.share_limits(settings, count) == expected
     load_settings(**given, **expected)  # a front end accepts its settings
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app as cli
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.http.api_keys import Key, load_keys, new_key
-from sopdeploy_service.http.rate_limits import TokenBucket
+from sopdeploy_service.http.rate_limits import TokenBucket, local_state
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import load_settings
@@ -186,7 +186,7 @@ def test_no_sequence_of_requests_gets_more_than_burst_plus_rate_times_time(steps
     with pytest.MonkeyPatch.context() as patch:
         now = 1000.0
         patch.setattr("sopdeploy_service.http.middleware.time.monotonic", lambda: now)
-        bucket, taken, began = TokenBucket(rate, 8), 0, now
+        bucket, taken, began = TokenBucket(rate, 8, local_state(0)), 0, now
         for images, pause in steps:
             try:
                 bucket.spend(images)

@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from sopdeploy_service.server import loop_watch
-from sopdeploy_service.server.health_port import health_app, run_in_thread
+from sopdeploy_service.server.health_port import serve_health
 from sopdeploy_service.server.loop_watch import LoopWatch
-from sopdeploy_service.server.sockets import bind, url
+from sopdeploy_service.settings import Settings
 from tests.service.children import START_SECONDS, line_of
 from tests.service.raw import GET, connect, read
 
@@ -51,11 +51,9 @@ def health():
             return b"metric 1\n"
 
         def start(state: str, *, max_lag: float = 0.4) -> tuple[httpx.Client, LoopWatch]:
-            watch = LoopWatch()
-            listener = stack.enter_context(bind("127.0.0.1", 0))
-            app = health_app(lambda: state, render, watch, max_lag)
-            stack.enter_context(run_in_thread(app, listener))
-            return stack.enter_context(httpx.Client(base_url=url(listener), timeout=60)), watch
+            watch, settings = LoopWatch(), Settings(health_port=0, max_loop_lag_seconds=max_lag)
+            url = stack.enter_context(serve_health(settings, lambda: state, render, watch))
+            return stack.enter_context(httpx.Client(base_url=url, timeout=60)), watch
 
         yield start
 

@@ -302,9 +302,6 @@ def test_user_errors_are_sopdeploy_errors(bundle: Path, photos: Path, tmp_path: 
             RuntimeUnavailableError,
             lambda: sopdeploy.serve(bundle, background=True, port=0, runtime="tensorrt"),
         ),
-        "not supported with background=True": (
-            ConfigError, lambda: sopdeploy.serve(bundle, background=True, devices=("0", "1")),
-        ),
     }  # fmt: skip
     for message, (kind, call) in calls.items():
         with pytest.raises(kind, match=message):

@@ -1,9 +1,8 @@
 """The Ray Serve application that a config file names in `import_path`."""
 
 import asyncio
-import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import pydantic
 from fastapi import FastAPI
@@ -18,28 +17,30 @@ from sopdeploy_service.server.on_ray.replica import Replica
 
 REPLICA = "replica"
 METRICS_SECONDS = 5.0  # Ray exports metrics every ten seconds
+Sample: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]  # name, labels with their values
 LOGGING_CONFIG = {"enable_access_log": False}  # the setting `log` configures sopdeploy's access log
 
 
-async def report(registry: CollectorRegistry) -> None:
+async def copy_metrics(registry: CollectorRegistry) -> None:
     """Copy the samples of *registry* to Ray gauges forever; a sample that disappears becomes 0.
 
     All samples of a name have the same labels.
     """
     replica = serve.get_replica_context().replica_id.unique_id
     gauges: dict[str, Gauge] = {}
-    known: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+    previous: dict[Sample, float] = {}
     while True:
         await asyncio.sleep(METRICS_SECONDS)
-        values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-        for sample in itertools.chain.from_iterable(family.samples for family in registry.collect()):
-            values[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
-        for (name, labels), value in {**dict.fromkeys(known, 0.0), **values}.items():
-            if known.get((name, labels)) != value:
+        current: dict[Sample, float] = {}
+        for family in registry.collect():
+            for sample in family.samples:
+                current[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+        for (name, labels), value in {**dict.fromkeys(previous, 0.0), **current}.items():
+            if previous.get((name, labels)) != value:
                 if name not in gauges:
                     gauges[name] = Gauge(name, tag_keys=(*(key for key, _ in labels), REPLICA))
                 gauges[name].set(value, tags={**dict(labels), REPLICA: replica})
-        known = values
+        previous = current
 
 
 class Arguments(StrictModel):
@@ -51,20 +52,20 @@ class Arguments(StrictModel):
 class OnRay(Replica):
     """A replica with the methods that Ray Serve calls by their names."""
 
-    _reporter: asyncio.Task[None] | None = None
+    _copying: asyncio.Task[None] | None = None
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the app to Ray, which runs its startup and shutdown."""
         self.watch()
-        metrics = report(self.service.metrics.registry)
-        self._reporter = asyncio.get_running_loop().create_task(metrics)
+        copying = copy_metrics(self.service.metrics.registry)
+        self._copying = asyncio.get_running_loop().create_task(copying)
         self.asgi.add_middleware(RemoveRequestId)
         return self.asgi
 
     def __del__(self) -> None:
         """Close the replica; Ray calls this after the last response and the app's shutdown."""
-        if self._reporter is not None:
-            self._reporter.cancel()
+        if self._copying is not None:
+            self._copying.cancel()
         self.close()
 
 

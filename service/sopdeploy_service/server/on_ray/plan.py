@@ -13,17 +13,18 @@ import pydantic
 import yaml
 
 from sopdeploy.bundle.folder import read_manifest
-from sopdeploy.config import Count, StrictModel, first_problem
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write, writing
 from sopdeploy_service.inference.loader import LARGEST_ON_CPU
+from sopdeploy_service.server.on_ray.scale import ScaleOptions
 from sopdeploy_service.settings import Settings
 
 NAME = "sopdeploy"  # of the application and of its only deployment
 IMPORT_PATH = "sopdeploy_service.server.on_ray.application:build"
 HEALTH_CHECK_SECONDS = 2.0  # Ray's default of 10 would keep a dead replica too long
 SPARE_SECONDS = 1.0  # so that the server's own timeout responds first, with an error code
-HEAD = (
+COMMENT = (
     "# Written by `sopdeploy ray`. `serve run FILE` starts it here, `serve deploy FILE` on a cluster.\n"
     "# `serve deploy` again, with other bundles in user_config, swaps them and drops no request.\n"
 )
@@ -37,27 +38,6 @@ SINGLE_PROCESS = {  # settings that must have their default, and what to use ins
     "shadow": "it needs a server of its own: start `sopdeploy serve --shadow` beside the cluster",
 }
 
-Gpus = Annotated[float, pydantic.Field(ge=0, le=64)]
-
-
-class Scale(StrictModel):
-    """Number of replicas, from *fewest* to *most*, and the resources of each."""
-
-    fewest: Annotated[int, pydantic.Field(ge=0)] = 1
-    most: Count = 1
-    cpus: Count = 1
-    gpus: Gpus = 0.0  # 0.5: two replicas share a GPU
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> "Scale":
-        if self.fewest > self.most:
-            raise ValueError(f"min-replicas ({self.fewest}) is more than max-replicas ({self.most})")
-        if self.gpus > 1 and not self.gpus.is_integer():
-            raise ValueError(
-                f"gpus-per-replica ({self.gpus:g}) must be a fraction of one GPU or a whole number"
-            )
-        return self
-
 
 class UserConfig(StrictModel):
     """Configuration that may change while replicas run: bundle paths by name, valid on all machines."""
@@ -65,13 +45,13 @@ class UserConfig(StrictModel):
     bundles: Annotated[dict[str, Path], pydantic.Field(min_length=1)]
 
 
-def config(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> dict[str, Any]:
+def build_config(bundles: Mapping[str, Path], settings: Settings, scale: ScaleOptions) -> dict[str, Any]:
     """Build the Ray Serve config of *bundles* for `serve deploy` and `serve run`.
 
     Raises `ConfigError` for *settings* that need a single process and `BundleError` for an invalid manifest.
     """
-    check(settings)
-    settings = settings.model_copy(update={"threads": settings.threads or scale.cpus})
+    check_settings(settings)
+    settings = settings.model_copy(update={"threads": settings.threads or scale.cpus_per_replica})
     return {
         "proxy_location": "EveryNode",
         "http_options": http_options(settings),
@@ -87,9 +67,9 @@ def config(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> dic
     }
 
 
-def write(path: Path, options: Mapping[str, Any]) -> None:
-    """Write the config *options* to *path* atomically; raises `ConfigError` if it cannot."""
-    text = f"{HEAD}{yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)}"
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Write *config* to *path*; raises `ConfigError` if that fails."""
+    text = f"{COMMENT}{yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)}"
     with writing(path, ConfigError), atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -104,7 +84,7 @@ def http_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def deployment(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> dict[str, Any]:
+def deployment(bundles: Mapping[str, Path], settings: Settings, scale: ScaleOptions) -> dict[str, Any]:
     """Build the options of the deployment; autoscaling targets one full batch per replica."""
     options: dict[str, Any] = {
         "max_ongoing_requests": settings.queue_size,
@@ -113,39 +93,25 @@ def deployment(bundles: Mapping[str, Path], settings: Settings, scale: Scale) ->
         "graceful_shutdown_timeout_s": settings.drain_seconds,
         "health_check_period_s": HEALTH_CHECK_SECONDS,
         "health_check_timeout_s": settings.max_loop_lag_seconds,
-        "ray_actor_options": {"num_cpus": scale.cpus, "num_gpus": scale.gpus},
+        "ray_actor_options": {"num_cpus": scale.cpus_per_replica, "num_gpus": scale.gpus_per_replica},
     }
-    if scale.fewest == scale.most:
-        return {"num_replicas": scale.most, **options}
+    if scale.max_replicas is None:
+        return {"num_replicas": scale.replicas or 1, **options}
     if settings.max_batch is not None:
         batch = settings.max_batch
-    elif not scale.gpus:
+    elif not scale.gpus_per_replica:
         batch = LARGEST_ON_CPU
     else:
         batch = max(read_manifest(path).batch.maximum for path in bundles.values())
-    scaling = {"min_replicas": scale.fewest, "max_replicas": scale.most, "target_ongoing_requests": batch}
+    scaling = {
+        "min_replicas": 1 if scale.min_replicas is None else scale.min_replicas,
+        "max_replicas": scale.max_replicas,
+        "target_ongoing_requests": batch,
+    }
     return {"autoscaling_config": scaling, **options}
 
 
-def scale_of(replicas: int | None, fewest: int | None, most: int | None, *, cpus: int, gpus: float) -> Scale:
-    """Build the scale from the flags; raises `ConfigError` if they contradict each other."""
-    if replicas is not None and (fewest, most) != (None, None):
-        raise ConfigError("--replicas is a fixed number; omit it, or --min-replicas and --max-replicas")
-    if fewest is not None and most is None:
-        raise ConfigError("--min-replicas needs --max-replicas")
-    fixed = 1 if replicas is None else replicas
-    try:
-        return Scale(
-            fewest=(fixed if most is None else 1) if fewest is None else fewest,
-            most=fixed if most is None else most,
-            cpus=cpus,
-            gpus=gpus,
-        )
-    except pydantic.ValidationError as problem:
-        raise ConfigError(f"ray: {first_problem(problem)}") from problem
-
-
-def check(settings: Settings) -> None:
+def check_settings(settings: Settings) -> None:
     """Raise `ConfigError` for *settings* that need a single process: Ray starts several."""
     for name, advice in SINGLE_PROCESS.items():
         if getattr(settings, name) not in {Settings.model_fields[name].default, "auto"}:

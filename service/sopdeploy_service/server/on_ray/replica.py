@@ -21,14 +21,12 @@ from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability import logs
-from sopdeploy_service.observability.request_context import open_tracing
 from sopdeploy_service.server.draining_server import CLOSING_SECONDS, freeze_objects
 from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD
 from sopdeploy_service.server.loop_watch import BEAT_SECONDS, LoopWatch
 from sopdeploy_service.server.memory import IdleTrigger
-from sopdeploy_service.server.on_ray.plan import UserConfig, check
-from sopdeploy_service.server.process import prepare_process
+from sopdeploy_service.server.on_ray.plan import UserConfig, check_settings
+from sopdeploy_service.server.process import configured_process
 from sopdeploy_service.settings import load_settings
 
 LAST_RESPONSES_SECONDS = 0.2  # for complete responses on their way to Ray's proxy
@@ -49,11 +47,9 @@ class Replica:
         """
         self._stack = ExitStack()
         self.settings = load_settings(**settings)
-        check(self.settings)
-        prepare_process()
+        check_settings(self.settings)
+        open_trace = self._stack.enter_context(configured_process(self.settings))
         freeze_objects()
-        self._stack.enter_context(logs.configured(self.settings))
-        open_trace = self._stack.enter_context(open_tracing(self.settings))
         self.asgi: FastAPI = create_app(models or {}, self.settings, open_trace=open_trace)
         self.service: Service = self.asgi.state.service
         self._watch = LoopWatch()

@@ -13,7 +13,8 @@ from typing import Any
 
 from sopdeploy.environment import install_hint
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.server.on_ray.plan import NAME, Scale, config
+from sopdeploy_service.server.on_ray.plan import NAME, build_config
+from sopdeploy_service.server.on_ray.scale import ScaleOptions
 from sopdeploy_service.settings import Settings
 
 USAGE_VARIABLE = "RAY_USAGE_STATS_ENABLED"
@@ -21,15 +22,15 @@ CONNECT_SECONDS = 5.0
 OUR_ERROR = re.compile(r"sopdeploy\.errors\.\w+: (.+)")  # in the traceback of a replica
 
 
-def run(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> int:
+def run(bundles: Mapping[str, Path], settings: Settings, scale: ScaleOptions) -> int:
     """Serve *bundles* until SIGTERM or SIGINT, then drain and return 0.
 
     Joins the Ray cluster of this machine or of RAY_ADDRESS without a change of its other applications. If
     there is none, starts a cluster and stops it in the end. Prints `ready: URL  BUNDLE ...` when all replicas
     are ready. Raises `ConfigError` if Ray is not installed, already runs this application or listens on
-    another address, or if a replica does not start, and the errors of `config`.
+    another address, or if a replica does not start, and the errors of `build_config`.
     """
-    options = config(bundles, settings, scale)
+    config = build_config(bundles, settings, scale)
     os.environ.setdefault(USAGE_VARIABLE, "0")  # no usage statistics
     try:
         ray, serve = importlib.import_module("ray"), importlib.import_module("ray.serve")
@@ -38,13 +39,13 @@ def run(bundles: Mapping[str, Path], settings: Settings, scale: Scale) -> int:
         raise ConfigError(f"{how}, or write a config file with --emit") from problem
     ray.init(namespace="serve")
     try:
-        serve.start(proxy_location=options["proxy_location"], http_options=options["http_options"])
+        serve.start(proxy_location=config["proxy_location"], http_options=config["http_options"])
         if NAME in serve.status().applications:
             raise ConfigError(
                 f"{NAME} already runs on this Ray cluster; change it with --emit FILE and `serve deploy FILE`"
             )
         try:
-            deploy(serve, options["applications"][0])
+            deploy(serve, config["applications"][0])
             check_reachable(settings.host, settings.port)
             names = " ".join(path.resolve().name for path in bundles.values())
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
