@@ -56,8 +56,8 @@ class Replica:
     @property
     def cpu_ms(self) -> float:
         """CPU milliseconds of an image without the runtime."""
-        behind = BATCH_MS if self.front_ends == 1 else SEND_MS + INFERENCE_MS
-        return self.decode_ms + self.loop_ms + behind
+        batching = BATCH_MS if self.front_ends == 1 else SEND_MS + INFERENCE_MS
+        return self.decode_ms + self.loop_ms + batching
 
     def batch_ms(self, images: int) -> float:
         """Compute the milliseconds of a batch of *images* images."""
@@ -66,15 +66,15 @@ class Replica:
     @property
     def limits(self) -> dict[str, float]:
         """Images per second of each stage, by name."""
-        alone = self.front_ends == 1
-        lock_ms = self.loop_ms + self.decode_lock_ms + (BATCH_MS if alone else SEND_MS)
+        single_process = self.front_ends == 1
+        lock_ms = self.loop_ms + self.decode_lock_ms + (BATCH_MS if single_process else SEND_MS)
         limits = {
             "engine": 1000 * self.largest / self.batch_ms(self.largest),
             "interpreter lock": 1000 * self.front_ends / lock_ms,
         }
         if self.decode_ms:
             limits["decoders"] = 1000 * self.front_ends * self.decoders / self.decode_ms
-        return limits if alone else limits | {"inference process": 1000 / INFERENCE_MS}
+        return limits if single_process else limits | {"inference process": 1000 / INFERENCE_MS}
 
     @property
     def capacity(self) -> float:
@@ -149,9 +149,8 @@ def time_in_batcher(replica: Replica, per_ms: float, waiting_W: Floats, step: fl
     the other k % largest images, the image itself, and those that arrive until it starts.
     """
     largest, states = replica.largest, len(waiting_W)
-    ahead_TK = np.zeros(
-        (STEPS, states)
-    )  # mean number of images per batch that find r = (T + 0.5) steps and k images
+    # Mean number of images per batch that arrive when r = (T + 0.5) steps and k images are ahead of them.
+    ahead_TK = np.zeros((STEPS, states))
     for before in np.flatnonzero(waiting_W > 1e-9):  # waiting images when the running batch began
         size, left = min(max(int(before), 1), largest), max(int(before) - largest, 0)
         length = replica.batch_ms(size)
@@ -162,14 +161,14 @@ def time_in_batcher(replica: Replica, per_ms: float, waiting_W: Floats, step: fl
     ends = np.zeros(round((states // largest + 3) * replica.batch_ms(largest) / step) + 1)
     ends[round(replica.batch_ms(1) / step)] += waiting_W[0]
     for count in np.flatnonzero(ahead_TK.sum(axis=0) > 1e-9):
-        batches, together = divmod(int(count), largest)
+        batches, companions = divmod(int(count), largest)
         starts_T = (np.arange(STEPS) + 0.5) * step + batches * replica.batch_ms(largest)
-        room = largest - together - 1
+        room = largest - companions - 1
         joins_TR = poisson.pmf(np.arange(room + 1), per_ms * starts_T[:, None])
         joins_TR[:, room] = np.maximum(1 - joins_TR[:, :room].sum(axis=1), 0.0)
-        own_R = replica.fixed_ms + replica.each_ms * (together + 1 + np.arange(room + 1))
-        places = np.rint((starts_T[:, None] + own_R) / step).astype(np.int64)
-        np.add.at(ends, places, ahead_TK[:, count, None] * joins_TR)
+        own_R = replica.fixed_ms + replica.each_ms * (companions + 1 + np.arange(room + 1))
+        end_steps = np.rint((starts_T[:, None] + own_R) / step).astype(np.int64)
+        np.add.at(ends, end_steps, ahead_TK[:, count, None] * joins_TR)
     probabilities: Floats = ends / ends.sum()
     return probabilities
 
@@ -183,9 +182,9 @@ def highest_rate(replica: Replica, p99_ms: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if forecast(replica, middle).p99_ms <= p99_ms else (low, middle)
     if low == 0.0:
-        alone = replica.cpu_ms + replica.batch_ms(1)
+        fastest = replica.cpu_ms + replica.batch_ms(1)
         raise ValueError(
-            f"p99 of {p99_ms:g} ms is impossible: an image takes {alone:.1f} ms without waiting, "
+            f"p99 of {p99_ms:g} ms is impossible: an image takes {fastest:.1f} ms without waiting, "
             "and some images wait for a running batch; allow a larger p99"
         )
     return low
@@ -199,16 +198,16 @@ def plan(replica: Replica, rates: list[float], p99_ms: float, headroom: float, k
     most, rows = highest_rate(replica, p99_ms), []
     for rate in rates:
         count = max(math.ceil(rate / (replica.capacity * (1 - headroom))), math.ceil(rate / most) + 1)
-        each, now = rate / count, forecast(replica, rate / count)
-        lost = forecast(replica, rate / (count - 1))
+        rate_each = rate / count
+        usual, after_loss = forecast(replica, rate_each), forecast(replica, rate / (count - 1))
         cells = (
             f"{rate:,.0f}",
             f"{count:,}",
-            f"{each:,.1f}",
-            *(f"{value:.1f}" for value in (now.batch, now.p50_ms, now.p99_ms, lost.p99_ms)),
+            f"{rate_each:,.1f}",
+            *(f"{value:.1f}" for value in (usual.batch, usual.p50_ms, usual.p99_ms, after_loss.p99_ms)),
             f"{count * replica.cores:,.1f}",
             f"{rate * kilobytes * 8 / 1e6:,.2f}",
-            f"{each * now.mean_ms / 1000:.1f}",  # Little's law
+            f"{rate_each * usual.mean_ms / 1000:.1f}",  # Little's law
         )
         rows.append(f"| {' | '.join(cells)} |")
     return rows

@@ -107,7 +107,7 @@ def throughput(name: str, loaded: LoadedModel, source: Path, scratch: Path, kind
     alone = [bare(loaded.runtime, batch, side)]
     started = time.perf_counter()
     with patch.object(run, "load_model", return_value=loaded):
-        found = run.classify(
+        classified = run.classify(
             loaded.bundle.path,
             [str(source)],
             scratch,
@@ -116,7 +116,7 @@ def throughput(name: str, loaded: LoadedModel, source: Path, scratch: Path, kind
             max_batch=batch,
             on_progress=on_progress,
         )
-    whole = found.images / (time.perf_counter() - started)
+    whole = classified.images / (time.perf_counter() - started)
     alone.append(bare(loaded.runtime, batch, side))
     images, seconds, busy, cpu, engine_cpu = (times[-1] - times[0]).tolist()
     case, other = f"{name} engine, {kind}", statistics.mean(alone)
@@ -202,7 +202,7 @@ def peak_mib(child: subprocess.Popen[bytes]) -> float:
     peak = 0
     while child.poll() is None:
         try:
-            pages = [Path(f"/proc/{one}/smaps_rollup").read_text() for one in family(child.pid)]
+            pages = [Path(f"/proc/{process}/smaps_rollup").read_text() for process in family(child.pid)]
             peak = max(peak, sum(int(page.partition("\nPss:")[2].split()[0]) for page in pages))
         except (OSError, IndexError):
             pass  # a process has just ended
@@ -214,9 +214,9 @@ def peak_mib(child: subprocess.Popen[bytes]) -> float:
 def rows(out: Path) -> dict[str, dict[str, Any]]:
     """Read the rows of a run by the name of the image."""
     files = sorted((out / "rows").glob("*.parquet"))
-    found = [row for file in files for row in pq.read_table(file).to_pylist()]
-    by_name = {Path(row.pop("path")).name: row for row in found}
-    if len(by_name) < len(found):
+    listed = [row for file in files for row in pq.read_table(file).to_pylist()]
+    by_name = {Path(row.pop("path")).name: row for row in listed}
+    if len(by_name) < len(listed):
         raise RuntimeError(f"{out}: an image has two rows")
     return by_name
 
@@ -240,10 +240,8 @@ def measure_kills(bundle: Path, images: Path, scratch: Path) -> list[Result]:
         child.send_signal(signal.SIGKILL)
         child.wait()
     finish(command(bundle, images, scratch / "killed"))
-    expected, found = rows(scratch / "whole"), rows(scratch / "killed")
-    wrong = sum(found.get(name) != row for name, row in expected.items()) + len(
-        found.keys() - expected.keys()
-    )
+    expected, actual = rows(scratch / "whole"), rows(scratch / "killed")
+    wrong = sum(expected.get(name) != actual.get(name) for name in expected.keys() | actual.keys())
     return [Result(case=f"rows that differ after {KILLS} kills", ours=wrong, unit="rows", runs=len(expected))]
 
 
@@ -259,10 +257,10 @@ def measure_damaged(bundle: Path, images: Path, scratch: Path, count: int) -> li
     good = scratch / "good"
     finish(command(bundle, collect_images(images, scratch / "copied", count), good))
     finish(command(bundle, damaged, scratch / "bad"))
-    expected, found = rows(good), rows(scratch / "bad")
+    expected, actual = rows(good), rows(scratch / "bad")
     wrong = sum(
         (row["error"] is None or row["classes"] is not None) if name in names else row != expected[name]
-        for name, row in found.items()
+        for name, row in actual.items()
     )
     return [Result(case=f"wrong rows with {len(names)} damaged files", ours=wrong, unit="rows", runs=count)]
 

@@ -19,7 +19,7 @@ import signal
 import statistics
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -35,7 +35,7 @@ BODY = b"\xff\xd8\xff"  # the decoder is simulated
 HEAD = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(BODY)
 ESTABLISHED = "01"  # in /proc/net/tcp
 
-Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class Failure:
     """The effects of one failure.
 
     *held* is the number of connections of the failed process, *lost* the number of all connections that
@@ -61,9 +61,9 @@ class Round:
     back: float
 
 
-async def ask(ends: Ends) -> Answer:
+async def send(connection: Connection) -> Answer:
     """Send one request and read its response."""
-    reader, writer = ends
+    reader, writer = connection
     try:
         writer.write(HEAD + BODY)
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
@@ -93,30 +93,30 @@ def held_by(process: int, port: int) -> int:
 
 async def fail(
     server: Server, victim: int, signal_number: int, is_back: Callable[[], Awaitable[bool]]
-) -> Round:
+) -> Failure:
     """Send a signal to the process *victim* while all connections have a request in flight."""
     parts = urlsplit(server.url)
-    ends = [await asyncio.open_connection(parts.hostname, parts.port) for _ in range(CONNECTIONS)]
-    warm = await asyncio.gather(*(ask(one) for one in ends))
+    connections = [await asyncio.open_connection(parts.hostname, parts.port) for _ in range(CONNECTIONS)]
+    warm = await asyncio.gather(*map(send, connections))
     if {answer.status for answer in warm} != {200}:
         raise SystemExit(f"the server does not respond: {warm[0]}")
     held = held_by(victim, int(parts.port or 0))
-    asking = [asyncio.create_task(ask(one)) for one in ends]
+    requests = [asyncio.create_task(send(connection)) for connection in connections]
     await asyncio.sleep(0.05)  # a quarter of a batch
     os.kill(victim, signal_number)
     began = time.monotonic()
-    answers = await asyncio.gather(*asking)
-    later = await asyncio.gather(*(ask(one) for one in ends))  # a response may predate the failure
+    answers = await asyncio.gather(*requests)
+    later = await asyncio.gather(*map(send, connections))  # a response may predate the failure
     while not await is_back():
         await asyncio.sleep(0.02)
     back = time.monotonic() - began
-    for _, writer in ends:
+    for _, writer in connections:
         writer.close()
-    relative = [Answer(one.status, one.retry_after, one.moment - began) for one in answers]
-    return Round(relative, held, sum(one.status == 0 for one in later), back)
+    relative = [replace(answer, moment=answer.moment - began) for answer in answers]
+    return Failure(relative, held, sum(answer.status == 0 for answer in later), back)
 
 
-async def kill_front_end(server: Server, number: int) -> Round:
+async def kill_front_end(server: Server, number: int) -> Failure:
     """Kill one of the front ends."""
     victim = server.processes()[number % 2]
 
@@ -127,7 +127,7 @@ async def kill_front_end(server: Server, number: int) -> Round:
     return await fail(server, victim, signal.SIGKILL, is_back)
 
 
-async def end_inference(server: Server, signal_number: int) -> Round:
+async def end_inference(server: Server, signal_number: int) -> Failure:
     """Kill or stop the inference process; the supervisor kills a stopped one."""
     async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
 
@@ -151,15 +151,18 @@ def front_ends_killed(server: Server, rounds: int) -> list[Result]:
     for number in range(2):
         asyncio.run(kill_front_end(server, number))
     before = resources(server)
-    found = [asyncio.run(kill_front_end(server, number)) for number in range(rounds)]
+    failures = [asyncio.run(kill_front_end(server, number)) for number in range(rounds)]
     after = resources(server)
     values: dict[str, tuple[float, str]] = {
-        "connections lost, less those held": (sum(abs(one.lost - one.held) for one in found), "connections"),
+        "connections lost, less those held": (
+            sum(abs(failure.lost - failure.held) for failure in failures),
+            "connections",
+        ),
         "requests with an error": (
-            sum(answer.status not in {0, 200} for one in found for answer in one.answers),
+            sum(answer.status not in {0, 200} for failure in failures for answer in failure.answers),
             "requests",
         ),
-        "replaced, median": (statistics.median(one.back for one in found), "s"),
+        "replaced, median": (statistics.median(failure.back for failure in failures), "s"),
     }
     names = ("inference process", "supervisor")
     for name, first, last in zip(names, before, after, strict=True):
@@ -170,20 +173,22 @@ def front_ends_killed(server: Server, rounds: int) -> list[Result]:
         Result(case=f"front end killed: {name}", ours=value, unit=unit, runs=rounds)
         for name, (value, unit) in values.items()
     ]
-    slowest = max(one.back for one in found)
+    slowest = max(failure.back for failure in failures)
     return [limited("front end killed: replaced, slowest", slowest, 3.0, "s", rounds), *results]
 
 
 def inference_ended(server: Server, number: int, rounds: int) -> list[Result]:
     """Kill (SIGKILL) or stop (SIGSTOP) the inference process in *rounds* rounds."""
-    found = [asyncio.run(end_inference(server, number)) for _ in range(rounds)]
+    failures = [asyncio.run(end_inference(server, number)) for _ in range(rounds)]
     stopped = number == signal.SIGSTOP
     case = "inference process stopped: " if stopped else "inference process killed: "
-    moments = [sorted(answer.moment for answer in one.answers) for one in found]
+    moments = [sorted(answer.moment for answer in failure.answers) for failure in failures]
     noticed = [times[0] if stopped else 0.0 for times in moments]
     settled = max(times[-1] - start for times, start in zip(moments, noticed, strict=True))
-    wrong = sum(answer.status != 503 or not answer.retry_after for one in found for answer in one.answers)
-    back = statistics.median(one.back for one in found)
+    wrong = sum(
+        answer.status != 503 or not answer.retry_after for failure in failures for answer in failure.answers
+    )
+    back = statistics.median(failure.back for failure in failures)
     results = [
         limited(case + "last request settled, slowest", 1000 * settled, 100.0, "ms", rounds),
         Result(case=case + "requests without 503 and Retry-After", ours=wrong, unit="requests", runs=rounds),

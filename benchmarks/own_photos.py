@@ -107,10 +107,10 @@ class Point:
 
 def class_folders(data: Path, part: str) -> list[Path]:
     """List the class folders of a part of the photographs."""
-    found = sorted(path for path in (data / part).glob("*") if path.is_dir())
-    if not found:
+    folders = sorted(path for path in (data / part).glob("*") if path.is_dir())
+    if not folders:
         raise DataError(f"--data {data}: no classes in {part}; give photographs as {part}/<class>/*.jpg")
-    return found
+    return folders
 
 
 def draw(data: Path, per_class: int, seed: int) -> list[tuple[str, str]]:
@@ -120,8 +120,8 @@ def draw(data: Path, per_class: int, seed: int) -> list[tuple[str, str]]:
         files = sorted(folder.iterdir())
         if len(files) < per_class:
             raise DataError(f"{folder}: {len(files)} photographs, {per_class} are drawn; use fewer")
-        order = Random(f"{seed} {folder.name}").sample(files, len(files))  # noqa: S311  # not a secret
-        chosen += [(str(file.resolve()), folder.name) for file in order[:per_class]]
+        shuffled = Random(f"{seed} {folder.name}").sample(files, len(files))  # noqa: S311  # not a secret
+        chosen += [(str(file.resolve()), folder.name) for file in shuffled[:per_class]]
     return chosen
 
 
@@ -179,8 +179,9 @@ def run_peer(tool: str, given: argparse.Namespace, per_class: int, seed: int) ->
     name = f"{tool}-{per_class}-{seed}"
     test = test_files(given.data)
     options = SETTINGS[tool] | {"cache": str(given.cache / "test-features.npy")}
-    request, answer = given.cache / f"{name}.request.json", given.cache / f"{name}.answer.json"
-    asked = {
+    request_file = given.cache / f"{name}.request.json"
+    answer_file = given.cache / f"{name}.answer.json"
+    request = {
         "train": draw(given.data, per_class, seed),
         "test": [file for file, _ in test],
         "network": NETWORK,
@@ -188,12 +189,13 @@ def run_peer(tool: str, given: argparse.Namespace, per_class: int, seed: int) ->
         "seed": seed,
         "options": options,
     }
-    request.write_text(json.dumps(asked), encoding="utf-8")
+    request_file.write_text(json.dumps(request), encoding="utf-8")
     program = Path(__file__).parent / "peers" / PROGRAMS[tool]
-    run([str(python_of(tool, given)), str(program), str(request), str(answer)], given.cache / f"{name}.log")
-    answered = json.loads(answer.read_text(encoding="utf-8"))
-    correct = [label == found for (_, label), found in zip(test, answered["predicted"], strict=True)]
-    return {"accuracy": 100 * statistics.fmean(correct), "seconds": answered["seconds"]}
+    command = [str(python_of(tool, given)), str(program), str(request_file), str(answer_file)]
+    run(command, given.cache / f"{name}.log")
+    answer = json.loads(answer_file.read_text(encoding="utf-8"))
+    correct = [label == best for (_, label), best in zip(test, answer["predicted"], strict=True)]
+    return {"accuracy": 100 * statistics.fmean(correct), "seconds": answer["seconds"]}
 
 
 def python_of(tool: str, given: argparse.Namespace) -> Path:
@@ -214,26 +216,26 @@ def measure(given: argparse.Namespace) -> None:
                 if stored.exists():
                     continue
                 if tool == OURS:
-                    found = run_ours(given, per_class, seed)
+                    result = run_ours(given, per_class, seed)
                 else:
-                    found = run_peer(tool, given, per_class, seed)
-                stored.write_text(json.dumps(found), encoding="utf-8")
-                print(f"{stored.stem}: {found}", file=sys.stderr, flush=True)
+                    result = run_peer(tool, given, per_class, seed)
+                stored.write_text(json.dumps(result), encoding="utf-8")
+                print(f"{stored.stem}: {result}", file=sys.stderr, flush=True)
 
 
 def read_results(cache: Path) -> dict[tuple[str, int], dict[int, tuple[float, float]]]:
     """Read all results in *cache*: accuracy and seconds by tool and size, then by draw."""
-    found: dict[tuple[str, int], dict[int, tuple[float, float]]] = {}
+    results: dict[tuple[str, int], dict[int, tuple[float, float]]] = {}
     for tool in NAMES:
         for file in sorted(cache.glob(f"{tool}-[0-9]*.json")):
             per_class, _, seed = file.stem.removeprefix(f"{tool}-").partition("-")
             if seed.isdecimal() and int(seed) < TUNING_DRAW:
                 stored = json.loads(file.read_text(encoding="utf-8"))
-                found.setdefault((tool, int(per_class)), {})[int(seed)] = (
+                results.setdefault((tool, int(per_class)), {})[int(seed)] = (
                     stored["accuracy"],
                     stored["seconds"],
                 )
-    return dict(sorted(found.items(), key=lambda item: (list(NAMES).index(item[0][0]), item[0][1])))
+    return dict(sorted(results.items(), key=lambda item: (list(NAMES).index(item[0][0]), item[0][1])))
 
 
 def summarize(results: dict[tuple[str, int], dict[int, tuple[float, float]]]) -> list[Point]:
@@ -305,18 +307,18 @@ def chart(points: Sequence[Point]) -> Markup:
     x_scale = across.scale([point.seconds for point in points])
     y_scale = upward.scale([point.accuracy for point in points])
 
-    def place(seconds: float, accuracy: float) -> tuple[float, float]:
+    def position(seconds: float, accuracy: float) -> tuple[float, float]:
         x, y = x_scale.position(seconds), y_scale.position(accuracy)
         return LEFT + x * (RIGHT - LEFT), BOTTOM - y * (BOTTOM - TOP)
 
     shapes = [element("text", title, x=16, y=28)]
     for accuracy in range(int(y_scale.low), 101, 10):
-        _, y = place(x_scale.low, accuracy)
+        _, y = position(x_scale.low, accuracy)
         shapes.append(element("path", d=f"M{LEFT} {y:.1f}H{RIGHT}", stroke="#e3e8e9"))
         shapes.append(element("text", f"{accuracy} %", x=LEFT - 8, y=y + 5, text_anchor="end", class_="axis"))
     for seconds in (5, 10, 20, 50, 100, 200, 500, 1000, 2000):
         if x_scale.low <= seconds <= x_scale.high:
-            x, _ = place(seconds, y_scale.low)
+            x, _ = position(seconds, y_scale.low)
             shapes.append(
                 element("text", f"{seconds} s", x=x, y=BOTTOM + 20, text_anchor="middle", class_="axis")
             )
@@ -324,15 +326,15 @@ def chart(points: Sequence[Point]) -> Markup:
     shapes.append(
         element("text", axis, x=(LEFT + RIGHT) / 2, y=BOTTOM + 42, text_anchor="middle", class_="axis")
     )
-    told = []
+    descriptions = []
     tools = [tool for tool in NAMES if any(point.tool == tool for point in points)]
     for number, tool in enumerate(tools):
         line = [point for point in points if point.tool == tool]
         color, width = COLORS[tool], 3 if tool == OURS else 2
-        places = [place(point.seconds, point.accuracy) for point in line]
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+        positions = [position(point.seconds, point.accuracy) for point in line]
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in positions)
         shapes.append(element("path", d=path, fill="none", stroke=color, stroke_width=width))
-        for point, (x, y) in zip(line, places, strict=True):
+        for point, (x, y) in zip(line, positions, strict=True):
             shapes.append(element("circle", cx=x, cy=y, r=4, fill=color))
             above = -9 if tool == OURS else 19
             shapes.append(
@@ -345,9 +347,9 @@ def chart(points: Sequence[Point]) -> Markup:
         values = ", ".join(
             f"{point.per_class} per class {point.accuracy:.1f} % in {point.seconds:.0f} s" for point in line
         )
-        told.append(f"{NAMES[tool]}: {values}")
+        descriptions.append(f"{NAMES[tool]}: {values}")
     style = "text{font:14px sans-serif}text:not([fill]){fill:#1b2a2f}.axis{fill:#5b6b70}"
-    return svg_file(title, "; ".join(told), style, (WIDTH, HEIGHT), *shapes)
+    return svg_file(title, "; ".join(descriptions), style, (WIDTH, HEIGHT), *shapes)
 
 
 def numbers(text: str) -> list[int]:

@@ -56,10 +56,10 @@ def measure(given: argparse.Namespace, limit: int) -> dict[str, float]:
     command += ["--set", f"max_upload_bytes={limit}", "--set", "request_timeout=120"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
-            found = re.match(r"ready: http://(\S+):(\d+)", server.stdout.readline() if server.stdout else "")
-            if found is None:
+            ready = re.match(r"ready: http://(\S+):(\d+)", server.stdout.readline() if server.stdout else "")
+            if ready is None:
                 raise SystemExit("the server did not start")
-            return asyncio.run(load(given, (found[1], int(found[2])), server.pid))
+            return asyncio.run(load(given, (ready[1], int(ready[2])), server.pid))
         finally:
             server.terminate()
 
@@ -70,25 +70,25 @@ async def load(given: argparse.Namespace, address: tuple[str, int], pid: int) ->
     for _ in range(5):
         await post(address, small, 1, 0)
     before = resident(pid)
-    peak, others, seconds = before, collections.Counter[str](), []
+    peak, small_results, seconds = before, collections.Counter[str](), []
     pieces = round(given.seconds / PIECE_SECONDS)
     body = bytes(round(given.megabytes * 1e6))
-    crowd = [asyncio.create_task(post(address, body, pieces, PIECE_SECONDS)) for _ in range(given.clients)]
-    while not all(task.done() for task in crowd):
+    uploads = [asyncio.create_task(post(address, body, pieces, PIECE_SECONDS)) for _ in range(given.clients)]
+    while not all(task.done() for task in uploads):
         started = time.monotonic()
-        others[await post(address, small, 1, 0)] += 1
+        small_results[await post(address, small, 1, 0)] += 1
         seconds.append(time.monotonic() - started)
         peak = max(peak, resident(pid))
         await asyncio.sleep(0.1)
     await asyncio.sleep(1)
-    ended = collections.Counter(task.result() for task in crowd)
+    ended = collections.Counter(task.result() for task in uploads)
     return {
         "resident memory before": before,
         "peak resident memory": peak,
         "small image, median": ms(statistics.median(seconds)),
         "small image, slowest": ms(max(seconds)),
         **{f"uploads with result {status}": count for status, count in ended.items()},
-        **{f"small images with result {status}": count for status, count in others.items()},
+        **{f"small images with result {status}": count for status, count in small_results.items()},
     }
 
 
@@ -98,8 +98,8 @@ async def post(address: tuple[str, int], body: bytes, pieces: int, pause: float)
     try:
         writer.write(HEAD.format(len(body)).encode())
         size = -(-len(body) // pieces)
-        for place in range(0, len(body), size):
-            writer.write(body[place : place + size])
+        for start in range(0, len(body), size):
+            writer.write(body[start : start + size])
             await writer.drain()
             await asyncio.sleep(pause)
             if reader._buffer:  # type: ignore[attr-defined] # the response arrived before the body was sent

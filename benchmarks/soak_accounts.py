@@ -51,31 +51,31 @@ def children_of(pid: int) -> list[int]:
 
 def read_all_resources(pid: int) -> Resources:
     """Sum the resources of the process *pid* and its children; shared memory counts once for each."""
-    found = [read_resources(process) for process in (pid, *children_of(pid))]
+    processes = [read_resources(process) for process in (pid, *children_of(pid))]
     return Resources(
-        moment=found[0].moment,
-        resident=sum(one.resident for one in found),
-        threads=sum(one.threads for one in found),
-        descriptors=sum(one.descriptors for one in found),
-        processes=len(found),
+        moment=processes[0].moment,
+        resident=sum(process.resident for process in processes),
+        threads=sum(process.threads for process in processes),
+        descriptors=sum(process.descriptors for process in processes),
+        processes=len(processes),
     )
 
 
-def mb_per_minute(held: Sequence[Resources]) -> float:
+def mb_per_minute(at_rest: Sequence[Resources]) -> float:
     """Compute the growth of the resident memory: the median slope of all pairs, robust to steps."""
     slopes = [
         (late.resident - early.resident) / (late.moment - early.moment)
-        for early, late in combinations(held, 2)
+        for early, late in combinations(at_rest, 2)
         if late.moment > early.moment
     ]
     return statistics.median(slopes) * 60 / 1e6 if slopes else 0.0
 
 
-def deviation(found: Sequence[ClassProbability], expected: Mapping[str, float]) -> float:
+def deviation(classes: Sequence[ClassProbability], expected: Mapping[str, float]) -> float:
     """Compute the largest difference of a probability; infinite if the classes differ."""
-    if {item.label for item in found} != expected.keys():
+    if {item.label for item in classes} != expected.keys():
         return float("inf")
-    return max(abs(item.probability - expected[item.label]) for item in found)
+    return max(abs(item.probability - expected[item.label]) for item in classes)
 
 
 @dataclass(slots=True)
@@ -89,16 +89,16 @@ class Tally:
     by_digest: Counter[str] = field(default_factory=Counter)  # compared responses by bundle
     worst: float = 0.0
 
-    def note(self, kind: str, status: int, code: str = "", wanted: Sequence[int] = (200,)) -> None:
+    def note(self, kind: str, status: int, code: str = "", expected: Sequence[int] = (200,)) -> None:
         """Count a response; 429 is always allowed, a 5xx only if listed in ALLOWED_5XX."""
         self.outcomes[kind, f"{status} {code}".strip()] += 1
-        allowed = status in wanted or status == 429 or (status, code) in ALLOWED_5XX
+        allowed = status in expected or status == 429 or (status, code) in ALLOWED_5XX
         if not allowed:
-            self.fail(f"{kind}: {status} {code}, wanted {' or '.join(map(str, wanted))}")
+            self.fail(f"{kind}: {status} {code}, expected {' or '.join(map(str, expected))}")
 
-    def compare(self, kind: str, found: Sequence[ClassProbability], expected: Mapping[str, float]) -> None:
+    def compare(self, kind: str, classes: Sequence[ClassProbability], expected: Mapping[str, float]) -> None:
         """Compare a response with direct inference."""
-        difference = deviation(found, expected)
+        difference = deviation(classes, expected)
         self.compared += 1
         self.worst = max(self.worst, difference)
         if not difference <= CLOSE:
@@ -116,49 +116,52 @@ class Bound:
     """A limit: measured value, allowed value, and whether it was kept (None: not judged)."""
 
     name: str
-    found: str
+    measured: str
     allowed: str
-    held: bool | None
+    kept: bool | None
 
 
-def bounds(tally: Tally, held: Sequence[Resources], exit_code: int) -> list[Bound]:
-    """Check all limits; *held* was measured without clients, before the test and after each round."""
-    before, after = held[0], held[-1]
-    slope, steepest = mb_per_minute(held), MAX_MB_PER_MINUTE * after.processes
-    judged = len(held) > 1 and held[-1].moment - held[0].moment >= JUDGED_SECONDS
+def bounds(tally: Tally, at_rest: Sequence[Resources], exit_code: int, *, swaps: bool) -> list[Bound]:
+    """Check all limits; *at_rest* was measured without clients, before the test and after each round.
+
+    With *swaps* of the model, responses of more than one bundle are expected.
+    """
+    before, after = at_rest[0], at_rest[-1]
+    slope, steepest = mb_per_minute(at_rest), MAX_MB_PER_MINUTE * after.processes
+    judged = len(at_rest) > 1 and after.moment - before.moment >= JUDGED_SECONDS
     return [
         Bound(
-            name="memory", found=f"{slope:+.3f} MB/min", allowed=f"< {steepest:g}",
-            held=slope < steepest if judged else None,
+            name="memory", measured=f"{slope:+.3f} MB/min", allowed=f"< {steepest:g}",
+            kept=slope < steepest if judged else None,
         ),
         Bound(
-            name="threads", found=f"{before.threads} -> {after.threads}", allowed="no more",
-            held=after.threads <= before.threads,
+            name="threads", measured=f"{before.threads} -> {after.threads}", allowed="no more",
+            kept=after.threads <= before.threads,
         ),
         Bound(
-            name="descriptors", found=f"{before.descriptors} -> {after.descriptors}", allowed="no more",
-            held=after.descriptors <= before.descriptors,
+            name="descriptors", measured=f"{before.descriptors} -> {after.descriptors}", allowed="no more",
+            kept=after.descriptors <= before.descriptors,
         ),
         Bound(
-            name="predictions", found=f"{tally.compared} compared, worst {tally.worst:.1e}",
-            allowed=f"all within {CLOSE:g}", held=tally.compared > 0 and tally.worst <= CLOSE,
+            name="predictions", measured=f"{tally.compared} compared, worst {tally.worst:.1e}",
+            allowed=f"all within {CLOSE:g}", kept=tally.compared > 0 and tally.worst <= CLOSE,
         ),
         Bound(
-            name="bundles", found=" ".join(f"{key[:8]} {n}" for key, n in sorted(tally.by_digest.items())),
-            allowed="more than one", held=len(tally.by_digest) > 1,
+            name="bundles", measured=" ".join(f"{key[:8]} {n}" for key, n in sorted(tally.by_digest.items())),
+            allowed="more than one" if swaps else "one", kept=(len(tally.by_digest) > 1) is swaps,
         ),
-        Bound(name="answers", found=f"{tally.failed} wrong", allowed="0", held=tally.failed == 0),
-        Bound(name="exit code", found=str(exit_code), allowed="0", held=exit_code == 0),
+        Bound(name="answers", measured=f"{tally.failed} wrong", allowed="0", kept=tally.failed == 0),
+        Bound(name="exit code", measured=str(exit_code), allowed="0", kept=exit_code == 0),
     ]  # fmt: skip
 
 
-def results(tally: Tally, held: Sequence[Resources]) -> list[Result]:
+def results(tally: Tally, at_rest: Sequence[Resources]) -> list[Result]:
     """Build the results: growth of memory, largest deviation, and the number of responses by kind."""
-    found = [
+    totals = [
         Result(
-            case="memory growth", against="limit", ours=mb_per_minute(held),
-            other=MAX_MB_PER_MINUTE * held[-1].processes,
-            unit="MB/min", runs=len(held),
+            case="memory growth", against="limit", ours=mb_per_minute(at_rest),
+            other=MAX_MB_PER_MINUTE * at_rest[-1].processes,
+            unit="MB/min", runs=len(at_rest),
         ),
         Result(
             case="largest deviation of a probability", against="limit", ours=tally.worst, other=CLOSE,
@@ -166,7 +169,7 @@ def results(tally: Tally, held: Sequence[Resources]) -> list[Result]:
         ),
         Result(case="wrong responses", ours=tally.failed, unit="requests", runs=1),
     ]  # fmt: skip
-    return found + [
+    return totals + [
         Result(case=f"{kind}: {what}", ours=count, unit="requests", runs=1)
         for (kind, what), count in sorted(tally.outcomes.items())
     ]

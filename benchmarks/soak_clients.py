@@ -30,7 +30,7 @@ class Scenario:
     """The server, valid request bodies, and the expected probabilities by bundle digest and image.
 
     *labels* are all classes in order, *classes* is the number of compared ones, *folders* are the bundles to
-    swap.
+    swap, if any.
     """
 
     url: str
@@ -41,13 +41,13 @@ class Scenario:
     labels: Sequence[str] = ()
     folders: Sequence[str] = ()
 
-    def compare(self, kind: str, digest: str, name: str, found: Sequence[ClassProbability]) -> None:
+    def compare(self, kind: str, digest: str, name: str, classes: Sequence[ClassProbability]) -> None:
         """Compare the response of the bundle *digest* to the image *name* with the expected one."""
         if digest not in self.expected:
             self.tally.fail(f"{kind}: unknown bundle {digest!r}")
             return
         self.tally.by_digest[digest] += 1
-        self.tally.compare(kind, found, self.expected[digest][name])
+        self.tally.compare(kind, classes, self.expected[digest][name])
 
     def choose_body(self, rng: random.Random) -> tuple[str, bytes]:
         """Choose a valid body; return its name and the body."""
@@ -57,15 +57,15 @@ class Scenario:
 
 def valid_bodies() -> dict[str, bytes]:
     """Create two JPEGs of each size."""
-    found = {}
+    bodies = {}
     for width, height in SIZES:
         for seed in (0, 1):
             rng = np.random.default_rng(seed)
             pixels = rng.integers(0, 256, (max(2, height // 8), max(2, width // 8), 3), dtype=np.uint8)
             file = io.BytesIO()
             Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG")
-            found[f"{width}x{height}-{seed}.jpg"] = file.getvalue()
-    return found
+            bodies[f"{width}x{height}-{seed}.jpg"] = file.getvalue()
+    return bodies
 
 
 def invalid_bodies(valid: bytes) -> list[tuple[bytes, str, int]]:
@@ -93,13 +93,13 @@ async def single_images(scenario: Scenario, rng: random.Random) -> None:
         while True:
             name, body = scenario.choose_body(rng)
             try:
-                found = await client.classify(body, top_k=scenario.classes)
+                result = await client.classify(body, top_k=scenario.classes)
             except ServiceError as problem:
                 scenario.tally.note("single", problem.status, problem.code)
                 await asyncio.sleep(0.5)
             else:
                 scenario.tally.note("single", 200)
-                scenario.compare("single", found.model_digest, name, found.classes)
+                scenario.compare("single", result.model_digest, name, result.classes)
 
 
 async def forms(scenario: Scenario, rng: random.Random) -> None:
@@ -110,14 +110,14 @@ async def forms(scenario: Scenario, rng: random.Random) -> None:
             if rng.random() < 0.5:
                 sent[1] = (None, b"no image")
             try:
-                found = await client.classify([body for _, body in sent], top_k=scenario.classes)
+                results = await client.classify([body for _, body in sent], top_k=scenario.classes)
             except ServiceError as problem:
                 scenario.tally.note("form", problem.status, problem.code)
                 await asyncio.sleep(0.5)
                 continue
-            for (name, _), result in zip(sent, found, strict=True):
+            for (name, _), result in zip(sent, results, strict=True):
                 scenario.tally.note(
-                    "form", result.error.status if result.error else 200, wanted=[200 if name else 415]
+                    "form", result.error.status if result.error else 200, expected=[200 if name else 415]
                 )
                 if name is not None:
                     scenario.compare("form", result.model_digest, name, result.classes)
@@ -131,7 +131,7 @@ async def invalid_images(scenario: Scenario, rng: random.Random) -> None:
         while True:
             body, kind, status = rng.choice(bodies)
             reply = await client.post("/v1/classify", content=body, headers={"Content-Type": kind})
-            scenario.tally.note("bad", reply.status_code, reply.json()["code"], wanted=[status])
+            scenario.tally.note("bad", reply.status_code, reply.json()["code"], expected=[status])
             await asyncio.sleep(PAUSE)
 
 

@@ -6,6 +6,7 @@ Every response contains the digest of its bundle and is compared with the expect
 import asyncio
 import base64
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -61,12 +62,12 @@ def compare_logits(scenario: Scenario, reply: httpx.Response, names: list[str]) 
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     for name, row in zip(names, powers / powers.sum(axis=1, keepdims=True), strict=True):
         expected = scenario.expected.get(digest, {}).get(name, {})
-        found = [
+        classes = [
             ClassProbability(label=label, probability=float(value))
             for label, value in zip(scenario.labels, row, strict=True)
             if label in expected
         ]
-        scenario.compare("v2", digest, name, found)
+        scenario.compare("v2", digest, name, classes)
 
 
 async def model_swaps(scenario: Scenario, rng: random.Random) -> None:
@@ -87,12 +88,13 @@ async def swap(client: httpx.AsyncClient, folder: str) -> httpx.Response:
     return await client.post(f"/v2/repository/models/{NAME}/load", json=load)
 
 
-async def start_all_threads(url: str, body: bytes, folder: str) -> None:
-    """Send so many requests at once that the server starts all its threads, then load a second model."""
+async def start_all_threads(url: str, body: bytes, folders: Sequence[str]) -> None:
+    """Send so many requests at once that the server starts all its threads; load the third of *folders*."""
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         requests = [client.post("/v1/classify", json={"image": to_base64(body)}) for _ in range(REQUESTS)]
         await asyncio.gather(*requests, *(client.get("/v1/card") for _ in range(REQUESTS)))
-        await swap(client, folder)
+        if folders:
+            await swap(client, folders[2])
 
 
 def to_base64(body: bytes) -> str:
