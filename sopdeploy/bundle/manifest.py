@@ -111,6 +111,11 @@ class Manifest(StrictModel):
         return manifest
 
     @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """Thresholds of the classes of a multi-label network; `None` if an image has one class."""
+        return None if self.decision is None else self.decision.thresholds
+
+    @property
     def rejection(self) -> Rejection | None:
         """Rule for images of unknown classes; `None` accepts every image."""
         return None if self.decision is None else self.decision.rejection

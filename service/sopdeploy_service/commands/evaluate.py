@@ -42,7 +42,7 @@ def scores_of_bundle(
     tta_mode = check_tta_mode(tta, loaded.bundle.manifest.preprocess)
     labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
     sorted_labels = tuple(sorted(labels))
-    multi_label = decision is not None and decision.thresholds is not None
+    multi_label = loaded.bundle.manifest.thresholds is not None
     images = open_evaluation_images(
         data, labels if multi_label else sorted_labels, multi_label=multi_label, log=log
     )

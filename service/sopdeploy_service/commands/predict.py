@@ -79,9 +79,11 @@ def predict(
         )
     predictions = []
     for number, image in enumerate(images):
-        name = str(image if isinstance(image, Path) else getattr(image, "filename", "") or f"image {number}")
-        read = read_image(image, settings.max_body_bytes) if isinstance(image, Path) else image
-        predictions.append(_predict_image(loaded, read, name, settings, explain))
+        if isinstance(image, Path):
+            name, opened = str(image), read_image(image, settings.max_body_bytes)
+        else:
+            name, opened = str(getattr(image, "filename", "") or f"image {number}"), image
+        predictions.append(_predict_image(loaded, opened, name, settings, explain))
     return predictions
 
 
@@ -103,19 +105,18 @@ def _predict_image(
         return FilePrediction(image=name, error=Problem.of(NONFINITE))
     logits = outputs[manifest.outputs[0].name][0]
     if explain is not None and loaded.class_maps is not None:
-        values = loaded.class_maps.map_of(outputs[FEATURES][0], int(logits.argmax()))
+        class_map = loaded.class_maps.map_of(outputs[FEATURES][0], int(logits.argmax()))
         if isinstance(image, EncodedImage):
             image = open_image(image.body, max_bytes=len(image.body), max_pixels=settings.max_pixels)
-        rules = manifest.preprocess
-        drawing = draw_overlay(to_rgb(image, rules), values, visible_box(decoded.size, rules))
+        upright, box = to_rgb(image, manifest.preprocess), visible_box(decoded.size, manifest.preprocess)
         with writing(explain, DataError), atomic_write(explain) as partial:
-            drawing.save(partial, "PNG")
-    thresholds = None if manifest.decision is None else manifest.decision.thresholds
-    limit = settings.classes_per_image(multi_label=thresholds is not None)
-    ranked = rank_classes(logits, limit, thresholds)
-    recognized = None if manifest.rejection is None else manifest.rejection.recognize(logits)
+            draw_overlay(upright, class_map, box).save(partial, "PNG")
+    limit = settings.classes_per_image(multi_label=manifest.thresholds is not None)
     prediction = format_prediction(
-        ranked, loaded.bundle.labels, warnings=decoded.warnings, recognized=recognized
+        rank_classes(logits, limit, manifest.thresholds),
+        loaded.bundle.labels,
+        warnings=decoded.warnings,
+        recognized=None if manifest.rejection is None else manifest.rejection.recognize(logits),
     )
     return FilePrediction(image=name, **prediction)
 

@@ -52,8 +52,7 @@ class PartClassifier:
         self._settings, self._options = settings, options
         self._batch = largest_batch(loaded.runtime, settings)
         self.part_images = self._batch * math.ceil(options.part_images / self._batch)
-        multi_label = manifest.decision is not None and manifest.decision.thresholds is not None
-        self._top_k = settings.classes_per_image(multi_label=multi_label)
+        self._top_k = settings.classes_per_image(multi_label=manifest.thresholds is not None)
         self._format = RowFormat(loaded.bundle, self._top_k, options)
         workers = options.workers or min(usable_cores(), MAX_WORKERS)
         self._decoders = DecoderProcesses(manifest.preprocess, settings, workers)

@@ -12,9 +12,8 @@ not be mixed.
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +23,6 @@ from sopdeploy.config import Count, StrictModel
 from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.files import PARTIAL, atomic_write, writing
 from sopdeploy_service.commands.batch.reader import import_pyarrow
-
-OnProgress = Callable[[int, int, int], None]  # images done, with an error, and in total
 
 ROWS, STATE, LIST, PAGE, DATA = "rows", "_run.json", "_list.parquet", "_report.html", "_report.json"
 OTHER_FOLDER = "; choose another folder"
@@ -133,22 +130,6 @@ class OutputFolder:
         with atomic_write(self.path / name) as partial:
             partial.write_text(text, encoding="utf-8")
         return self.path / name
-
-
-@dataclass(slots=True)
-class Progress:
-    """Counts finished images and errors; calls *show* with both and the number of all images."""
-
-    total: int
-    show: OnProgress
-    done: int = 0
-    errors: int = 0
-
-    def add(self, images: int, errors: int) -> None:
-        """Count *images*, of which *errors* have an error."""
-        self.done += images
-        self.errors += errors
-        self.show(self.done, self.errors, self.total)
 
 
 def _flush(path: Path) -> None:

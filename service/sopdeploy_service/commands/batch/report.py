@@ -14,7 +14,6 @@ from markupsafe import Markup
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.config import StrictModel
-from sopdeploy.decision import Decision
 from sopdeploy.errors import ImageError
 from sopdeploy.evaluation.drift import FALSE_ALARMS, LEVEL, PredictionCounts
 from sopdeploy.html.charts import Bar, bars
@@ -83,13 +82,12 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
     """Write the report of the finished run in *folder* with the images of *listing*."""
     report, positions = _summarize(folder, listing.parts(), bundle)
     thumbnails = [_thumbnail(listing.read(part)[row], bundle, settings) for part, row in positions]
-    decision = bundle.manifest.decision
     page = render(
         "sopdeploy_service.commands.batch",
         "batch.html",
         report=report,
         rejects=bundle.manifest.rejection is not None,
-        multi_label=decision is not None and decision.thresholds is not None,
+        multi_label=bundle.manifest.thresholds is not None,
         failed=sum(kind.images for kind in report.errors),
         classes=_class_bars(report),
         hidden=max(0, len(report.counts) - MAX_BARS),
@@ -103,8 +101,7 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
 
 def _summarize(folder: OutputFolder, parts: int, bundle: Bundle) -> tuple[BatchReport, list[tuple[int, int]]]:
     """Read all rows; return the report, and part and row of the least certain images."""
-    decision = bundle.manifest.decision or Decision()
-    multi_label = decision.thresholds is not None
+    decision, multi_label = bundle.manifest.decision, bundle.manifest.thresholds is not None
     indices = {label: index for index, label in enumerate(bundle.labels)}
     predictions, counts = PredictionCounts(len(bundle.labels)), Counter[str]()
     errors, examples = Counter[str](), defaultdict[str, list[str]](list)
@@ -131,7 +128,7 @@ def _summarize(folder: OutputFolder, parts: int, bundle: Bundle) -> tuple[BatchR
         predictions.add(np.array(classes, int), np.array(confidences))
         least = heapq.nsmallest(LEAST_CERTAIN, least)
     drift = None
-    if decision.reference is not None:
+    if decision is not None and decision.reference is not None:
         tests = predictions.compare(decision.reference).tests
         drift = {name: DriftTest(**test._asdict(), alarm=test.alarm) for name, test in tests.items()}
     report = BatchReport(

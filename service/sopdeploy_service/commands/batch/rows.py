@@ -48,8 +48,7 @@ class RowFormat:
         if isinstance(output, Rejection):
             return {**row, "error": output.code, "error_message": output.message}
         logits = output[manifest.outputs[0].name]
-        thresholds = None if manifest.decision is None else manifest.decision.thresholds
-        ranking = rank_classes(logits, self._top_k, thresholds)
+        ranking = rank_classes(logits, self._top_k, manifest.thresholds)
         known, score = manifest.rejection.recognize(logits) if manifest.rejection else (None, None)
         return {
             **row,

@@ -1,6 +1,6 @@
 """`sopdeploy classify`: classify all images of some sources into parquet files; continue after a stop."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from sopdeploy.files import atomic_write
 from sopdeploy_service.commands.batch.classifier import PartClassifier
 from sopdeploy_service.commands.batch.listing import Listing, write_list
 from sopdeploy_service.commands.batch.options import ClassifyOptions
-from sopdeploy_service.commands.batch.output import LIST, PAGE, ROWS, OnProgress, OutputFolder, Progress
+from sopdeploy_service.commands.batch.output import LIST, PAGE, ROWS, OutputFolder
 from sopdeploy_service.commands.batch.sources import list_entries
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import load_settings
@@ -81,7 +81,7 @@ def classify(
     *,
     options: ClassifyOptions,
     config: str | Path | None = None,
-    on_progress: OnProgress = lambda _done, _errors, _total: None,
+    on_progress: Callable[[int, int, int], None] = lambda _done, _errors, _total: None,
     **settings: Any,
 ) -> Classified:
     """Classify any number of images into parquet files, one row per image; continue a run that was stopped.
@@ -119,23 +119,29 @@ def classify(
             source, images = write_list(partial, list_entries(names), classifier.part_images)
             folder.begin(classifier.run_state(source, images))  # rejects a folder of another run
         listing = Listing(folder.path / LIST)
-        progress = Progress(images, on_progress)
+        done = errors = 0
+
+        def count(more_images: int, more_errors: int) -> None:
+            nonlocal done, errors
+            done, errors = done + more_images, errors + more_errors
+            on_progress(done, errors, images)
+
         pending = []
         for part in range(listing.parts()):
-            errors = folder.errors_in(part, listing.images_of(part))
-            if errors is None:
+            errors_in_part = folder.errors_in(part, listing.images_of(part))
+            if errors_in_part is None:
                 pending.append(part)
             else:
-                progress.add(listing.images_of(part), errors)
-        parts = ((number, listing.read(number)) for number in pending)
-        for number, table in classifier.tables(parts, progress.add):
-            folder.write_part(number, table)
+                count(listing.images_of(part), errors_in_part)
+        parts = ((part, listing.read(part)) for part in pending)
+        for part, table in classifier.tables(parts, count):
+            folder.write_part(part, table)
         written = report.write_report(folder, listing, loaded.bundle, loaded_settings)
         return Classified(
             out=folder.path,
             bundle=loaded.bundle.name,
             images=images,
-            errors=progress.errors,
+            errors=errors,
             parts=listing.parts(),
             classified=sum(map(listing.images_of, pending)),
             drift=None if written.drift is None else any(test.alarm for test in written.drift.values()),
