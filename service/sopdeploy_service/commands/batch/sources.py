@@ -10,7 +10,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sopdeploy.bundle.folder import is_bundle
@@ -19,9 +19,8 @@ from sopdeploy.errors import DataError
 from sopdeploy.files import expand_user
 from sopdeploy.images.limits import SUFFIXES
 from sopdeploy_service.commands.batch.reader import UNKNOWN, Entry, is_url, open_location, open_store
-from sopdeploy_service.commands.batch.tar import TAR, list_members
 
-LIST = ".txt"
+LIST, TAR = ".txt", ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.xz")
 PATTERN = "*?["
 
@@ -129,12 +128,24 @@ def _object_entry(url: str, facts: Any) -> Entry:
 
 def _list_tar(name: str, location: str) -> Iterator[Entry]:
     """Yield the images of the tar archive *location* as if it were a folder with this *name*."""
+    archive: Any  # its list of members is not part of the typed interface
     try:
         with open_location(location) as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(0)
-            for path, offset, size in list_members(file, end):
-                yield Entry(f"{name}/{path}", location, offset, size)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # tarfile would keep all members in memory
+                    parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
+                    if not parts or any(map(is_hidden, parts)) or not is_image(parts[-1]):
+                        continue
+                    if member.islnk():
+                        raise DataError(f"{member.name} is a hard link; pack with `tar --hard-dereference`")
+                    if not member.isreg() or member.sparse is not None:
+                        continue
+                    if member.offset_data + member.size > end:
+                        raise DataError(f"{member.name} is truncated; copy the archive again")
+                    yield Entry("/".join((name, *parts)), location, member.offset_data, member.size)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
