@@ -79,10 +79,8 @@ def predict(
         )
     predictions = []
     for number, image in enumerate(images):
-        if isinstance(image, Path):
-            name, opened = str(image), read_image(image, settings.max_body_bytes)
-        else:
-            name, opened = str(getattr(image, "filename", "") or f"image {number}"), image
+        name = str(image if isinstance(image, Path) else getattr(image, "filename", "") or f"image {number}")
+        opened = read_image(image, settings.max_body_bytes) if isinstance(image, Path) else image
         predictions.append(_predict_image(loaded, opened, name, settings, explain))
     return predictions
 
