@@ -4,19 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.settings import Settings
 
-DATATYPES = {"uint8": "UINT8", "float32": "FP32", "int64": "INT64"}
-DTYPES: dict[str, np.dtype[Any]] = {
-    "UINT8": np.dtype("u1"),
-    "FP32": np.dtype("<f4"),
-    "INT64": np.dtype("<i8"),
-}
-CONFIG_TYPES = {"UINT8": "TYPE_UINT8", "FP32": "TYPE_FP32", "INT64": "TYPE_INT64", "BYTES": "TYPE_STRING"}
+DATATYPES = {"uint8": "UINT8", "float32": "FP32"}  # of the input and of the outputs of every bundle
+CONFIG_TYPES = {"UINT8": "TYPE_UINT8", "FP32": "TYPE_FP32", "BYTES": "TYPE_STRING"}
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository")
 
 

@@ -18,9 +18,9 @@ from pydantic import Field, NonNegativeInt, WithJsonSchema
 
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy.config import first_problem
-from sopdeploy_service.api.v2.metadata import DTYPES, IMAGE, Signature, Tensor
+from sopdeploy_service.api.v2.metadata import IMAGE, Signature, Tensor
 from sopdeploy_service.http.problems import bad_request
-from sopdeploy_service.http.strict_json import NUMBERS, decode_text, parse
+from sopdeploy_service.http.strict_json import decode_text, parse
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.results import RejectedError
 
@@ -48,7 +48,7 @@ class InputTensor(Body):
     model_config = pydantic.ConfigDict(json_schema_extra={"required": ["name", "datatype", "shape"]})
 
     name: str = Field(description="the bundle's input, or `IMAGE` for encoded images")
-    datatype: str = Field(json_schema_extra={"enum": ["UINT8", "FP32", "BYTES"]})
+    datatype: str = Field(json_schema_extra={"enum": ["UINT8", "BYTES"]})
     # `shape` and `data` are checked against the tensor, with error codes of their own.
     shape: Annotated[Any, WithJsonSchema(SHAPE_SCHEMA)] = None
     parameters: InputParameters | None = None
@@ -204,10 +204,11 @@ def _read_images(
     if tensor is IMAGE:
         files = _split_elements(binary, shape[0]) if size is not None else _decode_texts(item.data, shape)
         return [EncodedImage(file) for file in files]
-    values = _array_from_json(item.data, tensor, shape) if size is None else _array(binary, tensor, shape)
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise _invalid("wrong_data", tensor, f"every number must be a finite {tensor.datatype}")
-    return values
+    if size is None:
+        return _pixels_from_json(item.data, tensor, shape)
+    if size != prod(shape):
+        raise _invalid("wrong_binary_size", tensor, f"{list(shape)} UINT8 is {prod(shape)} bytes, not {size}")
+    return np.frombuffer(binary, np.uint8).reshape(shape)
 
 
 def _invalid(code: str, tensor: Tensor, message: str) -> RejectedError:
@@ -227,19 +228,8 @@ def _check_shape(value: Any, tensor: Tensor, max_images: int) -> tuple[int, ...]
     return tuple(value)
 
 
-def _array(raw: memoryview, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Read a little-endian array of *shape*."""
-    dtype = DTYPES[tensor.datatype]
-    expected = prod(shape) * dtype.itemsize
-    if len(raw) != expected:
-        message = f"{list(shape)} {tensor.datatype} is {expected} bytes, not {len(raw)}"
-        raise _invalid("wrong_binary_size", tensor, message)
-    return np.frombuffer(raw, dtype).reshape(shape)
-
-
-def _array_from_json(data: Any, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[Any]:
+def _pixels_from_json(data: Any, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Convert *data*, a list of numbers that is flat or nested like *shape*, to an array of *shape*."""
-    dtype = DTYPES[tensor.datatype]
     numbers = data if isinstance(data, list) else []
     if isinstance(next(iter(numbers), None), list):
         for size in shape[1:]:
@@ -248,17 +238,9 @@ def _array_from_json(data: Any, tensor: Tensor, shape: tuple[int, ...]) -> NDArr
             numbers = list(chain.from_iterable(numbers))
     if len(numbers) != prod(shape):
         raise _invalid("wrong_data", tensor, _wrong_count(shape))
-    if dtype.kind == "f":
-        if not NUMBERS.issuperset(map(type, numbers)):
-            raise _invalid("wrong_data", tensor, "data must be a list of numbers")
-    elif set(map(type, numbers)) != {int}:
-        raise _invalid("wrong_data", tensor, "data must be a list of whole numbers")
-    elif min(numbers) < np.iinfo(dtype).min or max(numbers) > np.iinfo(dtype).max:
-        raise _invalid(
-            "wrong_data", tensor, f"values must be between {np.iinfo(dtype).min} and {np.iinfo(dtype).max}"
-        )
-    with np.errstate(over="ignore"):  # floats beyond the range become infinite
-        return np.array(numbers, dtype).reshape(shape)
+    if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) > 255:
+        raise _invalid("wrong_data", tensor, "data must be a list of whole numbers from 0 to 255")
+    return np.array(numbers, np.uint8).reshape(shape)
 
 
 def _wrong_count(shape: tuple[int, ...]) -> str:

@@ -9,7 +9,6 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from sopdeploy_service.api.v2.metadata import DTYPES
 from sopdeploy_service.api.v2.request import RequestedOutput
 from sopdeploy_service.inference.results import Outcome, Prediction, RejectedError, Rejection, top_indices
 
@@ -43,7 +42,7 @@ def format_response(
     binary_parts: list[bytes] = []
     outputs = []
     for output in requested:
-        data: Any = np.ascontiguousarray(values[output.tensor.name], DTYPES[output.tensor.datatype])
+        data: Any = np.ascontiguousarray(values[output.tensor.name], "<f4")
         shape, datatype = list(data.shape), output.tensor.datatype
         if output.classes:
             rows = classify(data, output.classes, labels.get(output.tensor.name, ()))
