@@ -15,7 +15,6 @@ from sopdeploy_service.http.middleware import (
     METRICS,
     OPEN,
     ApiKeyMiddleware,
-    BodyLimitsMiddleware,
     DirectMiddleware,
     RequestContextMiddleware,
 )
@@ -81,6 +80,5 @@ def create_app(
         app.add_middleware(
             ApiKeyMiddleware, keys=keys, open_paths=open_paths, create_bucket_state=create_bucket_state
         )
-    app.add_middleware(BodyLimitsMiddleware, settings=settings, metrics=service.metrics)
     app.add_middleware(RequestContextMiddleware, service=service, open_trace=open_trace)
     return app

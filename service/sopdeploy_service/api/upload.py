@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,7 +11,8 @@ import pydantic
 from fastapi import Request, Response
 
 from sopdeploy.config import first_problem
-from sopdeploy.images.formats import FIRST_BYTES, too_large_error
+from sopdeploy.images.formats import FIRST_BYTES
+from sopdeploy_service.api.body import check_encoding, read_body
 from sopdeploy_service.api.schema import ClassifyRequest
 from sopdeploy_service.http.fetch import fetch
 from sopdeploy_service.http.forms import ImageForm
@@ -20,7 +21,7 @@ from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import CLIENT_GONE, DEADLINE, Outcome, RejectedError, Rejection
+from sopdeploy_service.inference.results import DEADLINE, Outcome, RejectedError, Rejection
 from sopdeploy_service.inference.service import Images, Service
 from sopdeploy_service.observability.request_context import RequestContext
 
@@ -32,7 +33,6 @@ MAX_TOP_K = 1_000_000
 
 BAD_TIMEOUT = Rejection("invalid_timeout", 400, "X-Request-Timeout-Ms: must be an integer of at least 1 (ms)")
 NO_IMAGE = Rejection("no_image", 422, "the list `images` is empty")
-ENCODED = Rejection("unsupported_encoding", 415, "send the image itself, without a Content-Encoding")
 FETCHES_FULL = Rejection("fetches_full", 429, "too many URLs are being fetched; retry later", 1)
 NOT_A_FORM = Rejection("unsupported_multipart", 415, "send the image itself or multipart/form-data")
 
@@ -155,19 +155,18 @@ async def read_upload(request: Request, service: Service, model: Model, deadline
     content_type = headers.get("content-type", "")
     kind = content_type.partition(";")[0].strip().lower()
     if kind.startswith("multipart/"):
-        if headers.get("content-encoding", "identity").strip().lower() != "identity":
-            raise RejectedError(ENCODED)
+        check_encoding(headers)  # a compressed form has no boundary
         if kind != "multipart/form-data":
             raise RejectedError(NOT_A_FORM)
         form = ImageForm(content_type, max_images=settings.max_images)
-        await read_body(request, settings.max_body_bytes, deadline, form.feed)
+        await read_body(request, service, settings.max_body_bytes, deadline, form.feed)
         images = form.images()
         return Upload(images, is_list=len(images) > 1)
     if kind != "application/json":
-        body = await read_body(request, settings.max_body_bytes, deadline)
+        body = await read_body(request, service, settings.max_body_bytes, deadline)
         return Upload([EncodedImage(body, content_type)])
     limit = min(settings.max_body_bytes, settings.max_json_bytes)
-    body = await read_body(request, limit, deadline)
+    body = await read_body(request, service, limit, deadline)
     if body.startswith(FIRST_BYTES):
         return Upload([EncodedImage(body, content_type)])
     async with preparing(service, model, deadline):
@@ -201,31 +200,3 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
         raise bad_request("too_many_images", f"images: more than {max_images}, the limit of this server")
     images = [EncodedImage(decode_text(text, f"images[{i}]")) for i, text in enumerate(body.images)]
     return Upload(images, is_list=True, top_k=top_k)
-
-
-async def read_body(
-    request: Request, limit: int, deadline: float, consume: Callable[[bytes], None] | None = None
-) -> bytes:
-    """Read the body of *request*, at most *limit* bytes, before *deadline*; *consume* gets it in pieces.
-
-    Returns the body, empty with *consume*. Raises `RejectedError`: 408 too slow, 413 too large, 415 for a
-    Content-Encoding, 499 client disconnected.
-    """
-    context: RequestContext = request.state.context
-    if context.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise RejectedError(ENCODED)
-    context.deadline = deadline
-    pieces: list[bytes] = []
-    size, more = 0, True
-    while more:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise RejectedError(CLIENT_GONE)
-        piece = message.get("body", b"")
-        size += len(piece)
-        if size > limit:
-            raise RejectedError(Rejection.of(too_large_error(limit)))
-        if piece:
-            (consume or pieces.append)(piece)
-        more = message.get("more_body", False)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -1,9 +1,6 @@
-"""Middleware around every request: context, metrics and access log; API keys; limits of bodies; disconnects.
+"""Middleware around every request: context, metrics and access log; API keys; disconnects.
 
 Plain ASGI middleware: Starlette's `BaseHTTPMiddleware` hides client disconnects from the routes.
-
-The upload budget counts the bytes of a body while they are in memory, from their arrival until the end of the
-request. It does not count announced bytes, because a client could then use up the budget with a header.
 """
 
 import asyncio
@@ -29,9 +26,7 @@ from sopdeploy_service.http.problems import INTERNAL, reject
 from sopdeploy_service.http.rate_limits import CreateBucketState, TokenBucket
 from sopdeploy_service.inference.results import CLIENT_GONE, RejectedError, Rejection
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import OpenTrace, RequestContext
-from sopdeploy_service.settings import Settings
 
 PROCESS_ID = secrets.token_hex(8)  # once per process: a system call per request would release the GIL
 NUMBERS = itertools.count()
@@ -46,12 +41,6 @@ MONITORING = PROBES | {METRICS}  # not traced; successful requests are logged at
 NO_KEY = Rejection(
     "unauthenticated", 401, "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 )
-
-SMALL_BODY = 1_000_000  # most images are smaller; the last eighth of the budget is reserved for such bodies
-
-SLOW_BODY = Rejection("slow_body", 408, "the body arrives more slowly than this server allows")
-LATE_BODY = Rejection("slow_body", 408, "the body did not arrive before the deadline")
-UPLOADS_FULL = Rejection("uploads_full", 429, "too many bytes are being uploaded; retry later", 2)
 
 Value = TypeVar("Value")
 
@@ -99,8 +88,11 @@ class RequestContextMiddleware:
                 ]
             await send(message)
 
+        limit = self.service.settings.max_body_bytes
         self.service.active_requests += 1
         try:
+            if int(headers.get("content-length", "0")) > limit:  # the server has checked that it is a number
+                raise RejectedError(Rejection.of(too_large_error(limit)))
             await self.app(inner, receive, send_with_headers)
         except Exception as error:
             rejection = self._rejection_of(error, inner)
@@ -109,6 +101,7 @@ class RequestContextMiddleware:
             await reject(scope, rejection)(scope, receive, send_with_headers)
         finally:
             self.service.active_requests -= 1
+            self.service.upload_bytes -= context.bytes
             seconds = time.monotonic() - started
             self._record(context, scope["method"], inner.get("route"), status, seconds)
 
@@ -231,90 +224,6 @@ def require(context: RequestContext, scope: api_keys.Scope) -> None:
 async def require_admin(request: Request) -> None:
     """Require the scope `admin`: a FastAPI dependency."""
     require(request.scope["state"]["context"], "admin")
-
-
-@dataclass(eq=False)
-class BodyLimitsMiddleware:
-    """Rejects bodies that announce too many bytes (413) and limits all others while the app reads them.
-
-    `held` counts the bytes of all bodies in memory; used on one event loop only.
-    """
-
-    app: ASGIApp
-    settings: Settings
-    metrics: Metrics
-    held: int = 0
-
-    def __post_init__(self) -> None:
-        """Show `held` in the metrics."""
-        self.metrics.upload_bytes.set_function(lambda: self.held)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        length = int(Headers(scope=scope).get("content-length", "0"))  # valid: the server has checked it
-        if length > self.settings.max_body_bytes:
-            rejection = Rejection.of(too_large_error(self.settings.max_body_bytes))
-            self.metrics.rejected.labels(rejection.code).inc()
-            await reject(scope, rejection)(scope, receive, send)
-            return
-        context = scope.get("state", {}).get("context") or RequestContext("")  # the health port has none
-        try:
-            await self.app(scope, LimitedBody(receive, length, self, context).receive, send)
-        finally:
-            self.held -= context.bytes
-
-
-class LimitedBody:
-    """The body of one request; *length* is its announced size, 0 if unknown."""
-
-    def __init__(
-        self, receive: Receive, length: int, shared: BodyLimitsMiddleware, context: RequestContext
-    ) -> None:
-        self._context = context
-        self._receive = receive
-        self._length = length
-        self._shared = shared
-        self._limits = shared.settings
-        self._patience = self._limits.body_grace_seconds
-        self._more = True
-
-    async def receive(self) -> Message:
-        """Receive the next message; raises `RejectedError` for a slow or late body and for a full budget.
-
-        The announced size is checked before the first byte is requested, so that a client that waits for
-        `100 Continue` does not send a body that will be rejected. The minimum rate is enforced by a token
-        bucket of seconds: waiting for data removes seconds, received bytes add some, up to the grace period.
-        """
-        if not self._more:
-            return await self._receive()
-        self._more = False  # stays so after an error
-        self._check_budget(max(0, self._length - self._context.bytes))
-        started = time.monotonic()
-        try:
-            async with asyncio.timeout(min(self._patience, self._context.deadline - started)):
-                message = await self._receive()
-        except TimeoutError as problem:
-            late = time.monotonic() >= self._context.deadline
-            raise RejectedError(LATE_BODY if late else SLOW_BODY) from problem
-        count = len(message.get("body", b""))
-        earned = count / self._limits.min_body_rate - (time.monotonic() - started)
-        self._patience = min(self._limits.body_grace_seconds, self._patience + earned)
-        self._check_budget(count)
-        self._shared.held += count
-        self._context.bytes += count
-        self._more = message.get("more_body", False)
-        return message
-
-    def _check_budget(self, more: int) -> None:
-        """Raise `RejectedError` (429) if the body may not grow by *more* bytes."""
-        size = self._limits.max_upload_bytes
-        if self._context.bytes + more > SMALL_BODY:
-            size = size * 7 // 8
-        if self._shared.held + more > size:
-            raise RejectedError(UPLOADS_FULL)
 
 
 async def cancel_on_disconnect(work: Coroutine[Any, Any, Value], receive: Receive) -> Value:

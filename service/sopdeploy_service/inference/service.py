@@ -69,6 +69,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.active_requests = 0  # counted by the middleware
+        self.upload_bytes = 0  # of the bodies of active requests, counted by `read_body`
         if create_registry is None:
             self.registry = ModelRegistry(loaded, settings, self.metrics, store)
         else:
@@ -84,6 +85,7 @@ class Service:
         self._decoders = self._count_decoders()
         self.metrics.decoders.set(self._decoders)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
+        self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
         self._draining = True
 
     def _count_decoders(self) -> int:

@@ -4,7 +4,6 @@
 and writes it to metrics, access log and trace when the request ends.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,15 +27,13 @@ OpenTrace: TypeAlias = Callable[[Mapping[str, str], float], "RequestTrace | None
 class RequestContext:
     """The state of one request, which the service receives together with its images.
 
-    `headers` are by name in lower case. The body must arrive before `deadline`, a time of `time.monotonic`.
-    `scopes` are those of its API key; None means that the server has no keys. `stage_seconds` maps each stage
-    to the time of the slowest image; `spans` has (stage, start, end) of every image, in times of
-    `time.monotonic`.
+    `headers` are by name in lower case. `scopes` are those of its API key; None means that the server has no
+    keys. `stage_seconds` maps each stage to the time of the slowest image; `spans` has (stage, start, end) of
+    every image, in times of `time.monotonic`.
     """
 
     request_id: str
     headers: Mapping[str, str] = field(default_factory=dict)
-    deadline: float = math.inf
     trace: "RequestTrace | None" = None
     key_name: str | None = None
     scopes: tuple[str, ...] | None = None

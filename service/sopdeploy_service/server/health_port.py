@@ -8,13 +8,14 @@ from contextlib import contextmanager
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.api.schema import Health
-from sopdeploy_service.http.middleware import BodyLimitsMiddleware
+from sopdeploy_service.http.problems import problem_response
+from sopdeploy_service.inference.results import Rejection
 from sopdeploy_service.inference.service import State
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.http_protocol import Connections, limited_config
@@ -41,6 +42,8 @@ def serve_health(
     """
 
     async def respond(request: Request) -> Response:
+        if int(request.headers.get("content-length", "0")) > LIMITS.max_body_bytes:
+            return problem_response(Rejection.of(too_large_error(LIMITS.max_body_bytes)))
         if request.url.path == "/metrics":
             return Response(await collect_metrics(), media_type=CONTENT_TYPE_LATEST)
         is_blocked = watch.lag() > settings.max_loop_lag_seconds
@@ -52,10 +55,7 @@ def serve_health(
         body = Health(status=current).model_dump_json()
         return Response(body, status_code=200 if healthy else 503, media_type="application/json")
 
-    app = Starlette(
-        routes=[Route(path, respond) for path in ("/livez", "/readyz", "/metrics")],
-        middleware=[Middleware(BodyLimitsMiddleware, settings=LIMITS, metrics=Metrics())],
-    )
+    app = Starlette(routes=[Route(path, respond) for path in ("/livez", "/readyz", "/metrics")])
     connections = Connections(LIMITS, Metrics(), short_lived=True)
     server = uvicorn.Server(
         limited_config(

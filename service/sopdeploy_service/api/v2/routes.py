@@ -10,15 +10,8 @@ import pydantic
 from fastapi import APIRouter, Depends, Request, Response
 
 from sopdeploy.bundle.manifest import ON_REQUEST
-from sopdeploy_service.api.upload import (
-    admit,
-    json_response,
-    preparing,
-    read_body,
-    run,
-    service_of,
-    use_model,
-)
+from sopdeploy_service.api.body import read_body
+from sopdeploy_service.api.upload import admit, json_response, preparing, run, service_of, use_model
 from sopdeploy_service.api.v2 import metadata
 from sopdeploy_service.api.v2.metadata import EXTENSIONS, signature_of
 from sopdeploy_service.api.v2.request import Body, InferBody, ParsedBody, parse_body, validate
@@ -176,7 +169,7 @@ async def model_infer(request: Request, name: str, version: str | None) -> Respo
     started = time.monotonic()
     async with admit(request, name, version) as (model, deadline):
         signature = signature_of(model.bundle, service.settings.max_images)
-        body = await read_body(request, service.settings.max_body_bytes, deadline)
+        body = await read_body(request, service, service.settings.max_body_bytes, deadline)
         length = request.headers.get(HEADER_LENGTH)
         async with preparing(service, model, deadline):
             given = (body, length, signature, service.settings.max_json_bytes)
@@ -228,7 +221,8 @@ async def unload(request: Request, name: str) -> Response:
 
 async def read_json(request: Request, model: type[ParsedBody]) -> ParsedBody:
     """Read and validate a small JSON body; an empty body or null is an empty object."""
-    deadline = time.monotonic() + service_of(request).settings.request_timeout
-    raw = await read_body(request, MAX_BODY_BYTES, deadline)
+    service = service_of(request)
+    deadline = time.monotonic() + service.settings.request_timeout
+    raw = await read_body(request, service, MAX_BODY_BYTES, deadline)
     value = parse(raw, MAX_BODY_BYTES) if raw.strip() else None
     return validate(model, {} if value is None else value)
