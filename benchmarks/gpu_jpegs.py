@@ -19,7 +19,7 @@ from serving_alone import write_images
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.cores import decoders_per_process
+from sopdeploy_service.cores import LARGEST_DECODE_BATCH, decoders_per_process
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder, synthetic_jpeg
 from sopdeploy_service.settings import DecodeWay, Settings
@@ -53,12 +53,12 @@ def decoding_table(ways: tuple[DecodeWay, ...] = WAYS, seconds: float = 3.0) -> 
 
 def waiting(cores: int) -> int:
     """Return the threads of a server on *cores* that decodes on a GPU."""
-    return decoders_per_process(cores, 1, gpu_batches=True)
+    return decoders_per_process(cores, 1) + 2 * LARGEST_DECODE_BATCH
 
 
 def decoded_per_second(way: DecodeWay, threads: int, body: bytes, seconds: float) -> float:
     """Decode *body* again and again in *threads*; return images per second."""
-    decode, rules, image = make_decoder(Settings(decode=way)), Preprocess(), EncodedImage(body)
+    decode, rules, image = make_decoder(Settings(), way), Preprocess(), EncodedImage(body)
     decode(image, rules)
     started = time.perf_counter()
 

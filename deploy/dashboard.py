@@ -130,7 +130,7 @@ def panel(number: int, title: str, unit: str, queries: list[tuple[str, str]]) ->
 
 def bundle_table(number: int) -> dict[str, Any]:
     """Build the table of loaded bundles with their precision and engine."""
-    columns = "digest, model, precision, runtime, instance"
+    columns = "digest, model, precision, runtime, decode, instance"
     table = panel(number, "Loaded bundles", "none", [(f"sum by ({columns}) (sopdeploy_bundle_info)", "")])
     table["type"] = "table"
     table["targets"][0] |= {"instant": True, "format": "table"}

@@ -19,10 +19,6 @@ def cores_within_quota() -> int:
         return usable_cores()
 
 
-def decoders_per_process(cores: int, processes: int, *, gpu_batches: bool = False) -> int:
-    """Return the decoding threads of each of *processes* that share *cores* with no other work.
-
-    With *gpu_batches*, more threads only wait: for the batch that a GPU decodes, and for the next one.
-    """
-    decoders = max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, cores // processes))
-    return decoders + 2 * LARGEST_DECODE_BATCH if gpu_batches else decoders
+def decoders_per_process(cores: int, processes: int) -> int:
+    """Return the decoding threads of each of *processes* that share *cores* with no other work."""
+    return max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, cores // processes))

@@ -57,6 +57,7 @@ def _parse_budget(value: Any) -> Any:
 
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "openvino", "tensorrt"]
 DecodeWay = Literal["exact", "fast", "nvimagecodec"]
+DecodeSetting = DecodeWay | Literal["auto"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 Sandbox = Literal["auto", "off", "required"]
@@ -125,8 +126,8 @@ class Settings(pydantic.BaseModel):
     decoders: Threads | Literal["auto"] = setting(
         "auto", "image decoding threads per process; auto: 2 beside CPU inference, else one per core, up to 8"
     )
-    decode: DecodeWay = setting(
-        "exact", "fast: large JPEGs at reduced size; nvimagecodec: in batches on the GPU"
+    decode: DecodeSetting = setting(
+        "exact", "fast: large JPEGs at reduced size; nvimagecodec: on the GPU; auto: there if possible"
     )
     parsers: Threads = setting(2, "JSON parsing threads")
     sandbox: Sandbox = setting("auto", "of front ends; auto: if supported; required: start only with it")

@@ -30,7 +30,6 @@ from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.app import create_app
-from sopdeploy_service.images.loaders import FastDecode
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.runtime.base import Runtime
@@ -243,7 +242,6 @@ def running(
     names: Iterable[str] = ("tiny",),
     beside: Mapping[str, LoadedModel] | None = None,
     shelf: BundleStore | None = None,
-    fast_decode: FastDecode | None = None,
     **options: Any,
 ) -> Iterator[Client]:
     """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it.
@@ -252,7 +250,11 @@ def running(
     """
     maps = read_class_maps(bundle.path, bundle.manifest)
     inference = LoadedModel(
-        bundle=bundle, runtime=runtime, replays={}, fast_decode=fast_decode, class_maps=maps
+        bundle=bundle,
+        runtime=runtime,
+        replays={},
+        decode="nvimagecodec" if settings.decode == "nvimagecodec" else "exact",
+        class_maps=maps,
     )
     app = create_app({**dict.fromkeys(names, inference), **(beside or {})}, settings, shelf, **options)
     server = uvicorn.Server(http_config(app, settings))

@@ -9,6 +9,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.http.problems import Problem
 from sopdeploy_service.images.loaders import FastDecode
 from sopdeploy_service.inference.service import State
+from sopdeploy_service.settings import DecodeWay
 
 SOURCES = ("image", "images", "url")
 
@@ -143,9 +144,10 @@ class Health(StrictModel):
 class ModelInfo(StrictModel):
     """A loaded network and its runtime.
 
-    `fast_decode` is set if JPEGs are not decoded exactly, `thresholds` (by class) for a multi-label
-    network, and `embedding_size`, the length of a vector of `/v1/embed`, if the bundle has features. The
-    last three fields are set with a memory budget; `memory_bytes` is an estimate before the first load.
+    `decode` is the way in which images are decoded; unless it is `exact`, `fast_decode` is its effect.
+    `thresholds` (by class) is set for a multi-label network, and `embedding_size`, the length of a vector of
+    `/v1/embed`, if the bundle has features. The last three fields are set with a memory budget;
+    `memory_bytes` is an estimate before the first load.
     """
 
     name: str
@@ -159,6 +161,7 @@ class ModelInfo(StrictModel):
     device: str
     largest_batch: int
     versions: dict[str, str]
+    decode: DecodeWay
     fast_decode: FastDecode | None = None
     thresholds: dict[str, float] | None = None
     class_maps: bool = False

@@ -24,7 +24,6 @@ from sopdeploy.images.pixels import (
     upright_size,
     visible_box,
 )
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.api.schema import ClassProbability
 from sopdeploy_service.http.problems import Problem
 from sopdeploy_service.images.decode import Decoded, EncodedImage
@@ -94,7 +93,7 @@ def _predict_image(
 ) -> FilePrediction:
     manifest = loaded.bundle.manifest
     try:
-        decoded = _decode(image, manifest.preprocess, settings)
+        decoded = _decode(image, loaded, settings)
     except ImageError as error:
         return FilePrediction(image=name, error=Problem.of(Rejection.of(error)))
     with must_run(loaded.runtime):
@@ -119,9 +118,10 @@ def _predict_image(
     return FilePrediction(image=name, **prediction)
 
 
-def _decode(image: EncodedImage | Image.Image, preprocess: Preprocess, settings: Settings) -> Decoded:
+def _decode(image: EncodedImage | Image.Image, loaded: LoadedModel, settings: Settings) -> Decoded:
+    preprocess = loaded.bundle.manifest.preprocess
     if isinstance(image, EncodedImage):
-        return make_decoder(settings)(image, preprocess)
+        return make_decoder(settings, loaded.decode)(image, preprocess)
     try:
         match_transparency(image)  # of a file that is open but not decoded yet
         pixels, warnings = preprocess_image(image, preprocess), list_changes(image, preprocess)

@@ -49,6 +49,7 @@ def write_archive(model: Model) -> bytes:
         "device": loaded.runtime.device,
         "largest_batch": model.largest_batch,
         "timings": loaded.timings,
+        "decode": loaded.decode,
         "fast_decode": None if loaded.fast_decode is None else loaded.fast_decode.model_dump(),
     }
     output = io.BytesIO()
@@ -74,6 +75,7 @@ def read_archive(data: bytes) -> tuple[str, LoadedModel]:
         runtime=RemoteRuntime(facts["runtime"], facts["device"], facts["largest_batch"]),
         replays={},
         timings=tuple((images, seconds) for images, seconds in facts["timings"]),
+        decode=facts["decode"],
         fast_decode=None if fast_decode is None else FastDecode(**fast_decode),
         class_maps=read_class_maps(folder, manifest),
     )

@@ -1,6 +1,7 @@
 """The processes of a server with several: which there are, their shares, and what the supervisor knows."""
 
 import itertools
+import logging
 import math
 import os
 import socket
@@ -21,6 +22,8 @@ MODULES = {
 MAX_ON_THE_WAY = 16  # connections that a process has not received
 MAX_AUTO, CORES_PER_FRONT_END = 8, 4
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
+
+log = logging.getLogger("sopdeploy.supervisor")
 
 
 @dataclass(eq=False)
@@ -82,6 +85,9 @@ def list_processes(settings: Settings) -> list[Process]:
     """
     devices = settings.devices or ("",)
     front_ends = count_front_ends(settings)
+    exact = front_ends > 1 and settings.decode == "auto" and settings.sandbox != "off"
+    if exact:
+        log.info("decode=auto is exact: front ends decode in a sandbox without GPU; sandbox=off permits it")
     processes: list[Process] = []
     for position, device in enumerate(devices):
         name = device or "default"
@@ -92,14 +98,12 @@ def list_processes(settings: Settings) -> list[Process]:
         if device == "cpu" and settings.runtime == "auto":
             changed["runtime"] = "onnxruntime-cpu"
         if device != "cpu" and settings.decoders == "auto":
-            changed["decoders"] = decoders_per_process(
-                cores_within_quota(),
-                front_ends * len(devices),
-                gpu_batches=settings.decode == "nvimagecodec",
-            )
+            changed["decoders"] = decoders_per_process(cores_within_quota(), front_ends * len(devices))
         if front_ends == 1:
             processes.append(Process(name, SERVER, variables, changed))
             continue
+        if exact:
+            changed["decode"] = "exact"
         inference = Process(name, INFERENCE, variables, changed)
         changed = {**changed, **share_limits(settings, front_ends * len(devices))}
         processes.append(inference)

@@ -10,15 +10,18 @@ import logging
 import math
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import ON_REQUEST
+from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.front_ends import channel
 from sopdeploy_service.front_ends.archive import read_archive
 from sopdeploy_service.front_ends.channel import IMAGE, RESULT, Kind
 from sopdeploy_service.front_ends.inference_process import REJECTIONS
+from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, call_soon
@@ -145,7 +148,9 @@ class RemoteRegistry(ModelRegistry):
         while number != 0:  # that of the last model, before other messages
             _, number, body = channel.receive_blocking(connection)
             name, loaded = read_archive(body)
-            self._count(name, loaded)
+            if settings.decode == "auto":
+                loaded = _with_usable_decoder(loaded, settings)
+            self._count(name, loaded, 1)
             self._by_name[name] = [RemoteModel(name, number, loaded, settings, metrics, self)]
 
     async def start(self) -> None:
@@ -201,3 +206,13 @@ class RemoteRegistry(ModelRegistry):
             queue.settle(item, body)
         elif kind == Kind.LOAD:
             self.images_elsewhere = max(0, number - len(self._images))
+
+
+def _with_usable_decoder(loaded: LoadedModel, settings: Settings) -> LoadedModel:
+    """Return *loaded*; if this process cannot open its decoder, its images are decoded exactly."""
+    try:
+        make_decoder(settings, loaded.decode)
+    except RuntimeUnavailableError as error:
+        log.warning("%s: decode=auto is exact in this process: %s", loaded.bundle.name, error)
+        return replace(loaded, decode="exact", fast_decode=None)
+    return loaded

@@ -57,11 +57,9 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int | None:
     """
     if not settings.devices and count_front_ends(settings) == 1:
         return None
-    processes = list_processes(settings)
-    with ExitStack() as stack:
-        listener = stack.enter_context(bind(settings.host, settings.port))
+    with logs.configured(settings), bind(settings.host, settings.port) as listener:
+        processes = list_processes(settings)
         listener.setblocking(False)
-        stack.enter_context(logs.configured(settings))
         return asyncio.run(Supervisor(sources, settings, processes, listener).run())
 
 

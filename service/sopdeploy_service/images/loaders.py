@@ -1,13 +1,15 @@
-"""Load the pixels of an image: exactly, at a reduced scale, or on the GPU.
+"""Load the pixels of an image exactly, at a reduced scale, or on the GPU.
 
 `decode=fast` lets libjpeg skip the highest frequencies of a large image, and `decode=nvimagecodec` rounds as
 NVIDIA's decoders do, so the network gets slightly different pixels than in training. The effect depends on
 the network; a server does not start if the effect exceeds the limits below. The probes of the bundle are
 decoded pixels and cannot show it, so the check uses synthetic JPEGs, the same ones at every start, and for
-the GPU the golden examples of the bundle.
+the GPU the golden examples of the bundle. With `decode=auto`, bundles that pass are decoded on the GPU, the
+others exactly.
 """
 
 import io
+import logging
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import product
@@ -20,14 +22,14 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.golden import read_golden
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import ParityError, RuntimeUnavailableError
+from sopdeploy.errors import ParityError, RuntimeUnavailableError, SopdeployError
 from sopdeploy.images.pixels import resized_size
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import Decode, Decoded, EncodedImage, decode, load_exact
 from sopdeploy_service.images.device_resize import DeviceResize
 from sopdeploy_service.images.nvimagecodec import NvImageCodec
-from sopdeploy_service.runtime.base import Runtime
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.runtime.base import Runtime, reason_of
+from sopdeploy_service.settings import DecodeWay, Settings
 
 GPU_BACKENDS = ("HW_GPU_ONLY", "GPU_ONLY", "HYBRID_CPU_GPU")  # never fall back to the CPU silently
 CHECKED_SIZE = (96, 64)  # width and height of the JPEG that the GPU must decode at the start
@@ -40,22 +42,20 @@ SCALES = (4, 6, 8)  # shorter side / resized shorter side; libjpeg decodes at 1/
 SEEDS = 3
 OCTAVES = (4, 16, 64, 256)  # noise cells along the longer side; one more octave has cells of 2 pixels
 
+log = logging.getLogger("sopdeploy.service")
 
-def make_decoder(settings: Settings, on_failure: Callable[[], None] = lambda: None) -> partial[Decoded]:
-    """Create the decoder with the limits and the pixel loader of *settings*.
+
+def make_decoder(
+    settings: Settings, way: DecodeWay, on_failure: Callable[[], None] = lambda: None
+) -> partial[Decoded]:
+    """Create the decoder that loads pixels in this *way*, with the limits of *settings*.
 
     Calls *on_failure* for each JPEG that Pillow decodes because the GPU could not. Raises
     `RuntimeUnavailableError` if nvImageCodec or its GPU is missing.
     """
     loaders = {"exact": load_exact, "fast": load_reduced}
-    return partial(
-        decode,
-        max_bytes=settings.max_body_bytes,
-        max_pixels=settings.max_pixels,
-        load=partial(_gpu_loader(), on_failure=on_failure)
-        if settings.decode == "nvimagecodec"
-        else loaders[settings.decode],
-    )
+    load = partial(_gpu_loader(), on_failure=on_failure) if way == "nvimagecodec" else loaders[way]
+    return partial(decode, max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels, load=load)
 
 
 def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> Image.Image:  # noqa: ARG001
@@ -86,8 +86,15 @@ def _gpu_loader() -> NvImageCodec:
         RuntimeUnavailableError,
         "decode=nvimagecodec",
     )
-    loader = NvImageCodec(library, library.NVIMGCODEC_DEVICE_CURRENT, GPU_BACKENDS, DeviceResize())
-    loader.check_device(synthetic_jpeg(CHECKED_SIZE, 0), CHECKED_SIZE)
+    try:
+        loader = NvImageCodec(library, library.NVIMGCODEC_DEVICE_CURRENT, GPU_BACKENDS, DeviceResize())
+        loader.check_device(synthetic_jpeg(CHECKED_SIZE, 0), CHECKED_SIZE)
+    except SopdeployError:
+        raise
+    except Exception as error:  # the libraries' errors share no base class
+        raise RuntimeUnavailableError(
+            f"decode=nvimagecodec: no GPU that can decode ({reason_of(error)}); serve with decode=exact"
+        ) from error
     return loader
 
 
@@ -96,8 +103,8 @@ class FastDecode(StrictModel):
 
     *largest* is the largest difference of a logit, *drift* the root mean square difference relative to the
     spread of the logits, *agreement* the fraction of images whose best class stayed the same. *gray_levels*
-    is the mean difference between the GPU's pixels and those of the golden example that differs most; it is
-    None if no GPU decodes or the bundle has no golden examples.
+    is the mean difference between the GPU's pixels and those of the golden example that differs most, at most
+    *max_gray_levels*; it is None if no GPU decodes or the bundle has no golden examples.
     """
 
     pictures: int
@@ -105,17 +112,41 @@ class FastDecode(StrictModel):
     drift: float
     agreement: float
     gray_levels: float | None = None
+    max_gray_levels: float | None = None
 
 
-def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode | None:
-    """Measure how the setting `decode` changes the outputs; None if it is exact.
+def choose_decoding(
+    bundle: Bundle, runtime: Runtime, settings: Settings
+) -> tuple[DecodeWay, FastDecode | None]:
+    """Choose how images for *bundle* are decoded; return also how this changes the outputs, None if exact.
 
-    Raises `ParityError` if a change exceeds its limit, and the errors of `make_decoder`.
+    `decode=auto` is nvImageCodec if it passes `check_fast_decode` and the golden examples of the bundle;
+    otherwise it is exact, and the log says why. Other values raise the errors of `check_fast_decode`.
     """
     if settings.decode == "exact":
-        return None
+        return "exact", None
+    if settings.decode != "auto":
+        return settings.decode, check_fast_decode(bundle, runtime, settings, settings.decode)
+    try:
+        found = check_fast_decode(bundle, runtime, settings, "nvimagecodec")
+        if found.gray_levels is None:
+            raise ParityError("the bundle has no golden examples to check the pixels; export it again")
+    except (ParityError, RuntimeUnavailableError) as error:
+        log.info("%s: decode=auto is exact: %s", bundle.name, error)
+        return "exact", None
+    log.info("%s: decode=auto is nvimagecodec, %.2g gray levels off", bundle.name, found.gray_levels)
+    return "nvimagecodec", found
+
+
+def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings, way: DecodeWay) -> FastDecode:
+    """Measure how decoding in this *way* changes the outputs.
+
+    Raises `ParityError` if a change exceeds its limit, `RuntimeUnavailableError` if the GPU cannot decode one
+    of the JPEGs, and the errors of `make_decoder`.
+    """
     output = bundle.manifest.outputs[0].name
-    decoder = make_decoder(settings)
+    failed: list[None] = []
+    decoder = make_decoder(settings, way, lambda: failed.append(None))
     exact: list[NDArray[np.float32]] = []
     fast: list[NDArray[np.float32]] = []
     rules = bundle.manifest.preprocess
@@ -125,12 +156,18 @@ def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings) -> F
             decoded = decoder(image, rules, max_bytes=len(jpeg), load=load)
             logits.append(runtime.run(decoded.pixels[None])[output][0])
     result = compare(np.stack(exact).astype(np.float64), np.stack(fast).astype(np.float64))
-    if settings.decode == "nvimagecodec":
-        result = result.model_copy(update={"gray_levels": _check_gray_levels(bundle, decoder)})
+    if way == "nvimagecodec":
+        levels = {"gray_levels": _check_gray_levels(bundle, decoder), "max_gray_levels": MAX_GRAY_LEVELS}
+        result = result.model_copy(update=levels)
+    if failed:  # Pillow has decoded them
+        raise RuntimeUnavailableError(
+            f"decode={way}: the GPU could not decode {len(failed)} of the JPEGs of the check; "
+            "serve with decode=exact"
+        )
     if result.drift <= MAX_DRIFT and result.agreement >= MIN_AGREEMENT:
         return result
     raise ParityError(
-        f"{bundle.path}: decode={settings.decode} changes the logits by {result.drift:.3f} of their spread "
+        f"{bundle.path}: decode={way} changes the logits by {result.drift:.3f} of their spread "
         f"(at most {MAX_DRIFT:g}) and keeps {result.agreement:.1%} of the best classes "
         f"(at least {MIN_AGREEMENT:.0%}) on {result.pictures} JPEGs; serve it with decode=exact"
     )

@@ -53,7 +53,7 @@ class NvImageCodec:
     """Loads JPEGs at the size to which preprocessing resizes them. Thread-safe.
 
     *device* is a CUDA device number or a constant of *library*; *backends* are names of its decoder backends.
-    *resize* must be on the same device. Raises `RuntimeUnavailableError` if no decoder can be created.
+    *resize* must be on the same device. Raises the library's error if no decoder can be created.
     """
 
     def __init__(self, library: Any, device: int, backends: tuple[str, ...], resize: DeviceResize) -> None:
@@ -61,18 +61,12 @@ class NvImageCodec:
         self._params = library.DecodeParams(
             color_spec=library.ColorSpec.SRGB, apply_exif_orientation=False, allow_any_depth=False
         )
-        try:
-            self._decoder = library.Decoder(
-                device_id=device,
-                max_num_cpu_threads=THREADS,
-                backends=[library.Backend(getattr(library, name)) for name in backends],
-                options=OPTIONS,
-            )
-        except RuntimeError as error:
-            raise RuntimeUnavailableError(
-                "decode=nvimagecodec: no GPU that can decode "
-                f"({' '.join(str(error).split())}); serve with decode=exact"
-            ) from error
+        self._decoder = library.Decoder(
+            device_id=device,
+            max_num_cpu_threads=THREADS,
+            backends=[library.Backend(getattr(library, name)) for name in backends],
+            options=OPTIONS,
+        )
         self._changed = Condition()
         self._waiting: list[Job] = []  # the next batch
         self._busy = False  # a thread runs a batch

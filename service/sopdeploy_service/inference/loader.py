@@ -28,7 +28,7 @@ from sopdeploy_service.runtime.base import (
     padded_sizes,
 )
 from sopdeploy_service.runtime.selection import open_runtime
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import DecodeWay, Settings
 
 if TYPE_CHECKING:  # `verify` and `bench` need no image library
     from sopdeploy_service.images.loaders import FastDecode
@@ -44,14 +44,16 @@ class LoadedModel:
     """A verified bundle and its runtime.
 
     `replays` maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
-    `fast_decode` is None if images are decoded exactly, `class_maps` is None if the bundle has no class
-    activation maps. `onnx_root` is the root of the graph, if it was recomputed.
+    `decode` is the way in which images are decoded, `fast_decode` its effect, None if it is exact.
+    `class_maps` is None if the bundle has no class activation maps. `onnx_root` is the root of the graph, if
+    it was recomputed.
     """
 
     bundle: Bundle
     runtime: Runtime
     replays: dict[int, Replay]
     timings: tuple[tuple[int, float], ...] = ()
+    decode: DecodeWay = "exact"
     fast_decode: "FastDecode | None" = None
     class_maps: ClassMapLayer | None = None
     onnx_root: str | None = None
@@ -65,7 +67,7 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
     `onnx` is installed; on a CPU, this would be most of the start time of a server.
 
     Raises `BundleError`, `RuntimeUnavailableError`, `ParityError`, `ConfigError` for an invalid key file, and
-    the errors of `check_fast_decode`.
+    the errors of `choose_decoding`.
     """
     bundle = open_checked(path, settings)
     root = check_roots(bundle) if thorough else None
@@ -82,11 +84,12 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
             probes, max_batch = _read_probes(bundle), largest_batch(runtime, settings)
             timings = warm_up(probes, runtime, max_batch)
             replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
+            decode: DecodeWay = "exact"
             fast_decode = None
             if settings.decode != "exact":
-                from sopdeploy_service.images.loaders import check_fast_decode  # noqa: PLC0415
+                from sopdeploy_service.images.loaders import choose_decoding  # noqa: PLC0415
 
-                fast_decode = check_fast_decode(bundle, runtime, settings)
+                decode, fast_decode = choose_decoding(bundle, runtime, settings)
         class_maps = read_class_maps(bundle.path, bundle.manifest)
         stack.pop_all()
     return LoadedModel(
@@ -94,6 +97,7 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
         runtime=runtime,
         replays=replays,
         timings=tuple(timings),
+        decode=decode,
         fast_decode=fast_decode,
         class_maps=class_maps,
         onnx_root=root,

@@ -232,7 +232,7 @@ class BudgetedRegistry(ModelRegistry):
         model, entry.model = entry.model, entry.unloaded
         self._by_name[model.name] = [entry.unloaded]
         await model.stop()
-        self._metrics.count_bundle(model.name, model.bundle, model.loaded.runtime, -1)
+        self._count(model.name, model.loaded, -1)
         self._metrics.model_memory.labels(model.name).set(0)
         log.info("%s: released", model.name)
 

@@ -188,8 +188,8 @@ class ModelRegistry:
         """Serve the *hidden* model as *name*; the current version stays loaded for a rollback."""
         async with self.changing:
             model = self._hidden.pop(hidden)
-            self._metrics.count_bundle(hidden, model.bundle, model.loaded.runtime, -1)
-            self._count(name, model.loaded)
+            self._count(hidden, model.loaded, -1)
+            self._count(name, model.loaded, 1)
             model.rename(name, self._metrics)
             return self._make_current(name, model)
 
@@ -208,12 +208,16 @@ class ModelRegistry:
         return [*self.models(), *self._hidden.values(), *self._retiring]
 
     def _make_model(self, name: str, loaded: LoadedModel) -> Model:
-        self._count(name, loaded)
+        self._count(name, loaded, 1)
         return Model(name, loaded, self._settings, self._metrics)
 
-    def _count(self, name: str, loaded: LoadedModel) -> None:
-        """Add *loaded* to the metrics as a loaded bundle."""
-        self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, 1)
+    def _count(self, name: str, loaded: LoadedModel, change: int) -> None:
+        """Count *loaded* in the metrics as loaded (*change* 1) or unloaded (-1)."""
+        self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, loaded.decode, change)
+        if change < 0:
+            return
+        gray_levels = 0.0 if loaded.fast_decode is None else loaded.fast_decode.gray_levels
+        self._metrics.gray_levels.labels(name).set(gray_levels or 0.0)
         if loaded.bundle.manifest.rejection is not None:
             self._metrics.unknown_images.labels(name)  # shows 0 before the first unknown image
         decision = loaded.bundle.manifest.decision
@@ -252,4 +256,4 @@ class ModelRegistry:
             log.exception("%s: a replaced version did not stop cleanly", model.name)
         finally:
             del self._retiring[model]
-            self._metrics.count_bundle(model.name, model.bundle, model.loaded.runtime, -1)
+            self._count(model.name, model.loaded, -1)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache, partial
 from queue import SimpleQueue
 from typing import Literal, TypeAlias
 
@@ -20,7 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import ImageError
-from sopdeploy_service.cores import DECODERS_BESIDE_CPU_INFERENCE, cores_within_quota, decoders_per_process
+from sopdeploy_service.cores import (
+    DECODERS_BESIDE_CPU_INFERENCE,
+    LARGEST_DECODE_BATCH,
+    cores_within_quota,
+    decoders_per_process,
+)
 from sopdeploy_service.images.decode import EncodedImage, keep_freed_blocks
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.bundle_store import BundleStore
@@ -80,7 +86,10 @@ class Service:
         # Few threads: a JSON parser holds the interpreter lock.
         self.parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
         self.admitted = 0  # images; a request whose images are not known yet counts as one
-        self._decode = make_decoder(settings, self.metrics.failed_gpu_decodes.inc)
+        on_failure = self.metrics.failed_gpu_decodes.inc
+        self._decoder = cache(partial(make_decoder, settings, on_failure=on_failure))
+        for model in self.registry.models():  # now: a front end cannot open the GPU in its sandbox
+            self._decoder(model.loaded.decode)
         self._encoded: SimpleQueue[tuple[Model, QueuedImage, EncodedImage] | None] = SimpleQueue()
         self._decoders = self._count_decoders()
         self.metrics.decoders.set(self._decoders)
@@ -89,13 +98,15 @@ class Service:
         self._draining = True
 
     def _count_decoders(self) -> int:
+        """Count the threads that decode, and those that wait for two batches of a GPU that decodes."""
+        loaded = [model.loaded for model in self.registry.models()]
+        on_gpu = self.settings.decode == "nvimagecodec" or any(m.decode == "nvimagecodec" for m in loaded)
+        waiting = 2 * LARGEST_DECODE_BATCH if on_gpu else 0
         if self.settings.decoders != "auto":
-            return self.settings.decoders
-        gpu_batches = self.settings.decode == "nvimagecodec"
-        cpu = all(model.loaded.runtime.device == "cpu" for model in self.registry.models())
-        if cpu and not gpu_batches:
-            return DECODERS_BESIDE_CPU_INFERENCE
-        return decoders_per_process(cores_within_quota(), 1, gpu_batches=gpu_batches)
+            return self.settings.decoders + waiting
+        if all(model.runtime.device == "cpu" for model in loaded):
+            return DECODERS_BESIDE_CPU_INFERENCE + waiting
+        return decoders_per_process(cores_within_quota(), 1) + waiting
 
     @property
     def state(self) -> State:
@@ -234,7 +245,8 @@ class Service:
             return model.queue.closed_with
         started = time.monotonic()
         try:
-            item.image, item.warnings, item.size = self._decode(image, model.bundle.manifest.preprocess)
+            decode = self._decoder(model.loaded.decode)
+            item.image, item.warnings, item.size = decode(image, model.bundle.manifest.preprocess)
         except ImageError as error:
             return Rejection.of(error)
         except Exception:  # a bug fails its own image, not the others of the request

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.evaluation.drift import TESTS, Drift
 from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.settings import DecodeWay
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -43,6 +44,11 @@ class Metrics:
         self.decoders = gauge("decoders", "Decoder threads")
         self.failed_gpu_decodes = counter(
             "failed_gpu_decodes", "JPEGs decoded by Pillow, because nvImageCodec could not"
+        )
+        self.gray_levels = gauge(
+            "gray_levels",
+            "Mean difference of the GPU's pixels from a golden example, at most 1; 0: not decoded there",
+            ("model",),
         )
         self.batch_size = histogram("batch_size", "Images in a batch", ("model",), buckets=BATCH_BUCKETS)
         self.batch_close = counter(
@@ -87,7 +93,7 @@ class Metrics:
         self._requests_of = cache(self._requests.labels)
         self._request_seconds_of = cache(self._request_seconds.labels)
         self._stage_seconds_of = cache(self._stage_seconds.labels)
-        self._info = gauge("bundle_info", "Always 1", ("digest", "model", "precision", "runtime"))
+        self._info = gauge("bundle_info", "Always 1", ("digest", "model", "precision", "runtime", "decode"))
         self._models: dict[str, ModelMetrics] = {}
         self._loaded: Counts[tuple[str, ...]] = Counts()
 
@@ -105,13 +111,16 @@ class Metrics:
             for number, gauge in enumerate((self._drift_distance, self._drift_p_value)):
                 gauge.labels(model, of).set_function(partial(model_metrics.drift_value, of, number))
 
-    def count_bundle(self, name: str, bundle: Bundle, runtime: Runtime, change: int) -> None:
+    def count_bundle(
+        self, name: str, bundle: Bundle, runtime: Runtime, decode: DecodeWay, change: int
+    ) -> None:
         """Count *bundle* as loaded under *name* on *runtime* (*change* 1) or as unloaded (-1).
 
+        *decode* is the way in which its images are decoded.
         A bundle may be loaded again before the last request of its previous load has a response. The
         metrics therefore contain it while its count is positive.
         """
-        labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime.name)
+        labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime.name, decode)
         self._loaded[labels] += change
         if self._loaded[labels]:
             self._info.labels(*labels).set(1)

@@ -36,7 +36,7 @@ def flags_of_settings(*names: str) -> type[Options]:
 
 class ServeOptions(
     flags_of_settings(  # type: ignore[misc] # mypy does not know the class
-        *("host", "port", "runtime", "devices", "front_ends", "threads", "max_batch", "queue_size"),
+        *("host", "port", "runtime", "devices", "front_ends", "decode", "threads", "max_batch", "queue_size"),
         *("memory_budget", "pin", "shadow", "model_control", "keys", "require_signature", "log"),
     )
 ):

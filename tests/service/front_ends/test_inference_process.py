@@ -26,12 +26,13 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import DecodeWay, Settings
 from tests.service.bundle_with_maps import write_bundle_with_maps
 from tests.service.conftest import Client, open_files, running
 from tests.service.held import Held
 
 IMAGE_BYTES = 32 * 32 * 3
+DEFAULTS = Settings()
 
 
 class Group:
@@ -65,9 +66,9 @@ def group(bundle: Bundle) -> Iterator[Callable[..., Group]]:
     """`group(runtime, bundle)` starts an inference process."""
     with ExitStack() as stack:
 
-        def start(runtime: Runtime, used: Bundle = bundle) -> Group:
+        def start(runtime: Runtime, used: Bundle = bundle, decode: DecodeWay = "exact") -> Group:
             maps = read_class_maps(used.path, used.manifest)
-            loaded = LoadedModel(bundle=used, runtime=runtime, replays={}, class_maps=maps)
+            loaded = LoadedModel(bundle=used, runtime=runtime, replays={}, decode=decode, class_maps=maps)
             started = Group({"tiny": loaded})
             stack.callback(started.stop)
             return started
@@ -76,13 +77,20 @@ def group(bundle: Bundle) -> Iterator[Callable[..., Group]]:
 
 
 @contextmanager
-def front_end(group: Group, bundle: Bundle) -> Iterator[Client]:
+def front_end(group: Group, bundle: Bundle, settings: Settings = DEFAULTS) -> Iterator[Client]:
     """A server without a runtime of its own."""
     create_registry = partial(RemoteRegistry, group.connect())
     with running(
-        FakeRuntime(classes=7), bundle, Settings(), names=(), create_registry=create_registry
+        FakeRuntime(classes=7), bundle, settings, names=(), create_registry=create_registry
     ) as client:
         yield client
+
+
+def test_a_front_end_that_cannot_open_the_gpu_decodes_exactly_with_auto(group, bundle, jpeg) -> None:
+    settings = Settings(decode="auto", sandbox="off")
+    with front_end(group(FakeRuntime(classes=7), decode="nvimagecodec"), bundle, settings) as client:
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
+        assert client.get("/info").json()["models"][0]["decode"] == "exact"
 
 
 def test_images_of_ended_requests_leave_the_queue(group, bundle, jpeg, until) -> None:

@@ -140,7 +140,6 @@ def test_auto_is_a_front_end_per_four_cores(case: str, monkeypatch, tmp_path) ->
         ({"front_ends": 4}, [4, 4, 4, 4]),
         ({"front_ends": 2, "devices": "0,1"}, [4, 4, 4, 4]),
         ({"front_ends": 2, "decoders": 3}, [3, 3]),
-        ({"front_ends": 4, "decode": "nvimagecodec"}, [36, 36, 36, 36]),  # 32 wait for the GPU
         ({"devices": "0,cpu"}, [8, "auto"]),
     ],
 )
@@ -149,6 +148,17 @@ def test_front_ends_and_devices_divide_the_cores_among_their_decoders(given, exp
     settings = load_settings(**given)
     processes = [process for process in list_processes(settings) if process.kind == SERVER]
     assert [process.settings.get("decoders", settings.decoders) for process in processes] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "exact"), ({"sandbox": "off"}, "auto"), ({"front_ends": 1}, "auto")]
+)
+def test_sandboxed_front_ends_decode_exactly_with_auto(given, expected, caplog) -> None:
+    settings = load_settings(**{"decode": "auto", "front_ends": 2, "devices": "0", **given})
+    with caplog.at_level("INFO"):
+        processes = list_processes(settings)
+    assert {process.settings.get("decode", settings.decode) for process in processes} == {expected}
+    assert len(caplog.messages) == (expected == "exact")
 
 
 # Settings, front ends -> shares, or the end of the error message.

@@ -9,7 +9,7 @@ from PIL import Image
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
-from sopdeploy_service.images.loaders import MAX_DRIFT, check_fast_decode, load_reduced, synthetic_jpeg
+from sopdeploy_service.images.loaders import MAX_DRIFT, choose_decoding, load_reduced, synthetic_jpeg
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
@@ -71,12 +71,12 @@ class Sensitive(FakeRuntime):
 
 def test_a_sensitive_network_is_rejected(bundle):
     with pytest.raises(ParityError, match=r"decode=fast changes the logits by .*serve it with decode=exact"):
-        check_fast_decode(bundle, Sensitive(classes=7), FAST)
+        choose_decoding(bundle, Sensitive(classes=7), FAST)
 
 
 def test_a_server_decodes_fast_and_reports_the_drift(run_server, bundle_path, jpeg):
     found = load_model(bundle_path, FAST)
-    with run_server(found.runtime, found.bundle, FAST, fast_decode=found.fast_decode) as client:
+    with run_server(found.runtime, found.bundle, FAST, names=(), beside={"tiny": found}) as client:
         (model,) = client.get("/info").json()["models"]
         assert model["fast_decode"] == found.fast_decode.model_dump(exclude_none=True)
         body = encode((1200, 900))

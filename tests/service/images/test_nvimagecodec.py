@@ -1,5 +1,6 @@
 """nvImageCodec on the CPU, with the calls used for a GPU: batches, Pillow's pixels, limits and errors."""
 
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,6 @@ import pytest
 from PIL import Image
 
 from sopdeploy.errors import ParityError, RuntimeUnavailableError
-from sopdeploy_service.cores import cores_within_quota, decoders_per_process
 from sopdeploy_service.images import loaders
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
 from sopdeploy_service.images.device_resize import DeviceResize
@@ -22,7 +22,7 @@ from sopdeploy_service.settings import Settings
 from tests.service.conftest import write_bundle
 from tests.service.images.test_fast_decode import RULES, encode
 
-GPU = Settings(decode="nvimagecodec", threads=1)
+GPU, AUTO = (Settings(decode=decode, threads=1) for decode in ("nvimagecodec", "auto"))
 
 
 class Decoder:
@@ -120,7 +120,7 @@ def test_large_images_do_not_share_a_batch(codec, monkeypatch):
     assert first.result().size == (31, 17)
 
 
-def broken(bodies):
+def broken(*_):
     raise RuntimeError("CUDA error 719")
 
 
@@ -139,23 +139,72 @@ def test_a_server_decodes_with_it(run_server, bundle, onnx_runtime, codec):
         assert client.post("/v1/classify", content=encode((300, 200))).status_code == 200
         metrics = client.get("/metrics").text
     assert "sopdeploy_failed_gpu_decodes_total 0.0" in metrics
-    decoders = decoders_per_process(cores_within_quota(), 1, gpu_batches=True)
-    assert f"sopdeploy_decoders {decoders:.1f}" in metrics
+    assert "sopdeploy_decoders 34.0" in metrics  # two batches wait for the GPU
     assert codec._decoder.batches == [1]
 
 
-def test_loading_a_model_measures_drift_and_gray_levels(tmp_path, codec):
-    found = load_model(write_bundle(tmp_path, golden=True), GPU).fast_decode
-    assert found.drift < 0.02
-    assert found.agreement == 1
-    assert 0 < found.gray_levels < 0.1
+@pytest.mark.parametrize("settings", [GPU, AUTO])
+def test_the_difference_from_exact_decoding_is_measured_and_shown(run_server, tmp_path, codec, settings):
+    found = load_model(write_bundle(tmp_path, golden=True), settings)
+    measured = found.fast_decode
+    assert found.decode == "nvimagecodec"
+    assert measured.drift < 0.02
+    assert measured.agreement == 1
+    assert 0 < measured.gray_levels < 0.1
+    with run_server(found.runtime, found.bundle, settings, names=(), beside={"tiny": found}) as client:
+        (model,) = client.get("/info").json()["models"]
+        metrics = client.get("/metrics").text
+    assert model["decode"] == "nvimagecodec"
+    assert (model["fast_decode"]["gray_levels"], model["fast_decode"]["max_gray_levels"]) == (
+        measured.gray_levels,
+        1,
+    )
+    assert f'sopdeploy_gray_levels{{model="tiny"}} {measured.gray_levels}' in metrics
+    assert 'decode="nvimagecodec"' in metrics
 
 
-def test_a_model_is_not_loaded_if_the_pixels_of_the_golden_examples_differ(tmp_path, codec, monkeypatch):
-    path, resize = write_bundle(tmp_path, golden=True), codec._resize
-    monkeypatch.setattr(codec, "_resize", lambda *given: np.roll(resize(*given), 1, axis=1))
-    with pytest.raises(ParityError, match=r"golden example differ by .* gray levels .* decode=exact"):
-        load_model(path, GPU)
+# What fails, and how the message ends.
+FAULTS = {
+    "the pixels": r"golden example differ by .* gray levels on average \(at most 1\); .* decode=exact",
+    "the JPEGs": r"the GPU could not decode 12 of the JPEGs of the check; serve with decode=exact",
+    "the library": r'pip install "sopdeploy\[nvimagecodec\]"',
+    "CUDA": r'pip install "sopdeploy\[gpu\]" without \[cpu\], or serve with decode=exact',
+    "the device": r"no GPU that can decode \(CUDA error 719\); serve with decode=exact",
+    "the golden examples": r"no golden examples to check the pixels; export it again",
+}
+
+
+@pytest.fixture
+def faulty(request, tmp_path, library, monkeypatch):
+    """A bundle, and a decoder in which the fault of the test exists."""
+    fault = request.param
+    if fault in {"the pixels", "the JPEGs", "the golden examples"}:
+        codec = request.getfixturevalue("codec")
+        resize = codec._resize
+        if fault == "the pixels":
+            monkeypatch.setattr(codec, "_resize", lambda *given: np.roll(resize(*given), 1, axis=1))
+        elif fault == "the JPEGs":
+            monkeypatch.setattr(codec, "_resize", broken)
+    else:
+        _gpu_loader.cache_clear()
+        if fault == "the library":
+            monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
+        elif fault == "the device":  # the tests have onnxruntime without CUDA
+            monkeypatch.setattr(loaders, "DeviceResize", broken)
+    return fault, write_bundle(tmp_path, golden=fault != "the golden examples")
+
+
+@pytest.mark.parametrize("faulty", FAULTS, indirect=True)
+def test_a_model_that_the_gpu_cannot_decode_for_is_rejected_or_with_auto_decoded_exactly(faulty, caplog):
+    fault, path = faulty
+    if fault != "the golden examples":  # without auto, they are checked if there are any
+        with pytest.raises((ParityError, RuntimeUnavailableError), match=FAULTS[fault]):
+            load_model(path, GPU)
+    with caplog.at_level("INFO"):
+        found = load_model(path, AUTO)
+    assert (found.decode, found.fast_decode) == ("exact", None)
+    (line,) = (record.message for record in caplog.records if "decode=auto" in record.message)
+    assert re.search(rf"tiny-\w+: decode=auto is exact: .*{FAULTS[fault]}$", line)
 
 
 def test_a_decoder_that_uses_the_cpu_or_decodes_nothing_is_rejected_at_the_start(codec, library):
@@ -169,19 +218,3 @@ def test_a_decoder_that_uses_the_cpu_or_decodes_nothing_is_rejected_at_the_start
     kind = SimpleNamespace(buffer_kind=library.ImageBufferKind.STRIDED_DEVICE, shape=[64, 96, 3])
     codec._decoder.fail = lambda bodies: [kind]
     codec.check_device(jpeg, CHECKED_SIZE)
-
-
-ABSENT = {
-    "nvidia.nvimgcodec": r'pip install "sopdeploy\[nvimagecodec\]"',
-    "": r'pip install "sopdeploy\[gpu\]"',
-}
-
-
-@pytest.mark.parametrize("module", ABSENT)
-def test_what_is_missing_is_named(bundle_path, monkeypatch, library, module):
-    """The tests have onnxruntime without CUDA."""
-    _gpu_loader.cache_clear()
-    if module:
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RuntimeUnavailableError, match=ABSENT[module]):
-        load_model(bundle_path, GPU)

@@ -29,7 +29,7 @@ from sopdeploy_service.commands.batch.reader import Entry, Reader
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.results import DECODER_FAILED
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import DecodeWay, Settings
 
 BLOCKS_PER_WORKER = 2  # one is decoded, one waits
 
@@ -52,14 +52,14 @@ DecodedBlock: TypeAlias = tuple[list[DecodedImage], NDArray[np.uint8]]
 
 
 class DecoderProcesses:
-    """Several *workers*, processes that decode blocks as a server with *settings* does.
+    """Several *workers*, processes that decode blocks in one *way*, as a server with *settings* does.
 
     Use it as a context manager; the processes start in the background. `decode` raises
     `RuntimeUnavailableError` if they do not start.
     """
 
-    def __init__(self, rules: Preprocess, settings: Settings, workers: int) -> None:
-        self._rules, self._settings, self._workers = rules, settings, workers
+    def __init__(self, rules: Preprocess, settings: Settings, way: DecodeWay, workers: int) -> None:
+        self._rules, self._settings, self._way, self._workers = rules, settings, way, workers
 
     def __enter__(self) -> "DecoderProcesses":
         self._executor = self._start(self._workers)
@@ -83,7 +83,7 @@ class DecoderProcesses:
 
     def _start(self, workers: int) -> ProcessPoolExecutor:
         executor = ProcessPoolExecutor(
-            workers, _DecoderContext(), start_worker, (self._rules, self._settings)
+            workers, _DecoderContext(), start_worker, (self._rules, self._settings, self._way)
         )
         for _ in range(workers):  # a process starts with the first task that waits for it
             executor.submit(os.getpid)
@@ -148,9 +148,9 @@ class _DecoderContext(SpawnContext):
 class EntryDecoder:
     """Reads, hashes and decodes images as the server does."""
 
-    def __init__(self, rules: Preprocess, settings: Settings) -> None:
+    def __init__(self, rules: Preprocess, settings: Settings, way: DecodeWay) -> None:
         self.rules, self._max_bytes = rules, settings.max_body_bytes
-        self._reader, self._decode = Reader(settings.max_body_bytes), make_decoder(settings)
+        self._reader, self._decode = Reader(settings.max_body_bytes), make_decoder(settings, way)
 
     def __call__(self, entry: Entry, pixels: NDArray[np.uint8]) -> DecodedImage:
         """Write the network's input of *entry* to *pixels* (H, W, 3), unless it has an error."""
@@ -171,11 +171,11 @@ class EntryDecoder:
 _worker: list[EntryDecoder] = []  # the decoder of a worker process
 
 
-def start_worker(rules: Preprocess, settings: Settings) -> None:
+def start_worker(rules: Preprocess, settings: Settings, way: DecodeWay) -> None:
     """Prepare a worker process; it ends when its parent has ended."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     Image.core.set_blocks_max(2)  # type: ignore[attr-defined]
-    _worker.append(EntryDecoder(rules, settings))
+    _worker.append(EntryDecoder(rules, settings, way))
 
 
 def decode_entries(entries: Sequence[Entry]) -> DecodedBlock:
