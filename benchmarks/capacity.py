@@ -17,7 +17,7 @@ from measure import make_parser
 from numpy.typing import NDArray
 from scipy.stats import poisson
 
-from sopdeploy_service.cores import decoders_per_process
+from sopdeploy_service.cores import LARGEST_DECODE_BATCH, decoders_per_process
 
 Floats = NDArray[np.float64]
 
@@ -222,6 +222,7 @@ def machine() -> list[str]:
     }
     rows = []
     for name, (decode_ms, decode_lock_ms, loop_ms) in inputs.items():
+        waiting = 2 * LARGEST_DECODE_BATCH if "nvImage" in name else 0
         for cores in (4, 8, 16, 32):
             cells: list[object] = [name, cores]
             automatic = max(1, min(8, cores // 4))  # the setting front_ends = auto
@@ -233,7 +234,7 @@ def machine() -> list[str]:
                     decode_ms=decode_ms,
                     decode_lock_ms=decode_lock_ms,
                     loop_ms=loop_ms,
-                    decoders=decoders_per_process(cores, front_ends, gpu_batches="nvImage" in name),
+                    decoders=decoders_per_process(cores, front_ends) + waiting,
                     front_ends=front_ends,
                 )
                 limits = replica.limits | {"cores": 1000 * cores / replica.cpu_ms}

@@ -14,6 +14,26 @@ void stand_in_fail(const char *name, int code) {
   failing_code = code;
 }
 
+/* The streams used since the last call, as bits: 0 for the stream 0, 1 for the legacy default stream, 2 for others. */
+static unsigned streams;
+unsigned stand_in_streams(void) {
+  unsigned used = streams;
+  streams = 0;
+  return used;
+}
+static void use(cudaStream_t stream) { streams |= !stream ? 1 : stream == cudaStreamLegacy ? 2 : 4; }
+
+/* The page-locked blocks, and the bytes that were uploaded from elsewhere. */
+static const char *pinned[64], *pinned_end[64];
+static int blocks;
+static size_t pageable_bytes;
+size_t stand_in_pageable_bytes(void) { return pageable_bytes; }
+static void count_upload(const char *source, size_t size) {
+  for (int block = 0; block < blocks; block++)
+    if (source >= pinned[block] && source < pinned_end[block]) return;
+  pageable_bytes += size;
+}
+
 #define MAY_FAIL \
   if (failing_code && !strcmp(failing, __func__)) return (cudaError_t)failing_code
 
@@ -28,12 +48,12 @@ cudaError_t cudaMalloc(void **pointer, size_t size) {
 }
 cudaError_t cudaMallocHost(void **pointer, size_t size) {
   MAY_FAIL;
-  return allocate(pointer, size);
+  cudaError_t status = allocate(pointer, size);
+  pinned[blocks] = *pointer;
+  pinned_end[blocks++] = (char *)*pointer + size;
+  return status;
 }
-cudaError_t cudaHostAlloc(void **pointer, size_t size, unsigned flags) {
-  MAY_FAIL;
-  return allocate(pointer, size);
-}
+cudaError_t cudaHostAlloc(void **pointer, size_t size, unsigned flags) { return cudaMallocHost(pointer, size); }
 cudaError_t cudaMallocFromPoolAsync(void **pointer, size_t size, cudaMemPool_t pool, cudaStream_t stream) {
   MAY_FAIL;
   return allocate(pointer, size);
@@ -48,11 +68,13 @@ cudaError_t cudaFreeAsync(void *pointer, cudaStream_t stream) { return release(p
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
   MAY_FAIL;
+  if (kind == cudaMemcpyHostToDevice) count_upload(from, size);
   memmove(to, from, size);
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
   MAY_FAIL;
+  use(stream);
   memmove(to, from, size);
   return cudaSuccess;
 }
@@ -155,7 +177,11 @@ const char *cudaGetErrorString(cudaError_t error) {
   }
 }
 
-/* What the compiler of kernels calls; a fat binary has a handle. */
+/* What the compiler of kernels calls: before each launch, and for a fat binary, which has a handle. */
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t memory, struct CUstream_st *stream) {
+  use(stream);
+  return 0;
+}
 void **__cudaRegisterFatBinary(void *binary) {
   static void *handle[1];
   return handle;

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime, cuda_options
-from tests.cuda.stand_in import FOLDER
+from tests.cuda.stand_in import runtime_library
 from tests.tensorrt.networks import some_images
 
 
 def fail(function: str, code: int) -> None:
     """Let the next calls of *function* return *code*."""
-    ctypes.CDLL(str(FOLDER / "nvidia/cu13/lib/libcudart.so.13")).stand_in_fail(function.encode(), code)
+    ctypes.CDLL(runtime_library()).stand_in_fail(function.encode(), code)
 
 
 def main(folder: str, function: str, code: str, when: str) -> None:

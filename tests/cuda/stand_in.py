@@ -21,6 +21,11 @@ def installed() -> bool:
     return (FOLDER / ".built").is_file()
 
 
+def runtime_library() -> str:
+    """Return the path of the stand-in for the CUDA runtime."""
+    return str(FOLDER / "nvidia/cu13/lib/libcudart.so.13")
+
+
 def start(*command: str, stderr: int | None = None) -> subprocess.Popen[str]:
     """Start Python with *command*, so that it finds the provider and the stand-in."""
     paths = [FOLDER, ROOT, ROOT / "export", ROOT / "service"]

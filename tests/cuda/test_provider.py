@@ -68,6 +68,25 @@ def test_a_failure_of_cuda_is_one_line_of_the_right_kind(
     assert "\n" not in text
 
 
+UPLOAD = """
+import ctypes, sys
+from pathlib import Path
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime
+from tests.cuda.stand_in import runtime_library
+from tests.tensorrt.networks import some_images
+runtime, cudart = OnnxRuntime(open_bundle(Path(sys.argv[1])), provider=CUDA), ctypes.CDLL(runtime_library())
+before = cudart.stand_in_pageable_bytes()  # of the weights
+runtime.run(some_images())
+print(cudart.stand_in_pageable_bytes() - before)
+"""
+
+
+def test_a_batch_is_uploaded_from_page_locked_memory(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "bundle", without_convolution())
+    assert start("-c", UPLOAD, str(bundle.path)).communicate(timeout=120)[0] == "0\n"
+
+
 @pytest.mark.parametrize("command", [("serve", "--port", "0"), ("verify",)])
 def test_a_first_batch_that_fails_ends_a_command_in_one_line(
     command: tuple[str, ...], tmp_path: Path

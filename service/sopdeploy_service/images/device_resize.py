@@ -15,8 +15,10 @@ from sopdeploy_service.runtime.cuda_libraries import load_cuda_libraries
 from sopdeploy_service.runtime.onnxruntime import CPU, CUDA, import_onnxruntime, session_options
 
 FILTERS = ("bilinear", "bicubic")
-# The default stream: nvImageCodec makes it wait for its images, so no image is resized before it is decoded.
-OPTIONS = {CPU: {}, CUDA: {"user_compute_stream": "1"}}
+# CUDA's legacy default stream, by its number in the CUDA array interface. nvImageCodec makes it wait for its
+# images, so an image that is resized on it is decoded already.
+STREAM = 1
+OPTIONS = {CPU: {}, CUDA: {"user_compute_stream": str(STREAM)}}
 INTERFACES = {CPU: ("cpu", "__array_interface__"), CUDA: ("cuda", "__cuda_array_interface__")}
 
 
@@ -51,11 +53,14 @@ class DeviceResize:
     def __call__(self, image: Any, size: tuple[int, int], interpolation: str) -> NDArray[np.uint8]:
         """Resize *image* (H, W, 3) uint8 to *size* (width, height); return its pixels on the host.
 
-        *image* has NumPy's array interface or, on a GPU, that of CUDA.
+        *image* has NumPy's array interface or, on a GPU, that of CUDA. Raises `ValueError` if its rows are
+        not contiguous or if its pixels are complete on another stream than `STREAM`.
         """
         source = getattr(image, self._interface)
         if source["strides"] is not None:
             raise ValueError("the rows of a decoded image are not contiguous")
+        if source.get("stream") not in {None, STREAM}:  # None: complete on every stream
+            raise ValueError(f"a decoded image is complete on stream {source['stream']}, not on {STREAM}")
         address, _ = source["data"]
         session = self._sessions[interpolation]
         binding = session.io_binding()

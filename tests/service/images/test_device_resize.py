@@ -86,19 +86,35 @@ def test_the_cuda_provider_runs_every_operator(interpolation: str) -> None:
 
 
 ON_CUDA = """
+import ctypes, sys
 from types import SimpleNamespace
 import numpy as np
 from sopdeploy_service.images.device_resize import DeviceResize
+from tests.cuda.stand_in import runtime_library
 pixels = np.zeros((5, 7, 3), np.uint8)
 facts = {"shape": pixels.shape, "strides": None, "data": (pixels.ctypes.data, False)}
-resize = DeviceResize()
-print(resize(SimpleNamespace(__cuda_array_interface__=facts), (4, 3), "bicubic").shape)
+facts["stream"] = eval(sys.argv[1])
+resize, cudart = DeviceResize(), ctypes.CDLL(runtime_library())
+cudart.stand_in_streams()
+try:
+    print(resize(SimpleNamespace(__cuda_array_interface__=facts), (4, 3), "bicubic").shape, end=" ")
+except ValueError as error:
+    print(error, end=" ")
+print(bin(cudart.stand_in_streams()))
 """
 
 
 @pytest.mark.skipif(not installed(), reason=ABSENT)
-def test_the_cuda_provider_reads_the_memory_of_the_decoder() -> None:
-    assert start("-c", ON_CUDA).communicate(timeout=120)[0] == "(3, 4, 3)\n"
+@pytest.mark.parametrize(
+    ("stream", "expected"),
+    [
+        ("1", "(3, 4, 3) 0b10"),  # only the legacy default stream was used
+        ("None", "(3, 4, 3) 0b10"),
+        ("2", "a decoded image is complete on stream 2, not on 1 0b0"),
+    ],
+)
+def test_the_cuda_provider_reads_the_memory_of_the_decoder_on_its_stream(stream: str, expected: str) -> None:
+    assert start("-c", ON_CUDA, stream).communicate(timeout=120)[0] == f"{expected}\n"
 
 
 if __name__ == "__main__":
