@@ -1,8 +1,8 @@
-"""The blocking and the asyncio client: they run the flows of `Calls` and differ only in their I/O."""
+"""The blocking and the asyncio client: both run `Calls` and differ only in how they send and sleep."""
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, Self, TypeVar, Unpack, overload
 
 import httpx
@@ -11,9 +11,8 @@ from sopdeploy.client.requests import (
     CallOptions,
     Calls,
     ClassifyOptions,
-    Flow,
     ImageLike,
-    connection,
+    address_and_key,
     encode_images,
 )
 from sopdeploy.client.results import Classification, Embedding, ServerInfo
@@ -40,8 +39,8 @@ class Client:
         retries: int = 4,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self._http = httpx.Client(**connection(url, api_key), transport=transport)
-        self._calls = Calls(self._http, timeout, retries)
+        self._http = httpx.Client(**address_and_key(url, api_key), transport=transport)
+        self._calls = Calls(self._http, self._send, self._sleep, timeout, retries)
 
     @overload
     def classify(
@@ -67,7 +66,7 @@ class Client:
             for result in client.classify(["a.jpg", "b.jpg"], model="flowers"):
                 print(result.error.detail if result.error else result.classes[0].label)
         """
-        return self._run(self._calls.classify(encode_images(image), **options))
+        return _run(self._calls.classify(encode_images(image), **options))
 
     @overload
     def embed(
@@ -87,7 +86,7 @@ class Client:
             first, second = (result.values for result in client.embed(["a.jpg", "b.jpg"]))
             cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
         """
-        return self._run(self._calls.embed(encode_images(image), **options))
+        return _run(self._calls.embed(encode_images(image), **options))
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Request the server version and its models.
@@ -95,7 +94,7 @@ class Client:
         Example:
             print([model.name for model in client.info().models])
         """
-        return self._run(self._calls.info(timeout))
+        return _run(self._calls.info(timeout))
 
     def metrics(self, *, timeout: float | None = None) -> str:
         """Request the metrics in the Prometheus text format.
@@ -103,7 +102,7 @@ class Client:
         Example:
             print(client.metrics())
         """
-        return self._run(self._calls.metrics(timeout))
+        return _run(self._calls.metrics(timeout))
 
     def wait_ready(self, *, timeout: float = 60.0) -> None:
         """Wait until the server is ready; raise `UnreachableError` after *timeout* seconds.
@@ -111,7 +110,7 @@ class Client:
         Example:
             client.wait_ready(timeout=10)
         """
-        self._run(self._calls.wait_ready(timeout))
+        _run(self._calls.wait_ready(timeout))
 
     def close(self) -> None:
         """Close the connections."""
@@ -123,22 +122,11 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, flow: Flow[Value]) -> Value:
-        result: Any = None
-        while True:
-            try:
-                action = flow.send(result)
-            except StopIteration as end:
-                value: Value = end.value
-                return value
-            if not isinstance(action, httpx.Request):
-                time.sleep(action)
-                result = None
-                continue
-            try:
-                result = self._http.send(action)
-            except httpx.RequestError as error:
-                result = error
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        return self._http.send(request)
+
+    async def _sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
 class AsyncClient:
@@ -162,8 +150,8 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self._http = httpx.AsyncClient(**connection(url, api_key), limits=limits, transport=transport)
-        self._calls = Calls(self._http, timeout, retries)
+        self._http = httpx.AsyncClient(**address_and_key(url, api_key), limits=limits, transport=transport)
+        self._calls = Calls(self._http, self._send, asyncio.sleep, timeout, retries)
 
     @overload
     async def classify(
@@ -176,7 +164,7 @@ class AsyncClient:
     ) -> Classification | list[Classification]:
         """Classify *image* like `Client.classify`; files are read and arrays encoded in a thread."""
         body = image if isinstance(image, bytes) else await asyncio.to_thread(encode_images, image)
-        return await self._run(self._calls.classify(body, **options))
+        return await self._calls.classify(body, **options)
 
     @overload
     async def embed(
@@ -189,19 +177,19 @@ class AsyncClient:
     ) -> Embedding | list[Embedding]:
         """Compute the features of *image* like `Client.embed`."""
         body = image if isinstance(image, bytes) else await asyncio.to_thread(encode_images, image)
-        return await self._run(self._calls.embed(body, **options))
+        return await self._calls.embed(body, **options)
 
     async def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Like `Client.info`."""
-        return await self._run(self._calls.info(timeout))
+        return await self._calls.info(timeout)
 
     async def metrics(self, *, timeout: float | None = None) -> str:
         """Like `Client.metrics`."""
-        return await self._run(self._calls.metrics(timeout))
+        return await self._calls.metrics(timeout)
 
     async def wait_ready(self, *, timeout: float = 60.0) -> None:
         """Like `Client.wait_ready`."""
-        await self._run(self._calls.wait_ready(timeout))
+        await self._calls.wait_ready(timeout)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -213,20 +201,16 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    async def _run(self, flow: Flow[Value]) -> Value:
-        result: Any = None
-        while True:
-            try:
-                action = flow.send(result)
-            except StopIteration as end:
-                value: Value = end.value
-                return value
-            if not isinstance(action, httpx.Request):
-                await asyncio.sleep(action)
-                result = None
-                continue
-            try:
-                async with asyncio.timeout(action.extensions["timeout"]["read"]):  # all phases together
-                    result = await self._http.send(action)
-            except (httpx.RequestError, TimeoutError) as error:
-                result = error
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        async with asyncio.timeout(request.extensions["timeout"]["read"]):  # of all phases together
+            return await self._http.send(request)
+
+
+def _run(call: Coroutine[Any, Any, Value]) -> Value:
+    """Run *call* of a blocking client to its end; it never suspends, so that no event loop is needed."""
+    try:
+        call.send(None)
+    except StopIteration as end:
+        value: Value = end.value
+        return value
+    raise RuntimeError("a call of the blocking client was suspended")

@@ -1,35 +1,30 @@
-"""What both clients share: options, image encoding, and the requests of a call with retries, without I/O.
-
-A flow is a generator that yields a request to send or seconds to sleep, and receives the response or the
-exception of a request. Both clients run the same flows.
-"""
+"""What both clients share: options, image encoding, and the requests of a call with retries."""
 
 import io
 import random
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias, TypedDict, TypeVar
+from typing import Any, TypeAlias, TypedDict
 
 import httpx
 import numpy as np
+import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.client.results import (
     Classification,
     Embedding,
+    Problem,
     Result,
     ServerInfo,
-    parse_error,
     parse_info,
     parse_results,
 )
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
 
-Value = TypeVar("Value")
-Flow: TypeAlias = Generator[httpx.Request | float, Any, Value]
 ImageLike: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
 CONTENT_TYPE = "application/octet-stream"  # the server detects the format; a wrong type causes a warning
@@ -39,10 +34,11 @@ READY_REQUEST_TIMEOUT = 5.0
 FIRST_DELAY = 0.2  # seconds
 MAX_DELAY = 5.0
 RETRY_STATUSES = {429, 503}  # the server did not process the request
-RETRY_ERRORS = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+# Errors of a connection that broke before a response.
+BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 
 
-def connection(url: str, api_key: str | None) -> dict[str, Any]:
+def address_and_key(url: str, api_key: str | None) -> dict[str, Any]:
     """Return address and headers for `httpx`; raise `ConfigError` for an invalid URL or key."""
     try:
         address = httpx.URL(url)
@@ -62,11 +58,9 @@ def connection(url: str, api_key: str | None) -> dict[str, Any]:
 
 def encode_images(images: ImageLike | Sequence[ImageLike]) -> bytes | list[bytes]:
     """Encode one image, or each image of a list or tuple; raises the errors of `encode_image`."""
-    return (
-        [encode_image(image) for image in images]
-        if isinstance(images, list | tuple)
-        else encode_image(images)
-    )
+    if isinstance(images, list | tuple):
+        return [encode_image(image) for image in images]
+    return encode_image(images)
 
 
 def encode_image(image: Any) -> bytes:
@@ -132,36 +126,42 @@ class Deadline:
 
 
 class Calls:
-    """The calls of a client as flows; *timeout* (seconds) and *retries* are those of the client.
+    """The calls of a client; *timeout* (seconds) and *retries* are those of the client.
 
-    Raises `ConfigError` if they are out of range.
+    *send* raises `httpx.RequestError` or `TimeoutError` if there is no response. Raises `ConfigError` for a
+    *timeout* or *retries* out of range.
     """
 
-    def __init__(self, http: httpx.Client | httpx.AsyncClient, timeout: float, retries: int) -> None:
-        self._http, self._timeout, self._retries = http, timeout, retries
+    def __init__(
+        self,
+        http: httpx.Client | httpx.AsyncClient,
+        send: Callable[[httpx.Request], Awaitable[httpx.Response]],
+        sleep: Callable[[float], Awaitable[None]],
+        timeout: float,
+        retries: int,
+    ) -> None:
+        self._http, self._transmit, self._sleep = http, send, sleep
+        self._timeout, self._retries = timeout, retries
         if retries < 0:
             raise ConfigError(f"retries={retries}: use 0 or more")
-        self._begin(None)
+        self._deadline(None)
 
-    def classify(
+    async def classify(
         self, body: bytes | list[bytes], **options: Any
-    ) -> Flow[Classification | list[Classification]]:
+    ) -> Classification | list[Classification]:
         """Classify one encoded image, or a list of them in one request."""
         explain = options.pop("explain", False)
-        if isinstance(explain, str):
-            options["explain_label"] = explain
-        else:
-            options["explain"] = explain
-        return self._post("/v1/classify", body, Classification, options)
+        options["explain_label" if isinstance(explain, str) else "explain"] = explain
+        return await self._post("/v1/classify", body, Classification, options)
 
-    def embed(self, body: bytes | list[bytes], **options: Any) -> Flow[Embedding | list[Embedding]]:
+    async def embed(self, body: bytes | list[bytes], **options: Any) -> Embedding | list[Embedding]:
         """Compute the embedding of one encoded image, or of a list of them in one request."""
-        return self._post("/v1/embed", body, Embedding, {**options, "encoding_format": "base64"})
+        return await self._post("/v1/embed", body, Embedding, {**options, "encoding_format": "base64"})
 
-    def _post(
+    async def _post(
         self, path: str, body: bytes | list[bytes], kind: type[Result], options: dict[str, Any]
-    ) -> Flow[Result | list[Result]]:
-        deadline = self._begin(options.pop("timeout", None))
+    ) -> Result | list[Result]:
+        deadline = self._deadline(options.pop("timeout", None))
         if not body:
             return []
         content: dict[str, Any] = {"content": body, "headers": {"Content-Type": CONTENT_TYPE}}
@@ -172,7 +172,7 @@ class Calls:
             for name, value in options.items()
             if value is not None and value is not False
         }
-        response = yield from self._send("POST", path, deadline, params=params, **content)
+        response = await self._send("POST", path, deadline, params=params, **content)
         results = parse_results(response, kind)
         expected = len(body) if isinstance(body, list) else 1
         if len(results) != expected:
@@ -183,35 +183,35 @@ class Calls:
             )
         return results if isinstance(body, list) else results[0]
 
-    def info(self, timeout: float | None) -> Flow[ServerInfo]:
+    async def info(self, timeout: float | None) -> ServerInfo:
         """Request the server version and its models."""
-        return parse_info((yield from self._send("GET", "/info", self._begin(timeout))))
+        return parse_info(await self._send("GET", "/info", self._deadline(timeout)))
 
-    def metrics(self, timeout: float | None) -> Flow[str]:
+    async def metrics(self, timeout: float | None) -> str:
         """Request the metrics."""
-        response = yield from self._send("GET", "/metrics", self._begin(timeout))
+        response = await self._send("GET", "/metrics", self._deadline(timeout))
         return response.text
 
-    def wait_ready(self, timeout: float) -> Flow[None]:
+    async def wait_ready(self, timeout: float) -> None:
         """Poll until the server is ready; raise `UnreachableError` with the last response at the deadline."""
-        deadline, last = self._begin(timeout), "no request was sent"
+        deadline, last = self._deadline(timeout), "no request was sent"
         while (left := deadline.left()) > 0:
             try:
-                yield from self._send("GET", "/readyz", Deadline(min(READY_REQUEST_TIMEOUT, left)), retries=0)
+                await self._send("GET", "/readyz", Deadline(min(READY_REQUEST_TIMEOUT, left)), retries=0)
             except ServiceError as error:
                 last = str(error)
             else:
                 return
-            yield min(READY_INTERVAL, max(0.0, deadline.left()))
+            await self._sleep(min(READY_INTERVAL, max(0.0, deadline.left())))
         raise UnreachableError(f"not ready after {timeout:.3g} s: {last}", code="not_ready", status=0)
 
-    def _begin(self, timeout: float | None) -> Deadline:
+    def _deadline(self, timeout: float | None) -> Deadline:
         seconds = self._timeout if timeout is None else timeout
         if not 0 < seconds <= MAX_TIMEOUT:
             raise ConfigError(f"timeout={seconds}: use more than 0 and at most {MAX_TIMEOUT} seconds")
         return Deadline(seconds)
 
-    def _send(
+    async def _send(
         self,
         method: str,
         path: str,
@@ -219,7 +219,7 @@ class Calls:
         retries: int | None = None,
         headers: dict[str, str] | None = None,
         **content: Any,
-    ) -> Flow[httpx.Response]:
+    ) -> httpx.Response:
         """Send a request and return its successful response, with retries before *deadline*.
 
         Each request tells the server the remaining time. Retries follow 429, 503 and connections that broke
@@ -230,43 +230,55 @@ class Calls:
         retries, attempt = self._retries if retries is None else retries, 0
         while True:
             left = max(0.001, deadline.left())
-            sent = {**(headers or {}), "X-Request-Timeout-Ms": str(int(left * 1000))}
-            request = self._http.build_request(method, path, timeout=left, headers=sent, **content)
-            outcome = yield request
-            if isinstance(outcome, httpx.Response):
-                if outcome.is_success:
-                    return outcome
-                retry = outcome.status_code in RETRY_STATUSES
+            all_headers = {**(headers or {}), "X-Request-Timeout-Ms": str(int(left * 1000))}
+            request = self._http.build_request(method, path, timeout=left, headers=all_headers, **content)
+            error: ServiceError
+            try:
+                response = await self._transmit(request)
+            except (httpx.RequestError, TimeoutError) as failure:
+                error, may_retry = unreachable_error(request, failure, deadline), isinstance(failure, BROKEN)
+                delay = backoff(attempt)
             else:
-                retry = isinstance(outcome, RETRY_ERRORS)
-            delay = backoff(attempt, outcome)
-            if not retry or attempt == retries or delay >= deadline.left():
-                _raise_error(request, outcome, deadline)
-            yield delay
+                if response.is_success:
+                    return response
+                error, may_retry = response_error(response), response.status_code in RETRY_STATUSES
+                delay = backoff(attempt) + retry_after(response)
+            if not may_retry or attempt == retries or delay >= deadline.left():
+                raise error
+            await self._sleep(delay)
             attempt += 1
 
 
-def _raise_error(request: httpx.Request, outcome: httpx.Response | Exception, deadline: Deadline) -> NoReturn:
-    if isinstance(outcome, httpx.Response):
-        error = parse_error(outcome)
-        if outcome.status_code not in RETRY_STATUSES:
-            raise error
-        raise OverloadedError(
-            str(error), code=error.code, status=error.status, retry_after=retry_after(outcome)
-        )
-    if isinstance(outcome, httpx.TimeoutException | TimeoutError):
+def response_error(response: httpx.Response) -> ServiceError:
+    """Convert an error response to an exception; its body may be anything, such as a proxy's HTML page."""
+    status = response.status_code
+    try:
+        problem = Problem.model_validate_json(response.content)
+    except pydantic.ValidationError:
+        problem = Problem(code="http_error", status=status, detail=response.reason_phrase or "no explanation")
+    message = f"{response.request.url}: {status} {problem.code}: {problem.detail}"
+    if status in RETRY_STATUSES:
+        return OverloadedError(message, code=problem.code, status=status, retry_after=retry_after(response))
+    return ServiceError(message, code=problem.code, status=status)
+
+
+def unreachable_error(request: httpx.Request, failure: Exception, deadline: Deadline) -> UnreachableError:
+    """Convert the *failure* of a request without a response to an exception."""
+    if isinstance(failure, httpx.TimeoutException | TimeoutError):
         message = f"{request.url}: no response within {deadline.seconds:.3g} s"
-        raise UnreachableError(message, code="timeout", status=0) from outcome
-    reason = str(outcome) or type(outcome).__name__
-    message = f"{request.url}: no response ({reason}); is a server running there?"
-    raise UnreachableError(message, code="unreachable", status=0) from outcome
+        error = UnreachableError(message, code="timeout", status=0)
+    else:
+        reason = str(failure) or type(failure).__name__
+        message = f"{request.url}: no response ({reason}); is a server running there?"
+        error = UnreachableError(message, code="unreachable", status=0)
+    error.__cause__ = failure
+    return error
 
 
-def backoff(attempt: int, outcome: httpx.Response | Exception) -> float:
-    """Compute the delay in seconds before the next attempt: exponential with jitter, plus `Retry-After`."""
+def backoff(attempt: int) -> float:
+    """Compute the delay in seconds before the next attempt: exponential with jitter."""
     longest = min(MAX_DELAY, FIRST_DELAY * 2.0 ** min(attempt, 10))
-    requested = retry_after(outcome) if isinstance(outcome, httpx.Response) else 0.0
-    return requested + random.uniform(0.5, 1.0) * longest  # noqa: S311 - jitter needs no secure randomness
+    return random.uniform(0.5, 1.0) * longest  # noqa: S311 - jitter needs no secure randomness
 
 
 def retry_after(response: httpx.Response) -> float:

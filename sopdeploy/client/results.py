@@ -2,7 +2,7 @@
 
 import base64
 import re
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import httpx
 import numpy as np
@@ -29,7 +29,7 @@ class ClassProbability(Response):
     probability: float
 
 
-class Expert(Response):
+class Component(Response):
     """Index and mixture weight of a component that the gate selected."""
 
     component: int
@@ -74,6 +74,12 @@ class ImageResult(Response):
     model_digest: str = ""
     timing_ms: dict[str, float] = pydantic.Field(default_factory=dict)
 
+    @pydantic.model_validator(mode="after")
+    def _has_result(self) -> Self:
+        if not self.model_fields_set & {"classes", "values", "error"}:
+            raise ValueError("neither a result nor an error")
+        return self
+
 
 class Embedding(ImageResult):
     """The features of one image in front of the classifier.
@@ -91,12 +97,6 @@ class Embedding(ImageResult):
     def _decode(cls, text: str) -> NDArray[np.float32]:
         return np.frombuffer(base64.b64decode(text), "<f4")
 
-    @pydantic.model_validator(mode="after")
-    def _has_result(self) -> "Embedding":
-        if not self.model_fields_set & {"values", "error"}:
-            raise ValueError("neither an embedding nor an error")
-        return self
-
 
 class Classification(ImageResult):
     """The result for one image, with the attributes of `ImageResult`.
@@ -111,16 +111,10 @@ class Classification(ImageResult):
     """
 
     classes: tuple[ClassProbability, ...] = ()
-    gates: tuple[Expert, ...] | None = None
+    gates: tuple[Component, ...] | None = None
     class_map: ClassMap | None = None
     known: bool | None = None
     score: float | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _has_result(self) -> "Classification":
-        if not self.model_fields_set & {"classes", "error"}:
-            raise ValueError("neither classes nor an error")
-        return self
 
 
 class ModelInfo(Response):
@@ -171,17 +165,6 @@ def parse_info(response: httpx.Response) -> ServerInfo:
         return ServerInfo.model_validate_json(response.content)
     except pydantic.ValidationError as error:
         raise _foreign(response) from error
-
-
-def parse_error(response: httpx.Response) -> ServiceError:
-    """Convert an error response to an exception; its body may be anything, such as a proxy's HTML page."""
-    status = response.status_code
-    try:
-        problem = Problem.model_validate_json(response.content)
-    except pydantic.ValidationError:
-        problem = Problem(code="http_error", status=status, detail=response.reason_phrase or "no explanation")
-    message = f"{response.request.url}: {status} {problem.code}: {problem.detail}"
-    return ServiceError(message, code=problem.code, status=status)
 
 
 def _foreign(response: httpx.Response) -> ServiceError:
