@@ -9,11 +9,10 @@ probability (Hendrycks and Gimpel, ICLR 2017) and the negative free energy (Liu 
 The threshold is a quantile of the scores of known images with the correction of split conformal prediction
 (Angelopoulos and Bates, 2021, section 1).
 
-The score is chosen by leave-one-class-out AUROC: for each class, its logit is left out, its images are the
-unknown ones, and the images of all other classes the known ones. The few-shot procedure fits the head again
-without the class (`training/few_shot/unknown.py`); here the logit is masked. This shows how well the head
-separates images for which it has no output. It does not show how the network reacts to arbitrary images: its
-features were trained on the class that is left out. Expect another AUROC on images from another domain.
+The score is chosen by leave-one-class-out AUROC: for each class, its logit is masked, its images are the
+unknown ones, and the images of all other classes the known ones. (The few-shot procedure fits the head again
+without the class instead.) This shows how well the head separates images for which it has no output. The
+AUROC on images from another domain differs, because the features were trained on the class that is left out.
 """
 
 import math
@@ -50,11 +49,17 @@ def fit_decision(
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
     Their predictions become the reference for drift. With fewer than `MIN_IMAGES` images nothing is fitted.
-    The temperature is 1 if the classifier cannot be scaled (*scalable* is False), or if `fit_temperature` or
-    `lowers_loss` finds no evidence for another one. *accepts* is the fraction of known images to accept; with
-    1, or if N is too small for the quantile, no image is rejected (`missing_threshold` says so). *refitted*
-    are the AUROCs by score of heads that were fitted without one class; if empty, they are computed with the
-    logit of the class masked.
+
+    Args:
+        logits: Predictions for images that the network was not trained on.
+        targets: The classes of these images.
+        estimated_on: The origin of the predictions.
+        accepts: Fraction of known images to accept. With 1, or if N is too small for the quantile, no image
+            is rejected; `missing_threshold` describes the reason.
+        scalable: Whether the logits can be divided; otherwise the temperature is 1, as it is if
+            `fit_temperature` or `lowers_loss` finds no evidence for another value.
+        refitted: AUROC by score of heads that were fitted without one class. If empty, the AUROCs are
+            computed with the logit of the class masked.
     """
     if len(logits) < MIN_IMAGES or logits.shape[1] < 2:
         return Decision()
@@ -73,15 +78,15 @@ def fit_decision(
     rejected = min(len(logits), math.floor((len(logits) + 1) * (1 - accepts) + 1e-9))
     if rejected == 0:
         return Decision(calibration=calibration, reference=reference)
-    areas = refitted or leave_one_class_out(scaled, targets)
-    score = max(SCORES, key=lambda name: areas.get(name, 0.0))
+    aurocs = refitted or leave_one_class_out(scaled, targets)
+    score = max(SCORES, key=lambda name: aurocs.get(name, 0.0))
     threshold = float(np.sort(known_score(scaled, score))[rejected - 1])
     rejection = Rejection(
         score=score,
         threshold=threshold,
         accepts=accepts,
         accepted=wilson(len(logits) - rejected, len(logits)),
-        auroc=areas.get(score),
+        auroc=aurocs.get(score),
         left_out="refitted" if refitted else None,
     )
     return Decision(calibration=calibration, rejection=rejection, reference=reference)
@@ -102,9 +107,9 @@ def missing_threshold(images: int, classes: int, accepts: float) -> str:
 
 def lowers_loss(logits: Logits, targets: NDArray[np.int64]) -> bool:
     """Check whether temperatures fitted to four fifths of the images lower the loss of the other fifth."""
-    part, gain = np.arange(len(targets)) % NESTED_FOLDS, 0.0
+    folds, gain = np.arange(len(targets)) % NESTED_FOLDS, 0.0
     for fold in range(NESTED_FOLDS):
-        tested = part == fold
+        tested = folds == fold
         temperature = fit_temperature(logits[~tested], targets[~tested])
         gain += negative_log_likelihood(logits[tested], targets[tested])
         gain -= negative_log_likelihood(logits[tested] / temperature, targets[tested])
@@ -147,9 +152,9 @@ def leave_one_class_out(logits: Logits, targets: NDArray[np.int64]) -> dict[Scor
     classes = np.unique(targets)
     if logits.shape[1] < 3 or len(classes) < 2:
         return {}
-    areas: dict[Score, list[float]] = {score: [] for score in SCORES}
+    aurocs: dict[Score, list[float]] = {score: [] for score in SCORES}
     for left_out in classes[np.linspace(0, len(classes) - 1, min(len(classes), MAX_LEFT_OUT)).astype(int)]:
         masked = np.delete(logits, left_out, axis=1)
-        for score, of_classes in areas.items():
-            of_classes.append(float(roc_auc_score(targets != left_out, known_score(masked, score))))
-    return {score: float(np.mean(of_classes)) for score, of_classes in areas.items()}
+        for score in SCORES:
+            aurocs[score].append(float(roc_auc_score(targets != left_out, known_score(masked, score))))
+    return {score: float(np.mean(per_class)) for score, per_class in aurocs.items()}

@@ -1,4 +1,4 @@
-"""Classification metrics: accuracy with intervals, loss, calibration, per-class figures, confusion matrix.
+"""Classification metrics: accuracy with intervals, loss, calibration, metrics per class, confusion matrix.
 
 This module does not import torch. Calibration error: Guo et al., "On Calibration of Modern Neural Networks"
 (ICML 2017), Eq. (3): images are grouped into 15 bins of equal width by the confidence of their prediction;
@@ -71,7 +71,7 @@ class Rate(StrictModel):
         return cls(share=right / count if count else 0.0, right=right, count=count, low=low, high=high)
 
 
-class ClassFigures(StrictModel):
+class ClassMetrics(StrictModel):
     """Precision and recall of one class.
 
     `answered` counts the predictions of this class; `precision` is None if there are none, `recall` if there
@@ -117,7 +117,7 @@ class ClassificationReport(StrictModel):
     top5: Rate
     nll: Annotated[float, pydantic.Field(ge=0)]
     calibration: Calibration
-    classes: tuple[ClassFigures, ...]
+    classes: tuple[ClassMetrics, ...]
     confusion: tuple[tuple[int, ...], ...]
     accepted: Rate | None = None
 
@@ -144,7 +144,7 @@ def classification_report(labels: Sequence[str], scores: Sequence[Score]) -> Cla
         confusion[position[score.target]][position[score.top5[0]]] += 1
     predicted = [sum(column) for column in zip(*confusion, strict=True)]
     classes = (
-        ClassFigures(
+        ClassMetrics(
             label=labels[index],
             count=sum(row),
             answered=answered,

@@ -34,19 +34,22 @@ class MeanPrecision(StrictModel):
     high: Fraction
 
     @classmethod
-    def of(cls, true_NC: NDArray[np.bool_], scores_NC: NDArray[np.float64], seed: int) -> "MeanPrecision":
-        """Compute the mAP of *scores_NC*; the interval is that of images that are resampled."""
-        count, columns = len(true_NC), list(zip(true_NC.T, scores_NC.T, strict=True))
-        averages = (average_precision(true, scores) for true, scores in columns)
+    def of(cls, true: NDArray[np.bool_], scores: NDArray[np.float64], seed: int) -> "MeanPrecision":
+        """Compute the mAP of *scores* (N, C), where *true* (N, C) marks the classes of each image.
+
+        The interval comes from `RESAMPLES` resamples of the images (bootstrap).
+        """
+        count, classes = len(true), list(zip(true.T, scores.T, strict=True))
+        averages = (average_precision(shown, logits) for shown, logits in classes)
         precisions = [average for average in averages if average is not None]
         share = float(np.mean(precisions)) if precisions else 0.0
-        draws_BN = np.random.default_rng(seed).multinomial(count, [1 / count] * count, RESAMPLES)
-        precisions_BC = np.stack(
-            [resampled_precision(true, scores, draws_BN) for true, scores in columns if true.any()], axis=1
+        draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, RESAMPLES)
+        resampled = np.stack(
+            [resampled_precision(shown, logits, draws) for shown, logits in classes if shown.any()], axis=1
         )
         # A resample without any class has no precision: all NaN.
-        means_B = np.nanmean(precisions_BC[~np.isnan(precisions_BC).all(axis=1)], axis=1)
-        low, high = np.quantile(means_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        means = np.nanmean(resampled[~np.isnan(resampled).all(axis=1)], axis=1)
+        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return cls(share=share, count=count, low=min(low, share), high=max(high, share))
 
 
@@ -148,22 +151,21 @@ class MultiLabelPredictions:
 
 
 def resampled_precision(
-    true: NDArray[np.bool_], scores: NDArray[np.float64], draws_BN: NDArray[np.int64]
+    true: NDArray[np.bool_], scores: NDArray[np.float64], draws: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Compute the average precision (B,) of a class in each resample; NaN if no image shows the class.
+    """Compute the average precision (B,) of a class in each of B resamples; NaN if no image shows the class.
 
-    *true* (N,) marks the images that show the class, *scores* (N,) are its logits, and *draws_BN* counts how
-    often each resample contains each image.
+    *true* (N,) marks the images that show the class, *scores* (N,) are its logits, and *draws* (B, N) counts
+    how often each resample contains each image.
     """
-    order = np.argsort(-scores, kind="stable")
-    weights_BN, shown = draws_BN[:, order].astype(np.float64), true[order]
-    hits_BN = np.cumsum(weights_BN * shown, axis=1)
-    ranks_BN = np.maximum(np.cumsum(weights_BN, axis=1), 1)
+    best_first = np.argsort(-scores, kind="stable")
+    weights = draws[:, best_first].astype(np.float64)
+    true_weights = weights * true[best_first]
+    hits = np.cumsum(true_weights, axis=1)
+    ranks = np.maximum(np.cumsum(weights, axis=1), 1)
     with np.errstate(invalid="ignore"):
-        precision_B: NDArray[np.float64] = (weights_BN * shown * hits_BN / ranks_BN).sum(axis=1) / hits_BN[
-            :, -1
-        ]
-    return precision_B
+        precisions: NDArray[np.float64] = (true_weights * hits / ranks).sum(axis=1) / hits[:, -1]
+    return precisions
 
 
 def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float | None:
