@@ -22,25 +22,16 @@ def draw_overlay(image: Image.Image, values: NDArray[Any], box: Box) -> Image.Im
     scale = min(1.0, MAX_SIDE / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     pixels = np.asarray(image.resize((width, height)), dtype=np.float32)
-    left, top, right, bottom = (
-        edge * side / old for edge, side, old in zip(box, (width, height) * 2, image.size * 2, strict=True)
-    )
-    x, y = max(0, round(left)), max(0, round(top))
-    end_x, end_y = max(x + 1, min(width, round(right))), max(y + 1, min(height, round(bottom)))
+    left, top, right, bottom = (round(edge * scale) for edge in box)
     positive = np.maximum(values, 0).astype(np.float32)
-    heat = Image.fromarray(positive / max(float(positive.max()), np.finfo(np.float32).tiny))
-    cells_x, cells_y = values.shape[1] / (right - left), values.shape[0] / (bottom - top)
-    source = (
-        (x - left) * cells_x,
-        (y - top) * cells_y,
-        min(values.shape[1], (end_x - left) * cells_x),
-        min(values.shape[0], (end_y - top) * cells_y),
-    )
-    source = (max(0.0, source[0]), max(0.0, source[1]), source[2], source[3])
-    resized = heat.resize((end_x - x, end_y - y), Image.Resampling.BICUBIC, box=source)
-    strength = np.clip(np.asarray(resized), 0, 1)[..., None]
+    positive /= max(float(positive.max()), np.finfo(np.float32).tiny)
+    box_size = max(1, right - left), max(1, bottom - top)
+    heat = Image.new("F", (width, height))
+    heat.paste(Image.fromarray(positive).resize(box_size, Image.Resampling.BICUBIC), (left, top))
+    strength = np.clip(np.asarray(heat), 0, 1)[..., None]
     color = np.concatenate([np.full_like(strength, 255), 230 * strength, np.zeros_like(strength)], axis=2)
-    drawn = DIMMED * pixels
-    inside = pixels[y:end_y, x:end_x]
-    drawn[y:end_y, x:end_x] = inside + STRENGTH * strength * (color - inside)
+    drawn = pixels + STRENGTH * strength * (color - pixels)
+    outside = np.ones((height, width), dtype=np.bool_)
+    outside[max(0, top) : bottom, max(0, left) : right] = False
+    drawn[outside] = DIMMED * pixels[outside]
     return Image.fromarray(np.clip(np.rint(drawn), 0, 255).astype(np.uint8))

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.bundle.golden import PixelDifference, check_golden, read_golden
+from sopdeploy.bundle.golden import check_golden, read_golden
 from sopdeploy.config import StrictModel
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.inference.loader import load_model
@@ -15,10 +15,8 @@ from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
 class Verification(StrictModel):
     """The facts of a bundle that passed every check; `golden` counts its golden examples.
 
-    `replays` has the deviation and the tolerance of each output by batch size.
-
-    `onnx_root` is the root that was recomputed from `model.onnx`; None if `onnx` is not installed. `pixels`
-    is the largest difference of the pixels of golden examples; None if they are those of the export.
+    `replays` has the deviation and the tolerance of each output by batch size. `onnx_root` is the root that
+    was recomputed from `model.onnx`; None if `onnx` is not installed.
     """
 
     bundle: str
@@ -31,7 +29,6 @@ class Verification(StrictModel):
     device: str
     replays: tuple[dict[str, Any], ...]
     golden: int
-    pixels: PixelDifference | None = None
 
 
 def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
@@ -42,20 +39,15 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
     """
     loaded = load_model(bundle_path, settings or load_settings(), thorough=True)
     bundle, examples = loaded.bundle, read_golden(loaded.bundle)
-    output = bundle.manifest.outputs[0].name
-    differences = []
+    output, exporter = bundle.manifest.outputs[0].name, bundle.manifest.versions.get("pillow", "unknown")
     for example in examples:
         image = EncodedImage(example.jpeg)
         rules, size = bundle.manifest.preprocess, len(example.jpeg)
         decoded = decode(image, rules, max_bytes=size, max_pixels=PILLOW_PIXELS)
         with must_run(loaded.runtime):
-            difference = check_golden(
-                example,
-                decoded.pixels,
-                lambda image: loaded.runtime.run(image[None])[output][0],
-                bundle.manifest.versions.get("pillow"),
+            check_golden(
+                example, decoded.pixels, lambda image: loaded.runtime.run(image[None])[output][0], exporter
             )
-        differences.append(difference)
     return Verification(
         bundle=bundle.name,
         id=bundle.manifest.id,
@@ -67,5 +59,4 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
         device=loaded.runtime.device,
         replays=tuple({"batch": batch, **asdict(replay)} for batch, replay in loaded.replays.items()),
         golden=len(examples),
-        pixels=max(filter(None, differences), key=lambda difference: difference.drift, default=None),
     )
