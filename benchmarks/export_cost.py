@@ -37,9 +37,11 @@ def measured(path: Path, folder: Path) -> dict[str, Any]:
 
     export(path, folder, ExportOptions(detach=True), step)
     step("end")
-    pairs = list(pairwise(marks))
     return {
-        "steps": {a[0]: {"wall": b[1] - a[1], "processor": b[2] - a[2]} for a, b in pairs},
+        "steps": {
+            name: {"wall": end_wall - wall, "processor": end_processor - processor}
+            for (name, wall, processor), (_, end_wall, end_processor) in pairwise(marks)
+        },
         "wall_seconds": marks[-1][1] - marks[0][1],
         "processor_seconds": marks[-1][2] - marks[0][2],
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
@@ -51,23 +53,23 @@ def in_a_process(name: str, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     path = checkpoint(name, create_model(name), folder)
     command = [sys.executable, __file__, "--one", str(path), str(folder / "bundles")]
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    return found
+    costs: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return costs
 
 
-def results(name: str, found: dict[str, Any]) -> list[Result]:
+def results(name: str, costs: dict[str, Any]) -> list[Result]:
     """Build the results of one network: totals compared with their limits, then every step."""
     seconds, memory = BOUNDS[name]
     totals = (("wall time", "wall_seconds", "s", seconds), ("peak memory", "peak_gb", "GB", memory))
     return [
         *(
-            Result(case=f"{name}: {what}", against="limit", ours=found[key], other=limit, unit=unit, runs=1)
+            Result(case=f"{name}: {what}", against="limit", ours=costs[key], other=limit, unit=unit, runs=1)
             for what, key, unit, limit in totals
         ),
-        Result(case=f"{name}: processor time", ours=found["processor_seconds"], unit="cpu-s", runs=1),
+        Result(case=f"{name}: processor time", ours=costs["processor_seconds"], unit="cpu-s", runs=1),
         *(
             Result(case=f"{name}: {step}", ours=cost["processor"], unit="cpu-s", runs=1)
-            for step, cost in found["steps"].items()
+            for step, cost in costs["steps"].items()
         ),
     ]
 
@@ -78,11 +80,11 @@ def main() -> None:
         print(json.dumps(measured(Path(sys.argv[-2]), Path(sys.argv[-1]))))
         return
     arguments = parse(__doc__)
-    found: list[Result] = []
+    rows: list[Result] = []
     for name in list(BOUNDS)[: 1 if arguments.quick else None]:
         with tempfile.TemporaryDirectory() as folder:
-            found += results(name, in_a_process(name, Path(folder)))
-    report(found, as_json=arguments.json)
+            rows += results(name, in_a_process(name, Path(folder)))
+    report(rows, as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -100,8 +100,8 @@ def run_draw(given: argparse.Namespace, size: int, seed: int) -> dict[str, float
     if path.exists():
         return dict(json.loads(path.read_text()))
     folder, run = given.cache / f"images-{size}-{seed}", given.cache / f"run-{size}-{seed}"
-    for old in (folder, run):
-        shutil.rmtree(old, ignore_errors=True)
+    for previous in (folder, run):
+        shutil.rmtree(previous, ignore_errors=True)
     draw(given.data, folder, size, seed)
     settings = [f"data.path={folder}", f"model.name={given.model}", f"start.weights={given.weights}"]
     since = time.process_time()
@@ -180,14 +180,14 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     given.cache.mkdir(parents=True, exist_ok=True)
     given.cache = given.cache.resolve()
-    results, gains, hold = [], [], True
+    results, gains, is_better = [], [], True
     with one_line_errors():
         for size in given.sizes:
             draws = [run_draw(given, size, seed) for seed in range(given.draws)]
             gains.append([measured["ours"] - measured["probe"] for measured in draws])
             gain = paired(gains[-1])
             bias = paired([measured["estimate"] - measured["ours"] for measured in draws])
-            hold &= gain.mean > 0
+            is_better &= gain.mean > 0
             means = {
                 key: float(np.mean([measured[key] for measured in draws]))
                 for key in draws[0]
@@ -218,7 +218,7 @@ def main(arguments: list[str]) -> int:
             ):
                 results.append(Result(case=f"{name}, {case}", ours=value, unit=unit, runs=given.draws))
         total = paired(np.mean(gains, axis=0).tolist())
-        hold &= total.mean >= GAIN and total.interval.low > 0
+        is_better &= total.mean >= GAIN and total.interval.low > 0
         for case, value in (("mean", total.mean), ("low", total.interval.low), ("high", total.interval.high)):
             results.append(
                 Result(
@@ -226,7 +226,7 @@ def main(arguments: list[str]) -> int:
                 )
             )
     report(results, as_json=given.json, threads=os.environ.get("OMP_NUM_THREADS", "all"))
-    return 0 if hold else 1
+    return 0 if is_better else 1
 
 
 if __name__ == "__main__":

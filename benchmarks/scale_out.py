@@ -63,12 +63,12 @@ def benchmark(cases: tuple[Case, ...], rounds: int, seconds: float) -> list[Roun
         folder = write_images(Path(name))
         for _ in range(rounds):
             for case in cases:
-                plain = 0.0
+                plain = 0.0  # images per second of the first server, the plain process
                 for server, replicas in SERVERS.items():
                     row = rows[case.name, server]
-                    found = measure(row, case, replicas, folder, seconds)
-                    plain = plain or found
-                    row.ratios.append(found / plain)
+                    rate = measure(row, case, replicas, folder, seconds)
+                    plain = plain or rate
+                    row.ratios.append(rate / plain)
     return list(rows.values())
 
 
@@ -77,10 +77,10 @@ def show(rows: list[Rounds]) -> None:
     print("| case | server | ratio to plain | rounds | images/s | p99 ms | CPU ms per image | not 200 |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
-        each = " ".join(f"{value:.2f}" for value in row.ratios)
+        ratios = " ".join(f"{value:.2f}" for value in row.ratios)
         shown = " | ".join(f"{value:.1f}" for value in row.medians())
         ratio = statistics.median(row.ratios)
-        print(f"| {row.case} | {row.server} | **{ratio:.2f}** | {each} | {shown} | {row.refused} |")
+        print(f"| {row.case} | {row.server} | **{ratio:.2f}** | {ratios} | {shown} | {row.refused} |")
 
 
 def main() -> None:
@@ -90,8 +90,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="names of cases, comma-separated")
     arguments = parser.parse_args()
-    wanted = arguments.only.split(",") if arguments.only else [case.name for case in CASES]
-    cases = tuple(case for case in CASES if case.name in wanted)
+    names = arguments.only.split(",") if arguments.only else [case.name for case in CASES]
+    cases = tuple(case for case in CASES if case.name in names)
     rows = benchmark(cases, 1 if arguments.quick else arguments.rounds, 5.0 if arguments.quick else 10.0)
     if arguments.json:
         report([result for row in rows for result in row.results("plain process")], as_json=True)

@@ -128,24 +128,24 @@ def main(arguments: list[str]) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     if given.real:
         with one_line_errors():
-            offered = real_studies(given)
+            available = real_studies(given)
     else:
-        offered = studies(decode_cifar(given.cifar, given.cache), quick=given.quick)
+        available = studies(decode_cifar(given.cifar, given.cache), quick=given.quick)
     chosen = [
         dataclasses.replace(study, seeds=study.seeds[: given.seeds])
-        for study in offered
+        for study in available
         if given.study is None or study.name in given.study
     ]
     results: Results = run_studies(chosen, given.cache, given.jobs)
     if given.json:
-        found = [result for study in chosen for result in results_of(study, results[study.name])]
-        report(found, as_json=True, commit=commit(), processes=given.jobs)
+        rows = [result for study in chosen for result in results_of(study, results[study.name])]
+        report(rows, as_json=True, commit=commit(), processes=given.jobs)
     else:
         console = Console(width=None if sys.stdout.isatty() else 160)
         console.print(json.dumps(facts(given.jobs)), soft_wrap=True)
         print_studies(chosen, results, console)
-    hold = [holds for study in chosen for _, holds in checks(study, results[study.name])]
-    return 0 if all(hold) else 1
+    reached = [is_reached for study in chosen for _, is_reached in checks(study, results[study.name])]
+    return 0 if all(reached) else 1
 
 
 if __name__ == "__main__":

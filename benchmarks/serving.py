@@ -55,12 +55,12 @@ class Row(Rounds):
 
     def results(self, against: str) -> list[Result]:
         """Add the CPU time that the server itself measured."""
-        found = Rounds.results(self, against)
+        results = Rounds.results(self, against)
         if self.own_cpu_ms:
             value = statistics.median(self.own_cpu_ms)
             case = f"{self.case}, {self.server}: CPU per image, measured in the server"
-            found.append(Result(case=case, ours=value, unit="cpu-ms", runs=len(self.own_cpu_ms)))
-        return found
+            results.append(Result(case=case, ours=value, unit="cpu-ms", runs=len(self.own_cpu_ms)))
+        return results
 
 
 CASES = (
@@ -89,8 +89,8 @@ def drive(peer: Peer, port: int, process: int, case: Case, folder: Path, seconds
     url = f"http://127.0.0.1:{port}{peer.path}"
     form = ["--form"] if peer.form else []
     before = cpu_seconds(process)
-    found = put_load(url, folder, seconds, "--connections", case.connections, *form)
-    return Driven(found, seconds, cpu_seconds(process) - before)
+    load = put_load(url, folder, seconds, "--connections", case.connections, *form)
+    return Driven(load, seconds, cpu_seconds(process) - before)
 
 
 class Benchmark:
@@ -113,14 +113,14 @@ class Benchmark:
 
     def _round(self, case: Case) -> None:
         model = self._model(case)
-        befores = bare_runtime(model.runtime, case.largest, self._seconds / 2)
+        before = bare_runtime(model.runtime, case.largest, self._seconds / 2)
         measured = {name: self._measure(peer, case) for name, peer in self._peers().items()}
         driven, own_ms = self._measure_ours(case)
-        afters = bare_runtime(model.runtime, case.largest, self._seconds / 2)
-        speed = statistics.mean((befores.images_per_s, afters.images_per_s))
+        after = bare_runtime(model.runtime, case.largest, self._seconds / 2)
+        speed = statistics.mean((before.images_per_s, after.images_per_s))
         alone_ms = self._peer_pipeline_ms(case) if measured else self._pipeline_ms(model, case)
-        for name, one in {"sopdeploy": driven, **measured}.items():
-            self._add(name, case, one, speed, alone_ms)
+        for name, server in {"sopdeploy": driven, **measured}.items():
+            self._add(name, case, server, speed, alone_ms)
         self._rows["sopdeploy", case.name].own_cpu_ms.append(own_ms)
 
     def _add(self, name: str, case: Case, driven: Driven, speed: float, alone_ms: float) -> None:
@@ -140,10 +140,10 @@ class Benchmark:
 
     def _peer_pipeline_ms(self, case: Case) -> float:
         python, environment = self._arguments.peers_python, {**os.environ, **self._environment(case)}
-        found = peer_pipeline(
+        pipeline_alone = peer_pipeline(
             python, self._arguments.peers, environment, self._folder, case.largest, self._seconds / 2
         )
-        return found.cpu_ms
+        return pipeline_alone.cpu_ms
 
     def _peers(self) -> dict[str, Peer]:
         if self._arguments.peers is None:
@@ -197,10 +197,10 @@ def show(rows: list[Row]) -> None:
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for row in rows:
         ratio = statistics.median(row.ratios)
-        each = " ".join(f"{value:.3f}" for value in row.ratios)
+        ratios = " ".join(f"{value:.3f}" for value in row.ratios)
         shown = [f"{value:.2f}" for value in row.medians()]
         shown.append(f"{statistics.median(row.own_cpu_ms):.2f}" if row.own_cpu_ms else "")
-        print(f"| {row.case} | {row.server} | **{ratio:.3f}** | {each} | {' | '.join(shown)} |")
+        print(f"| {row.case} | {row.server} | **{ratio:.3f}** | {ratios} | {' | '.join(shown)} |")
 
 
 def main() -> None:

@@ -48,11 +48,11 @@ def measure(case: Case, folder: Path, seconds: float, *, shadow: bool) -> tuple[
     with started(command, OURS, port, {}, HERE):
         url = f"http://127.0.0.1:{port}/v1/classify"
         load = put_load(url, folder, seconds, *case.options)
-        found = httpx.get(f"http://127.0.0.1:{port}/info").json()
-    return load, found.get("shadow", {}).get("images", {})
+        info = httpx.get(f"http://127.0.0.1:{port}/info").json()
+    return load, info.get("shadow", {}).get("images", {})
 
 
-def results(case: Case, folder: Path, rounds: int, seconds: float) -> list[Result]:
+def compare(case: Case, folder: Path, rounds: int, seconds: float) -> list[Result]:
     """Measure both sides of *case* alternately; compare the medians of the rounds."""
     sides: dict[bool, list[Load]] = {True: [], False: []}
     counts: defaultdict[str, int] = defaultdict(int)
@@ -63,7 +63,7 @@ def results(case: Case, folder: Path, rounds: int, seconds: float) -> list[Resul
             for name, images in counted.items():
                 counts[name] += images
             print(f"{case.name}, shadow {shadow}: {load}", file=sys.stderr)
-    found = [
+    results = [
         Result(
             case=f"{case.name}: {what}",
             against="no shadow",
@@ -82,8 +82,8 @@ def results(case: Case, folder: Path, rounds: int, seconds: float) -> list[Resul
         ("compared", counts["agree"] + counts["differ"]),
         ("dropped", counts["dropped"]),
     ):
-        found.append(Result(case=f"{case.name}: {what}", ours=value, unit="images", runs=rounds))
-    return found
+        results.append(Result(case=f"{case.name}: {what}", ours=value, unit="images", runs=rounds))
+    return results
 
 
 def main() -> None:
@@ -94,8 +94,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_images(Path(temporary))
-        found = [row for case in CASES for row in results(case, folder, arguments.rounds, arguments.seconds)]
-    report(found, as_json=arguments.json, share=SHARE, engine=f"simulated, {ENGINE} ms, at most {LARGEST}")
+        rows = [row for case in CASES for row in compare(case, folder, arguments.rounds, arguments.seconds)]
+    report(rows, as_json=arguments.json, share=SHARE, engine=f"simulated, {ENGINE} ms, at most {LARGEST}")
 
 
 if __name__ == "__main__":

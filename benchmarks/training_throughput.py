@@ -33,7 +33,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "random-resized-crop": RandomResizedCrop(kind="random-resized-crop", flip=0.5),
     "random-resized-crop draft": RandomResizedCrop(kind="random-resized-crop", flip=0.5, draft=True),
 }
-WANTED, CORES = 2500, 16  # images per second of a GPU, and the cores of its loader
+GPU_RATE, CORES = 2500, 16  # images per second of a GPU, and the cores of its loader
 CLASSES = ("a", "b")
 BATCH = 32
 
@@ -91,25 +91,27 @@ def drift(root: Path, name: str) -> tuple[float, float, float]:
     fraction of changed images.
     """
     plain, draft = view(root, AUGMENTATIONS[name]), view(root, AUGMENTATIONS[f"{name} draft"])
-    gaps = [
+    differences = [
         np.abs(plain[index][0].astype(int) - draft[index][0].astype(int)).ravel()
         for index in range(len(plain))
     ]
-    changed = [gap for gap in gaps if gap.any()]
+    changed = [difference for difference in differences if difference.any()]
     if not changed:
         return 0.0, 0.0, 0.0
-    together = np.concatenate(changed)
-    return float(together.mean()), float(np.percentile(together, 99)), len(changed) / len(gaps)
+    levels = np.concatenate(changed)
+    return float(levels.mean()), float(np.percentile(levels, 99)), len(changed) / len(differences)
 
 
 def waiting(root: Path, augmentation: Augmentation, batches: int) -> tuple[float, float]:
     """Measure the fraction of time that a simulated GPU waits for the loader, and its images per second."""
     workers = usable_cores()
-    step = BATCH / (WANTED * workers / CORES)
+    step = BATCH / (GPU_RATE * workers / CORES)
     images = view(root, augmentation)
-    order = [[(n * BATCH + i) % len(images) for i in range(BATCH)] for n in range(batches + 2 * workers)]
+    batch_indices = [
+        [(n * BATCH + i) % len(images) for i in range(BATCH)] for n in range(batches + 2 * workers)
+    ]
     waited, start, since = 0.0, 0.0, 0.0
-    for number, _ in enumerate(load_batches(images, order, workers, torch.device("cpu"))):
+    for number, _ in enumerate(load_batches(images, batch_indices, workers, torch.device("cpu"))):
         now = time.perf_counter()
         if number == 2 * workers:  # the first batches wait for the processes to start
             start = now
@@ -124,7 +126,7 @@ def waiting(root: Path, augmentation: Augmentation, batches: int) -> tuple[float
 def main() -> None:
     arguments = parse(__doc__)
     count, runs, batches = (16, 3, 8) if arguments.quick else (64, 7, 40)
-    found: list[Result] = []
+    rows: list[Result] = []
     for name, (size, quality) in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
@@ -132,8 +134,8 @@ def main() -> None:
             rates = per_core(root, runs)
             drifts = {name: drift(root, name) for name in ("random-side", "random-resized-crop")}
             waits = {name: waiting(root, AUGMENTATIONS[name], batches) for name in AUGMENTATIONS}
-        found += results(f"{name}, {length / 1e3:.0f} kB", rates, drifts, waits, runs)
-    report(found, as_json=arguments.json)
+        rows += results(f"{name}, {length / 1e3:.0f} kB", rates, drifts, waits, runs)
+    report(rows, as_json=arguments.json)
 
 
 def results(
@@ -144,12 +146,12 @@ def results(
     runs: int,
 ) -> list[Result]:
     """Build the results of one image size."""
-    found = [
+    rows = [
         Result(
             case=f"{size}: {name}, images/s per core",
-            against=f"{CORES} cores feed {WANTED}/s",
+            against=f"{CORES} cores feed {GPU_RATE}/s",
             ours=rate,
-            other=WANTED / CORES,
+            other=GPU_RATE / CORES,
             unit="images/s",
             runs=runs,
         )
@@ -161,11 +163,11 @@ def results(
             ("mean difference of changed images", mean, "levels"),
             ("99th percentile of the difference", high, "levels"),
         ):
-            found.append(Result(case=f"{size}: {name}, {what}", ours=value, unit=unit, runs=runs))
+            rows.append(Result(case=f"{size}: {name}, {what}", ours=value, unit=unit, runs=runs))
     for name, (fraction, rate) in waits.items():
-        found.append(Result(case=f"{size}: {name}, GPU waits", ours=100 * fraction, unit="%", runs=1))
-        found.append(Result(case=f"{size}: {name}, GPU receives", ours=rate, unit="images/s", runs=1))
-    return found
+        rows.append(Result(case=f"{size}: {name}, GPU waits", ours=100 * fraction, unit="%", runs=1))
+        rows.append(Result(case=f"{size}: {name}, GPU receives", ours=rate, unit="images/s", runs=1))
+    return rows
 
 
 if __name__ == "__main__":
