@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sopdeploy.bundle.class_maps import read_class_maps
 from sopdeploy.bundle.folder import MANIFEST, Bundle
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy_service.images.loaders import FastDecode
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
+from sopdeploy_service.runtime.base import Runtime
 
 FILES = ("certificate.json", "probes.npz", "class_maps.npz", "README.md")
 FACTS, LABELS = "runtime.json", "labels.json"
@@ -26,18 +24,11 @@ FACTS, LABELS = "runtime.json", "labels.json"
 
 @dataclass(slots=True)
 class RemoteRuntime:
-    """Name and device of a runtime in the inference process."""
+    """What a front end knows of a runtime, which only the inference process runs and closes."""
 
     name: str
     device: str
     largest_batch: int
-
-    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        """Raise an error: only the inference process runs images."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Do nothing: the inference process closes its runtime."""
 
 
 def write_archive(model: Model) -> bytes:
@@ -72,7 +63,7 @@ def read_archive(data: bytes) -> tuple[str, LoadedModel]:
     fast_decode = facts["fast_decode"]
     return facts["name"], LoadedModel(
         bundle=Bundle(path=folder, manifest=manifest, labels=tuple(json.loads(archive.read(LABELS)))),
-        runtime=RemoteRuntime(facts["runtime"], facts["device"], facts["largest_batch"]),
+        runtime=cast(Runtime, RemoteRuntime(facts["runtime"], facts["device"], facts["largest_batch"])),
         replays={},
         timings=tuple((images, seconds) for images, seconds in facts["timings"]),
         decode=facts["decode"],

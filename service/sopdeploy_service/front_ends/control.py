@@ -17,10 +17,7 @@ METRICS_SECONDS = 2.0  # a process that takes longer counts as down
 
 def pair() -> tuple[socket.socket, socket.socket]:
     """Create the ends of the supervisor and of a process."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    theirs.setblocking(False)
-    return ours, theirs
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
 
 
 def receive(control: socket.socket) -> tuple[bytes, list[int]]:

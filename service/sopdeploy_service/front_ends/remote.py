@@ -1,6 +1,6 @@
-"""Models and registry of a front end, for models that run in the inference process.
+"""Queues and registry of a front end, for models that run in the inference process.
 
-`RemoteModel` and `RemoteRegistry` take the place of `Model` and `ModelRegistry`: admission, decoding,
+`RemoteQueue` and `RemoteRegistry` take the place of `RequestQueue` and `ModelRegistry`: admission, decoding,
 deadlines and responses are the same code with one process and with several.
 """
 
@@ -35,11 +35,11 @@ log = logging.getLogger("sopdeploy.inference")
 
 
 class RemoteQueue(RequestQueue):
-    """Sends images to the inference process. `put` is thread-safe."""
+    """Sends images to the inference process, which knows *model* by *number*. `put` is thread-safe."""
 
-    def __init__(self, model: "RemoteModel", registry: "RemoteRegistry", metrics: Metrics) -> None:
+    def __init__(self, model: Model, number: int, registry: "RemoteRegistry", metrics: Metrics) -> None:
         super().__init__()
-        self._model, self._registry, self._metrics = model, registry, metrics
+        self._model, self._number, self._registry, self._metrics = model, number, registry, metrics
         self._counts = metrics.of(model.name)
         self._drift = drift_window(model.bundle)
         outputs = model.bundle.manifest.outputs
@@ -61,7 +61,7 @@ class RemoteQueue(RequestQueue):
         if self.closed_with is not None:
             item.settle(self.closed_with)
         if not item.outcome.done():  # otherwise its request has ended, too
-            self._registry.send_image(self, self._model.number, item)
+            self._registry.send_image(self, self._number, item)
 
     def reject(self, items: Sequence[QueuedImage], rejection: Rejection) -> None:
         """Give *rejection* to all *items* without an outcome, and cancel those that were sent."""
@@ -109,26 +109,6 @@ class RemoteQueue(RequestQueue):
         return outputs
 
 
-class RemoteModel(Model):
-    """A model of the inference process, which knows it by *number*."""
-
-    def __init__(
-        self,
-        name: str,
-        number: int,
-        loaded: LoadedModel,
-        settings: Settings,
-        metrics: Metrics,
-        registry: "RemoteRegistry",
-    ) -> None:
-        super().__init__(name, loaded, settings, metrics)
-        self.number = number
-        self.queue = RemoteQueue(self, registry, metrics)
-
-    def start(self) -> None:
-        """Do nothing: the model runs in the inference process."""
-
-
 class RemoteRegistry(ModelRegistry):
     """The models of the inference process."""
 
@@ -151,7 +131,9 @@ class RemoteRegistry(ModelRegistry):
             if settings.decode == "auto":
                 loaded = _with_usable_decoder(loaded, settings)
             self._count(name, loaded, 1)
-            self._by_name[name] = [RemoteModel(name, number, loaded, settings, metrics, self)]
+            model = Model(name, loaded, settings, metrics)  # never started: it has no worker here
+            model.queue = RemoteQueue(model, number, self, metrics)
+            self._by_name[name] = [model]
 
     async def start(self) -> None:
         """Open the channel and handle the messages of the inference process."""

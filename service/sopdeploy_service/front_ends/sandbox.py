@@ -118,22 +118,22 @@ def apply(settings: Settings, config: uvicorn.Config) -> None:
     """
     if settings.sandbox == "off":
         return
-    needs = {
+    excluded = {
         "url_hosts": bool(settings.url_hosts),
         "tracing": settings.tracing,
         "decode=nvimagecodec": settings.decode == "nvimagecodec",
     }
-    problem = "".join(f"{name} needs files or sockets; " for name, needed in needs.items() if needed)
-    if not problem:
+    reasons = [f"{name} needs files or sockets" for name, is_set in excluded.items() if is_set]
+    if not reasons:
         preload(config)
         try:
             log.info("sandboxed", extra={"applied": enter()})
+            return
         except OSError as error:
-            problem = f"{error.strerror}; "
-    if problem and settings.sandbox == "required":
-        raise ConfigError(f"sandbox=required: {problem}change this, or set sandbox=auto")
-    if problem:
-        log.warning("images are decoded without a sandbox: %s", problem.rstrip("; "))
+            reasons = [str(error.strerror)]
+    if settings.sandbox == "required":
+        raise ConfigError(f"sandbox=required: {'; '.join(reasons)}; change this, or set sandbox=auto")
+    log.warning("images are decoded without a sandbox: %s", "; ".join(reasons))
 
 
 def preload(config: uvicorn.Config) -> None:
