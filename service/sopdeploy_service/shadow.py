@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError, shorten
+from sopdeploy_service.api.admission import json_response, service_of, use_model
 from sopdeploy_service.api.schema import ModelInfo, ShadowInfo
 from sopdeploy_service.api.status import model_info
-from sopdeploy_service.api.upload import json_response, service_of, use_model
 from sopdeploy_service.http.middleware import require_admin
 from sopdeploy_service.http.problems import problem_responses
 from sopdeploy_service.images.decode import EncodedImage
@@ -74,7 +74,7 @@ async def promote(request: Request, name: str) -> Response:
         message = f"{name}: the model worker of this shadow has stopped"
         raise RejectedError(Rejection("shadow_failed", 409, message))
     request.app.state.shadow = None
-    return json_response(model_info(use_model(request, await shadow.promote())))
+    return json_response(model_info(use_model(request.state.context, await shadow.promote())))
 
 
 def find_live_model(models: Sequence[Model], name: str) -> str:

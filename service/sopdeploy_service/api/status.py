@@ -16,16 +16,20 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
 from sopdeploy.bundle.probes import Outputs, read_probes, replay
 from sopdeploy.errors import BundleError, ParityError
+from sopdeploy_service.api.admission import (
+    AdmittedRequest,
+    admit,
+    json_response,
+    service_of,
+    use_model,
+)
 from sopdeploy_service.api.schema import Card, CertificateSummary, Health, Info, ModelInfo, SelfTest
-from sopdeploy_service.api.upload import admit, json_response, service_of, use_model
 from sopdeploy_service.api.v2.response import stack_outputs
 from sopdeploy_service.http.middleware import require_admin
 from sopdeploy_service.http.problems import problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
 from sopdeploy_service.inference.results import GATES, RejectedError, Rejection
-from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability.request_context import RequestContext
 
 router = APIRouter()
 
@@ -154,20 +158,21 @@ def read_card(bundle: Bundle) -> Card:
 )
 async def selftest(request: Request, model: str | None = None) -> Response:
     """Replay the probes of the bundle through the runtime, between the requests of clients."""
-    async with admit(request, model) as (chosen, deadline):
-        return json_response(await self_test(service_of(request), chosen, deadline, request.state.context))
+    async with admit(request, model) as admitted:
+        return json_response(await self_test(admitted))
 
 
-async def self_test(service: Service, model: Model, deadline: float, context: RequestContext) -> SelfTest:
-    """Replay the probes of *model* through *service* and compare the outputs with the bundle's.
+async def self_test(admitted: AdmittedRequest) -> SelfTest:
+    """Replay the probes of the model through the service and compare the outputs with the bundle's.
 
     Raises `RejectedError` if they differ or cannot be replayed.
     """
-    started, loop = time.monotonic(), asyncio.get_running_loop()
+    service, model, context = admitted.service, admitted.model, admitted.context
+    loop = asyncio.get_running_loop()
     unlimited = replace(context, rate_limit=None)
 
     def run(images: NDArray[np.uint8]) -> Outputs:
-        work = service.infer(model, images, deadline, unlimited, features=True)
+        work = service.infer(model, images, admitted.deadline, unlimited, features=True)
         return stack_outputs(asyncio.run_coroutine_threadsafe(work, loop).result())
 
     try:
@@ -185,7 +190,7 @@ async def self_test(service: Service, model: Model, deadline: float, context: Re
         images=found.images,
         deviation=found.deviation,
         tolerance=found.tolerance,
-        seconds=round(time.monotonic() - started, 3),
+        seconds=round(time.monotonic() - admitted.started, 3),
     )
 
 
@@ -201,4 +206,4 @@ async def roll_back(request: Request, name: str) -> Response:
     service = service_of(request)
     if not service.settings.model_control:
         raise RejectedError(NOT_CONTROLLED)
-    return json_response(model_info(use_model(request, await service.registry.roll_back(name))))
+    return json_response(model_info(use_model(request.state.context, await service.registry.roll_back(name))))

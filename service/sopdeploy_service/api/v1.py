@@ -1,7 +1,6 @@
 """`POST /v1/classify` and `/v1/embed`: read the images of a request, run them and format the outputs."""
 
 import base64
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -12,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
 from sopdeploy.images.pixels import visible_box
+from sopdeploy_service.api.admission import AdmittedRequest, admit, json_response
 from sopdeploy_service.api.schema import (
     Classes,
     ClassifyQuery,
@@ -21,7 +21,7 @@ from sopdeploy_service.api.schema import (
     EmbedQuery,
     Results,
 )
-from sopdeploy_service.api.upload import Upload, admit, json_response, read_upload, run, service_of
+from sopdeploy_service.api.upload import Upload, read_upload
 from sopdeploy_service.http.problems import Problem, bad_request, invalid_parameter, problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import (
@@ -71,12 +71,12 @@ async def classify(request: Request) -> Response:
     threshold, at most `top_k` if the request sets it. `warnings` next to the classes name changes made while
     decoding, such as `exif_rotated`. Bundles with a rejection threshold add `known` and `score`.
     """
-    service, started = service_of(request), time.monotonic()
     query = _parse_query(request, ClassifyQuery)
-    async with admit(request, query.model, query.version) as (chosen, deadline):
-        explained = _check_query(query, chosen)
-        upload = await read_upload(request, service, chosen, deadline)
-        outcomes = await run(request, chosen, upload.images, deadline, started, features=explained)
+    async with admit(request, query.model, query.version) as admitted:
+        explained = _check_query(query, admitted.model)
+        upload = await read_upload(admitted)
+        outcomes = await admitted.infer(upload.images, features=explained)
+    service, chosen = admitted.service, admitted.model
     top_k = query.top_k or upload.top_k or (service.settings.top_k if chosen.thresholds is None else None)
 
     def format_classes(outcome: Prediction) -> dict[str, Any]:
@@ -85,7 +85,7 @@ async def classify(request: Request) -> Response:
             service.metrics.unknown_images.labels(chosen.name).inc()
         return result
 
-    return _respond(request, upload, outcomes, format_classes)
+    return _respond(admitted, upload, outcomes, format_classes)
 
 
 @router.post(
@@ -100,14 +100,13 @@ async def embed(request: Request) -> Response:
     Requests, limits and errors are those of `/v1/classify`; each image has `embedding` instead of `classes`.
     The bundle must have been exported with `--with-features`.
     """
-    service, started = service_of(request), time.monotonic()
     query = _parse_query(request, EmbedQuery)
-    async with admit(request, query.model, query.version) as (chosen, deadline):
-        if not any(output.name == EMBEDDING for output in chosen.bundle.manifest.outputs):
-            message = f"{chosen.name}: has no features; export it with --with-features"
+    async with admit(request, query.model, query.version) as admitted:
+        if not any(output.name == EMBEDDING for output in admitted.model.bundle.manifest.outputs):
+            message = f"{admitted.model.name}: has no features; export it with --with-features"
             raise bad_request("no_features", message)
-        upload = await read_upload(request, service, chosen, deadline)
-        outcomes = await run(request, chosen, upload.images, deadline, started, features=True)
+        upload = await read_upload(admitted)
+        outcomes = await admitted.infer(upload.images, features=True)
 
     def format_embedding(outcome: Prediction) -> dict[str, Any]:
         vector = outcome.outputs[EMBEDDING]
@@ -116,7 +115,7 @@ async def embed(request: Request) -> Response:
         encoded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
         return {"embedding": encoded, "warnings": outcome.warnings}
 
-    return _respond(request, upload, outcomes, format_embedding)
+    return _respond(admitted, upload, outcomes, format_embedding)
 
 
 def _parse_query(request: Request, kind: type[Query]) -> Query:
@@ -130,7 +129,7 @@ def _parse_query(request: Request, kind: type[Query]) -> Query:
 
 
 def _respond(
-    request: Request,
+    admitted: AdmittedRequest,
     upload: Upload,
     outcomes: Sequence[Outcome],
     format_result: Callable[[Prediction], dict[str, Any]],
@@ -141,12 +140,12 @@ def _respond(
     results: list[dict[str, Any]] = []
     for outcome in outcomes:
         if isinstance(outcome, Rejection):
-            service_of(request).metrics.rejected.labels(outcome.code).inc()
+            admitted.service.metrics.rejected.labels(outcome.code).inc()
             results.append({"error": Problem.of(outcome).model_dump()})
         else:
             results.append(format_result(outcome))
     body = {"results": results} if upload.is_list else results[0]
-    return json_response(body, headers={"Server-Timing": request.state.context.server_timing()})
+    return json_response(body, headers={"Server-Timing": admitted.context.server_timing()})
 
 
 def _check_query(query: ClassifyQuery, chosen: Model) -> bool:

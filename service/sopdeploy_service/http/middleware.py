@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from starlette.datastructures import Headers
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -65,7 +64,8 @@ class RequestContextMiddleware:
             await self.app(scope, receive, send)
             return
         started = time.monotonic()
-        headers = dict(reversed(Headers(scope=scope).items()))  # the first of several with one name
+        pairs = reversed(scope["headers"])  # of several with one name, the first one counts
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}
         context = RequestContext(request_id(headers), headers)
         if self.open_trace is not None and scope["path"] not in MONITORING:
             context.trace = self.open_trace(headers, started)

@@ -161,14 +161,14 @@ class Service:
                 raise RejectedError(TOO_LATE)
 
     @contextmanager
-    def admitting(self, model: Model, images: int = 1) -> Iterator[None]:
-        """Count *images* as queued during the block; raises `RejectedError` if the queue is full."""
-        self._check_queue(model, images)
-        self.admitted += images
+    def admitting(self, model: Model) -> Iterator[None]:
+        """Count a request as one image during the block; raises `RejectedError` if the queue is full."""
+        self._check_queue(model, 1)
+        self.admitted += 1
         try:
             yield
         finally:
-            self.admitted -= images
+            self.admitted -= 1
 
     def _check_queue(self, model: Model, images: int) -> None:
         if self.admitted + images > self.settings.queue_size:
@@ -194,26 +194,28 @@ class Service:
         has passed.
         """
         started, loop = time.monotonic(), asyncio.get_running_loop()
-        with self.admitting(model, len(images)):
-            context.images += len(images)
-            if context.rate_limit is not None:
-                context.rate_limit.spend(len(images))
-            items = [
-                QueuedImage(
-                    outcome=loop.create_future(), deadline=deadline, trace=context.trace, features=features
-                )
-                for _ in images
-            ]
-            timer = loop.call_later(deadline - started, model.queue.reject, items, DEADLINE)
-            try:
-                for item, image in zip(items, images, strict=True):
-                    self.submit(model, item, image)
-                outcomes = [await item.outcome for item in items]
-            except asyncio.CancelledError:
-                model.queue.reject(items, CLIENT_GONE)
-                raise
-            finally:
-                timer.cancel()
+        self._check_queue(model, len(images))
+        context.images += len(images)
+        if context.rate_limit is not None:
+            context.rate_limit.spend(len(images))
+        items = [
+            QueuedImage(
+                outcome=loop.create_future(), deadline=deadline, trace=context.trace, features=features
+            )
+            for _ in images
+        ]
+        timer = loop.call_later(deadline - started, model.queue.reject, items, DEADLINE)
+        self.admitted += len(images)
+        try:
+            for item, image in zip(items, images, strict=True):
+                self.submit(model, item, image)
+            outcomes = [await item.outcome for item in items]
+        except asyncio.CancelledError:
+            model.queue.reject(items, CLIENT_GONE)
+            raise
+        finally:
+            self.admitted -= len(images)
+            timer.cancel()
         _record_stages(context, items, outcomes)
         if any(outcome is DEADLINE for outcome in outcomes):
             raise RejectedError(DEADLINE)

@@ -10,8 +10,8 @@ import pydantic
 from fastapi import APIRouter, Depends, Request, Response
 
 from sopdeploy.bundle.manifest import ON_REQUEST
+from sopdeploy_service.api.admission import admit, json_response, service_of, use_model
 from sopdeploy_service.api.body import read_body
-from sopdeploy_service.api.upload import admit, json_response, preparing, run, service_of, use_model
 from sopdeploy_service.api.v2 import metadata
 from sopdeploy_service.api.v2.metadata import EXTENSIONS, signature_of
 from sopdeploy_service.api.v2.request import Body, InferBody, ParsedBody, parse_body, validate
@@ -140,7 +140,7 @@ async def ready(request: Request) -> Response:
 async def model_ready(request: Request, name: str, version: str | None) -> Response:
     """Respond with 200 while the model can predict."""
     service = service_of(request)
-    model = use_model(request, service.registry.find(name, version))
+    model = use_model(request.state.context, service.registry.find(name, version))
     is_ready = not model.dead and service.state != "draining"
     return json_response({"name": model.name, "ready": is_ready}, 200 if is_ready else 503)
 
@@ -149,7 +149,7 @@ async def model_ready(request: Request, name: str, version: str | None) -> Respo
 async def model_config(request: Request, name: str, version: str | None) -> Response:
     """Return the model as a Triton model configuration."""
     service = service_of(request)
-    model = use_model(request, service.registry.find(name, version))
+    model = use_model(request.state.context, service.registry.find(name, version))
     return json_response(metadata.model_config(model, service.settings))
 
 
@@ -157,7 +157,7 @@ async def model_config(request: Request, name: str, version: str | None) -> Resp
 async def model_metadata(request: Request, name: str, version: str | None) -> Response:
     """Return the inputs and outputs of the model."""
     registry = service_of(request).registry
-    model = use_model(request, registry.find(name, version))
+    model = use_model(request.state.context, registry.find(name, version))
     versions = [other.version for other in registry.models() if other.name == name]
     return json_response(metadata.model_metadata(model, versions))
 
@@ -165,26 +165,25 @@ async def model_metadata(request: Request, name: str, version: str | None) -> Re
 @model_endpoint("POST", "/infer", openapi_extra=INFER_BODY)
 async def model_infer(request: Request, name: str, version: str | None) -> Response:
     """Return the outputs of 1..n images, sent as a tensor or as encoded files."""
-    service, context = service_of(request), request.state.context
-    started = time.monotonic()
-    async with admit(request, name, version) as (model, deadline):
+    async with admit(request, name, version) as admitted:
+        service, model = admitted.service, admitted.model
         signature = signature_of(model.bundle, service.settings.max_images)
-        body = await read_body(request, service, service.settings.max_body_bytes, deadline)
+        body = await admitted.read_body(service.settings.max_body_bytes)
         length = request.headers.get(HEADER_LENGTH)
-        async with preparing(service, model, deadline):
+        async with admitted.preparing():
             given = (body, length, signature, service.settings.max_json_bytes)
             loop = asyncio.get_running_loop()
             parsed = await loop.run_in_executor(service.parsers, parse_body, *given)
         if parsed.timeout_seconds is not None:
-            deadline = min(deadline, started + parsed.timeout_seconds)
+            admitted.deadline = min(admitted.deadline, admitted.started + parsed.timeout_seconds)
         features = any(output.tensor.name in ON_REQUEST for output in parsed.outputs)
-        outcomes = await run(request, model, parsed.images, deadline, started, features=features)
+        outcomes = await admitted.infer(parsed.images, features=features)
     head = {"model_name": model.name, "model_version": model.version}
     if parsed.id is not None:
         head = {"id": parsed.id, **head}
     labels = {signature.outputs[0].name: model.labels}
     content, headers = format_response(head, stack_outputs(outcomes), parsed.outputs, labels)
-    return Response(content, headers={**headers, "Server-Timing": context.server_timing()})
+    return Response(content, headers={**headers, "Server-Timing": admitted.context.server_timing()})
 
 
 @router.post("/v2/repository/index", openapi_extra=request_body(IndexBody))
@@ -207,7 +206,7 @@ async def load(request: Request, name: str) -> Response:
     """Load a bundle as *name*; `parameters.folder` names its folder if several bundles match."""
     body = await read_json(request, LoadBody)
     folder = body.parameters.folder if body.parameters else None
-    use_model(request, await service_of(request).registry.load(name, folder))
+    use_model(request.state.context, await service_of(request).registry.load(name, folder))
     return Response()
 
 
