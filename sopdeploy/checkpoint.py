@@ -73,7 +73,7 @@ class Checkpoint:
             raise ValueError("labels: two classes have the same name")
         problem = None if self.decision is None else self.decision.problem_with(len(self.labels))
         if problem is not None:
-            raise ValueError(f"decision: {problem} classes")
+            raise ValueError(f"decision: {problem}")
         return self
 
     def trained_on(self, images: LabeledImages) -> str:
@@ -221,11 +221,11 @@ def _first_difference(expected: Mapping[str, Tensor], weights: Mapping[str, Tens
     for name, tensor in expected.items():
         if name not in weights:
             return f"{name} is missing"
-        given = weights[name]
-        if given.shape != tensor.shape:
-            return f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}"
-        if _layout(given) != _layout(tensor):
-            return f"{name} is {_layout(given)}, not {_layout(tensor)}"
-        if given.is_floating_point() and not bool(torch.isfinite(given).all()):
+        actual = weights[name]
+        if actual.shape != tensor.shape:
+            return f"{name} is {tuple(actual.shape)}, not {tuple(tensor.shape)}"
+        if _layout(actual) != _layout(tensor):
+            return f"{name} is {_layout(actual)}, not {_layout(tensor)}"
+        if actual.is_floating_point() and not bool(torch.isfinite(actual).all()):
             return f"{name} has values that are not finite"
     return next((f"the network has no {name}" for name in sorted(weights.keys() - expected.keys())), "")

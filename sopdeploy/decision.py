@@ -54,10 +54,9 @@ class Rejection(StrictModel):
         accepts: Fraction of known images that the threshold was chosen to accept.
         accepted: 95 % interval (Wilson) of the fraction that it accepts, from the number of images it was
             fitted to.
-        auroc: Area under the ROC curve of known images against those of a class left out, averaged over
-            classes.
-        left_out: How `auroc` leaves a class out: "refitted" fits the classifier without the class, `None`
-            masks its logit.
+        auroc: Area under the ROC curve for separating the images of a class that is left out from all
+            others, averaged over classes.
+        left_out: "refitted" if the classifier was fitted without the class, `None` if its logit was masked.
     """
 
     score: Score
@@ -122,9 +121,9 @@ class Decision(StrictModel):
     def problem_with(self, classes: int) -> str | None:
         """Describe a field whose length is not the number of *classes*; None if all lengths match."""
         if self.thresholds is not None and len(self.thresholds) != classes:
-            return f"{len(self.thresholds)} thresholds for {classes}"
+            return f"{len(self.thresholds)} thresholds for {classes} classes"
         if self.reference is not None and len(self.reference.classes) != classes:
-            return f"predictions of {len(self.reference.classes)} classes for {classes}"
+            return f"reference predictions of {len(self.reference.classes)} classes, not {classes}"
         return None
 
     def is_known(self, logits: NDArray[np.floating]) -> bool | None:
@@ -164,7 +163,7 @@ class Decision(StrictModel):
 
 
 def describe_auroc(auroc: float) -> str:
-    """Say in words how well unknown images are told from known ones."""
+    """Say in words how well unknown images are distinguished from known ones."""
     if auroc < HARDLY:
         return (
             "unknown images are recognized hardly better than by guessing; add photographs or use a better "

@@ -27,12 +27,13 @@ class Predictions(tuple[FilePrediction, ...]):
 
     def _repr_html_(self) -> str:
         rows = []
-        for one in self:
-            best = [f"{entry.label} {entry.probability:.2%}" for entry in one.classes]
-            first, others = (best[0], ", ".join(best[1:])) if best else ("", "")
-            unknown = ("probably none of these classes",) if one.known is False else ()
-            notes = ", ".join((*unknown, *one.warnings)) if one.error is None else one.error.detail
-            cells = (one.image, first, others, notes)
+        for prediction in self:
+            classes = [f"{entry.label} {entry.probability:.2%}" for entry in prediction.classes]
+            unknown = ["probably none of these classes"] if prediction.known is False else []
+            notes = (
+                [*unknown, *prediction.warnings] if prediction.error is None else [prediction.error.detail]
+            )
+            cells = (prediction.image, "".join(classes[:1]), ", ".join(classes[1:]), ", ".join(notes))
             rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
         heads = "".join(f"<th>{head}</th>" for head in ("image", "class", "other classes", "notes"))
         return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
@@ -73,8 +74,7 @@ def predict(
     items: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
     opened = [_open(image, number) for number, image in enumerate(items)]
     drawing = None if explain is None else Path(explain)
-    found = predict_images(Path(bundle), opened, load_settings(top_k=top_k, **settings), drawing)
-    return Predictions(found)
+    return Predictions(predict_images(Path(bundle), opened, load_settings(top_k=top_k, **settings), drawing))
 
 
 def _open(image: object, number: int) -> Path | Image.Image:
@@ -86,8 +86,8 @@ def _open(image: object, number: int) -> Path | Image.Image:
         return image
     if not isinstance(image, np.ndarray):
         raise DataError(f"image {number}: a {type(image).__name__}; give a path, a PIL image or an array")
-    good = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
-    if image.dtype != np.uint8 or not good or 0 in image.shape:
+    has_image_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
+    if image.dtype != np.uint8 or not has_image_shape or 0 in image.shape:
         raise DataError(
             f"image {number}: {image.dtype} array {image.shape}; give uint8 (H, W), (H, W, 3) or (H, W, 4)"
         )

@@ -151,7 +151,7 @@ def read_manifest(path: Path) -> Manifest:
             hint = f"an archive, not a bundle; run: sopdeploy pull {path} bundles"
         raise BundleError(f"{path}: {hint}")
     if not file.is_file() or file.is_symlink():
-        bundles = sorted(found.parent for found in path.glob(f"[!.]*/{MANIFEST}"))
+        bundles = sorted(manifest.parent for manifest in path.glob(f"[!.]*/{MANIFEST}"))
         hint = f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
         if bundles:
             newest = path / LATEST
@@ -219,5 +219,5 @@ def _read_labels(file: Path, manifest: Manifest) -> tuple[str, ...]:
         raise BundleError(f"{file}: {len(labels)} class names for {classes} outputs; export the bundle again")
     problem = None if manifest.decision is None else manifest.decision.problem_with(len(labels))
     if problem is not None:
-        raise BundleError(f"{file.parent}: {problem} outputs; export it again")
+        raise BundleError(f"{file.parent}: {problem}; export it again")
     return labels

@@ -121,13 +121,17 @@ def _tensor_hash(tensor: "onnx.TensorProto") -> str:
 
 
 def check_roots(bundle: Bundle) -> str | None:
-    """Recompute the root of `model.onnx` and compare it with the manifest and the certificate.
+    """Compare the roots of the files of *bundle*: the graph, the manifest, the certificate and the lowering.
 
-    Returns the root, or None if the root is not recomputed because `onnx` is not installed. The certificate
-    holds the root of the graph before rewrite rules and casts. `lowering.json` names the root before and
-    after the rules: in float32 the first one is certified, and unless the graph was quantized, the last one
-    is that of the file. `sopdeploy verify` also replays the rules between the two roots. Raises `BundleError`
-    that names the file with another root.
+    Returns the root of `model.onnx`, or None if `onnx` is not installed, so that it cannot be recomputed. The
+    following must hold:
+
+    - `model.onnx` has the root in the manifest;
+    - certificate and lowering belong to the captured program in the manifest;
+    - in float32, the rewrite rules start from the certified graph;
+    - unless the graph was quantized, the rules end with the graph in the manifest.
+
+    `sopdeploy verify` also replays the rules. Raises `BundleError` naming the file that does not fit.
     """
     path, lineage, precision = bundle.path, bundle.manifest.lineage, bundle.manifest.precision
     advice = "export the bundle again"

@@ -115,14 +115,14 @@ def hold_out(
 
     Returns a mask (N,). The selection depends on *seed* and the images' *keys* only. It is the same on every
     machine and in every version, so that an image used for training is never used for evaluation later.
-    *targets* are class indices (N,), or (N, C) with 1 for every class of an image. The latter are processed
-    from the rarest class to the most frequent one, then the images without a class, as in the iterative
-    stratification of Sechidis et al. (ECML 2011), section 4.
+    *targets* are class indices (N,), or (N, C) with 1 for every class of an image. With (N, C), the classes
+    are processed from the rarest to the most frequent one, then the images without a class, as in the
+    iterative stratification of Sechidis et al. (ECML 2011), section 4.
     """
-    order = sorted(
+    shuffled = sorted(
         range(len(keys)), key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index])
     )
-    rank = np.argsort(order)
+    rank = np.argsort(shuffled)
     if targets.ndim == 1:
         by_class = np.argsort(targets, kind="stable")
         groups = np.split(by_class, np.flatnonzero(np.diff(targets[by_class])) + 1)
@@ -130,10 +130,11 @@ def hold_out(
         by_count = np.argsort(np.count_nonzero(targets, axis=0), kind="stable")
         groups = [np.flatnonzero(targets[:, target]) for target in by_count]
         groups.append(np.flatnonzero(~targets.any(axis=1)))
-    held, decided = np.zeros((2, len(keys)), dtype=np.bool_)
+    held_out, decided = np.zeros((2, len(keys)), dtype=np.bool_)
     for members in groups:
-        wanted = min(max(1, round(fraction * len(members))), len(members) - 1) - held[members].sum()
-        free = members[~decided[members]]
-        held[free[np.argsort(rank[free])][: max(0, wanted)]] = True
+        quota = min(max(1, round(fraction * len(members))), len(members) - 1)
+        missing = max(0, quota - held_out[members].sum())
+        undecided = members[~decided[members]]
+        held_out[undecided[np.argsort(rank[undecided])][:missing]] = True
         decided[members] = True
-    return held
+    return held_out

@@ -22,7 +22,7 @@ Batch = tuple[Tensor, Tensor]  # images (B, H, W, 3) uint8; labels (B,) int64 or
 
 
 def count_batches(samples: int, batch_size: int) -> int:
-    """Count the batches of an epoch, none of which has a single sample, because batch norm needs two.
+    """Count the batches of an epoch; every batch has at least two samples, because batch norm needs them.
 
     With an odd number of samples and a *batch_size* of 2, one batch therefore has three samples.
     """
@@ -35,8 +35,8 @@ def shuffled_batches(samples: int, batch_size: int, seed: int, epoch: int) -> li
     Batch sizes differ by at most one (`count_batches`): no sample is dropped.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-    order = torch.randperm(samples, generator=generator)
-    return [batch.tolist() for batch in order.tensor_split(count_batches(samples, batch_size))]
+    shuffled = torch.randperm(samples, generator=generator)
+    return [batch.tolist() for batch in shuffled.tensor_split(count_batches(samples, batch_size))]
 
 
 def balanced_batches(targets: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -50,12 +50,11 @@ def balanced_batches(targets: NDArray[np.int64], batch_size: int, seed: int, epo
     quotas = np.diff(np.linspace(0, len(targets), len(classes) + 1).round().astype(int))
     drawn: list[int] = []
     for samples, quota in zip(classes, random.permutation(quotas), strict=True):
-        rounds = [
-            random.permutation(samples) + copy * len(targets) for copy in range(-(-quota // len(samples)))
-        ]
+        copies = -(-quota // len(samples))  # rounded up
+        rounds = [random.permutation(samples) + copy * len(targets) for copy in range(copies)]
         drawn += np.concatenate(rounds)[:quota].tolist() if rounds else []
-    order = torch.from_numpy(random.permutation(np.asarray(drawn, dtype=np.int64)))
-    return [batch.tolist() for batch in order.tensor_split(count_batches(len(targets), batch_size))]
+    shuffled = torch.from_numpy(random.permutation(np.asarray(drawn, dtype=np.int64)))
+    return [batch.tolist() for batch in shuffled.tensor_split(count_batches(len(targets), batch_size))]
 
 
 def sequential_batches(samples: int, batch_size: int) -> list[list[int]]:

@@ -104,8 +104,8 @@ def divide(images: ImageFiles, fraction: float, seed: int) -> tuple[ImageFiles, 
         name = images.labels[single[0]]
         raise DataError(f"{images.root}: only one image of {name}; add another, one has to be held out")
     keys = [path.decode("utf-8", "surrogateescape") for path in images.paths.tolist()]
-    held = hold_out(keys, images.targets, fraction, seed)
-    return images.select(~held), images.select(held)
+    mask = hold_out(keys, images.targets, fraction, seed)
+    return images.select(~mask), images.select(mask)
 
 
 def open_image(data: bytes, path: Path) -> Image.Image:

@@ -23,11 +23,11 @@ class Advice(StrictModel):
 
 def judge(best: LoadStep, steps: Sequence[LoadStep]) -> Advice:
     """Derive the advice from *best*, the step with the highest rate of all *steps*."""
-    stages_ms = sum(best.stage_ms.values()) - best.stage_ms["receive"]
+    server_ms = sum(best.stage_ms.values()) - best.stage_ms["receive"]
     transfer_ms = best.elsewhere_ms + best.stage_ms["receive"]
     headroom = 1 / max(best.runtime_busy, best.decoder_busy, MIN_UTILIZATION) - 1
     gain = f"expected: up to +{headroom:.0%}, until runtime or decoders are the bottleneck"
-    fullest = max(steps, key=lambda step: step.refused.get("queue_full", 0))
+    most_rejected = max(steps, key=lambda step: step.refused.get("queue_full", 0))
     runtime, decoders = f"{min(1.0, best.runtime_busy):.0%}", f"{min(1.0, best.decoder_busy):.0%}"
     if best.runtime_busy >= BUSY:
         return Advice(
@@ -38,21 +38,22 @@ def judge(best: LoadStep, steps: Sequence[LoadStep]) -> Advice:
             gain="the runtime determines the rate; no other setting changes it",
         )
     if best.decoder_busy >= BUSY:
-        of_process = best.decoders // best.processes  # the setting counts those of one process
+        decoders_per_process = best.decoders // best.processes  # what the setting counts
         more = min(2.0, 1 / max(best.runtime_busy, MIN_UTILIZATION)) - 1
         return Advice(
             limit="decode",
             why=f"decoders are the bottleneck: all {best.decoders} are busy for {decoders} of the time, the "
             f"runtime for {runtime}",
-            change=f"--set decoders={2 * of_process} on a machine with as many cores, or send smaller images",
+            change=f"--set decoders={2 * decoders_per_process} on a machine with as many cores, or send "
+            "smaller images",
             gain=f"expected: up to +{more:.0%}",
         )
-    if fullest.refused.get("queue_full"):
+    if most_rejected.refused.get("queue_full"):
         return Advice(
             limit="queue",
-            why=f"the queue is the bottleneck: {fullest.refused_share:.0%} of the requests were rejected "
-            f"while the runtime was busy for only {fullest.runtime_busy:.0%} of the time",
-            change=f"--queue-size {max(64, 2 * fullest.concurrency)}",
+            why=f"the queue is the bottleneck: {most_rejected.refused_share:.0%} of the requests were "
+            f"rejected while the runtime was busy for only {most_rejected.runtime_busy:.0%} of the time",
+            change=f"--queue-size {max(64, 2 * most_rejected.concurrency)}",
             gain=gain,
         )
     if best.client_busy >= BUSY:
@@ -62,11 +63,11 @@ def judge(best: LoadStep, steps: Sequence[LoadStep]) -> Advice:
             change="run doctor on a faster machine, or on several at once",
             gain=f"the runtime was busy for only {runtime}: the server can handle more load",
         )
-    if transfer_ms > stages_ms:
+    if transfer_ms > server_ms:
         return Advice(
             limit="network",
             why=f"the connection to the server is the bottleneck: a request spends {transfer_ms:.1f} ms "
-            f"in HTTP and on the network, {stages_ms:.1f} ms in the server's stages",
+            f"in HTTP and on the network, {server_ms:.1f} ms in the server's stages",
             change="send smaller files, send several images per request, or use a nearer client",
             gain=gain,
         )

@@ -34,11 +34,10 @@ class Scrape:
 
     def total(self, name: str, **labels: str) -> float:
         """Sum the samples of `sopdeploy_<name>` that have all *labels*; 0 if there is none."""
-        wanted = labels.items()
         return sum(
             sample.value
             for sample in self.samples
-            if sample.name == f"sopdeploy_{name}" and wanted <= sample.labels.items()
+            if sample.name == f"sopdeploy_{name}" and labels.items() <= sample.labels.items()
         )
 
 

@@ -40,8 +40,8 @@ def make_predictions(
     for target, views in zip(images.targets.tolist(), logits, strict=True):
         probabilities = softmax(views).mean(axis=0)
         # Logits still differ where probabilities have become 0.
-        order = np.argsort(-(views[0] if len(views) == 1 else probabilities), kind="stable")
-        ranked = [(columns[index], float(probabilities[index])) for index in order]
+        best_first = np.argsort(-(views[0] if len(views) == 1 else probabilities), kind="stable")
+        ranked = [(columns[index], float(probabilities[index])) for index in best_first]
         known = decision.is_known(views[0]) if len(views) == 1 else None
         scores.append(Score.from_ranking(target, ranked, known=known))
     return scores

@@ -211,17 +211,18 @@ def _check_jpeg_segments(body: bytes) -> None:
 
     Not every build of libjpeg reads lossless and arithmetic-coded files.
     """
-    scans = components = 0  # `components` of a sequential file, which may hold all of them in one scan
+    scans = components = 0
     for number, (marker, start) in enumerate(jpeg_segments(body)):
         if marker in UNSUPPORTED_FRAMES and number < MAX_SEGMENTS:
             raise _unsupported(f"{UNSUPPORTED_FRAMES[marker]} JPEG files are not accepted; use {ACCEPTED}")
         if marker in SEQUENTIAL:
             components = int.from_bytes(body[start + 7 : start + 8], "big")
-        last = marker == END or (marker == SCAN and body[start + 2 : start + 3] == bytes([components]))
-        scans += marker == SCAN and not last
+        # A sequential file with all components in one scan has no further scan.
+        is_last = marker == END or (marker == SCAN and body[start + 2 : start + 3] == bytes([components]))
+        scans += marker == SCAN and not is_last
         if number == MAX_SEGMENTS or scans > MAX_SCANS:
             raise ImageError(TOO_MANY_SEGMENTS, code="damaged_image", status=422)
-        if last:
+        if is_last:
             return
 
 

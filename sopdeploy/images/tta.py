@@ -15,9 +15,9 @@ TTA_PAD = 4  # pixels on each side
 
 def check_tta_mode(mode: str, preprocess: Preprocess) -> TtaMode:
     """Validate the test-time augmentation *mode*; raises `ConfigError`."""
-    known: dict[str, TtaMode] = {name: name for name in get_args(TtaMode)}
-    if mode not in known:
-        raise ConfigError(f"not one of {', '.join(known)}", setting="tta", value=mode)
+    modes: dict[str, TtaMode] = {name: name for name in get_args(TtaMode)}
+    if mode not in modes:
+        raise ConfigError(f"not one of {', '.join(modes)}", setting="tta", value=mode)
     if mode == "ten-crop" and (preprocess.fit != "crop" or preprocess.crop == preprocess.resize):
         raise ConfigError(
             "the network sees the whole image, so there are no corners to crop",
@@ -25,7 +25,7 @@ def check_tta_mode(mode: str, preprocess: Preprocess) -> TtaMode:
             value=mode,
             remedies={"tta": "flip"},
         )
-    return known[mode]
+    return modes[mode]
 
 
 def tta_views(prepare: Callable[[Preprocess], Pixels], preprocess: Preprocess, mode: TtaMode) -> Pixels:

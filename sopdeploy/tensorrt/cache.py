@@ -52,7 +52,7 @@ def look(folder: Path, key: EngineKey) -> StoredEngine | str:
     """Look up the plan of *key* in *folder* and verify it; return the reason if there is none."""
     path = folder / f"{key.name}.plan"
     if not path.with_suffix(".json").is_file():
-        return _nearest(folder, key)
+        return _describe_nearest(folder, key)
     record = _read_record(path.with_suffix(".json"))
     if record is None or not path.is_file():
         return f"{path.stem} has no valid record or no plan"
@@ -73,11 +73,11 @@ def _read_record(path: Path) -> EngineRecord | None:
 
 def records(folder: Path) -> list[EngineRecord]:
     """Read every valid record in *folder*, sorted by file name."""
-    read = (_read_record(path) for path in sorted(folder.glob("*.json")))
-    return [record for record in read if record is not None]
+    results = (_read_record(path) for path in sorted(folder.glob("*.json")))
+    return [record for record in results if record is not None]
 
 
-def _nearest(folder: Path, key: EngineKey) -> str:
+def _describe_nearest(folder: Path, key: EngineKey) -> str:
     """Describe how the cached engine that is most similar to *key* differs from it."""
     differences = sorted((key.differences(record.key) for record in records(folder)), key=len)
     return f"the nearest engine here was built for {'; '.join(differences[0])}" if differences else EMPTY
@@ -93,7 +93,7 @@ def best_for(
     keys = [record.key for record in records(folder)]
     if not keys:
         return EMPTY
-    here = {
+    required = {
         "bundle": bundle.name,
         "bundle_onnx": bundle.manifest.files[bundle.onnx.name].sha256,
         "tensorrt": tensorrt,
@@ -101,7 +101,7 @@ def best_for(
         "architecture": architecture,
         "precision": bundle.manifest.precision,
     }
-    matching = [key for key in keys if key.model_copy(update=here) == key]
+    matching = [key for key in keys if key.model_copy(update=required) == key]
     if not matching:
-        return _nearest(folder, keys[0].model_copy(update=here))
+        return _describe_nearest(folder, keys[0].model_copy(update=required))
     return look(folder, max(matching, key=lambda key: (key.largest_batch, len(key.profiles), key.name)))

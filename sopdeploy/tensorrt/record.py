@@ -44,12 +44,12 @@ class EngineKey(StrictModel):
         """Describe each field in which *other* differs from this key; hashes are shortened."""
         texts = []
         for field in EngineKey.model_fields:
-            there, here = getattr(other, field), getattr(self, field)
+            theirs, own = getattr(other, field), getattr(self, field)
             if field == "profiles":
-                there, here = (",".join(map(str, profiles)) for profiles in (there, here))
-            if there != here:
+                theirs, own = (",".join(map(str, profiles)) for profiles in (theirs, own))
+            if theirs != own:
                 length = NAME_LENGTH if field == "bundle_onnx" else None
-                texts.append(f"{field.replace('_', ' ')} {str(there)[:length]}, not {str(here)[:length]}")
+                texts.append(f"{field.replace('_', ' ')} {str(theirs)[:length]}, not {str(own)[:length]}")
         return texts
 
 

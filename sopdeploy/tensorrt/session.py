@@ -163,16 +163,7 @@ class EngineSession:
             self._cuda.copy(pinned, buffer.device[self._input], self._upload_stream, upload=True)
             call("cudaEventRecord", buffer.uploaded, self._upload_stream)
             call("cudaStreamWaitEvent", self._stream, buffer.uploaded, 0)
-            graph = self._graphs.get((index, buffer))
-            if graph is None:
-                padded = index in self._to_capture
-                self._bind(index, buffer, self._profiles[index].maximum if padded else count)
-                self._launch(index)
-            else:
-                try:
-                    call("cudaGraphLaunch", graph, self._stream)
-                except RuntimeUnavailableError as error:
-                    raise self._drop_graphs(index, error) from error
+            self._compute(index, buffer, count)
             for name in names:
                 self._cuda.copy(buffer.host[name][:count], buffer.device[name], self._stream, upload=False)
             call("cudaEventRecord", buffer.done, self._stream)
@@ -183,6 +174,19 @@ class EngineSession:
             self._free.append(buffer)
             raise
         return partial(self._end, index, buffer, count, names)
+
+    def _compute(self, index: int, buffer: BatchBuffer, count: int) -> None:
+        """Enqueue the kernels for *count* images in *buffer*, as a CUDA graph if the profile has one."""
+        graph = self._graphs.get((index, buffer))
+        if graph is None:
+            padded = index in self._to_capture
+            self._bind(index, buffer, self._profiles[index].maximum if padded else count)
+            self._launch(index)
+            return
+        try:
+            self._cuda.call("cudaGraphLaunch", graph, self._stream)
+        except RuntimeUnavailableError as error:
+            raise self._drop_graphs(index, error) from error
 
     def _bind(self, index: int, buffer: BatchBuffer, count: int) -> None:
         """Set tensor addresses and input shape of a profile's context; a graph capture needs them set."""

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 def show(prediction: "FilePrediction") -> None:
     """Print the classes of one image in one line."""
-    found = [f"{entry.label} {entry.probability:.4f}" for entry in prediction.classes]
-    classes = ", ".join(found) or "no class reaches its threshold"
+    entries = [f"{entry.label} {entry.probability:.4f}" for entry in prediction.classes]
+    classes = ", ".join(entries) or "no class reaches its threshold"
     warnings = f" ({', '.join(prediction.warnings)})" if prediction.warnings else ""
     unknown = ""
     if prediction.known is not None:

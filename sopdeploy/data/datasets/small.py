@@ -60,11 +60,11 @@ def open_cifar(config: CifarConfig) -> Split:
 
 def open_digits() -> Split:
     """Open the digits as 8 x 8 gray images; one fifth of every class is held out."""
-    stored = importlib.import_module("sklearn.datasets").load_digits()
-    images = np.rint(stored.images * (255.0 / MAX_DIGIT_VALUE)).astype(np.uint8)
-    targets = stored.target.astype(np.int64)
+    dataset = importlib.import_module("sklearn.datasets").load_digits()
+    images = np.rint(dataset.images * (255.0 / MAX_DIGIT_VALUE)).astype(np.uint8)
+    targets = dataset.target.astype(np.int64)
     labels = tuple(str(digit) for digit in range(10))
     keys = [str(index) for index in range(len(targets))]
-    held = hold_out(keys, targets, DIGITS_HELD_OUT, DIGITS_SEED)
+    mask = hold_out(keys, targets, DIGITS_HELD_OUT, DIGITS_SEED)
     digits = ArrayImages(labels, images, targets)
-    return Split(train=digits.select(~held), held_out=digits.select(held))
+    return Split(train=digits.select(~mask), held_out=digits.select(mask))

@@ -101,5 +101,5 @@ def test_a_bundle_and_its_service_evaluate_labels_csv_equally(
 
 def test_a_bundle_with_too_few_thresholds_is_rejected(tmp_path) -> None:
     decision = Decision(activation="sigmoid", thresholds=(0.5,))
-    with pytest.raises(BundleError, match="1 thresholds for 7 outputs"):
+    with pytest.raises(BundleError, match="1 thresholds for 7 classes"):
         open_bundle(write_bundle(tmp_path, decision=decision))

@@ -49,5 +49,5 @@ def test_a_bundle_without_held_out_predictions_shows_no_drift(client):
 
 
 def test_a_bundle_whose_held_out_predictions_have_other_classes_is_rejected(make_bundle, tmp_path):
-    with pytest.raises(BundleError, match="predictions of 3 classes for 7 outputs; export it again"):
+    with pytest.raises(BundleError, match="predictions of 3 classes, not 7; export it again"):
         open_bundle(make_bundle(tmp_path, decision=Decision(reference=reference(3))))
