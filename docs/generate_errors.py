@@ -130,6 +130,7 @@ ONE_INPUT = "give one of the inputs 'images' (UINT8 [n, 224, 224, 3]) and 'IMAGE
 # Messages of codes whose text is composed while the server runs.
 COMPOSED = {
     "bad_url": "url: Invalid port: 'x'",
+    "unsupported_format": "AVIF files are not accepted; use JPEG, PNG, WebP, HEIC, TIFF, PPM, BMP and GIF",
     "duplicate_input": "input 'IMAGE' occurs twice",
     "duplicate_output": "output 'logits' occurs twice",
     "invalid_parameter": "query.top_k: Input should be greater than or equal to 1",

@@ -1,4 +1,4 @@
-"""Aircraft, Cars and Places365 as `torchvision.datasets` reads them.
+"""Aircraft, Cars and Places365 as `torchvision.datasets` reads them, and ImageNet as it is distributed.
 
 torchvision reads the lists of files and classes; the images are opened like those of any folder. As in
 fast-MPN-COV, the images are not cropped: bounding boxes are ignored, and photos of aircraft keep the line of
@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from sopdeploy.data.base import Split
+from sopdeploy.data.datasets.imagenet import LISTS, find_list, open_imagenet
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.subset import ClassSubset
 from sopdeploy.errors import ConfigError, DataError
@@ -20,13 +21,13 @@ from sopdeploy.files import expand_user
 
 
 class OfficialConfig(ClassSubset):
-    """`path` is the `root` of the class in `torchvision.datasets`.
+    """`path` is the `root` of the class in `torchvision.datasets`; for ImageNet, it holds train and val.
 
-    The held-out images are the official test images, for Places365 the validation images. `skip_corrupt` is
-    that of `FolderConfig`.
+    The held-out images are the official test images, for Places365 and ImageNet the validation images.
+    `skip_corrupt` is that of `FolderConfig`.
     """
 
-    kind: Literal["aircraft", "cars", "places365"]
+    kind: Literal["aircraft", "cars", "places365", "imagenet"]
     path: Path | None = None
     skip_corrupt: bool = False
 
@@ -52,19 +53,24 @@ LAYOUTS = {
 
 def detect_kind(root: Path) -> str | None:
     """Find the `data.kind` of the official layout in the folder *root*, if there is one."""
+    if find_list(root) is not None:
+        return "imagenet"
     return next((kind for kind, layout in LAYOUTS.items() if (root / layout.content).exists()), None)
 
 
 def open_official(kind: str, path: Path | None) -> Split:
     """Open the official training and held-out images at *path*; raises `DataError` if torchvision cannot."""
     if path is None:
-        raise ConfigError(f"data.path: not set; give the folder that holds {LAYOUTS[kind].content}")
+        content = LISTS[0] if kind == "imagenet" else LAYOUTS[kind].content
+        raise ConfigError(f"data.path: not set; give the folder that holds {content}")
     root = expand_user(path)
     return Split(train=open_part(kind, "train", root), held_out=open_part(kind, "held_out", root))
 
 
 def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> ImageFiles:
-    """Open a part of the official layout *kind* in *root*; raises `DataError` if torchvision cannot."""
+    """Open a part of the official layout *kind* in *root*; raises `DataError` if files are wrong."""
+    if kind == "imagenet":
+        return open_imagenet(root, part)
     layout = LAYOUTS[kind]
     split = getattr(layout, part)
     dataset_class: Any = getattr(importlib.import_module("torchvision.datasets"), layout.class_name)

@@ -23,6 +23,7 @@ from tests.sopdeploy.data.small_data import (
     write_aircraft,
     write_cars,
     write_cifar,
+    write_imagenet,
     write_places,
 )
 from tests.sopdeploy.training.runs import short_recipe
@@ -81,6 +82,22 @@ def test_an_official_layout_is_read_and_recognized(tmp_path, monkeypatch, kind) 
     assert checked.exit_code == 0, checked.stderr
     assert [part["count"] for part in json.loads(checked.stdout)["parts"]] == [3 * each, 3]
     assert open_at("folder", tmp_path).held_out.targets.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["val.txt", "LOC_val_solution.csv"])
+def test_listed_validation_images_of_imagenet_are_read_and_recognized(tmp_path, name: str) -> None:
+    write_imagenet(tmp_path, classes=2, train=1, held_out=1)
+    classes = ("n00000000", "n00000001")
+    if name.endswith(".csv"):
+        lines = (tmp_path / "val.txt").read_text().replace(".JPEG ", ",").replace("\n", " 1 2 3 4 \n")
+        (tmp_path / "val.txt").rename(tmp_path / name).write_text("ImageId,PredictionString\n" + lines)
+    split = open_at("imagenet", tmp_path)
+    assert split.train.labels == split.held_out.labels == classes
+    assert split.held_out.targets.tolist() == [0, 1]
+    assert open_evaluation_images(tmp_path, classes[::-1]).targets.tolist() == [1, 0]
+    (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").unlink()
+    with pytest.raises(DataError, match=r"val: ILSVRC2012_val_00000001.JPEG missing; unpack"):
+        open_at("imagenet", tmp_path)
 
 
 def test_a_missing_or_damaged_official_file_is_one_line(tmp_path) -> None:

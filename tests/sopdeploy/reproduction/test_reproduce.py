@@ -20,7 +20,7 @@ from sopdeploy.reproduction.run import reproduce
 from sopdeploy.reproduction.small import STATEMENT
 from sopdeploy.reproduction.tables import TABLES, PrintedRow, PrintedTable
 from sopdeploy.training.signals import TrainingStoppedError
-from tests.sopdeploy.data.small_data import write_classes
+from tests.sopdeploy.data.small_data import write_classes, write_imagenet
 from tests.sopdeploy.training.runs import RecordingCallback
 
 TINY = PrintedTable(
@@ -117,11 +117,8 @@ IMAGENET_TABLES = [
     "name",
     [name if name == "dsop-7" else pytest.param(name, marks=pytest.mark.slow) for name in IMAGENET_TABLES],
 )
-def test_a_row_of_an_imagenet_table_runs_on_its_class_folders(name: str, tmp_path: Path) -> None:
-    data, table = tmp_path / "imagenet", TABLES[name]
-    ids = [f"n{number:08}" for number in range(11)]
-    write_classes(data / "train", ids, 8)
-    write_classes(data / "val", ids, 3, seed=500)
+def test_a_row_of_an_imagenet_table_runs_on_the_official_layout(name: str, tmp_path: Path) -> None:
+    data, table = write_imagenet(tmp_path / "imagenet", 11, 8, 3), TABLES[name]
     row = next(one.id for one in table.rows if table.recipe_of(one) is not None)
     options = ReproduceOptions(out=tmp_path / "out", scale="small", data=data, rows=row, set=("epochs=2",))
     (run,) = reproduce(table, options).rows[0].runs
