@@ -30,6 +30,20 @@ def preprocess_image(image: Image.Image, rules: Preprocess) -> Pixels:
     return fit(to_rgb(image, rules), rules)
 
 
+def fit_resized(resized: Pixels, image: Image.Image, rules: Preprocess) -> Pixels:
+    """Fit *resized*, RGB pixels of *image* at `resized_size`, to the network; returns (crop, crop, 3) uint8.
+
+    Pillow takes 200 us for an image that only has to be cropped, NumPy 10.
+    """
+    rotated = rules.exif_orientation and exif_orientation(image) in ROTATED
+    if rotated or rules.fit == "pad":
+        copy = Image.fromarray(resized)
+        copy.info = image.info  # includes the EXIF orientation
+        return preprocess_image(copy, rules)
+    top, left = (round((side - rules.crop) / 2.0) for side in resized.shape[:2])
+    return np.ascontiguousarray(resized[top : top + rules.crop, left : left + rules.crop])
+
+
 def upright_size(image: Image.Image, rules: Preprocess) -> tuple[int, int]:
     """Compute (width, height) of *image* after its EXIF rotation; reads no pixels.
 

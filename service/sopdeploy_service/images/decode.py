@@ -27,7 +27,7 @@ from sopdeploy.images.formats import (
     jpeg_segments,
     open_image,
 )
-from sopdeploy.images.pixels import list_changes, preprocess_image, upright_size
+from sopdeploy.images.pixels import fit_resized, list_changes, preprocess_image, upright_size
 from sopdeploy.images.preprocess import Preprocess
 
 ANIMATED = {"GIF", "PNG", "TIFF", "WEBP"}  # the second image of a JPEG is a thumbnail
@@ -54,15 +54,15 @@ class Decoded(NamedTuple):
     size: tuple[int, int]
 
 
-# (image with only its header read, file, preprocessing) -> image with its pixels.
-Load = Callable[[Image.Image, bytes, Preprocess], Image.Image]
+# (image with only its header read, file, preprocessing) -> None if the image has its pixels now, or the
+# resized pixels (h, w, 3).
+Load = Callable[[Image.Image, bytes, Preprocess], NDArray[np.uint8] | None]
 Decode = Callable[[EncodedImage, Preprocess], Decoded]
 
 
-def load_exact(image: Image.Image, body: bytes, preprocess: Preprocess) -> Image.Image:  # noqa: ARG001
+def load_exact(image: Image.Image, body: bytes, preprocess: Preprocess) -> None:  # noqa: ARG001
     """Load the same pixels as in training."""
     image.load()
-    return image
 
 
 def decode(
@@ -75,23 +75,27 @@ def decode(
     body = encoded.body
     if not body:
         raise ImageError("the body is empty; send an image file", code="empty_body", status=400)
-    with open_image(body, max_bytes=max_bytes, max_pixels=max_pixels) as header:
+    with open_image(body, max_bytes=max_bytes, max_pixels=max_pixels) as image:
         try:
-            kind = "JPEG" if header.format == "MPO" else str(header.format)
-            size, upright = header.size, upright_size(header, preprocess)
-            image = load(header, body, preprocess)
+            kind = "JPEG" if image.format == "MPO" else str(image.format)
+            size, upright = image.size, upright_size(image, preprocess)
+            resized = load(image, body, preprocess)
             check_decoded_size(image, size)
-            if kind == "JPEG" and is_truncated(image, body):
+            corner = image if resized is None else Image.fromarray(resized[-1:, -1:])
+            if kind == "JPEG" and is_truncated(corner, body):
                 raise EOFError("the data ends before the last pixel")
-            pixels = preprocess_image(image, preprocess)
-            warnings = (*list_changes(image, preprocess), *_file_warnings(header, kind, encoded.media_type))
+            if resized is None:
+                pixels = preprocess_image(image, preprocess)
+            else:
+                pixels = fit_resized(resized, image, preprocess)
+            warnings = (*list_changes(image, preprocess), *_file_warnings(image, kind, encoded.media_type))
             return Decoded(pixels, tuple(sorted(warnings)), upright)
         except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
             raise image_error(error, max_pixels) from error
 
 
 def is_truncated(image: Image.Image, body: bytes) -> bool:
-    """Check whether the data of a JPEG *body* ends before its last pixel.
+    """Check whether the data of a JPEG *body* ends before its last pixel, which is also that of *image*.
 
     libjpeg fills missing pixels with gray, and Pillow hides its warning. If the last pixel has this gray, the
     image is decoded twice more at 1/8 scale, once with noise appended to its first scan. The noise changes

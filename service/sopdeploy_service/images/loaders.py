@@ -58,7 +58,7 @@ def make_decoder(
     return partial(decode, max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels, load=load)
 
 
-def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> Image.Image:  # noqa: ARG001
+def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> None:  # noqa: ARG001
     """Load a JPEG at 1/2 or 1/4 of its size, other formats at full size.
 
     Each side keeps at least twice the pixels of the resized image; `check_fast_decode` measures the effect.
@@ -73,7 +73,6 @@ def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> Ima
             image.draft(image.mode, (width // scale, height // scale))
             break
     image.load()
-    return image
 
 
 @cache

@@ -77,10 +77,11 @@ class NvImageCodec:
         body: bytes,
         preprocess: Preprocess,
         on_failure: Callable[[], None] = lambda: None,
-    ) -> Image.Image:
-        """Load *image*, whose file is *body*; Pillow loads at full size what the device does not.
+    ) -> NDArray[np.uint8] | None:
+        """Return the resized pixels (h, w, 3) of *image*, whose file is *body*.
 
-        Calls *on_failure* if the device could not decode an RGB or gray JPEG.
+        Pillow loads at full size what the device does not; the result is None then. Calls *on_failure* if the
+        device could not decode an RGB or gray JPEG.
         """
         strip = preprocess.fit == "crop" and max(image.size) > MAX_ASPECT_RATIO * min(image.size)
         if image.format == "JPEG" and image.mode in MODES and body.endswith(END) and not strip:
@@ -88,12 +89,10 @@ class NvImageCodec:
             job = Job(body, image.size, target, preprocess.interpolation)
             if self._join(job):
                 if job.pixels is not None:
-                    loaded = Image.fromarray(job.pixels)
-                    loaded.info = image.info  # includes the EXIF orientation, which preprocessing applies
-                    return loaded
+                    return job.pixels
                 on_failure()
         image.load()
-        return image
+        return None
 
     def check_device(self, jpeg: bytes, size: tuple[int, int]) -> None:
         """Decode *jpeg* of *size*; raise `RuntimeUnavailableError` unless the pixels are in GPU memory.
