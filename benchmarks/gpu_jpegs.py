@@ -7,21 +7,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+import numpy as np
 from load import Load, put_load
 from serving_alone import write_images
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.images.pixels import resized_size
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.cores import LARGEST_DECODE_BATCH, decoders_per_process
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder, synthetic_jpeg
+from sopdeploy_service.images.nvimagecodec import Job, NvImageCodec
+from sopdeploy_service.runtime.onnxruntime import import_onnxruntime, pinned_memory
 from sopdeploy_service.settings import DecodeWay, Settings
 
 SIZES = ((500, 375), (4000, 3000))
@@ -49,6 +53,45 @@ def decoding_table(ways: tuple[DecodeWay, ...] = WAYS, seconds: float = 3.0) -> 
         "Images/s of one process, medians of 3 rounds. One thread decodes alone, more form batches on a GPU."
     )
     return {"title": "Decoding", "text": text, "columns": columns, "rows": rows}
+
+
+def copies_table(loader: NvImageCodec, device: str = "cuda", runs: int = 50) -> dict[str, Any]:
+    """Measure what each step of the pixels costs per image: decoded and resized on *device*, and copied.
+
+    Decision 11 says when the copies would be worth avoiding.
+    """
+    jpegs = [synthetic_jpeg(SIZES[0], seed) for seed in range(LARGEST_DECODE_BATCH)]
+    rules, value = Preprocess(), import_onnxruntime().OrtValue
+    target = resized_size(SIZES[0], rules)
+    memory = pinned_memory(import_onnxruntime()) if device == "cuda" else None
+    resized = value.ortvalue_from_shape_and_type((target[1], target[0], 3), np.uint8, device)
+    shape = (rules.crop, rules.crop, 3)
+    host = value.ortvalue_from_shape_and_type(shape, np.uint8, memory_info=memory).numpy()
+    images = value.ortvalue_from_shape_and_type(shape, np.uint8, device)
+
+    def decode_and_resize() -> None:
+        jobs = [Job(jpeg, SIZES[0], target, rules.interpolation) for jpeg in jpegs]
+        loader.run(jobs)
+        if any(job.pixels is None for job in jobs):
+            raise RuntimeUnavailableError("a JPEG was not decoded on the GPU")
+
+    steps: dict[str, tuple[Callable[[], object], int]] = {
+        "decode": (lambda: loader.decode(jpegs), len(jpegs)),
+        "decode, resize and copy to the host": (decode_and_resize, len(jpegs)),
+        "copy of the resized pixels to the host": (resized.numpy, 1),
+        "copy of the cropped pixels to the GPU": (lambda: images.update_inplace(host), 1),
+    }
+    rows: list[list[object]] = []
+    for name, (step, count) in steps.items():
+        step()
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(runs):
+            step()
+        spent = time.perf_counter() - wall, time.process_time() - cpu
+        rows.append([name, *(round(1e6 * seconds / runs / count, 1) for seconds in spent)])
+    text = f"Microseconds per image of 500 x 375 pixels, in batches of {LARGEST_DECODE_BATCH}, one thread."
+    columns = ["step", "time", "CPU time"]
+    return {"title": "Steps of decoding on the GPU", "text": text, "columns": columns, "rows": rows}
 
 
 def waiting(cores: int) -> int:

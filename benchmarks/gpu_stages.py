@@ -30,7 +30,7 @@ from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy_export.tensorrt.engine import get_engine
 from sopdeploy_export.tensorrt.options import EngineOptions
 from sopdeploy_service.app import create_app
-from sopdeploy_service.images.loaders import synthetic_jpeg
+from sopdeploy_service.images.loaders import make_decoder, synthetic_jpeg
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
@@ -210,7 +210,8 @@ def tables_of(stage: str, folder: Path, *, quick: bool) -> list[dict[str, Any]]:
     import gpu_jpegs  # noqa: PLC0415
 
     if stage == "decoding":
-        return [gpu_jpegs.decoding_table()]
+        loader = make_decoder(Settings(), "nvimagecodec").keywords["load"].func
+        return [gpu_jpegs.decoding_table(), gpu_jpegs.copies_table(loader)]
     return [gpu_jpegs.http_table(bundles_in(folder)[0])]
 
 

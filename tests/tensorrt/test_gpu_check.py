@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from onnx import numpy_helper
 
+from sopdeploy_service.images.device_resize import DeviceResize
+from sopdeploy_service.images.nvimagecodec import NvImageCodec
+from sopdeploy_service.runtime.onnxruntime import CPU
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
 from tests.tensorrt.networks import network, write
@@ -93,6 +96,11 @@ def test_the_measured_stages_count_images(bundles: Path, monkeypatch: pytest.Mon
     assert size == "60 x 40"
     assert len(rates) == 3
     assert min(rates) > 0
+    library = pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
+    codec = NvImageCodec(library, library.NVIMGCODEC_DEVICE_CPU_ONLY, ("CPU_ONLY",), DeviceResize(CPU))
+    rows = gpu_jpegs.copies_table(codec, "cpu", 2)["rows"]
+    assert [name.split()[0] for name, *_ in rows] == ["decode", "decode,", "copy", "copy"]
+    assert min(time for _, time, _ in rows) > 0
     ((way, rate, p50, p99, codes),) = gpu_jpegs.http_table(
         gpu_stages.bundles_in(bundles)[0], ("exact",), 0.5
     )["rows"]

@@ -5,7 +5,7 @@ next batch. If that is full, a thread returns to Pillow: the cores decode what t
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Condition
 from typing import Any
@@ -99,7 +99,7 @@ class NvImageCodec:
 
         Without this, Pillow would silently decode every image if the GPU decoder could decode none.
         """
-        (decoded,) = self._decoder.decode([jpeg], params=self._params)
+        (decoded,) = self.decode([jpeg])
         where = getattr(decoded, "buffer_kind", None)
         shape = tuple(getattr(decoded, "shape", ()))
         if where != self._library.ImageBufferKind.STRIDED_DEVICE or shape != (size[1], size[0], 3):
@@ -126,7 +126,7 @@ class NvImageCodec:
                 return True
             jobs, self._waiting, self._busy = self._waiting, [], True
         try:
-            self._run(jobs)
+            self.run(jobs)
         except Exception as error:  # the libraries' errors share no base class
             log.warning("%d JPEGs are decoded on the CPU: %s", len(jobs), " ".join(str(error).split()))
         finally:
@@ -137,9 +137,14 @@ class NvImageCodec:
                 self._changed.notify_all()
         return True
 
-    def _run(self, jobs: list[Job]) -> None:
+    def decode(self, bodies: Sequence[bytes]) -> list[Any]:
+        """Decode JPEGs to images of the library on the device, None for those that it cannot decode."""
+        images: list[Any] = self._decoder.decode(bodies, params=self._params)
+        return images
+
+    def run(self, jobs: Sequence[Job]) -> None:
         """Decode *jobs* in one call and resize what could be decoded."""
-        decoded = self._decoder.decode([job.body for job in jobs], params=self._params)
+        decoded = self.decode([job.body for job in jobs])
         for job, image in zip(jobs, decoded, strict=True):
             if image is not None and tuple(image.shape) == (job.size[1], job.size[0], 3):
                 job.pixels = self._resize(image, job.target, job.interpolation)
