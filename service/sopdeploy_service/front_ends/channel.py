@@ -48,7 +48,7 @@ async def receive(reader: asyncio.StreamReader) -> tuple[int, int, bytes]:
     try:
         kind, number, size = HEADER.unpack(await reader.readexactly(HEADER.size))
         if size > MAX_MESSAGE_BYTES:
-            raise ChannelError(f"a message of {size} bytes")
+            raise ChannelError(f"a message of {size} bytes is too long")
         return kind, number, await reader.readexactly(size)
     except asyncio.IncompleteReadError as error:
         raise ConnectionResetError("the other process has ended") from error

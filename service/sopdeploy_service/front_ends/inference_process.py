@@ -155,11 +155,11 @@ class InferenceProcess:
         """Queue an image of *front_end*; every value is checked."""
         model_number, features, arrived, deadline = IMAGE.unpack_from(body)
         if number in front_end.images or len(front_end.images) >= self._max_images:
-            raise ChannelError(f"image {number}: was sent twice, or is one too many")
+            raise ChannelError(f"image {number} was sent twice, or there are too many images")
         if model_number >= len(self._models):
             raise ChannelError(f"unknown model {model_number}")
         if front_end.writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
-            raise ChannelError("reads no results")
+            raise ChannelError("the results are not read")
         now = time.monotonic()
         item = QueuedImage(
             outcome=asyncio.get_running_loop().create_future(),

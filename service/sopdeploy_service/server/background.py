@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO, cast
+from typing import Any, TextIO, cast
 
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.server.launch import start_process
@@ -37,30 +37,24 @@ class BackgroundServer:
         """
         self.url, self.bundles = f"http://{settings.host}:{settings.port}", tuple[str, ...]()
         self._lines: deque[str] = deque(maxlen=MAX_LOG_LINES)
-        self._ready = threading.Event()
+        self._has_started = threading.Event()  # or failed to
         self._drain_seconds = settings.drain_seconds
-        reading, self._lifeline = os.pipe()  # closed when this process ends, however it ends
+        lifeline, self._lifeline = os.pipe()  # closed when this process ends, however it ends
         launch_config = {
             "sources": [str(source) for source in sources],
             "settings": settings.model_dump(mode="json"),
             "name": "background",
-            "lifeline": reading,
+            "lifeline": lifeline,
         }
+        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
         try:
-            self._process = start_process(
-                SERVER,
-                launch_config,
-                [reading],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                errors="replace",
-            )
+            self._process = start_process(SERVER, launch_config, [lifeline], **output)
         finally:
-            os.close(reading)
-        self._reader = threading.Thread(target=self._read, name="server log", daemon=True)
+            os.close(lifeline)
+        self._reader = threading.Thread(target=self._read_output, name="server log", daemon=True)
         self._reader.start()
         try:
-            self._ready.wait()
+            self._has_started.wait()
         except BaseException:  # Ctrl-C while the server starts
             self.stop()
             raise
@@ -108,15 +102,15 @@ class BackgroundServer:
         self._lifeline = -1
         self._reader.join()
 
-    def _read(self) -> None:
+    def _read_output(self) -> None:
         with cast(TextIO, self._process.stdout) as output:
             for line in output:
                 self._lines.append(line)
                 if line.startswith("ready: "):
                     _, self.url, *bundles = line.split()
                     self.bundles = tuple(bundles)
-                    self._ready.set()
-        self._ready.set()
+                    self._has_started.set()
+        self._has_started.set()
 
     def _error(self) -> SopdeployError:
         """Rebuild the error that ended the process from its log."""

@@ -9,7 +9,6 @@ libraries other than glibc these functions do nothing.
 import asyncio
 import ctypes
 import os
-from collections.abc import Mapping
 
 from sopdeploy_service.runtime.device_memory import trim_heaps
 
@@ -24,17 +23,13 @@ MALLOPT = (
 )
 
 
-def limit_heaps(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Apply `MALLOPT` before the threads start; return the names of the accepted parameters.
-
-    Allocator settings in *environment* take precedence.
-    """
+def limit_heaps() -> None:
+    """Apply `MALLOPT` before the threads start; allocator settings in the environment take precedence."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or "malloc" in environment.get("GLIBC_TUNABLES", ""):
-        return ()
-    return tuple(
-        name for name, option, value in MALLOPT if name not in environment and mallopt(option, value)
-    )
+    if mallopt is not None and "malloc" not in os.environ.get("GLIBC_TUNABLES", ""):
+        for name, option, value in MALLOPT:
+            if name not in os.environ:
+                mallopt(option, value)
 
 
 class IdleTrigger:

@@ -25,7 +25,7 @@ from sopdeploy_service.commands.batch.reader import Entry
 from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model_worker import Images, Row, run_bisected
-from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, Rejection
+from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY
 from sopdeploy_service.runtime.base import DeviceLostError, SelectiveRuntime
 from sopdeploy_service.settings import Settings
 
@@ -126,11 +126,4 @@ class PartClassifier:
                 f"{self._runtime.name} failed on a batch of {len(rows)}; run again to continue, or choose "
                 "a smaller max_batch and another folder"
             )
-        for row in rows:
-            if isinstance(row, Rejection):
-                continue
-            if EMBEDDING in row:
-                row[FEATURES] = row.pop(EMBEDDING)
-            elif FEATURES in row:  # maps would fill the memory
-                row[FEATURES] = row[FEATURES].mean(axis=(1, 2), dtype=np.float32)
         return rows

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.manifest import FEATURES
+from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
 from sopdeploy_service.commands.batch.decoders import DecodedImage
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.reader import import_pyarrow
@@ -47,7 +49,9 @@ class RowFormat:
             return row
         if isinstance(output, Rejection):
             return {**row, "error": output.code, "error_message": output.message}
-        logits = output[manifest.outputs[0].name]
+        logits, features = output[manifest.outputs[0].name], output.get(EMBEDDING)
+        if FEATURES in output:
+            features = output[FEATURES].mean(axis=(1, 2), dtype=np.float32)  # maps would fill the memory
         ranking = rank_classes(logits, self._top_k, manifest.thresholds)
         known, score = manifest.rejection.recognize(logits) if manifest.rejection else (None, None)
         return {
@@ -57,7 +61,7 @@ class RowFormat:
             "known": known,
             "score": score,
             "logits": logits,
-            "features": output.get(FEATURES),
+            "features": features,
         }
 
     def table(self, rows: Sequence[dict[str, Any]]) -> Any:

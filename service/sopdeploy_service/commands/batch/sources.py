@@ -41,7 +41,9 @@ def list_entries(sources: Sequence[str]) -> Iterator[Entry]:
         except OSError as error:
             raise DataError(f"{source}: cannot be read ({error.strerror}); check its permissions") from error
         if empty:
-            raise DataError(f"{source}: has no images ({', '.join(SUFFIXES)}); name archives themselves")
+            raise DataError(
+                f"{source}: has no images ({', '.join(SUFFIXES)}); name the archives in it, if any"
+            )
 
 
 def _list_source(source: str) -> Iterator[Entry]:
@@ -78,7 +80,7 @@ def _list_file(file: Entry) -> Iterator[Entry]:
     if file.location.lower().endswith(TAR):
         yield from _list_tar(file.path, file.location)
     elif file.location.lower().endswith(COMPRESSED):
-        raise DataError(f"{file.path}: is compressed; unpack it, so that images can be read alone")
+        raise DataError(f"{file.path}: is compressed; unpack it, or pack it as an uncompressed .tar")
     elif file.location.lower().endswith(LIST):
         yield from _list_lines(file.path)
     else:
