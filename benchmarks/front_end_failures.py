@@ -121,7 +121,7 @@ async def kill_front_end(server: Server, number: int) -> Failure:
     victim = server.processes()[number % 2]
 
     async def is_back() -> bool:
-        up = server.samples("sopdeploy_worker_up", "process")
+        up = server.samples("sopdeploy_worker_up")
         return victim not in server.processes() and list(up.values()) == [1.0, 1.0]
 
     return await fail(server, victim, signal.SIGKILL, is_back)

@@ -36,7 +36,7 @@ SIDES: dict[str, tuple[dict[str, Any], int]] = {  # settings, connections
 
 def images_of(server: Server) -> float:
     """Read the number of images that were classified."""
-    return sum(server.samples("sopdeploy_batch_size_sum", "process").values())
+    return sum(server.samples("sopdeploy_batch_size_sum").values())
 
 
 def cpu_of(server: Server) -> float:

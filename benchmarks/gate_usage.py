@@ -110,10 +110,10 @@ def main() -> None:
     for case, (settings, seeds) in CASES.items():
         for seed in range(1 if arguments.quick else seeds):
             epochs = (3, [2]) if arguments.quick else (EPOCHS, MILESTONES)
-            found = usage(digits_recipe(seed, *epochs, *settings))
+            usages = usage(digits_recipe(seed, *epochs, *settings))
             results += [
                 Result(case=f"{case}, seed {seed}: {name}", ours=value, unit=unit, runs=1)
-                for name, (value, unit) in found.items()
+                for name, (value, unit) in usages.items()
             ]
     report(results, as_json=arguments.json)
 

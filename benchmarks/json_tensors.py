@@ -78,7 +78,7 @@ def main() -> None:
                     runs=runs,
                 )
             )
-        as_binary = lambda raw=binary, said=header: parse_body(raw, said, SIGNATURE, LIMIT)  # noqa: E731
+        as_binary = lambda raw=binary, head=header: parse_body(raw, head, SIGNATURE, LIMIT)  # noqa: E731
         results.append(compare(f"{images} images, binary", "nested JSON", as_binary, ours, runs=runs))
     report(results, as_json=arguments.json)
 

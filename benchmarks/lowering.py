@@ -112,12 +112,13 @@ def converted(layer: nn.Module, inputs: tuple[Tensor, ...], *, rules: bool = Tru
     """Convert *layer* to ONNX, and apply the rewrite rules."""
     batch = Dim("batch", min=1)
     program = export(layer.eval(), inputs, tuple({0: batch} for _ in inputs))
-    found = torch.onnx.export(
+    converted_program = torch.onnx.export(
         program, (), dynamo=True, opset_version=OPSET, external_data=False, verbose=False
     )
-    if found is None:
+    if converted_program is None:
         sys.exit("no ONNX form")
-    return lower_graph(found.model_proto).model if rules else found.model_proto
+    proto = converted_program.model_proto
+    return lower_graph(proto).model if rules else proto
 
 
 def features(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:

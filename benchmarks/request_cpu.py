@@ -44,13 +44,13 @@ def main() -> None:
         serve(arguments.serve)
         return
     trees = {"this": HERE.parents[1]} | ({"other": arguments.other.resolve()} if arguments.other else {})
-    figures: dict[str, list[float]] = {name: [] for name in trees}
+    milliseconds: dict[str, list[float]] = {name: [] for name in trees}
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder))
         for _ in range(arguments.rounds):
             for name, tree in trees.items():
-                figures[name].append(measure(tree, Path(folder), arguments))
-    medians = {name: statistics.median(values) for name, values in figures.items()}
+                milliseconds[name].append(measure(tree, Path(folder), arguments))
+    medians = {name: statistics.median(values) for name, values in milliseconds.items()}
     result = Result(
         case="CPU per request",
         against=str(arguments.other or ""),

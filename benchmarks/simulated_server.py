@@ -52,14 +52,14 @@ class Server:
         """List the processes that serve HTTP, or the inference processes."""
         return [child for child in children_of(self.child.pid) if is_inference(child) == inference]
 
-    def samples(self, metric: str, label: str) -> dict[str, float]:
-        """Sum the samples of *metric* by *label*, from the health port."""
-        found: dict[str, float] = {}
+    def samples(self, metric: str) -> dict[str, float]:
+        """Sum the samples of *metric* by process, from the health port."""
+        sums: dict[str, float] = {}
         for line in httpx.get(f"{self.health}/metrics", timeout=30).text.splitlines():
-            match = re.match(rf"{metric}{{.*\b{label}=\"([^\"]+)\".*}} (\S+)", line)
+            match = re.match(rf"{metric}{{.*\bprocess=\"([^\"]+)\".*}} (\S+)", line)
             if match is not None:
-                found[match[1]] = found.get(match[1], 0.0) + float(match[2])
-        return found
+                sums[match[1]] = sums.get(match[1], 0.0) + float(match[2])
+        return sums
 
 
 def is_inference(process: int) -> bool | None:

@@ -94,7 +94,7 @@ def run(bundle: Path, other: Path | None, runs: int) -> list[Result]:
     rounds = [[start(bundle, checkout) for checkout in checkouts] for _ in range(runs + 1)][1:]
     results = []
     for name in rounds[0][0]:
-        ours, *others = ([one[name] for one in side] for side in zip(*rounds, strict=True))
+        ours, *others = ([values[name] for values in starts] for starts in zip(*rounds, strict=True))
         results.append(
             Result(
                 case=name,

@@ -31,10 +31,10 @@ def p99(server: Server, folder: Path, connections: int, seconds: float) -> float
 
 def share(server: Server, folder: Path, connections: int, seconds: float) -> tuple[float, float]:
     """Measure one run: the smallest share of the requests that a device got, and the p99 in ms."""
-    before = server.samples(METRIC, "device")
+    before = server.samples(METRIC)
     latency = p99(server, folder, connections, seconds)
-    after = server.samples(METRIC, "device")
-    counts = [after[device] - before.get(device, 0.0) for device in after]
+    after = server.samples(METRIC)
+    counts = [after[process] - before.get(process, 0.0) for process in after]
     return min(counts) / sum(counts) if len(counts) == 2 else 0.0, latency
 
 

@@ -23,16 +23,16 @@ def accuracies(outcomes: Sequence[Outcome]) -> list[float]:
 
 def checks(study: Study, arms: dict[str, list[Outcome]]) -> list[tuple[str, bool]]:
     """Check the required results of *study*; return a statement and whether it holds."""
-    found = []
+    statements = []
     if study.chance:
         mean = statistics.fmean(accuracies(arms[study.chance]))
         statement = f"{study.chance}: {mean:.1f} %, must be {CHANCE:.0f} +- {CHANCE_TOLERANCE:.0f}"
-        found.append((statement, abs(mean - CHANCE) <= CHANCE_TOLERANCE))
+        statements.append((statement, abs(mean - CHANCE) <= CHANCE_TOLERANCE))
     for arm, points in study.must.items():
         gain = paired(accuracies(arms[arm]), accuracies(arms[study.reference]))
         statement = f"{arm} over {study.reference}: {gain.mean:+.1f} points, must be at least {points:.0f}"
-        found.append((statement, gain.mean >= points))
-    return found
+        statements.append((statement, gain.mean >= points))
+    return statements
 
 
 def format_difference(gain: Paired) -> str:

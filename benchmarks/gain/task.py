@@ -57,11 +57,11 @@ def cifar(config: CifarConfig, seed: int) -> Task:
             torch.from_numpy(stored[name]) for name in ("train", "labels", "test", "test_labels")
         )
     fixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed(0, "held out")))
-    held, rest = fixed[:HELD_OUT], fixed[HELD_OUT:]
-    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(derive_seed(seed, "subset")))
-    chosen = rest[order[: config.train]]
+    held_out, rest = fixed[:HELD_OUT], fixed[HELD_OUT:]
+    shuffled = torch.randperm(len(rest), generator=torch.Generator().manual_seed(derive_seed(seed, "subset")))
+    chosen = rest[shuffled[: config.train]]
     if config.held_out:
-        test, test_labels = train[held], labels[held]
+        test, test_labels = train[held_out], labels[held_out]
     return Task(normalize(train[chosen]), labels[chosen], normalize(test), test_labels)
 
 

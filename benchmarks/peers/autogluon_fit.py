@@ -27,35 +27,35 @@ def processor_seconds() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def main(request: Path, answer: Path) -> None:
+def main(request_file: Path, answer_file: Path) -> None:
     """Train, predict and write the answer."""
-    asked: dict[str, Any] = json.loads(request.read_text(encoding="utf-8"))
+    request: dict[str, Any] = json.loads(request_file.read_text(encoding="utf-8"))
     # The published weights come from a file instead of a download.
     timm_image.create_model = partial(
-        timm_image.create_model, pretrained_cfg_overlay={"file": asked["weights"]}
+        timm_image.create_model, pretrained_cfg_overlay={"file": request["weights"]}
     )
     hyperparameters = {
         "model.names": ["timm_image"],
-        "model.timm_image.checkpoint_name": asked["network"],
+        "model.timm_image.checkpoint_name": request["network"],
         "env.num_gpus": 0,
         "env.num_workers": 0,
         "env.num_workers_inference": 0,
         "env.precision": 32,
-        **asked["options"].get("hyperparameters", {}),
+        **request["options"].get("hyperparameters", {}),
     }
     with tempfile.TemporaryDirectory() as folder:
         predictor = MultiModalPredictor(
             label="label",
-            problem_type=asked["options"]["problem_type"],
+            problem_type=request["options"]["problem_type"],
             hyperparameters=hyperparameters,
             path=str(Path(folder) / "run"),
             enable_progress_bar=False,
             verbosity=1,
         )
-        predictor.fit(pd.DataFrame(asked["train"], columns=["image", "label"]), seed=asked["seed"])
+        predictor.fit(pd.DataFrame(request["train"], columns=["image", "label"]), seed=request["seed"])
         seconds = processor_seconds()
-        predicted = predictor.predict(pd.DataFrame({"image": asked["test"]}))
-    answer.write_text(json.dumps({"seconds": seconds, "predicted": [str(label) for label in predicted]}))
+        predicted = predictor.predict(pd.DataFrame({"image": request["test"]}))
+    answer_file.write_text(json.dumps({"seconds": seconds, "predicted": [str(label) for label in predicted]}))
 
 
 if __name__ == "__main__":

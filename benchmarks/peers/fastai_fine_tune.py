@@ -37,18 +37,18 @@ def processor_seconds() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def main(request: Path, answer: Path) -> None:
+def main(request_file: Path, answer_file: Path) -> None:
     """Train, predict and write the answer."""
-    asked: dict[str, Any] = json.loads(request.read_text(encoding="utf-8"))
-    options = asked["options"]
+    request: dict[str, Any] = json.loads(request_file.read_text(encoding="utf-8"))
+    options = request["options"]
     # The published weights come from a file instead of a download.
-    load = partial(timm.create_model, pretrained_cfg_overlay={"file": asked["weights"]})
+    load = partial(timm.create_model, pretrained_cfg_overlay={"file": request["weights"]})
     timm.create_model = load
     if options["freeze_norms"]:
         layers: Any = importlib.import_module("timm.layers")  # untyped
         timm.create_model = lambda *args, **named: layers.freeze_batch_norm_2d(load(*args, **named))
-    set_seed(asked["seed"])
-    files, labels = zip(*asked["train"], strict=True)
+    set_seed(request["seed"])
+    files, labels = zip(*request["train"], strict=True)
     loaders = ImageDataLoaders.from_lists(
         "/",
         list(files),
@@ -59,17 +59,17 @@ def main(request: Path, answer: Path) -> None:
         bs=options["batch"],
         num_workers=0,
     )
-    learner = vision_learner(loaders, asked["network"], **options["learner"]).to_channelslast(use_amp=False)
+    learner = vision_learner(loaders, request["network"], **options["learner"]).to_channelslast(use_amp=False)
     rate = options["rate"]
     with learner.no_bar(), learner.no_logging():
         if not rate:
             rate = float(learner.lr_find(show_plot=False).valley)
         learner.fine_tune(options["epochs"], base_lr=rate, freeze_epochs=options["freeze_epochs"])
         seconds = processor_seconds()
-        test = loaders.test_dl(asked["test"], bs=32, num_workers=0)
+        test = loaders.test_dl(request["test"], bs=32, num_workers=0)
         scores, _ = learner.get_preds(dl=test)
     predicted = [loaders.vocab[int(index)] for index in scores.argmax(dim=1)]
-    answer.write_text(json.dumps({"seconds": seconds, "predicted": predicted, "rate": rate}))
+    answer_file.write_text(json.dumps({"seconds": seconds, "predicted": predicted, "rate": rate}))
 
 
 if __name__ == "__main__":

@@ -31,31 +31,34 @@ def features(network: torch.nn.Module, files: Sequence[str]) -> NDArray[np.float
     """Compute the averages (N, C) in front of the classifier, of center crops."""
     data: Any = timm.data  # without types
     transform = data.create_transform(**data.resolve_data_config(model=network))
-    found = []
+    batches = []
     for start in range(0, len(files), BATCH):
         images = [ImageOps.exif_transpose(Image.open(file)) for file in files[start : start + BATCH]]
         batch = torch.stack([transform(image.convert("RGB")) for image in images])
-        found.append(network(batch.contiguous(memory_format=torch.channels_last)).numpy())
-    return np.concatenate(found)
+        batches.append(network(batch.contiguous(memory_format=torch.channels_last)).numpy())
+    return np.concatenate(batches)
 
 
-def main(request: Path, answer: Path) -> None:
+def main(request_file: Path, answer_file: Path) -> None:
     """Train, predict and write the answer."""
-    asked: dict[str, Any] = json.loads(request.read_text(encoding="utf-8"))
-    options = asked["options"]
+    request: dict[str, Any] = json.loads(request_file.read_text(encoding="utf-8"))
+    options = request["options"]
     network = timm.create_model(
-        asked["network"], pretrained=True, num_classes=0, pretrained_cfg_overlay={"file": asked["weights"]}
+        request["network"],
+        pretrained=True,
+        num_classes=0,
+        pretrained_cfg_overlay={"file": request["weights"]},
     )
     network = network.eval().to(memory_format=torch.channels_last)
-    files, labels = zip(*asked["train"], strict=True)
+    files, labels = zip(*request["train"], strict=True)
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=options["C"], max_iter=5000))
     probe.fit(features(network, files), labels)
     seconds = time.process_time()
     stored = Path(options["cache"])
     if not stored.exists():
-        np.save(stored, features(network, asked["test"]))
+        np.save(stored, features(network, request["test"]))
     predicted = probe.predict(np.load(stored)).tolist()
-    answer.write_text(json.dumps({"seconds": seconds, "predicted": predicted}))
+    answer_file.write_text(json.dumps({"seconds": seconds, "predicted": predicted}))
 
 
 if __name__ == "__main__":
