@@ -82,6 +82,7 @@ $(CUDA)/.built: $(STAMP) deploy/lock/gpu.txt tests/cuda/build.py tests/cuda/cuda
 	$(BIN)/uv pip install --quiet --no-deps --target $(CUDA) "$$(grep -o '^onnxruntime-gpu==[0-9.]*' deploy/lock/gpu.txt)"
 	$(BIN)/uv pip install --quiet --no-deps --target $(CUDA)/headers nvidia-cuda-runtime nvidia-cuda-crt
 	$(BIN)/uv pip install --quiet --no-deps --target $(CUDA)/torch-tensorrt 'torch-tensorrt-rtx>=2.14,<2.15' dllist psutil
+	$(BIN)/uv pip install --quiet --no-deps --target $(CUDA)/bindings 'tensorrt-cu13-bindings>=11.4,<12'
 	$(BIN)/python tests/cuda/build.py $(CUDA)
 	touch $@
 

@@ -9,6 +9,8 @@ install() {
 install --require-hashes --requirement "lock/$lock.txt"
 install --no-index --no-deps dist/*.whl
 if [ "$#" -gt 0 ]; then
-    install --constraint "lock/$lock.txt" "$@"
+    # The versions without their hashes: with hashes, pip would require one for every further package.
+    sed -n '/^[a-z]/s/ *\\$//p' "lock/$lock.txt" > constraints.txt
+    install --constraint constraints.txt "$@"
 fi
 /opt/sopdeploy/bin/python no_torch.py

@@ -4,7 +4,8 @@
 
 FOLDER contains the package `onnxruntime-gpu`, FOLDER/headers contains `nvidia-cuda-runtime` and
 `nvidia-cuda-crt`. The libraries are written to FOLDER/nvidia, where pip would install NVIDIA's, and that of
-the driver to FOLDER/driver. Needs gcc and nm.
+the driver to FOLDER/driver. FOLDER/bindings contains `tensorrt-cu13-bindings`, the Python modules of
+TensorRT; they get libraries that cannot create anything. Needs gcc and nm.
 
 Loading of the provider, graph optimization, partitioning, memory arena, IO binding and error messages are
 real. Kernels compute nothing, and convolutions cannot run, because cuDNN is empty.
@@ -75,10 +76,30 @@ def build(folder: Path) -> None:
         versions.write_text(f"{library} {{ global: *; }};\n", encoding="utf-8")
         target = folder / FOLDERS.get(library, "nvidia/cu13/lib")
         target.mkdir(parents=True, exist_ok=True)
-        command = ["gcc", "-shared", "-fPIC", "-w", f"-I{headers}", f"-Wl,-soname,{library}"]
-        command += [f"-Wl,--version-script={versions}", "-o", str(target / library), *map(str, files)]
-        subprocess.run(command, check=True)
+        options = [f"-I{headers}", f"-Wl,--version-script={versions}", *map(str, files)]
+        compile_library(target / library, *options)
+
+
+def compile_library(path: Path, *options: str) -> None:
+    """Compile a library with gcc and *options*."""
+    command = ["gcc", "-shared", "-fPIC", "-w", f"-Wl,-soname,{path.name}", "-o", str(path), *options]
+    subprocess.run(command, check=True)
+
+
+def build_tensorrt(folder: Path) -> None:
+    """Compile libraries for the Python modules of TensorRT in *folder*, and write the package `tensorrt`."""
+    undefined = output("nm", "-D", "--undefined-only", str(folder / "tensorrt_bindings" / "tensorrt.so"))
+    source = folder / "stubs.c"
+    names = re.findall(r"\b(?:create|get|init)\w+(?:_INTERNAL|Registry|Version|Plugins)\b", undefined)
+    source.write_text("\n".join(map(stub, names)), encoding="utf-8")
+    compile_library(folder / "libnvinfer.so.11", str(source))
+    for library in ("libnvinfer_plugin.so.11", "libnvonnxparser.so.11"):
+        compile_library(folder / library)
+    (folder / "tensorrt").mkdir(exist_ok=True)
+    text = "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n"
+    (folder / "tensorrt" / "__init__.py").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
     build(Path(sys.argv[1]))
+    build_tensorrt(Path(sys.argv[1], "bindings"))

@@ -24,7 +24,7 @@ from sopdeploy_export.tensorrt.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime import selection
 from sopdeploy_service.runtime.selection import open_runtime
-from sopdeploy_service.runtime.tensorrt import is_set_up
+from sopdeploy_service.runtime.tensorrt import engine_folders
 from sopdeploy_service.settings import Settings, load_settings
 from tests.tensorrt.conftest import Install
 from tests.tensorrt.fake_cuda import FakeCuda
@@ -260,13 +260,14 @@ def test_engines_are_built_in_the_configured_cache_and_found_next_to_the_bundle_
     monkeypatch.setenv("SOPDEPLOY_ENGINE_CACHE", str(tmp_path / "cache"))
     plan = Path(json.loads(run(bundle.path, "--json").stdout)["plan"])
     assert plan.is_relative_to(tmp_path / "cache")
-    settings = load_settings()
-    assert is_set_up(bundle, settings)
+    settings = load_settings(runtime="tensorrt")
+    assert engine_folders(bundle, settings) == [plan.parent]
     shutil.copytree(plan.parent, cache_folder(bundle))
+    assert engine_folders(bundle, settings) == [plan.parent, cache_folder(bundle)]
+    plan.write_bytes(b"damaged")
+    assert open_runtime(bundle, settings).name.startswith("tensorrt")  # the one beside the bundle
     shutil.rmtree(plan.parent)
-    assert is_set_up(bundle, settings)
-    shutil.rmtree(cache_folder(bundle))
-    assert not is_set_up(bundle, settings)
+    assert engine_folders(bundle, settings) == [cache_folder(bundle)]
 
 
 def test_the_image_builds_an_engine_serves_it_and_says_what_is_missing(
@@ -311,7 +312,7 @@ def test_auto_uses_an_existing_engine_and_never_falls_back_to_the_cpu(
     install: Install, bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install()
-    monkeypatch.setattr(selection, "fastest", lambda _bundle, _settings, runtimes: next(iter(runtimes)))
+    monkeypatch.setattr(selection, "fastest", lambda _bundle, _settings, runtimes: (next(iter(runtimes)), ""))
     assert open_runtime(bundle, Settings(runtime="auto")).name.startswith("onnxruntime")
     get_engine(bundle, OPTIONS)
     found = load_model(bundle.path, Settings(runtime="auto"))

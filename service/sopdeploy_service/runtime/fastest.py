@@ -28,8 +28,10 @@ CLEARLY_FASTER = 0.95  # of the time of the first runtime
 log = logging.getLogger("sopdeploy.service")
 
 
-def fastest(bundle: Bundle, settings: Settings, runtimes: Mapping[str, Callable[[], Runtime]]) -> str:
-    """Return the name of the runtime that runs single images of *bundle* fastest.
+def fastest(
+    bundle: Bundle, settings: Settings, runtimes: Mapping[str, Callable[[], Runtime]]
+) -> tuple[str, str]:
+    """Return the name of the runtime that runs single images of *bundle* fastest, and the measured times.
 
     *runtimes* maps names to functions that open a runtime. The first one is taken unless another one is
     clearly faster and its outputs agree with the probes. The measurement takes at most about five seconds.
@@ -58,8 +60,7 @@ def fastest(bundle: Bundle, settings: Settings, runtimes: Mapping[str, Callable[
     best = min(milliseconds, key=lambda name: float(milliseconds[name]))
     chosen = best if milliseconds[best] <= CLEARLY_FASTER * milliseconds.get(first, float("inf")) else first
     times = ", ".join(f"{name} {value:.2f} ms" for name, value in milliseconds.items())
-    log.info("%s: runtime %s (%s per image)", bundle.name, chosen, times)
-    return chosen
+    return chosen, f"{times} per image"
 
 
 def measure(bundle: Bundle, runtimes: Mapping[str, Callable[[], Runtime]]) -> dict[str, float]:

@@ -5,6 +5,7 @@ the server ends with an error instead of silently using the CPU. On the CPU, `au
 installed and measured to be faster than ONNX Runtime, which has no bfloat16 convolutions.
 """
 
+import logging
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -21,13 +22,18 @@ from sopdeploy_service.settings import Settings
 ON_CPU = ("onnxruntime-cpu", "openvino")
 TENSORRT = "sopdeploy_service.runtime.tensorrt"  # optional: a service without it uses ONNX Runtime
 
+log = logging.getLogger("sopdeploy.service")
+
 
 def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
     """Open the runtime that *settings* name, or for `auto` the first one that is set up here.
 
     Raises `RuntimeUnavailableError` if the runtime cannot run *bundle*.
     """
-    name = _choose(bundle, settings) if settings.runtime == "auto" else settings.runtime
+    name: str = settings.runtime
+    if name == "auto":
+        name, reason = _choose(bundle, settings)
+        log.info("%s: runtime %s: %s", bundle.name, name, reason)
     try:
         return _open(name, bundle, settings)
     except RuntimeUnavailableError as error:
@@ -39,15 +45,16 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
         ) from error
 
 
-def _choose(bundle: Bundle, settings: Settings) -> str:
-    if find_spec(TENSORRT) and _tensorrt().is_set_up(bundle, settings):
-        return "tensorrt"
+def _choose(bundle: Bundle, settings: Settings) -> tuple[str, str]:
+    """Return the name of the first runtime that is set up here, and the reason."""
+    if find_spec(TENSORRT) and (folders := _tensorrt().usable_engines(bundle, settings)):
+        return "tensorrt", f"engines in {' and '.join(map(str, folders))}"
     if has_cuda():
-        return "onnxruntime-cuda"
+        return "onnxruntime-cuda", "the bundle has no TensorRT engine that can be used here"
     if find_spec("openvino") is None:
-        return "onnxruntime-cpu"
-    if bundle.manifest.precision == "bf16-backbone":  # ONNX Runtime has no such convolutions for CPUs
-        return "openvino"
+        return "onnxruntime-cpu", "ONNX Runtime has no CUDA here, and OpenVINO is not installed"
+    if bundle.manifest.precision == "bf16-backbone":
+        return "openvino", "ONNX Runtime has no convolutions in bfloat16 for CPUs"
     return fastest(bundle, settings, {name: partial(_open, name, bundle, settings) for name in ON_CPU})
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import import_tensorrt
-from sopdeploy.tensorrt.cache import best_for, cache_folder, records
+from sopdeploy.tensorrt.cache import EMPTY, best_for, cache_folder, records
 from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy.tensorrt.session import EngineSession
@@ -34,15 +34,15 @@ class TensorRTRuntime:
         cuda = open_cuda()
         gpu = cuda.gpu()
         self.name = f"tensorrt {trt.__version__}"
-        engine = best_for(
-            engine_folder(bundle, settings),
-            bundle,
-            tensorrt=str(trt.__version__),
-            gpu=gpu.name,
-            architecture=gpu.architecture,
-        )
-        if isinstance(engine, str):
-            raise RuntimeUnavailableError(f"{engine}; run: sopdeploy engine {bundle.path}")
+        here = {"tensorrt": str(trt.__version__), "gpu": gpu.name, "architecture": gpu.architecture}
+        reasons = []
+        for folder in engine_folders(bundle, settings):
+            engine = best_for(folder, bundle, **here)
+            if not isinstance(engine, str):
+                break
+            reasons.append(engine)
+        else:
+            raise RuntimeUnavailableError(f"{(reasons or [EMPTY])[0]}; run: sopdeploy engine {bundle.path}")
         key, graphs = engine.record.key, settings.cuda_graphs
         self._session = EngineSession(trt, cuda, engine.plan, bundle.manifest, key, graphs=graphs)
         self.largest_batch = self._session.largest_batch
@@ -79,19 +79,19 @@ class TensorRTRuntime:
         self._session.close()
 
 
-def engine_folder(bundle: Bundle, settings: Settings) -> Path:
-    """Return the folder with engines of *bundle*: the cache, or next to the bundle if the cache has none."""
-    folder = cache_folder(bundle, settings.engine_cache)
-    return folder if records(folder) else cache_folder(bundle)
+def engine_folders(bundle: Bundle, settings: Settings) -> list[Path]:
+    """List the folders that contain engines of *bundle*: the cache, and the folder beside the bundle."""
+    folders = dict.fromkeys((cache_folder(bundle, settings.engine_cache), cache_folder(bundle)))
+    return [folder for folder in folders if records(folder)]
 
 
-def is_set_up(bundle: Bundle, settings: Settings) -> bool:
-    """Return whether TensorRT is installed and there is an engine of *bundle*."""
-    if not records(engine_folder(bundle, settings)):
-        return False
+def usable_engines(bundle: Bundle, settings: Settings) -> list[Path]:
+    """List the folders that contain engines of *bundle*; none if TensorRT is not installed."""
+    folders = engine_folders(bundle, settings)
     try:
-        import_tensorrt()
+        if folders:
+            import_tensorrt()
     except RuntimeUnavailableError as error:
         log.warning("%s: its TensorRT engines are not used: %s", bundle.name, error)
-        return False
-    return True
+        return []
+    return folders

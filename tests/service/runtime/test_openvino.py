@@ -117,7 +117,7 @@ def test_the_faster_runtime_is_measured_once_per_bundle_and_machine(
     monkeypatch.setattr(fastest_module, "measure", measure_once)
     for threads in (1, 1, 2):
         settings = Settings(engine_cache=tmp_path, threads=threads)
-        assert fastest(bundle, settings, dict.fromkeys(selection.ON_CPU, None)) == chosen
+        assert fastest(bundle, settings, dict.fromkeys(selection.ON_CPU, None))[0] == chosen
     assert measured == [bundle.name] * 2
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text())["milliseconds"] == milliseconds
@@ -141,7 +141,7 @@ def test_auto_measures_on_a_cpu_except_for_bfloat16(
 ) -> None:
     manifest = bundle.manifest.model_copy(update={"precision": precision})
     monkeypatch.setattr(selection, "has_cuda", lambda: False)
-    monkeypatch.setattr(selection, "fastest", lambda _bundle, _settings, names: next(iter(names)))
+    monkeypatch.setattr(selection, "fastest", lambda _bundle, _settings, names: (next(iter(names)), ""))
     runtime = selection.open_runtime(replace(bundle, manifest=manifest), Settings(runtime="auto"))
     assert runtime.name.startswith(name.partition("-")[0])
 
