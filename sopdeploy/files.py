@@ -29,7 +29,7 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path; rename it to *path* on success, delete it on error.
 
     With *shared*, the temporary name contains the process id, for files that several processes may write at
-    the same time. Errors of the file system are raised unchanged; a folder at *path* is one of them.
+    the same time. Raises `OSError`, also if *path* is a folder.
     """
     if path.is_dir():  # also `.` and `/`, which have no name to extend
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

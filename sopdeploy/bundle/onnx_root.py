@@ -35,7 +35,7 @@ def onnx_file_root(content: bytes) -> str:
     model = onnx.ModelProto()
     try:
         model.ParseFromString(content)
-        model.DiscardUnknownFields()  # a runtime could read them
+        model.DiscardUnknownFields()
         if model.SerializeToString(deterministic=True) != content:
             raise CertificateError(
                 "the file has unknown or repeated fields, which a runtime may read in another way"

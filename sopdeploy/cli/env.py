@@ -52,7 +52,7 @@ def env() -> dict[str, dict[str, Any]]:
 
 
 def accelerators() -> dict[str, str]:
-    """List ONNX Runtime's execution providers and TensorRT's version and GPU, or the reasons for none."""
+    """Describe ONNX Runtime's execution providers, and TensorRT's version and GPU or why there is none."""
     from sopdeploy.environment import import_optional
 
     try:

@@ -42,7 +42,7 @@ def torchvision_transforms() -> Any:
 
 
 def _transform(array: NDArray[np.uint8], seed: int, *transforms: Any) -> NDArray[np.uint8]:
-    """Apply random *transforms* to an (H, W, 3) *array*: a function of *seed* that keeps torch's state."""
+    """Apply *transforms*, drawn by *seed*, to an (H, W, 3) *array*; torch's random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         image = torch.from_numpy(array.copy()).permute(2, 0, 1)

@@ -11,6 +11,7 @@ from PIL import Image
 from sopdeploy.client import AsyncClient, ModelInfo
 from sopdeploy.client.requests import encode_image
 from sopdeploy.config import StrictModel
+from sopdeploy.data.folders import is_image, walk
 from sopdeploy.doctor.advice import Advice, judge
 from sopdeploy.doctor.measure import Load, LoadStep
 from sopdeploy.errors import ConfigError, DataError, ServiceError
@@ -87,9 +88,7 @@ def examine(
 def load_images(folder: Path | None) -> list[bytes]:
     """Read up to 32 image files below *folder*, or generate JPEGs; raise `DataError` for an empty folder."""
     if folder is not None:
-        paths = sorted(
-            path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-        )
+        paths = [path for path in walk(folder) if is_image(path.name)]
         if not paths:
             raise DataError(f"{folder}: contains no image ({', '.join(SUFFIXES)}); choose another folder")
         return [encode_image(path) for path in paths[:MAX_FILES]]

@@ -202,7 +202,7 @@ def score_checkpoint(
     path: Path,
     data: Path,
     *,
-    tta: str = "none",
+    tta: TtaMode = "none",
     workers: int = 0,
     on_image: Callable[[int, int], None],
     log: Log = ignore,
@@ -243,7 +243,7 @@ def predict_images(
     checkpoint: Checkpoint,
     images: LabeledImages,
     *,
-    tta: str = "none",
+    tta: TtaMode = "none",
     workers: int = 0,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Predictions:
@@ -252,7 +252,8 @@ def predict_images(
     The temperature divides the logits, as in an exported bundle.
     """
     preprocess, decision = checkpoint.preprocess, checkpoint.decision or Decision()
-    dataset = _TtaDataset(images, preprocess, check_tta_mode(tta, preprocess))
+    check_tta_mode(tta, preprocess)
+    dataset = _TtaDataset(images, preprocess, tta)
 
     def calibrated_logits() -> Iterator[NDArray[np.float64]]:
         batches = _process_logits(model, dataset, preprocess, SCORE_BATCH, workers, ProcessGroup())

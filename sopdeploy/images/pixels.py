@@ -155,14 +155,13 @@ def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
     1 x 20000 pixels cost no more than a photograph.
     """
     size = resized_size(image.size, rules)
-    left = round((size[0] - rules.crop) / 2.0)
-    top = round((size[1] - rules.crop) / 2.0)
     resampling = RESAMPLING[rules.interpolation]
     if max(size) <= MAX_ASPECT_RATIO * rules.resize:
+        left, top = (round((side - rules.crop) / 2.0) for side in size)
         window = (left, top, left + rules.crop, top + rules.crop)
         return np.asarray(image.resize(size, resampling).crop(window))
-    left_edge, top_edge, right, bottom = visible_box(image.size, rules)
-    box = (left_edge, top_edge, min(image.width, right), min(image.height, bottom))
+    x, y, right, bottom = visible_box(image.size, rules)
+    box = (x, y, min(image.width, right), min(image.height, bottom))
     return np.asarray(image.resize((rules.crop, rules.crop), resampling, box=box))
 
 
@@ -210,7 +209,7 @@ def _resize_onto_background(
 
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
-    """List the names of the conversions by `to_rgb` that the owner of the loaded *image* may not expect."""
+    """List the conversions of the loaded *image* by `to_rgb` that users should know of, as warning codes."""
     transparent = False
     if image.has_transparency_data:
         tiles = (_to_rgba(image.crop(box)) for box in tile_boxes(image.size))

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -13,11 +13,8 @@ TtaMode = Literal["none", "flip", "ten-crop", "pad-crop"]
 TTA_PAD = 4  # pixels on each side
 
 
-def check_tta_mode(mode: str, preprocess: Preprocess) -> TtaMode:
-    """Validate the test-time augmentation *mode*; raises `ConfigError`."""
-    modes: dict[str, TtaMode] = {name: name for name in get_args(TtaMode)}
-    if mode not in modes:
-        raise ConfigError(f"not one of {', '.join(modes)}", setting="tta", value=mode)
+def check_tta_mode(mode: TtaMode, preprocess: Preprocess) -> None:
+    """Raise `ConfigError` if *preprocess* leaves no corners for the test-time augmentation *mode*."""
     if mode == "ten-crop" and (preprocess.fit != "crop" or preprocess.crop == preprocess.resize):
         raise ConfigError(
             "the network sees the whole image, so there are no corners to crop",
@@ -25,7 +22,6 @@ def check_tta_mode(mode: str, preprocess: Preprocess) -> TtaMode:
             value=mode,
             remedies={"tta": "flip"},
         )
-    return modes[mode]
 
 
 def tta_views(prepare: Callable[[Preprocess], Pixels], preprocess: Preprocess, mode: TtaMode) -> Pixels:

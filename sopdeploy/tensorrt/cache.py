@@ -48,8 +48,8 @@ def write_whole(path: Path, content: bytes) -> None:
             partial.write_bytes(content)
 
 
-def look(folder: Path, key: EngineKey) -> StoredEngine | str:
-    """Look up the plan of *key* in *folder* and verify it; return the reason if there is none."""
+def load_engine(folder: Path, key: EngineKey) -> StoredEngine | str:
+    """Read the plan of *key* in *folder* and verify it; return the reason if there is none."""
     path = folder / f"{key.name}.plan"
     if not path.with_suffix(".json").is_file():
         return _describe_nearest(folder, key)
@@ -83,7 +83,7 @@ def _describe_nearest(folder: Path, key: EngineKey) -> str:
     return f"the nearest engine here was built for {'; '.join(differences[0])}" if differences else EMPTY
 
 
-def best_for(
+def load_best_engine(
     folder: Path, bundle: Bundle, *, tensorrt: str, gpu: str, architecture: str
 ) -> StoredEngine | str:
     """Load the engine of *bundle* with the largest batch size for the given TensorRT version and GPU.
@@ -104,4 +104,6 @@ def best_for(
     matching = [key for key in keys if key.model_copy(update=required) == key]
     if not matching:
         return _describe_nearest(folder, keys[0].model_copy(update=required))
-    return look(folder, max(matching, key=lambda key: (key.largest_batch, len(key.profiles), key.name)))
+    return load_engine(
+        folder, max(matching, key=lambda key: (key.largest_batch, len(key.profiles), key.name))
+    )

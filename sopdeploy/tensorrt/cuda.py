@@ -58,7 +58,7 @@ class Cuda:
         return int(self.call("cudaMemGetInfo"))
 
     def copy(self, pinned: NDArray[Any], address: int, stream: Any, *, upload: bool) -> None:
-        """Copy *pinned* to the device *address* asynchronously; without *upload*, in the other direction."""
+        """Copy *pinned* to the device *address*, or back if *upload* is false, without waiting."""
         kinds = self._runtime.cudaMemcpyKind
         if upload:
             arguments = (address, pinned.ctypes.data, pinned.nbytes, kinds.cudaMemcpyHostToDevice)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sopdeploy.tensorrt.cache import StoredEngine, look
+from sopdeploy.tensorrt.cache import StoredEngine, load_engine
 from sopdeploy_export.tensorrt.engine import get_engine
 from sopdeploy_export.tensorrt.options import EngineOptions
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
@@ -19,7 +19,7 @@ def test_an_engine_reproduces_the_probes_and_is_then_cached(tmp_path: Path) -> N
     bundle = write(tmp_path)
     built = get_engine(bundle, EngineOptions(profiles="1,4,16"))
     assert built.reason is not None
-    assert isinstance(look(built.path.parent, built.record.key), StoredEngine)
+    assert isinstance(load_engine(built.path.parent, built.record.key), StoredEngine)
     assert get_engine(bundle, EngineOptions(profiles="1,4,16")).reason is None
 
 

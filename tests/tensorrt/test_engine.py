@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.cli.app import app
 from sopdeploy.errors import EngineError, LoweringError, ParityError, RuntimeUnavailableError
-from sopdeploy.tensorrt.cache import StoredEngine, best_for, cache_folder
+from sopdeploy.tensorrt.cache import StoredEngine, cache_folder, load_best_engine
 from sopdeploy.tensorrt.cuda import Gpu
 from sopdeploy.tensorrt.profiles import parse_profiles
 from sopdeploy.tensorrt.record import EngineRecord
@@ -231,7 +231,7 @@ def test_another_machine_or_other_profiles_get_their_own_engine(
 def test_the_server_uses_the_engine_with_the_largest_batch(built: Engine, bundle: Bundle) -> None:
     get_engine(bundle, EngineOptions(profiles="1,8"))
     here = {"gpu": "Fake H200", "architecture": "sm_90"}
-    found = best_for(built.path.parent, bundle, tensorrt="10.16.0", **here)
+    found = load_best_engine(built.path.parent, bundle, tensorrt="10.16.0", **here)
     assert isinstance(found, StoredEngine)
     assert found.record == built.record
 

@@ -19,7 +19,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import Probes, read_probes, replay
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import import_tensorrt, version_of
-from sopdeploy.tensorrt.cache import cache_folder, look, store, write_whole
+from sopdeploy.tensorrt.cache import cache_folder, load_engine, store, write_whole
 from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
 from sopdeploy.tensorrt.profiles import Profile, merge_profiles, parse_profiles
 from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt
@@ -106,7 +106,7 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     machine = this_machine()
     key = make_key(bundle, options, profiles, str(machine.trt.__version__), machine.gpu)
     folder = cache_folder(bundle, options.cache)
-    found = "--rebuild was given" if options.rebuild else look(folder, key)
+    found = "--rebuild was given" if options.rebuild else load_engine(folder, key)
     if not isinstance(found, str):
         report("replaying the probes on the cached engine")
         check_receipt(found.record.receipt, strict=options.strict)

@@ -25,7 +25,7 @@ def scores_of_bundle(
     path: Path,
     data: Path,
     *,
-    tta: str = "none",
+    tta: TtaMode = "none",
     settings: Settings | None = None,
     on_image: Callable[[int, int], None],
     log: Log = ignore,
@@ -39,7 +39,7 @@ def scores_of_bundle(
     """
     settings = settings or load_settings()
     loaded = load_model(path, settings)
-    tta_mode = check_tta_mode(tta, loaded.bundle.manifest.preprocess)
+    check_tta_mode(tta, loaded.bundle.manifest.preprocess)
     labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
     sorted_labels = tuple(sorted(labels))
     multi_label = loaded.bundle.manifest.thresholds is not None
@@ -48,7 +48,7 @@ def scores_of_bundle(
     )
     logits = []  # (V, C) of the views of each image
     for index in range(len(images)):
-        logits.append(_view_logits(loaded, images, index, tta_mode, settings))
+        logits.append(_view_logits(loaded, images, index, tta, settings))
         on_image(index + 1, len(images))
     facts = {"bundle": loaded.bundle.name, "runtime": loaded.runtime.name, "device": loaded.runtime.device}
     return sorted_labels, make_predictions(logits, images, labels, decision), facts

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import import_tensorrt
-from sopdeploy.tensorrt.cache import EMPTY, best_for, cache_folder, records
+from sopdeploy.tensorrt.cache import EMPTY, cache_folder, load_best_engine, records
 from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy.tensorrt.session import EngineSession
@@ -37,7 +37,7 @@ class TensorRTRuntime:
         here = {"tensorrt": str(trt.__version__), "gpu": gpu.name, "architecture": gpu.architecture}
         reasons = []
         for folder in engine_folders(bundle, settings):
-            engine = best_for(folder, bundle, **here)
+            engine = load_best_engine(folder, bundle, **here)
             if not isinstance(engine, str):
                 break
             reasons.append(engine)

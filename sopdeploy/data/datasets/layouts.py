@@ -21,14 +21,14 @@ def open_evaluation_images(
 ) -> ImageFiles:
     """Open the labeled images below *root* for a network with the classes *labels*, in their order.
 
-    `eval`, `calibrate` and `export --evaluate` read folders with this function. Of a folder with parts, such
-    as train/ and val/, of an official layout and of a `labels.csv` with a column `split`, the held-out images
-    are opened. Classes are matched by name; WordNet IDs match the names of ImageNet's classes. With
-    *multi_label*, the network predicts several classes per image, which `labels.csv` lists.
+    `eval`, `calibrate` and `export --evaluate` read folders with this function. It opens only the held-out
+    images if the data are split: by folders such as train/ and val/, by an official layout, or by the column
+    `split` of a `labels.csv`. Classes are matched by name; WordNet IDs match the names of ImageNet's classes.
+    With *multi_label*, the network predicts several classes per image, which `labels.csv` lists.
 
-    *log* receives a line about what is not as expected: classes without images, which part is opened, and
-    images of an official layout that are of no class of the network. Raises `DataError` for folders that are
-    no class of the network, or if there are no images.
+    *log* receives a line about classes without images and about the part that is opened. Raises `DataError`
+    for folders that are no class of the network, or if there are no images. Images of an official layout that
+    are of no class of the network are left out.
     """
     root = data_folder(root)
     if multi_label:

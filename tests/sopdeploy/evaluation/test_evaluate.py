@@ -240,7 +240,5 @@ def test_views_are_mirrors_or_corners_center_and_their_mirrors() -> None:
     corners = [whole[:8, :8], whole[:8, 4:], whole[4:, :8], whole[4:, 4:]]
     assert np.array_equal(ten[:5], [whole[2:10, 2:10], *corners])
     assert np.array_equal(ten[5:], ten[:5, :, ::-1])
-    with pytest.raises(ConfigError, match="tta='five': not one of none, flip, ten-crop"):
-        check_tta_mode("five", CROPPED)
     with pytest.raises(ConfigError, match="no corners to crop"):
         check_tta_mode("ten-crop", Preprocess(resize=8, crop=8))
