@@ -16,7 +16,7 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import atomic_write, writing
 
-MAX_FILE_BYTES = 1_000_000  # of a signature or a key
+MAX_FILE_BYTES = 1_000_000  # of a signature
 SUFFIX = ".sig"
 PUBLIC_SUFFIX = ".pub"
 
@@ -104,17 +104,10 @@ def _import(module: str) -> Any:
 
 @contextmanager
 def _reading(key: Path, content: str) -> Iterator[None]:
-    """Check the size of the file *key*; an error while it is read becomes a `ConfigError`.
-
-    *content* says what the file should hold.
-    """
-    try:
-        with key.open("rb") as file:
-            if len(file.read(MAX_FILE_BYTES + 1)) > MAX_FILE_BYTES:
-                raise ConfigError(f"{key}: too large for a key; use the file that `sopdeploy sign` wrote")
-    except OSError as error:
-        raise ConfigError(f"{key}: key file cannot be read ({error.strerror}); check the path") from error
+    """Convert the error of a block that reads *key* to a `ConfigError`; the file should hold *content*."""
     try:
         yield
+    except OSError as error:
+        raise ConfigError(f"{key}: key file cannot be read ({error.strerror}); check the path") from error
     except Exception as error:  # cryptography raises several types
         raise ConfigError(f"{key}: not a PEM file with a {content}") from error

@@ -109,7 +109,7 @@ def steps(title: str) -> Iterator[Any]:
         yield lambda _: None
         return
     with err.status(title) as status:
-        yield lambda name: status.update(f"{title}: {name}")
+        yield lambda name: status.update(plain_text(f"{title}: {name}"))
 
 
 @contextmanager

@@ -117,13 +117,8 @@ def _choose_model(models: tuple[ModelInfo, ...], name: str | None) -> ModelInfo:
 def _notes(url: str, models: int) -> list[str]:
     """List conditions that distort the measurements."""
     notes = []
-    if is_local(url):
+    if urlsplit(url).hostname in {"localhost", "127.0.0.1", "::1"}:
         notes.append("client and server share this machine and slow each other down; use another machine")
     if models > 1:
         notes.append("the server has several models; stage times include all of them")
     return notes
-
-
-def is_local(url: str) -> bool:
-    """Check whether the host of *url* is this machine."""
-    return urlsplit(url).hostname in {"localhost", "127.0.0.1", "::1"}

@@ -243,7 +243,7 @@ def test_the_command_builds_what_the_dry_run_planned_and_then_uses_the_cache(
     planned = json.loads(run(bundle.path, "--dry-run", "--json").stdout)
     assert (trt._builds, [lint["tensorrt"] for lint in planned["lint"]]) == (0, ["10.16.0"])
     first = run(bundle.path)
-    assert (first.exit_code, first.stderr[:34]) == (0, "building: no engine of this bundle")
+    assert first.exit_code == 0, first.stderr
     assert "built     no engine of this bundle was built here yet" in first.stdout
     assert "precision requested fp32; layers: fp32 in 6" in first.stdout
     assert "probes    batch 16: logits deviates by" in first.stdout

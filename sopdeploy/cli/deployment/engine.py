@@ -1,9 +1,6 @@
 """`sopdeploy engine`: build the TensorRT engine of a bundle for the GPU of this machine."""
 
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import BundleArgument, err, plain_text, print_field
+from sopdeploy.cli.console import BundleArgument, print_field, steps
 from sopdeploy_export.tensorrt.options import EngineOptions
 
 if TYPE_CHECKING:
     from sopdeploy_export.tensorrt.engine import Engine
     from sopdeploy_export.tensorrt.plan import EnginePlan
 
-LOG_INTERVAL = 30.0  # seconds between two progress lines in a log
 _field = partial(print_field, width=9)
 
 
@@ -66,26 +62,8 @@ def engine(
         options = options.model_copy(update={"cache": Path(configured)})
     if dry_run:
         return plan_engine(opened, options)
-    with _progress() as report:
+    with steps("engine") as report:
         return get_engine(opened, options, report)
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """Yield a progress callback: a status line on a terminal, a line every `LOG_INTERVAL` s in a log."""
-    if err.is_terminal:
-        with err.status("engine") as status:
-            yield lambda text: status.update(plain_text(text))
-        return
-    last = float("-inf")
-
-    def report(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= LOG_INTERVAL:
-            last = time.monotonic()
-            err.print(plain_text(text))
-
-    yield report
 
 
 def _show_engine(built: "Engine") -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sopdeploy.doctor.advice import judge
-from sopdeploy.doctor.examine import is_local, load_images
+from sopdeploy.doctor.examine import load_images
 from sopdeploy.doctor.measure import LoadStep, Scrape, measure, parse_metrics
 from sopdeploy.errors import ServiceError
 
@@ -107,9 +107,7 @@ def test_each_bottleneck_has_its_advice(changes: dict[str, Any], limit: str, cha
     assert found.gain
 
 
-def test_loopback_addresses_are_local_and_generated_images_are_different_jpegs() -> None:
-    assert all(map(is_local, ("http://127.0.0.1:80", "http://[::1]", "http://localhost")))
-    assert not is_local("http://a.b")
+def test_generated_images_are_different_jpegs() -> None:
     found = load_images(None)
     assert len(set(found)) == len(found) > 1
     assert {Image.open(io.BytesIO(body)).size for body in found} == {(640, 480)}
