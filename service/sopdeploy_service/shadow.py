@@ -223,4 +223,5 @@ def _predicted(model: Model, outcome: Prediction) -> set[str]:
     """Return the label of the best class; for several classes per image, those of all present classes."""
     logits = outcome.outputs[model.bundle.manifest.outputs[0].name]
     top_k = 1 if model.thresholds is None else None
-    return {model.labels[index] for index, _ in rank_classes(logits, top_k, model.thresholds)}
+    (ranked,) = rank_classes(logits[None], top_k, model.thresholds)
+    return {model.labels[index] for index, _ in ranked}

@@ -83,13 +83,15 @@ class AdmittedRequest:
         self.service.metrics.stage("load", waited)
         self.context.record_stage("load", waited)
 
-    async def infer(self, images: Images, *, features: bool) -> list[Outcome]:
+    async def infer(self, images: Images, *, features: bool, top_k: int = 0) -> list[Outcome]:
         """Run `Service.infer`; a disconnect of the client cancels it."""
         received = time.monotonic()
         seconds = received - self.started - self.context.stage_seconds.get("load", 0.0)
         self.service.metrics.stage("receive", seconds)
         self.context.record_stage("receive", seconds, received)
-        work = self.service.infer(self.model, images, self.deadline, self.context, features=features)
+        work = self.service.infer(
+            self.model, images, self.deadline, self.context, features=features, top_k=top_k
+        )
         return await cancel_on_disconnect(work, self.request.receive)
 
 

@@ -75,9 +75,13 @@ async def classify(request: Request) -> Response:
     async with admit(request, query.model, query.version) as admitted:
         explained = _check_query(query, admitted.model)
         upload = await read_upload(admitted)
-        outcomes = await admitted.infer(upload.images, features=explained)
-    service, chosen = admitted.service, admitted.model
-    top_k = query.top_k or upload.top_k or (service.settings.top_k if chosen.thresholds is None else None)
+        service, chosen = admitted.service, admitted.model
+        top_k = query.top_k or upload.top_k
+        if chosen.thresholds is None:  # otherwise the thresholds of the request decide
+            top_k = top_k or service.settings.top_k
+            outcomes = await admitted.infer(upload.images, features=explained, top_k=top_k)
+        else:
+            outcomes = await admitted.infer(upload.images, features=explained)
 
     def format_classes(outcome: Prediction) -> dict[str, Any]:
         result = _format_result(outcome, chosen, query, top_k)
@@ -172,7 +176,10 @@ def _format_result(
     thresholds = chosen.thresholds
     if query.threshold is not None:
         thresholds = (query.threshold,) * len(chosen.labels)
-    ranked = rank_classes(logits, top_k, thresholds)
+    if thresholds is None:
+        ranked = outcome.ranked[:top_k]
+    else:
+        (ranked,) = rank_classes(logits[None], top_k, thresholds)
     weights = outcome.outputs[GATES] if query.gates else None
     recognized = None if chosen.rejection is None else chosen.rejection.recognize(logits)
     result = format_prediction(

@@ -109,8 +109,9 @@ def _predict_image(
         with writing(explain, DataError), atomic_write(explain) as partial:
             draw_overlay(upright, class_map, box).save(partial, "PNG")
     limit = settings.classes_per_image(multi_label=manifest.thresholds is not None)
+    (ranked,) = rank_classes(logits[None], limit, manifest.thresholds)
     prediction = format_prediction(
-        rank_classes(logits, limit, manifest.thresholds),
+        ranked,
         loaded.bundle.labels,
         warnings=decoded.warnings,
         recognized=None if manifest.rejection is None else manifest.rejection.recognize(logits),

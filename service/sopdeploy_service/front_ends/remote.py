@@ -26,7 +26,7 @@ from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, call_soon
 from sopdeploy_service.inference.registry import ModelRegistry
-from sopdeploy_service.inference.results import NONFINITE, RUNTIME_DEAD, Prediction, Rejection
+from sopdeploy_service.inference.results import NONFINITE, RUNTIME_DEAD, Prediction, Rejection, rank_classes
 from sopdeploy_service.observability.drift import drift_window
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
@@ -96,8 +96,9 @@ class RemoteQueue(RequestQueue):
             self._counts.drift = self._drift.latest
         if item.trace is not None:
             item.trace.record_batch([item.trace], started, ended)
+        (ranked,) = rank_classes(np.stack(logits), item.top_k) if item.top_k else [[]]
         timings = queue_seconds, infer_seconds
-        item.settle(Prediction(outputs, *timings, batch, row, item.warnings, item.size))
+        item.settle(Prediction(outputs, *timings, batch, row, ranked, item.warnings, item.size))
 
     def _read_outputs(self, item: QueuedImage, result: bytes) -> dict[str, NDArray[np.float32]]:
         values = np.frombuffer(result, np.uint8, offset=RESULT.size).view(np.float32)

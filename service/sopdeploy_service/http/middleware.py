@@ -41,6 +41,8 @@ NO_KEY = Rejection(
     "unauthenticated", 401, "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 )
 
+WATCH_AFTER_SECONDS = 0.1  # most requests end sooner and need no task that waits for a disconnect
+
 Value = TypeVar("Value")
 
 log = logging.getLogger("sopdeploy.http")
@@ -240,13 +242,21 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, Value], receive: Receiv
             pass
         task.cancel()
 
-    watcher = asyncio.ensure_future(watch())
+    watcher: asyncio.Task[None] | None = None
+
+    def start_watching() -> None:
+        nonlocal watcher
+        watcher = asyncio.ensure_future(watch())
+
+    timer = asyncio.get_running_loop().call_later(WATCH_AFTER_SECONDS, start_watching)
     try:
         return await work
     except asyncio.CancelledError:
-        disconnected = watcher.done() and not watcher.cancelled()
+        disconnected = watcher is not None and watcher.done() and not watcher.cancelled()
         if not disconnected or task.uncancel():  # cancelled by another task, or by both
             raise
         raise RejectedError(CLIENT_GONE) from None
     finally:
-        watcher.cancel()
+        timer.cancel()
+        if watcher is not None:
+            watcher.cancel()

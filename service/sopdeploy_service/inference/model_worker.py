@@ -33,6 +33,7 @@ from sopdeploy_service.inference.results import (
     Outcome,
     Prediction,
     Rejection,
+    rank_classes,
 )
 from sopdeploy_service.observability.drift import DriftWindow
 from sopdeploy_service.observability.metrics import ModelMetrics
@@ -62,7 +63,8 @@ class QueuedImage:
     """One image and the future that gets its outcome; times are those of `time.monotonic`.
 
     *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue. *features* requests the
-    outputs `ON_REQUEST`; *size* is the (width, height) of the upright image in its file.
+    outputs `ON_REQUEST`, *top_k* a ranking of so many classes; *size* is the (width, height) of the upright
+    image in its file.
     """
 
     outcome: "asyncio.Future[Outcome]"
@@ -70,6 +72,7 @@ class QueuedImage:
     image: NDArray[np.uint8] = field(init=False, repr=False)
     warnings: tuple[str, ...] = ()
     features: bool = False
+    top_k: int = 0
     size: tuple[int, int] | None = None
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
@@ -261,7 +264,35 @@ class ModelWorker:
         self._image_shape = images[0].shape
         del self.in_flight[0]
         self.started = ended if self.in_flight else None
-        call_soon(loop, self._settle, batch.items, rows, started, ended)
+        outcomes = self._outcomes_of(batch.items, rows, started, ended)
+        call_soon(loop, self._settle, batch.items, outcomes, started, ended)
+
+    def _outcomes_of(
+        self, items: Sequence[QueuedImage], rows: Sequence[Row], started: float, ended: float
+    ) -> list[Outcome]:
+        """Create the outcomes of a batch; rank the classes of its images in one step."""
+        logits = [row[self._outputs[0]] for row in rows if not isinstance(row, Rejection)]
+        top_k = max(item.top_k for item in items)
+        ranked = rank_classes(np.stack(logits), top_k) if top_k and logits else [[]] * len(logits)
+        outcomes: list[Outcome] = []
+        position = 0
+        for item, row in zip(items, rows, strict=True):
+            if isinstance(row, Rejection):
+                outcomes.append(row)
+                continue
+            prediction = Prediction(
+                outputs=row,
+                queue_seconds=started - item.arrived,
+                infer_seconds=ended - started,
+                batch=len(items),
+                row=position,
+                ranked=ranked[position],
+                warnings=item.warnings,
+                size=item.size,
+            )
+            outcomes.append(prediction)
+            position += 1
+        return outcomes
 
     def _names_of(self, items: Sequence[QueuedImage]) -> Sequence[str]:
         """Return the outputs that *items* need."""
@@ -299,25 +330,18 @@ class ModelWorker:
             self._limited_until = time.monotonic() + SMALLER_SECONDS
             raise
 
-    def _settle(self, items: list[QueuedImage], rows: list[Row], started: float, ended: float) -> None:
+    def _settle(
+        self, items: Sequence[QueuedImage], outcomes: Sequence[Outcome], started: float, ended: float
+    ) -> None:
         """Settle and count a batch. Runs on the event loop while the worker runs the next batch."""
-        logits: list[NDArray[np.float32]] = []
-        outcomes: list[Outcome] = []
-        for item, row in zip(items, rows, strict=True):
-            if isinstance(row, Rejection):
-                outcomes.append(row)
-                continue
-            waited, seconds = started - item.arrived, ended - started
-            details = (len(items), len(logits), item.warnings, item.size)
-            outcomes.append(Prediction(row, waited, seconds, *details))
-            logits.append(row[self._outputs[0]])
         settle(items, outcomes)
         if self.drift is not None:
-            self.drift.add(logits)
+            predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
+            self.drift.add([prediction.outputs[self._outputs[0]] for prediction in predictions])
             self.metrics.drift = self.drift.latest
         self._record_latency(len(items), ended - started)
         self.metrics.batch([started - item.arrived for item in items], self._max_batch, started, ended)
-        self.metrics.nonfinite.inc(sum(row is NONFINITE for row in rows))
+        self.metrics.nonfinite.inc(sum(outcome is NONFINITE for outcome in outcomes))
         traces = [item.trace for item in items if item.trace is not None]
         if traces:
             traces[0].record_batch(traces, started, ended)

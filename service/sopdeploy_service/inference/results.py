@@ -12,54 +12,55 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import sigmoid
+from sopdeploy.decision import sigmoid, softmax
 from sopdeploy.errors import ImageError
 
 GATES = "gates"  # name of the output with the weights of a gate's components
+
+FEW = 32
 
 RankedClasses = list[tuple[int, float]]  # class index and probability, best first
 
 
 def rank_classes(
     logits: NDArray[np.float32], top_k: int | None, thresholds: Sequence[float] | None = None
-) -> RankedClasses:
-    """Rank the classes of an image with *logits* (C,), at most *top_k* of them; ties keep their order.
+) -> list[RankedClasses]:
+    """Rank the classes of images with *logits* (n, C), at most *top_k* of each; ties keep their order.
 
     With *thresholds* the classes are independent: the probability of a class is the sigmoid of its logit, and
     only classes whose probability reaches their threshold are listed.
     """
+    classes = logits.shape[1]
+    indices = top_indices(logits, top_k if top_k is not None and thresholds is None else classes)
+    probabilities = softmax(logits) if thresholds is None else sigmoid(logits)
+    listed = np.take_along_axis(probabilities, indices, axis=1)
+    ranked = [list(zip(*row, strict=True)) for row in zip(indices.tolist(), listed.tolist(), strict=True)]
     if thresholds is None:
-        indices = top_indices(logits, top_k or len(logits))
-        # The softmax in float64, of the listed classes only.
-        exponentials = np.exp(np.subtract(logits, logits[indices[0]], dtype=np.float64))
-        total = float(exponentials.sum())
-        return [(index, float(exponentials[index]) / total) for index in indices]
-    probabilities = sigmoid(logits).tolist()
-    ranked = top_indices(logits, len(logits))
-    present = [(index, probabilities[index]) for index in ranked if probabilities[index] >= thresholds[index]]
-    return present[:top_k]
+        return ranked
+    return [[(index, p) for index, p in image if p >= thresholds[index]][:top_k] for image in ranked]
 
 
-def top_indices(values: NDArray[np.float32], k: int) -> list[int]:
-    """Return the indices of the *k* largest of finite *values* (C,), largest first.
+def top_indices(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
+    """Return the indices (n, k) of the *k* largest of finite *values* (n, C), largest first.
 
-    Only the largest values are sorted, not all C, in Python: `numpy.argsort` releases the interpreter lock.
+    Ties keep their order. The maximum is searched *k* times if this is faster than a sort of all C.
     """
-    if k >= len(values):
-        order: list[int] = np.argsort(-values, kind="stable").tolist()
-        return order
-    threshold = np.partition(values, -k)[-k]
-    (indices,) = (values >= threshold).nonzero()  # more than k if several equal the threshold
-    ordered = sorted(zip((-values[indices]).tolist(), indices.tolist(), strict=True))
-    return [index for _, index in ordered[:k]]
+    if k > FEW:
+        return np.argsort(-values, axis=1, kind="stable")[:, :k]
+    rest, images = values.copy(), np.arange(len(values))
+    columns = []
+    for _ in range(min(k, values.shape[1])):
+        columns.append(rest.argmax(axis=1))
+        rest[images, columns[-1]] = -np.inf
+    return np.stack(columns, axis=1)
 
 
 class Prediction(NamedTuple):
     """The outputs of one image by name, (...) float32, logits first, with its timings.
 
     *batch* is the size of the batch it ran in; *row* is its position among the predictions of the batch.
-    *warnings* name what decoding changed in the image; *size* is the (width, height) of the upright image in
-    its file, None for a tensor.
+    *ranked* has at least as many classes as the request needs. *warnings* name what decoding changed in the
+    image; *size* is the (width, height) of the upright image in its file, None for a tensor.
     """
 
     outputs: Mapping[str, NDArray[np.float32]]
@@ -67,6 +68,7 @@ class Prediction(NamedTuple):
     infer_seconds: float
     batch: int
     row: int
+    ranked: RankedClasses
     warnings: tuple[str, ...] = ()
     size: tuple[int, int] | None = None
 
@@ -125,6 +127,6 @@ def format_prediction(
     if recognized is not None:
         response["known"], response["score"] = recognized
     if gates is not None:
-        components = [index for index in top_indices(gates, len(gates)) if gates[index] != 0]
+        components = [index for index in np.argsort(-gates, kind="stable").tolist() if gates[index] != 0]
         response["gates"] = [{"component": index, "weight": float(gates[index])} for index in components]
     return response

@@ -185,11 +185,13 @@ class Service:
         context: RequestContext,
         *,
         features: bool = False,
+        top_k: int = 0,
     ) -> list[Outcome]:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
         Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`; *features*
-        requests the outputs `ON_REQUEST`. Cancelling the call removes its images from the queue.
+        requests the outputs `ON_REQUEST`, *top_k* a ranking of so many classes. Cancelling the call removes
+        its images from the queue.
         Raises `RejectedError` if the queue is full, the rate limit of *context* is exceeded, or the deadline
         has passed.
         """
@@ -200,7 +202,11 @@ class Service:
             context.rate_limit.spend(len(images))
         items = [
             QueuedImage(
-                outcome=loop.create_future(), deadline=deadline, trace=context.trace, features=features
+                outcome=loop.create_future(),
+                deadline=deadline,
+                trace=context.trace,
+                features=features,
+                top_k=top_k,
             )
             for _ in images
         ]

@@ -48,7 +48,7 @@ def infer_input(name: str, values: np.ndarray, datatype: str, binary: bool) -> A
 
 
 def equal(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
-    found = [format_prediction(rank_classes(row, 7), bundle.labels)["classes"] for row in logits]
+    found = [format_prediction(ranked, bundle.labels)["classes"] for ranked in rank_classes(logits, 7)]
     return [list(classes) for classes in found] == classified
 
 

@@ -16,13 +16,15 @@ SMALL = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-3, 3
 
 @given(SMALL, st.integers(1, 50))
 def test_top_indices_equals_a_stable_sort(values, count):
-    assert top_indices(values, count) == np.argsort(-values, kind="stable")[:count].tolist()
+    (indices,) = top_indices(values[None], count).tolist()
+    assert indices == np.argsort(-values, kind="stable")[:count].tolist()
 
 
 @given(SMALL, st.integers(1, 50), st.none() | SMALL, st.lists(st.sampled_from(["exif_rotated", "x"])))
 def test_the_json_of_a_prediction_is_a_valid_response_model(logits, top_k, gates, warnings):
     labels = [f"class {index}" for index in range(len(logits))]
-    found = format_prediction(rank_classes(logits, top_k), labels, warnings=tuple(warnings), gates=gates)
+    (ranked,) = rank_classes(logits[None], top_k)
+    found = format_prediction(ranked, labels, warnings=tuple(warnings), gates=gates)
     model = Classes.model_validate(found, strict=False)
     assert orjson.dumps(found) == orjson.dumps(model.model_dump(exclude_none=True))
 
@@ -38,7 +40,8 @@ def test_the_json_of_a_prediction_is_a_valid_response_model(logits, top_k, gates
     ],
 )
 def test_classes_are_sorted_and_ties_keep_the_label_order(logits, top_k, labels):
-    found = format_prediction(rank_classes(np.array(logits, np.float32), top_k), ["a", "b", "c"])
+    (ranked,) = rank_classes(np.array([logits], np.float32), top_k)
+    found = format_prediction(ranked, ["a", "b", "c"])
     assert [entry["label"] for entry in found["classes"]] == labels
 
 

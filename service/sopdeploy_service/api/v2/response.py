@@ -74,9 +74,6 @@ def classify(values: NDArray[Any], classes: int, labels: Sequence[str]) -> list[
     """
     rows = values.reshape(len(values), -1)
     return [
-        [
-            f"{row[index]!s}:{index}" + (f":{labels[index]}" if labels else "")
-            for index in top_indices(row, classes)
-        ]
-        for row in rows
+        [f"{row[index]!s}:{index}" + (f":{labels[index]}" if labels else "") for index in indices]
+        for row, indices in zip(rows, top_indices(rows, classes).tolist(), strict=True)
     ]

@@ -52,7 +52,7 @@ class RowFormat:
         logits, features = output[manifest.outputs[0].name], output.get(EMBEDDING)
         if FEATURES in output:
             features = output[FEATURES].mean(axis=(1, 2), dtype=np.float32)  # maps would fill the memory
-        ranking = rank_classes(logits, self._top_k, manifest.thresholds)
+        (ranking,) = rank_classes(logits[None], self._top_k, manifest.thresholds)
         known, score = manifest.rejection.recognize(logits) if manifest.rejection else (None, None)
         return {
             **row,
