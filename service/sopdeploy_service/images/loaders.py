@@ -10,6 +10,7 @@ others exactly.
 
 import io
 import logging
+import os
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import product
@@ -78,6 +79,7 @@ def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> Non
 @cache
 def _gpu_loader() -> NvImageCodec:
     """Create the loader of this process's first GPU, once."""
+    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # it would write lines for every damaged JPEG
     library = import_optional(
         "nvidia.nvimgcodec",
         "nvImageCodec",

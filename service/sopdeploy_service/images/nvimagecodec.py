@@ -19,6 +19,7 @@ from sopdeploy.images.pixels import MAX_ASPECT_RATIO, resized_size
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.cores import LARGEST_DECODE_BATCH
 from sopdeploy_service.images.device_resize import DeviceResize
+from sopdeploy_service.runtime.base import reason_of
 
 MODES = {"RGB", "L"}
 END = b"\xff\xd9"  # of a complete JPEG; NVIDIA's decoders do not report that data is missing
@@ -70,6 +71,7 @@ class NvImageCodec:
         self._changed = Condition()
         self._waiting: list[Job] = []  # the next batch
         self._busy = False  # a thread runs a batch
+        self._last_error = ""
 
     def __call__(
         self,
@@ -128,7 +130,10 @@ class NvImageCodec:
         try:
             self.run(jobs)
         except Exception as error:  # the libraries' errors share no base class
-            log.warning("%d JPEGs are decoded on the CPU: %s", len(jobs), " ".join(str(error).split()))
+            reason = reason_of(error)
+            if reason != self._last_error:  # a device that is lost fails with every batch
+                log.warning("%d JPEGs are decoded on the CPU: %s", len(jobs), reason)
+            self._last_error = reason
         finally:
             with self._changed:
                 for ended in jobs:

@@ -1,6 +1,7 @@
 """nvImageCodec on the CPU, with the calls used for a GPU: batches, Pillow's pixels, limits and errors."""
 
 import re
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -124,14 +125,38 @@ def broken(*_):
     raise RuntimeError("CUDA error 719")
 
 
-@pytest.mark.parametrize("fail", [lambda bodies: [None] * len(bodies), broken])
-def test_a_jpeg_that_the_gpu_cannot_decode_is_decoded_by_pillow_and_counted(
-    run_server, bundle, onnx_runtime, codec, fail
+@pytest.mark.parametrize(("fail", "lines"), [(lambda bodies: [None] * len(bodies), 0), (broken, 1)])
+def test_jpegs_that_the_gpu_cannot_decode_are_decoded_by_pillow_counted_and_logged_once(
+    run_server, bundle, onnx_runtime, codec, fail, lines, caplog
 ):
     codec._decoder.fail = fail
     with run_server(onnx_runtime, bundle, GPU) as client:
-        assert client.post("/v1/classify", content=encode((300, 200))).status_code == 200
-        assert "sopdeploy_failed_gpu_decodes_total 1.0" in client.get("/metrics").text
+        for _ in range(2):
+            assert client.post("/v1/classify", content=encode((300, 200))).status_code == 200
+        assert "sopdeploy_failed_gpu_decodes_total 2.0" in client.get("/metrics").text
+    assert caplog.messages.count("1 JPEGs are decoded on the CPU: CUDA error 719") == lines
+
+
+DAMAGED = """
+from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy_service.images.loaders import _gpu_loader
+try:
+    _gpu_loader()
+except RuntimeUnavailableError:
+    pass
+from nvidia import nvimgcodec
+decoder = nvimgcodec.Decoder(
+    device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)]
+)
+print(decoder.decode([bytes.fromhex("ffd8ffd9")]))
+"""
+
+
+def test_a_damaged_jpeg_writes_nothing_to_the_log(library):
+    found = subprocess.run([sys.executable, "-c", DAMAGED], capture_output=True, text=True, check=True)
+    assert found.stdout == "[None]\n"
+    assert "[ERROR]" not in found.stderr
+    assert "[WARNING]" not in found.stderr
 
 
 def test_a_server_decodes_with_it(run_server, bundle, onnx_runtime, codec):
