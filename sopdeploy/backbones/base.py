@@ -99,7 +99,7 @@ class Backbone(nn.Module):
         """Add the global pooling of the last stage's map, and the classifier of its vector."""
         pooling = config.build(list(self.tap_channels.values())[-1])
         self.pooling: nn.Module = pooling
-        self.fc = pooling.classifier(self.num_classes)
+        self.fc = nn.Linear(pooling.out_features, self.num_classes)
 
 
 def initialize(network: nn.Module) -> None:

@@ -49,9 +49,8 @@ class VGG(Backbone):
         for position, stage in enumerate(STAGES):
             if position > 0:
                 layers.append(nn.MaxPool2d(2, stride=2))
-            for (
-                width
-            ) in stage:  # the bias is redundant before a batch norm, but the published weights have it
+            for width in stage:
+                # The bias has no effect before a batch norm, but the published weights contain it.
                 layers.append(nn.Conv2d(channels, width, 3, padding=1))
                 if config.batch_norm:
                     layers.append(nn.BatchNorm2d(width))
@@ -67,9 +66,9 @@ class VGG(Backbone):
 def build_classifier(
     pooling: GlobalPooling, kind: Literal["mlp", "linear"], dropout: float, num_classes: int
 ) -> nn.Module:
-    """Build the classifier after *pooling*: three layers for "mlp", the pooling's linear one for "linear"."""
+    """Build the classifier after *pooling*: three layers for "mlp", one for "linear"."""
     if kind == "linear":
-        return pooling.classifier(num_classes)
+        return nn.Linear(pooling.out_features, num_classes)
     return nn.Sequential(
         nn.Linear(pooling.out_features, HIDDEN),
         nn.ReLU(inplace=True),

@@ -105,7 +105,7 @@ class GSoP(Classifier):
             self.pooling = isqrt.build(self.pooling.out_features)
             initialize(self.pooling)
             self.dropout = nn.Dropout(config.dropout)
-            self.fc = self.pooling.classifier(self.num_classes)
+            self.fc = nn.Linear(self.pooling.out_features, self.num_classes)
             self.classifier_parts = ("pooling", "dropout", "fc")
 
 

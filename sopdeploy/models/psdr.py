@@ -96,7 +96,7 @@ class PSDR(Classifier):
     def attach(self) -> None:
         """Build the pooling and the classifier of the last map in `tap_channels`."""
         self.pooling = ProgressivePooling(list(self.tap_channels.values())[-1], self.config)
-        self.fc = self.pooling.classifier(self.num_classes)
+        self.fc = nn.Linear(self.pooling.out_features, self.num_classes)
         initialize(self.pooling)
 
 

@@ -8,6 +8,7 @@ from google.protobuf.json_format import ParseDict
 from in_toto_attestation.v1 import statement_pb2
 from in_toto_attestation.v1.statement import Statement
 from PIL import Image
+from torch import nn
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.golden import read_golden
@@ -186,17 +187,18 @@ def test_a_folded_temperature_divides_the_logits_and_no_other_output(
 
 
 @pytest.mark.parametrize(
-    ("pooling", "message"),
+    ("classifier", "message"),
     [
-        ("low-rank-bilinear", "no linear layer of PlainSmallResNet computes its logits"),
-        ("gap", "does not return the outputs of its last linear layer"),
+        (nn.Identity(), "no linear layer of PlainSmallResNet computes its logits"),
+        (nn.Linear(64, 10), "does not return the outputs of its last linear layer"),
     ],
-    ids=["another classifier", "an activation behind it"],
+    ids=["no linear classifier", "an activation behind it"],
 )
 def test_a_temperature_that_cannot_be_folded_is_an_error(
-    preprocess: Preprocess, pooling: str, message: str
+    preprocess: Preprocess, classifier: nn.Module, message: str
 ) -> None:
-    network = create_model("resnet8", num_classes=10, pooling=pooling).eval()
+    network = create_model("resnet8", num_classes=10).eval()
+    network.fc = classifier
     classify = network.classify
     network.classify = lambda features: classify(features).tanh()  # type: ignore[method-assign]
     with pytest.raises(LoweringError, match=message):

@@ -8,38 +8,30 @@ of D per position: element k is the sum of s1_i s2_j (X X^T)_ij over all i, j wi
 Letters: B images, C channels, M positions, D sketch dimensions, E entries of the fullest element, K = C^2.
 """
 
-import math
 import random
 from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
 import pydantic
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_length, unit_signed_root
+from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_signed_root
 
 
 class Sketch(NamedTuple):
-    """h, the index (0 .. dim - 1) of each channel, and s, its sign; lists of length C."""
+    """A count sketch: `indices` h (0 .. D - 1) and `signs` s of the C channels."""
 
-    places: list[int]
+    indices: list[int]
     signs: list[float]
 
 
-def draw_sketches(count: int, channels: int, dim: int, seed: int) -> list[Sketch]:
-    """Draw *count* independent sketches.
-
-    Python's generator gives the same sequence for a seed on all versions and machines; torch's does not.
-    """
-    generator = random.Random(seed)  # noqa: S311 (a projection, not a secret)
-    return [
-        Sketch(
-            [int(generator.random() * dim) for _ in range(channels)],
-            [1.0 if generator.random() < 0.5 else -1.0 for _ in range(channels)],
-        )
-        for _ in range(count)
-    ]
+def draw_sketch(generator: random.Random, channels: int, dim: int) -> Sketch:
+    """Draw a sketch; Python's generator gives the same one for a seed on all versions and machines."""
+    return Sketch(
+        [int(generator.random() * dim) for _ in range(channels)],
+        [1.0 if generator.random() < 0.5 else -1.0 for _ in range(channels)],
+    )
 
 
 class CompactBilinear(GlobalPooling):
@@ -72,75 +64,21 @@ class CompactBilinearConfig(PoolingConfig):
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
 
 
-def sketch_table(config: "CompactBilinearConfig", channels: int) -> tuple[Tensor, Tensor]:
+def sketch_table(config: CompactBilinearConfig, channels: int) -> tuple[Tensor, Tensor]:
     """Tabulate which entries of the flattened matrix each element of the sketch sums, with which signs.
 
     Returns indices int64 and signs float32, both (D, E). Elements of fewer than E entries are padded with
     sign 0.
     """
-    first, second = draw_sketches(2, channels, config.dim, config.seed)
-    places_K = np.add.outer(first.places, second.places).ravel() % config.dim
-    signs_K = np.multiply.outer(first.signs, second.signs).ravel()
-    by_place_K = np.argsort(places_K, kind="stable")
-    fill_D = np.bincount(places_K, minlength=config.dim)
-    column_K = np.arange(len(places_K)) - np.repeat(fill_D.cumsum() - fill_D, fill_D)
-    entries_DE = np.zeros((config.dim, fill_D.max()), dtype=np.int64)
-    signs_DE = np.zeros(entries_DE.shape, dtype=np.float32)
-    entries_DE[places_K[by_place_K], column_K] = by_place_K
-    signs_DE[places_K[by_place_K], column_K] = signs_K[by_place_K]
-    return torch.tensor(entries_DE), torch.tensor(signs_DE)
-
-
-class KernelPooling(GlobalPooling):
-    """Pool (B, C, H, W) maps to sketches of their powers 0 to `order`: (B, 1 + C + (order - 1) D)."""
-
-    not_exportable = "its FFT has no TensorRT form; train with pooling cbp, its second order without an FFT"
-    places: Tensor
-    signs: Tensor
-
-    def __init__(self, config: "KernelPoolingConfig", channels: int) -> None:
-        super().__init__()
-        self.config = config
-        self.out_features = 1 + channels + (config.order - 1) * config.dim
-        count = sum(range(2, config.order + 1))
-        sketches = draw_sketches(count, channels, config.dim, config.seed)
-        self.register_buffer("places", torch.tensor([s.places for s in sketches]), persistent=False)
-        self.register_buffer("signs", torch.tensor([s.signs for s in sketches]), persistent=False)
-        taylor = [1.0 / math.sqrt(math.factorial(p)) for p in range(config.order + 1)]
-        self.order_weights = nn.Parameter(torch.tensor(taylor))
-
-    def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector (B, 1 + C + (order - 1) D): one part per order, each with a learned weight."""
-        x_BMC = features.flatten(start_dim=2).transpose(1, 2)
-        orders = [x_BMC.new_ones(len(x_BMC), 1), x_BMC.mean(dim=1)]
-        first = 0
-        for order in range(2, self.config.order + 1):
-            orders.append(self.tensor_sketch(x_BMC, range(first, first + order)))
-            first += order
-        weighted = [weight * part for weight, part in zip(self.order_weights, orders, strict=True)]
-        vector_BD = torch.cat(weighted, dim=1)
-        # x / sqrt(|x| + 1e-8) is continuous; `unit_signed_root` jumps by 2e-4 at 0, which amplifies rounding
-        return unit_length(vector_BD * torch.rsqrt(vector_BD.abs() + 1e-8), dim=1)
-
-    def tensor_sketch(self, x_BMC: Tensor, sketches: range) -> Tensor:
-        """Compute the circular convolution (B, D) of the sketches with the numbers *sketches*.
-
-        It is averaged over positions.
-        """
-        spectrum_BMF = torch.ones((), dtype=torch.complex64, device=x_BMC.device)
-        for s in sketches:
-            empty_BMD = x_BMC.new_zeros(*x_BMC.shape[:2], self.config.dim)
-            sketch_BMD = torch.index_add(empty_BMD, 2, self.places[s], x_BMC * self.signs[s])
-            spectrum_BMF = spectrum_BMF * torch.fft.rfft(sketch_BMD)
-        mean_BD: Tensor = torch.fft.irfft(spectrum_BMF.mean(dim=1), n=self.config.dim)
-        return mean_BD
-
-
-class KernelPoolingConfig(PoolingConfig):
-    """`dim` is the sketch dimension of each order from 2 to `order`; `seed` determines the sketches."""
-
-    layer = KernelPooling
-    kind: Literal["kernel"] = "kernel"
-    order: Annotated[int, pydantic.Field(ge=2, le=4)] = 4
-    dim: Annotated[int, pydantic.Field(ge=2, multiple_of=2)] = 4096
-    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    generator = random.Random(config.seed)  # noqa: S311 (a projection, not a secret)
+    with torch.device("cpu"):  # `bincount` needs values, which `meta` does not have
+        first, second = (draw_sketch(generator, channels, config.dim) for _ in range(2))
+        sums_CC = torch.tensor(first.indices)[:, None] + torch.tensor(second.indices)
+        element_K = sums_CC.flatten() % config.dim
+        signs_K = torch.outer(torch.tensor(first.signs), torch.tensor(second.signs)).flatten()
+        entries_K = element_K.argsort(stable=True)
+        counts = torch.bincount(element_K, minlength=config.dim).tolist()
+        entries_DE = pad_sequence(entries_K.split(counts), batch_first=True)
+        signs_DE = pad_sequence(signs_K[entries_K].split(counts), batch_first=True)
+    device = torch.get_default_device()
+    return entries_DE.to(device), signs_DE.to(device)
