@@ -51,19 +51,19 @@ def timm_image_size(name: str) -> int:
 class Tap(NamedTuple):
     """A module whose output is a feature map of *channels* channels.
 
-    The output is (B, C, H, W), (B, H, W, C), or (B, N, C): N tokens, of which the last H W are patches.
+    The output is (B, C, H, W), (B, H, W, C), or (B, N, C): H W patch tokens after `class_tokens` others.
     """
 
     channels: int
     layout: Literal["NCHW", "NHWC", "tokens"]
-    prefix: int = 0
+    class_tokens: int = 0
 
     def as_map(self, output: Tensor) -> Tensor:
         """Convert the output of the module to (B, C, H, W)."""
         if self.layout == "NCHW":
             return output
         if self.layout == "tokens":
-            patches = output[:, self.prefix :]
+            patches = output[:, self.class_tokens :]
             side = math.isqrt(patches.shape[1])
             output = patches.reshape(-1, side, side, self.channels)
         return output.permute(0, 3, 1, 2)
@@ -73,58 +73,54 @@ class Tap(NamedTuple):
 def find_taps(name: str) -> dict[str, Tap]:
     """Find the taps of timm's network *name*, in the order of computation.
 
-    Raises `ConfigError` if it does not name its stages, or if the output of a stage is not a map.
+    The result is empty if the network does not name its stages, or if a stage returns neither a feature map
+    nor patch tokens.
     """
     timm, side = import_timm(name), timm_image_size(name)
     with torch.device("meta"):
         network = timm.create_model(name).eval()
-        stages = [
-            stage for stage in getattr(network, "feature_info", []) if stage["reduction"] >= FIRST_STRIDE
-        ]
-        channels = {stage["module"]: int(stage["num_chs"]) for stage in stages}
-        absent = channels.keys() - dict(network.named_modules()).keys()
-        if absent or not channels:
-            raise ConfigError(f"timm:{name} does not name its stages; choose another network")
-        tapped = [*channels, "norm"] if isinstance(getattr(network, "norm", None), nn.Module) else channels
-        _, outputs = run_tapped(network, network.forward_features, torch.empty(1, 3, side, side), tapped)
-    channels.setdefault("norm", network.num_features)
-    prefix = getattr(network, "num_prefix_tokens", 0)
-    taps = {}
-    for tap, output in outputs.items():
-        layout = _find_layout(output, channels[tap], prefix)
-        if layout is None:
-            raise ConfigError(
-                f"timm:{name} has no feature maps to pool: {tap} gives {tuple(output.shape)}, not "
-                f"(batch, {channels[tap]}, height, width) or patch tokens; choose another network"
-            )
-        if tap != "norm" or layout.layout != "NCHW":  # that is the output of the last stage after a norm
-            taps[tap] = layout
+        channels = {
+            stage["module"]: int(stage["num_chs"])
+            for stage in getattr(network, "feature_info", [])
+            if stage["reduction"] >= FIRST_STRIDE
+        }
+        if not channels or not channels.keys() <= dict(network.named_modules()).keys():
+            return {}
+        if isinstance(getattr(network, "norm", None), nn.Module):
+            channels.setdefault("norm", network.num_features)
+        _, outputs = run_tapped(network, network.forward_features, torch.empty(1, 3, side, side), channels)
+    class_tokens = getattr(network, "num_prefix_tokens", 0)
+    taps: dict[str, Tap] = {}
+    for stage, output in outputs.items():
+        tap = _find_layout(output, channels[stage], class_tokens)
+        if tap is None:
+            return {}
+        if stage != "norm" or tap.layout != "NCHW":  # a normalized map is no stage of its own
+            taps[stage] = tap
     return taps
 
 
-def _find_layout(output: Tensor, channels: int, prefix: int) -> Tap | None:
-    """Find how *output* holds a feature map of *channels* channels; `None` if it does not.
+def _find_layout(output: Tensor, channels: int, class_tokens: int) -> Tap | None:
+    """Find the axes of the feature map of *channels* channels in *output*; `None` if it is no feature map.
 
-    *prefix* is the number of class and register tokens, which the outputs of some networks do not contain.
+    *class_tokens* is the network's number of class and register tokens, which *output* may lack.
     """
     if output.dim() == 4 and output.shape[1] == channels:
         return Tap(channels, "NCHW")
     if output.dim() == 4 and output.shape[3] == channels:
         return Tap(channels, "NHWC")
     if output.dim() == 3 and output.shape[2] == channels:
-        for count in (prefix, 0):
-            patches = output.shape[1] - count
+        for skipped in (class_tokens, 0):
+            patches = output.shape[1] - skipped
             if math.isqrt(patches) ** 2 == patches:
-                return Tap(channels, "tokens", count)
+                return Tap(channels, "tokens", skipped)
     return None
 
 
 def has_feature_maps(name: str) -> bool:
-    """Check whether the stages of timm's network *name* output feature maps, not tokens as in a ViT."""
-    try:
-        return all(tap.layout == "NCHW" for tap in find_taps(name).values())
-    except ConfigError:
-        return False
+    """Check whether the stages of timm's network *name* return maps (B, C, H, W), as DSoP's branches need."""
+    taps = find_taps(name).values()
+    return bool(taps) and all(tap.layout == "NCHW" for tap in taps)
 
 
 @contextmanager
@@ -188,24 +184,21 @@ class TimmBackbone(Backbone):
         self._modules, self._parameters = network._modules, network._parameters
         self._buffers = network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
-        self.outside = (network,)  # a tuple keeps it from becoming a child
-        try:
-            self.taps_found = find_taps(config.backbone)
-        except ConfigError:  # it has no taps
-            self.taps_found = {}
-        self.tap_channels = {tap: found.channels for tap, found in self.taps_found.items()}
+        self.wrapped = (network,)  # a tuple, because a module would become a child
+        self.tap_layouts = find_taps(config.backbone)
+        self.tap_channels = {name: tap.channels for name, tap in self.tap_layouts.items()}
         self.head_channels: int = getattr(network, "head_hidden_size", network.num_features)
         published = network.pretrained_cfg
         self.fixed_size: int | None = published["input_size"][-1] if published["fixed_input_size"] else None
 
     def train(self, mode: bool = True) -> "TimmBackbone":
         """Set training or eval mode, also of timm's own module."""
-        self.outside[0].training = mode
+        self.wrapped[0].training = mode
         return super().train(mode)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build the block that `nearest_block` selects."""
-        return nearest_block(self.outside[0], self.tap_channels)(in_channels, out_channels, stride)
+        return nearest_block(self.wrapped[0], self.tap_channels)(in_channels, out_channels, stride)
 
     def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute the output of timm's `forward_features`, and the map (B, C, H, W) of every tapped stage.
@@ -217,18 +210,18 @@ class TimmBackbone(Backbone):
                 f"timm:{self.config.backbone}: takes images of {self.fixed_size} pixels, not of "
                 f"{images.shape[-1]}; set preprocess.crop (and augment.crop)"
             )
-        network = self.outside[0]
+        network = self.wrapped[0]
         last, outputs = run_tapped(network, network.forward_features, images, taps)
-        return last, [self.taps_found[tap].as_map(output) for tap, output in outputs.items()]
+        return last, [self.tap_layouts[tap].as_map(output) for tap, output in outputs.items()]
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute logits by timm's `forward_head`."""
-        logits: Tensor = self.outside[0].forward_head(features)
+        logits: Tensor = self.wrapped[0].forward_head(features)
         return logits
 
     def averaged_classifier(self) -> nn.Linear | None:
         """Return the linear layer if the head is only average pooling and this layer; otherwise None."""
-        network = self.outside[0]
+        network = self.wrapped[0]
         pooling, last = getattr(network, "global_pool", None), network.get_classifier()
         averages = getattr(pooling, "pool_type", "") == "avg"
         exact = averages and network.num_features == network.head_hidden_size

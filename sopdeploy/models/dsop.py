@@ -10,7 +10,7 @@ reproduces the printed counts (ResNet-50 then needs 3, 4, 7, 3 blocks and four h
 """
 
 from collections import OrderedDict
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pydantic
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class PaperBranches(NamedTuple):
 
 
 class BranchPlan(NamedTuple):
-    """One branch: its tap and its layers; without `used`, it has parameters but is never computed."""
+    """One branch: its tap and its layers. A branch that is not `used` has parameters, but never runs."""
 
     tap: str
     used: bool
@@ -116,12 +116,8 @@ class DSoP(Classifier):
     normalize_branches: ClassVar[bool] = False
     config: DSoPConfig
 
-    def __init__(self, config: DSoPConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.attach()
-
-    def attach(self) -> None:
-        """Build the branches for the taps in `tap_channels`."""
+    def __init__(self, config: Any, *arguments: Any) -> None:
+        super().__init__(config, *arguments)
         self.tap_stages: dict[str, list[str]] = {}
         for tap in self.tap_channels:
             stage = tap if self.taps_are_stages else tap.rpartition(".")[0]
@@ -147,31 +143,31 @@ class DSoP(Classifier):
         Raises `ConfigError` for options that do not match the stages.
         """
         config, paper, stages = self.config, self.paper_branches(), self.tap_stages
-        aux_blocks = paper.blocks if config.aux_blocks is None else config.aux_blocks
+        blocks = paper.blocks if config.aux_blocks is None else config.aux_blocks
         widths = config.aux_widths or paper.widths
         weights = config.aux_weights or paper.weights or (1.0,) * len(stages)
         strides = paper.strides or (1,) * len(stages)
-        for key, values in (("aux_blocks", aux_blocks), ("aux_widths", widths), ("aux_weights", weights)):
+        for key, values in (("aux_blocks", blocks), ("aux_widths", widths), ("aux_weights", weights)):
             if len(values) != len(stages):
                 raise ConfigError(f"{key}: {len(values)} values for {len(stages)} stages; give one per stage")
         plans = []
-        for stage, (name, taps) in enumerate(stages.items()):
-            counts = aux_blocks[stage]
-            if isinstance(counts, int):
-                counts = (0,) * (len(taps) - 1) + (counts,)
+        by_stage = zip(stages.items(), blocks, widths, weights, strides, strict=True)
+        for (stage, taps), stage_blocks, stage_width, weight, stride in by_stage:
+            after_last = (0,) * (len(taps) - 1)
+            counts = stage_blocks if isinstance(stage_blocks, tuple) else (*after_last, stage_blocks)
             if len(counts) != len(taps):
                 raise ConfigError(
-                    f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {name}; give one each"
+                    f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {stage}; give one each"
                 )
-            for tap, blocks in zip(taps, counts, strict=True):
-                if blocks == 0 and not (config.keep_unused_branches and tap == taps[-1]):
+            for tap, count in zip(taps, counts, strict=True):
+                used = count > 0
+                if not used and not (config.keep_unused_branches and tap == taps[-1]):
                     continue
-                width = min(widths[stage], self.tap_channels[tap])
-                dropout = paper.dropout_rate if width >= paper.dropout_from else 0.0
-                if config.aux_dropout is not None:
-                    dropout = config.aux_dropout
-                used, stride, weight = blocks > 0, strides[stage], weights[stage]
-                plans.append(BranchPlan(tap, used, blocks, stride, weight, width, dropout))
+                width = min(stage_width, self.tap_channels[tap])
+                dropout = config.aux_dropout
+                if dropout is None:
+                    dropout = paper.dropout_rate if width >= paper.dropout_from else 0.0
+                plans.append(BranchPlan(tap, used, max(count, 1), stride, weight, width, dropout))
         return plans
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
@@ -197,20 +193,22 @@ class DSoP(Classifier):
         pooling, `reduction` reduces the channels to those of the covariance.
         """
         channels = length = self.tap_channels[plan.tap]
-        count = plan.blocks if plan.used else 1  # an unused branch has one block
-        strides = [plan.stride if block == 0 else 1 for block in range(count)]
-        reduction: nn.Module = nn.Identity()
+        blocks = [
+            self.branch_block(channels, channels, plan.stride if index == 0 else 1)
+            for index in range(plan.blocks)
+        ]
         ending: nn.Module = nn.Identity()
+        reduction: nn.Module = nn.Identity()
+        pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
         if self.normalize_branches:
             ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
-        pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
         if self.config.aux_pooling != "gap":
             if channels > plan.width:
                 reduction = dimension_reduction(channels, plan.width, self.branch_activation)
-            second = self._second_order_pooling(plan.width)
-            pooling, length = second, second.out_features
+            second_order = self._second_order_pooling(plan.width)
+            pooling, length = second_order, second_order.out_features
         layers = {
-            "blocks": nn.Sequential(*(self.branch_block(channels, channels, stride) for stride in strides)),
+            "blocks": nn.Sequential(*blocks),
             "ending": ending,
             "reduction": reduction,
             "pooling": pooling,
@@ -221,6 +219,7 @@ class DSoP(Classifier):
         return nn.Sequential(OrderedDict(layers))
 
     def _second_order_pooling(self, width: int) -> ISqrtCov | GlobalPooling:
+        """Build the pooling of a branch for maps of *width* channels."""
         choice = self.config.aux_pooling
         if choice == "isqrt":
             return ISqrtCov(width, self.config.newton_schulz())

@@ -91,13 +91,9 @@ class Gated(Backbone):
     outputs = ("logits", "gates")
     config: GMSOPOptions
 
-    def __init__(self, config: Any, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.attach()
-
-    def attach(self) -> None:
-        """Build the gate, the components and the classifier for the last map in `tap_channels`."""
-        config, channels = self.config, list(self.tap_channels.values())[-1]
+    def __init__(self, config: Any, *arguments: Any) -> None:
+        super().__init__(config, *arguments)
+        channels = list(self.tap_channels.values())[-1]
         self.gate = make_gate(config, channels)
         self.mixture = Components(
             config.component,
@@ -140,9 +136,8 @@ class GMSOP(Gated, Classifier):
     training_only = ("gate.noise",)
     classifier_input = "head.fc.in_features"
 
-    def attach(self) -> None:
-        """Build the gate's noise, too."""
-        super().attach()
+    def __init__(self, config: Any, *arguments: Any) -> None:
+        super().__init__(config, *arguments)
         components, features = self.gate.weight.shape
         self.gate.add_module("noise", GateNoise(features, components, self.config.noise_per))
 

@@ -89,12 +89,8 @@ class PSDR(Classifier):
     config: PSDROptions
     pooling: ProgressivePooling
 
-    def __init__(self, config: Any, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        self.attach()
-
-    def attach(self) -> None:
-        """Build the pooling and the classifier of the last map in `tap_channels`."""
+    def __init__(self, config: Any, *arguments: Any) -> None:
+        super().__init__(config, *arguments)
         self.pooling = ProgressivePooling(list(self.tap_channels.values())[-1], self.config)
         self.fc = nn.Linear(self.pooling.out_features, self.num_classes)
         initialize(self.pooling)
@@ -105,10 +101,8 @@ class SupervisedPSDR(PSDR):
 
     training_only = ("auxiliary",)
 
-    def attach(self) -> None:
-        """Build the auxiliary heads, too."""
-        super().attach()
-        config = self.config
+    def __init__(self, config: Any, *arguments: Any) -> None:
+        super().__init__(config, *arguments)
         self.auxiliary = nn.ModuleDict()
         for step, channels in enumerate(self.pooling.widths, start=1):
             root = ISqrtCov(config.width, config.newton_schulz())

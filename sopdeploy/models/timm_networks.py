@@ -7,7 +7,6 @@ timm's key names, so timm's weight files fit.
 from sopdeploy.backbones.timm_backbone import (
     TimmBackbone,
     TimmConfig,
-    find_taps,
     has_feature_maps,
     timm_image_size,
 )
@@ -25,7 +24,7 @@ class PlainTimm(Classifier, TimmBackbone):
     def remove_classifier(self, image_size: int) -> int:
         """Replace timm's classifiers, two in a distilled network; return the length of the vector."""
         del image_size
-        self.outside[0].reset_classifier(0)
+        self.wrapped[0].reset_classifier(0)
         return self.head_channels
 
 
@@ -48,17 +47,13 @@ class DSoPTimm(DSoP, TimmBackbone):
     config: DSoPTimmConfig
 
     def paper_branches(self) -> PaperBranches:
-        """Return two blocks and at most 256 channels for every stage.
-
-        Raises `ConfigError` if a stage has no name or its output is not a (B, C, H, W) feature map.
-        """
+        """Return two blocks and at most 256 channels for every stage; raise `ConfigError` without stages."""
         name = self.config.backbone
-        for module, tap in find_taps(name).items():
-            if tap.layout != "NCHW":
-                raise ConfigError(
-                    f"timm:{name} has no feature maps for branches: {module} gives {tap.layout}, not "
-                    f"(batch, {tap.channels}, height, width); choose a convolutional network"
-                )
+        if not has_feature_maps(name):
+            raise ConfigError(
+                f"timm:{name} has no feature maps (batch, channels, height, width) for branches; choose a "
+                "convolutional network with named stages"
+            )
         return super().paper_branches()
 
 

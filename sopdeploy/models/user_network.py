@@ -47,7 +47,6 @@ class UserNetwork(Classifier):
         super().__init__(config, num_classes)
         self.network = source.build(num_classes)
         self.find_maps(source)
-        self.attach()
 
     def find_maps(self, source: Source) -> None:
         """Set `tap_channels` to the channels of the taps; check the number of logits if there are taps."""
@@ -58,9 +57,6 @@ class UserNetwork(Classifier):
                     f"taps: the network returns {logits} logits for {self.num_classes} classes"
                     "; use the number that the builder receives"
                 )
-
-    def attach(self) -> None:
-        """Build the modules of a method; subclasses that apply one define it."""
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build the block that `nearest_block` selects."""
@@ -120,7 +116,6 @@ class DSoPNetwork(DSoP, UserNetwork):
     the same weight.
     """
 
-    __init__ = UserNetwork.__init__
     taps_are_stages = True
     normalize_branches = True
     config: DSoPConfig
@@ -132,10 +127,10 @@ class GSoPNetwork(UserNetwork):
     classifier_parts = ("attention", "network")  # the last one contains the classifier
     config: GSoPBlockConfig
 
-    def attach(self) -> None:
-        """Build one block per tap."""
+    def __init__(self, config: GSoPBlockConfig, num_classes: int, source: Source) -> None:
+        super().__init__(config, num_classes, source)
         blocks = {
-            tap.replace(".", "_"): GSoPBlock(self.config, channels, dr_stride=1)
+            tap.replace(".", "_"): GSoPBlock(config, channels, dr_stride=1)
             for tap, channels in self.tap_channels.items()
         }
         self.attention = nn.ModuleDict(blocks)
@@ -187,38 +182,26 @@ class PooledNetwork(MapNetwork):
 
     config: PooledOptions
 
-    def attach(self) -> None:
-        """Build the pooling and the classifier."""
-        self.add_classifier(self.config.pooling)
+    def __init__(self, config: PooledOptions, num_classes: int, source: Source) -> None:
+        super().__init__(config, num_classes, source)
+        self.add_classifier(config.pooling)
         initialize(self.pooling)
 
 
 class PSDRNetwork(PSDR, MapNetwork):
     """The last feature map of a user's network, progressive reduction, iSQRT-COV, a linear layer."""
 
-    __init__ = UserNetwork.__init__
-
 
 class SupervisedPSDRNetwork(SupervisedPSDR, MapNetwork):
     """`PSDRNetwork` with its auxiliary heads."""
-
-    __init__ = UserNetwork.__init__
 
 
 class GatedNetwork(Gated, MapNetwork):
     """The last feature map of a user's network, a gated mixture of poolings, a linear layer."""
 
-    __init__ = UserNetwork.__init__
-
 
 class GMSOPNetwork(GMSOP, MapNetwork):
     """`GatedNetwork` with the noise of its gate."""
-
-    __init__ = UserNetwork.__init__
-
-
-class NoOptions(StrictModel):
-    """A registered network without a method has no options."""
 
 
 class Method(NamedTuple):
@@ -231,7 +214,7 @@ class Method(NamedTuple):
 
 MethodName = Literal["none", "dsop", "gsop", "gmsop", "psdr", "isqrt"]
 METHODS: dict[MethodName, Method] = {
-    "none": Method(UserNetwork, UserNetwork, NoOptions),
+    "none": Method(UserNetwork, UserNetwork, StrictModel),
     "dsop": Method(DSoPNetwork, UserNetwork, DSoPConfig),
     "gsop": Method(GSoPNetwork, GSoPNetwork, GSoPBlockConfig),
     "gmsop": Method(GMSOPNetwork, GatedNetwork, GMSOPOptions),
@@ -296,7 +279,7 @@ def gmsop(
     Raises:
         ConfigError: No such module or map, an invalid option, or a network that cannot run.
     """
-    attached: GMSOPNetwork = _apply("gmsop", network, _taps(tap), image_size, config)
+    attached: GMSOPNetwork = _apply("gmsop", network, (tap,) if tap else (), image_size, config)
     return attached
 
 
@@ -309,7 +292,7 @@ def psdr(
     `export_network(..., training_only=["auxiliary"])` removes the auxiliary heads. The options are those of
     `PSDROptions`; other arguments and errors as for `gmsop`.
     """
-    attached: SupervisedPSDRNetwork = _apply("psdr", network, _taps(tap), image_size, config)
+    attached: SupervisedPSDRNetwork = _apply("psdr", network, (tap,) if tap else (), image_size, config)
     return attached
 
 
@@ -321,12 +304,8 @@ def isqrt(
     The option `pooling` selects another pooling or its options, such as `{"kind": "isqrt", "width": 128}` or
     "bcnn". Other arguments and errors as for `gmsop`.
     """
-    attached: PooledNetwork = _apply("isqrt", network, _taps(tap), image_size, config)
+    attached: PooledNetwork = _apply("isqrt", network, (tap,) if tap else (), image_size, config)
     return attached
-
-
-def _taps(tap: str | None) -> tuple[str, ...]:
-    return () if tap is None else (tap,)
 
 
 def _apply(

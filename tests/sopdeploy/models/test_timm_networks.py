@@ -70,9 +70,7 @@ def test_branches_follow_timms_stages_in_the_nearest_kind_of_block(name, taps, k
 
 @pytest.mark.parametrize("name", ["test_vit", "test_mambaout"])
 def test_networks_without_feature_maps_are_plain_and_have_no_branches(name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"timm:{name} has no feature maps for branches: .* gives (tok|NHWC)"
-    ):
+    with pytest.raises(ConfigError, match=rf"timm:{name} has no feature maps"):
         create_model(f"dsop-timm:{name}")
     assert not entry(f"timm:{name}").feature_maps
     with torch.device("meta"):
@@ -111,7 +109,7 @@ def test_networks_with_a_module_called_features_keep_its_name_and_can_be_capture
 
 
 def test_a_network_that_does_not_name_its_stages_has_no_branches() -> None:
-    with pytest.raises(ConfigError, match="timm:hrnet_w18_small does not name its stages"):
+    with pytest.raises(ConfigError, match="timm:hrnet_w18_small has no feature maps"):
         create_model("dsop-timm:hrnet_w18_small")
 
 
