@@ -19,23 +19,21 @@ from sopdeploy.layers.residual import mbconv
 
 
 class Stage(NamedTuple):
-    """One row of the paper's Table 1; only the first block of the stage has `stride`."""
+    """One row of the paper's Table 1."""
 
     kernel: int
-    stride: int
     channels: int
     blocks: int
-    expansion: int = 6
 
 
 STAGES = {
-    "blocks.0": Stage(3, 1, 16, 1, expansion=1),
-    "blocks.1": Stage(3, 2, 24, 2),
-    "blocks.2": Stage(5, 2, 40, 2),
-    "blocks.3": Stage(3, 2, 80, 3),
-    "blocks.4": Stage(5, 1, 112, 3),
-    "blocks.5": Stage(5, 2, 192, 4),
-    "blocks.6": Stage(3, 1, 320, 1),
+    "blocks.0": Stage(3, 16, 1),
+    "blocks.1": Stage(3, 24, 2),
+    "blocks.2": Stage(5, 40, 2),
+    "blocks.3": Stage(3, 80, 3),
+    "blocks.4": Stage(5, 112, 3),
+    "blocks.5": Stage(5, 192, 4),
+    "blocks.6": Stage(3, 320, 1),
 }
 KERNELS = {stage.channels: stage.kernel for stage in STAGES.values()}
 HEAD_CHANNELS = 1280
@@ -62,16 +60,8 @@ class EfficientNet(Backbone):
 
     def __init__(self, config: EfficientNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        timm = import_optional("timm.models.efficientnet", "timm", "sopdeploy[train]", ConfigError)
-        rows = [
-            f"{'ir' if expansion > 1 else 'ds'}_r{blocks}_k{kernel}_s{stride}_e{expansion}_c{channels}_se0.25"
-            for kernel, stride, channels, blocks, expansion in STAGES.values()
-        ]
-        network = timm.EfficientNet(
-            timm.decode_arch_def([[row] for row in rows]),
-            act_layer=nn.SiLU,
-            drop_path_rate=config.stochastic_depth,
-        )
+        timm = import_optional("timm", "timm", "sopdeploy[train]", ConfigError)
+        network = timm.create_model("efficientnet_b0", drop_path_rate=config.stochastic_depth)
         self.conv_stem, self.bn1, self.blocks = network.conv_stem, network.bn1, network.blocks
         self.conv_head, self.bn2 = network.conv_head, network.bn2
         for name, stage in STAGES.items():

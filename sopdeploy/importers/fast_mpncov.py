@@ -1,4 +1,4 @@
-"""Importer of fast-MPN-COV: iSQRT-COV and B-CNN on ResNet; `vgg` imports its VGG-16.
+"""Importer of fast-MPN-COV: iSQRT-COV and B-CNN on ResNet and VGG-16.
 
 Published files (`mpncovresnet50-15991845.pth`) have torchvision's names and `layer_reduce`. Training
 checkpoints number the parts, `features.0` to `features.7`; the dimension reduction is
@@ -11,11 +11,13 @@ import re
 
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.first_order import resnet_depth
 from sopdeploy.importers.fit import triangle_side
-from sopdeploy.importers.resnets import resnet_depth, stem_width
-from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile, rename_tensors
+from sopdeploy.importers.source import ConvertedWeights, WeightFile, rename_tensors
 from sopdeploy.models.registry import CATALOG
 
+VGG_CHANNELS = 512
+VGG_MODELS = {"isqrt": ("isqrt-vgg16", "mlp"), "bcnn": ("bcnn-vgg16", "linear")}  # with the classifier
 TITLES = {"isqrt": "iSQRT-COV", "bcnn": "B-CNN", "gap": "average pooling"}
 STAGES = {"0": "conv1", "1": "bn1", **{str(3 + stage): f"layer{stage}" for stage in range(1, 5)}}
 REDUCTION = {
@@ -25,9 +27,6 @@ REDUCTION = {
     "representation.conv_dr_block.1": "layer_reduce_bn",
 }
 NUMBERED_TENSOR = re.compile(r"features\.(?P<stage>[014567])\.(?P<rest>.+)")
-UNKNOWN_STRIDE = (
-    "the tensors do not determine the stride of conv5_x: 1 for mpncovresnet, 2 for resnet with the pooling"
-)
 
 
 def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
@@ -41,15 +40,21 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
     mapped = rename_tensors(file, _rename_resnet)
     renamed = WeightFile(path=file.path, tensors={entry.name: entry.tensor for entry in mapped})
     depth = resnet_depth(file.path, renamed.tensors)
-    classes, length = renamed.tensor("fc.weight").shape
     channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
-    pooling = detect_pooling(file, mapped, channels, length)
+    classes, length = renamed.tensor("fc.weight").shape
+    pooling = detect_pooling(renamed, channels, length)
     kind = str(pooling["pooling.kind"])
     reduced = {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys()
     stride = 1 if reduced else {f"mpncovresnet{depth}": 1, f"resnet{depth}": 2}.get(file.arch or "")
-    unknown = UNKNOWN_STRIDE
-    if file.arch is not None:
-        unknown = f"its arch {file.arch!r} is unknown for ResNet-{depth}, and {UNKNOWN_STRIDE}"
+    detected = {"base_width": len(renamed.tensor("conv1.weight")), **pooling}
+    undetermined = {}
+    if stride is None:
+        undetermined["conv5_stride"] = (
+            f"its arch ({file.arch or 'missing'}) does not determine the stride of conv5_x, which is 1 for "
+            f"mpncovresnet{depth} and 2 for resnet{depth}"
+        )
+    else:
+        detected["conv5_stride"] = stride
     model = f"isqrt-resnet{depth}" if kind == "isqrt" else f"resnet{depth}"
     return ConvertedWeights(
         description=f"{TITLES[kind]} on ResNet-{depth} of fast-MPN-COV",
@@ -58,9 +63,8 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
         num_classes=classes,
         preprocess=Preprocess(),
         required={"depth": depth, "pooling.kind": kind},
-        detected={"base_width": stem_width(renamed), **pooling}
-        | ({} if stride is None else {"conv5_stride": stride}),
-        undetermined={} if stride is not None else {"conv5_stride": unknown},
+        detected=detected,
+        undetermined=undetermined,
         labels="imagenet",
     )
 
@@ -77,21 +81,53 @@ def _rename_resnet(source: str) -> str:
     return f"{STAGES[match['stage']]}.{match['rest']}" if match else source
 
 
-def detect_pooling(
-    file: WeightFile, mapped: tuple[MappedTensor, ...], channels: int, length: int
-) -> dict[str, str | int]:
+def detect_pooling(renamed: WeightFile, channels: int, length: int) -> dict[str, str | int]:
     """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers."""
-    reduced = [
-        len(file.tensor(entry.sources[0])) for entry in mapped if entry.name == "pooling.layer_reduce.weight"
-    ]
-    width = reduced[0] if reduced else channels
+    reduction = renamed.tensors.get("pooling.layer_reduce.weight")
+    width = channels if reduction is None else len(reduction)
     if triangle_side(length) == width:
         return {"pooling.kind": "isqrt", "pooling.width": width}
-    if length == channels and not reduced:
+    if length == channels and reduction is None:
         return {"pooling.kind": "gap"}
-    if length == channels**2 and not reduced:
+    if length == channels**2 and reduction is None:
         return {"pooling.kind": "bcnn"}
     raise WeightsError(
-        f"{file.path}: no supported pooling turns {width} channels into the {length} inputs of its classifier"
+        f"{renamed.path}: no supported pooling maps {width} channels to the {length} inputs of the classifier"
         " (compact bilinear pooling is not supported: its random parts are not stored)"
     )
+
+
+def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Convert VGG-16 with batch norm and iSQRT-COV or B-CNN; None for other files."""
+    first_tensors = {"features.0.weight", "features.1.running_mean", "features.3.weight"}
+    classifiers = [name for name in file.tensors if name.startswith("classifier")]
+    if not first_tensors <= file.tensors.keys() or not classifiers:
+        return None
+    mapped = rename_tensors(file, _rename_vgg)
+    renamed = WeightFile(path=file.path, tensors={entry.name: entry.tensor for entry in mapped})
+    classifier = "linear" if "classifier.weight" in file.tensors else "mlp"
+    first, last = {
+        "linear": ("classifier.weight", "classifier.weight"),
+        "mlp": ("classifier.0.weight", "classifier.6.weight"),
+    }[classifier]
+    pooling = detect_pooling(renamed, VGG_CHANNELS, file.tensor(first).shape[1])
+    kind = str(pooling["pooling.kind"])
+    model, default = VGG_MODELS[kind]
+    return ConvertedWeights(
+        description=f"{TITLES[kind]} on VGG-16 of fast-MPN-COV",
+        model=model if classifier == default else f"{model} --set classifier={classifier}",
+        tensors=mapped,
+        num_classes=len(file.tensor(last)),
+        preprocess=Preprocess(),
+        required={"pooling.kind": kind},
+        detected=pooling | {"classifier": classifier},
+        labels="imagenet",
+    )
+
+
+def _rename_vgg(source: str) -> str:
+    """Return the name that the tensor *source* has in VGG-16 of this library."""
+    part, _, leaf = source.rpartition(".")
+    if part.startswith("representation.") and part in REDUCTION:
+        return f"pooling.{REDUCTION[part]}.{leaf}"
+    return f"layers.{source.removeprefix('features.')}" if source.startswith("features.") else source

@@ -6,7 +6,7 @@ settings. The released networks take pixels of 0 to 255 minus the mean. `input_s
 each tensor with such an axis is made row-wise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fit import row_wise_order, triangle_side
 from sopdeploy.importers.matconvnet import (
     batch_norm,
+    bias,
     conv_kernel,
     layer_number,
     pointwise_kernel,
@@ -30,18 +31,18 @@ from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFil
 STAGES = (2, 3, 4, 5)
 LETTERS = "abcdefgh"  # of the convolutions of a component
 SIDE = 64
-MODELS = {
-    ("gated", "gap", 2, 1): "gmgap-16-8-resnet18",
-    ("gated", "sop", 2, 1): "gmsop-16-8-resnet18",
-    ("gated", "sop", 6, 1): "gmsop-16-8-resnet50",
-    ("gated", "gap", 4, 2): "gmgap-16-8-wrn36-2",
-    ("gated", "sop", 4, 2): "gmsop-16-8-wrn36-2",
-    ("single", "gap", 2, 1): "resnet18-64px",
-    ("single", "gap", 6, 1): "resnet50-64px",
-    ("single", "sop", 2, 1): "srsop-resnet18",
-    **{("single", "gap", 4, widen): f"wrn36-{widen}" for widen in (1, 2, 5)},
+MODELS = {  # by (with a gate, component, blocks per stage, widening)
+    (True, "gap", 2, 1): "gmgap-16-8-resnet18",
+    (True, "sop", 2, 1): "gmsop-16-8-resnet18",
+    (True, "sop", 6, 1): "gmsop-16-8-resnet50",
+    (True, "gap", 4, 2): "gmgap-16-8-wrn36-2",
+    (True, "sop", 4, 2): "gmsop-16-8-wrn36-2",
+    (False, "gap", 2, 1): "resnet18-64px",
+    (False, "gap", 6, 1): "resnet50-64px",
+    (False, "sop", 2, 1): "srsop-resnet18",
+    **{(False, "gap", 4, widen): f"wrn36-{widen}" for widen in (1, 2, 5)},
 }
-TITLES = {"gated": {"gap": "GM-GAP", "sop": "GM-SOP"}, "single": {"gap": "GAP", "sop": "SR-SOP"}}
+TITLES = {(True, "gap"): "GM-GAP", (True, "sop"): "GM-SOP", (False, "gap"): "GAP", (False, "sop"): "SR-SOP"}
 NOTES = (
     "classes are numbered: downsampled ImageNet has a class order of its own; give --labels",
     "height and width of the training images may have been swapped: compare with the published error",
@@ -53,7 +54,7 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     if not file.layers or not {"conv1_f", "conv2_1a_f", "prediction_f"} <= file.tensors.keys():
         return None
     settings = read_settings(file)
-    kind = "gated" if "gating_w" in file.tensors else "single"
+    gated = "gating_w" in file.tensors
     component = "sop" if "iterations" in settings else "gap"
     blocks = sum(name.startswith("conv2_") and name.endswith("a_f") for name in file.tensors)
     widen = len(conv_kernel(file, "conv2_1a_f")) // WIDTHS[0]
@@ -64,42 +65,50 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         "project_first_stage": "conv2_1_adapt_conv_f" in file.tensors,
         "input_scaling": "raw",
     }
-    if kind == "gated":
+    if gated:
         config |= _gate_config(file)
         required |= {key: config[key] for key in ("components", "chosen")}
     width = config["component_widths"][-1] if config.get("component_widths") else WIDTHS[-1] * widen
     tensors = [*_backbone_and_head(file, blocks, width if component == "sop" else None)]
-    if kind == "gated":
+    if gated:
         tensors += _gate(file, config, component == "sop")
-    if file.average_color is None:
-        raise WeightsError(
-            f"{file.path}: meta.normalization.averageImage is not a color; save the network with meta"
-        )
-    side = SIDE if file.image_size is None else file.image_size
-    mean = tuple(channel / 255.0 for channel in file.average_color)
-    deviation = 1 / 255  # the mean is subtracted from pixels of 0 to 255, which are not divided
-    rules = {"resize": side, "crop": side, "mean": mean, "std": (deviation,) * 3}
     return ConvertedWeights(
-        description=f"{TITLES[kind][component]}, {blocks} blocks per stage, {widen} times as wide",
-        model=MODELS.get((kind, component, blocks, widen)),
+        description=f"{TITLES[gated, component]}, {blocks} blocks per stage, {widen} times as wide",
+        model=MODELS.get((gated, component, blocks, widen)),
         tensors=tuple(tensors),
         num_classes=len(pointwise_kernel(file, "prediction_f")),
-        preprocess=Preprocess.model_validate(rules),
+        preprocess=_preprocess(file),
         required=required,
         detected=config,
         notes=NOTES,
     )
 
 
+def _preprocess(file: WeightFile) -> Preprocess:
+    """Build the preprocessing: pixels of 0 to 255 minus the mean color, not divided."""
+    if file.average_color is None:
+        raise WeightsError(
+            f"{file.path}: meta.normalization.averageImage is not a color; save the network with meta"
+        )
+    side = SIDE if file.image_size is None else file.image_size
+    mean = tuple(channel / 255.0 for channel in file.average_color)
+    return Preprocess.model_validate({"resize": side, "crop": side, "mean": mean, "std": (1 / 255,) * 3})
+
+
+def _component_kernels(file: WeightFile, component: int) -> list[str]:
+    """List the names of the convolutions of component 1, 2 and so on."""
+    return [name for letter in LETTERS if (name := f"CM_{component}_{letter}_f") in file.tensors]
+
+
 def _gate_config(file: WeightFile) -> dict[str, Any]:
-    dropouts = [layer.name for layer in file.layers if layer.kind == "DropOut"]
+    """Read the options of the gate and of the mixture."""
+    dropouts = [name for name, layer in file.layers.items() if layer.kind == "DropOut"]
     gate_layers = sum(name.startswith("gating") and name[6:-2].isdigit() for name in file.tensors)
-    component = [name for letter in LETTERS if (name := f"CM_1_{letter}_f") in file.tensors]
     norm = "CM_1_a_bn_w" in file.tensors
     return {
         "components": file.tensor("gating_w").shape[1],
         "chosen": int(layer_number(file, "gating", "topk")),
-        "component_widths": [len(conv_kernel(file, name)) for name in component],
+        "component_widths": [len(conv_kernel(file, name)) for name in _component_kernels(file, 1)],
         "component_bias": "CM_1_a_b" in file.tensors,
         "component_norm": norm,
         "evaluation": "dense" if norm else "routed",
@@ -112,17 +121,18 @@ def _gate_config(file: WeightFile) -> dict[str, Any]:
     }
 
 
-def _order(width: int | None, vectors: Tensor) -> Tensor | None:
+def _triangle_order(width: int | None, vectors: Tensor) -> Tensor | None:
     """Compute the row-wise order of the columns of *vectors* if they are triangles of *width* channels."""
     return None if width is None or triangle_side(vectors.shape[1]) != width else row_wise_order(width)
 
 
 def _backbone_and_head(file: WeightFile, blocks: int, width: int | None) -> Iterator[MappedTensor]:
+    """Convert the ResNet and the classifier of triangles of *width* channels, or of averages if None."""
     prediction = pointwise_kernel(file, "prediction_f")
-    order = _order(width, prediction)
+    order = _triangle_order(width, prediction)
     kernel = conv_kernel(file, "conv1_f") / RAW_SCALE
     yield MappedTensor("conv1.weight", ("conv1_f",), kernel)
-    yield MappedTensor("conv1.bias", ("conv1_b",), file.tensor("conv1_b").reshape(-1))
+    yield bias(file, "conv1", "conv1.bias")
     yield from batch_norm(file, "conv1_bn", "bn1")
     for stage in STAGES:
         for block in range(blocks):
@@ -135,7 +145,7 @@ def _backbone_and_head(file: WeightFile, blocks: int, width: int | None) -> Iter
     if "fusion_bn_bn_w" in file.tensors:
         yield from batch_norm(file, "fusion_bn_bn", "head.bn", order)
     yield MappedTensor("head.fc.weight", ("prediction_f",), reorder(prediction, order, 1))
-    yield MappedTensor("head.fc.bias", ("prediction_b",), file.tensor("prediction_b").reshape(-1))
+    yield bias(file, "prediction", "head.fc.bias")
 
 
 def _conv_bn(file: WeightFile, source: str, name: str, norm: str) -> Iterator[MappedTensor]:
@@ -144,7 +154,7 @@ def _conv_bn(file: WeightFile, source: str, name: str, norm: str) -> Iterator[Ma
 
 
 def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Iterator[MappedTensor]:
-    """Convert the gate and the components; the convolutions of all components are stacked."""
+    """Convert the gate and the components; the tensors of all components are joined."""
     for layer in range(len(config["gate_widths"])):
         source, name = f"gating{layer + 1}", f"gate.feature.{layer}"
         yield MappedTensor(f"{name}.0.weight", (f"{source}_f",), conv_kernel(file, f"{source}_f"))
@@ -153,27 +163,20 @@ def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Itera
     width = config["gate_widths"][-1] if second_order and config["gate_widths"] else None
     for source, name in (("gating_w", "gate.weight"), ("gating_noise_w", "gate.noise.weight")):
         weight = file.tensor(source)
-        yield MappedTensor(name, (source,), reorder(weight.T, _order(width, weight.T), 1))
-    components = [
-        [name for letter in LETTERS if (name := f"CM_{component}_{letter}_f") in file.tensors]
-        for component in range(1, config["components"] + 1)
-    ]
-    for step, names in enumerate(zip(*components, strict=False)):
-        matrices = [pointwise_kernel(file, name) for name in names]
-        yield MappedTensor(f"mixture.weights.{step}", names, torch.stack(matrices))
-        sources = [name.removesuffix("_f") for name in names]
-        rows: list[tuple[MappedTensor, ...]] = []
+        yield MappedTensor(name, (source,), reorder(weight.T, _triangle_order(width, weight.T), 1))
+    components = (_component_kernels(file, number) for number in range(1, config["components"] + 1))
+    for step, kernels in enumerate(zip(*components, strict=True)):
+        matrices = [pointwise_kernel(file, name) for name in kernels]
+        yield MappedTensor(f"mixture.weights.{step}", kernels, torch.stack(matrices))
+        sources = [name.removesuffix("_f") for name in kernels]
         if config["component_bias"]:
-            bias = f"mixture.biases.{step}"
-            rows.append(
-                tuple(
-                    MappedTensor(bias, (f"{source}_b",), file.tensor(f"{source}_b").reshape(-1))
-                    for source in sources
-                )
-            )
+            yield _join([bias(file, source, f"mixture.biases.{step}") for source in sources])
         if config["component_norm"]:
-            norm = f"mixture.norms.{step}"
-            rows += zip(*(batch_norm(file, f"{source}_bn", norm) for source in sources), strict=True)
-        for row in rows:
-            of = tuple(name for part in row for name in part.sources)
-            yield MappedTensor(row[0].name, of, torch.cat([part.tensor for part in row]))
+            norms = (batch_norm(file, f"{source}_bn", f"mixture.norms.{step}") for source in sources)
+            yield from map(_join, zip(*norms, strict=True))
+
+
+def _join(parts: Sequence[MappedTensor]) -> MappedTensor:
+    """Concatenate the tensors of all components; all *parts* have the same name."""
+    sources = tuple(source for part in parts for source in part.sources)
+    return MappedTensor(parts[0].name, sources, torch.cat([part.tensor for part in parts]))

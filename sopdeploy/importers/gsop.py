@@ -11,8 +11,8 @@ from typing import Any
 
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.first_order import resnet_depth
 from sopdeploy.importers.fit import row_wise_order, triangle_side
-from sopdeploy.importers.resnets import resnet_depth, stem_width
 from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile, rename_tensors
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.registry import CATALOG
@@ -44,7 +44,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         return None
     depth = resnet_depth(file.path, file.tensors)
     net = 2 if "layer_reduce.weight" in file.tensors else 1
-    detected = {"base_width": stem_width(file), **_block_config(file)}
+    detected = {"base_width": len(file.tensor("conv1.weight")), **_block_config(file)}
     detected["final_pooling"] = "gap" if net == 1 else "isqrt"
     if net == 2:
         detected["final_width"] = len(file.tensor("layer_reduce.weight"))

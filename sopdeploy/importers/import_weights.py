@@ -13,15 +13,18 @@ from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.fast_mpncov import convert_mpncov_resnet
+from sopdeploy.importers.fast_mpncov import convert_mpncov_resnet, convert_mpncov_vgg
+from sopdeploy.importers.first_order import (
+    convert_cifar_resnet,
+    convert_torchvision_resnet,
+    convert_torchvision_vgg,
+)
 from sopdeploy.importers.fit import choose_config, fit_tensors
 from sopdeploy.importers.gmsop import convert_gmsop
 from sopdeploy.importers.gsop import convert_gsop
 from sopdeploy.importers.options import ImportOptions
-from sopdeploy.importers.resnets import convert_cifar_resnet, convert_torchvision_resnet
 from sopdeploy.importers.source import ConvertedWeights, WeightFile
 from sopdeploy.importers.timm_network import convert_timm
-from sopdeploy.importers.vgg import convert_mpncov_vgg, convert_torchvision_vgg
 from sopdeploy.importers.weight_files import OwnCheckpointError, open_weights
 from sopdeploy.user_files import read_class_names
 

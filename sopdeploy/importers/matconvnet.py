@@ -34,7 +34,7 @@ def read_dagnn(path: Path, variables: dict[str, Any]) -> WeightFile:
         side, color = normalization.get("imageSize"), normalization.get("averageImage")
         return WeightFile(
             path=path,
-            layers=_read_layers(_records(net["layers"])),
+            layers={record["name"]: _read_layer(record) for record in _records(net["layers"])},
             tensors=check_tensors(path, _read_parameters(path, _records(net["params"]))),
             average_color=average_color(color),
             image_size=float(side.flat[0]) if isinstance(side, np.ndarray) and side.size >= 2 else None,
@@ -50,13 +50,9 @@ def _records(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _read_layers(records: list[Any]) -> tuple[Layer, ...]:
-    layers = []
-    for record in records:
-        block = record.get("block")
-        block = block if isinstance(block, dict) else {}
-        layers.append(Layer(name=record["name"], kind=record["type"].removeprefix("dagnn."), block=block))
-    return tuple(layers)
+def _read_layer(record: Any) -> Layer:
+    block = record.get("block")
+    return Layer(record["type"].removeprefix("dagnn."), block if isinstance(block, dict) else {})
 
 
 def _read_parameters(path: Path, records: list[Any]) -> dict[str, Tensor]:
@@ -81,10 +77,7 @@ def average_color(value: Any) -> tuple[float, float, float] | None:
 
 
 def conv_kernel(file: WeightFile, name: str) -> Tensor:
-    """Get the kernel of convolution *name* as (out, in, height, width).
-
-    MatConvNet computes cross-correlations like PyTorch, so the kernel is not flipped.
-    """
+    """Get the kernel of convolution *name* as (out, in, height, width)."""
     kernel = file.tensor(name)
     return kernel.reshape(*kernel.shape, *(1,) * (4 - kernel.dim())).permute(3, 2, 0, 1)
 
@@ -94,11 +87,16 @@ def pointwise_kernel(file: WeightFile, name: str) -> Tensor:
     return conv_kernel(file, name).flatten(1)
 
 
+def bias(file: WeightFile, source: str, name: str) -> MappedTensor:
+    """Convert the bias of the layer *source* to the tensor *name* (out,)."""
+    return MappedTensor(name, (f"{source}_b",), file.tensor(f"{source}_b").reshape(-1))
+
+
 def batch_norm(file: WeightFile, source: str, name: str, order: Tensor | None = None) -> list[MappedTensor]:
     """Convert the batch norm *source* to *name*, with its channels permuted by *order*.
 
-    MatConvNet stores sqrt(variance + eps). A value below sqrt(eps) would need a negative variance; the
-    variance is then 0, and the weight of the channel is scaled instead.
+    MatConvNet stores sqrt(variance + eps). Where it is below sqrt(eps), the variance is 0 and the weight of
+    the channel is scaled instead.
     """
     mean, deviation = file.tensor(f"{source}_m").unbind(dim=1)
     variance = (deviation.square() - EPS).clamp_min(0.0)
@@ -127,8 +125,7 @@ def layer_number(file: WeightFile, name: str, key: str) -> float:
 
     Raises `WeightsError` if the layer or the number is missing.
     """
-    block = next((layer.block for layer in file.layers if layer.name == name), {})
-    value: Any = block.get(key)
+    value = file.layers[name].block.get(key) if name in file.layers else None
     if not isinstance(value, np.ndarray) or not value.size or value.dtype.kind not in "fiu":
         raise WeightsError(f"{file.path}: layer {name} has no {key}; save the whole network")
     if not bool((value == value.flat[0]).all()):
@@ -139,22 +136,23 @@ def layer_number(file: WeightFile, name: str, key: str) -> float:
 def read_settings(file: WeightFile) -> dict[str, Any]:
     """Read the stride of the fifth stage, and iterations and pre-normalization of the matrix square roots.
 
-    Raises `WeightsError` if a layer is not supported, if another stride is not the paper's, or if the square
-    roots have different settings.
+    Raises `WeightsError` if a layer is not supported, if another stage does not have the paper's stride, or
+    if the square roots have different settings.
     """
-    for layer in file.layers:
+    for name, layer in file.layers.items():
         if layer.kind not in LAYER_KINDS:
-            raise WeightsError(f"{file.path}: layer {layer.name} has the type {layer.kind}, not supported")
+            raise WeightsError(f"{file.path}: layer {name} has the type {layer.kind}, not supported")
     for stage, stride in STRIDES.items():
         if layer_number(file, f"conv{stage}_1a_conv", "stride") != stride:
             raise WeightsError(f"{file.path}: conv{stage}_1a_conv does not have the paper's stride {stride}")
     settings: dict[str, Any] = {"conv5_stride": int(layer_number(file, "conv5_1a_conv", "stride"))}
-    roots = [layer.name for layer in file.layers if layer.kind == MATRIX_ROOT]
+    roots = [name for name, layer in file.layers.items() if layer.kind == MATRIX_ROOT]
     if not roots:
         return settings
-    coefficients = {layer_number(file, layer.name, "coef") for layer in file.layers if "coef" in layer.block}
     iterations = {int(layer_number(file, name, "iterNum")) for name in roots}
-    norms = {PRENORMS[layer.kind] for layer in file.layers if layer.kind in PRENORMS}
+    norms = {PRENORMS[layer.kind] for layer in file.layers.values() if layer.kind in PRENORMS}
+    with_coefficient = [name for name, layer in file.layers.items() if "coef" in layer.block]
+    coefficients = {layer_number(file, name, "coef") for name in with_coefficient}
     if len(iterations) != 1 or len(norms) != 1 or coefficients - {1.0}:
         raise WeightsError(
             f"{file.path}: its matrix roots use iterations {sorted(iterations)}, norms {sorted(norms)} and "

@@ -11,11 +11,9 @@ from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layer:
+class Layer(NamedTuple):
     """A layer of a MatConvNet network; `block` holds its settings, such as `iterNum` or `stride`."""
 
-    name: str
     kind: str
     block: Mapping[str, Any]
 
@@ -24,15 +22,15 @@ class Layer:
 class WeightFile:
     """Content of a weight file; tensor names have no data-parallel prefixes.
 
-    `arch` is the architecture name that PyTorch training scripts store. MatConvNet files also have `layers`,
-    the `average_color` (0 to 255) that is subtracted from images, and `image_size`; their tensors have
-    MATLAB's axes. `other_keys` lists content that is not imported.
+    `arch` is the architecture name that PyTorch training scripts store. MatConvNet files also have `layers`
+    by name, the `average_color` (0 to 255) that is subtracted from images, and `image_size`; their tensors
+    have MATLAB's axes. `other_keys` lists content that is not imported.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     arch: str | None = None
-    layers: tuple[Layer, ...] = ()
+    layers: Mapping[str, Layer] = field(default_factory=dict)
     average_color: tuple[float, float, float] | None = None
     image_size: float | None = None
     other_keys: tuple[str, ...] = ()

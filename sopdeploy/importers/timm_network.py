@@ -21,7 +21,7 @@ NO_HUB_CONFIG = f"no {HUB_CONFIG} next to the file: preprocessing of timm's defa
 
 
 def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
-    """Convert the weights of a timm network, without new names; None if *model* is not a `timm:NAME`."""
+    """Convert the weights of a timm network, whose names stay; None if *model* is not a `timm:NAME`."""
     if not model.startswith(PREFIX) or file.layers:
         return None
     backbone = model.removeprefix(PREFIX)

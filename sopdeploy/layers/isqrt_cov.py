@@ -27,12 +27,7 @@ from sopdeploy.layers.covariance import (
     without_autocast,
 )
 from sopdeploy.layers.export_hints import ExportHints
-from sopdeploy.layers.newton_schulz import (
-    NewtonSchulzConfig,
-    Step,
-    steps,
-    steps_adjoint,
-)
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, Step, last_step, steps, steps_adjoint
 
 SMALLEST_NORM = 1e-12  # a constant map has norm 0; its root is then 0, with finite gradients
 
@@ -110,9 +105,7 @@ def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormal
 def covariance_root(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Tensor:
     """Compute the root (B, d, d) of the covariance of a map with operations that autograd differentiates."""
     start = prenormalize(features_BdHW, config)
-    for step in steps(start.matrix, config.iterations):  # noqa: B007 - the last one
-        pass
-    return _root(start, step, config)
+    return _root(start, last_step(start.matrix, config.iterations), config)
 
 
 def isqrt_vector(features_BdHW: Tensor, triangle: Tensor, config: NewtonSchulzConfig) -> Tensor:
@@ -127,20 +120,6 @@ def _root(start: Prenormalized, last: Step, config: NewtonSchulzConfig) -> Tenso
         return start.x @ inner_BMM @ start.x.transpose(1, 2)
     y_Bdd = last.next_y()
     return y_Bdd * start.norm.sqrt() if config.compensate else y_Bdd
-
-
-class _Saved(NamedTuple):
-    """Tensors for the backward pass: the map, its norm (B, 1, 1), A or G, and T_k and F_k of every step.
-
-    `steps_adjoint` defines T and F.
-    """
-
-    features: Tensor
-    norm: Tensor
-    matrix: Tensor
-    ts: list[Tensor]
-    fs: list[Tensor | None]
-    config: NewtonSchulzConfig
 
 
 class ISqrtVector(torch.autograd.Function):
@@ -161,67 +140,66 @@ class ISqrtVector(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Compute the gradient (B, d, H, W) of the map; second derivatives go through autograd."""
-        features, triangle, vector, norm_B11, matrix_Bnn, *trail = ctx.saved_tensors
+        """Compute the gradient (B, d, H, W) of the map; second derivatives go through autograd.
+
+        With n^power for the norm, the root is n^power Y_N on A, and n^power X Z_N X^T on G. So n receives
+        power <root, its gradient> / n outside of the iteration.
+        """
+        config: NewtonSchulzConfig = ctx.config
+        features_BdHW, triangle, vector, norm_B11, matrix_Bnn, *factors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            again = isqrt_vector(features, triangle, ctx.config)
-            return torch.autograd.grad(again, features, grad, create_graph=True)[0], None, None
-        ts, fs = trail[: ctx.config.iterations], trail[ctx.config.iterations :]
-        first = None if ctx.use_gram else matrix_Bnn
-        saved = _Saved(features, norm_B11, matrix_Bnn, ts, [first, *fs], ctx.config)
-        channels = features.shape[1]
+            again = isqrt_vector(features_BdHW, triangle, config)
+            return torch.autograd.grad(again, features_BdHW, grad, create_graph=True)[0], None, None
+        ts = factors[: config.iterations]
+        fs = [None if ctx.use_gram else matrix_Bnn, *factors[config.iterations :]]
+
+        channels = features_BdHW.shape[1]
         upper = grad.new_zeros(len(grad), channels * channels).index_add_(1, triangle, grad)
         upper_Bdd = upper.view(-1, channels, channels)
         root_grad_Bdd = (upper_Bdd + upper_Bdd.transpose(1, 2)).mul_(0.5)
         root_dot_grad_B11 = (grad * vector).sum(dim=1)[:, None, None]
-        adjoint = _gram_adjoint if ctx.use_gram else _channel_adjoint
-        gradient = adjoint(saved, root_grad_Bdd, root_dot_grad_B11)
-        return gradient.view_as(features).to(features.dtype), None, None
+
+        x_BdM = deviations(features_BdHW, config)  # not saved: it is as large as the map
+        positions = x_BdM.shape[2]
+        if ctx.use_gram:
+            power = -0.5 if config.compensate else -1.0
+            scale_B11 = norm_B11.pow(power) / positions
+            outer_grad_BdM = root_grad_Bdd @ x_BdM
+            f_grad_Bnn = (x_BdM.transpose(1, 2) @ outer_grad_BdM) * scale_B11
+            norm_term_B11 = power * root_dot_grad_B11
+        elif config.compensate:
+            f_grad_Bnn, norm_term_B11 = root_grad_Bdd * norm_B11.sqrt(), 0.5 * root_dot_grad_B11
+        else:
+            f_grad_Bnn, norm_term_B11 = root_grad_Bdd, torch.zeros_like(root_dot_grad_B11)
+
+        matrix_grad_Bnn = steps_adjoint(f_grad_Bnn, ts, fs)
+        product_grad_Bnn = _prenorm_adjoint(matrix_grad_Bnn, matrix_Bnn, norm_B11, norm_term_B11, config)
+        product_grad_Bnn *= 2.0 / positions
+        if ctx.use_gram:
+            z_BMM = ts[-1] if fs[-1] is None else ts[-1] @ fs[-1]
+            outer_part_BdM = outer_grad_BdM @ (z_BMM * (2.0 * scale_B11))
+            gradient_BdM = torch.baddbmm(outer_part_BdM, x_BdM, product_grad_Bnn)
+        else:
+            gradient_BdM = product_grad_Bnn @ x_BdM
+        return gradient_BdM.view_as(features_BdHW).to(features_BdHW.dtype), None, None
 
 
-def _channel_adjoint(saved: _Saved, root_grad_Bdd: Tensor, root_dot_grad_B11: Tensor) -> Tensor:
-    """Compute the gradient (B, d, M) of the map if the iteration runs on A.
-
-    With compensation the root is n^(1/2) Y_N, so n receives 1/2 <root, its gradient> / n. Without it the root
-    is Y_N, and n receives nothing here. *root_dot_grad_B11* is this inner product.
-    """
-    if saved.config.compensate:
-        product_grad_Bdd = _product_adjoint(saved, root_grad_Bdd * saved.norm.sqrt(), 0.5 * root_dot_grad_B11)
-    else:
-        product_grad_Bdd = _product_adjoint(saved, root_grad_Bdd, torch.zeros_like(root_dot_grad_B11))
-    deviation_BdM = deviations(saved.features, saved.config)  # not saved: it is as large as the map
-    return product_grad_Bdd.mul_(2.0 / deviation_BdM.shape[2]) @ deviation_BdM
-
-
-def _gram_adjoint(saved: _Saved, root_grad_Bdd: Tensor, root_dot_grad_B11: Tensor) -> Tensor:
-    """Compute the gradient (B, d, M) of the map if the iteration runs on G.
-
-    The root is n^power X Z_N X^T, so n receives power <root, its gradient> / n.
-    """
-    power = -0.5 if saved.config.compensate else -1.0
-    last_f = saved.fs[-1]
-    z_BMM = saved.ts[-1] if last_f is None else saved.ts[-1] @ last_f
-    deviation_BdM = deviations(saved.features, saved.config)
-    scale_B11 = saved.norm.pow(power) / deviation_BdM.shape[2]
-    outer_grad_BdM = root_grad_Bdd @ deviation_BdM
-    inner_grad_BMM = (deviation_BdM.transpose(1, 2) @ outer_grad_BdM) * scale_B11
-    product_grad_BMM = _product_adjoint(saved, inner_grad_BMM, power * root_dot_grad_B11)
-    z_BMM = z_BMM * (2.0 * scale_B11)
-    product_grad_BMM *= 2.0 / deviation_BdM.shape[2]
-    return torch.baddbmm(outer_grad_BdM @ z_BMM, deviation_BdM, product_grad_BMM)
-
-
-def _product_adjoint(saved: _Saved, f_grad_Bnn: Tensor, norm_term_B11: Tensor) -> Tensor:
-    """Compute the gradient of X X^T or X^T X from the gradient of the last iterate F_N and that of the norm.
+def _prenorm_adjoint(
+    matrix_grad_Bnn: Tensor,
+    matrix_Bnn: Tensor,
+    norm_B11: Tensor,
+    norm_term_B11: Tensor,
+    config: NewtonSchulzConfig,
+) -> Tensor:
+    """Compute the gradient of the product P = X X^T or X^T X from that of *matrix_Bnn*, P / n.
 
     *norm_term_B11* is n times the gradient that n receives outside of the iteration. A norm below
-    `SMALLEST_NORM` is a constant and has no gradient.
+    `SMALLEST_NORM` is a constant and has no gradient. Modifies *matrix_grad_Bnn*.
     """
-    matrix_grad_Bnn = steps_adjoint(f_grad_Bnn, saved.ts, saved.fs)
-    through_matrix_B11 = (matrix_grad_Bnn * saved.matrix).sum(dim=(1, 2), keepdim=True)
-    norm_grad_B11 = (norm_term_B11 - through_matrix_B11) * (saved.norm > SMALLEST_NORM)
-    if saved.config.prenorm == "trace":
+    through_matrix_B11 = (matrix_grad_Bnn * matrix_Bnn).sum(dim=(1, 2), keepdim=True)
+    norm_grad_B11 = (norm_term_B11 - through_matrix_B11) * (norm_B11 > SMALLEST_NORM)
+    if config.prenorm == "trace":
         matrix_grad_Bnn.diagonal(dim1=1, dim2=2).add_(norm_grad_B11[:, :, 0])
     else:
-        matrix_grad_Bnn.addcmul_(saved.matrix, norm_grad_B11)
-    return matrix_grad_Bnn / saved.norm
+        matrix_grad_Bnn.addcmul_(matrix_Bnn, norm_grad_B11)
+    return matrix_grad_Bnn / norm_B11

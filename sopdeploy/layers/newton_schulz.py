@@ -78,14 +78,19 @@ def steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
         yield step
 
 
+def last_step(a_BCC: Tensor, iterations: int) -> Step:
+    """Compute the last of the N `steps`."""
+    for step in steps(a_BCC, iterations):  # noqa: B007 - the last one
+        pass
+    return step
+
+
 def newton_schulz(a_BCC: Tensor, iterations: int) -> Tensor:
     """Compute Y_N, near A^(1/2), of prenormalized matrices *a_BCC*: symmetric, ||I - A|| < 1.
 
     *iterations* is N >= 1. In float32 the result is finite up to N = 15, for singular matrices too.
     """
-    for step in steps(a_BCC, iterations):  # noqa: B007 - the last one
-        pass
-    return step.next_y()
+    return last_step(a_BCC, iterations).next_y()
 
 
 def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor | None]) -> Tensor:

@@ -1,9 +1,8 @@
 """Poolings with a learned codebook: NetVLAD and NetFV.
 
 Papers: Arandjelovic et al., "NetVLAD: CNN Architecture for Weakly Supervised Place Recognition" (CVPR
-2016), Eq. (4); NetFV, the Fisher vector in the same form, as Miech et al., "Learnable pooling with Context
-Gating" (2017), Eqs. (6) and (7), write it. 64 words make 32768 dimensions of VGG's 512 channels.
-The slides on iSQRT-COV define the assignment from the centers, and the simple NetFV.
+2016), Eq. (4). The slides on iSQRT-COV define the assignment from the centers, and the simple NetFV, the
+Fisher vector in the same form. 64 words make 32768 dimensions of VGG's 512 channels.
 Letters: B images, C channels, M positions, K words.
 """
 
@@ -16,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_length
-
-SMALLEST_DEVIATION = 1e-3
 
 Words = Annotated[int, pydantic.Field(ge=1)]
 
@@ -106,39 +103,34 @@ class NetVLADConfig(CodebookConfig):
 
 
 class NetFV(Codebook):
-    """Pool (B, C, H, W) maps to first and second order residuals to K words (B, 2 K C)."""
+    """Pool (B, C, H, W) maps to first and second order residuals to K words (B, 2 K C).
+
+    This is the simple form of the slides, without the words' deviations.
+    """
 
     def __init__(self, config: "NetFVConfig", channels: int) -> None:
         super().__init__(config, channels)
-        if not config.simple:
-            self.deviations = nn.Parameter(torch.ones(config.words, channels))
-        self.simple = config.simple
         self.out_features = 2 * config.words * channels
 
     def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector (B, 2 K C): the sums of a (x - c) / s and of a ((x - c)^2 / s^2 - 1).
+        """Compute the vector (B, 2 K C): the sums of a (x - c) and of a (x - c)^2.
 
-        The simple form sums a (x - c) and a (x - c)^2.
+        The shares a are the softmax over words. Every word, each half and the vector have unit length.
         """
         a_BKM = self.word_logits(features).flatten(start_dim=2).softmax(dim=1)
         x_BMC, total_BK1 = features.flatten(start_dim=2).transpose(1, 2), a_BKM.sum(dim=2, keepdim=True)
         sum_BKC = a_BKM @ x_BMC
         first_BKC = sum_BKC - total_BK1 * self.centres
         second_BKC = a_BKM @ x_BMC.square() - 2.0 * sum_BKC * self.centres + total_BK1 * self.centres.square()
-        if not self.simple:
-            deviations_KC = self.deviations.abs().clamp_min(SMALLEST_DEVIATION)
-            first_BKC = first_BKC / deviations_KC
-            second_BKC = second_BKC / deviations_KC.square() - total_BK1
         halves = [unit_length(half, dim=2).flatten(start_dim=1) for half in (first_BKC, second_BKC)]
         return unit_length(torch.cat([unit_length(half, dim=1) for half in halves], dim=1), dim=1)
 
 
 class NetFVConfig(CodebookConfig):
-    """Options of NetFV, whose words are Gaussians; `simple` is the slides' form without deviations."""
+    """Options of NetFV."""
 
     layer = NetFV
     kind: Literal["netfv"] = "netfv"
-    simple: bool = False
 
 
 class GMSOPNetVLAD(nn.Module):

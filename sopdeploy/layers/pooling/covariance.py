@@ -7,7 +7,7 @@ Backpropagation ..." (DeepO2P, ICCV 2015).
 Letters: B images, d channels, H height, W width; Sigma = U diag(l) U^T.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
 from torch import Tensor, nn
@@ -70,23 +70,18 @@ class EigenPooling(ReducedPooling):
 
     def __init__(self, config: "MpnCovConfig | LogEuclideanConfig", channels: int) -> None:
         super().__init__(channels, config.width)
-        self.function: Power | Logarithm
-        if isinstance(config, MpnCovConfig):
-            self.function, self.normalise = Power(config.power), config.normalise
-        else:
-            self.function, self.normalise = Logarithm(config.eps), "none"
-        self.centered = isinstance(config, MpnCovConfig) or config.centered
+        self.config, self.function = config, config.function()
         self.out_features = self.channels * (self.channels + 1) // 2
         self.register_buffer("triangle", upper_triangle_indices(self.channels), persistent=False)
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the triangle (B, d (d + 1) / 2) of f(covariance) of a map (B, d, H, W)."""
-        x_BdM = centered_and_scaled(features) if self.centered else scaled(features)
+        x_BdM = centered_and_scaled(features) if self.config.centered else scaled(features)
         value_Bdd, lambda_Bd = spectral(covariance(x_BdM), self.function)
-        if self.normalise == "M-l2":
+        if self.config.normalise == "M-l2":
             largest_B1 = self.function(lambda_Bd)[0][:, -1:]
             value_Bdd = value_Bdd / largest_B1.clamp_min(SMALLEST)[:, :, None]
-        elif self.normalise == "M-Fro":
+        elif self.config.normalise == "M-Fro":
             value_Bdd = value_Bdd / frobenius_norm(value_Bdd).clamp_min(SMALLEST)
         return value_Bdd.flatten(start_dim=1).index_select(1, self.triangle)
 
@@ -99,6 +94,11 @@ class MpnCovConfig(PoolingConfig):
     width: Width = 256
     power: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
     normalise: Literal["none", "M-l2", "M-Fro"] = "none"
+    centered: ClassVar[bool] = True
+
+    def function(self) -> Power:
+        """Return f, the function of the eigenvalues."""
+        return Power(self.power)
 
 
 class LogEuclideanConfig(PoolingConfig):
@@ -113,3 +113,8 @@ class LogEuclideanConfig(PoolingConfig):
     width: Width = 256
     eps: Annotated[float, pydantic.Field(gt=0)] = 1e-3
     centered: bool = True
+    normalise: ClassVar[str] = "none"
+
+    def function(self) -> Logarithm:
+        """Return f, the function of the eigenvalues."""
+        return Logarithm(self.eps)

@@ -17,7 +17,7 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.importers.resnets import published_preprocess
+from sopdeploy.importers import first_order
 from tests.sopdeploy.importers.released_torch import (
     SHORT,
     CifarResNet,
@@ -82,10 +82,13 @@ def test_torchvision_weights_give_the_same_logits(
     ("depth", "digest", "resize"),
     [(18, "f37072fd", 256), (50, "0676ba61", 256), (50, "11ad3fa6", 232), (101, "cd907fc2", 232)],
 )
-def test_torchvision_files_are_identified_by_their_hash(depth: int, digest: str, resize: int) -> None:
-    found = published_preprocess(f"resnet{depth}", digest + "0" * 56)
-    assert found is not None
-    assert (found[0].resize, found[0].crop, found[0].interpolation) == (resize, 224, "bilinear")
+def test_torchvision_files_are_identified_by_their_hash(
+    monkeypatch: pytest.MonkeyPatch, depth: int, digest: str, resize: int
+) -> None:
+    monkeypatch.setattr(first_order, "sha256", lambda path: digest + "0" * 56)
+    found, notes = first_order.published_preprocess(f"resnet{depth}", Path("a.pth"))
+    assert (found.resize, found.crop, found.interpolation) == (resize, 224, "bilinear")
+    assert notes[0].startswith("preprocessing of torchvision's")
 
 
 @pytest.mark.usefixtures("short")

@@ -183,9 +183,9 @@ def test_words_are_assigned_by_distance_at_first_and_always_if_tied(kind: str) -
         assert ("assignment.weight" in layer.state_dict()) is not tied
 
 
-def test_simple_netfv_sums_differences_and_their_squares() -> None:
+def test_netfv_sums_differences_and_their_squares() -> None:
     features = relu_features(1, CHANNELS, 4)
-    pooling = build({"kind": "netfv", "words": 3, "simple": True}, CHANNELS).double()
+    pooling = build({"kind": "netfv", "words": 3}, CHANNELS).double()
     halves = []
     for power in (1, 2):
         words = [
@@ -209,24 +209,6 @@ def test_the_lyapunov_gradient_solves_the_equation_of_the_root(kind: str) -> Non
         r, eye = root(matrix[image].detach()).contiguous(), torch.eye(4, dtype=torch.float64)
         solved = torch.linalg.solve(torch.kron(r, eye) + torch.kron(eye, r), grad[image].flatten())
         torch.testing.assert_close(found[image].flatten(), solved, rtol=1e-6, atol=1e-8)
-
-
-def test_netfv_adds_the_second_order_residuals() -> None:
-    torch.manual_seed(3)
-    features = relu_features(1, CHANNELS, 4)
-    pooling = build({"kind": "netfv", "words": 3}, CHANNELS).double()
-    with torch.no_grad():
-        pooling.deviations.uniform_(0.5, 2.0)
-    first, second = [], []
-    for k in range(3):
-        shares = [soft_words(pooling, x)[k] for x in columns(features, 0)]
-        scaled = [(x - pooling.centres[k]) / pooling.deviations[k] for x in columns(features, 0)]
-        one = sum(a * u for a, u in zip(shares, scaled, strict=True))
-        two = sum(a * (u**2 - 1) for a, u in zip(shares, scaled, strict=True))
-        first.append(one / one.norm())
-        second.append(two / two.norm())
-    halves = [torch.cat(half) / torch.cat(half).norm() for half in (first, second)]
-    torch.testing.assert_close(pooling(features)[0], torch.cat(halves) / torch.cat(halves).norm())
 
 
 @EACH_POOLING

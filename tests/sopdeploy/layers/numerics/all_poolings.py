@@ -26,7 +26,6 @@ CHOICES = [
     {"kind": "netvlad", "words": 3},
     {"kind": "netvlad", "words": 3, "tied": True},
     {"kind": "netfv", "words": 3},
-    {"kind": "netfv", "words": 3, "simple": True},
 ]
 
 

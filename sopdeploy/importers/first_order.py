@@ -1,8 +1,7 @@
-"""Importers of ResNets: torchvision's (also used by timm's plain ResNets) and the CIFAR ResNets.
+"""Importers of first-order networks: ResNets and VGG-16 of torchvision, CIFAR ResNets.
 
-torchvision publishes some networks twice, with different preprocessing. Its files are identified by their
-hash; for other files the config.json of timm's hub next to the file applies, or else a resize to 256 and a
-crop of 224.
+timm's plain ResNets have the names of torchvision's. VGG-16 has its convolutions under `features`, with the
+same numbers as under `layers` here.
 """
 
 import importlib
@@ -18,6 +17,8 @@ from sopdeploy.importers.timm_network import FROM_HUB_CONFIG, read_hub_config
 
 BASIC_BLOCK_DEPTHS = {18, 34}
 CIFAR_SIDE = 32
+VGG_CONVOLUTIONS = 13
+VGG_FLATTENED = 512 * 7 * 7  # inputs of its classifier
 
 
 def resnet_depth(path: Path, names: Iterable[str]) -> int:
@@ -36,43 +37,67 @@ def resnet_depth(path: Path, names: Iterable[str]) -> int:
     )
 
 
-def stem_width(file: WeightFile) -> int:
-    """Return the number of channels of `conv1`, the network's `base_width`."""
-    return len(file.tensor("conv1.weight"))
-
-
 def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     """Convert a ResNet of torchvision; None for a file without four stages and `fc`."""
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= file.tensors.keys():
         return None
     depth = resnet_depth(file.path, file.tensors)
-    published = published_preprocess(f"resnet{depth}", sha256(file.path))
-    if published is None and (config := read_hub_config(file.path)):
-        published = Preprocess.from_timm(config), FROM_HUB_CONFIG
+    preprocess, notes = published_preprocess(f"resnet{depth}", file.path)
     return ConvertedWeights(
         description=f"ResNet-{depth} of torchvision",
         model=f"resnet{depth}",
         tensors=rename_tensors(file),
         num_classes=len(file.tensor("fc.weight")),
-        preprocess=published[0] if published else Preprocess(),
+        preprocess=preprocess,
         required={"depth": depth, "pooling.kind": "gap"},
-        detected={"base_width": stem_width(file)},
+        detected={"base_width": len(file.tensor("conv1.weight"))},
         labels="imagenet",
-        notes=(published[1],) if published else (),
+        notes=notes,
     )
 
 
-def published_preprocess(name: str, digest: str) -> tuple[Preprocess, str] | None:
-    """Find the preprocessing of torchvision's weights of *name* by their SHA-256; returns it with a note.
+def published_preprocess(name: str, path: Path) -> tuple[Preprocess, tuple[str, ...]]:
+    """Find the preprocessing of a weight file of torchvision's network *name*, with a note on its origin.
 
-    The names of torchvision's files end in the first eight digits. None for other files.
+    torchvision publishes some networks twice, with different preprocessing; its file names end in the first
+    eight digits of the SHA-256. For other files the config.json of timm's hub next to the file applies, or
+    else, without a note, the usual resize to 256 and crop of 224.
     """
+    digest = sha256(path)
     models = importlib.import_module("torchvision.models")
     for weights in models.get_model_weights(name) if name in models.list_models() else ():
         if weights.url.endswith(f"-{digest[:8]}.pth"):
             preprocess = Preprocess.from_torchvision(weights.transforms())
-            return preprocess, f"preprocessing of torchvision's {weights}"
-    return None
+            return preprocess, (f"preprocessing of torchvision's {weights}",)
+    config = read_hub_config(path)
+    return (Preprocess.from_timm(config), (FROM_HUB_CONFIG,)) if config else (Preprocess(), ())
+
+
+def convert_torchvision_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Convert VGG-16 of torchvision; None for other files. `features` becomes `layers`."""
+    first = file.tensors.get("classifier.0.weight")
+    convolutions = [
+        name for name, tensor in file.tensors.items() if name.startswith("features.") and tensor.dim() == 4
+    ]
+    if first is None or first.shape[1:] != (VGG_FLATTENED,) or not convolutions:
+        return None
+    if len(convolutions) != VGG_CONVOLUTIONS:
+        raise WeightsError(
+            f"{file.path}: a VGG with {len(convolutions)} convolutions; the catalog has only VGG-16, with 13"
+        )
+    batch_norm = "features.1.running_mean" in file.tensors
+    preprocess, notes = published_preprocess("vgg16_bn" if batch_norm else "vgg16", file.path)
+    return ConvertedWeights(
+        description=f"VGG-16 of torchvision, {'with' if batch_norm else 'without'} batch norm",
+        model="vgg16-bn" if batch_norm else "vgg16",
+        tensors=rename_tensors(file, lambda name: name.replace("features.", "layers.")),
+        num_classes=len(file.tensor("classifier.6.weight")),
+        preprocess=preprocess,
+        required={"pooling.kind": "flatten", "classifier": "mlp"},
+        detected={"batch_norm": batch_norm},
+        labels="imagenet",
+        notes=notes,
+    )
 
 
 def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
@@ -96,7 +121,7 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
         preprocess=Preprocess(resize=CIFAR_SIDE, crop=CIFAR_SIDE),
         required={"depth": depth, "pooling.kind": "gap"},
         detected={
-            "base_width": stem_width(file),
+            "base_width": len(file.tensor("conv1.weight")),
             "shortcut": "projection" if projects else "pad",
         },
         labels="cifar10",
