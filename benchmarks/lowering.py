@@ -21,8 +21,7 @@ from measure import Result, compare, parse, report
 from torch import Tensor, nn
 from torch.export import Dim
 
-from sopdeploy.layers.attention.gsop_attention import ChannelAttention, GSoPBlockConfig, RowConv
-from sopdeploy.layers.attention.gsop_block import GSoPBlock
+from sopdeploy.layers.attention.gsop_block import ChannelAttention, GSoPBlock, GSoPBlockConfig, RowConv
 from sopdeploy.layers.covariance import covariance_trace
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov
 from sopdeploy.layers.mixture.components import Components, Convolutions

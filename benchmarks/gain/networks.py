@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.backbones.cifar_resnet import SmallResNet, SmallResNetConfig
 from sopdeploy.config import StrictModel
-from sopdeploy.layers.attention.gsop_attention import GSoPBlockConfig
-from sopdeploy.layers.attention.gsop_block import GSoPBlock
+from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier

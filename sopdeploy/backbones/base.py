@@ -81,6 +81,11 @@ class Backbone(nn.Module):
         averaged = type(pooling) is GlobalAverage and only_dropout
         return last if averaged and isinstance(last, nn.Linear) else None
 
+    def num_features(self) -> int:
+        """Return the length of the vector that the classifier reads."""
+        classifier = self.get_submodule(self.classifier_parts[-1])
+        return next(part.in_features for part in classifier.modules() if isinstance(part, nn.Linear))
+
     def add_stages(
         self, channels: int, widths: Sequence[int], blocks: Sequence[int], strides: Sequence[int]
     ) -> None:

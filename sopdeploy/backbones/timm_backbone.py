@@ -219,6 +219,10 @@ class TimmBackbone(Backbone):
         logits: Tensor = self.wrapped[0].forward_head(features)
         return logits
 
+    def num_features(self) -> int:
+        """Return the length of the vector that timm's classifier reads."""
+        return self.head_channels
+
     def averaged_classifier(self) -> nn.Linear | None:
         """Return the linear layer if the head is only average pooling and this layer; otherwise None."""
         network = self.wrapped[0]

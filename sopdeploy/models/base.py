@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -53,11 +52,9 @@ class Classifier(Backbone):
         training_only: Dotted names of the parts that are removed before export.
         inference_class: Class of the inference model; `None` is this class, for networks that are exported
             with all parts.
-        classifier_input: Dotted name of the length of the vector that the exported classifier reads.
     """
 
     training_only: ClassVar[tuple[str, ...]] = ()
-    classifier_input: ClassVar[str] = "pooling.out_features"
     inference_class: ClassVar[type[Backbone] | None] = None
 
     def inference_model(self) -> Backbone:
@@ -124,11 +121,6 @@ class Classifier(Backbone):
         name = next(name for name, module in self.named_modules() if module is layer)
         self.set_submodule(name, nn.Identity())
         return layer.in_features
-
-    def num_features(self) -> int:
-        """Return the length of the vector that the exported classifier reads."""
-        length: int = attrgetter(self.classifier_input)(self)
-        return length
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,7 @@ class Gated(Backbone):
     """
 
     outputs = ("logits", "gates")
+    classifier_parts = ("gate", "mixture", "head")
     config: GMSOPOptions
 
     def __init__(self, config: Any, *arguments: Any) -> None:
@@ -134,7 +135,6 @@ class GMSOP(Gated, Classifier):
     """`Gated` with its training-only parts."""
 
     training_only = ("gate.noise",)
-    classifier_input = "head.fc.in_features"
 
     def __init__(self, config: Any, *arguments: Any) -> None:
         super().__init__(config, *arguments)
@@ -201,10 +201,7 @@ SGMOE: dict[str, Any] = {
     "fusion_norm": False,
     "dropout": 0.0,
 }
-RELEASED_GATE: dict[str, Any] = {
-    "gate_widths": (256, 128),
-    "gate_norm": True,
-}  # of all networks except for WRN
+RELEASED_GATE: dict[str, Any] = {"gate_widths": (256, 128), "gate_norm": True}  # of networks other than WRN
 
 ENTRIES = {
     name: Entry(GMSOPResNet, GMSOPConfig, defaults, f"{title} for 64-pixel images", image_size=64)

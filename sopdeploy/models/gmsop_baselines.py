@@ -46,7 +46,7 @@ class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
 class AveragedResNet(Classifier, LowResolutionResNet):
     """Classifier of the mean of K poolings of the last feature map."""
 
-    classifier_input = "head.fc.in_features"
+    classifier_parts = ("mixture", "head")
     config: AveragedResNetConfig
 
     def __init__(self, config: AveragedResNetConfig, num_classes: int) -> None:

@@ -21,8 +21,7 @@ from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.attention.gsop_attention import RELEASED_BLOCK, GSoPBlockConfig
-from sopdeploy.layers.attention.gsop_block import GSoPBlock
+from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
@@ -72,32 +71,15 @@ class GSoP(Classifier):
 
     def __init__(self, config: GSoPConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        places: dict[str, range] = {}
-        for name in self.stage_names:
-            length = len(list(self.get_submodule(name).children()))
-            spacing = min(self.block_spacing or length, length)
-            places[name] = range(spacing - 1, length, spacing)
-        for unknown in sorted({*(config.block_stages or ()), *config.strided_dr_stages} - set(places)):
-            raise ConfigError(
-                f"block_stages, strided_dr_stages: no {unknown}; stages are {', '.join(places)}"
-            )
-        kept = dict(places)
-        if config.block_stages is not None:
-            kept = {name: places[name] for name in config.block_stages}
-        elif config.final_pooling == "isqrt":
-            last = list(places)[-1]
-            kept[last] = places[last][:-1]
-        for name, positions in kept.items():
-            stage = self.get_submodule(name)
-            dr_stride = 2 if name in config.strided_dr_stages else 1
-            for position in positions:
-                channels = self.tap_channels[f"{name}.{position}"]
-                if position:  # a new block; the first one stays, because it changes the shape
-                    stage.register_module(str(position), self.branch_block(channels, channels, 1))
-                block: Any = stage.get_submodule(str(position))
-                block.attention = GSoPBlock(config, channels, dr_stride)
-                block.attention_after = config.block_place == "after"
-                initialize(block)
+        for tap in self.attended_taps():
+            stage, _, index = tap.partition(".")
+            channels = self.tap_channels[tap]
+            if index != "0":  # a new block; the first one of a stage stays, because it changes the shape
+                self.set_submodule(tap, self.branch_block(channels, channels, 1))
+            block: Any = self.get_submodule(tap)
+            block.attention = GSoPBlock(config, channels, 2 if stage in config.strided_dr_stages else 1)
+            block.attention_after = config.block_place == "after"
+            initialize(block)
         if config.final_pooling == "isqrt":
             isqrt = ISqrtPoolingConfig(
                 width=config.final_width, iterations=config.iterations, prenorm=config.prenorm
@@ -107,6 +89,22 @@ class GSoP(Classifier):
             self.dropout = nn.Dropout(config.dropout)
             self.fc = nn.Linear(self.pooling.out_features, self.num_classes)
             self.classifier_parts = ("pooling", "dropout", "fc")
+
+    def attended_taps(self) -> list[str]:
+        """List the residual blocks that have a GSoP block; raise `ConfigError` for an unknown stage."""
+        config = self.config
+        unknown = sorted({*(config.block_stages or ()), *config.strided_dr_stages} - {*self.stage_names})
+        if unknown:
+            raise ConfigError(
+                f"block_stages, strided_dr_stages: no {unknown[0]}; stages are {', '.join(self.stage_names)}"
+            )
+        taps: list[str] = []
+        for stage in self.stage_names if config.block_stages is None else config.block_stages:
+            length = len(list(self.get_submodule(stage).children()))
+            spacing = min(self.block_spacing or length, length)
+            taps += [f"{stage}.{index}" for index in range(spacing - 1, length, spacing)]
+        pooled = config.block_stages is None and config.final_pooling == "isqrt"
+        return taps[:-1] if pooled else taps  # GSoP-Net2's pooling replaces the last block
 
 
 class GSoPResNetConfig(ResNetConfig, GSoPConfig):

@@ -39,7 +39,6 @@ class SecondOrderEfficientNet(Classifier, EfficientNet):
     """EfficientNet-b0 with DR and the root of the covariance instead of its global average."""
 
     classifier_parts = ("reduction", "root", "dropout", "classifier")
-    classifier_input = "root.out_features"
     config: SecondOrderEfficientNetConfig
 
     def __init__(self, config: SecondOrderEfficientNetConfig, num_classes: int) -> None:

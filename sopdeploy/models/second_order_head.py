@@ -13,7 +13,7 @@ those of the head are under `pooled_head`.
 Letters: B images, C channels, H height, W width, d channels after the projection, D length of the vector.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import pydantic
@@ -25,7 +25,7 @@ from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.newton_schulz import Iterations, NewtonSchulzOptions
 from sopdeploy.layers.pooling.covariance import ISqrtPooling, ISqrtPoolingConfig
-from sopdeploy.layers.pooling.projection import PrincipalComponents
+from sopdeploy.layers.pooling.projection import principal_components
 from sopdeploy.models.base import Classifier, Entry
 
 POOLED_HEAD = "pooled_head"
@@ -123,21 +123,18 @@ class PooledHead(nn.Module, ExportHints):
         logits: Tensor = self.fc(self.vector(own_BD, maps))
         return logits
 
-    def fit_projection(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
-        """Set the projection of every tap to the principal components of its maps, batch by batch.
+    @torch.no_grad()
+    def fit_projection(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Set the projection of every tap to the principal components of its maps.
 
-        *batches* give maps (B, C, H, W) by tap, as `head_inputs` returns them. A tap with at most `width`
+        *batches* have maps (B, C, H, W) by tap, as `head_inputs` returns them. A tap with at most `width`
         channels has no projection. Raises `DataError` if the maps have NaN or infinite values.
         """
-        projected = {tap: n for tap, n in self.channels.items() if self.poolings and n > self.config.width}
-        sums = {tap: PrincipalComponents(channels) for tap, channels in projected.items()}
-        for maps in batches if sums else ():
-            for tap, components in sums.items():
-                components.add(maps[tap])
-        with torch.no_grad():
-            for tap, components in sums.items():
+        for tap, channels in self.channels.items():
+            if self.poolings and channels > self.config.width:
+                components_dC = principal_components([maps[tap] for maps in batches], self.config.width)
                 convolution: Any = self.pooling(tap).layer_reduce
-                convolution.weight.copy_(components.components(self.config.width)[:, :, None, None])
+                convolution.weight.copy_(components_dC[:, :, None, None])
 
 
 class SecondOrderHead(Classifier):

@@ -19,7 +19,6 @@ class PlainTimm(Classifier, TimmBackbone):
     """A network of timm without changes."""
 
     inference_class = TimmBackbone
-    classifier_input = "head_channels"
 
     def remove_classifier(self, image_size: int) -> int:
         """Replace timm's classifiers, two in a distilled network; return the length of the vector."""
@@ -41,7 +40,6 @@ class DSoPTimm(DSoP, TimmBackbone):
     """
 
     inference_class = TimmBackbone
-    classifier_input = "head_channels"
     taps_are_stages = True
     normalize_branches = True
     config: DSoPTimmConfig

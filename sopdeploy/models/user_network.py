@@ -18,8 +18,7 @@ from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.backbones.timm_backbone import hooked, nearest_block, run_tapped
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, first_line
-from sopdeploy.layers.attention.gsop_attention import GSoPBlockConfig
-from sopdeploy.layers.attention.gsop_block import GSoPBlock
+from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier, Entry

@@ -60,9 +60,6 @@ class MadeUp(Classifier, Plain):
     def loss_weights(self) -> dict[str, float]:
         return {"main": 1.0, "helper": 0.5}
 
-    def num_features(self) -> int:
-        return self.config.width
-
 
 @pytest.fixture(autouse=True)
 def _in_the_catalog(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,29 +1,216 @@
 """The GSoP block: a feature map scaled by weights from its own second-order statistics.
 
-Paper: Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019), section 3, Fig. 1(b).
-Letters: B images, C channels, d channels after dimension reduction (DR), H height, W width.
+Paper: Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019), section 3, Fig. 1(b),
+Table 2. Letters: B images, C channels, d channels after dimension reduction (DR), H height, W width, n rows
+of the covariance, P positions.
 
-Names in released checkpoints, under `layerS.B.`, and here, under `layerS.B.attention.`:
+The released code feeds DR with a rectified copy of the map (`pre_relu`; the scaled map itself is not
+rectified) and lets DR stride by 2 in conv2_x (`dr_stride`). The covariance is centered and divided by the
+number of positions; the block takes no matrix root.
 
-    conv_for_DR, bn_for_DR                   channel.reduction.0, .1
-    row_bn, row_conv_group                   channel.excitation.row_bn, .row_conv
-    fc_adapt_channels                        channel.excitation.conv
-    the same five with _spatial at the end   position.*  (row_bn_for_spatial, ...)
-    dilate_conv_for_concat1, 2               fusion.conv_channel, fusion.conv_position
-    bn_for_concat                            fusion.bn
+Table 2 has a batch norm between the row-wise convolution and its LReLU. The released code has none. In the
+position-wise half the printed 0.16 M parameters decide against it: 0.1647 M without, 0.1652 M with. In the
+channel-wise half both give the printed 0.72 M, so the paper's text decides for it.
 """
 
 import math
+from collections.abc import Callable
+from typing import Annotated, Literal
 
+import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.attention.gsop_attention import ChannelAttention, GSoPBlockConfig, PositionAttention
+from sopdeploy.layers.covariance import at_least_float32, centered_and_scaled, covariance, without_autocast
+from sopdeploy.layers.export_hints import ExportHints
 
+Activation = Literal["none", "relu", "lrelu"]
+FusionKind = Literal["average", "sum", "maximum", "concatenation"]
+OUTPUTS_PER_ROW = 4
 CHANNELS_PER_GROUP = 64
 MOST_GROUPS = 32
+
+
+class GSoPBlockConfig(StrictModel):
+    """Options of the block; defaults are the paper's.
+
+    `attention` selects the weights that scale the map: of channels, of positions, or of both, with the way to
+    fuse the two results. `cov_width` is d. `position_side` is the side of the map whose positions are
+    correlated (6, 8 and 12 are Table 4's 36, 64 and 144). `channel_norm` and `position_norm` add a batch norm
+    after the row-wise convolution (Table 2); the printed parameters of the position-wise block are those
+    without it. `RELEASED_BLOCK` lists the options in which the released code differs from the paper.
+    """
+
+    attention: Literal["channel", "position"] | FusionKind = "channel"
+    cov_width: Annotated[int, pydantic.Field(ge=32, le=256)] = 128
+    position_side: Annotated[int, pydantic.Field(ge=2, le=16)] = 8
+    pre_relu: bool = False
+    channel_norm: bool = True
+    position_norm: bool = False
+    channel_activation: Activation = "lrelu"
+    position_activation: Activation = "lrelu"
+    position_rectify: Literal["reduced", "scaled"] = "reduced"
+    position_covariance: Literal["centred", "uncentred"] = "centred"
+    position_upsampling: Literal["nearest", "average"] = "nearest"
+
+
+RELEASED_BLOCK = {
+    "pre_relu": True,
+    "channel_norm": False,
+    "channel_activation": "none",
+    "position_activation": "relu",
+    "position_rectify": "scaled",
+    "position_covariance": "uncentred",
+    "position_upsampling": "average",
+}
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Apply no activation, ReLU or LReLU(0.1)."""
+    if activation == "lrelu":
+        return F.leaky_relu(x, 0.1)
+    return F.relu(x) if activation == "relu" else x
+
+
+class RowConv(nn.Conv2d):
+    """Row-wise convolution: (B, n, n, 1) to (B, 4n, 1, 1); output 4i + r reads row i only.
+
+    The paper's grouped convolution with kernel (n, 1), and its parameters, computed as one batched
+    product: runtimes have slow kernels for a convolution of n groups whose output is one pixel.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(rows, OUTPUTS_PER_ROW * rows, (rows, 1), groups=rows)
+
+    def forward(self, cov_Bnn1: Tensor) -> Tensor:
+        """Convolve each of the n rows separately: (B, n, n, 1) to (B, 4n, 1, 1)."""
+        rows = self.in_channels
+        cov_nBn = cov_Bnn1.squeeze(3).transpose(0, 1)
+        weight_nnr = self.weight.reshape(rows, OUTPUTS_PER_ROW, rows).transpose(1, 2)
+        out_nBr = torch.matmul(cov_nBn, weight_nnr)
+        out_BR11 = out_nBr.transpose(0, 1).reshape(-1, rows * OUTPUTS_PER_ROW, 1, 1)
+        return out_BR11 if self.bias is None else out_BR11 + self.bias[:, None, None]
+
+
+class Excitation(nn.Module, ExportHints):
+    """Map a covariance (B, n, n) to weights (B, out, 1, 1) in (0, 1).
+
+    Row-wise batch norm, row-wise convolution n to 4n, with *norm* batch norm, activation, 1x1 convolution 4n
+    to out, sigmoid.
+    """
+
+    keep_float32 = True
+
+    def __init__(self, rows: int, out_channels: int, activation: Activation, *, norm: bool) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.row_bn = nn.BatchNorm2d(rows)
+        self.row_conv = RowConv(rows)
+        self.norm: nn.Module = nn.BatchNorm2d(OUTPUTS_PER_ROW * rows) if norm else nn.Identity()
+        self.conv = nn.Conv2d(OUTPUTS_PER_ROW * rows, out_channels, 1)
+
+    def forward(self, cov_Bnn: Tensor) -> Tensor:
+        """Compute the weights (B, out, 1, 1) from a covariance (B, n, n)."""
+        rows_BR11 = self.norm(self.row_conv(self.row_bn(cov_Bnn.unsqueeze(3))))
+        return torch.sigmoid(self.conv(activate(rows_BR11, self.activation)))
+
+
+class ChannelAttention(nn.Module, ExportHints):
+    """Map features (B, C, H, W) to channel weights (B, C, 1, 1)."""
+
+    keep_output_dtype = True
+
+    def __init__(self, config: GSoPBlockConfig, channels: int, dr_stride: int) -> None:
+        super().__init__()
+        self.config, width = config, config.cov_width
+        self.reduction = nn.Sequential(
+            nn.Conv2d(channels, width, 1, stride=dr_stride), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
+        self.excitation = Excitation(width, channels, config.channel_activation, norm=config.channel_norm)
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        """Compute the weights; the covariance is float32 or float64."""
+        reduced_BdHW = self.reduction(F.relu(features_BCHW) if self.config.pre_relu else features_BCHW)
+        with without_autocast(reduced_BdHW):
+            cov_Bdd = covariance(centered_and_scaled(at_least_float32(reduced_BdHW)))
+        weights_BC11: Tensor = self.excitation(cov_Bdd)
+        return weights_BC11
+
+
+RowBuilder = Callable[[int, int], list[list[float]]]
+
+
+def averaging_rows(size: int, target: int) -> list[list[float]]:
+    """Build the (target, size) matrix of adaptive average pooling along one side.
+
+    Row i averages from floor(i size / target) up to, not including, ceil((i + 1) size / target).
+    """
+    rows = []
+    for i in range(target):
+        start, stop = i * size // target, -(-(i + 1) * size // target)
+        rows.append([1.0 / (stop - start) if start <= j < stop else 0.0 for j in range(size)])
+    return rows
+
+
+def nearest_rows(size: int, target: int) -> list[list[float]]:
+    """Build the (target, size) matrix of nearest-neighbor sampling: row i reads floor(i size / target)."""
+    return [[1.0 if j == i * size // target else 0.0 for j in range(size)] for i in range(target)]
+
+
+def resample(x_BCHW: Tensor, height: int, width: int, rows: RowBuilder) -> Tensor:
+    """Resize *x_BCHW* to (B, C, height, width), each side by the matrix that *rows* builds."""
+    down = torch.tensor(rows(x_BCHW.shape[2], height), dtype=x_BCHW.dtype, device=x_BCHW.device)
+    across = torch.tensor(rows(x_BCHW.shape[3], width), dtype=x_BCHW.dtype, device=x_BCHW.device)
+    return down @ x_BCHW @ across.T
+
+
+class PositionAttention(nn.Module, ExportHints):
+    """Map features (B, C, H, W) to position weights (B, 1, H, W)."""
+
+    keep_output_dtype = True
+
+    def __init__(self, config: GSoPBlockConfig, channels: int) -> None:
+        super().__init__()
+        self.config, width = config, config.cov_width
+        self.reduction = nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width))
+        positions = config.position_side**2
+        self.excitation = Excitation(
+            positions, positions, config.position_activation, norm=config.position_norm
+        )
+
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        """Compute the weights; the covariance is float32 or float64."""
+        config, side = self.config, self.config.position_side
+        height, width = features_BCHW.shape[2:]
+        reduced_BdHW = self.reduction(F.relu(features_BCHW) if config.pre_relu else features_BCHW)
+        if config.position_rectify == "reduced":
+            reduced_BdHW = F.relu(reduced_BdHW)
+        with without_autocast(reduced_BdHW):
+            small_Bdss = resample(at_least_float32(reduced_BdHW), side, side, averaging_rows)
+            small_BdP = small_Bdss.flatten(start_dim=2)
+            if config.position_covariance == "uncentred":
+                cov_BPP = released_covariance(small_BdP)
+            else:
+                cov_BPP = covariance(centered_and_scaled(small_BdP.transpose(1, 2)))
+        weights_B1ss = self.excitation(cov_BPP).reshape(-1, 1, side, side)
+        rows = nearest_rows if config.position_upsampling == "nearest" else averaging_rows
+        return resample(weights_B1ss, height, width, rows)
+
+
+def released_covariance(small_BdP: Tensor) -> Tensor:
+    """Compute X^T X / P - s s^T / P^2, where s (B, P) sums over the d channels.
+
+    The released code intends to center, but its centering matrix is built for P samples while there are d.
+    Where d differs from P the mean is not removed, and the result has negative eigenvalues.
+    """
+    positions = small_BdP.shape[2]
+    sums_B1P = small_BdP.sum(dim=1, keepdim=True)
+    return (
+        small_BdP.transpose(1, 2) @ small_BdP / positions - sums_B1P.transpose(1, 2) @ sums_B1P / positions**2
+    )
 
 
 class Concatenation(nn.Module):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sopdeploy.layers.attention.gsop_attention import (
+from sopdeploy.layers.attention.gsop_block import (
     RowConv,
     averaging_rows,
     nearest_rows,

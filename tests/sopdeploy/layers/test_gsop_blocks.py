@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.layers.attention.gsop_attention import RELEASED_BLOCK, GSoPBlockConfig
-from sopdeploy.layers.attention.gsop_block import Concatenation, GSoPBlock
+from sopdeploy.layers.attention.gsop_block import (
+    RELEASED_BLOCK,
+    Concatenation,
+    GSoPBlock,
+    GSoPBlockConfig,
+)
 from sopdeploy.layers.residual import Bottleneck
 
 EPS = 1e-5

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from sopdeploy import describe
-from sopdeploy.layers.attention.gsop_attention import GSoPBlockConfig
-from sopdeploy.layers.attention.gsop_block import GSoPBlock
+from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
 from sopdeploy.models.gmsop import RELEASED_GATE
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.stats import tally

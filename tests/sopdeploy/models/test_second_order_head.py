@@ -120,7 +120,7 @@ def test_the_projection_is_that_to_the_principal_components_of_all_batches() -> 
     _, network, _ = with_statistics("resnet8", 32, HeadConfig(width=5))
     scales = torch.arange(1.0, 65.0)[:, None, None]
     batches = [torch.randn(3, 64, 4, 4) * scales + 100 for _ in range(4)]
-    network.pooled_head.fit_projection({"layer3.0": part} for part in batches)
+    network.pooled_head.fit_projection([{"layer3.0": part} for part in batches])
     rows = torch.cat(batches).permute(0, 2, 3, 1).flatten(end_dim=2).double()
     _, _, components = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
     weight = network.pooled_head.pooling("layer3.0").layer_reduce.weight[:, :, 0, 0].double()
