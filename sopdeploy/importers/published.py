@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.error import HTTPError
 
 import torch
@@ -39,15 +39,10 @@ STALLED_SECONDS = 60  # without a byte from the server
 ADVICE = "or give a file of weights, or the weights none to train from scratch"
 
 
-class Published(NamedTuple):
-    """A published weight file, and the catalog name under which the importers read it."""
-
-    path: Path
-    model: str
-
-
-def fetch_imagenet_weights(model: str, config: StrictModel) -> Published:
+def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:
     """Find the ImageNet weights for the backbone of catalog *model* with *config*, and fetch them if needed.
+
+    Returns the file, and the catalog name under which the importers read it.
 
     Raises `ConfigError` if none are published, `WeightsError` if the file cannot be downloaded or has another
     hash; such a file is removed.
@@ -55,9 +50,9 @@ def fetch_imagenet_weights(model: str, config: StrictModel) -> Published:
     published = _published_network(model, config)
     family, _, name = published.rpartition(":")
     if family == "timm":
-        return Published(_fetch_timm(name), published)
+        return _fetch_timm(name), published
     weights = importlib.import_module("torchvision.models").get_model_weights(name)[TORCHVISION_VERSION]
-    return Published(_fetch_url(weights.url), name.replace("_", "-"))
+    return _fetch_url(weights.url), name.replace("_", "-")
 
 
 def _published_network(model: str, config: StrictModel) -> str:

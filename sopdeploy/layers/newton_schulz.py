@@ -22,33 +22,34 @@ Iterations = Annotated[int, pydantic.Field(ge=1, le=MAX_ITERATIONS)]
 Prenorm = Literal["trace", "frobenius"]
 
 
-class NewtonSchulzConfig(StrictModel):
-    """Options of the matrix square root of a covariance.
+class NewtonSchulzOptions(StrictModel):
+    """Options of networks and layers that pool by iSQRT-COV.
 
     Attributes:
         iterations: N. The papers and fast-MPN-COV use 5, the released GSoP-Net2 and GM-SOP 3.
         prenorm: The norm that divides the covariance before the iteration.
-        compensate: Multiply the root by the square root of that norm after the iteration.
-        centered: Subtract the mean of the map; without it, the root is that of X X^T / M.
     """
 
     iterations: Iterations = 5
     prenorm: Prenorm = "trace"
-    compensate: bool = True
-    centered: bool = True
 
-
-class NewtonSchulzOptions(StrictModel):
-    """The options `iterations` and `prenorm` of networks and layers that pool by iSQRT-COV."""
-
-    iterations: Iterations = 5
-    prenorm: Prenorm = "trace"
-
-    def newton_schulz(self, *, compensate: bool = True, centered: bool = True) -> NewtonSchulzConfig:
+    def newton_schulz(self, *, compensate: bool = True, centered: bool = True) -> "NewtonSchulzConfig":
         """Build the configuration of the matrix square root."""
         return NewtonSchulzConfig(
             iterations=self.iterations, prenorm=self.prenorm, compensate=compensate, centered=centered
         )
+
+
+class NewtonSchulzConfig(NewtonSchulzOptions):
+    """Options of the matrix square root of a covariance.
+
+    Attributes:
+        compensate: Multiply the root by the square root of the norm after the iteration.
+        centered: Subtract the mean of the map; without it, the root is that of X X^T / M.
+    """
+
+    compensate: bool = True
+    centered: bool = True
 
 
 class Step(NamedTuple):

@@ -22,31 +22,11 @@ from sopdeploy.config import NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
-from sopdeploy.layers.pooling.base import GlobalPooling
-from sopdeploy.layers.pooling.covariance import LogEuclideanConfig, MpnCovConfig
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry
 
 Count = Annotated[int, pydantic.Field(ge=0)]
 Width = Annotated[int, pydantic.Field(ge=1)]
-
-
-class LogPooling(LogEuclideanConfig):
-    """The matrix logarithm of a branch's covariance."""
-
-    kind: Literal["log"] = "log"  # type: ignore[assignment]
-    width: None = None  # `aux_widths` sets it
-
-
-class PowerPooling(MpnCovConfig):
-    """The matrix power of a branch's covariance."""
-
-    kind: Literal["power"] = "power"  # type: ignore[assignment]
-    width: None = None  # `aux_widths` sets it
-
-
-EIGEN = {"log": LogPooling(), "power": PowerPooling()}
-BranchPooling = Literal["isqrt", "gap", "log", "power"] | LogPooling | PowerPooling
 
 
 class DSoPConfig(NewtonSchulzOptions):
@@ -55,16 +35,14 @@ class DSoPConfig(NewtonSchulzOptions):
     `aux_blocks` gives for each stage either the number of blocks of a branch after its last block
     (0: no branch) or one such number per block of the stage (section V-D's patterns, "[1, 0, 2]").
     `aux_widths` are the target channels of the covariance, `aux_weights` the weights of the losses
-    (beta), `main_weight` that of the main loss (alpha). `aux_pooling` is iSQRT-COV; "log" or "power", the
-    matrix logarithm or power of section III-A by eigenvalues, with the options of `LogPooling` and
-    `PowerPooling` (`{kind = "power", power = 0.3}`); or "gap", Table VII's control.
-    `keep_unused_branches` keeps one block and the head of a branch of 0 blocks, as Table X counts.
+    (beta), `main_weight` that of the main loss (alpha). `aux_pooling` is iSQRT-COV or "gap", Table VII's
+    control. `keep_unused_branches` keeps one block and the head of a branch of 0 blocks, as Table X counts.
     """
 
     aux_blocks: tuple[Count | tuple[Count, ...], ...] | None = None
     aux_widths: tuple[Width, ...] | None = None
     aux_weights: tuple[NonNegative, ...] | None = None
-    aux_pooling: BranchPooling = "isqrt"
+    aux_pooling: Literal["isqrt", "gap"] = "isqrt"
     aux_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] | None = None
     main_weight: NonNegative = 1.0
     keep_unused_branches: bool = False
@@ -202,11 +180,11 @@ class DSoP(Classifier):
         pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
         if self.normalize_branches:
             ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
-        if self.config.aux_pooling != "gap":
+        if self.config.aux_pooling == "isqrt":
             if channels > plan.width:
                 reduction = dimension_reduction(channels, plan.width, self.branch_activation)
-            second_order = self._second_order_pooling(plan.width)
-            pooling, length = second_order, second_order.out_features
+            root = ISqrtCov(plan.width, self.config.newton_schulz())
+            pooling, length = root, root.out_features
         layers = {
             "blocks": nn.Sequential(*blocks),
             "ending": ending,
@@ -217,14 +195,6 @@ class DSoP(Classifier):
             "fc": nn.Linear(length, self.num_classes),
         }
         return nn.Sequential(OrderedDict(layers))
-
-    def _second_order_pooling(self, width: int) -> ISqrtCov | GlobalPooling:
-        """Build the pooling of a branch for maps of *width* channels."""
-        choice = self.config.aux_pooling
-        if choice == "isqrt":
-            return ISqrtCov(width, self.config.newton_schulz())
-        config = EIGEN[choice] if isinstance(choice, str) else choice
-        return config.build(width)
 
 
 class DSoPResNetConfig(ResNetConfig, DSoPConfig):

@@ -54,16 +54,6 @@ class HeadConfig(NewtonSchulzOptions):
         """The statistics in the order of the vector."""
         return tuple(self.kind.split("+"))
 
-    def pooling(self) -> ISqrtPoolingConfig:
-        """Build the config of the covariance pooling of one tap."""
-        return ISqrtPoolingConfig(
-            width=self.width,
-            iterations=self.iterations,
-            prenorm=self.prenorm,
-            compensation=self.compensation,
-            reduction="linear",
-        )
-
 
 class PooledHead(nn.Module, ExportHints):
     """Map the network's own vector (B, D_0) and feature maps (B, C, H, W) by tap to (B, classes) logits.
@@ -88,8 +78,15 @@ class PooledHead(nn.Module, ExportHints):
         lengths = {"gap": own_length, "mean": sum(channels.values()), "isqrt": 0}
         self.poolings = nn.ModuleDict()
         if "isqrt" in config.parts:
+            isqrt = ISqrtPoolingConfig(
+                width=config.width,
+                iterations=config.iterations,
+                prenorm=config.prenorm,
+                compensation=config.compensation,
+                reduction="linear",
+            )
             for tap, count in channels.items():
-                pooling = config.pooling().build(count)
+                pooling = isqrt.build(count)
                 self.poolings[tap.replace(".", "_")] = pooling
                 lengths["isqrt"] += pooling.out_features
         length = sum(lengths[part] for part in config.parts)
@@ -171,19 +168,15 @@ class SecondOrderHead(Classifier):
         exact = self.averages_last_map and self.pooled_head.config.kind == "gap"
         return self.pooled_head.fc if exact else None
 
-    def own_vector(self, features: Tensor) -> Tensor:
-        """Compute the vector (B, D_0) of the network's own pooling from the output of `feature_maps`."""
-        return super().classify(features)
-
     def classify(self, features: Tensor) -> Tensor:
         """Compute (B, classes) logits from `feature_maps`; only the kind `gap` needs no taps."""
-        logits: Tensor = self.pooled_head(self.own_vector(features), {})
+        logits: Tensor = self.pooled_head(super().classify(features), {})
         return logits
 
     def head_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute what the head reads: the network's own vector (B, D_0), and maps (B, C, H, W) by tap."""
         last, tapped = self.feature_maps(images, self.maps)
-        return self.own_vector(last), dict(zip(self.maps, tapped, strict=True))
+        return super().classify(last), dict(zip(self.maps, tapped, strict=True))
 
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) logits."""

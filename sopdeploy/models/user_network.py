@@ -8,7 +8,7 @@ process that registers a network knows it: reading a checkpoint never imports co
 import re
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import pydantic
 import torch
@@ -28,6 +28,7 @@ from sopdeploy.models.psdr import PSDR, PSDROptions, SupervisedPSDR
 from sopdeploy.models.registry import CATALOG, REGISTERED
 from sopdeploy.models.user_maps import evaluated, find_taps, last_map, remove_after
 
+Trained = TypeVar("Trained", bound="UserNetwork")
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -246,8 +247,7 @@ def dsop(network: nn.Module, taps: Sequence[str], *, image_size: int = 224, **co
         ConfigError: An unknown tap, a tap without a feature map, an invalid option, or a network that cannot
             run.
     """
-    attached: DSoPNetwork = _apply("dsop", network, taps, image_size, config)
-    return attached
+    return _apply(DSoPNetwork, "dsop", network, taps, image_size, config)
 
 
 def gsop(network: nn.Module, taps: Sequence[str], *, image_size: int = 224, **config: Any) -> GSoPNetwork:
@@ -257,8 +257,7 @@ def gsop(network: nn.Module, taps: Sequence[str], *, image_size: int = 224, **co
     with the sum of both. `isqrt(gsop(...))` is GSoP-Net2. The options are those of `GSoPBlockConfig`; other
     arguments and errors as for `dsop`.
     """
-    attached: GSoPNetwork = _apply("gsop", network, taps, image_size, config)
-    return attached
+    return _apply(GSoPNetwork, "gsop", network, taps, image_size, config)
 
 
 def gmsop(
@@ -278,8 +277,7 @@ def gmsop(
     Raises:
         ConfigError: No such module or map, an invalid option, or a network that cannot run.
     """
-    attached: GMSOPNetwork = _apply("gmsop", network, (tap,) if tap else (), image_size, config)
-    return attached
+    return _apply(GMSOPNetwork, "gmsop", network, (tap,) if tap else (), image_size, config)
 
 
 def psdr(
@@ -291,8 +289,7 @@ def psdr(
     `export_network(..., training_only=["auxiliary"])` removes the auxiliary heads. The options are those of
     `PSDROptions`; other arguments and errors as for `gmsop`.
     """
-    attached: SupervisedPSDRNetwork = _apply("psdr", network, (tap,) if tap else (), image_size, config)
-    return attached
+    return _apply(SupervisedPSDRNetwork, "psdr", network, (tap,) if tap else (), image_size, config)
 
 
 def isqrt(
@@ -303,15 +300,19 @@ def isqrt(
     The option `pooling` selects another pooling or its options, such as `{"kind": "isqrt", "width": 128}` or
     "bcnn". Other arguments and errors as for `gmsop`.
     """
-    attached: PooledNetwork = _apply("isqrt", network, (tap,) if tap else (), image_size, config)
-    return attached
+    return _apply(PooledNetwork, "isqrt", network, (tap,) if tap else (), image_size, config)
 
 
 def _apply(
-    name: MethodName, network: nn.Module, taps: Sequence[str], image_size: int, config: dict[str, Any]
-) -> Any:
-    """Apply method *name* to *network*, whose logits tell the number of classes."""
-    trained, _, options = METHODS[name]
+    trained: type[Trained],
+    name: MethodName,
+    network: nn.Module,
+    taps: Sequence[str],
+    image_size: int,
+    config: dict[str, Any],
+) -> Trained:
+    """Apply method *name* to *network*; the number of its logits is that of the classes."""
+    options = METHODS[name].options
     try:
         parsed = options(**config)
     except pydantic.ValidationError as problem:

@@ -3,9 +3,7 @@ import torch
 from torch import nn
 
 from sopdeploy import create_model
-from sopdeploy.errors import ConfigError, LoweringError
-from sopdeploy_export.pipeline import check_exportable
-from tests.sopdeploy.layers.numerics.all_poolings import build
+from sopdeploy.errors import ConfigError
 from tests.sopdeploy.training.small_recipes import few_blocks
 
 FOUR = ["layer1_1", "layer2_1", "layer3_1", "layer4_1"]
@@ -114,33 +112,6 @@ def test_the_branch_at_the_end_of_efficientnet_trains_the_whole_backbone(monkeyp
     assert sum(parameter.numel() for parameter in branch.parameters()) == own
 
 
-EIGEN = [
-    ("log", {"kind": "deepo2p", "width": None}),
-    (
-        {"kind": "power", "power": 0.3, "normalise": "M-l2"},
-        {"kind": "mpncov", "width": None, "power": 0.3, "normalise": "M-l2"},
-    ),
-]
-
-
-@pytest.mark.parametrize(("choice", "same_as"), EIGEN, ids=lambda value: str(value))
-def test_branches_pool_by_logarithm_or_power_in_training_and_are_not_exported(choice, same_as) -> None:
-    torch.manual_seed(0)
-    network = create_model("dsop-resnet8", num_classes=3, base_width=4, aux_pooling=choice)
-    again = create_model("dsop-resnet8", num_classes=3, **network.config.model_dump(mode="json"))
-    assert again.config == network.config
-    branch = network.branches["layer3_0"]
-    reduced = branch.reduction(branch.blocks(torch.randn(4, 16, 4, 4)))
-    torch.testing.assert_close(branch.pooling(reduced), build(same_as, 16)(reduced))
-    network(torch.randn(4, 3, 16, 16)).branches["layer3_0"].square().sum().backward()
-    gradient = network.conv1.weight.grad
-    assert bool(gradient.isfinite().all())
-    assert bool(gradient.any())
-    check_exportable(network, network.training_only)
-    with pytest.raises(LoweringError, match="EigenPooling cannot be exported"):
-        check_exportable(create_model("resnet8", num_classes=3, pooling="deepo2p"))
-
-
 def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
     config = {**NARROW, "aux_blocks": (0, 0, 0, 2), "keep_unused_branches": True, "aux_pooling": "gap"}
     network = create_model("dsop-resnet18", num_classes=3, **config)
@@ -157,9 +128,7 @@ def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
         ({"aux_blocks": ((1, 2, 3), 1, 1, 1)}, "aux_blocks"),
         ({"aux_widths": (64,)}, "aux_widths"),
         ({"aux_weights": (1.0,) * 5}, "aux_weights"),
-        ({"aux_pooling": "mpncov"}, "aux_pooling.*should be 'isqrt', 'gap', 'log' or 'power'"),
-        ({"aux_pooling": {"kind": "gap"}}, "aux_pooling"),
-        ({"aux_pooling": {"kind": "power", "power": 2}}, "aux_pooling.*power"),
+        ({"aux_pooling": "mpncov"}, "aux_pooling.*should be 'isqrt' or 'gap'"),
     ],
 )
 def test_options_that_do_not_match_the_stages_are_rejected(config: dict, key: str) -> None:
