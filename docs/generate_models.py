@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.pooling.base import PoolingConfig
-from sopdeploy.layers.pooling.registry import POOLINGS, AnyPoolingConfig
+from sopdeploy.layers.pooling.registry import AnyPoolingConfig
 from sopdeploy.models import second_order_head
 from sopdeploy.models import stats as counting
 from sopdeploy.models.base import Classifier, Entry
@@ -222,7 +222,7 @@ def accepted_values(schema: dict[str, Any]) -> str:
     if "const" in schema:
         return f"`{schema['const']}`"
     kinds = schema.get("discriminator", {}).get("mapping", {})
-    if kinds and not kinds.keys() <= set(POOLINGS):
+    if kinds and "isqrt" not in kinds:
         return ", ".join(f"`{kind}`" for kind in kinds)
     if "oneOf" in schema or "$ref" in schema:
         return "[a pooling](#poolings)"

@@ -117,12 +117,6 @@ def _find_layout(output: Tensor, channels: int, class_tokens: int) -> Tap | None
     return None
 
 
-def has_feature_maps(name: str) -> bool:
-    """Check whether the stages of timm's network *name* return maps (B, C, H, W), as DSoP's branches need."""
-    taps = find_taps(name).values()
-    return bool(taps) and all(tap.layout == "NCHW" for tap in taps)
-
-
 @contextmanager
 def hooked(network: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """Add forward hooks to modules of *network*, by name, and remove them afterwards.

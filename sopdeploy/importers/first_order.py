@@ -5,7 +5,7 @@ same numbers as under `layers` here.
 """
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from sopdeploy.backbones.resnet import BLOCKS, STAGES
@@ -21,9 +21,8 @@ VGG_CONVOLUTIONS = 13
 VGG_FLATTENED = 512 * 7 * 7  # inputs of its classifier
 
 
-def resnet_depth(path: Path, names: Iterable[str]) -> int:
+def resnet_depth(path: Path, names: Collection[str]) -> int:
     """Find the depth of the ResNet with the tensors *names*; raises `WeightsError`."""
-    names = set(names)
     counts = tuple(
         len({name.split(".")[1] for name in names if name.startswith(f"{stage}.")}) for stage in STAGES
     )

@@ -27,12 +27,12 @@ def choose_config(
     """
     defaults = entry(model).defaults
     config = make_config(model, _set_values(defaults, settings))
-    for key, value in converted.required.items():
-        given: Any = config
+    for key, required in converted.required.items():
+        value: Any = config
         for part in key.split("."):
-            given = getattr(given, part, None)
-        if given != value:
-            raise _misfit(file, converted, model, f"{key} is {given}, not {value}")
+            value = getattr(value, part, None)
+        if value != required:
+            raise _misfit(file, converted, model, f"{key} is {value}, not {required}")
     for key, reason in converted.undetermined.items():
         if key not in settings:
             raise ConfigError(f"{file.path}: {reason}; add --set {key}=..")
@@ -76,21 +76,21 @@ def fit_tensors(
         if source not in used:
             raise _misfit(file, converted, model, f"it has no tensor for {source}")
     state: dict[str, Tensor] = {}
-    for name, wanted in expected.items():
+    for name, of_network in expected.items():
         mapped = by_name.get(name)
         if mapped is None and name.endswith(COUNTER):
-            mapped = MappedTensor(name, (), torch.zeros((), dtype=wanted.dtype))
+            mapped = MappedTensor(name, (), torch.zeros((), dtype=of_network.dtype))
         if mapped is None:
             raise _misfit(file, converted, model, f"{name} is not in the file")
         if name.endswith(COUNTER) and mapped.tensor.numel() == 1:
             mapped = mapped._replace(tensor=mapped.tensor.reshape(()))
-        if mapped.tensor.shape != wanted.shape:
-            shapes = f"{tuple(mapped.tensor.shape)}, not {tuple(wanted.shape)}"
+        if mapped.tensor.shape != of_network.shape:
+            shapes = f"{tuple(mapped.tensor.shape)}, not {tuple(of_network.shape)}"
             raise _misfit(file, converted, model, f"{name} has shape {shapes}")
-        tensor = mapped.tensor.detach().to(wanted.dtype).contiguous().clone()
+        tensor = mapped.tensor.detach().to(of_network.dtype).contiguous().clone()
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise WeightsError(
-                f"{file.path}: {mapped.sources[0]} has values that are not finite in {wanted.dtype}"
+                f"{file.path}: {mapped.sources[0]} has values that are not finite in {of_network.dtype}"
             )
         state[name] = tensor
     return state

@@ -146,10 +146,10 @@ def convert(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
             ) from error
         if converted is not None:
             return project, converted
-    some = ", ".join(list(file.tensors)[:3])
+    first_names = ", ".join(list(file.tensors)[:3])
     known = ", ".join(sorted({project for project, _ in CONVERTERS}))
     raise WeightsError(
-        f"{file.path}: its tensors ({some} ..) are not from a known project ({known}); export it "
+        f"{file.path}: its tensors ({first_names} ..) are not from a known project ({known}); export it "
         "as a network of your own with `sopdeploy export --network`"
     )
 

@@ -13,7 +13,7 @@ from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import StrictModel
-from sopdeploy.layers.attention.first_order import CBAM, SqueezeExcite
+from sopdeploy.layers.attention.first_order import CBAM, squeeze_excite
 from sopdeploy.models.base import Classifier, Entry
 
 
@@ -24,7 +24,7 @@ class SEOptions(StrictModel):
 
     def build_attention(self, channels: int) -> nn.Module:
         """Build the attention of a block of *channels* channels."""
-        return SqueezeExcite(channels, self.reduction)
+        return squeeze_excite(channels, self.reduction)
 
 
 class SEResNetConfig(ResNetConfig, SEOptions):

@@ -125,11 +125,7 @@ class Classifier(Backbone):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of the catalog.
-
-    `image_size` is the side in pixels of the images in the network's paper. `feature_maps` is false if
-    `Backbone.feature_maps` does not compute a map (B, C, h, w).
-    """
+    """One line of the catalog; `image_size` is the side in pixels of the images in the network's paper."""
 
     network: type[Classifier]
     config: type[StrictModel]
@@ -137,7 +133,6 @@ class Entry:
     summary: str
     image_size: int = 224
     num_classes: int = 1000
-    feature_maps: bool = True
 
     @classmethod
     def at_32(

@@ -80,35 +80,37 @@ def published(
     name: str, config: StrictModel, num_classes: int, training: Tally, shipped: Tally, representation: int
 ) -> tuple[Published, ...]:
     """Look up the figures that papers print for exactly this network at its catalog's image size."""
-    found: list[Published] = []
+    figures: list[Published] = []
     for row in ROWS:
-        if row.model != name or (row.num_classes or entry(name).num_classes) != num_classes:
-            continue
-        if make_config(name, row.config) == config:
-            found += _figures(row, training if row.part == "training" else shipped, representation)
-    return tuple(found)
+        same_classes = num_classes == (row.num_classes or entry(name).num_classes)
+        if row.model == name and same_classes and make_config(name, row.config) == config:
+            figures += _compare(row, training if row.part == "training" else shipped, representation)
+    return tuple(figures)
 
 
-def _figures(row: Row, tally: Tally, representation: int) -> list[Published]:
-    """Compare every count in *row* with the package's own."""
+def _compare(row: Row, tally: Tally, representation: int) -> list[Published]:
+    """Put the package's own count beside every printed figure of *row*."""
     parameters = sum(n for name, n in tally.parameters.items() if name.startswith(row.module))
     operations = sum(n for name, n in tally.macs.items() if name.startswith(row.module)) + row.extra_ops
     if row.dsop_ops:
         operations += PER_NORM_OUTPUT * tally.norm_outputs + PER_ROOT_PRODUCT * tally.root_products
-    per_param, per_op = (RESNET50_PARAMS, RESNET50_OPS) if row.times_resnet50 else (1e6, 1e9)
-    param_unit, op_unit = ("x", "x") if row.times_resnet50 else ("M", "G")
-    printed: tuple[tuple[str, Any, float | None, float], ...] = (
-        (f"{row.part} parameters", param_unit, row.params, parameters / per_param),
-        (f"{row.part} operations", op_unit, row.ops, operations / per_op),
+    counts: tuple[tuple[str, Unit, float | None, float], ...] = (
+        (f"{row.part} parameters", "M", row.params, parameters / 1e6),
+        (f"{row.part} operations", "G", row.ops, operations / 1e9),
         ("representation", "K", row.dim, representation / 1e3),
     )
+    if row.times_resnet50:
+        counts = (
+            (f"{row.part} parameters", "x", row.params, parameters / RESNET50_PARAMS),
+            (f"{row.part} operations", "x", row.ops, operations / RESNET50_OPS),
+        )
     note = "; ".join(filter(None, (row.note, "cut off, not rounded" if row.cut else "")))
-    figures = []
-    for quantity, unit, figure, ours in printed:
-        if figure is not None:
-            values = {"printed": figure, "ours": round(ours, 4), "reached": row.reached, "note": note}
-            figures.append(Published(source=row.source, quantity=quantity, unit=unit, **values))
-    return figures
+    shared: dict[str, Any] = {"source": row.source, "reached": row.reached, "note": note}
+    return [
+        Published(quantity=quantity, unit=unit, printed=printed, ours=round(ours, 4), **shared)
+        for quantity, unit, printed, ours in counts
+        if printed is not None
+    ]
 
 
 class Description(StrictModel):

@@ -225,13 +225,7 @@ class DSoPResNet(DSoP, ResNet):
 
 
 class DSoPEfficientNetConfig(EfficientNetConfig, DSoPConfig):
-    """EfficientNet-b0 with branches.
-
-    `end_tap` is where the branch of the last stage starts: "conv_head" is after the convolution to 1280
-    channels, where that branch has no blocks; "blocks.6" is before it.
-    """
-
-    end_tap: Literal["conv_head", "blocks.6"] = "conv_head"
+    """EfficientNet-b0 with branches."""
 
 
 class DSoPEfficientNet(DSoP, EfficientNet):
@@ -258,17 +252,14 @@ class DSoPEfficientNet(DSoP, EfficientNet):
         )
 
     def plan(self) -> list[BranchPlan]:
-        """Plan the branches; that of the last stage starts at `end_tap`."""
-        plans = super().plan()
-        if self.config.end_tap == "blocks.6":
-            return plans
+        """Plan the branches; that of the last stage starts at `conv_head`."""
         self.tap_channels["conv_head"] = HEAD_CHANNELS
         width = min((self.config.aux_widths or self.paper_branches().widths)[-1], HEAD_CHANNELS)
         return [
             plan._replace(tap="conv_head", blocks=0, width=width)
             if plan.used and plan.tap.startswith("blocks.6.")
             else plan
-            for plan in plans
+            for plan in super().plan()
         ]
 
 

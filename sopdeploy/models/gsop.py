@@ -67,7 +67,6 @@ class GSoP(Classifier):
     block_spacing: ClassVar[int | None] = None
     config: GSoPConfig
     pooling: GlobalPooling
-    fc: nn.Module
 
     def __init__(self, config: GSoPConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)

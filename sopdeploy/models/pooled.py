@@ -49,16 +49,17 @@ class SecondOrderEfficientNet(Classifier, EfficientNet):
         initialize(self.reduction)
 
 
-def _resnet(pooling: str, depth: int, title: str) -> tuple[str, Entry]:
-    """Build the name and entry of a ResNet whose conv5_x has stride 1, with *pooling*."""
-    defaults = {"depth": depth, "conv5_stride": 1, "pooling": pooling}
-    return f"{pooling}-resnet{depth}", Entry(
-        PlainResNet, ResNetConfig, defaults, f"{title} on ResNet-{depth}"
-    )
-
-
 ENTRIES = {
-    **dict(_resnet("isqrt", depth, ISQRT) for depth in (18, 34, 50, 101)),
+    **{
+        f"{pooling}-resnet{depth}": Entry(
+            PlainResNet,
+            ResNetConfig,
+            {"depth": depth, "conv5_stride": 1, "pooling": pooling},
+            f"{title} on ResNet-{depth}",
+        )
+        for pooling, title, depths in (("isqrt", ISQRT, (18, 34, 50, 101)), ("mpncov", MPNCOV, (18, 50, 101)))
+        for depth in depths
+    },
     **{
         f"isqrt-resnet{depth}": Entry.at_32(
             PlainSmallResNet,
@@ -68,7 +69,6 @@ ENTRIES = {
         )
         for depth in (8, 20, 32, 44, 56, 110)
     },
-    **dict(_resnet("mpncov", depth, MPNCOV) for depth in (18, 50, 101)),
     **{
         f"{pooling}-vgg16": Entry(
             PlainVGG, VGGConfig, {"pooling": pooling, "classifier": classifier}, f"{title} on VGG-16"

@@ -36,7 +36,7 @@ FAMILIES: tuple[ModuleType, ...] = (  # in display order; each has its ENTRIES
     gmsop,
     gmsop_baselines,
 )
-CATALOG: dict[str, Entry] = {name: line for family in FAMILIES for name, line in family.ENTRIES.items()}
+CATALOG: dict[str, Entry] = {name: item for family in FAMILIES for name, item in family.ENTRIES.items()}
 
 REGISTERED: dict[str, Entry] = {}  # networks of the user, see `user_network.register_model`
 
@@ -55,9 +55,8 @@ def entry(name: str) -> Entry:
     if name in REGISTERED:
         return REGISTERED[name]
     if name not in CATALOG:
-        near = difflib.get_close_matches(name, CATALOG, n=3)
-        near = [f"timm:{name}"] if "." in name else near
-        hint = f"did you mean {', '.join(near)}?" if near else "`sopdeploy models` lists them all"
+        similar = [f"timm:{name}"] if "." in name else difflib.get_close_matches(name, CATALOG, n=3)
+        hint = f"did you mean {', '.join(similar)}?" if similar else "`sopdeploy models` lists them all"
         raise ConfigError(f"model {name!r} is not in the catalog; {hint}")
     return CATALOG[name]
 
@@ -67,11 +66,11 @@ def make_config(name: str, values: Mapping[str, Any]) -> StrictModel:
 
     Raises `ConfigError` with the first key or value that the model does not accept.
     """
-    found = entry(name)
+    network = entry(name)
     try:
-        return found.config(**{**found.defaults, **values})
+        return network.config(**{**network.defaults, **values})
     except pydantic.ValidationError as problem:
-        known = ", ".join(found.config.model_fields)
+        known = ", ".join(network.config.model_fields)
         raise ConfigError(f"{name}: {first_problem(problem)}; its keys are {known}") from problem
 
 
@@ -93,11 +92,10 @@ def create_model(name: str, *, num_classes: int | None = None, **config: Any) ->
     *num_classes* defaults to the catalog's (1000, 100 or 10); *config* sets options of the model's config
     class. Raises `ConfigError` for an unknown name, key or value.
     """
-    line = entry(name)
-    classes = line.num_classes if num_classes is None else num_classes
+    classes = entry(name).num_classes if num_classes is None else num_classes
     if classes < 1:
         raise ConfigError(f"num_classes: must be at least 1 (got {classes})")
-    return line.network(make_config(name, config), classes)
+    return entry(name).network(make_config(name, config), classes)
 
 
 def with_head(name: str, model: Classifier, head: HeadConfig) -> Classifier:
@@ -107,15 +105,16 @@ def with_head(name: str, model: Classifier, head: HeadConfig) -> Classifier:
     except those of its classifier and its training-only parts. The weights of the head are random. Raises
     `ConfigError` if the network cannot have this head.
     """
-    wanted = head_name(name)
-    fields = entry(wanted).config.model_fields
-    options = {
-        key: value for key, value in model.config.model_dump().items() if key in fields and key != "head"
-    }
-    network = create_model(wanted, num_classes=model.num_classes, **options, head=head.model_dump())
-    own, weights = network.state_dict(), model.state_dict()
-    kept = {name: tensor for name, tensor in weights.items() if name in own and not is_in(name, POOLED_HEAD)}
-    network.load_state_dict({**own, **kept})
+    with_head_name = head_name(name)
+    fields = entry(with_head_name).config.model_fields
+    options = {key: value for key, value in model.config.model_dump().items() if key in fields}
+    options["head"] = head.model_dump()
+    network = create_model(with_head_name, num_classes=model.num_classes, **options)
+    state = network.state_dict()
+    for tensor_name, tensor in model.state_dict().items():
+        if tensor_name in state and not is_in(tensor_name, POOLED_HEAD):
+            state[tensor_name] = tensor
+    network.load_state_dict(state)
     device = next(model.parameters()).device
     return network.to(device).train(model.training)
 

@@ -48,20 +48,23 @@ class Tally:
 
     def by_part(self, split: Collection[str]) -> dict[str, Counts]:
         """Sum the counts of each child; children named in *split* are divided into their own children."""
-        parameters: Counter[str] = Counter()
-        macs: Counter[str] = Counter()
-        for counts, sums in ((self.parameters, parameters), (self.macs, macs)):
+
+        def sum_by_part(counts: Counter[str]) -> Counter[str]:
+            sums: Counter[str] = Counter()
             for name, number in counts.items():
-                first, second, *_ = [*name.split("."), ""]
-                sums[f"{first}.{second}" if first in split else first] += number
+                child, _, rest = name.partition(".")
+                sums[f"{child}.{rest.partition('.')[0]}" if child in split else child] += number
+            return sums
+
+        parameters, macs = sum_by_part(self.parameters), sum_by_part(self.macs)
         return {part: Counts(parameters=n, macs=macs[part]) for part, n in parameters.items()}
 
 
 def tally(network: nn.Module, image_size: int) -> Tally:
     """Count parameters and multiply-adds of *network*, on `meta` or the CPU, in its current mode."""
-    found = Tally(parameters=Counter({name: p.numel() for name, p in network.named_parameters()}))
+    counts = Tally(parameters=Counter({name: p.numel() for name, p in network.named_parameters()}))
     handles = [
-        part.register_forward_hook(partial(_add, found, name)) for name, part in network.named_modules()
+        part.register_forward_hook(partial(_add, counts, name)) for name, part in network.named_modules()
     ]
     norms: list[Any] = [
         part for part in network.modules() if isinstance(part, NORMS) and "forward" not in vars(part)
@@ -77,22 +80,22 @@ def tally(network: nn.Module, image_size: int) -> Tally:
             del norm.forward
         for handle in handles:
             handle.remove()
-    return found
+    return counts
 
 
 def _unchanged(values: Tensor) -> Tensor:
     return values.view_as(values)  # a new tensor, because hooks of callers identify modules by their output
 
 
-def _add(found: Tally, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    """Add to *found* the operations of *module* for one image."""
+def _add(counts: Tally, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    """Add to *counts* the operations of *module* for one image."""
     if isinstance(module, Components):
-        found.macs[name] += module.macs(inputs[0].shape)
+        counts.macs[name] += module.macs(inputs[0].shape)
     elif isinstance(module, nn.Linear):
-        found.macs[name] += output[0].numel() * module.in_features
+        counts.macs[name] += output[0].numel() * module.in_features
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
-        found.macs[name] += output[0].numel() * module.weight[0].numel()
+        counts.macs[name] += output[0].numel() * module.weight[0].numel()
     elif isinstance(module, NORMS):
-        found.norm_outputs += output[0].numel()
+        counts.norm_outputs += output[0].numel()
     elif isinstance(module, ISqrtCov):
-        found.root_products += module.width**3
+        counts.root_products += module.width**3

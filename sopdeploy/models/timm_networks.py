@@ -4,12 +4,7 @@ NAME is timm's own, with or without a tag (`resnet18.a1_in1k`). The inference mo
 timm's key names, so timm's weight files fit.
 """
 
-from sopdeploy.backbones.timm_backbone import (
-    TimmBackbone,
-    TimmConfig,
-    has_feature_maps,
-    timm_image_size,
-)
+from sopdeploy.backbones.timm_backbone import TimmBackbone, TimmConfig, timm_image_size
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
@@ -46,11 +41,11 @@ class DSoPTimm(DSoP, TimmBackbone):
 
     def paper_branches(self) -> PaperBranches:
         """Return two blocks and at most 256 channels for every stage; raise `ConfigError` without stages."""
-        name = self.config.backbone
-        if not has_feature_maps(name):
+        taps = self.tap_layouts.values()
+        if not taps or any(tap.layout != "NCHW" for tap in taps):
             raise ConfigError(
-                f"timm:{name} has no feature maps (batch, channels, height, width) for branches; choose a "
-                "convolutional network with named stages"
+                f"timm:{self.config.backbone} has no feature maps (batch, channels, height, width) for "
+                "branches; choose a convolutional network with named stages"
             )
         return super().paper_branches()
 
@@ -62,6 +57,5 @@ def timm_entry(family: str, name: str) -> Entry:
     """
     side = timm_image_size(name)
     if family == "timm":
-        maps = has_feature_maps(name)
-        return Entry(PlainTimm, TimmConfig, {"backbone": name}, f"timm's {name}", side, feature_maps=maps)
+        return Entry(PlainTimm, TimmConfig, {"backbone": name}, f"timm's {name}", side)
     return Entry(DSoPTimm, DSoPTimmConfig, {"backbone": name}, f"DSoP on timm's {name}", side)

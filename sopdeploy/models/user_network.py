@@ -89,7 +89,7 @@ class UserNetwork(Classifier):
         return find_taps(self.network, chosen, image_size)[0]
 
     def remove_classifier(self, image_size: int) -> int:
-        """Replace the last linear layer; raise `ConfigError` if its output is not the network's."""
+        """Replace the last linear layer; raise `ConfigError` if the network does not return its output."""
         layer = Classifier.logits_layer(self)
         if layer is not None:
             name = next(name for name, module in self.network.named_modules() if module is layer)
@@ -221,7 +221,6 @@ METHODS: dict[MethodName, Method] = {
     "psdr": Method(SupervisedPSDRNetwork, PSDRNetwork, PSDROptions),
     "isqrt": Method(PooledNetwork, PooledNetwork, PooledOptions),
 }
-NEEDS_TAPS = ("dsop", "gsop")
 
 
 def dsop(network: nn.Module, taps: Sequence[str], *, image_size: int = 224, **config: Any) -> DSoPNetwork:
@@ -352,7 +351,7 @@ def register_model(
         reason = "is a network of the catalog" if name in CATALOG else "use letters, digits, `.`, `_` and `-`"
         raise ConfigError(f"register_model: name {name!r}: {reason}")
     chosen: MethodName = method or ("dsop" if taps else "none")
-    if chosen in NEEDS_TAPS and not taps:
+    if chosen in {"dsop", "gsop"} and not taps:
         raise ConfigError(f"register_model: method {chosen!r} needs taps; name modules of the network")
     trained, exported, options = METHODS[chosen]
     source = Source(partial(_build, name, build), tuple(taps), image_size)
@@ -364,9 +363,7 @@ def register_model(
         return type(kind.__name__, (kind,), {"__init__": construct, "inference_class": inference_class})
 
     inference = bound(exported, None) if trained.training_only else None
-    REGISTERED[name] = Entry(
-        bound(trained, inference), options, {}, "registered in this process", image_size, feature_maps=False
-    )
+    REGISTERED[name] = Entry(bound(trained, inference), options, {}, "registered in this process", image_size)
 
 
 def _build(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn.Module:

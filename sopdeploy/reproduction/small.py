@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from sopdeploy.backbones.alexnet import AlexNetConfig
+from sopdeploy.backbones.efficientnet import EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.backbones.vgg import VGGConfig
 from sopdeploy.bundle.folder import staging
@@ -150,7 +151,7 @@ def small_network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
         config["aux_blocks"] = [1, 1, 1, 1]
     if "aux_widths" in values and values["aux_widths"] is None:
         stages = {224: 4, 32: 3}[entry(name).image_size]
-        if "end_tap" not in values:
+        if not isinstance(full, EfficientNetConfig):
             config["aux_widths"] = [CHANNELS] * stages
     if isinstance(full, AlexNetConfig):
         config["classifier"] = "linear"

@@ -5,26 +5,20 @@ Linear layers on channel means are 1x1 convolutions with bias here.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import ConfigError
 
-class SqueezeExcite(nn.Module):
-    """Scale a feature map (B, C, H, W) by channel; `reduction` is r.
+
+def squeeze_excite(channels: int, reduction: int) -> nn.Module:
+    """Build timm's Squeeze-and-Excitation, which scales a map (B, C, H, W) by channel; *reduction* is r.
 
     Global average pooling, linear layer to C / r (at least one), ReLU, linear layer to C, sigmoid.
     """
-
-    def __init__(self, channels: int, reduction: int) -> None:
-        super().__init__()
-        hidden = max(1, channels // reduction)
-        self.fc1 = nn.Conv2d(channels, hidden, 1)
-        self.fc2 = nn.Conv2d(hidden, channels, 1)
-
-    def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Scale (B, C, H, W) features by channel."""
-        means_BC11 = features_BCHW.mean(dim=(2, 3), keepdim=True)
-        return features_BCHW * torch.sigmoid(self.fc2(F.relu(self.fc1(means_BC11))))
+    timm = import_optional("timm.layers", "timm", "sopdeploy[train]", ConfigError)
+    block: nn.Module = timm.SEModule(channels, rd_channels=max(1, channels // reduction))
+    return block
 
 
 class CBAM(nn.Module):

@@ -19,12 +19,11 @@ from sopdeploy.layers.covariance import (
     scaled,
     upper_triangle_indices,
 )
-from sopdeploy.layers.isqrt_cov import ISqrtCov
+from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 from sopdeploy.layers.spectral import NO_EIGEN_FORM, Logarithm, Power, spectral
 
-SMALLEST = 1e-12  # lower bound of divisors
 Width = Annotated[int, pydantic.Field(ge=1)] | None
 
 
@@ -80,9 +79,9 @@ class EigenPooling(ReducedPooling):
         value_Bdd, lambda_Bd = spectral(covariance(x_BdM), self.function)
         if self.config.normalise == "M-l2":
             largest_B1 = self.function(lambda_Bd)[0][:, -1:]
-            value_Bdd = value_Bdd / largest_B1.clamp_min(SMALLEST)[:, :, None]
+            value_Bdd = value_Bdd / largest_B1.clamp_min(SMALLEST_NORM)[:, :, None]
         elif self.config.normalise == "M-Fro":
-            value_Bdd = value_Bdd / frobenius_norm(value_Bdd).clamp_min(SMALLEST)
+            value_Bdd = value_Bdd / frobenius_norm(value_Bdd).clamp_min(SMALLEST_NORM)
         return value_Bdd.flatten(start_dim=1).index_select(1, self.triangle)
 
 

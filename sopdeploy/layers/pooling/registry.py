@@ -3,7 +3,7 @@
 The value is a pooling's name, `"isqrt"`, or a name with options, `{"kind": "isqrt", "iterations": 3}`.
 """
 
-from typing import Annotated, get_args
+from typing import Annotated
 
 import pydantic
 
@@ -33,9 +33,6 @@ AnyPoolingConfig = (
     | CompactBilinearConfig
     | NetVLADConfig
     | NetFVConfig
-)
-POOLINGS: tuple[str, ...] = tuple(
-    config.model_fields["kind"].default for config in get_args(AnyPoolingConfig)
 )
 
 Pooling = Annotated[

@@ -3,13 +3,13 @@ import torch
 import torch.nn.functional as F
 
 from sopdeploy import create_model
-from sopdeploy.layers.attention.first_order import CBAM, SqueezeExcite
+from sopdeploy.layers.attention.first_order import CBAM, squeeze_excite
 
 FEATURES = torch.randn(2, 32, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def test_squeeze_excite_is_two_linear_layers_on_the_means() -> None:
-    block = SqueezeExcite(32, 16).double()
+    block = squeeze_excite(32, 16).double()
     means = F.adaptive_avg_pool2d(FEATURES, 1).flatten(1)
     hidden = F.relu(F.linear(means, block.fc1.weight.flatten(1), block.fc1.bias))
     weights = torch.sigmoid(F.linear(hidden, block.fc2.weight.flatten(1), block.fc2.bias))

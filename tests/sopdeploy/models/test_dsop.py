@@ -30,7 +30,6 @@ def branches_of(name: str, **config: object) -> dict[str, nn.Module]:
         ("dsop-wrn-28-10", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (1, 3)]),
         ("dsop-resnext29-8x64d", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
         ("dsop-efficientnet-b0", {}, ["blocks_4_2", "conv_head"]),
-        ("dsop-efficientnet-b0", {"end_tap": "blocks.6"}, ["blocks_4_2", "blocks_6_0"]),
         ("dsop-resnet18", {"aux_blocks": (0, 1, (2, 0), (0, 3))}, ["layer2_1", "layer3_0", "layer4_1"]),
     ],
 )
@@ -53,7 +52,6 @@ def test_branches_start_where_the_paper_says(name: str, config: dict, expected: 
         ("dsop-wrn-28-10", {}, [2] * 6, [128] * 6),
         ("dsop-resnext29-8x64d", {}, [1, 2] * 3, [128] * 6),
         ("dsop-efficientnet-b0", {}, [3, 0], [64, 64]),
-        ("dsop-efficientnet-b0", {"end_tap": "blocks.6"}, [3, 1], [64, 64]),
         ("dsop-efficientnet-b0", {"aux_widths": (512,) * 7}, [3, 0], [112, 512]),
     ],
 )
