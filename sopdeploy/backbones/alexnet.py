@@ -6,14 +6,13 @@ The slides on iSQRT-COV pool the last feature map, 13 x 13 positions and 256 cha
 are padded by 2, which gives the paper's first map of 55 x 55 positions.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-import pydantic
 from torch import nn
 
 from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.backbones.vgg import build_classifier
-from sopdeploy.config import StrictModel
+from sopdeploy.config import FractionBelowOne, StrictModel
 from sopdeploy.layers.pooling.base import FlattenConfig
 from sopdeploy.layers.pooling.registry import Pooling
 
@@ -36,7 +35,7 @@ class AlexNetConfig(StrictModel):
 
     pooling: Pooling = FlattenConfig(window=3, side=6)
     classifier: Literal["mlp", "linear"] = "mlp"
-    dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.5
+    dropout: FractionBelowOne = 0.5
     norm: Literal["response", "batch"] = "response"
 
 

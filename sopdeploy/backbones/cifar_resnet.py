@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialize
-from sopdeploy.config import StrictModel
+from sopdeploy.config import Count, StrictModel
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.layers.residual import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, conv3x3
@@ -30,7 +30,7 @@ class SmallResNetConfig(StrictModel):
     """
 
     depth: Annotated[int, pydantic.Field(ge=8)] = 20
-    base_width: Annotated[int, pydantic.Field(ge=1)] = 16
+    base_width: Count = 16
     shortcut: Literal["pad", "projection"] = "pad"
     pooling: Pooling = GapConfig()
 
@@ -70,9 +70,9 @@ class PreActResNetConfig(StrictModel):
     `pooling` is the global pooling.
     """
 
-    blocks: Annotated[int, pydantic.Field(ge=1)] = 18
+    blocks: Count = 18
     block: Literal["basic", "bottleneck"] = "bottleneck"
-    widen: Annotated[int, pydantic.Field(ge=1)] = 1
+    widen: Count = 1
     last_stride: Literal[1, 2] = 2
     pooling: Pooling = GapConfig()
 
@@ -110,8 +110,8 @@ class PreActResNet(Backbone):
 class ResNeXtConfig(StrictModel):
     """Groups of the 3x3 convolution, channels of each group in the first stage, and the global pooling."""
 
-    cardinality: Annotated[int, pydantic.Field(ge=1)] = 8
-    group_width: Annotated[int, pydantic.Field(ge=1)] = 64
+    cardinality: Count = 8
+    group_width: Count = 64
     pooling: Pooling = GapConfig()
 
 

@@ -6,13 +6,12 @@ The second-order papers remove the last down-sampling: `conv5_stride=1` ("s1").
 
 import math
 from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import pydantic
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialize
-from sopdeploy.config import StrictModel
+from sopdeploy.config import Count, StrictModel
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.layers.residual import BasicBlock, Bottleneck, conv1x1
@@ -42,7 +41,7 @@ class ResNetConfig(StrictModel):
     depth: Literal[18, 26, 34, 50, 101] = 18
     conv5_stride: Literal[1, 2] = 2
     bottleneck_stride: Literal["v1", "v1.5"] = "v1.5"
-    base_width: Annotated[int, pydantic.Field(ge=1)] = BASE_WIDTH
+    base_width: Count = BASE_WIDTH
     pooling: Pooling = GapConfig()
 
 
@@ -84,8 +83,8 @@ class LowResolutionResNetConfig(StrictModel):
     smaller weights and a 3600 times lower learning rate, which is equivalent except for the weight decay.
     """
 
-    blocks_per_stage: Annotated[int, pydantic.Field(ge=1)] = 2
-    widen: Annotated[int, pydantic.Field(ge=1)] = 1
+    blocks_per_stage: Count = 2
+    widen: Count = 1
     conv5_stride: Literal[1, 2] = 2
     project_first_stage: bool = False
     input_scaling: Literal["standardised", "raw"] = "standardised"

@@ -7,13 +7,12 @@ batch norm. The modules in `layers` and `classifier` have the numbers that torch
 `features` and `classifier`.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-import pydantic
 from torch import nn
 
 from sopdeploy.backbones.base import Backbone, initialize
-from sopdeploy.config import StrictModel
+from sopdeploy.config import FractionBelowOne, StrictModel
 from sopdeploy.layers.pooling.base import GlobalPooling
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.layers.pooling.registry import Pooling
@@ -30,7 +29,7 @@ class VGGConfig(StrictModel):
 
     pooling: Pooling = ISqrtPoolingConfig()
     classifier: Literal["mlp", "linear"] = "mlp"
-    dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.5
+    dropout: FractionBelowOne = 0.5
     batch_norm: bool = True
 
 

@@ -4,15 +4,14 @@ Papers: see `layers/attention/first_order.py`; GSoP compares itself with them in
 attention scales each block's residual before the addition.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import pydantic
 from torch import nn
 
 from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
-from sopdeploy.config import StrictModel
+from sopdeploy.config import Count, StrictModel
 from sopdeploy.layers.attention.first_order import CBAM, squeeze_excite
 from sopdeploy.models.base import Classifier, Entry
 
@@ -20,7 +19,7 @@ from sopdeploy.models.base import Classifier, Entry
 class SEOptions(StrictModel):
     """Squeeze-and-Excitation, whose hidden layers have C / `reduction` channels."""
 
-    reduction: Annotated[int, pydantic.Field(ge=1)] = 16
+    reduction: Count = 16
 
     def build_attention(self, channels: int) -> nn.Module:
         """Build the attention of a block of *channels* channels."""
@@ -34,7 +33,7 @@ class SEResNetConfig(ResNetConfig, SEOptions):
 class CBAMResNetConfig(ResNetConfig):
     """A ResNet with CBAM; `reduction` is r, `kernel` the side of the convolution over positions."""
 
-    reduction: Annotated[int, pydantic.Field(ge=1)] = 16
+    reduction: Count = 16
     kernel: Literal[3, 5, 7] = 7
 
     def build_attention(self, channels: int) -> nn.Module:

@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, STAGES, EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
-from sopdeploy.config import NonNegative
+from sopdeploy.config import Count, FractionBelowOne, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry
 
-Count = Annotated[int, pydantic.Field(ge=0)]
-Width = Annotated[int, pydantic.Field(ge=1)]
+Blocks = Annotated[int, pydantic.Field(ge=0)]
 
 
 class DSoPConfig(NewtonSchulzOptions):
@@ -39,11 +38,11 @@ class DSoPConfig(NewtonSchulzOptions):
     control. `keep_unused_branches` keeps one block and the head of a branch of 0 blocks, as Table X counts.
     """
 
-    aux_blocks: tuple[Count | tuple[Count, ...], ...] | None = None
-    aux_widths: tuple[Width, ...] | None = None
+    aux_blocks: tuple[Blocks | tuple[Blocks, ...], ...] | None = None
+    aux_widths: tuple[Count, ...] | None = None
     aux_weights: tuple[NonNegative, ...] | None = None
     aux_pooling: Literal["isqrt", "gap"] = "isqrt"
-    aux_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] | None = None
+    aux_dropout: FractionBelowOne | None = None
     main_weight: NonNegative = 1.0
     keep_unused_branches: bool = False
 

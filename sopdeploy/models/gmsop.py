@@ -27,14 +27,13 @@ from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig, initialize_by_fan_in
+from sopdeploy.config import Count, FractionBelowOne, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.mixture.components import Components, Convolutions, FusionHead, Kind, pooling
 from sopdeploy.layers.mixture.gate import GateNoise, NoisePer, SparseGate, balance_loss, keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry, TrainingOutput
-
-Width = Annotated[int, pydantic.Field(ge=1)]
 
 
 class GMSOPOptions(NewtonSchulzOptions):
@@ -55,18 +54,18 @@ class GMSOPOptions(NewtonSchulzOptions):
 
     component: Kind = "sop"
     components: Annotated[int, pydantic.Field(ge=2)] = 16
-    chosen: Annotated[int, pydantic.Field(ge=1)] = 8
-    component_widths: tuple[Width, ...] = pydantic.Field(default=(256, 128), min_length=1)
+    chosen: Count = 8
+    component_widths: tuple[Count, ...] = pydantic.Field(default=(256, 128), min_length=1)
     component_activation: Literal["relu", "none"] = "relu"
     component_bias: bool = False
     component_norm: bool = False
     component_centered: bool = True
-    gate_widths: tuple[Width, ...] | None = None
+    gate_widths: tuple[Count, ...] | None = None
     gate_norm: bool = False
     fusion_norm: bool = True
-    dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.2
+    dropout: FractionBelowOne = 0.2
     noise_per: NoisePer = "component"
-    balance_weight: Annotated[float, pydantic.Field(ge=0)] = 100.0
+    balance_weight: NonNegative = 100.0
     evaluation: Literal["routed", "dense"] = "routed"
 
     @pydantic.model_validator(mode="after")

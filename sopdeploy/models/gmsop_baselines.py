@@ -10,18 +10,17 @@ counts of ResNet-Xd and SR-SOP do not include them). The README of the released 
 for ResNet-18; the network has 829,192.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pydantic
 from torch import Tensor
 
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig
+from sopdeploy.config import Count, FractionBelowOne
 from sopdeploy.layers.mixture.components import Components, Convolutions, FusionHead
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.codebook import GMSOPNetVLAD
 from sopdeploy.models.base import Classifier, Entry
-
-Width = Annotated[int, pydantic.Field(ge=1)]
 
 
 class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
@@ -31,10 +30,10 @@ class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     """
 
     component: Literal["gap", "sop"] = "gap"
-    components: Annotated[int, pydantic.Field(ge=1)] = 1
-    component_widths: tuple[Width, ...] = ()
+    components: Count = 1
+    component_widths: tuple[Count, ...] = ()
     fusion_norm: bool = False
-    dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
+    dropout: FractionBelowOne = 0.0
 
     @pydantic.model_validator(mode="after")
     def _components_differ(self) -> "AveragedResNetConfig":
@@ -72,7 +71,7 @@ class AveragedResNet(Classifier, LowResolutionResNet):
 class NetVLADResNetConfig(LowResolutionResNetConfig):
     """`words` is the number of words of the codebook."""
 
-    words: Annotated[int, pydantic.Field(ge=1)] = 64
+    words: Count = 64
 
 
 class NetVLADResNet(Classifier, LowResolutionResNet):

@@ -20,6 +20,7 @@ from torch import nn
 from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
+from sopdeploy.config import Count, FractionBelowOne
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
@@ -47,8 +48,8 @@ class GSoPConfig(GSoPBlockConfig, NewtonSchulzOptions):
     """
 
     final_pooling: Literal["gap", "isqrt"] = "gap"
-    final_width: Annotated[int, pydantic.Field(ge=1)] = 256
-    dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
+    final_width: Count = 256
+    dropout: FractionBelowOne = 0.0
     block_stages: tuple[Stage, ...] | None = None
     block_place: Literal["after", "inside"] = "after"
     strided_dr_stages: tuple[Stage, ...] = ()
@@ -127,8 +128,8 @@ class GSoPPreActResNetConfig(PreActResNetConfig, GSoPConfig):
     last_stride: Literal[1, 2] = 1
     pooling: GapConfig = GapConfig()  # fixed: `final_pooling` selects the pooling
     cov_width: Annotated[int, pydantic.Field(ge=32, le=256)] = 64
-    final_width: Annotated[int, pydantic.Field(ge=1)] = 128
-    dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.5
+    final_width: Count = 128
+    dropout: FractionBelowOne = 0.5
 
 
 class GSoPPreActResNet(GSoP, PreActResNet):

@@ -6,9 +6,6 @@ seven poolings of the authors' slides on iSQRT-COV. iSQRT-COV with the Frobenius
 `create_model("resnet50", pooling="cbp")`.
 """
 
-from typing import Annotated
-
-import pydantic
 from torch import nn
 
 from sopdeploy.backbones.alexnet import AlexNetConfig
@@ -17,6 +14,7 @@ from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
 from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.backbones.vgg import VGGConfig
+from sopdeploy.config import Count
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig
@@ -32,7 +30,7 @@ class SecondOrderEfficientNetConfig(EfficientNetConfig, NewtonSchulzOptions):
     """EfficientNet-b0, and the `width` of the covariance."""
 
     pooling: GapConfig = GapConfig()  # fixed: this network has its own second-order pooling
-    width: Annotated[int, pydantic.Field(ge=1)] = 64
+    width: Count = 64
 
 
 class SecondOrderEfficientNet(Classifier, EfficientNet):

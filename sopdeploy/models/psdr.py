@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
+from sopdeploy.config import Count, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
@@ -31,10 +32,10 @@ class PSDROptions(NewtonSchulzOptions):
     `main_weight` and `aux_weight` are lambda and gamma, the weights of the losses.
     """
 
-    width: Annotated[int, pydantic.Field(ge=1)] = 64
+    width: Count = 64
     decay: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.25
-    main_weight: Annotated[float, pydantic.Field(ge=0)] = 1.0
-    aux_weight: Annotated[float, pydantic.Field(ge=0)] = 1.0
+    main_weight: NonNegative = 1.0
+    aux_weight: NonNegative = 1.0
 
 
 class PSDRConfig(ResNetConfig, PSDROptions):

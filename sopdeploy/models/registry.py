@@ -67,10 +67,15 @@ def make_config(name: str, values: Mapping[str, Any]) -> StrictModel:
     Raises `ConfigError` with the first key or value that the model does not accept.
     """
     network = entry(name)
+    return parse_options(name, network.config, {**network.defaults, **values})
+
+
+def parse_options(name: str, options: type[StrictModel], values: Mapping[str, Any]) -> StrictModel:
+    """Build the *options* of *name*; raise `ConfigError` with the first key or value that is not accepted."""
     try:
-        return network.config(**{**network.defaults, **values})
+        return options(**values)
     except pydantic.ValidationError as problem:
-        known = ", ".join(network.config.model_fields)
+        known = ", ".join(options.model_fields)
         raise ConfigError(f"{name}: {first_problem(problem)}; its keys are {known}") from problem
 
 

@@ -14,12 +14,13 @@ Letters: B images, C channels, H height, W width, d channels after the projectio
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
+from sopdeploy.config import Count
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
@@ -44,7 +45,7 @@ class HeadConfig(NewtonSchulzOptions):
 
     kind: HeadKind = "gap+isqrt"
     taps: tuple[str, ...] | None = pydantic.Field(default=None, min_length=1)
-    width: Annotated[int, pydantic.Field(ge=1)] = 48
+    width: Count = 48
     iterations: Iterations = 7
     compensation: Literal["norm", "none"] = "none"
     distance: bool = False

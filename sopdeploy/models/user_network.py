@@ -10,13 +10,12 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
-import pydantic
 import torch
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.backbones.timm_backbone import hooked, nearest_block, run_tapped
-from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
@@ -25,7 +24,7 @@ from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig
 from sopdeploy.models.gmsop import GMSOP, Gated, GMSOPOptions
 from sopdeploy.models.psdr import PSDR, PSDROptions, SupervisedPSDR
-from sopdeploy.models.registry import CATALOG, REGISTERED
+from sopdeploy.models.registry import CATALOG, REGISTERED, parse_options
 from sopdeploy.models.user_maps import evaluated, find_taps, last_map, remove_after
 
 Trained = TypeVar("Trained", bound="UserNetwork")
@@ -311,14 +310,9 @@ def _apply(
     config: dict[str, Any],
 ) -> Trained:
     """Apply method *name* to *network*; the number of its logits is that of the classes."""
-    options = METHODS[name].options
-    try:
-        parsed = options(**config)
-    except pydantic.ValidationError as problem:
-        known = ", ".join(options.model_fields)
-        raise ConfigError(f"{name}: {first_problem(problem)}; its keys are {known}") from problem
+    options = parse_options(name, METHODS[name].options, config)
     classes = find_taps(network, taps, image_size)[1]
-    return trained(parsed, classes, Source(lambda _: network, tuple(taps), image_size))
+    return trained(options, classes, Source(lambda _: network, tuple(taps), image_size))
 
 
 def register_model(

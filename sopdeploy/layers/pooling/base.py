@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.config import StrictModel
+from sopdeploy.config import Count, StrictModel
 from sopdeploy.layers.covariance import at_least_float32, without_autocast
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.residual import dimension_reduction
@@ -145,4 +145,4 @@ class FlattenConfig(PoolingConfig):
     layer = FlattenedMap
     kind: Literal["flatten"] = "flatten"
     window: Annotated[int, pydantic.Field(ge=2, le=3)] = 2
-    side: Annotated[int, pydantic.Field(ge=1)] = 7
+    side: Count = 7

@@ -7,16 +7,14 @@ Letters: B images, C channels, M positions, K words.
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
-import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sopdeploy.config import Count, Positive
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_length
-
-Words = Annotated[int, pydantic.Field(ge=1)]
 
 
 def assignment_of(centres_KC: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -68,8 +66,8 @@ class CodebookConfig(PoolingConfig):
     Assumption, because the papers print no value for these features: alpha is 0.1.
     """
 
-    words: Words = 64
-    alpha: Annotated[float, pydantic.Field(gt=0)] = 0.1
+    words: Count = 64
+    alpha: Positive = 0.1
     tied: bool = False
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sopdeploy.config import Count
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_signed_root
 
 
@@ -60,7 +61,7 @@ class CompactBilinearConfig(PoolingConfig):
 
     layer = CompactBilinear
     kind: Literal["cbp"] = "cbp"
-    dim: Annotated[int, pydantic.Field(ge=1)] = 8192
+    dim: Count = 8192
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal
 import pydantic
 from torch import Tensor, nn
 
+from sopdeploy.config import Count, Positive
 from sopdeploy.layers.covariance import (
     centered_and_scaled,
     covariance,
@@ -24,7 +25,7 @@ from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 from sopdeploy.layers.spectral import NO_EIGEN_FORM, Logarithm, Power, spectral
 
-Width = Annotated[int, pydantic.Field(ge=1)] | None
+Width = Count | None
 
 
 class ISqrtPooling(ReducedPooling):
@@ -110,7 +111,7 @@ class LogEuclideanConfig(PoolingConfig):
     layer = EigenPooling
     kind: Literal["deepo2p"] = "deepo2p"
     width: Width = 256
-    eps: Annotated[float, pydantic.Field(gt=0)] = 1e-3
+    eps: Positive = 1e-3
     centered: bool = True
     normalise: ClassVar[str] = "none"
 
