@@ -121,11 +121,11 @@ def start_from_probe(network: TimmBackbone, task: Task) -> None:
     """Set the classifier of *network* to a logistic regression on the center crops for training."""
     network.eval()
     maps = network.feature_maps(task.train[:, 0])[0]
-    features = network.outside[0].forward_head(maps, pre_logits=True).numpy()
+    features = network.wrapped[0].forward_head(maps, pre_logits=True).numpy()
     scaler = StandardScaler().fit(features)
     fitted = LogisticRegression(C=PROBE_C, max_iter=5000).fit(scaler.transform(features), task.labels)
     weight = torch.from_numpy(fitted.coef_ / scaler.scale_)
-    classifier = network.outside[0].get_classifier()
+    classifier = network.wrapped[0].get_classifier()
     classifier.weight.copy_(weight)
     classifier.bias.copy_(torch.from_numpy(fitted.intercept_) - weight @ torch.from_numpy(scaler.mean_))
 

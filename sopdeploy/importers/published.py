@@ -97,13 +97,13 @@ def _fetch_timm(name: str) -> Path:
         return _fetch_url(config.url)
     hub = importlib.import_module("huggingface_hub")
     repository, _, revision = config.hf_hub_id.partition("@")
-    where = {"repo_id": repository, "filename": config.hf_hub_filename or HUB_FILE}
-    where |= {"revision": revision} if revision else {}
-    cached = hub.try_to_load_from_cache(**where)
+    location = {"repo_id": repository, "filename": config.hf_hub_filename or HUB_FILE}
+    location |= {"revision": revision} if revision else {}
+    cached = hub.try_to_load_from_cache(**location)
     if not isinstance(cached, str):
-        url = hub.hf_hub_url(**where)
-        with _downloading(f"{repository}/{where['filename']}", f"get {url} and give it as weights"):
-            cached = hub.hf_hub_download(**where)
+        url = hub.hf_hub_url(**location)
+        with _downloading(f"{repository}/{location['filename']}", f"get {url} and give it as weights"):
+            cached = hub.hf_hub_download(**location)
     path = Path(cached)
     blob = path.resolve().name  # the hub's cache names large files by their hash
     _check_hash(path, blob if SHA256.fullmatch(blob) else "")
@@ -113,7 +113,7 @@ def _fetch_timm(name: str) -> Path:
 @contextmanager
 def _downloading(name: str, advice: str) -> Iterator[None]:
     """Let connections fail if no byte arrives for `STALLED_SECONDS`; convert errors to `WeightsError`."""
-    before = socket.getdefaulttimeout()
+    default_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(STALLED_SECONDS)
     try:
         yield
@@ -128,7 +128,7 @@ def _downloading(name: str, advice: str) -> Iterator[None]:
             f"{name}: cannot be downloaded ({text.splitlines()[0]}); {advice}, {ADVICE}"
         ) from error
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(default_timeout)
 
 
 def _check_hash(path: Path, expected: str) -> None:

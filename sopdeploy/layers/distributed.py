@@ -5,7 +5,7 @@ then the squared deviations from it are summed over ranks, which avoids cancella
 differentiates both sums. In eval mode all batch norms here equal the ordinary one.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,12 +43,12 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class Replacement(_BatchNorm):
-    """Base class of batch norms that replace another one and take over its parameters, buffers and children.
+    """Base class of batch norms that replace another one, with its parameters, buffers and children.
 
-    timm's batch norms contain a dropout and an activation, which run after the norm in this order.
+    timm's batch norms have the children `drop` and `act`, a dropout and an activation, which run after the
+    norm in this order.
     """
 
-    after: ClassVar[frozenset[str]] = frozenset({"drop", "act"})
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -56,7 +56,7 @@ class Replacement(_BatchNorm):
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, affine=False, track_running_stats=False)
         children = dict(norm.named_children())
-        if norm.running_mean is None or children.keys() - self.after:
+        if norm.running_mean is None or children.keys() - {"drop", "act"}:
             raise ConfigError(
                 f"batch_norm: {type(norm).__name__} cannot be made global or frozen; use batch_norm=local"
             )
@@ -94,21 +94,21 @@ class GlobalBatchNorm(Replacement):
         if not self.training:
             return super().normalized(x)
         with without_autocast(x):
-            wide = at_least_float32(x)
-            others = [axis for axis in range(x.dim()) if axis != 1]
+            x_float = at_least_float32(x)
+            summed_axes = [axis for axis in range(x.dim()) if axis != 1]
             shape = [1, -1] + [1] * (x.dim() - 2)
-            samples = wide.new_full((1,), x.shape[0])
-            summed = sum_over_ranks(torch.cat([wide.sum(others), samples]))
+            samples = x_float.new_full((1,), x.shape[0])
+            summed = sum_over_ranks(torch.cat([x_float.sum(summed_axes), samples]))
             count = summed[-1].detach() * x.shape[2:].numel()
             mean_C = summed[:-1] / count
-            centered = wide - mean_C.view(shape)
-            variance_C = sum_over_ranks(centered.square().sum(others)) / count
+            centered = x_float - mean_C.view(shape)
+            variance_C = sum_over_ranks(centered.square().sum(summed_axes)) / count
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
-                rate = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), rate)
+                momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), momentum)
                 unbiased_C = variance_C * count / (count - 1)
-                self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), rate)
+                self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), momentum)
             y = centered * (variance_C + self.eps).rsqrt().view(shape)
             if self.affine:
                 y = y * self.weight.view(shape) + self.bias.view(shape)

@@ -23,11 +23,9 @@ Prenorm = Literal["trace", "frobenius"]
 
 
 class NewtonSchulzOptions(StrictModel):
-    """Options of networks and layers that pool by iSQRT-COV.
+    """Options of iSQRT-COV: `iterations` is N, `prenorm` the norm that divides the covariance.
 
-    Attributes:
-        iterations: N. The papers and fast-MPN-COV use 5, the released GSoP-Net2 and GM-SOP 3.
-        prenorm: The norm that divides the covariance before the iteration.
+    N is 5 in the papers and in fast-MPN-COV, 3 in the released GSoP-Net2 and GM-SOP.
     """
 
     iterations: Iterations = 5
@@ -43,9 +41,8 @@ class NewtonSchulzOptions(StrictModel):
 class NewtonSchulzConfig(NewtonSchulzOptions):
     """Options of the matrix square root of a covariance.
 
-    Attributes:
-        compensate: Multiply the root by the square root of the norm after the iteration.
-        centered: Subtract the mean of the map; without it, the root is that of X X^T / M.
+    `compensate` multiplies the root by the square root of the norm after the iteration. Without `centered`
+    the root is that of X X^T / M.
     """
 
     compensate: bool = True

@@ -2,7 +2,7 @@
 
 Paper: DSoP, sections III-B and IV-B, Fig. 3, Table XI. iSQRT-COV reduces 2048 channels to 64 in one step,
 PSDR in several. The first step halves the channels, each further one multiplies them by `decay` while the
-result is above the target. In training, an auxiliary head follows every step but the last; its dimension
+result is above the target. In training, an auxiliary head follows every step except the last; its dimension
 reduction (DR), covariance root and linear classifier are removed before export. The chain of steps stays: it
 costs 0.44 to 0.52 GMACs more than one step on ResNet-50-s1 at 224 pixels.
 
@@ -46,7 +46,7 @@ class PSDRConfig(ResNetConfig, PSDROptions):
 
 
 def intermediate_widths(channels: int, target: int, decay: float) -> list[int]:
-    """Compute the channels after each step but the last (Eq. 4): half, then *decay* times the previous."""
+    """Compute the channels after each step except the last (Eq. 4): half, then *decay* times the previous."""
     widths = []
     width = channels // 2
     while width > target:
@@ -98,7 +98,7 @@ class PSDR(Classifier):
 
 
 class SupervisedPSDR(PSDR):
-    """`PSDR` with a training-only auxiliary head after every step but the last."""
+    """`PSDR` with a training-only auxiliary head after every step except the last."""
 
     training_only = ("auxiliary",)
 

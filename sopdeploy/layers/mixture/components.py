@@ -94,22 +94,22 @@ class Components(nn.Module):
         The components must have no batch norm.
         """
         x_BCHW = self.before(features_BCHW)
-        chains = list(zip(*(weight.unbind() for weight in self.weights), strict=True))
+        kernels = list(zip(*(weight.unbind() for weight in self.weights), strict=True))
         biases = list(zip(*(bias.chunk(self.components) for bias in self.biases), strict=True))
-        parts, owners = [], []
-        for component, chain in enumerate(chains):
+        weighted, indices = [], []
+        for component in range(self.components):
             images = weights_BN[:, component].nonzero().squeeze(1)
             if len(images) == 0:
                 continue
             x = x_BCHW[images]
-            for step, weight_oi in enumerate(chain):
+            for step, weight_oi in enumerate(kernels[component]):
                 x = self._convolve(x, weight_oi, biases[component][step] if biases else None, 1)
                 x = F.relu(x) if self.rectified else x
-            parts.append(self.after(x) * weights_BN[images, component].unsqueeze(1))
-            owners.append(images)
-        pairs_PD = torch.cat(parts)
-        total_BD = pairs_PD.new_zeros(len(weights_BN), pairs_PD.shape[1])
-        return total_BD.index_add(0, torch.cat(owners), pairs_PD)
+            weighted.append(self.after(x) * weights_BN[images, component].unsqueeze(1))
+            indices.append(images)
+        vectors = torch.cat(weighted)  # one row for every image and component that it selected
+        total_BD = vectors.new_zeros(len(weights_BN), vectors.shape[1])
+        return total_BD.index_add(0, torch.cat(indices), vectors)
 
     def _convolve(self, x: Tensor, weight_oi: Tensor, bias_o: Tensor | None, groups: int) -> Tensor:
         return F.conv2d(x, weight_oi.unsqueeze(2).unsqueeze(3), bias_o, groups=groups)
