@@ -89,9 +89,10 @@ class Backbone(nn.Module):
     def add_stages(
         self, channels: int, widths: Sequence[int], blocks: Sequence[int], strides: Sequence[int]
     ) -> None:
-        """Add the stages, from *channels* to *widths*, of *blocks* each of which can be tapped.
+        """Add one stage for each of `stage_names`, with its number of channels and of blocks, and its stride.
 
-        Only the first block of a stage has the stride in *strides*.
+        *channels* is the number before the first stage. Only the first block of a stage has the stride. The
+        output of every block can be tapped.
         """
         for name, width, count, stride in zip(self.stage_names, widths, blocks, strides, strict=True):
             first = self.branch_block(channels, width, stride)

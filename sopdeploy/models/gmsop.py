@@ -176,12 +176,16 @@ class GMSOPResNet(GMSOP, GatedResNet):
 
 def make_gate(config: GMSOPOptions, channels: int) -> SparseGate:
     """Build the gate: prediction layers, the components' kind of pooling, Wg, top K."""
-    chosen_widths = config.component_widths if config.gate_widths is None else config.gate_widths
-    widths = (channels, *chosen_widths)
-    layers = [dimension_reduction(*pair) for pair in pairwise(widths)]
-    if not config.gate_norm:
-        rectified = config.component_activation == "relu"
-        layers = [nn.Sequential(layer[0], *[layer[2]][:rectified]) for layer in layers]
+    widths = (channels, *(config.component_widths if config.gate_widths is None else config.gate_widths))
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        convolution, norm, relu = dimension_reduction(inputs, outputs)
+        if config.gate_norm:
+            layers.append(nn.Sequential(convolution, norm, relu))
+        elif config.component_activation == "relu":
+            layers.append(nn.Sequential(convolution, relu))
+        else:
+            layers.append(nn.Sequential(convolution))
     root = config.newton_schulz(centered=config.component_centered)
     pool, length = pooling(config.component, widths[-1], root)
     gate = SparseGate(nn.Sequential(*layers, pool), length, config.components, config.chosen)

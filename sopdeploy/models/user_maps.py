@@ -89,23 +89,26 @@ def remove_after(network: nn.Module, tap: str, image_size: int) -> None:
 
     Raises `ConfigError` if the network cannot run without them.
     """
-    runs: list[str] = []  # names in the order in which modules start, and "" where *tap* ends
-    names = [name for name, _ in network.named_modules() if name]
+    started: list[str] = []  # names of modules in the order in which they start, and "" where *tap* ends
     handles = [
-        network.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: runs.append(name))
-        for name in names
+        module.register_forward_pre_hook(lambda *_, name=name: started.append(name))
+        for name, module in network.named_modules()
+        if name
     ]
     try:
-        with evaluated(network, image_size) as images, hooked(network, {tap: lambda *_: runs.append("")}):
+        with evaluated(network, image_size) as images, hooked(network, {tap: lambda *_: started.append("")}):
             network(images)
     finally:
         for handle in handles:
             handle.remove()
-    end = runs.index("")
-    later = [name for name in dict.fromkeys(runs[end + 1 :]) if name not in runs[:end]]
-    removed = [name for name in later if next(network.get_submodule(name).parameters(), None) is not None]
+    end = started.index("")
+    before, after = set(started[:end]), dict.fromkeys(started[end + 1 :])
+    removed = [
+        name for name in after if name not in before and list(network.get_submodule(name).parameters())
+    ]
     for name in removed:
-        if not is_in(name.rpartition(".")[0], *removed):
+        parent = name.rpartition(".")[0]
+        if not is_in(parent, *removed):
             network.set_submodule(name, nn.Identity())
     with evaluated(network, image_size) as images:
         network(images)

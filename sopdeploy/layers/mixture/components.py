@@ -80,7 +80,8 @@ class Components(nn.Module):
         for step, weight_Noi in enumerate(self.weights):
             groups = 1 if step == 0 else self.components
             bias = self.biases[step] if len(self.biases) else None
-            x = self._convolve(x, weight_Noi.flatten(end_dim=1), bias, groups)
+            kernel = weight_Noi.flatten(end_dim=1).unsqueeze(2).unsqueeze(3)
+            x = F.conv2d(x, kernel, bias, groups=groups)
             if len(self.norms):
                 x = self.norms[step](x)
             x = F.relu(x) if self.rectified else x
@@ -89,7 +90,7 @@ class Components(nn.Module):
         return pooled_BND if weights_BN is None else (pooled_BND * weights_BN.unsqueeze(2)).sum(dim=1)
 
     def routed_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
-        """Compute the (B, D) weighted sum, evaluating each component only on the images that selected it.
+        """Compute the (B, D) weighted sum; run each component only on images where its weight is not 0.
 
         The components must have no batch norm.
         """
@@ -103,16 +104,14 @@ class Components(nn.Module):
                 continue
             x = x_BCHW[images]
             for step, weight_oi in enumerate(kernels[component]):
-                x = self._convolve(x, weight_oi, biases[component][step] if biases else None, 1)
+                bias = biases[component][step] if biases else None
+                x = F.conv2d(x, weight_oi.unsqueeze(2).unsqueeze(3), bias)
                 x = F.relu(x) if self.rectified else x
             weighted.append(self.after(x) * weights_BN[images, component].unsqueeze(1))
             indices.append(images)
-        vectors = torch.cat(weighted)  # one row for every image and component that it selected
+        vectors = torch.cat(weighted)  # one for each pair of an image and one of its components
         total_BD = vectors.new_zeros(len(weights_BN), vectors.shape[1])
         return total_BD.index_add(0, torch.cat(indices), vectors)
-
-    def _convolve(self, x: Tensor, weight_oi: Tensor, bias_o: Tensor | None, groups: int) -> Tensor:
-        return F.conv2d(x, weight_oi.unsqueeze(2).unsqueeze(3), bias_o, groups=groups)
 
     def macs(self, features: torch.Size) -> int:
         """Count the multiply-adds per image of `counted` components, for a (B, C, H, W) feature map."""
