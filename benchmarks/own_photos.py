@@ -168,7 +168,7 @@ def run_ours(given: argparse.Namespace, per_class: int, seed: int) -> dict[str, 
     log = given.cache / f"{name}.log"
     seconds = run(command, log)
     test = link(test_files(given.data), given.cache / "test")
-    _, scores = score_checkpoint(out / "best.pt", test, on_image=lambda _done, _total: None)
+    _, scores, _ = score_checkpoint(out / "best.pt", test, on_image=lambda _done, _total: None)
     if not isinstance(scores, list):
         raise DataError(f"{photos}: has several classes per photograph; give one folder per class")
     return {"accuracy": 100 * statistics.fmean(score.correct for score in scores), "seconds": seconds}

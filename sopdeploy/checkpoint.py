@@ -198,20 +198,20 @@ def _layout(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tensor.layout} on {tensor.device}".replace("torch.", "")
 
 
-def build_classifier(checkpoint: Checkpoint, where: Path) -> Classifier:
+def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
     """Build the network of *checkpoint* with its weights, in eval mode.
 
-    Raises `CheckpointError` naming *where* and the first tensor that is missing, unknown or not finite, or
+    Raises `CheckpointError` naming *path* and the first tensor that is missing, unknown or not finite, or
     has another shape, dtype or layout.
     """
     try:
         make_config(checkpoint.model, checkpoint.config)  # rejects keys such as num_classes
         network = create_model(checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config)
     except ConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error
     problem = _first_difference(network.state_dict(), checkpoint.weights)
     if problem:
-        raise CheckpointError(f"{where}: {checkpoint.model}: {problem}; train or import it again")
+        raise CheckpointError(f"{path}: {checkpoint.model}: {problem}; train or import it again")
     network.load_state_dict(checkpoint.weights)
     return network.eval()
 

@@ -14,6 +14,7 @@ from sopdeploy.errors import SopdeployError
 # this session option ONNX Runtime stores the int8 weights as uint8 there, which is exact. On other processors
 # the option has no effect.
 EXACT_INT8 = ("session.x64quantprecision", "1")
+SLOW_INT8 = "int8 is exact on this processor but slower than on one with VNNI; compare with sopdeploy bench"
 
 
 def machine() -> dict[str, str | int | float]:
@@ -37,9 +38,6 @@ def processor() -> str:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-SLOW_INT8 = "int8 is exact on this processor but slower than on one with VNNI; compare with sopdeploy bench"
 
 
 def lacks_vnni() -> bool:

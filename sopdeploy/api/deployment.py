@@ -60,44 +60,44 @@ def load_network(weights: Path, options: NetworkOptions) -> tuple[nn.Module, Loa
 
 def export_weights(
     weights: Path,
-    given: NetworkExportOptions,
+    source: NetworkExportOptions,
     destination: Path,
     options: ExportOptions,
     on_step: Callable[[str], None],
 ) -> Exported:
-    """Export the network that *given* names; after a `SopdeployError`, *destination* holds nothing new."""
+    """Export the network that *source* names; after a `SopdeployError`, *destination* holds nothing new."""
     if options.detach:
         raise ConfigError(
             "name the parts of the network to remove", setting="detach", remedies={"training_only": None}
         )
-    if given.labels is None:
+    if source.labels is None:
         raise ConfigError(
             "missing; give a file with one class name per line, in the order of the logits", setting="labels"
         )
-    labels, preprocess = read_class_names(given.labels), read_preprocess(given.preprocess)
-    plain = None if given.plain is None else _builder("plain", given.plain, given.plain_set)
-    attribute = str(given.network).rpartition(":")[2].rpartition(".")[2]  # of package.module:path.attribute
+    labels, preprocess = read_class_names(source.labels), read_preprocess(source.preprocess)
+    plain = None if source.plain is None else _builder("plain", source.plain, source.plain_set)
+    attribute = str(source.network).rpartition(":")[2].rpartition(".")[2]  # of package.module:path.attribute
     on_step("building the network")
-    network, loaded = load_network(weights, given)
+    network, loaded = load_network(weights, source)
     return export_network(
         network,
         plain=plain,
-        training_only=given.training_only,
+        training_only=source.training_only,
         labels=labels,
         preprocess=preprocess,
         destination=destination,
-        name=given.name or attribute,
-        logits=_index_or_name(given.logits),
-        allow_constants=given.allow_constants,
+        name=source.name or attribute,
+        logits=_index_or_name(source.logits),
+        allow_constants=source.allow_constants,
         options=options,
         config={
-            "network": given.network,
-            "settings": list(given.set),
-            "plain": given.plain,
-            "plain_settings": list(given.plain_set),
-            "training_only": list(given.training_only),
-            "logits": given.logits,
-            "allow_constants": given.allow_constants,
+            "network": source.network,
+            "settings": list(source.set),
+            "plain": source.plain,
+            "plain_settings": list(source.plain_set),
+            "training_only": list(source.training_only),
+            "logits": source.logits,
+            "allow_constants": source.allow_constants,
             "table": loaded.table,
             "prefixes_removed": list(loaded.removed),
         },

@@ -11,7 +11,7 @@ from sopdeploy.api.options import EvaluateOptions
 from sopdeploy.config import expand_options
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.heads import HeadAccuracy, score_heads
+from sopdeploy.evaluation.heads import HeadAccuracy
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.html.templates import render
@@ -126,13 +126,11 @@ def evaluate(
         labels, scores, facts = scores_of_bundle(
             Path(name), data, tta=options.tta, settings=settings, **shared
         )
-    elif options.heads:
-        labels, scores, heads = score_heads(Path(name), data, workers=options.workers, **shared)
     else:
         from sopdeploy.evaluation.prediction import score_checkpoint
 
-        labels, scores = score_checkpoint(
-            Path(name), data, tta=options.tta, workers=options.workers, **shared
+        labels, scores, heads = score_checkpoint(
+            Path(name), data, tta=options.tta, heads=options.heads, workers=options.workers, **shared
         )
     return Evaluation(
         source=name,

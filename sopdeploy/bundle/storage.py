@@ -123,11 +123,11 @@ def pull_artifact(reference: str, archive: Path, signature: Path, limit: int) ->
                 f"{reference}: holds no bundle that `sopdeploy push` wrote; check the name and the tag"
             )
         limits = (ARCHIVE_TYPE, archive, limit), (SIGNATURE_TYPE, signature, MAX_FILE_BYTES)
-        for kind, file, most in limits:
+        for kind, file, max_bytes in limits:
             if kind in digests:
                 with client.get_blob(container, digests[kind], stream=True) as response:
                     response.raise_for_status()
-                    _copy(response.raw, file, reference, most)
+                    _copy(response.raw, file, reference, max_bytes)
                 if f"sha256:{sha256(file)}" != digests[kind]:
                     raise BundleError(
                         f"{reference}: the registry sent other bytes than its digest says"

@@ -172,7 +172,7 @@ class Load:
                     asyncio.create_task(self._work(number)) for number in range(len(workers), clients)
                 ]
                 self.latencies, self.refused = [], Counter()
-                busy = time.thread_time()
+                started_cpu = time.thread_time()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.ended.wait(), seconds / len(ramp))
                 after = parse_metrics(await self.client.metrics())
@@ -182,7 +182,7 @@ class Load:
                     self.latencies,
                     self.refused,
                     concurrency=clients,
-                    client_seconds=time.thread_time() - busy,
+                    client_seconds=time.thread_time() - started_cpu,
                 )
                 steps.append(step)
                 if self.ended.is_set() or step.refused_share > MAX_REJECTED:

@@ -75,7 +75,7 @@ def fit_decision(
     predictions = PredictionCounts(logits.shape[1])
     predictions.add_logits(scaled)
     reference = predictions.reference()
-    rejected = min(len(logits), math.floor((len(logits) + 1) * (1 - accepts) + 1e-9))
+    rejected = count_rejected(len(logits), accepts)
     if rejected == 0:
         return Decision(calibration=calibration, reference=reference)
     aurocs = refitted or leave_one_class_out(scaled, targets)
@@ -100,9 +100,14 @@ def missing_threshold(images: int, classes: int, accepts: float) -> str:
         )
     if classes < 2:
         return "not recognized, because there is only one class"
-    if math.floor((images + 1) * (1 - accepts) + 1e-9) == 0:
+    if count_rejected(images, accepts) == 0:
         return f"not recognized, because {images} images are too few to accept {100 * accepts:g} % of them"
     return ""
+
+
+def count_rejected(images: int, accepts: float) -> int:
+    """Count the *images* to reject, so that the fraction *accepts* of new known images is accepted."""
+    return min(images, math.floor((images + 1) * (1 - accepts) + 1e-9))
 
 
 def lowers_loss(logits: Logits, targets: NDArray[np.int64]) -> bool:

@@ -1,24 +1,15 @@
-"""Accuracy of every head of a network on a folder of images, as in DSoP's Tables III and V, Figures 4 and 5.
+"""Accuracy of every head of a network, as in DSoP's Tables III and V, Figures 4 and 5.
 
 The heads are the network's own classifier, `main`, and the training-only ones: the branches of DSoP, the
 auxiliary heads of PSDR. Export removes the training-only heads, so only a checkpoint has them.
 """
 
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, NonNegative, StrictModel
-from sopdeploy.data.folders import Log, ignore
-from sopdeploy.data.image_files import unreadable_images_error
-from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import TOP_K, Rate
-from sopdeploy.evaluation.prediction import open_images_of, predict_images
-from sopdeploy.evaluation.predictions import Predictions
 from sopdeploy.models.base import Classifier
 
 
@@ -84,25 +75,3 @@ class HeadCounter(nn.Module):
             )
             for name, right in self.right.items()
         )
-
-
-def score_heads(
-    path: Path, data: Path, *, workers: int = 0, on_image: Callable[[int, int], None], log: Log = ignore
-) -> tuple[tuple[str, ...], Predictions, tuple[HeadAccuracy, ...]]:
-    """Score all heads of the checkpoint at *path* on the images below *data* in one pass.
-
-    Returns the sorted class names and the scores of the exported network, as `score_checkpoint` does, and
-    the accuracy of every head. Raises `ConfigError` for a network that predicts several classes per image.
-    """
-    checkpoint = read_checkpoint(path)
-    if checkpoint.decision is not None and checkpoint.decision.thresholds:
-        raise ConfigError(f"{path} predicts several classes per image; omit it", setting="heads")
-    images = open_images_of(checkpoint, data, log)
-    columns = [checkpoint.labels.index(images.labels[target]) for target in images.targets]
-    model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
-    counter = HeadCounter(model, torch.tensor(columns))
-    try:
-        scores = predict_images(counter.eval(), checkpoint, images, workers=workers, on_image=on_image)
-    except DataError as error:
-        raise unreadable_images_error(error, images) from None
-    return images.labels, scores, counter.accuracies()

@@ -20,7 +20,8 @@ from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
 from sopdeploy.decision import Activation, Decision, sigmoid
-from sopdeploy.errors import DataError, TrainingError
+from sopdeploy.errors import ConfigError, DataError, TrainingError
+from sopdeploy.evaluation.heads import HeadAccuracy, HeadCounter
 from sopdeploy.evaluation.metrics import NO_IMAGES
 from sopdeploy.evaluation.multi_label import (
     DEFAULT_THRESHOLD,
@@ -203,25 +204,32 @@ def score_checkpoint(
     data: Path,
     *,
     tta: TtaMode = "none",
+    heads: bool = False,
     workers: int = 0,
     on_image: Callable[[int, int], None],
     log: Log = ignore,
-) -> tuple[tuple[str, ...], Predictions]:
+) -> tuple[tuple[str, ...], Predictions, tuple[HeadAccuracy, ...]]:
     """Predict the images below *data*, one subfolder per class or `labels.csv`, by the checkpoint at *path*.
 
-    Returns the sorted class names and one score per image or, for a multi-label network, all its predictions
-    of the classes in output order. *on_image* receives the numbers of images done and in total, *log* lines
-    about the folder.
+    Returns the sorted class names, the predictions and, with *heads*, the accuracy of every head. The
+    predictions are one score per image or, for a multi-label network, the probabilities of all classes in
+    output order. *on_image* receives the numbers of images done and in total, *log* lines about the folder.
+    Raises `ConfigError` for *heads* of a multi-label network.
     """
     checkpoint = read_checkpoint(path)
+    if heads and checkpoint.decision is not None and checkpoint.decision.thresholds:
+        raise ConfigError(f"{path} predicts several classes per image; omit it", setting="heads")
     images = open_images_of(checkpoint, data, log)
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
+    columns = [checkpoint.labels.index(images.labels[target]) for target in images.targets] if heads else []
+    counter = HeadCounter(model, torch.tensor(columns)).eval()
     try:
-        return images.labels, predict_images(
-            model, checkpoint, images, tta=tta, workers=workers, on_image=on_image
+        predictions = predict_images(
+            counter if heads else model, checkpoint, images, tta=tta, workers=workers, on_image=on_image
         )
     except DataError as error:
         raise unreadable_images_error(error, images) from None
+    return images.labels, predictions, counter.accuracies() if heads else ()
 
 
 def open_images_of(checkpoint: Checkpoint, data: Path, log: Log = ignore) -> ImageFiles:

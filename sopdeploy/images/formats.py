@@ -179,10 +179,9 @@ def _open(body: bytes, kind: str) -> Image.Image:
     """Read the header with Pillow, if needed without short Adobe segments, which only Pillow rejects."""
     if kind == "HEIF":
         _use_heif()
-    reader = LimitedReader(body)
-    reader.reads = MAX_BMP_READS if kind == "BMP" else MAX_READS + len(body) // BYTES_PER_READ
+    max_reads = MAX_BMP_READS if kind == "BMP" else MAX_READS + len(body) // BYTES_PER_READ
     try:
-        image = Image.open(reader, formats=(kind,))
+        image = Image.open(LimitedReader(body, max_reads), formats=(kind,))
     except UnidentifiedImageError:
         plain = SHORT_ADOBE.sub(SKIPPED_SEGMENT, body)
         if kind != "JPEG" or plain == body:
@@ -239,13 +238,15 @@ def jpeg_segments(body: bytes) -> Iterator[tuple[int, int]]:
 
 
 class LimitedReader(io.BytesIO):
-    """The bytes of a file; `read` raises `ImageError` after *reads* calls."""
+    """The bytes of a file; `read` raises `ImageError` after *max_reads* calls."""
 
-    reads = 0
+    def __init__(self, body: bytes, max_reads: int) -> None:
+        super().__init__(body)
+        self._reads_left = max_reads
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Return the next *size* bytes."""
-        self.reads -= 1
-        if self.reads < 0:
+        self._reads_left -= 1
+        if self._reads_left < 0:
             raise ImageError(TOO_MANY_SEGMENTS, code="damaged_image", status=422)
         return super().read(size)

@@ -29,8 +29,8 @@ def flags_of_settings(*names: str) -> type[Options]:
         field = Settings.model_fields[name]
         kind = field.annotation if field.annotation in {bool, int} else str
         default = "" if field.default in {None, ()} or kind is bool else f"; default: {field.default}"
-        given = False if kind is bool else None
-        fields[name] = (kind | None, pydantic.Field(given, description=f"{field.description}{default}."))
+        not_given = False if kind is bool else None
+        fields[name] = (kind | None, pydantic.Field(not_given, description=f"{field.description}{default}."))
     return pydantic.create_model("Flags", __base__=Options, **fields)
 
 

@@ -126,11 +126,11 @@ def class_problems(images: ImageFiles, labels: tuple[str, ...]) -> Iterator[str]
         yield f"{root}: training classes {shorten(missing)} are missing, add them"
     empty = [images.labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
     if empty:
-        same = f" (also in {shorten(empty[1:])})" if len(empty) > 1 else ""
+        more = f" (also in {shorten(empty[1:])})" if len(empty) > 1 else ""
         ignored = describe_ignored_files(count_ignored_files(root, empty[:1]))
-        others = f", only other files ({ignored})" if ignored else ""
+        only_others = f", only other files ({ignored})" if ignored else ""
         yield (
-            f"{root / empty[0]}: no images in this class folder{same}{others}; "
+            f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
             f"add some ({', '.join(SUFFIXES)}) or remove the folder"
         )
 

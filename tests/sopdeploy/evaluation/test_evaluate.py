@@ -115,7 +115,9 @@ def stored(tmp_path) -> Path:
 
 def measured(stored: Path, data: Path, **options: Any) -> ClassificationReport:
     progress: list[tuple[int, int]] = []
-    labels, scores = score_checkpoint(stored, data, on_image=lambda *done: progress.append(done), **options)
+    labels, scores, _ = score_checkpoint(
+        stored, data, on_image=lambda *done: progress.append(done), **options
+    )
     assert progress[-1] == (len(scores), len(scores))
     return classification_report(labels, scores)
 

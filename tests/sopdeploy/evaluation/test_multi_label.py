@@ -96,7 +96,7 @@ def test_a_run_selects_by_map_and_stores_the_thresholds_of_its_held_out_images(
     rows = list(csv.DictReader(result.history.read_text().splitlines()))
     assert max(float(row["map"]) for row in rows) == result.best_map
     assert {"macro_f1", "micro_f1", "main_map", "layer1_0_loss"} <= rows[0].keys()
-    labels, found = score_checkpoint(result.best, scenes, on_image=lambda _done, _all: None)
+    labels, found, _ = score_checkpoint(result.best, scenes, on_image=lambda _done, _all: None)
     assert isinstance(found, MultiLabelPredictions)
     assert (labels, found.thresholds) == (CLASSES, stored.decision.thresholds)
     page = write_report(tmp_path / "run").read_text(encoding="utf-8")

@@ -109,7 +109,9 @@ def test_other_images_are_evaluated_and_hostile_class_names_are_escaped(tmp_path
     Reader(page)
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
-    labels, scores = score_checkpoint(tmp_path / "run" / "best.pt", data, on_image=lambda _done, _all: None)
+    labels, scores, _ = score_checkpoint(
+        tmp_path / "run" / "best.pt", data, on_image=lambda _done, _all: None
+    )
     assert f"negative log-likelihood {classification_report(labels, scores).nll:.4f}" in page
     wrong = [index for index, score in enumerate(scores) if not score.correct]
     assert len(re.findall(r"<code>[^<]+/[0-3]\.png</code>: ", page)) == len(wrong) > 0

@@ -161,7 +161,7 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     assert checkpoint.model == result.model == "head:resnet8"
     assert result.training_only == ()
     test = paint(tmp_path / "test", 5, seed=1)
-    _, scores = score_checkpoint(result.best, test, on_image=lambda _done, _total: None)
+    _, scores, _ = score_checkpoint(result.best, test, on_image=lambda _done, _total: None)
     assert np.mean([score.correct for score in scores]) > 0.8
     page = write_report(tmp_path / "run").read_text()
     assert "cross-validated" in page

@@ -53,7 +53,7 @@ def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -
     assert result.epochs == 1
     assert stored.training["recipe"]["summary"] == recipe.summary
     assert (stored.model, stored.config) == (recipe.model.name, recipe.model.full_config())
-    _, scores = score_checkpoint(
+    _, scores, _ = score_checkpoint(
         result.best,
         write_classes(tmp_path / "evaluation", stored.labels, 1),
         on_image=lambda _done, _all: None,
