@@ -147,11 +147,10 @@ def run_tapped(
 
 
 def nearest_block(network: nn.Module, taps: Collection[str]) -> Callable[[int, int, int], nn.Module]:
-    """Select the residual block that is most like those of *network*'s stages.
+    """Select the kind of residual block that is most like those of *network*'s stages.
 
-    The result is `mbconv` if the stages have depthwise convolutions, `Bottleneck` if they have 1x1
-    convolutions besides shortcuts, and otherwise `BasicBlock`. It builds a block from the channels of input
-    and output and the stride.
+    It is `mbconv` if the stages have depthwise convolutions, `Bottleneck` if they have 1x1 convolutions
+    besides shortcuts, and otherwise `BasicBlock`.
     """
     parts = [part for tap in taps for part in network.get_submodule(tap).modules()]
     convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]

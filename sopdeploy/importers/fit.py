@@ -106,7 +106,7 @@ def _misfit(file: WeightFile, converted: ConvertedWeights, model: str, differenc
 
 
 def row_wise_order(channels: int) -> Tensor:
-    """Compute the order (d (d + 1) / 2,) int64 that makes a column-wise upper triangle row-wise."""
+    """Compute the indices (d (d + 1) / 2,) int64 that make column-wise vectors of triangles row-wise."""
     rows, columns = torch.triu_indices(channels, channels)
     order: Tensor = columns * (columns + 1) // 2 + rows
     return order

@@ -127,7 +127,7 @@ def _triangle_order(width: int | None, vectors: Tensor) -> Tensor | None:
 
 
 def _backbone_and_head(file: WeightFile, blocks: int, width: int | None) -> Iterator[MappedTensor]:
-    """Convert the ResNet and the classifier of triangles of *width* channels, or of averages if None."""
+    """Convert the ResNet and the classifier of triangles with *width* channels; None stands for averages."""
     prediction = pointwise_kernel(file, "prediction_f")
     order = _triangle_order(width, prediction)
     kernel = conv_kernel(file, "conv1_f") / RAW_SCALE

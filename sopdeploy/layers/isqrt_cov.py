@@ -89,9 +89,9 @@ class Prenormalized(NamedTuple):
 
 
 def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormalized:
-    """Center the map if *config* says so, multiply it with itself, divide by the trace or Frobenius norm.
+    """Compute A or G: center the map, compute X X^T or X^T X, divide it by its trace or Frobenius norm.
 
-    X X^T and X^T X have the same trace and the same Frobenius norm.
+    Both products have the same trace and the same Frobenius norm.
     """
     map_BdHW = at_least_float32(features_BdHW)
     x_BdM = centered_and_scaled(map_BdHW) if config.centered else scaled(map_BdHW)
@@ -103,7 +103,7 @@ def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormal
 
 
 def covariance_root(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Tensor:
-    """Compute the root (B, d, d) of the covariance of a map with operations that autograd differentiates."""
+    """Compute the root (B, d, d) of the covariance of a map by operations that autograd can differentiate."""
     start = prenormalize(features_BdHW, config)
     return _root(start, last_step(start.matrix, config.iterations), config)
 
@@ -142,8 +142,8 @@ class ISqrtVector(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Compute the gradient (B, d, H, W) of the map; second derivatives go through autograd.
 
-        With n^power for the norm, the root is n^power Y_N on A, and n^power X Z_N X^T on G. So n receives
-        power <root, its gradient> / n outside of the iteration.
+        The root is n^p Y_N if the iteration runs on A, and n^p X Z_N X^T if it runs on G. Through n^p, n
+        receives the gradient p <root, its gradient> / n.
         """
         config: NewtonSchulzConfig = ctx.config
         features_BdHW, triangle, vector, norm_B11, matrix_Bnn, *factors = ctx.saved_tensors

@@ -107,12 +107,13 @@ def spectral(a_BCC: Tensor, function: Power | Logarithm) -> tuple[Tensor, Tensor
 
 
 class MatrixRootConfig(StrictModel):
-    """The matrix square root: exact, by eigenvalues, or by N = `iterations` steps, which can be exported.
+    """How the matrix square root R is computed: by eigenvalues ("eigen") or by Newton-Schulz.
 
-    The steps start from the matrix divided by its Frobenius norm, because N steps then end nearer to the root
-    than after a division by the trace. Their gradient is that of the steps ("autograd"), or the solution X of
-    Lyapunov's equation R X + X R = G for the root R and its gradient G, by as many steps ("lyapunov", Lin and
-    Maji 2017). The gradient by eigenvalues is the exact solution.
+    Eigenvalues give the exact root and its exact gradient, but cannot be exported. N = `iterations` steps of
+    Newton-Schulz start from the matrix divided by its Frobenius norm, with which they end nearer to the root
+    than with the trace. `backward` selects their gradient: that of the steps ("autograd"), or N steps for the
+    solution X of Lyapunov's equation R X + X R = G, where G is the gradient of R ("lyapunov", Lin and Maji
+    2017).
     """
 
     root: Literal["eigen", "newton-schulz"] = "eigen"

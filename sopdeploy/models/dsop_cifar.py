@@ -23,10 +23,10 @@ PATTERNS = {3: (1, 0, 2), 4: (0, 2, 0, 2), 18: (0, 0, 3) * 6}  # Table IV, by th
 
 
 class DSoPThreeStages(DSoP):
-    """DSoP on three stages with the same number of blocks, by the patterns of Table IV in `patterns`.
+    """DSoP on three stages of equal length, with branches by the patterns of Table IV.
 
-    Stages of a length without a pattern have one branch of two blocks after their last block; a stage of one
-    block has a branch of one block.
+    Stages of a length that is not in `patterns` have one branch of two blocks after their last block; a stage
+    of one block has a branch of one block.
     """
 
     patterns: ClassVar[dict[int, tuple[int, ...]]] = PATTERNS

@@ -334,8 +334,8 @@ def register_model(
         taps: The modules at which the method is applied: for "dsop" and "gsop" one or more, for the others
             the feature map that is pooled, by default the last one.
         image_size: Side in pixels of an image that the network accepts.
-        method: The method of the function of this name, whose options are `model.config` of a recipe. By
-            default "dsop" with taps; "none" without, which trains the network as it is.
+        method: Name of the function of this module that is applied; `model.config` of a recipe has its
+            options. The default is "dsop" with taps, and "none", the network as it is, without.
 
     Raises:
         ConfigError: *name* is that of a network of the catalog, or has other characters, or the method needs

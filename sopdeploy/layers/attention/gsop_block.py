@@ -76,10 +76,10 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 class RowConv(nn.Conv2d):
-    """Row-wise convolution: (B, n, n, 1) to (B, 4n, 1, 1); output 4i + r reads row i only.
+    """Row-wise convolution: (B, n, n, 1) to (B, 4n, 1, 1); outputs 4i to 4i + 3 read row i.
 
-    The paper's grouped convolution with kernel (n, 1), and its parameters, computed as one batched
-    product: runtimes have slow kernels for a convolution of n groups whose output is one pixel.
+    It has the parameters of the paper's convolution with n groups and kernel (n, 1), but computes one batched
+    product, because runtimes have slow kernels for many groups with an output of one pixel.
     """
 
     def __init__(self, rows: int) -> None:

@@ -129,7 +129,7 @@ def pooling(kind: Kind, channels: int, root: NewtonSchulzConfig) -> tuple[nn.Mod
 
 
 class FusionHead(nn.Module):
-    """Map pooled vectors (B, D) to logits (B, classes) by a batch norm (if *norm*), dropout, linear layer."""
+    """Classify vectors (B, D): batch norm (with *norm*), dropout, linear layer; logits (B, classes)."""
 
     def __init__(self, length: int, num_classes: int, *, norm: bool, dropout: float) -> None:
         super().__init__()
