@@ -53,6 +53,7 @@ FAILURES = [
     ("cudaMemcpy", 700, "run", "DeviceLostError", "CUDA 700, cudaErrorIllegalAddress: illegal memory access"),
     ("cudaStreamSynchronize", 719, "run", "DeviceLostError", "unspecified launch failure"),
     ("cudaMalloc", 2, "run", "OutOfMemoryError", "Failed to allocate memory"),
+    ("cudaMallocHost", 2, "run", "OutOfMemoryError", "Failed to allocate memory"),
 ]
 
 
