@@ -62,7 +62,7 @@ class Process:
         """The number of open connections, with those that the process has not received."""
         return self.sent - self.received + self.open
 
-    def begin(self, control_socket: socket.socket) -> None:
+    def reset(self, control_socket: socket.socket) -> None:
         """Reset what the previous child reported; the other end of *control_socket* is in a new child."""
         self.control, self.bundles, self.ready = control_socket, None, False
         self.sent = self.received = self.open = self.silent_beats = 0

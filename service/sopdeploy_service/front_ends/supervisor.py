@@ -98,11 +98,11 @@ class Supervisor:
             watch = LoopWatch()
             if self._settings.health_port is not None:
                 stack.enter_context(self._serve_health(watch))
-            self._start_task(self._watch(watch))
+            self._start_task(self._kill_hanging(watch))
             supervised = {process: self._start_task(self._supervise(process)) for process in self._processes}
             await asyncio.gather(*(supervised[process] for process in self._servers))
             for process in set(self._processes) - set(self._servers):
-                self._close(process)  # it ends
+                self._close_control(process)  # it ends
                 if process.child is not None and process.bundles is None:  # it loads models
                     process.child.kill()
             await asyncio.gather(*supervised.values())
@@ -146,7 +146,7 @@ class Supervisor:
             started = time.monotonic()
             process.child = self._start(process)
             code = await self._loop.run_in_executor(self._waiters, process.child.wait)
-            self._close(process)
+            self._close_control(process)
             if self._stopping.is_set():
                 return
             if code == USER_ERROR and not self._announced:
@@ -184,11 +184,11 @@ class Supervisor:
                 config["channel"] = channel.fileno()
                 files.append(channel.fileno())
             child = start_process(MODULES[process.kind], config, files, process.variables, stdout=STDERR)
-        process.begin(ours)
+        process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
         return child
 
-    def _close(self, process: Process) -> None:
+    def _close_control(self, process: Process) -> None:
         """Send nothing more to *process*, which then ends."""
         if process.control is not None:
             self._loop.remove_reader(process.control)
@@ -211,7 +211,7 @@ class Supervisor:
         try:
             process.report(message)
         except struct.error:  # invalid, or empty because the process drains or has ended
-            self._leave(process)
+            self._stop_sending(process)
             return
         if is_new:
             log.info("%s: ready", process)
@@ -220,7 +220,7 @@ class Supervisor:
         if self._announced and self._listener.fileno() >= 0:
             self._loop.add_reader(self._listener, self._accept)
 
-    def _leave(self, process: Process) -> None:
+    def _stop_sending(self, process: Process) -> None:
         """Send nothing more to *process*; the last one that drains gets the pending connections."""
         others = [other for other in self._servers if other is not process and other.control is not None]
         if self._stopping.is_set() and not others and process in self._servers:
@@ -229,7 +229,7 @@ class Supervisor:
                 with connection:
                     process.send(control.CLIENT, connection.fileno())
             self._listener.close()
-        self._close(process)
+        self._close_control(process)
 
     def _announce(self, bundles: str) -> None:
         """Open the port, and print that the server is ready."""
@@ -258,7 +258,7 @@ class Supervisor:
                 if process.send(control.CLIENT, connection.fileno()):
                     return
 
-    async def _watch(self, watch: LoopWatch) -> None:
+    async def _kill_hanging(self, watch: LoopWatch) -> None:
         """Kill processes that hang; time in which this process is paused does not count."""
         while True:
             await asyncio.sleep(BEAT_SECONDS)
@@ -269,7 +269,7 @@ class Supervisor:
                 if silent and process.bundles is not None and process.control is not None and process.child:
                     log.error("%s: hangs; it is killed", process)
                     process.child.kill()
-                    self._close(process)
+                    self._close_control(process)
 
     async def _collect_metrics(self) -> bytes:
         pages = await asyncio.gather(*(control.request_metrics(process.control) for process in self._servers))
