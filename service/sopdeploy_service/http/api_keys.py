@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import secrets
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -41,17 +41,11 @@ class KeyFile(StrictModel):
     key: tuple[Key, ...] = ()
 
 
-@dataclass(frozen=True)
-class ApiKeys:
-    """The keys of one server."""
-
-    keys: tuple[Key, ...]
-
-    def find(self, given: bytes) -> Key | None:
-        """Look up the secret *given* in constant time: all keys are compared, even after a match."""
-        digest = hashlib.sha256(given).hexdigest()
-        matches = [key for key in self.keys if hmac.compare_digest(digest, key.sha256)]
-        return matches[0] if matches else None
+def find_key(keys: Sequence[Key], secret: bytes) -> Key | None:
+    """Find the key with *secret* in constant time: all of *keys* are compared, even after a match."""
+    digest = hashlib.sha256(secret).hexdigest()
+    matches = [key for key in keys if hmac.compare_digest(digest, key.sha256)]
+    return matches[0] if matches else None
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
@@ -76,14 +70,12 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     return keys
 
 
-def load_keys(path: Path) -> ApiKeys:
-    """Load the keys of a server from *path*; raises `ConfigError` also if there are none."""
+def load_keys(path: Path) -> tuple[Key, ...]:
+    """Read the keys of a server as `read_keys` does; raises `ConfigError` also if there are none."""
     keys = read_keys(path)
     if not keys:
-        raise ConfigError(
-            f"{path}: has no key, so every request would be rejected; create one with `sopdeploy key`"
-        )
-    return ApiKeys(keys)
+        raise ConfigError(f"{path}: has no key, so no request would be accepted; create one: `sopdeploy key`")
+    return keys
 
 
 def new_key(path: Path, name: str, *, rate: float | None, burst: int | None, admin: bool) -> str:

@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Collection, Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.http import api_keys
-from sopdeploy_service.http.api_keys import ApiKeys
+from sopdeploy_service.http.api_keys import Key, find_key
 from sopdeploy_service.http.problems import INTERNAL, reject
 from sopdeploy_service.http.rate_limits import CreateBucketState, TokenBucket
 from sopdeploy_service.inference.results import CLIENT_GONE, RejectedError, Rejection
@@ -165,7 +165,7 @@ class ApiKeyMiddleware:
     """
 
     app: ASGIApp
-    keys: ApiKeys
+    keys: Sequence[Key]
     open_paths: Collection[str]
     create_bucket_state: CreateBucketState
 
@@ -173,7 +173,7 @@ class ApiKeyMiddleware:
         """Create the token buckets of the keys."""
         self._buckets = {
             key.name: TokenBucket(key.rate, key.burst, self.create_bucket_state(number))
-            for number, key in enumerate(self.keys.keys)
+            for number, key in enumerate(self.keys)
             if key.rate is not None
         }
 
@@ -184,7 +184,7 @@ class ApiKeyMiddleware:
             headers = context.headers
             scheme, _, token = headers.get("authorization", "").partition(" ")
             given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-            key = self.keys.find(given.encode("latin-1"))
+            key = find_key(self.keys, given.encode("latin-1"))
             if key is None:
                 raise RejectedError(NO_KEY)
             context.key_name, context.scopes = key.name, key.scopes

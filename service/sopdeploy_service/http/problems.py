@@ -34,17 +34,9 @@ class Problem(StrictModel):
     @classmethod
     def of(cls, rejection: Rejection) -> "Problem":
         """Create the response body of *rejection*."""
-        try:
-            title = HTTPStatus(rejection.status).phrase
-        except ValueError:  # 499 is not standardized
-            title = "Client Closed Request"
-        return cls(
-            type=f"/errors#{rejection.code}",
-            title=title,
-            status=rejection.status,
-            code=rejection.code,
-            detail=rejection.message,
-        )
+        code, status = rejection.code, rejection.status
+        title = "Client Closed Request" if status == 499 else HTTPStatus(status).phrase
+        return cls(type=f"/errors#{code}", title=title, status=status, code=code, detail=rejection.message)
 
 
 def problem_response(

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,12 +63,6 @@ class NoRuntime:
         """Do nothing."""
 
 
-class UnloadedModel(Model):
-    """A model that is known and not loaded: it has a bundle, but no worker."""
-
-    is_loaded: ClassVar[bool] = False
-
-
 @dataclass(eq=False, slots=True)
 class Entry:
     """A bundle of the server: *unloaded* takes the place of *model* while it is not loaded.
@@ -77,7 +70,7 @@ class Entry:
     *load_bytes* are reserved during a load; *users* counts the requests that use the model or wait for it.
     """
 
-    unloaded: UnloadedModel
+    unloaded: Model
     model: Model
     memory: ModelMemory
     load_bytes: int
@@ -158,7 +151,8 @@ class BudgetedRegistry(ModelRegistry):
     def _make_entry(self, name: str, path: Path) -> Entry:
         bundle = open_checked(path, self._settings)
         unloaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={})
-        model = UnloadedModel(name, unloaded, self._settings, self._metrics)
+        model = Model(name, unloaded, self._settings, self._metrics)
+        model.is_loaded = False
         size = load_bytes(bundle)
         model.memory = ModelMemory(bytes=size, pinned=name in self._settings.pin)
         self._by_name[name] = [model]

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from sopdeploy_service.inference.latency import LatencyTable
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
@@ -38,7 +37,7 @@ class ModelMemory:
 class Model:
     """A bundle being served; every method is called on the event loop."""
 
-    is_loaded: ClassVar[bool] = True
+    is_loaded = True
     memory: ModelMemory | None = None  # with a memory budget
 
     def __init__(self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:

@@ -134,12 +134,13 @@ class RequestQueue:
             while True:
                 now = time.monotonic()
                 self._drop_over(now)
-                full = len(self._items) >= max_size
+                if len(self._items) >= max_size:
+                    return [self._items.popleft() for _ in range(max_size)]
+                if only_full or (not self._items and self.closed_with is not None):
+                    return []
                 wait = self._items[0].arrived + self.max_delay - now if self._items else None
-                closed_or_due = self.closed_with is not None if wait is None else wait <= 0
-                if full or only_full or closed_or_due:
-                    size = max_size if full else 0 if only_full else len(self._items)
-                    return [self._items.popleft() for _ in range(size)]
+                if wait is not None and wait <= 0:
+                    return [self._items.popleft() for _ in range(len(self._items))]
                 self._changed.wait(wait)
 
     def _drop_over(self, now: float) -> None:

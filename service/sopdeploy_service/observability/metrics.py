@@ -106,10 +106,10 @@ class Metrics:
 
     def show_drift(self, model: str) -> None:
         """Show the drift of *model*, NaN before its first full window."""
-        model_metrics = self.of(model)
-        for of in TESTS:
-            for number, gauge in enumerate((self._drift_distance, self._drift_p_value)):
-                gauge.labels(model, of).set_function(partial(model_metrics.drift_value, of, number))
+        counts = self.of(model)
+        for test in TESTS:
+            self._drift_distance.labels(model, test).set_function(partial(counts.drift_distance, test))
+            self._drift_p_value.labels(model, test).set_function(partial(counts.drift_p_value, test))
 
     def count_bundle(
         self, name: str, bundle: Bundle, runtime: Runtime, decode: DecodeWay, change: int
@@ -176,9 +176,13 @@ class ModelMetrics:
         for seconds in waited:
             self._stage("queue", seconds)
 
-    def drift_value(self, of: str, number: int) -> float:
-        """Return the distance (*number* 0) or p-value (1) of the drift test *of*; NaN if there is none."""
-        return math.nan if self.drift is None else float(self.drift.tests[of][number])
+    def drift_distance(self, test: str) -> float:
+        """Return the distance of the drift *test*; NaN before the first full window."""
+        return math.nan if self.drift is None else self.drift.tests[test].distance
+
+    def drift_p_value(self, test: str) -> float:
+        """Return the p-value of the drift *test*; NaN before the first full window."""
+        return math.nan if self.drift is None else self.drift.tests[test].p_value
 
     def busy_ratio(self) -> float:
         """Compute the fraction of the last `WINDOW_SECONDS` in which a batch ran. Thread-safe."""

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app as cli
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.http.api_keys import Key, load_keys, new_key
+from sopdeploy_service.http.api_keys import Key, find_key, load_keys, new_key
 from sopdeploy_service.http.rate_limits import TokenBucket, local_state
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.runtime.fake import FakeRuntime
@@ -35,12 +35,12 @@ def test_the_file_has_only_the_hash_of_a_new_key(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
     keys = load_keys(path)
     digest = hashlib.sha256(first.encode()).hexdigest()
-    assert keys.find(first.encode()) == Key(name="phone", sha256=digest, rate=10.0, burst=4)
-    found = keys.find(second.encode())
+    assert find_key(keys, first.encode()) == Key(name="phone", sha256=digest, rate=10.0, burst=4)
+    found = find_key(keys, second.encode())
     assert found is not None
     assert (found.name, found.rate, found.scopes) == ("ops", None, ("classify", "admin"))
-    assert keys.find(first.encode() + b" ") is None
-    assert keys.find(b"") is None
+    assert find_key(keys, first.encode() + b" ") is None
+    assert find_key(keys, b"") is None
 
 
 def test_a_new_key_keeps_comments_and_an_invalid_one_changes_nothing(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_command_prints_only_the_key_on_stdout(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     done = CliRunner().invoke(cli, ["key", "lab", "--file", str(path), "--rate", "5", "--admin"])
     assert done.exit_code == 0
-    found = load_keys(path).find(done.stdout.strip().encode())
+    found = find_key(load_keys(path), done.stdout.strip().encode())
     assert found is not None
     assert (found.name, found.rate, found.scopes) == ("lab", 5.0, ("classify", "admin"))
     again = CliRunner().invoke(cli, ["key", "lab", "--file", str(path)])

@@ -167,8 +167,7 @@ def _requested_outputs(
     requested = []
     for output in outputs:
         parameters = output.parameters or OutputParameters()
-        own = "binary_data" in parameters.model_fields_set
-        as_binary = bool(parameters.binary_data) if own else binary
+        as_binary = binary if parameters.binary_data is None else parameters.binary_data
         requested.append(RequestedOutput(known[output.name], as_binary, parameters.classification))
     by_default = (tensor for tensor in signature.outputs if tensor.name not in ON_REQUEST)
     return tuple(requested) or tuple(RequestedOutput(tensor, binary, 0) for tensor in by_default)
