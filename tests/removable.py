@@ -96,7 +96,7 @@ PARTS = {
     ),
     "comparison": Part(
         (
-            "sopdeploy/comparison",
+            "sopdeploy/comparison.py",
             "sopdeploy/cli/training/compare.py",
             "tests/sopdeploy/evaluation/test_compare.py",
         ),

@@ -11,7 +11,7 @@ from sopdeploy.cli.console import err, out, plain_text, print_table, say
 from sopdeploy.cli.training.train import SetOption, exit_on_signal
 
 if TYPE_CHECKING:
-    from sopdeploy.comparison.verdict import Comparison
+    from sopdeploy.comparison import Comparison
 
 
 def show(comparison: "Comparison") -> None:
@@ -51,7 +51,7 @@ def compare(
     Example: [bold]sopdeploy compare mine.toml other.toml --set data.path=photos --out runs/mine[/bold]
     """
     with exit_on_signal(hint=" or with the same command"), ProgressBars(err) as bars:
-        from sopdeploy.comparison.runs import compare as run
+        from sopdeploy.comparison import compare as run
 
         progress: Any = bars  # implements the events that it shows
 

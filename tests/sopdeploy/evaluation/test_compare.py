@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.comparison import Comparison, compare
-from sopdeploy.comparison.verdict import NO_EFFECT, Results, compare_results
+from sopdeploy.comparison import NO_EFFECT, Comparison, compare, compare_results
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.statistics import paired, wilson
@@ -26,15 +25,14 @@ TINY = ["epochs=1", "batch_size=70", "model.config.base_width=2", "preprocess.re
 PAIR = ["digits-plain", "digits-dsop"]
 
 
-def results(name: str, *rows: str) -> Results:
-    """Build results from one string per seed: `1` is correct, `0` is wrong."""
-    correct = np.asarray([[letter == "1" for letter in row] for row in rows])
-    return Results(name=name, model="net", correct=correct)
+def compare_rows(**rows: tuple[str, ...]) -> Comparison:
+    """Compare recipes by one string per seed: `1` is correct, `0` is wrong."""
+    correct = {name: np.array([list(row) for row in of_recipe]) == "1" for name, of_recipe in rows.items()}
+    return compare_results(dict.fromkeys(rows, "net"), correct)
 
 
 def test_three_seeds_computed_by_hand() -> None:
-    first, second = results("a", "1100", "1000", "1010"), results("b", "1110", "1100", "1110")
-    found = compare_results(range(3), [first, second])
+    found = compare_rows(a=("1100", "1000", "1010"), b=("1110", "1100", "1110"))
     assert (found.seeds, found.images) == ((0, 1, 2), 4)
     assert [arm.top1 for arm in found.arms] == [(0.5, 0.25, 0.5), (0.75, 0.5, 0.75)]
     (pair,) = found.pairs
@@ -45,8 +43,7 @@ def test_three_seeds_computed_by_hand() -> None:
 
 
 def test_every_other_recipe_is_compared_with_the_first_by_its_interval() -> None:
-    rows = {"a": ("1100", "1100"), "b": ("1000", "1110"), "c": ("1100", "1100"), "d": ("0000", "0000")}
-    found = compare_results(range(2), [results(name, *correct) for name, correct in rows.items()])
+    found = compare_rows(a=("1100", "1100"), b=("1000", "1110"), c=("1100", "1100"), d=("0000", "0000"))
     assert [(pair.first, pair.second, pair.verdict) for pair in found.pairs] == [
         ("a", "b", NO_EFFECT),
         ("a", "c", NO_EFFECT),

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.training import few_shot_settings
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.comparison.runs import compare
+from sopdeploy.comparison import compare
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
