@@ -1,6 +1,6 @@
 """Training steps: iSQRT-COV compared with the paper's loop, DSoP compared with the plain network.
 
-    python benchmarks/training_step.py [--quick] [--json]
+    python benchmarks/training_step.py [--quick] [--device cuda] [--json]
 
 iSQRT-COV (forward and backward) is compared with the loop in the paper, differentiated by autograd: CPU time
 and peak memory. One step of DSoP-ResNet-50 (224-pixel images, forward and backward) is compared with one step
@@ -10,22 +10,24 @@ with branches without down-sampling.
 
 The second-order layers of the slides on iSQRT-COV are compared on AlexNet's last map (256 channels, 13 x 13
 positions): Newton-Schulz, eigenvalues (EIG) and singular values (SVD), forward and backward (FP+BP), backward
-alone (BP), and peak memory. CPU time of one thread.
+alone (BP), and peak memory; so are SVD and EIG of one covariance of this size. These layers run on --device.
+
+Everything on the CPU is CPU time of one thread.
 """
 
 from collections.abc import Callable
-from time import process_time
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import Result, compare, parse, report
+from measure import Result, compare, make_parser, report
+from meta_layers import CHANNELS, SIDE, MetaLayer, peak_mebibytes
 from torch import Tensor, nn
 
 from sopdeploy import create_model
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.models.base import TrainingOutput
-from sopdeploy.reproduction.layer_times import MetaLayer, peak_mebibytes
 
 POOLINGS = (
     (256, 196),
@@ -93,16 +95,34 @@ def pooling_results(channels: int, positions: int, batch: int, runs: int) -> lis
     return [compare(case, "paper's loop", ours, other, runs=runs, warmups=2, clock=process_time), memory]
 
 
-def meta_layer_results(names: list[str], batch: int, runs: int) -> list[Result]:
+def compare_on(
+    device: str,
+    case: str,
+    against: str,
+    ours: Callable[[], object],
+    other: Callable[[], object],
+    runs: int,
+) -> Result:
+    """Compare CPU times, or on a GPU the times until it has finished."""
+    if device == "cpu":
+        return compare(case, against, ours, other, runs=runs, clock=process_time)
+
+    def waiting(call: Callable[[], object]) -> Callable[[], object]:
+        return lambda: (call(), torch.cuda.synchronize())
+
+    return compare(case, against, waiting(ours), waiting(other), runs=runs, clock=perf_counter)
+
+
+def meta_layer_results(names: list[str], batch: int, runs: int, device: str = "cpu") -> list[Result]:
     """Measure FP+BP, BP and peak memory of the layers *names* for *batch* images of AlexNet."""
-    baseline, results = MetaLayer(META_LAYERS[BASELINE], batch), []
+    baseline, results = MetaLayer(META_LAYERS[BASELINE], batch, device), []
     for name in names:
-        layer = MetaLayer(META_LAYERS[name], batch)
+        layer = MetaLayer(META_LAYERS[name], batch, device)
         case = f"{name}, batch {batch}"
         for part in ("both", "backward"):
             pair = getattr(layer, part), getattr(baseline, part)
             shown = f"{case}, {'FP+BP' if part == 'both' else 'BP'}"
-            results.append(compare(shown, BASELINE, *pair, runs=runs, clock=process_time))
+            results.append(compare_on(device, shown, BASELINE, *pair, runs=runs))
         results.append(
             Result(
                 case=f"{case}, peak memory",
@@ -114,6 +134,14 @@ def meta_layer_results(names: list[str], batch: int, runs: int) -> list[Result]:
             )
         )
     return results
+
+
+def decomposition_result(runs: int, device: str) -> Result:
+    """Compare SVD with EIG of one covariance of AlexNet's last feature map."""
+    torch.manual_seed(0)
+    covariance = torch.randn(CHANNELS, SIDE * SIDE).relu().cov(correction=0).to(device)
+    svd, eig = (lambda: torch.linalg.svd(covariance)), (lambda: torch.linalg.eigh(covariance))
+    return compare_on(device, f"SVD of a {CHANNELS} x {CHANNELS} covariance", "EIG", svd, eig, runs=runs)
 
 
 def training_step(name: str, batch: int, *, update: bool, **config: Any) -> Callable[[], None]:
@@ -143,12 +171,19 @@ def step_result(aux_stride: str, batch: int, runs: int, *, update: bool) -> Resu
 
 def main() -> None:
     """Measure and print."""
-    arguments = parse(__doc__)
+    parser = make_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer cases and runs, within a minute")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device of the slides' layers"
+    )
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = []
     for channels, positions in POOLINGS[:3] if arguments.quick else POOLINGS:
         results += pooling_results(channels, positions, batch=8, runs=9 if arguments.quick else 25)
-    results += meta_layer_results(list(META_LAYERS), batch=8, runs=9 if arguments.quick else 25)
+    layer_runs = 9 if arguments.quick else 25
+    results += meta_layer_results(list(META_LAYERS), 8, layer_runs, arguments.device)
+    results.append(decomposition_result(layer_runs, arguments.device))
     batch, runs = (2, 3) if arguments.quick else (16, 5)
     for aux_stride in ("table", "text"):
         for update in (False,) if arguments.quick else (False, True):

@@ -1,41 +1,47 @@
 """Charts of a training run: losses, accuracies, learning rate, spectra, components, throughput."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
 
 from sopdeploy.html.charts import MAX_CURVES, Axis, Bar, Curve, bars, plot
 from sopdeploy.html.templates import short_number
-from sopdeploy.training.diagnostics import EpochRow, history_table
+from sopdeploy.training.diagnostics import EpochRow, history_table, median_throughput
 
 EPOCHS = Axis("epoch")
 MIN_EIGENVALUE = 1e-6  # relative to the largest; smaller ones are rounding errors
 
-Figure = tuple[Markup, str]  # a chart and its caption
+Chart = tuple[Markup, str]  # a chart and its caption
 
 
 def training_context(history: Sequence[EpochRow]) -> dict[str, Any]:
     """Build the template variables that describe the training."""
     columns, rows = history_table(history)
-    rates = sorted(row.speed.images_per_second for row in history if row.speed)
     diagnostics = history[-1].diagnostics
+    throughput = median_throughput(history)
     return {
-        "learning": _learning_figures(history),
+        "learning": _learning_charts(history),
         "branch_images": diagnostics.images if diagnostics and len(_head_names(history)) > 1 else 0,
-        "course": _course_figures(history),
-        "throughput": short_number(round(rates[len(rates) // 2], 1)) if rates else "",
+        "course": _course_charts(history),
+        "throughput": short_number(round(throughput, 1)) if throughput else "",
         "columns": columns,
         "rows": [[f"{row[name]:.5g}" if name in row else "" for name in columns] for row in rows],
-        "spectra": _spectrum_figures(history),
-        "components": _component_figures(history),
+        "spectra": _spectrum_charts(history),
+        "components": _component_charts(history),
     }
 
 
-def _curve(history: Sequence[EpochRow], name: str, value: Callable[[EpochRow], float | None]) -> Curve:
-    """Build the curve of *value* over the epochs, without the epochs in which it is None."""
-    points = ((float(row.epoch), value(row)) for row in history)
-    return Curve(name=name, points=tuple((x, y) for x, y in points if y is not None))
+def epoch_curve(name: str, history: Sequence[EpochRow], values: Sequence[float | None]) -> Curve:
+    """Build the curve of *values*, one for each epoch of *history*; epochs with None are left out."""
+    points = ((float(row.epoch), value) for row, value in zip(history, values, strict=True))
+    return Curve(name=name, points=tuple((epoch, value) for epoch, value in points if value is not None))
+
+
+def head_metric(row: EpochRow, head: str, metric: str) -> float | None:
+    """Return a metric of `HeadMetrics` of *head*; None if the epoch did not record it."""
+    heads = row.diagnostics.heads if row.diagnostics else {}
+    return getattr(heads[head], metric) if head in heads else None
 
 
 def _head_names(history: Sequence[EpochRow]) -> list[str]:
@@ -43,27 +49,16 @@ def _head_names(history: Sequence[EpochRow]) -> list[str]:
     return sorted(names, key=lambda name: (name != "main", name))
 
 
-def _loss_curve(history: Sequence[EpochRow], part: str) -> Curve:
-    return _curve(history, part, lambda row: row.losses.get(part))
-
-
-def _head_curve(history: Sequence[EpochRow], head: str, metric: str) -> Curve:
-    """Build the curve of the `score` or `loss` of *head* over the epochs that recorded it."""
-    heads = [(float(row.epoch), row.diagnostics.heads) for row in history if row.diagnostics]
-    points = tuple((epoch, getattr(metrics[head], metric)) for epoch, metrics in heads if head in metrics)
-    return Curve(name=head, points=points)
-
-
-def _learning_figures(history: Sequence[EpochRow]) -> list[Figure]:
+def _learning_charts(history: Sequence[EpochRow]) -> list[Chart]:
     """Plot the training losses, and the score and loss of every head on the held-out images."""
-    parts = dict.fromkeys(name for row in history for name in row.losses)
-    losses = [_loss_curve(history, part) for part in parts]
+    parts = dict.fromkeys(part for row in history for part in row.losses)
+    losses = [epoch_curve(part, history, [row.losses.get(part) for row in history]) for part in parts]
+    scores = [epoch_curve("deployed", history, [row.metrics.score for row in history])]
+    held_out = [epoch_curve("deployed", history, [row.metrics.loss for row in history])]
     heads = _head_names(history)
-    branched = heads if len(heads) > 1 else []
-    scores = [_curve(history, "deployed", lambda row: row.metrics.score)]
-    scores += [_head_curve(history, head, "score") for head in branched]
-    held_out = [_curve(history, "deployed", lambda row: row.metrics.loss)]
-    held_out += [_head_curve(history, head, "loss") for head in branched]
+    for head in heads if len(heads) > 1 else ():
+        scores.append(epoch_curve(head, history, [head_metric(row, head, "score") for row in history]))
+        held_out.append(epoch_curve(head, history, [head_metric(row, head, "loss") for row in history]))
     score = history[-1].metrics.score_name
     title = "mAP" if score == "mAP" else "Top-1 accuracy"
     return [
@@ -82,24 +77,26 @@ def _learning_figures(history: Sequence[EpochRow]) -> list[Figure]:
     ]
 
 
-def _join_others(curves: Sequence[Curve]) -> list[Curve]:
-    """Limit *curves* to `MAX_CURVES`; the last one is the mean of all that were left out."""
+def _join_others(curves: list[Curve]) -> list[Curve]:
+    """Limit *curves* to `MAX_CURVES`: if there are more, the last curve is the mean of the others."""
     if len(curves) <= MAX_CURVES:
-        return list(curves)
+        return curves
     others = curves[MAX_CURVES - 1 :]
     by_epoch: dict[float, list[float]] = {}
     for curve in others:
-        for x, y in curve.points:
-            by_epoch.setdefault(x, []).append(y)
-    points = tuple((x, sum(values) / len(values)) for x, values in sorted(by_epoch.items()))
+        for epoch, value in curve.points:
+            by_epoch.setdefault(epoch, []).append(value)
+    points = tuple((epoch, sum(values) / len(values)) for epoch, values in sorted(by_epoch.items()))
     return [*curves[: MAX_CURVES - 1], Curve(name=f"{len(others)} other branches: mean", points=points)]
 
 
-def _course_figures(history: Sequence[EpochRow]) -> list[Figure]:
-    rate = _curve(history, "learning rate", lambda row: row.lr)
-    gradient = _curve(history, "gradient norm", lambda row: row.gradient)
-    waiting = _curve(history, "waiting for data", lambda row: row.speed.data_fraction if row.speed else None)
-    series = [
+def _course_charts(history: Sequence[EpochRow]) -> list[Chart]:
+    """Plot learning rate, gradient norm and waiting time, each if several epochs recorded it."""
+    rate = epoch_curve("learning rate", history, [row.lr for row in history])
+    gradient = epoch_curve("gradient norm", history, [row.gradient for row in history])
+    fractions = [row.speed.data_fraction if row.speed else None for row in history]
+    waiting = epoch_curve("waiting for data", history, fractions)
+    charts = [
         ("rate", rate, Axis("rate", low=0.0), "At the end of each epoch."),
         ("gradient", gradient, Axis("norm", logarithmic=True), "Mean norm before clipping."),
         (
@@ -111,21 +108,21 @@ def _course_figures(history: Sequence[EpochRow]) -> list[Figure]:
     ]
     return [
         (plot(id_, curve.name.capitalize(), [curve], EPOCHS, axis), caption)
-        for id_, curve, axis, caption in series
+        for id_, curve, axis, caption in charts
         if len(curve.points) > 1
     ]
 
 
-def _spectrum_figures(history: Sequence[EpochRow]) -> list[Figure]:
+def _spectrum_charts(history: Sequence[EpochRow]) -> list[Chart]:
     """Plot the eigenvalues before and after the square root, at the first and the last recorded epoch."""
     recorded = [(row.epoch, row.diagnostics.spectra) for row in history if row.diagnostics]
-    figures = []
+    charts = []
     for number, name in enumerate(dict.fromkeys(name for _, spectra in recorded for name in spectra)):
         of_layer = [(epoch, spectra[name]) for epoch, spectra in recorded if name in spectra]
-        ends = [of_layer[0], of_layer[-1]] if len(of_layer) > 1 else of_layer
+        first_and_last = [of_layer[0], of_layer[-1]] if len(of_layer) > 1 else of_layer
         curves = []
         for side in ("before", "after"):
-            for epoch, spectrum in ends:
+            for epoch, spectrum in first_and_last:
                 values = getattr(spectrum, side)
                 relative = [value / (values[0] or 1.0) for value in values]
                 points = tuple(zip(map(float, spectrum.ranks), relative, strict=True))
@@ -133,14 +130,20 @@ def _spectrum_figures(history: Sequence[EpochRow]) -> list[Figure]:
         x_axis = Axis("rank of the eigenvalue", logarithmic=True)
         y_axis = Axis("relative to the largest", logarithmic=True, low=MIN_EIGENVALUE, high=1.0)
         chart = plot(f"spectrum-{number}", f"Eigenvalues at {name}", curves, x_axis, y_axis)
-        figures.append((chart, f"{name}: before and after the square root."))
-    return figures
+        charts.append((chart, f"{name}: before and after the square root."))
+    return charts
 
 
-def _component_figures(history: Sequence[EpochRow]) -> list[Figure]:
-    """Draw how many training images each component of a gated network received in the last epoch."""
+def _component_charts(history: Sequence[EpochRow]) -> list[Chart]:
     counts = history[-1].component_counts
-    if not counts:
-        return []
-    usage = [Bar(label=f"component {n}", value=float(c), text=f"{c:,}") for n, c in enumerate(counts)]
-    return [(bars("components", "Images per component", usage, float(max(counts))), "In the last epoch.")]
+    return [component_chart("components", "Images per component", counts)] if counts else []
+
+
+def component_chart(id: str, title: str, counts: Sequence[int]) -> Chart:
+    """Draw how many training images each component of a gated network received in the last epoch."""
+    entries = [
+        Bar(label=f"component {number}", value=float(count), text=f"{count:,}")
+        for number, count in enumerate(counts)
+    ]
+    chart = bars(id, title, entries, float(max(counts)))
+    return chart, f"{title}: training images received in the last epoch."

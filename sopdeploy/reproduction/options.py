@@ -28,8 +28,7 @@ class ReproduceOptions(Options):
     set: tuple[str, ...] = ()
     """Override a value of all recipes, key=value; repeatable."""
     device: Literal["auto", "cpu", "cuda"] | None = None
-    """Device of training and of timed layers; by default that of the recipes, and a GPU for layers if there
-    is one."""
+    """Device of training; by default that of the recipes."""
     threads: Annotated[int | None, pydantic.Field(ge=1, le=1024)] = None
     """CPU threads of torch."""
     out: Path = Path("runs/reproduce")

@@ -7,17 +7,15 @@ from typing import Any
 
 import torch
 
-from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import PadCrop
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import CatalogModel, create_model
 from sopdeploy.reproduction.facts import count_facts
 from sopdeploy.reproduction.options import ReproduceOptions
-from sopdeploy.reproduction.results import MeanError, SeedResult, measure_errors
+from sopdeploy.reproduction.results import MeanError, SeedResult, mean_error
 from sopdeploy.reproduction.small import SMALL_DATA, STATEMENT, small_data, small_overrides
 from sopdeploy.reproduction.tables import DATA_SETS, DataSet, PrintedRow, PrintedTable, find_table
-from sopdeploy.training.distributed.strategy import select_device
 from sopdeploy.training.recipe import Recipe, parse_override, read_recipe, to_toml
 
 # Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as
@@ -37,27 +35,14 @@ QUANTITIES = {  # of `published.toml`, by key of a row
 }
 
 
-class Counts(StrictModel):
-    """Counts of the network of a row, as `describe` computes them.
-
-    The keys are those of `PrintedRow`. Where a paper counts differently, as `published.toml` records, the
-    values follow its convention. `dim` is the length of the classified vector.
-    """
-
-    params: float
-    gflops: float
-    train_params: float
-    train_gflops: float
-    dim: int
-
-
 @dataclass(kw_only=True)
 class Row:
     """What is printed in a row, how it is trained, and its results so far.
 
     `recipe` is None for a row that is not trained, and `reason` says why. `overrides` are the changes to the
-    recipe `source`, without seed and start weights. `gpu_hours` is the estimated time of one run. `facts` are
-    counted or timed figures, by the names of `PrintedRow.facts`.
+    recipe `source`, without the seed and the checkpoints of other rows. `counts` are those of the network, by
+    the fields of `PrintedRow`, and `facts` what was counted or measured of `PrintedRow.facts`. `gpu_hours` is
+    the estimated time of one run.
     """
 
     printed: PrintedRow
@@ -65,7 +50,7 @@ class Row:
     overrides: tuple[str, ...] = ()
     recipe: Recipe | None = None
     reason: str = ""
-    counts: Counts | None = None
+    counts: dict[str, float] = field(default_factory=dict)
     gpu_hours: float = 0.0
     facts: dict[str, float] = field(default_factory=dict)
     runs: list[SeedResult] = field(default_factory=list)
@@ -78,12 +63,12 @@ class Row:
     @property
     def top1(self) -> MeanError | None:
         """The mean top-1 error in percent."""
-        return measure_errors(self.runs, "top1")
+        return mean_error(self.runs, "top1")
 
     @property
     def top5(self) -> MeanError | None:
         """The mean top-5 error in percent."""
-        return measure_errors(self.runs, "top5")
+        return mean_error(self.runs, "top5")
 
     def overrides_of(self, folder: Path, seed: int) -> tuple[str, ...]:
         """Return `overrides` with *seed* and the checkpoints of other rows; *folder* holds all runs."""
@@ -125,12 +110,6 @@ class Reproduction:
         return self.options.runs_per_row(self.table)
 
     @property
-    def layer_device(self) -> tuple[str, int]:
-        """The device, "cpu" or "cuda", and the number of CPU threads for timed layers."""
-        device = select_device(self.options.device or "auto").type
-        return device, self.options.threads or torch.get_num_threads()
-
-    @property
     def statement(self) -> str:
         """Why small-scale results are not the paper's; empty if nothing is trained."""
         return STATEMENT if self.options.scale == "small" and self.table.measures == "errors" else ""
@@ -143,7 +122,7 @@ class Reproduction:
                 "printed": row.printed.model_dump(mode="json"),
                 "status": row.status,
                 "command": row.command(self.folder, 0),
-                "counted": None if row.counts is None else row.counts.model_dump(),
+                "counted": row.counts or None,
                 "facts": row.facts,
                 "network": "" if row.recipe is None else row.recipe.model.name,
                 "top1": None if row.top1 is None else row.top1.model_dump(),
@@ -176,10 +155,7 @@ def plan(table: PrintedTable, options: ReproduceOptions) -> Reproduction:
 
 
 def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOptions) -> Row:
-    row = Row(printed=printed)
-    if printed.layer is not None:
-        row.reason = "timed, not trained"
-        return row
+    row, data = Row(printed=printed), DATA_SETS[table.data]
     trained = table.recipe_of(printed)
     if trained is None:
         row.reason = "cited: no network of the catalog"
@@ -187,9 +163,8 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
     row.source, row.overrides = trained
     try:
         recipe = read_recipe(row.source, row.overrides)
-        row.counts = _count(recipe, printed, table)
-        if printed.facts:
-            row.facts = _count_facts(row, recipe, table)
+        row.counts = _count_network(recipe, printed, data.classes)
+        row.facts = _count_facts(row, recipe, table)
         if table.measures == "counts":
             row.reason = "counted, not trained"
             return row
@@ -202,8 +177,7 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
     except ConfigError as error:
         row.reason = f"not available: {error}"
         return row
-    data = DATA_SETS[table.data] if options.scale == "paper" else SMALL_DATA
-    row.gpu_hours = estimate_hours(row.recipe, data)
+    row.gpu_hours = estimate_hours(row.recipe, data if options.scale == "paper" else SMALL_DATA)
     return row
 
 
@@ -251,34 +225,39 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
     return macs * STEP_COST * images / GPU_OPERATIONS / 3600
 
 
-def _count(recipe: Recipe, printed: PrintedRow, table: PrintedTable) -> Counts:
-    """Count parameters and operations of the network that *recipe* trains, for the row *printed*."""
-    model, side, classes = recipe.model, recipe.preprocess.crop, DATA_SETS[table.data].classes
-    described = describe(model.name, image_size=side, num_classes=classes, **model.config)
+def _count_network(recipe: Recipe, printed: PrintedRow, num_classes: int) -> dict[str, float]:
+    """Count the network that *recipe* trains, by the fields of `PrintedRow`.
+
+    Where a paper counts differently, as `published.toml` records, the counts follow its convention.
+    """
+    model, side = recipe.model, recipe.preprocess.crop
+    described = describe(model.name, image_size=side, num_classes=num_classes, **model.config)
     counts = {
         "params": described.shipped.parameters / 1e6,
         "gflops": described.shipped.macs / 1e9,
         "train_params": described.training.parameters / 1e6,
         "train_gflops": described.training.macs / 1e9,
     }
-    for figure in reversed(described.published):  # the first figure decides
+    for figure in reversed(described.published):  # the first figure that equals a printed one decides
         for key, quantity in QUANTITIES.items():
             if figure.quantity.endswith(quantity) and figure.printed == getattr(printed, key):
                 counts[key] = figure.ours
-    return Counts(**counts, dim=described.representation)
+    return {**counts, "dim": described.representation}
 
 
 def _count_facts(row: Row, recipe: Recipe, table: PrintedTable) -> dict[str, float]:
     """Count the facts that the paper prints for *row*, without those that only training measures."""
-    printed, model = row.printed, recipe.model
+    printed, model, num_classes = row.printed, recipe.model, DATA_SETS[table.data].classes
+    if not printed.facts:
+        return {}
     with torch.device("meta"):
-        network = create_model(model.name, num_classes=DATA_SETS[table.data].classes, **model.config)
+        network = create_model(model.name, num_classes=num_classes, **model.config)
     facts: dict[str, float] = {"epochs": recipe.epochs}
     facts |= count_facts(network, recipe.preprocess.crop, printed.facts)
     baseline = next((other for other in table.rows if other.id == printed.baseline), None)
     baseline_recipe = None if baseline is None else table.recipe_of(baseline)
-    if baseline is not None and baseline_recipe is not None and row.counts is not None:
-        baseline_counts = _count(read_recipe(*baseline_recipe), baseline, table)
-        facts["extra GFLOPs"] = row.counts.gflops - baseline_counts.gflops
-        facts["extra parameters (M)"] = row.counts.params - baseline_counts.params
+    if baseline is not None and baseline_recipe is not None:
+        baseline_counts = _count_network(read_recipe(*baseline_recipe), baseline, num_classes)
+        facts["extra GFLOPs"] = row.counts["gflops"] - baseline_counts["gflops"]
+        facts["extra parameters (M)"] = row.counts["params"] - baseline_counts["params"]
     return {name: facts[name] for name in printed.facts if name in facts}

@@ -1,15 +1,29 @@
-"""The measured results of runs: what is stored beside each run, and mean errors over seeds."""
+"""The results of finished runs: what is measured and stored for each, and mean errors over seeds."""
 
-from collections.abc import Sequence
-from statistics import mean
+from collections.abc import Collection, Sequence
+from statistics import mean, median
+from timeit import repeat
 from typing import Any
 
+import torch
+
+from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.evaluation.statistics import Interval, paired, wilson
-from sopdeploy.models.stats import Counts as NetworkCounts
+from sopdeploy.data.sources import open_data
+from sopdeploy.evaluation.heads import HeadCounter, loss_shares
+from sopdeploy.evaluation.prediction import predict_images
+from sopdeploy.evaluation.statistics import paired, wilson
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.describe import describe
+from sopdeploy.models.stats import Counts
+from sopdeploy.report.run_data import read_history
 from sopdeploy.training.diagnostics import EpochRow
+from sopdeploy.training.distributed.strategy import select_device
+from sopdeploy.training.loop import TrainingResult
+from sopdeploy.training.recipe import Recipe
 
 HOURS, MILLISECONDS = "training, hours", "inference, ms per image"  # facts of tables
+TIMED_BATCHES = 9  # after one warm-up batch
 
 
 class HeadError(StrictModel):
@@ -25,9 +39,8 @@ class SeedResult(StrictModel):
 
     `recipe` is the complete recipe and `network` the complete config of its network; `training` and
     `deployed` count this network. `heads` holds the errors of all heads if there are several. `usage` counts,
-    for a gated network, the training images that each component received in the last epoch. `condition` holds
-    the ratios of the largest to the smallest recorded eigenvalue before and after each matrix function.
-    `milliseconds` is the time of the deployed network per image, where the paper prints one.
+    for a gated network, the training images that each component received in the last epoch. `milliseconds` is
+    the time of the deployed network per image, where the paper prints one.
     """
 
     seed: int
@@ -36,19 +49,12 @@ class SeedResult(StrictModel):
     history: tuple[EpochRow, ...]
     train_count: int
     held_out_count: int
-    training: NetworkCounts
-    deployed: NetworkCounts
+    training: Counts
+    deployed: Counts
     heads: dict[str, HeadError]
     usage: tuple[int, ...]
-    condition: dict[str, tuple[float, float]]
     milliseconds: float | None = None
     machine: dict[str, Any]
-
-    @property
-    def images_per_second(self) -> float:
-        """The median training throughput over the epochs."""
-        rates = sorted(row.speed.images_per_second for row in self.history if row.speed)
-        return rates[len(rates) // 2] if rates else 0.0
 
 
 class MeanError(StrictModel):
@@ -59,29 +65,92 @@ class MeanError(StrictModel):
     high: float
 
 
-def measure_errors(runs: Sequence[SeedResult], name: str) -> MeanError | None:
+def measure_run(recipe: Recipe, trained: TrainingResult, *, timed: bool) -> SeedResult:
+    """Measure what the table and the charts show of a finished run; *timed* times its network, too."""
+    checkpoint = read_checkpoint(trained.last)
+    history = read_history(checkpoint, trained.last)
+    counts = describe(
+        checkpoint.model,
+        image_size=recipe.preprocess.crop,
+        num_classes=len(checkpoint.labels),
+        **checkpoint.config,
+    )
+    model = build_classifier(checkpoint, trained.last)
+    return SeedResult(
+        seed=recipe.seed,
+        recipe=recipe.model_dump(mode="json"),
+        network=checkpoint.config,
+        history=history,
+        train_count=trained.train_count,
+        held_out_count=trained.held_out_count,
+        training=counts.training,
+        deployed=counts.shipped,
+        heads=_head_errors(model, checkpoint, recipe, history[-1].losses),
+        usage=history[-1].component_counts,
+        milliseconds=_milliseconds_per_image(model, recipe) if timed else None,
+        machine=checkpoint.training.get("machine", {}),
+    )
+
+
+def _head_errors(
+    model: Classifier, checkpoint: Checkpoint, recipe: Recipe, losses: dict[str, float]
+) -> dict[str, HeadError]:
+    """Compute the errors of all heads of *model* on all held-out images; empty for a single head.
+
+    *losses* are the training losses of the last epoch, by head.
+    """
+    weights = model.loss_weights()
+    if len(weights) < 2:
+        return {}
+    images = open_data(recipe.data).held_out
+    counter = HeadCounter(model.to(select_device(recipe.device)), torch.from_numpy(images.targets))
+    predict_images(counter.eval(), checkpoint, images, workers=recipe.workers)
+    shares = loss_shares(weights, {name: losses[name] for name in counter.right})
+    return {
+        head.name: HeadError(top1=1 - head.top1.share, top5=1 - head.top5.share, share=shares[head.name])
+        for head in counter.accuracies()
+    }
+
+
+@torch.no_grad()
+def _milliseconds_per_image(model: Classifier, recipe: Recipe) -> float:
+    """Time the deployed network of *model* on batches of the recipe's size; the median, per image."""
+    device, side = select_device(recipe.device), recipe.preprocess.crop
+    network = model.inference_model().eval().to(device)
+    images = torch.randn(recipe.batch_size, 3, side, side, device=device)
+
+    def run_batch() -> None:
+        network(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    run_batch()
+    return 1000 * median(repeat(run_batch, repeat=TIMED_BATCHES, number=1)) / recipe.batch_size
+
+
+def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:
     """Compute the mean error *name*, "top1" or "top5", of *runs* after the last epoch, in percent."""
     errors = [1 - getattr(run.history[-1].metrics, name) for run in runs]
     if not errors:
         return None
     if len(errors) > 1:
-        of_seeds = paired(errors)
-        mean, interval = of_seeds.mean, of_seeds.interval
+        center, _, (low, high), *_ = paired(errors)
     else:
-        mean = errors[0]
-        count = runs[0].held_out_count
-        interval = Interval(*wilson(round(mean * count), count))
-    return MeanError(mean=100 * mean, low=100 * max(0.0, interval.low), high=100 * min(1.0, interval.high))
+        center, count = errors[0], runs[0].held_out_count
+        low, high = wilson(round(center * count), count)
+    return MeanError(mean=100 * center, low=100 * max(0.0, low), high=100 * min(1.0, high))
 
 
-def measure_facts(runs: Sequence[SeedResult], baseline: Sequence[SeedResult]) -> dict[str, float]:
-    """Compute the facts of *runs* that papers print: times, and increments over *baseline* in points."""
+def measured_facts(
+    runs: Sequence[SeedResult], baseline: Sequence[SeedResult], names: Collection[str]
+) -> dict[str, float]:
+    """Compute those of the facts *names* that *runs* measure: times, and increments over *baseline*."""
     facts = {HOURS: mean(run.history[-1].seconds for run in runs) / 3600}
     times = [run.milliseconds for run in runs if run.milliseconds is not None]
     if times:
         facts[MILLISECONDS] = mean(times)
-    for name, label in {"top1": "top-1 increment", "top5": "top-5 increment"}.items():
-        error, reference = measure_errors(runs, name), measure_errors(baseline, name)
+    for name, fact in {"top1": "top-1 increment", "top5": "top-5 increment"}.items():
+        error, reference = mean_error(runs, name), mean_error(baseline, name)
         if error is not None and reference is not None:
-            facts[label] = reference.mean - error.mean
-    return facts
+            facts[fact] = reference.mean - error.mean
+    return {name: facts[name] for name in names if name in facts}

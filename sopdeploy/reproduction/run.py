@@ -9,12 +9,10 @@ import pydantic
 from sopdeploy.config import first_problem
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write
-from sopdeploy.reproduction.layer_times import time_layer
-from sopdeploy.reproduction.measure import measure_run
 from sopdeploy.reproduction.options import ReproduceOptions
 from sopdeploy.reproduction.page import render_page
-from sopdeploy.reproduction.plan import Reproduction, Row, plan, run_path
-from sopdeploy.reproduction.results import MILLISECONDS, SeedResult, measure_facts
+from sopdeploy.reproduction.plan import Reproduction, plan, run_path
+from sopdeploy.reproduction.results import MILLISECONDS, SeedResult, measure_run, measured_facts
 from sopdeploy.reproduction.small import small_data, write_small_images
 from sopdeploy.reproduction.tables import PrintedTable
 from sopdeploy.training.callbacks import Callback
@@ -47,30 +45,26 @@ def reproduce(
                 )
         if options.scale == "small":
             write_small_images(options.data, small_data(options.out, options.data))
+    by_id = {row.printed.id: row for row in results.rows}
     for row in results.rows:
-        if row.printed.layer is not None:
-            row.facts = time_layer(row.printed.layer, *results.layer_device)
-        elif row.recipe is not None:
-            for seed in range(results.seeds):
-                path = run_path(results.folder, row.printed.id, seed)
-                recipe = read_recipe(row.source, row.overrides_of(results.folder, seed))
-                stored = _read_result(path / RESULT, recipe)
-                if stored is None:
-                    on_run(row.printed.id, seed)
-                    trained = train(recipe, path, resume="auto", callback=callback)
-                    stored = measure_run(recipe, trained, timed=MILLISECONDS in row.printed.facts)
-                    _write(path / RESULT, stored.model_dump_json() + "\n")
-                row.runs.append(stored)
-            row.facts |= _measured_facts(row, results)
-            _write_page(results)
+        if row.recipe is None:
+            continue
+        timed = MILLISECONDS in row.printed.facts
+        for seed in range(results.seeds):
+            path = run_path(results.folder, row.printed.id, seed)
+            recipe = read_recipe(row.source, row.overrides_of(results.folder, seed))
+            stored = _read_result(path / RESULT, recipe)
+            if stored is None:
+                on_run(row.printed.id, seed)
+                trained = train(recipe, path, resume="auto", callback=callback)
+                stored = measure_run(recipe, trained, timed=timed)
+                _write(path / RESULT, stored.model_dump_json() + "\n")
+            row.runs.append(stored)
+        baseline = by_id[row.printed.baseline].runs if row.printed.baseline in by_id else []
+        row.facts |= measured_facts(row.runs, baseline, row.printed.facts)
+        _write_page(results)
     _write_page(results)
     return results
-
-
-def _measured_facts(row: Row, results: Reproduction) -> dict[str, float]:
-    baseline = next((other.runs for other in results.rows if other.printed.id == row.printed.baseline), [])
-    facts = measure_facts(row.runs, baseline)
-    return {name: facts[name] for name in row.printed.facts if name in facts}
 
 
 def _read_result(path: Path, recipe: Recipe) -> SeedResult | None:

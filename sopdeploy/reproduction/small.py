@@ -147,12 +147,11 @@ def small_network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     for key, reduce in REDUCTIONS.items():
         if values.get(key) is not None:
             config[key] = reduce(values[key])
-    if "aux_blocks" in values and values["aux_blocks"] is None and isinstance(full, ResNetConfig):
+    by_default = {key for key, value in values.items() if value is None}
+    if "aux_blocks" in by_default and isinstance(full, ResNetConfig):
         config["aux_blocks"] = [1, 1, 1, 1]
-    if "aux_widths" in values and values["aux_widths"] is None:
-        stages = {224: 4, 32: 3}[entry(name).image_size]
-        if not isinstance(full, EfficientNetConfig):
-            config["aux_widths"] = [CHANNELS] * stages
+    if "aux_widths" in by_default and not isinstance(full, EfficientNetConfig):
+        config["aux_widths"] = [CHANNELS] * {224: 4, 32: 3}[entry(name).image_size]
     if isinstance(full, AlexNetConfig):
         config["classifier"] = "linear"
     if pooling is not None and pooling["kind"] != "gap":

@@ -15,7 +15,6 @@ from sopdeploy.config import Positive, StrictModel
 from sopdeploy.errors import ConfigError
 
 Percent = Annotated[float, pydantic.Field(ge=0, le=100)]
-Measures = Literal["errors", "counts", "times"]
 
 
 class DataSet(NamedTuple):
@@ -44,9 +43,9 @@ class PrintedRow(StrictModel):
     Errors (`top1`, `top5`) are percentages; `heads` has the errors of the branch of each stage. `params` and
     `gflops` describe the deployed network in millions and billions, `train_params` and `train_gflops` the
     network in training; with `times` they are multiples of ResNet-50's. `dim` is the length of the vector
-    that is classified. `facts` are other printed figures by name: `facts.py` counts or measures those of a
-    network, `layer_times.py` those of a timed `layer`. Extra costs and increments are relative to the row
-    `baseline`. None stands for a figure that is not printed.
+    that is classified. `facts` are other printed figures by name: `facts.py` counts those of a network,
+    `results.py` measures those of a run. Extra costs and increments are relative to the row `baseline`. None
+    stands for a figure that is not printed.
 
     `set` are changes to the table's recipe, as for `sopdeploy train --set`; `small` are further changes at
     the small scale. `needs` maps a key of the recipe to the row whose `best.pt` is its value. `pretrained` is
@@ -75,7 +74,6 @@ class PrintedRow(StrictModel):
     times: bool = False
     dim: Annotated[int, pydantic.Field(ge=1)] | None = None
     facts: dict[str, float] = pydantic.Field(default_factory=dict)
-    layer: dict[str, Any] | None = None
     images_per_second: Positive | None = None
     note: str = ""
 
@@ -83,16 +81,16 @@ class PrintedRow(StrictModel):
 class PrintedTable(StrictModel):
     """A table or figure of a paper; `source` is its name in `published.toml`, too.
 
-    `measures` is what its rows print: "errors" of trained networks, "counts" of networks that are only
-    built, or "times" of single layers. `recipe`, `set` and `small` apply to all rows. `data` is a
-    key of `DATA_SETS`. `seeds` is the number of runs that the paper averages. If `accuracy` is true, `top1`
-    and `top5` in the file are the printed accuracies; they are converted to errors.
+    `measures` is what its rows print: "errors" of trained networks, or "counts" of networks that are only
+    built. `recipe`, `set` and `small` apply to all rows. `data` is a key of `DATA_SETS`. `seeds` is the
+    number of runs that the paper averages. If `accuracy` is true, `top1` and `top5` in the file are the
+    printed accuracies; they are converted to errors.
     """
 
     id: str
     source: str
     title: str
-    measures: Measures = "errors"
+    measures: Literal["errors", "counts"] = "errors"
     data: str
     recipe: str
     set: tuple[str, ...] = ()
@@ -114,8 +112,8 @@ class PrintedTable(StrictModel):
         return {**values, "rows": rows}
 
     def recipe_of(self, row: PrintedRow) -> tuple[str, tuple[str, ...]] | None:
-        """Return the recipe of *row* and its changes; None for a row that is only cited or timed."""
-        if row.layer is not None or (row.cited and row.recipe is None and not row.set):
+        """Return the recipe of *row* and its changes; None for a row that is only cited."""
+        if row.cited and row.recipe is None and not row.set:
             return None
         return row.recipe or self.recipe, (*self.set, *row.set)
 

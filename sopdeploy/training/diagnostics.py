@@ -10,6 +10,7 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import median_high
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,12 @@ def epoch_metrics(row: EpochRow) -> dict[str, float]:
         for name, head in row.diagnostics.heads.items():
             metrics |= {f"{name}_{key}": value for key, value in head.model_dump(exclude_none=True).items()}
     return {**metrics, "seconds": round(row.seconds, 3)}
+
+
+def median_throughput(history: Sequence[EpochRow]) -> float:
+    """Return the median of the images per second of all epochs; 0 if none was measured."""
+    speeds = [row.speed.images_per_second for row in history if row.speed]
+    return median_high(speeds) if speeds else 0.0
 
 
 def history_table(history: Sequence[EpochRow]) -> tuple[list[str], list[dict[str, float]]]:

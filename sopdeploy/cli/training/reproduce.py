@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from sopdeploy.reproduction.plan import Reproduction
     from sopdeploy.reproduction.tables import PrintedTable
 
-LIST = "list"
-
 
 @command()
 def reproduce(
@@ -40,7 +38,7 @@ def reproduce(
     """
     from sopdeploy.reproduction.tables import TABLES, find_table
 
-    if table == LIST:
+    if table == "list":
         _print_tables(list(TABLES.values()), as_json=as_json)
         return
     printed = find_table(table)
@@ -77,10 +75,14 @@ def _print_tables(tables: "list[PrintedTable]", *, as_json: bool) -> None:
         lines = []
         for row in table.rows:
             errors = ("" if error is None else f"{error:.2f}" for error in (row.top1, row.top5))
-            measured = {"counts": "counted", "times": "timed"}.get(table.measures)
-            trained = measured or ("" if table.recipe_of(row) else "not run")
-            kind = ", ".join(filter(None, ("cited" if row.cited else "", trained)))
-            lines.append((row.id, row.name, *errors, "teacher" if row.teacher else kind))
+            kinds = ["cited"] if row.cited else []
+            if row.teacher:
+                kinds = ["teacher"]
+            elif table.measures == "counts":
+                kinds.append("counted")
+            elif table.recipe_of(row) is None:
+                kinds.append("not run")
+            lines.append((row.id, row.name, *errors, ", ".join(kinds)))
         print_table(("row", "printed as", "top-1", "top-5", ""), lines)
         out.print()
     out.print("errors in percent; sopdeploy reproduce TABLE --dry-run prints commands and estimated times")
@@ -102,8 +104,7 @@ def _print_plan(table: "PrintedTable", options: ReproduceOptions, *, as_json: bo
         for row in planned.rows
     ]
     if as_json:
-        said = planned.statement
-        print_json({"table": table.id, "statement": said, "gpu_hours": hours, "rows": lines})
+        print_json({"table": table.id, "statement": planned.statement, "gpu_hours": hours, "rows": lines})
         return
     say(f"{table.source}: {table.title}", style="bold")
     if planned.statement:

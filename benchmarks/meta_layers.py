@@ -1,12 +1,10 @@
-"""Measure time and memory of second-order layers, forward and backward, and of matrix decompositions.
+"""The second-order layers of the slides on iSQRT-COV, and the peak memory of a calculation.
 
-The slides on iSQRT-COV print these figures for AlexNet's last feature map: 256 channels, 13 x 13 positions.
+The slides print times and memory for AlexNet's last feature map: 256 channels, 13 x 13 positions.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from statistics import median
-from timeit import repeat
 from typing import Any
 from unittest.mock import patch
 
@@ -19,13 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.layers.pooling.registry import Pooling
 
-CHANNELS, SIDE, BATCH = 256, 13, 8
+CHANNELS, SIDE = 256, 13
 MEBIBYTE = 2**20
-RUNS = 9  # timed runs per measurement, after one warm-up run
-DECOMPOSITIONS: dict[str, Callable[[Tensor], object]] = {
-    "eig": torch.linalg.eigh,
-    "svd": torch.linalg.svd,
-}
 
 
 class HeldMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -75,7 +68,7 @@ class MetaLayer:
     eigenvalues are computed by SVD.
     """
 
-    def __init__(self, pooling: dict[str, Any], batch: int = BATCH, device: str = "cpu") -> None:
+    def __init__(self, pooling: dict[str, Any], batch: int, device: str = "cpu") -> None:
         torch.manual_seed(0)
         options = {key: value for key, value in pooling.items() if key != "svd"}
         self.svd = bool(pooling.get("svd"))
@@ -97,41 +90,3 @@ class MetaLayer:
     def backward(self) -> Tensor:
         """Run the backward pass of the first forward pass again."""
         return torch.autograd.grad(self.output, self.features, self.grad, retain_graph=True)[0]
-
-
-def time_layer(layer: dict[str, Any], device: str, threads: int) -> dict[str, float]:
-    """Time *layer*, a pooling or a decomposition `{kind = "eig"}`, on *device*, "cpu" or "cuda".
-
-    *threads* is the number of CPU threads. The result for a pooling is, per image, the time of a forward and
-    backward pass, the time of the backward pass alone (ms), and the peak memory (MiB); for a decomposition,
-    the time of one 256 x 256 covariance.
-    """
-    if layer["kind"] in DECOMPOSITIONS:
-        torch.manual_seed(0)
-        features = torch.randn(CHANNELS, SIDE * SIDE).relu()
-        covariance = features.cov(correction=0).to(device)
-        decompose = DECOMPOSITIONS[layer["kind"]]
-        return {f"this machine, {device}, ms": milliseconds(lambda: decompose(covariance), device, threads)}
-    measured = MetaLayer(layer, device=device)
-    return {
-        "FP+BP, ms": milliseconds(measured.both, device, threads) / BATCH,
-        "BP alone, ms": milliseconds(measured.backward, device, threads) / BATCH,
-        "memory, MiB": peak_mebibytes(measured.both) / BATCH,
-    }
-
-
-def milliseconds(call: Callable[[], object], device: str, threads: int) -> float:
-    """Time *call* on *device* with *threads* CPU threads in milliseconds: the median of `RUNS` calls."""
-
-    def call_and_wait() -> None:
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        call_and_wait()
-        return 1000 * median(repeat(call_and_wait, repeat=RUNS, number=1))
-    finally:
-        torch.set_num_threads(before)
