@@ -1,12 +1,22 @@
-"""Run the few-shot procedure in a run folder; the only checkpoints are those of the finished run."""
+"""The few-shot procedure: a linear classifier on first- and second-order statistics of a frozen network.
+
+1. Compute the features of the frozen network once per image.
+2. Cross-validate heads, taps and regularization, and choose one. With several networks, do so for each.
+3. Fit the chosen head to all training images. The reported score stays the cross-validated one, or that of a
+   held-out folder.
+
+The only checkpoints are those of the finished run. Letters: N images, K classes.
+"""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import numpy as np
+import torch
 
-from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split, derive_seed
 from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import ConfigError, DataError
@@ -14,18 +24,21 @@ from sopdeploy.evaluation.decision_fit import fit_decision, missing_threshold
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import fit_presence
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits
+from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.few_shot.classifier import Array, Targets
-from sopdeploy.training.few_shot.config import FewShotConfig
-from sopdeploy.training.few_shot.estimates import estimate
-from sopdeploy.training.few_shot.procedure import fit_few_shot
+from sopdeploy.training.few_shot.candidates import Network, list_heads, other_recipe
+from sopdeploy.training.few_shot.classifier import GRID, Array, Indices, Targets
+from sopdeploy.training.few_shot.config import FewShotConfig, FewShotResult
+from sopdeploy.training.few_shot.estimates import choose, compose, estimate
+from sopdeploy.training.few_shot.unknown import recognize_unknown
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Position, Run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import StopRequested, TrainingStoppedError, handle_signals
+from sopdeploy.training.start_weights import create_initial_model
 
 
 def select_split(recipe: Recipe, data: Split) -> tuple[Split, bool]:
@@ -72,13 +85,13 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
     since = time.monotonic()
     with handle_signals(run.strategy) as signals:
 
-        def on_part(name: str, done: int, total: int) -> None:
-            callback.on_stage(name=name, done=done, total=total)
+        def on_progress(step: str, done: int, total: int) -> None:
+            callback.on_stage(name=step, done=done, total=total)
             signals.check()
 
         try:
-            targets, logits = fit_few_shot(run, data.train, on_part)
-            metrics = _evaluate(run, data, logits)
+            targets, logits_NK = _choose_and_fit(run, data.train, on_progress)
+            metrics = _evaluate(run, data, logits_NK)
         except StopRequested:
             raise TrainingStoppedError(
                 "stopped before the first checkpoint; start the same command again", signals.signal_number
@@ -87,7 +100,7 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
             raise unreadable_images_error(error, data.train, data.held_out) from None
     run.decision = _fit_decision(run, data.train)
     seconds, lr = time.monotonic() - since, run.optimizer.param_groups[0]["lr"]
-    losses = {"loss": targets.mean_loss(logits)}
+    losses = {"loss": targets.mean_loss(logits_NK)}
     row = EpochRow(epoch=1, lr=lr, losses=losses, metrics=metrics, seconds=seconds)
     run.position = Position(epoch=1, seconds=seconds, history=(row,))
     folder.save_last(run)
@@ -96,21 +109,103 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
     return run.decision
 
 
-def _evaluate(run: Run, data: Split, logits: Array) -> HeldOutMetrics:
-    """Compute the metrics on the held-out images or, without such images, of the out-of-fold *logits*.
+def _choose_and_fit(
+    run: Run, images: LabeledImages, on_progress: Callable[[str, int, int], None]
+) -> tuple[Targets, Array]:
+    """Choose a head for *images*, fit it, and give *run* the network, the record and the out-of-fold logits.
+
+    *on_progress* receives (step, done, total). Returns the targets of *images* and the logits (N, K). Raises
+    `ConfigError` if a network has no linear classifier, `DataError` if all images have the same pixels.
+    """
+    targets = Targets.of(images, run.recipe.few_shot.balance_above)
+    networks, folds_N = _compare_heads(run, images, targets, on_progress)
+    losses = [[candidate.losses for candidate in network.candidates] for network in networks]
+    logits = [[candidate.logits for candidate in network.candidates] for network in networks]
+    choice = choose(losses, np.arange(len(images)))
+    cross_validated_NK = compose(losses, logits, folds_N)
+    network = networks[choice.network]
+    chosen, strength = network.candidates[choice.candidate], GRID[choice.strength]
+    on_progress("heads without one class", 0, 1)
+    since = time.monotonic()
+    aurocs, distance_weight = recognize_unknown(
+        chosen.problem, folds_N, strength, with_distance=chosen.head.kind != "gap"
+    )
+    candidates = [candidate for compared in networks for candidate in compared.candidates]
+    seconds = {
+        "features": sum(compared.seconds for compared in networks),
+        "choice": sum(candidate.result.seconds for candidate in candidates),
+        "unknown images": time.monotonic() - since,
+    }
+    reason = "its loss is smaller than that of the default head by more than two standard errors"
+    if choice.candidate == 0:
+        reason = "the default head; no other has a clearly smaller loss (two standard errors)"
+    if len(networks) > 1:
+        reason += "; of the networks, it has the smallest loss"
+    score = estimate(targets, cross_validated_NK, run.recipe.seed)
+    run.few_shot = FewShotResult(
+        **{"top1" if isinstance(score, Rate) else "map": score},
+        estimated_on="cross-validation",
+        class_counts=dict(zip(images.labels, targets.classes.sum(axis=0).astype(int).tolist(), strict=True)),
+        balanced=targets.balanced,
+        duplicates=len(images) - len(set(network.hashes)),
+        candidates=tuple(
+            candidate.result.model_copy(update={"kept": candidate is chosen}) for candidate in candidates
+        ),
+        choice=f"{network.describe(chosen.head)}, {reason}",
+        auroc=aurocs,
+        seconds={step: round(value, 3) for step, value in seconds.items()},
+    )
+    model = network.build(chosen, chosen.problem.fit_all(strength), distance_weight)
+    run.recipe = run.recipe.model_copy(update={"preprocess": network.recipe.preprocess})
+    run.normalize = Normalize(run.recipe.preprocess).to(run.strategy.device)
+    run.replace_model(head_name(network.recipe.model.name), model, model.config.model_dump(mode="json"))
+    logits_NK = cross_validated_NK - distance_weight * chosen.problem.distances(folds_N)[:, None]
+    run.out_of_fold = torch.from_numpy(logits_NK)
+    return targets, logits_NK
+
+
+def _compare_heads(
+    run: Run, images: LabeledImages, targets: Targets, on_progress: Callable[[str, int, int], None]
+) -> tuple[list[Network], Indices]:
+    """Cross-validate the heads of all networks; return the networks and the folds (N,)."""
+    config, strategy = run.recipe.few_shot, run.strategy
+    compared = [(run.model, run.recipe)]
+    for text in config.models:
+        model, recipe, _ = create_initial_model(other_recipe(run.recipe, text), images.labels, strategy)
+        compared.append((model, recipe))
+    networks: list[Network] = []
+    for model, recipe in compared:
+        name = recipe.model.name
+        features_done = partial(on_progress, f"features of {name}")
+        network = Network(recipe, model.to(strategy.device), images, features_done)
+        networks.append(network)
+        folds_N = targets.folds(networks[0].hashes, config.folds, derive_seed(recipe.seed, "folds"))
+        heads = list_heads(network.full, config)
+        for number, head in enumerate(heads):
+            on_progress(f"cross-validation of {name}", number, len(heads))
+            network.cross_validate(head, targets, folds_N)
+    return networks, folds_N
+
+
+def _evaluate(run: Run, data: Split, out_of_fold_NK: Array) -> HeldOutMetrics:
+    """Compute the metrics on the held-out images; without such images, those of the out-of-fold logits.
 
     With held-out images, their score replaces the cross-validated score in `run.few_shot`.
     """
     recipe, images = run.recipe, data.held_out
     if not len(images):
-        return held_out_metrics(run.labels, logits, data.train.targets)
-    dataset = PreprocessedDataset(images, recipe.preprocess)
-    sizes: dict[str, Any] = {"batch_size": recipe.batch_size, "workers": recipe.workers}
-    logits, targets = predict_logits(run.model.eval(), dataset, recipe.preprocess, **sizes)
-    score = estimate(Targets.of(images, recipe.few_shot.balance_above), logits, recipe.seed)
+        return held_out_metrics(run.labels, out_of_fold_NK, data.train.targets)
+    logits_NK, targets = predict_logits(
+        run.model.eval(),
+        PreprocessedDataset(images, recipe.preprocess),
+        recipe.preprocess,
+        batch_size=recipe.batch_size,
+        workers=recipe.workers,
+    )
+    score = estimate(Targets.of(images, recipe.few_shot.balance_above), logits_NK, recipe.seed)
     name = "top1" if isinstance(score, Rate) else "map"
     run.few_shot = run.few_shot.model_copy(update={name: score, "estimated_on": "held-out"})
-    return held_out_metrics(run.labels, logits, targets)
+    return held_out_metrics(run.labels, logits_NK, targets)
 
 
 def _fit_decision(run: Run, images: LabeledImages) -> Decision | None:
