@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
@@ -60,68 +60,61 @@ def train(
     """
     with ExitStack() as stack:
         stack.enter_context(join_processes())
-        given = [*assignments, *to_assignments(settings), *few_shot_settings(options)]
-        loaded, name = configure(data, recipe, options, assignments=given)
+        given = [*assignments, *to_assignments(settings)]
+        loaded, name, keys = configure(data, recipe, options, given)
         strategy = Strategy(select_device(loaded.device))
-        folder = (
-            Path(out)
-            if out is not None
-            else numbered_folder(name, strategy, resume=options.resume != "never")
-        )
-        callbacks: list[Any] = create_loggers(options.log, folder) if is_main_process() else []
-        console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-        shown = console.is_terminal or console.is_jupyter if progress is None else progress
-        if shown and is_main_process():
-            callbacks.append(stack.enter_context(ProgressBars(console)))
-        callbacks += [callback] if callback is not None and is_main_process() else []
-        resume = options.resume
-        again: bool | Literal["auto"] = "auto" if resume == "auto" else resume == "always"
+        again = options.resume != "never"
+        folder = numbered_folder(name, strategy, resume=again) if out is None else Path(out)
+        callbacks: list[Any] = []
+        if is_main_process():
+            callbacks += create_loggers(options.log, folder)
+            console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+            if (console.is_terminal or console.is_jupyter) if progress is None else progress:
+                callbacks.append(stack.enter_context(ProgressBars(console)))
+            if callback is not None:
+                callbacks.append(callback)
         result = run(
             loaded,
             folder,
-            resume=again,
+            resume="auto" if options.resume == "auto" else again,
             callback=CallbackList(callbacks),
             strategy=strategy,
-            given=[parse_override(assignment)[0] for assignment in given],
+            given=keys,
         )
     return TrainedRun(**dict(result))
 
 
 def configure(
-    data: str | Path | None,
-    recipe: str | Path | None,
-    options: TrainOptions | None = None,
-    *,
-    assignments: Sequence[str] = (),
-) -> tuple[Recipe, str]:
-    """Read *recipe* and change the given values; returns it with its name.
+    data: str | Path | None, recipe: str | Path | None, options: TrainOptions, assignments: Sequence[str]
+) -> tuple[Recipe, str, list[str]]:
+    """Read *recipe* with the given changes; return it, its name, and the keys that were changed.
 
     Raises `ConfigError` if there are no data and no recipe, or if a value is invalid.
     """
     if recipe is None and data is None:
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
-    options, source = options or TrainOptions(), recipe or FOLDER_RECIPE
-    chosen = {
+    source, settings = recipe or FOLDER_RECIPE, _compared_networks(options)
+    settings |= {
         "data.path": str(data) if data else None,
-        "start.weights": options.weights,
+        "start.weights": options.weights or settings.get("start.weights"),
         "model.config.pooling": options.pooling,
     }
-    given = {key: text for key, text in chosen.items() if text is not None}
-    return read_recipe(source, [*assignments, *to_assignments(given)]), Path(source).stem
+    given = {key: value for key, value in settings.items() if value is not None}
+    changes = [*assignments, *to_assignments(given)]
+    return read_recipe(source, changes), Path(source).stem, [parse_override(change)[0] for change in changes]
 
 
-def few_shot_settings(options: TrainOptions) -> list[str]:
-    """Convert the option `models` to assignments; raises `ConfigError` for an empty name."""
+def _compared_networks(options: TrainOptions) -> dict[str, Any]:
+    """Convert the option `models` to settings; raises `ConfigError` for an empty name."""
     if options.models is None:
-        return []
+        return {}
     first, *others = [text.strip() for text in options.models.split(",")]
-    name, equals, file = first.partition("=")
+    name, _, file = first.partition("=")
     if not name or not all(others):
         raise ConfigError(
             "a name is empty; write NAME,NAME or NAME=FILE,NAME=FILE", setting="models", value=options.models
         )
-    found: dict[str, Any] = {"model.name": name, "few_shot.models": others}
-    return list(to_assignments({**found, **({"start.weights": file} if equals else {})}))
+    return {"model.name": name, "few_shot.models": others, "start.weights": file or None}
 
 
 def to_assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

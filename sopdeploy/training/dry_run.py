@@ -49,7 +49,8 @@ def dry_run(recipe: Recipe) -> DryRun:
     batch = next(iter(load_batches(dataset, batches[:1], 0, run.strategy.device)))
     train_step(run, batch, batches[0], len(batches))
     since = time.monotonic()
-    loss = float(train_step(run, batch, batches[0], len(batches)).loss.total)  # synchronizes with the device
+    loss, _ = train_step(run, batch, batches[0], len(batches))
+    loss_value = float(loss.total)  # waits for the device
     step_seconds = time.monotonic() - since
     described = {
         side: describe(recipe.model.name, image_size=side, num_classes=len(run.labels), **recipe.model.config)
@@ -67,6 +68,6 @@ def dry_run(recipe: Recipe) -> DryRun:
         training=described[recipe.training_crop].training,
         shipped=described[recipe.preprocess.crop].shipped,
         step_seconds=step_seconds,
-        loss=loss,
+        loss=loss_value,
         few_shot=select_split(recipe, data)[1],
     )

@@ -46,13 +46,16 @@ MAX_HASHED = 50_000  # training images; hashing more delays the start by more th
 class TrainingResult(StrictModel):
     """The files and metrics of a finished run.
 
-    `skipped` lists the images that could not be read. `seconds` is the total time, over all resumptions. With
-    several classes per image, the mAP and macro F1 are set instead of the accuracies. The `best_` scores are
-    those of the images that select the epoch; `estimate` is the score to expect on new images. `few_shot` is
-    the record of the few-shot procedure, if it applied, and contains its estimate. `decision` is the
-    temperature and rejection threshold in `best`, if there were enough images, or the thresholds of a
-    multi-label network. `start` is the report on the start weights (None: random weights). `training_only`
-    are the parts that the export detaches.
+    Attributes:
+        skipped: Images that could not be read.
+        best_top1: Accuracy on the images that select the epoch; `estimate` is the score to expect on new
+            images. With several classes per image, mAP and macro F1 are set instead of the accuracies.
+        seconds: Time of the run with all its resumptions.
+        few_shot: The record of the few-shot procedure, if it applied; it contains its estimate.
+        decision: Temperature and rejection threshold in `best`, if there were enough images, or the
+            thresholds of a multi-label network.
+        start: The report on the start weights; None for random weights.
+        training_only: The parts that the export detaches.
     """
 
     out: Path
@@ -91,10 +94,9 @@ def train(
 ) -> TrainingResult:
     """Train *recipe* and write the run to *out_dir*.
 
-    *given* are the recipe keys that the user has set; one that has no effect is a `ConfigError`.
-
     *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback* is used in the
-    first process only. *strategy* defaults to the processes that torchrun started.
+    first process only. *strategy* defaults to the processes that torchrun started. *given* are the recipe
+    keys that the user has set; one that has no effect is a `ConfigError`.
 
     Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a loss, gradient or buffer is
     not finite, `TrainingStoppedError` after Ctrl-C or SIGTERM.
@@ -103,12 +105,13 @@ def train(
     if callback is None or strategy.rank != 0:
         callback = Callback()
     folder = RunFolder(out_dir, strategy)
-    if resume == "auto":
-        resume = folder.holds_run()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     try:
-        run, data, few_shot = start_or_resume(recipe, folder, strategy, callback, resume=resume, given=given)
+        continued = folder.holds_run() if resume == "auto" else resume
+        run, data, few_shot = start_or_resume(
+            recipe, folder, strategy, callback, resume=continued, given=given
+        )
         return _train_to_end(run, data, folder, callback, few_shot=few_shot)
     finally:
         folder.unlock()
@@ -211,11 +214,11 @@ def train_epoch(
     loader = load_batches(dataset, shards, recipe.workers, run.strategy.device)
     for batch, waited in with_wait_time(loader):
         step = run.position.step
-        result = train_step(run, batch, batches[step], len(batches))
+        loss, gradient_norm = train_step(run, batch, batches[step], len(batches))
         now = time.monotonic()
-        run.after_step(result, len(batches[step]), now - since, waited)
+        run.after_step(loss, gradient_norm, len(batches[step]), seconds=now - since, waited=waited)
         since = now
-        callback.on_step_end(epoch=epoch, step=step, steps=len(batches), loss=float(result.loss.total))
+        callback.on_step_end(epoch=epoch, step=step, steps=len(batches), loss=float(loss.total))
         if signals.check(save=folder.is_save_due(recipe.save)):
             folder.save_last(run)
 
@@ -257,8 +260,7 @@ def fit_best(
     checkpoint = read_checkpoint(folder.best)
     record = {**checkpoint.training, "estimate": run.estimate.model_dump(mode="json")}
     checkpoint = replace(checkpoint, training=record)
-    multi_label = run.activation == "sigmoid"
-    if multi_label or len(held_out) < MIN_IMAGES:
+    if run.activation == "sigmoid" or len(held_out) < MIN_IMAGES:
         write_checkpoint(folder.best, checkpoint)
         return checkpoint.decision
     model = build_classifier(checkpoint, folder.best).to(run.strategy.device)

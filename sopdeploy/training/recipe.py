@@ -37,14 +37,14 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "save.every_minutes",
     "rejection.accepts",
 }
-# Keys, and tables of keys, that only the training loop reads, or only the few-shot procedure.
+# Keys and tables that only the training loop reads, and those that only the few-shot procedure reads.
 LOOP_KEYS = (
     "epochs", "batch_size", "accumulate", "precision", "compile", "batch_norm", "sampler", "augment", "color",
     "rand_augment", "mix", "optimizer", "schedule", "loss", "ema", "teacher", "save", "start.learn",
     "start.head_factor", "model.remove_branches_at",
 )  # fmt: skip
 FEW_SHOT_KEYS = ("few_shot",)
-SELECTING_KEYS = {"few_shot", "few_shot.max_images"}  # they select one of the two
+SELECTING_KEYS = {"few_shot", "few_shot.max_images"}  # they select the loop or the procedure
 
 
 class ModelConfig(CatalogModel):
@@ -128,15 +128,14 @@ class Recipe(StrictModel):
     def check_effect(self, given: Sequence[str], *, few_shot: bool) -> None:
         """Raise `ConfigError` for *given* keys that the few-shot procedure, or the training loop, ignores."""
         ignored = [key for key in given if key not in SELECTING_KEYS and not is_read(key, few_shot)]
-        if not ignored:
-            return
-        reason = (
-            f"the few-shot procedure trains on up to {self.few_shot.max_images} images; remove them, or use "
-            "the training loop with few_shot.max_images=1"
-            if few_shot
-            else "the training loop runs, not the few-shot procedure; remove them, or see few_shot.max_images"
-        )
-        raise ConfigError(f"{', '.join(ignored)}: without effect, because {reason}")
+        reason = "the training loop runs, not the few-shot procedure; remove them, or see few_shot.max_images"
+        if few_shot:
+            reason = (
+                f"the few-shot procedure trains on up to {self.few_shot.max_images} images; remove them, or "
+                "use the training loop with few_shot.max_images=1"
+            )
+        if ignored:
+            raise ConfigError(f"{', '.join(ignored)}: without effect, because {reason}")
 
     @property
     def training_crop(self) -> int:
@@ -195,24 +194,16 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the recipe *source*, a packaged name or a `.toml` file.
 
     An override is `key=value` with a dotted key and a TOML value; quotes around strings are optional. If an
-    override selects another network, the recipe's values of `model.config` that this network does not have
-    are dropped; likewise for `data.kind` and the values of `data`. Raises `ConfigError` that names the file
-    or key, and the closest known key.
+    override selects another network, the values of `model.config` that this network does not have are
+    dropped; if it selects another `data.kind`, those of `data` that this kind does not have. Raises
+    `ConfigError` that names the file or key, and the closest known key.
     """
     try:
         values = tomllib.loads(recipe_text(source))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not a TOML file ({error}); correct the file") from error
     parsed = [parse_override(override) for override in overrides]
-    network = next((value for key, value in reversed(parsed) if key == "model.name"), None)
-    if isinstance(network, str) and "config" in values.get("model", {}):
-        known = entry(network).config.model_fields
-        values["model"]["config"] = {k: v for k, v in values["model"]["config"].items() if k in known}
-    kind = next((value for key, value in reversed(parsed) if key == "data.kind"), None)
-    for config in get_args(get_args(DataConfig)[0]):
-        other = values.get("data", {}).get("kind") != kind
-        if other and kind in get_args(config.model_fields["kind"].annotation):
-            values["data"] = {k: v for k, v in values.get("data", {}).items() if k in config.model_fields}
+    _drop_values_of_others(values, dict(parsed))
     for override, (key, value) in zip(overrides, parsed, strict=True):
         *tables, last = key.split(".")
         table = values
@@ -224,10 +215,24 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return validate_recipe(values, str(source))
 
 
+def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Drop the values that only the recipe's network or data has, if *overrides* select others."""
+    tables = {name: table for name, table in values.items() if isinstance(table, dict)}
+    config, network = tables.get("model", {}).get("config", {}), overrides.get("model.name")
+    if isinstance(config, dict) and isinstance(network, str):
+        for key in config.keys() - entry(network).config.model_fields:
+            del config[key]
+    data, kind = tables.get("data", {}), overrides.get("data.kind")
+    for data_config in get_args(get_args(DataConfig)[0]):  # the members of the annotated union
+        if kind != data.get("kind") and kind in get_args(data_config.model_fields["kind"].annotation):
+            for key in data.keys() - data_config.model_fields:
+                del data[key]
+
+
 def is_read(key: str, few_shot: bool) -> bool:
     """Check whether the few-shot procedure, or without *few_shot* the training loop, reads *key*."""
-    others = LOOP_KEYS if few_shot else FEW_SHOT_KEYS
-    return not any(key == other or key.startswith(f"{other}.") for other in others)
+    ignored = LOOP_KEYS if few_shot else FEW_SHOT_KEYS
+    return not any(key == table or key.startswith(f"{table}.") for table in ignored)
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -284,7 +289,7 @@ def check_same_recipe(recipe: Recipe, values: dict[str, Any], source: Path) -> N
 def _explain(error: pydantic.ValidationError, values: Any) -> str:
     """Describe the first problem on one line, without pydantic's union tags."""
     problem: Any = error.errors(include_url=False)[0]
-    if not problem["loc"]:  # two values that do not fit together; the message names them
+    if not problem["loc"]:  # several values that do not fit together; the message names them
         return str(problem["msg"]).removeprefix("Value error, ")
     *parents, last = problem["loc"]
     keys = []

@@ -47,12 +47,12 @@ def resume_run(
     try:
         start = checkpoint.training.get("start")
         initial = InitialModel(model, recipe, None if start is None else StartReport.model_validate(start))
-        run = create_run(recipe, images, strategy, initial=initial, config=checkpoint.config)
+        run = create_run(recipe, images, strategy, initial)
+        run.name, run.config = checkpoint.model, checkpoint.config
         _load_state(run, state)
         run.few_shot = read_record(checkpoint.training)
         if run.few_shot is not None:
             run.out_of_fold, run.decision = state.get("out_of_fold"), checkpoint.decision
-            run.name = checkpoint.model
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error
     except (KeyError, ValueError, TypeError, RuntimeError) as error:

@@ -8,7 +8,7 @@ import copy
 import operator
 import platform
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import pydantic
 import torch
@@ -36,28 +36,18 @@ from sopdeploy.training.epoch_choice import HeldOutEstimate, estimate_best
 from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
 from sopdeploy.training.precision import Precision, all_finite
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.start_weights import (
-    InitialModel,
-    StartReport,
-    create_initial_model,
-)
+from sopdeploy.training.start_weights import InitialModel, StartReport, create_initial_model
 from sopdeploy.training.step.losses import Loss
 from sopdeploy.training.step.teacher import Teacher
-
-
-class StepResult(NamedTuple):
-    """The loss of a step, and its gradient norm before clipping."""
-
-    loss: Loss
-    gradient: float
 
 
 class Position(StrictModel, frozen=False):
     """The progress of a run, as checkpoints contain it; steps change it in place.
 
-    `sums` (parts of the loss) and `gradient` (norms) are sums over the `seen` images of the current epoch.
-    `component_counts` counts the images that each component of a gated network received. `train_seconds` is
-    the time of the epoch's steps, `data_seconds` the part of it spent waiting for data.
+    `step` is the number of finished steps in the current epoch and `seen` the number of their images. Over
+    these images, `sums` adds up the parts of the loss and `gradient` the gradient norms; `component_counts`
+    counts the images that each component of a gated network received. `train_seconds` is the time of these
+    steps, `data_seconds` the part of it spent waiting for data, and `seconds` the time of the whole run.
     """
 
     epoch: int = 0
@@ -76,9 +66,9 @@ class Position(StrictModel, frozen=False):
 class Run:
     """A run in progress; `network` is `model` or its compiled form.
 
-    `name` is the catalog name of the network. `few_shot` is the record of the few-shot procedure,
-    `out_of_fold` (images, classes) the logits on which its estimate is based, and `decision` the one that was
-    fitted to these logits. `image_hashes` are those of a checkpoint.
+    `name` and `config` are the catalog name and the complete config of `model`. `few_shot` is the record of
+    the few-shot procedure, `out_of_fold` (images, classes) the logits on which its estimate is based, and
+    `decision` the one that was fitted to these logits. `image_hashes` are those of a checkpoint.
     """
 
     recipe: Recipe
@@ -119,39 +109,42 @@ class Run:
             return self.model
         return nn.ModuleDict({"model": self.model, "teacher": self.teacher.model})
 
-    def after_step(self, result: StepResult, count: int, seconds: float, waited: float) -> None:
-        """Add a step of *count* samples to the position; it took *seconds*, *waited* of them for data."""
-        at, loss = self.position, result.loss
+    def after_step(
+        self, loss: Loss, gradient_norm: float, count: int, *, seconds: float, waited: float
+    ) -> None:
+        """Add a step of *count* images to the position; it took *seconds*, *waited* of them for data."""
+        position = self.position
         for name, part in {"loss": loss.total, **loss.parts}.items():
-            at.sums[name] = at.sums.get(name, 0.0) + float(part) * count
+            position.sums[name] = position.sums.get(name, 0.0) + float(part) * count
         if loss.component_counts is not None:
-            before = at.component_counts or (0,) * len(loss.component_counts)
-            at.component_counts = tuple(map(operator.add, before, loss.component_counts.tolist()))
-        at.step += 1
-        at.seen += count
-        at.gradient += result.gradient * count
-        at.train_seconds += seconds
-        at.data_seconds += waited
-        at.seconds += seconds
+            before = position.component_counts or (0,) * len(loss.component_counts)
+            position.component_counts = tuple(map(operator.add, before, loss.component_counts.tolist()))
+        position.step += 1
+        position.seen += count
+        position.gradient += gradient_norm * count
+        position.train_seconds += seconds
+        position.data_seconds += waited
+        position.seconds += seconds
 
     def after_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
         """Record the metrics of an epoch, whose evaluation took *seconds*."""
-        at = self.position
-        time = max(at.train_seconds, 1e-9)
+        done = self.position
+        train_seconds = max(done.train_seconds, 1e-9)
         row = EpochRow(
-            epoch=at.epoch + 1,
+            epoch=done.epoch + 1,
             lr=self.optimizer.param_groups[0]["lr"],
-            losses={name: total / at.seen for name, total in at.sums.items()},
+            losses={name: total / done.seen for name, total in done.sums.items()},
             metrics=metrics,
-            gradient=at.gradient / at.seen,
-            component_counts=at.component_counts,
+            gradient=done.gradient / done.seen,
+            component_counts=done.component_counts,
             speed=Throughput(
-                images_per_second=at.seen / time, data_fraction=min(1.0, at.data_seconds / time)
+                images_per_second=done.seen / train_seconds,
+                data_fraction=min(1.0, done.data_seconds / train_seconds),
             ),
             diagnostics=diagnostics,
-            seconds=at.seconds + seconds,
+            seconds=done.seconds + seconds,
         )
-        self.position = Position(epoch=at.epoch + 1, seconds=row.seconds, history=(*at.history, row))
+        self.position = Position(epoch=row.epoch, seconds=row.seconds, history=(*done.history, row))
 
     def synchronize_buffers(self) -> None:
         """Average the running statistics of local batch norms over processes.
@@ -159,10 +152,11 @@ class Run:
         The running statistics are linear in those of the batches, so averaging once gives the same result
         as averaging in every step.
         """
-        if self.strategy.world > 1 and self.recipe.batch_norm == "local":
-            for model in [self.trained(), *([self.ema.model] if self.ema else [])]:
-                for buffer in filter(torch.is_floating_point, model.buffers()):
-                    buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
+        if self.strategy.world == 1 or self.recipe.batch_norm != "local":
+            return
+        for model in [self.trained(), *([self.ema.model] if self.ema else [])]:
+            for buffer in filter(torch.is_floating_point, model.buffers()):
+                buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
     def replace_model(self, name: str, model: Classifier, config: dict[str, Any]) -> None:
         """Replace the model and create a new optimizer; *name* and *config* are those of *model*."""
@@ -175,23 +169,22 @@ class Run:
         The model is rebuilt without branches. The weights, optimizer state and averages of the other
         parameters are kept.
         """
-        due, old = self.recipe.model.remove_branches_at, self.model
-        if due is None or self.position.epoch < due or not isinstance(old, DSoP) or not old.taps:
+        removal, old = self.recipe.model.remove_branches_at, self.model
+        if removal is None or self.position.epoch < removal or not isinstance(old, DSoP) or not old.taps:
             return
-        self.config = {
-            **self.config,
-            "aux_blocks": [0] * len(old.tap_stages),
-            "keep_unused_branches": False,
+        no_branches = {"aux_blocks": [0] * len(old.tap_stages), "keep_unused_branches": False}
+        config = {**self.config, **no_branches}
+        new = create_model(self.name, num_classes=len(self.labels), **config)
+        new.load_state_dict({name: old.state_dict()[name] for name in new.state_dict()})
+        old_states = {
+            name: self.optimizer.state[parameter]
+            for name, parameter in self.trained().named_parameters()
+            if parameter in self.optimizer.state
         }
-        new = create_model(self.recipe.model.name, num_classes=len(self.labels), **self.config)
-        weights = old.state_dict()
-        new.load_state_dict({name: weights[name] for name in new.state_dict()})
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.trained().named_parameters()}
-        states = {names[parameter]: state for parameter, state in self.optimizer.state.items()}
-        self.model, self.network, self.optimizer = _place(self.recipe, new, self.strategy, self.teacher)
+        self.replace_model(self.name, new, config)
         for name, parameter in self.trained().named_parameters():
-            if name in states:
-                self.optimizer.state[parameter] = states[name]
+            if name in old_states:
+                self.optimizer.state[parameter] = old_states[name]
         if self.ema is not None:
             averages = self.ema.model.state_dict()
             self.ema.model = copy.deepcopy(self.model).requires_grad_(False)
@@ -230,12 +223,12 @@ class Run:
             preprocess=self.recipe.preprocess,
             training=self._training_record(),
             resume=resume,
-            decision=self.decision or self.multi_label_decision(),
+            decision=self.decision or self._multi_label_decision(),
             image_hashes=self.image_hashes,
         )
 
-    def multi_label_decision(self) -> Decision | None:
-        """Build the decision of several classes per image, with the thresholds of the last finished epoch."""
+    def _multi_label_decision(self) -> Decision | None:
+        """Build the decision of a multi-label network, with the thresholds of the last finished epoch."""
         if self.activation == "softmax":
             return None
         metrics = self.position.history[-1].metrics if self.position.history else None
@@ -272,15 +265,12 @@ def create_run(
     recipe: Recipe,
     images: LabeledImages,
     strategy: Strategy,
-    *,
     initial: InitialModel | None = None,
-    config: dict[str, Any] | None = None,
 ) -> Run:
     """Create a run that trains *initial*, by default the model of *recipe* with its initial weights.
 
-    *config* is the complete config of the model, by default that of *recipe*. Raises `ConfigError` for
-    settings that need one class per image, if images have several, and for a size of the images that the
-    network cannot compute; `DataError` for a single image.
+    Raises `ConfigError` for settings that need one class per image, if images have several, and for a size
+    of the images that the network cannot compute; `DataError` for a single image.
     """
     if len(images) < 2:
         raise DataError("there is only one training image; add another, a step needs two")
@@ -305,7 +295,7 @@ def create_run(
         name=recipe.model.name,
         normalize=Normalize(recipe.preprocess).to(strategy.device),
         precision=Precision(recipe.precision, strategy.device),
-        config=recipe.model.full_config() if config is None else config,
+        config=recipe.model.full_config(),
         model=model,
         network=network,
         optimizer=optimizer,

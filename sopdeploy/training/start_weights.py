@@ -7,7 +7,7 @@ Preprocessing values that the recipe's `[preprocess]` does not set are those of 
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +29,7 @@ from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.fine_tuning import classifier_name
 from sopdeploy.training.recipe import Recipe
 
-ADDED_PARTS = {
-    "pooling",
-    "attention",
-    "reduction",
-    "root",
-    POOLED_HEAD,
-}  # parts that networks add to a backbone
+ADDED_PARTS = {"pooling", "attention", "reduction", "root", POOLED_HEAD}  # that networks add to a backbone
 CLASSIFIER_PARTS = {"fc", "classifier", "linear", "head", "head_dist"}  # names of classifiers in weight files
 
 
@@ -94,11 +88,11 @@ def read_start_weights(recipe: Recipe, strategy: Strategy) -> StartWeights | Non
 def _read(recipe: Recipe) -> StartWeights:
     """Read the file of `start.weights` with the importers, or without them as a checkpoint."""
     model = recipe.model.name.removeprefix("head:")  # the tensors of a network keep their names under a head
-    chosen = recipe.start.weights if recipe.start is not None else None
     source_model = model.removeprefix("dsop-") if ":" in model else model
+    weights = recipe.start.weights if recipe.start is not None else None
     importers = _load_importers("import_weights")
-    if isinstance(chosen, Path):
-        path = expand_user(chosen)
+    if isinstance(weights, Path):
+        path = expand_user(weights)
     elif importers is None:
         raise ConfigError("start.weights: sopdeploy.importers is not installed; give a checkpoint")
     else:
@@ -107,24 +101,24 @@ def _read(recipe: Recipe) -> StartWeights:
     if not path.is_file():
         load_plain(path)  # raises the error for missing files, folders and bundles
     converted = importers and importers.convert_start_weights(path, source_model)
-    if converted is None:
-        checkpoint = read_checkpoint(path)
+    if converted is not None:
         return StartWeights(
             file=path.name,
             sha256=sha256(path),
-            network=checkpoint.model,
-            tensors=checkpoint.weights,
-            preprocess=checkpoint.preprocess,
-            labels=checkpoint.labels,
-            training_only=entry(checkpoint.model).network.training_only,
+            network=converted.description,
+            tensors={mapped.name: mapped.tensor for mapped in converted.tensors},
+            preprocess=converted.preprocess,
+            labels=importers.CIFAR10 if converted.labels == "cifar10" else None,
         )
+    checkpoint = read_checkpoint(path)
     return StartWeights(
         file=path.name,
         sha256=sha256(path),
-        network=converted.description,
-        tensors={mapped.name: mapped.tensor for mapped in converted.tensors},
-        preprocess=converted.preprocess,
-        labels=importers.CIFAR10 if converted.labels == "cifar10" else None,
+        network=checkpoint.model,
+        tensors=checkpoint.weights,
+        preprocess=checkpoint.preprocess,
+        labels=checkpoint.labels,
+        training_only=entry(checkpoint.model).network.training_only,
     )
 
 
@@ -158,37 +152,35 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     Raises `WeightsError` for the first tensor of the backbone that is missing, has another shape, is not
     finite or does not exist in *model*.
     """
-    own = model.state_dict()
-    layers, classifier = _class_layers(model), classifier_name(model)
-    classifiers = tuple(name for name in layers if name in {classifier, *CLASSIFIER_PARTS})
+    own, last_layer = model.state_dict(), classifier_name(model)
+    class_layers = (*_layers_per_class(model), last_layer)
     training_only = (*model.training_only, *weights.training_only)
-    heads: tuple[str, ...] = ()
-    if weights.labels not in (None, labels):  # branches and classifier are those of other classes
-        heads = tuple(name for name in layers if name == classifier or is_in(name, *model.training_only))
+    of_other_classes: tuple[str, ...] = ()
+    if weights.labels not in (None, labels):
+        of_other_classes = tuple(n for n in class_layers if n == last_layer or is_in(n, *model.training_only))
+    classifiers = (name for name in class_layers if name in {last_layer, *CLASSIFIER_PARTS})
+    may_be_new = (*of_other_classes, *training_only, *classifiers)
+    whole_classifier = last_layer.rpartition(".")[0]  # of several layers; empty for a single one
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
     for name, tensor in own.items():
         given = weights.tensors.get(name)
-        if given is not None and given.shape == tensor.shape and not is_in(name, *heads):
+        if given is not None and given.shape == tensor.shape and not is_in(name, *of_other_classes):
             if given.is_floating_point() and not bool(torch.isfinite(given).all()):
                 raise WeightsError(
-                    f"start.weights: {weights.file}: {name} has values that are not finite"
-                    "; choose another file"
+                    f"start.weights: {weights.file}: {name} has values that are not finite; choose another "
+                    "file"
                 )
             matching[name] = given
-        elif part := _added_part(name, (*heads, *training_only, *classifiers)):
+        elif part := _added_part(name, may_be_new):
             new.add(part)
-        elif given is not None and "." in classifier and is_in(name, classifier.rpartition(".")[0]):
-            new.add(name.rpartition(".")[0])  # a classifier of several layers behind another pooling
-        elif given is not None or not name.endswith("num_batches_tracked"):
-            state = f"{tuple(given.shape)}, not {tuple(tensor.shape)}" if given is not None else "missing"
-            raise _misfit(weights, f"{name} is {state}")
-    unused: set[str] = set()
-    for name in weights.tensors.keys() - own.keys():
-        part = _added_part(name, (*training_only, *CLASSIFIER_PARTS))
-        if part is None:
-            raise _misfit(weights, f"the network of the recipe has no {name}")
-        unused.add(part)
+        elif given is not None and whole_classifier and is_in(name, whole_classifier):
+            new.add(name.rpartition(".")[0])  # its input is longer or shorter behind another pooling
+        elif given is not None:
+            raise _misfit(weights, f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
+        elif not name.endswith("num_batches_tracked"):
+            raise _misfit(weights, f"{name} is missing")
+    unused = _unused_parts(weights, own.keys(), training_only)
     model.load_state_dict(matching, strict=False)
     return StartReport(
         file=weights.file,
@@ -196,9 +188,22 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
         network=weights.network,
         loaded=len(matching),
         new=tuple(sorted(new)),
-        unused=tuple(sorted(unused)),
+        unused=unused,
         preprocess=weights.preprocess,
     )
+
+
+def _unused_parts(
+    weights: StartWeights, own: Collection[str], training_only: tuple[str, ...]
+) -> tuple[str, ...]:
+    """List the parts of *weights* whose tensors are not in *own*; raise `WeightsError` for the backbone."""
+    unused: set[str] = set()
+    for name in weights.tensors.keys() - own:
+        part = _added_part(name, (*training_only, *CLASSIFIER_PARTS))
+        if part is None:
+            raise _misfit(weights, f"the network of the recipe has no {name}")
+        unused.add(part)
+    return tuple(sorted(unused))
 
 
 class InitialModel(NamedTuple):
@@ -225,22 +230,24 @@ def create_initial_model(recipe: Recipe, labels: tuple[str, ...], strategy: Stra
     return InitialModel(model, completed, start)
 
 
-def _class_layers(model: Classifier) -> tuple[str, ...]:
-    """List the linear layers of *model* with one output per class, and the last one that is deployed."""
-    linear = ((name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear))
-    names = (name for name, part in linear if part.out_features == model.num_classes)
-    return (*names, classifier_name(model))
+def _layers_per_class(model: Classifier) -> list[str]:
+    """List the linear layers of *model* with one output per class."""
+    return [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear) and part.out_features == model.num_classes
+    ]
 
 
 def _added_part(name: str, parts: tuple[str, ...]) -> str | None:
-    """Return the part that contains tensor *name* if networks add it to a backbone, otherwise None."""
+    """Return the part of *parts*, or the part named in `ADDED_PARTS`, that contains the tensor *name*."""
     for part in parts:
         if is_in(name, part):
             return part
     levels = name.split(".")
-    for position, level in enumerate(levels):
+    for depth, level in enumerate(levels, 1):
         if level in ADDED_PARTS:
-            return ".".join(levels[: position + 1])
+            return ".".join(levels[:depth])
     return None
 
 

@@ -14,12 +14,15 @@ from sopdeploy.api.options import TrainOptions
 from sopdeploy.cli.app import SETTINGS
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import JsonOption, err, plain_text, print_json, print_table, say
-from sopdeploy.cli.training.dry_run import print_dry_run
 
 if TYPE_CHECKING:
     from sopdeploy.api.training_result import TrainedRun
 
 RESUME = ("never", "always", "auto")
+FEW_SHOT = (
+    "train will run the few-shot procedure on these images (table few_shot), not the training loop, which "
+    "these figures describe"
+)
 SIGNAL_EXIT_CODE = 128  # plus the signal number, as shells expect
 
 SetOption = Annotated[
@@ -74,15 +77,16 @@ def train(
 
     Example: [bold]sopdeploy train --recipe digits-dsop --dry-run[/bold]
     """
+    from sopdeploy.training.distributed.torchrun import is_main_process
+
+    if dry_run:
+        if is_main_process():
+            _print_dry_run(data, recipe, options, settings or [], as_json=as_json)
+        return
     with exit_on_signal():
         from sopdeploy.api.training import train as run
-        from sopdeploy.training.distributed.torchrun import is_main_process
 
-        given = settings or []
-        if dry_run:
-            print_dry_run(_configure(data, recipe, options, given), as_json=as_json)
-            return
-        result = run(data, recipe, folder, options=options, assignments=given, progress=not as_json)
+        result = run(data, recipe, folder, options=options, assignments=settings or (), progress=not as_json)
     if not is_main_process():
         return
     if as_json:
@@ -91,17 +95,28 @@ def train(
         _print_result(result)
 
 
-def _configure(data: Path | None, recipe: str | None, options: TrainOptions, settings: list[str]) -> Any:
-    """Read the recipe with the changes of a run that is not started; raises `ConfigError`."""
-    from sopdeploy.api.training import configure, few_shot_settings
-    from sopdeploy.errors import ConfigError
-    from sopdeploy.training.distributed.torchrun import is_distributed, join_processes
+def _print_dry_run(
+    data: Path | None, recipe: str | None, options: TrainOptions, settings: list[str], *, as_json: bool
+) -> None:
+    """Print the resolved recipe, counts and the time of a step of one process."""
+    from sopdeploy.api.training import configure
+    from sopdeploy.training.dry_run import dry_run
+    from sopdeploy.training.recipe import flatten
 
-    with join_processes():
-        loaded, _ = configure(data, recipe, options, assignments=[*settings, *few_shot_settings(options)])
-        if is_distributed():
-            raise ConfigError("a run that is not started uses one process; start it without torchrun")
-    return loaded
+    dry = dry_run(configure(data, recipe, options, settings)[0])
+    if as_json:
+        print_json(dry.model_dump(mode="json"))
+        return
+    say(
+        *(f"{key} = {value}" for key, value in flatten(dry.recipe)),
+        "",
+        f"{dry.train_count} training images of {dry.classes} classes, {dry.held_out_count} held out",
+        f"{dry.steps} steps per epoch",
+        f"parameters: {dry.training.parameters:,} in training, {dry.shipped.parameters:,} deployed",
+        f"multiply-adds per image: {dry.training.macs:,} in training, {dry.shipped.macs:,} deployed",
+        f"one step on {dry.device}: {dry.step_seconds:.3f} s",
+        *([FEW_SHOT] if dry.few_shot else []),
+    )
 
 
 def _print_result(result: "TrainedRun") -> None:

@@ -12,15 +12,16 @@ from sopdeploy.errors import NoMemoryError, TrainingError, first_line, is_out_of
 from sopdeploy.training.distributed.batch_sharding import MicroBatch, shard_step
 from sopdeploy.training.fine_tuning import LR_FACTOR
 from sopdeploy.training.optimizers import AdaHessian
-from sopdeploy.training.run import Run, StepResult
+from sopdeploy.training.run import Run
 from sopdeploy.training.step.losses import Loss, training_loss
 
 
-def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepResult:
+def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> tuple[Loss, float]:
     """Run one of the *steps* steps of an epoch on *batch*, the shard of *samples*.
 
-    Raises `TrainingError` if the loss, the gradient or a buffer is not finite; the weights are then
-    unchanged. Raises `NoMemoryError` if the device has too little memory.
+    Returns the loss over all processes, and the gradient norm before clipping. Raises `TrainingError` if the
+    loss, the gradient or a buffer is not finite; the weights are then unchanged. Raises `NoMemoryError` if
+    the device has too little memory.
     """
     try:
         return _train_step(run, batch, samples, steps)
@@ -35,11 +36,11 @@ def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepRe
         ) from error
 
 
-def _train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepResult:
-    recipe, at = run.recipe, run.position
+def _train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> tuple[Loss, float]:
+    recipe, position = run.recipe, run.position
     of_process = (run.strategy.rank,) if run.strategy.rank else ()
-    torch.manual_seed(derive_seed(recipe.seed, "step", at.epoch, at.step, *of_process))
-    factor = recipe.schedule.factor(at.epoch + at.step / steps, recipe.epochs)
+    torch.manual_seed(derive_seed(recipe.seed, "step", position.epoch, position.step, *of_process))
+    factor = recipe.schedule.factor(position.epoch + position.step / steps, recipe.epochs)
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.optimizer.lr * factor * group.get(LR_FACTOR, 1.0)
     mixed = recipe.mix(run.normalize(batch[0]), batch[1], len(run.labels))
@@ -53,7 +54,7 @@ def _train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> StepR
         clip_grads_with_norm_(run.trained().parameters(), recipe.optimizer.clip_norm, norm)
     if run.precision.step(run.optimizer, finite=finite) and run.ema is not None:
         run.ema.update(run.model)
-    return StepResult(loss, float(norm) if finite else 0.0)
+    return loss, float(norm) if finite else 0.0
 
 
 def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]) -> Loss:
@@ -63,7 +64,8 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
     the whole batch. Batch norm uses the statistics of a micro-batch.
     """
     images, targets = batch
-    at, optimizer, strategy = run.position, run.optimizer, run.strategy
+    optimizer, strategy = run.optimizer, run.strategy
+    signs_seed = derive_seed(run.recipe.seed, "curvature", run.position.epoch, run.position.step)
     count = sum(micro_batch.total for micro_batch in micro_batches)
     sums: dict[str, Tensor] = {}
     component_counts: list[Tensor] = []
@@ -78,16 +80,15 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
                 loss = run.teacher.add_to(loss, inputs, labels, output)
         fraction = len(labels) / count
         if isinstance(optimizer, AdaHessian):
-            optimizer.backward(
-                loss.total * fraction, derive_seed(run.recipe.seed, "curvature", at.epoch, at.step)
-            )
+            optimizer.backward(loss.total * fraction, signs_seed)
             if last:
                 optimizer.all_reduce(strategy.all_reduce_list)
         else:
             strategy.backward(run.precision.scaler.scale(loss.total * fraction), run.trained(), last=last)
         for name, value in {"total": loss.total.detach(), **loss.parts}.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value * fraction
-        component_counts += [] if loss.component_counts is None else [loss.component_counts]
+        if loss.component_counts is not None:
+            component_counts.append(loss.component_counts)
     reduced = strategy.all_reduce(torch.stack([value.double() for value in sums.values()]))
     parts = dict(zip(sums, reduced, strict=True))
     counts = strategy.all_reduce(torch.stack(component_counts).sum(dim=0)) if component_counts else None

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from sopdeploy.api.options import TrainOptions
-from sopdeploy.api.training import few_shot_settings
+from sopdeploy.api.training import configure
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.comparison import compare
 from sopdeploy.data.image_files import ImageFiles
@@ -280,12 +280,12 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
 @pytest.mark.parametrize(
     ("models", "expected"),
     [
-        (None, []),
-        ("resnet8", ['model.name="resnet8"', "few_shot.models=[]"]),
-        ("a=a.pth, b=b.pth", ['model.name="a"', 'few_shot.models=["b=b.pth"]', 'start.weights="a.pth"']),
+        ("resnet8", ("resnet8", (), "imagenet")),
+        ("resnet20=a.pth, b=b.pth", ("resnet20", ("b=b.pth",), "a.pth")),
     ],
 )
 def test_networks_to_compare_become_settings(models, expected):
-    assert few_shot_settings(TrainOptions(models=models)) == expected
+    recipe, _, _ = configure(None, "photos", TrainOptions(models=models), [])
+    assert (recipe.model.name, recipe.few_shot.models, str(recipe.start.weights)) == expected
     with pytest.raises(ConfigError, match="a name is empty"):
-        few_shot_settings(TrainOptions(models="a,,b"))
+        configure(None, "photos", TrainOptions(models="a,,b"), [])

@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.cli.training.dry_run import FEW_SHOT
+from sopdeploy.cli.training.train import FEW_SHOT
 from sopdeploy.data.sources import open_data
 from sopdeploy.models.describe import describe
 from sopdeploy.training.dry_run import dry_run

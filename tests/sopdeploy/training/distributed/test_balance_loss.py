@@ -53,7 +53,7 @@ def effective_weight(name: str) -> float:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gmsop, "keep_largest", keep_largest)
-        loss = train_step(run, (torch.from_numpy(images), torch.from_numpy(targets)), samples, 1).loss
+        loss, _ = train_step(run, (torch.from_numpy(images), torch.from_numpy(targets)), samples, 1)
     (load,) = loads
     assert float(load.sum()) == pytest.approx(recipe.batch_size)
     added = float(loss.parts["balance"])
