@@ -1,4 +1,4 @@
-"""Charts of a training run: losses, accuracies, learning rate, spectra, components, throughput."""
+"""Charts of a training run: losses, accuracies, learning rate, components, throughput."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,6 @@ from sopdeploy.html.templates import short_number
 from sopdeploy.training.diagnostics import EpochRow, history_table, median_throughput
 
 EPOCHS = Axis("epoch")
-MIN_EIGENVALUE = 1e-6  # relative to the largest; smaller ones are rounding errors
 
 Chart = tuple[Markup, str]  # a chart and its caption
 
@@ -27,7 +26,6 @@ def training_context(history: Sequence[EpochRow]) -> dict[str, Any]:
         "throughput": short_number(round(throughput, 1)) if throughput else "",
         "columns": columns,
         "rows": [[f"{row[name]:.5g}" if name in row else "" for name in columns] for row in rows],
-        "spectra": _spectrum_charts(history),
         "components": _component_charts(history),
     }
 
@@ -111,27 +109,6 @@ def _course_charts(history: Sequence[EpochRow]) -> list[Chart]:
         for id_, curve, axis, caption in charts
         if len(curve.points) > 1
     ]
-
-
-def _spectrum_charts(history: Sequence[EpochRow]) -> list[Chart]:
-    """Plot the eigenvalues before and after the square root, at the first and the last recorded epoch."""
-    recorded = [(row.epoch, row.diagnostics.spectra) for row in history if row.diagnostics]
-    charts = []
-    for number, name in enumerate(dict.fromkeys(name for _, spectra in recorded for name in spectra)):
-        of_layer = [(epoch, spectra[name]) for epoch, spectra in recorded if name in spectra]
-        first_and_last = [of_layer[0], of_layer[-1]] if len(of_layer) > 1 else of_layer
-        curves = []
-        for side in ("before", "after"):
-            for epoch, spectrum in first_and_last:
-                values = getattr(spectrum, side)
-                relative = [value / (values[0] or 1.0) for value in values]
-                points = tuple(zip(map(float, spectrum.ranks), relative, strict=True))
-                curves.append(Curve(name=f"{side}, epoch {epoch}", points=points))
-        x_axis = Axis("rank of the eigenvalue", logarithmic=True)
-        y_axis = Axis("relative to the largest", logarithmic=True, low=MIN_EIGENVALUE, high=1.0)
-        chart = plot(f"spectrum-{number}", f"Eigenvalues at {name}", curves, x_axis, y_axis)
-        charts.append((chart, f"{name}: before and after the square root."))
-    return charts
 
 
 def _component_charts(history: Sequence[EpochRow]) -> list[Chart]:

@@ -8,28 +8,20 @@ The field names of the classes here are keys in checkpoints and columns of `hist
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import median_high
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import Dataset
 from sopdeploy.data.batches import load_batches
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics
-from sopdeploy.layers.covariance import covariance
-from sopdeploy.layers.isqrt_cov import ISqrtCov, deviations
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 
-MAX_IMAGES = 512  # images for the diagnostics of heads
-MAX_SPECTRUM_IMAGES = 16
-SPECTRUM_EPOCHS = 5  # epochs of a run that record spectra
-MAX_EIGENVALUES = 48  # recorded per spectrum, denser for the large ones
+MAX_IMAGES = 512
 
 
 class HeadMetrics(StrictModel):
@@ -46,19 +38,8 @@ class HeadMetrics(StrictModel):
         return (self.map if self.top1 is None else self.top1) or 0.0
 
 
-class Spectrum(StrictModel):
-    """Mean eigenvalues of a covariance before and after its square root, descending.
-
-    `ranks` are the ranks of the recorded eigenvalues, counted from 1.
-    """
-
-    ranks: tuple[int, ...]
-    before: tuple[float, ...]
-    after: tuple[float, ...]
-
-
 class Diagnostics(StrictModel):
-    """Diagnostics on `images` images; `spectra` is empty in most epochs.
+    """Diagnostics on `images` images.
 
     `right` has one character per image: 1 if the top class of the main head is right, otherwise 0. It is
     empty with several classes per image.
@@ -67,7 +48,6 @@ class Diagnostics(StrictModel):
     images: int
     right: str = ""
     heads: dict[str, HeadMetrics]
-    spectra: dict[str, Spectrum]
 
 
 class Throughput(StrictModel):
@@ -151,16 +131,8 @@ def history_csv(history: Sequence[EpochRow]) -> str:
     return text.getvalue()
 
 
-def spectrum_epochs(epochs: int) -> set[int]:
-    """Select the epochs, counted from 1, that record spectra."""
-    steps = SPECTRUM_EPOCHS - 1
-    return {round(1 + step * (epochs - 1) / steps) for step in range(SPECTRUM_EPOCHS)}
-
-
 @torch.no_grad()
-def diagnose(
-    model: Classifier, held_out: Dataset, normalize: Normalize, batch_size: int, *, spectra: bool
-) -> Diagnostics:
+def diagnose(model: Classifier, held_out: Dataset, normalize: Normalize, batch_size: int) -> Diagnostics:
     """Compute the diagnostics of *model* on a fixed subset of *held_out*."""
     count = min(MAX_IMAGES, len(held_out))
     subset = [index * len(held_out) // count for index in range(count)]
@@ -176,8 +148,6 @@ def diagnose(
                 targets.append(labels.cpu())
                 for name, logits in model.heads(normalize(images)).items():
                     outputs.setdefault(name, []).append(logits.double().cpu())
-        few = subset[:: -(-count // MAX_SPECTRUM_IMAGES)]
-        recorded = _spectra(model, held_out, normalize, few) if spectra else {}
     finally:
         model.train(was_training)
     labels = torch.cat(targets)
@@ -187,58 +157,4 @@ def diagnose(
     for name, logits in logits_NC.items():
         metrics = held_out_metrics(held_out.labels, logits.numpy(), labels.numpy())
         heads[name] = HeadMetrics(**metrics.model_dump(include={"top1", "top5", "map", "loss"}))
-    return Diagnostics(
-        images=count,
-        right="".join("01"[correct] for correct in right.tolist()),
-        heads=heads,
-        spectra=recorded,
-    )
-
-
-def _spectra(
-    model: Classifier, held_out: Dataset, normalize: Normalize, indices: list[int]
-) -> dict[str, Spectrum]:
-    """Compute the spectra of all covariance square roots in *model*, by module name."""
-    images = torch.from_numpy(np.stack([held_out[index][0] for index in indices]))
-    with _record_calls(model) as calls:
-        model.heads(normalize(images.to(next(model.parameters()).device)))
-    spectra = {}
-    for name, root in model.named_modules():
-        if name not in calls or not isinstance(root, ISqrtCov):
-            continue
-        features_BdHW, vector = calls[name]
-        x_BdM = deviations(features_BdHW.double(), root.config)
-        before_Bdd = covariance(x_BdM) / x_BdM.shape[2]
-        d = before_Bdd.shape[1]
-        upper_Bdd = vector.new_zeros(len(vector), d * d, dtype=torch.float64)
-        upper_Bdd = upper_Bdd.index_copy(1, root.triangle, vector.double()).view(-1, d, d)
-        diagonal_Bdd = torch.diag_embed(upper_Bdd.diagonal(dim1=1, dim2=2))
-        ranks = sorted({round(d ** (step / (MAX_EIGENVALUES - 1))) for step in range(MAX_EIGENVALUES)})
-        after_Bdd = upper_Bdd + upper_Bdd.transpose(1, 2) - diagonal_Bdd
-        before, after = (
-            torch.linalg.eigvalsh(matrix.cpu()).flip(1).mean(dim=0).clamp_min(0.0).tolist()
-            for matrix in (before_Bdd, after_Bdd)
-        )
-        spectra[name] = Spectrum(
-            ranks=tuple(ranks),
-            before=tuple(before[rank - 1] for rank in ranks),
-            after=tuple(after[rank - 1] for rank in ranks),
-        )
-    return spectra
-
-
-@contextmanager
-def _record_calls(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Record the last input and output of each covariance square root of *model*, by module name."""
-    calls: dict[str, tuple[Tensor, Tensor]] = {}
-    names = {module: name for name, module in model.named_modules() if isinstance(module, ISqrtCov)}
-
-    def record(module: Any, inputs: Any, output: Tensor) -> None:
-        calls[names[module]] = inputs[0], output
-
-    handles = [module.register_forward_hook(record) for module in names]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+    return Diagnostics(images=count, right="".join("01"[correct] for correct in right.tolist()), heads=heads)

@@ -25,7 +25,7 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.prediction import evaluate, predict_logits
 from sopdeploy.training.callbacks import Callback
-from sopdeploy.training.diagnostics import best_epoch, diagnose, spectrum_epochs
+from sopdeploy.training.diagnostics import best_epoch, diagnose
 from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_step
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.distributed.torchrun import check_same_step
@@ -241,8 +241,7 @@ def evaluate_epoch(run: Run, held_out: PreprocessedDataset, signals: SignalState
         processes=run.strategy,
         on_batch=on_batch,
     )
-    spectra = epoch + 1 in spectrum_epochs(recipe.epochs)
-    diagnostics = diagnose(run.exported, held_out, run.normalize, recipe.batch_size, spectra=spectra)
+    diagnostics = diagnose(run.exported, held_out, run.normalize, recipe.batch_size)
     run.after_epoch(metrics, diagnostics, time.monotonic() - since)
 
 

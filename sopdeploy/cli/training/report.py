@@ -23,7 +23,7 @@ def report(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The HTML file; by default RUN/report.html.")] = None,
 ) -> dict[str, Any]:
-    """Write an HTML report on a run: curves, spectra, components, confusions, calibration, worst mistakes.
+    """Write an HTML report on a run: curves, components, confusions, calibration, worst mistakes.
 
     Example: [bold]sopdeploy report runs/latest[/bold]
 

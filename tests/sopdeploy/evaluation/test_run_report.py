@@ -62,7 +62,6 @@ def test_the_page_shows_metrics_and_the_worst_mistakes_as_small_images(run: Path
     assert f"{stored.training['epoch']} of 3" in texts
     assert {"layer1_0", "layer2_0", "layer3_0", "main", "deployed"} <= set(texts)
     assert {"optimizer.lr", "0.1", "network.base_width", "torch version", "processor"} <= set(texts)
-    assert "branches.layer1_0.pooling: before and after the square root." in texts
     images = [found for name, found in Reader(page).met if name == "img"]
     assert 0 < len(images) <= 24
     image = Image.open(io.BytesIO(base64.b64decode((images[0]["src"] or "").partition(",")[2])))
