@@ -39,10 +39,11 @@ from gain.paired import paired
 from markupsafe import Markup
 from measure import Result, existing, make_parser, one_line_errors, report
 from scipy.stats import t
+from svg_file import svg_file
 
 from sopdeploy.errors import DataError, SopdeployError
 from sopdeploy.evaluation.prediction import score_checkpoint
-from sopdeploy.html.charts import Axis, element, svg_file
+from sopdeploy.html.charts import Axis, element
 
 NETWORK = "tf_efficientnet_lite0"
 OURS = "sopdeploy"

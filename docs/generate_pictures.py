@@ -18,9 +18,10 @@ from playwright.sync_api import sync_playwright
 
 import sopdeploy
 from sopdeploy.checkpoint import load_plain
-from sopdeploy.html.charts import element, svg_file
+from sopdeploy.html.charts import element
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.svg_file import svg_file
 from tests.real.conftest import PHOTOS, timm_names
 
 FOLDER = Path(__file__).parent

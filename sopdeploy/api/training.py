@@ -1,26 +1,86 @@
-"""Train a network: `sopdeploy.train` and `sopdeploy train`."""
+"""Train a network, `sopdeploy.train` and `sopdeploy train`, and the result."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pydantic
 from rich.console import Console
 
 from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.progress import ProgressBars
-from sopdeploy.api.training_result import TrainedRun
 from sopdeploy.config import expand_options
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, SopdeployError
+from sopdeploy.html.templates import render
+from sopdeploy.report.predictions import predictions_context, score_tile
+from sopdeploy.report.run_data import Predictions, RunData, read_run
 from sopdeploy.training.callbacks import Callback, CallbackList, create_loggers
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
+from sopdeploy.training.loop import TrainingResult
 from sopdeploy.training.loop import train as run
 from sopdeploy.training.recipe import Recipe, parse_override, read_recipe, to_toml
 from sopdeploy.training.run_folder import numbered_folder
 
 FOLDER_RECIPE = "photos"
 OPTIONAL_TABLES = {name for name, field in Recipe.model_fields.items() if field.default is None}
+MAX_EVALUATED = 5000  # held-out images that a notebook evaluates to show a result
+
+
+class TrainedRun(TrainingResult):
+    """The files and metrics of a finished run.
+
+    A notebook shows a summary, the confusion matrix and the worst mistakes of `best` on the held-out images.
+    The first display evaluates these images.
+    """
+
+    _evaluated: RunData | None = pydantic.PrivateAttr(None)
+
+    @property
+    def predictions(self) -> Predictions | None:
+        """Metrics and worst mistakes of `best` on the held-out images; None if they are not available."""
+        if self._evaluated is None:
+            self._evaluated = read_run(self.out)
+        return self._evaluated.predictions
+
+    def _predictions_or_reason(self) -> tuple[Predictions | None, str]:
+        """Return `predictions`, and the reason to show if there are none."""
+        if self.held_out_count > MAX_EVALUATED:
+            return None, f"more than {MAX_EVALUATED} held-out images; call sopdeploy.evaluate"
+        try:
+            return self.predictions, "the held-out images are not available"
+        except SopdeployError as error:  # the run was moved or deleted
+            return None, str(error)
+
+    def _repr_html_(self) -> str:
+        tiles: dict[str, str] = {}
+        notes: tuple[str, ...] = ()
+        if self.few_shot is not None:
+            tiles |= score_tile(self.few_shot)
+            notes = self.few_shot.lines()
+        else:
+            tiles["epoch"] = f"{self.best_epoch} of {self.epochs}"
+            if self.estimate is not None:
+                tiles |= score_tile(self.estimate)
+                notes = (self.estimate.describe(),)
+        tiles |= {
+            "training images": str(self.train_count),
+            "held-out images": str(self.held_out_count),
+            "classes": str(self.classes),
+            "time": f"{self.seconds:.0f} s",
+        }
+        predictions, reason = self._predictions_or_reason()
+        return render(
+            "sopdeploy.api",
+            "scores.html",
+            title=f"{self.model}, {self.out}",
+            tiles=tiles,
+            notes=notes,
+            reason=reason,
+            next=f"sopdeploy.export({str(self.best)!r}, detach=True)",
+            **predictions_context(predictions),
+        )
 
 
 @expand_options

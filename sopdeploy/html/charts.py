@@ -4,7 +4,7 @@ SVG elements are built with escaped text and attributes and closed tags.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -14,11 +14,8 @@ from sopdeploy.html.templates import sanitize, shorten
 WIDTH = 360.0
 
 _SMALL_LETTER = 5.8  # average width of a letter of class `small`
-
-# Labels of bars, rows and columns, and heights of bars in SVG units.
-_LONGEST_LABEL = 24  # characters
-_BAR_STEP = 18.0
-
+_LONGEST_LABEL = 24  # characters of the label of a bar
+_BAR_STEP = 18.0  # distance of bars
 
 # Line plot: the plotting area, the line styles (`.c0` to `.c5` in style.css) and the legend.
 _PLOT_LEFT, _PLOT_RIGHT, _PLOT_TOP, _PLOT_BOTTOM = 46.0, 346.0, 44.0, 190.0
@@ -122,50 +119,26 @@ def svg(id: str, title: str, description: str, size: tuple[float, float], *shape
     )
 
 
-def svg_file(title: str, description: str, style: str, size: tuple[float, float], *shapes: str) -> Markup:
-    """Build an SVG file of *size* (width, height) with a white background."""
-    width, height = size
-    return element(
-        "svg",
-        element("title", title),
-        element("desc", description),
-        element("style", style),
-        element("rect", width=width, height=height, rx=8, fill="#ffffff"),
-        *shapes,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {width} {height}",
-        width=width,
-        height=height,
-        role="img",
-    )
-
-
 def _coordinate(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def _label_width(labels: Iterable[str]) -> float:
-    """Compute the width of the longest of *labels*, each shortened to `_LONGEST_LABEL`, with its margin."""
-    return 8 + _SMALL_LETTER * min(_LONGEST_LABEL, max(map(len, labels), default=0))
-
-
 def bars(id: str, title: str, rows: Sequence[Bar], largest: float) -> Markup:
     """Draw horizontal bars; *largest* is the value of a bar of full width."""
-    left = _label_width(row.label for row in rows)
-    right = max(left + 6, WIDTH - 2 - _SMALL_LETTER * max((len(row.text) for row in rows), default=0))
-
-    def length(value: float) -> float:
-        return (right - 6 - left) * min(value, largest) / largest if largest > 0 else 0.0
-
+    longest_label = max((len(row.label) for row in rows), default=0)
+    longest_text = max((len(row.text) for row in rows), default=0)
+    left = 8 + _SMALL_LETTER * min(_LONGEST_LABEL, longest_label)
+    right = max(left + 6, WIDTH - 2 - _SMALL_LETTER * longest_text)
     shapes = []
     for number, row in enumerate(rows):
         y = 2.0 + _BAR_STEP * number
+        length = (right - 6 - left) * min(row.value, largest) / largest if largest > 0 else 0.0
         shapes.append(
             element(
                 "g",
                 element("title", f"{row.label}: {row.text}"),
                 text(left - 6, y + 10, shorten(row.label, _LONGEST_LABEL), anchor="end"),
-                element("rect", x=left, y=y + 1, width=length(row.value), height=_BAR_STEP - 6, class_="bar"),
+                element("rect", x=left, y=y + 1, width=length, height=_BAR_STEP - 6, class_="bar"),
                 text(right, y + 10, row.text),
             )
         )

@@ -73,7 +73,9 @@ class RunData:
     reason: str = ""
 
 
-def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None]) -> RunData:
+def read_run(
+    run: Path, data: Path | None = None, on_image: Callable[[int, int], None] = lambda _done, _total: None
+) -> RunData:
     """Read the run in the folder *run* and evaluate its `best.pt`.
 
     The images are those of the folder *data*, by default the held-out images of the recipe, if available.
@@ -85,8 +87,7 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
         raise ConfigError(f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`")
     last, best = read_checkpoint(path), read_checkpoint(best_path)
     recipe = validate_recipe(last.training.get("recipe", {}), str(path))
-    history = read_history(last, path)
-    predictions, reason = None, ""
+    history, predictions, reason = read_history(last, path), None, ""
     try:
         images, description = _open_images(recipe, best, data)
     except (ConfigError, DataError) as error:
@@ -94,13 +95,13 @@ def read_run(run: Path, data: Path | None, on_image: Callable[[int, int], None])
             raise
         reason = str(error)
     else:
-        logits_NC = None if data is not None else _out_of_fold_logits(last, best, len(images))
-        if logits_NC is None:
+        out_of_fold_NC = None if data is not None else _out_of_fold_logits(last, best, len(images))
+        if out_of_fold_NC is None:
             model = build_classifier(best, best_path)
             predicted = predict_images(model, best, images, workers=recipe.workers, on_image=on_image)
         else:
-            logits_N1C = logits_NC.double().numpy()[:, None]  # without a temperature
-            predicted = make_predictions(logits_N1C, images, images.labels, best.decision)
+            views_N1C = out_of_fold_NC.double().numpy()[:, None]
+            predicted = make_predictions(views_N1C, images, images.labels, best.decision)
             description = OUT_OF_FOLD
         if isinstance(predicted, MultiLabelPredictions):
             predictions = Predictions(metrics=predicted.report(), mistakes=(), images=description)
@@ -157,15 +158,16 @@ def worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: P
     wrong = [(-score.confidence, index) for index, score in enumerate(scores) if not score.correct]
     mistakes = []
     for _, index in sorted(wrong)[:MAX_MISTAKES]:
-        score, file = scores[index], io.BytesIO()
+        score = scores[index]
         true, predicted = images.labels[score.target], images.labels[score.top5[0]]
         caption = (
             f"{true} ({percent(score.likelihood)}), predicted as {predicted} ({percent(score.confidence)})"
         )
         small = to_rgb(images[index][0], preprocess).copy()  # without metadata such as time and place
         small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        small.save(file, "JPEG", quality=JPEG_QUALITY)
-        name = os.fsdecode(images.paths[index]) if isinstance(images, ImageFiles) else ""
-        jpeg = base64.b64encode(file.getvalue()).decode("ascii")
-        mistakes.append(Mistake(file=name, caption=caption, jpeg=jpeg))
+        encoded = io.BytesIO()
+        small.save(encoded, "JPEG", quality=JPEG_QUALITY)
+        jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
+        file = os.fsdecode(images.paths[index]) if isinstance(images, ImageFiles) else ""
+        mistakes.append(Mistake(file=file, caption=caption, jpeg=jpeg))
     return mistakes

@@ -17,8 +17,11 @@ Chart = tuple[Markup, str]  # a chart and its caption
 def training_context(history: Sequence[EpochRow]) -> dict[str, Any]:
     """Build the template variables that describe the training."""
     columns, rows = history_table(history)
-    diagnostics = history[-1].diagnostics
+    diagnostics, component_counts = history[-1].diagnostics, history[-1].component_counts
     throughput = median_throughput(history)
+    components = []
+    if component_counts:
+        components.append(component_chart("components", "Images per component", component_counts))
     return {
         "learning": _learning_charts(history),
         "branch_images": diagnostics.images if diagnostics and len(_head_names(history)) > 1 else 0,
@@ -26,7 +29,7 @@ def training_context(history: Sequence[EpochRow]) -> dict[str, Any]:
         "throughput": short_number(round(throughput, 1)) if throughput else "",
         "columns": columns,
         "rows": [[f"{row[name]:.5g}" if name in row else "" for name in columns] for row in rows],
-        "components": _component_charts(history),
+        "components": components,
     }
 
 
@@ -109,11 +112,6 @@ def _course_charts(history: Sequence[EpochRow]) -> list[Chart]:
         for id_, curve, axis, caption in charts
         if len(curve.points) > 1
     ]
-
-
-def _component_charts(history: Sequence[EpochRow]) -> list[Chart]:
-    counts = history[-1].component_counts
-    return [component_chart("components", "Images per component", counts)] if counts else []
 
 
 def component_chart(id: str, title: str, counts: Sequence[int]) -> Chart:

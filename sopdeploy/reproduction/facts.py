@@ -1,8 +1,7 @@
 """Count what a table prints about a network besides errors: blocks, branches, convolutions, map sizes."""
 
 import re
-from collections.abc import Callable, Collection, Iterable
-from operator import attrgetter
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -27,10 +26,21 @@ def count_facts(network: Classifier, side: int, names: Collection[str]) -> dict[
     Facts "per stage" are counted in the first stage, because all stages of these networks are equal. Facts
     that cannot be counted, such as hours on other GPUs, are left out.
     """
-    counted: dict[str, float] = {name: count(network) for name, count in COUNTED.items() if name in names}
+    facts: dict[str, float] = {}
+    stage = getattr(network, "layer1", None)
+    if isinstance(stage, nn.Sequential):
+        branches = dict(network.branches.named_children()) if isinstance(network, DSoP) else {}
+        of_stage = [branch for name, branch in branches.items() if name.startswith("layer1")]
+        facts = {
+            "blocks per stage": len(stage),
+            "branches per stage": len(of_stage),
+            "branches": len(branches),
+            "convolutions per stage": _convolutions([stage]),
+            "convolutions of branches per stage": _convolutions(of_stage),
+        }
     if any(" after " in name for name in names):
-        counted |= _map_sizes(network, side)
-    return {name: counted[name] for name in names if name in counted}
+        facts |= _map_sizes(network, side)
+    return {name: facts[name] for name in names if name in facts}
 
 
 def _map_sizes(network: Classifier, side: int) -> dict[str, float]:
@@ -56,18 +66,3 @@ def _convolutions(modules: Iterable[nn.Module]) -> int:
         for part in modules
         for name, module in part.named_modules()
     )
-
-
-def _branches(network: Classifier, stage: str = "") -> list[nn.Module]:
-    """Return the branches of *network*, only those of *stage* if it is given."""
-    branches = network.branches.named_children() if isinstance(network, DSoP) else ()
-    return [branch for name, branch in branches if name.startswith(stage)]
-
-
-COUNTED: dict[str, Callable[[Classifier], int]] = {
-    "blocks per stage": lambda network: len(attrgetter("layer1")(network)),
-    "branches per stage": lambda network: len(_branches(network, "layer1")),
-    "branches": lambda network: len(_branches(network)),
-    "convolutions per stage": lambda network: _convolutions([attrgetter("layer1")(network)]),
-    "convolutions of branches per stage": lambda network: _convolutions(_branches(network, "layer1")),
-}

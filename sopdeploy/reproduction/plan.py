@@ -26,7 +26,6 @@ ASSUMPTION = (
     "estimate: a step costs three forward passes, and a GPU sustains 20e12 operations per second; reading "
     "images and evaluation are not counted"
 )
-PAGE = "index.html"
 QUANTITIES = {  # of `published.toml`, by key of a row
     "params": "parameters",
     "gflops": "operations",
@@ -88,26 +87,19 @@ class Row:
 
 @dataclass
 class Reproduction:
-    """A table, the options, and the selected rows with the results so far."""
+    """A table, the options, and the selected rows with the results so far.
+
+    `folder` is that of the runs, `page` the path of the page, `seeds` the number of runs per row.
+    """
 
     table: PrintedTable
     options: ReproduceOptions
     rows: tuple[Row, ...]
 
-    @property
-    def folder(self) -> Path:
-        """Folder of the runs and the page."""
-        return self.options.folder(self.table)
-
-    @property
-    def page(self) -> Path:
-        """Path of the page."""
-        return self.folder / PAGE
-
-    @property
-    def seeds(self) -> int:
-        """Number of runs per row."""
-        return self.options.runs_per_row(self.table)
+    def __post_init__(self) -> None:
+        self.folder = self.options.folder(self.table)
+        self.page = self.folder / "index.html"
+        self.seeds = self.options.runs_per_row(self.table)
 
     @property
     def statement(self) -> str:

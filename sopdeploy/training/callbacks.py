@@ -7,7 +7,7 @@ from typing import Any
 
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
-from sopdeploy.training.diagnostics import EpochRow, epoch_metrics
+from sopdeploy.training.diagnostics import HELD_OUT_METRICS, EpochRow, epoch_metrics
 from sopdeploy.training.start_weights import StartReport
 
 TENSORBOARD_FOLDER = "tensorboard"  # in the run folder
@@ -61,13 +61,8 @@ class TensorBoard(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / TENSORBOARD_FOLDER
-        self.module = import_optional(
-            "torch.utils.tensorboard",
-            "tensorboard",
-            "sopdeploy[tensorboard]",
-            ConfigError,
-            "the tensorboard logger",
-        )
+        extra, purpose = "sopdeploy[tensorboard]", "the tensorboard logger"
+        self.module = import_optional("torch.utils.tensorboard", "tensorboard", extra, ConfigError, purpose)
         self.writer: Any = None
 
     def on_train_start(self, **counts: int) -> None:
@@ -75,9 +70,16 @@ class TensorBoard(Callback):
         self.writer = self.module.SummaryWriter(str(self.folder), purge_step=counts["first_epoch"] + 1)
 
     def on_epoch_end(self, row: EpochRow) -> None:
-        """Write one scalar per metric."""
-        for name, value in grouped_metrics(row).items():
-            self.writer.add_scalar(name, value, row.epoch)
+        """Write one scalar per metric, under names such as `train/loss`, which TensorBoard groups."""
+        for name, value in epoch_metrics(row).items():
+            if name.startswith("train_"):
+                group, name = "train", name.removeprefix("train_")
+            elif name in HELD_OUT_METRICS:
+                group = "held_out"
+            else:
+                group = "heads" if name.endswith(("_top1", "_top5", "_map", "_loss")) else "course"
+            if name != "epoch":
+                self.writer.add_scalar(f"{group}/{name}", value, row.epoch)
         self.writer.flush()
 
 
@@ -86,18 +88,4 @@ def create_loggers(names: Sequence[str], folder: Path) -> list[Callback]:
     for name in names:
         if name != "tensorboard":
             raise ConfigError("unknown; choose tensorboard", setting="log", value=name)
-    return [TensorBoard(folder) for _ in names]
-
-
-def grouped_metrics(row: EpochRow) -> dict[str, float]:
-    """Return the metrics of *row* under names such as `train/loss`, by whose prefix dashboards group them."""
-    held_out = ("top1", "top5", "loss", "map", "macro_f1", "micro_f1")
-    groups = dict.fromkeys(held_out, "held_out")
-    metrics = {}
-    for name, value in epoch_metrics(row).items():
-        if name.startswith("train_"):
-            metrics[f"train/{name.removeprefix('train_')}"] = value
-        elif name != "epoch":
-            is_head = name.endswith(("_top1", "_top5", "_map", "_loss"))
-            metrics[f"{groups.get(name, 'heads' if is_head else 'course')}/{name}"] = value
-    return metrics
+    return [TensorBoard(folder)] if names else []

@@ -22,6 +22,7 @@ from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 
 MAX_IMAGES = 512
+HELD_OUT_METRICS = ("loss", "top1", "top5", "map", "macro_f1", "micro_f1")  # those that a network has
 
 
 class HeadMetrics(StrictModel):
@@ -80,25 +81,24 @@ class EpochRow(StrictModel):
 def best_epoch(history: Sequence[EpochRow], *, frozen_backbone: bool = False) -> EpochRow:
     """Return the first epoch with the highest top-1 accuracy, or the highest mAP for a multi-label network.
 
-    With *frozen_backbone* only branches learn and the exported network is the same in every epoch. The epoch
-    with the highest mean score of the branches is then the best one; of equal epochs, the last.
+    With *frozen_backbone*, only branches learn and the exported network is the same in every epoch. The best
+    epoch is then the last one with the highest sum of the scores of the branches.
     """
     if not frozen_backbone:
         return max(history, key=lambda row: (row.metrics.score, -row.epoch))
 
-    def accuracy(row: EpochRow) -> float:
+    def branch_scores(row: EpochRow) -> float:
         heads = row.diagnostics.heads if row.diagnostics is not None else {}
         return sum(head.score for name, head in heads.items() if name != "main")
 
-    return max(history, key=lambda row: (accuracy(row), row.epoch))
+    return max(history, key=lambda row: (branch_scores(row), row.epoch))
 
 
 def epoch_metrics(row: EpochRow) -> dict[str, float]:
     """Return all numbers of *row* by name, in the order of `history.csv`."""
     metrics: dict[str, float] = {"epoch": row.epoch, "lr": row.lr}
     metrics |= {f"train_{name}": loss for name, loss in row.losses.items()}
-    names = ("loss", "top1", "top5", "map", "macro_f1", "micro_f1")
-    metrics |= {name: getattr(row.metrics, name) for name in names if hasattr(row.metrics, name)}
+    metrics |= {name: getattr(row.metrics, name) for name in HELD_OUT_METRICS if hasattr(row.metrics, name)}
     if row.gradient is not None:
         metrics["gradient"] = row.gradient
     if row.speed is not None:

@@ -19,6 +19,7 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.training.diagnostics import EpochRow, best_epoch
 
 RESAMPLES = 1000
+SelectedBy = Literal["nothing", "other images", "same images"]
 
 
 class HeldOutEstimate(StrictModel):
@@ -34,7 +35,7 @@ class HeldOutEstimate(StrictModel):
     top1: Rate | None = None
     map: Fraction | None = None
     count: int
-    selected_by: Literal["nothing", "other images", "same images"]
+    selected_by: SelectedBy
 
     @property
     def score(self) -> float:
@@ -63,17 +64,17 @@ def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False)
     With *frozen_backbone*, the exported network is the same in all epochs.
     """
     metrics = best_epoch(history, frozen_backbone=frozen_backbone).metrics
-    count, alone = metrics.count, len(history) == 1 or frozen_backbone
-    by: Literal["nothing", "other images", "same images"] = "nothing" if alone else "same images"
+    selected_by: SelectedBy = "nothing" if len(history) == 1 or frozen_backbone else "same images"
+    count = metrics.count
     if metrics.score_name == "mAP":
-        return HeldOutEstimate(map=metrics.score, count=count, selected_by=by)
+        return HeldOutEstimate(map=metrics.score, count=count, selected_by=selected_by)
     right = round(metrics.score * count)
-    recorded = [row.diagnostics.right for row in history if row.diagnostics is not None]
-    complete = len(recorded) == len(history) and all(len(right_N) == count for right_N in recorded)
-    if complete and count > 1 and not alone:
-        right_EN = np.array([[image == "1" for image in right_N] for right_N in recorded])
-        right, by = round(corrected_score(right_EN) * count), "other images"
-    return HeldOutEstimate(top1=Rate.of(right, count), count=count, selected_by=by)
+    recorded = [row.diagnostics.right if row.diagnostics else "" for row in history]
+    all_recorded = count > 1 and all(len(right_N) == count for right_N in recorded)
+    if selected_by == "same images" and all_recorded:
+        right_EN = np.array([list(right_N) for right_N in recorded]) == "1"
+        right, selected_by = round(corrected_score(right_EN) * count), "other images"
+    return HeldOutEstimate(top1=Rate.of(right, count), count=count, selected_by=selected_by)
 
 
 def corrected_score(right_EN: NDArray[np.bool_]) -> float:

@@ -1,4 +1,4 @@
-"""Mixed precision, and checks for NaN and infinity.
+"""Mixed precision: autocast and gradient scaling.
 
 Second-order layers disable autocast themselves (`sopdeploy.layers.covariance`). Weights, their average and
 the optimizer's state stay in float32.
@@ -8,9 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import TrainingError
 
@@ -58,9 +56,3 @@ class Precision:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.skipped = int(state["skipped"])
-
-
-def all_finite(nested: Any) -> bool:
-    """Check whether no tensor in nested dicts and lists has a NaN or infinity."""
-    tensors = (leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor))
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -49,7 +49,13 @@ def resume_run(
         initial = InitialModel(model, recipe, None if start is None else StartReport.model_validate(start))
         run = create_run(recipe, images, strategy, initial)
         run.name, run.config = checkpoint.model, checkpoint.config
-        _load_state(run, state)
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.precision.load_state_dict(state["precision"])
+        if run.ema is not None:
+            run.ema.load_state_dict(state["average"])
+        if run.teacher is not None and run.teacher.learns:
+            run.teacher.model.load_state_dict(state["teacher"])
+        run.position = Position.model_validate(state["position"])
         run.few_shot = read_record(checkpoint.training)
         if run.few_shot is not None:
             run.out_of_fold, run.decision = state.get("out_of_fold"), checkpoint.decision
@@ -58,17 +64,3 @@ def resume_run(
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(damaged) from error
     return run
-
-
-def _load_state(run: Run, state: dict[str, Any]) -> None:
-    """Load optimizer, scaler, averages, teacher and position into *run* from *state*.
-
-    Raises `KeyError` and the errors of `load_state_dict`.
-    """
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.precision.load_state_dict(state["precision"])
-    if run.ema is not None:
-        run.ema.load_state_dict(state["average"])
-    if run.teacher is not None and run.teacher.learns:
-        run.teacher.model.load_state_dict(state["teacher"])
-    run.position = Position.model_validate(state["position"])

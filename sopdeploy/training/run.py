@@ -14,6 +14,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 import sopdeploy
 from sopdeploy.checkpoint import Checkpoint
@@ -34,7 +35,7 @@ from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.epoch_choice import HeldOutEstimate, estimate_best
 from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
-from sopdeploy.training.precision import Precision, all_finite
+from sopdeploy.training.precision import Precision
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.start_weights import InitialModel, StartReport, create_initial_model
 from sopdeploy.training.step.losses import Loss
@@ -209,8 +210,8 @@ class Run:
                 resume["out_of_fold"] = self.out_of_fold
             if self.teacher is not None and self.teacher.learns:
                 resume["teacher"] = self.teacher.model.state_dict()
-        state = {"weights": raw, "average": average, **(resume or {})}
-        if not all_finite(state):
+        saved = tree_leaves({"weights": raw, "average": average, "resume": resume})
+        if not all(bool(value.isfinite().all()) for value in saved if isinstance(value, Tensor)):
             raise TrainingError(
                 "weights or optimizer state are not finite; nothing was saved, lower optimizer.lr or set "
                 "optimizer.clip_norm"

@@ -16,7 +16,7 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import JsonOption, err, plain_text, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from sopdeploy.api.training_result import TrainedRun
+    from sopdeploy.api.training import TrainedRun
 
 RESUME = ("never", "always", "auto")
 FEW_SHOT = (

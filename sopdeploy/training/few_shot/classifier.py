@@ -66,10 +66,6 @@ class Targets:
             losses = -(self.classes * log_softmax(logits, axis=-1)).sum(axis=-1)
         return losses * self.weights
 
-    def mean_loss(self, logits: Array) -> float:
-        """Compute the mean loss of logits (N, K) with equal weights of all images."""
-        return float((self.losses(logits) / self.weights).mean())
-
     def folds(self, hashes: Sequence[str], folds: int, seed: int) -> Indices:
         """Assign each image a fold (N,), classes spread evenly; images with equal *hashes* share a fold.
 

@@ -19,8 +19,7 @@ from typer.testing import CliRunner
 import sopdeploy
 from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.progress import ProgressBars
-from sopdeploy.api.training import configure, to_assignments
-from sopdeploy.api.training_result import TrainedRun
+from sopdeploy.api.training import TrainedRun, configure, to_assignments
 from sopdeploy.cli.app import app
 from sopdeploy.client import Client
 from sopdeploy.errors import (
