@@ -107,8 +107,12 @@ def compare_on(
     if device == "cpu":
         return compare(case, against, ours, other, runs=runs, clock=process_time)
 
-    def waiting(call: Callable[[], object]) -> Callable[[], object]:
-        return lambda: (call(), torch.cuda.synchronize())
+    def waiting(call: Callable[[], object]) -> Callable[[], None]:
+        def call_and_wait() -> None:
+            call()
+            torch.cuda.synchronize()
+
+        return call_and_wait
 
     return compare(case, against, waiting(ours), waiting(other), runs=runs, clock=perf_counter)
 

@@ -44,15 +44,6 @@ class TrainedRun(TrainingResult):
             self._evaluated = read_run(self.out)
         return self._evaluated.predictions
 
-    def _predictions_or_reason(self) -> tuple[Predictions | None, str]:
-        """Return `predictions`, and the reason to show if there are none."""
-        if self.held_out_count > MAX_EVALUATED:
-            return None, f"more than {MAX_EVALUATED} held-out images; call sopdeploy.evaluate"
-        try:
-            return self.predictions, "the held-out images are not available"
-        except SopdeployError as error:  # the run was moved or deleted
-            return None, str(error)
-
     def _repr_html_(self) -> str:
         tiles: dict[str, str] = {}
         notes: tuple[str, ...] = ()
@@ -70,7 +61,14 @@ class TrainedRun(TrainingResult):
             "classes": str(self.classes),
             "time": f"{self.seconds:.0f} s",
         }
-        predictions, reason = self._predictions_or_reason()
+        predictions, reason = None, "the held-out images are not available"
+        if self.held_out_count > MAX_EVALUATED:
+            reason = f"more than {MAX_EVALUATED} held-out images; call sopdeploy.evaluate"
+        else:
+            try:
+                predictions = self.predictions
+            except SopdeployError as error:  # the run was moved or deleted
+                reason = str(error)
         return render(
             "sopdeploy.api",
             "scores.html",

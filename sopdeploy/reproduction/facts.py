@@ -44,7 +44,7 @@ def count_facts(network: Classifier, side: int, names: Collection[str]) -> dict[
 
 
 def _map_sizes(network: Classifier, side: int) -> dict[str, float]:
-    """Return the side in pixels and the channels of the output of each layer of `LAYERS` that it has."""
+    """Return the side in pixels and the channels of the output of each layer in `LAYERS`."""
     sizes: dict[str, float] = {}
     for name, attribute in LAYERS.items():
         module = getattr(network, attribute, None)

@@ -144,7 +144,7 @@ def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:
 def measured_facts(
     runs: Sequence[SeedResult], baseline: Sequence[SeedResult], names: Collection[str]
 ) -> dict[str, float]:
-    """Compute those of the facts *names* that *runs* measure: times, and increments over *baseline*."""
+    """Compute the facts *names* that runs measure: times, and increments over the runs *baseline*."""
     facts = {HOURS: mean(run.history[-1].seconds for run in runs) / 3600}
     times = [run.milliseconds for run in runs if run.milliseconds is not None]
     if times:

@@ -89,7 +89,7 @@ def _write_page(results: Reproduction) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write *text* to *path*; of the processes of torchrun, the first one does."""
+    """Write *text* to *path*, in the first process of torchrun only."""
     if is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial:

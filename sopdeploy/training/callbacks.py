@@ -66,7 +66,7 @@ class TensorBoard(Callback):
         self.writer: Any = None
 
     def on_train_start(self, **counts: int) -> None:
-        """Open an event file; events of epochs that will run again are purged."""
+        """Open an event file; TensorBoard ignores earlier events of epochs that run again."""
         self.writer = self.module.SummaryWriter(str(self.folder), purge_step=counts["first_epoch"] + 1)
 
     def on_epoch_end(self, row: EpochRow) -> None:

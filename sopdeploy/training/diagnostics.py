@@ -26,7 +26,7 @@ HELD_OUT_METRICS = ("loss", "top1", "top5", "map", "macro_f1", "micro_f1")  # th
 
 
 class HeadMetrics(StrictModel):
-    """Accuracies, or mean average precision with several classes per image, and mean loss of one head."""
+    """The mean loss of one head, and its accuracies or, with several classes per image, its mAP."""
 
     top1: Fraction | None = None
     top5: Fraction | None = None
@@ -116,7 +116,7 @@ def median_throughput(history: Sequence[EpochRow]) -> float:
 
 
 def history_table(history: Sequence[EpochRow]) -> tuple[list[str], list[dict[str, float]]]:
-    """Return the columns and rows of *history*; a row lacks the metrics of heads that were removed before."""
+    """Return the columns and rows of *history*; a row has no metrics of heads that were removed before it."""
     rows = [epoch_metrics(row) for row in history]
     return list(dict.fromkeys(name for row in rows for name in row)), rows
 

@@ -16,7 +16,10 @@ from sopdeploy.config import StrictModel
 
 
 class EmaConfig(StrictModel):
-    """Decay of the average that is evaluated and exported; that of update n is at most (1 + n) / (10 + n)."""
+    """The decay of the averaged weights, which are evaluated and exported.
+
+    In update n the decay is at most (1 + n) / (10 + n).
+    """
 
     decay: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.999
 

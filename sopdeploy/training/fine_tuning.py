@@ -57,10 +57,11 @@ def parameter_groups(model: Classifier, start: StartConfig | None) -> list[dict[
     if start is None or start.head_factor == 1:
         return [{"params": list(model.parameters())}]
     head = classifier_name(model)
-    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-    for name, parameter in model.named_parameters():
-        groups[is_in(name, head)].append(parameter)
+    named = list(model.named_parameters())
     return [
-        {"params": groups[False], LR_FACTOR: 1.0},
-        {"params": groups[True], LR_FACTOR: start.head_factor},
+        {"params": [parameter for name, parameter in named if not is_in(name, head)], LR_FACTOR: 1.0},
+        {
+            "params": [parameter for name, parameter in named if is_in(name, head)],
+            LR_FACTOR: start.head_factor,
+        },
     ]

@@ -138,12 +138,12 @@ def _train_to_end(
                 folder.save_derived_files(run)
                 callback.on_epoch_end(run.position.history[-1])
             decision = fit_best(run, held_out, folder, callback)
-        except StopRequested:
+        except StopRequested as stop:
             folder.save_last(run)
             raise TrainingStoppedError(
                 f"stopped in epoch {run.position.epoch + 1} of {recipe.epochs} after "
                 f"{run.position.step} steps of it; {folder.last} is saved and can be resumed",
-                signals.signal_number,
+                stop.signal_number,
             ) from None
         except DataError as error:
             raise unreadable_images_error(error, data.train, data.held_out) from None

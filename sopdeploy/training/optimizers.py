@@ -4,7 +4,8 @@ Weight decay applies to every parameter, as in the papers. `clip_norm` limits th
 0 disables clipping.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -117,7 +118,6 @@ class _OptimizerConfig(StrictModel):
     """Common settings; subclasses add the other arguments of their optimizer."""
 
     optimizer_class: ClassVar[Callable[..., Optimizer]]
-    constants: ClassVar[Mapping[str, Any]] = {}
 
     lr: PositiveRate
     weight_decay: Annotated[float, pydantic.Field(ge=0, le=1e6)] = 0.0
@@ -126,7 +126,7 @@ class _OptimizerConfig(StrictModel):
     def create(self, parameters: Parameters) -> Optimizer:
         """Create the optimizer for *parameters*."""
         arguments = self.model_dump(exclude={"kind", "clip_norm"})
-        return type(self).optimizer_class(parameters, **arguments, **self.constants)
+        return type(self).optimizer_class(parameters, **arguments)
 
 
 class Sgd(_OptimizerConfig):
@@ -159,8 +159,7 @@ class AdamW(_OptimizerConfig):
 class RAdam(_OptimizerConfig):
     """Rectified Adam with decoupled weight decay. Source: Liu et al. (ICLR 2020)."""
 
-    optimizer_class = torch.optim.RAdam
-    constants: ClassVar[Mapping[str, Any]] = {"decoupled_weight_decay": True}
+    optimizer_class = partial(torch.optim.RAdam, decoupled_weight_decay=True)
 
     kind: Literal["radam"]
     betas: Betas = (0.9, 0.999)

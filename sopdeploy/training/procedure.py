@@ -48,7 +48,7 @@ def run_procedure(run: "Run", data: Split, folder: "RunFolder", callback: "Callb
 
 
 def read_record(training: Mapping[str, Any]) -> Any:
-    """Read the record of the procedure from that of a training; None if the training loop ran."""
+    """Read the record of the procedure from the record of a training; None if the training loop ran."""
     if not PROCEDURES or "few_shot" not in training:
         return None
     return _load("config").FewShotResult.model_validate(training["few_shot"])

@@ -74,7 +74,7 @@ class LossConfig(StrictModel):
 
 
 class SaveConfig(StrictModel):
-    """How often to write `last.pt` besides at the end of each epoch; 0 is never."""
+    """Minutes after which `last.pt` is also written within an epoch; 0 for only at its end."""
 
     every_minutes: NonNegative = 15.0
 
@@ -126,7 +126,7 @@ class Recipe(StrictModel):
     rejection: RejectionConfig = RejectionConfig()
 
     def check_effect(self, given: Sequence[str], *, few_shot: bool) -> None:
-        """Raise `ConfigError` for *given* keys that the few-shot procedure, or the training loop, ignores."""
+        """Raise `ConfigError` if the few-shot procedure (*few_shot*) or the loop ignores a *given* key."""
         ignored = [key for key in given if key not in SELECTING_KEYS and not is_read(key, few_shot)]
         reason = "the training loop runs, not the few-shot procedure; remove them, or see few_shot.max_images"
         if few_shot:
@@ -230,7 +230,7 @@ def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any])
 
 
 def is_read(key: str, few_shot: bool) -> bool:
-    """Check whether the few-shot procedure, or without *few_shot* the training loop, reads *key*."""
+    """Check whether the few-shot procedure (*few_shot*) or the training loop reads *key*."""
     ignored = LOOP_KEYS if few_shot else FEW_SHOT_KEYS
     return not any(key == table or key.startswith(f"{table}.") for table in ignored)
 

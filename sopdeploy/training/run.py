@@ -276,8 +276,10 @@ def create_run(
     if len(images) < 2:
         raise DataError("there is only one training image; add another, a step needs two")
     activation: Activation = "sigmoid" if images.targets.ndim == 2 else "softmax"
-    if activation == "sigmoid":
-        _check_multi_label(recipe)
+    if activation == "sigmoid" and recipe.sampler == "balanced":
+        raise ConfigError('sampler: "balanced" needs one class per image; use sampler = "shuffled"')
+    if activation == "sigmoid" and recipe.teacher is not None:
+        raise ConfigError("teacher: distillation needs one class per image; remove the table")
     if initial is None:
         initial = create_initial_model(recipe, images.labels, strategy)
     model, recipe, start = initial
@@ -304,14 +306,6 @@ def create_run(
         teacher=teacher,
         start=start,
     )
-
-
-def _check_multi_label(recipe: Recipe) -> None:
-    """Raise `ConfigError` for settings that are undefined for images with several classes."""
-    if recipe.sampler == "balanced":
-        raise ConfigError('sampler: "balanced" needs one class per image; use sampler = "shuffled"')
-    if recipe.teacher is not None:
-        raise ConfigError("teacher: distillation needs one class per image; remove the table")
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from sopdeploy.training.run import Run
 
 LOCK_FILE = ".lock"  # remains after a run was killed, without a lock
 RUNS = Path("runs")
-RESTARTABLE = {LOCK_FILE, TENSORBOARD_FOLDER}  # written before a checkpoint
+FILES_WITHOUT_CHECKPOINT = {LOCK_FILE, TENSORBOARD_FOLDER}  # a run that ended early may have left them
 
 
 def numbered_folder(name: str, strategy: Strategy, *, resume: bool) -> Path:
@@ -106,7 +106,7 @@ class RunFolder:
                 remedies={"resume": "always"},
             )
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-        others = {name for name in names - RESTARTABLE if not name.endswith(PARTIAL)}
+        others = {name for name in names - FILES_WITHOUT_CHECKPOINT if not name.endswith(PARTIAL)}
         if others or (os.path.lexists(self.path) and not self.path.is_dir()):
             raise ConfigError(f"{self.path} exists and is not an empty folder; choose another", setting="out")
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())

@@ -20,7 +20,11 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequested(Exception):  # noqa: N818  # not an error: `train` handles it
-    """Raised between two steps after a stop signal."""
+    """Raised between two steps after the stop signal `signal_number`."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__()
+        self.signal_number = signal_number
 
 
 class TrainingStoppedError(TrainingError):
@@ -33,14 +37,10 @@ class TrainingStoppedError(TrainingError):
 
 @dataclass(slots=True)
 class SignalState:
-    """The stop signals received by any process; all processes agree on them in `check`.
-
-    `signal_number` is the stop signal, or 0.
-    """
+    """The stop signals that this process has received; in `check`, all processes learn about them."""
 
     processes: ProcessGroup
     received: set[int] = field(default_factory=set)
-    signal_number: int = 0
 
     def check(self, *, save: bool = False) -> bool:
         """Raise `StopRequested` after a stop signal; return whether any process calls it with *save*.
@@ -51,8 +51,7 @@ class SignalState:
         *counts, save_count = self.processes.all_reduce(torch.tensor(flags).int()).tolist()
         for number, count in zip(STOP_SIGNALS, counts, strict=True):
             if count:
-                self.signal_number = number
-                raise StopRequested
+                raise StopRequested(number)
         return bool(save_count)
 
 

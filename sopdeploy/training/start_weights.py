@@ -196,7 +196,10 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
 def _unused_parts(
     weights: StartWeights, own: Collection[str], training_only: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """List the parts of *weights* whose tensors are not in *own*; raise `WeightsError` for the backbone."""
+    """List the parts of *weights* that have tensors outside of *own*.
+
+    Raises `WeightsError` if such a tensor belongs to the backbone.
+    """
     unused: set[str] = set()
     for name in weights.tensors.keys() - own:
         part = _added_part(name, (*training_only, *CLASSIFIER_PARTS))
@@ -240,7 +243,7 @@ def _layers_per_class(model: Classifier) -> list[str]:
 
 
 def _added_part(name: str, parts: tuple[str, ...]) -> str | None:
-    """Return the part of *parts*, or the part named in `ADDED_PARTS`, that contains the tensor *name*."""
+    """Find the part that contains the tensor *name*: one of *parts*, or one that `ADDED_PARTS` names."""
     for part in parts:
         if is_in(name, part):
             return part

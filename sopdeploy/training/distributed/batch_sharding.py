@@ -65,9 +65,10 @@ def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
 def replace_batch_norms(
     model: nn.Module, batch_norm: Literal["local", "global", "frozen"], world: int
 ) -> None:
-    """Replace the batch norms of *model*; with one process, "global" ones are ordinary ones.
+    """Replace the batch norms of *model* by "global" or "frozen" ones.
 
-    Raises `ConfigError` for batch norm classes without a "global" or "frozen" version.
+    With one process, "global" is the same as "local". Raises `ConfigError` for batch norm classes without a
+    "global" or "frozen" version.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -18,7 +18,7 @@ from sopdeploy.evaluation.prediction import ProcessGroup
 
 
 class Strategy(ProcessGroup):
-    """The processes that `join_processes` connected, each with its own device; otherwise one process.
+    """The processes of a run, each with its own device: those that `join_processes` connected, or only this.
 
     The loss of a step is the sum of the losses that the processes compute.
     """
@@ -53,7 +53,7 @@ class Strategy(ProcessGroup):
     def all_reduce_list(
         self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """Return the sums of *tensors*, with the shapes of *likes*, over the processes.
+        """Sum each of *tensors*, which have the shapes of *likes*, over the processes.
 
         None counts as 0. The sum is None if all processes pass None: weight decay must skip such parameters.
         """
@@ -82,7 +82,7 @@ class Strategy(ProcessGroup):
 
 
 def select_device(name: str) -> torch.device:
-    """Select the device for `auto`, `cpu` or `cuda`; raise `ConfigError` without CUDA."""
+    """Select the device *name*: `auto`, `cpu` or `cuda`; raise `ConfigError` if there is no CUDA device."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ConfigError("device: no CUDA device on this machine; set device=auto or device=cpu")

@@ -25,7 +25,7 @@ def is_distributed() -> bool:
 
 
 def is_main_process() -> bool:
-    """Check whether this process prints and writes files."""
+    """Check whether this is the process that prints and writes files."""
     return not is_distributed() or os.environ.get("RANK", "0") == "0"
 
 
@@ -42,7 +42,7 @@ def join_processes() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(_local_device())
     store, rank, world = next(rendezvous("env://"))
-    store = PrefixStore(_attempt(), store)
+    store = PrefixStore(_attempt_prefix(), store)
     dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=world)
     try:
         yield
@@ -61,11 +61,12 @@ def join_processes() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _attempt() -> str:
-    """Return the prefix of this attempt in torchrun's store: the number of restarts on one machine.
+def _attempt_prefix() -> str:
+    """Return the prefix of the keys of this attempt in torchrun's store.
 
-    On one machine the store outlives a restart and contains the addresses of dead processes. With several
-    machines each attempt gets a new store and restarts are counted per machine, so the prefix is constant.
+    On one machine, it is the number of restarts, because the store outlives a restart and then contains the
+    addresses of dead processes. With several machines, each attempt gets a new store, and the machines count
+    restarts separately, so the prefix is constant.
     """
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
@@ -78,7 +79,7 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 
 def _local_device() -> int:
-    """Return the number of this process' GPU; raise `ConfigError` if there are fewer GPUs."""
+    """Return the index of the GPU of this process; raise `ConfigError` if the machine has too few."""
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= count:
         raise ConfigError(

@@ -43,9 +43,10 @@ class Candidate(NamedTuple):
 
 
 class Network:
-    """A network of *recipe*, its copy `full` with all statistics, and its candidates.
+    """The network of *recipe* with the features of *images*, and the candidates that were compared on them.
 
-    `vectors` are those of *images*, `hashes` the ones of their pixels; they took `seconds`.
+    `full` is a copy of the network with the head that reads all statistics. `vectors` (N, D) are the inputs
+    of this head and `hashes` the hashes of the pixels; to compute both took `seconds`.
     """
 
     def __init__(
@@ -58,14 +59,15 @@ class Network:
         self.candidates: list[Candidate] = []
 
     def columns(self, head: HeadConfig) -> list[slice]:
-        """Find the columns of the vector of `full` that *head* reads, by statistic and tap."""
+        """Find the columns of `vectors` that *head* reads: one slice per statistic and tap."""
         pooled = self.full.pooled_head
-        roots = {tap: pooled.pooling(tap).out_features for tap in pooled.channels if pooled.poolings}
-        own = self.full.num_features() - sum(roots.values()) - sum(pooled.channels.values())
-        lengths = [("gap", "", own), *(("mean", tap, length) for tap, length in pooled.channels.items())]
-        lengths += [("isqrt", tap, length) for tap, length in roots.items()]
+        root_lengths = {tap: pooled.pooling(tap).out_features for tap in pooled.channels if pooled.poolings}
+        own_length = self.full.num_features() - sum(pooled.channels.values()) - sum(root_lengths.values())
+        lengths = {("gap", ""): own_length}
+        lengths |= {("mean", tap): length for tap, length in pooled.channels.items()}
+        lengths |= {("isqrt", tap): length for tap, length in root_lengths.items()}
         columns, start = [], 0
-        for statistic, tap, length in lengths:
+        for (statistic, tap), length in lengths.items():
             if statistic in head.parts and (statistic == "gap" or tap in (head.taps or ())):
                 columns.append(slice(start, start + length))
             start += length
@@ -93,17 +95,21 @@ class Network:
         self.candidates.append(Candidate(head, problem, logits, losses, result))
 
     @torch.no_grad()
-    def build(self, kept: Candidate, fitted: LinearHead, distance: float) -> SecondOrderHead:
-        """Build the network of *kept* with the head *fitted*; *distance* is its weight in the logits."""
-        config = kept.head.model_copy(update={"distance": distance > 0})
+    def build(self, chosen: Candidate, fitted: LinearHead, distance_weight: float) -> SecondOrderHead:
+        """Build the network with the head of *chosen* and the weights *fitted*.
+
+        The logits are reduced by *distance_weight* times the distance from the mean of the training images.
+        """
+        with_distance = distance_weight > 0
+        config = chosen.head.model_copy(update={"distance": with_distance})
         model: Any = with_head(self.recipe.model.name, self.model, config)
         head, weight = model.pooled_head, fitted.weight
         for tap in head.channels if head.poolings else ():
             head.pooling(tap).load_state_dict(self.full.pooled_head.pooling(tap).state_dict())
-        if distance > 0:
-            head.center.copy_(torch.from_numpy(kept.problem.center))
-            head.scale.copy_(torch.from_numpy(kept.problem.scale))
-            weight = np.concatenate([weight, np.full((len(weight), 1), -distance)], axis=1)
+        if with_distance:
+            head.center.copy_(torch.from_numpy(chosen.problem.center))
+            head.scale.copy_(torch.from_numpy(chosen.problem.scale))
+            weight = np.concatenate([weight, np.full((len(weight), 1), -distance_weight)], axis=1)
         head.fc.weight.copy_(torch.from_numpy(weight))
         head.fc.bias.copy_(torch.from_numpy(fitted.bias))
         network: SecondOrderHead = model.eval()
@@ -144,16 +150,17 @@ def compute_features(
 
 def other_recipe(recipe: Recipe, text: str) -> Recipe:
     """Change *recipe* to the network of *text*, NAME or NAME=FILE; preprocessing is that of its weights."""
-    name, equals, file = text.partition("=")
+    name, _, file = text.partition("=")
     start = recipe.start or StartConfig()
-    if equals:
+    if file:
         start = start.model_copy(update={"weights": expand_user(Path(file))})
-    rules = recipe.preprocess if start.weights == "none" else Preprocess()
-    return recipe.model_copy(update={"model": ModelConfig(name=name), "start": start, "preprocess": rules})
+    preprocess = recipe.preprocess if start.weights == "none" else Preprocess()
+    changes = {"model": ModelConfig(name=name), "start": start, "preprocess": preprocess}
+    return recipe.model_copy(update=changes)
 
 
 def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
-    """Give *model* a head with all statistics of its last taps; without feature maps, of its own vector."""
+    """Give *model* a head on all statistics of its last taps, or without taps a head on its own vector."""
     torch.manual_seed(derive_seed(recipe.seed, "head"))
     taps = tuple(model.tap_channels)[-TAPS:] or None
     head = HeadConfig(kind="gap+mean+isqrt", taps=taps, width=WIDTH)
@@ -170,15 +177,16 @@ def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
 def list_heads(full: SecondOrderHead, config: FewShotConfig) -> list[HeadConfig]:
     """List the heads to compare, the default one first.
 
-    The means of the feature maps are compared only if the vector of the network is not their mean already.
+    Without `config.heads`, the means of the feature maps are compared only if the network's own vector is
+    not the mean of the last one.
     """
     taps, kinds = tuple(full.pooled_head.channels), config.heads
     if not taps:
         return [HeadConfig(kind="gap")]
     if not kinds:
         kinds = ("gap+isqrt", "gap") if full.averages_last_map else ("gap+isqrt", "gap+mean+isqrt", "gap")
-    return [
-        HeadConfig(kind=kind, taps=some, width=WIDTH)
-        for kind in kinds
-        for some in ((None,) if kind == "gap" else dict.fromkeys((taps, taps[-1:])))
-    ]
+    heads = []
+    for kind in kinds:
+        taps_to_compare = [None] if kind == "gap" else dict.fromkeys((taps, taps[-1:]))
+        heads += [HeadConfig(kind=kind, taps=chosen, width=WIDTH) for chosen in taps_to_compare]
+    return heads

@@ -122,7 +122,7 @@ class Problem:
         return cls(reduced.T, basis, np.concatenate(centers), scale, targets)
 
     def fit(self, images: Indices, grid: Sequence[float]) -> Iterator[LinearHead]:
-        """Fit *images* for every C of *grid*, ascending; the input of the heads is `reduced`."""
+        """Fit heads, which read `reduced`, to *images*: one for each C of *grid*, in ascending order."""
         inputs, classes = self.reduced[images], self.targets.classes[images]
         weights = self.targets.weights[images]
         if self.targets.activation == "softmax":
@@ -143,7 +143,10 @@ class Problem:
     def cross_validate(
         self, folds_N: Indices, grid: Sequence[float] = GRID, fitted: NDArray[np.bool_] | bool = True
     ) -> Array:
-        """Compute the out-of-fold logits (G, N, K) of *grid* by fits to the images *fitted* (N,)."""
+        """Compute out-of-fold logits (G, N, K): those of an image by heads that were fitted without its fold.
+
+        *fitted* (N,) selects the images to which heads are fitted.
+        """
         logits_GNK = np.zeros((len(grid), *self.targets.classes.shape))
         for fold in range(int(folds_N.max()) + 1):
             tested = folds_N == fold
@@ -152,13 +155,13 @@ class Problem:
         return logits_GNK
 
     def fit_all(self, strength: float) -> LinearHead:
-        """Fit all images with C = *strength*; the input of the head are the vectors of the network."""
+        """Fit a head, which reads the vectors of the network, to all images with C = *strength*."""
         head = next(self.fit(np.arange(len(self.reduced)), [strength]))
         weight_KD = head.weight @ self.basis.T * self.scale
         return LinearHead(weight_KD, head.bias - weight_KD @ self.center)
 
     def distances(self, folds_N: Indices, fitted: NDArray[np.bool_] | bool = True) -> Array:
-        """Compute the distances (N,) of inputs from the mean of the *fitted* images of the other folds."""
+        """Compute the distance (N,) of each input from the mean of the *fitted* images of the other folds."""
         distances_N = np.zeros(len(self.reduced))
         for fold in range(int(folds_N.max()) + 1):
             tested = folds_N == fold

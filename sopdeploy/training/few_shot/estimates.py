@@ -21,7 +21,7 @@ STANDARD_ERRORS = 2.0
 
 
 class Choice(NamedTuple):
-    """Positions of a network, of one of its candidates, and of C in the grid, with the mean loss."""
+    """The indices of a network, of one of its candidates, and of C in the grid; and the mean loss."""
 
     network: int
     candidate: int
@@ -31,23 +31,24 @@ class Choice(NamedTuple):
 
 def choose(losses: Sequence[Sequence[Array]], images: Indices) -> Choice:
     """Choose among the candidates of all networks by the losses (G, N) of each on *images*."""
-    return min(
-        (_choose_head(number, of_network, images) for number, of_network in enumerate(losses)),
-        key=lambda choice: choice.loss,
-    )
+    choices = [_choose_head(network, of_network, images) for network, of_network in enumerate(losses)]
+    return min(choices, key=lambda choice: choice.loss)
 
 
 def _choose_head(network: int, losses: Sequence[Array], images: Indices) -> Choice:
-    """Choose a candidate of one network."""
-    strengths = [int(grid[:, images].mean(axis=1).argmin()) for grid in losses]
-    curves = [grid[strength, images] for grid, strength in zip(losses, strengths, strict=True)]
-    best = 0
-    for number, curve in enumerate(curves):
-        gain = curves[0] - curve
-        error = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
-        if gain.mean() > STANDARD_ERRORS * error and curve.mean() < curves[best].mean():
-            best = number
-    return Choice(network, best, strengths[best], float(curves[best].mean()))
+    """Choose a candidate of one network; each is represented by its C with the smallest mean loss."""
+    strengths = [int(losses_GN[:, images].mean(axis=1).argmin()) for losses_GN in losses]
+    losses_by_candidate = [
+        losses_GN[strength, images] for losses_GN, strength in zip(losses, strengths, strict=True)
+    ]
+    default, best = losses_by_candidate[0], 0
+    for candidate, loss_N in enumerate(losses_by_candidate):
+        gain_N = default - loss_N
+        error = gain_N.std(ddof=1) / np.sqrt(len(gain_N)) if len(gain_N) > 1 else 0.0
+        clear = gain_N.mean() > STANDARD_ERRORS * error
+        if clear and loss_N.mean() < losses_by_candidate[best].mean():
+            best = candidate
+    return Choice(network, best, strengths[best], float(losses_by_candidate[best].mean()))
 
 
 def compose(losses: Sequence[Sequence[Array]], logits: Sequence[Sequence[Array]], folds_N: Indices) -> Array:

@@ -92,9 +92,9 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
         try:
             targets, logits_NK = _choose_and_fit(run, data.train, on_progress)
             metrics = _evaluate(run, data, logits_NK)
-        except StopRequested:
+        except StopRequested as stop:
             raise TrainingStoppedError(
-                "stopped before the first checkpoint; start the same command again", signals.signal_number
+                "stopped before the first checkpoint; start the same command again", stop.signal_number
             ) from None
         except DataError as error:
             raise unreadable_images_error(error, data.train, data.held_out) from None
