@@ -157,7 +157,8 @@ def compare_results(networks: Mapping[str, str], correct: Mapping[str, NDArray[n
 def _compare_pair(first: str, second: str, correct: Mapping[str, NDArray[np.bool_]]) -> Pair:
     gain_SN = correct[second].astype(np.int8) - correct[first].astype(np.int8)
     differences = gain_SN.mean(axis=1).tolist()
-    mean, sd, (low, high), wins, ties, losses = paired(differences)
+    change = paired(differences)._asdict()
+    mean, (low, high) = change["mean"], change.pop("interval")
     verdict = NO_EFFECT
     if low > 0 or high < 0:
         verdict = (
@@ -165,15 +166,5 @@ def _compare_pair(first: str, second: str, correct: Mapping[str, NDArray[np.bool
             f"{100 * abs(mean):.2f} points ({100 * low:+.2f} to {100 * high:+.2f})"
         )
     return Pair(
-        first=first,
-        second=second,
-        differences=differences,
-        mean=mean,
-        sd=sd,
-        low=low,
-        high=high,
-        wins=wins,
-        ties=ties,
-        losses=losses,
-        verdict=verdict,
+        first=first, second=second, differences=differences, low=low, high=high, verdict=verdict, **change
     )

@@ -1,5 +1,1 @@
 """HTML reports on training runs (`sopdeploy report`)."""
-
-from sopdeploy.report.page import write_report
-
-__all__ = ["write_report"]

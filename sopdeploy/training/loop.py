@@ -108,7 +108,7 @@ def train(
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     try:
-        continued = folder.holds_run() if resume == "auto" else resume
+        continued = folder.last.exists() if resume == "auto" else resume
         run, data, few_shot = start_or_resume(
             recipe, folder, strategy, callback, resume=continued, given=given
         )
@@ -257,28 +257,26 @@ def fit_best(
     if run.strategy.rank != 0:
         return None
     checkpoint = read_checkpoint(folder.best)
+    decision = checkpoint.decision
+    if run.activation == "softmax" and len(held_out) >= MIN_IMAGES:
+        model = build_classifier(checkpoint, folder.best).to(run.strategy.device)
+        logits, targets = predict_logits(
+            model,
+            held_out,
+            run.recipe.preprocess,
+            batch_size=run.recipe.batch_size,
+            workers=run.recipe.workers,
+            on_batch=lambda done: callback.on_evaluation_batch(epoch=run.recipe.epochs - 1, done=done),
+        )
+        decision = fit_decision(
+            logits,
+            targets,
+            estimated_on="held-out",
+            accepts=run.recipe.rejection.accepts,
+            scalable=model.logits_layer() is not None,
+        )
     record = {**checkpoint.training, "estimate": run.estimate.model_dump(mode="json")}
-    checkpoint = replace(checkpoint, training=record)
-    if run.activation == "sigmoid" or len(held_out) < MIN_IMAGES:
-        write_checkpoint(folder.best, checkpoint)
-        return checkpoint.decision
-    model = build_classifier(checkpoint, folder.best).to(run.strategy.device)
-    logits, targets = predict_logits(
-        model,
-        held_out,
-        run.recipe.preprocess,
-        batch_size=run.recipe.batch_size,
-        workers=run.recipe.workers,
-        on_batch=lambda done: callback.on_evaluation_batch(epoch=run.recipe.epochs - 1, done=done),
-    )
-    decision = fit_decision(
-        logits,
-        targets,
-        estimated_on="held-out",
-        accepts=run.recipe.rejection.accepts,
-        scalable=model.logits_layer() is not None,
-    )
-    write_checkpoint(folder.best, replace(checkpoint, decision=decision))
+    write_checkpoint(folder.best, replace(checkpoint, training=record, decision=decision))
     return decision
 
 

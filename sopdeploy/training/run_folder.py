@@ -93,13 +93,9 @@ class RunFolder:
                 if self._created:
                     self.path.rmdir()
 
-    def holds_run(self) -> bool:
-        """Check whether there is a checkpoint to resume from."""
-        return self.last.exists()
-
     def check_free(self) -> None:
         """Raise `ConfigError` unless a new run can be written here."""
-        if self.holds_run():
+        if self.last.exists():
             raise ConfigError(
                 f"{self.path} holds a run; continue it or choose another folder",
                 setting="out",
@@ -115,7 +111,7 @@ class RunFolder:
 
     def read_last(self) -> Checkpoint:
         """Lock the folder and read `last.pt`; raise `ConfigError` if there is none."""
-        if not self.holds_run():
+        if not self.last.exists():
             raise ConfigError(f"{self.path} holds no run; start one first", setting="resume")
         self.lock()
         return read_checkpoint(self.last)

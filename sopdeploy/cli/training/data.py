@@ -53,11 +53,11 @@ def _print_report(report: "DataReport") -> None:
 
     rows, lines = [], []
     for part in report.parts:
-        rarest = sorted(part.classes.items(), key=lambda pair: pair[1])
-        counts = [count for _, count in rarest] or [0]
-        sizes = map(str, (len(rarest), counts[0], counts[-1]))
+        rarest_first = sorted(part.classes.items(), key=lambda pair: pair[1])
+        counts = [count for _, count in rarest_first] or [0]
+        sizes = map(str, (len(rarest_first), counts[0], counts[-1]))
         rows.append((part.name, str(part.count), f"{part.bytes / 1e6:.1f}", *sizes))
-        classes = shorten([f"{label} {count}" for label, count in rarest])
+        classes = shorten([f"{label} {count}" for label, count in rarest_first])
         lines.append(f"{part.name}, rarest classes first: {classes}")
     print_table(("part", "images", "MB", "classes", "fewest", "most"), rows)
     if report.formats:
@@ -70,9 +70,10 @@ def _print_report(report: "DataReport") -> None:
     if report.passed_over:
         lines.append(f"ignored, no image suffix: {describe_ignored_files(report.passed_over)}")
     lines += [*report.notes, *report.classes]
-    unreadable = len(report.unreadable)
-    if report.formats or unreadable:
-        lines.append(f"{unreadable} cannot be read" if unreadable else "every image can be read")
+    if report.unreadable:
+        lines.append(f"{len(report.unreadable)} cannot be read")
+    elif report.formats:
+        lines.append("every image can be read")
     say(*lines)
 
 

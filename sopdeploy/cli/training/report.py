@@ -30,7 +30,7 @@ def report(
     Example: [bold]sopdeploy report runs/latest --data test-photos --out page.html[/bold]
     """
     with image_progress() as on_image:
-        from sopdeploy.report import write_report
+        from sopdeploy.report.page import write_report
 
         page = write_report(run, out, data=data, on_image=on_image)
     return {"report": str(page), "bytes": page.stat().st_size}

@@ -15,7 +15,7 @@ from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, average_precision, fit_thresholds
 from sopdeploy.evaluation.prediction import classification_loss, score_checkpoint
-from sopdeploy.report import write_report
+from sopdeploy.report.page import write_report
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
 from tests.two_objects import CLASSES, draw_scenes
