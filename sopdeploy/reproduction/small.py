@@ -49,7 +49,7 @@ def _divided(divisor: int, least: int) -> Callable[[Any], Any]:
 
 
 REDUCTIONS: dict[str, Callable[[Any], Any]] = {  # option of a network, and the function that reduces it
-    "depth": lambda depth: depth if depth in {8, 18, 20, 26} else 18 if depth == 34 else 26,
+    "depth": lambda depth: {8: 8, 18: 18, 20: 20, 34: 18}.get(depth, 26),
     "base_width": lambda width: 16 if width == 64 else 8,
     "blocks": lambda blocks: min(blocks, 4) if blocks < 18 else 3,
     "widen": lambda factor: min(factor, 2),

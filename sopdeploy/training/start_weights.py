@@ -149,23 +149,24 @@ def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
 def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[str, ...]) -> StartReport:
     """Load the matching tensors of *weights* into *model*, whose classes are *labels*.
 
-    Raises `WeightsError` for the first tensor of the backbone that is missing, has another shape, is not
-    finite or does not exist in *model*.
+    Random weights remain in parts that networks add to a backbone, and in classifiers of another width or of
+    other classes. Raises `WeightsError` for the first tensor of the backbone that is missing, has another
+    shape, is not finite or does not exist in *model*.
     """
     own, last_layer = model.state_dict(), classifier_name(model)
     class_layers = (*_layers_per_class(model), last_layer)
     training_only = (*model.training_only, *weights.training_only)
-    of_other_classes: tuple[str, ...] = ()
+    other_classes: list[str] = []  # the layers that would predict the classes of the file
     if weights.labels not in (None, labels):
-        of_other_classes = tuple(n for n in class_layers if n == last_layer or is_in(n, *model.training_only))
-    classifiers = (name for name in class_layers if name in {last_layer, *CLASSIFIER_PARTS})
-    may_be_new = (*of_other_classes, *training_only, *classifiers)
+        other_classes = [name for name in class_layers if is_in(name, last_layer, *model.training_only)]
+    classifiers = [name for name in class_layers if name in {last_layer, *CLASSIFIER_PARTS}]
+    may_be_new = (*other_classes, *training_only, *classifiers)
     whole_classifier = last_layer.rpartition(".")[0]  # of several layers; empty for a single one
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
     for name, tensor in own.items():
         given = weights.tensors.get(name)
-        if given is not None and given.shape == tensor.shape and not is_in(name, *of_other_classes):
+        if given is not None and given.shape == tensor.shape and not is_in(name, *other_classes):
             if given.is_floating_point() and not bool(torch.isfinite(given).all()):
                 raise WeightsError(
                     f"start.weights: {weights.file}: {name} has values that are not finite; choose another "
