@@ -95,6 +95,7 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [("sopdeploy_drift_distance", "{{model}} {{of}}")],
     ),
     ("Drift: p-values; below 0.005 is an alarm", "none", [("sopdeploy_drift_p_value", "{{model}} {{of}}")]),
+    ("GPU decoding: gray levels off a golden example", "none", [("sopdeploy_gray_levels", "{{model}}")]),
     ("Maximum event loop lag", "s", [("sopdeploy_event_loop_lag_seconds", "{{instance}}")]),
     ("Open connections", "none", [("sopdeploy_connections", "{{instance}}")]),
     (
