@@ -41,8 +41,8 @@ def plainly(raw: bytes) -> NDArray[np.uint8]:
     return np.array(tensor["data"], np.uint8).reshape(tensor["shape"])
 
 
-async def oversleep(work: Callable[[], object]) -> float:
-    """Measure the maximum oversleeping of the loop in ms while *work* runs in a thread."""
+async def wake_up_delay(work: Callable[[], object]) -> float:
+    """Return by how many ms the event loop wakes up late, at most, while *work* runs in a thread."""
     task = asyncio.create_task(asyncio.to_thread(work))
     worst = 0.0
     while not task.done():
@@ -66,7 +66,7 @@ def main() -> None:
             ours = lambda raw=raw: parse_body(raw, None, SIGNATURE, LIMIT)  # noqa: E731
             other = lambda raw=raw: plainly(raw)  # noqa: E731
             results.append(compare(case, "orjson, lists, numpy", ours, other, runs=runs))
-            late = [[asyncio.run(oversleep(work)) for work in (ours, other)] for _ in range(runs)]
+            late = [[asyncio.run(wake_up_delay(work)) for work in (ours, other)] for _ in range(runs)]
             medians = [statistics.median(side) for side in zip(*late, strict=True)]
             results.append(
                 Result(

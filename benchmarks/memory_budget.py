@@ -71,12 +71,16 @@ def sampled_memory(process: int) -> Iterator[list[int]]:
 async def put_load(
     url: str, names: Sequence[str], image: bytes, clients: int
 ) -> tuple[Counter[int], dict[bool, list[float]]]:
-    """Send *image* to each of *names*; return statuses and milliseconds, by whether a load was waited for."""
+    """Send *image* to each of the models *names* from *clients* clients.
+
+    Returns the number of responses by status, and milliseconds: of those that waited until a model was loaded
+    (True), and of the others (False).
+    """
     statuses, milliseconds = Counter[int](), {True: list[float](), False: list[float]()}
-    waiting = iter(names)
+    remaining = iter(names)
 
     async def client(session: httpx.AsyncClient) -> None:
-        for name in waiting:
+        for name in remaining:
             response = await session.post(f"{url}/v1/classify?model={name}", content=image)
             statuses[response.status_code] += 1
             waited = "load;" in response.headers.get("server-timing", "")

@@ -36,7 +36,7 @@ class Rounds:
         return middle(self.images_per_s), middle(self.p99_ms), middle(self.cpu_ms)
 
     def results(self, against: str) -> list[Result]:
-        """Throughput compared with *against* (its ratio is the median of the rounds), p99 and CPU time."""
+        """Return throughput, p99 and CPU time; the ratio to *against* is the median of the rounds."""
         rate, p99, cpu = self.medians()
         runs, case = len(self.ratios), f"{self.case}, {self.server}"
         reference = rate / statistics.median(self.ratios)

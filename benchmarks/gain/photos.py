@@ -85,7 +85,7 @@ def first_stages(network: TimmBackbone) -> nn.Sequential:
 
 
 def remove_first_stages(network: TimmBackbone) -> None:
-    """Replace the frozen part of *network* by identities, so that it takes the frozen part's output."""
+    """Replace the frozen part of *network* by identities; its input is then the output of that part."""
     for name in ("conv_stem", "bn1", *(f"blocks.{number}" for number in range(FROZEN_BLOCKS))):
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, nn.Identity())

@@ -16,7 +16,7 @@ METRICS_SECONDS = 2.0  # a process that takes longer counts as down
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Create the ends of the supervisor and of a process."""
+    """Create a control socket; return the supervisor's end and the process's end."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
 
 

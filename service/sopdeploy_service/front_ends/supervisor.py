@@ -117,7 +117,7 @@ class Supervisor:
         return task
 
     def _serve_health(self, watch: LoopWatch) -> AbstractContextManager[str]:
-        """Serve health and metrics during a block: ready if a process is."""
+        """Serve health and metrics during a block; the server is ready if one of its processes is."""
         from sopdeploy_service.server.health_port import serve_health  # noqa: PLC0415
 
         def state() -> "State":

@@ -71,7 +71,7 @@ class DrainingServer(uvicorn.Server):
     def serve_until_end(self, *listeners: socket.socket) -> int:
         """Serve on *listeners* until a signal or the death of a runtime; return the exit code.
 
-        Raises `OSError` if the `ready` line cannot be printed, because nobody would learn that it is ready.
+        Raises `OSError` if the `ready` line cannot be printed.
         """
         freeze_objects()
         self.run(sockets=list(listeners))
