@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -103,14 +103,13 @@ def find_live_model(models: Sequence[Model], name: str) -> str:
     return live
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Waiting:
-    """An image, and the *outcome* of *model* for it."""
+class _Waiting(NamedTuple):
+    """An image, its bytes in memory, and the *prediction* of the *live* model for it."""
 
     image: Image
-    size: int
-    model: Model
-    outcome: Prediction
+    bytes: int
+    live: Model
+    prediction: Prediction
 
 
 class Shadow:
@@ -172,26 +171,26 @@ class Shadow:
         return await self._service.registry.promote(self.name, self._live)
 
     def _offer(
-        self, model: Model, items: Sequence[QueuedImage], images: Images, outcomes: Sequence[Outcome]
+        self, live: Model, items: Sequence[QueuedImage], images: Images, outcomes: Sequence[Outcome]
     ) -> None:
-        """Queue the images that *model* has predicted; drop images beyond `MAX_WAITING`.
+        """Queue the images that the *live* model has predicted; drop images beyond `MAX_WAITING`.
 
         *items* have the decoded pixels. Images that the live model rejects are not compared.
         """
-        same_preprocess = model.bundle.manifest.preprocess == self.model.bundle.manifest.preprocess
+        same_preprocess = live.bundle.manifest.preprocess == self.model.bundle.manifest.preprocess
         for item, image, outcome in zip(items, images, outcomes, strict=True):
             if not isinstance(outcome, Prediction):
                 continue
             offered: Image = item.image if same_preprocess else image
-            # A tensor in a request is preprocessed for the live model.
-            fits = same_preprocess or isinstance(offered, EncodedImage)
             size = len(offered.body) if isinstance(offered, EncodedImage) else offered.nbytes
-            waiting_bytes = sum(entry.size for entry in self._waiting)
+            waiting_bytes = sum(entry.bytes for entry in self._waiting)
             full = len(self._waiting) >= MAX_WAITING or waiting_bytes + size > MAX_WAITING_BYTES
-            if full or not fits or self.model.dead:
+            # A tensor in a request is preprocessed for the live model.
+            unfit = not same_preprocess and not isinstance(image, EncodedImage)
+            if full or unfit or self.model.dead:
                 self._count("dropped")
-                continue
-            self._waiting.append(_Waiting(offered, size, model, outcome))
+            else:
+                self._waiting.append(_Waiting(offered, size, live, outcome))
 
     def _advance(self) -> None:
         """Begin the next image if the live model is idle; call it after every event that can make it idle."""
@@ -208,9 +207,9 @@ class Shadow:
         if isinstance(outcome, Rejection):
             self._count("failed")
         else:
-            equal = _predicted(self.model, outcome) == _predicted(entry.model, entry.outcome)
+            equal = _predicted(self.model, outcome) == _predicted(entry.live, entry.prediction)
             self._count("agree" if equal else "differ")
-            self._seconds["live"].observe(entry.outcome.infer_seconds)
+            self._seconds["live"].observe(entry.prediction.infer_seconds)
             self._seconds["shadow"].observe(outcome.infer_seconds)
         self._advance()
 
@@ -219,9 +218,9 @@ class Shadow:
         self._images[result].inc()
 
 
-def _predicted(model: Model, outcome: Prediction) -> set[str]:
+def _predicted(model: Model, prediction: Prediction) -> set[str]:
     """Return the label of the best class; for several classes per image, those of all present classes."""
-    logits = outcome.outputs[model.bundle.manifest.outputs[0].name]
+    logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
     top_k = 1 if model.thresholds is None else None
     (ranked,) = rank_classes(logits[None], top_k, model.thresholds)
     return {model.labels[index] for index, _ in ranked}

@@ -146,8 +146,8 @@ def read_card(bundle: Bundle) -> Card:
         )
     except (KeyError, TypeError, ValueError):
         summary = None
-    sizes = [output.shape[-1] for output in bundle.manifest.outputs if output.name == GATES]
-    return Card(bundle=bundle.name, text=text, certificate=summary, components=next(iter(sizes), 0) or 0)
+    components = next((output.shape[-1] for output in bundle.manifest.outputs if output.name == GATES), 0)
+    return Card(bundle=bundle.name, text=text, certificate=summary, components=components or 0)
 
 
 @router.get(
@@ -180,16 +180,16 @@ async def self_test(admitted: AdmittedRequest) -> SelfTest:
         if context.rate_limit is not None:  # a key whose burst is smaller could never pay for all probes
             context.rate_limit.spend(min(len(probes.images), context.rate_limit.burst))
         batch = min(service.settings.queue_size, model.largest_batch)
-        found = await asyncio.to_thread(replay, probes, run, batch=batch)
+        result = await asyncio.to_thread(replay, probes, run, batch=batch)
     except (BundleError, ParityError) as problem:
         raise RejectedError(Rejection("selftest_failed", 500, str(problem))) from problem
-    context.images = found.images
+    context.images = result.images
     return SelfTest(
         model=model.name,
         version=model.version,
-        images=found.images,
-        deviation=found.deviation,
-        tolerance=found.tolerance,
+        images=result.images,
+        deviation=result.deviation,
+        tolerance=result.tolerance,
         seconds=round(time.monotonic() - admitted.started, 3),
     )
 

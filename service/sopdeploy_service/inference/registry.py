@@ -68,19 +68,16 @@ class ModelRegistry:
         """
         if name is None:
             name = self._only_name()
-        versions = self._by_name.get(name)
-        if versions is None:
+        if name not in self._by_name:
             listed = shorten(sorted(self._by_name)) or "none"
-            raise RejectedError(
-                Rejection("unknown_model", 404, f"no model {name[:100]!r}; available: {listed}")
-            )
-        if version is None:
-            return versions[0]
-        for model in versions:
-            if model.version == version:
-                return model
-        message = f"{name}: no version {version[:100]!r}; the current one is {versions[0].version}"
-        raise RejectedError(Rejection("unknown_version", 404, message))
+            message = f"no model {name[:100]!r}; available: {listed}"
+            raise RejectedError(Rejection("unknown_model", 404, message))
+        current = self._by_name[name][0]
+        model = current if version is None else self._loaded_version(name, version)
+        if model is None:
+            message = f"{name}: no version {str(version)[:100]!r}; the current one is {current.version}"
+            raise RejectedError(Rejection("unknown_version", 404, message))
+        return model
 
     def use(self, name: str | None = None, version: str | None = None) -> AbstractContextManager[Model]:
         """Find a model as `find` does, and keep it loaded during the block.
@@ -97,9 +94,8 @@ class ModelRegistry:
         if not self._by_name:
             raise RejectedError(Rejection("no_model", 503, "no model is loaded", 5))
         if len(self._by_name) > 1:
-            message = (
-                f"the server has several models; choose one with ?model= ({shorten(sorted(self._by_name))})"
-            )
+            names = shorten(sorted(self._by_name))
+            message = f"the server has several models; choose one with ?model= ({names})"
             raise RejectedError(Rejection("model_needed", 400, message))
         return next(iter(self._by_name))
 
@@ -141,13 +137,12 @@ class ModelRegistry:
             wanted: dict[str, Model | LoadedModel] = {}
             with ExitStack() as stack:
                 for name, path in bundles.items():
-                    version = (await asyncio.to_thread(read_manifest, path)).id
-                    known = self._loaded_version(name, version)
-                    if known is not None:
-                        wanted[name] = known
-                    else:
-                        wanted[name] = loaded = await asyncio.to_thread(load, path)
+                    manifest = await asyncio.to_thread(read_manifest, path)
+                    known = self._loaded_version(name, manifest.id)
+                    if known is None:
+                        loaded = await asyncio.to_thread(load, path)
                         stack.callback(loaded.runtime.close)  # unless all of them can be loaded
+                    wanted[name] = loaded if known is None else known
                 stack.pop_all()
             for name, model in wanted.items():
                 self._make_current(name, model)
@@ -158,11 +153,11 @@ class ModelRegistry:
         """Serve the previous version of *name* again; raises `RejectedError` if none is loaded."""
         async with self.changing:
             self.find(name)
-            _, *previous = self._by_name[name]
-            if not previous:
+            versions = self._by_name[name]
+            if len(versions) == 1:
                 message = f"{name}: no previous version is loaded"
                 raise RejectedError(Rejection("no_previous_version", 409, message))
-            return self._make_current(name, previous[0])
+            return self._make_current(name, versions[1])
 
     async def unload(self, name: str) -> None:
         """Stop serving *name*; requests that use it still get their responses.
