@@ -121,8 +121,8 @@ def train(
         given = [*assignments, *to_assignments(settings)]
         loaded, name, keys = configure(data, recipe, options, given)
         strategy = Strategy(select_device(loaded.device))
-        again = options.resume != "never"
-        folder = numbered_folder(name, strategy, resume=again) if out is None else Path(out)
+        resuming = options.resume != "never"
+        folder = numbered_folder(name, strategy, resume=resuming) if out is None else Path(out)
         callbacks: list[Any] = []
         if is_main_process():
             callbacks += create_loggers(options.log, folder)
@@ -134,7 +134,7 @@ def train(
         result = run(
             loaded,
             folder,
-            resume="auto" if options.resume == "auto" else again,
+            resume="auto" if options.resume == "auto" else resuming,
             callback=CallbackList(callbacks),
             strategy=strategy,
             given=keys,

@@ -161,7 +161,7 @@ class Run:
 
     def replace_model(self, name: str, model: Classifier, config: dict[str, Any]) -> None:
         """Replace the model and create a new optimizer; *name* and *config* are those of *model*."""
-        self.model, self.network, self.optimizer = _place(self.recipe, model, self.strategy, self.teacher)
+        self.model, self.network, self.optimizer = _prepare(self.recipe, model, self.strategy, self.teacher)
         self.name, self.config = name, config
 
     def remove_branches_if_due(self) -> None:
@@ -288,7 +288,7 @@ def create_run(
         teacher = Teacher(
             recipe.teacher, images.labels, recipe.preprocess, recipe.loss.label_smoothing, recipe.seed
         )
-    model, network, optimizer = _place(recipe, model, strategy, teacher)
+    model, network, optimizer = _prepare(recipe, model, strategy, teacher)
     return Run(
         recipe=recipe,
         labels=images.labels,
@@ -324,7 +324,7 @@ def _check_image_sizes(recipe: Recipe, model: Classifier, device: torch.device) 
             ) from error
 
 
-def _place(
+def _prepare(
     recipe: Recipe, model: Classifier, strategy: Strategy, teacher: Teacher | None
 ) -> tuple[Classifier, nn.Module, Optimizer]:
     """Move *model* and *teacher* to the device; return the model, the module to call, and an optimizer."""

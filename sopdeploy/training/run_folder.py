@@ -131,15 +131,16 @@ class RunFolder:
 
         A resumed run does this first, because the process may have been killed before it wrote these files.
         """
-        at, frozen = run.position, run.recipe.frozen_backbone
-        best = best_epoch(at.history, frozen_backbone=frozen).epoch if at.history else None
-        if at.step == 0 and best == at.epoch:
+        position, history = run.position, run.position.history
+        if not history:
+            return
+        best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
+        if position.step == 0 and best.epoch == position.epoch:
             self.strategy.save(self.best, run.checkpoint(resumable=False))
         if self.strategy.rank != 0:
             return
-        if at.history:
-            with writing(self.history, CheckpointError), atomic_write(self.history) as partial:
-                partial.write_text(history_csv(at.history), encoding="utf-8")
-            if self.path.absolute().parent == RUNS.absolute():
-                with writing(self.path.parent, CheckpointError):
-                    link_latest(self.path)
+        with writing(self.history, CheckpointError), atomic_write(self.history) as partial:
+            partial.write_text(history_csv(history), encoding="utf-8")
+        if self.path.absolute().parent == RUNS.absolute():
+            with writing(self.path.parent, CheckpointError):
+                link_latest(self.path)

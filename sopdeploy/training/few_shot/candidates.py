@@ -126,8 +126,8 @@ def compute_features(
     of images done and in total.
     """
     device, count = next(network.parameters()).device, len(images)
-    order = np.random.default_rng(0).permutation(count)  # so that the first batches show many classes
-    batches = [order[start : start + BATCH].tolist() for start in range(0, count, BATCH)]
+    shuffled = np.random.default_rng(0).permutation(count)  # so that the first batches show many classes
+    batches = [shuffled[start : start + BATCH].tolist() for start in range(0, count, BATCH)]
     normalize, head = Normalize(recipe.preprocess).to(device), network.eval().pooled_head
     dataset, hashes = PreprocessedDataset(images, recipe.preprocess), [""] * count
 

@@ -53,9 +53,9 @@ class Targets:
             return cls((targets > 0).astype(np.float64), ones, strata, "sigmoid", False)
         classes = np.eye(len(images.labels))[targets]
         counts = classes.sum(axis=0)
-        shown = np.maximum(counts, 1)
-        balanced = bool(counts.max() > balance_above * shown.min())
-        weights = classes @ (counts.mean() / shown) if balanced else ones
+        at_least_one = np.maximum(counts, 1)
+        balanced = bool(counts.max() > balance_above * at_least_one.min())
+        weights = classes @ (counts.mean() / at_least_one) if balanced else ones
         return cls(classes, weights, targets, "softmax", balanced)
 
     def losses(self, logits: Array) -> Array:
@@ -174,16 +174,16 @@ class Problem:
 
 def _fit_softmax(model: Any, inputs: Array, classes: Array, weights: Array) -> LinearHead:
     """Fit *model* to one-hot *classes* (N, K); classes without images get constant logits."""
-    shown = np.flatnonzero(classes.any(axis=0))
+    present = np.flatnonzero(classes.any(axis=0))
     weight, bias = np.zeros((classes.shape[1], inputs.shape[1])), np.zeros(classes.shape[1])
-    if len(shown) > 1:
+    if len(present) > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(inputs, classes.argmax(axis=1), sample_weight=weights)
-        weight[shown], bias[shown] = model.coef_, model.intercept_
-    if len(shown) == 2:  # scikit-learn returns the difference of the two logits
-        weight[shown[0]], bias[shown[0]] = -model.coef_[0], -model.intercept_[0]
+        weight[present], bias[present] = model.coef_, model.intercept_
+    if len(present) == 2:  # scikit-learn returns the difference of the two logits
+        weight[present[0]], bias[present[0]] = -model.coef_[0], -model.intercept_[0]
         weight, bias = weight / 2, bias / 2
-    absent = np.setdiff1d(np.arange(classes.shape[1]), shown)
-    bias[absent] = bias[shown].min(initial=0.0) - np.log(len(inputs) + 1.0)  # the log-odds of 1 in N + 2
+    absent = np.setdiff1d(np.arange(classes.shape[1]), present)
+    bias[absent] = bias[present].min(initial=0.0) - np.log(len(inputs) + 1.0)  # the log-odds of 1 in N + 2
     return LinearHead(weight, bias)

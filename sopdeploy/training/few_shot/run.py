@@ -59,9 +59,9 @@ def select_split(recipe: Recipe, data: Split) -> tuple[Split, bool]:
     if not (data.divided and isinstance(train, ImageFiles) and isinstance(held_out, ImageFiles)):
         return data, True
     paths = np.concatenate([train.paths, held_out.paths])
-    order = np.argsort(paths, kind="stable")
+    by_path = np.argsort(paths, kind="stable")
     targets = np.concatenate([train.targets, held_out.targets])
-    joined = replace(train, paths=paths[order], targets=targets[order])
+    joined = replace(train, paths=paths[by_path], targets=targets[by_path])
     no_images = joined.select(np.zeros(len(joined), np.bool_))
     return replace(data, train=joined, held_out=no_images), True
 

@@ -32,16 +32,16 @@ def recognize_unknown(
     from sklearn.metrics import roc_auc_score  # noqa: PLC0415  # part of an extra
 
     classes = problem.targets.classes
-    shown = np.flatnonzero(classes.any(axis=0))
-    if problem.targets.activation == "sigmoid" or len(shown) < 3:
+    present = np.flatnonzero(classes.any(axis=0))
+    if problem.targets.activation == "sigmoid" or len(present) < 3:
         return {}, 0.0
-    evenly_spaced = np.linspace(0, len(shown) - 1, min(len(shown), MAX_CLASSES)).astype(int)
+    evenly_spaced = np.linspace(0, len(present) - 1, min(len(present), MAX_CLASSES)).astype(int)
     energy_aurocs, probability_aurocs, units = [], [], []
-    for left_out in shown[evenly_spaced]:
+    for left_out in present[evenly_spaced]:
         known = classes[:, left_out] == 0
-        others = np.delete(classes, left_out, axis=1)
-        without = replace(problem, targets=replace(problem.targets, classes=others))
-        (logits,) = without.cross_validate(folds_N, [strength], known)
+        other_classes = np.delete(classes, left_out, axis=1)
+        without_class = replace(problem, targets=replace(problem.targets, classes=other_classes))
+        (logits,) = without_class.cross_validate(folds_N, [strength], known)
         distances, energy = problem.distances(folds_N, known), known_score(logits, "energy")
         unit = float(energy[known].std() / max(float(distances[known].std()), 1e-12))
         scores = [energy - weight * unit * distances for weight in WEIGHTS]

@@ -79,16 +79,18 @@ class Teacher:
         logits = output if isinstance(output, Tensor) else output.logits
         temperature, share = self.config.temperature, self.config.share
         with torch.set_grad_enabled(self.learns):
-            taught = self.model(images)
-        outputs = taught if isinstance(taught, Tensor) else taught.logits
-        target = log_softmax(outputs.detach().float() / temperature, dim=1)
+            teacher_output = self.model(images)
+        teacher_logits = teacher_output if isinstance(teacher_output, Tensor) else teacher_output.logits
+        target = log_softmax(teacher_logits.detach().float() / temperature, dim=1)
         student = log_softmax(logits.float() / temperature, dim=1)
         divergence = kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
         total = (1 - share) * loss.total + share * divergence
         parts = {**loss.parts, "teacher": divergence.detach()}
         if self.learns:
-            own = training_loss(taught, labels, self.model.loss_weights(), self.label_smoothing)
-            total, parts["teacher_loss"] = total + own.total, own.total.detach()
+            teacher_loss = training_loss(
+                teacher_output, labels, self.model.loss_weights(), self.label_smoothing
+            ).total
+            total, parts["teacher_loss"] = total + teacher_loss, teacher_loss.detach()
         return Loss(total, parts, loss.component_counts)
 
 
