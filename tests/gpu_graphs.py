@@ -72,4 +72,5 @@ def built(model: onnx.ModelProto, precision: str) -> None:
     check_precision(model, precision, (11, 0))
     safe, _ = lint(model, (11, 0), profiles)
     request = BuildRequest(onnx=safe.SerializeToString(), profiles=profiles)
-    assert build(trt, request, lambda _: None).plan
+    plan, _ = build(trt, request, lambda _: None)
+    assert plan

@@ -35,7 +35,7 @@ def test_the_linted_graph_builds_and_the_raw_one_fails_at_its_unsigned_bytes(
 ) -> None:
     told: list[str] = []
     safe, _ = lint(network(half=half), (11, 0), PROFILES)
-    assert build(trt, request(safe), told.append).plan
+    assert build(trt, request(safe), told.append)[0]
     assert told
     with pytest.raises(EngineError, match=r"node 0 \(Transpose node_moved\): Invalid Node.*UInt8") as caught:
         build(trt, request(network()), told.append)
@@ -46,7 +46,7 @@ def test_a_parser_error_names_the_operator_also_beside_another_builder(trt: Real
     other = create(trt, "Builder", make_logger(trt))  # TensorRT ignores the logger of the second builder
     safe, _ = lint(network(), (11, 0), PROFILES)
     safe.graph.node.append(helper.make_node("Det", ["covariance"], ["unused"], name="determinant"))
-    with pytest.raises(EngineError, match=r"cannot read the graph: node 12 \(Det determinant\)"):
+    with pytest.raises(EngineError, match=r"cannot read the graph: node 13 \(Det determinant\)"):
         build(trt, request(safe), lambda _: None)
     damaged = BuildRequest(onnx=b"no graph", profiles=PROFILES)
     with pytest.raises(EngineError, match=r"cannot read the graph: .+") as caught:

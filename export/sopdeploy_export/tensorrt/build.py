@@ -1,13 +1,18 @@
 """Build a TensorRT plan from a linted ONNX graph as a strongly typed network: its types are the graph's."""
 
-from collections.abc import Sequence
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import create, deserialize, last_error, make_logger
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.tensorrt.progress import Report, interrupts_recorded, make_monitor
+
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -21,15 +26,8 @@ class BuildRequest:
     timing_cache: bytes = b""
 
 
-class BuiltPlan(NamedTuple):
-    """The plan and the timing cache that one build made."""
-
-    plan: bytes
-    timing_cache: bytes
-
-
-def build(trt: Any, request: BuildRequest, report: Report) -> BuiltPlan:
-    """Build a plan for *request*; *report* receives the progress.
+def build(trt: Any, request: BuildRequest, report: Report) -> tuple[bytes, bytes]:
+    """Build a plan for *request* and return it with its timing cache; *report* receives the progress.
 
     Raises `EngineError` with TensorRT's own message if the graph cannot be parsed or built, and
     `KeyboardInterrupt` after Ctrl-C.
@@ -52,7 +50,7 @@ def build(trt: Any, request: BuildRequest, report: Report) -> BuiltPlan:
     if memory is None:
         raise EngineError(f"TensorRT {trt.__version__} cannot build the engine: {last_error(logger)}")
     timings = config.get_timing_cache()
-    return BuiltPlan(bytes(memory), bytes(timings.serialize()) if timings is not None else b"")
+    return bytes(memory), bytes(timings.serialize()) if timings is not None else b""
 
 
 def set_timing_cache(config: Any, content: bytes) -> None:
@@ -91,3 +89,60 @@ def inspect(trt: Any, plan: bytes) -> str:
     _runtime, engine = deserialize(trt, plan, make_logger(trt))
     inspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+@contextmanager
+def interrupts_recorded() -> Iterator[threading.Event]:
+    """Set an event on Ctrl-C instead of raising `KeyboardInterrupt`, which is then raised at the end.
+
+    An exception must not reach the C++ code of TensorRT, which prints it and continues or fails: a signal
+    that arrives there would be raised in the next callback, before its first line.
+    """
+    interrupt = threading.Event()
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    replaced = usual and threading.current_thread() is threading.main_thread()
+    if replaced:
+        signal.signal(signal.SIGINT, lambda *_: interrupt.set())
+    try:
+        yield interrupt
+    finally:
+        if replaced:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if interrupt.is_set():
+            raise KeyboardInterrupt
+
+
+def make_monitor(trt: Any, report: Report, interrupt: threading.Event) -> Any:
+    """Create a progress monitor that calls *report* and ends the build after an *interrupt*.
+
+    It sets *interrupt* if *report* raises `KeyboardInterrupt`.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined, unused-ignore]
+        """Report every step."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._phases: list[str] = []  # from the outermost to the innermost
+            self._begin = time.monotonic()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            """Begin a phase."""
+            del parent_phase, num_steps
+            self._phases.append(phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            """Complete a step; False stops the build."""
+            del phase_name, step
+            try:
+                minutes, seconds = divmod(int(time.monotonic() - self._begin), 60)
+                report(f"building, {minutes}:{seconds:02d} ({self._phases[-1] if self._phases else ''})")
+            except KeyboardInterrupt:
+                interrupt.set()
+            return not interrupt.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            """End a phase."""
+            self._phases.remove(phase_name)
+
+    return Monitor()

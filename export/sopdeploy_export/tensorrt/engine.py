@@ -8,29 +8,26 @@ import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
 
-from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.folder import PROGRAM, Bundle
 from sopdeploy.bundle.probes import Probes, read_probes, replay
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import import_tensorrt, version_of
-from sopdeploy.tensorrt.cache import cache_folder, load_engine, store, write_whole
+from sopdeploy.tensorrt.cache import StoredEngine, cache_folder, load_engine, store, write_whole
 from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
 from sopdeploy.tensorrt.profiles import Profile, merge_profiles, parse_profiles
 from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt
 from sopdeploy.tensorrt.session import EngineSession
-from sopdeploy_export.tensorrt.build import BuildRequest, build, inspect
+from sopdeploy_export.tensorrt.build import BuildRequest, Report, build, inspect
 from sopdeploy_export.tensorrt.lint import GRAPH_PRECISION, check_precision, lint
 from sopdeploy_export.tensorrt.options import EngineOptions
 from sopdeploy_export.tensorrt.precision_check import check_engine_precision, list_precisions
-from sopdeploy_export.tensorrt.progress import Report
-
-WORKSPACE_DIVISOR = 4  # the builder may use a quarter of the GPU's memory
 
 
 @dataclass(frozen=True)
@@ -50,14 +47,10 @@ class Machine:
     cuda: Cuda
     gpu: Gpu
 
-
-class BuiltEngine(NamedTuple):
-    """A plan, the sha256 of its source, what the lint changed, and the precision of the layers."""
-
-    plan: bytes
-    source_sha256: str
-    hazards: tuple[Hazard, ...]
-    receipt: Receipt
+    @property
+    def workspace(self) -> int:
+        """Bytes that a build may use: a quarter of the GPU's memory."""
+        return self.gpu.memory // 4
 
 
 def this_machine() -> Machine:
@@ -68,6 +61,12 @@ def this_machine() -> Machine:
     trt = import_tensorrt()
     cuda = open_cuda()
     return Machine(trt=trt, cuda=cuda, gpu=cuda.gpu())
+
+
+def requested_profiles(bundle: Bundle, options: EngineOptions) -> tuple[Profile, ...]:
+    """Return the optimization profiles of an engine of *bundle*; torch-tensorrt builds plans with one."""
+    profiles = parse_profiles(options.profiles, bundle.manifest.batch)
+    return (merge_profiles(profiles),) if options.via == "torch-tensorrt" else profiles
 
 
 def make_key(
@@ -100,23 +99,21 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     `LoweringError` or `EngineError` if no engine can be built, and `ParityError` if its outputs deviate from
     the probes.
     """
-    profiles = parse_profiles(options.profiles, bundle.manifest.batch)
-    if options.via == "torch-tensorrt":
-        profiles = (merge_profiles(profiles),)  # it builds plans with one profile
+    profiles = requested_profiles(bundle, options)
     machine = this_machine()
     key = make_key(bundle, options, profiles, str(machine.trt.__version__), machine.gpu)
     folder = cache_folder(bundle, options.cache)
-    found = "--rebuild was given" if options.rebuild else load_engine(folder, key)
-    if not isinstance(found, str):
+    cached = "--rebuild was given" if options.rebuild else load_engine(folder, key)
+    if isinstance(cached, StoredEngine):
         report("replaying the probes on the cached engine")
-        check_receipt(found.record.receipt, strict=options.strict)
-        replay_probes(machine, bundle, found.plan, key)
-        return Engine(path=folder / f"{key.name}.plan", record=found.record, reason=None)
-    report(f"building: {found}")
-    plan, record = _build(machine, bundle, key, folder, report)
+        check_receipt(cached.record.receipt, strict=options.strict)
+        replay_probes(machine, bundle, cached.plan, key)
+        return Engine(path=folder / f"{key.name}.plan", record=cached.record, reason=None)
+    report(f"building: {cached}")
+    plan, record = build_plan(machine, bundle, key, folder, report)
     check_receipt(record.receipt, strict=options.strict)
     record = record.model_copy(update={"replays": replay_probes(machine, bundle, plan, key)})
-    return Engine(path=store(folder, plan, record), record=record, reason=found)
+    return Engine(path=store(folder, plan, record), record=record, reason=cached)
 
 
 def check_receipt(receipt: Receipt, *, strict: bool) -> None:
@@ -126,62 +123,60 @@ def check_receipt(receipt: Receipt, *, strict: bool) -> None:
         raise EngineError(f"{receipt.warnings[0]}{more}; without --strict this is only a warning")
 
 
-def _build(
+def build_plan(
     machine: Machine, bundle: Bundle, key: EngineKey, folder: Path, report: Report
 ) -> tuple[bytes, EngineRecord]:
     """Build the plan for *key*; return it with its record, without replays."""
     begin = time.monotonic()
+    hazards: tuple[Hazard, ...] = ()
     if key.via == "torch-tensorrt":
-        made = _build_from_program(machine, bundle, key)
+        from sopdeploy_export.tensorrt.from_program import build_from_program  # noqa: PLC0415 # torch
+
+        plan = build_from_program(bundle, key.profiles[0], key.level, machine.workspace)
+        source_sha256 = bundle.manifest.files[PROGRAM].sha256
+        receipt = list_precisions(key.precision, inspect(machine.trt, plan))
     else:
-        made = _build_from_onnx(machine, bundle, key, folder, report)
+        version = version_of(machine.trt)
+        model = onnx.load(bundle.onnx)
+        check_precision(model, key.precision, version)
+        model, hazards = lint(model, version, key.profiles)
+        graph = model.SerializeToString(deterministic=True)
+        source_sha256 = hashlib.sha256(graph).hexdigest()
+        plan = build_from_onnx(machine, graph, key, folder, report)
+        report("checking precision and outputs")
+        receipt = check_engine_precision(model, key.precision, inspect(machine.trt, plan))
     record = EngineRecord(
         key=key,
-        plan_sha256=hashlib.sha256(made.plan).hexdigest(),
-        plan_bytes=len(made.plan),
-        source_sha256=made.source_sha256,
+        plan_sha256=hashlib.sha256(plan).hexdigest(),
+        plan_bytes=len(plan),
+        source_sha256=source_sha256,
         build_seconds=round(time.monotonic() - begin, 3),
-        hazards=made.hazards,
-        receipt=made.receipt,
+        hazards=hazards,
+        receipt=receipt,
         replays=(),
     )
-    return made.plan, record
+    return plan, record
 
 
-def _build_from_program(machine: Machine, bundle: Bundle, key: EngineKey) -> BuiltEngine:
-    from sopdeploy_export.tensorrt.from_program import build_from_program, program_of  # noqa: PLC0415 # torch
+def build_from_onnx(machine: Machine, graph: bytes, key: EngineKey, folder: Path, report: Report) -> bytes:
+    """Build the plan of *graph* with the timing cache in *folder*, and update this cache.
 
-    workspace = machine.gpu.memory // WORKSPACE_DIVISOR
-    source = bundle.manifest.files[program_of(bundle).name].sha256
-    plan = build_from_program(bundle, key.profiles[0], key.level, workspace)
-    receipt = list_precisions(key.precision, inspect(machine.trt, plan))
-    return BuiltEngine(plan, source, (), receipt)
-
-
-def _build_from_onnx(
-    machine: Machine, bundle: Bundle, key: EngineKey, folder: Path, report: Report
-) -> BuiltEngine:
-    trt, model = machine.trt, onnx.load(bundle.onnx)
-    version = version_of(trt)
-    check_precision(model, key.precision, version)
-    safe, hazards = lint(model, version, key.profiles)
-    graph = safe.SerializeToString(deterministic=True)
-    # The timing cache is valid for one TensorRT version and one GPU model.
-    digest = hashlib.sha256(f"{trt.__version__} {machine.gpu.name}".encode()).hexdigest()[:8]
-    timings = folder / f"timing-{trt.__version__}-{machine.gpu.architecture}-{digest}.cache"
+    A timing cache is valid for one TensorRT version and one GPU model.
+    """
+    tensorrt, gpu = machine.trt.__version__, machine.gpu
+    digest = hashlib.sha256(f"{tensorrt} {gpu.name}".encode()).hexdigest()[:8]
+    timings = folder / f"timing-{tensorrt}-{gpu.architecture}-{digest}.cache"
     request = BuildRequest(
         onnx=graph,
         profiles=key.profiles,
         level=key.level,
-        workspace=machine.gpu.memory // WORKSPACE_DIVISOR,
+        workspace=machine.workspace,
         timing_cache=timings.read_bytes() if timings.is_file() else b"",
     )
-    plan, timing_cache = build(trt, request, report)
+    plan, timing_cache = build(machine.trt, request, report)
     if timing_cache:
         write_whole(timings, timing_cache)
-    report("checking precision and outputs")
-    receipt = check_engine_precision(safe, key.precision, inspect(trt, plan))
-    return BuiltEngine(plan, hashlib.sha256(graph).hexdigest(), hazards, receipt)
+    return plan
 
 
 def replay_probes(machine: Machine, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[ProbeReplay, ...]:
@@ -206,10 +201,6 @@ def replay_probes(machine: Machine, bundle: Bundle, plan: bytes, key: EngineKey)
                 expected={name: values[indices] for name, values in probes.expected.items()},
                 tolerance=probes.tolerance,
             )
-            found = replay(repeated, session.run, batch=size)
-            replays.append(
-                ProbeReplay(
-                    batch=size, images=found.images, deviation=found.deviation, tolerance=found.tolerance
-                )
-            )
+            result = replay(repeated, session.run, batch=size)
+            replays.append(ProbeReplay(batch=size, **asdict(result)))
     return tuple(replays)

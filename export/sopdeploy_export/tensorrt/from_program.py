@@ -4,8 +4,6 @@ This is a second way to a plan, beside TensorRT's ONNX parser. torch-tensorrt co
 the plan has the tensors of the bundle, so that the same runtime serves it after the same probes.
 """
 
-from pathlib import Path
-
 import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -16,25 +14,20 @@ from sopdeploy.errors import EngineError, RuntimeUnavailableError, first_line
 from sopdeploy.tensorrt.profiles import Profile
 
 
-def program_of(bundle: Bundle) -> Path:
-    """Return the path of the program of *bundle*; raise `EngineError` if it has none in its own precision."""
-    if PROGRAM not in bundle.manifest.files:
-        raise EngineError(f"{bundle.path}: has no {PROGRAM}; export the checkpoint again with --pt2")
-    if bundle.manifest.precision != "fp32":
-        raise EngineError(
-            f"{bundle.path}: is in {bundle.manifest.precision}, but {PROGRAM} is in float32; omit --via, "
-            "or export in precision fp32"
-        )
-    return bundle.path / PROGRAM
-
-
 def build_from_program(bundle: Bundle, profile: Profile, level: int, workspace: int) -> bytes:
     """Convert the program of *bundle* to a plan for the batches of *profile*; *workspace* is in bytes.
 
-    Raises `RuntimeUnavailableError` without torch-tensorrt or a GPU, and `EngineError` if an operator has no
-    converter or the build fails.
+    Raises `RuntimeUnavailableError` without torch-tensorrt or a GPU, and `EngineError` if the bundle has no
+    program in its own precision, an operator has no converter, or the build fails.
     """
-    path = program_of(bundle)
+    path, manifest = bundle.path / PROGRAM, bundle.manifest
+    if PROGRAM not in manifest.files:
+        raise EngineError(f"{bundle.path}: has no {PROGRAM}; export the checkpoint again with --pt2")
+    if manifest.precision != "fp32":
+        raise EngineError(
+            f"{bundle.path}: is in {manifest.precision}, but {PROGRAM} is in float32; omit --via, or export "
+            "in precision fp32"
+        )
     try:
         torch_tensorrt = import_optional(
             "torch_tensorrt", "torch-tensorrt", "sopdeploy[torch-tensorrt]", RuntimeUnavailableError
@@ -42,7 +35,6 @@ def build_from_program(bundle: Bundle, profile: Profile, level: int, workspace: 
     except RuntimeError as error:  # it asks for the GPU when it is imported
         raise RuntimeUnavailableError(f"torch-tensorrt: {first_line(error)}") from error
     program = cast_images_first(torch.export.load(path))
-    manifest = bundle.manifest
     images = torch_tensorrt.Input(
         min_shape=(profile.minimum, *manifest.image_shape),
         opt_shape=(profile.optimum, *manifest.image_shape),

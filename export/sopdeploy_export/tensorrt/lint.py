@@ -7,19 +7,13 @@ of bundles: bytes as input, a fixed batch, the opset, and int8 graphs for CPUs.
 from collections.abc import Sequence
 
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 
 from sopdeploy.errors import EngineError, LoweringError
 from sopdeploy.tensorrt.binding import Version
 from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy.tensorrt.record import Hazard
-from sopdeploy_export.tensorrt.rewrites import (
-    array,
-    cast_bytes_first,
-    constants,
-    graph_precision,
-    value_types,
-)
+from sopdeploy_export.tensorrt.rewrites import cast_images_first, graph_precision, value_types
 
 # The newest opset that each release reads; releases between two entries read the earlier one.
 NEWEST_OPSET = {(10, 13): 20, (10, 15): 24, (11, 0): 25}
@@ -44,7 +38,7 @@ def lint(
     _check_batch(safe, profiles)
     _check_quantization(safe)
     _check_opset(safe, version)
-    hazard = cast_bytes_first(safe)
+    hazard = cast_images_first(safe)
     return safe, () if hazard is None else (hazard,)
 
 
@@ -65,15 +59,16 @@ def _check_quantization(model: onnx.ModelProto) -> None:
     CPUs prefer uint8, a zero point and int32 biases. TensorRT's parser fails on a zero point or an int32
     bias, and reads uint8 as int8.
     """
-    fixed, types = constants(model), value_types(model)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    types = value_types(model)
     for node in model.graph.node:
         if node.op_type not in {"QuantizeLinear", "DequantizeLinear"}:
             continue
         codes = node.input[0] if node.op_type == "DequantizeLinear" else node.output[0]
         symmetric = types.get(codes) == TensorProto.INT8
         if len(node.input) > 2 and node.input[2]:
-            zero_point = fixed.get(node.input[2])
-            symmetric = symmetric and zero_point is not None and not array(zero_point).any()
+            zero_point = constants.get(node.input[2])
+            symmetric = symmetric and zero_point is not None and not numpy_helper.to_array(zero_point).any()
         if not symmetric:
             raise LoweringError(
                 f"{node.name}: is quantized for CPUs, but TensorRT needs int8 with zero point 0: export "
@@ -97,10 +92,10 @@ def check_precision(model: onnx.ModelProto, requested: str, version: Version | N
     TensorRT 11 has no option to change the precision and TensorRT 10 ignores it in a strongly typed network,
     so the build would succeed with the graph's own precision.
     """
-    found = graph_precision(model)
-    if found != GRAPH_PRECISION.get(requested, requested):
+    actual = graph_precision(model)
+    if actual != GRAPH_PRECISION.get(requested, requested):
         release = f"TensorRT {version[0]}" if version is not None else "TensorRT"
         raise EngineError(
-            f"{requested} was requested but the graph is {found}; {release} takes the precision from the "
+            f"{requested} was requested but the graph is {actual}; {release} takes the precision from the "
             f"graph: export the checkpoint again with `sopdeploy export --precision {requested}`"
         )

@@ -1,7 +1,5 @@
 """`sopdeploy engine --dry-run`: plan a build without a GPU and without TensorRT."""
 
-from collections.abc import Sequence
-
 import onnx
 
 from sopdeploy.bundle.folder import Bundle
@@ -9,9 +7,9 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import LoweringError, RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import import_tensorrt, parse_version
 from sopdeploy.tensorrt.cuda import open_cuda
-from sopdeploy.tensorrt.profiles import Profile, parse_profiles
+from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy.tensorrt.record import Hazard
-from sopdeploy_export.tensorrt.engine import make_key
+from sopdeploy_export.tensorrt.engine import make_key, requested_profiles
 from sopdeploy_export.tensorrt.lint import check_precision, lint
 from sopdeploy_export.tensorrt.options import EngineOptions
 
@@ -43,38 +41,32 @@ def plan_engine(bundle: Bundle, options: EngineOptions) -> EnginePlan:
     Raises `EngineError` if the requested precision is not the graph's, `LoweringError` if every planned
     version rejects the graph.
     """
-    profiles = parse_profiles(options.profiles, bundle.manifest.batch)
+    profiles = requested_profiles(bundle, options)
+    installed = key = reason = None
     try:
-        tensorrt: str | None = str(import_tensorrt().__version__)
-    except RuntimeUnavailableError:
-        tensorrt = None
-    key, reason = None, "TensorRT is not installed"
-    try:
-        gpu = open_cuda().gpu()
-        key = make_key(bundle, options, profiles, tensorrt, gpu).name if tensorrt else None
-    except RuntimeUnavailableError as problem:
-        reason = str(problem) if tensorrt else reason
+        installed = str(import_tensorrt().__version__)
+        key = make_key(bundle, options, profiles, installed, open_cuda().gpu()).name
+    except RuntimeUnavailableError as error:
+        reason = str(error)
     precision = options.precision or bundle.manifest.precision
     model = onnx.load(bundle.onnx)
-    check_precision(model, precision, parse_version(tensorrt) if tensorrt else None)
-    results = tuple(
-        _lint_for(model, version, profiles) for version in ([tensorrt] if tensorrt else SUPPORTED)
-    )
+    check_precision(model, precision, parse_version(installed) if installed else None)
+    results = []
+    for tensorrt in [installed] if installed else SUPPORTED:
+        hazards: tuple[Hazard, ...] = ()
+        refused = None
+        try:
+            _, hazards = lint(model, parse_version(tensorrt), profiles)
+        except LoweringError as error:
+            refused = str(error)
+        results.append(LintResult(tensorrt=tensorrt, hazards=hazards, refused=refused))
     if all(result.refused for result in results):
         raise LoweringError(str(results[-1].refused))
     return EnginePlan(
         bundle=bundle.name,
         precision=precision,
         profiles=profiles,
-        lint=results,
+        lint=tuple(results),
         key=key,
-        key_unknown=None if key else reason,
+        key_unknown=reason,
     )
-
-
-def _lint_for(model: onnx.ModelProto, tensorrt: str, profiles: Sequence[Profile]) -> LintResult:
-    try:
-        _, hazards = lint(model, parse_version(tensorrt), profiles)
-    except LoweringError as problem:
-        return LintResult(tensorrt=tensorrt, hazards=(), refused=str(problem))
-    return LintResult(tensorrt=tensorrt, hazards=hazards, refused=None)

@@ -50,40 +50,40 @@ def check_engine_precision(model: onnx.ModelProto, requested: str, information: 
     inspector shows too little to compare.
     """
     types, wanted = value_types(model), operator_precisions(model)
-    border = {
+    bordering = {  # precisions of the inputs and outputs of each operator
         node.name: {
             PRECISIONS[types[name]] for name in (*node.input, *node.output) if types.get(name) in PRECISIONS
         }
         for node in model.graph.node
     }
     layers, warnings = _inspected_layers(information)
-    actual: Counter[str] = Counter()
+    layer_counts: Counter[str] = Counter()
     seen: set[str] = set()
     for layer in layers:
-        operators = ONNX_LAYER.findall(str(layer.get("Metadata", "")))
-        operators = operators or NAME_PARTS.split(str(layer.get("Name", "")))
-        names = [name for name in operators if name in wanted]
-        if not names or str(layer.get("LayerType")) in MOVES_ONLY:
+        fused = ONNX_LAYER.findall(str(layer.get("Metadata", "")))
+        fused = fused or NAME_PARTS.split(str(layer.get("Name", "")))
+        operators = [name for name in fused if name in wanted]
+        if not operators or str(layer.get("LayerType")) in MOVES_ONLY:
             continue
-        seen.update(names)
-        types_of_layer = _floating_types(layer)
-        actual.update(types_of_layer)
-        asked_for = {wanted[name] for name in names}
-        allowed = asked_for.union(*(border.get(name, ()) for name in operators))
-        wrong = _wrong_type(layer, types_of_layer, asked_for, allowed)
+        seen.update(operators)
+        actual = _floating_types(layer)
+        layer_counts.update(actual)
+        requested_types = {wanted[name] for name in operators}
+        allowed = requested_types.union(*(bordering.get(name, ()) for name in fused))
+        wrong = _wrong_type(layer, actual, requested_types, allowed)
         if wrong is not None:
-            expected = ", ".join(sorted(asked_for))
+            expected = ", ".join(sorted(requested_types))
             warnings.append(f"layer {layer.get('Name')} computes with {wrong}, the graph asks for {expected}")
     if layers and not seen:
         warnings.append("the engine's inspector names no operator of the graph; its precision is unknown")
-    missing = sorted((set(wanted.values()) & LOW) - set(actual))
-    if missing and actual:
+    missing = sorted((set(wanted.values()) & LOW) - set(layer_counts))
+    if missing and layer_counts:
         warnings.append(
-            f"the graph asks for {missing[0]}, the engine computes in {', '.join(sorted(actual))}"
+            f"the graph asks for {missing[0]}, the engine computes in {', '.join(sorted(layer_counts))}"
         )
     return Receipt(
         requested=requested,
-        layers=dict(sorted(actual.items())),
+        layers=dict(sorted(layer_counts.items())),
         operators=len(wanted),
         operators_seen=len(seen),
         warnings=tuple(dict.fromkeys(warnings)),
