@@ -65,13 +65,9 @@ class Graph:
         return list(self.graph)
 
     def match(self, pattern: Pattern, node: ir.Node) -> dict[str, ir.Value]:
-        """Return the values that *pattern* names, if it ends in *node*; otherwise an empty dict."""
-        matched = pattern.match(self.ir, self.graph, node, check_nodes_are_removable=False)
-        return dict(matched.bindings) if matched else {}
-
-    def before(self, node: ir.Node) -> "Builder":
-        """Insert operators ahead of *node*."""
-        return Builder(self, node)
+        """Return the values that *pattern* names, by name, if it ends in *node*; otherwise an empty dict."""
+        match = pattern.match(self.ir, self.graph, node, check_nodes_are_removable=False)
+        return dict(match.bindings) if match else {}
 
     def constant(self, name: str, array: ArrayLike, like: ir.Value) -> ir.Value:
         """Add a constant; floats get the type of *like*. An equal constant is shared."""
@@ -79,9 +75,10 @@ class Graph:
         if array.dtype.kind == "f" and like.dtype is not None:
             array = array.astype(like.dtype.numpy())
         for value in self.graph.initializers.values():
-            known = value.const_value
-            same = known is not None and known.shape == array.shape and known.dtype.numpy() == array.dtype
-            if known is not None and same and known.numpy().tobytes() == array.tobytes():
+            other = value.const_value
+            if other is None or other.shape != array.shape or other.dtype.numpy() != array.dtype:
+                continue
+            if other.numpy().tobytes() == array.tobytes():
                 return value
         while name in self.graph.initializers:
             name += "_folded"
@@ -127,13 +124,13 @@ class Builder:
         self, kind: str, inputs: Sequence[Any], attributes: dict[str, Any], outputs: int = 1
     ) -> ir.Node:
         """Insert an operator."""
-        first = next(given for given in inputs if isinstance(given, ir.Value))
+        first = next(operand for operand in inputs if isinstance(operand, ir.Value))
         name = f"{name_of(self.node)}/{kind}_{next(self.graph.names)}"
         values = [
-            given
-            if isinstance(given, ir.Value) or given is None
-            else self.graph.constant(f"{name}/{i}", given, first)
-            for i, given in enumerate(inputs)
+            operand
+            if isinstance(operand, ir.Value) or operand is None
+            else self.graph.constant(f"{name}/{i}", operand, first)
+            for i, operand in enumerate(inputs)
         ]
         node = ir.node(kind, values, attributes, num_outputs=outputs)
         for i, value in enumerate(node.outputs):
@@ -197,8 +194,8 @@ def static_size(node: ir.Node) -> NDArray[np.int64] | None:
 
 def computes_constant(node: ir.Node) -> bool:
     """Return whether *node* reads constants only and always computes the same."""
-    known = all(is_constant(given) for given in node.inputs if given is not None)
-    return bool(node.inputs) and known and not node.op_type.startswith(RANDOM)
+    reads_constants = all(is_constant(value) for value in node.inputs if value is not None)
+    return bool(node.inputs) and reads_constants and not node.op_type.startswith(RANDOM)
 
 
 def is_constant(value: ir.Value | None) -> bool:
@@ -216,7 +213,7 @@ def content(value: ir.Value | None) -> NDArray[Any] | None:
         return value.const_value.numpy()
     node = value.producer()
     if value.meta[CONSTANT] is None and node is not None:
-        feeds = {str(given.name): content(given) for given in node.inputs if given is not None}
+        feeds = {str(operand.name): content(operand) for operand in node.inputs if operand is not None}
         results = list(ReferenceEvaluator(ir.to_proto(node)).run(None, feeds))
         value.meta[CONSTANT] = np.asarray(results[0])
     array: NDArray[Any] = value.meta[CONSTANT]
@@ -226,15 +223,16 @@ def content(value: ir.Value | None) -> NDArray[Any] | None:
 def square(value: ir.Value | None) -> NDArray[Any] | None:
     """Return the square matrix that the constant *value* holds, without leading axes of size 1."""
     array = content(value)
-    side = 0 if array is None or array.ndim < 2 else array.shape[-1]
-    known = array is not None and array.shape[-2:] == (side, side) and array.size == side**2
-    return array.reshape(side, side) if array is not None and known else None
+    if array is None or array.ndim < 2 or array.shape[-1] ** 2 != array.size:
+        return None
+    side = array.shape[-1]
+    return array.reshape(side, side) if array.shape[-2] == side else None
 
 
 def scalar(value: ir.Value | None) -> float | None:
     """Return the number that the constant *value* holds; None if it holds several or is no constant."""
     array = content(value) if set(dims(value)) <= {1} else None
-    return None if array is None or array.size != 1 else float(array.reshape(()))
+    return None if array is None or array.size != 1 else float(array.item())
 
 
 def dims(value: ir.Value | None) -> list[int | None]:
@@ -246,15 +244,14 @@ def dims(value: ir.Value | None) -> list[int | None]:
 
 def attribute(node: ir.Node, name: str, default: Any) -> Any:
     """Return the value of an attribute of *node*."""
-    known = node.attributes.get(name)
-    return default if known is None else known.value
+    return node.attributes[name].value if name in node.attributes else default
 
 
 def axes(node: ir.Node) -> list[int]:
     """List the axes of a reduction or Unsqueeze, counted from 0; all axes if it names none."""
     rank = len(dims(node.outputs[0] if node.op_type == "Unsqueeze" else node.inputs[0]))
-    given = content(node.inputs[1]) if len(node.inputs) > 1 else None
-    return sorted(int(axis) % rank for axis in (range(rank) if given is None else given)) if rank else []
+    named = content(node.inputs[1]) if len(node.inputs) > 1 else None
+    return sorted(int(axis) % rank for axis in (range(rank) if named is None else named)) if rank else []
 
 
 def per_row(value: ir.Value | None) -> int | None:
@@ -277,22 +274,20 @@ def rows_factor(node: ir.Node) -> float | None:
 
 def is_row_wise(node: ir.Node) -> bool:
     """Return whether row i of the result depends only on row i of the operands and on constants."""
-    kind, rank = node.op_type, len(dims(node.outputs[0]))
-    first = len(dims(node.inputs[0]))
-    if node.domain or not first:
+    kind, operands = node.op_type, [value for value in node.inputs if value is not None]
+    rank, rank_before = len(dims(node.outputs[0])), len(dims(node.inputs[0]))
+    if node.domain or not rank_before:
         return False
     if kind in ELEMENTWISE or (kind == "MatMul" and rank >= 3):
-        for given in node.inputs:
-            aligned = len(dims(given)) == rank
-            if is_constant(given):
-                aligned = len(dims(given)) < rank or dims(given)[0] == 1
-            if given is not None and not aligned:
-                return False
-        return True
+        constants = [value for value in operands if is_constant(value)]
+        shared_by_rows = all(len(dims(value)) < rank or dims(value)[0] == 1 for value in constants)
+        return shared_by_rows and all(
+            len(dims(value)) == rank for value in operands if not is_constant(value)
+        )
     if kind in REDUCTIONS:
-        return 0 not in axes(node) and (len(node.inputs) == 1 or is_constant(node.inputs[1]))
+        return 0 not in axes(node) and all(is_constant(value) for value in operands[1:])
     if kind == "Transpose":
         return bool(attribute(node, "perm", [1])[0] == 0)
     if kind == "Gather":
-        return attribute(node, "axis", 0) % first != 0 and is_constant(node.inputs[1])
+        return attribute(node, "axis", 0) % rank_before != 0 and is_constant(node.inputs[1])
     return kind == "Reshape" and rows_factor(node) == 1

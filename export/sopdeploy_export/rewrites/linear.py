@@ -10,7 +10,7 @@ import re
 import numpy as np
 import onnx_ir as ir
 
-from sopdeploy_export.onnx_graph import Graph, attribute, dims, operand, producer, square
+from sopdeploy_export.onnx_graph import Builder, Graph, attribute, dims, operand, producer, square
 
 CENTERING = "centering by mean"
 EINSUM = "einsum as a matrix product"
@@ -39,7 +39,7 @@ def center_by_mean(graph: Graph, node: ir.Node) -> tuple[str, str] | None:
     alpha = centering_factor(constant)
     if alpha is None:
         return None
-    op, size = graph.before(node), dims(constant)[-1] or 0
+    op, size = Builder(graph, node), dims(constant)[-1] or 0
     centered = op.Sub(x, op.ReduceMean(x, np.array([-1]), keepdims=1))
     graph.replace(node.outputs[0], op.Mul(centered, alpha))
     return f"a constant alpha (I - 11^T / {size})", f"{size**2} multiply-adds per row become {size}"
@@ -55,7 +55,7 @@ def einsum_as_product(graph: Graph, node: ir.Node) -> tuple[str, str] | None:
     summed = left.replace(row, "", 1)
     if len({row, column, summed}) != 3 or {*left} != {row, summed} or {*right} != {summed, column}:
         return None
-    op, first, second = graph.before(node), operand(node, 0), operand(node, 1)
+    op, first, second = Builder(graph, node), operand(node, 0), operand(node, 1)
     first = first if left[1] == summed else op.Transpose(first, perm=[0, 2, 1])
     second = second if right[0] == summed else op.Transpose(second, perm=[0, 2, 1])
     graph.replace(node.outputs[0], op.MatMul(first, second))

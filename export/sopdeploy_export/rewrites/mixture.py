@@ -73,12 +73,12 @@ def most_nonzero(graph: Graph, weights: ir.Value) -> int | None:
     logits = producer(node.inputs[0])
     if logits is None or attribute(node, "axis", -1) % 2 != 1:
         return None
-    ranked = graph.match(KEPT_BY_RANK, logits)
-    if not ranked:
+    matched = graph.match(KEPT_BY_RANK, logits)
+    if not matched:
         return scattered(logits, -np.inf)
-    limit, earlier = scalar(ranked["limit"]), square(ranked["earlier"])
-    ordered = earlier is not None and np.array_equal(earlier, np.tri(len(earlier), k=-1, dtype=bool))
-    return int(limit) if ordered and limit and scalar(ranked["hidden"]) == -np.inf else None
+    limit, earlier = scalar(matched["limit"]), square(matched["earlier"])
+    is_order = earlier is not None and np.array_equal(earlier, np.tri(len(earlier), k=-1, dtype=bool))
+    return int(limit) if is_order and limit and scalar(matched["hidden"]) == -np.inf else None
 
 
 def scattered(node: ir.Node, fill: float) -> int | None:
@@ -87,30 +87,30 @@ def scattered(node: ir.Node, fill: float) -> int | None:
     if node.op_type != "ScatterElements" or attribute(node, "axis", 0) % 2 != 1 or reduction != "none":
         return None
     base = node.inputs[0]
-    repeated, made = producer(base, "Expand"), producer(base, "ConstantOfShape")
-    array = content(base if repeated is None else repeated.inputs[0])
-    if made is not None:
-        array = made.attributes["value"].value.numpy() if "value" in made.attributes else np.zeros(1)
+    expanded, filled = producer(base, "Expand"), producer(base, "ConstantOfShape")
+    array = content(base if expanded is None else expanded.inputs[0])
+    if filled is not None:
+        array = filled.attributes["value"].value.numpy() if "value" in filled.attributes else np.zeros(1)
     return dims(node.inputs[1])[1] if array is not None and bool((array == fill).all()) else None
 
 
 def find_experts(vectors: ir.Value, count: int) -> tuple[ir.Node, list[ir.Node]] | None:
     """Return the Reshape to one map of the *count* experts per row, and the row-wise operators after it."""
     entry: ir.Node | None = None
-    inner: set[ir.Node] = set()
-    waiting = [vectors]
-    while waiting:
-        node = producer(waiting.pop())
+    row_wise: set[ir.Node] = set()
+    unread = [vectors]
+    while unread:
+        node = producer(unread.pop())
         if node is not None and node.op_type == "Reshape" and rows_factor(node) == count:
             if entry not in {None, node}:
                 return None
             entry = node
         elif node is None or not is_row_wise(node):
             return None
-        elif node not in inner:
-            inner.add(node)
-            waiting += [given for given in node.inputs if given is not None and not is_constant(given)]
-    return None if entry is None else (entry, [node for node in entry.graph or () if node in inner])
+        elif node not in row_wise:
+            row_wise.add(node)
+            unread += [value for value in node.inputs if value is not None and not is_constant(value)]
+    return None if entry is None else (entry, [node for node in entry.graph or () if node in row_wise])
 
 
 def find_convolutions(maps: ir.Value, count: int) -> list[ir.Node] | None:
@@ -121,15 +121,15 @@ def find_convolutions(maps: ir.Value, count: int) -> list[ir.Node] | None:
     """
     chain: list[ir.Node] = []
     while (node := producer(maps)) is not None and len(maps.uses()) == 1:
-        given = [value for value in node.inputs[1:] if value is not None]
-        arrays = [array for value in given if (array := content(value)) is not None]
-        group = attribute(node, "group", 1)
-        if len(arrays) < len(given):
+        operands = [value for value in node.inputs[1:] if value is not None]
+        arrays = [array for value in operands if (array := content(value)) is not None]
+        if len(arrays) < len(operands):
             return None
+        group = attribute(node, "group", 1)
         if node.op_type == "Conv":
-            moved = set(attribute(node, "strides", [1])) != {1} or any(attribute(node, "pads", ()))
             shape = arrays[0].shape
-            if shape[2:] != (1, 1) or moved or group not in {1, count} or shape[0] % count:
+            moves = set(attribute(node, "strides", [1])) != {1} or any(attribute(node, "pads", ()))
+            if shape[2:] != (1, 1) or moves or group not in {1, count} or shape[0] % count:
                 return None
         elif node.op_type not in ELEMENTWISE or any(array.size != 1 for array in arrays):
             return None
@@ -149,11 +149,12 @@ def evaluate_chosen(op: Builder, chain: list[ir.Node], index: ir.Value, count: i
         if node.op_type != "Conv":
             x = op.copy(node, x, *node.inputs[1:])
             continue
-        for given in node.inputs[1:]:  # weights (N o, i, 1, 1), and a bias (N o)
-            array = np.asarray(content(given))
-            bank = array.reshape(count, len(array) // count, array.size // len(array))
-            own = op.Gather(op.graph.constant(str(given and given.name), bank, x), index, axis=0)
-            x = op.MatMul(own, x) if given is node.inputs[1] else op.Add(x, own)
+        for parameter in node.inputs[1:]:  # weights (N o, i, 1, 1), and a bias (N o)
+            array = np.asarray(content(parameter))
+            of_experts = array.reshape(count, len(array) // count, array.size // len(array))
+            constant = op.graph.constant(str(parameter and parameter.name), of_experts, x)
+            chosen = op.Gather(constant, index, axis=0)
+            x = op.MatMul(chosen, x) if parameter is node.inputs[1] else op.Add(x, chosen)
     return x
 
 
@@ -163,24 +164,25 @@ def apply(graph: Graph, node: ir.Node) -> tuple[str, str] | None:
     if not matched:
         return None
     weights, vectors, split = matched["weights"], matched["vectors"], matched["split"]
-    count, sizes = dims(split)[1] if len(dims(split)) == 3 else None, dims(weights)
-    chosen = most_nonzero(graph, weights)
-    own_weights = sizes[1:] == [count] and (sizes[0] == 1) == (dims(split)[0] == 1)
-    reshape = producer(split)
-    if count is None or chosen is None or chosen >= count or not own_weights:
+    count = dims(split)[1] if len(dims(split)) == 3 else None
+    chosen, reshape = most_nonzero(graph, weights), producer(split)
+    if count is None or chosen is None or chosen >= count:
         return None
-    experts = find_experts(vectors, count) if reshape and rows_factor(reshape) == 1 / count else None
-    chain = find_convolutions(operand(experts[0], 0), count) if experts is not None else None
+    weights_per_image = dims(weights)[1:] == [count] and (dims(weights)[0] == 1) == (dims(split)[0] == 1)
+    if not weights_per_image or reshape is None or rows_factor(reshape) != 1 / count:
+        return None
+    experts = find_experts(vectors, count)
+    chain = None if experts is None else find_convolutions(operand(experts[0], 0), count)
     if experts is None or chain is None:
         return None
-    (entry, row_wise), op = experts, graph.before(node)
+    (entry, row_wise), op = experts, Builder(graph, node)
     largest, index = op.insert("TopK", (weights, np.array([chosen])), {"axis": 1}, outputs=2).outputs
     index.type = ir.TensorType(ir.DataType.INT64)
     shape = [size or 0 for size in dims(entry.outputs[0])[1:]]
     copies = {entry.outputs[0]: op.reshape(evaluate_chosen(op, chain, index, count), -1, *shape)}
-    for inner in row_wise:
-        inputs = [None if given is None else copies.get(given, given) for given in inner.inputs]
-        copies[inner.outputs[0]] = op.copy(inner, *inputs)
+    for original in row_wise:
+        inputs = [None if value is None else copies.get(value, value) for value in original.inputs]
+        copies[original.outputs[0]] = op.copy(original, *inputs)
     gather = producer(vectors, "Gather") if len(dims(vectors)) == 2 else None
     summed = vectors if gather is None or len(dims(gather.inputs[0])) != 2 else operand(gather, 0)
     split = op.reshape(copies[summed], -1, chosen, per_row(summed) or 0)

@@ -284,7 +284,7 @@ def apply(graph: Graph, anchor: ir.Node) -> tuple[str, str] | None:
 def write(graph: Graph, region: Region, anchor: ir.Node, root: Root, inner: int | None) -> None:
     """Replace the value of *root* by 3N - 3 products, on L R or on R L of *inner* rows, and the traces."""
     left, right, p = operand(anchor, 0), operand(anchor, 1), anchor.outputs[0]
-    op, moved = graph.before(anchor), {}
+    op, moved = Builder(graph, anchor), {}
     if inner is not None:
         p = op.MatMul(right, left)
         for value, factor in region.traces.items():
@@ -296,7 +296,7 @@ def write(graph: Graph, region: Region, anchor: ir.Node, root: Root, inner: int 
         scale if scale.value is None else scale._replace(value=moved.get(scale.value, scale.value))
         for scale in (root.rho, root.alpha)
     )
-    op = graph.before(root.value.producer() or anchor)
+    op = Builder(graph, root.value.producer() or anchor)
     identity = 1.5 * np.eye(inner or dims(p)[1] or 0)
     y, half = scaled(op, p, alpha), None
     t = op.Sub(identity, op.Mul(y, 0.5))

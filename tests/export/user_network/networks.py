@@ -40,7 +40,7 @@ def variant(forward: Callable[[Any, Tensor], Any], *, aux: bool = True) -> Small
 
 
 class SecondOrder(nn.Module):
-    """A user's network with iSQRT-COV pooling, whose rewrite rules apply."""
+    """A user's network with iSQRT-COV pooling."""
 
     def __init__(self) -> None:
         super().__init__()
