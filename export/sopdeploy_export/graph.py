@@ -14,7 +14,6 @@ import ast
 import io
 import re
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -99,11 +98,11 @@ class InFloat64(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation, with float64 in place of every smaller floating-point type."""
         del types
-        given = (tuple(map(in_float64, args)), {key: in_float64(v) for key, v in (kwargs or {}).items()})
-        dtypes = {value.dtype for value in tree_leaves(given) if isinstance(value, Tensor)}
+        call = (tuple(map(in_float64, args)), {key: in_float64(v) for key, v in (kwargs or {}).items()})
+        dtypes = {value.dtype for value in tree_leaves(call) if isinstance(value, Tensor)}
         if torch.float64 in dtypes and dtypes & set(REDUCED) and not func._schema.is_mutable:
-            given = tree_map_only(Tensor, lambda t: t.double() if t.dtype in REDUCED else t, given)
-        return func(*given[0], **given[1])
+            call = tree_map_only(Tensor, lambda t: t.double() if t.dtype in REDUCED else t, call)
+        return func(*call[0], **call[1])
 
 
 def in_float64(value: Any) -> Any:
@@ -239,20 +238,20 @@ def export(module: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any)
 def _capture_problem(error: Exception) -> str:
     """Describe an *error* of torch.export."""
     text = "\n".join(str(cause) for cause in (error, error.__cause__, error.__context__) if cause is not None)
-    if found := BATCH_GUARD.search(text):
-        return f"its code treats some batch sizes differently ({found['guard'] or 'it fixes the size'})"
+    if match := BATCH_GUARD.search(text):
+        return f"its code treats some batch sizes differently ({match['guard'] or 'it fixes the size'})"
     return first_line(error)
 
 
 def check_bfloat16(program: ExportedProgram) -> None:
     """Raise `LoweringError` if code of the network computes in bfloat16, for which CPUs have no kernels."""
-    narrow: set[Any] = set()
+    in_bfloat16: set[Any] = set()
     for node in program.graph.nodes:
         values = [value for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
         if any(value.dtype == torch.bfloat16 for value in values):
-            narrow.add(node)
+            in_bfloat16.add(node)
         is_cast = any(name in str(node.target) for name in ("aten._to_copy", "aten.to."))
-        if node.op == "call_function" and not is_cast and {node, *node.all_input_nodes} & narrow:
+        if node.op == "call_function" and not is_cast and {node, *node.all_input_nodes} & in_bfloat16:
             raise LoweringError(
                 f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
                 "from forward, and choose precision bf16-backbone for GPUs"
@@ -352,11 +351,6 @@ def check(proto: onnx.ModelProto, opset: int = OPSET) -> None:
         raise LoweringError(f"the graph fixes the batch size to {batch.dim_value}")
 
 
-def operator_counts(proto: onnx.ModelProto) -> dict[str, int]:
-    """Count the nodes of each operator type, sorted by name."""
-    return dict(sorted(Counter(node.op_type for node in proto.graph.node).items()))
-
-
 def write(proto: onnx.ModelProto, path: Path) -> None:
     """Write *proto* to *path*; the same model always gives the same bytes."""
     path.write_bytes(proto.SerializeToString(deterministic=True))
@@ -391,19 +385,6 @@ def generated_images(side: int) -> NDArray[np.uint8]:
     return np.stack([np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images])
 
 
-def list_images(folder: Path, option: str) -> list[Path]:
-    """List the images below *folder*, sorted; *option* is the setting that names the folder.
-
-    Raises `DataError` if *folder* does not exist or holds no image.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give a folder of images", setting=option)
-    paths = [path for path in walk(folder) if is_image(path.name)]
-    if not paths:
-        raise DataError(f"{folder}: contains no images; give a folder of JPEG or PNG files", setting=option)
-    return paths
-
-
 def load_images(folder: Path, preprocess: Preprocess, option: str) -> NDArray[np.uint8]:
     """Load images of *folder* as uint8 (P, crop, crop, 3).
 
@@ -411,13 +392,16 @@ def load_images(folder: Path, preprocess: Preprocess, option: str) -> NDArray[np
     most 256, spread evenly over the sorted paths so that they cover every class. Raises `DataError` if
     *folder* does not exist, holds no image or holds one that cannot be read.
     """
-    paths = list_images(folder, option)
-    positions = range(min(len(paths), MAX_PHOTOGRAPHS))
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give a folder of images", setting=option)
+    paths = [path for path in walk(folder) if is_image(path.name)]
+    if not paths:
+        raise DataError(f"{folder}: contains no images; give a folder of JPEG or PNG files", setting=option)
+    chosen = np.arange(min(len(paths), MAX_PHOTOGRAPHS))
     if option == CALIBRATE:
-        spread = np.linspace(0, len(paths) - 1, min(len(paths), MAX_CALIBRATION))
-        positions = np.unique(spread.round().astype(int)).tolist()
+        chosen = evenly_spread(len(paths), MAX_CALIBRATION)
     images = []
-    for path in (paths[position] for position in positions):
+    for path in (paths[position] for position in chosen):
         try:
             with open_regular(path) as file:
                 image = open_image(file.read(), path)
@@ -427,3 +411,8 @@ def load_images(folder: Path, preprocess: Preprocess, option: str) -> NDArray[np
                 f"{path}: cannot be read ({error.strerror}); remove it from the folder"
             ) from error
     return np.stack(images)
+
+
+def evenly_spread(count: int, most: int) -> NDArray[np.int64]:
+    """Choose at most *most* of *count* positions, evenly spread."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)

@@ -22,29 +22,33 @@ from sopdeploy.bundle.golden import write_golden
 from sopdeploy.bundle.manifest import Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import Probes, write_probes
-from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.errors import LoweringError
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.errors import DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import INPUT, Deployed, lower, output_names, probe_images, write
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
-from sopdeploy_export.parity.class_maps import add_features_output, check_class_maps, class_map_layer
 from sopdeploy_export.parity.compare import Reference, compare, compute_reference
-from sopdeploy_export.parity.embedding import add_embedding_output, check_embedding
-from sopdeploy_export.parity.onnx_file import run_one
+from sopdeploy_export.parity.features import (
+    add_embedding_output,
+    add_feature_map_output,
+    check_class_maps,
+    check_embedding,
+    class_map_layer,
+)
+from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.parity.report import LOGITS, ParityReport
 from sopdeploy_export.parity.routing import find_gate, is_decided
-from sopdeploy_export.precision.accuracy_gate import AccuracyCheck, open_folders
+from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, convert
 from sopdeploy_export.proof.certificate import Certificate, Proof, certify, certify_onnx
-from sopdeploy_export.proof.networks import Detachment, copy_module, detach
+from sopdeploy_export.proof.networks import Detachment, copy_module, detach, has_tensors
 from sopdeploy_export.replay import write_source
 from sopdeploy_export.report.network_summary import summarize_checkpoint
 from sopdeploy_export.report.page import render_model_card, render_report
-from sopdeploy_export.report.results import Exported, Results
-from sopdeploy_export.report.statement import export_statement
+from sopdeploy_export.report.results import Exported, Results, export_statement
 from sopdeploy_export.subject import ExportSubject
 
 __all__ = ["ExportOptions", "Exported", "export"]
@@ -66,14 +70,9 @@ def export(
     fails; nothing is left in *destination* then.
     """
     step("reading the checkpoint")
-    subject = subject_of_checkpoint(read_checkpoint(checkpoint_path), checkpoint_path)
-    return export_subject(subject, destination, options, step)
-
-
-def subject_of_checkpoint(checkpoint: Checkpoint, path: Path) -> ExportSubject:
-    """Build the export subject of *checkpoint*, which was read from *path*; raises `CheckpointError`."""
-    network = build_classifier(checkpoint, path)
-    return ExportSubject(
+    checkpoint = read_checkpoint(checkpoint_path)
+    network = build_classifier(checkpoint, checkpoint_path)
+    subject = ExportSubject(
         name=checkpoint.model,
         network=network,
         detachment=Detachment.of(network),
@@ -85,6 +84,7 @@ def subject_of_checkpoint(checkpoint: Checkpoint, path: Path) -> ExportSubject:
         decision=checkpoint.decision,
         training=checkpoint.training,
     )
+    return export_subject(subject, destination, options, step)
 
 
 def export_subject(
@@ -96,20 +96,25 @@ def export_subject(
     """Export *subject* as a bundle in *destination*, as `export` does."""
     options = options or ExportOptions()
     trained, preprocess, decision = subject.network, subject.preprocess, subject.decision
-    check_exportable(trained, subject.detachment.training_only)
-    labeled = open_folders(subject, options)
+    training_only = subject.detachment.training_only
+    check_exportable(trained, training_only)
+    accuracy = AccuracyCheck(subject, options)
     if options.with_cam:
-        add_features_output(trained)
+        add_feature_map_output(trained)
     if options.with_features:
-        add_embedding_output(trained, len(subject.labels), subject.detachment.training_only)
+        add_embedding_output(trained, len(subject.labels), training_only)
     images = probe_images(preprocess, options.probes)
     if decision is not None and decision.temperature != 1:
         trained = fold_temperature(trained, decision.temperature, preprocess, images)
-    accuracy = AccuracyCheck(options, preprocess, options.batch, labeled)
     job = _Job(subject, images, accuracy, options, step)
 
     step("detaching" if options.detach else "nothing to detach")
-    detached = detach(trained, subject.detachment.training_only, requested=options.detach)
+    if not options.detach and has_tensors(trained, training_only):
+        raise DetachError(
+            f"{type(trained).__name__} still carries training-only parts ({', '.join(training_only)})",
+            remedies={"detach": True},
+        )
+    detached = detach(trained, training_only)
     step("proving that the detached network equals the plain network")
     proof = certify(
         trained,
@@ -127,8 +132,7 @@ def export_subject(
     if options.precision != "fp32":
         step(f"converting the graph to {options.precision}")
     converted = convert(certified, preprocess, options, accuracy)
-    if not options.allow_drift:
-        accuracy.reject(converted.precision)
+    accuracy.reject(converted.precision)
     with bundle.staging(destination) as folder:
         write(converted.model, folder / ONNX_FILE)
         expected, results = _check_file(job, folder, certified, certificate, converted)
@@ -147,6 +151,8 @@ def lower_certified(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelP
 
 
 class _Job(NamedTuple):
+    """What the steps of one export share; *images* are the probes (P, H, W, 3)."""
+
     subject: ExportSubject
     images: NDArray[np.uint8]
     accuracy: AccuracyCheck
@@ -171,10 +177,9 @@ def _check_file(
     if options.with_features:
         check_embedding(file, certified.network, images[parity.compared_images], parity)
     if options.evaluate is not None and precision.accuracy is None:
-        found = job.accuracy.measure(converted.float32_model, file)
-        precision = precision.model_copy(update={"accuracy": found})
-        if not options.allow_drift:
-            job.accuracy.reject(precision)
+        accuracy = job.accuracy.measure(converted.float32_model, file)
+        precision = precision.model_copy(update={"accuracy": accuracy})
+        job.accuracy.reject(precision)
     if options.pt2:
         step("writing and checking network.pt2")
         content = torch_program.serialize_program(certified.program, certificate)
@@ -215,14 +220,9 @@ def _write_bundle(
 ) -> Exported:
     """Complete the bundle in *folder* and move it to *destination*."""
     subject, parity = job.subject, results.parity
-    reports = {
-        "certificate": results.certificate,
-        "parity": parity,
-        "precision": results.precision,
-        "lowering": results.lowering,
-    }
-    for name, report in reports.items():
-        (folder / f"{name}.json").write_bytes(to_json(report.model_dump(mode="json")))
+    for name in ("certificate", "parity", "precision", "lowering"):
+        report = getattr(results, name).model_dump(mode="json")
+        (folder / f"{name}.json").write_bytes(to_json(report))
     if converted.source is not None and results.lowering.rules:
         write_source(folder, converted.source, converted.model)
     (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
@@ -245,16 +245,14 @@ def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityRepo
 
     If drift was allowed, the tolerance of an output is at least twice its observed drift.
     """
-    tolerance = {name: output.tolerance for name, output in parity.outputs.items()}
-    if parity.drift_allowed:
-        for name, output in parity.outputs.items():
-            observed = max(output.largest_drift, output.batch_difference)
-            tolerance[name] = max(output.tolerance, 2 * observed)
-    kept = parity.compared_images
+    compared, drift_factor = parity.compared_images, 2 if parity.drift_allowed else 0
     return Probes(
-        images=images[kept],
-        expected={name: values[kept].astype(np.float32) for name, values in expected.outputs.items()},
-        tolerance=tolerance,
+        images=images[compared],
+        expected={name: values[compared].astype(np.float32) for name, values in expected.outputs.items()},
+        tolerance={
+            name: max(output.tolerance, drift_factor * output.largest_difference)
+            for name, output in parity.outputs.items()
+        },
     )
 
 
@@ -262,14 +260,18 @@ def write_golden_examples(
     job: _Job, folder: Path, converted: ConvertedGraph, parity: ParityReport, tolerance: float
 ) -> None:
     """Write golden examples with a decided gate; two runtimes may differ by twice their *tolerance*."""
-    gate, routing, own = find_gate(job.subject.network), parity.routing, converted.gate
+    session, gate = open_session(folder / ONNX_FILE), find_gate(job.subject.network)
 
-    def decided(pixels: NDArray[np.uint8]) -> bool:
-        if gate is None or routing is None or own is None:
+    def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = file_outputs(session, pixels[None], 1)[LOGITS][0]
+        return logits
+
+    def has_decided_gate(pixels: NDArray[np.uint8]) -> bool:
+        if gate is None or converted.gate is None or parity.routing is None:
             return True
-        return is_decided(own(torch.tensor(pixels[None]))[0], gate.chosen, routing)
+        return is_decided(converted.gate(torch.tensor(pixels[None]))[0], gate.chosen, parity.routing)
 
-    write_golden(folder, job.subject.preprocess, run_one(folder / ONNX_FILE), 2 * tolerance, decided)
+    write_golden(folder, job.subject.preprocess, run, 2 * tolerance, has_decided_gate)
 
 
 def _manifest_fields(

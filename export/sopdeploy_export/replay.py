@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 
 import onnx
-import pydantic
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from sopdeploy.bundle.folder import Bundle
@@ -61,24 +60,16 @@ def check_lowering(bundle: Bundle) -> str | None:
         report = LoweringReport.model_validate_json((bundle.path / "lowering.json").read_bytes())
         certified = json.loads((bundle.path / "certificate.json").read_bytes())["roots"]["onnx"]
         source = _read(path, onnx.load_from_string(bundle.onnx.read_bytes()))
-        found = onnx_root(source)
-        result = onnx_root(replay(source, report.rules))
-    except (
-        pydantic.ValidationError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OSError,
-        EOFError,
-        DecodeError,
-    ) as error:
+        source_root = onnx_root(source)
+        lowered_root = onnx_root(replay(source, report.rules))
+    except (KeyError, TypeError, ValueError, OSError, EOFError, DecodeError) as error:
         raise BundleError(f"{path}: cannot be read, or belongs to another bundle; {advice}") from error
     except (CertificateError, LoweringError) as error:
         raise BundleError(f"{path}: {error}; {advice}") from error
     reduced = bundle.manifest.precision != "fp32"
-    if found != report.source_onnx_root or (not reduced and found != certified):
+    if source_root != report.source_onnx_root or (not reduced and source_root != certified):
         raise BundleError(f"{path}: is not the certified graph; {advice}")
-    if result != bundle.manifest.lineage.onnx_root:
+    if lowered_root != bundle.manifest.lineage.onnx_root:
         raise BundleError(f"{path}: {len(report.rules)} rewrite rules do not give model.onnx; {advice}")
     start = f"the {bundle.manifest.precision} graph" if reduced else "the certified graph"
     return f"{len(report.rules)} rewrite rules, replayed on {start}, give model.onnx"

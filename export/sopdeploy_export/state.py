@@ -94,24 +94,20 @@ def _used_by_functions(kind: type) -> dict[str, Any]:
     functions = [inspect.unwrap(value) for value in vars(kind).values() if inspect.isfunction(value)]
     for function in functions:  # grows by the functions that these call
         codes = [function.__code__]
-        for code in codes:
+        for code in codes:  # grows by the functions that are defined inside
             codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
         names = {name for code in codes for name in code.co_names} & function.__globals__.keys()
-        found = {f"{function.__module__}.{name}": function.__globals__[name] for name in names}
-        found |= {f"{function.__qualname__}.{name}": v for name, v in (function.__kwdefaults__ or {}).items()}
-        found[f"{function.__qualname__}.defaults"] = list(function.__defaults__ or ())
+        variables = {f"{function.__module__}.{name}": function.__globals__[name] for name in names}
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        found |= {
-            f"{function.__qualname__}.{name}": cell.cell_contents for name, cell in cells if _is_set(cell)
-        }
-        for value in found.values():
-            if (
-                inspect.isfunction(value)
-                and value not in functions
-                and value.__module__.partition(".")[0] != "torch"
-            ):
+        enclosing = {name: cell.cell_contents for name, cell in cells if _is_set(cell)}
+        defaults = {**(function.__kwdefaults__ or {}), "(defaults)": list(function.__defaults__ or ())}
+        for name, value in (defaults | enclosing).items():
+            variables[f"{function.__qualname__}.{name}"] = value
+        for value in variables.values():
+            is_new = inspect.isfunction(value) and value not in functions
+            if is_new and value.__module__.partition(".")[0] != "torch":
                 functions.append(value)
-        used |= found
+        used |= variables
     return used
 
 
@@ -159,35 +155,38 @@ def first_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | N
 
 def first_written_tensor(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
     """Name the first tensor of *before* that was written to or replaced; new tensors may be added."""
-    for path, found in before.items():
-        if isinstance(found, Identity) and isinstance(found.value, Tensor) and after.get(path) != found:
+    for path, leaf in before.items():
+        if isinstance(leaf, Identity) and isinstance(leaf.value, Tensor) and after.get(path) != leaf:
             return path
     return None
 
 
+def held_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Map the path of every tensor in the state of *network*, also outside of its parameters and buffers."""
+    leaves = ((path, leaf.value) for path, leaf in read_state(network).items() if isinstance(leaf, Identity))
+    return {path: value for path, value in leaves if isinstance(value, Tensor)}
+
+
 class InPlaceWrites(TorchDispatchMode):
-    """Record which tensors of a network operations write to; `tensor.data` hides this from versions."""
+    """Record the paths of tensors that operations write to; `tensor.data` hides this from versions."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[str] = []
-        held = {path: leaf.value for path, leaf in read_state(network).items() if isinstance(leaf, Identity)}
-        self._owners = {
-            value.untyped_storage().data_ptr(): path
-            for path, value in held.items()
-            if isinstance(value, Tensor)
+        self.written: list[str] = []
+        self._paths = {
+            tensor.untyped_storage().data_ptr(): path for path, tensor in held_tensors(network).items()
         }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
         del types
-        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
-        given |= kwargs or {}
+        arguments = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+        arguments |= kwargs or {}
         for argument in func._schema.arguments if func._schema.is_mutable else ():
-            value = given.get(argument.name)
+            value = arguments.get(argument.name)
             if argument.is_write and isinstance(value, Tensor):
-                owner = self._owners.get(value.untyped_storage().data_ptr())
-                self.found += [] if owner is None else [owner]
+                path = self._paths.get(value.untyped_storage().data_ptr())
+                self.written += [] if path is None else [path]
         return func(*args, **(kwargs or {}))
 
 
@@ -204,16 +203,16 @@ class PythonReads(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: str | None = None
+        self.first: str | None = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call one function."""
         del types
         name = getattr(function, "__name__", "")
-        if name in self.READS and self.found is None:
+        if name in self.READS and self.first is None:
             module = sys._getframe(1).f_globals.get("__name__", "")
             if module.partition(".")[0] not in ("torch", "sopdeploy_export"):
-                self.found = f"{name} in {module}"
+                self.first = f"{name} in {module}"
         return function(*args, **(kwargs or {}))
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the report imports this module
 class ExportSubject:
     """A trained network to export.
 
-    `pipeline.subject_of_checkpoint` creates one from a checkpoint, `export_network` from any network.
+    `pipeline.export` creates one from a checkpoint, `export_network` from any network.
 
     Attributes:
         name: Name of the model in the bundle.

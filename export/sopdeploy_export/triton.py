@@ -21,10 +21,6 @@ TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 WARMUP = "image"
 LABELS = "labels.txt"
 
-TIMEOUT_MICROSECONDS = 1_000_000  # Triton rejects requests that wait longer
-MAX_DELAY_MICROSECONDS = 1000  # to wait for a larger batch
-MAX_QUEUE_SIZE = 256
-
 
 class TritonModel(StrictModel):
     """The model that was written, with the names of its files."""
@@ -102,15 +98,16 @@ model_warmup {{
   inputs {{ key: {name} value {{ data_type: {kind} dims: {dims} input_data_file: "{file}" }} }}
 }}
 """
+# Triton waits 1 ms for a larger batch, and rejects requests that wait longer than 1 s.
 BATCHING = """\
 dynamic_batching {{
   preferred_batch_size: {preferred}
-  max_queue_delay_microseconds: {delay}
+  max_queue_delay_microseconds: 1000
   default_queue_policy {{
     timeout_action: REJECT
-    default_timeout_microseconds: {timeout}
+    default_timeout_microseconds: 1000000
     allow_timeout_override: true
-    max_queue_size: {queue}
+    max_queue_size: 256
   }}
 }}
 """
@@ -141,12 +138,7 @@ def model_config(bundle: Bundle) -> str:
             file=WARMUP,
         )
     if batch.maximum > 1:
-        text += BATCHING.format(
-            preferred=sorted({size for size in (batch.optimum, batch.maximum) if size > 1}),
-            delay=MAX_DELAY_MICROSECONDS,
-            timeout=TIMEOUT_MICROSECONDS,
-            queue=MAX_QUEUE_SIZE,
-        )
+        text += BATCHING.format(preferred=sorted({batch.optimum, batch.maximum} - {1}))
     return text
 
 

@@ -16,6 +16,7 @@ from sopdeploy.cli.app import app
 from sopdeploy.errors import CheckpointError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
+from tests import quick_torch
 
 MARKER = "pwned"
 
@@ -23,11 +24,9 @@ MARKER = "pwned"
 @pytest.fixture(autouse=True)
 def _one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Use one thread, and an empty folder in which malicious code would create its marker."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
-    yield
-    torch.set_num_threads(threads)
+    with quick_torch.one_thread():
+        yield
 
 
 class Calls:

@@ -13,19 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.mixture.components import Components, Convolutions, FusionHead
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.user_network.export_network import export_network
+from tests.export.user_network.networks import PREPROCESS, SIDE, export_small
 
-SIDE, WIDTH, CLASSES = 12, 6, 4
+WIDTH, CLASSES = 6, 4
 LENGTH = WIDTH * (WIDTH + 1) // 2
-PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
 ROOT = NewtonSchulzConfig(iterations=3)
-OPTIONS = ExportOptions(max_batch=4)
 
 
 class Textbook(nn.Module):
@@ -140,15 +137,7 @@ FAST = {"a root whose subclass clamps", "a threshold gate", "the loop of the pap
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c not in FAST)) for c in CASES])
 def test_the_file_computes_what_the_network_computes(case: str, tmp_path: Path) -> None:
     network = build(case)
-    exported = export_network(
-        network,
-        plain=None,
-        labels=list("abcd"),
-        preprocess=PREPROCESS,
-        destination=tmp_path,
-        name="n",
-        options=OPTIONS,
-    )
+    exported = export_small(network, tmp_path, options=ExportOptions(max_batch=4))
     numbers = np.random.default_rng(0)
     images = numbers.integers(0, 256, (4, SIDE, SIDE, 3), dtype=np.uint8)
     images[2] = images[2] // 64

@@ -16,16 +16,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sopdeploy.errors import SopdeployError
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.user_network.export_network import export_network
 from sopdeploy_service.commands.verify import verify
 from tests import quick_torch
 from tests.attacks import user_networks as u
+from tests.export.user_network.networks import PREPROCESS, SIDE, export_small
 
-SIDE = 12
-PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
 TOLERANCE = 1e-4  # of the largest logit
 BATCHES = (1, 2, 3, 5)
 QUICK = ExportOptions(max_batch=1)
@@ -39,17 +36,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def export(network: nn.Module, plain: Any, destination: Path, **options: Any) -> Path:
-    exported = export_network(
-        network,
-        plain=plain,
-        training_only=["branches"],
-        labels=list("abcd"),
-        preprocess=PREPROCESS,
-        destination=destination,
-        name="small",
-        **options,
-    )
-    return exported.path
+    return export_small(network, destination, plain=plain, training_only=["branches"], **options).path
 
 
 def build(make: Callable[..., nn.Module]) -> nn.Module:

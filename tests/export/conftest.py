@@ -20,8 +20,11 @@ from tests import quick_torch
 from tests.export.once import proving_once
 
 SIDE = 16
+PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
 BRANCHED = BatchRange(optimum=2, maximum=4)
 LABELS = tuple("abcdefghij")
+MIXTURE = {"components": 4, "chosen": 2, "blocks_per_stage": 1}
+GMGAP: dict[str, Any] = {**MIXTURE, "component_widths": (6,), "gate_widths": (), "conv5_stride": 1}
 HOSTILE = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(2)>',
@@ -41,7 +44,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def preprocess() -> Preprocess:
-    return Preprocess(resize=SIDE, crop=SIDE)
+    return PREPROCESS
 
 
 @pytest.fixture(scope="session")
@@ -83,10 +86,18 @@ def save(
     return path
 
 
-def exported_bundle(network: Classifier, name: str, folder: Path, **options: Any) -> Exported:
-    """Export *network* with class names that a report must escape."""
-    checkpoint = save(network, name, folder / "ckpt.pt", Preprocess(resize=SIDE, crop=SIDE), HOSTILE)
-    chosen = ExportOptions(detach=bool(network.training_only), **options)
+def export_once(
+    network: Classifier,
+    name: str,
+    folder: Path,
+    *,
+    preprocess: Preprocess = PREPROCESS,
+    labels: tuple[str, ...] = LABELS,
+    **options: Any,
+) -> Exported:
+    """Export *network*, which is captured once for all tests of this process."""
+    checkpoint = save(network, name, folder / "ckpt.pt", preprocess, labels)
+    chosen = ExportOptions.model_validate({"detach": bool(network.training_only), **options})
     with proving_once(changes_program=chosen.pt2):
         return export(checkpoint, folder / "out", chosen)
 
@@ -94,12 +105,12 @@ def exported_bundle(network: Classifier, name: str, folder: Path, **options: Any
 @pytest.fixture(scope="session")
 def branched(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("branched")
-    return exported_bundle(trained(), "dsop-resnet8", folder, max_batch=4, pt2=True)
+    return export_once(trained(), "dsop-resnet8", folder, labels=HOSTILE, max_batch=4, pt2=True)
 
 
 @pytest.fixture(scope="session")
 def gated(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    widths = {"component_widths": (6,), "gate_widths": (), "blocks_per_stage": 1, "conv5_stride": 1}
-    network = trained("gmgap-16-8-resnet18", components=4, chosen=2, **widths)
+    network = trained("gmgap-16-8-resnet18", **GMGAP)
     torch.nn.init.normal_(network.gate.weight, std=0.1)
-    return exported_bundle(network, "gmgap-16-8-resnet18", tmp_path_factory.mktemp("gated"), max_batch=1)
+    folder = tmp_path_factory.mktemp("gated")
+    return export_once(network, "gmgap-16-8-resnet18", folder, labels=HOSTILE, max_batch=1)

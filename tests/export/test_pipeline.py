@@ -24,7 +24,7 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import Exported, export, fold_temperature
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
-from tests.export.conftest import LABELS, save, trained
+from tests.export.conftest import GMGAP, LABELS, save, trained
 from tests.export.once import proving_once
 
 SMALL = BatchRange(optimum=2, maximum=4)
@@ -172,8 +172,7 @@ def test_a_class_name_that_is_not_unicode_is_one_line(preprocess: Preprocess, tm
 def test_a_folded_temperature_divides_the_logits_and_no_other_output(
     preprocess: Preprocess, name: str
 ) -> None:
-    gate = {"components": 4, "chosen": 2, "component_widths": (6,), "gate_widths": (), "blocks_per_stage": 1}
-    network = trained(name, **({} if name == "dsop-resnet8" else gate))
+    network = trained(name, **({} if name == "dsop-resnet8" else GMGAP))
     images, ones = probe_images(preprocess), torch.ones(2, 3, 16, 16)
     folded = fold_temperature(network, 1.7, preprocess, images)
     with torch.no_grad():

@@ -41,7 +41,7 @@ def test_int8_quantizes_the_network_and_not_its_head(tmp_path: Path) -> None:
     small = Small("head:resnet8", 16, STATISTICS)
     assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx").passed
     images, plain = probe_images(Preprocess(resize=16, crop=16))[:4], onnx.load(tmp_path / "model.onnx")
-    graph = Int8Quantizer(plain, images, float32_parts(small.build())).quantize("minmax").graph
+    graph = Int8Quantizer(plain, images, float32_parts(small.build())).quantize().graph
     in_float = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     weights = {node.input[1] for node in graph.node if node.op_type in {"Conv", "Gemm", "MatMul"}}
     assert weights & in_float == {

@@ -16,7 +16,7 @@ from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy_export.pipeline import Exported
 from sopdeploy_export.tensorrt.from_program import build_from_program
 from sopdeploy_export.tensorrt.precision_check import list_precisions
-from tests.export.conftest import exported_bundle
+from tests.export.conftest import export_once
 from tests.service.children import PYTHONPATH
 
 FOLDER = Path(__file__).parents[2] / ".venv" / "cuda" / "torch-tensorrt"
@@ -57,7 +57,7 @@ def test_torch_tensorrt_converts_every_operator_and_keeps_the_names_of_tensors(b
 def test_torch_tensorrt_converts_every_family(
     name: str, outputs: list[str], make: Callable[..., Classifier], tmp_path: Path
 ) -> None:
-    bundle = exported_bundle(make(name), name, tmp_path, max_batch=4, pt2=True).path
+    bundle = export_once(make(name), name, tmp_path, max_batch=4, pt2=True).path
     assert converted(bundle)["tensors"] == ["images", *outputs]
 
 

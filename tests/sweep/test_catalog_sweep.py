@@ -77,7 +77,7 @@ def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     images = probe_images(Preprocess(resize=small.side, crop=small.side))[:4]
     kept = float32_parts(detach(network) if network.training_only else network)
     quantizer = Int8Quantizer(model, images, kept, "tensorrt")
-    accepted(quantizer.quantize("minmax"), "int8")
+    accepted(quantizer.quantize(), "int8")
 
 
 @pytest.mark.parametrize("small", DETACHED, ids=name)
@@ -150,7 +150,7 @@ def test_every_other_pooling_agrees(pooling: str, precision: Precision, tmp_path
     if precision == "int8":
         images = probe_images(Preprocess(resize=small.side, crop=small.side))[:4]
         kept = float32_parts(small.build())
-        model = Int8Quantizer(model, images, kept, "tensorrt").quantize("minmax")
+        model = Int8Quantizer(model, images, kept, "tensorrt").quantize()
     accepted(model, precision)
 
 

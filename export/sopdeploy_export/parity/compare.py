@@ -7,6 +7,7 @@ small that rounding can change it.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.errors import ParityError
-from sopdeploy_export.graph import Deployed, InFloat64, operator_counts, output_names
+from sopdeploy_export.graph import Deployed, InFloat64, output_names
 from sopdeploy_export.parity.onnx_file import EMULATION, file_outputs, has_bfloat16, open_session
 from sopdeploy_export.parity.report import (
     FLOORS_BY_PRECISION,
@@ -34,7 +35,7 @@ from sopdeploy_export.parity.report import (
 )
 from sopdeploy_export.parity.routing import (
     Routing,
-    compared,
+    comparable,
     find_gate,
     find_routes,
     gate_logits,
@@ -46,6 +47,10 @@ Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 Gate = Callable[[Tensor], NDArray[Any]]
 SINGLE_IMAGES, BATCH, LARGEST_BATCH = 4, 16, 63  # batches larger than LARGEST_BATCH may exceed the memory
+OVERFLOW_REMEDIES: dict[Precision, str] = {
+    "fp16": "choose precision bf16-backbone or fp32",
+    "fp32": "train it again with weight decay or a lower learning rate",
+}
 UNDECIDED = "add probes: images from the target domain, or train longer"
 
 
@@ -67,46 +72,51 @@ class Reference:
 def compute_reference(
     deployed: Deployed,
     images: NDArray[np.uint8],
-    own: Run | None = None,
+    run: Run | None = None,
     precision: Precision = "fp32",
-    own_gate: Gate | None = None,
+    gate: Gate | None = None,
 ) -> Reference:
-    """Compute the float64 outputs of *deployed* for *images* (P, H, W, 3) and the noise floor of *own*.
+    """Compute the float64 outputs of *deployed* for *images* (P, H, W, 3) and the noise floor of *run*.
 
-    *own* runs the network in *precision*, by default *deployed* itself; *own_gate* computes the gate logits
-    in *precision*. *own* runs in batches of 16 and image by image; the noise floor is the larger of the two
-    errors. Raises `ParityError` if outputs are not finite or the gate is undecided on every image.
+    *run* computes the outputs in *precision*, by default with *deployed* itself, and *gate* the gate logits.
+    The images run in batches of 16 and some of them alone; the noise floor is the larger of the two errors.
+    Raises `ParityError` if outputs are not finite or the gate is undecided on every image.
     """
-    own = own or deployed
+    run = run or deployed
     names, network64 = output_names(deployed.network), copy.deepcopy(deployed).double()
     with InFloat64():
         exact = network_outputs(network64, names, images, BATCH)
-    batched = network_outputs(own, names, images, BATCH)
-    single = network_outputs(own, names, images[:SINGLE_IMAGES], 1)
-    routes, kept = None, np.ones(len(images), dtype=bool)
-    if (gate := find_gate(deployed.network)) is not None:
+    batched = network_outputs(run, names, images, BATCH)
+    single = network_outputs(run, names, images[:SINGLE_IMAGES], 1)
+    routes, compared = None, np.ones(len(images), dtype=bool)
+    if (gate_layer := find_gate(deployed.network)) is not None:
         pixels = torch.from_numpy(images)
-        own_logits = gate_logits(deployed, pixels) if own_gate is None else own_gate(pixels)
-        exact_logits, allowed = gate_logits(network64, pixels), FLOORS_BY_PRECISION[precision]
-        routes = find_routes(exact_logits, own_logits, gate.chosen, allowed)
-        kept = routes.comparable
-    if not kept.any():
+        rounded = gate_logits(deployed, pixels) if gate is None else gate(pixels)
+        exact_logits, floors = gate_logits(network64, pixels), FLOORS_BY_PRECISION[precision]
+        routes = find_routes(exact_logits, rounded, gate_layer.chosen, floors)
+        compared = comparable(np.zeros(len(images), dtype=bool), routes)
+    if not compared.any():
         raise ParityError(
             f"the gate is undecided on every probe image and rounding to {precision} changes every route, "
             f"so no output can be compared; {UNDECIDED}"
         )
-    floors = {}
+    noise_floor = {}
     for name, values in exact.items():
         if not np.isfinite(values).all():
             raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")
         if not (np.isfinite(batched[name]).all() and np.isfinite(single[name]).all()):
-            raise ParityError(_overflow(name, precision))
-        floors[name] = max(
+            remedy = OVERFLOW_REMEDIES.get(precision, "choose precision fp32")
+            raise ParityError(
+                f"the network's own {name} are not finite in {precision} on the probe images: activations "
+                f"overflow; {remedy}"
+            )
+        alone = compared[:SINGLE_IMAGES]
+        noise_floor[name] = max(
             4 * float(np.finfo(np.float32).eps) * float(np.abs(values).max()),
-            float(np.abs(batched[name] - values)[kept].max(initial=0.0)),
-            float(np.abs(single[name] - values[:SINGLE_IMAGES])[kept[:SINGLE_IMAGES]].max(initial=0.0)),
+            float(np.abs(batched[name] - values)[compared].max(initial=0.0)),
+            float(np.abs(single[name] - values[:SINGLE_IMAGES])[alone].max(initial=0.0)),
         )
-    return Reference(outputs=exact, noise_floor=floors, precision=precision, routing=routes)
+    return Reference(outputs=exact, noise_floor=noise_floor, precision=precision, routing=routes)
 
 
 def network_outputs(run: Run, names: Sequence[str], images: NDArray[np.uint8], batch: int) -> Arrays:
@@ -134,28 +144,30 @@ def compare(
     """
     session, model = open_session(path), onnx.load(path)
     sizes = sorted({1, min(2, batch.maximum), batch.optimum, min(batch.maximum - 1, LARGEST_BATCH) or 1})
-    found = {size: file_outputs(session, images, size) for size in sizes}
-    routes, other = expected.routing, np.zeros(len(images), dtype=bool)
+    by_size = {size: file_outputs(session, images, size) for size in sizes}
+    routes, rerouted_images = expected.routing, np.zeros(len(images), dtype=bool)
+    compared = ~rerouted_images
     if routes is not None:
-        other = np.any([rerouted(outputs[GATES], routes) for outputs in found.values()], axis=0)
-    kept = compared(other, routes) if routes is not None else ~other
+        rerouted_images = np.any([rerouted(file[GATES], routes) for file in by_size.values()], axis=0)
+        compared = comparable(rerouted_images, routes)
     outputs = {}
     for name, exact in expected.outputs.items():
-        tolerance = expected.floors * expected.noise_floor[name]
+        alone = by_size[1][name]
         outputs[name] = OutputParity(
             noise_floor=expected.noise_floor[name],
-            tolerance=tolerance,
-            drift={str(size): max_drift(name, values[name], exact, kept) for size, values in found.items()},
-            batch_difference=max(
-                max_drift(name, values[name], found[1][name], kept) for values in found.values()
-            ),
+            tolerance=expected.floors * expected.noise_floor[name],
+            drift={str(size): max_drift(name, file[name], exact, compared) for size, file in by_size.items()},
+            batch_difference=max(max_drift(name, file[name], alone, compared) for file in by_size.values()),
         )
-    if not kept.any():
+    if not compared.any():
         raise ParityError(f"the exported file routes every image to other components; {UNDECIDED}")
-    top1 = agreement(found[1][LOGITS], expected.outputs[LOGITS], outputs[LOGITS].tolerance, ~kept)
-    routing = None if routes is None else routing_parity(other, routes)
+    top1 = agreement(by_size[1][LOGITS], expected.outputs[LOGITS], outputs[LOGITS].tolerance, ~compared)
+    routing = None if routes is None else routing_parity(rerouted_images, routes)
     passed = (
-        all(max(o.largest_drift, o.batch_difference) <= o.tolerance for o in outputs.values())
+        all(
+            max(output.largest_drift, output.batch_difference) <= output.tolerance
+            for output in outputs.values()
+        )
         and top1.flips("error") == 0
         and (routing is None or routing.wrong == 0)
     )
@@ -167,10 +179,10 @@ def compare(
         images=len(images),
         floors_allowed=expected.floors,
         outputs=outputs,
-        spread=logit_spread(expected.outputs[LOGITS][kept]) if expected.precision != "fp32" else None,
+        spread=logit_spread(expected.outputs[LOGITS][compared]) if expected.precision != "fp32" else None,
         top1=top1,
         routing=routing,
-        operators=operator_counts(model),
+        operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
         file_bytes=path.stat().st_size,
         passed=passed,
         drift_allowed=False,
@@ -178,7 +190,10 @@ def compare(
     passed = passed and not report.unverifiable
     report = report.model_copy(update={"passed": passed, "drift_allowed": allow_drift and not passed})
     if not report.passed and not allow_drift:
-        raise ParityError(_error_message(report))
+        undecided = ""
+        if routing is not None and routing.flips and routing.undecided == report.images:
+            undecided = "; the gate is undecided on every image, so rounding decides: train longer"
+        raise ParityError(f"the exported file {_first_violation(report)}{undecided}; nothing was written")
     return report
 
 
@@ -191,20 +206,8 @@ def logit_spread(logits: NDArray[Any]) -> float:
     return float(np.ptp(logits, axis=0 if len(logits) > 1 else 1).max())
 
 
-def _overflow(output: str, precision: Precision) -> str:
-    """Build the error message for an *output* that is not finite in *precision*."""
-    remedy = {
-        "fp16": "choose precision bf16-backbone or fp32",
-        "fp32": "train it again with weight decay or a lower learning rate",
-    }.get(precision, "choose precision fp32")
-    return (
-        f"the network's own {output} are not finite in {precision} on the probe images: activations "
-        f"overflow; {remedy}"
-    )
-
-
-def max_drift(name: str, values: NDArray[Any], expected: NDArray[Any], kept: NDArray[np.bool_]) -> float:
-    """Compute the maximum absolute difference over the *kept* images (P,).
+def max_drift(name: str, values: NDArray[Any], expected: NDArray[Any], compared: NDArray[np.bool_]) -> float:
+    """Compute the maximum absolute difference over the *compared* images (P,).
 
     Raises `ParityError` if the shapes differ or *values* are not finite.
     """
@@ -212,15 +215,7 @@ def max_drift(name: str, values: NDArray[Any], expected: NDArray[Any], kept: NDA
         raise ParityError(f"the exported file gives {name} of shape {values.shape}, not {expected.shape}")
     if not np.isfinite(values).all():
         raise ParityError(f"the exported file gives {name} that are not finite")
-    return float(np.abs(values.astype(np.float64) - expected)[kept].max(initial=0.0))
-
-
-def _error_message(report: ParityReport) -> str:
-    undecided = ""
-    routing = report.routing
-    if routing is not None and routing.flips and routing.undecided == report.images:
-        undecided = "; the gate is undecided on every image, so rounding decides: train longer"
-    return f"the exported file {_first_violation(report)}{undecided}; nothing was written"
+    return float(np.abs(values.astype(np.float64) - expected)[compared].max(initial=0.0))
 
 
 def _first_violation(report: ParityReport) -> str:

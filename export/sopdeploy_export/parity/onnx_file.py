@@ -6,7 +6,6 @@ which could remove the casts. As on a GPU, results are rounded to bfloat16 and s
 and kernels differ. Reports of such files contain the sentence `EMULATION`.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy.errors import ParityError
+from sopdeploy_export.graph import INPUT
 from sopdeploy_export.parity.report import PROVIDER
 
 Arrays = dict[str, NDArray[Any]]
@@ -52,35 +52,17 @@ def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch
 
     Raises `ParityError` if the file does not accept this batch size.
     """
-    source = session.get_inputs()[0].name
     names = [output.name for output in session.get_outputs()]
     chunks = []
     for start in range(0, len(images), batch):
         indices = np.arange(start, start + batch) % len(images)
         try:
-            chunks.append(session.run(names, {source: images[indices]}))
+            chunks.append(session.run(names, {INPUT: images[indices]}))
         except Exception as problem:  # onnxruntime's errors share no base class
             reason = str(problem).strip().partition("\n")[0][:200]
             raise ParityError(f"the exported file rejects a batch of {batch}: {reason}") from problem
     joined = (np.concatenate(values)[: len(images)] for values in zip(*chunks, strict=True))
     return dict(zip(names, joined, strict=True))
-
-
-def run_one(path: Path) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
-    """Build a function that computes the logits (C,) of one image (H, W, 3) with the file at *path*."""
-    session = open_session(path)
-    source, output = session.get_inputs()[0].name, session.get_outputs()[0].name
-
-    def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = session.run([output], {source: pixels[None]})[0][0]
-        return logits
-
-    return run
-
-
-def fixed_batch(model: onnx.ModelProto) -> int | None:
-    """Read the fixed batch size of *model*, set by `--max-batch 1`; None if the batch axis is dynamic."""
-    return model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None
 
 
 def has_bfloat16(model: onnx.ModelProto) -> bool:

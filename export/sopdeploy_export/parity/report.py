@@ -1,4 +1,4 @@
-"""The measurements of `parity.json`: drift, noise floors, top-1 agreement, routing and spectral errors.
+"""The measurements of `parity.json`: drift, noise floors, top-1 agreement and routing.
 
 Tolerances are multiples of a measured noise floor. The reference is the network in float64. The noise floor
 of an output is the distance between that reference and the network's own run in the exported precision. The
@@ -77,6 +77,11 @@ class OutputParity(StrictModel):
     def largest_drift(self) -> float:
         """The maximum drift over all batch sizes."""
         return max(self.drift.values())
+
+    @property
+    def largest_difference(self) -> float:
+        """The larger of the maximum drift and the change caused by batching."""
+        return max(self.largest_drift, self.batch_difference)
 
     @property
     def drift_in_floors(self) -> float:
@@ -161,38 +166,21 @@ class ParityReport(StrictModel):
 
 
 def agreement(
-    values: NDArray[Any],
-    expected: NDArray[Any],
-    tolerance: float,
-    rerouted: NDArray[np.bool_] | None = None,
+    values: NDArray[Any], expected: NDArray[Any], tolerance: float, rerouted: NDArray[np.bool_]
 ) -> Agreement:
     """Compare the top classes of logits *values* and *expected*, both (P, C).
 
     *rerouted* (P,) marks images whose gate chose other components.
     """
-    rows = np.arange(len(expected))
     network, file = expected.argmax(axis=1), values.argmax(axis=1)
-    margin = expected[rows, network] - expected[rows, file]
     flipped = []
-    for image in np.flatnonzero(network != file):
-        cause: FlipCause = "noise" if margin[image] <= 2 * tolerance else "error"
-        if rerouted is not None and rerouted[image]:
+    for image in np.flatnonzero(network != file).tolist():
+        margin = float(expected[image, network[image]] - expected[image, file[image]])
+        cause: FlipCause = "noise" if margin <= 2 * tolerance else "error"
+        if rerouted[image]:
             cause = "routing"
-        flipped.append(
-            Flip(
-                image=int(image),
-                network=int(network[image]),
-                file=int(file[image]),
-                margin=float(margin[image]),
-                cause=cause,
-            )
-        )
+        classes = {"network": int(network[image]), "file": int(file[image])}
+        flipped.append(Flip(image=image, **classes, margin=margin, cause=cause))
     agree = len(expected) - len(flipped)
     low, high = wilson(agree, len(expected))
-    return Agreement(
-        images=len(expected),
-        agree=agree,
-        flipped=tuple(flipped),
-        low=low,
-        high=high,
-    )
+    return Agreement(images=len(expected), agree=agree, flipped=tuple(flipped), low=low, high=high)

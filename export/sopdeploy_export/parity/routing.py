@@ -37,11 +37,6 @@ class Routing:
     decided: NDArray[np.bool_]
     unchanged: NDArray[np.bool_]
 
-    @property
-    def comparable(self) -> NDArray[np.bool_]:
-        """The images (P,) whose outputs can be compared: `decided`, or `unchanged` if none is decided."""
-        return self.decided if self.decided.any() else self.unchanged
-
 
 def find_gate(network: nn.Module) -> Any:
     """Find the gate of *network*, a layer that declares `is_gate`.
@@ -55,40 +50,40 @@ def find_gate(network: nn.Module) -> Any:
 def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
     """Compute the gate logits (P, N) for *pixels*, in the dtype that *deployed* uses for them."""
     gate = find_gate(deployed.network)
-    kept: list[Tensor] = []
-    handle = gate.feature.register_forward_hook(
-        lambda _part, _inputs, output: kept.append(gate.logits(output))
+    computed: list[Tensor] = []
+    hook = gate.feature.register_forward_hook(
+        lambda _part, _inputs, feature: computed.append(gate.logits(feature))
     )
     try:
         with torch.no_grad():
             deployed(pixels)
     finally:
-        handle.remove()
-    return kept[0].numpy()
+        hook.remove()
+    return computed[0].numpy()
 
 
-def find_routes(exact: NDArray[Any], own: NDArray[Any], k: int, floors: float) -> Routing:
+def find_routes(exact: NDArray[Any], rounded: NDArray[Any], k: int, floors: float) -> Routing:
     """Compute the routes to *k* components from the float64 gate logits *exact* (P, N).
 
-    *own* are the logits in the exported precision; the tolerance is *floors* times their error.
+    *rounded* are the logits in the exported precision; the tolerance is *floors* times their error.
     """
     chosen = _largest(exact, k)
     ranked = -np.sort(-exact, axis=1)
     margin = ranked[:, k - 1] - ranked[:, k] if k < exact.shape[1] else np.full(len(exact), np.inf)
-    smallest = 4 * float(np.finfo(np.float32).eps) * float(np.abs(exact).max())
-    noise = max(smallest, float(np.abs(own - exact).max()))
+    rounding = 4 * float(np.finfo(np.float32).eps) * float(np.abs(exact).max())
+    noise = max(rounding, float(np.abs(rounded - exact).max()))
     tolerance = floors * noise
-    kept = np.where(chosen, exact, -np.inf)
-    kept = kept - kept.max(axis=1, keepdims=True)
-    log_weight = kept - np.log(np.exp(kept).sum(axis=1, keepdims=True))
+    chosen_logits = np.where(chosen, exact, -np.inf)
+    chosen_logits = chosen_logits - chosen_logits.max(axis=1, keepdims=True)
+    log_weights = chosen_logits - np.log(np.exp(chosen_logits).sum(axis=1, keepdims=True))
     return Routing(
         chosen=chosen,
-        visible=log_weight - 2 * tolerance > np.log(np.finfo(np.float32).tiny),
+        visible=log_weights - 2 * tolerance > np.log(np.finfo(np.float32).tiny),
         margin=margin,
         noise_floor=noise,
         tolerance=tolerance,
         decided=margin > 2 * tolerance,
-        unchanged=(_largest(own, k) == chosen).all(axis=1),
+        unchanged=(_largest(rounded, k) == chosen).all(axis=1),
     )
 
 
@@ -100,34 +95,38 @@ def is_decided(logits: NDArray[Any], chosen: int, routing: RoutingParity) -> boo
 
 def _largest(logits: NDArray[Any], k: int) -> NDArray[np.bool_]:
     # A stable sort resolves ties in favor of the lower index, as the gate does.
-    order = np.argsort(-logits, axis=1, kind="stable")
+    by_size = np.argsort(-logits, axis=1, kind="stable")
     chosen = np.zeros(logits.shape, dtype=bool)
-    np.put_along_axis(chosen, order[:, :k], True, axis=1)
+    np.put_along_axis(chosen, by_size[:, :k], True, axis=1)
     return chosen
 
 
 def rerouted(gates: NDArray[Any], routes: Routing) -> NDArray[np.bool_]:
     """Mark the images (P,) that the file routes to other components; *gates* (P, N) are its weights."""
-    given = gates > 0
-    different: NDArray[np.bool_] = (given & ~routes.chosen) | (~given & routes.visible)
+    positive = gates > 0
+    different: NDArray[np.bool_] = (positive & ~routes.chosen) | (~positive & routes.visible)
     return np.asarray(different.any(axis=1), dtype=np.bool_)
 
 
-def compared(other: NDArray[np.bool_], routes: Routing) -> NDArray[np.bool_]:
-    """Mark the images (P,) whose outputs are compared; *other* (P,) marks rerouted images."""
-    return routes.decided if routes.decided.any() else routes.unchanged & ~other
+def comparable(rerouted_images: NDArray[np.bool_], routes: Routing) -> NDArray[np.bool_]:
+    """Mark the images (P,) whose outputs can be compared: the decided ones.
+
+    If none is decided, these are the images that neither rounding nor the file routes to other components;
+    *rerouted_images* (P,) marks the latter.
+    """
+    return routes.decided if routes.decided.any() else routes.unchanged & ~rerouted_images
 
 
-def routing_parity(other: NDArray[np.bool_], routes: Routing) -> RoutingParity:
-    """Summarize the routing; *other* (P,) marks the images rerouted at any batch size."""
+def routing_parity(rerouted_images: NDArray[np.bool_], routes: Routing) -> RoutingParity:
+    """Summarize the routing; *rerouted_images* (P,) marks those rerouted at any batch size."""
     finite = routes.margin[np.isfinite(routes.margin)]
     return RoutingParity(
         noise_floor=routes.noise_floor,
         tolerance=routes.tolerance,
         smallest_margin=float(finite.min()) if len(finite) else 0.0,
         undecided=int((~routes.decided).sum()),
-        flips=int((other & ~routes.decided).sum()),
-        wrong=int((other & routes.decided).sum()),
-        left_out=tuple(int(image) for image in np.flatnonzero(~compared(other, routes))),
+        flips=int((rerouted_images & ~routes.decided).sum()),
+        wrong=int((rerouted_images & routes.decided).sum()),
+        left_out=tuple(int(image) for image in np.flatnonzero(~comparable(rerouted_images, routes))),
         usage=tuple(int(count) for count in routes.chosen.sum(axis=0)),
     )

@@ -41,16 +41,12 @@ def serialize_program(program: ExportedProgram, certificate: Certificate) -> byt
     return content
 
 
-def _load(content: bytes) -> ExportedProgram:
-    return torch.export.load(io.BytesIO(content))
-
-
 def check_program(content: bytes, certificate: Certificate) -> None:
     """Verify that *content* holds the certified program, exactly the kept tensors and no other weights.
 
     Raises `CertificateError` otherwise.
     """
-    loaded = _load(content)
+    loaded = torch.export.load(io.BytesIO(content))
     root = program_root(loaded).sha256
     if root != certificate.roots.any_batch:
         raise CertificateError(f"{PROGRAM}: its graph hash {root[:16]} is not the certified one")

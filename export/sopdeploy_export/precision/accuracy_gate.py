@@ -7,39 +7,19 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import ConfigError, ParityError
 from sopdeploy.evaluation.statistics import wilson
-from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.graph import CALIBRATE, list_images, load_images
+from sopdeploy.images.pixels import preprocess_image
+from sopdeploy_export.graph import CALIBRATE, INPUT, load_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import open_session
+from sopdeploy_export.parity.report import LOGITS
 from sopdeploy_export.precision.report import Accuracy, PrecisionReport
 from sopdeploy_export.subject import ExportSubject
 
 BATCH = 8
-Batch = tuple[NDArray[np.uint8], list[int]]  # images (B, H, W, 3), and labels if they are known
-
-
-def open_folders(subject: ExportSubject, options: ExportOptions) -> PreprocessedDataset | None:
-    """Open the images of `evaluate` with the classes of *subject* in output order; None if there are none.
-
-    Raises `DataError` if they have other classes or if `calibrate` has no images, and `ConfigError` for
-    `evaluate` with a network that predicts several classes per image.
-    """
-    if options.calibrate is not None:
-        list_images(options.calibrate, CALIBRATE)
-    if options.evaluate is None:
-        return None
-    if subject.decision is not None and subject.decision.activation == "sigmoid":
-        raise ConfigError(
-            "measures top-1, but this network predicts several classes per image; omit it and evaluate the "
-            "checkpoint and the bundle",
-            setting="evaluate",
-        )
-    return PreprocessedDataset(open_evaluation_images(options.evaluate, subject.labels), subject.preprocess)
 
 
 class AccuracyCheck:
@@ -49,61 +29,64 @@ class AccuracyCheck:
     uint8 (P, H, W, 3); it is None without `calibrate`.
     """
 
-    def __init__(
-        self,
-        options: ExportOptions,
-        preprocess: Preprocess,
-        batch: BatchRange,
-        labeled: PreprocessedDataset | None = None,
-    ) -> None:
-        self.options, self._labeled, self._size = options, labeled, min(BATCH, batch.maximum)
-        self.calibration = None
+    def __init__(self, subject: ExportSubject, options: ExportOptions) -> None:
+        """Open the folders of *options* for the network of *subject*.
+
+        Raises `DataError` if a folder has no images or other classes than *subject*, and `ConfigError` for
+        `evaluate` with a network that predicts several classes per image.
+        """
+        self.options, self._preprocess = options, subject.preprocess
+        self.calibration: NDArray[np.uint8] | None = None
+        self._labeled: ImageFiles | None = None
+        self._float32_classes: NDArray[np.int64] | None = None
         if options.calibrate is not None:
-            self.calibration = load_images(options.calibrate, preprocess, CALIBRATE)
-        self._before: NDArray[np.int64] | None = None
+            self.calibration = load_images(options.calibrate, subject.preprocess, CALIBRATE)
+        if options.evaluate is not None:
+            if subject.decision is not None and subject.decision.activation == "sigmoid":
+                raise ConfigError(
+                    "measures top-1, but this network predicts several classes per image; omit it and "
+                    "evaluate the checkpoint and the bundle",
+                    setting="evaluate",
+                )
+            self._labeled = open_evaluation_images(options.evaluate, subject.labels)
 
     def measure(self, float32: onnx.ModelProto, exported: Path | onnx.ModelProto) -> Accuracy:
         """Run both graphs on the images; the classes of *float32* are computed once and kept."""
-        sessions = [open_session(exported)]
-        if self._before is None:
-            sessions.insert(0, open_session(float32))
-        predictions: list[list[NDArray[np.int64]]] = [[] for _ in sessions]
-        truth: list[int] = []
-        for images, labels in self._batches():
-            truth += labels
-            for session, found in zip(sessions, predictions, strict=True):
-                logits = session.run(None, {session.get_inputs()[0].name: images})[0]
-                found.append(logits.argmax(axis=1))
-        classes = [np.concatenate(found) for found in predictions]
-        if self._before is None:
-            self._before = classes[0]
-        return accuracy(self._before, classes[-1], np.asarray(truth) if truth else None)
+        if self._float32_classes is None:
+            self._float32_classes = self._top_classes(float32)
+        truth = None if self._labeled is None else np.asarray(self._labeled.targets, np.int64)
+        return accuracy(self._float32_classes, self._top_classes(exported), truth)
 
     def reject(self, report: PrecisionReport) -> None:
-        """Raise `ParityError` if the accuracy in *report* drops by more than `max_drop`."""
-        found, limit = report.accuracy, self.options.max_drop
-        if found is None or found.drop <= limit:
+        """Raise `ParityError` if *report* lost more accuracy than `max_drop`, unless drift is allowed."""
+        measured, limit = report.accuracy, self.options.max_drop
+        if measured is None or measured.drop <= limit or self.options.allow_drift:
             return
-        metric = "agreement with float32" if found.before is None else "top-1"
+        metric = "agreement with float32" if measured.before is None else "top-1"
         tried = ""
         if report.quantisation is not None:
             attempts = ", ".join(map(str, report.quantisation.tried))
             tried = f"; tried: {attempts}; add images like those of production"
         raise ParityError(
-            f"{report.precision} loses {found.drop:.2f} points of {metric} on {found.images} images, "
+            f"{report.precision} loses {measured.drop:.2f} points of {metric} on {measured.images} images, "
             f"more than {limit:g}{tried}",
             setting="max_drop",
         )
 
-    def _batches(self) -> Iterator[Batch]:
-        if self._labeled is None:
-            images = self.calibration
-            yield from ((image[None], []) for image in (() if images is None else images))
-            return
-        for start in range(0, len(self._labeled), self._size):
-            end = min(start + self._size, len(self._labeled))
-            pairs = [self._labeled[index] for index in range(start, end)]
-            yield np.stack([image for image, _ in pairs]), [int(label) for _, label in pairs]
+    def _top_classes(self, model: Path | onnx.ModelProto) -> NDArray[np.int64]:
+        session = open_session(model)
+        batches = (session.run([LOGITS], {INPUT: images})[0] for images in self._batches())
+        return np.concatenate([logits.argmax(axis=1) for logits in batches])
+
+    def _batches(self) -> Iterator[NDArray[np.uint8]]:
+        """Yield the images (B, H, W, 3): those of `calibrate` one by one."""
+        if self._labeled is not None:
+            size = min(BATCH, self.options.batch.maximum)
+            for start in range(0, len(self._labeled), size):
+                files = (self._labeled[i][0] for i in range(start, min(start + size, len(self._labeled))))
+                yield np.stack([preprocess_image(image, self._preprocess) for image in files])
+        elif self.calibration is not None:
+            yield from self.calibration[:, None]
 
 
 def accuracy(

@@ -17,7 +17,7 @@ the captured program shows that nothing else reads the output of the convolution
 """
 
 import copy
-from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +32,8 @@ from sopdeploy_export.graph import PREFIX, InFloat64, compute_outputs
 Part = TypeVar("Part", bound=nn.Module)
 FOLD_TOLERANCE = 1e-9  # relative to the largest value; correct folds differ by 1e-15 to 1e-12
 LOW_PRECISION = {"fp16": torch.float16, "bf16-backbone": torch.bfloat16}
+CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
+BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 def with_precision(network: Part, program: ExportedProgram, precision: Precision, pixels: Tensor) -> Part:
@@ -45,9 +47,9 @@ def with_precision(network: Part, program: ExportedProgram, precision: Precision
     with torch.no_grad(), InFloat64():
         expected = compute_outputs(exact, pixels.double())[0]
         fold_batch_norms(exact, program)
-        found = compute_outputs(exact, pixels.double())[0]
+        logits = compute_outputs(exact, pixels.double())[0]
     scale = max(float(expected.abs().max()), torch.finfo(torch.float64).tiny)
-    difference = float((found - expected).abs().max()) / scale
+    difference = float((logits - expected).abs().max()) / scale
     if not difference <= FOLD_TOLERANCE:
         raise LoweringError(
             f"batch norms folded into the convolutions change the output by {difference:.2g} of its largest "
@@ -62,21 +64,16 @@ def place_casts(network: Part, precision: Precision) -> Part:
     """Convert the weights of *network* in place and register hooks that cast activations."""
     low, dtypes = LOW_PRECISION[precision], weight_dtypes(network, precision)
     for name, part in network.named_modules():
-        _convert_own_tensors(part, dtypes[name])
+        for parameter in part.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtypes[name])
+        for buffer_name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, buffer_name, _cast(buffer, dtypes[name]))
         dtype = _input_dtype(part, dtypes[name])
         if dtype is not None:
-            part.register_forward_pre_hook(_input_cast(dtype))
+            part.register_forward_pre_hook(partial(_cast_first_input, dtype))
         if export_hints(part).keep_output_dtype or isinstance(part, nn.LocalResponseNorm):
             part.register_forward_hook(lambda _part, _inputs, output: _cast(output, low))
     return network.eval()
-
-
-def _convert_own_tensors(part: nn.Module, dtype: torch.dtype) -> None:
-    """Convert the parameters and floating-point buffers of *part*, but not of its children, to *dtype*."""
-    for parameter in part.parameters(recurse=False):
-        parameter.data = parameter.data.to(dtype)
-    for name, buffer in list(part.named_buffers(recurse=False)):
-        setattr(part, name, _cast(buffer, dtype))
 
 
 def _input_dtype(part: nn.Module, weights: torch.dtype) -> torch.dtype | None:
@@ -126,18 +123,14 @@ def float32_parts(network: nn.Module, precision: Precision = "fp16") -> list[str
     ]
 
 
-def _input_cast(dtype: torch.dtype) -> Callable[[nn.Module, Any], Any]:
-    return lambda _part, inputs: (_cast(inputs[0], dtype), *inputs[1:])
+def _cast_first_input(dtype: torch.dtype, _part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return _cast(inputs[0], dtype), *inputs[1:]
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
         return value
     return value.to(dtype)
-
-
-CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
-BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
@@ -147,12 +140,13 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
     for node in program.graph.nodes:
         if node.target is not BATCH_NORM or node.args[0].target not in CONVOLUTIONS or node.args[1] is None:
             continue
-        own = node.args[0].args[1], node.args[1]  # the weights of the convolution and of the batch norm
-        weights = [names.get(weight.name) for weight in own]
-        if None in weights or any(len(value.users) != 1 for value in (node.args[0], *own)):
+        convolved, norm_weight = node.args[:2]
+        weights = convolved.args[1], norm_weight
+        weight_names = [names.get(weight.name) for weight in weights]
+        if None in weight_names or any(len(value.users) != 1 for value in (convolved, *weights)):
             continue
         convolution_name, norm_name = (
-            str(weight).removeprefix(PREFIX).rpartition(".")[0] for weight in weights
+            str(name).removeprefix(PREFIX).rpartition(".")[0] for name in weight_names
         )
         convolution, norm = network.get_submodule(convolution_name), network.get_submodule(norm_name)
         remaining = without_normalization(norm)

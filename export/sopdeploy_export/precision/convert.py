@@ -9,7 +9,7 @@ from the requested ones is rejected.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -37,26 +37,12 @@ from sopdeploy_export.graph import (
 )
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import Gate, Run
-from sopdeploy_export.parity.onnx_file import (
-    file_outputs,
-    fixed_batch,
-    open_session,
-)
+from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.parity.routing import find_gate, gate_logits
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
-from sopdeploy_export.precision.casts import (
-    LOW_PRECISION,
-    float32_parts,
-    weight_dtypes,
-    with_precision,
-)
+from sopdeploy_export.precision.casts import LOW_PRECISION, float32_parts, weight_dtypes, with_precision
 from sopdeploy_export.precision.int8 import Int8Quantizer
-from sopdeploy_export.precision.report import (
-    Accuracy,
-    Attempt,
-    PrecisionReport,
-    Quantization,
-)
+from sopdeploy_export.precision.report import Accuracy, Attempt, PrecisionReport, Quantization
 from sopdeploy_export.proof.hashes import program_root
 from sopdeploy_export.rewrites.apply import Lowered, LoweringReport, lower_graph
 
@@ -80,13 +66,13 @@ class CapturedGraph(NamedTuple):
 
 def weight_types(model: onnx.ModelProto) -> dict[str, str]:
     """Map each part to the type of its largest weight in *model*."""
-    found: dict[str, tuple[int, str]] = {}
+    largest: dict[str, tuple[int, str]] = {}
     for tensor in model.graph.initializer:
         part = tensor.name.rpartition(".")[0]
         size = len(tensor.raw_data)
-        if part and tensor.data_type in TYPE_NAMES and size > found.get(part, (0, ""))[0]:
-            found[part] = size, TYPE_NAMES[tensor.data_type]
-    return {part: name for part, (_, name) in found.items()}
+        if part and tensor.data_type in TYPE_NAMES and size > largest.get(part, (0, ""))[0]:
+            largest[part] = size, TYPE_NAMES[tensor.data_type]
+    return {part: name for part, (_, name) in largest.items()}
 
 
 def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Precision) -> None:
@@ -94,8 +80,8 @@ def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Pr
 
     *network* is the certified network, without casts, so that a missing cast is detected.
     """
-    found = weight_types(model)
-    if precision == "int8" and "int8" not in found.values():
+    actual = weight_types(model)
+    if precision == "int8" and "int8" not in actual.values():
         raise LoweringError("int8 was requested, but no convolution of the graph is int8")
     if precision not in LOW_PRECISION:
         return
@@ -105,11 +91,11 @@ def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Pr
         for name, part in network.named_modules()
         if isinstance(part, nn.Conv2d | nn.Linear | nn.ParameterList)
     }
-    wrong = [part for part, name in expected.items() if found.get(part, name) != name]
-    if wrong or str(LOW_PRECISION[precision]).removeprefix("torch.") not in found.values():
-        part = wrong[0] if wrong else next(iter(found), "no part")
+    wrong = [part for part, name in expected.items() if actual.get(part, name) != name]
+    if wrong or str(LOW_PRECISION[precision]).removeprefix("torch.") not in actual.values():
+        part = wrong[0] if wrong else next(iter(actual), "no part")
         raise LoweringError(
-            f"{precision} was requested, but the graph holds {part} in {found.get(part, 'no type')}: "
+            f"{precision} was requested, but the graph holds {part} in {actual.get(part, 'no type')}: "
             f"{len(wrong)} of {len(expected)} parts have the wrong type"
         )
 
@@ -159,8 +145,8 @@ def convert(
 ) -> ConvertedGraph:
     """Convert the *certified* graph to the precision in *options* and apply the rewrite rules.
 
-    *accuracy* measures int8 graphs, by default on the images of `calibrate`. Raises `ConfigError` for int8
-    without calibration images, and `LoweringError` if the types in the graph are not the requested ones.
+    int8 needs *accuracy* with calibration images. Raises `ConfigError` without them, and `LoweringError` if
+    the types in the graph are not the requested ones.
     """
     detached = certified.network
     source = cast_types(certified, preprocess, options)
@@ -178,7 +164,6 @@ def convert(
     run: Run
     gate: Gate | None
     if is_int8:
-        accuracy = accuracy or AccuracyCheck(options, preprocess, options.batch)
         model, quantization, measured = quantize_accurately(detached, lowered, options, accuracy)
         run, gate = run_unfused(model), _gate_of_file(model, detached)
     else:
@@ -203,38 +188,40 @@ def convert(
 
 
 def quantize_accurately(
-    network: nn.Module, model: onnx.ModelProto, options: ExportOptions, check: AccuracyCheck
+    network: nn.Module, model: onnx.ModelProto, options: ExportOptions, check: AccuracyCheck | None
 ) -> tuple[onnx.ModelProto, Quantization, Accuracy]:
     """Quantize *model*, the float32 graph of *network*; stop at the first attempt within `max_drop`.
 
     The attempts are int8 in all layers, then float32 in 10, 25 and 50 % of them, those that change the logits
-    most. If all lose more, the best one is returned.
+    most. If all lose more, the best one is returned. Raises `ConfigError` without calibration images.
     """
-    images = check.calibration
-    if images is None:
+    images = None if check is None else check.calibration
+    if check is None or images is None:
         raise ConfigError(
             "int8 needs images to measure ranges on", setting="precision", remedies={"calibrate": None}
         )
     quantizer = Int8Quantizer(model, images, float32_parts(network), options.int8_for)
-    tried: list[tuple[Attempt, onnx.ModelProto, Accuracy]] = []
 
-    def attempt(layers: Sequence[str] = ()) -> bool:
+    def float32_layers() -> Iterator[tuple[str, ...]]:
+        yield ()
+        costliest_first = tuple(quantizer.layer_costs())
+        counts = {math.ceil(fraction * len(costliest_first)) for fraction in FLOAT32_FRACTIONS}
+        yield from (costliest_first[:count] for count in sorted(counts - {len(costliest_first)}))
+
+    attempts: list[tuple[Attempt, onnx.ModelProto, Accuracy]] = []
+    for layers in float32_layers():
         quantized = quantizer.quantize(layers)
-        found = check.measure(model, quantized)
-        tried.append((Attempt(in_float32=tuple(layers), drop=found.drop), quantized, found))
-        return found.drop <= options.max_drop
-
-    if not attempt():
-        layers = list(quantizer.layer_costs())
-        counts = sorted({math.ceil(part * len(layers)) for part in FLOAT32_FRACTIONS} - {len(layers)})
-        any(attempt(layers[:count]) for count in counts)
-    chosen, quantized, accuracy = min(tried, key=lambda entry: (entry[0].drop, len(entry[0].in_float32)))
+        accuracy = check.measure(model, quantized)
+        attempts.append((Attempt(in_float32=layers, drop=accuracy.drop), quantized, accuracy))
+        if accuracy.drop <= options.max_drop:
+            break
+    best, quantized, accuracy = min(attempts, key=lambda entry: (entry[0].drop, len(entry[0].in_float32)))
     quantization = Quantization(
         runtime=options.int8_for,
-        in_float32=chosen.in_float32,
+        in_float32=best.in_float32,
         images=len(images),
-        layers=len(quantizer.layers) - len(chosen.in_float32),
-        tried=tuple(entry for entry, _, _ in tried),
+        layers=len(quantizer.layers) - len(best.in_float32),
+        tried=tuple(attempt for attempt, _, _ in attempts),
     )
     return quantized, quantization, accuracy
 
@@ -242,11 +229,11 @@ def quantize_accurately(
 def run_unfused(model: onnx.ModelProto) -> Run:
     """Build a function that runs *model* operator by operator, without fusions."""
     session = open_session(model, optimized=False)
-    batch = fixed_batch(model)
+    fixed_batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0 if the batch varies
 
     def run(pixels: Tensor) -> tuple[Tensor, ...]:
-        found = file_outputs(session, pixels.numpy(), batch or len(pixels))
-        return tuple(torch.from_numpy(values) for values in found.values())
+        outputs = file_outputs(session, pixels.numpy(), fixed_batch or len(pixels))
+        return tuple(torch.from_numpy(values) for values in outputs.values())
 
     return run
 

@@ -44,7 +44,9 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import LoweringError
 from sopdeploy.models.base import is_in
-from sopdeploy_export.parity.onnx_file import open_session
+from sopdeploy_export.graph import INPUT, evenly_spread
+from sopdeploy_export.parity.onnx_file import file_outputs, open_session
+from sopdeploy_export.parity.report import LOGITS
 
 ACTIVATIONS = ("Clip", "Relu")  # become part of the convolution before them
 IMAGE_CHANNELS = 3
@@ -171,22 +173,20 @@ class Int8Quantizer:
                 augmented_model_path=str(Path(folder) / "augmented.onnx"),
                 calibrate_method=CalibrationMethod.MinMax,
             )
-            name = self.model.graph.input[0].name
             for image in self.images:  # one per reader, because a reader's activations stay in memory
-                reader = SimpleNamespace(get_next=partial(next, iter([{name: image[None]}]), None))
+                reader = SimpleNamespace(get_next=partial(next, iter([{INPUT: image[None]}]), None))
                 calibrator.collect_data(reader)
             return calibrator.compute_data()
 
     def layer_costs(self) -> dict[str, float]:
         """Measure the root mean square change of the logits if only one layer is int8, largest first."""
-        images = self.images[_spread(len(self.images), COST_IMAGES)]
-        plain = _logits(self.original, images)
-        costs = {
-            layer: float(
-                np.sqrt(np.square(_logits(self.quantize(set(self.layers) - {layer}), images) - plain).mean())
-            )
-            for layer in self.layers
-        }
+        images = self.images[evenly_spread(len(self.images), COST_IMAGES)]
+        float32_logits = file_outputs(open_session(self.original), images, 1)[LOGITS]
+        costs = {}
+        for layer in self.layers:
+            quantized = self.quantize(set(self.layers) - {layer})
+            change = file_outputs(open_session(quantized), images, 1)[LOGITS] - float32_logits
+            costs[layer] = float(np.sqrt(np.square(change).mean()))
         return dict(sorted(costs.items(), key=lambda cost: -cost[1]))
 
     def _convolutions(self, in_float: Sequence[str]) -> set[str]:
@@ -224,24 +224,25 @@ class Int8Quantizer:
     def _correct_biases(self, quantized: onnx.ModelProto, chosen: set[str]) -> None:
         """Subtract the mean error that rounded weights cause from the biases of *quantized*, in place."""
         tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
-        sources = {
-            node.output[0]: node.input for node in quantized.graph.node if node.op_type == "DequantizeLinear"
+        quantized_as = {  # by the value in float32: the names of codes and scale
+            node.output[0]: node.input[:2]
+            for node in quantized.graph.node
+            if node.op_type == "DequantizeLinear"
         }
         inputs = {node.name: node.input for node in quantized.graph.node if node.name in chosen}
         original = {tensor.name: tensor for tensor in self.model.graph.initializer}
         errors = {}
         for node in self.model.graph.node:
             if node.name in chosen and node.input[2] in original:
-                codes, scale = (
-                    numpy_helper.to_array(tensors[name]) for name in sources[inputs[node.name][1]][:2]
-                )
+                names = quantized_as[inputs[node.name][1]]
+                codes, scale = (numpy_helper.to_array(tensors[name]) for name in names)
                 weight = numpy_helper.to_array(original[node.input[1]])
                 rounded = codes * scale.reshape(-1, *[1] * (codes.ndim - 1))
                 errors[node.name] = (weight - rounded).astype(np.float32)
         for name, shift in self._mean_outputs(errors).items():
             bias = inputs[name][2]
-            if bias in sources:
-                tensor, scale = (tensors[part] for part in sources[bias][:2])
+            if bias in quantized_as:
+                tensor, scale = (tensors[part] for part in quantized_as[bias])
                 steps = np.rint(shift / numpy_helper.to_array(scale).astype(np.float64))
                 ends = np.iinfo(np.int32)
                 codes = np.clip(numpy_helper.to_array(tensor) + steps, ends.min, ends.max).astype(np.int32)
@@ -261,18 +262,17 @@ class Int8Quantizer:
             weight, axes, raw, mean = (f"{node.name}:{part}" for part in ("weight", "axes", "raw", "mean"))
             error = helper.make_node("Conv", [node.input[0], weight], [raw])
             error.attribute.extend(node.attribute)
-            reduced = np.array([0, *range(2, weights[node.name].ndim)])
+            reduced = np.arange(2, weights[node.name].ndim)
             probed.graph.initializer.append(numpy_helper.from_array(weights[node.name], weight))
             probed.graph.initializer.append(numpy_helper.from_array(reduced, axes))
             probed.graph.node.extend([error, helper.make_node("ReduceMean", [raw, axes], [mean], keepdims=0)])
             probed.graph.output.append(helper.make_tensor_value_info(mean, onnx.TensorProto.FLOAT, None))
-        session = open_session(probed)
-        source = session.get_inputs()[0].name
-        images = self.images[_spread(len(self.images), CORRECTION_IMAGES)]
-        found = [session.run(None, {source: image[None]}) for image in images]
-        means = (np.mean(values, axis=0, dtype=np.float64) for values in zip(*found, strict=True))
-        names = (output.name.removesuffix(":mean") for output in session.get_outputs())
-        return dict(zip(names, means, strict=True))
+        images = self.images[evenly_spread(len(self.images), CORRECTION_IMAGES)]
+        outputs = file_outputs(open_session(probed), images, 1)
+        return {
+            name.removesuffix(":mean"): values.mean(axis=0, dtype=np.float64)
+            for name, values in outputs.items()
+        }
 
 
 def part_of(weight: str) -> str:
@@ -282,7 +282,7 @@ def part_of(weight: str) -> str:
 
 def _protect_float_convolutions(graph: onnx.GraphProto) -> None:
     """Keep ONNX Runtime from quantizing float32 convolutions of *graph* that lie between int8 values."""
-    made = {name: node for node in graph.node for name in node.output}
+    produced_by = {name: node.op_type for node in graph.node for name in node.output}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -294,15 +294,14 @@ def _protect_float_convolutions(graph: onnx.GraphProto) -> None:
             for node in readers.get(value, ())
         )
 
-    def reads(node: onnx.NodeProto, position: int) -> str:
-        source = made.get(node.input[position])
-        return "" if source is None else source.op_type
-
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         nodes.append(node)
-        in_float = node.op_type == "Conv" and reads(node, 1) != "DequantizeLinear"
-        if in_float and reads(node, 0) == "DequantizeLinear" and is_quantized(node.output[0]):
+        if node.op_type != "Conv":
+            continue
+        reads, weight = (produced_by.get(name) for name in node.input[:2])
+        in_float = weight != "DequantizeLinear"
+        if in_float and reads == "DequantizeLinear" and is_quantized(node.output[0]):
             value = node.output[0]
             node.output[0] = f"{value}_float32"
             nodes.append(helper.make_node("Max", [node.output[0], SMALLEST], [value], f"{value}_max"))
@@ -327,15 +326,3 @@ def _shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:
         for value in node.input
         if used.count(producers[value].input[0]) > 1
     ]
-
-
-def _spread(count: int, most: int) -> NDArray[np.int64]:
-    """Choose at most *most* of *count* positions, evenly spread."""
-    return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)
-
-
-def _logits(model: onnx.ModelProto, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Run *model* on *images* (P, H, W, 3), one at a time, and return the logits (P, C)."""
-    session = open_session(model)
-    source, logits = session.get_inputs()[0].name, session.get_outputs()[0].name
-    return np.concatenate([session.run([logits], {source: image[None]})[0] for image in images])

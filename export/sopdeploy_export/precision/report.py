@@ -1,7 +1,5 @@
 """The report on types and accuracy."""
 
-from collections import Counter
-
 from sopdeploy.bundle.manifest import Int8For, Precision
 from sopdeploy.config import StrictModel
 
@@ -69,7 +67,3 @@ class PrecisionReport(StrictModel):
     parts: dict[str, str]
     quantisation: Quantization | None = None
     accuracy: Accuracy | None = None
-
-    def summary(self) -> dict[str, int]:
-        """Count the parts by the type of their weights."""
-        return dict(sorted(Counter(self.parts.values()).items()))

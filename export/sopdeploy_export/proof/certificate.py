@@ -133,9 +133,9 @@ def certify(
     """
     if detachment is None:
         detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
-    batch, given = batch or BatchRange(), {"trained": trained, "detached": detached}
+    original = {"trained": trained, "detached": detached}
     check_torch_state()
-    for role, network in given.items():
+    for role, network in original.items():
         check_network_state(network, role)
     removed, kept = build_inventory(trained, detached, detachment.training_only)
     nothing_detached = detached is trained
@@ -145,20 +145,17 @@ def certify(
     if detachment.plain is not None:
         plain = contiguous(build_plain_network(detachment.plain, detached, detachment.rename))
         networks = {"plain": plain, **networks}  # the first one is the reference
-    known = {} if detachment.captured is None else {"trained": detachment.captured}
     captured, roots = _assert_equal_graphs(
-        networks, preprocess, batch, {entry.name for entry in removed}, known
+        networks, preprocess, batch or BatchRange(), {entry.name for entry in removed}, detachment.captured
     )
-    deployed: dict[str, nn.Module] = {
-        role: Deployed(network, preprocess) for role, network in networks.items()
-    }
+    deployed = {role: Deployed(network, preprocess) for role, network in networks.items()}
     sizes = assert_equal_outputs(deployed, probes)
+    checked = {id(network): (role, network) for role, network in (*original.items(), *networks.items())}
+    for role, network in checked.values():
+        _assert_unchanged(network, kept, detachment.rename if role == "plain" else str)
     kind: ProofKind = "trained-plain" if nothing_detached else "three-way"
     if detachment.plain is None:
         kind = "trained-only" if nothing_detached else "trained-detached"
-    checked = {id(network): (role, network) for role, network in (*given.items(), *networks.items())}
-    for role, network in checked.values():
-        _assert_unchanged(network, kept, detachment.rename if role == "plain" else str)
     certificate = Certificate(
         model=model,
         proof=kind,
@@ -199,9 +196,9 @@ def build_plain_network(
     to one.
     """
     plain = build()
-    embedded = vars(detached).get(EXPORT_EMBEDDING)
-    if embedded is not None:
-        vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedded}.weight").removesuffix(".weight")
+    embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
+    if embedding_layer is not None:
+        vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(".weight")
     source = {rename(name): tensor for name, tensor in tensors(detached).items()}
     target = tensors(plain)
     if len(source) != len(tensors(detached)):
@@ -232,12 +229,13 @@ def _assert_equal_graphs(
     preprocess: Preprocess,
     batch: BatchRange,
     removed: set[str],
-    known: dict[str, Captured],
+    captured_trained: Captured | None,
 ) -> tuple[dict[str, Captured], Roots]:
-    """Capture *networks*, unless their programs are *known*, and check that all have the same Merkle roots.
+    """Capture *networks* and check that all have the same Merkle roots.
 
-    Raises `CertificateError` with the removed weights that an output depends on, or with the first
-    operation that differs from the first network.
+    *captured_trained* are the programs of the trained network if it was captured before. Raises
+    `CertificateError` with the removed weights that an output depends on, or with the first operation that
+    differs from the first network.
     """
     reference = next(iter(networks))
     captured: dict[str, Captured] = {}
@@ -246,8 +244,9 @@ def _assert_equal_graphs(
         if role == "detached" and network is networks["trained"]:
             captured[role] = captured["trained"]
             continue
+        programs = captured_trained if role == "trained" else None
         try:
-            programs = captured[role] = known.get(role) or capture(network, preprocess, batch)
+            captured[role] = programs = programs or capture(network, preprocess, batch)
         except LoweringError as error:
             raise CertificateError(f"{role} network: {error}") from error
         roots = {
@@ -256,7 +255,7 @@ def _assert_equal_graphs(
         }
         if not expected:
             _assert_equal_sizes(programs)
-        expected = expected or roots
+            expected = roots
         for size, root in roots.items():
             reached = sorted({name.removeprefix(PREFIX) for name in root.state} & removed)
             if reached:
@@ -285,18 +284,19 @@ def _assert_equal_sizes(programs: Captured) -> None:
     """
     if programs.batch_of_one is programs.any_batch:
         return
-    found, expected = value_root(programs.any_batch, batch=1), value_root(programs.batch_of_one)
-    if found.sha256 != expected.sha256:
-        difference = _first_difference(found, expected, "other")
+    any_size, one_image = value_root(programs.any_batch, batch=1), value_root(programs.batch_of_one)
+    if any_size.sha256 != one_image.sha256:
+        difference = _first_difference(any_size, one_image, "other")
         raise CertificateError(
             f"the network for larger batches is not the network for a batch of one: {difference}; its code "
             "must not depend on the batch size"
         )
 
 
-def _first_difference(found: ProgramRoot, expected: ProgramRoot, reference: str) -> str:
-    extra = [operation for sha256, operation in found.nodes.items() if sha256 not in expected.nodes]
-    missing = [operation for sha256, operation in expected.nodes.items() if sha256 not in found.nodes]
+def _first_difference(root: ProgramRoot, expected: ProgramRoot, reference: str) -> str:
+    """Describe the first operation of *root* that *expected*, the root of the *reference* network, lacks."""
+    extra = [operation for sha256, operation in root.nodes.items() if sha256 not in expected.nodes]
+    missing = [operation for sha256, operation in expected.nodes.items() if sha256 not in root.nodes]
     if extra and missing and extra[0] == missing[0]:
         return f"{extra[0]} has other weights, operands or arguments than in the {reference} one"
     if extra:
@@ -304,26 +304,25 @@ def _first_difference(found: ProgramRoot, expected: ProgramRoot, reference: str)
     return f"it lacks {missing[0]}" if missing else "its inputs or outputs differ"
 
 
-def assert_equal_outputs(networks: dict[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
+def assert_equal_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> tuple[int, ...]:
     """Check that *networks* return bitwise equal outputs for *probes*; return the compared batch sizes.
 
     Raises `CertificateError` with the largest difference.
     """
     single = [probes[i : i + 1] for i in range(min(SINGLE_PROBES, len(probes)))]
     batches = [probes[i : i + MAX_BATCH] for i in range(0, len(probes), MAX_BATCH)]
+    reference = next(iter(networks))
     for images in (*single, *batches):
         with torch.no_grad():
             outputs = {role: network(images) for role, network in networks.items()}
-        reference = next(iter(outputs))
         for role in outputs:
-            for found, plain in zip(outputs[role], outputs[reference], strict=True):
+            for values, expected in zip(outputs[role], outputs[reference], strict=True):
                 # as bytes, because 0 equals -0 and NaN differs from itself
-                if not torch.equal(*(values.contiguous().view(torch.uint8) for values in (found, plain))):
-                    difference = (found - plain).abs().max().item()
+                if not torch.equal(*(tensor.contiguous().view(torch.uint8) for tensor in (values, expected))):
+                    difference = (values - expected).abs().max().item()
                     raise CertificateError(
                         f"the {role} network gives other logits than the {reference} one at batch "
-                        f"{len(images)}: "
-                        f"largest difference {difference:.3g}"
+                        f"{len(images)}: largest difference {difference:.3g}"
                     )
     return (1, len(batches[0]))
 
@@ -361,10 +360,10 @@ def _assert_unchanged(
     network: nn.Module, kept: tuple[TensorEntry, ...], rename: Callable[[str], str]
 ) -> None:
     """Raise `CertificateError` if a kept tensor changed, because code outside of the graph wrote to it."""
-    found = tensors(network)
+    current = tensors(network)
     for entry in kept:
         name = rename(entry.name)
-        if name not in found or tensor_hash(found[name]) != entry.sha256:
+        if name not in current or tensor_hash(current[name]) != entry.sha256:
             raise CertificateError(f"{entry.name} changed during the proof; forward must not write to it")
 
 

@@ -188,7 +188,11 @@ def value_root(program: ExportedProgram, batch: int | None = None) -> ProgramRoo
 
 
 class _ValueHasher:
-    """Compute the hash of every value of a program, or the value if it does not depend on the images."""
+    """Computes the hash of every value of a program, or the value if it does not depend on the images.
+
+    `hashes` and `known` hold these by node, `sizes` maps the symbolic batch size to its replacement, and
+    `operations` describes the operation of each hash.
+    """
 
     def __init__(self, program: ExportedProgram, batch: int | None) -> None:
         self.program, self.root, self.operations = program, "", dict[str, str]()
@@ -202,8 +206,14 @@ class _ValueHasher:
         self.sizes = {} if isinstance(first, int) else {first.node.expr: size}
 
     def visit(self, node: fx.Node) -> None:
+        """Compute the hash or the value of *node*, whose operands were visited before."""
         if node.op == "placeholder":
-            self._visit_input(node)
+            spec = self.specs[node.name]
+            target = str(spec.target)
+            if spec.kind == InputKind.USER_INPUT:
+                self.hashes[node] = hash_parts("input", str(node.meta["val"].dtype), self._shape(node))
+            else:
+                self.known[node] = self.program.state_dict.get(target, self.program.constants.get(target))
         elif node.op == "get_attr":
             value = getattr(node.graph.owning_module, str(node.target), None)
             if isinstance(value, Tensor):
@@ -214,14 +224,6 @@ class _ValueHasher:
             self.root = _encode(node.args[0], self._hash)
         else:
             self._visit_call(node)
-
-    def _visit_input(self, node: fx.Node) -> None:
-        spec = self.specs[node.name]
-        if spec.kind == InputKind.USER_INPUT:
-            self.hashes[node] = hash_parts("input", str(node.meta["val"].dtype), self._shape(node))
-        else:
-            target = str(spec.target)
-            self.known[node] = self.program.state_dict.get(target, self.program.constants.get(target))
 
     def _visit_call(self, node: fx.Node) -> None:
         target: Any = node.target

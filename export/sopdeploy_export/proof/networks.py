@@ -58,44 +58,38 @@ class Detachment:
         return cls(training_only=network.training_only, plain=plain)
 
 
-def detach(
-    network: Network, training_only: tuple[str, ...] | None = None, *, requested: bool = True
-) -> Network:
-    """Copy *network*, in eval mode, without its *training_only* parts; return it as is if not *requested*.
+def detach(network: Network, training_only: tuple[str, ...] | None = None) -> Network:
+    """Copy *network*, in eval mode, without its *training_only* parts.
 
-    *training_only* defaults to the parts that a network of the catalog declares. Parts without tensors, such
-    as an empty list of branches, are ignored. In a network outside of the catalog, a removed part becomes
-    `None`, because its `forward` may test for that. A network with nothing to detach is returned as is.
-    Raises `DetachError` if not *requested* and there are training-only parts, or if a name does not exist.
+    *training_only* defaults to the parts that a network of the catalog declares. In a network outside of the
+    catalog, a removed part becomes `None`, because its `forward` may test for that. A network whose
+    training-only parts have no tensors, such as an empty list of branches, is returned as is. Raises
+    `DetachError` if a name does not exist.
     """
     if training_only is None:
         training_only = network.training_only if isinstance(network, Classifier) else ()
-    kind, names = type(network).__name__, ", ".join(training_only)
+    memo: dict[int, Any] = {}  # deepcopy replaces the parts in this memo by None
     for name in training_only:
-        _find(network, name)
-    detachable = any(is_in(name, *training_only) for name in tensors(network))
-    if not requested:
-        if detachable:
-            raise DetachError(
-                f"{kind} still carries training-only parts ({names})", remedies={"detach": True}
-            )
+        owner, attribute = _find_owner(network, name)
+        memo[id(getattr(owner, attribute))] = None
+    if not has_tensors(network, training_only):
         return network
-    if not detachable:
-        return network
-    excluded: dict[int, Any] = {}  # deepcopy replaces the parts in this memo by None
+    detached = copy_module(network, memo)
     for name in training_only:
-        owner, attribute = _find(network, name)
-        excluded[id(getattr(owner, attribute))] = None
-    detached = copy_module(network, excluded)
-    for name in training_only:
-        owner, attribute = _find(detached, name)
+        owner, attribute = _find_owner(detached, name)
         if isinstance(network, Classifier) or isinstance(owner, CONTAINERS):
             delattr(owner, attribute)
     detached.eval()
     return detached
 
 
-def _find(network: nn.Module, name: str) -> tuple[nn.Module, str]:
+def has_tensors(network: nn.Module, parts: tuple[str, ...]) -> bool:
+    """Return whether any of *parts* of *network* has a parameter or a buffer."""
+    return any(is_in(name, *parts) for name in tensors(network))
+
+
+def _find_owner(network: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds the part *name* of *network*, and the attribute that it is held by."""
     path, _, attribute = name.rpartition(".")
     try:
         owner = network.get_submodule(path)

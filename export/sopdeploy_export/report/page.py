@@ -3,18 +3,16 @@
 The page needs no network and no script.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sopdeploy.bundle.manifest import FileRecord
 from sopdeploy.html.templates import dimensions, percent, reduction, render
 from sopdeploy.training.epoch_choice import HeldOutEstimate
 from sopdeploy.training.procedure import read_record
-from sopdeploy_export.parity.report import Flip, ParityReport
 from sopdeploy_export.report.results import Results
 from sopdeploy_export.subject import ExportSubject
 
-Rows = list[tuple[str, ...]]
 CAUSES = {
     "noise": "noise: the network's margin is within the tolerance",
     "routing": "routing: the gate was undecided",
@@ -32,12 +30,53 @@ def render_report(
 
     *fields* are those of the manifest; *files* are the files of the bundle except the page and the manifest.
     """
-    labels, decision = subject.labels, results.decision
+    certificate, lineage, parity = results.certificate, fields["lineage"], results.parity
+    trained, shipped = results.network_summary.trained, results.network_summary.shipped
+    usage = () if parity.routing is None else parity.routing.usage
     tables = {
-        **_network_tables(results),
-        **_proof_tables(results, fields),
-        **_parity_tables(results.parity, labels),
-        "decision": [] if decision is None else decision.rows(labels),
+        "hashes": [
+            ("graph for any batch size", certificate.roots.any_batch),
+            ("graph for one image", certificate.roots.batch_of_one),
+            ("ONNX graph before rewrites", certificate.roots.onnx),
+            ("checkpoint (sha256)", lineage.checkpoint_sha256),
+            ("model.onnx of this bundle", lineage.onnx_root),
+        ],
+        "removed": [
+            (entry.name, dimensions(entry.shape) or "scalar", f"{entry.bytes:,}")
+            for entry in certificate.removed
+        ],
+        "costs": [
+            (name, f"{before:,}", f"{after:,}", reduction(before, after))
+            for name, before, after in (
+                ("parameters", trained.parameters, shipped.parameters),
+                ("multiply-adds", trained.macs, shipped.macs),
+            )
+        ],
+        "rules": [(rule.where, rule.name, rule.precondition, rule.effect) for rule in results.lowering.rules],
+        "outputs": [
+            (
+                name,
+                f"{output.largest_drift:.3g}",
+                f"{output.noise_floor:.3g}",
+                f"{output.drift_in_floors:.2f}x",
+                f"{output.tolerance:.3g}",
+            )
+            for name, output in parity.outputs.items()
+        ],
+        "flips": [
+            (
+                str(flip.image),
+                subject.labels[flip.network],
+                subject.labels[flip.file],
+                f"{flip.margin:.3g}",
+                CAUSES[flip.cause],
+            )
+            for flip in parity.top1.flipped
+        ],
+        "usage": [
+            (f"component {number}", percent(count / parity.images, 0)) for number, count in enumerate(usage)
+        ],
+        "decision": [] if results.decision is None else results.decision.rows(subject.labels),
         "types": list(results.precision.parts.items()),
         "files": [(name, f"{record.bytes:,}", record.sha256) for name, record in files.items()],
     }
@@ -50,64 +89,6 @@ def render_report(
         tables=tables,
         versions=fields["versions"],
     )
-
-
-def _network_tables(results: Results) -> dict[str, Rows]:
-    trained, shipped = results.network_summary.trained, results.network_summary.shipped
-    return {
-        "costs": [
-            (name, f"{before:,}", f"{after:,}", reduction(before, after))
-            for name, before, after in (
-                ("parameters", trained.parameters, shipped.parameters),
-                ("multiply-adds", trained.macs, shipped.macs),
-            )
-        ],
-    }
-
-
-def _proof_tables(results: Results, fields: Mapping[str, Any]) -> dict[str, Rows]:
-    roots, lineage = results.certificate.roots, fields["lineage"]
-    return {
-        "hashes": [
-            ("graph for any batch size", roots.any_batch),
-            ("graph for one image", roots.batch_of_one),
-            ("ONNX graph before rewrites", roots.onnx),
-            ("checkpoint (sha256)", lineage.checkpoint_sha256),
-            ("model.onnx of this bundle", lineage.onnx_root),
-        ],
-        "removed": [
-            (entry.name, dimensions(entry.shape) or "scalar", f"{entry.bytes:,}")
-            for entry in results.certificate.removed
-        ],
-        "rules": [(rule.where, rule.name, rule.precondition, rule.effect) for rule in results.lowering.rules],
-    }
-
-
-def _parity_tables(parity: ParityReport, labels: tuple[str, ...]) -> dict[str, Rows]:
-    short = "{:.3g}".format
-    return {
-        "outputs": [
-            (
-                name,
-                short(output.largest_drift),
-                short(output.noise_floor),
-                f"{output.drift_in_floors:.2f}x",
-                short(output.tolerance),
-            )
-            for name, output in parity.outputs.items()
-        ],
-        "flips": [flip_row(flip, labels) for flip in parity.top1.flipped],
-        "usage": [
-            (f"component {number}", percent(count / parity.images, 0))
-            for number, count in enumerate(parity.routing.usage if parity.routing is not None else ())
-        ],
-    }
-
-
-def flip_row(flip: Flip, labels: tuple[str, ...]) -> tuple[str, ...]:
-    """Describe one changed top class: image, class of the network, class of the file, margin, cause."""
-    names = labels[flip.network], labels[flip.file]
-    return str(flip.image), *names, f"{flip.margin:.3g}", CAUSES[flip.cause]
 
 
 def render_model_card(subject: ExportSubject, results: Results, fields: Mapping[str, Any]) -> str:
@@ -163,19 +144,20 @@ compared in {results.parity.runtime} ({results.parity.provider}). `report.html` 
     return card.translate(ESCAPES)
 
 
-def training_rows(training: Mapping[str, Any]) -> list[tuple[str, object]]:
+def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
     """List the recorded scalars of *training* and its accuracy; for few-shot training, its images instead."""
-    rows: list[tuple[str, object]] = []
     record = read_record(training)
     if record is not None:
+        rows = [("images", record.describe_images()), ("accuracy", record.describe_score())]
         if start := training.get("start"):
-            rows.append(("start weights", f"{start['network']}, {start['file']}, sha256 {start['sha256']}"))
-        return [*rows, ("images", record.describe_images()), ("accuracy", record.describe_score())]
-    rows = [
+            weights = f"{start['network']}, {start['file']}, sha256 {start['sha256']}"
+            rows.insert(0, ("start weights", weights))
+        return rows
+    scalars = [
         (key, value)
         for key, value in sorted(training.items())
         if isinstance(value, int | float | str) and not isinstance(value, bool)
     ]
     if "estimate" in training:
-        rows.append(("accuracy", HeldOutEstimate.model_validate(training["estimate"]).describe()))
-    return rows
+        scalars.append(("accuracy", HeldOutEstimate.model_validate(training["estimate"]).describe()))
+    return scalars

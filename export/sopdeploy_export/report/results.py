@@ -1,15 +1,17 @@
 """The results of an export, and their description in words for terminals, notebooks and model cards."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from sopdeploy.bundle.manifest import Int8For, Manifest
+from sopdeploy.bundle.manifest import Int8For, Lineage, Manifest
 from sopdeploy.decision import Decision
 from sopdeploy.evaluation.statistics import wilson
+from sopdeploy.files import sha256
 from sopdeploy.html.templates import render
-from sopdeploy_export.parity.report import FlipCause, ParityReport
+from sopdeploy_export.parity.report import ClassMapParity, FlipCause, ParityReport
 from sopdeploy_export.precision.report import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.report.network_summary import NetworkSummary
@@ -40,7 +42,8 @@ class Results:
         """Describe the results, one line for each."""
         certificate, parity, lowering = self.certificate, self.parity, self.lowering
         trained, shipped = self.network_summary.trained, self.network_summary.shipped
-        types = ", ".join(f"{count} parts in {name}" for name, count in self.precision.summary().items())
+        parts_by_type = sorted(Counter(self.precision.parts.values()).items())
+        types = ", ".join(f"{count} parts in {name}" for name, count in parts_by_type)
         drift = (
             f"{parity.logits.largest_drift:.2g} = {parity.logits.drift_in_floors:.1f} noise floors "
             f"(allowed {parity.logits.tolerance:.2g})"
@@ -57,7 +60,7 @@ class Results:
             "drift": drift,
             "answers": _agreement(parity),
             **_precision_facts(self.precision),
-            **_class_map_facts(parity),
+            **({} if parity.class_maps is None else {"maps": _describe_class_maps(parity.class_maps)}),
             **_decision_facts(self.decision),
             "costs": f"{shipped.parameters:,} of {trained.parameters:,} parameters, "
             f"{shipped.macs:,} of {trained.macs:,} multiply-adds per image",
@@ -98,6 +101,37 @@ class Exported(Results):
             "shipped": self.network_summary.shipped.model_dump(),
             "warnings": list(self.warnings),
         }
+
+
+def export_statement(model: Path, lineage: Lineage, results: Results) -> dict[str, Any]:
+    """Build `statement.json`: what was proved and measured about the file *model*; a signature covers it.
+
+    Format: in-toto Attestation Framework, Statement v1.
+    """
+    certificate, parity = results.certificate, results.parity
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": model.name, "digest": {"sha256": sha256(model)}}],
+        "predicateType": "urn:sopdeploy:export:v1",
+        "predicate": {
+            "checkpoint": {"digest": {"sha256": lineage.checkpoint_sha256}},
+            "certificate": {
+                "proof": certificate.proof,
+                "detached": list(certificate.detached),
+                "roots": certificate.roots.model_dump(mode="json"),
+            },
+            "onnxRoot": lineage.onnx_root,
+            "parity": {
+                "passed": parity.passed,
+                "driftAllowed": parity.drift_allowed,
+                "precision": parity.precision,
+                "largestDrift": parity.logits.largest_drift,
+                "tolerance": parity.logits.tolerance,
+                "top1": parity.top1.model_dump(mode="json"),
+                "images": parity.images,
+            },
+        },
+    }
 
 
 def _proof_facts(certificate: Certificate) -> dict[str, str]:
@@ -158,11 +192,9 @@ def _top1(share: float, images: int) -> str:
     return f"{100 * share:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
 
 
-def _class_map_facts(parity: ParityReport) -> dict[str, str]:
-    if parity.class_maps is None:
-        return {}
-    deviation = f"{parity.class_maps.deviation:.2g} (allowed {parity.class_maps.tolerance:.2g})"
-    return {"maps": f"mean of each class activation map + bias = logit, deviation {deviation}"}
+def _describe_class_maps(maps: ClassMapParity) -> str:
+    deviation = f"{maps.deviation:.2g} (allowed {maps.tolerance:.2g})"
+    return f"mean of each class activation map + bias = logit, deviation {deviation}"
 
 
 def _decision_facts(decision: Decision | None) -> dict[str, str]:

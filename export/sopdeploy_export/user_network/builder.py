@@ -29,18 +29,18 @@ def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> 
     if "" not in sys.path:
         sys.path.insert(0, "")  # finds modules in the current folder, as `python -m` does
     try:
-        found: Any = importlib.import_module(module_name)
+        builder: Any = importlib.import_module(module_name)
         for attribute in path.split("."):
-            found = getattr(found, attribute)
+            builder = getattr(builder, attribute)
     except (Exception, SystemExit) as error:  # importing runs the user's code
         raise invalid(f"cannot be imported ({first_line(error)}); check its name") from error
-    if not callable(found):
-        raise invalid(f"is a {type(found).__name__}, not a function or a class; name one of these")
+    if not callable(builder):
+        raise invalid(f"is a {type(builder).__name__}, not a function or a class; name one of these")
     options = parse_settings(settings)
 
     def build() -> nn.Module:
         try:
-            network = found(**options)
+            network = builder(**options)
         except (Exception, SystemExit) as error:  # the user's code
             raise invalid(f"cannot be built ({first_line(error)}); check its options") from error
         if not isinstance(network, nn.Module):

@@ -1,27 +1,57 @@
-"""Checks of a user's network before anything is proved: its modules, its tensors and its outputs."""
+"""Checks of a user's network before anything is proved: its modules, its tensors, its outputs and its graph.
 
+The network that the user gave is captured, not a copy, because its classes can define how they are copied.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule  # what torch.compile returns
+from torch.export.graph_signature import InputKind
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from sopdeploy.errors import CertificateError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.graph import EXPORT_LOGITS, STATELESS, Deployed, InFloat64, probe_images
+from sopdeploy_export.graph import (
+    EXPORT_LOGITS,
+    STATELESS,
+    Captured,
+    Deployed,
+    InFloat64,
+    capture,
+    capture_any_batch,
+    probe_images,
+)
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.proof.hashes import value_root
 from sopdeploy_export.proof.networks import check_hooks, copy_module
-from sopdeploy_export.state import InPlaceWrites, PythonReads, first_change, modules, read_state, tensors
+from sopdeploy_export.state import (
+    InPlaceWrites,
+    PythonReads,
+    first_change,
+    held_tensors,
+    modules,
+    preserved,
+    read_state,
+    tensors,
+)
 
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 IMAGES = 4  # probes that are computed eagerly
 SUM_TOLERANCE = 1e-3  # of probabilities
-NO_GRAPH = "a graph has one path for all images and layouts, as with torch.where"
-SAME_LOGITS = "returns the same logits for every probe image; is it trained?"
-SOFTMAX = "ends in a softmax, and the service applies another one: export the network without it"
 ALONE_TOLERANCE = 1e-6  # of the largest logit in float64, between an image alone and in a batch
+MAX_CONSTANT = 16  # numbers of a tensor that is no parameter or buffer, such as a mean and a deviation
+LAYOUT_TOLERANCE = 1e-4  # of the largest logit, because rounding depends on the layout of weights
+GPU_TOLERANCE = 1e-2  # of the largest logit, because a GPU may use TF32
+OTHER_COPY = (
+    "a copy of the network with contiguous weights computes something else than the network: its code must "
+    "not depend on the memory layout, and its classes must not define how they are copied"
+)
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -103,28 +133,38 @@ def check_outputs(
     """
     images, network = torch.from_numpy(probe_images(preprocess)[-IMAGES:]), deployed.network
     new = read_state(network)
-    first, _ = (run(deployed, images[:size], role, classes) for size in (IMAGES, 1))
+    first = run(deployed, images, role, classes)
+    run(deployed, images[:1], role, classes)
     before = read_state(network)
     with InPlaceWrites(network) as writes, PythonReads() as reads:
         run(deployed, images[:1], role, classes)
     logits = run(deployed, images, role, classes)
-    written = first_change(before, read_state(network)) or next(iter(writes.found), None)
-    if written is not None:
-        raise LoweringError(f"{written} changes while the {role} network runs; {STATELESS}")
-    if reads.found is not None:
-        raise LoweringError(f"Python code of the {role} network reads tensors ({reads.found}); {NO_GRAPH}")
+    changed = first_change(before, read_state(network)) or next(iter(writes.written), None)
+    if changed is not None:
+        raise LoweringError(f"{changed} changes while the {role} network runs; {STATELESS}")
+    if reads.first is not None:
+        raise LoweringError(
+            f"Python code of the {role} network reads tensors ({reads.first}); a graph has one path for all "
+            "images and layouts, as with torch.where"
+        )
     check_finite(logits, role)
     if not torch.equal(first, logits):
         raise LoweringError(f"the {role} network returns other logits in a second run, as random numbers do")
     exact = copy_module(deployed).double()  # without rounding, which would hide small influences
     with InFloat64():
-        alone, together = (run(exact, images[:size], role, classes, " in float64") for size in (1, IMAGES))
+        alone = run(exact, images[:1], role, classes, " in float64")
+        together = run(exact, images, role, classes, " in float64")
     if not bool(((alone - together[:1]).abs() <= ALONE_TOLERANCE * together.abs().max()).all()):
         raise LoweringError(f"the {role} network returns other logits for an image alone than in a batch")
-    is_softmax = (logits >= 0).all() & ((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()
-    found = {SAME_LOGITS: torch.equal(logits, logits[:1].expand_as(logits)), SOFTMAX: bool(is_softmax)}
-    warnings = tuple(f"the {role} network {text}" for text, holds in found.items() if holds)
-    return first_change(new, before), warnings
+    warnings = []
+    if torch.equal(logits, logits[:1].expand_as(logits)):
+        warnings.append(f"the {role} network returns the same logits for every probe image; is it trained?")
+    if (logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all():
+        warnings.append(
+            f"the {role} network ends in a softmax, and the service applies another one: export the network "
+            "without it"
+        )
+    return first_change(new, before), tuple(warnings)
 
 
 def check_finite(logits: Tensor, role: str) -> None:
@@ -145,12 +185,88 @@ def run(deployed: nn.Module, images: Tensor, role: str, classes: int, where: str
     except LoweringError:
         raise
     except Exception as error:  # the user's code
-        raise LoweringError(
-            f"the {role} network fails for {size} images{where}: {first_line(error)}"
-        ) from error
+        message = f"the {role} network fails for {size} images{where}: {first_line(error)}"
+        raise LoweringError(message) from error
     if type(logits) is not Tensor or tuple(logits.shape) != (size, classes):
         raise LoweringError(
             f"the {role} network returns {tuple(logits.shape)} for {size} images, not ({size}, {classes}): "
             "one row per image, also for a single one, and one logit per label"
         )
     return logits
+
+
+@contextmanager
+def prepared(given: nn.Module, logits: str | int | None) -> Iterator[None]:
+    """Put *given*, the user's network, into eval mode, uncompiled, until the block ends."""
+    with preserved(given):
+        given.eval()
+        for _, module in modules(given):
+            vars(module)["_compiled_call_impl"] = None
+        if logits is not None:
+            vars(given)[EXPORT_LOGITS] = logits
+        yield
+
+
+def capture_given(
+    given: nn.Module, copied: nn.Module, preprocess: Preprocess, classes: int, options: ExportOptions
+) -> Captured:
+    """Capture *given*, the user's network, and check that *copied*, which is exported, computes the same.
+
+    Classes can define how they are copied. Both networks run on probe images, and their graphs are compared,
+    unless *given* is on a GPU. Raises `LoweringError` if they differ.
+    """
+    devices = {tensor.device for tensor in tensors(given).values()} or {torch.device("cpu")}
+    on_cpu = devices == {torch.device("cpu")}
+    same_memory = on_cpu and all(tensor.is_contiguous() for tensor in tensors(given).values())
+    images = torch.from_numpy(probe_images(preprocess))
+    deployed = Deployed(given, preprocess).eval()
+    deployed.normalise.to(next(iter(devices)))
+    allowed = 0.0 if same_memory else (LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE)
+    for batch in (images, images[:1]):
+        with preserved(given), preserved(copied):  # caches are empty again when they are captured
+            expected = run(deployed, batch.to(next(iter(devices))), "given", classes).cpu()
+            logits = run(Deployed(copied, preprocess).eval(), batch, "trained", classes)
+        check_finite(expected, "given")
+        if not bool(((logits - expected).abs() <= allowed * expected.abs().max()).all()):
+            raise LoweringError(OTHER_COPY)
+    if same_memory and not options.more_outputs:
+        return capture(given, preprocess, options.batch)
+    captured = capture(copied, preprocess, options.batch)
+    if on_cpu:
+        program = capture_any_batch(given, preprocess, options.batch)
+        if value_root(program).sha256 != value_root(captured.any_batch).sha256:
+            raise LoweringError(OTHER_COPY)
+    return captured
+
+
+def check_constants(captured: Captured, network: nn.Module) -> None:
+    """Raise `LoweringError` if a graph contains a large tensor that *network* has not registered."""
+    registered = {tensor.untyped_storage().data_ptr() for tensor in tensors(network).values()}
+    for program in (captured.any_batch, captured.batch_of_one):
+        users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
+        for spec in program.graph_signature.input_specs:
+            constant = program.constants.get(spec.target or "")
+            if spec.kind != InputKind.CONSTANT_TENSOR or not isinstance(constant, Tensor):
+                continue
+            derived = constant.untyped_storage().data_ptr() in registered
+            if constant.numel() > MAX_CONSTANT and not derived and users[spec.arg.name]:
+                equal = (path for path, tensor in held_tensors(network).items() if tensor.equal(constant))
+                name = next(equal, f"a tensor of shape {tuple(constant.shape)}")
+                raise LoweringError(
+                    f"the output depends on {name}, which is no parameter or buffer, so no weight file "
+                    "contains it; use ModuleList, ModuleDict or register_buffer",
+                    remedies={"allow_constants": True},
+                )
+
+
+def check_cache(path: str, captured: Captured, filled: Captured) -> None:
+    """Check that a network computes the same after its first run, which changed the attribute at *path*.
+
+    *filled* are the programs after that run. Raises `LoweringError`.
+    """
+    pairs = ((captured.any_batch, filled.any_batch), (captured.batch_of_one, filled.batch_of_one))
+    if any(value_root(before).sha256 != value_root(after).sha256 for before, after in pairs):
+        raise LoweringError(
+            f"{path} changes while the trained network runs, which computes something else afterwards; "
+            f"{STATELESS}"
+        )

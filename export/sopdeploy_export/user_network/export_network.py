@@ -13,14 +13,10 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph import (
-    Captured,
-    Deployed,
-    capture,
-)
+from sopdeploy_export.graph import PREFIX, Captured, Deployed, capture
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import Exported, export_subject
-from sopdeploy_export.proof.hashes import tensor_hash
+from sopdeploy_export.proof.hashes import program_root, tensor_hash
 from sopdeploy_export.proof.networks import (
     Detachment,
     check_network_state,
@@ -33,10 +29,17 @@ from sopdeploy_export.proof.networks import (
 from sopdeploy_export.report.network_summary import NetworkSummary, summarize
 from sopdeploy_export.state import modules, tensors
 from sopdeploy_export.subject import ExportSubject
-from sopdeploy_export.user_network.checks import check_outputs, copy_for_export, unwrap
-from sopdeploy_export.user_network.given import capture_given, check_cache, check_constants, prepared
-from sopdeploy_export.user_network.usage import check_training_only, find_usage, outermost
+from sopdeploy_export.user_network.checks import (
+    capture_given,
+    check_cache,
+    check_constants,
+    check_outputs,
+    copy_for_export,
+    prepared,
+    unwrap,
+)
 
+SHOWN = 3  # tensors in a message
 NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")  # names files and folders with up to 50 more characters
 
 
@@ -115,7 +118,8 @@ def export_network(
         check_constants(captured, given)
     warnings += _check_usage(network, captured, parts, preprocess, len(labels), options)
     build = None if plain is None else _checked_builder(plain, given, logits)
-    recorded = {"network": _class_name(network), "logits": logits, "training_only": list(training_only)}
+    class_name = f"{type(network).__module__}.{type(network).__qualname__}"
+    recorded = {"network": class_name, "logits": logits, "training_only": list(training_only)}
     subject = ExportSubject(
         name=name,
         network=network,
@@ -160,7 +164,38 @@ def unused_modules(
     """
     check_torch_state()
     copied = contiguous(copy_for_export(network, "given", logits))
-    return outermost(copied, find_usage(copied, capture(copied, preprocess, BatchRange())).unused)
+    _, unused = find_usage(copied, capture(copied, preprocess, BatchRange()))
+    return outermost(copied, unused)
+
+
+def find_usage(network: nn.Module, captured: Captured) -> tuple[set[str], set[str]]:
+    """Name the tensors of *network* that the outputs of its *captured* programs depend on, and the others.
+
+    Raises `CertificateError` if the programs are not deterministic or write to buffers.
+    """
+    programs = (captured.any_batch, captured.batch_of_one)
+    reached = {name.removeprefix(PREFIX) for program in programs for name in program_root(program).state}
+    named = tensors(network)
+    reached_tensors = {id(named[name]) for name in reached if name in named}
+    used = {name for name, tensor in named.items() if id(tensor) in reached_tensors}  # also tied ones
+    # Counters such as `num_batches_tracked` belong to modules that are used.
+    used_modules = {name.rpartition(".")[0] for name in used}
+    unused = {
+        name
+        for name, tensor in named.items()
+        if name not in used and (tensor.is_floating_point() or name.rpartition(".")[0] not in used_modules)
+    }
+    return used, unused
+
+
+def outermost(network: nn.Module, unused: set[str]) -> tuple[str, ...]:
+    """Name the outermost modules of *network* with only *unused* tensors, then the other unused tensors."""
+    outer: list[str] = []
+    for name, module in modules(network):
+        inner = {f"{name}.{tensor}" if name else tensor for tensor in tensors(module)}
+        if inner and inner <= unused and not is_in(name, *outer):
+            outer.append(name)
+    return (*outer, *sorted(name for name in unused if not is_in(name, *outer)))
 
 
 def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
@@ -169,18 +204,18 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     Raises `DetachError` for a pattern without a match.
     """
     names = [name for name, _ in modules(network) if name] + list(tensors(network))
-    found: list[str] = []
+    parts: list[str] = []
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
-            close = ", ".join(name for name, _ in network.named_children())
+            children = ", ".join(name for name, _ in network.named_children())
             raise DetachError(
-                f"no such part; the network has {close}", setting="training_only", value=pattern
+                f"no such part; the network has {children}", setting="training_only", value=pattern
             )
         for match in matches:  # outer modules come before inner ones
-            if not is_in(match, *found):
-                found.append(match)
-    return tuple(found)
+            if not is_in(match, *parts):
+                parts.append(match)
+    return tuple(parts)
 
 
 def _check_usage(
@@ -191,22 +226,30 @@ def _check_usage(
     classes: int,
     options: ExportOptions,
 ) -> tuple[str, ...]:
-    """Check that the output does not depend on the training-only *parts*; returns warnings."""
-    usage = find_usage(network, captured)
-    check_training_only(usage, parts)
+    """Check that the output does not depend on the training-only *parts*; return warnings."""
+    used, unused = find_usage(network, captured)
+    reached = sorted(name for name in used if is_in(name, *parts))
+    if reached:
+        reached_parts = [part for part in parts if any(is_in(name, part) for name in reached)]
+        more = f" and {len(reached) - SHOWN} more" if len(reached) > SHOWN else ""
+        raise CertificateError(
+            f"the output of the trained network depends on {', '.join(reached[:SHOWN])}{more}, so "
+            f"{', '.join(reached_parts)} cannot be detached; omit it",
+            setting="training_only",
+        )
     if parts:
         detached = Deployed(detach(network, parts), preprocess).eval()
         check_outputs(detached, preprocess, classes, "detached")
-    undeclared = outermost(network, frozenset(name for name in usage.unused if not is_in(name, *parts)))
-    if undeclared and options.pt2:
-        raise LoweringError(
-            f"the output does not depend on {', '.join(undeclared)}; network.pt2 would contain its weights",
-            remedies={"training_only": undeclared[0]},
-        )
+    undeclared = outermost(network, {name for name in unused if not is_in(name, *parts)})
     if not undeclared:
         return ()
-    unused = ", ".join(undeclared)
-    return (f"the output does not depend on {unused}; name it as training-only to prove its removal",)
+    names = ", ".join(undeclared)
+    if options.pt2:
+        raise LoweringError(
+            f"the output does not depend on {names}; network.pt2 would contain its weights",
+            remedies={"training_only": undeclared[0]},
+        )
+    return (f"the output does not depend on {names}; name it as training-only to prove its removal",)
 
 
 def _checked_builder(
@@ -226,10 +269,6 @@ def _checked_builder(
         return copied
 
     return build
-
-
-def _class_name(network: nn.Module) -> str:
-    return f"{type(network).__module__}.{type(network).__qualname__}"
 
 
 def _hash_tensors(network: nn.Module) -> str:

@@ -44,9 +44,9 @@ def load_weights(network: nn.Module, path: Path, table: str | None = None) -> Lo
         if key not in tensors:
             raise WeightsError(f"{path}: {key} is missing; {_other_settings(tensors, expected)}")
         if tensors[key].shape != expected[key].shape:
-            found, wanted = tuple(tensors[key].shape), tuple(expected[key].shape)
+            shape, wanted = tuple(tensors[key].shape), tuple(expected[key].shape)
             raise WeightsError(
-                f"{path}: {key} is {found} in the file and {wanted} in the network; check its options"
+                f"{path}: {key} is {shape} in the file and {wanted} in the network; check its options"
             )
     unknown = next((key for key in tensors if key not in expected), None)
     if unknown is not None:
@@ -81,9 +81,9 @@ def _choose_table(path: Path, content: Any, wanted: str | None) -> tuple[str, Ma
 
 def _shared_prefix(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """Find a prefix that all names of *tensors* have and no *expected* name has; empty if there is none."""
-    for prefix in PREFIXES:
-        foreign = not any(key.startswith(prefix) for key in expected)
-        if foreign and tensors and all(key.startswith(prefix) for key in tensors):
+    for prefix in PREFIXES if tensors else ():
+        expects_prefix = any(key.startswith(prefix) for key in expected)
+        if not expects_prefix and all(key.startswith(prefix) for key in tensors):
             return prefix
     return ""
 

@@ -16,15 +16,12 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy_export import pipeline
 from sopdeploy_export.graph import probe_images
-from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.class_maps import check_class_maps
-from sopdeploy_export.pipeline import export
+from sopdeploy_export.parity.features import check_class_maps
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
-from tests.export.conftest import LABELS, save, trained
-from tests.export.once import proving_once
+from tests.export.conftest import LABELS, export_once, trained
 from tests.service.conftest import picture_bytes, running
 
 RULES = Preprocess(resize=20, crop=16, fit="pad")
@@ -37,14 +34,9 @@ def layer_of(exported):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return save(trained("resnet8"), "resnet8", tmp_path_factory.mktemp("checkpoint") / "ckpt.pt", RULES)
-
-
-@pytest.fixture(scope="module")
-def exported(checkpoint, tmp_path_factory):
-    with proving_once():
-        return export(checkpoint, tmp_path_factory.mktemp("maps"), ExportOptions(max_batch=4, with_cam=True))
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("maps")
+    return export_once(trained("resnet8"), "resnet8", folder, preprocess=RULES, max_batch=4, with_cam=True)
 
 
 def test_the_mean_of_a_map_plus_bias_is_the_logit_and_the_export_records_it(exported):
@@ -52,10 +44,7 @@ def test_the_mean_of_a_map_plus_bias_is_the_logit_and_the_export_records_it(expo
     assert 0 <= record.deviation <= record.tolerance == exported.parity.logits.tolerance
     assert [output.name for output in exported.manifest.outputs] == ["logits", FEATURES]
     assert "class_maps" in json.loads((exported.path / "parity.json").read_bytes())
-    probes, layer = (
-        read_probes(exported.path / "probes.npz"),
-        read_class_maps(exported.path, exported.manifest),
-    )
+    probes, layer = read_probes(exported.path / "probes.npz"), layer_of(exported)
     maps = np.array([[layer.map_of(image, c) for c in range(10)] for image in probes.expected[FEATURES]])
     assert maps.shape == (12, 10, 4, 4)
     found = maps.mean(axis=(2, 3)) + layer.bias
@@ -143,11 +132,9 @@ def test_a_network_without_average_pooling_and_linear_layer_stops_before_any_com
     name, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(pipeline, "certify", pytest.fail)
-    network = create_model(name, num_classes=10).eval()
-    path = save(network, name, tmp_path / "ckpt.pt", RULES)
     message = r"^with_cam: .* does not end in average pooling .*; train it with the pooling gap"
     with pytest.raises(LoweringError, match=message):
-        export(path, tmp_path / "out", ExportOptions(detach=bool(network.training_only), with_cam=True))
+        export_once(create_model(name, num_classes=10).eval(), name, tmp_path, with_cam=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -12,31 +12,19 @@ from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.client import AsyncClient, Client
 from sopdeploy.errors import CertificateError, LoweringError, ParityError, ServiceError
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import export
-from sopdeploy_export.user_network.export_network import export_network
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
-from tests.export.conftest import save, trained
+from tests.export.conftest import GMGAP, export_once, trained
 from tests.export.once import proving_once
-from tests.export.user_network.networks import CLASSES, Small, variant
+from tests.export.user_network.networks import CLASSES, Small, export_small, variant
 from tests.service.conftest import picture_bytes, running
 
-RULES = Preprocess(resize=16, crop=16)
 SETTINGS = Settings(threads=1)
-SMALLER = {"component_widths": (6,), "gate_widths": (), "blocks_per_stage": 1, "conv5_stride": 1}
 CATALOG = {
     "dsop-resnet8": ({}, {"with_cam": True, "precision": "fp16"}, ["logits", "features", EMBEDDING]),
-    "gmgap-16-8-resnet18": ({"components": 4, "chosen": 2, **SMALLER}, {}, ["logits", "gates", EMBEDDING]),
+    "gmgap-16-8-resnet18": (GMGAP, {}, ["logits", "gates", EMBEDDING]),
 }
-
-
-def export_with_features(name, folder, config=(), **options):
-    network = trained(name, **dict(config))
-    chosen = ExportOptions(detach=bool(network.training_only), max_batch=2, with_features=True, **options)
-    with proving_once():
-        return network, export(save(network, name, folder / "ckpt.pt", RULES), folder / "out", chosen)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +32,8 @@ def export_with_features(name, folder, config=(), **options):
 )
 def test_the_last_linear_layer_maps_the_embedding_to_the_logits(name, tmp_path):
     config, options, names = CATALOG[name]
-    network, exported = export_with_features(name, tmp_path, config, **options)
+    network = trained(name, **config)
+    exported = export_once(network, name, tmp_path, max_batch=2, with_features=True, **options)
     assert [output.name for output in exported.manifest.outputs] == names
     expected = read_probes(exported.path / "probes.npz").expected
     with torch.no_grad():
@@ -81,24 +70,18 @@ REJECTED = {
 def test_a_network_whose_last_linear_layer_does_not_compute_the_logits_is_rejected(case, tmp_path):
     network, error, message = REJECTED[case]
     with pytest.raises(error, match=message):
-        export_user_network(network, tmp_path, plain=None)
+        export_user_network(network, tmp_path)
 
 
 def export_user_network(network, folder, **arguments):
+    options = ExportOptions(max_batch=2, with_features=True)
     with proving_once(alone=True):
-        return export_network(
-            network.eval(),
-            labels=list("abcd"),
-            preprocess=RULES,
-            destination=folder / "out",
-            name="mine",
-            options=ExportOptions(max_batch=2, with_features=True),
-            **arguments,
-        )
+        return export_small(network.eval(), folder / "out", options=options, **arguments)
 
 
 def test_the_service_and_both_clients_return_embeddings(tmp_path, monkeypatch):
-    _, exported = export_with_features("isqrt-resnet8", tmp_path)
+    name = "isqrt-resnet8"
+    exported = export_once(trained(name), name, tmp_path, max_batch=2, with_features=True)
     loaded, body = load_model(exported.path, SETTINGS), picture_bytes()
     with running(loaded.runtime, loaded.bundle, SETTINGS, names=["mine"]) as client:
         numbers = client.post("/v1/embed", content=body).json()

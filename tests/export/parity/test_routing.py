@@ -13,27 +13,19 @@ from sopdeploy_export.graph import Deployed, probe_images
 from sopdeploy_export.parity.compare import compute_reference
 from sopdeploy_export.parity.routing import (
     Routing,
-    compared,
+    comparable,
     find_routes,
     is_decided,
     rerouted,
     routing_parity,
 )
 from sopdeploy_export.pipeline import as_probes
-from tests.export.conftest import trained
+from tests.export.conftest import GMGAP, trained
 from tests.export.once import ALONE
 from tests.sweep.steps import measured, save
 
 UNDERFLOW = [400.0, 100.0, 1.0, 0.0]  # the second of two weights is e^-300, which is 0 in float32
 CLEAR = [3.0, 2.0, 1.0, 0.0]
-GMGAP = {
-    "components": 4,
-    "chosen": 2,
-    "component_widths": (6,),
-    "gate_widths": (),
-    "blocks_per_stage": 1,
-    "conv5_stride": 1,
-}
 
 
 def routes_of(logits: list[list[float]], own: list[list[float]] | None = None, noise: float = 0.0) -> Routing:
@@ -87,7 +79,7 @@ def test_only_an_image_with_a_decided_gate_becomes_a_golden_example(
 def test_undecided_images_are_left_out_if_others_are_decided() -> None:
     routes = routes_of([CLEAR, [3.0, 1.0001, 1.0, 0.0]], [CLEAR, [3.0, 1.0, 1.001, 0.0]])
     none = np.zeros(2, dtype=bool)
-    assert compared(none, routes).tolist() == [True, False]
+    assert comparable(none, routes).tolist() == [True, False]
     assert routing_parity(none, routes).left_out == (1,)
 
 
@@ -96,7 +88,7 @@ def test_images_rerouted_by_rounding_are_left_out_if_none_is_decided() -> None:
     routes = routes_of([close] * 3, [close, close, flipped])
     assert not routes.decided.any()
     other = np.array([False, True, False])
-    assert compared(other, routes).tolist() == [True, False, False]
+    assert comparable(other, routes).tolist() == [True, False, False]
     found = routing_parity(other, routes)
     assert (found.undecided, found.flips, found.wrong, found.left_out) == (3, 1, 0, (1, 2))
 

@@ -110,6 +110,6 @@ def test_a_tensor_in_a_larger_storage_is_refused(proof: Proof, monkeypatch: Any)
     bias = program.state_dict["network.fc.bias"]
     wide = torch.cat([bias.detach(), torch.zeros(90)])
     program.state_dict["network.fc.bias"] = wide[: len(bias)]
-    monkeypatch.setattr("sopdeploy_export.parity.torch_program._load", lambda _: program)
+    monkeypatch.setattr(torch.export, "load", lambda _: program)
     with pytest.raises(CertificateError, match=r"storage of fc.bias is larger"):
         check_program(content, proof.certificate)

@@ -15,15 +15,14 @@ from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export.graph import CALIBRATE, generated_images, load_images
-from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
-from sopdeploy_export.pipeline import Exported, export
+from sopdeploy_export.pipeline import Exported
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck, accuracy
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.convert import weight_types
 from sopdeploy_export.precision.int8 import Int8Quantizer
-from tests.export.conftest import save, trained
-from tests.export.once import graph_of, proving_once
+from tests.export.conftest import MIXTURE, export_once, trained
+from tests.export.once import graph_of
 from tests.gpu_graphs import accepted
 
 
@@ -38,10 +37,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name = f"{len(list((folder / label).iterdir()))}.png"
         Image.fromarray(image).save(folder / label / name)
     return folder
-
-
-def graph(name: str, preprocess: Preprocess) -> onnx.ModelProto:
-    return graph_of(name, preprocess).model
 
 
 def test_convolutions_become_int8_but_not_second_order_parts(preprocess: Preprocess) -> None:
@@ -61,21 +56,17 @@ def test_convolutions_become_int8_but_not_second_order_parts(preprocess: Preproc
 
 def test_network_without_convolutions_to_quantize_is_rejected(preprocess: Preprocess) -> None:
     with pytest.raises(LoweringError, match="no convolution to quantize"):
-        Int8Quantizer(graph("resnet8", preprocess), generated_images(16), ("layer1", "layer2", "layer3"))
+        Int8Quantizer(
+            graph_of("resnet8", preprocess).model, generated_images(16), ("layer1", "layer2", "layer3")
+        )
 
 
-def run(name: str, folder: Path, preprocess: Preprocess, **options: object) -> Exported:
-    chosen = ExportOptions.model_validate({"precision": "int8", "max_batch": 1, **options})
-    checkpoint = save(trained(name), name, folder / "c.pt", preprocess)
-    with proving_once():
-        return export(checkpoint, folder / "out", chosen)
+def run(name: str, folder: Path, **options: object) -> Exported:
+    return export_once(trained(name), name, folder, precision="int8", max_batch=1, **options)
 
 
-def test_int8_bundle_records_its_accuracy_and_what_was_tried(
-    preprocess: Preprocess, tmp_path: Path, images: Path
-) -> None:
-    options = {"calibrate": images, "evaluate": images, "max_drop": 100.0}
-    found = run("isqrt-resnet8", tmp_path, preprocess, **options)
+def test_int8_bundle_records_its_accuracy_and_what_was_tried(tmp_path: Path, images: Path) -> None:
+    found = run("isqrt-resnet8", tmp_path, calibrate=images, evaluate=images, max_drop=100.0)
     report = found.precision
     assert report.accuracy.images == 20
     assert report.accuracy.drop == pytest.approx(100 * (report.accuracy.before - report.accuracy.after))
@@ -88,7 +79,7 @@ def test_int8_bundle_records_its_accuracy_and_what_was_tried(
 
 
 def test_an_error_lists_the_numbers_of_layers_in_float32_that_were_tried(
-    preprocess: Preprocess, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     truth = np.zeros(50, dtype=np.int64)
     worse = accuracy(truth, np.repeat([0, 1], 25), truth)
@@ -98,19 +89,19 @@ def test_an_error_lists_the_numbers_of_layers_in_float32_that_were_tried(
         "3 layers in float32 50.00; add images"
     )
     with pytest.raises(ParityError, match=rf"loses 50\.00 points of top-1 on 50 images.*{tried}"):
-        run("resnet8", tmp_path, preprocess, calibrate=images)
+        run("resnet8", tmp_path, calibrate=images)
     assert not any((tmp_path / "out").glob("*"))
 
 
 def test_the_first_attempt_within_the_limit_is_exported_with_the_costliest_layers_in_float32(
-    preprocess: Preprocess, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     truth = np.zeros(4, dtype=np.int64)
     outcomes = iter([accuracy(truth, np.array([0, 0, 1, 1])), accuracy(truth, truth)])
     monkeypatch.setattr(AccuracyCheck, "measure", lambda *_: next(outcomes))
     costs = {"layer2.0.conv1": 2.0, "layer3.0.conv2": 1.0, "layer1.0.conv1": 0.5}
     monkeypatch.setattr(Int8Quantizer, "layer_costs", lambda *_: costs)
-    report = run("resnet8", tmp_path, preprocess, calibrate=images).precision
+    report = run("resnet8", tmp_path, calibrate=images).precision
     found = report.quantisation
     assert (found.in_float32, found.layers) == (("layer2.0.conv1",), 5)
     assert [attempt.drop for attempt in found.tried] == [50, 0]
@@ -172,7 +163,7 @@ def test_biases_remove_the_mean_error_of_rounded_weights(runtime: Int8For, group
 
 
 def test_onnx_runtime_does_not_quantize_a_layer_that_stays_in_float32(preprocess: Preprocess) -> None:
-    plain = onnx.ModelProto.FromString(graph("resnet8", preprocess).SerializeToString())
+    plain = graph_of("resnet8", preprocess).model
     weight = next(tensor for tensor in plain.graph.initializer if tensor.name == "layer2.0.conv1.weight")
     values = numpy_helper.to_array(weight).copy()
     values[0] *= 1000  # rounding per tensor would lose the other channels
@@ -185,9 +176,9 @@ def test_onnx_runtime_does_not_quantize_a_layer_that_stays_in_float32(preprocess
     assert np.abs(whole - plainly).max() < 0.1 * plainly.std()
 
 
-def test_missing_calibration_images_are_rejected(preprocess: Preprocess, tmp_path: Path) -> None:
+def test_missing_calibration_images_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="precision: int8 needs images to measure ranges on; try calibrate"):
-        run("resnet8", tmp_path, preprocess)
+        run("resnet8", tmp_path)
 
 
 def test_calibration_uses_the_whole_folder(preprocess: Preprocess, images: Path) -> None:
@@ -201,9 +192,7 @@ Graph = tuple[dict[Int8For, onnx.ModelProto], list[str]]
 NETWORKS: dict[str, dict[str, Any]] = {
     "isqrt-resnet8": {},
     "gmsop-16-8-resnet18": {
-        "blocks_per_stage": 1,
-        "components": 4,
-        "chosen": 2,
+        **MIXTURE,
         "component_widths": (16, 8),
         "gate_widths": (8, 6),
         "iterations": 2,

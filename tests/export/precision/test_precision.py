@@ -21,7 +21,6 @@ from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph import PREFIX, capture_any_batch, lower, probe_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import open_session
-from sopdeploy_export.pipeline import Exported, export
 from sopdeploy_export.precision import casts, convert
 from sopdeploy_export.precision.casts import with_precision
 from sopdeploy_export.precision.convert import CapturedGraph
@@ -29,20 +28,13 @@ from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.replay import check_lowering
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
-from tests.export.conftest import save
-from tests.export.once import ALONE, graph_of, proving_once
+from tests.export.conftest import MIXTURE, export_once
+from tests.export.once import ALONE, graph_of
 from tests.gpu_graphs import accepted
 from tests.sweep import steps
 
 Make = Callable[..., Classifier]
-MIXTURE = {
-    "components": 4,
-    "chosen": 2,
-    "component_widths": (8, 6),
-    "gate_widths": (8, 6),
-    "blocks_per_stage": 1,
-    "conv5_stride": 1,
-}
+GMSOP = {**MIXTURE, "component_widths": (8, 6), "gate_widths": (8, 6), "conv5_stride": 1}
 
 
 NO_KERNELS = r"onnxruntime .* has no bfloat16 kernels"
@@ -92,7 +84,7 @@ CASTS: dict[str, tuple[str, dict[str, Any], Precision, dict[str, set[str]]]] = {
     ),
     "a mixture keeps gate, roots and sums": (
         "gmsop-16-8-resnet18",
-        MIXTURE,
+        GMSOP,
         "fp16",
         {"mixture": {HALF, FLOAT}, "gate": {FLOAT}, "gate.feature.2": {FLOAT}, "layer4.0.conv1": {HALF}},
     ),
@@ -217,20 +209,9 @@ def test_missing_casts_stop_the_export(preprocess: Preprocess, monkeypatch: pyte
         convert.convert(CapturedGraph(network, program, model), preprocess, ExportOptions(precision="fp16"))
 
 
-def exported(
-    network: Classifier, name: str, folder: Path, preprocess: Preprocess, **options: object
-) -> Exported:
-    chosen = ExportOptions.model_validate({"max_batch": 1, **options})
-    checkpoint = save(network, name, folder / "ckpt.pt", preprocess)
-    with proving_once():
-        return export(checkpoint, folder / "out", chosen)
-
-
 @pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
-def test_bundle_records_its_precision_and_its_noise_floor(
-    make: Make, preprocess: Preprocess, tmp_path: Path, precision: str
-) -> None:
-    found = exported(make("isqrt-resnet8"), "isqrt-resnet8", tmp_path, preprocess, precision=precision)
+def test_bundle_records_its_precision_and_its_noise_floor(make: Make, tmp_path: Path, precision: str) -> None:
+    found = export_once(make("isqrt-resnet8"), "isqrt-resnet8", tmp_path, max_batch=1, precision=precision)
     assert found.manifest.precision == found.precision.precision == found.parity.precision == precision
     assert found.parity.floors_allowed == 4
     assert found.parity.logits.noise_floor > 1e-5
@@ -265,7 +246,8 @@ def test_overflow_in_float16_is_rejected_with_advice(make: Make, tmp_path: Path)
 def test_alexnet_exports_with_its_local_response_norms_in_float32(make: Make, tmp_path: Path) -> None:
     network = make("alexnet", pooling={"kind": "gap"}, classifier="linear")
     sizes = Preprocess(resize=64, crop=64)
-    assert exported(network, "alexnet", tmp_path, sizes, precision="fp16").parity.passed
+    options = {"max_batch": 1, "precision": "fp16"}
+    assert export_once(network, "alexnet", tmp_path, preprocess=sizes, **options).parity.passed
     _, types = cast_graph(network, sizes, "fp16")
     assert FLOAT in types["layers.2"]
     assert FLOAT not in types["layers.4"]

@@ -47,7 +47,6 @@ def test_detach_is_rejected_a_second_time(make: Make) -> None:
 def test_network_that_was_configured_without_branches_is_exported_without_detaching(make: Make) -> None:
     plain = make(aux_blocks=(0, 0, 0))
     assert detach(plain) is plain
-    assert detach(plain, requested=False) is plain
 
 
 @pytest.mark.parametrize(

@@ -26,21 +26,15 @@ from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.replay import SOURCE, check_lowering
 from sopdeploy_export.rewrites import mixture
 from sopdeploy_export.rewrites.apply import lower_graph
+from tests.export.conftest import MIXTURE
 from tests.forged import forge
 
 Make = Callable[..., Classifier]
 SMALL = BatchRange(optimum=2, maximum=4)
-MIXTURE = {
-    "components": 4,
-    "chosen": 2,
-    "component_widths": (12, 8),
-    "gate_widths": (12, 8),
-    "blocks_per_stage": 1,
-}
 
 
 def test_rules_are_reported_with_place_and_precondition(make: Make, preprocess: Preprocess) -> None:
-    network = make("gmsop-16-8-resnet18", **MIXTURE)
+    network = make("gmsop-16-8-resnet18", **MIXTURE, component_widths=(12, 8), gate_widths=(12, 8))
     nn.init.normal_(network.get_parameter("gate.weight"))
     detached = detach(network)
     program = capture_any_batch(detached, preprocess, SMALL)

@@ -3,6 +3,7 @@
 import types
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,20 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.isqrt_cov import ISqrtCov
+from sopdeploy_export.pipeline import Exported
+from sopdeploy_export.user_network.export_network import export_network
 
 CLASSES = 4
+SIDE = 12
+PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
+
+
+def export_small(network: nn.Module, destination: Path, **options: Any) -> Exported:
+    """Export *network* with four classes; *options* are those of `export_network`."""
+    defaults = {"plain": None, "labels": list("abcd"), "preprocess": PREPROCESS, "name": "small"}
+    return export_network(network, destination=destination, **defaults | options)
 
 
 class Small(nn.Module):

@@ -28,15 +28,8 @@ from tests.export.once import proving_once
 from tests.export.user_network import networks as n
 from tests.export.user_network.architectures import FULL, SMALL, Case
 
-SIDE = 12
-PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
 LABELS = tuple("abcd")
 Build = Callable[[], nn.Module]
-
-
-def run(trained: nn.Module, destination: Path, **options: Any) -> Any:
-    defaults = {"plain": None, "labels": LABELS, "preprocess": PREPROCESS, "name": "small"}
-    return export_network(trained, destination=destination, **defaults | options)
 
 
 def classify_over_http(bundle: Path) -> None:
@@ -69,7 +62,7 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a dict": (lambda: n.variant(n.as_dict, aux=False), {"logits": "out"}, "trained-only"),
     "data parallel and compiled": (lambda: nn.DataParallel(torch.compile(n.Small())), AUX, "three-way"),
     "branches of DSoP": (
-        lambda: sopdeploy.dsop(plain(), ["stem"], image_size=SIDE, aux_blocks=(1,), aux_widths=(3,)),
+        lambda: sopdeploy.dsop(plain(), ["stem"], image_size=n.SIDE, aux_blocks=(1,), aux_widths=(3,)),
         {"plain": plain, "training_only": ["branches"], "rename": lambda name: name.removeprefix("network.")},
         "three-way",
     ),
@@ -87,7 +80,7 @@ QUICK = ExportOptions(max_batch=1)
 def test_one_pattern_may_be_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subjects: list[ExportSubject] = []
     monkeypatch.setattr(f"{export_network.__module__}.export_subject", lambda s, *_: subjects.append(s))
-    run(n.trained(n.Small()), tmp_path, training_only="aux*", options=QUICK)
+    n.export_small(n.trained(n.Small()), tmp_path, training_only="aux*", options=QUICK)
     assert subjects[0].config["training_only"] == ["aux*"]
     assert subjects[0].detachment.training_only == ("aux",)
 
@@ -101,7 +94,7 @@ def test_it_is_exported_verified_and_served_with_the_strength_of_its_proof(case:
     before = {name: value.clone() for name, value in network.state_dict().items()}
     attributes = set(vars(network))
     with proving_once(alone=True) if "options" in options else nullcontext():
-        exported = run(network, tmp_path, **options)
+        exported = n.export_small(network, tmp_path, **options)
     assert exported.certificate.proof == exported.summary()["proof"] == proof
     assert exported.warnings == ()
     verify(exported.path)
@@ -131,7 +124,7 @@ def check_architecture(case: Case, destination: Path, options: ExportOptions) ->
     for part in network.modules():
         if isinstance(part, nn.Linear) and not part.weight.any():  # torchvision's ViT starts with zeros
             nn.init.normal_(part.weight, std=0.02)
-    exported = run(
+    exported = n.export_small(
         network,
         destination,
         plain=case.plain,
@@ -209,15 +202,15 @@ def test_it_is_rejected_with_the_cause_and_nothing_is_written(case: str, tmp_pat
     if case not in AS_BUILT:
         n.trained(network)
     with pytest.raises(SopdeployError, match=message) as error:
-        run(network, tmp_path, **({} if "batch" in case else {"options": QUICK}) | options)
+        n.export_small(network, tmp_path, **({} if "batch" in case else {"options": QUICK}) | options)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unused_part_and_a_softmax_are_warnings(tmp_path: Path) -> None:
     network = n.trained(n.variant(n.probabilities))
-    assert unused_modules(network, PREPROCESS) == ("aux",)
-    exported = run(network, tmp_path, options=QUICK)
+    assert unused_modules(network, n.PREPROCESS) == ("aux",)
+    exported = n.export_small(network, tmp_path, options=QUICK)
     assert exported.warnings == (
         "the trained network ends in a softmax, and the service applies another one: export the network "
         "without it",

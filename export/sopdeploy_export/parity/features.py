@@ -1,10 +1,14 @@
-"""Class activation maps in the export: add the feature map as an output; check that maps add up to logits.
+"""Features as outputs of the file: the last feature map (`--with-cam`) and the embedding (`--with-features`).
 
-`sopdeploy/bundle/class_maps.py` defines the maps. A network has them if a linear layer computes its logits
-from the mean of the feature map. The mean of the map of a class plus the bias of the class is then its logit.
+`sopdeploy/bundle/class_maps.py` defines class activation maps. A network has them if a linear layer computes
+its logits from the mean of the feature map; the mean of the map of a class plus its bias is then its logit.
+The embedding is the input of the last linear layer. In the exported file, the linear layer must map either
+output to the logits.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +16,18 @@ from torch import nn
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.class_maps import ClassMapLayer
-from sopdeploy.bundle.manifest import FEATURES
+from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
 from sopdeploy.errors import LoweringError, ParityError
+from sopdeploy.models.base import Classifier, last_linear
+from sopdeploy_export.graph import EXPORT_EMBEDDING
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.parity.report import LOGITS, ClassMapParity, ParityReport
 
+WRONG_LAYER = "no last linear layer computes the logits of {}, so it has no features in front of it"
 
-def add_features_output(network: nn.Module) -> None:
-    """Make the last feature map an output of *network*, for `--with-cam`.
+
+def add_feature_map_output(network: nn.Module) -> None:
+    """Make the last feature map an output of *network*.
 
     Raises `LoweringError` unless a linear layer computes the logits from the mean of that map.
     """
@@ -32,16 +40,28 @@ def add_features_output(network: nn.Module) -> None:
     network.outputs = (LOGITS, FEATURES)
 
 
+def add_embedding_output(network: nn.Module, classes: int, training_only: Sequence[str]) -> None:
+    """Make the input of the last linear layer an output of *network*.
+
+    Raises `LoweringError` unless the last layer outside of *training_only* is linear with *classes* outputs.
+    """
+    if isinstance(network, Classifier):
+        layer = network.logits_layer()
+    else:
+        layer = last_linear(network, classes, training_only)
+    if layer is None:
+        raise LoweringError(WRONG_LAYER.format(type(network).__name__), setting="with_features")
+    name = next(name for name, module in network.named_modules() if module is layer)
+    vars(network)[EXPORT_EMBEDDING] = name
+
+
 def class_map_layer(network: nn.Module) -> ClassMapLayer:
-    """Copy the linear layer after the average pooling of *network*; raises `LoweringError` without one."""
-    linear = network.averaged_classifier() if isinstance(network, Backbone) else None
-    if linear is None:
-        raise LoweringError(f"{type(network).__name__}: no linear layer after average pooling")
-    return copy_linear(linear)
+    """Copy the linear layer of *network*, which has the feature map as an output, after average pooling."""
+    return copy_linear(cast(nn.Linear, cast(Backbone, network).averaged_classifier()))
 
 
 def copy_linear(linear: nn.Linear) -> ClassMapLayer:
-    """Copy the weights of *linear*."""
+    """Copy the weights of *linear*, with zeros for a missing bias."""
     weight = linear.weight.detach().numpy().astype(np.float32)
     bias = np.zeros(len(weight), np.float32)
     if linear.bias is not None:
@@ -67,6 +87,18 @@ def check_class_maps(
         )
     record = ClassMapParity(deviation=deviation, tolerance=tolerance)
     return parity.model_copy(update={"class_maps": record})
+
+
+def check_embedding(path: Path, network: nn.Module, images: NDArray[np.uint8], parity: ParityReport) -> None:
+    """Check that the last linear layer of *network* maps embeddings of the ONNX file at *path* to its logits.
+
+    *images* are uint8 (P, H, W, 3). Raises `ParityError` above the tolerance of the logits in *parity*.
+    """
+    layer = cast(nn.Linear, network.get_submodule(vars(network)[EXPORT_EMBEDDING]))
+    deviation = logits_deviation(path, copy_linear(layer), EMBEDDING, images)
+    if not deviation <= parity.logits.tolerance:  # also true for NaN
+        kind = type(network).__name__
+        raise ParityError(f"{WRONG_LAYER.format(kind)}; nothing was written", setting="with_features")
 
 
 def logits_deviation(path: Path, layer: ClassMapLayer, output: str, images: NDArray[np.uint8]) -> float:
