@@ -149,8 +149,8 @@ def swap(served: Path, settings: Settings) -> str:
                 raise CheckFailedError(f"swap {number}: {reply.status_code} {reply.text}")
             versions.append(_version(client))
             answers.append(_classify(client, jpeg))
-            free = free or cuda.free_memory()  # two versions stay loaded after the first swap
-        lost = free - cuda.free_memory()
+            free = free or cuda.call("cudaMemGetInfo")  # two versions stay loaded after the first swap
+        lost = free - cuda.call("cudaMemGetInfo")
     if any(before == after for before, after in pairwise(versions)):
         raise CheckFailedError(f"a swap did not load the other bundle: versions {versions}")
     difference = max(

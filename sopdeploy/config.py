@@ -92,7 +92,7 @@ def expand_options(
 def with_signature(
     function: Callable[..., Result], parameters: list[inspect.Parameter]
 ) -> Callable[..., Result]:
-    """Make `inspect.signature`, notebooks and typer see *parameters* instead of those of *function*."""
+    """Set the parameters of *function* that `inspect.signature`, notebooks and typer see."""
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     function.__dict__.pop("__wrapped__", None)

@@ -32,7 +32,7 @@ class Calibration(StrictModel):
         temperature: Divisor of the network's logits (Guo et al., ICML 2017, section 4.2).
         error_before: Expected calibration error without the temperature, over 15 bins (section 3).
         error_after: Expected calibration error with the temperature.
-        images: Number of images whose predictions the temperature was fitted to.
+        images: Number of predictions that the temperature was fitted to, one per image.
         estimated_on: Whether these are held-out images or out-of-fold predictions of a cross-validation.
     """
 
@@ -95,8 +95,8 @@ class Decision(StrictModel):
         calibration: How the temperature was fitted; `None` if it was not.
         rejection: How images of unknown classes are recognized; `None` accepts every image.
         thresholds: Smallest probability at which a class is present, one per class; only with "sigmoid".
-        reference: Distribution of predictions with which later ones are compared, only with "softmax"; `None`
-            if nothing was fitted.
+        reference: Distribution of the fitted predictions, which later ones are compared with; only with
+            "softmax". `None` if nothing was fitted.
     """
 
     activation: Activation = "softmax"

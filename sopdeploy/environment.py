@@ -41,7 +41,7 @@ def processor() -> str:
 
 
 def lacks_vnni() -> bool:
-    """Check whether this is an x86 processor without VNNI, to which `SLOW_INT8` applies."""
+    """Check whether this is an x86 processor without VNNI; `SLOW_INT8` describes the effect."""
     cpuinfo = Path("/proc/cpuinfo")
     if platform.machine() not in ("x86_64", "AMD64") or not cpuinfo.exists():
         return False

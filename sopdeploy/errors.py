@@ -21,8 +21,8 @@ def command_line_option(setting: str, value: object = None) -> str:
 class SopdeployError(Exception):
     """Base class. The message is one line that names the file or value and the next step.
 
-    A message names no setting, because Python, the command line and HTTP write settings differently. The
-    setting that the error is about, and those that may help, are attributes; `describe` writes them.
+    The message does not name settings, because Python, the command line and HTTP write them differently.
+    They are attributes instead, and `describe` adds them to the message.
 
     Attributes:
         code: stable identifier for scripts.

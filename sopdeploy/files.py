@@ -45,7 +45,7 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path | str, error: type[SopdeployError]) -> Iterator[None]:
-    """Raise *error* naming *path* instead of an `OSError` of the block, which writes to *path*."""
+    """Convert an `OSError` of a block that writes to *path* to *error*, naming *path*."""
     try:
         yield
     except OSError as problem:

@@ -1,17 +1,13 @@
 """Options of `train`, `evaluate` and `calibrate`; imports neither torch nor the packages that they use."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 
 from sopdeploy.config import Options
 
-
-def _as_text(value: Any) -> Any:
-    return value if value is None else str(value)
-
-
-Text = Annotated[str | None, pydantic.BeforeValidator(_as_text)]  # also a path or a number
+# A path and a number are converted.
+Text = Annotated[str | None, pydantic.BeforeValidator(lambda value: None if value is None else str(value))]
 Workers = Annotated[int, pydantic.Field(ge=0)]
 
 

@@ -4,9 +4,8 @@ Source: Zhou et al., "Learning Deep Features for Discriminative Localization" (C
 network averages its last feature map f (C, h, w) and applies one linear layer (W, b), the map of class c is
 M = sum_k W[c, k] f[k], and the mean of M plus b[c] is the logit of c: the map explains the logit exactly.
 
-A bundle with maps has the feature map as the output `features`, which a runtime computes anyway, and the
-linear layer in `class_maps.npz`: `weight` (classes, C) and `bias` (classes,), both float32. Does not import
-torch.
+A bundle with maps has the feature map as the output `features`, and the linear layer in `class_maps.npz`:
+`weight` (classes, C) and `bias` (classes,), both float32. Does not import torch.
 """
 
 from dataclasses import dataclass

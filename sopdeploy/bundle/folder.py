@@ -124,7 +124,7 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
 
 
 def follow_link(path: Path) -> Path:
-    """Return the folder to which the link *path* leads now, and any other *path* unchanged."""
+    """Return the folder that *path* links to now; return *path* if it is no link."""
     return path.parent / path.readlink() if path.is_symlink() else path
 
 

@@ -43,7 +43,7 @@ def sign(bundle: Path, key: Path) -> Path:
 
 
 def make_key(path: Path) -> Path:
-    """Write a new private key to *path* (mode 0600) and its public key to `path.pub`; return the latter.
+    """Write a new private key to *path* (mode 0600) and its public key to `path.pub`; return `path.pub`.
 
     Raises `ConfigError` if one of the two exists or cannot be written.
     """

@@ -124,8 +124,8 @@ def root(
 def main() -> None:
     """Run the command line; exit with 1 if the reader of stdout has closed it, as `head` does.
 
-    If stdout cannot be written for another reason, such as a full disk, that is a user error. Output to a
-    stream that was closed before the start (`>&-`) is discarded.
+    Any other failure to write to stdout, such as a full disk, is a user error. If stdout or stderr was closed
+    before the start (`>&-`), its output is discarded.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:

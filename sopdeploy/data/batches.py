@@ -96,7 +96,7 @@ def with_wait_time(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
 
 @dataclass
 class _BatchedDataset:
-    """Load whole batches; return the message of a `DataError`, to which DataLoader would add a traceback."""
+    """Load whole batches; return the message of a `DataError`: DataLoader adds a traceback to errors."""
 
     dataset: Dataset
 

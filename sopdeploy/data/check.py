@@ -58,7 +58,8 @@ class DataReport(StrictModel):
     """Result of a check.
 
     Attributes:
-        shorter_side: Minimum, median and maximum in pixels; likewise `longer_side`.
+        shorter_side: Minimum, median and maximum in pixels.
+        longer_side: Minimum, median and maximum in pixels.
         classes: Problems of class folders that stop a training run: a folder has no images, or the held-out
             classes differ from the training classes.
         unreadable: Errors of the files that cannot be decoded.
@@ -163,7 +164,7 @@ def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) ->
 
 
 def _single_images(images: ImageFiles) -> Iterator[str]:
-    """Describe the classes with a single image, which cannot be divided into training and held-out images."""
+    """Describe the classes with a single image: none could be held out."""
     for target in np.flatnonzero(images.class_counts() == 1):
         yield f"{images.root / images.labels[target]}: only one image; add another"
 

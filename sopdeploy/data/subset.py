@@ -14,7 +14,7 @@ SEED = 0  # not the seed of the run: the same number gives the same classes in e
 
 
 class ClassSubset(StrictModel):
-    """Base class of data configs; `classes` is a number of classes to draw, which keep their order."""
+    """Base class of data configs; `classes` is the number of classes to draw. They keep their order."""
 
     classes: Annotated[int, pydantic.Field(ge=2)] | None = None
 

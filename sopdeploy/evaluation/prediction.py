@@ -221,15 +221,16 @@ def score_checkpoint(
         raise ConfigError(f"{path} predicts several classes per image; omit it", setting="heads")
     images = open_images_of(checkpoint, data, log)
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
-    columns = [checkpoint.labels.index(images.labels[target]) for target in images.targets] if heads else []
-    counter = HeadCounter(model, torch.tensor(columns)).eval()
+    network: nn.Module = model
+    if heads:
+        columns = [checkpoint.labels.index(images.labels[target]) for target in images.targets]
+        network = HeadCounter(model, torch.tensor(columns)).eval()
     try:
-        predictions = predict_images(
-            counter if heads else model, checkpoint, images, tta=tta, workers=workers, on_image=on_image
-        )
+        predictions = predict_images(network, checkpoint, images, tta=tta, workers=workers, on_image=on_image)
     except DataError as error:
         raise unreadable_images_error(error, images) from None
-    return images.labels, predictions, counter.accuracies() if heads else ()
+    accuracies = network.accuracies() if isinstance(network, HeadCounter) else ()
+    return images.labels, predictions, accuracies
 
 
 def open_images_of(checkpoint: Checkpoint, data: Path, log: Log = ignore) -> ImageFiles:

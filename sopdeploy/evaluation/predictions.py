@@ -24,8 +24,8 @@ def make_predictions(
 ) -> Predictions:
     """Predict *images* by the calibrated *logits* (V, C) of the V views of each image.
 
-    *labels* are the classes in output order; with one class per image, those of *images* may have another
-    order. Probabilities are averaged over the views. A rejection threshold applies to single views only.
+    *labels* are the classes in output order. The labels of *images* may have another order if each image has
+    one class. Probabilities are averaged over the views. A rejection threshold applies to single views only.
     """
     decision = decision or Decision()
     if decision.thresholds is not None:

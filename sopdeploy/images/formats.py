@@ -176,7 +176,7 @@ def _use_heif() -> None:
 
 
 def _open(body: bytes, kind: str) -> Image.Image:
-    """Read the header with Pillow, if needed without short Adobe segments, which only Pillow rejects."""
+    """Read the header with Pillow; skip short Adobe segments, which libjpeg accepts and Pillow rejects."""
     if kind == "HEIF":
         _use_heif()
     max_reads = MAX_BMP_READS if kind == "BMP" else MAX_READS + len(body) // BYTES_PER_READ

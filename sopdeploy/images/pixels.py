@@ -47,7 +47,7 @@ def fit_resized(resized: Pixels, image: Image.Image, rules: Preprocess) -> Pixel
 def upright_size(image: Image.Image, rules: Preprocess) -> tuple[int, int]:
     """Compute (width, height) of *image* after its EXIF rotation; reads no pixels.
 
-    Pillow itself rotates a TIFF, whose size is that of the rotated image from the beginning.
+    The size that Pillow reads from a TIFF is already that of the rotated image.
     """
     rotated = rules.exif_orientation and image.format != "TIFF"
     sideways = rotated and exif_orientation(image) in SIDEWAYS

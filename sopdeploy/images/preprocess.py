@@ -1,8 +1,8 @@
 """Rules of preprocessing, from a decoded image to network input, shared by training, export and service.
 
-`sopdeploy.images.pixels` applies them, except for mean and standard deviation, which the exported graph
-applies. Checkpoint and bundle store all rules. Importing this module does not load Pillow, because a process
-that runs a network on pixels needs the rules, but no image library.
+`sopdeploy.images.pixels` applies them; the exported graph applies mean and standard deviation. Checkpoint and
+bundle store all rules. Importing this module does not load Pillow, because a process that runs a network on
+pixels needs the rules, but no image library.
 """
 
 import math

@@ -76,7 +76,7 @@ def create(trt: Any, kind: Literal["Builder", "Runtime"], logger: Any) -> Any:
 
 
 def deserialize(trt: Any, plan: bytes, logger: Any) -> tuple[Any, Any]:
-    """Deserialize *plan*; return the TensorRT runtime, which must outlive the engine, and the engine.
+    """Deserialize *plan*; return the TensorRT runtime and the engine. The runtime must outlive the engine.
 
     The caller must have verified *plan*. Host code in plans stays disabled.
     """

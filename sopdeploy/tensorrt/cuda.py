@@ -53,10 +53,6 @@ class Cuda:
             memory=int(properties.totalGlobalMem),
         )
 
-    def free_memory(self) -> int:
-        """Query the free bytes of the first GPU."""
-        return int(self.call("cudaMemGetInfo"))
-
     def copy(self, pinned: NDArray[Any], address: int, stream: Any, *, upload: bool) -> None:
         """Copy *pinned* to the device *address*, or back if *upload* is false, without waiting."""
         kinds = self._runtime.cudaMemcpyKind

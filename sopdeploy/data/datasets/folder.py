@@ -157,7 +157,7 @@ def list_classes(root: Path) -> ImageFiles:
 
 
 def _describe_parts(root: Path, parts: Parts) -> Iterator[str]:
-    """Say which folders of *root* training does not use, or uses as classes despite their names."""
+    """Describe the folders of *root* that training ignores, and folders such as val that count as classes."""
     unused = (*parts.held_out[1:], *parts.others)
     if parts.train and unused:
         used = " and ".join((parts.train, *parts.held_out[:1]))
