@@ -59,7 +59,11 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     ("Shadow: batch time of the same images", "s", quantiles("sopdeploy_shadow_duration_seconds", "side")),
     ("Queued images", "none", [("sum by (instance) (sopdeploy_queue_depth)", "{{instance}}")]),
-    ("Runtime utilization", "percentunit", [("sopdeploy_runtime_busy_ratio", "{{instance}} {{model}}")]),
+    (
+        "Runtime utilization",
+        "percentunit",
+        [(f"rate(sopdeploy_runtime_seconds_total{RATE})", "{{instance}} {{model}}")],
+    ),
     (
         "Decoder utilization",
         "percentunit",

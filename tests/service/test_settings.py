@@ -6,7 +6,6 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.loader import largest_batch
-from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings, load_settings, parse_assignments
@@ -66,17 +65,3 @@ def test_server_timing_has_the_slowest_image_of_a_request():
     context.record_stage("decode", 0.003)
     context.record_stage("infer", 0.0125)
     assert context.server_timing() == "decode;dur=3.00, infer;dur=12.50"
-
-
-def test_the_busy_ratio_is_the_fraction_of_the_last_seconds(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    meter = Metrics().of("tiny")
-    now = 104.0
-    meter.batch([0.0], 4, 101.0, 102.0)
-    meter.batch([0.0], 4, 102.0, 104.0)
-    assert meter.busy_ratio() == pytest.approx(0.75)
-    now = 113.0
-    assert meter.busy_ratio() == pytest.approx(0.1)
-    now = 1000.0
-    assert meter.busy_ratio() == 0.0

@@ -1,10 +1,7 @@
 """The Prometheus metrics of one server process, in their own registry."""
 
 import math
-import threading
-import time
 from collections import Counter as Counts
-from collections import deque
 from collections.abc import Sequence
 from functools import cache, partial
 
@@ -17,7 +14,6 @@ from sopdeploy_service.settings import DecodeWay
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
-WINDOW_SECONDS = 10.0
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # nothing reads these series
 
@@ -75,7 +71,7 @@ class Metrics:
         self.model_memory = gauge("model_memory_bytes", "With a memory budget; 0: not loaded", ("model",))
         self.model_loads = counter("model_loads", "Loads with a memory budget", ("model",))
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
-        self._busy = gauge("runtime_busy_ratio", "Busy fraction of the last 10 s", ("model",))
+        self.runtime_seconds = counter("runtime_seconds", "Busy time of the runtime", ("model",))
         self.connections = gauge("connections", "Open connections")
         self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
         self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
@@ -100,8 +96,7 @@ class Metrics:
     def of(self, model: str) -> "ModelMetrics":
         """Return the metrics of *model*, shared by all of its versions."""
         if model not in self._models:
-            created = self._models[model] = ModelMetrics(self, model)
-            self._busy.labels(model).set_function(created.busy_ratio)
+            self._models[model] = ModelMetrics(self, model)
         return self._models[model]
 
     def show_drift(self, model: str) -> None:
@@ -147,10 +142,8 @@ class ModelMetrics:
         self._size = metrics.batch_size.labels(model)
         self.nonfinite = metrics.nonfinite_outputs.labels(model)
         self._close, self._model = metrics.batch_close, model
-        self._created = time.monotonic()
+        self._busy = metrics.runtime_seconds.labels(model)
         self.drift: Drift | None = None  # of the version that ran the last batch
-        self._lock = threading.Lock()
-        self.runs: deque[tuple[float, float]] = deque()  # (started, ended) of the last batches
 
     def batch(
         self,
@@ -168,10 +161,7 @@ class ModelMetrics:
         images = len(waited) if images is None else images
         self._size.observe(images)
         self._close.labels(self._model, "full" if images == max_batch else "idle").inc()
-        with self._lock:
-            self.runs.append((started, ended))
-            while self.runs[0][1] < ended - WINDOW_SECONDS:
-                self.runs.popleft()
+        self._busy.inc(ended - started)
         self._stage("infer", ended - started)
         for seconds in waited:
             self._stage("queue", seconds)
@@ -183,11 +173,3 @@ class ModelMetrics:
     def drift_p_value(self, test: str) -> float:
         """Return the p-value of the drift *test*; NaN before the first full window."""
         return math.nan if self.drift is None else self.drift.tests[test].p_value
-
-    def busy_ratio(self) -> float:
-        """Compute the fraction of the last `WINDOW_SECONDS` in which a batch ran. Thread-safe."""
-        with self._lock:
-            now = time.monotonic()
-            begin = max(self._created, now - WINDOW_SECONDS)
-            busy = sum(max(0.0, ended - max(started, begin)) for started, ended in self.runs)
-            return min(1.0, busy / max(now - begin, 1e-9))

@@ -112,7 +112,7 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
         *(f'sopdeploy_stage_duration_seconds_count{{stage="{stage}"}}' for stage in stages),
         'sopdeploy_batch_size_count{model="tiny"}',
         "sopdeploy_queue_depth 0.0",
-        "sopdeploy_runtime_busy_ratio",
+        'sopdeploy_runtime_seconds_total{model="tiny"}',
         'sopdeploy_nonfinite_outputs_total{model="tiny"} 0.0',
         f'sopdeploy_bundle_info{{decode="exact",digest="{bundle.manifest.id}"',
         'route="other"',
