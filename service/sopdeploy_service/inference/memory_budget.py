@@ -65,18 +65,18 @@ class NoRuntime:
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """A bundle of the server: *unloaded* takes the place of *model* while it is not loaded.
+    """A bundle of the server: *model* is *unloaded* while the bundle is not loaded.
 
-    *load_bytes* are reserved during a load; *users* counts the requests that use the model or wait for it.
+    *users* counts the requests that use the model or wait for it. Until the time in *failed*, no load is
+    tried again, and requests get its rejection.
     """
 
     unloaded: Model
     model: Model
     memory: ModelMemory
-    load_bytes: int
     users: int = 0
     loading: asyncio.Task[Rejection | None] | None = None
-    failed: tuple[float, Rejection] | None = None  # of the last load; until the time, none is tried
+    failed: tuple[float, Rejection] | None = None
 
 
 class BudgetedRegistry(ModelRegistry):
@@ -153,11 +153,10 @@ class BudgetedRegistry(ModelRegistry):
         unloaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={})
         model = Model(name, unloaded, self._settings, self._metrics)
         model.is_loaded = False
-        size = load_bytes(bundle)
-        model.memory = ModelMemory(bytes=size, pinned=name in self._settings.pin)
+        model.memory = ModelMemory(bytes=load_bytes(bundle), pinned=name in self._settings.pin)
         self._by_name[name] = [model]
         self._metrics.model_memory.labels(name).set(0)
-        return Entry(model, model, model.memory, size)
+        return Entry(model, model, model.memory)
 
     def _used(self) -> int:
         """Return the bytes of all loaded models."""
@@ -206,12 +205,14 @@ class BudgetedRegistry(ModelRegistry):
 
     async def _make_room(self, entry: Entry) -> None:
         """Release models until *entry* fits, too; raises `RejectedError` if that is impossible."""
-        load_bytes = 0 if entry.model.is_loaded else max(entry.load_bytes, entry.memory.bytes)
+        needed = 0
+        if not entry.model.is_loaded:  # a load needs more memory for a moment
+            needed = max(load_bytes(entry.unloaded.bundle), entry.memory.bytes)
         others = [other for other in self._entries.values() if other is not entry]
         pinned = sum(other.memory.bytes for other in others if other.memory.pinned)
-        can_fit = pinned + max(load_bytes, entry.memory.bytes) <= self.budget
+        can_fit = pinned + max(needed, entry.memory.bytes) <= self.budget
         end = time.monotonic() + ROOM_SECONDS
-        while self._used() + load_bytes > self.budget:
+        while self._used() + needed > self.budget:
             if not can_fit or time.monotonic() >= end:
                 raise RejectedError(MEMORY_FULL)
             loaded = [other for other in others if other.model.is_loaded and not other.memory.pinned]

@@ -314,7 +314,10 @@ class ModelWorker:
         self.started, self._failed_batches = None, 0
 
     def _run_images(self, images: Images, batch: _Batch, names: Sequence[str]) -> Outputs:
-        """Return the outputs *names* of *images*, in the first call those of the begun *batch*."""
+        """Return the outputs *names* of *images*.
+
+        The first call is for all images of *batch*, which may have begun already; later ones are for parts.
+        """
         wait, error, batch.wait, batch.error = batch.wait, batch.error, None, None
         try:
             if error is not None:

@@ -17,7 +17,7 @@ from sopdeploy.errors import ImageError
 
 GATES = "gates"  # name of the output with the weights of a gate's components
 
-FEW = 32
+FEW = 32  # classes; more are found by a sort
 
 RankedClasses = list[tuple[int, float]]  # class index and probability, best first
 
@@ -43,7 +43,7 @@ def rank_classes(
 def top_indices(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
     """Return the indices (n, k) of the *k* largest of finite *values* (n, C), largest first.
 
-    Ties keep their order. The maximum is searched *k* times if this is faster than a sort of all C.
+    Ties keep their order. For a small *k*, searching the maximum *k* times is faster than a sort of all C.
     """
     if k > FEW:
         return np.argsort(-values, axis=1, kind="stable")[:, :k]
