@@ -12,7 +12,6 @@ from torch import nn
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.golden import read_golden
-from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import ConfigError, DataError, DetachError, LoweringError, ParityError, SopdeployError
@@ -27,7 +26,6 @@ from sopdeploy_service.settings import Settings
 from tests.export.conftest import GMGAP, LABELS, save, trained
 from tests.export.once import proving_once
 
-SMALL = BatchRange(optimum=2, maximum=4)
 DETACH = ExportOptions(detach=True, max_batch=4)
 
 

@@ -294,7 +294,7 @@ def _assert_equal_sizes(programs: Captured) -> None:
 
 
 def _first_difference(root: ProgramRoot, expected: ProgramRoot, reference: str) -> str:
-    """Describe the first operation of *root* that *expected*, the root of the *reference* network, lacks."""
+    """Describe how *root* differs from *expected*, which is the root of the *reference* network."""
     extra = [operation for sha256, operation in root.nodes.items() if sha256 not in expected.nodes]
     missing = [operation for sha256, operation in expected.nodes.items() if sha256 not in root.nodes]
     if extra and missing and extra[0] == missing[0]:

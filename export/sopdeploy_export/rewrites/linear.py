@@ -18,7 +18,7 @@ ROUNDING = 16 * float(np.finfo(np.float32).eps)
 
 
 def centering_factor(constant: ir.Value | None) -> float | None:
-    """Return alpha if *constant* is alpha (I - 11^T / n), up to axes of size 1."""
+    """Return alpha if *constant* is alpha (I - 11^T / n); leading axes of size 1 are ignored."""
     matrix = square(constant)
     if matrix is None or matrix.dtype.kind != "f" or len(matrix) < 2:
         return None

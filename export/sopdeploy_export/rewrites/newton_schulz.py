@@ -92,7 +92,7 @@ class Function:
 
     @property
     def fraction(self) -> float | None:
-        """The number that f is, if it is constant: a quotient of two integers below 2^200."""
+        """The value of f if it is a constant, a quotient of two integers below 2^200; otherwise None."""
         (above, numerator), (below, denominator) = (PRIME, self.first), (0, 1)
         while abs(numerator) >= LARGEST:  # Euclid's algorithm, halfway
             quotient = above // numerator

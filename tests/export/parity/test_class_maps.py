@@ -8,7 +8,7 @@ from PIL import Image
 
 from sopdeploy.bundle.class_maps import ClassMapLayer, read_class_maps
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.bundle.manifest import FEATURES, BatchRange
+from sopdeploy.bundle.manifest import FEATURES
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.client import Client
 from sopdeploy.errors import ConfigError, LoweringError, ParityError
@@ -26,7 +26,6 @@ from tests.service.conftest import picture_bytes, running
 
 RULES = Preprocess(resize=20, crop=16, fit="pad")
 SETTINGS = Settings(threads=1)
-BATCH = BatchRange(optimum=2, maximum=4)
 
 
 def layer_of(exported):
