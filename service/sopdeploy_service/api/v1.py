@@ -25,6 +25,7 @@ from sopdeploy_service.api.upload import Upload, read_upload
 from sopdeploy_service.http.problems import Problem, bad_request, invalid_parameter, problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import (
+    FEW_CLASSES,
     GATES,
     Outcome,
     Prediction,
@@ -76,12 +77,12 @@ async def classify(request: Request) -> Response:
         explained = _check_query(query, admitted.model)
         upload = await read_upload(admitted)
         service, chosen = admitted.service, admitted.model
-        top_k = query.top_k or upload.top_k
-        if chosen.thresholds is None:  # otherwise the thresholds of the request decide
+        top_k, ranked_in_batch = query.top_k or upload.top_k, 0
+        if chosen.thresholds is None:
             top_k = top_k or service.settings.top_k
-            outcomes = await admitted.infer(upload.images, features=explained, top_k=top_k)
-        else:
-            outcomes = await admitted.infer(upload.images, features=explained)
+            # Only few: the worker ranks as many for the images of other requests in the batch.
+            ranked_in_batch = top_k if top_k <= FEW_CLASSES else 0
+        outcomes = await admitted.infer(upload.images, features=explained, top_k=ranked_in_batch)
 
     def format_classes(outcome: Prediction) -> dict[str, Any]:
         result = _format_result(outcome, chosen, query, top_k)
@@ -176,10 +177,7 @@ def _format_result(
     thresholds = chosen.thresholds
     if query.threshold is not None:
         thresholds = (query.threshold,) * len(chosen.labels)
-    if thresholds is None:
-        ranked = outcome.ranked[:top_k]
-    else:
-        (ranked,) = rank_classes(logits[None], top_k, thresholds)
+    ranked = outcome.ranked or rank_classes(logits[None], top_k, thresholds)[0]
     weights = outcome.outputs[GATES] if query.gates else None
     recognized = None if chosen.rejection is None else chosen.rejection.recognize(logits)
     result = format_prediction(

@@ -287,7 +287,7 @@ class ModelWorker:
                 infer_seconds=ended - started,
                 batch=len(items),
                 row=position,
-                ranked=ranked[position],
+                ranked=ranked[position][: item.top_k],
                 warnings=item.warnings,
                 size=item.size,
             )

@@ -17,7 +17,7 @@ from sopdeploy.errors import ImageError
 
 GATES = "gates"  # name of the output with the weights of a gate's components
 
-FEW = 32  # classes; more are found by a sort
+FEW_CLASSES = 32  # more are found by a sort of all
 
 RankedClasses = list[tuple[int, float]]  # class index and probability, best first
 
@@ -45,7 +45,7 @@ def top_indices(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
 
     Ties keep their order. For a small *k*, searching the maximum *k* times is faster than a sort of all C.
     """
-    if k > FEW:
+    if k > FEW_CLASSES:
         return np.argsort(-values, axis=1, kind="stable")[:, :k]
     rest, images = values.copy(), np.arange(len(values))
     columns = []
@@ -59,8 +59,8 @@ class Prediction(NamedTuple):
     """The outputs of one image by name, (...) float32, logits first, with its timings.
 
     *batch* is the size of the batch it ran in; *row* is its position among the predictions of the batch.
-    *ranked* has at least as many classes as the request needs. *warnings* name what decoding changed in the
-    image; *size* is the (width, height) of the upright image in its file, None for a tensor.
+    *ranked* has as many classes as the request wanted from the model worker. *warnings* name what decoding
+    changed in the image; *size* is the (width, height) of the upright image in its file, None for a tensor.
     """
 
     outputs: Mapping[str, NDArray[np.float32]]

@@ -1,5 +1,7 @@
 """rank_classes of logits and the JSON of predictions."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import orjson
 import pytest
@@ -10,6 +12,8 @@ from hypothesis.extra import numpy as arrays
 from sopdeploy.decision import softmax
 from sopdeploy_service.api.schema import Classes
 from sopdeploy_service.inference.results import format_prediction, rank_classes, top_indices
+from tests.service.held import Held
+from tests.service.raw import count
 
 SMALL = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-3, 3).map(float))
 
@@ -55,3 +59,20 @@ def test_softmax_of_any_logits_is_the_distribution_of_its_definition(logits):
     assert found.sum() == pytest.approx(1, abs=1e-12)
     exponentials = np.exp(values.astype(np.float64) - values.max())
     np.testing.assert_allclose(found, exponentials / exponentials.sum(), rtol=1e-12)
+
+
+def test_requests_in_one_batch_get_as_many_classes_as_they_want(serve_with, jpeg, until):
+    runtime = Held()
+    client = serve_with(runtime)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(client.post, "/v1/classify", content=jpeg)]
+        assert runtime.entered.wait(60)
+        paths = [f"/v1/classify?top_k={top_k}" for top_k in (1, 99, 3)]
+        futures += [pool.submit(client.post, path, content=jpeg) for path in paths]
+        until(lambda: count(client, "queue_depth") == 4)
+        until(lambda: count(client, 'stage_duration_seconds_count{stage="decode"}') == 4)
+        runtime.gate.set()
+        classes = [future.result(60).json()["classes"] for future in futures]
+    assert runtime.batches == [1, 3]
+    assert [len(listed) for listed in classes] == [5, 1, 7, 3]
+    assert all(listed == classes[2][: len(listed)] for listed in classes)
