@@ -283,3 +283,25 @@ def test_helm_renders_the_chart_like_these_tests(tmp_path: Path) -> None:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         ours = sorted(chart(case), key=lambda d: str(d["kind"]))
         assert sorted((d for d in yaml.safe_load_all(found) if d), key=lambda d: str(d["kind"])) == ours
+
+
+def test_further_packages_of_an_image_get_the_locked_versions_without_hashes(tmp_path: Path) -> None:
+    """With hashes, pip requires one for every further package. Other steps need the image."""
+    for name in ("lock/gpu.txt", "install_image.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(DEPLOY / name, tmp_path / name)
+    (tmp_path / "tools" / "bin").mkdir(parents=True)
+    pip = tmp_path / "tools" / "bin" / "pip"
+    pip.write_text('#!/bin/sh\necho "$*" >> calls.txt\n')
+    pip.chmod(0o755)
+    subprocess.run(
+        ["sh", "install_image.sh", "gpu", "sopdeploy[tensorrt]"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    *_, last = (tmp_path / "calls.txt").read_text().splitlines()
+    assert last.endswith("install --no-cache-dir --constraint constraints.txt sopdeploy[tensorrt]")
+    constraints = (tmp_path / "constraints.txt").read_text()
+    assert constraints.count("==") >= constraints.count("\n") > 50
+    assert "hash" not in constraints
