@@ -14,14 +14,9 @@ Version = tuple[int, int]  # major, minor
 def import_tensorrt() -> Any:
     """Import tensorrt; raise `RuntimeUnavailableError` if it is missing or too old."""
     trt = import_optional("tensorrt", "TensorRT", "sopdeploy[tensorrt]", RuntimeUnavailableError)
-    if version_of(trt) < OLDEST:
+    if parse_version(trt.__version__) < OLDEST:
         raise RuntimeUnavailableError(f"TensorRT {trt.__version__} is too old; install 10.13 or later")
     return trt
-
-
-def version_of(trt: Any) -> Version:
-    """Return (major, minor) of the module *trt*."""
-    return parse_version(str(trt.__version__))
 
 
 def parse_version(text: str) -> Version:

@@ -32,15 +32,15 @@ def cache_folder(bundle: Bundle, folder: Path | None = None) -> Path:
     return parent / bundle.name
 
 
-def store(folder: Path, plan: bytes, record: EngineRecord) -> Path:
+def store_engine(folder: Path, plan: bytes, record: EngineRecord) -> Path:
     """Write *plan* and then its *record* atomically; return the path of the plan."""
     path = folder / f"{record.key.name}.plan"
-    write_whole(path, plan)
-    write_whole(path.with_suffix(".json"), to_json(record.model_dump(mode="json")))
+    write_atomically(path, plan)
+    write_atomically(path.with_suffix(".json"), to_json(record.model_dump(mode="json")))
     return path
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Write *content* to *path* atomically, also if several processes write it; raise `EngineError`."""
     with writing(path, EngineError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,14 @@ import onnx
 from sopdeploy.bundle.folder import PROGRAM, Bundle
 from sopdeploy.bundle.probes import Probes, read_probes, replay
 from sopdeploy.errors import EngineError
-from sopdeploy.tensorrt.binding import import_tensorrt, version_of
-from sopdeploy.tensorrt.cache import StoredEngine, cache_folder, load_engine, store, write_whole
+from sopdeploy.tensorrt.binding import import_tensorrt, parse_version
+from sopdeploy.tensorrt.cache import (
+    StoredEngine,
+    cache_folder,
+    load_engine,
+    store_engine,
+    write_atomically,
+)
 from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
 from sopdeploy.tensorrt.profiles import Profile, merge_profiles, parse_profiles
 from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt
@@ -113,7 +119,7 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     plan, record = build_plan(machine, bundle, key, folder, report)
     check_receipt(record.receipt, strict=options.strict)
     record = record.model_copy(update={"replays": replay_probes(machine, bundle, plan, key)})
-    return Engine(path=store(folder, plan, record), record=record, reason=cached)
+    return Engine(path=store_engine(folder, plan, record), record=record, reason=cached)
 
 
 def check_receipt(receipt: Receipt, *, strict: bool) -> None:
@@ -136,7 +142,7 @@ def build_plan(
         source_sha256 = bundle.manifest.files[PROGRAM].sha256
         receipt = list_precisions(key.precision, inspect(machine.trt, plan))
     else:
-        version = version_of(machine.trt)
+        version = parse_version(machine.trt.__version__)
         model = onnx.load(bundle.onnx)
         check_precision(model, key.precision, version)
         model, hazards = lint(model, version, key.profiles)
@@ -175,7 +181,7 @@ def build_from_onnx(machine: Machine, graph: bytes, key: EngineKey, folder: Path
     )
     plan, timing_cache = build(machine.trt, request, report)
     if timing_cache:
-        write_whole(timings, timing_cache)
+        write_atomically(timings, timing_cache)
     return plan
 
 
