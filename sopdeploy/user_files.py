@@ -76,7 +76,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
-    """Read one class name per line, or a JSON list, of class names; raises `ConfigError`."""
+    """Read class names from *file*, one per line or as a JSON list; raises `ConfigError`."""
     try:
         if file.stat().st_size > MAX_LABEL_BYTES:
             raise ConfigError(

@@ -80,8 +80,8 @@ def visible_box(size: tuple[int, int], rules: Preprocess) -> Box:
 def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
     """Rotate *image* upright, convert it to RGB and composite it onto the background.
 
-    The EXIF orientation is ignored where its data is unreadable. 16-bit gray is scaled to 8 bits; Pillow
-    itself would clip it to white.
+    An unreadable EXIF orientation is ignored. 16-bit gray is scaled to 8 bits, because Pillow clips it to
+    white.
     """
     if rules.exif_orientation and exif_orientation(image) in ROTATED:  # Pillow copies upright images, too
         with contextlib.suppress(Exception):  # Pillow rewrites the tags; damaged ones fail in many ways

@@ -26,7 +26,7 @@ def parse_version(text: str) -> Version:
 
 
 def make_logger(trt: Any) -> Any:
-    """Return the logger of this process, which collects TensorRT errors in `errors` and prints nothing.
+    """Return the logger of this process, with empty `errors`; it collects TensorRT's errors there.
 
     TensorRT registers the logger of the first builder or runtime and ignores others while that one exists.
     """
