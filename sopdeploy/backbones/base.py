@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.pooling.base import GlobalAverage, GlobalPooling, PoolingConfig
+from sopdeploy.layers.pooling.bilinear import LowRankClassifier
 
 FEATURES = "features"  # the output with the last feature map, for class activation maps
 
@@ -84,7 +85,8 @@ class Backbone(nn.Module):
     def num_features(self) -> int:
         """Return the length of the vector that the classifier reads."""
         classifier = self.get_submodule(self.classifier_parts[-1])
-        return next(part.in_features for part in classifier.modules() if isinstance(part, nn.Linear))
+        kinds = nn.Linear | LowRankClassifier
+        return next(part.in_features for part in classifier.modules() if isinstance(part, kinds))
 
     def add_stages(
         self, channels: int, widths: Sequence[int], blocks: Sequence[int], strides: Sequence[int]
@@ -105,7 +107,7 @@ class Backbone(nn.Module):
         """Add the global pooling of the last stage's map, and the classifier of its vector."""
         pooling = config.build(list(self.tap_channels.values())[-1])
         self.pooling: nn.Module = pooling
-        self.fc = nn.Linear(pooling.out_features, self.num_classes)
+        self.fc = pooling.classifier(self.num_classes)
 
 
 def initialize(network: nn.Module) -> None:

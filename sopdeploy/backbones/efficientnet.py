@@ -68,7 +68,7 @@ class EfficientNet(Backbone):
             self.tap_channels |= {f"{name}.{index}": stage.channels for index in range(stage.blocks)}
         self.dropout = nn.Dropout(config.dropout)
         self.pooling = config.pooling.build(HEAD_CHANNELS)
-        self.classifier = nn.Linear(self.pooling.out_features, num_classes)
+        self.classifier = self.pooling.classifier(num_classes)
         initialize(self)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:

@@ -1,7 +1,8 @@
 """ResNets with four stages: for 224-pixel images with torchvision's state-dict keys, and for 64-pixel images.
 
 Paper: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), Table 1.
-The second-order papers remove the last down-sampling: `conv5_stride=1` ("s1").
+The second-order papers remove the last down-sampling: `conv5_stride=1` ("s1"). DRN-A removes the last two and
+dilates the convolutions behind them (Yu et al., "Dilated Residual Networks", CVPR 2017).
 """
 
 import math
@@ -72,6 +73,35 @@ class ResNet(Backbone):
             return BasicBlock(in_channels, out_channels, stride)
         stride_on: Literal["1x1", "3x3"] = "1x1" if self.config.bottleneck_stride == "v1" else "3x3"
         return Bottleneck(in_channels, out_channels, stride, stride_on)
+
+
+class DilatedResNetConfig(ResNetConfig):
+    """DRN-A: a ResNet whose conv4_x and conv5_x keep the size of conv3_x."""
+
+    conv5_stride: Literal[1] = 1
+
+
+class DilatedResNet(ResNet):
+    """DRN-A: ResNet whose conv4_x and conv5_x have no stride and dilated 3x3 convolutions instead.
+
+    Where a stride is removed, all later convolutions have twice the dilation, which keeps their receptive
+    fields ("to maintain the receptive size", GSoP, section 4.2.2).
+    """
+
+    config: DilatedResNetConfig
+
+    def __init__(self, config: DilatedResNetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        strided_1x1 = self.bottlenecks and config.bottleneck_stride == "v1"
+        for stage, before in (("layer3", 1), ("layer4", 2)):  # `before`: the dilation of the previous stage
+            modules = self.get_submodule(stage).modules()
+            convolutions = [module for module in modules if isinstance(module, nn.Conv2d)]
+            for conv in convolutions:
+                conv.stride = (1, 1)
+            wide = [conv for conv in convolutions if conv.kernel_size == (3, 3)]
+            for position, conv in enumerate(wide):
+                dilation = before if position == 0 and not strided_1x1 else 2 * before
+                conv.dilation = conv.padding = (dilation, dilation)
 
 
 class LowResolutionResNetConfig(StrictModel):

@@ -65,9 +65,9 @@ class VGG(Backbone):
 def build_classifier(
     pooling: GlobalPooling, kind: Literal["mlp", "linear"], dropout: float, num_classes: int
 ) -> nn.Module:
-    """Build the classifier after *pooling*: three layers for "mlp", one for "linear"."""
+    """Build the classifier after *pooling*: three layers for "mlp", the pooling's own for "linear"."""
     if kind == "linear":
-        return nn.Linear(pooling.out_features, num_classes)
+        return pooling.classifier(num_classes)
     return nn.Sequential(
         nn.Linear(pooling.out_features, HIDDEN),
         nn.ReLU(inplace=True),

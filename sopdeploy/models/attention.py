@@ -1,18 +1,20 @@
-"""First-order attention in every residual block: SE and CBAM, baselines of GSoP.
+"""First-order attention in every residual block: SE, CBAM and Gather-Excite, baselines of GSoP.
 
 Papers: see `layers/attention/first_order.py`; GSoP compares itself with them in its Tables 5 and 6. The
 attention scales each block's residual before the addition.
 """
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
+import pydantic
 from torch import nn
 
 from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import Count, StrictModel
-from sopdeploy.layers.attention.first_order import CBAM, squeeze_excite
+from sopdeploy.layers.attention.first_order import CBAM, GatherExcite, squeeze_excite
 from sopdeploy.models.base import Classifier, Entry
 
 
@@ -21,7 +23,7 @@ class SEOptions(StrictModel):
 
     reduction: Count = 16
 
-    def build_attention(self, channels: int) -> nn.Module:
+    def build_attention(self, channels: int, _stage: str) -> nn.Module:
         """Build the attention of a block of *channels* channels."""
         return squeeze_excite(channels, self.reduction)
 
@@ -36,9 +38,26 @@ class CBAMResNetConfig(ResNetConfig):
     reduction: Count = 16
     kernel: Literal[3, 5, 7] = 7
 
-    def build_attention(self, channels: int) -> nn.Module:
+    def build_attention(self, channels: int, _stage: str) -> nn.Module:
         """Build the attention of a block of *channels* channels."""
         return CBAM(channels, self.reduction, self.kernel)
+
+
+class GEResNetConfig(ResNetConfig):
+    """A ResNet with Gather-Excite: with parameters and global extent, as in GSoP's Table 5.
+
+    `reduction` is r. The network accepts images of `side` pixels only.
+    """
+
+    extent: Literal["global"] = "global"
+    parameters: Literal["gather+excite"] = "gather+excite"
+    reduction: Count = 16
+    side: Annotated[int, pydantic.Field(ge=32)] = 224
+
+    def build_attention(self, channels: int, stage: str) -> nn.Module:
+        """Build the attention of a block of *channels* channels for the size of the maps of *stage*."""
+        reduced_by = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 16 * self.conv5_stride}
+        return GatherExcite(channels, math.ceil(self.side / reduced_by[stage]), self.reduction)
 
 
 class SEPreActResNetConfig(PreActResNetConfig, SEOptions):
@@ -50,20 +69,20 @@ class SEPreActResNetConfig(PreActResNetConfig, SEOptions):
 class Attended(Classifier):
     """Mixin that adds a module `attention` to every residual block of the backbone after it in the bases."""
 
-    config: SEResNetConfig | CBAMResNetConfig | SEPreActResNetConfig
+    config: SEResNetConfig | CBAMResNetConfig | GEResNetConfig | SEPreActResNetConfig
 
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
         for tap, channels in self.tap_channels.items():
             block: Any = self.get_submodule(tap)
-            block.attention = self.config.build_attention(channels)
+            block.attention = self.config.build_attention(channels, tap.partition(".")[0])
             initialize(block.attention)
 
 
 class AttendedResNet(Attended, ResNet):
     """ResNet-18/34/50/101 with an attention module in every block."""
 
-    config: SEResNetConfig | CBAMResNetConfig
+    config: SEResNetConfig | CBAMResNetConfig | GEResNetConfig
 
 
 class SEPreActResNet(Attended, PreActResNet):
@@ -80,6 +99,7 @@ ENTRIES = {
         for kind, config, title in (
             ("se", SEResNetConfig, "Squeeze-and-Excitation"),
             ("cbam", CBAMResNetConfig, "CBAM"),
+            ("ge", GEResNetConfig, "Gather-Excite"),
         )
         for depth in (18, 50, 101)
     },

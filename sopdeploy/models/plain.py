@@ -11,7 +11,7 @@ from sopdeploy.backbones.cifar_resnet import (
     SmallResNetConfig,
 )
 from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
-from sopdeploy.backbones.resnet import ResNet, ResNetConfig
+from sopdeploy.backbones.resnet import DilatedResNet, DilatedResNetConfig, ResNet, ResNetConfig
 from sopdeploy.backbones.vgg import VGG, VGGConfig
 from sopdeploy.layers.pooling.base import FlattenConfig
 from sopdeploy.models.base import Classifier, Entry
@@ -42,6 +42,9 @@ ENTRIES = {
         f"resnet{depth}": Entry(PlainResNet, ResNetConfig, {"depth": depth}, f"plain ResNet-{depth}")
         for depth in (18, 34, 50, 101)
     },
+    "drn-a-50": Entry(
+        plain(DilatedResNet), DilatedResNetConfig, {"depth": 50}, "DRN-A-50: dilated ResNet-50, stride 8"
+    ),
     "alexnet": Entry(PlainAlexNet, AlexNetConfig, {}, "plain AlexNet"),
     **{
         name: Entry(PlainVGG, VGGConfig, {"pooling": FlattenConfig(), "batch_norm": norm}, f"plain {title}")

@@ -34,7 +34,7 @@ LOWERED = (  # lowered to ONNX and compared: one for each other inference class
     Small("resnext29-8x64d", 8, FEW_GROUPS),
     Small("dsop-preact-resnet110", 8, {**ONE_BLOCK, **HEADS}),
     Small("cbp-vgg16", 32, {"pooling": {"kind": "cbp", "dim": 32}}),
-    Small("resnet18", 32, {"conv5_stride": 1}),
+    Small("drn-a-50", 32, {"depth": 18}),
     Small("alexnet", 64, {"pooling": {"kind": "flatten", "side": 1}, "classifier": "linear"}),
     Small("psdr-resnet50", 32, {"depth": 18, **NARROW}),
     Small("gsop-net1-resnet26", 32, {"cov_width": 32, "block_stages": ("layer4",)}),
@@ -48,6 +48,7 @@ LOWERED = (  # lowered to ONNX and compared: one for each other inference class
 )
 TOO_LONG = (EfficientNet, SecondOrderEfficientNet)  # 242 operators: lowered by `make test-models`
 DETACHED = (  # compared with plain networks: their inference class is above, or takes too long for every run
+    Small("resnet18", 32, {"conv5_stride": 1}),
     Small("dsop-resnet18", 32, {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2}),
     Small("efficientnet-b0", 32),
     Small("isqrt-efficientnet-b0", 64, NARROW),
@@ -58,6 +59,7 @@ DETACHED = (  # compared with plain networks: their inference class is above, or
     Small("dsop-resnext29-8x64d", 8, {**FEW_GROUPS, **HEADS}),
     Small("psdr-resnet50-no-aux", 32, {"depth": 18, **NARROW}),
     Small("se-resnet18", 32),
+    Small("ge-resnet18", 32, {"side": 32}),
     Small("sgmoe-16-8-resnet18", 8, TWO_OF_FOUR),
     Small("timm:resnet18", 32),
     Small("timm:convnext_atto", 32),

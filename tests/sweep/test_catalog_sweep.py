@@ -103,7 +103,7 @@ def test_every_inference_class_is_lowered() -> None:
     assert {shipped_class(small) for small in DETACHED} - lowered == set(TOO_LONG)
 
 
-@pytest.mark.parametrize("pooling", ["mpncov", "deepo2p", "improved-bcnn", "g2denet"])
+@pytest.mark.parametrize("pooling", ["mpncov", "deepo2p", "improved-bcnn", "g2denet", "kernel"])
 def test_a_pooling_without_an_onnx_form_trains_but_is_not_exported(pooling: str, tmp_path: Path) -> None:
     checkpoint = Small("resnet8", 16, {"pooling": {"kind": pooling}}).trained(tmp_path / "ckpt.pt")
     with pytest.raises(LoweringError, match=r"cannot be exported: .* train with"):
@@ -138,8 +138,8 @@ def test_the_smallest_agrees_in_half_precision(small: Small, precision: Precisio
 @pytest.mark.parametrize(
     "pooling",
     [
-        "bcnn",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gap", "netvlad", "netfv")),
+        "low-rank-bilinear",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gap", "bcnn", "netvlad", "netfv")),
     ],
 )
 def test_every_other_pooling_agrees(pooling: str, precision: Precision, tmp_path: Path) -> None:

@@ -1,15 +1,17 @@
-"""Bilinear pooling: B-CNN, improved B-CNN, and the Gaussian embedding of G2DeNet.
+"""Bilinear pooling: B-CNN, improved B-CNN, the Gaussian embedding of G2DeNet, low-rank bilinear pooling.
 
 Papers: Lin et al., "Bilinear CNN Models for Fine-grained Visual Recognition" (ICCV 2015); Lin and Maji,
 "Improved Bilinear Pooling with CNNs" (BMVC 2017). Letters: B images, C channels, M positions.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
+import pydantic
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from sopdeploy.config import Count
 from sopdeploy.layers.covariance import covariance, scaled
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_signed_root
 from sopdeploy.layers.spectral import NO_ROOT_FORM, MatrixRootConfig, square_root
@@ -84,3 +86,55 @@ class GaussianConfig(PoolingConfig, MatrixRootConfig):
 
     layer = GaussianEmbedding
     kind: Literal["g2denet"] = "g2denet"
+
+
+class LowRankBilinear(Bilinear):
+    """Reduce (B, C, H, W) maps to m channels and pool them to X X^T / M, a vector (B, m^2).
+
+    The classifier of this vector has weight matrices of low rank.
+    """
+
+    def __init__(self, config: "LowRankBilinearConfig", channels: int) -> None:
+        super().__init__(config, config.width)
+        self.config = config
+        self.layer_reduce = nn.Conv2d(channels, config.width, 1, bias=False)
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Compute the bilinear matrix of the features, reduced to m channels, as a vector (B, m^2)."""
+        return self.matrix(features).flatten(start_dim=1)
+
+    def classifier(self, num_classes: int) -> nn.Module:
+        """Build the low-rank classifier."""
+        return LowRankClassifier(self.config, num_classes)
+
+
+class LowRankClassifier(nn.Module):
+    """Classify a bilinear vector (B, m^2): (B, K) logits <W_k, S> + b_k with W_k of rank r."""
+
+    signs: Tensor
+
+    def __init__(self, config: "LowRankBilinearConfig", num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.in_features = config.width**2
+        self.factors = nn.Linear(config.width, num_classes * config.rank, bias=False)
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+        half = config.rank // 2
+        self.register_buffer("signs", torch.tensor([1.0] * half + [-1.0] * half), persistent=False)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """Compute the sum of u^T S u over each class's factors u, with their signs."""
+        matrix_Bmm = vector.view(-1, self.config.width, self.config.width)
+        forms_BF = (self.factors(matrix_Bmm) * self.factors.weight.T).sum(dim=1)
+        forms_BKr = forms_BF.view(-1, len(self.bias), self.config.rank)
+        logits: Tensor = (forms_BKr * self.signs).sum(dim=2) + self.bias
+        return logits
+
+
+class LowRankBilinearConfig(PoolingConfig):
+    """Options: `width` is m, the reduced channels, `rank` is r, the rank of a class's weight matrix."""
+
+    layer = LowRankBilinear
+    kind: Literal["low-rank-bilinear"] = "low-rank-bilinear"
+    width: Count = 100
+    rank: Annotated[int, pydantic.Field(ge=2, multiple_of=2)] = 8

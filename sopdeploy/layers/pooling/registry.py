@@ -12,9 +12,10 @@ from sopdeploy.layers.pooling.bilinear import (
     BilinearConfig,
     GaussianConfig,
     ImprovedBilinearConfig,
+    LowRankBilinearConfig,
 )
 from sopdeploy.layers.pooling.codebook import NetFVConfig, NetVLADConfig
-from sopdeploy.layers.pooling.compact_bilinear import CompactBilinearConfig
+from sopdeploy.layers.pooling.compact_bilinear import CompactBilinearConfig, KernelPoolingConfig
 from sopdeploy.layers.pooling.covariance import (
     ISqrtPoolingConfig,
     LogEuclideanConfig,
@@ -31,6 +32,8 @@ AnyPoolingConfig = (
     | ImprovedBilinearConfig
     | GaussianConfig
     | CompactBilinearConfig
+    | KernelPoolingConfig
+    | LowRankBilinearConfig
     | NetVLADConfig
     | NetFVConfig
 )

@@ -79,7 +79,7 @@ def test_the_iteration_is_unrolled_into_the_products_it_takes(side, around, tmp_
     )
 
 
-@pytest.mark.parametrize("key", ["mpncov", "deepo2p", "improved-bcnn", "g2denet"])
+@pytest.mark.parametrize("key", ["mpncov", "deepo2p", "improved-bcnn", "g2denet", "kernel-16"])
 def test_layers_without_an_onnx_form_give_reason_and_alternative(key: str) -> None:
     reason = POOLINGS[key].not_exportable
     assert reason is not None

@@ -1,5 +1,6 @@
 """Every global pooling against the formula of its paper."""
 
+import math
 import random
 
 import pytest
@@ -143,10 +144,42 @@ def test_compact_bilinear_sums_the_circular_convolutions_of_positions() -> None:
         torch.testing.assert_close(found[image], unit_signed_root(summed))
 
 
+def test_kernel_pooling_concatenates_the_sketches_of_four_orders() -> None:
+    features = relu_features(1, CHANNELS, 3)
+    pooling = build({"kind": "kernel", "dim": 16, "seed": 3}, CHANNELS).double()
+    generator = random.Random(3)
+    sketches = [[draw_sketch(generator, CHANNELS, 16) for _ in range(p)] for p in (2, 3, 4)]
+    orders = []
+    for x in columns(features, 0):
+        high = [
+            convolved(x, part, 16) / math.sqrt(math.factorial(p)) for p, part in enumerate(sketches, start=2)
+        ]
+        orders.append(torch.cat([torch.ones(1, dtype=x.dtype), x, *high]))
+    mean = sum(orders) / len(orders)
+    rooted = mean / torch.sqrt(mean.abs() + 1e-8)
+    expected = rooted / rooted.norm()
+    torch.testing.assert_close(pooling(features)[0], expected, rtol=1e-6, atol=1e-8)
+
+
 def test_sketches_depend_only_on_the_seed() -> None:
     sketch = draw_sketch(random.Random(0), 6, 100)
     assert sketch.indices == [84, 75, 42, 25, 51, 40]
     assert sketch.signs == [-1.0, 1.0, 1.0, -1.0, -1.0, -1.0]
+
+
+def test_low_rank_logits_equal_the_full_matrices() -> None:
+    torch.manual_seed(1)
+    features = relu_features(2, CHANNELS, 4)
+    pooling = build({"kind": "low-rank-bilinear", "width": 3, "rank": 4}, CHANNELS).double()
+    classifier = pooling.classifier(7).double()
+    logits = classifier(pooling(features))
+    factors = classifier.factors.weight.view(7, 4, 3)
+    for image in range(2):
+        s = second_moment(pooling.layer_reduce(features), image, centred=False)
+        for k in range(7):
+            u, v = factors[k, :2].T, factors[k, 2:].T
+            expected = torch.trace((u @ u.T - v @ v.T).T @ s) + classifier.bias[k]
+            torch.testing.assert_close(logits[image, k], expected)
 
 
 def soft_words(pooling, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def test_cbam_scales_channels_then_positions() -> None:
     torch.testing.assert_close(block(FEATURES), by_channel * by_position)
 
 
-@pytest.mark.parametrize("kind", ["se", "cbam"])
+@pytest.mark.parametrize("kind", ["se", "cbam", "ge"])
 def test_every_block_has_an_attention_and_torchvisions_keys(kind: str) -> None:
     with torch.device("meta"):
         plain, ours = create_model("resnet50"), create_model(f"{kind}-resnet50")
@@ -34,3 +34,11 @@ def test_every_block_has_an_attention_and_torchvisions_keys(kind: str) -> None:
     extra = ours.state_dict().keys() - plain.state_dict().keys()
     assert plain.state_dict().keys() <= ours.state_dict().keys()
     assert all(".attention." in key for key in extra)
+
+
+@pytest.mark.parametrize("conv5_stride", [1, 2])
+def test_global_gathering_is_as_large_as_the_maps(conv5_stride: int) -> None:
+    with torch.device("meta"):
+        network = create_model("ge-resnet50", conv5_stride=conv5_stride)
+        sides = [network.get_submodule(f"layer{s}.0.attention.gather.0").kernel_size[0] for s in (1, 2, 3, 4)]
+    assert sides == [56, 28, 14, 7 if conv5_stride == 2 else 14]

@@ -20,6 +20,7 @@ PREACT_GSOP = "gsop-net1-preact-resnet164"
 COUNTS: list[tuple[str, dict[str, Any], int, int | None]] = [  # in training
     ("resnet18", S1, 11_689_512, 3_047_198_720),
     ("resnet50", S1, 25_557_032, 6_208_618_496),
+    ("drn-a-50", {}, 25_557_032, 19_079_364_608),
     ("efficientnet-b0", {}, 5_288_548, 385_814_752),  # its paper's Table 2: 5.3 M, 0.39 G
     ("alexnet", {}, 60_965_224, 724_406_816),  # "60 million parameters"
     ("vgg16", {}, 138_357_544, 15_470_264_320),  # torchvision's

@@ -15,6 +15,7 @@ from tests.sopdeploy.training.small_recipes import few_blocks
 BASE = {"base_width": 16}
 NARROW = {**BASE, "aux_widths": (8, 8, 8, 8), "aux_blocks": (1, 1, 1, 1)}
 TIMM = {"aux_widths": (4, 4, 4, 4), "aux_blocks": (1, 1, 1, 1)}
+SMALL_GE = {**BASE, "side": 64, "conv5_stride": 1}
 GATED = {"blocks_per_stage": 1, "components": 4, "chosen": 2, "component_widths": (12, 8)}
 GMSOP = {**GATED, "gate_widths": (8, 6), "dropout": 0.0}
 ONE_BLOCK = {"blocks_per_stage": 1}
@@ -41,6 +42,7 @@ NETWORKS: list[tuple[str, int, dict[str, Any]]] = [
     ("gsop-net1-resnet26", 32, {**BASE, **RELEASED, "attention": "sum", "block_stages": ["layer4"]}),
     ("se-resnet18", 64, BASE),
     ("cbam-resnet18", 64, {**BASE, "kernel": 3}),
+    ("ge-resnet18", 64, SMALL_GE),
     ("se-preact-resnet164", 64, {"blocks": 1}),
     ("gmsop-16-8-resnet18", 16, GMSOP),
     ("gmgap-16-8-resnet18", 16, GMSOP),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from sopdeploy import create_model, describe
 from sopdeploy.errors import ConfigError
@@ -19,6 +20,8 @@ from sopdeploy.errors import ConfigError
         ("improved-bcnn", 262144),
         ("g2denet", 263169),
         ("cbp", 8192),
+        ("kernel", 12801),  # "13K"
+        ("low-rank-bilinear", 10000),  # "10K"
         ("netvlad", 32768),
         ("netfv", 65536),
     ],
@@ -46,6 +49,23 @@ def test_alexnet_has_the_maps_of_its_paper_and_normalizes_across_channels(
         around = [x[0, max(0, i - 2) : i + 3].square().sum() for i in range(9)]
         expected = torch.stack([x[0, i, 0, 0] / (2 + 1e-4 * s) ** 0.75 for i, s in enumerate(around)])
         torch.testing.assert_close(layer(x).flatten(), expected)
+
+
+@pytest.mark.parametrize("stride_on", ["v1", "v1.5"])
+def test_drn_a_dilates_what_follows_a_removed_stride(stride_on: str) -> None:
+    torch.manual_seed(0)
+    config = {"depth": 26, "bottleneck_stride": stride_on}
+    dilated = create_model("drn-a-50", num_classes=3, **config).eval()
+    expected = ResNet(Bottleneck, [2, 2, 2, 2], 3, replace_stride_with_dilation=[False, True, True]).eval()
+    if stride_on == "v1":  # the 3x3 convolution is already behind the stride
+        for stage, dilation in ((expected.layer3, 2), (expected.layer4, 4)):
+            stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)
+        first = expected.layer2[0]
+        first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+    expected.load_state_dict(dilated.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(dilated(images), expected(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ CHOICES = [
     "g2denet",
     {"kind": "g2denet", "root": "newton-schulz"},
     {"kind": "cbp", "dim": 32},
+    {"kind": "kernel", "dim": 16},
+    {"kind": "low-rank-bilinear", "width": 5},
     {"kind": "netvlad", "words": 3},
     {"kind": "netvlad", "words": 3, "tied": True},
     {"kind": "netfv", "words": 3},
