@@ -117,7 +117,7 @@ EXAMPLES = {
     "another file or folder",
     "NoMemoryError": "cuda:0: out of memory for 256 images at once (OutOfMemoryError: CUDA out of memory. "
     "Tried to allocate 1.53 GiB.); raise accumulate (now 1), which keeps the batch size, or lower batch_size",
-    "ImageError": "notes.txt: this is not an image; use JPEG, PNG, WebP, HEIC, TIFF, PPM, BMP and GIF "
+    "ImageError": "notes.txt: this is not an image; use JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and GIF "
     "[not_an_image]",
     "ServiceError": "http://127.0.0.1:8000/info: status 200, but not a sopdeploy response; check the URL "
     "[foreign_answer]",
@@ -130,7 +130,7 @@ ONE_INPUT = "give one of the inputs 'images' (UINT8 [n, 224, 224, 3]) and 'IMAGE
 # Messages of codes whose text is composed while the server runs.
 COMPOSED = {
     "bad_url": "url: Invalid port: 'x'",
-    "unsupported_format": "AVIF files are not accepted; use JPEG, PNG, WebP, HEIC, TIFF, PPM, BMP and GIF",
+    "unsupported_format": "PDF files are not accepted; use JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and GIF",
     "duplicate_input": "input 'IMAGE' occurs twice",
     "duplicate_output": "output 'logits' occurs twice",
     "invalid_parameter": "query.top_k: Input should be greater than or equal to 1",

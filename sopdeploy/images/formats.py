@@ -13,15 +13,16 @@ import importlib
 import io
 import re
 from collections.abc import Iterator
-from contextlib import suppress
+from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from sopdeploy.errors import ImageError
+from sopdeploy.images.avif import frame_sizes
 from sopdeploy.images.limits import MAX_BYTES, MAX_PIXELS
 from sopdeploy.images.pixels import match_transparency
 
-ACCEPTED = "JPEG, PNG, WebP, HEIC, TIFF, PPM, BMP and GIF"
+ACCEPTED = "JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and GIF"
 SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -48,11 +49,9 @@ REJECTED_SIGNATURES = {
 # Subtypes of media types that are not the name of the format
 ALIASES = {
     "JPG": "JPEG", "PJPEG": "JPEG", "APNG": "PNG", "X-PNG": "PNG", "X-BMP": "BMP", "X-MS-BMP": "BMP",
-    "HEIC": "HEIF", "HEIC-SEQUENCE": "HEIF", "HEIF-SEQUENCE": "HEIF", "TIF": "TIFF",
+    "HEIC": "HEIF", "HEIC-SEQUENCE": "HEIF", "HEIF-SEQUENCE": "HEIF", "AVIF-SEQUENCE": "AVIF", "TIF": "TIFF",
     "X-PORTABLE-PIXMAP": "PPM", "X-PORTABLE-GRAYMAP": "PPM", "X-PORTABLE-ANYMAP": "PPM",
 }  # fmt: skip
-# Not accepted: a frame may be larger than the header says (1.8 kB can hold 144 megapixels), and Pillow has no
-# limit for it.
 AVIF_BRANDS = {b"avif", b"avis"}
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif"}
 
@@ -70,7 +69,7 @@ MAX_BMP_READS = 2_000_000  # a run-length-encoded BMP is decoded in Python, one 
 SHORT_ADOBE, SKIPPED_SEGMENT = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)"), b"\xff\xef\\1"
 TIFF_COMPRESSIONS = {"raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate"}
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of a TIFF
-ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)  # sizes of the images in a HEIC file
+ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)  # sizes of the images in a HEIC or AVIF file
 CAMERA = "phones take JPEG with the camera setting `most compatible`"
 
 
@@ -107,8 +106,8 @@ def load_pixels(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Im
 
 
 def check_decoded_size(image: Image.Image, size: tuple[int, int]) -> None:
-    """Raise `ValueError` if a decoded HEIC file has another size than its header said."""
-    if image.format == "HEIF" and image.size != size:
+    """Raise `ValueError` if a decoded AVIF or HEIC file has another size than its header said."""
+    if image.format in {"AVIF", "HEIF"} and image.size != size:
         raise ValueError(f"decoded {image.size}, but the header says {size}")
 
 
@@ -135,14 +134,12 @@ def image_format(body: bytes) -> str:
     """Detect the format of *body*, as Pillow names it; raise `ImageError` if it is not accepted."""
     if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
         return "WEBP"
-    if body[4:8] == b"ftyp" and body[8:12] in AVIF_BRANDS | HEIF_BRANDS:
-        length = min(int.from_bytes(body[:4], "big"), 256)
-        if AVIF_BRANDS.intersection(body[start : start + 4] for start in (8, *range(16, length, 4))):
-            raise _unsupported(f"AVIF files are not accepted; use {ACCEPTED}")
-        return "HEIF"
+    if body[4:8] == b"ftyp" and (kind := _brand(body)):
+        return kind
     for signature, name in REJECTED_SIGNATURES.items():
         if body.startswith(signature):
-            raise _unsupported(f"{name} files are not accepted; use {ACCEPTED}")
+            message = f"{name} files are not accepted; use {ACCEPTED}"
+            raise ImageError(message, code="unsupported_format", status=415)
     for signature, kind in SIGNATURES.items():
         if body.startswith(signature):
             if kind == "JPEG":
@@ -151,14 +148,36 @@ def image_format(body: bytes) -> str:
     raise ImageError(f"this is not an image; use {ACCEPTED}", code="not_an_image", status=415)
 
 
+def _brand(body: bytes) -> str:
+    """Detect HEIC and AVIF by the brands of an ISO base media file; empty for other files."""
+    length = min(int.from_bytes(body[:4], "big"), 256)
+    brands = {body[8:12], *(body[start : start + 4] for start in range(16, length, 4))}
+    if body[8:12] not in AVIF_BRANDS | HEIF_BRANDS:
+        return ""
+    return "AVIF" if brands & AVIF_BRANDS else "HEIF"
+
+
 def _unsupported(message: str) -> ImageError:
     return ImageError(message, code="unsupported_format", status=415)
 
 
 def prepare_decoders() -> None:
-    """Import the optional decoders that are installed, before a process loses its access to files."""
-    with suppress(ImageError):
-        _use_heif()
+    """Import the decoders that this installation has; a process without files must do this before."""
+    for register in (_use_avif, _use_heif):
+        try:
+            register()
+        except ImageError:
+            continue
+
+
+def _use_avif() -> None:
+    """Import Pillow's decoder of AVIF, with one thread per image; raise `ImageError` without it."""
+    if not features.check("avif"):
+        raise _unsupported(
+            "AVIF: this build of Pillow does not read it; install Pillow 11.3 or later, or convert the image"
+        )
+    plugin: Any = importlib.import_module("PIL.AvifImagePlugin")
+    plugin.DEFAULT_MAX_THREADS = 1
 
 
 def _use_heif() -> None:
@@ -177,6 +196,8 @@ def _use_heif() -> None:
 
 def _open(body: bytes, kind: str) -> Image.Image:
     """Read the header with Pillow; skip short Adobe segments, which libjpeg accepts and Pillow rejects."""
+    if kind == "AVIF":
+        _use_avif()
     if kind == "HEIF":
         _use_heif()
     max_reads = MAX_BMP_READS if kind == "BMP" else MAX_READS + len(body) // BYTES_PER_READ
@@ -196,13 +217,15 @@ def _open(body: bytes, kind: str) -> Image.Image:
 
 
 def _inner_sizes(image: Image.Image, body: bytes, kind: str) -> Iterator[tuple[int, int]]:
-    """Yield the sizes of parts that a decoder allocates: tiles of a TIFF, images in a HEIC file."""
+    """Yield the sizes of parts that a decoder allocates: tiles of a TIFF, images in a HEIC or AVIF file."""
     if kind == "TIFF":
         tags = getattr(image, "tag_v2", {})
         yield int(tags.get(TILE_WIDTH, 0)), int(tags.get(TILE_LENGTH, 0))
-    if kind == "HEIF":
+    if kind in {"AVIF", "HEIF"}:
         for width, height in ITEM_SIZE.findall(body):
             yield int.from_bytes(width, "big"), int.from_bytes(height, "big")
+    if kind == "AVIF":
+        yield from frame_sizes(body)
 
 
 def _check_jpeg_segments(body: bytes) -> None:

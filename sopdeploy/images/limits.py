@@ -6,6 +6,6 @@ Importing this module does not load Pillow; `formats` enforces the limits.
 MAX_BYTES = 20_000_000  # of a file
 MAX_PIXELS = 70_000_000  # of an image; phones take photos of 50 and 64 megapixels
 SUFFIXES = (
-    ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff",
+    ".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff",
     ".webp",
 )  # fmt: skip

@@ -40,7 +40,7 @@ TURNED[274] = 6  # the orientation
 IMAGES = {
     **{
         kind: picture_bytes(kind=kind)
-        for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "HEIF", "TIFF", "PPM")
+        for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF", "HEIF", "TIFF", "PPM")
     },
     "CMYK JPEG": saved("CMYK", "JPEG"),
     "JPEG with two images": saved("RGB", "MPO", **MORE),

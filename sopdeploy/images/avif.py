@@ -1,0 +1,162 @@
+"""The frame sizes in an AVIF file, read before anything is decoded.
+
+The size in the header of an AVIF file need not be that of its AV1 frames: a decoder allocates the frames and
+scales them. A file of 450 kB that says 64 x 64 can hold a frame of 268 megapixels. libavif decodes it, and
+Pillow has no option to limit it, so this module reads the sizes from the AV1 sequence headers.
+
+Sources: ISO/IEC 14496-12, sections 8.11.3 (iloc) and 8.11.6 (iinf); AV1 Bitstream Specification, sections
+5.3 (OBUs) and 5.5.1 (sequence header).
+"""
+
+from collections.abc import Iterator
+
+from sopdeploy.errors import ImageError
+
+MAX_ITEMS = 1000  # images, tiles and metadata in one file
+MAX_UNITS = 10_000  # OBUs
+SEQUENCE_HEADER = 1
+DAMAGED = "damaged AVIF file"
+Box = tuple[bytes, tuple[int, int]]  # type, and range of the content
+
+
+def frame_sizes(body: bytes) -> Iterator[tuple[int, int]]:
+    """Yield an upper bound (width, height) of the frames of each AV1 image in the AVIF file *body*.
+
+    Raises `ImageError` for an animated image, and `ValueError` for a damaged file or one with more parts than
+    a photograph has.
+    """
+    top = list(_boxes(body, 0, len(body)))
+    if any(kind == b"moov" for kind, _ in top):
+        message = "animated AVIF files are not accepted; save one frame"
+        raise ImageError(message, code="unsupported_format", status=415)
+    start, end = _only(top, b"meta")
+    inside = list(_boxes(body, start + 4, end))
+    coded = _items_of_type(body, *_only(inside, b"iinf"), b"av01")
+    stored = _only([*inside, (b"idat", (0, 0))] if b"idat" not in dict(inside) else inside, b"idat")
+    for item, data in _item_data(body, *_only(inside, b"iloc"), stored):
+        if item in coded:
+            yield from _sequence_sizes(data)
+
+
+def _only(boxes: list[Box], kind: bytes) -> tuple[int, int]:
+    """Find the range of the only box of *kind*; readers differ in which of two they take."""
+    ranges = [content for name, content in boxes if name == kind]
+    if len(ranges) != 1:
+        raise ValueError(DAMAGED)
+    return ranges[0]
+
+
+def _boxes(body: bytes, start: int, end: int) -> Iterator[Box]:
+    """Yield the type and the range of the content of each box between *start* and *end*."""
+    for _ in range(MAX_ITEMS):
+        if start >= end:
+            return
+        size, head = int.from_bytes(body[start : start + 4], "big"), 8
+        if size == 1:
+            size, head = int.from_bytes(body[start + 8 : start + 16], "big"), 16
+        stop = end if size == 0 else start + size
+        if stop > end or stop < start + head:
+            raise ValueError(DAMAGED)
+        yield body[start + 4 : start + 8], (start + head, stop)
+        start = stop
+    raise ValueError("too many boxes")
+
+
+def _items_of_type(body: bytes, start: int, end: int, wanted: bytes) -> set[int]:
+    """Find the ids of the items of the type *wanted* in the item information box."""
+    items = set()
+    for _, (entry, _) in _boxes(body, start + (6 if body[start] == 0 else 8), end):
+        length = 2 if body[entry] == 2 else 4  # version 3 has ids of 32 bits
+        position = entry + 4 + length + 2
+        if body[position : position + 4] == wanted:
+            items.add(int.from_bytes(body[entry + 4 : entry + 4 + length], "big"))
+    return items
+
+
+def _item_data(body: bytes, start: int, end: int, idat: tuple[int, int]) -> Iterator[tuple[int, bytes]]:
+    """Yield the id and the bytes of each item in the item location box; *idat* is the range of that box."""
+    position = start + 6
+
+    def number(length: int) -> int:
+        nonlocal position
+        position += length
+        if position > end:
+            raise ValueError(DAMAGED)
+        return int.from_bytes(body[position - length : position], "big")
+
+    version = body[start]
+    offsets, lengths, bases, indices = body[start + 4] >> 4, body[start + 4] & 15, body[start + 5] >> 4, 0
+    if version > 0:
+        indices = body[start + 5] & 15
+    items = number(4 if version == 2 else 2)
+    if items > MAX_ITEMS:
+        raise ValueError("too many items")
+    for _ in range(items):
+        item = number(4 if version == 2 else 2)
+        method = number(2) & 15 if version > 0 else 0
+        number(2)
+        base, extents, parts = number(bases), number(2), []
+        if method > 1 or extents > MAX_ITEMS:
+            raise ValueError("an item made of other items, or of too many parts")
+        for _ in range(extents):
+            number(indices)
+            first, length = base + number(offsets), number(lengths)
+            first, last = (first, len(body)) if method == 0 else (idat[0] + first, idat[1])
+            parts.append(body[first : min(last, first + length) if length else last])
+        yield item, b"".join(parts)
+
+
+def _sequence_sizes(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the size in each sequence header of the OBUs in *data*."""
+    position = 0
+    for _ in range(MAX_UNITS):
+        if position >= len(data):
+            return
+        header = data[position]
+        position += 2 if header & 4 else 1  # an extension follows
+        size = len(data) - position
+        if header & 2:
+            size, shift = 0, 0
+            while True:
+                if position >= len(data) or shift > 28:
+                    raise ValueError(DAMAGED)
+                size |= (data[position] & 127) << shift
+                position, shift = position + 1, shift + 7
+                if data[position - 1] < 128:
+                    break
+        if header >> 3 & 15 == SEQUENCE_HEADER:
+            yield _sequence_size(data[position : position + size])
+        position += size
+    raise ValueError("too many OBUs")
+
+
+def _sequence_size(header: bytes) -> tuple[int, int]:
+    """Read the size in a sequence header: of its still picture, or the largest that a frame can have."""
+    bits, position = int.from_bytes(header[:64], "big"), 8 * min(64, len(header))
+
+    def read(count: int) -> int:
+        nonlocal position
+        position -= count
+        if position < 0:
+            raise ValueError(DAMAGED)
+        return bits >> position & ((1 << count) - 1)
+
+    read(4)  # profile, still_picture
+    reduced = read(1)
+    if reduced:
+        read(5)  # level
+    else:
+        if read(1):  # timing information, which images do not have
+            raise ValueError("timing information")
+        delays = read(1)
+        for _ in range(read(5) + 1):
+            read(12)
+            if read(5) > 7:
+                read(1)
+            if delays and read(1):
+                read(4)
+    width_bits, height_bits = read(4) + 1, read(4) + 1
+    width, height = read(width_bits) + 1, read(height_bits) + 1
+    if reduced:
+        return width, height
+    return 1 << width_bits, 1 << height_bits  # a frame header may contain any size of so many bits
