@@ -130,7 +130,6 @@ ONE_INPUT = "give one of the inputs 'images' (UINT8 [n, 224, 224, 3]) and 'IMAGE
 # Messages of codes whose text is composed while the server runs.
 COMPOSED = {
     "bad_url": "url: Invalid port: 'x'",
-    "unsupported_format": "PDF files are not accepted; use JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and GIF",
     "duplicate_input": "input 'IMAGE' occurs twice",
     "duplicate_output": "output 'logits' occurs twice",
     "invalid_parameter": "query.top_k: Input should be greater than or equal to 1",
@@ -140,6 +139,8 @@ COMPOSED = {
     "not_found": "Not Found",
     "too_many_inputs": ONE_INPUT,
     "unknown_input": "no input 'image'; available: images, IMAGE",
+    "unsupported_format": "PDF files are not accepted; use JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and "
+    "GIF",
     "unknown_output": "no output 'logit'; available: logits",
     "url_not_allowed": "url: 'example.com' is not among the allowed hosts of this server",
     "url_unreachable": "url: images.example.com responded with status 404",

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.bundle.golden import check_golden, read_golden
+from sopdeploy.bundle.golden import PixelDifference, check_golden, read_golden
 from sopdeploy.config import StrictModel
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.inference.loader import load_model
@@ -15,8 +15,10 @@ from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
 class Verification(StrictModel):
     """The facts of a bundle that passed every check; `golden` counts its golden examples.
 
-    `replays` has the deviation and the tolerance of each output by batch size. `onnx_root` is the root that
-    was recomputed from `model.onnx`; None if `onnx` is not installed.
+    `replays` has the deviation and the tolerance of each output by batch size.
+
+    `onnx_root` is the root that was recomputed from `model.onnx`; None if `onnx` is not installed. `pixels`
+    is the largest difference of the pixels of golden examples; None if they are those of the export.
     """
 
     bundle: str
@@ -29,6 +31,7 @@ class Verification(StrictModel):
     device: str
     replays: tuple[dict[str, Any], ...]
     golden: int
+    pixels: PixelDifference | None = None
 
 
 def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
@@ -39,15 +42,20 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
     """
     loaded = load_model(bundle_path, settings or load_settings(), thorough=True)
     bundle, examples = loaded.bundle, read_golden(loaded.bundle)
-    output, exporter = bundle.manifest.outputs[0].name, bundle.manifest.versions.get("pillow", "unknown")
+    output = bundle.manifest.outputs[0].name
+    differences = []
     for example in examples:
         image = EncodedImage(example.jpeg)
         rules, size = bundle.manifest.preprocess, len(example.jpeg)
         decoded = decode(image, rules, max_bytes=size, max_pixels=PILLOW_PIXELS)
         with must_run(loaded.runtime):
-            check_golden(
-                example, decoded.pixels, lambda image: loaded.runtime.run(image[None])[output][0], exporter
+            difference = check_golden(
+                example,
+                decoded.pixels,
+                lambda image: loaded.runtime.run(image[None])[output][0],
+                bundle.manifest.versions.get("pillow"),
             )
+        differences.append(difference)
     return Verification(
         bundle=bundle.name,
         id=bundle.manifest.id,
@@ -59,4 +67,5 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
         device=loaded.runtime.device,
         replays=tuple({"batch": batch, **asdict(replay)} for batch, replay in loaded.replays.items()),
         golden=len(examples),
+        pixels=max(filter(None, differences), key=lambda difference: difference.drift, default=None),
     )

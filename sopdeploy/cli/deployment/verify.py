@@ -26,7 +26,10 @@ def show(verified: "tuple[Verification, str | None]") -> None:
             images = f"batch {replay['batch']}: {name} of {replay['images']} images"
             print_field("probes", f"{images} deviate by {deviation:.2g} {allowed}")
     if result.golden:
-        print_field("golden", f"{result.golden} JPEG files give the exporter's pixels and logits")
+        same = "pixels and logits" if result.pixels is None else "logits"
+        print_field("golden", f"{result.golden} JPEG files give the exporter's {same}")
+    if result.pixels is not None:
+        print_field("note", result.pixels.describe(), style="bold yellow")
     print_field("verified", str(result.bundle), style="bold green")
 
 
