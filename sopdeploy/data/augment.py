@@ -137,10 +137,10 @@ class RandomSide(BoxCrop):
         return self
 
     def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:
-        """Draw a square box in source pixels."""
+        """Draw the square in source pixels that becomes the crop after the resize to a random side."""
         width, height = size
         side = max(crop, random.randint(*self.sides))
-        window = crop * (min(width, height) / side)
+        window = crop * (min(width, height) / side)  # side of the crop, in source pixels
         left, top = random.random() * (width - window), random.random() * (height - window)
         return left, top, min(width, left + window), min(height, top + window)
 

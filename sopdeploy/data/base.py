@@ -122,7 +122,7 @@ def hold_out(
     shuffled = sorted(
         range(len(keys)), key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index])
     )
-    rank = np.argsort(shuffled)
+    rank = np.argsort(shuffled)  # position of each image in `shuffled`
     if targets.ndim == 1:
         by_class = np.argsort(targets, kind="stable")
         groups = np.split(by_class, np.flatnonzero(np.diff(targets[by_class])) + 1)
@@ -130,11 +130,11 @@ def hold_out(
         by_count = np.argsort(np.count_nonzero(targets, axis=0), kind="stable")
         groups = [np.flatnonzero(targets[:, target]) for target in by_count]
         groups.append(np.flatnonzero(~targets.any(axis=1)))
-    held_out, decided = np.zeros((2, len(keys)), dtype=np.bool_)
+    held_out, decided = np.zeros((2, len(keys)), dtype=np.bool_)  # an image can be in several groups
     for members in groups:
         quota = min(max(1, round(fraction * len(members))), len(members) - 1)
-        missing = max(0, quota - held_out[members].sum())
+        needed = max(0, quota - held_out[members].sum())
         undecided = members[~decided[members]]
-        held_out[undecided[np.argsort(rank[undecided])][:missing]] = True
+        held_out[undecided[np.argsort(rank[undecided])][:needed]] = True
         decided[members] = True
     return held_out

@@ -51,11 +51,11 @@ def _drop_unreadable(split: Split, log: Log) -> Split:
 
     Raises `DataError` if a class has no readable image.
     """
-    parts: list[LabeledImages] = []
+    readable_sets: list[LabeledImages] = []  # train, held out
     skipped: list[str] = []
     for images in (split.train, split.held_out):
         if not isinstance(images, ImageFiles):
-            parts.append(images)
+            readable_sets.append(images)
             continue
         unreadable = list(find_unreadable(images))
         mask = np.ones(len(images), dtype=np.bool_)
@@ -68,8 +68,8 @@ def _drop_unreadable(split: Split, log: Log) -> Split:
                 f"{images.root}: no readable image in the classes {shorten(names)}; repair the files",
                 lists={"classes": names},
             )
-        parts.append(readable)
+        readable_sets.append(readable)
         skipped += [str(images.path(index)) for index in unreadable]
     if skipped:
         log(f"{len(skipped)} unreadable images are left out: {shorten(skipped)}")
-    return replace(split, train=parts[0], held_out=parts[1], skipped=tuple(skipped))
+    return replace(split, train=readable_sets[0], held_out=readable_sets[1], skipped=tuple(skipped))

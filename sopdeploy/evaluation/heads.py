@@ -44,7 +44,7 @@ class HeadCounter(nn.Module):
     def __init__(self, model: Classifier, targets: Tensor) -> None:
         super().__init__()
         self.model, self.targets, self.done = model, targets, 0
-        self.right: dict[str, Tensor] = {}
+        self.right: dict[str, Tensor] = {}  # correct among the best 1 and the best 5
         self.losses: dict[str, float] = {}
 
     def forward(self, images: Tensor) -> Tensor:
@@ -67,11 +67,11 @@ class HeadCounter(nn.Module):
         return tuple(
             HeadAccuracy(
                 name=name,
-                top1=Rate.of(int(right[0]), self.done),
-                top5=Rate.of(int(right[1]), self.done),
+                top1=Rate.of(int(top1), self.done),
+                top5=Rate.of(int(top5), self.done),
                 loss=self.losses[name] / self.done,
                 weight=weights[name],
                 share=shares[name],
             )
-            for name, right in self.right.items()
+            for name, (top1, top5) in self.right.items()
         )

@@ -186,16 +186,18 @@ def predict_logits(
     the logits of all images. *on_batch* is called after every batch with the number of images done, the same
     number of times in each process.
     """
-    parts: list[tuple[list[int], Tensor]] = []
+    computed: list[tuple[list[int], Tensor]] = []  # indices and logits of this process's batches
     batches = _process_logits(model, dataset, preprocess, batch_size, workers, processes)
     for done, batch in enumerate(batches, 1):
         if batch is not None:
-            parts.append((batch[0], batch[1].cpu()))
+            indices, batch_logits, _ = batch
+            computed.append((indices, batch_logits.cpu()))
         on_batch(min(len(dataset), done * batch_size * processes.world))
-    classes = parts[0][1].shape[1] if parts else len(dataset.labels)
+    classes = computed[0][1].shape[1] if computed else len(dataset.labels)
     logits = torch.zeros(len(dataset), classes, dtype=torch.float64)
-    for indices, part in parts:
-        logits[indices] = part
+    for indices, batch_logits in computed:
+        logits[indices] = batch_logits
+    # the rows of other processes are 0, so the sum holds all rows
     return processes.all_reduce(logits).numpy(), dataset.images.targets
 
 

@@ -25,16 +25,17 @@ def frame_sizes(body: bytes) -> Iterator[tuple[int, int]]:
     Raises `ImageError` for an animated image, and `ValueError` for a damaged file or one with more parts than
     a photograph has.
     """
-    top = list(_boxes(body, 0, len(body)))
-    if any(kind == b"moov" for kind, _ in top):
+    file_boxes = list(_boxes(body, 0, len(body)))
+    if any(kind == b"moov" for kind, _ in file_boxes):
         message = "animated AVIF files are not accepted; save one frame"
         raise ImageError(message, code="unsupported_format", status=415)
-    start, end = _only(top, b"meta")
-    inside = list(_boxes(body, start + 4, end))
-    coded = _items_of_type(body, *_only(inside, b"iinf"), b"av01")
-    stored = _only([*inside, (b"idat", (0, 0))] if b"idat" not in dict(inside) else inside, b"idat")
-    for item, data in _item_data(body, *_only(inside, b"iloc"), stored):
-        if item in coded:
+    start, end = _only(file_boxes, b"meta")
+    boxes = list(_boxes(body, start + 4, end))
+    av1_items = _items_of_type(body, *_only(boxes, b"iinf"), b"av01")
+    if b"idat" not in dict(boxes):  # optional: item data inside `meta`
+        boxes.append((b"idat", (0, 0)))
+    for item, data in _item_data(body, *_only(boxes, b"iloc"), _only(boxes, b"idat")):
+        if item in av1_items:
             yield from _sequence_sizes(data)
 
 
@@ -62,13 +63,13 @@ def _boxes(body: bytes, start: int, end: int) -> Iterator[Box]:
     raise ValueError("too many boxes")
 
 
-def _items_of_type(body: bytes, start: int, end: int, wanted: bytes) -> set[int]:
-    """Find the ids of the items of the type *wanted* in the item information box."""
+def _items_of_type(body: bytes, start: int, end: int, item_type: bytes) -> set[int]:
+    """Find the ids of the items of the type *item_type* in the item information box."""
     items = set()
     for _, (entry, _) in _boxes(body, start + (6 if body[start] == 0 else 8), end):
         length = 2 if body[entry] == 2 else 4  # version 3 has ids of 32 bits
         position = entry + 4 + length + 2
-        if body[position : position + 4] == wanted:
+        if body[position : position + 4] == item_type:
             items.add(int.from_bytes(body[entry + 4 : entry + 4 + length], "big"))
     return items
 
@@ -85,24 +86,24 @@ def _item_data(body: bytes, start: int, end: int, idat: tuple[int, int]) -> Iter
         return int.from_bytes(body[position - length : position], "big")
 
     version = body[start]
-    offsets, lengths, bases, indices = body[start + 4] >> 4, body[start + 4] & 15, body[start + 5] >> 4, 0
-    if version > 0:
-        indices = body[start + 5] & 15
+    # the numbers of bytes in each field; 0 for a field that is absent
+    offset_bytes, length_bytes, base_bytes = body[start + 4] >> 4, body[start + 4] & 15, body[start + 5] >> 4
+    index_bytes = body[start + 5] & 15 if version > 0 else 0
     items = number(4 if version == 2 else 2)
     if items > MAX_ITEMS:
         raise ValueError("too many items")
     for _ in range(items):
         item = number(4 if version == 2 else 2)
-        method = number(2) & 15 if version > 0 else 0
-        number(2)
-        base, extents, parts = number(bases), number(2), []
+        method = number(2) & 15 if version > 0 else 0  # 0: offsets in the file, 1: in the idat box
+        number(2)  # data reference
+        base, extents, parts = number(base_bytes), number(2), []
         if method > 1 or extents > MAX_ITEMS:
             raise ValueError("an item made of other items, or of too many parts")
         for _ in range(extents):
-            number(indices)
-            first, length = base + number(offsets), number(lengths)
-            first, last = (first, len(body)) if method == 0 else (idat[0] + first, idat[1])
-            parts.append(body[first : min(last, first + length) if length else last])
+            number(index_bytes)
+            offset, length = base + number(offset_bytes), number(length_bytes)
+            first, limit = (offset, len(body)) if method == 0 else (idat[0] + offset, idat[1])
+            parts.append(body[first : min(limit, first + length) if length else limit])  # 0: up to the end
         yield item, b"".join(parts)
 
 

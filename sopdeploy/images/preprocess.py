@@ -63,10 +63,10 @@ class Preprocess(StrictModel):
         mode = str(config.get("crop_mode") or "center")
         if mode not in TIMM_CROP_MODES:
             raise ConfigError(f"timm: crop_mode {mode!r}; supported are {', '.join(TIMM_CROP_MODES)}")
-        kept = float(config.get("crop_pct") or 1)
-        if mode != "center" and kept != 1:
+        crop_share = float(config.get("crop_pct") or 1)
+        if mode != "center" and crop_share != 1:
             raise ConfigError(
-                f"timm: crop_mode {mode!r} with crop_pct {kept:g} is not supported; choose rules "
+                f"timm: crop_mode {mode!r} with crop_pct {crop_share:g} is not supported; choose rules "
                 "that keep the whole image, or another network"
             )
         colors = {name: tuple(config[name]) for name in ("mean", "std") if name in config}
@@ -75,7 +75,7 @@ class Preprocess(StrictModel):
         return cls._published(
             "timm",
             crop=height,
-            resize=max(height, math.floor(height / kept)),
+            resize=max(height, math.floor(height / crop_share)),
             fit=TIMM_CROP_MODES[mode],
             interpolation=config.get("interpolation", "bilinear"),
             **colors,

@@ -73,12 +73,15 @@ def published_preprocess(name: str, path: Path) -> tuple[Preprocess, tuple[str, 
 
 
 def convert_torchvision_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Convert VGG-16 of torchvision; None for other files. `features` becomes `layers`."""
-    first = file.tensors.get("classifier.0.weight")
+    """Convert VGG-16 of torchvision; None for other files.
+
+    The prefix `features.` of tensor names becomes `layers.`.
+    """
+    first_linear = file.tensors.get("classifier.0.weight")
     convolutions = [
         name for name, tensor in file.tensors.items() if name.startswith("features.") and tensor.dim() == 4
     ]
-    if first is None or first.shape[1:] != (VGG_FLATTENED,) or not convolutions:
+    if first_linear is None or first_linear.shape[1:] != (VGG_FLATTENED,) or not convolutions:
         return None
     if len(convolutions) != VGG_CONVOLUTIONS:
         raise WeightsError(

@@ -26,11 +26,12 @@ def choose_config(
     `ConfigError` if a setting contradicts the file or is missing.
     """
     defaults = entry(model).defaults
+    # the config without the values of the file: the network that the user asks for
     config = make_config(model, _set_values(defaults, settings))
     for key, required in converted.required.items():
         value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part, None)
+        for field in key.split("."):
+            value = getattr(value, field, None)
         if value != required:
             raise _misfit(file, converted, model, f"{key} is {value}, not {required}")
     for key, reason in converted.undetermined.items():

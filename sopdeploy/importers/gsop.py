@@ -65,6 +65,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
 
 
 def _rename(source: str) -> str:
+    """Map a tensor name of the released code to the catalog's name; other names are unchanged."""
     if source.startswith(("layer_reduce.", "layer_reduce_bn.")):
         return f"pooling.{source}"
     match = BLOCK_TENSOR.fullmatch(source)

@@ -115,7 +115,7 @@ class Classifier(Backbone):
         accepts. Raises `ConfigError` if the last layer is not linear.
         """
         del image_size
-        layer = Classifier.logits_layer(self)
+        layer = Classifier.logits_layer(self)  # an override returns the layer of the new head
         if layer is None:
             raise ConfigError("head: the last layer of this network is not linear; choose another network")
         name = next(name for name, module in self.named_modules() if module is layer)
@@ -139,4 +139,5 @@ class Entry:
         cls, network: type[Classifier], config: type[StrictModel], defaults: Mapping[str, Any], title: str
     ) -> "Entry":
         """Build the entry of a network for the 32-pixel images of CIFAR-10."""
-        return cls(network, config, defaults, f"{title} for 32-pixel images", 32, 10)
+        summary = f"{title} for 32-pixel images"
+        return cls(network, config, defaults, summary, image_size=32, num_classes=10)

@@ -137,7 +137,7 @@ class Description(StrictModel):
 def describe(
     name: str, *, image_size: int | None = None, num_classes: int | None = None, **config: Any
 ) -> Description:
-    """Count catalog model *name* on the `meta` device, without allocating weights.
+    """Count parameters and multiply-adds of model *name* without allocating weights (`meta` device).
 
     *image_size* is the side of the input in pixels. Raises `ConfigError` for an unknown name, an invalid
     option, or a size that the network cannot compute.

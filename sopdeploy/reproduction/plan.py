@@ -238,7 +238,7 @@ def _count_network(recipe: Recipe, printed: PrintedRow, num_classes: int) -> dic
 
 
 def _count_facts(row: Row, recipe: Recipe, table: PrintedTable) -> dict[str, float]:
-    """Count the facts that the paper prints for *row*, without those that only training measures."""
+    """Compute the quantities that the paper prints for *row*, except those that only training measures."""
     printed, model, num_classes = row.printed, recipe.model, DATA_SETS[table.data].classes
     if not printed.facts:
         return {}

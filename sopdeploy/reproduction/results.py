@@ -66,7 +66,7 @@ class MeanError(StrictModel):
 
 
 def measure_run(recipe: Recipe, trained: TrainingResult, *, timed: bool) -> SeedResult:
-    """Measure what the table and the charts show of a finished run; *timed* times its network, too."""
+    """Collect the results of a finished run for the table and the charts; *timed* adds the inference time."""
     checkpoint = read_checkpoint(trained.last)
     history = read_history(checkpoint, trained.last)
     counts = describe(

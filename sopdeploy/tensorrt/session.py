@@ -200,7 +200,7 @@ class EngineSession:
             raise RuntimeError(f"TensorRT rejects images of shape {shape}: {last_error(self._loaded.logger)}")
 
     def _launch(self, index: int) -> None:
-        """Enqueue the kernels."""
+        """Enqueue the kernels of the profile *index* for the tensors and shape that `_bind` set."""
         if not self._loaded.contexts[index].execute_async_v3(int(self._stream)):
             self._cuda.synchronize(self._stream)  # raises if the device failed
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._loaded.logger)}")

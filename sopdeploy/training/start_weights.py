@@ -81,7 +81,7 @@ def read_start_weights(recipe: Recipe, strategy: Strategy) -> StartWeights | Non
             remedies={"weights": "imagenet"},
         )
     weights = _read(recipe) if strategy.rank == 0 else None
-    strategy.all_reduce(torch.zeros(1))
+    strategy.all_reduce(torch.zeros(1))  # the others wait until the first process has filled the cache
     return weights or _read(recipe)
 
 

@@ -66,11 +66,11 @@ def engine(
         return get_engine(opened, options, report)
 
 
-def _show_engine(built: "Engine") -> None:
-    record = built.record
+def _show_engine(engine: "Engine") -> None:
+    record = engine.record
     key = record.key
     _field("engine", f"{key.gpu} ({key.architecture}), TensorRT {key.tensorrt}")
-    _field("built", built.reason or "no, it was in the cache")
+    _field("built", engine.reason or "no, it was in the cache")
     _field("profiles", f"batches {', '.join(map(str, key.profiles))}")
     for hazard in record.hazards:
         _field("rewritten", f"{hazard.operators} operators: {hazard.done}")
@@ -82,7 +82,7 @@ def _show_engine(built: "Engine") -> None:
         for name, deviation in replay.deviation.items():
             allowed = f"(allowed {replay.tolerance[name]:.2g})"
             _field("probes", f"batch {replay.batch}: {name} deviates by {deviation:.2g} {allowed}")
-    _field("ready", f"{built.path} ({record.plan_bytes:,} bytes)", style="bold green")
+    _field("ready", f"{engine.path} ({record.plan_bytes:,} bytes)", style="bold green")
 
 
 def _show_plan(plan: "EnginePlan") -> None:

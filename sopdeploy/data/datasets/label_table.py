@@ -135,7 +135,7 @@ def split_table(table: LabelTable, fraction: float, seed: int) -> Split:
     missing = np.flatnonzero(train.class_counts() == 0)
     if missing.size:
         path, name = table.images.root / LABELS_FILE, table.images.labels[missing[0]]
-        raise DataError(f"{path}: no training image of {name}; set the split of one to {TRAIN}")
+        raise DataError(f"{path}: no training image of {name}; set the split of one of its images to {TRAIN}")
     return Split(train=train, held_out=held_out, divided=not table.is_split)
 
 
@@ -169,7 +169,7 @@ def _read_rows(table: Path) -> list[_Row]:
         if None in record or None in record.values():
             raise DataError(f"{where}: does not have {len(columns)} columns; quote names with commas")
         values = {column: value.strip() for column, value in record.items()}
-        path, part = PurePosixPath(values["file"]), values.get(SPLIT)
+        path, split = PurePosixPath(values["file"]), values.get(SPLIT)
         classes = [name.strip() for name in values["classes"].split(SEPARATOR) if values["classes"]]
         if path.is_absolute() or ".." in path.parts or not is_image(path.name):
             raise DataError(
@@ -179,11 +179,11 @@ def _read_rows(table: Path) -> list[_Row]:
             raise DataError(
                 f"{where}: {values['classes']!r} has an empty class name; separate classes by one {SEPARATOR}"
             )
-        if part not in (TRAIN, VAL, None):
-            raise DataError(f"{where}: split is {part!r}; write {TRAIN} or {VAL}")
+        if split not in (TRAIN, VAL, None):
+            raise DataError(f"{where}: split is {split!r}; write {TRAIN} or {VAL}")
         if (name := str(path)) in rows:
             raise DataError(
                 f"{where}: {name} is listed in line {rows[name].line}, too; keep one line per file"
             )
-        rows[name] = _Row(line, name, set(classes), part)
+        rows[name] = _Row(line, name, set(classes), split)
     return list(rows.values())

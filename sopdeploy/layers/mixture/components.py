@@ -60,7 +60,7 @@ class Components(nn.Module):
         self.components, self.counted = components, counted
         self.rectified = convolutions.rectified and kind != "linear"
         widths = convolutions.widths
-        inputs = (channels, *widths)[: len(widths)]
+        inputs = (channels, *widths)[: len(widths)]  # each convolution reads the output of the previous
         self.weights = nn.ParameterList(
             torch.randn(components, width, fan_in) * math.sqrt(2.0 / fan_in)
             for width, fan_in in zip(widths, inputs, strict=True)

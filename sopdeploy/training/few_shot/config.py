@@ -109,13 +109,13 @@ class FewShotResult(StrictModel):
         """Describe the score; if it is not clearly better, add the accuracy of always guessing one class."""
         score, name = self.score, "top-1" if self.map is None else "mAP"
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
-        label, most = max(self.class_counts.items(), key=lambda count: count[1])
-        share, guess = most / max(1, sum(self.class_counts.values())), ""
-        if self.map is None and score.low <= share:
-            guess = f'; always answering "{label}" gives {100 * share:.0f} %'
+        label, largest = max(self.class_counts.items(), key=lambda count: count[1])
+        majority, comparison = largest / max(1, sum(self.class_counts.values())), ""
+        if self.map is None and score.low <= majority:
+            comparison = f'; always answering "{label}" gives {100 * majority:.0f} %'
         return (
             f"{name} {100 * score.share:.1f} % ({origin}, 95 % interval {100 * score.low:.0f} to "
-            f"{100 * score.high:.0f} %{guess}) of {score.count} images"
+            f"{100 * score.high:.0f} %{comparison}) of {score.count} images"
         )
 
     def describe_images(self) -> str:
