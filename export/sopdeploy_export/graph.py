@@ -96,10 +96,11 @@ class InFloat64(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation, with float64 in place of every smaller floating-point type."""
+        """Run one operation in float64 if an argument names a smaller type or an operand is float64."""
         del types
         call = (tuple(map(in_float64, args)), {key: in_float64(v) for key, v in (kwargs or {}).items()})
         dtypes = {value.dtype for value in tree_leaves(call) if isinstance(value, Tensor)}
+        # An operation that writes to an operand needs this operand itself, not a converted copy.
         if torch.float64 in dtypes and dtypes & set(REDUCED) and not func._schema.is_mutable:
             call = tree_map_only(Tensor, lambda t: t.double() if t.dtype in REDUCED else t, call)
         return func(*call[0], **call[1])

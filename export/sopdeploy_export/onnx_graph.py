@@ -248,10 +248,17 @@ def attribute(node: ir.Node, name: str, default: Any) -> Any:
 
 
 def axes(node: ir.Node) -> list[int]:
-    """List the axes of a reduction or Unsqueeze, counted from 0; all axes if it names none."""
+    """List the axes of a reduction or Unsqueeze, counted from 0; all axes if *node* has no list of axes.
+
+    Empty if the rank is unknown or 0.
+    """
     rank = len(dims(node.outputs[0] if node.op_type == "Unsqueeze" else node.inputs[0]))
-    named = content(node.inputs[1]) if len(node.inputs) > 1 else None
-    return sorted(int(axis) % rank for axis in (range(rank) if named is None else named)) if rank else []
+    if not rank:
+        return []
+    listed = content(node.inputs[1]) if len(node.inputs) > 1 else None
+    if listed is None:
+        return list(range(rank))
+    return sorted(int(axis) % rank for axis in listed)
 
 
 def per_row(value: ir.Value | None) -> int | None:

@@ -259,7 +259,11 @@ def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityRepo
 def write_golden_examples(
     job: _Job, folder: Path, converted: ConvertedGraph, parity: ParityReport, tolerance: float
 ) -> None:
-    """Write golden examples with a decided gate; two runtimes may differ by twice their *tolerance*."""
+    """Write golden examples; leave out images for which rounding can change the choice of the gate.
+
+    The examples get twice *tolerance*: it limits the difference of one runtime from the network, and an
+    example compares two runtimes.
+    """
     session, gate = open_session(folder / ONNX_FILE), find_gate(job.subject.network)
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -325,9 +329,9 @@ def fold_temperature(
 ) -> nn.Module:
     """Copy *network* with the weights and the bias of its last linear layer divided by *temperature*.
 
-    This divides the logits without any cost at inference; training-only heads keep their logits. Both
-    networks run on some of *images*, uint8 (N, H, W, 3). Raises `LoweringError` if no linear layer computes
-    the logits, or if dividing its weights does not divide them.
+    This divides the logits without any cost at inference; training-only heads keep their logits. To check
+    the division, both networks run on some of *images*, uint8 (images, H, W, 3). Raises `LoweringError` if no
+    linear layer computes the logits, or if the check fails.
     """
     folded = copy_module(network)
     layer = folded.logits_layer() if isinstance(folded, Classifier) else None

@@ -48,7 +48,7 @@ def _key(tensor: onnx.TensorProto) -> tuple[int, tuple[int, ...], bytes]:
 
 
 def check_lowering(bundle: Bundle) -> str | None:
-    """Replay the rewrite rules of *bundle*; return what was shown, or None if there is nothing to replay.
+    """Replay the rewrite rules of *bundle*; return the result as a sentence, None without a source graph.
 
     Raises `BundleError` if the source is not the certified graph, if a rule does not match, or if the result
     is not `model.onnx`.
@@ -58,7 +58,7 @@ def check_lowering(bundle: Bundle) -> str | None:
         return None
     try:
         report = LoweringReport.model_validate_json((bundle.path / "lowering.json").read_bytes())
-        certified = json.loads((bundle.path / "certificate.json").read_bytes())["roots"]["onnx"]
+        certified_root = json.loads((bundle.path / "certificate.json").read_bytes())["roots"]["onnx"]
         source = _read(path, onnx.load_from_string(bundle.onnx.read_bytes()))
         source_root = onnx_root(source)
         lowered_root = onnx_root(replay(source, report.rules))
@@ -66,13 +66,13 @@ def check_lowering(bundle: Bundle) -> str | None:
         raise BundleError(f"{path}: cannot be read, or belongs to another bundle; {advice}") from error
     except (CertificateError, LoweringError) as error:
         raise BundleError(f"{path}: {error}; {advice}") from error
-    reduced = bundle.manifest.precision != "fp32"
-    if source_root != report.source_onnx_root or (not reduced and source_root != certified):
+    is_converted = bundle.manifest.precision != "fp32"  # the certified graph is in float32
+    if source_root != report.source_onnx_root or (not is_converted and source_root != certified_root):
         raise BundleError(f"{path}: is not the certified graph; {advice}")
     if lowered_root != bundle.manifest.lineage.onnx_root:
         raise BundleError(f"{path}: {len(report.rules)} rewrite rules do not give model.onnx; {advice}")
-    start = f"the {bundle.manifest.precision} graph" if reduced else "the certified graph"
-    return f"{len(report.rules)} rewrite rules, replayed on {start}, give model.onnx"
+    source_graph = f"the {bundle.manifest.precision} graph" if is_converted else "the certified graph"
+    return f"{len(report.rules)} rewrite rules, replayed on {source_graph}, give model.onnx"
 
 
 def _read(path: Path, exported: onnx.ModelProto) -> onnx.ModelProto:

@@ -206,11 +206,11 @@ class PythonReads(TorchFunctionMode):
         self.first: str | None = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call one function."""
+        """Call *function*; record it if it is the first read by code outside of torch and this package."""
         del types
         name = getattr(function, "__name__", "")
         if name in self.READS and self.first is None:
-            module = sys._getframe(1).f_globals.get("__name__", "")
+            module = sys._getframe(1).f_globals.get("__name__", "")  # of the calling code
             if module.partition(".")[0] not in ("torch", "sopdeploy_export"):
                 self.first = f"{name} in {module}"
         return function(*args, **(kwargs or {}))

@@ -119,7 +119,7 @@ class Shadow:
     """
 
     def __init__(self, service: Service, name: str, live: str, share: float) -> None:
-        """Take the model *name* out of the models that *service* serves."""
+        """Hide the model *name* from clients of *service*: it gets only images that *live* predicted."""
         self.name, self._live, self._share = name, live, share
         self._service = service
         self.model = service.registry.hide(name)

@@ -219,9 +219,10 @@ def max_drift(name: str, values: NDArray[Any], expected: NDArray[Any], compared:
 
 
 def _first_violation(report: ParityReport) -> str:
-    """Describe the first limit that *report* exceeds; the order is from the cause to its effects."""
+    """Describe the first limit that *report* exceeds; a cause is checked before its effects."""
     if report.unverifiable:
         floor = report.logits.noise_floor
+        # A file that ignores its input is wrong by half of the spread or more.
         return (
             f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "
             f"{floor / max(report.spread or 0.0, floor * 1e-6):.0%} of the spread of the logits, and at "

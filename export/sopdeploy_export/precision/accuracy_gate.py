@@ -90,16 +90,20 @@ class AccuracyCheck:
 
 
 def accuracy(
-    first: NDArray[np.int64], second: NDArray[np.int64], truth: NDArray[np.int64] | None = None
+    float32: NDArray[np.int64], exported: NDArray[np.int64], truth: NDArray[np.int64] | None = None
 ) -> Accuracy:
-    """Compare classes predicted by the float32 graph (*first*) and the exported one."""
-    agree = int((first == second).sum())
-    low, high = wilson(agree, len(first))
-    before = None if truth is None else float((first == truth).mean())
-    after = None if truth is None else float((second == truth).mean())
-    lost = 1 - agree / len(first) if before is None or after is None else before - after
+    """Compare the classes that the *float32* graph and the *exported* graph predict.
+
+    The drop is the loss of top-1. Without the labels *truth*, it is the fraction of images whose class
+    differs, which is an upper bound of this loss.
+    """
+    agree = int((float32 == exported).sum())
+    low, high = wilson(agree, len(float32))
+    before = None if truth is None else float((float32 == truth).mean())
+    after = None if truth is None else float((exported == truth).mean())
+    lost = 1 - agree / len(float32) if before is None or after is None else before - after
     return Accuracy(
-        images=len(first),
+        images=len(float32),
         before=before,
         after=after,
         agree=agree,

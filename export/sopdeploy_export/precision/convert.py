@@ -239,16 +239,16 @@ def run_unfused(model: onnx.ModelProto) -> Run:
 
 
 def _gate_of_file(model: onnx.ModelProto, network: nn.Module) -> Gate | None:
-    """Build a function that computes the gate's logits with *model*, without fusions."""
+    """Build a function that computes the gate's logits with *model*, without fusions; None without a gate."""
     gate = find_gate(network)
     if gate is None:
         return None
-    name = next(name for name, part in network.named_modules() if part is gate)
+    name = next(name for name, module in network.named_modules() if module is gate)
     readers = [node for node in model.graph.node if f"{name}.weight" in node.input]
     if len(readers) != 1:
         raise LoweringError(f"{len(readers)} nodes of the graph read the weights of {name}, expected one")
-    probed = onnx.ModelProto()
-    probed.CopyFrom(model)
-    probed.graph.output.insert(0, onnx.ValueInfoProto(name=readers[0].output[0]))
-    run = run_unfused(probed)
+    with_gate = onnx.ModelProto()  # a copy whose first output is the gate's logits
+    with_gate.CopyFrom(model)
+    with_gate.graph.output.insert(0, onnx.ValueInfoProto(name=readers[0].output[0]))
+    run = run_unfused(with_gate)
     return lambda pixels: run(pixels)[0].numpy()

@@ -222,9 +222,9 @@ class Int8Quantizer:
         graph.initializer.extend(kept)
 
     def _correct_biases(self, quantized: onnx.ModelProto, chosen: set[str]) -> None:
-        """Subtract the mean error that rounded weights cause from the biases of *quantized*, in place."""
+        """Correct the biases of *quantized*, in place, by the mean error that rounded weights cause."""
         tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
-        quantized_as = {  # by the value in float32: the names of codes and scale
+        codes_and_scale = {  # names of these two tensors, by the name of the dequantized tensor
             node.output[0]: node.input[:2]
             for node in quantized.graph.node
             if node.op_type == "DequantizeLinear"
@@ -234,21 +234,22 @@ class Int8Quantizer:
         errors = {}
         for node in self.model.graph.node:
             if node.name in chosen and node.input[2] in original:
-                names = quantized_as[inputs[node.name][1]]
+                names = codes_and_scale[inputs[node.name][1]]
                 codes, scale = (numpy_helper.to_array(tensors[name]) for name in names)
                 weight = numpy_helper.to_array(original[node.input[1]])
                 rounded = codes * scale.reshape(-1, *[1] * (codes.ndim - 1))
                 errors[node.name] = (weight - rounded).astype(np.float32)
-        for name, shift in self._mean_outputs(errors).items():
-            bias = inputs[name][2]
-            if bias in quantized_as:
-                tensor, scale = (tensors[part] for part in quantized_as[bias])
-                steps = np.rint(shift / numpy_helper.to_array(scale).astype(np.float64))
-                ends = np.iinfo(np.int32)
-                codes = np.clip(numpy_helper.to_array(tensor) + steps, ends.min, ends.max).astype(np.int32)
+        # A convolution is linear: with the weight errors as weights, it computes the missing output.
+        for convolution, missing in self._mean_outputs(errors).items():
+            bias = inputs[convolution][2]
+            if bias in codes_and_scale:
+                tensor, scale = (tensors[name] for name in codes_and_scale[bias])
+                steps = np.rint(missing / numpy_helper.to_array(scale).astype(np.float64))
+                int32 = np.iinfo(np.int32)
+                codes = np.clip(numpy_helper.to_array(tensor) + steps, int32.min, int32.max).astype(np.int32)
             else:
                 tensor = tensors[bias]
-                codes = (numpy_helper.to_array(tensor) + shift).astype(np.float32)
+                codes = (numpy_helper.to_array(tensor) + missing).astype(np.float32)
             tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))
 
     def _mean_outputs(self, weights: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float64]]:

@@ -278,9 +278,9 @@ def _assert_equal_graphs(
 
 
 def _assert_equal_sizes(programs: Captured) -> None:
-    """Check that the graph for any batch size, which is exported, is the graph for one image at that size.
+    """Check that the exported graph, with batch size 1, equals the graph that was captured for one image.
 
-    torch.export checks itself that all batch sizes of at least 2 have one graph.
+    torch.export itself checks that all batch sizes of at least 2 have one graph.
     """
     if programs.batch_of_one is programs.any_batch:
         return

@@ -80,18 +80,19 @@ def make_key(
 ) -> EngineKey:
     """Compute the cache key of the engine of *bundle* with *options*.
 
-    A precision of the graph that has another name in the bundle (`bf16`) gets that name, by which servers
-    find the engine.
+    If the requested precision is that of the graph, the key holds the bundle's name for it (`bf16-backbone`
+    for `bf16`), because servers look engines up by this name.
     """
-    own = bundle.manifest.precision
-    requested = options.precision or own
+    bundle_precision = bundle.manifest.precision
+    graph_precision = GRAPH_PRECISION.get(bundle_precision)
+    requested = options.precision or bundle_precision
     return EngineKey(
         bundle=bundle.name,
         bundle_onnx=bundle.manifest.files[bundle.onnx.name].sha256,
         tensorrt=tensorrt,
         gpu=gpu.name,
         architecture=gpu.architecture,
-        precision=own if requested == GRAPH_PRECISION.get(own) else requested,
+        precision=bundle_precision if requested == graph_precision else requested,
         profiles=tuple(profiles),
         level=options.level,
         via=options.via,
@@ -165,23 +166,23 @@ def build_plan(
 
 
 def build_from_onnx(machine: Machine, graph: bytes, key: EngineKey, folder: Path, report: Report) -> bytes:
-    """Build the plan of *graph* with the timing cache in *folder*, and update this cache.
+    """Build the plan of *graph*; read and update the timing cache in *folder*.
 
     A timing cache is valid for one TensorRT version and one GPU model.
     """
     tensorrt, gpu = machine.trt.__version__, machine.gpu
     digest = hashlib.sha256(f"{tensorrt} {gpu.name}".encode()).hexdigest()[:8]
-    timings = folder / f"timing-{tensorrt}-{gpu.architecture}-{digest}.cache"
+    cache_file = folder / f"timing-{tensorrt}-{gpu.architecture}-{digest}.cache"
     request = BuildRequest(
         onnx=graph,
         profiles=key.profiles,
         level=key.level,
         workspace=machine.workspace,
-        timing_cache=timings.read_bytes() if timings.is_file() else b"",
+        timing_cache=cache_file.read_bytes() if cache_file.is_file() else b"",
     )
     plan, timing_cache = build(machine.trt, request, report)
     if timing_cache:
-        write_atomically(timings, timing_cache)
+        write_atomically(cache_file, timing_cache)
     return plan
 
 

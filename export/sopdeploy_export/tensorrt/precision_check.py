@@ -49,7 +49,7 @@ def check_engine_precision(model: onnx.ModelProto, requested: str, information: 
     *information* is the inspector's JSON. The receipt holds a warning for each difference, and one if the
     inspector shows too little to compare.
     """
-    types, wanted = value_types(model), operator_precisions(model)
+    types, operator_types = value_types(model), operator_precisions(model)
     bordering = {  # precisions of the inputs and outputs of each operator
         node.name: {
             PRECISIONS[types[name]] for name in (*node.input, *node.output) if types.get(name) in PRECISIONS
@@ -62,13 +62,13 @@ def check_engine_precision(model: onnx.ModelProto, requested: str, information: 
     for layer in layers:
         fused = ONNX_LAYER.findall(str(layer.get("Metadata", "")))
         fused = fused or NAME_PARTS.split(str(layer.get("Name", "")))
-        operators = [name for name in fused if name in wanted]
+        operators = [name for name in fused if name in operator_types]
         if not operators or str(layer.get("LayerType")) in MOVES_ONLY:
             continue
         seen.update(operators)
         actual = _floating_types(layer)
         layer_counts.update(actual)
-        requested_types = {wanted[name] for name in operators}
+        requested_types = {operator_types[name] for name in operators}
         allowed = requested_types.union(*(bordering.get(name, ()) for name in fused))
         wrong = _wrong_type(layer, actual, requested_types, allowed)
         if wrong is not None:
@@ -76,7 +76,7 @@ def check_engine_precision(model: onnx.ModelProto, requested: str, information: 
             warnings.append(f"layer {layer.get('Name')} computes with {wrong}, the graph asks for {expected}")
     if layers and not seen:
         warnings.append("the engine's inspector names no operator of the graph; its precision is unknown")
-    missing = sorted((set(wanted.values()) & LOW) - set(layer_counts))
+    missing = sorted((set(operator_types.values()) & LOW) - set(layer_counts))
     if missing and layer_counts:
         warnings.append(
             f"the graph asks for {missing[0]}, the engine computes in {', '.join(sorted(layer_counts))}"
@@ -84,7 +84,7 @@ def check_engine_precision(model: onnx.ModelProto, requested: str, information: 
     return Receipt(
         requested=requested,
         layers=dict(sorted(layer_counts.items())),
-        operators=len(wanted),
+        operators=len(operator_types),
         operators_seen=len(seen),
         warnings=tuple(dict.fromkeys(warnings)),
     )
@@ -130,12 +130,13 @@ def _floating_types(layer: Mapping[str, Any]) -> list[str]:
 def _wrong_type(
     layer: Mapping[str, Any], types: Sequence[str], requested: set[str], allowed: set[str]
 ) -> str | None:
-    """Name a type of *layer* that its operators, which compute in *requested*, do not have; None if all fit.
+    """Name a type that *layer* uses although the graph does not ask for it; None if all types fit.
 
-    *allowed* also contains the types at the inputs and outputs of the operators.
+    *types* are the types at the inputs and outputs of the layer. *requested* are the precisions of the
+    operators in it; *allowed* adds the types at the inputs and outputs of these operators.
     """
-    if foreign := [precision for precision in types if precision not in allowed]:
-        return foreign[0]
+    if not_allowed := [precision for precision in types if precision not in allowed]:
+        return not_allowed[0]
     if len(requested) == 1 and requested <= LOW and types and not requested & set(types):
         return ", ".join(types)
     if "fp32" in requested and "tf32" in str(layer.get("TacticName", "")).lower():

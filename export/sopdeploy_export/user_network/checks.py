@@ -212,22 +212,23 @@ def capture_given(
 ) -> Captured:
     """Capture *given*, the user's network, and check that *copied*, which is exported, computes the same.
 
-    Classes can define how they are copied. Both networks run on probe images, and their graphs are compared,
-    unless *given* is on a GPU. Raises `LoweringError` if they differ.
+    They can differ because a class can define how it is copied. Both networks run on probe images; unless
+    *given* is on a GPU, their graphs are also compared. Raises `LoweringError` if they differ.
     """
     devices = {tensor.device for tensor in tensors(given).values()} or {torch.device("cpu")}
     on_cpu = devices == {torch.device("cpu")}
     same_memory = on_cpu and all(tensor.is_contiguous() for tensor in tensors(given).values())
+    device = next(iter(devices))
     images = torch.from_numpy(probe_images(preprocess))
     deployed = Deployed(given, preprocess).eval()
-    deployed.normalise.to(next(iter(devices)))
-    allowed = 0.0 if same_memory else (LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE)
+    deployed.normalise.to(device)
+    tolerance = 0.0 if same_memory else (LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE)
     for batch in (images, images[:1]):
         with preserved(given), preserved(copied):  # caches are empty again when they are captured
-            expected = run(deployed, batch.to(next(iter(devices))), "given", classes).cpu()
+            expected = run(deployed, batch.to(device), "given", classes).cpu()
             logits = run(Deployed(copied, preprocess).eval(), batch, "trained", classes)
         check_finite(expected, "given")
-        if not bool(((logits - expected).abs() <= allowed * expected.abs().max()).all()):
+        if not bool(((logits - expected).abs() <= tolerance * expected.abs().max()).all()):
             raise LoweringError(OTHER_COPY)
     if same_memory and not options.more_outputs:
         return capture(given, preprocess, options.batch)

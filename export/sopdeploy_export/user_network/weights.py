@@ -44,9 +44,9 @@ def load_weights(network: nn.Module, path: Path, table: str | None = None) -> Lo
         if key not in tensors:
             raise WeightsError(f"{path}: {key} is missing; {_other_settings(tensors, expected)}")
         if tensors[key].shape != expected[key].shape:
-            shape, wanted = tuple(tensors[key].shape), tuple(expected[key].shape)
+            shape, expected_shape = tuple(tensors[key].shape), tuple(expected[key].shape)
             raise WeightsError(
-                f"{path}: {key} is {shape} in the file and {wanted} in the network; check its options"
+                f"{path}: {key} is {shape} in the file and {expected_shape} in the network; check its options"
             )
     unknown = next((key for key in tensors if key not in expected), None)
     if unknown is not None:
@@ -55,12 +55,15 @@ def load_weights(network: nn.Module, path: Path, table: str | None = None) -> Lo
     return LoadedWeights(digest, name, tuple(removed))
 
 
-def _choose_table(path: Path, content: Any, wanted: str | None) -> tuple[str, Mapping[str, Tensor]]:
-    """Choose the only table of tensors in *content*, or the one named *wanted*."""
+def _choose_table(path: Path, content: Any, table: str | None) -> tuple[str, Mapping[str, Tensor]]:
+    """Choose the *table* of tensors in *content*, by default the only one; return its name and tensors.
+
+    The name is empty if *content* itself is the table.
+    """
     if is_state_dict(content):
-        if wanted is not None:
+        if table is not None:
             raise WeightsError(
-                f"{path} is a single table of tensors; omit it", setting="weights", value=wanted
+                f"{path} is a single table of tensors; omit it", setting="weights", value=table
             )
         return "", content
     tables = {}
@@ -69,13 +72,13 @@ def _choose_table(path: Path, content: Any, wanted: str | None) -> tuple[str, Ma
     names = ", ".join(tables)
     if not tables:
         raise WeightsError(f"{path}: holds no table of tensors; {ADVICE}")
-    if wanted is None and len(tables) > 1:
+    if table is None and len(tables) > 1:
         raise WeightsError(
             f"{path}: holds several tables of tensors ({names}); choose one", remedies={"weights": None}
         )
-    if wanted is not None and wanted not in tables:
-        raise WeightsError(f"{path} has only {names}", setting="weights", value=wanted)
-    name = wanted or names
+    if table is not None and table not in tables:
+        raise WeightsError(f"{path} has only {names}", setting="weights", value=table)
+    name = table or names  # without *table*, `names` is the name of the only one
     return name, tables[name]
 
 

@@ -57,7 +57,7 @@ def scores_of_bundle(
 def _view_logits(
     loaded: LoadedModel, images: ImageFiles, index: int, tta: TtaMode, settings: Settings
 ) -> NDArray[np.float32]:
-    """Compute the logits (V, C) of the test-time augmentation views of image *index*."""
+    """Compute the logits (views, classes) of the test-time augmentation views of image *index*."""
     manifest, path = loaded.bundle.manifest, images.path(index)
     encoded, decode = EncodedImage(images.read(index)), make_decoder(settings, loaded.decode)
     try:

@@ -134,7 +134,8 @@ def _decode(image: EncodedImage | Image.Image, loaded: LoadedModel, settings: Se
 def read_image(path: Path, max_bytes: int) -> EncodedImage:
     """Read at most one byte more than *max_bytes*: enough to reject a larger file."""
     try:
-        # An image name may come from `photos/*`; /dev/stdin and <(command) have none and may be pipes.
+        # `photos/*` can match a FIFO, on which reading may wait forever: only a path without the extension
+        # of an image, such as /dev/stdin or <(command), may be a pipe.
         with open_regular(path) if is_image(path.name) else path.open("rb") as file:
             return EncodedImage(read_at_most(file, max_bytes + 1))
     except OSError as error:

@@ -125,7 +125,7 @@ class InferenceProcess:
         front_end = FrontEnd(name, writer)
         self._front_ends.add(front_end)
         try:
-            for number in reversed(range(len(self._models))):
+            for number in reversed(range(len(self._models))):  # 0 tells the front end that it has all models
                 channel.send(writer, Kind.MODEL, number, write_archive(self._models[number]))
             while True:
                 self._handle(front_end, *await channel.receive(reader))

@@ -17,7 +17,7 @@ from sopdeploy.errors import ImageError
 
 GATES = "gates"  # name of the output with the weights of a gate's components
 
-FEW_CLASSES = 32  # more are found by a sort of all
+FEW_CLASSES = 32  # above this, a sort of all classes is faster
 
 RankedClasses = list[tuple[int, float]]  # class index and probability, best first
 
@@ -41,9 +41,10 @@ def rank_classes(
 
 
 def top_indices(values: NDArray[np.float32], k: int) -> NDArray[np.intp]:
-    """Return the indices (n, k) of the *k* largest of finite *values* (n, C), largest first.
+    """Return the indices (images, k) of the *k* largest of finite *values* (images, classes) of each image.
 
-    Ties keep their order. For a small *k*, searching the maximum *k* times is faster than a sort of all C.
+    The largest comes first; ties keep their order. For a small *k*, *k* searches for the maximum are faster
+    than a sort of all classes.
     """
     if k > FEW_CLASSES:
         return np.argsort(-values, axis=1, kind="stable")[:, :k]

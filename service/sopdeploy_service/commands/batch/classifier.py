@@ -85,10 +85,10 @@ class PartClassifier:
         parts: Iterable[tuple[int, Sequence[Entry]]],
         on_block: Callable[[int, int], None],
     ) -> Iterator[tuple[int, Any]]:
-        """Classify *parts*, lists of images by number; yield the table of rows of each part, in order.
+        """Classify *parts*, each a number and a list of images; yield each number with its table of rows.
 
-        Calls *on_block* with the images and errors of each block. Raises `RuntimeUnavailableError` if the
-        device fails.
+        Calls *on_block* with the numbers of images and of errors in each block. Raises
+        `RuntimeUnavailableError` if the device fails.
         """
         block_images = self._batch * math.ceil(BLOCK_IMAGES / self._batch)
         blocks = (
@@ -96,15 +96,15 @@ class PartClassifier:
             for number, entries in parts
             for first in range(0, len(entries), block_images)
         )
-        for number, part in itertools.groupby(self._decoders.decode(blocks), key=itemgetter(0)):
+        for number, decoded_blocks in itertools.groupby(self._decoders.decode(blocks), key=itemgetter(0)):
             rows: list[dict[str, Any]] = []
-            for _, (images, pixels) in part:
+            for _, (images, pixels) in decoded_blocks:
                 outputs: list[Row] = []
                 for first in range(0, len(images), self._batch):
                     outputs += self._run(pixels[first : first + self._batch])
-                added = list(map(self._format.row, images, outputs))
-                on_block(len(added), sum(row["error"] is not None for row in added))
-                rows += added
+                block_rows = list(map(self._format.row, images, outputs))
+                on_block(len(block_rows), sum(row["error"] is not None for row in block_rows))
+                rows += block_rows
             yield number, self._format.table(rows)
 
     def _run(self, pixels: NDArray[np.uint8]) -> list[Row]:
