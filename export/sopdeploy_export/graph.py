@@ -11,11 +11,12 @@ on every machine. Photographs from the deployment domain are more representative
 """
 
 import ast
+import gc
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.normalize import Normalize
+from sopdeploy_export.proof.hashes import trace_hash
 from sopdeploy_export.state import first_written_tensor, preserved, read_state
 
 OPSET = 18
@@ -172,36 +174,65 @@ def describe(output: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Captured:
-    """The torch.export programs of one network: for the whole batch range and for a batch of one."""
+    """The functional torch.export programs of one network: for the whole batch range and for a batch of one.
+
+    `traces` are the hashes of both programs before they were made functional, see `trace_hash`.
+    """
 
     any_batch: ExportedProgram
     batch_of_one: ExportedProgram
+    traces: tuple[str | None, ...]
 
 
-def capture(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Captured:
+def capture(
+    network: nn.Module, preprocess: Preprocess, batch: BatchRange, known: Sequence[Captured] = ()
+) -> Captured:
     """Capture *network*, in eval mode, for the batch range and for a batch of one.
 
     torch.export assumes that a dynamic dimension is at least 2, so only the second program shows code that
-    handles a single image differently. Raises `LoweringError` if the network cannot be captured.
+    handles a single image differently. If torch.export gives the same two programs as for one of *known*, the
+    result is that one: the conversion of a program to a functional one takes longer than torch.export.
+    Raises `LoweringError` if the network cannot be captured.
     """
-    any_batch = capture_any_batch(network, preprocess, batch)
-    if batch.maximum == 1:
-        return Captured(any_batch=any_batch, batch_of_one=any_batch)
-    single = BatchRange(optimum=1, maximum=1)
-    return Captured(any_batch=any_batch, batch_of_one=capture_any_batch(network, preprocess, single))
+    sizes = [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
+    traced = [trace(network, preprocess, size) for size in sizes]
+    traces = tuple(map(trace_hash, traced))
+    for captured in known:
+        if captured.traces == traces and None not in traces:
+            return captured
+    programs = [functional(program, size) for program, size in zip(traced, sizes, strict=True)]
+    return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)
 
 
 def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
-    """Capture *network* for every batch size of the range.
+    """Capture *network* for every batch size of the range; raises the errors of `trace` and `functional`."""
+    return functional(trace(network, preprocess, batch), batch)
 
-    Raises `LoweringError` if the network cannot be captured, or if its code restricts the batch size further.
+
+def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
+    """Run torch.export on *network* for every batch size of the range; *network* is unchanged afterwards.
+
+    Raises `LoweringError` with the first line of torch's message.
     """
     deployed = Deployed(network, preprocess).eval()
     size = min(2, batch.maximum)
     images = torch.zeros(size, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
-    if size == 1:
-        return export(deployed, (images,), None)
-    program = export(deployed, (images,), ({0: Dim("batch", min=1, max=batch.maximum)},))
+    shapes = None if size == 1 else ({0: Dim("batch", min=1, max=batch.maximum)},)
+    # torch prints part of the graph on failure, and leaves tensors without values in caches
+    with capturing(), redirect_stderr(io.StringIO()), preserved(deployed), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about caches that forward assigns
+        return torch.export.export(deployed, (images,), dynamic_shapes=shapes)
+
+
+def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
+    """Replace operations of *program* that write to their operands, and check its batch sizes.
+
+    Raises `LoweringError` if torch cannot do this, or if the program does not accept the whole range.
+    """
+    with capturing():
+        program = program.run_decompositions({})
+    if batch.maximum == 1:
+        return program
     name = program.graph_signature.user_inputs[0]
     dimension = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
     if isinstance(dimension, int):
@@ -217,23 +248,25 @@ def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRa
     return program
 
 
-def export(module: nn.Module, examples: tuple[Tensor, ...], dynamic_shapes: Any) -> ExportedProgram:
-    """Run torch.export on *module* and make the program functional; *module* is unchanged afterwards.
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Run a step of the capture; raise `LoweringError` with the first line of torch's message if it fails.
 
-    Raises `LoweringError` with the first line of torch's message.
+    The garbage collector, which visits all nodes of a graph again and again, is off: it takes a tenth of the
+    time.
     """
+    was_enabled = gc.isenabled()
+    gc.disable()
     try:
-        # torch prints part of the graph on failure, and leaves tensors without values in caches
-        with torch.no_grad(), redirect_stderr(io.StringIO()), preserved(module):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns about caches that forward assigns
-                program = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)
-            functional: ExportedProgram = program.run_decompositions({})
+        with torch.no_grad():
+            yield
     except LoweringError:
         raise
     except Exception as error:  # tracing runs the network's own code, which can raise anything
         raise LoweringError(f"cannot be captured as one graph: {_capture_problem(error)}") from error
-    return functional
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _capture_problem(error: Exception) -> str:

@@ -238,21 +238,15 @@ def _assert_equal_graphs(
     differs from the first network.
     """
     reference = next(iter(networks))
-    captured: dict[str, Captured] = {}
+    captured = _capture_networks(networks, preprocess, batch, captured_trained)
+    computed: dict[int, dict[str, ProgramRoot]] = {}  # by identity of the programs, which networks can share
     expected: dict[str, ProgramRoot] = {}
-    for role, network in networks.items():
-        if role == "detached" and network is networks["trained"]:
-            captured[role] = captured["trained"]
-            continue
-        programs = captured_trained if role == "trained" else None
-        try:
-            captured[role] = programs = programs or capture(network, preprocess, batch)
-        except LoweringError as error:
-            raise CertificateError(f"{role} network: {error}") from error
-        roots = {
+    for role, programs in captured.items():
+        roots = computed.get(id(programs)) or {
             "any batch size": program_root(programs.any_batch),
             "a batch of one": program_root(programs.batch_of_one),
         }
+        computed[id(programs)] = roots
         if not expected:
             _assert_equal_sizes(programs)
             expected = roots
@@ -275,6 +269,28 @@ def _assert_equal_graphs(
         operations=len(expected["any batch size"].nodes),
     )
     return captured, shared
+
+
+def _capture_networks(
+    networks: dict[str, nn.Module],
+    preprocess: Preprocess,
+    batch: BatchRange,
+    captured_trained: Captured | None,
+) -> dict[str, Captured]:
+    """Capture *networks*; those with the same operations and weights share programs.
+
+    The detached network comes first, because the names in its programs are those of the exported file.
+    """
+    captured = {} if captured_trained is None else {"trained": captured_trained}
+    same = networks["detached"] is networks["trained"]
+    for role in ("trained" if same else "detached", *networks):
+        if role in captured or (same and role == "detached"):
+            continue
+        try:
+            captured[role] = capture(networks[role], preprocess, batch, tuple(captured.values()))
+        except LoweringError as error:
+            raise CertificateError(f"{role} network: {error}") from error
+    return {role: captured["trained" if same and role == "detached" else role] for role in networks}
 
 
 def _assert_equal_sizes(programs: Captured) -> None:

@@ -67,6 +67,32 @@ def program_root(program: ExportedProgram) -> ProgramRoot:
     return ProgramRoot(sha256=hash_parts(*lines), nodes=operations, state=reached)
 
 
+def trace_hash(program: ExportedProgram) -> str | None:
+    """Hash every operation of *program* in order, used or not, with its operands by position.
+
+    Weights are hashed by content, kind and strides. Two programs with equal hashes differ in names only, so
+    torch's passes give both the same result. Returns None for a program with an argument, a subgraph or an
+    operation that cannot be hashed.
+    """
+    positions = {node: str(position) for position, node in enumerate(program.graph.nodes)}
+    lines = [str(program.range_constraints)]
+    try:
+        leaves = _leaf_hashes(program)
+        for spec in program.graph_signature.input_specs:
+            tensor = program.state_dict.get(spec.target or "", program.constants.get(spec.target or ""))
+            strides = tensor.stride() if isinstance(tensor, Tensor) else ""
+            lines.append(f"{spec.kind} {spec.persistent} {strides} {leaves[spec.arg.name]}")
+        for node in program.graph.nodes:
+            if node.op == "call_function":
+                lines.append(_operation(node))
+            elif node.op not in ("placeholder", "output"):
+                return None
+            lines.append(_encode([node.args, node.kwargs], positions.__getitem__))
+    except CertificateError:  # `program_root` names the operation
+        return None
+    return hash_parts(*lines)
+
+
 def tensor_hash(tensor: Tensor) -> str:
     """Compute the sha256 of dtype, shape and contiguous content of *tensor*."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
