@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -59,6 +59,7 @@ def staging(destination: Path) -> Iterator[Path]:
 
     Raises `BundleError` if the folder cannot be created, and `StorageError` if the disk is full.
     """
+    existed = destination.is_dir()
     with writing(destination, BundleError):
         destination.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=".bundle-", suffix=".partial", dir=destination))
@@ -72,6 +73,9 @@ def staging(destination: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if not existed:
+            with suppress(OSError):  # it contains a bundle now
+                destination.rmdir()
 
 
 def file_records(folder: Path) -> dict[str, FileRecord]:

@@ -104,9 +104,9 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def steps(title: str) -> Iterator[Any]:
-    """Yield a callback for step names that updates a spinner on a terminal and otherwise does nothing."""
+    """Yield a callback for step names: on a terminal it updates a spinner, otherwise it prints a line."""
     if not err.is_terminal:
-        yield lambda _: None
+        yield lambda name: err.print(plain_text(f"{title}: {name}"))
         return
     with err.status(title) as status:
         yield lambda name: status.update(plain_text(f"{title}: {name}"))

@@ -1,13 +1,13 @@
 """Cache the graphs of small networks within a test process; tests modify copies.
 
-A certificate captures a network six times and converts it three times. Tests of later steps use this cache.
-Other tests check that another capture gives the same bytes.
+A certificate captures a network up to six times and converts it up to three times. Tests of later steps use
+this cache. Other tests check that another capture gives the same bytes.
 """
 
 import copy
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -77,7 +77,14 @@ def proving_once(*, changes_program: bool = False, alone: bool = False) -> Itera
         yield
 
 
-def _capture_once(network: nn.Module, preprocess: Preprocess, batch: BatchRange, *, copied: bool) -> Captured:
+def _capture_once(
+    network: nn.Module,
+    preprocess: Preprocess,
+    batch: BatchRange,
+    known: Sequence[Captured] = (),
+    *,
+    copied: bool,
+) -> Captured:
     key = digest(repr((preprocess, batch, type(network) if copied else None, output_names(network))), network)
     if key not in CAPTURED:
         CAPTURED[key] = capture(network, preprocess, batch)

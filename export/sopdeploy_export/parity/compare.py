@@ -46,7 +46,9 @@ from sopdeploy_export.parity.routing import (
 Arrays = dict[str, NDArray[Any]]
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 Gate = Callable[[Tensor], NDArray[Any]]
-SINGLE_IMAGES, BATCH, LARGEST_BATCH = 4, 16, 63  # batches larger than LARGEST_BATCH may exceed the memory
+SINGLE_IMAGES, BATCH = 4, 16
+LARGEST_BATCH = 13  # odd, and more than the generated probes; larger ones take time and memory only
+BATCH_IN_FLOAT64 = 4  # attention in float64 takes 0.1 GB per image of 518 pixels
 OVERFLOW_REMEDIES: dict[Precision, str] = {
     "fp16": "choose precision bf16-backbone or fp32",
     "fp32": "train it again with weight decay or a lower learning rate",
@@ -85,7 +87,7 @@ def compute_reference(
     run = run or deployed
     names, network64 = output_names(deployed.network), copy.deepcopy(deployed).double()
     with InFloat64():
-        exact = network_outputs(network64, names, images, BATCH)
+        exact = network_outputs(network64, names, images, BATCH_IN_FLOAT64)
     batched = network_outputs(run, names, images, BATCH)
     single = network_outputs(run, names, images[:SINGLE_IMAGES], 1)
     routes, compared = None, np.ones(len(images), dtype=bool)

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from sopdeploy.errors import CertificateError, DetachError
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.proof.hashes import ProgramRoot, program_root, tensor_hash
+from sopdeploy_export.proof.hashes import ProgramRoot, program_root, tensor_hash, trace_hash
 from sopdeploy_export.proof.networks import detach
 
 Make = Callable[..., Classifier]
@@ -77,12 +77,15 @@ class Function(nn.Module):
         return self.function(self, x)
 
 
-def program_of(function: Forward, seed: int = 0) -> ExportedProgram:
+def traced(function: Forward, seed: int = 0) -> ExportedProgram:
     shapes = ({0: torch.export.Dim("batch", min=1, max=8)},)
     network = Function(function, seed).eval()
     with torch.no_grad():
-        program = torch.export.export(network, (torch.rand(2, 4),), dynamic_shapes=shapes)
-    return program.run_decompositions({})
+        return torch.export.export(network, (torch.rand(2, 4),), dynamic_shapes=shapes)
+
+
+def program_of(function: Forward, seed: int = 0) -> ExportedProgram:
+    return traced(function, seed).run_decompositions({})
 
 
 @functools.cache
@@ -119,6 +122,42 @@ DIFFERENT: dict[str, tuple[Forward, Forward]] = {
 def test_different_computations_have_different_roots(case: str) -> None:
     one, other = DIFFERENT[case]
     assert root_of(one).sha256 != root_of(other).sha256
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_different_computations_have_different_traces(case: str) -> None:
+    one, other = DIFFERENT[case]
+    assert trace_hash(traced(one)) not in (None, trace_hash(traced(other)))
+
+
+OTHER_TRACES: dict[str, tuple[Forward, Forward]] = {  # the Merkle roots do not tell them apart
+    "order of writes": (
+        lambda _, x: (y := x.clone(), y.add_(1), y.mul_(2))[0],
+        lambda _, x: (y := x.clone(), y.mul_(2), y.add_(1))[0],
+    ),
+    "a write whose result is not used": (lambda _, x: x.clone(), lambda _, x: (y := x.clone(), y.exp_())[0]),
+    "what is written to": (
+        lambda _, x: (y := x.clone(), z := x.clone(), y.exp_(), z)[0],
+        lambda _, x: (x.clone(), z := x.clone(), z.exp_(), z)[0],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_TRACES)
+def test_programs_that_write_in_another_way_have_other_traces(case: str) -> None:
+    one, other = (trace_hash(traced(function)) for function in OTHER_TRACES[case])
+    assert one not in (None, other)
+
+
+def test_trace_depends_on_the_weights() -> None:
+    assert trace_hash(traced(chain, seed=1)) not in (None, trace_hash(traced(chain)))
+
+
+def test_program_with_a_subgraph_has_no_trace() -> None:
+    def branches(network: nn.Module, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, network.first, network.second, (x,))
+
+    assert trace_hash(traced(branches)) is None
 
 
 def test_different_weights_have_different_roots() -> None:
