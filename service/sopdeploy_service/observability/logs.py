@@ -2,21 +2,90 @@
 
 Modules log with the standard library; the fields of `extra` become fields of the line. Text from clients
 never starts a new line: JSON escapes it, and console output replaces unprintable characters.
+
+A thread writes the lines, so that no reader of the log can stop the server. If the reader stops or the disk
+is full, at most `MAX_WAITING` lines wait; more are dropped and counted.
 """
 
 import logging
+import os
+import queue
+import select
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from logging.handlers import QueueHandler
 from typing import TextIO
 
 import structlog
+from prometheus_client import Counter
 from structlog.typing import Processor
 
 from sopdeploy_service.settings import Settings
 
 ROOT = "sopdeploy"
+MAX_WAITING = 10_000  # lines
+STDERR = 2
+CLOSE_SECONDS = 1.0  # for writing the last lines
+
+DROPPED = Counter("sopdeploy_dropped_log_lines", "Log lines that could not be written in time", registry=None)
+
+
+class LineQueue(QueueHandler):
+    """Formats log records and writes them, as lines, to the file descriptor *file* in a thread of its own."""
+
+    def __init__(self, file: int) -> None:
+        self._lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
+        super().__init__(self._lines)
+        self._file = file
+        self._dropped = self._reported = 0
+        self._writer = threading.Thread(target=self._write_lines, name="log", daemon=True)
+        self._writer.start()
+
+    def prepare(self, record: logging.LogRecord) -> str:
+        """Return the line of *record*."""
+        return self.format(record)
+
+    def enqueue(self, record: logging.LogRecord | str) -> None:
+        """Pass a line to the writer, or drop it if too many wait; the caller holds this handler's lock."""
+        try:
+            self._lines.put_nowait(str(record))
+        except queue.Full:
+            self._dropped += 1
+            DROPPED.inc()
+
+    def close(self) -> None:
+        """Give the writer `CLOSE_SECONDS` for the lines that wait; a reader that has stopped loses them."""
+        end = time.monotonic() + CLOSE_SECONDS
+        with suppress(queue.Full):
+            self._lines.put(None, timeout=CLOSE_SECONDS)
+            self._writer.join(max(0.0, end - time.monotonic()))
+        super().close()
+
+    def _write_lines(self) -> None:
+        lost = 0  # lines that could not be written
+        while (line := self._lines.get()) is not None:
+            try:
+                self._write(line)
+                dropped = self._dropped + lost
+                if dropped > self._reported:
+                    words = ("%d log lines were dropped", (dropped - self._reported,))
+                    self._reported = dropped
+                    self._write(self.format(logging.LogRecord(ROOT, logging.WARNING, "", 0, *words, None)))
+            except OSError:  # the disk is full, or nobody has the pipe open
+                lost += 1
+                DROPPED.inc()
+
+    def _write(self, line: str) -> None:
+        data = f"{line}\n".encode(errors="backslashreplace")
+        while data:
+            try:
+                data = data[os.write(self._file, data) :]
+            except BlockingIOError:  # another process has made the file non-blocking
+                select.select([], [self._file], [])
 
 
 @contextmanager
@@ -24,9 +93,12 @@ def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[Non
     """Write the log of this process to *stream* (default: stderr) as *settings* say.
 
     Without the setting `log`, a terminal gets readable lines; anything else gets JSON of warnings and errors
-    only.
+    only. A process without stderr writes no log.
     """
     stream = stream or sys.stderr
+    if stream is None:
+        yield
+        return
     console = settings.log == "console" or (settings.log is None and stream.isatty())
     quiet = settings.log is None and not console
     processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
@@ -43,7 +115,10 @@ def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[Non
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    handler = logging.StreamHandler(stream)
+    try:
+        handler = LineQueue(stream.fileno())
+    except OSError:  # the stream of a notebook
+        handler = LineQueue(STDERR)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors))
     logging.getLogger().addHandler(handler)  # also for other libraries, whose level stays at warning
     level = settings.log_level.upper()
@@ -52,6 +127,7 @@ def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[Non
         yield
     finally:
         logging.getLogger().removeHandler(handler)
+        handler.close()
         logging.getLogger(ROOT).setLevel(logging.NOTSET)
 
 

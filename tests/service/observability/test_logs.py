@@ -3,8 +3,11 @@
 import io
 import json
 import logging
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -14,25 +17,35 @@ from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+class Log:
+    """A log file; `is_terminal` is what the file says of itself."""
+
+    def __init__(self, path: Path, *, is_terminal: bool = False) -> None:
+        self._path, self._file = path, path.open("w")
+        self.close = self._file.close
+        self.isatty = lambda: is_terminal
+        self.fileno = self._file.fileno
+
+    def getvalue(self) -> str:
+        return self._path.read_text()
 
 
 @pytest.fixture
-def logged() -> Iterator[Callable[..., io.StringIO]]:
-    """`logged(**settings)` sends the log to a stream of its own and gives the stream."""
+def logged(tmp_path: Path) -> Iterator[Callable[..., Log]]:
+    """`logged(**settings)` sends the log to a file of its own and gives the file."""
     with ExitStack() as stack:
 
-        def start(stream: io.StringIO | None = None, **settings: object) -> io.StringIO:
-            stream = stream or io.StringIO()
+        def start(*, is_terminal: bool = False, **settings: object) -> Log:
+            stream = Log(tmp_path / "log", is_terminal=is_terminal)
+            stack.callback(stream.close)
             stack.enter_context(logs.configured(Settings(**settings), stream))
             return stream
 
+        start.end = stack.close
         yield start
 
 
-def requests(stream: io.StringIO) -> list[dict]:
+def requests(stream: Log) -> list[dict]:
     events = map(json.loads, stream.getvalue().splitlines())
     return [event for event in events if event["event"] == "request"]
 
@@ -105,6 +118,7 @@ def test_client_text_in_a_traceback_starts_no_line(logged, form):
         raise ValueError(words)
     except ValueError:
         logging.getLogger("sopdeploy.http").exception("a mistake at %s", "\nforged", extra={"why": words})
+    logged.end()
     lines = stream.getvalue().splitlines()
     assert "ValueError" in stream.getvalue()
     assert "\x1b" not in stream.getvalue()
@@ -112,20 +126,65 @@ def test_client_text_in_a_traceback_starts_no_line(logged, form):
 
 
 @pytest.mark.parametrize(
-    ("settings", "stream", "expected"),
+    ("settings", "is_terminal", "expected"),
     [
-        ({}, io.StringIO, ["warn"]),
-        ({"log": "json"}, io.StringIO, ["hint", "warn"]),
-        ({"log": "console"}, io.StringIO, ["hint", "warn"]),
-        ({"log_level": "error"}, io.StringIO, []),
-        ({}, Terminal, ["hint", "warn"]),
-        ({"log_level": "warning"}, Terminal, ["warn"]),
+        ({}, False, ["warn"]),
+        ({"log": "json"}, False, ["hint", "warn"]),
+        ({"log": "console"}, False, ["hint", "warn"]),
+        ({"log_level": "error"}, False, []),
+        ({}, True, ["hint", "warn"]),
+        ({"log_level": "warning"}, True, ["warn"]),
     ],
 )
-def test_which_events_are_logged_by_default_and_with_settings(logged, settings, stream, expected):
-    found = logged(stream(), **settings)
+def test_which_events_are_logged_by_default_and_with_settings(logged, settings, is_terminal, expected):
+    found = logged(is_terminal=is_terminal, **settings)
     logging.getLogger("sopdeploy.server").info("hint")
     logging.getLogger("sopdeploy.inference").warning("warn")
     logging.getLogger("urllib3").info("of another library")
+    logged.end()
     assert [word for word in ("hint", "warn") if word in found.getvalue()] == expected
     assert found.getvalue().count("\n") == len(expected)
+
+
+class Stream(io.StringIO):
+    """A stream with a file descriptor."""
+
+    def __init__(self, file: int) -> None:
+        super().__init__()
+        self.fileno = lambda: file
+
+
+def test_a_reader_that_stops_delays_nothing_and_learns_how_many_lines_were_dropped(monkeypatch):
+    monkeypatch.setattr(logs, "MAX_WAITING", 10)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)  # as another program may leave it; the writer waits all the same
+    before, log = logs.DROPPED._value.get(), logging.getLogger("sopdeploy.access")
+    with logs.configured(Settings(log="json"), Stream(writing)):
+        while logs.DROPPED._value.get() < before + 5:
+            log.info("x" * 1000)
+        dropped, text = int(logs.DROPPED._value.get() - before), ""
+        while f"{dropped} log lines were dropped" not in text:
+            text += os.read(reading, 65_536).decode()
+        log.info("the end")
+        while "the end" not in text:
+            text += os.read(reading, 65_536).decode()
+        assert text.count("were dropped") == 1
+        while logs.DROPPED._value.get() < before + 10:
+            log.info("x" * 1000)
+        started = time.monotonic()
+    assert time.monotonic() - started < 10  # the end does not wait for the reader
+    os.close(reading)
+    os.close(writing)
+
+
+def test_lines_that_a_full_disk_refuses_are_counted(logged):
+    before = logs.DROPPED._value.get()
+    with Path("/dev/full").open("w") as full, logs.configured(Settings(log="json"), full):
+        logging.getLogger("sopdeploy.access").info("lost")
+    assert logs.DROPPED._value.get() == before + 1
+
+
+def test_a_process_without_stderr_writes_no_log(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    with logs.configured(Settings(log="json")):
+        logging.getLogger("sopdeploy.access").info("nowhere")

@@ -1,5 +1,6 @@
 """The server process: startup, graceful shutdown, logs and exit codes."""
 
+import fcntl
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from sopdeploy.errors import BundleError, ConfigError, ParityError
 from sopdeploy_service.server.process import serve
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
-from tests.service.children import line_of
+from tests.service.children import FRONT_ENDS, ONE_PROCESS, WAYS, line_of, serving
 from tests.service.conftest import wait_for
 from tests.service.raw import GET, POST, connect, post_of, read
 
@@ -186,6 +187,17 @@ def test_the_log_has_startup_requests_drain_and_stop(start, jpeg) -> None:
     events = [json.loads(line) for line in err.splitlines()]
     assert (child.returncode, out) == (0, "")
     assert [event["event"] for event in events] == ["started", "request", "draining", "stopped"]
+
+
+@pytest.mark.parametrize("way", [ONE_PROCESS, pytest.param(FRONT_ENDS, marks=pytest.mark.slow)])
+def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(bundle_path, jpeg, way) -> None:
+    with serving(str(bundle_path), "--log", "json", *WAYS[way]) as client:
+        fcntl.fcntl(client.child.stderr, fcntl.F_SETPIPE_SZ, 4096)  # full after ten requests
+        statuses = {client.post("/v1/classify", content=jpeg).status_code for _ in range(60)}
+        assert statuses == {200}
+        assert httpx.get(f"{client.health}/livez").status_code == 200
+        client.child.send_signal(signal.SIGTERM)
+        assert client.child.wait(20) == 0
 
 
 def test_a_port_in_use_and_an_unknown_host_are_one_line_errors(bundle_path: Path) -> None:
