@@ -218,7 +218,9 @@ def keep_in_memory(bundle: Bundle) -> Bundle:
         for name in SMALL_FILES:
             if name in bundle.manifest.files:
                 archive.write(bundle.path / name, name)
-    return replace(bundle, path=cast(Path, zipfile.Path(zipfile.ZipFile(file))))
+    archive = zipfile.ZipFile(file)
+    archive.filename = str(bundle.path)  # for messages
+    return replace(bundle, path=cast(Path, zipfile.Path(archive)))
 
 
 def check_name(bundle: Path, name: str) -> None:

@@ -4,8 +4,8 @@ A runtime belongs to one process, so several GPUs need several processes: one pe
 process and several front ends per device. The supervisor accepts every connection and passes it to the
 process with the fewest open connections. While no process accepts connections, they wait.
 
-A front end and its inference process share a channel. When an inference process dies,
-its front ends answer what they can, end, and are started again with the new one.
+A front end and its inference process share a channel. When an inference process dies, its front ends answer
+503 until they get a channel to the next one. SIGHUP reloads the bundles in every process that has models.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from sopdeploy_service.front_ends import control
 from sopdeploy_service.front_ends.processes import (
+    INFERENCE,
     MODULES,
     SERVER,
     Process,
@@ -34,13 +35,13 @@ from sopdeploy_service.front_ends.processes import (
 )
 from sopdeploy_service.front_ends.rate_limits import create_memory
 from sopdeploy_service.observability import logs
-from sopdeploy_service.server.launch import USER_ERROR, start_process
+from sopdeploy_service.server.launch import USER_ERROR, Terminal, start_process
 from sopdeploy_service.server.loop_watch import BEAT_SECONDS, LoopWatch
 from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, url
 from sopdeploy_service.settings import Settings
 
 if TYPE_CHECKING:  # a server of one process starts without these modules
-    from sopdeploy_service.inference.service import State
+    from sopdeploy_service.api.schema import Health
 
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 30.0
@@ -79,6 +80,8 @@ class Supervisor:
         self._servers = [process for process in processes if process.kind == SERVER]
         self._listener = listener
         self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()  # ends the delays of restarts
+        self._terminal = Terminal()
         self._announced = False
         self._code = 0
         self._output_error: OSError | None = None
@@ -90,6 +93,7 @@ class Supervisor:
         self._waiters = ThreadPoolExecutor(len(self._processes))  # one for each child
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop)
+        self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         with ExitStack() as stack:
             self._lifeline, writing = os.pipe()  # closed when this process ends, however it ends
             self._buckets = create_memory()
@@ -118,23 +122,41 @@ class Supervisor:
 
     def _serve_health(self, watch: LoopWatch) -> AbstractContextManager[str]:
         """Serve health and metrics during a block; the server is ready if one of its processes is."""
+        from sopdeploy_service.api.schema import Health  # noqa: PLC0415
         from sopdeploy_service.server.health_port import serve_health  # noqa: PLC0415
 
-        def state() -> "State":
-            return "ok" if any(process.ready for process in self._servers) else "draining"
+        def health() -> "Health":
+            if any(process.ready for process in self._servers):
+                return Health(status="ok")
+            if self._stopping.is_set() or not self._announced:
+                return Health(status="draining")
+            problems = [process.problem for process in self._processes if process.problem]
+            return Health(status="runtime_restarting", reason=problems[0] if problems else None)
 
         async def collect_metrics() -> bytes:
             collecting = asyncio.run_coroutine_threadsafe(self._collect_metrics(), self._loop)
             return await asyncio.wrap_future(collecting)
 
-        return serve_health(self._settings, state, collect_metrics, watch)
+        return serve_health(self._settings, health, collect_metrics, watch)
 
     def _stop(self) -> None:
         """Let the servers drain; inference processes end after them."""
         self._stopping.set()
+        self._hurry.set()
         for process in self._servers:
             if process.child is not None and process.child.poll() is None:
                 process.child.send_signal(signal.SIGTERM)
+
+    def _hang_up(self) -> None:
+        """Stop if the terminal was closed; otherwise let every process that has models reload its bundles."""
+        if self._terminal.is_closed:
+            self._stop()
+            return
+        for process in self._processes:
+            if process.inference is None:
+                process.send(control.RELOAD)
+        hurry, self._hurry = self._hurry, asyncio.Event()
+        hurry.set()
 
     async def _supervise(self, process: Process) -> None:
         """Start *process* whenever it has ended, until the server stops."""
@@ -157,7 +179,7 @@ class Supervisor:
             delay = min(MAX_RESTART_DELAY_SECONDS, 2.0 ** max(0, early_deaths - 1) - 1)
             log.error("%s: exited with code %d; restart in %.0f s", process, code, delay)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), delay)
+                await asyncio.wait_for(self._hurry.wait(), delay)
 
     def _start(self, process: Process) -> subprocess.Popen[str]:
         ours, theirs = control.pair()
@@ -186,7 +208,15 @@ class Supervisor:
             child = start_process(MODULES[process.kind], config, files, process.variables, stdout=STDERR)
         process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
+        self._connect_front_ends(process)
         return child
+
+    def _connect_front_ends(self, process: Process) -> None:
+        """Give the front ends of *process* that are running a new channel to it."""
+        for front_end in self._servers:
+            if front_end.inference is process and front_end.control is not None:
+                with connect(process, front_end.name) as channel:
+                    front_end.send(control.CHANNEL, channel.fileno())
 
     def _close_control(self, process: Process) -> None:
         """Send nothing more to *process*, which then ends."""
@@ -196,7 +226,7 @@ class Supervisor:
             process.control, process.ready = None, False
 
     def _receive(self, process: Process) -> None:
-        """Handle a message of *process*: its status or, with a file, a request for the metrics.
+        """Handle a message of *process*: its status, news for its front ends or a request for the metrics.
 
         An invalid message ends the connection, because a front end is not trusted.
         """
@@ -207,6 +237,9 @@ class Supervisor:
             for file in files:
                 self._start_task(self._send_metrics(file))
             return
+        if process.kind == INFERENCE and message.startswith((control.RELOADED, control.FAILED)):
+            self._tell_front_ends(process, message)
+            return
         is_new = process.bundles is None
         try:
             process.report(message)
@@ -214,11 +247,22 @@ class Supervisor:
             self._stop_sending(process)
             return
         if is_new:
+            process.problem = ""
             log.info("%s: ready", process)
         if not self._announced and all(other.bundles is not None for other in self._processes):
             self._announce(process.bundles or "")
         if self._announced and self._listener.fileno() >= 0:
             self._loop.add_reader(self._listener, self._accept)
+
+    def _tell_front_ends(self, inference: Process, message: bytes) -> None:
+        """Let the front ends of *inference* use its new models, or know why it cannot start."""
+        if message == control.RELOADED:
+            self._connect_front_ends(inference)
+            return
+        inference.problem = message.removeprefix(control.FAILED).decode(errors="replace")
+        for front_end in self._servers:
+            if front_end.inference is inference:
+                front_end.send(message)
 
     def _stop_sending(self, process: Process) -> None:
         """Send nothing more to *process*; the last one that drains gets the pending connections."""

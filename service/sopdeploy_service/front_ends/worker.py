@@ -36,6 +36,7 @@ class FrontServer(DrainingServer):
     ) -> None:
         super().__init__(app, settings, bundles)
         self._supervisor = supervisor
+        self._registry = app.state.service.registry
         self._received = 0  # connections
         self._supervisor_left = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -56,7 +57,14 @@ class FrontServer(DrainingServer):
         if not message:
             self._loop.remove_reader(self._supervisor)
             self._supervisor_left.set()
+        if message == control.RELOAD:
+            self.reload()
+        elif message.startswith(control.FAILED):
+            self._registry.problem = message.removeprefix(control.FAILED).decode(errors="replace")
         for file in files:
+            if message == control.CHANNEL:
+                self._registry.attach(socket.socket(fileno=file))
+                continue
             if message == control.METRICS:
                 page = generate_latest(self._service.metrics.registry)
                 task = self._loop.create_task(control.send_metrics(file, page))
@@ -84,7 +92,7 @@ class FrontServer(DrainingServer):
 
 
 def serve(launch_config: Mapping[str, Any]) -> int:
-    """Serve until SIGTERM, or until a runtime or the inference process is dead; return the exit code."""
+    """Serve until SIGTERM, or until a runtime of this process is dead; return the exit code."""
     settings = Settings(**launch_config["settings"])
     supervisor = socket.socket(fileno=launch_config["control"])
     bucket_states = SharedBucketStates(launch_config["buckets"])

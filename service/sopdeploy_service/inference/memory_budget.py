@@ -8,7 +8,7 @@ pinned or in use are never released.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -141,6 +141,12 @@ class BudgetedRegistry(ModelRegistry):
         if rejection is not None:
             raise RejectedError(rejection)
         return entry.model
+
+    async def reload(self, sources: Iterable[str | Path]) -> None:  # noqa: ARG002
+        """Log that the bundles stay."""
+        log.error(
+            "not reloaded, the bundles in use stay: restart a server with memory_budget to serve others"
+        )
 
     def close(self, rejection: Rejection) -> None:
         """Give *rejection* to every image without an outcome, and `DRAINING` to waiting requests."""

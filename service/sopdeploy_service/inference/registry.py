@@ -7,12 +7,13 @@ step. The version before that is stopped when its last request has its response.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 
 from sopdeploy.bundle.folder import read_manifest
-from sopdeploy.errors import SopdeployError, shorten
+from sopdeploy.errors import ConfigError, SopdeployError, shorten
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.model import Model
@@ -28,7 +29,13 @@ log = logging.getLogger("sopdeploy.models")
 
 
 class ModelRegistry:
-    """The loaded models. Every method is called on the event loop."""
+    """The loaded models. Every method is called on the event loop.
+
+    `problem` says why no model can run while `is_replaced` promises that this state ends.
+    """
+
+    is_replaced = False
+    problem: str | None = None
 
     def __init__(
         self,
@@ -148,6 +155,25 @@ class ModelRegistry:
                 self._make_current(name, model)
             for name in set(self._by_name) - set(bundles):
                 self._remove(name)
+
+    async def reload(self, sources: Iterable[str | Path]) -> None:
+        """Find the bundles of *sources* again and `follow` them, or log why this is not possible."""
+        try:
+            if self._hidden:
+                raise ConfigError("a shadow is compared; restart the server to serve other bundles")
+            store = await asyncio.to_thread(BundleStore, sources)
+            await self.follow(store.bundles, partial(load_model, settings=self._settings))
+        except Exception as error:  # nothing awaits the task of a reload
+            is_bug = not isinstance(error, SopdeployError)
+            log.error("not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug)
+            return
+        if self._store is not None:
+            self._store = store
+        else:  # clients cannot roll back
+            for versions in self._by_name.values():
+                while len(versions) > 1:
+                    self._retire(versions.pop())
+        log.info("reloaded", extra={"bundles": " ".join(model.bundle.name for model in self.models())})
 
     async def roll_back(self, name: str) -> Model:
         """Serve the previous version of *name* again; raises `RejectedError` if none is loaded."""

@@ -4,10 +4,12 @@ import asyncio
 import functools
 import gc
 import logging
+import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import FrameType
 from typing import cast
 
@@ -17,7 +19,7 @@ from fastapi import FastAPI
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol, limited_config
-from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD
+from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD, Terminal
 from sopdeploy_service.server.loop_watch import LoopWatch
 from sopdeploy_service.server.memory import IdleTrigger
 from sopdeploy_service.server.sockets import accept_pending, url
@@ -55,13 +57,16 @@ class DrainingServer(uvicorn.Server):
 
     The first signal makes the server not ready: new requests get 503, admitted ones are completed within
     `drain_seconds`, then the port is closed. Connections that are open by then may send one more request,
-    which gets 503. A second signal ends the drain: unfinished requests get 503.
+    which gets 503. A second signal ends the drain: unfinished requests get 503. SIGHUP reloads the bundles.
     """
 
     def __init__(self, app: FastAPI, settings: Settings, bundles: Sequence[str]) -> None:
         super().__init__(http_config(app, settings))
         self.bundles = " ".join(bundles)
         self._service: Service = app.state.service
+        self._reload: Callable[[], Awaitable[None]] | None = app.state.reload
+        self._reloads: set[asyncio.Future[None]] = set()
+        self._terminal = Terminal()
         self._drain_until: float | None = None
         self._is_draining = False
         self._idle = IdleTrigger()
@@ -85,6 +90,8 @@ class DrainingServer(uvicorn.Server):
             await super().startup(sockets)
         except OSError as problem:
             raise ConfigError(f"cannot listen ({problem.strerror}); choose another port") from problem
+        if threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.hang_up)
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
@@ -103,6 +110,20 @@ class DrainingServer(uvicorn.Server):
         )
         for connection in connections:
             await asyncio.get_running_loop().connect_accepted_socket(create_protocol, connection)
+
+    def hang_up(self) -> None:
+        """Drain if the terminal of this process was closed; otherwise reload the bundles."""
+        if self._terminal.is_closed:
+            self.handle_exit(signal.SIGHUP, None)
+        else:
+            self.reload()
+
+    def reload(self) -> None:
+        """Find the bundles again and serve those that have changed, unless the server drains."""
+        if self._reload is not None and self._drain_until is None:
+            reload = asyncio.ensure_future(self._reload())
+            self._reloads.add(reload)
+            reload.add_done_callback(self._reloads.discard)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Start to drain, or end the drain; uvicorn would exit with the code of the signal."""

@@ -20,6 +20,18 @@ USER_ERROR = 2
 EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
 
 
+class Terminal:
+    """The terminal of this process, if it has one."""
+
+    def __init__(self) -> None:
+        self._files = [file for file in range(3) if os.isatty(file)]
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the terminal of the start is gone: its SIGHUP ends a server, another one reloads it."""
+        return bool(self._files) and not any(map(os.isatty, self._files))
+
+
 def start_process(
     module: str,
     launch_config: Mapping[str, Any],

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ import httpx
 import pytest
 
 from sopdeploy.errors import BundleError, ConfigError, ParityError
+from sopdeploy_service.server.launch import Terminal
 from sopdeploy_service.server.process import serve
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
@@ -189,7 +191,60 @@ def test_the_log_has_startup_requests_drain_and_stop(start, jpeg) -> None:
     assert [event["event"] for event in events] == ["started", "request", "draining", "stopped"]
 
 
-@pytest.mark.parametrize("way", [ONE_PROCESS, pytest.param(FRONT_ENDS, marks=pytest.mark.slow)])
+BOTH_WAYS = [ONE_PROCESS, pytest.param(FRONT_ENDS, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("way", BOTH_WAYS)
+def test_sighup_serves_the_latest_bundles_and_loses_no_request(
+    make_bundle, tmp_path, jpeg, until, way
+) -> None:
+    folder = tmp_path / "bundles"
+    first, replies, stopped = make_bundle(folder), [], threading.Event()
+    with serving(str(folder), *WAYS[way]) as client, ThreadPoolExecutor(4) as pool:
+
+        def send() -> None:
+            while not stopped.is_set():
+                replies.append(client.post("/v1/classify", content=jpeg))
+
+        def served() -> set[str]:
+            """Return the bundles of the last requests to both front ends."""
+            return {reply.headers["x-model-digest"] for reply in replies[-8:]}
+
+        sending = [pool.submit(send) for _ in range(4)]
+        try:
+            client.child.send_signal(signal.SIGUSR1)  # of a program that rotates logs
+            until(lambda: len(replies) > 20)
+            second = make_bundle(folder, seed=1)
+            client.child.send_signal(signal.SIGHUP)
+            until(lambda: served() == {second.name.rpartition("-")[2]})
+            (make_bundle(folder, seed=2) / "model.onnx").write_bytes(b"damaged")
+            client.child.send_signal(signal.SIGHUP)
+            lines = [client.child.stderr.readline()]
+        finally:
+            stopped.set()
+        for each in sending:
+            each.result()
+        shutil.rmtree(folder)
+        client.child.send_signal(signal.SIGHUP)
+        lines.append(client.child.stderr.readline())
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
+    assert {reply.status_code for reply in replies} == {200}
+    found = {reply.headers["x-model-digest"] for reply in replies}
+    assert found == {path.name.rpartition("-")[2] for path in (first, second)}
+    events = [json.loads(line)["event"] for line in lines]
+    assert all(event.startswith("not reloaded, the bundles in use stay: ") for event in events)
+    assert ["model.onnx" in events[0], "no bundle here" in events[1]] == [True, True]
+
+
+def test_a_closed_terminal_ends_the_server_and_another_sighup_does_not(monkeypatch) -> None:
+    for terminals, later, is_closed in (({0, 1, 2}, {0}, False), ({1}, set(), True), (set(), set(), False)):
+        monkeypatch.setattr(os, "isatty", terminals.__contains__)
+        terminal = Terminal()
+        monkeypatch.setattr(os, "isatty", later.__contains__)
+        assert terminal.is_closed == is_closed
+
+
+@pytest.mark.parametrize("way", BOTH_WAYS)
 def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(bundle_path, jpeg, way) -> None:
     with serving(str(bundle_path), "--log", "json", *WAYS[way]) as client:
         fcntl.fcntl(client.child.stderr, fcntl.F_SETPIPE_SZ, 4096)  # full after ten requests
