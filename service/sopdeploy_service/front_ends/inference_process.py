@@ -4,7 +4,7 @@ It loads and runs models as a single process does (`ModelRegistry`). Clients rea
 which send pixels.
 
 Front ends decode images of untrusted clients and may be compromised, so everything that they send is checked.
-A front end that breaks the protocol is disconnected.
+A front end that breaks the protocol is disconnected, and replaced by the supervisor.
 
 After a reload, the front ends get new channels with the new models. The models of a channel are kept until
 the front end closes it.
@@ -152,7 +152,8 @@ class InferenceProcess:
             log.debug("front end %s has ended", name)
         except Exception as error:  # whatever a front end sends must not end this process
             expected = isinstance(error, (ChannelError, ValueError, struct.error))
-            log.error("front end %s: %s; it is disconnected", name, str(error), exc_info=not expected)
+            log.error("front end %s: %s; it is replaced", name, str(error), exc_info=not expected)
+            control.send(self._supervisor, control.BROKEN + name.encode())
         finally:
             self._front_ends.discard(front_end)
             writer.close()

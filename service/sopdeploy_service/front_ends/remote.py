@@ -131,10 +131,11 @@ class Link:
         model.queue = RemoteQueue(model, number, self, self._metrics)
         self.models[name] = model
 
-    async def open(self, connection: socket.socket, on_end: Callable[[], None]) -> None:
+    async def open(self, connection: socket.socket, on_end: Callable[[bool], None]) -> None:
         """Open the channel, receive models if there are none yet, and handle messages until its end.
 
-        Then calls *on_end*. Raises `ConnectionError` if it ends before the last model.
+        Then calls *on_end* with whether the inference process has ended. Raises `ConnectionError` if it ends
+        before the last model.
         """
         reader, self._writer = await channel.open_channel(connection)
         number = 0 if self.models else -1
@@ -172,18 +173,20 @@ class Link:
             if item in items:
                 self.send(Kind.CANCEL, number)
 
-    async def _receive(self, reader: asyncio.StreamReader, on_end: Callable[[], None]) -> None:
+    async def _receive(self, reader: asyncio.StreamReader, on_end: Callable[[bool], None]) -> None:
+        has_ended = False
         try:
             while True:
                 self._handle(*await channel.receive(reader))
         except ConnectionError:
+            has_ended = True
             log.error("the inference process has ended")
         except Exception:
             log.exception("a message of the inference process cannot be handled")
         for model in self.models.values():
             model.dead = True
             model.close(RUNTIME_DEAD)
-        on_end()
+        on_end(has_ended)
 
     def _handle(self, kind: int, number: int, body: bytes) -> None:
         if kind == Kind.RESULT:
@@ -239,9 +242,12 @@ class RemoteRegistry(ModelRegistry):
         async with self.changing:
             try:
                 await link.open(connection, self._on_end)
-            except ConnectionError:  # the supervisor starts another inference process
+            except Exception as error:
                 self._links.discard(link)
                 link.close()
+                if not isinstance(error, ConnectionError):  # otherwise another inference process is started
+                    log.exception("the models of the inference process cannot be read")
+                    self.is_replaced = False
                 return
             previous, self._link = self._link, link
             retired = self.models()
@@ -258,7 +264,8 @@ class RemoteRegistry(ModelRegistry):
         for name, model in link.models.items():
             self._count(name, model.loaded, 1)
 
-    def _on_end(self) -> None:
+    def _on_end(self, has_ended: bool) -> None:
+        self.is_replaced = has_ended  # otherwise this front end ends
         if any(model.dead for model in self.models()):
             self.problem = self.problem or "the inference process has ended; it is started again"
 

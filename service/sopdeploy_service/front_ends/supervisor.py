@@ -237,7 +237,9 @@ class Supervisor:
             for file in files:
                 self._start_task(self._send_metrics(file))
             return
-        if process.kind == INFERENCE and message.startswith((control.RELOADED, control.FAILED)):
+        if process.kind == INFERENCE and message.startswith(
+            (control.RELOADED, control.FAILED, control.BROKEN)
+        ):
             self._tell_front_ends(process, message)
             return
         is_new = process.bundles is None
@@ -255,9 +257,15 @@ class Supervisor:
             self._loop.add_reader(self._listener, self._accept)
 
     def _tell_front_ends(self, inference: Process, message: bytes) -> None:
-        """Let the front ends of *inference* use its new models, or know why it cannot start."""
+        """Let the front ends of *inference* use its new models or know why it cannot start, or kill one."""
         if message == control.RELOADED:
             self._connect_front_ends(inference)
+            return
+        if message.startswith(control.BROKEN):
+            name = message.removeprefix(control.BROKEN).decode()
+            for front_end in self._servers:
+                if front_end.name == name and front_end.child is not None:
+                    front_end.child.kill()
             return
         inference.problem = message.removeprefix(control.FAILED).decode(errors="replace")
         for front_end in self._servers:

@@ -217,7 +217,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_front_end_that_breaks_the_protocol_is_disconnected(group, bundle, jpeg, attack) -> None:
+def test_a_front_end_that_breaks_the_protocol_is_replaced(group, bundle, jpeg, until, attack) -> None:
     runtime = Held()
     shared = group(runtime)
     with shared.connect() as connection:
@@ -226,6 +226,8 @@ def test_a_front_end_that_breaks_the_protocol_is_disconnected(group, bundle, jpe
             while True:
                 receive_blocking(connection)
     runtime.gate.set()
+    shared.control.setblocking(True)
+    until(lambda: shared.control.recv(4096) == control.BROKEN + b"0")  # for the supervisor
     with front_end(shared, bundle) as client:
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 
