@@ -12,9 +12,8 @@ import struct
 
 CLIENT, METRICS, CHANNEL = b"client", b"metrics", b"channel"  # messages with a file
 RELOAD = b"reload"  # to a process that loads bundles
-RELOADED = b"reloaded"  # from an inference process that serves other bundles
-BROKEN = b"broken: "  # from an inference process; then the name of a front end that breaks the protocol
-FAILED = b"failed: "  # from an inference process that cannot start, and to its front ends; then the reason
+# From an inference process: it has new models, cannot start (and why), or a front end breaks the protocol.
+NEWS = MODELS, FAILED, BROKEN = b"models", b"failed", b"broken"
 STATUS = struct.Struct("=QI?")  # connections received, open ones, ready for images; then names of bundles
 METRICS_SECONDS = 2.0  # a process that takes longer counts as down
 

@@ -96,6 +96,7 @@ class InferenceProcess:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._supervisor, self._receive_front_end)
         await self._registry.start()
+        control.send(self._supervisor, control.MODELS)
         dead = False
         while not dead and not self._ended.is_set():
             self._beat()
@@ -134,7 +135,7 @@ class InferenceProcess:
         before = self._registry.models()
         await self._registry.reload(self._sources)
         if self._registry.models() != before:
-            control.send(self._supervisor, control.RELOADED)
+            control.send(self._supervisor, control.MODELS)
 
     async def serve(self, name: str, connection: socket.socket) -> None:
         """Serve the front end *name* until it ends or breaks the protocol."""
@@ -153,7 +154,7 @@ class InferenceProcess:
         except Exception as error:  # whatever a front end sends must not end this process
             expected = isinstance(error, (ChannelError, ValueError, struct.error))
             log.error("front end %s: %s; it is replaced", name, str(error), exc_info=not expected)
-            control.send(self._supervisor, control.BROKEN + name.encode())
+            control.send(self._supervisor, control.BROKEN + b": " + name.encode())
         finally:
             self._front_ends.discard(front_end)
             writer.close()
@@ -231,7 +232,7 @@ def serve(launch_config: Mapping[str, Any]) -> int:
             bundles = BundleStore(sources).bundles
             loaded = {name: load_model(path, settings) for name, path in bundles.items()}
         except SopdeployError as problem:
-            control.send(supervisor, control.FAILED + str(problem).encode()[:MAX_REASON_BYTES])
+            control.send(supervisor, control.FAILED + b": " + str(problem).encode()[:MAX_REASON_BYTES])
             raise
         registry = ModelRegistry(loaded, settings, Metrics(), store=None)
         return asyncio.run(InferenceProcess(registry, supervisor, settings.queue_size, sources).run())

@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +27,7 @@ from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, call_soon
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import NONFINITE, RUNTIME_DEAD, Prediction, Rejection, rank_classes
+from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.drift import drift_window
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
@@ -37,9 +38,9 @@ log = logging.getLogger("sopdeploy.inference")
 class RemoteQueue(RequestQueue):
     """Sends images to the inference process, which knows *model* by *number*. `put` is thread-safe."""
 
-    def __init__(self, model: Model, number: int, link: "Link", metrics: Metrics) -> None:
+    def __init__(self, model: Model, number: int, registry: "RemoteRegistry", metrics: Metrics) -> None:
         super().__init__()
-        self._model, self._number, self._link, self._metrics = model, number, link, metrics
+        self._model, self._number, self._registry, self._metrics = model, number, registry, metrics
         self._counts = metrics.of(model.name)
         self._drift = drift_window(model.bundle)
         outputs = model.bundle.manifest.outputs
@@ -49,7 +50,7 @@ class RemoteQueue(RequestQueue):
     @property
     def images_elsewhere(self) -> int:
         """The number of images in the inference process that other front ends have sent."""
-        return self._link.images_elsewhere
+        return self._registry.images_elsewhere
 
     def put(self, item: QueuedImage) -> Rejection | None:
         """Send the image of *item* from the event loop."""
@@ -61,18 +62,18 @@ class RemoteQueue(RequestQueue):
         if self.closed_with is not None:
             item.settle(self.closed_with)
         if not item.outcome.done():  # otherwise its request has ended, too
-            self._link.send_image(self, self._number, item)
+            self._registry.send_image(self, self._number, item)
 
     def reject(self, items: Sequence[QueuedImage], rejection: Rejection) -> None:
         """Give *rejection* to all *items* without an outcome, and cancel those that were sent."""
         for item in items:
             item.settle(rejection)
-        self._link.cancel(items)
+        self._registry.cancel(items)
 
     def close(self, rejection: Rejection) -> list[QueuedImage]:
         """Give *rejection* to every image from now on; return those that have no result."""
         self.closed_with = rejection
-        return self._link.items_of(self)
+        return self._registry.items_of(self)
 
     def settle(self, item: QueuedImage, result: bytes) -> None:
         """Settle *item* with its *result*, and count the image and, for the first of a batch, the batch."""
@@ -110,42 +111,42 @@ class RemoteQueue(RequestQueue):
         return outputs
 
 
-class Link:
-    """A channel to an inference process, and the models there by name."""
+class RemoteRegistry(ModelRegistry):
+    """The models of the inference process, which the supervisor replaces when it ends."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        self.models: dict[str, Model] = {}
+    is_replaced = True
+
+    def __init__(self, connection: socket.socket, settings: Settings, metrics: Metrics) -> None:
+        """Wait for the models of the inference process at the other end of *connection*.
+
+        Raises `ConnectionError` if it ends.
+        """
+        super().__init__({}, settings, metrics, None)
         self.images_elsewhere = 0
-        self._settings, self._metrics = settings, metrics
+        self._connection = connection
         self._writer: asyncio.StreamWriter | None = None
         self._receiving: asyncio.Task[None] | None = None
         self._numbers = itertools.count(1)
         self._images: dict[int, tuple[RemoteQueue, QueuedImage]] = {}
-
-    def add(self, number: int, archive: bytes) -> None:
-        """Add the model *number* of the inference process."""
-        name, loaded = read_archive(archive)
-        if self._settings.decode == "auto":
-            loaded = _with_usable_decoder(loaded, self._settings)
-        model = Model(name, loaded, self._settings, self._metrics)  # never started: it has no worker here
-        model.queue = RemoteQueue(model, number, self, self._metrics)
-        self.models[name] = model
-
-    async def open(self, connection: socket.socket, on_end: Callable[[bool], None]) -> None:
-        """Open the channel, receive models if there are none yet, and handle messages until its end.
-
-        Then calls *on_end* with whether the inference process has ended. Raises `ConnectionError` if it ends
-        before the last model.
-        """
-        reader, self._writer = await channel.open_channel(connection)
-        number = 0 if self.models else -1
+        number = -1
         while number != 0:  # that of the last model, before other messages
-            _, number, body = await channel.receive(reader)
-            self.add(number, body)
-        self._receiving = asyncio.get_running_loop().create_task(self._receive(reader, on_end))
+            _, number, body = channel.receive_blocking(connection)
+            name, loaded = read_archive(body)
+            if settings.decode == "auto":
+                loaded = _with_usable_decoder(loaded, settings)
+            self._count(name, loaded, 1)
+            model = Model(name, loaded, settings, metrics)  # never started: it has no worker here
+            model.queue = RemoteQueue(model, number, self, metrics)
+            self._by_name[name] = [model]
 
-    def close(self) -> None:
-        """Close the channel; the inference process then releases models that it has replaced."""
+    async def start(self) -> None:
+        """Open the channel and handle the messages of the inference process."""
+        reader, self._writer = await channel.open_channel(self._connection)
+        self._receiving = asyncio.get_running_loop().create_task(self._receive(reader))
+
+    async def stop(self) -> None:
+        """Stop every model and close the channel."""
+        await super().stop()
         if self._receiving is not None:
             self._receiving.cancel()
         if self._writer is not None:
@@ -173,20 +174,19 @@ class Link:
             if item in items:
                 self.send(Kind.CANCEL, number)
 
-    async def _receive(self, reader: asyncio.StreamReader, on_end: Callable[[bool], None]) -> None:
-        has_ended = False
+    async def _receive(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
                 self._handle(*await channel.receive(reader))
         except ConnectionError:
-            has_ended = True
             log.error("the inference process has ended")
+            self.problem = self.problem or "the inference process has ended; it is started again"
         except Exception:
             log.exception("a message of the inference process cannot be handled")
-        for model in self.models.values():
+            self.is_replaced = False  # this front end ends
+        for model in self.models():
             model.dead = True
             model.close(RUNTIME_DEAD)
-        on_end(has_ended)
 
     def _handle(self, kind: int, number: int, body: bytes) -> None:
         if kind == Kind.RESULT:
@@ -196,78 +196,20 @@ class Link:
             self.images_elsewhere = max(0, number - len(self._images))
 
 
-class RemoteRegistry(ModelRegistry):
-    """The models of the inference process; the supervisor replaces it when it ends."""
-
-    is_replaced = True
-
-    def __init__(self, connection: socket.socket, settings: Settings, metrics: Metrics) -> None:
-        """Wait for the models of the inference process at the other end of *connection*.
-
-        Raises `ConnectionError` if it ends.
-        """
-        super().__init__({}, settings, metrics, None)
-        self._connection = connection
-        self._link = Link(settings, metrics)
-        self._links = {self._link}  # also those of requests in progress
-        self._attaching: set[asyncio.Task[None]] = set()
-        number = -1
-        while number != 0:
-            _, number, body = channel.receive_blocking(connection)
-            self._link.add(number, body)
-        self._show(self._link)
-
-    async def start(self) -> None:
-        """Open the channel and handle the messages of the inference process."""
-        await self._link.open(self._connection, self._on_end)
-
-    async def stop(self) -> None:
-        """Stop every model and close the channels."""
-        await super().stop()
-        for task in self._attaching:
-            task.cancel()
-        for link in self._links:
-            link.close()
-
-    def attach(self, connection: socket.socket) -> None:
-        """Serve the models at the other end of *connection* when all of them have arrived."""
-        task = asyncio.get_running_loop().create_task(self._attach(connection))
-        self._attaching.add(task)
-        task.add_done_callback(self._attaching.discard)
-
-    async def _attach(self, connection: socket.socket) -> None:
-        """Replace the models in one step; requests in progress keep theirs, and their channel."""
-        link = Link(self._settings, self._metrics)
-        self._links.add(link)
-        async with self.changing:
-            try:
-                await link.open(connection, self._on_end)
-            except Exception as error:
-                self._links.discard(link)
-                link.close()
-                if not isinstance(error, ConnectionError):  # otherwise another inference process is started
-                    log.exception("the models of the inference process cannot be read")
-                    self.is_replaced = False
-                return
-            previous, self._link = self._link, link
-            retired = self.models()
-            self._show(link)
-        for model in retired:
-            self._retire(model)
-        await asyncio.gather(*(self._retiring[model] for model in retired))
-        self._links.discard(previous)
-        previous.close()
-
-    def _show(self, link: Link) -> None:
-        self.problem = None
-        self._by_name = {name: [model] for name, model in link.models.items()}
-        for name, model in link.models.items():
-            self._count(name, model.loaded, 1)
-
-    def _on_end(self, has_ended: bool) -> None:
-        self.is_replaced = has_ended  # otherwise this front end ends
-        if any(model.dead for model in self.models()):
-            self.problem = self.problem or "the inference process has ended; it is started again"
+async def attach(service: Service, connection: socket.socket) -> None:
+    """Let *service* use the models at the other end of *connection*; requests in progress keep theirs."""
+    try:
+        registry = await asyncio.to_thread(RemoteRegistry, connection, service.settings, service.metrics)
+    except ConnectionError:  # the supervisor starts another inference process
+        return
+    await registry.start()
+    previous, service.registry = service.registry, registry
+    for model in previous.models():
+        await model.unused.wait()
+        service.metrics.count_bundle(
+            model.name, model.bundle, model.loaded.runtime, model.loaded.decode, change=-1
+        )
+    await previous.stop()
 
 
 def _with_usable_decoder(loaded: LoadedModel, settings: Settings) -> LoadedModel:

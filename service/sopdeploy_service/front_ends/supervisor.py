@@ -35,7 +35,7 @@ from sopdeploy_service.front_ends.processes import (
 )
 from sopdeploy_service.front_ends.rate_limits import create_memory
 from sopdeploy_service.observability import logs
-from sopdeploy_service.server.launch import USER_ERROR, Terminal, start_process
+from sopdeploy_service.server.launch import STDERR, USER_ERROR, start_process, terminal_is_closed
 from sopdeploy_service.server.loop_watch import BEAT_SECONDS, LoopWatch
 from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, url
 from sopdeploy_service.settings import Settings
@@ -45,7 +45,6 @@ if TYPE_CHECKING:  # a server of one process starts without these modules
 
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 30.0
-STDERR = 2  # stdout has the `ready` line only
 
 log = logging.getLogger("sopdeploy.supervisor")
 
@@ -80,8 +79,6 @@ class Supervisor:
         self._servers = [process for process in processes if process.kind == SERVER]
         self._listener = listener
         self._stopping = asyncio.Event()
-        self._hurry = asyncio.Event()  # ends the delays of restarts
-        self._terminal = Terminal()
         self._announced = False
         self._code = 0
         self._output_error: OSError | None = None
@@ -142,21 +139,17 @@ class Supervisor:
     def _stop(self) -> None:
         """Let the servers drain; inference processes end after them."""
         self._stopping.set()
-        self._hurry.set()
         for process in self._servers:
             if process.child is not None and process.child.poll() is None:
                 process.child.send_signal(signal.SIGTERM)
 
     def _hang_up(self) -> None:
-        """Stop if the terminal was closed; otherwise let every process that has models reload its bundles."""
-        if self._terminal.is_closed:
+        """Let every process that has models reload its bundles; stop if the terminal was closed."""
+        if terminal_is_closed():
             self._stop()
-            return
         for process in self._processes:
             if process.inference is None:
                 process.send(control.RELOAD)
-        hurry, self._hurry = self._hurry, asyncio.Event()
-        hurry.set()
 
     async def _supervise(self, process: Process) -> None:
         """Start *process* whenever it has ended, until the server stops."""
@@ -179,7 +172,7 @@ class Supervisor:
             delay = min(MAX_RESTART_DELAY_SECONDS, 2.0 ** max(0, early_deaths - 1) - 1)
             log.error("%s: exited with code %d; restart in %.0f s", process, code, delay)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), delay)
+                await asyncio.wait_for(self._stopping.wait(), delay)
 
     def _start(self, process: Process) -> subprocess.Popen[str]:
         ours, theirs = control.pair()
@@ -205,18 +198,12 @@ class Supervisor:
                 channel = stack.enter_context(connect(process.inference, process.name))
                 config["channel"] = channel.fileno()
                 files.append(channel.fileno())
-            child = start_process(MODULES[process.kind], config, files, process.variables, stdout=STDERR)
+            child = start_process(
+                MODULES[process.kind], config, files, process.variables, stdout=STDERR
+            )  # its own has the `ready` line only
         process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
-        self._connect_front_ends(process)
         return child
-
-    def _connect_front_ends(self, process: Process) -> None:
-        """Give the front ends of *process* that are running a new channel to it."""
-        for front_end in self._servers:
-            if front_end.inference is process and front_end.control is not None:
-                with connect(process, front_end.name) as channel:
-                    front_end.send(control.CHANNEL, channel.fileno())
 
     def _close_control(self, process: Process) -> None:
         """Send nothing more to *process*, which then ends."""
@@ -249,7 +236,6 @@ class Supervisor:
             self._stop_sending(process)
             return
         if is_new:
-            process.problem = ""
             log.info("%s: ready", process)
         if not self._announced and all(other.bundles is not None for other in self._processes):
             self._announce(process.bundles or "")
@@ -258,19 +244,18 @@ class Supervisor:
 
     def _tell_front_ends(self, inference: Process, message: bytes) -> None:
         """Let the front ends of *inference* use its new models or know why it cannot start, or kill one."""
-        if message == control.RELOADED:
-            self._connect_front_ends(inference)
-            return
-        if message.startswith(control.BROKEN):
-            name = message.removeprefix(control.BROKEN).decode()
-            for front_end in self._servers:
-                if front_end.name == name and front_end.child is not None:
-                    front_end.child.kill()
-            return
-        inference.problem = message.removeprefix(control.FAILED).decode(errors="replace")
+        kind, _, text = message.partition(b": ")
         for front_end in self._servers:
-            if front_end.inference is inference:
+            if front_end.inference is not inference or front_end.bundles is None:
+                continue
+            if kind == control.MODELS:
+                with connect(inference, front_end.name) as channel:
+                    front_end.send(control.CHANNEL, channel.fileno())
+            elif kind == control.FAILED:
                 front_end.send(message)
+            elif front_end.name == text.decode() and front_end.child is not None:
+                front_end.child.kill()
+        inference.problem = text.decode(errors="replace") if kind == control.FAILED else ""
 
     def _stop_sending(self, process: Process) -> None:
         """Send nothing more to *process*; the last one that drains gets the pending connections."""

@@ -17,7 +17,7 @@ from prometheus_client import generate_latest
 from sopdeploy_service.app import create_app
 from sopdeploy_service.front_ends import control, sandbox
 from sopdeploy_service.front_ends.rate_limits import SharedBucketStates
-from sopdeploy_service.front_ends.remote import RemoteRegistry
+from sopdeploy_service.front_ends.remote import RemoteRegistry, attach
 from sopdeploy_service.server.draining_server import DrainingServer
 from sopdeploy_service.server.launch import run_program
 from sopdeploy_service.server.process import configured_process, load_app
@@ -36,7 +36,6 @@ class FrontServer(DrainingServer):
     ) -> None:
         super().__init__(app, settings, bundles)
         self._supervisor = supervisor
-        self._registry = app.state.service.registry
         self._received = 0  # connections
         self._supervisor_left = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -60,10 +59,10 @@ class FrontServer(DrainingServer):
         if message == control.RELOAD:
             self.reload()
         elif message.startswith(control.FAILED):
-            self._registry.problem = message.removeprefix(control.FAILED).decode(errors="replace")
+            self._service.registry.problem = message.partition(b": ")[2].decode(errors="replace")
         for file in files:
             if message == control.CHANNEL:
-                self._registry.attach(socket.socket(fileno=file))
+                self.run_aside(attach(self._service, socket.socket(fileno=file)))
                 continue
             if message == control.METRICS:
                 page = generate_latest(self._service.metrics.registry)

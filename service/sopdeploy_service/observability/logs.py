@@ -10,10 +10,8 @@ is full, at most `MAX_WAITING` lines wait; more are dropped and counted.
 import logging
 import os
 import queue
-import select
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,7 +26,6 @@ from sopdeploy_service.settings import Settings
 
 ROOT = "sopdeploy"
 MAX_WAITING = 10_000  # lines
-STDERR = 2
 CLOSE_SECONDS = 1.0  # for writing the last lines
 
 DROPPED = Counter("sopdeploy_dropped_log_lines", "Log lines that could not be written in time", registry=None)
@@ -40,8 +37,7 @@ class LineQueue(QueueHandler):
     def __init__(self, file: int) -> None:
         self._lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
         super().__init__(self._lines)
-        self._file = file
-        self._dropped = self._reported = 0
+        self._file, self._dropped, self._reported = file, 0, 0
         self._writer = threading.Thread(target=self._write_lines, name="log", daemon=True)
         self._writer.start()
 
@@ -50,62 +46,59 @@ class LineQueue(QueueHandler):
         return self.format(record)
 
     def enqueue(self, record: logging.LogRecord | str) -> None:
-        """Pass a line to the writer, or drop it if too many wait; the caller holds this handler's lock."""
+        """Pass a line to the writer, or drop it if too many wait."""
         try:
             self._lines.put_nowait(str(record))
         except queue.Full:
-            self._dropped += 1
-            DROPPED.inc()
+            self._drop()
 
     def close(self) -> None:
         """Give the writer `CLOSE_SECONDS` for the lines that wait; a reader that has stopped loses them."""
-        end = time.monotonic() + CLOSE_SECONDS
         with suppress(queue.Full):
             self._lines.put(None, timeout=CLOSE_SECONDS)
-            self._writer.join(max(0.0, end - time.monotonic()))
+            self._writer.join(CLOSE_SECONDS)
         super().close()
 
+    def _drop(self) -> None:
+        self._dropped += 1
+        DROPPED.inc()
+
     def _write_lines(self) -> None:
-        lost = 0  # lines that could not be written
         while (line := self._lines.get()) is not None:
             try:
                 self._write(line)
-                dropped = self._dropped + lost
-                if dropped > self._reported:
-                    words = ("%d log lines were dropped", (dropped - self._reported,))
-                    self._reported = dropped
-                    self._write(self.format(logging.LogRecord(ROOT, logging.WARNING, "", 0, *words, None)))
+                if (dropped := self._dropped - self._reported) > 0:
+                    self._reported += dropped
+                    words = f"{dropped} log lines were dropped"
+                    self._write(
+                        self.format(logging.LogRecord(ROOT, logging.WARNING, "", 0, words, None, None))
+                    )
             except OSError:  # the disk is full, or nobody has the pipe open
-                lost += 1
-                DROPPED.inc()
+                self._drop()
 
     def _write(self, line: str) -> None:
         data = f"{line}\n".encode(errors="backslashreplace")
         while data:
-            try:
-                data = data[os.write(self._file, data) :]
-            except BlockingIOError:  # another process has made the file non-blocking
-                select.select([], [self._file], [])
+            data = data[os.write(self._file, data) :]
 
 
 @contextmanager
-def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[None]:
-    """Write the log of this process to *stream* (default: stderr) as *settings* say.
+def configured(settings: Settings, file: int = 2) -> Iterator[None]:
+    """Write the log of this process to the descriptor *file* (default: stderr) as *settings* say.
 
     Without the setting `log`, a terminal gets readable lines; anything else gets JSON of warnings and errors
     only. A process without stderr writes no log.
     """
-    stream = stream or sys.stderr
-    if stream is None:
+    if sys.stderr is None:  # the descriptor may be that of another file
         yield
         return
-    console = settings.log == "console" or (settings.log is None and stream.isatty())
+    console = settings.log == "console" or (settings.log is None and os.isatty(file))
     quiet = settings.log is None and not console
     processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if console:
         processors += [
             lambda _logger, _method, event: {name: _printable(value, name) for name, value in event.items()},
-            structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=_write_traceback),
+            structlog.dev.ConsoleRenderer(colors=os.isatty(file), exception_formatter=_write_traceback),
         ]
     else:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
@@ -115,10 +108,7 @@ def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[Non
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    try:
-        handler = LineQueue(stream.fileno())
-    except OSError:  # the stream of a notebook
-        handler = LineQueue(STDERR)
+    handler = LineQueue(file)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors))
     logging.getLogger().addHandler(handler)  # also for other libraries, whose level stays at warning
     level = settings.log_level.upper()

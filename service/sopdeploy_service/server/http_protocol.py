@@ -28,8 +28,8 @@ from sopdeploy_service.settings import Settings
 LINGER_SECONDS = 2.0  # a connection closed with unread input is reset: the client could not read the response
 LINGER_BYTES = 100_000_000
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
-PIECE_BYTES = 4096  # of input are parsed before the number of queued requests is checked
-MAX_PIPELINE = 256  # queued requests of one connection; more than a piece contains
+PIECE_BYTES = 4096  # of pipelined requests are parsed before the number of queued ones is checked
+MAX_PIPELINE = 256  # queued requests of one connection; a piece contains fewer
 CHUNK_BYTES = 20  # the size of a chunk and its line ends
 
 FULL = Rejection("too_many_connections", 503, "too many connections; retry later", 1)
@@ -129,8 +129,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._rejection: Rejection | None = None  # set by a callback of the parser
         self._in_headers = self._in_body = False
         self._header_bytes = 0  # of complete headers
-        self._unparsed_bytes = 0  # received while the headers are incomplete
-        self._framing_bytes = 0  # of a body in chunks: extensions and trailers
+        self._overhead_bytes = 0  # of incomplete headers, or of chunk extensions and trailers
         self._held = b""  # input that follows queued requests and is not parsed yet
         self._ignores_input = self._closed = False
         self._ignored_bytes = 0
@@ -174,30 +173,27 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             return
         self._unset_keepalive_if_required()
         self._shared.idle.pop(self, None)
-        rest = memoryview(data)
-        while rest and not self._ignores_input:
+        if data.count(b" HTTP/1.", 0, PIECE_BYTES) < 2:  # one request, or part of its body
+            self._parse(data)
+            return
+        for start in range(0, len(data), PIECE_BYTES):
             if self.pipeline:
-                self._held = bytes(rest)
+                self._held = data[start:]
                 break
-            piece = rest if self._in_body else rest[:PIECE_BYTES]
-            self._parse(piece)
-            rest = rest[len(piece) :]
+            if not self._ignores_input:
+                self._parse(data[start : start + PIECE_BYTES])
 
-    def _parse(self, data: memoryview) -> None:
+    def _parse(self, data: bytes) -> None:
         """Parse *data* and reject the request if it exceeds a limit."""
-        was_in_headers = self._in_headers
-        self._framing_bytes += len(data)
+        self._overhead_bytes += len(data)
         try:
             self._feed(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self._ignores_input:  # else it is what follows the last request
                 self._rejection = self._rejection or MALFORMED
-        if was_in_headers and self._in_headers:  # the parser buffers an incomplete header
-            self._unparsed_bytes += len(data)
-            if self._unparsed_bytes > self._limits.max_url_bytes + self._limits.max_header_bytes:
-                self._rejection = self._rejection or LARGE_HEADERS
-        self._framing_bytes = max(0, self._framing_bytes) if self._in_body else 0
-        if self._framing_bytes > self._limits.max_header_bytes:
+        limit = self._limits.max_header_bytes + (0 if self._in_body else self._limits.max_url_bytes)
+        self._overhead_bytes = max(0, self._overhead_bytes) if self._in_headers or self._in_body else 0
+        if self._overhead_bytes > limit:
             self._rejection = self._rejection or LARGE_HEADERS
         responding = self.cycle is not None and not self.cycle.response_complete
         if self._rejection is not None:
@@ -205,7 +201,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         elif self._timer is None and not self._in_body and not responding:
             self._limit_headers()
 
-    def _feed(self, data: memoryview) -> None:
+    def _feed(self, data: bytes) -> None:
         """Parse *data*; answer a request for an upgrade as if it had not asked for one, then close.
 
         httptools skips the body of such a request, which Java's client sends by default, so a second parser
@@ -225,7 +221,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 on_message_complete=self._end_last_request,
             )
             self.parser = httptools.HttpRequestParser(callbacks)
-            self.parser.feed_data(b"".join((b"\r\n".join(lines), data[upgrade.args[0] :])))
+            self.parser.feed_data(b"\r\n".join(lines) + data[upgrade.args[0] :])
 
     def _end_last_request(self) -> None:
         if not self._ignores_input:
@@ -236,7 +232,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Reset the header counters of the previous request."""
         super().on_message_begin()
         self._in_headers = True
-        self._header_bytes = self._unparsed_bytes = 0
+        self._header_bytes = self._overhead_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         """Limit the length of the URL."""
@@ -261,7 +257,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         coding is not exactly `chunked` is not known here, or not the one that a proxy has found.
         """
         self._in_headers = False
-        self._framing_bytes = 0
+        self._overhead_bytes = 0
         self._restart_timer(None)
         hosts = sum(name == b"host" for name, _ in self.headers)
         codings = [value for name, value in self.headers if name == b"transfer-encoding"]
@@ -280,11 +276,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_chunk_header(self) -> None:
         """Count the bytes of a chunk without extensions, which have no limit."""
-        self._framing_bytes -= CHUNK_BYTES
+        self._overhead_bytes -= CHUNK_BYTES
 
     def on_body(self, body: bytes) -> None:
         """Pass a piece of the body to the request."""
-        self._framing_bytes -= len(body)
+        self._overhead_bytes -= len(body)
         if self._rejection is None and not self._ignores_input:
             super().on_body(body)
 

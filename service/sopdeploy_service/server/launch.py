@@ -16,20 +16,14 @@ from typing import Any
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.settings import WORKER_VARIABLE
 
-USER_ERROR = 2
+STDERR, USER_ERROR = 2, 2
+HAS_TERMINAL = os.isatty(STDERR)  # at the start
 EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
 
 
-class Terminal:
-    """The terminal of this process, if it has one."""
-
-    def __init__(self) -> None:
-        self._files = [file for file in range(3) if os.isatty(file)]
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the terminal of the start is gone: its SIGHUP ends a server, another one reloads it."""
-        return bool(self._files) and not any(map(os.isatty, self._files))
+def terminal_is_closed() -> bool:
+    """Tell whether the terminal of this process is gone: its SIGHUP ends a server, another one reloads it."""
+    return HAS_TERMINAL and not os.isatty(STDERR)
 
 
 def start_process(

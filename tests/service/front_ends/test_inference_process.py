@@ -23,7 +23,7 @@ from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy_service.front_ends import control
 from sopdeploy_service.front_ends.channel import HEADER, IMAGE, Kind, receive_blocking
 from sopdeploy_service.front_ends.inference_process import InferenceProcess
-from sopdeploy_service.front_ends.remote import RemoteRegistry
+from sopdeploy_service.front_ends.remote import RemoteRegistry, attach
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.observability.metrics import Metrics
@@ -51,6 +51,9 @@ class Group:
 
         self.thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
         self.thread.start()
+        self.control.setblocking(True)
+        while self.control.recv(4096) != control.MODELS:
+            pass
 
     def connect(self) -> socket.socket:
         """Return the channel of a new front end."""
@@ -111,10 +114,9 @@ def test_images_of_ended_requests_leave_the_queue(group, bundle, jpeg, until) ->
         assert len(runtime.batches) <= 3
 
 
-def attach(client: Client, group: Group) -> None:
+def attach_to(client: Client, group: Group) -> None:
     """Give the front end of *client* a channel to *group*, as the supervisor does."""
-    registry = client.app.state.service.registry
-    client.loop.call_soon_threadsafe(registry.attach, group.connect())
+    asyncio.run_coroutine_threadsafe(attach(client.app.state.service, group.connect()), client.loop)
 
 
 def test_while_the_inference_process_is_replaced_its_front_end_answers_503_and_then_200(
@@ -142,7 +144,7 @@ def test_while_the_inference_process_is_replaced_its_front_end_answers_503_and_t
         assert client.get("/readyz").json() == {"status": "runtime_restarting", "reason": reason}
         with group(FakeRuntime(classes=7)).connect():  # ends without having sent models
             pass
-        attach(client, group(FakeRuntime(classes=7)))
+        attach_to(client, group(FakeRuntime(classes=7)))
         until(lambda: client.get("/readyz").json() == {"status": "ok"})
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 
@@ -159,12 +161,11 @@ def test_a_reload_serves_other_bundles_and_loses_no_request(make_bundle, tmp_pat
 
     def reload() -> bytes:
         control.send(shared.control, control.RELOAD)
-        while (news := shared.control.recv(4096)) != control.RELOADED and log.empty():
+        while (news := shared.control.recv(4096)) != control.MODELS and log.empty():
             until(lambda: select.select([shared.control], [], [], 1)[0])
         return news
 
     log: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    shared.control.setblocking(True)
     handler = QueueHandler(log)
     handler.setLevel("ERROR")
     logging.getLogger("sopdeploy.models").addHandler(handler)
@@ -173,14 +174,14 @@ def test_a_reload_serves_other_bundles_and_loses_no_request(make_bundle, tmp_pat
         try:
             until(lambda: len(replies) > 20)
             second = make_bundle(tmp_path, seed=1)
-            assert reload() == control.RELOADED
-            attach(client, shared)
+            assert reload() == control.MODELS
+            attach_to(client, shared)
             until(lambda: client.get("/info").json()["models"][0]["id"] == second.name.rpartition("-")[2])
             served = len(replies)
             until(lambda: len(replies) > served + 20)
             third = make_bundle(tmp_path, seed=2)
             (third / "model.onnx").write_bytes(b"damaged")
-            assert reload() != control.RELOADED
+            assert reload() != control.MODELS
         finally:
             stopped.set()
         for each in sending:
@@ -226,8 +227,7 @@ def test_a_front_end_that_breaks_the_protocol_is_replaced(group, bundle, jpeg, u
             while True:
                 receive_blocking(connection)
     runtime.gate.set()
-    shared.control.setblocking(True)
-    until(lambda: shared.control.recv(4096) == control.BROKEN + b"0")  # for the supervisor
+    until(lambda: shared.control.recv(4096) == control.BROKEN + b": 0")  # for the supervisor
     with front_end(shared, bundle) as client:
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 

@@ -1,6 +1,5 @@
 """The log has one line per event, whatever clients send, and no secrets."""
 
-import io
 import json
 import logging
 import os
@@ -17,36 +16,23 @@ from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 
 
-class Log:
-    """A log file; `is_terminal` is what the file says of itself."""
-
-    def __init__(self, path: Path, *, is_terminal: bool = False) -> None:
-        self._path, self._file = path, path.open("w")
-        self.close = self._file.close
-        self.isatty = lambda: is_terminal
-        self.fileno = self._file.fileno
-
-    def getvalue(self) -> str:
-        return self._path.read_text()
-
-
 @pytest.fixture
-def logged(tmp_path: Path) -> Iterator[Callable[..., Log]]:
-    """`logged(**settings)` sends the log to a file of its own and gives the file."""
+def logged(tmp_path: Path, monkeypatch) -> Iterator[Callable[..., Path]]:
+    """`logged(**settings)` sends the log to a file of its own; `logged.end()` waits for the last line."""
     with ExitStack() as stack:
 
-        def start(*, is_terminal: bool = False, **settings: object) -> Log:
-            stream = Log(tmp_path / "log", is_terminal=is_terminal)
-            stack.callback(stream.close)
-            stack.enter_context(logs.configured(Settings(**settings), stream))
-            return stream
+        def start(*, is_terminal: bool = False, **settings: object) -> Path:
+            monkeypatch.setattr(os, "isatty", lambda _: is_terminal)
+            file = stack.enter_context((tmp_path / "log").open("w"))
+            stack.enter_context(logs.configured(Settings(**settings), file.fileno()))
+            return tmp_path / "log"
 
         start.end = stack.close
         yield start
 
 
-def requests(stream: Log) -> list[dict]:
-    events = map(json.loads, stream.getvalue().splitlines())
+def requests(stream: Path) -> list[dict]:
+    events = map(json.loads, stream.read_text().splitlines())
     return [event for event in events if event["event"] == "request"]
 
 
@@ -65,7 +51,7 @@ def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jp
     assert line["bytes"] > 2 * len(jpeg)
     assert set(line["stages_ms"]) == {"receive", "decode", "queue", "infer"}
     assert line["ms"] >= max(line["stages_ms"].values())
-    assert key not in stream.getvalue()
+    assert key not in stream.read_text()
 
 
 def test_a_rejection_is_logged_with_its_code_and_without_a_key_name(logged, serve_with, tmp_path, until):
@@ -77,7 +63,7 @@ def test_a_rejection_is_logged_with_its_code_and_without_a_key_name(logged, serv
     (line,) = requests(stream)
     assert (line["status"], line["code"], line["route"]) == (401, "unauthenticated", "other")
     assert "key" not in line
-    assert "guess" not in stream.getvalue()
+    assert "guess" not in stream.read_text()
 
 
 def test_probes_and_scrapes_are_logged_at_debug_level(logged, serve_with, until):
@@ -105,9 +91,9 @@ def test_probes_and_scrapes_are_logged_at_debug_level(logged, serve_with, until)
 def test_clients_cannot_forge_lines_or_control_a_terminal(logged, serve_with, until, form, path, headers):
     stream = logged(log=form)
     serve_with(FakeRuntime(classes=7)).post(path, content=b"x", headers=headers)
-    until(lambda: stream.getvalue().count("\n") == 1)
-    assert "forged" not in stream.getvalue()
-    assert "\x1b" not in stream.getvalue()
+    until(lambda: stream.read_text().count("\n") == 1)
+    assert "forged" not in stream.read_text()
+    assert "\x1b" not in stream.read_text()
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
@@ -119,9 +105,9 @@ def test_client_text_in_a_traceback_starts_no_line(logged, form):
     except ValueError:
         logging.getLogger("sopdeploy.http").exception("a mistake at %s", "\nforged", extra={"why": words})
     logged.end()
-    lines = stream.getvalue().splitlines()
-    assert "ValueError" in stream.getvalue()
-    assert "\x1b" not in stream.getvalue()
+    lines = stream.read_text().splitlines()
+    assert "ValueError" in stream.read_text()
+    assert "\x1b" not in stream.read_text()
     assert len(lines) == 1 if form == "json" else all(line.startswith("    ") for line in lines[1:])
 
 
@@ -142,24 +128,15 @@ def test_which_events_are_logged_by_default_and_with_settings(logged, settings, 
     logging.getLogger("sopdeploy.inference").warning("warn")
     logging.getLogger("urllib3").info("of another library")
     logged.end()
-    assert [word for word in ("hint", "warn") if word in found.getvalue()] == expected
-    assert found.getvalue().count("\n") == len(expected)
-
-
-class Stream(io.StringIO):
-    """A stream with a file descriptor."""
-
-    def __init__(self, file: int) -> None:
-        super().__init__()
-        self.fileno = lambda: file
+    assert [word for word in ("hint", "warn") if word in found.read_text()] == expected
+    assert found.read_text().count("\n") == len(expected)
 
 
 def test_a_reader_that_stops_delays_nothing_and_learns_how_many_lines_were_dropped(monkeypatch):
     monkeypatch.setattr(logs, "MAX_WAITING", 10)
     reading, writing = os.pipe()
-    os.set_blocking(writing, False)  # as another program may leave it; the writer waits all the same
     before, log = logs.DROPPED._value.get(), logging.getLogger("sopdeploy.access")
-    with logs.configured(Settings(log="json"), Stream(writing)):
+    with logs.configured(Settings(log="json"), writing):
         while logs.DROPPED._value.get() < before + 5:
             log.info("x" * 1000)
         dropped, text = int(logs.DROPPED._value.get() - before), ""
@@ -179,7 +156,7 @@ def test_a_reader_that_stops_delays_nothing_and_learns_how_many_lines_were_dropp
 
 def test_lines_that_a_full_disk_refuses_are_counted(logged):
     before = logs.DROPPED._value.get()
-    with Path("/dev/full").open("w") as full, logs.configured(Settings(log="json"), full):
+    with Path("/dev/full").open("w") as full, logs.configured(Settings(log="json"), full.fileno()):
         logging.getLogger("sopdeploy.access").info("lost")
     assert logs.DROPPED._value.get() == before + 1
 

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from sopdeploy.errors import BundleError, ConfigError, ParityError
-from sopdeploy_service.server.launch import Terminal
+from sopdeploy_service.server import launch
 from sopdeploy_service.server.process import serve
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
@@ -237,11 +237,12 @@ def test_sighup_serves_the_latest_bundles_and_loses_no_request(
 
 
 def test_a_closed_terminal_ends_the_server_and_another_sighup_does_not(monkeypatch) -> None:
-    for terminals, later, is_closed in (({0, 1, 2}, {0}, False), ({1}, set(), True), (set(), set(), False)):
-        monkeypatch.setattr(os, "isatty", terminals.__contains__)
-        terminal = Terminal()
-        monkeypatch.setattr(os, "isatty", later.__contains__)
-        assert terminal.is_closed == is_closed
+    monkeypatch.setattr(os, "isatty", {launch.STDERR}.__contains__)
+    assert not launch.terminal_is_closed()
+    monkeypatch.setattr(os, "isatty", {}.__contains__)
+    for had_terminal in (False, True):
+        monkeypatch.setattr(launch, "HAS_TERMINAL", had_terminal)
+        assert launch.terminal_is_closed() == had_terminal
 
 
 @pytest.mark.parametrize("way", BOTH_WAYS)
