@@ -55,7 +55,6 @@ from sopdeploy_service.settings import Settings
 
 MAX_UNSENT_BYTES = 1 << 27  # results that a front end does not read
 MAX_AGE_SECONDS = 60.0  # of an image when it gets here; an earlier arrival is not believed
-MAX_REASON_BYTES = 1000
 REJECTIONS = (CLIENT_GONE, DEADLINE, DRAINING, RUNTIME_DEAD, INFERENCE_FAILED, NONFINITE, OUT_OF_MEMORY)
 CODES = {rejection.code: position for position, rejection in enumerate(REJECTIONS, 1)}  # 0: outputs
 
@@ -232,7 +231,7 @@ def serve(launch_config: Mapping[str, Any]) -> int:
             bundles = BundleStore(sources).bundles
             loaded = {name: load_model(path, settings) for name, path in bundles.items()}
         except SopdeployError as problem:
-            control.send(supervisor, control.FAILED + b": " + str(problem).encode()[:MAX_REASON_BYTES])
+            control.send(supervisor, control.FAILED + b": " + str(problem).encode())
             raise
         registry = ModelRegistry(loaded, settings, Metrics(), store=None)
         return asyncio.run(InferenceProcess(registry, supervisor, settings.queue_size, sources).run())

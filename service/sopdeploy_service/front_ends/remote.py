@@ -134,7 +134,7 @@ class RemoteRegistry(ModelRegistry):
             name, loaded = read_archive(body)
             if settings.decode == "auto":
                 loaded = _with_usable_decoder(loaded, settings)
-            self._count(name, loaded, 1)
+            self.count(name, loaded, 1)
             model = Model(name, loaded, settings, metrics)  # never started: it has no worker here
             model.queue = RemoteQueue(model, number, self, metrics)
             self._by_name[name] = [model]
@@ -206,9 +206,7 @@ async def attach(service: Service, connection: socket.socket) -> None:
     previous, service.registry = service.registry, registry
     for model in previous.models():
         await model.unused.wait()
-        service.metrics.count_bundle(
-            model.name, model.bundle, model.loaded.runtime, model.loaded.decode, change=-1
-        )
+        previous.count(model.name, model.loaded, -1)
     await previous.stop()
 
 

@@ -41,7 +41,7 @@ from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, 
 from sopdeploy_service.settings import Settings
 
 if TYPE_CHECKING:  # a server of one process starts without these modules
-    from sopdeploy_service.api.schema import Health
+    from sopdeploy_service.inference.service import State
 
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 30.0
@@ -119,16 +119,14 @@ class Supervisor:
 
     def _serve_health(self, watch: LoopWatch) -> AbstractContextManager[str]:
         """Serve health and metrics during a block; the server is ready if one of its processes is."""
-        from sopdeploy_service.api.schema import Health  # noqa: PLC0415
         from sopdeploy_service.server.health_port import serve_health  # noqa: PLC0415
 
-        def health() -> "Health":
+        def health() -> "tuple[State, str | None]":
             if any(process.ready for process in self._servers):
-                return Health(status="ok")
+                return "ok", None
             if self._stopping.is_set() or not self._announced:
-                return Health(status="draining")
-            problems = [process.problem for process in self._processes if process.problem]
-            return Health(status="runtime_restarting", reason=problems[0] if problems else None)
+                return "draining", None
+            return "runtime_restarting", "; ".join(filter(None, {each.problem for each in self._processes}))
 
         async def collect_metrics() -> bytes:
             collecting = asyncio.run_coroutine_threadsafe(self._collect_metrics(), self._loop)
@@ -198,9 +196,8 @@ class Supervisor:
                 channel = stack.enter_context(connect(process.inference, process.name))
                 config["channel"] = channel.fileno()
                 files.append(channel.fileno())
-            child = start_process(
-                MODULES[process.kind], config, files, process.variables, stdout=STDERR
-            )  # its own has the `ready` line only
+            # stdout has the `ready` line only
+            child = start_process(MODULES[process.kind], config, files, process.variables, stdout=STDERR)
         process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
         return child
@@ -224,9 +221,7 @@ class Supervisor:
             for file in files:
                 self._start_task(self._send_metrics(file))
             return
-        if process.kind == INFERENCE and message.startswith(
-            (control.RELOADED, control.FAILED, control.BROKEN)
-        ):
+        if process.kind == INFERENCE and message.startswith(control.NEWS):
             self._tell_front_ends(process, message)
             return
         is_new = process.bundles is None

@@ -8,7 +8,7 @@ pinned or in use are never released.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -142,12 +142,6 @@ class BudgetedRegistry(ModelRegistry):
             raise RejectedError(rejection)
         return entry.model
 
-    async def reload(self, sources: Iterable[str | Path]) -> None:  # noqa: ARG002
-        """Log that the bundles stay."""
-        log.error(
-            "not reloaded, the bundles in use stay: restart a server with memory_budget to serve others"
-        )
-
     def close(self, rejection: Rejection) -> None:
         """Give *rejection* to every image without an outcome, and `DRAINING` to waiting requests."""
         for entry in self._entries.values():
@@ -235,7 +229,7 @@ class BudgetedRegistry(ModelRegistry):
         model, entry.model = entry.model, entry.unloaded
         self._by_name[model.name] = [entry.unloaded]
         await model.stop()
-        self._count(model.name, model.loaded, -1)
+        self.count(model.name, model.loaded, -1)
         self._metrics.model_memory.labels(model.name).set(0)
         log.info("%s: released", model.name)
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from sopdeploy.bundle.folder import read_manifest
-from sopdeploy.errors import ConfigError, SopdeployError, shorten
+from sopdeploy.errors import SopdeployError, shorten
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.model import Model
@@ -159,8 +159,6 @@ class ModelRegistry:
     async def reload(self, sources: Iterable[str | Path]) -> None:
         """Find the bundles of *sources* again and `follow` them, or log why this is not possible."""
         try:
-            if self._hidden:
-                raise ConfigError("a shadow is compared; restart the server to serve other bundles")
             store = await asyncio.to_thread(BundleStore, sources)
             await self.follow(store.bundles, partial(load_model, settings=self._settings))
         except Exception as error:  # nothing awaits the task of a reload
@@ -209,8 +207,8 @@ class ModelRegistry:
         """Serve the *hidden* model as *name*; the current version stays loaded for a rollback."""
         async with self.changing:
             model = self._hidden.pop(hidden)
-            self._count(hidden, model.loaded, -1)
-            self._count(name, model.loaded, 1)
+            self.count(hidden, model.loaded, -1)
+            self.count(name, model.loaded, 1)
             model.rename(name, self._metrics)
             return self._make_current(name, model)
 
@@ -229,10 +227,10 @@ class ModelRegistry:
         return [*self.models(), *self._hidden.values(), *self._retiring]
 
     def _make_model(self, name: str, loaded: LoadedModel) -> Model:
-        self._count(name, loaded, 1)
+        self.count(name, loaded, 1)
         return Model(name, loaded, self._settings, self._metrics)
 
-    def _count(self, name: str, loaded: LoadedModel, change: int) -> None:
+    def count(self, name: str, loaded: LoadedModel, change: int) -> None:
         """Count *loaded* in the metrics as loaded (*change* 1) or unloaded (-1)."""
         self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, loaded.decode, change)
         if change < 0:
@@ -277,4 +275,4 @@ class ModelRegistry:
             log.exception("%s: a replaced version did not stop cleanly", model.name)
         finally:
             del self._retiring[model]
-            self._count(model.name, model.loaded, -1)
+            self.count(model.name, model.loaded, -1)

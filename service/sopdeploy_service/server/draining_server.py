@@ -114,7 +114,9 @@ class DrainingServer(uvicorn.Server):
         """Find the bundles again and serve those that have changed; drain if the terminal was closed."""
         if terminal_is_closed():
             self.handle_exit(signal.SIGHUP, None)
-        elif self._reload is not None and self._drain_until is None:
+        elif self._reload is None:
+            log.error("not reloaded: with shadow or memory_budget, restart the server to serve other bundles")
+        elif self._drain_until is None:
             self.run_aside(self._reload())
 
     def run_aside(self, work: Coroutine[Any, Any, None]) -> None:

@@ -16,6 +16,7 @@ from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.api.schema import Health
 from sopdeploy_service.http.problems import problem_response
 from sopdeploy_service.inference.results import Rejection
+from sopdeploy_service.inference.service import State
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.http_protocol import Connections, limited_config
 from sopdeploy_service.server.loop_watch import LoopWatch
@@ -31,7 +32,7 @@ LIMITS = Settings(max_connections=MAX_CONNECTIONS, header_timeout=2.0, write_tim
 @contextmanager
 def serve_health(
     settings: Settings,
-    health: Callable[[], Health],
+    health: Callable[[], tuple[State, str | None]],
     collect_metrics: Callable[[], Awaitable[bytes]],
     watch: LoopWatch,
 ) -> Iterator[str]:
@@ -46,12 +47,12 @@ def serve_health(
         if request.url.path == "/metrics":
             return Response(await collect_metrics(), media_type=CONTENT_TYPE_LATEST)
         is_blocked = watch.lag() > settings.max_loop_lag_seconds
-        current = Health(status="loop_blocked") if is_blocked else health()
+        state, reason = ("loop_blocked", None) if is_blocked else health()
         if request.url.path == "/readyz":
-            healthy = current.status == "ok"
+            healthy = state == "ok"
         else:
-            healthy = current.status not in {"runtime_dead", "loop_blocked"}
-        body = current.model_dump_json(exclude_none=True)
+            healthy = state not in {"runtime_dead", "loop_blocked"}
+        body = Health(status=state, reason=reason or None).model_dump_json(exclude_none=True)
         return Response(body, status_code=200 if healthy else 503, media_type="application/json")
 
     app = Starlette(routes=[Route(path, respond) for path in ("/livez", "/readyz", "/metrics")])

@@ -108,10 +108,7 @@ def limited_config(app: ASGIApp, connections: Connections, **options: Any) -> uv
 
 
 def check_codings(codings: Sequence[bytes]) -> Rejection | None:
-    """Return the rejection of a request whose headers `Transfer-Encoding` are *codings*; None if it is valid.
-
-    Source: RFC 9112, section 6.1.
-    """
+    """Return the rejection of a request with the *codings* of `Transfer-Encoding` (RFC 9112, section 6.1)."""
     names = [name.strip(b" \t").lower() for value in codings for name in value.split(b",")]
     if names == [b"chunked"]:
         return None
@@ -253,8 +250,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Start the ASGI task unless the request is rejected.
 
         RFC 9112, section 3.2: an HTTP/1.1 request has exactly one `Host`. If there were several, a proxy in
-        front of this server could use a different one. Section 6.1: the length of a body whose transfer
-        coding is not exactly `chunked` is not known here, or not the one that a proxy has found.
+        front of this server could use a different one.
         """
         self._in_headers = False
         self._overhead_bytes = 0

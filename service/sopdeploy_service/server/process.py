@@ -65,7 +65,6 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
         if settings.health_port is not None:
             from prometheus_client import generate_latest  # noqa: PLC0415
 
-            from sopdeploy_service.api.schema import Health  # noqa: PLC0415
             from sopdeploy_service.server.health_port import serve_health  # noqa: PLC0415
 
             service: Service = app.state.service
@@ -73,9 +72,7 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
             async def collect_metrics() -> bytes:
                 return generate_latest(service.metrics.registry)
 
-            health = serve_health(
-                settings, lambda: Health(status=service.state), collect_metrics, server.watch
-            )
+            health = serve_health(settings, lambda: (service.state, None), collect_metrics, server.watch)
             stack.enter_context(health)
         if settings.sandbox == "auto":
             log.debug("not sandboxed: a single process also runs the models, which needs files and threads")
@@ -114,7 +111,8 @@ def load_app(
         import_module("sopdeploy_service.server.draining_server")
         models = dict(zip(bundles, loaded, strict=True))
     app = create_app(models, settings, store if settings.model_control else None, **options)
-    app.state.reload = partial(app.state.service.registry.reload, sources)
+    if settings.shadow is None and settings.memory_budget is None:
+        app.state.reload = partial(app.state.service.registry.reload, sources)
     return app, [model.bundle.name for model in app.state.service.registry.models()]
 
 
