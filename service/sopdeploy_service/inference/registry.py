@@ -29,13 +29,10 @@ log = logging.getLogger("sopdeploy.models")
 
 
 class ModelRegistry:
-    """The loaded models. Every method is called on the event loop.
+    """The loaded models. Every method is called on the event loop."""
 
-    `problem` says why no model can run while `is_replaced` promises that this state ends.
-    """
-
-    is_replaced = False
-    problem: str | None = None
+    is_replaced = False  # by the supervisor, if the models are dead
+    problem: str | None = None  # why they are dead, until then
 
     def __init__(
         self,

@@ -65,21 +65,16 @@ class LineQueue(QueueHandler):
 
     def _write_lines(self) -> None:
         while (line := self._lines.get()) is not None:
+            if dropped := self._dropped - self._reported:
+                words = f"{dropped} log lines were dropped"
+                line += "\n" + self.format(logging.LogRecord(ROOT, logging.WARNING, "", 0, words, None, None))
+            data = f"{line}\n".encode(errors="backslashreplace")
             try:
-                self._write(line)
-                if (dropped := self._dropped - self._reported) > 0:
-                    self._reported += dropped
-                    words = f"{dropped} log lines were dropped"
-                    self._write(
-                        self.format(logging.LogRecord(ROOT, logging.WARNING, "", 0, words, None, None))
-                    )
+                while data:
+                    data = data[os.write(self._file, data) :]
+                self._reported += dropped
             except OSError:  # the disk is full, or nobody has the pipe open
                 self._drop()
-
-    def _write(self, line: str) -> None:
-        data = f"{line}\n".encode(errors="backslashreplace")
-        while data:
-            data = data[os.write(self._file, data) :]
 
 
 @contextmanager

@@ -115,7 +115,7 @@ class DrainingServer(uvicorn.Server):
         if terminal_is_closed():
             self.handle_exit(signal.SIGHUP, None)
         elif self._reload is None:
-            log.error("not reloaded: with shadow or memory_budget, restart the server to serve other bundles")
+            log.error("not reloaded: impossible in a front end, and with shadow or memory_budget")
         elif self._drain_until is None:
             self.run_aside(self._reload())
 

@@ -53,6 +53,7 @@ def run_program(serve: Callable[[Mapping[str, Any]], int]) -> int:
 
     The process gets SIGTERM when the parent ends. An error is printed as one line.
     """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a server reloads on it when it is ready
     launch_config: dict[str, Any] = json.loads(os.environ.pop(WORKER_VARIABLE))
 
     def stop_with_parent() -> None:

@@ -119,7 +119,8 @@ def test_front_ends_and_their_inference_process_are_replaced_one_by_one(
             assert shown == {"status": "runtime_restarting", "reason": reason}
             assert httpx.get(f"{address}/livez").status_code == 200
         moved.rename(bundle)
-        child.send_signal(signal.SIGHUP)  # without waiting for the next attempt
+        for process in children_of(child.pid):
+            os.kill(process, signal.SIGHUP)  # of a program that signals all processes
         until(lambda: httpx.get(f"{health}/readyz").json() == {"status": "ok"})
         assert {classify(connection) for connection in kept} == {(200, None)}
         assert len(set(children_of(child.pid)) & set(fronts)) == 1  # the other one had been killed
