@@ -5,6 +5,8 @@ the process of a device runs the models itself.
 """
 
 import asyncio
+import logging
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,8 @@ from sopdeploy_service.server.draining_server import DrainingServer
 from sopdeploy_service.server.launch import run_program
 from sopdeploy_service.server.process import configured_process, load_app
 from sopdeploy_service.settings import Settings
+
+log = logging.getLogger("sopdeploy.server")
 
 
 class FrontServer(DrainingServer):
@@ -62,7 +66,7 @@ class FrontServer(DrainingServer):
             self._service.registry.problem = message.partition(b": ")[2].decode(errors="replace")
         for file in files:
             if message == control.CHANNEL:
-                self.run_aside(attach(self._service, socket.socket(fileno=file)))
+                self.run_aside(self._attach(socket.socket(fileno=file)))
                 continue
             if message == control.METRICS:
                 page = generate_latest(self._service.metrics.registry)
@@ -73,6 +77,13 @@ class FrontServer(DrainingServer):
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         self._report()
+
+    async def _attach(self, connection: socket.socket) -> None:
+        try:
+            await attach(self._service, connection)
+        except Exception:  # a new process may import what the sandbox does not
+            log.exception("the new models cannot be used here; this process is replaced")
+            self.handle_exit(signal.SIGTERM, None)
 
     async def on_tick(self, counter: int) -> bool:
         """Show that the event loop runs."""
