@@ -5,6 +5,7 @@ import contextlib
 import logging
 import queue
 import select
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -195,6 +196,17 @@ def test_a_reload_serves_other_bundles_and_loses_no_request(make_bundle, tmp_pat
     assert {reply.status_code for reply in replies} == {200}
     assert {first.name, second.name} == {f"tiny-{reply.headers['x-model-digest']}" for reply in replies}
     shared.stop()
+
+
+def test_a_front_end_may_start_after_the_folder_of_the_bundle_was_deleted(
+    bundle_path, tmp_path, group
+) -> None:
+    folder = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
+    loaded = load_model(folder, Settings(threads=1))
+    shutil.rmtree(folder)
+    with front_end(group(loaded.runtime, loaded.bundle), loaded.bundle) as client:
+        for path in ("/v1/card", "/selftest", "/info"):
+            assert client.get(path).status_code == 200
 
 
 def message(kind: int, number: int, body: bytes = b"") -> bytes:
