@@ -68,6 +68,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},  # sopdeploy has its own
     )
     app.state.service = service
+    app.state.reload = None  # or a function that finds the bundles again
     app.state.collect_metrics = None  # or a function that collects those of several processes
     for router in (v1.router, status.router, v2.router, web.router):
         app.router.routes += router.routes  # `include_router` would add a second matching step per request

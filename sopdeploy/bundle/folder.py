@@ -6,15 +6,17 @@ all paths, all sizes, all hashes. File contents are parsed only after that. Does
 """
 
 import errno
+import io
 import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import pydantic
 
@@ -25,6 +27,12 @@ from sopdeploy.files import FULL_ERRNOS, LATEST, link_latest, sha256, writing
 MANIFEST = "manifest.json"
 PROGRAM = "network.pt2"  # optional
 REQUIRED = ("model.onnx", "labels.json", "certificate.json", "lowering.json", "parity.json", "probes.npz")
+SMALL_FILES = (
+    "certificate.json",
+    "probes.npz",
+    "class_maps.npz",
+    "README.md",
+)  # read while a bundle is served
 MAX_MANIFEST_BYTES = 4_000_000
 MAX_NAME_BYTES = 255  # limit of common file systems
 
@@ -202,6 +210,21 @@ def open_bundle(path: Path) -> Bundle:
                 "copy or export the bundle again"
             )
     return Bundle(path=path, manifest=manifest, labels=_read_labels(path / "labels.json", manifest))
+
+
+def keep_in_memory(bundle: Bundle) -> Bundle:
+    """Return *bundle* with a copy of `SMALL_FILES` as its `path`, so that its folder may be deleted.
+
+    The path is one in a ZIP archive, which has the methods that readers of bundles use.
+    """
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in SMALL_FILES:
+            if name in bundle.manifest.files:
+                archive.write(bundle.path / name, name)
+    archive = zipfile.ZipFile(file)
+    archive.filename = str(bundle.path)  # for messages
+    return replace(bundle, path=cast(Path, zipfile.Path(archive)))
 
 
 def check_name(bundle: Path, name: str) -> None:

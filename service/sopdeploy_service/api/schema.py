@@ -139,6 +139,7 @@ class Health(StrictModel):
     """Response of `/livez` and `/readyz`."""
 
     status: State
+    reason: str | None = None
 
 
 class ModelInfo(StrictModel):

@@ -49,10 +49,13 @@ async def livez(request: Request) -> Response:
 async def readyz(request: Request) -> Response:
     """Return status 200 if the server accepts images, and 503 if it is draining, has no model or is dead.
 
+    While a process with the runtime is replaced, `reason` says what is missing.
+
     The probes of every bundle are replayed before the server starts to listen.
     """
-    state = service_of(request).state
-    return json_response(Health(status=state), status=200 if state == "ok" else 503)
+    service = service_of(request)
+    health = Health(status=service.state, reason=service.registry.problem)
+    return json_response(health, status=200 if health.status == "ok" else 503)
 
 
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)

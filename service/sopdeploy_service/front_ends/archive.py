@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from sopdeploy.bundle.class_maps import read_class_maps
-from sopdeploy.bundle.folder import MANIFEST, Bundle
+from sopdeploy.bundle.folder import MANIFEST, SMALL_FILES, Bundle
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy_service.images.loaders import FastDecode
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.runtime.base import Runtime
 
-FILES = ("certificate.json", "probes.npz", "class_maps.npz", "README.md")
 FACTS, LABELS = "runtime.json", "labels.json"
 
 
@@ -48,9 +47,9 @@ def write_archive(model: Model) -> bytes:
         archive.writestr(FACTS, json.dumps(facts))
         archive.writestr(MANIFEST, loaded.bundle.manifest.to_bytes())
         archive.writestr(LABELS, json.dumps(loaded.bundle.labels))
-        for name in FILES:
-            if (loaded.bundle.path / name).is_file():
-                archive.write(loaded.bundle.path / name, name)
+        for file in (loaded.bundle.path / name for name in SMALL_FILES):
+            if file.is_file():
+                archive.writestr(file.name, file.read_bytes())
     return output.getvalue()
 
 

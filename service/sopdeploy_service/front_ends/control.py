@@ -1,8 +1,8 @@
 """The socket between the supervisor and one of its processes.
 
-The supervisor sends file descriptors: connections of clients, and the channels of front ends. The process
-reports its status ten times per second. Both may ask the other for metrics. An empty message means that the
-other one has ended or left.
+The supervisor sends file descriptors: connections of clients, and channels between front ends and inference
+processes. The process reports its status ten times per second. Both may ask the other for metrics. An empty
+message means that the other one has ended or left.
 """
 
 import asyncio
@@ -10,7 +10,10 @@ import contextlib
 import socket
 import struct
 
-CLIENT, METRICS = b"client", b"metrics"  # messages with a file
+CLIENT, METRICS, CHANNEL = b"client", b"metrics", b"channel"  # messages with a file
+RELOAD = b"reload"  # to a process that loads bundles
+# From an inference process: it has new models, cannot start (and why), or a front end breaks the protocol.
+NEWS = MODELS, FAILED, BROKEN = b"models", b"failed", b"broken"
 STATUS = struct.Struct("=QI?")  # connections received, open ones, ready for images; then names of bundles
 METRICS_SECONDS = 2.0  # a process that takes longer counts as down
 

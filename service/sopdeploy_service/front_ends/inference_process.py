@@ -4,7 +4,10 @@ It loads and runs models as a single process does (`ModelRegistry`). Clients rea
 which send pixels.
 
 Front ends decode images of untrusted clients and may be compromised, so everything that they send is checked.
-A front end that breaks the protocol is disconnected; a correct one then ends and is started again.
+A front end that breaks the protocol is disconnected, and replaced by the supervisor.
+
+After a reload, the front ends get new channels with the new models. The models of a channel are kept until
+the front end closes it.
 """
 
 import asyncio
@@ -15,7 +18,8 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from sopdeploy.bundle.manifest import ON_REQUEST
+from sopdeploy.errors import SopdeployError
 from sopdeploy_service.front_ends import channel, control
 from sopdeploy_service.front_ends.archive import write_archive
 from sopdeploy_service.front_ends.channel import IMAGE, RESULT, ChannelError, Kind
@@ -58,26 +63,27 @@ log = logging.getLogger("sopdeploy.inference")
 
 @dataclass(eq=False)
 class FrontEnd:
-    """A front end: the writer of its channel, and its images by number."""
+    """A front end: the writer of its channel, the models that it knows, and its images by number."""
 
     name: str
     writer: asyncio.StreamWriter
+    models: Sequence[Model]
     images: dict[int, tuple[Model, QueuedImage]] = field(default_factory=dict)
 
 
 class InferenceProcess:
-    """Runs the images of all front ends with the models of *registry*.
+    """Runs the images of all front ends with the models of *registry*, whose bundles are at *sources*.
 
     The *supervisor* sends the channels of front ends, and gets status reports. A front end may have
     *max_images* images here.
     """
 
-    def __init__(self, registry: ModelRegistry, supervisor: socket.socket, max_images: int) -> None:
+    def __init__(
+        self, registry: ModelRegistry, supervisor: socket.socket, max_images: int, sources: Sequence[str]
+    ) -> None:
         self._registry = registry
-        self._models = registry.models()
         self._supervisor = supervisor
-        bundles = " ".join(model.bundle.name for model in self._models)
-        self._status = control.STATUS.pack(0, 0, True) + bundles.encode()
+        self._sources = sources
         self._max_images = max_images
         self._ended = asyncio.Event()
         self._queued_images = 0
@@ -89,12 +95,13 @@ class InferenceProcess:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._supervisor, self._receive_front_end)
         await self._registry.start()
+        control.send(self._supervisor, control.MODELS)
         dead = False
         while not dead and not self._ended.is_set():
             self._beat()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), BEAT_SECONDS)
-            dead = any(model.dead for model in self._models)
+            dead = any(model.dead for model in self._registry.models())
         loop.remove_reader(self._supervisor)
         self._supervisor.close()
         self._registry.close(DRAINING)
@@ -105,40 +112,54 @@ class InferenceProcess:
         return EXIT_RUNTIME_DEAD if dead else 0
 
     def _beat(self) -> None:
-        control.send(self._supervisor, self._status)
+        bundles = " ".join(model.bundle.name for model in self._registry.models())
+        control.send(self._supervisor, control.STATUS.pack(0, 0, True) + bundles.encode())
         for front_end in self._front_ends:
             channel.send(front_end.writer, Kind.LOAD, self._queued_images)
 
     def _receive_front_end(self) -> None:
-        """Receive the channel of a front end, or detect that the supervisor has ended."""
-        name, files = control.receive(self._supervisor)
-        for file in files:
-            task = asyncio.create_task(self.serve(name.decode(), socket.socket(fileno=file)))
+        """Receive the channel of a front end, reload, or detect that the supervisor has ended."""
+        message, files = control.receive(self._supervisor)
+        works = [self.serve(message.decode(), socket.socket(fileno=file)) for file in files]
+        if message == control.RELOAD:
+            works.append(self._reload())
+        for work in works:
+            task = asyncio.create_task(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        if not files:
+        if not works:
             self._ended.set()
+
+    async def _reload(self) -> None:
+        before = self._registry.models()
+        await self._registry.reload(self._sources)
+        if self._registry.models() != before:
+            control.send(self._supervisor, control.MODELS)
 
     async def serve(self, name: str, connection: socket.socket) -> None:
         """Serve the front end *name* until it ends or breaks the protocol."""
         reader, writer = await channel.open_channel(connection)
-        front_end = FrontEnd(name, writer)
+        front_end = FrontEnd(name, writer, self._registry.models())
         self._front_ends.add(front_end)
+        stack = ExitStack()
         try:
-            for number in reversed(range(len(self._models))):  # 0 tells the front end that it has all models
-                channel.send(writer, Kind.MODEL, number, write_archive(self._models[number]))
+            for number, model in reversed([*enumerate(front_end.models)]):  # 0: the front end has all models
+                stack.enter_context(model.in_use())
+                channel.send(writer, Kind.MODEL, number, write_archive(model))
             while True:
                 self._handle(front_end, *await channel.receive(reader))
         except ConnectionError:
             log.debug("front end %s has ended", name)
         except Exception as error:  # whatever a front end sends must not end this process
             expected = isinstance(error, (ChannelError, ValueError, struct.error))
-            log.error("front end %s: %s; it is disconnected", name, str(error), exc_info=not expected)
+            log.error("front end %s: %s; it is replaced", name, str(error), exc_info=not expected)
+            control.send(self._supervisor, control.BROKEN + b": " + name.encode())
         finally:
             self._front_ends.discard(front_end)
             writer.close()
             for model, item in tuple(front_end.images.values()):
                 model.queue.reject([item], CLIENT_GONE)
+            stack.close()
 
     def _handle(self, front_end: FrontEnd, kind: int, number: int, body: bytes) -> None:
         """Handle one message; raises `ChannelError` for one that a correct front end never sends."""
@@ -156,7 +177,7 @@ class InferenceProcess:
         model_number, features, arrived, deadline = IMAGE.unpack_from(body)
         if number in front_end.images or len(front_end.images) >= self._max_images:
             raise ChannelError(f"image {number} was sent twice, or there are too many images")
-        if model_number >= len(self._models):
+        if model_number >= len(front_end.models):
             raise ChannelError(f"unknown model {model_number}")
         if front_end.writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             raise ChannelError("the results are not read")
@@ -168,7 +189,7 @@ class InferenceProcess:
             arrived=arrived if now - MAX_AGE_SECONDS < arrived <= now else now,
         )
         item.outcome.add_done_callback(partial(self._send_result, front_end, number, item))
-        model = self._models[model_number]
+        model = front_end.models[model_number]
         front_end.images[number] = model, item
         self._queued_images += 1
         pixels = np.frombuffer(body, np.uint8, offset=IMAGE.size)
@@ -205,14 +226,15 @@ def serve(launch_config: Mapping[str, Any]) -> int:
     settings = Settings(**launch_config["settings"])
     supervisor = socket.socket(fileno=launch_config["control"])
     with logs.configured(settings):
-        store = BundleStore(launch_config["sources"])
-        registry = ModelRegistry(
-            {name: load_model(path, settings) for name, path in store.bundles.items()},
-            settings,
-            Metrics(),
-            store=None,
-        )
-        return asyncio.run(InferenceProcess(registry, supervisor, settings.queue_size).run())
+        sources: Sequence[str] = launch_config["sources"]
+        try:
+            bundles = BundleStore(sources).bundles
+            loaded = {name: load_model(path, settings) for name, path in bundles.items()}
+        except SopdeployError as problem:
+            control.send(supervisor, control.FAILED + b": " + str(problem).encode())
+            raise
+        registry = ModelRegistry(loaded, settings, Metrics(), store=None)
+        return asyncio.run(InferenceProcess(registry, supervisor, settings.queue_size, sources).run())
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class Process:
     open: int = 0
     ready: bool = False
     bundles: str | None = None
+    problem: str = ""  # why an inference process could not start
     silent_beats: int = 0  # since the last report
 
     def __str__(self) -> str:

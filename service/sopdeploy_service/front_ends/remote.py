@@ -27,6 +27,7 @@ from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, call_soon
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import NONFINITE, RUNTIME_DEAD, Prediction, Rejection, rank_classes
+from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.drift import drift_window
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
@@ -111,7 +112,9 @@ class RemoteQueue(RequestQueue):
 
 
 class RemoteRegistry(ModelRegistry):
-    """The models of the inference process."""
+    """The models of the inference process, which the supervisor replaces when it ends."""
+
+    is_replaced = True
 
     def __init__(self, connection: socket.socket, settings: Settings, metrics: Metrics) -> None:
         """Wait for the models of the inference process at the other end of *connection*.
@@ -131,7 +134,7 @@ class RemoteRegistry(ModelRegistry):
             name, loaded = read_archive(body)
             if settings.decode == "auto":
                 loaded = _with_usable_decoder(loaded, settings)
-            self._count(name, loaded, 1)
+            self.count(name, loaded, 1)
             model = Model(name, loaded, settings, metrics)  # never started: it has no worker here
             model.queue = RemoteQueue(model, number, self, metrics)
             self._by_name[name] = [model]
@@ -177,8 +180,10 @@ class RemoteRegistry(ModelRegistry):
                 self._handle(*await channel.receive(reader))
         except ConnectionError:
             log.error("the inference process has ended")
+            self.problem = self.problem or "the inference process has ended; it is started again"
         except Exception:
             log.exception("a message of the inference process cannot be handled")
+            self.is_replaced = False  # this front end ends
         for model in self.models():
             model.dead = True
             model.close(RUNTIME_DEAD)
@@ -189,6 +194,20 @@ class RemoteRegistry(ModelRegistry):
             queue.settle(item, body)
         elif kind == Kind.LOAD:
             self.images_elsewhere = max(0, number - len(self._images))
+
+
+async def attach(service: Service, connection: socket.socket) -> None:
+    """Let *service* use the models at the other end of *connection*; requests in progress keep theirs."""
+    try:
+        registry = await asyncio.to_thread(RemoteRegistry, connection, service.settings, service.metrics)
+    except ConnectionError:  # the supervisor starts another inference process
+        return
+    await registry.start()
+    previous, service.registry = service.registry, registry
+    for model in previous.models():
+        await model.unused.wait()
+        previous.count(model.name, model.loaded, -1)
+    await previous.stop()
 
 
 def _with_usable_decoder(loaded: LoadedModel, settings: Settings) -> LoadedModel:

@@ -4,8 +4,8 @@ A runtime belongs to one process, so several GPUs need several processes: one pe
 process and several front ends per device. The supervisor accepts every connection and passes it to the
 process with the fewest open connections. While no process accepts connections, they wait.
 
-A front end and its inference process share a channel. When an inference process dies,
-its front ends answer what they can, end, and are started again with the new one.
+A front end and its inference process share a channel. When an inference process dies, its front ends answer
+503 until they get a channel to the next one. SIGHUP reloads the bundles in every process that has models.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from sopdeploy_service.front_ends import control
 from sopdeploy_service.front_ends.processes import (
+    INFERENCE,
     MODULES,
     SERVER,
     Process,
@@ -34,7 +35,7 @@ from sopdeploy_service.front_ends.processes import (
 )
 from sopdeploy_service.front_ends.rate_limits import create_memory
 from sopdeploy_service.observability import logs
-from sopdeploy_service.server.launch import USER_ERROR, start_process
+from sopdeploy_service.server.launch import STDERR, USER_ERROR, start_process, terminal_is_closed
 from sopdeploy_service.server.loop_watch import BEAT_SECONDS, LoopWatch
 from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, url
 from sopdeploy_service.settings import Settings
@@ -44,7 +45,6 @@ if TYPE_CHECKING:  # a server of one process starts without these modules
 
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 30.0
-STDERR = 2  # stdout has the `ready` line only
 
 log = logging.getLogger("sopdeploy.supervisor")
 
@@ -90,6 +90,7 @@ class Supervisor:
         self._waiters = ThreadPoolExecutor(len(self._processes))  # one for each child
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop)
+        self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         with ExitStack() as stack:
             self._lifeline, writing = os.pipe()  # closed when this process ends, however it ends
             self._buckets = create_memory()
@@ -120,14 +121,18 @@ class Supervisor:
         """Serve health and metrics during a block; the server is ready if one of its processes is."""
         from sopdeploy_service.server.health_port import serve_health  # noqa: PLC0415
 
-        def state() -> "State":
-            return "ok" if any(process.ready for process in self._servers) else "draining"
+        def health() -> "tuple[State, str | None]":
+            if any(process.ready for process in self._servers):
+                return "ok", None
+            if self._stopping.is_set() or not self._announced:
+                return "draining", None
+            return "runtime_restarting", "; ".join(filter(None, {each.problem for each in self._processes}))
 
         async def collect_metrics() -> bytes:
             collecting = asyncio.run_coroutine_threadsafe(self._collect_metrics(), self._loop)
             return await asyncio.wrap_future(collecting)
 
-        return serve_health(self._settings, state, collect_metrics, watch)
+        return serve_health(self._settings, health, collect_metrics, watch)
 
     def _stop(self) -> None:
         """Let the servers drain; inference processes end after them."""
@@ -135,6 +140,14 @@ class Supervisor:
         for process in self._servers:
             if process.child is not None and process.child.poll() is None:
                 process.child.send_signal(signal.SIGTERM)
+
+    def _hang_up(self) -> None:
+        """Let every process that has models reload its bundles; stop if the terminal was closed."""
+        if terminal_is_closed():
+            self._stop()
+        for process in self._processes:
+            if process.inference is None:
+                process.send(control.RELOAD)
 
     async def _supervise(self, process: Process) -> None:
         """Start *process* whenever it has ended, until the server stops."""
@@ -183,6 +196,7 @@ class Supervisor:
                 channel = stack.enter_context(connect(process.inference, process.name))
                 config["channel"] = channel.fileno()
                 files.append(channel.fileno())
+            # stdout has the `ready` line only
             child = start_process(MODULES[process.kind], config, files, process.variables, stdout=STDERR)
         process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
@@ -196,7 +210,7 @@ class Supervisor:
             process.control, process.ready = None, False
 
     def _receive(self, process: Process) -> None:
-        """Handle a message of *process*: its status or, with a file, a request for the metrics.
+        """Handle a message of *process*: its status, news for its front ends or a request for the metrics.
 
         An invalid message ends the connection, because a front end is not trusted.
         """
@@ -206,6 +220,9 @@ class Supervisor:
         if files:
             for file in files:
                 self._start_task(self._send_metrics(file))
+            return
+        if process.kind == INFERENCE and message.startswith(control.NEWS):
+            self._tell_front_ends(process, message)
             return
         is_new = process.bundles is None
         try:
@@ -219,6 +236,21 @@ class Supervisor:
             self._announce(process.bundles or "")
         if self._announced and self._listener.fileno() >= 0:
             self._loop.add_reader(self._listener, self._accept)
+
+    def _tell_front_ends(self, inference: Process, message: bytes) -> None:
+        """Let the front ends of *inference* use its new models or know why it cannot start, or kill one."""
+        kind, _, text = message.partition(b": ")
+        for front_end in self._servers:
+            if front_end.inference is not inference or front_end.bundles is None:
+                continue
+            if kind == control.MODELS:
+                with connect(inference, front_end.name) as channel:
+                    front_end.send(control.CHANNEL, channel.fileno())
+            elif kind == control.FAILED:
+                front_end.send(message)
+            elif front_end.name == text.decode() and front_end.child is not None:
+                front_end.child.kill()
+        inference.problem = text.decode(errors="replace") if kind == control.FAILED else ""
 
     def _stop_sending(self, process: Process) -> None:
         """Send nothing more to *process*; the last one that drains gets the pending connections."""

@@ -5,6 +5,8 @@ the process of a device runs the models itself.
 """
 
 import asyncio
+import logging
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,11 +19,13 @@ from prometheus_client import generate_latest
 from sopdeploy_service.app import create_app
 from sopdeploy_service.front_ends import control, sandbox
 from sopdeploy_service.front_ends.rate_limits import SharedBucketStates
-from sopdeploy_service.front_ends.remote import RemoteRegistry
+from sopdeploy_service.front_ends.remote import RemoteRegistry, attach
 from sopdeploy_service.server.draining_server import DrainingServer
 from sopdeploy_service.server.launch import run_program
 from sopdeploy_service.server.process import configured_process, load_app
 from sopdeploy_service.settings import Settings
+
+log = logging.getLogger("sopdeploy.server")
 
 
 class FrontServer(DrainingServer):
@@ -56,7 +60,14 @@ class FrontServer(DrainingServer):
         if not message:
             self._loop.remove_reader(self._supervisor)
             self._supervisor_left.set()
+        if message == control.RELOAD:
+            self.reload()
+        elif message.startswith(control.FAILED):
+            self._service.registry.problem = message.partition(b": ")[2].decode(errors="replace")
         for file in files:
+            if message == control.CHANNEL:
+                self.run_aside(self._attach(socket.socket(fileno=file)))
+                continue
             if message == control.METRICS:
                 page = generate_latest(self._service.metrics.registry)
                 task = self._loop.create_task(control.send_metrics(file, page))
@@ -66,6 +77,13 @@ class FrontServer(DrainingServer):
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         self._report()
+
+    async def _attach(self, connection: socket.socket) -> None:
+        try:
+            await attach(self._service, connection)
+        except Exception:  # a new process may import what the sandbox does not
+            log.exception("the new models cannot be used here; this process is replaced")
+            self.handle_exit(signal.SIGTERM, None)
 
     async def on_tick(self, counter: int) -> bool:
         """Show that the event loop runs."""
@@ -84,7 +102,7 @@ class FrontServer(DrainingServer):
 
 
 def serve(launch_config: Mapping[str, Any]) -> int:
-    """Serve until SIGTERM, or until a runtime or the inference process is dead; return the exit code."""
+    """Serve until SIGTERM, or until a runtime of this process is dead; return the exit code."""
     settings = Settings(**launch_config["settings"])
     supervisor = socket.socket(fileno=launch_config["control"])
     bucket_states = SharedBucketStates(launch_config["buckets"])

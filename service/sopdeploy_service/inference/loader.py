@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.class_maps import ClassMapLayer, read_class_maps
-from sopdeploy.bundle.folder import Bundle, open_bundle
+from sopdeploy.bundle.folder import Bundle, keep_in_memory, open_bundle
 from sopdeploy.bundle.onnx_root import check_roots
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
 from sopdeploy.bundle.signing import check_signature, signature_path
@@ -41,7 +41,7 @@ log = logging.getLogger("sopdeploy.inference")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
-    """A verified bundle and its runtime.
+    """A verified bundle, of which only the small files are left, and its runtime.
 
     `replays` maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
     `decode` is the way in which images are decoded, `fast_decode` its effect, None if it is exact.
@@ -90,6 +90,7 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
                 from sopdeploy_service.images.loaders import choose_decoding  # noqa: PLC0415
 
                 decode, fast_decode = choose_decoding(bundle, runtime, settings)
+        bundle = keep_in_memory(bundle)
         class_maps = read_class_maps(bundle.path, bundle.manifest)
         stack.pop_all()
     return LoadedModel(

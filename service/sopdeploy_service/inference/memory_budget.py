@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import Bundle
-from sopdeploy.errors import ConfigError, shorten
+from sopdeploy.bundle.folder import Bundle, keep_in_memory
+from sopdeploy.errors import ConfigError, SopdeployError, shorten
 from sopdeploy_service.inference.loader import LoadedModel, load_model, open_checked
 from sopdeploy_service.inference.model import Model, ModelMemory
 from sopdeploy_service.inference.registry import ModelRegistry
@@ -65,12 +65,13 @@ class NoRuntime:
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """A bundle of the server: *model* is *unloaded* while the bundle is not loaded.
+    """The bundle at *path*: *model* is *unloaded* while the bundle is not loaded.
 
     *users* counts the requests that use the model or wait for it. Until the time in *failed*, no load is
     tried again, and requests get its rejection.
     """
 
+    path: Path
     unloaded: Model
     model: Model
     memory: ModelMemory
@@ -149,14 +150,14 @@ class BudgetedRegistry(ModelRegistry):
         super().close(rejection)
 
     def _make_entry(self, name: str, path: Path) -> Entry:
-        bundle = open_checked(path, self._settings)
+        bundle = keep_in_memory(open_checked(path, self._settings))
         unloaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={})
         model = Model(name, unloaded, self._settings, self._metrics)
         model.is_loaded = False
         model.memory = ModelMemory(bytes=load_bytes(bundle), pinned=name in self._settings.pin)
         self._by_name[name] = [model]
         self._metrics.model_memory.labels(name).set(0)
-        return Entry(model, model, model.memory)
+        return Entry(path, model, model, model.memory)
 
     def _used(self) -> int:
         """Return the bytes of all loaded models."""
@@ -170,8 +171,8 @@ class BudgetedRegistry(ModelRegistry):
                 if entry.failed is not None and time.monotonic() < entry.failed[0]:
                     return entry.failed[1]
                 await self._make_room(entry)
-                path, started = entry.unloaded.bundle.path, time.monotonic()
-                loaded, size = await asyncio.to_thread(self._load, path, self._settings)
+                started = time.monotonic()
+                loaded, size = await asyncio.to_thread(self._load, entry.path, self._settings)
                 self._set_loaded(entry, loaded, size)
                 entry.model.start()
                 seconds = time.monotonic() - started
@@ -186,8 +187,9 @@ class BudgetedRegistry(ModelRegistry):
             return error.rejection
         except asyncio.CancelledError:
             return DRAINING
-        except Exception:  # every waiting request gets a response
-            log.exception("%s: cannot be loaded", name)
+        except Exception as error:  # every waiting request gets a response
+            is_bug = not isinstance(error, SopdeployError)
+            log.error("%s: cannot be loaded: %s", name, str(error), exc_info=is_bug)
             rejection = Rejection("load_failed", 500, f"{name}: cannot be loaded; the server's log says why")
             entry.failed = time.monotonic() + RETRY_SECONDS, rejection
             return rejection
@@ -227,7 +229,7 @@ class BudgetedRegistry(ModelRegistry):
         model, entry.model = entry.model, entry.unloaded
         self._by_name[model.name] = [entry.unloaded]
         await model.stop()
-        self._count(model.name, model.loaded, -1)
+        self.count(model.name, model.loaded, -1)
         self._metrics.model_memory.labels(model.name).set(0)
         log.info("%s: released", model.name)
 

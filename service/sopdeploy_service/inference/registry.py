@@ -7,8 +7,9 @@ step. The version before that is stopped when its last request has its response.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 
 from sopdeploy.bundle.folder import read_manifest
@@ -29,6 +30,9 @@ log = logging.getLogger("sopdeploy.models")
 
 class ModelRegistry:
     """The loaded models. Every method is called on the event loop."""
+
+    is_replaced = False  # by the supervisor, if the models are dead
+    problem: str | None = None  # why they are dead, until then
 
     def __init__(
         self,
@@ -149,6 +153,23 @@ class ModelRegistry:
             for name in set(self._by_name) - set(bundles):
                 self._remove(name)
 
+    async def reload(self, sources: Iterable[str | Path]) -> None:
+        """Find the bundles of *sources* again and `follow` them, or log why this is not possible."""
+        try:
+            store = await asyncio.to_thread(BundleStore, sources)
+            await self.follow(store.bundles, partial(load_model, settings=self._settings))
+        except Exception as error:  # nothing awaits the task of a reload
+            is_bug = not isinstance(error, SopdeployError)
+            log.error("not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug)
+            return
+        if self._store is not None:
+            self._store = store
+        else:  # clients cannot roll back
+            for versions in self._by_name.values():
+                while len(versions) > 1:
+                    self._retire(versions.pop())
+        log.info("reloaded", extra={"bundles": " ".join(model.bundle.name for model in self.models())})
+
     async def roll_back(self, name: str) -> Model:
         """Serve the previous version of *name* again; raises `RejectedError` if none is loaded."""
         async with self.changing:
@@ -183,8 +204,8 @@ class ModelRegistry:
         """Serve the *hidden* model as *name*; the current version stays loaded for a rollback."""
         async with self.changing:
             model = self._hidden.pop(hidden)
-            self._count(hidden, model.loaded, -1)
-            self._count(name, model.loaded, 1)
+            self.count(hidden, model.loaded, -1)
+            self.count(name, model.loaded, 1)
             model.rename(name, self._metrics)
             return self._make_current(name, model)
 
@@ -203,10 +224,10 @@ class ModelRegistry:
         return [*self.models(), *self._hidden.values(), *self._retiring]
 
     def _make_model(self, name: str, loaded: LoadedModel) -> Model:
-        self._count(name, loaded, 1)
+        self.count(name, loaded, 1)
         return Model(name, loaded, self._settings, self._metrics)
 
-    def _count(self, name: str, loaded: LoadedModel, change: int) -> None:
+    def count(self, name: str, loaded: LoadedModel, change: int) -> None:
         """Count *loaded* in the metrics as loaded (*change* 1) or unloaded (-1)."""
         self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, loaded.decode, change)
         if change < 0:
@@ -251,4 +272,4 @@ class ModelRegistry:
             log.exception("%s: a replaced version did not stop cleanly", model.name)
         finally:
             del self._retiring[model]
-            self._count(model.name, model.loaded, -1)
+            self.count(model.name, model.loaded, -1)

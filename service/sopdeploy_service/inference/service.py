@@ -53,7 +53,7 @@ from sopdeploy_service.settings import Settings
 MAX_RETRY_SECONDS = 60
 
 Images: TypeAlias = Sequence[EncodedImage] | NDArray[np.uint8]
-State: TypeAlias = Literal["ok", "draining", "no_model", "runtime_dead", "loop_blocked"]
+State: TypeAlias = Literal["ok", "draining", "no_model", "runtime_dead", "runtime_restarting", "loop_blocked"]
 CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
 # Observes the outcomes of a request before its response; the items have the decoded pixels.
 Observe: TypeAlias = Callable[[Model, RequestContext, Sequence[QueuedImage], Images, Sequence[Outcome]], None]
@@ -110,10 +110,13 @@ class Service:
 
     @property
     def state(self) -> State:
-        """The health: `ok`, `draining` (also before `start`), `no_model` or `runtime_dead`."""
+        """The health: `ok`, `draining` (also before `start`), `no_model` or `runtime_dead`.
+
+        A front end whose inference process is replaced has `runtime_restarting` instead of `runtime_dead`.
+        """
         models = self.registry.models()
         if any(model.dead for model in models):
-            return "runtime_dead"
+            return "runtime_restarting" if self.registry.is_replaced else "runtime_dead"
         if self._draining:
             return "draining"
         return "ok" if models else "no_model"

@@ -2,38 +2,98 @@
 
 Modules log with the standard library; the fields of `extra` become fields of the line. Text from clients
 never starts a new line: JSON escapes it, and console output replaces unprintable characters.
+
+A thread writes the lines, so that no reader of the log can stop the server. If the reader stops or the disk
+is full, at most `MAX_WAITING` lines wait; more are dropped and counted.
 """
 
 import logging
+import os
+import queue
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from logging.handlers import QueueHandler
 from typing import TextIO
 
 import structlog
+from prometheus_client import Counter
 from structlog.typing import Processor
 
 from sopdeploy_service.settings import Settings
 
 ROOT = "sopdeploy"
+MAX_WAITING = 10_000  # lines
+CLOSE_SECONDS = 1.0  # for writing the last lines
+
+DROPPED = Counter("sopdeploy_dropped_log_lines", "Log lines that could not be written in time", registry=None)
+
+
+class LineQueue(QueueHandler):
+    """Formats log records and writes them, as lines, to the file descriptor *file* in a thread of its own."""
+
+    def __init__(self, file: int) -> None:
+        self._lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
+        super().__init__(self._lines)
+        self._file, self._dropped, self._reported = file, 0, 0
+        self._writer = threading.Thread(target=self._write_lines, name="log", daemon=True)
+        self._writer.start()
+
+    def prepare(self, record: logging.LogRecord) -> str:
+        """Return the line of *record*."""
+        return self.format(record)
+
+    def enqueue(self, record: logging.LogRecord | str) -> None:
+        """Pass a line to the writer, or drop it if too many wait."""
+        try:
+            self._lines.put_nowait(str(record))
+        except queue.Full:
+            self._drop()
+
+    def close(self) -> None:
+        """Give the writer `CLOSE_SECONDS` for the lines that wait; a reader that has stopped loses them."""
+        with suppress(queue.Full):
+            self._lines.put(None, timeout=CLOSE_SECONDS)
+            self._writer.join(CLOSE_SECONDS)
+        super().close()
+
+    def _drop(self) -> None:
+        self._dropped += 1
+        DROPPED.inc()
+
+    def _write_lines(self) -> None:
+        while (line := self._lines.get()) is not None:
+            if dropped := self._dropped - self._reported:
+                words = f"{dropped} log lines were dropped"
+                line += "\n" + self.format(logging.LogRecord(ROOT, logging.WARNING, "", 0, words, None, None))
+            data = f"{line}\n".encode(errors="backslashreplace")
+            try:
+                while data:
+                    data = data[os.write(self._file, data) :]
+                self._reported += dropped
+            except OSError:  # the disk is full, or nobody has the pipe open
+                self._drop()
 
 
 @contextmanager
-def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[None]:
-    """Write the log of this process to *stream* (default: stderr) as *settings* say.
+def configured(settings: Settings, file: int = 2) -> Iterator[None]:
+    """Write the log of this process to the descriptor *file* (default: stderr) as *settings* say.
 
     Without the setting `log`, a terminal gets readable lines; anything else gets JSON of warnings and errors
-    only.
+    only. A process without stderr writes no log.
     """
-    stream = stream or sys.stderr
-    console = settings.log == "console" or (settings.log is None and stream.isatty())
+    if sys.stderr is None:  # the descriptor may be that of another file
+        yield
+        return
+    console = settings.log == "console" or (settings.log is None and os.isatty(file))
     quiet = settings.log is None and not console
     processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if console:
         processors += [
             lambda _logger, _method, event: {name: _printable(value, name) for name, value in event.items()},
-            structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=_write_traceback),
+            structlog.dev.ConsoleRenderer(colors=os.isatty(file), exception_formatter=_write_traceback),
         ]
     else:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
@@ -43,7 +103,7 @@ def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[Non
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    handler = logging.StreamHandler(stream)
+    handler = LineQueue(file)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors))
     logging.getLogger().addHandler(handler)  # also for other libraries, whose level stays at warning
     level = settings.log_level.upper()
@@ -52,6 +112,7 @@ def configured(settings: Settings, stream: TextIO | None = None) -> Iterator[Non
         yield
     finally:
         logging.getLogger().removeHandler(handler)
+        handler.close()
         logging.getLogger(ROOT).setLevel(logging.NOTSET)
 
 

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.evaluation.drift import TESTS, Drift
+from sopdeploy_service.observability.logs import DROPPED
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.settings import DecodeWay
 
@@ -74,6 +75,8 @@ class Metrics:
         self.runtime_seconds = counter("runtime_seconds", "Busy time of the runtime", ("model",))
         self.connections = gauge("connections", "Open connections")
         self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
+        self.dropped_log_lines = DROPPED  # of this process, whichever server it has
+        registry.register(DROPPED)
         self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
         self._drift_distance = gauge(
             "drift_distance",

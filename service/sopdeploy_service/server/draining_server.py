@@ -4,12 +4,14 @@ import asyncio
 import functools
 import gc
 import logging
+import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from types import FrameType
-from typing import cast
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,7 +19,7 @@ from fastapi import FastAPI
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol, limited_config
-from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD
+from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD, terminal_is_closed
 from sopdeploy_service.server.loop_watch import LoopWatch
 from sopdeploy_service.server.memory import IdleTrigger
 from sopdeploy_service.server.sockets import accept_pending, url
@@ -55,13 +57,15 @@ class DrainingServer(uvicorn.Server):
 
     The first signal makes the server not ready: new requests get 503, admitted ones are completed within
     `drain_seconds`, then the port is closed. Connections that are open by then may send one more request,
-    which gets 503. A second signal ends the drain: unfinished requests get 503.
+    which gets 503. A second signal ends the drain: unfinished requests get 503. SIGHUP reloads the bundles.
     """
 
     def __init__(self, app: FastAPI, settings: Settings, bundles: Sequence[str]) -> None:
         super().__init__(http_config(app, settings))
         self.bundles = " ".join(bundles)
         self._service: Service = app.state.service
+        self._reload: Callable[[], Coroutine[Any, Any, None]] | None = app.state.reload
+        self._aside: set[asyncio.Task[None]] = set()
         self._drain_until: float | None = None
         self._is_draining = False
         self._idle = IdleTrigger()
@@ -85,6 +89,8 @@ class DrainingServer(uvicorn.Server):
             await super().startup(sockets)
         except OSError as problem:
             raise ConfigError(f"cannot listen ({problem.strerror}); choose another port") from problem
+        if threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
@@ -103,6 +109,21 @@ class DrainingServer(uvicorn.Server):
         )
         for connection in connections:
             await asyncio.get_running_loop().connect_accepted_socket(create_protocol, connection)
+
+    def reload(self) -> None:
+        """Find the bundles again and serve those that have changed; drain if the terminal was closed."""
+        if terminal_is_closed():
+            self.handle_exit(signal.SIGHUP, None)
+        elif self._reload is None:
+            log.error("not reloaded: impossible in a front end, and with shadow or memory_budget")
+        elif self._drain_until is None:
+            self.run_aside(self._reload())
+
+    def run_aside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run *work*, for which the end of the server does not wait."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Start to drain, or end the drain; uvicorn would exit with the code of the signal."""

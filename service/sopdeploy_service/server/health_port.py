@@ -32,13 +32,13 @@ LIMITS = Settings(max_connections=MAX_CONNECTIONS, header_timeout=2.0, write_tim
 @contextmanager
 def serve_health(
     settings: Settings,
-    state: Callable[[], State],
+    health: Callable[[], tuple[State, str | None]],
     collect_metrics: Callable[[], Awaitable[bytes]],
     watch: LoopWatch,
 ) -> Iterator[str]:
     """Serve the `health_port` of *settings* in a thread during a block; print and yield its URL.
 
-    The thread calls *state* and *collect_metrics*. *watch* measures the event loop of the service.
+    The thread calls *health* and *collect_metrics*. *watch* measures the event loop of the service.
     """
 
     async def respond(request: Request) -> Response:
@@ -47,12 +47,12 @@ def serve_health(
         if request.url.path == "/metrics":
             return Response(await collect_metrics(), media_type=CONTENT_TYPE_LATEST)
         is_blocked = watch.lag() > settings.max_loop_lag_seconds
-        current: State = "loop_blocked" if is_blocked else state()
+        state, reason = ("loop_blocked", None) if is_blocked else health()
         if request.url.path == "/readyz":
-            healthy = current == "ok"
+            healthy = state == "ok"
         else:
-            healthy = current not in {"runtime_dead", "loop_blocked"}
-        body = Health(status=current).model_dump_json()
+            healthy = state not in {"runtime_dead", "loop_blocked"}
+        body = Health(status=state, reason=reason or None).model_dump_json(exclude_none=True)
         return Response(body, status_code=200 if healthy else 503, media_type="application/json")
 
     app = Starlette(routes=[Route(path, respond) for path in ("/livez", "/readyz", "/metrics")])

@@ -6,7 +6,7 @@ limits the bodies.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -28,14 +28,21 @@ from sopdeploy_service.settings import Settings
 LINGER_SECONDS = 2.0  # a connection closed with unread input is reset: the client could not read the response
 LINGER_BYTES = 100_000_000
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
-MAX_PIPELINE = 16  # queued requests of one connection
+PIECE_BYTES = 4096  # of pipelined requests are parsed before the number of queued ones is checked
+MAX_PIPELINE = 256  # queued requests of one connection; a piece contains fewer
+CHUNK_BYTES = 20  # the size of a chunk and its line ends
 
 FULL = Rejection("too_many_connections", 503, "too many connections; retry later", 1)
 MALFORMED = Rejection("malformed_request", 400, "the request is not valid HTTP/1.1 (RFC 9112)")
 SLOW_HEADERS = Rejection("slow_request", 408, "the request headers did not arrive in time")
 LONG_URL = Rejection("url_too_long", 414, "the URL is longer than the limit of this server")
 LARGE_HEADERS = Rejection(
-    "headers_too_large", 431, "the request has more or larger headers than this server accepts"
+    "headers_too_large",
+    431,
+    "the request has more or larger headers, trailers or chunk extensions than this server accepts",
+)
+UNKNOWN_CODING = Rejection(
+    "unknown_transfer_coding", 501, "the only transfer coding here is `chunked`; send the body without others"
 )
 
 
@@ -100,6 +107,14 @@ def limited_config(app: ASGIApp, connections: Connections, **options: Any) -> uv
     )
 
 
+def check_codings(codings: Sequence[bytes]) -> Rejection | None:
+    """Return the rejection of a request with the *codings* of `Transfer-Encoding` (RFC 9112, section 6.1)."""
+    names = [name.strip(b" \t").lower() for value in codings for name in value.split(b",")]
+    if names == [b"chunked"]:
+        return None
+    return UNKNOWN_CODING if names[-1] == b"chunked" and names.count(b"chunked") == 1 else MALFORMED
+
+
 class LimitedHttpProtocol(HttpToolsProtocol):
     """One HTTP/1.1 connection; all connections of a server share one `Connections` and its settings."""
 
@@ -111,7 +126,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._rejection: Rejection | None = None  # set by a callback of the parser
         self._in_headers = self._in_body = False
         self._header_bytes = 0  # of complete headers
-        self._unparsed_bytes = 0  # received while the headers are incomplete
+        self._overhead_bytes = 0  # of incomplete headers, or of chunk extensions and trailers
+        self._held = b""  # input that follows queued requests and is not parsed yet
         self._ignores_input = self._closed = False
         self._ignored_bytes = 0
         self._output: list[bytes] = []
@@ -136,6 +152,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._restart_timer(None)
         self.resume_writing()
         self.pipeline.clear()
+        self._held = b""
         super().connection_lost(exc)
         if self.cycle is not None:
             self.cycle.transport = self.transport  # break the reference cycle
@@ -147,18 +164,34 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             if self._ignored_bytes > LINGER_BYTES:
                 self.abort()
             return
+        if self.pipeline or self._held:
+            self.flow.pause_reading()
+            self._held += data
+            return
         self._unset_keepalive_if_required()
         self._shared.idle.pop(self, None)
-        was_in_headers = self._in_headers
+        if data.count(b" HTTP/1.", 0, PIECE_BYTES) < 2:  # one request, or part of its body
+            self._parse(data)
+            return
+        for start in range(0, len(data), PIECE_BYTES):
+            if self.pipeline:
+                self._held = data[start:]
+                break
+            if not self._ignores_input:
+                self._parse(data[start : start + PIECE_BYTES])
+
+    def _parse(self, data: bytes) -> None:
+        """Parse *data* and reject the request if it exceeds a limit."""
+        self._overhead_bytes += len(data)
         try:
             self._feed(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self._ignores_input:  # else it is what follows the last request
                 self._rejection = self._rejection or MALFORMED
-        if was_in_headers and self._in_headers:  # the parser buffers an incomplete header
-            self._unparsed_bytes += len(data)
-            if self._unparsed_bytes > self._limits.max_url_bytes + self._limits.max_header_bytes:
-                self._rejection = self._rejection or LARGE_HEADERS
+        limit = self._limits.max_header_bytes + (0 if self._in_body else self._limits.max_url_bytes)
+        self._overhead_bytes = max(0, self._overhead_bytes) if self._in_headers or self._in_body else 0
+        if self._overhead_bytes > limit:
+            self._rejection = self._rejection or LARGE_HEADERS
         responding = self.cycle is not None and not self.cycle.response_complete
         if self._rejection is not None:
             self._reject(self._rejection)
@@ -179,7 +212,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
             lengths = [header for header in self.headers if header[0] in BODY_LENGTH]
             lines = [b"POST / HTTP/1.1", *map(b": ".join, lengths), b"", b""]
-            callbacks = SimpleNamespace(on_body=self.on_body, on_message_complete=self._end_last_request)
+            callbacks = SimpleNamespace(
+                on_body=self.on_body,
+                on_chunk_header=self.on_chunk_header,
+                on_message_complete=self._end_last_request,
+            )
             self.parser = httptools.HttpRequestParser(callbacks)
             self.parser.feed_data(b"\r\n".join(lines) + data[upgrade.args[0] :])
 
@@ -192,7 +229,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Reset the header counters of the previous request."""
         super().on_message_begin()
         self._in_headers = True
-        self._header_bytes = self._unparsed_bytes = 0
+        self._header_bytes = self._overhead_bytes = 0
 
     def on_url(self, url: bytes) -> None:
         """Limit the length of the URL."""
@@ -216,12 +253,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         front of this server could use a different one.
         """
         self._in_headers = False
+        self._overhead_bytes = 0
         self._restart_timer(None)
         hosts = sum(name == b"host" for name, _ in self.headers)
+        codings = [value for name, value in self.headers if name == b"transfer-encoding"]
         version = self.parser.get_http_version()
-        valid = hosts == 1 if version == "1.1" else version == "1.0" and hosts <= 1
+        valid = hosts == 1 if version == "1.1" else version == "1.0" and hosts <= 1 and not codings
         if not valid or len(self.pipeline) >= MAX_PIPELINE:
             self._rejection = self._rejection or MALFORMED
+        elif codings:
+            self._rejection = self._rejection or check_codings(codings)
         if self._rejection is None:
             super().on_headers_complete()
             # uvicorn appends trailers to this list, and the request must not use them: it keeps the original.
@@ -229,8 +270,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._in_body = True
             self.cycle.transport = cast(asyncio.Transport, self)  # so that the response calls this `close`
 
+    def on_chunk_header(self) -> None:
+        """Count the bytes of a chunk without extensions, which have no limit."""
+        self._overhead_bytes -= CHUNK_BYTES
+
     def on_body(self, body: bytes) -> None:
         """Pass a piece of the body to the request."""
+        self._overhead_bytes -= len(body)
         if self._rejection is None and not self._ignores_input:
             super().on_body(body)
 
@@ -254,6 +300,11 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.server_state.total_requests += 1
             return
         super().on_response_complete()
+        if self.pipeline:
+            self.flow.pause_reading()
+        elif self._held:
+            held, self._held = self._held, b""
+            self.data_received(held)
         if self.transport.is_closing() or not self.cycle.response_complete:
             return
         if self._in_body:

@@ -16,8 +16,14 @@ from typing import Any
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.settings import WORKER_VARIABLE
 
-USER_ERROR = 2
+STDERR, USER_ERROR = 2, 2
+HAS_TERMINAL = os.isatty(STDERR)  # at the start
 EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
+
+
+def terminal_is_closed() -> bool:
+    """Tell whether the terminal of this process is gone: its SIGHUP ends a server, another one reloads it."""
+    return HAS_TERMINAL and not os.isatty(STDERR)
 
 
 def start_process(
@@ -47,6 +53,7 @@ def run_program(serve: Callable[[Mapping[str, Any]], int]) -> int:
 
     The process gets SIGTERM when the parent ends. An error is printed as one line.
     """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a server reloads on it when it is ready
     launch_config: dict[str, Any] = json.loads(os.environ.pop(WORKER_VARIABLE))
 
     def stop_with_parent() -> None:

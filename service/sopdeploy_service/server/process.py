@@ -4,7 +4,9 @@ As a program, this module is the process of a `BackgroundServer`.
 """
 
 import logging
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +46,9 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     died. Raises `ConfigError` if it cannot listen, for invalid keys, and if tracing is not installed, and the
     errors of `BundleStore` and `load_model`.
     """
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
+            signal.signal(number, signal.SIG_IGN)
     for part in PARTS:
         code: int | None = import_module(part).serve(sources, settings)
         if code is not None:
@@ -67,7 +72,7 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
             async def collect_metrics() -> bytes:
                 return generate_latest(service.metrics.registry)
 
-            health = serve_health(settings, lambda: service.state, collect_metrics, server.watch)
+            health = serve_health(settings, lambda: (service.state, None), collect_metrics, server.watch)
             stack.enter_context(health)
         if settings.sandbox == "auto":
             log.debug("not sandboxed: a single process also runs the models, which needs files and threads")
@@ -106,6 +111,8 @@ def load_app(
         import_module("sopdeploy_service.server.draining_server")
         models = dict(zip(bundles, loaded, strict=True))
     app = create_app(models, settings, store if settings.model_control else None, **options)
+    if settings.shadow is None and settings.memory_budget is None:
+        app.state.reload = partial(app.state.service.registry.reload, sources)
     return app, [model.bundle.name for model in app.state.service.registry.models()]
 
 

@@ -3,11 +3,15 @@
 import base64
 import hashlib
 import re
+import shutil
 
 import pytest
 
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.settings import Settings
+from tests.service.conftest import running
 
 RED = (255, 0, 0)
 
@@ -36,6 +40,23 @@ def test_the_card_of_a_bundle_without_readme_is_empty_and_that_of_an_unknown_mod
     assert (card.text, card.certificate, card.components) == ("", None, 0)
     reply = client.get("/v1/card?model=other")
     assert (reply.status_code, reply.json()["code"]) == (404, "unknown_model")
+
+
+def test_a_bundle_whose_folder_is_deleted_is_served_on(bundle_path, tmp_path, jpeg):
+    folder = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
+    loaded = load_model(folder, Settings(threads=1))
+    shutil.rmtree(folder)
+    with running(loaded.runtime, loaded.bundle, Settings()) as client:
+        for path in (
+            "/v1/card",
+            "/selftest",
+            "/info",
+            "/v2/models/tiny",
+            "/v2/models/tiny/config",
+            "/readyz",
+        ):
+            assert client.get(path).status_code == 200
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
 def test_gates_lists_the_selected_experts_best_first_if_requested(gated_client, make_picture):

@@ -2,12 +2,17 @@
 
 import asyncio
 import contextlib
+import logging
+import queue
+import select
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from logging.handlers import QueueHandler
 from pathlib import Path
 from random import Random
 
@@ -19,8 +24,8 @@ from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy_service.front_ends import control
 from sopdeploy_service.front_ends.channel import HEADER, IMAGE, Kind, receive_blocking
 from sopdeploy_service.front_ends.inference_process import InferenceProcess
-from sopdeploy_service.front_ends.remote import RemoteRegistry
-from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.front_ends.remote import RemoteRegistry, attach
+from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import Runtime
@@ -38,15 +43,18 @@ DEFAULTS = Settings()
 class Group:
     """An inference process and what connects front ends to it, as the supervisor does."""
 
-    def __init__(self, models: dict[str, LoadedModel]) -> None:
+    def __init__(self, models: dict[str, LoadedModel], sources: list[str] | None = None) -> None:
         self.control, theirs = control.pair()
 
         async def run() -> None:
             registry = ModelRegistry(models, Settings(), Metrics(), store=None)
-            self.code = await InferenceProcess(registry, theirs, max_images=16).run()
+            self.code = await InferenceProcess(registry, theirs, 16, sources or []).run()
 
         self.thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
         self.thread.start()
+        self.control.setblocking(True)
+        while self.control.recv(4096) != control.MODELS:
+            pass
 
     def connect(self) -> socket.socket:
         """Return the channel of a new front end."""
@@ -107,8 +115,13 @@ def test_images_of_ended_requests_leave_the_queue(group, bundle, jpeg, until) ->
         assert len(runtime.batches) <= 3
 
 
-def test_when_the_inference_process_dies_its_requests_get_503_and_the_front_end_is_dead(
-    group, bundle, jpeg
+def attach_to(client: Client, group: Group) -> None:
+    """Give the front end of *client* a channel to *group*, as the supervisor does."""
+    asyncio.run_coroutine_threadsafe(attach(client.app.state.service, group.connect()), client.loop)
+
+
+def test_while_the_inference_process_is_replaced_its_front_end_answers_503_and_then_200(
+    group, bundle, jpeg, until
 ) -> None:
     runtime = Held()
     shared = group(runtime)
@@ -120,8 +133,80 @@ def test_when_the_inference_process_dies_its_requests_get_503_and_the_front_end_
         reply = held.result()
         assert (reply.status_code, reply.headers["retry-after"]) in {(503, "5"), (503, "1")}
         shared.thread.join(20)
-        assert client.post("/v1/classify", content=jpeg).json()["code"] == "runtime_dead"
-        assert client.get("/livez").json() == {"status": "runtime_dead"}
+        until(lambda: client.get("/readyz").status_code == 503)
+        reply = client.post("/v1/classify", content=jpeg)
+        assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (
+            503,
+            "runtime_dead",
+            "5",
+        )
+        assert (client.get("/livez").status_code, client.get("/v2/health/live").status_code) == (200, 200)
+        reason = "the inference process has ended; it is started again"
+        assert client.get("/readyz").json() == {"status": "runtime_restarting", "reason": reason}
+        with group(FakeRuntime(classes=7)).connect():  # ends without having sent models
+            pass
+        attach_to(client, group(FakeRuntime(classes=7)))
+        until(lambda: client.get("/readyz").json() == {"status": "ok"})
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
+
+
+def test_a_reload_serves_other_bundles_and_loses_no_request(make_bundle, tmp_path, jpeg, until) -> None:
+    first = make_bundle(tmp_path)
+    settings = Settings(threads=1)
+    shared = Group({"tiny": load_model(first, settings)}, [str(tmp_path)])
+    stopped, replies = threading.Event(), []
+
+    def send() -> None:
+        while not stopped.is_set():
+            replies.append(client.post("/v1/classify", content=jpeg))
+
+    def reload() -> bytes:
+        control.send(shared.control, control.RELOAD)
+        while (news := shared.control.recv(4096)) != control.MODELS and log.empty():
+            until(lambda: select.select([shared.control], [], [], 1)[0])
+        return news
+
+    log: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    handler = QueueHandler(log)
+    handler.setLevel("ERROR")
+    logging.getLogger("sopdeploy.models").addHandler(handler)
+    with front_end(shared, open_bundle(first)) as client, ThreadPoolExecutor(4) as pool:
+        sending = [pool.submit(send) for _ in range(4)]
+        try:
+            until(lambda: len(replies) > 20)
+            second = make_bundle(tmp_path, seed=1)
+            assert reload() == control.MODELS
+            attach_to(client, shared)
+            until(lambda: client.get("/info").json()["models"][0]["id"] == second.name.rpartition("-")[2])
+            served = len(replies)
+            until(lambda: len(replies) > served + 20)
+            third = make_bundle(tmp_path, seed=2)
+            (third / "model.onnx").write_bytes(b"damaged")
+            assert reload() != control.MODELS
+        finally:
+            stopped.set()
+        for each in sending:
+            each.result()
+        assert client.get("/info").json()["models"][0]["bundle"] == second.name
+    logging.getLogger("sopdeploy.models").removeHandler(handler)
+    record = log.get()
+    assert "not reloaded, the bundles in use stay" in record.getMessage()
+    assert "model.onnx" in record.getMessage()
+    assert record.exc_info is None
+    assert {reply.status_code for reply in replies} == {200}
+    assert {first.name, second.name} == {f"tiny-{reply.headers['x-model-digest']}" for reply in replies}
+    shared.stop()
+
+
+def test_a_front_end_may_start_after_the_folder_of_the_bundle_was_deleted(
+    bundle_path, tmp_path, group
+) -> None:
+    folder = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
+    loaded = load_model(folder, Settings(threads=1))
+    shutil.rmtree(folder)
+    with front_end(group(loaded.runtime, loaded.bundle), loaded.bundle) as client:
+        for path in ("/v1/card", "/selftest", "/info"):
+            assert client.get(path).status_code == 200
 
 
 def message(kind: int, number: int, body: bytes = b"") -> bytes:
@@ -145,7 +230,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_front_end_that_breaks_the_protocol_is_disconnected(group, bundle, jpeg, attack) -> None:
+def test_a_front_end_that_breaks_the_protocol_is_replaced(group, bundle, jpeg, until, attack) -> None:
     runtime = Held()
     shared = group(runtime)
     with shared.connect() as connection:
@@ -154,6 +239,7 @@ def test_a_front_end_that_breaks_the_protocol_is_disconnected(group, bundle, jpe
             while True:
                 receive_blocking(connection)
     runtime.gate.set()
+    until(lambda: shared.control.recv(4096) == control.BROKEN + b": 0")  # for the supervisor
     with front_end(shared, bundle) as client:
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 

@@ -4,8 +4,10 @@ import contextlib
 import http.client
 import os
 import re
+import shutil
 import signal
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -57,11 +59,20 @@ def test_two_processes_share_a_port_and_dead_or_hanging_ones_are_replaced(
         until(lambda: not any(is_alive(process) for process in orphans))
 
 
+def classify_on(jpeg: bytes, connection: http.client.HTTPConnection) -> tuple[int, str | None]:
+    """Return the status and `Retry-After` of a request on *connection*."""
+    connection.request("POST", "/v1/classify", jpeg)
+    response = connection.getresponse()
+    response.read()
+    return response.status, response.headers["retry-after"]
+
+
 def test_front_ends_and_their_inference_process_are_replaced_one_by_one(
-    bundle_path: Path, jpeg, until
+    bundle_path: Path, tmp_path: Path, jpeg, until
 ) -> None:
+    bundle = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
     options = ("--front-ends", "2", "--threads", "1", "--set", "health_port=0", "--set", "sandbox=required")
-    with spawn(str(bundle_path), *options) as child, ExitStack() as stack:
+    with spawn(str(bundle), *options) as child, ExitStack() as stack:
         stack.callback(child.kill)
         health = line_of(child).removeprefix("health: ").strip()
         assert httpx.get(f"{health}/livez").status_code == 200
@@ -71,12 +82,7 @@ def test_front_ends_and_their_inference_process_are_replaced_one_by_one(
         def connect() -> http.client.HTTPConnection:
             return stack.enter_context(contextlib.closing(http.client.HTTPConnection(found[1], timeout=20)))
 
-        def classify(connection: http.client.HTTPConnection) -> tuple[int, str | None]:
-            connection.request("POST", "/v1/classify", jpeg)
-            response = connection.getresponse()
-            response.read()
-            return response.status, response.headers["retry-after"]
-
+        classify = partial(classify_on, jpeg)
         connections = [connect() for _ in range(8)]
         assert {classify(connection) for connection in connections} == {(200, None)}
         for path in ("/", "/docs", "/errors", "/openapi.json", "/info", "/v2", "/v2/models/tiny", "/livez"):
@@ -100,11 +106,24 @@ def test_front_ends_and_their_inference_process_are_replaced_one_by_one(
                 assert classify(connection) == (200, None)
                 kept.append(connection)
         assert len(kept) == 4  # the others were connected to the killed process
+        until(lambda: len(set(children_of(child.pid)) - set(first)) == 1)
+        moved = bundle.rename(tmp_path / "moved")
         os.kill(inference, signal.SIGKILL)
-        until(lambda: httpx.get(f"{health}/readyz").status_code == 503)
-        assert classify(connect()) == (200, None)  # waits for the new processes
-        until(lambda: len(set(children_of(child.pid)) - set(first)) == 3)
-        until(lambda: httpx.get(f"{health}/readyz").status_code == 200)
+        answers = [classify(connection) for connection in [*kept, connect(), connect()]]
+        assert set(answers) <= {(503, "5"), (200, None)}  # and no connection is lost
+        until(lambda: (503, "5") in {classify(connection) for connection in kept})
+        reason = f"{bundle}: no bundle here; a bundle is a folder with a manifest.json"
+        for address in (health, f"http://{found[1]}"):
+            until(lambda url=address: "no bundle" in httpx.get(f"{url}/readyz").text)
+            shown = httpx.get(f"{address}/readyz").json()
+            assert shown == {"status": "runtime_restarting", "reason": reason}
+            assert httpx.get(f"{address}/livez").status_code == 200
+        moved.rename(bundle)
+        for process in children_of(child.pid):
+            os.kill(process, signal.SIGHUP)  # of a program that signals all processes
+        until(lambda: httpx.get(f"{health}/readyz").json() == {"status": "ok"})
+        assert {classify(connection) for connection in kept} == {(200, None)}
+        assert len(set(children_of(child.pid)) & set(fronts)) == 1  # the other one had been killed
         child.send_signal(signal.SIGTERM)
         assert child.wait(30) == 0
 

@@ -1,10 +1,12 @@
 """The log has one line per event, whatever clients send, and no secrets."""
 
-import io
 import json
 import logging
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -14,26 +16,23 @@ from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.fixture
-def logged() -> Iterator[Callable[..., io.StringIO]]:
-    """`logged(**settings)` sends the log to a stream of its own and gives the stream."""
+def logged(tmp_path: Path, monkeypatch) -> Iterator[Callable[..., Path]]:
+    """`logged(**settings)` sends the log to a file of its own; `logged.end()` waits for the last line."""
     with ExitStack() as stack:
 
-        def start(stream: io.StringIO | None = None, **settings: object) -> io.StringIO:
-            stream = stream or io.StringIO()
-            stack.enter_context(logs.configured(Settings(**settings), stream))
-            return stream
+        def start(*, is_terminal: bool = False, **settings: object) -> Path:
+            monkeypatch.setattr(os, "isatty", lambda _: is_terminal)
+            file = stack.enter_context((tmp_path / "log").open("w"))
+            stack.enter_context(logs.configured(Settings(**settings), file.fileno()))
+            return tmp_path / "log"
 
+        start.end = stack.close
         yield start
 
 
-def requests(stream: io.StringIO) -> list[dict]:
-    events = map(json.loads, stream.getvalue().splitlines())
+def requests(stream: Path) -> list[dict]:
+    events = map(json.loads, stream.read_text().splitlines())
     return [event for event in events if event["event"] == "request"]
 
 
@@ -52,7 +51,7 @@ def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jp
     assert line["bytes"] > 2 * len(jpeg)
     assert set(line["stages_ms"]) == {"receive", "decode", "queue", "infer"}
     assert line["ms"] >= max(line["stages_ms"].values())
-    assert key not in stream.getvalue()
+    assert key not in stream.read_text()
 
 
 def test_a_rejection_is_logged_with_its_code_and_without_a_key_name(logged, serve_with, tmp_path, until):
@@ -64,7 +63,7 @@ def test_a_rejection_is_logged_with_its_code_and_without_a_key_name(logged, serv
     (line,) = requests(stream)
     assert (line["status"], line["code"], line["route"]) == (401, "unauthenticated", "other")
     assert "key" not in line
-    assert "guess" not in stream.getvalue()
+    assert "guess" not in stream.read_text()
 
 
 def test_probes_and_scrapes_are_logged_at_debug_level(logged, serve_with, until):
@@ -92,9 +91,9 @@ def test_probes_and_scrapes_are_logged_at_debug_level(logged, serve_with, until)
 def test_clients_cannot_forge_lines_or_control_a_terminal(logged, serve_with, until, form, path, headers):
     stream = logged(log=form)
     serve_with(FakeRuntime(classes=7)).post(path, content=b"x", headers=headers)
-    until(lambda: stream.getvalue().count("\n") == 1)
-    assert "forged" not in stream.getvalue()
-    assert "\x1b" not in stream.getvalue()
+    until(lambda: stream.read_text().count("\n") == 1)
+    assert "forged" not in stream.read_text()
+    assert "\x1b" not in stream.read_text()
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
@@ -105,27 +104,64 @@ def test_client_text_in_a_traceback_starts_no_line(logged, form):
         raise ValueError(words)
     except ValueError:
         logging.getLogger("sopdeploy.http").exception("a mistake at %s", "\nforged", extra={"why": words})
-    lines = stream.getvalue().splitlines()
-    assert "ValueError" in stream.getvalue()
-    assert "\x1b" not in stream.getvalue()
+    logged.end()
+    lines = stream.read_text().splitlines()
+    assert "ValueError" in stream.read_text()
+    assert "\x1b" not in stream.read_text()
     assert len(lines) == 1 if form == "json" else all(line.startswith("    ") for line in lines[1:])
 
 
 @pytest.mark.parametrize(
-    ("settings", "stream", "expected"),
+    ("settings", "is_terminal", "expected"),
     [
-        ({}, io.StringIO, ["warn"]),
-        ({"log": "json"}, io.StringIO, ["hint", "warn"]),
-        ({"log": "console"}, io.StringIO, ["hint", "warn"]),
-        ({"log_level": "error"}, io.StringIO, []),
-        ({}, Terminal, ["hint", "warn"]),
-        ({"log_level": "warning"}, Terminal, ["warn"]),
+        ({}, False, ["warn"]),
+        ({"log": "json"}, False, ["hint", "warn"]),
+        ({"log": "console"}, False, ["hint", "warn"]),
+        ({"log_level": "error"}, False, []),
+        ({}, True, ["hint", "warn"]),
+        ({"log_level": "warning"}, True, ["warn"]),
     ],
 )
-def test_which_events_are_logged_by_default_and_with_settings(logged, settings, stream, expected):
-    found = logged(stream(), **settings)
+def test_which_events_are_logged_by_default_and_with_settings(logged, settings, is_terminal, expected):
+    found = logged(is_terminal=is_terminal, **settings)
     logging.getLogger("sopdeploy.server").info("hint")
     logging.getLogger("sopdeploy.inference").warning("warn")
     logging.getLogger("urllib3").info("of another library")
-    assert [word for word in ("hint", "warn") if word in found.getvalue()] == expected
-    assert found.getvalue().count("\n") == len(expected)
+    logged.end()
+    assert [word for word in ("hint", "warn") if word in found.read_text()] == expected
+    assert found.read_text().count("\n") == len(expected)
+
+
+def test_a_reader_that_stops_delays_nothing_and_learns_how_many_lines_were_dropped(monkeypatch):
+    monkeypatch.setattr(logs, "MAX_WAITING", 10)
+    reading, writing = os.pipe()
+    before, log = logs.DROPPED._value.get(), logging.getLogger("sopdeploy.access")
+    with logs.configured(Settings(log="json"), writing):
+        while logs.DROPPED._value.get() < before + 5:
+            log.info("x" * 1000)
+        dropped, text = int(logs.DROPPED._value.get() - before), ""
+        while f"{dropped} log lines were dropped" not in text:
+            text += os.read(reading, 65_536).decode()
+        log.info("the end")
+        while "the end" not in text:
+            text += os.read(reading, 65_536).decode()
+        assert text.count("were dropped") == 1
+        while logs.DROPPED._value.get() < before + 10:
+            log.info("x" * 1000)
+        started = time.monotonic()
+    assert time.monotonic() - started < 10  # the end does not wait for the reader
+    os.close(reading)
+    os.close(writing)
+
+
+def test_lines_that_a_full_disk_refuses_are_counted(logged):
+    before = logs.DROPPED._value.get()
+    with Path("/dev/full").open("w") as full, logs.configured(Settings(log="json"), full.fileno()):
+        logging.getLogger("sopdeploy.access").info("lost")
+    assert logs.DROPPED._value.get() == before + 1
+
+
+def test_a_process_without_stderr_writes_no_log(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    with logs.configured(Settings(log="json")):
+        logging.getLogger("sopdeploy.access").info("nowhere")

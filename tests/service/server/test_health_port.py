@@ -52,7 +52,7 @@ def health():
 
         def start(state: str, *, max_lag: float = 0.4) -> tuple[httpx.Client, LoopWatch]:
             watch, settings = LoopWatch(), Settings(health_port=0, max_loop_lag_seconds=max_lag)
-            url = stack.enter_context(serve_health(settings, lambda: state, render, watch))
+            url = stack.enter_context(serve_health(settings, lambda: (state, None), render, watch))
             return stack.enter_context(httpx.Client(base_url=url, timeout=60)), watch
 
         yield start

@@ -48,6 +48,13 @@ REJECTED = {
         "a header of 100 kB": GET + b"X: " + b"x" * 100_000 + b"\r\n\r\n",
         "an endless header": GET + b"X: " + b"x" * 1_000_000,
         "1000 headers": GET + LARGE + b"\r\n",
+        "an endless chunk extension": CHUNKED + b"3;a=" + b"x" * 600_000,
+        "many chunk extensions": CHUNKED + (b"1;" + b"x" * 100 + b"\r\na\r\n") * 3000,
+        "endless zeros before a chunk size": CHUNKED + b"0" * 600_000,
+    },
+    (501, "unknown_transfer_coding"): {
+        f"the transfer coding {value}": POST + b"Transfer-Encoding: " + value + b"\r\n\r\n0\r\n\r\n"
+        for value in (b"gzip, chunked", b"identity, chunked", b"x\r\nTransfer-Encoding: chunked", b",chunked")
     },
     (414, "url_too_long"): {
         "a URL of 64 kB": b"GET /" + b"x" * 65_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -60,7 +67,33 @@ REJECTED = {
         "a length over 64 bits": POST + b"Content-Length: 1" + b"0" * 30 + b"\r\n\r\n",
         "a negative length": POST + b"Content-Length: -1\r\n\r\n",
         "a length and chunks": POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        "another transfer encoding": POST + b"Transfer-Encoding: gzip\r\n\r\nhello",
+        **{
+            f"the transfer coding {value}": POST + b"Transfer-Encoding: " + value + b"\r\n\r\n0\r\n\r\n"
+            for value in (
+                *(
+                    b"gzip",
+                    b"identity",
+                    b"chunked, gzip",
+                    b"chunked, chunked",
+                    b"chunked,identity",
+                    b"chunked;a=b",
+                ),
+                *(b"", b"x\r\nTransfer-Encoding: gzip", b"chunked\r\nTransfer-Encoding: chunked"),
+                *(b"chunked\r\ntransfer-encoding: identity", b"\x0bchunked", b"chunked\x00", b'"chunked"'),
+            )
+        },
+        "a space after Transfer-Encoding": POST + b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+        "chunks and a length": POST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+        "chunks and a length of 0": POST
+        + b"transfer-encoding: CHUNKED\r\nContent-Length: 0\r\n\r\n0\r\n\r\n",
+        "chunks in HTTP/1.0": b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "two lengths": POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+        "a list of lengths": POST + b"Content-Length: 5, 5\r\n\r\nhello",
+        "a length with a sign": POST + b"Content-Length: +5\r\n\r\nhello",
+        "a hexadecimal length": POST + b"Content-Length: 0x5\r\n\r\nhello",
+        "a chunk size with a sign": CHUNKED + b"+1\r\na\r\n0\r\n\r\n",
+        "a chunk size over 64 bits": CHUNKED + b"1" + b"0" * 16 + b"\r\na",
+        "a chunk longer than its size": CHUNKED + b"1\r\nab\r\n0\r\n\r\n",
         "a chunk without a size": CHUNKED + b"hello\r\n",
         "a space in a header's name": GET + b"A b: c\r\n\r\n",
         "a zero byte in a header": GET + b"A: b\0c\r\n\r\n",
@@ -190,14 +223,28 @@ def test_a_client_that_does_not_read_is_disconnected(client, wire, until):
     assert count(client, 'rejected_total{reason="slow_reader"}') == 1
 
 
-def test_too_many_pipelined_requests_are_rejected(client, wire, jpeg):
-    bad = wire()
-    bad.sendall((GET + b"\r\n") * 1000)
+def test_pipelined_requests_wait_and_all_are_answered(client, wire, jpeg):
+    good = wire()
+    paths = [b"livez", b"nowhere", b"readyz", b"v1/none"] * 250
+    last = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg
+    good.sendall(b"".join(b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % path for path in paths) + last)
     data = b""
-    while piece := bad.recv(65_536):
+    while piece := good.recv(65_536):
         data += piece
-    assert 1 <= data.count(b"HTTP/1.1 200") < 40
-    assert client.post("/v1/classify", content=jpeg).status_code == 200
+    statuses = re.findall(rb"HTTP/1\.1 (\d+)", data)
+    assert statuses == [b"404" if b"n" in path else b"200" for path in paths] + [b"200"]
+    assert b'"classes"' in data
+
+
+def test_a_body_may_end_and_begin_within_pipelined_requests(wire, jpeg):
+    good, post = wire(), POST + b"Content-Length: %d\r\n\r\n" % len(jpeg) + jpeg
+    stream = post + (GET + b"\r\n") * 40 + post * 3 + (GET + b"\r\n") * 40 + post
+    for start in range(0, len(stream), 1999):
+        good.sendall(stream[start : start + 1999])
+    data = b""
+    while data.count(b'"classes"') < 5:
+        data += good.recv(65_536)
+    assert data.count(b"HTTP/1.1 200") == data.count(b"HTTP/1.1") == 85
 
 
 def test_pipelined_requests_are_handled_in_order(wire, jpeg):
@@ -208,6 +255,25 @@ def test_pipelined_requests_are_handled_in_order(wire, jpeg):
     while data.count(b'"status":"ok"') < 3:
         data += good.recv(65_536)
     assert re.findall(rb'{"(classes|status)"', data) == [b"classes", b"status"] * 3
+
+
+VALID_CODINGS = (b"chunked", b"CHUNKED", b"Chunked", b"\tchunked", b"chunked ")
+
+
+@pytest.mark.parametrize("coding", VALID_CODINGS)
+def test_chunks_are_accepted_in_every_valid_spelling(wire, jpeg, coding):
+    good = wire()
+    pieces = [jpeg[start : start + 50] for start in range(0, len(jpeg), 50)]
+    body = b"".join(b"%x;name=value\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+    good.sendall(POST + b"Transfer-Encoding:" + coding + b"\r\n\r\n" + body + b"0\r\n\r\n")
+    assert read(good, to_the_end=False).status == 200
+
+
+def test_tiny_chunks_are_no_extensions(wire, jpeg):
+    good = wire()
+    body = b"".join(b"1\r\n%c\r\n" % byte for byte in jpeg) * 40  # 64 kB of line ends in all
+    good.sendall(CHUNKED + body + b"0\r\n\r\n")
+    assert read(good, to_the_end=False).status in {200, 415}
 
 
 def test_garbage_after_a_request_does_not_affect_its_response(client, wire, jpeg):

@@ -1,5 +1,6 @@
 """The server process: startup, graceful shutdown, logs and exit codes."""
 
+import fcntl
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,10 +18,11 @@ import httpx
 import pytest
 
 from sopdeploy.errors import BundleError, ConfigError, ParityError
+from sopdeploy_service.server import launch
 from sopdeploy_service.server.process import serve
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
-from tests.service.children import line_of
+from tests.service.children import FRONT_ENDS, ONE_PROCESS, WAYS, line_of, serving
 from tests.service.conftest import wait_for
 from tests.service.raw import GET, POST, connect, post_of, read
 
@@ -186,6 +189,71 @@ def test_the_log_has_startup_requests_drain_and_stop(start, jpeg) -> None:
     events = [json.loads(line) for line in err.splitlines()]
     assert (child.returncode, out) == (0, "")
     assert [event["event"] for event in events] == ["started", "request", "draining", "stopped"]
+
+
+BOTH_WAYS = [ONE_PROCESS, pytest.param(FRONT_ENDS, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("way", BOTH_WAYS)
+def test_sighup_serves_the_latest_bundles_and_loses_no_request(
+    make_bundle, tmp_path, jpeg, until, way
+) -> None:
+    folder = tmp_path / "bundles"
+    first, replies, stopped = make_bundle(folder), [], threading.Event()
+    with serving(str(folder), *WAYS[way]) as client, ThreadPoolExecutor(4) as pool:
+
+        def send() -> None:
+            while not stopped.is_set():
+                replies.append(client.post("/v1/classify", content=jpeg))
+
+        def served() -> set[str]:
+            """Return the bundles of the last requests to both front ends."""
+            return {reply.headers["x-model-digest"] for reply in replies[-8:]}
+
+        sending = [pool.submit(send) for _ in range(4)]
+        try:
+            client.child.send_signal(signal.SIGUSR1)  # of a program that rotates logs
+            until(lambda: len(replies) > 20)
+            second = make_bundle(folder, seed=1)
+            client.child.send_signal(signal.SIGHUP)
+            until(lambda: served() == {second.name.rpartition("-")[2]})
+            (make_bundle(folder, seed=2) / "model.onnx").write_bytes(b"damaged")
+            client.child.send_signal(signal.SIGHUP)
+            lines = [client.child.stderr.readline()]
+        finally:
+            stopped.set()
+        for each in sending:
+            each.result()
+        shutil.rmtree(folder)
+        client.child.send_signal(signal.SIGHUP)
+        lines.append(client.child.stderr.readline())
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
+    assert {reply.status_code for reply in replies} == {200}
+    found = {reply.headers["x-model-digest"] for reply in replies}
+    assert found == {path.name.rpartition("-")[2] for path in (first, second)}
+    events = [json.loads(line)["event"] for line in lines]
+    assert all(event.startswith("not reloaded, the bundles in use stay: ") for event in events)
+    assert ["model.onnx" in events[0], "no bundle here" in events[1]] == [True, True]
+
+
+def test_a_closed_terminal_ends_the_server_and_another_sighup_does_not(monkeypatch) -> None:
+    monkeypatch.setattr(os, "isatty", {launch.STDERR}.__contains__)
+    assert not launch.terminal_is_closed()
+    monkeypatch.setattr(os, "isatty", {}.__contains__)
+    for had_terminal in (False, True):
+        monkeypatch.setattr(launch, "HAS_TERMINAL", had_terminal)
+        assert launch.terminal_is_closed() == had_terminal
+
+
+@pytest.mark.parametrize("way", BOTH_WAYS)
+def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(bundle_path, jpeg, way) -> None:
+    with serving(str(bundle_path), "--log", "json", *WAYS[way]) as client:
+        fcntl.fcntl(client.child.stderr, fcntl.F_SETPIPE_SZ, 4096)  # full after ten requests
+        statuses = {client.post("/v1/classify", content=jpeg).status_code for _ in range(60)}
+        assert statuses == {200}
+        assert httpx.get(f"{client.health}/livez").status_code == 200
+        client.child.send_signal(signal.SIGTERM)
+        assert client.child.wait(20) == 0
 
 
 def test_a_port_in_use_and_an_unknown_host_are_one_line_errors(bundle_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The Ray Serve application that a config file names in `import_path`."""
 
 import asyncio
+import os
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -8,17 +9,25 @@ import pydantic
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from ray import serve
+from ray.serve._private import replica as internals
 from ray.util.metrics import Gauge
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy.config import StrictModel
-from sopdeploy_service.server.on_ray.plan import NAME
+from sopdeploy_service.server.on_ray.plan import CLUSTER_VARIABLE, NAME
 from sopdeploy_service.server.on_ray.replica import Replica
 
 REPLICA = "replica"
 METRICS_SECONDS = 5.0  # Ray exports metrics every ten seconds
 Sample: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]  # name, labels with their values
 LOGGING_CONFIG = {"enable_access_log": False}  # the setting `log` configures sopdeploy's access log
+
+
+if os.environ.get(CLUSTER_VARIABLE) == "0":  # Ray has no option for the port of a replica
+    add_port = internals.add_port_to_grpc_server
+    internals.add_port_to_grpc_server = lambda server, address: add_port(
+        server, address.replace("[::]", "127.0.0.1")
+    )
 
 
 async def copy_metrics(registry: CollectorRegistry) -> None:

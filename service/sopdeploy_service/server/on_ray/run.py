@@ -13,7 +13,7 @@ from typing import Any
 
 from sopdeploy.environment import install_hint
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.server.on_ray.plan import NAME, build_config
+from sopdeploy_service.server.on_ray.plan import CLUSTER_VARIABLE, NAME, build_config
 from sopdeploy_service.server.on_ray.scale import ScaleOptions
 from sopdeploy_service.settings import Settings
 
@@ -32,6 +32,8 @@ def run(bundles: Mapping[str, Path], settings: Settings, scale: ScaleOptions) ->
     """
     config = build_config(bundles, settings, scale)
     os.environ.setdefault(USAGE_VARIABLE, "0")  # no usage statistics
+    if "RAY_ADDRESS" not in os.environ:  # only the HTTP port is for other machines
+        os.environ.setdefault(CLUSTER_VARIABLE, "0")
     try:
         ray, serve = importlib.import_module("ray"), importlib.import_module("ray.serve")
     except ImportError as problem:

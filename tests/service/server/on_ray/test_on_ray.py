@@ -1,9 +1,12 @@
 """A real Ray cluster on this machine; one test, because it takes seconds to start."""
 
+import contextlib
+import ipaddress
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,7 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from tests.ports import held_port
 from tests.service.children import START_SECONDS, line_of
-from tests.service.server.on_ray.clusters import Clients, Cluster, own_cluster
+from tests.service.server.on_ray.clusters import Clients, Cluster, below, own_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -64,6 +67,45 @@ def test_replicas_swap_bundles_and_a_killed_one_loses_only_its_requests(
         lost = [answer for answer in clients.responses if answer.status != 200]
         assert 0 < len(lost) <= CLIENTS
         assert all(answer.sent <= killed <= answer.done for answer in lost)
+
+
+def test_a_cluster_of_its_own_listens_on_loopback_only(bundle_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with (
+        held_port() as port,
+        tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder,
+        subprocess.Popen(
+            [sys.executable, "-m", "sopdeploy", "ray", str(bundle_path), "--port", str(port)],
+            env=environment | {"RAY_TMPDIR": folder},
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as child,
+    ):
+        try:
+            while not (line := line_of(child)).startswith("ready: "):
+                assert line, "it did not start"
+            addresses = [address for process in below(child.pid) for address in listening(process)]
+            assert ready(port)
+            assert len(addresses) > 3
+            assert {str(address) for address in addresses} == {"127.0.0.1"}
+        finally:
+            child.terminate()
+            child.communicate(timeout=START_SECONDS)
+
+
+def listening(process: int) -> list[ipaddress.IPv4Address]:
+    """Return the addresses on which *process* listens for TCP (Linux); `::` counts as 0.0.0.0."""
+    inodes = set()
+    for file in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(str(file.readlink()))
+    tables = (Path(f"/proc/net/{name}").read_text().splitlines() for name in ("tcp", "tcp6"))
+    rows = [line.split() for lines in tables for line in lines]
+    found = (
+        row[1].partition(":")[0][-8:] for row in rows if f"socket:[{row[9]}]" in inodes and row[3] == "0A"
+    )
+    return [ipaddress.IPv4Address(bytes.fromhex(address)[::-1]) for address in found]
 
 
 def ready(port: int) -> bool:
