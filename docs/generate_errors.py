@@ -61,6 +61,7 @@ WHAT_TO_DO = {
     "catch all errors.",
     "ConfigError": "Correct the value that the message names; it often suggests one. "
     "`sopdeploy train --dry-run` shows a recipe with all values.",
+    "MissingPackageError": "Run the `pip install` line of the message.",
     "DataError": "Repair or remove the named image or folder. Folders have the form `DIR/<class>/*.jpg`.",
     "CheckpointError": "Use a file written by `sopdeploy train` or `sopdeploy import`.",
     "WeightsError": "Pass the network that the message suggests as `--as`; "
@@ -97,6 +98,7 @@ EXAMPLES = {
     "expected; check the installation with `sopdeploy env`",
     "ConfigError": "--out: runs/photos-dsop holds a run; continue it or choose another folder; "
     "try --resume always",
+    "MissingPackageError": 'torch is not installed; run: pip install "sopdeploy[train]"',
     "DataError": "photos/cups/7.jpg: the image is truncated; repair, convert or delete it",
     "CheckpointError": "last.pt: damaged or not a checkpoint; copy or train it again",
     "WeightsError": "resnet18-f37072fd.pth: cannot be downloaded (Network is unreachable); get "
