@@ -103,8 +103,8 @@ EXAMPLES = {
     "CheckpointError": "last.pt: damaged or not a checkpoint; copy or train it again",
     "WeightsError": "resnet18-f37072fd.pth: cannot be downloaded (Network is unreachable); get "
     "https://download.pytorch.org/models/resnet18-f37072fd.pth and put it at "
-    "~/.cache/torch/hub/checkpoints/resnet18-f37072fd.pth, or give a file of weights, or the weights none "
-    "to train from scratch",
+    "~/.cache/torch/hub/checkpoints/resnet18-f37072fd.pth, or train from scratch with the weights none; try "
+    "--weights FILE",
     "TrainingError": "epoch 1, step 3: the buffer bn1.running_var is not finite; lower optimizer.lr or set "
     "optimizer.clip_norm (samples 45, 6, 23)",
     "DetachError": "DSoPResNet still carries training-only parts (branches); try --detach",
