@@ -136,9 +136,9 @@ COMPOSED = {
     "duplicate_output": "output 'logits' occurs twice",
     "invalid_parameter": "query.top_k: Input should be greater than or equal to 1",
     "malformed_json": "malformed JSON: unexpected end of data: line 1 column 10 (char 9)",
-    "method_not_allowed": "Method Not Allowed",
+    "method_not_allowed": "/v1/classify does not accept GET; use POST (/docs has examples)",
     "missing_input": ONE_INPUT,
-    "not_found": "Not Found",
+    "not_found": "no such path; did you mean /v1/classify? /docs lists all",
     "too_many_inputs": ONE_INPUT,
     "unknown_input": "no input 'image'; available: images, IMAGE",
     "unsupported_format": "PDF files are not accepted; use JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and "
