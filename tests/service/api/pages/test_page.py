@@ -151,7 +151,7 @@ CONTRAST = """() => {
 }"""
 
 
-LOADED = {"/": "#proof dl", "/docs": "#schemas section", "/errors": ".panel"}
+LOADED = {"/": "#proof :first-child", "/docs": "#schemas section", "/errors": ".panel"}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
