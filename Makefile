@@ -20,6 +20,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 # The same bytes for the same commit: its time, and locked build tools.
 BUILD = env SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/uv build --build-constraints deploy/lock/build.txt --require-hashes
 ALONE = env -u PYTHONPATH $(CURDIR)/$(BIN)/uv run --no-project --isolated --python $(CURDIR)/$(BIN)/python --with "$$(ls *.whl)
+EVERY_COMMAND = python $(CURDIR)/deploy/every_command.py bundles/latest
 # Unit tests that start no other process; `make quick` runs them.
 UNIT := $(addprefix tests/sopdeploy/,layers backbones images data bundle evaluation doctor) \
 	$(addprefix tests/service/,http images) tests/sweep/test_goldens.py
@@ -129,15 +130,17 @@ soak: $(STAMP)  ## five minutes of valid, invalid, slow and disconnecting client
 dist: $(STAMP)  ## sdist and wheel in dist/, reproducible for the same commit
 	$(BUILD) --out-dir dist
 
-# Each environment contains the wheel and its extra only; the second one has no torch.
-wheel-test: $(STAMP)  ## build the wheel, install it into empty environments, train with [train], verify with [cpu]
+# Each environment contains the wheel and its extras only; the last three lack torch or a runtime.
+wheel-test: $(STAMP)  ## build the wheel, install it into empty environments, train with [train], run every command in each
 	rm -rf build/wheel
 	nice $(BUILD) --wheel --out-dir build/wheel
 	cd build/wheel && nice $(ALONE)[train,cpu]" sh -e -c '\
 		sopdeploy train --recipe digits-dsop --set epochs=1 --out run && \
 		sopdeploy export run/best.pt --detach --max-batch 1 --out bundles'
 	cd build/wheel && nice $(ALONE)[cpu]" sh -e -c '\
-		python $(CURDIR)/deploy/no_torch.py && sopdeploy verify bundles/latest'
+		python $(CURDIR)/deploy/no_torch.py && sopdeploy verify bundles/latest && $(EVERY_COMMAND)'
+	cd build/wheel && nice $(ALONE)" $(EVERY_COMMAND)
+	cd build/wheel && nice $(ALONE)[train]" $(EVERY_COMMAND)
 
 samples-test: $(STAMP)  ## compile and run the programs in deploy/samples; needs g++ with headers, and `npm install` there
 	$(BIN)/pytest --slow tests/deploy/test_samples.py

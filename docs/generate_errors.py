@@ -61,6 +61,7 @@ WHAT_TO_DO = {
     "catch all errors.",
     "ConfigError": "Correct the value that the message names; it often suggests one. "
     "`sopdeploy train --dry-run` shows a recipe with all values.",
+    "MissingPackageError": "Run the `pip install` line of the message.",
     "DataError": "Repair or remove the named image or folder. Folders have the form `DIR/<class>/*.jpg`.",
     "CheckpointError": "Use a file written by `sopdeploy train` or `sopdeploy import`.",
     "WeightsError": "Pass the network that the message suggests as `--as`; "
@@ -97,12 +98,13 @@ EXAMPLES = {
     "expected; check the installation with `sopdeploy env`",
     "ConfigError": "--out: runs/photos-dsop holds a run; continue it or choose another folder; "
     "try --resume always",
+    "MissingPackageError": 'torch is not installed; run: pip install "sopdeploy[train]"',
     "DataError": "photos/cups/7.jpg: the image is truncated; repair, convert or delete it",
     "CheckpointError": "last.pt: damaged or not a checkpoint; copy or train it again",
     "WeightsError": "resnet18-f37072fd.pth: cannot be downloaded (Network is unreachable); get "
     "https://download.pytorch.org/models/resnet18-f37072fd.pth and put it at "
-    "~/.cache/torch/hub/checkpoints/resnet18-f37072fd.pth, or give a file of weights, or the weights none "
-    "to train from scratch",
+    "~/.cache/torch/hub/checkpoints/resnet18-f37072fd.pth, or train from scratch with the weights none; try "
+    "--weights FILE",
     "TrainingError": "epoch 1, step 3: the buffer bn1.running_var is not finite; lower optimizer.lr or set "
     "optimizer.clip_norm (samples 45, 6, 23)",
     "DetachError": "DSoPResNet still carries training-only parts (branches); try --detach",
@@ -134,9 +136,9 @@ COMPOSED = {
     "duplicate_output": "output 'logits' occurs twice",
     "invalid_parameter": "query.top_k: Input should be greater than or equal to 1",
     "malformed_json": "malformed JSON: unexpected end of data: line 1 column 10 (char 9)",
-    "method_not_allowed": "Method Not Allowed",
+    "method_not_allowed": "/v1/classify does not accept GET; use POST (/docs has examples)",
     "missing_input": ONE_INPUT,
-    "not_found": "Not Found",
+    "not_found": "no such path; did you mean /v1/classify? /docs lists all",
     "too_many_inputs": ONE_INPUT,
     "unknown_input": "no input 'image'; available: images, IMAGE",
     "unsupported_format": "PDF files are not accepted; use JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and "

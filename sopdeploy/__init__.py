@@ -69,6 +69,9 @@ __all__ = sorted(["__version__", *_MODULES])
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'sopdeploy' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name]), name)
+    from sopdeploy.environment import missing_extras
+
+    with missing_extras():
+        value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value

@@ -3,12 +3,14 @@
 import importlib
 import os
 import platform
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.errors import SopdeployError
+from sopdeploy.errors import MissingPackageError, SopdeployError
 
 # x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where the sum can saturate. With
 # this session option ONNX Runtime stores the int8 weights as uint8 there, which is exact. On other processors
@@ -73,3 +75,18 @@ def import_optional(
     except ImportError as problem:
         prefix = f"{needed_by}: " if needed_by else ""
         raise error(prefix + install_hint(package, source)) from problem
+
+
+@contextmanager
+def missing_extras() -> Iterator[None]:
+    """Turn the failed import of a package that belongs to an extra into a `MissingPackageError`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = {"sklearn": "scikit-learn"}.get(error.name or "", (error.name or "").replace("_", "-"))
+        requirement = re.compile(rf"{re.escape(package)}\b(?!-).*\bextra == ['\"]([\w-]+)")
+        extras = [match[1] for match in map(requirement.match, metadata.requires("sopdeploy") or []) if match]
+        if not package or not extras:
+            raise
+        extra = "train" if "train" in extras else extras[0]
+        raise MissingPackageError(install_hint(package, f"sopdeploy[{extra}]")) from error

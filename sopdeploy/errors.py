@@ -66,6 +66,12 @@ class ConfigError(SopdeployError):
     code = "wrong_value"
 
 
+class MissingPackageError(SopdeployError):
+    """A package of an extra that is not installed."""
+
+    code = "not_installed"
+
+
 class DataError(SopdeployError):
     """Unusable data folder or image file."""
 

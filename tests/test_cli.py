@@ -120,6 +120,12 @@ def test_a_mistyped_command_suggests_the_nearest_one() -> None:
     assert re.search("No such command 'exprt'.*Did you mean.*export", result.stderr, re.DOTALL)
 
 
+@pytest.mark.parametrize(("given", "meant"), [("photos", "--data photos"), ("a.toml", "--recipe a.toml")])
+def test_an_argument_of_train_without_its_option_names_the_option(given: str, meant: str) -> None:
+    result = sopdeploy_cli("train", given, "--resume")
+    assert (result.exit_code, f"did you mean {meant}?" in result.stderr) == (2, True)
+
+
 def test_models_lists_the_catalog_by_family() -> None:
     result = as_json("models")
     assert [row["name"] for row in result] == list(CATALOG)

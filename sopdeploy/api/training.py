@@ -22,6 +22,7 @@ from sopdeploy.training.loop import TrainingResult
 from sopdeploy.training.loop import train as run
 from sopdeploy.training.recipe import Recipe, parse_override, read_recipe, to_toml
 from sopdeploy.training.run_folder import numbered_folder
+from sopdeploy.training.start_weights import choose_network
 
 FOLDER_RECIPE = "photos"
 OPTIONAL_TABLES = {name for name, field in Recipe.model_fields.items() if field.default is None}
@@ -147,7 +148,8 @@ def configure(
 ) -> tuple[Recipe, str, list[str]]:
     """Read *recipe* with the given changes; return it, its name, and the keys that were changed.
 
-    Raises `ConfigError` if there are no data and no recipe, or if a value is invalid.
+    Without a recipe and a network, a weight file determines the network. Raises `ConfigError` if there are no
+    data and no recipe, or if a value is invalid.
     """
     if recipe is None and data is None:
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
@@ -159,7 +161,12 @@ def configure(
     }
     given = {key: value for key, value in settings.items() if value is not None}
     changes = [*assignments, *to_assignments(given)]
-    return read_recipe(source, changes), Path(source).stem, [parse_override(change)[0] for change in changes]
+    loaded, keys = read_recipe(source, changes), [parse_override(change)[0] for change in changes]
+    weights = None if loaded.start is None else loaded.start.weights
+    if recipe is None and "model.name" not in keys and isinstance(weights, Path):
+        network = choose_network(weights, loaded.model.name)
+        loaded = read_recipe(source, [*changes, f"model.name={to_toml(network)}"])
+    return loaded, Path(source).stem, keys
 
 
 def _compared_networks(options: TrainOptions) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sopdeploy.api.progress import plain_text as plain_text
+from sopdeploy.environment import missing_extras
 from sopdeploy.errors import (
     NoMemoryError,
     SopdeployError,
@@ -41,12 +42,13 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
     """Print a user error as one line on stderr and exit with code 2.
 
     With *as_json*, also print its code, message and complete lists as JSON on stdout. Errors of the operating
-    system in `STORAGE_ERRNOS` and exhausted memory are user errors. An error that another process has already
-    shown (`reported`) is not printed again.
+    system in `STORAGE_ERRNOS`, exhausted memory and missing packages of an extra are user errors. An error
+    that another process has already shown (`reported`) is not printed again.
     """
     try:
         try:
-            yield
+            with missing_extras():
+                yield
         except OSError as error:
             if error.errno not in STORAGE_ERRNOS:
                 raise

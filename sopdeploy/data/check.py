@@ -13,7 +13,7 @@ from PIL import Image
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.datasets import official
-from sopdeploy.data.datasets.folder import UNSPLIT, ClassFolders, open_class_folders
+from sopdeploy.data.datasets.folder import UNSPLIT, ClassFolders, open_class_folders, single_images
 from sopdeploy.data.datasets.label_table import (
     LABELS_FILE,
     SEPARATOR,
@@ -133,7 +133,7 @@ def check(path: Path) -> DataReport:
         longer_side=(int(longer.min()), int(np.median(longer)), int(longer.max())),
         classes=tuple(folders.problems),
         unreadable=tuple(info.error for info in infos if info.error),
-        too_few=tuple(_single_images(*parts.values()) if len(parts) == 1 else ()),
+        too_few=tuple(single_images(*parts.values()) if len(parts) == 1 else ()),
         duplicates=tuple(_find_duplicates(readable)),
         strange={reason: tuple(files) for reason, files in unusual.items()},
         passed_over=dict(folders.ignored),
@@ -161,12 +161,6 @@ def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) ->
     counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
     size = sum(info.length for info in infos if info.part == name)
     return Part(name=name, count=len(images), bytes=size, classes=counts)
-
-
-def _single_images(images: ImageFiles) -> Iterator[str]:
-    """Describe the classes with a single image: none could be held out."""
-    for target in np.flatnonzero(images.class_counts() == 1):
-        yield f"{images.root / images.labels[target]}: only one image; add another"
 
 
 def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:

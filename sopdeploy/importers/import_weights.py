@@ -10,7 +10,7 @@ import pydantic
 import sopdeploy
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.config import StrictModel, first_problem
-from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.errors import ConfigError, WeightsError, shorten
 from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.fast_mpncov import convert_mpncov_resnet, convert_mpncov_vgg
@@ -24,8 +24,9 @@ from sopdeploy.importers.gmsop import convert_gmsop
 from sopdeploy.importers.gsop import convert_gsop
 from sopdeploy.importers.options import ImportOptions
 from sopdeploy.importers.source import ConvertedWeights, WeightFile
-from sopdeploy.importers.timm_network import convert_timm
+from sopdeploy.importers.timm_network import PREFIX, convert_timm, find_networks
 from sopdeploy.importers.weight_files import OwnCheckpointError, open_weights
+from sopdeploy.models.registry import list_models
 from sopdeploy.user_files import read_class_names
 
 Converter = Callable[[WeightFile, str], ConvertedWeights | None]  # None if the file is of another project
@@ -134,8 +135,37 @@ def convert_start_weights(path: Path, model: str) -> ConvertedWeights | None:
 def convert(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
     """Convert *file* for catalog *model*; returns the name of the file's project and the result.
 
-    Raises `WeightsError` if no importer recognizes the file.
+    Raises `WeightsError` if no importer recognizes the file; the message names the networks of timm that fit.
     """
+    if recognized := _recognize(file, model):
+        return recognized
+    if found := find_networks(file):
+        raise WeightsError(
+            f"{file.path}: does not fit {model}; its tensors are those of {shorten(found)}; name that network"
+        )
+    first_names = ", ".join(list(file.tensors)[:3])
+    known = ", ".join(sorted({project for project, _ in CONVERTERS}))
+    raise WeightsError(
+        f"{file.path}: its tensors ({first_names} ..) are not from a known project ({known}), nor those of a "
+        "network of timm with a name like that of the file; name its network as timm:NAME, or export it as a "
+        "network of your own with `sopdeploy export --network`"
+    )
+
+
+def choose_network(path: Path, default: str) -> str:
+    """Choose the network for the weights at *path*: *default* unless the file is that of another one."""
+    try:
+        file = open_weights(path)
+    except OwnCheckpointError:
+        return default
+    recognized = _recognize(file, "")
+    found = find_networks(file) if recognized is None else [str(recognized[1].model)]
+    is_default = default.removeprefix("head:").removeprefix("dsop-") in found
+    others = [name for name in found if name.startswith(PREFIX) or name in list_models()]
+    return others[0] if len(others) == 1 and not is_default else default
+
+
+def _recognize(file: WeightFile, model: str) -> tuple[str, ConvertedWeights] | None:
     for project, converter in CONVERTERS:
         try:
             converted = converter(file, model)
@@ -146,12 +176,7 @@ def convert(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
             ) from error
         if converted is not None:
             return project, converted
-    first_names = ", ".join(list(file.tensors)[:3])
-    known = ", ".join(sorted({project for project, _ in CONVERTERS}))
-    raise WeightsError(
-        f"{file.path}: its tensors ({first_names} ..) are not from a known project ({known}); export it "
-        "as a network of your own with `sopdeploy export --network`"
-    )
+    return None
 
 
 def _override_preprocess(preprocess: Preprocess, options: ImportOptions) -> Preprocess:

@@ -36,7 +36,8 @@ HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z.]+$")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_FILE = "model.safetensors"
 STALLED_SECONDS = 60  # without a byte from the server
-ADVICE = "or give a file of weights, or the weights none to train from scratch"
+ADVICE = "or train from scratch with the weights none"
+OWN_FILE = {"weights": "FILE"}  # of the option that takes a file which the user has
 
 
 def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:
@@ -69,7 +70,8 @@ def _published_network(model: str, config: StrictModel) -> str:
         return "timm:resnet26" if depth == 26 else f"resnet{depth}"
     raise ConfigError(
         f"start.weights: no ImageNet weights are published for {model}; choose a network on ResNet-18, "
-        f"26, 34, 50 or 101, VGG-16 or EfficientNet-b0, timm:NAME or dsop-timm:NAME, {ADVICE}"
+        f"26, 34, 50 or 101, VGG-16 or EfficientNet-b0, timm:NAME or dsop-timm:NAME, {ADVICE}",
+        remedies=OWN_FILE,
     )
 
 
@@ -92,7 +94,8 @@ def _fetch_timm(name: str) -> Path:
     if not config.hf_hub_id:
         if not config.url:
             raise ConfigError(
-                f"start.weights: timm publishes no weights for {name}; choose another, {ADVICE}"
+                f"start.weights: timm publishes no weights for {name}; choose another, {ADVICE}",
+                remedies=OWN_FILE,
             )
         return _fetch_url(config.url)
     hub = importlib.import_module("huggingface_hub")
@@ -125,7 +128,7 @@ def _downloading(name: str, advice: str) -> Iterator[None]:
             cause = cause.__cause__
         text = str(getattr(cause, "reason", "") or cause).strip() or type(cause).__name__
         raise WeightsError(
-            f"{name}: cannot be downloaded ({text.splitlines()[0]}); {advice}, {ADVICE}"
+            f"{name}: cannot be downloaded ({text.splitlines()[0]}); {advice}, {ADVICE}", remedies=OWN_FILE
         ) from error
     finally:
         socket.setdefaulttimeout(default_timeout)
@@ -140,5 +143,6 @@ def _check_hash(path: Path, expected: str) -> None:
         file.unlink(missing_ok=True)
     raise WeightsError(
         f"{path.name}: removed, its SHA-256 is {digest[: len(expected)]}, not {expected} (an incomplete "
-        f"download or another file); run the command again, {ADVICE}"
+        f"download or another file); run the command again, {ADVICE}",
+        remedies=OWN_FILE,
     )

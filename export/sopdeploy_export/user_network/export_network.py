@@ -46,7 +46,7 @@ NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")  # names files and folders wit
 def export_network(
     trained: nn.Module,
     *,
-    plain: Callable[[], nn.Module] | None,
+    plain: Callable[[], nn.Module] | None = None,
     training_only: Sequence[str] = (),
     labels: Sequence[str],
     preprocess: Preprocess,

@@ -146,9 +146,10 @@ class ModelInfo(StrictModel):
     """A loaded network and its runtime.
 
     `decode` is the way in which images are decoded; unless it is `exact`, `fast_decode` is its effect.
-    `thresholds` (by class) is set for a multi-label network, and `embedding_size`, the length of a vector of
-    `/v1/embed`, if the bundle has features. The last three fields are set with a memory budget;
-    `memory_bytes` is an estimate before the first load.
+    `thresholds` (by class) is set for a multi-label network, `embedding_size`, the length of a vector of
+    `/v1/embed`, if the bundle has features, and `known_from`, the smallest score of a known image, if it has
+    such a threshold. The last three fields are set with a memory budget; `memory_bytes` is an estimate before
+    the first load.
     """
 
     name: str
@@ -167,6 +168,7 @@ class ModelInfo(StrictModel):
     thresholds: dict[str, float] | None = None
     class_maps: bool = False
     embedding_size: int | None = None
+    known_from: float | None = None
     loaded: bool | None = None
     pinned: bool | None = None
     memory_bytes: int | None = None

@@ -1,6 +1,7 @@
 """Read the images of a request: raw, as a form, in JSON, or from a URL."""
 
 import asyncio
+import re
 from typing import NamedTuple
 
 import pydantic
@@ -21,6 +22,12 @@ MAX_TOP_K = 1_000_000
 
 NO_IMAGE = Rejection("no_image", 422, "the list `images` is empty")
 FETCHES_FULL = Rejection("fetches_full", 429, "too many URLs are being fetched; retry later", 1)
+STRIPPED = Rejection(
+    "stripped_body",
+    400,
+    "curl's --data and -d remove bytes from files; send the image with --data-binary @FILE",
+)
+REMOVED = re.compile(rb"[\0\r\n]")  # by curl's --data; an image file has some of them
 NOT_A_FORM = Rejection("unsupported_multipart", 415, "send the image itself or multipart/form-data")
 
 
@@ -55,6 +62,8 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
         return Upload(images, is_list=len(images) > 1)
     if kind != "application/json":
         body = await admitted.read_body(settings.max_body_bytes)
+        if kind == "application/x-www-form-urlencoded" and body and not REMOVED.search(body):
+            raise RejectedError(STRIPPED)
         return Upload([EncodedImage(body, content_type)])
     limit = min(settings.max_body_bytes, settings.max_json_bytes)
     body = await admitted.read_body(limit)

@@ -1,5 +1,6 @@
 """Error responses: `application/problem+json` (RFC 9457) for every error status."""
 
+import difflib
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -88,8 +89,15 @@ def install(app: FastAPI) -> None:
         allowed = {method.strip() for method in headers.get("Allow", "").split(",")}
         if "GET" in allowed:
             headers["Allow"] = ", ".join(sorted(allowed | {"HEAD"}))
-        code = HTTPStatus(error.status_code).name.lower()
-        return reject(request.scope, Rejection(code, error.status_code, str(error.detail)), headers)
+        status, path = HTTPStatus(error.status_code), request.scope["path"]
+        detail = str(error.detail)
+        if status == HTTPStatus.NOT_FOUND:
+            paths = [str(getattr(route, "path", "")) for route in app.routes]
+            near = difflib.get_close_matches(path[:100], paths, n=1)
+            detail = f"no such path;{f' did you mean {near[0]}?' if near else ''} /docs lists all"
+        elif status == HTTPStatus.METHOD_NOT_ALLOWED:
+            detail = f"{path} does not accept {request.method}; use {headers['Allow']} (/docs has examples)"
+        return reject(request.scope, Rejection(status.name.lower(), status, detail), headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

@@ -31,7 +31,10 @@ SetOption = Annotated[
 
 
 class TrainCommand(TyperCommand):
-    """A command whose option `--resume` takes an optional value: `--resume` or `--resume auto`."""
+    """A command whose option `--resume` takes an optional value: `--resume` or `--resume auto`.
+
+    An argument without an option ends it with the option that it may belong to.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Replace `--resume` without a value by `--resume=always`."""
@@ -39,7 +42,12 @@ class TrainCommand(TyperCommand):
             "--resume=always" if arg == "--resume" and following not in RESUME else arg
             for arg, following in zip_longest(args, args[1:])
         ]
-        return super().parse_args(ctx, completed)
+        ctx.allow_extra_args = True
+        rest: list[str] = super().parse_args(ctx, completed)
+        if rest:
+            option = "--recipe" if rest[0].endswith(".toml") else "--data"
+            ctx.fail(f"Unexpected argument {rest[0]}; did you mean {option} {rest[0]}?")
+        return rest
 
 
 train_command = typer.Typer(add_completion=False, **SETTINGS)

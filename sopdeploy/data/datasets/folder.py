@@ -20,7 +20,13 @@ from sopdeploy.data.datasets.label_table import (
     split_table,
 )
 from sopdeploy.data.folders import Log, data_folder, ignore, list_images, list_subfolders
-from sopdeploy.data.image_files import ImageFiles, count_ignored_files, describe_ignored_files, divide
+from sopdeploy.data.image_files import (
+    ImageFiles,
+    count_ignored_files,
+    describe_ignored_files,
+    divide,
+    find_unreadable,
+)
 from sopdeploy.data.parts import TRAIN, Parts, find_parts, part_folder
 from sopdeploy.data.subset import ClassSubset
 from sopdeploy.errors import ConfigError, DataError, shorten
@@ -67,9 +73,12 @@ def open_folder(config: FolderConfig, log: Log = ignore) -> Split:
     if folders.ignored:
         ignored = describe_ignored_files(folders.ignored)
         log(f"{root}: ignored files without an image suffix: {ignored}")
-    if folders.problems:
-        raise DataError("; ".join(folders.problems))
     train, *held_out = folders.parts.values()
+    problems = [*folders.problems, *([] if held_out else single_images(train))]
+    if problems:  # only then, because training finds unreadable images itself
+        parts = () if config.skip_corrupt else folders.parts.values()
+        problems += [error for part in parts for error in find_unreadable(part).values()]
+        raise DataError(shorten(problems, "; "), lists={"problems": problems})
     if held_out:
         return Split(train=train, held_out=held_out[0])
     train, divided = divide(train, config.hold_out, config.hold_out_seed)
@@ -133,6 +142,12 @@ def class_problems(images: ImageFiles, labels: tuple[str, ...]) -> Iterator[str]
             f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
             f"add some ({', '.join(SUFFIXES)}) or remove the folder"
         )
+
+
+def single_images(images: ImageFiles) -> Iterator[str]:
+    """Describe the classes with a single image: none could be held out."""
+    for target in np.flatnonzero(images.class_counts() == 1):
+        yield f"{images.root / images.labels[target]}: only one image; add another"
 
 
 def class_names(root: Path) -> tuple[str, ...]:

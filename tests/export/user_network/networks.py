@@ -23,7 +23,7 @@ PREPROCESS = Preprocess(resize=SIDE, crop=SIDE)
 
 def export_small(network: nn.Module, destination: Path, **options: Any) -> Exported:
     """Export *network* with four classes; *options* are those of `export_network`."""
-    defaults = {"plain": None, "labels": list("abcd"), "preprocess": PREPROCESS, "name": "small"}
+    defaults = {"labels": list("abcd"), "preprocess": PREPROCESS, "name": "small"}
     return export_network(network, destination=destination, **defaults | options)
 
 

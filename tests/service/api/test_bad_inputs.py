@@ -260,6 +260,27 @@ def test_a_bad_method_or_path_is_rejected_and_never_redirected(client):
             assert (reply.status, reply.code, "location" in reply.headers) == (status, code, False), line
 
 
+ADVICE = {
+    "GET /v1/classify": "/v1/classify does not accept GET; use POST (/docs has examples)",
+    "POST /livez": "/livez does not accept POST; use GET, HEAD (/docs has examples)",
+    "POST /classify": "no such path; did you mean /v1/classify? /docs lists all",
+    "GET /nowhere": "no such path; /docs lists all",
+}
+
+
+@pytest.mark.parametrize("line", ADVICE)
+def test_a_bad_method_or_path_says_what_to_send_instead(client, line):
+    assert client.request(*line.split()).json()["detail"] == ADVICE[line]
+
+
+def test_an_image_that_curl_sent_without_its_line_breaks_names_the_right_option(client, jpeg):
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    for body in (jpeg.translate(None, b"\0\r\n"), b"photo.jpg"):
+        reply = client.post("/v1/classify", content=body, headers=headers)
+        assert (reply.status_code, reply.json()["code"]) == (400, "stripped_body")
+        assert "--data-binary @FILE" in reply.json()["detail"]
+
+
 def test_512_concurrent_images_get_200_or_429(serve_with, jpeg):
     client = serve_with(FakeRuntime(classes=7), queue_size=64, max_connections=600)
     with ExitStack() as stack:

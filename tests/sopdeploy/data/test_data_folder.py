@@ -95,7 +95,7 @@ BAD_FOLDERS = [
         "(in); a classifier needs at least two; to use the folders in it as classes, give ",
     ),
     ({"a": 3, "b": 0}, "b: no images in this class folder; add some"),
-    ({"a": 3, "b": 1}, "only one image of b; add another"),
+    ({"a": 3, "b": 1}, "b: only one image; add another"),
     ({"train": 0}, "train: holds no class folders"),
     ({"train__a": 2, "train__b": 2, "val__a": 1}, "val: training classes b are missing, add them"),
     (
@@ -115,6 +115,13 @@ def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, message) -> N
     assert message in str(problem.value)
     assert str(tmp_path) in str(problem.value)
     assert "\n" not in str(problem.value)
+
+
+def test_all_problems_of_a_folder_are_listed_together(tmp_path) -> None:
+    (make(tmp_path, a=3, b=0, c=1, d=3) / "a" / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(DataError, match=r"b: no images .*; .*c: only one image; .*torn\.jpg: ") as problem:
+        open_at(tmp_path)
+    assert len(problem.value.lists["problems"]) == 3
 
 
 def test_a_missing_or_unreadable_folder_is_named(tmp_path, monkeypatch) -> None:

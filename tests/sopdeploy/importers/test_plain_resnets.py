@@ -120,6 +120,16 @@ def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) 
     assert report.notes[0].startswith("preprocessing from config.json" if beside else "no config.json")
 
 
+@pytest.mark.parametrize("model", ["resnet18", "timm:test_vit"])
+def test_a_file_of_another_network_names_the_network_of_timm_that_it_fits(tmp_path: Path, model: str) -> None:
+    file = tmp_path / "test_efficientnet-epoch9.pth"
+    torch.save(timm.create_model("test_efficientnet", num_classes=3).state_dict(), file)
+    with pytest.raises(WeightsError) as error:
+        imported(file, model)
+    fits = "its tensors are those of timm:test_efficientnet; name that network"
+    assert str(error.value) == f"{file}: does not fit {model}; {fits}"
+
+
 @pytest.mark.parametrize(("blocks", "option", "base"), [(1, "A", 16), (3, "A", 8), (1, "B", 8)])
 def test_cifar_weights_give_the_same_logits(tmp_path: Path, blocks: int, option: str, base: int) -> None:
     torch.manual_seed(0)

@@ -16,10 +16,12 @@ from huggingface_hub import close_session, constants
 from PIL import Image
 from typer.testing import CliRunner
 
+from sopdeploy.api.options import TrainOptions
+from sopdeploy.api.training import configure
 from sopdeploy.backbones.resnet import BLOCKS
 from sopdeploy.checkpoint import load_plain, read_checkpoint
 from sopdeploy.cli.app import app
-from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
+from sopdeploy.errors import ConfigError, SopdeployError, WeightsError, command_line_option
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.import_weights import import_weights
 from sopdeploy.importers.options import ImportOptions
@@ -115,12 +117,23 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(
     server.fault = fault
     with pytest.raises(WeightsError) as error:
         start()
-    place = f"get http://.*/models/{name} and put it at {tmp_path}/torch/hub/checkpoints/{name}, or give"
+    place = f"get http://.*/models/{name} and put it at {tmp_path}/torch/hub/checkpoints/{name}, or train"
     expected = place if fault == "not found" else f"{name}: removed, its SHA-256 is .*, not {name[9:17]}"
     assert re.search(expected, str(error.value))
-    assert str(error.value).endswith("or give a file of weights, or the weights none to train from scratch")
+    message = error.value.describe(command_line_option)
+    assert message.endswith("or train from scratch with the weights none; try --weights FILE")
     assert "\n" not in str(error.value)
     assert [path for path in (tmp_path / "torch").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(("name", "hub"), [("test_efficientnet.pth", None), ("a.pth", "test_efficientnet")])
+def test_a_weight_file_determines_the_network_that_is_not_named(tmp_path, name, hub) -> None:
+    torch.save(timm.create_model("test_efficientnet").state_dict(), tmp_path / name)
+    if hub is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": hub}))
+    options = TrainOptions(weights=str(tmp_path / name))
+    assert configure("photos", None, options, ())[0].model.name == "timm:test_efficientnet"
+    assert configure("photos", None, options, ("model.name=resnet18",))[0].model.name == "resnet18"
 
 
 @pytest.mark.parametrize("model", ["timm:test_resnet", "dsop-timm:test_resnet", "head:timm:test_resnet"])

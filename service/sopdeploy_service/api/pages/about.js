@@ -25,13 +25,15 @@ function proof(certificate) {
     ["Kept", `${counted(kept, "tensor")}, sha256 equal before and after`],
     ["One graph", `${compared.join(" = ")}, ${operations} operations, also as ONNX`],
     ["Numbers", `logits bitwise equal on ${counted(images, "probe image")}`],
-    ["Graph root", make("code", {}, certificate.root)],
-    ["ONNX root", make("code", {}, certificate.onnx_root)],
   ];
-  const list = make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
+  const hashes = [["Graph root", make("code", {}, certificate.root)], ["ONNX root", make("code", {}, certificate.onnx_root)]];
   const result = removed ? "only training-only tensors were removed" : "all tensors are those of the trained network";
-  return [make("p", { className: "seal" }, seal(), `Verified (${certificate.proof}): ${result}.`), list];
+  return [make("p", { className: "seal" }, seal(), `Verified (${certificate.proof}): ${result}.`), list(rows),
+    make("details", {}, make("summary", {}, "Hashes"), list(hashes))];
 }
+
+/** Description list of [name, value] rows. */
+const list = (rows) => make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
 
 /** The seal icon. */
 function seal() {

@@ -13,8 +13,8 @@ const STAGES = { receive: "receive", decode: "decode", queue: "queue", infer: "i
 const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 2 : 1)} %`;
 const milliseconds = (value) => `${value.toFixed(value < 99.5 ? 1 : 0)} ms`;
 
-/** Show `body`, the JSON of a successful response; `components` is the number of components, 0 without a gate. */
-function showAnswer(body, components) {
+/** Show `body`, the JSON of a successful response; `components` is the number of components, 0 without a gate, and `knownFrom` the smallest score of a known image. */
+function showAnswer(body, components, knownFrom) {
   byId("classes").replaceChildren(...body.classes.map(classBar));
   byId("warnings").replaceChildren(
     ...body.warnings.map((code) => make("li", {}, WARNINGS[code] ?? sentence(code.replaceAll("_", " ")))),
@@ -22,6 +22,7 @@ function showAnswer(body, components) {
   showMap(body.class_map);
   byId("unknown").hidden = body.known !== false;
   byId("unknown-score").textContent = body.known === false ? body.score.toFixed(3) : "";
+  showScore(body.score, knownFrom);
   byId("components").hidden = !body.gates;
   if (body.gates) byId("gates").replaceChildren(...componentColumns(body.gates, components));
   byId("none").hidden = body.classes.length > 0;
@@ -29,6 +30,16 @@ function showAnswer(body, components) {
   byId("status").textContent = body.classes.length === 0 ? byId("none").textContent : `${unknown}Prediction: ${body.classes
     .map((entry) => `${entry.label} ${percent(entry.probability)}`)
     .join(", ")}`;
+}
+
+/** Show `score` on a scale whose middle is `from`, the smallest score of a known image. */
+function showScore(score, from) {
+  byId("score").hidden = score === undefined || typeof from !== "number";
+  if (byId("score").hidden) return;
+  const reach = 1.25 * Math.max(Math.abs(from), Math.abs(score - from), Number.MIN_VALUE);
+  byId("score-bar").style.setProperty("--part", (1 + (score - from) / reach) / 2);
+  byId("score-value").textContent = score.toFixed(3);
+  byId("known-from").textContent = from.toFixed(3);
 }
 
 /** List entry of one class. */
@@ -104,8 +115,9 @@ function showMap(map) {
 function clearAnswer() {
   byId("map").hidden = true;
   for (const id of ["classes", "warnings", "gates", "waterfall"]) byId(id).replaceChildren();
-  for (const id of ["components", "time", "error", "empty", "none", "unknown"]) byId(id).hidden = true;
-  byId("status").textContent = "";
+  for (const id of ["components", "time", "error", "empty", "none", "unknown", "score"]) byId(id).hidden = true;
+  byId("status").textContent = byId("progress").textContent = "";
+  byId("answer").setAttribute("aria-busy", "false");
 }
 
 /** Show an error; `code` is its stable error code. */

@@ -1,7 +1,9 @@
 "use strict";
-// The page at `/`: classify an image that is dropped, chosen or pasted.
+// The page at `/`: classify images that are dropped, chosen or pasted.
 
-const state = { server: null, info: null, card: null, file: null, request: null };
+// Each of `photos` has its file, the URL of its preview, the list entry, and in the end `show`, which shows its answer.
+const state = { server: null, info: null, card: null, photos: [], shown: null, run: null };
+const CONCURRENT = 4; // requests; browsers open up to six connections to a server
 
 /** URL of the classify request. */
 function classifyUrl() {
@@ -19,59 +21,140 @@ function topK() {
   return value >= 1 ? value : 5;
 }
 
-/** Preview and classify `file`, and update the snippets. */
-function take(file) {
-  if (!file) return;
-  state.file = file;
-  showPreview(file);
-  showSnippets();
-  if (state.info) void ask();
-  else starting = starting.then(() => state.info ?? start()); // `start` classifies the image
+/** Preview and classify `files`, and update the snippets. */
+function take(files) {
+  if (!files?.length) return;
+  for (const { url } of state.photos) URL.revokeObjectURL(url);
+  state.photos = [...files].map(listed);
+  const several = state.photos.length > 1;
+  byId("list").replaceChildren(...state.photos.map(({ entry }) => entry));
+  byId("photos").hidden = !several;
+  byId("invite").textContent = several ? "Drop other images" : "Drop another image";
+  document.body.classList.add("given");
+  display(state.photos[0]);
+  if (state.info) void askAll();
+  else starting = starting.then(() => state.info ?? start()); // `start` classifies the images
 }
 
-/** Send the image and show the response; a newer image cancels an older request. */
-async function ask() {
-  state.request?.abort();
-  const request = new AbortController();
-  state.request = request;
+/** Photo with the list entry of `file`, which shows its answer when it is chosen. */
+function listed(file) {
+  const photo = { file, url: URL.createObjectURL(file), result: make("span", { className: "result" }) };
+  const button = make(
+    "button", { type: "button" },
+    make("img", { src: photo.url, alt: "", loading: "lazy", decoding: "async" }),
+    make("span", { className: "name" }, file.name), photo.result,
+  );
+  button.addEventListener("click", () => {
+    display(photo);
+    byId("answer").scrollIntoView({ block: "nearest" });
+  });
+  return Object.assign(photo, { button, entry: make("li", {}, button) });
+}
+
+/** Show the preview of `photo`, and its answer or what is being done. */
+function display(photo) {
+  state.shown = photo;
+  for (const { button } of state.photos) button.setAttribute("aria-current", String(button === photo.button));
+  showPreview(photo);
+  showSnippets();
+  if (photo.show) photo.show();
+  else progress(photo, "Waiting");
+}
+
+/** Show in words what is being done with `photo`. */
+function progress(photo, text) {
+  photo.result.textContent = text;
+  if (photo !== state.shown) return;
   byId("answer").setAttribute("aria-busy", "true");
-  byId("status").textContent = "Classifying";
-  const started = performance.now();
-  try {
-    const headers = keyHeaders({ "Content-Type": typeOf(state.file) });
-    const sent = { method: "POST", headers, body: state.file, signal: request.signal };
-    const reply = await fetch(classifyUrl(), sent);
-    const body = await reply.json();
-    const total = performance.now() - started;
-    if (request.signal.aborted) return;
-    clearAnswer();
-    if (reply.status === 401) {
-      askForKey();
-      showError(noKey(), body.code);
-    } else if (reply.ok) {
-      void followSwap(reply.headers.get("X-Model-Digest"));
-      showAnswer(body, state.card?.components ?? 0);
-      showTime(reply.headers.get("Server-Timing") ?? "", total);
-    } else {
-      const again = reply.headers.get("Retry-After");
-      showError(again ? `${body.detail} (retry in ${again} s)` : body.detail, body.code);
-    }
-  } catch {
-    if (request.signal.aborted) return;
-    showError("the server cannot be reached or closed the connection; check that it is running");
+  byId("error").hidden = byId("empty").hidden = true;
+  byId("progress").textContent = byId("status").textContent = text;
+}
+
+/** Classify all photos, several at the same time; newer photos cancel older requests. */
+async function askAll() {
+  state.run?.abort();
+  const run = state.run = new AbortController();
+  const { photos } = state;
+  const waiting = [...photos];
+  let done = 0;
+  for (const photo of photos) {
+    photo.show = null;
+    progress(photo, "Waiting");
   }
-  byId("answer").setAttribute("aria-busy", "false");
+  await Promise.all(Array.from({ length: CONCURRENT }, async () => {
+    for (let photo = waiting.shift(); photo; photo = waiting.shift()) {
+      byId("done").textContent = `${done} of ${photos.length}`;
+      await ask(photo, run.signal);
+      if (run.signal.aborted) return;
+      done += 1;
+    }
+    byId("done").textContent = `${done} of ${photos.length}`;
+  }));
+}
+
+/** Send `photo` and show the response in the list, and as the answer if the photo is chosen. */
+async function ask(photo, signal) {
+  const started = performance.now();
+  let reply = null;
+  let body = null;
+  try {
+    reply = await send(photo, signal);
+    body = JSON.parse(reply.responseText);
+  } catch {
+    reply = null;
+  }
+  if (signal.aborted) return;
+  const total = performance.now() - started;
+  if (reply?.status === 200 && body) {
+    void followSwap(reply.getResponseHeader("X-Model-Digest"));
+    const [best] = body.classes;
+    photo.result.textContent = best ? `${best.label} ${percent(best.probability)}` : "No class";
+    if (body.known === false) photo.result.textContent = "Unknown";
+    photo.show = () => {
+      clearAnswer();
+      showAnswer(body, state.card?.components ?? 0, state.info?.known_from);
+      showTime(reply.getResponseHeader("Server-Timing") ?? "", total);
+    };
+  } else {
+    const again = reply?.getResponseHeader("Retry-After");
+    let text = "the server cannot be reached or closed the connection; check that it is running";
+    if (reply) text = again ? `${body?.detail} (retry in ${again} s)` : body?.detail;
+    if (reply?.status === 401) {
+      askForKey();
+      text = noKey();
+    }
+    photo.result.textContent = sentence(text);
+    photo.show = () => showError(text, body?.code);
+  }
+  photo.entry.classList.toggle("failed", reply?.status !== 200);
+  if (photo === state.shown) photo.show();
+}
+
+/** Send the request of `photo`; `fetch` would not tell when the upload ends. */
+function send(photo, signal) {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    request.open("POST", classifyUrl());
+    const headers = keyHeaders({ "Content-Type": typeOf(photo.file) });
+    for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
+    request.upload.addEventListener("progress", ({ loaded, total }) =>
+      progress(photo, `Uploading, ${Math.floor((100 * loaded) / total)} %`));
+    request.upload.addEventListener("load", () => progress(photo, "Classifying"));
+    request.addEventListener("load", () => resolve(request));
+    for (const end of ["error", "abort"]) request.addEventListener(end, reject);
+    signal.addEventListener("abort", () => request.abort());
+    progress(photo, "Uploading");
+    request.send(photo.file);
+  });
 }
 
 const typeOf = (file) => file?.type || "application/octet-stream";
 
-/** Show `file` with a frame around the crop of the network. */
-function showPreview(file) {
-  URL.revokeObjectURL(byId("preview").src);
+/** Show a photo with a frame around the crop of the network. */
+function showPreview({ file, url }) {
   byId("frame").hidden = byId("map").hidden = true;
-  byId("preview").src = URL.createObjectURL(file);
+  byId("preview").src = url;
   byId("preview").alt = `Preview of ${file.name}`;
-  byId("invite").textContent = "Drop another image";
   byId("file-note").textContent = `${file.name}, ${Math.max(1, Math.round(file.size / 1000)).toLocaleString("en")} kB`;
 }
 
@@ -90,21 +173,21 @@ byId("preview").addEventListener("load", () => {
 
 /** Show the request in each language. */
 function showSnippets() {
-  const name = state.file?.name ?? "photo.jpg";
-  const type = state.file ? typeOf(state.file) : "image/jpeg";
+  const name = state.shown?.file.name ?? "photo.jpg";
+  const type = state.shown ? typeOf(state.shown.file) : "image/jpeg";
   showTabs(snippets(classifyUrl(), name, type).map(([language, code]) =>
     [language, codeBlock(code, `${language} code`)]));
 }
 
 byId("file").addEventListener("change", (event) => {
-  take(event.target.files[0]);
+  take(event.target.files);
   event.target.value = ""; // allow choosing the same file again
 });
 for (const id of ["top-k", "explain"]) byId(id).addEventListener("change", () => {
   showSnippets();
-  if (state.file) void ask();
+  if (state.shown) void askAll();
 });
-document.addEventListener("paste", (event) => take(event.clipboardData?.files[0]));
+document.addEventListener("paste", (event) => take(event.clipboardData?.files));
 document.addEventListener("dragover", (event) => {
   event.preventDefault();
   document.body.classList.add("over");
@@ -115,7 +198,7 @@ document.addEventListener("dragleave", (event) => {
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("over");
-  take(event.dataTransfer?.files[0]);
+  take(event.dataTransfer?.files);
 });
 
 byId("models").addEventListener("change", (event) => choose(event.target.value));
@@ -135,9 +218,9 @@ async function choose(name) {
   byId("explain-row").hidden = !state.info.class_maps;
   showAbout(state.info, state.card, state.server.server);
   showSnippets();
-  if (state.file) {
-    showPreview(state.file);
-    void ask();
+  if (state.shown) {
+    showPreview(state.shown);
+    void askAll();
   }
 }
 

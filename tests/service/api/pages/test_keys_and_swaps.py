@@ -79,7 +79,7 @@ def test_a_swapped_model_is_detected_and_shown(
         before = shown(page)
         load = {"parameters": {"folder": second.name}}
         assert client.post("/v2/repository/models/tiny/load", json=load).status_code == 200
-        page.evaluate("void ask()")
+        page.evaluate("void askAll()")
         page.locator("#bundle", has_text=second.name).wait_for()
         done(page)
         assert shown(page) == before

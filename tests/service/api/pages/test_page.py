@@ -1,6 +1,7 @@
 """The page at `/` in a real browser."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.resources import files
@@ -82,6 +83,91 @@ def test_an_unreachable_server_is_reported(page, jpeg):
     page.route("**/v1/classify**", lambda route: route.fulfill(status=200, body="not JSON"))
     give(page, jpeg)
     assert "cannot be reached" in page.get_by_role("alert").text_content()
+
+
+def test_several_images_are_classified_and_listed(page, client, jpeg, make_picture):
+    others = [make_picture((40 * number, 90, 200)) for number in range(7)]
+    bodies = [jpeg, b"no picture", *others]
+    chosen = [{"name": f"{n}.jpg", "mimeType": "image/jpeg", "buffer": body} for n, body in enumerate(bodies)]
+    page.locator("#file").set_input_files(chosen)
+    page.locator("#done", has_text="9 of 9").wait_for()
+    results = page.locator("#list .result").all_text_contents()
+    assert "not an image" in results.pop(1)
+    assert results == [" ".join(expected(client, body)[0]) for body in (jpeg, *others)]
+    assert page.locator("#list img").evaluate_all("all => all.map(e => e.naturalWidth > 0)") == [
+        body != b"no picture" for body in bodies
+    ]
+    assert shown(page) == expected(client, jpeg)
+    page.locator("#list button").nth(4).click()
+    assert shown(page) == expected(client, others[2])
+    page.locator("#list button").nth(1).click()
+    assert page.get_by_role("alert").is_visible()
+
+
+def test_a_phone_shows_the_answer_without_scrolling(open_page, client, jpeg):
+    page = open_page(client.base_url, viewport={"width": 390, "height": 844})
+    give(page, jpeg)
+    answer = page.locator("#classes").bounding_box()
+    assert answer["y"] + answer["height"] < 844
+
+
+def test_words_say_what_is_being_done_with_each_of_several_images(page, jpeg):
+    page.route("**/v1/classify**", lambda _route: None)  # no response
+    chosen = [{"name": f"{number}.jpg", "mimeType": "image/jpeg", "buffer": jpeg} for number in range(6)]
+    page.locator("#file").set_input_files(chosen)
+    words = page.locator("#list .result").all_text_contents()
+    assert [re.sub("^(Uploading.*|Classifying)$", "busy", word) for word in words] == [
+        *["busy"] * 4,
+        *["Waiting"] * 2,
+    ]
+    assert page.locator("#progress").inner_text().startswith(("Uploading", "Classifying"))
+    assert page.locator("#done").inner_text() == "0 of 6"
+
+
+def test_hashes_are_folded(open_page, gated_client):
+    page = open_page(gated_client.base_url)
+    page.get_by_text("Hashes").click()
+    assert page.locator("#proof details code").count() == 2
+    assert page.locator("#proof details code").first.is_visible()
+
+
+# The smallest contrast of a text on a page with its background (WCAG 2), and the element.
+CONTRAST = """() => {
+  const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+  const luminance = (color) => channels(color).slice(0, 3).map((value) => value / 255)
+    .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, value, place) => sum + value * [0.2126, 0.7152, 0.0722][place], 0);
+  const background = (element) => {
+    const color = element ? getComputedStyle(element).backgroundColor : "rgb(255, 255, 255)";
+    return channels(color)[3] === 0 ? background(element.parentElement) : color;
+  };
+  const texts = [...document.body.querySelectorAll("*")].filter((element) => element.checkVisibility()
+    && [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim()));
+  return texts.map((element) => {
+    const [first, second] = [getComputedStyle(element).color, background(element)].map(luminance);
+    const contrast = (Math.max(first, second) + 0.05) / (Math.min(first, second) + 0.05);
+    return [contrast, element.outerHTML.slice(0, 90)];
+  }).reduce((least, other) => (other[0] < least[0] ? other : least));
+}"""
+
+
+LOADED = {"/": "#proof :first-child", "/docs": "#schemas section", "/errors": ".panel"}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("path", LOADED)
+def test_every_text_has_the_contrast_that_wcag_requires(open_page, client, path, scheme):
+    page = open_page(client.base_url, path, color_scheme=scheme)
+    page.locator(LOADED[path]).first.wait_for()
+    least, element = page.evaluate(CONTRAST)
+    assert least >= 4.5, element
+
+
+def test_the_badges_of_the_documentation_are_one_line(open_page, client):
+    page = open_page(client.base_url, "/docs", viewport={"width": 390, "height": 844})
+    page.wait_for_selector(".contents .verb")
+    heights = page.locator(".verb").evaluate_all("all => all.map(badge => badge.clientHeight)")
+    assert len(set(heights)) == 1
 
 
 HARMFUL = 'it\'s "x" $(touch owned) `b` <img src=x onerror=alert(1)>.jpg'

@@ -38,6 +38,9 @@ def test_the_banner_with_the_score_is_shown_for_unknown_images_only(open_page, b
         for body, answer in ((BRIGHT, found[0]), (DARK, found[1]), (BRIGHT, found[0])):
             give(page, body)
             assert banner.is_visible() is not answer["known"]
+            assert page.locator("#score").inner_text().split() == [
+                *("Score", f"{answer['score']:.3f}", "unknown", "known", "from", "0.700")
+            ]
             assert status.text_content().startswith("Probably none of the classes. ") is not answer["known"]
             if not answer["known"]:
                 assert banner.text_content().startswith("Unknown.")

@@ -1,0 +1,99 @@
+"""Run every command and its `--help` in this installation; a traceback is a failure.
+
+    python deploy/every_command.py BUNDLE
+
+Prints a line per command: its exit code and its error. `make wheel-test` runs it in environments with
+different extras, which contain nothing but sopdeploy.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from PIL import Image
+from typer.testing import CliRunner
+
+import sopdeploy
+from sopdeploy.cli.app import COMMANDS, app
+from sopdeploy.errors import SopdeployError
+
+# Arguments with which a command imports what it needs, and ends at once where everything is installed.
+ARGUMENTS = {
+    "demo": "--out file/demo",
+    "env": "",
+    "data": "check photos",
+    "recipes": "",
+    "models": "",
+    "describe": "resnet20",
+    "import": "file --as resnet18 --out imported.pt",
+    "train": "--data photos --set few_shot.absent=1",
+    "eval": "bundle --data photos",
+    "calibrate": "file --data photos",
+    "report": "file",
+    "compare": "absent absent",
+    "reproduce": "dsop-9a --rows absent",
+    "export": "file",
+    "inspect": "file --network absent:build --preprocess timm:resnet18",
+    "verify": "bundle",
+    "engine": "bundle",
+    "triton": "bundle repository",
+    "sign": "bundle --key file",
+    "push": "bundle s3://absent/bundle",
+    "pull": "oci://127.0.0.1:1/absent pulled",
+    "predict": "bundle photos/ant/1.png",
+    "classify": "bundle photos --out rows",
+    "serve": "bundle --keys absent",
+    "ray": "bundle",
+    "health": "--url http://127.0.0.1:1",
+    "key": "app --file keys.toml",
+    "bench": "bundle --batch 1",
+    "doctor": "--url http://127.0.0.1:1",
+}
+
+
+def run(*command: str) -> str:
+    """Run *command* and return its exit code and stderr; raises what a user would see as a traceback."""
+    result = CliRunner().invoke(app, command)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    if result.exit_code == 2 and result.stderr.count("\n") != 1:
+        raise RuntimeError(f"more or less than one line: {result.stderr}")
+    return f"{result.exit_code} {result.stderr.strip()}"
+
+
+def get(name: str) -> str:
+    """Get *name* from the Python API; return the error if it is one for users."""
+    try:
+        getattr(sopdeploy, name)
+    except SopdeployError as error:
+        return f"2 {error}"
+    return "0"
+
+
+def main(bundle: Path) -> int:
+    """Run everything in an empty folder with a copy of *bundle*; return the number of failures."""
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(bundle, Path(folder, "bundle"))
+        os.chdir(folder)
+        Path("file").touch()
+        for name in ("ant", "bee"):
+            Path("photos", name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(Path("photos", name, "1.png"))
+        checks = [(name, run, (name, *ARGUMENTS[name].split())) for name in COMMANDS]
+        checks += [(f"{name} --help", run, (name, "--help")) for name in COMMANDS]
+        checks += [(f"sopdeploy.{name}", get, (name,)) for name in sopdeploy.__all__]
+        for name, check, arguments in checks:
+            try:
+                sys.stdout.write(f"{name}: {check(*arguments)}\n")
+            except Exception:
+                failures += 1
+                sys.stdout.write(f"{name}: failed\n{traceback.format_exc()}")
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]).resolve()))

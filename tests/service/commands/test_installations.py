@@ -1,0 +1,91 @@
+"""Every command in installations that lack packages: it runs, or says in one line which extra to install."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import sopdeploy
+
+PROGRAM = Path(sopdeploy.__file__).parents[1] / "deploy" / "every_command.py"
+NEEDS_TRAIN = {
+    *(
+        "calibrate",
+        "compare",
+        "describe",
+        "eval",
+        "export",
+        "import",
+        "inspect",
+        "models",
+        "recipes",
+        "report",
+    ),
+    *("reproduce", "train"),
+}
+# Functions of the Python API that need it.
+NEEDS_TRAIN |= {
+    f"sopdeploy.{name}"
+    for names in (
+        ("calibrate", "create_model", "describe", "dsop", "evaluate", "export", "export_network", "gmsop"),
+        ("gsop", "isqrt", "list_models", "psdr", "register_model", "train", "unused_modules"),
+    )
+    for name in names
+}
+# Hides packages as if they were not installed.
+HIDE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Installed(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {hidden} else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [Installed if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def installation(*extras: str) -> set[str]:
+    """Names of the distributions of `pip install sopdeploy[EXTRAS]`, as far as they are installed."""
+    found, waiting = set(), [("sopdeploy", extra) for extra in ("", *extras)]
+    while waiting:
+        name, extra = waiting.pop()
+        found.add((name, extra))
+        try:
+            lines = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        for requirement in map(Requirement, lines):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                needed = [(canonicalize_name(requirement.name), part) for part in ("", *requirement.extras)]
+                waiting += [pair for pair in needed if pair not in found]
+    return {name for name, _ in found}
+
+
+@pytest.mark.parametrize("extra", ["", "cpu", pytest.param("train", marks=pytest.mark.slow)])
+def test_every_command_runs_or_names_the_extra_that_it_needs(
+    extra: str, bundle_path: Path, tmp_path: Path
+) -> None:
+    present = installation(extra)
+    owners = metadata.packages_distributions().items()
+    hidden = {module for module, names in owners if present.isdisjoint(map(canonicalize_name, names))}
+    (tmp_path / "sitecustomize.py").write_text(HIDE.format(hidden=hidden))
+    command, variables = [sys.executable, PROGRAM, bundle_path], {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | variables,
+        stdin=subprocess.DEVNULL,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    missing = re.findall(r'^(\S+): 2 .*pip install "sopdeploy\[train\]"', done.stdout, re.MULTILINE)
+    assert set(missing) == (set() if extra == "train" else NEEDS_TRAIN)
