@@ -13,6 +13,7 @@ from sopdeploy.api.progress import ProgressBars
 from sopdeploy.config import expand_options
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy.html.templates import render
+from sopdeploy.project import folder_project
 from sopdeploy.report.predictions import predictions_context, score_tile
 from sopdeploy.report.run_data import Predictions, RunData, read_run
 from sopdeploy.training.callbacks import Callback, CallbackList, create_loggers
@@ -98,7 +99,7 @@ def train(
     Args:
         data: Folder of images, `DIR/<class>/*.jpg`. It sets `data.path` of the recipe.
         recipe: A recipe of `sopdeploy recipes`, or a .toml file. The default is the recipe for photos.
-        out: Folder of the run. The default is `runs/<recipe>-<number>`; `runs/latest` links to it.
+        out: Folder of the run. The default is `runs/<project>-<number>`; `runs/latest` links to it.
         options: The fields of `TrainOptions`, each as a keyword argument.
         assignments: Settings as text, `key=value`, as for the option `--set`.
         progress: Print progress on stderr. By default only on a terminal and in a notebook.
@@ -119,10 +120,10 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(join_processes())
         given = [*assignments, *to_assignments(settings)]
-        loaded, name, keys = configure(data, recipe, options, given)
+        loaded, keys = configure(data, recipe, options, given)
         strategy = Strategy(select_device(loaded.device))
         resuming = options.resume != "never"
-        folder = numbered_folder(name, strategy, resume=resuming) if out is None else Path(out)
+        folder = numbered_folder(str(loaded.project), strategy, resume=resuming) if out is None else Path(out)
         callbacks: list[Any] = []
         if is_main_process():
             callbacks += create_loggers(options.log, folder)
@@ -144,8 +145,8 @@ def train(
 
 def configure(
     data: str | Path | None, recipe: str | Path | None, options: TrainOptions, assignments: Sequence[str]
-) -> tuple[Recipe, str, list[str]]:
-    """Read *recipe* with the given changes; return it, its name, and the keys that were changed.
+) -> tuple[Recipe, list[str]]:
+    """Read *recipe* with the given changes and name its project; return it and the keys that were changed.
 
     Raises `ConfigError` if there are no data and no recipe, or if a value is invalid.
     """
@@ -153,13 +154,20 @@ def configure(
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
     source, settings = recipe or FOLDER_RECIPE, _compared_networks(options)
     settings |= {
+        "project": options.name,
         "data.path": str(data) if data else None,
         "start.weights": options.weights or settings.get("start.weights"),
         "model.config.pooling": options.pooling,
     }
     given = {key: value for key, value in settings.items() if value is not None}
     changes = [*assignments, *to_assignments(given)]
-    return read_recipe(source, changes), Path(source).stem, [parse_override(change)[0] for change in changes]
+    loaded = read_recipe(source, changes)
+    if loaded.project is None:
+        path = getattr(loaded.data, "path", None)
+        name = path and folder_project(path)
+        name = name or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
+        loaded = loaded.model_copy(update={"project": name})
+    return loaded, [parse_override(change)[0] for change in changes]
 
 
 def _compared_networks(options: TrainOptions) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.prediction import evaluate, predict_logits
+from sopdeploy.project import SAMPLED, DataRecord, Origin, RunRecord, folder_name, image_keys, utc_time
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import best_epoch, diagnose
 from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_step
@@ -179,6 +181,7 @@ def start_or_resume(
     check_same_step(run, folder.path)
     if strategy.rank == 0 and len(data.train) <= MAX_HASHED:
         run.image_hashes = torch.from_numpy(np.unique(hash_images(data.train)))
+    run.origin = _describe_origin(run, folder, data, None if checkpoint is None else checkpoint.origin)
     if checkpoint is not None:
         folder.save_derived_files(run)
     callback.on_train_start(
@@ -189,6 +192,21 @@ def start_or_resume(
         input_side=run.recipe.preprocess.crop,
     )
     return run, data, few_shot
+
+
+def _describe_origin(run: Run, folder: RunFolder, data: Split, before: Origin | None) -> Origin:
+    """Describe *run* and its *data*; a resumed run keeps the id and the start of *before*."""
+    name, config = folder_name(folder.path), run.recipe.data
+    record = RunRecord(name=name, id=token_hex(6), started=utc_time(time.time()))
+    if before is not None:
+        record = before.run.model_copy(update={"name": name})
+    images = DataRecord(
+        name=folder_name(getattr(config, "path", None) or config.kind),
+        images=len(data.train) + len(data.held_out),
+        classes=len(run.labels),
+        sample=image_keys(run.image_hashes[:SAMPLED].tolist()),
+    )
+    return Origin(run=record, data=images)
 
 
 def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[AugmentedDataset, list[list[int]]]:

@@ -82,14 +82,20 @@ def test_folders_are_checked_before_the_first_expensive_step(
     assert steps == ["reading the checkpoint"]
 
 
-def test_exports_of_one_checkpoint_are_byte_identical(
-    exported: Exported, checkpoint: Path, tmp_path: Path
+def test_exports_of_one_checkpoint_differ_in_their_time_only(
+    exported: Exported, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767323045")
     with proving_once(changes_program=True):
         again = export(checkpoint, tmp_path, DETACH)
     assert again.path.name == exported.path.name
-    for name in [*exported.manifest.files, "manifest.json"]:
+    for name in exported.manifest.files:
         assert (again.path / name).read_bytes() == (exported.path / name).read_bytes(), name
+    same_time = exported.manifest.model_copy(update={"exported_at": "2026-01-02T03:04:05.000000Z"})
+    assert (again.path / "manifest.json").read_bytes() == same_time.to_bytes()
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "today")
+    with pytest.raises(ConfigError, match="SOURCE_DATE_EPOCH=today: not a number of seconds since 1970"):
+        export(checkpoint, tmp_path, DETACH)
 
 
 def test_the_in_toto_statement_names_the_file_its_checkpoint_and_what_was_proved(exported: Exported) -> None:
