@@ -8,7 +8,7 @@ import typer
 
 from sopdeploy.bundle.listing import Listed, list_bundles
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import print_table, say
+from sopdeploy.cli.console import say
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CheckpointError
 from sopdeploy.project import Origin, short_time
@@ -78,25 +78,18 @@ def _run_id(bundle: Listed) -> str | None:
 
 
 def show(rows: list[Row]) -> None:
-    """Print a table, the newest first."""
+    """Print a table, the newest first; it is not wrapped, so that every row is one line."""
     if not rows:
         say("no runs and no bundles here; start with: sopdeploy train --data photos")
         return
-    columns = ("date (UTC)", "run", "images", "classes", "estimate", "bundle", "")
-    print_table(
-        columns,
-        (
-            (
-                short_time(row.date),
-                row.run,
-                *("" if number is None else str(number) for number in (row.images, row.classes)),
-                row.estimate,
-                row.bundle,
-                "live" if row.live else row.problem,
-            )
-            for row in rows
-        ),
-    )
+    table = [("date (UTC)", "run", "images", "classes", "estimate", "bundle", "")]
+    for row in rows:
+        counts = ("" if number is None else str(number) for number in (row.images, row.classes))
+        estimate, state = row.estimate.partition(" (")[0], "live" if row.live else row.problem
+        table.append((short_time(row.date), row.run, *counts, estimate, row.bundle, state))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        say("  ".join(map(str.ljust, cells, widths)).rstrip())
 
 
 @command(show)
