@@ -71,10 +71,10 @@ def list_bundles(folder: Path) -> list[Listed]:
             except (BundleError, OSError) as error:
                 reason = str(error)
         elif newer.id == manifest.id:
-            reason = f"{path.name}: a copy of {newer.name}"
+            reason = f"a copy of {newer.name}"
         else:
             earlier = "at the same time" if time == newer.exported_at else f"earlier, {short_time(time)}"
-            reason = f"{path.name}: exported {earlier}"
+            reason = f"exported {earlier}"
         listed.append(Listed(path=path, manifest=manifest, reason=reason))
     return listed
 
@@ -86,7 +86,7 @@ def describe(listed: Iterable[Listed]) -> Iterator[str]:
         by_project.setdefault(one.path.name if one.manifest is None else one.manifest.project, []).append(one)
     for project, bundles in by_project.items():
         texts = [
-            f"not {one.reason}"
+            f"not {one.path.name}, {one.reason}"
             if one.manifest is None or one.reason
             else f"serves {one.path} (exported {short_time(one.manifest.exported_at)} UTC)"
             for one in bundles

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from sopdeploy.bundle.listing import Listed, list_bundles
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import say
+from sopdeploy.cli.console import out, plain_text, say
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CheckpointError
 from sopdeploy.project import Origin, short_time
@@ -86,10 +87,11 @@ def show(rows: list[Row]) -> None:
     for row in rows:
         counts = ("" if number is None else str(number) for number in (row.images, row.classes))
         estimate, state = row.estimate.partition(" (")[0], "live" if row.live else row.problem
-        table.append((short_time(row.date), row.run, *counts, estimate, row.bundle, state))
+        cells = (short_time(row.date), row.run, *counts, estimate, row.bundle, state)
+        table.append(tuple(plain_text(cell).plain for cell in cells))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
-        say("  ".join(map(str.ljust, cells, widths)).rstrip())
+        out.print(Text("  ".join(map(str.ljust, cells, widths)).rstrip()))
 
 
 @command(show)

@@ -265,9 +265,9 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(
     assert BundleStore([folder]).bundles == last
     assert lines(caplog) == [
         f"shoes: serves {last['shoes']} (exported 2026-11-23 10:00:00 UTC); "
-        f"not {made['shoes', 0].name}: exported earlier, 2026-11-20 10:00:00",
+        f"not {made['shoes', 0].name}, exported earlier, 2026-11-20 10:00:00",
         f"hats: serves {last['hats']} (exported 2026-11-22 10:00:00 UTC); "
-        f"not {made['hats', 1].name}: exported earlier, 2026-11-21 10:00:00",
+        f"not {made['hats', 1].name}, exported earlier, 2026-11-21 10:00:00",
     ]
     (folder / "latest").unlink()
     os.utime(made["hats", 1] / "manifest.json")
@@ -290,7 +290,7 @@ def test_names_of_folders_and_identical_copies_have_no_effect(tmp_path, make_bun
     (folder / "engines").mkdir()
     assert BundleStore([folder]).bundles == {"tiny": folder / first.name}
     (line,) = lines(caplog)
-    assert line.endswith(f"not zoo: a copy of {first.name}; not flowers: a copy of {first.name}")
+    assert line.endswith(f"not zoo, a copy of {first.name}; not flowers, a copy of {first.name}")
     assert BundleStore([first, f"two={first}"]).bundles == {"tiny": first, "two": first}
     assert lines(caplog) == []
 
@@ -299,7 +299,7 @@ def test_of_bundles_exported_at_the_same_time_the_greater_id_is_served(tmp_path,
     folder = tmp_path / "models"
     smaller, greater = sorted(make_bundle(folder, probes=count, exported_at=TIMES[0]) for count in (3, 4))
     assert BundleStore([folder]).bundles == {"tiny": greater}
-    assert lines(caplog)[0].endswith(f"not {smaller.name}: exported at the same time")
+    assert lines(caplog)[0].endswith(f"not {smaller.name}, exported at the same time")
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {

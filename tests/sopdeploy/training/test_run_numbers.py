@@ -100,7 +100,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert (of_old["images"], of_old["classes"], of_old["date"]) == (12, 2, days[0])
     assert of_old["estimate"].startswith("top-1 ")
     assert "exported earlier" in of_old["problem"]
-    assert rows["photos-1", "broken"]["problem"] == f"broken: a copy of {new.name}"
+    assert rows["photos-1", "broken"]["problem"] == f"a copy of {new.name}"
     assert "damaged or not a checkpoint" in rows["broken", ""]["problem"]
     table = CliRunner().invoke(app, ["runs"]).stdout
     assert all(text in table for text in ("photos-1", "lights-1", new.name, "live", "2026-01-02 10:00:00"))
