@@ -46,14 +46,14 @@ class BundleStore:
 
     def _add_folder(self, folder: Path) -> None:
         listed = list_bundles(folder)
-        served = [bundle for bundle in listed if bundle.manifest is not None and not bundle.reason]
+        served = {one.manifest.project: one.path for one in listed if one.manifest and not one.reason}
         if not served:
             reason = "no bundle here or in a folder directly below; give the folder with a manifest.json"
             raise BundleError(f"{folder}: {listed[0].reason if listed else reason}")
         for line in describe(listed):
             log.log(logging.WARNING if "not " in line else logging.INFO, line)
-        for bundle in served:
-            self._add(bundle.manifest.project, bundle.path)
+        for name, path in served.items():
+            self._add(name, path)
 
     def _add(self, name: str, bundle: Path) -> None:
         if name in self.bundles:

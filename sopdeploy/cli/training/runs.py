@@ -65,12 +65,12 @@ def list_rows(runs: Path, bundles: Path) -> Iterator[Row]:
         if "estimate" in checkpoint.training:
             estimate = HeldOutEstimate.model_validate(checkpoint.training["estimate"]).describe()
         exported = [one for one in listed if origin is not None and _run_id(one) == origin.run.id]
-        for bundle in exported or [None]:
+        for bundle in (*exported, *([] if exported else [None])):
             yield Row.of(origin, checkpoint.project, bundle, run=best.parent.name, estimate=estimate)
         listed = [one for one in listed if one not in exported]
     for one in listed:
-        manifest = one.manifest
-        yield Row.of(manifest and manifest.origin, manifest.project if manifest else "", one)
+        origin = None if one.manifest is None else one.manifest.origin
+        yield Row.of(origin, "" if one.manifest is None else one.manifest.project, one)
 
 
 def _run_id(bundle: Listed) -> str | None:
@@ -83,7 +83,7 @@ def show(rows: list[Row]) -> None:
     if not rows:
         say("no runs and no bundles here; start with: sopdeploy train --data photos")
         return
-    table = [("date (UTC)", "run", "images", "classes", "estimate", "bundle", "")]
+    table: list[tuple[str, ...]] = [("date (UTC)", "run", "images", "classes", "estimate", "bundle", "")]
     for row in rows:
         counts = ("" if number is None else str(number) for number in (row.images, row.classes))
         estimate, state = row.estimate.partition(" (")[0], "live" if row.live else row.problem
