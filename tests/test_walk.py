@@ -104,8 +104,8 @@ def test_the_export_detaches_with_proof(home: Path, exported: dict[str, Any]) ->
     manifest = open_bundle(bundle).manifest
     assert (manifest.project, manifest.model) == ("photos", "dsop-resnet8")
     assert manifest.origin is not None
-    assert (manifest.origin.run.name, manifest.origin.data.name) == ("photos-1", "photos")
-    assert (manifest.origin.data.images, manifest.origin.data.classes) == (
+    assert (manifest.origin.run, manifest.origin.data) == ("photos-1", "photos")
+    assert (manifest.origin.images, manifest.origin.classes) == (
         len(COLOURS) * PHOTOS,
         len(COLOURS),
     )

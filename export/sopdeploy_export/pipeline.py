@@ -1,9 +1,7 @@
 """The export pipeline, from a checkpoint or any other `ExportSubject` to a bundle."""
 
 import json
-import os
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +20,7 @@ from sopdeploy.bundle.class_maps import FILE as CLASS_MAPS
 from sopdeploy.bundle.class_maps import write_class_maps
 from sopdeploy.bundle.golden import write_golden
 from sopdeploy.bundle.listing import read_bundles
-from sopdeploy.bundle.manifest import Lineage, Manifest, TensorRecord, to_json
+from sopdeploy.bundle.manifest import Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
@@ -30,7 +28,7 @@ from sopdeploy.errors import ConfigError, DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy.project import image_keys, utc_time
+from sopdeploy.project import utc_now
 from sopdeploy_export.graph import INPUT, Deployed, lower, output_names, probe_images, write
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
@@ -99,33 +97,19 @@ def export(
 def check_same_images(destination: Path, project: str, checkpoint: Checkpoint) -> None:
     """Raise `ConfigError` if *destination* has bundles of *project*, but none with images of *checkpoint*.
 
-    Two data sets whose folders have the same name then get different names, so that no server replaces one
-    network by the other. Bundles and checkpoints without hashes of images are not compared.
+    A server would replace one network by the other. Without hashes of images, nothing is compared.
     """
-    images = set(image_keys(checkpoint.image_hashes.tolist()))
-    others = [
-        (path, manifest.origin.data)
-        for path, manifest in read_bundles(destination)
-        if isinstance(manifest, Manifest) and manifest.project == project and manifest.origin is not None
-    ]
-    if images and others and all(images.isdisjoint(data.sample) and data.sample for _, data in others):
-        path, data = others[-1]
+    images, manifests = (
+        set(checkpoint.image_hashes.tolist()),
+        (one.manifest for one in read_bundles(destination)),
+    )
+    others = [one.origin for one in manifests if one is not None and one.origin and one.project == project]
+    if images and others and all(one.sample and images.isdisjoint(one.sample) for one in others):
         raise ConfigError(
-            f"{path}: is also named {project} but was trained on other images ({data.images} images of "
-            f"{data.classes} classes); export with another name or, to replace it on servers, with this one",
+            f"{destination}: has a network named {project} that was trained on other images; give another "
+            "name or, to replace it on servers, this one",
             remedies={"name": "NAME"},
         )
-
-
-def export_time() -> str:
-    """Return the time of the export in UTC: SOURCE_DATE_EPOCH, or now; raises `ConfigError`."""
-    given = os.environ.get("SOURCE_DATE_EPOCH")
-    try:
-        return utc_time(time.time() if given is None else int(given))
-    except (ValueError, OverflowError, OSError) as error:
-        raise ConfigError(
-            f"SOURCE_DATE_EPOCH={given}: not a number of seconds since 1970; correct or unset it"
-        ) from error
 
 
 def export_subject(
@@ -147,7 +131,7 @@ def export_subject(
     images = probe_images(preprocess, options.probes)
     if decision is not None and decision.temperature != 1:
         trained = fold_temperature(trained, decision.temperature, preprocess, images)
-    job = _Job(subject, images, accuracy, options, step, export_time())
+    job = _Job(subject, images, accuracy, options, step, utc_now())
 
     step("detaching" if options.detach else "nothing to detach")
     if not options.detach and has_tensors(trained, training_only):

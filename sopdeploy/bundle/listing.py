@@ -6,29 +6,24 @@ greater id. The times are those of the exporting machines. Neither the names of 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sopdeploy.bundle.folder import MANIFEST, REQUIRED, open_bundle, read_manifest
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError
-from sopdeploy.project import short_time
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Listed:
-    """A bundle, complete or not; `reason` says why it is not served and is empty for one that is.
-
-    `manifest` is None if it cannot be read.
-    """
+class Listed(NamedTuple):
+    """A bundle; `reason` says why it is not served, empty if it is. An unreadable `manifest` is None."""
 
     path: Path
     manifest: Manifest | None
     reason: str = ""
 
 
-def read_bundles(folder: Path) -> Iterator[tuple[Path, Manifest | BundleError]]:
-    """Yield the path and the manifest, or its error, of every bundle directly in *folder*, by name.
+def read_bundles(folder: Path) -> Iterator[Listed]:
+    """Yield every bundle directly in *folder*, by name, with the reason if its manifest cannot be read.
 
     Hidden folders are incomplete and links to folders in *folder* repeat them; both are left out. A *folder*
     that does not exist has no bundles. Raises `BundleError` if *folder* cannot be read.
@@ -38,16 +33,14 @@ def read_bundles(folder: Path) -> Iterator[tuple[Path, Manifest | BundleError]]:
     except OSError as error:
         raise BundleError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
     for path in entries:
-        repeated = path.is_symlink() and path.resolve().parent == folder.resolve()
         try:
+            repeated = path.is_symlink() and path.resolve().parent == folder.resolve()
             if path.name.startswith(".") or repeated or not path.is_dir():
                 continue
             if any((path / name).exists() for name in (MANIFEST, *REQUIRED)):
-                yield path, read_manifest(path)
-        except BundleError as error:
-            yield path, error
-        except OSError as error:
-            yield path, BundleError(f"{path}: cannot be read ({error.strerror}); check its permissions")
+                yield Listed(path, read_manifest(path))
+        except (BundleError, OSError) as error:
+            yield Listed(path, None, str(error))
 
 
 def list_bundles(folder: Path) -> list[Listed]:
@@ -55,40 +48,39 @@ def list_bundles(folder: Path) -> list[Listed]:
 
     Reads all manifests, and every file of the bundles that are served. Calls do not depend on earlier ones.
     """
-    listed, readable = [], []
-    for path, manifest in read_bundles(folder):
-        if isinstance(manifest, Manifest):
-            readable.append((manifest.exported_at, manifest.id, path.name == manifest.name, path, manifest))
-        else:
-            listed.append(Listed(path=path, manifest=None, reason=str(manifest)))
-    served: dict[str, Manifest] = {}
-    for time, _, _, path, manifest in sorted(readable, key=lambda entry: entry[:4], reverse=True):
-        newer, reason = served.get(manifest.project), ""
-        if newer is None:
+    listed, served = [], dict[str, Manifest]()
+    for path, manifest, reason in sorted(read_bundles(folder), key=_age, reverse=True):
+        if manifest is not None and (newer := served.get(manifest.project)) is not None:
+            reason = f"exported earlier, {manifest.exported_at[:19]}Z"
+            if manifest.id == newer.id:
+                reason = f"a copy of {newer.name}"
+            elif manifest.exported_at == newer.exported_at:
+                reason = "exported at the same time"
+        elif manifest is not None:
             try:
                 open_bundle(path)
                 served[manifest.project] = manifest
             except (BundleError, OSError) as error:
                 reason = str(error)
-        elif newer.id == manifest.id:
-            reason = f"a copy of {newer.name}"
-        else:
-            earlier = "at the same time" if time == newer.exported_at else f"earlier, {short_time(time)}"
-            reason = f"exported {earlier}"
-        listed.append(Listed(path=path, manifest=manifest, reason=reason))
+        listed.append(Listed(path, manifest, reason))
     return listed
+
+
+def _age(bundle: Listed) -> tuple[str, str, bool, Path]:
+    """Return the key by which the bundle to serve is the greatest; of copies, one with its own name."""
+    path, manifest, _ = bundle
+    return ("", "", False, path) if manifest is None else (
+        manifest.exported_at, manifest.id, path.name == manifest.name, path
+    )  # fmt: skip
 
 
 def describe(listed: Iterable[Listed]) -> Iterator[str]:
     """Describe in one line per project which bundle is served, and the others with their reasons."""
-    by_project: dict[str, list[Listed]] = {}
-    for one in listed:
-        by_project.setdefault(one.path.name if one.manifest is None else one.manifest.project, []).append(one)
-    for project, bundles in by_project.items():
-        texts = [
-            f"not {one.path.name}, {one.reason}"
-            if one.manifest is None or one.reason
-            else f"serves {one.path} (exported {short_time(one.manifest.exported_at)} UTC)"
-            for one in bundles
-        ]
-        yield f"{project}: {'; '.join(sorted(texts, reverse=True))}"
+    lines: dict[str, list[str]] = {}
+    for path, manifest, reason in listed:
+        texts = lines.setdefault(path.name if manifest is None else manifest.project, [])
+        if manifest is None or reason:
+            texts.append(f"not {path.name}, {reason}")
+        else:
+            texts.insert(0, f"serves {path} (exported {manifest.exported_at[:19]}Z)")
+    return (f"{project}: {'; '.join(texts)}" for project, texts in lines.items())

@@ -25,7 +25,7 @@ from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.prediction import evaluate, predict_logits
-from sopdeploy.project import SAMPLED, DataRecord, Origin, RunRecord, folder_name, image_keys, utc_time
+from sopdeploy.project import SAMPLED, Origin, folder_name, utc_now
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import best_epoch, diagnose
 from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_step
@@ -181,7 +181,16 @@ def start_or_resume(
     check_same_step(run, folder.path)
     if strategy.rank == 0 and len(data.train) <= MAX_HASHED:
         run.image_hashes = torch.from_numpy(np.unique(hash_images(data.train)))
-    run.origin = _describe_origin(run, folder, data, None if checkpoint is None else checkpoint.origin)
+    before = None if checkpoint is None else checkpoint.origin
+    run.origin = Origin(
+        run=folder_name(folder.path),
+        run_id=token_hex(6) if before is None else before.run_id,
+        started=utc_now() if before is None else before.started,
+        data=folder_name(getattr(recipe.data, "path", None) or recipe.data.kind),
+        images=len(data.train) + len(data.held_out),
+        classes=len(run.labels),
+        sample=run.image_hashes[:SAMPLED].tolist(),
+    )
     if checkpoint is not None:
         folder.save_derived_files(run)
     callback.on_train_start(
@@ -192,21 +201,6 @@ def start_or_resume(
         input_side=run.recipe.preprocess.crop,
     )
     return run, data, few_shot
-
-
-def _describe_origin(run: Run, folder: RunFolder, data: Split, before: Origin | None) -> Origin:
-    """Describe *run* and its *data*; a resumed run keeps the id and the start of *before*."""
-    name, config = folder_name(folder.path), run.recipe.data
-    record = RunRecord(name=name, id=token_hex(6), started=utc_time(time.time()))
-    if before is not None:
-        record = before.run.model_copy(update={"name": name})
-    images = DataRecord(
-        name=folder_name(getattr(config, "path", None) or config.kind),
-        images=len(data.train) + len(data.held_out),
-        classes=len(run.labels),
-        sample=image_keys(run.image_hashes[:SAMPLED].tolist()),
-    )
-    return Origin(run=record, data=images)
 
 
 def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[AugmentedDataset, list[list[int]]]:

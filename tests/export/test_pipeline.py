@@ -28,7 +28,7 @@ from sopdeploy.errors import (
 )
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
-from sopdeploy.project import DataRecord, Origin, RunRecord, image_keys
+from sopdeploy.project import Origin
 from sopdeploy_export import pipeline
 from sopdeploy_export.graph import Deployed, probe_images
 from sopdeploy_export.options import ExportOptions
@@ -98,9 +98,10 @@ def test_folders_are_checked_before_the_first_expensive_step(
 def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begins(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    run = RunRecord(name="photos-1", id="0" * 12, started="2026-01-02T03:04:05.000000Z")
-    other = Origin(run=run, data=DataRecord(name="photos", images=40, classes=4, sample=image_keys([3, -4])))
-    bundle = write_hollow(tmp_path / "bundles", project="photos", origin=other)
+    started = "2026-01-02T03:04:05.000000Z"
+    run = {"run": "photos-1", "run_id": "0" * 12, "started": started, "data": "photos"}
+    other = Origin(**run, images=40, classes=4, sample=(3, -4))
+    write_hollow(tmp_path / "bundles", project="photos", origin=other)
     path = tmp_path / "best.pt"
 
     def attempt(images: list[int], **options: Any) -> list[str]:
@@ -113,8 +114,8 @@ def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begi
 
     assert attempt([1, 2]) == [
         "reading the checkpoint",
-        f"{bundle}: is also named photos but was trained on other images (40 images of 4 classes); export "
-        "with another name or, to replace it on servers, with this one; try --name NAME",
+        f"{tmp_path / 'bundles'}: has a network named photos that was trained on other images; give another "
+        "name or, to replace it on servers, this one; try --name NAME",
     ]
     for images, options in (
         ([1, 2, -4], {}),
@@ -124,7 +125,7 @@ def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begi
     ):
         assert "no folder" in attempt(images, **options)[-1]
     write_hollow(tmp_path / "bundles", project="photos", origin=None)
-    assert "is also named photos" in attempt([1, 2])[-1]
+    assert "has a network named photos" in attempt([1, 2])[-1]
 
 
 @pytest.mark.parametrize("name", ["a b", ".hidden", ""])
@@ -144,9 +145,6 @@ def test_exports_of_one_checkpoint_differ_in_their_time_only(
         assert (again.path / name).read_bytes() == (exported.path / name).read_bytes(), name
     same_time = exported.manifest.model_copy(update={"exported_at": "2026-01-02T03:04:05.000000Z"})
     assert (again.path / "manifest.json").read_bytes() == same_time.to_bytes()
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "today")
-    with pytest.raises(ConfigError, match="SOURCE_DATE_EPOCH=today: not a number of seconds since 1970"):
-        export(checkpoint, tmp_path, DETACH)
 
 
 def test_the_in_toto_statement_names_the_file_its_checkpoint_and_what_was_proved(exported: Exported) -> None:

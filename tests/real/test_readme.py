@@ -76,7 +76,7 @@ def test_three_rounds_with_other_classes_work_and_the_container_serves_the_last(
         assert checkpoint.training["few_shot"]["top1"]["count"] == images
         assert set(bundle.labels) == {*classes.values()}
         assert bundle.manifest.origin is not None
-        assert bundle.manifest.origin.run.name == f"photos-{number}"
+        assert bundle.manifest.origin.run == f"photos-{number}"
         found.append(bundle)
     names = [bundle.name for bundle in found]
     assert len(set(names)) == len(ROUNDS)

@@ -29,7 +29,7 @@ from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.project import utc_time
+from sopdeploy.project import utc_now
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel
@@ -107,7 +107,7 @@ def write_bundle(
             stage,
             {
                 "project": project,
-                "exported_at": exported_at or utc_time(time.time()),
+                "exported_at": exported_at or utc_now(),
                 "model": "tiny",
                 "config": {},
                 "inputs": (TensorRecord(name="images", dtype="uint8", shape=(None, 32, 32, 3)),),

@@ -8,7 +8,7 @@ import pytest
 from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.training import configure
 from sopdeploy.errors import ConfigError
-from sopdeploy.project import check_name, folder_project, utc_time
+from sopdeploy.project import check_name, folder_project, utc_now
 
 FOLDERS = {
     "photos": "photos",
@@ -70,7 +70,14 @@ def test_a_name_with_other_characters_is_an_error(name: str) -> None:
         configure("hats", None, TrainOptions(), [f"project={name!r}"])
 
 
-def test_times_are_utc_and_sort_as_text() -> None:
-    times = [utc_time(seconds) for seconds in (0, 1767323045, 1767323045.25, 1767323046)]
-    assert times[1:3] == ["2026-01-02T03:04:05.000000Z", "2026-01-02T03:04:05.250000Z"]
-    assert times == sorted(times)
+def test_times_are_utc_and_sort_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = utc_now()
+    assert before <= utc_now() < "3"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767323045")
+    assert utc_now() == "2026-01-02T03:04:05.000000Z"
+    for given in ("", "today", "9" * 20):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", given)
+        with pytest.raises(
+            ConfigError, match=f"SOURCE_DATE_EPOCH={given}: not a number of seconds since 1970"
+        ):
+            utc_now()

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from sopdeploy.bundle.folder import MANIFEST, follow_link, read_manifest
 from sopdeploy.bundle.listing import describe, list_bundles, read_bundles
-from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError, ConfigError, shorten
 
 log = logging.getLogger("sopdeploy.models")
@@ -46,14 +45,14 @@ class BundleStore:
 
     def _add_folder(self, folder: Path) -> None:
         listed = list_bundles(folder)
-        served = {one.manifest.project: one.path for one in listed if one.manifest and not one.reason}
-        if not served:
+        if all(one.reason for one in listed):
             reason = "no bundle here or in a folder directly below; give the folder with a manifest.json"
             raise BundleError(f"{folder}: {listed[0].reason if listed else reason}")
         for line in describe(listed):
             log.log(logging.WARNING if "not " in line else logging.INFO, line)
-        for name, path in served.items():
-            self._add(name, path)
+        for path, manifest, reason in listed:
+            if manifest is not None and not reason:
+                self._add(manifest.project, path)
 
     def _add(self, name: str, bundle: Path) -> None:
         if name in self.bundles:
@@ -69,16 +68,16 @@ class BundleStore:
         *folder* is a plain name, which is looked up in the folders of the sources; *serving* is the id of the
         bundle that is served now. Raises `BundleError` if no bundle, or more than one, matches.
         """
-        candidates = {path: found for parent in self._folders for path, found in read_bundles(parent)}
+        candidates = [one for parent in dict.fromkeys(self._folders) for one in read_bundles(parent)]
         if folder is not None:
             # Names are compared, never joined to a path, so that none can leave the folders.
-            matches = [path for path in candidates if path.name == folder][:1]
+            matches = [one.path for one in candidates if one.path.name == folder][:1]
             name = repr(folder[:100])
         else:
             matches = [
                 path
-                for path, found in candidates.items()
-                if isinstance(found, Manifest) and found.project == name and found.id != serving
+                for path, manifest, _ in candidates
+                if manifest is not None and manifest.project == name and manifest.id != serving
             ]
         if not matches and folder is None and serving is not None:
             raise BundleError(f"{name}: there is no bundle but the one being served; name another folder")

@@ -264,10 +264,10 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(
     last = {"hats": made["hats", 2], "shoes": made["shoes", 3]}
     assert BundleStore([folder]).bundles == last
     assert lines(caplog) == [
-        f"shoes: serves {last['shoes']} (exported 2026-11-23 10:00:00 UTC); "
-        f"not {made['shoes', 0].name}, exported earlier, 2026-11-20 10:00:00",
-        f"hats: serves {last['hats']} (exported 2026-11-22 10:00:00 UTC); "
-        f"not {made['hats', 1].name}, exported earlier, 2026-11-21 10:00:00",
+        f"shoes: serves {last['shoes']} (exported 2026-11-23T10:00:00Z); "
+        f"not {made['shoes', 0].name}, exported earlier, 2026-11-20T10:00:00Z",
+        f"hats: serves {last['hats']} (exported 2026-11-22T10:00:00Z); "
+        f"not {made['hats', 1].name}, exported earlier, 2026-11-21T10:00:00Z",
     ]
     (folder / "latest").unlink()
     os.utime(made["hats", 1] / "manifest.json")

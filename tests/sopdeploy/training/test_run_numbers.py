@@ -73,12 +73,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert [checkpoint.project for checkpoint in checkpoints] == ["photos", "lights"]
     first = checkpoints[0].origin
     assert first is not None
-    assert (first.data.name, first.data.images, first.data.classes, len(first.data.sample)) == (
-        "photos",
-        12,
-        2,
-        10,
-    )
+    assert (first.data, first.images, first.classes, len(first.sample)) == ("photos", 12, 2, 10)
     days = [f"2026-01-0{day}T10:00:00.000000Z" for day in (1, 2, 3)]
     old, new, pulled = (
         write_hollow(Path("bundles"), project=project, exported_at=day, origin=origin, opset=opset)
@@ -103,7 +98,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert rows["photos-1", "broken"]["problem"] == f"a copy of {new.name}"
     assert "damaged or not a checkpoint" in rows["broken", ""]["problem"]
     table = CliRunner().invoke(app, ["runs"]).stdout
-    assert all(text in table for text in ("photos-1", "lights-1", new.name, "live", "2026-01-02 10:00:00"))
+    assert all(text in table for text in ("photos-1", "lights-1", new.name, "live", "2026-01-02T10:00:00"))
 
 
 def test_compare_says_what_compares_runs(photos: Path) -> None:
