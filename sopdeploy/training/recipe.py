@@ -30,7 +30,6 @@ from sopdeploy.training.step.teacher import TeacherConfig
 Count = Annotated[int, pydantic.Field(ge=0)]
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "summary",
-    "project",
     "workers",
     "threads",
     "device",

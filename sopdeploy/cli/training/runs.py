@@ -12,28 +12,14 @@ from sopdeploy.cli.console import out, plain_text, say
 from sopdeploy.errors import CheckpointError
 from sopdeploy.project import Origin
 
-COLUMNS = {
-    "date": "date (UTC)",
-    "run": "run",
-    "images": "images",
-    "classes": "classes",
-    "estimate": "estimate",
-}
+COLUMNS = ("date", "run", "images", "classes", "estimate")
 
 
 def _row(origin: Origin | None, **fields: Any) -> dict[str, Any]:
-    row = {
-        "project": "",
-        "run": "",
-        "date": "",
-        "images": None,
-        "classes": None,
-        "estimate": "",
-        "bundle": "",
-    }
+    row: dict[str, Any] = {"project": "", **dict.fromkeys(COLUMNS, ""), "images": None, "classes": None}
     if origin is not None:
         row |= {"run": origin.run, "date": origin.started, "images": origin.images, "classes": origin.classes}
-    return {**row, "live": False, "problem": "", **fields}
+    return {**row, "bundle": "", "live": False, "problem": "", **fields}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -41,7 +27,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     if not rows:
         say("no runs and no bundles here; start with: sopdeploy train --data photos")
         return
-    table = [[*COLUMNS.values(), "bundle", ""]]
+    table = [["date (UTC)", *COLUMNS[1:], "bundle", ""]]
     for row in rows:
         shown = {**row, "date": row["date"][:19], "estimate": row["estimate"].partition(" (")[0]}
         cells = [*(shown[name] for name in COLUMNS), row["bundle"], "live" if row["live"] else row["problem"]]

@@ -114,6 +114,15 @@ def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     before = read_checkpoint(Path("runs/photos-1/last.pt")).origin
     assert train("--resume", settings=LOOP) == Path("runs/photos-1")
     assert read_checkpoint(Path("runs/photos-1/last.pt")).origin == before
+    with pytest.raises(ConfigError, match="the run started with project = photos, now it is lights"):
+        sopdeploy.train(
+            photos,
+            out="runs/photos-1",
+            resume="always",
+            name="lights",
+            weights="none",
+            assignments=[*SMALL, *LOOP],
+        )
     for number in (2, 10):
         Path(f"runs/photos-{number}").mkdir()
         os.link("runs/photos-1/last.pt", f"runs/photos-{number}/last.pt")
