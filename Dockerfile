@@ -54,6 +54,7 @@ STOPSIGNAL SIGTERM
 # A GPU server prepares every batch size before it is ready.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["sopdeploy", "health"]
 ENTRYPOINT ["sopdeploy"]
+# /models is a bundle or a folder of bundles: of every project in it, the bundle exported last is served.
 CMD ["serve", "/models", "--host", "0.0.0.0"]
 
 FROM server AS cpu

@@ -41,6 +41,8 @@ CLASSES = 1000
 def fake_model(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedModel:
     """Create a model for 224-pixel images and 1000 classes whose runtime sleeps."""
     manifest = Manifest(
+        project="benchmark",
+        exported_at="2026-01-02T03:04:05.000000Z",
         model="fake",
         config={},
         inputs=(TensorRecord(name="images", dtype="uint8", shape=(None, 224, 224, 3)),),

@@ -96,7 +96,7 @@ WHAT_TO_DO = {
 EXAMPLES = {
     "SopdeployError": "only 92.0% of the digits were classified correctly over HTTP, at least 98% are "
     "expected; check the installation with `sopdeploy env`",
-    "ConfigError": "--out: runs/photos-dsop holds a run; continue it or choose another folder; "
+    "ConfigError": "--out: runs/photos-1 holds a run; continue it or choose another folder; "
     "try --resume always",
     "MissingPackageError": 'torch is not installed; run: pip install "sopdeploy[train]"',
     "DataError": "photos/cups/7.jpg: the image is truncated; repair, convert or delete it",

@@ -29,6 +29,7 @@ from sopdeploy.files import atomic_write
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model, make_config
+from sopdeploy.project import Origin
 
 FORMAT = "sopdeploy-checkpoint"
 VERSION = 1
@@ -53,6 +54,8 @@ class Checkpoint:
         resume: optimizer, scheduler and random states; `None` if training cannot be resumed from the file.
         image_hashes: sorted hashes (N,) int64 of the files of the training images; empty if unknown.
         decision: how logits become a decision; `None` is softmax without calibration or rejection.
+        project: name of the project; empty for imported weights.
+        origin: the run and its images; `None` for imported weights.
         sha256: hash of the bytes that `read_checkpoint` read; empty for a checkpoint that is not from a file.
     """
 
@@ -64,6 +67,8 @@ class Checkpoint:
     training: dict[str, Any]
     resume: dict[str, Any] | None = None
     decision: Decision | None = None
+    project: str = ""
+    origin: Origin | None = None
     image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64), compare=False)
     sha256: str = field(default="", compare=False)
 
@@ -91,7 +96,7 @@ class Checkpoint:
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write *checkpoint* to *path* atomically; raise `CheckpointError` on failure."""
-    decision = checkpoint.decision
+    decision, origin = checkpoint.decision, checkpoint.origin
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -99,6 +104,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "weights": {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()},
         "preprocess": checkpoint.preprocess.model_dump(mode="json"),
         "decision": None if decision is None else decision.model_dump(mode="json"),
+        "origin": None if origin is None else origin.model_dump(mode="json"),
     }
     del content["sha256"]
     write_plain(path, content)

@@ -118,6 +118,11 @@ def _read_recipes(sources: Sequence[str], overrides: Sequence[str]) -> dict[str,
         raise ConfigError("a comparison needs at least two recipes; `sopdeploy recipes` lists some")
     recipes: dict[str, Recipe] = {}
     for source in sources:
+        if (Path(source) / "best.pt").is_file():
+            raise ConfigError(
+                f"{source}: a run, not a recipe; `sopdeploy runs` lists the estimates of all runs, and "
+                f"`sopdeploy eval {source}/best.pt --data DIR` measures one on images of your choice"
+            )
         name, recipe = Path(source).stem, read_recipe(source, overrides)
         if name in recipes:
             raise ConfigError(f"two recipes have the name {name}; rename one of the files")

@@ -12,6 +12,8 @@ from sopdeploy.images.preprocess import Preprocess
 
 LABELS = ["ant", "bee", "cat"]
 FIELDS: dict[str, Any] = {
+    "project": "tiny",
+    "exported_at": "2026-01-02T03:04:05.000000Z",
     "model": "tiny",
     "config": {"width": 4},
     "inputs": (TensorRecord(name="images", dtype="uint8", shape=(None, 16, 16, 3)),),

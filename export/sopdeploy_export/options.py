@@ -8,6 +8,7 @@ import pydantic
 from sopdeploy.bundle.manifest import BatchRange, Int8For, Precision
 from sopdeploy.config import NonNegative, Options
 from sopdeploy.errors import ConfigError
+from sopdeploy.project import Name
 
 BatchSize = Annotated[int, pydantic.Field(ge=1, le=1_000_000)]
 USUAL_BATCH = 8  # the batch size that equivalent forms of a layer are chosen for
@@ -16,6 +17,8 @@ USUAL_BATCH = 8  # the batch size that equivalent forms of a layer are chosen fo
 class ExportOptions(Options):
     """Options of `sopdeploy.export`, `sopdeploy.export_network` and `sopdeploy export`."""
 
+    name: Name = None
+    """Name of the project; by default that of the checkpoint or, for a network of your own, its builder."""
     detach: bool = False
     """Remove training-only branches and prove equivalence."""
     max_batch: BatchSize = 64
@@ -92,8 +95,6 @@ class NetworkExportOptions(NetworkOptions):
     """File with one class name per line."""
     allow_constants: bool = False
     """Accept large tensors that are neither weights nor buffers, without --plain."""
-    name: str | None = None
-    """Name of the model; by default that of the builder."""
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "NetworkExportOptions":

@@ -20,14 +20,16 @@ from sopdeploy.bundle import folder as bundle
 from sopdeploy.bundle.class_maps import FILE as CLASS_MAPS
 from sopdeploy.bundle.class_maps import write_class_maps
 from sopdeploy.bundle.golden import write_golden
+from sopdeploy.bundle.listing import read_bundles
 from sopdeploy.bundle.manifest import Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import Probes, write_probes
-from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.errors import DetachError, LoweringError
+from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
+from sopdeploy.errors import ConfigError, DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
+from sopdeploy.project import utc_now
 from sopdeploy_export.graph import INPUT, Deployed, lower, output_names, probe_images, write
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
@@ -74,10 +76,14 @@ def export(
     fails; nothing is left in *destination* then.
     """
     step("reading the checkpoint")
-    checkpoint = read_checkpoint(checkpoint_path)
+    checkpoint, options = read_checkpoint(checkpoint_path), options or ExportOptions()
+    project = options.name or checkpoint.project or checkpoint.model.replace(":", "-")
+    if options.name is None:
+        check_same_images(destination, project, checkpoint)
     network = build_classifier(checkpoint, checkpoint_path)
     subject = ExportSubject(
         name=checkpoint.model,
+        project=project,
         network=network,
         detachment=Detachment.of(network),
         labels=checkpoint.labels,
@@ -87,8 +93,27 @@ def export(
         summary=lambda: summarize_checkpoint(checkpoint),
         decision=checkpoint.decision,
         training=checkpoint.training,
+        origin=checkpoint.origin,
     )
     return export_subject(subject, destination, options, step)
+
+
+def check_same_images(destination: Path, project: str, checkpoint: Checkpoint) -> None:
+    """Raise `ConfigError` if *destination* has bundles of *project*, but none with images of *checkpoint*.
+
+    A server would replace one network by the other. Without hashes of images, nothing is compared.
+    """
+    images, manifests = (
+        set(checkpoint.image_hashes.tolist()),
+        (one.manifest for one in read_bundles(destination)),
+    )
+    others = [one.origin for one in manifests if one is not None and one.origin and one.project == project]
+    if images and others and all(one.sample and images.isdisjoint(one.sample) for one in others):
+        raise ConfigError(
+            f"{destination}: has a network named {project} that was trained on other images; give another "
+            "name or, to replace it on servers, this one",
+            remedies={"name": "NAME"},
+        )
 
 
 def export_subject(
@@ -106,7 +131,7 @@ def export_subject(
     if options.with_features:
         add_embedding_output(subject.network, len(subject.labels), subject.detachment.training_only)
     images = probe_images(subject.preprocess, options.probes)
-    job = _Job(subject, images, accuracy, options, _with_time_left(step))
+    job = _Job(subject, images, accuracy, options, _with_time_left(step), utc_now())
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
         certified, certificate = _prove(job)
         if options.precision != "fp32":
@@ -178,6 +203,7 @@ class _Job(NamedTuple):
     accuracy: AccuracyCheck
     options: ExportOptions
     step: Callable[[str, float], None]
+    time: str
 
 
 def _check_file(
@@ -306,6 +332,9 @@ def _manifest_fields(
     precision = results.precision.precision
     return {
         "model": subject.name,
+        "project": subject.project,
+        "exported_at": job.time,
+        "origin": subject.origin,
         "config": json.loads(json.dumps(subject.config)),
         "inputs": (TensorRecord(name=INPUT, dtype="uint8", shape=(None, side, side, 3)),),
         "outputs": tuple(

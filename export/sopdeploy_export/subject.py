@@ -9,6 +9,7 @@ from torch import nn
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.project import Origin
 from sopdeploy_export.proof.networks import Detachment
 
 if TYPE_CHECKING:  # the report imports this module
@@ -22,7 +23,8 @@ class ExportSubject:
     `pipeline.export` creates one from a checkpoint, `export_network` from any network.
 
     Attributes:
-        name: Name of the model in the bundle.
+        name: Name of the network, such as `dsop-resnet18`.
+        project: Name of the project, which names the bundle.
         network: The network as it was trained, in eval mode.
         detachment: The training-only parts, and the plain network that must remain without them.
         labels: Class names, in the order of the logits.
@@ -32,10 +34,12 @@ class ExportSubject:
         summary: Summarizes the modules and their costs, for the report.
         decision: How logits become classes; `None` for softmax without thresholds.
         training: Recipe, epoch and metrics, for the model card.
+        origin: The run and its images; `None` if `train` did not train the network.
         warnings: Findings of the checks that do not stop the export.
     """
 
     name: str
+    project: str
     network: nn.Module
     detachment: Detachment
     labels: tuple[str, ...]
@@ -45,6 +49,7 @@ class ExportSubject:
     summary: "Callable[[], NetworkSummary]"
     decision: Decision | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin | None = None
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -86,7 +86,7 @@ def export_weights(
         labels=labels,
         preprocess=preprocess,
         destination=destination,
-        name=source.name or attribute,
+        name=options.name or attribute,
         logits=_index_or_name(source.logits),
         allow_constants=source.allow_constants,
         options=options,

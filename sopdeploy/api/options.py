@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from sopdeploy.config import Options
+from sopdeploy.project import Name
 
 # A path and a number are converted.
 Text = Annotated[str | None, pydantic.BeforeValidator(lambda value: None if value is None else str(value))]
@@ -22,8 +23,10 @@ class TrainOptions(Options):
     models: str | None = None
     """Networks to compare, NAME or NAME=FILE with its weights, separated by commas; sets `model.name` and
     `few_shot.models`."""
+    name: Name = None
+    """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
     resume: Literal["never", "always", "auto"] = "never"
-    """Continue the run in the folder, by default the newest of the recipe; auto starts a new one if there is
+    """Continue the run in the folder, by default the newest of the project; auto starts a new one if there is
     none."""
     log: tuple[str, ...] = ()
     """Also log to tensorboard; `wandb sync` reads its files."""

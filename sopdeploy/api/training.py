@@ -13,6 +13,7 @@ from sopdeploy.api.progress import ProgressBars
 from sopdeploy.config import expand_options
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy.html.templates import render
+from sopdeploy.project import folder_project
 from sopdeploy.report.predictions import predictions_context, score_tile
 from sopdeploy.report.run_data import Predictions, RunData, read_run
 from sopdeploy.training.callbacks import Callback, CallbackList, create_loggers
@@ -99,7 +100,7 @@ def train(
     Args:
         data: Folder of images, `DIR/<class>/*.jpg`. It sets `data.path` of the recipe.
         recipe: A recipe of `sopdeploy recipes`, or a .toml file. The default is the recipe for photos.
-        out: Folder of the run. The default is `runs/<recipe>-<number>`; `runs/latest` links to it.
+        out: Folder of the run. The default is `runs/<project>-<number>`; `runs/latest` links to it.
         options: The fields of `TrainOptions`, each as a keyword argument.
         assignments: Settings as text, `key=value`, as for the option `--set`.
         progress: Print progress on stderr. By default only on a terminal and in a notebook.
@@ -120,10 +121,10 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(join_processes())
         given = [*assignments, *to_assignments(settings)]
-        loaded, name, keys = configure(data, recipe, options, given)
+        loaded, keys = configure(data, recipe, options, given)
         strategy = Strategy(select_device(loaded.device))
         resuming = options.resume != "never"
-        folder = numbered_folder(name, strategy, resume=resuming) if out is None else Path(out)
+        folder = numbered_folder(str(loaded.project), strategy, resume=resuming) if out is None else Path(out)
         callbacks: list[Any] = []
         if is_main_process():
             callbacks += create_loggers(options.log, folder)
@@ -145,8 +146,8 @@ def train(
 
 def configure(
     data: str | Path | None, recipe: str | Path | None, options: TrainOptions, assignments: Sequence[str]
-) -> tuple[Recipe, str, list[str]]:
-    """Read *recipe* with the given changes; return it, its name, and the keys that were changed.
+) -> tuple[Recipe, list[str]]:
+    """Read *recipe* with the given changes and name its project; return it and the keys that were changed.
 
     Without a recipe and a network, a weight file determines the network. Raises `ConfigError` if there are no
     data and no recipe, or if a value is invalid.
@@ -155,6 +156,7 @@ def configure(
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
     source, settings = recipe or FOLDER_RECIPE, _compared_networks(options)
     settings |= {
+        "project": options.name,
         "data.path": str(data) if data else None,
         "start.weights": options.weights or settings.get("start.weights"),
         "model.config.pooling": options.pooling,
@@ -166,7 +168,12 @@ def configure(
     if recipe is None and "model.name" not in keys and isinstance(weights, Path):
         network = choose_network(weights, loaded.model.name)
         loaded = read_recipe(source, [*changes, f"model.name={to_toml(network)}"])
-    return loaded, Path(source).stem, keys
+    if loaded.project is None:
+        path = getattr(loaded.data, "path", None)
+        name = path and folder_project(path)
+        name = name or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
+        loaded = loaded.model_copy(update={"project": name})
+    return loaded, keys
 
 
 def _compared_networks(options: TrainOptions) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import pydantic
 
 from sopdeploy.bundle.manifest import FORMAT, FileRecord, Manifest
 from sopdeploy.errors import BundleError, StorageError
-from sopdeploy.files import FULL_ERRNOS, LATEST, link_latest, sha256, writing
+from sopdeploy.files import FULL_ERRNOS, LATEST, atomic_write, link_latest, sha256, writing
 
 MANIFEST = "manifest.json"
 PROGRAM = "network.pt2"  # optional
@@ -47,7 +47,7 @@ class Bundle:
 
     @property
     def name(self) -> str:
-        """`<model>-<id>`, the original folder name."""
+        """`<project>-<id>`, the original folder name."""
         return self.manifest.name
 
     @property
@@ -109,10 +109,11 @@ def seal(folder: Path, manifest_without_files: Mapping[str, Any]) -> Manifest:
 
 
 def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
-    """Rename a sealed *folder* to `destination/<model>-<id>` and return the new path.
+    """Rename a sealed *folder* to `destination/<project>-<id>` and return the new path.
 
-    An identical bundle that already exists is kept. The link `destination/latest` then leads to the bundle.
-    Raises `BundleError` if a different or damaged bundle has the name.
+    An identical bundle that already exists is kept and gets the time of *manifest*. The link
+    `destination/latest` then leads to the bundle. Raises `BundleError` if a different or damaged bundle has
+    the name.
     """
     target = destination / manifest.name
     if not target.exists():
@@ -129,8 +130,12 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
         else:
             link_latest(target)
             return target
-    if open_bundle(target).manifest != manifest:
+    existing = open_bundle(target).manifest
+    if existing.model_copy(update={"exported_at": manifest.exported_at}) != manifest:
         raise BundleError(f"{target} exists with another manifest; choose another folder", setting="out")
+    if existing != manifest:
+        with writing(target / MANIFEST, BundleError), atomic_write(target / MANIFEST) as partial:
+            partial.write_bytes(manifest.to_bytes())
     link_latest(target)
     return target
 

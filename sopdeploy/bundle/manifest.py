@@ -9,6 +9,7 @@ import pydantic
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.project import NAME, Origin, Time
 
 FORMAT: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
 ID_LENGTH = 12
@@ -62,11 +63,17 @@ class Lineage(StrictModel):
 class Manifest(StrictModel):
     """Content of `manifest.json`.
 
-    `int8_for` is the runtime of an int8 graph, and `decision` says how logits become a decision.
+    `project` is the name under which the network is served, and `model` the network. `exported_at` is the
+    time of the export by the clock of its machine; it is not part of the id. `origin` is None for a network
+    that `train` did not train. `int8_for` is the runtime of an int8 graph, and `decision` says how logits
+    become a decision.
     """
 
     format: Literal["sopdeploy-bundle"] = FORMAT
     version: Literal[1] = 1
+    project: Annotated[str, pydantic.Field(pattern=NAME)]
+    exported_at: Time
+    origin: Origin | None = None
     model: Annotated[str, pydantic.Field(pattern=r"^([a-z-]+:){0,2}[A-Za-z0-9._-]+$")]
     config: dict[str, Any]
     inputs: Annotated[tuple[TensorRecord, ...], pydantic.Field(min_length=1)]
@@ -84,8 +91,9 @@ class Manifest(StrictModel):
 
     @property
     def id(self) -> str:
-        """Bundle id: a hash over the manifest, which contains the hashes of all files."""
-        return hashlib.sha256(to_json(self.model_dump(mode="json"))).hexdigest()[:ID_LENGTH]
+        """Bundle id: a hash over the manifest without the time; it contains the hashes of all files."""
+        fields = self.model_dump(mode="json", exclude={"exported_at"})
+        return hashlib.sha256(to_json(fields)).hexdigest()[:ID_LENGTH]
 
     def to_bytes(self) -> bytes:
         """Serialize to `manifest.json`; a manifest has exactly one serialization."""
@@ -122,8 +130,8 @@ class Manifest(StrictModel):
 
     @property
     def name(self) -> str:
-        """Folder name of the bundle: `<model>-<id>`, with `timm-resnet18` for `timm:resnet18`."""
-        return f"{self.model.replace(':', '-')}-{self.id}"
+        """Folder name of the bundle: `<project>-<id>`."""
+        return f"{self.project}-{self.id}"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

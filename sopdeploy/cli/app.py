@@ -30,6 +30,7 @@ COMMANDS = {
     "train": ("Train", "training.train:train_command", "train a network"),
     "eval": ("Train", "training.evaluate:evaluate", "evaluate a checkpoint, a bundle or a server"),
     "calibrate": ("Train", "training.calibrate:calibrate", "fit temperature and thresholds of a checkpoint"),
+    "runs": ("Train", "training.runs:runs", "list runs and bundles, and which bundles are live"),
     "report": ("Train", "training.report:report", "write an HTML report on a run"),
     "compare": ("Train", "training.compare:compare", "test whether one recipe is better than another"),
     "reproduce": ("Train", "training.reproduce:reproduce", "train the rows of a paper's table"),

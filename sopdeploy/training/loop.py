@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.prediction import evaluate, predict_logits
+from sopdeploy.project import SAMPLED, Origin, folder_name, utc_now
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import best_epoch, diagnose
 from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_step
@@ -179,6 +181,16 @@ def start_or_resume(
     check_same_step(run, folder.path)
     if strategy.rank == 0 and len(data.train) <= MAX_HASHED:
         run.image_hashes = torch.from_numpy(np.unique(hash_images(data.train)))
+    before = None if checkpoint is None else checkpoint.origin
+    run.origin = Origin(
+        run=folder_name(folder.path),
+        run_id=token_hex(6) if before is None else before.run_id,
+        started=utc_now() if before is None else before.started,
+        data=folder_name(getattr(recipe.data, "path", None) or recipe.data.kind),
+        images=len(data.train) + len(data.held_out),
+        classes=len(run.labels),
+        sample=run.image_hashes[:SAMPLED].tolist(),
+    )
     if checkpoint is not None:
         folder.save_derived_files(run)
     callback.on_train_start(

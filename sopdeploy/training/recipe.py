@@ -19,6 +19,7 @@ from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry, make_config
+from sopdeploy.project import Name
 from sopdeploy.training.ema import EmaConfig
 from sopdeploy.training.fine_tuning import StartConfig
 from sopdeploy.training.optimizers import OptimizerConfig
@@ -88,6 +89,7 @@ class RejectionConfig(StrictModel):
 class Recipe(StrictModel):
     """A complete training run; defaults follow the papers.
 
+    `project` names the bundle and the served model; `train` sets it by the data folder, or by the recipe.
     `batch_size` is the number of samples of a step, over all processes; `accumulate` splits a step into
     that many micro-batches. `batch_norm` computes statistics per process ("local"), over the whole
     micro-batch ("global"), or uses the running statistics ("frozen"). `sampler` "balanced" draws all
@@ -96,6 +98,7 @@ class Recipe(StrictModel):
     """
 
     summary: str
+    project: Name = None
     seed: Count = 0
     epochs: Annotated[int, pydantic.Field(ge=1)]
     batch_size: Annotated[int, pydantic.Field(ge=2)]

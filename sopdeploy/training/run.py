@@ -29,6 +29,7 @@ from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.registry import create_model
+from sopdeploy.project import Origin
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow, Throughput
 from sopdeploy.training.distributed.batch_sharding import replace_batch_norms
 from sopdeploy.training.distributed.strategy import Strategy
@@ -69,7 +70,7 @@ class Run:
 
     `name` and `config` are the catalog name and the complete config of `model`. `few_shot` is the record of
     the few-shot procedure, `out_of_fold` (images, classes) the logits on which its estimate is based, and
-    `decision` the one that was fitted to these logits. `image_hashes` are those of a checkpoint.
+    `decision` the one that was fitted to these logits. `image_hashes` and `origin` are those of a checkpoint.
     """
 
     recipe: Recipe
@@ -92,6 +93,7 @@ class Run:
     out_of_fold: Tensor | None = None
     decision: Decision | None = None
     image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    origin: Origin | None = None
 
     @property
     def estimate(self) -> HeldOutEstimate:
@@ -226,6 +228,8 @@ class Run:
             resume=resume,
             decision=self.decision or self._multi_label_decision(),
             image_hashes=self.image_hashes,
+            project=self.recipe.project or "",
+            origin=self.origin,
         )
 
     def _multi_label_decision(self) -> Decision | None:

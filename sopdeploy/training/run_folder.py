@@ -1,7 +1,7 @@
 """The folder of a run: checkpoints and the history.
 
-Without `--out`, runs of a recipe are numbered: `runs/photos-1`, `runs/photos-2`. The link `runs/latest` leads
-to the newest run in `runs` that has a `best.pt`.
+Without `--out`, runs of a project are numbered: `runs/photos-1`, `runs/photos-2`. The link `runs/latest`
+leads to the newest run in `runs` that has a `best.pt`.
 
 `last.pt` is the checkpoint to resume from, `best.pt` the one to export; `history.csv` lists all epochs. Every
 file is written atomically. `last.pt` is written first; all other files are derived from it and are written

@@ -31,7 +31,7 @@ QUICKER = {
     "range(240)": "range(60)",
     "--set epochs=8": "--set epochs=2",
 }
-FIRST_BUNDLE, LAST_BUNDLE = "dsop-resnet20-3f6c01d2a4b7", "dsop-resnet20-77aa01d2e0c4"  # example names
+FIRST_BUNDLE, LAST_BUNDLE = "photos-3f6c01d2a4b7", "photos-77aa01d2e0c4"  # example names
 
 
 def steps(page: Path) -> list[str]:

@@ -1,5 +1,7 @@
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -14,9 +16,19 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.golden import read_golden
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.errors import ConfigError, DataError, DetachError, LoweringError, ParityError, SopdeployError
+from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
+from sopdeploy.errors import (
+    ConfigError,
+    DataError,
+    DetachError,
+    LoweringError,
+    ParityError,
+    SopdeployError,
+    command_line_option,
+)
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
+from sopdeploy.project import Origin
 from sopdeploy_export import pipeline
 from sopdeploy_export.graph import Deployed, probe_images
 from sopdeploy_export.options import ExportOptions
@@ -25,6 +37,7 @@ from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
 from tests.export.conftest import GMGAP, LABELS, save, trained
 from tests.export.once import proving_once
+from tests.forged import write_hollow
 
 DETACH = ExportOptions(detach=True, max_batch=4)
 
@@ -82,14 +95,56 @@ def test_folders_are_checked_before_the_first_expensive_step(
     assert steps == ["reading the checkpoint"]
 
 
-def test_exports_of_one_checkpoint_are_byte_identical(
-    exported: Exported, checkpoint: Path, tmp_path: Path
+def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begins(
+    checkpoint: Path, tmp_path: Path
 ) -> None:
+    started = "2026-01-02T03:04:05.000000Z"
+    run = {"run": "photos-1", "run_id": "0" * 12, "started": started, "data": "photos"}
+    other = Origin(**run, images=40, classes=4, sample=(3, -4))
+    write_hollow(tmp_path / "bundles", project="photos", origin=other)
+    path = tmp_path / "best.pt"
+
+    def attempt(images: list[int], **options: Any) -> list[str]:
+        hashes, steps = torch.tensor(sorted(images), dtype=torch.int64), list[str]()
+        write_checkpoint(path, replace(read_checkpoint(checkpoint), project="photos", image_hashes=hashes))
+        chosen = DETACH.model_copy(update={"probes": tmp_path / "no folder", **options})
+        with pytest.raises(SopdeployError) as error:
+            export(path, tmp_path / "bundles", chosen, steps.append)
+        return [*steps, error.value.describe(command_line_option)]
+
+    assert attempt([1, 2]) == [
+        "reading the checkpoint",
+        f"{tmp_path / 'bundles'}: has a network named photos that was trained on other images; give another "
+        "name or, to replace it on servers, this one; try --name NAME",
+    ]
+    for images, options in (
+        ([1, 2, -4], {}),
+        ([1, 2], {"name": "photos"}),
+        ([1, 2], {"name": "hats"}),
+        ([], {}),
+    ):
+        assert "no folder" in attempt(images, **options)[-1]
+    write_hollow(tmp_path / "bundles", project="photos", origin=None)
+    assert "has a network named photos" in attempt([1, 2])[-1]
+
+
+@pytest.mark.parametrize("name", ["a b", ".hidden", ""])
+def test_a_bad_name_is_an_error(name: str) -> None:
+    with pytest.raises(ConfigError, match="use at most 200 letters"):
+        ExportOptions(name=name)
+
+
+def test_exports_of_one_checkpoint_differ_in_their_time_only(
+    exported: Exported, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767323045")
     with proving_once(changes_program=True):
         again = export(checkpoint, tmp_path, DETACH)
     assert again.path.name == exported.path.name
-    for name in [*exported.manifest.files, "manifest.json"]:
+    for name in exported.manifest.files:
         assert (again.path / name).read_bytes() == (exported.path / name).read_bytes(), name
+    same_time = exported.manifest.model_copy(update={"exported_at": "2026-01-02T03:04:05.000000Z"})
+    assert (again.path / "manifest.json").read_bytes() == same_time.to_bytes()
 
 
 def test_the_in_toto_statement_names_the_file_its_checkpoint_and_what_was_proved(exported: Exported) -> None:

@@ -29,6 +29,7 @@ from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.project import utc_now
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel
@@ -74,10 +75,12 @@ def write_bundle(
     decision: Decision | None = None,
     preprocess: Preprocess = RULES,
     golden: bool = False,
+    project: str = "tiny",
+    exported_at: str | None = None,
 ) -> Path:
     """Write the tiny bundle into *folder*, with so many probes of *output*, *wrong_by* so much.
 
-    With *golden* it has golden examples.
+    With *golden* it has golden examples. It is exported now or at *exported_at*.
     """
     graph = tiny_graph(seed)
     weights = numpy_helper.to_array(graph.graph.initializer[1])
@@ -103,6 +106,8 @@ def write_bundle(
         manifest = seal(
             stage,
             {
+                "project": project,
+                "exported_at": exported_at or utc_now(),
                 "model": "tiny",
                 "config": {},
                 "inputs": (TensorRecord(name="images", dtype="uint8", shape=(None, 32, 32, 3)),),

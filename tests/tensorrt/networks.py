@@ -102,6 +102,8 @@ def write(
         kept = Probes(images=images, expected={"logits": logits}, tolerance={"logits": tolerance})
         write_probes(stage / "probes.npz", kept)
         values: dict[str, Any] = {
+            "project": "tiny",
+            "exported_at": "2026-01-02T03:04:05.000000Z",
             "model": "tiny",
             "config": {},
             "inputs": (TensorRecord(name="images", dtype="uint8", shape=(None, SIDE, SIDE, 3)),),

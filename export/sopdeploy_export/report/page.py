@@ -112,9 +112,9 @@ def render_model_card(subject: ExportSubject, results: Results, fields: Mapping[
         f"({preprocess.interpolation}), then center it on RGB {preprocess.background};",
         "squash": f"Resize both\nsides of an image to {preprocess.crop} pixels ({preprocess.interpolation});",
     }[preprocess.fit]
-    card = f"""# {subject.name}
+    card = f"""# {subject.project}
 
-An image classifier exported by sopdeploy {fields["versions"]["sopdeploy"]}.
+An image classifier, the network {subject.name}, exported by sopdeploy {fields["versions"]["sopdeploy"]}.
 
 Classes: {labels}
 

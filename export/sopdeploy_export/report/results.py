@@ -86,6 +86,7 @@ class Exported(Results):
         return {
             "bundle": str(self.path),
             "id": self.manifest.id,
+            "project": self.manifest.project,
             "model": self.manifest.model,
             "proof": self.certificate.proof,
             "detached": list(self.certificate.detached),

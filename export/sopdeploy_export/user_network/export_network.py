@@ -1,7 +1,6 @@
 """Export any PyTorch classifier, with the same proof, checks and bundle as a network of the catalog."""
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +12,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
+from sopdeploy.project import check_name
 from sopdeploy_export.graph import PREFIX, Captured, Deployed, capture
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import Exported, export_subject
@@ -40,7 +40,6 @@ from sopdeploy_export.user_network.checks import (
 )
 
 SHOWN = 3  # tensors in a message
-NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,200}")  # names files and folders with up to 50 more characters
 
 
 def export_network(
@@ -73,7 +72,8 @@ def export_network(
         labels: Class names, in the order of the logits.
         preprocess: Converts an image to the input of the network.
         destination: Folder for the bundle.
-        name: Name of the model: at most 200 letters, digits, `.`, `_` and `-`, the first not `.`.
+        name: Name of the network and, without `options.name`, of the project: at most 200 letters, digits,
+            `.`, `_` and `-`, the first not `.`.
         logits: Attribute, key or index of the logits, if the network returns more than one tensor.
         allow_constants: Accept tensors of more than 16 numbers that are neither parameters nor buffers, if
             there is no *plain* network to compare them with.
@@ -122,6 +122,7 @@ def export_network(
     recorded = {"network": class_name, "logits": logits, "training_only": list(training_only)}
     subject = ExportSubject(
         name=name,
+        project=options.name or name,
         network=network,
         detachment=Detachment(
             training_only=parts,
@@ -142,10 +143,7 @@ def export_network(
 
 def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -> None:
     """Raise `ConfigError` for an argument of the wrong kind."""
-    if not NAME.fullmatch(name):
-        raise ConfigError(
-            "use at most 200 letters, digits, `.`, `_` and `-`, the first not `.`", setting="name", value=name
-        )
+    check_name(name)
     if not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels) or not labels:
         raise ConfigError("give one name per class, each once", setting="labels")
     if not isinstance(preprocess, Preprocess):

@@ -46,7 +46,7 @@ def engine(
 ) -> "Engine | EnginePlan":
     """Build the TensorRT engine of a bundle for this GPU, or find it in the cache, and check its outputs.
 
-    Example: [bold]sopdeploy engine bundles/dsop-resnet20-3f6c01d2a4b7 --profiles 1,8,32[/bold]
+    Example: [bold]sopdeploy engine bundles/photos-3f6c01d2a4b7 --profiles 1,8,32[/bold]
     """
     from sopdeploy.environment import import_optional
     from sopdeploy.errors import RuntimeUnavailableError

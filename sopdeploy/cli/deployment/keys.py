@@ -29,7 +29,7 @@ def sign(
 
     The signature has the format of OpenSSF Model Signing; `model_signing verify key` accepts it, too.
 
-    Example: [bold]sopdeploy sign bundles/dsop-resnet20-3f6c01d2a4b7 --key release.key[/bold]
+    Example: [bold]sopdeploy sign bundles/photos-3f6c01d2a4b7 --key release.key[/bold]
     """
     from sopdeploy.bundle.signing import make_key
     from sopdeploy.bundle.signing import sign as run

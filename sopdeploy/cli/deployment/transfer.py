@@ -30,7 +30,7 @@ def push(
 ) -> "Pushed":
     """Upload a bundle as one reproducible archive, with its signature if there is one.
 
-    Example: [bold]sopdeploy push bundles/dsop-resnet20-3f6c01d2a4b7 s3://models/flowers[/bold]
+    Example: [bold]sopdeploy push bundles/photos-3f6c01d2a4b7 s3://models/flowers[/bold]
     """
     from sopdeploy.bundle.transfer import push as run
 
@@ -57,7 +57,7 @@ def pull(
 ) -> "Pulled":
     """Download a bundle, check signature and hashes, and only then move it to its final name.
 
-    Example: [bold]sopdeploy pull s3://models/flowers/dsop-resnet20-3f6c01d2a4b7.tar bundles[/bold]
+    Example: [bold]sopdeploy pull s3://models/flowers/photos-3f6c01d2a4b7.tar bundles[/bold]
     """
     from sopdeploy.bundle.transfer import pull as run
 

@@ -23,7 +23,7 @@ def triton(
 ) -> TritonModel:
     """Write a bundle into a Triton model repository: config, labels, warm-up and graph.
 
-    Example: [bold]sopdeploy triton bundles/dsop-resnet20-3f6c01d2a4b7 models[/bold]
+    Example: [bold]sopdeploy triton bundles/photos-3f6c01d2a4b7 models[/bold]
     """
     from sopdeploy.bundle.folder import open_bundle
     from sopdeploy_export.triton import write_triton

@@ -48,7 +48,7 @@ def replay_rules(bundle: Path) -> str | None:
 def verify(bundle: BundleArgument) -> "tuple[Verification, str | None]":
     """Check every file of a bundle, its probes and its golden examples on this machine, offline.
 
-    Example: [bold]sopdeploy verify bundles/dsop-resnet20-3f6c01d2a4b7[/bold]
+    Example: [bold]sopdeploy verify bundles/photos-3f6c01d2a4b7[/bold]
     """
     with steps("verifying"):
         from sopdeploy_service.commands.verify import verify as run

@@ -37,7 +37,7 @@ def bench(
 ) -> "Benchmark":
     """Measure latency (median, p95, p99) and images per second of a bundle on this machine, after a warm-up.
 
-    Example: [bold]sopdeploy bench bundles/dsop-resnet20-3f6c01d2a4b7 --batch 1,8[/bold]
+    Example: [bold]sopdeploy bench bundles/photos-3f6c01d2a4b7 --batch 1,8[/bold]
     """
     with steps("timing") as step:
         from sopdeploy_service.commands.bench import bench as run

@@ -50,9 +50,9 @@ def classify(
     Repeat the command to continue an interrupted run. An image that cannot be used gets a row with its error.
     The results equal those of the service.
 
-    Example: [bold]sopdeploy classify bundles/dsop-resnet20-3f6c01d2a4b7 photos --out results[/bold]
+    Example: [bold]sopdeploy classify bundles/photos-3f6c01d2a4b7 photos --out results[/bold]
 
-    Example: [bold]sopdeploy classify bundles/dsop-resnet20-3f6c01d2a4b7 'shards/*.tar' --out results[/bold]
+    Example: [bold]sopdeploy classify bundles/photos-3f6c01d2a4b7 'shards/*.tar' --out results[/bold]
     """
     from sopdeploy_service.commands.batch.run import classify as run
     from sopdeploy_service.settings import parse_assignments

@@ -47,7 +47,7 @@ def predict(
 ) -> None:
     """Classify image files without a server; the results equal those of the service.
 
-    Example: [bold]sopdeploy predict bundles/dsop-resnet20-3f6c01d2a4b7 photo.jpg[/bold]
+    Example: [bold]sopdeploy predict bundles/photos-3f6c01d2a4b7 photo.jpg[/bold]
     """
     from sopdeploy_service.commands.predict import predict as run
     from sopdeploy_service.settings import load_settings

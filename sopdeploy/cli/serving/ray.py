@@ -28,9 +28,9 @@ def ray(
 ) -> None:
     """Serve over HTTP from several replicas that Ray starts, monitors and routes to.
 
-    Example: [bold]sopdeploy ray bundles/dsop-resnet20-3f6c01d2a4b7 --replicas 2[/bold]
+    Example: [bold]sopdeploy ray bundles/photos-3f6c01d2a4b7 --replicas 2[/bold]
 
-    Example: [bold]sopdeploy ray bundles/dsop-resnet20-3f6c01d2a4b7 --max-replicas 8 --emit serve.yaml[/bold]
+    Example: [bold]sopdeploy ray bundles/photos-3f6c01d2a4b7 --max-replicas 8 --emit serve.yaml[/bold]
     """
     from sopdeploy.bundle.folder import open_bundle
     from sopdeploy_service.inference.bundle_store import BundleStore

@@ -59,11 +59,11 @@ def serve(
     Settings come from flags or --set name=value, from environment variables such as SOPDEPLOY_PORT, and from
     the --config file, in this order of priority.
 
-    Example: [bold]sopdeploy serve bundles/dsop-resnet20-3f6c01d2a4b7 --port 8000[/bold]
+    Example: [bold]sopdeploy serve bundles/photos-3f6c01d2a4b7 --port 8000[/bold]
 
-    Example: [bold]sopdeploy serve flowers=bundles/dsop-resnet20-3f6c01d2a4b7 birds=other/bundle[/bold]
+    Example: [bold]sopdeploy serve flowers=bundles/photos-3f6c01d2a4b7 birds=other/bundle[/bold]
 
-    Example: [bold]sopdeploy serve live=bundles/dsop-resnet20-3f6c01d2a4b7 new=other --shadow new=0.05[/bold]
+    Example: [bold]sopdeploy serve live=bundles/photos-3f6c01d2a4b7 new=other --shadow new=0.05[/bold]
     """
     given = options.model_dump(exclude_defaults=True)
     settings = load_settings(config, **parse_assignments(assignments or (), **given))

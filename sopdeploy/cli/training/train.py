@@ -63,7 +63,7 @@ def train(
         Path | None, typer.Option(help="Folder of images, DIR/<class>/*.jpg; sets `data.path`.")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the run; by default runs/<recipe>-<number>.")
+        Path | None, typer.Option("--out", help="Folder of the run; by default runs/<project>-<number>.")
     ] = None,
     settings: SetOption = None,
     *,

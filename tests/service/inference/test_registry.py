@@ -1,6 +1,7 @@
 """Several models in one server, and versions that replace each other under load."""
 
 import asyncio
+import os
 import shutil
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -11,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from sopdeploy.bundle.folder import open_bundle, read_manifest
+from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
@@ -21,6 +22,7 @@ from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.settings import Settings
+from tests.forged import flip
 from tests.service.failing import Failing
 
 SETTINGS = Settings(threads=1, model_control=True)
@@ -241,33 +243,96 @@ def test_an_invalid_timeout_is_400_and_a_long_one_is_limited_by_the_server(two, 
         assert (reply.status_code, reply.json().get("code")) == (status, code)
 
 
-def test_a_folder_of_bundles_is_served_by_name(tmp_path, make_bundle) -> None:
-    first = make_bundle(tmp_path / "a")
-    shutil.copytree(first, tmp_path / "models" / "flowers")
-    shutil.copytree(first, tmp_path / "models" / first.name)
-    (tmp_path / "models" / ".bundle-x.partial").mkdir()
-    assert set(BundleStore([tmp_path / "models"]).bundles) == {"flowers", "tiny"}
-    assert set(BundleStore([first, f"two={first}"]).bundles) == {"tiny", "two"}
+TIMES = [f"2026-11-2{day}T10:00:00.000000Z" for day in range(4)]
 
 
-def test_of_several_bundles_of_a_network_the_latest_is_served(versions, tmp_path) -> None:
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Take the lines logged so far."""
+    found = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    return found
+
+
+def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(
+    tmp_path, make_bundle, caplog
+) -> None:
     folder = tmp_path / "models"
-    shutil.copytree(versions[0].parent, folder, symlinks=True)
-    for path in versions:
-        (folder / "latest").unlink(missing_ok=True)
-        (folder / "latest").symlink_to(path.name)
-        store = BundleStore([folder])
-        assert store.bundles == {"tiny": folder / path.name}
-        assert BundleStore([folder / "latest"]).bundles == store.bundles  # not the link, which may change
-        others = {folder / other.name for other in versions} - {folder / path.name}
-        assert {store.find("tiny", serving=read_manifest(path).id)} == others
+    made = {
+        (project, day): make_bundle(folder, project=project, exported_at=TIMES[day], probes=probes)
+        for project, day, probes in (("hats", 2, 3), ("hats", 1, 4), ("shoes", 0, 3), ("shoes", 3, 4))
+    }
+    last = {"hats": made["hats", 2], "shoes": made["shoes", 3]}
+    assert BundleStore([folder]).bundles == last
+    assert lines(caplog) == [
+        f"shoes: serves {last['shoes']} (exported 2026-11-23T10:00:00Z); "
+        f"not {made['shoes', 0].name}, exported earlier, 2026-11-20T10:00:00Z",
+        f"hats: serves {last['hats']} (exported 2026-11-22T10:00:00Z); "
+        f"not {made['hats', 1].name}, exported earlier, 2026-11-21T10:00:00Z",
+    ]
+    (folder / "latest").unlink()
+    os.utime(made["hats", 1] / "manifest.json")
+    assert BundleStore([folder]).bundles == last
+    assert (
+        BundleStore([folder]).find("hats", serving=open_bundle(last["hats"]).manifest.id) == made["hats", 1]
+    )
+    (folder / "latest").symlink_to(made["hats", 1].name)
+    shutil.copytree(folder, tmp_path / "copied")  # like `cp -rL`: the link becomes a folder
+    copied = BundleStore([tmp_path / "copied"]).bundles
+    assert copied == {name: tmp_path / "copied" / path.name for name, path in last.items()}
+    assert BundleStore([tmp_path / "copied" / "latest"]).bundles == {"hats": tmp_path / "copied" / "latest"}
+
+
+def test_names_of_folders_and_identical_copies_have_no_effect(tmp_path, make_bundle, caplog) -> None:
+    first, folder = make_bundle(tmp_path / "a"), tmp_path / "models"
+    for name in ("flowers", first.name, "zoo"):
+        shutil.copytree(first, folder / name)
+    (folder / ".bundle-x.partial").mkdir()
+    (folder / "engines").mkdir()
+    assert BundleStore([folder]).bundles == {"tiny": folder / first.name}
+    (line,) = lines(caplog)
+    assert line.endswith(f"not zoo, a copy of {first.name}; not flowers, a copy of {first.name}")
+    assert BundleStore([first, f"two={first}"]).bundles == {"tiny": first, "two": first}
+    assert lines(caplog) == []
+
+
+def test_of_bundles_exported_at_the_same_time_the_greater_id_is_served(tmp_path, make_bundle, caplog) -> None:
+    folder = tmp_path / "models"
+    smaller, greater = sorted(make_bundle(folder, probes=count, exported_at=TIMES[0]) for count in (3, 4))
+    assert BundleStore([folder]).bundles == {"tiny": greater}
+    assert lines(caplog)[0].endswith(f"not {smaller.name}, exported at the same time")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda path: (path / "manifest.json").unlink(), "no manifest.json"),
+    "half a manifest": (lambda path: shorten(path / "manifest.json"), "copy or export the bundle again"),
+    "a missing file": (lambda path: (path / "probes.npz").unlink(), "probes.npz: missing"),
+    "half a file": (lambda path: shorten(path / "model.onnx"), "model.onnx: has"),
+    "a flipped bit": (lambda path: flip(path / "model.onnx", 20), "model.onnx: its sha256 is not"),
+}
+
+
+def shorten(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_bundle_is_named_and_the_others_are_served(damage, tmp_path, make_bundle, caplog) -> None:
+    folder, (change, reason) = tmp_path / "models", DAMAGE[damage]
+    older = make_bundle(folder, exported_at=TIMES[0])
+    newer = make_bundle(folder, exported_at=TIMES[1], probes=4)
+    change(newer)
+    assert BundleStore([folder]).bundles == {"tiny": older}
+    assert [record.levelname for record in caplog.records if reason in record.getMessage()] == ["WARNING"]
+    shutil.rmtree(older)
+    with pytest.raises(BundleError) as error:
+        BundleStore([folder])
+    assert str(newer) in str(error.value)
+    assert (reason in str(error.value), "\n" in str(error.value)) == (True, False)
 
 
 def test_invalid_sources_are_errors(versions, tmp_path) -> None:
-    shutil.copytree(versions[0].parent, tmp_path / "two")
-    shutil.rmtree(tmp_path / "two" / "latest")
     with pytest.raises(ConfigError, match=r"the name tiny is already used by .*NAME="):
-        BundleStore([tmp_path / "two"])
+        BundleStore(versions)
     for source in ("a b=/x", "=/x", "a/b=/x"):
         with pytest.raises(ConfigError, match="letters, digits"):
             BundleStore([source])

@@ -114,6 +114,16 @@ def test_equal_content_is_published_once_and_nothing_replaces_a_bundle(tmp_path:
         write_hollow(tmp_path)
 
 
+def test_an_identical_bundle_that_is_exported_again_gets_the_new_time(tmp_path: Path) -> None:
+    path = write_hollow(tmp_path)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    later = "2026-01-03T00:00:00.000000Z"
+    assert write_hollow(tmp_path, exported_at=later) == path
+    assert open_bundle(path).manifest.exported_at == later
+    after = {file.name: file.read_bytes() for file in path.iterdir()}
+    assert [name for name in before | after if before.get(name) != after.get(name)] == [MANIFEST]
+
+
 def grow(file: Path) -> None:
     file.write_bytes(file.read_bytes() + b"\0")
 

@@ -38,7 +38,7 @@ def test_a_manifest_is_read_as_it_was_written(
     assert Manifest.from_bytes(written.to_bytes()) == written
 
 
-def test_the_id_is_first_and_depends_on_every_field() -> None:
+def test_the_id_is_first_and_depends_on_the_other_fields() -> None:
     one = manifest()
     assert (one.to_bytes(), one.image_shape) == (manifest().to_bytes(), (16, 16, 3))
     assert list(json.loads(one.to_bytes()))[:3] == ["id", "format", "version"]
@@ -46,12 +46,21 @@ def test_the_id_is_first_and_depends_on_every_field() -> None:
     assert len(one.id) == ID_LENGTH
     others = [
         manifest(model="other"),
+        manifest(project="other"),
         manifest(opset=19),
         manifest(config={"width": 5}),
         manifest(files={"model.onnx": FileRecord(bytes=3, sha256="b" * 64)}),
         manifest(batch=BatchRange(maximum=65)),
     ]
-    assert len({one.id, *(other.id for other in others)}) == 6
+    assert len({one.id, *(other.id for other in others)}) == 7
+
+
+def test_the_time_of_the_export_is_not_part_of_the_id() -> None:
+    later = manifest(exported_at="2027-01-02T03:04:05.000000Z")
+    assert (later.id, later.to_bytes() == manifest().to_bytes()) == (manifest().id, False)
+    for time in ("", "2026-01-02", "2026-01-02T03:04:05.000000+01:00", "2026-01-02T03:04:05Z"):
+        with pytest.raises(ValueError, match="exported_at"):
+            manifest(exported_at=time)
 
 
 def edited(**changes: Any) -> bytes:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
 from sopdeploy.training.loop import train as run
 from sopdeploy.training.recipe import read_recipe
+from tests.forged import write_hollow
 
 SMALL = ["model.name=resnet8", "model.config={base_width=4}", "preprocess.resize=16", "preprocess.crop=16"]
 LOOP = ["epochs=1", "few_shot.max_images=1"]
@@ -55,8 +58,71 @@ def test_runs_are_numbered_and_latest_leads_to_the_newest_one(photos: Path) -> N
     assert (latest / "best.pt").read_bytes() == Path("runs/mine/best.pt").read_bytes()
 
 
-def test_resume_continues_the_newest_run_of_the_recipe(photos: Path) -> None:
+def listed(*options: str) -> list[dict[str, Any]]:
+    done = CliRunner().invoke(app, ["runs", *options, "--json"])
+    assert done.exit_code == 0, done.output
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows
+
+
+def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> None:
+    assert listed() == []
+    outs = [train(settings=LOOP), train("--name", "lights", settings=LOOP)]
+    assert outs == [Path("runs/photos-1"), Path("runs/lights-1")]
+    checkpoints = [read_checkpoint(out / "best.pt") for out in outs]
+    assert [checkpoint.project for checkpoint in checkpoints] == ["photos", "lights"]
+    first = checkpoints[0].origin
+    assert first is not None
+    assert (first.data, first.images, first.classes, len(first.sample)) == ("photos", 12, 2, 10)
+    days = [f"2026-01-0{day}T10:00:00.000000Z" for day in (1, 2, 3)]
+    old, new, pulled = (
+        write_hollow(Path("bundles"), project=project, exported_at=day, origin=origin, opset=opset)
+        for project, day, origin, opset in zip(
+            ("photos", "photos", "hats"), days, (first, first, None), (16, 17, 18), strict=True
+        )
+    )
+    shutil.copytree(new, "bundles/broken")
+    Path("bundles/broken/model.onnx").unlink()
+    Path("runs/broken").mkdir()
+    Path("runs/broken/best.pt").write_bytes(b"half")
+    rows = {(row["run"], row["bundle"]): row for row in listed()}
+    assert [key for key, row in rows.items() if row["live"]] == [("", pulled.name), ("photos-1", new.name)]
+    assert rows.keys() == {
+        ("photos-1", old.name), ("photos-1", new.name), ("photos-1", "broken"), ("lights-1", ""),
+        ("", pulled.name), ("broken", ""),
+    }  # fmt: skip
+    of_old = rows["photos-1", old.name]
+    assert (of_old["images"], of_old["classes"], of_old["date"]) == (12, 2, days[0])
+    assert of_old["estimate"].startswith("top-1 ")
+    assert "exported earlier" in of_old["problem"]
+    assert rows["photos-1", "broken"]["problem"] == f"a copy of {new.name}"
+    assert "damaged or not a checkpoint" in rows["broken", ""]["problem"]
+    table = CliRunner().invoke(app, ["runs"]).stdout
+    assert all(text in table for text in ("photos-1", "lights-1", new.name, "live", "2026-01-02T10:00:00"))
+
+
+def test_compare_says_what_compares_runs(photos: Path) -> None:
+    train(settings=LOOP)
+    done = CliRunner().invoke(app, ["compare", "runs/photos-1", "runs/photos-1"])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "runs/photos-1: a run, not a recipe; `sopdeploy runs` lists" in done.stderr
+    assert "`sopdeploy eval runs/photos-1/best.pt --data DIR`" in done.stderr
+
+
+def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     assert train("--resume", "auto", settings=LOOP) == Path("runs/photos-1")
+    before = read_checkpoint(Path("runs/photos-1/last.pt")).origin
+    assert train("--resume", settings=LOOP) == Path("runs/photos-1")
+    assert read_checkpoint(Path("runs/photos-1/last.pt")).origin == before
+    with pytest.raises(ConfigError, match="the run started with project = photos, now it is lights"):
+        sopdeploy.train(
+            photos,
+            out="runs/photos-1",
+            resume="always",
+            name="lights",
+            weights="none",
+            assignments=[*SMALL, *LOOP],
+        )
     for number in (2, 10):
         Path(f"runs/photos-{number}").mkdir()
         os.link("runs/photos-1/last.pt", f"runs/photos-{number}/last.pt")

@@ -1,0 +1,74 @@
+"""`sopdeploy runs`: list runs and bundles."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from sopdeploy.bundle.listing import list_bundles
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import out, plain_text, say
+from sopdeploy.errors import CheckpointError
+from sopdeploy.project import Origin
+
+COLUMNS = ("date", "run", "images", "classes", "estimate")
+
+
+def _row(origin: Origin | None, **fields: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"project": "", **dict.fromkeys(COLUMNS, ""), "images": None, "classes": None}
+    if origin is not None:
+        row |= {"run": origin.run, "date": origin.started, "images": origin.images, "classes": origin.classes}
+    return {**row, "bundle": "", "live": False, "problem": "", **fields}
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a line for each row; it is not wrapped."""
+    if not rows:
+        say("no runs and no bundles here; start with: sopdeploy train --data photos")
+        return
+    table = [["date (UTC)", *COLUMNS[1:], "bundle", ""]]
+    for row in rows:
+        shown = {**row, "date": row["date"][:19], "estimate": row["estimate"].partition(" (")[0]}
+        cells = [*(shown[name] for name in COLUMNS), row["bundle"], "live" if row["live"] else row["problem"]]
+        table.append(["" if cell is None else plain_text(str(cell)).plain for cell in cells])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells in table:
+        out.print(Text("  ".join(map(str.ljust, cells, widths)).rstrip()))
+
+
+@command(show)
+def runs(
+    folder: Annotated[Path, typer.Option("--runs", help="Folder of runs.")] = Path("runs"),
+    bundles: Annotated[Path, typer.Option(help="Folder of bundles.")] = Path("bundles"),
+) -> list[dict[str, Any]]:
+    """List runs and bundles, the newest first; a server of the folder of bundles serves those that are live.
+
+    Example: [bold]sopdeploy runs[/bold]
+
+    Example: [bold]sopdeploy runs --bundles /srv/models --json[/bold]
+    """
+    trained, rows, exported = {}, [], set()
+    for best in (path for path in sorted(folder.glob("*/best.pt")) if not path.parent.is_symlink()):
+        from sopdeploy.checkpoint import read_checkpoint
+        from sopdeploy_export.report.page import training_rows
+
+        name = best.parent.name
+        try:
+            checkpoint = read_checkpoint(best)
+        except CheckpointError as error:
+            rows.append(_row(None, run=name, problem=str(error)))
+            continue
+        origin, estimate = checkpoint.origin, dict(training_rows(checkpoint.training)).get("accuracy", "")
+        key = name if origin is None else origin.run_id
+        trained[key] = _row(origin, run=name, project=checkpoint.project, estimate=str(estimate))
+    for path, manifest, reason in list_bundles(bundles):
+        row = _row(None)
+        if manifest is not None:
+            key = "" if manifest.origin is None else manifest.origin.run_id
+            row = trained.get(key, _row(manifest.origin)) | {"project": manifest.project}
+            row["date"] = manifest.exported_at
+            exported.add(key)
+        rows.append({**row, "bundle": path.name, "live": not reason, "problem": reason})
+    rows += [row for key, row in trained.items() if key not in exported]
+    return sorted(rows, key=lambda row: str(row["date"]), reverse=True)

@@ -1,0 +1,75 @@
+"""The name of a project, and the origin of a network: its run and its images. Does not import torch."""
+
+import os
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import pydantic
+
+from sopdeploy.config import StrictModel
+from sopdeploy.errors import ConfigError
+from sopdeploy.files import expand_user
+
+NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$"  # names files and folders with up to 50 more characters
+# UTC; the order of the texts is that of the times.
+Time = Annotated[str, pydantic.Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$")]
+SAMPLED = 16  # images of a data set that a bundle records
+
+
+def check_name(name: str | None) -> str | None:
+    """Return *name*; raise `ConfigError` unless it can name a project."""
+    if name is not None and re.fullmatch(NAME, name) is None:
+        raise ConfigError(
+            "use at most 200 letters, digits, `.`, `_` and `-`, the first not `.`", setting="name", value=name
+        )
+    return name
+
+
+Name = Annotated[str | None, pydantic.AfterValidator(check_name)]
+
+
+class Origin(StrictModel):
+    """Where a trained network comes from.
+
+    `run` and `data` are the names of the folders of the run and of its images. `images` includes the held-out
+    ones; `sample` has hashes of some training images.
+    """
+
+    run: str
+    run_id: str
+    started: Time
+    data: str
+    images: int
+    classes: int
+    sample: tuple[int, ...] = ()
+
+
+def folder_name(folder: str | Path) -> str:
+    """Return the name of *folder*, also for `.` and `..`; bytes that are not UTF-8 become `?`."""
+    path = os.path.abspath(expand_user(folder))  # noqa: PTH100 - a link keeps its name
+    return os.path.basename(path).encode("utf-8", "replace").decode()  # noqa: PTH119
+
+
+def folder_project(folder: Path) -> str:
+    """Name the project of the data in *folder*: that of the folder, or of its parent for `train`.
+
+    Other characters than those of a name are replaced by `-`; the name is empty if nothing remains.
+    """
+    name = folder_name(folder)
+    if name.lower() in {"train", "training"}:
+        name = folder_name(folder / "..")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:200]
+
+
+def utc_now() -> str:
+    """Return the time in UTC: SOURCE_DATE_EPOCH if it is set, otherwise now; raises `ConfigError`."""
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        time = datetime.now(UTC) if given is None else datetime.fromtimestamp(int(given), UTC)
+    except (ValueError, OverflowError, OSError) as error:
+        raise ConfigError(
+            f"SOURCE_DATE_EPOCH={given}: not a number of seconds since 1970; correct or unset it"
+        ) from error
+    return f"{time:%Y-%m-%dT%H:%M:%S.%fZ}"

@@ -1,0 +1,83 @@
+"""Names of projects: from the data folder, from `--name`, or from the recipe."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sopdeploy.api.options import TrainOptions
+from sopdeploy.api.training import configure
+from sopdeploy.errors import ConfigError
+from sopdeploy.project import check_name, folder_project, utc_now
+
+FOLDERS = {
+    "photos": "photos",
+    "photos/": "photos",
+    "/srv/clothing/train": "clothing",
+    "/srv/clothing/Training": "clothing",
+    "data": "data",
+    "My photos (2026)": "My-photos-2026",
+    ".hidden": "hidden",
+    "größe": "gr-e",
+    "фото": "",
+    "/": "",
+    "/train": "",
+    "x" * 255: "x" * 200,
+}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_data_folder_names_the_project(folder: str) -> None:
+    name = folder_project(Path(folder))
+    assert name == FOLDERS[folder]
+    assert not name or check_name(name) == name
+
+
+def test_folders_that_are_given_relative_to_the_working_folder_have_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "hats" / "train"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    (tmp_path / "current").symlink_to(inner)
+    found = [folder_project(Path(path)) for path in (".", "..", "../train", tmp_path / "current")]
+    assert found == ["hats", "hats", "hats", "current"]
+
+
+CONFIGURED: dict[str, tuple[dict[str, Any], str]] = {
+    "data folder": ({"data": "some/hats"}, "hats"),
+    "data folder and recipe": ({"data": "some/hats", "recipe": "photos-dsop"}, "hats"),
+    "data folder without a usable name": ({"data": "фото"}, "photos"),
+    "recipe without a folder": ({"recipe": "digits-dsop"}, "digits-dsop"),
+    "name": ({"data": "some/hats", "name": "shoes"}, "shoes"),
+    "setting": ({"data": "some/hats", "assignments": ["project=shoes"]}, "shoes"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGURED)
+def test_train_names_the_project_by_name_folder_or_recipe(case: str) -> None:
+    given, expected = CONFIGURED[case]
+    options = TrainOptions(name=given.get("name"))
+    recipe, _ = configure(given.get("data"), given.get("recipe"), options, given.get("assignments", []))
+    assert recipe.project == expected
+
+
+@pytest.mark.parametrize("name", ["", "a b", ".hidden", "a/b", "a\n", "größe", "x" * 201])
+def test_a_name_with_other_characters_is_an_error(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^name=.*: use at most 200 letters, digits"):
+        check_name(name)
+    with pytest.raises(ConfigError, match="use at most 200 letters"):
+        configure("hats", None, TrainOptions(), [f"project={name!r}"])
+
+
+def test_times_are_utc_and_sort_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = utc_now()
+    assert before <= utc_now() < "3"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767323045")
+    assert utc_now() == "2026-01-02T03:04:05.000000Z"
+    for given in ("", "today", "9" * 20):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", given)
+        with pytest.raises(
+            ConfigError, match=f"SOURCE_DATE_EPOCH={given}: not a number of seconds since 1970"
+        ):
+            utc_now()
