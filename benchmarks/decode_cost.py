@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.server.memory import limit_heaps
 
-LIMITS = {"max_bytes": 30_000_000, "max_pixels": 70_000_000}
+decode_any = partial(decode, max_bytes=30_000_000, max_pixels=70_000_000)
 
 
 class Measured(NamedTuple):
@@ -45,7 +46,7 @@ def measure_all(files: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, Measu
         child = os.fork()
         if child == 0:
             try:
-                decode(small, Preprocess(), **LIMITS)  # imports, first allocations
+                decode_any(small, Preprocess())  # imports, first allocations
                 os.write(writing, json.dumps(_measure(body)).encode())
             finally:
                 os._exit(0)
@@ -61,7 +62,7 @@ def _measure(body: bytes) -> tuple[float, float, Cost | None, str]:
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, started, error = _peak(), time.thread_time(), ""
     try:
-        decode(EncodedImage(body), Preprocess(), admit=costs.append, **LIMITS)
+        decode_any(EncodedImage(body), Preprocess(), admit=costs.append)
     except ImageError as problem:
         error = f"{problem.status} {problem}"
     ms = 1000 * (time.thread_time() - started)

@@ -59,10 +59,10 @@ def decode_cost(image: Image.Image, body: bytes) -> Cost:
     extra, pixel_ns = extra + buffer, pixel_ns + BUFFER_NS * buffer
     if kind in {"AVIF", "HEIF"}:
         extra += (ALPHA_EXTRA if "A" in image.mode else 0) + image.info.get("deep", 0) * DEEP_EXTRA
-    coding = image.tile[0] if image.tile else ("", None, 0, "")
-    if kind == "PNG" and str(coding[3]).endswith("16B"):
+    tiles = getattr(image, "tile", None) or [("", None, 0, "")]
+    if kind == "PNG" and str(tiles[0][3]).endswith("16B"):
         pixel_ns += DEEP_NS
-    if coding[0] == "bmp_rle":
+    if tiles[0][0] == "bmp_rle":
         byte_ns = RUN_NS
     converts = image.mode != "RGB" or image.has_transparency_data
     if converts:

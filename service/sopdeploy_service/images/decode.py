@@ -9,7 +9,7 @@ import io
 import random
 import re
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,15 @@ class Decoded(NamedTuple):
 # (image with only its header read, file, preprocessing) -> None if the image has its pixels now, or the
 # resized pixels (h, w, 3).
 Load = Callable[[Image.Image, bytes, Preprocess], NDArray[np.uint8] | None]
-Decode = Callable[[EncodedImage, Preprocess], Decoded]
+
+
+class Decode(Protocol):
+    """`decode` with the limits of a server."""
+
+    def __call__(
+        self, encoded: EncodedImage, preprocess: Preprocess, /, *, admit: Callable[[Cost], None] | None = None
+    ) -> Decoded:
+        """Decode *encoded*."""
 
 
 def load_exact(image: Image.Image, body: bytes, preprocess: Preprocess) -> None:  # noqa: ARG001

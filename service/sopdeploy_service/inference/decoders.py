@@ -24,7 +24,13 @@ from sopdeploy.images.cost import Cost
 from sopdeploy_service.images.decode import Decode, EncodedImage, keep_freed_blocks
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, call_soon
-from sopdeploy_service.inference.results import DECODE_TIMEOUT, DECODER_FAILED, Rejection
+from sopdeploy_service.inference.results import (
+    DEADLINE,
+    DECODE_TIMEOUT,
+    DECODER_FAILED,
+    DECODERS_BUSY,
+    Rejection,
+)
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes, trim_heaps
 from sopdeploy_service.settings import Settings
@@ -35,6 +41,8 @@ PHOTO = Cost(128 * MIB, 350)  # a JPEG of 24 megapixels
 NICENESS = 10  # of the threads for photos and large images
 USED_SHARE = 3 / 4  # of the memory; the rest is for batches, JSON, and pages that the allocator keeps
 UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
+PHOTO_LANE, LARGE_LANE = 1, 2
+MAX_WAITING = 8  # large images; one more gets 503
 LEAST_BYTES = 64 * MIB  # for a large image
 
 log = logging.getLogger("sopdeploy.service")
@@ -147,15 +155,22 @@ class Decoders:
             try:
                 rejection = self._decode_and_queue(lane, *job)
             except _OtherLaneError as moved:
-                self._lanes[moved.number].put(job)
-                rejection = None
+                rejection = self._move(job, moved.number)
             del self._running[threading.get_ident()]
             if rejection is not None:
                 call_soon(item.outcome.get_loop(), item.settle, rejection)
-            if lane == len(self._lanes) - 1:
+            if lane == LARGE_LANE:
                 Image.core.clear_cache()  # type: ignore[attr-defined]
                 trim_heaps()
             del job, item, rejection  # an idle thread must not keep an image or a model alive
+
+    def _move(self, job: Job, lane: int) -> Rejection | None:
+        """Queue *job* in *lane*; return the rejection if too many large images wait there."""
+        if lane == LARGE_LANE and self._lanes[lane].qsize() >= MAX_WAITING:
+            return DECODERS_BUSY
+        job[1].late = DECODERS_BUSY
+        self._lanes[lane].put(job)
+        return None
 
     def _decode_and_queue(
         self, lane: int, model: Model, item: QueuedImage, image: EncodedImage
@@ -164,7 +179,7 @@ class Decoders:
         if item.outcome.done() or model.queue.closed_with is not None:
             return model.queue.closed_with
         with ExitStack() as stack:
-            if lane == len(self._lanes) - 1 and self._slot is not None:
+            if lane == LARGE_LANE and self._slot is not None:
                 fcntl.flock(self._slot, fcntl.LOCK_EX)
                 stack.callback(fcntl.flock, self._slot, fcntl.LOCK_UN)
             started = time.monotonic()
@@ -185,6 +200,7 @@ class Decoders:
             finally:
                 ended = time.monotonic()
                 self._metrics.decode_seconds.inc(ended - started)
+        item.late = DEADLINE
         item.decode_seconds, item.arrived = ended - item.arrived, ended
         self._metrics.stage("decode", item.decode_seconds)
         return model.queue.put(item)
@@ -205,7 +221,7 @@ class Decoders:
             raise ImageError(message, code="too_much_memory", status=413)
         if on_gpu:
             return
-        proper = 1 if plan.photos and _fits(cost, PHOTO) else 2
+        proper = PHOTO_LANE if plan.photos and _fits(cost, PHOTO) else LARGE_LANE
         if proper != lane:
             raise _OtherLaneError(proper)
 

@@ -104,6 +104,7 @@ RUNTIME_DEAD = Rejection("runtime_dead", 503, "the model worker has stopped; the
 DEADLINE = Rejection("deadline", 504, "no prediction before the deadline; the server is overloaded")
 INFERENCE_FAILED = Rejection("inference_failed", 500, "inference failed on this image")
 DECODER_FAILED = Rejection("decoder_failed", 500, "the decoder failed on this image")
+DECODERS_BUSY = Rejection("decoders_busy", 503, "too many large images wait to be decoded; retry later", 5)
 DECODE_TIMEOUT = Rejection("decode_timeout", 503, "decoding took longer than decode_seconds; retry later", 5)
 NONFINITE = Rejection("nonfinite_output", 500, "the network's output for this image is not finite")
 TOO_LATE = Rejection("deadline_unreachable", 503, "the queue is too long to meet the deadline", 1)

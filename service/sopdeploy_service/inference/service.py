@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.images.formats import FORMATS
+from sopdeploy.images.limits import FORMATS
 from sopdeploy_service.cores import (
     DECODERS_BESIDE_CPU_INFERENCE,
     LARGEST_DECODE_BATCH,
@@ -36,6 +36,7 @@ from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import (
     CLIENT_GONE,
     DEADLINE,
+    DECODERS_BUSY,
     DRAINING,
     RUNTIME_DEAD,
     TOO_LATE,
@@ -211,7 +212,7 @@ class Service:
             )
             for _ in images
         ]
-        timer = loop.call_later(deadline - started, model.queue.reject, items, DEADLINE)
+        timer = loop.call_later(deadline - started, self._miss_deadline, model, items)
         self.admitted += len(images)
         try:
             for item, image in zip(items, images, strict=True):
@@ -224,11 +225,16 @@ class Service:
             self.admitted -= len(images)
             timer.cancel()
         _record_stages(context, items, outcomes)
-        if any(outcome is DEADLINE for outcome in outcomes):
-            raise RejectedError(DEADLINE)
+        for outcome in outcomes:
+            if isinstance(outcome, Rejection) and outcome in {DEADLINE, DECODERS_BUSY}:
+                raise RejectedError(outcome)
         for observe in self.observers:
             observe(model, context, items, images, outcomes)
         return outcomes
+
+    def _miss_deadline(self, model: Model, items: Sequence[QueuedImage]) -> None:
+        for item in items:
+            model.queue.reject([item], item.late)
 
     def submit(self, model: Model, item: QueuedImage, image: EncodedImage | NDArray[np.uint8]) -> None:
         """Queue a decoded *image* at *model*, or decode it first in a decoder thread."""
