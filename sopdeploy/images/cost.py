@@ -40,7 +40,7 @@ ALPHA_EXTRA = 2.0  # AVIF and HEIC have a plane for alpha
 DEEP_EXTRA, DEEP_NS = 4.0, 10  # samples of more than 8 bits
 BUFFER_NS = 2.5  # per byte of buffered coefficients
 RUN_NS = 1300  # per byte of a run-length-encoded BMP, which Pillow decodes in Python
-MARGIN = 1.06
+MARGIN, LEAST_MEMORY = 1.06, 2_000_000  # of every estimate
 
 
 class Cost(NamedTuple):
@@ -69,7 +69,7 @@ def decode_cost(image: Image.Image, body: bytes) -> Cost:
         pixel_ns += RGB_NS
     more = max(extra, RGB_BYTES * converts, own * _is_turned(image, body, kind))
     pixels = image.width * image.height
-    memory = MARGIN * pixels * (own + more) + factors.copies * len(body)
+    memory = LEAST_MEMORY + MARGIN * pixels * (own + more) + factors.copies * len(body)
     ns = pixels * pixel_ns + len(body) * byte_ns + image.info.get("scan_ns", 0.0)
     return Cost(int(memory), ns / 1e6)
 
