@@ -11,9 +11,9 @@ the ratio of the images per second and of the median latency. Without root, part
 
 import argparse
 import asyncio
+import statistics
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import httpx
 from hostile_images import hostile_images
-from load import Load, Run, put_load, requests
+from load import WARM_UP_SECONDS, Load, Run, put_load, requests
 from measure import Result, existing, make_parser, one_line_errors, report
 from memory_group import MemoryGroup, can_limit_memory, memory_group
 from serving import CASES, peer_environment
@@ -31,7 +31,7 @@ from serving_alone import write_images
 from serving_peers import OURS, PEERS, Peer, free_port, peer_command, started
 
 ATTACKS = ("WebP lossless RGBA 24 MP", "JPEG 100 scans of empty blocks 6 MP", "JPEG photograph 12 MP")
-CONNECTIONS, ATTACKERS = 4, 2
+CONNECTIONS, ATTACKERS, ROUNDS = 4, 2, 3
 ANSWER_SECONDS = 90.0
 
 
@@ -88,31 +88,33 @@ def send_all(server: Server, limit: int, files: Sequence[tuple[str, bytes]]) -> 
 
 
 def attack(server: Server, name: str, body: bytes, folder: Path, seconds: float) -> list[Result]:
-    """Measure an ordinary load alone and during an attack with *body*."""
-    with server.run(None) as url:
-        form = ["--form"] if server.peer.form else []
-        alone = put_load(url, folder, seconds, "--connections", CONNECTIONS, *form)
-        with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(1) as pool:
-            (Path(temporary) / "hostile").write_bytes(body)
-            bodies = requests(url, Path(temporary), server.peer.form)
-            attacking = Run(url, bodies, ATTACKERS, seconds + 2)
+    """Measure an ordinary load alone and during an attack with *body*, alternately; return the medians."""
+    alone: list[Load] = []
+    attacked: list[Load] = []
+    codes: Counter[str] = Counter()
+    form = ["--form"] if server.peer.form else []
+    options = ("--connections", CONNECTIONS, *form)
+    with server.run(None) as url, tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(1) as pool:
+        (Path(temporary) / "hostile").write_bytes(body)
+        bodies = requests(url, Path(temporary), server.peer.form)
+        for _ in range(ROUNDS):
+            alone.append(put_load(url, folder, seconds, *options))
+            attacking = Run(url, bodies, ATTACKERS, seconds + WARM_UP_SECONDS)
             answered = pool.submit(asyncio.run, attacking.measure())
-            time.sleep(1)
-            attacked = put_load(url, folder, seconds, "--connections", CONNECTIONS, *form)
-            hostile: Load = answered.result()
-    case = f"{server.name}, two connections with {name} {hostile.codes}"
-    rates = Result(
-        case=case,
-        against="alone",
-        ours=attacked.images_per_s,
-        other=alone.images_per_s,
-        unit="images/s",
-        runs=1,
-    )
-    waits = Result(
-        case=case, against="alone", ours=attacked.p50_ms, other=alone.p50_ms, unit="ms p50", runs=1
-    )
-    return [rates, waits]
+            attacked.append(put_load(url, folder, seconds, *options))
+            codes += answered.result().codes
+    case = f"{server.name}, two connections with {name} {dict(codes)}"
+    return [
+        Result(
+            case=case,
+            against="alone",
+            ours=statistics.median(getattr(load, field) for load in attacked),
+            other=statistics.median(getattr(load, field) for load in alone),
+            unit=unit,
+            runs=ROUNDS,
+        )
+        for field, unit in (("images_per_s", "images/s"), ("p50_ms", "ms p50"))
+    ]
 
 
 def list_servers(arguments: argparse.Namespace) -> list[Server]:
