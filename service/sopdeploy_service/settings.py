@@ -19,7 +19,7 @@ import pydantic
 
 from sopdeploy.config import Count, first_problem
 from sopdeploy.errors import ConfigError
-from sopdeploy.images.limits import MAX_BYTES, MAX_PIXELS
+from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
 
 
 def _split_commas(value: Any) -> Any:
@@ -55,6 +55,13 @@ def _parse_budget(value: Any) -> Any:
         raise ValueError("write a size such as 20GB, or auto") from problem
 
 
+def _check_formats(value: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = [name for name in value if name.lower() not in FORMATS]
+    if unknown or not value:
+        raise ValueError(f"{', '.join(unknown) or 'empty'}: choose from {', '.join(FORMATS)}")
+    return tuple(name.lower() for name in value)
+
+
 RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "openvino", "tensorrt"]
 DecodeWay = Literal["exact", "fast", "nvimagecodec"]
 DecodeSetting = DecodeWay | Literal["auto"]
@@ -69,6 +76,9 @@ Hosts = Annotated[tuple[Host, ...], pydantic.BeforeValidator(_split_commas)]
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80})$")]
 Shadow = Annotated[str, pydantic.AfterValidator(_check_shadow)]
 FrontEnds = Annotated[int, pydantic.Field(ge=1, le=64)] | Literal["auto"]
+Formats = Annotated[
+    tuple[str, ...], pydantic.BeforeValidator(_split_commas), pydantic.AfterValidator(_check_formats)
+]
 Names = Annotated[tuple[str, ...], pydantic.BeforeValidator(_split_commas)]
 PositiveBytes = Annotated[pydantic.ByteSize, pydantic.Field(gt=0)]
 Budget = Annotated[int | Literal["auto"] | None, pydantic.BeforeValidator(_parse_budget)]
@@ -107,7 +117,14 @@ class Settings(pydantic.BaseModel):
 
     max_body_bytes: Count = setting(MAX_BYTES, "per request")
     max_json_bytes: Count = setting(16_000_000, "a JSON body, or the JSON before binary tensors")
-    max_upload_bytes: Count = setting(256_000_000, "all bodies of unfinished requests")
+    max_upload_bytes: Count = setting(
+        256_000_000, "all bodies of unfinished requests; at most an eighth of the memory"
+    )
+    max_decode_bytes: PositiveBytes | None = setting(
+        None, "all images being decoded; not set: 3/4 of the memory without uploads and the server at rest"
+    )
+    decode_seconds: Seconds = setting(60.0, "a front end whose decoder takes longer is replaced")
+    formats: Formats = setting(("jpeg", "png", "webp"), "to accept; also avif, heic, tiff, ppm, bmp, gif")
     min_body_rate: Count = setting(10_000, "bytes per second of a request body, after body_grace_seconds")
     body_grace_seconds: Seconds = setting(5.0, "a body may be slower than min_body_rate for this long")
     max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = setting(MAX_PIXELS, "per image")

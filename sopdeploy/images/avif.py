@@ -1,11 +1,12 @@
-"""The frame sizes in an AVIF file, read before anything is decoded.
+"""The frame sizes in an AVIF file, read before anything is decoded, and whether it has film grain.
 
 The size in the header of an AVIF file need not be that of its AV1 frames: a decoder allocates the frames and
 scales them. A file of 450 kB that says 64 x 64 can hold a frame of 268 megapixels. libavif decodes it, and
-Pillow has no option to limit it, so this module reads the sizes from the AV1 sequence headers.
+Pillow has no option to limit it, so this module reads the sizes from the AV1 sequence headers. Film grain,
+which is noise that a decoder adds to a copy of the frame, is not accepted.
 
 Sources: ISO/IEC 14496-12, sections 8.11.3 (iloc) and 8.11.6 (iinf); AV1 Bitstream Specification, sections
-5.3 (OBUs) and 5.5.1 (sequence header).
+5.3 (OBUs), 5.5.1 (sequence header) and 5.5.2 (color config).
 """
 
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ Box = tuple[bytes, tuple[int, int]]  # type, and range of the content
 def frame_sizes(body: bytes) -> Iterator[tuple[int, int]]:
     """Yield an upper bound (width, height) of the frames of each AV1 image in the AVIF file *body*.
 
-    Raises `ImageError` for an animated image, and `ValueError` for a damaged file or one with more parts than
-    a photograph has.
+    Raises `ImageError` for an animated image or film grain, and `ValueError` for a damaged file or one with
+    more parts than a photograph has.
     """
     file_boxes = list(_boxes(body, 0, len(body)))
     if any(kind == b"moov" for kind, _ in file_boxes):
@@ -131,33 +132,82 @@ def _sequence_sizes(data: bytes) -> Iterator[tuple[int, int]]:
     raise ValueError("too many OBUs")
 
 
-def _sequence_size(header: bytes) -> tuple[int, int]:
-    """Read the size in a sequence header: of its still picture, or the largest that a frame can have."""
-    bits, position = int.from_bytes(header[:64], "big"), 8 * min(64, len(header))
+class _Bits:
+    """The first bits of a header, the most significant bit first."""
 
-    def read(count: int) -> int:
-        nonlocal position
-        position -= count
-        if position < 0:
+    def __init__(self, header: bytes) -> None:
+        self._bits, self._left = int.from_bytes(header[:64], "big"), 8 * min(64, len(header))
+
+    def read(self, count: int = 1) -> int:
+        """Read a number of *count* bits."""
+        self._left -= count
+        if self._left < 0:
             raise ValueError(DAMAGED)
-        return bits >> position & ((1 << count) - 1)
+        return self._bits >> self._left & ((1 << count) - 1)
 
-    read(4)  # profile, still_picture
-    reduced = read(1)
+
+def _sequence_size(header: bytes) -> tuple[int, int]:
+    """Read the size in a sequence header: of its still picture, or the largest that a frame can have.
+
+    Raises `ImageError` if the frames have film grain.
+    """
+    bits = _Bits(header)
+    profile = bits.read(3)
+    bits.read()  # still_picture
+    reduced = bits.read()
     if reduced:
-        read(5)  # level
+        bits.read(5)  # level
     else:
-        if read(1):  # timing information, which images do not have
+        if bits.read():  # timing information, which images do not have
             raise ValueError("timing information")
-        delays = read(1)
-        for _ in range(read(5) + 1):
-            read(12)
-            if read(5) > 7:
-                read(1)
-            if delays and read(1):
-                read(4)
-    width_bits, height_bits = read(4) + 1, read(4) + 1
-    width, height = read(width_bits) + 1, read(height_bits) + 1
-    if reduced:
-        return width, height
-    return 1 << width_bits, 1 << height_bits  # a frame header may contain any size of so many bits
+        delays = bits.read()
+        for _ in range(bits.read(5) + 1):
+            bits.read(12)
+            if bits.read(5) > 7:
+                bits.read()
+            if delays and bits.read():
+                bits.read(4)
+    width_bits, height_bits = bits.read(4) + 1, bits.read(4) + 1
+    width, height = bits.read(width_bits) + 1, bits.read(height_bits) + 1
+    if not reduced:
+        _skip_tools_between_frames(bits)
+        width, height = 1 << width_bits, 1 << height_bits  # a frame header may contain any of so many bits
+    else:
+        bits.read(3)  # superblocks, filters
+    bits.read(3)  # superres, cdef, restoration
+    _skip_colors(bits, profile)
+    if bits.read():
+        message = "AVIF files with film grain are not accepted; save it without"
+        raise ImageError(message, code="unsupported_format", status=415)
+    return width, height
+
+
+def _skip_tools_between_frames(bits: _Bits) -> None:
+    """Skip the part of a sequence header that still pictures do not have."""
+    if bits.read():  # frame ids
+        bits.read(7)
+    bits.read(7)  # superblocks, filters, prediction between frames
+    ordered = bits.read()
+    bits.read(2 * ordered)
+    if bits.read() or bits.read():  # screen content tools: chosen per frame, or always
+        _ = bits.read() or bits.read()  # integer motion vectors: chosen per frame, or always
+    bits.read(3 * ordered)
+
+
+def _skip_colors(bits: _Bits, profile: int) -> None:
+    """Skip the color config of a sequence header."""
+    deep = bits.read()
+    twelve = profile == 2 and deep and bits.read()
+    gray = profile != 1 and bits.read()
+    described = (bits.read(8), bits.read(8), bits.read(8)) if bits.read() else ()
+    if gray:
+        bits.read()  # range
+        return
+    if described != (1, 13, 0):  # sRGB as RGB
+        bits.read()  # range
+        across, down = (1, 1) if profile == 0 else (0, 0) if profile == 1 else (1, 0)
+        if twelve:
+            across = bits.read()
+            down = across and bits.read()
+        bits.read(2 * (across and down))  # position of the chroma samples
+    bits.read()  # separate quantizers

@@ -4,22 +4,22 @@ Training, evaluation, `classify`, `predict` and the server open every image here
 trained on files that the server refuses. Each check is cheaper than the next: size in bytes, file signature,
 header (pixels are counted before any is allocated).
 
-Segments, scans and reads are limited, so that small files cannot take seconds to open. Pillow reads headers
-segment by segment, in Python: 19 MB of empty segments hold the interpreter lock for seconds. Each scan of a
-JPEG visits all of its pixels, so 240 kB of empty scans take half a minute to decode.
+Segments, scans, reads and tags are limited, so that small files cannot take seconds to open.
 """
 
 import importlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.avif import frame_sizes
-from sopdeploy.images.limits import MAX_BYTES, MAX_PIXELS
+from sopdeploy.images.exif import check_tags
+from sopdeploy.images.jpeg import TOO_MANY_SEGMENTS, read_scans
+from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
 from sopdeploy.images.pixels import match_transparency
 
 ACCEPTED = "JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and GIF"
@@ -55,13 +55,7 @@ ALIASES = {
 AVIF_BRANDS = {b"avif", b"avis"}
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif"}
 
-UNSUPPORTED_FRAMES = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded"}  # by SOF marker
-SCAN, END, SEQUENTIAL = 0xDA, 0xD9, {0xC0, 0xC1}
-MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of segments with a length; bytes between are skipped
-MARKER_BYTES = 2
-MAX_SCANS = 100  # progressive files have about ten
-MAX_SEGMENTS = 10_000
-TOO_MANY_SEGMENTS = "the image has too many segments"
+MAX_SIDE = 65_535  # as in JPEG; Pillow needs 8 bytes for each row, and time
 MAX_READS = 10_000  # of a small file; a PNG in 8 kB chunks or a GIF in 255-byte blocks needs far fewer
 BYTES_PER_READ = 100
 MAX_BMP_READS = 2_000_000  # a run-length-encoded BMP is decoded in Python, one or two bytes at a time
@@ -70,23 +64,40 @@ SHORT_ADOBE, SKIPPED_SEGMENT = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)"), b"\x
 TIFF_COMPRESSIONS = {"raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate"}
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of a TIFF
 ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)  # sizes of the images in a HEIC or AVIF file
+AV1_CONFIG = re.compile(rb"av1C..(.)", re.DOTALL)
 CAMERA = "phones take JPEG with the camera setting `most compatible`"
 
 
-def open_image(body: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    body: bytes,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    formats: Collection[str] | None = None,
+) -> Image.Image:
     """Open the image file *body* and read its header; `load` of the result decodes the pixels.
 
-    Raises `ImageError` for a file that is not accepted, is too large, or has a damaged header.
+    `info` of the result also has what `decode_cost` needs. Raises `ImageError` for a file that is not
+    accepted, is not one of *formats*, is too large, or has a damaged header.
     """
     if len(body) > max_bytes:
         raise too_large_error(max_bytes)
     kind = image_format(body)
+    if formats is not None and kind not in formats:
+        names = ",".join(name for name, value in FORMATS.items() if value in formats)
+        raise _unsupported(f"{kind} files are not accepted by this server; its setting formats is {names}")
     try:
+        scans = read_scans(body) if kind == "JPEG" else None
+        if kind == "TIFF":
+            check_tags(body)
         image = _open(body, kind)
+        if scans is not None:
+            image.info["coefficient_bytes"], image.info["scan_ns"] = scans
         sizes = [image.size, *_inner_sizes(image, body, kind)]
         width, height = max(sizes, key=lambda size: size[0] * size[1])
-        if width * height > max_pixels:
-            message = f"{width} x {height} is more than {max_pixels} pixels, the limit"
+        if width * height > max_pixels or max(image.size) > MAX_SIDE:
+            limit = f"{max_pixels} pixels" if width * height > max_pixels else f"{MAX_SIDE} pixels per side"
+            message = f"{width} x {height} is more than {limit}, the limit"
             raise ImageError(message, code="too_many_pixels", status=413)
         match_transparency(image)
     except Exception as error:  # untrusted bytes: a parser may raise anything
@@ -142,8 +153,6 @@ def image_format(body: bytes) -> str:
             raise ImageError(message, code="unsupported_format", status=415)
     for signature, kind in SIGNATURES.items():
         if body.startswith(signature):
-            if kind == "JPEG":
-                _check_jpeg_segments(body)
             return kind
     raise ImageError(f"this is not an image; use {ACCEPTED}", code="not_an_image", status=415)
 
@@ -202,7 +211,7 @@ def _open(body: bytes, kind: str) -> Image.Image:
         _use_heif()
     max_reads = MAX_BMP_READS if kind == "BMP" else MAX_READS + len(body) // BYTES_PER_READ
     try:
-        image = Image.open(LimitedReader(body, max_reads), formats=(kind,))
+        image = Image.open(LimitedReader(body, max_reads, is_png=kind == "PNG"), formats=(kind,))
     except UnidentifiedImageError:
         plain = SHORT_ADOBE.sub(SKIPPED_SEGMENT, body)
         if kind != "JPEG" or plain == body:
@@ -225,51 +234,26 @@ def _inner_sizes(image: Image.Image, body: bytes, kind: str) -> Iterator[tuple[i
         for width, height in ITEM_SIZE.findall(body):
             yield int.from_bytes(width, "big"), int.from_bytes(height, "big")
     if kind == "AVIF":
+        image.info["deep"] = any(config[0] & 64 for config in AV1_CONFIG.findall(body))  # more than 8 bits
         yield from frame_sizes(body)
 
 
-def _check_jpeg_segments(body: bytes) -> None:
-    """Raise `ImageError` for too many segments or scans and for rare codings.
-
-    Not every build of libjpeg reads lossless and arithmetic-coded files.
-    """
-    scans = components = 0
-    for number, (marker, start) in enumerate(jpeg_segments(body)):
-        if marker in UNSUPPORTED_FRAMES and number < MAX_SEGMENTS:
-            raise _unsupported(f"{UNSUPPORTED_FRAMES[marker]} JPEG files are not accepted; use {ACCEPTED}")
-        if marker in SEQUENTIAL:
-            components = int.from_bytes(body[start + 7 : start + 8], "big")
-        # A sequential file with all components in one scan has no further scan.
-        is_last = marker == END or (marker == SCAN and body[start + 2 : start + 3] == bytes([components]))
-        scans += marker == SCAN and not is_last
-        if number == MAX_SEGMENTS or scans > MAX_SCANS:
-            raise ImageError(TOO_MANY_SEGMENTS, code="damaged_image", status=422)
-        if is_last:
-            return
-
-
-def jpeg_segments(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the marker of each JPEG segment and the position of its length.
-
-    The search for the segment after a scan skips the data of the scan.
-    """
-    position = 2
-    while marker := MARKER.search(body, position):
-        position = marker.end()
-        yield body[position - 1], position
-        position += int.from_bytes(body[position : position + 2], "big")
-
-
 class LimitedReader(io.BytesIO):
-    """The bytes of a file; `read` raises `ImageError` after *max_reads* calls."""
+    """The bytes of a file; `read` raises `ImageError` after *max_reads* calls.
 
-    def __init__(self, body: bytes, max_reads: int) -> None:
+    Pillow reads the pixels of a PNG in small pieces and other chunks as a whole, at most `SAFEBLOCK` at once.
+    """
+
+    def __init__(self, body: bytes, max_reads: int, *, is_png: bool = False) -> None:
         super().__init__(body)
-        self._reads_left = max_reads
+        self._reads_left, self._is_png = max_reads, is_png
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Return the next *size* bytes."""
         self._reads_left -= 1
         if self._reads_left < 0:
             raise ImageError(TOO_MANY_SEGMENTS, code="damaged_image", status=422)
+        if self._is_png and (size or 0) >= ImageFile.SAFEBLOCK:
+            message = f"the PNG has metadata of more than {ImageFile.SAFEBLOCK} bytes; remove it"
+            raise ImageError(message, code="too_large", status=413)
         return super().read(size)

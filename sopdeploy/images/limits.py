@@ -9,3 +9,7 @@ SUFFIXES = (
     ".avif", ".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff",
     ".webp",
 )  # fmt: skip
+FORMATS = {  # names in settings, and those of Pillow
+    "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "avif": "AVIF", "heic": "HEIF", "tiff": "TIFF",
+    "ppm": "PPM", "bmp": "BMP", "gif": "GIF",
+}  # fmt: skip

@@ -4,19 +4,21 @@ Color conversions with intermediate results run in tiles. On the whole image the
 memory of the RGB image, and a PNG of 100 kB can have 50 megapixels.
 """
 
-import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
+from sopdeploy.images.exif import ROTATED, exif_orientation
 from sopdeploy.images.preprocess import Box, Pixels, Preprocess
 
 MAX_ASPECT_RATIO = 16  # of a longer strip, only the cropped part is resized
-EXIF_ORIENTATION, UPRIGHT = 0x0112, 1
-ROTATED = range(2, 9)  # EXIF orientations that are valid and not upright
+TURNS = dict(zip(ROTATED, (
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+), strict=True))  # fmt: skip
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
@@ -83,10 +85,9 @@ def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
     An unreadable EXIF orientation is ignored. 16-bit gray is scaled to 8 bits, because Pillow clips it to
     white.
     """
-    if rules.exif_orientation and exif_orientation(image) in ROTATED:  # Pillow copies upright images, too
-        with contextlib.suppress(Exception):  # Pillow rewrites the tags; damaged ones fail in many ways
-            image = ImageOps.exif_transpose(image)
     image.load()
+    if rules.exif_orientation and (orientation := exif_orientation(image)) in ROTATED:
+        image = image.transpose(TURNS[orientation])
     if image.mode not in SIXTEEN_BIT and not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     rgb = Image.new("RGB", image.size)
@@ -95,14 +96,6 @@ def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
         canvas = Image.new("RGBA", tile.size, (*rules.background, 255))
         rgb.paste(Image.alpha_composite(canvas, tile).convert("RGB"), box)
     return rgb
-
-
-def exif_orientation(image: Image.Image) -> Any:
-    """Read the EXIF orientation of *image*; upright (1) if it is absent or unreadable."""
-    try:
-        return image.getexif().get(EXIF_ORIENTATION, UPRIGHT)
-    except Exception:  # damaged tags fail in many ways
-        return UPRIGHT
 
 
 def tile_boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:

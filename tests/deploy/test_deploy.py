@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import hostile_images
 import jsonschema
 import kubernetes_validate
 import pytest
@@ -17,6 +18,9 @@ from typer.main import get_command
 
 import sopdeploy
 from sopdeploy.cli.app import app
+from sopdeploy.images.cost import decode_cost
+from sopdeploy.images.formats import open_image
+from sopdeploy_service.inference import decoders
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings, load_settings
 from tests.deploy.rendering import render
@@ -305,3 +309,30 @@ def test_further_packages_of_an_image_get_the_locked_versions_without_hashes(tmp
     constraints = (tmp_path / "constraints.txt").read_text()
     assert constraints.count("==") >= constraints.count("\n") > 50
     assert "hash" not in constraints
+
+
+# (file, bytes of the server at rest as docs/limits.md gives them; with a GPU, CUDA and its libraries)
+LIMITED = [
+    ("kubernetes/sopdeploy.yaml", 150),
+    ("kserve/runtime.yaml", 150),
+    ("helm/sopdeploy/values.yaml", 150),
+]
+LIMITED += [("helm/sopdeploy/values-gpu.yaml", 3000)]
+
+
+@pytest.mark.parametrize(("name", "at_rest_mb"), LIMITED)
+def test_the_memory_limits_suffice_for_photographs_of_64_megapixels(
+    name: str, at_rest_mb: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (amount, unit) = re.findall(
+        r"limits:\s*(?:\{|\n\s*).*?memory: (\d+)([MG])i", (DEPLOY / name).read_text(), re.S
+    )[0]
+    limit = int(amount) << {"M": 20, "G": 30}[unit]
+    monkeypatch.setattr(decoders, "memory_limit", lambda: limit)
+    budget = decoders.decode_budget(Settings(), at_rest_mb * 10**6)
+    body = hostile_images.jpeg(9248, 6936, sampling=0x22)
+    needed = decode_cost(open_image(body), body).memory
+    assert decoders.plan_lanes(budget, decoders=2).largest >= needed
+    page = (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+    assert f"| one process | {LIMITED[0][1]} MB |" in page
+    assert f"A JPEG of 64 megapixels needs {needed // 10**6} MB" in page

@@ -28,6 +28,7 @@ from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.decision import Decision
+from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import utc_now
 from sopdeploy_service.app import create_app
@@ -312,6 +313,6 @@ def serve_with(bundle: Bundle) -> Iterator[Callable[..., httpx.Client]]:
 @pytest.fixture(scope="module")
 def client(bundle: Bundle, onnx_runtime: OnnxRuntime) -> Iterator[httpx.Client]:
     """A client of one server with the real runtime and low limits, shared by a test module."""
-    settings = Settings(max_body_bytes=1_000_000, max_images=8, request_timeout=10)
+    settings = Settings(max_body_bytes=1_000_000, max_images=8, request_timeout=10, formats=tuple(FORMATS))
     with running(onnx_runtime, bundle, settings) as client:
         yield client

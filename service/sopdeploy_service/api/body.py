@@ -75,7 +75,7 @@ def check_encoding(headers: Mapping[str, str]) -> None:
 
 def _check_budget(service: Service, received: int, more: int) -> None:
     """Raise `RejectedError` (429) if a body of *received* bytes may not grow by *more* bytes."""
-    budget = service.settings.max_upload_bytes
+    budget = service.max_upload_bytes
     if received + more > SMALL_BODY:
         budget = budget * 7 // 8
     if service.upload_bytes + more > budget:

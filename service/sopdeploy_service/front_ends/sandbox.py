@@ -60,6 +60,7 @@ ALLOWED: dict[str, tuple[int, int | None]] = {
     "set_robust_list": (273, 99), "rseq": (334, 293), "sigaltstack": (131, 132), "rt_sigaction": (13, 134),
     "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "rt_sigtimedwait": (128, 137),
     "restart_syscall": (219, 128), "exit": (60, 93), "exit_group": (231, 94),
+    "flock": (73, 32),
 }  # fmt: skip
 
 
@@ -92,6 +93,7 @@ def limits(process: int) -> tuple[Limit, ...]:
         Limit("socketpair", (53, 199), 0, INT, (socket.AF_UNIX,)),
         Limit("prctl", (157, 167), 0, INT, (15, 0x53564D41)),  # PR_SET_NAME, PR_SET_VMA
         Limit("prlimit64", (302, 261), 0, INT, (0,)),  # of this process
+        Limit("setpriority", (141, 140), 1, INT, (0,)),  # of this thread
         Limit("kill", (62, 129), 0, INT, (process,)),
         Limit("tgkill", (234, 131), 0, INT, (process,)),
     )

@@ -191,6 +191,9 @@ class Supervisor:
             stack.enter_context(theirs)
             if process in self._servers:
                 config["buckets"] = self._buckets
+                config["servers"] = len(self._servers)
+                others = [other.child for other in self._processes if other not in self._servers]
+                config["inference"] = [child.pid for child in others if child is not None]
                 files.append(self._buckets)
             if process.inference is not None:
                 channel = stack.enter_context(connect(process.inference, process.name))

@@ -5,7 +5,9 @@ the process of a device runs the models itself.
 """
 
 import asyncio
+import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -20,6 +22,9 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.front_ends import control, sandbox
 from sopdeploy_service.front_ends.rate_limits import SharedBucketStates
 from sopdeploy_service.front_ends.remote import RemoteRegistry, attach
+from sopdeploy_service.inference.decoders import decode_budget, upload_budget
+from sopdeploy_service.inference.service import Service
+from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.server.draining_server import DrainingServer
 from sopdeploy_service.server.launch import run_program
 from sopdeploy_service.server.process import configured_process, load_app
@@ -37,8 +42,11 @@ class FrontServer(DrainingServer):
         settings: Settings,
         bundles: Sequence[str],
         supervisor: socket.socket,
+        *,
+        is_front_end: bool,
     ) -> None:
         super().__init__(app, settings, bundles)
+        self._is_front_end, self._is_stuck = is_front_end, False
         self._supervisor = supervisor
         self._received = 0  # connections
         self._supervisor_left = asyncio.Event()
@@ -90,15 +98,36 @@ class FrontServer(DrainingServer):
         ends = await super().on_tick(counter)
         if not ends:
             self._report()
+            self._replace_if_stuck()
         return ends
+
+    def _replace_if_stuck(self) -> None:
+        """End without new connections if a decoder takes too long; the supervisor starts another process."""
+        seconds = self._service.settings.decode_seconds
+        if self._is_front_end and self._service.decoders.reject_overdue(seconds) and not self._is_stuck:
+            self._is_stuck = True
+            log.error("a decoder takes longer than %g s; this front end ends and is replaced", seconds)
+            self._supervisor.shutdown(socket.SHUT_WR)
+            self.handle_exit(signal.SIGTERM, None)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Get no more connections, and serve those that are on their way."""
-        self._supervisor.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # done if a decoder was stuck
+            self._supervisor.shutdown(socket.SHUT_WR)
         await self._supervisor_left.wait()
         if self._tasks:
             await asyncio.wait(self._tasks)
         await super().shutdown(sockets)
+
+
+def share_memory(service: Service, settings: Settings, launch_config: Mapping[str, Any]) -> None:
+    """Give *service* its share of the memory for uploads and decoded images of the whole server."""
+    processes, inference = launch_config["servers"], launch_config["inference"]
+    at_rest = resident_bytes(os.getppid()) + processes * resident_bytes()
+    at_rest += sum(resident_bytes(process) for process in inference)
+    service.max_upload_bytes = upload_budget(settings, processes)
+    slot = os.open(f"/proc/self/fd/{launch_config['buckets']}", os.O_RDWR)  # a lock of this process
+    service.decoders.share(decode_budget(settings, at_rest, processes), processes, slot)
 
 
 def serve(launch_config: Mapping[str, Any]) -> int:
@@ -116,7 +145,8 @@ def serve(launch_config: Mapping[str, Any]) -> int:
         else:
             app, bundles = load_app(launch_config["sources"], settings, **options)
         app.state.collect_metrics = partial(control.request_metrics, supervisor)
-        server = FrontServer(app, settings, bundles, supervisor)
+        server = FrontServer(app, settings, bundles, supervisor, is_front_end=is_front_end)
+        share_memory(app.state.service, settings, launch_config)
         if is_front_end:
             sandbox.apply(settings, server.config)
         return server.serve_until_end()

@@ -8,25 +8,24 @@ warning. Invalid bytes raise `ImageError` and no other exception.
 import io
 import random
 import re
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Collection
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.errors import ImageError
+from sopdeploy.images.cost import Cost, decode_cost
 from sopdeploy.images.formats import (
     ALIASES,
-    MARKER_BYTES,
-    SCAN,
     SHORT_ADOBE,
     SKIPPED_SEGMENT,
     check_decoded_size,
     image_error,
-    jpeg_segments,
     open_image,
 )
+from sopdeploy.images.jpeg import MARKER_BYTES, SCAN, jpeg_segments
 from sopdeploy.images.pixels import fit_resized, list_changes, preprocess_image, upright_size
 from sopdeploy.images.preprocess import Preprocess
 
@@ -57,7 +56,15 @@ class Decoded(NamedTuple):
 # (image with only its header read, file, preprocessing) -> None if the image has its pixels now, or the
 # resized pixels (h, w, 3).
 Load = Callable[[Image.Image, bytes, Preprocess], NDArray[np.uint8] | None]
-Decode = Callable[[EncodedImage, Preprocess], Decoded]
+
+
+class Decode(Protocol):
+    """`decode` with the limits of a server."""
+
+    def __call__(
+        self, encoded: EncodedImage, preprocess: Preprocess, /, *, admit: Callable[[Cost], None] | None = None
+    ) -> Decoded:
+        """Decode *encoded*."""
 
 
 def load_exact(image: Image.Image, body: bytes, preprocess: Preprocess) -> None:  # noqa: ARG001
@@ -66,16 +73,27 @@ def load_exact(image: Image.Image, body: bytes, preprocess: Preprocess) -> None:
 
 
 def decode(
-    encoded: EncodedImage, preprocess: Preprocess, *, max_bytes: int, max_pixels: int, load: Load = load_exact
+    encoded: EncodedImage,
+    preprocess: Preprocess,
+    *,
+    max_bytes: int,
+    max_pixels: int,
+    load: Load = load_exact,
+    formats: Collection[str] | None = None,
+    admit: Callable[[Cost], None] | None = None,
 ) -> Decoded:
     """Decode *encoded*, with its pixels from *load*, and apply *preprocess*.
 
-    Only the first frame of an animation is decoded. Raises `ImageError` with a code and an HTTP status.
+    Only the first frame of an animation is decoded. *formats* are those to accept, all by default; *admit*
+    gets the estimated cost before a pixel is decoded, and may raise. Raises `ImageError` with a code and an
+    HTTP status.
     """
     body = encoded.body
     if not body:
         raise ImageError("the body is empty; send an image file", code="empty_body", status=400)
-    with open_image(body, max_bytes=max_bytes, max_pixels=max_pixels) as image:
+    with open_image(body, max_bytes=max_bytes, max_pixels=max_pixels, formats=formats) as image:
+        if admit is not None:
+            admit(decode_cost(image, body))
         try:
             kind = "JPEG" if image.format == "MPO" else str(image.format)
             size, upright = image.size, upright_size(image, preprocess)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy.bundle.probes import Outputs
 from sopdeploy_service.inference.results import (
+    DEADLINE,
     INFERENCE_FAILED,
     NONFINITE,
     OUT_OF_MEMORY,
@@ -77,6 +78,7 @@ class QueuedImage:
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
     trace: "RequestTrace | None" = None
+    late: Rejection = DEADLINE  # if it has no other outcome at its deadline
 
     def settle(self, outcome: Outcome) -> None:
         """Set the outcome unless there is one. Call it on the event loop."""

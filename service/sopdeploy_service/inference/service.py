@@ -8,36 +8,35 @@ shares a batch with the images of other requests.
 import asyncio
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
-from queue import SimpleQueue
 from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.errors import ImageError
+from sopdeploy.images.limits import FORMATS
 from sopdeploy_service.cores import (
     DECODERS_BESIDE_CPU_INFERENCE,
     LARGEST_DECODE_BATCH,
     cores_within_quota,
     decoders_per_process,
 )
-from sopdeploy_service.images.decode import EncodedImage, keep_freed_blocks
+from sopdeploy_service.images.decode import Decode, EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.inference.decoders import Decoders, upload_budget
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.model_worker import QueuedImage, call_soon
+from sopdeploy_service.inference.model_worker import QueuedImage
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import (
     CLIENT_GONE,
     DEADLINE,
-    DECODER_FAILED,
+    DECODERS_BUSY,
     DRAINING,
     RUNTIME_DEAD,
     TOO_LATE,
@@ -48,7 +47,7 @@ from sopdeploy_service.inference.results import (
 )
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import RequestContext
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import DecodeWay, Settings
 
 MAX_RETRY_SECONDS = 60
 
@@ -87,12 +86,18 @@ class Service:
         self.parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
         self.admitted = 0  # images; a request whose images are not known yet counts as one
         on_failure = self.metrics.failed_gpu_decodes.inc
-        self._decoder = cache(partial(make_decoder, settings, on_failure=on_failure))
+        formats = {FORMATS[name] for name in settings.formats}
+
+        @cache
+        def decoder_of(way: DecodeWay) -> Decode:
+            return partial(make_decoder(settings, way, on_failure), formats=formats)
+
         for model in self.registry.models():  # now: a front end cannot open the GPU in its sandbox
-            self._decoder(model.loaded.decode)
-        self._encoded: SimpleQueue[tuple[Model, QueuedImage, EncodedImage] | None] = SimpleQueue()
-        self._decoders = self._count_decoders()
-        self.metrics.decoders.set(self._decoders)
+            decoder_of(model.loaded.decode)
+        threads = self._count_decoders()
+        self.decoders = Decoders(threads, settings, self.metrics, decoder_of)
+        self.max_upload_bytes = upload_budget(settings)
+        self.metrics.decoders.set(threads)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
         self._draining = True
@@ -124,9 +129,7 @@ class Service:
     async def start(self) -> None:
         """Start the threads and accept requests."""
         await self.registry.start()
-        keep_freed_blocks(2 * self._decoders)
-        for number in range(self._decoders):  # daemons: a decoder that hangs cannot block an exit
-            threading.Thread(target=self._run_decoder, name=f"decoder_{number}", daemon=True).start()
+        self.decoders.start()
         self._draining = False
 
     def drain(self, *, abort: bool = False) -> None:
@@ -141,8 +144,7 @@ class Service:
     async def stop(self) -> None:
         """End the threads."""
         self.drain(abort=True)
-        for _ in range(self._decoders):
-            self._encoded.put(None)
+        self.decoders.stop()
         self.parsers.shutdown(wait=False, cancel_futures=True)
         await self.registry.stop()
 
@@ -213,7 +215,7 @@ class Service:
             )
             for _ in images
         ]
-        timer = loop.call_later(deadline - started, model.queue.reject, items, DEADLINE)
+        timer = loop.call_later(deadline - started, self._miss_deadline, model, items)
         self.admitted += len(images)
         try:
             for item, image in zip(items, images, strict=True):
@@ -226,49 +228,26 @@ class Service:
             self.admitted -= len(images)
             timer.cancel()
         _record_stages(context, items, outcomes)
-        if any(outcome is DEADLINE for outcome in outcomes):
-            raise RejectedError(DEADLINE)
+        for outcome in outcomes:
+            if isinstance(outcome, Rejection) and outcome in {DEADLINE, DECODERS_BUSY}:
+                raise RejectedError(outcome)
         for observe in self.observers:
             observe(model, context, items, images, outcomes)
         return outcomes
 
+    def _miss_deadline(self, model: Model, items: Sequence[QueuedImage]) -> None:
+        for item in items:
+            model.queue.reject([item], item.late)
+
     def submit(self, model: Model, item: QueuedImage, image: EncodedImage | NDArray[np.uint8]) -> None:
         """Queue a decoded *image* at *model*, or decode it first in a decoder thread."""
         if isinstance(image, EncodedImage):
-            self._encoded.put((model, item, image))
+            self.decoders.put(model, item, image)
             return
         item.image = image
         rejection = model.queue.put(item)
         if rejection is not None:
             item.settle(rejection)
-
-    def _run_decoder(self) -> None:
-        """Decode images in this thread until None is queued."""
-        while (job := self._encoded.get()) is not None:
-            rejection = self._decode_and_queue(*job)
-            if rejection is not None:
-                call_soon(job[1].outcome.get_loop(), job[1].settle, rejection)
-            del job, rejection  # an idle thread must not keep an image or a model alive
-
-    def _decode_and_queue(self, model: Model, item: QueuedImage, image: EncodedImage) -> Rejection | None:
-        """Decode *image* and queue *item*; return the rejection of an image that is not queued."""
-        if item.outcome.done() or model.queue.closed_with is not None:
-            return model.queue.closed_with
-        started = time.monotonic()
-        try:
-            decode = self._decoder(model.loaded.decode)
-            item.image, item.warnings, item.size = decode(image, model.bundle.manifest.preprocess)
-        except ImageError as error:
-            return Rejection.of(error)
-        except Exception:  # a bug fails its own image, not the others of the request
-            log.exception("the decoder failed on an image of %d bytes", len(image.body))
-            return DECODER_FAILED
-        finally:
-            ended = time.monotonic()
-            self.metrics.decode_seconds.inc(ended - started)
-        item.decode_seconds, item.arrived = ended - item.arrived, ended
-        self.metrics.stage("decode", item.decode_seconds)
-        return model.queue.put(item)
 
 
 def _record_stages(

@@ -39,6 +39,7 @@ class Metrics:
         )
         self.decode_seconds = counter("decode_seconds", "Busy time, sum over all decoders")
         self.decoders = gauge("decoders", "Decoder threads")
+        self.max_decode_bytes = gauge("max_decode_bytes", "Memory that one image may need to be decoded")
         self.failed_gpu_decodes = counter(
             "failed_gpu_decodes", "JPEGs decoded by Pillow, because nvImageCodec could not"
         )

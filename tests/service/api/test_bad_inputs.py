@@ -15,6 +15,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.formats import prepare_decoders
+from sopdeploy.images.limits import FORMATS
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
@@ -31,11 +32,12 @@ LIMITS = {"max_body_bytes": 1_000_000, "max_images": 8, "request_timeout": 10}
 def client(request, bundle, bundle_path, onnx_runtime) -> Iterator[httpx.Client]:
     """A client of each kind of server, with low limits."""
     if request.param == ONE_PROCESS:
-        with running(onnx_runtime, bundle, Settings(**LIMITS)) as client:
+        with running(onnx_runtime, bundle, Settings(**LIMITS, formats=tuple(FORMATS))) as client:
             yield client
         return
     limits = [word for name, value in LIMITS.items() for word in ("--set", f"{name}={value}")]
-    with serving(str(bundle_path), *WAYS[request.param], *limits) as client:
+    formats = ("--set", f"formats={','.join(FORMATS)}")
+    with serving(str(bundle_path), *WAYS[request.param], *limits, *formats) as client:
         yield client
 
 

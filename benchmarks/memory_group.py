@@ -1,0 +1,57 @@
+"""A control group that limits the memory of processes, as a container does. Needs root on Linux."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path("/sys/fs/cgroup")
+LIMITS = {1: "memory.limit_in_bytes", 2: "memory.max"}  # files by the version of control groups
+PEAKS = {1: "memory.max_usage_in_bytes", 2: "memory.peak"}
+
+
+class MemoryGroup:
+    """A control group in *folder*."""
+
+    def __init__(self, folder: Path, version: int) -> None:
+        self.folder = folder
+        self._version = version
+
+    def command(self, command: list[str]) -> list[str]:
+        """Return a command that runs *command* in the group."""
+        join = f'echo $$ > "{self.folder}/cgroup.procs" && exec "$@"'
+        return ["/bin/sh", "-c", join, "sh", *command]
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that the processes have used at once."""
+        return int((self.folder / PEAKS[self._version]).read_text())
+
+    @property
+    def kills(self) -> int:
+        """The number of processes that the kernel has killed."""
+        name = "memory.oom_control" if self._version == 1 else "memory.events"
+        lines = dict(line.split() for line in (self.folder / name).read_text().splitlines())
+        return int(lines["oom_kill"])
+
+
+def can_limit_memory() -> bool:
+    """Whether this process may create a group with a limit."""
+    try:
+        with memory_group(1 << 30):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def memory_group(limit: int) -> Iterator[MemoryGroup]:
+    """Create a group of at most *limit* bytes; raises `OSError` where this is not possible."""
+    version = 1 if (ROOT / "memory").is_dir() else 2
+    folder = (ROOT / "memory" if version == 1 else ROOT) / f"sopdeploy-{os.getpid()}"
+    folder.mkdir()
+    try:
+        (folder / LIMITS[version]).write_text(str(limit))
+        yield MemoryGroup(folder, version)
+    finally:
+        folder.rmdir()
