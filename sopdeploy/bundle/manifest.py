@@ -63,6 +63,8 @@ class Manifest(StrictModel):
     """Content of `manifest.json`.
 
     `int8_for` is the runtime of an int8 graph, and `decision` says how logits become a decision.
+    `mixes_images` names the operators through which an output may depend on other images of the batch; with
+    none, the certified graph proves that it does not.
     """
 
     format: Literal["sopdeploy-bundle"] = FORMAT
@@ -76,6 +78,7 @@ class Manifest(StrictModel):
     int8_for: Int8For | None = None
     decision: Decision | None = None
     batch: BatchRange
+    mixes_images: tuple[str, ...] = ()
     opset: int
     detached: tuple[str, ...]
     lineage: Lineage
