@@ -355,7 +355,7 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
                 results = locate(node, inputs, results)
         except Exception:  # MixesError, or what onnx raises for an operator that it does not know
             part = next((item.value for item in node.metadata_props if item.key == "part"), "")
-            mixed = mixed or (f"{node.op_type} in {part or 'forward'}",)
+            mixed = mixed or (f"{node.op_type} in {part if part not in ('', 'network') else 'forward'}",)
         values |= {n: replace(r, mixed=mixed) for n, r in zip(node.output, results, strict=True) if n}
     outputs = {output.name: values[output.name] for output in model.graph.output}
     found = [name for value in outputs.values() for name in value.mixed]

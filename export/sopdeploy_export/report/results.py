@@ -149,9 +149,9 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
         "graph": f"{' = '.join(certificate.compared)}, root {certificate.roots.any_batch[:16]} "
         f"({certificate.roots.operations} operations; also at batch 1, also as ONNX)",
         "logits": f"bitwise equal on {certificate.images} probe images",
-        "images": f"may depend on each other in a batch: {', '.join(certificate.mixes_images)}"
+        "batch": f"outputs may depend on other images: {', '.join(certificate.mixes_images)}"
         if certificate.mixes_images
-        else "independent of each other in a batch, shown by the data flow of the ONNX graph",
+        else "no output depends on other images, by the data flow of the ONNX graph",
     }
 
 
