@@ -197,7 +197,7 @@ def open_bundle(path: Path) -> Bundle:
 
 
 def _check_size(file: Path, record: FileRecord) -> None:
-    """Raise `BundleError` if *file* has another size than its *record*, or is JSON that is too large to read."""
+    """Raise `BundleError` if *file* has another size than its *record*, or is JSON that is too large."""
     size = file.stat().st_size
     if size != record.bytes:
         raise BundleError(

@@ -3,6 +3,7 @@
 The network that the user gave is captured, not a copy, because its classes can define how they are copied.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,7 @@ SUM_TOLERANCE = 1e-3  # of probabilities
 MAX_CONSTANT = 16  # numbers of a tensor that is no parameter or buffer, such as a mean and a deviation
 LAYOUT_TOLERANCE = 1e-4  # of the largest logit, because rounding depends on the layout of weights
 GPU_TOLERANCE = 1e-2  # of the largest logit, because a GPU may use TF32
+CONTROL_FLOW = re.compile(r"HOP (\w+) and mode")  # what torch says of `cond`, `while_loop`, `scan` and `map`
 OTHER_COPY = (
     "a copy of the network with contiguous weights computes something else than the network: its code must "
     "not depend on the memory layout, and its classes must not define how they are copied"
@@ -108,6 +110,11 @@ def check_module(where: str, module: nn.Module) -> None:
 
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Raise `LoweringError` unless *tensor* has finite values in float32, or integers."""
+    if tensor.is_inference():
+        raise LoweringError(
+            f"{name} was made in torch.inference_mode; build the network outside of it, or replace it by its "
+            ".clone()"
+        )
     dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
     inexact = tensor.is_floating_point() or tensor.is_complex()
     if not dense or (inexact and tensor.dtype != torch.float32):
@@ -177,6 +184,11 @@ def run(deployed: nn.Module, images: Tensor, role: str, classes: int) -> Tensor:
     except LoweringError:
         raise
     except Exception as error:  # the user's code
+        if operation := CONTROL_FLOW.search(str(error)):
+            raise LoweringError(
+                f"the {role} network uses torch.{operation[1]}; a graph has no control flow: compute all "
+                "branches, and choose with torch.where"
+            ) from error
         message = f"the {role} network fails for {size} images: {first_line(error)}"
         raise LoweringError(message) from error
     if type(logits) is not Tensor or tuple(logits.shape) != (size, classes):
