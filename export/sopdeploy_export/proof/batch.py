@@ -123,8 +123,10 @@ def varying(shapes: Shapes) -> int | None:
     """Return the axis whose size is a multiple of the batch, if any; all others must be constant."""
     axes = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
     require(len(axes) <= 1)
-    ratios = {shape[axis] / size for axis in axes for shape, size in zip(shapes, BATCHES, strict=True)}
-    require(len(ratios) <= 1)
+    for axis in axes:
+        require(shapes[0][axis] % BATCHES[0] == 0)
+        factor = shapes[0][axis] // BATCHES[0]
+        require([shape[axis] for shape in shapes] == [factor * size for size in BATCHES])
     return axes[0] if axes else None
 
 
@@ -207,7 +209,7 @@ def einsum(call: Call) -> Place:
 def aside(call: Call, operands: int | None = None) -> Place:
     """Join, split or index along the attribute `axis`, which is not the batch axis of any operand."""
     place = common(call.inputs[:operands])
-    require(place == NONE or place[0] != call.axis(-1 if operands == 1 else 0))
+    require(place == NONE or place[0] != call.axis(0))
     return place
 
 
@@ -311,7 +313,7 @@ TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
     "ReduceSumSquare": reduces,
     "AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool GlobalMaxPool "
     "Col2Im GroupNormalization InstanceNormalization LRN LpPool MaxPool Resize SpaceToDepth": rows,
-    "DeformConv": partial(rows, operands=2), "GridSample": partial(rows, operands=2),
+    "GridSample": partial(rows, operands=2),
     "Flatten Reshape Squeeze Unsqueeze": reshapes,
     "LogSoftmax Softmax Hardmax LpNormalization TopK": lambda call: along(call, [call.axis(-1)]),
     "ArgMax ArgMin": lambda call: along(call, [call.axis(0)], keeps=call.attributes.get("keepdims", 1)),
@@ -360,7 +362,8 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     outputs = {output.name: values[output.name] for output in model.graph.output}
     found = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():
-        if not value.mixed and (value.axis != 0 or value.shapes[0][0] != BATCHES[0]):
+        counts_images = value.index is not None and value.index[0] != 0
+        if not value.mixed and (value.axis != 0 or value.shapes[0][0] != BATCHES[0] or counts_images):
             found.append(f"output {name}")
     return tuple(dict.fromkeys(found))
 
@@ -423,7 +426,7 @@ def numbering(kind: str, call: Call) -> tuple[int, int, int] | None:
     """Return the `Value.index` of the result of an operator."""
     known = [limits(v.contents[0]) if v and v.contents else v and v.index for v in call.inputs]
     if kind in SAME_NUMBERS:
-        return known[0]
+        return None if known[0] == FIRST_COLUMN else known[0]
     if kind == "Range" and varying(call.shapes) is not None:
         return 1, 0, 0
     if (

@@ -16,7 +16,7 @@ g (float[batch, 4, 2, 2] f) => (float[batch, n] logits)
  int64 next = {1}, int64 width = {4}, int64[4] offsets = {0, 1, 2, 3}, int64[1] all = {-1}, float eps = {0.1},
  int64[1] back = {-1}, int64[1] end = {9223372036854775807}, int64[1] start = {-9223372036854775807},
  float[4, 4] W = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16}, float[1, 1, 4] token = {1, 2, 3, 4},
- int64[2] ones = {1, 1}, int64[1] pick = {3}>
+ int64[2] ones = {1, 1}, int64[2] pairs = {-1, 2}>
 { v = ReduceMean<keepdims = 0>(f, space)
   t = Reshape(f, tokens)
   size = Shape<start = 0, end = 1>(f)
@@ -75,7 +75,14 @@ MIXING = {
     "a joined batch": ("a = Concat<axis = 0>(v, v)  logits = Slice(a, zero, four, zero)", "Concat"),
     "an operator without a rule": ("logits = MeanVarianceNormalization<axes = [0]>(v)", "MeanVariance"),
     "einsum over the batch": ('logits = Einsum<equation = "bi,cj->bj">(v, v)', "Einsum"),
-    "a recurrent layer over the batch": ('logits = Einsum<equation = "bi,bj->ij">(v, v)', "Einsum"),
+    "einsum of two images": ('logits = Einsum<equation = "bi,bj->ij">(v, v)', "Einsum"),
+    "halves of the batch": ("a, b = Split<num_outputs = 2>(v)  logits = Concat<axis = 0>(b, a)", "Split"),
+    "the number of the image as logits": ("n = Unsqueeze(number, one)  logits = Cast<to = 1>(n)", "output"),
+    "indices in another order": (
+        """n = Unsqueeze(number, one)  i = ArgMax<axis = 1, keepdims = 1>(v)  c = Concat<axis = 1>(n, i)
+        x = Reshape(c, all)  y = Reshape(x, pairs)  logits = GatherND(v, y)""",
+        "Reshape",
+    ),
     "a hidden influence": (
         """m = ReduceMax<keepdims = 1>(v, zero)  d = Sub(m, eps)  r = Relu(d)  logits = Add(v, r)""",
         "ReduceMax",
