@@ -160,6 +160,7 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"[{index}]", item) for index, item in enumerate(value))
     elif isinstance(value, GeneratorType):
         yield " (position)", getattr(value.gi_frame, "f_lasti", None)
+        yield from ((f" ({index})", item) for index, item in enumerate(gc.get_referents(value)))
     elif isinstance(value, random.Random):
         yield " (state)", hash(value.getstate())
     elif type(value).__module__ in CONTAINERS:
@@ -172,7 +173,7 @@ def _shown(value: Any) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python deprecates the copies of some iterators
-            return str(value if isinstance(value, set | frozenset) else value.__reduce__())
+            return str(value if isinstance(value, set | frozenset) else value.__reduce_ex__(4))
     except Exception:  # not every object can be reduced
         return object.__repr__(value)
 

@@ -386,20 +386,18 @@ def infer(node: onnx.NodeProto, inputs: Sequence[Value | None], opsets: list[Any
     for name in node.output:
         tensors = [found[name].tensor_type for found in types] if name else []
         require(all(size.HasField("dim_value") for tensor in tensors for size in tensor.shape.dim))
-        shapes = [tuple(size.dim_value for size in tensor.shape.dim) for tensor in tensors]
-        results.append(Value(tensors[0].elem_type, shapes) if tensors else Value())
-    shapes = results[0].shapes
+        sizes = [tuple(size.dim_value for size in tensor.shape.dim) for tensor in tensors]
+        results.append(Value(tensors[0].elem_type, sizes) if tensors else Value())
+    shapes, feeds = results[0].shapes, []
     if node.op_type == "Shape":
         feeds = [{node.input[0]: np.empty(shape, np.bool)} for shape in named[node.input[0]].shapes]
     elif (
-        len(set(shapes)) > 1
-        or math.prod(shapes[0]) > MOST_NUMBERS
-        or not all(v.contents for v in named.values())
+        len(set(shapes)) == 1
+        and math.prod(shapes[0]) <= MOST_NUMBERS
+        and all(v.contents for v in named.values())
     ):
-        return results
-    else:
         feeds = [{name: v.contents[i] for name, v in named.items()} for i in range(len(BATCHES))]
-    runs = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]
+    runs: list[Any] = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]
     return [replace(r, contents=[np.asarray(run[k]) for run in runs]) for k, r in enumerate(results)]
 
 
@@ -424,20 +422,16 @@ def locate(node: onnx.NodeProto, inputs: Sequence[Value | None], results: Sequen
 
 def numbering(kind: str, call: Call) -> tuple[int, int, int] | None:
     """Return the `Value.index` of the result of an operator."""
-    known = [limits(v.contents[0]) if v and v.contents else v and v.index for v in call.inputs]
+    known = [limits(v.contents[0]) if v.contents else v.index for v in call.inputs if v is not None]
     if kind in SAME_NUMBERS:
         return None if known[0] == FIRST_COLUMN else known[0]
     if kind == "Range" and varying(call.shapes) is not None:
         return 1, 0, 0
-    if (
-        kind == "Concat"
-        and known[0] == (1, 0, 0)
-        and call.axis(0) == call.rank - 1
-        and call.x.shapes[0][-1] == 1
-    ):
-        return FIRST_COLUMN
-    if kind in ("Add", "Mul") and all(known) and min(number for limit in known for number in limit) >= 0:
-        (step, low, high), (other, least, most) = sorted(known, reverse=True)
+    if kind == "Concat" and known[0] == (1, 0, 0) and call.axis(0) == call.rank - 1:
+        return FIRST_COLUMN if call.x.shapes[0][-1] == 1 else None
+    limited = sorted((limit for limit in known if limit is not None and min(limit) >= 0), reverse=True)
+    if kind in ("Add", "Mul") and len(limited) == len(known):
+        (step, low, high), (other, least, most) = limited
         if kind == "Add":
             return step + other, low + least, high + most
         if other == 0 and least == most:
