@@ -46,7 +46,7 @@ def build(make: Callable[..., nn.Module]) -> nn.Module:
 
 
 MESSAGES = {
-    "STATE": r"writes to \S+ while it runs|^.+ changes while the trained network runs|"
+    "STATE": r"writes to .+ while it runs|^.+ changes while the trained network runs|"
     r"cannot be (captured|copied)",
     "COPIES": r"a copy of the network .* computes something else|compiled with a backend of its own|"
     r"is not the plain one",
