@@ -39,7 +39,7 @@ from sopdeploy.errors import LoweringError
 DEPTH = 4  # levels of nested lists, dicts and sets that are restored
 MOST_OBJECTS = 200_000  # that are read; a network with more is refused
 VALUES = (bool, int, float, complex, str, bytes, bytearray, type(None), torch.dtype, torch.device, torch.Size)
-LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "sympy"}
+LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "pydantic", "pydantic_core", "sympy"}
 CONTAINERS = ("array", "builtins", "collections", "functools", "itertools", "random", "types", "_random")
 FIXED = (
     type(Ellipsis),
@@ -145,7 +145,10 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         return
     elif isinstance(value, nn.Module) or library not in LIBRARIES - {*CONTAINERS}:
         yield from _items(value)
-        yield from ((f".{name}", item) for name, item in getattr(value, "__dict__", {}).items())
+        with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
+            yield from (
+                (f".{name}", item) for name, item in object.__getattribute__(value, "__dict__").items()
+            )
         yield from ((f".{name}", item) for name, item in _slots(value))
         yield f" ({kind.__name__})", kind
 
