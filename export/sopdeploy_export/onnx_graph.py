@@ -7,6 +7,7 @@ its readers. Operators that nothing reads any more are removed.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ ELEMENTWISE = frozenset(
 )
 REDUCTIONS = frozenset({"ReduceL2", "ReduceMean", "ReduceSum"})
 RANDOM = ("Random", "Bernoulli", "Multinomial", "Dropout")
+GROWING = ("ConstantOfShape", "EyeLike", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile")
+MOST_NUMBERS = 2**26  # of a constant that is computed
 CONSTANT = "constant"  # the key of the content of a computed constant in `Value.meta`
 
 
@@ -193,9 +196,13 @@ def static_size(node: ir.Node) -> NDArray[np.int64] | None:
 
 
 def computes_constant(node: ir.Node) -> bool:
-    """Return whether *node* reads constants only and always computes the same."""
+    """Return whether *node* reads constants only, always computes the same, and not too many numbers."""
     reads_constants = all(is_constant(value) for value in node.inputs if value is not None)
-    return bool(node.inputs) and reads_constants and not node.op_type.startswith(RANDOM)
+    if not node.inputs or not reads_constants or node.op_type.startswith(RANDOM):
+        return False
+    sizes = [dims(value) for value in node.outputs if value.shape is not None]
+    known = bool(sizes) and None not in sizes[0]
+    return math.prod(size or 0 for size in sizes[0]) <= MOST_NUMBERS if known else node.op_type not in GROWING
 
 
 def is_constant(value: ir.Value | None) -> bool:

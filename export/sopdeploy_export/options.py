@@ -39,6 +39,8 @@ class ExportOptions(Options):
     """Largest allowed loss of top-1 (or of agreement, without labels) in percentage points."""
     lowering: bool = True
     """Apply the rewrite rules, or export the certified graph as it is."""
+    allow_batch_dependence: bool = False
+    """Write the bundle although its logits may depend on other images of the batch, and record it."""
     pt2: bool = False
     """Also store the certified torch.export program in the bundle."""
     with_cam: bool = False

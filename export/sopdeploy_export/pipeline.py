@@ -46,6 +46,7 @@ from sopdeploy_export.parity.report import LOGITS, ParityReport
 from sopdeploy_export.parity.routing import find_gate, is_decided
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, convert
+from sopdeploy_export.proof.batch import find_mixing
 from sopdeploy_export.proof.certificate import Certificate, Proof, certify, certify_onnx
 from sopdeploy_export.proof.networks import Detachment, copy_module, detach, has_tensors
 from sopdeploy_export.replay import write_source
@@ -182,6 +183,7 @@ def _prove(job: "_Job") -> tuple[CapturedGraph, Certificate]:
     )
     job.step("lowering to ONNX", CERTIFIED)
     model, certificate = lower_certified(proof, output_names(detached))
+    certificate = check_batch(model, certificate, options)
     return CapturedGraph(detached, proof.detached.any_batch, model), certificate
 
 
@@ -193,6 +195,20 @@ def lower_certified(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelP
         if captured is not proof.detached:
             roots[role] = onnx_root(lower(captured.any_batch, outputs))
     return model, certify_onnx(proof, roots)
+
+
+def check_batch(model: onnx.ModelProto, certificate: Certificate, options: ExportOptions) -> Certificate:
+    """Add the operators of *model* that may mix images to the certificate.
+
+    Raises `LoweringError` if there are any, unless the user accepts them.
+    """
+    mixing = find_mixing(model)
+    if mixing and not options.allow_batch_dependence:
+        raise LoweringError(
+            f"the outputs for an image may depend on other images of its batch: {mixing[0]} combines images",
+            remedies={"allow_batch_dependence": True},
+        )
+    return certificate.model_copy(update={"mixes_images": mixing})
 
 
 class _Job(NamedTuple):
@@ -344,6 +360,7 @@ def _manifest_fields(
         "preprocess": subject.preprocess,
         "decision": subject.decision,
         "batch": job.options.batch,
+        "mixes_images": certificate.mixes_images,
         "detached": certificate.detached,
         "lineage": Lineage(
             checkpoint_sha256=subject.sha256,

@@ -23,7 +23,8 @@ from sopdeploy.errors import BundleError, CertificateError, LoweringError
 from sopdeploy_export.rewrites.apply import LoweringReport, replay
 
 SOURCE = "source.onnx.gz"
-MOST_BYTES = 2**31 - 1  # of an ONNX file
+MORE_BYTES = 2**24  # of a source than twice model.onnx: its operators, and weights that a rule folded
+MOST_RULES = 10_000
 
 
 def write_source(folder: Path, source: onnx.ModelProto, exported: onnx.ModelProto) -> None:
@@ -59,7 +60,9 @@ def check_lowering(bundle: Bundle) -> str | None:
     try:
         report = LoweringReport.model_validate_json((bundle.path / "lowering.json").read_bytes())
         certified_root = json.loads((bundle.path / "certificate.json").read_bytes())["roots"]["onnx"]
-        source = _read(path, onnx.load_from_string(bundle.onnx.read_bytes()))
+        source = _read(path, bundle.onnx.read_bytes())
+        if len(report.rules) > min(MOST_RULES, len(source.graph.node)):
+            raise LoweringError(f"{len(report.rules)} rewrites are more than its operators")
         source_root = onnx_root(source)
         lowered_root = onnx_root(replay(source, report.rules))
     except (KeyError, TypeError, ValueError, OSError, EOFError, DecodeError) as error:
@@ -75,11 +78,15 @@ def check_lowering(bundle: Bundle) -> str | None:
     return f"{len(report.rules)} rewrite rules, replayed on {source_graph}, give model.onnx"
 
 
-def _read(path: Path, exported: onnx.ModelProto) -> onnx.ModelProto:
-    """Read the source at *path*, with the weights that *exported* contains."""
+def _read(path: Path, exported: bytes) -> onnx.ModelProto:
+    """Read the source at *path*, with the weights that *exported*, the content of model.onnx, contains."""
+    limit = 2 * len(exported) + MORE_BYTES
     with gzip.open(path) as file:
-        source = onnx.load_from_string(file.read(MOST_BYTES))
-    weights = {tensor.name: tensor for tensor in exported.graph.initializer}
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise LoweringError(f"expands to more than {limit:,} bytes")
+    source = onnx.load_from_string(content)
+    weights = {tensor.name: tensor for tensor in onnx.load_from_string(exported).graph.initializer}
     for tensor in source.graph.initializer:
         if tensor.doc_string:
             known = weights[tensor.doc_string]

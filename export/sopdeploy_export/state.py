@@ -5,12 +5,26 @@ the assignment, so a graph does not show such a write, and equal values on probe
 Therefore objects, versions and addresses are compared, not values.
 """
 
+import gc
 import inspect
+import random
 import sys
+import warnings
+import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import CellType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    GeneratorType,
+    MemberDescriptorType,
+    ModuleType,
+    NoneType,
+)
 from typing import Any
 
 import numpy as np
@@ -18,9 +32,24 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-DEPTH = 4  # levels of nested lists, dicts and objects that are read
-VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+from sopdeploy.errors import LoweringError
+
+DEPTH = 4  # levels of nested lists, dicts and sets that are restored
+MOST_OBJECTS = 200_000  # that are read; a network with more is refused
+VALUES = (bool, int, float, complex, str, bytes, bytearray, type(None), torch.dtype, torch.device, torch.Size)
+LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "pydantic", "pydantic_core", "sympy"}
+CONTAINERS = ("array", "builtins", "collections", "functools", "itertools", "random", "types", "_random")
+FIXED = (
+    type(Ellipsis),
+    type(NotImplemented),
+    CodeType,
+    FrameType,
+    BuiltinFunctionType,
+    property,
+    weakref.ref,
+)
 
 
 def modules(network: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -62,13 +91,18 @@ class Identity:
 def read_state(network: nn.Module) -> dict[str, Any]:
     """Map the path of every tensor, number and object in the modules of *network* to a comparable form.
 
-    Attributes of the modules and of their classes are read, with lists, dicts and objects in them, and the
-    global variables that the methods use. Two states differ if anything was assigned, added, removed or
-    written in place between them.
+    Everything that is reachable from the modules is read: attributes, slots and containers, the classes and
+    functions of users with the variables that they use, and the global random numbers. Two states differ if
+    anything was assigned, added, removed or written in place between them. Raises `LoweringError` if the
+    network holds too many objects.
     """
-    state: dict[str, Any] = {}
+    state: dict[str, Any] = {
+        "random": hash(random.getstate()),
+        "numpy.random": str(np.random.get_state(legacy=False)),  # noqa: NPY002
+    }
     owners = list(modules(network))
     seen = {id(module) for _, module in owners}  # each object is read once
+    found: list[tuple[str, Any]] = []
     for name, module in owners:
         prefix = f"{name}." if name else ""
         for attribute, value in vars(module).items():
@@ -77,65 +111,103 @@ def read_state(network: nn.Module) -> dict[str, Any]:
             if attribute in ("_parameters", "_buffers", "_modules"):
                 state |= {f"{prefix}{key}": _identify(item) for key, item in value.items()}
             else:
-                state.update(_leaves(f"{prefix}{attribute}", value, DEPTH, seen))
-        for kind in type(module).__mro__:
-            if kind.__module__.partition(".")[0] not in ("torch", "builtins") and id(kind) not in seen:
-                seen.add(id(kind))
-                held = {f"{kind.__name__}.{name}": value for name, value in vars(kind).items()}
-                for path, value in (held | _used_by_functions(kind)).items():
-                    if isinstance(value, (Tensor, np.ndarray, Mapping, list, *VALUES)):
-                        state.update(_leaves(path, value, DEPTH, seen))
+                found.append((f"{prefix}{attribute}", value))
+        found += [(f"{prefix}{slot}", value) for slot, value in _slots(module)]
+        found += [(kind.__name__, kind) for kind in type(module).__mro__]
+    while found:  # grows by what each object holds
+        path, value = found.pop()
+        if isinstance(value, VALUES):
+            state[path] = (type(value), repr(value))  # NaN equals itself here
+            continue
+        if isinstance(value, np.ndarray) and value.dtype != object:
+            state[path] = (value.shape, value.tobytes())
+            continue
+        state[path] = _identify(value)
+        if id(value) not in seen:
+            seen.add(id(value))
+            found += [(path + inside, item) for inside, item in _children(value)]
+        if len(state) > MOST_OBJECTS:
+            raise LoweringError(f"{path}: the network holds more than {MOST_OBJECTS:,} objects; remove them")
     return state
 
 
-def _used_by_functions(kind: type) -> dict[str, Any]:
-    """Map the global and the enclosing variables that the methods of *kind* use to their values."""
-    used: dict[str, Any] = {}
-    functions = [inspect.unwrap(value) for value in vars(kind).values() if inspect.isfunction(value)]
-    for function in functions:  # grows by the functions that these call
-        codes = [function.__code__]
-        for code in codes:  # grows by the functions that are defined inside
-            codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
-        names = {name for code in codes for name in code.co_names} & function.__globals__.keys()
-        variables = {f"{function.__module__}.{name}": function.__globals__[name] for name in names}
-        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        enclosing = {name: cell.cell_contents for name, cell in cells if _is_set(cell)}
-        defaults = {**(function.__kwdefaults__ or {}), "(defaults)": list(function.__defaults__ or ())}
-        for name, value in (defaults | enclosing).items():
-            variables[f"{function.__qualname__}.{name}"] = value
-        for value in variables.values():
-            is_new = inspect.isfunction(value) and value not in functions
-            if is_new and value.__module__.partition(".")[0] != "torch":
-                functions.append(value)
-        used |= variables
-    return used
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    """List what *value* holds, each with the end of its path; nothing for libraries and their objects."""
+    kind = value if isinstance(value, type) else type(value)
+    library = kind.__module__.partition(".")[0]
+    if isinstance(value, FunctionType):
+        if (value.__module__ or "").partition(".")[0] not in LIBRARIES:
+            yield from _used_by(value)
+    elif isinstance(value, type):
+        if library not in LIBRARIES:
+            yield from ((f".{name}", item) for name, item in vars(value).items() if name != "__weakref__")
+    elif isinstance(value, (Tensor, ModuleType, *FIXED)):
+        return
+    elif isinstance(value, nn.Module) or library not in LIBRARIES - {*CONTAINERS}:
+        yield from _items(value)
+        with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
+            yield from (
+                (f".{name}", item) for name, item in object.__getattribute__(value, "__dict__").items()
+            )
+        yield from ((f".{name}", item) for name, item in _slots(value))
+        yield f" ({kind.__name__})", kind
 
 
-def _is_set(cell: CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
-
-
-def _leaves(path: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, VALUES):
-        yield path, (type(value), repr(value))  # NaN equals itself here
-    elif isinstance(value, np.ndarray):
-        yield path, (value.shape, value.tobytes())
-    elif depth and isinstance(value, Mapping | list | tuple):
-        items = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, item in items:
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    """List the items of a container, or the state of an iterator or a generator."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
             shown = repr(key) if isinstance(key, VALUES) else f"{type(key).__name__} {id(key)}"
-            yield from _leaves(f"{path}[{shown}]", item, depth - 1, seen)
-    else:
-        yield path, _identify(value)
-        inside = {} if isinstance(value, Tensor | type | ModuleType) else getattr(value, "__dict__", {})
-        if depth and id(value) not in seen:
-            seen.add(id(value))
-            for attribute, item in inside.items():
-                yield from _leaves(f"{path}.{attribute}", item, depth - 1, seen)
+            yield f"[{shown}]", item
+    elif isinstance(value, list | tuple | deque):
+        yield from ((f"[{index}]", item) for index, item in enumerate(value))
+    elif isinstance(value, GeneratorType):
+        yield " (position)", getattr(value.gi_frame, "f_lasti", None)
+        yield from ((f" ({index})", item) for index, item in enumerate(gc.get_referents(value)))
+    elif isinstance(value, random.Random):
+        yield " (state)", hash(value.getstate())
+    elif type(value).__module__ in CONTAINERS:
+        yield " (state)", _shown(value)
+        yield from ((f" ({index})", item) for index, item in enumerate(gc.get_referents(value)))
+
+
+def _shown(value: Any) -> str:
+    """Describe the position of an iterator such as `itertools.count`, or the items of a set or an array."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python deprecates the copies of some iterators
+            return str(value if isinstance(value, set | frozenset) else value.__reduce_ex__(4))
+    except Exception:  # not every object can be reduced
+        return object.__repr__(value)
+
+
+def _slots(value: Any) -> Iterator[tuple[str, Any]]:
+    """List the values in the `__slots__` of the classes of *value*."""
+    for kind in type(value).__mro__:
+        for name, slot in vars(kind).items():
+            if isinstance(slot, MemberDescriptorType) and kind.__module__.partition(".")[0] not in LIBRARIES:
+                with suppress(AttributeError):  # not set yet
+                    yield name, slot.__get__(value)
+
+
+def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """List the attributes, defaults, enclosing and global variables of *function*, and modules' variables."""
+    codes = [function.__code__]
+    for code in codes:  # grows by the functions that are defined inside
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    names = {name for code in codes for name in code.co_names}
+    for name in names & function.__globals__.keys():
+        value = function.__globals__[name]
+        yield f" uses {name}", value
+        if isinstance(value, ModuleType) and value.__name__.partition(".")[0] not in LIBRARIES:
+            yield from ((f" uses {name}.{key}", vars(value)[key]) for key in names & vars(value).keys())
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not set yet
+            yield f".{name}", cell.cell_contents
+    yield from (
+        (f".{key}", item) for key, item in {**vars(function), **(function.__kwdefaults__ or {})}.items()
+    )
+    yield " (defaults)", function.__defaults__
 
 
 def _identify(value: object) -> Identity:
@@ -193,13 +265,17 @@ class InPlaceWrites(TorchDispatchMode):
 class PythonReads(TorchFunctionMode):
     """Record the first Python code that reads the layout or the values of a tensor: no graph contains this.
 
+    Every call counts that returns anything but tensors, unless it is known to return what a graph fixes.
     torch.export raises an error where code reads values, but the code can catch it.
     """
 
-    READS = frozenset({
-        "is_contiguous", "stride", "storage_offset", "data_ptr", "storage", "untyped_storage", "dim_order",
-        "__bool__", "is_nonzero", "equal", "allclose", "tolist", "numpy", "__array__",
+    FIXED_BY_GRAPH = frozenset({
+        "__get__", "__hash__", "__iter__", "__len__", "__set__", "__setitem__", "dim", "element_size",
+        "get_device", "is_complex", "is_conj", "is_floating_point", "is_inference", "is_neg",
+        "is_same_size", "is_signed", "ndimension", "nelement", "numel", "requires_grad_", "result_type",
+        "size", "type",
     })  # fmt: skip
+    CALLBACKS = frozenset({"apply_", "map_", "map2_"})  # they give values to a function
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,12 +284,26 @@ class PythonReads(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call *function*; record it if it is the first read by code outside of torch and this package."""
         del types
-        name = getattr(function, "__name__", "")
-        if name in self.READS and self.first is None:
-            module = sys._getframe(1).f_globals.get("__name__", "")  # of the calling code
-            if module.partition(".")[0] not in ("torch", "sopdeploy_export"):
+        result, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
+        tensors_only = all(isinstance(leaf, Tensor | NoneType) for leaf in tree_leaves(result))
+        if self.first is None and (
+            name in self.CALLBACKS or not (tensors_only or name in self.FIXED_BY_GRAPH)
+        ):
+            module = _caller()
+            if module.partition(".")[0] != "sopdeploy_export" and not module.startswith("torch.nn."):
                 self.first = f"{name} in {module}"
-        return function(*args, **(kwargs or {}))
+        return result
+
+
+def _caller() -> str:
+    """Return the module of the code that called a function of torch, which can be written in Python."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        module: str = frame.f_globals.get("__name__", "")
+        if module not in ("torch.overrides", "torch._tensor", "torch.utils._contextlib"):
+            return module
+        frame = frame.f_back
+    return ""
 
 
 @contextmanager

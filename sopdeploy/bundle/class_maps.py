@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import FEATURES, Manifest
+from sopdeploy.bundle.probes import read_arrays
 from sopdeploy.errors import BundleError
 
 FILE = "class_maps.npz"
@@ -57,8 +58,8 @@ def read_class_maps(folder: Path, manifest: Manifest) -> ClassMapLayer | None:
     classes, channels = manifest.outputs[0].shape[-1], shapes[FEATURES][0]
     path = folder / FILE
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # it may be in an archive
-            layer = ClassMapLayer(arrays["weight"], arrays["bias"])
+        arrays = read_arrays(path)
+        layer = ClassMapLayer(arrays["weight"], arrays["bias"])
     except Exception as error:  # numpy raises many types for damaged files
         raise BundleError(f"{path}: not a file of class activation maps; export the bundle again") from error
     fits = layer.weight.shape == (classes, channels) and layer.bias.shape == (classes,)

@@ -34,6 +34,7 @@ SMALL_FILES = (
     "README.md",
 )  # read while a bundle is served
 MAX_MANIFEST_BYTES = 4_000_000
+MAX_JSON_BYTES = 16_000_000  # of any other JSON file
 MAX_NAME_BYTES = 255  # limit of common file systems
 
 
@@ -202,12 +203,7 @@ def open_bundle(path: Path) -> Bundle:
         if required not in manifest.files:
             raise BundleError(f"{path}: the manifest lists no {required}; export the bundle again")
     for name, record in manifest.files.items():
-        size = (path / name).stat().st_size
-        if size != record.bytes:
-            raise BundleError(
-                f"{path / name}: has {size} bytes, the manifest says {record.bytes}; copy or export the "
-                "bundle again"
-            )
+        _check_size(path / name, record)
     for name, record in manifest.files.items():
         if sha256(path / name) != record.sha256:
             raise BundleError(
@@ -230,6 +226,17 @@ def keep_in_memory(bundle: Bundle) -> Bundle:
     archive = zipfile.ZipFile(file)
     archive.filename = str(bundle.path)  # for messages
     return replace(bundle, path=cast(Path, zipfile.Path(archive)))
+
+
+def _check_size(file: Path, record: FileRecord) -> None:
+    """Raise `BundleError` if *file* has another size than its *record*, or is JSON that is too large."""
+    size = file.stat().st_size
+    if size != record.bytes:
+        raise BundleError(
+            f"{file}: has {size} bytes, the manifest says {record.bytes}; copy or export the bundle again"
+        )
+    if file.suffix == ".json" and size > MAX_JSON_BYTES:
+        raise BundleError(f"{file}: larger than {MAX_JSON_BYTES} bytes; export the bundle again")
 
 
 def check_name(bundle: Path, name: str) -> None:

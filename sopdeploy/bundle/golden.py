@@ -27,6 +27,7 @@ from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 
 GOLDEN = "golden.json"
+MAX_EXAMPLES = 16  # that `verify` decodes; an export writes three
 MAX_LEVELS = 1  # gray levels between decoders
 MAX_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread, with another Pillow
 SEED = 11
@@ -46,8 +47,8 @@ class GoldenExample(StrictModel):
 class GoldenIndex(StrictModel):
     """Content of `golden.json`; *tolerance* is the largest allowed absolute difference of a logit."""
 
-    tolerance: float
-    examples: tuple[GoldenExample, ...]
+    tolerance: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+    examples: Annotated[tuple[GoldenExample, ...], pydantic.Field(max_length=MAX_EXAMPLES)]
 
 
 class PixelDifference(StrictModel):

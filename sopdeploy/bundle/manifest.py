@@ -67,6 +67,8 @@ class Manifest(StrictModel):
     time of the export by the clock of its machine; it is not part of the id. `origin` is None for a network
     that `train` did not train. `int8_for` is the runtime of an int8 graph, and `decision` says how logits
     become a decision.
+    `mixes_images` names the operators through which an output may depend on other images of the batch; with
+    none, the certified graph proves that it does not.
     """
 
     format: Literal["sopdeploy-bundle"] = FORMAT
@@ -83,6 +85,7 @@ class Manifest(StrictModel):
     int8_for: Int8For | None = None
     decision: Decision | None = None
     batch: BatchRange
+    mixes_images: tuple[str, ...] = ()
     opset: int
     detached: tuple[str, ...]
     lineage: Lineage

@@ -5,9 +5,12 @@
 absolute float64 bound derived at export.
 """
 
+import math
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,18 +50,38 @@ def write_probes(path: Path, probes: Probes) -> None:
         np.savez(file, allow_pickle=False, **arrays)
 
 
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Read the arrays of the `.npz` file *path*, which are not compressed, so they fit into its size.
+
+    Raises `ValueError` for compressed or overlapping arrays, and many types for a damaged file.
+    """
+    with path.open("rb") as file:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+        compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if compressed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("compressed or overlapping arrays")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+
 def read_probes(path: Path) -> Probes:
-    """Read the probes at *path*; raise `BundleError` if the file is not a probe file."""
+    """Read the probes at *path*; raise `BundleError` unless they have images and finite tolerances."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            names = [key.removeprefix("output_") for key in arrays if key.startswith("output_")]
-            return Probes(
-                images=np.asarray(arrays["images"], dtype=np.uint8),
-                expected={name: arrays[f"output_{name}"] for name in names},
-                tolerance={name: float(arrays[f"tolerance_{name}"]) for name in names},
-            )
+        arrays = read_arrays(path)
+        names = [key.removeprefix("output_") for key in arrays if key.startswith("output_")]
+        probes = Probes(
+            images=np.asarray(arrays["images"], dtype=np.uint8),
+            expected={name: arrays[f"output_{name}"] for name in names},
+            tolerance={name: float(arrays[f"tolerance_{name}"]) for name in names},
+        )
     except Exception as error:  # numpy raises many types for damaged files
         raise BundleError(f"{path}: not a probe file; export the bundle again") from error
+    for name, tolerance in probes.tolerance.items():
+        if not 0 <= tolerance < math.inf:
+            raise BundleError(f"{path}: allows output {name!r} any value; export the bundle again")
+    return probes
 
 
 def replay(probes: Probes, run: Run, *, batch: int = 1) -> Replay:

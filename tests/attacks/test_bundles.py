@@ -1,8 +1,11 @@
 """Malicious and damaged bundles: `sopdeploy verify` rejects each with exit code 2 and one line."""
 
+import copy
+import gzip
 import io
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -123,12 +126,36 @@ def pickled() -> Any:
     return np.array([Runs()], dtype=object)
 
 
+def compressed(content: bytes) -> bytes:
+    """Compress the arrays of *content*, as a bomb needs."""
+    with np.load(io.BytesIO(content)) as arrays:
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def overlapping(content: bytes) -> bytes:
+    """Let a hundred entries of the archive refer to the images."""
+    file = io.BytesIO(content)
+    with zipfile.ZipFile(file, "a") as archive:
+        images = archive.getinfo("images.npy")
+        for number in range(100):
+            archive.filelist.append(entry := copy.copy(images))
+            entry.filename = f"output_{number}.npy"
+        archive._didModify = True  # type: ignore[attr-defined]
+    return file.getvalue()
+
+
 ARCHIVES: dict[str, Callable[[], bytes]] = {
     "an array of pickled objects": lambda: probes(images=pickled()),
     "no images": lambda: probes(images=None),
     "no probe image": lambda: probes(images=np.zeros((0, SIDE, SIDE, 3), np.uint8)),
     "images of another size": lambda: probes(images=np.zeros((4, 8, 8, 3), np.uint8)),
     "more images than outputs": lambda: probes(images=np.zeros((9, SIDE, SIDE, 3), np.uint8)),
+    "compressed arrays": lambda: compressed(probes()),
+    "many names of one array": lambda: overlapping(probes()),
+    "an infinite tolerance": lambda: probes(tolerance_logits=np.array(np.inf)),
+    "no number as tolerance": lambda: probes(tolerance_logits=np.array(np.nan)),
     "text": lambda: b"trust me",
     "nothing": lambda: b"",
 }
@@ -142,6 +169,56 @@ def test_invalid_probes_with_the_right_hash_are_rejected(
     (bundle / "probes.npz").write_bytes(ARCHIVES[attack]())
     rejection(forge(bundle), "probes")
     assert not Path("pwned").exists()
+
+
+def test_tolerances_that_the_noise_floor_does_not_explain_are_named(bundle: Path) -> None:
+    def notes(floor: float, **changes: Any) -> str:
+        parity = {"floors_allowed": 16, "outputs": {"logits": {"noise_floor": floor}}}
+        (bundle / "parity.json").write_bytes(to_json(parity))
+        (bundle / "probes.npz").write_bytes(probes(**changes))
+        found = verify(forge(bundle))
+        assert found.exit_code == 0
+        return " ".join(found.stdout.split())
+
+    assert "note only 4 probes" in notes(1e-3)
+    assert "tolerance" not in notes(1e-3).replace("(allowed", "")
+    assert "explains a tolerance of 1.6e-08, not 0.001" in notes(1e-9)
+    assert "tolerance 1e+09 is above 10%" in notes(1e9, tolerance_logits=np.array(1e9))
+
+
+SOURCES: dict[str, tuple[bytes, int]] = {
+    "a graph that expands": (bytes(2 * 2**24), 0),
+    "more rewrites than operators": (graph(), 4),
+}
+
+
+@pytest.mark.parametrize("attack", SOURCES)
+def test_a_source_graph_that_costs_more_than_the_graph_is_rejected(bundle: Path, attack: str) -> None:
+    content, rules = SOURCES[attack]
+    (bundle / "source.onnx.gz").write_bytes(gzip.compress(content, mtime=0))
+    lowering = json.loads((bundle / "lowering.json").read_bytes())
+    rule = {
+        "name": "r",
+        "where": "w",
+        "precondition": "p",
+        "effect": "e",
+        "node": "n",
+        "removed": [],
+        "added": {},
+    }
+    (bundle / "lowering.json").write_bytes(to_json({**lowering, "rules": [rule] * rules}))
+    assert (
+        "expands to more than" in (line := rejection(forge(bundle), "source.onnx.gz"))
+        or "more than its" in line
+    )
+
+
+def test_large_json_and_many_golden_examples_are_rejected(bundle: Path) -> None:
+    example = {"jpeg": "labels.json", "pixels": "labels.json", "logits": [0.0]}
+    (bundle / "golden.json").write_bytes(to_json({"tolerance": 1, "examples": [example] * 17}))
+    rejection(forge(bundle), "golden.json: does not fit the bundle")
+    (bundle / "golden.json").write_bytes(b" " * 16_000_001)
+    rejection(forge(bundle), "golden.json: larger than")
 
 
 GRAPHS: dict[str, Callable[[], bytes]] = {

@@ -3,10 +3,18 @@
 `limit` is a bound that no logit of the exporter's generated images reaches, but logits of other images do.
 """
 
-from collections.abc import Callable
+import functools
+import itertools
+import logging
+import random
+import threading
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -141,7 +149,82 @@ def holds(name: str, make: Callable[[], Any]) -> Callable[[Any], None]:
     return lambda network: setattr(network, name, make())
 
 
+class Slotted:
+    """An object without a `__dict__`."""
+
+    __slots__ = ("calls",)
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> int:
+        self.calls += 1
+        return self.calls
+
+
+def closure() -> Callable[[], int]:
+    """Return a function that counts its calls in an enclosing variable."""
+    calls = 0
+
+    def count() -> int:
+        nonlocal calls
+        calls += 1
+        return calls
+
+    return count
+
+
+def numbers() -> Iterator[int]:
+    yield from range(10**9)
+
+
+class Shared:
+    """Counts in its class."""
+
+    calls: ClassVar[deque[int]] = deque()
+
+    def __call__(self) -> int:
+        self.calls.append(0)
+        return len(self.calls)
+
+
+def later(count: Callable[[Any], int], make: Callable[[], Any]) -> type[Small]:
+    """Define a network that negates its logits after 600 calls, which *count* counts in what *make* makes."""
+    return small(lambda n, f: n.fc(f) if count(n.counter) < 600 else -n.fc(f), holds("counter", make))
+
+
+def in_place(change: Callable[[Any], Any], size: Callable[[Any], int] = len) -> Callable[[Any], int]:
+    return lambda counter: (change(counter), size(counter))[1]
+
+
+COUNTERS: dict[str, type[Small]] = {
+    "a deque grows": later(in_place(lambda c: c.append(0)), deque),
+    "a deque rotates": later(in_place(lambda c: c.rotate(1), lambda c: c[0]), lambda: deque(range(700))),
+    "a bytearray grows": later(in_place(lambda c: c.append(0)), bytearray),
+    "a byte changes": later(
+        in_place(lambda c: c.__setitem__(0, c[0] + 1), lambda c: c[0]), lambda: bytearray(1)
+    ),
+    "an array grows": later(in_place(lambda c: c.append(0)), lambda: array("b")),
+    "a set grows": later(in_place(lambda c: c.add(len(c))), set),
+    "itertools.count": later(next, itertools.count),
+    "an iterator": later(next, lambda: iter(range(10**9))),
+    "an enumeration of a list": later(lambda c: next(c)[0], lambda: enumerate([0] * 10**4)),
+    "a generator": later(next, numbers),
+    "random.Random": later(lambda c: c.randrange(599), lambda: random.Random(0)),
+    "the random numbers of Python": small(lambda n, f: n.fc(f) * (1 if random.random() < 2 else -1)),
+    "the random numbers of NumPy": small(lambda n, f: n.fc(f) * (1 if np.random.rand() < 2 else -1)),  # noqa: NPY002
+    "slots": later(lambda c: c(), Slotted),
+    "a closure": later(lambda c: c(), closure),
+    "a class attribute": later(lambda c: c(), Shared),
+    "a partial": later(lambda c: c(), lambda: functools.partial(closure())),
+    "a bound method": later(lambda c: c(), lambda: Slotted().__call__),
+    "six levels of lists": later(
+        in_place(lambda c: c[0][0][0][0][0].append(0), lambda c: len(c[0][0][0][0][0])), lambda: [[[[[[]]]]]]
+    ),
+}
+
 STATE: dict[str, type[Small]] = {
+    **COUNTERS,
     "a buffer is assigned": small(assigns_buffer, PEAK),
     "a buffer is written through .data": small(writes_data, PEAK),
     "a tensor in nested lists is replaced": small(writes_list, holds("memory", lambda: [[torch.zeros(())]])),
@@ -226,6 +309,7 @@ MEMORY: dict[str, Callable[[], nn.Module]] = {
         holds("table", transposed),
     ),
     "the layout of the images": by_layout(lambda n, x: x.is_contiguous()),
+    "the text of a tensor": small(lambda n, f: -n.fc(f) if "9.25" in str(n.fc(f).data) else n.fc(f)),
     "a value behind try": small(lambda n, f: reads_value(n, f)),
     "bfloat16 in forward": small(
         lambda n, f: nn.functional.linear(f.bfloat16(), n.fc.weight.bfloat16(), n.fc.bias.bfloat16()).float()
@@ -284,6 +368,18 @@ def fills_cache(network: Any, features: Tensor) -> Tensor:
     return network.fc(features * network.cache["scale"])
 
 
+def fills_grid(network: Any, images: Tensor) -> Tensor:
+    size = tuple(images.shape[2:])
+    if network.grids.get(size) is None:
+        network.grids[size] = torch.linspace(-1, 1, size[1])
+    return network.fc(network.features(images * network.grids[size]))
+
+
+@functools.lru_cache
+def cells(side: int) -> float:
+    return 1 / side
+
+
 def ties(network: Any) -> None:
     network.other = nn.Linear(WIDTH, CLASSES)
     network.other.weight = network.fc.weight
@@ -299,6 +395,11 @@ VALID: dict[str, Callable[..., nn.Module]] = {
     ),
     "weight norm": prepared(lambda n: parametrizations.weight_norm(n.fc)),
     "a cache of a weight": small(fills_cache, holds("cache", dict)),
+    "a cache of positions by size": with_forward(fills_grid, holds("grids", dict)),
+    "a function with a cache": with_forward(lambda n, x: n.fc(n.features(x)) * cells(x.shape[2])),
+    "a lock and a logger": small(
+        lambda n, f: n.fc(f), lambda n: vars(n).update(lock=threading.Lock(), log=logging.getLogger("n"))
+    ),
     "multi-head attention": with_forward(
         multi_head, lambda n: n.add_module("mix", nn.MultiheadAttention(WIDTH, 2, batch_first=True))
     ),

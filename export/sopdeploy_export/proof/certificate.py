@@ -1,6 +1,6 @@
 """The certificate: proof that the detached network is the plain network.
 
-It makes five statements. Each is checked, and the export stops if one does not hold:
+It makes six statements. Each is checked, and the export stops if one does not hold:
 
 - inventory: every tensor of the trained network is either removed or kept, and a kept tensor has the same
   sha256 before and after.
@@ -10,6 +10,7 @@ It makes five statements. Each is checked, and the export stops if one does not 
 - numbers: the three networks return bitwise equal logits for the probe images, alone and in batches. The
   kept tensors have the same sha256 afterwards.
 - ONNX: the three ONNX graphs have one Merkle root.
+- images: no output of an image depends on other images of its batch (`batch.py`), unless the user allows it.
 
 A comparison of numbers alone does not detect `y + 0 * branch(f)`. The comparison of graphs does, and it
 names the weights that the output still depends on.
@@ -83,6 +84,7 @@ class Certificate(StrictModel):
 
     `proof` is `three-way` (trained = detached = plain), `trained-detached` (no plain network was given),
     `trained-plain` (nothing to detach) or `trained-only`; `compared` lists the networks that were compared.
+    `mixes_images` names the operators through which an output may depend on other images of the batch.
     """
 
     model: str
@@ -95,6 +97,7 @@ class Certificate(StrictModel):
     batches: tuple[int, ...]
     images: int
     largest_difference: float = 0.0
+    mixes_images: tuple[str, ...] = ()
 
     @property
     def bytes_removed(self) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -174,7 +174,8 @@ def copy_module(network: Network, memo: dict[int, Any] | None = None) -> Network
     except Exception as error:  # classes can define how they are copied
         raise LoweringError(f"the network cannot be copied: {first_line(error)}") from error
     own = {id(module) for _, module in modules(network)}
-    if not isinstance(copied, type(network)) or any(id(module) in own for _, module in modules(copied)):
+    kind = fx.GraphModule if isinstance(network, fx.GraphModule) else type(network)  # each has its own class
+    if not isinstance(copied, kind) or any(id(module) in own for _, module in modules(copied)):
         raise LoweringError("the network is not copied by copy.deepcopy; remove its __deepcopy__")
     return copied
 

@@ -3,11 +3,12 @@
 The page needs no network and no script.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sopdeploy.bundle.manifest import FileRecord
-from sopdeploy.html.templates import dimensions, percent, reduction, render
+from sopdeploy.html.templates import dimensions, percent, reduction, render, sanitize
 from sopdeploy.training.epoch_choice import HeldOutEstimate
 from sopdeploy.training.procedure import read_record
 from sopdeploy_export.report.results import Results
@@ -19,8 +20,7 @@ CAUSES = {
     "error": "error: the network's margin is clear",
 }
 MAX_LABELS = 20
-# The card itself contains no HTML and no links; names, classes and training records of a checkpoint could.
-ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "[": "\\[", "]": "\\]"})
+MARKDOWN = re.compile(r"([\\`*_\[\]#~|!@]|(?<=www)\.|:(?=//))", re.IGNORECASE)
 
 
 def render_report(
@@ -92,9 +92,12 @@ def render_report(
 
 
 def render_model_card(subject: ExportSubject, results: Results, fields: Mapping[str, Any]) -> str:
-    """Render the model card as Markdown; *fields* are those of the manifest."""
+    """Render the model card as Markdown; *fields* are those of the manifest.
+
+    Names, classes, facts and training records, which a checkpoint contains, are text without markup.
+    """
     preprocess, batch = subject.preprocess, fields["batch"]
-    labels = ", ".join(subject.labels[:MAX_LABELS])
+    labels = ", ".join(map(as_markdown, subject.labels[:MAX_LABELS]))
     if len(subject.labels) > MAX_LABELS:
         labels += f", ... ({len(subject.labels)} in total, see labels.json)"
     outputs = ", ".join(
@@ -102,9 +105,9 @@ def render_model_card(subject: ExportSubject, results: Results, fields: Mapping[
         for output in fields["outputs"]
     )
     training = "\n".join(
-        f"- {key}: {' '.join(str(value).split())}" for key, value in training_rows(subject.training)
+        f"- {as_markdown(key)}: {as_markdown(str(value))}" for key, value in training_rows(subject.training)
     )
-    facts = "\n".join(f"- {name}: {text}" for name, text in results.facts().items())
+    facts = "\n".join(f"- {name}: {as_markdown(text)}" for name, text in results.facts().items())
     resizing = {
         "crop": f"Resize the\nshorter side of an image to {preprocess.resize} pixels "
         f"({preprocess.interpolation}), then crop the center;",
@@ -112,7 +115,7 @@ def render_model_card(subject: ExportSubject, results: Results, fields: Mapping[
         f"({preprocess.interpolation}), then center it on RGB {preprocess.background};",
         "squash": f"Resize both\nsides of an image to {preprocess.crop} pixels ({preprocess.interpolation});",
     }[preprocess.fit]
-    card = f"""# {subject.project}
+    return f"""# {subject.project}
 
 An image classifier, the network {subject.name}, exported by sopdeploy {fields["versions"]["sopdeploy"]}.
 
@@ -141,7 +144,12 @@ the graph subtracts the mean and divides by the standard deviation. Batches of {
 Noise floors are errors of the network's own {results.parity.precision} run against float64. model.onnx was
 compared in {results.parity.runtime} ({results.parity.provider}). `report.html` has the details.
 """
-    return card.translate(ESCAPES)
+
+
+def as_markdown(text: str) -> str:
+    """Write *text* on one line such that Markdown shows it as it is, without links, markup or HTML."""
+    shown = sanitize(" ".join(text.split()))
+    return MARKDOWN.sub(r"\\\1", shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:

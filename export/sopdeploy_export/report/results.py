@@ -150,6 +150,9 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
         "graph": f"{' = '.join(certificate.compared)}, root {certificate.roots.any_batch[:16]} "
         f"({certificate.roots.operations} operations; also at batch 1, also as ONNX)",
         "logits": f"bitwise equal on {certificate.images} probe images",
+        "batch": f"outputs may depend on other images: {', '.join(certificate.mixes_images)}"
+        if certificate.mixes_images
+        else "no output depends on other images, by the data flow of the ONNX graph",
     }
 
 

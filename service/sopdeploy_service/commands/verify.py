@@ -1,15 +1,24 @@
 """`sopdeploy verify`: check a bundle's files and its outputs on this machine."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.golden import PixelDifference, check_golden, read_golden
+from sopdeploy.bundle.probes import read_probes
 from sopdeploy.config import StrictModel
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.base import must_run
 from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
+
+FEW_PROBES = 8  # fewer are noted; an export generates 12 and leaves out those whose route is undecided
+WIDE = 0.1
+ROUNDING = 1 + 1e-9
 
 
 class Verification(StrictModel):
@@ -18,7 +27,8 @@ class Verification(StrictModel):
     `replays` has the deviation and the tolerance of each output by batch size.
 
     `onnx_root` is the root that was recomputed from `model.onnx`; None if `onnx` is not installed. `pixels`
-    is the largest difference of the pixels of golden examples; None if they are those of the export.
+    is the largest difference of the pixels of golden examples; None if they are those of the export. `notes`
+    say what the checks of this bundle cannot show.
     """
 
     bundle: str
@@ -32,6 +42,7 @@ class Verification(StrictModel):
     replays: tuple[dict[str, Any], ...]
     golden: int
     pixels: PixelDifference | None = None
+    notes: tuple[str, ...] = ()
 
 
 def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
@@ -68,4 +79,33 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
         replays=tuple({"batch": batch, **asdict(replay)} for batch, replay in loaded.replays.items()),
         golden=len(examples),
         pixels=max(filter(None, differences), key=lambda difference: difference.drift, default=None),
+        notes=_notes(bundle),
     )
+
+
+def _notes(bundle: Bundle) -> tuple[str, ...]:
+    """List what the probes of *bundle* leave open, and whether images of a batch may depend on each other."""
+    probes, notes = read_probes(bundle.probes), []
+    if len(probes.images) < FEW_PROBES:
+        notes.append(f"only {len(probes.images)} probes; an export writes more")
+    try:
+        parity = json.loads((bundle.path / "parity.json").read_bytes())
+        floors, outputs = float(parity["floors_allowed"]), parity["outputs"]
+        explained = {name: floors * float(outputs[name]["noise_floor"]) for name in probes.tolerance}
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return (*notes, "parity.json records no noise floor that explains the tolerances of the probes")
+    for name, tolerance in probes.tolerance.items():
+        spread = float(np.ptp(probes.expected[name]))
+        if not tolerance <= explained[name] * ROUNDING:
+            notes.append(
+                f"{name}: the noise floor explains a tolerance of {explained[name]:.2g}, not {tolerance:.2g}"
+            )
+        if tolerance > WIDE * spread:
+            notes.append(
+                f"{name}: the tolerance {tolerance:.2g} is above {WIDE:.0%} of the probes' range {spread:.2g}"
+            )
+    if bundle.manifest.mixes_images:
+        notes.append(
+            f"outputs may depend on other images of a batch: {', '.join(bundle.manifest.mixes_images)}"
+        )
+    return tuple(notes)

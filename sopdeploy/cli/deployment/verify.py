@@ -28,8 +28,9 @@ def show(verified: "tuple[Verification, str | None]") -> None:
     if result.golden:
         same = "pixels and logits" if result.pixels is None else "logits"
         print_field("golden", f"{result.golden} JPEG files give the exporter's {same}")
-    if result.pixels is not None:
-        print_field("note", result.pixels.describe(), style="bold yellow")
+    pixels = () if result.pixels is None else (result.pixels.describe(),)
+    for note in (*pixels, *result.notes):
+        print_field("note", note, style="bold yellow")
     print_field("verified", str(result.bundle), style="bold green")
 
 

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from sopdeploy.errors import CertificateError, DetachError
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.proof.hashes import ProgramRoot, program_root, tensor_hash, trace_hash
-from sopdeploy_export.proof.networks import detach
+from sopdeploy_export.proof.networks import copy_module, detach
 
 Make = Callable[..., Classifier]
 
@@ -37,6 +37,13 @@ def test_detached_network_is_in_eval_mode_and_can_be_trained_as_the_plain_one(ma
 def test_a_network_without_training_only_parts_stays_as_it_is(make: Make) -> None:
     plain = make("resnet8")
     assert detach(plain) is plain
+
+
+def test_a_graph_module_is_copied() -> None:
+    traced = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)).eval())
+    copied = copy_module(traced)
+    assert copied is not traced
+    assert torch.equal(copied(torch.ones(1, 2)), traced(torch.ones(1, 2)))
 
 
 def test_detach_is_rejected_a_second_time(make: Make) -> None:

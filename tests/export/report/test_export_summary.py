@@ -9,7 +9,7 @@ from sopdeploy.decision import Calibration, Decision, Rejection
 from sopdeploy_export.pipeline import Exported
 
 NAMES = [
-    *("removed", "kept", "graph", "logits", "rules", "types", "drift", "answers", "costs", "onnx"),
+    *("removed", "kept", "graph", "logits", "batch", "rules", "types", "drift", "answers", "costs", "onnx"),
     *("bundle", "page"),
 ]
 

@@ -14,6 +14,7 @@ from sopdeploy_export.parity.report import Flip
 from sopdeploy_export.pipeline import Exported
 from sopdeploy_export.precision.report import Accuracy, Attempt, Quantization
 from sopdeploy_export.report.page import (
+    as_markdown,
     render_model_card,
     render_report,
     training_rows,
@@ -114,9 +115,24 @@ def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Expo
     subject: Any = SimpleNamespace(name="n", labels=HOSTILE, preprocess=preprocess, training=training)
     shared = ("batch", "inputs", "outputs", "versions")
     card = render_model_card(subject, branched, {name: getattr(branched.manifest, name) for name in shared})
-    assert "- epoch: &lt;img src=x onerror=alert(1)&gt; # \\[Heading\\](https://example.org)\n" in card
-    assert not re.search(r"[<>]|(?<!\\)\[", card)
+    assert "- epoch: &lt;img src=x onerror=alert(1)&gt; \\# \\[Heading\\](https\\://example.org)\n" in card
+    assert not re.search(r"[<>]|(?<!\\)\[|(?<!\\)https?:", card)
+    assert "\u202e" not in card
     assert f"bitwise equal on {branched.certificate.images} probe images" in card
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (r"\[a\](http://b.c)", r"\\\[a\\\](http\://b.c)"),
+        ("WWW.b.c and me@b.c", r"WWW\.b.c and me\@b.c"),
+        ("*a* _b_ `c`", r"\*a\* \_b\_ \`c\`"),
+        ("a\u202eb\u2066c\x1b", "a\ufffdb\ufffdc\ufffd"),
+        ("a\n# b", r"a \# b"),
+    ],
+)
+def test_text_in_the_model_card_is_shown_as_it_is(text: str, shown: str) -> None:
+    assert as_markdown(text) == shown
 
 
 def rendered(exported: Exported, **changes: Any) -> str:

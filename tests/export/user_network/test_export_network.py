@@ -181,7 +181,21 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     ),
     "an operator without ONNX form": (n.DeformableConvolution, {}, r"no ONNX form in opset 18: .*DeformConv"),
     "a branch that is not listed": (n.HiddenBranch, {"training_only": ["aux"]}, r"output .* depends on aux"),
-    "a mean over the batch": (lambda: n.variant(n.centers_batch), {}, r"for an image alone than in a batch"),
+    "a mean over the batch": (
+        lambda: n.variant(n.centers_batch),
+        {},
+        r"ReduceMean in forward combines images; try allow_batch_dependence",
+    ),
+    "control flow": (
+        lambda: n.variant(n.branches_by_value),
+        {},
+        r"uses torch\.cond; a graph has no control flow: .* torch\.where",
+    ),
+    "weights of inference mode": (
+        n.in_inference_mode,
+        {},
+        r"^stem\.0\.weight was made in torch\.inference_mode; build the network outside",
+    ),
     "a division by zero": (
         lambda: n.variant(n.divides_by_zero),
         {},
@@ -191,7 +205,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
 }
 
 
-AS_BUILT = ("NaN", "half precision", "a ScriptModule", "lazy modules")
+AS_BUILT = ("weights of inference mode", "NaN", "half precision", "a ScriptModule", "lazy modules")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

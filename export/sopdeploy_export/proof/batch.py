@@ -1,0 +1,439 @@
+"""Proof that no output of an image depends on the other images of its batch, by data flow in the ONNX graph.
+
+Every value has at most one batch axis, of `outer * batch * inner` rows: row r belongs to the image
+`r // inner % batch`. A table has one rule for each operator, which says where this axis is in the results. An
+operator without a rule, or to which its rule does not apply, mixes images. Shapes, and numbers computed from
+them, are evaluated for several batch sizes: every size must be constant or a multiple of the batch, and a
+number that depends on the batch size is used as a size, never as data.
+
+The proof covers all contents of the images, also those that no probe has. It assumes that the runtime
+implements the operators as ONNX defines them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import defs, helper, numpy_helper, shape_inference
+from onnx.reference import ReferenceEvaluator
+
+BATCHES = (2, 211, 212)  # no quotient or remainder of all three is the same number or multiple
+MOST_NUMBERS = 1024  # of a value that is evaluated
+Place = tuple[int | None, int | None]  # the batch axis of a value, if any, and its `inner`; None fits any
+NONE: Place = (None, None)
+FIRST_COLUMN = (1, -1, -1)  # `Value.index` if only the first of the last axis is the number of the image
+Shapes = Sequence[tuple[int, ...]]  # one for each batch size
+
+
+class MixesError(Exception):
+    """An operator may combine several images."""
+
+
+def require(condition: Any) -> None:
+    """Raise `MixesError` unless *condition* holds."""
+    if not condition:
+        raise MixesError
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What is known of a value; `mixed` names the operators through which it depends on other images.
+
+    `shapes` is empty if unknown. `contents` exist for values that depend on sizes only, for each batch size.
+    `index` is (step, low, high) if the numbers of image i are integers from i step + low to i step + high.
+    """
+
+    type: int = 0
+    shapes: Shapes = ()
+    contents: Sequence[NDArray[Any]] = ()
+    place: Place = NONE
+    index: tuple[int, int, int] | None = None
+    mixed: tuple[str, ...] = ()
+
+    @property
+    def axis(self) -> int | None:
+        """The batch axis."""
+        return self.place[0]
+
+    @property
+    def rank(self) -> int:
+        """The number of axes."""
+        return len(self.shapes[0])
+
+    @property
+    def is_size(self) -> bool:
+        """Whether the contents depend on the batch size."""
+        return any(not np.array_equal(content, self.contents[0]) for content in self.contents)
+
+    def at(self, axis: int) -> Place:
+        """Return the place with the batch axis moved to *axis*."""
+        return NONE if self.axis is None else (axis, self.place[1])
+
+    def numbers(self) -> list[int]:
+        """List the integers of a constant."""
+        require(len(self.contents) and not self.is_size)
+        return [int(number) for number in self.contents[0].reshape(-1)]
+
+
+class Call:
+    """An operator; `x` is its first input, *shapes* those of its first result."""
+
+    def __init__(self, node: onnx.NodeProto, inputs: Sequence[Value | None], shapes: Shapes) -> None:
+        self.attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+        self.inputs, self.shapes, self.rank = inputs, shapes, len(shapes[0])
+        self.x = self[0]
+
+    def __getitem__(self, index: int) -> Value:
+        """Return input *index*, which the operator needs."""
+        value = self.inputs[index] if index < len(self.inputs) else None
+        if value is None:
+            raise MixesError
+        return value
+
+    def axis(self, default: int, rank: int | None = None) -> int:
+        """Return the attribute `axis` of a value of *rank*, by default that of `x`, counted from 0."""
+        return int(self.attributes.get("axis", default)) % max(self.x.rank if rank is None else rank, 1)
+
+    def axes(self, index: int, default: Sequence[int]) -> list[int]:
+        """List the axes of `x` that input *index* or the attribute names, counted from 0."""
+        given = self.inputs[index] if index < len(self.inputs) else None
+        listed = self.attributes.get("axes", default) if given is None else given.numbers()
+        return [int(axis) % max(self.x.rank, 1) for axis in listed]
+
+
+def agree(*places: Place) -> Place:
+    """Return the place of a result whose rows are computed from the same row of every operand."""
+    axes = {axis for axis, _ in places if axis is not None}
+    inner = {length for axis, length in places if axis is not None and length is not None}
+    require(len(axes) <= 1 and len(inner) <= 1)
+    return next(iter(axes), None), next(iter(inner), None)
+
+
+def common(values: Sequence[Value | None]) -> Place:
+    """Return the place of *values*, whose axes are counted from the first."""
+    return agree(*(value.place for value in values if value is not None))
+
+
+def varying(shapes: Shapes) -> int | None:
+    """Return the axis whose size is a multiple of the batch, if any; all others must be constant."""
+    axes = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
+    require(len(axes) <= 1)
+    for axis in axes:
+        require(shapes[0][axis] % BATCHES[0] == 0)
+        factor = shapes[0][axis] // BATCHES[0]
+        require([shape[axis] for shape in shapes] == [factor * size for size in BATCHES])
+    return axes[0] if axes else None
+
+
+def elementwise(call: Call) -> Place:
+    """Align the last axes of all operands."""
+    return agree(*(v.at((v.axis or 0) + call.rank - v.rank) for v in call.inputs if v is not None))
+
+
+def along(call: Call, axes: Sequence[int], *, keeps: Any = True) -> Place:
+    """Combine elements of `x` along *axes*, which the result lacks unless the operator *keeps* them."""
+    axis = call.x.axis
+    require(axis not in axes and common(call.inputs[1:]) == NONE)
+    return call.x.at((axis or 0) - (0 if keeps else sum(other < (axis or 0) for other in set(axes))))
+
+
+def reduces(call: Call) -> Place:
+    """Reduce the listed axes, by default all."""
+    axes = call.axes(1, [] if call.attributes.get("noop_with_empty_axes") else range(call.x.rank))
+    return along(call, axes, keeps=call.attributes.get("keepdims", 1))
+
+
+def rows(call: Call, operands: int = 1) -> Place:
+    """Compute each row of the first *operands* with weights that all images share."""
+    place = common(call.inputs[:operands])
+    require(place[0] in (None, 0) and common(call.inputs[operands:]) == NONE)
+    require([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
+    crops = call.attributes.get("coordinate_transformation_mode") == b"tf_crop_and_resize"
+    require(not crops and not call.attributes.get("training_mode"))
+    return place
+
+
+def reshapes(call: Call) -> Place:
+    """Keep the order of all elements."""
+    axis, inner = call.x.place
+    to = varying(call.shapes)
+    if axis is None or to is None:
+        require(axis is None and to is None)
+        return NONE
+    shape, result, batch = call.x.shapes[0], call.shapes[0], BATCHES[0]
+    adjacent = (inner or shape[axis] // batch) * math.prod(shape[axis + 1 :])  # elements of one image
+    length, rest = divmod(adjacent, math.prod(result[to + 1 :]) or 1)
+    require(rest == 0 and length and result[to] // batch % length == 0)
+    return to, length
+
+
+def transposes(call: Call) -> Place:
+    """Permute the axes."""
+    order = list(call.attributes.get("perm", reversed(range(call.x.rank))))
+    return call.x.at(order.index(call.x.axis or 0) if order else 0)
+
+
+def multiplies(call: Call) -> Place:
+    """Multiply matrices, with a sum over the last axis of the first and the one before it of the second."""
+    a, b = call.x, call[1]
+    left, right = ((value.axis or 0) - value.rank for value in (a, b))
+    require((a.axis is None or left != -1) and (b.axis is None or (right != -2 and a.rank > 1 < b.rank)))
+    return agree(a.at(call.rank + left + (b.rank == 1)), b.at(call.rank + right))
+
+
+def gemm(call: Call) -> Place:
+    """Multiply two matrices, which can be transposed, and add a third value."""
+    a, b = call.x, call[1]
+    require(a.axis in (None, call.attributes.get("transA", 0)))
+    require(b.axis in (None, 1 - call.attributes.get("transB", 0)))
+    return agree(a.at(0), b.at(1), *(c.at((c.axis or 0) + 2 - c.rank) for c in call.inputs[2:] if c))
+
+
+def einsum(call: Call) -> Place:
+    """Follow the label of the batch axis."""
+    terms, _, result = call.attributes["equation"].decode().replace(" ", "").partition("->")
+    places = []
+    for i, term in enumerate(terms.split(",")):
+        label = term[call[i].axis or 0 :][:1]
+        known = term.isalpha() and result.isalpha() and term.count(label) == 1
+        require(call[i].axis is None or (known and label in result))
+        places.append(call[i].at(result.find(label)))
+    return agree(*places)
+
+
+def aside(call: Call, operands: int | None = None) -> Place:
+    """Join, split or index along the attribute `axis`, which is not the batch axis of any operand."""
+    place = common(call.inputs[:operands])
+    require(place == NONE or place[0] != call.axis(0))
+    return place
+
+
+def within(call: Call) -> Place:
+    """Index or write within each row; all operands have the batch axis, or none has it."""
+    require(len({value.axis for value in call.inputs if value is not None}) == 1)
+    return aside(call)
+
+
+def slices(call: Call) -> Place:
+    """Cut other axes than the batch."""
+    starts, axis = call[1].numbers(), call.x.axis
+    steps = call[4].numbers() if len(call.inputs) > 4 and call.inputs[4] else [1] * len(starts)
+    at = call.axes(3, range(len(starts)))
+    cut = [a for a, start, step in zip(at, starts, steps, strict=True) if (start, step) != (0, 1)]
+    require(axis not in cut and (axis not in at or call.x.shapes == call.shapes))
+    return call.x.place
+
+
+def pads(call: Call) -> Place:
+    """Pad other axes than the batch."""
+    axes, sizes = call.axes(3, range(call.x.rank)), call[1].numbers()
+    return along(call, [axis for i, axis in enumerate(axes) if sizes[i] or sizes[i + len(axes)]])
+
+
+def repeats(call: Call, *, tile: bool = False) -> Place:
+    """Repeat a value, or a constant for each image; copies of a whole constant are rows of one image."""
+    axis = varying(call.shapes)
+    if axis is None or call.x.axis is not None:
+        return elementwise(call)
+    return axis, (call.shapes[0][axis] // BATCHES[0] if tile else None)
+
+
+def counts(call: Call) -> Place:
+    """Number the images from 0, or list constants."""
+    axis = varying(call.shapes)
+    require(axis is None or (call.x.numbers(), call[2].numbers(), call.shapes[0]) == ([0], [1], BATCHES[:1]))
+    return NONE if axis is None else (0, 1)
+
+
+def gathers(call: Call) -> Place:
+    """Select along another axis than the batch, from a constant table, or from the rows of the own image."""
+    data, indices, axis = call.x, call[1], call.axis(0)
+    if data.axis == axis:
+        (step, low, high), size = indices.index or (0, 0, 0), data.shapes[0][axis] // BATCHES[0]
+        require(
+            indices.axis is not None and step == size == (data.place[1] or size) and 0 <= low <= high < step
+        )
+        return indices.at(axis + (indices.axis or 0))
+    require(NONE in (data.place, indices.place))
+    after = indices.rank - 1 if (data.axis or 0) > axis else 0
+    return agree(data.at((data.axis or 0) + after), indices.at(axis + (indices.axis or 0)))
+
+
+def gathers_nd(call: Call) -> Place:
+    """Select by indices of several axes within each row, in front of the batch, or from a constant."""
+    data, indices, shared = call.x, call[1], call.attributes.get("batch_dims", 0)
+    require(indices.axis is None or indices.axis < indices.rank - 1)
+    if data.axis is None or own_rows(data, indices, shared):
+        return indices.place
+    if data.axis < shared:
+        require(data.axis == indices.axis)
+        return common([data, indices])
+    indexed = shared + indices.shapes[0][-1]
+    require(indices.axis is None and data.axis >= indexed)
+    return data.at(indices.rank - 1 + data.axis - indexed)
+
+
+def writes_nd(call: Call) -> Place:
+    """Write by indices of several axes within each row, or in front of the batch."""
+    data, indices, updates = call.x, call[1], call[2]
+    if own_rows(data, indices, 0) and updates.axis == indices.axis is not None:
+        return agree(data.place, (0, indices.place[1]), (0, updates.place[1]))
+    indexed = indices.shapes[0][-1]
+    require(indices.axis is None and (data.axis is None) == (updates.axis is None))
+    require(data.axis is None or data.axis >= indexed)
+    return agree(data.place, updates.at((updates.axis or 0) - indices.rank + 1 + indexed))
+
+
+def own_rows(data: Value, indices: Value, shared: int) -> bool:
+    """Return whether the first index is the number of the image, and axis 0 of *data* the batch."""
+    first = FIRST_COLUMN if indices.shapes[0][-1] > 1 else (1, 0, 0)
+    return data.axis == 0 == shared and data.shapes[0][0] == BATCHES[0] and indices.index == first
+
+
+def recurs(call: Call) -> list[Place]:
+    """Run a recurrent layer over (length, batch, features), with states (directions, batch, features)."""
+    place = common([call.x, *call.inputs[5:7]])
+    require(place[0] in (None, 1) and common([*call.inputs[1:5], *call.inputs[7:]]) == NONE)
+    require(not call.attributes.get("layout"))
+    return [(None if place[0] is None else 2, place[1]), place, place]
+
+
+TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
+    "Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast "
+    "CastLike Ceil Celu Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid "
+    "HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or "
+    "PRelu Pow Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Tan "
+    "Tanh ThresholdedRelu Where Xor": elementwise,
+    "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum "
+    "ReduceSumSquare": reduces,
+    "AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool GlobalMaxPool "
+    "Col2Im GroupNormalization InstanceNormalization LRN LpPool MaxPool Resize SpaceToDepth": rows,
+    "GridSample": partial(rows, operands=2),
+    "Flatten Reshape Squeeze Unsqueeze": reshapes,
+    "LogSoftmax Softmax Hardmax LpNormalization TopK": lambda call: along(call, [call.axis(-1)]),
+    "ArgMax ArgMin": lambda call: along(call, [call.axis(0)], keeps=call.attributes.get("keepdims", 1)),
+    "LayerNormalization": lambda call: along(call, range(call.axis(-1), call.x.rank)),
+    "CumSum": lambda call: along(call, [call[1].numbers()[0] % call.x.rank]),
+    "Trilu": lambda call: along(call, range(call.x.rank)[-2:]),
+    "OneHot": lambda call: call.x.at((call.x.axis or 0) + (call.axis(-1, call.rank) <= (call.x.axis or 0))),
+    "Expand ConstantOfShape": repeats, "Tile": partial(repeats, tile=True),
+    "Concat": lambda call: aside(call), "Split": partial(aside, operands=1),
+    "GatherElements ScatterElements": within, "GatherND": gathers_nd, "ScatterND": writes_nd,
+    "Gather": gathers, "Slice": slices, "Pad": pads, "Transpose": transposes, "Range": counts,
+    "MatMul": multiplies, "Gemm": gemm, "Einsum": einsum, "LSTM GRU RNN": recurs,
+}  # fmt: skip
+RULES = {name: rule for names, rule in TABLE.items() for name in names.split()}
+SIZES = {"Reshape": 1, "Expand": 1, "Tile": 1, "ConstantOfShape": 0, "Range": 1, "Slice": 2, "Resize": 3}
+SAME_NUMBERS = ("Cast", "Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+TAKES_INDICES = ("Gather", "GatherND", "ScatterND")
+
+
+def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Name the operators of *model* through which its outputs depend on other images; none if proved."""
+    image, opsets = model.graph.input[0], list(model.opset_import)
+    batch, *sizes = [size.dim_value for size in image.type.tensor_type.shape.dim]
+    if batch == 1:  # there are no other images
+        return ()
+    shapes = [(batch, *sizes) for batch in BATCHES]
+    values = {image.name: Value(image.type.tensor_type.elem_type, shapes, place=(0, 1))}
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        known = [array] * len(BATCHES) if array.size <= MOST_NUMBERS else ()
+        values[tensor.name] = Value(
+            tensor.data_type, [array.shape] * len(BATCHES), known, index=limits(array)
+        )
+    for node in model.graph.node:
+        inputs = [values[name] if name else None for name in node.input]
+        mixed = tuple(dict.fromkeys(name for value in inputs if value for name in value.mixed))
+        results = [Value()] * len(node.output)
+        try:
+            results = infer(node, inputs, opsets)
+            if not mixed and not all(len(result.contents) for result in results):
+                results = locate(node, inputs, results)
+        except Exception:  # MixesError, or what onnx raises for an operator that it does not know
+            part = next((item.value for item in node.metadata_props if item.key == "part"), "")
+            mixed = mixed or (f"{node.op_type} in {part if part not in ('', 'network') else 'forward'}",)
+        values |= {n: replace(r, mixed=mixed) for n, r in zip(node.output, results, strict=True) if n}
+    outputs = {output.name: values[output.name] for output in model.graph.output}
+    found = [name for value in outputs.values() for name in value.mixed]
+    for name, value in outputs.items():
+        counts_images = value.index is not None and value.index[0] != 0
+        if not value.mixed and (value.axis != 0 or value.shapes[0][0] != BATCHES[0] or counts_images):
+            found.append(f"output {name}")
+    return tuple(dict.fromkeys(found))
+
+
+def limits(array: NDArray[Any]) -> tuple[int, int, int] | None:
+    """Return the `Value.index` of a constant."""
+    return (0, int(array.min()), int(array.max())) if array.dtype.kind == "i" and array.size else None
+
+
+def infer(node: onnx.NodeProto, inputs: Sequence[Value | None], opsets: list[Any]) -> list[Value]:
+    """Infer the shapes of the results of *node*, and the contents of small ones that depend on sizes only."""
+    version = next(opset.version for opset in opsets if opset.domain == node.domain)
+    schema, types = defs.get_schema(node.op_type, version, node.domain), []
+    named = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
+    for i in range(len(BATCHES)):
+        known = {name: numpy_helper.from_array(v.contents[i]) for name, v in named.items() if v.contents}
+        given = {name: helper.make_tensor_type_proto(v.type, v.shapes[i]) for name, v in named.items()}
+        types.append(shape_inference.infer_node_outputs(schema, node, given, known, opset_imports=opsets))
+    results = []
+    for name in node.output:
+        tensors = [found[name].tensor_type for found in types] if name else []
+        require(all(size.HasField("dim_value") for tensor in tensors for size in tensor.shape.dim))
+        sizes = [tuple(size.dim_value for size in tensor.shape.dim) for tensor in tensors]
+        results.append(Value(tensors[0].elem_type, sizes) if tensors else Value())
+    shapes, feeds = results[0].shapes, []
+    if node.op_type == "Shape":
+        feeds = [{node.input[0]: np.empty(shape, np.bool)} for shape in named[node.input[0]].shapes]
+    elif (
+        len(set(shapes)) == 1
+        and math.prod(shapes[0]) <= MOST_NUMBERS
+        and all(v.contents for v in named.values())
+    ):
+        feeds = [{name: v.contents[i] for name, v in named.items()} for i in range(len(BATCHES))]
+    runs: list[Any] = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]
+    return [replace(r, contents=[np.asarray(run[k]) for run in runs]) for k, r in enumerate(results)]
+
+
+def locate(node: onnx.NodeProto, inputs: Sequence[Value | None], results: Sequence[Value]) -> list[Value]:
+    """Find the batch axes of *results*; raise `MixesError` if no rule shows that images are independent."""
+    size = SIZES.get(node.op_type)
+    require(not any(value and value.is_size and i != size for i, value in enumerate(inputs)))
+    call = Call(node, inputs, results[0].shapes)
+    places = RULES[node.op_type](call)
+    index = numbering(node.op_type, call)
+    counted = [value for value in inputs if value and value.index and value.index[0]]
+    require(index or not counted or (node.op_type in TAKES_INDICES and counted == [inputs[1]]))
+    located = [
+        replace(result, place=place, index=index)
+        for result, place in zip(
+            results, places if isinstance(places, list) else [places] * len(results), strict=False
+        )
+    ]
+    require(all(not value.shapes or varying(value.shapes) == value.axis for value in located))
+    return located
+
+
+def numbering(kind: str, call: Call) -> tuple[int, int, int] | None:
+    """Return the `Value.index` of the result of an operator."""
+    known = [limits(v.contents[0]) if v.contents else v.index for v in call.inputs if v is not None]
+    if kind in SAME_NUMBERS:
+        return None if known[0] == FIRST_COLUMN else known[0]
+    if kind == "Range" and varying(call.shapes) is not None:
+        return 1, 0, 0
+    if kind == "Concat" and known[0] == (1, 0, 0) and call.axis(0) == call.rank - 1:
+        return FIRST_COLUMN if call.x.shapes[0][-1] == 1 else None
+    limited = sorted((limit for limit in known if limit is not None and min(limit) >= 0), reverse=True)
+    if kind in ("Add", "Mul") and len(limited) == len(known):
+        (step, low, high), (other, least, most) = limited
+        if kind == "Add":
+            return step + other, low + least, high + most
+        if other == 0 and least == most:
+            return step * least, low * least, high * least
+    return None

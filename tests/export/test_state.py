@@ -1,0 +1,81 @@
+"""Python code that reads values or the layout of a tensor is found, whatever function it calls."""
+
+import copy
+import io
+import operator
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sopdeploy_export.state import PythonReads
+
+READS: dict[str, Callable[[Tensor], Any]] = {
+    "str": str,
+    "repr": repr,
+    "format": lambda x: f"{x}",
+    "format of a number": lambda x: f"{x.sum():.2f}",
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x.sum()),
+    "int": lambda x: int(x.sum()),
+    "complex": lambda x: complex(x.sum()),
+    "bool": lambda x: bool(x.sum() > 0),
+    "index": lambda x: operator.index(x.long().sum()),
+    "in": lambda x: 1.0 in x,
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+    "np.asarray": np.asarray,
+    "np.array of rows": lambda x: np.array([*x]),
+    "equal": lambda x: torch.equal(x, x),
+    "allclose": lambda x: torch.allclose(x, x),
+    "is_nonzero": lambda x: torch.is_nonzero(x.sum()),
+    "data_ptr": lambda x: x.data_ptr(),
+    "untyped_storage": lambda x: x.untyped_storage(),
+    "storage": lambda x: x.storage(),
+    "dlpack": lambda x: np.from_dlpack(x),
+    "torch.save": lambda x: torch.save(x, io.BytesIO()),
+    "reduce": lambda x: x.__reduce_ex__(2),
+    "stride": lambda x: x.stride(),
+    "is_contiguous": lambda x: x.is_contiguous(),
+    "storage_offset": lambda x: x.storage_offset(),
+    "apply_": lambda x: x.clone().apply_(abs),
+    "map_": lambda x: x.clone().map_(x, max),
+    "a range": lambda x: range(x.long().sum().clamp(0, 3)),
+    "round": lambda x: math_trunc(x.sum()),
+}
+GRAPH: dict[str, Callable[[Tensor], Any]] = {
+    "shape": lambda x: (x.shape, x.size(), x.size(0), x.dim(), x.ndim, len(x), x.numel()),
+    "type": lambda x: (x.dtype, x.device, x.is_floating_point(), x.requires_grad, x.layout, x.is_cuda),
+    "operators": lambda x: torch.cat([x.relu(), x[:1] * 2]).max(0),
+    "iteration": lambda x: [*x],
+    "unpacking": lambda x: x.unbind(0),
+    "assignment": lambda x: x.clone().__setitem__(0, 1),
+    "copy": lambda x: copy.copy(x.shape),
+    "layers": lambda x: nn.MultiheadAttention(4, 2).eval()(x, x, x),
+    "transformer": lambda x: nn.TransformerEncoderLayer(4, 2, 8).eval()(x),
+}
+
+
+def math_trunc(value: Tensor) -> int:
+    return int(value.trunc())
+
+
+def first_read(function: Callable[[Tensor], Any]) -> str | None:
+    with torch.no_grad(), PythonReads() as reads, suppress(RuntimeError, TypeError):
+        function(torch.ones(3, 4))
+    return reads.first
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+@pytest.mark.parametrize("name", READS)
+def test_a_read_is_found(name: str) -> None:
+    assert first_read(READS[name]) is not None
+
+
+@pytest.mark.parametrize("name", GRAPH)
+def test_what_a_graph_fixes_is_no_read(name: str) -> None:
+    assert first_read(GRAPH[name]) is None
