@@ -413,8 +413,7 @@ def apply(graph: Graph, node: ir.Node) -> Rewrite | None:
         old, new = compensated[0].outputs[0], write_from_maps(graph, start, root, compensated, use_inner)
     elif before > products:
         op = Builder(graph, root.value.producer() or node)
-        old, new = root.value, iterate(op, start.value, root, "y")
-        new = new if root.factor == 1 else op.Mul(new, root.factor)
+        old, new = root.value, times(op, iterate(op, start.value, root, "y"), root.factor)
     else:
         return None
     return Rewrite(
@@ -424,6 +423,11 @@ def apply(graph: Graph, node: ir.Node) -> Rewrite | None:
         f"the polynomial of N = {root.steps} steps on a product of {count} x {inner} elements",
         f"{before} products of {count} rows become {products} of {inner if use_inner else count}",
     )
+
+
+def times(op: Builder, value: ir.Value, factor: float) -> ir.Value:
+    """Multiply *value* by *factor*, unless it is 1."""
+    return value if factor == 1 else op.Mul(value, factor)
 
 
 def iterate(op: Builder, y: ir.Value, root: Root, result: str) -> ir.Value:
@@ -451,23 +455,17 @@ def write_from_maps(
         copies[base] = op.Sub(base, op.ReduceMean(base, np.array([-1]), keepdims=1))
         left, right = copy(op, left, copies), copy(op, right, copies)
     p = op.MatMul(right, left) if use_inner else op.MatMul(left, right)
-    rank, norm, side = (
-        len(dims(start.norm.total)),
-        start.norm,
-        dims(gram.node.inputs[0])[2 if use_inner else 1],
-    )
-    p.shape = ir.Shape([None, side, side])
-    scaled = p if start.factor == 1 else op.Mul(p, start.factor)
-    squares = op.Mul(p, norm.factor)
-    elements = op.Mul(squares, squares) if norm.squared else op.Mul(p, norm.factor * np.eye(side))
+    norm, side = start.norm, dims(gram.node.inputs[0])[2 if use_inner else 1] or 0
+    elements = times(op, p, norm.factor) if norm.squared else op.Mul(p, norm.factor * np.eye(side))
+    elements = op.Mul(elements, elements) if norm.squared else elements
+    rank = len(dims(norm.total))
     total = op.ReduceSum(elements, np.array([1, 2]), keepdims=int(rank == 3))
     copies[norm.total] = op.Unsqueeze(total, np.array([1])) if rank == 2 else total
     divisor, root_of_norm = (copy(op, value, copies) for value in (start.divisor, compensation))
-    y = op.Div(scaled, divisor)
-    y.shape = p.shape
+    y = op.Div(times(op, p, start.factor), divisor)
+    y.shape = ir.Shape([None, side, side])
     if not use_inner:
-        y = iterate(op, y, root, "y")
-        return op.Mul(y if root.factor == 1 else op.Mul(y, root.factor), root_of_norm)
+        return op.Mul(times(op, iterate(op, y, root, "y"), root.factor), root_of_norm)
     scale = op.Mul(op.Div(root_of_norm, divisor), start.factor * root.factor)
     return op.MatMul(op.MatMul(left, op.Mul(iterate(op, y, root, "z"), scale)), right)
 

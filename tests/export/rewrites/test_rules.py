@@ -145,7 +145,6 @@ def mixture_case(net: Net) -> onnx.ModelProto:
 
 CASES: dict[str, Callable[[Net], onnx.ModelProto]] = {
     linear.EINSUM: einsum_case,
-    
     newton_schulz.NAME: newton_schulz_case,
     mixture.NAME: mixture_case,
 }
@@ -170,7 +169,13 @@ def fixed_batch(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["any batch", "one batch size"])
 @pytest.mark.parametrize("rule", RULES)
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=(Phase.generate,))
+@settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate,),
+)
 @given(data=st.data())
 def test_a_rule_keeps_every_output_and_can_be_replayed(rule: str, fixed: bool, data: st.DataObject) -> None:
     net = Net(data.draw)
