@@ -31,7 +31,7 @@ ROWS = "rows"  # the key of the result of `rows`
 
 
 class Rewrite(NamedTuple):
-    """What a rule proposes: *new* instead of *old*, for all values of *inputs*, which both are computed from."""
+    """What a rule proposes: *new* instead of *old*, whatever the *inputs* of both are."""
 
     old: ir.Value
     new: ir.Value
@@ -71,8 +71,8 @@ class Graph:
     def regions(self, rewrite: Rewrite) -> tuple[onnx.ModelProto, onnx.ModelProto]:
         """Cut *rewrite* out of the graph: two models that compute its old and its new value from its inputs.
 
-        The operand of a Shape is an input too, unless the models compute it. Raises `LoweringError` if a model
-        reads another value of an image, or if the batch size of an input is unknown.
+        The operand of a Shape is an input too, unless the models compute it. Raises `LoweringError` if a
+        model reads another value of an image, or if the batch size of an input is unknown.
         """
         inputs = list(rewrite.inputs)
         parts = [self._nodes_between(inputs, value) for value in (rewrite.old, rewrite.new)]

@@ -1,7 +1,7 @@
 """A rewritten graph computes what the graph computes, whatever surrounds the pattern of a rule.
 
-The inputs reach what the programs hide behind thresholds: numbers of each image that are 0, large, infinite or
-not numbers, and equal logits.
+The inputs reach what the programs hide behind thresholds: numbers of each image that are 0, large, infinite
+or not numbers, and equal logits.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ def feeds_of(model: onnx.ModelProto, seed: int = 0) -> Iterator[dict[str, NDArra
     for i, value in enumerate(NUMBERS):
         batch = 1 + i % 3
         feeds = {name: random.standard_normal((batch, *shape)) for name, shape in shapes.items()}
-        for name, array in feeds.items():
+        for array in feeds.values():
             if array[0].size == 1:
                 array[:] = value
             elif i % 4 == 1:
@@ -116,10 +116,9 @@ def gated(**wrong: object) -> onnx.ModelProto:
 
 def mixed(**options: object) -> onnx.ModelProto:
     net = Program()
-    x, logits, g = net.image(2, 2, 2), net.image(4), net.image(1, 1)
+    x, logits = net.image(2, 2, 2), net.image(4)
     if "of_maps" in options:
         options["of_maps"] = lambda rows: net.Sqrt(rows)
-    del g
     return net.model(mixture(net, x, rank_gate(net, logits, 4, 2), 4, **options))  # type: ignore[arg-type]
 
 

@@ -1,8 +1,8 @@
 """Apply the rewrite rules to an ONNX graph, and replay their applications.
 
-A rule proposes a new value. It is used only if `equivalence`, which knows no rule, finds no difference between
-the part of the graph that computes the old value and the part that computes the new one. Otherwise the graph
-stays as it is, and the report says so.
+A rule proposes a new value. It is used only if `equivalence`, which knows no rule, finds no difference
+between the part of the graph that computes the old value and the part that computes the new one. Otherwise
+the graph stays as it is, and the report says so.
 
 Each application names the rule and the operator at which its pattern ends or starts, so the list turns the
 root of the certified graph into that of the lowered one. `replay` repeats it: a rule that does not match any
@@ -53,11 +53,14 @@ class Application(StrictModel):
 
 
 class Refused(StrictModel):
-    """An application of the rule *name* that was not used, because it would change results by *difference*."""
+    """An application of the rule *name* that was not used, because of a *difference* of the results."""
 
     name: str
     where: str
     difference: str
+
+    def __str__(self) -> str:
+        return f"{self.name} at {self.where}, {self.difference}"
 
 
 class LoweringReport(StrictModel):

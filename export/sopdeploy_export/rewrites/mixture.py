@@ -95,7 +95,7 @@ def find_gate(graph: Graph, weights: ir.Value) -> Gate | None:
 
 
 def scattered(node: ir.Node, fill: float) -> Gate | None:
-    """Return the gate if *node* writes values at K positions per image, from TopK, into a tensor of *fill*."""
+    """Return the gate if *node* writes at K positions per image, from TopK, into a tensor of *fill*."""
     reduction, largest = attribute(node, "reduction", "none"), producer(node.inputs[1], "TopK")
     if node.op_type != "ScatterElements" or attribute(node, "axis", 0) % 2 != 1 or reduction != "none":
         return None

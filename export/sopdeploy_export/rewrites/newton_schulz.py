@@ -1,20 +1,16 @@
 """Rule: compute the matrix square root of iSQRT-COV with fewer operations, however its loop is written.
 
-The layer is rho Y_N(A / n) (iSQRT-COV, Eq. 4: Y_0 = A / n, Z_0 = I, T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z) of
-the covariance A = X X^T with n rows and columns, where n is the trace or the Frobenius norm of A. Two parts of it
-are recognized in two ways.
+The layer is rho Y_N(A / n) of the covariance A and its trace or Frobenius norm n, which `covariances`
+recognizes. With Y_0 = A / n and Z_0 = I, the steps are T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z (iSQRT-COV,
+Eq. 4). As n is at least the largest eigenvalue of A, the eigenvalues of Y_0 are between 0 and 1.
 
-**The normalization is a closed list of spellings.** A is a product of X and its transpose, which constants may
-scale and center. n is a sum over named axes of A times the identity, or of A squared, and passes only operators
-that keep one number per image. So the eigenvalues of Y_0 are between 0 and 1, as the layer assumes.
-
-**The loop is recognized by its polynomial.** From Y_0 on, values of the loop are sums and products of Y_0,
-identities and finite constants; no other value of an image takes part. Each of them has the shape of Y_0, and is
-f(Y_0) for a polynomial f. All of them commute, so every order of factors, `baddbmm` and products with the
-identity are the same. Polynomials are compared at two points of the prime field of 2^521 - 1 elements, with
-floats as exact fractions. The points depend on the root of the graph. Two polynomials of degree D agree at a
-point with probability D / 2^521 (Schwartz and Zippel); for N = 15, D is 3^15. Between 0 and 1, no value of the
-loop is above 2^10 or below 2^-10 everywhere: nothing large cancels, overflows or vanishes.
+From Y_0 on, values of the loop are sums and products of Y_0, identities and finite constants; no other value
+of an image takes part. Each has the shape of Y_0 and is f(Y_0) for a polynomial f. All of them commute, so
+the order of factors, `baddbmm` and products with the identity do not matter. Polynomials are compared at two
+points of the prime field of 2^521 - 1 elements, which depend on the root of the graph, with floats as exact
+fractions. Two polynomials of degree D agree at a point with probability D / 2^521 (Schwartz and Zippel); for
+N = 15, D is 3^15. Between 0 and 1, the largest absolute value of each f is at least 2^-10 and at most 2^10:
+nothing large cancels, overflows or vanishes.
 
 The replacement takes these steps:
 
@@ -22,10 +18,11 @@ The replacement takes these steps:
 - With H = -Z / 2, T = 3/2 I + H Y, so no matrix is scaled.
 - If X has m < d columns: Y_N(X X^T / n) = X Z_N(X^T X / n) X^T / n, because p(L R) L = L p(R L) for each
   polynomial p. The iteration then runs on m rows. X^T X has the same trace and Frobenius norm.
-- X (I - 11^T / m) is X minus the mean of each row.
+  The sums for n are those of X^T X. This step is taken only if all that depends on A is the product with
+  sqrt(n): where n is NaN, infinite or 0, both forms are NaN.
 
-The last two change A and n. They are taken only if all that depends on A is the product with sqrt(n): where n is
-NaN, infinite or 0, both forms are NaN.
+A product with the centering constant stays: its rounding, which makes the root of constant maps NaN, would be
+lost with it.
 
 The layers of this library are written so already. The rule serves networks that contain the paper's loop.
 """
@@ -40,22 +37,28 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from sopdeploy_export.covariances import (
+    KEEPS_NUMBERS,
+    ROUNDING,
+    Gram,
+    Norm,
+    find_gram,
+    find_norm,
+    identity_factor,
+    per_image,
+    unscaled,
+)
 from sopdeploy_export.onnx_graph import (
     Builder,
     Graph,
     Rewrite,
-    attribute,
-    axes,
-    content,
     dims,
     is_constant,
     operand,
     producer,
     rows,
     scalar,
-    square,
 )
-from sopdeploy_export.rewrites.linear import ROUNDING, centering_factor
 
 NAME = "Newton-Schulz in 3N-3 products"
 PRIME = 2**521 - 1
@@ -64,7 +67,6 @@ MOST_STEPS = 15
 BOUND = 2.0**10
 GRID = np.linspace(0.0, 1.0, 33)  # eigenvalues of Y_0
 NUMBER, IDENTITY, MATRIX = "number", "identity", "matrix"
-KEEPS_NUMBERS = ("Identity", "Reshape", "Squeeze", "Unsqueeze")
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "Add": operator.add,
     "Sub": operator.sub,
@@ -79,37 +81,6 @@ class Term(NamedTuple):
     kind: str
     at_points: NDArray[Any]
     on_grid: NDArray[np.float64]
-
-
-class Factor(NamedTuple):
-    """A multiple of *base*, maybe *transposed*, maybe *centered*: base (I - 11^T / m); *sign* is that of the multiple."""
-
-    base: ir.Value
-    transposed: bool
-    sign: float
-    centered: bool
-
-
-class Gram(NamedTuple):
-    """The product A = c *base* *base*^T, maybe *centered*: X (I - 11^T / m) X^T."""
-
-    node: ir.Node
-    base: ir.Value
-    centered: bool
-
-
-class Norm(NamedTuple):
-    """A number n of each image: at least *share* times the trace or the Frobenius norm of A to the *power*.
-
-    *total* is the sum that it is computed from, of elements of A that *factor* multiplies; with *squared*, of
-    their squares.
-    """
-
-    total: ir.Value
-    squared: bool
-    factor: float
-    share: float
-    power: int
 
 
 class Start(NamedTuple):
@@ -147,135 +118,6 @@ def as_fraction(element: int) -> float | None:
         above, numerator = numerator, above - quotient * numerator
         below, denominator = denominator, below - quotient * denominator
     return float(Fraction(numerator, denominator)) if 0 < abs(denominator) < LARGEST else None
-
-
-def identity_factor(value: ir.Value | None, like: ir.Value) -> float | None:
-    """Return c if *value* is c I for each image of *like* (B, d, d), by its shape: (d, d), (1, d, d) or (B, d, d)."""
-    node, side, matrix = producer(value, "Expand", "Tile", "Mul"), dims(like)[-1] or 0, square(value)
-    if matrix is not None:
-        identity = matrix[0, 0] * np.eye(side, dtype=matrix.dtype)
-        single = len(np.shape(content(value))) <= 3
-        return float(matrix[0, 0]) if single and np.array_equal(matrix, identity) else None
-    if node is None or rows(value) != rows(like) or dims(value)[1:] != [side, side]:
-        return None
-    if node.op_type != "Mul":
-        return identity_factor(node.inputs[0], like)
-    for identity, by in (node.inputs, node.inputs[::-1]):
-        factors = identity_factor(identity, like), scalar(by)
-        if factors[0] is not None and factors[1] is not None:
-            return factors[0] * factors[1]
-    return None
-
-
-def unscaled(value: ir.Value) -> tuple[ir.Value, float]:
-    """Return the value that *value* is a constant multiple of, and the number."""
-    factor = 1.0
-    while (node := producer(value, "Mul", "Div", "Identity")) is not None:
-        if node.op_type == "Identity":
-            value = operand(node, 0)
-            continue
-        first, second = scalar(node.inputs[0]), scalar(node.inputs[1])
-        by = second if second is not None or node.op_type == "Div" else first
-        if number(by) is None or by is None or len(dims(node.outputs[0])) != 3:
-            break
-        factor *= 1 / by if node.op_type == "Div" else by
-        value = operand(node, 0 if by is second else 1)
-    return value, factor
-
-
-def find_gram(node: ir.Node | None) -> Gram | None:
-    """Return the product of a value and its own transpose that *node* computes."""
-    if node is None or node.op_type != "MatMul" or len(dims(node.outputs[0])) != 3:
-        return None
-    factors = [find_factor(operand(node, index)) for index in (0, 1)]
-    left, right = factors
-    symmetric = left.base is right.base and left.transposed != right.transposed and left.sign == right.sign
-    centered = left.centered or right.centered
-    if not symmetric or (centered and left.transposed) or None in dims(left.base)[1:]:
-        return None
-    return Gram(node, left.base, centered)
-
-
-def find_factor(value: ir.Value) -> Factor:
-    """Return what constants, a centering and a transposition make *value* of."""
-    transposed, sign, centered = False, 1.0, False
-    while True:
-        value, by = unscaled(value)
-        sign *= np.sign(by)
-        node = producer(value, "Transpose", "MatMul")
-        if node is None or len(dims(value)) != 3:
-            break
-        if node.op_type == "Transpose" and [*attribute(node, "perm", ())] == [0, 2, 1] and not centered:
-            transposed = not transposed
-        elif node.op_type == "MatMul" and centering_factor(node.inputs[1], operand(node, 0)) is not None:
-            centered = True
-        else:
-            break
-        value = operand(node, 0)
-    return Factor(value, transposed, sign, centered)
-
-
-def find_total(value: ir.Value, a: ir.Value) -> Norm | None:
-    """Return the trace or the sum of squares of a multiple of *a* that *value* is: one number per image."""
-    summed = value
-    while (node := producer(summed, "ReduceSum", "Slice")) is not None:
-        bounds = [None if (array := content(bound)) is None else array.tolist() for bound in node.inputs[1:]]
-        rank = len(dims(node.inputs[0]))
-        keeps_all = bounds == [[0], dims(node.inputs[0])[1:2], [1]] and rank == 2  # from, to, axes
-        sums = node.op_type == "ReduceSum" and bounds not in ([], [[]]) and 0 not in axes(node)
-        if not (sums or (node.op_type == "Slice" and keeps_all)):
-            return None
-        summed = operand(node, 0)
-    node = producer(summed, "Mul", "Pow")
-    if (
-        node is None
-        or dims(summed)[1:] != dims(a)[1:]
-        or rows(value) != rows(a)
-        or not {*dims(value)[1:]} <= {1}
-    ):
-        return None
-    (first, by), other = unscaled(operand(node, 0)), node.inputs[1]
-    if node.op_type == "Pow":
-        return Norm(value, True, by, by**2, 2) if first is a and scalar(other) == 2 else None
-    if other is not None and unscaled(other)[0] is a and first is a:
-        factor = by * unscaled(other)[1]
-        return Norm(value, True, factor**0.5, factor, 2) if factor > 0 else None
-    for matrix, identity in (node.inputs, node.inputs[::-1]):
-        factor = identity_factor(identity, a)
-        if matrix is not None and factor is not None and unscaled(matrix)[0] is a:
-            factor *= unscaled(matrix)[1]
-            return Norm(value, False, factor, factor, 1) if factor > 0 else None
-    return None
-
-
-def find_norm(value: ir.Value, a: ir.Value) -> Norm | None:
-    """Return the norm of *a* that *value* is: one number per image, in any shape."""
-    node = producer(value)
-    if node is None or rows(value) != rows(a) or not {*dims(value)[1:]} <= {1}:
-        return None
-    total = find_total(value, a)
-    if total is not None or not node.inputs:
-        return total
-    first, second = node.inputs[0], scalar(node.inputs[1]) if len(node.inputs) > 1 else None
-    if node.op_type in {"Add", "Mul"} and second is None:
-        first, second = node.inputs[1], scalar(first)
-    norm = None if first is None else find_norm(first, a)
-    if norm is None or node.op_type in KEEPS_NUMBERS:
-        return norm
-    if node.op_type == "Sqrt" and norm.power == 2:
-        return norm._replace(share=norm.share**0.5, power=1)
-    if second is None or not 0 < second < np.inf:
-        return None
-    if node.op_type in {"Mul", "Div"}:
-        return norm._replace(share=norm.share * (second if node.op_type == "Mul" else 1 / second))
-    return norm if node.op_type == "Add" or (node.op_type == "Clip" and len(node.inputs) == 2) else None
-
-
-def per_image(value: ir.Value, like: ir.Value) -> ir.Value:
-    """Return the number of each image that *value* repeats for the elements of *like* (B, d, d), or *value*."""
-    node = producer(value, "Expand")
-    repeats = node is not None and dims(value)[1:] == dims(like)[1:] and rows(value) == rows(like)
-    return operand(node, 0) if node is not None and repeats else value
 
 
 def find_start(node: ir.Node) -> Start | None:
@@ -407,10 +249,11 @@ def apply(graph: Graph, node: ir.Node) -> Rewrite | None:
     before = sum(made.op_type == "MatMul" and made.outputs[0] in terms for made in graph.nodes())
     products = max(1, 3 * root.steps - 3)
     use_inner = 2 * count * inner**2 + products * inner**3 < products * count**3
-    compensated = find_compensation(start, root) if use_inner or start.gram.centered else None
-    use_inner = use_inner and compensated is not None
+    use_inner = use_inner and not (start.norm.squared and start.gram.centered)  # R L is not symmetric then
+    compensated = find_compensation(start, root) if use_inner else None
+    use_inner = compensated is not None
     if compensated is not None:
-        old, new = compensated[0].outputs[0], write_from_maps(graph, start, root, compensated, use_inner)
+        old, new = compensated[0].outputs[0], write_on_inner(graph, start, root, compensated)
     elif before > products:
         op = Builder(graph, root.value.producer() or node)
         old, new = root.value, times(op, iterate(op, start.value, root, "y"), root.factor)
@@ -443,19 +286,12 @@ def iterate(op: Builder, y: ir.Value, root: Root, result: str) -> ir.Value:
     return t if half is None else op.Mul(op.MatMul(t, half), -2.0)
 
 
-def write_from_maps(
-    graph: Graph, start: Start, root: Root, compensated: tuple[ir.Node, ir.Value], use_inner: bool
-) -> ir.Value:
-    """Compute rho Y_N from X: on X X^T or, with *use_inner*, on X^T X."""
+def write_on_inner(graph: Graph, start: Start, root: Root, compensated: tuple[ir.Node, ir.Value]) -> ir.Value:
+    """Compute rho Y_N of A = L R from the iteration on R L."""
     final, compensation = compensated
     op, copies = Builder(graph, final), {}
-    base, gram = start.gram.base, start.gram
-    left, right = (operand(gram.node, index) for index in (0, 1))
-    if gram.centered:
-        copies[base] = op.Sub(base, op.ReduceMean(base, np.array([-1]), keepdims=1))
-        left, right = copy(op, left, copies), copy(op, right, copies)
-    p = op.MatMul(right, left) if use_inner else op.MatMul(left, right)
-    norm, side = start.norm, dims(gram.node.inputs[0])[2 if use_inner else 1] or 0
+    left, right = (operand(start.gram.node, index) for index in (0, 1))
+    p, norm, side = op.MatMul(right, left), start.norm, dims(left)[2] or 0
     elements = times(op, p, norm.factor) if norm.squared else op.Mul(p, norm.factor * np.eye(side))
     elements = op.Mul(elements, elements) if norm.squared else elements
     rank = len(dims(norm.total))
@@ -464,20 +300,14 @@ def write_from_maps(
     divisor, root_of_norm = (copy(op, value, copies) for value in (start.divisor, compensation))
     y = op.Div(times(op, p, start.factor), divisor)
     y.shape = ir.Shape([None, side, side])
-    if not use_inner:
-        return op.Mul(times(op, iterate(op, y, root, "y"), root.factor), root_of_norm)
     scale = op.Mul(op.Div(root_of_norm, divisor), start.factor * root.factor)
     return op.MatMul(op.MatMul(left, op.Mul(iterate(op, y, root, "z"), scale)), right)
 
 
 def copy(op: Builder, value: ir.Value, copies: dict[ir.Value, ir.Value]) -> ir.Value:
-    """Copy the operators from a copied value to *value*; a product with a centering constant becomes a number."""
+    """Copy the operators from a copied value to *value*."""
     node = producer(value)
     if value in copies or node is None or is_constant(value):
         return copies.get(value, value)
-    if node.op_type == "MatMul":
-        alpha = centering_factor(node.inputs[1], operand(node, 0))
-        copies[value] = op.Mul(copy(op, operand(node, 0), copies), alpha)
-    else:
-        copies[value] = op.copy(node, *(given and copy(op, given, copies) for given in node.inputs))
+    copies[value] = op.copy(node, *(given and copy(op, given, copies) for given in node.inputs))
     return copies[value]
