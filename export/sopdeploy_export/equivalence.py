@@ -176,7 +176,8 @@ def run_in(model: onnx.ModelProto, precision: int) -> Run:
     tensors = [attribute.t for attribute in attributes if attribute.HasField("t")]
     for tensor in (*changed.graph.initializer, *tensors):
         if tensor.data_type in FLOATS:
-            array = numpy_helper.to_array(tensor).astype(dtype)
+            with np.errstate(over="ignore"):
+                array = numpy_helper.to_array(tensor).astype(dtype)
             tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     for attribute in attributes:
         if attribute.name in {"to", "dtype"} and attribute.i in FLOATS:

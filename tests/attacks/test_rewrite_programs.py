@@ -150,7 +150,7 @@ def test_an_einsum_that_repeats_an_axis_is_left_as_it_is() -> None:
 
 
 def random_program(seed: int) -> onnx.ModelProto:
-    """A root, a mixture or an attention over channels, with up to three more computations in it and after it."""
+    """Build a root or a mixture with more computations in it and after it."""
     net = Program(seed)
     g = net.image(1, 1)
     usual = ["nothing"] * 8
