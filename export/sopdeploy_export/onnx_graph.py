@@ -383,7 +383,7 @@ def infer_rows(node: ir.Node, value: ir.Value) -> tuple[float, str | None] | Non
         over = content(node.inputs[3])
         return rows(node.inputs[0]) if over is not None and bool((over > 0).all()) else None
     varying = [given for given in node.inputs if len(dims(given)) == rank and dims(given)[:1] != [1]]
-    if node.op_type in ELEMENTWISE or (node.op_type == "MatMul" and rank >= 3):
+    if node.op_type in ELEMENTWISE | {"Softmax"} or (node.op_type == "MatMul" and rank >= 3):
         found = {rows(given) for given in varying}
         return found.pop() if len(found) == 1 else None
     same = (given for given in node.inputs if given is not None and given.shape and given.shape[0] == first)
