@@ -9,7 +9,7 @@ its readers. Operators that nothing reads any more are removed.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -30,6 +30,17 @@ RANDOM = ("Random", "Bernoulli", "Multinomial", "Dropout")
 GROWING = ("ConstantOfShape", "EyeLike", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile")
 MOST_NUMBERS = 2**26  # of a constant that is computed
 CONSTANT = "constant"  # the key of the content of a computed constant in `Value.meta`
+ROWS = "rows"  # the key of the result of `rows`
+
+
+class Rewrite(NamedTuple):
+    """What a rule proposes: *new* instead of *old*, whatever the *inputs* of both are."""
+
+    old: ir.Value
+    new: ir.Value
+    inputs: tuple[ir.Value, ...]
+    precondition: str
+    effect: str
 
 
 class Graph:
@@ -54,8 +65,68 @@ class Graph:
                 node.outputs[0].meta[CONSTANT] = None  # computed when a rule reads it
 
     def infer_shapes(self) -> None:
-        """Compute the shapes of all values."""
+        """Compute the shapes of all values, and which first axes are multiples of the batch size."""
         ShapeInferencePass(strict_mode=False)(self.ir)
+        for node in self.graph:
+            for value in node.outputs:
+                value.meta[ROWS] = infer_rows(node, value)
+
+    def regions(self, rewrite: Rewrite) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+        """Cut *rewrite* out of the graph: two models that compute its old and its new value from its inputs.
+
+        The operand of a Shape is an input too, unless the models compute it. Raises `LoweringError` if a
+        model reads another value of an image, or if the batch size of an input is unknown.
+        """
+        inputs = list(rewrite.inputs)
+        parts = [self._nodes_between(inputs, value) for value in (rewrite.old, rewrite.new)]
+        inside = {value for nodes in parts for node in nodes for value in node.outputs}
+        for node in parts[0] | parts[1]:
+            if node.op_type == "Shape" and node.inputs[0] not in {*inside, *inputs}:
+                inputs.append(operand(node, 0))
+        if len({rows(value) for value in inputs} - {(1, None)}) > 1 or None in map(rows, inputs):
+            raise LoweringError("the inputs of the region have different batch sizes")
+        before, after = (
+            self._model(nodes, inputs, value)
+            for nodes, value in zip(parts, (rewrite.old, rewrite.new), strict=True)
+        )
+        return before, after
+
+    def _nodes_between(self, inputs: Sequence[ir.Value], output: ir.Value) -> set[ir.Node]:
+        nodes: set[ir.Node] = set()
+        unread: list[ir.Value | None] = [output]
+        while unread:
+            value = unread.pop()
+            if value is None or value in inputs or is_constant(value):
+                continue
+            node = value.producer()
+            if node is None:
+                raise LoweringError(f"the region reads {value.name}")
+            if node not in nodes:
+                nodes.add(node)
+                unread += () if node.op_type == "Shape" else node.inputs
+        return nodes
+
+    def _model(self, nodes: set[ir.Node], inputs: Sequence[ir.Value], output: ir.Value) -> onnx.ModelProto:
+        constants = {
+            str(value.name): ir.tensor(np.asarray(content(value)), name=value.name)
+            for node in nodes
+            for value in node.inputs
+            if value is not None and value not in inputs and is_constant(value)
+        }
+        described = []
+        for value in inputs:
+            sizes = [
+                size if i or rows(value) == (size, None) else "batch" for i, size in enumerate(dims(value))
+            ]
+            described.append(
+                onnx.helper.make_tensor_value_info(str(value.name), int(value.dtype or 0), sizes)
+            )
+        result = onnx.helper.make_tensor_value_info(str(output.name), int(output.dtype or 0), None)
+        ordered = [ir.to_proto(node) for node in self.graph if node in nodes]
+        weights = [ir.to_proto(tensor) for tensor in constants.values()]
+        graph = onnx.helper.make_graph(ordered, "region", described, [result], weights)
+        opsets = [onnx.helper.make_opsetid(*opset) for opset in self.ir.opset_imports.items()]
+        return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=self.ir.ir_version)
 
     def to_proto(self) -> onnx.ModelProto:
         """Return the model without the shapes of inner values, which every reader infers."""
@@ -255,7 +326,7 @@ def attribute(node: ir.Node, name: str, default: Any) -> Any:
 
 
 def axes(node: ir.Node) -> list[int]:
-    """List the axes of a reduction or Unsqueeze, counted from 0; all axes if *node* has no list of axes.
+    """List the axes of a reduction or Unsqueeze, counted from 0; all axes if *node* lists none.
 
     Empty if the rank is unknown or 0.
     """
@@ -263,7 +334,7 @@ def axes(node: ir.Node) -> list[int]:
     if not rank:
         return []
     listed = content(node.inputs[1]) if len(node.inputs) > 1 else None
-    if listed is None:
+    if listed is None or not listed.size:
         return list(range(rank))
     return sorted(int(axis) % rank for axis in listed)
 
@@ -284,6 +355,46 @@ def rows_factor(node: ir.Node) -> float | None:
         return None
     fixed = sizes[0] > 0 and dims(node.inputs[0])[0] is not None
     return before / int(np.prod(sizes[1:])) if sizes[0] == -1 or fixed else None
+
+
+def rows(value: ir.Value | None) -> tuple[float, str | None] | None:
+    """Return the length of the first axis: a number, and the batch that it is multiplied by, if there is one.
+
+    None if it is unknown. Two values whose other sizes are equal have one shape only if this is equal, too.
+    """
+    if value is None or not value.shape:
+        return None
+    first = value.shape[0]
+    if isinstance(first, int):
+        return first, None
+    return (1, str(first)) if value.is_graph_input() else value.meta.get(ROWS)
+
+
+def infer_rows(node: ir.Node, value: ir.Value) -> tuple[float, str | None] | None:
+    """Compute the `rows` of *value*, a result of *node*, from those of its operands."""
+    rank, first = len(dims(value)), value.shape[0] if value.shape else None
+    if node.op_type == "Reshape" and rows(node.inputs[0]) is not None:
+        factor, known = rows_factor(node), rows(node.inputs[0])
+        return None if factor is None or known is None else (factor * known[0], known[1])
+    if node.op_type in {"Expand", "Tile"}:
+        sizes, given = producer(node.inputs[1], "Concat", "Shape"), node.inputs[0]
+        shape = (
+            producer(sizes.inputs[0], "Shape") if sizes is not None and sizes.op_type == "Concat" else sizes
+        )
+        starts = shape is not None and attribute(shape, "start", 0) == 0
+        reads_rows = starts and (shape is sizes or attribute(shape, "end", 0) == 1)
+        known = rows(shape.inputs[0]) if shape is not None and reads_rows else None
+        once = len(dims(given)) < rank or dims(given)[:1] == [1]
+        return known if once or (node.op_type == "Expand" and rows(given) == known) else None
+    if node.op_type == "Slice" and len(node.inputs) > 3:
+        over = content(node.inputs[3])
+        return rows(node.inputs[0]) if over is not None and bool((over > 0).all()) else None
+    varying = [given for given in node.inputs if len(dims(given)) == rank and dims(given)[:1] != [1]]
+    if node.op_type in ELEMENTWISE | {"Softmax"} or (node.op_type == "MatMul" and rank >= 3):
+        found = {rows(given) for given in varying}
+        return found.pop() if len(found) == 1 else None
+    same = (given for given in node.inputs if given is not None and given.shape and given.shape[0] == first)
+    return rows(next(same, None)) if isinstance(first, ir.SymbolicDim) and first.value is not None else None
 
 
 def is_row_wise(node: ir.Node) -> bool:

@@ -150,12 +150,13 @@ def convert(
     """
     detached = certified.network
     source = cast_types(certified, preprocess, options)
-    lowered, rules = lower_graph(source.model) if options.lowering else Lowered(source.model, ())
+    lowered, rules, refused = lower_graph(source.model) if options.lowering else Lowered(source.model)
     for graph in (source.model, lowered):
         clear_parts(graph)
     check(lowered, source.model.opset_import[0].version)
     lowering = LoweringReport(
         rules=rules,
+        refused=refused,
         certified_root=program_root(certified.program).sha256,
         source_onnx_root=onnx_root(source.model),
         lowered_onnx_root=onnx_root(lowered),

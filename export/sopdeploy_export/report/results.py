@@ -54,8 +54,9 @@ class Results:
             drift += f"; {parity.emulation}"
         return {
             **_proof_facts(certificate),
-            "rules": ", ".join(f"{rule} ({times})" for rule, times in lowering.summary.items())
-            or "none applies",
+            "rules": "; ".join(
+                [_applied(lowering), *(f"not used: {refused}" for refused in lowering.refused)]
+            ),
             "types": f"{self.precision.precision}: {types}",
             "drift": drift,
             "answers": _agreement(parity),
@@ -133,6 +134,10 @@ def export_statement(model: Path, lineage: Lineage, results: Results) -> dict[st
             },
         },
     }
+
+
+def _applied(lowering: LoweringReport) -> str:
+    return ", ".join(f"{rule} ({times})" for rule, times in lowering.summary.items()) or "none applies"
 
 
 def _proof_facts(certificate: Certificate) -> dict[str, str]:

@@ -1,8 +1,12 @@
 """Apply the rewrite rules to an ONNX graph, and replay their applications.
 
+A rule proposes a new value. It is used only if `equivalence`, which knows no rule, finds no difference
+between the part of the graph that computes the old value and the part that computes the new one. Otherwise
+the graph stays as it is, and the report says so.
+
 Each application names the rule and the operator at which its pattern ends or starts, so the list turns the
 root of the certified graph into that of the lowered one. `replay` repeats it: a rule that does not match any
-more is an error.
+more, or that changes a result, is an error.
 """
 
 from collections import Counter
@@ -14,14 +18,13 @@ import onnx_ir as ir
 
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import LoweringError
-from sopdeploy_export.onnx_graph import Graph, name_of
+from sopdeploy_export.equivalence import difference
+from sopdeploy_export.onnx_graph import Graph, Rewrite, name_of
 from sopdeploy_export.rewrites import linear, mixture, newton_schulz
 
-# A rule rewrites what matches at an operator; it returns the precondition and the effect, or None.
-Rule = Callable[[Graph, ir.Node], tuple[str, str] | None]
+Rule = Callable[[Graph, ir.Node], Rewrite | None]  # what it proposes where it matches at an operator
 RULES: dict[str, Rule] = {
     linear.EINSUM: linear.einsum_as_product,
-    linear.CENTERING: linear.center_by_mean,
     newton_schulz.NAME: newton_schulz.apply,
     mixture.NAME: mixture.apply,
 }
@@ -49,11 +52,23 @@ class Application(StrictModel):
     added: dict[str, int]
 
 
+class Refused(StrictModel):
+    """An application of the rule *name* that was not used, because of a *difference* of the results."""
+
+    name: str
+    where: str
+    difference: str
+
+    def __str__(self) -> str:
+        return f"{self.name} at {self.where}, {self.difference}"
+
+
 class LoweringReport(StrictModel):
     """The content of `lowering.json`.
 
     Attributes:
         rules: The applications, in order; empty with `--no-lowering`.
+        refused: The applications that would change results.
         certified_root: Root of the program that the certificate covers.
         source_onnx_root: Root of the ONNX graph that the rules were applied to. It is the certified one,
             unless the network was converted to fp16 or bf16 before its conversion to ONNX.
@@ -62,6 +77,7 @@ class LoweringReport(StrictModel):
     """
 
     rules: tuple[Application, ...]
+    refused: tuple[Refused, ...] = ()
     certified_root: str
     source_onnx_root: str
     lowered_onnx_root: str
@@ -73,48 +89,66 @@ class LoweringReport(StrictModel):
 
 
 class Lowered(NamedTuple):
-    """The lowered graph, and the applications that made it."""
+    """The lowered graph, the applications that made it, and those that would change results."""
 
     model: onnx.ModelProto
-    rules: tuple[Application, ...]
+    rules: tuple[Application, ...] = ()
+    refused: tuple[Refused, ...] = ()
 
 
-def apply_rule(graph: Graph, name: str, node: ir.Node) -> Application | None:
+def apply_rule(graph: Graph, name: str, node: ir.Node) -> Application | Refused | None:
     """Apply rule *name* at *node*; None if it does not match."""
     result, before = name_of(node), set(graph.made)
-    applied = RULES[name](graph, node)
-    if applied is None:
-        return None
+    where = node.metadata_props.get("part", result)
+    rewrite = RULES[name](graph, node)
+    problem = None if rewrite is None else check(graph, rewrite)
+    if rewrite is None or problem is not None:
+        graph.remove_unused()  # what the rule has built
+        return None if problem is None else Refused(name=name, where=where, difference=problem)
+    graph.replace(rewrite.old, rewrite.new)
     removed = graph.remove_unused()
     graph.infer_shapes()
     return Application(
         name=name,
-        where=node.metadata_props.get("part", result),
-        precondition=applied[0],
-        effect=applied[1],
+        where=where,
+        precondition=rewrite.precondition,
+        effect=rewrite.effect,
         node=result,
         removed=tuple(removed),
         added=dict(sorted(Counter(new.op_type for new in graph.made - before).items())),
     )
 
 
+def check(graph: Graph, rewrite: Rewrite) -> str | None:
+    """Describe how *rewrite* would change results; None if it does not."""
+    try:
+        return difference(*graph.regions(rewrite))
+    except LoweringError as error:
+        return str(error)
+
+
 def lower_graph(model: onnx.ModelProto) -> Lowered:
-    """Apply every rule wherever it matches."""
-    graph, applied = Graph(model), []
+    """Apply every rule wherever it matches and changes no result."""
+    graph, applied, refused = Graph(model), [], []
     for name in RULES:
         for node in graph.nodes():
             removed = node.graph is None
             application = None if removed else apply_rule(graph, name, node)
-            if application is not None:
+            if isinstance(application, Application):
                 applied.append(application)
-    return Lowered(graph.to_proto() if applied else model, tuple(applied))
+            elif application is not None:
+                refused.append(application)
+    return Lowered(graph.to_proto() if applied else model, tuple(applied), tuple(refused))
 
 
 def replay(model: onnx.ModelProto, applications: Sequence[Application]) -> onnx.ModelProto:
-    """Apply *applications* to *model*; raise `LoweringError` if one of them does not match."""
+    """Apply *applications* to *model*; raise `LoweringError` if one does not match or changes a result."""
     graph = Graph(model)
     for step in applications:
         node = next((node for node in graph.nodes() if name_of(node) == step.node), None)
-        if node is None or step.name not in RULES or apply_rule(graph, step.name, node) is None:
+        repeated = None if node is None or step.name not in RULES else apply_rule(graph, step.name, node)
+        if repeated is None:
             raise LoweringError(f"rule {step.name!r} does not match at {step.node}")
+        if isinstance(repeated, Refused):
+            raise LoweringError(f"rule {step.name!r} changes results at {step.node}: {repeated.difference}")
     return graph.to_proto()

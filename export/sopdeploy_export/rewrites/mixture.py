@@ -19,7 +19,7 @@ read from larger ones at constant positions, as a triangle from a matrix, the la
 sum_i w_i G(v_i) = G(sum_i w_i v_i) for linear G.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -29,6 +29,7 @@ from sopdeploy_export.onnx_graph import (
     ELEMENTWISE,
     Builder,
     Graph,
+    Rewrite,
     attribute,
     content,
     dims,
@@ -37,12 +38,14 @@ from sopdeploy_export.onnx_graph import (
     operand,
     per_row,
     producer,
+    rows,
     rows_factor,
     scalar,
     square,
 )
 
 NAME = "K of N experts"
+NOT_NEGATIVE = ("Abs", "ReduceL2", "Relu", "Sqrt")
 
 
 def _weighted_sum(op: Any, vectors: Any, sizes: Any, weights: Any) -> Any:
@@ -53,7 +56,7 @@ def _weighted_sum(op: Any, vectors: Any, sizes: Any, weights: Any) -> Any:
 def _kept_by_rank(op: Any, logits: Any, earlier: Any, limit: Any, hidden: Any) -> Any:
     other, own = op.Unsqueeze(logits, [1]), op.Unsqueeze(logits, [2])
     ahead = op.Or(op.Greater(other, own), op.And(op.Equal(other, own), earlier))
-    rank = op.ReduceSum(op.Cast(ahead), [2], keepdims=0)
+    rank = op.ReduceSum(op.Cast(ahead, _outputs=["counted"]), [2], keepdims=0)
     return op.Where(op.GreaterOrEqual(rank, limit), hidden, logits)
 
 
@@ -61,13 +64,20 @@ WEIGHTED_SUM = Pattern(_weighted_sum)
 KEPT_BY_RANK = Pattern(_kept_by_rank)
 
 
-def most_nonzero(graph: Graph, weights: ir.Value) -> int | None:
-    """Return K if at most K of the weights (B, N) of each image are not 0, and none is negative."""
+class Gate(NamedTuple):
+    """At most *chosen* of the weights of each image are not 0; they are computed from *logits* (B, N)."""
+
+    chosen: int
+    logits: ir.Value
+
+
+def find_gate(graph: Graph, weights: ir.Value) -> Gate | None:
+    """Return the gate if it bounds the number of *weights* (B, N) that are not 0, and none is negative."""
     node = producer(weights, "Softmax", "ScatterElements", "Cast")
     if node is None or len(dims(weights)) != 2:
         return None
     if node.op_type == "Cast":
-        return most_nonzero(graph, operand(node, 0))
+        return find_gate(graph, operand(node, 0))
     if node.op_type == "ScatterElements":
         return scattered(node, 0.0) if producer(node.inputs[2], "Softmax") else None
     logits = producer(node.inputs[0])
@@ -77,21 +87,48 @@ def most_nonzero(graph: Graph, weights: ir.Value) -> int | None:
     if not matched:
         return scattered(logits, -np.inf)
     limit, earlier = scalar(matched["limit"]), square(matched["earlier"])
-    is_order = earlier is not None and np.array_equal(earlier, np.tri(len(earlier), k=-1, dtype=bool))
-    return int(limit) if is_order and limit and scalar(matched["hidden"]) == -np.inf else None
+    is_order = np.array_equal(earlier, np.tri(dims(weights)[1] or 0, k=-1, dtype=bool))
+    counts = attribute(matched["counted"].producer(), "to", 0) in {ir.DataType.INT32, ir.DataType.INT64}
+    if not (is_order and counts and limit and limit >= 1 and scalar(matched["hidden"]) == -np.inf):
+        return None
+    return Gate(int(limit), matched["logits"])
 
 
-def scattered(node: ir.Node, fill: float) -> int | None:
-    """Return K if *node* writes K values per image into a tensor of *fill*."""
-    reduction = attribute(node, "reduction", "none")
+def scattered(node: ir.Node, fill: float) -> Gate | None:
+    """Return the gate if *node* writes at K positions per image, from TopK, into a tensor of *fill*."""
+    reduction, largest = attribute(node, "reduction", "none"), producer(node.inputs[1], "TopK")
     if node.op_type != "ScatterElements" or attribute(node, "axis", 0) % 2 != 1 or reduction != "none":
         return None
-    base = node.inputs[0]
+    base, chosen = node.inputs[0], dims(node.inputs[1])[1]
     expanded, filled = producer(base, "Expand"), producer(base, "ConstantOfShape")
     array = content(base if expanded is None else expanded.inputs[0])
     if filled is not None:
         array = filled.attributes["value"].value.numpy() if "value" in filled.attributes else np.zeros(1)
-    return dims(node.inputs[1])[1] if array is not None and bool((array == fill).all()) else None
+    is_filled = array is not None and bool((array == fill).all())
+    return Gate(chosen, operand(largest, 0)) if is_filled and largest and chosen else None
+
+
+def is_positive(value: ir.Value | None) -> bool:
+    """Return whether every element of *value* is above 0, because a Clip or an added constant says so."""
+    node = producer(value)
+    if node is None or not node.inputs:
+        return False
+    if node.op_type in {"Expand", "Identity", "Reshape", "Sqrt", "Unsqueeze"}:
+        return is_positive(node.inputs[0])
+    least = scalar(node.inputs[1]) if len(node.inputs) > 1 else None
+    bounded = node.op_type == "Clip" or (node.op_type == "Add" and producer(node.inputs[0], *NOT_NEGATIVE))
+    return bool(bounded) and least is not None and least > 0
+
+
+def stays_finite(node: ir.Node) -> bool:
+    """Return whether the result of *node* is finite where its operands are, within the range of its type."""
+    if node.op_type == "Div":
+        divisor = content(node.inputs[1])
+        return is_positive(node.inputs[1]) if divisor is None else bool(divisor.all())
+    if node.op_type == "Pow":
+        exponent = scalar(node.inputs[1])
+        return exponent is not None and exponent >= 1 and exponent.is_integer()
+    return is_positive(node.inputs[0]) if node.op_type == "Sqrt" else node.op_type != "Exp"
 
 
 def find_experts(vectors: ir.Value, count: int) -> tuple[ir.Node, list[ir.Node]] | None:
@@ -105,7 +142,7 @@ def find_experts(vectors: ir.Value, count: int) -> tuple[ir.Node, list[ir.Node]]
             if entry not in {None, node}:
                 return None
             entry = node
-        elif node is None or not is_row_wise(node):
+        elif node is None or not is_row_wise(node) or not stays_finite(node):
             return None
         elif node not in row_wise:
             row_wise.add(node)
@@ -123,7 +160,11 @@ def find_convolutions(maps: ir.Value, count: int) -> list[ir.Node] | None:
     while (node := producer(maps)) is not None and len(maps.uses()) == 1:
         operands = [value for value in node.inputs[1:] if value is not None]
         arrays = [array for value in operands if (array := content(value)) is not None]
-        if len(arrays) < len(operands):
+        if (
+            len(arrays) < len(operands)
+            or not stays_finite(node)
+            or not all(np.isfinite(array).all() for array in arrays)
+        ):
             return None
         group = attribute(node, "group", 1)
         if node.op_type == "Conv":
@@ -158,24 +199,24 @@ def evaluate_chosen(op: Builder, chain: list[ir.Node], index: ir.Value, count: i
     return x
 
 
-def apply(graph: Graph, node: ir.Node) -> tuple[str, str] | None:
+def apply(graph: Graph, node: ir.Node) -> Rewrite | None:
     """Evaluate only the K experts with the largest weights."""
     matched = graph.match(WEIGHTED_SUM, node)
     if not matched:
         return None
     weights, vectors, split = matched["weights"], matched["vectors"], matched["split"]
     count = dims(split)[1] if len(dims(split)) == 3 else None
-    chosen, reshape = most_nonzero(graph, weights), producer(split)
-    if count is None or chosen is None or chosen >= count:
+    gate, reshape = find_gate(graph, weights), producer(split)
+    if count is None or gate is None or gate.chosen >= count:
         return None
-    weights_per_image = dims(weights)[1:] == [count] and (dims(weights)[0] == 1) == (dims(split)[0] == 1)
+    weights_per_image = dims(weights)[1:] == [count] and rows(weights) == rows(split) is not None
     if not weights_per_image or reshape is None or rows_factor(reshape) != 1 / count:
         return None
     experts = find_experts(vectors, count)
     chain = None if experts is None else find_convolutions(operand(experts[0], 0), count)
     if experts is None or chain is None:
         return None
-    (entry, row_wise), op = experts, Builder(graph, node)
+    (entry, row_wise), chosen, op = experts, gate.chosen, Builder(graph, node)
     largest, index = op.insert("TopK", (weights, np.array([chosen])), {"axis": 1}, outputs=2).outputs
     index.type = ir.TensorType(ir.DataType.INT64)
     shape = [size or 0 for size in dims(entry.outputs[0])[1:]]
@@ -189,8 +230,10 @@ def apply(graph: Graph, node: ir.Node) -> tuple[str, str] | None:
     total = op.Squeeze(op.MatMul(op.Unsqueeze(largest, np.array([1])), split), np.array([1]))
     if gather is not None and summed is not vectors:
         total = op.copy(gather, total, gather.inputs[1])
-    graph.replace(node.outputs[0], total)
-    return (
+    return Rewrite(
+        node.outputs[0],
+        total,
+        (gate.logits, operand(chain[0], 0)),
         f"at most K = {chosen} of N = {count} weights are not 0, by construction of the gate",
         f"{chosen} of {count} experts, with gathered weights",
     )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
@@ -121,7 +121,7 @@ def gate(net: Net, count: int, chosen: int) -> str:
     if net.draw(st.booleans()):
         kept, index = net.TopK(logits, np.array([chosen]), axis=1, outputs=2)
         return net.ScatterElements(
-            net.constant(np.zeros((BATCH, count))), index, net.Softmax(kept, axis=1), axis=1
+            net.Expand(np.zeros((1, count)), net.Shape(logits)), index, net.Softmax(kept, axis=1), axis=1
         )
     other, own = net.Unsqueeze(logits, np.array([1])), net.Unsqueeze(logits, np.array([2]))
     earlier = np.tril(np.ones((count, count), bool), -1)
@@ -145,7 +145,6 @@ def mixture_case(net: Net) -> onnx.ModelProto:
 
 CASES: dict[str, Callable[[Net], onnx.ModelProto]] = {
     linear.EINSUM: einsum_case,
-    linear.CENTERING: centering_case,
     newton_schulz.NAME: newton_schulz_case,
     mixture.NAME: mixture_case,
 }
@@ -170,7 +169,13 @@ def fixed_batch(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["any batch", "one batch size"])
 @pytest.mark.parametrize("rule", RULES)
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate,),
+)
 @given(data=st.data())
 def test_a_rule_keeps_every_output_and_can_be_replayed(rule: str, fixed: bool, data: st.DataObject) -> None:
     net = Net(data.draw)
@@ -226,7 +231,7 @@ def test_a_replay_of_a_rule_that_does_not_match_is_an_error() -> None:
     for wrong in (
         {"node": "elsewhere"},
         {"name": "no rule"},
-        {"name": linear.CENTERING},
+        {"name": linear.EINSUM},
     ):
         with pytest.raises(LoweringError, match="does not match"):
             replay(model, [step.model_copy(update=wrong)])
