@@ -24,13 +24,14 @@ from sopdeploy.importers.gmsop import convert_gmsop
 from sopdeploy.importers.gsop import convert_gsop
 from sopdeploy.importers.options import ImportOptions
 from sopdeploy.importers.source import ConvertedWeights, WeightFile
-from sopdeploy.importers.timm_network import convert_timm
+from sopdeploy.importers.timm_network import convert_efficientnet_lite, convert_timm
 from sopdeploy.importers.weight_files import OwnCheckpointError, open_weights
 from sopdeploy.user_files import read_class_names
 
 Converter = Callable[[WeightFile, str], ConvertedWeights | None]  # None if the file is of another project
 CONVERTERS: tuple[tuple[str, Converter], ...] = (  # (project, function); the first result is used
     ("timm", convert_timm),
+    ("timm", convert_efficientnet_lite),
     ("GSoP", convert_gsop),
     ("fast-MPN-COV", convert_mpncov_resnet),
     ("torchvision", convert_torchvision_vgg),

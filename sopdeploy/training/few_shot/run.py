@@ -99,7 +99,7 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
         except DataError as error:
             raise unreadable_images_error(error, data.train, data.held_out) from None
     run.decision = _fit_decision(run, data.train)
-    seconds, lr = time.monotonic() - since, run.optimizer.param_groups[0]["lr"]
+    seconds, lr = time.monotonic() - since, run.recipe.optimizer.lr
     loss = float((targets.losses(logits_NK) / targets.weights).mean())  # all images have equal weights
     row = EpochRow(epoch=1, lr=lr, losses={"loss": loss}, metrics=metrics, seconds=seconds)
     run.position = Position(epoch=1, seconds=seconds, history=(row,))

@@ -1,5 +1,7 @@
 """The few-shot procedure: classifier, folds, choice, decision, and whole runs on painted images."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,6 +212,18 @@ def test_every_image_trains_the_network_also_if_there_are_more_than_a_hundred(tm
     assert select_split(read_recipe("photos", [*settings, "few_shot.max_images=10"]), data) == (data, False)
     other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
     assert select_split(other, data) == (data, False)
+
+
+def test_training_on_few_images_imports_neither_the_compiler_of_torch_nor_torchvision(tmp_path: Path):
+    settings = [*SMALL, "model.name=resnet8", "model.config={}", f"data.path={paint(tmp_path / 'photos', 2)}"]
+    code = (
+        "import sys; from pathlib import Path; from sopdeploy.training.loop import train; "
+        "from sopdeploy.training.recipe import read_recipe; "
+        f"train(read_recipe('photos', {settings}), Path({str(tmp_path / 'run')!r})); "
+        "print([n for n in ('torch._dynamo', 'torchvision', 'timm', 'sympy') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_several_networks_are_compared(tmp_path: Path):
