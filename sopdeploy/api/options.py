@@ -22,6 +22,9 @@ class TrainOptions(Options):
     models: str | None = None
     """Networks to compare, NAME or NAME=FILE with its weights, separated by commas; sets `model.name` and
     `few_shot.models`."""
+    procedure: Literal["auto", "few-shot", "loop"] = "auto"
+    """Train linear heads on the frozen network (few-shot) or all its weights (loop); sets
+    `few_shot.procedure`. By default the time that they take decides."""
     resume: Literal["never", "always", "auto"] = "never"
     """Continue the run in the folder, by default the newest of the recipe; auto starts a new one if there is
     none."""

@@ -66,11 +66,14 @@ class LiteBlock(nn.Sequential):
         super().__init__()
         wide = channels * expansion
         depthwise = convolution(wide, wide, kernel, stride, groups=wide)
-        names = ("conv_dw", "conv_pw") if expansion == 1 else ("conv_pw", "conv_dw", "conv_pwl")
-        layers = (depthwise, convolution(wide, out))
-        if expansion > 1:
-            layers = (convolution(channels, wide), *layers)
-        for number, (name, layer) in enumerate(zip(names, layers, strict=True), 1):
+        layers = {
+            "conv_pw": convolution(channels, wide),
+            "conv_dw": depthwise,
+            "conv_pwl": convolution(wide, out),
+        }
+        if expansion == 1:
+            layers = {"conv_dw": depthwise, "conv_pw": convolution(wide, out)}
+        for number, (name, layer) in enumerate(layers.items(), 1):
             self.add_module(name, layer)
             self.add_module(f"bn{number}", batch_norm(layer.out_channels))
             if number < len(layers):
@@ -79,7 +82,7 @@ class LiteBlock(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convert (B, in, H, W) to (B, out, ceil(H / stride), ceil(W / stride))."""
-        out: Tensor = super().forward(x)
+        out: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
         return out + x if self.keeps_shape else out
 
 

@@ -129,7 +129,7 @@ def compute_features(
     shuffled = np.random.default_rng(0).permutation(count)  # so that the first batches show many classes
     size = BATCHES[device.type]
     batches = [shuffled[start : start + size].tolist() for start in range(0, count, size)]
-    network = network.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.eval().to(memory_format=torch.channels_last)
     normalize, head = Normalize(recipe.preprocess).to(device), network.pooled_head
     dataset, hashes = PreprocessedDataset(images, recipe.preprocess), [""] * count
 
