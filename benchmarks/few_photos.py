@@ -150,10 +150,12 @@ def simple_accuracies(seen: Vectors, test: Vectors) -> dict[str, float]:
     folds = StratifiedKFold(min(5, int(np.bincount(seen.targets).min())), shuffle=True, random_state=0)
     for name, scaling, head, grid in SIMPLE_HEADS:
         scaled = scaling().fit(seen.own)
+        inputs, unseen = scaled.transform(seen.own), scaled.transform(test.own)
+        basis = np.linalg.qr(inputs.T)[0]  # of the span, which has fewer dimensions than the vectors
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of heads that do not converge, or of channels that are 0
-            search = GridSearchCV(head, grid, cv=folds).fit(scaled.transform(seen.own), seen.targets)
-        accuracies[name] = 100 * float(search.score(scaled.transform(test.own), test.targets))
+            search = GridSearchCV(head, grid, cv=folds).fit(inputs @ basis, seen.targets)
+        accuracies[name] = 100 * float(search.score(unseen @ basis, test.targets))
     return accuracies
 
 
