@@ -244,6 +244,27 @@ def test_time_selects_the_procedure_for_more_than_a_thousand_images(tmp_path, se
         assert select_procedure(recipe, data, record).few_shot is kept
 
 
+@pytest.mark.slow
+def test_the_procedure_trains_on_thousands_of_images_and_says_so(tmp_path: Path):
+    reasons: list[str] = []
+
+    class Reasons(Callback):
+        def on_procedure(self, reason: str) -> None:
+            reasons.append(reason)
+
+    settings = [
+        *SMALL,
+        "model.name=resnet8",
+        "model.config={}",
+        f"data.path={paint(tmp_path / 'photos', 1010)}",
+    ]
+    result = train(read_recipe("photos", settings), tmp_path / "run", callback=Reasons())
+    assert result.few_shot.top1.count == 3030
+    assert result.few_shot.top1.share > 0.95
+    assert max(candidate.features for candidate in result.few_shot.candidates) > 1024
+    assert reasons[0].startswith("few-shot procedure, about ")
+
+
 def test_a_head_that_reads_the_span_of_some_images_predicts_as_well(monkeypatch):
     features, classes = blobs(400)
     targets = softmax_targets(classes)
