@@ -1,40 +1,54 @@
-"""Accuracy of `train` with few photographs per class, against logistic regression on the averages.
+"""Accuracy and processor time of `train` with few photographs per class, against simple heads on averages.
 
-    python benchmarks/few_photos.py --data DIR --test DIR --model NAME --weights FILE --cache DIR
-        [--unknown DIR] [--json]
+    python benchmarks/few_photos.py --photos NAME=TRAIN,TEST --model NAME=WEIGHTS --cache DIR
+        [--sizes 5,10,20,50] [--draws 6] [--unknown DIR] [--json]
 
---data and --test are folders of photographs, <class>/*.jpg. Each draw takes --sizes photographs per class
-from --data. Both arms see the same ones and are tested on all photographs in --test:
+--photos and --model may be repeated: every network is measured on every kind of photographs. TRAIN and TEST
+are folders <class>/*.jpg. Each draw, whose seed is its number, takes --sizes photographs per class from
+TRAIN. All arms see the same ones and are tested on all photographs in TEST:
 
-- ours: `sopdeploy train` with default options;
+- train: the command `sopdeploy train --data DRAW --models NAME=WEIGHTS`; its processor time is that of the
+  whole command, with imports;
 - probe: scikit-learn's LogisticRegression(C=0.01) on the standardized vectors that the network's own
-  classifier reads.
+  classifier reads;
+- best: of nine heads on these vectors, whose options are tuned by cross-validation on the photographs of the
+  draw, the one with the highest mean accuracy on TEST over the draws. This choice favors the simple heads.
 
-Intervals are Student's 95 % intervals of the paired difference over draws; for the mean over sizes, the draws
-of all sizes with the same number are averaged first. "estimate minus test" compares the printed estimate with
-the accuracy on the test photographs. With --unknown, photographs of other classes, <folder>/*.jpg, AUROC
-compares the scores of --test with theirs ("far"); "near" is the AUROC that `train` records, of heads that
-were fitted without one class. Finished draws in --cache are not repeated. Exit status 1: ours is not
-better by 1.5 points on average with an interval above 0, or worse than the probe at a size.
+Intervals are Student's 95 % intervals of the paired difference over draws. "estimate minus test" compares the
+printed estimate with the accuracy on the test photographs. With --unknown, photographs of other classes,
+<folder>/*.jpg, AUROC compares the scores of TEST with theirs ("far"); "near" is the AUROC that `train`
+records, of heads that were fitted without one class. Finished draws in --cache are not repeated. Exit status
+1: train is not better than the best simple head with an interval above 0, on average over --sizes, in a case.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import random
+import resource
 import shutil
+import subprocess
 import sys
-import time
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from measure import Result, make_parser, one_line_errors, report
+from sklearn import kernel_ridge
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.preprocessing import StandardScaler
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+from sklearn.svm import SVC
 
 from sopdeploy.checkpoint import build_classifier, load_plain, read_checkpoint, write_plain
 from sopdeploy.data.base import PreprocessedDataset
@@ -42,21 +56,80 @@ from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.decision import Score, known_score
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.statistics import paired
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import with_head
 from sopdeploy.models.second_order_head import HeadConfig, PooledHead, SecondOrderHead
-from sopdeploy.training.loop import train
-from sopdeploy.training.recipe import read_recipe
-
-BATCH = 16
-GAIN = 1.5  # points that the mean over sizes must exceed the probe by
 
 
-def draw(data: Path, folder: Path, size: int, seed: int) -> None:
-    """Link *size* photographs of each class of *data* into *folder*."""
-    source = random.Random(1000 * size + seed)  # noqa: S311  # not a secret
+class Case(NamedTuple):
+    """A network on one kind of photographs."""
+
+    name: str
+    train: Path
+    test: Path
+    model: str
+    weights: str
+    cache: Path
+    unknown: Path | None
+
+
+class Vectors(NamedTuple):
+    """Vectors (N, D) of photographs, and their classes (N,)."""
+
+    own: Any
+    targets: Any
+
+
+BATCH = 4
+POWERS = 10.0 ** np.arange(-3, 5)
+
+
+class KernelRidge(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """Kernel ridge regression of one-hot classes with Gaussian kernels."""
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        self.alpha = alpha
+
+    def fit(self, inputs: Any, targets: Any) -> "KernelRidge":
+        """Fit the regression."""
+        self.classes_ = np.unique(targets)
+        kernel = kernel_ridge.KernelRidge(alpha=self.alpha, kernel="rbf", gamma=1.0)
+        self.regression_ = kernel.fit(inputs, targets[:, None] == self.classes_)
+        return self
+
+    def predict(self, inputs: Any) -> Any:
+        """Predict the class of the largest output."""
+        return self.classes_[self.regression_.predict(inputs).argmax(axis=1)]
+
+
+# Name, whether vectors are standardized or scaled to length 1, the head, and the values to choose from.
+SIMPLE_HEADS: tuple[tuple[str, Any, Any, dict[str, Any]], ...] = (
+    ("logistic regression", StandardScaler, LogisticRegression(max_iter=300), {"C": POWERS[:4]}),
+    ("logistic regression, unit length", Normalizer, LogisticRegression(max_iter=300), {"C": POWERS[3:]}),
+    ("linear SVM", StandardScaler, SVC(kernel="linear"), {"C": POWERS[:4]}),
+    ("linear SVM, unit length", Normalizer, SVC(kernel="linear"), {"C": POWERS[2:7]}),
+    ("SVM, Gaussian kernel", StandardScaler, SVC(), {"C": POWERS[2:6]}),
+    ("kernel ridge, unit length", Normalizer, KernelRidge(), {"alpha": POWERS[:5]}),
+    (
+        "discriminant analysis",
+        Normalizer,
+        make_pipeline(PCA(), LinearDiscriminantAnalysis(solver="lsqr")),
+        {"lineardiscriminantanalysis__shrinkage": [0.1, 0.3, 0.5, 0.7, 0.9]},
+    ),
+    (
+        "nearest neighbors",
+        Normalizer,
+        KNeighborsClassifier(weights="distance"),
+        {"n_neighbors": [1, 3, 5, 9]},
+    ),
+    ("nearest mean", Normalizer, NearestCentroid(), {"shrink_threshold": [None, 0.1, 0.3]}),
+)
+
+
+def draw(data: Path, folder: Path, size: int, seed: int) -> list[str]:
+    """Link *size* photographs of each class of *data* into *folder*; return their paths below it."""
+    source, chosen = random.Random(1000 * size + seed), []  # noqa: S311  # not a secret
     for label in sorted(path for path in data.iterdir() if path.is_dir()):
         images = sorted(label.iterdir())
         if len(images) < size:
@@ -64,80 +137,102 @@ def draw(data: Path, folder: Path, size: int, seed: int) -> None:
         (folder / label.name).mkdir(parents=True)
         for image in source.sample(images, size):
             (folder / label.name / image.name).symlink_to(image.resolve())
+            chosen.append(f"{label.name}/{image.name}")
+    return chosen
+
+
+def simple_accuracies(seen: Vectors, test: Vectors) -> dict[str, float]:
+    """Tune each simple head on *seen* photographs; compute its accuracy on *test*, in percent."""
+    accuracies = {}
+    scaler = StandardScaler().fit(seen.own)
+    probe = LogisticRegression(C=0.01, max_iter=2000).fit(scaler.transform(seen.own), seen.targets)
+    accuracies["probe"] = 100 * float(probe.score(scaler.transform(test.own), test.targets))
+    folds = StratifiedKFold(min(5, int(np.bincount(seen.targets).min())), shuffle=True, random_state=0)
+    for name, scaling, head, grid in SIMPLE_HEADS:
+        scaled = scaling().fit(seen.own)
+        inputs, unseen = scaled.transform(seen.own), scaled.transform(test.own)
+        basis = np.linalg.qr(inputs.T)[0]  # of the span, which has fewer dimensions than the vectors
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of heads that do not converge, or of channels that are 0
+            search = GridSearchCV(head, grid, cv=folds).fit(inputs @ basis, seen.targets)
+        accuracies[name] = 100 * float(search.score(unseen @ basis, test.targets))
+    return accuracies
 
 
 @torch.no_grad()
-def head_inputs(checkpoint: Path, folder: Path, name: str, cache: Path | None) -> dict[str, Any]:
-    """Compute the vectors and feature maps of the photographs in *folder*, with their targets."""
-    if cache is not None and cache.exists():
+def head_inputs(checkpoint: Path, folder: Path, name: str, cache: Path, *, with_maps: bool) -> dict[str, Any]:
+    """Compute the vectors, the feature maps if needed, and the targets of the photographs in *folder*."""
+    if cache.exists():
         return dict(load_plain(cache))
     content = read_checkpoint(checkpoint)
     model = build_classifier(content, checkpoint)
     taps = tuple(model.tap_channels)[-2:]
     network = with_head(name, model, HeadConfig(kind="gap+mean", taps=taps)).eval()
     assert isinstance(network, SecondOrderHead)  # noqa: S101  # by its name
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = open_evaluation_images(
         folder, tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
     )
     normalize, parts = Normalize(content.preprocess), []
     dataset = PreprocessedDataset(images, content.preprocess)
     for pixels, _ in load_batches(dataset, sequential_batches(len(images), BATCH), 0, torch.device("cpu")):
-        parts.append(network.head_inputs(normalize(pixels)))
+        own, maps = network.head_inputs(normalize(pixels))
+        parts.append((own, maps if with_maps else {}))
     inputs = {
         "own": torch.cat([own for own, _ in parts]),
-        "maps": {tap: torch.cat([maps[tap] for _, maps in parts]) for tap in taps},
+        "maps": {tap: torch.cat([maps[tap] for _, maps in parts]) for tap in parts[0][1]},
         "targets": torch.from_numpy(images.targets),
+        "paths": ["/".join(images.path(index).parts[-2:]) for index in range(len(images))],
     }
-    if cache is not None:
-        write_plain(cache, inputs)
+    write_plain(cache, inputs)
     return inputs
 
 
 @torch.no_grad()
-def run_draw(given: argparse.Namespace, size: int, seed: int) -> dict[str, float]:
-    """Train on one draw and test both arms; results are cached."""
-    path: Path = given.cache / f"{size}-{seed}.json"
+def run_draw(case: Case, size: int, seed: int) -> dict[str, Any]:
+    """Train on one draw and test all arms; results are cached."""
+    path = case.cache / f"{size}-{seed}.json"
     if path.exists():
         return dict(json.loads(path.read_text()))
-    folder, run = given.cache / f"images-{size}-{seed}", given.cache / f"run-{size}-{seed}"
-    for previous in (folder, run):
+    folder, out = case.cache / f"images-{size}-{seed}", case.cache / f"run-{size}-{seed}"
+    for previous in (folder, out):
         shutil.rmtree(previous, ignore_errors=True)
-    draw(given.data, folder, size, seed)
-    settings = [f"data.path={folder}", f"model.name={given.model}", f"start.weights={given.weights}"]
-    since = time.process_time()
-    with torch.enable_grad():
-        result = train(read_recipe("photos", settings), run)
-    seconds = time.process_time() - since
-    if result.few_shot is None or result.few_shot.top1 is None:
-        raise DataError(f"{given.data}: too many photographs for the few-shot procedure")
-    test = head_inputs(result.best, given.test, given.model, given.cache / "test.pt")
-    seen = head_inputs(result.best, folder, given.model, None)
-    model = build_classifier(read_checkpoint(result.best), result.best)
+    chosen = draw(case.train, folder, size, seed)
+    command = [Path(sys.executable).with_name("sopdeploy"), "train", "--data", folder, "--out", out, "--json"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [*command, "--models", f"{case.model}={case.weights}"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise DataError(f"{case.name}: train failed: {done.stderr.strip().splitlines()[-1]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = json.loads(done.stdout)
+    best, found = Path(result["best"]), result["few_shot"]
+    test = head_inputs(best, case.test, case.model, case.cache / "test.pt", with_maps=True)
+    pool = head_inputs(best, case.train, case.model, case.cache / "train.pt", with_maps=False)
+    rows = [pool["paths"].index(name) for name in chosen]
+    model = build_classifier(read_checkpoint(best), best)
     if not isinstance(model, SecondOrderHead):
-        raise DataError(f"{result.best}: the network has no second-order head")
+        raise DataError(f"{best}: the network has no second-order head")
     logits = model.pooled_head(test["own"], test["maps"])
-    scaler = StandardScaler().fit(seen["own"].numpy())
-    probe = LogisticRegression(C=0.01, max_iter=2000)
-    probe.fit(scaler.transform(seen["own"].numpy()), seen["targets"].numpy())
-    targets = test["targets"].numpy()
-    score: Rate = result.few_shot.top1
+    vectors = [Vectors(pool["own"][rows].numpy(), pool["targets"][rows].numpy())]
+    vectors.append(Vectors(test["own"].numpy(), test["targets"].numpy()))
     measured: dict[str, Any] = {
-        "ours": 100 * float((logits.argmax(dim=1).numpy() == targets).mean()),
-        "probe": 100 * float(np.mean(probe.predict(scaler.transform(test["own"].numpy())) == targets)),
-        "estimate": 100 * score.share,
-        "low": 100 * score.low,
-        "high": 100 * score.high,
-        "cpu_seconds": seconds,
-        "head": next(candidate.name for candidate in result.few_shot.candidates if candidate.kept),
+        "train": 100 * float((logits.argmax(dim=1) == test["targets"]).double().mean()),
+        "simple": simple_accuracies(*vectors),
+        "estimate": 100 * found["top1"]["share"],
+        "low": 100 * found["top1"]["low"],
+        "high": 100 * found["top1"]["high"],
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "head": next(candidate["name"] for candidate in found["candidates"] if candidate["kept"]),
+        "areas": {f"near, {score}": 100 * area for score, area in found["auroc"].items()},
     }
-    if given.unknown is not None:
-        inputs = head_inputs(result.best, given.unknown, given.model, given.cache / "unknown.pt")
-        for score, area in result.few_shot.auroc.items():
-            measured[f"near, {score}"] = 100 * area
-        measured |= far_areas(model.pooled_head, test, inputs)
+    if case.unknown is not None:
+        inputs = head_inputs(best, case.unknown, case.model, case.cache / "unknown.pt", with_maps=True)
+        measured["areas"] |= far_areas(model.pooled_head, test, inputs)
     path.write_text(json.dumps(measured))
-    print(f"{size} per class, draw {seed}: {measured}", file=sys.stderr, flush=True)
-    shutil.rmtree(run)
+    print(f"{case.name}, {size} per class, draw {seed}: {measured}", file=sys.stderr, flush=True)
+    shutil.rmtree(out)
     return measured
 
 
@@ -164,13 +259,57 @@ def far_areas(head: PooledHead, known: dict[str, Any], unknown: dict[str, Any]) 
     return areas
 
 
+def results_of(name: str, draws: list[dict[str, Any]]) -> tuple[list[Result], list[float]]:
+    """Summarize the *draws* of one size; also return what train gains over the best simple head in each."""
+    simple = {head: [one["simple"][head] for one in draws] for head in draws[0]["simple"]}
+    best = max(simple, key=lambda head: float(np.mean(simple[head])))
+    ours, runs = [one["train"] for one in draws], len(draws)
+    results, gains = [], []
+    for against, head in (("probe", "probe"), (f"best simple head, {best}", best)):
+        gains = [one - other for one, other in zip(ours, simple[head], strict=True)]
+        means = {"ours": float(np.mean(ours)), "other": float(np.mean(simple[head]))}
+        results.append(Result(case=f"{name}, top-1", against=against, **means, unit="%", runs=runs))
+        results += interval(f"{name}, train minus {against}", gains)
+    results += interval(f"{name}, estimate minus test", [one["estimate"] - one["train"] for one in draws])
+    inside = sum(one["low"] <= one["train"] <= one["high"] for one in draws)
+    seconds = float(np.mean([one["cpu_seconds"] for one in draws]))
+    values = {"intervals that contain the test accuracy": (float(inside), "draws")}
+    values["processor time of the command"] = (seconds, "s")
+    for area in draws[0]["areas"]:
+        values[f"AUROC {area}"] = (float(np.mean([one["areas"][area] for one in draws])), "%")
+    for case, (value, unit) in values.items():
+        results.append(Result(case=f"{name}, {case}", ours=value, unit=unit, runs=runs))
+    return results, gains
+
+
+def interval(case: str, differences: list[float]) -> list[Result]:
+    """Report the mean of *differences* and its 95 % interval, in points."""
+    found = paired(differences)
+    values = {"mean": found.mean, "low": found.interval.low, "high": found.interval.high}
+    return [
+        Result(case=f"{case}, {name}", ours=value, unit="points", runs=len(differences))
+        for name, value in values.items()
+    ]
+
+
+def parse_cases(given: argparse.Namespace) -> list[Case]:
+    """Pair every network with every kind of photographs."""
+    cases = []
+    for photos, model in itertools.product(given.photos, given.model):
+        (kind, _, folders), (network, _, weights) = photos.partition("="), model.partition("=")
+        train, _, test = folders.partition(",")
+        cache = (given.cache / f"{kind}-{network.replace(':', '-')}").resolve()
+        cache.mkdir(parents=True, exist_ok=True)
+        name = f"{kind}, {network}"
+        cases.append(Case(name, Path(train), Path(test), network, weights, cache, given.unknown))
+    return cases
+
+
 def main(arguments: list[str]) -> int:
     """Run the benchmark and return the exit status."""
     parser = make_parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="photographs to draw from, <class>/*.jpg")
-    parser.add_argument("--test", type=Path, required=True, help="photographs of the same classes")
-    parser.add_argument("--model", required=True, help="network, such as timm:tf_efficientnet_lite0")
-    parser.add_argument("--weights", type=Path, required=True, help="its weights")
+    parser.add_argument("--photos", action="append", required=True, help="NAME=TRAIN,TEST: two folders")
+    parser.add_argument("--model", action="append", required=True, help="NAME=FILE: a network, its weights")
     parser.add_argument("--cache", type=Path, required=True, help="folder of runs and results")
     parser.add_argument("--unknown", type=Path, help="photographs of none of the classes, <folder>/*.jpg")
     parser.add_argument(
@@ -178,53 +317,18 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--draws", type=int, default=6)
     given = parser.parse_args(arguments)
-    given.cache.mkdir(parents=True, exist_ok=True)
-    given.cache = given.cache.resolve()
-    results, gains, is_better = [], [], True
+    results, is_better = [], True
     with one_line_errors():
-        for size in given.sizes:
-            draws = [run_draw(given, size, seed) for seed in range(given.draws)]
-            gains.append([measured["ours"] - measured["probe"] for measured in draws])
-            gain = paired(gains[-1])
-            bias = paired([measured["estimate"] - measured["ours"] for measured in draws])
-            is_better &= gain.mean > 0
-            means = {
-                key: float(np.mean([measured[key] for measured in draws]))
-                for key in draws[0]
-                if key != "head"
-            }
-            name = f"{size} per class"
-            results.append(
-                Result(
-                    case=f"{name}, top-1",
-                    against="probe",
-                    ours=means["ours"],
-                    other=means["probe"],
-                    unit="%",
-                    runs=given.draws,
-                )
-            )
-            inside = sum(measured["low"] <= measured["ours"] <= measured["high"] for measured in draws)
-            for case, value, unit in (
-                ("ours minus probe, mean", gain.mean, "points"),
-                ("ours minus probe, low", gain.interval.low, "points"),
-                ("ours minus probe, high", gain.interval.high, "points"),
-                ("estimate minus test, mean", bias.mean, "points"),
-                ("estimate minus test, low", bias.interval.low, "points"),
-                ("estimate minus test, high", bias.interval.high, "points"),
-                ("intervals that contain the test accuracy", float(inside), "draws"),
-                ("processor time of train", means["cpu_seconds"], "s"),
-                *((f"AUROC {key}", means[key], "%") for key in means if key.startswith(("near", "far"))),
-            ):
-                results.append(Result(case=f"{name}, {case}", ours=value, unit=unit, runs=given.draws))
-        total = paired(np.mean(gains, axis=0).tolist())
-        is_better &= total.mean >= GAIN and total.interval.low > 0
-        for case, value in (("mean", total.mean), ("low", total.interval.low), ("high", total.interval.high)):
-            results.append(
-                Result(
-                    case=f"all sizes, ours minus probe, {case}", ours=value, unit="points", runs=given.draws
-                )
-            )
+        for case in parse_cases(given):
+            gains = []
+            for size in given.sizes:
+                draws = [run_draw(case, size, seed) for seed in range(given.draws)]
+                of_size, gain = results_of(f"{case.name}, {size} per class", draws)
+                results += of_size
+                gains.append(gain)
+            per_draw = np.mean(gains, axis=0).tolist()
+            results += interval(f"{case.name}, all sizes, train minus best simple head", per_draw)
+            is_better &= paired(per_draw).interval.low > 0
     report(results, as_json=given.json, threads=os.environ.get("OMP_NUM_THREADS", "all"))
     return 0 if is_better else 1
 

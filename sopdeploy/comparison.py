@@ -25,7 +25,7 @@ from sopdeploy.evaluation.statistics import paired
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.distributed.strategy import select_device
 from sopdeploy.training.loop import train
-from sopdeploy.training.procedure import select_split
+from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import Recipe, read_recipe
 
 NO_EFFECT = "no effect detected"
@@ -96,10 +96,10 @@ def compare(
             "a comparison counts images with one class each; give --set data.path=DIR without labels.csv"
         )
     for name, recipe in recipes.items():
-        if select_split(recipe, data)[1]:
+        if select_procedure(recipe, data).few_shot:
             raise ConfigError(
                 f"{name}: its few-shot procedure holds no images out for a comparison; "
-                "compare the training loop with --set few_shot.max_images=1"
+                "compare the training loop with --set few_shot.procedure=loop"
             )
     correct: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in recipes}
     for seed in range(seeds):

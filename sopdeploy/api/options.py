@@ -25,6 +25,9 @@ class TrainOptions(Options):
     `few_shot.models`."""
     name: Name = None
     """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
+    procedure: Literal["auto", "few-shot", "loop"] = "auto"
+    """Train linear heads on the frozen network (few-shot) or all its weights (loop); sets
+    `few_shot.procedure`. By default the time that they take decides."""
     resume: Literal["never", "always", "auto"] = "never"
     """Continue the run in the folder, by default the newest of the project; auto starts a new one if there is
     none."""

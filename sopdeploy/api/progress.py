@@ -58,6 +58,10 @@ class ProgressBars:
         """Print the warning."""
         self.console.print(Text.assemble(("warning:", "yellow"), " ", plain_text(warning)))
 
+    def on_procedure(self, reason: str) -> None:
+        """Print the reason."""
+        self.console.print(plain_text(reason))
+
     def on_stage(self, *, name: str, done: int, total: int) -> None:
         """Advance the bar of a step of the few-shot procedure; print its name when it begins."""
         if name != self.stage:
@@ -67,12 +71,12 @@ class ProgressBars:
             self.progress.update(self.task, description="", completed=done, total=total, note="")
 
     def on_step_end(self, *, epoch: int, step: int, steps: int, loss: float) -> None:
-        """Advance the bar."""
-        self._update(epoch, step + 1, steps, f"loss {loss:.3f}")
+        """Advance the bar, whose end is that of the run."""
+        self._update(epoch, epoch * steps + step + 1, self.epochs * steps, f"loss {loss:.3f}")
 
     def on_evaluation_batch(self, *, epoch: int, done: int) -> None:
         """Show the number of evaluated images."""
-        self._update(epoch, done, None, "held-out images")
+        self._update(epoch, None, None, f"{done} held-out images")
 
     def on_epoch_end(self, row: Any) -> None:
         """Print top-1 or mAP and loss on held-out images, training loss and time, within 80 columns."""
@@ -84,7 +88,7 @@ class ProgressBars:
             f"loss {row.metrics.loss:.3f} (training {loss:.3f})  {row.seconds:.1f} s"
         )
 
-    def _update(self, epoch: int, done: int, total: int | None, note: str) -> None:
+    def _update(self, epoch: int, done: int | None, total: int | None, note: str) -> None:
         if self.task is not None:
             description = f"epoch {epoch + 1}/{self.epochs}"
             self.progress.update(self.task, description=description, completed=done, total=total, note=note)

@@ -160,6 +160,7 @@ def configure(
         "data.path": str(data) if data else None,
         "start.weights": options.weights or settings.get("start.weights"),
         "model.config.pooling": options.pooling,
+        "few_shot.procedure": None if options.procedure == "auto" else options.procedure,
     }
     given = {key: value for key, value in settings.items() if value is not None}
     changes = [*assignments, *to_assignments(given)]

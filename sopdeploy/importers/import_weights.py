@@ -24,7 +24,12 @@ from sopdeploy.importers.gmsop import convert_gmsop
 from sopdeploy.importers.gsop import convert_gsop
 from sopdeploy.importers.options import ImportOptions
 from sopdeploy.importers.source import ConvertedWeights, WeightFile
-from sopdeploy.importers.timm_network import PREFIX, convert_timm, find_networks
+from sopdeploy.importers.timm_network import (
+    PREFIX,
+    convert_efficientnet_lite,
+    convert_timm,
+    find_networks,
+)
 from sopdeploy.importers.weight_files import OwnCheckpointError, open_weights
 from sopdeploy.models.registry import list_models
 from sopdeploy.user_files import read_class_names
@@ -32,6 +37,7 @@ from sopdeploy.user_files import read_class_names
 Converter = Callable[[WeightFile, str], ConvertedWeights | None]  # None if the file is of another project
 CONVERTERS: tuple[tuple[str, Converter], ...] = (  # (project, function); the first result is used
     ("timm", convert_timm),
+    ("timm", convert_efficientnet_lite),
     ("GSoP", convert_gsop),
     ("fast-MPN-COV", convert_mpncov_resnet),
     ("torchvision", convert_torchvision_vgg),

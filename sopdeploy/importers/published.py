@@ -18,6 +18,7 @@ from urllib.error import HTTPError
 import torch
 
 from sopdeploy.backbones.efficientnet import EfficientNet
+from sopdeploy.backbones.efficientnet_lite import EfficientNetLite
 from sopdeploy.backbones.resnet import ResNet
 from sopdeploy.backbones.timm_backbone import import_timm
 from sopdeploy.backbones.vgg import VGGConfig
@@ -48,6 +49,8 @@ def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:
     Raises `ConfigError` if none are published, `WeightsError` if the file cannot be downloaded or has another
     hash; such a file is removed.
     """
+    if issubclass(entry(model).network, EfficientNetLite):
+        return _fetch_from_hub(f"timm/tf_{model.replace('-', '_')}.in1k"), model
     published = _published_network(model, config)
     family, _, name = published.rpartition(":")
     if family == "timm":
@@ -70,7 +73,7 @@ def _published_network(model: str, config: StrictModel) -> str:
         return "timm:resnet26" if depth == 26 else f"resnet{depth}"
     raise ConfigError(
         f"start.weights: no ImageNet weights are published for {model}; choose a network on ResNet-18, "
-        f"26, 34, 50 or 101, VGG-16 or EfficientNet-b0, timm:NAME or dsop-timm:NAME, {ADVICE}",
+        f"26, 34, 50 or 101, VGG-16, EfficientNet-b0, Lite0 or Lite2, timm:NAME or dsop-timm:NAME, {ADVICE}",
         remedies=OWN_FILE,
     )
 
@@ -98,9 +101,14 @@ def _fetch_timm(name: str) -> Path:
                 remedies=OWN_FILE,
             )
         return _fetch_url(config.url)
+    return _fetch_from_hub(config.hf_hub_id, config.hf_hub_filename or HUB_FILE)
+
+
+def _fetch_from_hub(name: str, file: str = HUB_FILE) -> Path:
+    """Fetch *file* of the hub's repository *name*, with @REVISION if any; check the hash of the file."""
     hub = importlib.import_module("huggingface_hub")
-    repository, _, revision = config.hf_hub_id.partition("@")
-    location = {"repo_id": repository, "filename": config.hf_hub_filename or HUB_FILE}
+    repository, _, revision = name.partition("@")
+    location = {"repo_id": repository, "filename": file}
     location |= {"revision": revision} if revision else {}
     cached = hub.try_to_load_from_cache(**location)
     if not isinstance(cached, str):

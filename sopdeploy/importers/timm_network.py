@@ -1,4 +1,5 @@
-"""Importer of timm's networks in the catalog (`timm:NAME`), and the preprocessing that timm's hub publishes.
+"""Importers of timm's networks in the catalog (`timm:NAME`) and of EfficientNet-Lite, and the preprocessing
+that timm's hub publishes.
 
 Files of timm's hub lie next to a `config.json` with their preprocessing. Without it, the preprocessing of
 timm's default weights is used.
@@ -22,6 +23,10 @@ PREFIX = "timm:"
 MAX_TRIED = 8  # networks are built without memory for their weights, which takes about 0.1 s for each
 HUB_CONFIG = "config.json"
 FROM_HUB_CONFIG = f"preprocessing from {HUB_CONFIG} next to the file"
+LITE = {  # preprocessing of EfficientNet-Lite, which needs no timm
+    model: Preprocess(resize=resize, crop=crop, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
+    for model, resize, crop in (("efficientnet-lite0", 256, 224), ("efficientnet-lite2", 292, 260))
+}
 NO_HUB_CONFIG = f"no {HUB_CONFIG} next to the file: preprocessing of timm's default weights"
 
 
@@ -84,6 +89,23 @@ def _has_tensors_of(backbone: str, file: WeightFile) -> bool:
         for tensors in (expected, file.tensors)
     ]
     return shapes[0] == shapes[1]
+
+
+def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights | None:
+    """Convert an EfficientNet-Lite with timm's names; None for other files and other networks."""
+    if model not in LITE or not {"conv_stem.weight", "blocks.0.0.conv_dw.weight"} <= file.tensors.keys():
+        return None
+    config = read_hub_config(file.path)
+    return ConvertedWeights(
+        description=f"timm's tf_{model.replace('-', '_')}",
+        model=model,
+        tensors=rename_tensors(file),
+        num_classes=len(file.tensor("classifier.weight")),
+        preprocess=Preprocess.from_timm(config) if config else LITE[model],
+        required={"pooling.kind": "gap"},
+        labels="imagenet",
+        notes=(FROM_HUB_CONFIG,) if config else (),
+    )
 
 
 def read_hub_config(weights: Path) -> Mapping[str, Any]:

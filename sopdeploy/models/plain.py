@@ -11,6 +11,7 @@ from sopdeploy.backbones.cifar_resnet import (
     SmallResNetConfig,
 )
 from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
+from sopdeploy.backbones.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
 from sopdeploy.backbones.resnet import DilatedResNet, DilatedResNetConfig, ResNet, ResNetConfig
 from sopdeploy.backbones.vgg import VGG, VGGConfig
 from sopdeploy.layers.pooling.base import FlattenConfig
@@ -29,6 +30,7 @@ PlainVGG = plain(VGG)
 PlainSmallResNet = plain(SmallResNet)
 PlainPreActResNet = plain(PreActResNet)
 PlainResNeXt = plain(ResNeXt)
+PlainEfficientNetLite = plain(EfficientNetLite)
 PREACT_NETWORKS: dict[str, tuple[dict[str, int | str], str]] = {
     "preact-resnet110": ({"blocks": 18, "block": "basic"}, "pre-activation ResNet-110"),
     "preact-resnet164": ({"blocks": 18, "block": "bottleneck"}, "pre-activation ResNet-164"),
@@ -51,6 +53,16 @@ ENTRIES = {
         for name, norm, title in (("vgg16", False, "VGG-16"), ("vgg16-bn", True, "VGG-16 with batch norm"))
     },
     "efficientnet-b0": Entry(plain(EfficientNet), EfficientNetConfig, {}, "plain EfficientNet-b0"),
+    "efficientnet-lite0": Entry(
+        PlainEfficientNetLite, EfficientNetLiteConfig, {}, "plain EfficientNet-Lite0"
+    ),
+    "efficientnet-lite2": Entry(
+        PlainEfficientNetLite,
+        EfficientNetLiteConfig,
+        {"width": 1.1, "depth": 1.2, "dropout": 0.3},
+        "plain EfficientNet-Lite2",
+        260,
+    ),
     **{
         f"resnet{depth}": Entry.at_32(
             PlainSmallResNet, SmallResNetConfig, {"depth": depth}, f"plain ResNet-{depth}"

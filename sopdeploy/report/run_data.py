@@ -24,7 +24,7 @@ from sopdeploy.html.templates import percent
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.procedure import select_split
+from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import Recipe, validate_recipe
 from sopdeploy.training.run import Position
 
@@ -136,7 +136,7 @@ def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> t
     """Open the images to evaluate; return them and a description."""
     if data is not None:
         return open_images_of(checkpoint, data), f"the images in {data.name}"
-    split, few_shot = select_split(recipe, open_data(recipe.data))
+    split, few_shot, _ = select_procedure(recipe, open_data(recipe.data), checkpoint.training)
     # Without held-out images, the score was cross-validated on the training images.
     images = split.held_out if len(split.held_out) else split.train
     if set(images.labels) != set(checkpoint.labels):

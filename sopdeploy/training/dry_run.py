@@ -12,7 +12,7 @@ from sopdeploy.models.describe import describe
 from sopdeploy.models.stats import Counts
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.loop import epoch_data
-from sopdeploy.training.procedure import select_split
+from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import create_run
 from sopdeploy.training.step.gradient import train_step
@@ -69,5 +69,5 @@ def dry_run(recipe: Recipe) -> DryRun:
         shipped=described[recipe.preprocess.crop].shipped,
         step_seconds=step_seconds,
         loss=loss_value,
-        few_shot=select_split(recipe, data)[1],
+        few_shot=select_procedure(recipe, data).few_shot,
     )

@@ -33,7 +33,7 @@ from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.distributed.torchrun import check_same_step
 from sopdeploy.training.epoch_choice import HeldOutEstimate
 from sopdeploy.training.fine_tuning import set_train_mode
-from sopdeploy.training.procedure import run_procedure, select_split
+from sopdeploy.training.procedure import run_procedure, select_procedure
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.resume import resume_run
 from sopdeploy.training.run import Run, create_run
@@ -168,7 +168,8 @@ def start_or_resume(
     if not resume:
         folder.check_free()
     checkpoint = folder.read_last() if resume else None
-    data, few_shot = select_split(recipe, open_data(recipe.data, callback.on_warning))
+    record = None if checkpoint is None else checkpoint.training
+    data, few_shot, reason = select_procedure(recipe, open_data(recipe.data, callback.on_warning), record)
     recipe.check_effect(given, few_shot=few_shot)
     check_divisible(recipe, len(data.train), strategy.world)
     if checkpoint is None:
@@ -193,6 +194,8 @@ def start_or_resume(
     )
     if checkpoint is not None:
         folder.save_derived_files(run)
+    if reason:
+        callback.on_procedure(reason)
     callback.on_train_start(
         epochs=recipe.epochs,
         first_epoch=run.position.epoch,

@@ -6,7 +6,7 @@ Without a procedure, the table has no effect and the training loop trains on any
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sopdeploy.data.base import Split
 from sopdeploy.decision import Decision
@@ -33,12 +33,20 @@ else:
     ProcedureTable = (_load("config").FewShotConfig if PROCEDURES else dict) | None
 
 
-def select_split(recipe: "Recipe", data: Split) -> tuple[Split, bool]:
-    """Return the images to train on, and whether the procedure replaces the training loop for them."""
+class Selection(NamedTuple):
+    """The images to train on, whether the procedure replaces the training loop for them, and why."""
+
+    data: Split
+    few_shot: bool
+    reason: str = ""
+
+
+def select_procedure(recipe: "Recipe", data: Split, record: Mapping[str, Any] | None = None) -> Selection:
+    """Select the procedure or the training loop, for a resumed run as its *record* says."""
     if not PROCEDURES:
-        return data, False
-    split: tuple[Split, bool] = _load("run").select_split(recipe, data)
-    return split
+        return Selection(data, False)
+    selection: Selection = _load("selection").select_procedure(recipe, data, record)
+    return selection
 
 
 def run_procedure(run: "Run", data: Split, folder: "RunFolder", callback: "Callback") -> Decision | None:

@@ -45,7 +45,7 @@ LOOP_KEYS = (
     "start.head_factor", "model.remove_branches_at",
 )  # fmt: skip
 FEW_SHOT_KEYS = ("few_shot",)
-SELECTING_KEYS = {"few_shot", "few_shot.max_images"}  # they select the loop or the procedure
+SELECTING_KEYS = {"few_shot", "few_shot.procedure", "few_shot.max_minutes"}  # of the loop or the procedure
 
 
 class ModelConfig(CatalogModel):
@@ -131,12 +131,8 @@ class Recipe(StrictModel):
     def check_effect(self, given: Sequence[str], *, few_shot: bool) -> None:
         """Raise `ConfigError` if the few-shot procedure (*few_shot*) or the loop ignores a *given* key."""
         ignored = [key for key in given if key not in SELECTING_KEYS and not is_read(key, few_shot)]
-        reason = "the training loop runs, not the few-shot procedure; remove them, or see few_shot.max_images"
-        if few_shot:
-            reason = (
-                f"the few-shot procedure trains on up to {self.few_shot.max_images} images; remove them, or "
-                "use the training loop with few_shot.max_images=1"
-            )
+        runs, other = ("few-shot procedure", "loop") if few_shot else ("training loop", "few-shot")
+        reason = f"the {runs} runs; remove them, or choose the other with few_shot.procedure={other}"
         if ignored:
             raise ConfigError(f"{', '.join(ignored)}: without effect, because {reason}")
 

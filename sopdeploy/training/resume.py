@@ -49,7 +49,6 @@ def resume_run(
         initial = InitialModel(model, recipe, None if start is None else StartReport.model_validate(start))
         run = create_run(recipe, images, strategy, initial)
         run.name, run.config = checkpoint.model, checkpoint.config
-        run.optimizer.load_state_dict(state["optimizer"])
         run.precision.load_state_dict(state["precision"])
         if run.ema is not None:
             run.ema.load_state_dict(state["average"])
@@ -57,7 +56,9 @@ def resume_run(
             run.teacher.model.load_state_dict(state["teacher"])
         run.position = Position.model_validate(state["position"])
         run.few_shot = read_record(checkpoint.training)
-        if run.few_shot is not None:
+        if run.few_shot is None:
+            run.optimizer.load_state_dict(state["optimizer"])
+        else:
             run.out_of_fold, run.decision = state.get("out_of_fold"), checkpoint.decision
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error

@@ -8,6 +8,7 @@ import copy
 import operator
 import platform
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pydantic
@@ -64,9 +65,9 @@ class Position(StrictModel, frozen=False):
     history: tuple[EpochRow, ...] = ()
 
 
-@dataclass(slots=True)
+@dataclass
 class Run:
-    """A run in progress; `network` is `model` or its compiled form.
+    """A run in progress; `network` is `model` or its compiled form, `groups` are the optimizer's parameters.
 
     `name` and `config` are the catalog name and the complete config of `model`. `few_shot` is the record of
     the few-shot procedure, `out_of_fold` (images, classes) the logits on which its estimate is based, and
@@ -84,7 +85,7 @@ class Run:
     config: dict[str, Any]
     model: Classifier
     network: nn.Module
-    optimizer: Optimizer
+    groups: list[dict[str, Any]]
     ema: ExponentialMovingAverage | None = None
     teacher: Teacher | None = None
     start: StartReport | None = None
@@ -94,6 +95,11 @@ class Run:
     decision: Decision | None = None
     image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     origin: Origin | None = None
+
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        """The optimizer; the few-shot procedure needs none, and creating one imports torch's compiler."""
+        return self.recipe.optimizer.create(self.groups)
 
     @property
     def estimate(self) -> HeldOutEstimate:
@@ -162,8 +168,9 @@ class Run:
                 buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
     def replace_model(self, name: str, model: Classifier, config: dict[str, Any]) -> None:
-        """Replace the model and create a new optimizer; *name* and *config* are those of *model*."""
-        self.model, self.network, self.optimizer = _prepare(self.recipe, model, self.strategy, self.teacher)
+        """Replace the model and the optimizer; *name* and *config* are those of *model*."""
+        self.model, self.network, self.groups = _prepare(self.recipe, model, self.strategy, self.teacher)
+        self.__dict__.pop("optimizer", None)
         self.name, self.config = name, config
 
     def remove_branches_if_due(self) -> None:
@@ -202,7 +209,7 @@ class Run:
         if resumable:
             resume = {
                 "position": self.position.model_dump(mode="json"),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": self.optimizer.state_dict() if self.few_shot is None else {},
                 "train_count": self.train_count,
                 "precision": self.precision.state_dict(),
                 "weights": raw,
@@ -292,7 +299,7 @@ def create_run(
         teacher = Teacher(
             recipe.teacher, images.labels, recipe.preprocess, recipe.loss.label_smoothing, recipe.seed
         )
-    model, network, optimizer = _prepare(recipe, model, strategy, teacher)
+    model, network, groups = _prepare(recipe, model, strategy, teacher)
     return Run(
         recipe=recipe,
         labels=images.labels,
@@ -305,7 +312,7 @@ def create_run(
         config=recipe.model.full_config(),
         model=model,
         network=network,
-        optimizer=optimizer,
+        groups=groups,
         ema=ExponentialMovingAverage(recipe.ema, model) if recipe.ema is not None else None,
         teacher=teacher,
         start=start,
@@ -330,8 +337,8 @@ def _check_image_sizes(recipe: Recipe, model: Classifier, device: torch.device) 
 
 def _prepare(
     recipe: Recipe, model: Classifier, strategy: Strategy, teacher: Teacher | None
-) -> tuple[Classifier, nn.Module, Optimizer]:
-    """Move *model* and *teacher* to the device; return the model, the module to call, and an optimizer."""
+) -> tuple[Classifier, nn.Module, list[dict[str, Any]]]:
+    """Move *model* and *teacher* to the device; return the model, the module to call, and what it learns."""
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     model = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
     replace_batch_norms(model, recipe.batch_norm, strategy.world)
@@ -344,4 +351,4 @@ def _prepare(
             replace_batch_norms(teacher.model, recipe.batch_norm, strategy.world)
             groups.append({"params": list(teacher.model.parameters())})
     network: Any = torch.compile(model) if recipe.compile else model
-    return model, network, recipe.optimizer.create(groups)
+    return model, network, groups

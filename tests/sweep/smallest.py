@@ -34,6 +34,7 @@ LOWERED = (  # lowered to ONNX and compared: one for each other inference class
     Small("resnext29-8x64d", 8, FEW_GROUPS),
     Small("dsop-preact-resnet110", 8, {**ONE_BLOCK, **HEADS}),
     Small("cbp-vgg16", 32, {"pooling": {"kind": "cbp", "dim": 32}}),
+    Small("efficientnet-lite0", 32, {"width": 0.1, "depth": 0.1}),
     Small("drn-a-50", 32, {"depth": 18}),
     Small("alexnet", 64, {"pooling": {"kind": "flatten", "side": 1}, "classifier": "linear"}),
     Small("psdr-resnet50", 32, {"depth": 18, **NARROW}),

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sopdeploy.bundle.manifest import FileRecord
+from sopdeploy.environment import EXACT_INT8
 from sopdeploy.html.templates import dimensions, percent, reduction, render, sanitize
 from sopdeploy.training.epoch_choice import HeldOutEstimate
 from sopdeploy.training.procedure import read_record
@@ -21,6 +22,14 @@ CAUSES = {
 }
 MAX_LABELS = 20
 MARKDOWN = re.compile(r"([\\`*_\[\]#~|!@]|(?<=www)\.|:(?=//))", re.IGNORECASE)
+INT8_SESSION = f"""
+In a program of your own, open model.onnx with this option. Without it, ONNX Runtime computes other results on
+x86 processors without VNNI:
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("{EXACT_INT8[0]}", "{EXACT_INT8[1]}")
+    session = onnxruntime.InferenceSession("model.onnx", options)
+"""
 
 
 def render_report(
@@ -115,6 +124,8 @@ def render_model_card(subject: ExportSubject, results: Results, fields: Mapping[
         f"({preprocess.interpolation}), then center it on RGB {preprocess.background};",
         "squash": f"Resize both\nsides of an image to {preprocess.crop} pixels ({preprocess.interpolation});",
     }[preprocess.fit]
+    int8 = results.precision.quantisation
+    option = INT8_SESSION if int8 is not None and int8.runtime == "cpu" else ""
     return f"""# {subject.project}
 
 An image classifier, the network {subject.name}, exported by sopdeploy {fields["versions"]["sopdeploy"]}.
@@ -126,7 +137,7 @@ Classes: {labels}
     sopdeploy verify .
     sopdeploy predict . photo.jpg
     sopdeploy serve .
-
+{option}
 ## Input and output
 
 `{fields["inputs"][0].name}`: uint8, (batch, {preprocess.crop}, {preprocess.crop}, 3), RGB. {resizing}

@@ -77,7 +77,7 @@ def train(
 
     Example: [bold]sopdeploy train --data photos/[/bold]
 
-    Example: [bold]sopdeploy train --data photos/ --weights resnet18-f37072fd.pth[/bold]
+    Example: [bold]sopdeploy train --data photos/ --weights model.safetensors[/bold]
 
     Example: [bold]sopdeploy train --recipe digits-dsop --set epochs=10[/bold]
 

@@ -28,8 +28,8 @@ from sopdeploy.training.fine_tuning import StartConfig
 from sopdeploy.training.recipe import ModelConfig, Recipe
 
 WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
-BATCH = 16
-PROJECTION_BATCHES = 8  # for the projections: with 49 positions per image, 6,272 rows
+BATCHES = {"cpu": 4, "cuda": 64}  # images; the maps of four stay in a CPU's cache, which halves the time
+PROJECTION_IMAGES = 128  # for the projections: with 49 positions per image, 6,272 rows
 
 
 class Candidate(NamedTuple):
@@ -127,8 +127,10 @@ def compute_features(
     """
     device, count = next(network.parameters()).device, len(images)
     shuffled = np.random.default_rng(0).permutation(count)  # so that the first batches show many classes
-    batches = [shuffled[start : start + BATCH].tolist() for start in range(0, count, BATCH)]
-    normalize, head = Normalize(recipe.preprocess).to(device), network.eval().pooled_head
+    size = BATCHES[device.type]
+    batches = [shuffled[start : start + size].tolist() for start in range(0, count, size)]
+    network = network.eval().to(memory_format=torch.channels_last)
+    normalize, head = Normalize(recipe.preprocess).to(device), network.pooled_head
     dataset, hashes = PreprocessedDataset(images, recipe.preprocess), [""] * count
 
     def compute_inputs() -> Iterator[tuple[list[int], Tensor, dict[str, Tensor]]]:
@@ -137,10 +139,10 @@ def compute_features(
             for index, image in zip(indices, pixels, strict=True):
                 hashes[index] = hashlib.sha256(image.numpy().tobytes()).hexdigest()
             yield indices, *network.head_inputs(normalize(pixels.to(device)))
-            on_image(number * BATCH + len(indices), count)
+            on_image(number * size + len(indices), count)
 
     inputs = compute_inputs()
-    projection_inputs = list(islice(inputs, PROJECTION_BATCHES))
+    projection_inputs = list(islice(inputs, PROJECTION_IMAGES // size))
     head.fit_projection([maps for _, _, maps in projection_inputs])
     vectors = np.zeros((count, network.num_features()), np.float32)
     for indices, own, maps in chain(projection_inputs, inputs):

@@ -2,7 +2,8 @@
 
 The objective is scikit-learn's: C times the weighted sum of the losses plus half the squared norm of the
 weights; the bias is not regularized. The optimum lies in the span of the inputs, so it is found in an
-orthonormal basis of this span, with at most as many dimensions as there are images.
+orthonormal basis of this span, with at most as many dimensions as there are images. Of more than `MAX_RANK`
+images, a random choice of that many spans the space, so that time and memory grow linearly with the images.
 
 Letters: N images, D features, R dimensions of the basis, K classes, G values of C.
 """
@@ -26,6 +27,8 @@ from sopdeploy.errors import DataError
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 GRID = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # of C, for inputs whose mean squared norm is 1 per part
+MAX_RANK = 1024
+ROWS = 1024  # images that are centered and scaled at once
 OPTIONS = {"tol": 1e-4, "max_iter": 2000, "warm_start": True}  # each C starts from the previous one
 
 
@@ -114,12 +117,24 @@ class Problem:
 
         Statistics of different lengths and units then have equal weights. No target is used for this.
         """
-        centers = [part.mean(axis=0, dtype=np.float64) for part in parts]
-        rows = [part - center for part, center in zip(parts, centers, strict=True)]
-        norms = [float(np.sqrt(np.square(part).sum(axis=1).mean())) or 1.0 for part in rows]
-        scale = np.concatenate([np.full(part.shape[1], 1 / n) for part, n in zip(rows, norms, strict=True)])
-        basis, reduced = np.linalg.qr((np.concatenate(rows, axis=1) * scale).T)
-        return cls(reduced.T, basis, np.concatenate(centers), scale, targets)
+        count, center, scale = len(parts[0]), [], []
+        for part in parts:
+            mean = part.mean(axis=0, dtype=np.float64)
+            squares = sum(
+                float(np.square(part[start : start + ROWS] - mean).sum()) for start in range(0, count, ROWS)
+            )
+            center.append(mean)
+            scale.append(np.full(len(mean), 1 / (np.sqrt(squares / count) or 1.0)))
+        means_D, scale_D = np.concatenate(center), np.concatenate(scale)
+
+        def rows(images: Any) -> Array:
+            scaled: Array = (np.concatenate([part[images] for part in parts], axis=1) - means_D) * scale_D
+            return scaled
+
+        chosen = np.sort(np.random.default_rng(0).permutation(count)[:MAX_RANK])
+        basis = np.linalg.qr(rows(chosen).T)[0]
+        reduced = [rows(slice(start, start + ROWS)) @ basis for start in range(0, count, ROWS)]
+        return cls(np.concatenate(reduced), basis, means_D, scale_D, targets)
 
     def fit(self, images: Indices, grid: Sequence[float]) -> Iterator[LinearHead]:
         """Fit heads, which read `reduced`, to *images*: one for each C of *grid*, in ascending order."""

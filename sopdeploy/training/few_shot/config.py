@@ -1,6 +1,6 @@
 """Recipe table `[few_shot]`, and the record of the procedure's results."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic
 
@@ -17,7 +17,9 @@ class FewShotConfig(StrictModel):
     """Training for few images: cross-validation chooses a linear classifier on features of a frozen network.
 
     Attributes:
-        max_images: With more training images the ordinary training loop runs.
+        procedure: "few-shot" and "loop" select the procedure or the training loop. "auto" selects the
+            procedure for up to 1,000 images, and for more if its predicted time is at most `max_minutes` and
+            its features fit into half of the memory.
         folds: Folds of the cross-validation, at most the number of images of the smallest class.
         heads: Heads to compare; the first one is kept unless another one is better. If empty: "gap+isqrt" of
             the last two feature maps and of the last one, and "gap".
@@ -26,7 +28,8 @@ class FewShotConfig(StrictModel):
         balance_above: Ratio of the largest class to the smallest above which classes get equal weights.
     """
 
-    max_images: Count = 1000
+    procedure: Literal["auto", "few-shot", "loop"] = "auto"
+    max_minutes: Positive = 60.0
     folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 5
     heads: tuple[HeadKind, ...] = ()
     models: tuple[str, ...] = ()

@@ -10,14 +10,12 @@ The only checkpoints are those of the finished run. Letters: N images, K classes
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
 
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split, derive_seed
-from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
+from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.decision_fit import fit_decision, missing_threshold
@@ -25,45 +23,18 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import fit_presence
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.few_shot.candidates import Network, list_heads, other_recipe
 from sopdeploy.training.few_shot.classifier import GRID, Array, Indices, Targets
-from sopdeploy.training.few_shot.config import FewShotConfig, FewShotResult
+from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.few_shot.estimates import choose, compose, estimate
 from sopdeploy.training.few_shot.unknown import recognize_unknown
-from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Position, Run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import StopRequested, TrainingStoppedError, handle_signals
 from sopdeploy.training.start_weights import create_initial_model
-
-
-def select_split(recipe: Recipe, data: Split) -> tuple[Split, bool]:
-    """Return the images to train on, and whether the few-shot procedure applies to them.
-
-    It applies to at most `max_images` images, and not to networks with training-only parts other than the
-    branches of DSoP. It also trains on images that were split off the training images, because
-    cross-validation on all images is more precise, but not on a held-out folder of the user.
-    """
-    config: FewShotConfig | None = recipe.few_shot
-    if config is None or len(data.train) > config.max_images:
-        return data, False
-    try:
-        entry(head_name(recipe.model.name))
-    except ConfigError:  # the procedure has no head for this network
-        return data, False
-    train, held_out = data.train, data.held_out
-    if not (data.divided and isinstance(train, ImageFiles) and isinstance(held_out, ImageFiles)):
-        return data, True
-    paths = np.concatenate([train.paths, held_out.paths])
-    by_path = np.argsort(paths, kind="stable")
-    targets = np.concatenate([train.targets, held_out.targets])
-    joined = replace(train, paths=paths[by_path], targets=targets[by_path])
-    no_images = joined.select(np.zeros(len(joined), np.bool_))
-    return replace(data, train=joined, held_out=no_images), True
 
 
 def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -> Decision | None:
@@ -99,7 +70,7 @@ def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback)
         except DataError as error:
             raise unreadable_images_error(error, data.train, data.held_out) from None
     run.decision = _fit_decision(run, data.train)
-    seconds, lr = time.monotonic() - since, run.optimizer.param_groups[0]["lr"]
+    seconds, lr = time.monotonic() - since, run.recipe.optimizer.lr
     loss = float((targets.losses(logits_NK) / targets.weights).mean())  # all images have equal weights
     row = EpochRow(epoch=1, lr=lr, losses={"loss": loss}, metrics=metrics, seconds=seconds)
     run.position = Position(epoch=1, seconds=seconds, history=(row,))
@@ -174,15 +145,20 @@ def _compare_heads(
         model, recipe, _ = create_initial_model(other_recipe(run.recipe, text), images.labels, strategy)
         compared.append((model, recipe))
     networks: list[Network] = []
-    for model, recipe in compared:
+    count = len(images)
+    total = 2 * count * len(compared)  # the heads of a network take at most as much time as its features
+    for start, (model, recipe) in zip(range(0, total, 2 * count), compared, strict=True):
         name = recipe.model.name
-        features_done = partial(on_progress, f"features of {name}")
+
+        def features_done(done: int, _count: int, name: str = name, start: int = start) -> None:
+            on_progress(f"features of {name}", start + done, total)
+
         network = Network(recipe, model.to(strategy.device), images, features_done)
         networks.append(network)
         folds_N = targets.folds(networks[0].hashes, config.folds, derive_seed(recipe.seed, "folds"))
         heads = list_heads(network.full, config)
-        for number, head in enumerate(heads):
-            on_progress(f"cross-validation of {name}", number, len(heads))
+        for place, head in enumerate(heads):
+            on_progress(f"cross-validation of {name}", start + count + count * place // len(heads), total)
             network.cross_validate(head, targets, folds_N)
     return networks, folds_N
 

@@ -354,6 +354,15 @@ def test_a_line_per_epoch_has_at_most_80_columns() -> None:
     assert len(line) <= 80
 
 
+def test_the_bar_ends_with_the_run_not_with_the_epoch() -> None:
+    bars = ProgressBars(Console(file=io.StringIO()))
+    bars.on_train_start(epochs=3, first_epoch=0, train_count=8, held_out_count=2, input_side=16)
+    bars.on_step_end(epoch=1, step=0, steps=4, loss=0.5)
+    bars.on_evaluation_batch(epoch=1, done=2)
+    (task,) = bars.progress.tasks
+    assert (task.completed, task.total) == (5, 12)
+
+
 def test_importing_sopdeploy_is_light_and_serving_needs_no_torch() -> None:
     code = (
         "import sys, sopdeploy; first = sorted(sys.modules); sopdeploy.predict, sopdeploy.serve; "

@@ -17,6 +17,18 @@ def test_efficientnet_has_timms_keys_and_gives_its_logits() -> None:
         assert torch.equal(ours(images), theirs(images))
 
 
+@pytest.mark.parametrize(("name", "side"), [("lite0", 64), ("lite2", 65)])
+def test_lite_networks_have_timms_keys_and_give_its_logits(name: str, side: int) -> None:
+    torch.manual_seed(0)
+    theirs = timm.create_model(f"tf_efficientnet_{name}", num_classes=7).eval()
+    ours = create_model(f"efficientnet-{name}", num_classes=7).eval()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, side, side + 3)
+    with torch.no_grad():
+        assert torch.equal(ours(images), theirs(images))
+
+
 def test_drop_probability_grows_with_depth() -> None:
     network = EfficientNet(EfficientNetConfig(stochastic_depth=0.16), 3)
     drops = [getattr(block.drop_path, "drop_prob", 0) for stage in network.blocks for block in stage]

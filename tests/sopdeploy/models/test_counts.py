@@ -22,6 +22,8 @@ COUNTS: list[tuple[str, dict[str, Any], int, int | None]] = [  # in training
     ("resnet50", S1, 25_557_032, 6_208_618_496),
     ("drn-a-50", {}, 25_557_032, 19_079_364_608),
     ("efficientnet-b0", {}, 5_288_548, 385_814_752),  # its paper's Table 2: 5.3 M, 0.39 G
+    ("efficientnet-lite0", {}, 4_652_008, 385_187_552),  # as published: 4.7 M, 0.4 G
+    ("efficientnet-lite2", {}, 6_092_072, 859_736_272),  # as published: 6.1 M, 0.87 G
     ("alexnet", {}, 60_965_224, 724_406_816),  # "60 million parameters"
     ("vgg16", {}, 138_357_544, 15_470_264_320),  # torchvision's
     ("vgg16-bn", {}, 138_365_992, 15_470_264_320),

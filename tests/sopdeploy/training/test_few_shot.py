@@ -1,5 +1,8 @@
 """The few-shot procedure: classifier, folds, choice, decision, and whole runs on painted images."""
 
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets
 from sopdeploy.training.few_shot.estimates import choose, compose
 from sopdeploy.training.few_shot.unknown import recognize_unknown
 from sopdeploy.training.loop import train
-from sopdeploy.training.procedure import select_split
+from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import read_recipe
 
 COLORS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
@@ -201,15 +204,90 @@ def test_every_image_trains_the_network_also_if_there_are_more_than_a_hundred(tm
     ]
     data = open_data(read_recipe("photos", settings).data)
     assert len(data.held_out) > 0
-    joined, applies = select_split(read_recipe("photos", settings), data)
+    joined, applies, _ = select_procedure(read_recipe("photos", settings), data)
     assert applies
     assert isinstance(joined.train, ImageFiles)
     assert (len(joined.train), len(joined.held_out)) == (120, 0)
     expected = [f"{name}/{number}.png" for name in COLORS for number in range(40)]
     assert sorted("/".join(joined.train.path(index).parts[-2:]) for index in range(120)) == sorted(expected)
-    assert select_split(read_recipe("photos", [*settings, "few_shot.max_images=10"]), data) == (data, False)
+    loop = read_recipe("photos", [*settings, "few_shot.procedure=loop"])
+    assert select_procedure(loop, data) == (data, False, "")
     other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
-    assert select_split(other, data) == (data, False)
+    assert select_procedure(other, data) == (data, False, "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "few_shot", "reason"),
+    [
+        ([], True, r"few-shot procedure, about \d+ min in total: the training loop would take about "),
+        (
+            ["few_shot.max_minutes=1e-6"],
+            False,
+            r"training loop, about .* in total: the few-shot procedure would take about .*"
+            r"max_minutes = 1e-06; --procedure few-shot selects it",
+        ),
+        (["few_shot.procedure=few-shot"], True, "^$"),
+        (["few_shot.procedure=loop"], False, "^$"),
+    ],
+)
+def test_time_selects_the_procedure_for_more_than_a_thousand_images(tmp_path, settings, few_shot, reason):
+    images = open_data(read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 10)}"]).data)
+    many = replace(
+        images.train, paths=np.tile(images.train.paths, 50), targets=np.tile(images.train.targets, 50)
+    )
+    data = replace(images, train=many)
+    recipe = read_recipe("photos", [*SMALL, "model.name=resnet8", "model.config={}", *settings])
+    selected = select_procedure(recipe, data)
+    assert (selected.few_shot, len(selected.data.train)) == (few_shot, len(many) + 6 * few_shot)
+    assert re.search(reason, selected.reason)
+    for record, kept in (({"few_shot": {}}, True), ({}, False)):  # a resumed run keeps its procedure
+        assert select_procedure(recipe, data, record).few_shot is kept
+
+
+@pytest.mark.slow
+def test_the_procedure_trains_on_thousands_of_images_and_says_so(tmp_path: Path):
+    reasons: list[str] = []
+
+    class Reasons(Callback):
+        def on_procedure(self, reason: str) -> None:
+            reasons.append(reason)
+
+    settings = [
+        *SMALL,
+        "model.name=resnet8",
+        "model.config={}",
+        f"data.path={paint(tmp_path / 'photos', 1010)}",
+    ]
+    result = train(read_recipe("photos", settings), tmp_path / "run", callback=Reasons())
+    assert result.few_shot.top1.count == 3030
+    assert result.few_shot.top1.share > 0.95
+    assert max(candidate.features for candidate in result.few_shot.candidates) > 1024
+    assert reasons[0].startswith("few-shot procedure, about ")
+
+
+def test_a_head_that_reads_the_span_of_some_images_predicts_as_well(monkeypatch):
+    features, classes = blobs(400)
+    targets = softmax_targets(classes)
+    exact = Problem.create([features], targets).fit_all(10.0)
+    monkeypatch.setattr("sopdeploy.training.few_shot.classifier.MAX_RANK", 20)
+    monkeypatch.setattr("sopdeploy.training.few_shot.classifier.ROWS", 64)
+    problem = Problem.create([features], targets)
+    assert problem.reduced.shape == (400, 20)
+    head = problem.fit_all(10.0)
+    right = [np.mean((features @ one.weight.T + one.bias).argmax(axis=1) == classes) for one in (exact, head)]
+    assert right[1] > right[0] - 0.05
+
+
+def test_training_on_few_images_imports_neither_the_compiler_of_torch_nor_torchvision(tmp_path: Path):
+    settings = [*SMALL, "model.name=resnet8", "model.config={}", f"data.path={paint(tmp_path / 'photos', 2)}"]
+    code = (
+        "import sys; from pathlib import Path; from sopdeploy.training.loop import train; "
+        "from sopdeploy.training.recipe import read_recipe; "
+        f"train(read_recipe('photos', {settings}), Path({str(tmp_path / 'run')!r})); "
+        "print([n for n in ('torch._dynamo', 'torchvision', 'timm', 'sympy') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_several_networks_are_compared(tmp_path: Path):
@@ -267,7 +345,7 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     settings = [*SMALL, f"data.path={data}"]
     with pytest.raises(ConfigError, match=r"few_shot: .* remove the tables ema and teacher"):
         train(read_recipe("photos", [*settings, "ema={decay=0.9}"]), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"few_shot\.max_images=1"):
+    with pytest.raises(ConfigError, match=r"few_shot\.procedure=loop"):
         compare(["photos", "photos-dsop"], tmp_path / "comparison", seeds=2, overrides=settings)
     with pytest.raises(ConfigError, match="model 'resnet19' is not in the catalog"):
         train(read_recipe("photos", [*settings, 'few_shot.models=["resnet19"]']), tmp_path / "run")

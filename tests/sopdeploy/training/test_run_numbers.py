@@ -20,7 +20,7 @@ from sopdeploy.training.recipe import read_recipe
 from tests.forged import write_hollow
 
 SMALL = ["model.name=resnet8", "model.config={base_width=4}", "preprocess.resize=16", "preprocess.crop=16"]
-LOOP = ["epochs=1", "few_shot.max_images=1"]
+LOOP = ["epochs=1", "few_shot.procedure=loop"]
 
 
 @pytest.fixture
@@ -138,8 +138,8 @@ def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
             r"epochs, optimizer\.lr: without effect, because the few-shot",
         ),
         (
-            ["few_shot.max_images=20", 'schedule={kind="one-cycle"}'],
-            "schedule: without effect, .* up to 20 images",
+            ["few_shot.procedure=few-shot", 'schedule={kind="one-cycle"}'],
+            "schedule: without effect, .* few_shot.procedure=loop",
         ),
         ([*LOOP, "few_shot.folds=3"], r"few_shot\.folds: without effect, because the training loop runs"),
     ],

@@ -25,6 +25,8 @@ from sopdeploy.errors import ConfigError, SopdeployError, WeightsError, command_
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.import_weights import import_weights
 from sopdeploy.importers.options import ImportOptions
+from sopdeploy.importers.timm_network import LITE
+from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
@@ -116,7 +118,7 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(
     name = publish(server, resnet18, monkeypatch)
     server.fault = fault
     with pytest.raises(WeightsError) as error:
-        start()
+        start("model.name=resnet18")
     place = f"get http://.*/models/{name} and put it at {tmp_path}/torch/hub/checkpoints/{name}, or train"
     expected = place if fault == "not found" else f"{name}: removed, its SHA-256 is .*, not {name[9:17]}"
     assert re.search(expected, str(error.value))
@@ -134,6 +136,22 @@ def test_a_weight_file_determines_the_network_that_is_not_named(tmp_path, name, 
     options = TrainOptions(weights=str(tmp_path / name))
     assert configure("photos", None, options, ())[0].model.name == "timm:test_efficientnet"
     assert configure("photos", None, options, ("model.name=resnet18",))[0].model.name == "resnet18"
+
+
+def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(server) -> None:
+    torch.manual_seed(2)
+    given = create_model("efficientnet-lite0").state_dict()
+    server.content = safetensors.torch.save(given)
+    initial = start()
+    own = initial.model.state_dict()
+    new = [name for name, tensor in given.items() if not torch.equal(own[name], tensor)]
+    assert new == ["classifier.weight", "classifier.bias"]
+    assert "/timm/tf_efficientnet_lite0.in1k/resolve/main/model.safetensors" in server.requests[-1]
+    published = Preprocess.from_timm(timm.get_pretrained_cfg("tf_efficientnet_lite0").to_dict())
+    assert initial.recipe.preprocess == published
+    assert LITE["efficientnet-lite2"] == Preprocess.from_timm(
+        timm.get_pretrained_cfg("tf_efficientnet_lite2").to_dict()
+    )
 
 
 @pytest.mark.parametrize("model", ["timm:test_resnet", "dsop-timm:test_resnet", "head:timm:test_resnet"])
@@ -272,7 +290,8 @@ def test_without_network_train_on_photos_exits_with_2_and_says_what_to_do(
         folder = tmp_path / "photos" / LABELS[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (24, 24), (30 * number, 0, 0)).save(folder / f"{number}.jpg")
-    result = CliRunner().invoke(app, ["train", "--data", "photos"])
+    plain = ["train", "--data", "photos", "--set", "model.name=resnet18"]
+    result = CliRunner().invoke(app, plain)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "error: resnet18-f37072fd.pth: cannot be downloaded (" in result.stderr
     assert "put it at " in result.stderr

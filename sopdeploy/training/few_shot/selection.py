@@ -1,0 +1,139 @@
+"""Selection of the few-shot procedure or the training loop by the time that each takes on this machine."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
+from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
+from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import Normalize
+from sopdeploy.models.registry import create_model, entry
+from sopdeploy.models.second_order_head import head_name
+from sopdeploy.training.distributed.strategy import select_device
+from sopdeploy.training.few_shot.candidates import BATCHES, TAPS, WIDTH
+from sopdeploy.training.few_shot.classifier import MAX_RANK
+from sopdeploy.training.few_shot.config import FewShotConfig
+from sopdeploy.training.procedure import Selection
+from sopdeploy.training.recipe import Recipe
+
+FEW_IMAGES = 1000  # up to them nothing is measured: the procedure takes a minute on a CPU
+TIMED_BATCHES = 4  # after one that is not timed
+PASSES = 2000  # over the inputs of a head, in all fits of all heads
+STEP_COST = 3  # forward and backward, in forward passes
+
+
+class Prediction(NamedTuple):
+    """Seconds of the few-shot procedure and of the training loop, and bytes of memory of the procedure."""
+
+    few_shot: float
+    loop: float
+    memory: int
+
+
+def select_procedure(recipe: Recipe, data: Split, record: Mapping[str, Any] | None) -> Selection:
+    """Select the few-shot procedure or the training loop; *record* is that of the training to resume.
+
+    Raises `ConfigError` if the recipe selects the procedure and it has no head for the network.
+    The procedure has no head for networks with training-only parts other than the branches of DSoP, and runs
+    in one process. It also trains on images that were split off the training images, because
+    cross-validation on all images is more precise, but not on a held-out folder of the user.
+    """
+    config: FewShotConfig | None = recipe.few_shot
+    procedure = "loop" if config is None else config.procedure
+    if config is not None and record is not None:
+        procedure = "few-shot" if "few_shot" in record else "loop"
+    try:
+        entry(head_name(recipe.model.name))
+    except ConfigError:
+        if procedure == "few-shot":
+            raise
+        procedure = "loop"
+    if config is None or procedure == "loop":
+        return Selection(data, False)
+    joined = _join(data)
+    if procedure == "few-shot":
+        return Selection(joined, True)
+    try:
+        few_shot, reason = _select_by_time(recipe, config, joined.train)
+    except DataError as error:
+        raise unreadable_images_error(error, data.train, data.held_out) from None
+    return Selection(joined if few_shot else data, few_shot, reason)
+
+
+def _select_by_time(recipe: Recipe, config: FewShotConfig, images: LabeledImages) -> tuple[bool, str]:
+    """Decide whether the procedure trains on *images*; return the reason, too."""
+    if len(images) <= FEW_IMAGES:
+        return True, f"few-shot procedure: there are at most {FEW_IMAGES:,} images"
+    if torch.distributed.is_initialized():
+        return False, "training loop: the few-shot procedure needs one process"
+    predicted = predict(recipe, images)
+    few_shot, loop = describe_time(predicted.few_shot), describe_time(predicted.loop)
+    half_of_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if predicted.few_shot > 60 * config.max_minutes:
+        problem = f"would take {few_shot}, more than few_shot.max_minutes = {config.max_minutes:g}"
+    elif predicted.memory > half_of_memory:
+        problem = f"would need {predicted.memory / 1e9:.0f} GB, more than half of the memory"
+    else:
+        other = f"the training loop would take {loop}; --procedure loop selects it"
+        return True, f"few-shot procedure, {few_shot} in total: {other}"
+    other = f"the few-shot procedure {problem}; --procedure few-shot selects it"
+    return False, f"training loop, {loop} in total: {other}"
+
+
+def _join(data: Split) -> Split:
+    """Add images that were split off the training images to them again."""
+    train, held_out = data.train, data.held_out
+    if not (data.divided and isinstance(train, ImageFiles) and isinstance(held_out, ImageFiles)):
+        return data
+    paths = np.concatenate([train.paths, held_out.paths])
+    by_path = np.argsort(paths, kind="stable")
+    targets = np.concatenate([train.targets, held_out.targets])
+    joined = replace(train, paths=paths[by_path], targets=targets[by_path])
+    no_images = joined.select(np.zeros(len(joined), np.bool_))
+    return replace(data, train=joined, held_out=no_images)
+
+
+@torch.no_grad()
+def predict(recipe: Recipe, images: LabeledImages) -> Prediction:
+    """Measure the network with random weights and the fit of a head on some *images*, and extrapolate."""
+    device, side = select_device(recipe.device), entry(recipe.model.name).image_size
+    model = create_model(recipe.model.name, num_classes=len(images.labels), **recipe.model.config)
+    model = model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    rules = recipe.preprocess
+    if "crop" not in rules.model_fields_set:
+        rules = Preprocess(resize=side * 8 // 7, crop=side)
+    dataset, normalize = PreprocessedDataset(images, rules), Normalize(rules).to(device)
+    size = BATCHES[device.type]
+    chosen = np.linspace(0, len(images) - 1, (TIMED_BATCHES + 1) * size).astype(int)
+    for start in range(0, len(chosen), size):
+        if start == size:
+            since = time.monotonic()
+        pixels = np.stack([dataset[index][0] for index in chosen[start : start + size]])
+        float(model(normalize(torch.from_numpy(pixels).to(device))).sum())
+    image_seconds = (time.monotonic() - since) / (TIMED_BATCHES * size)
+    rank, count = min(MAX_RANK, len(images)), len(images)
+    inputs, weight = np.ones((count // 10, rank)), np.ones((rank, len(images.labels)))
+    since = time.monotonic()
+    inputs.T @ (inputs @ weight)
+    heads = 10 * PASSES * (time.monotonic() - since)
+    length = model.num_features() + TAPS * WIDTH * (WIDTH + 1) // 2
+    networks = 1 + len(recipe.few_shot.models)
+    return Prediction(
+        few_shot=networks * (count * image_seconds + heads),
+        loop=recipe.epochs * count * STEP_COST * image_seconds,
+        memory=networks * count * (4 * length + 3 * 8 * MAX_RANK),
+    )
+
+
+def describe_time(seconds: float) -> str:
+    """Describe *seconds* in minutes or hours."""
+    return (
+        f"about {seconds / 3600:.1f} hours" if seconds > 5400 else f"about {max(1, round(seconds / 60))} min"
+    )
