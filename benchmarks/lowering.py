@@ -27,7 +27,7 @@ from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov
 from sopdeploy.layers.mixture.components import Components, Convolutions
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy_export.graph import OPSET, export
+from sopdeploy_export.graph import OPSET
 from sopdeploy_export.rewrites.apply import lower_graph
 
 TOLERANCE = 2e-5  # relative to the largest value; both sides are float32
@@ -110,7 +110,8 @@ def as_in_the_papers(layer: nn.Module) -> nn.Module:
 def converted(layer: nn.Module, inputs: tuple[Tensor, ...], *, rules: bool = True) -> onnx.ModelProto:
     """Convert *layer* to ONNX, and apply the rewrite rules."""
     batch = Dim("batch", min=1)
-    program = export(layer.eval(), inputs, tuple({0: batch} for _ in inputs))
+    with torch.no_grad():
+        program = torch.export.export(layer.eval(), inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
     converted_program = torch.onnx.export(
         program, (), dynamo=True, opset_version=OPSET, external_data=False, verbose=False
     )

@@ -43,7 +43,7 @@ from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy_export.proof.hashes import trace_hash
+from sopdeploy_export.program_hashes import trace_hash
 from sopdeploy_export.state import first_written_tensor, preserved, read_state
 
 OPSET = 18

@@ -22,9 +22,9 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.graph import Captured, capture, export, probe_images
+from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.proof import certificate
 from sopdeploy_export.proof.certificate import certify
-from sopdeploy_export.proof.hashes import program_root
 from sopdeploy_export.proof.networks import detach
 from tests import quick_torch
 from tests.export.once import digest

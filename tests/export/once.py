@@ -22,8 +22,8 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export import pipeline
 from sopdeploy_export.graph import Captured, capture, capture_any_batch, lower, output_names
+from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.proof import certificate
-from sopdeploy_export.proof.hashes import program_root
 
 CAPTURED: dict[str, Captured] = {}
 LOWERED: dict[tuple[str, tuple[str, ...]], onnx.ModelProto] = {}

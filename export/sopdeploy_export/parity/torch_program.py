@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 from sopdeploy.bundle.folder import PROGRAM
 from sopdeploy.errors import CertificateError
 from sopdeploy_export.graph import PREFIX
+from sopdeploy_export.program_hashes import program_root, tensor_hash
 from sopdeploy_export.proof.certificate import Certificate
-from sopdeploy_export.proof.hashes import program_root, tensor_hash
 
 SOURCE_KEYS = ("stack_trace", "from_node", "source_fn_stack", "torch_fn")  # may contain file paths
 NORMALIZE_PREFIX = "normalise."  # tensors of the wrapper module, which are not part of the network

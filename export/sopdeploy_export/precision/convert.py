@@ -43,7 +43,7 @@ from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.casts import LOW_PRECISION, float32_parts, weight_dtypes, with_precision
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from sopdeploy_export.precision.report import Accuracy, Attempt, PrecisionReport, Quantization
-from sopdeploy_export.proof.hashes import program_root
+from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.rewrites.apply import Lowered, LoweringReport, lower_graph
 
 FLOAT32_FRACTIONS = (0.1, 0.25, 0.5)  # of the layers, if int8 in all of them loses too much

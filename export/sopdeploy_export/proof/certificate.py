@@ -34,7 +34,7 @@ from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import EXPORT_EMBEDDING, PREFIX, Captured, Deployed, capture
-from sopdeploy_export.proof.hashes import ProgramRoot, program_root, tensor_hash, value_root
+from sopdeploy_export.program_hashes import ProgramRoot, program_root, tensor_hash, value_root
 from sopdeploy_export.proof.networks import (
     Detachment,
     check_network_state,

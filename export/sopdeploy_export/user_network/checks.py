@@ -28,7 +28,7 @@ from sopdeploy_export.graph import (
     probe_images,
 )
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.proof.hashes import value_root
+from sopdeploy_export.program_hashes import value_root
 from sopdeploy_export.proof.networks import check_hooks, copy_module
 from sopdeploy_export.state import (
     InPlaceWrites,

@@ -16,7 +16,7 @@ from sopdeploy.project import check_name
 from sopdeploy_export.graph import PREFIX, Captured, Deployed, capture
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import Exported, export_subject
-from sopdeploy_export.proof.hashes import program_root, tensor_hash
+from sopdeploy_export.program_hashes import program_root, tensor_hash
 from sopdeploy_export.proof.networks import (
     Detachment,
     check_network_state,
