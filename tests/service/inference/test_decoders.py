@@ -14,6 +14,7 @@ from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.decoders import LEAST_BYTES, LIGHT, PHOTO, plan_lanes
 from sopdeploy_service.runtime import device_memory
 from sopdeploy_service.runtime.fake import FakeRuntime
+from tests.service.children import FRONT_ENDS, WAYS, serving
 from tests.service.raw import count
 
 MIB = 1 << 20
@@ -180,3 +181,13 @@ def test_hostile_images_stay_below_three_quarters_of_the_memory(bundle_path: Pat
         assert result.ours * 1e6 < decoders.USED_SHARE * (1 << 30), result
         assert "0 killed" in result.case
         assert not any(f"'{code}" in result.case for code in (500, 502, 504, "503 without")), result
+
+
+@pytest.mark.slow
+def test_a_front_end_whose_decoder_takes_too_long_is_replaced(bundle_path: Path, jpeg: bytes) -> None:
+    slow = hostile.jpeg(4000, 3000, sampling=0x22, scans=98, refine=True)
+    with serving(str(bundle_path), *WAYS[FRONT_ENDS], "--set", "decode_seconds=0.2") as client:
+        refused = client.post("/v1/classify", content=slow)
+        assert (refused.status_code, refused.json()["code"]) == (503, "decode_timeout")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert {client.post("/v1/classify", content=jpeg).status_code for _ in range(5)} == {200}
