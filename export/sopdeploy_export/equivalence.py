@@ -190,6 +190,6 @@ def run_in(model: onnx.ModelProto, precision: int) -> Run:
     def run(feeds: Arrays) -> NDArray[Any]:
         with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
             given = {name: x.astype(dtype) if x.dtype.kind == "f" else x for name, x in feeds.items()}
-            return np.asarray(list(evaluator.run(None, given))[0], np.float64)
+            return np.asarray(next(iter(evaluator.run(None, given))), np.float64)
 
     return run
