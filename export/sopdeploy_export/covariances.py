@@ -79,7 +79,7 @@ def identity_factor(value: ir.Value | None, like: ir.Value) -> float | None:
     node, side, matrix = producer(value, "Expand", "Tile", "Mul"), dims(like)[-1] or 0, square(value)
     if matrix is not None:
         identity = matrix[0, 0] * np.eye(side, dtype=matrix.dtype)
-        single = len(np.shape(content(value))) <= 3
+        single = len(dims(value)) <= 3
         return float(matrix[0, 0]) if single and np.array_equal(matrix, identity) else None
     if node is None or rows(value) != rows(like) or dims(value)[1:] != [side, side]:
         return None
@@ -162,8 +162,8 @@ def find_total(value: ir.Value, a: ir.Value) -> Norm | None:
     if node.op_type == "Pow":
         return Norm(value, True, by, by**2, 2) if first is a and scalar(other) == 2 else None
     if other is not None and unscaled(other)[0] is a and first is a:
-        factor = by * unscaled(other)[1]
-        return Norm(value, True, factor**0.5, factor, 2) if factor > 0 else None
+        product = by * unscaled(other)[1]
+        return Norm(value, True, product**0.5, product, 2) if product > 0 else None
     for matrix, identity in (node.inputs, node.inputs[::-1]):
         factor = identity_factor(identity, a)
         if matrix is not None and factor is not None and unscaled(matrix)[0] is a:

@@ -158,7 +158,7 @@ def batch_varies(tensor: onnx.TypeProto.Tensor) -> bool:
 
 def fixed_batch(types: Types) -> int:
     """Return the size of the first axes, 0 if it varies."""
-    return max(tensor.shape.dim[0].dim_value * (not batch_varies(tensor)) for tensor in types.values())
+    return max(0 if batch_varies(tensor) else int(tensor.shape.dim[0].dim_value) for tensor in types.values())
 
 
 def count_elements(model: onnx.ModelProto) -> int:
@@ -190,6 +190,6 @@ def run_in(model: onnx.ModelProto, precision: int) -> Run:
     def run(feeds: Arrays) -> NDArray[Any]:
         with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
             given = {name: x.astype(dtype) if x.dtype.kind == "f" else x for name, x in feeds.items()}
-            return np.asarray(evaluator.run(None, given)[0], np.float64)
+            return np.asarray(next(iter(evaluator.run(None, given))), np.float64)
 
     return run

@@ -382,7 +382,7 @@ def infer_rows(node: ir.Node, value: ir.Value) -> tuple[float, str | None] | Non
             producer(sizes.inputs[0], "Shape") if sizes is not None and sizes.op_type == "Concat" else sizes
         )
         starts = shape is not None and attribute(shape, "start", 0) == 0
-        reads_rows = starts and (shape is sizes or attribute(shape, "end", 0) == 1)
+        reads_rows = shape is not None and starts and (shape is sizes or attribute(shape, "end", 0) == 1)
         known = rows(shape.inputs[0]) if shape is not None and reads_rows else None
         once = len(dims(given)) < rank or dims(given)[:1] == [1]
         return known if once or (node.op_type == "Expand" and rows(given) == known) else None

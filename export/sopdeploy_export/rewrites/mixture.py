@@ -87,8 +87,11 @@ def find_gate(graph: Graph, weights: ir.Value) -> Gate | None:
     if not matched:
         return scattered(logits, -np.inf)
     limit, earlier = scalar(matched["limit"]), square(matched["earlier"])
-    is_order = np.array_equal(earlier, np.tri(dims(weights)[1] or 0, k=-1, dtype=bool))
-    counts = attribute(matched["counted"].producer(), "to", 0) in {ir.DataType.INT32, ir.DataType.INT64}
+    counted = producer(matched["counted"])
+    is_order = earlier is not None and np.array_equal(
+        earlier, np.tri(dims(weights)[1] or 0, k=-1, dtype=bool)
+    )
+    counts = counted is not None and counted.attributes["to"].value in {ir.DataType.INT32, ir.DataType.INT64}
     if not (is_order and counts and limit and limit >= 1 and scalar(matched["hidden"]) == -np.inf):
         return None
     return Gate(int(limit), matched["logits"])

@@ -141,8 +141,8 @@ def find_terms(graph: Graph, start: ir.Value) -> dict[ir.Value, Term]:
     terms = {start: Term(MATRIX, points, GRID)}
 
     def term(value: ir.Value | None) -> Term | None:
-        if value in terms or value is None:
-            return terms.get(value)
+        if value is None or value in terms:
+            return None if value is None else terms[value]
         known = number(scalar(value)) if len(dims(value)) <= 3 else None
         if known is None and (known := number(identity_factor(value, start))) is not None:
             known = known._replace(kind=IDENTITY)
@@ -225,7 +225,7 @@ def find_compensation(start: Start, root: Root) -> tuple[ir.Node, ir.Value] | No
         divisor = keeps.inputs[0]
     if node is None or compensation is None or divisor is not value or dims(compensation)[1:] != [1, 1]:
         return None
-    unread, reached = [start.gram.node], set()
+    unread, reached = [start.gram.node], set[ir.Node]()
     while unread:
         for result in unread.pop().outputs:
             if result.is_graph_output():
