@@ -169,7 +169,7 @@ def head_inputs(checkpoint: Path, folder: Path, name: str, cache: Path, *, with_
     taps = tuple(model.tap_channels)[-2:]
     network = with_head(name, model, HeadConfig(kind="gap+mean", taps=taps)).eval()
     assert isinstance(network, SecondOrderHead)  # noqa: S101  # by its name
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last)
     images = open_evaluation_images(
         folder, tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
     )
@@ -198,7 +198,15 @@ def run_draw(case: Case, size: int, seed: int) -> dict[str, Any]:
     for previous in (folder, out):
         shutil.rmtree(previous, ignore_errors=True)
     chosen = draw(case.train, folder, size, seed)
-    command = [Path(sys.executable).with_name("sopdeploy"), "train", "--data", folder, "--out", out, "--json"]
+    command: list[Any] = [
+        Path(sys.executable).with_name("sopdeploy"),
+        "train",
+        "--data",
+        folder,
+        "--out",
+        out,
+        "--json",
+    ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [*command, "--models", f"{case.model}={case.weights}"], capture_output=True, text=True, check=False
