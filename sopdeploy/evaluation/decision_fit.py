@@ -45,10 +45,12 @@ def fit_decision(
     accepts: float = 0.95,
     scalable: bool = True,
     refitted: Mapping[Score, float] = {},
+    groups: NDArray[np.integer] | None = None,
 ) -> Decision:
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
     Their predictions become the reference for drift. With fewer than `MIN_IMAGES` images nothing is fitted.
+    Copies of a photograph say nothing new, so only the first image of each of the *groups* (N,) is used.
 
     Args:
         logits: Predictions for images that the network was not trained on.
@@ -60,7 +62,11 @@ def fit_decision(
             `fit_temperature` or `lowers_loss` finds no evidence for another value.
         refitted: AUROC by score of heads that were fitted without one class. If empty, the AUROCs are
             computed with the logit of the class masked.
+        groups: The groups of the images; by default, all images are different.
     """
+    if groups is not None:
+        first = np.sort(np.unique(groups, return_index=True)[1])
+        logits, targets = logits[first], targets[first]
     if len(logits) < MIN_IMAGES or logits.shape[1] < 2:
         return Decision()
     temperature = fit_temperature(logits, targets) if scalable and lowers_loss(logits, targets) else 1.0

@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sopdeploy.data.base import Split
+from sopdeploy.data.datasets.folder import FolderConfig
+from sopdeploy.data.near import keep_groups_together
 from sopdeploy.decision import Decision
 
 if TYPE_CHECKING:
@@ -34,11 +36,16 @@ else:
 
 
 def select_split(recipe: "Recipe", data: Split) -> tuple[Split, bool]:
-    """Return the images to train on, and whether the procedure replaces the training loop for them."""
-    if not PROCEDURES:
-        return data, False
-    split: tuple[Split, bool] = _load("run").select_split(recipe, data)
-    return split
+    """Return the images to train on, and whether the procedure replaces the training loop for them.
+
+    For the loop, near-duplicates of training images are not held out.
+    """
+    applies = False
+    if PROCEDURES:
+        data, applies = _load("run").select_split(recipe, data)
+    if not applies and isinstance(recipe.data, FolderConfig):
+        data = keep_groups_together(data, recipe.data.hold_out, recipe.data.hold_out_seed)
+    return data, applies
 
 
 def run_procedure(run: "Run", data: Split, folder: "RunFolder", callback: "Callback") -> Decision | None:

@@ -58,7 +58,8 @@ def resume_run(
         run.position = Position.model_validate(state["position"])
         run.few_shot = read_record(checkpoint.training)
         if run.few_shot is not None:
-            run.out_of_fold, run.decision = state.get("out_of_fold"), checkpoint.decision
+            run.out_of_fold, run.groups = state.get("out_of_fold"), state.get("groups")
+            run.decision = checkpoint.decision
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error
     except (KeyError, ValueError, TypeError, RuntimeError) as error:

@@ -1,11 +1,13 @@
 """Recipe table `[few_shot]`, and the record of the procedure's results."""
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import pydantic
 
 from sopdeploy.config import Count, Fraction, NonNegative, Positive, StrictModel
 from sopdeploy.decision import Estimate, Score
+from sopdeploy.errors import shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.models.second_order_head import HeadKind
@@ -18,7 +20,8 @@ class FewShotConfig(StrictModel):
 
     Attributes:
         max_images: With more training images the ordinary training loop runs.
-        folds: Folds of the cross-validation, at most the number of images of the smallest class.
+        folds: Folds of the cross-validation, at most the number of different images of the smallest class.
+        group_copies: Whether near-duplicates share a fold; exact duplicates and given groups always do.
         heads: Heads to compare; the first one is kept unless another one is better. If empty: "gap+isqrt" of
             the last two feature maps and of the last one, and "gap".
         models: Further networks to compare with `model.name`, as NAME or NAME=FILE with a file of weights.
@@ -28,6 +31,7 @@ class FewShotConfig(StrictModel):
 
     max_images: Count = 1000
     folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 5
+    group_copies: bool = True
     heads: tuple[HeadKind, ...] = ()
     models: tuple[str, ...] = ()
     balance_above: Annotated[float, pydantic.Field(ge=1)] = 1.5
@@ -72,6 +76,9 @@ class FewShotResult(StrictModel):
         class_counts: Training images of each class; the network is fitted to all of them.
         balanced: Whether classes had equal weights in the loss.
         duplicates: Training images with the same pixels as an earlier one; they share its fold.
+        groups: Number of groups of training images: different photographs, each with its copies.
+        one_group: Classes whose images are one group, so that a fold holds all of them.
+        contradictions: Files of groups with different labels, joined by " = ".
         candidates: What was tried.
         choice: Why the candidate was chosen.
         auroc: AUROC of the scores for unknown images, by heads fitted without one class at a time.
@@ -85,6 +92,9 @@ class FewShotResult(StrictModel):
     class_counts: dict[str, int]
     balanced: bool
     duplicates: int
+    groups: int
+    one_group: tuple[str, ...] = ()
+    contradictions: tuple[str, ...] = ()
     candidates: tuple[CandidateResult, ...]
     choice: str
     auroc: dict[Score, Fraction] = pydantic.Field(default_factory=dict)
@@ -98,7 +108,8 @@ class FewShotResult(StrictModel):
 
     def lines(self) -> tuple[str, ...]:
         """Describe the result in lines for the terminal and the report."""
-        lines = [f"images: {self.describe_images()}", *(candidate.line() for candidate in self.candidates)]
+        lines = [f"images: {self.describe_images()}", *self.describe_groups()]
+        lines += [candidate.line() for candidate in self.candidates]
         lines.append(f"chosen: {self.choice}")
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")
@@ -117,6 +128,19 @@ class FewShotResult(StrictModel):
             f"{name} {100 * score.share:.1f} % ({origin}, 95 % interval {100 * score.low:.0f} to "
             f"{100 * score.high:.0f} %{comparison}) of {score.count} images"
         )
+
+    def describe_groups(self) -> Iterator[str]:
+        """Describe the copies among the training images, and what they make impossible."""
+        count = self.candidates[0].score.count if self.candidates else self.groups
+        if self.groups < count:
+            yield f"{count} photographs, {self.groups} different ones: copies are kept in the same fold"
+        if self.one_group:
+            yield (
+                f"all images of {shorten(self.one_group)} are one group (copies of one photograph, or one "
+                "folder), so the accuracy of the class cannot be estimated; add different photographs"
+            )
+        if self.contradictions:
+            yield f"copies with different labels, correct or delete one: {shorten(self.contradictions, '; ')}"
 
     def describe_images(self) -> str:
         """Describe the training images: their classes, imbalance, and duplicates."""
