@@ -5,8 +5,9 @@ divided by the root of their variance plus the mean variance. This removes what 
 common: the cosine of two copies stays large, that of two similar objects becomes small. Images whose cosine
 reaches a threshold are connected, and a group is a connected component.
 
-The threshold is measured on the given images and vectors: nine tenths of `Copies` of a sample of the images
-reach it, and at most a fiftieth of the images reach it with an image of another class.
+The threshold is measured on the given images and vectors. Nine tenths of `Copies` of a sample of the images
+reach it, unless different images reach that, too: it is at least three standard deviations above the median
+cosine of the images of a class, and above the median of the largest cosine with images of other classes.
 
 Letters: N images, M copies, D components of a vector.
 """
@@ -22,12 +23,14 @@ from PIL import Image, ImageEnhance
 
 from sopdeploy.data.base import LabeledImages, Split, Target
 from sopdeploy.data.image_files import ImageFiles, divide, join, map_threaded
+from sopdeploy.errors import DataError
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
 Groups = NDArray[np.int64]  # a number per image
 RULES = Preprocess()  # for the conversion to upright RGB
-MISSED, CONFUSED = 0.1, 0.02  # of the copies, and of the images
+MISSED = 0.1  # share of the copies below the threshold
+DEVIATIONS, QUARTILE = 3.0, 0.6745  # standard deviations, of which the upper quartile of a Gaussian is 0.6745
 MAX_COMPARED = 500  # images that are compared with those of other classes
 BLOCK = 1024  # images whose similarities are computed at once
 MAX_DIVIDED = 20_000  # with more images, `keep_groups_together` compares no pixels
@@ -86,11 +89,15 @@ def find_pairs(
     rows = _whiten(parts)
     images, copies = rows[:count], rows[count:]
     compared = np.arange(0, count, -(-count // MAX_COMPARED))
+    cosines = images[compared] @ images.T
     same_class = classes[compared, None] == classes
-    confused = np.where(same_class, -1.0, images[compared] @ images.T).max(axis=1)
-    of_copies = (images[originals] * copies).sum(axis=1)
-    missed, median = np.quantile(of_copies, [MISSED, 0.5])
-    threshold = min(max(missed, np.quantile(confused, 1 - CONFUSED)), median)
+    nearest_other = np.where(same_class, -1.0, cosines).max(axis=1)
+    in_class = cosines[same_class & (compared[:, None] != np.arange(count))]
+    levels = [np.quantile((images[originals] * copies).sum(axis=1), MISSED)]
+    for different in filter(len, (nearest_other, in_class)):
+        median, upper = np.quantile(different, [0.5, 0.75])  # a few copies or wrong labels do not change them
+        levels.append(median + DEVIATIONS * (upper - median) / QUARTILE)
+    threshold = max(levels)
     pairs = []
     for start in range(0, count, BLOCK):
         first, second = np.nonzero(images[start : start + BLOCK] @ images.T >= threshold)
@@ -180,6 +187,12 @@ def keep_groups_together(split: Split, fraction: float, seed: int) -> Split:
     images = join(split.train, split.held_out)
     if len(images) > MAX_DIVIDED:
         return split
-    signatures = np.stack(list(map_threaded(lambda index: signature(images[index][0]), len(images))))
-    train, held_out = divide(replace(images, groups=groups_of_files(images, signatures)), fraction, seed)
+    try:
+        signatures = np.stack(list(map_threaded(lambda index: signature(images[index][0]), len(images))))
+        groups = groups_of_files(images, signatures)
+    except DataError:  # the run names all unreadable files
+        return split
+    if groups.max() + 1 == len(images):
+        return split
+    train, held_out = divide(replace(images, groups=groups), fraction, seed)
     return replace(split, train=train, held_out=held_out)
