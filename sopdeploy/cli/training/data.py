@@ -1,5 +1,6 @@
 """`sopdeploy data check`: inspect a folder of images before training."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,10 +75,12 @@ def _print_labels(path: Path, run: Path, *, paths: bool, as_json: bool) -> None:
     elif paths:
         say(*(wrong.file for wrong in found))
     else:
-        rows = [
-            (one.file, one.label, percent(one.probability), one.suggested, percent(one.probability_suggested))
-            for one in found
-        ]
+        rows = []
+        for one in found:
+            shares = map(percent, (one.probability, one.probability_suggested))
+            rows.append(
+                (os.path.relpath(one.file, path), one.label, next(shares), one.suggested, next(shares))
+            )
         print_table(("file", "label", "probability", "suggested", "probability"), rows)
 
 
