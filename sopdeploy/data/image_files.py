@@ -171,6 +171,19 @@ def hash_images(images: LabeledImages) -> NDArray[np.int64]:
     return np.fromiter(map_threaded(hash_file, len(images)), dtype=np.int64, count=len(images))
 
 
+def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
+    """Name the files with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
+    if not isinstance(images, ImageFiles):
+        return ""
+    first, inverse = np.unique(hashes, return_index=True, return_inverse=True)[1:]
+    same = images.targets[first[inverse]] == images.targets
+    differ = ~(same if same.ndim == 1 else same.all(axis=1)) & (hashes != 0)
+    pairs = [
+        f"{images.path(first[inverse[index]])} = {images.path(index)}" for index in np.flatnonzero(differ)
+    ]
+    return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
+
+
 def find_unreadable(images: ImageFiles) -> dict[int, str]:
     """Find the images that cannot be decoded; returns error messages by index.
 

@@ -170,18 +170,13 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
 
 
 def _rank_labels(logits_NC: NDArray[np.float64], images: ImageFiles) -> list[tuple[int, WrongLabel]]:
-    """List the indices of the images with probably wrong labels, and what they show, the worst first.
+    """List the images of which another class is more probable than the label, and what they show.
 
-    An image is listed if another class is more probable than its label. The order is that of the
-    difference of the logarithms of both probabilities.
+    The image with the least probable label is first ("self-confidence" in Northcutt et al., JAIR 2021).
     """
-    probabilities_NC = softmax(logits_NC)
-    suggested_N = logits_NC.argmax(axis=1)
-    rows, labels = np.arange(len(images)), images.targets.astype(np.int64)
-    margin_N = logits_NC[rows, suggested_N] - logits_NC[rows, labels]
-    found = [
-        int(index) for index in np.argsort(-margin_N, kind="stable") if suggested_N[index] != labels[index]
-    ]
+    probabilities_NC, suggested_N = softmax(logits_NC), logits_NC.argmax(axis=1)
+    labels = images.targets.astype(np.int64)
+    of_label_N = probabilities_NC[np.arange(len(labels)), labels]
     return [
         (
             index,
@@ -189,11 +184,12 @@ def _rank_labels(logits_NC: NDArray[np.float64], images: ImageFiles) -> list[tup
                 file=str(images.path(index)),
                 label=images.labels[labels[index]],
                 suggested=images.labels[suggested_N[index]],
-                probability=float(probabilities_NC[index, labels[index]]),
+                probability=float(of_label_N[index]),
                 probability_suggested=float(probabilities_NC[index, suggested_N[index]]),
             ),
         )
-        for index in found
+        for index in np.argsort(of_label_N, kind="stable").tolist()
+        if suggested_N[index] != labels[index]
     ]
 
 

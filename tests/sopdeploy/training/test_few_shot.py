@@ -1,5 +1,6 @@
 """The few-shot procedure: classifier, folds, choice, decision, and whole runs on painted images."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,20 +9,23 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from typer.testing import CliRunner
 
 from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.training import configure
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.cli.app import app
 from sopdeploy.comparison import compare
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.report.page import write_report
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets
-from sopdeploy.training.few_shot.estimates import choose, compose
+from sopdeploy.training.few_shot.estimates import choose, compose, estimate
 from sopdeploy.training.few_shot.unknown import recognize_unknown
 from sopdeploy.training.loop import train
 from sopdeploy.training.procedure import select_split
@@ -169,11 +173,83 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     rows = dict(checkpoint.decision.rows())
     assert "(95 % interval " in rows["unknown images"]
     assert "no temperature" in rows["calibration error"]
+    command = ["data", "check", str(tmp_path / "photos"), "--labels", str(tmp_path / "run")]
+    shown = CliRunner().invoke(app, [*command, "--json"])
+    listed = json.loads(shown.stdout)
+    assert len(listed) == found.top1.count - found.top1.right
+    assert ("Probably wrong labels" in page) == bool(listed)
+    assert all(one["probability"] < one["probability_suggested"] for one in listed)
+    assert CliRunner().invoke(app, [*command, "--paths"]).stdout.split() == [one["file"] for one in listed]
+    assert CliRunner().invoke(app, command).exit_code == 0
     again = train(recipe, tmp_path / "run", resume=True)
     assert again.few_shot == found
     after = read_checkpoint(result.best)
+    (tmp_path / "photos" / "red" / "0.png").unlink()
+    changed = CliRunner().invoke(app, command)
+    assert (changed.exit_code, changed.stdout) == (2, "")
+    assert "the images have changed since the run" in changed.stderr
     assert (after.training, after.decision) == (checkpoint.training, checkpoint.decision)
     assert all(torch.equal(after.weights[name], checkpoint.weights[name]) for name in checkpoint.weights)
+
+
+def test_copies_share_a_fold_and_count_as_one_image_in_intervals_and_thresholds():
+    random, classes = np.random.default_rng(0), np.arange(60) % 3
+    logits = 2 * np.eye(3)[classes] + random.normal(size=(60, 3))
+    targets = softmax_targets(classes, 3)
+    groups = np.tile(np.arange(60), 3)
+    copied = softmax_targets(np.tile(classes, 3), 3)
+    single, several = (
+        estimate(targets, logits, 0, np.arange(60)),
+        estimate(copied, np.tile(logits, (3, 1)), 0, groups),
+    )
+    assert (several.low, several.high) == pytest.approx((single.low, single.high))
+    assert several.count == 180
+    expected = fit_decision(logits, classes, estimated_on="cross-validation")
+    assert expected.rejection is not None
+    found = fit_decision(
+        np.tile(logits, (3, 1)), np.tile(classes, 3), estimated_on="cross-validation", groups=groups
+    )
+    assert found == expected
+    losses = [1 + 0.1 * random.random((1, 60)), 0.97 + 0.1 * random.random((1, 60))]
+    tripled = [np.tile(loss, 3) for loss in losses]
+    assert (
+        choose([tripled], np.arange(180), groups).candidate
+        == choose([losses], np.arange(60), np.arange(60)).candidate
+    )
+    copies = np.tile(random.normal(size=60), 3)
+    mean = MeanPrecision.of(copied.classes > 0, np.stack([copies] * 3, axis=1), 0, groups)
+    assert mean.low < MeanPrecision.of(copied.classes > 0, np.stack([copies] * 3, axis=1), 0).low
+
+
+def test_given_groups_one_group_classes_and_contradictions_are_named(tmp_path: Path):
+    paint(tmp_path / "photos", 6)
+    rows = [f"{path.parent.name}/{path.name},{path.parent.name},{path.parent.name if path.parent.name == 'red' else ''}"
+            for path in sorted((tmp_path / "photos").glob("*/*.png"))]  # fmt: skip
+    (tmp_path / "photos" / "labels.csv").write_text(
+        "\n".join(["file,classes,group", *rows]), encoding="utf-8"
+    )
+    (tmp_path / "photos" / "blue" / "0.png").write_bytes(
+        (tmp_path / "photos" / "green" / "1.png").read_bytes()
+    )
+    warnings: list[str] = []
+
+    class Warnings(Callback):
+        def on_warning(self, message: str) -> None:
+            warnings.append(message)
+
+    settings = [
+        *SMALL,
+        f"data.path={tmp_path / 'photos'}",
+        "few_shot.group_copies=false",
+        'few_shot.heads=["gap"]',
+    ]
+    found = train(read_recipe("photos", settings), tmp_path / "run", callback=Warnings()).few_shot
+    lines = "\n".join(found.lines())
+    assert found.groups == 12
+    assert "18 photographs, 12 different ones: copies are kept in the same fold" in lines
+    assert "all images of red are one group" in lines
+    assert "copies with different labels, correct or delete one: blue/0.png = green/1.png" in lines
+    assert any("blue/0.png = " in warning and "different labels" in warning for warning in warnings)
 
 
 def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: Path):
@@ -208,9 +284,9 @@ def test_every_image_trains_the_network_also_if_there_are_more_than_a_hundred(tm
     assert (len(joined.train), len(joined.held_out)) == (120, 0)
     expected = [f"{name}/{number}.png" for name in COLORS for number in range(40)]
     assert sorted("/".join(joined.train.path(index).parts[-2:]) for index in range(120)) == sorted(expected)
-    assert select_split(read_recipe("photos", [*settings, "few_shot.max_images=10"]), data) == (data, False)
+    assert select_split(read_recipe("photos", [*settings, "few_shot.max_images=10"]), data)[1] is False
     other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
-    assert select_split(other, data) == (data, False)
+    assert select_split(other, data)[1] is False
 
 
 def test_several_networks_are_compared(tmp_path: Path):
