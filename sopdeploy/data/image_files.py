@@ -179,7 +179,8 @@ def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) ->
     same = images.targets[first[inverse]] == images.targets
     differ = ~(same if same.ndim == 1 else same.all(axis=1)) & (hashes != 0)
     pairs = [
-        f"{images.path(first[inverse[index]])} = {images.path(index)}" for index in np.flatnonzero(differ)
+        f"{images.path(first[inverse[index]])} = {images.path(index)}"
+        for index in np.flatnonzero(differ).tolist()
     ]
     return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
 

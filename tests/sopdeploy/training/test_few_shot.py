@@ -222,15 +222,11 @@ def test_copies_share_a_fold_and_count_as_one_image_in_intervals_and_thresholds(
 
 
 def test_given_groups_one_group_classes_and_contradictions_are_named(tmp_path: Path):
-    paint(tmp_path / "photos", 6)
-    rows = [f"{path.parent.name}/{path.name},{path.parent.name},{path.parent.name if path.parent.name == 'red' else ''}"
-            for path in sorted((tmp_path / "photos").glob("*/*.png"))]  # fmt: skip
-    (tmp_path / "photos" / "labels.csv").write_text(
-        "\n".join(["file,classes,group", *rows]), encoding="utf-8"
-    )
-    (tmp_path / "photos" / "blue" / "0.png").write_bytes(
-        (tmp_path / "photos" / "green" / "1.png").read_bytes()
-    )
+    photos = paint(tmp_path / "photos", 6)
+    names = [(path.parent.name, path.name) for path in sorted(photos.glob("*/*.png"))]
+    rows = [f"{label}/{name},{label},{'burst' * (label == 'red')}" for label, name in names]
+    (photos / "labels.csv").write_text("\n".join(["file,classes,group", *rows]), encoding="utf-8")
+    (photos / "blue" / "0.png").write_bytes((photos / "green" / "1.png").read_bytes())
     warnings: list[str] = []
 
     class Warnings(Callback):
