@@ -175,12 +175,12 @@ def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) ->
     """Name the files with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
     if not isinstance(images, ImageFiles):
         return ""
-    first, inverse = np.unique(hashes, return_index=True, return_inverse=True)[1:]
-    same = images.targets[first[inverse]] == images.targets
+    indices, inverse = np.unique(hashes, return_index=True, return_inverse=True)[1:]
+    first = indices[inverse].tolist()
+    same = images.targets[first] == images.targets
     differ = ~(same if same.ndim == 1 else same.all(axis=1)) & (hashes != 0)
     pairs = [
-        f"{images.path(first[inverse[index]])} = {images.path(index)}"
-        for index in np.flatnonzero(differ).tolist()
+        f"{images.path(first[index])} = {images.path(index)}" for index in np.flatnonzero(differ).tolist()
     ]
     return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
 

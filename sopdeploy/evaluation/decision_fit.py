@@ -21,11 +21,12 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
+from scipy.special import betaincinv
 
 from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
 from sopdeploy.evaluation.drift import PredictionCounts
 from sopdeploy.evaluation.metrics import calibration_error
-from sopdeploy.evaluation.statistics import wilson
+from sopdeploy.evaluation.statistics import LEVEL
 
 Logits = NDArray[np.float64]
 
@@ -91,7 +92,12 @@ def fit_decision(
         score=score,
         threshold=threshold,
         accepts=accepts,
-        accepted=wilson(len(logits) - rejected, len(logits)),
+        accepted=(
+            float(betaincinv(len(logits) - rejected, rejected + 1, (1 - LEVEL) / 2))
+            if rejected < len(logits)
+            else 0.0,
+            float(betaincinv(len(logits) - rejected + 1, rejected, (1 + LEVEL) / 2)),
+        ),
         auroc=aurocs.get(score),
         left_out="refitted" if refitted else None,
     )
