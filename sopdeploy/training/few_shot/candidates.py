@@ -102,7 +102,7 @@ class Network:
         best = int(losses.mean(axis=1).argmin())
         result = CandidateResult(
             name=self.describe(head),
-            score=estimate(targets, logits[best], self.recipe.seed, groups_N),
+            score=estimate(targets, logits[best], self.recipe.seed, groups_N, int(folds_N.max()) + 1),
             loss=float(losses[best].mean()),
             features=len(problem.center),
             strength=GRID[best],

@@ -139,7 +139,7 @@ def _choose_and_fit(
         reason = "the default head; no other has a clearly smaller loss (two standard errors)"
     if len(networks) > 1:
         reason += "; of the networks, it has the smallest loss"
-    score = estimate(targets, cross_validated_NK, run.recipe.seed, groups_N)
+    score = estimate(targets, cross_validated_NK, run.recipe.seed, groups_N, int(folds_N.max()) + 1)
     names = [str(path) for path in getattr(images, "paths", np.arange(len(images))).astype(str)]
     group_counts = targets.group_counts(groups_N)
     run.few_shot = FewShotResult(
