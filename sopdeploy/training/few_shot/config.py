@@ -70,7 +70,7 @@ class FewShotResult(StrictModel):
     """Result of the few-shot procedure.
 
     Attributes:
-        top1: Accuracy with its 95 % interval (Wilson, corrected for overlapping training sets); `None` with several classes per image.
+        top1: Accuracy with its 95 % interval (`estimates.estimate`); `None` with several classes per image.
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
