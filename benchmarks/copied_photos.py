@@ -129,7 +129,7 @@ class CachedInputs:
             parts = zip(*(self.known[key] for key in self.new), strict=True)
             arrays = {f"part{number}": np.stack(rows) for number, rows in enumerate(parts)}
             self.path.mkdir(exist_ok=True)
-            np.savez(self.path / f"{len(self.known)}.npz", keys=np.asarray(self.new), **arrays)
+            np.savez(self.path / f"{len(self.known)}.npz", keys=np.asarray(self.new), **arrays)  # type: ignore[arg-type]
             self.new = []
 
 
@@ -209,7 +209,7 @@ def main(arguments: list[str]) -> int:
     given.cache.mkdir(parents=True, exist_ok=True)
     given.cache = given.cache.resolve()
     inputs = CachedInputs(given.cache / "features")
-    SecondOrderHead.head_inputs = lambda network, images: inputs(network, images)  # type: ignore[method-assign]
+    SecondOrderHead.head_inputs = lambda network, images: inputs(network, images)  # type: ignore[method-assign, assignment]
     results, passed = [], True
     with one_line_errors():
         for kind in given.kinds:

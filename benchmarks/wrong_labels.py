@@ -38,7 +38,7 @@ METHODS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy"
 
 def run_draw(
     given: argparse.Namespace, inputs: CachedInputs, share: float, similar: list[str], seed: int
-) -> dict:
+) -> dict[str, list[float]]:
     """Train on one draw and rank its labels; results are cached."""
     path: Path = given.cache / f"labels-{share}-{'similar' if similar else 'any'}-{seed}.json"
     if path.exists():
@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> int:
     given.cache.mkdir(parents=True, exist_ok=True)
     given.cache = given.cache.resolve()
     inputs = CachedInputs(given.cache / "features")
-    SecondOrderHead.head_inputs = lambda network, images: inputs(network, images)  # type: ignore[method-assign]
+    SecondOrderHead.head_inputs = lambda network, images: inputs(network, images)  # type: ignore[method-assign, assignment]
     results, passed = [], True
     with one_line_errors():
         for share, similar in [(share, []) for share in given.shares] + [(given.shares[0], given.similar)]:
