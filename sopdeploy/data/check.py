@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.config import StrictModel
@@ -24,6 +25,7 @@ from sopdeploy.data.datasets.label_table import (
 )
 from sopdeploy.data.folders import data_folder, list_images
 from sopdeploy.data.image_files import ImageFiles, load_pixels, map_threaded, open_image
+from sopdeploy.data.near import groups_of_files, signature
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
@@ -43,7 +45,7 @@ class Part(StrictModel):
 
 
 class Duplicates(StrictModel):
-    """Files with identical pixels.
+    """Files with identical pixels, or near-duplicates.
 
     `across`: the files are in different parts (train/test leakage). `labels_differ`: they have different
     labels.
@@ -64,6 +66,7 @@ class DataReport(StrictModel):
             classes differ from the training classes.
         unreadable: Errors of the files that cannot be decoded.
         too_few: Classes with a single image.
+        near: Groups of near-duplicates, each with a file that is no exact duplicate; `None` if not searched.
         strange: Readable but unusual files, by reason.
         passed_over: Number of files without an image suffix, by suffix.
         notes: What the user may not have intended, such as folders that are not used.
@@ -78,6 +81,7 @@ class DataReport(StrictModel):
     unreadable: tuple[str, ...]
     too_few: tuple[str, ...]
     duplicates: tuple[Duplicates, ...]
+    near: tuple[Duplicates, ...] | None = None
     strange: dict[str, tuple[str, ...]]
     passed_over: dict[str, int]
     notes: tuple[str, ...] = ()
@@ -102,10 +106,11 @@ class _FileInfo:
     size: tuple[int, int] = (0, 0)
     pixel_hash: bytes = b""
     unusual: tuple[str, ...] = ()
+    signature: NDArray[np.float32] | None = None
 
 
-def check(path: Path) -> DataReport:
-    """Decode every image below *path* and report contents and problems.
+def check(path: Path, *, near: bool = False) -> DataReport:
+    """Decode every image below *path* and report contents and problems; with *near*, also near-duplicates.
 
     *path* is a folder with one subfolder per class or with `labels.csv`, or the root of an official layout
     (`official`). Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
@@ -115,7 +120,7 @@ def check(path: Path) -> DataReport:
     infos = [
         info
         for name, images in parts.items()
-        for info in map_threaded(partial(_inspect_file, images, name), len(images))
+        for info in map_threaded(partial(_inspect_file, images, name, near), len(images))
     ]
     readable = [info for info in infos if not info.error]
     unusual: dict[str, list[str]] = defaultdict(list)
@@ -134,7 +139,8 @@ def check(path: Path) -> DataReport:
         classes=tuple(folders.problems),
         unreadable=tuple(info.error for info in infos if info.error),
         too_few=tuple(single_images(*parts.values()) if len(parts) == 1 else ()),
-        duplicates=tuple(_find_duplicates(readable)),
+        duplicates=tuple(_describe_groups(readable, [info.pixel_hash for info in readable])),
+        near=tuple(_find_near(readable)) if near else None,
         strange={reason: tuple(files) for reason, files in unusual.items()},
         passed_over=dict(folders.ignored),
         notes=tuple(folders.notes),
@@ -163,7 +169,7 @@ def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) ->
     return Part(name=name, count=len(images), bytes=size, classes=counts)
 
 
-def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:
+def _inspect_file(images: ImageFiles, part: str, near: bool, index: int) -> _FileInfo:
     path, label = images.path(index), SEPARATOR.join(images.class_names(index))
     data = b""
     try:
@@ -182,6 +188,7 @@ def _inspect_file(images: ImageFiles, part: str, index: int) -> _FileInfo:
         size=pixels.size,
         pixel_hash=hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()[:16],
         unusual=_unusual_properties(pixels),
+        signature=signature(pixels) if near else None,
     )
 
 
@@ -196,11 +203,25 @@ def _unusual_properties(pixels: Image.Image) -> tuple[str, ...]:
     return tuple(reason for reason, applies in conditions.items() if applies)
 
 
-def _find_duplicates(infos: Sequence[_FileInfo]) -> Iterator[Duplicates]:
-    """Yield the groups of files with identical pixels."""
-    groups = defaultdict[bytes, list[_FileInfo]](list)
-    for info in infos:
-        groups[info.pixel_hash].append(info)
+def _find_near(infos: Sequence[_FileInfo]) -> Iterator[Duplicates]:
+    """Yield the groups of near-duplicates whose files do not all have the same pixels."""
+    if len(infos) < 2:
+        return
+    names = np.unique([info.label for info in infos], return_inverse=True)[1]
+    paths = np.asarray([os.fsencode(info.file) for info in infos], dtype=np.bytes_)
+    signatures = np.stack([info.signature for info in infos if info.signature is not None])
+    groups = groups_of_files(ImageFiles(Path(), ("",), paths, names.astype(np.int64)), signatures)
+    hashes = {info.file: info.pixel_hash for info in infos}
+    for group in _describe_groups(infos, groups.tolist()):
+        if len({hashes[file] for file in group.files}) > 1:
+            yield group
+
+
+def _describe_groups(infos: Sequence[_FileInfo], keys: Sequence[object]) -> Iterator[Duplicates]:
+    """Yield the groups of several files with equal *keys*."""
+    groups = defaultdict[object, list[_FileInfo]](list)
+    for info, key in zip(infos, keys, strict=True):
+        groups[key].append(info)
     for group in groups.values():
         if len(group) > 1:
             yield Duplicates(

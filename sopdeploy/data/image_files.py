@@ -40,13 +40,15 @@ def describe_ignored_files(counts: Mapping[str, int]) -> str:
 class ImageFiles:
     """Image files below `root`; `paths` is one array of bytes, which loader processes can share.
 
-    `targets` are class indices (N,), or (N, C) with 1 for every class of an image.
+    `targets` are class indices (N,), or (N, C) with 1 for every class of an image. Images with equal `groups`
+    (N,) show one object or one burst; `None` if no groups are known.
     """
 
     root: Path
     labels: tuple[str, ...]
     paths: NDArray[np.bytes_]
     targets: NDArray[np.int64] | NDArray[np.float32]
+    groups: NDArray[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -91,20 +93,34 @@ class ImageFiles:
 
     def select(self, mask: NDArray[np.bool_]) -> "ImageFiles":
         """Keep the images where *mask* (N,) is true."""
-        return replace(self, paths=self.paths[mask], targets=self.targets[mask])
+        groups = None if self.groups is None else self.groups[mask]
+        return replace(self, paths=self.paths[mask], targets=self.targets[mask], groups=groups)
+
+
+def join(first: ImageFiles, second: ImageFiles) -> ImageFiles:
+    """Join two selections of the same images, sorted by path."""
+    paths = np.concatenate([first.paths, second.paths])
+    by_path = np.argsort(paths, kind="stable")
+    targets = np.concatenate([first.targets, second.targets])
+    groups = None
+    if first.groups is not None and second.groups is not None:
+        groups = np.concatenate([first.groups, second.groups])[by_path]
+    return replace(first, paths=paths[by_path], targets=targets[by_path], groups=groups)
 
 
 def divide(images: ImageFiles, fraction: float, seed: int) -> tuple[ImageFiles, ImageFiles]:
-    """Split *images* into training and held-out ones, *fraction* of every class by *seed*.
+    """Split *images* into training and held-out ones, *fraction* of the groups of every class by *seed*.
 
-    Raises `DataError` for a class with a single image.
+    A class whose images form one group is not held out. Raises `DataError` for a class with a single image.
     """
     single = np.flatnonzero(images.class_counts() == 1)
     if single.size:
         name = images.labels[single[0]]
         raise DataError(f"{images.root}: only one image of {name}; add another, one has to be held out")
     keys = [path.decode("utf-8", "surrogateescape") for path in images.paths.tolist()]
-    mask = hold_out(keys, images.targets, fraction, seed)
+    groups = np.arange(len(keys)) if images.groups is None else images.groups
+    first, group_N = np.unique(groups, return_index=True, return_inverse=True)[1:]
+    mask = hold_out([keys[index] for index in first], images.targets[first], fraction, seed)[group_N]
     return images.select(~mask), images.select(mask)
 
 
@@ -153,6 +169,20 @@ def hash_images(images: LabeledImages) -> NDArray[np.int64]:
         return int.from_bytes(digest, "big", signed=True)
 
     return np.fromiter(map_threaded(hash_file, len(images)), dtype=np.int64, count=len(images))
+
+
+def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
+    """Name the files with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
+    if not isinstance(images, ImageFiles):
+        return ""
+    indices, inverse = np.unique(hashes, return_index=True, return_inverse=True)[1:]
+    first = indices[inverse].tolist()
+    same = images.targets[first] == images.targets
+    differ = ~(same if same.ndim == 1 else same.all(axis=1)) & (hashes != 0)
+    pairs = [
+        f"{images.path(first[index])} = {images.path(index)}" for index in np.flatnonzero(differ).tolist()
+    ]
+    return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
 
 
 def find_unreadable(images: ImageFiles) -> dict[int, str]:

@@ -21,11 +21,12 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
+from scipy.special import betaincinv
 
 from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
 from sopdeploy.evaluation.drift import PredictionCounts
 from sopdeploy.evaluation.metrics import calibration_error
-from sopdeploy.evaluation.statistics import wilson
+from sopdeploy.evaluation.statistics import LEVEL
 
 Logits = NDArray[np.float64]
 
@@ -45,10 +46,12 @@ def fit_decision(
     accepts: float = 0.95,
     scalable: bool = True,
     refitted: Mapping[Score, float] = {},
+    groups: NDArray[np.integer] | None = None,
 ) -> Decision:
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
     Their predictions become the reference for drift. With fewer than `MIN_IMAGES` images nothing is fitted.
+    Copies of a photograph say nothing new, so only the first image of each of the *groups* (N,) is used.
 
     Args:
         logits: Predictions for images that the network was not trained on.
@@ -60,7 +63,11 @@ def fit_decision(
             `fit_temperature` or `lowers_loss` finds no evidence for another value.
         refitted: AUROC by score of heads that were fitted without one class. If empty, the AUROCs are
             computed with the logit of the class masked.
+        groups: The groups of the images; by default, all images are different.
     """
+    if groups is not None:
+        first = np.sort(np.unique(groups, return_index=True)[1])
+        logits, targets = logits[first], targets[first]
     if len(logits) < MIN_IMAGES or logits.shape[1] < 2:
         return Decision()
     temperature = fit_temperature(logits, targets) if scalable and lowers_loss(logits, targets) else 1.0
@@ -85,7 +92,12 @@ def fit_decision(
         score=score,
         threshold=threshold,
         accepts=accepts,
-        accepted=wilson(len(logits) - rejected, len(logits)),
+        accepted=(
+            float(betaincinv(len(logits) - rejected, rejected + 1, (1 - LEVEL) / 2))
+            if rejected < len(logits)
+            else 0.0,
+            float(betaincinv(len(logits) - rejected + 1, rejected, (1 + LEVEL) / 2)),
+        ),
         auroc=aurocs.get(score),
         left_out="refitted" if refitted else None,
     )

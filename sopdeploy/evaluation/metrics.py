@@ -65,9 +65,13 @@ class Rate(StrictModel):
     high: Fraction
 
     @classmethod
-    def of(cls, right: int, count: int) -> "Rate":
-        """Compute the rate of *right* in *count*; the fraction is 0 if *count* is 0."""
-        low, high = wilson(right, count)
+    def of(cls, right: int, count: int, units: float | None = None) -> "Rate":
+        """Compute the rate of *right* in *count*; the fraction is 0 if *count* is 0.
+
+        The interval is that of *units* independent images, by default all.
+        """
+        scale = 1.0 if units is None else units / max(1, count)
+        low, high = wilson(scale * right, scale * count)
         return cls(share=right / count if count else 0.0, right=right, count=count, low=low, high=high)
 
 

@@ -34,16 +34,24 @@ class MeanPrecision(StrictModel):
     high: Fraction
 
     @classmethod
-    def of(cls, true: NDArray[np.bool_], scores: NDArray[np.float64], seed: int) -> "MeanPrecision":
+    def of(
+        cls,
+        true: NDArray[np.bool_],
+        scores: NDArray[np.float64],
+        seed: int,
+        groups: NDArray[np.integer] | None = None,
+    ) -> "MeanPrecision":
         """Compute the mAP of *scores* (N, C), where *true* (N, C) marks the classes of each image.
 
-        The interval comes from `RESAMPLES` resamples of the images (bootstrap).
+        The interval comes from `RESAMPLES` resamples (bootstrap) of the *groups* (N,), by default the images.
         """
         count, classes = len(true), list(zip(true.T, scores.T, strict=True))
         averages = (average_precision(shown, logits) for shown, logits in classes)
         precisions = [average for average in averages if average is not None]
         share = float(np.mean(precisions)) if precisions else 0.0
-        draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, RESAMPLES)
+        unit_N = np.unique(np.arange(count) if groups is None else groups, return_inverse=True)[1]
+        units = int(unit_N.max(initial=-1)) + 1
+        draws = np.random.default_rng(seed).multinomial(units, [1 / units] * units, RESAMPLES)[:, unit_N]
         resampled = np.stack(
             [resampled_precision(shown, logits, draws) for shown, logits in classes if shown.any()], axis=1
         )

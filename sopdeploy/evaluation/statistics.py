@@ -33,7 +33,7 @@ class Paired(NamedTuple):
     losses: int
 
 
-def wilson(successes: int, trials: int) -> Interval:
+def wilson(successes: float, trials: float) -> Interval:
     """Compute the score interval of a proportion (Wilson, "Probable Inference", JASA 1927)."""
     if trials == 0:
         return Interval(0.0, 1.0)

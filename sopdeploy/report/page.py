@@ -68,6 +68,8 @@ def render_report(data: RunData) -> str:
         tiles=tiles,
         decision=[] if best.decision is None else best.decision.rows(best.labels),
         reason=data.reason,
+        wrong_labels=data.wrong_labels,
+        groups=data.groups,
         recipe_values=[
             (key, value)
             for key, value in values

@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pydantic
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.config import first_problem
+from sopdeploy.config import Fraction, StrictModel, first_problem
 from sopdeploy.data.base import LabeledImages
-from sopdeploy.data.image_files import ImageFiles
+from sopdeploy.data.image_files import ImageFiles, hash_images
 from sopdeploy.data.sources import open_data
+from sopdeploy.decision import softmax
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
@@ -28,7 +31,7 @@ from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import Recipe, validate_recipe
 from sopdeploy.training.run import Position
 
-MAX_MISTAKES = 24
+MAX_MISTAKES, MAX_GROUPS, MAX_COPIES = 24, 12, 4  # shown images, groups, and images of a group
 THUMBNAIL_SIDE = 128  # pixels of the longer side
 JPEG_QUALITY = 75
 OUT_OF_FOLD = "the training images, each predicted by a network that was fitted without it"
@@ -36,7 +39,7 @@ OUT_OF_FOLD = "the training images, each predicted by a network that was fitted 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mistake:
-    """A wrongly classified image: its file in the data, its caption, and a small JPEG in base64.
+    """A shown image, such as a wrongly classified one: its file in the data, caption, and JPEG in base64.
 
     `file` is empty for images that are not files.
     """
@@ -58,11 +61,25 @@ class Predictions:
     images: str
 
 
+class WrongLabel(StrictModel):
+    """An image whose label the others contradict: the more probable class, and both probabilities.
+
+    The probabilities are those of a classifier that was fitted without the image and its copies.
+    """
+
+    file: str
+    label: str
+    suggested: str
+    probability: Fraction
+    probability_suggested: Fraction
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunData:
     """The contents of a report; if images are missing, `predictions` is None and `reason` explains why.
 
-    `best` is the checkpoint of the best epoch, `train_count` the number of training images.
+    `best` is the checkpoint of the best epoch, `train_count` the number of training images. `wrong_labels`
+    are training images whose label is probably wrong, and `groups` copies of one photograph.
     """
 
     recipe: Recipe
@@ -71,6 +88,8 @@ class RunData:
     history: tuple[EpochRow, ...]
     predictions: Predictions | None
     reason: str = ""
+    wrong_labels: tuple[Mistake, ...] = ()
+    groups: tuple[tuple[Mistake, ...], ...] = ()
 
 
 def read_run(
@@ -88,6 +107,8 @@ def read_run(
     last, best = read_checkpoint(path), read_checkpoint(best_path)
     recipe = validate_recipe(last.training.get("recipe", {}), str(path))
     history, predictions, reason = read_history(last, path), None, ""
+    wrong_labels: tuple[Mistake, ...] = ()
+    groups: tuple[tuple[Mistake, ...], ...] = ()
     try:
         images, description = _open_images(recipe, best, data)
     except (ConfigError, DataError) as error:
@@ -95,6 +116,8 @@ def read_run(
             raise
         reason = str(error)
     else:
+        if best.training.get("few_shot") and data is None:
+            wrong_labels, groups = _training_galleries(recipe, last)
         out_of_fold_NC = None if data is not None else _out_of_fold_logits(last, best, len(images))
         if out_of_fold_NC is None:
             model = build_classifier(best, best_path)
@@ -116,7 +139,106 @@ def read_run(
         history=history,
         predictions=predictions,
         reason=reason,
+        wrong_labels=wrong_labels,
+        groups=groups,
     )
+
+
+def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, ...]:
+    """Find the training images of the run in the folder *run* whose label is probably wrong, the worst first.
+
+    *data* is the folder of the images, by default that of the recipe. Raises `ConfigError` for a run without
+    out-of-fold predictions of one class per image, `DataError` if the images have changed since the run.
+    """
+    path = run / "last.pt"
+    if not path.is_file():
+        raise ConfigError(f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`")
+    last = read_checkpoint(path)
+    recipe = validate_recipe(last.training.get("recipe", {}), str(path))
+    if data is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
+    images = select_procedure(recipe, open_data(recipe.data), last.training).data.train
+    logits_NC = (last.resume or {}).get("out_of_fold")
+    if logits_NC is None or images.targets.ndim != 1 or not isinstance(images, ImageFiles):
+        raise ConfigError(
+            f"{run}: has no out-of-fold predictions of files with one class each; give a run of the few-shot "
+            "procedure on such files"
+        )
+    if not np.array_equal(np.unique(hash_images(images)), np.asarray(last.image_hashes)):
+        raise DataError(f"{images.root}: the images have changed since the run {run}; train again")
+    return tuple(wrong for _, wrong in _rank_labels(logits_NC.double().numpy(), images))
+
+
+def _rank_labels(logits_NC: NDArray[np.float64], images: ImageFiles) -> list[tuple[int, WrongLabel]]:
+    """List the images of which another class is more probable than the label, and what they show.
+
+    The image with the least probable label is first ("self-confidence" in Northcutt et al., JAIR 2021).
+    """
+    probabilities_NC, suggested_N = softmax(logits_NC), logits_NC.argmax(axis=1)
+    labels = images.targets.astype(np.int64)
+    of_label_N = probabilities_NC[np.arange(len(labels)), labels]
+    return [
+        (
+            index,
+            WrongLabel(
+                file=str(images.path(index)),
+                label=images.labels[labels[index]],
+                suggested=images.labels[suggested_N[index]],
+                probability=float(of_label_N[index]),
+                probability_suggested=float(probabilities_NC[index, suggested_N[index]]),
+            ),
+        )
+        for index in np.argsort(of_label_N, kind="stable").tolist()
+        if suggested_N[index] != labels[index]
+    ]
+
+
+def _training_galleries(
+    recipe: Recipe, last: Checkpoint
+) -> tuple[tuple[Mistake, ...], tuple[tuple[Mistake, ...], ...]]:
+    """Show the training images with probably wrong labels, and the largest groups of copies."""
+    images = select_procedure(recipe, open_data(recipe.data), last.training).data.train
+    resume = last.resume or {}
+    logits_NC, group_N = resume.get("out_of_fold"), resume.get("groups")
+    if (
+        logits_NC is None
+        or group_N is None
+        or not isinstance(images, ImageFiles)
+        or len(images) != len(group_N)
+    ):
+        return (), ()
+    wrong: tuple[Mistake, ...] = ()
+    if images.targets.ndim == 1:
+        wrong = tuple(
+            _picture(
+                images,
+                index,
+                f"{one.label} ({percent(one.probability)}), suggested: {one.suggested} "
+                f"({percent(one.probability_suggested)})",
+                last.preprocess,
+            )
+            for index, one in _rank_labels(logits_NC.double().numpy(), images)[:MAX_MISTAKES]
+        )
+    sizes = np.bincount(group_N.numpy())
+    largest = [group for group in np.argsort(-sizes, kind="stable")[:MAX_GROUPS] if sizes[group] > 1]
+    members = [np.flatnonzero(group_N.numpy() == group)[:MAX_COPIES].tolist() for group in largest]
+    return wrong, tuple(
+        tuple(
+            _picture(images, index, ", ".join(images.class_names(index)), last.preprocess) for index in group
+        )
+        for group in members
+    )
+
+
+def _picture(images: LabeledImages, index: int, caption: str, preprocess: Preprocess) -> Mistake:
+    """Show an image in a small JPEG with *caption*."""
+    small = to_rgb(images[index][0], preprocess).copy()  # without metadata such as time and place
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    encoded = io.BytesIO()
+    small.save(encoded, "JPEG", quality=JPEG_QUALITY)
+    jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
+    file = os.fsdecode(images.paths[index]) if isinstance(images, ImageFiles) else ""
+    return Mistake(file=file, caption=caption, jpeg=jpeg)
 
 
 def read_history(checkpoint: Checkpoint, source: Path) -> tuple[EpochRow, ...]:
@@ -163,11 +285,5 @@ def worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: P
         caption = (
             f"{true} ({percent(score.likelihood)}), predicted as {predicted} ({percent(score.confidence)})"
         )
-        small = to_rgb(images[index][0], preprocess).copy()  # without metadata such as time and place
-        small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        encoded = io.BytesIO()
-        small.save(encoded, "JPEG", quality=JPEG_QUALITY)
-        jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
-        file = os.fsdecode(images.paths[index]) if isinstance(images, ImageFiles) else ""
-        mistakes.append(Mistake(file=file, caption=caption, jpeg=jpeg))
+        mistakes.append(_picture(images, index, caption, preprocess))
     return mistakes

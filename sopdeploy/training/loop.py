@@ -19,7 +19,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import AugmentedDataset, PadCrop, PadCroppedDataset
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
 from sopdeploy.data.batches import balanced_batches, load_batches, shuffled_batches, with_wait_time
-from sopdeploy.data.image_files import hash_images, unreadable_images_error
+from sopdeploy.data.image_files import describe_contradictions, hash_images, unreadable_images_error
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
@@ -181,7 +181,10 @@ def start_or_resume(
         run = resume_run(recipe, data.train, strategy, checkpoint, folder.last)
     check_same_step(run, folder.path)
     if strategy.rank == 0 and len(data.train) <= MAX_HASHED:
-        run.image_hashes = torch.from_numpy(np.unique(hash_images(data.train)))
+        hashes = hash_images(data.train)
+        run.image_hashes = torch.from_numpy(np.unique(hashes))
+        if warning := describe_contradictions(data.train, hashes):
+            callback.on_warning(warning)
     before = None if checkpoint is None else checkpoint.origin
     run.origin = Origin(
         run=folder_name(folder.path),

@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sopdeploy.data.base import Split
+from sopdeploy.data.datasets.folder import FolderConfig
+from sopdeploy.data.near import keep_groups_together
 from sopdeploy.decision import Decision
 
 if TYPE_CHECKING:
@@ -42,10 +44,16 @@ class Selection(NamedTuple):
 
 
 def select_procedure(recipe: "Recipe", data: Split, record: Mapping[str, Any] | None = None) -> Selection:
-    """Select the procedure or the training loop, for a resumed run as its *record* says."""
-    if not PROCEDURES:
-        return Selection(data, False)
-    selection: Selection = _load("selection").select_procedure(recipe, data, record)
+    """Select the procedure or the training loop, for a resumed run as its *record* says.
+
+    For the loop, near-duplicates of training images are not held out.
+    """
+    selection = Selection(data, False)
+    if PROCEDURES:
+        selection = _load("selection").select_procedure(recipe, data, record)
+    if not selection.few_shot and isinstance(recipe.data, FolderConfig):
+        data = keep_groups_together(selection.data, recipe.data.hold_out, recipe.data.hold_out_seed)
+        return selection._replace(data=data)
     return selection
 
 

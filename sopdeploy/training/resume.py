@@ -59,7 +59,8 @@ def resume_run(
         if run.few_shot is None:
             run.optimizer.load_state_dict(state["optimizer"])
         else:
-            run.out_of_fold, run.decision = state.get("out_of_fold"), checkpoint.decision
+            run.out_of_fold, run.image_groups = state.get("out_of_fold"), state.get("groups")
+            run.decision = checkpoint.decision
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error
     except (KeyError, ValueError, TypeError, RuntimeError) as error:

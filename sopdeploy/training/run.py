@@ -70,8 +70,9 @@ class Run:
     """A run in progress; `network` is `model` or its compiled form, `groups` are the optimizer's parameters.
 
     `name` and `config` are the catalog name and the complete config of `model`. `few_shot` is the record of
-    the few-shot procedure, `out_of_fold` (images, classes) the logits on which its estimate is based, and
-    `decision` the one that was fitted to these logits. `image_hashes` and `origin` are those of a checkpoint.
+    the few-shot procedure, `out_of_fold` (images, classes) the logits on which its estimate is based,
+    `image_groups` (images,) those of `data.near`, and `decision` the one that was fitted to these logits.
+    `image_hashes` and `origin` are those of a checkpoint.
     """
 
     recipe: Recipe
@@ -92,6 +93,7 @@ class Run:
     position: Position = field(default_factory=Position)
     few_shot: Any = None
     out_of_fold: Tensor | None = None
+    image_groups: Tensor | None = None
     decision: Decision | None = None
     image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     origin: Origin | None = None
@@ -216,7 +218,7 @@ class Run:
                 "average": average,
             }
             if self.out_of_fold is not None:
-                resume["out_of_fold"] = self.out_of_fold
+                resume |= {"out_of_fold": self.out_of_fold, "groups": self.image_groups}
             if self.teacher is not None and self.teacher.learns:
                 resume["teacher"] = self.teacher.model.state_dict()
         saved = tree_leaves({"weights": raw, "average": average, "resume": resume})

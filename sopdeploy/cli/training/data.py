@@ -1,5 +1,6 @@
 """`sopdeploy data check`: inspect a folder of images before training."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,9 @@ from sopdeploy.cli.app import SETTINGS
 from sopdeploy.cli.console import JsonOption, one_line_errors, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from sopdeploy.data.check import DataReport
+    from collections.abc import Sequence
+
+    from sopdeploy.data.check import DataReport, Duplicates
 
 MAX_GROUPS = 10  # of equal images; --json lists all
 
@@ -27,24 +30,58 @@ def inspect_images() -> None:
 @data.command("check")
 def check(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with one subfolder per class.")],
+    near: Annotated[bool, typer.Option("--near", help="Also list near-duplicates, such as bursts.")] = False,
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Only list labels that are probably wrong, by this run of DIR."),
+    ] = None,
+    paths: Annotated[
+        bool, typer.Option("--paths", help="With --labels: print one path per line, for scripts.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Decode every image and report sizes, formats, classes, duplicates and unreadable files.
 
     Exit code 2 means that a training run could not use the data. Duplicates do not change the exit code.
 
-    Example: [bold]sopdeploy data check photos/[/bold]
+    Example: [bold]sopdeploy data check photos/ --near[/bold]
+
+    Example: [bold]sopdeploy data check photos/ --labels runs/latest[/bold]
     """
+    if labels is not None:
+        with one_line_errors(as_json):
+            _print_labels(path, labels, paths=paths, as_json=as_json)
+        return
     with one_line_errors(as_json):
         from sopdeploy.data.check import check as check_data
 
-        report = check_data(path)
+        report = check_data(path, near=near)
         if as_json:
             print_json(report.model_dump(mode="json"))
         else:
             _print_report(report)
     with one_line_errors():  # without as_json: the report was printed, and stdout holds one JSON document
         report.must_be_usable()
+
+
+def _print_labels(path: Path, run: Path, *, paths: bool, as_json: bool) -> None:
+    """Print the images of *path* whose labels are probably wrong, as a table, JSON or paths."""
+    from sopdeploy.html.templates import percent
+    from sopdeploy.report.run_data import find_wrong_labels
+
+    found = find_wrong_labels(run, path)
+    if as_json:
+        print_json([wrong.model_dump(mode="json") for wrong in found])
+    elif paths:
+        say(*(wrong.file for wrong in found))
+    else:
+        rows = []
+        for one in found:
+            shares = map(percent, (one.probability, one.probability_suggested))
+            rows.append(
+                (os.path.relpath(one.file, path), one.label, next(shares), one.suggested, next(shares))
+            )
+        print_table(("file", "label", "probability", "suggested", "probability"), rows)
 
 
 def _print_report(report: "DataReport") -> None:
@@ -64,7 +101,9 @@ def _print_report(report: "DataReport") -> None:
         lines.append("formats: " + ", ".join(f"{name} {count}" for name, count in report.formats.items()))
         for name, (low, median, high) in (("shorter", report.shorter_side), ("longer", report.longer_side)):
             lines.append(f"{name} side: {low} to {high} pixels, median {median}")
-        lines += _duplicate_lines(report)
+        lines += _duplicate_lines("duplicates", "equal pixels", report.duplicates)
+        if report.near is not None:
+            lines += _duplicate_lines("near-duplicates", "copies of one photograph", report.near)
     for reason, files in report.strange.items():
         lines.append(f"{len(files)} image{'s' * (len(files) > 1)}: {reason}: {shorten(files)}")
     if report.passed_over:
@@ -77,14 +116,13 @@ def _print_report(report: "DataReport") -> None:
     say(*lines)
 
 
-def _duplicate_lines(report: "DataReport") -> list[str]:
-    """Summarize the groups of equal images and list them, the most harmful ones first."""
-    groups = report.duplicates
+def _duplicate_lines(name: str, content: str, groups: "Sequence[Duplicates]") -> list[str]:
+    """Summarize the *groups* of images and list them, the most harmful ones first."""
     if not groups:
-        return ["duplicates: none"]
+        return [f"{name}: none"]
     across, differ = sum(group.across for group in groups), sum(group.labels_differ for group in groups)
     summary = (
-        f"duplicates: {len(groups)} group{'s' * (len(groups) > 1)} with equal pixels, {across} in both "
+        f"{name}: {len(groups)} group{'s' * (len(groups) > 1)} with {content}, {across} in both "
         f"training and held-out data, {differ} in different classes"
     )
     worst_first = sorted(groups, key=lambda group: (not group.across, not group.labels_differ))

@@ -32,6 +32,10 @@ from sopdeploy.data.subset import ClassSubset
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.images.limits import SUFFIXES
 
+ONE_GROUP = (
+    "all images are one group (copies of one photograph, or one folder), so the accuracy of the class cannot "
+    "be measured; add different photographs"
+)
 UNSPLIT = "all"  # the name of the only part if there are no folders train and val
 
 
@@ -82,6 +86,9 @@ def open_folder(config: FolderConfig, log: Log = ignore) -> Split:
     if held_out:
         return Split(train=train, held_out=held_out[0])
     train, divided = divide(train, config.hold_out, config.hold_out_seed)
+    alone = [train.labels[index] for index in np.flatnonzero(divided.class_counts() == 0)]
+    if alone:
+        log(f"{root}: {shorten(alone)}: {ONE_GROUP}")
     return Split(train=train, held_out=divided, divided=True)
 
 
@@ -163,12 +170,22 @@ def class_names(root: Path) -> tuple[str, ...]:
 
 
 def list_classes(root: Path) -> ImageFiles:
-    """List the images of every class folder in *root*, sorted; a class may be empty."""
+    """List the images of every class folder in *root*, sorted; a class may be empty.
+
+    The images of a folder in a class folder are a group, unless it holds all images of the class.
+    """
     labels = tuple(list_subfolders(root))
     paths_by_class = [list_images(root, label)[0] for label in labels]
     paths = np.asarray([path for paths in paths_by_class for path in paths], dtype=np.bytes_)
     targets = np.repeat(np.arange(len(labels)), [len(paths) for paths in paths_by_class])
-    return ImageFiles(root, labels, paths, targets)
+    groups: list[bytes] = []
+    for of_class in paths_by_class:
+        folders = [
+            b"/".join(path.split(b"/")[:2]) for path in of_class
+        ]  # the path itself in the class folder
+        groups += of_class if len(set(folders)) == 1 else folders
+    given = None if len(set(groups)) == len(groups) else np.asarray(groups, dtype=np.bytes_)
+    return ImageFiles(root, labels, paths, targets, given)
 
 
 def _describe_parts(root: Path, parts: Parts) -> Iterator[str]:
@@ -188,6 +205,6 @@ def _describe_nested(images: ImageFiles) -> str:
     if not nested:
         return ""
     return (
-        f"{images.root}: images of folders in a class folder count as images of that class: "
-        f"{shorten(nested)}; move these folders up if they are classes"
+        f"{images.root}: images of folders in a class folder count as images of that class, those of each of "
+        f"several folders as one group: {shorten(nested)}; move these folders up if they are classes"
     )

@@ -5,7 +5,8 @@
     images/2.jpg,,val
 
 `classes` are separated by `|` and may be empty. If every image has exactly one class, the targets are class
-indices, as for class folders. `split` is optional. Paths are relative to the folder and cannot leave it.
+indices, as for class folders. `split` is optional, as is `group`: images with the same one, such as a burst
+or photographs of one object, are never divided. Paths are relative to the folder and cannot leave it.
 """
 
 import csv
@@ -25,7 +26,7 @@ from sopdeploy.errors import DataError, shorten
 
 LABELS_FILE = "labels.csv"
 REQUIRED = ("file", "classes")  # columns
-SPLIT = "split"  # an optional column
+SPLIT, GROUP = "split", "group"  # optional columns
 SEPARATOR = "|"
 TRAIN, VAL = "train", "val"
 
@@ -120,7 +121,13 @@ def read_label_table(
         targets = targets.argmax(axis=1)
     paths = np.asarray([os.fsencode(row.file) for row in rows], dtype=np.bytes_)
     parts = np.asarray([row.part for row in rows if row.part is not None], dtype=np.str_)
-    return LabelTable(ImageFiles(root, labels, paths, targets), parts)
+    # An image without a group is alone.
+    groups = (
+        np.asarray([row.group or f"file {row.file}" for row in rows])
+        if any(row.group for row in rows)
+        else None
+    )
+    return LabelTable(ImageFiles(root, labels, paths, targets, groups), parts)
 
 
 def split_table(table: LabelTable, fraction: float, seed: int) -> Split:
@@ -140,12 +147,13 @@ def split_table(table: LabelTable, fraction: float, seed: int) -> Split:
 
 
 class _Row(NamedTuple):
-    """The line number of an image, its path, classes and part; the part is None without a column `split`."""
+    """The line number of an image, its path, classes, part (None without a column `split`) and group."""
 
     line: int
     file: str
     classes: set[str]
     part: str | None
+    group: str
 
 
 def _read_rows(table: Path) -> list[_Row]:
@@ -156,10 +164,10 @@ def _read_rows(table: Path) -> list[_Row]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
     columns = reader.fieldnames or ()
-    if {*columns} - {SPLIT} != {*REQUIRED}:
+    if {*columns} - {SPLIT, GROUP} != {*REQUIRED}:
         raise DataError(
             f"{table}: has the columns {', '.join(columns) or 'none'}; write file,classes and optionally "
-            "split, with commas"
+            "split and group, with commas"
         )
     if not records:
         raise DataError(f"{table}: lists no images; add a line per image")
@@ -185,5 +193,6 @@ def _read_rows(table: Path) -> list[_Row]:
             raise DataError(
                 f"{where}: {name} is listed in line {rows[name].line}, too; keep one line per file"
             )
-        rows[name] = _Row(line, name, set(classes), split)
+        group = f"group {values[GROUP]}" if values.get(GROUP) else ""
+        rows[name] = _Row(line, name, set(classes), split, group)
     return list(rows.values())

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, derive_seed
-from sopdeploy.data.batches import load_batches
+from sopdeploy.data.batches import load_batches, sequential_batches
+from sopdeploy.data.near import Copies, find_pairs
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
@@ -73,11 +74,26 @@ class Network:
             start += length
         return columns
 
+    @torch.no_grad()
+    def find_copies(self, images: LabeledImages) -> Indices:
+        """Find the pairs (2, P) of near-duplicates among *images* by the averages of the feature maps."""
+        head, device = self.full.pooled_head, next(self.full.parameters()).device
+        taps = tuple(head.channels) or None
+        columns = self.columns(HeadConfig(kind="gap+mean" if taps else "gap", taps=taps))
+        normalize, copies = Normalize(self.recipe.preprocess).to(device), Copies.of(images)
+        dataset = PreprocessedDataset(copies, self.recipe.preprocess)
+        batches = sequential_batches(len(copies), BATCHES[device.type])
+        loader = load_batches(dataset, batches, self.recipe.workers, device)
+        inputs = (self.full.head_inputs(normalize(pixels)) for pixels, _ in loader)
+        of_copies = np.concatenate([head.vector(own, maps).float().cpu().numpy() for own, maps in inputs])
+        parts = [np.concatenate([self.vectors[:, part], of_copies[:, part]]) for part in columns]
+        return find_pairs(parts, copies.originals, images.targets)
+
     def describe(self, head: HeadConfig) -> str:
         """Describe the network with *head* in a few words."""
         return f"{self.recipe.model.name} {head.kind}" + (f" of {', '.join(head.taps)}" if head.taps else "")
 
-    def cross_validate(self, head: HeadConfig, targets: Targets, folds_N: Indices) -> None:
+    def cross_validate(self, head: HeadConfig, targets: Targets, folds_N: Indices, groups_N: Indices) -> None:
         """Cross-validate *head* and add it to the candidates."""
         since = time.monotonic()
         problem = Problem.create([self.vectors[:, part] for part in self.columns(head)], targets)
@@ -86,7 +102,7 @@ class Network:
         best = int(losses.mean(axis=1).argmin())
         result = CandidateResult(
             name=self.describe(head),
-            score=estimate(targets, logits[best], self.recipe.seed),
+            score=estimate(targets, logits[best], self.recipe.seed, groups_N, int(folds_N.max()) + 1),
             loss=float(losses[best].mean()),
             features=len(problem.center),
             strength=GRID[best],

@@ -69,25 +69,38 @@ class Targets:
             losses = -(self.classes * log_softmax(logits, axis=-1)).sum(axis=-1)
         return losses * self.weights
 
-    def folds(self, hashes: Sequence[str], folds: int, seed: int) -> Indices:
-        """Assign each image a fold (N,), classes spread evenly; images with equal *hashes* share a fold.
+    def group_counts(self, groups_N: Indices) -> Indices:
+        """Count the groups of each class, (K,)."""
+        return np.asarray([len(np.unique(groups_N[column > 0])) for column in self.classes.T])
 
-        There are at most as many folds as the smallest class has images, and at least two. Raises
-        `DataError` if all images are the same.
+    def contradictions(self, groups_N: Indices) -> Iterator[Indices]:
+        """Yield the images of each group whose images have different classes."""
+        for group in np.flatnonzero(np.bincount(groups_N) > 1):
+            images = np.flatnonzero(groups_N == group)
+            if (self.classes[images] != self.classes[images[0]]).any():
+                yield images
+
+    def folds(self, keys: Sequence[str], folds: int, seed: int) -> Indices:
+        """Assign each image a fold (N,), classes spread evenly; images with equal *keys* share a fold.
+
+        There are at most as many folds as the smallest class with two different keys has keys, and at least
+        two. Raises `DataError` if all keys are equal.
         """
-        counts = self.classes.sum(axis=0)
-        count = max(2, min(folds, int(counts[counts > 0].min(initial=folds))))
-        groups = np.unique(hashes, return_inverse=True)[1]
-        if groups.max() == 0:
+        groups_N = np.unique(keys, return_inverse=True)[1]
+        counts = self.group_counts(groups_N)
+        count = max(2, min(folds, int(groups_N.max()) + 1, int(counts[counts > 1].min(initial=folds))))
+        if groups_N.max() == 0:
             raise DataError(
-                "all training images have the same pixels; cross-validation needs different images"
+                "all training images are copies of one photograph; cross-validation needs different images"
             )
-        smallest = np.unique(self.strata, return_counts=True)[1].min()
-        strata = self.strata if smallest >= count else np.zeros_like(self.strata)
+        largest = np.unique(self.strata, return_counts=True)[1].max()
+        strata = self.strata if largest >= count else np.zeros_like(self.strata)
         split = StratifiedGroupKFold(count, shuffle=True, random_state=seed % 2**32)
-        fold_N = np.zeros(len(groups), np.intp)
-        for fold, (_, tested) in enumerate(split.split(fold_N, strata, groups)):
-            fold_N[tested] = fold
+        fold_N = np.zeros(len(groups_N), np.intp)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds
+            for fold, (_, tested) in enumerate(split.split(fold_N, strata, groups_N)):
+                fold_N[tested] = fold
         return np.unique(fold_N, return_inverse=True)[1].astype(np.intp)
 
 

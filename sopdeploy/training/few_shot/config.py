@@ -1,11 +1,13 @@
 """Recipe table `[few_shot]`, and the record of the procedure's results."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import pydantic
 
 from sopdeploy.config import Count, Fraction, NonNegative, Positive, StrictModel
 from sopdeploy.decision import Estimate, Score
+from sopdeploy.errors import shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.models.second_order_head import HeadKind
@@ -20,7 +22,8 @@ class FewShotConfig(StrictModel):
         procedure: "few-shot" and "loop" select the procedure or the training loop. "auto" selects the
             procedure for up to 1,000 images, and for more if its predicted time is at most `max_minutes` and
             its features fit into half of the memory.
-        folds: Folds of the cross-validation, at most the number of images of the smallest class.
+        folds: Folds of the cross-validation, at most the number of different images of the smallest class.
+        group_copies: Whether near-duplicates share a fold; exact duplicates and given groups always do.
         heads: Heads to compare; the first one is kept unless another one is better. If empty: "gap+isqrt" of
             the last two feature maps and of the last one, and "gap".
         models: Further networks to compare with `model.name`, as NAME or NAME=FILE with a file of weights.
@@ -31,6 +34,7 @@ class FewShotConfig(StrictModel):
     procedure: Literal["auto", "few-shot", "loop"] = "auto"
     max_minutes: Positive = 60.0
     folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 5
+    group_copies: bool = True
     heads: tuple[HeadKind, ...] = ()
     models: tuple[str, ...] = ()
     balance_above: Annotated[float, pydantic.Field(ge=1)] = 1.5
@@ -69,12 +73,15 @@ class FewShotResult(StrictModel):
     """Result of the few-shot procedure.
 
     Attributes:
-        top1: Accuracy with its 95 % interval (Wilson); `None` with several classes per image.
+        top1: Accuracy with its 95 % interval (`estimates.estimate`); `None` with several classes per image.
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
         balanced: Whether classes had equal weights in the loss.
         duplicates: Training images with the same pixels as an earlier one; they share its fold.
+        groups: Number of groups of training images: different photographs, each with its copies.
+        one_group: Classes whose images are one group, so that a fold holds all of them.
+        contradictions: Files of groups with different labels, joined by " = ".
         candidates: What was tried.
         choice: Why the candidate was chosen.
         auroc: AUROC of the scores for unknown images, by heads fitted without one class at a time.
@@ -88,6 +95,9 @@ class FewShotResult(StrictModel):
     class_counts: dict[str, int]
     balanced: bool
     duplicates: int
+    groups: int
+    one_group: tuple[str, ...] = ()
+    contradictions: tuple[str, ...] = ()
     candidates: tuple[CandidateResult, ...]
     choice: str
     auroc: dict[Score, Fraction] = pydantic.Field(default_factory=dict)
@@ -101,7 +111,8 @@ class FewShotResult(StrictModel):
 
     def lines(self) -> tuple[str, ...]:
         """Describe the result in lines for the terminal and the report."""
-        lines = [f"images: {self.describe_images()}", *(candidate.line() for candidate in self.candidates)]
+        lines = [f"images: {self.describe_images()}", *self.describe_groups()]
+        lines += [candidate.line() for candidate in self.candidates]
         lines.append(f"chosen: {self.choice}")
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")
@@ -120,6 +131,19 @@ class FewShotResult(StrictModel):
             f"{name} {100 * score.share:.1f} % ({origin}, 95 % interval {100 * score.low:.0f} to "
             f"{100 * score.high:.0f} %{comparison}) of {score.count} images"
         )
+
+    def describe_groups(self) -> Iterator[str]:
+        """Describe the copies among the training images, and what they make impossible."""
+        count = self.candidates[0].score.count if self.candidates else self.groups
+        if self.groups < count:
+            yield f"{count} photographs, {self.groups} different ones: copies are kept in the same fold"
+        if self.one_group:
+            yield (
+                f"all images of {shorten(self.one_group)} are one group (copies of one photograph, or one "
+                "folder), so the accuracy of the class cannot be estimated; add different photographs"
+            )
+        if self.contradictions:
+            yield f"copies with different labels, correct or delete one: {shorten(self.contradictions, '; ')}"
 
     def describe_images(self) -> str:
         """Describe the training images: their classes, imbalance, and duplicates."""

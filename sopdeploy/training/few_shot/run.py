@@ -16,6 +16,7 @@ import torch
 
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split, derive_seed
 from sopdeploy.data.image_files import unreadable_images_error
+from sopdeploy.data.near import connect
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.decision_fit import fit_decision, missing_threshold
@@ -89,11 +90,11 @@ def _choose_and_fit(
     `ConfigError` if a network has no linear classifier, `DataError` if all images have the same pixels.
     """
     targets = Targets.of(images, run.recipe.few_shot.balance_above)
-    networks, folds_N = _compare_heads(run, images, targets, on_progress)
+    networks, groups_N, folds_N = _compare_heads(run, images, targets, on_progress)
     losses = [[candidate.losses for candidate in network.candidates] for network in networks]
     logits = [[candidate.logits for candidate in network.candidates] for network in networks]
-    choice = choose(losses, np.arange(len(images)))
-    cross_validated_NK = compose(losses, logits, folds_N)
+    choice = choose(losses, np.arange(len(images)), groups_N)
+    cross_validated_NK = compose(losses, logits, folds_N, groups_N)
     network = networks[choice.network]
     chosen, strength = network.candidates[choice.candidate], GRID[choice.strength]
     on_progress("heads without one class", 0, 1)
@@ -112,13 +113,20 @@ def _choose_and_fit(
         reason = "the default head; no other has a clearly smaller loss (two standard errors)"
     if len(networks) > 1:
         reason += "; of the networks, it has the smallest loss"
-    score = estimate(targets, cross_validated_NK, run.recipe.seed)
+    score = estimate(targets, cross_validated_NK, run.recipe.seed, groups_N, int(folds_N.max()) + 1)
+    names = [str(path) for path in getattr(images, "paths", np.arange(len(images))).astype(str)]
+    group_counts = targets.group_counts(groups_N)
     run.few_shot = FewShotResult(
         **{"top1" if isinstance(score, Rate) else "map": score},
         estimated_on="cross-validation",
         class_counts=dict(zip(images.labels, targets.classes.sum(axis=0).astype(int).tolist(), strict=True)),
         balanced=targets.balanced,
         duplicates=len(images) - len(set(network.hashes)),
+        groups=int(groups_N.max()) + 1,
+        one_group=tuple(np.asarray(images.labels)[group_counts == 1].tolist()),
+        contradictions=tuple(
+            " = ".join(names[index] for index in group) for group in targets.contradictions(groups_N)
+        ),
         candidates=tuple(
             candidate.result.model_copy(update={"kept": candidate is chosen}) for candidate in candidates
         ),
@@ -131,14 +139,17 @@ def _choose_and_fit(
     run.normalize = Normalize(run.recipe.preprocess).to(run.strategy.device)
     run.replace_model(head_name(network.recipe.model.name), model, model.config.model_dump(mode="json"))
     logits_NK = cross_validated_NK - distance_weight * chosen.problem.distances(folds_N)[:, None]
-    run.out_of_fold = torch.from_numpy(logits_NK)
+    run.out_of_fold, run.image_groups = torch.from_numpy(logits_NK), torch.from_numpy(groups_N)
     return targets, logits_NK
 
 
 def _compare_heads(
     run: Run, images: LabeledImages, targets: Targets, on_progress: Callable[[str, int, int], None]
-) -> tuple[list[Network], Indices]:
-    """Cross-validate the heads of all networks; return the networks and the folds (N,)."""
+) -> tuple[list[Network], Indices, Indices]:
+    """Cross-validate the heads of all networks; return the networks, the groups (N,) and the folds (N,).
+
+    The groups are those of the features of the first network.
+    """
     config, strategy = run.recipe.few_shot, run.strategy
     compared = [(run.model, run.recipe)]
     for text in config.models:
@@ -155,12 +166,16 @@ def _compare_heads(
 
         network = Network(recipe, model.to(strategy.device), images, features_done)
         networks.append(network)
-        folds_N = targets.folds(networks[0].hashes, config.folds, derive_seed(recipe.seed, "folds"))
+        if network is networks[0]:
+            pairs = network.find_copies(images) if config.group_copies else np.zeros((2, 0), np.intp)
+            groups_N = connect(len(images), pairs, network.hashes, getattr(images, "groups", None))
+            keys = np.asarray(network.hashes)[np.unique(groups_N, return_index=True)[1]][groups_N]
+            folds_N = targets.folds(keys.tolist(), config.folds, derive_seed(recipe.seed, "folds"))
         heads = list_heads(network.full, config)
         for place, head in enumerate(heads):
             on_progress(f"cross-validation of {name}", start + count + count * place // len(heads), total)
-            network.cross_validate(head, targets, folds_N)
-    return networks, folds_N
+            network.cross_validate(head, targets, folds_N, groups_N)
+    return networks, groups_N, folds_N
 
 
 def _evaluate(run: Run, data: Split, out_of_fold_NK: Array) -> HeldOutMetrics:
@@ -178,7 +193,9 @@ def _evaluate(run: Run, data: Split, out_of_fold_NK: Array) -> HeldOutMetrics:
         batch_size=recipe.batch_size,
         workers=recipe.workers,
     )
-    score = estimate(Targets.of(images, recipe.few_shot.balance_above), logits_NK, recipe.seed)
+    given = getattr(images, "groups", None)
+    groups_N = np.arange(len(images)) if given is None else given
+    score = estimate(Targets.of(images, recipe.few_shot.balance_above), logits_NK, recipe.seed, groups_N)
     name = "top1" if isinstance(score, Rate) else "map"
     run.few_shot = run.few_shot.model_copy(update={name: score, "estimated_on": "held-out"})
     return held_out_metrics(run.labels, logits_NK, targets)
@@ -191,7 +208,7 @@ def _fit_decision(run: Run, images: LabeledImages) -> Decision | None:
     logits = run.out_of_fold.double().numpy()
     if run.activation == "sigmoid":
         return fit_presence(images.targets.astype(np.float64), sigmoid(logits))
-    reason = missing_threshold(len(logits), logits.shape[1], run.recipe.rejection.accepts)
+    reason = missing_threshold(run.few_shot.groups, logits.shape[1], run.recipe.rejection.accepts)
     run.few_shot = run.few_shot.model_copy(update={"unknown": reason})
     decision = fit_decision(
         logits,
@@ -200,5 +217,6 @@ def _fit_decision(run: Run, images: LabeledImages) -> Decision | None:
         accepts=run.recipe.rejection.accepts,
         scalable=False,  # heads that saw fewer images are less certain than the final one
         refitted=run.few_shot.auroc,
+        groups=None if run.image_groups is None else run.image_groups.numpy(),
     )
     return None if decision == Decision() else decision

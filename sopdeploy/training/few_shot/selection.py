@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
-from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
+from sopdeploy.data.image_files import ImageFiles, join, unreadable_images_error
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
@@ -92,10 +92,7 @@ def _join(data: Split) -> Split:
     train, held_out = data.train, data.held_out
     if not (data.divided and isinstance(train, ImageFiles) and isinstance(held_out, ImageFiles)):
         return data
-    paths = np.concatenate([train.paths, held_out.paths])
-    by_path = np.argsort(paths, kind="stable")
-    targets = np.concatenate([train.targets, held_out.targets])
-    joined = replace(train, paths=paths[by_path], targets=targets[by_path])
+    joined = join(train, held_out)
     no_images = joined.select(np.zeros(len(joined), np.bool_))
     return replace(data, train=joined, held_out=no_images)
 

@@ -61,8 +61,8 @@ UNCLEAR = [
     (below("train"), (4, 2), ""),
     (
         {"animals__cats": 3, "animals__dogs": 2, "plants": 3},
-        (6, 2),
-        "count as images of that class: animals/cats, animals/dogs; move these folders up if they are",
+        (5, 3),  # each of the two folders is a group
+        "of several folders as one group: animals/cats, animals/dogs; move these folders up if they are",
     ),
 ]
 

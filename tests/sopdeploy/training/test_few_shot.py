@@ -1,5 +1,6 @@
 """The few-shot procedure: classifier, folds, choice, decision, and whole runs on painted images."""
 
+import json
 import re
 import subprocess
 import sys
@@ -11,20 +12,23 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from typer.testing import CliRunner
 
 from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.training import configure
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.cli.app import app
 from sopdeploy.comparison import compare
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.report.page import write_report
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets
-from sopdeploy.training.few_shot.estimates import choose, compose
+from sopdeploy.training.few_shot.estimates import choose, compose, estimate
 from sopdeploy.training.few_shot.unknown import recognize_unknown
 from sopdeploy.training.loop import train
 from sopdeploy.training.procedure import select_procedure
@@ -95,7 +99,7 @@ def test_labels_without_relation_to_the_images_are_estimated_at_chance():
     assigned = targets.folds([str(number) for number in range(60)], 5, 0)
     problems = [Problem.create([random.normal(size=(60, 30))], targets) for _ in range(3)]
     logits = [problem.cross_validate(assigned) for problem in problems]
-    composed = compose([[targets.losses(one) for one in logits]], [logits], assigned)
+    composed = compose([[targets.losses(one) for one in logits]], [logits], assigned, np.arange(60))
     assert (composed.argmax(axis=1) == classes).mean() < 0.45
 
 
@@ -113,9 +117,9 @@ def test_another_head_needs_a_clearly_smaller_loss():
     first = 1.0 + 0.5 * random.random((len(GRID), 50))
     slightly, clearly = first - 0.01 * random.standard_normal((len(GRID), 50)), first - 0.2
     images = np.arange(50)
-    assert choose([[first, slightly]], images).candidate == 0
-    assert choose([[first, slightly, clearly]], images).candidate == 2
-    assert choose([[clearly], [first], [clearly - 0.1]], images).network == 2
+    assert choose([[first, slightly]], images, images).candidate == 0
+    assert choose([[first, slightly, clearly]], images, images).candidate == 2
+    assert choose([[clearly], [first], [clearly - 0.1]], images, images).network == 2
 
 
 def test_unknown_images_have_a_smaller_energy_far_from_the_training_images():
@@ -172,11 +176,79 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     rows = dict(checkpoint.decision.rows())
     assert "(95 % interval " in rows["unknown images"]
     assert "no temperature" in rows["calibration error"]
+    command = ["data", "check", str(tmp_path / "photos"), "--labels", str(tmp_path / "run")]
+    shown = CliRunner().invoke(app, [*command, "--json"])
+    listed = json.loads(shown.stdout)
+    assert len(listed) == found.top1.count - found.top1.right
+    assert ("Probably wrong labels" in page) == bool(listed)
+    assert all(one["probability"] < one["probability_suggested"] for one in listed)
+    assert CliRunner().invoke(app, [*command, "--paths"]).stdout.split() == [one["file"] for one in listed]
+    assert CliRunner().invoke(app, command).exit_code == 0
     again = train(recipe, tmp_path / "run", resume=True)
     assert again.few_shot == found
     after = read_checkpoint(result.best)
+    (tmp_path / "photos" / "red" / "0.png").unlink()
+    changed = CliRunner().invoke(app, command)
+    assert (changed.exit_code, changed.stdout) == (2, "")
+    assert "the images have changed since the run" in changed.stderr
     assert (after.training, after.decision) == (checkpoint.training, checkpoint.decision)
     assert all(torch.equal(after.weights[name], checkpoint.weights[name]) for name in checkpoint.weights)
+
+
+def test_copies_share_a_fold_and_count_as_one_image_in_intervals_and_thresholds():
+    random, classes = np.random.default_rng(0), np.arange(60) % 3
+    logits = 2 * np.eye(3)[classes] + random.normal(size=(60, 3))
+    targets = softmax_targets(classes, 3)
+    groups = np.tile(np.arange(60), 3)
+    copied = softmax_targets(np.tile(classes, 3), 3)
+    single, several = (
+        estimate(targets, logits, 0, np.arange(60)),
+        estimate(copied, np.tile(logits, (3, 1)), 0, groups),
+    )
+    assert (several.low, several.high) == pytest.approx((single.low, single.high))
+    assert several.count == 180
+    expected = fit_decision(logits, classes, estimated_on="cross-validation")
+    assert expected.rejection is not None
+    found = fit_decision(
+        np.tile(logits, (3, 1)), np.tile(classes, 3), estimated_on="cross-validation", groups=groups
+    )
+    assert found == expected
+    losses = [1 + 0.1 * random.random((1, 60)), 0.97 + 0.1 * random.random((1, 60))]
+    tripled = [np.tile(loss, 3) for loss in losses]
+    assert (
+        choose([tripled], np.arange(180), groups).candidate
+        == choose([losses], np.arange(60), np.arange(60)).candidate
+    )
+    copies = np.tile(random.normal(size=60), 3)
+    mean = MeanPrecision.of(copied.classes > 0, np.stack([copies] * 3, axis=1), 0, groups)
+    assert mean.low < MeanPrecision.of(copied.classes > 0, np.stack([copies] * 3, axis=1), 0).low
+
+
+def test_given_groups_one_group_classes_and_contradictions_are_named(tmp_path: Path):
+    photos = paint(tmp_path / "photos", 6)
+    names = [(path.parent.name, path.name) for path in sorted(photos.glob("*/*.png"))]
+    rows = [f"{label}/{name},{label},{'burst' * (label == 'red')}" for label, name in names]
+    (photos / "labels.csv").write_text("\n".join(["file,classes,group", *rows]), encoding="utf-8")
+    (photos / "blue" / "0.png").write_bytes((photos / "green" / "1.png").read_bytes())
+    warnings: list[str] = []
+
+    class Warnings(Callback):
+        def on_warning(self, message: str) -> None:
+            warnings.append(message)
+
+    settings = [
+        *SMALL,
+        f"data.path={tmp_path / 'photos'}",
+        "few_shot.group_copies=false",
+        'few_shot.heads=["gap"]',
+    ]
+    found = train(read_recipe("photos", settings), tmp_path / "run", callback=Warnings()).few_shot
+    lines = "\n".join(found.lines())
+    assert found.groups == 12
+    assert "18 photographs, 12 different ones: copies are kept in the same fold" in lines
+    assert "all images of red are one group" in lines
+    assert "copies with different labels, correct or delete one: blue/0.png = green/1.png" in lines
+    assert any("blue/0.png = " in warning and "different labels" in warning for warning in warnings)
 
 
 def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: Path):
@@ -184,7 +256,8 @@ def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: P
     paint(tmp_path / "photos" / "val", 2, seed=1)
     for number in range(3, 6):
         (tmp_path / "photos" / "train" / "red" / f"{number}.png").unlink()
-    result = train(read_recipe("photos", [*SMALL, f"data.path={tmp_path / 'photos'}"]), tmp_path / "run")
+    settings = [*SMALL, f"data.path={tmp_path / 'photos'}", "few_shot.group_copies=false"]
+    result = train(read_recipe("photos", settings), tmp_path / "run")
     found = result.few_shot
     assert (result.train_count, result.held_out_count) == (15, 6)
     assert found.estimated_on == "held-out"
@@ -351,7 +424,7 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
         train(read_recipe("photos", [*settings, 'few_shot.models=["resnet19"]']), tmp_path / "run")
     for path in data.glob("*/*.png"):
         path.write_bytes((data / "red" / "0.png").read_bytes())
-    with pytest.raises(DataError, match="same pixels"):
+    with pytest.raises(DataError, match="copies of one photograph"):
         train(read_recipe("photos", [*SMALL, f"data.path={data}"]), tmp_path / "run")
 
 

@@ -1,0 +1,247 @@
+"""Estimates of `train` on folders with copies of photographs, against held-out photographs.
+
+    python benchmarks/copied_photos.py --data DIR --test DIR --model NAME --weights FILE --cache DIR
+        [--kinds none,encoded,cropped,burst,mixed] [--copies 1,2] [--sizes 10,20] [--draws 6] [--json]
+
+--data and --test are folders of photographs, <class>/*.jpg. Each draw takes --sizes photographs per class
+from --data and adds --copies copies of each, so that the true groups are known. Kinds of copies:
+
+- encoded: half to all of each side, JPEG of quality 40 to 80;
+- cropped: 75 to 92 % of each side, scaled by 0.7 to 1.3;
+- burst: shifted by up to 5 % of each side, brightness 0.85 to 1.18, blurred;
+- mixed: each copy of one of these kinds; none: no copies.
+
+Each run is `sopdeploy train` with default options; the outputs of the frozen network are cached by the hash
+of the pixels, in float16. "error" is the difference of the estimate and the accuracy on --test. Intervals are
+the printed ones: how many contain the accuracy on --test, and the accepted share of --test. "grouped wrongly"
+counts photographs in a group with another photograph, "divided" photographs whose copies are in several
+groups. Finished runs in --cache are not repeated. Exit status 1: a mean absolute error above 2.5 points,
+fewer than 90 % of the intervals, or more than 1 % of the photographs without copies grouped wrongly.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from few_photos import head_inputs
+from measure import Result, make_parser, one_line_errors, report
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from torch import Tensor
+
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.decision import known_score
+from sopdeploy.errors import DataError
+from sopdeploy.models.second_order_head import SecondOrderHead
+from sopdeploy.training.few_shot.candidates import TAPS
+from sopdeploy.training.loop import train
+from sopdeploy.training.recipe import read_recipe
+
+KINDS = ("encoded", "cropped", "burst")
+
+
+def copy_photograph(image: Image.Image, kind: str, source: random.Random) -> bytes:
+    """Encode a copy of *image* of one of `KINDS` as JPEG."""
+    width, height = image.size
+    quality = 90
+    if kind == "encoded":
+        scale = source.uniform(0.5, 1)
+        image = image.resize((max(8, round(width * scale)), max(8, round(height * scale))))
+        quality = source.randint(40, 80)
+    else:
+        kept = source.uniform(0.75, 0.92) if kind == "cropped" else 0.95
+        side, rise = round(width * kept), round(height * kept)
+        x, y = source.randint(0, width - side), source.randint(0, height - rise)
+        image = image.crop((x, y, x + side, y + rise))
+        if kind == "cropped":
+            scale = source.uniform(0.7, 1.3)
+            image = image.resize((round(side * scale), round(rise * scale)))
+        else:
+            image = ImageEnhance.Brightness(image).enhance(source.uniform(0.85, 1.18))
+            image = image.filter(ImageFilter.GaussianBlur(source.uniform(0, 0.004) * max(width, height)))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def draw(given: argparse.Namespace, folder: Path, kind: str, copies: int, size: int, seed: int) -> None:
+    """Link *size* photographs of each class of --data and write *copies* copies of each into *folder*."""
+    source = random.Random(1000 * size + seed)  # noqa: S311  # not a secret
+    for label in sorted(path for path in given.data.iterdir() if path.is_dir()):
+        (folder / label.name).mkdir(parents=True)
+        for path in source.sample(sorted(label.iterdir()), size):
+            (folder / label.name / path.name).symlink_to(path.resolve())
+            for number in range(copies):
+                chosen = source.choice(KINDS) if kind == "mixed" else kind
+                copy = (
+                    given.cache / "copies" / f"{chosen}-{number}" / label.name / f"{path.stem}~{number}.jpg"
+                )
+                if not copy.exists():
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    key = f"{label.name}/{path.name}-{chosen}-{number}"
+                    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+                    own = random.Random(key)  # noqa: S311
+                    copy.write_bytes(copy_photograph(image, chosen, own))
+                (folder / label.name / copy.name).symlink_to(copy)
+
+
+class CachedInputs:
+    """Replaces `SecondOrderHead.head_inputs`: computes each image once, by the hash of its pixels."""
+
+    def __init__(self, path: Path) -> None:
+        self.compute, self.path = SecondOrderHead.head_inputs, path
+        self.known: dict[str, list[np.ndarray]] = {}
+        for part in sorted(path.glob("*.npz")):
+            content = np.load(part)
+            arrays = [content[name] for name in content.files if name != "keys"]
+            for index, key in enumerate(content["keys"].tolist()):
+                self.known[key] = [array[index] for array in arrays]
+        self.new: list[str] = []
+
+    def __call__(self, network: SecondOrderHead, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the own vectors and the maps of *images* (B, 3, H, W)."""
+        if len(network.maps) < TAPS:  # another head
+            return self.compute(network, images)
+        keys = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in images]
+        missing = [index for index, key in enumerate(keys) if key not in self.known]
+        if missing:
+            own, maps = self.compute(network, images[missing])
+            for row, index in enumerate(missing):
+                self.known[keys[index]] = [part[row].half().numpy() for part in (own, *maps.values())]
+                self.new.append(keys[index])
+        parts = [
+            torch.from_numpy(np.stack(rows)).float()
+            for rows in zip(*(self.known[key] for key in keys), strict=True)
+        ]
+        return parts[0], dict(zip(network.maps, parts[1:], strict=True))
+
+    def save(self) -> None:
+        """Write what is new to a file."""
+        if self.new:
+            parts = zip(*(self.known[key] for key in self.new), strict=True)
+            arrays = {f"part{number}": np.stack(rows) for number, rows in enumerate(parts)}
+            self.path.mkdir(exist_ok=True)
+            np.savez(self.path / f"{len(self.known)}.npz", keys=np.asarray(self.new), **arrays)  # type: ignore[arg-type]
+            self.new = []
+
+
+def count_errors(folder: Path, groups: np.ndarray) -> tuple[float, float]:
+    """Return the shares of photographs in *folder* that are grouped wrongly, and that are divided."""
+    paths = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*"))
+    true = np.asarray([path.removesuffix(".jpg").split("~")[0] for path in paths])
+    originals = np.unique(true)
+    mixed = {group for group in set(groups) if len(set(true[groups == group])) > 1}
+    wrong = [any(group in mixed for group in groups[true == name]) for name in originals]
+    divided = [len(set(groups[true == name])) > 1 for name in originals]
+    return float(np.mean(wrong)), float(np.mean(divided))
+
+
+@torch.no_grad()
+def run_draw(
+    given: argparse.Namespace, inputs: CachedInputs, kind: str, copies: int, size: int, seed: int
+) -> dict[str, float]:
+    """Train on one draw and test; results are cached."""
+    path: Path = given.cache / f"{kind}-{copies}-{size}-{seed}.json"
+    if path.exists():
+        return dict(json.loads(path.read_text()))
+    folder, run = given.cache / "images" / path.stem, given.cache / "run"
+    for previous in (folder, run):
+        shutil.rmtree(previous, ignore_errors=True)
+    draw(given, folder, kind, copies, size, seed)
+    settings = [f"data.path={folder}", f"model.name={given.model}", f"start.weights={given.weights}"]
+    with torch.enable_grad():
+        result = train(read_recipe("photos", settings), run)
+    checkpoint, last = read_checkpoint(result.best), read_checkpoint(result.last)
+    model = build_classifier(checkpoint, result.best)
+    rule = checkpoint.decision.rejection if checkpoint.decision else None
+    if (
+        result.few_shot is None
+        or last.resume is None
+        or rule is None
+        or not isinstance(model, SecondOrderHead)
+    ):
+        raise DataError(f"{given.data}: the few-shot procedure fitted no threshold; give larger --sizes")
+    test = head_inputs(result.best, given.test, given.model, given.cache / "test.pt", with_maps=True)
+    logits = model.pooled_head(test["own"].float(), {tap: test["maps"][tap].float() for tap in model.maps})
+    score = result.few_shot.top1
+    wrong, divided = count_errors(folder, np.asarray(last.resume["groups"]))
+    low, high = rule.accepted or (0.0, 1.0)
+    measured = {
+        "accuracy": 100 * float((logits.argmax(dim=1) == test["targets"]).double().mean()),
+        "estimate": 100 * score.share,
+        "low": 100 * score.low,
+        "high": 100 * score.high,
+        "accepted": 100 * float((known_score(logits.numpy(), rule.score) >= rule.threshold).mean()),
+        "accepted, low": 100 * low,
+        "accepted, high": 100 * high,
+        "grouped wrongly": 100 * wrong,
+        "divided": 100 * divided,
+    }
+    path.write_text(json.dumps(measured))
+    print(f"{path.stem}: {measured}", file=sys.stderr, flush=True)
+    inputs.save()
+    return measured
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark and return the exit status."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="photographs to draw from, <class>/*.jpg")
+    parser.add_argument("--test", type=Path, required=True, help="photographs of the same classes")
+    parser.add_argument("--model", required=True, help="network, such as timm:tf_efficientnet_lite0")
+    parser.add_argument("--weights", type=Path, required=True, help="its weights")
+    parser.add_argument("--cache", type=Path, required=True, help="folder of copies, features and results")
+    parser.add_argument("--kinds", type=lambda text: text.split(","), default=["none", *KINDS, "mixed"])
+    for name, values in (("copies", [1, 2]), ("sizes", [10, 20])):
+        parser.add_argument(
+            f"--{name}", type=lambda text: [int(part) for part in text.split(",")], default=values
+        )
+    parser.add_argument("--draws", type=int, default=6)
+    given = parser.parse_args(arguments)
+    given.cache.mkdir(parents=True, exist_ok=True)
+    given.cache = given.cache.resolve()
+    inputs = CachedInputs(given.cache / "features")
+    SecondOrderHead.head_inputs = lambda network, images: inputs(network, images)  # type: ignore[method-assign, assignment]
+    results, passed = [], True
+    with one_line_errors():
+        for kind in given.kinds:
+            draws: list[dict[str, Any]] = [
+                run_draw(given, inputs, kind, copies, size, seed)
+                for size in given.sizes
+                for copies in (given.copies if kind != "none" else [0])
+                for seed in range(given.draws)
+            ]
+            errors = [one["estimate"] - one["accuracy"] for one in draws]
+            inside = np.mean([one["low"] <= one["accuracy"] <= one["high"] for one in draws])
+            accepted = np.mean(
+                [one["accepted, low"] <= one["accepted"] <= one["accepted, high"] for one in draws]
+            )
+            wrong = float(np.mean([one["grouped wrongly"] for one in draws]))
+            error = float(np.mean(np.abs(errors)))
+            passed &= error <= 2.5 and inside >= 0.9 and accepted >= 0.9 and (kind != "none" or wrong <= 1)
+            for case, value, unit in (
+                ("accuracy", float(np.mean([one["accuracy"] for one in draws])), "%"),
+                ("estimate", float(np.mean([one["estimate"] for one in draws])), "%"),
+                ("error, mean of absolute values", error, "points"),
+                ("error, mean", float(np.mean(errors)), "points"),
+                ("intervals that contain the accuracy", float(100 * inside), "%"),
+                ("accepted", float(np.mean([one["accepted"] for one in draws])), "%"),
+                ("intervals that contain the accepted share", float(100 * accepted), "%"),
+                ("grouped wrongly", wrong, "%"),
+                ("divided", float(np.mean([one["divided"] for one in draws])), "%"),
+            ):
+                results.append(Result(case=f"{kind}, {case}", ours=value, unit=unit, runs=len(draws)))
+    report(results, as_json=given.json, threads=os.environ.get("OMP_NUM_THREADS", "all"))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

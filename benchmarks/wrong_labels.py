@@ -1,0 +1,133 @@
+"""Planted wrong labels that `data check --labels` lists, against cleanlab on the same probabilities.
+
+    python benchmarks/wrong_labels.py --data DIR --model NAME --weights FILE --cache DIR
+        [--size 50] [--shares 0.03,0.08] [--similar shirt,t-shirt,longsleeve] [--draws 6] [--json]
+
+--data is a folder of photographs, <class>/*.jpg. Each draw takes --size photographs per class and moves a
+share of them, n photographs, to another class: any class, and in a second run among the classes --similar
+only. `sopdeploy train` runs with default options; outputs of the frozen network are cached as in
+copied_photos.py. Ours is the order of `data check --labels`; cleanlab is its best method by
+`get_label_quality_scores` on the same out-of-fold probabilities. "precision at n" is the share of wrong
+labels among the first n, "recall at 2n" the share of the wrong labels that are among the first 2n. Needs
+`pip install cleanlab==2.9.0`. Exit status 1: ours is below cleanlab.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from cleanlab.rank import get_label_quality_scores
+from copied_photos import CachedInputs
+from measure import Result, make_parser, one_line_errors, report
+
+from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.data.datasets.folder import list_classes
+from sopdeploy.decision import softmax
+from sopdeploy.models.second_order_head import SecondOrderHead
+from sopdeploy.report.run_data import find_wrong_labels
+from sopdeploy.training.loop import train
+from sopdeploy.training.recipe import read_recipe
+
+METHODS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
+
+
+def run_draw(
+    given: argparse.Namespace, inputs: CachedInputs, share: float, similar: list[str], seed: int
+) -> dict[str, list[float]]:
+    """Train on one draw and rank its labels; results are cached."""
+    path: Path = given.cache / f"labels-{share}-{'similar' if similar else 'any'}-{seed}.json"
+    if path.exists():
+        return dict(json.loads(path.read_text()))
+    folder, run = given.cache / "images" / path.stem, given.cache / "run-labels"
+    for previous in (folder, run):
+        shutil.rmtree(previous, ignore_errors=True)
+    source = random.Random(seed)  # noqa: S311  # not a secret
+    labels = sorted(path.name for path in given.data.iterdir() if path.is_dir())
+    drawn = [
+        (label, file)
+        for label in labels
+        for file in source.sample(sorted((given.data / label).iterdir()), given.size)
+    ]
+    count = round(share * len(drawn))
+    moved = set(source.sample([file for label, file in drawn if not similar or label in similar], count))
+    for label, file in drawn:
+        other = (
+            source.choice([name for name in similar or labels if name != label]) if file in moved else label
+        )
+        (folder / other).mkdir(parents=True, exist_ok=True)
+        (folder / other / file.name).symlink_to(file.resolve())
+    settings = [f"data.path={folder}", f"model.name={given.model}", f"start.weights={given.weights}"]
+    result = train(read_recipe("photos", settings), run)
+    names = {file.name for file in moved}
+    images, resume = list_classes(folder), read_checkpoint(result.last).resume or {}
+    probabilities = softmax(resume["out_of_fold"].double().numpy())
+    wrong = np.asarray([images.path(index).name in names for index in range(len(images))])
+    listed = [Path(one.file).name in names for one in find_wrong_labels(run)]
+    orders = {"ours": np.asarray(listed)}
+    for method in METHODS:
+        scores = get_label_quality_scores(
+            images.targets, probabilities, method=method, adjust_pred_probs=False
+        )
+        orders[method] = wrong[np.argsort(scores, kind="stable")]
+    measured = {
+        name: [100 * float(order[:count].mean()), 100 * float(order[: 2 * count].sum() / count)]
+        for name, order in orders.items()
+    }
+    path.write_text(json.dumps(measured))
+    print(f"{path.stem}: {measured}", file=sys.stderr, flush=True)
+    inputs.save()
+    return measured
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark and return the exit status."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="photographs to draw from, <class>/*.jpg")
+    parser.add_argument("--model", required=True, help="network, such as timm:tf_efficientnet_lite0")
+    parser.add_argument("--weights", type=Path, required=True, help="its weights")
+    parser.add_argument("--cache", type=Path, required=True, help="folder of features and results")
+    parser.add_argument("--size", type=int, default=50)
+    parser.add_argument(
+        "--shares", type=lambda text: [float(one) for one in text.split(",")], default=[0.03, 0.08]
+    )
+    parser.add_argument(
+        "--similar", type=lambda text: text.split(","), default=["shirt", "t-shirt", "longsleeve"]
+    )
+    parser.add_argument("--draws", type=int, default=6)
+    given = parser.parse_args(arguments)
+    given.cache.mkdir(parents=True, exist_ok=True)
+    given.cache = given.cache.resolve()
+    inputs = CachedInputs(given.cache / "features")
+    SecondOrderHead.head_inputs = lambda network, images: inputs(network, images)  # type: ignore[method-assign, assignment]
+    results, passed = [], True
+    with one_line_errors():
+        for share, similar in [(share, []) for share in given.shares] + [(given.shares[0], given.similar)]:
+            draws = [run_draw(given, inputs, share, similar, seed) for seed in range(given.draws)]
+            means = {name: np.mean([one[name] for one in draws], axis=0) for name in draws[0]}
+            best = max(METHODS, key=lambda name: means[name].sum())
+            for place, measure in enumerate(("precision at n", "recall at 2n")):
+                ours, other = float(means["ours"][place]), float(means[best][place])
+                passed &= ours >= other
+                kind = "among " + ", ".join(similar) if similar else "any class"
+                case = f"{100 * share:g} % wrong, {kind}: {measure}"
+                results.append(
+                    Result(
+                        case=case,
+                        against=f"cleanlab {best}",
+                        ours=ours,
+                        other=other,
+                        unit="%",
+                        runs=len(draws),
+                    )
+                )
+    report(results, as_json=given.json, threads=os.environ.get("OMP_NUM_THREADS", "all"))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,198 @@
+"""Groups of images that show one photograph: copies, crops and frames of a burst.
+
+The vectors of all images are centered, their parts scaled to equal norms, and the principal components
+divided by the root of their variance plus the mean variance. This removes what the images of a class have in
+common: the cosine of two copies stays large, that of two similar objects becomes small. Images whose cosine
+reaches a threshold are connected, and a group is a connected component.
+
+The threshold is measured on the given images and vectors. Nine tenths of `Copies` of a sample of the images
+reach it, unless different images reach that, too: it is at least three standard deviations above the median
+cosine of the images of a class, and above the median of the largest cosine with images of other classes.
+
+Letters: N images, M copies, D components of a vector.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance
+
+from sopdeploy.data.base import LabeledImages, Split, Target
+from sopdeploy.data.image_files import ImageFiles, divide, join, map_threaded
+from sopdeploy.errors import DataError
+from sopdeploy.images.pixels import to_rgb
+from sopdeploy.images.preprocess import Preprocess
+
+Groups = NDArray[np.int64]  # a number per image
+RULES = Preprocess()  # for the conversion to upright RGB
+MISSED = 0.1  # share of the copies below the threshold
+DEVIATIONS, QUARTILE = 3.0, 0.6745  # standard deviations, of which the upper quartile of a Gaussian is 0.6745
+MAX_COMPARED = 500  # images that are compared with those of other classes
+BLOCK = 1024  # images whose similarities are computed at once
+MAX_DIVIDED = 20_000  # with more images, `keep_groups_together` compares no pixels
+THUMBNAIL, CELLS, DIRECTIONS = 64, 8, 8  # pixels, cells of 8 x 8 pixels, and directions of a signature
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Re-encoded, smaller, brighter copies of the images at `originals` (M,); `crop` of each side is kept."""
+
+    images: LabeledImages
+    originals: NDArray[np.intp]
+    crop: float = 0.85
+
+    @classmethod
+    def of(cls, images: LabeledImages, crop: float = 0.85) -> "Copies":
+        """Copy an eighth of *images*, at least 8 and at most 32."""
+        count = int(np.clip(len(images) // 8, 8, 32))
+        return cls(images, np.random.default_rng(0).permutation(len(images))[:count], crop)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in output order."""
+        return self.images.labels
+
+    @property
+    def targets(self) -> Any:
+        """The targets of the originals."""
+        return self.images.targets[self.originals]
+
+    def __len__(self) -> int:
+        return len(self.originals)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
+        image, target = self.images[int(self.originals[index])]
+        pixels = to_rgb(image, RULES)
+        sides = np.asarray(pixels.size, np.float64)
+        corner = np.random.default_rng(index).random(2) * (1 - self.crop) * sides
+        box = (*corner.tolist(), *(corner + self.crop * sides).tolist())
+        width, height = np.maximum(0.6 * sides, 1).astype(int).tolist()
+        small = pixels.resize((width, height), Image.Resampling.BILINEAR, box)
+        file = BytesIO()
+        ImageEnhance.Brightness(small).enhance(1.15).save(file, "JPEG", quality=60)
+        return Image.open(file), target
+
+
+def find_pairs(
+    parts: Sequence[NDArray[np.float32]], originals: NDArray[np.intp], targets: NDArray[Any]
+) -> NDArray[np.intp]:
+    """Find the pairs (2, P) of near-duplicates among N images with *targets*, (N,) or (N, C).
+
+    *parts* (N + M, D) of the vectors are those of the images, then those of copies of *originals* (M,).
+    """
+    count = len(targets)
+    classes = np.unique(targets, axis=0, return_inverse=True)[1].reshape(count)
+    rows = _whiten(parts)
+    images, copies = rows[:count], rows[count:]
+    compared = np.arange(0, count, -(-count // MAX_COMPARED))
+    cosines = images[compared] @ images.T
+    same_class = classes[compared, None] == classes
+    nearest_other = np.where(same_class, -1.0, cosines).max(axis=1)
+    in_class = cosines[same_class & (compared[:, None] != np.arange(count))]
+    levels = [np.quantile((images[originals] * copies).sum(axis=1), MISSED)]
+    for different in filter(len, (nearest_other, in_class)):
+        median, upper = np.quantile(different, [0.5, 0.75])  # a few copies or wrong labels do not change them
+        levels.append(median + DEVIATIONS * (upper - median) / QUARTILE)
+    threshold = max(levels)
+    pairs = []
+    for start in range(0, count, BLOCK):
+        first, second = np.nonzero(images[start : start + BLOCK] @ images.T >= threshold)
+        pairs.append(np.stack([first + start, second]))
+    return np.concatenate(pairs, axis=1)
+
+
+def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
+    """Group *count* images: *pairs* (2, P) and images with equal values in one of *keys* (N,) are connected.
+
+    A key may be None. The groups are numbered by their first image.
+    """
+    from scipy.sparse import coo_array  # noqa: PLC0415  # part of an extra
+    from scipy.sparse.csgraph import connected_components  # noqa: PLC0415
+
+    equal = [np.stack([np.arange(count), _first_equal(key)]) for key in keys if key is not None]
+    edges = np.concatenate([pairs, *equal], axis=1)
+    graph = coo_array((np.ones(edges.shape[1], np.int8), tuple(edges)), shape=(count, count))
+    components = connected_components(graph, directed=False)[1]
+    return np.unique(_first_equal(components), return_inverse=True)[1].astype(np.int64)
+
+
+def _whiten(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Join *parts* (N, D) to rows of norm 1, with equal norms of the parts and damped variances."""
+    centered = [part - part.mean(axis=0) for part in parts]
+    rows = np.concatenate(
+        [part / max(float(np.sqrt(np.square(part).sum(axis=1).mean())), 1e-12) for part in centered], axis=1
+    )
+    wide = rows.shape[0] <= rows.shape[1]
+    variances, vectors = np.linalg.eigh((rows @ rows.T if wide else rows.T @ rows).astype(np.float64))
+    variances = np.maximum(variances, 0)
+    damped = variances + max(float(variances.mean()), 1e-12)
+    whitened = vectors * np.sqrt(variances / damped) if wide else rows @ (vectors / np.sqrt(damped))
+    norms = np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), 1e-12)
+    unit: NDArray[np.float32] = (whitened / norms).astype(np.float32)
+    return unit
+
+
+def _first_equal(keys: Sequence[Any]) -> NDArray[np.intp]:
+    """Find for each of *keys* (N,) the index of the first equal one."""
+    first, inverse = np.unique(keys, return_index=True, return_inverse=True)[1:]
+    return first[inverse]
+
+
+def effective_count(groups: NDArray[np.integer]) -> float:
+    """Compute the number of independent images among images of *groups* (N,): N^2 / sum of squared sizes.
+
+    Equal groups count as one image each (the effective sample size of Kish, "Survey Sampling", 1965).
+    """
+    sizes = np.unique(groups, return_counts=True)[1]
+    return float(len(groups) ** 2 / max(1, np.square(sizes).sum()))
+
+
+def signature(image: Image.Image) -> NDArray[np.float32]:
+    """Compute a histogram of the directions of edges in 8 x 8 cells of *image*, (512,), without a network.
+
+    It finds re-encoded, resized and slightly shifted copies, but hardly any that are cropped by a tenth.
+    """
+    small = to_rgb(image, RULES).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    down, right = np.gradient(np.asarray(small, np.float32))
+    position = np.arctan2(down, right) / (2 * np.pi) % 1 * DIRECTIONS
+    lower = position.astype(int)
+    share, cell = position - lower, np.arange(THUMBNAIL) * CELLS // THUMBNAIL
+    bins = (cell[:, None] * CELLS + cell) * DIRECTIONS
+    length, size = np.hypot(down, right), CELLS * CELLS * DIRECTIONS
+    histogram = sum(
+        np.bincount((bins + (lower + shift) % DIRECTIONS).ravel(), (length * weight).ravel(), size)
+        for shift, weight in ((0, 1 - share), (1, share))
+    )
+    root = np.sqrt(histogram)
+    found: NDArray[np.float32] = (root / max(float(np.linalg.norm(root)), 1e-12)).astype(np.float32)
+    return found
+
+
+def groups_of_files(images: ImageFiles, signatures: NDArray[np.float32]) -> Groups:
+    """Group *images* by their *signatures* (N, 512) and by the groups that the user gave."""
+    copies = Copies.of(images, crop=0.95)
+    of_copies = np.stack([signature(copies[index][0]) for index in range(len(copies))])
+    pairs = find_pairs([np.concatenate([signatures, of_copies])], copies.originals, images.targets)
+    return connect(len(images), pairs, images.groups)
+
+
+def keep_groups_together(split: Split, fraction: float, seed: int) -> Split:
+    """Divide the images of *split* again if near-duplicates are on both sides; see `divide`."""
+    if not (split.divided and isinstance(split.train, ImageFiles) and isinstance(split.held_out, ImageFiles)):
+        return split
+    images = join(split.train, split.held_out)
+    if len(images) > MAX_DIVIDED:
+        return split
+    try:
+        signatures = np.stack(list(map_threaded(lambda index: signature(images[index][0]), len(images))))
+        groups = groups_of_files(images, signatures)
+    except DataError:  # the run names all unreadable files
+        return split
+    if groups.max() + 1 == len(images):
+        return split
+    train, held_out = divide(replace(images, groups=groups), fraction, seed)
+    return replace(split, train=train, held_out=held_out)

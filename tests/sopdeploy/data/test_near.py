@@ -1,0 +1,168 @@
+"""Groups of near-duplicates and of images that the user grouped, and their use in splits and checks."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+from typer.testing import CliRunner
+
+from sopdeploy.cli.app import app
+from sopdeploy.data.check import check
+from sopdeploy.data.datasets.folder import FolderConfig, list_classes, open_folder
+from sopdeploy.data.datasets.label_table import read_label_table
+from sopdeploy.data.image_files import divide
+from sopdeploy.data.near import Copies, connect, effective_count, find_pairs, groups_of_files, signature
+from sopdeploy.errors import DataError
+from sopdeploy.training.procedure import select_procedure
+from sopdeploy.training.recipe import read_recipe
+
+
+def scene(seed: int) -> Image.Image:
+    """Paint rectangles at random places."""
+    random = np.random.default_rng(seed)
+    image = Image.new("RGB", (160, 120), tuple(random.integers(0, 255, 3).tolist()))
+    for _ in range(12):
+        width, height = random.integers(20, 70, 2).tolist()
+        x, y = random.integers(0, 130), random.integers(0, 100)
+        color = tuple(random.integers(0, 255, 3).tolist())
+        image.paste(color, (int(x), int(y), int(x) + width, int(y) + height))
+    return image
+
+
+def encoded(image: Image.Image, quality: int = 50) -> bytes:
+    """Encode *image* as JPEG."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def write_scenes(root: Path, each: int = 12, copies: int = 0) -> Path:
+    """Write *each* different scenes per class, and *copies* darker, smaller ones of each, below *root*."""
+    for place, label in enumerate(("cat", "dog")):
+        (root / label).mkdir(parents=True)
+        for number in range(each):
+            image = scene(100 * place + number)
+            image.save(root / label / f"{number}.png")
+            for copy in range(copies):
+                other = ImageEnhance.Brightness(image.resize((100, 75))).enhance(0.9 - 0.1 * copy)
+                (root / label / f"{number}-{copy}.jpg").write_bytes(encoded(other))
+    return root
+
+
+def true_groups(paths: np.ndarray) -> list[str]:
+    """Name the scene of each path."""
+    return [path.decode().split(".")[0].split("-")[0] for path in paths]
+
+
+@pytest.mark.parametrize("copies", [0, 1, 2])
+def test_copies_are_grouped_and_different_scenes_are_not(tmp_path: Path, copies: int):
+    images = list_classes(write_scenes(tmp_path, copies=copies))
+    groups = groups_of_files(images, np.stack([signature(images[index][0]) for index in range(len(images))]))
+    scenes = true_groups(images.paths)
+    assert groups.tolist() == [list(dict.fromkeys(scenes)).index(one) for one in scenes]
+
+
+def test_vectors_that_do_not_tell_copies_from_other_images_group_nothing():
+    random, classes = np.random.default_rng(0), np.arange(40) % 4
+    vectors = np.eye(4, 16)[classes] + 0.01 * random.normal(size=(40, 16))
+    originals = np.arange(8)
+    copies = random.normal(size=(8, 16))
+    pairs = find_pairs([np.concatenate([vectors, copies]).astype(np.float32)], originals, classes)
+    assert (pairs[0] == pairs[1]).all()
+
+
+def test_a_few_copies_under_other_labels_do_not_raise_the_threshold():
+    random, classes = np.random.default_rng(0), np.arange(60) % 4
+    vectors = random.normal(size=(60, 64))
+    vectors[1:25:8] = vectors[:24:8] + 0.05 * random.normal(size=(3, 64))  # 3 photographs in two classes
+    originals = np.arange(30, 38)
+    copies = vectors[originals] + 0.3 * random.normal(size=(8, 64))
+    pairs = find_pairs([np.concatenate([vectors, copies]).astype(np.float32)], originals, classes)
+    assert sorted(first for first, second in pairs.T.tolist() if second == first + 1) == [0, 8, 16]
+
+
+def test_pairs_and_equal_keys_are_connected_and_groups_count_by_their_size():
+    groups = connect(6, np.asarray([[0], [3]]), ["a", "b", "b", "c", "d", "e"], None, [1, 2, 3, 4, 4, 5])
+    assert groups.tolist() == [0, 1, 1, 0, 0, 2]
+    assert effective_count(groups) == pytest.approx(36 / 14)
+    assert effective_count(np.arange(7)) == 7
+
+
+def test_copies_of_images_of_any_size_can_be_made():
+    class Tiny:
+        labels, targets = ("a",), np.zeros(9, np.int64)
+
+        def __len__(self) -> int:
+            return 9
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            return Image.new("L", (1, 2 + index)), 0
+
+    copies = Copies.of(Tiny())
+    assert len(copies) == 8
+    assert all(copies[index][0].width == 1 for index in range(8))
+
+
+def test_a_folder_per_object_and_the_column_group_are_never_divided(tmp_path: Path):
+    for place, name in enumerate(("cat/tom", "cat/tim", "cat/tam", "dog/all")):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(4):
+            scene(10 * place + number).save(tmp_path / name / f"{number}.png")
+    images = list_classes(tmp_path)
+    assert len(set(images.groups.tolist())) == 3 + 4  # the only folder of a class is no group
+    _, held_out = divide(images, 0.3, 0)
+    assert len({path.split(b"/")[1] for path in held_out.paths if path.startswith(b"cat")}) == 1
+    rows = [
+        f"{path.decode()},{path.decode()[:3]},{'burst' * (number < 4)}"
+        for number, path in enumerate(images.paths)
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,classes,group", *rows]), encoding="utf-8")
+    table = read_label_table(tmp_path)
+    assert len(set(table.images.groups.tolist())) == 1 + 12
+    (tmp_path / "labels.csv").write_text("file,classes,burst\na.png,cat,1\n", encoding="utf-8")
+    with pytest.raises(DataError, match="optionally split and group"):
+        read_label_table(tmp_path)
+
+
+def test_a_class_of_one_group_is_named_and_not_held_out(tmp_path: Path):
+    write_scenes(tmp_path, each=4)
+    rows = [f"{label}/{number}.png,{label},{'one' if label == 'cat' else ''}"
+            for label in ("cat", "dog") for number in range(4)]  # fmt: skip
+    (tmp_path / "labels.csv").write_text("\n".join(["file,classes,group", *rows]), encoding="utf-8")
+    split = open_folder(FolderConfig(kind="folder", path=tmp_path))
+    assert split.held_out.class_counts().tolist() == [0, 1]
+
+
+def test_the_loop_holds_out_no_copies_of_training_images(tmp_path: Path):
+    root = write_scenes(tmp_path, copies=1)
+    recipe = read_recipe("photos-dsop", [f"data.path={root}"])
+    before = open_folder(recipe.data)
+    split, few_shot, _ = select_procedure(recipe, before)
+    parts = [set(true_groups(part.paths)) for part in (split.train, split.held_out)]
+    assert not few_shot
+    assert not parts[0] & parts[1]
+    assert len(split.train) + len(split.held_out) == 48
+    for file in root.rglob("*.jpg"):
+        file.unlink()
+    unchanged = open_folder(recipe.data)
+    assert select_procedure(recipe, unchanged).data is unchanged
+
+
+def test_data_check_names_copies_across_parts_and_classes(tmp_path: Path):
+    write_scenes(tmp_path / "train", copies=1)
+    write_scenes(tmp_path / "val", each=1)
+    for label, number in (("cat", 5), ("dog", 5)):
+        (tmp_path / "val" / label / "leak.jpg").write_bytes(encoded(scene(number)))
+    found = check(tmp_path, near=True)
+    assert check(tmp_path).near is None
+    across = [group for group in found.near if group.across]
+    assert any(group.labels_differ for group in across)
+    leaked = next(group.files for group in across if any("leak" in file for file in group.files))
+    assert {Path(file).name for file in leaked} == {"5.png", "5-0.jpg", "leak.jpg"}
+    shown = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--near"])
+    assert "copies of one photograph" in shown.stdout
+    listed = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--near", "--json"])
+    assert len(json.loads(listed.stdout)["near"]) == len(found.near)
