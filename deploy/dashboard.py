@@ -112,7 +112,15 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "ops",
         [(f"sum by (model) (rate(sopdeploy_model_loads_total{RATE}))", "{{model}}")],
     ),
-    ("Request bodies in memory", "bytes", [("sopdeploy_upload_bytes", "{{instance}}")]),
+    (
+        "Request bodies in memory; memory that one image may need to be decoded",
+        "bytes",
+        [
+            ("sopdeploy_upload_bytes", "bodies {{instance}}"),
+            ("sopdeploy_max_decode_bytes", "image {{instance}}"),
+        ],
+    ),
+    ("Dropped log lines", "ops", [(f"rate(sopdeploy_dropped_log_lines_total{RATE})", "{{instance}}")]),
 ]
 
 

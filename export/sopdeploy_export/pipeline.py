@@ -76,7 +76,6 @@ def export(
     *step* is called with a description of each step as it begins. Raises a `SopdeployError` if a step
     fails; nothing is left in *destination* then.
     """
-    step("reading the checkpoint")
     checkpoint, options = read_checkpoint(checkpoint_path), options or ExportOptions()
     project = options.name or checkpoint.project or checkpoint.model.replace(":", "-")
     if options.name is None:

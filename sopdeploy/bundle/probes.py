@@ -5,6 +5,7 @@
 absolute float64 bound derived at export.
 """
 
+import io
 import math
 import zipfile
 from collections.abc import Callable, Mapping
@@ -55,15 +56,14 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
     Raises `ValueError` for compressed or overlapping arrays, and many types for a damaged file.
     """
-    with path.open("rb") as file:
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-        compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        if compressed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise ValueError("compressed or overlapping arrays")
-        file.seek(0)
-        with np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
+    content = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = archive.infolist()
+    compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if compressed or sum(entry.file_size for entry in entries) > len(content):
+        raise ValueError("compressed or overlapping arrays")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def read_probes(path: Path) -> Probes:

@@ -136,7 +136,7 @@ def test_every_changed_byte_is_detected(archive: bytes, bundle: Path, data: st.D
     Path("fuzzed.tar").write_bytes(changed)
     with pytest.raises(BundleError):
         pull("fuzzed.tar", Path("out"))
-    assert list(Path("out").iterdir()) == []
+    assert not Path("out").exists()
 
 
 def test_an_archive_above_the_size_limit_is_rejected(archive: bytes) -> None:

@@ -92,7 +92,7 @@ def test_folders_are_checked_before_the_first_expensive_step(
     steps: list[str] = []
     with pytest.raises(DataError, match=message):
         export(checkpoint, tmp_path / "bundles", options, steps.append)
-    assert steps == ["reading the checkpoint"]
+    assert steps == []
 
 
 def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begins(
@@ -113,7 +113,6 @@ def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begi
         return [*steps, error.value.describe(command_line_option)]
 
     assert attempt([1, 2]) == [
-        "reading the checkpoint",
         f"{tmp_path / 'bundles'}: has a network named photos that was trained on other images; give another "
         "name or, to replace it on servers, this one; try --name NAME",
     ]
@@ -166,7 +165,7 @@ def test_photographs_are_added_to_the_probes_and_steps_are_reported(checkpoint: 
     with proving_once(changes_program=True):
         found = export(checkpoint, tmp_path / "out", options, steps.append)
     assert len(read_probes(found.path / "probes.npz").images) == 13
-    expected = ["reading", "detaching", "proving", "lowering", "comparing", "writing"]
+    expected = ["proving", "lowering", "comparing", "writing"]
     assert [step.split()[0] for step in steps] == expected
 
 
@@ -186,7 +185,7 @@ def test_failed_comparison_leaves_no_files(
     monkeypatch.setattr(pipeline, "compare", fail)
     with proving_once(changes_program=True), pytest.raises(ParityError):
         export(checkpoint, tmp_path / "out", DETACH)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

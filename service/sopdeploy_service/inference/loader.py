@@ -90,7 +90,8 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
                 from sopdeploy_service.images.loaders import choose_decoding  # noqa: PLC0415
 
                 decode, fast_decode = choose_decoding(bundle, runtime, settings)
-        bundle = keep_in_memory(bundle)
+        if not thorough:  # `verify` also reads the large files
+            bundle = keep_in_memory(bundle)
         class_maps = read_class_maps(bundle.path, bundle.manifest)
         stack.pop_all()
     return LoadedModel(

@@ -113,7 +113,9 @@ def test_the_model_card_states_the_estimate_of_a_training_on_few_images() -> Non
 def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Exported) -> None:
     hostile = "<img src=x onerror=alert(1)>\n\n# [Heading](https://example.org)"
     preprocess, training = branched.manifest.preprocess, {"epoch": hostile}
-    subject: Any = SimpleNamespace(name="n", labels=HOSTILE, preprocess=preprocess, training=training)
+    subject: Any = SimpleNamespace(
+        name="n", project="p", labels=HOSTILE, preprocess=preprocess, training=training
+    )
     shared = ("batch", "inputs", "outputs", "versions")
     card = render_model_card(subject, branched, {name: getattr(branched.manifest, name) for name in shared})
     assert "- epoch: &lt;img src=x onerror=alert(1)&gt; \\# \\[Heading\\](https\\://example.org)\n" in card
@@ -138,7 +140,7 @@ def test_text_in_the_model_card_is_shown_as_it_is(text: str, shown: str) -> None
 
 def rendered(exported: Exported, **changes: Any) -> str:
     """Render the page of *exported* with some results changed."""
-    subject: Any = SimpleNamespace(name="dsop-resnet8", labels=HOSTILE)
+    subject: Any = SimpleNamespace(name="dsop-resnet8", project="photos", labels=HOSTILE)
     fields = {"lineage": exported.manifest.lineage, "versions": exported.manifest.versions}
     page = render_report(subject, dataclasses.replace(exported, **changes), fields, exported.manifest.files)
     Reader(page)
