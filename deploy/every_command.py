@@ -34,6 +34,7 @@ ARGUMENTS = {
     "calibrate": "file --data photos",
     "report": "file",
     "compare": "absent absent",
+    "runs": "",
     "reproduce": "dsop-9a --rows absent",
     "export": "file",
     "inspect": "file --network absent:build --preprocess timm:resnet18",

@@ -105,10 +105,10 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def steps(title: str) -> Iterator[Any]:
-    """Yield a callback for step names: on a terminal it updates a spinner, otherwise it prints a line."""
+def steps(title: str, *, lines: bool = False) -> Iterator[Any]:
+    """Yield a callback for step names that updates a spinner; without a terminal, it may print *lines*."""
     if not err.is_terminal:
-        yield lambda name: err.print(plain_text(f"{title}: {name}"))
+        yield lambda name: err.print(plain_text(f"{title}: {name}")) if lines else None
         return
     with err.status(title) as status:
         yield lambda name: status.update(plain_text(f"{title}: {name}"))

@@ -39,6 +39,7 @@ CODES = {
     "service_error": "ServiceError",
     "overloaded": "OverloadedError",
     "unreachable": "UnreachableError",
+    "not_installed": "MissingPackageError",
 }
 
 

@@ -44,7 +44,7 @@ def export(
 
     Example: [bold]sopdeploy export runs/latest/best.pt --detach[/bold]
     """
-    with steps("exporting") as step:
+    with steps("exporting", lines=True) as step:
         if source.network is not None:
             from sopdeploy.api.deployment import export_weights
 

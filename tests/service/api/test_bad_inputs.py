@@ -88,7 +88,7 @@ def larger_avif(width: int, height: int) -> bytes:
     bits = f"{0b000_1_1_00000:010b}{15:04b}{15:04b}{width - 1:016b}{height - 1:016b}"
     start = body.index(b"mdat") + 4
     place = body.index(b"\x0a", start)
-    header = int(bits.ljust(56, "0"), 2).to_bytes(7, "big")
+    header = int(bits.ljust(64, "0"), 2).to_bytes(8, "big")  # also without film grain
     assert body[place + 1] >= len(header)
     return body[: place + 2] + header + body[place + 2 + len(header) :]
 

@@ -180,8 +180,7 @@ def test_a_reload_serves_other_bundles_and_loses_no_request(make_bundle, tmp_pat
             until(lambda: client.get("/info").json()["models"][0]["id"] == second.name.rpartition("-")[2])
             served = len(replies)
             until(lambda: len(replies) > served + 20)
-            third = make_bundle(tmp_path, seed=2)
-            (third / "model.onnx").write_bytes(b"damaged")
+            make_bundle(tmp_path, seed=2, wrong_by=1.0)
             assert reload() != control.MODELS
         finally:
             stopped.set()
@@ -191,7 +190,7 @@ def test_a_reload_serves_other_bundles_and_loses_no_request(make_bundle, tmp_pat
     logging.getLogger("sopdeploy.models").removeHandler(handler)
     record = log.get()
     assert "not reloaded, the bundles in use stay" in record.getMessage()
-    assert "model.onnx" in record.getMessage()
+    assert "probes: output 'logits' deviates" in record.getMessage()
     assert record.exc_info is None
     assert {reply.status_code for reply in replies} == {200}
     assert {first.name, second.name} == {f"tiny-{reply.headers['x-model-digest']}" for reply in replies}

@@ -150,7 +150,7 @@ def test_the_settings_in_the_comments_of_a_recipe_are_valid(name, settings) -> N
     ],
 )
 def test_another_network_drops_the_values_of_the_recipe_that_it_does_not_have(settings, config) -> None:
-    assert read_recipe("photos", settings).model.config == config
+    assert read_recipe("imagenet-distilled-resnet50", settings).model.config == config
 
 
 @pytest.mark.slow
