@@ -57,6 +57,7 @@ def forge(bundle: Path, **fields: Any) -> Path:
     """Rewrite the manifest of *bundle* with the hashes of its current files and with *fields*."""
     values = json.loads((bundle / MANIFEST).read_bytes())
     values.pop("id")
+    values.pop("sha256")
     values["files"] = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(bundle.iterdir())

@@ -99,8 +99,9 @@ class Manifest(StrictModel):
         return hashlib.sha256(to_json(fields)).hexdigest()[:ID_LENGTH]
 
     def to_bytes(self) -> bytes:
-        """Serialize to `manifest.json`; a manifest has exactly one serialization."""
-        return to_json({"id": self.id, **self.model_dump(mode="json")})
+        """Serialize to `manifest.json`, with a hash of all fields; there is exactly one serialization."""
+        fields = self.model_dump(mode="json")
+        return to_json({"id": self.id, "sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> "Manifest":
@@ -112,7 +113,8 @@ class Manifest(StrictModel):
         fields = json.loads(raw)
         if not isinstance(fields, dict):
             raise ValueError("not a JSON object")
-        fields.pop("id", None)
+        for name in ("id", "sha256"):
+            fields.pop(name, None)
         try:
             manifest = cls.model_validate_json(json.dumps(fields))
         except pydantic.ValidationError as problem:

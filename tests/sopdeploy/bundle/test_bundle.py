@@ -41,7 +41,7 @@ def bundle(original: Path, tmp_path: Path) -> Path:
 def rename_entry(bundle: Path, old: str, new: str) -> None:
     """Rename a file in the manifest and update the bundle id."""
     fields = json.loads((bundle / MANIFEST).read_bytes())
-    del fields["id"]
+    del fields["id"], fields["sha256"]
     fields["files"] = {new if name == old else name: record for name, record in fields["files"].items()}
     (bundle / MANIFEST).write_bytes(Manifest.model_validate_json(json.dumps(fields)).to_bytes())
 

@@ -41,7 +41,7 @@ def test_a_manifest_is_read_as_it_was_written(
 def test_the_id_is_first_and_depends_on_the_other_fields() -> None:
     one = manifest()
     assert (one.to_bytes(), one.image_shape) == (manifest().to_bytes(), (16, 16, 3))
-    assert list(json.loads(one.to_bytes()))[:3] == ["id", "format", "version"]
+    assert list(json.loads(one.to_bytes()))[:4] == ["id", "sha256", "format", "version"]
     assert json.loads(one.to_bytes())["id"] == one.id
     assert len(one.id) == ID_LENGTH
     others = [

@@ -115,6 +115,7 @@ def test_words_say_what_is_being_done_with_each_of_several_images(page, jpeg):
     page.route("**/v1/classify**", lambda _route: None)  # no response
     chosen = [{"name": f"{number}.jpg", "mimeType": "image/jpeg", "buffer": jpeg} for number in range(6)]
     page.locator("#file").set_input_files(chosen)
+    page.locator("#list .result").nth(3).filter(has_text=re.compile("Uploading|Classifying")).wait_for()
     words = page.locator("#list .result").all_text_contents()
     assert [re.sub("^(Uploading.*|Classifying)$", "busy", word) for word in words] == [
         *["busy"] * 4,
