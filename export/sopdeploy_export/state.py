@@ -11,10 +11,11 @@ import random
 import sys
 import warnings
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from types import (
     BuiltinFunctionType,
     CodeType,
@@ -39,7 +40,10 @@ from sopdeploy.errors import LoweringError
 DEPTH = 4  # levels of nested lists, dicts and sets that are restored
 MOST_OBJECTS = 200_000  # that are read; a network with more is refused
 VALUES = (bool, int, float, complex, str, bytes, bytearray, type(None), torch.dtype, torch.device, torch.Size)
-LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "pydantic", "pydantic_core", "sympy"}
+LIBRARIES = sys.stdlib_module_names | {
+    *("numpy", "pydantic", "pydantic_core", "sopdeploy", "sympy", "timm", "torch", "torchvision")
+}
+EMPTY = (dict, list, set, tuple, OrderedDict)
 CONTAINERS = ("array", "builtins", "collections", "functools", "itertools", "random", "types", "_random")
 FIXED = (
     type(Ellipsis),
@@ -116,11 +120,8 @@ def read_state(network: nn.Module) -> dict[str, Any]:
         found += [(kind.__name__, kind) for kind in type(module).__mro__]
     while found:  # grows by what each object holds
         path, value = found.pop()
-        if isinstance(value, VALUES):
-            state[path] = (type(value), repr(value))  # NaN equals itself here
-            continue
-        if isinstance(value, np.ndarray) and value.dtype != object:
-            state[path] = (value.shape, value.tobytes())
+        if (content := _content(value)) is not None:
+            state[path] = content
             continue
         state[path] = _identify(value)
         if id(value) not in seen:
@@ -129,6 +130,15 @@ def read_state(network: nn.Module) -> dict[str, Any]:
         if len(state) > MOST_OBJECTS:
             raise LoweringError(f"{path}: the network holds more than {MOST_OBJECTS:,} objects; remove them")
     return state
+
+
+def _content(value: Any) -> Any:
+    """Return the comparable content of a number, a text, an array or an empty container, otherwise None."""
+    if isinstance(value, VALUES):
+        return type(value), repr(value)  # NaN equals itself here
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return value.shape, value.tobytes()
+    return type(value) if type(value) in EMPTY and not value else None  # most of torch's own attributes
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
@@ -183,11 +193,20 @@ def _shown(value: Any) -> str:
 
 def _slots(value: Any) -> Iterator[tuple[str, Any]]:
     """List the values in the `__slots__` of the classes of *value*."""
-    for kind in type(value).__mro__:
-        for name, slot in vars(kind).items():
-            if isinstance(slot, MemberDescriptorType) and kind.__module__.partition(".")[0] not in LIBRARIES:
-                with suppress(AttributeError):  # not set yet
-                    yield name, slot.__get__(value)
+    for name, slot in _slots_of(type(value)):
+        with suppress(AttributeError):  # not set yet
+            yield name, slot.__get__(value)
+
+
+@cache
+def _slots_of(kind: type) -> tuple[tuple[str, MemberDescriptorType], ...]:
+    return tuple(
+        (name, slot)
+        for base in kind.__mro__
+        if base.__module__.partition(".")[0] not in LIBRARIES
+        for name, slot in vars(base).items()
+        if isinstance(slot, MemberDescriptorType)
+    )
 
 
 def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
