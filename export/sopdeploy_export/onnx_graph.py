@@ -58,6 +58,12 @@ class Graph:
                 node.outputs[0].shape = ir.Shape([None, *dims(node.inputs[0])[1:]])
         self.infer_shapes()
         for node in self.graph:
+            given = node.inputs[0] if node.inputs else None
+            if given is not None and is_constant(given) and node.op_type in {"ConstantOfShape", "EyeLike"}:
+                sizes = content(given) if node.op_type == "ConstantOfShape" else given.shape
+                node.outputs[0].shape = (
+                    None if sizes is None else ir.Shape(sizes)
+                )  # ONNX knows no `static_size`
             size = static_size(node)
             if size is not None:
                 node.outputs[0].meta[CONSTANT] = size

@@ -4,13 +4,14 @@ Each network is compared outside of the exporter, on images that give larger or 
 which the exporter compares.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sopdeploy.layers.mixture.components import Components, Convolutions, FusionHead
@@ -109,6 +110,120 @@ class Experts(nn.Module):
         return self.fc(self.experts(x, weights))
 
 
+class Root(nn.Module):
+    """A loop on fewer positions than channels (*inner*) or more; subclasses write a part of it otherwise.
+
+    *hidden* (B, 1, 1) is 0 for all images of the exporter, about 2 for a red image and -3 for a blue one.
+    """
+
+    def __init__(self, inner: bool = False) -> None:
+        super().__init__()
+        self.step = 5 if inner else 1
+        self.fc, self.scale = nn.Linear(LENGTH, 1), nn.Parameter(torch.rand(WIDTH, 1) + 0.5)
+        self.register_buffer("identity", torch.eye(WIDTH))
+
+    def forward(self, features: Tensor, hidden: Tensor) -> Tensor:
+        x = self.start(features[:, :, :: self.step, :: self.step].flatten(2) * self.scale, hidden)
+        a = x @ x.transpose(1, 2)
+        norm = self.trace(a)
+        y, z = self.normalized(a, norm, hidden), self.identity
+        for _ in range(3):
+            t = 1.5 * self.identity - 0.5 * z @ y
+            y, z = y @ t, t @ z
+        root = self.result(y, norm, hidden)
+        rows, columns = torch.triu_indices(WIDTH, WIDTH)
+        logit: Tensor = self.fc(root[:, rows, columns])
+        return logit
+
+    def start(self, x: Tensor, _hidden: Tensor) -> Tensor:
+        return x
+
+    def trace(self, a: Tensor) -> Tensor:
+        return (a * self.identity).sum((1, 2), keepdim=True)
+
+    def normalized(self, a: Tensor, norm: Tensor, _hidden: Tensor) -> Tensor:
+        return a / norm
+
+    def result(self, y: Tensor, norm: Tensor, _hidden: Tensor) -> Tensor:
+        return y * norm.sqrt()
+
+
+class Hidden(Root):
+    """Twice as many matrices as images; the logits of usual images do not show their sum."""
+
+    def result(self, y: Tensor, norm: Tensor, hidden: Tensor) -> Tensor:
+        return self.identity + hidden.relu() * y.sum(0)
+
+
+class TwoMatrices(Hidden):
+    def normalized(self, a: Tensor, norm: Tensor, hidden: Tensor) -> Tensor:
+        return (a / norm).repeat(2, 1, 1)
+
+
+class FourAxes(Hidden):
+    def normalized(self, a: Tensor, norm: Tensor, hidden: Tensor) -> Tensor:
+        return (a / norm).expand(2, a.shape[0], WIDTH, WIDTH)
+
+
+class TiledTrace(Hidden):
+    def trace(self, a: Tensor) -> Tensor:
+        return (a * self.identity).repeat(2, 1, 1).sum((1, 2), keepdim=True)
+
+    def normalized(self, a: Tensor, norm: Tensor, hidden: Tensor) -> Tensor:
+        return a.repeat(2, 1, 1) / norm
+
+
+class DividedOut(Root):
+    def normalized(self, a: Tensor, norm: Tensor, hidden: Tensor) -> Tensor:
+        g = (45 * hidden).exp()
+        return a * g / g / norm
+
+
+class Subtracted(Root):
+    def normalized(self, a: Tensor, norm: Tensor, hidden: Tensor) -> Tensor:
+        g = (45 * hidden).exp()
+        return (a + g * self.identity - g * self.identity) / norm
+
+
+class SubnormalTrace(Root):
+    def start(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return x * (24 * hidden.clamp(max=0)).exp()
+
+
+class SumOfSums(Root):
+    def trace(self, a: Tensor) -> Tensor:
+        return (a * self.identity).sum(-1).sum(-1, keepdim=True)[..., None]
+
+
+class OneAxisAfterTheOther(Root):
+    def trace(self, a: Tensor) -> Tensor:
+        return (a * self.identity).sum(-1, keepdim=True).sum(-2, keepdim=True)
+
+
+class Diagonal(Root):
+    def trace(self, a: Tensor) -> Tensor:
+        return torch.diagonal(a, dim1=-2, dim2=-1).sum(-1, keepdim=True).unsqueeze(-1)
+
+
+class DiagonalWithAnAxis(Root):
+    def trace(self, a: Tensor) -> Tensor:
+        return a.diagonal(dim1=1, dim2=2).sum(-1, keepdim=True)[..., None]
+
+
+class Roots(nn.Module):
+    """One logit for each of *roots*."""
+
+    def __init__(self, *roots: Root) -> None:
+        super().__init__()
+        self.conv, self.roots = nn.Conv2d(3, WIDTH, 3), nn.ModuleList(roots)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.conv(images).relu()
+        extra = (images[:, 0] - images[:, 2]).mean((1, 2)).view(-1, 1, 1)
+        hidden = (extra - 2).relu() - (-2 - extra).relu()
+        return torch.cat([root(features, hidden) for root in self.roots], 1)
+
+
 ROOTS, ROUTED = "Newton-Schulz in 3N-3 products", "K of N experts"
 # the network, and which of the two rules applies
 CASES: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
@@ -149,3 +264,54 @@ def test_the_file_computes_what_the_network_computes(case: str, tmp_path: Path) 
         found = session.run(None, {"images": images[:batch]})[0]
         np.testing.assert_allclose(found, expected[:batch], rtol=1e-4, atol=1e-5)
     assert set(exported.lowering.summary) & {ROOTS, ROUTED} == CASES[case][1]
+
+
+def colors() -> NDArray[np.uint8]:
+    """Generate images (N, 12, 12, 3): for `DividedOut`, g is 1, infinite, 1e9, 0, 1e-39 and between."""
+    images = np.zeros((8, SIDE, SIDE, 3), np.uint8)
+    images[:2] = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
+    for image, (channel, value) in zip(
+        images[2:], ((0, 255), (0, 162), (2, 255), (2, 211), (0, 140), (2, 150)), strict=True
+    ):
+        image[..., channel] = value
+    return images
+
+
+HIDDEN = (TwoMatrices, FourAxes, TiledTrace)
+CANCELLED = (DividedOut, Subtracted, SubnormalTrace)
+TRACES = (SumOfSums, Diagonal, DiagonalWithAnAxis)
+
+
+def check_roots(kinds: Sequence[tuple[type[Root], bool]], path: Path, batches: Sequence[int]) -> None:
+    """Compare the file of a network with a logit for each of *kinds* with the network."""
+    torch.manual_seed(0)
+    network = Roots(*(kind(inner) for kind, inner in kinds)).eval()
+    nn.init.uniform_(network.conv.bias, 0.1, 0.5)
+    labels, options = [f"{i}" for i in range(len(network.roots))], ExportOptions(max_batch=max(batches))
+    exported = export_small(network, path, plain=None, labels=labels, options=options)
+    session = ort.InferenceSession(exported.path / "model.onnx", providers=["CPUExecutionProvider"])
+    images = colors()
+    for batch in batches:
+        for start in range(0, len(images) - batch + 1, batch):
+            given = images[start : start + batch]
+            with torch.no_grad():
+                expected = network(Normalize(PREPROCESS)(torch.from_numpy(given)).contiguous()).numpy()
+            found = session.run(None, {"images": given})[0]
+            np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-5)
+
+
+def test_what_no_image_of_the_exporter_reaches_is_computed_as_it_is_written(tmp_path: Path) -> None:
+    check_roots(
+        [(kind, kind in {TiledTrace, SubnormalTrace}) for kind in (*HIDDEN, *CANCELLED)], tmp_path, [1]
+    )
+
+
+def test_every_spelling_of_a_trace_is_exported(tmp_path: Path) -> None:
+    check_roots([(kind, True) for kind in TRACES], tmp_path, [1, 2, 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*HIDDEN, *CANCELLED, *TRACES, OneAxisAfterTheOther])
+def test_a_root_is_computed_as_it_is_written(kind: type[Root], tmp_path: Path) -> None:
+    sizes = [1] if kind in HIDDEN else [1, 2, 3]
+    check_roots([(kind, False), (kind, True)], tmp_path, sizes)
