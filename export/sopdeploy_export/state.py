@@ -193,7 +193,8 @@ def _shown(value: Any) -> str:
 
 def _slots(value: Any) -> Iterator[tuple[str, Any]]:
     """List the values in the `__slots__` of the classes of *value*."""
-    for name, slot in _slots_of(type(value)):
+    kind: Any = type(value)
+    for name, slot in _slots_of(kind):
         with suppress(AttributeError):  # not set yet
             yield name, slot.__get__(value)
 
