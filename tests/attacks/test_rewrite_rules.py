@@ -104,10 +104,11 @@ class Experts(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv(images).relu()
-        logits = self.gate(x.mean((2, 3)))
-        above_threshold = logits.softmax(dim=1) * (logits > 3)
-        weights = keep_largest(logits, 2) if self.kind == "rank" else above_threshold
-        return self.fc(self.experts(x, weights))
+        gate = self.gate(x.mean((2, 3)))
+        above_threshold = gate.softmax(dim=1) * (gate > 3)
+        weights = keep_largest(gate, 2) if self.kind == "rank" else above_threshold
+        logits: Tensor = self.fc(self.experts(x, weights))
+        return logits
 
 
 class Root(nn.Module):
@@ -115,6 +116,8 @@ class Root(nn.Module):
 
     *hidden* (B, 1, 1) is 0 for all images of the exporter, about 2 for a red image and -3 for a blue one.
     """
+
+    identity: Tensor
 
     def __init__(self, inner: bool = False) -> None:
         super().__init__()
@@ -242,7 +245,7 @@ def build(case: str) -> nn.Module:
     for part in network.modules():
         if isinstance(part, nn.BatchNorm1d):
             nn.init.uniform_(part.weight, 0.5, 1.5)
-            nn.init.normal_(part.running_mean, std=0.2)
+            nn.init.normal_(part.get_buffer("running_mean"), std=0.2)
     return network.eval()
 
 
@@ -286,7 +289,7 @@ def check_roots(kinds: Sequence[tuple[type[Root], bool]], path: Path, batches: S
     """Compare the file of a network with a logit for each of *kinds* with the network."""
     torch.manual_seed(0)
     network = Roots(*(kind(inner) for kind, inner in kinds)).eval()
-    nn.init.uniform_(network.conv.bias, 0.1, 0.5)
+    nn.init.uniform_(network.conv.get_parameter("bias"), 0.1, 0.5)
     labels, options = [f"{i}" for i in range(len(network.roots))], ExportOptions(max_batch=max(batches))
     exported = export_small(network, path, plain=None, labels=labels, options=options)
     session = ort.InferenceSession(exported.path / "model.onnx", providers=["CPUExecutionProvider"])
