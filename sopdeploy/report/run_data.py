@@ -197,15 +197,12 @@ def _training_galleries(
     recipe: Recipe, last: Checkpoint
 ) -> tuple[tuple[Mistake, ...], tuple[tuple[Mistake, ...], ...]]:
     """Show the training images with probably wrong labels, and the largest groups of copies."""
-    images = select_procedure(recipe, open_data(recipe.data), last.training).data.train
     resume = last.resume or {}
     logits_NC, group_N = resume.get("out_of_fold"), resume.get("groups")
-    if (
-        logits_NC is None
-        or group_N is None
-        or not isinstance(images, ImageFiles)
-        or len(images) != len(group_N)
-    ):
+    if logits_NC is None or group_N is None:  # of the training loop, whose split would compare all images
+        return (), ()
+    images = select_procedure(recipe, open_data(recipe.data), last.training).data.train
+    if not isinstance(images, ImageFiles) or len(images) != len(group_N):
         return (), ()
     wrong: tuple[Mistake, ...] = ()
     if images.targets.ndim == 1:
