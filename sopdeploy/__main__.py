@@ -4,7 +4,7 @@ import atexit
 import gc
 import sys
 
-YOUNG_OBJECTS = 50_000  # threshold of the youngest garbage collector generation
+_YOUNG_OBJECTS = 50_000  # threshold of the youngest garbage collector generation
 
 
 def main() -> None:
@@ -13,7 +13,7 @@ def main() -> None:
     Commands import torch and other large packages. With Python's default settings, garbage collection during
     these imports and at exit takes a third of the CPU time of `sopdeploy describe`.
     """
-    gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
+    gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
     atexit.register(gc.freeze)  # excludes all objects from the collection at exit
     try:
         from sopdeploy.cli.app import main as run

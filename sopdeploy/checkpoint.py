@@ -32,7 +32,7 @@ from sopdeploy.models.registry import create_model, make_config
 from sopdeploy.project import Origin
 
 FORMAT = "sopdeploy-checkpoint"
-VERSION = 1
+_VERSION = 1
 
 
 @dataclass(
@@ -99,7 +99,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     decision, origin = checkpoint.decision, checkpoint.origin
     content = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": _VERSION,
         **{entry.name: getattr(checkpoint, entry.name) for entry in fields(checkpoint)},
         "weights": {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()},
         "preprocess": checkpoint.preprocess.model_dump(mode="json"),
@@ -148,8 +148,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
             "`sopdeploy import` for weights of other projects"
         )
-    if (version := content.pop("version", None)) != VERSION:
-        raise CheckpointError(f"{path}: version: {version!r}, but this version of sopdeploy reads {VERSION}")
+    if (version := content.pop("version", None)) != _VERSION:
+        raise CheckpointError(f"{path}: version: {version!r}, but this version of sopdeploy reads {_VERSION}")
     try:
         return pydantic.TypeAdapter(Checkpoint).validate_python({**content, "sha256": digest})
     except pydantic.ValidationError as error:

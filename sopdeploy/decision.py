@@ -22,7 +22,7 @@ CONFIDENCE_BOUNDS = (
     0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999,
 )  # fmt: skip
 HARDLY, WELL = 0.65, 0.9  # values of the AUROC that `describe_auroc` distinguishes
-MAX_LISTED = 20  # with more classes, a report shows only the range of the thresholds
+_MAX_LISTED = 20  # with more classes, a report shows only the range of the thresholds
 
 
 class Calibration(StrictModel):
@@ -133,7 +133,7 @@ class Decision(StrictModel):
     def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
         """Describe calibration, rejection and thresholds in (name, text) rows for reports and model cards.
 
-        With up to `MAX_LISTED` *labels*, the text lists the threshold of each class, otherwise their range.
+        With up to `_MAX_LISTED` *labels*, the text lists the threshold of each class, otherwise their range.
         """
         rows = []
         if (fit := self.calibration) is not None:
@@ -155,7 +155,7 @@ class Decision(StrictModel):
                 rows.append(("AUROC, one class left out", text))
         if self.thresholds is not None:
             listed = f"{min(self.thresholds):.3f} to {max(self.thresholds):.3f}, one per class"
-            if 0 < len(labels) <= MAX_LISTED:
+            if 0 < len(labels) <= _MAX_LISTED:
                 pairs = zip(labels, self.thresholds, strict=True)
                 listed = ", ".join(f"{label} {threshold:.3f}" for label, threshold in pairs)
             rows.append(("thresholds", listed))

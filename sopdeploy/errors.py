@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-MAX_LISTED = 10  # names in a message
+_MAX_LISTED = 10  # names in a message
 
 
 def python_argument(setting: str, value: object = None) -> str:
@@ -205,6 +205,6 @@ def first_line(error: BaseException) -> str:
 
 def shorten(names: Sequence[str], separator: str = ", ") -> str:
     """Join the first ten of *names* for a message, and count the others."""
-    more = len(names) - MAX_LISTED
-    shown = separator.join(names[:MAX_LISTED])
+    more = len(names) - _MAX_LISTED
+    shown = separator.join(names[:_MAX_LISTED])
     return f"{shown} and {more} more" if more > 0 else shown

@@ -16,7 +16,7 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
 
 ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
-MAX_BYTES = 4 << 30  # of all tensors of a file; the largest published file has 0.7 GB
+_MAX_BYTES = 4 << 30  # of all tensors of a file; the largest published file has 0.7 GB
 MAX_LABEL_BYTES = 1 << 22
 
 
@@ -68,9 +68,9 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
         if not dense or tensor.is_complex():
             raise WeightsError(f"{path}: {name} is not a dense tensor of real numbers; save it as float32")
         total += tensor.numel() * tensor.element_size()
-        if total > MAX_BYTES:
+        if total > _MAX_BYTES:
             raise WeightsError(
-                f"{path}: its tensors have more than {MAX_BYTES >> 30} GiB, which is the limit"
+                f"{path}: its tensors have more than {_MAX_BYTES >> 30} GiB, which is the limit"
             )
     return dict(tensors)
 

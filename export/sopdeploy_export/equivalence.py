@@ -8,7 +8,7 @@ where the original in float32 is noise, and a NaN or an infinity must have the s
 of an image contains an infinity, the network has exceeded its range before this part; then only the finite
 results of the original must be kept.
 
-In float32, the error of the replacement is at most `FLOORS` times that of the original.
+In float32, the error of the replacement is at most `_FLOORS` times that of the original.
 """
 
 import math
@@ -26,9 +26,9 @@ Arrays = dict[str, NDArray[Any]]
 Types = dict[str, onnx.TypeProto.Tensor]
 Run = Callable[[Arrays], NDArray[Any]]
 
-SEED = 20_261_123
+_SEED = 20_261_123
 USUAL = ("normal", "normal", "normal")
-BATCHES: tuple[tuple[str, ...], ...] = (
+_BATCHES: tuple[tuple[str, ...], ...] = (
     ("normal",),
     ("repeated", "repeated"),
     ("huge", "tiny"),
@@ -37,10 +37,10 @@ BATCHES: tuple[tuple[str, ...], ...] = (
 )
 # Of one input at a time.
 SPECIAL = (("NaN", "infinity", "normal"), ("zero", "subnormal", "negative infinity"))
-SCALES = {"huge": 1e30, "tiny": 1e-30, "subnormal squares": 1e-155, "subnormal": 1e-310}
+_SCALES = {"huge": 1e30, "tiny": 1e-30, "subnormal squares": 1e-155, "subnormal": 1e-310}
 ELEMENTS = {"infinity": np.inf, "negative infinity": -np.inf, "NaN": np.nan}
 TOLERANCE = 16 * float(np.finfo(np.float32).eps)  # of the largest value of an image, in float64
-FLOORS = 16.0
+_FLOORS = 16.0
 MOST_ELEMENTS = 2**27  # of all values of a model, for three images
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
@@ -55,7 +55,7 @@ def difference(before: onnx.ModelProto, after: onnx.ModelProto) -> str | None:
         return "the inputs differ"
     if max(count_elements(before), count_elements(after)) > MOST_ELEMENTS:
         return f"its values have more than {MOST_ELEMENTS} elements"
-    random = np.random.default_rng(SEED)
+    random = np.random.default_rng(_SEED)
     try:
         exact, exact_after = (run_in(model, TensorProto.DOUBLE) for model in (before, after))
         rounded, rounded_after = (run_in(model, TensorProto.FLOAT) for model in (before, after))
@@ -64,9 +64,9 @@ def difference(before: onnx.ModelProto, after: onnx.ModelProto) -> str | None:
             images = [" and ".join(dict.fromkeys(image)) for image in zip(*kinds.values(), strict=True)]
             has_infinity = ["infinity" in image for image in images]
             expected, found = exact(feeds), exact_after(feeds)
-            problem = compare(expected, found, expected, has_infinity)
+            problem = _compare(expected, found, expected, has_infinity)
             if problem is not None:  # where the result is noise, float32 shows how much
-                problem = compare(expected, found, rounded(feeds), has_infinity)
+                problem = _compare(expected, found, rounded(feeds), has_infinity)
             if problem is not None:
                 return f"{problem} (images: {', '.join(images)})"
         usual = ("normal",) * (fixed_batch(types) or len(USUAL))
@@ -76,11 +76,11 @@ def difference(before: onnx.ModelProto, after: onnx.ModelProto) -> str | None:
     except Exception as error:  # operators raise errors without a common base class
         return f"cannot be run: {str(error).strip().partition(chr(10))[0][:200]}"
     floor = max(own, 4 * np.finfo(np.float32).eps * np.abs(expected).max())
-    exceeds = np.isfinite(own) and not other <= FLOORS * floor
+    exceeds = np.isfinite(own) and not other <= _FLOORS * floor
     return f"its error of {other:.2g} is {other / floor:.0f} noise floors" if exceeds else None
 
 
-def compare(
+def _compare(
     expected: NDArray[Any], found: NDArray[Any], rounded: NDArray[Any], has_infinity: Sequence[bool]
 ) -> str | None:
     """Describe the first difference of *found* from *expected*, the results in float64.
@@ -106,7 +106,7 @@ def compare(
 
 def make_batches(types: Types) -> Iterator[dict[str, tuple[str, ...]]]:
     """List the batches to compare: for every input, the kinds of its images."""
-    batches = [dict.fromkeys(types, kinds) for kinds in BATCHES]
+    batches = [dict.fromkeys(types, kinds) for kinds in _BATCHES]
     for special in SPECIAL:
         batches += [{other: special if other == name else USUAL for other in types} for name in types]
     fixed = fixed_batch(types)
@@ -142,7 +142,7 @@ def make_input(
             image[:] = float(kind == "constant")
         elif kind == "repeated":
             image[:] = repeated.reshape(image.shape)
-        image *= SCALES.get(kind, 1.0)
+        image *= _SCALES.get(kind, 1.0)
     return values
 
 

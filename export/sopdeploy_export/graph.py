@@ -49,7 +49,7 @@ from sopdeploy_export.state import first_written_tensor, preserved, read_state
 OPSET = 18
 OPSET_OF_BFLOAT16 = 22  # the first opset with bfloat16 convolutions
 INPUT = "images"
-EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog, see `network_outputs`
+EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
 EXPORT_EMBEDDING = "export_embedding"  # attribute of any network, see `compute_outputs`
 # How torch.export says that code depends on the batch size, with the condition if it names one.
 BATCH_GUARD = re.compile(r"generated guard (?P<guard>[^\n]*)|to be a constant|marked \w+ as dynamic")
@@ -57,9 +57,9 @@ STATELESS = "an exported network must be stateless"
 PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
-MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
+_MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
 
-SEED = 20_240_117
+_SEED = 20_240_117
 GENERATED = 12
 MAX_PHOTOGRAPHS = 64
 MAX_CALIBRATION = 256
@@ -123,14 +123,14 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """Compute the exported outputs of *network*, in eval mode, for normalized *pixels* (B, 3, H, W).
 
     Its attribute `export_embedding` is the name of a linear layer whose input (B, D) is the last output.
-    Raises `LoweringError` as `network_outputs` does, or if that layer does not run once on vectors.
+    Raises `LoweringError` as `_network_outputs` does, or if that layer does not run once on vectors.
     """
     name, inputs = vars(network).get(EXPORT_EMBEDDING), []
     if name is None:
-        return network_outputs(network, pixels)
+        return _network_outputs(network, pixels)
     hook = network.get_submodule(name).register_forward_pre_hook(lambda _, values: inputs.append(values[0]))
     try:
-        outputs = network_outputs(network, pixels)
+        outputs = _network_outputs(network, pixels)
     finally:
         hook.remove()
     if len(inputs) != 1 or inputs[0].ndim != 2:
@@ -138,7 +138,7 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     return (*outputs, inputs[0])
 
 
-def network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
+def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """Compute the outputs of *network*, without an embedding, for normalized *pixels* (B, 3, H, W).
 
     If a network outside of the catalog returns a container, its attribute `export_logits` is the attribute,
@@ -153,15 +153,15 @@ def network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
         try:
             output = output[key]
         except (LookupError, TypeError) as error:
-            raise LoweringError(f"the network returns {describe(output)}, without logits {key!r}") from error
+            raise LoweringError(f"the network returns {_describe(output)}, without logits {key!r}") from error
     if not isinstance(output, Tensor):
         raise LoweringError(
-            f"the network returns {describe(output)}; choose one as the logits", remedies={"logits": None}
+            f"the network returns {_describe(output)}; choose one as the logits", remedies={"logits": None}
         )
     return (output,)
 
 
-def describe(output: Any) -> str:
+def _describe(output: Any) -> str:
     """Describe *output*, the return value of a network: its type with its keys, fields or length."""
     if isinstance(output, Mapping):
         return f"a dict with {', '.join(map(repr, output))}"
@@ -304,8 +304,8 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
     _keep_names_only(model)
     model.graph.name = "sopdeploy"
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    if size > MAX_BYTES:
-        raise LoweringError(f"the weights take {size} bytes; one ONNX file holds at most {MAX_BYTES}")
+    if size > _MAX_BYTES:
+        raise LoweringError(f"the weights take {size} bytes; one ONNX file holds at most {_MAX_BYTES}")
     proto: onnx.ModelProto = ir.to_proto(model)
     check(proto, opset)
     return proto
@@ -403,7 +403,7 @@ def probe_images(preprocess: Preprocess, folder: Path | None = None) -> NDArray[
 
 def generated_images(side: int) -> NDArray[np.uint8]:
     """Generate twelve (side, side, 3) uint8 images from a fixed seed."""
-    random = np.random.default_rng(SEED)
+    random = np.random.default_rng(_SEED)
     ramp = np.linspace(0, 255, side)
     checkerboard = 255 * ((np.arange(side)[:, None] // 4 + np.arange(side)[None] // 4) % 2)
     images = [

@@ -25,12 +25,12 @@ from sopdeploy.errors import LoweringError
 ELEMENTWISE = frozenset(
     {"Abs", "Add", "Cast", "Clip", "Div", "Exp", "Identity", "Mul", "Neg", "Pow", "Relu", "Sqrt", "Sub"}
 )
-REDUCTIONS = frozenset({"ReduceL2", "ReduceMean", "ReduceSum"})
+_REDUCTIONS = frozenset({"ReduceL2", "ReduceMean", "ReduceSum"})
 RANDOM = ("Random", "Bernoulli", "Multinomial", "Dropout")
 GROWING = ("ConstantOfShape", "EyeLike", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile")
-MOST_NUMBERS = 2**26  # of a constant that is computed
+_MOST_NUMBERS = 2**26  # of a constant that is computed
 CONSTANT = "constant"  # the key of the content of a computed constant in `Value.meta`
-ROWS = "rows"  # the key of the result of `rows`
+_ROWS = "rows"  # the key of the result of `rows`
 
 
 class Rewrite(NamedTuple):
@@ -75,7 +75,7 @@ class Graph:
         ShapeInferencePass(strict_mode=False)(self.ir)
         for node in self.graph:
             for value in node.outputs:
-                value.meta[ROWS] = infer_rows(node, value)
+                value.meta[_ROWS] = infer_rows(node, value)
 
     def regions(self, rewrite: Rewrite) -> tuple[onnx.ModelProto, onnx.ModelProto]:
         """Cut *rewrite* out of the graph: two models that compute its old and its new value from its inputs.
@@ -279,7 +279,9 @@ def computes_constant(node: ir.Node) -> bool:
         return False
     sizes = [dims(value) for value in node.outputs if value.shape is not None]
     known = bool(sizes) and None not in sizes[0]
-    return math.prod(size or 0 for size in sizes[0]) <= MOST_NUMBERS if known else node.op_type not in GROWING
+    return (
+        math.prod(size or 0 for size in sizes[0]) <= _MOST_NUMBERS if known else node.op_type not in GROWING
+    )
 
 
 def is_constant(value: ir.Value | None) -> bool:
@@ -373,7 +375,7 @@ def rows(value: ir.Value | None) -> tuple[float, str | None] | None:
     first = value.shape[0]
     if isinstance(first, int):
         return first, None
-    return (1, str(first)) if value.is_graph_input() else value.meta.get(ROWS)
+    return (1, str(first)) if value.is_graph_input() else value.meta.get(_ROWS)
 
 
 def infer_rows(node: ir.Node, value: ir.Value) -> tuple[float, str | None] | None:
@@ -415,7 +417,7 @@ def is_row_wise(node: ir.Node) -> bool:
         return shared_by_rows and all(
             len(dims(value)) == rank for value in operands if not is_constant(value)
         )
-    if kind in REDUCTIONS:
+    if kind in _REDUCTIONS:
         return 0 not in axes(node) and all(is_constant(value) for value in operands[1:])
     if kind == "Transpose":
         return bool(attribute(node, "perm", [1])[0] == 0)

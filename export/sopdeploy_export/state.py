@@ -43,8 +43,8 @@ VALUES = (bool, int, float, complex, str, bytes, bytearray, type(None), torch.dt
 LIBRARIES = sys.stdlib_module_names | {
     *("numpy", "pydantic", "pydantic_core", "sopdeploy", "sympy", "timm", "torch", "torchvision")
 }
-EMPTY = (dict, list, set, tuple, OrderedDict)
-CONTAINERS = ("array", "builtins", "collections", "functools", "itertools", "random", "types", "_random")
+_EMPTY = (dict, list, set, tuple, OrderedDict)
+_CONTAINERS = ("array", "builtins", "collections", "functools", "itertools", "random", "types", "_random")
 FIXED = (
     type(Ellipsis),
     type(NotImplemented),
@@ -138,7 +138,7 @@ def _content(value: Any) -> Any:
         return type(value), repr(value)  # NaN equals itself here
     if isinstance(value, np.ndarray) and value.dtype != object:
         return value.shape, value.tobytes()
-    return type(value) if type(value) in EMPTY and not value else None  # most of torch's own attributes
+    return type(value) if type(value) in _EMPTY and not value else None  # most of torch's own attributes
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
@@ -153,7 +153,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f".{name}", item) for name, item in vars(value).items() if name != "__weakref__")
     elif isinstance(value, (Tensor, ModuleType, *FIXED)):
         return
-    elif isinstance(value, nn.Module) or library not in LIBRARIES - {*CONTAINERS}:
+    elif isinstance(value, nn.Module) or library not in LIBRARIES - {*_CONTAINERS}:
         yield from _items(value)
         with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
             yield from (
@@ -176,7 +176,7 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f" ({index})", item) for index, item in enumerate(gc.get_referents(value)))
     elif isinstance(value, random.Random):
         yield " (state)", hash(value.getstate())
-    elif type(value).__module__ in CONTAINERS:
+    elif type(value).__module__ in _CONTAINERS:
         yield " (state)", _shown(value)
         yield from ((f" ({index})", item) for index, item in enumerate(gc.get_referents(value)))
 

@@ -56,7 +56,7 @@ def write_triton(bundle: Bundle, repository: Path) -> TritonModel:
         shutil.copyfile(bundle.onnx, folder / "1" / "model.onnx")
         (folder / LABELS).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
         (folder / "warmup" / WARMUP).write_bytes(read_probes(bundle.probes).images[0].tobytes())
-        (folder / "config.pbtxt").write_text(model_config(bundle), encoding="utf-8")
+        (folder / "config.pbtxt").write_text(_model_config(bundle), encoding="utf-8")
         files = _file_hashes(folder)
         folder.chmod(0o755)
         if not target.exists():
@@ -113,7 +113,7 @@ dynamic_batching {{
 """
 
 
-def model_config(bundle: Bundle) -> str:
+def _model_config(bundle: Bundle) -> str:
     """Write Triton's ModelConfig message for *bundle* in the protobuf text format."""
     manifest, image = bundle.manifest, bundle.manifest.inputs[0]
     batch = manifest.batch

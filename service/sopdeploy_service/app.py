@@ -25,7 +25,7 @@ from sopdeploy_service.inference.service import CreateRegistry, Service
 from sopdeploy_service.observability.request_context import OpenTrace
 from sopdeploy_service.settings import Settings
 
-PARTS = (  # optional modules with a function `install`, which adds routes and observers
+_PARTS = (  # optional modules with a function `install`, which adds routes and observers
     "sopdeploy_service.shadow",
 )
 
@@ -72,7 +72,7 @@ def create_app(
     app.state.collect_metrics = None  # or a function that collects those of several processes
     for router in (v1.router, status.router, v2.router, web.router):
         app.router.routes += router.routes  # `include_router` would add a second matching step per request
-    for part in PARTS:
+    for part in _PARTS:
         import_module(part).install(app, service)
     problems.install(app)
     app.add_middleware(DirectMiddleware, routes=v1.router.routes)

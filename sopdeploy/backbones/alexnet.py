@@ -16,7 +16,7 @@ from sopdeploy.config import FractionBelowOne, StrictModel
 from sopdeploy.layers.pooling.base import FlattenConfig
 from sopdeploy.layers.pooling.registry import Pooling
 
-CONVOLUTIONS = (  # channels, kernel, stride, padding, groups
+_CONVOLUTIONS = (  # channels, kernel, stride, padding, groups
     (96, 11, 4, 2, 1),
     (256, 5, 1, 2, 2),
     (384, 3, 1, 1, 1),
@@ -55,7 +55,7 @@ class AlexNet(Backbone):
         super().__init__(config, num_classes)
         layers: list[nn.Module] = []
         channels = 3
-        for position, (width, kernel, stride, padding, groups) in enumerate(CONVOLUTIONS):
+        for position, (width, kernel, stride, padding, groups) in enumerate(_CONVOLUTIONS):
             layers.append(nn.Conv2d(channels, width, kernel, stride, padding, groups=groups))
             if config.norm == "batch":
                 layers.append(nn.BatchNorm2d(width))

@@ -18,7 +18,7 @@ from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.layers.residual import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, conv3x3
 
-STEM_CHANNELS = 16  # of pre-activation networks
+_STEM_CHANNELS = 16  # of pre-activation networks
 WIDTHS = (256, 512, 1024)  # of ResNeXt
 BLOCKS = 3  # of each stage of ResNeXt
 
@@ -89,9 +89,9 @@ class PreActResNet(Backbone):
     def __init__(self, config: PreActResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         expansion = PreActBottleneck.expansion if config.block == "bottleneck" else 1
-        widths = [STEM_CHANNELS * config.widen * factor * expansion for factor in (1, 2, 4)]
-        self.conv1 = conv3x3(3, STEM_CHANNELS)
-        self.add_stages(STEM_CHANNELS, widths, [config.blocks] * 3, (1, 2, config.last_stride))
+        widths = [_STEM_CHANNELS * config.widen * factor * expansion for factor in (1, 2, 4)]
+        self.conv1 = conv3x3(3, _STEM_CHANNELS)
+        self.add_stages(_STEM_CHANNELS, widths, [config.blocks] * 3, (1, 2, config.last_stride))
         self.bn = nn.BatchNorm2d(widths[-1])
         self.add_classifier(config.pooling)
         initialize(self)

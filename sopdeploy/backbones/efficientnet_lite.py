@@ -17,8 +17,8 @@ from sopdeploy.config import FractionBelowOne, Positive, StrictModel
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
 
-STEM_CHANNELS = 32
-STRIDES = dict(zip(STAGES, (1, 2, 2, 2, 1, 2, 1), strict=True))
+_STEM_CHANNELS = 32
+_STRIDES = dict(zip(STAGES, (1, 2, 2, 2, 1, 2, 1), strict=True))
 TAPPED_STAGES = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")  # the last ones at their resolution
 DIVISOR = 8  # of the numbers of channels
 
@@ -51,7 +51,7 @@ def convolution(
     return SameConv2d(in_channels, out_channels, kernel, stride=stride, groups=groups, bias=False)
 
 
-def batch_norm(channels: int) -> nn.BatchNorm2d:
+def _batch_norm(channels: int) -> nn.BatchNorm2d:
     """Build a batch norm with TensorFlow's epsilon."""
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
 
@@ -75,7 +75,7 @@ class LiteBlock(nn.Sequential):
             layers = {"conv_dw": depthwise, "conv_pw": convolution(wide, out)}
         for number, (name, layer) in enumerate(layers.items(), 1):
             self.add_module(name, layer)
-            self.add_module(f"bn{number}", batch_norm(layer.out_channels))
+            self.add_module(f"bn{number}", _batch_norm(layer.out_channels))
             if number < len(layers):
                 self.add_module(f"act{number}", nn.ReLU6(inplace=True))
         self.keeps_shape = stride == 1 and channels == out
@@ -103,23 +103,23 @@ class EfficientNetLite(Backbone):
 
     def __init__(self, config: EfficientNetLiteConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.conv_stem, self.bn1 = convolution(3, STEM_CHANNELS, 3, 2), batch_norm(STEM_CHANNELS)
+        self.conv_stem, self.bn1 = convolution(3, _STEM_CHANNELS, 3, 2), _batch_norm(_STEM_CHANNELS)
         self.act1 = nn.ReLU6(inplace=True)
-        channels, stages = STEM_CHANNELS, []
+        channels, stages = _STEM_CHANNELS, []
         for name, stage in STAGES.items():
             is_end = name in {"blocks.0", "blocks.6"}
             count = stage.blocks if is_end else math.ceil(stage.blocks * config.depth)
             out = scale_channels(stage.channels, config.width)
             blocks = []
             for index in range(count):
-                stride, expansion = (1 if index else STRIDES[name]), (1 if name == "blocks.0" else 6)
+                stride, expansion = (1 if index else _STRIDES[name]), (1 if name == "blocks.0" else 6)
                 blocks.append(LiteBlock(channels, out, stage.kernel, stride, expansion))
                 channels = out
             stages.append(nn.Sequential(*blocks))
             if name in TAPPED_STAGES:
                 self.tap_channels[f"{name}.{count - 1}"] = out
         self.blocks = nn.Sequential(*stages)
-        self.conv_head, self.bn2 = convolution(channels, HEAD_CHANNELS), batch_norm(HEAD_CHANNELS)
+        self.conv_head, self.bn2 = convolution(channels, HEAD_CHANNELS), _batch_norm(HEAD_CHANNELS)
         self.act2 = nn.ReLU6(inplace=True)
         self.pooling = config.pooling.build(HEAD_CHANNELS)
         self.dropout = nn.Dropout(config.dropout)

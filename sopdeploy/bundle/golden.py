@@ -27,10 +27,10 @@ from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 
 GOLDEN = "golden.json"
-MAX_EXAMPLES = 16  # that `verify` decodes; an export writes three
+_MAX_EXAMPLES = 16  # that `verify` decodes; an export writes three
 MAX_LEVELS = 1  # gray levels between decoders
-MAX_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread, with another Pillow
-SEED = 11
+_MAX_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread, with another Pillow
+_SEED = 11
 CELL = 8  # pixels per random color
 
 RunOne = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # (H, W, 3) to logits (C,)
@@ -48,7 +48,7 @@ class GoldenIndex(StrictModel):
     """Content of `golden.json`; *tolerance* is the largest allowed absolute difference of a logit."""
 
     tolerance: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
-    examples: Annotated[tuple[GoldenExample, ...], pydantic.Field(max_length=MAX_EXAMPLES)]
+    examples: Annotated[tuple[GoldenExample, ...], pydantic.Field(max_length=_MAX_EXAMPLES)]
 
 
 class PixelDifference(StrictModel):
@@ -89,7 +89,7 @@ def golden_jpegs(preprocess: Preprocess) -> list[bytes]:
 
     The first has the chroma subsampling of cameras (4:2:0), the second none.
     """
-    random = np.random.default_rng(SEED)
+    random = np.random.default_rng(_SEED)
     side, files = preprocess.resize, []
     for size, mode, subsampling in (
         ((side * 3 // 2, side + 7), "RGB", 2),
@@ -157,8 +157,8 @@ def check_golden(
     """Compare *pixels* that were decoded here, and the logits of *run*, with *example*.
 
     *exporter* is the version of Pillow that computed the pixels of *example*. Versions of Pillow resize
-    differently. The logits of such pixels may therefore differ by `MAX_DRIFT` of their spread, and the result
-    describes the difference; it is `None` if no pixel is more than `MAX_LEVELS` gray levels off. Raises
+    differently. The logits of such pixels may differ by `_MAX_DRIFT` of their spread, and the result
+    describes the difference: None if no pixel is more than `MAX_LEVELS` gray levels off. Raises
     `ParityError` for other pixels, and for logits outside of the tolerance.
     """
     deviation = float(np.abs(run(example.pixels) - example.logits).max())
@@ -185,9 +185,9 @@ def check_golden(
             "of the export; this machine decodes or resizes differently; install Pillow from its wheel on "
             "PyPI"
         )
-    if not difference.drift <= MAX_DRIFT:
+    if not difference.drift <= _MAX_DRIFT:
         raise ParityError(
-            f"{example.name}: {difference.describe()} (at most {100 * MAX_DRIFT:g} %); install that version, "
+            f"{example.name}: {difference.describe()} (at most {100 * _MAX_DRIFT:g} %); install that version "
             "or export the bundle again"
         )
     return difference

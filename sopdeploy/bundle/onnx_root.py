@@ -18,7 +18,7 @@ from sopdeploy.errors import BundleError, CertificateError
 if TYPE_CHECKING:
     import onnx
 
-NUMBERS = {"raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"}
+_NUMBERS = {"raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"}
 SUBGRAPHS = {"g", "graphs"}
 TENSOR_ATTRIBUTE = 4  # AttributeProto.TENSOR
 
@@ -111,7 +111,7 @@ def _tensor_hash(tensor: "onnx.TensorProto") -> str:
     if tensor.string_data:
         raise CertificateError(f"the constant {tensor.name} contains text instead of numbers")
     shape = tuple(tensor.dims)
-    stored = NUMBERS.intersection(field.name for field, _ in tensor.ListFields())
+    stored = _NUMBERS.intersection(field.name for field, _ in tensor.ListFields())
     if len(stored) > 1:
         raise CertificateError(f"the weight {tensor.name} is stored twice")
     if not stored and 0 not in shape:

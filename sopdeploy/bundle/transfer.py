@@ -14,7 +14,7 @@ from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import sha256 as sha256_of
 
 ARCHIVE_SUFFIX = ".tar"
-MAX_BYTES = 8_000_000_000
+_MAX_BYTES = 8_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +70,7 @@ def pull(
     *,
     sha256: str | None = None,
     require_signature: Path | None = None,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int = _MAX_BYTES,
 ) -> Pulled:
     """Download the archive at *source* and write its bundle into the folder *destination*.
 

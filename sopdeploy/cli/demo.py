@@ -13,9 +13,9 @@ from sopdeploy.cli.console import err, one_line_errors, out, plain_text, print_t
 from sopdeploy.errors import SopdeployError
 from sopdeploy.files import writing
 
-ROWS = 10  # predictions to print
+_ROWS = 10  # predictions to print
 MIN_ACCURACY = 0.98
-TIMEOUT = 60  # seconds
+_TIMEOUT = 60  # seconds
 
 
 def demo(
@@ -78,7 +78,7 @@ def _classify_digits(url: str) -> float:
 
     digits = open_digits().held_out
     rows, correct = [], 0
-    with httpx.Client(base_url=url, timeout=TIMEOUT) as client:
+    with httpx.Client(base_url=url, timeout=_TIMEOUT) as client:
         for index in range(len(digits)):
             image, target = digits[index]
             body = io.BytesIO()
@@ -94,7 +94,7 @@ def _classify_digits(url: str) -> float:
             correct += best["label"] == truth
             mark = "correct" if best["label"] == truth else "wrong"
             rows.append((truth, best["label"], f"{best['probability']:.4f}", mark))
-    print_table(("digit", "prediction", "probability", ""), rows[:ROWS])
+    print_table(("digit", "prediction", "probability", ""), rows[:_ROWS])
     rate = Rate.of(correct, len(digits))
     right = f"{correct} of {len(digits)} held-out digits classified correctly over HTTP"
     interval = f"95 % interval {100 * rate.low:.1f} to {100 * rate.high:.1f} %"

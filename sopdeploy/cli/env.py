@@ -14,7 +14,7 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import out, plain_text
 from sopdeploy.errors import RuntimeUnavailableError
 
-PACKAGES = (
+_PACKAGES = (
     "numpy", "pillow", "pydantic", "fastapi", "uvicorn", "torch", "torchvision", "timm", "onnx", "onnxscript",
     "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "cuda-python",
 )  # fmt: skip
@@ -22,10 +22,10 @@ RELEVANT = re.compile(
     r"(SOPDEPLOY|OMP|MKL|KMP|CUDA|NVIDIA|NCCL|ORT|OTEL|TORCH|PYTORCH|SLURM)_|(PYTHON|LD_LIBRARY_)PATH$"
 )
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|HEADERS|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
-HIDDEN = "(hidden)"
+_HIDDEN = "(hidden)"
 
 
-def show(sections: dict[str, dict[str, Any]]) -> None:
+def _show(sections: dict[str, dict[str, Any]]) -> None:
     """Print one line per value."""
     for section, values in sections.items():
         out.print(Text(section, "bold"))
@@ -33,7 +33,7 @@ def show(sections: dict[str, dict[str, Any]]) -> None:
             out.print(Text.assemble("  ", f"{plain_text(name).plain:<20} ", plain_text(str(value))))
 
 
-@command(show)
+@command(_show)
 def env() -> dict[str, dict[str, Any]]:
     """Print versions, system, processor, GPU and environment for a bug report; secrets are hidden.
 
@@ -44,7 +44,7 @@ def env() -> dict[str, dict[str, Any]]:
     python = f"{platform.python_implementation()} {platform.python_version()}"
     libc = " ".join(platform.libc_ver()).strip()
     return {
-        "versions": {"sopdeploy": __version__, "python": python, **installed(PACKAGES)},
+        "versions": {"sopdeploy": __version__, "python": python, **installed(_PACKAGES)},
         "machine": {**machine(), "release": platform.release(), "libc": libc},
         "accelerators": accelerators(),
         "environment": relevant_variables(os.environ),
@@ -82,8 +82,8 @@ def relevant_variables(variables: Mapping[str, str]) -> dict[str, str]:
     shown, home = {}, Path.home()
     for name in filter(RELEVANT.match, sorted(variables)):
         if SECRET.search(name):
-            shown[name] = HIDDEN
+            shown[name] = _HIDDEN
         else:
-            value = re.sub(r"(?<=://)[^/\s]+@", f"{HIDDEN}@", variables[name])
+            value = re.sub(r"(?<=://)[^/\s]+@", f"{_HIDDEN}@", variables[name])
             shown[name] = value.replace(str(home), "~") if len(home.parts) > 1 else value
     return shown

@@ -31,8 +31,8 @@ from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
 MIN_SIDE = 32  # pixels; smaller images are reported
-MAX_ASPECT_RATIO = 4.0  # of the longer side to the shorter one; the center crop cuts off most of the image
-RULES = Preprocess()  # for the conversion to upright RGB
+_MAX_ASPECT_RATIO = 4.0  # of the longer side to the shorter one; the center crop cuts off most of the image
+_RULES = Preprocess()  # for the conversion to upright RGB
 
 
 class Part(StrictModel):
@@ -176,7 +176,7 @@ def _inspect_file(images: ImageFiles, part: str, near: bool, index: int) -> _Fil
         data = images.read(index)
         image = open_image(data, path)
         image_format = image.format or ""
-        pixels = to_rgb(load_pixels(image, path), RULES)
+        pixels = to_rgb(load_pixels(image, path), _RULES)
     except DataError as error:
         return _FileInfo(str(path), part, label, len(data), str(error))
     return _FileInfo(
@@ -197,7 +197,7 @@ def _unusual_properties(pixels: Image.Image) -> tuple[str, ...]:
     shorter, longer = sorted(pixels.size)
     conditions = {
         f"shorter side under {MIN_SIDE} pixels": shorter < MIN_SIDE,
-        f"longer side over {MAX_ASPECT_RATIO:g} times the shorter one": longer > MAX_ASPECT_RATIO * shorter,
+        f"longer side over {_MAX_ASPECT_RATIO:g} times the shorter one": longer > _MAX_ASPECT_RATIO * shorter,
         "one color only": pixels.getcolors(maxcolors=1) is not None,
     }
     return tuple(reason for reason, applies in conditions.items() if applies)

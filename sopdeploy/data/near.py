@@ -28,11 +28,11 @@ from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
 Groups = NDArray[np.int64]  # a number per image
-RULES = Preprocess()  # for the conversion to upright RGB
+_RULES = Preprocess()  # for the conversion to upright RGB
 MISSED = 0.1  # share of the copies below the threshold
 DEVIATIONS, QUARTILE = 3.0, 0.6745  # standard deviations, of which the upper quartile of a Gaussian is 0.6745
 MAX_COMPARED = 500  # images that are compared with those of other classes
-BLOCK = 1024  # images whose similarities are computed at once
+_BLOCK = 1024  # images whose similarities are computed at once
 MAX_DIVIDED = 20_000  # with more images, `keep_groups_together` compares no pixels
 THUMBNAIL, CELLS, DIRECTIONS = 64, 8, 8  # pixels, cells of 8 x 8 pixels, and directions of a signature
 
@@ -66,7 +66,7 @@ class Copies:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
         image, target = self.images[int(self.originals[index])]
-        pixels = to_rgb(image, RULES)
+        pixels = to_rgb(image, _RULES)
         sides = np.asarray(pixels.size, np.float64)
         corner = np.random.default_rng(index).random(2) * (1 - self.crop) * sides
         box = (*corner.tolist(), *(corner + self.crop * sides).tolist())
@@ -99,8 +99,8 @@ def find_pairs(
         levels.append(median + DEVIATIONS * (upper - median) / QUARTILE)
     threshold = max(levels)
     pairs = []
-    for start in range(0, count, BLOCK):
-        first, second = np.nonzero(images[start : start + BLOCK] @ images.T >= threshold)
+    for start in range(0, count, _BLOCK):
+        first, second = np.nonzero(images[start : start + _BLOCK] @ images.T >= threshold)
         pairs.append(np.stack([first + start, second]))
     return np.concatenate(pairs, axis=1)
 
@@ -156,7 +156,7 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
 
     It finds re-encoded, resized and slightly shifted copies, but hardly any that are cropped by a tenth.
     """
-    small = to_rgb(image, RULES).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    small = to_rgb(image, _RULES).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     down, right = np.gradient(np.asarray(small, np.float32))
     position = np.arctan2(down, right) / (2 * np.pi) % 1 * DIRECTIONS
     lower = position.astype(int)

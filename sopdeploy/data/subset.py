@@ -10,7 +10,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.base import Split, derive_seed
 from sopdeploy.errors import ConfigError, DataError
 
-SEED = 0  # not the seed of the run: the same number gives the same classes in every run
+_SEED = 0  # not the seed of the run: the same number gives the same classes in every run
 
 
 class ClassSubset(StrictModel):
@@ -33,7 +33,7 @@ def select_subset(split: Split, classes: int | None) -> Split:
         raise DataError(
             f"data.classes: {classes}, but the data have {len(labels)} classes; give a smaller number"
         )
-    names = sorted(labels, key=lambda label: (derive_seed(SEED, "classes", label), label))[:classes]
+    names = sorted(labels, key=lambda label: (derive_seed(_SEED, "classes", label), label))[:classes]
     kept = tuple(label for label in labels if label in names)
     train, held_out = (_select_classes(images, kept) for images in (split.train, split.held_out))
     return replace(split, train=train, held_out=held_out)

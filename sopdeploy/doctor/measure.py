@@ -19,7 +19,7 @@ from sopdeploy.client import AsyncClient
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import OverloadedError, ServiceError
 
-STAGES = ("receive", "decode", "queue", "infer")
+_STAGES = ("receive", "decode", "queue", "infer")
 REJECTION_DELAY = 1.0  # seconds, if the server names none
 MAX_REJECTED = 0.5  # with more rejections, additional clients would only be rejected
 
@@ -119,7 +119,7 @@ def measure(
     seconds, decoders = after.moment - before.moment, int(after.total("decoders"))
     # Each process has a runtime of its own, but front ends (DEVICE:NUMBER) share the one of their device.
     runtimes = len({process.partition(":")[0] for process in after.processes})
-    stage_ms = {name: 1000 * mean("stage_duration_seconds", stage=name) for name in STAGES}
+    stage_ms = {name: 1000 * mean("stage_duration_seconds", stage=name) for name in _STAGES}
     mean_ms = 1000 * statistics.fmean(latencies) if latencies else 0.0
     quantiles = np.quantile(latencies or [0.0], (0.50, 0.99), method="inverted_cdf")
     p50_ms, p99_ms = (1000 * quantiles).tolist()

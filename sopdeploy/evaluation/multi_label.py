@@ -20,7 +20,7 @@ from sopdeploy.evaluation.metrics import NO_IMAGES
 from sopdeploy.evaluation.statistics import LEVEL
 
 DEFAULT_THRESHOLD = 0.5
-RESAMPLES = 500  # for the interval of an mAP
+_RESAMPLES = 500  # for the interval of an mAP
 PRIOR_IMAGES = 10  # with this many images of a class, the logit of its threshold is halved
 MAX_LOGIT = 30.0  # larger absolute values are clipped
 
@@ -43,7 +43,7 @@ class MeanPrecision(StrictModel):
     ) -> "MeanPrecision":
         """Compute the mAP of *scores* (N, C), where *true* (N, C) marks the classes of each image.
 
-        The interval comes from `RESAMPLES` resamples (bootstrap) of the *groups* (N,), by default the images.
+        The interval comes from `_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by default images.
         """
         count, classes = len(true), list(zip(true.T, scores.T, strict=True))
         averages = (average_precision(shown, logits) for shown, logits in classes)
@@ -51,7 +51,7 @@ class MeanPrecision(StrictModel):
         share = float(np.mean(precisions)) if precisions else 0.0
         unit_N = np.unique(np.arange(count) if groups is None else groups, return_inverse=True)[1]
         units = int(unit_N.max(initial=-1)) + 1
-        draws = np.random.default_rng(seed).multinomial(units, [1 / units] * units, RESAMPLES)[:, unit_N]
+        draws = np.random.default_rng(seed).multinomial(units, [1 / units] * units, _RESAMPLES)[:, unit_N]
         resampled = np.stack(
             [resampled_precision(shown, logits, draws) for shown, logits in classes if shown.any()], axis=1
         )

@@ -55,7 +55,7 @@ ALIASES = {
 AVIF_BRANDS = {b"avif", b"avis"}
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif"}
 
-MAX_SIDE = 65_535  # as in JPEG; Pillow needs 8 bytes for each row, and time
+_MAX_SIDE = 65_535  # as in JPEG; Pillow needs 8 bytes for each row, and time
 MAX_READS = 10_000  # of a small file; a PNG in 8 kB chunks or a GIF in 255-byte blocks needs far fewer
 BYTES_PER_READ = 100
 MAX_BMP_READS = 2_000_000  # a run-length-encoded BMP is decoded in Python, one or two bytes at a time
@@ -95,8 +95,8 @@ def open_image(
             image.info["coefficient_bytes"], image.info["scan_ns"] = scans
         sizes = [image.size, *_inner_sizes(image, body, kind)]
         width, height = max(sizes, key=lambda size: size[0] * size[1])
-        if width * height > max_pixels or max(image.size) > MAX_SIDE:
-            limit = f"{max_pixels} pixels" if width * height > max_pixels else f"{MAX_SIDE} pixels per side"
+        if width * height > max_pixels or max(image.size) > _MAX_SIDE:
+            limit = f"{max_pixels} pixels" if width * height > max_pixels else f"{_MAX_SIDE} pixels per side"
             message = f"{width} x {height} is more than {limit}, the limit"
             raise ImageError(message, code="too_many_pixels", status=413)
         match_transparency(image)

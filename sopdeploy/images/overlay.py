@@ -8,7 +8,7 @@ from PIL import Image
 
 from sopdeploy.images.preprocess import Box
 
-MAX_SIDE = 2048  # pixels of the drawing; larger images are reduced
+_MAX_SIDE = 2048  # pixels of the drawing; larger images are reduced
 STRENGTH = 0.65  # opacity of the largest value
 DIMMED = 0.5  # brightness of pixels outside of the network's input
 
@@ -17,9 +17,9 @@ def draw_overlay(image: Image.Image, values: NDArray[Any], box: Box) -> Image.Im
     """Draw the positive *values* (h, w) of a map over *box* of the upright RGB *image*.
 
     The largest value is yellow, smaller ones are red and more transparent; pixels outside of the box are
-    darker. Returns an RGB image of at most `MAX_SIDE` pixels per side.
+    darker. Returns an RGB image of at most `_MAX_SIDE` pixels per side.
     """
-    scale = min(1.0, MAX_SIDE / max(image.size))
+    scale = min(1.0, _MAX_SIDE / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     pixels = np.asarray(image.resize((width, height)), dtype=np.float32)
     left, top, right, bottom = (round(edge * scale) for edge in box)

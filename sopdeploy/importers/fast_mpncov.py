@@ -18,8 +18,8 @@ from sopdeploy.models.registry import CATALOG
 
 VGG_CHANNELS = 512
 VGG_MODELS = {"isqrt": ("isqrt-vgg16", "mlp"), "bcnn": ("bcnn-vgg16", "linear")}  # with the classifier
-TITLES = {"isqrt": "iSQRT-COV", "bcnn": "B-CNN", "gap": "average pooling"}
-STAGES = {"0": "conv1", "1": "bn1", **{str(3 + stage): f"layer{stage}" for stage in range(1, 5)}}
+_TITLES = {"isqrt": "iSQRT-COV", "bcnn": "B-CNN", "gap": "average pooling"}
+_STAGES = {"0": "conv1", "1": "bn1", **{str(3 + stage): f"layer{stage}" for stage in range(1, 5)}}
 REDUCTION = {
     "features.8": "layer_reduce",
     "features.9": "layer_reduce_bn",
@@ -57,7 +57,7 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
         detected["conv5_stride"] = stride
     model = f"isqrt-resnet{depth}" if kind == "isqrt" else f"resnet{depth}"
     return ConvertedWeights(
-        description=f"{TITLES[kind]} on ResNet-{depth} of fast-MPN-COV",
+        description=f"{_TITLES[kind]} on ResNet-{depth} of fast-MPN-COV",
         model=(f"{model} --set pooling=bcnn" if kind == "bcnn" else model) if model in CATALOG else None,
         tensors=mapped,
         num_classes=classes,
@@ -78,7 +78,7 @@ def _rename_resnet(source: str) -> str:
     if part == "classifier":
         return f"fc.{leaf}"
     match = NUMBERED_TENSOR.fullmatch(source)
-    return f"{STAGES[match['stage']]}.{match['rest']}" if match else source
+    return f"{_STAGES[match['stage']]}.{match['rest']}" if match else source
 
 
 def detect_pooling(renamed: WeightFile, channels: int, length: int) -> dict[str, str | int]:
@@ -114,7 +114,7 @@ def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None
     kind = str(pooling["pooling.kind"])
     model, default = VGG_MODELS[kind]
     return ConvertedWeights(
-        description=f"{TITLES[kind]} on VGG-16 of fast-MPN-COV",
+        description=f"{_TITLES[kind]} on VGG-16 of fast-MPN-COV",
         model=model if classifier == default else f"{model} --set classifier={classifier}",
         tensors=mapped,
         num_classes=len(file.tensor(last)),

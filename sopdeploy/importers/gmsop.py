@@ -28,7 +28,7 @@ from sopdeploy.importers.matconvnet import (
 )
 from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile
 
-STAGES = (2, 3, 4, 5)
+_STAGES = (2, 3, 4, 5)
 LETTERS = "abcdefgh"  # of the convolutions of a component
 SIDE = 64
 MODELS = {  # by (with a gate, component, blocks per stage, widening)
@@ -42,7 +42,7 @@ MODELS = {  # by (with a gate, component, blocks per stage, widening)
     (False, "sop", 2, 1): "srsop-resnet18",
     **{(False, "gap", 4, widen): f"wrn36-{widen}" for widen in (1, 2, 5)},
 }
-TITLES = {(True, "gap"): "GM-GAP", (True, "sop"): "GM-SOP", (False, "gap"): "GAP", (False, "sop"): "SR-SOP"}
+_TITLES = {(True, "gap"): "GM-GAP", (True, "sop"): "GM-SOP", (False, "gap"): "GAP", (False, "sop"): "SR-SOP"}
 NOTES = (
     "classes are numbered: downsampled ImageNet has a class order of its own; give --labels",
     "height and width of the training images may have been swapped: compare with the published error",
@@ -73,7 +73,7 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     if gated:
         tensors += _gate(file, config, component == "sop")
     return ConvertedWeights(
-        description=f"{TITLES[gated, component]}, {blocks} blocks per stage, {widen} times as wide",
+        description=f"{_TITLES[gated, component]}, {blocks} blocks per stage, {widen} times as wide",
         model=MODELS.get((gated, component, blocks, widen)),
         tensors=tuple(tensors),
         num_classes=len(pointwise_kernel(file, "prediction_f")),
@@ -134,7 +134,7 @@ def _backbone_and_head(file: WeightFile, blocks: int, width: int | None) -> Iter
     yield MappedTensor("conv1.weight", ("conv1_f",), kernel)
     yield bias(file, "conv1", "conv1.bias")
     yield from batch_norm(file, "conv1_bn", "bn1")
-    for stage in STAGES:
+    for stage in _STAGES:
         for block in range(blocks):
             source, name = f"conv{stage}_{block + 1}", f"layer{stage - 1}.{block}"
             yield from _conv_bn(file, f"{source}a", f"{name}.conv1", f"{name}.bn1")

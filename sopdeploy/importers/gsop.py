@@ -17,7 +17,7 @@ from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFil
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.registry import CATALOG
 
-BLOCK = {
+_BLOCK = {
     "conv_for_DR": "channel.reduction.0",
     "bn_for_DR": "channel.reduction.1",
     "row_bn": "channel.excitation.row_bn",
@@ -69,8 +69,8 @@ def _rename(source: str) -> str:
     if source.startswith(("layer_reduce.", "layer_reduce_bn.")):
         return f"pooling.{source}"
     match = BLOCK_TENSOR.fullmatch(source)
-    if match and match["part"] in BLOCK:
-        return f"{match['stage']}.{match['block']}.attention.{BLOCK[match['part']]}.{match['leaf']}"
+    if match and match["part"] in _BLOCK:
+        return f"{match['stage']}.{match['block']}.attention.{_BLOCK[match['part']]}.{match['leaf']}"
     return source
 
 

@@ -95,7 +95,7 @@ def import_weights(
         )
     config = choose_config(file, converted, model, settings or {})
     state = fit_tensors(file, converted, model, config)
-    labels, label_origin = class_names(converted, options.labels)
+    labels, label_origin = _class_names(converted, options.labels)
     preprocess = _override_preprocess(converted.preprocess, options)
     digest = sha256(source)
     checkpoint = Checkpoint(
@@ -193,7 +193,7 @@ def _override_preprocess(preprocess: Preprocess, options: ImportOptions) -> Prep
         raise ConfigError(f"preprocessing: {first_problem(error)}") from error
 
 
-def class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[str, ...], str]:
+def _class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[str, ...], str]:
     """Get the class names in output order, and their origin.
 
     *file* has one name per line, or is a `.json` list. Raises `ConfigError` if the number of names is wrong

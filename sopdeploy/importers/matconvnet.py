@@ -23,7 +23,7 @@ LAYER_KINDS = {
     *("H_x", "gating", "CM_out", "Balance_loss"),
     *(MATRIX_ROOT, *PRENORMS, "OBJ_ConvNet_COV_Pool", "OBJ_ConvNet_COV_ScaleTr", "OBJ_ConvNet_COV_ScaleFro"),
 }
-STRIDES = {2: 1, 3: 2, 4: 2}  # of the stages; the stride of the fifth is read from the file
+_STRIDES = {2: 1, 3: 2, 4: 2}  # of the stages; the stride of the fifth is read from the file
 
 
 def read_dagnn(path: Path, variables: dict[str, Any]) -> WeightFile:
@@ -142,7 +142,7 @@ def read_settings(file: WeightFile) -> dict[str, Any]:
     for name, layer in file.layers.items():
         if layer.kind not in LAYER_KINDS:
             raise WeightsError(f"{file.path}: layer {name} has the type {layer.kind}, not supported")
-    for stage, stride in STRIDES.items():
+    for stage, stride in _STRIDES.items():
         if layer_number(file, f"conv{stage}_1a_conv", "stride") != stride:
             raise WeightsError(f"{file.path}: conv{stage}_1a_conv does not have the paper's stride {stride}")
     settings: dict[str, Any] = {"conv5_stride": int(layer_number(file, "conv5_1a_conv", "stride"))}

@@ -16,7 +16,7 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import WeightsError
 
 VARIABLES = ("net", "params", "layers", "meta")
-MAX_BYTES = 2 << 30
+_MAX_BYTES = 2 << 30
 MATLAB_CLASS, MATLAB_EMPTY = "MATLAB_class", "MATLAB_empty"
 SKIPPED_FIELDS = {"vars", "inputs", "outputs", "learningRate", "weightDecay", "trainOpts"}  # not read
 
@@ -88,8 +88,8 @@ class _Hdf5Reader:
         if part.attrs.get(MATLAB_EMPTY):
             return {"char": "", "cell": [], "struct": []}.get(kind, np.zeros((0, 0)))
         self.bytes += math.prod(part.shape) * part.dtype.itemsize
-        if self.bytes > MAX_BYTES:
-            raise DamagedError(f"more than {MAX_BYTES >> 30} GiB after decompression")
+        if self.bytes > _MAX_BYTES:
+            raise DamagedError(f"more than {_MAX_BYTES >> 30} GiB after decompression")
         if self.h5py.check_ref_dtype(part.dtype) is self.h5py.Reference:
             return [self._read(self.file[ref]) if ref else None for ref in part[()].flat]
         if part.dtype.kind not in "fiu":

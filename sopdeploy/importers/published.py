@@ -37,7 +37,7 @@ HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z.]+$")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_FILE = "model.safetensors"
 STALLED_SECONDS = 60  # without a byte from the server
-ADVICE = "or train from scratch with the weights none"
+_ADVICE = "or train from scratch with the weights none"
 OWN_FILE = {"weights": "FILE"}  # of the option that takes a file which the user has
 
 
@@ -73,7 +73,7 @@ def _published_network(model: str, config: StrictModel) -> str:
         return "timm:resnet26" if depth == 26 else f"resnet{depth}"
     raise ConfigError(
         f"start.weights: no ImageNet weights are published for {model}; choose a network on ResNet-18, "
-        f"26, 34, 50 or 101, VGG-16, EfficientNet-b0, Lite0 or Lite2, timm:NAME or dsop-timm:NAME, {ADVICE}",
+        f"26, 34, 50 or 101, VGG-16, EfficientNet-b0, Lite0 or Lite2, timm:NAME or dsop-timm:NAME, {_ADVICE}",
         remedies=OWN_FILE,
     )
 
@@ -97,7 +97,7 @@ def _fetch_timm(name: str) -> Path:
     if not config.hf_hub_id:
         if not config.url:
             raise ConfigError(
-                f"start.weights: timm publishes no weights for {name}; choose another, {ADVICE}",
+                f"start.weights: timm publishes no weights for {name}; choose another, {_ADVICE}",
                 remedies=OWN_FILE,
             )
         return _fetch_url(config.url)
@@ -136,7 +136,7 @@ def _downloading(name: str, advice: str) -> Iterator[None]:
             cause = cause.__cause__
         text = str(getattr(cause, "reason", "") or cause).strip() or type(cause).__name__
         raise WeightsError(
-            f"{name}: cannot be downloaded ({text.splitlines()[0]}); {advice}, {ADVICE}", remedies=OWN_FILE
+            f"{name}: cannot be downloaded ({text.splitlines()[0]}); {advice}, {_ADVICE}", remedies=OWN_FILE
         ) from error
     finally:
         socket.setdefaulttimeout(default_timeout)
@@ -151,6 +151,6 @@ def _check_hash(path: Path, expected: str) -> None:
         file.unlink(missing_ok=True)
     raise WeightsError(
         f"{path.name}: removed, its SHA-256 is {digest[: len(expected)]}, not {expected} (an incomplete "
-        f"download or another file); run the command again, {ADVICE}",
+        f"download or another file); run the command again, {_ADVICE}",
         remedies=OWN_FILE,
     )

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-SMALLEST_SQUARE = 1e-30  # keeps the gradient of the square root finite at 0
+_SMALLEST_SQUARE = 1e-30  # keeps the gradient of the square root finite at 0
 
 
 def centered(features_BCHW: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def covariance_trace(cov_BCC: Tensor) -> Tensor:
 
 def frobenius_norm(cov_BCC: Tensor) -> Tensor:
     """Compute the Frobenius norm of each matrix as (B, 1, 1), with finite gradients for zero matrices."""
-    return cov_BCC.square().sum(dim=(1, 2), keepdim=True).clamp_min(SMALLEST_SQUARE).sqrt()
+    return cov_BCC.square().sum(dim=(1, 2), keepdim=True).clamp_min(_SMALLEST_SQUARE).sqrt()
 
 
 def upper_triangle_indices(channels: int) -> Tensor:

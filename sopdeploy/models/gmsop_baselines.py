@@ -86,19 +86,19 @@ class NetVLADResNet(Classifier, LowResolutionResNet):
         self.head = FusionHead(self.pooling.out_features, num_classes, norm=False, dropout=0.0)
 
 
-BLOCKS: dict[int, dict[str, int]] = {18: {}, 50: {"blocks_per_stage": 6}}
+_BLOCKS: dict[int, dict[str, int]] = {18: {}, 50: {"blocks_per_stage": 6}}
 PARAMETRIC: dict[str, Any] = {"component": "sop", "component_widths": (256, 128)}
 AVERAGE_OF_16: dict[str, Any] = {"components": 16, "fusion_norm": True, "dropout": 0.2}
 
 _AVERAGED: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"resnet{depth}-64px": (f"plain ResNet-{depth}", BLOCKS[depth]) for depth in BLOCKS},
+    **{f"resnet{depth}-64px": (f"plain ResNet-{depth}", _BLOCKS[depth]) for depth in _BLOCKS},
     **{f"wrn36-{k}": (f"plain WRN-36-{k}", {"blocks_per_stage": 4, "widen": k}) for k in (1, 2, 5)},
     **{
         f"resnet{depth}-{width}d": (
             f"ResNet-{depth}-{width}d",
-            {**BLOCKS[depth], "component_widths": (width,)},
+            {**_BLOCKS[depth], "component_widths": (width,)},
         )
-        for depth in BLOCKS
+        for depth in _BLOCKS
         for width in (512, 8256)
     },
     "srsop-resnet18": ("SR-SOP on ResNet-18", {"component": "sop"}),

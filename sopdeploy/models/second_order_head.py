@@ -30,7 +30,7 @@ from sopdeploy.layers.pooling.projection import principal_components
 from sopdeploy.models.base import Classifier, Entry
 
 POOLED_HEAD = "pooled_head"
-SMALLEST_SQUARE = 1e-12  # of a distance, whose gradient would otherwise be infinite at 0
+_SMALLEST_SQUARE = 1e-12  # of a distance, whose gradient would otherwise be infinite at 0
 HeadKind = Literal["gap", "isqrt", "gap+isqrt", "gap+mean", "gap+mean+isqrt"]
 
 
@@ -110,7 +110,7 @@ class PooledHead(nn.Module, ExportHints):
         if not self.config.distance:
             return vector_BD
         square_B1 = ((vector_BD - self.center) * self.scale).square().sum(dim=1, keepdim=True)
-        return torch.cat([vector_BD, square_B1.clamp_min(SMALLEST_SQUARE).sqrt()], dim=1)
+        return torch.cat([vector_BD, square_B1.clamp_min(_SMALLEST_SQUARE).sqrt()], dim=1)
 
     def pooling(self, tap: str) -> ISqrtPooling:
         """Return the covariance pooling of *tap*."""

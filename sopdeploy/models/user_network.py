@@ -28,7 +28,7 @@ from sopdeploy.models.registry import CATALOG, REGISTERED, parse_options
 from sopdeploy.models.user_maps import evaluated, find_taps, last_map, remove_after
 
 Trained = TypeVar("Trained", bound="UserNetwork")
-NAME = re.compile(r"[A-Za-z0-9._-]+")
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 class Source(NamedTuple):
@@ -341,7 +341,7 @@ def register_model(
         ConfigError: *name* is that of a network of the catalog, or has other characters, or the method needs
             taps.
     """
-    if not NAME.fullmatch(name) or name in CATALOG:
+    if not _NAME.fullmatch(name) or name in CATALOG:
         reason = "is a network of the catalog" if name in CATALOG else "use letters, digits, `.`, `_` and `-`"
         raise ConfigError(f"register_model: name {name!r}: {reason}")
     chosen: MethodName = method or ("dsop" if taps else "none")

@@ -30,7 +30,7 @@ def write_report(
     default the held-out images are evaluated. Raises `ConfigError` if the page cannot be written.
     """
     path = destination or run / "report.html"
-    page = render_report(read_run(run, data, on_image))
+    page = _render_report(read_run(run, data, on_image))
     try:
         with atomic_write(path) as partial:
             partial.write_text(page, encoding="utf-8")
@@ -39,7 +39,7 @@ def write_report(
     return path
 
 
-def render_report(data: RunData) -> str:
+def _render_report(data: RunData) -> str:
     """Render the page as HTML; the same data always gives the same text."""
     recipe, best, record = data.recipe, data.best, data.best.training
     few_shot = read_record(record)

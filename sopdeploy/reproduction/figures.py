@@ -6,7 +6,7 @@ from sopdeploy.html.charts import MAX_CURVES, Axis, Bar, bars, plot
 from sopdeploy.report.training import EPOCHS, Chart, component_chart, epoch_curve, head_metric
 from sopdeploy.reproduction.plan import Row
 
-ERRORS = {"top1": "top-1 error in %", "top5": "top-5 error in %"}
+_ERRORS = {"top1": "top-1 error in %", "top5": "top-5 error in %"}
 
 
 def curve_charts(rows: Sequence[Row]) -> list[Chart]:
@@ -14,7 +14,7 @@ def curve_charts(rows: Sequence[Row]) -> list[Chart]:
     charts = []
     for start in range(0, len(rows), MAX_CURVES):
         part = rows[start : start + MAX_CURVES]
-        for name, label in {"loss": "training loss", **ERRORS}.items():
+        for name, label in {"loss": "training loss", **_ERRORS}.items():
             curves = []
             for row in part:
                 history = row.runs[0].history
@@ -47,7 +47,7 @@ def _head_charts(row: Row) -> Iterator[Chart]:
         return
     diagnostics = run.history[-1].diagnostics
     if len(heads) <= MAX_CURVES and diagnostics is not None:
-        for name, label in ERRORS.items():
+        for name, label in _ERRORS.items():
             curves = [
                 epoch_curve(
                     head,

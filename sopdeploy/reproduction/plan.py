@@ -20,7 +20,7 @@ from sopdeploy.training.recipe import Recipe, parse_override, read_recipe, to_to
 
 # Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as
 # the forward pass, and a multiply-add is two operations.
-STEP_COST = 3 * 2
+_STEP_COST = 3 * 2
 GPU_OPERATIONS = 20e12  # per second that one GPU sustains
 ASSUMPTION = (
     "estimate: a step costs three forward passes, and a GPU sustains 20e12 operations per second; reading "
@@ -214,7 +214,7 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
         describe(network.name, image_size=side, num_classes=data.classes, **network.config).training.macs
         for network in networks
     )
-    return macs * STEP_COST * images / GPU_OPERATIONS / 3600
+    return macs * _STEP_COST * images / GPU_OPERATIONS / 3600
 
 
 def _count_network(recipe: Recipe, printed: PrintedRow, num_classes: int) -> dict[str, float]:

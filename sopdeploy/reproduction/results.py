@@ -23,7 +23,7 @@ from sopdeploy.training.loop import TrainingResult
 from sopdeploy.training.recipe import Recipe
 
 HOURS, MILLISECONDS = "training, hours", "inference, ms per image"  # facts of tables
-TIMED_BATCHES = 9  # after one warm-up batch
+_TIMED_BATCHES = 9  # after one warm-up batch
 
 
 class HeadError(StrictModel):
@@ -125,7 +125,7 @@ def _milliseconds_per_image(model: Classifier, recipe: Recipe) -> float:
             torch.cuda.synchronize()
 
     run_batch()
-    return 1000 * median(repeat(run_batch, repeat=TIMED_BATCHES, number=1)) / recipe.batch_size
+    return 1000 * median(repeat(run_batch, repeat=_TIMED_BATCHES, number=1)) / recipe.batch_size
 
 
 def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:

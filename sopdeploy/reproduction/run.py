@@ -20,7 +20,7 @@ from sopdeploy.training.distributed.torchrun import is_main_process
 from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
 
-RESULT = "result.json"
+_RESULT = "result.json"
 
 
 def reproduce(
@@ -53,12 +53,12 @@ def reproduce(
         for seed in range(results.seeds):
             path = run_path(results.folder, row.printed.id, seed)
             recipe = read_recipe(row.source, row.overrides_of(results.folder, seed))
-            stored = _read_result(path / RESULT, recipe)
+            stored = _read_result(path / _RESULT, recipe)
             if stored is None:
                 on_run(row.printed.id, seed)
                 trained = train(recipe, path, resume="auto", callback=callback)
                 stored = measure_run(recipe, trained, timed=timed)
-                _write(path / RESULT, stored.model_dump_json() + "\n")
+                _write(path / _RESULT, stored.model_dump_json() + "\n")
             row.runs.append(stored)
         baseline = by_id[row.printed.baseline].runs if row.printed.baseline in by_id else []
         row.facts |= measured_facts(row.runs, baseline, row.printed.facts)
@@ -85,7 +85,7 @@ def _read_result(path: Path, recipe: Recipe) -> SeedResult | None:
 
 def _write_page(results: Reproduction) -> None:
     _write(results.page, render_page(results))
-    _write(results.folder / RESULT, json.dumps(results.summary(), indent=2) + "\n")
+    _write(results.folder / _RESULT, json.dumps(results.summary(), indent=2) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

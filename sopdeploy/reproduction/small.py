@@ -30,7 +30,7 @@ STATEMENT = (
     "Small scale: not the experiment of the paper. Few small images, narrow networks and a few epochs; the "
     "measured errors say nothing about the printed ones."
 )
-IMAGES = "small-images"  # folder of the images
+_IMAGES = "small-images"  # folder of the images
 IMAGES_PER_CLASS = {"train": 40, "val": 20}
 SMALL_DATA = DataSet(400, 10)
 POOLING_SIZES = {"width": 32, "dim": 256, "words": 8, "rank": 4}
@@ -48,7 +48,7 @@ def _divided(divisor: int, least: int) -> Callable[[Any], Any]:
     return reduce
 
 
-REDUCTIONS: dict[str, Callable[[Any], Any]] = {  # option of a network, and the function that reduces it
+_REDUCTIONS: dict[str, Callable[[Any], Any]] = {  # option of a network, and the function that reduces it
     "depth": lambda depth: {8: 8, 18: 18, 20: 20, 34: 18}.get(depth, 26),
     "base_width": lambda width: 16 if width == 64 else 8,
     "blocks": lambda blocks: min(blocks, 4) if blocks < 18 else 3,
@@ -104,9 +104,9 @@ def small_data(out: Path, data: Path | None) -> Path:
     The name ends in a hash of the path, because another folder may have the same name.
     """
     if data is None:
-        return out.absolute() / IMAGES / "digits"
+        return out.absolute() / _IMAGES / "digits"
     path = data.resolve()
-    return out.absolute() / IMAGES / f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+    return out.absolute() / _IMAGES / f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
 def write_small_images(source: Path | None, folder: Path) -> None:
@@ -144,7 +144,7 @@ def small_network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     if isinstance(full, VGGConfig):
         return "resnet8", {"base_width": 8, "pooling": pooling}
     config = dict(given)
-    for key, reduce in REDUCTIONS.items():
+    for key, reduce in _REDUCTIONS.items():
         if values.get(key) is not None:
             config[key] = reduce(values[key])
     by_default = {key for key, value in values.items() if value is None}

@@ -15,7 +15,7 @@ from sopdeploy.errors import EngineError
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.tensorrt.record import EngineKey, EngineRecord
 
-FOLDER = "engines"
+_FOLDER = "engines"
 EMPTY = "no engine of this bundle was built here yet"
 
 
@@ -28,7 +28,7 @@ class StoredEngine(NamedTuple):
 
 def cache_folder(bundle: Bundle, folder: Path | None = None) -> Path:
     """Return the cache folder of *bundle*, in *folder* or beside the bundle."""
-    parent = folder if folder is not None else bundle.path.resolve().parent / FOLDER
+    parent = folder if folder is not None else bundle.path.resolve().parent / _FOLDER
     return parent / bundle.name
 
 

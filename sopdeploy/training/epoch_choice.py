@@ -18,7 +18,7 @@ from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.training.diagnostics import EpochRow, best_epoch
 
-RESAMPLES = 1000
+_RESAMPLES = 1000
 SelectedBy = Literal["nothing", "other images", "same images"]
 
 
@@ -83,7 +83,7 @@ def corrected_score(right_EN: NDArray[np.bool_]) -> float:
     *right_EN* tells which images each epoch classifies correctly.
     """
     count = right_EN.shape[1]
-    resamples_BN = np.random.default_rng(0).multinomial(count, [1 / count] * count, RESAMPLES)
+    resamples_BN = np.random.default_rng(0).multinomial(count, [1 / count] * count, _RESAMPLES)
     selected_B = (resamples_BN @ right_EN.T).argmax(axis=1)
     outside_BN = resamples_BN == 0
     num_outside_B = outside_BN.sum(axis=1)

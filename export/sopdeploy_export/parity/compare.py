@@ -87,9 +87,9 @@ def compute_reference(
     run = run or deployed
     names, network64 = output_names(deployed.network), copy.deepcopy(deployed).double()
     with InFloat64():
-        exact = network_outputs(network64, names, images, BATCH_IN_FLOAT64)
-    batched = network_outputs(run, names, images, BATCH)
-    single = network_outputs(run, names, images[:SINGLE_IMAGES], 1)
+        exact = _network_outputs(network64, names, images, BATCH_IN_FLOAT64)
+    batched = _network_outputs(run, names, images, BATCH)
+    single = _network_outputs(run, names, images[:SINGLE_IMAGES], 1)
     routes, compared = None, np.ones(len(images), dtype=bool)
     if (gate_layer := find_gate(deployed.network)) is not None:
         pixels = torch.from_numpy(images)
@@ -121,7 +121,7 @@ def compute_reference(
     return Reference(outputs=exact, noise_floor=noise_floor, precision=precision, routing=routes)
 
 
-def network_outputs(run: Run, names: Sequence[str], images: NDArray[np.uint8], batch: int) -> Arrays:
+def _network_outputs(run: Run, names: Sequence[str], images: NDArray[np.uint8], batch: int) -> Arrays:
     """Run *images* in batches of at most *batch* and concatenate the outputs by name."""
     pixels = torch.from_numpy(images)
     with torch.no_grad():

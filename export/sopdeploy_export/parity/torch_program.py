@@ -20,7 +20,7 @@ from sopdeploy_export.proof.certificate import Certificate
 
 SOURCE_KEYS = ("stack_trace", "from_node", "source_fn_stack", "torch_fn")  # may contain file paths
 NORMALIZE_PREFIX = "normalise."  # tensors of the wrapper module, which are not part of the network
-WEIGHTS = "/data/weights/weight_"
+_WEIGHTS = "/data/weights/weight_"
 
 
 def serialize_program(program: ExportedProgram, certificate: Certificate) -> bytes:
@@ -65,7 +65,7 @@ def check_program(content: bytes, certificate: Certificate) -> None:
         if tensor_hash(tensor) != kept[name].sha256:
             raise CertificateError(f"{PROGRAM}: {name} differs from the tensor that was kept")
     entries = zipfile.ZipFile(io.BytesIO(content)).infolist()
-    written = sum(entry.file_size for entry in entries if WEIGHTS in entry.filename)
+    written = sum(entry.file_size for entry in entries if _WEIGHTS in entry.filename)
     if written > stored:
         raise CertificateError(
             f"{PROGRAM}: holds {written - stored} bytes of weights that belong to no tensor"

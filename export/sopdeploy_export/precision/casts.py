@@ -32,7 +32,7 @@ from sopdeploy_export.graph import PREFIX, InFloat64, compute_outputs
 Part = TypeVar("Part", bound=nn.Module)
 FOLD_TOLERANCE = 1e-9  # relative to the largest value; correct folds differ by 1e-15 to 1e-12
 LOW_PRECISION = {"fp16": torch.float16, "bf16-backbone": torch.bfloat16}
-CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
+_CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
 BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
@@ -138,7 +138,7 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
     signature, folds = program.graph_signature, 0
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for node in program.graph.nodes:
-        if node.target is not BATCH_NORM or node.args[0].target not in CONVOLUTIONS or node.args[1] is None:
+        if node.target is not BATCH_NORM or node.args[0].target not in _CONVOLUTIONS or node.args[1] is None:
             continue
         convolved, norm_weight = node.args[:2]
         weights = convolved.args[1], norm_weight

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from onnx import defs, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
-BATCHES = (2, 211, 212)  # no quotient or remainder of all three is the same number or multiple
-MOST_NUMBERS = 1024  # of a value that is evaluated
+_BATCHES = (2, 211, 212)  # no quotient or remainder of all three is the same number or multiple
+_MOST_NUMBERS = 1024  # of a value that is evaluated
 Place = tuple[int | None, int | None]  # the batch axis of a value, if any, and its `inner`; None fits any
-NONE: Place = (None, None)
+_NONE: Place = (None, None)
 FIRST_COLUMN = (1, -1, -1)  # `Value.index` if only the first of the last axis is the number of the image
 Shapes = Sequence[tuple[int, ...]]  # one for each batch size
 
@@ -34,7 +34,7 @@ class MixesError(Exception):
     """An operator may combine several images."""
 
 
-def require(condition: Any) -> None:
+def _require(condition: Any) -> None:
     """Raise `MixesError` unless *condition* holds."""
     if not condition:
         raise MixesError
@@ -51,7 +51,7 @@ class Value:
     type: int = 0
     shapes: Shapes = ()
     contents: Sequence[NDArray[Any]] = ()
-    place: Place = NONE
+    place: Place = _NONE
     index: tuple[int, int, int] | None = None
     mixed: tuple[str, ...] = ()
 
@@ -72,11 +72,11 @@ class Value:
 
     def at(self, axis: int) -> Place:
         """Return the place with the batch axis moved to *axis*."""
-        return NONE if self.axis is None else (axis, self.place[1])
+        return _NONE if self.axis is None else (axis, self.place[1])
 
     def numbers(self) -> list[int]:
         """List the integers of a constant."""
-        require(len(self.contents) and not self.is_size)
+        _require(len(self.contents) and not self.is_size)
         return [int(number) for number in self.contents[0].reshape(-1)]
 
 
@@ -110,7 +110,7 @@ def agree(*places: Place) -> Place:
     """Return the place of a result whose rows are computed from the same row of every operand."""
     axes = {axis for axis, _ in places if axis is not None}
     inner = {length for axis, length in places if axis is not None and length is not None}
-    require(len(axes) <= 1 and len(inner) <= 1)
+    _require(len(axes) <= 1 and len(inner) <= 1)
     return next(iter(axes), None), next(iter(inner), None)
 
 
@@ -122,11 +122,11 @@ def common(values: Sequence[Value | None]) -> Place:
 def varying(shapes: Shapes) -> int | None:
     """Return the axis whose size is a multiple of the batch, if any; all others must be constant."""
     axes = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
-    require(len(axes) <= 1)
+    _require(len(axes) <= 1)
     for axis in axes:
-        require(shapes[0][axis] % BATCHES[0] == 0)
-        factor = shapes[0][axis] // BATCHES[0]
-        require([shape[axis] for shape in shapes] == [factor * size for size in BATCHES])
+        _require(shapes[0][axis] % _BATCHES[0] == 0)
+        factor = shapes[0][axis] // _BATCHES[0]
+        _require([shape[axis] for shape in shapes] == [factor * size for size in _BATCHES])
     return axes[0] if axes else None
 
 
@@ -138,7 +138,7 @@ def elementwise(call: Call) -> Place:
 def along(call: Call, axes: Sequence[int], *, keeps: Any = True) -> Place:
     """Combine elements of `x` along *axes*, which the result lacks unless the operator *keeps* them."""
     axis = call.x.axis
-    require(axis not in axes and common(call.inputs[1:]) == NONE)
+    _require(axis not in axes and common(call.inputs[1:]) == _NONE)
     return call.x.at((axis or 0) - (0 if keeps else sum(other < (axis or 0) for other in set(axes))))
 
 
@@ -148,13 +148,13 @@ def reduces(call: Call) -> Place:
     return along(call, axes, keeps=call.attributes.get("keepdims", 1))
 
 
-def rows(call: Call, operands: int = 1) -> Place:
+def _rows(call: Call, operands: int = 1) -> Place:
     """Compute each row of the first *operands* with weights that all images share."""
     place = common(call.inputs[:operands])
-    require(place[0] in (None, 0) and common(call.inputs[operands:]) == NONE)
-    require([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
+    _require(place[0] in (None, 0) and common(call.inputs[operands:]) == _NONE)
+    _require([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
     crops = call.attributes.get("coordinate_transformation_mode") == b"tf_crop_and_resize"
-    require(not crops and not call.attributes.get("training_mode"))
+    _require(not crops and not call.attributes.get("training_mode"))
     return place
 
 
@@ -163,12 +163,12 @@ def reshapes(call: Call) -> Place:
     axis, inner = call.x.place
     to = varying(call.shapes)
     if axis is None or to is None:
-        require(axis is None and to is None)
-        return NONE
-    shape, result, batch = call.x.shapes[0], call.shapes[0], BATCHES[0]
+        _require(axis is None and to is None)
+        return _NONE
+    shape, result, batch = call.x.shapes[0], call.shapes[0], _BATCHES[0]
     adjacent = (inner or shape[axis] // batch) * math.prod(shape[axis + 1 :])  # elements of one image
     length, rest = divmod(adjacent, math.prod(result[to + 1 :]) or 1)
-    require(rest == 0 and length and result[to] // batch % length == 0)
+    _require(rest == 0 and length and result[to] // batch % length == 0)
     return to, length
 
 
@@ -182,15 +182,15 @@ def multiplies(call: Call) -> Place:
     """Multiply matrices, with a sum over the last axis of the first and the one before it of the second."""
     a, b = call.x, call[1]
     left, right = ((value.axis or 0) - value.rank for value in (a, b))
-    require((a.axis is None or left != -1) and (b.axis is None or (right != -2 and a.rank > 1 < b.rank)))
+    _require((a.axis is None or left != -1) and (b.axis is None or (right != -2 and a.rank > 1 < b.rank)))
     return agree(a.at(call.rank + left + (b.rank == 1)), b.at(call.rank + right))
 
 
 def gemm(call: Call) -> Place:
     """Multiply two matrices, which can be transposed, and add a third value."""
     a, b = call.x, call[1]
-    require(a.axis in (None, call.attributes.get("transA", 0)))
-    require(b.axis in (None, 1 - call.attributes.get("transB", 0)))
+    _require(a.axis in (None, call.attributes.get("transA", 0)))
+    _require(b.axis in (None, 1 - call.attributes.get("transB", 0)))
     return agree(a.at(0), b.at(1), *(c.at((c.axis or 0) + 2 - c.rank) for c in call.inputs[2:] if c))
 
 
@@ -201,7 +201,7 @@ def einsum(call: Call) -> Place:
     for i, term in enumerate(terms.split(",")):
         label = term[call[i].axis or 0 :][:1]
         known = term.isalpha() and result.isalpha() and term.count(label) == 1
-        require(call[i].axis is None or (known and label in result))
+        _require(call[i].axis is None or (known and label in result))
         places.append(call[i].at(result.find(label)))
     return agree(*places)
 
@@ -209,13 +209,13 @@ def einsum(call: Call) -> Place:
 def aside(call: Call, operands: int | None = None) -> Place:
     """Join, split or index along the attribute `axis`, which is not the batch axis of any operand."""
     place = common(call.inputs[:operands])
-    require(place == NONE or place[0] != call.axis(0))
+    _require(place == _NONE or place[0] != call.axis(0))
     return place
 
 
 def within(call: Call) -> Place:
     """Index or write within each row; all operands have the batch axis, or none has it."""
-    require(len({value.axis for value in call.inputs if value is not None}) == 1)
+    _require(len({value.axis for value in call.inputs if value is not None}) == 1)
     return aside(call)
 
 
@@ -225,7 +225,7 @@ def slices(call: Call) -> Place:
     steps = call[4].numbers() if len(call.inputs) > 4 and call.inputs[4] else [1] * len(starts)
     at = call.axes(3, range(len(starts)))
     cut = [a for a, start, step in zip(at, starts, steps, strict=True) if (start, step) != (0, 1)]
-    require(axis not in cut and (axis not in at or call.x.shapes == call.shapes))
+    _require(axis not in cut and (axis not in at or call.x.shapes == call.shapes))
     return call.x.place
 
 
@@ -240,26 +240,28 @@ def repeats(call: Call, *, tile: bool = False) -> Place:
     axis = varying(call.shapes)
     if axis is None or call.x.axis is not None:
         return elementwise(call)
-    return axis, (call.shapes[0][axis] // BATCHES[0] if tile else None)
+    return axis, (call.shapes[0][axis] // _BATCHES[0] if tile else None)
 
 
 def counts(call: Call) -> Place:
     """Number the images from 0, or list constants."""
     axis = varying(call.shapes)
-    require(axis is None or (call.x.numbers(), call[2].numbers(), call.shapes[0]) == ([0], [1], BATCHES[:1]))
-    return NONE if axis is None else (0, 1)
+    _require(
+        axis is None or (call.x.numbers(), call[2].numbers(), call.shapes[0]) == ([0], [1], _BATCHES[:1])
+    )
+    return _NONE if axis is None else (0, 1)
 
 
 def gathers(call: Call) -> Place:
     """Select along another axis than the batch, from a constant table, or from the rows of the own image."""
     data, indices, axis = call.x, call[1], call.axis(0)
     if data.axis == axis:
-        (step, low, high), size = indices.index or (0, 0, 0), data.shapes[0][axis] // BATCHES[0]
-        require(
+        (step, low, high), size = indices.index or (0, 0, 0), data.shapes[0][axis] // _BATCHES[0]
+        _require(
             indices.axis is not None and step == size == (data.place[1] or size) and 0 <= low <= high < step
         )
         return indices.at(axis + (indices.axis or 0))
-    require(NONE in (data.place, indices.place))
+    _require(_NONE in (data.place, indices.place))
     after = indices.rank - 1 if (data.axis or 0) > axis else 0
     return agree(data.at((data.axis or 0) + after), indices.at(axis + (indices.axis or 0)))
 
@@ -267,14 +269,14 @@ def gathers(call: Call) -> Place:
 def gathers_nd(call: Call) -> Place:
     """Select by indices of several axes within each row, in front of the batch, or from a constant."""
     data, indices, shared = call.x, call[1], call.attributes.get("batch_dims", 0)
-    require(indices.axis is None or indices.axis < indices.rank - 1)
+    _require(indices.axis is None or indices.axis < indices.rank - 1)
     if data.axis is None or own_rows(data, indices, shared):
         return indices.place
     if data.axis < shared:
-        require(data.axis == indices.axis)
+        _require(data.axis == indices.axis)
         return common([data, indices])
     indexed = shared + indices.shapes[0][-1]
-    require(indices.axis is None and data.axis >= indexed)
+    _require(indices.axis is None and data.axis >= indexed)
     return data.at(indices.rank - 1 + data.axis - indexed)
 
 
@@ -284,22 +286,22 @@ def writes_nd(call: Call) -> Place:
     if own_rows(data, indices, 0) and updates.axis == indices.axis is not None:
         return agree(data.place, (0, indices.place[1]), (0, updates.place[1]))
     indexed = indices.shapes[0][-1]
-    require(indices.axis is None and (data.axis is None) == (updates.axis is None))
-    require(data.axis is None or data.axis >= indexed)
+    _require(indices.axis is None and (data.axis is None) == (updates.axis is None))
+    _require(data.axis is None or data.axis >= indexed)
     return agree(data.place, updates.at((updates.axis or 0) - indices.rank + 1 + indexed))
 
 
 def own_rows(data: Value, indices: Value, shared: int) -> bool:
     """Return whether the first index is the number of the image, and axis 0 of *data* the batch."""
     first = FIRST_COLUMN if indices.shapes[0][-1] > 1 else (1, 0, 0)
-    return data.axis == 0 == shared and data.shapes[0][0] == BATCHES[0] and indices.index == first
+    return data.axis == 0 == shared and data.shapes[0][0] == _BATCHES[0] and indices.index == first
 
 
 def recurs(call: Call) -> list[Place]:
     """Run a recurrent layer over (length, batch, features), with states (directions, batch, features)."""
     place = common([call.x, *call.inputs[5:7]])
-    require(place[0] in (None, 1) and common([*call.inputs[1:5], *call.inputs[7:]]) == NONE)
-    require(not call.attributes.get("layout"))
+    _require(place[0] in (None, 1) and common([*call.inputs[1:5], *call.inputs[7:]]) == _NONE)
+    _require(not call.attributes.get("layout"))
     return [(None if place[0] is None else 2, place[1]), place, place]
 
 
@@ -312,8 +314,8 @@ TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
     "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum "
     "ReduceSumSquare": reduces,
     "AveragePool BatchNormalization Conv ConvTranspose DepthToSpace GlobalAveragePool GlobalMaxPool "
-    "Col2Im GroupNormalization InstanceNormalization LRN LpPool MaxPool Resize SpaceToDepth": rows,
-    "GridSample": partial(rows, operands=2),
+    "Col2Im GroupNormalization InstanceNormalization LRN LpPool MaxPool Resize SpaceToDepth": _rows,
+    "GridSample": partial(_rows, operands=2),
     "Flatten Reshape Squeeze Unsqueeze": reshapes,
     "LogSoftmax Softmax Hardmax LpNormalization TopK": lambda call: along(call, [call.axis(-1)]),
     "ArgMax ArgMin": lambda call: along(call, [call.axis(0)], keeps=call.attributes.get("keepdims", 1)),
@@ -327,8 +329,8 @@ TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
     "Gather": gathers, "Slice": slices, "Pad": pads, "Transpose": transposes, "Range": counts,
     "MatMul": multiplies, "Gemm": gemm, "Einsum": einsum, "LSTM GRU RNN": recurs,
 }  # fmt: skip
-RULES = {name: rule for names, rule in TABLE.items() for name in names.split()}
-SIZES = {"Reshape": 1, "Expand": 1, "Tile": 1, "ConstantOfShape": 0, "Range": 1, "Slice": 2, "Resize": 3}
+_RULES = {name: rule for names, rule in TABLE.items() for name in names.split()}
+_SIZES = {"Reshape": 1, "Expand": 1, "Tile": 1, "ConstantOfShape": 0, "Range": 1, "Slice": 2, "Resize": 3}
 SAME_NUMBERS = ("Cast", "Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 TAKES_INDICES = ("Gather", "GatherND", "ScatterND")
 
@@ -339,13 +341,13 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     batch, *sizes = [size.dim_value for size in image.type.tensor_type.shape.dim]
     if batch == 1:  # there are no other images
         return ()
-    shapes = [(batch, *sizes) for batch in BATCHES]
+    shapes = [(batch, *sizes) for batch in _BATCHES]
     values = {image.name: Value(image.type.tensor_type.elem_type, shapes, place=(0, 1))}
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
-        known = [array] * len(BATCHES) if array.size <= MOST_NUMBERS else ()
+        known = [array] * len(_BATCHES) if array.size <= _MOST_NUMBERS else ()
         values[tensor.name] = Value(
-            tensor.data_type, [array.shape] * len(BATCHES), known, index=limits(array)
+            tensor.data_type, [array.shape] * len(_BATCHES), known, index=_limits(array)
         )
     for node in model.graph.node:
         inputs = [values[name] if name else None for name in node.input]
@@ -363,12 +365,12 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     found = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():
         counts_images = value.index is not None and value.index[0] != 0
-        if not value.mixed and (value.axis != 0 or value.shapes[0][0] != BATCHES[0] or counts_images):
+        if not value.mixed and (value.axis != 0 or value.shapes[0][0] != _BATCHES[0] or counts_images):
             found.append(f"output {name}")
     return tuple(dict.fromkeys(found))
 
 
-def limits(array: NDArray[Any]) -> tuple[int, int, int] | None:
+def _limits(array: NDArray[Any]) -> tuple[int, int, int] | None:
     """Return the `Value.index` of a constant."""
     return (0, int(array.min()), int(array.max())) if array.dtype.kind == "i" and array.size else None
 
@@ -378,14 +380,14 @@ def infer(node: onnx.NodeProto, inputs: Sequence[Value | None], opsets: list[Any
     version = next(opset.version for opset in opsets if opset.domain == node.domain)
     schema, types = defs.get_schema(node.op_type, version, node.domain), []
     named = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
-    for i in range(len(BATCHES)):
+    for i in range(len(_BATCHES)):
         known = {name: numpy_helper.from_array(v.contents[i]) for name, v in named.items() if v.contents}
         given = {name: helper.make_tensor_type_proto(v.type, v.shapes[i]) for name, v in named.items()}
         types.append(shape_inference.infer_node_outputs(schema, node, given, known, opset_imports=opsets))
     results = []
     for name in node.output:
         tensors = [found[name].tensor_type for found in types] if name else []
-        require(all(size.HasField("dim_value") for tensor in tensors for size in tensor.shape.dim))
+        _require(all(size.HasField("dim_value") for tensor in tensors for size in tensor.shape.dim))
         sizes = [tuple(size.dim_value for size in tensor.shape.dim) for tensor in tensors]
         results.append(Value(tensors[0].elem_type, sizes) if tensors else Value())
     shapes, feeds = results[0].shapes, []
@@ -393,36 +395,36 @@ def infer(node: onnx.NodeProto, inputs: Sequence[Value | None], opsets: list[Any
         feeds = [{node.input[0]: np.empty(shape, np.bool)} for shape in named[node.input[0]].shapes]
     elif (
         len(set(shapes)) == 1
-        and math.prod(shapes[0]) <= MOST_NUMBERS
+        and math.prod(shapes[0]) <= _MOST_NUMBERS
         and all(v.contents for v in named.values())
     ):
-        feeds = [{name: v.contents[i] for name, v in named.items()} for i in range(len(BATCHES))]
+        feeds = [{name: v.contents[i] for name, v in named.items()} for i in range(len(_BATCHES))]
     runs: list[Any] = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]
     return [replace(r, contents=[np.asarray(run[k]) for run in runs]) for k, r in enumerate(results)]
 
 
 def locate(node: onnx.NodeProto, inputs: Sequence[Value | None], results: Sequence[Value]) -> list[Value]:
     """Find the batch axes of *results*; raise `MixesError` if no rule shows that images are independent."""
-    size = SIZES.get(node.op_type)
-    require(not any(value and value.is_size and i != size for i, value in enumerate(inputs)))
+    size = _SIZES.get(node.op_type)
+    _require(not any(value and value.is_size and i != size for i, value in enumerate(inputs)))
     call = Call(node, inputs, results[0].shapes)
-    places = RULES[node.op_type](call)
+    places = _RULES[node.op_type](call)
     index = numbering(node.op_type, call)
     counted = [value for value in inputs if value and value.index and value.index[0]]
-    require(index or not counted or (node.op_type in TAKES_INDICES and counted == [inputs[1]]))
+    _require(index or not counted or (node.op_type in TAKES_INDICES and counted == [inputs[1]]))
     located = [
         replace(result, place=place, index=index)
         for result, place in zip(
             results, places if isinstance(places, list) else [places] * len(results), strict=False
         )
     ]
-    require(all(not value.shapes or varying(value.shapes) == value.axis for value in located))
+    _require(all(not value.shapes or varying(value.shapes) == value.axis for value in located))
     return located
 
 
 def numbering(kind: str, call: Call) -> tuple[int, int, int] | None:
     """Return the `Value.index` of the result of an operator."""
-    known = [limits(v.contents[0]) if v.contents else v.index for v in call.inputs if v is not None]
+    known = [_limits(v.contents[0]) if v.contents else v.index for v in call.inputs if v is not None]
     if kind in SAME_NUMBERS:
         return None if known[0] == FIRST_COLUMN else known[0]
     if kind == "Range" and varying(call.shapes) is not None:

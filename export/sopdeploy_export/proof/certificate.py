@@ -52,7 +52,7 @@ COMPARED: dict[ProofKind, tuple[str, ...]] = {
     "trained-plain": ("trained", "plain"),
     "trained-only": ("trained",),
 }
-SINGLE_PROBES = 4  # compared one by one
+_SINGLE_PROBES = 4  # compared one by one
 MAX_BATCH = 16  # largest batch of probes
 
 
@@ -328,7 +328,7 @@ def assert_equal_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> t
 
     Raises `CertificateError` with the largest difference.
     """
-    single = [probes[i : i + 1] for i in range(min(SINGLE_PROBES, len(probes)))]
+    single = [probes[i : i + 1] for i in range(min(_SINGLE_PROBES, len(probes)))]
     batches = [probes[i : i + MAX_BATCH] for i in range(0, len(probes), MAX_BATCH)]
     reference = next(iter(networks))
     for images in (*single, *batches):

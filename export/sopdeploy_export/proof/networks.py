@@ -26,7 +26,7 @@ from sopdeploy_export.graph import Captured
 from sopdeploy_export.state import modules, tensors
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -77,7 +77,7 @@ def detach(network: Network, training_only: tuple[str, ...] | None = None) -> Ne
     detached = copy_module(network, memo)
     for name in training_only:
         owner, attribute = _find_owner(detached, name)
-        if isinstance(network, Classifier) or isinstance(owner, CONTAINERS):
+        if isinstance(network, Classifier) or isinstance(owner, _CONTAINERS):
             delattr(owner, attribute)
     detached.eval()
     return detached

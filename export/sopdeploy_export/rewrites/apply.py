@@ -101,7 +101,7 @@ def apply_rule(graph: Graph, name: str, node: ir.Node) -> Application | Refused 
     result, before = name_of(node), set(graph.made)
     where = node.metadata_props.get("part", result)
     rewrite = RULES[name](graph, node)
-    problem = None if rewrite is None else check(graph, rewrite)
+    problem = None if rewrite is None else _check(graph, rewrite)
     if rewrite is None or problem is not None:
         graph.remove_unused()  # what the rule has built
         return None if problem is None else Refused(name=name, where=where, difference=problem)
@@ -119,7 +119,7 @@ def apply_rule(graph: Graph, name: str, node: ir.Node) -> Application | Refused 
     )
 
 
-def check(graph: Graph, rewrite: Rewrite) -> str | None:
+def _check(graph: Graph, rewrite: Rewrite) -> str | None:
     """Describe how *rewrite* would change results; None if it does not."""
     try:
         return difference(*graph.regions(rewrite))

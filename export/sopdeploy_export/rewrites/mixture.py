@@ -71,13 +71,13 @@ class Gate(NamedTuple):
     logits: ir.Value
 
 
-def find_gate(graph: Graph, weights: ir.Value) -> Gate | None:
+def _find_gate(graph: Graph, weights: ir.Value) -> Gate | None:
     """Return the gate if it bounds the number of *weights* (B, N) that are not 0, and none is negative."""
     node = producer(weights, "Softmax", "ScatterElements", "Cast")
     if node is None or len(dims(weights)) != 2:
         return None
     if node.op_type == "Cast":
-        return find_gate(graph, operand(node, 0))
+        return _find_gate(graph, operand(node, 0))
     if node.op_type == "ScatterElements":
         return scattered(node, 0.0) if producer(node.inputs[2], "Softmax") else None
     logits = producer(node.inputs[0])
@@ -209,7 +209,7 @@ def apply(graph: Graph, node: ir.Node) -> Rewrite | None:
         return None
     weights, vectors, split = matched["weights"], matched["vectors"], matched["split"]
     count = dims(split)[1] if len(dims(split)) == 3 else None
-    gate, reshape = find_gate(graph, weights), producer(split)
+    gate, reshape = _find_gate(graph, weights), producer(split)
     if count is None or gate is None or gate.chosen >= count:
         return None
     weights_per_image = dims(weights)[1:] == [count] and rows(weights) == rows(split) is not None

@@ -65,7 +65,7 @@ PRIME = 2**521 - 1
 LARGEST = 2**200
 MOST_STEPS = 15
 BOUND = 2.0**10
-GRID = np.linspace(0.0, 1.0, 33)  # eigenvalues of Y_0
+_GRID = np.linspace(0.0, 1.0, 33)  # eigenvalues of Y_0
 NUMBER, IDENTITY, MATRIX = "number", "identity", "matrix"
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "Add": operator.add,
@@ -76,7 +76,7 @@ OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 class Term(NamedTuple):
-    """A number, or a polynomial of Y_0: its values at two points of the field and on `GRID`."""
+    """A number, or a polynomial of Y_0: its values at two points of the field and on `_GRID`."""
 
     kind: str
     at_points: NDArray[Any]
@@ -101,13 +101,13 @@ class Root(NamedTuple):
     factor: float
 
 
-def number(value: float | None) -> Term | None:
+def _number(value: float | None) -> Term | None:
     """Return a constant as the exact fraction that the float is; None for 0, NaN and infinity."""
     if value is None or not np.isfinite(value) or not value:
         return None
     exact = Fraction(value)
     element = exact.numerator * pow(exact.denominator, -1, PRIME) % PRIME
-    return Term(NUMBER, np.array([element, element], object), np.full_like(GRID, value))
+    return Term(NUMBER, np.array([element, element], object), np.full_like(_GRID, value))
 
 
 def as_fraction(element: int) -> float | None:
@@ -138,13 +138,13 @@ def find_terms(graph: Graph, start: ir.Value) -> dict[ir.Value, Term]:
     """Compute the values of *graph* that are polynomials of *start*, which takes two values of the field."""
     parts = (hashlib.shake_256(f"{graph.root} {i}".encode()).digest(72) for i in range(2))
     points = np.array([int.from_bytes(part, "big") % PRIME for part in parts], object)
-    terms = {start: Term(MATRIX, points, GRID)}
+    terms = {start: Term(MATRIX, points, _GRID)}
 
     def term(value: ir.Value | None) -> Term | None:
         if value is None or value in terms:
             return None if value is None else terms[value]
-        known = number(scalar(value)) if len(dims(value)) <= 3 else None
-        if known is None and (known := number(identity_factor(value, start))) is not None:
+        known = _number(scalar(value)) if len(dims(value)) <= 3 else None
+        if known is None and (known := _number(identity_factor(value, start))) is not None:
             known = known._replace(kind=IDENTITY)
         return known
 

@@ -34,7 +34,7 @@ def build_from_program(bundle: Bundle, profile: Profile, level: int, workspace: 
         )
     except RuntimeError as error:  # it asks for the GPU when it is imported
         raise RuntimeUnavailableError(f"torch-tensorrt: {first_line(error)}") from error
-    program = cast_images_first(torch.export.load(path))
+    program = _cast_images_first(torch.export.load(path))
     images = torch_tensorrt.Input(
         min_shape=(profile.minimum, *manifest.image_shape),
         opt_shape=(profile.optimum, *manifest.image_shape),
@@ -60,7 +60,7 @@ def build_from_program(bundle: Bundle, profile: Profile, level: int, workspace: 
         raise EngineError(f"{path}: torch-tensorrt cannot build the engine: {first_line(error)}") from error
 
 
-def cast_images_first(program: ExportedProgram) -> ExportedProgram:
+def _cast_images_first(program: ExportedProgram) -> ExportedProgram:
     """Cast the uint8 images of *program* to float32 before all other operators, in place.
 
     TensorRT only casts tensors of uint8. Moving pixels before or after the cast gives the same values.

@@ -42,7 +42,7 @@ from sopdeploy_export.state import (
 )
 
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
-IMAGES = 4  # probes that are computed eagerly
+_IMAGES = 4  # probes that are computed eagerly
 SUM_TOLERANCE = 1e-3  # of probabilities
 MAX_CONSTANT = 16  # numbers of a tensor that is no parameter or buffer, such as a mean and a deviation
 LAYOUT_TOLERANCE = 1e-4  # of the largest logit, because rounding depends on the layout of weights
@@ -138,14 +138,14 @@ def check_outputs(
     the network fails, returns no (B, classes) logits or changes its state, or if the logits of an image
     depend on earlier runs.
     """
-    images, network = torch.from_numpy(probe_images(preprocess)[-IMAGES:]), deployed.network
+    images, network = torch.from_numpy(probe_images(preprocess)[-_IMAGES:]), deployed.network
     new = read_state(network)
-    first = run(deployed, images, role, classes)
-    run(deployed, images[:1], role, classes)
+    first = _run(deployed, images, role, classes)
+    _run(deployed, images[:1], role, classes)
     before = read_state(network)
     with InPlaceWrites(network) as writes, PythonReads() as reads:
-        run(deployed, images[:1], role, classes)
-    logits = run(deployed, images, role, classes)
+        _run(deployed, images[:1], role, classes)
+    logits = _run(deployed, images, role, classes)
     changed = first_change(before, read_state(network)) or next(iter(writes.written), None)
     if changed is not None:
         raise LoweringError(f"{changed} changes while the {role} network runs; {STATELESS}")
@@ -177,7 +177,7 @@ def check_finite(logits: Tensor, role: str) -> None:
         )
 
 
-def run(deployed: nn.Module, images: Tensor, role: str, classes: int) -> Tensor:
+def _run(deployed: nn.Module, images: Tensor, role: str, classes: int) -> Tensor:
     """Compute the logits (B, classes) of *images*; all errors of the user's code become `LoweringError`."""
     size = len(images)
     try:
@@ -231,8 +231,8 @@ def capture_given(
     tolerance = 0.0 if same_memory else (LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE)
     for batch in (images, images[:1]):
         with preserved(given), preserved(copied):  # caches are empty again when they are captured
-            expected = run(deployed, batch.to(device), "given", classes).cpu()
-            logits = run(Deployed(copied, preprocess).eval(), batch, "trained", classes)
+            expected = _run(deployed, batch.to(device), "given", classes).cpu()
+            logits = _run(Deployed(copied, preprocess).eval(), batch, "trained", classes)
         check_finite(expected, "given")
         if not bool(((logits - expected).abs() <= tolerance * expected.abs().max()).all()):
             raise LoweringError(OTHER_COPY)

@@ -20,7 +20,7 @@ from sopdeploy_service.inference.results import RejectedError, Rejection
 
 MAX_TOP_K = 1_000_000
 
-NO_IMAGE = Rejection("no_image", 422, "the list `images` is empty")
+_NO_IMAGE = Rejection("no_image", 422, "the list `images` is empty")
 FETCHES_FULL = Rejection("fetches_full", 429, "too many URLs are being fetched; retry later", 1)
 STRIPPED = Rejection(
     "stripped_body",
@@ -95,7 +95,7 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
         images = [] if body.image is None else [EncodedImage(decode_text(body.image, "image"))]
         return Upload(images, top_k=top_k, url=body.url)
     if not body.images:
-        raise RejectedError(NO_IMAGE)
+        raise RejectedError(_NO_IMAGE)
     if len(body.images) > max_images:
         raise bad_request("too_many_images", f"images: more than {max_images}, the limit of this server")
     images = [EncodedImage(decode_text(text, f"images[{i}]")) for i, text in enumerate(body.images)]

@@ -48,7 +48,7 @@ BODIES = {
 STATUSES = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 
 
-def describe(query: type[pydantic.BaseModel]) -> dict[str, Any]:
+def _describe(query: type[pydantic.BaseModel]) -> dict[str, Any]:
     """Describe the parameters *query* and the body of a request in OpenAPI."""
     parameters = [
         {"name": name, "in": "query", "required": False, "schema": schema}
@@ -61,7 +61,7 @@ def describe(query: type[pydantic.BaseModel]) -> dict[str, Any]:
     "/v1/classify",
     summary="Classify one image or several",
     responses={200: {"model": Classes | Results}, **problem_responses(*STATUSES)},
-    openapi_extra=describe(ClassifyQuery),
+    openapi_extra=_describe(ClassifyQuery),
 )
 async def classify(request: Request) -> Response:
     """Classify the image in the body, or 1..n images in a form (fields `image`) or in JSON.
@@ -97,7 +97,7 @@ async def classify(request: Request) -> Response:
     "/v1/embed",
     summary="Compute the features in front of the classifier",
     responses={200: {"model": Embedding | Embeddings}, **problem_responses(*STATUSES)},
-    openapi_extra=describe(EmbedQuery),
+    openapi_extra=_describe(EmbedQuery),
 )
 async def embed(request: Request) -> Response:
     """Compute the embedding of the image in the body, or of 1..n images in a form or in JSON.

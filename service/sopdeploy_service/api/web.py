@@ -11,8 +11,8 @@ from importlib.resources import files
 
 from fastapi import APIRouter, Response
 
-FOLDER = files("sopdeploy_service.api") / "pages"
-NONE = "'none'"
+_FOLDER = files("sopdeploy_service.api") / "pages"
+_NONE = "'none'"
 SHARED_SCRIPTS = ["dom.js", "key.js", "markdown.js"]
 
 router = APIRouter(include_in_schema=False)
@@ -23,22 +23,22 @@ class Page:
 
     def __init__(self, name: str, styles: list[str], scripts: list[str]) -> None:
         """Insert the files *styles* and *scripts* into the HTML file *name*."""
-        html, logo = (FOLDER / name).read_text("utf-8"), (FOLDER / "mark.svg").read_text("utf-8")
+        html, logo = (_FOLDER / name).read_text("utf-8"), (_FOLDER / "mark.svg").read_text("utf-8")
         encoded = base64.b64encode(logo.encode()).decode()
         icon = f'<link rel="icon" href="data:image/svg+xml;base64,{encoded}">'
         html = html.replace("<!-- mark -->", logo).replace("<!-- icon -->", icon)
         hashes = {}
         for element, tag, names in (("styles", "style", styles), ("scripts", "script", scripts)):
-            texts = [(FOLDER / file).read_text("utf-8") for file in names]
+            texts = [(_FOLDER / file).read_text("utf-8") for file in names]
             inline = "\n".join(f"<{tag}>{text}</{tag}>" for text in texts)
             html = html.replace(f"<!-- {element} -->", inline)
             digests = (hashlib.sha256(text.encode()).digest() for text in texts)
             hashes[tag] = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
         self.html = html
         policy = [
-            f"default-src {NONE}",
+            f"default-src {_NONE}",
             f"style-src {hashes['style']}",
-            f"script-src {hashes['script'] or NONE}",
+            f"script-src {hashes['script'] or _NONE}",
             "img-src blob: data:",
             "connect-src 'self'",
             "base-uri 'none'",
@@ -64,7 +64,7 @@ INDEX = Page(
     [*SHARED_SCRIPTS, "snippets.js", "answer.js", "about.js", "index.js"],
 )
 DOCS = Page("docs.html", ["look.css", "docs.css"], [*SHARED_SCRIPTS, "docs.js"])
-ERRORS = Page("errors.html", ["look.css", "docs.css"], [])
+_ERRORS = Page("errors.html", ["look.css", "docs.css"], [])
 
-for path, page in {"/": INDEX, "/docs": DOCS, "/errors": ERRORS}.items():
+for path, page in {"/": INDEX, "/docs": DOCS, "/errors": _ERRORS}.items():
     router.add_api_route(path, page.respond)

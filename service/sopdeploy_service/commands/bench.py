@@ -22,8 +22,8 @@ from sopdeploy_service.settings import Settings
 WARMUP_RUNS = 3
 MIN_RUNS, MAX_RUNS = 10, 1000
 BUDGET_SECONDS = 2.0  # of timed runs of one bundle at one batch size
-PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "sopdeploy", "tensorrt")
-SEED = 0
+_PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "sopdeploy", "tensorrt")
+_SEED = 0
 
 
 class Latency(StrictModel):
@@ -91,7 +91,7 @@ def bench(
             precision=loaded.bundle.manifest.precision,
             runtime=loaded.runtime.name,
             device=loaded.runtime.device,
-            latencies=tuple(summarize(batch, times[index]) for batch, times in seconds.items()),
+            latencies=tuple(_summarize(batch, times[index]) for batch, times in seconds.items()),
         )
         for index, loaded in enumerate(bundles)
     ]
@@ -99,7 +99,7 @@ def bench(
     pairs = zip(ours.latencies, other.latencies, strict=True) if other is not None else ()
     return Benchmark(
         machine=machine(),
-        versions={"python": platform.python_version(), **installed(PACKAGES)},
+        versions={"python": platform.python_version(), **installed(_PACKAGES)},
         threads=settings.threads,
         ours=ours,
         other=other,
@@ -110,7 +110,7 @@ def bench(
 def _time_runs(bundles: Sequence[LoadedModel], batch: int) -> list[list[float]]:
     """Time alternating runs of the bundles on noise images within the budget."""
     shapes = [(batch, *loaded.bundle.manifest.image_shape) for loaded in bundles]
-    images = [np.random.default_rng(SEED).integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+    images = [np.random.default_rng(_SEED).integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
     seconds: list[list[float]] = [[] for _ in bundles]
     for _ in range(WARMUP_RUNS):
         for loaded, pixels in zip(bundles, images, strict=True):
@@ -125,7 +125,7 @@ def _time_runs(bundles: Sequence[LoadedModel], batch: int) -> list[list[float]]:
     return seconds
 
 
-def summarize(batch: int, seconds: Sequence[float]) -> Latency:
+def _summarize(batch: int, seconds: Sequence[float]) -> Latency:
     """Compute the percentiles of *seconds*."""
     median, p95, p99 = (float(value) * 1e3 for value in np.percentile(seconds, (50, 95, 99)))
     return Latency(

@@ -18,7 +18,7 @@ from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
 
 FEW_PROBES = 8  # fewer are noted; an export generates 12 and leaves out those whose route is undecided
 WIDE = 0.1
-ROUNDING = 1 + 1e-9
+_ROUNDING = 1 + 1e-9
 
 
 class Verification(StrictModel):
@@ -96,7 +96,7 @@ def _notes(bundle: Bundle) -> tuple[str, ...]:
         return (*notes, "parity.json records no noise floor that explains the tolerances of the probes")
     for name, tolerance in probes.tolerance.items():
         spread = float(np.ptp(probes.expected[name]))
-        if not tolerance <= explained[name] * ROUNDING:
+        if not tolerance <= explained[name] * _ROUNDING:
             notes.append(
                 f"{name}: the noise floor explains a tolerance of {explained[name]:.2g}, not {tolerance:.2g}"
             )

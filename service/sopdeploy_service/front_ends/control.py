@@ -15,7 +15,7 @@ RELOAD = b"reload"  # to a process that loads bundles
 # From an inference process: it has new models, cannot start (and why), or a front end breaks the protocol.
 NEWS = MODELS, FAILED, BROKEN = b"models", b"failed", b"broken"
 STATUS = struct.Struct("=QI?")  # connections received, open ones, ready for images; then names of bundles
-METRICS_SECONDS = 2.0  # a process that takes longer counts as down
+_METRICS_SECONDS = 2.0  # a process that takes longer counts as down
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -50,7 +50,7 @@ async def request_metrics(control: socket.socket | None) -> bytes:
         theirs.close()
         ours.setblocking(False)
         with contextlib.suppress(OSError):  # also a TimeoutError
-            async with asyncio.timeout(METRICS_SECONDS):
+            async with asyncio.timeout(_METRICS_SECONDS):
                 page = b""
                 while piece := await asyncio.get_running_loop().sock_recv(ours, 1 << 16):
                     page += piece

@@ -196,7 +196,7 @@ class Supervisor:
                 config["inference"] = [child.pid for child in others if child is not None]
                 files.append(self._buckets)
             if process.inference is not None:
-                channel = stack.enter_context(connect(process.inference, process.name))
+                channel = stack.enter_context(_connect(process.inference, process.name))
                 config["channel"] = channel.fileno()
                 files.append(channel.fileno())
             # stdout has the `ready` line only
@@ -247,7 +247,7 @@ class Supervisor:
             if front_end.inference is not inference or front_end.bundles is None:
                 continue
             if kind == control.MODELS:
-                with connect(inference, front_end.name) as channel:
+                with _connect(inference, front_end.name) as channel:
                     front_end.send(control.CHANNEL, channel.fileno())
             elif kind == control.FAILED:
                 front_end.send(message)
@@ -316,7 +316,7 @@ class Supervisor:
         await control.send_metrics(file, await self._collect_metrics())
 
 
-def connect(inference: Process, name: str) -> socket.socket:
+def _connect(inference: Process, name: str) -> socket.socket:
     """Connect the front end *name*, which is about to start, to *inference*; return its channel.
 
     If the inference process has just died, the channel is at its end.

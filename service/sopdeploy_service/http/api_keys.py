@@ -18,7 +18,7 @@ from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write, writing
 
-PREFIX = "sop_"  # lets secret scanners recognize leaked keys
+_PREFIX = "sop_"  # lets secret scanners recognize leaked keys
 BITS = 256
 
 Scope: TypeAlias = Literal["classify", "admin"]
@@ -85,7 +85,7 @@ def new_key(path: Path, name: str, *, rate: float | None, burst: int | None, adm
     written.
     """
     with writing(path, ConfigError):
-        secret = PREFIX + secrets.token_urlsafe(BITS // 8)
+        secret = _PREFIX + secrets.token_urlsafe(BITS // 8)
         known = read_keys(path) if path.exists() else ()
         if any(other.name == name for other in known):
             raise ConfigError(f"{path}: key {name} exists; choose another name or remove its entry first")

@@ -27,7 +27,7 @@ HEADERS = {"User-Agent": "sopdeploy", "Accept": "image/*", "Accept-Encoding": "i
 NOT_ALLOWED = Rejection("url_not_allowed", 403, "url")
 UNREACHABLE = Rejection("url_unreachable", 422, "url")
 OFF = Rejection("url_input_off", 403, "this server does not fetch URLs; send the image itself")
-TIMEOUT = Rejection("url_timeout", 504, "fetching the image from the URL took too long")
+_TIMEOUT = Rejection("url_timeout", 504, "fetching the image from the URL took too long")
 
 
 async def fetch(url: str, settings: Settings) -> bytes:
@@ -42,7 +42,7 @@ async def fetch(url: str, settings: Settings) -> bytes:
         async with asyncio.timeout(settings.url_seconds):
             return await download(target, await public_address(target), settings.max_body_bytes)
     except TimeoutError as problem:
-        raise RejectedError(TIMEOUT) from problem
+        raise RejectedError(_TIMEOUT) from problem
 
 
 def check_url(url: str, settings: Settings) -> httpx.URL:

@@ -14,9 +14,9 @@ from sopdeploy_service.inference.results import RejectedError, Rejection
 
 FIELDS = {"image", "images", "file", "files"}
 
-MALFORMED = Rejection("malformed_multipart", 400, "the multipart body is malformed or truncated")
+_MALFORMED = Rejection("malformed_multipart", 400, "the multipart body is malformed or truncated")
 NO_BOUNDARY = Rejection("malformed_multipart", 400, "the content type has no valid multipart boundary")
-NO_IMAGE = Rejection("no_image", 422, "the form has no image; add it as a field named `image`")
+_NO_IMAGE = Rejection("no_image", 422, "the form has no image; add it as a field named `image`")
 
 
 class ImageForm:
@@ -47,14 +47,14 @@ class ImageForm:
         try:
             self._parser.write(piece)
         except FormParserError as problem:
-            raise RejectedError(MALFORMED) from problem
+            raise RejectedError(_MALFORMED) from problem
 
     def images(self) -> list[EncodedImage]:
         """Collect the images after the last piece; raises `RejectedError` for a truncated or empty form."""
         if self._parser.state != MultipartState.END:
-            raise RejectedError(MALFORMED)
+            raise RejectedError(_MALFORMED)
         if not self._parts.images:
-            raise RejectedError(NO_IMAGE)
+            raise RejectedError(_NO_IMAGE)
         return [EncodedImage(bytes(image), content_type) for image, content_type in self._parts.images]
 
 

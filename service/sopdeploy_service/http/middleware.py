@@ -28,7 +28,7 @@ from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.request_context import OpenTrace, RequestContext
 
 PROCESS_ID = secrets.token_hex(8)  # once per process: a system call per request would release the GIL
-NUMBERS = itertools.count()
+_NUMBERS = itertools.count()
 VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # other characters could forge log lines
 
 PROBES = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
@@ -154,7 +154,7 @@ class RequestContextMiddleware:
 def request_id(headers: Mapping[str, str]) -> str:
     """Return the client's `X-Request-ID` if it is valid, or a new ID of 32 hexadecimal digits."""
     given = headers.get("x-request-id", "")
-    return given if VALID_ID.fullmatch(given) else f"{PROCESS_ID}{next(NUMBERS):016x}"
+    return given if VALID_ID.fullmatch(given) else f"{PROCESS_ID}{next(_NUMBERS):016x}"
 
 
 @dataclass(eq=False)

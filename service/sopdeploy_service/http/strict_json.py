@@ -17,7 +17,7 @@ from sopdeploy_service.inference.results import RejectedError, Rejection
 MAX_QUOTES = 10_000
 MAX_BRACKETS = 1_000_000  # opening ones; 20 nested images of 224 x 224 pixels have as many
 MAX_STRUCTURE = 100_000  # bytes outside of strings
-NUMBERS = frozenset({int, float})
+_NUMBERS = frozenset({int, float})
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 WHITESPACE = b" \t\r\n\f\v"
 
@@ -61,7 +61,7 @@ def count_keys(value: Any) -> int:
         if isinstance(item, dict):
             keys += len(item)
             pending.extend(item.values())
-        elif isinstance(item, list) and not NUMBERS.issuperset(map(type, item)):
+        elif isinstance(item, list) and not _NUMBERS.issuperset(map(type, item)):
             pending.extend(item)
     return keys
 

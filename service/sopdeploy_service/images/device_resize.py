@@ -18,7 +18,7 @@ FILTERS = ("bilinear", "bicubic")
 # CUDA's legacy default stream, by its number in the CUDA array interface. nvImageCodec makes it wait for its
 # images, so an image that is resized on it is decoded already.
 STREAM = 1
-OPTIONS = {CPU: {}, CUDA: {"user_compute_stream": str(STREAM)}}
+_OPTIONS = {CPU: {}, CUDA: {"user_compute_stream": str(STREAM)}}
 INTERFACES = {CPU: ("cpu", "__array_interface__"), CUDA: ("cuda", "__cuda_array_interface__")}
 
 
@@ -44,7 +44,7 @@ class DeviceResize:
             name: onnxruntime.InferenceSession(
                 Path(__file__).with_name(f"{name}.onnx").read_bytes(),
                 options,
-                providers=[(provider, OPTIONS[provider])],
+                providers=[(provider, _OPTIONS[provider])],
                 enable_fallback=0,
             )
             for name in FILTERS

@@ -39,7 +39,7 @@ MAX_REDUCTION = 4  # per side; 1/8 would need a check on images of 16 times the 
 MAX_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread
 MIN_AGREEMENT = 0.9  # fraction of images whose best class stays the same
 MAX_GRAY_LEVELS = 1.0  # mean difference of the GPU's pixels; a wrong filter, color or offset has several
-SCALES = (4, 6, 8)  # shorter side / resized shorter side; libjpeg decodes at 1/2 from 4 on, at 1/4 from 8 on
+_SCALES = (4, 6, 8)  # shorter side / resized shorter side; libjpeg decodes at 1/2 from 4 on, at 1/4 from 8 on
 SEEDS = 3
 OCTAVES = (4, 16, 64, 256)  # noise cells along the longer side; one more octave has cells of 2 pixels
 
@@ -156,7 +156,7 @@ def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings, way:
             image = EncodedImage(jpeg)
             decoded = decoder(image, rules, max_bytes=len(jpeg), load=load)
             logits.append(runtime.run(decoded.pixels[None])[output][0])
-    result = compare(np.stack(exact).astype(np.float64), np.stack(fast).astype(np.float64))
+    result = _compare(np.stack(exact).astype(np.float64), np.stack(fast).astype(np.float64))
     if way == "nvimagecodec":
         levels = {"gray_levels": _check_gray_levels(bundle, decoder), "max_gray_levels": MAX_GRAY_LEVELS}
         result = result.model_copy(update=levels)
@@ -189,7 +189,7 @@ def _check_gray_levels(bundle: Bundle, decode_one: Decode) -> float | None:
     return largest
 
 
-def compare(exact: NDArray[np.float64], fast: NDArray[np.float64]) -> FastDecode:
+def _compare(exact: NDArray[np.float64], fast: NDArray[np.float64]) -> FastDecode:
     """Compare the logits *fast* (P, C) with *exact* (P, C)."""
     spread = float(np.sqrt(np.square(exact - exact.mean(axis=1, keepdims=True)).mean()))
     difference = float(np.sqrt(np.square(fast - exact).mean()))
@@ -203,7 +203,7 @@ def compare(exact: NDArray[np.float64], fast: NDArray[np.float64]) -> FastDecode
 
 def _test_jpegs(side: int, max_pixels: int) -> Iterator[bytes]:
     """Yield synthetic JPEGs large enough for fast decoding."""
-    for scale, seed in product(SCALES, range(SEEDS)):
+    for scale, seed in product(_SCALES, range(SEEDS)):
         short = scale * side
         size = (short, short * 4 // 3) if seed % 2 else (short * 4 // 3, short)
         if size[0] * size[1] <= max_pixels:

@@ -22,8 +22,8 @@ from sopdeploy_service.images.device_resize import DeviceResize
 from sopdeploy_service.runtime.base import reason_of
 
 MODES = {"RGB", "L"}
-END = b"\xff\xd9"  # of a complete JPEG; NVIDIA's decoders do not report that data is missing
-OPTIONS = ":fancy_upsampling=1"  # chroma interpolation as in libjpeg
+_END = b"\xff\xd9"  # of a complete JPEG; NVIDIA's decoders do not report that data is missing
+_OPTIONS = ":fancy_upsampling=1"  # chroma interpolation as in libjpeg
 THREADS = 4  # of the library, for what its decoders do on the CPU
 MAX_BATCH_PIXELS = 100_000_000  # 300 MB of the device, unless a single image has more
 
@@ -66,7 +66,7 @@ class NvImageCodec:
             device_id=device,
             max_num_cpu_threads=THREADS,
             backends=[library.Backend(getattr(library, name)) for name in backends],
-            options=OPTIONS,
+            options=_OPTIONS,
         )
         self._changed = Condition()
         self._waiting: list[Job] = []  # the next batch
@@ -86,7 +86,7 @@ class NvImageCodec:
         device could not decode an RGB or gray JPEG.
         """
         strip = preprocess.fit == "crop" and max(image.size) > MAX_ASPECT_RATIO * min(image.size)
-        if image.format == "JPEG" and image.mode in MODES and body.endswith(END) and not strip:
+        if image.format == "JPEG" and image.mode in MODES and body.endswith(_END) and not strip:
             target = resized_size(image.size, preprocess)
             job = Job(body, image.size, target, preprocess.interpolation)
             if self._join(job):

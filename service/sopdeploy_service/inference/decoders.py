@@ -35,15 +35,15 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes, trim_heaps
 from sopdeploy_service.settings import Settings
 
-MIB = 1 << 20
-LIGHT = Cost(16 * MIB, 40)  # at most: a JPEG of 3.5 megapixels
-PHOTO = Cost(128 * MIB, 350)  # a JPEG of 24 megapixels
+_MIB = 1 << 20
+LIGHT = Cost(16 * _MIB, 40)  # at most: a JPEG of 3.5 megapixels
+PHOTO = Cost(128 * _MIB, 350)  # a JPEG of 24 megapixels
 NICENESS = 10  # of the threads for photos and large images
 USED_SHARE = 3 / 4  # of the memory; the rest is for batches, JSON, and pages that the allocator keeps
 UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
 PHOTO_LANE, LARGE_LANE = 1, 2
 MAX_WAITING = 8  # large images; one more gets 503
-LEAST_BYTES = 64 * MIB  # for a large image
+LEAST_BYTES = 64 * _MIB  # for a large image
 
 log = logging.getLogger("sopdeploy.service")
 

@@ -33,7 +33,7 @@ from sopdeploy_service.settings import DecodeWay, Settings
 if TYPE_CHECKING:  # `verify` and `bench` need no image library
     from sopdeploy_service.images.loaders import FastDecode
 
-SINGLE_PROBES = 2  # probes replayed alone at a start: a CUDA graph captures the first and runs the second
+_SINGLE_PROBES = 2  # probes replayed alone at a start: a CUDA graph captures the first and runs the second
 LARGEST_ON_CPU = 4  # larger batches gain nothing on a CPU and delay the first image of the batch
 
 log = logging.getLogger("sopdeploy.inference")
@@ -62,7 +62,7 @@ class LoadedModel:
 def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> LoadedModel:
     """Load the bundle at *path* and replay its probes.
 
-    `SINGLE_PROBES` of the probes run alone, the others in batches of the largest size. With *thorough*, all
+    `_SINGLE_PROBES` of the probes run alone, the others in batches of the largest size. With *thorough*, all
     of them run in both ways, and the root of the graph is compared with the certificate, and recomputed if
     `onnx` is installed; on a CPU, this would be most of the start time of a server.
 
@@ -168,7 +168,7 @@ def _replay_all(
     sizes = sorted({1, min(max_batch, len(probes.images))})
     single = batched = probes
     if not thorough and len(sizes) > 1:
-        count = min(SINGLE_PROBES, len(probes.images) - 1)
+        count = min(_SINGLE_PROBES, len(probes.images) - 1)
         single, batched = _select(probes, slice(count)), _select(probes, slice(count, None))
     replays = {size: replay(single if size == 1 else batched, timed_run, batch=size) for size in sizes}
     if isinstance(runtime, OverlappingRuntime):

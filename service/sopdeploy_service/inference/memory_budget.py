@@ -33,7 +33,7 @@ from sopdeploy_service.settings import Settings
 FILE_FACTOR, ACTIVATION_BYTES = 2, 64_000_000
 AUTO_SHARE = 0.8  # of the free memory; images, HTTP and batches need the rest
 ROOM_SECONDS = 5.0  # how long a load waits for a model that is in use
-POLL_SECONDS = 0.01
+_POLL_SECONDS = 0.01
 RETRY_SECONDS = 60.0  # after a failed load, the bundle is not loaded again for this long
 
 MEMORY_FULL = Rejection("memory_full", 503, "every loaded model is in use or pinned; retry later", 1)
@@ -222,7 +222,7 @@ class BudgetedRegistry(ModelRegistry):
             if unused:
                 await self._release(unused[0])
             else:
-                await asyncio.sleep(POLL_SECONDS)
+                await asyncio.sleep(_POLL_SECONDS)
 
     async def _release(self, entry: Entry) -> None:
         """Stop the model of *entry*; requests for it wait until it can be loaded again."""

@@ -20,7 +20,7 @@ from sopdeploy_service.observability.drift import drift_window
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
-JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue was closed
+_JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue was closed
 WATCH_SECONDS = 1.0  # longest time between two checks of the worker
 
 log = logging.getLogger("sopdeploy.inference")
@@ -122,7 +122,7 @@ class Model:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watchdog
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, 0.0 if self.dead else JOIN_SECONDS)
+            await asyncio.to_thread(self._thread.join, 0.0 if self.dead else _JOIN_SECONDS)
             if not self.dead and not self._thread.is_alive():  # otherwise a batch may still use the memory
                 await asyncio.to_thread(self.loaded.runtime.close)
 

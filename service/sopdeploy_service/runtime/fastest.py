@@ -20,9 +20,9 @@ from sopdeploy.files import atomic_write
 from sopdeploy_service.runtime.base import Runtime, must_run
 from sopdeploy_service.settings import Settings
 
-PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino")
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino")
 ROUNDS = 20
-BUDGET_SECONDS = 5.0
+_BUDGET_SECONDS = 5.0
 CLEARLY_FASTER = 0.95  # of the time of the first runtime
 
 log = logging.getLogger("sopdeploy.service")
@@ -41,7 +41,7 @@ def fastest(
         "bundle": bundle.manifest.id,
         "processor": processor(),
         "threads": settings.threads or usable_cores(),
-        "versions": installed(PACKAGES),
+        "versions": installed(_PACKAGES),
     }
     try:
         stored = json.loads(path.read_bytes())
@@ -83,7 +83,7 @@ def measure(bundle: Bundle, runtimes: Mapping[str, Callable[[], Runtime]]) -> di
                 opened.pop(name, None)
                 log.warning("%s: runtime %s is not used: %s", bundle.name, name, error)
         seconds: dict[str, list[float]] = {name: [] for name in opened}
-        end = time.monotonic() + BUDGET_SECONDS
+        end = time.monotonic() + _BUDGET_SECONDS
         for _ in range(ROUNDS):
             for name, runtime in opened.items():
                 started = time.perf_counter()

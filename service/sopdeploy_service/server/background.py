@@ -18,7 +18,7 @@ from sopdeploy_service.settings import Settings
 SERVER = "sopdeploy_service.server.process"
 MAX_LOG_LINES = 1000
 STOP_SECONDS = 10.0  # beyond the drain, before the process is killed
-ERROR = re.compile(r"error: device \S+: (.*) \[(\w+)\]")
+_ERROR = re.compile(r"error: device \S+: (.*) \[(\w+)\]")
 
 
 class BackgroundServer:
@@ -114,7 +114,7 @@ class BackgroundServer:
 
     def _error(self) -> SopdeployError:
         """Rebuild the error that ended the process from its log."""
-        errors = [match for line in self._lines if (match := ERROR.search(line))]
+        errors = [match for line in self._lines if (match := _ERROR.search(line))]
         if not errors:
             last = self._lines[-1].strip() if self._lines else "no message"
             return SopdeployError(f"{self.url}: the server ended with {self._process.returncode} ({last})")

@@ -27,8 +27,8 @@ from sopdeploy_service.settings import Settings
 
 CLOSING_SECONDS = 2  # for sending the last responses after the drain
 LAST_SECONDS = 1.0  # for connections that are open without a request when the port closes
-POLL_SECONDS = 0.02
-YOUNG_OBJECTS = 10_000  # threshold of the youngest garbage collector generation; Python's default is 700
+_POLL_SECONDS = 0.02
+_YOUNG_OBJECTS = 10_000  # threshold of the youngest garbage collector generation; Python's default is 700
 
 log = logging.getLogger("sopdeploy.server")
 
@@ -39,7 +39,7 @@ def freeze_objects() -> None:
     A collection stops all threads; scanning imported objects takes 45 ms, and a request leaves no garbage.
     """
     gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
+    gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
 
 
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
@@ -159,7 +159,7 @@ class DrainingServer(uvicorn.Server):
             end = time.monotonic() + LAST_SECONDS
             busy = True
             while busy and time.monotonic() < end:
-                await asyncio.sleep(POLL_SECONDS)  # the loop reads what has arrived
+                await asyncio.sleep(_POLL_SECONDS)  # the loop reads what has arrived
                 protocols = cast(set[LimitedHttpProtocol], self.server_state.connections)
                 busy = any(protocol.timeout_keep_alive_task is None for protocol in protocols)
         await super().shutdown(sockets)

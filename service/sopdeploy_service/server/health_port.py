@@ -23,7 +23,7 @@ from sopdeploy_service.server.loop_watch import LoopWatch
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
 
-JOIN_SECONDS = 5.0
+_JOIN_SECONDS = 5.0
 MAX_CONNECTIONS = 64  # included in `OTHER_FILES`, with as many pending ones
 # Health checks are small and come from nearby; these limits do not depend on the service's settings.
 LIMITS = Settings(max_connections=MAX_CONNECTIONS, header_timeout=2.0, write_timeout=5.0, max_body_bytes=1000)
@@ -76,4 +76,4 @@ def serve_health(
             yield url(listener)
         finally:
             server.should_exit = True
-            thread.join(JOIN_SECONDS)
+            thread.join(_JOIN_SECONDS)

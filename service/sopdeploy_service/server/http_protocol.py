@@ -33,7 +33,7 @@ MAX_PIPELINE = 256  # queued requests of one connection; a piece contains fewer
 CHUNK_BYTES = 20  # the size of a chunk and its line ends
 
 FULL = Rejection("too_many_connections", 503, "too many connections; retry later", 1)
-MALFORMED = Rejection("malformed_request", 400, "the request is not valid HTTP/1.1 (RFC 9112)")
+_MALFORMED = Rejection("malformed_request", 400, "the request is not valid HTTP/1.1 (RFC 9112)")
 SLOW_HEADERS = Rejection("slow_request", 408, "the request headers did not arrive in time")
 LONG_URL = Rejection("url_too_long", 414, "the URL is longer than the limit of this server")
 LARGE_HEADERS = Rejection(
@@ -112,7 +112,7 @@ def check_codings(codings: Sequence[bytes]) -> Rejection | None:
     names = [name.strip(b" \t").lower() for value in codings for name in value.split(b",")]
     if names == [b"chunked"]:
         return None
-    return UNKNOWN_CODING if names[-1] == b"chunked" and names.count(b"chunked") == 1 else MALFORMED
+    return UNKNOWN_CODING if names[-1] == b"chunked" and names.count(b"chunked") == 1 else _MALFORMED
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
@@ -187,7 +187,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._feed(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self._ignores_input:  # else it is what follows the last request
-                self._rejection = self._rejection or MALFORMED
+                self._rejection = self._rejection or _MALFORMED
         limit = self._limits.max_header_bytes + (0 if self._in_body else self._limits.max_url_bytes)
         self._overhead_bytes = max(0, self._overhead_bytes) if self._in_headers or self._in_body else 0
         if self._overhead_bytes > limit:
@@ -260,7 +260,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version()
         valid = hosts == 1 if version == "1.1" else version == "1.0" and hosts <= 1 and not codings
         if not valid or len(self.pipeline) >= MAX_PIPELINE:
-            self._rejection = self._rejection or MALFORMED
+            self._rejection = self._rejection or _MALFORMED
         elif codings:
             self._rejection = self._rejection or check_codings(codings)
         if self._rejection is None:

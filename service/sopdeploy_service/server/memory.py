@@ -13,13 +13,13 @@ import os
 from sopdeploy_service.runtime.device_memory import trim_heaps
 
 IDLE_SECONDS = 1.0
-MIB = 1 << 20
+_MIB = 1 << 20
 # (environment variable that takes precedence, mallopt parameter number of malloc.h, value). A lower mmap
 # threshold would cost 5 to 8 % of the CPU time of an image; `IdleTrigger` returns those blocks instead.
 MALLOPT = (
     ("MALLOC_ARENA_MAX", -8, 2),  # heaps
-    ("MALLOC_MMAP_THRESHOLD_", -3, MIB),  # bytes from which a block is mapped on its own
-    ("MALLOC_TRIM_THRESHOLD_", -1, 4 * MIB),  # bytes that may stay free at the end of a heap
+    ("MALLOC_MMAP_THRESHOLD_", -3, _MIB),  # bytes from which a block is mapped on its own
+    ("MALLOC_TRIM_THRESHOLD_", -1, 4 * _MIB),  # bytes that may stay free at the end of a heap
 )
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # imported while the bundles are loaded
 log = logging.getLogger("sopdeploy.server")
 
 
-PARTS = (  # optional modules with a function `serve`, which returns None if the settings need one process
+_PARTS = (  # optional modules with a function `serve`, which returns None if the settings need one process
     "sopdeploy_service.front_ends.supervisor",
 )
 
@@ -49,7 +49,7 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
             signal.signal(number, signal.SIG_IGN)
-    for part in PARTS:
+    for part in _PARTS:
         code: int | None = import_module(part).serve(sources, settings)
         if code is not None:
             return code

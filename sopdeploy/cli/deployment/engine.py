@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _field = partial(print_field, width=9)
 
 
-def show(result: "Engine | EnginePlan") -> None:
+def _show(result: "Engine | EnginePlan") -> None:
     """Print the engine that was built or found, or the plan of a build."""
     from sopdeploy_export.tensorrt.plan import EnginePlan
 
@@ -35,7 +35,7 @@ def summarize(result: "Engine | EnginePlan") -> dict[str, Any]:
     return {"plan": str(result.path), "built": is_new, "reason": result.reason, "record": record}
 
 
-@command(show, summarize=summarize)
+@command(_show, summarize=summarize)
 def engine(
     bundle: BundleArgument,
     *,

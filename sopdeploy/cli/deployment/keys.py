@@ -10,14 +10,14 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import BundleArgument, err, plain_text, print_field
 
 
-def show(signed: dict[str, Any]) -> None:
+def _show(signed: dict[str, Any]) -> None:
     """Print the signature file, and the public key if it is new."""
     if signed["public_key"] is not None:
         print_field("key", f"distribute {signed['public_key']}, keep the other file secret", style="")
     print_field("signed", str(signed["signature"]), style="")
 
 
-@command(show)
+@command(_show)
 def sign(
     bundle: BundleArgument,
     key: Annotated[Path, typer.Option(help="Private key in a PEM file: an elliptic curve key.")],

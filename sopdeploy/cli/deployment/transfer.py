@@ -11,7 +11,7 @@ from sopdeploy.cli.console import BundleArgument, print_field
 if TYPE_CHECKING:
     from sopdeploy.bundle.transfer import Pulled, Pushed
 
-OCI = "oci://HOST/REPOSITORY[:TAG]"
+_OCI = "oci://HOST/REPOSITORY[:TAG]"
 
 
 def show_pushed(pushed: "Pushed") -> None:
@@ -25,7 +25,7 @@ def show_pushed(pushed: "Pushed") -> None:
 def push(
     bundle: BundleArgument,
     destination: Annotated[
-        str, typer.Argument(metavar="DEST", help=f"A folder, s3://BUCKET/PATH, hf://OWNER/NAME or {OCI}.")
+        str, typer.Argument(metavar="DEST", help=f"A folder, s3://BUCKET/PATH, hf://OWNER/NAME or {_OCI}.")
     ],
 ) -> "Pushed":
     """Upload a bundle as one reproducible archive, with its signature if there is one.
@@ -46,7 +46,7 @@ def show_pulled(pulled: "Pulled") -> None:
 @command(show_pulled)
 def pull(
     source: Annotated[
-        str, typer.Argument(help=f"Location printed by `push`: a path, s3://..., hf://... or {OCI}.")
+        str, typer.Argument(help=f"Location printed by `push`: a path, s3://..., hf://... or {_OCI}.")
     ],
     destination: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the bundle.")],
     sha256: Annotated[str | None, typer.Option(help="Expected sha256 of the archive.")] = None,

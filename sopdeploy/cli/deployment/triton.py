@@ -10,13 +10,13 @@ from sopdeploy.cli.console import BundleArgument, print_field
 from sopdeploy_export.triton import TritonModel
 
 
-def show(written: TritonModel) -> None:
+def _show(written: TritonModel) -> None:
     """Print the model's name, its batch sizes and the written files."""
     print_field("model", f"{written.name}, batches of 1 to {written.max_batch}")
     print_field("written", f"{written.path}: {', '.join(written.files)}", style="bold green")
 
 
-@command(show)
+@command(_show)
 def triton(
     bundle: BundleArgument,
     repository: Annotated[Path, typer.Argument(help="Triton model repository; created if it is missing.")],

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from sopdeploy_service.commands.verify import Verification
 
 
-def show(verified: "tuple[Verification, str | None]") -> None:
+def _show(verified: "tuple[Verification, str | None]") -> None:
     """Print one line per check."""
     result, lowering = verified
     print_field("files", f"{result.files} complete, {result.bytes:,} bytes, sha256 equal, id {result.id}")
@@ -45,7 +45,7 @@ def replay_rules(bundle: Path) -> str | None:
     return check_lowering(open_bundle(bundle))
 
 
-@command(show, summarize=lambda verified: {**verified[0].model_dump(mode="json"), "lowering": verified[1]})
+@command(_show, summarize=lambda verified: {**verified[0].model_dump(mode="json"), "lowering": verified[1]})
 def verify(bundle: BundleArgument) -> "tuple[Verification, str | None]":
     """Check every file of a bundle, its probes and its golden examples on this machine, offline.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sopdeploy_service.commands.bench import Benchmark
 
 
-def show(result: "Benchmark") -> None:
+def _show(result: "Benchmark") -> None:
     """Print the machine, and one line per batch size."""
     facts = {**result.machine, **result.versions}
     say(", ".join(f"{key} {value}" for key, value in facts.items()))
@@ -28,7 +28,7 @@ def show(result: "Benchmark") -> None:
         out.print(f"[bold]batch {size}[/] takes {ratio:.2f} of the other bundle's time (1 : {1 / ratio:.2f})")
 
 
-@command(show)
+@command(_show)
 def bench(
     bundle: BundleArgument,
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",

@@ -24,7 +24,7 @@ SourcesArgument = Annotated[
 ]
 
 
-def show(classified: "Classified") -> None:
+def _show(classified: "Classified") -> None:
     """Print the numbers of images and errors, and the files."""
     done, images = classified.classified, classified.images
     new = "" if done == images else f", {done:,} of them in this run"
@@ -35,7 +35,7 @@ def show(classified: "Classified") -> None:
     print_field("report", str(classified.report))
 
 
-@command(show)
+@command(_show)
 def classify(
     bundle: BundleArgument,
     sources: SourcesArgument,

@@ -12,10 +12,10 @@ from sopdeploy.cli.console import err, out, plain_text, print_table, say, steps
 if TYPE_CHECKING:
     from sopdeploy.doctor.examine import Diagnosis
 
-COLUMNS = ("clients", "img/s", "p50 ms", "p99", "runtime", "decode", "client", "batch", "refused")
+_COLUMNS = ("clients", "img/s", "p50 ms", "p99", "runtime", "decode", "client", "batch", "refused")
 
 
-def show(diagnosis: "Diagnosis") -> None:
+def _show(diagnosis: "Diagnosis") -> None:
     """Print a line per number of clients, the time of each stage, and the advice."""
     say(f"{diagnosis.model} at {diagnosis.url}, {diagnosis.device}")
     rows = (
@@ -28,7 +28,7 @@ def show(diagnosis: "Diagnosis") -> None:
         )
         for step in diagnosis.steps
     )
-    print_table(COLUMNS, rows)
+    print_table(_COLUMNS, rows)
     stages = {**diagnosis.best.stage_ms, "elsewhere": diagnosis.best.elsewhere_ms}
     out.print("per request: " + ", ".join(f"{name} {value:.1f} ms" for name, value in stages.items()))
     say(diagnosis.advice.why, style="bold")
@@ -37,7 +37,7 @@ def show(diagnosis: "Diagnosis") -> None:
         err.print(Text.assemble(("stopped early:", "yellow"), " ", plain_text(diagnosis.stopped)))
 
 
-@command(show)
+@command(_show)
 def doctor(
     url: Annotated[str, typer.Option(help="URL of the server.")],
     images: Annotated[

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sopdeploy_service.commands.predict import FilePrediction
 
 
-def show(prediction: "FilePrediction") -> None:
+def _show(prediction: "FilePrediction") -> None:
     """Print the classes of one image in one line."""
     entries = [f"{entry.label} {entry.probability:.4f}" for entry in prediction.classes]
     classes = ", ".join(entries) or "no class reaches its threshold"
@@ -59,6 +59,6 @@ def predict(
         if prediction.error is not None:
             print_error(f"{prediction.image}: {prediction.error.detail}", prediction.error.code)
         elif not as_json:
-            show(prediction)
+            _show(prediction)
     if any(prediction.error is not None for prediction in predictions):
         raise typer.Exit(USER_ERROR)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sopdeploy.api.calibration import Calibrated
 
 
-def show(calibrated: "Calibrated") -> None:
+def _show(calibrated: "Calibrated") -> None:
     """Print the fitted values and the next command."""
     for note in calibrated.notes:
         err.print(plain_text(f"warning: {note}"))
@@ -31,7 +31,7 @@ def summarize(calibrated: "Calibrated") -> dict[str, Any]:
     }
 
 
-@command(show, summarize=summarize)
+@command(_show, summarize=summarize)
 def calibrate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of `sopdeploy train` or `import`.")],
     data: Annotated[

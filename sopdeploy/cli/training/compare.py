@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sopdeploy.comparison import Comparison
 
 
-def show(comparison: "Comparison") -> None:
+def _show(comparison: "Comparison") -> None:
     """Print top-1 of every run, and the differences with their intervals."""
     seeds = (f"seed {seed}" for seed in comparison.seeds)
     rows = (
@@ -33,7 +33,7 @@ def show(comparison: "Comparison") -> None:
         say(f"{len(comparison.pairs)} comparisons, each at the 95 % level: one in twenty is wrong by chance")
 
 
-@command(show)
+@command(_show)
 def compare(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Two or more recipes.")],
     seeds: Annotated[int, typer.Option(help="Runs per recipe: seeds 0, 1 and so on.")] = 5,

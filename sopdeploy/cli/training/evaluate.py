@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from sopdeploy.evaluation.metrics import ClassificationReport
     from sopdeploy.evaluation.multi_label import MultiLabelReport
 
-MAX_CLASSES = 50  # of more classes, the output lists those with the lowest recall or average precision
+_MAX_CLASSES = 50  # of more classes, the output lists those with the lowest recall or average precision
 MAX_COLUMNS = 12  # with more classes, the terminal shows no confusion matrix
 MAX_MISTAKES = 5
 
 
-def show(evaluation: "Evaluation") -> None:
+def _show(evaluation: "Evaluation") -> None:
     """Print the metrics, and the frequent mistakes."""
     from sopdeploy.evaluation.metrics import ClassificationReport
 
@@ -34,7 +34,7 @@ def show(evaluation: "Evaluation") -> None:
         _print_multi_label_report(evaluation.metrics)
 
 
-@command(show, summarize=lambda evaluation: evaluation.summary())
+@command(_show, summarize=lambda evaluation: evaluation.summary())
 def evaluate(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="A checkpoint, a bundle, or the URL of a server.")
@@ -91,7 +91,7 @@ def _print_report(report: "ClassificationReport") -> None:
 
 def _worst(classes: Sequence[Any], score: Callable[[Any], float]) -> Sequence[Any]:
     """Return all *classes*, or of many those with the lowest *score*."""
-    return classes if len(classes) <= MAX_CLASSES else sorted(classes, key=score)[:MAX_CLASSES]
+    return classes if len(classes) <= _MAX_CLASSES else sorted(classes, key=score)[:_MAX_CLASSES]
 
 
 def _print_heads(heads: "Sequence[HeadAccuracy]") -> None:

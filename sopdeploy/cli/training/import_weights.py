@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sopdeploy.importers.import_weights import ImportReport
 
 
-def show(report: "ImportReport") -> None:
+def _show(report: "ImportReport") -> None:
     """Print what was mapped and written."""
     rules = report.preprocess
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (rules.mean, rules.std))
@@ -30,7 +30,7 @@ def show(report: "ImportReport") -> None:
         print_field("note", note)
 
 
-@command(show)
+@command(_show)
 def import_file(
     file: Annotated[
         Path, typer.Argument(help="Weights: .pth, .pth.tar, .th, .safetensors, or MatConvNet's .mat.")

@@ -9,12 +9,12 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import image_progress, say
 
 
-def show(written: dict[str, Any]) -> None:
+def _show(written: dict[str, Any]) -> None:
     """Print the page and its size."""
     say(f"{written['report']}: {written['bytes']:,} bytes, opens offline")
 
 
-@command(show)
+@command(_show)
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder written by `sopdeploy train`.")],
     data: Annotated[

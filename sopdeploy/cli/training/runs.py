@@ -12,32 +12,36 @@ from sopdeploy.cli.console import out, plain_text, say
 from sopdeploy.errors import CheckpointError
 from sopdeploy.project import Origin
 
-COLUMNS = ("date", "run", "images", "classes", "estimate")
+_COLUMNS = ("date", "run", "images", "classes", "estimate")
 
 
 def _row(origin: Origin | None, **fields: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {"project": "", **dict.fromkeys(COLUMNS, ""), "images": None, "classes": None}
+    row: dict[str, Any] = {"project": "", **dict.fromkeys(_COLUMNS, ""), "images": None, "classes": None}
     if origin is not None:
         row |= {"run": origin.run, "date": origin.started, "images": origin.images, "classes": origin.classes}
     return {**row, "bundle": "", "live": False, "problem": "", **fields}
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def _show(rows: list[dict[str, Any]]) -> None:
     """Print a line for each row; it is not wrapped."""
     if not rows:
         say("no runs and no bundles here; start with: sopdeploy train --data photos")
         return
-    table = [["date (UTC)", *COLUMNS[1:], "bundle", ""]]
+    table = [["date (UTC)", *_COLUMNS[1:], "bundle", ""]]
     for row in rows:
         shown = {**row, "date": row["date"][:19], "estimate": row["estimate"].partition(" (")[0]}
-        cells = [*(shown[name] for name in COLUMNS), row["bundle"], "live" if row["live"] else row["problem"]]
+        cells = [
+            *(shown[name] for name in _COLUMNS),
+            row["bundle"],
+            "live" if row["live"] else row["problem"],
+        ]
         table.append(["" if cell is None else plain_text(str(cell)).plain for cell in cells])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for cells in table:
         out.print(Text("  ".join(map(str.ljust, cells, widths)).rstrip()))
 
 
-@command(show)
+@command(_show)
 def runs(
     folder: Annotated[Path, typer.Option("--runs", help="Folder of runs.")] = Path("runs"),
     bundles: Annotated[Path, typer.Option(help="Folder of bundles.")] = Path("bundles"),

@@ -122,7 +122,7 @@ def open_class_folders(root: Path, held_out: int | None = None) -> ClassFolders:
         folders = {name: part_folder(root, name) for name in names}
     else:
         folders = {UNSPLIT: root}
-    labels = class_names(next(iter(folders.values())))
+    labels = _class_names(next(iter(folders.values())))
     opened = {name: list_classes(folder) for name, folder in folders.items()}
     problems = [problem for images in opened.values() for problem in class_problems(images, labels)]
     notes += filter(None, map(_describe_nested, opened.values()))
@@ -157,7 +157,7 @@ def single_images(images: ImageFiles) -> Iterator[str]:
         yield f"{images.root / images.labels[target]}: only one image; add another"
 
 
-def class_names(root: Path) -> tuple[str, ...]:
+def _class_names(root: Path) -> tuple[str, ...]:
     """List the class folders in *root*; raises `DataError` if there are fewer than two."""
     names = list_subfolders(root)
     if len(names) > 1:

@@ -25,7 +25,7 @@ from sopdeploy.data.image_files import ImageFiles, divide
 from sopdeploy.errors import DataError, shorten
 
 LABELS_FILE = "labels.csv"
-REQUIRED = ("file", "classes")  # columns
+_REQUIRED = ("file", "classes")  # columns
 SPLIT, GROUP = "split", "group"  # optional columns
 SEPARATOR = "|"
 TRAIN, VAL = "train", "val"
@@ -70,7 +70,7 @@ def has_label_table(root: Path) -> bool:
         return False
     header = _read(path)[:1000].partition(b"\n")[0].decode("utf-8-sig", "replace")
     columns = header.replace(";", ",").replace("\t", ",").split(",")
-    if {column.strip(' "\r') for column in columns} & set(REQUIRED):
+    if {column.strip(' "\r') for column in columns} & set(_REQUIRED):
         return True
     folders = list_subfolders(root)
     return len(folders) < 2 and TRAIN not in folders
@@ -164,7 +164,7 @@ def _read_rows(table: Path) -> list[_Row]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
     columns = reader.fieldnames or ()
-    if {*columns} - {SPLIT, GROUP} != {*REQUIRED}:
+    if {*columns} - {SPLIT, GROUP} != {*_REQUIRED}:
         raise DataError(
             f"{table}: has the columns {', '.join(columns) or 'none'}; write file,classes and optionally "
             "split and group, with commas"

@@ -29,7 +29,7 @@ Indices = NDArray[np.intp]
 GRID = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # of C, for inputs whose mean squared norm is 1 per part
 MAX_RANK = 1024
 ROWS = 1024  # images that are centered and scaled at once
-OPTIONS = {"tol": 1e-4, "max_iter": 2000, "warm_start": True}  # each C starts from the previous one
+_OPTIONS = {"tol": 1e-4, "max_iter": 2000, "warm_start": True}  # each C starts from the previous one
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +154,10 @@ class Problem:
         inputs, classes = self.reduced[images], self.targets.classes[images]
         weights = self.targets.weights[images]
         if self.targets.activation == "softmax":
-            model = LogisticRegression(**OPTIONS)
+            model = LogisticRegression(**_OPTIONS)
             yield from (_fit_softmax(model.set_params(C=c), inputs, classes, weights) for c in grid)
             return
-        models = [LogisticRegression(**OPTIONS) for _ in classes.T]
+        models = [LogisticRegression(**_OPTIONS) for _ in classes.T]
         for strength in grid:
             pairs = [  # absent and present, for each class
                 _fit_softmax(model.set_params(C=strength), inputs, np.stack([1 - y, y], axis=1), weights)

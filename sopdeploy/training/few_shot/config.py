@@ -12,7 +12,7 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.models.second_order_head import HeadKind
 
-FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
+_FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
 
 
 class FewShotConfig(StrictModel):
@@ -152,9 +152,9 @@ class FewShotResult(StrictModel):
         if self.balanced:
             ratio = max(counts.values()) / max(1, min(counts.values()))
             text += f"; classes have equal weights, the largest is {ratio:.1f} times the smallest"
-        few = [label for label, count in counts.items() if count < FEW_IMAGES]
+        few = [label for label, count in counts.items() if count < _FEW_IMAGES]
         if few:
-            text += f"; fewer than {FEW_IMAGES} images of {', '.join(few)}: add more"
+            text += f"; fewer than {_FEW_IMAGES} images of {', '.join(few)}: add more"
         if self.duplicates:
             text += f"; {self.duplicates} duplicate{'s' * (self.duplicates > 1)}"
         return text

@@ -23,10 +23,10 @@ from sopdeploy.training.few_shot.config import FewShotConfig
 from sopdeploy.training.procedure import Selection
 from sopdeploy.training.recipe import Recipe
 
-FEW_IMAGES = 1000  # up to them nothing is measured: the procedure takes a minute on a CPU
-TIMED_BATCHES = 4  # after one that is not timed
+_FEW_IMAGES = 1000  # up to them nothing is measured: the procedure takes a minute on a CPU
+_TIMED_BATCHES = 4  # after one that is not timed
 PASSES = 5000  # over the inputs, in the fits of all heads; measured with ten classes
-STEP_COST = 3  # forward and backward, in forward passes
+_STEP_COST = 3  # forward and backward, in forward passes
 
 
 class Prediction(NamedTuple):
@@ -69,8 +69,8 @@ def select_procedure(recipe: Recipe, data: Split, record: Mapping[str, Any] | No
 
 def _select_by_time(recipe: Recipe, config: FewShotConfig, images: LabeledImages) -> tuple[bool, str]:
     """Decide whether the procedure trains on *images*; return the reason, too."""
-    if len(images) <= FEW_IMAGES:
-        return True, f"few-shot procedure: there are at most {FEW_IMAGES:,} images"
+    if len(images) <= _FEW_IMAGES:
+        return True, f"few-shot procedure: there are at most {_FEW_IMAGES:,} images"
     if torch.distributed.is_initialized():
         return False, "training loop: the few-shot procedure needs one process"
     predicted = predict(recipe, images)
@@ -108,13 +108,13 @@ def predict(recipe: Recipe, images: LabeledImages) -> Prediction:
         rules = Preprocess(resize=side * 8 // 7, crop=side)
     dataset, normalize = PreprocessedDataset(images, rules), Normalize(rules).to(device)
     size = BATCHES[device.type]
-    chosen = np.linspace(0, len(images) - 1, (TIMED_BATCHES + 1) * size).astype(int)
+    chosen = np.linspace(0, len(images) - 1, (_TIMED_BATCHES + 1) * size).astype(int)
     for start in range(0, len(chosen), size):
         if start == size:
             since = time.monotonic()
         pixels = np.stack([dataset[index][0] for index in chosen[start : start + size]])
         float(model(normalize(torch.from_numpy(pixels).to(device))).sum())
-    image_seconds = (time.monotonic() - since) / (TIMED_BATCHES * size)
+    image_seconds = (time.monotonic() - since) / (_TIMED_BATCHES * size)
     rank, count = min(MAX_RANK, len(images)), len(images)
     inputs, weight = np.ones((count // 10, rank)), np.ones((rank, len(images.labels)))
     since = time.monotonic()
@@ -124,7 +124,7 @@ def predict(recipe: Recipe, images: LabeledImages) -> Prediction:
     networks = 1 + len(recipe.few_shot.models)
     return Prediction(
         few_shot=networks * (count * image_seconds + heads),
-        loop=recipe.epochs * count * STEP_COST * image_seconds,
+        loop=recipe.epochs * count * _STEP_COST * image_seconds,
         memory=networks * count * (4 * length + 3 * 8 * MAX_RANK),
     )
 

@@ -16,14 +16,14 @@ import numpy as np
 from sopdeploy.decision import Score, known_score
 from sopdeploy.training.few_shot.classifier import Indices, Problem
 
-MAX_CLASSES = 10  # each needs one fit per fold
-WEIGHTS = (0.0, 0.25, 0.5, 1.0)  # of the distance, in standard deviations of the energy
+_MAX_CLASSES = 10  # each needs one fit per fold
+_WEIGHTS = (0.0, 0.25, 0.5, 1.0)  # of the distance, in standard deviations of the energy
 
 
 def recognize_unknown(
     problem: Problem, folds_N: Indices, strength: float, *, with_distance: bool
 ) -> tuple[dict[Score, float], float]:
-    """Leave out up to `MAX_CLASSES` classes, one at a time, and choose the weight of the distance.
+    """Leave out up to `_MAX_CLASSES` classes, one at a time, and choose the weight of the distance.
 
     *strength* is C. Returns the AUROC of each score, averaged over left-out classes, and the weight. They are
     empty and 0 for fewer than three classes, because one logit would remain, and for several classes per
@@ -35,7 +35,7 @@ def recognize_unknown(
     present = np.flatnonzero(classes.any(axis=0))
     if problem.targets.activation == "sigmoid" or len(present) < 3:
         return {}, 0.0
-    evenly_spaced = np.linspace(0, len(present) - 1, min(len(present), MAX_CLASSES)).astype(int)
+    evenly_spaced = np.linspace(0, len(present) - 1, min(len(present), _MAX_CLASSES)).astype(int)
     energy_aurocs, probability_aurocs, units = [], [], []
     for left_out in present[evenly_spaced]:
         known = classes[:, left_out] == 0
@@ -44,7 +44,7 @@ def recognize_unknown(
         (logits,) = without_class.cross_validate(folds_N, [strength], known)
         distances, energy = problem.distances(folds_N, known), known_score(logits, "energy")
         unit = float(energy[known].std() / max(float(distances[known].std()), 1e-12))
-        scores = [energy - weight * unit * distances for weight in WEIGHTS]
+        scores = [energy - weight * unit * distances for weight in _WEIGHTS]
         units.append(unit)
         energy_aurocs.append([float(roc_auc_score(known, score)) for score in scores])
         probability_aurocs.append(float(roc_auc_score(known, known_score(logits, "max_probability"))))
@@ -54,4 +54,4 @@ def recognize_unknown(
     aurocs: dict[Score, float] = {"energy": energy_auroc, "max_probability": probability_auroc}
     if energy_auroc < probability_auroc:
         return aurocs, 0.0
-    return aurocs, WEIGHTS[best] * float(np.mean(units))
+    return aurocs, _WEIGHTS[best] * float(np.mean(units))

@@ -21,7 +21,7 @@ from sopdeploy_service.http.strict_json import parse
 
 MAX_BODY_BYTES = 100_000  # of a repository request
 ADMIN = [Depends(require_admin)]
-ERROR: dict[str, Any] = {
+_ERROR: dict[str, Any] = {
     "description": "the code is in the header `X-Error-Code`",
     "content": {
         "application/json": {
@@ -29,14 +29,14 @@ ERROR: dict[str, Any] = {
         }
     },
 }
-ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
-    (400, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504), ERROR
+_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
+    (400, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504), _ERROR
 )
 
 Endpoint = Callable[[Request, str, str | None], Awaitable[Response]]
 
-VERSION = package_version("sopdeploy")  # a sandboxed server cannot read it later
-router = APIRouter(tags=["Open Inference Protocol"], responses=ERRORS)
+_VERSION = package_version("sopdeploy")  # a sandboxed server cannot read it later
+router = APIRouter(tags=["Open Inference Protocol"], responses=_ERRORS)
 
 
 class IndexBody(Body):
@@ -119,7 +119,7 @@ def model_endpoint(method: str, suffix: str, **options: Any) -> Callable[[Endpoi
 @router.get("/v2")
 async def server() -> Response:
     """Name the server and the extensions it supports."""
-    return json_response({"name": "sopdeploy", "version": VERSION, "extensions": EXTENSIONS})
+    return json_response({"name": "sopdeploy", "version": _VERSION, "extensions": EXTENSIONS})
 
 
 @router.get("/v2/health/live")

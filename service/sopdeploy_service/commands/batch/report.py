@@ -31,8 +31,8 @@ LEAST_CERTAIN = 24
 THUMBNAIL = 96  # width in CSS pixels
 STORED = 2 * THUMBNAIL  # longer side in pixels, for screens with two pixels per CSS pixel
 MAX_BARS = 50  # classes in the chart; the others are in `DATA`
-MAX_EXAMPLES = 5  # paths per kind of error
-COLUMNS = ["path", "classes", "probabilities", "known", "error"]
+_MAX_EXAMPLES = 5  # paths per kind of error
+_COLUMNS = ["path", "classes", "probabilities", "known", "error"]
 
 
 class Uncertain(StrictModel):
@@ -110,11 +110,11 @@ def _summarize(folder: OutputFolder, parts: int, bundle: Bundle) -> tuple[BatchR
     for part in range(parts):
         classes: list[int] = []
         confidences: list[float] = []
-        for number, row in enumerate(folder.read_columns(part, COLUMNS).to_pylist()):
+        for number, row in enumerate(folder.read_columns(part, _COLUMNS).to_pylist()):
             images += 1
             if (code := row["error"]) is not None:
                 errors[code] += 1
-                if errors[code] <= MAX_EXAMPLES:
+                if errors[code] <= _MAX_EXAMPLES:
                     examples[code].append(row["path"])
                 continue
             unknown += row["known"] is False

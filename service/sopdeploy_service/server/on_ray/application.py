@@ -18,7 +18,7 @@ from sopdeploy_service.server.on_ray.plan import CLUSTER_VARIABLE, NAME
 from sopdeploy_service.server.on_ray.replica import Replica
 
 REPLICA = "replica"
-METRICS_SECONDS = 5.0  # Ray exports metrics every ten seconds
+_METRICS_SECONDS = 5.0  # Ray exports metrics every ten seconds
 Sample: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]  # name, labels with their values
 LOGGING_CONFIG = {"enable_access_log": False}  # the setting `log` configures sopdeploy's access log
 
@@ -39,7 +39,7 @@ async def copy_metrics(registry: CollectorRegistry) -> None:
     gauges: dict[str, Gauge] = {}
     previous: dict[Sample, float] = {}
     while True:
-        await asyncio.sleep(METRICS_SECONDS)
+        await asyncio.sleep(_METRICS_SECONDS)
         current: dict[Sample, float] = {}
         for family in registry.collect():
             for sample in family.samples:

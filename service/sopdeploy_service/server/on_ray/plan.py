@@ -30,7 +30,7 @@ COMMENT = (
     "# `serve deploy` again, with other bundles in user_config, swaps them and drops no request.\n"
 )
 
-SINGLE_PROCESS = {  # settings that must have their default, and what to use instead
+_SINGLE_PROCESS = {  # settings that must have their default, and what to use instead
     "devices": "Ray assigns a device to each replica; use --gpus-per-replica and --replicas",
     "front_ends": "a replica is one process; use --replicas",
     "health_port": "replicas of one machine would conflict; Ray checks their health itself",
@@ -114,7 +114,7 @@ def deployment(bundles: Mapping[str, Path], settings: Settings, scale: ScaleOpti
 
 def check_settings(settings: Settings) -> None:
     """Raise `ConfigError` for *settings* that need a single process: Ray starts several."""
-    for name, advice in SINGLE_PROCESS.items():
+    for name, advice in _SINGLE_PROCESS.items():
         if getattr(settings, name) not in {Settings.model_fields[name].default, "auto"}:
             raise ConfigError(f"{name}: {advice}")
     if settings.port == 0:
