@@ -1,8 +1,10 @@
 """Structure of the project that linters and import contracts do not check."""
 
+import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,28 @@ def test_every_link_and_every_file_that_a_page_names_exists(page: Path) -> None:
         assert not anchor or anchor in anchors(linked), target
     named = MENTION.findall(text) if page.name != "CHANGELOG.md" else []
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def imported_modules(path: Path, modules: Collection[str]) -> set[str]:
+    """Return those of *modules* that a file imports anywhere, also inside functions and for types only."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & modules or {node.module}
+    return found & modules
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    files = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            files[".".join((package, *parts)).removesuffix(".__init__")] = path
+    imports = {module: imported_modules(path, files.keys()) - {module} for module, path in files.items()}
+    list(TopologicalSorter(imports).static_order())  # a CycleError names the modules of a circle
 
 
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "sklearn", "timm", "sopdeploy_export")
