@@ -67,7 +67,7 @@ def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> N
 def test_the_command_writes_the_same_and_prints_the_next_step(home: Path) -> None:
     options = [str(home / "ckpt.pt"), "--data", str(home / "photos"), "--accepts", "0.8"]
     ours = sopdeploy.calibrate(home / "ckpt.pt", home / "photos", home / "ours.pt", accepts=0.8)
-    done = CliRunner().invoke(app, ["calibrate", *options, "--out", str(home / "theirs.pt"), "--json"])
+    done = CliRunner().invoke(app, ["calibrate", *options, "--out-file", str(home / "theirs.pt"), "--json"])
     printed = json.loads(done.stdout)
     assert (printed["images"], printed["checkpoint"]) == (80, str(home / "theirs.pt"))
     assert Decision.model_validate(printed["decision"]) == ours.decision
