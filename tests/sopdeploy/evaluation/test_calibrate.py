@@ -94,7 +94,7 @@ def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
 
 
 PROBLEMS = {
-    "the checkpoint itself": ({"out": "ckpt.pt"}, "is the checkpoint to calibrate; give another name"),
+    "the checkpoint itself": ({"out_file": "ckpt.pt"}, "is the checkpoint to calibrate; give another name"),
     "no images to accept": ({"accepts": 0.0}, "accepts: Input should be greater than 0"),
     "few images": ({"data": "few"}, "few: has 2 images; give at least 50 to fit to"),
     "no checkpoint": ({"checkpoint": "x.pt"}, "x.pt: no such file"),
@@ -110,7 +110,7 @@ def test_an_error_is_one_line_and_writes_nothing(
         (home / "few" / label).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(home / "few" / label / "0.png")
     files = {path.name: path.stat().st_mtime_ns for path in home.glob("*.pt")}
-    arguments = {"checkpoint": "ckpt.pt", "data": "photos", "out": "new.pt", **changes}
+    arguments = {"checkpoint": "ckpt.pt", "data": "photos", "out_file": "new.pt", **changes}
     with pytest.raises(SopdeployError, match=message) as caught:
         sopdeploy.calibrate(**arguments)
     assert "\n" not in str(caught.value)
