@@ -165,6 +165,7 @@ def run_draw(
     rule = checkpoint.decision.rejection if checkpoint.decision else None
     if (
         not isinstance(result.procedure, FewShotResult)
+        or result.procedure.top1 is None
         or last.resume is None
         or rule is None
         or not isinstance(model, SecondOrderHead)
