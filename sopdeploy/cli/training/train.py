@@ -129,7 +129,7 @@ def _print_dry_run(
 
 def _print_result(result: "TrainedRun") -> None:
     if result.few_shot is not None:
-        say(*result.few_shot.lines())
+        say(*result.few_shot.lines(), f"{result.seconds:.0f} s in total")
     elif result.estimate is not None:
         epoch = f"epoch {result.best_epoch} of {result.epochs}"
         say(f"{epoch}: {result.estimate.describe()}, {result.seconds:.0f} s")
