@@ -1,8 +1,10 @@
 """Structure of the project that linters and import contracts do not check."""
 
+import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,138 @@ def test_modules_do_not_import_heavy_packages(modules: tuple[str, ...]) -> None:
     code = f"import {', '.join(modules)}, sys; print([n for n in {WITHOUT[modules]} if n in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == "[]"
+
+
+# A command has the name that users type, and the framework calls it, as it calls a route.
+REGISTERED = re.compile(r"(?:command|model_endpoint|router\.\w+)\(")
+
+
+def public_names(path: Path) -> set[str]:
+    """Return the functions, classes and constants of *path* that other modules can import."""
+    names: set[str] = set()
+    for part in ast.parse(path.read_text(encoding="utf-8")).body:
+        match part:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                registered = any(REGISTERED.match(ast.unparse(item)) for item in part.decorator_list)
+                names |= set() if registered else {part.name}
+            case ast.Assign(targets=targets):
+                names |= {x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)}
+            case ast.AnnAssign(target=ast.Name(name)):
+                names.add(name)
+    return {name for name in names if not name.startswith("_")}
+
+
+# One concept has one name, and one name means one concept. Add nothing; delete what you rename.
+DEFINED_TWICE = {
+    "Activation",
+    "Arrays",
+    "BATCH",
+    "BLOCKS",
+    "BROKEN",
+    "Box",
+    "Calibration",
+    "ClassMap",
+    "ClassProbability",
+    "ClassifyOptions",
+    "Comparison",
+    "Count",
+    "Counts",
+    "END",
+    "ENTRIES",
+    "EPOCHS",
+    "Embedding",
+    "Entry",
+    "FEATURES",
+    "FORMAT",
+    "GATES",
+    "Gate",
+    "IMAGE",
+    "ImageLike",
+    "Images",
+    "Job",
+    "Kind",
+    "LABELS",
+    "LEVEL",
+    "LIST",
+    "Limit",
+    "Load",
+    "MAX_GROUPS",
+    "MAX_MISTAKES",
+    "MAX_WAITING",
+    "METRICS",
+    "MODELS",
+    "ModelInfo",
+    "NAME",
+    "NUMBER",
+    "Network",
+    "PREFIX",
+    "PROBES",
+    "PROVIDER",
+    "Part",
+    "Pixels",
+    "Precision",
+    "Prediction",
+    "Predictions",
+    "Problem",
+    "ROWS",
+    "Reference",
+    "Rejection",
+    "Result",
+    "Results",
+    "Row",
+    "Run",
+    "SERVER",
+    "STAGES",
+    "Scale",
+    "Score",
+    "Shadow",
+    "Stage",
+    "THUMBNAIL",
+    "TRAIN",
+    "USER_ERROR",
+    "Value",
+    "WIDTH",
+    "apply",
+    "build",
+    "build_classifier",
+    "check",
+    "check_name",
+    "choose_network",
+    "classify",
+    "compare",
+    "convert",
+    "describe",
+    "evaluate",
+    "export",
+    "find_taps",
+    "inspect",
+    "install",
+    "load_images",
+    "load_pixels",
+    "log",
+    "main",
+    "make_key",
+    "measure",
+    "open_image",
+    "predict",
+    "receive",
+    "replay",
+    "router",
+    "select_procedure",
+    "send",
+    "serve",
+    "shorten",
+    "steps",
+    "summarize",
+    "to_toml",
+    "train",
+    "write_archive",
+    "write_report",
+}
+
+
+def test_no_public_name_is_defined_in_two_files() -> None:
+    files = Counter(name for module in MODULES for name in public_names(module))
+    twice = {name for name, number in files.items() if number > 1}
+    assert twice - DEFINED_TWICE == set(), "rename, or start what only its own file uses with an underscore"
+    assert DEFINED_TWICE - twice == set(), "delete these entries of DEFINED_TWICE"
