@@ -150,6 +150,7 @@ def fit_best(run: Run, held_out: PreprocessedDataset, folder: RunFolder, callbac
             estimated_on="held-out",
             accepts=run.recipe.rejection.accepts,
             scalable=model.logits_layer() is not None,
+            groups=getattr(held_out.images, "groups", None),
         )
     record = {**checkpoint.training, "procedure": result.model_dump(mode="json")}
     write_checkpoint(folder.best, replace(checkpoint, training=record, decision=run.decision))

@@ -128,8 +128,7 @@ def _print_dry_run(
 
 
 def _print_result(result: "TrainedRun") -> None:
-    *lines, last = result.procedure.lines()
-    say(*lines, f"{last}, {result.seconds:.0f} s" if result.procedure.kind == "loop" else last)
+    say(*result.procedure.lines(), f"{result.seconds:.0f} s in total")
     if result.decision is not None:
         say(*(f"{name}: {text}" for name, text in result.decision.rows()))
     say(f"next: sopdeploy export {result.best}{' --detach' * bool(result.training_only)}")

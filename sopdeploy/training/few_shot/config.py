@@ -108,7 +108,7 @@ class FewShotResult(ProcedureResult):
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")
         steps = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
-        return (*lines, f"{self.describe_score()}; {sum(self.seconds.values()):.0f} s ({steps})")
+        return (*lines, f"{self.describe_score()}; {steps}")
 
     def describe_score(self) -> str:
         """Describe the score; if it is not clearly better, add the accuracy of always guessing one class."""
@@ -168,7 +168,7 @@ class FewShotConfig(ProcedureConfig):
     result: ClassVar[type[FewShotResult]] = FewShotResult
     unread: ClassVar[tuple[str, ...]] = LOOP_KEYS
     kind: Literal["few_shot"] = "few_shot"
-    folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 5
+    folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 10
     group_copies: bool = True
     heads: tuple[HeadKind, ...] = ()
     models: tuple[str, ...] = ()
