@@ -3,13 +3,15 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from importlib import import_module
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from sopdeploy import __version__
+from sopdeploy.plugins import load, parts
 
 ABOUT = "Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."
 OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed
@@ -18,7 +20,7 @@ SETTINGS: Any = {  # of every `typer.Typer`
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-# Name of a command: topic, function in `sopdeploy.cli`, summary. The line is the only registration.
+# Name: topic, function in `sopdeploy.cli`, summary. Those of optional parts are in pyproject.toml.
 COMMANDS = {
     "demo": ("Get started", "demo:demo", "run the whole workflow in a minute"),
     "env": ("Get started", "env:env", "versions and hardware, for a bug report"),
@@ -26,30 +28,22 @@ COMMANDS = {
     "recipes": ("Train", "training.train:recipes", "list the packaged recipes"),
     "models": ("Train", "training.models:models", "list the networks of the catalog"),
     "describe": ("Train", "training.models:describe", "count parameters and multiply-adds of a network"),
-    "import": ("Train", "training.import_weights:import_file", "convert published weights to a checkpoint"),
     "train": ("Train", "training.train:train_command", "train a network"),
     "eval": ("Train", "training.evaluate:evaluate", "evaluate a checkpoint, a bundle or a server"),
     "calibrate": ("Train", "training.calibrate:calibrate", "fit temperature and thresholds of a checkpoint"),
     "runs": ("Train", "training.runs:runs", "list runs and bundles, and which bundles are live"),
     "report": ("Train", "training.report:report", "write an HTML report on a run"),
-    "compare": ("Train", "training.compare:compare", "test whether one recipe is better than another"),
-    "reproduce": ("Train", "training.reproduce:reproduce", "train the rows of a paper's table"),
     "export": ("Export", "deployment.export:export", "convert a checkpoint to a bundle, with a proof"),
     "inspect": ("Export", "deployment.export:inspect", "list parts of your network that have no effect"),
     "verify": ("Export", "deployment.verify:verify", "check files and outputs of a bundle"),
-    "engine": ("Export", "deployment.engine:engine", "build the TensorRT engine of a bundle"),
-    "triton": ("Export", "deployment.triton:triton", "add a bundle to a Triton model repository"),
     "sign": ("Export", "deployment.keys:sign", "sign a bundle"),
     "push": ("Export", "deployment.transfer:push", "upload a bundle"),
     "pull": ("Export", "deployment.transfer:pull", "download and check a bundle"),
     "predict": ("Serve", "serving.predict:predict", "classify images without a server"),
-    "classify": ("Serve", "serving.classify:classify", "classify any number of images into parquet files"),
     "serve": ("Serve", "serving.serve:serve", "serve bundles over HTTP, with a web page"),
-    "ray": ("Serve", "serving.ray:ray", "serve bundles on Ray"),
     "health": ("Serve", "serving.health:health", "check whether a server is ready"),
     "key": ("Serve", "deployment.keys:key", "create an API key for a server"),
     "bench": ("Serve", "serving.bench:bench", "measure latency and throughput of a bundle"),
-    "doctor": ("Serve", "serving.doctor:doctor", "find the bottleneck of a server"),
 }
 QUICK_START = (
     "sopdeploy train --data photos",
@@ -60,22 +54,38 @@ QUICK_START = (
 )
 
 
+TOPICS = {"": "Get started", "training": "Train", "deployment": "Export", "serving": "Serve"}  # by folder
+
+
+@cache
+def list_commands() -> dict[str, tuple[str, str, str]]:
+    """Return `COMMANDS` and those of optional parts, whose summary is in the first line of their file."""
+    commands = dict(COMMANDS)
+    for name, value in parts("sopdeploy.commands").items():
+        target = value.removeprefix("sopdeploy.cli.")
+        folder, _, module = target.partition(":")[0].rpartition(".")
+        with Path(__file__).with_name(folder).joinpath(f"{module}.py").open(encoding="utf-8") as file:
+            summary = file.readline().strip('."\n').partition(": ")[2]
+        commands[name] = (TOPICS[folder], target, summary)
+    order = list(TOPICS.values())
+    return dict(sorted(commands.items(), key=lambda item: order.index(item[1][0])))
+
+
 class Commands(Mapping[str, Any]):
     """The commands by name; a command is imported when it is looked up."""
 
     def __getitem__(self, name: str) -> Any:
-        module, _, function = COMMANDS[name][1].partition(":")
-        target = getattr(import_module(f"sopdeploy.cli.{module}"), function)
+        target = load(f"sopdeploy.cli.{list_commands()[name][1]}")
         if not isinstance(target, typer.Typer):
             command, target = target, typer.Typer(add_completion=False, **SETTINGS)
             target.command(name)(command)
         return typer.main.get_command(target)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(COMMANDS)
+        return iter(list_commands())
 
     def __len__(self) -> int:
-        return len(COMMANDS)
+        return len(list_commands())
 
 
 class Program(TyperGroup):
@@ -91,8 +101,9 @@ class Program(TyperGroup):
         formatter.write(f"\n{ABOUT}\n\nQuick start:\n")
         for number, command in enumerate(QUICK_START, 1):
             formatter.write(f"  {number}  {command}\n")
-        for topic in dict.fromkeys(topic for topic, _, _ in COMMANDS.values()):
-            rows = [(name, summary) for name, (group, _, summary) in COMMANDS.items() if group == topic]
+        commands = list_commands()
+        for topic in TOPICS.values():
+            rows = [(name, summary) for name, (group, _, summary) in commands.items() if group == topic]
             with formatter.section(topic):
                 formatter.write_dl(rows)
         records = [parameter.get_help_record(ctx) for parameter in self.get_params(ctx)]

@@ -10,22 +10,26 @@ from typing import Annotated
 import numpy as np
 import pydantic
 
+from sopdeploy.config import with_plugins
 from sopdeploy.data.base import LabeledImages, Split
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.official import OfficialConfig, detect_kind, open_official
 from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
 from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import ImageFiles, find_unreadable
-from sopdeploy.data.subset import select_subset
+from sopdeploy.data.subset import DataSource, select_subset
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.files import expand_user
 
 DataConfig = Annotated[
-    DigitsConfig | FolderConfig | CifarConfig | OfficialConfig, pydantic.Field(discriminator="kind")
+    DigitsConfig | FolderConfig | CifarConfig | OfficialConfig,
+    pydantic.Field(discriminator="kind"),
+    with_plugins("sopdeploy.data", DataSource),
+    pydantic.SerializeAsAny(),
 ]
 
 
-def open_data(config: DataConfig, log: Log = ignore) -> Split:
+def open_data(config: DataConfig | DataSource, log: Log = ignore) -> Split:
     """Open the training and held-out images of *config*, restricted to its subset of classes if it has one.
 
     Slow steps and skipped files are reported to *log*. Raises `ConfigError` if no path is set and `DataError`
@@ -36,6 +40,8 @@ def open_data(config: DataConfig, log: Log = ignore) -> Split:
             return select_subset(open_digits(), config.classes)
         case CifarConfig():
             return select_subset(open_cifar(config), config.classes)
+        case DataSource():
+            return select_subset(config.open(log), config.classes)
     if isinstance(config, OfficialConfig):
         split = open_official(config.kind, config.path)
     elif config.path is not None and (kind := detect_kind(expand_user(config.path))):

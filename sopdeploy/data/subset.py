@@ -8,6 +8,7 @@ import pydantic
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import Split, derive_seed
+from sopdeploy.data.folders import Log
 from sopdeploy.errors import ConfigError, DataError
 
 _SEED = 0  # not the seed of the run: the same number gives the same classes in every run
@@ -17,6 +18,17 @@ class ClassSubset(StrictModel):
     """Base class of data configs; `classes` is the number of classes to draw. They keep their order."""
 
     classes: Annotated[int, pydantic.Field(ge=2)] | None = None
+
+
+class DataSource(ClassSubset):
+    """Base class of the options of a data source that a plug-in adds; the field `kind` is its name."""
+
+    def open(self, log: Log) -> Split:
+        """Open the training and held-out images; *log* receives warnings.
+
+        Raises `DataError` if they cannot be used.
+        """
+        raise NotImplementedError
 
 
 def select_subset(split: Split, classes: int | None) -> Split:

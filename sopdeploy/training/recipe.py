@@ -16,9 +16,11 @@ import pydantic
 from sopdeploy.config import FractionBelowOne, NonNegative, StrictModel, first_problem
 from sopdeploy.data.augment import Augmentation, BoxCrop, ColorJitter, Mixup, RandAugment
 from sopdeploy.data.sources import DataConfig
+from sopdeploy.data.subset import DataSource
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry, make_config
+from sopdeploy.plugins import find
 from sopdeploy.project import Name
 from sopdeploy.training.ema import EmaConfig
 from sopdeploy.training.fine_tuning import StartConfig
@@ -222,10 +224,12 @@ def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any])
         for key in config.keys() - entry(network).config.model_fields:
             del config[key]
     data, kind = tables.get("data", {}), overrides.get("data.kind")
-    for data_config in get_args(get_args(DataConfig)[0]):  # the members of the annotated union
-        if kind != data.get("kind") and kind in get_args(data_config.model_fields["kind"].annotation):
-            for key in data.keys() - data_config.model_fields:
-                del data[key]
+    if isinstance(kind, str) and kind != data.get("kind"):
+        members = get_args(get_args(DataConfig)[0])  # of the annotated union
+        of_kind = (item for item in members if kind in get_args(item.model_fields["kind"].annotation))
+        chosen = next(of_kind, None) or find("sopdeploy.data", kind, DataSource)
+        for key in data.keys() - (data if chosen is None else chosen.model_fields).keys():
+            del data[key]
 
 
 def is_read(key: str, few_shot: bool) -> bool:
