@@ -1,4 +1,4 @@
-"""Planted wrong labels that `data check --labels` lists, against cleanlab on the same probabilities.
+"""Planted wrong labels that `data check --wrong-labels` lists, against cleanlab on the same probabilities.
 
     python benchmarks/wrong_labels.py --data DIR --model NAME --weights FILE --cache DIR
         [--size 50] [--shares 0.03,0.08] [--similar shirt,t-shirt,longsleeve] [--draws 6] [--json]
@@ -6,7 +6,7 @@
 --data is a folder of photographs, <class>/*.jpg. Each draw takes --size photographs per class and moves a
 share of them, n photographs, to another class: any class, and in a second run among the classes --similar
 only. `sopdeploy train` runs with default options; outputs of the frozen network are cached as in
-copied_photos.py. Ours is the order of `data check --labels`; cleanlab is its best method by
+copied_photos.py. Ours is the order of `data check --wrong-labels`; cleanlab is its best method by
 `get_label_quality_scores` on the same out-of-fold probabilities. "precision at n" is the share of wrong
 labels among the first n, "recall at 2n" the share of the wrong labels that are among the first 2n. Needs
 `pip install cleanlab==2.9.0`. Exit status 1: ours is below cleanlab.

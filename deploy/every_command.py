@@ -28,7 +28,7 @@ ARGUMENTS = {
     "recipes": "",
     "models": "",
     "describe": "resnet20",
-    "import": "file --as resnet18 --out imported.pt",
+    "import": "file --as resnet18 --out-file imported.pt",
     "train": "--data photos --set few_shot.absent=1",
     "eval": "bundle --data photos",
     "calibrate": "file --data photos",
@@ -49,7 +49,7 @@ ARGUMENTS = {
     "serve": "bundle --keys absent",
     "ray": "bundle",
     "health": "--url http://127.0.0.1:1",
-    "key": "app --file keys.toml",
+    "key": "app --keys keys.toml",
     "bench": "bundle --batch 1",
     "doctor": "--url http://127.0.0.1:1",
 }

@@ -31,8 +31,8 @@ class TrainOptions(Options):
     resume: Literal["never", "always", "auto"] = "never"
     """Continue the run in the folder, by default the newest of the project; auto starts a new one if there is
     none."""
-    log: tuple[str, ...] = ()
-    """Also log to tensorboard; `wandb sync` reads its files."""
+    tensorboard: bool = False
+    """Also write the metrics to the run's folder tensorboard; `wandb sync` reads its files."""
 
 
 class EvaluateOptions(Options):
@@ -49,7 +49,7 @@ class EvaluateOptions(Options):
     api_key: str | None = None
     """API key of the server."""
     workers: Workers = 0
-    """Data loading processes for a checkpoint."""
+    """Processes that load images for a checkpoint."""
 
 
 class CalibrateOptions(Options):
@@ -58,4 +58,4 @@ class CalibrateOptions(Options):
     accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95
     """Fraction of images of known classes to accept as known; 1 rejects none."""
     workers: Workers = 0
-    """Data loading processes."""
+    """Processes that load images."""

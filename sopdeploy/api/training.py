@@ -16,7 +16,7 @@ from sopdeploy.html.templates import render
 from sopdeploy.project import folder_project
 from sopdeploy.report.predictions import predictions_context, score_tile
 from sopdeploy.report.run_data import Predictions, RunData, read_run
-from sopdeploy.training.callbacks import Callback, CallbackList, create_loggers
+from sopdeploy.training.callbacks import Callback, CallbackList, TensorBoard
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
 from sopdeploy.training.loop import TrainingResult
@@ -127,7 +127,8 @@ def train(
         folder = numbered_folder(str(loaded.project), strategy, resume=resuming) if out is None else Path(out)
         callbacks: list[Any] = []
         if is_main_process():
-            callbacks += create_loggers(options.log, folder)
+            if options.tensorboard:
+                callbacks.append(TensorBoard(folder))
             console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
             if (console.is_terminal or console.is_jupyter) if progress is None else progress:
                 callbacks.append(stack.enter_context(ProgressBars(console)))

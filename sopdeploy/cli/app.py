@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from sopdeploy import __version__
-from sopdeploy.plugins import load, parts
+from sopdeploy.plugins import parts
 
 ABOUT = "Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."
 OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed
@@ -20,30 +21,31 @@ SETTINGS: Any = {  # of every `typer.Typer`
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-# Name: topic, function in `sopdeploy.cli`, summary. Those of optional parts are in pyproject.toml.
+# Name of a command: topic, module in `sopdeploy.cli` with the function `<name>_command`, summary. Commands of
+# optional parts are in pyproject.toml.
 COMMANDS = {
-    "demo": ("Get started", "demo:demo", "run the whole workflow in a minute"),
-    "env": ("Get started", "env:env", "versions and hardware, for a bug report"),
-    "data": ("Train", "training.data:data", "inspect images before training"),
-    "recipes": ("Train", "training.train:recipes", "list the packaged recipes"),
-    "models": ("Train", "training.models:models", "list the networks of the catalog"),
-    "describe": ("Train", "training.models:describe", "count parameters and multiply-adds of a network"),
-    "train": ("Train", "training.train:train_command", "train a network"),
-    "eval": ("Train", "training.evaluate:evaluate", "evaluate a checkpoint, a bundle or a server"),
-    "calibrate": ("Train", "training.calibrate:calibrate", "fit temperature and thresholds of a checkpoint"),
-    "runs": ("Train", "training.runs:runs", "list runs and bundles, and which bundles are live"),
-    "report": ("Train", "training.report:report", "write an HTML report on a run"),
-    "export": ("Export", "deployment.export:export", "convert a checkpoint to a bundle, with a proof"),
-    "inspect": ("Export", "deployment.export:inspect", "list parts of your network that have no effect"),
-    "verify": ("Export", "deployment.verify:verify", "check files and outputs of a bundle"),
-    "sign": ("Export", "deployment.keys:sign", "sign a bundle"),
-    "push": ("Export", "deployment.transfer:push", "upload a bundle"),
-    "pull": ("Export", "deployment.transfer:pull", "download and check a bundle"),
-    "predict": ("Serve", "serving.predict:predict", "classify images without a server"),
-    "serve": ("Serve", "serving.serve:serve", "serve bundles over HTTP, with a web page"),
-    "health": ("Serve", "serving.health:health", "check whether a server is ready"),
-    "key": ("Serve", "deployment.keys:key", "create an API key for a server"),
-    "bench": ("Serve", "serving.bench:bench", "measure latency and throughput of a bundle"),
+    "demo": ("Get started", "demo", "run the whole workflow in a minute"),
+    "env": ("Get started", "env", "versions and hardware, for a bug report"),
+    "data": ("Train", "training.data", "inspect images before training"),
+    "recipes": ("Train", "training.train", "list the packaged recipes"),
+    "models": ("Train", "training.models", "list the networks of the catalog"),
+    "describe": ("Train", "training.models", "count parameters and multiply-adds of a network"),
+    "train": ("Train", "training.train", "train a network"),
+    "eval": ("Train", "training.evaluate", "evaluate a checkpoint, a bundle or a server"),
+    "calibrate": ("Train", "training.calibrate", "fit temperature and thresholds of a checkpoint"),
+    "runs": ("Train", "training.runs", "list runs and bundles, and which bundles are live"),
+    "report": ("Train", "training.report", "write an HTML report on a run"),
+    "export": ("Export", "deployment.export", "convert a checkpoint to a bundle, with a proof"),
+    "inspect": ("Export", "deployment.export", "list parts of your network that have no effect"),
+    "verify": ("Export", "deployment.verify", "check files and outputs of a bundle"),
+    "sign": ("Export", "deployment.keys", "sign a bundle"),
+    "push": ("Export", "deployment.transfer", "upload a bundle"),
+    "pull": ("Export", "deployment.transfer", "download and check a bundle"),
+    "predict": ("Serve", "serving.predict", "classify images without a server"),
+    "serve": ("Serve", "serving.serve", "serve bundles over HTTP, with a web page"),
+    "health": ("Serve", "serving.health", "check whether a server is ready"),
+    "key": ("Serve", "deployment.keys", "create an API key for a server"),
+    "bench": ("Serve", "serving.bench", "measure latency and throughput of a bundle"),
 }
 QUICK_START = (
     "sopdeploy train --data photos",
@@ -59,14 +61,16 @@ TOPICS = {"": "Get started", "training": "Train", "deployment": "Export", "servi
 
 @cache
 def list_commands() -> dict[str, tuple[str, str, str]]:
-    """Return `COMMANDS` and those of optional parts, whose summary is in the first line of their file."""
+    """Return topic, module and summary of all commands by name.
+
+    The summary of an optional one is in the first line of its file.
+    """
     commands = dict(COMMANDS)
-    for name, value in parts("sopdeploy.commands").items():
-        target = value.removeprefix("sopdeploy.cli.")
-        folder, _, module = target.partition(":")[0].rpartition(".")
-        with Path(__file__).with_name(folder).joinpath(f"{module}.py").open(encoding="utf-8") as file:
-            summary = file.readline().strip('."\n').partition(": ")[2]
-        commands[name] = (TOPICS[folder], target, summary)
+    for name, module in parts("sopdeploy.commands").items():
+        *_, folder, file = module.split(".")
+        with Path(__file__).with_name(folder).joinpath(f"{file}.py").open(encoding="utf-8") as lines:
+            summary = lines.readline().strip('."\n').partition(": ")[2]
+        commands[name] = (TOPICS[folder], f"{folder}.{file}", summary)
     order = list(TOPICS.values())
     return dict(sorted(commands.items(), key=lambda item: order.index(item[1][0])))
 
@@ -75,7 +79,8 @@ class Commands(Mapping[str, Any]):
     """The commands by name; a command is imported when it is looked up."""
 
     def __getitem__(self, name: str) -> Any:
-        target = load(f"sopdeploy.cli.{list_commands()[name][1]}")
+        module = import_module(f"sopdeploy.cli.{list_commands()[name][1]}")
+        target = getattr(module, f"{name}_command")
         if not isinstance(target, typer.Typer):
             command, target = target, typer.Typer(add_completion=False, **SETTINGS)
             target.command(name)(command)

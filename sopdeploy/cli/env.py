@@ -34,7 +34,7 @@ def _show(sections: dict[str, dict[str, Any]]) -> None:
 
 
 @command(_show)
-def env() -> dict[str, dict[str, Any]]:
+def env_command() -> dict[str, dict[str, Any]]:
     """Print versions, system, processor, GPU and environment for a bug report; secrets are hidden.
 
     Example: [bold]sopdeploy env[/bold]

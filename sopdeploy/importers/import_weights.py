@@ -85,7 +85,7 @@ def import_weights(
     Raises a `SopdeployError` if the file cannot be read, is of an unknown project or of another network.
     """
     if destination.exists() and source.exists() and destination.samefile(source):
-        raise ConfigError(f"{destination} is the file to import; give another name", setting="out")
+        raise ConfigError(f"{destination} is the file to import; give another name", setting="out_file")
     file = open_weights(source)
     project, converted = convert(file, model)
     if converted.num_classes == 0:

@@ -84,11 +84,3 @@ class TensorBoard(Callback):
             if name != "epoch":
                 self.writer.add_scalar(f"{group}/{name}", value, row.epoch)
         self.writer.flush()
-
-
-def create_loggers(names: Sequence[str], folder: Path) -> list[Callback]:
-    """Create the loggers *names*; raise `ConfigError` for unknown names and missing packages."""
-    for name in names:
-        if name != "tensorboard":
-            raise ConfigError("unknown; choose tensorboard", setting="log", value=name)
-    return [TensorBoard(folder)] if names else []

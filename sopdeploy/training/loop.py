@@ -292,6 +292,7 @@ def fit_best(
             estimated_on="held-out",
             accepts=run.recipe.rejection.accepts,
             scalable=model.logits_layer() is not None,
+            groups=getattr(held_out.images, "groups", None),
         )
     record = {**checkpoint.training, "estimate": run.estimate.model_dump(mode="json")}
     write_checkpoint(folder.best, replace(checkpoint, training=record, decision=decision))

@@ -81,7 +81,7 @@ def test_its_network_is_exported_with_proof_and_served_by_its_runtime_and_decode
     with TestClient(create_app({"stripes": loaded}, settings)) as client:
         answer = client.post("/v1/classify", content=file.getvalue()).json()
         (served,) = client.get("/info").json()["models"]
-    labels = {entry["label"] for entry in answer["images"][0]["top"]}
+    labels = {entry["label"] for entry in answer["classes"]}
     assert labels == {"horizontal", "vertical"}
     assert (served["runtime"].split()[0], served["decode"]) == ("onnx-reference", "draft")
 

@@ -36,7 +36,7 @@ def summarize(result: "Engine | EnginePlan") -> dict[str, Any]:
 
 
 @command(_show, summarize=summarize)
-def engine(
+def engine_command(
     bundle: BundleArgument,
     *,
     options: EngineOptions,

@@ -29,7 +29,7 @@ def show(exported: "Exported") -> None:
 
 
 @command(show, summarize=lambda exported: exported.summary())
-def export(
+def export_command(
     checkpoint: Annotated[
         Path, typer.Argument(help="A checkpoint of `sopdeploy train`, or with --network any weight file.")
     ],
@@ -66,7 +66,7 @@ def show_unused(inspected: dict[str, Any]) -> None:
 
 
 @command(show_unused)
-def inspect(
+def inspect_command(
     file: Annotated[Path, typer.Argument(help="A weight file.")], *, options: NetworkOptions
 ) -> dict[str, Any]:
     """List the parts of a network of your own that its output does not depend on; writes nothing.

@@ -46,7 +46,7 @@ def replay_rules(bundle: Path) -> str | None:
 
 
 @command(_show, summarize=lambda verified: {**verified[0].model_dump(mode="json"), "lowering": verified[1]})
-def verify(bundle: BundleArgument) -> "tuple[Verification, str | None]":
+def verify_command(bundle: BundleArgument) -> "tuple[Verification, str | None]":
     """Check every file of a bundle, its probes and its golden examples on this machine, offline.
 
     Example: [bold]sopdeploy verify bundles/photos-3f6c01d2a4b7[/bold]

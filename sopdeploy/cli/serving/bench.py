@@ -29,7 +29,7 @@ def _show(result: "Benchmark") -> None:
 
 
 @command(_show)
-def bench(
+def bench_command(
     bundle: BundleArgument,
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the runtime.")] = None,

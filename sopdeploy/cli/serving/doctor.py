@@ -38,7 +38,7 @@ def _show(diagnosis: "Diagnosis") -> None:
 
 
 @command(_show)
-def doctor(
+def doctor_command(
     url: Annotated[str, typer.Option(help="URL of the server.")],
     images: Annotated[
         Path | None,

@@ -35,7 +35,7 @@ def _show(prediction: "FilePrediction") -> None:
 
 
 @command()
-def predict(
+def predict_command(
     bundle: BundleArgument,
     images: Annotated[list[Path], typer.Argument(help="Image files to classify.")],
     top_k: Annotated[int | None, typer.Option(min=1, help="Classes per image.")] = None,

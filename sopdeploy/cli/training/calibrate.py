@@ -32,12 +32,12 @@ def summarize(calibrated: "Calibrated") -> dict[str, Any]:
 
 
 @command(_show, summarize=summarize)
-def calibrate(
+def calibrate_command(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of `sopdeploy train` or `import`.")],
     data: Annotated[
         Path, typer.Option(help="Images not used for training, DIR/<class>/*.jpg or with labels.csv.")
     ],
-    out: Annotated[
+    out_file: Annotated[
         Path | None, typer.Option(help="The new checkpoint; by default <name>-calibrated.pt.")
     ] = None,
     *,
@@ -53,4 +53,4 @@ def calibrate(
     with image_progress() as on_image:
         from sopdeploy.api.calibration import calibrate as run
 
-        return run(checkpoint, data, out, options=options, on_image=on_image)
+        return run(checkpoint, data, out_file, options=options, on_image=on_image)

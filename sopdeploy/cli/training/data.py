@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
 MAX_GROUPS = 10  # of equal images; --json lists all
 
-data = typer.Typer(name="data", no_args_is_help=True, add_completion=False, **SETTINGS)
+data_command = typer.Typer(name="data", no_args_is_help=True, add_completion=False, **SETTINGS)
 
 
-@data.callback()
-def inspect_images() -> None:
+@data_command.callback()
+def _inspect_images() -> None:
     """Inspect images before training.
 
     Example: [bold]sopdeploy data check photos/[/bold]
     """
 
 
-@data.command("check")
-def check(
+@data_command.command("check")
+def _check(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with one subfolder per class.")],
     near: Annotated[bool, typer.Option("--near", help="Also list near-duplicates, such as bursts.")] = False,
-    labels: Annotated[
+    wrong_labels: Annotated[
         Path | None,
         typer.Option(metavar="RUN", help="Only list labels that are probably wrong, by this run of DIR."),
     ] = None,
     paths: Annotated[
-        bool, typer.Option("--paths", help="With --labels: print one path per line, for scripts.")
+        bool, typer.Option("--paths", help="With --wrong-labels: print one path per line, for scripts.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -46,11 +46,11 @@ def check(
 
     Example: [bold]sopdeploy data check photos/ --near[/bold]
 
-    Example: [bold]sopdeploy data check photos/ --labels runs/latest[/bold]
+    Example: [bold]sopdeploy data check photos/ --wrong-labels runs/latest[/bold]
     """
-    if labels is not None:
+    if wrong_labels is not None:
         with one_line_errors(as_json):
-            _print_labels(path, labels, paths=paths, as_json=as_json)
+            _print_labels(path, wrong_labels, paths=paths, as_json=as_json)
         return
     with one_line_errors(as_json):
         from sopdeploy.data.check import check as check_data

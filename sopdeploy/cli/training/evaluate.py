@@ -35,7 +35,7 @@ def _show(evaluation: "Evaluation") -> None:
 
 
 @command(_show, summarize=lambda evaluation: evaluation.summary())
-def evaluate(
+def eval_command(
     source: Annotated[
         str, typer.Argument(metavar="SOURCE", help="A checkpoint, a bundle, or the URL of a server.")
     ],

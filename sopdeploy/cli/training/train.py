@@ -26,7 +26,8 @@ FEW_SHOT = (
 SIGNAL_EXIT_CODE = 128  # plus the signal number, as shells expect
 
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe; repeatable."),
 ]
 
 
@@ -55,7 +56,7 @@ train_command = typer.Typer(add_completion=False, **SETTINGS)
 
 @train_command.command("train", cls=TrainCommand)
 @command()
-def train(
+def _train(
     recipe: Annotated[
         str | None, typer.Option(help="A recipe of `sopdeploy recipes`, or a .toml file.")
     ] = None,
@@ -129,7 +130,7 @@ def _print_dry_run(
 
 def _print_result(result: "TrainedRun") -> None:
     if result.few_shot is not None:
-        say(*result.few_shot.lines())
+        say(*result.few_shot.lines(), f"{result.seconds:.0f} s in total")
     elif result.estimate is not None:
         epoch = f"epoch {result.best_epoch} of {result.epochs}"
         say(f"{epoch}: {result.estimate.describe()}, {result.seconds:.0f} s")
@@ -157,7 +158,7 @@ def show_recipes(summaries: list[dict[str, str]]) -> None:
 
 
 @command(show_recipes)
-def recipes() -> list[dict[str, str]]:
+def recipes_command() -> list[dict[str, str]]:
     """List the packaged recipes.
 
     Example: [bold]sopdeploy recipes[/bold]

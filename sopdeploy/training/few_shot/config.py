@@ -33,7 +33,7 @@ class FewShotConfig(StrictModel):
 
     procedure: Literal["auto", "few-shot", "loop"] = "auto"
     max_minutes: Positive = 60.0
-    folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 5
+    folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 10
     group_copies: bool = True
     heads: tuple[HeadKind, ...] = ()
     models: tuple[str, ...] = ()
@@ -117,7 +117,7 @@ class FewShotResult(StrictModel):
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")
         steps = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
-        return (*lines, f"{self.describe_score()}; {sum(self.seconds.values()):.0f} s ({steps})")
+        return (*lines, f"{self.describe_score()}; {steps}")
 
     def describe_score(self) -> str:
         """Describe the score; if it is not clearly better, add the accuracy of always guessing one class."""

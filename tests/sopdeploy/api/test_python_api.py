@@ -185,7 +185,7 @@ def test_a_classification_gives_the_rows_and_the_figures_of_the_command(
     bundle: Path, photos: Path, tmp_path: Path
 ) -> None:
     printed = command(
-        "classify", bundle, photos, "--out", tmp_path / "a", "--set", "threads=1", "--workers", 1
+        "classify", bundle, photos, "--out", tmp_path / "a", "--setting", "threads=1", "--workers", 1
     )
     shown: list[tuple[int, int, int]] = []
     found = sopdeploy.classify(
@@ -241,7 +241,7 @@ def test_serving_has_the_settings_of_the_command(
     monkeypatch.setattr("sopdeploy_service.server.process.serve", record)
     (tmp_path / "s.toml").write_text("queue_size = 300\n", encoding="utf-8")
     assert CliRunner().invoke(app, ["serve", str(bundle)]).exit_code == 0
-    options = ["--port", "9", "--set", "top_k=2", "--config", str(tmp_path / "s.toml")]
+    options = ["--port", "9", "--setting", "top_k=2", "--config", str(tmp_path / "s.toml")]
     assert CliRunner().invoke(app, ["serve", str(bundle), f"b={bundle}", *options]).exit_code == 0
     assert sopdeploy.serve(bundle) == 0
     assert sopdeploy.serve([bundle, f"b={bundle}"], config=tmp_path / "s.toml", port=9, top_k=2) == 0

@@ -16,6 +16,7 @@ from sopdeploy.data.datasets.label_table import read_label_table
 from sopdeploy.data.image_files import divide
 from sopdeploy.data.near import Copies, connect, effective_count, find_pairs, groups_of_files, signature
 from sopdeploy.errors import DataError
+from sopdeploy.training.loop import train
 from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import read_recipe
 
@@ -149,6 +150,27 @@ def test_the_loop_holds_out_no_copies_of_training_images(tmp_path: Path):
         file.unlink()
     unchanged = open_folder(recipe.data)
     assert select_procedure(recipe, unchanged).data is unchanged
+
+
+def test_the_loop_fits_its_threshold_to_one_image_of_each_group(tmp_path: Path):
+    colors = np.random.default_rng(0).integers(0, 255, (2, 2, 30, 3))
+    for place, (part, copies) in enumerate((("train", 1), ("val", 2))):
+        for name, color in np.ndenumerate(colors[place, ..., 0]):
+            folder = tmp_path / part / "ab"[name[0]] / str(name[1])
+            folder.mkdir(parents=True)
+            for copy in range(copies):
+                Image.new("RGB", (16, 16), (int(color), *colors[place, *name, 1:])).save(
+                    folder / f"{copy}.png"
+                )
+    settings = [f"data.path={tmp_path}", "model.name=dsop-resnet8", "start.weights=none", "epochs=1"]
+    settings += [
+        "model.config={aux_widths=[4,4,4], iterations=1}",
+        "preprocess.resize=16",
+        "preprocess.crop=16",
+    ]
+    result = train(read_recipe("photos-dsop", settings), tmp_path / "run")
+    assert result.held_out_count == 120
+    assert result.decision.calibration.images == 60
 
 
 def test_data_check_names_copies_across_parts_and_classes(tmp_path: Path):

@@ -176,7 +176,7 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     rows = dict(checkpoint.decision.rows())
     assert "(95 % interval " in rows["unknown images"]
     assert "no temperature" in rows["calibration error"]
-    command = ["data", "check", str(tmp_path / "photos"), "--labels", str(tmp_path / "run")]
+    command = ["data", "check", str(tmp_path / "photos"), "--wrong-labels", str(tmp_path / "run")]
     shown = CliRunner().invoke(app, [*command, "--json"])
     listed = json.loads(shown.stdout)
     assert len(listed) == found.top1.count - found.top1.right

@@ -15,7 +15,7 @@ from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.evaluation.prediction import evaluate
-from sopdeploy.training.callbacks import CallbackList, create_loggers
+from sopdeploy.training.callbacks import CallbackList, TensorBoard
 from sopdeploy.training.loop import TrainingResult, train
 from sopdeploy.training.recipe import Recipe
 from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_bits, same_run, short_recipe
@@ -145,7 +145,7 @@ def test_tensorboard_receives_every_epoch(monkeypatch, tmp_path) -> None:
     board = Mock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=board))
     out, callback = tmp_path / "run", RecordingCallback()
-    callbacks = CallbackList([*create_loggers(["tensorboard"], out), callback])
+    callbacks = CallbackList([TensorBoard(out), callback])
     result = train(short_recipe("epochs=2"), out, callback=callbacks)
     board.assert_called_once_with(str(out / "tensorboard"), purge_step=1)
     added = [call.args for call in board.return_value.add_scalar.call_args_list]
@@ -156,17 +156,15 @@ def test_tensorboard_receives_every_epoch(monkeypatch, tmp_path) -> None:
     }
     assert ("held_out/top1", result.last_top1, 2) in added
     assert [name for name, _ in callback.events].count("epoch") == 2
-    (again,) = create_loggers(["tensorboard"], tmp_path)
+    again = TensorBoard(tmp_path)
     again.on_train_start(epochs=9, first_epoch=4, train_count=1, held_out_count=1, input_side=8)
     assert board.call_args.kwargs == {"purge_step": 5}  # a resumed run purges the epochs that run again
 
 
-def test_a_missing_or_unknown_logger_is_named(monkeypatch, tmp_path) -> None:
+def test_a_missing_tensorboard_is_named(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     message = (
         r'^the tensorboard logger: tensorboard is not installed; run: pip install "sopdeploy\[tensorboard'
     )
     with pytest.raises(ConfigError, match=message):
-        create_loggers(["tensorboard"], tmp_path)
-    with pytest.raises(ConfigError, match="log='x': unknown; choose tensorboard"):
-        create_loggers(["x"], tmp_path)
+        TensorBoard(tmp_path)
