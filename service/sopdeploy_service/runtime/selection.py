@@ -19,7 +19,7 @@ from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime, cuda_option
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from sopdeploy_service.settings import CPU_RUNTIMES, Settings
 
-GROUP = "sopdeploy.runtimes"  # of plug-ins, and of TensorRT
+REGISTERED_RUNTIMES = "sopdeploy.runtimes"  # of plug-ins, and of TensorRT
 
 log = logging.getLogger("sopdeploy.service")
 
@@ -46,7 +46,7 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
 
 def _choose(bundle: Bundle, settings: Settings) -> tuple[str, str]:
     """Return the name of the first runtime that is set up here, and the reason."""
-    tensorrt = find(GROUP, "tensorrt")
+    tensorrt = find(REGISTERED_RUNTIMES, "tensorrt")
     if tensorrt is not None and (folders := tensorrt.usable_engines(bundle, settings)):
         return "tensorrt", f"engines in {' and '.join(map(str, folders))}"
     if has_cuda():
@@ -66,7 +66,7 @@ def _open(name: str, bundle: Bundle, settings: Settings) -> Runtime:
     if name == "onnxruntime-cuda":
         options = cuda_options(bundle.manifest.precision)
         return OnnxRuntime(bundle, threads=settings.threads, provider=CUDA, options=options)
-    open_registered: OpenRuntime | None = find(GROUP, name, Callable)
+    open_registered: OpenRuntime | None = find(REGISTERED_RUNTIMES, name, Callable)
     if open_registered is None:
         raise RuntimeUnavailableError(f"runtime {name!r}: no installed package has it; choose another one")
     try:
