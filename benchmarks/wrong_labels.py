@@ -30,8 +30,8 @@ from sopdeploy.data.datasets.folder import list_classes
 from sopdeploy.decision import softmax
 from sopdeploy.models.second_order_head import SecondOrderHead
 from sopdeploy.report.run_data import find_wrong_labels
-from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.train import train_recipe
 
 METHODS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
 
@@ -62,10 +62,10 @@ def run_draw(
         (folder / other).mkdir(parents=True, exist_ok=True)
         (folder / other / file.name).symlink_to(file.resolve())
     settings = [f"data.path={folder}", f"model.name={given.model}", f"start.weights={given.weights}"]
-    result = train(read_recipe("photos", settings), run)
+    result = train_recipe(read_recipe("photos", settings), run)
     names = {file.name for file in moved}
     images, resume = list_classes(folder), read_checkpoint(result.last).resume or {}
-    probabilities = softmax(resume["out_of_fold"].double().numpy())
+    probabilities = softmax(resume["procedure"]["out_of_fold"].double().numpy())
     wrong = np.asarray([images.path(index).name in names for index in range(len(images))])
     listed = [Path(one.file).name in names for one in find_wrong_labels(run)]
     orders = {"ours": np.asarray(listed)}

@@ -10,7 +10,10 @@ num_classes=..., **config)` builds a network of the catalog, `list_models()` lis
 """
 
 import os
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
+
+from sopdeploy.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from sopdeploy.api.calibration import calibrate as calibrate
@@ -32,8 +35,6 @@ if TYPE_CHECKING:
     from sopdeploy_export.options import ExportOptions as ExportOptions
     from sopdeploy_export.user_network.export_network import export_network as export_network
     from sopdeploy_export.user_network.export_network import unused_modules as unused_modules
-
-__version__ = "0.1.0"
 
 # Builds of onnxruntime 1.29 and later send names and hashes of models to Microsoft unless this is set.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -65,12 +66,12 @@ __all__ = sorted(["__version__", *_MODULES])
 
 def __getattr__(name: str) -> Any:
     from sopdeploy.environment import missing_extras
-    from sopdeploy.plugins import load, parts
+    from sopdeploy.plugins import parts
 
     target = f"{_MODULES[name]}:{name}" if name in _MODULES else parts("sopdeploy.functions").get(name)
     if target is None:
         raise AttributeError(f"module 'sopdeploy' has no attribute {name!r}")
     with missing_extras():
-        value = load(target)
+        value = resolve_name(target)
     globals()[name] = value
     return value

@@ -15,8 +15,8 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from sopdeploy.errors import ConfigError, first_line
@@ -59,15 +59,14 @@ def _installed_parts() -> Mapping[str, Mapping[str, str]]:
     return groups
 
 
-def load(value: str) -> Any:
-    """Import `module:object`, or `module`."""
-    module, _, name = value.partition(":")
-    return getattr(import_module(module), name) if name else import_module(module)
+def load_part(value: str) -> Any:
+    """Import `module:object` or `module`."""
+    return resolve_name(value if ":" in value else f"{value}:")
 
 
 def load_parts(group: str) -> list[Any]:
     """Import the parts of this project in *group*."""
-    return [load(value) for value in parts(group).values()]
+    return [load_part(value) for value in parts(group).values()]
 
 
 def find(group: str, name: str, kind: Any = object) -> Any:
@@ -76,7 +75,7 @@ def find(group: str, name: str, kind: Any = object) -> Any:
     Raises `ConfigError` for a plug-in that cannot be imported, and for one that is no *kind*.
     """
     if name in parts(group):
-        return load(parts(group)[name])
+        return load_part(parts(group)[name])
     points = [point for point in installed_plugins() if (point.group, point.name) == (group, name)]
     if len(points) > 1:
         both = " and ".join(sorted(map(distribution, points)))

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sopdeploy import __version__
 from sopdeploy.plugins import parts
+from sopdeploy.version import __version__
 
 ABOUT = "Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."
 OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed
