@@ -28,7 +28,7 @@ VARIABLE = "SOPDEPLOY_PLUGINS"
 KINDS = {  # by group of entry points
     "sopdeploy.models": "sopdeploy.models.base.Entry",
     "sopdeploy.poolings": "a subclass of sopdeploy.layers.pooling.base.PoolingConfig",
-    "sopdeploy.data": "a subclass of sopdeploy.data.subset.DataSource",
+    "sopdeploy.data": "a subclass of sopdeploy.data.base.DataSource",
     "sopdeploy.decoders": "sopdeploy_service.images.decode.Load",
     "sopdeploy.runtimes": "sopdeploy_service.runtime.base.OpenRuntime",
 }

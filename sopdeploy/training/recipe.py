@@ -15,8 +15,8 @@ import pydantic
 
 from sopdeploy.config import Count, StrictModel, first_problem
 from sopdeploy.data.augment import BoxCrop
+from sopdeploy.data.base import DataSource
 from sopdeploy.data.sources import DataConfig
-from sopdeploy.data.subset import DataSource
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, RemovableBranches
