@@ -15,7 +15,6 @@ from sopdeploy_service.http.middleware import (
     METRICS,
     OPEN,
     ApiKeyMiddleware,
-    DirectMiddleware,
     RequestContextMiddleware,
 )
 from sopdeploy_service.http.rate_limits import CreateBucketState, local_state
@@ -59,7 +58,7 @@ def create_app(
         summary=" with ".join(filter(None, ("Image classification", ", ".join(names)))),
         lifespan=lifespan,
         redirect_slashes=False,  # a redirect would lose the image
-        docs_url=None,  # FastAPI's pages load scripts from other hosts
+        docs_url=None,  # FastAPI's pages load scripts from other hosts; see `api.web`
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # sopdeploy has its own
     )
@@ -71,7 +70,6 @@ def create_app(
     for install in load_parts("sopdeploy.apps"):
         install(app, service)
     problems.install(app)
-    app.add_middleware(DirectMiddleware, routes=v1.router.routes)
     if keys is not None:  # the middleware that is added last runs first
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS}
         app.add_middleware(
