@@ -5,9 +5,9 @@ float32 outputs for any batch size of the bundle; a program that does not suppor
 Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT release supports it. Opset 18 is
 the lowest that torch writes and the most widely supported.
 
-Probes are the images on which the exported file is compared with the network. Generated probes (noise, smooth
-fields at several scales, ramps, checkerboards, constants) exercise many parts of a network and are the same
-on every machine. Photographs from the deployment domain are more representative.
+Probes are the images on which the exported file is compared with the network: noise, smooth fields at several
+scales, ramps, checkerboards and constants. They exercise many parts of a network and are the same on every
+machine.
 """
 
 import ast
@@ -35,11 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import EMBEDDING, BatchRange
-from sopdeploy.data.folders import is_image, walk
-from sopdeploy.data.image_files import load_pixels, open_image
-from sopdeploy.errors import DataError, LoweringError, first_line
-from sopdeploy.files import open_regular
-from sopdeploy.images.pixels import preprocess_image
+from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.normalize import Normalize
@@ -61,9 +57,6 @@ _MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for
 
 _SEED = 20_240_117
 GENERATED = 12
-MAX_PHOTOGRAPHS = 64
-MAX_CALIBRATION = 256
-PROBES, CALIBRATE = "probes", "calibrate"
 
 
 class Deployed(nn.Module):
@@ -390,19 +383,8 @@ def write(proto: onnx.ModelProto, path: Path) -> None:
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def probe_images(preprocess: Preprocess, folder: Path | None = None) -> NDArray[np.uint8]:
-    """Return the uint8 probes (P, crop, crop, 3): twelve generated images, then at most 64 of *folder*.
-
-    Raises `DataError` if *folder* holds no readable image.
-    """
-    images = generated_images(preprocess.crop)
-    if folder is None:
-        return images
-    return np.concatenate([images, load_images(folder, preprocess, PROBES)])
-
-
 def generated_images(side: int) -> NDArray[np.uint8]:
-    """Generate twelve (side, side, 3) uint8 images from a fixed seed."""
+    """Generate the twelve probes, uint8 (12, side, side, 3), from a fixed seed."""
     random = np.random.default_rng(_SEED)
     ramp = np.linspace(0, 255, side)
     checkerboard = 255 * ((np.arange(side)[:, None] // 4 + np.arange(side)[None] // 4) % 2)
@@ -417,34 +399,6 @@ def generated_images(side: int) -> NDArray[np.uint8]:
         coarse = random.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
         images.append(np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)))
     return np.stack([np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images])
-
-
-def load_images(folder: Path, preprocess: Preprocess, option: str) -> NDArray[np.uint8]:
-    """Load images of *folder* as uint8 (P, crop, crop, 3).
-
-    *option* is the setting that names the folder. `probes` loads the first 64 images; `calibrate` loads at
-    most 256, spread evenly over the sorted paths so that they cover every class. Raises `DataError` if
-    *folder* does not exist, holds no image or holds one that cannot be read.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give a folder of images", setting=option)
-    paths = [path for path in walk(folder) if is_image(path.name)]
-    if not paths:
-        raise DataError(f"{folder}: contains no images; give a folder of JPEG or PNG files", setting=option)
-    chosen = np.arange(min(len(paths), MAX_PHOTOGRAPHS))
-    if option == CALIBRATE:
-        chosen = evenly_spread(len(paths), MAX_CALIBRATION)
-    images = []
-    for path in (paths[position] for position in chosen):
-        try:
-            with open_regular(path) as file:
-                image = open_image(file.read(), path)
-            images.append(preprocess_image(load_pixels(image, path), preprocess))
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}); remove it from the folder"
-            ) from error
-    return np.stack(images)
 
 
 def evenly_spread(count: int, most: int) -> NDArray[np.int64]:

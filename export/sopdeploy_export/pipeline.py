@@ -30,7 +30,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.project import utc_now
-from sopdeploy_export.graph import INPUT, Deployed, lower, output_names, probe_images, write
+from sopdeploy_export.graph import INPUT, Deployed, generated_images, lower, output_names, write
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
 from sopdeploy_export.parity.compare import Reference, compare, compute_reference
@@ -130,7 +130,7 @@ def export_subject(
         add_feature_map_output(subject.network)
     if options.with_features:
         add_embedding_output(subject.network, len(subject.labels), subject.detachment.training_only)
-    images = probe_images(subject.preprocess, options.probes)
+    images = generated_images(subject.preprocess.crop)
     job = _Job(subject, images, accuracy, options, _with_time_left(step), utc_now())
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
         certified, certificate = _prove(job)

@@ -13,7 +13,7 @@ from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.graph import probe_images
+from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import Exported, export
 from tests import quick_torch
@@ -49,7 +49,7 @@ def preprocess() -> Preprocess:
 
 @pytest.fixture(scope="session")
 def probes(preprocess: Preprocess) -> Tensor:
-    return torch.from_numpy(probe_images(preprocess))
+    return torch.from_numpy(generated_images(preprocess.crop))
 
 
 @pytest.fixture

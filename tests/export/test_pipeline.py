@@ -30,7 +30,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.project import Origin
 from sopdeploy_export import pipeline
-from sopdeploy_export.graph import Deployed, probe_images
+from sopdeploy_export.graph import Deployed, generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import Exported, export, fold_temperature
 from sopdeploy_service.commands.verify import verify
@@ -107,7 +107,7 @@ def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begi
     def attempt(images: list[int], **options: Any) -> list[str]:
         hashes, steps = torch.tensor(sorted(images), dtype=torch.int64), list[str]()
         write_checkpoint(path, replace(read_checkpoint(checkpoint), project="photos", image_hashes=hashes))
-        chosen = DETACH.model_copy(update={"probes": tmp_path / "no folder", **options})
+        chosen = DETACH.model_copy(update={"evaluate": tmp_path / "no folder", **options})
         with pytest.raises(SopdeployError) as error:
             export(path, tmp_path / "bundles", chosen, steps.append)
         return [*steps, error.value.describe(command_line_option)]
@@ -157,16 +157,11 @@ def test_the_in_toto_statement_names_the_file_its_checkpoint_and_what_was_proved
     assert (predicate["parity"]["passed"], predicate["parity"]["precision"]) == (True, "fp32")
 
 
-def test_photographs_are_added_to_the_probes_and_steps_are_reported(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    Image.new("RGB", (30, 20), (10, 200, 30)).save(tmp_path / "photos" / "one.jpg")
-    options = DETACH.model_copy(update={"probes": tmp_path / "photos"})
+def test_steps_are_reported(checkpoint: Path, tmp_path: Path) -> None:
     steps: list[str] = []
     with proving_once(changes_program=True):
-        found = export(checkpoint, tmp_path / "out", options, steps.append)
-    assert len(read_probes(found.path / "probes.npz").images) == 13
-    expected = ["proving", "lowering", "comparing", "writing"]
-    assert [step.split()[0] for step in steps] == expected
+        export(checkpoint, tmp_path / "out", DETACH, steps.append)
+    assert [step.split()[0] for step in steps] == ["proving", "lowering", "comparing", "writing"]
 
 
 def test_no_file_of_a_bundle_contains_a_local_path(exported: Exported, checkpoint: Path) -> None:
@@ -206,7 +201,7 @@ def test_invalid_request_fails_in_one_line_and_writes_nothing(
     (tmp_path / "text" / "note.jpg").write_text("not an image")
     options = ExportOptions(max_batch=4)
     if folder is not None:
-        options = DETACH.model_copy(update={"probes": tmp_path / folder})
+        options = DETACH.model_copy(update={"precision": "int8", "calibrate": tmp_path / folder})
     with pytest.raises(error, match=message) as problem:
         export(checkpoint, tmp_path / "out", options)
     assert "\n" not in str(problem.value)
@@ -225,7 +220,7 @@ def test_a_folded_temperature_divides_the_logits_and_no_other_output(
     preprocess: Preprocess, name: str
 ) -> None:
     network = trained(name, **({} if name == "dsop-resnet8" else GMGAP))
-    images, ones = probe_images(preprocess), torch.ones(2, 3, 16, 16)
+    images, ones = generated_images(preprocess.crop), torch.ones(2, 3, 16, 16)
     folded = fold_temperature(network, 1.7, preprocess, images)
     with torch.no_grad():
         before, after = (
@@ -253,4 +248,4 @@ def test_a_temperature_that_cannot_be_folded_is_an_error(
     classify = network.classify
     network.classify = lambda features: classify(features).tanh()  # type: ignore[method-assign]
     with pytest.raises(LoweringError, match=message):
-        fold_temperature(network, 1.7, preprocess, probe_images(preprocess))
+        fold_temperature(network, 1.7, preprocess, generated_images(preprocess.crop))

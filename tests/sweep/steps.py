@@ -16,7 +16,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.step.losses import training_loss
-from sopdeploy_export.graph import Deployed, capture_any_batch, lower, probe_images, write
+from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower, write
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import Reference
 from sopdeploy_export.parity.report import ParityReport
@@ -125,7 +125,10 @@ class Detached(NamedTuple):
 def detached(checkpoint: Path) -> Detached:
     """Load *checkpoint*, remove training-only parts, and compare with a newly built plain network."""
     found, trained = read_checkpoint(checkpoint), loaded(checkpoint)
-    images, detached = probe_images(found.preprocess), detach(trained) if trained.training_only else trained
+    images, detached = (
+        generated_images(found.preprocess.crop),
+        detach(trained) if trained.training_only else trained,
+    )
     detachment = Detachment.of(trained)
     build_inventory(trained, detached, detachment.training_only)
     plain = build_plain_network(detachment.plain or trained.inference_model, detached)

@@ -15,7 +15,7 @@ from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CATALOG, entry
-from sopdeploy_export.graph import probe_images
+from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import detach, export
 from sopdeploy_export.precision.casts import float32_parts
@@ -74,7 +74,7 @@ def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     model = onnx.load(tmp_path / "model.onnx")
     accepted(model, "fp32")
     network = small.build()
-    images = probe_images(Preprocess(resize=small.side, crop=small.side))[:4]
+    images = generated_images(Preprocess(resize=small.side, crop=small.side))[:4]
     kept = float32_parts(detach(network) if network.training_only else network)
     quantizer = Int8Quantizer(model, images, kept, "tensorrt")
     accepted(quantizer.quantize(), "int8")
@@ -148,7 +148,7 @@ def test_every_other_pooling_agrees(pooling: str, precision: Precision, tmp_path
     assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", wanted).passed
     model = onnx.load(tmp_path / "model.onnx")
     if precision == "int8":
-        images = probe_images(Preprocess(resize=small.side, crop=small.side))[:4]
+        images = generated_images(Preprocess(resize=small.side, crop=small.side))[:4]
         kept = float32_parts(small.build())
         model = Int8Quantizer(model, images, kept, "tensorrt").quantize()
     accepted(model, precision)

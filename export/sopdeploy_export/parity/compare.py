@@ -53,7 +53,7 @@ OVERFLOW_REMEDIES: dict[Precision, str] = {
     "fp16": "choose precision bf16-backbone or fp32",
     "fp32": "train it again with weight decay or a lower learning rate",
 }
-UNDECIDED = "add probes: images from the target domain, or train longer"
+UNDECIDED = "train longer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

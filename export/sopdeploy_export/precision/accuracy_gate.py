@@ -8,11 +8,14 @@ import onnx
 from numpy.typing import NDArray
 
 from sopdeploy.data.datasets.layouts import open_evaluation_images
-from sopdeploy.data.image_files import ImageFiles
-from sopdeploy.errors import ConfigError, ParityError
+from sopdeploy.data.folders import is_image, walk
+from sopdeploy.data.image_files import ImageFiles, load_pixels, open_image
+from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.evaluation.statistics import wilson
+from sopdeploy.files import open_regular
 from sopdeploy.images.pixels import preprocess_image
-from sopdeploy_export.graph import CALIBRATE, INPUT, load_images
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.graph import INPUT, evenly_spread
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.parity.report import LOGITS
@@ -20,6 +23,7 @@ from sopdeploy_export.precision.report import Accuracy, PrecisionReport
 from sopdeploy_export.subject import ExportSubject
 
 BATCH = 8
+MAX_CALIBRATION = 256
 
 
 class AccuracyCheck:
@@ -40,7 +44,7 @@ class AccuracyCheck:
         self._labeled: ImageFiles | None = None
         self._float32_classes: NDArray[np.int64] | None = None
         if options.calibrate is not None:
-            self.calibration = load_images(options.calibrate, subject.preprocess, CALIBRATE)
+            self.calibration = calibration_images(options.calibrate, subject.preprocess)
         if options.evaluate is not None:
             if subject.decision is not None and subject.decision.activation == "sigmoid":
                 raise ConfigError(
@@ -111,3 +115,29 @@ def accuracy(
         high=high,
         drop=round(100 * lost, 6),
     )
+
+
+def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """Load at most 256 images of *folder* as uint8 (P, crop, crop, 3), spread evenly over the sorted paths.
+
+    So they cover every class. Raises `DataError` if *folder* does not exist, holds no image or holds one that
+    cannot be read.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give a folder of images", setting="calibrate")
+    paths = [path for path in walk(folder) if is_image(path.name)]
+    if not paths:
+        raise DataError(
+            f"{folder}: contains no images; give a folder of JPEG or PNG files", setting="calibrate"
+        )
+    images = []
+    for path in (paths[position] for position in evenly_spread(len(paths), MAX_CALIBRATION)):
+        try:
+            with open_regular(path) as file:
+                image = open_image(file.read(), path)
+            images.append(preprocess_image(load_pixels(image, path), preprocess))
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); remove it from the folder"
+            ) from error
+    return np.stack(images)

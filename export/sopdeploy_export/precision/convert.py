@@ -31,9 +31,9 @@ from sopdeploy_export.graph import (
     capture_any_batch,
     check,
     clear_parts,
+    generated_images,
     lower,
     output_names,
-    probe_images,
 )
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import Gate, Run
@@ -130,7 +130,7 @@ def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: Export
     """
     if options.precision not in LOW_PRECISION:
         return certified
-    pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:OBSERVED_IMAGES]))
+    pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES]))
     cast = with_precision(certified.network, certified.program, options.precision, pixels)
     program = capture_any_batch(cast, preprocess, options.batch)
     opset = OPSET_OF_BFLOAT16 if options.precision == "bf16-backbone" else OPSET

@@ -21,7 +21,6 @@ class BuildRequest:
 
     onnx: bytes
     profiles: tuple[Profile, ...]
-    level: int = 3
     workspace: int = 1 << 32
     timing_cache: bytes = b""
 
@@ -38,7 +37,6 @@ def build(trt: Any, request: BuildRequest, report: Report) -> tuple[bytes, bytes
     _parse(trt, network, request.onnx, logger)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace)
-    config.builder_optimization_level = request.level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default in every release
     _add_profiles(builder, config, network, request.profiles)
@@ -84,7 +82,7 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pr
             raise EngineError(f"TensorRT rejects the optimization profile for batches of {batches}")
 
 
-def inspect(trt: Any, plan: bytes) -> str:
+def layer_information(trt: Any, plan: bytes) -> str:
     """Read the layer information of the engine in *plan* as JSON; needs a GPU."""
     _runtime, engine = deserialize(trt, plan, make_logger(trt))
     inspector = engine.create_engine_inspector()

@@ -75,7 +75,7 @@ def _show_engine(engine: "Engine") -> None:
     for hazard in record.hazards:
         _field("rewritten", f"{hazard.operators} operators: {hazard.done}")
     layers = ", ".join(f"{precision} in {count}" for precision, count in record.receipt.layers.items())
-    _field("precision", f"requested {record.receipt.requested}; layers: {layers or 'fused'}")
+    _field("precision", f"{key.precision}; layers: {layers or 'unknown'}")
     for warning in record.receipt.warnings:
         _field("warning", warning, style="yellow")
     for replay in record.replays:

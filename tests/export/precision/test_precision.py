@@ -18,7 +18,7 @@ from sopdeploy.errors import LoweringError, ParityError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph import PREFIX, capture_any_batch, lower, probe_images
+from sopdeploy_export.graph import PREFIX, capture_any_batch, generated_images, lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.precision import casts, convert
@@ -146,7 +146,7 @@ def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
 
     monkeypatch.setattr(casts, "fold", twice)
     network, program, _ = graph_of("resnet8", preprocess)
-    pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
+    pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:2]))
     with pytest.raises(LoweringError, match=r"batch norms folded into the convolutions change the output"):
         with_precision(network, program, "fp16", pixels)
 
@@ -175,7 +175,7 @@ class RunsTwice(nn.Module):
 def test_layers_that_run_twice_are_not_folded(convolutions: int, norms: int, preprocess: Preprocess) -> None:
     network = RunsTwice(convolutions, norms).eval()
     program = capture_any_batch(network, preprocess, ALONE)
-    pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
+    pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:2]))
     with_precision(network, program, "fp16", pixels)
     assert casts.fold_batch_norms(network, program) == 1
 
@@ -195,7 +195,7 @@ def test_a_batch_norm_with_an_activation_is_folded_and_the_activation_stays(prep
     network = nn.Sequential(nn.Conv2d(3, 3, 1), BatchNormAct2d(3), nn.Flatten()).eval()
     nn.init.constant_(network[1].weight, 40.0)  # ReLU6 cuts values off
     program = capture_any_batch(network, preprocess, ALONE)
-    pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
+    pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:2]))
     expected = network(pixels)
     assert casts.fold_batch_norms(network, program) == 1
     torch.testing.assert_close(network(pixels), expected)

@@ -19,7 +19,7 @@ from sopdeploy.cli.app import app
 from sopdeploy.client import Client
 from sopdeploy.decision import Decision, Rejection, Score, known_score
 from sopdeploy.training.loop import train
-from sopdeploy_export.graph import probe_images
+from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
@@ -90,7 +90,7 @@ def test_training_export_and_predict_share_one_decision(
     for page in ("README.md", "report.html"):
         assert f"{decision.calibration.temperature:.4g}" in (path / page).read_text(encoding="utf-8"), page
     images = [tmp_path / f"{number}.png" for number in range(12)]
-    for image, pixels in zip(images, probe_images(manifest.preprocess), strict=True):
+    for image, pixels in zip(images, generated_images(manifest.preprocess.crop), strict=True):
         Image.fromarray(pixels).save(image)
     arguments = ["predict", str(path), *map(str, images)]
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
