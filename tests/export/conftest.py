@@ -15,7 +15,8 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import Exported, export
+from sopdeploy_export.pipeline import export_checkpoint
+from sopdeploy_export.report.results import Exported
 from tests import quick_torch
 from tests.export.once import proving_once
 
@@ -99,7 +100,7 @@ def export_once(
     checkpoint = save(network, name, folder / "ckpt.pt", preprocess, labels)
     chosen = ExportOptions.model_validate({"detach": bool(network.training_only), **options})
     with proving_once(changes_program=chosen.pt2):
-        return export(checkpoint, folder / "out", chosen)
+        return export_checkpoint(checkpoint, folder / "out", chosen)
 
 
 @pytest.fixture(scope="session")

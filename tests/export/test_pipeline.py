@@ -32,7 +32,8 @@ from sopdeploy.project import Origin
 from sopdeploy_export import pipeline
 from sopdeploy_export.graph import Deployed, generated_images
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import Exported, export, fold_temperature
+from sopdeploy_export.pipeline import export_checkpoint, fold_temperature
+from sopdeploy_export.report.results import Exported
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
 from tests.export.conftest import GMGAP, LABELS, save, trained
@@ -50,7 +51,7 @@ def checkpoint(preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     with proving_once(changes_program=True):  # as `branched`, whose programs are cached
-        return export(checkpoint, tmp_path_factory.mktemp("bundles"), DETACH)
+        return export_checkpoint(checkpoint, tmp_path_factory.mktemp("bundles"), DETACH)
 
 
 def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
@@ -91,7 +92,7 @@ def test_folders_are_checked_before_the_first_expensive_step(
     options = ExportOptions(detach=True, precision="int8", **{option: folder})
     steps: list[str] = []
     with pytest.raises(DataError, match=message):
-        export(checkpoint, tmp_path / "bundles", options, steps.append)
+        export_checkpoint(checkpoint, tmp_path / "bundles", options, steps.append)
     assert steps == []
 
 
@@ -109,7 +110,7 @@ def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begi
         write_checkpoint(path, replace(read_checkpoint(checkpoint), project="photos", image_hashes=hashes))
         chosen = DETACH.model_copy(update={"evaluate": tmp_path / "no folder", **options})
         with pytest.raises(SopdeployError) as error:
-            export(path, tmp_path / "bundles", chosen, steps.append)
+            export_checkpoint(path, tmp_path / "bundles", chosen, steps.append)
         return [*steps, error.value.describe(command_line_option)]
 
     assert attempt([1, 2]) == [
@@ -138,7 +139,7 @@ def test_exports_of_one_checkpoint_differ_in_their_time_only(
 ) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767323045")
     with proving_once(changes_program=True):
-        again = export(checkpoint, tmp_path, DETACH)
+        again = export_checkpoint(checkpoint, tmp_path, DETACH)
     assert again.path.name == exported.path.name
     for name in exported.manifest.files:
         assert (again.path / name).read_bytes() == (exported.path / name).read_bytes(), name
@@ -160,7 +161,7 @@ def test_the_in_toto_statement_names_the_file_its_checkpoint_and_what_was_proved
 def test_steps_are_reported(checkpoint: Path, tmp_path: Path) -> None:
     steps: list[str] = []
     with proving_once(changes_program=True):
-        export(checkpoint, tmp_path / "out", DETACH, steps.append)
+        export_checkpoint(checkpoint, tmp_path / "out", DETACH, steps.append)
     assert [step.split()[0] for step in steps] == ["proving", "lowering", "comparing", "writing"]
 
 
@@ -177,9 +178,9 @@ def test_failed_comparison_leaves_no_files(
     def fail(*_: object, **__: object) -> None:
         raise ParityError("the exported file drifts")
 
-    monkeypatch.setattr(pipeline, "compare", fail)
+    monkeypatch.setattr(pipeline, "compare_with_network", fail)
     with proving_once(changes_program=True), pytest.raises(ParityError):
-        export(checkpoint, tmp_path / "out", DETACH)
+        export_checkpoint(checkpoint, tmp_path / "out", DETACH)
     assert not (tmp_path / "out").exists()
 
 
@@ -203,7 +204,7 @@ def test_invalid_request_fails_in_one_line_and_writes_nothing(
     if folder is not None:
         options = DETACH.model_copy(update={"precision": "int8", "calibrate": tmp_path / folder})
     with pytest.raises(error, match=message) as problem:
-        export(checkpoint, tmp_path / "out", options)
+        export_checkpoint(checkpoint, tmp_path / "out", options)
     assert "\n" not in str(problem.value)
     assert not (tmp_path / "out").exists()
 
@@ -212,7 +213,7 @@ def test_a_class_name_that_is_not_unicode_is_one_line(preprocess: Preprocess, tm
     labels = (*LABELS[:-1], "caf\udce9")  # how Python reads the folder name b"caf\xe9"
     path = save(trained("resnet8"), "resnet8", tmp_path / "ckpt.pt", preprocess, labels)
     with pytest.raises(ConfigError, match=r"class 'caf\\udce9': its name is not valid Unicode"):
-        export(path, tmp_path / "out")
+        export_checkpoint(path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["dsop-resnet8", "gmgap-16-8-resnet18"])

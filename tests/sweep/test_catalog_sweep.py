@@ -17,7 +17,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CATALOG, entry
 from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import detach, export
+from sopdeploy_export.pipeline import detach, export_checkpoint
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from tests.gpu_graphs import accepted
@@ -107,7 +107,7 @@ def test_every_inference_class_is_lowered() -> None:
 def test_a_pooling_without_an_onnx_form_trains_but_is_not_exported(pooling: str, tmp_path: Path) -> None:
     checkpoint = Small("resnet8", 16, {"pooling": {"kind": pooling}}).trained(tmp_path / "ckpt.pt")
     with pytest.raises(LoweringError, match=r"cannot be exported: .* train with"):
-        export(checkpoint, tmp_path / "bundles", ExportOptions())
+        export_checkpoint(checkpoint, tmp_path / "bundles", ExportOptions())
     assert not (tmp_path / "bundles").exists()
 
 
@@ -174,4 +174,4 @@ def test_every_name_agrees_at_full_width(model: str, tmp_path: Path) -> None:
 def test_every_name_without_an_onnx_form_is_rejected_at_full_width(model: str, tmp_path: Path) -> None:
     checkpoint = full_width(model).trained(tmp_path / "ckpt.pt")
     with pytest.raises(LoweringError, match="cannot be exported: "):
-        export(checkpoint, tmp_path / "bundles", ExportOptions())
+        export_checkpoint(checkpoint, tmp_path / "bundles", ExportOptions())

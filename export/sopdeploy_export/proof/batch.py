@@ -40,7 +40,7 @@ def _require(condition: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class TracedValue:
     """What is known of a value; `mixed` names the operators through which it depends on other images.
 
     `shapes` is empty if unknown. `contents` exist for values that depend on sizes only, for each batch size.
@@ -80,12 +80,12 @@ class Value:
 class Call:
     """An operator; `x` is its first input, *shapes* those of its first result."""
 
-    def __init__(self, node: onnx.NodeProto, inputs: Sequence[Value | None], shapes: Shapes) -> None:
+    def __init__(self, node: onnx.NodeProto, inputs: Sequence[TracedValue | None], shapes: Shapes) -> None:
         self.attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
         self.inputs, self.shapes, self.rank = inputs, shapes, len(shapes[0])
         self.x = self[0]
 
-    def __getitem__(self, index: int) -> Value:
+    def __getitem__(self, index: int) -> TracedValue:
         """Return input *index*, which the operator needs."""
         value = self.inputs[index] if index < len(self.inputs) else None
         if value is None:
@@ -111,7 +111,7 @@ def agree(*places: Place) -> Place:
     return next(iter(axes), None), next(iter(inner), None)
 
 
-def common(values: Sequence[Value | None]) -> Place:
+def common(values: Sequence[TracedValue | None]) -> Place:
     """Return the place of *values*, whose axes are counted from the first."""
     return agree(*(value.place for value in values if value is not None))
 
@@ -320,15 +320,15 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     if batch == 1:  # there are no other images
         return ()
     shapes = [(batch, *sizes) for batch in _BATCHES]
-    values = {image.name: Value(image.type.tensor_type.elem_type, shapes, place=(0, 1))}
+    values = {image.name: TracedValue(image.type.tensor_type.elem_type, shapes, place=(0, 1))}
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
         known = [array] * len(_BATCHES) if array.size <= _MOST_NUMBERS else ()
-        values[tensor.name] = Value(tensor.data_type, [array.shape] * len(_BATCHES), known)
+        values[tensor.name] = TracedValue(tensor.data_type, [array.shape] * len(_BATCHES), known)
     for node in model.graph.node:
         inputs = [values[name] if name else None for name in node.input]
         mixed = tuple(dict.fromkeys(name for value in inputs if value for name in value.mixed))
-        results = [Value()] * len(node.output)
+        results = [TracedValue()] * len(node.output)
         try:
             results = infer(node, inputs, opsets)
             if not mixed and not all(len(result.contents) for result in results):
@@ -345,7 +345,7 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def infer(node: onnx.NodeProto, inputs: Sequence[Value | None], opsets: list[Any]) -> list[Value]:
+def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: list[Any]) -> list[TracedValue]:
     """Infer the shapes of the results of *node*, and the contents of small ones that depend on sizes only."""
     version = next(opset.version for opset in opsets if opset.domain == node.domain)
     schema, types = defs.get_schema(node.op_type, version, node.domain), []
@@ -359,7 +359,7 @@ def infer(node: onnx.NodeProto, inputs: Sequence[Value | None], opsets: list[Any
         tensors = [found[name].tensor_type for found in types] if name else []
         _require(all(size.HasField("dim_value") for tensor in tensors for size in tensor.shape.dim))
         sizes = [tuple(size.dim_value for size in tensor.shape.dim) for tensor in tensors]
-        results.append(Value(tensors[0].elem_type, sizes) if tensors else Value())
+        results.append(TracedValue(tensors[0].elem_type, sizes) if tensors else TracedValue())
     shapes, feeds = results[0].shapes, []
     if node.op_type == "Shape":
         feeds = [{node.input[0]: np.empty(shape, np.bool)} for shape in named[node.input[0]].shapes]
@@ -373,7 +373,9 @@ def infer(node: onnx.NodeProto, inputs: Sequence[Value | None], opsets: list[Any
     return [replace(r, contents=[np.asarray(run[k]) for run in runs]) for k, r in enumerate(results)]
 
 
-def locate(node: onnx.NodeProto, inputs: Sequence[Value | None], results: Sequence[Value]) -> list[Value]:
+def locate(
+    node: onnx.NodeProto, inputs: Sequence[TracedValue | None], results: Sequence[TracedValue]
+) -> list[TracedValue]:
     """Find the batch axes of *results*; raise `MixesError` if no rule shows that images are independent."""
     size = _SIZES.get(node.op_type)
     _require(not any(value and value.is_size and i != size for i, value in enumerate(inputs)))

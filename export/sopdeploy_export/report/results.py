@@ -28,7 +28,7 @@ TARGETS: Mapping[Int8For, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
+class ExportResults:
     """What an export removed, proved, rewrote and measured."""
 
     certificate: Certificate
@@ -70,7 +70,7 @@ class Results:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exported(Results):
+class Exported(ExportResults):
     """The bundle that an export wrote, and its results."""
 
     path: Path
@@ -105,7 +105,7 @@ class Exported(Results):
         }
 
 
-def export_statement(model: Path, lineage: Lineage, results: Results) -> dict[str, Any]:
+def export_statement(model: Path, lineage: Lineage, results: ExportResults) -> dict[str, Any]:
     """Build `statement.json`: what was proved and measured about the file *model*; a signature covers it.
 
     Format: in-toto Attestation Framework, Statement v1.

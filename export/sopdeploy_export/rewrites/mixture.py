@@ -43,7 +43,7 @@ from sopdeploy_export.onnx_graph import (
     square,
 )
 
-NAME = "K of N experts"
+EXPERTS = "K of N experts"
 NOT_NEGATIVE = ("Abs", "ReduceL2", "Relu", "Sqrt")
 
 
@@ -183,7 +183,7 @@ def evaluate_chosen(op: Builder, chain: list[ir.Node], index: ir.Value, count: i
     return x
 
 
-def apply(graph: Graph, node: ir.Node) -> Rewrite | None:
+def choose_experts(graph: Graph, node: ir.Node) -> Rewrite | None:
     """Evaluate only the K experts with the largest weights."""
     matched = graph.match(WEIGHTED_SUM, node)
     if not matched:

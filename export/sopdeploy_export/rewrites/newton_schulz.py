@@ -60,7 +60,7 @@ from sopdeploy_export.onnx_graph import (
     scalar,
 )
 
-NAME = "Newton-Schulz in 3N-3 products"
+NEWTON_SCHULZ = "Newton-Schulz in 3N-3 products"
 PRIME = 2**521 - 1
 LARGEST = 2**200
 MOST_STEPS = 15
@@ -236,7 +236,7 @@ def find_compensation(start: Start, root: Root) -> tuple[ir.Node, ir.Value] | No
     return final, compensation
 
 
-def apply(graph: Graph, node: ir.Node) -> Rewrite | None:
+def shorten_loop(graph: Graph, node: ir.Node) -> Rewrite | None:
     """Replace the root that starts with the normalization *node*."""
     start = find_start(node)
     if start is None or start.value.dtype not in {ir.DataType.FLOAT, ir.DataType.DOUBLE}:

@@ -20,7 +20,6 @@ from sopdeploy.errors import CertificateError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import (
     EXPORT_LOGITS,
-    STATELESS,
     Captured,
     Deployed,
     capture,
@@ -31,6 +30,7 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.program_hashes import value_root
 from sopdeploy_export.proof.networks import check_hooks, copy_module
 from sopdeploy_export.state import (
+    STATELESS,
     InPlaceWrites,
     PythonReads,
     first_change,

@@ -9,7 +9,7 @@ import numpy as np
 import pydantic
 from fastapi import APIRouter, Request, Response
 
-from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
+from sopdeploy.bundle.manifest import EMBEDDING, FEATURES, GATES
 from sopdeploy.images.pixels import visible_box
 from sopdeploy_service.api.admission import AdmittedRequest, admit, json_response
 from sopdeploy_service.api.schema import (
@@ -26,7 +26,6 @@ from sopdeploy_service.http.problems import Problem, bad_request, invalid_parame
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import (
     FEW_CLASSES,
-    GATES,
     Outcome,
     Prediction,
     RejectedError,

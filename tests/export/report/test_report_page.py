@@ -11,7 +11,6 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy_export.parity.report import Flip
-from sopdeploy_export.pipeline import Exported
 from sopdeploy_export.precision.report import Accuracy, Attempt, Quantization
 from sopdeploy_export.report.page import (
     as_markdown,
@@ -19,6 +18,7 @@ from sopdeploy_export.report.page import (
     render_report,
     training_rows,
 )
+from sopdeploy_export.report.results import Exported
 from tests.export.conftest import HOSTILE
 from tests.pages import ALLOWED, Reader
 

@@ -21,7 +21,7 @@ from sopdeploy.decision import Decision, Rejection, Score, known_score
 from sopdeploy.training.loop import train
 from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import export
+from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.export.once import proving_once
@@ -73,7 +73,7 @@ def bundle_of_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     with few_digits():
         best = train(short_recipe("loss.label_smoothing=0.5", "epochs=5"), folder / "run").best
     with proving_once():
-        return best, export(best, folder / "bundles", ExportOptions(detach=True, max_batch=1)).path
+        return best, export_checkpoint(best, folder / "bundles", ExportOptions(detach=True, max_batch=1)).path
 
 
 def test_training_export_and_predict_share_one_decision(
