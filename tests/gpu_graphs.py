@@ -46,7 +46,7 @@ class RealTensorRT(ModuleType):
 @functools.cache
 def real_tensorrt() -> RealTensorRT | None:
     """Return the real builder; None where its package does not exist."""
-    packages = ("tensorrt_rtx", "sopdeploy_export.tensorrt")
+    packages = ("tensorrt_rtx", "sopdeploy_export.engine_builder")
     return RealTensorRT() if all(map(importlib.util.find_spec, packages)) else None
 
 
@@ -63,8 +63,8 @@ def built(model: onnx.ModelProto, precision: str) -> None:
     if trt is None:
         return
     from sopdeploy.tensorrt.profiles import Profile
-    from sopdeploy_export.tensorrt.build import BuildRequest, build
-    from sopdeploy_export.tensorrt.lint import floating_types, lint
+    from sopdeploy_export.engine_builder.build import BuildRequest, build
+    from sopdeploy_export.engine_builder.lint import floating_types, lint
 
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     sizes = (fixed, fixed, fixed) if fixed else (1, 2, 3)

@@ -41,8 +41,8 @@ from sopdeploy_export.parity.features import (
     check_embedding,
     class_map_layer,
 )
+from sopdeploy_export.parity.findings import LOGITS, ParityReport
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
-from sopdeploy_export.parity.report import LOGITS, ParityReport
 from sopdeploy_export.parity.routing import find_gate, is_decided
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, convert_precision

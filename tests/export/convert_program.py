@@ -15,7 +15,7 @@ import torch
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.tensorrt.from_program import build_from_program
+from sopdeploy_export.engine_builder.from_program import build_from_program
 
 DEVICE: dict[str, Any] = {
     "current_device": lambda: 0,

@@ -13,8 +13,8 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import EngineError, RuntimeUnavailableError
 from sopdeploy.models.base import Classifier
 from sopdeploy.tensorrt.profiles import Profile
+from sopdeploy_export.engine_builder.from_program import build_from_program
 from sopdeploy_export.report.results import Exported
-from sopdeploy_export.tensorrt.from_program import build_from_program
 from tests.export.conftest import export_once
 from tests.service.children import PYTHONPATH
 

@@ -13,7 +13,6 @@ import torch
 
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CATALOG, entry
 from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
@@ -74,7 +73,7 @@ def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     model = onnx.load(tmp_path / "model.onnx")
     accepted(model, "fp32")
     network = small.build()
-    images = generated_images(Preprocess(resize=small.side, crop=small.side))[:4]
+    images = generated_images(small.side)[:4]
     kept = float32_parts(detach(network) if network.training_only else network)
     quantizer = Int8Quantizer(model, images, kept, "tensorrt")
     accepted(quantizer.quantize(), "int8")
@@ -148,7 +147,7 @@ def test_every_other_pooling_agrees(pooling: str, precision: Precision, tmp_path
     assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", wanted).passed
     model = onnx.load(tmp_path / "model.onnx")
     if precision == "int8":
-        images = generated_images(Preprocess(resize=small.side, crop=small.side))[:4]
+        images = generated_images(small.side)[:4]
         kept = float32_parts(small.build())
         model = Int8Quantizer(model, images, kept, "tensorrt").quantize()
     accepted(model, precision)

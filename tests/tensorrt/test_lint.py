@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.tensorrt.lint import floating_types, lint
+from sopdeploy_export.engine_builder.lint import floating_types, lint
 from tests.tensorrt.networks import CHANNELS, network, outputs_of, some_images
 
 ONE = (Profile(minimum=1, optimum=1, maximum=1),)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sopdeploy_export.tensorrt.precision_check import check_engine_precision
+from sopdeploy_export.engine_builder.precision_check import check_engine_precision
 from tests.tensorrt.networks import network
 
 

@@ -17,7 +17,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
 from sopdeploy.tensorrt.profiles import index_for, parse_profiles
-from sopdeploy_export.tensorrt.build import (
+from sopdeploy_export.engine_builder.build import (
     interrupts_recorded,
     make_monitor,
 )

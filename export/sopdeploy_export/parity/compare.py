@@ -25,8 +25,7 @@ from sopdeploy.errors import ParityError
 from sopdeploy_export.float64 import InFloat64
 from sopdeploy_export.graph import Deployed, output_names
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.onnx_file import EMULATION, Arrays, file_outputs, has_bfloat16, open_session
-from sopdeploy_export.parity.report import (
+from sopdeploy_export.parity.findings import (
     FLOORS_BY_PRECISION,
     LOGITS,
     PROVIDER,
@@ -34,6 +33,7 @@ from sopdeploy_export.parity.report import (
     ParityReport,
     agreement,
 )
+from sopdeploy_export.parity.onnx_file import EMULATION, Arrays, file_outputs, has_bfloat16, open_session
 from sopdeploy_export.parity.routing import (
     Routing,
     comparable,

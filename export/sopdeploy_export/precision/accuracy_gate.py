@@ -17,9 +17,9 @@ from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import INPUT, evenly_spread
 from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.parity.findings import LOGITS
 from sopdeploy_export.parity.onnx_file import open_session
-from sopdeploy_export.parity.report import LOGITS
-from sopdeploy_export.precision.report import Accuracy, PrecisionReport
+from sopdeploy_export.precision.findings import Accuracy, PrecisionReport
 from sopdeploy_export.subject import ExportSubject
 
 BATCH = 8

@@ -40,8 +40,8 @@ from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.parity.routing import find_gate, gate_logits
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.casts import LOW_PRECISION, float32_parts, weight_dtypes, with_precision
+from sopdeploy_export.precision.findings import Accuracy, Attempt, PrecisionReport, Quantization
 from sopdeploy_export.precision.int8 import Int8Quantizer
-from sopdeploy_export.precision.report import Accuracy, Attempt, PrecisionReport, Quantization
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.rewrites.apply import Lowered, LoweringReport, lower_graph
 

@@ -11,8 +11,8 @@ from sopdeploy.decision import Decision
 from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.files import sha256
 from sopdeploy.html.templates import render
-from sopdeploy_export.parity.report import ClassMapParity, FlipCause, ParityReport
-from sopdeploy_export.precision.report import PrecisionReport
+from sopdeploy_export.parity.findings import ClassMapParity, FlipCause, ParityReport
+from sopdeploy_export.precision.findings import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.report.network_summary import NetworkSummary
 from sopdeploy_export.rewrites.apply import LoweringReport

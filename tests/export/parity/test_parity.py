@@ -15,7 +15,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph import Deployed
 from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference, logit_spread
-from sopdeploy_export.parity.report import FLOORS, ParityReport, agreement
+from sopdeploy_export.parity.findings import FLOORS, ParityReport, agreement
 from tests.export.once import BATCH, graph_of
 
 Make = Callable[..., Classifier]
@@ -148,7 +148,7 @@ def test_a_noise_floor_as_wide_as_the_logits_stops_a_16_bit_precision(
 ) -> None:
     """A file that ignores its input is wrong by half of the spread; 4 floors of an eighth would allow it."""
     model, deployed = exported
-    tmp_path / "model.onnx".write_bytes(model.SerializeToString())
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     images = probes.numpy()
     exact = compute_reference(deployed, images)
     floor = fraction * logit_spread(exact.outputs["logits"])
@@ -204,7 +204,7 @@ def test_a_fixed_batch_axis_is_rejected(
     measure()
     fixed = onnx.load(tmp_path / "model.onnx")
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    tmp_path / "model.onnx".write_bytes(fixed.SerializeToString())
+    (tmp_path / "model.onnx").write_bytes(fixed.SerializeToString())
     expected = compute_reference(exported[1], probes.numpy())
     with pytest.raises(ParityError, match="rejects a batch of 2"):
         compare_file(tmp_path / "model.onnx", expected, probes.numpy(), BATCH)

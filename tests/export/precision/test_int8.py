@@ -242,7 +242,7 @@ def test_gpu_runtimes_accept_the_form_for_tensorrt_and_the_lint_rejects_the_cpu_
     name = request.node.callspec.params["graphs"]
     accepted(graph_of(name, preprocess, **NETWORKS[name]).model, "fp32")
     accepted(graphs[0]["tensorrt"], "int8")
-    lint = pytest.importorskip("sopdeploy_export.tensorrt.lint").lint
+    lint = pytest.importorskip("sopdeploy_export.engine_builder.lint").lint
     for version in ((10, 13), (10, 16), (11, 0)):
         lint(graphs[0]["tensorrt"], version, ())
         with pytest.raises(LoweringError, match=r"quantized for CPUs.*--int8-for tensorrt"):

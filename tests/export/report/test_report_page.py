@@ -10,8 +10,8 @@ import pytest
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy_export.parity.report import Flip
-from sopdeploy_export.precision.report import Accuracy, Attempt, Quantization
+from sopdeploy_export.parity.findings import Flip
+from sopdeploy_export.precision.findings import Accuracy, Attempt, Quantization
 from sopdeploy_export.report.page import (
     as_markdown,
     render_model_card,

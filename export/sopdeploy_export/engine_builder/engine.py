@@ -30,10 +30,10 @@ from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
 from sopdeploy.tensorrt.profiles import Profile, merge_profiles, parse_profiles
 from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt
 from sopdeploy.tensorrt.session import EngineSession
-from sopdeploy_export.tensorrt.build import BuildRequest, Report, build, layer_information
-from sopdeploy_export.tensorrt.lint import floating_types, lint
-from sopdeploy_export.tensorrt.options import EngineOptions
-from sopdeploy_export.tensorrt.precision_check import check_engine_precision
+from sopdeploy_export.engine_builder.build import BuildRequest, Report, build, layer_information
+from sopdeploy_export.engine_builder.lint import floating_types, lint
+from sopdeploy_export.engine_builder.options import EngineOptions
+from sopdeploy_export.engine_builder.precision_check import check_engine_precision
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def build_plan(
     begin = time.monotonic()
     hazards: tuple[Hazard, ...] = ()
     if key.via == "torch-tensorrt":
-        from sopdeploy_export.tensorrt.from_program import build_from_program  # noqa: PLC0415 # torch
+        from sopdeploy_export.engine_builder.from_program import build_from_program  # noqa: PLC0415 # torch
 
         plan = build_from_program(bundle, key.profiles[0], machine.workspace)
         source_sha256, graph_types = bundle.manifest.files[PROGRAM].sha256, {"fp32"}

@@ -9,9 +9,9 @@ from sopdeploy.tensorrt.binding import import_tensorrt, parse_version
 from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy.tensorrt.record import Hazard
-from sopdeploy_export.tensorrt.engine import engine_key, requested_profiles
-from sopdeploy_export.tensorrt.lint import lint
-from sopdeploy_export.tensorrt.options import EngineOptions
+from sopdeploy_export.engine_builder.engine import engine_key, requested_profiles
+from sopdeploy_export.engine_builder.lint import lint
+from sopdeploy_export.engine_builder.options import EngineOptions
 
 SUPPORTED = ("10.13.0", "10.16.0", "11.0.0")
 
