@@ -180,7 +180,8 @@ def measure_throughput(bundle: Path, images: Path, scratch: Path) -> list[Result
 
 def command(bundle: Path, source: Path, out: Path) -> subprocess.Popen[bytes]:
     """Start `sopdeploy classify` with one thread and one decoder process."""
-    options = ["--workers", "1", "--set", f"max_batch={BATCH['real']}", "--set", "threads=1", "--json", *PART]
+    settings = [f"--setting=max_batch={BATCH['real']}", "--setting=threads=1"]
+    options = ["--workers", "1", *settings, "--json", *PART]
     words = [sys.executable, "-m", "sopdeploy", "classify", str(bundle), str(source), "--out", str(out)]
     return subprocess.Popen([*words, *options], stdout=subprocess.DEVNULL)
 

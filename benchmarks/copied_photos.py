@@ -42,8 +42,9 @@ from sopdeploy.decision import known_score
 from sopdeploy.errors import DataError
 from sopdeploy.models.second_order_head import SecondOrderHead
 from sopdeploy.training.few_shot.candidates import TAPS
-from sopdeploy.training.loop import train
+from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.train import train_recipe
 
 KINDS = ("encoded", "cropped", "burst")
 
@@ -158,12 +159,13 @@ def run_draw(
     draw(given, folder, kind, copies, size, seed)
     settings = [f"data.path={folder}", f"model.name={given.model}", f"start.weights={given.weights}"]
     with torch.enable_grad():
-        result = train(read_recipe("photos", settings), run)
+        result = train_recipe(read_recipe("photos", settings), run)
     checkpoint, last = read_checkpoint(result.best), read_checkpoint(result.last)
     model = build_classifier(checkpoint, result.best)
     rule = checkpoint.decision.rejection if checkpoint.decision else None
     if (
-        result.few_shot is None
+        not isinstance(result.procedure, FewShotResult)
+        or result.procedure.top1 is None
         or last.resume is None
         or rule is None
         or not isinstance(model, SecondOrderHead)
@@ -171,8 +173,8 @@ def run_draw(
         raise DataError(f"{given.data}: the few-shot procedure fitted no threshold; give larger --sizes")
     test = head_inputs(result.best, given.test, given.model, given.cache / "test.pt", with_maps=True)
     logits = model.pooled_head(test["own"].float(), {tap: test["maps"][tap].float() for tap in model.maps})
-    score = result.few_shot.top1
-    wrong, divided = count_errors(folder, np.asarray(last.resume["groups"]))
+    score = result.procedure.top1
+    wrong, divided = count_errors(folder, np.asarray(last.resume["procedure"]["groups"]))
     low, high = rule.accepted or (0.0, 1.0)
     measured = {
         "accuracy": 100 * float((logits.argmax(dim=1) == test["targets"]).double().mean()),

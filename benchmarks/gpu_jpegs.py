@@ -146,7 +146,7 @@ def summary(loads: list[Load]) -> list[object]:
 def served(bundle: Bundle, way: DecodeWay) -> Iterator[str]:
     """Serve *bundle* with front ends; yield the URL that classifies."""
     settings = {"decode": way, "queue_size": 4096, "sandbox": "off"}
-    options = [f"--set={name}={value}" for name, value in settings.items()]
+    options = [f"--setting={name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "sopdeploy", "serve", str(bundle.path), "--port=0", "--front-ends=auto"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as server:
         try:

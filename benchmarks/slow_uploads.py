@@ -53,7 +53,7 @@ def main() -> None:
 def measure(given: argparse.Namespace, limit: int) -> dict[str, float]:
     """Start a server whose `max_upload_bytes` is *limit* and measure it under load."""
     command = [sys.executable, "-m", "sopdeploy", "serve", str(given.bundle), "--port", "0"]
-    command += ["--set", f"max_upload_bytes={limit}", "--set", "request_timeout=120"]
+    command += ["--setting", f"max_upload_bytes={limit}", "--setting", "request_timeout=120"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             ready = re.match(r"ready: http://(\S+):(\d+)", server.stdout.readline() if server.stdout else "")

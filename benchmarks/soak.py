@@ -201,7 +201,7 @@ def server(bundle: Path, front_ends: int) -> Iterator[tuple[subprocess.Popen[str
     if front_ends == 1:
         options += ["--model-control"]
     else:
-        options += ["--front-ends", str(front_ends), "--set", "sandbox=required"]
+        options += ["--front-ends", str(front_ends), "--setting", "sandbox=required"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""

@@ -1,4 +1,4 @@
-"""Planted wrong labels that `data check --labels` lists, against cleanlab on the same probabilities.
+"""Planted wrong labels that `data check --wrong-labels` lists, against cleanlab on the same probabilities.
 
     python benchmarks/wrong_labels.py --data DIR --model NAME --weights FILE --cache DIR
         [--size 50] [--shares 0.03,0.08] [--similar shirt,t-shirt,longsleeve] [--draws 6] [--json]
@@ -6,7 +6,7 @@
 --data is a folder of photographs, <class>/*.jpg. Each draw takes --size photographs per class and moves a
 share of them, n photographs, to another class: any class, and in a second run among the classes --similar
 only. `sopdeploy train` runs with default options; outputs of the frozen network are cached as in
-copied_photos.py. Ours is the order of `data check --labels`; cleanlab is its best method by
+copied_photos.py. Ours is the order of `data check --wrong-labels`; cleanlab is its best method by
 `get_label_quality_scores` on the same out-of-fold probabilities. "precision at n" is the share of wrong
 labels among the first n, "recall at 2n" the share of the wrong labels that are among the first 2n. Needs
 `pip install cleanlab==2.9.0`. Exit status 1: ours is below cleanlab.
@@ -30,8 +30,8 @@ from sopdeploy.data.datasets.folder import list_classes
 from sopdeploy.decision import softmax
 from sopdeploy.models.second_order_head import SecondOrderHead
 from sopdeploy.report.run_data import find_wrong_labels
-from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.train import train_recipe
 
 METHODS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
 
@@ -62,10 +62,10 @@ def run_draw(
         (folder / other).mkdir(parents=True, exist_ok=True)
         (folder / other / file.name).symlink_to(file.resolve())
     settings = [f"data.path={folder}", f"model.name={given.model}", f"start.weights={given.weights}"]
-    result = train(read_recipe("photos", settings), run)
+    result = train_recipe(read_recipe("photos", settings), run)
     names = {file.name for file in moved}
-    images, resume = list_classes(folder), read_checkpoint(result.last).resume or {}
-    probabilities = softmax(resume["out_of_fold"].double().numpy())
+    images, resume = list_classes(folder).images, read_checkpoint(result.last).resume or {}
+    probabilities = softmax(resume["procedure"]["out_of_fold"].double().numpy())
     wrong = np.asarray([images.path(index).name in names for index in range(len(images))])
     listed = [Path(one.file).name in names for one in find_wrong_labels(run)]
     orders = {"ours": np.asarray(listed)}

@@ -9,7 +9,7 @@ import pydantic
 
 from sopdeploy.errors import ConfigError
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
@@ -46,8 +46,8 @@ class Options(StrictModel):
 
 
 def expand_options(
-    function: Callable[..., Result], annotate: Callable[[type[Options], str], Any] | None = None
-) -> Callable[..., Result]:
+    function: Callable[..., _Result], annotate: Callable[[type[Options], str], Any] | None = None
+) -> Callable[..., _Result]:
     """Replace each parameter of *function* that is annotated with a model of `Options` by the model's fields.
 
     The returned function takes the fields as keyword arguments, validates them and passes the models to
@@ -72,7 +72,7 @@ def expand_options(
     parameters.sort(key=lambda parameter: parameter.kind)  # `**settings` stays last
 
     @functools.wraps(function)
-    def call(*args: Any, **keywords: Any) -> Result:
+    def call(*args: Any, **keywords: Any) -> _Result:
         for name, model in models.items():
             if not isinstance(keywords.get(name), model):
                 given = {field: keywords.pop(field) for field in model.model_fields if field in keywords}
@@ -90,8 +90,8 @@ def expand_options(
 
 
 def with_signature(
-    function: Callable[..., Result], parameters: list[inspect.Parameter]
-) -> Callable[..., Result]:
+    function: Callable[..., _Result], parameters: list[inspect.Parameter]
+) -> Callable[..., _Result]:
     """Set the parameters of *function* that `inspect.signature`, notebooks and typer see."""
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

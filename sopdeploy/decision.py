@@ -52,8 +52,8 @@ class Rejection(StrictModel):
         score: `max_probability` is the largest softmax probability, `energy` the log-sum-exp of the logits.
         threshold: Smallest score of a known image.
         accepts: Fraction of known images that the threshold was chosen to accept.
-        accepted: 95 % interval (Clopper and Pearson) of the fraction that it accepts, from the number of
-            images it was fitted to.
+        accepted: 95 % interval of the fraction that it accepts of as many new known images as it was fitted
+            to.
         auroc: Area under the ROC curve for separating the images of a class that is left out from all
             others, averaged over classes.
         left_out: "refitted" if the classifier was fitted without the class, `None` if its logit was masked.

@@ -1,8 +1,12 @@
 """Structure of the project that linters and import contracts do not check."""
 
+import ast
 import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Collection
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -119,6 +123,28 @@ def test_every_link_and_every_file_that_a_page_names_exists(page: Path) -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+def imported_modules(path: Path, modules: Collection[str]) -> set[str]:
+    """Return those of *modules* that a file imports anywhere, also inside functions and for types only."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & modules or {node.module}
+    return found & modules
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    files = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            files[".".join((package, *parts)).removesuffix(".__init__")] = path
+    imports = {module: imported_modules(path, files.keys()) - {module} for module, path in files.items()}
+    list(TopologicalSorter(imports).static_order())  # a CycleError names the modules of a circle
+
+
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "sklearn", "timm", "sopdeploy_export")
 WITHOUT: dict[tuple[str, ...], tuple[str, ...]] = {  # packages that importing these modules must not import
     (
@@ -139,3 +165,118 @@ def test_modules_do_not_import_heavy_packages(modules: tuple[str, ...]) -> None:
     code = f"import {', '.join(modules)}, sys; print([n for n in {WITHOUT[modules]} if n in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == "[]"
+
+
+# A command has the name that users type, and the framework calls it, as it calls a route.
+REGISTERED = re.compile(r"(?:command|model_endpoint|router\.\w+)\(")
+
+
+def public_names(path: Path) -> set[str]:
+    """Return the functions, classes and constants of *path* that other modules can import."""
+    names: set[str] = set()
+    for part in ast.parse(path.read_text(encoding="utf-8")).body:
+        match part:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                registered = any(REGISTERED.match(ast.unparse(item)) for item in part.decorator_list)
+                names |= set() if registered else {part.name}
+            case ast.Assign(targets=targets):
+                names |= {x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)}
+            case ast.AnnAssign(target=ast.Name(name)):
+                names.add(name)
+    return {name for name in names if not name.startswith("_")}
+
+
+# One concept has one name, and one name means one concept. Add nothing; delete what you rename.
+DEFINED_TWICE = {
+    "Activation",
+    "Arrays",
+    "BATCH",
+    "BLOCKS",
+    "BROKEN",
+    "Calibration",
+    "ClassMap",
+    "ClassProbability",
+    "ClassifyOptions",
+    "Comparison",
+    "Counts",
+    "ENTRIES",
+    "EPOCHS",
+    "Embedding",
+    "Entry",
+    "FEATURES",
+    "FORMAT",
+    "GATES",
+    "Gate",
+    "IMAGE",
+    "ImageLike",
+    "Images",
+    "Job",
+    "Kind",
+    "LABELS",
+    "LEVEL",
+    "LIST",
+    "Limit",
+    "Load",
+    "MAX_WAITING",
+    "METRICS",
+    "MODELS",
+    "ModelInfo",
+    "NAME",
+    "NUMBER",
+    "Network",
+    "PREFIX",
+    "PROBES",
+    "PROVIDER",
+    "Pixels",
+    "Precision",
+    "Predictions",
+    "Problem",
+    "ROWS",
+    "Reference",
+    "Rejection",
+    "Results",
+    "Row",
+    "Run",
+    "SERVER",
+    "STAGES",
+    "Scale",
+    "Score",
+    "Shadow",
+    "Stage",
+    "THUMBNAIL",
+    "Value",
+    "apply",
+    "build",
+    "build_classifier",
+    "choose_network",
+    "classify",
+    "compare",
+    "convert",
+    "describe",
+    "evaluate",
+    "export",
+    "find_taps",
+    "inspect",
+    "install",
+    "load_images",
+    "log",
+    "main",
+    "make_key",
+    "measure",
+    "predict",
+    "receive",
+    "replay",
+    "router",
+    "send",
+    "serve",
+    "to_toml",
+    "write_archive",
+    "write_report",
+}
+
+
+def test_no_public_name_is_defined_in_two_files() -> None:
+    files = Counter(name for module in MODULES for name in public_names(module))
+    twice = {name for name, number in files.items() if number > 1}
+    assert twice - DEFINED_TWICE == set(), "rename, or start what only its own file uses with an underscore"
+    assert DEFINED_TWICE - twice == set(), "delete these entries of DEFINED_TWICE"

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,33 @@ def test_every_command_documents_its_options_and_shows_an_example(command: str) 
     assert re.search(rf"Example:\s+sopdeploy {command}", result.stdout), result.stdout
     undocumented = [p.name for p in COMMANDS.commands[command].params if not getattr(p, "help", None)]
     assert undocumented == []
+
+
+# What a flag of several commands means: all their descriptions contain the text.
+MEANINGS = {
+    "--api-key": "API key of the server", "--config": "TOML file with settings", "--data": "mages",
+    "--dry-run": "; ", "--host": "address to listen on", "--json": "Print JSON", "--keys": "API key file",
+    "--labels": "lass name", "--logits-key": "of the logits", "--max-batch": "batch", "--model": "Model name",
+    "--name": "Name of the project", "--network": "Builder of the network", "--option": "of the network",
+    "--out": "older", "--out-file": "The ", "--port": "port to listen on", "--precision": "recision of the",
+    "--preprocess": "timm:NAME", "--require-signature": "public key", "--runtime": "onnxruntime|Runtime",
+    "--seeds": "seeds 0, 1 and so on", "--set": "Override a value of", "--setting": "setting of the service",
+    "--threads": "CPU threads", "--url": "URL of the server", "--weights-key": "Key of the state dict",
+    "--workers": "rocesses that load images",
+}  # fmt: skip
+
+
+def test_a_flag_means_the_same_in_every_command() -> None:
+    found: dict[str, list[Any]] = defaultdict(list)
+    commands = [*COMMANDS.commands.values(), *COMMANDS.commands["data"].commands.values()]
+    for option in (option for command in commands for option in command.params if option.opts[0][:2] == "--"):
+        for flag in option.opts:
+            found[flag].append(option)
+    shared = {flag: options for flag, options in found.items() if len(options) > 1}
+    assert sorted(shared) == sorted(MEANINGS)
+    for flag, options in shared.items():
+        assert [o.help for o in options if not re.search(MEANINGS[flag], o.help)] == []
+        assert len({(o.is_flag, o.multiple) for o in options}) == 1, flag
 
 
 def test_without_a_command_and_with_help_all_commands_are_listed() -> None:
@@ -139,7 +167,7 @@ def test_models_lists_the_catalog_by_family() -> None:
 
 def test_describe_accepts_a_pooling_an_image_size_and_a_number_of_classes() -> None:
     short = as_json(
-        "describe", "resnet20", "--set", "pooling=isqrt", "--num-classes", "7", "--image-size", "24"
+        "describe", "resnet20", "--option", "pooling=isqrt", "--num-classes", "7", "--image-size", "24"
     )
     assert short["config"]["pooling"]["kind"] == "isqrt"
     assert (short["num_classes"], short["image_size"]) == (7, 24)
@@ -166,8 +194,8 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "a folder without a manifest": (("eval", ".", "--data", "d"), "it has no manifest.json"),
     "batch size zero": ((*EXPORT, "--max-batch", "0"), "--max-batch: Input should be greater than"),
     "options of an absent builder": (
-        (*EXPORT, "--plain-set", "a=1"),
-        "--plain-set: only for a network of your own; try --network",
+        (*EXPORT, "--plain-option", "a=1"),
+        "--plain-option: only for a network of your own; try --network",
     ),
     "a missing bundle": (("verify", "bundle"), "bundle: no bundle here"),
     "a port out of range": (("serve", "bundle", "--port", "99999"), "port"),
@@ -196,7 +224,7 @@ def test_usage_errors_exit_with_2_and_mention_help() -> None:
 # Text that is shorter than the buffer of stdout, and longer.
 PRINTED = {
     "help": "--help",
-    "long TOML": f"serve x --print-config --set engine_cache={'x' * 9000}",
+    "long TOML": f"serve x --print-config --setting engine_cache={'x' * 9000}",
 }
 
 
@@ -246,7 +274,7 @@ def test_output_to_a_closed_stdout_is_discarded(case: str, expected: tuple[int, 
 
 # A command and the function that Ctrl-C interrupts.
 INTERRUPTED = {
-    "train": ("train --recipe digits-plain", "sopdeploy.api.training.run"),
+    "train": ("train --recipe digits-plain", "sopdeploy.api.training.train_recipe"),
     "eval": ("eval x.pt --data photos", "sopdeploy.api.evaluation.detect_source"),
     "serve": ("serve x", "sopdeploy_service.server.process.serve"),
 }

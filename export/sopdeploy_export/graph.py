@@ -116,7 +116,8 @@ def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
             raise LoweringError(f"the network returns {_describe(output)}, without logits {key!r}") from error
     if not isinstance(output, Tensor):
         raise LoweringError(
-            f"the network returns {_describe(output)}; choose one as the logits", remedies={"logits": None}
+            f"the network returns {_describe(output)}; choose one as the logits",
+            remedies={"logits_key": None},
         )
     return (output,)
 

@@ -72,13 +72,13 @@ class NetworkOptions(Options):
 
     network: str | None = None
     """Builder of the network, package.module:callable."""
-    set: tuple[str, ...] = ()
-    """Option key=value of --network; repeatable."""
+    option: tuple[str, ...] = ()
+    """Option KEY=VALUE of the network; repeatable."""
     preprocess: str | None = None
     """timm:NAME, torchvision:WEIGHTS or FILE.json."""
-    weights: str | None = None
+    weights_key: str | None = None
     """Key of the state dict to use, if the file has several, such as model_ema."""
-    logits: str | None = None
+    logits_key: str | None = None
     """Attribute, key or index of the logits in the output."""
 
 
@@ -87,8 +87,8 @@ class NetworkExportOptions(NetworkOptions):
 
     plain: str | None = None
     """Builder of the network without training-only parts, package.module:callable."""
-    plain_set: tuple[str, ...] = ()
-    """Option key=value of --plain; repeatable."""
+    plain_option: tuple[str, ...] = ()
+    """Option KEY=VALUE of the plain network; repeatable."""
     training_only: tuple[str, ...] = ()
     """Part to remove, or a pattern such as 'aux*'; repeatable."""
     labels: Path | None = None
@@ -101,6 +101,6 @@ class NetworkExportOptions(NetworkOptions):
         for name in self.model_fields_set if self.network is None else ():
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ConfigError("only for a network of your own", setting=name, remedies={"network": None})
-        if self.plain_set and self.plain is None:
-            raise ConfigError("only with a plain network", setting="plain_set", remedies={"plain": None})
+        if self.plain_option and self.plain is None:
+            raise ConfigError("only with a plain network", setting="plain_option", remedies={"plain": None})
         return self

@@ -216,7 +216,7 @@ class Settings(pydantic.BaseModel):
         if self.model_control and self.keys is None and not loopback:
             raise ValueError(
                 f"model_control on {self.host} without keys would let every client swap models; create a key "
-                "with the scope admin (`sopdeploy key NAME --file keys.toml --admin`)"
+                "with the scope admin (`sopdeploy key NAME --keys keys.toml --admin`)"
             )
         return self
 

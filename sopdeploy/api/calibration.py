@@ -47,7 +47,7 @@ class Calibrated:
 def calibrate(
     checkpoint: str | Path,
     data: str | Path,
-    out: str | Path | None = None,
+    out_file: str | Path | None = None,
     *,
     options: CalibrateOptions,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
@@ -61,22 +61,22 @@ def calibrate(
     Args:
         checkpoint: A checkpoint of `train` or of `sopdeploy import`.
         data: Images that were not used for training, `DIR/<class>/*.jpg` or with `labels.csv`.
-        out: The checkpoint to write; the default is `<name>-calibrated.pt` next to *checkpoint*.
+        out_file: The checkpoint to write; the default is `<name>-calibrated.pt` next to *checkpoint*.
         options: The fields of `CalibrateOptions`, each as a keyword argument.
         on_image: Called with the numbers of images done and in total.
 
     Raises:
-        ConfigError: *out* is the checkpoint itself, or an option is invalid.
+        ConfigError: *out_file* is the checkpoint itself, or an option is invalid.
         CheckpointError: The checkpoint cannot be read.
         DataError: The classes do not match, an image cannot be read, or there are fewer than 50 images.
         TrainingError: The outputs of the network are not finite.
     """
     source, folder = Path(checkpoint), expand_user(data)
     read = read_checkpoint(source)
-    destination = source.with_name(f"{source.stem}-calibrated.pt") if out is None else Path(out)
+    destination = source.with_name(f"{source.stem}-calibrated.pt") if out_file is None else Path(out_file)
     if destination.exists() and source.exists() and destination.samefile(source):
         raise ConfigError(
-            "is the checkpoint to calibrate; give another name", setting="out", value=str(destination)
+            "is the checkpoint to calibrate; give another name", setting="out_file", value=str(destination)
         )
     multi_label = read.decision is not None and read.decision.thresholds is not None
     notes: list[str] = []

@@ -54,8 +54,8 @@ def export(
 
 def load_network(weights: Path, options: NetworkOptions) -> tuple[nn.Module, LoadedWeights]:
     """Build the network of *options* and load its weights from the file *weights*."""
-    network = _builder("network", options.network, options.set)()
-    return network, load_weights(network, weights, options.weights)
+    network = _builder("network", options.network, options.option)()
+    return network, load_weights(network, weights, options.weights_key)
 
 
 def export_weights(
@@ -75,7 +75,7 @@ def export_weights(
             "missing; give a file with one class name per line, in the order of the logits", setting="labels"
         )
     labels, preprocess = read_class_names(source.labels), read_preprocess(source.preprocess)
-    plain = None if source.plain is None else _builder("plain", source.plain, source.plain_set)
+    plain = None if source.plain is None else _builder("plain", source.plain, source.plain_option)
     attribute = str(source.network).rpartition(":")[2].rpartition(".")[2]  # of package.module:path.attribute
     on_step("building the network")
     network, loaded = load_network(weights, source)
@@ -87,16 +87,16 @@ def export_weights(
         preprocess=preprocess,
         destination=destination,
         name=options.name or attribute,
-        logits=_index_or_name(source.logits),
+        logits_key=_index_or_name(source.logits_key),
         allow_constants=source.allow_constants,
         options=options,
         config={
             "network": source.network,
-            "settings": list(source.set),
+            "settings": list(source.option),
             "plain": source.plain,
-            "plain_settings": list(source.plain_set),
+            "plain_settings": list(source.plain_option),
             "training_only": list(source.training_only),
-            "logits": source.logits,
+            "logits": source.logits_key,
             "allow_constants": source.allow_constants,
             "table": loaded.table,
             "prefixes_removed": list(loaded.removed),
@@ -109,8 +109,8 @@ def export_weights(
 def inspect(weights: Path, options: NetworkOptions) -> dict[str, Any]:
     """List the parts of the network of *options* that its output does not depend on; writes nothing."""
     network, loaded = load_network(weights, options)
-    logits = _index_or_name(options.logits)
-    unused = unused_modules(network, read_preprocess(options.preprocess), logits=logits)
+    logits_key = _index_or_name(options.logits_key)
+    unused = unused_modules(network, read_preprocess(options.preprocess), logits_key=logits_key)
     return {
         "network": options.network,
         "tensors": len(network.state_dict()),

@@ -22,17 +22,17 @@ class TrainOptions(Options):
     """Global pooling: short for the setting `model.config.pooling`."""
     models: str | None = None
     """Networks to compare, NAME or NAME=FILE with its weights, separated by commas; sets `model.name` and
-    `few_shot.models`."""
+    `procedure.models`."""
     name: Name = None
     """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
-    procedure: Literal["auto", "few-shot", "loop"] = "auto"
-    """Train linear heads on the frozen network (few-shot) or all its weights (loop); sets
-    `few_shot.procedure`. By default the time that they take decides."""
+    procedure: Literal["auto", "few_shot", "loop"] | None = None
+    """Train linear heads on the frozen network (few_shot) or all its weights (loop); auto decides by the time
+    that they take. Sets `procedure.kind`, which is auto in the recipe for photos."""
     resume: Literal["never", "always", "auto"] = "never"
     """Continue the run in the folder, by default the newest of the project; auto starts a new one if there is
     none."""
-    log: tuple[str, ...] = ()
-    """Also log to tensorboard; `wandb sync` reads its files."""
+    tensorboard: bool = False
+    """Also write the metrics to the run's folder tensorboard; `wandb sync` reads its files."""
 
 
 class EvaluateOptions(Options):
@@ -49,7 +49,7 @@ class EvaluateOptions(Options):
     api_key: str | None = None
     """API key of the server."""
     workers: Workers = 0
-    """Data loading processes for a checkpoint."""
+    """Processes that load images for a checkpoint."""
 
 
 class CalibrateOptions(Options):
@@ -58,4 +58,4 @@ class CalibrateOptions(Options):
     accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95
     """Fraction of images of known classes to accept as known; 1 rejects none."""
     workers: Workers = 0
-    """Data loading processes."""
+    """Processes that load images."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sopdeploy import __version__
+from sopdeploy.version import __version__
 
 ABOUT = "Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."
 OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed
@@ -18,38 +18,39 @@ SETTINGS: Any = {  # of every `typer.Typer`
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-# Name of a command: topic, function in `sopdeploy.cli`, summary. The line is the only registration.
+# Name of a command: topic, module in `sopdeploy.cli` with the function `<name>_command`, summary. The line is
+# the only registration.
 COMMANDS = {
-    "demo": ("Get started", "demo:demo", "run the whole workflow in a minute"),
-    "env": ("Get started", "env:env", "versions and hardware, for a bug report"),
-    "data": ("Train", "training.data:data", "inspect images before training"),
-    "recipes": ("Train", "training.train:recipes", "list the packaged recipes"),
-    "models": ("Train", "training.models:models", "list the networks of the catalog"),
-    "describe": ("Train", "training.models:describe", "count parameters and multiply-adds of a network"),
-    "import": ("Train", "training.import_weights:import_file", "convert published weights to a checkpoint"),
-    "train": ("Train", "training.train:train_command", "train a network"),
-    "eval": ("Train", "training.evaluate:evaluate", "evaluate a checkpoint, a bundle or a server"),
-    "calibrate": ("Train", "training.calibrate:calibrate", "fit temperature and thresholds of a checkpoint"),
-    "runs": ("Train", "training.runs:runs", "list runs and bundles, and which bundles are live"),
-    "report": ("Train", "training.report:report", "write an HTML report on a run"),
-    "compare": ("Train", "training.compare:compare", "test whether one recipe is better than another"),
-    "reproduce": ("Train", "training.reproduce:reproduce", "train the rows of a paper's table"),
-    "export": ("Export", "deployment.export:export", "convert a checkpoint to a bundle, with a proof"),
-    "inspect": ("Export", "deployment.export:inspect", "list parts of your network that have no effect"),
-    "verify": ("Export", "deployment.verify:verify", "check files and outputs of a bundle"),
-    "engine": ("Export", "deployment.engine:engine", "build the TensorRT engine of a bundle"),
-    "triton": ("Export", "deployment.triton:triton", "add a bundle to a Triton model repository"),
-    "sign": ("Export", "deployment.keys:sign", "sign a bundle"),
-    "push": ("Export", "deployment.transfer:push", "upload a bundle"),
-    "pull": ("Export", "deployment.transfer:pull", "download and check a bundle"),
-    "predict": ("Serve", "serving.predict:predict", "classify images without a server"),
-    "classify": ("Serve", "serving.classify:classify", "classify any number of images into parquet files"),
-    "serve": ("Serve", "serving.serve:serve", "serve bundles over HTTP, with a web page"),
-    "ray": ("Serve", "serving.ray:ray", "serve bundles on Ray"),
-    "health": ("Serve", "serving.health:health", "check whether a server is ready"),
-    "key": ("Serve", "deployment.keys:key", "create an API key for a server"),
-    "bench": ("Serve", "serving.bench:bench", "measure latency and throughput of a bundle"),
-    "doctor": ("Serve", "serving.doctor:doctor", "find the bottleneck of a server"),
+    "demo": ("Get started", "demo", "run the whole workflow in a minute"),
+    "env": ("Get started", "env", "versions and hardware, for a bug report"),
+    "data": ("Train", "training.data", "inspect images before training"),
+    "recipes": ("Train", "training.train", "list the packaged recipes"),
+    "models": ("Train", "training.models", "list the networks of the catalog"),
+    "describe": ("Train", "training.models", "count parameters and multiply-adds of a network"),
+    "import": ("Train", "training.import_weights", "convert published weights to a checkpoint"),
+    "train": ("Train", "training.train", "train a network"),
+    "eval": ("Train", "training.evaluate", "evaluate a checkpoint, a bundle or a server"),
+    "calibrate": ("Train", "training.calibrate", "fit temperature and thresholds of a checkpoint"),
+    "runs": ("Train", "training.runs", "list runs and bundles, and which bundles are live"),
+    "report": ("Train", "training.report", "write an HTML report on a run"),
+    "compare": ("Train", "training.compare", "test whether one recipe is better than another"),
+    "reproduce": ("Train", "training.reproduce", "train the rows of a paper's table"),
+    "export": ("Export", "deployment.export", "convert a checkpoint to a bundle, with a proof"),
+    "inspect": ("Export", "deployment.export", "list parts of your network that have no effect"),
+    "verify": ("Export", "deployment.verify", "check files and outputs of a bundle"),
+    "engine": ("Export", "deployment.engine", "build the TensorRT engine of a bundle"),
+    "triton": ("Export", "deployment.triton", "add a bundle to a Triton model repository"),
+    "sign": ("Export", "deployment.keys", "sign a bundle"),
+    "push": ("Export", "deployment.transfer", "upload a bundle"),
+    "pull": ("Export", "deployment.transfer", "download and check a bundle"),
+    "predict": ("Serve", "serving.predict", "classify images without a server"),
+    "classify": ("Serve", "serving.classify", "classify any number of images into parquet files"),
+    "serve": ("Serve", "serving.serve", "serve bundles over HTTP, with a web page"),
+    "ray": ("Serve", "serving.ray", "serve bundles on Ray"),
+    "health": ("Serve", "serving.health", "check whether a server is ready"),
+    "key": ("Serve", "deployment.keys", "create an API key for a server"),
+    "bench": ("Serve", "serving.bench", "measure latency and throughput of a bundle"),
+    "doctor": ("Serve", "serving.doctor", "find the bottleneck of a server"),
 }
 QUICK_START = (
     "sopdeploy train --data photos",
@@ -64,8 +65,8 @@ class Commands(Mapping[str, Any]):
     """The commands by name; a command is imported when it is looked up."""
 
     def __getitem__(self, name: str) -> Any:
-        module, _, function = COMMANDS[name][1].partition(":")
-        target = getattr(import_module(f"sopdeploy.cli.{module}"), function)
+        module = import_module(f"sopdeploy.cli.{COMMANDS[name][1]}")
+        target = getattr(module, f"{name}_command")
         if not isinstance(target, typer.Typer):
             command, target = target, typer.Typer(add_completion=False, **SETTINGS)
             target.command(name)(command)

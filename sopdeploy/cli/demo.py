@@ -18,7 +18,7 @@ MIN_ACCURACY = 0.98
 _TIMEOUT = 60  # seconds
 
 
-def demo(
+def demo_command(
     destination: Annotated[
         Path, typer.Option("--out", help="Parent folder; each demo creates a new numbered folder in it.")
     ] = Path("demo"),

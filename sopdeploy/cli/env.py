@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.text import Text
 
-from sopdeploy import __version__
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import out, plain_text
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.version import __version__
 
 _PACKAGES = (
     "numpy", "pillow", "pydantic", "fastapi", "uvicorn", "torch", "torchvision", "timm", "onnx", "onnxscript",
@@ -34,7 +34,7 @@ def _show(sections: dict[str, dict[str, Any]]) -> None:
 
 
 @command(_show)
-def env() -> dict[str, dict[str, Any]]:
+def env_command() -> dict[str, dict[str, Any]]:
     """Print versions, system, processor, GPU and environment for a bug report; secrets are hidden.
 
     Example: [bold]sopdeploy env[/bold]

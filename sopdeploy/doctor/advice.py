@@ -44,7 +44,7 @@ def judge(best: LoadStep, steps: Sequence[LoadStep]) -> Advice:
             limit="decode",
             why=f"decoders are the bottleneck: all {best.decoders} are busy for {decoders} of the time, the "
             f"runtime for {runtime}",
-            change=f"--set decoders={2 * decoders_per_process} on a machine with as many cores, or send "
+            change=f"--setting decoders={2 * decoders_per_process} on a machine with as many cores, or send "
             "smaller images",
             gain=f"expected: up to +{more:.0%}",
         )

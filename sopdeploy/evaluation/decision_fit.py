@@ -21,7 +21,6 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import betaincinv
 
 from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
 from sopdeploy.evaluation.drift import PredictionCounts
@@ -92,12 +91,7 @@ def fit_decision(
         score=score,
         threshold=threshold,
         accepts=accepts,
-        accepted=(
-            float(betaincinv(len(logits) - rejected, rejected + 1, (1 - LEVEL) / 2))
-            if rejected < len(logits)
-            else 0.0,
-            float(betaincinv(len(logits) - rejected + 1, rejected, (1 + LEVEL) / 2)),
-        ),
+        accepted=accepted_interval(len(logits), rejected),
         auroc=aurocs.get(score),
         left_out="refitted" if refitted else None,
     )
@@ -120,6 +114,20 @@ def missing_threshold(images: int, classes: int, accepts: float) -> str:
 def count_rejected(images: int, accepts: float) -> int:
     """Count the *images* to reject, so that the fraction *accepts* of new known images is accepted."""
     return min(images, math.floor((images + 1) * (1 - accepts) + 1e-9))
+
+
+def accepted_interval(images: int, rejected: int) -> tuple[float, float]:
+    """Compute the 95 % interval of the fraction that the threshold accepts of as many new known images.
+
+    The threshold is the score with rank *rejected* among *images* scores. The number of accepted new images
+    then has a beta-binomial distribution (Angelopoulos and Bates, 2021, appendix C): both the threshold and
+    the share of a finite number of new images vary.
+    """
+    from scipy.stats import betabinom  # noqa: PLC0415  # its import takes half a second
+
+    ends = betabinom.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2], images, images - rejected + 1, rejected)
+    low, high = (ends / images).tolist()
+    return low, high
 
 
 def lowers_loss(logits: Logits, targets: NDArray[np.int64]) -> bool:

@@ -4,7 +4,7 @@ Published files (`mpncovresnet50-15991845.pth`) have torchvision's names and `la
 checkpoints number the parts, `features.0` to `features.7`; the dimension reduction is
 `representation.conv_dr_block`, or `features.8` and `.9` if a published network was fine-tuned. The pooling
 follows from the classifier's input size. The stride of conv5_x follows from `arch`: 1 for `mpncovresnet50`, 2
-for a `resnet50` trained with the pooling. A file with another `arch`, or none, needs `--set conv5_stride`.
+for a `resnet50` trained with the pooling. A file with another `arch`, or none, needs `--option conv5_stride`.
 """
 
 import re
@@ -58,7 +58,7 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
     model = f"isqrt-resnet{depth}" if kind == "isqrt" else f"resnet{depth}"
     return ConvertedWeights(
         description=f"{_TITLES[kind]} on ResNet-{depth} of fast-MPN-COV",
-        model=(f"{model} --set pooling=bcnn" if kind == "bcnn" else model) if model in CATALOG else None,
+        model=(f"{model} --option pooling=bcnn" if kind == "bcnn" else model) if model in CATALOG else None,
         tensors=mapped,
         num_classes=classes,
         preprocess=Preprocess(),
@@ -115,7 +115,7 @@ def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None
     model, default = VGG_MODELS[kind]
     return ConvertedWeights(
         description=f"{_TITLES[kind]} on VGG-16 of fast-MPN-COV",
-        model=model if classifier == default else f"{model} --set classifier={classifier}",
+        model=model if classifier == default else f"{model} --option classifier={classifier}",
         tensors=mapped,
         num_classes=len(file.tensor(last)),
         preprocess=Preprocess(),

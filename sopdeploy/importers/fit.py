@@ -36,11 +36,11 @@ def choose_config(
             raise _misfit(file, converted, model, f"{key} is {value}, not {required}")
     for key, reason in converted.undetermined.items():
         if key not in settings:
-            raise ConfigError(f"{file.path}: {reason}; add --set {key}=..")
+            raise ConfigError(f"{file.path}: {reason}; add --option {key}=..")
     for key, value in converted.detected.items():
         if settings.get(key, value) != value:
             raise ConfigError(
-                f"--set {key}={settings[key]}: {file.path} holds {value}; leave the setting out"
+                f"--option {key}={settings[key]}: {file.path} holds {value}; leave the setting out"
             )
     values = {**converted.defaults, **settings, **converted.detected}
     return make_config(model, _set_values(defaults, values))

@@ -21,7 +21,7 @@ SERVE = ("-m", "sopdeploy", "serve")
 ONE_PROCESS, FRONT_ENDS = "one process", "two sandboxed front ends"
 WAYS: dict[str, tuple[str, ...]] = {
     ONE_PROCESS: (),
-    FRONT_ENDS: ("--front-ends", "2", "--set", "sandbox=required"),
+    FRONT_ENDS: ("--front-ends", "2", "--setting", "sandbox=required"),
 }
 
 
@@ -49,7 +49,7 @@ class ServerClient(httpx.Client):
 @contextmanager
 def serving(*arguments: str, program: tuple[str, ...] = SERVE) -> Iterator[ServerClient]:
     """Start a server with a health port and wait until it is ready; kill it at the end."""
-    with spawn(*arguments, "--threads", "1", "--set", "health_port=0", program=program) as child:
+    with spawn(*arguments, "--threads", "1", "--setting", "health_port=0", program=program) as child:
         try:
             health = line_of(child).removeprefix("health: ").strip()
             ready = re.match(r"ready: (\S+)  ", line_of(child))

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.folders import is_image, walk
-from sopdeploy.data.image_files import ImageFiles, load_pixels, open_image
+from sopdeploy.data.image_files import ImageFiles, image_errors
 from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.files import open_regular
+from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import INPUT, evenly_spread
@@ -133,9 +134,9 @@ def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8
     images = []
     for path in (paths[position] for position in evenly_spread(len(paths), MAX_CALIBRATION)):
         try:
-            with open_regular(path) as file:
-                image = open_image(file.read(), path)
-            images.append(preprocess_image(load_pixels(image, path), preprocess))
+            with image_errors(path), open_regular(path) as file:
+                image = load_pixels(open_image(file.read()))
+            images.append(preprocess_image(image, preprocess))
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); remove it from the folder"

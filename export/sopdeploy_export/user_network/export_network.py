@@ -12,7 +12,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy.project import check_name
+from sopdeploy.project import check_project_name
 from sopdeploy_export.graph import NETWORK_PREFIX, Captured, Deployed, capture
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_subject
@@ -52,7 +52,7 @@ def export_network(
     preprocess: Preprocess,
     destination: str | Path,
     name: str,
-    logits: str | int | None = None,
+    logits_key: str | int | None = None,
     allow_constants: bool = False,
     rename: Callable[[str], str] | None = None,
     options: ExportOptions | None = None,
@@ -75,12 +75,12 @@ def export_network(
         destination: Folder for the bundle.
         name: Name of the network and, without `options.name`, of the project: at most 200 letters, digits,
             `.`, `_` and `-`, the first not `.`.
-        logits: Attribute, key or index of the logits, if the network returns more than one tensor.
+        logits_key: Attribute, key or index of the logits, if the network returns more than one tensor.
         allow_constants: Accept tensors of more than 16 numbers that are neither parameters nor buffers, if
             there is no *plain* network to compare them with.
         rename: Maps the name of a tensor of *trained* to its name in the plain network.
         options: Batch sizes, precision and more; `detach` is set if *training_only* names a part.
-        config: Description of the network in the manifest; by default its class, *logits*, *training_only*.
+        config: Description of the network in the manifest; by default its class, its logits, *training_only*.
         sha256: Hash of the weight file; by default of the tensors.
         on_step: Called with a description of each step as it begins.
 
@@ -99,7 +99,7 @@ def export_network(
     _check_arguments(name, labels, preprocess)
     check_torch_state()
     on_step("checking the network")
-    network = contiguous(copy_for_export(trained, "trained", logits))
+    network = contiguous(copy_for_export(trained, "trained", logits_key))
     check_network_state(network, "trained")
     given = unwrap(trained)
     parts = match_parts(network, training_only)
@@ -111,16 +111,16 @@ def export_network(
     )
     trial = Deployed(copy_module(network), preprocess).eval()
     cache, warnings = check_outputs(trial, preprocess, len(labels), "trained")
-    with prepared(given, logits):
+    with prepared(given, logits_key):
         captured = capture_given(given, network, preprocess, len(labels), options)
     if cache is not None:
         check_cache(cache, captured, capture(trial.network, preprocess, options.batch))
     if plain is None and not allow_constants:
         check_constants(captured, given)
     warnings += _check_usage(network, captured, parts, preprocess, len(labels), options)
-    build = None if plain is None else _checked_builder(plain, given, logits)
+    build = None if plain is None else _checked_builder(plain, given, logits_key)
     class_name = f"{type(network).__module__}.{type(network).__qualname__}"
-    recorded = {"network": class_name, "logits": logits, "training_only": list(training_only)}
+    recorded = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
     subject = ExportSubject(
         name=name,
         project=options.name or name,
@@ -144,7 +144,7 @@ def export_network(
 
 def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -> None:
     """Raise `ConfigError` for an argument of the wrong kind."""
-    check_name(name)
+    check_project_name(name)
     if not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels) or not labels:
         raise ConfigError("give one name per class, each once", setting="labels")
     if not isinstance(preprocess, Preprocess):
@@ -154,15 +154,15 @@ def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -
 
 
 def unused_modules(
-    network: nn.Module, preprocess: Preprocess, logits: str | int | None = None
+    network: nn.Module, preprocess: Preprocess, logits_key: str | int | None = None
 ) -> tuple[str, ...]:
     """Name the outermost modules of *network* that its output in eval mode does not depend on.
 
-    They are candidates for `training_only`. *logits* is the attribute, key or index of the logits, if the
+    They are candidates for `training_only`. *logits_key* is the attribute, key or index of the logits, if the
     network returns more than one tensor. Raises `LoweringError` if the network cannot be captured.
     """
     check_torch_state()
-    copied = contiguous(copy_for_export(network, "given", logits))
+    copied = contiguous(copy_for_export(network, "given", logits_key))
     _, unused = find_usage(copied, capture(copied, preprocess, BatchRange()))
     return outermost(copied, unused)
 
@@ -253,14 +253,14 @@ def _check_usage(
 
 
 def _checked_builder(
-    plain: Callable[[], nn.Module], trained: nn.Module, logits: str | int | None
+    plain: Callable[[], nn.Module], trained: nn.Module, logits_key: str | int | None
 ) -> Callable[[], nn.Module]:
     """Return a builder of the same network as *plain*, unwrapped and in eval mode, in memory of its own."""
 
     def build() -> nn.Module:
         network = plain()
         check_torch_state()
-        copied = copy_for_export(network, "plain", logits)
+        copied = copy_for_export(network, "plain", logits_key)
         memory = {tensor.data_ptr() for tensor in tensors(trained).values() if tensor.numel()}
         if any(tensor.data_ptr() in memory for tensor in tensors(unwrap(network)).values() if tensor.numel()):
             raise CertificateError(

@@ -63,7 +63,7 @@ def _choose_table(path: Path, content: Any, table: str | None) -> tuple[str, Map
     if is_state_dict(content):
         if table is not None:
             raise WeightsError(
-                f"{path} is a single table of tensors; omit it", setting="weights", value=table
+                f"{path} is a single table of tensors; omit it", setting="weights_key", value=table
             )
         return "", content
     tables = {}
@@ -74,10 +74,10 @@ def _choose_table(path: Path, content: Any, table: str | None) -> tuple[str, Map
         raise WeightsError(f"{path}: holds no table of tensors; {ADVICE}")
     if table is None and len(tables) > 1:
         raise WeightsError(
-            f"{path}: holds several tables of tensors ({names}); choose one", remedies={"weights": None}
+            f"{path}: holds several tables of tensors ({names}); choose one", remedies={"weights_key": None}
         )
     if table is not None and table not in tables:
-        raise WeightsError(f"{path} has only {names}", setting="weights", value=table)
+        raise WeightsError(f"{path} has only {names}", setting="weights_key", value=table)
     name = table or names  # without *table*, `names` is the name of the only one
     return name, tables[name]
 

@@ -18,7 +18,7 @@ def _show(signed: dict[str, Any]) -> None:
 
 
 @command(_show)
-def sign(
+def sign_command(
     bundle: BundleArgument,
     key: Annotated[Path, typer.Option(help="Private key in a PEM file: an elliptic curve key.")],
     new_key: Annotated[
@@ -39,9 +39,9 @@ def sign(
 
 
 @command()
-def key(
+def key_command(
     name: Annotated[str, typer.Argument(help="Name of the client; it appears in the server's log.")],
-    file: Annotated[Path, typer.Option(help="Key file; created if it is missing.")],
+    keys: Annotated[Path, typer.Option(help="API key file; created if it is missing.")],
     rate: Annotated[
         float | None, typer.Option(help="Largest number of images per second; by default no limit.")
     ] = None,
@@ -52,10 +52,10 @@ def key(
 ) -> None:
     """Create an API key, print it once and store its hash; servers read the file when they start.
 
-    Example: [bold]sopdeploy key phone-app --file keys.toml --rate 100[/bold]
+    Example: [bold]sopdeploy key phone-app --keys keys.toml --rate 100[/bold]
     """
     from sopdeploy_service.http.api_keys import new_key
 
-    created = new_key(file, name, rate=rate, burst=burst, admin=admin)
+    created = new_key(keys, name, rate=rate, burst=burst, admin=admin)
     sys.stdout.write(created + "\n")
-    err.print(plain_text(f"{file} stores only a hash: keep the key, it is not shown again"))
+    err.print(plain_text(f"{keys} stores only a hash: keep the key, it is not shown again"))

@@ -22,7 +22,7 @@ def show_pushed(pushed: "Pushed") -> None:
 
 
 @command(show_pushed)
-def push(
+def push_command(
     bundle: BundleArgument,
     destination: Annotated[
         str, typer.Argument(metavar="DEST", help=f"A folder, s3://BUCKET/PATH, hf://OWNER/NAME or {_OCI}.")
@@ -44,7 +44,7 @@ def show_pulled(pulled: "Pulled") -> None:
 
 
 @command(show_pulled)
-def pull(
+def pull_command(
     source: Annotated[
         str, typer.Argument(help=f"Location printed by `push`: a path, s3://..., hf://... or {_OCI}.")
     ],

@@ -17,7 +17,7 @@ def _show(written: TritonModel) -> None:
 
 
 @command(_show)
-def triton(
+def triton_command(
     bundle: BundleArgument,
     repository: Annotated[Path, typer.Argument(help="Triton model repository; created if it is missing.")],
 ) -> TritonModel:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import BundleArgument, print_field, steps
+from sopdeploy.cli.console import BundleArgument, print_field, show_steps
 
 if TYPE_CHECKING:
     from sopdeploy_service.commands.verify import Verification
@@ -46,12 +46,12 @@ def replay_rules(bundle: Path) -> str | None:
 
 
 @command(_show, summarize=lambda verified: {**verified[0].model_dump(mode="json"), "lowering": verified[1]})
-def verify(bundle: BundleArgument) -> "tuple[Verification, str | None]":
+def verify_command(bundle: BundleArgument) -> "tuple[Verification, str | None]":
     """Check every file of a bundle, its probes and its golden examples on this machine, offline.
 
     Example: [bold]sopdeploy verify bundles/photos-3f6c01d2a4b7[/bold]
     """
-    with steps("verifying"):
+    with show_steps("verifying"):
         from sopdeploy_service.commands.verify import verify as run
 
         result = run(bundle)

@@ -36,7 +36,7 @@ def _show(classified: "Classified") -> None:
 
 
 @command(_show)
-def classify(
+def classify_command(
     bundle: BundleArgument,
     sources: SourcesArgument,
     out: Annotated[Path, typer.Option(help="Folder for the results; an interrupted run is continued.")],

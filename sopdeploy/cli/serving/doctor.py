@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import err, out, plain_text, print_table, say, steps
+from sopdeploy.cli.console import err, out, plain_text, print_table, say, show_steps
 
 if TYPE_CHECKING:
     from sopdeploy.doctor.examine import Diagnosis
@@ -38,7 +38,7 @@ def _show(diagnosis: "Diagnosis") -> None:
 
 
 @command(_show)
-def doctor(
+def doctor_command(
     url: Annotated[str, typer.Option(help="URL of the server.")],
     images: Annotated[
         Path | None,
@@ -56,7 +56,7 @@ def doctor(
 
     Example: [bold]sopdeploy doctor --url http://127.0.0.1:8000 --images photos --seconds 20[/bold]
     """
-    with steps(f"measuring for {seconds:.0f} s"):
+    with show_steps(f"measuring for {seconds:.0f} s"):
         from sopdeploy.doctor.examine import examine
 
         return examine(

@@ -14,7 +14,7 @@ from sopdeploy.errors import ConfigError
 NOT_READY = 1  # Docker reserves every other nonzero exit code of a health check
 
 
-def health(
+def health_command(
     url: Annotated[
         str | None,
         typer.Option(help="URL of the server; by default this machine, port SOPDEPLOY_PORT or 8000."),

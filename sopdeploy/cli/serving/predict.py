@@ -8,7 +8,7 @@ from rich.text import Text
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import (
-    USER_ERROR,
+    USER_ERROR_EXIT_CODE,
     BundleArgument,
     JsonOption,
     out,
@@ -35,7 +35,7 @@ def _show(prediction: "FilePrediction") -> None:
 
 
 @command()
-def predict(
+def predict_command(
     bundle: BundleArgument,
     images: Annotated[list[Path], typer.Argument(help="Image files to classify.")],
     top_k: Annotated[int | None, typer.Option(min=1, help="Classes per image.")] = None,
@@ -61,4 +61,4 @@ def predict(
         elif not as_json:
             _show(prediction)
     if any(prediction.error is not None for prediction in predictions):
-        raise typer.Exit(USER_ERROR)
+        raise typer.Exit(USER_ERROR_EXIT_CODE)

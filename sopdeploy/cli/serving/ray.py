@@ -16,7 +16,7 @@ class RayServeOptions(ScaleOptions, flags_of_settings("host", "port")):  # type:
 
 
 @command()
-def ray(
+def ray_command(
     bundles: BundlesArgument,
     *,
     options: RayServeOptions,

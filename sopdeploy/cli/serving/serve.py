@@ -17,7 +17,8 @@ BundlesArgument = Annotated[
     list[str], typer.Argument(metavar="BUNDLE...", help="A bundle, a folder of bundles, or NAME=BUNDLE.")
 ]
 SettingOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Any other setting as name=value; repeatable.")
+    list[str] | None,
+    typer.Option("--setting", metavar="NAME=VALUE", help="Any other setting of the service; repeatable."),
 ]
 ConfigOption = Annotated[Path | None, typer.Option(help="TOML file with settings.")]
 
@@ -44,7 +45,7 @@ class ServeOptions(
 
 
 @command()
-def serve(
+def serve_command(
     bundles: BundlesArgument,
     *,
     options: ServeOptions,
@@ -56,8 +57,8 @@ def serve(
 ) -> None:
     """Serve bundles over HTTP: POST an image to /v1/classify.
 
-    Settings come from flags or --set name=value, from environment variables such as SOPDEPLOY_PORT, and from
-    the --config file, in this order of priority.
+    Settings come from flags or --setting name=value, from environment variables such as SOPDEPLOY_PORT, and
+    from the --config file, in this order of priority.
 
     Example: [bold]sopdeploy serve bundles/photos-3f6c01d2a4b7 --port 8000[/bold]
 

@@ -21,7 +21,7 @@ def _show(calibrated: "Calibrated") -> None:
     say(f"next: sopdeploy export {calibrated.path}{' --detach' * calibrated.training_only}")
 
 
-def summarize(calibrated: "Calibrated") -> dict[str, Any]:
+def _summarize(calibrated: "Calibrated") -> dict[str, Any]:
     """Build the JSON output."""
     return {
         "checkpoint": str(calibrated.path),
@@ -31,13 +31,13 @@ def summarize(calibrated: "Calibrated") -> dict[str, Any]:
     }
 
 
-@command(_show, summarize=summarize)
-def calibrate(
+@command(_show, summarize=_summarize)
+def calibrate_command(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of `sopdeploy train` or `import`.")],
     data: Annotated[
         Path, typer.Option(help="Images not used for training, DIR/<class>/*.jpg or with labels.csv.")
     ],
-    out: Annotated[
+    out_file: Annotated[
         Path | None, typer.Option(help="The new checkpoint; by default <name>-calibrated.pt.")
     ] = None,
     *,
@@ -53,4 +53,4 @@ def calibrate(
     with image_progress() as on_image:
         from sopdeploy.api.calibration import calibrate as run
 
-        return run(checkpoint, data, out, options=options, on_image=on_image)
+        return run(checkpoint, data, out_file, options=options, on_image=on_image)

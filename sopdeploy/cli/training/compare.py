@@ -34,7 +34,7 @@ def _show(comparison: "Comparison") -> None:
 
 
 @command(_show)
-def compare(
+def compare_command(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Two or more recipes.")],
     seeds: Annotated[int, typer.Option(help="Runs per recipe: seeds 0, 1 and so on.")] = 5,
     settings: SetOption = None,

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import print_field, steps
-from sopdeploy.cli.training.train import SetOption
+from sopdeploy.cli.console import print_field, show_steps
+from sopdeploy.cli.training.models import NetworkOption
 from sopdeploy.importers.options import ImportOptions
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ def _show(report: "ImportReport") -> None:
 
 
 @command(_show)
-def import_file(
+def import_command(
     file: Annotated[
         Path, typer.Argument(help="Weights: .pth, .pth.tar, .th, .safetensors, or MatConvNet's .mat.")
     ],
-    name: Annotated[str, typer.Option("--as", help="The network: a name of `sopdeploy models`.")],
-    checkpoint: Annotated[Path, typer.Option("--out", help="The checkpoint to write.")] = Path("ckpt.pt"),
-    settings: SetOption = None,
+    model: Annotated[str, typer.Option("--as", help="The network: a name of `sopdeploy models`.")],
+    out_file: Annotated[Path, typer.Option(help="The checkpoint to write.")] = Path("ckpt.pt"),
+    network_options: NetworkOption = None,
     *,
     options: ImportOptions,
 ) -> "ImportReport":
@@ -47,9 +47,9 @@ def import_file(
 
     Example: [bold]sopdeploy import net-epoch-60.mat --as gmsop-16-8-resnet18 --labels names.txt[/bold]
     """
-    with steps("importing"):
+    with show_steps("importing"):
         from sopdeploy.importers.import_weights import import_weights
         from sopdeploy.training.recipe import parse_override
 
-        config = dict(map(parse_override, settings or ()))
-        return import_weights(file, name, checkpoint, options, config)
+        config = dict(map(parse_override, network_options or ()))
+        return import_weights(file, model, out_file, options, config)

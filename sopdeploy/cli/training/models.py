@@ -8,10 +8,14 @@ from rich.text import Text
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import out, print_table, say
-from sopdeploy.cli.training.train import SetOption
 
 if TYPE_CHECKING:
     from sopdeploy.models.describe import Description
+
+NetworkOption = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="KEY=VALUE", help="Option of the network; repeatable."),
+]
 
 
 def show_models(_: list[dict[str, str]]) -> None:
@@ -31,7 +35,7 @@ def show_models(_: list[dict[str, str]]) -> None:
 
 
 @command(show_models)
-def models() -> list[dict[str, str]]:
+def models_command() -> list[dict[str, str]]:
     """List the networks of the catalog.
 
     Example: [bold]sopdeploy models[/bold]
@@ -53,22 +57,22 @@ def show_description(description: "Description") -> None:
 
 
 @command(show_description)
-def describe(
+def describe_command(
     name: Annotated[str, typer.Argument(help="A name of `sopdeploy models`.")],
-    settings: SetOption = None,
+    options: NetworkOption = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image in pixels.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
 ) -> "Description":
     """Count parameters and multiply-adds of a network, in training and deployed.
 
-    Example: [bold]sopdeploy describe dsop-resnet18 --set aux_stride=table[/bold]
+    Example: [bold]sopdeploy describe dsop-resnet18 --option aux_stride=table[/bold]
 
-    Example: [bold]sopdeploy describe resnet50 --set pooling=isqrt --set conv5_stride=1[/bold]
+    Example: [bold]sopdeploy describe resnet50 --option pooling=isqrt --option conv5_stride=1[/bold]
     """
     from sopdeploy.models.describe import describe as describe_model
     from sopdeploy.models.registry import make_config
     from sopdeploy.training.recipe import parse_override
 
-    config: dict[str, Any] = dict(parse_override(setting) for setting in settings or ())
+    config: dict[str, Any] = dict(parse_override(option) for option in options or ())
     make_config(name, config)  # rejects keys that are also parameters of describe_model
     return describe_model(name, image_size=image_size, num_classes=num_classes, **config)

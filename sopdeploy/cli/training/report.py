@@ -15,22 +15,22 @@ def _show(written: dict[str, Any]) -> None:
 
 
 @command(_show)
-def report(
+def report_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder written by `sopdeploy train`.")],
     data: Annotated[
         Path | None,
         typer.Option(help="Images to evaluate, DIR/<class>/*.jpg; by default the held-out images."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The HTML file; by default RUN/report.html.")] = None,
+    out_file: Annotated[Path | None, typer.Option(help="The HTML file; by default RUN/report.html.")] = None,
 ) -> dict[str, Any]:
     """Write an HTML report on a run: curves, components, confusions, calibration, worst mistakes.
 
     Example: [bold]sopdeploy report runs/latest[/bold]
 
-    Example: [bold]sopdeploy report runs/latest --data test-photos --out page.html[/bold]
+    Example: [bold]sopdeploy report runs/latest --data test-photos --out-file page.html[/bold]
     """
     with image_progress() as on_image:
         from sopdeploy.report.page import write_report
 
-        page = write_report(run, out, data=data, on_image=on_image)
+        page = write_report(run, out_file, data=data, on_image=on_image)
     return {"report": str(page), "bytes": page.stat().st_size}

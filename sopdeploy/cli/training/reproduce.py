@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @command()
-def reproduce(
+def reproduce_command(
     table: Annotated[str, typer.Argument(metavar="list|TABLE", help="A table of `reproduce list`.")],
     *,
     options: ReproduceOptions,

@@ -42,7 +42,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 
 @command(_show)
-def runs(
+def runs_command(
     folder: Annotated[Path, typer.Option("--runs", help="Folder of runs.")] = Path("runs"),
     bundles: Annotated[Path, typer.Option(help="Folder of bundles.")] = Path("bundles"),
 ) -> list[dict[str, Any]]:

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from sopdeploy.api.training import TrainedRun
 
 RESUME = ("never", "always", "auto")
-FEW_SHOT = (
-    "train will run the few-shot procedure on these images (table few_shot), not the training loop, which "
-    "these figures describe"
+OTHER_PROCEDURE = (
+    "these figures describe the training loop, but train will run the procedure {} on these images"
 )
 SIGNAL_EXIT_CODE = 128  # plus the signal number, as shells expect
 
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value of the recipe; repeatable."),
 ]
 
 
@@ -55,7 +55,7 @@ train_command = typer.Typer(add_completion=False, **SETTINGS)
 
 @train_command.command("train", cls=TrainCommand)
 @command()
-def train(
+def _train(
     recipe: Annotated[
         str | None, typer.Option(help="A recipe of `sopdeploy recipes`, or a .toml file.")
     ] = None,
@@ -123,16 +123,12 @@ def _print_dry_run(
         f"parameters: {dry.training.parameters:,} in training, {dry.shipped.parameters:,} deployed",
         f"multiply-adds per image: {dry.training.macs:,} in training, {dry.shipped.macs:,} deployed",
         f"one step on {dry.device}: {dry.step_seconds:.3f} s",
-        *([FEW_SHOT] if dry.few_shot else []),
+        *([OTHER_PROCEDURE.format(dry.procedure)] if dry.procedure != "loop" else []),
     )
 
 
 def _print_result(result: "TrainedRun") -> None:
-    if result.few_shot is not None:
-        say(*result.few_shot.lines())
-    elif result.estimate is not None:
-        epoch = f"epoch {result.best_epoch} of {result.epochs}"
-        say(f"{epoch}: {result.estimate.describe()}, {result.seconds:.0f} s")
+    say(*result.procedure.lines(), f"{result.seconds:.0f} s in total")
     if result.decision is not None:
         say(*(f"{name}: {text}" for name, text in result.decision.rows()))
     say(f"next: sopdeploy export {result.best}{' --detach' * bool(result.training_only)}")
@@ -157,7 +153,7 @@ def show_recipes(summaries: list[dict[str, str]]) -> None:
 
 
 @command(show_recipes)
-def recipes() -> list[dict[str, str]]:
+def recipes_command() -> list[dict[str, str]]:
     """List the packaged recipes.
 
     Example: [bold]sopdeploy recipes[/bold]

@@ -16,7 +16,7 @@ import numpy as np
 from sopdeploy.decision import Score, known_score
 from sopdeploy.training.few_shot.classifier import Indices, Problem
 
-_MAX_CLASSES = 10  # each needs one fit per fold
+_MAX_CLASSES, _MAX_FOLDS = 10, 5  # one fit for each class and fold
 _WEIGHTS = (0.0, 0.25, 0.5, 1.0)  # of the distance, in standard deviations of the energy
 
 
@@ -36,6 +36,7 @@ def recognize_unknown(
     if problem.targets.activation == "sigmoid" or len(present) < 3:
         return {}, 0.0
     evenly_spaced = np.linspace(0, len(present) - 1, min(len(present), _MAX_CLASSES)).astype(int)
+    folds_N = folds_N % _MAX_FOLDS
     energy_aurocs, probability_aurocs, units = [], [], []
     for left_out in present[evenly_spaced]:
         known = classes[:, left_out] == 0

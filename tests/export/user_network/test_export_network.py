@@ -56,10 +56,10 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "nothing to detach": (plain, {"plain": plain}, "trained-plain"),
     "a list of exits": (
         lambda: n.variant(n.exits, aux=False),
-        {"plain": lambda: n.variant(n.exits, aux=False), "logits": -1},
+        {"plain": lambda: n.variant(n.exits, aux=False), "logits_key": -1},
         "trained-plain",
     ),
-    "a dict": (lambda: n.variant(n.as_dict, aux=False), {"logits": "out"}, "trained-only"),
+    "a dict": (lambda: n.variant(n.as_dict, aux=False), {"logits_key": "out"}, "trained-only"),
     "data parallel and compiled": (lambda: nn.DataParallel(torch.compile(n.Small())), AUX, "three-way"),
     "branches of DSoP": (
         lambda: sopdeploy.dsop(plain(), ["stem"], image_size=n.SIDE, aux_blocks=(1,), aux_widths=(3,)),
@@ -167,7 +167,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a dict without a name": (
         lambda: n.variant(n.as_dict),
         {},
-        r"a dict with 'out', 'features'; choose one as the logits; try logits",
+        r"a dict with 'out', 'features'; choose one as the logits; try logits_key",
     ),
     "a part that does not exist": (
         n.Small,

@@ -66,7 +66,7 @@ WRONG: dict[str, tuple[Any, str | None, str]] = {
         None,
         r"several tables of tensors \(model, model_ema\)",
     ),
-    "another table": ({"model": STATE}, "ema", r"weights='ema': .* has only model"),
+    "another table": ({"model": STATE}, "ema", r"weights_key='ema': .* has only model"),
     "a table of a single one": (STATE, "model", r"is a single table of tensors; omit it"),
     "no table": ({"epoch": 3}, None, r"holds no table of tensors"),
     "a missing tensor": (without("fc.bias"), None, r"fc\.bias is missing; \d+ of \d+ tensors fit"),
@@ -160,7 +160,7 @@ def test_the_command_exports_a_weight_file_and_inspect_names_the_unused_part(tmp
     assert inspected.exit_code == 0
     assert "unused   aux" in inspected.stdout
     out, labels = ("--out", str(tmp_path / "out")), ("--labels", str(tmp_path / "names.txt"))
-    parts = ("--plain", f"{MODULE}:Small", "--plain-set", "aux=false", "--training-only", "aux*")
+    parts = ("--plain", f"{MODULE}:Small", "--plain-option", "aux=false", "--training-only", "aux*")
     exported = CliRunner().invoke(app, ["export", weights, *network, *parts, *labels, *rules, *out])
     assert exported.exit_code == 0, exported.output
     assert "trained = detached = plain" in exported.stdout

@@ -35,8 +35,8 @@ def client(request, bundle, bundle_path, onnx_runtime) -> Iterator[httpx.Client]
         with running(onnx_runtime, bundle, Settings(**LIMITS, formats=tuple(FORMATS))) as client:
             yield client
         return
-    limits = [word for name, value in LIMITS.items() for word in ("--set", f"{name}={value}")]
-    formats = ("--set", f"formats={','.join(FORMATS)}")
+    limits = [word for name, value in LIMITS.items() for word in ("--setting", f"{name}={value}")]
+    formats = ("--setting", f"formats={','.join(FORMATS)}")
     with serving(str(bundle_path), *WAYS[request.param], *limits, *formats) as client:
         yield client
 

@@ -61,7 +61,7 @@ def servers(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         )
     }
     settings = {"max_batch": 1, "keys": file, "max_images": 8}
-    options = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    options = [word for name, value in settings.items() for word in ("--setting", f"{name}={value}")]
     sources = [f"{name}={path}" for name, path in models.items()]
     with ExitStack() as stack:
         found = [
@@ -223,7 +223,7 @@ def test_sums_of_metrics_over_the_processes_are_those_of_one_process(servers: Se
 def test_a_drain_completes_the_requests_of_both_front_ends(bundle_path, tmp_path, monkeypatch, until) -> None:
     gate = tmp_path / "gate"
     monkeypatch.setenv("GATE", str(gate))
-    options = (*WAYS[FRONT_ENDS], "--set", "batch_timeout_seconds=60", "--set", "drain_seconds=60")
+    options = (*WAYS[FRONT_ENDS], "--setting", "batch_timeout_seconds=60", "--setting", "drain_seconds=60")
     with (
         serving(str(bundle_path), *options, program=gated_process.SERVE) as client,
         ExitStack() as stack,

@@ -25,7 +25,7 @@ from tests.service.children import children_of, is_alive, line_of, module_of, sp
 def test_two_processes_share_a_port_and_dead_or_hanging_ones_are_replaced(
     bundle_path: Path, jpeg, until
 ) -> None:
-    options = ("--devices", "cpu,cpu", "--threads", "1", "--set", "max_loop_lag_seconds=2")
+    options = ("--devices", "cpu,cpu", "--threads", "1", "--setting", "max_loop_lag_seconds=2")
     with spawn(str(bundle_path), *options) as child, ExitStack() as stack:
         stack.callback(child.kill)
         found = re.fullmatch(r"ready: (\S+)  (\S+)\n", line_of(child))
@@ -71,7 +71,16 @@ def test_front_ends_and_their_inference_process_are_replaced_one_by_one(
     bundle_path: Path, tmp_path: Path, jpeg, until
 ) -> None:
     bundle = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
-    options = ("--front-ends", "2", "--threads", "1", "--set", "health_port=0", "--set", "sandbox=required")
+    options = (
+        "--front-ends",
+        "2",
+        "--threads",
+        "1",
+        "--setting",
+        "health_port=0",
+        "--setting",
+        "sandbox=required",
+    )
     with spawn(str(bundle), *options) as child, ExitStack() as stack:
         stack.callback(child.kill)
         health = line_of(child).removeprefix("health: ").strip()
@@ -230,7 +239,7 @@ def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(case:
 
 
 def test_a_missing_bundle_is_a_one_line_error_with_exit_code_2(tmp_path) -> None:
-    child = spawn(str(tmp_path), "--set", "devices=cpu")
+    child = spawn(str(tmp_path), "--setting", "devices=cpu")
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (2, "")
     assert err.count("no bundle here") >= 1

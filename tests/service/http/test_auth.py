@@ -79,12 +79,12 @@ def test_an_invalid_key_file_is_a_one_line_error(tmp_path: Path, text: str, mess
 
 def test_the_command_prints_only_the_key_on_stdout(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
-    done = CliRunner().invoke(cli, ["key", "lab", "--file", str(path), "--rate", "5", "--admin"])
+    done = CliRunner().invoke(cli, ["key", "lab", "--keys", str(path), "--rate", "5", "--admin"])
     assert done.exit_code == 0
     found = find_key(load_keys(path), done.stdout.strip().encode())
     assert found is not None
     assert (found.name, found.rate, found.scopes) == ("lab", 5.0, ("classify", "admin"))
-    again = CliRunner().invoke(cli, ["key", "lab", "--file", str(path)])
+    again = CliRunner().invoke(cli, ["key", "lab", "--keys", str(path)])
     assert again.exit_code == 2
     assert "another name" in again.stderr
 

@@ -186,7 +186,7 @@ def test_hostile_images_stay_below_three_quarters_of_the_memory(bundle_path: Pat
 @pytest.mark.slow
 def test_a_front_end_whose_decoder_takes_too_long_is_replaced(bundle_path: Path, jpeg: bytes) -> None:
     slow = hostile.jpeg(4000, 3000, sampling=0x22, scans=98, refine=True)
-    with serving(str(bundle_path), *WAYS[FRONT_ENDS], "--set", "decode_seconds=0.2") as client:
+    with serving(str(bundle_path), *WAYS[FRONT_ENDS], "--setting", "decode_seconds=0.2") as client:
         refused = client.post("/v1/classify", content=slow)
         assert (refused.status_code, refused.json()["code"]) == (503, "decode_timeout")
         assert int(refused.headers["retry-after"]) >= 1

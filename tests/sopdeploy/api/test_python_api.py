@@ -128,8 +128,10 @@ def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tm
 
 
 def test_settings_can_be_lists_and_an_empty_table_enables_what_is_optional() -> None:
-    recipe = read_recipe("photos", list(to_assignments({"few_shot": {"heads": ["isqrt", "gap"]}})))
-    assert recipe.few_shot.heads == ("isqrt", "gap")
+    recipe = read_recipe(
+        "photos", list(to_assignments({"procedure": {"kind": "few_shot", "heads": ["isqrt", "gap"]}}))
+    )
+    assert recipe.procedure.heads == ("isqrt", "gap")
     given = list(to_assignments({"ema": {}, "optimizer": {}, "model": {"config": {}}}))
     assert given == ["ema={}"]
     assert read_recipe("digits-dsop", given).ema is not None
@@ -185,7 +187,7 @@ def test_a_classification_gives_the_rows_and_the_figures_of_the_command(
     bundle: Path, photos: Path, tmp_path: Path
 ) -> None:
     printed = command(
-        "classify", bundle, photos, "--out", tmp_path / "a", "--set", "threads=1", "--workers", 1
+        "classify", bundle, photos, "--out", tmp_path / "a", "--setting", "threads=1", "--workers", 1
     )
     shown: list[tuple[int, int, int]] = []
     found = sopdeploy.classify(
@@ -241,7 +243,7 @@ def test_serving_has_the_settings_of_the_command(
     monkeypatch.setattr("sopdeploy_service.server.process.serve", record)
     (tmp_path / "s.toml").write_text("queue_size = 300\n", encoding="utf-8")
     assert CliRunner().invoke(app, ["serve", str(bundle)]).exit_code == 0
-    options = ["--port", "9", "--set", "top_k=2", "--config", str(tmp_path / "s.toml")]
+    options = ["--port", "9", "--setting", "top_k=2", "--config", str(tmp_path / "s.toml")]
     assert CliRunner().invoke(app, ["serve", str(bundle), f"b={bundle}", *options]).exit_code == 0
     assert sopdeploy.serve(bundle) == 0
     assert sopdeploy.serve([bundle, f"b={bundle}"], config=tmp_path / "s.toml", port=9, top_k=2) == 0

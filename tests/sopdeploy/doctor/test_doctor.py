@@ -92,7 +92,7 @@ def test_metrics_of_other_servers_are_rejected(text: str) -> None:
     ("changes", "limit", "change"),
     [
         ({"runtime_busy": 0.97}, "runtime", "a larger --max-batch"),
-        ({"decoder_busy": 0.95, "runtime_busy": 0.5}, "decode", "--set decoders=4"),
+        ({"decoder_busy": 0.95, "runtime_busy": 0.5}, "decode", "--setting decoders=4"),
         ({"refused": {"queue_full": 9}}, "queue", "--queue-size 64"),
         ({"client_busy": 0.97}, "client", "run doctor on a faster machine"),
         ({"elsewhere_ms": 50.0}, "network", "smaller files"),

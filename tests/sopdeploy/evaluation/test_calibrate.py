@@ -67,7 +67,7 @@ def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> N
 def test_the_command_writes_the_same_and_prints_the_next_step(home: Path) -> None:
     options = [str(home / "ckpt.pt"), "--data", str(home / "photos"), "--accepts", "0.8"]
     ours = sopdeploy.calibrate(home / "ckpt.pt", home / "photos", home / "ours.pt", accepts=0.8)
-    done = CliRunner().invoke(app, ["calibrate", *options, "--out", str(home / "theirs.pt"), "--json"])
+    done = CliRunner().invoke(app, ["calibrate", *options, "--out-file", str(home / "theirs.pt"), "--json"])
     printed = json.loads(done.stdout)
     assert (printed["images"], printed["checkpoint"]) == (80, str(home / "theirs.pt"))
     assert Decision.model_validate(printed["decision"]) == ours.decision
@@ -94,7 +94,7 @@ def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
 
 
 PROBLEMS = {
-    "the checkpoint itself": ({"out": "ckpt.pt"}, "is the checkpoint to calibrate; give another name"),
+    "the checkpoint itself": ({"out_file": "ckpt.pt"}, "is the checkpoint to calibrate; give another name"),
     "no images to accept": ({"accepts": 0.0}, "accepts: Input should be greater than 0"),
     "few images": ({"data": "few"}, "few: has 2 images; give at least 50 to fit to"),
     "no checkpoint": ({"checkpoint": "x.pt"}, "x.pt: no such file"),
@@ -110,7 +110,7 @@ def test_an_error_is_one_line_and_writes_nothing(
         (home / "few" / label).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(home / "few" / label / "0.png")
     files = {path.name: path.stat().st_mtime_ns for path in home.glob("*.pt")}
-    arguments = {"checkpoint": "ckpt.pt", "data": "photos", "out": "new.pt", **changes}
+    arguments = {"checkpoint": "ckpt.pt", "data": "photos", "out_file": "new.pt", **changes}
     with pytest.raises(SopdeployError, match=message) as caught:
         sopdeploy.calibrate(**arguments)
     assert "\n" not in str(caught.value)

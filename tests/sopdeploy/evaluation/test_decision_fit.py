@@ -87,6 +87,19 @@ def test_the_threshold_accepts_at_least_the_requested_fraction_of_other_known_im
     assert accepts - 0.01 < float(np.mean(accepted)) < accepts + 1 / images + 0.01
 
 
+def test_the_interval_holds_the_accepted_share_of_as_many_new_images() -> None:
+    inside, images = 0, 100
+    for seed in range(200):
+        options = {"scalable": False, "refitted": {"max_probability": 0.9}}
+        rejection = fit_decision(*calibrated(images, seed=seed), estimated_on="held-out", **options).rejection
+        assert rejection is not None
+        assert rejection.accepted is not None
+        others = calibrated(images, seed=1000 + seed)[0]
+        share = float((known_score(others, rejection.score) >= rejection.threshold).mean())
+        inside += rejection.accepted[0] <= share <= rejection.accepted[1]
+    assert 188 <= inside < 200
+
+
 def test_two_classes_have_no_leave_one_class_out_estimate() -> None:
     rejection = fit_decision(*calibrated(200, classes=2), estimated_on="held-out").rejection
     assert rejection is not None

@@ -183,7 +183,7 @@ def test_an_unsupported_layer_or_array_is_named(
     [
         ("srsop-resnet18", "resnet18-64px", "component is gap, not sop.*like SR-SOP.*--as srsop-resnet18"),
         ("gmsop-16-8-resnet18", "gmsop-16-8-resnet50", "blocks_per_stage is 6, not 2"),
-        ("srsop-resnet18", "srsop-resnet18", r"--set iterations=5: .* holds 3"),
+        ("srsop-resnet18", "srsop-resnet18", r"--option iterations=5: .* holds 3"),
     ],
 )
 def test_another_network_or_a_contradicting_setting_is_refused(

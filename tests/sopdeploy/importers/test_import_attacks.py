@@ -92,7 +92,9 @@ def test_an_attack_is_one_line_and_runs_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(Path("weights.bin"))
-    result = CliRunner().invoke(app, ["import", "weights.bin", "--as", "srsop-resnet18", "--out", "ckpt.pt"])
+    result = CliRunner().invoke(
+        app, ["import", "weights.bin", "--as", "srsop-resnet18", "--out-file", "ckpt.pt"]
+    )
     assert result.exit_code == 2, result.output
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1

@@ -26,7 +26,7 @@ def small(folder: Path) -> Path:
 
 
 def test_the_command_reports_what_it_found_mapped_and_ignored(tmp_path: Path) -> None:
-    arguments = ["import", str(small(tmp_path)), "--as", "resnet8", "--out", str(tmp_path / "c.pt")]
+    arguments = ["import", str(small(tmp_path)), "--as", "resnet8", "--out-file", str(tmp_path / "c.pt")]
     output = run(*arguments).stdout
     for text in (
         "found    ResNet-8 for CIFAR of pytorch_resnet_cifar10",
@@ -43,7 +43,7 @@ def test_the_command_reports_what_it_found_mapped_and_ignored(tmp_path: Path) ->
     assert report["sha256"] == stored.training["imported_sha256"]
     assert report["beside"] == ["best_prec1"]
     for change, message in {
-        ("--out", arguments[1]): "is the file to import",
+        ("--out-file", arguments[1]): "is the file to import",
         ("--as", "resnet7"): "model 'resnet7' is not in the catalog",
     }.items():
         result = CliRunner().invoke(app, [*arguments, *change])

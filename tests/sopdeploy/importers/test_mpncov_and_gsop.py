@@ -107,10 +107,10 @@ def test_what_the_file_does_not_tell_must_be_set(tmp_path: Path) -> None:
     for arch, message in ((None, r"its arch \(missing\)"), ("se_resnet18", r"its arch \(se_resnet18\)")):
         training_file(file, network, arch)
         with pytest.raises(
-            ConfigError, match=rf"{message} does not determine the stride .*add --set conv5_stride"
+            ConfigError, match=rf"{message} does not determine the stride .*add --option conv5_stride"
         ):
             imported(file, "isqrt-resnet18")
-    with pytest.raises(ConfigError, match=r"--set pooling.width=64: .* holds 12; leave the setting out"):
+    with pytest.raises(ConfigError, match=r"--option pooling.width=64: .* holds 12; leave the setting out"):
         imported(file, "isqrt-resnet18", settings={"conv5_stride": 2, "pooling.width": 64})
     ours, _ = imported(file, "isqrt-resnet18", settings={"conv5_stride": 2, "pooling.iterations": 3})
     assert_same_logits(ours, network, random_images(48))
@@ -193,7 +193,7 @@ def test_gsop_net1_gives_the_same_logits_with_each_block(tmp_path: Path, attenti
     network = gsop(tmp_path / "a.pth.tar", attention)
     settings = {}
     if attention in "+M":
-        with pytest.raises(ConfigError, match=r"sum and maximum .* add --set attention="):
+        with pytest.raises(ConfigError, match=r"sum and maximum .* add --option attention="):
             imported(tmp_path / "a.pth.tar", "gsop-net1-resnet26")
         settings = {"attention": ATTENTIONS[attention]}
     ours, report = imported(tmp_path / "a.pth.tar", "gsop-net1-resnet26", settings=settings)

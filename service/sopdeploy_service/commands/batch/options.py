@@ -17,6 +17,6 @@ class ClassifyOptions(Options):
     features: bool = False
     """Add a column with the features; the bundle must have been exported with_features or with_cam."""
     workers: Annotated[int | None, pydantic.Field(ge=1, le=1024)] = None
-    """Decoder processes; by default one per core, up to 16."""
+    """Processes that load images; by default one per core, up to 16."""
     part_images: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)] = PART_IMAGES
     """Images per parquet file, rounded up to full batches."""

@@ -28,8 +28,8 @@ CLIENTS = 16
 def write_config(folder: Path, bundle: Path, port: int) -> str:
     """Write the config of two replicas whose batches wait one second, so that a kill hits requests."""
     file = folder / f"{bundle.name}.yaml"
-    words = ["ray", f"tiny={bundle}", "--replicas", "2", "--port", str(port), "--set", "max_batch=64"]
-    done = CliRunner().invoke(app, [*words, "--set", "max_queue_delay_ms=1000", "--emit", str(file)])
+    words = ["ray", f"tiny={bundle}", "--replicas", "2", "--port", str(port), "--setting", "max_batch=64"]
+    done = CliRunner().invoke(app, [*words, "--setting", "max_queue_delay_ms=1000", "--emit", str(file)])
     assert done.exit_code == 0, done.output
     return str(file)
 

@@ -50,7 +50,7 @@ def test_the_config_names_its_use_the_import_path_and_the_bundles(bundle_path: P
 
 
 def test_the_queue_size_limits_ongoing_and_queued_requests(bundle_path: Path) -> None:
-    found = deployment(bundle_path, "--set", "queue_size=64", "--set", "drain_seconds=7")
+    found = deployment(bundle_path, "--setting", "queue_size=64", "--setting", "drain_seconds=7")
     assert found["max_ongoing_requests"] == found["max_queued_requests"] == 64
     assert found["graceful_shutdown_timeout_s"] == 7
 
@@ -64,7 +64,7 @@ SCALES: list[tuple[list[object], dict[str, Any]]] = [
         {"min_replicas": 0, "max_replicas": 2, "target_ongoing_requests": 64},
     ),
     (
-        ["--min-replicas", 2, "--max-replicas", 8, "--set", "max_batch=16"],
+        ["--min-replicas", 2, "--max-replicas", 8, "--setting", "max_batch=16"],
         {"min_replicas": 2, "max_replicas": 8, "target_ongoing_requests": 16},
     ),
 ]
@@ -87,7 +87,16 @@ def test_a_replica_reserves_cpus_and_gpus(bundle_path: Path) -> None:
 
 
 def test_settings_reach_the_replica_with_absolute_paths(bundle_path: Path) -> None:
-    words = ("--set", "keys=keys.toml", "--set", "top_k=3", "--set", "threads=2", "--host", "127.0.0.2")
+    words = (
+        "--setting",
+        "keys=keys.toml",
+        "--setting",
+        "top_k=3",
+        "--setting",
+        "threads=2",
+        "--host",
+        "127.0.0.2",
+    )
     config = emitted(bundle_path, *words)
     given = config["applications"][0]["args"]["settings"]
     assert given == {"keys": str(Path.cwd() / "keys.toml"), "top_k": 3, "threads": 2}
@@ -96,10 +105,10 @@ def test_settings_reach_the_replica_with_absolute_paths(bundle_path: Path) -> No
 
 
 INVALID: list[tuple[list[object], str]] = [
-    (["--set", "devices=0,1"], "--gpus-per-replica"),
-    (["--set", "health_port=9000"], "would conflict"),
-    (["--set", "model_control=true"], "user_config"),
-    (["--set", "port=0"], "port 0"),
+    (["--setting", "devices=0,1"], "--gpus-per-replica"),
+    (["--setting", "health_port=9000"], "would conflict"),
+    (["--setting", "model_control=true"], "user_config"),
+    (["--setting", "port=0"], "port 0"),
     (["--replicas", 2, "--max-replicas", 3], "fixed number"),
     (["--min-replicas", 2], "--max-replicas"),
     (["--min-replicas", 3, "--max-replicas", 2], "more than"),
@@ -145,7 +154,7 @@ def test_without_ray_the_error_names_the_package(bundle_path: Path) -> None:
 
 
 def test_a_flag_overrides_an_assignment(bundle_path: Path) -> None:
-    words = ["serve", str(bundle_path), "--set", "port=9001", "--print-config"]
+    words = ["serve", str(bundle_path), "--setting", "port=9001", "--print-config"]
     assert "port = 9001" in CliRunner().invoke(app, words).stdout.splitlines()
-    flagged = emitted(bundle_path, "--set", "port=9001", "--port", 9002)
+    flagged = emitted(bundle_path, "--setting", "port=9001", "--port", 9002)
     assert flagged["http_options"]["port"] == 9002
