@@ -16,7 +16,7 @@ from sopdeploy.tensorrt.record import Receipt
 TYPE_KEYS = ("Format/Datatype", "Datatype")
 LOW = frozenset({"fp16", "bf16", "int8"})
 MOVES_ONLY = frozenset({"Reformat", "NoOp", "Constant", "Shuffle", "shape call", "ShapeHostToDevice"})
-UNKNOWN = "the engine's inspector {}; the precision is unknown"
+_UNKNOWN = "the engine's inspector {}; the precision is unknown"
 # The words of the inspectors of 10 ("Row major linear FP16 format") and 11 ("Half"), longest first.
 WORDS = (
     ("bfloat16", "bf16"),
@@ -39,7 +39,7 @@ def check_engine_precision(graph_types: set[str], information: str) -> Receipt:
     try:
         layers = [layer for layer in json.loads(information)["Layers"] if _computes(layer)]
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        return Receipt(layers={}, warnings=(UNKNOWN.format(f"gave no list of layers ({problem})"),))
+        return Receipt(layers={}, warnings=(_UNKNOWN.format(f"gave no list of layers ({problem})"),))
     counts, warnings = Counter[str](), []
     for layer in layers:
         types = _floating_types(layer)
@@ -49,7 +49,7 @@ def check_engine_precision(graph_types: set[str], information: str) -> Receipt:
             f"{where} {wrong}, which the graph does not have" for wrong in sorted(types - graph_types)
         ]
     if not counts:
-        warnings.append(UNKNOWN.format("shows no types of layers"))
+        warnings.append(_UNKNOWN.format("shows no types of layers"))
     elif missing := sorted(graph_types & LOW - set(counts)):
         warnings.append(
             f"the graph asks for {missing[0]}, the engine computes in {', '.join(sorted(counts))}"

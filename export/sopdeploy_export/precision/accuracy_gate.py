@@ -23,7 +23,7 @@ from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.precision.findings import Accuracy, PrecisionReport
 from sopdeploy_export.subject import ExportSubject
 
-BATCH = 8
+_BATCH = 8
 MAX_CALIBRATION = 256
 
 
@@ -86,7 +86,7 @@ class AccuracyCheck:
     def _batches(self) -> Iterator[NDArray[np.uint8]]:
         """Yield the images (B, H, W, 3): those of `calibrate` one by one."""
         if self._labeled is not None:
-            size = min(BATCH, self.options.batch.maximum)
+            size = min(_BATCH, self.options.batch.maximum)
             for start in range(0, len(self._labeled), size):
                 files = (self._labeled[i][0] for i in range(start, min(start + size, len(self._labeled))))
                 yield np.stack([preprocess_image(image, self._preprocess) for image in files])
