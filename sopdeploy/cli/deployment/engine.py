@@ -1,4 +1,4 @@
-"""`sopdeploy engine`: build the TensorRT engine of a bundle for the GPU of this machine."""
+"""`sopdeploy engine`: build the TensorRT engine of a bundle."""
 
 import os
 from functools import partial
