@@ -1,7 +1,8 @@
 """Estimates of `train` on folders with copies of photographs, against held-out photographs.
 
     python benchmarks/copied_photos.py --data DIR --test DIR --model NAME --weights FILE --cache DIR
-        [--kinds none,encoded,cropped,burst,mixed] [--copies 1,2] [--sizes 10,20] [--draws 6] [--first 0] [--json]
+        [--kinds none,encoded,cropped,burst,mixed] [--copies 1,2] [--sizes 10,20] [--draws 6] [--first 0]
+        [--json]
 
 --data and --test are folders of photographs, <class>/*.jpg. Each draw takes --sizes photographs per class
 from --data and adds --copies copies of each, so that the true groups are known; seeds start with --first.
@@ -43,8 +44,9 @@ from sopdeploy.decision import known_score
 from sopdeploy.errors import DataError
 from sopdeploy.models.second_order_head import SecondOrderHead
 from sopdeploy.training.few_shot.candidates import TAPS
-from sopdeploy.training.loop import TrainingResult, train
+from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.train import TrainingResult, train_recipe
 
 KINDS = ("encoded", "cropped", "burst")
 
@@ -164,7 +166,8 @@ def run_draw(
     model = build_classifier(checkpoint, result.best)
     rule = checkpoint.decision.rejection if checkpoint.decision else None
     if (
-        result.few_shot is None
+        not isinstance(result.procedure, FewShotResult)
+        or result.procedure.top1 is None
         or last.resume is None
         or rule is None
         or not isinstance(model, SecondOrderHead)
@@ -172,8 +175,8 @@ def run_draw(
         raise DataError(f"{given.data}: the few-shot procedure fitted no threshold; give larger --sizes")
     test = head_inputs(result.best, given.test, given.model, given.cache / "test.pt", with_maps=True)
     logits = model.pooled_head(test["own"].float(), {tap: test["maps"][tap].float() for tap in model.maps})
-    score = result.few_shot.top1
-    wrong, divided = count_errors(folder, np.asarray(last.resume["groups"]))
+    score = result.procedure.top1
+    wrong, divided = count_errors(folder, np.asarray(last.resume["procedure"]["groups"]))
     low, high = rule.accepted or (0.0, 1.0)
     measured = {
         "accuracy": 100 * float((logits.argmax(dim=1) == test["targets"]).double().mean()),
@@ -195,7 +198,7 @@ def run_draw(
 def train_on(given: argparse.Namespace, folder: Path, run: Path) -> TrainingResult:
     """Run `sopdeploy train` on *folder* with default options."""
     settings = [f"data.path={folder}", f"model.name={given.model}", f"start.weights={given.weights}"]
-    return train(read_recipe("photos", settings), run)
+    return train_recipe(read_recipe("photos", settings), run)
 
 
 def draws_parser(description: str | None) -> argparse.ArgumentParser:

@@ -18,8 +18,8 @@ from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.sources import open_data
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.training.diagnostics import diagnose
-from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.train import train_recipe
 
 
 def main() -> None:
@@ -29,13 +29,13 @@ def main() -> None:
     held_out = PreprocessedDataset(open_data(recipe.data).held_out, recipe.preprocess)
     normalize = Normalize(recipe.preprocess)
     with tempfile.TemporaryDirectory() as folder:
-        train(recipe, Path(folder) / "first")
+        train_recipe(recipe, Path(folder) / "first")
         path = Path(folder) / "first" / "last.pt"
         model = build_classifier(read_checkpoint(path), path)
         runs = iter(range(1000))
 
         def epoch() -> None:
-            train(recipe, Path(folder) / str(next(runs)))
+            train_recipe(recipe, Path(folder) / str(next(runs)))
 
         result = compare(
             "diagnostics of all heads",

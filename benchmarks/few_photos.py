@@ -215,7 +215,7 @@ def run_draw(case: Case, size: int, seed: int) -> dict[str, Any]:
         raise DataError(f"{case.name}: train failed: {done.stderr.strip().splitlines()[-1]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = json.loads(done.stdout)
-    best, found = Path(result["best"]), result["few_shot"]
+    best, found = Path(result["best"]), result["procedure"]
     test = head_inputs(best, case.test, case.model, case.cache / "test.pt", with_maps=True)
     pool = head_inputs(best, case.train, case.model, case.cache / "train.pt", with_maps=False)
     rows = [pool["paths"].index(name) for name in chosen]

@@ -30,8 +30,8 @@ from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.report.run_data import read_history
-from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.train import train_recipe
 
 EPOCHS, MILESTONES = 20, [13, 17]  # two and six sevenths of the run, nearly as in section 3.2
 DIGITS = [
@@ -74,7 +74,7 @@ def usage(recipe: Recipe) -> dict[str, tuple[float, str]]:
     """Train *recipe* and measure what the components receive: values with their units, by name."""
     data = open_data(recipe.data)
     with tempfile.TemporaryDirectory() as folder:
-        result = train(recipe, Path(folder) / "run")
+        result = train_recipe(recipe, Path(folder) / "run")
         checkpoint = read_checkpoint(result.last)
         component_counts = sorted(read_history(checkpoint, result.last)[-1].component_counts)
         model: Any = build_classifier(checkpoint, result.last)

@@ -29,7 +29,7 @@ ARGUMENTS = {
     "models": "",
     "describe": "resnet20",
     "import": "file --as resnet18 --out-file imported.pt",
-    "train": "--data photos --set few_shot.absent=1",
+    "train": "--data photos --set procedure.absent=1",
     "eval": "bundle --data photos",
     "calibrate": "file --data photos",
     "report": "file",

@@ -13,6 +13,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from sopdeploy.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from sopdeploy.api.calibration import calibrate as calibrate
     from sopdeploy.api.deployment import export as export
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
     from sopdeploy_export.user_network.export_network import export_network as export_network
     from sopdeploy_export.user_network.export_network import unused_modules as unused_modules
     from sopdeploy_service.commands.batch.run import classify as classify
-
-__version__ = "0.1.0"
 
 # Builds of onnxruntime 1.29 and later send names and hashes of models to Microsoft unless this is set.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

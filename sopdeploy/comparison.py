@@ -24,9 +24,9 @@ from sopdeploy.evaluation.prediction import predict_images
 from sopdeploy.evaluation.statistics import paired
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.distributed.strategy import select_device
-from sopdeploy.training.loop import train
 from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.train import train_recipe
 
 NO_EFFECT = "no effect detected"
 
@@ -96,17 +96,17 @@ def compare(
             "a comparison counts images with one class each; give --set data.path=DIR without labels.csv"
         )
     for name, recipe in recipes.items():
-        if select_procedure(recipe, data).few_shot:
+        if select_procedure(recipe, data).recipe.procedure.kind != "loop":
             raise ConfigError(
-                f"{name}: its few-shot procedure holds no images out for a comparison; "
-                "compare the training loop with --set few_shot.procedure=loop"
+                f"{name}: a comparison needs held-out images; compare the training loop with "
+                "--set procedure.kind=loop"
             )
     correct: dict[str, list[NDArray[np.bool_]]] = {name: [] for name in recipes}
     for seed in range(seeds):
         for name, recipe in recipes.items():
             seeded, folder = recipe.model_copy(update={"seed": seed}), destination / name / f"seed-{seed}"
             on_run(name, seed)
-            last = train(seeded, folder, resume="auto", callback=callback).last
+            last = train_recipe(seeded, folder, resume="auto", callback=callback).last
             correct[name].append(_predict_correctly(last, seeded, data))
     networks = {name: recipe.model.name for name, recipe in recipes.items()}
     return compare_results(networks, {name: np.stack(rows) for name, rows in correct.items()})

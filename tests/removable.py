@@ -42,8 +42,8 @@ CLI = "sopdeploy/cli/app.py"
 PARTS = {
     "few_shot": Part(
         ("sopdeploy/training/few_shot", "tests/sopdeploy/training/test_few_shot*"),
-        "sopdeploy/training/procedure.py",
-        '"sopdeploy.training.few_shot"',
+        "sopdeploy/training/recipe.py",
+        '"few_shot": "',
     ),
     "reproduction": Part(
         ("sopdeploy/reproduction", "sopdeploy/cli/training/reproduce.py", "tests/sopdeploy/reproduction"),

@@ -31,7 +31,7 @@ def test_two_objects_reach_a_map_of_95_percent_through_export_and_http(tmp_path:
     scenes = draw_scenes(tmp_path / "scenes")
     unseen = draw_scenes(tmp_path / "unseen", seed=1)
     run = sopdeploy.train(scenes, recipe, tmp_path / "run", **RECIPES[recipe])
-    assert (run.few_shot is None, len(run.decision.thresholds)) == (recipe == "photos-dsop", 4)
+    assert (run.procedure.kind == "loop", len(run.decision.thresholds)) == (recipe == "photos-dsop", 4)
     exported = sopdeploy.export(run.best, tmp_path / "bundles", detach=bool(run.training_only))
     manifest = json.loads((exported.path / "manifest.json").read_bytes())
     assert manifest["decision"]["activation"] == "sigmoid"

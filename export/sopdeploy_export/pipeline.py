@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-import sopdeploy
 from sopdeploy.bundle import folder as bundle
 from sopdeploy.bundle.class_maps import FILE as CLASS_MAPS
 from sopdeploy.bundle.class_maps import write_class_maps
@@ -30,6 +29,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.project import utc_now
+from sopdeploy.version import __version__
 from sopdeploy_export.graph import INPUT, Deployed, lower, output_names, probe_images, write
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
@@ -367,7 +367,7 @@ def _manifest_fields(
             onnx_root=onnx_root(onnx.load(folder / ONNX_FILE)),
         ),
         "versions": {
-            "sopdeploy": sopdeploy.__version__,
+            "sopdeploy": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "onnx": onnx.__version__,

@@ -22,12 +22,12 @@ class TrainOptions(Options):
     """Global pooling: short for the setting `model.config.pooling`."""
     models: str | None = None
     """Networks to compare, NAME or NAME=FILE with its weights, separated by commas; sets `model.name` and
-    `few_shot.models`."""
+    `procedure.models`."""
     name: Name = None
     """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
-    procedure: Literal["auto", "few-shot", "loop"] = "auto"
-    """Train linear heads on the frozen network (few-shot) or all its weights (loop); sets
-    `few_shot.procedure`. By default the time that they take decides."""
+    procedure: Literal["auto", "few_shot", "loop"] | None = None
+    """Train linear heads on the frozen network (few_shot) or all its weights (loop); auto decides by the time
+    that they take. Sets `procedure.kind`, which is auto in the recipe for photos."""
     resume: Literal["never", "always", "auto"] = "never"
     """Continue the run in the folder, by default the newest of the project; auto starts a new one if there is
     none."""

@@ -63,7 +63,7 @@ class ProgressBars:
         self.console.print(plain_text(reason))
 
     def on_stage(self, *, name: str, done: int, total: int) -> None:
-        """Advance the bar of a step of the few-shot procedure; print its name when it begins."""
+        """Advance the bar of a procedure without epochs; print the name of a step when it begins."""
         if name != self.stage:
             self.stage = name
             self.console.print(name)
@@ -80,7 +80,7 @@ class ProgressBars:
 
     def on_epoch_end(self, row: Any) -> None:
         """Print top-1 or mAP and loss on held-out images, training loss and time, within 80 columns."""
-        if self.stage:  # the few-shot procedure has no epochs; its result is printed at the end
+        if self.stage:  # a procedure without epochs; its result is printed at the end
             return
         loss, name = row.losses.get("loss", 0.0), row.metrics.score_name
         self.console.print(

@@ -14,16 +14,15 @@ from sopdeploy.config import expand_options
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy.html.templates import render
 from sopdeploy.project import folder_project
-from sopdeploy.report.predictions import predictions_context, score_tile
+from sopdeploy.report.predictions import predictions_context, score_tiles
 from sopdeploy.report.run_data import Predictions, RunData, read_run
 from sopdeploy.training.callbacks import Callback, CallbackList, TensorBoard
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
-from sopdeploy.training.loop import TrainingResult
-from sopdeploy.training.loop import train as run
 from sopdeploy.training.recipe import Recipe, parse_override, read_recipe, to_toml
 from sopdeploy.training.run_folder import numbered_folder
 from sopdeploy.training.start_weights import choose_network
+from sopdeploy.training.train import TrainingResult, train_recipe
 
 FOLDER_RECIPE = "photos"
 OPTIONAL_TABLES = {name for name, field in Recipe.model_fields.items() if field.default is None}
@@ -47,17 +46,8 @@ class TrainedRun(TrainingResult):
         return self._evaluated.predictions
 
     def _repr_html_(self) -> str:
-        tiles: dict[str, str] = {}
-        notes: tuple[str, ...] = ()
-        if self.few_shot is not None:
-            tiles |= score_tile(self.few_shot)
-            notes = self.few_shot.lines()
-        else:
-            tiles["epoch"] = f"{self.best_epoch} of {self.epochs}"
-            if self.estimate is not None:
-                tiles |= score_tile(self.estimate)
-                notes = (self.estimate.describe(),)
-        tiles |= {
+        tiles = {
+            **score_tiles(self.procedure),
             "training images": str(self.train_count),
             "held-out images": str(self.held_out_count),
             "classes": str(self.classes),
@@ -76,7 +66,7 @@ class TrainedRun(TrainingResult):
             "scores.html",
             title=f"{self.model}, {self.out}",
             tiles=tiles,
-            notes=notes,
+            notes=self.procedure.lines(),
             reason=reason,
             next=f"sopdeploy.export({str(self.best)!r}, detach=True)",
             **predictions_context(predictions),
@@ -134,7 +124,7 @@ def train(
                 callbacks.append(stack.enter_context(ProgressBars(console)))
             if callback is not None:
                 callbacks.append(callback)
-        result = run(
+        result = train_recipe(
             loaded,
             folder,
             resume="auto" if options.resume == "auto" else resuming,
@@ -161,7 +151,7 @@ def configure(
         "data.path": str(data) if data else None,
         "start.weights": options.weights or settings.get("start.weights"),
         "model.config.pooling": options.pooling,
-        "few_shot.procedure": None if options.procedure == "auto" else options.procedure,
+        "procedure.kind": options.procedure or settings.get("procedure.kind"),
     }
     given = {key: value for key, value in settings.items() if value is not None}
     changes = [*assignments, *to_assignments(given)]
@@ -188,7 +178,8 @@ def _compared_networks(options: TrainOptions) -> dict[str, Any]:
         raise ConfigError(
             "a name is empty; write NAME,NAME or NAME=FILE,NAME=FILE", setting="models", value=options.models
         )
-    return {"model.name": name, "few_shot.models": others, "start.weights": file or None}
+    compared = {"procedure.kind": "few_shot", "procedure.models": others} if others else {}
+    return {"model.name": name, "start.weights": file or None, **compared}
 
 
 def to_assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sopdeploy import __version__
+from sopdeploy.version import __version__
 
 ABOUT = "Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."
 OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed

@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.text import Text
 
-from sopdeploy import __version__
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import out, plain_text
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.version import __version__
 
 _PACKAGES = (
     "numpy", "pillow", "pydantic", "fastapi", "uvicorn", "torch", "torchvision", "timm", "onnx", "onnxscript",

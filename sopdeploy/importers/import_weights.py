@@ -7,7 +7,6 @@ from typing import Any
 
 import pydantic
 
-import sopdeploy
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError, shorten
@@ -33,6 +32,7 @@ from sopdeploy.importers.timm_network import (
 from sopdeploy.importers.weight_files import OwnCheckpointError, open_weights
 from sopdeploy.models.registry import list_models
 from sopdeploy.user_files import read_class_names
+from sopdeploy.version import __version__
 
 Converter = Callable[[WeightFile, str], ConvertedWeights | None]  # None if the file is of another project
 CONVERTERS: tuple[tuple[str, Converter], ...] = (  # (project, function); the first result is used
@@ -108,7 +108,7 @@ def import_weights(
             "imported_from": source.name,
             "imported_sha256": digest,
             "imported_project": project,
-            "versions": {"sopdeploy": sopdeploy.__version__},
+            "versions": {"sopdeploy": __version__},
         },
     )
     write_checkpoint(destination, checkpoint)

@@ -163,6 +163,15 @@ class DSoP(Classifier):
         betas = {name: self.plans[name].weight for name in self.taps.values()}
         return {"main": self.config.main_weight, **betas}
 
+    def without_branches(self) -> "DSoP":
+        """Build the network without branches; all other weights are those of this one."""
+        if not self.taps:
+            return self
+        no_branches = {"aux_blocks": (0,) * len(self.tap_stages), "keep_unused_branches": False}
+        network = type(self)(self.config.model_copy(update=no_branches), self.num_classes)
+        network.load_state_dict({name: self.state_dict()[name] for name in network.state_dict()})
+        return network
+
     def _branch(self, plan: BranchPlan) -> nn.Sequential:
         """Build a branch, which maps features (B, C, H, W) of the backbone to (B, classes) logits.
 

@@ -2,19 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport
 from sopdeploy.files import atomic_write
 from sopdeploy.html.templates import render
-from sopdeploy.report.predictions import predictions_context, score_tile
+from sopdeploy.report.predictions import predictions_context, score_tiles
 from sopdeploy.report.run_data import RunData, read_run
 from sopdeploy.report.training import training_context
-from sopdeploy.training.diagnostics import best_epoch
-from sopdeploy.training.epoch_choice import estimate_best
-from sopdeploy.training.procedure import read_record
-from sopdeploy.training.recipe import flatten, is_read
+from sopdeploy.training.epoch_choice import LoopResult, estimate_best
+from sopdeploy.training.procedure import read_result
+from sopdeploy.training.procedure_config import ProcedureResult
+from sopdeploy.training.recipe import flatten
 
 
 def write_report(
@@ -42,13 +41,12 @@ def write_report(
 def _render_report(data: RunData) -> str:
     """Render the page as HTML; the same data always gives the same text."""
     recipe, best, record = data.recipe, data.best, data.best.training
-    few_shot = read_record(record)
-    tiles = {"seed": str(recipe.seed), "time": f"{data.history[-1].seconds:.0f} s"}
-    estimate = estimate_best(data.history, frozen_backbone=recipe.frozen_backbone)
-    if few_shot is None:
-        epoch = best_epoch(data.history, frozen_backbone=recipe.frozen_backbone).epoch
-        tiles = {"epoch": f"{epoch} of {recipe.epochs}", **tiles}
-    tiles = {**score_tile(few_shot or estimate), **tiles}
+    result = read_result(record) or estimate_best(data.history, frozen_backbone=recipe.frozen_backbone)
+    tiles = {
+        **score_tiles(result),
+        "seed": str(recipe.seed),
+        "time": f"{data.history[-1].seconds:.0f} s",
+    }
     if data.predictions is not None and isinstance(data.predictions.metrics, ClassificationReport):
         tiles["calibration error"] = f"{data.predictions.metrics.calibration.error:.4f}"
     values = [*flatten(recipe.model_dump(mode="json")), *flatten(best.config, "network.")]
@@ -60,10 +58,9 @@ def _render_report(data: RunData) -> str:
         "run.html",
         recipe=recipe,
         model=best.model,
-        training=_describe_training(data, few_shot),
+        training=_describe_training(data, result),
         labels=best.labels,
-        few_shot=few_shot,
-        estimate=estimate,
+        result=result,
         history=data.history,
         tiles=tiles,
         decision=[] if best.decision is None else best.decision.rows(best.labels),
@@ -73,7 +70,7 @@ def _render_report(data: RunData) -> str:
         recipe_values=[
             (key, value)
             for key, value in values
-            if is_read(key, few_shot is not None) and key != "summary" and not key.startswith("model.config.")
+            if recipe.procedure.reads(key) and key != "summary" and not key.startswith("model.config.")
         ],
         environment=list(environment.items()),
         **training_context(data.history),
@@ -81,13 +78,13 @@ def _render_report(data: RunData) -> str:
     )
 
 
-def _describe_training(data: RunData, few_shot: Any) -> str:
+def _describe_training(data: RunData, result: ProcedureResult) -> str:
     """Describe in a sentence what was trained: the start weights, the images and the procedure."""
     start, side = data.best.training.get("start"), data.recipe.preprocess.crop
     weights = "random weights" if start is None else f"the weights of {start['file']} ({start['network']})"
     epochs, finished = data.recipe.epochs, len(data.history)
-    how = "by the few-shot procedure"
-    if few_shot is None:
+    how = f"by the {result.kind.replace('_', '-')} procedure"
+    if isinstance(result, LoopResult):
         how = f"for {epochs} epoch{'s' * (epochs > 1)}"
         if finished < epochs:
             how += f" (in progress: {finished} finished)"

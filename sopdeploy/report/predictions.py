@@ -9,7 +9,8 @@ from sopdeploy.evaluation.multi_label import MultiLabelReport
 from sopdeploy.html.charts import Axis, Curve, plot
 from sopdeploy.html.templates import percent
 from sopdeploy.report.run_data import Predictions
-from sopdeploy.training.epoch_choice import HeldOutEstimate
+from sopdeploy.training.epoch_choice import LoopResult
+from sopdeploy.training.procedure_config import ProcedureResult
 
 MAX_MATRIX_CLASSES = 30
 MAX_CONFUSIONS = 15
@@ -53,17 +54,14 @@ def _classification_context(metrics: ClassificationReport) -> dict[str, Any]:
     }
 
 
-def score_tile(result: Any) -> dict[str, str]:
-    """Format the score of a run with its interval, by name; the name says if the score is too high."""
-    name = "top-1" if result.map is None else "mAP"
-    score: Any = result.score
-    if isinstance(result, HeldOutEstimate):
-        name += ", too high" * (result.selected_by == "same images")
-        if result.top1 is None:
-            return {name: percent(result.score)}
-        score = result.top1
-    low, high = (f"{100 * end:.0f}" for end in (score.low, score.high))
-    return {name: f"{percent(score.share)} ({low} to {high})"}
+def score_tiles(result: ProcedureResult) -> dict[str, str]:
+    """Format the score of a run with its interval, by name; of the training loop, its best epoch, too."""
+    score = result.score
+    epoch = {"epoch": f"{result.epoch} of {result.epochs}"} if isinstance(result, LoopResult) else {}
+    if isinstance(score, float):
+        return {**epoch, result.score_name: percent(score)}
+    interval = f"{100 * score.low:.0f} to {100 * score.high:.0f}"
+    return {**epoch, result.score_name: f"{percent(score.share)} ({interval})"}
 
 
 def metric_tiles(metrics: ClassificationReport | MultiLabelReport) -> dict[str, str]:

@@ -116,7 +116,7 @@ def read_run(
             raise
         reason = str(error)
     else:
-        if best.training.get("few_shot") and data is None:
+        if data is None:
             wrong_labels, groups = _training_galleries(recipe, last)
         out_of_fold_NC = None if data is not None else _out_of_fold_logits(last, best, len(images))
         if out_of_fold_NC is None:
@@ -157,8 +157,8 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
     recipe = validate_recipe(last.training.get("recipe", {}), str(path))
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
-    images = select_procedure(recipe, open_data(recipe.data), last.training).data.train
-    logits_NC = (last.resume or {}).get("out_of_fold")
+    images = select_procedure(recipe, open_data(recipe.data)).data.train
+    logits_NC = _procedure_state(last).get("out_of_fold")
     if logits_NC is None or images.targets.ndim != 1 or not isinstance(images, ImageFiles):
         raise ConfigError(
             f"{run}: has no out-of-fold predictions of files with one class each; give a run of the few-shot "
@@ -197,11 +197,11 @@ def _training_galleries(
     recipe: Recipe, last: Checkpoint
 ) -> tuple[tuple[Mistake, ...], tuple[tuple[Mistake, ...], ...]]:
     """Show the training images with probably wrong labels, and the largest groups of copies."""
-    resume = last.resume or {}
-    logits_NC, group_N = resume.get("out_of_fold"), resume.get("groups")
+    state = _procedure_state(last)
+    logits_NC, group_N = state.get("out_of_fold"), state.get("groups")
     if logits_NC is None or group_N is None:  # of the training loop, whose split would compare all images
         return (), ()
-    images = select_procedure(recipe, open_data(recipe.data), last.training).data.train
+    images = select_procedure(recipe, open_data(recipe.data)).data.train
     if not isinstance(images, ImageFiles) or len(images) != len(group_N):
         return (), ()
     wrong: tuple[Mistake, ...] = ()
@@ -225,6 +225,12 @@ def _training_galleries(
         )
         for group in members
     )
+
+
+def _procedure_state(last: Checkpoint) -> dict[str, Tensor]:
+    """Return the tensors that the procedure of a run stored in its *last* checkpoint."""
+    state: dict[str, Tensor] = (last.resume or {}).get("procedure", {})
+    return state
 
 
 def _picture(images: LabeledImages, index: int, caption: str, preprocess: Preprocess) -> Mistake:
@@ -255,20 +261,20 @@ def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> t
     """Open the images to evaluate; return them and a description."""
     if data is not None:
         return open_images_of(checkpoint, data), f"the images in {data.name}"
-    split, few_shot, _ = select_procedure(recipe, open_data(recipe.data), checkpoint.training)
+    split = select_procedure(recipe, open_data(recipe.data)).data
     # Without held-out images, the score was cross-validated on the training images.
     images = split.held_out if len(split.held_out) else split.train
     if set(images.labels) != set(checkpoint.labels):
         raise DataError("the classes of the data have changed since the run started; give the images as data")
-    note = "" if few_shot else ", which also selected the epoch, so all scores of this section are too high"
-    return images, f"the held-out images{note}"
+    note = ", which also selected the epoch, so all scores of this section are too high"
+    return images, f"the held-out images{note if recipe.procedure.kind == 'loop' else ''}"
 
 
 def _out_of_fold_logits(last: Checkpoint, best: Checkpoint, images: int) -> Tensor | None:
     """Get the out-of-fold logits (N, C) of a cross-validated run; None unless there is a row per image."""
-    if best.training.get("few_shot", {}).get("estimated_on") != "cross-validation":
+    if best.training.get("procedure", {}).get("estimated_on") != "cross-validation":
         return None
-    logits_NC: Tensor | None = (last.resume or {}).get("out_of_fold")
+    logits_NC = _procedure_state(last).get("out_of_fold")
     return logits_NC if logits_NC is not None and len(logits_NC) == images else None
 
 

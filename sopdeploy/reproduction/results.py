@@ -19,8 +19,8 @@ from sopdeploy.models.stats import Counts
 from sopdeploy.report.run_data import read_history
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed.strategy import select_device
-from sopdeploy.training.loop import TrainingResult
 from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.train import TrainingResult
 
 HOURS, MILLISECONDS = "training, hours", "inference, ms per image"  # facts of tables
 _TIMED_BATCHES = 9  # after one warm-up batch

@@ -17,8 +17,8 @@ from sopdeploy.reproduction.small import small_data, write_small_images
 from sopdeploy.reproduction.tables import PrintedTable
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.distributed.torchrun import is_main_process
-from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.train import train_recipe
 
 _RESULT = "result.json"
 
@@ -56,7 +56,7 @@ def reproduce(
             stored = _read_result(path / _RESULT, recipe)
             if stored is None:
                 on_run(row.printed.id, seed)
-                trained = train(recipe, path, resume="auto", callback=callback)
+                trained = train_recipe(recipe, path, resume="auto", callback=callback)
                 stored = measure_run(recipe, trained, timed=timed)
                 _write(path / _RESULT, stored.model_dump_json() + "\n")
             row.runs.append(stored)

@@ -31,10 +31,10 @@ class Callback:
         """Receive a one-line warning; the run continues."""
 
     def on_procedure(self, reason: str) -> None:
-        """Receive whether the few-shot procedure or the training loop runs, why, and the expected time."""
+        """Receive which procedure was selected, why, and the expected time."""
 
     def on_stage(self, *, name: str, done: int, total: int) -> None:
-        """Receive the progress of the few-shot procedure: *done* of *total* parts, now in the step *name*."""
+        """Receive the progress of a procedure without epochs: *done* of *total* parts, in the step *name*."""
 
     def on_step_end(self, *, epoch: int, step: int, steps: int, loss: float) -> None:
         """Run after *step* of the *steps* steps of *epoch*; *loss* is the mean over its samples."""

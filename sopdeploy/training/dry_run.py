@@ -21,8 +21,8 @@ from sopdeploy.training.step.gradient import train_step
 class DryRun(StrictModel):
     """The result of a dry run.
 
-    `step_seconds` and `loss` belong to the second step. All figures describe the training loop; with
-    `few_shot`, the few-shot procedure replaces it for these images.
+    `step_seconds` and `loss` belong to the second step. All figures describe the training loop, which trains
+    on these images only if `procedure` is "loop".
     """
 
     recipe: dict[str, Any]
@@ -35,7 +35,7 @@ class DryRun(StrictModel):
     shipped: Counts
     step_seconds: float
     loss: float
-    few_shot: bool = False
+    procedure: str
 
 
 def dry_run(recipe: Recipe) -> DryRun:
@@ -69,5 +69,5 @@ def dry_run(recipe: Recipe) -> DryRun:
         shipped=described[recipe.preprocess.crop].shipped,
         step_seconds=step_seconds,
         loss=loss_value,
-        few_shot=select_procedure(recipe, data).few_shot,
+        procedure=select_procedure(recipe, data).recipe.procedure.kind,
     )

@@ -1,70 +1,100 @@
-"""The procedure that replaces the training loop for few images. It is optional.
+"""The interface of a procedure, and the selection of the one that trains on some images."""
 
-The recipe table `few_shot` configures it, and its record has the same name in results and checkpoints.
-Without a procedure, the table has no effect and the training loop trains on any number of images.
-"""
-
+import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+import pydantic
 
 from sopdeploy.data.base import Split
-from sopdeploy.data.datasets.folder import FolderConfig
-from sopdeploy.data.near import keep_groups_together
-from sopdeploy.decision import Decision
-
-if TYPE_CHECKING:
-    from sopdeploy.training.callbacks import Callback
-    from sopdeploy.training.recipe import Recipe
-    from sopdeploy.training.run import Run
-    from sopdeploy.training.run_folder import RunFolder
-
-PROCEDURES: tuple[str, ...] = (
-    "sopdeploy.training.few_shot",
-)  # at most one  # fmt: skip
+from sopdeploy.training.callbacks import Callback
+from sopdeploy.training.loop_config import LoopConfig
+from sopdeploy.training.procedure_config import AutoConfig, ProcedureConfig, ProcedureResult
+from sopdeploy.training.recipe import Recipe, procedure_configs
+from sopdeploy.training.run import Run
+from sopdeploy.training.run_folder import RunFolder
 
 
-def _load(module: str) -> Any:
-    """Import *module* of the procedure."""
-    return import_module(f"{PROCEDURES[0]}.{module}")
+class Proposal(NamedTuple):
+    """Whether a procedure should replace the training loop for some images, and why."""
 
-
-if TYPE_CHECKING:
-    ProcedureTable = Any
-else:
-    ProcedureTable = (_load("config").FewShotConfig if PROCEDURES else dict) | None
-
-
-class Selection(NamedTuple):
-    """The images to train on, whether the procedure replaces the training loop for them, and why."""
-
-    data: Split
-    few_shot: bool
+    accepted: bool
     reason: str = ""
 
 
-def select_procedure(recipe: "Recipe", data: Split, record: Mapping[str, Any] | None = None) -> Selection:
-    """Select the procedure or the training loop, for a resumed run as its *record* says.
+class Procedure(ABC):
+    """A way to train a network; its config is a table of the recipe. Subclasses take it as only argument."""
 
-    For the loop, near-duplicates of training images are not held out.
+    def training_data(self, _recipe: Recipe, data: Split) -> Split:
+        """Divide the images of *data* into training and held-out images in another way, if needed."""
+        return data
+
+    def propose(self, _recipe: Recipe, _data: Split, _max_minutes: float) -> Proposal:
+        """Decide whether `procedure.kind = "auto"` selects this procedure, in at most *max_minutes*."""
+        return Proposal(False)
+
+    @abstractmethod
+    def fit(self, run: Run, data: Split, folder: RunFolder, callback: Callback) -> ProcedureResult:
+        """Train *run*, which may be a resumed or a finished one, on *data*.
+
+        Writes `best.pt`, `last.pt` and the history to *folder*, sets `run.decision` and returns the result.
+        """
+
+
+class Selection(NamedTuple):
+    """The procedure that trains, the recipe with its config, its images, and why it was selected."""
+
+    procedure: Procedure
+    recipe: Recipe
+    data: Split
+    reason: str = ""
+
+
+def select_procedure(recipe: Recipe, data: Split, recorded: ProcedureConfig | None = None) -> Selection:
+    """Select the procedure of *recipe*; "auto" decides by the images, or continues with the *recorded* one.
+
+    Raises `ConfigError` if the procedure cannot train the network of *recipe*.
     """
-    selection = Selection(data, False)
-    if PROCEDURES:
-        selection = _load("selection").select_procedure(recipe, data, record)
-    if not selection.few_shot and isinstance(recipe.data, FolderConfig):
-        data = keep_groups_together(selection.data, recipe.data.hold_out, recipe.data.hold_out_seed)
-        return selection._replace(data=data)
-    return selection
+    config, reason = recipe.procedure, ""
+    if isinstance(config, AutoConfig):
+        config, reason = (
+            (recorded, "") if recorded is not None else _propose(recipe, data, config.max_minutes)
+        )
+    procedure, recipe = _create(config), recipe.model_copy(update={"procedure": config})
+    return Selection(procedure, recipe, procedure.training_data(recipe, data), reason)
 
 
-def run_procedure(run: "Run", data: Split, folder: "RunFolder", callback: "Callback") -> Decision | None:
-    """Train *run* on *data*; returns the decision of its `best.pt`."""
-    decision: Decision | None = _load("run").train_few_shot(run, data, folder, callback)
-    return decision
+def _propose(recipe: Recipe, data: Split, max_minutes: float) -> tuple[ProcedureConfig, str]:
+    """Return the config of the first procedure that accepts, or that of the training loop; and the reason."""
+    reasons = []
+    for config_class in procedure_configs():
+        config = config_class.model_validate({})
+        proposal = _create(config).propose(recipe, data, max_minutes)
+        if proposal.accepted:
+            return config, proposal.reason
+        reasons.append(proposal.reason)
+    return LoopConfig(), " ".join(filter(None, reasons))
 
 
-def read_record(training: Mapping[str, Any]) -> Any:
-    """Read the record of the procedure from the record of a training; None if the training loop ran."""
-    if not PROCEDURES or "few_shot" not in training:
-        return None
-    return _load("config").FewShotResult.model_validate(training["few_shot"])
+def _create(config: ProcedureConfig) -> Procedure:
+    procedure: Procedure = pkgutil.resolve_name(config.implementation)(config)
+    return procedure
+
+
+def parse_result(record: Any) -> ProcedureResult:
+    """Parse the result of a procedure by its `kind`; raise `pydantic.ValidationError` if it is invalid."""
+    if isinstance(record, ProcedureResult):
+        return record
+    kinds = {config.result.model_fields["kind"].default: config.result for config in procedure_configs()}
+    return kinds[record["kind"]].model_validate(record)
+
+
+AnyProcedureResult = Annotated[
+    pydantic.SerializeAsAny[ProcedureResult], pydantic.BeforeValidator(parse_result)
+]
+
+
+def read_result(training: Mapping[str, Any]) -> ProcedureResult | None:
+    """Read the result of the procedure from the record of a training; None before its end."""
+    return parse_result(training["procedure"]) if "procedure" in training else None

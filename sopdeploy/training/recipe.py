@@ -5,29 +5,32 @@
 
 import difflib
 import json
+import pkgutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 import pydantic
 
-from sopdeploy.config import FractionBelowOne, NonNegative, StrictModel, first_problem
-from sopdeploy.data.augment import Augmentation, BoxCrop, ColorJitter, Mixup, RandAugment
+from sopdeploy.config import Count, StrictModel, first_problem
+from sopdeploy.data.augment import BoxCrop
 from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.base import Classifier, RemovableBranches
 from sopdeploy.models.registry import CatalogModel, entry, make_config
 from sopdeploy.project import Name
-from sopdeploy.training.ema import EmaConfig
 from sopdeploy.training.fine_tuning import StartConfig
-from sopdeploy.training.optimizers import OptimizerConfig
-from sopdeploy.training.procedure import ProcedureTable
-from sopdeploy.training.schedule import Schedule
-from sopdeploy.training.step.teacher import TeacherConfig
+from sopdeploy.training.loop_config import LoopConfig, LoopSettings
+from sopdeploy.training.procedure_config import AutoConfig, ProcedureConfig
 
-Count = Annotated[int, pydantic.Field(ge=0)]
+# Configs of the procedures, by `kind`; the line of a procedure is its only registration.
+PROCEDURES = {
+    "loop": "sopdeploy.training.loop_config:LoopConfig",
+    "few_shot": "sopdeploy.training.few_shot.config:FewShotConfig",
+}
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "summary",
     "workers",
@@ -38,14 +41,20 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "save.every_minutes",
     "rejection.accepts",
 }
-# Keys and tables that only the training loop reads, and those that only the few-shot procedure reads.
-LOOP_KEYS = (
-    "epochs", "batch_size", "accumulate", "precision", "compile", "batch_norm", "sampler", "augment", "color",
-    "rand_augment", "mix", "optimizer", "schedule", "loss", "ema", "teacher", "save", "start.learn",
-    "start.head_factor", "model.remove_branches_at",
-)  # fmt: skip
-FEW_SHOT_KEYS = ("few_shot",)
-SELECTING_KEYS = {"few_shot", "few_shot.procedure", "few_shot.max_minutes"}  # of the loop or the procedure
+
+
+def procedure_configs() -> tuple[type[ProcedureConfig], ...]:
+    """Import the configs of all procedures."""
+    return tuple(pkgutil.resolve_name(path) for path in PROCEDURES.values())
+
+
+if TYPE_CHECKING:
+    AnyProcedureConfig = ProcedureConfig
+else:
+    AnyProcedureConfig = Annotated[
+        Union[AutoConfig, *procedure_configs()],
+        pydantic.Field(discriminator="kind"),
+    ]
 
 
 class ModelConfig(CatalogModel):
@@ -55,29 +64,24 @@ class ModelConfig(CatalogModel):
     them.
     """
 
-    remove_branches_at: Annotated[int, pydantic.Field(ge=1)] | None = None
+    remove_branches_at: Count | None = None
 
     @pydantic.model_validator(mode="after")
     def _check_branches(self) -> "ModelConfig":
-        if self.remove_branches_at is not None and "aux_blocks" not in entry(self.name).config.model_fields:
+        removable = issubclass(entry(self.name).network, RemovableBranches)
+        if self.remove_branches_at is not None and not removable:
             raise ValueError(f"remove_branches_at: {self.name} has no branches")
         return self
+
+    def network_of(self, epoch: int, network: Classifier) -> Classifier:
+        """Return the network to train in *epoch*, from 0; *network* is that of the epoch before."""
+        if self.remove_branches_at is None or epoch < self.remove_branches_at:
+            return network
+        return network.without_branches() if isinstance(network, RemovableBranches) else network
 
     def full_config(self) -> dict[str, Any]:
         """Return the complete config, with defaults, as checkpoints store it."""
         return make_config(self.name, self.config).model_dump(mode="json")
-
-
-class LossConfig(StrictModel):
-    """Loss settings that do not depend on the model."""
-
-    label_smoothing: FractionBelowOne = 0.0
-
-
-class SaveConfig(StrictModel):
-    """Minutes after which `last.pt` is also written within an epoch; 0 for only at its end."""
-
-    every_minutes: NonNegative = 15.0
 
 
 class RejectionConfig(StrictModel):
@@ -86,55 +90,36 @@ class RejectionConfig(StrictModel):
     accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95
 
 
-class Recipe(StrictModel):
+class Recipe(LoopSettings):
     """A complete training run; defaults follow the papers.
 
     `project` names the bundle and the served model; `train` sets it by the data folder, or by the recipe.
-    `batch_size` is the number of samples of a step, over all processes; `accumulate` splits a step into
-    that many micro-batches. `batch_norm` computes statistics per process ("local"), over the whole
-    micro-batch ("global"), or uses the running statistics ("frozen"). `sampler` "balanced" draws all
-    classes equally often. `threads` is the number of CPU threads of torch; 0 keeps torch's default. `workers`
-    is the maximum number of data loading processes. `few_shot` replaces the training loop for few images.
+    `threads` is the number of CPU threads of torch; 0 keeps torch's default. `workers` is the maximum number
+    of data loading processes.
     """
 
     summary: str
     project: Name = None
-    seed: Count = 0
-    epochs: Annotated[int, pydantic.Field(ge=1)]
-    batch_size: Annotated[int, pydantic.Field(ge=2)]
-    accumulate: Annotated[int, pydantic.Field(ge=1)] = 1
-    workers: Count = 0
+    procedure: AnyProcedureConfig = LoopConfig()
+    seed: pydantic.NonNegativeInt = 0
+    workers: pydantic.NonNegativeInt = 0
     threads: Annotated[int, pydantic.Field(ge=0, le=1024)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
-    compile: bool = False
-    batch_norm: Literal["local", "global", "frozen"] = "local"
-    sampler: Literal["shuffled", "balanced"] = "shuffled"
     model: ModelConfig
     data: DataConfig
     preprocess: Preprocess = Preprocess()
-    augment: Augmentation
-    color: ColorJitter = ColorJitter()
-    rand_augment: RandAugment = RandAugment()
-    mix: Mixup = Mixup()
-    optimizer: OptimizerConfig
-    schedule: Schedule
-    loss: LossConfig = LossConfig()
-    ema: EmaConfig | None = None
     start: StartConfig | None = None
-    teacher: TeacherConfig | None = None
-    few_shot: ProcedureTable = None
-    save: SaveConfig = SaveConfig()
     rejection: RejectionConfig = RejectionConfig()
 
-    def check_effect(self, given: Sequence[str], *, few_shot: bool) -> None:
-        """Raise `ConfigError` if the few-shot procedure (*few_shot*) or the loop ignores a *given* key."""
-        ignored = [key for key in given if key not in SELECTING_KEYS and not is_read(key, few_shot)]
-        runs, other = ("few-shot procedure", "loop") if few_shot else ("training loop", "few-shot")
-        reason = f"the {runs} runs; remove them, or choose the other with few_shot.procedure={other}"
+    def check_effect(self, given: Sequence[str]) -> None:
+        """Raise `ConfigError` if the procedure ignores a *given* key."""
+        ignored = [key for key in given if not self.procedure.reads(key)]
         if ignored:
-            raise ConfigError(f"{', '.join(ignored)}: without effect, because {reason}")
+            raise ConfigError(
+                f"{', '.join(ignored)}: without effect in the procedure {self.procedure.kind}; remove them, "
+                "or choose another one with procedure.kind"
+            )
 
     @property
     def training_crop(self) -> int:
@@ -221,17 +206,14 @@ def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any])
     if isinstance(config, dict) and isinstance(network, str):
         for key in config.keys() - entry(network).config.model_fields:
             del config[key]
-    data, kind = tables.get("data", {}), overrides.get("data.kind")
-    for data_config in get_args(get_args(DataConfig)[0]):  # the members of the annotated union
-        if kind != data.get("kind") and kind in get_args(data_config.model_fields["kind"].annotation):
-            for key in data.keys() - data_config.model_fields:
-                del data[key]
-
-
-def is_read(key: str, few_shot: bool) -> bool:
-    """Check whether the few-shot procedure (*few_shot*) or the training loop reads *key*."""
-    ignored = LOOP_KEYS if few_shot else FEW_SHOT_KEYS
-    return not any(key == table or key.startswith(f"{table}.") for table in ignored)
+    unions = {"data": get_args(get_args(DataConfig)[0]), "procedure": (AutoConfig, *procedure_configs())}
+    for name, configs in unions.items():
+        table, kind = tables.get(name, {}), overrides.get(f"{name}.kind")
+        for config_class in configs:
+            kinds = get_args(config_class.model_fields["kind"].annotation)
+            if kind != table.get("kind") and kind in kinds:
+                for key in table.keys() - config_class.model_fields:
+                    del table[key]
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -303,7 +285,10 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
         return f"{key}.kind: {problem['ctx']['tag']!r} is none of {problem['ctx']['expected_tags']}"
     if problem["type"] != "extra_forbidden":
         return key + first_problem(error).removeprefix(".".join(map(str, problem["loc"])))
-    close = difflib.get_close_matches(key, sorted(set(_list_keys(Recipe))), n=1)
+    known = sorted(set(_list_keys(Recipe)))
+    if key in known:
+        return f"{key}: unknown key of this kind"
+    close = difflib.get_close_matches(key, known, n=1)
     return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-import sopdeploy
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import LabeledImages
@@ -28,20 +27,19 @@ from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetric
 from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.dsop import DSoP
-from sopdeploy.models.registry import create_model
 from sopdeploy.project import Origin
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow, Throughput
 from sopdeploy.training.distributed.batch_sharding import replace_batch_norms
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
-from sopdeploy.training.epoch_choice import HeldOutEstimate, estimate_best
 from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
 from sopdeploy.training.precision import Precision
+from sopdeploy.training.procedure_config import ProcedureResult
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.start_weights import InitialModel, StartReport, create_initial_model
 from sopdeploy.training.step.losses import Loss
 from sopdeploy.training.step.teacher import Teacher
+from sopdeploy.version import __version__
 
 
 class Position(StrictModel, frozen=False):
@@ -69,10 +67,8 @@ class Position(StrictModel, frozen=False):
 class Run:
     """A run in progress; `network` is `model` or its compiled form, `groups` are the optimizer's parameters.
 
-    `name` and `config` are the catalog name and the complete config of `model`. `few_shot` is the record of
-    the few-shot procedure, `out_of_fold` (images, classes) the logits on which its estimate is based,
-    `image_groups` (images,) those of `data.near`, and `decision` the one that was fitted to these logits.
-    `image_hashes` and `origin` are those of a checkpoint.
+    `name` is the catalog name of `model`. A procedure that has ended sets its `result` and `decision`, and in
+    `state` the tensors that `last.pt` contains for it. `image_hashes` and `origin` are those of a checkpoint.
     """
 
     recipe: Recipe
@@ -83,7 +79,6 @@ class Run:
     name: str
     normalize: Normalize
     precision: Precision
-    config: dict[str, Any]
     model: Classifier
     network: nn.Module
     groups: list[dict[str, Any]]
@@ -91,22 +86,16 @@ class Run:
     teacher: Teacher | None = None
     start: StartReport | None = None
     position: Position = field(default_factory=Position)
-    few_shot: Any = None
-    out_of_fold: Tensor | None = None
-    image_groups: Tensor | None = None
+    result: ProcedureResult | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
     decision: Decision | None = None
     image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     origin: Origin | None = None
 
     @cached_property
     def optimizer(self) -> Optimizer:
-        """The optimizer; the few-shot procedure needs none, and creating one imports torch's compiler."""
+        """The optimizer; it is created when a procedure needs it, because this imports torch's compiler."""
         return self.recipe.optimizer.create(self.groups)
-
-    @property
-    def estimate(self) -> HeldOutEstimate:
-        """The score of the best of the finished epochs, at least one."""
-        return estimate_best(self.position.history, frozen_backbone=self.recipe.frozen_backbone)
 
     @property
     def exported(self) -> Classifier:
@@ -169,38 +158,34 @@ class Run:
             for buffer in filter(torch.is_floating_point, model.buffers()):
                 buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
-    def replace_model(self, name: str, model: Classifier, config: dict[str, Any]) -> None:
-        """Replace the model and the optimizer; *name* and *config* are those of *model*."""
-        self.model, self.network, self.groups = _prepare(self.recipe, model, self.strategy, self.teacher)
-        self.__dict__.pop("optimizer", None)
-        self.name, self.config = name, config
+    def replace_model(self, name: str, model: Classifier) -> None:
+        """Replace the model by *model*, named *name*; parts that both have keep their optimizer state.
 
-    def remove_branches_if_due(self) -> None:
-        """Remove the branches in the epoch of `model.remove_branches_at`, an ablation.
-
-        The model is rebuilt without branches. The weights, optimizer state and averages of the other
-        parameters are kept.
+        The averages of such parts are kept, too.
         """
-        removal, old = self.recipe.model.remove_branches_at, self.model
-        if removal is None or self.position.epoch < removal or not isinstance(old, DSoP) or not old.taps:
-            return
-        no_branches = {"aux_blocks": [0] * len(old.tap_stages), "keep_unused_branches": False}
-        config = {**self.config, **no_branches}
-        new = create_model(self.name, num_classes=len(self.labels), **config)
-        new.load_state_dict({name: old.state_dict()[name] for name in new.state_dict()})
-        old_states = {
-            name: self.optimizer.state[parameter]
-            for name, parameter in self.trained().named_parameters()
-            if parameter in self.optimizer.state
-        }
-        self.replace_model(self.name, new, config)
-        for name, parameter in self.trained().named_parameters():
-            if name in old_states:
-                self.optimizer.state[parameter] = old_states[name]
+        states = {}
+        if "optimizer" in self.__dict__:
+            states = {
+                part: self.optimizer.state[parameter]
+                for part, parameter in self.trained().named_parameters()
+                if parameter in self.optimizer.state
+            }
+            del self.optimizer
+        self.name = name
+        self.model, self.network, self.groups = _prepare(self.recipe, model, self.strategy, self.teacher)
+        for part, parameter in self.trained().named_parameters():
+            if part in states:
+                self.optimizer.state[parameter] = states[part]
         if self.ema is not None:
             averages = self.ema.model.state_dict()
             self.ema.model = copy.deepcopy(self.model).requires_grad_(False)
-            self.ema.model.load_state_dict({name: averages[name] for name in self.model.state_dict()})
+            self.ema.model.load_state_dict({part: averages[part] for part in self.model.state_dict()})
+
+    def start_epoch(self) -> None:
+        """Replace the model if this epoch trains another one (`model.remove_branches_at`)."""
+        model = self.recipe.model.network_of(self.position.epoch, self.model)
+        if model is not self.model:
+            self.replace_model(self.name, model)
 
     def checkpoint(self, *, resumable: bool) -> Checkpoint:
         """Build a checkpoint; raise `TrainingError` if it would contain a NaN or infinity."""
@@ -211,14 +196,13 @@ class Run:
         if resumable:
             resume = {
                 "position": self.position.model_dump(mode="json"),
-                "optimizer": self.optimizer.state_dict() if self.few_shot is None else {},
+                "optimizer": self.optimizer.state_dict() if "optimizer" in self.__dict__ else {},
                 "train_count": self.train_count,
                 "precision": self.precision.state_dict(),
                 "weights": raw,
                 "average": average,
+                "procedure": self.state,
             }
-            if self.out_of_fold is not None:
-                resume |= {"out_of_fold": self.out_of_fold, "groups": self.image_groups}
             if self.teacher is not None and self.teacher.learns:
                 resume["teacher"] = self.teacher.model.state_dict()
         saved = tree_leaves({"weights": raw, "average": average, "resume": resume})
@@ -229,7 +213,7 @@ class Run:
             )
         return Checkpoint(
             model=self.name,
-            config=self.config,
+            config=self.model.config.model_dump(mode="json"),
             weights=average["weights"] if average else raw,
             labels=self.labels,
             preprocess=self.recipe.preprocess,
@@ -261,9 +245,9 @@ class Run:
             "step": self.position.step,
             "weights": "raw" if self.ema is None else "average",
             "metrics": history[-1].metrics.model_dump() if history else None,
-            **({} if self.few_shot is None else {"few_shot": self.few_shot.model_dump(mode="json")}),
+            **({} if self.result is None else {"procedure": self.result.model_dump(mode="json")}),
             "versions": {
-                "sopdeploy": sopdeploy.__version__,
+                "sopdeploy": __version__,
                 "torch": str(torch.__version__),
                 "python": platform.python_version(),
             },
@@ -311,7 +295,6 @@ def create_run(
         name=recipe.model.name,
         normalize=Normalize(recipe.preprocess).to(strategy.device),
         precision=Precision(recipe.precision, strategy.device),
-        config=recipe.model.full_config(),
         model=model,
         network=network,
         groups=groups,

@@ -37,22 +37,23 @@ class TrainingStoppedError(TrainingError):
 
 @dataclass(slots=True)
 class SignalState:
-    """The stop signals that this process has received; in `check`, all processes learn about them."""
+    """The stop signals that this process has received; in `exchange`, all processes learn about them."""
 
     processes: ProcessGroup
     received: set[int] = field(default_factory=set)
 
-    def check(self, *, save: bool = False) -> bool:
-        """Raise `StopRequested` after a stop signal; return whether any process calls it with *save*.
+    def exchange(self, *, save_due: bool = False) -> bool:
+        """Exchange the signals of all processes, which must call this the same number of times.
 
-        All processes must call it the same number of times.
+        Raises `StopRequested` if one of them has received a stop signal; returns whether *save_due* is true
+        in one of them.
         """
-        flags = [number in self.received for number in STOP_SIGNALS] + [save]
-        *counts, save_count = self.processes.all_reduce(torch.tensor(flags).int()).tolist()
+        flags = [number in self.received for number in STOP_SIGNALS] + [save_due]
+        *counts, due_count = self.processes.all_reduce(torch.tensor(flags).int()).tolist()
         for number, count in zip(STOP_SIGNALS, counts, strict=True):
             if count:
                 raise StopRequested(number)
-        return bool(save_count)
+        return bool(due_count)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def test_three_rounds_with_other_classes_work_and_the_container_serves_the_last(
         checkpoint = read_checkpoint(tmp_path / "runs" / "latest" / "best.pt")
         bundle = open_bundle(tmp_path / "bundles" / "latest")
         assert bundle.manifest.lineage.checkpoint_sha256 == checkpoint.sha256
-        assert checkpoint.training["few_shot"]["top1"]["count"] == images
+        assert checkpoint.training["procedure"]["top1"]["count"] == images
         assert set(bundle.labels) == {*classes.values()}
         assert bundle.manifest.origin is not None
         assert bundle.manifest.origin.run == f"photos-{number}"

@@ -34,7 +34,7 @@ def add_feature_map_output(network: nn.Module) -> None:
     if not isinstance(network, Backbone) or network.averaged_classifier() is None:
         raise LoweringError(
             f"{type(network).__name__} does not end in average pooling and one linear layer, so no map adds "
-            'up to its logits; train it with the pooling gap, or with few_shot.heads=["gap"]',
+            'up to its logits; train it with the pooling gap, or with procedure.heads=["gap"]',
             setting="with_cam",
         )
     network.outputs = (LOGITS, FEATURES)

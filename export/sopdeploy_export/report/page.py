@@ -10,8 +10,8 @@ from typing import Any
 from sopdeploy.bundle.manifest import FileRecord
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy.html.templates import dimensions, percent, reduction, render, sanitize
-from sopdeploy.training.epoch_choice import HeldOutEstimate
-from sopdeploy.training.procedure import read_record
+from sopdeploy.training.epoch_choice import LoopResult
+from sopdeploy.training.procedure import read_result
 from sopdeploy_export.report.results import Results
 from sopdeploy_export.subject import ExportSubject
 
@@ -164,19 +164,17 @@ def as_markdown(text: str) -> str:
 
 
 def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
-    """List the recorded scalars of *training* and its accuracy; for few-shot training, its images instead."""
-    record = read_record(training)
-    if record is not None:
-        rows = [("images", record.describe_images()), ("accuracy", record.describe_score())]
+    """List the result of *training*, for the training loop after its scalars, otherwise its start weights."""
+    result = read_result(training)
+    if result is not None and not isinstance(result, LoopResult):
+        rows = list(result.rows())
         if start := training.get("start"):
             weights = f"{start['network']}, {start['file']}, sha256 {start['sha256']}"
             rows.insert(0, ("start weights", weights))
         return rows
-    scalars = [
+    scalars: list[tuple[str, object]] = [
         (key, value)
         for key, value in sorted(training.items())
         if isinstance(value, int | float | str) and not isinstance(value, bool)
     ]
-    if "estimate" in training:
-        scalars.append(("accuracy", HeldOutEstimate.model_validate(training["estimate"]).describe()))
-    return scalars
+    return [*scalars, *(() if result is None else result.rows())]

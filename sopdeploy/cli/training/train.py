@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from sopdeploy.api.training import TrainedRun
 
 RESUME = ("never", "always", "auto")
-FEW_SHOT = (
-    "train will run the few-shot procedure on these images (table few_shot), not the training loop, which "
-    "these figures describe"
+OTHER_PROCEDURE = (
+    "these figures describe the training loop, but train will run the procedure {} on these images"
 )
 SIGNAL_EXIT_CODE = 128  # plus the signal number, as shells expect
 
@@ -124,16 +123,12 @@ def _print_dry_run(
         f"parameters: {dry.training.parameters:,} in training, {dry.shipped.parameters:,} deployed",
         f"multiply-adds per image: {dry.training.macs:,} in training, {dry.shipped.macs:,} deployed",
         f"one step on {dry.device}: {dry.step_seconds:.3f} s",
-        *([FEW_SHOT] if dry.few_shot else []),
+        *([OTHER_PROCEDURE.format(dry.procedure)] if dry.procedure != "loop" else []),
     )
 
 
 def _print_result(result: "TrainedRun") -> None:
-    if result.few_shot is not None:
-        say(*result.few_shot.lines(), f"{result.seconds:.0f} s in total")
-    elif result.estimate is not None:
-        epoch = f"epoch {result.best_epoch} of {result.epochs}"
-        say(f"{epoch}: {result.estimate.describe()}, {result.seconds:.0f} s")
+    say(*result.procedure.lines(), f"{result.seconds:.0f} s in total")
     if result.decision is not None:
         say(*(f"{name}: {text}" for name, text in result.decision.rows()))
     say(f"next: sopdeploy export {result.best}{' --detach' * bool(result.training_only)}")

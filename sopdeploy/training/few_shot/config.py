@@ -1,7 +1,7 @@
-"""Recipe table `[few_shot]`, and the record of the procedure's results."""
+"""Recipe table `[procedure]` of the few-shot procedure, and its result."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
 
@@ -11,33 +11,10 @@ from sopdeploy.errors import shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
 from sopdeploy.models.second_order_head import HeadKind
+from sopdeploy.training.loop_config import LOOP_KEYS
+from sopdeploy.training.procedure_config import ProcedureConfig, ProcedureResult
 
 _FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
-
-
-class FewShotConfig(StrictModel):
-    """Training for few images: cross-validation chooses a linear classifier on features of a frozen network.
-
-    Attributes:
-        procedure: "few-shot" and "loop" select the procedure or the training loop. "auto" selects the
-            procedure for up to 1,000 images, and for more if its predicted time is at most `max_minutes` and
-            its features fit into half of the memory.
-        folds: Folds of the cross-validation, at most the number of different images of the smallest class.
-        group_copies: Whether near-duplicates share a fold; exact duplicates and given groups always do.
-        heads: Heads to compare; the first one is kept unless another one is better. If empty: "gap+isqrt" of
-            the last two feature maps and of the last one, and "gap".
-        models: Further networks to compare with `model.name`, as NAME or NAME=FILE with a file of weights.
-            Without a file they start from `start.weights`.
-        balance_above: Ratio of the largest class to the smallest above which classes get equal weights.
-    """
-
-    procedure: Literal["auto", "few-shot", "loop"] = "auto"
-    max_minutes: Positive = 60.0
-    folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 10
-    group_copies: bool = True
-    heads: tuple[HeadKind, ...] = ()
-    models: tuple[str, ...] = ()
-    balance_above: Annotated[float, pydantic.Field(ge=1)] = 1.5
 
 
 class CandidateResult(StrictModel):
@@ -69,7 +46,7 @@ class CandidateResult(StrictModel):
         )
 
 
-class FewShotResult(StrictModel):
+class FewShotResult(ProcedureResult):
     """Result of the few-shot procedure.
 
     Attributes:
@@ -89,6 +66,11 @@ class FewShotResult(StrictModel):
         seconds: Time of each step.
     """
 
+    about: ClassVar[str] = (
+        "The few-shot procedure compared linear classifiers on features of the frozen network by "
+        "cross-validation and fitted the chosen one to all images."
+    )
+    kind: Literal["few_shot"] = "few_shot"
     top1: Rate | None = None
     map: MeanPrecision | None = None
     estimated_on: Estimate
@@ -109,8 +91,17 @@ class FewShotResult(StrictModel):
         """The accuracy, or the mAP."""
         return self.top1 or self.map  # type: ignore[return-value]  # one of the two is set
 
+    @property
+    def score_name(self) -> str:
+        """The name of the score."""
+        return "top-1" if self.map is None else "mAP"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Describe the training images and the score."""
+        return [("images", self.describe_images()), ("accuracy", self.describe_score())]
+
     def lines(self) -> tuple[str, ...]:
-        """Describe the result in lines for the terminal and the report."""
+        """Describe images, candidates, choice, score and time."""
         lines = [f"images: {self.describe_images()}", *self.describe_groups()]
         lines += [candidate.line() for candidate in self.candidates]
         lines.append(f"chosen: {self.choice}")
@@ -121,14 +112,14 @@ class FewShotResult(StrictModel):
 
     def describe_score(self) -> str:
         """Describe the score; if it is not clearly better, add the accuracy of always guessing one class."""
-        score, name = self.score, "top-1" if self.map is None else "mAP"
+        score = self.score
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
         label, largest = max(self.class_counts.items(), key=lambda count: count[1])
         majority, comparison = largest / max(1, sum(self.class_counts.values())), ""
         if self.map is None and score.low <= majority:
             comparison = f'; always answering "{label}" gives {100 * majority:.0f} %'
         return (
-            f"{name} {100 * score.share:.1f} % ({origin}, 95 % interval {100 * score.low:.0f} to "
+            f"{self.score_name} {100 * score.share:.1f} % ({origin}, 95 % interval {100 * score.low:.0f} to "
             f"{100 * score.high:.0f} %{comparison}) of {score.count} images"
         )
 
@@ -158,3 +149,27 @@ class FewShotResult(StrictModel):
         if self.duplicates:
             text += f"; {self.duplicates} duplicate{'s' * (self.duplicates > 1)}"
         return text
+
+
+class FewShotConfig(ProcedureConfig):
+    """Training for few images: cross-validation chooses a linear classifier on features of a frozen network.
+
+    Attributes:
+        folds: Folds of the cross-validation, at most the number of different images of the smallest class.
+        group_copies: Whether near-duplicates share a fold; exact duplicates and given groups always do.
+        heads: Heads to compare; the first one is kept unless another one is better. If empty: "gap+isqrt" of
+            the last two feature maps and of the last one, and "gap".
+        models: Further networks to compare with `model.name`, as NAME or NAME=FILE with a file of weights.
+            Without a file they start from `start.weights`.
+        balance_above: Ratio of the largest class to the smallest above which classes get equal weights.
+    """
+
+    implementation: ClassVar[str] = "sopdeploy.training.few_shot.run:FewShot"
+    result: ClassVar[type[FewShotResult]] = FewShotResult
+    unread: ClassVar[tuple[str, ...]] = LOOP_KEYS
+    kind: Literal["few_shot"] = "few_shot"
+    folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 10
+    group_copies: bool = True
+    heads: tuple[HeadKind, ...] = ()
+    models: tuple[str, ...] = ()
+    balance_above: Annotated[float, pydantic.Field(ge=1)] = 1.5

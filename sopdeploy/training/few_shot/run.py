@@ -29,194 +29,219 @@ from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.few_shot.candidates import Network, list_heads, other_recipe
 from sopdeploy.training.few_shot.classifier import GRID, Array, Indices, Targets
-from sopdeploy.training.few_shot.config import FewShotResult
+from sopdeploy.training.few_shot.config import FewShotConfig, FewShotResult
 from sopdeploy.training.few_shot.estimates import choose, compose, estimate
+from sopdeploy.training.few_shot.selection import join_split, propose
 from sopdeploy.training.few_shot.unknown import recognize_unknown
+from sopdeploy.training.procedure import Procedure, Proposal
+from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Position, Run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import StopRequested, TrainingStoppedError, handle_signals
 from sopdeploy.training.start_weights import create_initial_model
 
 
-def train_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -> Decision | None:
-    """Run the procedure on the training images of *data* and write `best.pt`, `last.pt` and the history.
+class FewShot(Procedure):
+    """Choose a linear classifier on features of the frozen network by cross-validation."""
 
-    A finished run is not trained again. The thresholds in `best.pt` are fitted to the out-of-fold
-    predictions and returned. Held-out images, if there are any, are used only for the score. Raises
-    `ConfigError` for several processes, an average or a teacher, `TrainingStoppedError` after a stop signal,
-    `DataError` for images that cannot be used.
-    """
-    if run.strategy.world > 1 or run.ema is not None or run.teacher is not None:
-        raise ConfigError(
-            "few_shot: needs one process; start it without torchrun, and remove the tables ema and teacher"
+    def __init__(self, config: FewShotConfig) -> None:
+        self.config = config
+
+    def training_data(self, recipe: Recipe, data: Split) -> Split:
+        """Add images that were split off the training images to them again; see `selection.join_split`."""
+        return join_split(recipe, data)
+
+    def propose(self, recipe: Recipe, data: Split, max_minutes: float) -> Proposal:
+        """Decide by the number of images, the predicted time and memory; see `selection.propose`."""
+        return propose(recipe, data, max_minutes)
+
+    def fit(self, run: Run, data: Split, folder: RunFolder, callback: Callback) -> FewShotResult:
+        """Run the procedure on the training images of *data* and write `best.pt`, `last.pt` and the history.
+
+        A finished run is not trained again. The decision is fitted to the out-of-fold predictions. Held-out
+        images, if there are any, are used only for the score. Raises `ConfigError` for several processes, an
+        average or a teacher, `TrainingStoppedError` after a stop signal, and `DataError` for images that
+        cannot be used.
+        """
+        if run.strategy.world > 1 or run.ema is not None or run.teacher is not None:
+            raise ConfigError(
+                "procedure few_shot: needs one process; start it without torchrun, and remove the tables ema "
+                "and teacher"
+            )
+        if isinstance(run.result, FewShotResult):
+            result = _fit_decision(run, data.train, run.result)  # with another `rejection.accepts`
+            run.strategy.save(folder.best, run.checkpoint(resumable=False))
+            return result
+        since = time.monotonic()
+        with handle_signals(run.strategy) as signals:
+
+            def on_progress(step: str, done: int, total: int) -> None:
+                callback.on_stage(name=step, done=done, total=total)
+                signals.exchange()
+
+            try:
+                targets, result, logits_NK = self._choose_and_fit(run, data.train, on_progress)
+                result, metrics = self._evaluate(run, data, logits_NK, result)
+            except StopRequested as stop:
+                raise TrainingStoppedError(
+                    "stopped before the first checkpoint; start the same command again", stop.signal_number
+                ) from None
+            except DataError as error:
+                raise unreadable_images_error(error, data.train, data.held_out) from None
+        result = _fit_decision(run, data.train, result)
+        seconds, lr = time.monotonic() - since, run.recipe.optimizer.lr
+        loss = float((targets.losses(logits_NK) / targets.weights).mean())  # all images have equal weights
+        row = EpochRow(epoch=1, lr=lr, losses={"loss": loss}, metrics=metrics, seconds=seconds)
+        run.position = Position(epoch=1, seconds=seconds, history=(row,))
+        folder.save_last(run)
+        folder.save_derived_files(run)
+        callback.on_epoch_end(row)
+        return result
+
+    def _choose_and_fit(
+        self, run: Run, images: LabeledImages, on_progress: Callable[[str, int, int], None]
+    ) -> tuple[Targets, FewShotResult, Array]:
+        """Choose a head for *images*, fit it, and give *run* the network and the out-of-fold logits.
+
+        *on_progress* receives (step, done, total). Returns the targets of *images*, the result and the logits
+        (N, K). Raises `ConfigError` if a network has no linear classifier, `DataError` if all images have the
+        same pixels.
+        """
+        targets = Targets.of(images, self.config.balance_above)
+        networks, groups_N, folds_N = self._compare_heads(run, images, targets, on_progress)
+        losses = [[candidate.losses for candidate in network.candidates] for network in networks]
+        logits = [[candidate.logits for candidate in network.candidates] for network in networks]
+        choice = choose(losses, np.arange(len(images)), groups_N)
+        cross_validated_NK = compose(losses, logits, folds_N, groups_N)
+        network = networks[choice.network]
+        chosen, strength = network.candidates[choice.candidate], GRID[choice.strength]
+        on_progress("heads without one class", 0, 1)
+        since = time.monotonic()
+        aurocs, distance_weight = recognize_unknown(
+            chosen.problem, folds_N, strength, with_distance=chosen.head.kind != "gap"
         )
-    if run.position.history:
-        run.decision = _fit_decision(run, data.train)  # with another `rejection.accepts`
-        run.strategy.save(folder.best, run.checkpoint(resumable=False))
-        return run.decision
-    since = time.monotonic()
-    with handle_signals(run.strategy) as signals:
+        candidates = [candidate for compared in networks for candidate in compared.candidates]
+        seconds = {
+            "features": sum(compared.seconds for compared in networks),
+            "choice": sum(candidate.result.seconds for candidate in candidates),
+            "unknown images": time.monotonic() - since,
+        }
+        reason = "its loss is smaller than that of the default head by more than two standard errors"
+        if choice.candidate == 0:
+            reason = "the default head; no other has a clearly smaller loss (two standard errors)"
+        if len(networks) > 1:
+            reason += "; of the networks, it has the smallest loss"
+        score = estimate(targets, cross_validated_NK, run.recipe.seed, groups_N, int(folds_N.max()) + 1)
+        names = [str(path) for path in getattr(images, "paths", np.arange(len(images))).astype(str)]
+        group_counts = targets.group_counts(groups_N)
+        result = FewShotResult(
+            **{"top1" if isinstance(score, Rate) else "map": score},
+            estimated_on="cross-validation",
+            class_counts=dict(
+                zip(images.labels, targets.classes.sum(axis=0).astype(int).tolist(), strict=True)
+            ),
+            balanced=targets.balanced,
+            duplicates=len(images) - len(set(network.hashes)),
+            groups=int(groups_N.max()) + 1,
+            one_group=tuple(np.asarray(images.labels)[group_counts == 1].tolist()),
+            contradictions=tuple(
+                " = ".join(names[index] for index in group) for group in targets.contradictions(groups_N)
+            ),
+            candidates=tuple(
+                candidate.result.model_copy(update={"kept": candidate is chosen}) for candidate in candidates
+            ),
+            choice=f"{network.describe(chosen.head)}, {reason}",
+            auroc=aurocs,
+            seconds={step: round(value, 3) for step, value in seconds.items()},
+        )
+        model = network.build(chosen, chosen.problem.fit_all(strength), distance_weight)
+        run.recipe = run.recipe.model_copy(update={"preprocess": network.recipe.preprocess})
+        run.normalize = Normalize(run.recipe.preprocess).to(run.strategy.device)
+        run.replace_model(head_name(network.recipe.model.name), model)
+        logits_NK = cross_validated_NK - distance_weight * chosen.problem.distances(folds_N)[:, None]
+        run.state = {"out_of_fold": torch.from_numpy(logits_NK), "groups": torch.from_numpy(groups_N)}
+        return targets, result, logits_NK
 
-        def on_progress(step: str, done: int, total: int) -> None:
-            callback.on_stage(name=step, done=done, total=total)
-            signals.check()
+    def _compare_heads(
+        self,
+        run: Run,
+        images: LabeledImages,
+        targets: Targets,
+        on_progress: Callable[[str, int, int], None],
+    ) -> tuple[list[Network], Indices, Indices]:
+        """Cross-validate the heads of all networks; return the networks, the groups (N,) and the folds (N,).
 
-        try:
-            targets, logits_NK = _choose_and_fit(run, data.train, on_progress)
-            metrics = _evaluate(run, data, logits_NK)
-        except StopRequested as stop:
-            raise TrainingStoppedError(
-                "stopped before the first checkpoint; start the same command again", stop.signal_number
-            ) from None
-        except DataError as error:
-            raise unreadable_images_error(error, data.train, data.held_out) from None
-    run.decision = _fit_decision(run, data.train)
-    seconds, lr = time.monotonic() - since, run.recipe.optimizer.lr
-    loss = float((targets.losses(logits_NK) / targets.weights).mean())  # all images have equal weights
-    row = EpochRow(epoch=1, lr=lr, losses={"loss": loss}, metrics=metrics, seconds=seconds)
-    run.position = Position(epoch=1, seconds=seconds, history=(row,))
-    folder.save_last(run)
-    folder.save_derived_files(run)
-    callback.on_epoch_end(row)
-    return run.decision
+        The groups are those of the features of the first network.
+        """
+        strategy, compared = run.strategy, [(run.model, run.recipe)]
+        for text in self.config.models:
+            model, recipe, _ = create_initial_model(other_recipe(run.recipe, text), images.labels, strategy)
+            compared.append((model, recipe))
+        networks: list[Network] = []
+        count = len(images)
+        total = 2 * count * len(compared)  # the heads of a network take at most as much time as its features
+        for start, (model, recipe) in zip(range(0, total, 2 * count), compared, strict=True):
+            name = recipe.model.name
 
+            def features_done(done: int, _count: int, name: str = name, start: int = start) -> None:
+                on_progress(f"features of {name}", start + done, total)
 
-def _choose_and_fit(
-    run: Run, images: LabeledImages, on_progress: Callable[[str, int, int], None]
-) -> tuple[Targets, Array]:
-    """Choose a head for *images*, fit it, and give *run* the network, the record and the out-of-fold logits.
+            network = Network(recipe, model.to(strategy.device), images, features_done)
+            networks.append(network)
+            if network is networks[0]:
+                pairs = network.find_copies(images) if self.config.group_copies else np.zeros((2, 0), np.intp)
+                groups_N = connect(len(images), pairs, network.hashes, getattr(images, "groups", None))
+                keys = np.asarray(network.hashes)[np.unique(groups_N, return_index=True)[1]][groups_N]
+                folds_N = targets.folds(keys.tolist(), self.config.folds, derive_seed(recipe.seed, "folds"))
+            heads = list_heads(network.full, self.config)
+            for place, head in enumerate(heads):
+                on_progress(f"cross-validation of {name}", start + count + count * place // len(heads), total)
+                network.cross_validate(head, targets, folds_N, groups_N)
+        return networks, groups_N, folds_N
 
-    *on_progress* receives (step, done, total). Returns the targets of *images* and the logits (N, K). Raises
-    `ConfigError` if a network has no linear classifier, `DataError` if all images have the same pixels.
-    """
-    targets = Targets.of(images, run.recipe.few_shot.balance_above)
-    networks, groups_N, folds_N = _compare_heads(run, images, targets, on_progress)
-    losses = [[candidate.losses for candidate in network.candidates] for network in networks]
-    logits = [[candidate.logits for candidate in network.candidates] for network in networks]
-    choice = choose(losses, np.arange(len(images)), groups_N)
-    cross_validated_NK = compose(losses, logits, folds_N, groups_N)
-    network = networks[choice.network]
-    chosen, strength = network.candidates[choice.candidate], GRID[choice.strength]
-    on_progress("heads without one class", 0, 1)
-    since = time.monotonic()
-    aurocs, distance_weight = recognize_unknown(
-        chosen.problem, folds_N, strength, with_distance=chosen.head.kind != "gap"
-    )
-    candidates = [candidate for compared in networks for candidate in compared.candidates]
-    seconds = {
-        "features": sum(compared.seconds for compared in networks),
-        "choice": sum(candidate.result.seconds for candidate in candidates),
-        "unknown images": time.monotonic() - since,
-    }
-    reason = "its loss is smaller than that of the default head by more than two standard errors"
-    if choice.candidate == 0:
-        reason = "the default head; no other has a clearly smaller loss (two standard errors)"
-    if len(networks) > 1:
-        reason += "; of the networks, it has the smallest loss"
-    score = estimate(targets, cross_validated_NK, run.recipe.seed, groups_N, int(folds_N.max()) + 1)
-    names = [str(path) for path in getattr(images, "paths", np.arange(len(images))).astype(str)]
-    group_counts = targets.group_counts(groups_N)
-    run.few_shot = FewShotResult(
-        **{"top1" if isinstance(score, Rate) else "map": score},
-        estimated_on="cross-validation",
-        class_counts=dict(zip(images.labels, targets.classes.sum(axis=0).astype(int).tolist(), strict=True)),
-        balanced=targets.balanced,
-        duplicates=len(images) - len(set(network.hashes)),
-        groups=int(groups_N.max()) + 1,
-        one_group=tuple(np.asarray(images.labels)[group_counts == 1].tolist()),
-        contradictions=tuple(
-            " = ".join(names[index] for index in group) for group in targets.contradictions(groups_N)
-        ),
-        candidates=tuple(
-            candidate.result.model_copy(update={"kept": candidate is chosen}) for candidate in candidates
-        ),
-        choice=f"{network.describe(chosen.head)}, {reason}",
-        auroc=aurocs,
-        seconds={step: round(value, 3) for step, value in seconds.items()},
-    )
-    model = network.build(chosen, chosen.problem.fit_all(strength), distance_weight)
-    run.recipe = run.recipe.model_copy(update={"preprocess": network.recipe.preprocess})
-    run.normalize = Normalize(run.recipe.preprocess).to(run.strategy.device)
-    run.replace_model(head_name(network.recipe.model.name), model, model.config.model_dump(mode="json"))
-    logits_NK = cross_validated_NK - distance_weight * chosen.problem.distances(folds_N)[:, None]
-    run.out_of_fold, run.image_groups = torch.from_numpy(logits_NK), torch.from_numpy(groups_N)
-    return targets, logits_NK
+    def _evaluate(
+        self, run: Run, data: Split, out_of_fold_NK: Array, result: FewShotResult
+    ) -> tuple[FewShotResult, HeldOutMetrics]:
+        """Compute the metrics on the held-out images; without such images, those of the out-of-fold logits.
 
-
-def _compare_heads(
-    run: Run, images: LabeledImages, targets: Targets, on_progress: Callable[[str, int, int], None]
-) -> tuple[list[Network], Indices, Indices]:
-    """Cross-validate the heads of all networks; return the networks, the groups (N,) and the folds (N,).
-
-    The groups are those of the features of the first network.
-    """
-    config, strategy = run.recipe.few_shot, run.strategy
-    compared = [(run.model, run.recipe)]
-    for text in config.models:
-        model, recipe, _ = create_initial_model(other_recipe(run.recipe, text), images.labels, strategy)
-        compared.append((model, recipe))
-    networks: list[Network] = []
-    count = len(images)
-    total = 2 * count * len(compared)  # the heads of a network take at most as much time as its features
-    for start, (model, recipe) in zip(range(0, total, 2 * count), compared, strict=True):
-        name = recipe.model.name
-
-        def features_done(done: int, _count: int, name: str = name, start: int = start) -> None:
-            on_progress(f"features of {name}", start + done, total)
-
-        network = Network(recipe, model.to(strategy.device), images, features_done)
-        networks.append(network)
-        if network is networks[0]:
-            pairs = network.find_copies(images) if config.group_copies else np.zeros((2, 0), np.intp)
-            groups_N = connect(len(images), pairs, network.hashes, getattr(images, "groups", None))
-            keys = np.asarray(network.hashes)[np.unique(groups_N, return_index=True)[1]][groups_N]
-            folds_N = targets.folds(keys.tolist(), config.folds, derive_seed(recipe.seed, "folds"))
-        heads = list_heads(network.full, config)
-        for place, head in enumerate(heads):
-            on_progress(f"cross-validation of {name}", start + count + count * place // len(heads), total)
-            network.cross_validate(head, targets, folds_N, groups_N)
-    return networks, groups_N, folds_N
+        With held-out images, their score replaces the cross-validated score in the returned *result*.
+        """
+        recipe, images = run.recipe, data.held_out
+        if not len(images):
+            return result, held_out_metrics(run.labels, out_of_fold_NK, data.train.targets)
+        logits_NK, targets = predict_logits(
+            run.model.eval(),
+            PreprocessedDataset(images, recipe.preprocess),
+            recipe.preprocess,
+            batch_size=recipe.batch_size,
+            workers=recipe.workers,
+        )
+        given = getattr(images, "groups", None)
+        groups_N = np.arange(len(images)) if given is None else given
+        score = estimate(Targets.of(images, self.config.balance_above), logits_NK, recipe.seed, groups_N)
+        name = "top1" if isinstance(score, Rate) else "map"
+        result = result.model_copy(update={name: score, "estimated_on": "held-out"})
+        return result, held_out_metrics(run.labels, logits_NK, targets)
 
 
-def _evaluate(run: Run, data: Split, out_of_fold_NK: Array) -> HeldOutMetrics:
-    """Compute the metrics on the held-out images; without such images, those of the out-of-fold logits.
-
-    With held-out images, their score replaces the cross-validated score in `run.few_shot`.
-    """
-    recipe, images = run.recipe, data.held_out
-    if not len(images):
-        return held_out_metrics(run.labels, out_of_fold_NK, data.train.targets)
-    logits_NK, targets = predict_logits(
-        run.model.eval(),
-        PreprocessedDataset(images, recipe.preprocess),
-        recipe.preprocess,
-        batch_size=recipe.batch_size,
-        workers=recipe.workers,
-    )
-    given = getattr(images, "groups", None)
-    groups_N = np.arange(len(images)) if given is None else given
-    score = estimate(Targets.of(images, recipe.few_shot.balance_above), logits_NK, recipe.seed, groups_N)
-    name = "top1" if isinstance(score, Rate) else "map"
-    run.few_shot = run.few_shot.model_copy(update={name: score, "estimated_on": "held-out"})
-    return held_out_metrics(run.labels, logits_NK, targets)
-
-
-def _fit_decision(run: Run, images: LabeledImages) -> Decision | None:
-    """Fit the decision to the out-of-fold logits of *images*, and record why it has no threshold."""
-    if run.out_of_fold is None:
-        return None
-    logits = run.out_of_fold.double().numpy()
+def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> FewShotResult:
+    """Fit `run.decision` to the out-of-fold logits of *images*; the result says why it has no threshold."""
+    logits, groups = run.state["out_of_fold"].double().numpy(), run.state["groups"].numpy()
+    accepts = run.recipe.rejection.accepts
     if run.activation == "sigmoid":
-        return fit_presence(images.targets.astype(np.float64), sigmoid(logits))
-    reason = missing_threshold(run.few_shot.groups, logits.shape[1], run.recipe.rejection.accepts)
-    run.few_shot = run.few_shot.model_copy(update={"unknown": reason})
-    decision = fit_decision(
-        logits,
-        images.targets.astype(np.int64),
-        estimated_on="cross-validation",
-        accepts=run.recipe.rejection.accepts,
-        scalable=False,  # heads that saw fewer images are less certain than the final one
-        refitted=run.few_shot.auroc,
-        groups=None if run.image_groups is None else run.image_groups.numpy(),
-    )
-    return None if decision == Decision() else decision
+        run.decision = fit_presence(images.targets.astype(np.float64), sigmoid(logits))
+    else:
+        reason = missing_threshold(result.groups, logits.shape[1], accepts)
+        result = result.model_copy(update={"unknown": reason})
+        decision = fit_decision(
+            logits,
+            images.targets.astype(np.int64),
+            estimated_on="cross-validation",
+            accepts=accepts,
+            scalable=False,  # heads that saw fewer images are less certain than the final one
+            refitted=result.auroc,
+            groups=groups,
+        )
+        run.decision = None if decision == Decision() else decision
+    run.result = result
+    return result

@@ -1,10 +1,9 @@
-"""Selection of the few-shot procedure or the training loop by the time that each takes on this machine."""
+"""The images of the few-shot procedure, and its proposal: its time and that of the training loop here."""
 
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +18,16 @@ from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.distributed.strategy import select_device
 from sopdeploy.training.few_shot.candidates import BATCHES, TAPS, WIDTH
 from sopdeploy.training.few_shot.classifier import MAX_RANK
-from sopdeploy.training.few_shot.config import FewShotConfig
-from sopdeploy.training.procedure import Selection
+from sopdeploy.training.procedure import Proposal
 from sopdeploy.training.recipe import Recipe
 
 _FEW_IMAGES = 1000  # up to them nothing is measured: the procedure takes a minute on a CPU
 _TIMED_BATCHES = 4  # after one that is not timed
-PASSES = 5000  # over the inputs, in the fits of all heads; measured with ten classes
+PASSES = 10_000  # over the inputs, in the fits of all heads; measured with ten classes
 _STEP_COST = 3  # forward and backward, in forward passes
 
 
-class Prediction(NamedTuple):
+class PredictedCost(NamedTuple):
     """Seconds of the few-shot procedure and of the training loop, and bytes of memory of the procedure."""
 
     few_shot: float
@@ -37,58 +35,13 @@ class Prediction(NamedTuple):
     memory: int
 
 
-def select_procedure(recipe: Recipe, data: Split, record: Mapping[str, Any] | None) -> Selection:
-    """Select the few-shot procedure or the training loop; *record* is that of the training to resume.
+def join_split(recipe: Recipe, data: Split) -> Split:
+    """Add images that were split off the training images to them again; a held-out folder remains.
 
-    Raises `ConfigError` if the recipe selects the procedure and it has no head for the network.
-    The procedure has no head for networks with training-only parts other than the branches of DSoP, and runs
-    in one process. It also trains on images that were split off the training images, because
-    cross-validation on all images is more precise, but not on a held-out folder of the user.
+    Cross-validation on all images is more precise. Raises `ConfigError` if the procedure has no head for the
+    network of *recipe*, which has training-only parts other than the branches of DSoP.
     """
-    config: FewShotConfig | None = recipe.few_shot
-    procedure = "loop" if config is None else config.procedure
-    if config is not None and record is not None:
-        procedure = "few-shot" if "few_shot" in record else "loop"
-    try:
-        entry(head_name(recipe.model.name))
-    except ConfigError:
-        if procedure == "few-shot":
-            raise
-        procedure = "loop"
-    if config is None or procedure == "loop":
-        return Selection(data, False)
-    joined = _join(data)
-    if procedure == "few-shot":
-        return Selection(joined, True)
-    try:
-        few_shot, reason = _select_by_time(recipe, config, joined.train)
-    except DataError as error:
-        raise unreadable_images_error(error, data.train, data.held_out) from None
-    return Selection(joined if few_shot else data, few_shot, reason)
-
-
-def _select_by_time(recipe: Recipe, config: FewShotConfig, images: LabeledImages) -> tuple[bool, str]:
-    """Decide whether the procedure trains on *images*; return the reason, too."""
-    if len(images) <= _FEW_IMAGES:
-        return True, f"few-shot procedure: there are at most {_FEW_IMAGES:,} images"
-    if torch.distributed.is_initialized():
-        return False, "training loop: the few-shot procedure needs one process"
-    predicted = predict(recipe, images)
-    few_shot, loop = describe_time(predicted.few_shot), describe_time(predicted.loop)
-    half_of_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    if predicted.few_shot > 60 * config.max_minutes:
-        problem = f"would take {few_shot}, more than few_shot.max_minutes = {config.max_minutes:g}"
-    elif predicted.memory > half_of_memory:
-        problem = f"would need {predicted.memory / 1e9:.0f} GB, more than half of the memory"
-    else:
-        other = f"the training loop would take {loop}; --procedure loop selects it"
-        return True, f"few-shot procedure, {few_shot} in total: {other}"
-    other = f"the few-shot procedure {problem}; --procedure few-shot selects it"
-    return False, f"training loop, {loop} in total: {other}"
-
-
-def _join(data: Split) -> Split:
-    """Add images that were split off the training images to them again."""
+    entry(head_name(recipe.model.name))
     train, held_out = data.train, data.held_out
     if not (data.divided and isinstance(train, ImageFiles) and isinstance(held_out, ImageFiles)):
         return data
@@ -97,8 +50,35 @@ def _join(data: Split) -> Split:
     return replace(data, train=joined, held_out=no_images)
 
 
+def propose(recipe: Recipe, data: Split, max_minutes: float) -> Proposal:
+    """Decide by the predicted time and memory whether the procedure trains on *data*, and say why."""
+    try:
+        images = join_split(recipe, data).train
+    except ConfigError:
+        return Proposal(False)
+    if len(images) <= _FEW_IMAGES:
+        return Proposal(True, f"few-shot procedure: there are at most {_FEW_IMAGES:,} images")
+    if torch.distributed.is_initialized():
+        return Proposal(False, "training loop: the few-shot procedure needs one process")
+    try:
+        predicted = predict_cost(recipe, images)
+    except DataError as error:
+        raise unreadable_images_error(error, data.train, data.held_out) from None
+    few_shot, loop = describe_time(predicted.few_shot), describe_time(predicted.loop)
+    half_of_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    if predicted.few_shot > 60 * max_minutes:
+        problem = f"would take {few_shot}, more than procedure.max_minutes = {max_minutes:g}"
+    elif predicted.memory > half_of_memory:
+        problem = f"would need {predicted.memory / 1e9:.0f} GB, more than half of the memory"
+    else:
+        other = f"the training loop would take {loop}; --procedure loop selects it"
+        return Proposal(True, f"few-shot procedure, {few_shot} in total: {other}")
+    other = f"the few-shot procedure {problem}; --procedure few_shot selects it"
+    return Proposal(False, f"training loop, {loop} in total: {other}")
+
+
 @torch.no_grad()
-def predict(recipe: Recipe, images: LabeledImages) -> Prediction:
+def predict_cost(recipe: Recipe, images: LabeledImages) -> PredictedCost:
     """Measure the network with random weights and the fit of a head on some *images*, and extrapolate."""
     device, side = select_device(recipe.device), entry(recipe.model.name).image_size
     model = create_model(recipe.model.name, num_classes=len(images.labels), **recipe.model.config)
@@ -121,11 +101,10 @@ def predict(recipe: Recipe, images: LabeledImages) -> Prediction:
     inputs.T @ (inputs @ weight)
     heads = 10 * PASSES * (time.monotonic() - since)
     length = model.num_features() + TAPS * WIDTH * (WIDTH + 1) // 2
-    networks = 1 + len(recipe.few_shot.models)
-    return Prediction(
-        few_shot=networks * (count * image_seconds + heads),
+    return PredictedCost(
+        few_shot=count * image_seconds + heads,
         loop=recipe.epochs * count * _STEP_COST * image_seconds,
-        memory=networks * count * (4 * length + 3 * 8 * MAX_RANK),
+        memory=count * (4 * length + 3 * 8 * MAX_RANK),
     )
 
 

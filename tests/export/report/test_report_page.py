@@ -10,6 +10,7 @@ import pytest
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.training.epoch_choice import LoopResult
 from sopdeploy_export.parity.report import Flip
 from sopdeploy_export.pipeline import Exported
 from sopdeploy_export.precision.report import Accuracy, Attempt, Quantization
@@ -87,13 +88,14 @@ def test_the_page_is_a_file_of_the_manifest_and_lists_the_others(branched: Expor
 
 def test_the_model_card_states_the_estimate_of_a_training_on_few_images() -> None:
     few_shot = {
+        "kind": "few_shot",
         "top1": {"share": 0.5, "right": 4, "count": 8, "low": 0.2, "high": 0.8},
         "estimated_on": "cross-validation", "class_counts": {"cat": 6, "dog": 2},
         "balanced": False, "duplicates": 0, "groups": 3,
         "candidates": [], "choice": "gap", "seconds": {"head": 1.0},
     }  # fmt: skip
     start = {"file": "resnet18.pth", "sha256": "f37072fd", "network": "ResNet-18 of torchvision"}
-    assert training_rows({"epoch": 1, "start": start, "few_shot": few_shot}) == [
+    assert training_rows({"epoch": 1, "start": start, "procedure": few_shot}) == [
         ("start weights", "ResNet-18 of torchvision, resnet18.pth, sha256 f37072fd"),
         ("images", "cat 6, dog 2; fewer than 5 images of dog: add more"),
         (
@@ -103,8 +105,8 @@ def test_the_model_card_states_the_estimate_of_a_training_on_few_images() -> Non
         ),
     ]
     assert training_rows({"step": 7, "epoch": 1, "machine": {}}) == [("epoch", 1), ("step", 7)]
-    estimate = {"top1": Rate.of(3, 12).model_dump(), "count": 12, "selected_by": "same images"}
-    (accuracy,) = training_rows({"estimate": estimate})
+    result = LoopResult(epoch=1, epochs=2, top1=Rate.of(3, 12), count=12, selected_by="same images")
+    (accuracy,) = training_rows({"procedure": result.model_dump()})
     assert accuracy[1] == (
         "top-1 25.0 % (95 % interval 9 to 53 %) of 12 held-out images, too high: they also select the epoch"
     )

@@ -18,7 +18,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.client import Client
 from sopdeploy.decision import Decision, Rejection, Score, known_score
-from sopdeploy.training.loop import train
+from sopdeploy.training.train import train_recipe
 from sopdeploy_export.graph import probe_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export
@@ -71,7 +71,7 @@ def bundle_of_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     """Train and export a network whose label smoothing makes it underconfident; return checkpoint, bundle."""
     folder = tmp_path_factory.mktemp("known")
     with few_digits():
-        best = train(short_recipe("loss.label_smoothing=0.5", "epochs=5"), folder / "run").best
+        best = train_recipe(short_recipe("loss.label_smoothing=0.5", "epochs=5"), folder / "run").best
     with proving_once():
         return best, export(best, folder / "bundles", ExportOptions(detach=True, max_batch=1)).path
 

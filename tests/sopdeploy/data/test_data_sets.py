@@ -16,8 +16,8 @@ from sopdeploy.data.datasets.layouts import class_aliases, open_evaluation_image
 from sopdeploy.data.datasets.small import DigitsConfig
 from sopdeploy.data.sources import DataConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.small_data import (
     CARS,
     write_aircraft,
@@ -119,7 +119,7 @@ def test_a_missing_or_damaged_official_file_is_one_line(tmp_path) -> None:
 def test_a_run_on_two_of_three_variants_is_evaluated_on_the_official_test_images(tmp_path) -> None:
     root = write_aircraft(tmp_path)
     recipe = short_recipe("epochs=1", "data.kind=aircraft", f"data.path={root}", "data.classes=2")
-    best = train(recipe, tmp_path / "run").best
+    best = train_recipe(recipe, tmp_path / "run").best
     done = CliRunner().invoke(app, ["eval", str(best), "--data", str(root), "--heads", "--json"])
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)

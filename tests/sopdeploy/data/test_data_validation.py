@@ -10,9 +10,9 @@ from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.prediction import score_checkpoint
-from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.signals import TrainingStoppedError
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.small_data import jpeg, write_photos
 from tests.sopdeploy.training.runs import RecordingCallback, same_run
 
@@ -37,7 +37,7 @@ def recipe_for(path: Path, *settings: str):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_stops_and_names_all_unreadable_images(spoilt, tmp_path, workers) -> None:
     with pytest.raises(DataError) as problem:
-        train(recipe_for(spoilt, f"workers={workers}"), tmp_path / "run")
+        train_recipe(recipe_for(spoilt, f"workers={workers}"), tmp_path / "run")
     text = str(problem.value)
     assert text.startswith("3 images cannot be used (set data.skip_corrupt=true to leave them out, ")
     assert re.search(
@@ -50,7 +50,7 @@ def test_a_run_stops_and_names_all_unreadable_images(spoilt, tmp_path, workers) 
 
 def test_skipped_images_are_counted_and_named_and_an_evaluation_names_them(spoilt, tmp_path) -> None:
     callback = RecordingCallback()
-    result = train(recipe_for(spoilt, "data.skip_corrupt=true"), tmp_path / "run", callback=callback)
+    result = train_recipe(recipe_for(spoilt, "data.skip_corrupt=true"), tmp_path / "run", callback=callback)
     assert (result.train_count, result.held_out_count) == (6, 3)
     files = ("train/cat/1.jpg", "train/dog/2.jpg", "val/dog/0.jpg")
     assert result.skipped == tuple(str(spoilt / name) for name in files)
@@ -62,15 +62,15 @@ def test_skipped_images_are_counted_and_named_and_an_evaluation_names_them(spoil
 
 def test_a_run_resumes_bit_for_bit_unless_an_image_was_repaired(spoilt, tmp_path) -> None:
     recipe = recipe_for(spoilt, "data.skip_corrupt=true")
-    train(recipe, tmp_path / "whole")
+    train_recipe(recipe, tmp_path / "whole")
     for name in ("parts", "changed"):
         with pytest.raises(TrainingStoppedError):
-            train(recipe, tmp_path / name, callback=RecordingCallback(stop_at=("step", 1, 0)))
-    train(recipe, tmp_path / "parts", resume=True)
+            train_recipe(recipe, tmp_path / name, callback=RecordingCallback(stop_at=("step", 1, 0)))
+    train_recipe(recipe, tmp_path / "parts", resume=True)
     assert same_run(tmp_path / "whole", tmp_path / "parts")
     (spoilt / "train" / "cat" / "1.jpg").write_bytes(jpeg(1))
     with pytest.raises(DataError, match="started with 6 training images, now there are 7"):
-        train(recipe, tmp_path / "changed", resume=True)
+        train_recipe(recipe, tmp_path / "changed", resume=True)
 
 
 def test_a_class_without_readable_images_is_named(spoilt) -> None:

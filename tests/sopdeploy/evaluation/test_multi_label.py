@@ -16,8 +16,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, average_precision, fit_thresholds
 from sopdeploy.evaluation.prediction import classification_loss, score_checkpoint
 from sopdeploy.report.page import write_report
-from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.train import train_recipe
 from tests.two_objects import CLASSES, draw_scenes
 
 SHORT = ["epochs=2", "batch_size=16", "threads=1", "model.config.base_width=4", "preprocess.resize=16"]
@@ -86,7 +86,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_selects_by_map_and_stores_the_thresholds_of_its_held_out_images(
     scenes: Path, tmp_path: Path
 ) -> None:
-    result = train(recipe(scenes, "mix.mixup=0.2", "mix.cutmix=0.2", "ema={decay=0.5}"), tmp_path / "run")
+    result = train_recipe(
+        recipe(scenes, "mix.mixup=0.2", "mix.cutmix=0.2", "ema={decay=0.5}"), tmp_path / "run"
+    )
     stored = read_checkpoint(result.best)
     assert stored.labels == CLASSES
     assert stored.decision is not None
@@ -110,5 +112,5 @@ def test_a_run_selects_by_map_and_stores_the_thresholds_of_its_held_out_images(
 )
 def test_settings_that_need_one_class_per_image_are_rejected(scenes, tmp_path, change, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        train(recipe(scenes, change), tmp_path / "run")
+        train_recipe(recipe(scenes, change), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -22,8 +22,8 @@ from sopdeploy.html.templates import create_environment, render
 from sopdeploy.report.page import write_report
 from sopdeploy.report.training import training_context
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.train import train_recipe
 from tests.pages import ALLOWED, Reader
 from tests.sopdeploy.training.runs import short_recipe
 
@@ -32,7 +32,7 @@ HOSTILE = "<script>alert(1)</script>"
 
 @pytest.fixture(scope="module")
 def run(few_digits: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(short_recipe(), tmp_path_factory.mktemp("runs") / "dsop").out
+    return train_recipe(short_recipe(), tmp_path_factory.mktemp("runs") / "dsop").out
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_gated_run_shows_the_images_per_component(tmp_path: Path) -> None:
     small = "{blocks_per_stage=1, components=4, chosen=2, component_widths=[8], gate_widths=[8]}"
     gated = ["model.name=gmsop-16-8-resnet18", f"model.config={small}", "epochs=1", "batch_size=120"]
     recipe = read_recipe("digits-plain", [*gated, "preprocess.resize=8", "preprocess.crop=8"])
-    train(recipe, tmp_path / "run")
+    train_recipe(recipe, tmp_path / "run")
     page = write_report(tmp_path / "run").read_text(encoding="utf-8")
     texts = {text for _, text in Reader(page).texts}
     assert {"Images per component", "Training images that the gate sent to each component."} <= texts
@@ -103,7 +103,7 @@ def test_other_images_are_evaluated_and_hostile_class_names_are_escaped(tmp_path
             Image.fromarray(pixels).save(data / label / f"{number}.png")
     settings = ["epochs=1", "batch_size=4", "preprocess.resize=8", "preprocess.crop=8", f"data.path={data}"]
     settings += ["model.name=dsop-resnet8", "model.config.base_width=2"]
-    train(read_recipe("photos-dsop", settings), tmp_path / "run")
+    train_recipe(read_recipe("photos-dsop", settings), tmp_path / "run")
     page = write_report(tmp_path / "run", data=data).read_text(encoding="utf-8")
     Reader(page)
     assert "<script>" not in page

@@ -18,9 +18,9 @@ from sklearn.utils import Bunch
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.signals import TrainingStoppedError
+from sopdeploy.training.train import train_recipe
 
 SHORT = [
     "epochs=3",
@@ -96,7 +96,7 @@ def interrupt(
 ) -> TrainingStoppedError:
     """Train *recipe* until a signal at *event* (name, epoch, number) stops it; return the error."""
     with pytest.raises(TrainingStoppedError) as stopped:
-        train(recipe, out, callback=RecordingCallback(event, signal_number), **options)
+        train_recipe(recipe, out, callback=RecordingCallback(event, signal_number), **options)
     return stopped.value
 
 

@@ -47,7 +47,7 @@ SMALL: dict[str, list[str]] = {
         "augment.sides=[36,48]",
     ],
     "imagenet64-gmsop-resnet18": [f"model.config={{{GATED}}}", *AT_16],
-    "photos": [*DSOP, *AT_16, "start.weights=none", "few_shot.procedure=loop"],
+    "photos": [*DSOP, *AT_16, "start.weights=none", "procedure.kind=loop"],
     "photos-dsop": [*DSOP, *AT_16],
     "places365-gmsop-resnet18": [f"model.config={{{GATED}}}", *AT_16, "augment.sides=[20,20]"],
 }

@@ -10,8 +10,8 @@ from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.training.diagnostics import diagnose
-from sopdeploy.training.loop import train
 from sopdeploy.training.run import Position
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import short_recipe
 
 PREPROCESS = Preprocess(resize=16, crop=16)
@@ -51,7 +51,7 @@ def test_every_head_is_evaluated_and_the_model_is_unchanged(branched) -> None:
 
 @pytest.mark.usefixtures("few_digits")
 def test_a_run_records_diagnostics_and_throughput(tmp_path) -> None:
-    result = train(short_recipe("epochs=2"), tmp_path / "run")
+    result = train_recipe(short_recipe("epochs=2"), tmp_path / "run")
     stored = read_checkpoint(result.last)
     assert stored.resume is not None
     for row in Position.model_validate(stored.resume["position"]).history:

@@ -28,12 +28,16 @@ from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.report.page import write_report
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets
+from sopdeploy.training.few_shot.config import FewShotConfig
 from sopdeploy.training.few_shot.estimates import choose, compose, estimate
 from sopdeploy.training.few_shot.unknown import recognize_unknown
-from sopdeploy.training.loop import train
+from sopdeploy.training.loop_config import LoopConfig
 from sopdeploy.training.procedure import select_procedure
+from sopdeploy.training.procedure_config import AutoConfig
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.train import train_recipe
 
+FEW_SHOT = ["procedure.kind=few_shot"]
 COLORS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
 SMALL = [
     "model.name=dsop-resnet8",
@@ -145,8 +149,8 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
             stages.append(name)
             assert 0 <= done <= total
 
-    result = train(recipe, tmp_path / "run", callback=Stages())
-    found = result.few_shot
+    result = train_recipe(recipe, tmp_path / "run", callback=Stages())
+    found = result.procedure
     assert (result.train_count, result.held_out_count) == (51, 0)
     assert found.estimated_on == "cross-validation"
     assert found.class_counts == dict.fromkeys(COLORS, 17)
@@ -164,7 +168,7 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
         "heads without one class",
     ]
     checkpoint = read_checkpoint(result.best)
-    assert checkpoint.training["few_shot"]["top1"]["count"] == 51
+    assert checkpoint.training["procedure"]["top1"]["count"] == 51
     assert checkpoint.model == result.model == "head:resnet8"
     assert result.training_only == ()
     test = paint(tmp_path / "test", 5, seed=1)
@@ -184,8 +188,8 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     assert all(one["probability"] < one["probability_suggested"] for one in listed)
     assert CliRunner().invoke(app, [*command, "--paths"]).stdout.split() == [one["file"] for one in listed]
     assert CliRunner().invoke(app, command).exit_code == 0
-    again = train(recipe, tmp_path / "run", resume=True)
-    assert again.few_shot == found
+    again = train_recipe(recipe, tmp_path / "run", resume=True)
+    assert again.procedure == found
     after = read_checkpoint(result.best)
     (tmp_path / "photos" / "red" / "0.png").unlink()
     changed = CliRunner().invoke(app, command)
@@ -239,10 +243,11 @@ def test_given_groups_one_group_classes_and_contradictions_are_named(tmp_path: P
     settings = [
         *SMALL,
         f"data.path={tmp_path / 'photos'}",
-        "few_shot.group_copies=false",
-        'few_shot.heads=["gap"]',
+        *FEW_SHOT,
+        "procedure.group_copies=false",
+        'procedure.heads=["gap"]',
     ]
-    found = train(read_recipe("photos", settings), tmp_path / "run", callback=Warnings()).few_shot
+    found = train_recipe(read_recipe("photos", settings), tmp_path / "run", callback=Warnings()).procedure
     lines = "\n".join(found.lines())
     assert found.groups == 12
     assert "18 photographs, 12 different ones: copies are kept in the same fold" in lines
@@ -256,9 +261,9 @@ def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: P
     paint(tmp_path / "photos" / "val", 2, seed=1)
     for number in range(3, 6):
         (tmp_path / "photos" / "train" / "red" / f"{number}.png").unlink()
-    settings = [*SMALL, f"data.path={tmp_path / 'photos'}", "few_shot.group_copies=false"]
-    result = train(read_recipe("photos", settings), tmp_path / "run")
-    found = result.few_shot
+    settings = [*SMALL, *FEW_SHOT, f"data.path={tmp_path / 'photos'}", "procedure.group_copies=false"]
+    result = train_recipe(read_recipe("photos", settings), tmp_path / "run")
+    found = result.procedure
     assert (result.train_count, result.held_out_count) == (15, 6)
     assert found.estimated_on == "held-out"
     assert found.top1.count == 6
@@ -277,17 +282,17 @@ def test_every_image_trains_the_network_also_if_there_are_more_than_a_hundred(tm
     ]
     data = open_data(read_recipe("photos", settings).data)
     assert len(data.held_out) > 0
-    joined, applies, _ = select_procedure(read_recipe("photos", settings), data)
-    assert applies
+    _, chosen, joined, _ = select_procedure(read_recipe("photos", settings), data)
+    assert chosen.procedure == FewShotConfig()
     assert isinstance(joined.train, ImageFiles)
     assert (len(joined.train), len(joined.held_out)) == (120, 0)
     expected = [f"{name}/{number}.png" for name in COLORS for number in range(40)]
     assert sorted("/".join(joined.train.path(index).parts[-2:]) for index in range(120)) == sorted(expected)
-    loop = read_recipe("photos", [*settings, "few_shot.procedure=loop"])
+    loop = read_recipe("photos", [*settings, "procedure.kind=loop"])
     other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
     for recipe in (loop, other):
         selected = select_procedure(recipe, data)
-        assert (selected.few_shot, selected.reason) == (False, "")
+        assert (selected.recipe.procedure, selected.reason) == (LoopConfig(), "")
         assert len(selected.data.train) + len(selected.data.held_out) == 120
 
 
@@ -296,13 +301,13 @@ def test_every_image_trains_the_network_also_if_there_are_more_than_a_hundred(tm
     [
         ([], True, r"few-shot procedure, about \d+ min in total: the training loop would take about "),
         (
-            ["few_shot.max_minutes=1e-6"],
+            ["procedure.max_minutes=1e-6"],
             False,
             r"training loop, about .* in total: the few-shot procedure would take about .*"
-            r"max_minutes = 1e-06; --procedure few-shot selects it",
+            r"max_minutes = 1e-06; --procedure few_shot selects it",
         ),
-        (["few_shot.procedure=few-shot"], True, "^$"),
-        (["few_shot.procedure=loop"], False, "^$"),
+        (FEW_SHOT, True, "^$"),
+        (["procedure.kind=loop"], False, "^$"),
     ],
 )
 def test_time_selects_the_procedure_for_more_than_a_thousand_images(tmp_path, settings, few_shot, reason):
@@ -313,12 +318,13 @@ def test_time_selects_the_procedure_for_more_than_a_thousand_images(tmp_path, se
     data = replace(images, train=many)
     recipe = read_recipe("photos", [*SMALL, "model.name=resnet8", "model.config={}", *settings])
     selected = select_procedure(recipe, data)
-    assert selected.few_shot == few_shot
+    assert (selected.recipe.procedure.kind == "few_shot") == few_shot
     assert len(selected.data.train) + len(selected.data.held_out) == len(many) + 6
     assert (len(selected.data.held_out) == 0) == few_shot
     assert re.search(reason, selected.reason)
-    for record, kept in (({"few_shot": {}}, True), ({}, False)):  # a resumed run keeps its procedure
-        assert select_procedure(recipe, data, record).few_shot is kept
+    if isinstance(recipe.procedure, AutoConfig):  # a resumed run keeps its procedure
+        for recorded in (FewShotConfig(heads=("gap",)), LoopConfig()):
+            assert select_procedure(recipe, data, recorded).recipe.procedure == recorded
 
 
 @pytest.mark.slow
@@ -335,10 +341,10 @@ def test_the_procedure_trains_on_thousands_of_images_and_says_so(tmp_path: Path)
         "model.config={}",
         f"data.path={paint(tmp_path / 'photos', 1010)}",
     ]
-    result = train(read_recipe("photos", settings), tmp_path / "run", callback=Reasons())
-    assert result.few_shot.top1.count == 3030
-    assert result.few_shot.top1.share > 0.95
-    assert max(candidate.features for candidate in result.few_shot.candidates) > 1024
+    result = train_recipe(read_recipe("photos", settings), tmp_path / "run", callback=Reasons())
+    assert result.procedure.top1.count == 3030
+    assert result.procedure.top1.share > 0.95
+    assert max(candidate.features for candidate in result.procedure.candidates) > 1024
     assert reasons[0].startswith("few-shot procedure, about ")
 
 
@@ -358,9 +364,9 @@ def test_a_head_that_reads_the_span_of_some_images_predicts_as_well(monkeypatch)
 def test_training_on_few_images_imports_neither_the_compiler_of_torch_nor_torchvision(tmp_path: Path):
     settings = [*SMALL, "model.name=resnet8", "model.config={}", f"data.path={paint(tmp_path / 'photos', 2)}"]
     code = (
-        "import sys; from pathlib import Path; from sopdeploy.training.loop import train; "
+        "import sys; from pathlib import Path; from sopdeploy.training.train import train_recipe; "
         "from sopdeploy.training.recipe import read_recipe; "
-        f"train(read_recipe('photos', {settings}), Path({str(tmp_path / 'run')!r})); "
+        f"train_recipe(read_recipe('photos', {settings}), Path({str(tmp_path / 'run')!r})); "
         "print([n for n in ('torch._dynamo', 'torchvision', 'timm', 'sympy') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -369,9 +375,9 @@ def test_training_on_few_images_imports_neither_the_compiler_of_torch_nor_torchv
 
 def test_several_networks_are_compared(tmp_path: Path):
     settings = [*SMALL, "model.name=resnet8", "model.config={}", f"data.path={paint(tmp_path / 'photos', 6)}"]
-    settings += ['few_shot.models=["resnet20", "timm:test_resnet"]', 'few_shot.heads=["gap"]']
-    result = train(read_recipe("photos", [*settings, "preprocess.crop=16"]), tmp_path / "run")
-    found = result.few_shot
+    settings += [*FEW_SHOT, 'procedure.models=["resnet20", "timm:test_resnet"]', 'procedure.heads=["gap"]']
+    result = train_recipe(read_recipe("photos", [*settings, "preprocess.crop=16"]), tmp_path / "run")
+    found = result.procedure
     networks = [one.name.split()[0] for one in found.candidates]
     assert networks == ["resnet8", "resnet20", "timm:test_resnet"]
     assert sum(one.kept for one in found.candidates) == 1
@@ -404,8 +410,8 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
         lines.append(f"{number}.png,{'|'.join(shown)}")
     (tmp_path / "photos" / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     recipe = read_recipe("photos", [*SMALL, f"data.path={tmp_path / 'photos'}"])
-    result = train(recipe, tmp_path / "run")
-    found = result.few_shot
+    result = train_recipe(recipe, tmp_path / "run")
+    found = result.procedure
     assert (result.train_count, result.held_out_count, found.top1) == (32, 0, None)
     assert found.map.share == result.best_map > 0.9
     assert found.map.low <= found.map.share <= found.map.high
@@ -414,33 +420,35 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     assert read_checkpoint(result.best).decision == result.decision
     page = write_report(tmp_path / "run").read_text()
     assert f"<td>{result.decision.thresholds[0]:.3f}</td>" in page
-    assert train(recipe, tmp_path / "run", resume=True).decision == result.decision
+    assert train_recipe(recipe, tmp_path / "run", resume=True).decision == result.decision
 
 
 def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     data = paint(tmp_path / "photos", 2)
     settings = [*SMALL, f"data.path={data}"]
     with pytest.raises(ConfigError, match=r"few_shot: .* remove the tables ema and teacher"):
-        train(read_recipe("photos", [*settings, "ema={decay=0.9}"]), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"few_shot\.procedure=loop"):
+        train_recipe(read_recipe("photos", [*settings, "ema={decay=0.9}"]), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"--set procedure\.kind=loop"):
         compare(["photos", "photos-dsop"], tmp_path / "comparison", seeds=2, overrides=settings)
     with pytest.raises(ConfigError, match="model 'resnet19' is not in the catalog"):
-        train(read_recipe("photos", [*settings, 'few_shot.models=["resnet19"]']), tmp_path / "run")
+        train_recipe(
+            read_recipe("photos", [*settings, *FEW_SHOT, 'procedure.models=["resnet19"]']), tmp_path / "run"
+        )
     for path in data.glob("*/*.png"):
         path.write_bytes((data / "red" / "0.png").read_bytes())
     with pytest.raises(DataError, match="copies of one photograph"):
-        train(read_recipe("photos", [*SMALL, f"data.path={data}"]), tmp_path / "run")
+        train_recipe(read_recipe("photos", [*SMALL, f"data.path={data}"]), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     ("models", "expected"),
     [
-        ("resnet8", ("resnet8", (), "imagenet")),
-        ("resnet20=a.pth, b=b.pth", ("resnet20", ("b=b.pth",), "a.pth")),
+        ("resnet8", ("resnet8", AutoConfig(), "imagenet")),
+        ("resnet20=a.pth, b=b.pth", ("resnet20", FewShotConfig(models=("b=b.pth",)), "a.pth")),
     ],
 )
 def test_networks_to_compare_become_settings(models, expected):
     recipe, _ = configure(None, "photos", TrainOptions(models=models), [])
-    assert (recipe.model.name, recipe.few_shot.models, str(recipe.start.weights)) == expected
+    assert (recipe.model.name, recipe.procedure, str(recipe.start.weights)) == expected
     with pytest.raises(ConfigError, match="a name is empty"):
         configure(None, "photos", TrainOptions(models="a,,b"), [])

@@ -9,7 +9,7 @@ from torch.optim import lr_scheduler
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.cli.training.train import FEW_SHOT
+from sopdeploy.cli.training.train import OTHER_PROCEDURE
 from sopdeploy.data.sources import open_data
 from sopdeploy.models.describe import describe
 from sopdeploy.training.dry_run import dry_run
@@ -52,10 +52,10 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path, command) -> None:
     assert result.exit_code == 0
     text = " ".join(result.stdout.split())
     assert all(line in text for line in ("optimizer.kind = sgd", "205 training images", "one step on cpu"))
-    assert FEW_SHOT not in text
+    assert OTHER_PROCEDURE.format("few_shot") not in text
     assert json.loads(CliRunner().invoke(app, [*command, "--dry-run", "--json"]).stdout)["steps"] == 6
-    few = CliRunner().invoke(app, [*command, "--dry-run", "--set", "few_shot={}"])
-    assert FEW_SHOT in " ".join(few.stdout.split())
+    few = CliRunner().invoke(app, [*command, "--dry-run", "--set", "procedure.kind=few_shot"])
+    assert OTHER_PROCEDURE.format("few_shot") in " ".join(few.stdout.split())
     assert not (tmp_path / "run").exists()
 
 

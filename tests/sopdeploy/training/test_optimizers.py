@@ -10,9 +10,9 @@ from sopdeploy import create_model
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError
 from sopdeploy.training.ema import EmaConfig, ExponentialMovingAverage
-from sopdeploy.training.loop import train
 from sopdeploy.training.optimizers import AdaHessian, random_signs
 from sopdeploy.training.step.losses import training_loss
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import same_bits, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -141,7 +141,7 @@ def test_the_decay_grows_with_the_number_of_updates(updates, decay) -> None:
 
 
 def test_a_run_evaluates_and_exports_the_average(tmp_path) -> None:
-    result = train(short_recipe("ema={decay=0.8}"), tmp_path / "run")
+    result = train_recipe(short_recipe("ema={decay=0.8}"), tmp_path / "run")
     best, last = read_checkpoint(result.best), read_checkpoint(result.last)
     assert last.resume is not None
     assert best.training["weights"] == last.training["weights"] == "average"

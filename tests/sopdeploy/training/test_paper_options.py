@@ -14,8 +14,9 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import predict_images
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.training.loop import epoch_data, train
+from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import interrupt, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -33,13 +34,13 @@ def all_options(*more: str) -> Recipe:
 @pytest.fixture(scope="module")
 def finished(few_digits: None, tmp_path_factory: Any) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    train(all_options(), out / "run")
+    train_recipe(all_options(), out / "run")
     return out / "run"
 
 
 def test_a_run_with_all_options_resumes_bit_by_bit(finished: Path, tmp_path: Path) -> None:
     interrupt(all_options(), tmp_path / "run", "step", 1, 3)
-    train(all_options(), tmp_path / "run", resume=True)
+    train_recipe(all_options(), tmp_path / "run", resume=True)
     assert same_run(finished, tmp_path / "run")
     assert read_checkpoint(finished / "last.pt").resume["teacher"].keys() >= {"conv1.weight", "fc.weight"}
 
@@ -117,5 +118,5 @@ def test_lighting_adds_multiples_of_the_principal_colors() -> None:
 )
 def test_unusable_options_are_refused_with_one_line(tmp_path: Path, setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
-        train(short_recipe(*STUDENT, setting), tmp_path / "run")
+        train_recipe(short_recipe(*STUDENT, setting), tmp_path / "run")
     assert "\n" not in str(error.value)

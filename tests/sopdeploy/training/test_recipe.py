@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import sopdeploy
 from sopdeploy.errors import ConfigError
-from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, list_recipes, read_recipe, recipe_text
+from sopdeploy.training.train import train_recipe
 
 FOLDER = Path(sopdeploy.__file__).parent / "recipes"
 
@@ -156,6 +156,6 @@ def test_another_network_drops_the_values_of_the_recipe_that_it_does_not_have(se
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits-dsop", "digits-plain"])
 def test_the_demo_recipes_exceed_98_percent_accuracy(tmp_path, name) -> None:
-    result = train(read_recipe(name), tmp_path / "run")
+    result = train_recipe(read_recipe(name), tmp_path / "run")
     assert result.best_top1 >= 0.98
     assert result.last_top1 >= 0.98

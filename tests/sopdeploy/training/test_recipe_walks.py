@@ -7,8 +7,8 @@ import pytest
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.evaluation.prediction import score_checkpoint
-from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import list_recipes, read_recipe
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.small_data import write_cifar, write_classes, write_photos, write_places
 from tests.sopdeploy.training.runs import interrupt
 from tests.sopdeploy.training.small_recipes import SMALL, few_blocks
@@ -44,11 +44,11 @@ def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -
         short.append("batch_size=4")
     if name in BEFORE:
         before = read_recipe(BEFORE[name], [*SMALL[BEFORE[name]], *short, "batch_size=8"])
-        short.append(f"start.weights={train(before, tmp_path / 'before').best}")
+        short.append(f"start.weights={train_recipe(before, tmp_path / 'before').best}")
     recipe, out = read_recipe(name, [*SMALL[name], *short]), tmp_path / "run"
     interrupt(recipe, out, "step", 0, 0)
     assert read_checkpoint(out / "last.pt").resume["position"]["step"] == 1
-    result = train(recipe, out, resume=True)
+    result = train_recipe(recipe, out, resume=True)
     stored = read_checkpoint(result.best)
     assert result.epochs == 1
     assert stored.training["recipe"]["summary"] == recipe.summary

@@ -15,12 +15,12 @@ import sopdeploy
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
-from sopdeploy.training.loop import train as run
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.train import train_recipe
 from tests.forged import write_hollow
 
 SMALL = ["model.name=resnet8", "model.config={base_width=4}", "preprocess.resize=16", "preprocess.crop=16"]
-LOOP = ["epochs=1", "few_shot.procedure=loop"]
+LOOP = ["epochs=1", "procedure.kind=loop"]
 
 
 @pytest.fixture
@@ -135,13 +135,13 @@ def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     [
         (
             ["epochs=50", "optimizer.lr=5"],
-            r"epochs, optimizer\.lr: without effect, because the few-shot",
+            r"epochs, optimizer\.lr: without effect in the procedure few_shot",
         ),
         (
-            ["few_shot.procedure=few-shot", 'schedule={kind="one-cycle"}'],
-            "schedule: without effect, .* few_shot.procedure=loop",
+            ["procedure.kind=few_shot", 'schedule={kind="one-cycle"}'],
+            "schedule: without effect .* choose another one with procedure.kind",
         ),
-        ([*LOOP, "few_shot.folds=3"], r"few_shot\.folds: without effect, because the training loop runs"),
+        ([*LOOP, "procedure.folds=3"], r"procedure\.folds: unknown key of this kind"),
     ],
     ids=["options of the loop", "a table of the loop", "options of the few-shot procedure"],
 )
@@ -154,7 +154,15 @@ def test_an_option_that_the_procedure_does_not_read_is_an_error(
 
 
 def test_the_options_of_the_loop_change_nothing_in_the_few_shot_procedure(photos: Path) -> None:
-    values = {"alone": [f"data.path={photos}", "start.weights=none", "few_shot.folds=3", *SMALL]}
+    values = {
+        "alone": [
+            f"data.path={photos}",
+            "start.weights=none",
+            "procedure.kind=few_shot",
+            "procedure.folds=3",
+            *SMALL,
+        ]
+    }
     values["with-options"] = [
         *(
             *values["alone"],
@@ -169,7 +177,9 @@ def test_the_options_of_the_loop_change_nothing_in_the_few_shot_procedure(photos
         *("color.brightness=0.4", "compile=true"),
     ]
     found = [
-        read_checkpoint(run(read_recipe("photos", settings), photos.with_name(f"run-{name}")).best).weights
+        read_checkpoint(
+            train_recipe(read_recipe("photos", settings), photos.with_name(f"run-{name}")).best
+        ).weights
         for name, settings in values.items()
     ]
     assert all((found[0][name] == found[1][name]).all() for name in found[0])

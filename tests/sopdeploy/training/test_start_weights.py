@@ -28,9 +28,9 @@ from sopdeploy.importers.options import ImportOptions
 from sopdeploy.importers.timm_network import LITE
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed.strategy import Strategy
-from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.start_weights import InitialModel, complete_preprocess, create_initial_model
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.importers.released_torch import BASE, ResNet
 from tests.sopdeploy.training.runs import short_recipe
 from tests.sopdeploy.training.weight_server import WeightServer, weight_server
@@ -218,7 +218,7 @@ def test_both_classifiers_of_a_distilled_transformer_are_replaced(tmp_path) -> N
 
 def test_a_classifier_is_loaded_only_for_the_same_classes(tmp_path) -> None:
     recipe = short_recipe("epochs=1")
-    best = train(recipe, tmp_path / "run").best
+    best = train_recipe(recipe, tmp_path / "run").best
     stored = read_checkpoint(best)
     again = short_recipe("epochs=1", f"start.weights={best}")
     same = create_initial_model(again, stored.labels, ONE_PROCESS)
@@ -241,19 +241,19 @@ def test_a_classifier_is_loaded_only_for_the_same_classes(tmp_path) -> None:
 
 @pytest.mark.usefixtures("few_digits")
 def test_a_run_records_its_start_and_resumes_without_the_file(tmp_path) -> None:
-    first = train(short_recipe("epochs=1", "preprocess.mean=[0.1,0.2,0.3]"), tmp_path / "first")
+    first = train_recipe(short_recipe("epochs=1", "preprocess.mean=[0.1,0.2,0.3]"), tmp_path / "first")
     moved = first.best.rename(tmp_path / "start.pt")
     values = short_recipe(f"start.weights={moved}", "epochs=1").model_dump(mode="json")
     del values["preprocess"]["mean"]
     recipe = Recipe.model_validate(values)
-    result = train(recipe, tmp_path / "run")
+    result = train_recipe(recipe, tmp_path / "run")
     assert result.start is not None
     assert result.start.file == "start.pt"
     stored = read_checkpoint(result.best)
     assert stored.preprocess.mean == (0.1, 0.2, 0.3)
     assert stored.training["start"] == result.start.model_dump(mode="json")
     moved.unlink()
-    assert train(recipe, tmp_path / "run", resume=True).start == result.start
+    assert train_recipe(recipe, tmp_path / "run", resume=True).start == result.start
 
 
 PRECEDENCE = [

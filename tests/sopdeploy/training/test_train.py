@@ -16,8 +16,8 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.evaluation.prediction import evaluate
 from sopdeploy.training.callbacks import CallbackList, TensorBoard
-from sopdeploy.training.loop import TrainingResult, train
 from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.train import TrainingResult, train_recipe
 from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_bits, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("few_digits")
 def finished(tmp_path_factory):
     """Return the folder, the result and the callback of a short run."""
     out, callback = tmp_path_factory.mktemp("runs") / "deep" / "run", RecordingCallback()
-    return out, train(short_recipe(), out, callback=callback), callback
+    return out, train_recipe(short_recipe(), out, callback=callback), callback
 
 
 def test_a_run_writes_last_best_and_history(finished) -> None:
@@ -79,7 +79,7 @@ def test_the_history_has_every_loss_and_the_callback_receives_every_event(finish
 def test_the_seed_determines_the_weights(tmp_path, finished) -> None:
     weights = read_checkpoint(finished[0] / "last.pt").weights
     for seed in (0, 1):
-        last = train(short_recipe(f"seed={seed}"), tmp_path / str(seed)).last
+        last = train_recipe(short_recipe(f"seed={seed}"), tmp_path / str(seed)).last
         assert same_bits(weights, read_checkpoint(last).weights) is (seed == 0)
 
 
@@ -89,14 +89,14 @@ PLAIN = ["model.name=resnet8", "model.config={base_width=4}", "epochs=1"]
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
     """Return the checkpoint of a plain network."""
-    return train(short_recipe(*PLAIN), tmp_path_factory.mktemp("plain") / "run").best
+    return train_recipe(short_recipe(*PLAIN), tmp_path_factory.mktemp("plain") / "run").best
 
 
 def test_the_second_phase_trains_only_the_branches(plain, tmp_path) -> None:
     recipe = short_recipe(f"start.weights={plain}", "start.learn=branches", "epochs=2")
     interrupt(recipe, tmp_path / "stopped", "step", 1, 2)
-    train(recipe, tmp_path / "stopped", resume=True)
-    result = train(recipe, tmp_path / "whole")
+    train_recipe(recipe, tmp_path / "stopped", resume=True)
+    result = train_recipe(recipe, tmp_path / "whole")
     assert same_run(tmp_path / "whole", tmp_path / "stopped")
     before, after = read_checkpoint(plain).weights, read_checkpoint(result.last).weights
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -109,7 +109,9 @@ def test_the_second_phase_trains_only_the_branches(plain, tmp_path) -> None:
 
 
 def test_a_fine_tuned_run_starts_better_and_its_classifier_learns_faster(plain, tmp_path) -> None:
-    run = train(short_recipe(*PLAIN, f"start.weights={plain}", "start.head_factor=5"), tmp_path / "run")
+    run = train_recipe(
+        short_recipe(*PLAIN, f"start.weights={plain}", "start.head_factor=5"), tmp_path / "run"
+    )
     groups = read_checkpoint(run.last).resume["optimizer"]["param_groups"]
     assert groups[1]["lr"] == pytest.approx(5 * groups[0]["lr"])
     before, after = (
@@ -129,13 +131,13 @@ def test_a_fine_tuned_run_starts_better_and_its_classifier_learns_faster(plain, 
 def test_unsuitable_weights_are_refused_with_one_line(plain, tmp_path, settings, message) -> None:
     settings = [setting.replace("{plain}", str(plain)) for setting in settings]
     with pytest.raises((ConfigError, WeightsError), match=message) as error:
-        train(short_recipe(*settings), tmp_path / "run")
+        train_recipe(short_recipe(*settings), tmp_path / "run")
     assert "\n" not in str(error.value)
 
 
 def test_the_divergence_from_the_teacher_is_part_of_the_loss(plain, tmp_path) -> None:
     settings = [*PLAIN, f"teacher.weights={plain}", "teacher.temperature=2", "epochs=2"]
-    result = train(short_recipe(*settings), tmp_path / "run")
+    result = train_recipe(short_recipe(*settings), tmp_path / "run")
     first, second = (row["losses"] for row in read_checkpoint(result.last).resume["position"]["history"])
     assert second["teacher"] < first["teacher"]
     assert first["loss"] == pytest.approx(0.5 * (first["main"] + first["teacher"]), rel=1e-5)
@@ -146,7 +148,7 @@ def test_tensorboard_receives_every_epoch(monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=board))
     out, callback = tmp_path / "run", RecordingCallback()
     callbacks = CallbackList([TensorBoard(out), callback])
-    result = train(short_recipe("epochs=2"), out, callback=callbacks)
+    result = train_recipe(short_recipe("epochs=2"), out, callback=callbacks)
     board.assert_called_once_with(str(out / "tensorboard"), purge_step=1)
     added = [call.args for call in board.return_value.add_scalar.call_args_list]
     assert {step for _, _, step in added} == {1, 2}

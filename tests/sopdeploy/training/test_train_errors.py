@@ -9,12 +9,12 @@ import torch
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, DataError, NoMemoryError, TrainingError
-from sopdeploy.training import loop
-from sopdeploy.training.loop import train
+from sopdeploy.training import train
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.run_folder import LOCK_FILE
 from sopdeploy.training.step import gradient
 from sopdeploy.training.step.losses import Loss
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.test_data_folder import make
 from tests.sopdeploy.training.runs import RecordingCallback, interrupt, short_recipe
 
@@ -29,9 +29,9 @@ def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path) -> None:
     (tmp_path / "broken").symlink_to("nothing")
     for out in (tmp_path, tmp_path / "notes.txt", tmp_path / "broken"):
         with pytest.raises(ConfigError, match="exists and is not an empty folder; choose another"):
-            train(short_recipe(), out)
+            train_recipe(short_recipe(), out)
     with pytest.raises(ConfigError, match=r"cannot be created in .*; choose another"):
-        train(short_recipe(), tmp_path / "notes.txt" / "run")
+        train_recipe(short_recipe(), tmp_path / "notes.txt" / "run")
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "broken"}
 
 
@@ -42,14 +42,14 @@ def test_exhausted_memory_names_the_settings_that_need_less(tmp_path, monkeypatc
     monkeypatch.setattr(gradient, "compute_gradient", exhaust)
     advice = r"cpu: out of memory for 18 images at once .*raise accumulate \(now 2\).* or lower batch_size"
     with pytest.raises(NoMemoryError, match=advice):
-        train(short_recipe("accumulate=2"), tmp_path / "run")
+        train_recipe(short_recipe("accumulate=2"), tmp_path / "run")
 
 
 def test_an_empty_folder_is_used_and_a_run_is_never_overwritten(tmp_path) -> None:
-    assert train(short_recipe("epochs=1"), tmp_path).out == tmp_path
+    assert train_recipe(short_recipe("epochs=1"), tmp_path).out == tmp_path
     before = (tmp_path / "last.pt").read_bytes()
     with pytest.raises(ConfigError, match=r"holds a run; continue it or .*; try resume='always'"):
-        train(short_recipe("epochs=1"), tmp_path)
+        train_recipe(short_recipe("epochs=1"), tmp_path)
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
@@ -71,14 +71,14 @@ def test_two_processes_never_train_in_the_same_folder(tmp_path) -> None:
     with locked_by_another_process(out / LOCK_FILE):
         for resume in (False, "auto"):
             with pytest.raises(ConfigError, match=message):
-                train(recipe, out, resume=resume)
+                train_recipe(recipe, out, resume=resume)
     assert [path.name for path in out.iterdir()] == [
         LOCK_FILE
     ]  # of the killed process, which no longer locks it
     interrupt(recipe, out, "step", 0, 0)
     with locked_by_another_process(out / LOCK_FILE), pytest.raises(ConfigError, match=message):
-        train(recipe, out, resume=True)
-    assert train(recipe, out, resume=True).epochs == 1
+        train_recipe(recipe, out, resume=True)
+    assert train_recipe(recipe, out, resume=True).epochs == 1
     assert not (out / LOCK_FILE).exists()
 
 
@@ -98,7 +98,7 @@ def test_two_processes_never_train_in_the_same_folder(tmp_path) -> None:
 def test_a_run_that_cannot_start_writes_nothing(tmp_path, monkeypatch, recipe, options, message) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=message):
-        train(recipe(), tmp_path / "run", **options)
+        train_recipe(recipe(), tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
 
 
@@ -121,7 +121,7 @@ def test_a_run_is_resumed_with_the_same_recipe_only(stopped) -> None:
     for override, message in changes.items():
         recipe = short_recipe(*ONE, f"data.path={stopped / 'images'}", override)
         with pytest.raises(ConfigError, match=f"the run started with {message}"):
-            train(recipe, stopped / "run", resume=True)
+            train_recipe(recipe, stopped / "run", resume=True)
 
 
 def test_the_data_may_move_but_not_change(stopped) -> None:
@@ -130,14 +130,14 @@ def test_the_data_may_move_but_not_change(stopped) -> None:
     recipe = short_recipe(*ONE, f"data.path={moved}")
     (moved / "b").rename(moved / "c")
     with pytest.raises(DataError, match="the run started with the classes a, b; give the same data"):
-        train(recipe, stopped / "run", resume=True)
+        train_recipe(recipe, stopped / "run", resume=True)
     (moved / "c").rename(moved / "b")
     make(moved / "a", more=3)
     with pytest.raises(DataError, match="started with 8 training images, now there are 11"):
-        train(recipe, stopped / "run", resume=True)
+        train_recipe(recipe, stopped / "run", resume=True)
     for number in range(3):
         (moved / "a" / "more" / f"{number:03}.jpg").unlink()
-    assert train(recipe, stopped / "run", resume=True).epochs == 1
+    assert train_recipe(recipe, stopped / "run", resume=True).epochs == 1
 
 
 def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch) -> None:
@@ -151,7 +151,7 @@ def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch) 
     original = gradient.training_loss
     monkeypatch.setattr(gradient, "training_loss", damaged_loss)
     with pytest.raises(TrainingError, match=f"epoch 2, step 3: {part} is not finite; lower optimizer.lr"):
-        train(short_recipe(), tmp_path / "run")
+        train_recipe(short_recipe(), tmp_path / "run")
     last = read_checkpoint(tmp_path / "run" / "last.pt")
     assert last.training["epoch"] == 1
     assert all(bool(torch.isfinite(tensor).all()) for tensor in last.weights.values())
@@ -171,7 +171,7 @@ def test_a_non_finite_buffer_ends_the_run(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(gradient, "compute_gradient", compute_gradient)
     message = r"epoch 2, step 2: the gradient or a running statistic is not finite; lower optimizer.lr"
     with pytest.raises(TrainingError, match=message):
-        train(short_recipe("save.every_minutes=1e-9"), tmp_path / "run")
+        train_recipe(short_recipe("save.every_minutes=1e-9"), tmp_path / "run")
     last = read_checkpoint(tmp_path / "run" / "last.pt")
     assert (last.training["epoch"], last.training["step"]) == (1, 1)
 
@@ -184,8 +184,8 @@ def test_no_checkpoint_with_a_non_finite_number_is_written(tmp_path, monkeypatch
             optimizer = runs[0].optimizer
             next(iter(optimizer.state.values()))["momentum_buffer"].view(-1)[0] = float("nan")
 
-    original = loop.create_run
-    monkeypatch.setattr(loop, "create_run", lambda *given: runs.append(original(*given)) or runs[0])
+    original = train.create_run
+    monkeypatch.setattr(train, "create_run", lambda *given: runs.append(original(*given)) or runs[0])
     with pytest.raises(TrainingError, match="finite"):
-        train(short_recipe("ema={}"), tmp_path / "run", callback=Damage())
+        train_recipe(short_recipe("ema={}"), tmp_path / "run", callback=Damage())
     assert not (tmp_path / "run").exists()

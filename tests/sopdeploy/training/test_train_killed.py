@@ -15,7 +15,7 @@ import torch
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.training.callbacks import Callback
-from sopdeploy.training.loop import train
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import few_digits, forkserver, same_bits, same_run, short_recipe
 
 TIMES = {"seconds", "images_per_second", "data_fraction"}
@@ -64,7 +64,7 @@ def run_child(out: Path, overrides: tuple[str, ...], pipe: Connection) -> None:
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # loader processes then end with the killed run
     with few_digits():
-        train(short_recipe(*overrides), out, resume="auto", callback=StepPipe(pipe))
+        train_recipe(short_recipe(*overrides), out, resume="auto", callback=StepPipe(pipe))
 
 
 def run(out: Path, overrides: tuple[str, ...], *, steps: int = 0, delay: float = 0.0) -> int:

@@ -11,7 +11,7 @@ from sopdeploy import checkpoint as module
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.training import run_folder
-from sopdeploy.training.loop import train
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import RecordingCallback, deliver, interrupt, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -22,7 +22,7 @@ FILES = {"best.pt", "history.csv", "last.pt"}
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """Return the folder of an uninterrupted run."""
-    return train(short_recipe(), tmp_path_factory.mktemp("runs") / "uninterrupted").out
+    return train_recipe(short_recipe(), tmp_path_factory.mktemp("runs") / "uninterrupted").out
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_run_stopped_at_any_time_resumes_to_the_same_bits(tmp_path, uninterrup
     out, (before, after) = tmp_path / "run", workers
     interrupt(short_recipe(f"workers={before}"), out, *event)
     assert not same_run(out, uninterrupted)
-    assert train(short_recipe(f"workers={after}"), out, resume=True).epochs == 3
+    assert train_recipe(short_recipe(f"workers={after}"), out, resume=True).epochs == 3
     assert same_run(out, uninterrupted)
     assert (out / "history.csv").read_text().count("\n") == 4
 
@@ -49,10 +49,10 @@ def test_auto_overwrites_partial_files_and_keeps_events_only(tmp_path) -> None:
     (tmp_path / "tensorboard").mkdir()  # of a run that was killed before its first checkpoint
     (tmp_path / "best.pt").write_bytes(b"mine")
     with pytest.raises(ConfigError, match="exists and is not an empty folder"):
-        train(short_recipe(), tmp_path, resume="auto")
+        train_recipe(short_recipe(), tmp_path, resume="auto")
     assert (tmp_path / "best.pt").read_bytes() == b"mine"
     (tmp_path / "best.pt").unlink()
-    assert train(short_recipe("epochs=1"), tmp_path, resume="auto").epochs == 1
+    assert train_recipe(short_recipe("epochs=1"), tmp_path, resume="auto").epochs == 1
     assert not (tmp_path / "last.pt.partial").exists()
 
 
@@ -77,7 +77,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
-            train(short_recipe(), tmp_path / "run", callback=Impatient())
+            train_recipe(short_recipe(), tmp_path / "run", callback=Impatient())
     finally:
         signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "run").exists()
@@ -99,7 +99,7 @@ class CheckpointWatcher(RecordingCallback):
 
 def test_checkpoints_after_every_step_do_not_change_the_result(tmp_path, uninterrupted) -> None:
     watcher = CheckpointWatcher(tmp_path / "run")
-    train(short_recipe("save.every_minutes=1e-9"), tmp_path / "run", callback=watcher)
+    train_recipe(short_recipe("save.every_minutes=1e-9"), tmp_path / "run", callback=watcher)
     assert watcher.positions[:3] == [(0, 1), (0, 2), (0, 3)]
     first, second = (read_checkpoint(out / "last.pt").weights for out in (tmp_path / "run", uninterrupted))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -110,7 +110,7 @@ def test_checkpoints_are_written_every_few_minutes(tmp_path, monkeypatch, interv
     clock = iter(range(0, 10_000, interval))  # seconds pass between two reads of the clock
     monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     watcher = CheckpointWatcher(tmp_path / "run")
-    train(short_recipe("epochs=1", "save.every_minutes=3"), tmp_path / "run", callback=watcher)
+    train_recipe(short_recipe("epochs=1", "save.every_minutes=3"), tmp_path / "run", callback=watcher)
     assert set(watcher.positions) == saved
 
 
@@ -125,9 +125,9 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch, uninte
 
     monkeypatch.setattr(module.torch, "save", fail_in_epoch_2)
     with pytest.raises(CheckpointError, match=r"last\.pt: .*No space left on device"):
-        train(short_recipe(), out)
+        train_recipe(short_recipe(), out)
     monkeypatch.undo()
     assert not list(out.glob("*.partial"))
     assert read_checkpoint(out / "last.pt").training["epoch"] == 1
-    train(short_recipe(), out, resume=True)
+    train_recipe(short_recipe(), out, resume=True)
     assert same_run(out, uninterrupted)

@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.errors import TrainingError
 from sopdeploy.models.base import TrainingOutput
-from sopdeploy.training.loop import train
 from sopdeploy.training.precision import MAX_SKIPPED_STEPS, Precision
 from sopdeploy.training.step.losses import training_loss
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.distributed.cases import build_recipe, learn
 from tests.sopdeploy.training.runs import interrupt, same_run, short_recipe
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def check_run(folder, *overrides: str) -> None:
     """Train one epoch; both checkpoints must hold plain float32 weights that can be loaded."""
-    result = train(short_recipe("epochs=1", *overrides), folder)
+    result = train_recipe(short_recipe("epochs=1", *overrides), folder)
     for path in (result.best, result.last):
         checkpoint = read_checkpoint(path)
         names = [*checkpoint.weights, *(checkpoint.resume or {}).get("weights", {})]
@@ -52,9 +52,9 @@ def test_any_combination_ends_with_plain_float32_weights(
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_run_in_half_precision_is_resumed_bit_for_bit(tmp_path, precision) -> None:
     recipe = short_recipe(f"precision='{precision}'", "epochs=2")
-    train(recipe, tmp_path / "whole")
+    train_recipe(recipe, tmp_path / "whole")
     interrupt(recipe, tmp_path / "stopped", "step", 1, 2)
-    train(recipe, tmp_path / "stopped", resume=True)
+    train_recipe(recipe, tmp_path / "stopped", resume=True)
     assert same_run(tmp_path / "stopped", tmp_path / "whole")
 
 

@@ -6,8 +6,8 @@ import pytest
 
 import sopdeploy
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.training.loop import train
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.test_few_shot import SMALL, paint
 
 LOOP = [
@@ -23,9 +23,9 @@ LOOP = [
 @pytest.mark.parametrize(("recipe", "settings"), [("digits-plain", LOOP), ("photos", SMALL)])
 def test_measuring_on_training_images_is_a_warning(tmp_path: Path, recipe: str, settings: list[str]) -> None:
     seen = paint(tmp_path / "seen", 20)
-    result = train(read_recipe(recipe, [*settings, f"data.path={seen}"]), tmp_path / "run")
+    result = train_recipe(read_recipe(recipe, [*settings, f"data.path={seen}"]), tmp_path / "run")
     stored = read_checkpoint(result.best)
-    count = stored.training.get("few_shot", {}).get("class_counts", {"all": result.train_count})
+    count = stored.training["procedure"].get("class_counts", {"all": result.train_count})
     assert len(stored.image_hashes) == sum(count.values())
     found = sopdeploy.evaluate(result.best, seen)
     assert found.notes == (

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.training import loop
 from sopdeploy.training.signals import TrainingStoppedError
+from sopdeploy.training.train import train_recipe
 from tests.ports import held_port
 from tests.sopdeploy.data.test_data_folder import make
 from tests.sopdeploy.training.distributed.processes import run_in_processes, start_module, wait_for
@@ -37,16 +38,16 @@ class RecordingLoader:
 def train_until_signal(folder: Path) -> list[list[int]]:
     """Train until a signal to the second process in the second epoch; return the loaded samples."""
     loader = loop.load_batches = RecordingLoader()
-    check = loop.SignalState.check
+    check = loop.SignalState.exchange
 
     def check_with_signal(self, **options: bool) -> None:
         if os.environ["RANK"] == "1" and len(loader.steps) == 8:
             os.kill(os.getpid(), signal.SIGTERM)
         check(self, **options)
 
-    loop.SignalState.check = check_with_signal
+    loop.SignalState.exchange = check_with_signal
     with pytest.raises(TrainingStoppedError, match="stopped in epoch 2 of 3 after 2 steps"):
-        loop.train(short_recipe(GLOBAL, "epochs=3"), folder / "run")
+        train_recipe(short_recipe(GLOBAL, "epochs=3"), folder / "run")
     return loader.steps
 
 
@@ -57,10 +58,10 @@ def test_a_signal_to_one_process_stops_both_and_one_process_resumes(tmp_path, mo
     assert names == {"best.pt", "history.csv", "last.pt"}
     resumed, single = RecordingLoader(), RecordingLoader()
     monkeypatch.setattr(loop, "load_batches", resumed)
-    result = loop.train(short_recipe(GLOBAL, "epochs=3"), tmp_path / "run", resume=True)
+    result = train_recipe(short_recipe(GLOBAL, "epochs=3"), tmp_path / "run", resume=True)
     assert result.epochs == 3
     monkeypatch.setattr(loop, "load_batches", single)
-    loop.train(short_recipe(GLOBAL, "epochs=3"), tmp_path / "single")
+    train_recipe(short_recipe(GLOBAL, "epochs=3"), tmp_path / "single")
     before = [first + second for first, second in zip(*shards, strict=True)]
     assert before + resumed.steps == single.steps
     network = build_classifier(read_checkpoint(result.best), result.best)

@@ -1,0 +1,250 @@
+"""A run from its recipe to its result: started or resumed, and trained by the selected procedure.
+
+A run that is stopped or killed at any time and then resumed on the same machine ends with the weights of an
+uninterrupted one: bit for bit on a CPU with the same number of threads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+import torch
+
+from sopdeploy.checkpoint import Checkpoint, build_classifier, is_state_dict
+from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.data.base import LabeledImages, Split
+from sopdeploy.data.image_files import describe_contradictions, hash_images
+from sopdeploy.data.sources import open_data
+from sopdeploy.decision import Decision
+from sopdeploy.errors import CheckpointError, DataError, shorten
+from sopdeploy.project import SAMPLED, Origin, folder_name, utc_now
+from sopdeploy.training.callbacks import Callback
+from sopdeploy.training.diagnostics import best_epoch
+from sopdeploy.training.distributed.batch_sharding import check_divisible
+from sopdeploy.training.distributed.strategy import Strategy, select_device
+from sopdeploy.training.distributed.torchrun import check_same_step
+from sopdeploy.training.procedure import AnyProcedureResult, Procedure, read_result, select_procedure
+from sopdeploy.training.procedure_config import ProcedureResult
+from sopdeploy.training.recipe import Recipe, check_same_recipe, validate_recipe
+from sopdeploy.training.run import Position, Run, create_run
+from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.training.start_weights import (
+    InitialModel,
+    StartReport,
+    complete_preprocess,
+)
+
+MAX_HASHED = 50_000  # training images; hashing more delays the start by more than a minute
+
+
+class TrainingResult(StrictModel):
+    """The files and metrics of a finished run.
+
+    Attributes:
+        skipped: Images that could not be read.
+        best_top1: Accuracy on the images that select the epoch. With several classes per image, mAP and
+            macro F1 are set instead of the accuracies.
+        seconds: Time of the run with all its resumptions.
+        procedure: The procedure that trained, with the score to expect on new images.
+        decision: Temperature and rejection threshold in `best`, if there were enough images, or the
+            thresholds of a multi-label network.
+        start: The report on the start weights; None for random weights.
+        training_only: The parts that the export detaches.
+    """
+
+    out: Path
+    best: Path
+    last: Path
+    history: Path
+    model: str
+    classes: int
+    train_count: int
+    held_out_count: int
+    skipped: tuple[str, ...]
+    epochs: int
+    best_epoch: int
+    best_top1: float | None = None
+    best_top5: float | None = None
+    last_top1: float | None = None
+    best_map: float | None = None
+    best_macro_f1: float | None = None
+    last_map: float | None = None
+    seconds: float
+    procedure: AnyProcedureResult
+    decision: Decision | None = None
+    start: StartReport | None = None
+    training_only: tuple[str, ...] = ()
+
+
+def train_recipe(
+    recipe: Recipe,
+    out_dir: Path,
+    *,
+    resume: bool | Literal["auto"] = False,
+    callback: Callback | None = None,
+    strategy: Strategy | None = None,
+    given: Sequence[str] = (),
+) -> TrainingResult:
+    """Train *recipe* and write the run to *out_dir*.
+
+    *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback* is used in the
+    first process only. *strategy* defaults to the processes that torchrun started. *given* are the recipe
+    keys that the user has set; one that has no effect is a `ConfigError`.
+
+    Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a loss, gradient or buffer is
+    not finite, `TrainingStoppedError` after Ctrl-C or SIGTERM.
+    """
+    strategy = strategy or Strategy(select_device(recipe.device))
+    if callback is None or strategy.rank != 0:
+        callback = Callback()
+    folder = RunFolder(out_dir, strategy)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    try:
+        continued = folder.last.exists() if resume == "auto" else resume
+        run, data, procedure = start_or_resume(
+            recipe, folder, strategy, callback, resume=continued, given=given
+        )
+        return _summarize(run, folder, data, procedure.fit(run, data, folder, callback))
+    finally:
+        folder.unlock()
+
+
+def start_or_resume(
+    recipe: Recipe,
+    folder: RunFolder,
+    strategy: Strategy,
+    callback: Callback,
+    *,
+    resume: bool,
+    given: Sequence[str] = (),
+) -> tuple[Run, Split, Procedure]:
+    """Create the run, or rebuild it from its checkpoint, and open its data.
+
+    Also returns the procedure. All checks run before the folder is changed.
+    """
+    if not resume:
+        folder.check_free()
+    checkpoint = folder.read_last() if resume else None
+    recorded = None
+    if checkpoint is not None:
+        recorded = validate_recipe(checkpoint.training.get("recipe", {}), str(folder.last)).procedure
+    data = open_data(recipe.data, callback.on_warning)
+    procedure, recipe, data, reason = select_procedure(recipe, data, recorded)
+    recipe.check_effect(given)
+    check_divisible(recipe, len(data.train), strategy.world)
+    if checkpoint is None:
+        run = create_run(recipe, data.train, strategy)
+        folder.lock()
+        if run.start is not None:
+            callback.on_start_weights(run.start)
+    else:
+        run = resume_run(recipe, data.train, strategy, checkpoint, folder.last)
+    check_same_step(run, folder.path)
+    if strategy.rank == 0 and len(data.train) <= MAX_HASHED:
+        hashes = hash_images(data.train)
+        run.image_hashes = torch.from_numpy(np.unique(hashes))
+        if warning := describe_contradictions(data.train, hashes):
+            callback.on_warning(warning)
+    before = None if checkpoint is None else checkpoint.origin
+    run.origin = Origin(
+        run=folder_name(folder.path),
+        run_id=token_hex(6) if before is None else before.run_id,
+        started=utc_now() if before is None else before.started,
+        data=folder_name(getattr(recipe.data, "path", None) or recipe.data.kind),
+        images=len(data.train) + len(data.held_out),
+        classes=len(run.labels),
+        sample=run.image_hashes[:SAMPLED].tolist(),
+    )
+    if checkpoint is not None:
+        folder.save_derived_files(run)
+    if reason:
+        callback.on_procedure(reason)
+    callback.on_train_start(
+        epochs=recipe.epochs,
+        first_epoch=run.position.epoch,
+        train_count=len(data.train),
+        held_out_count=len(data.held_out),
+        input_side=run.recipe.preprocess.crop,
+    )
+    return run, data, procedure
+
+
+def resume_run(
+    recipe: Recipe, images: LabeledImages, strategy: Strategy, checkpoint: Checkpoint, source: Path
+) -> Run:
+    """Rebuild the run of *checkpoint*, read from *source*.
+
+    Raises `ConfigError` if the recipe changed, `DataError` if the data changed, and `CheckpointError` if the
+    checkpoint has no valid state to resume from.
+    """
+    recipe = complete_preprocess(recipe, checkpoint.preprocess)
+    check_same_recipe(recipe, checkpoint.training.get("recipe", {}), source)
+    if checkpoint.labels != images.labels:
+        raise DataError(
+            f"{source}: the run started with the classes {shorten(checkpoint.labels)}; give the same data"
+        )
+    state = checkpoint.resume
+    if state is None:
+        raise CheckpointError(f"{source}: has no state to resume from; start a new run in another folder")
+    if state.get("train_count") != len(images):
+        raise DataError(
+            f"{source}: the run started with {state.get('train_count')} training images, now there are "
+            f"{len(images)}; give the same data or start a new run"
+        )
+    raw: Any = state.get("weights")
+    damaged = f"{source}: its state to resume from is damaged; start a new run"
+    if not is_state_dict(raw):
+        raise CheckpointError(damaged)
+    model = build_classifier(replace(checkpoint, weights=raw), source)
+    try:
+        start = checkpoint.training.get("start")
+        initial = InitialModel(model, recipe, None if start is None else StartReport.model_validate(start))
+        run = create_run(recipe, images, strategy, initial)
+        run.name = checkpoint.model
+        run.precision.load_state_dict(state["precision"])
+        if run.ema is not None:
+            run.ema.load_state_dict(state["average"])
+        if run.teacher is not None and run.teacher.learns:
+            run.teacher.model.load_state_dict(state["teacher"])
+        run.position = Position.model_validate(state["position"])
+        run.result, run.state = read_result(checkpoint.training), state["procedure"]
+        run.decision = None if run.result is None else checkpoint.decision
+        if state["optimizer"]:
+            run.optimizer.load_state_dict(state["optimizer"])
+    except pydantic.ValidationError as error:
+        raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(damaged) from error
+    return run
+
+
+def _summarize(run: Run, folder: RunFolder, data: Split, result: ProcedureResult) -> TrainingResult:
+    history = run.position.history
+    best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
+    names = ("map", "macro_f1") if run.activation == "sigmoid" else ("top1", "top5")
+    metrics = {f"best_{name}": getattr(best.metrics, name) for name in names}
+    metrics[f"last_{names[0]}"] = getattr(history[-1].metrics, names[0])
+    return TrainingResult(
+        out=folder.path,
+        best=folder.best,
+        last=folder.last,
+        history=folder.history,
+        model=run.name,
+        classes=len(run.labels),
+        train_count=run.train_count,
+        held_out_count=len(data.held_out),
+        skipped=data.skipped,
+        epochs=run.position.epoch,
+        best_epoch=best.epoch,
+        seconds=run.position.seconds,
+        procedure=result,
+        start=run.start,
+        training_only=run.model.training_only,
+        **metrics,
+        decision=run.decision,
+    )
