@@ -62,7 +62,7 @@ def run_draw(
     result = train_on(given, folder, run)
     names = {file.name for file in moved}
     images, resume = list_classes(folder), read_checkpoint(result.last).resume or {}
-    probabilities = softmax(resume["procedure"]["out_of_fold"].double().numpy())
+    probabilities = softmax(resume["procedure"]["label_logits"].double().numpy())
     wrong = np.asarray([images.path(index).name in names for index in range(len(images))])
     listed = [Path(one.file).name in names for one in find_wrong_labels(run)]
     orders = {"ours": np.asarray(listed)}

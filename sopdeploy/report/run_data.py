@@ -158,8 +158,8 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
     images = select_procedure(recipe, open_data(recipe.data)).data.train
-    logits_NC = _procedure_state(last).get("out_of_fold")
-    if logits_NC is None or images.targets.ndim != 1 or not isinstance(images, ImageFiles):
+    logits_NC = _procedure_state(last).get("label_logits")
+    if logits_NC is None or not isinstance(images, ImageFiles):
         raise ConfigError(
             f"{run}: has no out-of-fold predictions of files with one class each; give a run of the few-shot "
             "procedure on such files"
@@ -198,14 +198,14 @@ def _training_galleries(
 ) -> tuple[tuple[Mistake, ...], tuple[tuple[Mistake, ...], ...]]:
     """Show the training images with probably wrong labels, and the largest groups of copies."""
     state = _procedure_state(last)
-    logits_NC, group_N = state.get("out_of_fold"), state.get("groups")
-    if logits_NC is None or group_N is None:  # of the training loop, whose split would compare all images
+    logits_NC, group_N = state.get("label_logits"), state.get("groups")
+    if group_N is None:  # of the training loop, whose split would compare all images
         return (), ()
     images = select_procedure(recipe, open_data(recipe.data)).data.train
     if not isinstance(images, ImageFiles) or len(images) != len(group_N):
         return (), ()
     wrong: tuple[Mistake, ...] = ()
-    if images.targets.ndim == 1:
+    if logits_NC is not None:
         wrong = tuple(
             _picture(
                 images,

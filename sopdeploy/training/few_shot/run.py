@@ -160,6 +160,9 @@ class FewShot(Procedure):
         run.replace_model(head_name(network.recipe.model.name), model)
         logits_NK = cross_validated_NK - distance_weight * chosen.problem.distances(folds_N)[:, None]
         run.state = {"out_of_fold": torch.from_numpy(logits_NK), "groups": torch.from_numpy(groups_N)}
+        if targets.activation == "softmax":
+            doubted_NK = chosen.problem.doubt_labels(cross_validated_NK, folds_N, strength)
+            run.state["label_logits"] = torch.from_numpy(doubted_NK)
         return targets, result, logits_NK
 
     def _compare_heads(

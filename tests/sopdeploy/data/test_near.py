@@ -16,9 +16,9 @@ from sopdeploy.data.datasets.label_table import read_label_table
 from sopdeploy.data.image_files import divide
 from sopdeploy.data.near import Copies, connect, effective_count, find_pairs, groups_of_files, signature
 from sopdeploy.errors import DataError
-from sopdeploy.training.loop import train
 from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.train import train_recipe
 
 
 def scene(seed: int) -> Image.Image:
@@ -167,7 +167,7 @@ def test_the_loop_fits_its_threshold_to_one_image_of_each_group(tmp_path: Path):
         "preprocess.resize=16",
         "preprocess.crop=16",
     ]
-    result = train(read_recipe("photos-dsop", settings), tmp_path / "run")
+    result = train_recipe(read_recipe("photos-dsop", settings), tmp_path / "run")
     assert result.held_out_count == 120
     assert result.decision.calibration.images == 60
 
