@@ -17,8 +17,10 @@ Each run is `sopdeploy train` with default options; the outputs of the frozen ne
 of the pixels, in float16. "error" is the difference of the estimate and the accuracy on --test. Intervals are
 the printed ones: how many contain the accuracy on --test, and the accepted share of --test. "grouped wrongly"
 counts photographs in a group with another photograph, "divided" photographs whose copies are in several
-groups. Finished runs in --cache are not repeated. Exit status 1: a mean absolute error above 2.5 points,
-fewer than 90 % of the intervals, or more than 1 % of the photographs without copies grouped wrongly.
+groups. Finished runs in --cache are not repeated. Exit status 1: a mean error of more than 2.5 points in
+either direction, fewer than 90 % of the intervals, or more than 1 % of the photographs without copies grouped
+wrongly. The mean absolute error has a floor, the sampling error of the draw and of --test: 3.6 points for
+100 and 2.8 points for 200 photographs with 80 % accuracy, and 341 in --test.
 """
 
 import argparse
@@ -250,13 +252,15 @@ def main(arguments: list[str]) -> int:
                 [one["accepted, low"] <= one["accepted"] <= one["accepted, high"] for one in draws]
             )
             wrong = float(np.mean([one["grouped wrongly"] for one in draws]))
-            error = float(np.mean(np.abs(errors)))
-            passed &= error <= 2.5 and inside >= 0.9 and accepted >= 0.9 and (kind != "none" or wrong <= 1)
+            error = float(np.mean(errors))
+            passed &= (
+                abs(error) <= 2.5 and inside >= 0.9 and accepted >= 0.9 and (kind != "none" or wrong <= 1)
+            )
             for case, value, unit in (
                 ("accuracy", float(np.mean([one["accuracy"] for one in draws])), "%"),
                 ("estimate", float(np.mean([one["estimate"] for one in draws])), "%"),
-                ("error, mean of absolute values", error, "points"),
-                ("error, mean", float(np.mean(errors)), "points"),
+                ("error, mean", error, "points"),
+                ("error, mean of absolute values", float(np.mean(np.abs(errors))), "points"),
                 ("intervals that contain the accuracy", float(100 * inside), "%"),
                 ("accepted", float(np.mean([one["accepted"] for one in draws])), "%"),
                 ("intervals that contain the accepted share", float(100 * accepted), "%"),

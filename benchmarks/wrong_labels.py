@@ -61,7 +61,7 @@ def run_draw(
         (folder / other / file.name).symlink_to(file.resolve())
     result = train_on(given, folder, run)
     names = {file.name for file in moved}
-    images, resume = list_classes(folder), read_checkpoint(result.last).resume or {}
+    images, resume = list_classes(folder).images, read_checkpoint(result.last).resume or {}
     probabilities = softmax(resume["procedure"]["label_logits"].double().numpy())
     wrong = np.asarray([images.path(index).name in names for index in range(len(images))])
     listed = [Path(one.file).name in names for one in find_wrong_labels(run)]
