@@ -28,6 +28,7 @@ Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 GRID = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # of C, for inputs whose mean squared norm is 1 per part
 MAX_RANK = 1024
+BALANCE_ABOVE = 1.5  # ratio of the largest class to the smallest
 IMPLAUSIBLE = 0.1  # probability of a label
 ROWS = 1024  # images that are centered and scaled at once
 _OPTIONS = {"tol": 1e-4, "max_iter": 2000, "warm_start": True}  # each C starts from the previous one
@@ -44,7 +45,7 @@ class Targets:
     balanced: bool
 
     @classmethod
-    def of(cls, images: LabeledImages, balance_above: float) -> "Targets":
+    def of(cls, images: LabeledImages) -> "Targets":
         """Build the targets from class indices (N,) or, with several classes per image, (N, K).
 
         With several classes per image, the stratum of an image is its rarest class, or -1 without a class.
@@ -58,7 +59,7 @@ class Targets:
         classes = np.eye(len(images.labels))[targets]
         counts = classes.sum(axis=0)
         at_least_one = np.maximum(counts, 1)
-        balanced = bool(counts.max() > balance_above * at_least_one.min())
+        balanced = bool(counts.max() > BALANCE_ABOVE * at_least_one.min())
         weights = classes @ (counts.mean() / at_least_one) if balanced else ones
         return cls(classes, weights, targets, "softmax", balanced)
 
