@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from sopdeploy.errors import ConfigError, first_line
@@ -61,6 +60,8 @@ def _installed_parts() -> Mapping[str, Mapping[str, str]]:
 
 def load_part(value: str) -> Any:
     """Import `module:object` or `module`."""
+    from pkgutil import resolve_name  # noqa: PLC0415 - help does not need it
+
     return resolve_name(value if ":" in value else f"{value}:")
 
 
