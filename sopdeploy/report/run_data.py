@@ -19,7 +19,7 @@ from sopdeploy.data.image_files import ImageFiles, hash_images
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
-from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
+from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.prediction import open_images_of, predict_images
 from sopdeploy.evaluation.predictions import make_predictions
@@ -31,7 +31,7 @@ from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import Recipe, validate_recipe
 from sopdeploy.training.run import Position
 
-MAX_MISTAKES, MAX_GROUPS, MAX_COPIES = 24, 12, 4  # shown images, groups, and images of a group
+_MAX_MISTAKES, _MAX_GROUPS, _MAX_COPIES = 24, 12, 4  # shown images, groups, and images of a group
 THUMBNAIL_SIDE = 128  # pixels of the longer side
 JPEG_QUALITY = 75
 OUT_OF_FOLD = "the training images, each predicted by a network that was fitted without it"
@@ -50,7 +50,7 @@ class Mistake:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Predictions:
+class EvaluatedImages:
     """Metrics and worst mistakes on the images that `images` describes.
 
     With several classes per image there is no list of mistakes.
@@ -86,7 +86,7 @@ class RunData:
     best: Checkpoint
     train_count: int
     history: tuple[EpochRow, ...]
-    predictions: Predictions | None
+    predictions: EvaluatedImages | None
     reason: str = ""
     wrong_labels: tuple[Mistake, ...] = ()
     groups: tuple[tuple[Mistake, ...], ...] = ()
@@ -127,11 +127,11 @@ def read_run(
             predicted = make_predictions(views_N1C, images, images.labels, best.decision)
             description = OUT_OF_FOLD
         if isinstance(predicted, MultiLabelPredictions):
-            predictions = Predictions(metrics=predicted.report(), mistakes=(), images=description)
+            predictions = EvaluatedImages(metrics=predicted.report(), mistakes=(), images=description)
         else:
             metrics = classification_report(images.labels, predicted)
             mistakes = worst_mistakes(predicted, images, best.preprocess)
-            predictions = Predictions(metrics=metrics, mistakes=tuple(mistakes), images=description)
+            predictions = EvaluatedImages(metrics=metrics, mistakes=tuple(mistakes), images=description)
     return RunData(
         recipe=recipe,
         best=best,
@@ -214,11 +214,11 @@ def _training_galleries(
                 f"({percent(one.probability_suggested)})",
                 last.preprocess,
             )
-            for index, one in _rank_labels(logits_NC.double().numpy(), images)[:MAX_MISTAKES]
+            for index, one in _rank_labels(logits_NC.double().numpy(), images)[:_MAX_MISTAKES]
         )
     sizes = np.bincount(group_N.numpy())
-    largest = [group for group in np.argsort(-sizes, kind="stable")[:MAX_GROUPS] if sizes[group] > 1]
-    members = [np.flatnonzero(group_N.numpy() == group)[:MAX_COPIES].tolist() for group in largest]
+    largest = [group for group in np.argsort(-sizes, kind="stable")[:_MAX_GROUPS] if sizes[group] > 1]
+    members = [np.flatnonzero(group_N.numpy() == group)[:_MAX_COPIES].tolist() for group in largest]
     return wrong, tuple(
         tuple(
             _picture(images, index, ", ".join(images.class_names(index)), last.preprocess) for index in group
@@ -278,11 +278,13 @@ def _out_of_fold_logits(last: Checkpoint, best: Checkpoint, images: int) -> Tens
     return logits_NC if logits_NC is not None and len(logits_NC) == images else None
 
 
-def worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: Preprocess) -> list[Mistake]:
+def worst_mistakes(
+    scores: Sequence[ImageScore], images: LabeledImages, preprocess: Preprocess
+) -> list[Mistake]:
     """Select the wrong predictions with the highest confidence."""
     wrong = [(-score.confidence, index) for index, score in enumerate(scores) if not score.correct]
     mistakes = []
-    for _, index in sorted(wrong)[:MAX_MISTAKES]:
+    for _, index in sorted(wrong)[:_MAX_MISTAKES]:
         score = scores[index]
         true, predicted = images.labels[score.target], images.labels[score.top5[0]]
         caption = (

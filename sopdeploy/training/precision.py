@@ -15,7 +15,7 @@ from sopdeploy.errors import TrainingError
 MAX_SKIPPED_STEPS = 20  # in a row; the first scale is 2^16, so 20 halvings end far below 1
 
 
-class Precision:
+class MixedPrecision:
     """Autocast and gradient scaling of a run.
 
     `skipped` counts the most recent consecutive steps that were skipped because a gradient overflowed

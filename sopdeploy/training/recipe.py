@@ -231,13 +231,13 @@ def parse_override(override: str) -> tuple[str, Any]:
     return key, parsed["value"] if parsed.keys() == {"value"} else text
 
 
-def to_toml(value: Any) -> str:
+def format_toml(value: Any) -> str:
     """Format *value* as an inline TOML value; entries that are None are left out."""
     if isinstance(value, Mapping):
-        pairs = (f"{key}={to_toml(entry)}" for key, entry in value.items() if entry is not None)
+        pairs = (f"{key}={format_toml(entry)}" for key, entry in value.items() if entry is not None)
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(to_toml, value)) + "]"
+        return "[" + ", ".join(map(format_toml, value)) + "]"
     return json.dumps(value, default=str, ensure_ascii=False)
 
 

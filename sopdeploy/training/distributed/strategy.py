@@ -45,12 +45,12 @@ class Strategy(ProcessGroup):
         loss.backward()  # type: ignore[no-untyped-call]
         if last and self.world > 1:
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            sums = self.all_reduce_list([parameter.grad for parameter in parameters], parameters)
+            sums = self.sum_by_parameter([parameter.grad for parameter in parameters], parameters)
             for parameter, gradient in zip(parameters, sums, strict=True):
                 parameter.grad = gradient
 
     @torch.no_grad()
-    def all_reduce_list(
+    def sum_by_parameter(
         self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]
     ) -> list[Tensor | None]:
         """Sum each of *tensors*, which have the shapes of *likes*, over the processes.

@@ -82,7 +82,7 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
         if isinstance(optimizer, AdaHessian):
             optimizer.backward(loss.total * fraction, signs_seed)
             if last:
-                optimizer.all_reduce(strategy.all_reduce_list)
+                optimizer.all_reduce(strategy.sum_by_parameter)
         else:
             strategy.backward(run.precision.scaler.scale(loss.total * fraction), run.trained(), last=last)
         for name, value in {"total": loss.total.detach(), **loss.parts}.items():

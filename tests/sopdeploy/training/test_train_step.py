@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.errors import TrainingError
 from sopdeploy.models.base import TrainingOutput
-from sopdeploy.training.precision import MAX_SKIPPED_STEPS, Precision
+from sopdeploy.training.precision import MAX_SKIPPED_STEPS, MixedPrecision
 from sopdeploy.training.step.losses import training_loss
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.distributed.cases import build_recipe, learn
@@ -58,7 +58,7 @@ def test_a_run_in_half_precision_is_resumed_bit_for_bit(tmp_path, precision) -> 
     assert same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-def run_step(precision: Precision, weight: nn.Parameter, gradient: float) -> bool:
+def run_step(precision: MixedPrecision, weight: nn.Parameter, gradient: float) -> bool:
     """Run one step of SGD with *gradient*; return whether the weight was updated."""
     optimizer = torch.optim.SGD([weight], lr=1.0)
     precision.scaler.scale((weight * gradient).sum()).backward()
@@ -68,12 +68,12 @@ def run_step(precision: Precision, weight: nn.Parameter, gradient: float) -> boo
 
 
 def test_a_step_with_an_overflow_is_skipped_and_the_scale_halved() -> None:
-    precision, weight = Precision("fp16", CPU), nn.Parameter(torch.zeros(1))
+    precision, weight = MixedPrecision("fp16", CPU), nn.Parameter(torch.zeros(1))
     assert not run_step(precision, weight, float("inf"))
     assert weight.item() == 0.0
     assert precision.state_dict()["scaler"]["scale"] == 2.0**15
     weight.grad = None
-    restored = Precision("fp16", CPU)
+    restored = MixedPrecision("fp16", CPU)
     restored.load_state_dict(precision.state_dict())
     assert restored.state_dict() == precision.state_dict()
     assert restored.skipped == 1
@@ -83,7 +83,7 @@ def test_a_step_with_an_overflow_is_skipped_and_the_scale_halved() -> None:
 
 
 def test_too_many_skipped_steps_in_a_row_are_an_error() -> None:
-    precision, weight = Precision("fp16", CPU), nn.Parameter(torch.zeros(1))
+    precision, weight = MixedPrecision("fp16", CPU), nn.Parameter(torch.zeros(1))
     for _ in range(MAX_SKIPPED_STEPS - 1):
         assert not run_step(precision, weight, float("nan"))
         weight.grad = None
